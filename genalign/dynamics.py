@@ -1,0 +1,252 @@
+"""Sampling as Gaussian transitions.
+
+A kernel is two scalars: every sampler here moves to ``mean = alpha_next x0_hat + c eps_hat`` with ``std = s`` and
+differs from the others only in (c, s). A latent is (B, ...) and a step's tensors are () or (B,), so that one batch can
+hold different steps. Notation: D = sigma - sigma_next and q = (sigma_next / alpha_next) / (sigma / alpha).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from genalign.paths import expand
+from genalign.types import Grid, NoiseStep, Path
+
+Reduction = Literal["mean", "sum"]
+
+_HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Transition:
+    """The Gaussian p(x_next | x): ``mean`` (B, ...) and ``std``, () or (B, 1, ...), which already includes sqrt(D).
+
+    Densities are reduced over all dimensions but the first. Their "mean" is the convention of public code for
+    diffusion models: 1 / D_x of the true log density, for D_x values per sample. Their "sum" is the true one.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __post_init__(self) -> None:
+        if self.mean.ndim < 2:
+            raise ValueError(f"mean must be (B, ...) with two dimensions or more, not {tuple(self.mean.shape)}")
+        if self.std.ndim not in (0, self.mean.ndim):
+            raise ValueError(f"std must be () or have {self.mean.ndim} dimensions, not {tuple(self.std.shape)}")
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std noise, for standard normal ``noise`` of the shape of mean."""
+        self._require_shape(noise)
+        return self.mean + self.std * noise
+
+    def log_prob(self, x_next: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """log p(x_next | x) of shape (B,). Raises ValueError for a deterministic step."""
+        self._require_shape(x_next)
+        self._require_stochastic()
+        z = (x_next - self.mean) / self.std
+        return _reduce(-0.5 * z * z - self.std.log() - _HALF_LOG_TWO_PI, reduction)
+
+    def kl(self, other: Transition, reduction: Reduction = "mean") -> Tensor:
+        """KL(self || other) of shape (B,), for transitions of equal std: (mean - other.mean)^2 / (2 std^2)."""
+        self._require_comparable(other)
+        z = (self.mean - other.mean) / self.std
+        return _reduce(0.5 * z * z, reduction)
+
+    def log_ratio(self, old: Transition, x_next: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """log p(x_next | x) - log p_old(x_next | x) of shape (B,), for transitions of equal std.
+
+        The difference of squares is factored, so that the result is exactly 0 where the means are equal and keeps its
+        relative precision where they nearly are.
+        """
+        self._require_shape(x_next)
+        self._require_comparable(old)
+        moved = (self.mean - old.mean) / self.std
+        return _reduce(0.5 * moved * ((x_next - self.mean) + (x_next - old.mean)) / self.std, reduction)
+
+    def _require_shape(self, x_next: Tensor) -> None:
+        if x_next.shape != self.mean.shape:
+            raise ValueError(f"expected a tensor of shape {tuple(self.mean.shape)}, not {tuple(x_next.shape)}")
+
+    def _require_stochastic(self) -> None:
+        if not bool((self.std > 0).all()):
+            raise ValueError("a deterministic step (std = 0) has no density; train only stochastic steps")
+
+    def _require_comparable(self, other: Transition) -> None:
+        self._require_shape(other.mean)
+        self._require_stochastic()
+        if bool((self.std != other.std).any()):
+            raise ValueError("the two transitions have different std; compare the same kernel on the same step")
+
+
+def _reduce(values: Tensor, reduction: Reduction) -> Tensor:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}')
+    flat = values.flatten(1)
+    return flat.mean(1) if reduction == "mean" else flat.sum(1)
+
+
+@dataclass(frozen=True)
+class MoveScalars:
+    """The weight ``c`` of eps_hat in the mean of a move, and its noise ``s``; float64, () or (B,)."""
+
+    c: Tensor
+    s: Tensor
+
+
+class Kernel(ABC):
+    """A rule for (c, s). Children are frozen dataclasses of their parameters."""
+
+    @abstractmethod
+    def __call__(self, step: NoiseStep) -> MoveScalars:
+        """The scalars of one move, or of a batch of moves. Raises ValueError for a step it is not defined for."""
+
+
+@final
+@dataclass(frozen=True)
+class ODE(Kernel):
+    """The deterministic move along the predicted x0 and eps: Euler on a flow, DDIM with eta = 0 on any path."""
+
+    def __call__(self, step: NoiseStep) -> MoveScalars:
+        return MoveScalars(step.sigma_next, torch.zeros_like(step.sigma_next))
+
+
+@final
+@dataclass(frozen=True)
+class FlowSDE(Kernel):
+    """Flow-GRPO (arXiv 2505.05470, eq. 9): noise of rate g = a sqrt(sigma / (1 - sigma)), a = ``noise_level``.
+
+    At sigma = 1, where g is infinite, 1 - sigma_next stands in for 1 - sigma, which makes std there exactly a. The last
+    step (sigma_next = 0) keeps std > 0. Each step leaves O(D^2) more noise than sigma_next; see ``leftover_noise``.
+    """
+
+    noise_level: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not self.noise_level > 0:
+            raise ValueError(f"noise_level must be positive, not {self.noise_level}; a move without noise is ODE()")
+
+    def __call__(self, step: NoiseStep) -> MoveScalars:
+        alpha = torch.where(1 - step.sigma < _TOLERANCE, 1 - step.sigma_next, 1 - step.sigma)
+        return _flow_move(step, self.noise_level * (step.sigma / alpha).sqrt())
+
+
+@final
+@dataclass(frozen=True)
+class DanceSDE(Kernel):
+    """DanceGRPO (arXiv 2505.07818): as FlowSDE, with a constant noise rate g = ``eta``."""
+
+    eta: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not self.eta > 0:
+            raise ValueError(f"eta must be positive, not {self.eta}; a move without noise is ODE()")
+
+    def __call__(self, step: NoiseStep) -> MoveScalars:
+        return _flow_move(step, torch.full_like(step.sigma, self.eta))
+
+
+@final
+@dataclass(frozen=True)
+class CPS(Kernel):
+    """Coefficients-preserving sampling (Flow-CPS): a fixed share of sigma_next is fresh noise, c^2 + s^2 = sigma_next^2.
+
+    Its images are clean at any step count, but for a fixed eta > 0 it does not converge to the marginals of the path
+    (their spread shrinks), so use it on a few steps. The last step is deterministic.
+    """
+
+    eta: float = 0.8
+
+    def __post_init__(self) -> None:
+        _require_unit_interval(self.eta)
+
+    def __call__(self, step: NoiseStep) -> MoveScalars:
+        angle = self.eta * math.pi / 2
+        return MoveScalars(step.sigma_next * math.cos(angle), step.sigma_next * math.sin(angle))
+
+
+@final
+@dataclass(frozen=True)
+class DPMSDE(Kernel):
+    """First-order SDE-DPM-Solver++ (arXiv 2211.01095), on any path: c = sigma_next q, s = sigma_next sqrt(1 - q^2).
+
+    Keeps the noise content as CPS does, and converges to the marginals of the path. The last step is deterministic.
+    """
+
+    def __call__(self, step: NoiseStep) -> MoveScalars:
+        return DDIM(eta=1.0)(step)
+
+
+@final
+@dataclass(frozen=True)
+class DDIM(Kernel):
+    """DDIM (arXiv 2010.02502, eq. 16), on any path: s = eta sigma_next sqrt(1 - q^2), c = sqrt(sigma_next^2 - s^2)."""
+
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_unit_interval(self.eta)
+
+    def __call__(self, step: NoiseStep) -> MoveScalars:
+        _require(step.sigma > 0, "sigma > 0: there is no noise left to remove")
+        _require(step.alpha_next > 0, "alpha_next > 0")
+        q = step.sigma_next * step.alpha / (step.sigma * step.alpha_next)
+        _require((q >= 0) & (q < 1), "a noise level that falls")
+        # Neither form subtracts near-equal numbers: sigma_next^2 - s^2 would, for q near 0.
+        keep = ((1 - self.eta) * (1 + self.eta) + self.eta**2 * q * q).sqrt()
+        return MoveScalars(step.sigma_next * keep, self.eta * step.sigma_next * ((1 - q) * (1 + q)).sqrt())
+
+
+def transition(path: Path, kernel: Kernel, x: Tensor, prediction: Tensor, step: NoiseStep) -> Transition:
+    """The move from x (B, ...) that ``kernel`` makes of the network output ``prediction``, in float32 or x's float64.
+
+    Differentiable in x and prediction. A sample's move does not depend on the other samples of the batch.
+    """
+    x0, eps = path.x0(x, prediction, step), path.eps(x, prediction, step)
+    scalars = kernel(step)
+    mean = expand(step.alpha_next, x0) * x0 + expand(scalars.c, x0) * eps
+    return Transition(mean, expand(scalars.s, mean))
+
+
+def leftover_noise(kernel: Kernel, grid: Grid) -> Tensor:
+    """Noise in x_next in units of what the network is told, sqrt(c^2 + s^2) / sigma_next, per step: (T,) float64.
+
+    1 where a kernel preserves the noise level; infinite where it leaves noise at sigma_next = 0.
+    """
+    step = grid[torch.arange(len(grid))]
+    scalars = kernel(step)
+    content = torch.hypot(scalars.c, scalars.s)
+    return torch.where(content == step.sigma_next, 1.0, content / step.sigma_next)
+
+
+def trainable_steps(kernel: Kernel, grid: Grid, limit: float = 3.0) -> tuple[int, ...]:
+    """The steps whose densities are worth training on: stochastic, not the last, with leftover noise <= ``limit``."""
+    scalars = kernel(grid[torch.arange(len(grid))])
+    usable = (scalars.s > 0) & (leftover_noise(kernel, grid) <= limit)
+    return tuple(index for index, use in enumerate(usable[:-1].tolist()) if use)
+
+
+def _flow_move(step: NoiseStep, rate: Tensor) -> MoveScalars:
+    """c = sigma_next - g^2 D / (2 sigma), s = g sqrt(D) for the noise rate g, on a flow."""
+    straight = (step.alpha + step.sigma - 1).abs() + (step.alpha_next + step.sigma_next - 1).abs() <= _TOLERANCE
+    _require(straight, "a flow (alpha = 1 - sigma); on other paths use DDIM or DPMSDE")
+    falls = (step.alpha >= 0) & (step.sigma > step.sigma_next) & (step.sigma_next >= 0)
+    _require(falls, "a noise level that falls within [0, 1]")
+    drop = step.sigma - step.sigma_next
+    return MoveScalars(step.sigma_next - rate * rate * drop / (2 * step.sigma), rate * drop.sqrt())
+
+
+def _require(condition: Tensor, need: str) -> None:
+    if not bool(condition.all()):
+        raise ValueError(f"the kernel is not defined for this step: it needs {need}")
+
+
+def _require_unit_interval(eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be in [0, 1], not {eta}")

@@ -1,0 +1,388 @@
+"""Evaluation of a pipeline on a prompt set, written down so that two of them can be compared image by image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from genalign.checkpoints import write_json, write_text
+from genalign.rollout import generate
+from genalign.statistics import Estimate, bootstrap_mean
+from genalign.types import Grid, Pipeline, Prompt, PromptSet, RewardFunction
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a number was made, without the model: equal protocols make numbers comparable.
+
+    ``sigmas`` are the grid's T + 1 noise levels with the final 0; ``resolution`` is (height, width) in pixels; ``seeds``
+    is the least number of noises per prompt.
+    """
+
+    suite: str
+    suite_hash: str
+    guidance: float
+    sigmas: tuple[float, ...]
+    kernel: str
+    dtype: str
+    batch_size: int
+    resolution: tuple[int, ...]
+    seeds: int
+    images_per_task: int
+    verifier: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON holds them, sigmas to nine decimals, so that the hash is the same on every machine."""
+        canonical = {
+            "guidance": float(self.guidance),
+            "sigmas": [round(float(sigma), 9) for sigma in self.sigmas],
+            "resolution": list(self.resolution),
+        }
+        return asdict(self) | canonical
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Protocol:
+        """The inverse of ``as_dict``; an unknown field is an error."""
+        return cls(**{**value, "sigmas": tuple(value["sigmas"]), "resolution": tuple(value["resolution"])})
+
+    @property
+    def hash(self) -> str:
+        """16 hexadecimal characters over every field."""
+        return _fingerprint(self.as_dict())
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make: the noise number ``sample`` of a prompt."""
+
+    prompt: Prompt
+    sample: int
+
+    @property
+    def seed(self) -> int:
+        return noise_seed(self.prompt.text, self.sample)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image that was made and scored. ``image`` is relative to the evaluation's folder; a failed score is NaN."""
+
+    prompt: str
+    task: str
+    sample: int
+    seed: int
+    image: str | None
+    scores: Mapping[str, float]
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        """What the same image has in another evaluation."""
+        return self.task, self.prompt, self.sample, self.seed
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt and noise, before and after."""
+
+    before: Record
+    after: Record
+
+    def difference(self, score: str) -> float:
+        """After minus before; NaN where either failed."""
+        return self.after.scores[score] - self.before.scores[score]
+
+
+@dataclass(frozen=True)
+class _Value:
+    task: str
+    prompt: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every image of an evaluation; the estimates are made from them."""
+
+    protocol: Protocol
+    records: tuple[Record, ...]
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        return tuple(self.records[0].scores) if self.records else ()
+
+    @property
+    def overall(self) -> dict[str, Estimate]:
+        """The mean over tasks of each score."""
+        return {name: _estimate(self._values(name)) for name in self.score_names}
+
+    @property
+    def tasks(self) -> dict[str, dict[str, Estimate]]:
+        """The mean of each score in each task, tasks in order of first appearance."""
+        return _by_task({name: self._values(name) for name in self.score_names})
+
+    @property
+    def failed(self) -> int:
+        """Images that at least one scorer could not score."""
+        return sum(not all(map(math.isfinite, record.scores.values())) for record in self.records)
+
+    def summary(self) -> dict[str, Any]:
+        """Protocol, estimates and failures, ready for JSON; ``n`` counts the images that were scored.
+
+        Raises:
+            ValueError: a score failed on every image of a task.
+        """
+        return {
+            "protocol": self.protocol.as_dict(),
+            "protocol_hash": self.protocol.hash,
+            "suite": self.protocol.suite,
+            "overall": _as_dicts(self.overall),
+            "tasks": {task: _as_dicts(estimates) for task, estimates in self.tasks.items()},
+            "failed": self.failed,
+        }
+
+    def save(self, directory: Path) -> None:
+        """Write records.jsonl, then summary.json; the images are there already."""
+        lines = [json.dumps(_record_as_dict(record), allow_nan=False) for record in self.records]
+        write_text(directory / "records.jsonl", "".join(f"{line}\n" for line in lines))
+        write_json(directory / "summary.json", self.summary())
+
+    def _values(self, name: str) -> list[_Value]:
+        return [_Value(record.task, record.prompt, record.scores[name]) for record in self.records]
+
+
+def load_evaluation(directory: Path) -> Evaluation:
+    """What ``Evaluation.save`` wrote."""
+    protocol = json.loads((directory / "summary.json").read_text(encoding="utf-8"))["protocol"]
+    lines = (directory / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    return Evaluation(Protocol.from_dict(protocol), tuple(_record_from_dict(json.loads(line)) for line in lines))
+
+
+def suite_hash(prompts: PromptSet) -> str:
+    """16 hexadecimal characters over the texts and their metadata, in order."""
+    return _fingerprint([[prompt.text, prompt.metadata] for prompt in prompts.prompts])
+
+
+def noise_seed(text: str, sample: int) -> int:
+    """The seed below 2**63 of a prompt's noise number ``sample``, from its content alone: the same in every batch."""
+    return int.from_bytes(hashlib.sha256(f"{text}\0{sample}".encode()).digest()[:8]) >> 1
+
+
+def plan(prompts: PromptSet, images_per_task: int, seeds: int) -> tuple[Job, ...]:
+    """At least ``images_per_task`` images of every task, from as many prompts as ``seeds`` noises of each allow.
+
+    The prompts of a task are those with the lowest hash of their text, in the order of the set; a repeated text counts
+    once. A task with few prompts gets more noises of each.
+    """
+    if images_per_task < 1 or seeds < 1:
+        raise ValueError(f"images_per_task and seeds must be at least 1, got {images_per_task} and {seeds}")
+    return tuple(
+        Job(prompt, sample)
+        for group in prompts.by_task().values()
+        for prompt, count in _chosen(group, images_per_task, seeds)
+        for sample in range(count)
+    )
+
+
+def _chosen(prompts: Sequence[Prompt], images: int, seeds: int) -> list[tuple[Prompt, int]]:
+    """Some prompts of a task, and how many noises each of them gets."""
+    distinct = {prompt.text: prompt for prompt in prompts}
+    used = min(len(distinct), math.ceil(images / seeds))
+    lowest = set(sorted(distinct, key=lambda text: hashlib.sha256(text.encode()).digest())[:used])
+    return [(prompt, math.ceil(images / used)) for text, prompt in distinct.items() if text in lowest]
+
+
+def evaluate(
+    pipeline: Pipeline,
+    jobs: Sequence[Job],
+    scorers: Mapping[str, RewardFunction],
+    protocol: Protocol,
+    output: Path | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Make and score the images of ``jobs`` by the deterministic sampler, as ``protocol`` says.
+
+    Args:
+        scorers: named functions of images (B, 3, H, W) in [0, 1] and their prompts; the first one ranks first where
+            pairs are compared.
+        output: where given, images go to ``output/images`` as they are made, and at the end the evaluation is saved.
+        on_batch: called after every batch with the number of images made so far.
+
+    Raises:
+        ValueError: no job or scorer, a pipeline that samples on other noise levels than the protocol's, or a score that
+            is not of shape (B,).
+    """
+    if not jobs or not scorers:
+        raise ValueError("an evaluation needs at least one job and one scorer")
+    texts, seeds = [job.prompt.text for job in jobs], [job.seed for job in jobs]
+    records: list[Record] = []
+    grid = _grid(pipeline, protocol)
+    for samples in generate(pipeline, texts, seeds, grid, protocol.guidance, protocol.batch_size):
+        first = len(records)
+        batch = jobs[first : first + len(samples)]
+        images = _write_images(samples, output, first) if output else [None] * len(samples)
+        scores = _scores(scorers, samples, [job.prompt for job in batch])
+        records += [_record(*made) for made in zip(batch, images, scores, strict=True)]
+        on_batch(len(records))
+    evaluation = Evaluation(protocol, tuple(records))
+    if output:
+        evaluation.save(output)
+    return evaluation
+
+
+def _grid(pipeline: Pipeline, protocol: Protocol) -> Grid:
+    """The pipeline's grid on the protocol's sigmas; one that the pipeline shifted is refused."""
+    grid = pipeline.grid(len(protocol.sigmas) - 1, protocol.sigmas[:-1])
+    expected = torch.tensor(protocol.sigmas, dtype=torch.float64)
+    if grid.sigma.shape != expected.shape or not torch.allclose(grid.sigma, expected, rtol=0, atol=1e-6):
+        raise ValueError(
+            f"the pipeline samples on sigmas {grid.sigma.tolist()}, the protocol says {list(protocol.sigmas)}: "
+            "make the protocol from pipeline.grid(...).sigma, final 0 included"
+        )
+    return grid
+
+
+@torch.no_grad()
+def _scores(
+    scorers: Mapping[str, RewardFunction], samples: Tensor, prompts: Sequence[Prompt]
+) -> list[dict[str, float]]:
+    """The scores of each sample; one that is not finite counts as failed."""
+    columns: dict[str, list[float]] = {}
+    for name, scorer in scorers.items():
+        column = scorer(samples, prompts)
+        if column.shape != (len(samples),):
+            raise ValueError(f"scorer {name!r} must return shape ({len(samples)},), got {tuple(column.shape)}")
+        columns[name] = [value if math.isfinite(value) else math.nan for value in column.tolist()]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _write_images(samples: Tensor, directory: Path, first: int) -> list[str]:
+    """PNG files of (B, 3, H, W) in [0, 1], numbered from ``first``; their names relative to ``directory``."""
+    if samples.ndim != 4 or samples.shape[1] != 3:
+        raise ValueError(f"samples of shape {tuple(samples.shape)} are not images: evaluate with output=None")
+    names = [f"images/{first + index:05d}.png" for index in range(len(samples))]
+    (directory / "images").mkdir(parents=True, exist_ok=True)
+    pixels = samples.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    for name, image in zip(names, pixels, strict=True):
+        Image.fromarray(image).save(directory / name)
+    return names
+
+
+def _record(job: Job, image: str | None, scores: Mapping[str, float]) -> Record:
+    return Record(job.prompt.text, job.prompt.task, job.sample, job.seed, image, scores)
+
+
+def gain(before: Evaluation, after: Evaluation) -> dict[str, Estimate]:
+    """After minus before of each score, paired by prompt and noise; ``n`` counts the pairs that were scored.
+
+    Raises:
+        ValueError: the protocols differ, or the images are not the same prompts and noises.
+    """
+    return {name: _estimate(values) for name, values in _differences(before, after).items()}
+
+
+def task_gains(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Estimate]]:
+    """``gain`` within each task."""
+    return _by_task(_differences(before, after))
+
+
+def ranked(before: Evaluation, after: Evaluation) -> tuple[Pair, ...]:
+    """Pairs by after minus before, worst regression first: by the first score, ties by the next; failed ones left out."""
+    names = _shared_scores(before, after)
+    differences = [(tuple(pair.difference(name) for name in names), pair) for pair in pairs(before, after)]
+    scored = [item for item in differences if all(map(math.isfinite, item[0]))]
+    return tuple(pair for _, pair in sorted(scored, key=lambda item: item[0]))
+
+
+def worst(before: Evaluation, after: Evaluation, n: int) -> tuple[Pair, ...]:
+    """The first ``n`` of ``ranked``."""
+    return ranked(before, after)[:n]
+
+
+def pairs(before: Evaluation, after: Evaluation) -> tuple[Pair, ...]:
+    """The images of two evaluations side by side, in the order of ``before``.
+
+    Raises:
+        ValueError: the protocols differ, or the images are not the same prompts and noises.
+    """
+    _check_protocols(before.protocol, after.protocol)
+    matches = {record.key: record for record in after.records}
+    unmatched = matches.keys() ^ {record.key for record in before.records}
+    if unmatched:
+        task, prompt, sample, _ = min(unmatched)
+        raise ValueError(
+            f"{len(unmatched)} images have no partner in the other evaluation, the first of them {prompt!r} ({task}), "
+            f"sample {sample}: evaluate the same plan before and after"
+        )
+    return tuple(Pair(record, matches[record.key]) for record in before.records)
+
+
+def _check_protocols(before: Protocol, after: Protocol) -> None:
+    """Two numbers made in different ways are not compared."""
+    if before.hash == after.hash:
+        return
+    old, new = before.as_dict(), after.as_dict()
+    names = [field.name for field in fields(Protocol) if old[field.name] != new[field.name]]
+    differing = "; ".join(f"{name} is {old[name]!r} before and {new[name]!r} after" for name in names)
+    raise ValueError(
+        f"evaluations of different protocols cannot be compared: {differing}. Evaluate both by one protocol"
+    )
+
+
+def _shared_scores(before: Evaluation, after: Evaluation) -> list[str]:
+    return [name for name in before.score_names if name in after.score_names]
+
+
+def _differences(before: Evaluation, after: Evaluation) -> dict[str, list[_Value]]:
+    matched = pairs(before, after)
+    return {
+        name: [_Value(pair.before.task, pair.before.prompt, pair.difference(name)) for pair in matched]
+        for name in _shared_scores(before, after)
+    }
+
+
+def _by_task(values: Mapping[str, Sequence[_Value]]) -> dict[str, dict[str, Estimate]]:
+    """Estimates of each score within each task."""
+    tasks = dict.fromkeys(value.task for column in values.values() for value in column)
+    return {
+        task: {name: _estimate(value for value in column if value.task == task) for name, column in values.items()}
+        for task in tasks
+    }
+
+
+def _estimate(values: Iterable[_Value]) -> Estimate:
+    """The mean over tasks of per-prompt means, failed values left out."""
+    finite: dict[str, dict[str, list[float]]] = {}
+    for item in values:
+        prompts = finite.setdefault(item.task, {})
+        if math.isfinite(item.value):
+            prompts.setdefault(item.prompt, []).append(item.value)
+    means = {task: [math.fsum(v) / len(v) for v in prompts.values()] for task, prompts in finite.items()}
+    return bootstrap_mean(means, sum(len(v) for prompts in finite.values() for v in prompts.values()))
+
+
+def _as_dicts(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
+    return {name: estimate.as_dict() for name, estimate in estimates.items()}
+
+
+def _record_as_dict(record: Record) -> dict[str, Any]:
+    scores = {name: value if math.isfinite(value) else None for name, value in record.scores.items()}
+    return asdict(record) | {"scores": scores}
+
+
+def _record_from_dict(value: Mapping[str, Any]) -> Record:
+    scores = {name: math.nan if score is None else float(score) for name, score in value["scores"].items()}
+    return Record(**{**value, "scores": scores})
+
+
+def _fingerprint(value: Any) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,0 +1,175 @@
+"""Gaussian paths x = alpha x0 + sigma eps, and what a network predicts along them.
+
+Every conversion is a weighted sum of two latents. The weights are computed in float64 and cast once, to the latent's
+dtype: float64 stays float64, everything else is computed and returned in float32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import reduce
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from genalign.types import NoiseLevel
+
+_ON_PATH_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Weights of a sum of two latents, float64 of shape () or (B,)."""
+
+    first: Tensor
+    second: Tensor
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """At one level: x0 and eps as mixes of (x, prediction), and the prediction as a mix of (x0, eps)."""
+
+    x0: Mix
+    eps: Mix
+    prediction: Mix
+
+
+class GaussianPath(ABC):
+    """x = alpha x0 + sigma eps with a network whose output is linear in (x0, eps).
+
+    Latents are (B, ...) and a level's tensors () or (B,). Every method raises ValueError for a level off the path, for
+    latents of unequal shape, and where the asked quantity is not determined (a division by alpha = 0 or sigma = 0).
+    """
+
+    @abstractmethod
+    def conversion(self, level: NoiseLevel) -> Conversion:
+        """The weights at ``level``; not finite where a quantity is not determined there."""
+
+    @final
+    def x0(self, x: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor:
+        """The clean latent that ``prediction`` implies."""
+        return _blend(self.conversion(level).x0, x, prediction, "x0")
+
+    @final
+    def eps(self, x: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor:
+        """The noise that ``prediction`` implies."""
+        return _blend(self.conversion(level).eps, x, prediction, "eps")
+
+    @final
+    def score(self, x: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor:
+        """The gradient of the log marginal at x, -eps / sigma; needs sigma > 0."""
+        eps = self.conversion(level).eps
+        return _blend(Mix(-eps.first / level.sigma, -eps.second / level.sigma), x, prediction, "score")
+
+    @final
+    def prediction(self, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
+        """What the network is trained to output for this pair."""
+        return _blend(self.conversion(level).prediction, x0, eps, "prediction")
+
+    @final
+    def add_noise(self, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
+        """x = alpha x0 + sigma eps."""
+        return _blend(Mix(level.alpha, level.sigma), x0, eps, "x")
+
+
+@final
+@dataclass(frozen=True)
+class FlowPath(GaussianPath):
+    """Rectified flow, alpha = 1 - sigma, prediction v = eps - x0 (arXiv 2209.03003; the sign of diffusers and SD3)."""
+
+    def conversion(self, level: NoiseLevel) -> Conversion:
+        _require_on_path(level.alpha + level.sigma - 1, "alpha = 1 - sigma")
+        one = torch.ones_like(level.sigma)
+        return Conversion(x0=Mix(one, -level.sigma), eps=Mix(one, level.alpha), prediction=Mix(-one, one))
+
+
+@final
+@dataclass(frozen=True)
+class VPPath(GaussianPath):
+    """Variance preserving, alpha^2 + sigma^2 = 1 (DDPM, arXiv 2006.11239; v: arXiv 2202.00512, appendix D)."""
+
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, not {self.prediction_type!r}")
+
+    def conversion(self, level: NoiseLevel) -> Conversion:
+        alpha, sigma = level.alpha, level.sigma
+        _require_on_path(alpha * alpha + sigma * sigma - 1, "alpha^2 + sigma^2 = 1")
+        one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
+        if self.prediction_type == "epsilon":
+            return Conversion(x0=Mix(1 / alpha, -sigma / alpha), eps=Mix(zero, one), prediction=Mix(zero, one))
+        if self.prediction_type == "sample":
+            return Conversion(x0=Mix(zero, one), eps=Mix(1 / sigma, -alpha / sigma), prediction=Mix(one, zero))
+        return Conversion(x0=Mix(alpha, -sigma), eps=Mix(sigma, alpha), prediction=Mix(-sigma, alpha))
+
+
+@final
+@dataclass(frozen=True)
+class EDMPath(GaussianPath):
+    """Variance exploding with preconditioning, alpha = 1 (arXiv 2206.00364, table 1).
+
+    The prediction is the network's raw output F, x0 = c_skip x + c_out F with c_skip = sigma_data^2 / r^2,
+    c_out = -+ sigma sigma_data / r and r^2 = sigma^2 + sigma_data^2; "v_prediction" has the minus, "epsilon" the plus.
+    """
+
+    sigma_data: float = 1.0
+    prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
+
+    def __post_init__(self) -> None:
+        if self.sigma_data <= 0:
+            raise ValueError(f"sigma_data must be positive, not {self.sigma_data}")
+        if self.prediction_type not in ("v_prediction", "epsilon"):
+            raise ValueError(f"prediction_type must be v_prediction or epsilon, not {self.prediction_type!r}")
+
+    def conversion(self, level: NoiseLevel) -> Conversion:
+        _require_on_path(level.alpha - 1, "alpha = 1")
+        sigma, data = level.sigma, self.sigma_data
+        sign = 1.0 if self.prediction_type == "v_prediction" else -1.0
+        variance = sigma * sigma + data * data
+        slope = sign * data / variance.sqrt()
+        return Conversion(
+            x0=Mix(data * data / variance, -slope * sigma),
+            eps=Mix(sigma / variance, slope),
+            prediction=Mix(-slope * sigma / (data * data), slope),
+        )
+
+
+def expand(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A float64 coefficient, () or (B,), made to multiply a latent x (B, ...): on its device, in its dtype.
+
+    float64 for a float64 latent, float32 for any other. Raises ValueError unless the shape is () or (B,).
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if coefficient.ndim == 0:
+        return coefficient.to(dtype).to(x.device)
+    if coefficient.shape != x.shape[:1]:
+        raise ValueError(f"a coefficient must be () or ({len(x)},) for this latent, not {tuple(coefficient.shape)}")
+    # The cast comes before the move: some devices have no float64.
+    return coefficient.to(dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in one dtype that arithmetic is done in: float64 where one of them has it, else float32."""
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _blend(mix: Mix, first: Tensor, second: Tensor, name: str) -> Tensor:
+    if first.shape != second.shape:
+        raise ValueError(f"latents must have one shape, not {tuple(first.shape)} and {tuple(second.shape)}")
+    if not bool((mix.first.isfinite() & mix.second.isfinite()).all()):
+        raise ValueError(
+            f"{name} is not determined by the prediction at this level, where alpha or sigma is 0; "
+            "leave the level out, or use a network that predicts v"
+        )
+    first, second = promote(first, second)
+    return expand(mix.first, first) * first + expand(mix.second, first) * second
+
+
+def _require_on_path(residual: Tensor, equation: str) -> None:
+    if not bool((residual.abs() <= _ON_PATH_TOLERANCE).all()):
+        raise ValueError(f"this level is not on the path {equation}; take levels from the pipeline that owns the path")

@@ -1,0 +1,147 @@
+"""One network and its several weights: current, reference, averaged, and named snapshots."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on the linear layers whose names end in one of ``targets``."""
+
+    rank: int = 32
+    alpha: float = 64
+    targets: Sequence[str] = (
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_k",
+        "attn.to_out.0",
+        "attn.to_q",
+        "attn.to_v",
+    )
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"LoRA rank must be at least 1, not {self.rank}")
+
+
+class Snapshot:
+    """A copy of the trainable weights, on the same device."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.tensors = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: Sequence[nn.Parameter], decay: float = 0.0) -> None:
+        """Move towards ``parameters``: decay 0 copies, decay near 1 averages slowly."""
+        for tensor, parameter in zip(self.tensors, parameters, strict=True):
+            tensor.lerp_(parameter.detach(), 1 - decay)
+
+
+class Policy:
+    """``denoiser`` made trainable: by LoRA, or whole where ``lora`` is None.
+
+    The reference policy is the network with its adapters off, or a copy of the first weights where it is trained
+    whole. Trainable weights are float32 whatever the network's dtype.
+    """
+
+    def __init__(self, denoiser: nn.Module, lora: Lora | None, averaging: float = 0.9, seed: int = 0) -> None:
+        self.denoiser = denoiser.requires_grad_(False)
+        self.lora = lora
+        self.averaging = averaging
+        self.updates = 0
+        self.parameters = _adapt(denoiser, lora, seed) if lora else _whole(denoiser)
+        self.average = Snapshot(self.parameters)
+        self._first = None if lora else Snapshot(self.parameters)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """The policy that training started from."""
+        if self._first is not None:
+            with self.using(self._first):
+                yield
+            return
+        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    @contextlib.contextmanager
+    def using(self, snapshot: Snapshot) -> Iterator[None]:
+        """The weights of ``snapshot`` in place of the current ones; they are not to be trained meanwhile."""
+        current = [parameter.data for parameter in self.parameters]
+        for parameter, tensor in zip(self.parameters, snapshot.tensors, strict=True):
+            parameter.data = tensor
+        try:
+            yield
+        finally:
+            for parameter, tensor in zip(self.parameters, current, strict=True):
+                parameter.data = tensor
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """The exponential moving average of the weights, for evaluation and for saving."""
+        return self.using(self.average)
+
+    def update_average(self) -> None:
+        """One step of the average, to be called after every optimiser step; it starts fast."""
+        self.updates += 1
+        self.average.update(self.parameters, min(self.averaging, (1 + self.updates) / (10 + self.updates)))
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The current adapter in PEFT's names."""
+        return dict(get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Current and averaged weights by index, for a checkpoint of the run."""
+        current = {f"current.{i}": parameter.detach() for i, parameter in enumerate(self.parameters)}
+        return current | {f"average.{i}": tensor for i, tensor in enumerate(self.average.tensors)}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor], updates: int) -> None:
+        """Put back what ``tensors()`` gave."""
+        for i, (parameter, average) in enumerate(zip(self.parameters, self.average.tensors, strict=True)):
+            parameter.copy_(tensors[f"current.{i}"])
+            average.copy_(tensors[f"average.{i}"])
+        self.updates = updates
+
+
+def lora_config(lora: Lora) -> LoraConfig:
+    """PEFT's configuration of ``lora``; B starts at zero, so that training starts at the reference."""
+    return LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), init_lora_weights="gaussian"
+    )
+
+
+def _adapt(denoiser: nn.Module, lora: Lora, seed: int) -> list[nn.Parameter]:
+    names = [name for name, _ in denoiser.named_modules()]
+    unmatched = [target for target in lora.targets if not any(name.endswith(target) for name in names)]
+    if unmatched:
+        raise ValueError(f"this network has no layer named {', '.join(unmatched)}: change lora.targets")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(lora_config(lora), denoiser, adapter_name=ADAPTER)
+    parameters = [parameter for name, parameter in denoiser.named_parameters() if "lora_" in name]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def _whole(denoiser: nn.Module) -> list[nn.Parameter]:
+    denoiser.float().requires_grad_(True)
+    return list(denoiser.parameters())

@@ -1,0 +1,89 @@
+"""The training curves of a run, each against rounds, time and denoiser forwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from genalign.report.curves import Axis, Point, line_chart
+from genalign.report.reading import Row
+from genalign.report.words import count, number, percent
+from genalign.statistics import Estimate
+
+_NUMBER = Axis("", number)
+_POSITIVE = Axis("", number, limits=(0.0, math.inf))
+_PERCENT = Axis("", percent, limits=(0.0, 1.0))
+
+
+@dataclass(frozen=True)
+class View:
+    """A chart against one of the horizontal axes, "round", "time" or "forwards"."""
+
+    axis: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    caption: str
+    views: tuple[View, ...]
+
+
+def charts(rows: Sequence[Row]) -> list[Chart]:
+    """The curves that have at least one value."""
+    drawn = [
+        _chart(rows, "Held-out strict score", "with its 95 % interval", _PERCENT, _held_out),
+        _chart(rows, "Training reward", "mean of each round", _NUMBER, _column("reward")),
+        _chart(rows, "KL to the reference", "how far the policy has moved", _POSITIVE, _column("kl")),
+        _chart(rows, "Clip fraction", "updates cut off by the clip range", _PERCENT, _column("clip_fraction")),
+        _chart(
+            rows, "Zero-spread groups", "groups of equal rewards: nothing to learn", _PERCENT, _column("zero_std_share")
+        ),
+    ]
+    return [chart for chart in drawn if chart.views]
+
+
+def _chart(rows: Sequence[Row], title: str, caption: str, axis: Axis, read: Callable[[Row], Point | None]) -> Chart:
+    """``read`` makes a point of a row, or None where the row has no value; its x is then set for each view."""
+    found = [(row, point) for row in rows if (point := read(row)) is not None]
+    if not found:
+        return Chart(title, caption, ())
+    views = []
+    for name, horizontal, at in _horizontal_axes(rows):
+        points = [Point(at(row), point.y, point.low, point.high) for row, point in found]
+        views.append(View(name, line_chart(points, horizontal, axis, title)))
+    return Chart(title, caption, tuple(views))
+
+
+def _horizontal_axes(rows: Sequence[Row]) -> list[tuple[str, Axis, Callable[[Row], float]]]:
+    unit, name = _time_unit(rows[-1]["machine"]["seconds"])
+    return [
+        ("round", Axis("round", count), lambda row: float(row["round"])),
+        ("time", Axis(name, number, unit), lambda row: float(row["machine"]["seconds"])),
+        ("forwards", Axis("denoiser forwards", count), lambda row: float(row["forwards"])),
+    ]
+
+
+def _time_unit(seconds: float) -> tuple[float, str]:
+    if seconds >= 2 * 3600:
+        return 3600.0, "hours"
+    return (60.0, "minutes") if seconds >= 2 * 60 else (1.0, "seconds")
+
+
+def _column(name: str) -> Callable[[Row], Point | None]:
+    def read(row: Row) -> Point | None:
+        value = row.get(name)
+        return None if value is None else Point(0.0, value)
+
+    return read
+
+
+def _held_out(row: Row) -> Point | None:
+    if not row.get("held_out"):
+        return None
+    strict = Estimate(**row["held_out"]["strict"])
+    return Point(0.0, strict.mean, strict.low, strict.high)

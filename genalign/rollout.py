@@ -1,0 +1,150 @@
+"""Sampling: trajectories with stored transitions, their replay under the current weights, and plain generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genalign.dynamics import ODE, Kernel, Transition, transition
+from genalign.types import Conditioning, Grid, NoiseStep, Pipeline
+
+_MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighbouring seeds land far apart
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where B trajectories begin. ``prompt`` (B,) long names rows of ``conditioning`` (P rows); ``noise_seeds`` draw
+    the initial latents and ``step_seeds`` the noise of the stochastic steps, one of each per sample."""
+
+    conditioning: Conditioning
+    prompt: Tensor
+    noise_seeds: tuple[int, ...]
+    step_seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.prompt), len(self.noise_seeds), len(self.step_seeds)}
+        if len(sizes) != 1:
+            raise ValueError(f"prompt, noise_seeds and step_seeds must have one entry per sample, got {sorted(sizes)}")
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def split(self, size: int) -> Iterator[Start]:
+        """Consecutive parts of at most ``size`` samples."""
+        for begin in range(0, len(self), size):
+            part = slice(begin, begin + size)
+            yield Start(self.conditioning, self.prompt[part], self.noise_seeds[part], self.step_seeds[part])
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B trajectories, of which only the transitions to be trained are kept.
+
+    ``x``, ``x_next`` and ``mean`` (B, S, ...) float32 are states and the sampling policy's transition means at the
+    grid's ``steps`` (S); ``final`` (B, ...) are the latents at sigma = 0. ``forwards`` counts denoiser evaluations of
+    single samples, guidance twice.
+    """
+
+    start: Start
+    steps: tuple[int, ...]
+    x: Tensor
+    x_next: Tensor
+    mean: Tensor
+    final: Tensor
+    forwards: int
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One stored transition under the current weights (``new``) and under those that sampled it (``old``)."""
+
+    new: Transition
+    old: Transition
+    x_next: Tensor
+    prediction: Tensor
+    step: NoiseStep
+
+
+def windowed(kernel: Kernel, steps: Sequence[int], total: int) -> tuple[Kernel, ...]:
+    """``kernel`` at ``steps`` and the ODE elsewhere, for a grid of ``total`` steps."""
+    return tuple(kernel if i in steps else ODE() for i in range(total))
+
+
+@torch.no_grad()
+def rollout(
+    pipeline: Pipeline, start: Start, grid: Grid, kernels: Sequence[Kernel], guidance: float, store: Sequence[int] = ()
+) -> Rollout:
+    """Sample B trajectories with one kernel per step, keeping the transitions of the steps in ``store``.
+
+    Samples of one prompt that share their initial noise are one sample until the first stochastic step, and are
+    computed once until there.
+    """
+    if len(kernels) != len(grid):
+        raise ValueError(f"one kernel per step: the grid has {len(grid)} steps, got {len(kernels)} kernels")
+    branch = next((i for i in range(len(grid)) if bool(kernels[i](grid[i]).s > 0)), len(grid))
+    rows, origin = _distinct(start)
+    x = pipeline.initial_noise([start.noise_seeds[row] for row in rows])
+    conditioning = start.conditioning[start.prompt[rows]]
+    stored: list[tuple[Tensor, Tensor, Tensor]] = []
+    forwards = 0
+    for i in range(len(grid)):
+        if i == branch:
+            x, conditioning = x[origin], start.conditioning[start.prompt]
+        step = grid[i]
+        move = transition(pipeline.path, kernels[i], x, pipeline.predict(x, step, conditioning, guidance), step)
+        forwards += len(x) * (2 if guidance > 1 else 1)
+        x_next = move.sample(step_noise(start.step_seeds, i, x)) if i >= branch else move.mean
+        if i in store:
+            stored.append((x, x_next, move.mean))
+        x = x_next
+    final = x if branch < len(grid) else x[origin]
+    states = [torch.stack(tensors, dim=1) for tensors in zip(*stored, strict=True)] or [final.new_empty(0)] * 3
+    return Rollout(start, tuple(sorted(store)), *states, final, forwards)
+
+
+def _distinct(start: Start) -> tuple[Tensor, Tensor]:
+    """Rows (U,) of the first samples of each (prompt, noise seed), and (B,) which of them each sample equals."""
+    first: dict[tuple[int, int], int] = {}
+    keys = list(zip(start.prompt.tolist(), start.noise_seeds, strict=True))
+    for row, key in enumerate(keys):
+        first.setdefault(key, row)
+    place = {key: i for i, key in enumerate(first)}
+    return torch.tensor(list(first.values())), torch.tensor([place[key] for key in keys])
+
+
+def step_noise(seeds: Sequence[int], step: int, like: Tensor) -> Tensor:
+    """Standard normal noise shaped and placed as ``like`` (B, ...), drawn on the CPU from (sample seed, step)."""
+    shape = like.shape[1:]
+    drawn = [
+        torch.randn(shape, generator=torch.Generator().manual_seed((seed ^ ((step + 1) * _MIX)) % 2**63))
+        for seed in seeds
+    ]
+    return torch.stack(drawn).to(like)
+
+
+def replay(pipeline: Pipeline, sampled: Rollout, grid: Grid, kernel: Kernel, stored: int, guidance: float) -> Replay:
+    """The ``stored``-th kept transition (0..S-1) of all samples under the current weights; differentiable.
+
+    In the batch in which it was sampled, and before any update, its mean equals the stored one bit for bit.
+    """
+    step = grid[sampled.steps[stored]]
+    x = sampled.x[:, stored].contiguous()
+    prediction = pipeline.predict(x, step, sampled.start.conditioning[sampled.start.prompt], guidance)
+    new = transition(pipeline.path, kernel, x, prediction, step)
+    return Replay(new, Transition(sampled.mean[:, stored], new.std), sampled.x_next[:, stored], prediction, step)
+
+
+@torch.no_grad()
+def generate(
+    pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], grid: Grid, guidance: float, batch_size: int
+) -> Iterator[Tensor]:
+    """Decoded ODE samples, batch by batch, one per (prompt, seed)."""
+    distinct = list(dict.fromkeys(prompts))
+    conditioning = pipeline.encode(distinct)
+    place = {text: i for i, text in enumerate(distinct)}
+    start = Start(conditioning, torch.tensor([place[text] for text in prompts]), tuple(seeds), tuple(seeds))
+    for part in start.split(batch_size):
+        yield pipeline.decode(rollout(pipeline, part, grid, [ODE()] * len(grid), guidance).final)

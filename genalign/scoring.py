@@ -1,0 +1,98 @@
+"""Calling users' rewards: several at once, failures turned into NaN and counted, wrong shapes refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genalign.types import Prompt, RewardFunction
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NamedReward:
+    """A reward function with the name it is reported under and its weight in the sum; weight 0 only reports."""
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+
+
+class RewardError(RuntimeError):
+    """A reward cannot be used, or failed too often to go on."""
+
+
+@torch.no_grad()
+def score(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """Scores (B, K) in float32 on the CPU; NaN where a reward raised, or returned what is not finite.
+
+    Raises RewardError for a result that is not of shape (B,): that is a bug in the reward, not a failure.
+    """
+    return torch.stack([_column(reward, samples, prompts) for reward in rewards], dim=1)
+
+
+def _column(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    try:
+        column = reward.function(samples, prompts)
+    except Exception as error:  # whatever a user's reward raises must not lose the run
+        logger.warning("reward %r raised %s: %s; its scores are NaN", reward.name, type(error).__name__, error)
+        return torch.full((len(samples),), torch.nan)
+    return _checked(reward.name, column, len(samples))
+
+
+def _checked(name: str, column: object, count: int) -> Tensor:
+    if not isinstance(column, Tensor):
+        raise RewardError(f"reward {name!r} returned {type(column).__name__}: return a tensor of shape (B,)")
+    if column.shape != (count,):
+        raise RewardError(
+            f"reward {name!r} returned shape {tuple(column.shape)} for {count} samples: return one score per sample,"
+            f" a tensor of shape ({count},)"
+        )
+    column = column.detach().float().cpu()
+    return torch.where(column.isfinite(), column, torch.nan)
+
+
+def probe(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Prompt]) -> None:
+    """Score one batch before training starts. Raises RewardError where a reward is not callable, raises, returns
+    another shape, or scores nothing: with the cause and what to return instead."""
+    for reward in rewards:
+        if not callable(reward.function):
+            raise RewardError(f"reward {reward.name!r} is a {type(reward.function).__name__}: give something callable")
+        try:
+            with torch.no_grad():
+                column = reward.function(samples, prompts)
+        except Exception as error:
+            raise RewardError(f"reward {reward.name!r} raised {type(error).__name__} on a first batch: {error}") from error
+        if bool(_checked(reward.name, column, len(samples)).isnan().all()):
+            raise RewardError(f"reward {reward.name!r} scored none of {len(samples)} first samples: all are NaN")
+
+
+@dataclass
+class Watch:
+    """Stops a run whose rewards fail, or teach nothing, for too long."""
+
+    failed_share: float = 0.5
+    silent_rounds: int = 20
+    _silent: int = 0
+
+    def see(self, scores_BK: Tensor, silent: bool) -> None:
+        """Look at one round. Raises RewardError past a limit, and warns on the first silent round."""
+        failed = float(scores_BK.isnan().any(dim=1).float().mean())
+        if failed > self.failed_share:
+            raise RewardError(
+                f"{failed:.0%} of this round's samples could not be scored (limit {self.failed_share:.0%}): see the"
+                " warnings above for what the reward raised"
+            )
+        self._silent = self._silent + 1 if silent else 0
+        if self._silent == 1:
+            logger.warning("every group of this round has equal scores: nothing to learn from")
+        if self._silent >= self.silent_rounds:
+            raise RewardError(
+                f"for {self._silent} rounds every group had equal scores: use a reward with partial credit, larger"
+                " groups or more noise"
+            )

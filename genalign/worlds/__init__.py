@@ -1,0 +1,1 @@
+"""Procedural worlds with exact verifiers: small, but true."""

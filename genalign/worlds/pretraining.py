@@ -1,0 +1,136 @@
+"""A small resumable training loop, with which the scripts make the embedded checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from genalign.checkpoints import (
+    load_optimizer_tensors,
+    load_state,
+    optimizer_tensors,
+    save_state,
+    with_prefix,
+    without_prefix,
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """``steps`` of a one-cycle schedule; ``muon`` trains the matrices of transformer blocks with Muon at that rate."""
+
+    steps: int
+    learning_rate: float
+    muon: float | None = None
+    averaging: float = 0.999
+    warm_up: float = 0.1
+    save_every: int = 250
+
+
+def fit(
+    model: nn.Module, loss: Callable[[int], Tensor], settings: Fit, state: Path, matrices: tuple[nn.Parameter, ...] = ()
+) -> None:
+    """Minimise ``loss(step)`` and leave the averaged weights in ``model``.
+
+    ``loss`` draws its batch from ``step`` alone, so that a run resumed from ``state`` equals an uninterrupted one.
+    """
+    optimizers = _optimizers(model, settings, matrices)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, settings)) for optimizer in optimizers
+    ]
+    average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    start = _resume(state, model, average, optimizers, schedules)
+    with _progress() as progress:
+        bar = progress.add_task(state.stem, total=settings.steps, completed=start, loss=float("nan"))
+        for step in range(start, settings.steps):
+            value = loss(step)
+            value.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+            _average(average, model, min(settings.averaging, (1 + step) / (10 + step)))
+            if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+                _save(state, step + 1, model, average, optimizers)
+                progress.console.print(f"{state.stem}: {step + 1} steps, loss {float(value.detach()):.4f}")
+            progress.update(bar, advance=1, loss=float(value.detach()))
+    model.load_state_dict(average)
+
+
+def one_cycle(step: int, settings: Fit) -> float:
+    """Linear warm-up, then a cosine to zero, as a factor of the peak rate."""
+    peak = max(1, round(settings.warm_up * settings.steps))
+    if step < peak:
+        return (step + 1) / peak
+    angle = torch.pi * (step - peak) / max(1, settings.steps - peak)
+    return 0.5 * (1 + float(torch.cos(torch.tensor(angle))))
+
+
+def _optimizers(
+    model: nn.Module, settings: Fit, matrices: tuple[nn.Parameter, ...]
+) -> list[torch.optim.Optimizer]:
+    chosen = {id(parameter) for parameter in matrices} if settings.muon else set()
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    ]
+    if settings.muon and matrices:
+        optimizers.append(torch.optim.Muon(list(matrices), lr=settings.muon, weight_decay=0.01))
+    return optimizers
+
+
+@torch.no_grad()
+def _average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            average[name].lerp_(tensor, 1 - decay)
+        else:
+            average[name].copy_(tensor)
+
+
+def _save(
+    state: Path, step: int, model: nn.Module, average: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]
+) -> None:
+    tensors = with_prefix("model.", dict(model.state_dict())) | with_prefix("average.", average)
+    for index, optimizer in enumerate(optimizers):
+        tensors |= with_prefix(f"optimizer{index}.", optimizer_tensors(optimizer))
+    save_state(state, tensors, {"step": step})
+
+
+def _resume(
+    state: Path,
+    model: nn.Module,
+    average: dict[str, Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    schedules: list[torch.optim.lr_scheduler.LambdaLR],
+) -> int:
+    if not state.exists():
+        return 0
+    tensors, meta = load_state(state)
+    model.load_state_dict(without_prefix("model.", tensors))
+    for name, tensor in without_prefix("average.", tensors).items():
+        average[name].copy_(tensor)
+    for index, optimizer in enumerate(optimizers):
+        load_optimizer_tensors(optimizer, without_prefix(f"optimizer{index}.", tensors))
+    step = int(meta["step"])
+    for schedule in schedules:
+        schedule.last_epoch = step - 1
+        schedule.step()
+    return step
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )

@@ -1,0 +1,98 @@
+"""Pretraining data: captioned scenes of the train split, some captions wrong on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genalign.types import Metadata, Prompt
+from genalign.worlds.shapes.geometry import PALETTE
+from genalign.worlds.shapes.prompts import RELATIONS, color_attr, colors, counting, position, prompts
+from genalign.worlds.shapes.scenes import Scene, render, sample_scene
+
+TASK_WEIGHTS = {
+    "single_object": 0.1,
+    "two_object": 0.15,
+    "counting": 0.2,
+    "colors": 0.15,
+    "position": 0.2,
+    "color_attr": 0.2,
+}
+_OPPOSITE = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
+_NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}
+
+
+@dataclass(frozen=True)
+class CaptionedScenes:
+    """N images, uint8 (N, 3, 64, 64), and the prompts they are truly described by."""
+
+    images: Tensor
+    prompts: tuple[Prompt, ...]
+
+
+def captioned_scenes(count: int, seed: int, workers: int = 2) -> CaptionedScenes:
+    """Sample and render ``count`` scenes of seen prompts; tasks are drawn by ``TASK_WEIGHTS``. The same for any number
+    of workers."""
+    chunks = [(start, min(1000, count - start), seed) for start in range(0, count, 1000)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        parts = list(pool.map(_chunk, chunks))
+    images = torch.from_numpy(np.concatenate([images for images, _ in parts]))
+    return CaptionedScenes(images, tuple(prompt for _, texts in parts for prompt in texts))
+
+
+def _chunk(job: tuple[int, int, int]) -> tuple[np.ndarray, list[Prompt]]:  # type: ignore[type-arg]
+    start, count, seed = job
+    rng = np.random.default_rng((seed, start))
+    chosen = _draw_prompts(count, rng)
+    scenes: Sequence[Scene] = [sample_scene(_metadata(prompt), rng) for prompt in chosen]
+    return (render(scenes) * 255).round().byte().numpy(), chosen
+
+
+def _metadata(prompt: Prompt) -> Metadata:
+    assert prompt.metadata is not None, "every prompt of the shapes world has metadata"
+    return prompt.metadata
+
+
+def _draw_prompts(count: int, rng: np.random.Generator) -> list[Prompt]:
+    seen = prompts("iid").by_task()
+    tasks = rng.choice(list(TASK_WEIGHTS), count, p=list(TASK_WEIGHTS.values()))
+    return [seen[task][rng.integers(len(seen[task]))] for task in tasks]
+
+
+def corrupted(prompt: Prompt, rng: np.random.Generator) -> Prompt:
+    """A seen prompt with one thing wrong: colours swapped or replaced, relation mirrored, or count off by one.
+
+    The prompt itself, where it has nothing to get wrong or the mistake would spell a held-out composition: what is
+    held out must not be learnt wrong either.
+    """
+    wrong = [other for other in _mistakes(prompt) if other.text in _seen_texts()]
+    return wrong[rng.integers(len(wrong))] if wrong else prompt
+
+
+@cache
+def _seen_texts() -> frozenset[str]:
+    return frozenset(prompt.text for prompt in prompts("iid").prompts)
+
+
+def _mistakes(prompt: Prompt) -> list[Prompt]:
+    include = _metadata(prompt)["include"]
+    shape = include[0]["class"]
+    match prompt.task:
+        case "counting":
+            n = include[0]["count"]
+            return [counting(shape, _NUMBER_WORDS[m]) for m in (n - 1, n + 1) if m in _NUMBER_WORDS]
+        case "colors":
+            return [colors(shape, color) for color in PALETTE if color != include[0]["color"]]
+        case "position":
+            return [position(include[1]["class"], _OPPOSITE[include[1]["position"][0]], shape)]
+        case "color_attr":
+            return [color_attr(shape, include[1]["color"], include[1]["class"], include[0]["color"])]
+        case _:
+            return []

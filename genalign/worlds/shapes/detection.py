@@ -1,0 +1,312 @@
+"""From pixels to a list of coloured shapes, without learned weights.
+
+Denoise, CIELAB, foreground against the border's median, seeds of one palette colour, growth to whole regions, and the
+soft coverage that ``matching`` names. Everything is done for a batch at once, and no image sees another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from genalign.worlds.shapes.geometry import PALETTE, SIZE, Array
+from genalign.worlds.shapes.matching import match
+
+FOREGROUND_DELTA_E = 14.0
+MIN_COMPONENT_AREA = 25
+MIN_SEED_AREA = 12
+MIN_SEED_SHARE = 0.12  # of the pixels of its component that have a palette colour
+CORE_SHARE = 0.5  # of the way from the background to the palette's colour
+HALO = 2  # pixels around a region in which its soft edge is looked for
+PEAK = 0.9  # the quantile of a region's colours that counts as fully covered
+_CHUNK = 16
+_COLORS = tuple(PALETTE)
+_BY_IMAGE_8 = np.zeros((3, 3, 3), bool)  # neighbours in the plane, none along the batch
+_BY_IMAGE_8[1] = True
+_BY_IMAGE_4 = ndimage.generate_binary_structure(3, 1) & _BY_IMAGE_8
+_FRAME = np.pad(np.zeros((SIZE - 4, SIZE - 4), bool), 2, constant_values=True)
+_TO_XYZ = np.array(
+    [
+        [0.4124564, 0.3575761, 0.1804375],
+        [0.2126729, 0.7151522, 0.0721750],
+        [0.0193339, 0.1191920, 0.9503041],
+    ],
+    np.float32,
+)  # IEC 61966-2-1
+_D65 = np.array([0.95047, 1.0, 1.08883], np.float32)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One object: its shape ("unknown" where none fits), the nearest palette colour, and its half-open pixel box
+    (x1, y1, x2, y2).
+
+    ``iou`` is the soft IoU with the best template, ``delta_e`` the CIE76 distance to the palette's colour, ``area``
+    the soft coverage in pixels.
+    """
+
+    shape: str
+    color: str
+    box: tuple[float, float, float, float]
+    iou: float
+    delta_e: float
+    area: float
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    """CIELAB offsets from the background (B, 3, SIZE, SIZE), their length (B, SIZE, SIZE), the background (B, 3)."""
+
+    offset: Array
+    distance: Array
+    background: Array
+
+
+@dataclass(frozen=True)
+class _Colors:
+    """For M objects: the offset of their colour from the background (M, 3), palette index (M,), distance to it (M,)."""
+
+    offset: Array
+    index: Array
+    delta_e: Array
+
+
+def detect(images: Tensor) -> list[tuple[Detection, ...]]:
+    """The objects of each image, best template fit first.
+
+    Args:
+        images: (B, 3, 64, 64), floating point; clamped to [0, 1], moved to the CPU.
+
+    Raises:
+        ValueError: for another shape, or NaN pixels.
+        TypeError: for integer images.
+    """
+    pixels = _pixels(images)
+    chunks = [pixels[start : start + _CHUNK] for start in range(0, len(pixels), _CHUNK)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return [found for part in pool.map(_detect, chunks) for found in part]
+
+
+def _pixels(images: Tensor) -> Array:
+    if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
+        raise ValueError(f"images must be (B, 3, {SIZE}, {SIZE}), got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}: divide 8-bit images by 255")
+    if images.isnan().any():
+        raise ValueError("images contain NaN: leave out the samples that failed")
+    pixels: Array = (images.detach().to("cpu", torch.float32).clamp(0, 1) * 255).numpy()
+    return pixels
+
+
+def _detect(pixels: Array) -> list[tuple[Detection, ...]]:
+    canvas = _canvas(_denoised(pixels))
+    components = _components(canvas.distance)
+    objects = _grown(components, _seeds(components, _shades(canvas, components)))
+    places = ndimage.find_objects(objects)
+    image = np.array([place[0].start for place in places], int)
+    found: list[list[Detection]] = [[] for _ in pixels]
+    if places:
+        colors = _colors(canvas, objects, image)
+        coverage = _coverage(canvas, objects, image, colors.offset)
+        matches, area = match(coverage), coverage.sum((1, 2))
+        for m, (_, rows, columns) in enumerate(places):
+            box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
+            color, delta_e = _COLORS[colors.index[m]], float(colors.delta_e[m])
+            found[image[m]].append(
+                Detection(matches.names[m], color, box, float(matches.iou[m]), delta_e, float(area[m]))
+            )
+    return [tuple(sorted(group, key=lambda detection: -detection.iou)) for group in found]
+
+
+def _denoised(pixels: Array) -> Array:
+    """Smooth the images whose noise, estimated by the median absolute Laplacian, is above 4 of 255 levels."""
+    inner = pixels[..., 1:-1, 1:-1]
+    around = pixels[..., :-2, 1:-1] + pixels[..., 2:, 1:-1] + pixels[..., 1:-1, :-2] + pixels[..., 1:-1, 2:]
+    laplacian = np.abs(around - 4 * inner).reshape(len(pixels), -1)
+    noise = np.median(laplacian, 1) / (0.6745 * np.sqrt(20.0))
+    some, much = (noise >= 4) & (noise < 12), noise >= 12
+    out = pixels.copy()
+    out[some] = ndimage.gaussian_filter(pixels[some], (0, 0, 0.6, 0.6))
+    out[much] = _median_3x3(ndimage.gaussian_filter(pixels[much], (0, 0, 0.7, 0.7)))
+    return out
+
+
+def _median_3x3(pixels: Array) -> Array:
+    """The median of nine: of the sorted columns, the largest low, the median middle and the smallest high value."""
+    padded = np.pad(pixels, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    low, middle, high = _sorted_3(padded[..., :-2, :], padded[..., 1:-1, :], padded[..., 2:, :])
+    return _sorted_3(_sorted_3(*_shifted(low))[2], _sorted_3(*_shifted(middle))[1], _sorted_3(*_shifted(high))[0])[1]
+
+
+def _shifted(plane: Array) -> tuple[Array, Array, Array]:
+    return plane[..., :-2], plane[..., 1:-1], plane[..., 2:]
+
+
+def _sorted_3(a: Array, b: Array, c: Array) -> tuple[Array, Array, Array]:
+    low, high = np.minimum(a, b), np.maximum(a, b)
+    return np.minimum(low, c), np.maximum(low, np.minimum(high, c)), np.maximum(high, c)
+
+
+def srgb_to_lab(rgb: Array) -> Array:
+    """CIELAB (D65) of sRGB colours in [0, 255]; the second last axis holds the three channels, in and out."""
+    encoded = rgb.astype(np.float32) / 255
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    xyz = (_TO_XYZ / _D65[:, None]) @ linear.astype(np.float32)
+    f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    x, y, z = f[..., 0, :], f[..., 1, :], f[..., 2, :]
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -2)
+
+
+@cache
+def palette_lab() -> Array:
+    """CIELAB of the palette, (colours, 3), in its order."""
+    return srgb_to_lab(np.array(list(PALETTE.values())).T).T
+
+
+def _canvas(pixels: Array) -> _Canvas:
+    lab = srgb_to_lab(pixels.reshape(len(pixels), 3, -1))
+    background = srgb_to_lab(np.median(pixels[:, :, _FRAME], 2)[..., None])
+    offset = (lab - background).reshape(pixels.shape)
+    return _Canvas(offset, np.sqrt((offset**2).sum(1)), background[..., 0])
+
+
+def _components(distance: Array) -> Array:
+    """8-connected foreground components (B, SIZE, SIZE), numbered from 1; specks removed by a 2 x 2 opening."""
+    labels = ndimage.label(_opened_2x2(distance > FOREGROUND_DELTA_E), _BY_IMAGE_8)[0]
+    large = np.bincount(labels.ravel()) >= MIN_COMPONENT_AREA
+    large[0] = False
+    return labels * large[labels]
+
+
+def _opened_2x2(mask: Array) -> Array:
+    whole = mask[:, :-1, :-1] & mask[:, :-1, 1:] & mask[:, 1:, :-1] & mask[:, 1:, 1:]
+    out = np.zeros_like(mask)
+    for dy, dx in product((0, 1), repeat=2):
+        out[:, dy : SIZE - 1 + dy, dx : SIZE - 1 + dx] |= whole
+    return out
+
+
+def _shades(canvas: _Canvas, components: Array) -> Array:
+    """1 + the nearest palette colour where a component's pixel is past the half-way point to it, else 0.
+
+    Blends of an edge, which resemble other colours, are mostly not.
+    """
+    image, rows, columns = np.nonzero(components)
+    lab = canvas.offset[image, :, rows, columns] + canvas.background[image]
+    index, _ = _nearest_color(lab)
+    reach = np.linalg.norm(palette_lab() - canvas.background[:, None], axis=2)
+    core = canvas.distance[image, rows, columns] > CORE_SHARE * reach[image, index]
+    shades = np.zeros_like(components)
+    shades[image, rows, columns] = np.where(core, index + 1, 0)
+    return shades
+
+
+def _nearest_color(lab: Array) -> tuple[Array, Array]:
+    """The index of, and the CIE76 distance to, the nearest palette colour of colours (N, 3)."""
+    distance = np.sqrt(((lab[:, None] - palette_lab()) ** 2).sum(2))
+    index = distance.argmin(1)
+    return index, distance[np.arange(len(index)), index]
+
+
+def _seeds(components: Array, shades: Array) -> Array:
+    """At the pixels of every solid patch of one colour, the key of its (component, colour); 0 elsewhere."""
+    opened = np.where(np.logical_or.reduce([inner := _inner(shades), *_neighbours(inner)]), shades, 0)
+    patches = _patches(opened)
+    size = np.bincount(patches.ravel())
+    core = np.bincount(components[shades > 0], minlength=components.max() + 1)
+    needed = np.maximum(MIN_SEED_AREA, MIN_SEED_SHARE * core)
+    solid = (patches > 0) & (size[patches] >= needed[components])
+    motley = core >= MIN_COMPONENT_AREA
+    motley[components[solid]] = False
+    seeds = np.where(solid, components * (len(_COLORS) + 1) + shades, 0)
+    return np.where(motley[components] & (shades > 0), components * (len(_COLORS) + 1), seeds)
+
+
+def _neighbours(plane: Array) -> Iterator[Array]:
+    """The values above, below, left and right of each pixel of (B, SIZE, SIZE); 0 beyond the border."""
+    padded = np.pad(plane, ((0, 0), (1, 1), (1, 1)))
+    yield from (padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:])
+
+
+def _inner(labels: Array) -> Array:
+    """True where a labelled pixel and its four neighbours have one label."""
+    return np.logical_and.reduce([labels > 0, *(other == labels for other in _neighbours(labels))])
+
+
+def _patches(labels: Array) -> Array:
+    """4-connected components of equal labels, numbered from 1: pixels are joined by cells put between them."""
+    batch = len(labels)
+    cells = np.zeros((batch, 2 * SIZE - 1, 2 * SIZE - 1), bool)
+    cells[:, ::2, ::2] = labels > 0
+    cells[:, 1::2, ::2] = (labels[:, 1:] == labels[:, :-1]) & (labels[:, 1:] > 0)
+    cells[:, ::2, 1::2] = (labels[:, :, 1:] == labels[:, :, :-1]) & (labels[:, :, 1:] > 0)
+    return ndimage.label(cells, _BY_IMAGE_4)[0][:, ::2, ::2]
+
+
+def _grown(components: Array, seeds: Array) -> Array:
+    """Objects (B, SIZE, SIZE), numbered from 1: every pixel of a component joins the nearest of its seeds."""
+    keys = np.unique(seeds[seeds > 0])
+    owner = keys // (len(_COLORS) + 1)
+    key_of = np.zeros(components.max() + 1, int)
+    key_of[owner] = keys
+    objects = key_of[components]
+    places = ndimage.find_objects(components)
+    for component in np.unique(owner[1:][owner[1:] == owner[:-1]]):  # those of several colours
+        place = places[component - 1]
+        own = components[place] == component
+        near = np.where(own, seeds[place], 0)[0]
+        nearest = ndimage.distance_transform_edt(near == 0, return_distances=False, return_indices=True)
+        objects[place][own] = near[tuple(nearest)][own[0]]
+    keys = np.unique(objects[objects > 0])
+    return np.searchsorted(keys, objects) + (objects > 0)
+
+
+def _colors(canvas: _Canvas, objects: Array, image: Array) -> _Colors:
+    """Per object the median colour of its inner pixels, or of all where it has none."""
+    inner = _inner(objects)
+    has_inner = np.zeros(len(image) + 1, bool)
+    has_inner[objects[inner]] = True
+    chosen = (objects > 0) & (inner | ~has_inner[objects])
+    batch, rows, columns = np.nonzero(chosen)
+    offset = _grouped_quantile(objects[chosen] - 1, canvas.offset[batch, :, rows, columns], 0.5)
+    index, delta_e = _nearest_color(offset + canvas.background[image])
+    return _Colors(offset, index, delta_e)
+
+
+def _grouped_quantile(group: Array, values: Array, q: float) -> Array:
+    """The ``q`` quantile (M, C), rounded down to a value, of ``values`` (N, C) in each of M non-empty groups (N,)."""
+    count = np.bincount(group)
+    rank = np.cumsum(count) - count + (q * (count - 1)).astype(int)
+    return np.stack([column[np.lexsort((column, group))][rank] for column in values.T], 1)
+
+
+def _coverage(canvas: _Canvas, objects: Array, image: Array, color: Array) -> Array:
+    """How much of each pixel every object covers, (M, SIZE, SIZE): the projection of the pixel's colour on the line
+    from the background to the object's, near the object and not on another."""
+    planes = objects[image]
+    region = near = planes == np.arange(1, len(image) + 1)[:, None, None]
+    for _ in range(HALO):
+        near = np.logical_or.reduce([near, *_neighbours(near)])
+    near &= region | (planes == 0)
+    direction = color / np.maximum((color**2).sum(1), 1.0)[:, None]
+    number, rows, columns = np.nonzero(near)
+    out = np.zeros(planes.shape, np.float32)
+    offset = canvas.offset[image[number], :, rows, columns]
+    projection = (offset * direction[number]).sum(1)
+    own = region[number, rows, columns]
+    peak = np.maximum(_grouped_quantile(number[own], projection[own, None], PEAK)[:, 0], 1.0)
+    out[number, rows, columns] = np.clip(projection / peak[number], 0, 1)
+    return out
+
+
+def detections_of(shape: str, detections: Sequence[Detection]) -> list[Detection]:
+    """The detections of one shape, in their order."""
+    return [detection for detection in detections if detection.shape == shape]

@@ -1,0 +1,160 @@
+"""The prompt grammar of the shapes world, GenEval metadata, and the deterministic splits.
+
+    single_object  a circle                     6 prompts
+    two_object     a circle and a square       30
+    counting       three circles               18  (and "five circles", never trained)
+    colors         a red circle                60
+    position       a circle left of a square  120
+    color_attr     a red circle and a blue square  2700
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from functools import cache
+from itertools import permutations, product
+
+from genalign.types import Metadata, Prompt, PromptSet
+from genalign.worlds.shapes.geometry import PALETTE, SHAPES
+
+NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5}
+RELATIONS = ("left of", "right of", "above", "below")
+SUITES = ("train", "val", "iid", "comp", "len")
+_SHAPES, _COLORS = tuple(SHAPES), tuple(PALETTE)
+
+
+def with_article(noun: str) -> str:
+    """``noun`` behind "a", or "an" before a vowel."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def plural(noun: str) -> str:
+    """GenEval's plural: +es after s, else +s."""
+    return noun + ("es" if noun.endswith("s") else "s")
+
+
+def _prompt(tag: str, text: str, include: list[Metadata], exclude: list[Metadata] | None = None) -> Prompt:
+    metadata: dict[str, object] = {"tag": tag, "include": include}
+    if exclude:
+        metadata["exclude"] = exclude
+    return Prompt(text, metadata | {"prompt": text})
+
+
+def single_object(shape: str) -> Prompt:
+    return _prompt("single_object", with_article(shape), [{"class": shape, "count": 1}])
+
+
+def two_object(first: str, second: str) -> Prompt:
+    text = f"{with_article(first)} and {with_article(second)}"
+    return _prompt("two_object", text, [{"class": first, "count": 1}, {"class": second, "count": 1}])
+
+
+def counting(shape: str, number: str) -> Prompt:
+    n = NUMBERS[number]
+    include, exclude = [{"class": shape, "count": n}], [{"class": shape, "count": n + 1}]
+    return _prompt("counting", f"{number} {plural(shape)}", include, exclude)
+
+
+def colors(shape: str, color: str) -> Prompt:
+    return _prompt("colors", with_article(f"{color} {shape}"), [{"class": shape, "count": 1, "color": color}])
+
+
+def position(first: str, relation: str, second: str) -> Prompt:
+    """As in GenEval, the object that the relation refers to comes first in the metadata."""
+    text = f"{with_article(first)} {relation} {with_article(second)}"
+    include = [{"class": second, "count": 1}, {"class": first, "count": 1, "position": [relation, 0]}]
+    return _prompt("position", text, include)
+
+
+def color_attr(first: str, first_color: str, second: str, second_color: str) -> Prompt:
+    text = f"{with_article(f'{first_color} {first}')} and {with_article(f'{second_color} {second}')}"
+    include = [
+        {"class": first, "count": 1, "color": first_color},
+        {"class": second, "count": 1, "color": second_color},
+    ]
+    return _prompt("color_attr", text, include)
+
+
+def is_held_out_pair(shape: str, color: str) -> bool:
+    """Two colours of each shape are never drawn in training, in any scene."""
+    return (_COLORS.index(color) - 3 * _SHAPES.index(shape)) % 10 in (0, 5)
+
+
+@cache
+def held_out_triples() -> frozenset[tuple[str, str, str]]:
+    """(first, relation, second) never trained: a fifth by hash, repaired so that every ordered pair of shapes keeps a
+    seen relation and every relation at least 15 seen triples."""
+    pairs = list(permutations(_SHAPES, 2))
+    held = {
+        (first, relation, second)
+        for (first, second), relation in product(pairs, RELATIONS)
+        if _hash(position(first, relation, second).text)[0] % 5 == 0
+    }
+    for first, second in pairs:
+        if all((first, relation, second) in held for relation in RELATIONS):
+            held.discard((first, RELATIONS[0], second))
+    for relation in RELATIONS:
+        excess = sorted(triple for triple in held if triple[1] == relation)
+        held.difference_update(excess[len(pairs) - 15 :])
+    return frozenset(held)
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha1(text.encode()).digest()
+
+
+def _all_prompts() -> Iterable[tuple[Prompt, bool]]:
+    """Every prompt of the six tasks, and whether it is held out."""
+    for shape in _SHAPES:
+        yield single_object(shape), False
+    for i, k in permutations(range(6), 2):
+        yield two_object(_SHAPES[i], _SHAPES[k]), (i - k) % 6 == 3
+    for (i, shape), number in product(enumerate(_SHAPES), ("two", "three", "four")):
+        yield counting(shape, number), (i + NUMBERS[number]) % 3 == 0
+    for shape, color in product(_SHAPES, _COLORS):
+        yield colors(shape, color), is_held_out_pair(shape, color)
+    for (first, second), relation in product(permutations(_SHAPES, 2), RELATIONS):
+        yield position(first, relation, second), (first, relation, second) in held_out_triples()
+    for (first, second), (c1, c2) in product(permutations(_SHAPES, 2), permutations(_COLORS, 2)):
+        held = is_held_out_pair(first, c1) or is_held_out_pair(second, c2)
+        yield color_attr(first, c1, second, c2), held
+
+
+@cache
+def prompts(suite: str) -> PromptSet:
+    """The prompts of a split.
+
+    train: seen prompts without ``val``; val: a tenth of each task's seen prompts; iid: all seen prompts, for new
+    noises; comp: held-out compositions; len: five of a kind.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)}")
+    if suite == "len":
+        return PromptSet("len", tuple(counting(shape, "five") for shape in _SHAPES))
+    chosen = [prompt for prompt, held_out in _all_prompts() if held_out == (suite == "comp")]
+    if suite in ("train", "val"):
+        validation = _validation(PromptSet("seen", tuple(chosen)))
+        chosen = [prompt for prompt in chosen if (prompt.text in validation) == (suite == "val")]
+    return PromptSet(suite, tuple(chosen))
+
+
+def _validation(seen: PromptSet) -> frozenset[str]:
+    """A tenth of every task's prompts, rounded up, the lowest by hash."""
+    texts = [
+        sorted((prompt.text for prompt in group), key=_hash)[: -(-len(group) // 10)]
+        for group in seen.by_task().values()
+    ]
+    return frozenset(text for group in texts for text in group)
+
+
+def vocabulary() -> list[str]:
+    """Every word that the grammar can write, sorted."""
+    words = {word for prompt, _ in _all_prompts() for word in prompt.text.split()}
+    return sorted(words | {"five"})
+
+
+def manifest_hash() -> str:
+    """A fingerprint of the splits, to be stored with anything trained or measured on them."""
+    lines = [f"{suite}\t{prompt.text}" for suite in SUITES for prompt in prompts(suite).prompts]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

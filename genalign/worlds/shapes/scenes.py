@@ -1,0 +1,155 @@
+"""Scenes of coloured shapes, their sampling from GenEval metadata, and their rendering."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genalign.types import Metadata
+from genalign.worlds.shapes.geometry import BACKGROUND, PALETTE, REJECTS, SHAPES, SIZE, STRANGERS, Array
+from genalign.worlds.shapes.prompts import is_held_out_pair
+
+SUPERSAMPLING = 4
+OUTLINES = SHAPES | REJECTS | STRANGERS
+RELATION_MARGIN = 0.18  # stricter than the verifier's 0.1
+_MAX_RADIUS = (13.0, 12.0, 11.0, 10.0, 9.0, 8.0)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One shape: centre and radius in pixels, y pointing down, ``rgb`` in [0, 255] (the palette's colour, jittered)."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    r: float
+    rgb: tuple[float, float, float]
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """The pixel box (x1, y1, x2, y2) that every outline stays within."""
+        reach = 1.2 * self.r
+        return self.x - reach, self.y - reach, self.x + reach, self.y + reach
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Shapes on a flat background; later items cover earlier ones."""
+
+    items: tuple[Item, ...]
+    background: tuple[float, float, float] = BACKGROUND
+
+
+def coverage(item: Item) -> Array:
+    """The share of each pixel that ``item`` covers, (SIZE, SIZE) in [0, 1], by 4 x 4 supersampling."""
+    grid = (np.arange(SIZE * SUPERSAMPLING) + 0.5) / SUPERSAMPLING
+    x1, y1, x2, y2 = item.box
+    cols, rows = _pixels(x1, x2), _pixels(y1, y2)
+    u = (grid[cols.start * SUPERSAMPLING : cols.stop * SUPERSAMPLING] - item.x) / item.r
+    v = (grid[rows.start * SUPERSAMPLING : rows.stop * SUPERSAMPLING] - item.y) / item.r
+    mask = OUTLINES[item.shape](u[None, :], v[:, None])
+    out = np.zeros((SIZE, SIZE), np.float32)
+    height, width = rows.stop - rows.start, cols.stop - cols.start
+    out[rows, cols] = mask.reshape(height, SUPERSAMPLING, width, SUPERSAMPLING).mean((1, 3))
+    return out
+
+
+def _pixels(low: float, high: float) -> slice:
+    return slice(max(0, int(low) - 1), min(SIZE, int(high) + 2))
+
+
+def render(scenes: Sequence[Scene]) -> Tensor:
+    """Images (B, 3, 64, 64) in [0, 1], rounded to 8 bits."""
+    out = np.empty((len(scenes), SIZE, SIZE, 3), np.float32)
+    for canvas, scene in zip(out, scenes, strict=True):
+        canvas[:] = scene.background
+        for item in scene.items:
+            alpha = coverage(item)[..., None]
+            canvas *= 1 - alpha
+            canvas += alpha * np.asarray(item.rgb, np.float32)
+    return torch.from_numpy(out).round_().div_(255).permute(0, 3, 1, 2).contiguous()
+
+
+def sample_scene(metadata: Metadata, rng: np.random.Generator, hold_out: bool = True) -> Scene:
+    """A scene for which GenEval ``metadata`` is exactly true.
+
+    ``hold_out`` keeps held-out (shape, colour) pairs away from objects whose colour the prompt leaves open, as every
+    training scene must.
+    """
+    names = [
+        (clause["class"], clause.get("color") or _free_color(clause["class"], rng, hold_out))
+        for clause in metadata["include"]
+        for _ in range(clause["count"])
+    ]
+    relation = next((clause["position"][0] for clause in metadata["include"] if "position" in clause), None)
+    while True:
+        items = _place(names, rng)
+        if items is not None and (relation is None or holds(relation, items[1], items[0], RELATION_MARGIN)):
+            break
+    order = rng.permutation(len(items))
+    background = tuple(float(c + d) for c, d in zip(BACKGROUND, np.full(3, rng.uniform(-6, 6)), strict=True))
+    return Scene(tuple(items[i] for i in order), (background[0], background[1], background[2]))
+
+
+def _free_color(shape: str, rng: np.random.Generator, hold_out: bool) -> str:
+    colors = [color for color in PALETTE if not (hold_out and is_held_out_pair(shape, color))]
+    return colors[rng.integers(len(colors))]
+
+
+def jittered(color: str, rng: np.random.Generator) -> tuple[float, float, float]:
+    """The palette's colour with every channel moved by up to 8."""
+    red, green, blue = np.clip(np.asarray(PALETTE[color]) + rng.uniform(-8, 8, 3), 0, 255)
+    return float(red), float(green), float(blue)
+
+
+def _place(names: Sequence[tuple[str, str]], rng: np.random.Generator) -> list[Item] | None:
+    """Objects with at least 3 px between their boxes, or None where this draw found no room."""
+    items: list[Item] = []
+    for shape, color in names:
+        for _ in range(60):
+            r = rng.uniform(min(8.0, _MAX_RADIUS[len(names) - 1] - 1), min(12.0, _MAX_RADIUS[len(names) - 1]))
+            margin = 1.2 * r + 1
+            x, y = rng.uniform(margin, SIZE - margin, 2)
+            item = Item(shape, color, float(x), float(y), float(r), jittered(color, rng))
+            if all(_apart(item, other) for other in items):
+                items.append(item)
+                break
+        else:
+            return None
+    return items
+
+
+def _apart(a: Item, b: Item, gap: float = 3.0) -> bool:
+    ax1, ay1, ax2, ay2 = a.box
+    bx1, by1, bx2, by2 = b.box
+    return max(ax1 - bx2, bx1 - ax2, ay1 - by2, by1 - ay2) >= gap
+
+
+def holds(relation: str, a: Item, b: Item, margin: float) -> bool:
+    """Whether ``a`` stands in ``relation`` to ``b`` by GenEval's rule with the given shrinkage ``margin``."""
+    return relation in relations(a.box, b.box, margin)
+
+
+def relations(
+    a: tuple[float, float, float, float], b: tuple[float, float, float, float], margin: float = 0.1
+) -> frozenset[str]:
+    """Relations of box ``a`` to box ``b`` (x1, y1, x2, y2): GenEval's ``relative_position``, evaluate_images.py.
+
+    The offset of the centres is shrunk by ``margin`` times the summed box sizes, then divided by its unshrunk norm;
+    a component beyond 0.5 in absolute value is a relation.
+    """
+    offset = np.array([(a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2])
+    extent = np.array([a[2] - a[0] + b[2] - b[0], a[3] - a[1] + b[3] - b[1]])
+    revised = np.sign(offset) * np.maximum(np.abs(offset) - margin * extent, 0)
+    if (np.abs(revised) < 1e-3).all():
+        return frozenset()
+    dx, dy = revised / np.linalg.norm(offset)
+    names = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return frozenset(name for name, true in names.items() if true)
+
+

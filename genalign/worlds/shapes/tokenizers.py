@@ -1,0 +1,51 @@
+"""Word-level tokenizers of the shapes world, in the formats of CLIP and T5."""
+
+from __future__ import annotations
+
+import json
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTokenizer, T5Tokenizer
+
+from genalign.worlds.shapes.prompts import prompts, vocabulary
+
+CLIP_LENGTH = 12
+T5_LENGTH = 8
+_CLIP_SPECIAL = ("<|unk|>", "<|pad|>", "<|startoftext|>", "<|endoftext|>")
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Byte-level BPE with merges for every word of the grammar; the unknown token is not the end token."""
+    bpe = Tokenizer(models.BPE(unk_token=_CLIP_SPECIAL[0], end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=1,
+        special_tokens=list(_CLIP_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    texts = [prompt.text for suite in ("iid", "comp", "len") for prompt in prompts(suite).prompts]
+    bpe.train_from_iterator(texts, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    unknown, pad, start, end = _CLIP_SPECIAL
+    return CLIPTokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        unk_token=unknown,
+        bos_token=start,
+        eos_token=end,
+        pad_token=pad,
+        model_max_length=CLIP_LENGTH,
+    )
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A unigram model whose pieces are the words of the grammar and the letters, for words it does not know."""
+    letters = [(letter, -10.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
+    words = [(f"▁{word}", -1.0) for word in vocabulary() if len(word) > 1] + [("▁a", -1.0)]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer(vocab=special + words + letters, extra_ids=0, model_max_length=T5_LENGTH)

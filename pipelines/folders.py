@@ -1,0 +1,43 @@
+"""Checks of a checkpoint before anything large is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+
+def check_folder(path_or_id: str | Path, pipeline_class: str) -> None:
+    """Raise unless ``path_or_id`` is a diffusers folder or a reachable Hub id of ``pipeline_class``."""
+    found = json.loads(_model_index(path_or_id).read_text()).get("_class_name", "no pipeline")
+    if found != pipeline_class:
+        raise ValueError(f"{path_or_id} holds a {found}, not a {pipeline_class}: use the pipeline of that family")
+
+
+def _model_index(path_or_id: str | Path) -> Path:
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"{folder} has no model_index.json: give the folder that save_pretrained wrote")
+        return folder / "model_index.json"
+    if folder.exists():
+        raise ValueError(f"{folder} is a file: give the diffusers folder (with model_index.json) or a Hub id")
+    return _from_hub(str(path_or_id))
+
+
+def _from_hub(repository: str) -> Path:
+    try:
+        return Path(hf_hub_download(repository, "model_index.json"))
+    except HFValidationError:
+        raise FileNotFoundError(f"{repository} is neither a folder nor a Hub id (owner/name)") from None
+    except GatedRepoError:
+        raise PermissionError(
+            f"{repository} is gated: accept its licence on its Hub page, then run `hf auth login`"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(
+            f"{repository} is not a folder here, not in the local cache, and the Hub did not give it"
+            f" ({type(error).__name__}): check the path, or download it once while online"
+        ) from error

@@ -1,0 +1,480 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal, kl_divergence
+
+from genalign.dynamics import (
+    CPS,
+    DDIM,
+    DPMSDE,
+    ODE,
+    DanceSDE,
+    FlowSDE,
+    Kernel,
+    Transition,
+    leftover_noise,
+    trainable_steps,
+    transition,
+)
+from genalign.paths import EDMPath, FlowPath, GaussianPath, VPPath
+from genalign.types import Grid, NoiseStep
+
+# Columns: sigma, s, c_x, c_v, std of FlowSDE(.7), CPS(.8) and DanceSDE(.3), noise that FlowSDE leaves in x_next.
+SD3_TABLE = [
+    (1.00000, 3.50567, 0.75500, -0.03987, 0.70000, 0.91314, 0.05990, 1.00070),
+    (0.96013, 3.43507, 0.71254, -0.05824, 0.74296, 0.86865, 0.06489, 0.97146),
+    (0.91335, 2.27263, 0.84263, -0.06929, 0.53615, 0.81571, 0.07077, 0.88200),
+    (0.85769, 1.71850, 0.88409, -0.08382, 0.44590, 0.75168, 0.07784, 0.80853),
+    (0.79037, 1.35920, 0.90289, -0.10345, 0.39179, 0.67266, 0.08648, 0.72513),
+    (0.70728, 1.08809, 0.91201, -0.13088, 0.35280, 0.57268, 0.09727, 0.62356),
+    (0.60215, 0.86117, 0.91546, -0.17091, 0.31907, 0.44212, 0.11115, 0.49645),
+    (0.46488, 0.65244, 0.91446, -0.23260, 0.28201, 0.26444, 0.12967, 0.34145),
+    (0.27805, 0.43441, 0.90867, -0.33505, 0.22536, 0.00849, 0.15563, 0.23995),
+    (0.00893, 0.06644, 0.99779, -0.01112, 0.00628, 0.00000, 0.02835, 0.00666),
+]
+STOCHASTIC = [FlowSDE(0.7), DanceSDE(0.3), CPS(0.8), DPMSDE(), DDIM(0.5)]
+KERNELS = [ODE(), *STOCHASTIC]
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def step_between(here: tuple[float, float], there: tuple[float, float]) -> NoiseStep:
+    alpha, sigma, alpha_next, sigma_next = map(scalar, (*here, *there))
+    return NoiseStep(sigma, alpha, sigma, torch.tensor(0), alpha_next, sigma_next)
+
+
+def flow_step(sigma: float, sigma_next: float) -> NoiseStep:
+    return step_between((1 - sigma, sigma), (1 - sigma_next, sigma_next))
+
+
+def flow_grid(sigma: Tensor) -> Grid:
+    return Grid(timestep=sigma[:-1], alpha=1 - sigma, sigma=sigma)
+
+
+def linear_grid(steps: int) -> Grid:
+    return flow_grid(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+
+
+def euler_grid(steps: int, shift: float) -> Grid:
+    """The sigmas of diffusers' FlowMatchEulerDiscreteScheduler, which shifts twice."""
+
+    def shifted(sigma: Tensor) -> Tensor:
+        return shift * sigma / (1 + (shift - 1) * sigma)
+
+    ends = shifted(torch.tensor([1.0, 0.001], dtype=torch.float64)).tolist()
+    sigma = shifted(torch.linspace(*ends, steps, dtype=torch.float64))
+    return flow_grid(torch.cat([sigma, sigma.new_zeros(1)]))
+
+
+def full(*values: float) -> tuple[Tensor, ...]:
+    return tuple(torch.full((1, 1), value, dtype=torch.float64) for value in values)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+VP_STEP = step_between((0.3**0.5, 0.7**0.5), (0.6**0.5, 0.4**0.5))
+FIXTURES = [
+    pytest.param(FlowPath(), FlowSDE(0.7), flow_step(0.8, 0.6), 0.4522, 0.6260990337, -0.4506979871, id="flow"),
+    pytest.param(FlowPath(), CPS(0.8), flow_step(0.8, 0.6), 0.3775804865, 0.5706339098, -0.3659842745, id="cps"),
+    pytest.param(FlowPath(), DanceSDE(0.3), flow_step(0.8, 0.6), 0.55505, 0.1341640786, 0.7832114912, id="dance"),
+    pytest.param(FlowPath(), DPMSDE(), flow_step(0.8, 0.6), 0.395, 0.5562148865, None, id="dpm"),
+    pytest.param(VPPath("epsilon"), DDIM(1.0), VP_STEP, 0.9606530576, 0.5345224838, -0.7488985031, id="ddim-epsilon"),
+    pytest.param(VPPath("v_prediction"), DDIM(1.0), VP_STEP, 0.4924264056, 0.5345224838, -0.2957070488, id="ddim-v"),
+]
+
+
+@pytest.mark.parametrize(("path", "kernel", "step", "mean", "std", "log_prob"), FIXTURES)
+def test_worked_numbers(
+    path: GaussianPath, kernel: Kernel, step: NoiseStep, mean: float, std: float, log_prob: float | None
+) -> None:
+    x, prediction, x_next = full(0.5, -0.3, 0.45)
+    move = transition(path, kernel, x, prediction, step)
+    assert move.mean.item() == pytest.approx(mean, abs=1e-9)
+    assert move.std.item() == pytest.approx(std, abs=1e-9)
+    if log_prob is not None:
+        assert move.log_prob(x_next).item() == pytest.approx(log_prob, abs=1e-9)
+
+
+def test_worked_numbers_of_edm() -> None:
+    move = transition(EDMPath(), DPMSDE(), *full(1.5, 0.3), step_between((1.0, 2.0), (1.0, 1.0)))
+    assert move.mean.item() == pytest.approx(0.3987538820, abs=1e-9)
+    assert move.std.item() == pytest.approx(0.8660254038, abs=1e-9)
+
+
+def test_worked_numbers_of_the_first_step() -> None:
+    move = transition(FlowPath(), FlowSDE(0.7), *full(0.5, -0.3), euler_grid(10, 3.0)[0])
+    assert move.mean.item() == pytest.approx(0.389461, abs=1e-6)
+    assert move.std.item() == pytest.approx(0.7, abs=1e-12)
+
+
+def test_constant_share_that_makes_cps_the_first_order_solver() -> None:
+    step = flow_step(0.8, 0.6)
+    shares = CPS(0.7552854129)(step), DPMSDE()(step), DDIM(1.0)(step)
+    for name in ("c", "s"):
+        values = [float(getattr(share, name)) for share in shares]
+        assert values == pytest.approx([values[0]] * 3, abs=1e-9)
+
+
+@pytest.mark.parametrize("index", range(10))
+def test_sd3_table(index: int) -> None:
+    sigma, rate, c_x, c_v, flow, cps, dance, content = SD3_TABLE[index]
+    step = euler_grid(10, 3.0)[index]
+    assert step.sigma.item() == pytest.approx(sigma, abs=1e-5)
+    of_x = transition(FlowPath(), FlowSDE(0.7), *full(1.0, 0.0), step)
+    of_v = transition(FlowPath(), FlowSDE(0.7), *full(0.0, 1.0), step)
+    assert of_x.mean.item() == pytest.approx(c_x, abs=1e-5)
+    assert of_v.mean.item() == pytest.approx(c_v, abs=1e-5)
+    assert of_x.std.item() == pytest.approx(flow, abs=1e-5)
+    assert of_x.std.item() / (step.sigma - step.sigma_next).sqrt().item() == pytest.approx(rate, abs=1e-5)
+    assert CPS(0.8)(step).s.item() == pytest.approx(cps, abs=1e-5)
+    assert DanceSDE(0.3)(step).s.item() == pytest.approx(dance, abs=1e-5)
+    scalars = FlowSDE(0.7)(step)
+    assert math.hypot(scalars.c.item(), scalars.s.item()) == pytest.approx(content, abs=1e-5)
+
+
+@pytest.mark.parametrize("sigmas", [(1.0, 0.9), (0.9, 0.7), (0.3, 0.02), (0.1, 0.0)])
+def test_flow_sde_is_the_published_update(sigmas: tuple[float, float]) -> None:
+    step, (x, v) = flow_step(*sigmas), (randn(2, 3, 4), randn(2, 3, 4, seed=1))
+    sigma, dt = sigmas[0], sigmas[1] - sigmas[0]
+    s = 0.7 * math.sqrt(sigma / (1 - (sigmas[1] if sigma == 1 else sigma)))
+    mean = x * (1 + s**2 / (2 * sigma) * dt) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
+    move = transition(FlowPath(), FlowSDE(0.7), x, v, step)
+    torch.testing.assert_close(move.mean, mean, rtol=1e-12, atol=1e-12)
+    assert move.std.item() == pytest.approx(s * math.sqrt(-dt), rel=1e-12)
+
+
+def test_dance_sde_is_the_published_update() -> None:
+    x, v = randn(2, 3), randn(2, 3, seed=1)
+    sigma, dt, eta = 0.8, -0.2, 0.3
+    score = -(x - (1 - sigma) * (x - sigma * v)) / sigma**2
+    move = transition(FlowPath(), DanceSDE(eta), x, v, flow_step(0.8, 0.6))
+    torch.testing.assert_close(move.mean, x + v * dt - 0.5 * eta**2 * score * dt * -1 * -1, rtol=1e-12, atol=1e-12)
+
+
+def test_ode_is_euler_and_ddim_without_noise() -> None:
+    x, v = randn(2, 3), randn(2, 3, seed=1)
+    step = flow_step(0.8, 0.6)
+    move = transition(FlowPath(), ODE(), x, v, step)
+    torch.testing.assert_close(move.mean, x + v * (0.6 - 0.8), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(move.mean, transition(FlowPath(), DDIM(0.0), x, v, step).mean)
+    assert torch.equal(move.sample(randn(2, 3, seed=2)), move.mean)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("steps", [flow_step(1.0, 0.96), flow_step(0.3, 0.001), flow_step(0.1, 0.0), VP_STEP])
+def test_cps_and_ddim_preserve_the_noise_level(eta: float, steps: NoiseStep) -> None:
+    for kernel in (CPS(eta), DDIM(eta), DPMSDE()):
+        scalars = kernel(steps)
+        content = torch.hypot(scalars.c, scalars.s)
+        torch.testing.assert_close(content, steps.sigma_next, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("sigmas", [(0.9, 0.7), (0.5, 0.45), (0.27805, 0.00893)])
+def test_excess_noise_of_the_flow_sde_is_of_second_order(sigmas: tuple[float, float]) -> None:
+    sigma, sigma_next = sigmas
+    scalars, drop = FlowSDE(0.7)(flow_step(*sigmas)), sigma - sigma_next
+    rate = 0.49 * sigma / (1 - sigma)
+    excess = drop**2 * (rate / sigma) * (1 + rate / (4 * sigma))
+    assert (scalars.c**2 + scalars.s**2).item() == pytest.approx(sigma_next**2 + excess, rel=1e-12)
+
+
+def test_std_of_the_last_step() -> None:
+    last = flow_step(0.2, 0.0)
+    assert FlowSDE(0.7)(last).s.item() == pytest.approx(0.7 * math.sqrt(0.2 / 0.8) * math.sqrt(0.2), rel=1e-12)
+    assert DanceSDE(0.3)(last).s.item() == pytest.approx(0.3 * math.sqrt(0.2), rel=1e-12)
+    for kernel in (ODE(), CPS(), DPMSDE(), DDIM()):
+        assert kernel(last).s.item() == 0.0
+        assert kernel(last).c.item() == 0.0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_batch_of_mixed_steps_is_bitwise_its_samples(kernel: Kernel, dtype: torch.dtype) -> None:
+    grid, index = euler_grid(10, 3.0), torch.tensor([0, 9, 3, 8, 1])
+    x, v, noise = (randn(5, 3, 7, seed=seed).to(dtype) for seed in range(3))
+    batch = transition(FlowPath(), kernel, x, v, grid[index])
+    for row, step in enumerate(index.tolist()):
+        one = slice(row, row + 1)
+        alone = transition(FlowPath(), kernel, x[one], v[one], grid[step])
+        assert torch.equal(batch.mean[one], alone.mean)
+        assert torch.equal(batch.sample(noise)[one], alone.sample(noise[one]))
+        assert batch.mean.dtype == batch.std.dtype == dtype
+
+
+def test_half_precision_outputs_move_in_float32() -> None:
+    x, v = randn(2, 3).float(), randn(2, 3, seed=1).bfloat16()
+    move = transition(FlowPath(), FlowSDE(), x, v, flow_step(0.8, 0.6))
+    assert move.mean.dtype == move.std.dtype == torch.float32
+    assert torch.equal(move.mean, transition(FlowPath(), FlowSDE(), x, v.float(), flow_step(0.8, 0.6)).mean)
+
+
+# Densities
+
+
+def moves() -> tuple[Transition, Transition, Tensor]:
+    """A current and an old transition of one kernel on a batch of steps, and a sample of the old one."""
+    step = linear_grid(10)[torch.tensor([1, 4, 8])]
+    x, v = randn(3, 4, 2), randn(3, 4, 2, seed=1)
+    old = transition(FlowPath(), FlowSDE(0.7), x, v, step)
+    new = transition(FlowPath(), FlowSDE(0.7), x, v + 0.1 * randn(3, 4, 2, seed=2), step)
+    return new, old, old.sample(randn(3, 4, 2, seed=3))
+
+
+def as_normal(move: Transition) -> Independent:
+    return Independent(Normal(move.mean, move.std.expand_as(move.mean)), 2)
+
+
+def test_densities_agree_with_torch_distributions() -> None:
+    new, old, x_next = moves()
+    torch.testing.assert_close(new.log_prob(x_next, "sum"), as_normal(new).log_prob(x_next), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        new.kl(old, "sum"), kl_divergence(as_normal(new), as_normal(old)), rtol=1e-12, atol=1e-12
+    )
+    for density in (new.log_prob(x_next), new.kl(old), new.log_ratio(old, x_next)):
+        assert density.shape == (3,)
+    torch.testing.assert_close(new.log_prob(x_next), new.log_prob(x_next, "sum") / 8)
+    torch.testing.assert_close(new.kl(old), new.kl(old, "sum") / 8)
+    torch.testing.assert_close(new.log_ratio(old, x_next), new.log_ratio(old, x_next, "sum") / 8)
+
+
+def test_log_ratio_is_the_difference_of_log_probs() -> None:
+    new, old, x_next = moves()
+    for reduction in ("mean", "sum"):
+        difference = new.log_prob(x_next, reduction) - old.log_prob(x_next, reduction)  # type: ignore[arg-type]
+        ratio = new.log_ratio(old, x_next, reduction)  # type: ignore[arg-type]
+        torch.testing.assert_close(ratio, difference, rtol=1e-9, atol=1e-12)
+
+
+def test_log_ratio_of_equal_means_is_exactly_zero_and_small_ones_keep_their_precision() -> None:
+    _, old, x_next = moves()
+    assert torch.equal(old.log_ratio(old, x_next), torch.zeros(3, dtype=torch.float64))
+    exact = Transition(old.mean + 1e-4, old.std).log_ratio(old, x_next)
+    single = Transition(old.mean.float(), old.std.float())
+    nudged = Transition((old.mean.float() + 1e-4), old.std.float())
+    torch.testing.assert_close(nudged.log_ratio(single, x_next.float()).double(), exact, rtol=2e-2, atol=0)
+
+
+def test_worked_log_ratio_and_kl() -> None:
+    noise = torch.tensor([[0.5, -1.0, 0.25, 2.0]], dtype=torch.float64)
+    shift = torch.tensor([[0.01, -0.02, 0.005, 0.015]], dtype=torch.float64)
+    old = Transition(torch.zeros(1, 4, dtype=torch.float64), scalar(0.2))
+    new = Transition(shift, scalar(0.2))
+    assert new.log_ratio(old, old.sample(noise)).item() == pytest.approx(0.06796875, abs=1e-12)
+    assert new.kl(old).item() == pytest.approx(0.00234375, abs=1e-12)
+    assert new.kl(old, "sum").item() == pytest.approx(0.009375, abs=1e-12)
+
+
+def test_the_gradient_moves_the_mean_towards_the_sample() -> None:
+    step = flow_step(0.8, 0.6)
+    x, v, x_next = randn(2, 3), randn(2, 3, seed=1).requires_grad_(), randn(2, 3, seed=2)
+    move = transition(FlowPath(), FlowSDE(0.7), x, v, step)
+    old = Transition(move.mean.detach(), move.std)
+    (ascent,) = torch.autograd.grad(move.log_ratio(old, x_next, "sum").sum(), v)
+    (of_log_prob,) = torch.autograd.grad(
+        transition(FlowPath(), FlowSDE(0.7), x, v, step).log_prob(x_next, "sum").sum(), v
+    )
+    torch.testing.assert_close(ascent, of_log_prob)
+    moved = transition(FlowPath(), FlowSDE(0.7), x, (v + 1e-3 * ascent).detach(), step)
+    assert bool(((moved.mean - x_next).abs() < (move.mean - x_next).abs()).all())
+
+
+def test_the_score_of_a_sample_has_mean_zero_and_the_stated_variance() -> None:
+    count, size, std = 100_000, 3, 0.4
+    mean = randn(1, size).expand(count, size).clone().requires_grad_()
+    move = Transition(mean, scalar(std))
+    (score,) = torch.autograd.grad(move.log_prob(move.sample(randn(count, size, seed=1)).detach()).sum(), mean)
+    deviation = 1 / (std * size)
+    assert float(score.mean(0).abs().max()) < 5 * deviation / math.sqrt(count)
+    torch.testing.assert_close(score.var(0), torch.full((size,), deviation**2).double(), rtol=0.03, atol=0)
+
+
+def test_importance_weights_average_to_one() -> None:
+    count, size = 200_000, 4
+    old = Transition(randn(1, size).expand(count, size), scalar(0.5))
+    new = Transition(old.mean + 0.1, old.std)
+    weights = new.log_ratio(old, old.sample(randn(count, size, seed=1)), "sum").exp()
+    assert float(weights.mean()) == pytest.approx(1.0, abs=5 * float(weights.std()) / math.sqrt(count))
+
+
+@pytest.mark.parametrize("kernel", [ODE(), CPS(0.0), DDIM(0.0), CPS(0.8)])
+def test_a_deterministic_step_has_no_density(kernel: Kernel) -> None:
+    step = flow_step(0.1, 0.0) if kernel == CPS(0.8) else flow_step(0.8, 0.6)
+    x, v = randn(2, 3), randn(2, 3, seed=1)
+    move = transition(FlowPath(), kernel, x, v, step)
+    questions: list[Callable[[], Tensor]] = [
+        lambda: move.log_prob(x),
+        lambda: move.kl(move),
+        lambda: move.log_ratio(move, x),
+    ]
+    for question in questions:
+        with pytest.raises(ValueError, match="train only stochastic steps"):
+            question()
+
+
+def test_one_deterministic_sample_spoils_the_batch() -> None:
+    x, v = randn(2, 3), randn(2, 3, seed=1)
+    move = transition(FlowPath(), CPS(), x, v, linear_grid(10)[torch.tensor([2, 9])])
+    with pytest.raises(ValueError, match="train only stochastic steps"):
+        move.log_prob(x)
+
+
+def test_invalid_questions_are_errors() -> None:
+    new, old, x_next = moves()
+    with pytest.raises(ValueError, match="different std"):
+        new.log_ratio(Transition(old.mean, 2 * old.std), x_next)
+    with pytest.raises(ValueError, match="expected a tensor of shape"):
+        new.log_prob(x_next[:1])
+    with pytest.raises(ValueError, match="reduction"):
+        new.log_prob(x_next, "max")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="std must be"):
+        Transition(torch.zeros(3, 4), torch.ones(3))
+    with pytest.raises(ValueError, match="two dimensions"):
+        Transition(torch.zeros(3), torch.ones(3))
+
+
+# What kernels refuse
+
+
+@pytest.mark.parametrize("kernel", [FlowSDE(), DanceSDE()])
+def test_flow_kernels_refuse_other_paths_and_levels(kernel: Kernel) -> None:
+    for step in (VP_STEP, step_between((1.0, 2.0), (1.0, 1.0))):
+        with pytest.raises(ValueError, match="alpha = 1 - sigma"):
+            kernel(step)
+    for sigmas in ((0.5, 0.6), (0.5, 0.5), (1.2, 0.9), (0.1, -0.1)):
+        with pytest.raises(ValueError, match="falls"):
+            kernel(flow_step(*sigmas))
+
+
+@pytest.mark.parametrize("kernel", [DDIM(), DPMSDE()])
+def test_first_order_kernels_refuse_undefined_ratios(kernel: Kernel) -> None:
+    with pytest.raises(ValueError, match="sigma > 0"):
+        kernel(flow_step(0.0, 0.0))
+    with pytest.raises(ValueError, match="alpha_next > 0"):
+        kernel(flow_step(1.0, 1.0))
+    with pytest.raises(ValueError, match="falls"):
+        kernel(flow_step(0.5, 0.6))
+
+
+@pytest.mark.parametrize("make", [CPS, DDIM])
+@pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
+def test_share_of_noise_is_in_the_unit_interval(make: Callable[[float], Kernel], eta: float) -> None:
+    with pytest.raises(ValueError, match="eta"):
+        make(eta)
+
+
+@pytest.mark.parametrize("make", [FlowSDE, DanceSDE])
+@pytest.mark.parametrize("level", [0.0, -1.0, math.nan])
+def test_noise_rates_are_positive(make: Callable[[float], Kernel], level: float) -> None:
+    with pytest.raises(ValueError, match="positive"):
+        make(level)
+
+
+# Which steps can be trained
+
+
+def test_leftover_noise() -> None:
+    grid = euler_grid(10, 3.0)
+    leftover = leftover_noise(FlowSDE(0.7), grid)
+    expected = [row[7] / following[0] for row, following in zip(SD3_TABLE, SD3_TABLE[1:], strict=False)]
+    assert leftover[:8].tolist() == pytest.approx(expected[:8], abs=2e-4)
+    assert leftover[8].item() == pytest.approx(26.9, abs=0.1)
+    assert leftover[9].item() == math.inf
+    for kernel in (ODE(), CPS(), DPMSDE(), DDIM(0.3)):
+        torch.testing.assert_close(leftover_noise(kernel, grid), torch.ones(10, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_trainable_steps_of_the_default_grids(shift: float) -> None:
+    grid = euler_grid(10, shift)
+    assert trainable_steps(FlowSDE(0.7), grid) == tuple(range(8))
+    assert trainable_steps(DanceSDE(0.3), grid) == tuple(range(8))
+    assert trainable_steps(CPS(0.8), grid) == trainable_steps(DPMSDE(), grid) == tuple(range(9))
+    assert trainable_steps(FlowSDE(0.7), grid, limit=30.0 if shift == 3.0 else 1e3) == tuple(range(9))
+    for kernel in (ODE(), CPS(0.0), DDIM(0.0)):
+        assert trainable_steps(kernel, grid) == ()
+
+
+def test_penultimate_sigmas_of_the_default_grid() -> None:
+    assert euler_grid(10, 1.0).sigma[-3:].tolist() == pytest.approx([0.112, 0.001, 0.0], abs=1e-12)
+
+
+# Marginals. For data N(2, .5^2) the exact velocity is affine in x, so is every move, and the law of the last sample
+# is a Gaussian whose mean and std follow from each step's slope, intercept and noise: no sampling is needed.
+
+DATA_MEAN, DATA_STD = 2.0, 0.5
+# Final std by number of steps, from an independent simulation of 4e5 samples.
+FINAL_STD = {
+    ODE(): {10: 0.431, 50: 0.486, 200: 0.497, 1000: 0.500},
+    FlowSDE(0.7): {10: 0.479, 50: 0.498, 200: 0.501, 1000: 0.501},
+    DanceSDE(0.3): {10: 0.440, 50: 0.488, 200: 0.497, 1000: 0.499},
+    CPS(0.3): {10: 0.420, 50: 0.471, 200: 0.481, 1000: 0.486},
+    CPS(0.8): {10: 0.352, 50: 0.389, 200: 0.398, 1000: 0.403},
+    DPMSDE(): {10: 0.387, 50: 0.469, 200: 0.492, 1000: 0.498},
+}
+
+
+def exact_velocity(x: Tensor, step: NoiseStep) -> Tensor:
+    alpha, sigma = step.alpha, step.sigma
+    variance = (alpha * DATA_STD) ** 2 + sigma**2
+    centred = (x - alpha * DATA_MEAN) / variance
+    return sigma * centred - (DATA_MEAN + alpha * DATA_STD**2 * centred)
+
+
+def moved(kernel: Kernel, x: Tensor, step: NoiseStep) -> Transition:
+    used = ODE() if step.sigma_next == 0 else kernel
+    return transition(FlowPath(), used, x, exact_velocity(x, step), step)
+
+
+def final_law(kernel: Kernel, steps: int) -> tuple[float, float]:
+    """Mean and std of the last sample, starting from N(0, 1)."""
+    mean, variance, grid = 0.0, 1.0, linear_grid(steps)
+    for index in range(steps):
+        move = moved(kernel, torch.tensor([[mean], [mean + 1]], dtype=torch.float64), grid[index])
+        slope = (move.mean[1] - move.mean[0]).item()
+        mean, variance = move.mean[0].item(), slope**2 * variance + move.std.item() ** 2
+    return mean, math.sqrt(variance)
+
+
+@pytest.mark.parametrize("kernel", FINAL_STD)
+@pytest.mark.parametrize("steps", [10, 50, 200, 1000])
+def test_spread_of_gaussian_data(kernel: Kernel, steps: int) -> None:
+    mean, std = final_law(kernel, steps)
+    assert std == pytest.approx(FINAL_STD[kernel][steps], abs=0.003)
+    assert mean == pytest.approx(DATA_MEAN, abs=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [ODE(), FlowSDE(0.3), FlowSDE(0.7), DanceSDE(0.3), DPMSDE()])
+def test_consistent_kernels_converge_to_the_data(kernel: Kernel) -> None:
+    errors = [abs(final_law(kernel, steps)[1] - DATA_STD) for steps in (50, 200, 800)]
+    assert errors[2] < errors[0]
+    assert errors[2] < 0.003
+
+
+def test_cps_does_not_converge() -> None:
+    assert final_law(CPS(0.8), 800)[1] < 0.82 * DATA_STD
+
+
+@pytest.mark.parametrize("kernel", [FlowSDE(0.7), DPMSDE()])
+def test_simulation_agrees_with_the_propagated_law(kernel: Kernel) -> None:
+    generator, grid = torch.Generator().manual_seed(0), linear_grid(10)
+    x = torch.randn(200_000, 1, generator=generator)
+    for index in range(10):
+        x = moved(kernel, x, grid[index]).sample(torch.randn(x.shape, generator=generator))
+    mean, std = final_law(kernel, 10)
+    assert x.mean().item() == pytest.approx(mean, abs=0.005)
+    assert x.std().item() == pytest.approx(std, abs=0.004)
+
+
+@pytest.mark.parametrize("kernel", [CPS(0.8), DPMSDE()])
+def test_point_mass_data_keeps_the_noise_level(kernel: Kernel) -> None:
+    noise, x0, step = randn(100_000, 1), 1.3, flow_step(0.8, 0.6)
+    x = 0.2 * x0 + 0.8 * noise
+    x_next = transition(FlowPath(), kernel, x, noise - x0, step).sample(randn(100_000, 1, seed=1))
+    assert (x_next - 0.4 * x0).std().item() == pytest.approx(0.6, abs=0.006)

@@ -1,0 +1,140 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign.dynamics import CPS, ODE, DanceSDE, FlowSDE, Kernel, Transition, transition
+from genalign.objectives import KLForm, clip_fraction, clipped_surrogate, kl_penalty
+from genalign.paths import FlowPath
+from genalign.types import NoiseStep
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def two_steps() -> NoiseStep:
+    sigma, sigma_next = torch.tensor([[0.8, 0.5], [0.6, 0.4]], dtype=torch.float64)
+    return NoiseStep(sigma, 1 - sigma, sigma, torch.tensor([0, 1]), 1 - sigma_next, sigma_next)
+
+
+@pytest.mark.parametrize("clip_range", [0.2, 1e-3])
+def test_surrogate_is_the_published_loss(clip_range: float) -> None:
+    advantages = 3 * randn(200, seed=0)
+    log_ratio = 2 * clip_range * randn(200, seed=1)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    expected = torch.maximum(-advantages * ratio, -advantages * clipped)
+    torch.testing.assert_close(clipped_surrogate(log_ratio, advantages, clip_range), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_is_the_advantage_on_policy_and_zero_beyond_the_range() -> None:
+    advantages = torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0, -2.0])
+    log_ratio = torch.tensor([0.0, 0.0, 0.5, 0.5, -0.5, -0.5], requires_grad=True)
+    clipped_surrogate(log_ratio, advantages, 0.2).sum().backward()
+    assert log_ratio.grad is not None
+    up, down = math.exp(0.5), math.exp(-0.5)
+    assert log_ratio.grad.tolist() == pytest.approx([-2.0, 2.0, 0.0, 2 * up, -2 * down, 0.0])
+
+
+def test_ranges_near_the_resolution_of_float32() -> None:
+    log_ratio = torch.tensor([0.9e-7, 1.1e-7], requires_grad=True)
+    clipped_surrogate(log_ratio, torch.ones(2), 1e-7).sum().backward()
+    assert log_ratio.grad is not None
+    assert log_ratio.grad.tolist() == [-1.0, 0.0]
+    assert clip_fraction(log_ratio.detach(), 1e-7).item() == 0.5
+
+
+def test_no_advantage_means_no_loss_whatever_the_ratio() -> None:
+    log_ratio = torch.tensor([0.0, 1e3, -1e3], requires_grad=True)
+    loss = clipped_surrogate(log_ratio, torch.zeros(3), 1e-4)
+    loss.sum().backward()
+    assert log_ratio.grad is not None
+    assert bool((loss == 0).all() & (log_ratio.grad == 0).all())
+
+
+def test_clip_fraction_counts_both_sides() -> None:
+    log_ratio = torch.tensor([0.0, 0.19, -0.19, 0.17, -0.23])
+    assert clip_fraction(log_ratio, 0.2).item() == pytest.approx(0.4)
+
+
+def test_a_step_down_the_surrogate_raises_what_was_better() -> None:
+    x, v, step = randn(2, 5, seed=0), randn(2, 5, seed=1), two_steps()
+    old = transition(FlowPath(), FlowSDE(0.7), x, v, step)
+    x_next, advantages = old.sample(randn(2, 5, seed=2)), torch.tensor([1.0, -1.0]).double()
+    current = v.clone().requires_grad_()
+    move = transition(FlowPath(), FlowSDE(0.7), x, current, step)
+    clipped_surrogate(move.log_ratio(old, x_next), advantages, 1e-2).sum().backward()
+    assert current.grad is not None
+    updated = transition(FlowPath(), FlowSDE(0.7), x, v - 1e-3 * current.grad, step)
+    change = updated.log_ratio(old, x_next)
+    assert change[0].item() > 0 > change[1].item()
+
+
+def penalty(form: KLForm, kernel: Kernel, v: Tensor, v_ref: Tensor) -> Tensor:
+    x, step = randn(2, 3, 4, seed=0), two_steps()
+    current, reference = (transition(FlowPath(), kernel, x, prediction, step) for prediction in (v, v_ref))
+    return kl_penalty(form, current, reference, v, v_ref, step)
+
+
+@pytest.mark.parametrize("kernel", [FlowSDE(0.7), DanceSDE(0.3)])
+def test_forms_of_the_penalty_are_multiples_of_the_distance_of_velocities(kernel: Kernel) -> None:
+    v, v_ref, step = randn(2, 3, 4, seed=1), randn(2, 3, 4, seed=2), two_steps()
+    drop = step.sigma - step.sigma_next
+    rate = 0.7 * (step.sigma / (1 - step.sigma)).sqrt() if kernel == FlowSDE(0.7) else torch.full_like(drop, 0.3)
+    c_v = drop * (1 + rate**2 * (1 - step.sigma) / (2 * step.sigma))
+    of_v = (v - v_ref).square().mean((1, 2))
+    close = {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(penalty("v", kernel, v, v_ref), of_v, **close)
+    torch.testing.assert_close(penalty("x", kernel, v, v_ref), c_v**2 * of_v, **close)
+    torch.testing.assert_close(penalty("no_dt", kernel, v, v_ref), c_v**2 * of_v / (2 * rate**2), **close)
+    torch.testing.assert_close(penalty("exact", kernel, v, v_ref), c_v**2 * of_v / (2 * rate**2 * drop), **close)
+
+
+def test_worked_penalty() -> None:
+    mean = torch.tensor([[0.01, -0.02, 0.005, 0.015]], dtype=torch.float64)
+    std, step = torch.tensor(0.2, dtype=torch.float64), two_steps()
+    alone = NoiseStep(*(field[:1] for field in vars(step).values()))
+    move, reference = Transition(mean, std), Transition(torch.zeros_like(mean), std)
+    assert kl_penalty("exact", move, reference, mean, mean, alone).item() == pytest.approx(0.00234375, abs=1e-12)
+    assert kl_penalty("no_dt", move, reference, mean, mean, alone).item() == pytest.approx(0.00046875, abs=1e-12)
+    assert kl_penalty("x", move, reference, mean, mean, alone).item() == pytest.approx(0.0001875, abs=1e-12)
+    assert kl_penalty("v", move, reference, mean, mean, alone).item() == 0.0
+
+
+@pytest.mark.parametrize("form", ["exact", "no_dt", "x", "v"])
+def test_every_form_pulls_towards_the_reference(form: KLForm) -> None:
+    v_ref = randn(2, 3, 4, seed=2)
+    v = randn(2, 3, 4, seed=1).requires_grad_()
+    (gradient,) = torch.autograd.grad(penalty(form, CPS(0.8), v, v_ref).sum(), v)
+    assert bool((gradient * (v - v_ref) > 0).all())
+    assert torch.equal(penalty(form, CPS(0.8), v_ref, v_ref), torch.zeros(2, dtype=torch.float64))
+
+
+def test_a_deterministic_step_has_only_the_distances() -> None:
+    v, v_ref = randn(2, 3, 4, seed=1), randn(2, 3, 4, seed=2)
+    for form in ("exact", "no_dt"):
+        with pytest.raises(ValueError, match="train only stochastic steps"):
+            penalty(form, ODE(), v, v_ref)  # type: ignore[arg-type]
+    assert bool((penalty("x", ODE(), v, v_ref) > 0).all())
+    assert penalty("v", ODE(), v.bfloat16(), v_ref.bfloat16()).dtype == torch.float32
+
+
+def test_inputs_are_checked() -> None:
+    with pytest.raises(ValueError, match="must both be"):
+        clipped_surrogate(torch.zeros(3), torch.zeros(3, 1), 0.2)
+    for clip_range in (0.0, 1.0, -0.1):
+        with pytest.raises(ValueError, match="clip_range"):
+            clip_fraction(torch.zeros(3), clip_range)
+    with pytest.raises(ValueError, match="form must be"):
+        penalty("k3", ODE(), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="equal shapes"):
+        kl_penalty(
+            "v",
+            Transition(torch.zeros(2, 3), torch.ones(())),
+            Transition(torch.zeros(2, 3), torch.ones(())),
+            torch.zeros(2, 3),
+            torch.zeros(2, 1),
+            two_steps(),
+        )

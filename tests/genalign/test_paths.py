@@ -1,0 +1,180 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign.paths import EDMPath, FlowPath, GaussianPath, VPPath, expand, promote
+from genalign.types import NoiseLevel, Path
+
+FLOW = [0.03, 0.4, 0.8, 0.97]
+EDM_SIGMAS = [0.05, 0.3, 2.0, 80.0]
+
+
+def level(alpha: Tensor | float, sigma: Tensor | float) -> NoiseLevel:
+    alpha, sigma = (torch.as_tensor(value, dtype=torch.float64) for value in (alpha, sigma))
+    return NoiseLevel(timestep=sigma, alpha=alpha, sigma=sigma)
+
+
+def flow_level(sigma: list[float]) -> NoiseLevel:
+    sigmas = torch.tensor(sigma, dtype=torch.float64)
+    return level(1 - sigmas, sigmas)
+
+
+def vp_level(sigma: list[float]) -> NoiseLevel:
+    sigmas = torch.tensor(sigma, dtype=torch.float64)
+    return level((1 - sigmas**2).sqrt(), sigmas)
+
+
+def edm_level(sigma: list[float]) -> NoiseLevel:
+    return level(torch.ones(len(sigma), dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64))
+
+
+PATHS = [
+    pytest.param(FlowPath(), flow_level(FLOW), id="flow"),
+    pytest.param(VPPath("epsilon"), vp_level(FLOW), id="vp-epsilon"),
+    pytest.param(VPPath("v_prediction"), vp_level(FLOW), id="vp-v"),
+    pytest.param(VPPath("sample"), vp_level(FLOW), id="vp-sample"),
+    pytest.param(EDMPath(0.5), edm_level(EDM_SIGMAS), id="edm-v"),
+    pytest.param(EDMPath(1.0, "epsilon"), edm_level(EDM_SIGMAS), id="edm-epsilon"),
+]
+
+
+def pair(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64)
+    eps = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64)
+    return x0.to(dtype), eps.to(dtype)
+
+
+@pytest.mark.parametrize(("path", "at"), PATHS)
+def test_a_training_target_gives_its_pair_back(path: GaussianPath, at: NoiseLevel) -> None:
+    x0, eps = pair()
+    x, prediction = path.add_noise(x0, eps, at), path.prediction(x0, eps, at)
+    sigma = expand(at.sigma, x)
+    torch.testing.assert_close(x, expand(at.alpha, x) * x0 + sigma * eps)
+    torch.testing.assert_close(path.x0(x, prediction, at), x0, rtol=0, atol=1e-11)
+    torch.testing.assert_close(path.eps(x, prediction, at), eps, rtol=0, atol=1e-11)
+    torch.testing.assert_close(path.score(x, prediction, at), -eps / sigma, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("path", "at"), PATHS)
+def test_any_output_is_consistent_with_its_latent(path: GaussianPath, at: NoiseLevel) -> None:
+    x, output = pair()
+    x0, eps = path.x0(x, output, at), path.eps(x, output, at)
+    torch.testing.assert_close(path.add_noise(x0, eps, at), x, rtol=0, atol=1e-10)
+    torch.testing.assert_close(path.prediction(x0, eps, at), output, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("path", "at"), PATHS)
+def test_float32_is_close_to_float64(path: GaussianPath, at: NoiseLevel) -> None:
+    x, output = pair()
+    for convert in (path.x0, path.eps, path.score, path.prediction):
+        single = convert(x.float(), output.float(), at)
+        assert single.dtype == torch.float32
+        torch.testing.assert_close(single.double(), convert(x, output, at), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_promoted_before_any_arithmetic(dtype: torch.dtype) -> None:
+    x, output = pair(dtype)
+    for at in (flow_level(FLOW), level(0.2, 0.8)):
+        half = FlowPath().x0(x, output, at)
+        assert half.dtype == torch.float32
+        assert torch.equal(half, FlowPath().x0(x.float(), output.float(), at))
+    assert promote(x, output.double())[0].dtype == torch.float64
+
+
+def test_a_mixed_batch_of_levels_is_bitwise_its_samples() -> None:
+    x, output = pair(torch.float32)
+    batch = FlowPath().eps(x, output, flow_level(FLOW))
+    for i, sigma in enumerate(FLOW):
+        assert torch.equal(batch[i : i + 1], FlowPath().eps(x[i : i + 1], output[i : i + 1], level(1 - sigma, sigma)))
+
+
+def test_flow_numbers() -> None:
+    x, v, at = torch.full((1, 1), 0.5).double(), torch.full((1, 1), -0.3).double(), level(0.2, 0.8)
+    assert FlowPath().x0(x, v, at).item() == pytest.approx(0.74, abs=1e-12)
+    assert FlowPath().eps(x, v, at).item() == pytest.approx(0.44, abs=1e-12)
+
+
+def test_vp_numbers() -> None:
+    x, out, at = torch.full((1, 1), 0.5).double(), torch.full((1, 1), -0.3).double(), level(0.3**0.5, 0.7**0.5)
+    assert VPPath("epsilon").x0(x, out, at).item() == pytest.approx(1.3711284987, abs=1e-9)
+    assert VPPath("epsilon").eps(x, out, at).item() == pytest.approx(-0.3, abs=1e-12)
+    assert VPPath("v_prediction").x0(x, out, at).item() == pytest.approx(0.5248592867, abs=1e-9)
+    assert VPPath("v_prediction").eps(x, out, at).item() == pytest.approx(0.2540132460, abs=1e-9)
+
+
+def test_edm_numbers() -> None:
+    x, out, at = torch.full((1, 1), 1.5).double(), torch.full((1, 1), 0.3).double(), level(1.0, 2.0)
+    c_skip, c_out = 0.2, -0.8944271910
+    assert EDMPath().x0(x, out, at).item() == pytest.approx(0.0316718427, abs=1e-9)
+    assert EDMPath().x0(x, out, at).item() == pytest.approx(c_skip * 1.5 + c_out * 0.3, abs=1e-9)
+    assert EDMPath(1.0, "epsilon").x0(x, out, at).item() == pytest.approx(c_skip * 1.5 - c_out * 0.3, abs=1e-9)
+
+
+def test_edm_network_output_has_unit_variance_for_data_of_sigma_data() -> None:
+    x0, eps = (part.flatten() for part in torch.randn(2, 4, 20000, generator=torch.Generator().manual_seed(1)).double())
+    at = edm_level([2.0])
+    target = EDMPath(0.5).prediction(0.5 * x0[None], eps[None], at)
+    assert target.std().item() == pytest.approx(1.0, abs=0.01)
+
+
+def test_levels_where_the_flow_needs_no_division() -> None:
+    x, v = pair()
+    assert torch.equal(FlowPath().x0(x, v, level(1.0, 0.0)), x)
+    assert torch.equal(FlowPath().eps(x, v, level(0.0, 1.0)), x)
+    assert torch.equal(FlowPath().eps(x, v, level(1.0, 0.0)), x + v)
+    assert torch.equal(VPPath("v_prediction").x0(x, v, level(0.0, 1.0)), -v)
+
+
+@pytest.mark.parametrize("off", [(0.0, 1.0), (1.0, 0.0)])
+def test_what_is_not_determined_is_an_error(off: tuple[float, float]) -> None:
+    x, output = pair()
+    at = level(*off)
+    if off[1] == 0.0:
+        for path in (FlowPath(), VPPath("epsilon"), VPPath("v_prediction"), EDMPath()):
+            with pytest.raises(ValueError, match="score is not determined"):
+                path.score(x, output, at)
+        with pytest.raises(ValueError, match="eps is not determined"):
+            VPPath("sample").eps(x, output, at)
+    else:
+        with pytest.raises(ValueError, match="x0 is not determined"):
+            VPPath("epsilon").x0(x, output, at)
+        torch.testing.assert_close(VPPath("epsilon").eps(x, output, at), output)
+
+
+@pytest.mark.parametrize("path", [FlowPath(), VPPath(), EDMPath()])
+@pytest.mark.parametrize("off", [(0.5, 0.6), (math.nan, 0.5)])
+def test_a_level_of_another_path_is_refused(path: GaussianPath, off: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="not on the path"):
+        path.x0(*pair(), level(*off))
+
+
+def test_shapes_and_parameters_are_checked() -> None:
+    x, output = pair()
+    with pytest.raises(ValueError, match="one shape"):
+        FlowPath().x0(x, output[:2], level(0.5, 0.5))
+    with pytest.raises(ValueError, match="coefficient must be"):
+        FlowPath().x0(x, output, flow_level([0.5]))
+    with pytest.raises(ValueError, match="prediction_type"):
+        VPPath("velocity")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="prediction_type"):
+        EDMPath(1.0, "sample")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sigma_data"):
+        EDMPath(0.0)
+
+
+def test_expand_casts_after_float64_arithmetic() -> None:
+    coefficient = 1 - torch.tensor([1e-9, 0.1], dtype=torch.float64)
+    single = expand(coefficient, torch.zeros(2, 3, 4))
+    assert single.shape == (2, 1, 1)
+    assert torch.equal(single.flatten(), coefficient.float())
+    assert torch.equal(expand(coefficient, torch.zeros(2, 3).double()).flatten(), coefficient)
+    assert expand(coefficient[0], torch.zeros(2, 3, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_paths_meet_the_protocol() -> None:
+    paths: list[Path] = [FlowPath(), VPPath(), EDMPath()]
+    assert len({type(path) for path in paths}) == 3
