@@ -24,11 +24,11 @@ def combine(scores_BK: Tensor, weights: Sequence[float]) -> Tensor:
     """
     if scores_BK.ndim != 2 or scores_BK.shape[1] != len(weights):
         raise ValueError(f"scores must be (B, K) with one weight per column, not {tuple(scores_BK.shape)}, {weights}")
-    weights_K = torch.tensor(weights, dtype=torch.float64, device=scores_BK.device)
-    if not bool(weights_K.isfinite().all()):
+    weight = torch.tensor(weights, dtype=torch.float64, device=scores_BK.device)
+    if not bool(weight.isfinite().all()):
         raise ValueError(f"weights must be finite, not {weights}")
-    used = weights_K != 0
-    return (scores_BK.double()[:, used] * weights_K[used]).sum(1).float()
+    used = weight != 0
+    return (scores_BK.double()[:, used] * weight[used]).sum(1).float()
 
 
 def group_advantages(

@@ -155,7 +155,7 @@ class DanceSDE(Kernel):
 @final
 @dataclass(frozen=True)
 class CPS(Kernel):
-    """Coefficients-preserving sampling (Flow-CPS): a fixed share of sigma_next is fresh noise, c^2 + s^2 = sigma_next^2.
+    """Coefficients-preserving sampling (Flow-CPS): a fixed share of the noise is fresh, c^2 + s^2 = sigma_next^2.
 
     Its images are clean at any step count, but for a fixed eta > 0 it does not converge to the marginals of the path
     (their spread shrinks), so use it on a few steps. The last step is deterministic.

@@ -24,8 +24,8 @@ from genalign.types import Grid, Pipeline, Prompt, PromptSet, RewardFunction
 class Protocol:
     """How a number was made, without the model: equal protocols make numbers comparable.
 
-    ``sigmas`` are the grid's T + 1 noise levels with the final 0; ``resolution`` is (height, width) in pixels; ``seeds``
-    is the least number of noises per prompt.
+    ``sigmas`` are the grid's T + 1 noise levels with the final 0; ``resolution`` is (height, width) in pixels;
+    ``seeds`` is the least number of noises per prompt.
     """
 
     suite: str
@@ -295,7 +295,7 @@ def task_gains(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Est
 
 
 def ranked(before: Evaluation, after: Evaluation) -> tuple[Pair, ...]:
-    """Pairs by after minus before, worst regression first: by the first score, ties by the next; failed ones left out."""
+    """Pairs by after minus before, worst regression first: by the first score, ties by the next; no failed ones."""
     names = _shared_scores(before, after)
     differences = [(tuple(pair.difference(name) for name in names), pair) for pair in pairs(before, after)]
     scored = [item for item in differences if all(map(math.isfinite, item[0]))]

@@ -1,0 +1,3 @@
+"""Diffusers pipelines seen as encode / predict / decode; see ``genalign.types.Pipeline``."""
+
+from pipelines.sd3 import SD3 as SD3

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from pathlib import Path
 
+import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+from torch import nn
 
 
 def check_folder(path_or_id: str | Path, pipeline_class: str) -> None:
@@ -24,14 +28,14 @@ def _model_index(path_or_id: str | Path) -> Path:
         return folder / "model_index.json"
     if folder.exists():
         raise ValueError(f"{folder} is a file: give the diffusers folder (with model_index.json) or a Hub id")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
+        raise FileNotFoundError(f"{path_or_id} is neither a folder nor a Hub id (owner/name)")
     return _from_hub(str(path_or_id))
 
 
 def _from_hub(repository: str) -> Path:
     try:
         return Path(hf_hub_download(repository, "model_index.json"))
-    except HFValidationError:
-        raise FileNotFoundError(f"{repository} is neither a folder nor a Hub id (owner/name)") from None
     except GatedRepoError:
         raise PermissionError(
             f"{repository} is gated: accept its licence on its Hub page, then run `hf auth login`"
@@ -41,3 +45,12 @@ def _from_hub(repository: str) -> Path:
             f"{repository} is not a folder here, not in the local cache, and the Hub did not give it"
             f" ({type(error).__name__}): check the path, or download it once while online"
         ) from error
+
+
+def fingerprint(network: nn.Module) -> str:
+    """16 hexadecimal characters over the names, shapes and first values of a network's weights, whatever its dtype."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        first = tensor.detach().flatten()[:256].to("cpu", torch.float32).half()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + first.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import LoraConfig
 from torch import Tensor, nn
 
+from genalign.checkpoints import write_json
 from genalign.paths import FlowPath
 from genalign.types import Conditioning, Grid, NoiseLevel
-from pipelines.folders import check_folder
+from pipelines.folders import check_folder, fingerprint
 
 _DIFFUSERS_T5_LENGTH = 256
+_BASE_FILE = "base.json"
 _TRAIN_TIMESTEPS = 1000
 
 
@@ -47,6 +51,7 @@ class SD3:
         self.height = self._latent_size(height, native)
         self.width = self._latent_size(width, native)
         self.max_sequence_length = max_sequence_length or _t5_length(pipe)
+        self.fingerprint = fingerprint(pipe.transformer)
         self._cache: dict[str, dict[str, Tensor]] = {}
         for module in (pipe.transformer, pipe.vae, *self._text_encoders):
             module.requires_grad_(False).eval()
@@ -69,7 +74,7 @@ class SD3:
     ) -> SD3:
         """Open a folder or a Hub id. Raises ``FileNotFoundError`` or ``ValueError`` saying what is there instead."""
         check_folder(path_or_id, "StableDiffusion3Pipeline")
-        pipe = StableDiffusion3Pipeline.from_pretrained(path_or_id, torch_dtype=dtype)
+        pipe = StableDiffusion3Pipeline.from_pretrained(path_or_id, dtype=dtype)
         return cls(
             pipe,
             device=device,
@@ -180,6 +185,23 @@ class SD3:
         with _lent([vae], self.device, self.offload), self._mixed_precision():
             decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    def save_lora(self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
+        """Write an adapter as ``StableDiffusion3Pipeline.load_lora_weights`` expects it, rank and alpha included."""
+        metadata = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+        StableDiffusion3Pipeline.save_lora_weights(
+            directory, transformer_lora_layers=dict(state), transformer_lora_adapter_metadata=metadata
+        )
+        write_json(directory / _BASE_FILE, {"fingerprint": self.fingerprint})
+
+    def load_lora(self, directory: Path) -> None:
+        """Put on an adapter that ``save_lora``, or diffusers, wrote. Raises ValueError for one of another base."""
+        if not directory.is_dir():
+            raise FileNotFoundError(f"no LoRA folder {directory}: give the lora/ folder of a run")
+        base = directory / _BASE_FILE
+        if base.is_file() and json.loads(base.read_text())["fingerprint"] != self.fingerprint:
+            raise ValueError(f"the adapter in {directory} was trained on another base checkpoint than this one")
+        self.pipe.load_lora_weights(directory)
 
     def _mixed_precision(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +12,10 @@ from genalign.report.reading import Row
 from genalign.report.words import count, number, percent
 from genalign.statistics import Estimate
 
-_NUMBER = Axis("", number)
-_POSITIVE = Axis("", number, limits=(0.0, math.inf))
-_PERCENT = Axis("", percent, limits=(0.0, 1.0))
+_SCORE = Axis("strict score", percent, limits=(0.0, 1.0))
+_REWARD = Axis("reward", number)
+_KL = Axis("KL", number, from_zero=True)
+_SHARE = Axis("share", percent, limits=(0.0, 1.0), from_zero=True)
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,11 @@ class Chart:
 def charts(rows: Sequence[Row]) -> list[Chart]:
     """The curves that have at least one value."""
     drawn = [
-        _chart(rows, "Held-out strict score", "with its 95 % interval", _PERCENT, _held_out),
-        _chart(rows, "Training reward", "mean of each round", _NUMBER, _column("reward")),
-        _chart(rows, "KL to the reference", "how far the policy has moved", _POSITIVE, _column("kl")),
-        _chart(rows, "Clip fraction", "updates cut off by the clip range", _PERCENT, _column("clip_fraction")),
-        _chart(
-            rows, "Zero-spread groups", "groups of equal rewards: nothing to learn", _PERCENT, _column("zero_std_share")
-        ),
+        _chart(rows, "Held-out score", "images of prompts kept out of training, with 95 % interval", _SCORE, _held_out),
+        _chart(rows, "Training reward", "mean of each round", _REWARD, _column("reward")),
+        _chart(rows, "KL to the reference", "how far the policy has moved", _KL, _column("kl")),
+        _chart(rows, "Clip fraction", "updates cut off by the clip range", _SHARE, _column("clip_fraction")),
+        _chart(rows, "Zero-spread groups", "equal rewards, nothing to learn", _SHARE, _column("zero_std_share")),
     ]
     return [chart for chart in drawn if chart.views]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup, escape
 
 from genalign.statistics import Estimate
 
-WIDTH, HEIGHT = 480.0, 250.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 12.0, 26.0, 42.0
+WIDTH, HEIGHT = 480.0, 260.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 14.0, 30.0, 44.0
 _MARKS, _RAW = 60, 600  # points that can be read out; points of the faint line behind them
 
 
@@ -27,12 +28,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Axis:
-    """``format`` writes a value, ``unit`` divides it before ticks are chosen, ``limits`` are kept within where given."""
+    """``format`` writes a value; ``unit`` divides it before round ticks are chosen; ``limits`` hold the view, where
+    given, and ``from_zero`` begins it at zero."""
 
     label: str
     format: Callable[[float], str]
     unit: float = 1.0
-    limits: tuple[float, float] | None = None
+    limits: tuple[float, float] = (-math.inf, math.inf)
+    from_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,29 +117,28 @@ def _y_scale(points: Sequence[Point], axis: Axis) -> _Scale:
     low = min(p.y if p.low is None else min(p.low, p.y) for p in points)
     high = max(p.y if p.high is None else max(p.high, p.y) for p in points)
     margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
-    low, high = low - margin, high + margin
-    if axis.limits:
-        low, high = max(low, axis.limits[0]), min(high, axis.limits[1])
+    low, high = max(low - margin, axis.limits[0]), min(high + margin, axis.limits[1])
+    low = 0.0 if axis.from_zero else low
     return _Scale(low, high, HEIGHT - _BOTTOM, _TOP)
 
 
 def _y_grid(y: _Scale, axis: Axis) -> str:
     lines = []
-    for tick in ticks(y.low, y.high, 4):
+    for tick in ticks(y.low, y.high, 5):
         at = y(tick)
         lines.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at}" y2="{at}"/>')
         lines.append(f'<text class="tick end" x="{_LEFT - 8}" y="{at + 4:.1f}">{escape(axis.format(tick))}</text>')
-    lines.append(f'<text class="axis" x="0" y="12">{escape(axis.label)}</text>')
+    lines.append(f'<text class="axis" x="0" y="14">{escape(axis.label)}</text>')
     return "".join(lines)
 
 
 def _x_grid(x: _Scale, axis: Axis) -> str:
     base = HEIGHT - _BOTTOM
     lines = [f'<line class="base" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>']
-    for tick in ticks(x.low / axis.unit, x.high / axis.unit, 5):
+    for tick in ticks(x.low / axis.unit, x.high / axis.unit, 7):
         at = x(tick * axis.unit)
-        lines.append(f'<text class="tick mid" x="{at}" y="{base + 17}">{escape(axis.format(tick))}</text>')
-    lines.append(f'<text class="axis end" x="{WIDTH - _RIGHT}" y="{HEIGHT - 6}">{escape(axis.label)}</text>')
+        lines.append(f'<text class="tick mid" x="{at}" y="{base + 18}">{escape(axis.format(tick))}</text>')
+    lines.append(f'<text class="axis end" x="{WIDTH - _RIGHT}" y="{HEIGHT - 4}">{escape(axis.label)}</text>')
     return "".join(lines)
 
 
@@ -165,7 +167,7 @@ def _dots(points: Sequence[Point], x: _Scale, y: _Scale) -> str:
 def _readouts(points: Sequence[Point], x: _Scale, y: _Scale, x_axis: Axis, y_axis: Axis) -> str:
     """For each point a column that, under the mouse, shows its values in the upper right corner."""
     centres = [x(p.x) for p in points]
-    edges = [_LEFT, *((a + b) / 2 for a, b in zip(centres[:-1], centres[1:], strict=True)), WIDTH - _RIGHT]
+    edges = [_LEFT, *((a + b) / 2 for a, b in pairwise(centres)), WIDTH - _RIGHT]
     columns = zip(points, edges[:-1], edges[1:], strict=True)
     return "".join(_readout(p, left, right, x, y, _words(p, x_axis, y_axis)) for p, left, right in columns)
 
@@ -176,7 +178,7 @@ def _readout(point: Point, left: float, right: float, x: _Scale, y: _Scale, word
         f'<g class="hit"><title>{escape(words)}</title>'
         f'<rect x="{left:.1f}" y="{_TOP}" width="{right - left:.1f}" height="{base - _TOP}"/>'
         f'<line x1="{at}" x2="{at}" y1="{_TOP}" y2="{base}"/><circle cx="{at}" cy="{y(point.y)}" r="4"/>'
-        f'<text x="{WIDTH - _RIGHT}" y="12">{escape(words)}</text></g>'
+        f'<text x="{WIDTH - _RIGHT}" y="14">{escape(words)}</text></g>'
     )
 
 

@@ -16,6 +16,10 @@ def level(alpha: Tensor | float, sigma: Tensor | float) -> NoiseLevel:
     return NoiseLevel(timestep=sigma, alpha=alpha, sigma=sigma)
 
 
+def full(value: float) -> Tensor:
+    return torch.full((1, 1), value, dtype=torch.float64)
+
+
 def flow_level(sigma: list[float]) -> NoiseLevel:
     sigmas = torch.tensor(sigma, dtype=torch.float64)
     return level(1 - sigmas, sigmas)
@@ -93,13 +97,13 @@ def test_a_mixed_batch_of_levels_is_bitwise_its_samples() -> None:
 
 
 def test_flow_numbers() -> None:
-    x, v, at = torch.full((1, 1), 0.5).double(), torch.full((1, 1), -0.3).double(), level(0.2, 0.8)
+    x, v, at = full(0.5), full(-0.3), level(0.2, 0.8)
     assert FlowPath().x0(x, v, at).item() == pytest.approx(0.74, abs=1e-12)
     assert FlowPath().eps(x, v, at).item() == pytest.approx(0.44, abs=1e-12)
 
 
 def test_vp_numbers() -> None:
-    x, out, at = torch.full((1, 1), 0.5).double(), torch.full((1, 1), -0.3).double(), level(0.3**0.5, 0.7**0.5)
+    x, out, at = full(0.5), full(-0.3), level(0.3**0.5, 0.7**0.5)
     assert VPPath("epsilon").x0(x, out, at).item() == pytest.approx(1.3711284987, abs=1e-9)
     assert VPPath("epsilon").eps(x, out, at).item() == pytest.approx(-0.3, abs=1e-12)
     assert VPPath("v_prediction").x0(x, out, at).item() == pytest.approx(0.5248592867, abs=1e-9)
@@ -107,7 +111,7 @@ def test_vp_numbers() -> None:
 
 
 def test_edm_numbers() -> None:
-    x, out, at = torch.full((1, 1), 1.5).double(), torch.full((1, 1), 0.3).double(), level(1.0, 2.0)
+    x, out, at = full(1.5), full(0.3), level(1.0, 2.0)
     c_skip, c_out = 0.2, -0.8944271910
     assert EDMPath().x0(x, out, at).item() == pytest.approx(0.0316718427, abs=1e-9)
     assert EDMPath().x0(x, out, at).item() == pytest.approx(c_skip * 1.5 + c_out * 0.3, abs=1e-9)

@@ -6,10 +6,9 @@ soft coverage that ``matching`` names. Everything is done for a batch at once, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from genalign.worlds.shapes.color import nearest_color, palette_lab, srgb_to_lab
 from genalign.worlds.shapes.geometry import PALETTE, SIZE, Array
 from genalign.worlds.shapes.matching import match
 
@@ -33,15 +33,6 @@ _BY_IMAGE_8 = np.zeros((3, 3, 3), bool)  # neighbours in the plane, none along t
 _BY_IMAGE_8[1] = True
 _BY_IMAGE_4 = ndimage.generate_binary_structure(3, 1) & _BY_IMAGE_8
 _FRAME = np.pad(np.zeros((SIZE - 4, SIZE - 4), bool), 2, constant_values=True)
-_TO_XYZ = np.array(
-    [
-        [0.4124564, 0.3575761, 0.1804375],
-        [0.2126729, 0.7151522, 0.0721750],
-        [0.0193339, 0.1191920, 0.9503041],
-    ],
-    np.float32,
-)  # IEC 61966-2-1
-_D65 = np.array([0.95047, 1.0, 1.08883], np.float32)
 
 
 @dataclass(frozen=True)
@@ -155,22 +146,6 @@ def _sorted_3(a: Array, b: Array, c: Array) -> tuple[Array, Array, Array]:
     return np.minimum(low, c), np.maximum(low, np.minimum(high, c)), np.maximum(high, c)
 
 
-def srgb_to_lab(rgb: Array) -> Array:
-    """CIELAB (D65) of sRGB colours in [0, 255]; the second last axis holds the three channels, in and out."""
-    encoded = rgb.astype(np.float32) / 255
-    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
-    xyz = (_TO_XYZ / _D65[:, None]) @ linear.astype(np.float32)
-    f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
-    x, y, z = f[..., 0, :], f[..., 1, :], f[..., 2, :]
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -2)
-
-
-@cache
-def palette_lab() -> Array:
-    """CIELAB of the palette, (colours, 3), in its order."""
-    return srgb_to_lab(np.array(list(PALETTE.values())).T).T
-
-
 def _canvas(pixels: Array) -> _Canvas:
     lab = srgb_to_lab(pixels.reshape(len(pixels), 3, -1))
     background = srgb_to_lab(np.median(pixels[:, :, _FRAME], 2)[..., None])
@@ -180,7 +155,7 @@ def _canvas(pixels: Array) -> _Canvas:
 
 def _components(distance: Array) -> Array:
     """8-connected foreground components (B, SIZE, SIZE), numbered from 1; specks removed by a 2 x 2 opening."""
-    labels = ndimage.label(_opened_2x2(distance > FOREGROUND_DELTA_E), _BY_IMAGE_8)[0]
+    labels: Array = ndimage.label(_opened_2x2(distance > FOREGROUND_DELTA_E), _BY_IMAGE_8)[0]
     large = np.bincount(labels.ravel()) >= MIN_COMPONENT_AREA
     large[0] = False
     return labels * large[labels]
@@ -201,19 +176,12 @@ def _shades(canvas: _Canvas, components: Array) -> Array:
     """
     image, rows, columns = np.nonzero(components)
     lab = canvas.offset[image, :, rows, columns] + canvas.background[image]
-    index, _ = _nearest_color(lab)
+    index, _ = nearest_color(lab)
     reach = np.linalg.norm(palette_lab() - canvas.background[:, None], axis=2)
     core = canvas.distance[image, rows, columns] > CORE_SHARE * reach[image, index]
     shades = np.zeros_like(components)
     shades[image, rows, columns] = np.where(core, index + 1, 0)
     return shades
-
-
-def _nearest_color(lab: Array) -> tuple[Array, Array]:
-    """The index of, and the CIE76 distance to, the nearest palette colour of colours (N, 3)."""
-    distance = np.sqrt(((lab[:, None] - palette_lab()) ** 2).sum(2))
-    index = distance.argmin(1)
-    return index, distance[np.arange(len(index)), index]
 
 
 def _seeds(components: Array, shades: Array) -> Array:
@@ -238,7 +206,8 @@ def _neighbours(plane: Array) -> Iterator[Array]:
 
 def _inner(labels: Array) -> Array:
     """True where a labelled pixel and its four neighbours have one label."""
-    return np.logical_and.reduce([labels > 0, *(other == labels for other in _neighbours(labels))])
+    inner: Array = np.logical_and.reduce([labels > 0, *(other == labels for other in _neighbours(labels))])
+    return inner
 
 
 def _patches(labels: Array) -> Array:
@@ -248,7 +217,8 @@ def _patches(labels: Array) -> Array:
     cells[:, ::2, ::2] = labels > 0
     cells[:, 1::2, ::2] = (labels[:, 1:] == labels[:, :-1]) & (labels[:, 1:] > 0)
     cells[:, ::2, 1::2] = (labels[:, :, 1:] == labels[:, :, :-1]) & (labels[:, :, 1:] > 0)
-    return ndimage.label(cells, _BY_IMAGE_4)[0][:, ::2, ::2]
+    patches: Array = ndimage.label(cells, _BY_IMAGE_4)[0]
+    return patches[:, ::2, ::2]
 
 
 def _grown(components: Array, seeds: Array) -> Array:
@@ -277,7 +247,7 @@ def _colors(canvas: _Canvas, objects: Array, image: Array) -> _Colors:
     chosen = (objects > 0) & (inner | ~has_inner[objects])
     batch, rows, columns = np.nonzero(chosen)
     offset = _grouped_quantile(objects[chosen] - 1, canvas.offset[batch, :, rows, columns], 0.5)
-    index, delta_e = _nearest_color(offset + canvas.background[image])
+    index, delta_e = nearest_color(offset + canvas.background[image])
     return _Colors(offset, index, delta_e)
 
 
@@ -305,8 +275,3 @@ def _coverage(canvas: _Canvas, objects: Array, image: Array, color: Array) -> Ar
     peak = np.maximum(_grouped_quantile(number[own], projection[own, None], PEAK)[:, 0], 1.0)
     out[number, rows, columns] = np.clip(projection / peak[number], 0, 1)
     return out
-
-
-def detections_of(shape: str, detections: Sequence[Detection]) -> list[Detection]:
-    """The detections of one shape, in their order."""
-    return [detection for detection in detections if detection.shape == shape]

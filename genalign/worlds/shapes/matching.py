@@ -74,15 +74,16 @@ def normalised(coverage: Array) -> Array:
     """
     pixels = np.arange(SIZE)
     area = np.maximum(coverage.sum((1, 2)), 1.0)
-    centre_y = (coverage.sum(2) @ pixels) / area
-    centre_x = (coverage.sum(1) @ pixels) / area
+    centre_y = (coverage.sum(2) * pixels).sum(1) / area
+    centre_x = (coverage.sum(1) * pixels).sum(1) / area
     window = np.linspace(-REACH, REACH, CELLS) * np.sqrt(area / np.pi)[:, None]
     return _weights(centre_y[:, None] + window) @ coverage @ _weights(centre_x[:, None] + window).swapaxes(1, 2)
 
 
 def _weights(positions: Array) -> Array:
     """Bilinear weights (M, CELLS, SIZE) of the pixel centres around ``positions`` (M, CELLS); none outside."""
-    return np.maximum(0, 1 - np.abs(positions[..., None] - np.arange(SIZE)))
+    weights: Array = np.maximum(0, 1 - np.abs(positions[..., None] - np.arange(SIZE)))
+    return weights
 
 
 def _template(outline: Outline, angle: float, supersampling: int = 4) -> Array:
@@ -95,4 +96,5 @@ def _template(outline: Outline, angle: float, supersampling: int = 4) -> Array:
     points = ((np.arange(CELLS * supersampling) + 0.5) / supersampling - CELLS / 2) * cell * scale
     u = np.cos(angle) * points[None, :] + np.sin(angle) * points[:, None] + fine[columns].mean()
     v = np.cos(angle) * points[:, None] - np.sin(angle) * points[None, :] + fine[rows].mean()
-    return outline(u, v).reshape(CELLS, supersampling, CELLS, supersampling).mean((1, 3))
+    covered: Array = outline(u, v).reshape(CELLS, supersampling, CELLS, supersampling).mean((1, 3))
+    return covered

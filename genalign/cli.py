@@ -1,0 +1,260 @@
+"""The command ``genalign``: the one place where the core, the pipelines and the rewards are put together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from genalign import assets, config
+from genalign.checkpoints import write_json
+from genalign.evaluation import Evaluation, Job, Protocol, evaluate, gain, plan, suite_hash
+from genalign.policy import Policy
+from genalign.prompts import load_prompts
+from genalign.report import write_report
+from genalign.rollout import generate
+from genalign.runs import RunFolder, averaged, train
+from genalign.scoring import NamedReward, RewardError, probe
+from genalign.statistics import Estimate
+from genalign.training import Sampling, Trainer
+from genalign.types import PromptSet, RewardFunction
+from genalign.worlds import shapes
+from pipelines import SD3
+from rewards.shapes import ShapesReward
+
+logger = logging.getLogger(__name__)
+USAGE = """usage: genalign COMMAND ...
+
+  train     --config FILE [--key value ...]       fine-tune a model on a reward
+  evaluate  shapes --output DIR [--lora DIR ...]  measure a model in the shapes world
+  report    RUN                                   write RUN/report.html
+  demo      [--output DIR]                        watch the embedded model learn, in minutes
+
+genalign COMMAND --help lists the settings of a command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; bad input is told in one line on standard error, with exit status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    name, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "train": train_command,
+        "evaluate": evaluate_command,
+        "report": report_command,
+        "demo": demo_command,
+    }
+    if name not in commands:
+        print(f"error: no command {name!r}; {config.nearest(name, list(commands))}", file=sys.stderr)
+        return 2
+    try:
+        return commands[name](rest)
+    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, RewardError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def train_command(arguments: Sequence[str]) -> int:
+    """``genalign train``."""
+    settings, plain = config.parse(config.Train, arguments, "train")
+    return run_training(settings, plain)
+
+
+def run_training(settings: config.Train, plain: Mapping[str, Any]) -> int:
+    """Evaluate, train, evaluate again, and write the report."""
+    prompts = prompt_set(settings.prompts)
+    folder = RunFolder(Path(settings.output))
+    pipeline = load_model(settings.model)
+    rewards = [NamedReward(name, choice.function, choice.weight) for name, choice in settings.rewards.items()]
+    _probe(pipeline, rewards, prompts, settings.sampling)
+    policy = Policy(pipeline.denoiser, settings.lora, settings.averaging, settings.training.seed)
+    trainer = Trainer(pipeline, policy, rewards, prompts, settings.recipe, settings.training, settings.sampling)
+    folder.begin(plain)
+    before = _before_after(settings, pipeline, rewards, folder.path / "before")
+    finished = train(
+        trainer,
+        folder,
+        pipeline,
+        _watcher(settings, pipeline, policy),
+        settings.held_out.every,
+        trackers(settings.trackers, folder.path),
+    )
+    if not finished:
+        print(f"interrupted: everything so far is in {folder.path}")
+        return 130
+    after = averaged(policy, lambda: _before_after(settings, pipeline, rewards, folder.path / "after"))
+    if before and after:
+        _write_gain(before, after, folder.path)
+    print(f"report: {write_report(folder.path)}")
+    return 0
+
+
+def load_model(model: config.Model) -> SD3:
+    """The pipeline that a configuration names."""
+    return SD3.load(
+        assets.resolve(model.path),
+        dtype=config.dtype(model.dtype),
+        device=model.device,
+        autocast=config.dtype(model.autocast) if model.autocast else None,
+        height=model.height,
+        width=model.width,
+        max_sequence_length=model.max_sequence_length,
+        offload=model.offload,
+    )
+
+
+def prompt_set(source: str) -> PromptSet:
+    """A split of a world, as in "shapes:train", or a prompt file."""
+    world, _, split = source.partition(":")
+    return shapes.prompts(split) if world == "shapes" else load_prompts(Path(source))
+
+
+def trackers(names: Sequence[str], folder: Path) -> list[Any]:
+    """Experiment trackers, through accelerate, which names what must be installed for each."""
+    if not names:
+        return []
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=list(names), project_dir=str(folder))
+    accelerator.init_trackers("genalign")
+    return list(accelerator.trackers)
+
+
+def _probe(pipeline: SD3, rewards: Sequence[NamedReward], prompts: PromptSet, sampling: Sampling) -> None:
+    """Two images of the untrained model through every reward, before anything is written."""
+    chosen = prompts.prompts[:2]
+    texts = [prompt.text for prompt in chosen]
+    images = next(generate(pipeline, texts, [0] * len(texts), sampling.grid(pipeline), sampling.guidance, len(texts)))
+    probe(rewards, images, chosen)
+
+
+def _protocol(
+    pipeline: SD3, prompts: PromptSet, sampling: Sampling, dtype: str, batch_size: int, seeds: int, images: int
+) -> Protocol:
+    return Protocol(
+        suite=prompts.name,
+        suite_hash=suite_hash(prompts),
+        guidance=sampling.guidance,
+        sigmas=tuple(sampling.grid(pipeline).sigma.tolist()),
+        kernel="ODE()",
+        dtype=dtype,
+        batch_size=batch_size,
+        resolution=(pipeline.height * pipeline.pipe.vae_scale_factor, pipeline.width * pipeline.pipe.vae_scale_factor),
+        seeds=seeds,
+        images_per_task=images,
+        verifier=shapes.VERIFIER_VERSION,
+    )
+
+
+def _precision(model: config.Model) -> str:
+    return model.autocast or model.dtype
+
+
+def shapes_scorers() -> dict[str, RewardFunction]:
+    """Strict, partial and relaxed scores of the exact verifier."""
+    return {"strict": ShapesReward("strict"), "partial": ShapesReward("partial"), "relaxed": ShapesReward("relaxed")}
+
+
+def _scorers(prompts: PromptSet, rewards: Sequence[NamedReward]) -> dict[str, RewardFunction]:
+    if prompts.name in shapes.SUITES:
+        return shapes_scorers()
+    return {reward.name: reward.function for reward in rewards}
+
+
+def _before_after(
+    settings: config.Train, pipeline: SD3, rewards: Sequence[NamedReward], output: Path
+) -> Evaluation | None:
+    chosen = settings.before_after
+    if chosen is None:
+        return None
+    prompts = prompt_set(chosen.prompts)
+    dtype = _precision(settings.model)
+    protocol = _protocol(
+        pipeline, prompts, settings.sampling, dtype, chosen.batch_size, chosen.seeds, chosen.images_per_task
+    )
+    jobs = plan(prompts, chosen.images_per_task, chosen.seeds)
+    return evaluate(pipeline, jobs, _scorers(prompts, rewards), protocol, output)
+
+
+def _watcher(settings: config.Train, pipeline: SD3, policy: Policy) -> Callable[[], dict[str, Estimate]] | None:
+    held_out = settings.held_out
+    if not held_out.every:
+        return None
+    prompts = prompt_set(held_out.prompts)
+    jobs: Sequence[Job] = plan(prompts, held_out.images_per_task, held_out.seeds)
+    dtype, size = _precision(settings.model), settings.training.batch_size
+    protocol = _protocol(
+        pipeline, prompts, settings.sampling, dtype, size, held_out.seeds, held_out.images_per_task
+    )
+    rewards = [NamedReward(name, function) for name, function in held_out.scorers.items()]
+    scorers = _scorers(prompts, rewards)
+    return lambda: averaged(policy, lambda: evaluate(pipeline, jobs, scorers, protocol)).overall
+
+
+def _write_gain(before: Evaluation, after: Evaluation, folder: Path) -> None:
+    gains = gain(before, after)
+    write_json(folder / "gain.json", {name: estimate.as_dict() for name, estimate in gains.items()})
+    print_table(before, after)
+
+
+def print_table(before: Evaluation, after: Evaluation) -> None:
+    """Before, after and gain with intervals, per task and overall, of the first score."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from genalign.evaluation import task_gains
+
+    score = before.score_names[0]
+    table = Table("task", "before", "after", "gain (95% interval)", title=f"{before.protocol.suite}: {score}")
+    rows = {task: estimates[score] for task, estimates in task_gains(before, after).items()}
+    for task, difference in (rows | {"overall": gain(before, after)[score]}).items():
+        old = before.overall[score] if task == "overall" else before.tasks[task][score]
+        new = after.overall[score] if task == "overall" else after.tasks[task][score]
+        interval = f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+        table.add_row(task, f"{old.mean:.3f}", f"{new.mean:.3f}", interval)
+    Console().print(table)
+
+
+def evaluate_command(arguments: Sequence[str]) -> int:
+    """``genalign evaluate shapes``."""
+    if not arguments or arguments[0] != "shapes":
+        raise ValueError("name the world: genalign evaluate shapes --output DIR")
+    settings, _ = config.parse(config.EvaluateShapes, arguments[1:], "evaluate shapes")
+    pipeline = load_model(settings.model)
+    if settings.lora:
+        pipeline.load_lora(Path(settings.lora))
+    prompts = shapes.prompts(settings.suite)
+    dtype = _precision(settings.model)
+    protocol = _protocol(
+        pipeline, prompts, settings.sampling, dtype, settings.batch_size, settings.seeds, settings.images_per_task
+    )
+    jobs = plan(prompts, settings.images_per_task, settings.seeds)
+    made = evaluate(pipeline, jobs, shapes_scorers(), protocol, Path(settings.output))
+    for task, estimates in (made.tasks | {"overall": made.overall}).items():
+        print(f"{task:14s}" + "  ".join(f"{name} {value.mean:.3f}" for name, value in estimates.items()))
+    return 0
+
+
+def report_command(arguments: Sequence[str]) -> int:
+    """``genalign report RUN``."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ValueError("give one run folder: genalign report runs/demo")
+    print(write_report(Path(arguments[0])))
+    return 0
+
+
+def demo_command(arguments: Sequence[str]) -> int:
+    """``genalign demo``: Flow-GRPO on the embedded shapes model, with the shipped configuration."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    shipped = str(files("genalign.assets").joinpath("demo.yaml"))
+    return train_command(["--config", shipped, *arguments])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

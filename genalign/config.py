@@ -1,0 +1,162 @@
+"""Typed configuration of a run, its parser, and messages that say what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import re
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from genalign.dynamics import Kernel
+from genalign.policy import Lora
+from genalign.recipes import Recipe, flow_grpo
+from genalign.training import Sampling, Settings
+
+set_parsing_settings(subclasses_enabled=[Recipe, Kernel])
+
+Precision = Literal["float32", "bfloat16", "float16"]
+LINEAR_TEN = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint: an embedded one by name, a diffusers folder, or a Hub id. ``autocast`` is mixed precision."""
+
+    path: str = "shapes-sd3"
+    dtype: Precision = "float32"
+    autocast: Precision | None = None
+    device: str = "cpu"
+    height: int | None = None
+    width: int | None = None
+    max_sequence_length: int | None = None
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class RewardChoice:
+    """A function or callable class by its import path, and its weight in the sum; weight 0 only reports."""
+
+    function: Callable  # type: ignore[type-arg]  # bare: any callable is taken, and tried on a first batch
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is watched while training: ``scorers`` on ``prompts`` every ``every`` rounds, 0 for never."""
+
+    prompts: str = "shapes:val"
+    every: int = 10
+    images_per_task: int = 32
+    seeds: int = 1
+    scorers: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]  # as RewardChoice.function
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """Prompts evaluated before and after training with the same noises."""
+
+    prompts: str = "shapes:comp"
+    images_per_task: int = 96
+    seeds: int = 3
+    batch_size: int = 96
+
+
+@dataclass(frozen=True)
+class Train:
+    """One training run. ``prompts`` is a world's split such as "shapes:train", or a .txt or .jsonl file."""
+
+    output: str
+    rewards: dict[str, RewardChoice]
+    recipe: Recipe
+    model: Model = field(default_factory=Model)
+    prompts: str = "shapes:train"
+    sampling: Sampling = field(default_factory=Sampling)
+    training: Settings = field(default_factory=Settings)
+    lora: Lora | None = field(default_factory=Lora)
+    averaging: float = 0.9
+    held_out: HeldOut = field(default_factory=HeldOut)
+    before_after: BeforeAfter | None = field(default_factory=BeforeAfter)
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "swanlab"]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ValueError("rewards is empty: name at least one, as in rewards.strict.function")
+        if all(reward.weight == 0 for reward in self.rewards.values()):
+            raise ValueError("every reward has weight 0: nothing would be trained; give one a weight")
+
+
+@dataclass(frozen=True)
+class EvaluateShapes:
+    """An evaluation of a model in the shapes world."""
+
+    output: str
+    model: Model = field(default_factory=Model)
+    lora: str | None = None
+    suite: Literal["val", "iid", "comp", "len"] = "comp"
+    seeds: int = 3
+    images_per_task: int = 96
+    batch_size: int = 96
+    sampling: Sampling = field(default_factory=lambda: Sampling(sigmas=LINEAR_TEN))
+
+
+class ConfigurationError(ValueError):
+    """A configuration that cannot be used; the message says what to write instead."""
+
+
+def parse(settings: type[Any], arguments: Sequence[str], command: str) -> tuple[Any, dict[str, Any]]:
+    """An instance of the dataclass ``settings`` from ``--config`` files and overrides, and the same as plain JSON.
+
+    Raises ConfigurationError; ``--help`` and ``--print_config`` exit.
+    """
+    parser = ArgumentParser(prog=f"genalign {command}", description=settings.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file with any of the settings below")
+    parser.add_class_arguments(settings, None)
+    try:
+        parsed = parser.parse_args(list(arguments))
+        plain = _plain(parser, parsed)
+        values = parser.instantiate_classes(parsed)
+        return settings(**{name: values[name] for name in settings.__dataclass_fields__}), plain
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise ConfigurationError(explain(str(error), _keys(parser))) from error
+
+
+def _plain(parser: ArgumentParser, parsed: Namespace) -> dict[str, Any]:
+    text: str = parser.dump(parsed, format="json", skip_none=False)
+    plain: dict[str, Any] = json.loads(text)
+    plain.pop("config", None)
+    return plain
+
+
+def _keys(parser: ArgumentParser) -> list[str]:
+    known = [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
+    return known + [f"recipe.{name}" for name in inspect.signature(flow_grpo).parameters]
+
+
+def explain(message: str, keys: Sequence[str]) -> str:
+    """``message`` with the nearest known key, where it complains about an unknown one."""
+    found = re.search(r"(?:Option '([\w.]+)' is not accepted|unrecognized arguments: --([\w.]+))", message, re.I)
+    if not found:
+        return message
+    unknown = found.group(1) or found.group(2)
+    if not difflib.get_close_matches(unknown, keys, 1):
+        unknown = unknown.rsplit(".", 1)[-1]
+        keys = [key.rsplit(".", 1)[-1] for key in keys]
+    return f"unknown setting {unknown!r}: {nearest(unknown, keys)}"
+
+
+def nearest(unknown: str, known: Sequence[str]) -> str:
+    """A question after the nearest known name, or where to find them all."""
+    near = difflib.get_close_matches(unknown, known, 1)
+    return f"did you mean {near[0]!r}?" if near else "see --help for what there is"
+
+
+def dtype(name: Precision) -> torch.dtype:
+    """The torch dtype of a configured precision."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

@@ -1,0 +1,103 @@
+"""Measured claims: per-seed, per-prompt records, and the rows that are computed from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from genalign.checkpoints import write_json, write_text
+from genalign.evaluation import Evaluation, pairs
+from genalign.statistics import bootstrap_mean, t_interval, wider
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """One prompt under one training seed: means over its ``n`` noises, before and after."""
+
+    name: str
+    metric: str
+    seed: int
+    task: str
+    prompt: str
+    before: float
+    after: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim as a gain with its 95% interval; ``n`` image pairs."""
+
+    name: str
+    metric: str
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def prompt_records(name: str, metric: str, seed: int, before: Evaluation, after: Evaluation) -> list[PromptRecord]:
+    """The records of one score of a paired evaluation."""
+    grouped: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for pair in pairs(before, after):
+        values = pair.before.scores[metric], pair.after.scores[metric]
+        grouped.setdefault((pair.before.task, pair.before.prompt), []).append(values)
+    return [
+        PromptRecord(name, metric, seed, task, prompt, _mean(v[0] for v in made), _mean(v[1] for v in made), len(made))
+        for (task, prompt), made in grouped.items()
+    ]
+
+
+def claim(records: Sequence[PromptRecord]) -> Row:
+    """The gain of one (name, metric): a t-interval over seeds and a bootstrap over prompts, whichever is wider.
+
+    Raises ValueError for records of several names or metrics, or of fewer than two seeds.
+    """
+    if len({(record.name, record.metric) for record in records}) != 1:
+        raise ValueError("a claim is about one name and one metric")
+    seeds = sorted({record.seed for record in records})
+    by_seed = [_over_tasks([record for record in records if record.seed == seed]) for seed in seeds]
+    prompts: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        prompts.setdefault(record.task, {}).setdefault(record.prompt, []).append(record.after - record.before)
+    means = {task: [_mean(values) for values in made.values()] for task, made in prompts.items()}
+    n = sum(record.n for record in records)
+    interval = wider(t_interval(by_seed), bootstrap_mean(means, n))
+    return Row(records[0].name, records[0].metric, interval.mean, interval.low, interval.high, n)
+
+
+def _over_tasks(records: Sequence[PromptRecord]) -> float:
+    tasks: dict[str, list[float]] = {}
+    for record in records:
+        tasks.setdefault(record.task, []).append(record.after - record.before)
+    return _mean(_mean(values) for values in tasks.values())
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+def write_results(folder: Path, stem: str, head: Mapping[str, Any], records: Sequence[PromptRecord]) -> list[Row]:
+    """Write ``stem``.json and raw/``stem``.jsonl; the head holds claim, command, machine, date and commit."""
+    lines = [json.dumps(asdict(record), allow_nan=False) for record in records]
+    write_text(folder / "raw" / f"{stem}.jsonl", "".join(f"{line}\n" for line in lines))
+    rows = rows_of(records)
+    write_json(folder / f"{stem}.json", {**head, "rows": [asdict(row) for row in rows]})
+    return rows
+
+
+def rows_of(records: Sequence[PromptRecord]) -> list[Row]:
+    """One row per name, in order of appearance."""
+    groups: dict[tuple[str, str], list[PromptRecord]] = {}
+    for record in records:
+        groups.setdefault((record.name, record.metric), []).append(record)
+    return [claim(group) for group in groups.values()]
+
+
+def read_records(path: Path) -> list[PromptRecord]:
+    """The records of a raw file."""
+    return [PromptRecord(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,171 @@
+"""A run folder: metrics, progress, adapters, evaluations before and after, and a clean end on Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor
+
+from genalign.checkpoints import optimizer_tensors, save_state, with_prefix, write_json
+from genalign.evaluation import Evaluation
+from genalign.policy import Policy, lora_config
+from genalign.statistics import Estimate
+from genalign.training import RoundResult, Trainer
+
+logger = logging.getLogger(__name__)
+Watcher = Callable[[], Mapping[str, Estimate]]
+_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "genalign")
+
+
+class AdapterStore(Protocol):
+    """A pipeline that can write its adapter in its family's own format."""
+
+    def save_lora(self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None: ...
+
+
+class Tracker(Protocol):
+    """What accelerate's trackers have in common."""
+
+    def log(self, values: Mapping[str, Any], step: int | None = None) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything that a run leaves behind goes."""
+
+    path: Path
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Make the folder and write config.json and environment.json. Raises FileExistsError for a used folder."""
+        if (self.path / "metrics.jsonl").exists():
+            raise FileExistsError(f"{self.path} holds a run already: choose another output, or remove it")
+        write_json(self.path / "config.json", config)
+        write_json(self.path / "environment.json", environment())
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def save(self, trainer: Trainer, pipeline: AdapterStore, rounds_done: int) -> None:
+        """Write lora/ (diffusers), peft/ and checkpoint/: the averaged weights in the first two, everything in the
+        last."""
+        policy = trainer.policy
+        if policy.lora is not None:
+            config = lora_config(policy.lora)
+            with policy.averaged():
+                state = {name: tensor.detach().clone() for name, tensor in policy.adapter_state().items()}
+            pipeline.save_lora(self.path / "lora", state, config)
+            save_peft(self.path / "peft", state, config)
+        tensors = policy.tensors() | with_prefix("optimizer.", optimizer_tensors(trainer.optimizer))
+        meta = {"rounds": rounds_done, "updates": policy.updates, "images": trainer.images, "forwards": trainer.forwards}
+        save_state(self.path / "checkpoint" / "state.safetensors", tensors, meta)
+
+
+def save_peft(directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
+    """An adapter folder as PEFT reads it."""
+    config.save_pretrained(str(directory))
+    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
+    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def environment() -> dict[str, Any]:
+    """Versions and sizes that a number may depend on; nothing that names the machine."""
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    } | {name: version(name) for name in _LIBRARIES}
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """A question whether Ctrl-C was pressed; pressed twice, it interrupts at once."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+        logger.warning("ending after this round and saving; press Ctrl-C again to stop at once")
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def train(
+    trainer: Trainer,
+    folder: RunFolder,
+    pipeline: AdapterStore,
+    watch: Watcher | None,
+    every: int,
+    trackers: Sequence[Tracker] = (),
+) -> bool:
+    """Run all rounds with a progress bar; False where the run was interrupted. The folder is saved in any case."""
+    done, held_out = 0, "-"
+    total = trainer.settings.rounds
+    with stop_on_interrupt() as stopping, _progress() as progress:
+        bar = progress.add_task("training", total=total, reward=float("nan"), held_out="-", speed=0.0)
+        try:
+            for result in trainer.rounds():
+                done += 1
+                estimates = watch() if watch and (done == 1 or done % every == 0 or done == total) else None
+                row = result.metrics() | {"held_out": _plain(estimates)}
+                folder.append(row)
+                _track(trackers, result, estimates)
+                held_out = f"{next(iter(estimates.values())).mean:.3f}" if estimates else held_out
+                speed = result.images / result.seconds
+                progress.update(bar, advance=1, reward=result.reward, held_out=held_out, speed=speed)
+                if stopping():
+                    return False
+            return True
+        finally:
+            folder.save(trainer, pipeline, done)
+
+
+def averaged(policy: Policy, evaluate: Callable[[], Evaluation]) -> Evaluation:
+    """``evaluate()`` under the averaged weights."""
+    with policy.averaged():
+        return evaluate()
+
+
+def _plain(estimates: Mapping[str, Estimate] | None) -> dict[str, Any] | None:
+    return {name: estimate.as_dict() for name, estimate in estimates.items()} if estimates else None
+
+
+def _track(trackers: Sequence[Tracker], result: RoundResult, estimates: Mapping[str, Estimate] | None) -> None:
+    numbers = {name: value for name, value in result.metrics().items() if isinstance(value, int | float)}
+    held_out = {f"held_out/{name}": estimate.mean for name, estimate in (estimates or {}).items()}
+    for tracker in trackers:
+        tracker.log(numbers | held_out, step=result.round)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("reward {task.fields[reward]:.3f}  held-out {task.fields[held_out]}"),
+        TextColumn("{task.fields[speed]:.0f} images/s"),
+        TimeRemainingColumn(),
+    )

@@ -1,0 +1,183 @@
+"""Speed and memory against the bare libraries: medians of repeated, interleaved runs in one process.
+
+    python scripts/benchmark.py rollout    images/s of ours relative to the diffusers pipeline
+    python scripts/benchmark.py train      one training pass relative to forward + backward of the same transformer
+    python scripts/benchmark.py memory     peak memory for T and for 4 T steps
+
+Each part writes its figures to docs/results/benchmark_PART.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from genalign import assets
+from genalign.checkpoints import write_json
+from genalign.dynamics import ODE, FlowSDE, Kernel
+from genalign.policy import Lora, Policy
+from genalign.recipes import flow_grpo
+from genalign.rollout import Rollout, Start, replay, rollout, windowed
+from genalign.scoring import NamedReward
+from genalign.training import Sampling, Settings, Trainer
+from genalign.worlds import shapes
+from pipelines import SD3
+from scripts.proofs import head
+
+BATCH, STEPS = 96, 10
+SIGMAS = tuple(1 - i / STEPS for i in range(STEPS))
+AUTOCAST = torch.bfloat16
+
+
+def start(pipeline: SD3) -> Start:
+    """One batch of train prompts."""
+    texts = [prompt.text for prompt in shapes.prompts("train").prompts[:BATCH]]
+    seeds = tuple(range(BATCH))
+    return Start(pipeline.encode(texts), torch.arange(BATCH), seeds, seeds)
+
+
+def interleaved(functions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Seconds of each function, run in turn, after one unmeasured turn."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for turn in range(repeats + 1):
+        for function, column in zip(functions, seconds, strict=True):
+            began = time.perf_counter()
+            function()
+            if turn:
+                column.append(time.perf_counter() - began)
+    return seconds
+
+
+def ratios(base: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """Median of the paired ratios base / other, and their quartiles."""
+    paired = sorted(a / b for a, b in zip(base, other, strict=True))
+    low, middle, high = statistics.quantiles(paired, n=4)
+    return {"median": middle, "low_quartile": low, "high_quartile": high}
+
+
+def benchmark_rollout(repeats: int) -> dict[str, object]:
+    """Images/s of the ODE and the SDE rollout over the diffusers pipeline's, same batch, steps and dtype."""
+    pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST)
+    pipeline.pipe.set_progress_bar_config(disable=True)
+    begin, grid = start(pipeline), pipeline.grid(STEPS, SIGMAS)
+    noise, context = pipeline.initial_noise(begin.noise_seeds), begin.conditioning.tensors
+
+    def bare() -> object:
+        with torch.autocast("cpu", AUTOCAST):
+            return pipeline.pipe(
+                prompt_embeds=context["context"],
+                pooled_prompt_embeds=context["pooled"],
+                latents=noise,
+                sigmas=list(SIGMAS),
+                num_inference_steps=STEPS,
+                guidance_scale=1.0,
+                output_type="latent",
+            )
+
+    def ours(kernel: Kernel) -> Callable[[], Rollout]:
+        steps = tuple(range(STEPS - 1)) if kernel != ODE() else ()
+        return lambda: rollout(pipeline, begin, grid, windowed(kernel, steps, STEPS), 1.0, store=steps)
+
+    base, ode, sde = interleaved([bare, ours(ODE()), ours(FlowSDE(0.7))], repeats)
+    return {
+        "ode_over_diffusers": ratios(base, ode),
+        "sde_over_diffusers": ratios(base, sde),
+        "images_per_second": BATCH / statistics.median(ode),
+    }
+
+
+def benchmark_train(repeats: int) -> dict[str, object]:
+    """Seconds of one training pass over those of the bare transformer's forward and backward on the same pairs."""
+    pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST)
+    policy = Policy(pipeline.denoiser, Lora(rank=16, alpha=32))
+    settings = Settings(prompts_per_round=BATCH // 8, group_size=8, batch_size=BATCH, updates_per_round=1)
+    recipe = flow_grpo(FlowSDE(0.9), window=2)
+    rewards = [NamedReward("red", lambda samples, prompts: samples[:, 0].flatten(1).mean(1))]
+    sampling = Sampling(STEPS, SIGMAS)
+    trainer = Trainer(pipeline, policy, rewards, shapes.prompts("train"), recipe, settings, sampling)
+    rollouts, scores = trainer._sample(0, next(trainer.sampler.rounds()))
+    advantages = recipe.credit(scores[:, 0], rollouts[0].start.prompt)
+    (sampled,) = rollouts
+    inputs = [bare_inputs(trainer, sampled, stored) for stored in range(len(sampled.steps))]
+
+    def bare() -> None:
+        for values in inputs:
+            with torch.autocast("cpu", AUTOCAST):
+                velocity = pipeline.denoiser(**values, return_dict=False)[0]
+            velocity.float().pow(2).mean().backward()
+        for parameter in policy.parameters:
+            parameter.grad = None
+
+    def reference() -> None:
+        with torch.no_grad(), policy.reference():
+            replay(pipeline, sampled, trainer.grid, recipe.kernel, 0, 1.0)
+
+    whole, base, apart = interleaved([lambda: trainer._learn(rollouts, advantages), bare, reference], repeats)
+    passes = [a - b for a, b in zip(whole, apart, strict=True)]
+    return {"training_pass_over_bare": ratios(passes, base), "pairs_per_second": 2 * BATCH / statistics.median(passes)}
+
+
+def bare_inputs(trainer: Trainer, sampled: Rollout, stored: int) -> dict[str, torch.Tensor]:
+    """What the transformer is called with at a stored step."""
+    rows = sampled.start.conditioning[sampled.start.prompt].tensors
+    timestep = trainer.grid[sampled.steps[stored]].timestep.float().expand(BATCH)
+    return {
+        "hidden_states": sampled.x[:, stored].contiguous(),
+        "timestep": timestep,
+        "encoder_hidden_states": rows["context"],
+        "pooled_projections": rows["pooled"],
+    }
+
+
+def benchmark_memory(repeats: int) -> dict[str, object]:
+    """Peak memory of a process that rolls out and trains a window of two steps, for T and for 4 T."""
+    peaks = {}
+    for steps in (STEPS, 4 * STEPS):
+        command = [sys.executable, __file__, "one-round", "--steps", str(steps)]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        peaks[f"peak_bytes_{steps}_steps"] = int(json.loads(out.splitlines()[-1])["peak"])
+    first, last = peaks.values()
+    return {**peaks, "growth": last / first - 1}
+
+
+def one_round(steps: int) -> None:
+    """One round, then the process's peak memory on standard output."""
+    pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST)
+    policy = Policy(pipeline.denoiser, Lora(rank=16, alpha=32))
+    settings = Settings(rounds=1, prompts_per_round=24, group_size=8, batch_size=96, updates_per_round=2)
+    rewards = [NamedReward("red", lambda samples, prompts: samples[:, 0].flatten(1).mean(1))]
+    sampling = Sampling(steps, tuple(1 - i / steps for i in range(steps)))
+    recipe = flow_grpo(FlowSDE(0.9), window=2)
+    list(Trainer(pipeline, policy, rewards, shapes.prompts("train"), recipe, settings, sampling).rounds())
+    print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+
+
+PARTS = {"rollout": benchmark_rollout, "train": benchmark_train, "memory": benchmark_memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*PARTS, "one-round"])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    if options.part == "one-round":
+        return one_round(options.steps)
+    figures = PARTS[options.part](options.repeats)
+    command = f"python scripts/benchmark.py {options.part}"
+    print(json.dumps(figures, indent=2))
+    path = Path("docs/results") / f"benchmark_{options.part}.json"
+    write_json(path, {**head(f"speed and memory: {options.part}", command), "figures": figures, "rows": []})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""Measure a model in the shapes world: ``python scripts/evaluate.py shapes --suite comp --output runs/evaluation``."""
+
+import sys
+
+from genalign.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["evaluate", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""Fine-tune a model on a reward: ``python scripts/train.py --config scripts/configs/shapes_flow_grpo.yaml``."""
+
+import sys
+
+from genalign.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,29 @@
+"""A tiny random SD3 pipeline, on disk and opened, for tests that need a real one but no good one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from genalign.worlds.shapes.models import TextToVelocity, assemble, build_vae
+from pipelines import SD3
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ordinary StableDiffusion3Pipeline folder: two blocks of width 64, random weights, 64 x 64 images."""
+    torch.manual_seed(0)
+    folder: Path = tmp_path_factory.mktemp("tiny") / "sd3"
+    model = TextToVelocity(layers=2, width=64)
+    for parameter in model.transformer.parameters():  # the output layers start at zero, which would hide mistakes
+        torch.nn.init.normal_(parameter, std=0.05)
+    assemble(model, build_vae(), folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path) -> SD3:
+    """The tiny pipeline, freshly opened."""
+    return SD3.load(tiny_folder)

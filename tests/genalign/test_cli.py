@@ -1,0 +1,147 @@
+"""The command, end to end on the tiny pipeline, with a reward from a file outside the repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from genalign.cli import main
+
+REWARDS = """
+import torch
+
+def redness(samples, prompts):
+    return samples[:, 0].flatten(1).mean(1)
+
+class Channel:
+    def __init__(self, channel: int = 1):
+        self.channel = channel
+
+    def __call__(self, samples, prompts):
+        return samples[:, self.channel].flatten(1).mean(1)
+
+def shapeless(samples, prompts):
+    return samples.mean()
+
+def interrupting(samples, prompts):
+    import os, signal
+    if len(samples) > 2:
+        os.kill(os.getpid(), signal.SIGINT)
+    return samples[:, 0].flatten(1).mean(1)
+"""
+
+CONFIG = """
+output: {output}
+model: {{path: {model}}}
+recipe:
+  class_path: genalign.recipes.flow_grpo
+  init_args: {{window: 1}}
+rewards:
+  red: {{function: outside_rewards.redness}}
+sampling: {{num_steps: 3, sigmas: [1.0, 0.6, 0.3]}}
+training: {{rounds: 2, prompts_per_round: 2, group_size: 2, batch_size: 2, updates_per_round: 2}}
+lora: {{rank: 2}}
+held_out: {{every: 1, images_per_task: 1}}
+before_after: {{prompts: "shapes:len", images_per_task: 2, seeds: 1, batch_size: 6}}
+"""
+
+
+@pytest.fixture
+def config(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "outside_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG.format(output=tmp_path / "run", model=tiny_folder))
+    yield path
+    sys.modules.pop("outside_rewards", None)
+
+
+def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
+def test_a_run_leaves_everything_behind(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    second = "rewards.green={function: {class_path: outside_rewards.Channel, init_args: {channel: 1}}, weight: 0.5}"
+    assert main(["train", "--config", str(config), f"--{second}"]) == 0
+    run = tmp_path / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [0, 1]
+    assert set(rows[0]["rewards"]) == {"red", "green"}
+    assert set(rows[0]["held_out"]) == {"strict", "partial", "relaxed"}
+    for name in ("config.json", "environment.json", "gain.json", "report.html", "checkpoint/state.safetensors"):
+        assert (run / name).is_file(), name
+    for name in ("lora/pytorch_lora_weights.safetensors", "peft/adapter_model.safetensors", "before/summary.json"):
+        assert (run / name).is_file(), name
+    assert json.loads((run / "config.json").read_text())["training"]["rounds"] == 2
+    assert set(json.loads((run / "gain.json").read_text())["strict"]) == {"mean", "low", "high", "n"}
+    assert "overall" in capsys.readouterr().out
+    assert "holds a run already" in _error(capsys, "train", "--config", str(config))
+    assert main(["report", str(run)]) == 0
+
+
+def test_evaluation_of_a_run_equals_its_after(config: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    assert main(["train", "--config", str(config)]) == 0
+    arguments = ["--model.path", str(tiny_folder), "--lora", str(tmp_path / "run" / "lora"), "--suite", "len"]
+    arguments += ["--seeds", "1", "--images_per_task", "2", "--batch_size", "6", "--output", str(tmp_path / "again")]
+    sampling = ["--sampling.num_steps", "3", "--sampling.sigmas", "[1.0, 0.6, 0.3]"]
+    assert main(["evaluate", "shapes", *arguments, *sampling]) == 0
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run/after", "again")]
+    assert summaries[0] == summaries[1]
+
+
+def test_ctrl_c_ends_with_a_checkpoint(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    arguments = ["--rewards.red.function", "outside_rewards.interrupting", "--training.rounds", "9"]
+    geometry = ["--training.group_size", "4", "--training.batch_size", "4"]
+    assert os.getpid() and main(["train", "--config", str(config), *arguments, *geometry]) in (130,)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (tmp_path / "run" / "checkpoint" / "state.safetensors").is_file()
+    assert "interrupted: everything so far is in" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+BAD = [
+    (["--recipe.windw", "3"], "unknown setting 'windw': did you mean 'window'?"),
+    (["--training.group_sise", "3"], "unknown setting 'training.group_sise': did you mean 'training.group_size'?"),
+    (["--training.group_size", "1"], "group_size is 1: a group needs at least 2 samples to be compared"),
+    (["--training.batch_size", "3"], "batch_size 3 must be a multiple of group_size 2"),
+    (["--training.prompts_per_round", "3"], "3 x group_size 2 = 6 images do not divide into 2 updates of batches of 2"),
+    (["--recipe.kernel", "ODE"], "needs a stochastic kernel, such as FlowSDE, CPS or DPMSDE"),
+    (["--rewards.red.function", "outside_rewards.shapeless"], "reward 'red' returned shape () for 2 samples"),
+    (["--rewards.red.function", "outside_rewards.nothing"], "outside_rewards"),
+    (["--rewards.red.weight", "0"], "every reward has weight 0"),
+    (["--model.path", "nowhere"], "is neither a folder nor a Hub id (owner/name)"),
+    (["--prompts", "shapes:nope"], "unknown suite 'nope': choose one of train, val, iid, comp, len"),
+    (["--prompts", "missing.txt"], "no prompt file missing.txt"),
+    (["--lora.targets", '["nope"]'], "this network has no layer named nope: change lora.targets"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_bad_configurations_say_what_to_write(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in _error(capsys, "train", "--config", str(config), *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_without_metadata_for_a_reward_that_needs_it(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("a circle\na square\n")
+    arguments = ["--prompts", str(tmp_path / "mine.txt"), "--rewards.red.function", "rewards.shapes.ShapesReward"]
+    assert "metadata" in _error(capsys, "train", "--config", str(config), *arguments)
+
+
+def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no command 'trian'; did you mean 'train'?" in _error(capsys, "trian")
+    assert "is not a run folder" in _error(capsys, "report", "no-such-run")
+    assert "name the world: genalign evaluate shapes" in _error(capsys, "evaluate")
+    assert main([]) == 0

@@ -1,0 +1,87 @@
+"""One network, several weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from genalign.policy import Lora, Policy, Snapshot
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def _disturb(policy: Policy) -> None:
+    with torch.no_grad():
+        for parameter in policy.parameters:
+            parameter.add_(0.1)
+
+
+@pytest.mark.parametrize("lora", [Lora(rank=2, alpha=4, targets=("0", "2")), None])
+def test_reference_is_where_training_started(lora: Lora | None) -> None:
+    network, x = _network(), torch.ones(1, 4)
+    first = network(x).detach()
+    policy = Policy(network, lora)
+    assert torch.equal(network(x), first)
+    _disturb(policy)
+    assert not torch.allclose(network(x), first)
+    with policy.reference():
+        assert torch.equal(network(x), first)
+    assert not torch.allclose(network(x), first)
+
+
+def test_only_adapters_are_trained_and_in_float32() -> None:
+    network = _network().to(torch.bfloat16)
+    policy = Policy(network, Lora(rank=2, targets=("0",)))
+    trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    assert {parameter.dtype for parameter in policy.parameters} == {torch.float32}
+
+
+def test_average_follows_and_can_be_borrowed() -> None:
+    network = _network()
+    policy = Policy(network, Lora(rank=2, targets=("0",)), averaging=0.5)
+    start = [parameter.detach().clone() for parameter in policy.parameters]
+    _disturb(policy)
+    policy.update_average()  # decay is min(0.5, 2 / 11)
+    for average, before in zip(policy.average.tensors, start, strict=True):
+        torch.testing.assert_close(average, before + 0.1 * (1 - 2 / 11))
+    current = [parameter.detach().clone() for parameter in policy.parameters]
+    with policy.averaged():
+        assert torch.equal(policy.parameters[0], policy.average.tensors[0])
+    for parameter, expected in zip(policy.parameters, current, strict=True):
+        assert torch.equal(parameter, expected)
+
+
+def test_a_snapshot_is_a_copy() -> None:
+    policy = Policy(_network(), None)
+    old = Snapshot(policy.parameters)
+    _disturb(policy)
+    torch.testing.assert_close(old.tensors[0] + 0.1, policy.parameters[0].detach())
+
+
+def test_adapters_are_seeded() -> None:
+    first, second, other = (Policy(_network(), Lora(rank=2, targets=("0",)), seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.parameters[0], second.parameters[0])
+    assert not torch.equal(first.parameters[0], other.parameters[0])
+
+
+def test_state_goes_round() -> None:
+    policy = Policy(_network(), Lora(rank=2, targets=("0",)))
+    _disturb(policy)
+    policy.update_average()
+    other = Policy(_network(), Lora(rank=2, targets=("0",)))
+    other.load_tensors(policy.tensors(), policy.updates)
+    assert other.updates == 1
+    for a, b in zip(policy.tensors().values(), other.tensors().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match=r"no layer named nope: change lora\.targets"):
+        Policy(_network(), Lora(targets=("nope",)))
+    with pytest.raises(ValueError, match="LoRA rank must be at least 1, not 0"):
+        Lora(rank=0)

@@ -1,0 +1,96 @@
+"""Rollouts and replays on the tiny SD3 pipeline."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from genalign.dynamics import CPS, ODE, FlowSDE, Kernel
+from genalign.rollout import Start, generate, replay, rollout, step_noise, windowed
+from pipelines import SD3
+
+PROMPTS = ["a circle", "two squares"]
+SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2]
+
+
+def _start(pipeline: SD3, shared: bool) -> Start:
+    noise = (1, 1, 1, 2, 2, 2) if shared else (1, 2, 3, 4, 5, 6)
+    return Start(pipeline.encode(PROMPTS), torch.tensor([0, 0, 0, 1, 1, 1]), noise, tuple(range(10, 16)))
+
+
+@pytest.mark.parametrize("kernel", [FlowSDE(0.7), CPS(0.8)])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_on_policy_log_ratio_is_exactly_zero(tiny: SD3, kernel: Kernel, guidance: float) -> None:
+    grid = tiny.grid(5, SIGMAS)
+    sampled = rollout(tiny, _start(tiny, True), grid, windowed(kernel, (1, 2), 5), guidance, store=(1, 2))
+    for stored in range(2):
+        again = replay(tiny, sampled, grid, kernel, stored, guidance)
+        ratio = again.new.log_ratio(again.old, again.x_next)
+        assert torch.equal(ratio, torch.zeros(6))
+
+
+def test_only_the_window_is_stored(tiny: SD3) -> None:
+    grid = tiny.grid(5, SIGMAS)
+    sampled = rollout(tiny, _start(tiny, False), grid, windowed(FlowSDE(), (1, 2), 5), 1.0, store=(1, 2))
+    assert sampled.steps == (1, 2)
+    assert sampled.x.shape == sampled.x_next.shape == sampled.mean.shape == (6, 2, 4, 16, 16)
+    assert torch.equal(sampled.x[:, 1], sampled.x_next[:, 0])
+    assert rollout(tiny, _start(tiny, False), grid, [ODE()] * 5, 1.0).x.numel() == 0
+
+
+def test_the_shared_prefix_is_computed_once_and_changes_nothing(tiny: SD3) -> None:
+    grid, kernels = tiny.grid(5, SIGMAS), windowed(FlowSDE(), (2,), 5)
+    together = rollout(tiny, _start(tiny, True), grid, kernels, 1.0, store=(2,))
+    assert together.forwards == 2 * 2 + 3 * 6
+    assert torch.equal(together.x[0], together.x[1]) and torch.equal(together.x[3], together.x[5])
+    start = _start(tiny, True)
+    for row in range(6):
+        part = Start(start.conditioning, start.prompt[[row]], (start.noise_seeds[row],), (start.step_seeds[row],))
+        alone = rollout(tiny, part, grid, kernels, 1.0, store=(2,))
+        torch.testing.assert_close(alone.final[0], together.final[row], rtol=0, atol=1e-4)
+
+
+def test_guidance_counts_twice(tiny: SD3) -> None:
+    sampled = rollout(tiny, _start(tiny, False), tiny.grid(5, SIGMAS), [ODE()] * 5, 2.0)
+    assert sampled.forwards == 2 * 5 * 6
+
+
+def test_members_of_a_group_differ_after_the_first_noise(tiny: SD3) -> None:
+    sampled = rollout(tiny, _start(tiny, True), tiny.grid(5, SIGMAS), windowed(FlowSDE(), (0,), 5), 1.0)
+    assert not torch.allclose(sampled.final[0], sampled.final[1])
+
+
+def test_step_noise_depends_on_seed_and_step_alone() -> None:
+    like = torch.zeros(3, 2, 2)
+    noise = step_noise([4, 5, 6], 3, like)
+    assert torch.equal(noise[1], step_noise([5], 3, like[:1])[0])
+    assert not torch.equal(noise[1], step_noise([5], 2, like[:1])[0])
+    many = step_noise(list(range(2000)), 0, torch.zeros(2000, 8))
+    assert abs(float(many.mean())) < 0.03 and abs(float(many.std()) - 1) < 0.03
+
+
+def test_a_kernel_is_needed_for_every_step(tiny: SD3) -> None:
+    with pytest.raises(ValueError, match="the grid has 5 steps, got 4 kernels"):
+        rollout(tiny, _start(tiny, False), tiny.grid(5, SIGMAS), [ODE()] * 4, 1.0)
+
+
+def test_start_checks_its_lengths(tiny: SD3) -> None:
+    with pytest.raises(ValueError, match="one entry per sample"):
+        Start(tiny.encode(PROMPTS), torch.tensor([0, 1]), (1, 2), (1,))
+
+
+def test_generate_does_not_depend_on_the_batch(tiny: SD3) -> None:
+    texts = ["a circle", "two squares", "a circle"]
+    whole = torch.cat(list(generate(tiny, texts, [1, 2, 3], tiny.grid(5, SIGMAS), 1.0, 3)))
+    parts = torch.cat(list(generate(tiny, texts, [1, 2, 3], tiny.grid(5, SIGMAS), 1.0, 2)))
+    assert whole.shape == (3, 3, 64, 64)
+    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-4)
+
+
+def test_replay_is_differentiable(tiny: SD3) -> None:
+    grid, kernel = tiny.grid(5, SIGMAS), FlowSDE()
+    sampled = rollout(tiny, _start(tiny, True), grid, windowed(kernel, (1,), 5), 1.0, store=(1,))
+    tiny.denoiser.proj_out.weight.requires_grad_()
+    again = replay(tiny, sampled, grid, kernel, 0, 1.0)
+    again.new.log_ratio(again.old, again.x_next).sum().backward()
+    assert float(tiny.denoiser.proj_out.weight.grad.abs().sum()) > 0

@@ -1,0 +1,76 @@
+"""Rewards that fail, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign.scoring import NamedReward, RewardError, Watch, probe, score
+from genalign.types import Prompt
+
+IMAGES = torch.rand(4, 3, 8, 8)
+PROMPTS = [Prompt("a circle")] * 4
+
+
+def brightness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples.flatten(1).mean(1)
+
+
+def raising(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    raise ConnectionError("server gone")
+
+
+def half(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return torch.tensor([1.0, torch.nan, torch.inf, 0.0])
+
+
+def test_failures_are_nan_and_never_zero(caplog: pytest.LogCaptureFixture) -> None:
+    rewards = [NamedReward("a", brightness), NamedReward("b", raising), NamedReward("c", half)]
+    scores = score(rewards, IMAGES, PROMPTS)
+    assert scores.shape == (4, 3)
+    torch.testing.assert_close(scores[:, 0], IMAGES.flatten(1).mean(1))
+    assert bool(scores[:, 1].isnan().all())
+    assert scores[:, 2].isnan().tolist() == [False, True, True, False]
+    assert "reward 'b' raised ConnectionError: server gone; its scores are NaN" in caplog.text
+
+
+def test_a_wrong_shape_is_refused() -> None:
+    message = r"reward 'x' returned shape \(4, 1\) for 4 samples: return one score per sample, a tensor of shape \(4,\)"
+    with pytest.raises(RewardError, match=message):
+        score([NamedReward("x", lambda samples, prompts: torch.zeros(4, 1))], IMAGES, PROMPTS)
+    with pytest.raises(RewardError, match=r"reward 'x' returned list: return a tensor of shape \(B,\)"):
+        score([NamedReward("x", lambda samples, prompts: [0.0] * 4)], IMAGES, PROMPTS)  # type: ignore[arg-type,return-value]
+
+
+def test_the_probe_says_what_is_wrong() -> None:
+    probe([NamedReward("fine", brightness), NamedReward("partly", half)], IMAGES, PROMPTS)
+    with pytest.raises(RewardError, match="reward 'r' raised ConnectionError on a first batch: server gone"):
+        probe([NamedReward("r", raising)], IMAGES, PROMPTS)
+    with pytest.raises(RewardError, match="reward 'n' scored none of 4 first samples: all are NaN"):
+        probe([NamedReward("n", lambda samples, prompts: torch.full((4,), torch.nan))], IMAGES, PROMPTS)
+    with pytest.raises(RewardError, match="reward 'i' is a int: give something callable"):
+        probe([NamedReward("i", 3)], IMAGES, PROMPTS)  # type: ignore[arg-type]
+
+
+def test_too_many_failures_stop_the_run() -> None:
+    scores = torch.tensor([[1.0], [torch.nan], [torch.nan], [torch.nan]])
+    with pytest.raises(RewardError, match=r"75% of this round's samples could not be scored \(limit 50%\)"):
+        Watch().see(scores, silent=False)
+
+
+def test_silence_warns_once_and_then_stops(caplog: pytest.LogCaptureFixture) -> None:
+    watch, scores = Watch(silent_rounds=3), torch.ones(4, 1)
+    watch.see(scores, silent=True)
+    watch.see(scores, silent=True)
+    assert caplog.text.count("nothing to learn from") == 1
+    with pytest.raises(RewardError, match="for 3 rounds every group had equal scores: use a reward with partial credit"):
+        watch.see(scores, silent=True)
+
+
+def test_a_live_round_ends_the_silence() -> None:
+    watch, scores = Watch(silent_rounds=2), torch.ones(4, 1)
+    for silent in (True, False, True, False):
+        watch.see(scores, silent)

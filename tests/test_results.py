@@ -1,0 +1,47 @@
+"""Every published row is recomputed from its per-seed, per-prompt records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from genalign.results import PromptRecord, claim, read_records, rows_of
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+REQUIRED = {"flow_grpo_shapes": {"flow_grpo"}}
+
+
+@pytest.mark.parametrize("path", sorted((RESULTS / "raw").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_rows_follow_from_the_records(path: Path) -> None:
+    published = {row["name"]: row for row in json.loads((RESULTS / f"{path.stem}.json").read_text())["rows"]}
+    assert REQUIRED.get(path.stem, set()) <= published.keys()
+    recomputed = rows_of(read_records(path))
+    assert {row.name for row in recomputed} == published.keys()
+    for row in recomputed:
+        for name, value in vars(row).items():
+            assert published[row.name][name] == (pytest.approx(value, abs=1e-9) if isinstance(value, float) else value)
+
+
+def _record(seed: int, task: str, prompt: str, before: float, after: float) -> PromptRecord:
+    return PromptRecord("m", "strict", seed, task, prompt, before, after, 4)
+
+
+def test_a_claim_by_hand() -> None:
+    records = [
+        _record(seed, task, prompt, 0.0, gain + 0.01 * seed)
+        for seed in (0, 1, 2)
+        for task, prompt, gain in (("a", "p", 0.1), ("a", "q", 0.3), ("b", "r", 0.4))
+    ]
+    row = claim(records)
+    assert row.mean == pytest.approx((0.2 + 0.4) / 2 + 0.01)
+    assert row.n == 36
+    # over seeds: 0.30, 0.31, 0.32 -> +-4.303 * 0.01 / sqrt(3); over prompts: task a is 0.11, 0.21 or 0.31
+    assert row.high - row.mean == pytest.approx(0.05, abs=0.001)
+
+
+def test_names_are_not_mixed() -> None:
+    other = PromptRecord("n", "strict", 0, "a", "p", 0.0, 1.0, 4)
+    with pytest.raises(ValueError, match="a claim is about one name and one metric"):
+        claim([_record(0, "a", "p", 0.0, 1.0), other])
