@@ -60,7 +60,7 @@ def _chart(rows: Sequence[Row], title: str, caption: str, axis: Axis, read: Call
 def _horizontal_axes(rows: Sequence[Row]) -> list[tuple[str, Axis, Callable[[Row], float]]]:
     unit, name = _time_unit(rows[-1]["machine"]["seconds"])
     return [
-        ("round", Axis("round", count), lambda row: float(row["round"])),
+        ("round", Axis("rounds", count), lambda row: float(row["round"])),
         ("time", Axis(name, number, unit), lambda row: float(row["machine"]["seconds"])),
         ("forwards", Axis("denoiser forwards", count), lambda row: float(row["forwards"])),
     ]

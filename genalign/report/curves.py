@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from genalign.statistics import Estimate
 
 WIDTH, HEIGHT = 480.0, 260.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 14.0, 30.0, 44.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 14.0, 26.0, 44.0
 _MARKS, _RAW = 60, 600  # points that can be read out; points of the faint line behind them
 
 
@@ -186,9 +186,10 @@ def _words(point: Point, x_axis: Axis, y_axis: Axis) -> str:
     interval = ""
     if point.low is not None and point.high is not None:
         interval = f" ({y_axis.format(point.low)} to {y_axis.format(point.high)})"
-    return f"{y_axis.format(point.y)}{interval} at {x_axis.label} {x_axis.format(point.x / x_axis.unit)}"
+    return f"{y_axis.format(point.y)}{interval} at {x_axis.format(point.x / x_axis.unit)} {x_axis.label}"
 
 
 def _svg(width: float, height: float, kind: str, label: str, body: str) -> Markup:
+    """A figure; every text in ``body`` is escaped already."""
     head = f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">'
-    return Markup(f"{head}{body}</svg>")  # noqa: S704  # every text inside is escaped above
+    return Markup(f"{head}{body}</svg>")

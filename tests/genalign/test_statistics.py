@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from genalign.statistics import Estimate, bootstrap_mean, t_interval, wider, wilson, win_rate
 
 
@@ -30,7 +31,7 @@ def test_bootstrap_is_deterministic_and_depends_on_its_seed():
 
 
 def test_bootstrap_covers_the_truth():
-    """Two tasks of 40 prompts with 3 images each, prompts of different difficulty: the truth is inside 95 times in 100."""
+    """Two tasks of 40 prompts of different difficulty, 3 images each: the truth is inside 95 times in 100."""
     rng = np.random.default_rng(7)
     inside = 0
     for _ in range(400):

@@ -1,0 +1,68 @@
+"""Draw the README's pictures from a finished run: ``python scripts/pictures.py runs/demo docs/images``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from PIL import Image
+
+from genalign.evaluation import load_evaluation, ranked
+
+COLUMNS = 8
+
+
+def learning_curve(run: Path, output: Path) -> None:
+    """Train reward, and strict accuracy on validation prompts with its interval, against minutes."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    left.plot([row["machine"]["seconds"] / 60 for row in rows], [row["reward"] for row in rows], color="#3366cc")
+    left.set(xlabel="minutes of training", ylabel="train reward", title="reward while training")
+    watched = [row for row in rows if row["held_out"]]
+    minutes = [row["machine"]["seconds"] / 60 for row in watched]
+    strict = [row["held_out"]["strict"] for row in watched]
+    right.plot(minutes, [value["mean"] for value in strict], marker="o", color="#228855")
+    lows, highs = [value["low"] for value in strict], [value["high"] for value in strict]
+    right.fill_between(minutes, lows, highs, color="#228855", alpha=0.2)
+    right.set(xlabel="minutes of training", ylabel="strict accuracy", title="validation prompts (95% interval)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(output / "learning_curve.png", dpi=120)
+
+
+def before_after(run: Path, output: Path, scale: int = 2) -> None:
+    """Pairs from the same noise whose strict score changed: what was repaired above, what was broken below."""
+    pairs = ranked(load_evaluation(run / "before"), load_evaluation(run / "after"))
+    repaired = [pair for pair in reversed(pairs) if pair.difference("strict") > 0]
+    tasks = list(dict.fromkeys(pair.before.task for pair in repaired))
+    chosen = [[pair for pair in repaired if pair.before.task == task][:2] for task in tasks]
+    flat = [pair for group in chosen for pair in group][:COLUMNS]
+    figure, axes = plt.subplots(2, len(flat), figsize=(1.5 * len(flat), 3.6), layout="constrained", squeeze=False)
+    for column, pair in enumerate(flat):
+        for row, (name, record) in enumerate((("before", pair.before), ("after", pair.after))):
+            image = Image.open(run / name / str(record.image))
+            axes[row, column].imshow(image.resize((64 * scale, 64 * scale), Image.Resampling.NEAREST))
+            axes[row, column].set(xticks=[], yticks=[])
+        axes[0, column].set_title(pair.before.prompt.replace(" and ", "\nand ").replace(" of ", " of\n"), fontsize=7)
+    axes[0, 0].set_ylabel("before")
+    axes[1, 0].set_ylabel("after")
+    figure.savefig(output / "before_after.png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("output", type=Path)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    learning_curve(options.run, options.output)
+    before_after(options.run, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from genalign.evaluation import Evaluation, Protocol, Record
+from genalign.report import write_report
+
+CHROMIUM = shutil.which("chromium")
+PROTOCOL = Protocol("iid", "0" * 16, 4.0, (1.0, 0.0), "ODE()", "float32", 16, (64, 64), 3, 96, "test 1")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs the program chromium (apt-get install chromium)"),
+]
+
+
+def chromium(profile, *arguments):
+    """Output and log of a headless browser that is told to stay off the network."""
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    headless = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    command = [CHROMIUM, *headless, *quiet, f"--user-data-dir={profile}", "--window-size=1100,2400", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.fixture
+def report(tmp_path):
+    """A report with one round and one pair: black before, white after."""
+    interval = {"mean": 0.4, "low": 0.3, "high": 0.5, "n": 96}
+    row = {"round": 1, "reward": 0.5, "kl": 0.1, "clip_fraction": 0.1, "zero_std_share": 0.2, "failed_rewards": 0}
+    row |= {"images": 96, "forwards": 960, "held_out": {"strict": interval}}
+    row |= {"machine": {"seconds": 9.0, "images_per_second": 2.0, "peak_memory_bytes": 10**9}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    for name, value in (("before", 0), ("after", 255)):
+        (tmp_path / name / "images").mkdir(parents=True)
+        Image.new("RGB", (64, 64), (value, value, value)).save(tmp_path / name / "images" / "00000.png")
+        scores = {"strict": value / 255, "partial": value / 255}
+        Evaluation(PROTOCOL, (Record("a circle", "single", 0, 0, "images/00000.png", scores),)).save(tmp_path / name)
+    return write_report(tmp_path)
+
+
+def test_the_browser_parses_the_report_and_complains_of_nothing(report, tmp_path):
+    page, complaints = chromium(tmp_path / "profile", "--dump-dom", report.as_uri())
+    assert complaints == []
+    assert page.count("<svg") == 5 * 3 + 2 * 2
+    assert "</footer>" in page
+
+
+def test_the_console_would_be_heard(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("<!DOCTYPE html><script>console.error('heard')</script>")
+    _, complaints = chromium(tmp_path / "profile", "--dump-dom", page.as_uri())
+    assert len(complaints) == 1
+    assert "heard" in complaints[0]
+
+
+def test_the_report_is_painted(report, tmp_path):
+    picture = tmp_path / "page.png"
+    chromium(tmp_path / "profile", f"--screenshot={picture}", "--hide-scrollbars", report.as_uri())
+    pixels = np.asarray(Image.open(picture).convert("RGB"))
+    assert pixels.shape == (2400, 1100, 3)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    black = (pixels == 0).all(2).sum()
+    assert black > 64 * 64

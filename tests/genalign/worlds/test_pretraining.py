@@ -1,0 +1,67 @@
+"""The pretraining loop and its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from genalign.worlds import pretraining, shapes
+from genalign.worlds.pretraining import Fit, fit
+from genalign.worlds.shapes.dataset import captioned_scenes, corrupted
+from genalign.worlds.shapes.verifier import verify
+
+
+def _fit(steps: int, state: Path, stop: int | None = None) -> Tensor:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4, bias=False)
+
+    def loss(step: int) -> Tensor:
+        if step == stop:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        return (model(x) - x).square().mean()
+
+    fit(model, loss, Fit(steps, 1e-2, muon=1e-2, save_every=5), state, (model.weight,))
+    return model.weight.detach()
+
+
+def test_a_resumed_fit_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = _fit(20, tmp_path / "whole.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        _fit(20, tmp_path / "parts.safetensors", stop=12)
+    assert torch.equal(_fit(20, tmp_path / "parts.safetensors"), whole)
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    weight = _fit(300, tmp_path / "s.safetensors")
+    assert float((weight - torch.eye(4)).abs().max()) < 0.2
+
+
+def test_one_cycle_rises_and_falls_to_zero() -> None:
+    settings = Fit(100, 1.0)
+    rates = [pretraining.one_cycle(step, settings) for step in range(101)]
+    assert rates[0] == 0.1 and max(rates) == rates[9] == 1.0 and rates[100] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_captions_are_true_and_do_not_depend_on_the_number_of_workers() -> None:
+    one, two = captioned_scenes(64, seed=3, workers=1), captioned_scenes(64, seed=3, workers=2)
+    assert torch.equal(one.images, two.images) and one.prompts == two.prompts
+    verdicts = verify(one.images / 255, [prompt.metadata or {} for prompt in one.prompts])
+    assert sum(verdict.strict for verdict in verdicts) >= 63
+
+
+def test_corruption_never_spells_a_held_out_composition() -> None:
+    rng = np.random.default_rng(0)
+    seen = {prompt.text for prompt in shapes.prompts("iid").prompts}
+    pairs = [(prompt, corrupted(prompt, rng)) for prompt in shapes.prompts("iid").prompts]
+    assert {wrong.text for _, wrong in pairs} <= seen
+    changed = {task: 0 for task in ("counting", "colors", "position", "color_attr")}
+    for prompt, wrong in pairs:
+        if wrong != prompt:
+            changed[prompt.task] += 1
+            assert wrong.task == prompt.task
+    assert all(changed.values())
