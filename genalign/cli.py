@@ -17,7 +17,7 @@ from genalign.policy import Policy
 from genalign.prompts import load_prompts
 from genalign.report import write_report
 from genalign.rollout import generate
-from genalign.runs import RunFolder, averaged, train
+from genalign.runs import RunFolder, train
 from genalign.scoring import NamedReward, RewardError, probe
 from genalign.statistics import Estimate
 from genalign.training import Sampling, Trainer
@@ -88,7 +88,8 @@ def run_training(settings: config.Train, plain: Mapping[str, Any]) -> int:
     if not finished:
         print(f"interrupted: everything so far is in {folder.path}")
         return 130
-    after = averaged(policy, lambda: _before_after(settings, pipeline, rewards, folder.path / "after"))
+    with policy.averaged():
+        after = _before_after(settings, pipeline, rewards, folder.path / "after")
     if before and after:
         _write_gain(before, after, folder.path)
     print(f"report: {write_report(folder.path)}")
@@ -189,12 +190,15 @@ def _watcher(settings: config.Train, pipeline: SD3, policy: Policy) -> Callable[
     prompts = prompt_set(held_out.prompts)
     jobs: Sequence[Job] = plan(prompts, held_out.images_per_task, held_out.seeds)
     dtype, size = _precision(settings.model), settings.training.batch_size
-    protocol = _protocol(
-        pipeline, prompts, settings.sampling, dtype, size, held_out.seeds, held_out.images_per_task
-    )
+    protocol = _protocol(pipeline, prompts, settings.sampling, dtype, size, held_out.seeds, held_out.images_per_task)
     rewards = [NamedReward(name, function) for name, function in held_out.scorers.items()]
     scorers = _scorers(prompts, rewards)
-    return lambda: averaged(policy, lambda: evaluate(pipeline, jobs, scorers, protocol)).overall
+
+    def watch() -> dict[str, Estimate]:
+        with policy.averaged():
+            return evaluate(pipeline, jobs, scorers, protocol).overall
+
+    return watch
 
 
 def _write_gain(before: Evaluation, after: Evaluation, folder: Path) -> None:

@@ -55,9 +55,7 @@ class PromptSampler:
 
     def rounds(self) -> Iterator[tuple[Prompt, ...]]:
         """Endless rounds of ``count`` prompts."""
-        decks = [
-            _deck(prompts, f"{self.seed}/{task}") for task, prompts in sorted(self.prompts.by_task().items())
-        ]
+        decks = [_deck(prompts, f"{self.seed}/{task}") for task, prompts in sorted(self.prompts.by_task().items())]
         stream = (next(deck) for _ in iter(int, 1) for deck in decks)
         while True:
             chosen: dict[str, Prompt] = {}

@@ -84,11 +84,14 @@ def rollout(
     """
     if len(kernels) != len(grid):
         raise ValueError(f"one kernel per step: the grid has {len(grid)} steps, got {len(kernels)} kernels")
-    branch = next((i for i in range(len(grid)) if bool(kernels[i](grid[i]).s > 0)), len(grid))
+    noisy = [bool(kernel(grid[i]).s > 0) for i, kernel in enumerate(kernels)]
+    branch = noisy.index(True) if any(noisy) else len(grid)
     rows, origin = _distinct(start)
     x = pipeline.initial_noise([start.noise_seeds[row] for row in rows])
     conditioning = start.conditioning[start.prompt[rows]]
-    stored: list[tuple[Tensor, Tensor, Tensor]] = []
+    xs: list[Tensor] = []
+    x_nexts: list[Tensor] = []
+    x_means: list[Tensor] = []
     forwards = 0
     for i in range(len(grid)):
         if i == branch:
@@ -96,13 +99,20 @@ def rollout(
         step = grid[i]
         move = transition(pipeline.path, kernels[i], x, pipeline.predict(x, step, conditioning, guidance), step)
         forwards += len(x) * (2 if guidance > 1 else 1)
-        x_next = move.sample(step_noise(start.step_seeds, i, x)) if i >= branch else move.mean
+        x_next = move.sample(step_noise(start.step_seeds, i, x)) if noisy[i] else move.mean
         if i in store:
-            stored.append((x, x_next, move.mean))
+            xs.append(x)
+            x_nexts.append(x_next)
+            x_means.append(move.mean)
         x = x_next
     final = x if branch < len(grid) else x[origin]
-    states = [torch.stack(tensors, dim=1) for tensors in zip(*stored, strict=True)] or [final.new_empty(0)] * 3
-    return Rollout(start, tuple(sorted(store)), *states, final, forwards)
+    states, nexts, means = (_stacked(tensors, final) for tensors in (xs, x_nexts, x_means))
+    return Rollout(start, tuple(sorted(store)), states, nexts, means, final, forwards)
+
+
+def _stacked(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    """(B, S, ...) from S tensors (B, ...), S = 0 included."""
+    return torch.stack(list(tensors), dim=1) if tensors else like.new_empty(len(like), 0, *like.shape[1:])
 
 
 def _distinct(start: Start) -> tuple[Tensor, Tensor]:

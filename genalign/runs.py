@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genalign.checkpoints import optimizer_tensors, save_state, with_prefix, write_json
-from genalign.evaluation import Evaluation
-from genalign.policy import Policy, lora_config
+from genalign.policy import lora_config
 from genalign.statistics import Estimate
 from genalign.training import RoundResult, Trainer
 
@@ -72,7 +71,12 @@ class RunFolder:
             pipeline.save_lora(self.path / "lora", state, config)
             save_peft(self.path / "peft", state, config)
         tensors = policy.tensors() | with_prefix("optimizer.", optimizer_tensors(trainer.optimizer))
-        meta = {"rounds": rounds_done, "updates": policy.updates, "images": trainer.images, "forwards": trainer.forwards}
+        meta = {
+            "rounds": rounds_done,
+            "updates": policy.updates,
+            "images": trainer.images,
+            "forwards": trainer.forwards,
+        }
         save_state(self.path / "checkpoint" / "state.safetensors", tensors, meta)
 
 
@@ -141,12 +145,6 @@ def train(
             return True
         finally:
             folder.save(trainer, pipeline, done)
-
-
-def averaged(policy: Policy, evaluate: Callable[[], Evaluation]) -> Evaluation:
-    """``evaluate()`` under the averaged weights."""
-    with policy.averaged():
-        return evaluate()
 
 
 def _plain(estimates: Mapping[str, Estimate] | None) -> dict[str, Any] | None:

@@ -67,7 +67,9 @@ def probe(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
             with torch.no_grad():
                 column = reward.function(samples, prompts)
         except Exception as error:
-            raise RewardError(f"reward {reward.name!r} raised {type(error).__name__} on a first batch: {error}") from error
+            raise RewardError(
+                f"reward {reward.name!r} raised {type(error).__name__} on a first batch: {error}"
+            ) from error
         if bool(_checked(reward.name, column, len(samples)).isnan().all()):
             raise RewardError(f"reward {reward.name!r} scored none of {len(samples)} first samples: all are NaN")
 

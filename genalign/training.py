@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are made: ``num_steps`` of the scheduler's own grid, or exactly these ``sigmas``; guidance 1 is none."""
+    """How images are made: ``num_steps`` of the scheduler's grid, or exactly these ``sigmas``; guidance 1 is none."""
 
     num_steps: int = 10
     sigmas: Sequence[float] | None = None
@@ -193,7 +193,7 @@ class Trainer:
     def _learn(self, rollouts: Sequence[Rollout], advantages: Tensor) -> _Tally:
         """``updates_per_round`` optimiser steps, each on its share of the batches and on all their stored steps."""
         tally = _Tally()
-        batches = list(zip(rollouts, advantages.split(self.settings.batch_size), strict=True))
+        batches = list(zip(rollouts, torch.split(advantages, self.settings.batch_size), strict=True))
         share = len(batches) // self.settings.updates_per_round
         for update in range(self.settings.updates_per_round):
             part = batches[update * share : (update + 1) * share]

@@ -111,8 +111,13 @@ class Path(Protocol):
 class Pipeline(Protocol):
     """A diffusion or flow model as the loops see it; implementations are in ``pipelines``."""
 
-    path: Path
-    denoiser: nn.Module
+    @property
+    def path(self) -> Path:
+        """The interpolation that the network was trained on."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is trained."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Text conditioning, computed once per distinct prompt and cached; rows in the order of ``prompts``."""

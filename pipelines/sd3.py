@@ -101,7 +101,7 @@ class SD3:
             return int(native)
         if pixels % (factor * patch):
             raise ValueError(f"height and width must be multiples of {factor * patch} for this model, not {pixels}")
-        return pixels // factor
+        return pixels // int(factor)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Tensors ``context`` (P, L, D) and ``pooled`` (P, D'), on the CPU; every distinct text is encoded once."""
@@ -151,9 +151,10 @@ class SD3:
         return NoiseLevel(timestep=sigma * _TRAIN_TIMESTEPS, alpha=1 - sigma, sigma=sigma)
 
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
-        """Standard normal latents (B, C, h, w), one CPU generator per seed."""
+        """Standard normal latents (B, C, h, w) on the pipeline's device, one CPU generator per seed."""
         shape = (self.denoiser.config.in_channels, self.height, self.width)
-        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(drawn).to(self.device)
 
     def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
         """Velocity in float32 for x (B, C, h, w); with guidance > 1 one batch of 2 B, unconditional rows first."""
@@ -166,29 +167,31 @@ class SD3:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
         dtype = self.denoiser.dtype
         with self._mixed_precision():
-            velocity = self.denoiser(
+            output: Tensor = self.denoiser(
                 hidden_states=x.to(self.device, dtype),
                 timestep=timestep.to(self.device),
                 encoder_hidden_states=context.to(self.device, dtype),
                 pooled_projections=pooled.to(self.device, dtype),
                 return_dict=False,
-            )[0].float()
-        if guidance > 1:
-            unconditional, conditional = velocity.chunk(2)
-            velocity = unconditional + guidance * (conditional - unconditional)
-        return velocity
+            )[0]
+        if guidance <= 1:
+            return output.float()
+        unconditional, conditional = output.float().chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] in float32; differentiable."""
         vae = self.pipe.vae
         latents = latents.to(self.device) / vae.config.scaling_factor + vae.config.shift_factor
         with _lent([vae], self.device, self.offload), self._mixed_precision():
-            decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+            decoded: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     def save_lora(self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
         """Write an adapter as ``StableDiffusion3Pipeline.load_lora_weights`` expects it, rank and alpha included."""
-        metadata = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+        metadata = {
+            name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()
+        }
         StableDiffusion3Pipeline.save_lora_weights(
             directory, transformer_lora_layers=dict(state), transformer_lora_adapter_metadata=metadata
         )

@@ -68,9 +68,7 @@ def encode_latents(vae: AutoencoderKL, data: CaptionedScenes, device: str) -> Te
     return (latents - shift) * scale
 
 
-def train_transformer(
-    data: CaptionedScenes, latents: Tensor, work: Path, settings: Fit, device: str
-) -> TextToVelocity:
+def train_transformer(data: CaptionedScenes, latents: Tensor, work: Path, settings: Fit, device: str) -> TextToVelocity:
     """Flow matching with logit-normal noise levels; a part of the captions is wrong, and a tenth is empty."""
     torch.manual_seed(1)
     model = TextToVelocity().to(device)
@@ -116,9 +114,7 @@ def measure(output: Path, work: Path) -> dict[str, dict[str, float]]:
 
 def card(figures: dict[str, dict[str, float]]) -> str:
     """The model card, with the measured figures."""
-    lines = [
-        f"| {part} | {name} | {value:.3f} |" for part, values in figures.items() for name, value in values.items()
-    ]
+    lines = [f"| {part} | {name} | {value:.3f} |" for part, values in figures.items() for name, value in values.items()]
     return CARD.format(
         table="\n".join(lines), clip=CLIP_LENGTH, t5=T5_LENGTH, steps=TRANSFORMER.steps, corrupted=f"{CORRUPTED:.0%}"
     )
@@ -142,8 +138,8 @@ repair.
     sigmas = [1 - i / 10 for i in range(10)]
     pipe("an orange ring", sigmas=sigmas, num_inference_steps=10, guidance_scale=1.0, max_sequence_length={t5})
 
-`max_sequence_length` must be {t5}: that is the number of T5 tokens of its training (CLIP: {clip}); diffusers' default of
-256 would append padding that it has never seen. Prompts are those of `genalign.worlds.shapes`, such as "a circle",
+`max_sequence_length` must be {t5}: that is the number of T5 tokens of its training (CLIP: {clip}); diffusers' default
+of 256 would append padding that it has never seen. Prompts are those of `genalign.worlds.shapes`, such as "a circle",
 "two squares", "a ring left of a moon" or "a red ring and a blue moon". Transformer and VAE are stored in float16, text
 encoders in float32. Made for experiments.
 

@@ -72,9 +72,7 @@ def one_cycle(step: int, settings: Fit) -> float:
     return 0.5 * (1 + float(torch.cos(torch.tensor(angle))))
 
 
-def _optimizers(
-    model: nn.Module, settings: Fit, matrices: tuple[nn.Parameter, ...]
-) -> list[torch.optim.Optimizer]:
+def _optimizers(model: nn.Module, settings: Fit, matrices: tuple[nn.Parameter, ...]) -> list[torch.optim.Optimizer]:
     chosen = {id(parameter) for parameter in matrices} if settings.muon else set()
     rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     optimizers: list[torch.optim.Optimizer] = [

@@ -66,7 +66,9 @@ def test_silence_warns_once_and_then_stops(caplog: pytest.LogCaptureFixture) -> 
     watch.see(scores, silent=True)
     watch.see(scores, silent=True)
     assert caplog.text.count("nothing to learn from") == 1
-    with pytest.raises(RewardError, match="for 3 rounds every group had equal scores: use a reward with partial credit"):
+    with pytest.raises(
+        RewardError, match="for 3 rounds every group had equal scores: use a reward with partial credit"
+    ):
         watch.see(scores, silent=True)
 
 

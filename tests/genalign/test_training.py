@@ -116,7 +116,7 @@ def test_windows_are_the_same_for_everybody_and_avoid_the_last_step(tiny: SD3) -
 
 def test_impossible_recipes(tiny: SD3) -> None:
     grid = SAMPLING.grid(tiny)
-    with pytest.raises(ValueError, match="ODE.* has no trainable step .* needs a stochastic kernel, such as FlowSDE"):
+    with pytest.raises(ValueError, match=r"ODE.* has no trainable step .* needs a stochastic kernel, such as FlowSDE"):
         flow_grpo(ODE()).steps(grid, 0, 0)
     with pytest.raises(ValueError, match=r"recipe\.window is 4 steps, but only steps \[0, 1, 2\] of 4 can be trained"):
         flow_grpo(window=4).steps(grid, 0, 0)
@@ -127,7 +127,7 @@ def test_impossible_recipes(tiny: SD3) -> None:
 def test_impossible_geometry() -> None:
     with pytest.raises(ValueError, match="group_size is 1: a group needs at least 2 samples to be compared"):
         Settings(group_size=1)
-    with pytest.raises(ValueError, match="batch_size 96 must be a multiple of group_size 10, .* try 90"):
+    with pytest.raises(ValueError, match=r"batch_size 96 must be a multiple of group_size 10, .* try 90"):
         Settings(group_size=10, batch_size=96)
     message = r"prompts_per_round 3 x group_size 8 = 24 images do not divide into 2 updates of batches of 8"
     with pytest.raises(ValueError, match=message):

@@ -88,7 +88,9 @@ def test_offloading_changes_nothing(tiny: SD3, tiny_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("alpha", [4, 10])
-def test_lora_round_trip_through_diffusers_is_bit_equal(tiny: SD3, tiny_folder: Path, tmp_path: Path, alpha: float) -> None:
+def test_lora_round_trip_through_diffusers_is_bit_equal(
+    tiny: SD3, tiny_folder: Path, tmp_path: Path, alpha: float
+) -> None:
     policy = Policy(tiny.denoiser, Lora(rank=4, alpha=alpha))
     for i, parameter in enumerate(policy.parameters):
         torch.manual_seed(i)
@@ -149,7 +151,9 @@ def test_bad_paths(tmp_path: Path) -> None:
 
 
 def test_another_family_is_refused(tmp_path: Path) -> None:
-    unet = UNet2DModel(8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4)  # noqa: E501
+    unet = UNet2DModel(
+        8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
+    )
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a DDPMPipeline, not a StableDiffusion3Pipeline"):
         SD3.load(tmp_path)

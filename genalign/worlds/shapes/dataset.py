@@ -47,7 +47,7 @@ def captioned_scenes(count: int, seed: int, workers: int = 2) -> CaptionedScenes
     return CaptionedScenes(images, tuple(prompt for _, texts in parts for prompt in texts))
 
 
-def _chunk(job: tuple[int, int, int]) -> tuple[np.ndarray, list[Prompt]]:  # type: ignore[type-arg]
+def _chunk(job: tuple[int, int, int]) -> tuple[np.ndarray, list[Prompt]]:
     start, count, seed = job
     rng = np.random.default_rng((seed, start))
     chosen = _draw_prompts(count, rng)

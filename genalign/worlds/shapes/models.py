@@ -111,7 +111,8 @@ class TextToVelocity(nn.Module):
         words = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         context = torch.cat([words, self.text_encoder_3(t5_ids).last_hidden_state], dim=1)
         pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
-        return self.transformer(x, context, pooled, sigma * 1000).sample
+        velocity: Tensor = self.transformer(x, context, pooled, sigma * 1000).sample
+        return velocity
 
     def matrices(self) -> tuple[nn.Parameter, ...]:
         """Weights of the joint blocks' linear layers."""

@@ -1,17 +1,17 @@
 """The prompt grammar of the shapes world, GenEval metadata, and the deterministic splits.
 
-    single_object  a circle                     6 prompts
-    two_object     a circle and a square       30
-    counting       three circles               18  (and "five circles", never trained)
-    colors         a red circle                60
-    position       a circle left of a square  120
-    color_attr     a red circle and a blue square  2700
+single_object  a circle                     6 prompts
+two_object     a circle and a square       30
+counting       three circles               18  (and "five circles", never trained)
+colors         a red circle                60
+position       a circle left of a square  120
+color_attr     a red circle and a blue square  2700
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import permutations, product
 
@@ -34,7 +34,7 @@ def plural(noun: str) -> str:
     return noun + ("es" if noun.endswith("s") else "s")
 
 
-def _prompt(tag: str, text: str, include: list[Metadata], exclude: list[Metadata] | None = None) -> Prompt:
+def _prompt(tag: str, text: str, include: Sequence[Metadata], exclude: Sequence[Metadata] = ()) -> Prompt:
     metadata: dict[str, object] = {"tag": tag, "include": include}
     if exclude:
         metadata["exclude"] = exclude

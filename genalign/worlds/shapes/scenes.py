@@ -151,5 +151,3 @@ def relations(
     dx, dy = revised / np.linalg.norm(offset)
     names = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
     return frozenset(name for name, true in names.items() if true)
-
-

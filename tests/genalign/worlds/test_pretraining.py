@@ -59,7 +59,7 @@ def test_corruption_never_spells_a_held_out_composition() -> None:
     seen = {prompt.text for prompt in shapes.prompts("iid").prompts}
     pairs = [(prompt, corrupted(prompt, rng)) for prompt in shapes.prompts("iid").prompts]
     assert {wrong.text for _, wrong in pairs} <= seen
-    changed = {task: 0 for task in ("counting", "colors", "position", "color_attr")}
+    changed = dict.fromkeys(("counting", "colors", "position", "color_attr"), 0)
     for prompt, wrong in pairs:
         if wrong != prompt:
             changed[prompt.task] += 1

@@ -1,0 +1,73 @@
+"""Write the tables of README.md and docs/*.md from docs/results/*.json.
+
+A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``. With ``--check`` nothing is written, and
+the exit status is 1 where a table is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+MARKED = re.compile(r"(<!-- results:(?P<name>\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+
+
+def table(result: dict[str, Any]) -> str:
+    """A result file as Markdown: its rows or figures, and how they were made."""
+    lines = ["| name | metric | gain | 95% interval | image pairs |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['name']} | {row['metric']} | {row['mean']:+.3f} "
+        f"| {row['low']:+.3f} to {row['high']:+.3f} | {row['n']} |"
+        for row in result["rows"]
+    ]
+    if not result["rows"]:
+        lines = ["| figure | value |", "|---|---|", *_figures(result["figures"])]
+    made = (
+        f"{result['claim']}. `{result['command']}`, {result['machine']}, {result['date']}, commit {result['commit']}."
+    )
+    return "\n".join([*lines, "", made, ""])
+
+
+def _figures(figures: dict[str, Any]) -> list[str]:
+    return [f"| {name} | {_cell(value)} |" for name, value in figures.items()]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['median']:.3f} (quartiles {value['low_quartile']:.3f} to {value['high_quartile']:.3f})"
+    return f"{value:.4g}"
+
+
+def fill(text: str, results: Path) -> str:
+    """``text`` with every marked table made anew. Raises FileNotFoundError for a table without its result file."""
+
+    def made(match: re.Match[str]) -> str:
+        result = json.loads((results / f"{match['name']}.json").read_text(encoding="utf-8"))
+        return f"{match[1]}{table(result)}{match[3]}"
+
+    return MARKED.sub(made, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        old = path.read_text(encoding="utf-8")
+        new = fill(old, ROOT / "docs" / "results")
+        if new != old:
+            stale.append(path)
+            if not options.check:
+                path.write_text(new, encoding="utf-8")
+    for path in stale:
+        print(f"{'stale' if options.check else 'wrote'}: {path.relative_to(ROOT)}")
+    return int(bool(stale) and options.check)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

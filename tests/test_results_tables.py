@@ -1,0 +1,28 @@
+"""Tables are made from result files, and stale ones are noticed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.results_tables import fill
+
+HEAD = {"claim": "It rises", "command": "make proofs", "machine": "2 cores", "date": "2026-01-01", "commit": "abc"}
+
+
+def test_rows_and_figures(tmp_path: Path) -> None:
+    row = {"name": "flow", "metric": "strict", "mean": 0.12, "low": 0.1, "high": 0.14, "n": 960}
+    (tmp_path / "one.json").write_text(json.dumps({**HEAD, "rows": [row]}))
+    (tmp_path / "two.json").write_text(json.dumps({**HEAD, "rows": [], "figures": {"speed": 12.5}}))
+    text = "a\n<!-- results:one -->\nold\n<!-- /results -->\nb\n<!-- results:two -->\n<!-- /results -->\n"
+    new = fill(text, tmp_path)
+    assert "| flow | strict | +0.120 | +0.100 to +0.140 | 960 |" in new
+    assert "| speed | 12.5 |" in new and "`make proofs`, 2 cores, 2026-01-01, commit abc." in new
+    assert "old" not in new and new.startswith("a\n") and fill(new, tmp_path) == new
+
+
+def test_a_table_needs_its_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        fill("<!-- results:none -->\n<!-- /results -->", tmp_path)
