@@ -121,14 +121,14 @@ def parse(settings: type[Any], arguments: Sequence[str], command: str) -> tuple[
     try:
         parsed = parser.parse_args(list(arguments))
         plain = _plain(parser, parsed)
-        values = parser.instantiate_classes(parsed)
+        values = parser.instantiate(parsed)
         return settings(**{name: values[name] for name in settings.__dataclass_fields__}), plain
     except (ArgumentError, ValueError, TypeError) as error:
         raise ConfigurationError(explain(str(error), _keys(parser))) from error
 
 
 def _plain(parser: ArgumentParser, parsed: Namespace) -> dict[str, Any]:
-    text: str = parser.dump(parsed, format="json", skip_none=False)
+    text: str = parser.dump(parsed, format="json")
     plain: dict[str, Any] = json.loads(text)
     plain.pop("config", None)
     return plain

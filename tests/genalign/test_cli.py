@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -29,9 +28,12 @@ class Channel:
 def shapeless(samples, prompts):
     return samples.mean()
 
+pressed = []
+
 def interrupting(samples, prompts):
     import os, signal
-    if len(samples) > 2:
+    if len(samples) > 2 and not pressed:  # not in the probe, and once: twice stops at once
+        pressed.append(True)
         os.kill(os.getpid(), signal.SIGINT)
     return samples[:, 0].flatten(1).mean(1)
 """
@@ -100,7 +102,7 @@ def test_ctrl_c_ends_with_a_checkpoint(config: Path, tmp_path: Path, capsys: pyt
     before = signal.getsignal(signal.SIGINT)
     arguments = ["--rewards.red.function", "outside_rewards.interrupting", "--training.rounds", "9"]
     geometry = ["--training.group_size", "4", "--training.batch_size", "4"]
-    assert os.getpid() and main(["train", "--config", str(config), *arguments, *geometry]) in (130,)
+    assert main(["train", "--config", str(config), *arguments, *geometry]) == 130
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
     assert (tmp_path / "run" / "checkpoint" / "state.safetensors").is_file()
     assert "interrupted: everything so far is in" in capsys.readouterr().out

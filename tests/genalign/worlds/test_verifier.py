@@ -159,7 +159,7 @@ def wilson_upper(successes: int, total: int, z: float = 1.96) -> float:
 
 @pytest.fixture(scope="module")
 def cases() -> list[Case]:
-    return true_cases(per_task=100, seed=71_001)
+    return true_cases(per_task=60, seed=71_001)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_shapes_outside_the_vocabulary_are_unknown(corruption: Corruption) -> No
     """Hardly any passes for a shape; what is named is, for example, half of an hourglass that parted at its waist."""
     shapes: list[str] = []
     for name in (*REJECTS, *STRANGERS):
-        images = corruption(render(alone(name, 40, seed=71_004)), np.random.default_rng(0))
+        images = corruption(render(alone(name, 30, seed=71_004)), np.random.default_rng(0))
         groups = [[found.shape for found in group] for group in detect(images)]
         assert np.mean([matching.UNKNOWN in group for group in groups]) >= 0.9, name
         shapes += [shape for group in groups for shape in group]
