@@ -40,21 +40,19 @@ def fit(
     ``loss`` draws its batch from ``step`` alone, so that a run resumed from ``state`` equals an uninterrupted one.
     """
     optimizers = _optimizers(model, settings, matrices)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, settings)) for optimizer in optimizers
-    ]
     average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    start = _resume(state, model, average, optimizers, schedules)
+    start = _resume(state, model, average, optimizers)
     with _progress() as progress:
         bar = progress.add_task(state.stem, total=settings.steps, completed=start, loss=float("nan"))
         for step in range(start, settings.steps):
             value = loss(step)
             value.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * one_cycle(step, settings)
                 optimizer.step()
                 optimizer.zero_grad()
-                schedule.step()
             _average(average, model, min(settings.averaging, (1 + step) / (10 + step)))
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
                 _save(state, step + 1, model, average, optimizers)
@@ -80,6 +78,9 @@ def _optimizers(model: nn.Module, settings: Fit, matrices: tuple[nn.Parameter, .
     ]
     if settings.muon and matrices:
         optimizers.append(torch.optim.Muon(list(matrices), lr=settings.muon, weight_decay=0.01))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
     return optimizers
 
 
@@ -106,7 +107,6 @@ def _resume(
     model: nn.Module,
     average: dict[str, Tensor],
     optimizers: list[torch.optim.Optimizer],
-    schedules: list[torch.optim.lr_scheduler.LambdaLR],
 ) -> int:
     if not state.exists():
         return 0
@@ -116,11 +116,7 @@ def _resume(
         average[name].copy_(tensor)
     for index, optimizer in enumerate(optimizers):
         load_optimizer_tensors(optimizer, without_prefix(f"optimizer{index}.", tensors))
-    step = int(meta["step"])
-    for schedule in schedules:
-        schedule.last_epoch = step - 1
-        schedule.step()
-    return step
+    return int(meta["step"])
 
 
 def _progress() -> Progress:

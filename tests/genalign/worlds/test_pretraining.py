@@ -17,7 +17,7 @@ from genalign.worlds.shapes.verifier import verify
 
 def _fit(steps: int, state: Path, stop: int | None = None) -> Tensor:
     torch.manual_seed(0)
-    model = nn.Linear(4, 4, bias=False)
+    model = nn.Linear(4, 4)  # the matrix by Muon, the bias by AdamW
 
     def loss(step: int) -> Tensor:
         if step == stop:

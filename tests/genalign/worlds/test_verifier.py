@@ -306,6 +306,21 @@ def test_a_tilt_is_allowed(degrees: float) -> None:
     assert np.mean(right) >= 0.95
 
 
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_five_small_objects_are_counted(shape: str) -> None:
+    rng = np.random.default_rng(71_008)
+    places = [(12, 14), (32, 14), (52, 14), (22, 44), (44, 44)]
+    five = [
+        Case(
+            Scene(tuple(Item(shape, color, x, y, 6.5, jittered(color, rng)) for x, y in places)),
+            counting(shape, "five").metadata,
+        )
+        for color in PALETTE
+    ]
+    assert strict_rate(five, untouched) == 1
+    assert strict_rate(five, blurred) >= 0.9
+
+
 def test_objects_of_one_color_merge_and_of_two_do_not() -> None:
     rng = np.random.default_rng(71_006)
 
