@@ -16,7 +16,7 @@ from genalign.worlds.shapes.prompts import is_held_out_pair
 SUPERSAMPLING = 4
 OUTLINES = SHAPES | REJECTS | STRANGERS
 RELATION_MARGIN = 0.18  # stricter than the verifier's 0.1
-_MAX_RADIUS = (13.0, 12.0, 11.0, 10.0, 9.0, 8.0)
+_RADII = ((8.0, 12.0), (8.0, 12.0), (8.0, 11.0), (8.0, 10.0), (6.5, 9.0), (6.0, 8.0))  # for one to six items
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _place(names: Sequence[tuple[str, str]], rng: np.random.Generator) -> list[I
     items: list[Item] = []
     for shape, color in names:
         for _ in range(60):
-            r = rng.uniform(min(8.0, _MAX_RADIUS[len(names) - 1] - 1), min(12.0, _MAX_RADIUS[len(names) - 1]))
+            r = rng.uniform(*_RADII[len(names) - 1])
             margin = 1.2 * r + 1
             x, y = rng.uniform(margin, SIZE - margin, 2)
             item = Item(shape, color, float(x), float(y), float(r), jittered(color, rng))
