@@ -23,7 +23,7 @@ from genalign.worlds.shapes.dataset import CaptionedScenes, captioned_scenes
 from genalign.worlds.shapes.tokenizers import CLIP_LENGTH, clip_tokenizer
 
 SCENES = 40_000
-SETTINGS = Fit(steps=2500, learning_rate=1e-3, muon=0.02)
+SETTINGS = Fit(steps=1400, learning_rate=1e-3, muon=0.02)
 BATCH = 128
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 

@@ -185,7 +185,7 @@ def test_lab_of_known_colors() -> None:
 # ----------------------------------------------------------------------------------------------------------- scenes
 
 
-@pytest.mark.parametrize("suite", ["iid", "comp"])
+@pytest.mark.parametrize("suite", ["iid", "comp", "len"])
 def test_scenes_are_true(suite: str) -> None:
     for metadata, scene in scenes_of(suite, 20, seed=1):
         for clause in metadata["include"]:
