@@ -1,0 +1,51 @@
+"""The embedded checkpoints, opened by the libraries they are made for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from genalign import assets
+from genalign.rollout import generate
+from genalign.worlds import shapes
+from genalign.worlds.shapes.dataset import captioned_scenes
+from genalign.worlds.shapes.verifier import detect
+from pipelines import SD3
+from scripts.pretrain_clip import retrieval
+
+SIGMAS = [1 - i / 10 for i in range(10)]
+
+
+def test_vanilla_diffusers_draws_our_images() -> None:
+    folder = assets.resolve("shapes-sd3")
+    pipeline, vanilla = SD3.load(folder), StableDiffusion3Pipeline.from_pretrained(folder)
+    vanilla.set_progress_bar_config(disable=True)
+    prompts = [prompt.text for prompt in shapes.prompts("comp").prompts[::40]]
+    seeds = list(range(len(prompts)))
+    ours = next(generate(pipeline, prompts, seeds, pipeline.grid(10, SIGMAS), 1.0, len(prompts)))
+    theirs = vanilla(
+        prompts,
+        latents=pipeline.initial_noise(seeds),
+        sigmas=SIGMAS,
+        num_inference_steps=10,
+        guidance_scale=1.0,
+        max_sequence_length=pipeline.max_sequence_length,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    found = [item for image in detect(ours) for item in image if item.shape != "unknown"]
+    assert sum(item.iou for item in found) / len(found) >= 0.8
+
+
+def test_shapes_clip_finds_the_caption() -> None:
+    name = f"local-dir:{assets.resolve('shapes-clip')}"
+    model, _, _ = open_clip.create_model_and_transforms(name)
+    assert retrieval(model.eval(), captioned_scenes(1000, seed=77), open_clip.get_tokenizer(name)) >= 0.8
+
+
+def test_folders_are_small() -> None:
+    for name, limit in (("shapes-sd3", 15e6), ("shapes-clip", 15e6)):
+        assert sum(path.stat().st_size for path in Path(assets.resolve(name)).rglob("*") if path.is_file()) <= limit
