@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def run_training(settings: config.Train, plain: Mapping[str, Any]) -> int:
     policy = Policy(pipeline.denoiser, settings.lora, settings.averaging, settings.training.seed)
     trainer = Trainer(pipeline, policy, rewards, prompts, settings.recipe, settings.training, settings.sampling)
     folder.begin(plain)
-    before = _before_after(settings, pipeline, rewards, folder.path / "before")
+    tested = _before_after(settings, pipeline, rewards)
+    before = tested.take(pipeline, folder.path / "before") if tested else None
     finished = train(
         trainer,
         folder,
@@ -88,9 +90,9 @@ def run_training(settings: config.Train, plain: Mapping[str, Any]) -> int:
     if not finished:
         print(f"interrupted: everything so far is in {folder.path}")
         return 130
-    with policy.averaged():
-        after = _before_after(settings, pipeline, rewards, folder.path / "after")
-    if before and after:
+    if tested and before:
+        with policy.averaged():
+            after = tested.take(pipeline, folder.path / "after")
         _write_gain(before, after, folder.path)
     print(f"report: {write_report(folder.path)}")
     return 0
@@ -135,26 +137,44 @@ def _probe(pipeline: SD3, rewards: Sequence[NamedReward], prompts: PromptSet, sa
     probe(rewards, images, chosen)
 
 
-def _protocol(
-    pipeline: SD3, prompts: PromptSet, sampling: Sampling, dtype: str, batch_size: int, seeds: int, images: int
-) -> Protocol:
-    return Protocol(
+@dataclass(frozen=True)
+class Exam:
+    """What is to be made and scored, and how."""
+
+    jobs: tuple[Job, ...]
+    scorers: Mapping[str, RewardFunction]
+    protocol: Protocol
+
+    def take(self, pipeline: SD3, output: Path | None = None) -> Evaluation:
+        """Evaluate the pipeline as it is now."""
+        return evaluate(pipeline, self.jobs, self.scorers, self.protocol, output)
+
+
+def exam(
+    pipeline: SD3,
+    model: config.Model,
+    sampling: Sampling,
+    amount: config.Amount,
+    prompts: PromptSet,
+    scorers: Mapping[str, RewardFunction],
+) -> Exam:
+    """``amount`` of images of ``prompts``; the shapes world's own scorers where the prompts are its own."""
+    own = prompts.name in shapes.SUITES
+    protocol = Protocol(
         suite=prompts.name,
         suite_hash=suite_hash(prompts),
         guidance=sampling.guidance,
         sigmas=tuple(sampling.grid(pipeline).sigma.tolist()),
         kernel="ODE()",
-        dtype=dtype,
-        batch_size=batch_size,
+        dtype=model.autocast or model.dtype,
+        batch_size=amount.batch_size,
         resolution=(pipeline.height * pipeline.pipe.vae_scale_factor, pipeline.width * pipeline.pipe.vae_scale_factor),
-        seeds=seeds,
-        images_per_task=images,
+        seeds=amount.seeds,
+        images_per_task=amount.images_per_task,
         verifier=shapes.VERIFIER_VERSION,
     )
-
-
-def _precision(model: config.Model) -> str:
-    return model.autocast or model.dtype
+    jobs = plan(prompts, amount.images_per_task, amount.seeds)
+    return Exam(jobs, shapes_scorers() if own else scorers, protocol)
 
 
 def shapes_scorers() -> dict[str, RewardFunction]:
@@ -162,41 +182,25 @@ def shapes_scorers() -> dict[str, RewardFunction]:
     return {"strict": ShapesReward("strict"), "partial": ShapesReward("partial"), "relaxed": ShapesReward("relaxed")}
 
 
-def _scorers(prompts: PromptSet, rewards: Sequence[NamedReward]) -> dict[str, RewardFunction]:
-    if prompts.name in shapes.SUITES:
-        return shapes_scorers()
-    return {reward.name: reward.function for reward in rewards}
-
-
-def _before_after(
-    settings: config.Train, pipeline: SD3, rewards: Sequence[NamedReward], output: Path
-) -> Evaluation | None:
+def _before_after(settings: config.Train, pipeline: SD3, rewards: Sequence[NamedReward]) -> Exam | None:
     chosen = settings.before_after
     if chosen is None:
         return None
-    prompts = prompt_set(chosen.prompts)
-    dtype = _precision(settings.model)
-    protocol = _protocol(
-        pipeline, prompts, settings.sampling, dtype, chosen.batch_size, chosen.seeds, chosen.images_per_task
-    )
-    jobs = plan(prompts, chosen.images_per_task, chosen.seeds)
-    return evaluate(pipeline, jobs, _scorers(prompts, rewards), protocol, output)
+    scorers = {reward.name: reward.function for reward in rewards}
+    sampling = settings.evaluation or settings.sampling
+    return exam(pipeline, settings.model, sampling, chosen, prompt_set(chosen.prompts), scorers)
 
 
 def _watcher(settings: config.Train, pipeline: SD3, policy: Policy) -> Callable[[], dict[str, Estimate]] | None:
-    held_out = settings.held_out
-    if not held_out.every:
+    chosen = settings.held_out
+    if not chosen.every:
         return None
-    prompts = prompt_set(held_out.prompts)
-    jobs: Sequence[Job] = plan(prompts, held_out.images_per_task, held_out.seeds)
-    dtype, size = _precision(settings.model), settings.training.batch_size
-    protocol = _protocol(pipeline, prompts, settings.sampling, dtype, size, held_out.seeds, held_out.images_per_task)
-    rewards = [NamedReward(name, function) for name, function in held_out.scorers.items()]
-    scorers = _scorers(prompts, rewards)
+    sampling = settings.evaluation or settings.sampling
+    watched = exam(pipeline, settings.model, sampling, chosen, prompt_set(chosen.prompts), chosen.scorers)
 
     def watch() -> dict[str, Estimate]:
         with policy.averaged():
-            return evaluate(pipeline, jobs, scorers, protocol).overall
+            return watched.take(pipeline).overall
 
     return watch
 
@@ -233,13 +237,8 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     pipeline = load_model(settings.model)
     if settings.lora:
         pipeline.load_lora(Path(settings.lora))
-    prompts = shapes.prompts(settings.suite)
-    dtype = _precision(settings.model)
-    protocol = _protocol(
-        pipeline, prompts, settings.sampling, dtype, settings.batch_size, settings.seeds, settings.images_per_task
-    )
-    jobs = plan(prompts, settings.images_per_task, settings.seeds)
-    made = evaluate(pipeline, jobs, shapes_scorers(), protocol, Path(settings.output))
+    asked = exam(pipeline, settings.model, settings.sampling, settings, shapes.prompts(settings.suite), {})
+    made = asked.take(pipeline, Path(settings.output))
     for task, estimates in (made.tasks | {"overall": made.overall}).items():
         print(f"{task:14s}" + "  ".join(f"{name} {value.mean:.3f}" for name, value in estimates.items()))
     return 0

@@ -48,29 +48,36 @@ class RewardChoice:
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """What is watched while training: ``scorers`` on ``prompts`` every ``every`` rounds, 0 for never."""
+class Amount:
+    """How many images of each task, from at least ``seeds`` noises of each prompt."""
 
-    prompts: str = "shapes:val"
-    every: int = 10
-    images_per_task: int = 32
-    seeds: int = 1
-    scorers: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]  # as RewardChoice.function
-
-
-@dataclass(frozen=True)
-class BeforeAfter:
-    """Prompts evaluated before and after training with the same noises."""
-
-    prompts: str = "shapes:comp"
     images_per_task: int = 96
     seeds: int = 3
     batch_size: int = 96
 
 
 @dataclass(frozen=True)
+class HeldOut(Amount):
+    """What is watched while training: ``scorers`` on ``prompts`` every ``every`` rounds, 0 for never."""
+
+    images_per_task: int = 32
+    seeds: int = 1
+    prompts: str = "shapes:val"
+    every: int = 10
+    scorers: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]  # as RewardChoice.function
+
+
+@dataclass(frozen=True)
+class BeforeAfter(Amount):
+    """Prompts evaluated before and after training with the same noises."""
+
+    prompts: str = "shapes:comp"
+
+
+@dataclass(frozen=True)
 class Train:
-    """One training run. ``prompts`` is a world's split such as "shapes:train", or a .txt or .jsonl file."""
+    """One training run. ``prompts`` is a world's split such as "shapes:train", or a .txt or .jsonl file; ``evaluation``
+    is how held-out images are sampled, where that differs from ``sampling``."""
 
     output: str
     rewards: dict[str, RewardChoice]
@@ -78,6 +85,7 @@ class Train:
     model: Model = field(default_factory=Model)
     prompts: str = "shapes:train"
     sampling: Sampling = field(default_factory=Sampling)
+    evaluation: Sampling | None = None
     training: Settings = field(default_factory=Settings)
     lora: Lora | None = field(default_factory=Lora)
     averaging: float = 0.9
@@ -93,16 +101,13 @@ class Train:
 
 
 @dataclass(frozen=True)
-class EvaluateShapes:
+class EvaluateShapes(Amount):
     """An evaluation of a model in the shapes world."""
 
-    output: str
+    output: str = field(kw_only=True)
     model: Model = field(default_factory=Model)
     lora: str | None = None
     suite: Literal["val", "iid", "comp", "len"] = "comp"
-    seeds: int = 3
-    images_per_task: int = 96
-    batch_size: int = 96
     sampling: Sampling = field(default_factory=lambda: Sampling(sigmas=LINEAR_TEN))
 
 

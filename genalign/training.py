@@ -12,6 +12,7 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,8 @@ class Sampling:
 @dataclass(frozen=True)
 class Settings:
     """Geometry and optimisation. A round samples ``prompts_per_round`` x ``group_size`` images in batches of
-    ``batch_size`` and makes ``updates_per_round`` optimiser steps on them."""
+    ``batch_size`` and makes ``updates_per_round`` optimiser steps on them. The learning rate stays, or falls linearly to
+    zero at the end of the last round."""
 
     rounds: int = 100
     prompts_per_round: int = 16
@@ -59,6 +61,7 @@ class Settings:
     batch_size: int = 96
     updates_per_round: int = 2
     learning_rate: float = 3e-4
+    learning_rate_schedule: Literal["constant", "linear"] = "constant"
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -77,6 +80,12 @@ class Settings:
                 f"prompts_per_round {self.prompts_per_round} x group_size {self.group_size} = {images} images do not"
                 f" divide into {self.updates_per_round} updates of batches of {self.batch_size}: change one of them"
             )
+
+
+    def rate(self, round_index: int) -> float:
+        """The learning rate of a round."""
+        left = 1 - round_index / self.rounds if self.learning_rate_schedule == "linear" else 1.0
+        return self.learning_rate * left
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,8 @@ class Trainer:
         """All rounds, one by one."""
         for index, prompts in zip(range(self.settings.rounds), self.sampler.rounds(), strict=False):
             began = time.perf_counter()
+            for slots in self.optimizer.param_groups:
+                slots["lr"] = self.settings.rate(index)
             rollouts, scores_BK = self._sample(index, prompts)
             scores = combine(scores_BK, [reward.weight for reward in self.rewards])
             group = torch.arange(len(prompts)).repeat_interleave(self.settings.group_size)

@@ -147,3 +147,28 @@ class Reward(Protocol):
 
 
 RewardFunction = Callable[[Tensor, Sequence[Prompt]], Tensor]
+SetReward = Callable[[Tensor], float]
+"""A score of a whole set of samples from their features (n, d); higher is better. ValueError for too few samples."""
+
+FeatureFunction = Callable[[Tensor], Tensor]
+"""Features (B, d) of samples (B, ...), differentiable."""
+
+
+@runtime_checkable
+class TrainableReward(Protocol):
+    """A reward that is trained along with the generator, such as a discriminator.
+
+    Its weights stand still while a round is scored; ``update`` is called once after it and may change them.
+    """
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,) by the weights of the last update."""
+
+    def update(self, samples: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, float]:
+        """Learn from a round's generated samples (B, ...); named readings for the log."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that the future depends on, for a checkpoint."""
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what ``tensors()`` gave."""
