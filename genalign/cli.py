@@ -19,9 +19,10 @@ from genalign.prompts import load_prompts
 from genalign.report import write_report
 from genalign.rollout import generate
 from genalign.runs import RunFolder, train
+from genalign.sampling import Sampling
 from genalign.scoring import NamedReward, RewardError, probe
 from genalign.statistics import Estimate
-from genalign.training import Sampling, Trainer
+from genalign.training import Trainer
 from genalign.types import PromptSet, RewardFunction
 from genalign.worlds import shapes
 from pipelines import SD3

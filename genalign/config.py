@@ -17,7 +17,8 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from genalign.dynamics import Kernel
 from genalign.policy import Lora
 from genalign.recipes import Recipe, flow_grpo
-from genalign.training import Sampling, Settings
+from genalign.sampling import Sampling
+from genalign.training import Settings
 
 set_parsing_settings(subclasses_enabled=[Recipe, Kernel])
 

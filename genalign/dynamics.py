@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -107,6 +108,9 @@ class Kernel(ABC):
     def __call__(self, step: NoiseStep) -> MoveScalars:
         """The scalars of one move, or of a batch of moves. Raises ValueError for a step it is not defined for."""
 
+    def check(self, guidance: float, rewards: Sequence[str]) -> None:  # noqa: B027  # most kernels suit them all
+        """Raises ValueError where the kernel was made for another guidance or other rewards."""
+
 
 @final
 @dataclass(frozen=True)
@@ -150,6 +154,39 @@ class DanceSDE(Kernel):
 
     def __call__(self, step: NoiseStep) -> MoveScalars:
         return _flow_move(step, torch.full_like(step.sigma, self.eta))
+
+
+@final
+@dataclass(frozen=True)
+class CalibratedSDE(Kernel):
+    """As FlowSDE with a noise rate of its own, ``levels`` (T,), at each step of the grid with noise levels ``sigmas``
+    (T + 1,): DenseGRPO (arXiv 2601.20218, eq. 11). ``genalign.calibration`` finds them for a guidance and rewards."""
+
+    levels: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    guidance: float
+    rewards: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.sigmas) != len(self.levels) + 1:
+            raise ValueError(f"{len(self.levels)} levels need one more sigma, not {len(self.sigmas)}")
+
+    def __call__(self, step: NoiseStep) -> MoveScalars:
+        sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
+        known = bool((step.index < len(self.levels)).all())
+        if not known or bool(((sigmas[step.index] - step.sigma).abs() > _TOLERANCE).any()):
+            raise ValueError(
+                f"the kernel was calibrated on the grid {list(self.sigmas)}, and sigma {step.sigma.tolist()} at step"
+                f" {step.index.tolist()} is not on it: sample on that grid, or run genalign calibrate on this one"
+            )
+        return _flow_move(step, torch.tensor(self.levels, dtype=torch.float64)[step.index])
+
+    def check(self, guidance: float, rewards: Sequence[str]) -> None:
+        if guidance != self.guidance or set(rewards) != set(self.rewards):
+            raise ValueError(
+                f"the kernel was calibrated with guidance {self.guidance} and rewards {', '.join(self.rewards)}, not"
+                f" with {guidance} and {', '.join(rewards)}: run genalign calibrate again"
+            )
 
 
 @final

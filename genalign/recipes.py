@@ -2,81 +2,73 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
 from torch import Tensor
 
 from genalign.advantages import group_advantages
+from genalign.completion import Completion
 from genalign.dynamics import FlowSDE, Kernel, trainable_steps
+from genalign.learning import Credit, Objective, Outcome
 from genalign.objectives import KLForm
-from genalign.types import Grid
-
-
-class Credit(Protocol):
-    """From scores (B,) and prompt indices (B,) to advantages (B,)."""
-
-    def __call__(self, scores: Tensor, group: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Window:
-    """``size`` consecutive trainable steps, beginning anywhere in the first ``reach`` of the grid's steps (a fraction
-    of T); drawn once per round, the same for every sample and process."""
-
-    size: int
-    reach: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"recipe.window must be at least 1 step, not {self.size}; null trains every step")
-        if not 0 < self.reach <= 1:
-            raise ValueError(f"recipe.window_reach is a fraction of the steps in (0, 1], not {self.reach}")
-
-
-@dataclass(frozen=True)
-class ClippedSurrogate:
-    """PPO's clipped surrogate on each stored transition, plus ``kl`` times a distance from the reference policy."""
-
-    clip_range: float
-    kl: float
-    kl_form: KLForm
+from genalign.schedules import AllSteps, StepSchedule, Window
+from genalign.trajectory import Clipped, Surrogate
+from genalign.types import FeatureFunction, Grid
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training method of the trajectory family. ``shared_noise``: one initial noise per group of samples."""
+    """A training method.
+
+    ``schedule`` chooses the steps that a round samples by ``kernel`` and stores; the others are deterministic.
+    ``shared_noise``: one initial noise per group of samples. ``completion`` asks for scores of every stored state's
+    ODE completion, ``features`` for those of the samples, for credit that needs them. ``lag`` lets the policy that
+    samples trail the one that is trained.
+    """
 
     kernel: Kernel
-    window: Window | None
+    schedule: StepSchedule
     shared_noise: bool
     credit: Credit
-    objective: ClippedSurrogate
+    objective: Objective
+    completion: Completion | None = None
+    features: FeatureFunction | None = None
+    lag: Lag | None = None
 
     def steps(self, grid: Grid, round_index: int, seed: int) -> tuple[int, ...]:
-        """The steps that this round samples with noise and trains.
+        """The steps that a round trains. Raises ValueError where the kernel or the schedule finds none on the grid."""
+        try:
+            return self.schedule(trainable_steps(self.kernel, grid), len(grid), round_index, seed)
+        except ValueError as error:
+            raise ValueError(f"{self.kernel}: {error}") from error
 
-        Raises ValueError where the kernel has no trainable step on the grid, or fewer in a row than the window.
-        """
-        usable = trainable_steps(self.kernel, grid)
-        if not usable:
-            raise ValueError(
-                f"{self.kernel} has no trainable step on this grid: a trajectory objective needs a stochastic kernel,"
-                " such as FlowSDE, CPS or DPMSDE, and more than one step"
-            )
-        if self.window is None:
-            return usable
-        limit = max(1, round(self.window.reach * len(grid)))
-        windows = [tuple(range(i, i + self.window.size)) for i in usable if i < limit]
-        windows = [window for window in windows if set(window) <= set(usable)]
-        if not windows:
-            raise ValueError(
-                f"recipe.window is {self.window.size} steps, but only steps {list(usable)} of {len(grid)} can be"
-                " trained: use a smaller window or more sampling steps"
-            )
-        return random.Random(f"{seed}/{round_index}").choice(windows)
+
+@dataclass(frozen=True)
+class Lag:
+    """The sampling policy's decay towards the trained one after round i: min(``slope`` i, ``limit``)."""
+
+    slope: float = 0.001
+    limit: float = 0.5
+
+    def decay(self, round_index: int) -> float:
+        """How much of the old weights is kept after a round."""
+        return min(self.slope * round_index, self.limit)
+
+
+@dataclass(frozen=True)
+class GroupRelative:
+    """Weighted sum of rewards, normalised within the group: GRPO's advantages."""
+
+    std: Literal["group", "global"]
+
+    def __call__(self, outcome: Outcome) -> Tensor:
+        return group_advantages(outcome.combined, outcome.group, std=self.std)
+
+
+def window_of(size: int | None, reach: float) -> StepSchedule:
+    """A random window of ``size`` steps, or every trainable step for None."""
+    return AllSteps() if size is None else Window(size, reach)
 
 
 def flow_grpo(
@@ -96,8 +88,8 @@ def flow_grpo(
     """
     return Recipe(
         kernel=kernel,
-        window=None if window is None else Window(window, window_reach),
+        schedule=window_of(window, window_reach),
         shared_noise=shared_noise,
-        credit=partial(group_advantages, std=std),
-        objective=ClippedSurrogate(clip_range, kl, kl_form),
+        credit=GroupRelative(std),
+        objective=Surrogate(Clipped(clip_range), kl, kl_form),
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from genalign.dynamics import ODE, Kernel, Transition, transition
+from genalign.noise import seeded_noise
 from genalign.types import Conditioning, Grid, NoiseStep, Pipeline
 
 _MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighbouring seeds land far apart
@@ -43,9 +44,9 @@ class Start:
 class Rollout:
     """B trajectories, of which only the transitions to be trained are kept.
 
-    ``x``, ``x_next`` and ``mean`` (B, S, ...) float32 are states and the sampling policy's transition means at the
-    grid's ``steps`` (S); ``final`` (B, ...) are the latents at sigma = 0. ``forwards`` counts denoiser evaluations of
-    single samples, guidance twice.
+    ``x``, ``x_next``, ``mean`` and ``prediction`` (B, S, ...) float32 are states, the sampling policy's transition
+    means and the network's outputs at the grid's ``steps`` (S); ``final`` (B, ...) are the latents at sigma = 0.
+    ``forwards`` counts denoiser evaluations of single samples, guidance twice.
     """
 
     start: Start
@@ -53,6 +54,7 @@ class Rollout:
     x: Tensor
     x_next: Tensor
     mean: Tensor
+    prediction: Tensor
     final: Tensor
     forwards: int
 
@@ -66,6 +68,11 @@ class Replay:
     x_next: Tensor
     prediction: Tensor
     step: NoiseStep
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log p_new(x_next | x) - log p_old(x_next | x), (B,), a mean over dimensions."""
+        return self.new.log_ratio(self.old, self.x_next)
 
 
 def windowed(kernel: Kernel, steps: Sequence[int], total: int) -> tuple[Kernel, ...]:
@@ -86,28 +93,25 @@ def rollout(
         raise ValueError(f"one kernel per step: the grid has {len(grid)} steps, got {len(kernels)} kernels")
     noisy = [bool(kernel(grid[i]).s > 0) for i, kernel in enumerate(kernels)]
     branch = noisy.index(True) if any(noisy) else len(grid)
-    rows, origin = _distinct(start)
+    rows, origin = distinct(start)
     x = pipeline.initial_noise([start.noise_seeds[row] for row in rows])
     conditioning = start.conditioning[start.prompt[rows]]
-    xs: list[Tensor] = []
-    x_nexts: list[Tensor] = []
-    x_means: list[Tensor] = []
+    kept: list[tuple[Tensor, ...]] = []
     forwards = 0
     for i in range(len(grid)):
         if i == branch:
             x, conditioning = x[origin], start.conditioning[start.prompt]
         step = grid[i]
-        move = transition(pipeline.path, kernels[i], x, pipeline.predict(x, step, conditioning, guidance), step)
+        prediction = pipeline.predict(x, step, conditioning, guidance)
+        move = transition(pipeline.path, kernels[i], x, prediction, step)
         forwards += len(x) * (2 if guidance > 1 else 1)
         x_next = move.sample(step_noise(start.step_seeds, i, x)) if noisy[i] else move.mean
         if i in store:
-            xs.append(x)
-            x_nexts.append(x_next)
-            x_means.append(move.mean)
+            kept.append((x, x_next, move.mean, prediction))
         x = x_next
     final = x if branch < len(grid) else x[origin]
-    states, nexts, means = (_stacked(tensors, final) for tensors in (xs, x_nexts, x_means))
-    return Rollout(start, tuple(sorted(store)), states, nexts, means, final, forwards)
+    states, nexts, means, outputs = (_stacked([tensors[field] for tensors in kept], final) for field in range(4))
+    return Rollout(start, tuple(sorted(store)), states, nexts, means, outputs, final, forwards)
 
 
 def _stacked(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -115,7 +119,7 @@ def _stacked(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.stack(list(tensors), dim=1) if tensors else like.new_empty(len(like), 0, *like.shape[1:])
 
 
-def _distinct(start: Start) -> tuple[Tensor, Tensor]:
+def distinct(start: Start) -> tuple[Tensor, Tensor]:
     """Rows (U,) of the first samples of each (prompt, noise seed), and (B,) which of them each sample equals."""
     first: dict[tuple[int, int], int] = {}
     keys = list(zip(start.prompt.tolist(), start.noise_seeds, strict=True))
@@ -127,12 +131,7 @@ def _distinct(start: Start) -> tuple[Tensor, Tensor]:
 
 def step_noise(seeds: Sequence[int], step: int, like: Tensor) -> Tensor:
     """Standard normal noise shaped and placed as ``like`` (B, ...), drawn on the CPU from (sample seed, step)."""
-    shape = like.shape[1:]
-    drawn = [
-        torch.randn(shape, generator=torch.Generator().manual_seed((seed ^ ((step + 1) * _MIX)) % 2**63))
-        for seed in seeds
-    ]
-    return torch.stack(drawn).to(like)
+    return seeded_noise([(seed ^ ((step + 1) * _MIX)) % 2**63 for seed in seeds], like)
 
 
 def replay(pipeline: Pipeline, sampled: Rollout, grid: Grid, kernel: Kernel, stored: int, guidance: float) -> Replay:

@@ -5,55 +5,36 @@ B = P prompts x G samples, S trained steps, K rewards.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import logging
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from genalign.advantages import combine, zero_std_share
-from genalign.objectives import clip_fraction, clipped_surrogate, kl_penalty
-from genalign.policy import Policy
+from genalign.advantages import zero_std_share
+from genalign.learning import Batch, Context, Outcome, Readings
+from genalign.noise import derived_seed
+from genalign.policy import Policy, Snapshot
 from genalign.prompts import PromptSampler
 from genalign.recipes import Recipe
-from genalign.rollout import Replay, Rollout, Start, replay, rollout, windowed
-from genalign.scoring import NamedReward, Watch, score
-from genalign.types import Grid, Pipeline, Prompt, PromptSet
+from genalign.sampling import Sampled, Sampler, Sampling, joined
+from genalign.scoring import NamedReward, Watch
+from genalign.types import Pipeline, Prompt, PromptSet, TrainableReward
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How images are made: ``num_steps`` of the scheduler's grid, or exactly these ``sigmas``; guidance 1 is none."""
-
-    num_steps: int = 10
-    sigmas: Sequence[float] | None = None
-    guidance: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.sigmas is not None and len(self.sigmas) != self.num_steps:
-            raise ValueError(
-                f"sampling.sigmas has {len(self.sigmas)} values for {self.num_steps} steps: give one per step, without"
-                " the final 0"
-            )
-
-    def grid(self, pipeline: Pipeline) -> Grid:
-        """The grid of ``pipeline``."""
-        return pipeline.grid(self.num_steps, self.sigmas)
-
-
-@dataclass(frozen=True)
 class Settings:
     """Geometry and optimisation. A round samples ``prompts_per_round`` x ``group_size`` images in batches of
-    ``batch_size`` and makes ``updates_per_round`` optimiser steps on them. The learning rate stays, or falls linearly to
-    zero at the end of the last round."""
+    ``batch_size`` and makes ``updates_per_round`` optimiser steps on them. The learning rate stays, or falls linearly
+    to zero at the end of the last round."""
 
     rounds: int = 100
     prompts_per_round: int = 16
@@ -81,7 +62,6 @@ class Settings:
                 f" divide into {self.updates_per_round} updates of batches of {self.batch_size}: change one of them"
             )
 
-
     def rate(self, round_index: int) -> float:
         """The learning rate of a round."""
         left = 1 - round_index / self.rounds if self.learning_rate_schedule == "linear" else 1.0
@@ -91,7 +71,8 @@ class Settings:
 @dataclass(frozen=True)
 class RoundResult:
     """What one round did. ``log_ratio_max`` is the largest |log-ratio| of the round's first update, 0 in exact
-    arithmetic; ``forwards`` counts denoiser evaluations of single samples so far, ``images`` samples so far."""
+    arithmetic; ``readings`` are a method's own and its trainable rewards'; ``forwards`` counts denoiser evaluations of
+    single samples so far, ``images`` samples so far."""
 
     round: int
     reward: float
@@ -104,6 +85,7 @@ class RoundResult:
     loss: float
     log_ratio_max: float
     failed_rewards: int
+    readings: dict[str, float]
     images: int
     forwards: int
     seconds: float
@@ -118,23 +100,6 @@ class RoundResult:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         speed = self.images / self.seconds if self.seconds else 0.0
         return row | {"machine": {"seconds": self.seconds, "images_per_second": speed, "peak_memory_bytes": peak}}
-
-
-@dataclass
-class _Tally:
-    """Running sums over the micro-batches of one round."""
-
-    loss: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    clipped: list[float] = field(default_factory=list)
-    grad_norm: list[float] = field(default_factory=list)
-    log_ratio_max: float = 0.0
-    forwards: int = 0
-
-
-def derived_seed(*parts: int | str) -> int:
-    """A seed below 2**63 from named parts, the same on every machine."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]) >> 1
 
 
 class Trainer:
@@ -153,131 +118,132 @@ class Trainer:
         self.pipeline, self.policy, self.recipe = pipeline, policy, recipe
         self.rewards, self.settings, self.sampling = rewards, settings, sampling
         self.grid = sampling.grid(pipeline)
+        self.sampler = Sampler(
+            pipeline, rewards, self.grid, sampling.guidance, settings.group_size, settings.batch_size
+        )
+        recipe.kernel.check(sampling.guidance, [reward.name for reward in rewards if reward.weight])
         recipe.steps(self.grid, 0, settings.seed)  # refuse an impossible recipe before any compute
-        self.sampler = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
+        self.prompts = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
         self.optimizer = torch.optim.AdamW(
             policy.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
+        self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
+        self.old = Snapshot(policy.parameters) if recipe.lag else None
         self.watch = Watch()
         self.images = self.forwards = 0
         self.seconds = 0.0
 
     def rounds(self) -> Iterator[RoundResult]:
         """All rounds, one by one."""
-        for index, prompts in zip(range(self.settings.rounds), self.sampler.rounds(), strict=False):
+        for index, prompts in zip(range(self.settings.rounds), self.prompts.rounds(), strict=False):
             began = time.perf_counter()
             for slots in self.optimizer.param_groups:
                 slots["lr"] = self.settings.rate(index)
-            rollouts, scores_BK = self._sample(index, prompts)
-            scores = combine(scores_BK, [reward.weight for reward in self.rewards])
-            group = torch.arange(len(prompts)).repeat_interleave(self.settings.group_size)
-            advantages = self.recipe.credit(scores, group)
-            silent = zero_std_share(scores, group)
-            self.watch.see(scores_BK, silent == 1.0)
-            tally = self._learn(rollouts, advantages)
-            self.images += len(scores)
-            self.forwards += tally.forwards + sum(part.forwards for part in rollouts)
+            parts = self._sample(index, prompts)
+            outcome = self._outcome(parts, len(prompts))
+            readings = self._update_rewards(parts, prompts)
+            learnt = self._learn(index, parts, outcome)
+            if self.old is not None and self.recipe.lag is not None:
+                self.old.update(self.policy.parameters, self.recipe.lag.decay(index))
+            self.images += len(outcome.scores)
+            self.forwards += learnt.forwards + sum(part.forwards for part in parts)
             self.seconds += time.perf_counter() - began
-            yield self._result(index, scores_BK, scores, silent, tally)
+            yield self._result(index, outcome, learnt, readings)
 
-    def _sample(self, index: int, prompts: Sequence[Prompt]) -> tuple[list[Rollout], Tensor]:
-        """Rollouts in batches, and their scores (B, K)."""
+    def _sample(self, index: int, prompts: Sequence[Prompt]) -> list[Sampled]:
+        """A round's batches, sampled by the old policy where there is one, and scored."""
         steps = self.recipe.steps(self.grid, index, self.settings.seed)
-        kernels = windowed(self.recipe.kernel, steps, len(self.grid))
-        rollouts, columns = [], []
-        for part in self._start(index, prompts).split(self.settings.batch_size):
-            sampled = rollout(self.pipeline, part, self.grid, kernels, self.sampling.guidance, store=steps)
-            with torch.no_grad():
-                images = self.pipeline.decode(sampled.final)
-            rollouts.append(sampled)
-            columns.append(score(self.rewards, images, [prompts[row] for row in part.prompt.tolist()]))
-        return rollouts, torch.cat(columns)
+        with contextlib.nullcontext() if self.old is None else self.policy.using(self.old):
+            return list(self.sampler(self.recipe, steps, prompts, f"{self.settings.seed}/{index}"))
 
-    def _start(self, index: int, prompts: Sequence[Prompt]) -> Start:
-        size, seed = self.settings.group_size, self.settings.seed
-        members = [(p, g) for p in range(len(prompts)) for g in range(size)]
-        noise = [derived_seed(seed, index, p, "x", 0 if self.recipe.shared_noise else g) for p, g in members]
-        steps = [derived_seed(seed, index, p, "w", g) for p, g in members]
-        conditioning = self.pipeline.encode([prompt.text for prompt in prompts])
-        return Start(conditioning, torch.tensor([p for p, _ in members]), tuple(noise), tuple(steps))
+    def _outcome(self, parts: Sequence[Sampled], prompts: int) -> Outcome:
+        outcome = Outcome(
+            scores=torch.cat([part.scores for part in parts]),
+            weights=tuple(reward.weight for reward in self.rewards),
+            group=torch.arange(prompts).repeat_interleave(self.settings.group_size),
+            stepwise=joined([part.stepwise for part in parts]),
+            features=joined([part.features for part in parts]),
+        )
+        self.watch.see(outcome.scores, zero_std_share(outcome.combined, outcome.group) == 1.0)
+        return outcome
 
-    def _learn(self, rollouts: Sequence[Rollout], advantages: Tensor) -> _Tally:
-        """``updates_per_round`` optimiser steps, each on its share of the batches and on all their stored steps."""
-        tally = _Tally()
-        batches = list(zip(rollouts, torch.split(advantages, self.settings.batch_size), strict=True))
-        share = len(batches) // self.settings.updates_per_round
+    def _update_rewards(self, parts: Sequence[Sampled], prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Let trainable rewards learn from the round's samples; their readings by reward and name."""
+        if not self.trainable:
+            return {}
+        samples = torch.cat([part.samples for part in parts])
+        asked = [prompt for prompt in prompts for _ in range(self.settings.group_size)]
+        return {
+            f"{name}/{reading}": value
+            for name, reward in self.trainable.items()
+            for reading, value in reward.update(samples, asked).items()
+        }
+
+    def _learn(self, index: int, parts: Sequence[Sampled], outcome: Outcome) -> Readings:
+        """``updates_per_round`` optimiser steps, each on its share of the batches."""
+        readings = Readings()
+        context = Context(
+            self.pipeline,
+            self.policy,
+            self.grid,
+            self.recipe.kernel,
+            self.sampling.guidance,
+            self.old,
+            readings,
+        )
+        credits = torch.split(self.recipe.credit(outcome), self.settings.batch_size)
+        groups = torch.split(outcome.group, self.settings.batch_size)
+        share = len(parts) // self.settings.updates_per_round
+        objective = self.recipe.objective
         for update in range(self.settings.updates_per_round):
-            part = batches[update * share : (update + 1) * share]
-            live = sum(int((values != 0).sum()) for _, values in part)
-            for sampled, values in part:
-                for stored in range(len(sampled.steps)):
-                    weight = 1 / (max(live, 1) * len(sampled.steps))
-                    self._backward(sampled, stored, values, weight, tally, first=update == 0)
-            self._step(tally)
-        if tally.log_ratio_max > 0.02 * self.recipe.objective.clip_range:
-            logger.warning(
-                "the first update's log-ratio reached %.1e, above 2%% of the clip range %.1e: sampling and training"
-                " disagree. Likely causes: another batch size or guidance order, mixed precision, dropout, a kernel"
-                " whose arguments changed",
-                tally.log_ratio_max,
-                self.recipe.objective.clip_range,
-            )
-        return tally
+            chosen = range(update * share, (update + 1) * share)
+            on_policy = update == 0 and self.old is None
+            batches = [Batch(parts[k].rollout, credits[k], groups[k], on_policy) for k in chosen]
+            terms = sum(objective.terms(batch) for batch in batches)
+            for k, batch in zip(chosen, batches, strict=True):
+                objective.backward(context, batch, 1 / max(terms, 1), derived_seed(self.settings.seed, index, "l", k))
+            readings.add("grad_norm", self._step())
+        _warn_of_disagreement(readings.log_ratio_max, objective.clip_range)
+        return readings
 
-    def _backward(
-        self, sampled: Rollout, stored: int, advantages: Tensor, weight: float, tally: _Tally, first: bool
-    ) -> None:
-        """Add the gradient of one stored step of one batch."""
-        objective, guidance = self.recipe.objective, self.sampling.guidance
-        again = replay(self.pipeline, sampled, self.grid, self.recipe.kernel, stored, guidance)
-        advantages = advantages.to(again.new.mean.device)
-        log_ratio = again.new.log_ratio(again.old, again.x_next)
-        losses = clipped_surrogate(log_ratio, advantages, objective.clip_range)
-        if objective.kl or not tally.kl:
-            distance = self._distance(sampled, stored, again)
-            tally.kl.append(float(distance.detach().mean()))
-            tally.forwards += len(advantages)
-            losses = losses + objective.kl * distance
-        (losses.sum() * weight).backward()  # type: ignore[no-untyped-call]
-        tally.forwards += len(advantages)
-        tally.loss.append(float(losses.detach().mean()))
-        tally.clipped.append(float(clip_fraction(log_ratio.detach(), objective.clip_range)))
-        if first:
-            tally.log_ratio_max = max(tally.log_ratio_max, float(log_ratio.detach().abs().max()))
-
-    def _distance(self, sampled: Rollout, stored: int, again: Replay) -> Tensor:
-        """The distance (B,) of the current from the reference policy, by the recipe's form of the KL."""
-        with torch.no_grad(), self.policy.reference():
-            base = replay(self.pipeline, sampled, self.grid, self.recipe.kernel, stored, self.sampling.guidance)
-        form = self.recipe.objective.kl_form
-        return kl_penalty(form, again.new, base.new, again.prediction, base.prediction, again.step)
-
-    def _step(self, tally: _Tally) -> None:
+    def _step(self) -> Tensor:
+        """One optimiser step; the gradient's norm (1,) before clipping."""
         norm = nn.utils.clip_grad_norm_(self.policy.parameters, self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.policy.update_average()
-        tally.grad_norm.append(float(norm))
+        return norm.reshape(1)
 
-    def _result(self, index: int, scores_BK: Tensor, scores: Tensor, silent: float, tally: _Tally) -> RoundResult:
-        valid = scores[~scores.isnan()]
+    def _result(self, index: int, outcome: Outcome, learnt: Readings, rewards: Mapping[str, float]) -> RoundResult:
+        combined = outcome.combined
+        valid = combined[~combined.isnan()]
+        standard = ("loss", "kl", "clip_fraction", "grad_norm")
+        extra = {name: value for name, value in learnt.means().items() if name not in standard}
         return RoundResult(
             round=index,
             reward=float(valid.mean()),
             reward_std=float(valid.std(correction=0)),
-            rewards={reward.name: float(scores_BK[:, k].nanmean()) for k, reward in enumerate(self.rewards)},
-            kl=_mean(tally.kl),
-            clip_fraction=_mean(tally.clipped),
-            zero_std_share=silent,
-            grad_norm=_mean(tally.grad_norm),
-            loss=_mean(tally.loss),
-            log_ratio_max=tally.log_ratio_max,
-            failed_rewards=int(scores_BK.isnan().sum()),
+            rewards={reward.name: float(outcome.scores[:, k].nanmean()) for k, reward in enumerate(self.rewards)},
+            kl=learnt.mean("kl"),
+            clip_fraction=learnt.mean("clip_fraction"),
+            zero_std_share=zero_std_share(combined, outcome.group),
+            grad_norm=learnt.mean("grad_norm"),
+            loss=learnt.mean("loss"),
+            log_ratio_max=learnt.log_ratio_max,
+            failed_rewards=int(outcome.scores.isnan().sum()),
+            readings=extra | dict(rewards),
             images=self.images,
             forwards=self.forwards,
             seconds=self.seconds,
         )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+def _warn_of_disagreement(log_ratio_max: float, clip_range: float | None) -> None:
+    if clip_range is not None and log_ratio_max > 0.02 * clip_range:
+        logger.warning(
+            "the first update's log-ratio reached %.1e, above 2%% of the clip range %.1e: sampling and training"
+            " disagree. Likely causes: another batch size or guidance order, mixed precision, dropout, a kernel"
+            " whose arguments changed",
+            log_ratio_max,
+            clip_range,
+        )

@@ -107,6 +107,10 @@ class Path(Protocol):
 
     def eps(self, x: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor: ...
 
+    def prediction(self, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor: ...
+
+    def add_noise(self, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor: ...
+
 
 class Pipeline(Protocol):
     """A diffusion or flow model as the loops see it; implementations are in ``pipelines``."""

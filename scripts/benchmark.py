@@ -27,8 +27,9 @@ from genalign.dynamics import ODE, FlowSDE, Kernel
 from genalign.policy import Lora, Policy
 from genalign.recipes import flow_grpo
 from genalign.rollout import Rollout, Start, replay, rollout, windowed
+from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
-from genalign.training import Sampling, Settings, Trainer
+from genalign.training import Settings, Trainer
 from genalign.worlds import shapes
 from pipelines import SD3
 from scripts.proofs import head
@@ -104,9 +105,10 @@ def benchmark_train(repeats: int) -> dict[str, object]:
     rewards = [NamedReward("red", lambda samples, prompts: samples[:, 0].flatten(1).mean(1))]
     sampling = Sampling(STEPS, SIGMAS)
     trainer = Trainer(pipeline, policy, rewards, shapes.prompts("train"), recipe, settings, sampling)
-    rollouts, scores = trainer._sample(0, next(trainer.sampler.rounds()))
-    advantages = recipe.credit(scores[:, 0], rollouts[0].start.prompt)
-    (sampled,) = rollouts
+    prompts = next(trainer.prompts.rounds())
+    parts = trainer._sample(0, prompts)
+    outcome = trainer._outcome(parts, len(prompts))
+    sampled = parts[0].rollout
     inputs = [bare_inputs(trainer, sampled, stored) for stored in range(len(sampled.steps))]
 
     def bare() -> None:
@@ -121,7 +123,7 @@ def benchmark_train(repeats: int) -> dict[str, object]:
         with torch.no_grad(), policy.reference():
             replay(pipeline, sampled, trainer.grid, recipe.kernel, 0, 1.0)
 
-    whole, base, apart = interleaved([lambda: trainer._learn(rollouts, advantages), bare, reference], repeats)
+    whole, base, apart = interleaved([lambda: trainer._learn(0, parts, outcome), bare, reference], repeats)
     passes = [a - b for a, b in zip(whole, apart, strict=True)]
     return {"training_pass_over_bare": ratios(passes, base), "pairs_per_second": 2 * BATCH / statistics.median(passes)}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import subprocess
@@ -19,22 +20,33 @@ from genalign.cli import main as genalign
 from genalign.evaluation import load_evaluation
 from genalign.results import PromptRecord, prompt_records, write_results
 
-SEEDS = (0, 1, 2)
+SEEDS = (11, 12, 13)  # settings were chosen on seeds 0, 1, 100 and 101
 RESULTS = Path("docs/results")
 
 
 def flow_grpo(work: Path) -> None:
     """Flow-GRPO raises held-out strict accuracy in the shapes world."""
     records: list[PromptRecord] = []
+    watched: dict[str, dict[str, float]] = {}
     for seed in SEEDS:
         run = work / "flow_grpo" / f"seed-{seed}"
         if not (run / "gain.json").exists():
             train("scripts/configs/shapes_flow_grpo.yaml", run, seed)
         before, after = load_evaluation(run / "before"), load_evaluation(run / "after")
+        watched[f"seed {seed}"] = validation(run)
         records += prompt_records("flow_grpo", "strict", seed, before, after)
         records += prompt_records("flow_grpo.partial", "partial", seed, before, after)
     claim = "Flow-GRPO on train prompts raises strict accuracy on held-out compositions (suite comp, ODE, 10 steps)"
-    write_results(RESULTS, "flow_grpo_shapes", head(claim, "python scripts/proofs.py flow_grpo"), records)
+    made = head(claim, "python scripts/proofs.py flow_grpo")
+    write_results(RESULTS, "flow_grpo_shapes", {**made, "validation_strict": watched}, records)
+
+
+def validation(run: Path) -> dict[str, float]:
+    """First, best and last strict accuracy on the watched prompts, and the run's minutes of training."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    strict = [row["held_out"]["strict"]["mean"] for row in rows if row["held_out"]]
+    minutes = rows[-1]["machine"]["seconds"] / 60
+    return {"first": strict[0], "best": max(strict), "last": strict[-1], "minutes": minutes}
 
 
 PARTS = {"flow_grpo": flow_grpo}

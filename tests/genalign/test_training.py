@@ -12,8 +12,9 @@ from torch import Tensor
 from genalign.dynamics import CPS, ODE, FlowSDE, Kernel
 from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, flow_grpo
+from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
-from genalign.training import RoundResult, Sampling, Settings, Trainer
+from genalign.training import RoundResult, Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
 

@@ -1,0 +1,154 @@
+"""What the loop hands to a training method: a round's outcome to be credited, and batches to learn from.
+
+B = P prompts x G samples, S stored steps, K rewards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from genalign.advantages import combine
+from genalign.dynamics import Kernel
+from genalign.policy import Policy, Snapshot
+from genalign.rollout import Replay, Rollout, replay
+from genalign.types import Conditioning, Grid, NoiseLevel, Pipeline
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round's samples were worth.
+
+    ``scores`` (B, K) and their ``weights`` (K,), by prompt index ``group`` (B,). ``stepwise`` (B, S + 1, K) scores the
+    ODE completions from before the first stored step to after the last, where the recipe asks for them, and
+    ``features`` (B, d) describes the samples, likewise.
+    """
+
+    scores: Tensor
+    weights: tuple[float, ...]
+    group: Tensor
+    stepwise: Tensor | None = None
+    features: Tensor | None = None
+
+    @property
+    def combined(self) -> Tensor:
+        """The weighted sum (B,) of the rewards."""
+        return combine(self.scores, self.weights)
+
+
+class Credit(Protocol):
+    """From a round's outcome to what each sample (B,), or each of its stored steps (B, S), is credited with."""
+
+    def __call__(self, outcome: Outcome) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of whole groups that are learnt from together. ``first``: the current weights sampled them."""
+
+    sampled: Rollout
+    credit: Tensor
+    group: Tensor
+    first: bool
+
+    def __len__(self) -> int:
+        return len(self.credit)
+
+    def step_credit(self, stored: int) -> Tensor:
+        """The credit (B,) of one stored step."""
+        return self.credit if self.credit.ndim == 1 else self.credit[:, stored]
+
+
+@dataclass
+class Readings:
+    """What is logged about a round: sums over its micro-batches, by name, of means weighted by their sizes."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    log_ratio_max: float = 0.0
+    forwards: int = 0
+    skipped: int = 0
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Take in the elements of ``values``."""
+        found = values.detach()
+        self.values[name] = self.values.get(name, 0.0) + float(found.sum())
+        self.sizes[name] = self.sizes.get(name, 0) + found.numel()
+
+    def mean(self, name: str) -> float:
+        """The mean of what was added under ``name``; NaN for nothing."""
+        return self.values[name] / self.sizes[name] if self.sizes.get(name) else math.nan
+
+    def means(self) -> dict[str, float]:
+        """All means."""
+        return {name: self.mean(name) for name in self.values}
+
+
+@dataclass(frozen=True)
+class Context:
+    """The model and the sampler as they are now; every evaluation of the network is billed to ``readings``."""
+
+    pipeline: Pipeline
+    policy: Policy
+    grid: Grid
+    kernel: Kernel
+    guidance: float
+    old: Snapshot | None
+    readings: Readings
+
+    def replay(self, batch: Batch, stored: int) -> Replay:
+        """A stored transition under the current weights; differentiable."""
+        self.bill(len(batch))
+        return replay(self.pipeline, batch.sampled, self.grid, self.kernel, stored, self.guidance)
+
+    def reference_replay(self, batch: Batch, stored: int) -> Replay:
+        """The same under the weights that training started from."""
+        with torch.no_grad(), self.policy.reference():
+            return self.replay(batch, stored)
+
+    def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning) -> Tensor:
+        """The network's output under the current weights; differentiable."""
+        self.bill(len(x))
+        return self.pipeline.predict(x, level, conditioning, self.guidance)
+
+    @contextlib.contextmanager
+    def old_policy(self) -> Iterator[None]:
+        """The weights that sample, where the recipe lets them lag behind the current ones."""
+        if self.old is None:
+            raise ValueError("this objective needs an old policy: give the recipe a lag")
+        with torch.no_grad(), self.policy.using(self.old):
+            yield
+
+    def bill(self, samples: int) -> None:
+        """Count evaluations of single samples, guidance twice."""
+        self.readings.forwards += samples * (2 if self.guidance > 1 else 1)
+
+
+class Objective(Protocol):
+    """How credit becomes a gradient. An update's loss is a mean of terms; a micro-batch holds some of them."""
+
+    @property
+    def clip_range(self) -> float | None:
+        """Where on-policy log-ratios above 2% of it hint at a disagreement between sampling and training."""
+
+    def terms(self, batch: Batch) -> int:
+        """How many terms of the mean are in ``batch``."""
+
+    def backward(self, context: Context, batch: Batch, scale: float, seed: int) -> None:
+        """Add the gradient of ``scale`` times the sum of the batch's terms; ``seed`` is for what it draws."""
+
+
+def live_samples(batch: Batch) -> int:
+    """Samples with any credit."""
+    return int((batch.credit.reshape(len(batch), -1) != 0).any(1).sum())
+
+
+def per_step(values: Sequence[Tensor]) -> Tensor:
+    """(B, S) from S tensors (B,)."""
+    return torch.stack(list(values), dim=1)

@@ -1,0 +1,20 @@
+"""Seeds from names, and noise from seeds: the same on every machine, in every batch and on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A seed below 2**63 from named parts."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]) >> 1
+
+
+def seeded_noise(seeds: Sequence[int], like: Tensor) -> Tensor:
+    """Standard normal noise shaped and placed as ``like`` (B, ...), drawn on the CPU in float32, one seed each."""
+    drawn = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(drawn).to(like)

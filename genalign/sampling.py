@@ -1,0 +1,96 @@
+"""A round of samples: prompts to trajectories, decoded samples and scores.
+
+B = P prompts x G samples, S stored steps, K rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genalign.completion import complete
+from genalign.noise import derived_seed
+from genalign.recipes import Recipe
+from genalign.rollout import Rollout, Start, rollout, windowed
+from genalign.scoring import NamedReward, score
+from genalign.types import Grid, Pipeline, Prompt
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are made: ``num_steps`` of the scheduler's grid, or exactly these ``sigmas``; guidance 1 is none."""
+
+    num_steps: int = 10
+    sigmas: Sequence[float] | None = None
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.sigmas is not None and len(self.sigmas) != self.num_steps:
+            raise ValueError(
+                f"sampling.sigmas has {len(self.sigmas)} values for {self.num_steps} steps: give one per step, without"
+                " the final 0"
+            )
+
+    def grid(self, pipeline: Pipeline) -> Grid:
+        """The grid of ``pipeline``."""
+        return pipeline.grid(self.num_steps, self.sigmas)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One batch of a round: its trajectories, decoded samples (B, ...), and scores as in ``Outcome``; ``forwards``
+    counts denoiser evaluations of single samples, guidance twice."""
+
+    rollout: Rollout
+    samples: Tensor
+    scores: Tensor
+    stepwise: Tensor | None
+    features: Tensor | None
+    forwards: int
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Makes and scores ``group_size`` samples of every prompt, in batches of ``batch_size``."""
+
+    pipeline: Pipeline
+    rewards: Sequence[NamedReward]
+    grid: Grid
+    guidance: float
+    group_size: int
+    batch_size: int
+
+    @torch.no_grad()
+    def __call__(self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str) -> Iterator[Sampled]:
+        """Batch by batch; every noise is drawn from ``name``, which no two rounds share."""
+        kernels = windowed(recipe.kernel, steps, len(self.grid))
+        for part in self._start(recipe, prompts, name).split(self.batch_size):
+            sampled = rollout(self.pipeline, part, self.grid, kernels, self.guidance, store=steps)
+            yield self._scored(recipe, sampled, [prompts[row] for row in part.prompt.tolist()])
+
+    def _start(self, recipe: Recipe, prompts: Sequence[Prompt], name: str) -> Start:
+        members = [(p, g) for p in range(len(prompts)) for g in range(self.group_size)]
+        noise = [derived_seed(name, p, "x", 0 if recipe.shared_noise else g) for p, g in members]
+        steps = [derived_seed(name, p, "w", g) for p, g in members]
+        conditioning = self.pipeline.encode([prompt.text for prompt in prompts])
+        return Start(conditioning, torch.tensor([p for p, _ in members]), tuple(noise), tuple(steps))
+
+    def _scored(self, recipe: Recipe, sampled: Rollout, prompts: Sequence[Prompt]) -> Sampled:
+        samples = self.pipeline.decode(sampled.final)
+        scores = score(self.rewards, samples, prompts)
+        features = recipe.features(samples).float().cpu() if recipe.features else None
+        if recipe.completion is None:
+            return Sampled(sampled, samples, scores, None, features, sampled.forwards)
+        completed = complete(self.pipeline, sampled, self.grid, self.guidance, recipe.completion)
+        columns = [score(self.rewards, self.pipeline.decode(x0), prompts) for x0 in completed.latents.unbind(1)]
+        stepwise = torch.stack([*columns, scores], dim=1)
+        return Sampled(sampled, samples, scores, stepwise, features, sampled.forwards + completed.forwards)
+
+
+def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The concatenation of what is there; None for nothing."""
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None

@@ -1,0 +1,122 @@
+"""Which steps of a grid a round samples with noise and trains."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class StepSchedule(Protocol):
+    """From the steps that can be trained to those that this round trains, the same on every process.
+
+    Raises ValueError where there are too few of them.
+    """
+
+    def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class NoSteps:
+    """None: the method learns from final samples alone, and sampling is deterministic."""
+
+    def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class AllSteps:
+    """Every step that can be trained."""
+
+    def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
+        return _some(usable)
+
+
+@dataclass(frozen=True)
+class Window:
+    """``size`` consecutive steps, beginning anywhere in the first ``reach`` of the grid's steps (a fraction of T);
+    drawn once per round: Flow-GRPO-Fast, and MixGRPO's "random" strategy."""
+
+    size: int
+    reach: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"recipe.window must be at least 1 step, not {self.size}; null trains every step")
+        if not 0 < self.reach <= 1:
+            raise ValueError(f"recipe.window_reach is a fraction of the steps in (0, 1], not {self.reach}")
+
+    def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
+        limit = max(1, round(self.reach * total))
+        windows = [window for window in _windows(usable, self.size, total) if window[0] < limit]
+        return random.Random(f"{seed}/{round_index}").choice(windows)
+
+
+@dataclass(frozen=True)
+class SlidingWindow:
+    """``size`` consecutive steps that move on by ``stride`` every ``rounds_each`` rounds, and begin again at the end:
+    MixGRPO's "progressive" strategy (arXiv 2507.21802, section 3.3).
+
+    With ``decay`` > 0 it is "decay": the window stays for ceil(rounds_each exp(-decay n)) rounds at its n-th place,
+    since early steps decide more than late ones.
+    """
+
+    size: int
+    rounds_each: int = 25
+    stride: int = 1
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.rounds_each, self.stride) < 1 or self.decay < 0:
+            raise ValueError(
+                "a sliding window needs size, rounds_each and stride of at least 1, and decay of at least 0"
+            )
+
+    def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
+        windows = _windows(usable, self.size, total)[:: self.stride]
+        stays = [_stay(self.rounds_each, self.decay, place) for place in range(len(windows))]
+        left = round_index % sum(stays)
+        for window, stay in zip(windows, stays, strict=True):
+            if left < stay:
+                return window
+            left -= stay
+        raise AssertionError("a round lies within one turn of the window")
+
+
+@dataclass(frozen=True)
+class RandomSteps:
+    """``count`` steps drawn without replacement each round."""
+
+    count: int
+
+    def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
+        if not 1 <= self.count <= len(usable):
+            raise ValueError(f"{self.count} random steps were asked for, but {len(usable)} of {total} can be trained")
+        return tuple(sorted(random.Random(f"{seed}/{round_index}").sample(list(usable), self.count)))
+
+
+def _stay(rounds: int, decay: float, place: int) -> int:
+    return max(1, math.ceil(rounds * math.exp(-decay * place)))
+
+
+def _some(usable: Sequence[int]) -> tuple[int, ...]:
+    if not usable:
+        raise ValueError(
+            "the kernel has no trainable step on this grid: a trajectory objective needs a stochastic kernel, such as"
+            " FlowSDE, CPS or DPMSDE, and more than one step"
+        )
+    return tuple(usable)
+
+
+def _windows(usable: Sequence[int], size: int, total: int) -> list[tuple[int, ...]]:
+    """All runs of ``size`` consecutive trainable steps."""
+    runs = [tuple(range(i, i + size)) for i in _some(usable)]
+    windows = [run for run in runs if set(run) <= set(usable)]
+    if not windows:
+        raise ValueError(
+            f"recipe.window is {size} steps, but only steps {list(usable)} of {total} can be trained: use a smaller"
+            " window or more sampling steps"
+        )
+    return windows
