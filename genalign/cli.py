@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,20 +12,26 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
+from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
+
 from genalign import assets, config
+from genalign.calibration import calibrate, save_kernel
 from genalign.checkpoints import write_json
+from genalign.comparison import Contender, standing, write_standings
 from genalign.evaluation import Evaluation, Job, Protocol, evaluate, gain, plan, suite_hash
 from genalign.policy import Policy
-from genalign.prompts import load_prompts
-from genalign.report import write_report
+from genalign.prompts import PromptSampler, load_prompts
+from genalign.report import write_comparison, write_report
 from genalign.rollout import generate
 from genalign.runs import RunFolder, train
-from genalign.sampling import Sampling
+from genalign.sampling import Sampler, Sampling
 from genalign.scoring import NamedReward, RewardError, probe
 from genalign.statistics import Estimate
 from genalign.training import Trainer
 from genalign.types import PromptSet, RewardFunction
 from genalign.worlds import shapes
+from genalign.worlds.shapes.diversity import evaluation_diversity
 from pipelines import SD3
 from rewards.shapes import ShapesReward
 
@@ -33,6 +40,8 @@ USAGE = """usage: genalign COMMAND ...
 
   train     --config FILE [--key value ...]       fine-tune a model on a reward
   evaluate  shapes --output DIR [--lora DIR ...]  measure a model in the shapes world
+  calibrate --config FILE --output FILE.json       find the noise level that each sampling step bears
+  compare   FILE                                   train several recipes at equal budget, and set them side by side
   report    RUN                                   write RUN/report.html
   demo      [--output DIR]                        watch the embedded model learn, in minutes
 
@@ -49,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "train": train_command,
         "evaluate": evaluate_command,
+        "calibrate": calibrate_command,
+        "compare": compare_command,
         "report": report_command,
         "demo": demo_command,
     }
@@ -73,7 +84,7 @@ def run_training(settings: config.Train, plain: Mapping[str, Any]) -> int:
     prompts = prompt_set(settings.prompts)
     folder = RunFolder(Path(settings.output))
     pipeline = load_model(settings.model)
-    rewards = [NamedReward(name, choice.function, choice.weight) for name, choice in settings.rewards.items()]
+    rewards = named_rewards(settings)
     _probe(pipeline, rewards, prompts, settings.sampling)
     policy = Policy(pipeline.denoiser, settings.lora, settings.averaging, settings.training.seed)
     trainer = Trainer(pipeline, policy, rewards, prompts, settings.recipe, settings.training, settings.sampling)
@@ -99,8 +110,15 @@ def run_training(settings: config.Train, plain: Mapping[str, Any]) -> int:
     return 0
 
 
+def named_rewards(settings: config.Train) -> list[NamedReward]:
+    """The rewards of a configuration."""
+    return [NamedReward(name, choice.function, choice.weight) for name, choice in settings.rewards.items()]
+
+
 def load_model(model: config.Model) -> SD3:
-    """The pipeline that a configuration names."""
+    """The pipeline that a configuration names, opened without the libraries' own progress bars."""
+    disable_diffusers_bars()
+    disable_transformers_bars()
     return SD3.load(
         assets.resolve(model.path),
         dtype=config.dtype(model.dtype),
@@ -243,6 +261,59 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     for task, estimates in (made.tasks | {"overall": made.overall}).items():
         print(f"{task:14s}" + "  ".join(f"{name} {value.mean:.3f}" for name, value in estimates.items()))
     return 0
+
+
+def calibrate_command(arguments: Sequence[str]) -> int:
+    """``genalign calibrate``."""
+    settings, _ = config.parse(config.Calibrate, arguments, "calibrate")
+    pipeline, training = load_model(settings.model), settings.training
+    sampler = Sampler(
+        pipeline,
+        named_rewards(settings),
+        settings.sampling.grid(pipeline),
+        settings.sampling.guidance,
+        training.group_size,
+        training.batch_size,
+    )
+    rounds = PromptSampler(prompt_set(settings.prompts), training.prompts_per_round, training.seed).rounds()
+    for number, kernel in enumerate(calibrate(sampler, settings.recipe, rounds, settings.calibration), start=1):
+        levels = " ".join(f"{level:.2f}" for level in kernel.levels)
+        print(f"{number}/{settings.calibration.iterations}  noise levels {levels}", flush=True)
+        save_kernel(kernel, Path(settings.output))
+    print(f"use it as recipe.kernel: genalign.calibration.calibrated, path: {settings.output}")
+    return 0
+
+
+def compare_command(arguments: Sequence[str]) -> int:
+    """``genalign compare``; finished runs are kept, so that it goes on where it stopped."""
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError("give the comparison's file: genalign compare scripts/configs/compare_shapes.yaml")
+    source = Path(arguments[0])
+    settings, _ = config.parse(config.Compare, ["--config", str(source), *arguments[1:]], "compare")
+    output = Path(settings.output)
+    for name, seed in settings.jobs():
+        if not (output / name / f"seed-{seed}" / "gain.json").exists():
+            _compared_run(settings, source.parent / settings.base, name, seed)
+    contenders = [
+        Contender(name, {seed: output / name / f"seed-{seed}" for other, seed in settings.jobs() if other == name})
+        for name in settings.runs
+    ]
+    standings = [standing(contender, evaluation_diversity) for contender in contenders]
+    write_standings(output / "comparison.json", standings)
+    write_comparison(output / "comparison.html", standings)
+    print(f"comparison: {output / 'comparison.html'}")
+    return 0
+
+
+def _compared_run(settings: config.Compare, base: Path, name: str, seed: int) -> None:
+    """One training; a folder that an interruption left is begun anew."""
+    run = Path(settings.output) / name / f"seed-{seed}"
+    shutil.rmtree(run, ignore_errors=True)
+    own = run.parent / "settings.json"
+    write_json(own, settings.runs[name])
+    arguments = ["--config", str(base), "--config", str(own), "--output", str(run), "--training.seed", str(seed)]
+    if status := train_command(arguments):
+        raise SystemExit(status)
 
 
 def report_command(arguments: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from genalign.calibration import Calibration
 from genalign.dynamics import Kernel
 from genalign.policy import Lora
 from genalign.recipes import Recipe, flow_grpo
@@ -110,6 +111,40 @@ class EvaluateShapes(Amount):
     lora: str | None = None
     suite: Literal["val", "iid", "comp", "len"] = "comp"
     sampling: Sampling = field(default_factory=lambda: Sampling(sigmas=LINEAR_TEN))
+
+
+@dataclass(frozen=True)
+class Calibrate(Train):
+    """A training configuration whose noise levels are to be found; ``output`` is the JSON file to write."""
+
+    calibration: Calibration = field(default_factory=Calibration)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Recipes side by side: each of ``runs`` is the training configuration in the file ``base`` with these settings in
+    place of its own, once for each seed; those named in ``once`` take the first seed only."""
+
+    output: str
+    base: str
+    runs: dict[str, dict[str, Any]]
+    seeds: list[int]
+    once: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.runs or not self.seeds:
+            raise ValueError("a comparison needs at least one entry in runs and one in seeds")
+        if unknown := set(self.once) - set(self.runs):
+            raise ValueError(f"once names {', '.join(sorted(unknown))}, which runs does not have")
+
+    def jobs(self) -> list[tuple[str, int]]:
+        """Every (run, seed), seed by seed, so that an unfinished comparison is an even one."""
+        return [
+            (name, seed)
+            for place, seed in enumerate(self.seeds)
+            for name in self.runs
+            if place == 0 or name not in self.once
+        ]
 
 
 class ConfigurationError(ValueError):

@@ -144,9 +144,10 @@ class Objective(Protocol):
         """Add the gradient of ``scale`` times the sum of the batch's terms; ``seed`` is for what it draws."""
 
 
-def live_samples(batch: Batch) -> int:
-    """Samples with any credit."""
-    return int((batch.credit.reshape(len(batch), -1) != 0).any(1).sum())
+def live_pairs(batch: Batch) -> int:
+    """Pairs of a sample and a stored step that have credit."""
+    repeats = len(batch.sampled.steps) if batch.credit.ndim == 1 else 1
+    return int((batch.credit != 0).sum()) * repeats
 
 
 def per_step(values: Sequence[Tensor]) -> Tensor:

@@ -52,9 +52,10 @@ def prompt_records(name: str, metric: str, seed: int, before: Evaluation, after:
 
 
 def claim(records: Sequence[PromptRecord]) -> Row:
-    """The gain of one (name, metric): a t-interval over seeds and a bootstrap over prompts, whichever is wider.
+    """The gain of one (name, metric): a t-interval over seeds and a bootstrap over prompts, whichever is wider; of one
+    seed, the bootstrap.
 
-    Raises ValueError for records of several names or metrics, or of fewer than two seeds.
+    Raises ValueError for records of several names or metrics.
     """
     if len({(record.name, record.metric) for record in records}) != 1:
         raise ValueError("a claim is about one name and one metric")
@@ -65,7 +66,8 @@ def claim(records: Sequence[PromptRecord]) -> Row:
         prompts.setdefault(record.task, {}).setdefault(record.prompt, []).append(record.after - record.before)
     means = {task: [_mean(values) for values in made.values()] for task, made in prompts.items()}
     n = sum(record.n for record in records)
-    interval = wider(t_interval(by_seed), bootstrap_mean(means, n))
+    over_prompts = bootstrap_mean(means, n)
+    interval = wider(t_interval(by_seed), over_prompts) if len(seeds) > 1 else over_prompts
     return Row(records[0].name, records[0].metric, interval.mean, interval.low, interval.high, n)
 
 

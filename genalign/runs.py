@@ -30,10 +30,12 @@ Watcher = Callable[[], Mapping[str, Estimate]]
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "genalign")
 
 
-class AdapterStore(Protocol):
-    """A pipeline that can write its adapter in its family's own format."""
+class WeightStore(Protocol):
+    """A pipeline that can write what was trained, an adapter or the whole network, in its family's own format."""
 
     def save_lora(self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None: ...
+
+    def save_denoiser(self, directory: Path) -> None: ...
 
 
 class Tracker(Protocol):
@@ -60,16 +62,17 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
-    def save(self, trainer: Trainer, pipeline: AdapterStore, rounds_done: int) -> None:
-        """Write lora/ (diffusers), peft/ and checkpoint/: the averaged weights in the first two, everything in the
-        last."""
+    def save(self, trainer: Trainer, pipeline: WeightStore, rounds_done: int) -> None:
+        """Write the averaged weights, as lora/ (diffusers) and peft/ or, trained whole, as denoiser/; and everything
+        that is needed to go on as checkpoint/."""
         policy = trainer.policy
-        if policy.lora is not None:
-            config = lora_config(policy.lora)
-            with policy.averaged():
-                state = {name: tensor.detach().clone() for name, tensor in policy.adapter_state().items()}
-            pipeline.save_lora(self.path / "lora", state, config)
-            save_peft(self.path / "peft", state, config)
+        with policy.averaged():
+            if policy.lora is None:
+                pipeline.save_denoiser(self.path / "denoiser")
+            else:
+                state, config = policy.adapter_state(), lora_config(policy.lora)
+                pipeline.save_lora(self.path / "lora", state, config)
+                save_peft(self.path / "peft", state, config)
         tensors = policy.tensors() | with_prefix("optimizer.", optimizer_tensors(trainer.optimizer))
         meta = {
             "rounds": rounds_done,
@@ -120,7 +123,7 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 def train(
     trainer: Trainer,
     folder: RunFolder,
-    pipeline: AdapterStore,
+    pipeline: WeightStore,
     watch: Watcher | None,
     every: int,
     trackers: Sequence[Tracker] = (),
@@ -133,7 +136,8 @@ def train(
         try:
             for result in trainer.rounds():
                 done += 1
-                estimates = watch() if watch and (done == 1 or done % every == 0 or done == total) else None
+                last = trainer.settings.progress(done, result.forwards) >= 1
+                estimates = watch() if watch and (done == 1 or done % every == 0 or last) else None
                 row = result.metrics() | {"held_out": _plain(estimates)}
                 folder.append(row)
                 _track(trackers, result, estimates)

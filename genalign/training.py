@@ -32,11 +32,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """Geometry and optimisation. A round samples ``prompts_per_round`` x ``group_size`` images in batches of
-    ``batch_size`` and makes ``updates_per_round`` optimiser steps on them. The learning rate stays, or falls linearly
-    to zero at the end of the last round."""
+    """Geometry and optimisation.
+
+    A round samples ``prompts_per_round`` x ``group_size`` images in batches of ``batch_size`` and makes
+    ``updates_per_round`` optimiser steps on them. A run ends after ``rounds``, or with the round that reaches
+    ``max_forwards`` denoiser evaluations of single samples, guidance twice. The learning rate stays, or falls linearly
+    to zero at the run's end.
+    """
 
     rounds: int = 100
+    max_forwards: int | None = None
     prompts_per_round: int = 16
     group_size: int = 12
     batch_size: int = 96
@@ -62,10 +67,13 @@ class Settings:
                 f" divide into {self.updates_per_round} updates of batches of {self.batch_size}: change one of them"
             )
 
-    def rate(self, round_index: int) -> float:
-        """The learning rate of a round."""
-        left = 1 - round_index / self.rounds if self.learning_rate_schedule == "linear" else 1.0
-        return self.learning_rate * left
+    def progress(self, rounds_done: int, forwards_done: int) -> float:
+        """The share of the run that is done, 1 at its end."""
+        return max(rounds_done / self.rounds, forwards_done / self.max_forwards if self.max_forwards else 0.0)
+
+    def rate(self, progress: float) -> float:
+        """The learning rate at a share of the run."""
+        return self.learning_rate * (1 - progress if self.learning_rate_schedule == "linear" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -135,10 +143,13 @@ class Trainer:
 
     def rounds(self) -> Iterator[RoundResult]:
         """All rounds, one by one."""
-        for index, prompts in zip(range(self.settings.rounds), self.prompts.rounds(), strict=False):
+        for index, prompts in enumerate(self.prompts.rounds()):
+            progress = self.settings.progress(index, self.forwards)
+            if progress >= 1:
+                return
             began = time.perf_counter()
             for slots in self.optimizer.param_groups:
-                slots["lr"] = self.settings.rate(index)
+                slots["lr"] = self.settings.rate(progress)
             parts = self._sample(index, prompts)
             outcome = self._outcome(parts, len(prompts))
             readings = self._update_rewards(parts, prompts)

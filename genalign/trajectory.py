@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genalign.dynamics import Kernel
-from genalign.learning import Batch, Context, live_samples, per_step
+from genalign.learning import Batch, Context, live_pairs, per_step
 from genalign.objectives import KLForm, clip_fraction, clipped_surrogate, kl_penalty
 from genalign.rollout import Replay
 from genalign.types import Grid
@@ -60,8 +60,8 @@ class Surrogate:
         return self.loss.clip_range
 
     def terms(self, batch: Batch) -> int:
-        """Pairs of a sample with credit and a stored step."""
-        return live_samples(batch) * len(batch.sampled.steps)
+        """Pairs of a sample and a stored step that have credit."""
+        return live_pairs(batch)
 
     def backward(self, context: Context, batch: Batch, scale: float, seed: int) -> None:
         """Step by step."""

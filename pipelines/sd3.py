@@ -197,6 +197,10 @@ class SD3:
         )
         write_json(directory / _BASE_FILE, {"fingerprint": self.fingerprint})
 
+    def save_denoiser(self, directory: Path) -> None:
+        """Write the transformer as ``SD3Transformer2DModel.from_pretrained`` opens it."""
+        self.denoiser.save_pretrained(directory)
+
     def load_lora(self, directory: Path) -> None:
         """Put on an adapter that ``save_lora``, or diffusers, wrote. Raises ValueError for one of another base."""
         if not directory.is_dir():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from genalign.checkpoints import write_text
 from genalign.report import sections
@@ -29,11 +28,21 @@ def write_report(run: Path) -> Path:
     return path
 
 
+def page(template: str) -> Template:
+    """A template of this package; a name that it lacks is an error, and values are escaped."""
+    environment = Environment(
+        loader=PackageLoader("genalign", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template)
+
+
 def render(run: Run) -> str:
     """The page as text; whatever comes from the run is escaped."""
-    source = files("genalign.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(source).render(
+    return page("report.html.j2").render(
         name=run.folder.resolve().name,
         headline=sections.headline(run),
         charts=charts(run.rows),

@@ -9,7 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from genalign.checkpoints import load_state
 from genalign.cli import main
 
 REWARDS = """
@@ -86,6 +90,27 @@ def test_a_run_leaves_everything_behind(config: Path, tmp_path: Path, capsys: py
     assert "overall" in capsys.readouterr().out
     assert "holds a run already" in _error(capsys, "train", "--config", str(config))
     assert main(["report", str(run)]) == 0
+
+
+def test_a_network_trained_whole_is_saved_whole(config: Path, tmp_path: Path) -> None:
+    short = ["--lora", "null", "--training.rounds", "1", "--before_after", "null", "--held_out.every", "0"]
+    assert main(["train", "--config", str(config), *short]) == 0
+    run = tmp_path / "run"
+    assert not (run / "lora").exists()
+    saved = list(SD3Transformer2DModel.from_pretrained(run / "denoiser").parameters())
+    tensors, _ = load_state(run / "checkpoint" / "state.safetensors")
+    assert all(torch.equal(tensors[f"average.{index}"], parameter) for index, parameter in enumerate(saved))
+    assert any(not torch.equal(tensors[f"current.{i}"], tensors[f"average.{i}"]) for i in range(len(saved)))
+
+
+def test_tensorboard_gets_every_number(config: Path, tmp_path: Path) -> None:
+    assert main(["train", "--config", str(config), "--trackers", "[tensorboard]", "--before_after", "null"]) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "genalign"))
+    events.Reload()
+    rewards = [event.value for event in events.Scalars("reward")]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rewards == pytest.approx([row["reward"] for row in rows])
+    assert "held_out/strict" in events.Tags()["scalars"]
 
 
 def test_evaluation_of_a_run_equals_its_after(config: Path, tiny_folder: Path, tmp_path: Path) -> None:

@@ -34,5 +34,9 @@ with tempfile.TemporaryDirectory() as folder:
     arguments = ["--suite", "len", "--images_per_task", "6", "--seeds", "1", "--batch_size", "6", "--output", folder]
     assert main(["evaluate", "shapes", *arguments]) == 0
     assert (Path(folder) / "summary.json").is_file()
+    small = ["--training.rounds", "1", "--training.prompts_per_round", "2", "--training.group_size", "4"]
+    small += ["--training.batch_size", "4", "--before_after", "null", "--held_out.every", "0"]
+    assert main(["demo", "--output", f"{folder}/run", *small]) == 0
+    pipe.load_lora_weights(f"{folder}/run/lora")
 assert len(shapes.prompts("comp")) == 1020
 print("the wheel works")

@@ -1,0 +1,108 @@
+"""How much noise each step bears: DenseGRPO's reward-aware calibration (arXiv 2601.20218, algorithm 1).
+
+The paper leaves open how many trajectories, how many iterations, what counts as balanced for other numbers, and any
+bound; what is chosen here: the band is in standard deviations of the difference of the two counts, so that it does not
+shrink as more trajectories are sampled; a level moves by a share of its first value and stays within ``bounds`` of it;
+gains of exactly 0 count as neither; and the result is the mean over the second half of the iterations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from genalign.advantages import combine
+from genalign.checkpoints import write_json
+from genalign.completion import Completion
+from genalign.dynamics import CalibratedSDE, FlowSDE, trainable_steps
+from genalign.recipes import Recipe
+from genalign.sampling import Sampler
+from genalign.types import Grid, Prompt
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """``iterations`` rounds of samples, after each of which a step's level moves by ``step`` of its first value: up
+    where gains and losses differ by less than ``band`` standard deviations, down elsewhere."""
+
+    iterations: int = 20
+    step: float = 0.05
+    band: float = 1.0
+    bounds: tuple[float, float] = (0.2, 3.0)
+
+    def __post_init__(self) -> None:
+        if self.iterations < 2 or not 0 < self.step < 1 or self.band <= 0 or not 0 < self.bounds[0] < self.bounds[1]:
+            raise ValueError(
+                "a calibration needs at least 2 iterations, a step in (0, 1), a positive band and ascending positive"
+                f" bounds, not {self}"
+            )
+
+
+def initial_levels(grid: Grid, noise_level: float = 0.7) -> Tensor:
+    """The noise rates (T,) of ``FlowSDE(noise_level)``, float64."""
+    step = grid[torch.arange(len(grid))]
+    return FlowSDE(noise_level)(step).s / (step.sigma - step.sigma_next).sqrt()
+
+
+def calibrate(
+    sampler: Sampler,
+    recipe: Recipe,
+    rounds: Iterator[Sequence[Prompt]],
+    settings: Calibration = Calibration(),
+) -> Iterator[CalibratedSDE]:
+    """The kernel after every iteration; the last is the result.
+
+    Each iteration samples one round of prompts with noise at every trainable step, and counts for each step the
+    samples whose completed reward it raised and those whose reward it lowered.
+    """
+    first = initial_levels(sampler.grid)
+    levels, seen = first, []
+    names = tuple(reward.name for reward in sampler.rewards if reward.weight)
+    sigmas = tuple(sampler.grid.sigma.tolist())
+    for iteration, prompts in zip(range(settings.iterations), rounds, strict=False):
+        kernel = CalibratedSDE(tuple(levels.tolist()), sigmas, sampler.guidance, names)
+        steps = trainable_steps(kernel, sampler.grid)
+        gains = _gains(sampler, replace(recipe, kernel=kernel, completion=Completion()), steps, prompts, iteration)
+        moved = levels.clone()
+        moved[list(steps)] += settings.step * first[list(steps)] * _directions(gains, settings.band)
+        levels = moved.clamp(first * settings.bounds[0], first * settings.bounds[1])
+        seen.append(levels)
+        mean = torch.stack(seen[len(seen) // 2 :]).mean(0)
+        yield replace(kernel, levels=tuple(mean.tolist()))
+
+
+def _gains(sampler: Sampler, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], iteration: int) -> Tensor:
+    """Combined reward gains (N, S) of every sample at every step."""
+    weights = [reward.weight for reward in sampler.rewards]
+    stepwise = [part.stepwise for part in sampler(recipe, steps, prompts, f"calibration/{iteration}")]
+    scores = torch.cat([scores for scores in stepwise if scores is not None])
+    combined = combine(scores.flatten(0, 1), weights).view(scores.shape[:2])
+    return combined.diff(dim=1)
+
+
+def _directions(gains: Tensor, band: float) -> Tensor:
+    """+1 (S,) for the steps where gains and losses balance, -1 where they do not, 0 where there are none; float64."""
+    up, down = (gains > 0).sum(0).double(), (gains < 0).sum(0).double()
+    balanced = (up - down).abs() < band * (up + down).sqrt()
+    return torch.where(balanced, 1.0, -1.0).double() * (up + down > 0)
+
+
+def save_kernel(kernel: CalibratedSDE, path: Path) -> None:
+    """Write the levels with the circumstances they hold for, as JSON."""
+    write_json(path, asdict(kernel))
+
+
+def calibrated(path: str) -> CalibratedSDE:
+    """The kernel that ``genalign calibrate`` wrote to ``path``."""
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        return CalibratedSDE(
+            tuple(found["levels"]), tuple(found["sigmas"]), float(found["guidance"]), tuple(found["rewards"])
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a calibration: make one by genalign calibrate") from error

@@ -1,0 +1,100 @@
+"""Several recipes side by side: finished runs read from their folders, summarised over seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from genalign.checkpoints import write_json
+from genalign.evaluation import Evaluation, load_evaluation
+from genalign.results import PromptRecord, claim, prompt_records
+
+DiversityOf = Callable[[Path], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One recipe's finished runs, seed by seed."""
+
+    name: str
+    runs: Mapping[int, Path]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a recipe came to, over its seeds: the gain of the main score on held-out prompts with its 95 % interval (of
+    one seed: over prompts alone), the gain of every score and task, and means of what it cost. ``kl`` is that of the
+    last rounds from the base; ``diversity`` is after minus before, where it can be read."""
+
+    name: str
+    seeds: int
+    gain: float
+    low: float
+    high: float
+    scores: Mapping[str, float]
+    tasks: Mapping[str, float]
+    kl: float
+    diversity: Mapping[str, float]
+    minutes: float
+    forwards: float
+
+
+def standing(contender: Contender, diversity: DiversityOf) -> Standing:
+    """Read one recipe's runs. Raises ValueError for none."""
+    if not contender.runs:
+        raise ValueError(f"recipe {contender.name!r} has no finished run")
+    evaluations = {seed: _pair(run) for seed, run in contender.runs.items()}
+    scores = next(iter(evaluations.values()))[0].score_names
+    records = {score: _records(contender.name, score, evaluations) for score in scores}
+    main = claim(records[scores[0]])
+    last = [_rows(run)[-1] for run in contender.runs.values()]
+    spread = [_difference(diversity(run / "before"), diversity(run / "after")) for run in contender.runs.values()]
+    return Standing(
+        name=contender.name,
+        seeds=len(contender.runs),
+        gain=main.mean,
+        low=main.low,
+        high=main.high,
+        scores={score: claim(found).mean for score, found in records.items()},
+        tasks=_task_gains(records[scores[0]]),
+        kl=_mean([_mean([row["kl"] or 0.0 for row in _rows(run)[-5:]]) for run in contender.runs.values()]),
+        diversity={name: _mean([found[name] for found in spread]) for name in spread[0]},
+        minutes=_mean([row["machine"]["seconds"] / 60 for row in last]),
+        forwards=_mean([row["forwards"] for row in last]),
+    )
+
+
+def _pair(run: Path) -> tuple[Evaluation, Evaluation]:
+    return load_evaluation(run / "before"), load_evaluation(run / "after")
+
+
+def _records(name: str, score: str, pairs: Mapping[int, tuple[Evaluation, Evaluation]]) -> list[PromptRecord]:
+    return [record for seed, pair in pairs.items() for record in prompt_records(name, score, seed, *pair)]
+
+
+def _task_gains(records: Sequence[PromptRecord]) -> dict[str, float]:
+    tasks: dict[str, list[float]] = {}
+    for record in records:
+        tasks.setdefault(record.task, []).append(record.after - record.before)
+    return {task: _mean(gains) for task, gains in tasks.items()}
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _difference(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    return {name: after[name] - before[name] for name in before}
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+def write_standings(path: Path, standings: Sequence[Standing]) -> None:
+    """As JSON, best first."""
+    write_json(path, [asdict(found) for found in sorted(standings, key=lambda found: -found.gain)])

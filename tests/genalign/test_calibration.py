@@ -1,0 +1,85 @@
+"""Reward-aware noise levels on the tiny pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import repeat
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign.calibration import Calibration, calibrate, calibrated, initial_levels, save_kernel
+from genalign.dynamics import CalibratedSDE, FlowSDE, trainable_steps
+from genalign.recipes import flow_grpo
+from genalign.sampling import Sampler
+from genalign.scoring import NamedReward
+from genalign.types import Prompt
+from pipelines import SD3
+
+PROMPTS = (Prompt("a circle"), Prompt("two squares"))
+SIGMAS = (1.0, 0.75, 0.5, 0.25)
+
+
+def _sampler(tiny: SD3, reward: NamedReward) -> Sampler:
+    return Sampler(tiny, [reward], tiny.grid(4, SIGMAS), 1.0, group_size=8, batch_size=16)
+
+
+def _kernels(tiny: SD3, reward: NamedReward, iterations: int) -> list[CalibratedSDE]:
+    settings = Calibration(iterations=iterations, step=0.1)
+    return list(calibrate(_sampler(tiny, reward), flow_grpo(), repeat(PROMPTS), settings))
+
+
+def test_initial_levels_are_those_of_flow_sde(tiny: SD3) -> None:
+    grid = tiny.grid(4, SIGMAS)
+    kernel = CalibratedSDE(tuple(initial_levels(grid).tolist()), tuple(grid.sigma.tolist()), 1.0, ("r",))
+    for i in range(4):
+        ours, expected = kernel(grid[i]), FlowSDE(0.7)(grid[i])
+        assert float(ours.c) == pytest.approx(float(expected.c)) and float(ours.s) == pytest.approx(float(expected.s))
+
+
+def test_noise_that_only_harms_is_lowered_to_its_bound(tiny: SD3) -> None:
+    calls = iter(range(10_000))
+
+    def falling(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        # A batch is scored as a whole first, then the completions of its states from the noisiest on.
+        place = next(calls) % (len(trainable_steps(FlowSDE(), tiny.grid(4, SIGMAS))) + 1)
+        return torch.full((len(samples),), -100.0 if place == 0 else -float(place))
+
+    *_, last = _kernels(tiny, NamedReward("falling", falling), 12)
+    trained = trainable_steps(last, tiny.grid(4, SIGMAS))
+    grid = tiny.grid(4, SIGMAS)
+    assert all(last.levels[i] < 0.7 * float(initial_levels(grid)[i]) for i in trained)
+    untrained = set(range(4)) - set(trained)
+    assert all(last.levels[i] == pytest.approx(float(initial_levels(grid)[i])) for i in untrained)
+
+
+def test_without_gains_nothing_moves(tiny: SD3) -> None:
+    def same(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return torch.ones(len(samples))
+
+    last = _kernels(tiny, NamedReward("same", same), 2)[-1]
+    assert last.levels == pytest.approx(initial_levels(tiny.grid(4, SIGMAS)).tolist())
+
+
+def test_a_kernel_comes_back_from_its_file_and_refuses_other_circumstances(tiny: SD3, tmp_path: Path) -> None:
+    grid = tiny.grid(4, SIGMAS)
+    kernel = CalibratedSDE((0.5, 0.4, 0.3, 0.2), tuple(grid.sigma.tolist()), 1.0, ("partial",))
+    save_kernel(kernel, tmp_path / "psi.json")
+    assert calibrated(str(tmp_path / "psi.json")) == kernel
+    with pytest.raises(ValueError, match=r"calibrated on the grid .* run genalign calibrate on this one"):
+        kernel(tiny.grid(4, (1.0, 0.8, 0.5, 0.25))[1])
+    with pytest.raises(ValueError, match=r"calibrated with guidance 1\.0 and rewards partial, not with 4\.5"):
+        kernel.check(4.5, ["partial"])
+    with pytest.raises(ValueError, match="run genalign calibrate again"):
+        kernel.check(1.0, ["strict"])
+    (tmp_path / "other.json").write_text(json.dumps({"levels": [1]}))
+    with pytest.raises(ValueError, match=r"other\.json is not a calibration"):
+        calibrated(str(tmp_path / "other.json"))
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="at least 2 iterations"):
+        Calibration(iterations=1)

@@ -1,0 +1,93 @@
+"""Objectives on freshly noised samples, on the tiny pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign.dynamics import ODE
+from genalign.learning import Batch, Context, Readings
+from genalign.matching import Matching, Noised
+from genalign.policy import Lora, Policy, Snapshot
+from genalign.rollout import Start, rollout
+from pipelines import SD3
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Weighted matching, which keeps what it was shown."""
+
+    shown: list[Noised] = field(default_factory=list)
+
+    def terms(self, credit: Tensor, group: Tensor) -> int:
+        return len(credit)
+
+    def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
+        self.shown.append(noised)
+        return credit * noised.error
+
+
+def _context(tiny: SD3, lagging: bool = False) -> Context:
+    policy = Policy(tiny.denoiser, Lora(rank=2, alpha=4))
+    old = Snapshot(policy.parameters) if lagging else None
+    for parameter in policy.parameters:
+        torch.nn.init.normal_(parameter, std=0.05)
+    return Context(tiny, policy, tiny.grid(3, [1.0, 0.7, 0.3]), ODE(), 1.0, old, Readings())
+
+
+def _batch(context: Context) -> Batch:
+    conditioning = context.pipeline.encode(["a circle", "two squares"])
+    start = Start(conditioning, torch.tensor([0, 0, 1, 1]), (1, 2, 3, 4), (5, 6, 7, 8))
+    sampled = rollout(context.pipeline, start, context.grid, [ODE()] * 3, 1.0)
+    return Batch(sampled, torch.tensor([1.0, -1.0, 0.5, 0.0]), start.prompt, True)
+
+
+def test_a_group_shares_level_and_noise(tiny: SD3) -> None:
+    context, loss = _context(tiny), Seen()
+    Matching(loss, draws=2).backward(context, _batch(context), 1.0, seed=3)
+    first, second = loss.shown
+    for noised in loss.shown:
+        sigma = noised.level.sigma
+        assert sigma[0] == sigma[1] != sigma[2] == sigma[3]
+        eps = (noised.x - noised.level.alpha.view(-1, 1, 1, 1) * noised.x0) / sigma.view(-1, 1, 1, 1)
+        torch.testing.assert_close(eps[0], eps[1], rtol=0, atol=1e-4)
+        assert not torch.allclose(eps[0].float(), eps[2].float(), atol=0.1)
+        torch.testing.assert_close(noised.target, (eps - noised.x0).float(), rtol=0, atol=1e-4)
+    assert bool((first.level.sigma < 0.5).all()) and bool((second.level.sigma > 0.5).all())
+
+
+def test_only_the_current_prediction_carries_a_gradient(tiny: SD3) -> None:
+    context, loss = _context(tiny, lagging=True), Seen()
+    batch = _batch(context)
+    Matching(loss, draws=1, old=True).backward(context, batch, 1.0, seed=3)
+    (noised,) = loss.shown
+    assert noised.prediction.requires_grad and not noised.reference.requires_grad and not noised.old.requires_grad
+    torch.testing.assert_close(noised.old, noised.reference)  # the old policy is the one that training started from
+    assert not torch.allclose(noised.old, noised.prediction.detach())
+    assert context.readings.forwards == 3 * 4
+    assert context.readings.mean("kl") > 0
+
+
+def test_the_same_seed_draws_the_same(tiny: SD3) -> None:
+    context, loss = _context(tiny), Seen()
+    batch = _batch(context)
+    for seed in (3, 3, 4):
+        Matching(loss, draws=1).backward(context, batch, 1.0, seed)
+    a, b, c = (noised.x for noised in loss.shown)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_an_old_policy_must_exist(tiny: SD3) -> None:
+    context = _context(tiny)
+    with pytest.raises(ValueError, match="needs an old policy: give the recipe a lag"):
+        Matching(Seen(), old=True).backward(context, _batch(context), 1.0, 0)
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="draws must be at least 1"):
+        Matching(Seen(), draws=0)
+    with pytest.raises(ValueError, match="ascending fractions"):
+        Matching(Seen(), low=0.9, high=0.1)

@@ -1,0 +1,110 @@
+"""Objectives on stored transitions, on the tiny pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign.dynamics import FlowSDE
+from genalign.learning import Batch, Context, Readings
+from genalign.policy import Lora, Policy
+from genalign.rollout import Start, rollout, windowed
+from genalign.trajectory import Clipped, Coupled, Surrogate
+from pipelines import SD3
+
+KERNEL = FlowSDE(0.7)
+STEPS = (0, 1, 2)
+
+
+def _context(tiny: SD3) -> Context:
+    policy = Policy(tiny.denoiser, Lora(rank=2, alpha=4))
+    for parameter in policy.parameters:  # B starts at zero, where the current policy would be the reference
+        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
+    return Context(tiny, policy, tiny.grid(4, [1.0, 0.75, 0.5, 0.25]), KERNEL, 1.0, None, Readings())
+
+
+def _batch(context: Context, first: bool = True) -> Batch:
+    conditioning = context.pipeline.encode(["a circle", "two squares"])
+    start = Start(conditioning, torch.tensor([0, 0, 1, 1]), (1, 2, 3, 4), (5, 6, 7, 8))
+    kernels = windowed(KERNEL, STEPS, 4)
+    sampled = rollout(context.pipeline, start, context.grid, kernels, 1.0, STEPS)
+    return Batch(sampled, torch.tensor([1.0, -1.0, 0.5, 0.0]), start.prompt, first)
+
+
+def _gradients(context: Context) -> list[Tensor]:
+    found = [parameter.grad.clone() for parameter in context.policy.parameters if parameter.grad is not None]
+    for parameter in context.policy.parameters:
+        parameter.grad = None
+    return found
+
+
+@dataclass(frozen=True)
+class Squared:
+    """Ties every step of every sample together."""
+
+    def __call__(self, log_ratios: Tensor, old_log_ratios: Tensor, credit: Tensor, group: Tensor) -> Tensor:
+        sums = log_ratios.sum(1)
+        return ((sums[:, None] - sums[None, :]) - (credit[:, None] - credit[None, :])).square().sum()
+
+
+def _two(credit: Tensor, group: Tensor) -> int:
+    return 2
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_two_passes_equal_naive_automatic_differentiation(tiny: SD3, first: bool) -> None:
+    context = _context(tiny)
+    batch = _batch(context, first)
+    Coupled(Squared(), _two).backward(context, batch, scale=0.5, seed=0)
+    ours = _gradients(context)
+    ratios = []
+    for stored in range(len(STEPS)):
+        again, base = context.replay(batch, stored), context.reference_replay(batch, stored)
+        ratios.append(again.new.log_ratio(base.new, again.x_next))
+    together = torch.stack(ratios, dim=1)
+    (0.5 * Squared()(together, together.detach(), batch.credit, batch.group)).backward()
+    naive = _gradients(context)
+    scale = max(float(gradient.abs().max()) for gradient in naive)
+    assert scale > 0 and len(ours) == len(naive)
+    for a, b in zip(ours, naive, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * scale)
+
+
+def test_on_policy_the_first_pass_needs_no_forward_of_the_current_weights(tiny: SD3) -> None:
+    context = _context(tiny)
+    batch = _batch(context)
+    Coupled(Squared(), _two).backward(context, batch, 1.0, 0)
+    assert context.readings.forwards == 4 * 3 * 2  # the reference, and the pass with a graph
+    assert context.readings.log_ratio_max == 0.0
+    Coupled(Squared(), _two).backward(context, Batch(batch.sampled, batch.credit, batch.group, False), 1.0, 0)
+    assert context.readings.forwards == 4 * 3 * (2 + 3)
+
+
+def test_a_surrogate_counts_samples_with_credit(tiny: SD3) -> None:
+    batch = _batch(_context(tiny))
+    assert Surrogate(Clipped(1e-3)).terms(batch) == 3 * 3
+    stepwise = torch.tensor([[0.0, 0.5, 1.0]] + [[0.0, 0.0, 0.0]] * 3)
+    assert Surrogate(Clipped(1e-3)).terms(Batch(batch.sampled, stepwise, batch.group, True)) == 2
+
+
+def test_steps_may_have_credit_and_weight_of_their_own(tiny: SD3) -> None:
+    context = _context(tiny)
+    batch = _batch(context)
+    same = batch.credit[:, None].expand(-1, 3)
+    surrogate = Surrogate(Clipped(1e-3))
+    surrogate.backward(context, batch, 1.0, 0)
+    expected = _gradients(context)
+    surrogate.backward(context, Batch(batch.sampled, same, batch.group, True), 1.0, 0)
+    for a, b in zip(_gradients(context), expected, strict=True):
+        assert torch.equal(a, b)
+    late = torch.zeros(4, 3)
+    late[:, 2] = batch.credit
+    surrogate.backward(context, Batch(batch.sampled, late, batch.group, True), 1.0, 0)
+    alone = _gradients(context)
+    weighted = Surrogate(Clipped(1e-3), weights=lambda kernel, grid, steps: torch.tensor([0.0, 0.0, 1.0]))
+    weighted.backward(context, batch, 1.0, 0)
+    for a, b in zip(_gradients(context), alone, strict=True):
+        torch.testing.assert_close(a, b)
