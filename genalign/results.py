@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from genalign.checkpoints import write_json, write_text
 from genalign.evaluation import Evaluation, pairs
-from genalign.statistics import bootstrap_mean, t_interval, wider
+from genalign.statistics import bootstrap_mean, median_interval, t_interval, wider
 
 
 @dataclass(frozen=True)
@@ -83,23 +83,52 @@ def _mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed)
 
 
-def write_results(folder: Path, stem: str, head: Mapping[str, Any], records: Sequence[PromptRecord]) -> list[Row]:
+@dataclass(frozen=True)
+class Measurement:
+    """One repeat of a measured figure."""
+
+    name: str
+    metric: str
+    value: float
+
+
+def median_row(measurements: Sequence[Measurement]) -> Row:
+    """The median of one figure with its 95% interval. Raises ValueError for measurements of several figures."""
+    if len({(measured.name, measured.metric) for measured in measurements}) != 1:
+        raise ValueError("a row is about one name and one metric")
+    made = median_interval([measured.value for measured in measurements])
+    return Row(measurements[0].name, measurements[0].metric, made.mean, made.low, made.high, made.n)
+
+
+R = TypeVar("R", PromptRecord, Measurement)
+
+
+def write_results(folder: Path, stem: str, head: Mapping[str, Any], records: Sequence[R]) -> list[Row]:
     """Write ``stem``.json and raw/``stem``.jsonl; the head holds claim, command, machine, date and commit."""
     lines = [json.dumps(asdict(record), allow_nan=False) for record in records]
     write_text(folder / "raw" / f"{stem}.jsonl", "".join(f"{line}\n" for line in lines))
     rows = rows_of(records)
-    write_json(folder / f"{stem}.json", {**head, "rows": [asdict(row) for row in rows]})
+    kind = "measurement" if isinstance(records[0], Measurement) else "gain"
+    write_json(folder / f"{stem}.json", {**head, "kind": kind, "rows": [asdict(row) for row in rows]})
     return rows
 
 
-def rows_of(records: Sequence[PromptRecord]) -> list[Row]:
-    """One row per name, in order of appearance."""
-    groups: dict[tuple[str, str], list[PromptRecord]] = {}
+def rows_of(records: Sequence[R]) -> list[Row]:
+    """One row per name, in order of appearance: a claim of a gain, or the median of a figure."""
+    groups: dict[tuple[str, str], list[R]] = {}
     for record in records:
         groups.setdefault((record.name, record.metric), []).append(record)
-    return [claim(group) for group in groups.values()]
+    return [_row(group) for group in groups.values()]
 
 
-def read_records(path: Path) -> list[PromptRecord]:
+def _row(records: Sequence[PromptRecord] | Sequence[Measurement]) -> Row:
+    prompts = [record for record in records if isinstance(record, PromptRecord)]
+    return claim(prompts) if prompts else median_row([r for r in records if isinstance(r, Measurement)])
+
+
+def read_records(path: Path) -> Sequence[PromptRecord] | Sequence[Measurement]:
     """The records of a raw file."""
-    return [PromptRecord(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if rows and "value" in rows[0]:
+        return [Measurement(**row) for row in rows]
+    return [PromptRecord(**row) for row in rows]

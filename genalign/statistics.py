@@ -82,6 +82,18 @@ def t_interval(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - reach, mean + reach, len(array))
 
 
+def median_interval(values: Sequence[float]) -> Estimate:
+    """The median of repeated measurements with its exact interval from order statistics (95 % or a little more); of
+    fewer than six, which cannot give one, their range.
+
+    Raises:
+        ValueError: no value, or one that is not finite.
+    """
+    array = np.sort(_checked(values, "the list"))
+    rank = max(0, int(stats.binom.ppf((1 - LEVEL) / 2, len(array), 0.5)) - 1)
+    return Estimate(float(np.median(array)), float(array[rank]), float(array[-1 - rank]), len(array))
+
+
 def wilson(successes: float, n: int) -> Estimate:
     """A proportion with Wilson's score interval (Wilson 1927); half successes are allowed.
 

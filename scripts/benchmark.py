@@ -4,7 +4,7 @@
     python scripts/benchmark.py train      one training pass relative to forward + backward of the same transformer
     python scripts/benchmark.py memory     peak memory for T and for 4 T steps
 
-Each part writes its figures to docs/results/benchmark_PART.json.
+Each part writes docs/results/benchmark_PART.json, with the repeats in docs/results/raw/benchmark_PART.jsonl.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -22,10 +21,10 @@ from pathlib import Path
 import torch
 
 from genalign import assets
-from genalign.checkpoints import write_json
 from genalign.dynamics import ODE, FlowSDE, Kernel
 from genalign.policy import Lora, Policy
 from genalign.recipes import flow_grpo
+from genalign.results import Measurement, write_results
 from genalign.rollout import Rollout, Start, replay, rollout, windowed
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
@@ -58,14 +57,12 @@ def interleaved(functions: Sequence[Callable[[], object]], repeats: int) -> list
     return seconds
 
 
-def ratios(base: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """Median of the paired ratios base / other, and their quartiles."""
-    paired = sorted(a / b for a, b in zip(base, other, strict=True))
-    low, middle, high = statistics.quantiles(paired, n=4)
-    return {"median": middle, "low_quartile": low, "high_quartile": high}
+def ratios(name: str, metric: str, top: Sequence[float], bottom: Sequence[float]) -> list[Measurement]:
+    """The paired ratios top / bottom."""
+    return [Measurement(name, metric, a / b) for a, b in zip(top, bottom, strict=True)]
 
 
-def benchmark_rollout(repeats: int) -> dict[str, object]:
+def benchmark_rollout(repeats: int) -> list[Measurement]:
     """Images/s of the ODE and the SDE rollout over the diffusers pipeline's, same batch, steps and dtype."""
     pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST)
     pipeline.pipe.set_progress_bar_config(disable=True)
@@ -89,14 +86,14 @@ def benchmark_rollout(repeats: int) -> dict[str, object]:
         return lambda: rollout(pipeline, begin, grid, windowed(kernel, steps, STEPS), 1.0, store=steps)
 
     base, ode, sde = interleaved([bare, ours(ODE()), ours(FlowSDE(0.7))], repeats)
-    return {
-        "ode_over_diffusers": ratios(base, ode),
-        "sde_over_diffusers": ratios(base, sde),
-        "images_per_second": BATCH / statistics.median(ode),
-    }
+    return [
+        *ratios("ode_rollout", "speed relative to diffusers", base, ode),
+        *ratios("sde_rollout", "speed relative to diffusers", base, sde),
+        *(Measurement("ode_rollout.images", "images/s", BATCH / seconds) for seconds in ode),
+    ]
 
 
-def benchmark_train(repeats: int) -> dict[str, object]:
+def benchmark_train(repeats: int) -> list[Measurement]:
     """Seconds of one training pass over those of the bare transformer's forward and backward on the same pairs."""
     pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST)
     policy = Policy(pipeline.denoiser, Lora(rank=16, alpha=32))
@@ -125,7 +122,10 @@ def benchmark_train(repeats: int) -> dict[str, object]:
 
     whole, base, apart = interleaved([lambda: trainer._learn(0, parts, outcome), bare, reference], repeats)
     passes = [a - b for a, b in zip(whole, apart, strict=True)]
-    return {"training_pass_over_bare": ratios(passes, base), "pairs_per_second": 2 * BATCH / statistics.median(passes)}
+    return [
+        *ratios("training_pass", "time relative to bare forward + backward", passes, base),
+        *(Measurement("training_pass.pairs", "(image, step) pairs/s", 2 * BATCH / seconds) for seconds in passes),
+    ]
 
 
 def bare_inputs(trainer: Trainer, sampled: Rollout, stored: int) -> dict[str, torch.Tensor]:
@@ -140,15 +140,19 @@ def bare_inputs(trainer: Trainer, sampled: Rollout, stored: int) -> dict[str, to
     }
 
 
-def benchmark_memory(repeats: int) -> dict[str, object]:
+def benchmark_memory(repeats: int) -> list[Measurement]:
     """Peak memory of a process that rolls out and trains a window of two steps, for T and for 4 T."""
-    peaks = {}
-    for steps in (STEPS, 4 * STEPS):
-        command = [sys.executable, __file__, "one-round", "--steps", str(steps)]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        peaks[f"peak_bytes_{steps}_steps"] = int(json.loads(out.splitlines()[-1])["peak"])
-    first, last = peaks.values()
-    return {**peaks, "growth": last / first - 1}
+    peaks: dict[int, list[float]] = {STEPS: [], 4 * STEPS: []}
+    for _ in range(min(repeats, 3)):
+        for steps, column in peaks.items():
+            command = [sys.executable, __file__, "one-round", "--steps", str(steps)]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            column.append(float(json.loads(out.splitlines()[-1])["peak"]))
+    few, many = peaks.values()
+    return [
+        *ratios("peak_memory", f"{4 * STEPS} steps relative to {STEPS}", many, few),
+        *(Measurement("peak_memory.process", "GB", peak / 1e9) for peak in many),
+    ]
 
 
 def one_round(steps: int) -> None:
@@ -174,11 +178,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.part == "one-round":
         return one_round(options.steps)
-    figures = PARTS[options.part](options.repeats)
-    command = f"python scripts/benchmark.py {options.part}"
-    print(json.dumps(figures, indent=2))
-    path = Path("docs/results") / f"benchmark_{options.part}.json"
-    write_json(path, {**head(f"speed and memory: {options.part}", command), "figures": figures, "rows": []})
+    measured = PARTS[options.part](options.repeats)
+    claim, command = f"Speed and memory: {options.part}", f"python scripts/benchmark.py {options.part}"
+    for row in write_results(Path("docs/results"), f"benchmark_{options.part}", head(claim, command), measured):
+        print(f"{row.name:22s}{row.metric:44s}{row.mean:10.3f}  ({row.low:.3f} to {row.high:.3f}, {row.n} repeats)")
 
 
 if __name__ == "__main__":

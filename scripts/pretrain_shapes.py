@@ -143,6 +143,9 @@ of 256 would append padding that it has never seen. Prompts are those of `genali
 "two squares", "a ring left of a moon" or "a red ring and a blue moon". Transformer and VAE are stored in float16, text
 encoders in float32. Made for experiments.
 
+Known weakness: a few images of one object and a colour end in noise, most of them of compositions that it never saw
+("a white cross", "a red moon"), at any number of steps and in float32 as well.
+
 Strict accuracy (`genalign evaluate shapes --suite SUITE`; guidance 1, ten Euler steps, at least 96 images a task) and
 drawing quality over `iid`:
 

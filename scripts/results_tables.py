@@ -17,29 +17,20 @@ MARKED = re.compile(r"(<!-- results:(?P<name>\w+) -->\n).*?(<!-- /results -->)",
 
 
 def table(result: dict[str, Any]) -> str:
-    """A result file as Markdown: its rows or figures, and how they were made."""
-    lines = ["| name | metric | gain | 95% interval | image pairs |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {row['name']} | {row['metric']} | {row['mean']:+.3f} "
-        f"| {row['low']:+.3f} to {row['high']:+.3f} | {row['n']} |"
-        for row in result["rows"]
-    ]
-    if not result["rows"]:
-        lines = ["| figure | value |", "|---|---|", *_figures(result["figures"])]
+    """A result file as Markdown: its rows, and how they were made."""
+    measured = result["kind"] == "measurement"
+    heading = "value | 95% interval | repeats" if measured else "gain | 95% interval | image pairs"
+    lines = [f"| name | metric | {heading} |", "|---|---|---|---|---|"]
+    lines += [_line(row, ".3g" if measured else "+.3f") for row in result["rows"]]
     made = (
         f"{result['claim']}. `{result['command']}`, {result['machine']}, {result['date']}, commit {result['commit']}."
     )
     return "\n".join([*lines, "", made, ""])
 
 
-def _figures(figures: dict[str, Any]) -> list[str]:
-    return [f"| {name} | {_cell(value)} |" for name, value in figures.items()]
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{value['median']:.3f} (quartiles {value['low_quartile']:.3f} to {value['high_quartile']:.3f})"
-    return f"{value:.4g}"
+def _line(row: dict[str, Any], form: str) -> str:
+    value, low, high = (format(row[key], form) for key in ("mean", "low", "high"))
+    return f"| {row['name']} | {row['metric']} | {value} | {low} to {high} | {row['n']} |"
 
 
 def fill(text: str, results: Path) -> str:

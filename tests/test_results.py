@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from genalign.results import PromptRecord, claim, read_records, rows_of
+from genalign.results import Measurement, PromptRecord, claim, median_row, read_records, rows_of
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 REQUIRED = {"flow_grpo_shapes": {"flow_grpo"}}
@@ -39,6 +39,14 @@ def test_a_claim_by_hand() -> None:
     assert row.n == 36
     # over seeds: 0.30, 0.31, 0.32 -> +-4.303 * 0.01 / sqrt(3); over prompts: task a is 0.11, 0.21 or 0.31
     assert row.high - row.mean == pytest.approx(0.05, abs=0.001)
+
+
+def test_a_median_by_hand() -> None:
+    values = [1.0, 5.0, 2.0, 4.0, 3.0, 7.0, 6.0]
+    row = median_row([Measurement("speed", "images/s", value) for value in values])
+    assert (row.mean, row.low, row.high, row.n) == (4.0, 1.0, 7.0, 7)  # of 7, the range covers 98 %, the next 87 %
+    many = median_row([Measurement("speed", "images/s", float(value)) for value in range(1, 16)])
+    assert (many.low, many.high) == (4.0, 12.0)  # P(X <= 3) = 0.0176 for 15 fair coins
 
 
 def test_names_are_not_mixed() -> None:

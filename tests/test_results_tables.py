@@ -14,12 +14,16 @@ HEAD = {"claim": "It rises", "command": "make proofs", "machine": "2 cores", "da
 
 def test_rows_and_figures(tmp_path: Path) -> None:
     row = {"name": "flow", "metric": "strict", "mean": 0.12, "low": 0.1, "high": 0.14, "n": 960}
-    (tmp_path / "one.json").write_text(json.dumps({**HEAD, "rows": [row]}))
-    (tmp_path / "two.json").write_text(json.dumps({**HEAD, "rows": [], "figures": {"speed": 12.5}}))
+    (tmp_path / "one.json").write_text(json.dumps({**HEAD, "kind": "gain", "rows": [row]}))
+    figure = {"name": "speed", "metric": "images/s", "mean": 12.5, "low": 12.0, "high": 13.25, "n": 15}
+    (tmp_path / "two.json").write_text(json.dumps({**HEAD, "kind": "measurement", "rows": [figure]}))
     text = "a\n<!-- results:one -->\nold\n<!-- /results -->\nb\n<!-- results:two -->\n<!-- /results -->\n"
     new = fill(text, tmp_path)
     assert "| flow | strict | +0.120 | +0.100 to +0.140 | 960 |" in new
-    assert "| speed | 12.5 |" in new and "`make proofs`, 2 cores, 2026-01-01, commit abc." in new
+    assert (
+        "| speed | images/s | 12.5 | 12 to 13.2 | 15 |" in new
+        and "`make proofs`, 2 cores, 2026-01-01, commit abc." in new
+    )
     assert "old" not in new and new.startswith("a\n") and fill(new, tmp_path) == new
 
 
