@@ -6,6 +6,7 @@ order; groups may differ in size. NaN means that a score is missing. Arithmetic 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,8 @@ from torch import Tensor
 
 # Scores are float32: what differs by less than this share of their size does not differ.
 _RELATIVE_RESOLUTION = 1e-7
+# A step's gain is a difference of scores: rounding leaves this share of their spread.
+_STEP_RESOLUTION = 1e-5
 
 
 def combine(scores_BK: Tensor, weights: Sequence[float]) -> Tensor:
@@ -22,11 +25,7 @@ def combine(scores_BK: Tensor, weights: Sequence[float]) -> Tensor:
 
     A reward of weight 0 is only reported: it changes nothing, NaN or not.
     """
-    if scores_BK.ndim != 2 or scores_BK.shape[1] != len(weights):
-        raise ValueError(f"scores must be (B, K) with one weight per column, not {tuple(scores_BK.shape)}, {weights}")
-    weight = torch.tensor(weights, dtype=torch.float64, device=scores_BK.device)
-    if not bool(weight.isfinite().all()):
-        raise ValueError(f"weights must be finite, not {weights}")
+    weight = _weights(scores_BK, weights)
     used = weight != 0
     return (scores_BK.double()[:, used] * weight[used]).sum(1).float()
 
@@ -38,12 +37,13 @@ def group_advantages(
     ddof: int = 0,
     std: Literal["group", "global"] = "group",
     clip: float | None = 5.0,
+    least_std: float = 0.0,
 ) -> Tensor:
     """(score - mean of its group) / (std + epsilon), clipped to +-clip: (B,). GRPO (arXiv 2402.03300, section 4.1.2).
 
     ``std`` is that of the sample's group or, as in Flow-GRPO's code, of all scores at once; ``ddof`` 0 or 1 is what its
-    count is reduced by. A NaN score is left out of the statistics and gets 0; so does, exactly, every sample of a group
-    with fewer than two scores or without spread.
+    count is reduced by, and it is not taken below ``least_std``. A NaN score is left out of the statistics and gets 0;
+    so does, exactly, every sample of a group with fewer than two scores or without spread.
     """
     if std not in ("group", "global"):
         raise ValueError(f'std must be "group" or "global", not {std!r}')
@@ -51,10 +51,139 @@ def group_advantages(
         raise ValueError(f"ddof must be 0 or 1, not {ddof}")
     groups = _group_statistics(scores, group, ddof)
     scale = groups.std[groups.index] if std == "group" else _global_std(scores, ddof)
-    advantages = (scores.double() - groups.mean[groups.index]) / (scale + epsilon)
+    advantages = (scores.double() - groups.mean[groups.index]) / (scale.clamp(min=least_std) + epsilon)
     counted = groups.live[groups.index] & ~scores.isnan()
     advantages = torch.where(counted, advantages, 0.0)
     return (advantages if clip is None else advantages.clamp(-clip, clip)).float()
+
+
+def step_gains(scores: Tensor) -> Tensor:
+    """What every step added: (B, S) or (B, S, K) from scores (B, S + 1) or (B, S + 1, K) of the states around them.
+
+    The reward difference of DenseGRPO (arXiv 2601.20218, eq. 7); gains sum to the last minus the first score.
+    """
+    if scores.ndim not in (2, 3) or scores.shape[1] < 2:
+        raise ValueError(f"scores must be (B, S + 1) or (B, S + 1, K) with S > 0, not {tuple(scores.shape)}")
+    return scores.diff(dim=1)
+
+
+def stepwise_advantages(gains: Tensor, group: Tensor, floor: float = 0.01, clip: float | None = 5.0) -> Tensor:
+    """Each step's gains (B, S) normalised within the group: (B, S) (arXiv 2601.20218, eq. 8).
+
+    The standard deviation of a step is not taken below ``floor`` times that of the samples' summed gains over all
+    groups, and a group whose gains of a step differ by no more than rounding errors (1e-5 of it) gets exactly 0. The
+    paper does neither: a late step that changes nothing would have its noise made into advantages of 1. NaN and groups
+    without spread as in ``group_advantages``.
+    """
+    if gains.ndim != 2 or not floor >= 0:
+        raise ValueError(f"gains must be (B, S) and floor 0 or more, not {tuple(gains.shape)} and {floor}")
+    spread = float(_global_std(gains.sum(1), ddof=0))
+    resolved = [_resolved(column, group, _STEP_RESOLUTION * spread) for column in gains.unbind(1)]
+    return torch.stack([group_advantages(g, group, clip=clip, least_std=floor * spread) for g in resolved], dim=1)
+
+
+def gdpo(
+    scores_BK: Tensor,
+    group: Tensor,
+    weights: Sequence[float],
+    epsilon: float = 1e-4,
+    ddof: int = 0,
+    clip: float | None = 5.0,
+) -> Tensor:
+    """GDPO (arXiv 2601.05242): every reward normalised within its group, then their weighted sum over the whole batch,
+    clipped to +-clip: (B,).
+
+    A NaN adds nothing, and a sample without any score does not count; it gets 0. So does, exactly, a sample whose
+    every reward is without spread in its group.
+    """
+    weight = _weights(scores_BK, weights)
+    normalised = _normalised_columns(scores_BK, group, epsilon, ddof)
+    total = (normalised * weight).sum(1)
+    scale = _global_std(torch.where(scores_BK.isnan().all(dim=1), math.nan, total), ddof) + epsilon
+    # No mean to subtract: every reward's advantages already sum to 0 within every group.
+    advantages = torch.where(total == 0, 0.0, total / scale)
+    return (advantages if clip is None else advantages.clamp(-clip, clip)).float()
+
+
+def ngrpo(scores: Tensor, group: Tensor, best: float = 1.0, epsilon: float = 1e-6, clip: float | None = 5.0) -> Tensor:
+    """NGRPO (arXiv 2509.18851): z-scores (B,) with one virtual sample of the ``best`` possible score in each group, so
+    that a group that failed altogether is pushed away from instead of ignored. NaN as in ``group_advantages``."""
+    _require_grouped(scores, group)
+    keys = torch.unique(group)
+    joined = torch.cat([scores, scores.new_full((len(keys),), best)])
+    return group_advantages(joined, torch.cat([group, keys]), epsilon, ddof=1, clip=clip)[: len(scores)]
+
+
+def log_tamed(scores_BK: Tensor, epsilon: float = 0.0) -> Tensor:
+    """PaCo-GRPO's rewards (arXiv 2512.04784): log(1 + R) for those whose std over mean, h, is above the mean of h.
+
+    ValueError for a reward to be tamed of -1 or less. A reward whose mean is not positive has no such h and is left.
+    """
+    _require_table(scores_BK)
+    values = scores_BK.double()
+    mean = values.nanmean(0)
+    std = (values - mean).square().nanmean(0).sqrt()
+    height = torch.where(mean > 0, std / (mean + epsilon), 0.0)
+    tamed = height > height.mean()
+    if bool((values[:, tamed] <= -1).any()):
+        raise ValueError("a reward whose spread is to be tamed by log(1 + R) must be above -1: shift or rescale it")
+    return torch.where(tamed, values.clamp(min=-1 + 1e-12).log1p(), values).float()
+
+
+def correlation_weighted(scores_BK: Tensor, group: Tensor, temperature: float = 0.5) -> Tensor:
+    """CMO (arXiv 2603.18528): z-scores of K rewards summed with weights softmax((1 - b) / temperature), (B,), not
+    yet whitened over the batch.
+
+    b is a reward's mean correlation with the others in the group (1 for one without spread), so that what conflicts
+    with them counts more. A group with a missing score sums its z-scores unweighted, the missing ones as 0, and a
+    single reward is only normalised.
+    """
+    _require_table(scores_BK)
+    z = _normalised_columns(scores_BK, group, epsilon=0.0, ddof=0)
+    advantages = z.sum(1)
+    missing = scores_BK.isnan().any(dim=1)
+    for key in torch.unique(group):
+        rows = group == key
+        if z.shape[1] > 1 and not bool(missing[rows].any()):
+            advantages[rows] = z[rows] @ torch.softmax((1 - _agreement(z[rows])) / temperature, dim=0)
+    return advantages.float()
+
+
+def _agreement(z: Tensor) -> Tensor:
+    """The mean correlation (K,) of every column of z-scores (G, K) with the others; 1 for a column of zeros."""
+    correlation = z.T @ z / len(z)
+    others = (correlation.sum(1) - 1) / (z.shape[1] - 1)
+    return torch.where(correlation.diagonal() > 0, others, 1.0)
+
+
+def _normalised_columns(scores_BK: Tensor, group: Tensor, epsilon: float, ddof: int) -> Tensor:
+    """Each reward's group advantages, unclipped: (B, K) float64."""
+    columns = [group_advantages(scores, group, epsilon, ddof, clip=None) for scores in scores_BK.unbind(1)]
+    return torch.stack(columns, dim=1).double()
+
+
+def win_rates(wins: Tensor) -> Tensor:
+    """Pref-GRPO's scores (arXiv 2508.20751), (G,): each sample's share of won comparisons with the others of its group.
+
+    ``wins`` (G, G) holds 1 where the row's sample beat the column's, 0 where it lost, and NaN for a tie or an answer
+    that could not be read, which counts half; the diagonal is not looked at.
+    """
+    if wins.ndim != 2 or wins.shape[0] != wins.shape[1] or len(wins) < 2:
+        raise ValueError(f"wins must be (G, G) with G > 1, not {tuple(wins.shape)}")
+    decided = wins.nan_to_num(0.5)
+    return (decided.sum(1) - decided.diagonal()) / (len(wins) - 1)
+
+
+def leave_one_out(scores: Tensor, group: Tensor) -> Tensor:
+    """A score minus the mean of the others of its group (B,): RLOO (arXiv 2402.14740).
+
+    In units of the score, unclipped. 0 for a NaN and in a group with fewer than two scores or without spread.
+    """
+    groups = _group_statistics(scores, group, ddof=0)
+    count = torch.bincount(groups.index[~scores.isnan()], minlength=len(groups.mean))[groups.index]
+    factor = count / (count - 1).clamp(min=1)
+    advantages = (scores.double() - groups.mean[groups.index]) * factor
+    return torch.where(groups.live[groups.index] & ~scores.isnan(), advantages, 0.0).float()
 
 
 def zero_std_share(scores: Tensor, group: Tensor) -> float:
@@ -89,10 +218,31 @@ def _group_statistics(scores: Tensor, group: Tensor, ddof: int) -> _GroupStatist
     return _GroupStatistics(mean, std, live=(count >= 2) & (std > _RELATIVE_RESOLUTION * size), index=index)
 
 
+def _resolved(gains: Tensor, group: Tensor, resolution: float) -> Tensor:
+    """The gains (B,) with NaN for those of groups whose standard deviation is not above ``resolution``."""
+    groups = _group_statistics(gains, group, ddof=0)
+    return torch.where(groups.std[groups.index] > resolution, gains, math.nan)
+
+
 def _global_std(scores: Tensor, ddof: int) -> Tensor:
     values = scores[~scores.isnan()].double()
     variance = (values - values.mean()).square().sum() / max(len(values) - ddof, 1)
     return variance.sqrt()
+
+
+def _require_table(scores_BK: Tensor) -> None:
+    if scores_BK.ndim != 2 or 0 in scores_BK.shape:
+        raise ValueError(f"scores must be (B, K) with B > 0 and K > 0, not {tuple(scores_BK.shape)}")
+
+
+def _weights(scores_BK: Tensor, weights: Sequence[float]) -> Tensor:
+    """The weights (K,) of the columns, in float64."""
+    if scores_BK.ndim != 2 or scores_BK.shape[1] != len(weights):
+        raise ValueError(f"scores must be (B, K) with one weight per column, not {tuple(scores_BK.shape)}, {weights}")
+    weight = torch.tensor(weights, dtype=torch.float64, device=scores_BK.device)
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"weights must be finite, not {weights}")
+    return weight
 
 
 def _require_grouped(scores: Tensor, group: Tensor) -> None:

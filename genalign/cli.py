@@ -289,11 +289,11 @@ def compare_command(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise ValueError("give the comparison's file: genalign compare scripts/configs/compare_shapes.yaml")
     source = Path(arguments[0])
-    settings, _ = config.parse(config.Compare, ["--config", str(source), *arguments[1:]], "compare")
+    settings, plain = config.parse(config.Compare, ["--config", str(source), *arguments[1:]], "compare")
     output = Path(settings.output)
     for name, seed in settings.jobs():
         if not (output / name / f"seed-{seed}" / "gain.json").exists():
-            _compared_run(settings, source.parent / settings.base, name, seed)
+            _compared_run(output / name, source.parent / settings.base, plain["runs"][name], seed)
     contenders = [
         Contender(name, {seed: output / name / f"seed-{seed}" for other, seed in settings.jobs() if other == name})
         for name in settings.runs
@@ -305,14 +305,13 @@ def compare_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _compared_run(settings: config.Compare, base: Path, name: str, seed: int) -> None:
-    """One training; a folder that an interruption left is begun anew."""
-    run = Path(settings.output) / name / f"seed-{seed}"
+def _compared_run(folder: Path, base: Path, own: Mapping[str, Any], seed: int) -> None:
+    """One training by ``base`` with its ``own`` settings; a folder that an interruption left is begun anew."""
+    run = folder / f"seed-{seed}"
     shutil.rmtree(run, ignore_errors=True)
-    own = run.parent / "settings.json"
-    write_json(own, settings.runs[name])
-    arguments = ["--config", str(base), "--config", str(own), "--output", str(run), "--training.seed", str(seed)]
-    if status := train_command(arguments):
+    write_json(folder / "settings.json", own)
+    arguments = ["--config", str(base), "--config", str(folder / "settings.json")]
+    if status := train_command([*arguments, "--output", str(run), "--training.seed", str(seed)]):
         raise SystemExit(status)
 
 

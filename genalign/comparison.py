@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,5 +97,8 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def write_standings(path: Path, standings: Sequence[Standing]) -> None:
-    """As JSON, best first."""
-    write_json(path, [asdict(found) for found in sorted(standings, key=lambda found: -found.gain)])
+    """As JSON, best first; a diversity that could not be read is null."""
+    ordered = [asdict(found) for found in sorted(standings, key=lambda found: -found.gain)]
+    for found in ordered:
+        found["diversity"] = {name: v if math.isfinite(v) else None for name, v in found["diversity"].items()}
+    write_json(path, ordered)

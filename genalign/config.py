@@ -21,7 +21,7 @@ from genalign.recipes import Recipe, flow_grpo
 from genalign.sampling import Sampling
 from genalign.training import Settings
 
-set_parsing_settings(subclasses_enabled=[Recipe, Kernel])
+set_parsing_settings(subclasses_enabled=[Recipe, Kernel], instantiate_subclass_spec_in_any=False)
 
 Precision = Literal["float32", "bfloat16", "float16"]
 LINEAR_TEN = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)

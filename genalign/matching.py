@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from genalign.demonstrations import Demonstrations
 from genalign.learning import Batch, Context
 from genalign.noise import derived_seed, seeded_noise
+from genalign.regression import awm_log_probability, dpo_loss, kto_loss, nft_loss
 from genalign.types import NoiseLevel
 
 
@@ -128,3 +130,105 @@ class Matching:
 def mean_square(first: Tensor, second: Tensor) -> Tensor:
     """The mean squared difference (B,) over all dimensions but the first."""
     return (first - second).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class PairedPreference:
+    """Diffusion-DPO on pairs of one prompt: the k-th sample of positive credit against the k-th of negative credit."""
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"beta must be positive, not {self.beta}")
+
+    def terms(self, credit: Tensor, group: Tensor) -> int:
+        """Pairs."""
+        return len(sign_pairs(credit, group).winners)
+
+    def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
+        pairs = sign_pairs(credit, group)
+        errors, reference = noised.error, noised.reference_error
+        better, worse = pairs.winners, pairs.losers
+        return dpo_loss(errors[better], reference[better], errors[worse], reference[worse], self.beta)
+
+
+@dataclass(frozen=True)
+class UnpairedPreference:
+    """Diffusion-KTO: samples of positive credit are wanted, those of negative credit are not."""
+
+    beta: float
+
+    def terms(self, credit: Tensor, group: Tensor) -> int:
+        """Samples with credit."""
+        return int((credit != 0).sum())
+
+    def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
+        used = credit != 0
+        return kto_loss(noised.error[used], noised.reference_error[used], credit[used] > 0, self.beta)
+
+
+@dataclass(frozen=True)
+class NegativeAware:
+    """DiffusionNFT (arXiv 2509.16117): samples of positive advantage are matched, those of negative advantage pushed
+    away from, both relative to the policy that sampled them. On flows."""
+
+    beta: float = 1.0
+    largest_advantage: float = 5.0
+
+    def terms(self, credit: Tensor, group: Tensor) -> int:
+        """All samples: those without advantage hold the policy where it is."""
+        return len(credit)
+
+    def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
+        limit = self.largest_advantage
+        optimality = (credit.clamp(-limit, limit) / (2 * limit) + 0.5).to(noised.x.dtype)
+        sigma = noised.level.sigma.expand(len(credit))
+        losses = nft_loss(noised.prediction, noised.old, noised.x, noised.x0, sigma, optimality, self.beta)
+        return limit * losses
+
+
+@dataclass(frozen=True)
+class AdvantageWeighted:
+    """AWM (arXiv 2509.25050): the advantage times a clipped ratio of what stands in for log-probabilities, with the
+    sampling policy's as the other."""
+
+    clip_range: float = 1.0
+    power: float = 0.25
+    largest_advantage: float = 5.0
+
+    def terms(self, credit: Tensor, group: Tensor) -> int:
+        """Samples with credit."""
+        return int((credit != 0).sum())
+
+    def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
+        sigma = noised.level.sigma.expand(len(credit))
+        new, old = (awm_log_probability(e, sigma, self.power) for e in (noised.error, noised.old_error.detach()))
+        limit = self.largest_advantage
+        ratio, advantage = (new - old).exp(), credit.clamp(-limit, limit) / limit
+        clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
+        return torch.maximum(-advantage * ratio, -advantage * clipped)
+
+
+@dataclass(frozen=True)
+class RewardWeighted:
+    """Matching weighted by credit of 0 or more: reward-weighted regression (arXiv 2501.13918), or fine-tuning on chosen
+    samples."""
+
+    def terms(self, credit: Tensor, group: Tensor) -> int:
+        """Samples with credit."""
+        return int((credit > 0).sum())
+
+    def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
+        return credit.clamp(min=0) * noised.error
+
+
+def sign_pairs(credit: Tensor, group: Tensor) -> Demonstrations:
+    """The k-th sample of positive with the k-th of negative credit of each group; what has no partner is left out."""
+    winners, losers = [], []
+    for key in torch.unique(group):
+        positive, negative = ((group == key) & (credit * sign > 0) for sign in (1, -1))
+        count = min(int(positive.sum()), int(negative.sum()))
+        winners.append(positive.nonzero()[:count, 0])
+        losers.append(negative.nonzero()[:count, 0])
+    return Demonstrations(torch.cat(winners), torch.cat(losers))

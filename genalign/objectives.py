@@ -33,6 +33,36 @@ def clip_fraction(log_ratio: Tensor, clip_range: float) -> Tensor:
     return ((log_ratio < low) | (log_ratio > high)).float().mean()
 
 
+def guarded_log_ratio(new: Transition, old: Transition, x_next: Tensor) -> Tensor:
+    """GRPO-Guard's normalised log-ratio (arXiv 2510.22319, eq. 8), (N,): std (log r + KL), with the plain log-ratio and
+    KL as means over dimensions.
+
+    That is mean(noise (m_new - m_old)): without the KL's bias below 0 and of one scale at every step, so that one clip
+    range holds symmetrically for all. The loss on it is divided by D = sigma - sigma_next, which equalises the steps.
+    """
+    std = new.std.flatten()
+    scale = std if len(std) == len(x_next) else std.expand(len(x_next))
+    return scale.to(new.mean.dtype) * (new.log_ratio(old, x_next) + new.kl(old))
+
+
+def dppo_mask(log_ratio: Tensor, kl: Tensor, advantages: Tensor, limit: float) -> Tensor:
+    """Flow-DPPO's mask (arXiv 2606.11025), (N,) bool: False where a step is further than ``limit`` in ``kl`` from the
+    sampling policy and its gradient would move it further: r > 1 with A > 0, or r < 1 with A < 0."""
+    _require_pairs(log_ratio, advantages)
+    _require_pairs(kl, advantages)
+    # The product of the two could underflow.
+    away = ((log_ratio > 0) & (advantages > 0)) | ((log_ratio < 0) & (advantages < 0))
+    return ~((kl > limit) & away)
+
+
+def noise_weights(std: Tensor) -> Tensor:
+    """TempFlow-GRPO's weights of the trained steps (arXiv 2508.04324, eq. 8), (S,): their noises ``std`` (S,), which
+    include sqrt(D), over the mean of these."""
+    if std.ndim != 1 or not bool((std > 0).all()):
+        raise ValueError(f"std must be (S,) and positive, for stochastic steps only, not {std.tolist()}")
+    return std / std.mean()
+
+
 def kl_penalty(
     form: KLForm,
     current: Transition,

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import Tensor
-
-from genalign.advantages import group_advantages
 from genalign.completion import Completion
-from genalign.dynamics import FlowSDE, Kernel, trainable_steps
-from genalign.learning import Credit, Objective, Outcome
+from genalign.credit import BestAndWorst, GroupRelative, PlainReward, RewardGain, SetContrast
+from genalign.demonstrations import Criterion
+from genalign.dynamics import CPS, DDIM, ODE, FlowSDE, Kernel, trainable_steps
+from genalign.learning import Credit, Objective
+from genalign.matching import (
+    AdvantageWeighted,
+    Matching,
+    MatchingLoss,
+    NegativeAware,
+    PairedPreference,
+    UnpairedPreference,
+)
 from genalign.objectives import KLForm
-from genalign.schedules import AllSteps, StepSchedule, Window
-from genalign.trajectory import Clipped, Surrogate
-from genalign.types import FeatureFunction, Grid
+from genalign.schedules import AllSteps, NoSteps, SlidingWindow, StepSchedule, Window
+from genalign.trajectory import Clipped, Coupled, Guarded, RewardDifference, Surrogate, noise_weighted
+from genalign.types import FeatureFunction, Grid, SetReward
 
 
 @dataclass(frozen=True)
@@ -56,16 +64,6 @@ class Lag:
         return min(self.slope * round_index, self.limit)
 
 
-@dataclass(frozen=True)
-class GroupRelative:
-    """Weighted sum of rewards, normalised within the group: GRPO's advantages."""
-
-    std: Literal["group", "global"]
-
-    def __call__(self, outcome: Outcome) -> Tensor:
-        return group_advantages(outcome.combined, outcome.group, std=self.std)
-
-
 def window_of(size: int | None, reach: float) -> StepSchedule:
     """A random window of ``size`` steps, or every trainable step for None."""
     return AllSteps() if size is None else Window(size, reach)
@@ -93,3 +91,154 @@ def flow_grpo(
         credit=GroupRelative(std),
         objective=Surrogate(Clipped(clip_range), kl, kl_form),
     )
+
+
+def dense_grpo(
+    kernel: Kernel = FlowSDE(0.7),  # noqa: B008
+    window: int | None = None,
+    window_reach: float = 0.5,
+    clip_range: float = 1e-4,
+    kl: float = 0.0,
+    completion_steps: int | None = None,
+    floor: float = 0.01,
+    shared_noise: bool = True,
+) -> Recipe:
+    """DenseGRPO (arXiv 2601.20218, section 4): each step is credited with what it added to the reward of the image that
+    the ODE makes of the latent, normalised within the group.
+
+    ``completion_steps`` None completes by all remaining steps of the grid. ``floor`` is not in the paper; see
+    ``advantages.stepwise_advantages``. Its calibrated noise is a kernel: ``genalign.calibration.calibrated``.
+    """
+    plain = flow_grpo(kernel, window, window_reach, clip_range, kl, shared_noise=shared_noise)
+    return replace(plain, credit=RewardGain(floor), completion=Completion(completion_steps))
+
+
+def guard_grpo(
+    kernel: Kernel = FlowSDE(0.7),  # noqa: B008
+    window: int | None = None,
+    window_reach: float = 0.5,
+    clip_range: float = 2e-6,
+    std: Literal["group", "global"] = "group",
+) -> Recipe:
+    """GRPO-Guard (arXiv 2510.22319): Flow-GRPO with normalised log-ratios and equalised steps."""
+    plain = flow_grpo(kernel, window, window_reach, std=std)
+    return replace(plain, objective=Surrogate(Guarded(clip_range)))
+
+
+def mix_grpo(
+    kernel: Kernel = FlowSDE(0.7),  # noqa: B008
+    window: int = 4,
+    rounds_each: int = 25,
+    stride: int = 1,
+    decay: float = 0.0,
+    clip_range: float = 1e-4,
+) -> Recipe:
+    """MixGRPO (arXiv 2507.21802): Flow-GRPO with a window that slides from the first steps to the last."""
+    return replace(flow_grpo(kernel, clip_range=clip_range), schedule=SlidingWindow(window, rounds_each, stride, decay))
+
+
+def tempflow_grpo(
+    kernel: Kernel = FlowSDE(0.7),  # noqa: B008
+    clip_range: float = 1e-4,
+    completion_steps: int | None = None,
+) -> Recipe:
+    """The noise-aware weights of TempFlow-GRPO (arXiv 2508.04324, section 4.2) on step-wise gains. Left out: branching
+    from the deterministic trajectory at every step."""
+    dense = dense_grpo(kernel, clip_range=clip_range, completion_steps=completion_steps)
+    return replace(dense, objective=Surrogate(Clipped(clip_range), weights=noise_weighted))
+
+
+def ddpo(eta: float = 1.0, clip_range: float = 1e-4, window: int | None = None, window_reach: float = 0.5) -> Recipe:
+    """DDPO (arXiv 2305.13301): the clipped surrogate on DDIM steps, for any path and prediction; noises of a group are
+    its own."""
+    return flow_grpo(DDIM(eta), window, window_reach, clip_range, shared_noise=False)
+
+
+def adv_grpo(
+    kernel: Kernel = CPS(0.8),  # noqa: B008
+    window: int = 2,
+    window_reach: float = 0.5,
+    clip_range: float = 1e-5,
+    std: Literal["group", "global"] = "global",
+) -> Recipe:
+    """Adv-GRPO's generator (arXiv 2511.20256): Flow-GRPO on two steps by CPS. What is adversarial is the reward: name a
+    ``rewards.adversarial`` one, which learns after every round."""
+    return flow_grpo(kernel, window, window_reach, clip_range, std=std)
+
+
+def prdp(
+    kernel: Kernel = FlowSDE(0.7),  # noqa: B008
+    window: int | None = None,
+    window_reach: float = 0.5,
+    beta: float = 3e-5,
+    clip_range: float = 1e-4,
+    steps: Literal["mean", "sum"] = "mean",
+    shared_noise: bool = True,
+) -> Recipe:
+    """PRDP (arXiv 2402.08714): differences of log-ratios to the reference policy regress on those of rewards, over all
+    pairs of a prompt."""
+    return Recipe(
+        kernel=kernel,
+        schedule=window_of(window, window_reach),
+        shared_noise=shared_noise,
+        credit=PlainReward(),
+        objective=Coupled(RewardDifference(beta, clip_range, steps)),
+    )
+
+
+def preference_loss(loss: Literal["dpo", "kto"], beta: float) -> MatchingLoss:
+    """Diffusion-DPO on pairs or Diffusion-KTO without them."""
+    return PairedPreference(beta) if loss == "dpo" else UnpairedPreference(beta)
+
+
+def matching(credit: Credit, objective: Matching, lag: Lag | None = None) -> Recipe:
+    """A recipe of the matching family: deterministic samples of different noises, learnt from by forward errors."""
+    return Recipe(ODE(), NoSteps(), shared_noise=False, credit=credit, objective=objective, lag=lag)
+
+
+def dragon(
+    loss: Literal["dpo", "kto"] = "dpo",
+    beta: float = 100.0,
+    draws: int = 2,
+    tolerance: float = 0.0,
+    anchor: float = 0.0,
+) -> Recipe:
+    """DRAGON (arXiv 2504.15217) for rewards of single samples, or of a sample against a reference set: the best of each
+    prompt's samples is a positive demonstration, the worst a negative one. With "dpo" this is online Diffusion-DPO."""
+    return matching(BestAndWorst(tolerance), Matching(preference_loss(loss, beta), draws, anchor=anchor))
+
+
+def dragon_set(
+    reward: Callable,  # type: ignore[type-arg]  # bare: any SetReward is taken
+    features: Callable,  # type: ignore[type-arg]  # and any FeatureFunction
+    criterion: Criterion = "plus",
+    passes: int = 1,
+    loss: Literal["dpo", "kto"] = "dpo",
+    beta: float = 100.0,
+    draws: int = 2,
+    anchor: float = 0.0,
+) -> Recipe:
+    """DRAGON for rewards of whole sets, such as a Frechet distance or the Vendi score of ``features``: two sets of a
+    round's samples exchange members until the reward tells them apart."""
+    set_reward: SetReward = reward
+    feature_function: FeatureFunction = features
+    recipe = matching(
+        SetContrast(set_reward, criterion, passes), Matching(preference_loss(loss, beta), draws, anchor=anchor)
+    )
+    return replace(recipe, features=feature_function)
+
+
+def nft(
+    beta: float = 1.0,
+    draws: int = 2,
+    anchor: float = 1e-4,
+    std: Literal["group", "global"] = "global",
+    lag: Lag = Lag(),
+) -> Recipe:
+    """DiffusionNFT (arXiv 2509.16117), sampling by a policy that lags behind."""
+    return matching(GroupRelative(std), Matching(NegativeAware(beta), draws, anchor=anchor, old=True), lag)
+
+
+def awm(draws: int = 2, anchor: float = 1e-3, std: Literal["group", "global"] = "global") -> Recipe:
+    """Advantage-weighted matching (arXiv 2509.25050). Left out: the second anchor, to an average of the weights."""
+    return matching(GroupRelative(std), Matching(AdvantageWeighted(), draws, anchor=anchor))

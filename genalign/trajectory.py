@@ -7,14 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from genalign.dynamics import Kernel
 from genalign.learning import Batch, Context, live_pairs, per_step
-from genalign.objectives import KLForm, clip_fraction, clipped_surrogate, kl_penalty
+from genalign.objectives import (
+    KLForm,
+    clip_fraction,
+    clipped_surrogate,
+    dppo_mask,
+    guarded_log_ratio,
+    kl_penalty,
+    noise_weights,
+)
+from genalign.regression import prdp_loss, untied_groups
 from genalign.rollout import Replay
 from genalign.types import Grid
 
@@ -42,6 +51,35 @@ class Clipped:
 
     def __call__(self, again: Replay, credit: Tensor) -> Tensor:
         return clipped_surrogate(again.log_ratio, credit, self.clip_range)
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """GRPO-Guard (arXiv 2510.22319): the clipped surrogate on normalised log-ratios, divided by sigma - sigma_next."""
+
+    clip_range: float
+
+    def __call__(self, again: Replay, credit: Tensor) -> Tensor:
+        log_ratio = guarded_log_ratio(again.new, again.old, again.x_next)
+        return clipped_surrogate(log_ratio, credit, self.clip_range) / float(again.step.sigma - again.step.sigma_next)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Flow-DPPO (arXiv 2606.11025): no clipping; what is further than ``limit`` in KL and moving away is left out."""
+
+    limit: float = 1e-5
+    clip_range: float | None = None
+
+    def __call__(self, again: Replay, credit: Tensor) -> Tensor:
+        with torch.no_grad():
+            keep = dppo_mask(again.log_ratio, again.new.kl(again.old), credit, self.limit)
+        return -credit * again.log_ratio.exp() * keep
+
+
+def noise_weighted(kernel: Kernel, grid: Grid, steps: Sequence[int]) -> Tensor:
+    """TempFlow-GRPO's ``StepWeights``: a step counts by its noise, with mean 1 over the trained steps."""
+    return noise_weights(kernel(grid[torch.tensor(steps)]).s)
 
 
 @dataclass(frozen=True)
@@ -94,9 +132,30 @@ def _read_ratio(context: Context, batch: Batch, again: Replay, clip_range: float
 
 class CoupledLoss(Protocol):
     """A loss () over all samples and steps of a batch at once: of the log-ratios (B, S) to the reference policy under
-    the current and the sampling weights, the credit (B,) and the prompt index (B,). A sum over prompts."""
+    the current and the sampling weights, the credit (B,) and the prompt index (B,). A sum over ``terms`` of them."""
+
+    @property
+    def clip_range(self) -> float | None: ...
+
+    def terms(self, credit: Tensor, group: Tensor) -> int: ...
 
     def __call__(self, log_ratios: Tensor, old_log_ratios: Tensor, credit: Tensor, group: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class RewardDifference:
+    """PRDP (arXiv 2402.08714): differences of log-ratios regress on those of rewards; a term is a prompt."""
+
+    beta: float
+    clip_range: float
+    steps: Literal["mean", "sum"] = "mean"
+
+    def terms(self, credit: Tensor, group: Tensor) -> int:
+        """Prompts whose rewards are not all equal."""
+        return untied_groups(credit, group)
+
+    def __call__(self, log_ratios: Tensor, old_log_ratios: Tensor, credit: Tensor, group: Tensor) -> Tensor:
+        return prdp_loss(log_ratios, old_log_ratios, credit, group, self.beta, self.clip_range, self.steps)
 
 
 @dataclass(frozen=True)
@@ -110,12 +169,15 @@ class Coupled:
     """
 
     loss: CoupledLoss
-    live_groups: GroupCount
-    clip_range: float | None = None
+
+    @property
+    def clip_range(self) -> float | None:
+        """That of the loss."""
+        return self.loss.clip_range
 
     def terms(self, batch: Batch) -> int:
-        """Prompts that teach something."""
-        return self.live_groups(batch.credit, batch.group)
+        """Those of the loss."""
+        return self.loss.terms(batch.credit, batch.group)
 
     def backward(self, context: Context, batch: Batch, scale: float, seed: int) -> None:
         """Two passes."""
@@ -140,9 +202,3 @@ class Coupled:
             current.append(moved.log_ratio(base.new, base.x_next))
             context.readings.add("kl", moved.kl(base.new))
         return per_step(old), per_step(current)
-
-
-class GroupCount(Protocol):
-    """How many prompts of a batch have something to learn from, by credit (B,) and prompt index (B,)."""
-
-    def __call__(self, credit: Tensor, group: Tensor) -> int: ...

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torchvision.io import decode_image
 
 from genalign.checkpoints import write_text
 from genalign.cli import main as genalign
@@ -22,6 +21,7 @@ from genalign.evaluation import load_evaluation
 from genalign.worlds.pretraining import Fit, fit
 from genalign.worlds.shapes.dataset import CaptionedScenes, captioned_scenes, corrupted
 from genalign.worlds.shapes.detection import detect
+from genalign.worlds.shapes.diversity import read_image
 from genalign.worlds.shapes.models import TextToVelocity, assemble, build_vae
 from genalign.worlds.shapes.tokenizers import CLIP_LENGTH, T5_LENGTH
 
@@ -105,7 +105,7 @@ def measure(output: Path, work: Path) -> dict[str, dict[str, float]]:
         made = load_evaluation(folder)
         figures[suite] = {task: estimates["strict"].mean for task, estimates in made.tasks.items()}
         figures[suite]["overall"] = made.overall["strict"].mean
-    images = [decode_image(str(path)) / 255 for path in sorted((work / "evaluation-iid" / "images").glob("*.png"))]
+    images = [read_image(path) for path in sorted((work / "evaluation-iid" / "images").glob("*.png"))]
     found = [item for image in detect(torch.stack(images)) for item in image]
     known = [item.iou for item in found if item.shape != "unknown"]
     figures["drawing"] = {"mean template IoU": sum(known) / len(known), "known share": len(known) / len(found)}

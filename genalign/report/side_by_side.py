@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +46,15 @@ def _line(found: Standing, main: str, limits: tuple[float, float]) -> _Line:
     estimate = Estimate(found.gain, found.low, found.high, found.seeds)
     values = [signed(score, value) for score, value in found.scores.items() if score != main]
     values += [signed(main, value) for value in found.tasks.values()]
-    values += [f"{found.kl:.2g}", *(f"{value:+.3f}" for value in found.diversity.values())]
+    values += [f"{found.kl:.2g}", *map(_difference, found.diversity.values())]
     values += [duration(60 * found.minutes), count(found.forwards)]
     gain, feeling = signed(main, found.gain), mood(found.low, found.high)
     drawn = whisker(estimate, limits, f"gain {gain}")
     return _Line(found.name, found.seeds, gain, interval(main, estimate, signed), feeling, drawn, tuple(values))
+
+
+def _difference(value: float) -> str:
+    return f"{value:+.3f}" if math.isfinite(value) else "not seen"
 
 
 def _columns(found: Standing) -> list[str]:

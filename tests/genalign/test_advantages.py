@@ -5,7 +5,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.advantages import combine, group_advantages, zero_std_share
+from genalign.advantages import (
+    combine,
+    correlation_weighted,
+    gdpo,
+    group_advantages,
+    leave_one_out,
+    log_tamed,
+    ngrpo,
+    step_gains,
+    stepwise_advantages,
+    win_rates,
+    zero_std_share,
+)
 
 FIRST, SECOND = [1.0, 2.0, 3.0, 6.0], [0.1, 0.1, 0.1, 0.3]
 GRPO = [-1.06898783, -0.53449391, 0.0, 1.60348174]
@@ -116,3 +128,173 @@ def test_inputs_are_checked() -> None:
         combine(torch.zeros(2, 3), [1.0])
     with pytest.raises(ValueError, match="finite"):
         combine(torch.zeros(2, 1), [math.nan])
+
+
+def columns(*rewards: list[float]) -> Tensor:
+    return torch.tensor(rewards).T
+
+
+def test_worked_numbers_of_gdpo() -> None:
+    scores = columns(FIRST, SECOND)
+    sample = gdpo(scores, one_group(4), [1.0, 1.0], epsilon=1e-4, ddof=1)
+    assert sample.tolist() == pytest.approx([-0.72657684, -0.49060588, -0.25463493, 1.47181764], abs=1e-6)
+    population = gdpo(scores, one_group(4), [1.0, 1.0], epsilon=1e-6)
+    assert population.tolist() == pytest.approx([-0.83890298, -0.56654175, -0.29418052, 1.69962525], abs=1e-6)
+
+
+def test_gdpo_leaves_out_what_is_missing() -> None:
+    scores = columns([*FIRST, math.nan, 9.0], [*SECOND, math.nan, math.nan])
+    advantages = gdpo(scores, one_group(6), [1.0, 1.0])
+    assert advantages[4] == 0.0 and bool(advantages.isfinite().all()) and advantages[5] > 0
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([0.0] * 4, [-0.4472126] * 4),
+        ([1.0, 0.0, 0.0, 0.0], [1.09544312, -0.73029541, -0.73029541, -0.73029541]),
+        ([1.0] * 4, [0.0] * 4),
+    ],
+)
+def test_worked_numbers_of_ngrpo(scores: list[float], expected: list[float]) -> None:
+    assert ngrpo(torch.tensor(scores), one_group(4)).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_worked_numbers_of_log_taming() -> None:
+    tamed = log_tamed(columns(FIRST, SECOND))
+    assert tamed[:, 0].tolist() == pytest.approx([math.log(1 + value) for value in FIRST])
+    assert tamed[:, 1].tolist() == pytest.approx(SECOND)
+    z = group_advantages(tamed.sum(1), one_group(4), epsilon=1e-6)
+    assert z.tolist() == pytest.approx([-1.20112911, -0.43759432, 0.10414224, 1.53458118], abs=1e-6)
+    with pytest.raises(ValueError, match="must be above -1: shift or rescale it"):
+        log_tamed(columns([-1.0, 5.0, 1.0], [1.0, 1.0, 1.0]))
+
+
+def test_worked_numbers_of_correlation_weighting() -> None:
+    scores = columns(FIRST, [2.0, 4.0, 6.0, 12.0], [3.0, 1.0, 2.0, 0.0])
+    advantages = correlation_weighted(scores, one_group(4))
+    assert advantages.tolist() == pytest.approx([0.75903594, -0.46831406, 0.33913281, -0.62985469], abs=1e-6)
+    alone = correlation_weighted(scores[:, :1], one_group(4))
+    assert alone.tolist() == pytest.approx(group_advantages(scores[:, 0], one_group(4), epsilon=0.0).tolist(), abs=1e-6)
+
+
+def test_a_missing_score_is_not_a_score_of_minus_one() -> None:
+    scores = columns([math.nan, 0.0, 1.0], [-1.0, 0.0, 1.0])
+    advantages = correlation_weighted(scores, one_group(3))
+    assert bool(advantages.isfinite().all()) and advantages[0] == pytest.approx(-math.sqrt(1.5), abs=1e-6)
+
+
+def test_win_rates_by_hand() -> None:
+    nan = math.nan
+    wins = torch.tensor([[nan, 1.0, 1.0], [0.0, nan, nan], [0.0, nan, nan]])
+    assert win_rates(wins).tolist() == pytest.approx([1.0, 0.25, 0.25])
+    assert float(win_rates(wins).sum()) == pytest.approx(1.5)  # as many as there are pairs, over G - 1
+    with pytest.raises(ValueError, match=r"wins must be \(G, G\)"):
+        win_rates(torch.zeros(3, 2))
+
+
+def test_leave_one_out_by_hand() -> None:
+    scores = torch.tensor([1.0, 2.0, 6.0, math.nan, 5.0])
+    advantages = leave_one_out(scores, torch.tensor([0, 0, 0, 0, 1]))
+    assert advantages.tolist() == pytest.approx([1 - 4.0, 2 - 3.5, 6 - 1.5, 0.0, 0.0])
+
+
+def test_worked_numbers_of_step_gains() -> None:
+    scores = torch.tensor([[0.2, 0.25, 0.2, 0.5], [0.2, 0.3, 0.45, 0.4]])
+    gains = step_gains(scores)
+    torch.testing.assert_close(gains, torch.tensor([[0.05, -0.05, 0.3], [0.1, 0.15, -0.05]]))
+    torch.testing.assert_close(gains.sum(1), torch.tensor([0.3, 0.2]))
+    assert torch.equal(step_gains(scores[..., None].expand(-1, -1, 2))[..., 1], gains)
+    with pytest.raises(ValueError, match=r"\(B, S \+ 1\)"):
+        step_gains(scores[:, :1])
+
+
+def test_each_step_is_normalised_within_its_group() -> None:
+    gains = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    advantages = stepwise_advantages(gains, group)
+    for step in range(3):
+        assert torch.equal(advantages[:, step], group_advantages(gains[:, step], group))
+
+
+def test_rounding_errors_of_a_step_do_not_become_advantages() -> None:
+    gains = torch.tensor([[1.0, 1e-4], [-1.0, 0.0], [0.5, -1e-4], [-0.5, 0.0]])
+    floored = stepwise_advantages(gains, one_group(4), floor=0.01)
+    assert 0 < float(floored[:, 1].abs().max()) < 2e-2 and float(floored[:, 0].abs().max()) > 1
+    assert float(stepwise_advantages(gains, one_group(4), floor=0.0)[:, 1].abs().max()) > 0.5
+
+
+def test_a_step_below_the_resolution_of_the_scores_gets_exactly_zero() -> None:
+    before = torch.rand(6, 1, generator=torch.Generator().manual_seed(0)) / 2 + 0.3
+    middle = before.roll(1, 0)
+    rounding = torch.tensor([[1.0], [0.0], [-1.0], [1.0], [-1.0], [0.0]]) * 2.0**-23
+    gains = step_gains(torch.cat([before, middle, middle + rounding], dim=1))
+    for floor in (0.0, 0.01):
+        advantages = stepwise_advantages(gains, one_group(6), floor)
+        assert torch.equal(advantages[:, 1], torch.zeros(6)) and bool((advantages[:, 0] != 0).all())
+
+
+def test_a_missing_gain_is_missing_at_its_step_only() -> None:
+    gains = torch.tensor([[1.0, 0.5], [2.0, math.nan], [3.0, 0.2], [6.0, 0.1]])
+    advantages = stepwise_advantages(gains, one_group(4))
+    assert advantages[:, 0].tolist() == pytest.approx(GRPO, abs=1e-6)
+    assert advantages[1, 1] == 0.0 and bool((advantages[[0, 2, 3], 1] != 0).all())
+    nothing = stepwise_advantages(torch.full((3, 2), math.nan), one_group(3))
+    assert torch.equal(nothing, torch.zeros(3, 2))
+
+
+def test_variants_give_exactly_zero_to_a_group_without_spread() -> None:
+    scores = columns([0.1] * 3 + [1.0, 2.0, 6.0], [0.3] * 3 + [2.0, 4.0, 1.0])
+    group = torch.tensor([0] * 3 + [1] * 3)
+    for advantages in (
+        gdpo(scores, group, [1.0, 0.5]),
+        correlation_weighted(scores, group),
+        leave_one_out(scores[:, 0], group),
+    ):
+        assert torch.equal(advantages[:3], torch.zeros(3)) and bool((advantages[3:] != 0).any())
+
+
+def test_variants_do_not_depend_on_the_order_of_samples() -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores, order = torch.rand(12, 3, generator=generator), torch.randperm(12, generator=generator)
+    scores[3, 1] = math.nan
+    group = torch.tensor([5] * 4 + [0] * 8)
+    shuffled, keys = scores[order], group[order]
+    torch.testing.assert_close(gdpo(shuffled, keys, [1, 2, 3]), gdpo(scores, group, [1, 2, 3])[order])
+    torch.testing.assert_close(correlation_weighted(shuffled, keys), correlation_weighted(scores, group)[order])
+    torch.testing.assert_close(ngrpo(shuffled[:, 1], keys), ngrpo(scores[:, 1], group)[order])
+    torch.testing.assert_close(leave_one_out(shuffled[:, 1], keys), leave_one_out(scores[:, 1], group)[order])
+    assert gdpo(scores, group, [0.0, 1.0, 0.0])[3] == ngrpo(scores[:, 1], group)[3] == 0.0
+
+
+def test_variants_with_a_z_score_are_clipped() -> None:
+    scores = torch.zeros(101)
+    scores[0] = 1.0
+    assert gdpo(scores[:, None], one_group(101), [1.0]).max() == ngrpo(scores, one_group(101)).max() == 5.0
+    assert gdpo(scores[:, None], one_group(101), [1.0], clip=None).max() > 9
+    assert ngrpo(scores, one_group(101), clip=None).max() > 7
+
+
+def test_conflicting_rewards_count_more_and_a_dead_one_least() -> None:
+    rising = [1.0, 2.0, 3.0, 4.0]
+    scores = columns(rising, rising, rising[::-1], [0.7] * 4)
+    advantages = correlation_weighted(scores, one_group(4), temperature=0.1)
+    assert bool((advantages.diff() < 0).all())  # the one that falls outweighs the two that rise
+    torch.testing.assert_close(
+        correlation_weighted(scores[:, :2], one_group(4)), group_advantages(scores[:, 0], one_group(4), epsilon=0.0)
+    )
+
+
+def test_shapes_of_the_variants_are_checked() -> None:
+    scores, group = torch.rand(4, 2), one_group(4)
+    for weights in ([1.0], [1.0, 1.0, 1.0]):
+        with pytest.raises(ValueError, match="one weight per column"):
+            gdpo(scores, group, weights)
+    with pytest.raises(ValueError, match=r"scores must be \(B, K\)"):
+        log_tamed(scores[:, 0])
+    with pytest.raises(ValueError, match=r"scores must be \(B, K\)"):
+        correlation_weighted(scores[:, 0], group)
+    with pytest.raises(ValueError, match="scores and group"):
+        correlation_weighted(scores, group[:3])
+    with pytest.raises(ValueError, match=r"gains must be \(B, S\)"):
+        stepwise_advantages(scores[:, 0], group)

@@ -5,7 +5,15 @@ import torch
 from torch import Tensor
 
 from genalign.dynamics import CPS, ODE, DanceSDE, FlowSDE, Kernel, Transition, transition
-from genalign.objectives import KLForm, clip_fraction, clipped_surrogate, kl_penalty
+from genalign.objectives import (
+    KLForm,
+    clip_fraction,
+    clipped_surrogate,
+    dppo_mask,
+    guarded_log_ratio,
+    kl_penalty,
+    noise_weights,
+)
 from genalign.paths import FlowPath
 from genalign.types import NoiseStep
 
@@ -143,3 +151,63 @@ def test_inputs_are_checked() -> None:
             torch.zeros(2, 1),
             two_steps(),
         )
+
+
+def test_worked_numbers_of_the_guard() -> None:
+    noise = torch.tensor([[0.5, -1.0, 0.25, 2.0]], dtype=torch.float64)
+    moved = torch.tensor([[0.01, -0.02, 0.005, 0.015]], dtype=torch.float64)
+    old = Transition(torch.zeros_like(noise), torch.tensor(0.2, dtype=torch.float64))
+    new = Transition(moved, old.std)
+    x_next = old.sample(noise)
+    assert float(new.log_ratio(old, x_next)) == pytest.approx(0.06796875, abs=1e-9)
+    assert float(new.kl(old)) == pytest.approx(0.00234375, abs=1e-9)
+    assert float(guarded_log_ratio(new, old, x_next)) == pytest.approx(0.0140625, abs=1e-9)
+
+
+def test_the_guard_is_of_each_sample_and_of_one_scale_at_all_steps() -> None:
+    noise, moved = randn(3, 2, 5, seed=0), 1e-3 * randn(3, 2, 5, seed=1)
+    std = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64).view(3, 1, 1)
+    old = Transition(torch.zeros_like(noise), std)
+    ratio = guarded_log_ratio(Transition(moved, std), old, old.sample(noise))
+    torch.testing.assert_close(ratio, (noise * moved).mean((1, 2)))
+    assert torch.equal(guarded_log_ratio(old, old, old.sample(noise)), torch.zeros(3, dtype=torch.float64))
+
+
+def test_the_mask_drops_only_what_moves_further_away() -> None:
+    log_ratio = torch.tensor([0.1, 0.1, -0.1, -0.1, 0.1])
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    kl = torch.tensor([1.0, 1.0, 1.0, 1.0, 1e-6])
+    assert dppo_mask(log_ratio, kl, advantages, 1e-5).tolist() == [False, True, True, False, True]
+
+
+def test_noise_weights_are_those_of_the_published_grid() -> None:
+    sigmas = [1.0, 0.96013, 0.91335, 0.85769, 0.79037, 0.70728, 0.60215, 0.46488, 0.27805, 0.00893]
+    sigma = torch.tensor(sigmas, dtype=torch.float64)
+    step = NoiseStep(sigma[:-1], 1 - sigma[:-1], sigma[:-1], torch.arange(9), 1 - sigma[1:], sigma[1:])
+    weights = noise_weights(FlowSDE(0.7)(step).s)
+    expected = [1.577, 1.673, 1.208, 1.004, 0.882, 0.795, 0.719, 0.635, 0.508]
+    assert weights.tolist() == pytest.approx(expected, abs=2e-3)
+    assert float(weights.mean()) == pytest.approx(1.0)
+    torch.testing.assert_close(weights, 2.25 * FlowSDE(0.7)(step).s, rtol=2e-3, atol=0.0)  # the published constant
+    for std in (torch.tensor([0.7, 0.0]), torch.ones(2, 1)):
+        with pytest.raises(ValueError, match=r"std must be \(S,\) and positive"):
+            noise_weights(std)
+
+
+def test_the_guarded_ratio_is_symmetric_where_the_plain_one_leans_to_below_zero() -> None:
+    noise, moved = randn(4000, 4, seed=0), 0.3 * randn(4000, 4, seed=1)
+    std = torch.tensor(0.5, dtype=torch.float64)
+    old, new = Transition(torch.zeros_like(moved), std), Transition(moved, std)
+    x_next = old.sample(noise)
+    plain, guarded = new.log_ratio(old, x_next), guarded_log_ratio(new, old, x_next)
+    error = float(guarded.std()) / math.sqrt(4000)
+    assert abs(float(guarded.mean())) < 4 * error
+    assert float(plain.mean()) == pytest.approx(-(0.3**2) / (2 * 0.5**2), abs=4 * float(plain.std()) / math.sqrt(4000))
+
+
+def test_the_mask_wants_one_entry_per_sample() -> None:
+    for kl, advantages in ((torch.zeros(3, 1), torch.zeros(3)), (torch.zeros(3), torch.zeros(1))):
+        with pytest.raises(ValueError, match="must both be"):
+            dppo_mask(torch.zeros(3), kl, advantages, 1e-5)
+    tiny = torch.full((1,), 1e-30)
+    assert dppo_mask(tiny, torch.ones(1), tiny, 1e-5).tolist() == [False]  # their product is 0 in float32

@@ -8,9 +8,10 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import decode_image
 
 from genalign.evaluation import load_evaluation
 from genalign.types import Prompt
@@ -49,8 +50,15 @@ def evaluation_diversity(folder: Path) -> dict[str, float]:
     if made.protocol.suite not in SUITES or any(record.image is None for record in made.records):
         return {}
     known = {prompt.text: prompt for prompt in prompts(made.protocol.suite).prompts}
-    images = torch.stack([decode_image(str(folder / str(record.image))) / 255 for record in made.records])
+    images = torch.stack([read_image(folder / str(record.image)) for record in made.records])
     return asdict(diversity(images, [known[record.prompt] for record in made.records]))
+
+
+def read_image(path: Path) -> Tensor:
+    """An image file as (3, H, W) in [0, 1]."""
+    with Image.open(path) as image:
+        pixels = np.array(image.convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
 def _cell(item: Detection) -> tuple[int, int]:

@@ -1,0 +1,92 @@
+"""Credit: from a round's outcome to what each sample, or each of its steps, is worth to the objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from genalign.advantages import combine, gdpo, group_advantages, step_gains, stepwise_advantages
+from genalign.demonstrations import Criterion, Demonstrations, elementwise, greedy_swap, paired_halves
+from genalign.learning import Outcome
+from genalign.types import SetReward
+
+
+@dataclass(frozen=True)
+class GroupRelative:
+    """The weighted sum of the rewards, normalised within the group: GRPO's advantages (B,)."""
+
+    std: Literal["group", "global"] = "group"
+
+    def __call__(self, outcome: Outcome) -> Tensor:
+        return group_advantages(outcome.combined, outcome.group, std=self.std)
+
+
+@dataclass(frozen=True)
+class NormalisedSum:
+    """Each reward normalised within the group before they are summed: GDPO's advantages (B,)."""
+
+    def __call__(self, outcome: Outcome) -> Tensor:
+        return gdpo(outcome.scores, outcome.group, outcome.weights)
+
+
+@dataclass(frozen=True)
+class RewardGain:
+    """What each step added to the reward of the ODE completion, normalised within the group at each step: DenseGRPO's
+    advantages (B, S). ``floor`` is the least standard deviation of a step's gains, in units of the rewards' own."""
+
+    floor: float
+
+    def __call__(self, outcome: Outcome) -> Tensor:
+        if outcome.stepwise is None:
+            raise ValueError("step-wise gains need scores of completions: give the recipe a completion")
+        samples, boundaries, rewards = outcome.stepwise.shape
+        combined = combine(outcome.stepwise.reshape(-1, rewards), outcome.weights).view(samples, boundaries)
+        return stepwise_advantages(step_gains(combined), outcome.group, self.floor)
+
+
+@dataclass(frozen=True)
+class PlainReward:
+    """The weighted sum of the rewards as it is (B,)."""
+
+    def __call__(self, outcome: Outcome) -> Tensor:
+        return outcome.combined
+
+
+@dataclass(frozen=True)
+class BestAndWorst:
+    """+1 for the best and -1 for the worst sample of each prompt, 0 for the others (B,): DRAGON's demonstrations for
+    rewards of single samples. A prompt whose samples differ by no more than ``tolerance`` gets 0."""
+
+    tolerance: float = 0.0
+
+    def __call__(self, outcome: Outcome) -> Tensor:
+        return signs(elementwise(outcome.combined, outcome.group, self.tolerance), len(outcome.group))
+
+
+@dataclass(frozen=True)
+class SetContrast:
+    """+1 for the samples of the set D+ and -1 for those of D- (B,), two sets with the same prompts that exchange
+    members until ``reward`` tells them apart best: DRAGON's demonstrations for rewards of whole sets."""
+
+    reward: SetReward
+    criterion: Criterion = "plus"
+    passes: int = 1
+
+    def __call__(self, outcome: Outcome) -> Tensor:
+        if outcome.features is None:
+            raise ValueError("a set reward needs features of the samples: give the recipe a feature function")
+        halves = paired_halves(outcome.group)
+        first, second = outcome.features[halves.first], outcome.features[halves.second]
+        split = greedy_swap(first, second, self.reward, self.criterion, self.passes)
+        return signs(split.demonstrations(halves), len(outcome.group))
+
+
+def signs(demonstrations: Demonstrations, samples: int) -> Tensor:
+    """+1 for winners, -1 for losers and 0 for the rest, (samples,) float32."""
+    credit = torch.zeros(samples)
+    credit[demonstrations.winners] = 1.0
+    credit[demonstrations.losers] = -1.0
+    return credit

@@ -1,0 +1,271 @@
+"""Positive and negative demonstrations from on-policy samples (DRAGON, arXiv 2504.15217).
+
+For a reward of single samples the better of two is positive. A reward of a whole set has no better one: there, two sets
+of samples with the same prompts exchange members as long as that makes one of them better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from genalign.types import SetReward
+
+Criterion = Literal["plus", "gap"]
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """M pairs of samples of one prompt each, as indices (M,) long into a batch: ``winners`` form D+, ``losers`` D-."""
+
+    winners: Tensor
+    losers: Tensor
+
+    def __post_init__(self) -> None:
+        _require_indices(self.winners, self.losers)
+
+    def __len__(self) -> int:
+        return len(self.winners)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Two disjoint sets of samples, as indices (n,) long into a batch, with the same prompt at every position."""
+
+    first: Tensor
+    second: Tensor
+
+    def __post_init__(self) -> None:
+        _require_indices(self.first, self.second)
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+def elementwise(scores: Tensor, group: Tensor, tolerance: float = 0.0) -> Demonstrations:
+    """The best and the worst sample of every prompt, for scores (B,) and prompt indices ``group`` (B,) long.
+
+    A prompt is left out where those two differ by no more than ``tolerance``, or where fewer than two scores are not
+    NaN; so M may be 0. Of equal scores the first counts.
+    """
+    if scores.shape != group.shape:
+        raise ValueError(f"scores and group must both be (B,), not {tuple(scores.shape)} and {tuple(group.shape)}")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be 0 or more, not {tolerance}")
+    if bool(scores.isinf().any()):
+        raise ValueError("scores must not be infinite; a reward that failed is NaN")
+    valid = ~scores.isnan()
+    winners, losers = [], []
+    for members in _members(group):
+        members = members[valid[members]]
+        if len(members) < 2:
+            continue
+        values = scores[members]
+        if float(values.max() - values.min()) > tolerance:
+            winners.append(members[values.argmax()])
+            losers.append(members[values.argmin()])
+    empty = group.new_zeros(0)
+    return Demonstrations(torch.stack(winners) if winners else empty, torch.stack(losers) if losers else empty)
+
+
+def paired_halves(group: Tensor) -> Halves:
+    """The first and the second half of every prompt's samples, for prompt indices ``group`` (B,) long in any order.
+
+    A prompt's samples keep their order; of an odd number, the last is left out. ValueError where no prompt has two.
+    """
+    first, second = [], []
+    for members in _members(group):
+        half = len(members) // 2
+        first.append(members[:half])
+        second.append(members[half : 2 * half])
+    if not any(len(part) for part in first):
+        raise ValueError("no prompt has two samples: sample groups of 2 or more")
+    return Halves(torch.cat(first), torch.cat(second))
+
+
+class SetStatistic(Protocol):
+    """The reward of a set of n samples as its members are replaced one by one; features are float64 on the CPU."""
+
+    @property
+    def value(self) -> float:
+        """The reward of the set."""
+
+    @property
+    def resolution(self) -> float:
+        """What the rewards of two sets that differ in one member must differ by to be told apart."""
+
+    def swapped(self, index: int, new: Tensor) -> float:
+        """What the reward would be with the features ``new`` (d,) at place ``index``; the set stays as it is."""
+
+    def swap(self, index: int, new: Tensor) -> None:
+        """Replace the member at ``index``."""
+
+    def settle(self) -> None:
+        """Make ``resolution`` as small as it gets, where it has grown by ``swap``."""
+
+
+@runtime_checkable
+class IncrementalReward(Protocol):
+    """A ``SetReward`` that knows a cheaper way than scoring the set anew when one member is replaced."""
+
+    def __call__(self, features: Tensor) -> float:
+        """The reward of a set (n, d)."""
+
+    def statistic(self, features: Tensor) -> SetStatistic:
+        """The same of a set (n, d) that will change."""
+
+
+def set_statistic(reward: SetReward, features: Tensor) -> SetStatistic:
+    """The reward's own ``statistic`` of features (n, d), or else one that scores the whole set every time."""
+    features = features.detach().cpu().double()
+    return reward.statistic(features) if isinstance(reward, IncrementalReward) else Rescored(reward, features)
+
+
+class Rescored:
+    """A ``SetStatistic`` of any ``SetReward``, at the cost of one call per replacement tried."""
+
+    def __init__(self, reward: SetReward, features: Tensor) -> None:
+        self._reward, self._features = reward, features.clone()
+        self._value = float(reward(self._features))
+
+    @property
+    def value(self) -> float:
+        return self._value
+
+    @property
+    def resolution(self) -> float:
+        return 1e-9 * abs(self._value)
+
+    def swapped(self, index: int, new: Tensor) -> float:
+        features = self._features.clone()
+        features[index] = new
+        return float(self._reward(features))
+
+    def swap(self, index: int, new: Tensor) -> None:
+        self._features[index] = new
+        self._value = float(self._reward(self._features))
+
+    def settle(self) -> None:
+        """Nothing to do."""
+
+
+@dataclass(frozen=True)
+class SetSplit:
+    """How n pairs were divided: D+ holds the second of pair i where ``from_second[i]`` (n,), else the first.
+
+    ``first`` and ``second`` are the rewards of the sets that came in, ``plus`` and ``minus`` those of D+ and D-.
+    """
+
+    from_second: Tensor
+    first: float
+    second: float
+    plus: float
+    minus: float
+
+    def demonstrations(self, halves: Halves) -> Demonstrations:
+        """The division as indices into the batch that ``halves`` points into."""
+        if len(halves) != len(self.from_second):
+            raise ValueError(f"divided {len(self.from_second)} pairs, got indices of {len(halves)}")
+        mine = self.from_second.to(halves.first.device)
+        return Demonstrations(
+            torch.where(mine, halves.second, halves.first), torch.where(mine, halves.first, halves.second)
+        )
+
+
+def greedy_swap(
+    first: Tensor, second: Tensor, set_reward: SetReward, criterion: Criterion = "plus", passes: int = 1, seed: int = 0
+) -> SetSplit:
+    """Divide n pairs of samples into a set D+ of high and a set D- of low ``set_reward``, by features (n, d) each.
+
+    Begins with the better of the two sets as D+, visits the pairs in an order drawn from ``seed``, and exchanges the
+    two samples of a pair where that raises the reward of D+ ("plus") or its lead over D- ("gap"); never at a tie. Stops
+    after ``passes``, or after one without an exchange. Every prompt stays once in either set. The published account of
+    DRAGON that was available does not state its criterion; this greedy rule gives the order of its Table 5.
+
+    Raises:
+        ValueError: fewer than 2 pairs, or a reward of the two sets that is not finite.
+    """
+    _require_pairs(first, second)
+    if criterion not in ("plus", "gap") or passes < 1:
+        raise ValueError(f'criterion must be "plus" or "gap" and passes 1 or more, not {criterion!r} and {passes}')
+    features = torch.stack([first.detach().cpu().double(), second.detach().cpu().double()])
+    start = [float(set_reward(side)) for side in features]
+    if not all(math.isfinite(value) for value in start):
+        raise ValueError(f"the set reward is not finite: {start[0]} and {start[1]} for the two sets")
+    source = torch.full((len(first),), start[1] > start[0])
+    generator = torch.Generator().manual_seed(seed)
+    exchange = _Exchange(features, source, set_reward, criterion)
+    for _ in range(passes):
+        if not exchange.visit(torch.randperm(len(first), generator=generator).tolist()):
+            break
+    place = torch.arange(len(first))
+    plus, minus = (float(set_reward(features[side.long(), place])) for side in (source, ~source))
+    return SetSplit(source, start[0], start[1], plus, minus)
+
+
+class _Exchange:
+    """Two sets with paired members. ``source`` (n,) bool, which side of the pairs (2, n, d) is in D+, is changed."""
+
+    def __init__(self, pairs: Tensor, source: Tensor, reward: SetReward, criterion: Criterion) -> None:
+        self.pairs, self.source = pairs, source
+        place = torch.arange(len(source))
+        self.statistics = [set_statistic(reward, pairs[source.long(), place])]
+        if criterion == "gap":
+            self.statistics.append(set_statistic(reward, pairs[(~source).long(), place]))
+
+    def visit(self, order: Sequence[int]) -> int:
+        """Exchange where it helps; how often it did."""
+        return sum(self._try(index) for index in order)
+
+    def _try(self, index: int) -> bool:
+        gain = self._gain(index)
+        if abs(gain) <= self._resolution():
+            for statistic in self.statistics:
+                statistic.settle()
+            gain = self._gain(index)
+        better = gain > self._resolution()
+        if better:
+            for statistic, new in zip(self.statistics, self._incoming(index), strict=False):
+                statistic.swap(index, new)
+            self.source[index] = ~self.source[index]
+        return better
+
+    def _gain(self, index: int) -> float:
+        """What an exchange adds to the reward of D+, or to its lead over D-."""
+        pairs = zip(self.statistics, self._incoming(index), strict=False)
+        gains = [statistic.swapped(index, new) - statistic.value for statistic, new in pairs]
+        return gains[0] - sum(gains[1:])
+
+    def _incoming(self, index: int) -> tuple[Tensor, Tensor]:
+        """The features that would come into D+ and into D-."""
+        side = int(self.source[index])
+        return self.pairs[1 - side, index], self.pairs[side, index]
+
+    def _resolution(self) -> float:
+        return sum(statistic.resolution for statistic in self.statistics)
+
+
+def _members(group: Tensor) -> list[Tensor]:
+    """Indices of the samples of every prompt, prompts ascending, samples in their order."""
+    if group.ndim != 1 or group.dtype != torch.long:
+        raise TypeError(f"group must hold prompt indices (B,) of torch.long, not {tuple(group.shape)} {group.dtype}")
+    sizes = torch.unique(group, return_counts=True)[1]
+    return list(torch.split(torch.argsort(group, stable=True), sizes.tolist()))
+
+
+def _require_indices(one: Tensor, other: Tensor) -> None:
+    if one.ndim != 1 or one.shape != other.shape or one.dtype != torch.long or other.dtype != torch.long:
+        raise ValueError(f"indices must be two (M,) tensors of torch.long, not {one.shape} and {other.shape}")
+
+
+def _require_pairs(first: Tensor, second: Tensor) -> None:
+    if first.ndim != 2 or first.shape != second.shape:
+        shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
+        raise ValueError(f"features must be (n, d) of paired samples, not {shapes}")
+    if len(first) < 2:
+        raise ValueError(f"a set reward needs 2 pairs of samples or more, got {len(first)}: sample more prompts")

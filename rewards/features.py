@@ -1,0 +1,89 @@
+"""Image features of frozen backbones: for discriminators, Fréchet distances and diversity."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from rewards.clip import Features, Preparation, load_clip
+
+__all__ = ["ClipFeatures", "Dinov2Features", "Features", "PatchFeatures"]
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@runtime_checkable
+class PatchFeatures(Protocol):
+    """A feature function that also tells features of image patches."""
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        """Global features (B, d)."""
+
+    def features(self, samples: Tensor) -> Features:
+        """Global and patch features from one pass."""
+
+
+@dataclass(frozen=True)
+class ClipFeatures:
+    """CLIP's image embedding, and its patch tokens brought into the same space; neither is normalised.
+
+    ``model`` and ``processor`` are those of ``rewards.clip.load_clip``; opened at the first call, frozen, float32.
+    """
+
+    model: str
+    processor: str | None = None
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        """Embeddings (B, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
+        embedding: Tensor = load_clip(self.model, self.processor).to(samples.device)(samples)
+        return embedding
+
+    def features(self, samples: Tensor) -> Features:
+        """Embeddings (B, d) and patches (B, n, d). Raises ValueError where the tower is no vision transformer."""
+        return load_clip(self.model, self.processor).to(samples.device).features(samples)
+
+
+@dataclass(frozen=True)
+class Dinov2Features:
+    """DINOv2's class and patch tokens after the final norm (Adv-GRPO, arXiv 2511.20256, section 4.3).
+
+    ``model`` is a transformers folder or Hub id, such as facebook/dinov2-base; ``size`` the side in pixels that images
+    get, a multiple of the patch size, by default that of the checkpoint (518). Opened at the first call, frozen,
+    float32.
+    """
+
+    model: str
+    size: int | None = None
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        """Class tokens (B, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
+        return self.features(samples).global_
+
+    def features(self, samples: Tensor) -> Features:
+        """Class tokens (B, d) and patch tokens (B, n, d)."""
+        network = _load_dinov2(self.model).to(samples.device)
+        tokens = network(self._preparation(network.config)(samples)).last_hidden_state
+        return Features(tokens[:, 0], tokens[:, 1:])
+
+    def _preparation(self, config: Any) -> Preparation:
+        size = self.size or int(config.image_size)
+        if size % config.patch_size:
+            raise ValueError(
+                f"size {size} is not a multiple of the patch size {config.patch_size}: try"
+                f" {max(1, size // config.patch_size) * config.patch_size}"
+            )
+        return Preparation((size, size), *_IMAGENET)
+
+
+@functools.cache
+def _load_dinov2(model: str) -> Any:
+    from transformers import AutoConfig, Dinov2Model
+
+    kind = AutoConfig.from_pretrained(model).model_type
+    if kind != "dinov2":
+        raise ValueError(f"{model} is a {kind} checkpoint, not DINOv2: give a DINOv2 folder or Hub id")
+    return Dinov2Model.from_pretrained(model, dtype=torch.float32).requires_grad_(False).eval()

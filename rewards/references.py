@@ -1,0 +1,224 @@
+"""Reference images: what a discriminator takes for real."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from genalign.types import Prompt
+from rewards.clip import resize
+
+_SUFFIXES = {".png", ".jpg", ".jpeg"}
+_PROMPTS = "prompts.jsonl"
+
+
+class Images(Protocol):
+    """Numbered images."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, rows: Sequence[int]) -> Tensor:
+        """Images (n, 3, H, W) in [0, 1], float32 on the CPU."""
+
+
+class References(Protocol):
+    """Images, and which of them a sample of a prompt is compared with."""
+
+    @property
+    def images(self) -> Images:
+        """Every reference."""
+
+    def rows(self, prompt: Prompt) -> Sequence[int]:
+        """The numbers of the references for ``prompt``; hashable."""
+
+    def draw(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Tensor:
+        """One reference for each of B prompts, (B, 3, H, W)."""
+
+
+class ImageTensor:
+    """Images (N, 3, H, W) in [0, 1] held in memory. Raises ValueError for another shape, integers, or N = 0."""
+
+    def __init__(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"reference images must be floats (N, 3, H, W) in [0, 1], not {images.dtype} of shape"
+                f" {tuple(images.shape)}"
+            )
+        if not len(images):
+            raise ValueError("there are no reference images: give at least one")
+        self._images = images.detach().float().cpu()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def load(self, rows: Sequence[int]) -> Tensor:
+        """The images of these rows."""
+        return self._images[list(rows)]
+
+
+class ImageFolder:
+    """PNG and JPEG files anywhere under ``folder``, read when they are needed; ``size`` (height, width) squashes them.
+
+    ``names`` are relative to the folder and sorted; hidden files and prompts.jsonl are left out. Raises ValueError for
+    a folder without images, or with files that are none; FileNotFoundError where there is no folder.
+    """
+
+    def __init__(self, folder: str | Path, size: tuple[int, int] | None = None) -> None:
+        self.folder, self.size = Path(folder), size
+        self.names = _image_names(self.folder)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def load(self, rows: Sequence[int]) -> Tensor:
+        """The images of these rows. Raises ValueError for an unreadable file, or for different sizes."""
+        images = [_read(self.folder / self.names[row]) for row in rows]
+        if self.size is not None:
+            images = [resize(image, self.size) for image in images]
+        for row, image in zip(rows, images, strict=True):
+            if image.shape != images[0].shape:
+                height, width = images[0].shape[-2:]
+                raise ValueError(
+                    f"the references in {self.folder} have different sizes ({self.names[row]} is not {width} x"
+                    f" {height}): give size=(height, width)"
+                )
+        return torch.cat(images)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Any reference for any prompt: a style, or a distribution (Adv-GRPO, arXiv 2511.20256, section 4.5)."""
+
+    images: Images
+
+    @classmethod
+    def of(cls, images: Tensor) -> Pool:
+        """Images (N, 3, H, W) in [0, 1]."""
+        return cls(ImageTensor(images))
+
+    @classmethod
+    def read(cls, folder: str | Path, size: tuple[int, int] | None = None) -> Pool:
+        """Every image of a folder; see ``ImageFolder``."""
+        return cls(ImageFolder(folder, size))
+
+    def rows(self, prompt: Prompt) -> Sequence[int]:
+        """All of them."""
+        return range(len(self.images))
+
+    def draw(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Tensor:
+        """B references (B, 3, H, W), uniformly with replacement."""
+        return self.images.load(torch.randint(len(self.images), (len(prompts),), generator=generator).tolist())
+
+
+class ByPrompt:
+    """References of the same prompt; ``prompts`` has the text of each of ``images``.
+
+    Raises ValueError for another number of texts than of images.
+    """
+
+    def __init__(self, images: Images, prompts: Sequence[str]) -> None:
+        if len(prompts) != len(images):
+            raise ValueError(f"{len(images)} reference images have {len(prompts)} prompts: give one for each")
+        self.images = images
+        rows: dict[str, list[int]] = {}
+        for row, text in enumerate(prompts):
+            rows.setdefault(text, []).append(row)
+        self._rows = {text: tuple(found) for text, found in rows.items()}
+
+    @classmethod
+    def of(cls, images: Mapping[str, Tensor]) -> ByPrompt:
+        """Images (n, 3, H, W) in [0, 1] for each text, all of one size."""
+        if not images:
+            raise ValueError("there are no reference images: give at least one")
+        texts = [text for text, found in images.items() for _ in range(len(found))]
+        return cls(ImageTensor(torch.cat(list(images.values()))), texts)
+
+    @classmethod
+    def read(
+        cls, folder: str | Path, size: tuple[int, int] | None = None, prompts: Mapping[str, str] | None = None
+    ) -> ByPrompt:
+        """The images of a folder (see ``ImageFolder``) by their prompts.
+
+        ``prompts`` gives the text for each file name relative to the folder. Without it they are read from the
+        folder's prompts.jsonl, one object a line: {"file_name": "a/1.png", "prompt": "a red circle"}.
+        """
+        images = ImageFolder(folder, size)
+        texts = dict(prompts) if prompts is not None else _read_prompts(images.folder / _PROMPTS)
+        _require_same(images, texts)
+        return cls(images, [texts[name] for name in images.names])
+
+    def rows(self, prompt: Prompt) -> Sequence[int]:
+        """The references of this prompt. Raises ValueError where there are none."""
+        if prompt.text not in self._rows:
+            raise ValueError(
+                f"there is no reference for the prompt {prompt.text!r}: add images of it, or compare with references"
+                " of any prompt by Pool in place of ByPrompt"
+            )
+        return self._rows[prompt.text]
+
+    def draw(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Tensor:
+        """A reference of each prompt, (B, 3, H, W), uniformly with replacement."""
+        choices = [self.rows(prompt) for prompt in prompts]
+        drawn = torch.rand(len(choices), generator=generator, dtype=torch.float64).tolist()
+        return self.images.load([rows[int(u * len(rows))] for rows, u in zip(choices, drawn, strict=True)])
+
+
+def _image_names(folder: Path) -> tuple[str, ...]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: give the folder of the reference images")
+    found = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    files = [path for path in found if path.name != _PROMPTS and not path.name.startswith(".")]
+    other = [path for path in files if path.suffix.lower() not in _SUFFIXES]
+    if other:
+        more = f" and {len(other) - 1} more files of another kind" if len(other) > 1 else ""
+        raise ValueError(f"expected images (PNG or JPEG) in {folder}, found {other[0]}{more}: keep them elsewhere")
+    if not files:
+        raise ValueError(f"{folder} has no images: put PNG or JPEG references there")
+    return tuple(path.as_posix() for path in files)
+
+
+def _read(path: Path) -> Tensor:
+    """One image (1, 3, H, W) in [0, 1]."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as file:
+            pixels = np.array(file.convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"expected an image (PNG or JPEG), but {path} cannot be read as one: {error}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+
+
+def _read_prompts(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: write a line with file_name and prompt for each image, give prompts=, or use Pool"
+        )
+    texts = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            texts[str(row["file_name"])] = str(row["prompt"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{path}, line {number}: expected an object with "file_name" and "prompt", found {line[:80]!r}'
+            ) from error
+    return texts
+
+
+def _require_same(images: ImageFolder, texts: Mapping[str, str]) -> None:
+    without = [name for name in images.names if name not in texts]
+    if without:
+        raise ValueError(
+            f"{len(without)} images in {images.folder} have no prompt, such as {without[0]}: name them in"
+            f" {_PROMPTS}, or use Pool, which needs no prompts"
+        )
+    absent = sorted(set(texts) - set(images.names))
+    if absent:
+        raise ValueError(f"{len(absent)} files that have a prompt are not in {images.folder}, such as {absent[0]}")

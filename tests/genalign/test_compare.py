@@ -1,0 +1,79 @@
+"""Recipes side by side, and a calibration, from the command line on the tiny pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from genalign.cli import main
+from genalign.config import Compare
+
+BASE = """
+output: {folder}/never
+model: {{path: {model}}}
+recipe: {{class_path: genalign.recipes.flow_grpo, init_args: {{window: 1}}}}
+rewards:
+  partial: {{function: {{class_path: rewards.shapes.ShapesReward, init_args: {{score: partial}}}}}}
+sampling: {{num_steps: 3, sigmas: [1.0, 0.6, 0.3]}}
+training:
+  {{rounds: 50, max_forwards: 60, prompts_per_round: 2, group_size: 2, batch_size: 4, updates_per_round: 1}}
+lora: {{rank: 2}}
+held_out: {{every: 0}}
+before_after: {{prompts: "shapes:len", images_per_task: 2, seeds: 1, batch_size: 6}}
+"""
+
+COMPARE = """
+output: {folder}/compared
+base: base.yaml
+seeds: [3, 4]
+once: [dense]
+runs:
+  flow: {{training: {{learning_rate: 1.0e-3}}}}
+  dense: {{recipe: {{class_path: genalign.recipes.dense_grpo, init_args: {{window: 1}}}}}}
+"""
+
+
+@pytest.fixture
+def source(tiny_folder: Path, tmp_path: Path) -> Path:
+    (tmp_path / "base.yaml").write_text(BASE.format(folder=tmp_path, model=tiny_folder))
+    path = tmp_path / "compare.yaml"
+    path.write_text(COMPARE.format(folder=tmp_path))
+    return path
+
+
+def test_a_comparison_is_written_and_goes_on(source: Path, tmp_path: Path) -> None:
+    assert main(["compare", str(source)]) == 0
+    folder = tmp_path / "compared"
+    standings = {found["name"]: found for found in json.loads((folder / "comparison.json").read_text())}
+    assert standings["flow"]["seeds"] == 2 and standings["dense"]["seeds"] == 1
+    for found in standings.values():
+        assert found["low"] <= found["gain"] <= found["high"] and 60 <= found["forwards"] < 120
+        assert set(found["scores"]) == {"strict", "partial", "relaxed"} and set(found["diversity"]) == {"color", "cell"}
+    page = (folder / "comparison.html").read_text()
+    assert "flow" in page and "dense" in page and "http:" not in page and "https:" not in page
+    kept = (folder / "flow" / "seed-3" / "gain.json").stat().st_mtime_ns
+    (folder / "flow" / "seed-4" / "gain.json").unlink()
+    assert main(["compare", str(source)]) == 0
+    assert (folder / "flow" / "seed-3" / "gain.json").stat().st_mtime_ns == kept
+    assert (folder / "flow" / "seed-4" / "gain.json").is_file()
+
+
+def test_a_calibration_is_written_and_used(source: Path, tmp_path: Path) -> None:
+    base, made = str(tmp_path / "base.yaml"), tmp_path / "psi.json"
+    short = ["--calibration.iterations", "2", "--output", str(made)]
+    assert main(["calibrate", "--config", base, *short]) == 0
+    assert len(json.loads(made.read_text())["levels"]) == 3
+    kernel = f"--recipe.kernel={{class_path: genalign.calibration.calibrated, init_args: {{path: {made}}}}}"
+    run = ["--output", str(tmp_path / "run"), "--before_after", "null", "--training.rounds", "1"]
+    assert main(["train", "--config", base, kernel, *run]) == 0
+    other = ["--sampling.sigmas", "[1.0, 0.5, 0.3]", "--output", str(tmp_path / "other")]
+    assert main(["train", "--config", base, kernel, *other]) == 2
+
+
+def test_impossible_comparisons() -> None:
+    with pytest.raises(ValueError, match="at least one entry in runs and one in seeds"):
+        Compare("out", "base.yaml", {}, [1])
+    with pytest.raises(ValueError, match="once names b, which runs does not have"):
+        Compare("out", "base.yaml", {"a": {}}, [1], ["b"])

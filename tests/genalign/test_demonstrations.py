@@ -1,0 +1,215 @@
+import math
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign.demonstrations import (
+    Criterion,
+    Demonstrations,
+    Halves,
+    Rescored,
+    elementwise,
+    greedy_swap,
+    paired_halves,
+    set_statistic,
+)
+from genalign.divergences import FrechetStatistic, Gaussian, VendiStatistic, frechet_distance, gaussian_distance, vendi
+
+CRITERIA: tuple[Criterion, ...] = ("plus", "gap")
+
+
+class Frechet:
+    """Incremental."""
+
+    def __init__(self, reference: Tensor) -> None:
+        self.gaussian = Gaussian.of(reference)
+
+    def __call__(self, features: Tensor) -> float:
+        return -gaussian_distance(Gaussian.of(features), self.gaussian)
+
+    def statistic(self, features: Tensor) -> FrechetStatistic:
+        return FrechetStatistic(features, self.gaussian)
+
+
+class Diversity:
+    def __call__(self, features: Tensor) -> float:
+        return vendi(features)
+
+    def statistic(self, features: Tensor) -> VendiStatistic:
+        return VendiStatistic(features)
+
+
+def toy(n: int = 64, d: int = 8, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A reference, and two sets of on-policy samples that are off in mean and spread."""
+    generator = torch.Generator().manual_seed(seed)
+    reference = torch.randn(500, d, generator=generator)
+    first, second = (1.2 * torch.randn(2, n, d, generator=generator) + 0.4).unbind(0)
+    return reference, first, second
+
+
+def mean_reward(features: Tensor) -> float:
+    return float(features.mean())
+
+
+def test_elementwise_takes_the_best_and_the_worst_of_a_prompt() -> None:
+    scores = torch.tensor([0.1, 5.0, 0.9, 2.0, 0.5, 2.0, math.nan, 7.0, math.nan, 3.0, math.nan])
+    group = torch.tensor([4, 1, 4, 2, 4, 2, 1, 1, 3, 3, 3])
+    pairs = elementwise(scores, group)  # prompt 2 is tied, prompt 3 has one score
+    assert pairs.winners.tolist() == [7, 2]
+    assert pairs.losers.tolist() == [1, 0]
+    assert elementwise(scores, group, tolerance=1.0).winners.tolist() == [7]
+    assert len(elementwise(scores, group, tolerance=2.0)) == 0
+    ties = elementwise(torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.zeros(4, dtype=torch.long))
+    assert (ties.winners.tolist(), ties.losers.tolist()) == ([0], [1])
+
+
+def test_elementwise_refuses() -> None:
+    group = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"must both be \(B,\)"):
+        elementwise(torch.zeros(3), group)
+    with pytest.raises(ValueError, match="infinite"):
+        elementwise(torch.tensor([math.inf, 0.0]), group)
+    with pytest.raises(ValueError, match="tolerance"):
+        elementwise(torch.zeros(2), group, tolerance=-1.0)
+    with pytest.raises(TypeError, match=r"torch\.long"):
+        elementwise(torch.zeros(2), torch.zeros(2))
+
+
+def test_paired_halves_hold_the_same_prompts() -> None:
+    group = torch.tensor([5, 2, 5, 2, 9, 5, 2, 5, 5, 2])
+    halves = paired_halves(group)
+    assert halves.first.tolist() == [1, 3, 0, 2]
+    assert halves.second.tolist() == [6, 9, 5, 7]
+    assert torch.equal(group[halves.first], group[halves.second])
+    with pytest.raises(ValueError, match="no prompt has two samples"):
+        paired_halves(torch.arange(3))
+
+
+def test_indices_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"two \(M,\) tensors of torch\.long"):
+        Demonstrations(torch.zeros(2, dtype=torch.long), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"two \(M,\) tensors of torch\.long"):
+        Halves(torch.zeros(2), torch.zeros(2))
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_of_table_5(criterion: Criterion, seed: int) -> None:
+    """DRAGON's Table 5: sets built for the distance of the set win on that, samples chosen one by one on their own."""
+    reference, first, second = toy(seed=seed)
+    gaussian = Gaussian.of(reference)
+
+    def own_distance(samples: Tensor) -> Tensor:
+        """Squared Mahalanobis distance."""
+        whitened = torch.linalg.solve(gaussian.factor, (samples.double() - gaussian.mean).T)
+        return whitened.square().sum(0)
+
+    split = greedy_swap(first, second, Frechet(reference), criterion, seed=seed)
+    batch, halves = torch.cat([first, second]), Halves(torch.arange(64), torch.arange(64, 128))
+    by_set = batch[split.demonstrations(halves).winners]
+    by_sample = batch[elementwise(-own_distance(batch), torch.arange(64).repeat(2)).winners]
+    start = min(frechet_distance(first, reference), frechet_distance(second, reference))
+    assert frechet_distance(by_set, reference) < frechet_distance(by_sample, reference) < start
+    assert own_distance(by_sample).mean() < own_distance(by_set).mean() < own_distance(batch).mean()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("reward", [Frechet(toy()[0]), Diversity(), mean_reward])
+def test_exchanges_only_ever_help(criterion: Criterion, reward: Callable[[Tensor], float]) -> None:
+    _, first, second = toy(n=24, seed=1)
+    split = greedy_swap(first, second, reward, criterion)
+    assert (split.first, split.second) == pytest.approx((reward(first.double()), reward(second.double())))
+    mask = split.from_second[:, None]
+    plus, minus = torch.where(mask, second, first).double(), torch.where(mask, first, second).double()
+    assert (split.plus, split.minus) == pytest.approx((reward(plus), reward(minus)))
+    if criterion == "plus":
+        assert split.plus > max(split.first, split.second)
+    assert split.plus - split.minus > abs(split.first - split.second)
+    more = greedy_swap(first, second, reward, criterion, passes=5)
+    score = (lambda s: s.plus) if criterion == "plus" else (lambda s: s.plus - s.minus)
+    assert score(more) >= score(split)
+    settled = greedy_swap(first, second, reward, criterion, passes=50)
+    assert torch.equal(settled.from_second, greedy_swap(first, second, reward, criterion, passes=60).from_second)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("shape", [(40, 6), (40, 60), (40, 40)])
+@pytest.mark.parametrize("kind", ["frechet", "vendi"])
+def test_the_incremental_statistic_decides_as_rescoring_does(
+    criterion: Criterion, shape: tuple[int, int], kind: str
+) -> None:
+    reference, first, second = toy(*shape, seed=2)
+    reward = Frechet(reference) if kind == "frechet" else Diversity()
+    second[3], second[8] = first[3], first[7]
+    fast = greedy_swap(first, second, reward, criterion, seed=5)
+    slow = greedy_swap(first, second, lambda features: reward(features), criterion, seed=5)
+    assert torch.equal(fast.from_second, slow.from_second)
+    assert fast.plus == slow.plus
+    assert 0 < int(fast.from_second.sum()) < len(first)
+
+
+def test_a_mean_is_maximised_by_one_pass_in_any_order() -> None:
+    _, first, second = toy(n=20)
+    for seed in range(3):
+        split = greedy_swap(first, second, mean_reward, seed=seed)
+        assert torch.equal(split.from_second, second.mean(1) > first.mean(1))
+
+
+def test_the_seed_draws_the_order() -> None:
+    reference, first, second = toy(n=40)
+    splits = [greedy_swap(first, second, Frechet(reference), seed=seed).from_second for seed in (0, 0, 1)]
+    assert torch.equal(splits[0], splits[1])
+    assert not torch.equal(splits[0], splits[2])
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_ties_stay(criterion: Criterion) -> None:
+    reference, first, _ = toy(n=30)
+    for reward in (Frechet(reference), Diversity(), lambda features: 3.0):
+        assert not greedy_swap(first, first.clone(), reward, criterion, passes=3).from_second.any()
+        # The same samples for other prompts: only an order of summation tells the two sets apart.
+    assert not greedy_swap(first[:2], first[:2].flip(0), Frechet(reference), criterion).from_second.any()
+
+
+def test_the_better_set_comes_first() -> None:
+    first, second = torch.zeros(3, 2), torch.ones(3, 2)
+    split = greedy_swap(first, second, mean_reward)
+    assert (split.from_second.tolist(), split.plus, split.minus) == ([True] * 3, 1.0, 0.0)
+    pairs = split.demonstrations(Halves(torch.tensor([4, 0, 2]), torch.tensor([1, 3, 5])))
+    assert (pairs.winners.tolist(), pairs.losers.tolist()) == ([1, 3, 5], [4, 0, 2])
+    with pytest.raises(ValueError, match="divided 3 pairs, got indices of 2"):
+        split.demonstrations(Halves(torch.tensor([0, 1]), torch.tensor([2, 3])))
+
+
+def test_greedy_swap_refuses() -> None:
+    reference, first, second = toy(n=4)
+    with pytest.raises(ValueError, match="2 pairs of samples or more, got 1"):
+        greedy_swap(first[:1], second[:1], Frechet(reference))
+    with pytest.raises(ValueError, match="paired samples"):
+        greedy_swap(first, second[:3], Frechet(reference))
+    with pytest.raises(ValueError, match="passes 1 or more"):
+        greedy_swap(first, second, Frechet(reference), passes=0)
+    with pytest.raises(ValueError, match="criterion"):
+        greedy_swap(first, second, Frechet(reference), "minus")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not finite"):
+        greedy_swap(first, second, lambda features: math.nan)
+
+
+def test_only_a_reward_with_a_statistic_is_incremental() -> None:
+    reference, first, _ = toy(n=4)
+    assert isinstance(set_statistic(Frechet(reference), first), FrechetStatistic)
+    assert isinstance(set_statistic(mean_reward, first), Rescored)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_pass_over_512_pairs_of_512_features_takes_seconds(criterion: Criterion) -> None:
+    reference, first, second = toy(512, 512)
+    reward = Frechet(torch.cat([reference, reference.flip(1)]))
+    for scored in (reward, Diversity()):
+        began = time.process_time()
+        greedy_swap(first, second, scored, criterion)
+        assert time.process_time() - began < 20

@@ -1,0 +1,501 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from genalign.checkpoints import load_state, save_state
+from genalign.types import Prompt, TrainableReward
+from rewards.adversarial import (
+    AccuracyBand,
+    AdversarialReward,
+    Adversary,
+    Batch,
+    Learning,
+    Overtake,
+    PatchWeights,
+    Ratio,
+    Replay,
+    Standing,
+    TunedClip,
+    TunedClipReward,
+    adversarial_loss,
+    mlp_head,
+    pair_accuracy,
+)
+from rewards.clip import ClipReward, load_clip
+from rewards.features import Features
+from rewards.references import ByPrompt, Pool
+
+RED, BLUE = Prompt("a red circle", {"tag": "single_object"}), Prompt("a blue ring")
+NEVER = Overtake(1e9)
+FAST = Learning(learning_rate=1e-2, steps_per_update=5, batch_size=16, replay=24)
+
+
+def noise(count: int, level: float, seed: int) -> Tensor:
+    """Images (count, 3, 4, 4) around a grey level."""
+    generator = torch.Generator().manual_seed(seed)
+    return (level + 0.1 * torch.randn(count, 3, 4, 4, generator=generator)).clamp(0, 1)
+
+
+def flat(images: Tensor) -> Tensor:
+    """The plainest features: the pixels."""
+    return images.flatten(1)
+
+
+class Pixels:
+    """Global features: mean colour; patches: the 16 pixels."""
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        return self.features(samples).global_
+
+    def features(self, samples: Tensor) -> Features:
+        pixels = samples.flatten(2).transpose(1, 2)
+        return Features(pixels.mean(1), pixels)
+
+
+REFERENCES = Pool.of(noise(40, 0.7, 0))
+FAKES, PROMPTS = noise(20, 0.3, 1), [RED, BLUE] * 10
+GLOBAL = PatchWeights(1.0, 0.0)
+LOCAL = PatchWeights(n_patches=5)
+
+
+def reward(learning: Learning = FAST, **options: object) -> AdversarialReward:
+    return AdversarialReward(Pixels(), REFERENCES, **({"weights": LOCAL, "learning": learning} | options))
+
+
+def standing(**changes: float) -> Standing:
+    return replace(Standing(0, 0.0, 0.0, 0.5, 1.0, True), **changes)
+
+
+def test_losses_by_hand() -> None:
+    real, fake = torch.tensor([0.5, 2.0]), torch.tensor([0.5, -3.0])
+    assert adversarial_loss("hinge", real, fake).tolist() == [0.5 + 1.5, 0.0]
+    bce = -real.sigmoid().log() - (1 - fake.sigmoid()).log()
+    torch.testing.assert_close(adversarial_loss("bce", real, fake), bce)
+    chosen = -torch.stack([real, fake]).softmax(0)[0].log()
+    torch.testing.assert_close(adversarial_loss("bt_pairwise", real, fake), chosen)
+    assert pair_accuracy("hinge", real, fake).tolist() == [0.5, 1.0]
+    assert pair_accuracy("bt_pairwise", real, fake).tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match="come in pairs"):
+        adversarial_loss("bce", real, fake[:1])
+
+
+@pytest.mark.parametrize("loss", ["hinge", "bce", "bt_pairwise"])
+def test_learns_to_tell_references_from_samples(loss: str) -> None:
+    trained = reward(replace(FAST, loss=loss))
+    assert isinstance(trained, TrainableReward)
+    readings = [trained.update(FAKES, PROMPTS) for _ in range(12)]
+    assert readings[-1]["accuracy"] > 0.95
+    assert readings[-1]["loss"] < 0.5 * readings[0]["loss"]
+    assert readings[-1]["gap"] < readings[0]["gap"] - 1
+    assert readings[-1]["gap"] == pytest.approx(readings[-1]["generated"] - readings[-1]["reference"])
+    assert trained(noise(20, 0.7, 9), PROMPTS).mean() > trained(FAKES, PROMPTS).mean() + 1
+
+
+def test_overtake_trains_only_when_generated_samples_lead() -> None:
+    trained = reward(update_rule=Overtake())
+    first = trained.update(noise(20, 0.3, 1), PROMPTS)
+    assert first["updated"] == float(first["gap"] > 0)
+    ahead = noise(20, 0.3 if first["gap"] > 0 else 1.0, 2)
+    while trained.update(ahead, PROMPTS)["gap"] > 0:
+        assert trained.version <= 40
+    version = trained.version
+    assert trained.update(ahead, PROMPTS)["updated"] == 0 and trained.version == version
+    assert Overtake(0.5)(standing(generated=0.6)) and not Overtake(0.5)(standing(generated=0.4))
+    assert not Overtake()(standing())
+
+
+def test_ratio_alternates() -> None:
+    trained = reward(update_rule=Ratio(2, 3))
+    assert [trained.update(FAKES, PROMPTS)["updated"] for _ in range(7)] == [1, 1, 0, 0, 0, 1, 1]
+    assert trained.version == 4
+    assert all(Ratio()(standing(round=i)) for i in range(5))
+    with pytest.raises(ValueError, match="discriminator must be at least 1"):
+        Ratio(0, 1)
+
+
+def test_accuracy_band_waits_to_fall_through() -> None:
+    rule, training, decisions = AccuracyBand(0.6, 0.9), True, []
+    for accuracy in (0.5, 0.8, 0.95, 0.8, 0.7, 0.5, 0.8):
+        training = rule(standing(accuracy=accuracy, training=training))
+        decisions.append(training)
+    assert decisions == [True, True, False, False, False, True, True]
+    with pytest.raises(ValueError, match="0 <= low <= high <= 1"):
+        AccuracyBand(0.9, 0.6)
+
+
+def test_a_round_is_scored_by_one_snapshot() -> None:
+    trained = reward()
+    before, version = trained(FAKES, PROMPTS), trained.version
+    with torch.no_grad():
+        for parameter in trained.scorer.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(trained(FAKES, PROMPTS), before) and trained.version == version == 0
+    trained.update(FAKES, PROMPTS)
+    assert trained.version == 1 and not torch.equal(trained(FAKES, PROMPTS), before)
+
+
+def test_a_refused_update_changes_no_score() -> None:
+    trained = reward(update_rule=NEVER)
+    before = trained(FAKES, PROMPTS)
+    readings = trained.update(FAKES, PROMPTS)
+    assert torch.equal(trained(FAKES, PROMPTS), before)
+    assert (readings["updated"], readings["version"], readings["replay"]) == (0, 0, 20)
+
+
+def test_patches_are_fixed_by_the_snapshot_and_the_seed() -> None:
+    def chosen(seed: int) -> list[int]:
+        return LOCAL(17, torch.Generator().manual_seed(seed)).nonzero().flatten().tolist()
+
+    weights = LOCAL(17, torch.Generator().manual_seed(0))
+    assert weights[0] == pytest.approx(0.7) and weights.sum() == pytest.approx(1.0)
+    assert len(chosen(0)) == 6 and chosen(0) == chosen(0) != chosen(1)
+    trained = reward()
+    assert torch.equal(trained(FAKES, PROMPTS), trained(FAKES, PROMPTS))
+    assert torch.equal(trained(FAKES, PROMPTS), reward()(FAKES, PROMPTS))
+    # A pixel that is left out by the snapshot is seen by the global feature alone, so all left-out ones count the same.
+    leaf = FAKES[:1].clone().requires_grad_(True)
+    trained(leaf, PROMPTS[:1]).sum().backward()
+    assert leaf.grad is not None
+    steepness = leaf.grad.flatten(2)[0].norm(dim=0)
+    assert ((steepness - steepness.median()).abs() > 1e-6).sum() == 5
+
+
+def test_the_paper_weights_stand_in_score_and_loss() -> None:
+    trained = reward(replace(FAST, batch_size=64))
+    with torch.no_grad():
+        logits = trained.scorer(FAKES, PROMPTS)
+    assert logits.shape == (20, 17)
+    weights = trained._weights(logits)
+    picked = (weights > 0).nonzero().flatten()[1:]
+    expected = 0.7 * logits[:, 0] + 0.3 * logits[:, picked].mean(1)
+    torch.testing.assert_close(trained(FAKES, PROMPTS), expected, rtol=0, atol=1e-6)
+    real = logits.flip(0)
+    by_term = adversarial_loss("hinge", real, logits)
+    expected = 0.7 * by_term[:, 0] + 0.3 * by_term[:, picked].mean(1)
+    torch.testing.assert_close(trained._losses(real, logits), expected, rtol=0, atol=1e-6)
+
+
+def test_outputs() -> None:
+    references = ByPrompt.of({RED.text: noise(3, 0.7, 3), BLUE.text: noise(2, 0.1, 4)})
+    made = {
+        output: AdversarialReward(flat, references, weights=GLOBAL, output=output, learning=FAST)
+        for output in ("logit", "sigmoid", "logit_minus_reference")
+    }
+    logit = made["logit"](FAKES, PROMPTS)
+    torch.testing.assert_close(made["sigmoid"](FAKES, PROMPTS), logit.sigmoid())
+    minus = made["logit_minus_reference"]
+    for _ in range(2):
+        means = [
+            minus.score(references.images.load(references.rows(p)), [p] * n).mean() for p, n in ((RED, 3), (BLUE, 2))
+        ]
+        expected = minus.score(FAKES, PROMPTS) - torch.stack(means).repeat(10)
+        torch.testing.assert_close(minus(FAKES, PROMPTS), expected, rtol=0, atol=1e-6)
+        minus.update(FAKES, PROMPTS)
+    with pytest.raises(ValueError, match="output must be"):
+        AdversarialReward(flat, references, weights=GLOBAL, output="probability")
+
+
+def test_replay_is_first_in_first_out() -> None:
+    replay = Replay(5)
+    for start in (0, 3, 6):
+        samples = torch.arange(start, start + 3).float()[:, None]
+        replay.push(Batch(samples, tuple(Prompt(str(i)) for i in range(start, start + 3))))
+    assert replay.kept is not None
+    assert replay.kept.samples.flatten().tolist() == [4, 5, 6, 7, 8]
+    assert [prompt.text for prompt in replay.kept.prompts] == ["4", "5", "6", "7", "8"]
+    drawn = replay.draw(9, torch.Generator().manual_seed(0))
+    assert drawn is not None and sorted(drawn.samples.flatten().tolist()) == [4, 5, 6, 7, 8]
+    assert [float(prompt.text) for prompt in drawn.prompts] == drawn.samples.flatten().tolist()
+    with pytest.raises(ValueError, match=r"samples were \(1,\) and are now \(2,\)"):
+        replay.push(Batch(torch.zeros(1, 2), (RED,)))
+    nothing = Replay(0)
+    nothing.push(Batch(torch.zeros(1, 2), (RED,)))
+    assert len(nothing) == 0 and nothing.draw(3, torch.Generator()) is None
+
+
+def test_replay_keeps_prompts_through_tensors() -> None:
+    replay, again = Replay(5), Replay(5)
+    replay.push(Batch(torch.rand(2, 4), (RED, Prompt("日本 'quoted'"))))
+    again.load_tensors(replay.tensors())
+    assert replay.kept is not None and again.kept is not None
+    assert again.kept.prompts == replay.kept.prompts and torch.equal(again.kept.samples, replay.kept.samples)
+    again.load_tensors(Replay(5).tensors())
+    assert len(again) == 0
+
+
+def test_a_step_mixes_fresh_and_old_samples() -> None:
+    trained = reward(replace(FAST, fresh=0.75), update_rule=NEVER)
+    fresh = Batch(torch.full((20, 3, 4, 4), 0.75), tuple(PROMPTS))
+    assert len(trained._mixed(fresh, torch.Generator())) == 16
+    trained.update(torch.full((20, 3, 4, 4), 0.25), PROMPTS)
+    mixed = trained._mixed(fresh, torch.Generator())
+    assert len(mixed) == 16 and (mixed.samples[:, 0, 0, 0] == 0.75).sum() == 12
+    assert (mixed.samples[:, 0, 0, 0] == 0.25).sum() == 4
+    assert trained._mixed(fresh.rows([0]), torch.Generator()).samples.mean() == 0.75
+
+
+def test_bfloat16_features_leave_a_moving_float32_head() -> None:
+    learning = replace(FAST, learning_rate=1e-5)
+    head = mlp_head(48, 32).to(torch.bfloat16)
+    made = AdversarialReward(
+        lambda images: flat(images).to(torch.bfloat16), REFERENCES, head, GLOBAL, learning=learning
+    )
+    before = {name: tensor.clone() for name, tensor in made.snapshot.weights.items()}
+    made.update(FAKES, PROMPTS)
+    assert made(FAKES, PROMPTS).dtype == torch.float32
+    assert all(tensor.dtype == torch.float32 for tensor in made.snapshot.weights.values())
+    slots = [value for state in made.optimizer.state.values() for value in state.values()]
+    assert slots and all(slot.dtype == torch.float32 for slot in slots)
+    moved = (made.snapshot.weights["head.0.weight"] - before["head.0.weight"]).abs()
+    assert (moved > 1e-6).float().mean() > 0.9
+    assert head[0].weight.dtype == torch.bfloat16  # the caller's head is left alone
+
+
+def test_resume_is_exact(tmp_path: Path) -> None:
+    rounds = [noise(20, 0.3 + 0.02 * i, 10 + i) for i in range(6)]
+    learning = replace(FAST, loss="bce")
+    whole = reward(learning, update_rule=Ratio(2, 1))
+    readings = [whole.update(samples, PROMPTS) for samples in rounds]
+    first = reward(learning, update_rule=Ratio(2, 1))
+    for samples in rounds[:3]:
+        first.update(samples, PROMPTS)
+    save_state(tmp_path / "state.safetensors", first.tensors(), {})
+    second = reward(learning, update_rule=Ratio(2, 1), head=mlp_head(3, seed=99))
+    second.load_tensors(load_state(tmp_path / "state.safetensors")[0])
+    assert torch.equal(second(FAKES, PROMPTS), first(FAKES, PROMPTS)) and second.version == first.version == 2
+    assert [second.update(samples, PROMPTS) for samples in rounds[3:]] == readings[3:]
+    ours, theirs = second.tensors(), whole.tensors()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert torch.equal(second(FAKES, PROMPTS), whole(FAKES, PROMPTS))
+
+
+def test_a_checkpoint_of_before_the_first_update(tmp_path: Path) -> None:
+    fresh, used = reward(), reward()
+    used.update(FAKES, PROMPTS)
+    used.load_tensors(fresh.tensors())
+    assert used.update(FAKES, PROMPTS) == fresh.update(FAKES, PROMPTS)
+    with pytest.raises(ValueError, match="these tensors are of another reward"):
+        used.load_tensors(reward(head=mlp_head(3, hidden=8)).tensors())
+
+
+def test_tensors_are_copies() -> None:
+    trained, other = reward(), reward(head=mlp_head(3, seed=1))
+    trained.update(FAKES, PROMPTS)
+    saved = trained.tensors()
+    before = {name: tensor.clone() for name, tensor in saved.items()}
+    other.load_tensors(saved)
+    for each in (trained, other):
+        each.update(FAKES, PROMPTS)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in before.items())
+
+
+def test_saturation_is_told() -> None:
+    class Level(nn.Module):
+        """Far above every margin from the start."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(50.0))
+
+        def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+            return self.gain * (images.flatten(1).mean(1) - 0.5)
+
+    made = Adversary(Level(), REFERENCES, Ratio(), FAST)
+    assert made.update(FAKES, PROMPTS)["saturated"] == 1
+    assert made.snapshot.weights["gain"] == 50
+    assert made.update(noise(20, 0.5, 3), PROMPTS)["saturated"] == 0
+
+
+def test_any_module_can_be_trained() -> None:
+    """A preference that is hacked by brightness unlearns its taste for it."""
+
+    class Hackable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.taste = nn.Parameter(torch.tensor(2.0))
+            self.frozen = nn.Parameter(torch.tensor(1.0), requires_grad=False)
+
+        def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+            return self.frozen * images[:, 0].flatten(1).std(1) + self.taste * images.flatten(1).mean(1)
+
+    hacked = noise(20, 0.95, 5)
+    made = Adversary(Hackable(), REFERENCES, Overtake(), replace(FAST, loss="bt_pairwise", learning_rate=0.05))
+    first = made.update(hacked, PROMPTS)
+    for _ in range(20):
+        last = made.update(hacked, PROMPTS)
+    assert first["gap"] > 0.3 and last["updated"] == 0 and last["gap"] <= 0
+    assert set(made.snapshot.weights) == {"taste"} and made.snapshot.weights["taste"] < 0.5
+
+
+def test_features_that_are_a_module_are_not_trained() -> None:
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 8))
+    before = backbone[1].weight.detach().clone()
+    made = AdversarialReward(backbone, REFERENCES, weights=GLOBAL, learning=FAST)
+    made.update(FAKES, PROMPTS)
+    assert torch.equal(backbone[1].weight, before) and backbone[1].weight.grad is None
+    assert all(name.startswith("head.") for name in made.snapshot.weights)
+
+
+def test_scores_are_differentiable_in_the_samples() -> None:
+    leaf = FAKES.clone().requires_grad_(True)
+    made = reward()
+    made(leaf, PROMPTS).sum().backward()
+    assert leaf.grad is not None and (leaf.grad.flatten(1).abs().sum(1) > 0).all()
+    assert all(parameter.grad is None for parameter in made.scorer.parameters())
+
+
+def test_broken_samples_score_nan_and_are_not_learnt() -> None:
+    broken = FAKES.clone()
+    broken[3, 0, 0, 0] = torch.nan
+    made = reward()
+    assert made(broken, PROMPTS).isnan().nonzero().flatten().tolist() == [3]
+    readings = made.update(broken, PROMPTS)
+    assert all(math.isfinite(value) for value in readings.values()) and readings["replay"] == 19
+    assert all(tensor.isfinite().all() for tensor in made.snapshot.weights.values())
+    with pytest.raises(ValueError, match="no sample of this round is finite"):
+        made.update(torch.full_like(FAKES, torch.nan), PROMPTS)
+
+
+def test_misfits_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"these features have no patches: .*PatchWeights\(1\.0, 0\.0\)"):
+        AdversarialReward(flat, REFERENCES)
+    with pytest.raises(ValueError, match="n_patches is 64, but the features have 16 patches"):
+        AdversarialReward(Pixels(), REFERENCES)
+    with pytest.raises(ValueError, match=r"the head made \(1, 1, 2\) .* one output"):
+        AdversarialReward(flat, REFERENCES, nn.Linear(48, 2), GLOBAL)
+    with pytest.raises(ValueError, match=r"features must be \(B, d\)"):
+        AdversarialReward(lambda images: images, REFERENCES, weights=GLOBAL)
+    with pytest.raises(ValueError, match="nothing to train"):
+        Adversary(nn.Linear(2, 1).requires_grad_(False), REFERENCES, Ratio(), FAST)
+    with pytest.raises(ValueError, match="20 samples have 3 prompts"):
+        reward()(FAKES, PROMPTS[:3])
+
+
+class Wide(nn.Module):
+    """Gives what ``shape`` says."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return self.logits
+
+
+def test_scorers_of_a_wrong_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match="gives 2 logits per sample"):
+        Adversary(Wide(4, 2), REFERENCES, Ratio(), FAST)(FAKES[:4], PROMPTS[:4])
+    with pytest.raises(ValueError, match=r"must give \(B,\) or \(B, m\) for 4 samples, not \(3,\)"):
+        Adversary(Wide(3), REFERENCES, Ratio(), FAST)(FAKES[:4], PROMPTS[:4])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "wasserstein"}, "loss must be"),
+        ({"fresh": 0.0}, "fresh is the share"),
+        ({"steps_per_update": 0}, "steps_per_update and batch_size must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate positive"),
+    ],
+)
+def test_settings_are_checked(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Learning(**changes)
+
+
+def test_patch_weights_are_checked() -> None:
+    with pytest.raises(ValueError, match="nor both 0"):
+        PatchWeights(0.0, 0.0)
+    with pytest.raises(ValueError, match="local_weight=0 leaves patches out"):
+        PatchWeights(n_patches=0)
+
+
+CLIP_PROMPTS = [Prompt("red circle"), Prompt("blue ring")] * 2
+CLIP_REFERENCES = ByPrompt.of({"red circle": noise(2, 0.7, 6), "blue ring": noise(2, 0.7, 7)})
+CLIP_FAKES = noise(4, 0.3, 8)
+TUNING = Learning(loss="bt_pairwise", learning_rate=1e-3, steps_per_update=3, batch_size=8, replay=8)
+
+
+def test_tuned_clip_starts_as_clip_and_learns_to_prefer_references() -> None:
+    made, plain = TunedClipReward("shapes-clip", CLIP_REFERENCES, 2, None, Ratio(), TUNING), ClipReward("shapes-clip")
+    start = plain(CLIP_FAKES, CLIP_PROMPTS)
+    torch.testing.assert_close(made(CLIP_FAKES, CLIP_PROMPTS), start, rtol=0, atol=1e-6)
+    readings = [made.update(CLIP_FAKES, CLIP_PROMPTS) for _ in range(3)]
+    assert readings[-1]["gap"] < readings[0]["gap"] - 0.05 and readings[-1]["loss"] < readings[0]["loss"]
+    assert torch.equal(plain(CLIP_FAKES, CLIP_PROMPTS), start)  # the shared model is untouched
+    blocks = load_clip("shapes-clip").blocks
+    assert len(made.snapshot.weights) == sum(len(list(block.parameters())) for block in blocks[-2:])
+
+
+def test_tuned_clip_trains_on_overtaking_only() -> None:
+    made = TunedClipReward("shapes-clip", CLIP_REFERENCES, 1, learning=replace(TUNING, steps_per_update=1))
+    readings = [made.update(samples, CLIP_PROMPTS) for samples in (CLIP_FAKES, noise(4, 0.5, 9))]
+    assert [r["updated"] for r in readings] == [float(r["gap"] > 0) for r in readings]
+
+
+def test_tuned_clip_resumes_exactly() -> None:
+    def made() -> TunedClipReward:
+        return TunedClipReward("shapes-clip", CLIP_REFERENCES, 1, None, Ratio(), replace(TUNING, steps_per_update=1))
+
+    whole, second = made(), made()
+    whole.update(CLIP_FAKES, CLIP_PROMPTS)
+    second.load_tensors(whole.tensors())
+    assert whole.update(CLIP_FAKES, CLIP_PROMPTS) == second.update(CLIP_FAKES, CLIP_PROMPTS)
+    assert torch.equal(whole(CLIP_FAKES, CLIP_PROMPTS), second(CLIP_FAKES, CLIP_PROMPTS))
+
+
+def test_tuned_clip_blocks_are_checked() -> None:
+    with pytest.raises(ValueError, match="blocks must be 1 to 4, the visual blocks of shapes-clip, not 5"):
+        TunedClip("shapes-clip", 5)
+
+
+RANK = """
+import sys
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from genalign.types import Prompt
+from rewards.adversarial import AdversarialReward, Learning, PatchWeights
+from rewards.references import Pool
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+learning = Learning(learning_rate=1e-2, steps_per_update=3, batch_size=8, replay=0)
+reward = AdversarialReward(
+    lambda x: x.flatten(1), Pool.of(torch.full((1, 3, 2, 2), 0.9)), weights=PatchWeights(1.0, 0.0), learning=learning
+)
+samples = torch.linspace(0, 0.5, 8 * 12).view(8, 3, 2, 2)[4 * rank : 4 * rank + 4]
+readings = reward.update(samples, [Prompt("")] * 4)
+save_file(dict(reward.snapshot.weights) | {"gap": torch.tensor(readings["gap"])}, f"{folder}/{rank}.safetensors")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+    def run(rank: int) -> None:
+        command = [sys.executable, "-c", RANK, str(rank), str(tmp_path)]
+        subprocess.run(command, cwd=Path(__file__).parents[2], timeout=300, check=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    learning = Learning(learning_rate=1e-2, steps_per_update=3, batch_size=8, replay=0)
+    references = Pool.of(torch.full((1, 3, 2, 2), 0.9))
+    alone = AdversarialReward(flat, references, weights=GLOBAL, learning=learning)
+    readings = alone.update(torch.linspace(0, 0.5, 8 * 12).view(8, 3, 2, 2), [Prompt("")] * 8)
+    for name, tensor in alone.snapshot.weights.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-5)
+    assert float(first["gap"]) == float(second["gap"]) == pytest.approx(readings["gap"], abs=1e-6)

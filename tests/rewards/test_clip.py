@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPVisionConfig,
+)
+
+from genalign import assets
+from genalign.types import Prompt, Reward
+from genalign.worlds.shapes.prompts import color_attr, counting, single_object
+from genalign.worlds.shapes.scenes import render, sample_scene
+from genalign.worlds.shapes.tokenizers import clip_tokenizer
+from rewards.clip import ClipReward, Preparation, load_clip, resize
+
+PROMPTS = [single_object("circle"), counting("square", "two"), color_attr("ring", "red", "cross", "blue")]
+UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    rng = np.random.default_rng(5)
+    return render([sample_scene(prompt.metadata, rng) for prompt in PROMPTS])
+
+
+@pytest.fixture(scope="module")
+def transformers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random CLIPModel folder with its tokenizer and image processor."""
+    folder: Path = tmp_path_factory.mktemp("clip")
+    tokenizer = clip_tokenizer()
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 12,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokenizer.save_pretrained(str(folder))
+    CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.4] * 3, image_std=[0.3] * 3
+    ).save_pretrained(folder)
+    return folder
+
+
+def smooth(height: int, width: int) -> Image.Image:
+    rng = np.random.default_rng(1)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+
+def test_the_right_prompt_scores_higher(images: torch.Tensor) -> None:
+    reward = ClipReward("shapes-clip")
+    assert isinstance(reward, Reward)
+    right, wrong = reward(images, PROMPTS), reward(images, PROMPTS[1:] + PROMPTS[:1])
+    assert right.shape == (3,)
+    assert (right > wrong + 0.3).all()
+
+
+def test_the_cosine_is_open_clips_own(images: torch.Tensor) -> None:
+    name = f"local-dir:{assets.resolve('shapes-clip')}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    model.eval()
+    pictures = [Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()) for image in images]
+    with torch.no_grad():
+        image = model.encode_image(torch.stack([transform(picture) for picture in pictures]), normalize=True)
+        text = model.encode_text(open_clip.get_tokenizer(name)([prompt.text for prompt in PROMPTS]), normalize=True)
+    exact = torch.cat([as_tensor(picture) for picture in pictures])
+    torch.testing.assert_close(ClipReward("shapes-clip")(exact, PROMPTS), (image * text).sum(1), rtol=0, atol=1e-5)
+
+
+def test_the_cosine_is_transformers_own(transformers_folder: Path) -> None:
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    texts = ["a photo of a red circle", "two squares"]
+    model = CLIPModel.from_pretrained(transformers_folder).eval()
+    tokens = AutoTokenizer.from_pretrained(transformers_folder)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = model(tokens.input_ids, (images - 0.4) / 0.3, tokens.attention_mask)
+    ours = ClipReward(str(transformers_folder))(images, [Prompt(text) for text in texts])
+    torch.testing.assert_close(ours, (found.image_embeds * found.text_embeds).sum(1), rtol=0, atol=1e-6)
+    assert load_clip(str(transformers_folder)).logit_scale == pytest.approx(float(model.logit_scale.detach().exp()))
+
+
+def test_gradients_reach_the_images_and_nothing_else(images: torch.Tensor) -> None:
+    leaf = images.clone().requires_grad_(True)
+    ClipReward("shapes-clip")(leaf, PROMPTS).sum().backward()
+    assert leaf.grad is not None and (leaf.grad.flatten(1).abs().sum(1) > 0).all()
+    assert all(not p.requires_grad and p.grad is None for p in load_clip("shapes-clip").parameters())
+
+
+def test_a_score_does_not_depend_on_its_batch(images: torch.Tensor) -> None:
+    reward = ClipReward("shapes-clip")
+    alone = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(reward(images, PROMPTS), alone, rtol=0, atol=1e-5)
+
+
+def test_a_broken_image_is_nan_alone(images: torch.Tensor) -> None:
+    broken = images.clone()
+    broken[1, 0, 3, 3] = torch.nan
+    assert ClipReward("shapes-clip")(broken, PROMPTS).isnan().tolist() == [False, True, False]
+
+
+def test_a_text_is_encoded_once(transformers_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = load_clip(str(transformers_folder))
+    encode, seen = encoder._encode, []
+    monkeypatch.setattr(encoder, "_encode", lambda texts: seen.append(texts) or encode(texts))
+    reward = ClipReward(str(transformers_folder))
+    for texts in (["one ring", "one cross", "one ring"], ["one cross", "one star"]):
+        reward(torch.rand(len(texts), 3, 32, 32), [Prompt(text) for text in texts])
+    assert seen == [["one ring", "one cross"], ["one star"]]
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 61), (40, 70), (32, 32)])
+def test_preparation_follows_pillow(height: int, width: int) -> None:
+    image = smooth(height, width)
+    config = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    theirs = CLIPImageProcessorPil(**config, image_mean=[0.4] * 3, image_std=[0.3] * 3)(image, return_tensors="pt")
+    ours = Preparation((32, 32), (0.4,) * 3, (0.3,) * 3)(as_tensor(image))
+    assert (ours - theirs.pixel_values).abs().mean() < 0.01
+
+
+def test_pad_keeps_the_whole_image_in_black() -> None:
+    padded = Preparation((8, 8), fit="pad", **UNIT)(torch.ones(1, 3, 8, 16))
+    assert padded[0, 0].sum(1).tolist() == pytest.approx([0, 0, 8, 8, 8, 8, 0, 0])
+
+
+def test_crop_keeps_the_middle_and_squash_keeps_all() -> None:
+    image = torch.zeros(1, 3, 8, 24)
+    image[..., 8:16] = 1
+    assert Preparation((8, 8), fit="crop", **UNIT)(image).mean() == 1
+    assert Preparation((8, 8), fit="squash", **UNIT)(image).mean() == pytest.approx(1 / 3, abs=0.02)
+
+
+def test_resizing_stays_in_range() -> None:
+    image = (torch.rand(1, 3, 20, 20, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    resized = resize(image, (33, 33))
+    assert resized.min() == 0 and resized.max() == 1
+
+
+def test_wrong_shapes_are_refused(images: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\)"):
+        ClipReward("shapes-clip")(images[:, :1], PROMPTS)
+    with pytest.raises(ValueError, match="one prompt per image"):
+        ClipReward("shapes-clip")(images, PROMPTS[:2])
+
+
+def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"neither an open_clip_config\.json nor a config\.json"):
+        ClipReward(str(tmp_path))(torch.rand(1, 3, 8, 8), PROMPTS[:1])
+    CLIPVisionConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="clip_vision_model checkpoint, not CLIP"):
+        load_clip(str(tmp_path))
+    with pytest.raises(ValueError, match="leave processor out"):
+        load_clip("shapes-clip", "somewhere")
+
+
+def test_a_checkpoint_is_opened_once() -> None:
+    assert load_clip("shapes-clip") is load_clip(assets.resolve("shapes-clip"), None)
+
+
+def test_nothing_is_opened_before_the_first_call() -> None:
+    assert ClipReward("no/such-model").model == "no/such-model"

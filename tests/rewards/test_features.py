@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig, Dinov2Config, Dinov2Model
+
+from genalign import assets
+from genalign.worlds.shapes.tokenizers import clip_tokenizer
+from rewards.clip import load_clip
+from rewards.features import ClipFeatures, Dinov2Features, PatchFeatures
+
+
+@pytest.fixture(scope="module")
+def dinov2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random DINOv2 for 28 x 28 images, four patches."""
+    folder: Path = tmp_path_factory.mktemp("dinov2")
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+def images(size: int, count: int = 2) -> torch.Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def test_clip_features_are_the_embedding_and_projected_patches() -> None:
+    features = ClipFeatures("shapes-clip")
+    found = features.features(images(64))
+    assert isinstance(features, PatchFeatures)
+    assert found.global_.shape == (2, 128) and found.patches.shape == (2, 64, 128)
+    torch.testing.assert_close(found.global_, features(images(64)))
+
+
+def test_clip_patches_take_the_path_of_the_class_token() -> None:
+    model = open_clip.create_model(f"local-dir:{assets.resolve('shapes-clip')}").eval()
+    model.visual.output_tokens = True
+    with torch.no_grad():
+        pooled, tokens = model.visual(load_clip("shapes-clip").prepare(images(64)))
+        found = ClipFeatures("shapes-clip").features(images(64))
+    torch.testing.assert_close(found.global_, pooled, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.patches, tokens @ model.visual.proj, rtol=0, atol=1e-4)
+
+
+def test_transformers_clip_patches(tmp_path: Path) -> None:
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = tower | {"image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=tower, vision_config=vision, projection_dim=8)).eval()
+    model.save_pretrained(tmp_path / "weights")
+    clip_tokenizer().save_pretrained(str(tmp_path / "processor"))
+    CLIPImageProcessor(
+        size={"height": 16, "width": 16}, do_center_crop=False, image_mean=[0.0] * 3, image_std=[1.0] * 3
+    ).save_pretrained(tmp_path / "processor")
+    found = ClipFeatures(str(tmp_path / "weights"), str(tmp_path / "processor")).features(images(16))
+    with torch.no_grad():
+        seen = model.vision_model(images(16))
+        last = model.visual_projection(model.vision_model.post_layernorm(seen.last_hidden_state))
+    torch.testing.assert_close(found.global_, last[:, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.patches, last[:, 1:], rtol=0, atol=1e-6)
+
+
+def test_dinov2_is_transformers_own(dinov2_folder: Path) -> None:
+    features = Dinov2Features(str(dinov2_folder))
+    found = features.features(images(28))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        tokens = Dinov2Model.from_pretrained(dinov2_folder).eval()((images(28) - mean) / std).last_hidden_state
+    assert isinstance(features, PatchFeatures)
+    torch.testing.assert_close(torch.cat([found.global_[:, None], found.patches], dim=1), tokens)
+    torch.testing.assert_close(features(images(28)), found.global_)
+
+
+def test_dinov2_takes_any_image_at_any_multiple_of_its_patch(dinov2_folder: Path) -> None:
+    assert Dinov2Features(str(dinov2_folder)).features(images(50)).patches.shape == (2, 4, 16)
+    assert Dinov2Features(str(dinov2_folder), size=42).features(images(50)).patches.shape == (2, 9, 16)
+    with pytest.raises(ValueError, match="size 40 is not a multiple of the patch size 14: try 28"):
+        Dinov2Features(str(dinov2_folder), size=40)(images(40))
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov2"])
+def test_features_are_differentiable(name: str, dinov2_folder: Path) -> None:
+    features = ClipFeatures("shapes-clip") if name == "clip" else Dinov2Features(str(dinov2_folder))
+    leaf = images(40).requires_grad_(True)
+    features(leaf).square().sum().backward()
+    assert leaf.grad is not None and (leaf.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
+    CLIPVisionConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not DINOv2"):
+        Dinov2Features(str(tmp_path))(images(28))
+
+
+def test_patches_need_a_vision_transformer(tmp_path: Path) -> None:
+    config = {
+        "model_cfg": {
+            "embed_dim": 16,
+            "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8},
+            "text_cfg": {"context_length": 12, "vocab_size": 400, "width": 16, "heads": 2, "layers": 1},
+        },
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    model = open_clip.create_model(f"local-dir:{tmp_path}", load_weights=False)
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    features = ClipFeatures(str(tmp_path))
+    assert features(images(32)).shape == (2, 16)
+    with pytest.raises(ValueError, match="is a ModifiedResNet: patch tokens and blocks need a vision transformer"):
+        features.features(images(32))

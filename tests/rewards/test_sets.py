@@ -1,0 +1,135 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign.demonstrations import IncrementalReward, Rescored, greedy_swap
+from genalign.divergences import Gaussian, frechet_distance, kid, vendi
+from genalign.types import SetReward
+from rewards.sets import FrechetTo, KIDTo, Vendi, WeightedSum, per_sample_frechet, standardised
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+REFERENCE, FIRST, SECOND = drawn(50, 6, seed=0), drawn(16, 6, seed=1) + 0.5, drawn(16, 6, seed=2) + 0.5
+
+
+def test_higher_is_better() -> None:
+    assert FrechetTo(REFERENCE)(FIRST) == -frechet_distance(FIRST, REFERENCE)
+    assert KIDTo(REFERENCE)(FIRST) == pytest.approx(-kid(FIRST, REFERENCE))
+    assert Vendi(2.0)(FIRST) == vendi(FIRST, 2.0)
+    for reward in (FrechetTo(REFERENCE), KIDTo(REFERENCE)):
+        assert reward(REFERENCE) > reward(FIRST) > reward(FIRST + 1)
+    assert Vendi()(FIRST) > Vendi()(FIRST + 10)
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        FrechetTo(REFERENCE),
+        KIDTo(REFERENCE),
+        Vendi(),
+        Vendi(math.inf),
+        WeightedSum((FrechetTo(REFERENCE), Vendi(), lambda features: float(features.std())), (0.5, -1.0, 2.0)),
+    ],
+)
+def test_a_statistic_gives_the_reward_of_the_changed_set(reward: IncrementalReward) -> None:
+    assert isinstance(reward, IncrementalReward)
+    features = FIRST.double()
+    statistic = reward.statistic(features)
+    for index in (3, 0, 3, 9):
+        tried = statistic.swapped(index, SECOND[index].double())
+        statistic.swap(index, SECOND[index].double())
+        features[index] = SECOND[index]
+        assert tried == pytest.approx(reward(features), rel=1e-6)
+        assert statistic.value == pytest.approx(reward(features), rel=1e-6)
+        assert 0 < statistic.resolution < 1e-3
+    statistic.settle()
+    assert statistic.value == pytest.approx(reward(features), rel=1e-6)
+
+
+def test_other_orders_of_vendi_are_scored_anew() -> None:
+    assert isinstance(Vendi(2.0).statistic(FIRST), Rescored)
+    assert not isinstance(Vendi().statistic(FIRST), Rescored)
+
+
+def test_sets_without_a_covariance_are_refused() -> None:
+    for make in (FrechetTo, KIDTo):
+        with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+            make(REFERENCE[:1])
+        with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+            make(REFERENCE)(FIRST[:1])
+    with pytest.raises(ValueError, match="order"):
+        Vendi(-1.0)
+
+
+def test_weights_do_not_depend_on_units() -> None:
+    """With its spread taken out, a reward in other units makes the same mix."""
+    frechet, diversity = FrechetTo(REFERENCE), Vendi()
+
+    def scaled(features: Tensor) -> float:
+        return 1000 * frechet(features) - 7
+
+    plain = standardised([frechet, diversity], [1.0, 2.0], FIRST, SECOND)
+    other = standardised([scaled, diversity], [1.0, 2.0], FIRST, SECOND)
+    assert other.coefficients[0] == pytest.approx(plain.coefficients[0] / 1000)
+    assert other.coefficients[1] == plain.coefficients[1]
+    split, same = (greedy_swap(FIRST, SECOND, mix).from_second for mix in (plain, other))
+    assert torch.equal(split, same)
+
+
+def test_the_spread_is_that_of_random_choices() -> None:
+    first, second = torch.zeros(4000, 1), torch.ones(4000, 1)
+
+    def total(features: Tensor) -> float:
+        return float(features.sum())
+
+    mix = standardised([total], [3.0], first, second, draws=200)
+    assert 3.0 / mix.coefficients[0] == pytest.approx(math.sqrt(4000 / 4), rel=0.15)  # binomial
+    assert mix.coefficients == standardised([total], [3.0], first, second, draws=200).coefficients
+    assert mix.coefficients != standardised([total], [3.0], first, second, draws=200, seed=1).coefficients
+
+
+def test_a_reward_without_spread_is_left_out() -> None:
+    def constant(features: Tensor) -> float:
+        return 0.1
+
+    rewards: list[SetReward] = [constant, Vendi()]
+    assert standardised(rewards, [1.0, 1.0], FIRST, SECOND).coefficients[0] == 0.0
+    assert standardised([Vendi()], [1.0], FIRST, FIRST.clone()).coefficients == (0.0,)
+
+
+def test_mixes_are_checked() -> None:
+    with pytest.raises(ValueError, match="one weight per reward, got 2 for 1"):
+        standardised([Vendi()], [1.0, 2.0], FIRST, SECOND)
+    with pytest.raises(ValueError, match="one weight per reward, got 0 for 0"):
+        WeightedSum((), ())
+    with pytest.raises(ValueError, match="weights must be finite"):
+        WeightedSum((Vendi(),), (math.nan,))
+    with pytest.raises(ValueError, match="draws"):
+        standardised([Vendi()], [1.0], FIRST, SECOND, draws=1)
+    with pytest.raises(ValueError, match="paired samples"):
+        standardised([Vendi()], [1.0], FIRST, SECOND[:3])
+    with pytest.raises(ValueError, match="not finite on some"):
+        standardised([lambda features: math.nan], [1.0], FIRST, SECOND)
+
+
+def test_each_sample_has_its_own_distance() -> None:
+    tokens = drawn(4, 9, 6, seed=3) + torch.arange(4.0)[:, None, None]
+    tokens[2, 0, 0] = math.nan
+    reward = per_sample_frechet(tokens, Gaussian.of(REFERENCE))
+    assert reward.dtype == torch.float32
+    assert reward.isnan().tolist() == [False, False, True, False]
+    for i in (0, 1, 3):
+        assert float(reward[i]) == pytest.approx(-frechet_distance(tokens[i], REFERENCE), rel=1e-6)
+    assert reward[0] > reward[1] > reward[3]
+
+
+def test_samples_of_one_token_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        per_sample_frechet(torch.zeros(3, 1, 6), Gaussian.of(REFERENCE))
+    with pytest.raises(ValueError, match=r"tokens must be \(B, n, d\)"):
+        per_sample_frechet(torch.zeros(3, 6), Gaussian.of(REFERENCE))
