@@ -70,7 +70,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "mix_grpo": lambda: mix_grpo(KERNEL, window=2, rounds_each=3, clip_range=1e-2),
     "tempflow_grpo": lambda: tempflow_grpo(KERNEL, clip_range=1e-2),
     "ddpo": lambda: ddpo(clip_range=1e-2),
-    "adv_grpo": lambda: adv_grpo(clip_range=1e-2),
+    "adv_grpo": lambda: replace(adv_grpo(window=3, clip_range=1e-2), shared_noise=False),
     "gdpo": lambda: replace(flow_grpo(KERNEL, clip_range=1e-2), credit=NormalisedSum()),
     "prdp": lambda: prdp(KERNEL, beta=1e-2, clip_range=1e-2),
     "dragon with dpo": lambda: dragon("dpo", beta=100.0),
