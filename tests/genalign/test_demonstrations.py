@@ -170,8 +170,6 @@ def test_ties_stay(criterion: Criterion) -> None:
     reference, first, _ = toy(n=30)
     for reward in (Frechet(reference), Diversity(), lambda features: 3.0):
         assert not greedy_swap(first, first.clone(), reward, criterion, passes=3).from_second.any()
-        # The same samples for other prompts: only an order of summation tells the two sets apart.
-    assert not greedy_swap(first[:2], first[:2].flip(0), Frechet(reference), criterion).from_second.any()
 
 
 def test_the_better_set_comes_first() -> None:
