@@ -12,6 +12,7 @@ from torch import Tensor
 from genalign.demonstrations import Demonstrations
 from genalign.learning import Batch, Context
 from genalign.noise import derived_seed, seeded_noise
+from genalign.objectives import mean_square
 from genalign.regression import awm_log_probability, dpo_loss, kto_loss, nft_loss
 from genalign.types import NoiseLevel
 
@@ -125,11 +126,6 @@ class Matching:
         """Where on the path (B,): uniform in the draw's stratum, equal for equal seeds."""
         uniform = torch.tensor([seed / 2**63 for seed in seeds], dtype=torch.float64)
         return self.low + (self.high - self.low) * (draw + uniform) / self.draws
-
-
-def mean_square(first: Tensor, second: Tensor) -> Tensor:
-    """The mean squared difference (B,) over all dimensions but the first."""
-    return (first - second).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)

@@ -89,13 +89,14 @@ def kl_penalty(
         exact = current.kl(reference)
         return exact * (step.sigma - step.sigma_next).to(exact.dtype).to(exact.device)
     if form == "x":
-        return _mean_square(current.mean, reference.mean)
+        return mean_square(current.mean, reference.mean)
     if form == "v":
-        return _mean_square(prediction, reference_prediction)
+        return mean_square(prediction, reference_prediction)
     raise ValueError(f'form must be "exact", "no_dt", "x" or "v", not {form!r}')
 
 
-def _mean_square(value: Tensor, reference: Tensor) -> Tensor:
+def mean_square(value: Tensor, reference: Tensor) -> Tensor:
+    """The mean squared difference (B,) over all dimensions but the first, in float32 or more."""
     if value.shape != reference.shape:
         raise ValueError(f"expected equal shapes, not {tuple(value.shape)} and {tuple(reference.shape)}")
     value, reference = promote(value, reference)
