@@ -132,9 +132,13 @@ def load_model(model: config.Model) -> SD3:
 
 
 def prompt_set(source: str) -> PromptSet:
-    """A split of a world, as in "shapes:train", or a prompt file."""
-    world, _, split = source.partition(":")
-    return shapes.prompts(split) if world == "shapes" else load_prompts(Path(source))
+    """A split of a world, as in "shapes:train", some of its tasks, as in "shapes:train:counting,colors", or a prompt
+    file."""
+    world, *rest = source.split(":")
+    if world != "shapes" or len(rest) not in (1, 2):
+        return load_prompts(Path(source))
+    found = shapes.prompts(rest[0])
+    return found if len(rest) == 1 else found.of_tasks(rest[1].split(","))
 
 
 def trackers(names: Sequence[str], folder: Path) -> list[Any]:

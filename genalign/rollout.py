@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +57,18 @@ class Rollout:
     prediction: Tensor
     final: Tensor
     forwards: int
+
+    def finite(self) -> Tensor:
+        """Which samples (B,) ended in finite latents."""
+        return self.final.isfinite().flatten(1).all(1)
+
+    def emptied(self, rows: Tensor) -> Rollout:
+        """With zeros for the tensors of the samples ``rows`` (B,) bool: in a gradient, NaN times no credit is NaN."""
+        names = ("x", "x_next", "mean", "prediction", "final")
+        fields = {name: getattr(self, name) for name in names}
+        return replace(
+            self, **{name: tensor.clone().index_fill_(0, rows.nonzero()[:, 0], 0) for name, tensor in fields.items()}
+        )
 
 
 @dataclass(frozen=True)

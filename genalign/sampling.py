@@ -82,12 +82,15 @@ class Sampler:
         samples = self.pipeline.decode(sampled.final)
         scores = score(self.rewards, samples, prompts)
         features = recipe.features(samples).float().cpu() if recipe.features else None
+        finite = sampled.finite()
+        scores[~finite.cpu()] = torch.nan
+        kept = sampled if finite.all() else sampled.emptied(~finite)
         if recipe.completion is None:
-            return Sampled(sampled, samples, scores, None, features, sampled.forwards)
+            return Sampled(kept, samples, scores, None, features, sampled.forwards)
         completed = complete(self.pipeline, sampled, self.grid, self.guidance, recipe.completion)
         columns = [score(self.rewards, self.pipeline.decode(x0), prompts) for x0 in completed.latents.unbind(1)]
         stepwise = torch.stack([*columns, scores], dim=1)
-        return Sampled(sampled, samples, scores, stepwise, features, sampled.forwards + completed.forwards)
+        return Sampled(kept, samples, scores, stepwise, features, sampled.forwards + completed.forwards)
 
 
 def joined(parts: Sequence[Tensor | None]) -> Tensor | None:

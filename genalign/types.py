@@ -45,6 +45,14 @@ class PromptSet:
             tasks.setdefault(prompt.task, []).append(prompt)
         return {task: tuple(prompts) for task, prompts in tasks.items()}
 
+    def of_tasks(self, tasks: Sequence[str]) -> PromptSet:
+        """The prompts of these tasks, under the same name. Raises ValueError for a task without prompts."""
+        if unknown := set(tasks) - set(self.by_task()):
+            raise ValueError(
+                f"{self.name} has no task {', '.join(sorted(unknown))}: choose from {', '.join(self.by_task())}"
+            )
+        return PromptSet(self.name, tuple(prompt for prompt in self.prompts if prompt.task in tasks))
+
 
 @dataclass(frozen=True)
 class NoiseLevel:

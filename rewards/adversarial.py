@@ -518,7 +518,7 @@ class AdversarialReward(Adversary):
     logit of all references of the prompt (with Pool, of the whole pool, scored once per snapshot).
 
     The paper makes ten steps of the discriminator for one of the generator: here by ten ``steps_per_update`` in every
-    round. Raises ValueError where features, head and weights do not fit together; opens the features for that.
+    round (``Ratio()``, the default rule). Raises ValueError where features, head and weights do not fit together; opens the features for that.
     """
 
     def __init__(
@@ -528,7 +528,7 @@ class AdversarialReward(Adversary):
         head: nn.Module | None = None,
         weights: PatchWeights = PatchWeights(),
         output: Literal["logit", "sigmoid", "logit_minus_reference"] = "logit",
-        update_rule: UpdateRule = Ratio(),
+        update_rule: UpdateRule | None = None,  # None, since a configuration cannot replace a default dataclass
         learning: Learning = Learning(),
     ) -> None:
         if output not in ("logit", "sigmoid", "logit_minus_reference"):
@@ -536,7 +536,7 @@ class AdversarialReward(Adversary):
         tokens = _token_function(features, patches=weights.local_weight > 0)
         width = _width(tokens, references)
         scorer = HeadScorer(tokens, head or mlp_head(width, seed=learning.seed))
-        super().__init__(scorer, references, update_rule, learning, weights)
+        super().__init__(scorer, references, update_rule or Ratio(), learning, weights)
         self.output = output
         self._baselines: dict[Sequence[int], Tensor] = {}
         self._baselines_of = self.snapshot
@@ -598,7 +598,8 @@ class TunedClipReward(Adversary):
     """An adversarially tuned preference reward (Adv-GRPO, arXiv 2511.20256, section 4.2).
 
     The score is ``ClipReward``'s cosine. Its last ``blocks`` visual blocks learn that a reference of a prompt beats a
-    generated sample of it (Bradley-Terry on cosines times the model's logit scale), when generated ones score higher.
+    generated sample of it (Bradley-Terry on cosines times the model's logit scale), when generated ones score higher
+    (``Overtake()``, the default rule).
     """
 
     def __init__(
@@ -607,11 +608,11 @@ class TunedClipReward(Adversary):
         references: References,
         blocks: int = 2,
         processor: str | None = None,
-        update_rule: UpdateRule = Overtake(),
+        update_rule: UpdateRule | None = None,
         learning: Learning = Learning(loss="bt_pairwise", learning_rate=5e-6),
     ) -> None:
         scorer = TunedClip(model, blocks, processor)
-        super().__init__(scorer, references, update_rule, learning, scale=scorer.encoder.logit_scale)
+        super().__init__(scorer, references, update_rule or Overtake(), learning, scale=scorer.encoder.logit_scale)
 
 
 def _token_function(features: FeatureFunction | PatchFeatures, patches: bool) -> Callable[[Tensor], Tensor]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rewards.clip import Features, Preparation, load_clip
+from rewards.references import Images
 
-__all__ = ["ClipFeatures", "Dinov2Features", "Features", "PatchFeatures"]
+__all__ = ["ClipFeatures", "Dinov2Features", "Features", "PatchFeatures", "described", "described_texts"]
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -29,22 +32,26 @@ class PatchFeatures(Protocol):
 
 @dataclass(frozen=True)
 class ClipFeatures:
-    """CLIP's image embedding, and its patch tokens brought into the same space; neither is normalised.
+    """CLIP's image embedding, and its patch tokens brought into the same space; ``unit`` gives all of them length 1.
 
     ``model`` and ``processor`` are those of ``rewards.clip.load_clip``; opened at the first call, frozen, float32.
     """
 
     model: str
     processor: str | None = None
+    unit: bool = False
 
     def __call__(self, samples: Tensor) -> Tensor:
         """Embeddings (B, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
         embedding: Tensor = load_clip(self.model, self.processor).to(samples.device)(samples)
-        return embedding
+        return F.normalize(embedding, dim=-1) if self.unit else embedding
 
     def features(self, samples: Tensor) -> Features:
         """Embeddings (B, d) and patches (B, n, d). Raises ValueError where the tower is no vision transformer."""
-        return load_clip(self.model, self.processor).to(samples.device).features(samples)
+        found = load_clip(self.model, self.processor).to(samples.device).features(samples)
+        if not self.unit:
+            return found
+        return Features(F.normalize(found.global_, dim=-1), F.normalize(found.patches, dim=-1))
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,28 @@ class Dinov2Features:
                 f" {max(1, size // config.patch_size) * config.patch_size}"
             )
         return Preparation((size, size), *_IMAGENET)
+
+
+@torch.no_grad()
+def described(images: Images, features: Callable, batch_size: int = 64) -> Tensor:  # type: ignore[type-arg]  # bare, so
+    # that a configuration can name any FeatureFunction
+    """Features (m, d) of all ``images``: a reference set for ``rewards.sets``. They may be a folder
+    (``references.ImageFolder``), or the samples of another generator (``references.ImageTensor``)."""
+    rows = range(len(images))
+    parts = [features(images.load(rows[i : i + batch_size])) for i in range(0, len(rows), batch_size)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def described_texts(texts: Sequence[str], model: str, processor: str | None = None) -> Tensor:
+    """CLIP's text embeddings (m, d), of length 1: a reference set in words, for ``ClipFeatures(model, unit=True)``.
+
+    Texts and images lie apart in CLIP's space, so that a distance between them falls without reaching 0. ValueError for
+    fewer than 2 texts: one has no covariance.
+    """
+    if len(texts) < 2:
+        raise ValueError(f"a reference set in words needs 2 texts or more, got {len(texts)}")
+    return load_clip(model, processor).text(texts)
 
 
 @functools.cache

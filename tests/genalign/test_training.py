@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from genalign.dynamics import CPS, ODE, FlowSDE, Kernel
 from genalign.policy import Lora, Policy
-from genalign.recipes import Recipe, flow_grpo
+from genalign.recipes import Recipe, awm, flow_grpo, prdp
+from genalign.rollout import Rollout, rollout
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
 from genalign.training import RoundResult, Settings, Trainer
@@ -83,6 +85,26 @@ def test_samples_that_could_not_be_scored_are_left_out(tiny: SD3) -> None:
     result = next(_trainer(tiny, NamedReward("r", sometimes), flow_grpo(window=1)).rounds())
     assert result.failed_rewards == 2  # one of each batch of four
     assert result.metrics()["reward"] is not None
+
+
+@pytest.mark.parametrize("recipe", [flow_grpo(window=1), prdp(window=1), awm()], ids=["flow_grpo", "prdp", "awm"])
+def test_a_sample_that_overflowed_does_not_spoil_the_others(
+    tiny: SD3, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflowing(*arguments: Any, **options: Any) -> Rollout:
+        made = rollout(*arguments, **options)
+        made.final[0] = torch.inf
+        made.x_next[0] = torch.nan
+        return made
+
+    monkeypatch.setattr("genalign.sampling.rollout", overflowing)
+    trainer = _trainer(tiny, NamedReward("red", redness), recipe)
+    before = _weights(trainer)
+    result = next(trainer.rounds())
+    after = _weights(trainer)
+    assert result.failed_rewards == 2  # one of each batch of four
+    assert all(weight.isfinite().all() for weight in after)
+    assert not all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
 def test_runs_are_reproducible(tiny_folder: object) -> None:

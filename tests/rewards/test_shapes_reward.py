@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from genalign.types import Prompt, Reward
-from genalign.worlds.shapes.prompts import color_attr, counting, single_object
+from genalign.worlds.shapes.detection import detect
+from genalign.worlds.shapes.prompts import color_attr, counting, prompts, single_object
 from genalign.worlds.shapes.scenes import render, sample_scene
-from rewards.shapes import ShapesReward
+from rewards.shapes import ShapesReward, cornered, recoloured, rendered
 
 PROMPTS = [single_object("circle"), counting("square", "two"), color_attr("ring", "red", "cross", "blue")]
 
@@ -46,3 +47,28 @@ def test_failed_samples_are_nan(images: torch.Tensor) -> None:
 def test_metadata_is_needed(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"'a red dog' has no metadata: this reward needs GenEval metadata"):
         ShapesReward()(images[:1], [Prompt("a red dog")])
+
+
+def test_rendered_references_are_right() -> None:
+    references = rendered("val", per_prompt=2)
+    asked = prompts("val").prompts
+    assert len(references.images) == 2 * len(asked)
+    drawn = references.draw(asked, torch.Generator().manual_seed(0))
+    assert ShapesReward("strict")(drawn, asked).mean() == 1.0
+
+
+def test_recoloured_references_have_the_style_alone() -> None:
+    found = detect(recoloured(("red", "yellow"), count=48).load(range(48)))
+    assert {item.color for items in found for item in items} == {"red", "yellow"}
+    assert len({item.shape for items in found for item in items}) == 6
+    with pytest.raises(ValueError, match="no colour mauve in the palette: choose from red, orange"):
+        recoloured(("mauve",))
+
+
+def test_cornered_references_are_small_and_in_corners() -> None:
+    for items in detect(cornered("purple", count=32).load(range(32))):
+        assert 1 <= len(items) <= 2
+        for item in items:
+            x1, y1, x2, y2 = item.box
+            assert item.color == "purple" and max(x2 - x1, y2 - y1) <= 20
+            assert min(x1, 64 - x2) < 9 and min(y1, 64 - y2) < 9

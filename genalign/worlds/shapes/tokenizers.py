@@ -12,10 +12,12 @@ from genalign.worlds.shapes.prompts import prompts, vocabulary
 CLIP_LENGTH = 12
 T5_LENGTH = 8
 _CLIP_SPECIAL = ("<|unk|>", "<|pad|>", "<|startoftext|>", "<|endoftext|>")
+_LAST_LETTERS = tuple(f"{letter}</w>" for letter in sorted({word[-1] for word in vocabulary()}))
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE with merges for every word of the grammar; the unknown token is not the end token."""
+    """Byte-level BPE with merges for every word of the grammar; the unknown token is not the end token. The same in
+    every process."""
     bpe = Tokenizer(models.BPE(unk_token=_CLIP_SPECIAL[0], end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -23,7 +25,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=2000,
         min_frequency=1,
-        special_tokens=list(_CLIP_SPECIAL),
+        special_tokens=[*_CLIP_SPECIAL, *_LAST_LETTERS],  # else the trainer numbers the latter in hash order
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         end_of_word_suffix="</w>",
         show_progress=False,
