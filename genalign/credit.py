@@ -11,6 +11,7 @@ from torch import Tensor
 from genalign.advantages import combine, gdpo, group_advantages, step_gains, stepwise_advantages
 from genalign.demonstrations import Criterion, Demonstrations, elementwise, greedy_swap, paired_halves
 from genalign.learning import Outcome
+from genalign.set_sums import with_quality
 from genalign.types import SetReward
 
 
@@ -69,18 +70,28 @@ class BestAndWorst:
 @dataclass(frozen=True)
 class SetContrast:
     """+1 for the samples of the set D+ and -1 for those of D- (B,), two sets with the same prompts that exchange
-    members until ``reward`` tells them apart best: DRAGON's demonstrations for rewards of whole sets."""
+    members until ``reward`` tells them apart best: DRAGON's demonstrations for rewards of whole sets.
+
+    ``quality`` > 0 adds that much of the samples' own rewards, each of the two in units of what the choice of samples
+    can change. A pair with a sample that is not finite, or has no reward of its own where that counts, gets 0.
+    """
 
     reward: SetReward
     criterion: Criterion = "plus"
     passes: int = 1
+    quality: float = 0.0
 
     def __call__(self, outcome: Outcome) -> Tensor:
         if outcome.features is None:
             raise ValueError("a set reward needs features of the samples: give the recipe a feature function")
-        halves = paired_halves(outcome.group)
-        first, second = outcome.features[halves.first], outcome.features[halves.second]
-        split = greedy_swap(first, second, self.reward, self.criterion, self.passes)
+        features, own = outcome.features, outcome.combined.to(outcome.features)
+        usable = features.isfinite().all(1) & (own.isfinite() if self.quality else True)
+        halves = paired_halves(outcome.group).where(usable)
+        reward, first, second = self.reward, features[halves.first], features[halves.second]
+        if self.quality:
+            qualities = own[halves.first], own[halves.second]
+            reward, first, second = with_quality(reward, self.quality, first, second, *qualities)
+        split = greedy_swap(first, second, reward, self.criterion, self.passes)
         return signs(split.demonstrations(halves), len(outcome.group))
 
 

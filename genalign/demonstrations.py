@@ -46,6 +46,11 @@ class Halves:
     def __len__(self) -> int:
         return len(self.first)
 
+    def where(self, usable: Tensor) -> Halves:
+        """The pairs whose two samples are ``usable`` (B,) bool."""
+        kept = usable[self.first] & usable[self.second]
+        return Halves(self.first[kept], self.second[kept])
+
 
 def elementwise(scores: Tensor, group: Tensor, tolerance: float = 0.0) -> Demonstrations:
     """The best and the worst sample of every prompt, for scores (B,) and prompt indices ``group`` (B,) long.

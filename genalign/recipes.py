@@ -212,18 +212,19 @@ def dragon_set(
     reward: Callable,  # type: ignore[type-arg]  # bare: any SetReward is taken
     features: Callable,  # type: ignore[type-arg]  # and any FeatureFunction
     criterion: Criterion = "plus",
-    passes: int = 1,
+    quality: float = 0.0,
     loss: Literal["dpo", "kto"] = "dpo",
     beta: float = 100.0,
     draws: int = 2,
     anchor: float = 0.0,
 ) -> Recipe:
     """DRAGON for rewards of whole sets, such as a Frechet distance or the Vendi score of ``features``: two sets of a
-    round's samples exchange members until the reward tells them apart."""
+    round's samples exchange members until the reward tells them apart. ``quality`` weighs the samples' own rewards in
+    it."""
     set_reward: SetReward = reward
     feature_function: FeatureFunction = features
     recipe = matching(
-        SetContrast(set_reward, criterion, passes), Matching(preference_loss(loss, beta), draws, anchor=anchor)
+        SetContrast(set_reward, criterion, quality=quality), Matching(preference_loss(loss, beta), draws, anchor=anchor)
     )
     return replace(recipe, features=feature_function)
 

@@ -518,7 +518,8 @@ class AdversarialReward(Adversary):
     logit of all references of the prompt (with Pool, of the whole pool, scored once per snapshot).
 
     The paper makes ten steps of the discriminator for one of the generator: here by ten ``steps_per_update`` in every
-    round (``Ratio()``, the default rule). Raises ValueError where features, head and weights do not fit together; opens the features for that.
+    round (``Ratio()``, the default rule). Raises ValueError where features, head and weights do not fit together; opens
+    the features for that.
     """
 
     def __init__(

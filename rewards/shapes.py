@@ -82,7 +82,7 @@ def _small(color: str, corner: tuple[int, int], radius: tuple[float, float], rng
 
 
 def _painted(scene: Scene, colors: Sequence[str], rng: np.random.Generator) -> Scene:
-    drawn = [colors[rng.integers(len(colors))] for _ in scene.items]
+    drawn = [colors[int(rng.integers(len(colors)))] for _ in scene.items]
     painted = [
         replace(item, color=color, rgb=jittered(color, rng)) for item, color in zip(scene.items, drawn, strict=True)
     ]

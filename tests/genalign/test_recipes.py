@@ -64,6 +64,11 @@ def _train(folder: Path, recipe: Recipe, rounds: int, rate: float) -> list[Round
     return list(trainer.rounds())
 
 
+def green_set(features: Tensor) -> float:
+    """What the samples' own rewards, redness, must win against."""
+    return float(features[:, 1].mean())
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "dense_grpo": lambda: dense_grpo(KERNEL, clip_range=1e-2),
     "guard_grpo": lambda: guard_grpo(KERNEL, clip_range=1e-3),
@@ -76,6 +81,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "dragon with dpo": lambda: dragon("dpo", beta=100.0),
     "dragon with kto": lambda: dragon("kto", beta=100.0),
     "dragon with a set reward": lambda: dragon_set(red_set, color, beta=100.0),
+    "dragon with quality": lambda: dragon_set(green_set, color, quality=3.0, beta=100.0),
     "nft": lambda: nft(lag=Lag(slope=0.0)),
     "awm": awm,
 }

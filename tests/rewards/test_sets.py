@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from genalign.credit import SetContrast
 from genalign.demonstrations import IncrementalReward, Rescored, greedy_swap
 from genalign.divergences import Gaussian, frechet_distance, kid, vendi
+from genalign.learning import Outcome
+from genalign.set_sums import WeightedSum, standardised, with_quality
 from genalign.types import SetReward
-from rewards.sets import FrechetTo, KIDTo, Vendi, WeightedSum, per_sample_frechet, standardised
+from rewards.sets import FrechetTo, KIDTo, Vendi, per_sample_frechet
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -133,3 +136,30 @@ def test_samples_of_one_token_are_refused() -> None:
         per_sample_frechet(torch.zeros(3, 1, 6), Gaussian.of(REFERENCE))
     with pytest.raises(ValueError, match=r"tokens must be \(B, n, d\)"):
         per_sample_frechet(torch.zeros(3, 6), Gaussian.of(REFERENCE))
+
+
+def test_quality_stands_beside_a_set_reward_in_units_of_choice() -> None:
+    own = torch.linspace(0, 1, len(FIRST)), torch.linspace(1, 0, len(SECOND))
+    reward, first, second = with_quality(Vendi(), 2.0, FIRST, SECOND, *own)
+    assert isinstance(reward, WeightedSum) and first.shape == second.shape == (len(FIRST), FIRST.shape[1] + 1)
+    diversity, quality = reward.coefficients
+    assert reward(first) == pytest.approx(diversity * Vendi()(FIRST) + quality * float(own[0].mean()))
+    swapped = first.double()
+    statistic = reward.statistic(swapped)
+    expected = swapped.clone()
+    expected[3] = second[3]
+    assert statistic.swapped(3, second[3].double()) == pytest.approx(reward(expected))
+
+
+def test_a_failed_sample_is_no_demonstration() -> None:
+    features = torch.cat([FIRST, SECOND])
+    features[0] = torch.nan
+    count = len(FIRST)
+    group = torch.arange(count).repeat(2)
+    own = torch.rand(2 * count, 1)
+    own[5] = torch.nan
+    outcome = Outcome(own, (1.0,), group, features=features)
+    for quality, left_out in ((0.0, {0, count}), (1.0, {0, count, 5, count + 5})):
+        credit = SetContrast(Vendi(), quality=quality)(outcome)
+        assert set((credit == 0).nonzero()[:, 0].tolist()) == left_out
+        assert float(credit.sum()) == 0.0
