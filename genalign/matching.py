@@ -52,6 +52,9 @@ class Noised:
 class MatchingLoss(Protocol):
     """Terms (N,) of a mean over an update, from noised samples, their credit (B,) and prompt index (B,)."""
 
+    def used(self, credit: Tensor) -> Tensor:
+        """Which samples (B,) bool it learns from; the network does not see the others."""
+
     def terms(self, credit: Tensor, group: Tensor) -> int:
         """N, from the credit alone."""
 
@@ -92,24 +95,25 @@ class Matching:
 
     def backward(self, context: Context, batch: Batch, scale: float, seed: int) -> None:
         """Draw by draw."""
-        for draw in range(self.draws):
-            noised = self._noised(context, batch, draw, seed)
+        rows = self.loss.used(batch.credit).nonzero()[:, 0]
+        for draw in range(self.draws) if len(rows) else ():
+            noised = self._noised(context, batch, rows, draw, seed)
             device = noised.x.device
-            losses = self.loss(noised, batch.credit.to(device), batch.group.to(device))
+            losses = self.loss(noised, batch.credit[rows].to(device), batch.group[rows].to(device))
             distance = mean_square(noised.prediction, noised.reference)
             context.readings.add("loss", losses)
             context.readings.add("kl", distance)
             total = losses.sum() + self.anchor * distance.sum()
             (total * scale).backward()  # type: ignore[no-untyped-call]
 
-    def _noised(self, context: Context, batch: Batch, draw: int, seed: int) -> Noised:
-        x0 = batch.sampled.final
-        seeds = [derived_seed(seed, draw, int(group)) for group in batch.group]
+    def _noised(self, context: Context, batch: Batch, rows: Tensor, draw: int, seed: int) -> Noised:
+        x0 = batch.sampled.final[rows]
+        seeds = [derived_seed(seed, draw, int(group)) for group in batch.group[rows]]
         level = context.pipeline.level(self._places(draw, seeds).to(x0.device))
         eps = seeded_noise(seeds, x0)
         path = context.pipeline.path
         x, target = path.add_noise(x0, eps, level), path.prediction(x0, eps, level)
-        conditioning = batch.sampled.start.conditioning[batch.sampled.start.prompt]
+        conditioning = batch.sampled.start.conditioning[batch.sampled.start.prompt[rows]]
 
         def predict() -> Tensor:
             context.bill(len(x))
@@ -138,6 +142,10 @@ class PairedPreference:
         if not self.beta > 0:
             raise ValueError(f"beta must be positive, not {self.beta}")
 
+    def used(self, credit: Tensor) -> Tensor:
+        """Those with credit."""
+        return credit != 0
+
     def terms(self, credit: Tensor, group: Tensor) -> int:
         """Pairs."""
         return len(sign_pairs(credit, group).winners)
@@ -155,13 +163,16 @@ class UnpairedPreference:
 
     beta: float
 
+    def used(self, credit: Tensor) -> Tensor:
+        """Those with credit."""
+        return credit != 0
+
     def terms(self, credit: Tensor, group: Tensor) -> int:
-        """Samples with credit."""
-        return int((credit != 0).sum())
+        """As many."""
+        return int(self.used(credit).sum())
 
     def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
-        used = credit != 0
-        return kto_loss(noised.error[used], noised.reference_error[used], credit[used] > 0, self.beta)
+        return kto_loss(noised.error, noised.reference_error, credit > 0, self.beta)
 
 
 @dataclass(frozen=True)
@@ -172,8 +183,12 @@ class NegativeAware:
     beta: float = 1.0
     largest_advantage: float = 5.0
 
+    def used(self, credit: Tensor) -> Tensor:
+        """All: those without advantage hold the policy where it is."""
+        return torch.ones_like(credit, dtype=torch.bool)
+
     def terms(self, credit: Tensor, group: Tensor) -> int:
-        """All samples: those without advantage hold the policy where it is."""
+        """As many."""
         return len(credit)
 
     def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
@@ -193,9 +208,13 @@ class AdvantageWeighted:
     power: float = 0.25
     largest_advantage: float = 5.0
 
+    def used(self, credit: Tensor) -> Tensor:
+        """Those with credit."""
+        return credit != 0
+
     def terms(self, credit: Tensor, group: Tensor) -> int:
-        """Samples with credit."""
-        return int((credit != 0).sum())
+        """As many."""
+        return int(self.used(credit).sum())
 
     def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
         sigma = noised.level.sigma.expand(len(credit))
@@ -211,12 +230,16 @@ class RewardWeighted:
     """Matching weighted by credit of 0 or more: reward-weighted regression (arXiv 2501.13918), or fine-tuning on chosen
     samples."""
 
+    def used(self, credit: Tensor) -> Tensor:
+        """Those with credit."""
+        return credit > 0
+
     def terms(self, credit: Tensor, group: Tensor) -> int:
-        """Samples with credit."""
-        return int((credit > 0).sum())
+        """As many."""
+        return int(self.used(credit).sum())
 
     def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
-        return credit.clamp(min=0) * noised.error
+        return credit * noised.error
 
 
 def sign_pairs(credit: Tensor, group: Tensor) -> Demonstrations:

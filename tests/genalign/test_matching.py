@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genalign.dynamics import ODE
 from genalign.learning import Batch, Context, Readings
-from genalign.matching import Matching, Noised
+from genalign.matching import Matching, Noised, PairedPreference, UnpairedPreference
 from genalign.policy import Lora, Policy, Snapshot
 from genalign.rollout import Start, rollout
 from pipelines import SD3
@@ -21,6 +21,9 @@ class Seen:
     """Weighted matching, which keeps what it was shown."""
 
     shown: list[Noised] = field(default_factory=list)
+
+    def used(self, credit: Tensor) -> Tensor:
+        return torch.ones_like(credit, dtype=torch.bool)
 
     def terms(self, credit: Tensor, group: Tensor) -> int:
         return len(credit)
@@ -78,6 +81,16 @@ def test_the_same_seed_draws_the_same(tiny: SD3) -> None:
         Matching(loss, draws=1).backward(context, batch, 1.0, seed)
     a, b, c = (noised.x for noised in loss.shown)
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_samples_without_credit_cost_nothing(tiny: SD3) -> None:
+    context = _context(tiny)
+    batch = _batch(context)
+    Matching(UnpairedPreference(100.0), draws=2).backward(context, batch, 1.0, 0)
+    assert context.readings.forwards == 2 * 2 * 3  # draws, policy and reference, samples with credit
+    nothing = replace(batch, credit=torch.zeros(4))
+    Matching(PairedPreference(100.0), draws=2).backward(context, nothing, 1.0, 0)
+    assert context.readings.forwards == 2 * 2 * 3
 
 
 def test_an_old_policy_must_exist(tiny: SD3) -> None:
