@@ -38,15 +38,6 @@ class Completion:
         return tuple(first + left * k // count for k in range(count))
 
 
-@dataclass(frozen=True)
-class Completed:
-    """``latents`` (B, S, ...) at sigma = 0 of the states before each stored step, and what they cost: denoiser
-    evaluations of single samples, guidance twice."""
-
-    latents: Tensor
-    forwards: int
-
-
 @torch.no_grad()
 def complete(
     pipeline: Pipeline,
@@ -54,9 +45,9 @@ def complete(
     grid: Grid,
     guidance: float,
     completion: Completion = Completion(),
-) -> Completed:
-    """Complete every stored state of a rollout. The first move takes the rollout's own prediction, and states that a
-    group shares are completed once.
+) -> Tensor:
+    """The clean latents (B, S, ...) of the states before each stored step of a rollout. The first move takes the
+    rollout's own prediction, and states that a group shares are completed once.
 
     Moves that begin at one grid index go through the network together, in batches no larger than the rollout's.
     """
@@ -66,16 +57,14 @@ def complete(
     x = torch.cat([job.x for job in jobs])
     active = [job.stops for job in jobs for _ in job.rows.tolist()]
     conditioning = sampled.start.conditioning[sampled.start.prompt[rows]]
-    forwards = 0
     for index in range(min(sampled.steps) + 1, len(grid)):
         moving = torch.tensor([i for i, stops in enumerate(active) if index in stops[1:]])
         for part in torch.split(moving, size) if len(moving) else ():
             step = _step(grid, index, [active[i] for i in part.tolist()])
             prediction = pipeline.predict(x[part], step, conditioning[part], guidance)
             x[part] = transition(pipeline.path, ODE(), x[part], prediction, step).mean
-            forwards += len(part) * (2 if guidance > 1 else 1)
     done = torch.split(x, [len(job.rows) for job in jobs])
-    return Completed(torch.stack([latents[job.origin] for latents, job in zip(done, jobs, strict=True)], 1), forwards)
+    return torch.stack([latents[job.origin] for latents, job in zip(done, jobs, strict=True)], 1)
 
 
 @dataclass(frozen=True)

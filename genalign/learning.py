@@ -72,8 +72,6 @@ class Readings:
     values: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     log_ratio_max: float = 0.0
-    forwards: int = 0
-    skipped: int = 0
 
     def add(self, name: str, values: Tensor) -> None:
         """Take in the elements of ``values``."""
@@ -92,7 +90,7 @@ class Readings:
 
 @dataclass(frozen=True)
 class Context:
-    """The model and the sampler as they are now; every evaluation of the network is billed to ``readings``."""
+    """The model and the sampler as they are now."""
 
     pipeline: Pipeline
     policy: Policy
@@ -104,7 +102,6 @@ class Context:
 
     def replay(self, batch: Batch, stored: int) -> Replay:
         """A stored transition under the current weights; differentiable."""
-        self.bill(len(batch))
         return replay(self.pipeline, batch.sampled, self.grid, self.kernel, stored, self.guidance)
 
     def reference_replay(self, batch: Batch, stored: int) -> Replay:
@@ -114,7 +111,6 @@ class Context:
 
     def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning) -> Tensor:
         """The network's output under the current weights; differentiable."""
-        self.bill(len(x))
         return self.pipeline.predict(x, level, conditioning, self.guidance)
 
     @contextlib.contextmanager
@@ -124,10 +120,6 @@ class Context:
             raise ValueError("this objective needs an old policy: give the recipe a lag")
         with torch.no_grad(), self.policy.using(self.old):
             yield
-
-    def bill(self, samples: int) -> None:
-        """Count evaluations of single samples, guidance twice."""
-        self.readings.forwards += samples * (2 if self.guidance > 1 else 1)
 
 
 class Objective(Protocol):

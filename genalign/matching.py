@@ -116,7 +116,6 @@ class Matching:
         conditioning = batch.sampled.start.conditioning[batch.sampled.start.prompt[rows]]
 
         def predict() -> Tensor:
-            context.bill(len(x))
             return context.pipeline.predict(x, level, conditioning, 1.0)
 
         with torch.no_grad(), context.policy.reference():

@@ -46,7 +46,6 @@ class Rollout:
 
     ``x``, ``x_next``, ``mean`` and ``prediction`` (B, S, ...) float32 are states, the sampling policy's transition
     means and the network's outputs at the grid's ``steps`` (S); ``final`` (B, ...) are the latents at sigma = 0.
-    ``forwards`` counts denoiser evaluations of single samples, guidance twice.
     """
 
     start: Start
@@ -56,7 +55,6 @@ class Rollout:
     mean: Tensor
     prediction: Tensor
     final: Tensor
-    forwards: int
 
     def finite(self) -> Tensor:
         """Which samples (B,) ended in finite latents."""
@@ -109,21 +107,19 @@ def rollout(
     x = pipeline.initial_noise([start.noise_seeds[row] for row in rows])
     conditioning = start.conditioning[start.prompt[rows]]
     kept: list[tuple[Tensor, ...]] = []
-    forwards = 0
     for i in range(len(grid)):
         if i == branch:
             x, conditioning = x[origin], start.conditioning[start.prompt]
         step = grid[i]
         prediction = pipeline.predict(x, step, conditioning, guidance)
         move = transition(pipeline.path, kernels[i], x, prediction, step)
-        forwards += len(x) * (2 if guidance > 1 else 1)
         x_next = move.sample(step_noise(start.step_seeds, i, x)) if noisy[i] else move.mean
         if i in store:
             kept.append((x, x_next, move.mean, prediction))
         x = x_next
     final = x if branch < len(grid) else x[origin]
     states, nexts, means, outputs = (_stacked([tensors[field] for tensors in kept], final) for field in range(4))
-    return Rollout(start, tuple(sorted(store)), states, nexts, means, outputs, final, forwards)
+    return Rollout(start, tuple(sorted(store)), states, nexts, means, outputs, final)
 
 
 def _stacked(tensors: Sequence[Tensor], like: Tensor) -> Tensor:

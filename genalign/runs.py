@@ -78,7 +78,7 @@ class RunFolder:
             "rounds": rounds_done,
             "updates": policy.updates,
             "images": trainer.images,
-            "forwards": trainer.forwards,
+            "calls": dict(trainer.ledger.counts),
         }
         save_state(self.path / "checkpoint" / "state.safetensors", tensors, meta)
 

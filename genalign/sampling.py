@@ -41,15 +41,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One batch of a round: its trajectories, decoded samples (B, ...), and scores as in ``Outcome``; ``forwards``
-    counts denoiser evaluations of single samples, guidance twice."""
+    """One batch of a round: its trajectories, decoded samples (B, ...), and scores as in ``Outcome``."""
 
     rollout: Rollout
     samples: Tensor
     scores: Tensor
     stepwise: Tensor | None
     features: Tensor | None
-    forwards: int
 
 
 @dataclass(frozen=True)
@@ -86,11 +84,11 @@ class Sampler:
         scores[~finite.cpu()] = torch.nan
         kept = sampled if finite.all() else sampled.emptied(~finite)
         if recipe.completion is None:
-            return Sampled(kept, samples, scores, None, features, sampled.forwards)
+            return Sampled(kept, samples, scores, None, features)
         completed = complete(self.pipeline, sampled, self.grid, self.guidance, recipe.completion)
-        columns = [score(self.rewards, self.pipeline.decode(x0), prompts) for x0 in completed.latents.unbind(1)]
+        columns = [score(self.rewards, self.pipeline.decode(x0), prompts) for x0 in completed.unbind(1)]
         stepwise = torch.stack([*columns, scores], dim=1)
-        return Sampled(kept, samples, scores, stepwise, features, sampled.forwards + completed.forwards)
+        return Sampled(kept, samples, scores, stepwise, features)
 
 
 def joined(parts: Sequence[Tensor | None]) -> Tensor | None:

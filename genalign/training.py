@@ -11,13 +11,14 @@ import math
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from genalign.advantages import zero_std_share
+from genalign.budget import Ledger, Metered, metered_reward
 from genalign.learning import Batch, Context, Outcome, Readings
 from genalign.noise import derived_seed
 from genalign.policy import Policy, Snapshot
@@ -80,7 +81,7 @@ class Settings:
 class RoundResult:
     """What one round did. ``log_ratio_max`` is the largest |log-ratio| of the round's first update, 0 in exact
     arithmetic; ``readings`` are a method's own and its trainable rewards'; ``forwards`` counts denoiser evaluations of
-    single samples so far, ``images`` samples so far."""
+    single samples so far, ``calls`` everything that was billed (see ``budget.Ledger``), ``images`` samples so far."""
 
     round: int
     reward: float
@@ -96,6 +97,7 @@ class RoundResult:
     readings: dict[str, float]
     images: int
     forwards: int
+    calls: dict[str, int]
     seconds: float
 
     def metrics(self) -> dict[str, object]:
@@ -123,11 +125,13 @@ class Trainer:
         settings: Settings,
         sampling: Sampling,
     ) -> None:
-        self.pipeline, self.policy, self.recipe = pipeline, policy, recipe
-        self.rewards, self.settings, self.sampling = rewards, settings, sampling
+        self.ledger = Ledger()
+        self.pipeline, self.policy, self.recipe = Metered(pipeline, self.ledger), policy, recipe
+        self.rewards = [replace(r, function=metered_reward(r.name, r.function, self.ledger)) for r in rewards]
+        self.settings, self.sampling = settings, sampling
         self.grid = sampling.grid(pipeline)
         self.sampler = Sampler(
-            pipeline, rewards, self.grid, sampling.guidance, settings.group_size, settings.batch_size
+            self.pipeline, self.rewards, self.grid, sampling.guidance, settings.group_size, settings.batch_size
         )
         recipe.kernel.check(sampling.guidance, [reward.name for reward in rewards if reward.weight])
         recipe.steps(self.grid, 0, settings.seed)  # refuse an impossible recipe before any compute
@@ -138,13 +142,13 @@ class Trainer:
         self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
         self.old = Snapshot(policy.parameters) if recipe.lag else None
         self.watch = Watch()
-        self.images = self.forwards = 0
+        self.images = 0
         self.seconds = 0.0
 
     def rounds(self) -> Iterator[RoundResult]:
         """All rounds, one by one."""
         for index, prompts in enumerate(self.prompts.rounds()):
-            progress = self.settings.progress(index, self.forwards)
+            progress = self.settings.progress(index, self.ledger.forwards)
             if progress >= 1:
                 return
             began = time.perf_counter()
@@ -157,7 +161,6 @@ class Trainer:
             if self.old is not None and self.recipe.lag is not None:
                 self.old.update(self.policy.parameters, self.recipe.lag.decay(index))
             self.images += len(outcome.scores)
-            self.forwards += learnt.forwards + sum(part.forwards for part in parts)
             self.seconds += time.perf_counter() - began
             yield self._result(index, outcome, learnt, readings)
 
@@ -244,7 +247,8 @@ class Trainer:
             failed_rewards=int(outcome.scores.isnan().sum()),
             readings=extra | dict(rewards),
             images=self.images,
-            forwards=self.forwards,
+            forwards=self.ledger.forwards,
+            calls=dict(self.ledger.counts),
             seconds=self.seconds,
         )
 

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+from genalign.budget import Ledger, Metered
 from genalign.completion import Completion, complete
 from genalign.dynamics import ODE, FlowSDE
 from genalign.rollout import Rollout, Start, rollout, windowed
@@ -14,6 +15,7 @@ from genalign.types import Grid
 from pipelines import SD3
 
 SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2]
+FULL = Completion()
 
 
 def _start(pipeline: SD3, shared: bool) -> Start:
@@ -24,6 +26,12 @@ def _start(pipeline: SD3, shared: bool) -> Start:
 def _sampled(pipeline: SD3, grid: Grid, store: tuple[int, ...], shared: bool, guidance: float = 1.0) -> Rollout:
     kernels = windowed(FlowSDE(0.7), store, len(grid))
     return rollout(pipeline, _start(pipeline, shared), grid, kernels, guidance, store)
+
+
+def _cost(pipeline: SD3, sampled: Rollout, grid: Grid, guidance: float = 1.0, completion: Completion = FULL) -> int:
+    metered = Metered(pipeline, Ledger())
+    complete(metered, sampled, grid, guidance, completion)
+    return metered.ledger.forwards
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
@@ -38,14 +46,14 @@ def test_each_state_is_completed_by_the_ode(tiny: SD3, guidance: float) -> None:
             step = grid[i]
             velocity = tiny.predict(x, step, conditioning, guidance)
             x = x + float(step.sigma_next - step.sigma) * velocity
-        torch.testing.assert_close(made.latents[:, stored], x, rtol=0, atol=2e-5)
+        torch.testing.assert_close(made[:, stored], x, rtol=0, atol=2e-5)
 
 
 def test_without_noise_every_completion_is_the_sample(tiny: SD3) -> None:
     grid = tiny.grid(5, SIGMAS)
     sampled = rollout(tiny, _start(tiny, False), grid, [ODE()] * 5, 1.0, store=(0, 1, 2))
     made = complete(tiny, sampled, grid, 1.0)
-    torch.testing.assert_close(made.latents, sampled.final[:, None].expand_as(made.latents), rtol=0, atol=2e-5)
+    torch.testing.assert_close(made, sampled.final[:, None].expand_as(made), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -54,27 +62,28 @@ def test_cost_is_that_of_the_formula(tiny: SD3, guidance: float) -> None:
     sampled = _sampled(tiny, grid, tuple(range(9)), shared=False, guidance=guidance)
     per_sample = sum(10 - 1 - i for i in range(9))
     assert per_sample == 45
-    assert complete(tiny, sampled, grid, guidance).forwards == 4 * per_sample * (2 if guidance > 1 else 1)
+    assert _cost(tiny, sampled, grid, guidance) == 4 * per_sample * (2 if guidance > 1 else 1)
 
 
 def test_a_shared_state_is_completed_once(tiny: SD3) -> None:
     grid = tiny.grid(5, SIGMAS)
-    made = complete(tiny, _sampled(tiny, grid, (1, 2), shared=True), grid, 1.0)
-    assert made.forwards == 2 * 3 + 4 * 2
-    assert torch.equal(made.latents[0, 0], made.latents[1, 0])
-    assert not torch.allclose(made.latents[0, 1], made.latents[1, 1])
+    sampled = _sampled(tiny, grid, (1, 2), shared=True)
+    assert _cost(tiny, sampled, grid) == 2 * 3 + 4 * 2
+    made = complete(tiny, sampled, grid, 1.0)
+    assert torch.equal(made[0, 0], made[1, 0])
+    assert not torch.allclose(made[0, 1], made[1, 1])
 
 
 def test_fewer_steps_cost_less_and_one_costs_nothing(tiny: SD3, caplog: pytest.LogCaptureFixture) -> None:
     grid = tiny.grid(5, SIGMAS)
     sampled = _sampled(tiny, grid, (0, 1), shared=False)
-    assert complete(tiny, sampled, grid, 1.0, Completion(2)).forwards == 4 * 2
+    assert _cost(tiny, sampled, grid, completion=Completion(2)) == 4 * 2
     with caplog.at_level(logging.WARNING):
         made = complete(tiny, sampled, grid, 1.0, Completion(1))
     assert "worse than Flow-GRPO" in caplog.text
-    assert made.forwards == 0
+    assert _cost(tiny, sampled, grid, completion=Completion(1)) == 0
     expected = sampled.x[:, 1] - float(grid[1].sigma) * sampled.prediction[:, 1]
-    torch.testing.assert_close(made.latents[:, 1], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(made[:, 1], expected, rtol=0, atol=1e-5)
 
 
 def test_stops_are_the_grid_that_is_left() -> None:

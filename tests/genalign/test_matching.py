@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from genalign.budget import Ledger, Metered
 from genalign.dynamics import ODE
 from genalign.learning import Batch, Context, Readings
 from genalign.matching import Matching, Noised, PairedPreference, UnpairedPreference
@@ -38,13 +39,13 @@ def _context(tiny: SD3, lagging: bool = False) -> Context:
     old = Snapshot(policy.parameters) if lagging else None
     for parameter in policy.parameters:
         torch.nn.init.normal_(parameter, std=0.05)
-    return Context(tiny, policy, tiny.grid(3, [1.0, 0.7, 0.3]), ODE(), 1.0, old, Readings())
+    return Context(Metered(tiny, Ledger()), policy, tiny.grid(3, [1.0, 0.7, 0.3]), ODE(), 1.0, old, Readings())
 
 
 def _batch(context: Context) -> Batch:
     conditioning = context.pipeline.encode(["a circle", "two squares"])
     start = Start(conditioning, torch.tensor([0, 0, 1, 1]), (1, 2, 3, 4), (5, 6, 7, 8))
-    sampled = rollout(context.pipeline, start, context.grid, [ODE()] * 3, 1.0)
+    sampled = rollout(context.pipeline.pipeline, start, context.grid, [ODE()] * 3, 1.0)
     return Batch(sampled, torch.tensor([1.0, -1.0, 0.5, 0.0]), start.prompt, True)
 
 
@@ -70,7 +71,7 @@ def test_only_the_current_prediction_carries_a_gradient(tiny: SD3) -> None:
     assert noised.prediction.requires_grad and not noised.reference.requires_grad and not noised.old.requires_grad
     torch.testing.assert_close(noised.old, noised.reference)  # the old policy is the one that training started from
     assert not torch.allclose(noised.old, noised.prediction.detach())
-    assert context.readings.forwards == 3 * 4
+    assert context.pipeline.ledger.forwards == 3 * 4
     assert context.readings.mean("kl") > 0
 
 
@@ -87,10 +88,10 @@ def test_samples_without_credit_cost_nothing(tiny: SD3) -> None:
     context = _context(tiny)
     batch = _batch(context)
     Matching(UnpairedPreference(100.0), draws=2).backward(context, batch, 1.0, 0)
-    assert context.readings.forwards == 2 * 2 * 3  # draws, policy and reference, samples with credit
+    assert context.pipeline.ledger.forwards == 2 * 2 * 3  # draws, policy and reference, samples with credit
     nothing = replace(batch, credit=torch.zeros(4))
     Matching(PairedPreference(100.0), draws=2).backward(context, nothing, 1.0, 0)
-    assert context.readings.forwards == 2 * 2 * 3
+    assert context.pipeline.ledger.forwards == 2 * 2 * 3
 
 
 def test_an_old_policy_must_exist(tiny: SD3) -> None:

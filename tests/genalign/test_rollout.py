@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from genalign.budget import Ledger, Metered
 from genalign.dynamics import CPS, ODE, FlowSDE, Kernel
 from genalign.rollout import Start, generate, replay, rollout, step_noise, windowed
 from pipelines import SD3
@@ -40,8 +41,9 @@ def test_only_the_window_is_stored(tiny: SD3) -> None:
 
 def test_the_shared_prefix_is_computed_once_and_changes_nothing(tiny: SD3) -> None:
     grid, kernels = tiny.grid(5, SIGMAS), windowed(FlowSDE(), (2,), 5)
-    together = rollout(tiny, _start(tiny, True), grid, kernels, 1.0, store=(2,))
-    assert together.forwards == 2 * 2 + 3 * 6
+    metered = Metered(tiny, Ledger())
+    together = rollout(metered, _start(tiny, True), grid, kernels, 1.0, store=(2,))
+    assert metered.ledger.forwards == 2 * 2 + 3 * 6
     assert torch.equal(together.x[0], together.x[1]) and torch.equal(together.x[3], together.x[5])
     start = _start(tiny, True)
     for row in range(6):
@@ -51,8 +53,9 @@ def test_the_shared_prefix_is_computed_once_and_changes_nothing(tiny: SD3) -> No
 
 
 def test_guidance_counts_twice(tiny: SD3) -> None:
-    sampled = rollout(tiny, _start(tiny, False), tiny.grid(5, SIGMAS), [ODE()] * 5, 2.0)
-    assert sampled.forwards == 2 * 5 * 6
+    metered = Metered(tiny, Ledger())
+    rollout(metered, _start(tiny, False), tiny.grid(5, SIGMAS), [ODE()] * 5, 2.0)
+    assert metered.ledger.forwards == 2 * 5 * 6
 
 
 def test_members_of_a_group_differ_after_the_first_noise(tiny: SD3) -> None:

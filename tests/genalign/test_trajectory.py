@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from genalign.budget import Ledger, Metered
 from genalign.dynamics import FlowSDE
 from genalign.learning import Batch, Context, Readings
 from genalign.policy import Lora, Policy
@@ -23,14 +24,14 @@ def _context(tiny: SD3) -> Context:
     policy = Policy(tiny.denoiser, Lora(rank=2, alpha=4))
     for parameter in policy.parameters:  # B starts at zero, where the current policy would be the reference
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
-    return Context(tiny, policy, tiny.grid(4, [1.0, 0.75, 0.5, 0.25]), KERNEL, 1.0, None, Readings())
+    return Context(Metered(tiny, Ledger()), policy, tiny.grid(4, [1.0, 0.75, 0.5, 0.25]), KERNEL, 1.0, None, Readings())
 
 
 def _batch(context: Context, first: bool = True) -> Batch:
     conditioning = context.pipeline.encode(["a circle", "two squares"])
     start = Start(conditioning, torch.tensor([0, 0, 1, 1]), (1, 2, 3, 4), (5, 6, 7, 8))
     kernels = windowed(KERNEL, STEPS, 4)
-    sampled = rollout(context.pipeline, start, context.grid, kernels, 1.0, STEPS)
+    sampled = rollout(context.pipeline.pipeline, start, context.grid, kernels, 1.0, STEPS)
     return Batch(sampled, torch.tensor([1.0, -1.0, 0.5, 0.0]), start.prompt, first)
 
 
@@ -78,10 +79,10 @@ def test_on_policy_the_first_pass_needs_no_forward_of_the_current_weights(tiny: 
     context = _context(tiny)
     batch = _batch(context)
     Coupled(Squared()).backward(context, batch, 1.0, 0)
-    assert context.readings.forwards == 4 * 3 * 2  # the reference, and the pass with a graph
+    assert context.pipeline.ledger.forwards == 4 * 3 * 2  # the reference, and the pass with a graph
     assert context.readings.log_ratio_max == 0.0
     Coupled(Squared()).backward(context, Batch(batch.sampled, batch.credit, batch.group, False), 1.0, 0)
-    assert context.readings.forwards == 4 * 3 * (2 + 3)
+    assert context.pipeline.ledger.forwards == 4 * 3 * (2 + 3)
 
 
 def test_a_surrogate_counts_samples_with_credit(tiny: SD3) -> None:

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from genalign.config import Train, parse
+from genalign.config import Compare, Train, parse
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = [*sorted((ROOT / "scripts" / "configs").glob("*.yaml")), ROOT / "genalign" / "assets" / "demo.yaml"]
+SHIPPED = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
+COMPARISONS = [path for path in SHIPPED if path.stem.startswith("compare")]
+CONFIGS = [path for path in SHIPPED if path not in COMPARISONS]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, ROOT / "genalign" / "assets" / "demo.yaml"], ids=lambda path: path.stem)
 def test_configurations_parse(path: Path) -> None:
     reward = ["--rewards.mine.function", "rewards.shapes.ShapesReward"]
     settings, plain = parse(Train, ["--config", str(path), *reward], "train")
     assert settings.rewards["mine"].weight == 1.0
-    assert plain["recipe"]["class_path"] == "genalign.recipes.flow_grpo"
+    assert plain["recipe"]["class_path"].startswith("genalign.recipes.")
+
+
+def _compared() -> list[tuple[Path, str]]:
+    made = [(path, parse(Compare, ["--config", str(path)], "compare")[0]) for path in COMPARISONS]
+    return [(path, name) for path, comparison in made for name in comparison.runs]
+
+
+@pytest.mark.parametrize(("path", "name"), _compared())
+def test_what_a_comparison_compares_parses(
+    path: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    comparison, plain = parse(Compare, ["--config", str(path)], "compare")
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(plain["runs"][name]))
+    settings, _ = parse(Train, ["--config", str(path.parent / comparison.base), "--config", str(own)], "train")
+    assert settings.training.max_forwards and settings.training.max_forwards <= 150_000

@@ -49,9 +49,15 @@ def evaluation_diversity(folder: Path) -> dict[str, float]:
     made = load_evaluation(folder)
     if made.protocol.suite not in SUITES or any(record.image is None for record in made.records):
         return {}
+    return asdict(diversity(*evaluation_images(folder)))
+
+
+def evaluation_images(folder: Path) -> tuple[Tensor, list[Prompt]]:
+    """An evaluation's kept images (N, 3, 64, 64) in [0, 1], and their prompts of the shapes world."""
+    made = load_evaluation(folder)
     known = {prompt.text: prompt for prompt in prompts(made.protocol.suite).prompts}
     images = torch.stack([read_image(folder / str(record.image)) for record in made.records])
-    return asdict(diversity(images, [known[record.prompt] for record in made.records]))
+    return images, [known[record.prompt] for record in made.records]
 
 
 def read_image(path: Path) -> Tensor:

@@ -1,0 +1,74 @@
+"""What the proofs measure of a whole evaluation: distances, variety, and scene statistics by the verifier's eyes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from planted import saturation
+from torch import Tensor
+
+from genalign.divergences import frechet_distance, vendi
+from genalign.results import PromptRecord
+from genalign.worlds.shapes.detection import Detection, detect
+from genalign.worlds.shapes.diversity import evaluation_images
+from genalign.worlds.shapes.geometry import SIZE
+from rewards.features import ClipFeatures, described
+from rewards.references import Images, ImageTensor
+
+FEATURES = ClipFeatures("shapes-clip")
+Measure = Callable[[Tensor], float]
+
+
+def set_records(name: str, metric: str, seed: int, run: Path, measure: Measure) -> list[PromptRecord]:
+    """One figure of all images of a run before and after; a set is one record, and its interval is over seeds."""
+    (before, asked), (after, _) = evaluation_images(run / "before"), evaluation_images(run / "after")
+    return [PromptRecord(name, metric, seed, "all", "the whole set", measure(before), measure(after), len(asked))]
+
+
+def nearness(references: Images) -> Measure:
+    """-Frechet distance of shapes-clip features to ``references``, as many as there are images."""
+
+    def measure(images: Tensor) -> float:
+        rows = range(min(len(images), len(references)))
+        there = described(ImageTensor(references.load(rows)), FEATURES)
+        return -frechet_distance(described(ImageTensor(images), FEATURES)[: len(rows)], there)
+
+    return measure
+
+
+def variety(images: Tensor) -> float:
+    """The Vendi score of shapes-clip features."""
+    return vendi(described(ImageTensor(images), FEATURES))
+
+
+def share(is_so: Callable[[Detection], bool]) -> Measure:
+    """The share of detected shapes that are so."""
+
+    def measure(images: Tensor) -> float:
+        found = [item for items in detect(images) for item in items]
+        return sum(map(is_so, found)) / max(len(found), 1)
+
+    return measure
+
+
+def is_in_corner(item: Detection) -> bool:
+    """Whether an object's middle is in a corner cell of a 3 x 3 grid."""
+    middle = ((item.box[0] + item.box[2]) / 2, (item.box[1] + item.box[3]) / 2)
+    return all(not SIZE / 3 < place < 2 * SIZE / 3 for place in middle)
+
+
+def is_small(item: Detection) -> bool:
+    """Whether an object's box is at most 20 pixels wide and high."""
+    return max(item.box[2] - item.box[0], item.box[3] - item.box[1]) <= 20
+
+
+def mean_saturation(images: Tensor) -> float:
+    """The mean over images."""
+    return float(saturation(images).mean())
+
+
+def quantiles(images: Tensor, levels: Sequence[float]) -> list[float]:
+    """Of the images' saturation."""
+    return [float(value) for value in saturation(images).quantile(torch.tensor(levels))]

@@ -1,0 +1,104 @@
+"""The ledger against an instrumented model's true calls."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign.budget import Ledger, Metered, metered_reward
+from genalign.policy import Lora, Policy
+from genalign.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
+from genalign.sampling import Sampling
+from genalign.scoring import NamedReward
+from genalign.training import Settings, Trainer
+from genalign.types import Prompt, PromptSet
+from pipelines import SD3
+
+PROMPTS = PromptSet("two", (Prompt("a circle"), Prompt("two squares")))
+SETTINGS = Settings(rounds=2, prompts_per_round=2, group_size=4, batch_size=4, updates_per_round=2)
+RECIPES = {
+    "flow_grpo": flow_grpo(window=2),
+    "dense_grpo": dense_grpo(window=2),
+    "prdp": prdp(window=2),
+    "dragon": dragon(),
+    "nft": nft(),
+}
+
+
+def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples[:, 0].flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("name", RECIPES)
+def test_training_bills_what_the_model_did(tiny: SD3, name: str, guidance: float) -> None:
+    true = _instrumented(tiny)
+    scored: list[int] = []
+
+    def reward(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        scored.append(len(samples))
+        return redness(samples, prompts)
+
+    policy = Policy(tiny.denoiser, Lora(rank=2, alpha=4))
+    sampling = Sampling(num_steps=4, sigmas=(1.0, 0.75, 0.5, 0.25), guidance=guidance)
+    recipe: Recipe = RECIPES[name]
+    trainer = Trainer(tiny, policy, [NamedReward("red", reward)], PROMPTS, recipe, SETTINGS, sampling)
+    (*_, last) = trainer.rounds()
+    assert last.calls["forward"] == last.forwards == true["forward"]
+    assert last.calls["forward backward"] == true["backward"]
+    assert last.calls["decode"] == true["decode"]
+    assert last.calls["reward/red"] == sum(scored)
+
+
+def _instrumented(tiny: SD3) -> Counter[str]:
+    """Count what the network and the autoencoder are given, and what comes back through the network."""
+    true: Counter[str] = Counter()
+
+    def seen(module: torch.nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
+        true["forward"] += len(keywords["hidden_states"])
+        if output[0].requires_grad:
+            output[0].register_hook(lambda gradient: true.update(backward=len(gradient)))
+
+    tiny.denoiser.register_forward_hook(seen, with_kwargs=True)
+    decode = tiny.pipe.vae.decode
+
+    def decoded(latents: Tensor, **options: Any) -> Any:
+        true["decode"] += len(latents)
+        return decode(latents, **options)
+
+    tiny.pipe.vae.decode = decoded
+    return true
+
+
+def test_gradients_of_decodes_and_rewards_are_billed(tiny: SD3) -> None:
+    metered = Metered(tiny, Ledger())
+    reward = metered_reward("red", redness, metered.ledger)
+    latents = torch.randn(2, 4, 16, 16, requires_grad=True)
+    reward(metered.decode(latents), PROMPTS.prompts).sum().backward()
+    assert metered.ledger.counts == {"decode": 2, "decode backward": 2, "reward/red": 2, "reward/red backward": 2}
+
+
+def test_cost_by_prices() -> None:
+    ledger = Ledger(Counter({"forward": 10, "decode": 2, "reward/red": 0}))
+    assert ledger.cost({"forward": 0.5, "decode": 2.0}) == 9.0
+    with pytest.raises(ValueError, match="no price for decode: measure it by genalign prices"):
+        ledger.cost({"forward": 1.0})
+    earlier = ledger.copy()
+    ledger.bill("forward", 3)
+    assert ledger.since(earlier).forwards == 3 and earlier.forwards == 10
+
+
+def test_a_failed_reward_is_billed() -> None:
+    ledger = Ledger()
+
+    def broken(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        raise RuntimeError("no server")
+
+    with pytest.raises(RuntimeError):
+        metered_reward("remote", broken, ledger)(torch.zeros(3, 3, 8, 8), PROMPTS.prompts)
+    assert ledger.counts["reward/remote"] == 3
