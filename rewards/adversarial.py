@@ -524,7 +524,7 @@ class AdversarialReward(Adversary):
 
     def __init__(
         self,
-        features: FeatureFunction | PatchFeatures,
+        features: Callable,  # type: ignore[type-arg]  # bare: configurations name any FeatureFunction or PatchFeatures
         references: References,
         head: nn.Module | None = None,
         weights: PatchWeights = PatchWeights(),

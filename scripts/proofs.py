@@ -17,9 +17,23 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from planted import saturation
+from set_measures import (
+    is_in_corner,
+    is_purple,
+    is_small,
+    mean_saturation,
+    nearness,
+    set_records,
+    share,
+    variety,
+)
+
 from genalign.cli import main as genalign
 from genalign.evaluation import load_evaluation
 from genalign.results import PromptRecord, prompt_records, write_results
+from rewards.shapes import cornered, recoloured, rendered
 
 SEEDS = (11, 12, 13)  # settings were chosen on seeds 0, 1, 100 and 101
 RESULTS = Path("docs/results")
@@ -51,19 +65,66 @@ def validation(run: Path) -> dict[str, float]:
 
 def methods(work: Path) -> None:
     """Every method of the comparison raises held-out strict accuracy, at equal denoiser forwards."""
-    compared = work / "methods"
-    if status := genalign(["compare", "scripts/configs/compare_shapes.yaml", "--output", str(compared)]):
-        raise SystemExit(f"the comparison ended with status {status}")
-    standings = json.loads((compared / "comparison.json").read_text(encoding="utf-8"))
+    folder = work / "methods"
     records: list[PromptRecord] = []
-    for name, seeds in {found["name"]: found["seeds"] for found in standings}.items():
-        runs = {int(run.name.removeprefix("seed-")): run for run in sorted((compared / name).glob("seed-*"))}
-        metric = "strict" if seeds > 1 else "strict, one seed"
+    for name, runs in compared(folder, "compare_shapes").items():
         for seed, run in runs.items():
-            records += gains(name, metric, "strict", seed, run)
+            records += gains(name, "strict" if len(runs) > 1 else "strict, one seed", "strict", seed, run)
     claim = "Held-out strict accuracy (suite comp, ODE, 10 steps) rises under each method, at 100 000 denoiser forwards"
+    standings = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     made = head(claim, "python scripts/proofs.py methods")
     write_results(RESULTS, "methods_shapes", {**made, "standings": standings}, records)
+
+
+def dragon(work: Path) -> None:
+    """DRAGON on rewards of whole sets: a distance to references falls, variety rises beside accuracy."""
+    runs = compared(work / "dragon", "compare_dragon")
+    near = nearness(cornered("purple", seed=1))  # other references than those of training
+    records: list[PromptRecord] = []
+    for seed, run in runs["frechet"].items():
+        records += set_records("dragon_frechet", "less distance", seed, run, near)
+        for name, is_so in (("purple", is_purple), ("corners", is_in_corner), ("small", is_small)):
+            records += set_records(f"dragon_frechet.{name}", "share of shapes", seed, run, share(is_so))
+    for seed, run in runs["vendi"].items():
+        records += set_records("dragon_vendi", "Vendi score", seed, run, variety)
+        records += gains("dragon_vendi.strict", "strict", "strict", seed, run)
+    claim = (
+        "DRAGON brings shapes-clip features nearer to references of small purple objects in corners (Frechet distance),"
+        " and raises the Vendi score while strict accuracy does not fall"
+    )
+    write_results(RESULTS, "dragon_shapes", head(claim, "python scripts/proofs.py dragon"), records)
+
+
+def adversarial(work: Path) -> None:
+    """A reward that can be hacked, frozen and adversarial; and a style learnt from pictures alone."""
+    runs = compared(work / "adversarial", "compare_adversarial")
+    records: list[PromptRecord] = []
+    for name in ("frozen", "adversarial"):
+        for seed, run in runs[name].items():
+            records += gains(name, "strict", "strict", seed, run)
+            records += set_records(f"{name}.saturation", "mean saturation", seed, run, mean_saturation)
+    near = nearness(recoloured(("red", "orange", "yellow"), seed=1))
+    for seed, run in runs["style"].items():
+        records += set_records("style", "less distance", seed, run, near)
+    references = rendered("train", seed=1).images
+    low, high = saturation(references.load(range(len(references)))).quantile(torch.tensor([0.05, 0.95])).tolist()
+    claim = (
+        "A reward with a planted taste for saturation lowers strict accuracy when frozen and raises it when trained"
+        " against references; a discriminator of recoloured references brings the model nearer to them"
+    )
+    made = head(claim, "PYTHONPATH=scripts python scripts/proofs.py adversarial")
+    write_results(RESULTS, "adversarial_shapes", {**made, "reference_saturation": [low, high]}, records)
+
+
+def compared(folder: Path, name: str) -> dict[str, dict[int, Path]]:
+    """The finished runs of a comparison by recipe and seed; what is missing is trained."""
+    if status := genalign(["compare", f"scripts/configs/{name}.yaml", "--output", str(folder)]):
+        raise SystemExit(f"the comparison {name} ended with status {status}")
+    recipes = sorted(path for path in folder.iterdir() if path.is_dir())
+    return {
+        recipe.name: {int(run.name.removeprefix("seed-")): run for run in sorted(recipe.glob("seed-*"))}
+        for recipe in recipes
+    }
 
 
 def gains(name: str, metric: str, score: str, seed: int, run: Path) -> list[PromptRecord]:
@@ -72,7 +133,7 @@ def gains(name: str, metric: str, score: str, seed: int, run: Path) -> list[Prom
     return [replace(record, metric=metric) for record in found]
 
 
-PARTS = {"flow_grpo": flow_grpo, "methods": methods}
+PARTS = {"flow_grpo": flow_grpo, "methods": methods, "dragon": dragon, "adversarial": adversarial}
 
 
 def train(config: str, run: Path, seed: int) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from planted import saturation
 from torch import Tensor
 
@@ -53,6 +52,11 @@ def share(is_so: Callable[[Detection], bool]) -> Measure:
     return measure
 
 
+def is_purple(item: Detection) -> bool:
+    """Whether purple is its nearest colour."""
+    return item.color == "purple"
+
+
 def is_in_corner(item: Detection) -> bool:
     """Whether an object's middle is in a corner cell of a 3 x 3 grid."""
     middle = ((item.box[0] + item.box[2]) / 2, (item.box[1] + item.box[3]) / 2)
@@ -67,8 +71,3 @@ def is_small(item: Detection) -> bool:
 def mean_saturation(images: Tensor) -> float:
     """The mean over images."""
     return float(saturation(images).mean())
-
-
-def quantiles(images: Tensor, levels: Sequence[float]) -> list[float]:
-    """Of the images' saturation."""
-    return [float(value) for value in saturation(images).quantile(torch.tensor(levels))]
