@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from genalign.types import Conditioning, NoiseLevel, Pipeline, Prompt, RewardFunction
+from genalign.types import Conditioning, Grid, NoiseLevel, Pipeline, Prompt, RewardFunction
 
 FORWARD, DECODE = "forward", "decode"
 
@@ -94,3 +98,71 @@ def metered_reward(name: str, function: RewardFunction, ledger: Ledger) -> Rewar
         return ledger.watch(reward_call(name), len(samples), function(samples, prompts))
 
     return call
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit for each prompt: ``forwards`` of the denoiser (guidance counts twice), priced ``cost``, or wall-clock
+    ``seconds``; exactly one. ``prices`` are those of ``measure_prices``, or any others per call of one sample; a budget
+    in seconds without them has them measured first."""
+
+    forwards: float | None = None
+    cost: float | None = None
+    seconds: float | None = None
+    prices: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        limits = [limit for limit in (self.forwards, self.cost, self.seconds) if limit is not None]
+        if len(limits) != 1 or not limits[0] > 0:
+            raise ValueError(f"give one positive limit, forwards, cost or seconds, not {self}")
+        if self.cost is not None and self.prices is None:
+            raise ValueError("a budget in priced cost needs prices: those of genalign prices, or your own")
+
+    @property
+    def limit(self) -> float:
+        """How much a prompt may cost."""
+        return next(limit for limit in (self.forwards, self.cost, self.seconds) if limit is not None)
+
+    def spent(self, ledger: Ledger) -> float:
+        """A ledger in this budget's unit. Raises ValueError for a call without a price."""
+        if self.forwards is not None:
+            return ledger.forwards + 2 * ledger.counts[backward(FORWARD)]
+        if self.prices is None:
+            raise ValueError("this budget has no prices yet: measure them")
+        return ledger.cost(self.prices)
+
+
+def measure_prices(
+    pipeline: Pipeline,
+    rewards: Mapping[str, RewardFunction],
+    prompts: Sequence[Prompt],
+    grid: Grid,
+    guidance: float = 1.0,
+    repeats: int = 5,
+) -> dict[str, float]:
+    """Median seconds of one sample's forward, decode and reward calls, in batches of one sample for each of
+    ``prompts`` and after a call to warm up. Gradients are not priced."""
+    conditioning = pipeline.encode([prompt.text for prompt in prompts])
+    x = pipeline.initial_noise(list(range(len(prompts))))
+    with torch.no_grad():
+        samples = pipeline.decode(x)
+        timed: dict[str, Callable[[], Tensor]] = {
+            FORWARD: lambda: pipeline.predict(x, grid[0], conditioning, guidance),
+            DECODE: lambda: pipeline.decode(x),
+        }
+        for name, function in rewards.items():
+            timed[reward_call(name)] = functools.partial(function, samples, prompts)
+        seconds = {call: _median_seconds(run, repeats) for call, run in timed.items()}
+    evaluations = {FORWARD: len(x) * (2 if guidance > 1 else 1)}
+    return {call: took / evaluations.get(call, len(x)) for call, took in seconds.items()}
+
+
+def _median_seconds(run: Callable[[], Tensor], repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        result = run()
+        if result.is_cuda:
+            torch.cuda.synchronize(result.device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])

@@ -1,0 +1,9 @@
+"""Better samples from a finished model: search at inference time, with an honest bill."""
+
+from genalign.budget import Budget as Budget
+from genalign.search.best_of_n import BestOfN as BestOfN
+from genalign.search.noise_search import Evolution as Evolution
+from genalign.search.noise_search import ZeroOrder as ZeroOrder
+from genalign.search.pruning import Prune as Prune
+from genalign.search.running import Result as Result
+from genalign.search.running import search as search

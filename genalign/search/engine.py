@@ -1,0 +1,211 @@
+"""What every strategy works with: candidates on their way from noise to samples, moved in batches, scored and billed.
+
+N candidates, K rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from genalign.budget import Ledger, Metered
+from genalign.dynamics import ODE, Kernel, transition
+from genalign.noise import derived_seed
+from genalign.rollout import step_noise
+from genalign.scoring import NamedReward, score
+from genalign.search.lineage import Lineage
+from genalign.search.ranking import best, merit
+from genalign.types import Grid, Prompt
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """N candidates that are ``done`` steps on their way.
+
+    ``x`` (N, ...) are their latents and ``preview`` (N, ...) the clean latents expected at the last evaluated step,
+    which at the end are x itself; None before the first step. Both are kept on the CPU. ``prompt`` (N,) long is the
+    place of their prompt, ``names`` are their numbers in the lineage, ``step_seeds`` draw the noise of their steps.
+    """
+
+    prompt: Tensor
+    names: tuple[int, ...]
+    step_seeds: tuple[int, ...]
+    x: Tensor
+    preview: Tensor | None
+    done: int
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def rows(self, index: Tensor) -> Candidates:
+        """Those of ``index`` (M,) long, in its order."""
+        chosen = index.tolist()
+        return replace(
+            self,
+            prompt=self.prompt[index],
+            names=tuple(self.names[i] for i in chosen),
+            step_seeds=tuple(self.step_seeds[i] for i in chosen),
+            x=self.x[index],
+            preview=None if self.preview is None else self.preview[index],
+        )
+
+    def split(self, size: int) -> Iterator[Candidates]:
+        """Parts of at most ``size``."""
+        for first in range(0, len(self), size):
+            yield self.rows(torch.arange(first, min(first + size, len(self))))
+
+
+def joined(parts: Sequence[Candidates]) -> Candidates:
+    """Candidates that are equally far, together."""
+    previews = [part.preview for part in parts if part.preview is not None]
+    return replace(
+        parts[0],
+        prompt=torch.cat([part.prompt for part in parts]),
+        names=tuple(name for part in parts for name in part.names),
+        step_seeds=tuple(seed for part in parts for seed in part.step_seeds),
+        x=torch.cat([part.x for part in parts]),
+        preview=torch.cat(previews) if len(previews) == len(parts) else None,
+    )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Candidates at their end, with their decoded ``samples`` (N, ...) and their ``scores`` (N, K)."""
+
+    candidates: Candidates
+    samples: Tensor
+    scores: Tensor
+
+    def rows(self, index: Tensor) -> Finished:
+        """Those of ``index`` (M,) long, in its order."""
+        return Finished(self.candidates.rows(index), self.samples[index], self.scores[index])
+
+    def joined(self, other: Finished) -> Finished:
+        """These, then those of ``other``."""
+        return Finished(
+            joined([self.candidates, other.candidates]),
+            torch.cat([self.samples, other.samples]),
+            torch.cat([self.scores, other.scores]),
+        )
+
+    def best(self, count: int = 1) -> Tensor:
+        """The rows of the ``count`` best of every prompt; of several rewards, by the sum of ranks."""
+        return best(merit(self.scores, self.candidates.prompt), self.candidates.prompt, count)
+
+
+class Run:
+    """A search over P prompts that are worked on together.
+
+    What moves, decodes and scores candidates goes through here, so that the ledger and the lineage miss nothing.
+    ``rewards`` are billed by whoever made them (``budget.metered_reward``).
+    """
+
+    def __init__(
+        self,
+        pipeline: Metered,
+        prompts: Sequence[Prompt],
+        rewards: Sequence[NamedReward],
+        grid: Grid,
+        guidance: float,
+        batch_size: int,
+        seed: str,
+    ) -> None:
+        self.pipeline, self.prompts, self.rewards = pipeline, tuple(prompts), tuple(rewards)
+        self.grid, self.guidance, self.batch_size, self.seed = grid, guidance, batch_size, seed
+        self.lineage = Lineage()
+        self.conditioning = pipeline.encode([prompt.text for prompt in prompts])
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was spent so far."""
+        return self.pipeline.ledger
+
+    @property
+    def steps(self) -> int:
+        """From noise to a sample."""
+        return len(self.grid)
+
+    def start(self, count: int, first: int = 0) -> Candidates:
+        """``count`` new candidates of every prompt, prompt by prompt: the ``first``-th and those after it of the seeds
+        that belong to (run, prompt). Candidate j is the same alone and among others."""
+        places = [(p, j) for p in range(len(self.prompts)) for j in range(first, first + count)]
+        noise = self.pipeline.initial_noise([derived_seed(self.seed, p, "x", j) for p, j in places])
+        return self.begin(noise, [p for p, _ in places], [derived_seed(self.seed, p, "w", j) for p, j in places])
+
+    def begin(self, noise: Tensor, prompts: Sequence[int], step_seeds: Sequence[int]) -> Candidates:
+        """New candidates from initial latents (N, ...)."""
+        names = self.lineage.born(prompts, [None] * len(prompts), 0)
+        return Candidates(torch.tensor(prompts), names, tuple(step_seeds), noise.cpu(), None, 0)
+
+    @torch.no_grad()
+    def advance(self, candidates: Candidates, to: int, kernel: Kernel = ODE()) -> Candidates:  # noqa: B008  # frozen
+        """Move on until ``to`` steps are done: (to - done) forwards each, twice that under guidance."""
+        if to <= candidates.done:
+            raise ValueError(f"candidates that have done {candidates.done} steps cannot advance to {to}")
+        return joined([self._walk(part, to, kernel) for part in candidates.split(self.batch_size)])
+
+    def _walk(self, part: Candidates, to: int, kernel: Kernel) -> Candidates:
+        while part.done < to:
+            part = self.move(part, self.predict(part), kernel)
+        return part
+
+    def predict(self, part: Candidates) -> Tensor:
+        """The network's output (N, ...) for candidates that fit in one batch: a forward each."""
+        step = self.grid[part.done]
+        return self.pipeline.predict(part.x, step, self.conditioning[part.prompt], self.guidance).cpu()
+
+    def move(self, part: Candidates, prediction: Tensor, kernel: Kernel) -> Candidates:
+        """One step by a prediction."""
+        step = self.grid[part.done]
+        move = transition(self.pipeline.path, kernel, part.x, prediction, step)
+        x = move.sample(step_noise(part.step_seeds, part.done, part.x)) if bool(move.std.max() > 0) else move.mean
+        done = part.done + 1
+        preview = x if done == self.steps else self.pipeline.path.x0(part.x, prediction, step)
+        return replace(part, x=x, preview=preview, done=done)
+
+    def batched(self, candidates: Candidates, work: Callable[[Candidates], Tensor]) -> Tensor:
+        """The results of ``work`` on batches, put together."""
+        return torch.cat([work(part) for part in candidates.split(self.batch_size)])
+
+    @torch.no_grad()
+    def decoded_scores(self, candidates: Candidates) -> Tensor:
+        """The rewards (N, K) of decoded previews, NaN where one failed: a decode and a call of each reward for each."""
+        return torch.cat([scores for _, scores in self._scored(candidates)])
+
+    @torch.no_grad()
+    def finish(self, candidates: Candidates) -> Finished:
+        """Take the steps that are left by the ODE, decode and score."""
+        ended = candidates if candidates.done == self.steps else self.advance(candidates, self.steps)
+        parts = list(self._scored(ended))
+        self.lineage.ended(ended.names, self.steps)
+        samples, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        self.note(ended, scores)
+        return Finished(ended, samples, scores)
+
+    def _scored(self, candidates: Candidates) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in candidates.split(self.batch_size):
+            if part.preview is None:
+                raise ValueError("candidates have no preview before their first step: advance them")
+            samples = self.pipeline.decode(part.preview)
+            asked = [self.prompts[p] for p in part.prompt.tolist()]
+            yield samples.cpu(), score(self.rewards, samples, asked)
+
+    def note(self, candidates: Candidates, scores: Tensor) -> None:
+        """Remember scores (N, K) in the lineage."""
+        self.lineage.scored(candidates.names, candidates.done, scores.tolist())
+
+    def keep(self, candidates: Candidates, index: Tensor) -> Candidates:
+        """Go on with those of ``index`` (M,) alone."""
+        kept = candidates.rows(index)
+        self.lineage.ended([name for name in candidates.names if name not in set(kept.names)], candidates.done)
+        return kept
+
+    def copy(self, candidates: Candidates, ancestors: Tensor) -> Candidates:
+        """Candidate i becomes one of ``ancestors[i]`` (M,); each goes on with the noise of its own place."""
+        chosen = candidates.rows(ancestors)
+        self.lineage.ended(candidates.names, candidates.done)
+        names = self.lineage.born(chosen.prompt.tolist(), chosen.names, candidates.done)
+        return replace(chosen, names=names, step_seeds=candidates.step_seeds)

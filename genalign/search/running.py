@@ -1,0 +1,130 @@
+"""``search``: a strategy over prompts, within a budget."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genalign.budget import Budget, Ledger, Metered, measure_prices, metered_reward
+from genalign.sampling import Sampling
+from genalign.scoring import NamedReward, RewardError, probe
+from genalign.search.engine import Run
+from genalign.search.strategy import Allowance, Strategy
+from genalign.types import Grid, Pipeline, Prompt, RewardFunction
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The best sample of each of P prompts.
+
+    ``images`` (P, ...) as the pipeline decodes them, ``scores`` (P, K) by the rewards, ``lineage`` of every candidate
+    (see ``lineage.Life``) with the best one's number for each prompt in ``chosen``, the ``ledger`` of what was spent
+    and the ``budget``, with the prices it was planned by.
+    """
+
+    images: Tensor
+    scores: Tensor
+    lineage: list[dict[str, Any]]
+    chosen: tuple[int, ...]
+    ledger: Ledger
+    budget: Budget | None
+
+    @property
+    def unused(self) -> float:
+        """How much of the budget no prompt could use, in its unit, on average. Raises ValueError without a budget."""
+        if self.budget is None:
+            raise ValueError("there was no budget")
+        return self.budget.limit - self.budget.spent(self.ledger) / len(self.chosen)
+
+
+def search(
+    pipeline: Pipeline,
+    prompts: str | Sequence[str | Prompt],
+    reward: RewardFunction | Mapping[str, RewardFunction],
+    strategy: Strategy,
+    budget: Budget | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008  # it is frozen
+    batch_size: int = 32,
+    seed: int | str = 0,
+) -> Result:
+    """Search for a good sample of every prompt.
+
+    Several rewards, by name, count by the sum of their ranks among a prompt's candidates. ``budget`` is for each
+    prompt. Prompts are worked on one after the other, in batches of at most ``batch_size`` candidates.
+
+    Raises:
+        ValueError: no prompt, an impossible strategy, or a budget too small for one sample.
+        RewardError: a reward raises, or does not return one score per sample in their order.
+    """
+    asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in _listed(prompts)]
+    ledger, grid = Ledger(), sampling.grid(pipeline)
+    functions = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
+    check_rewards(pipeline, functions, asked[0], grid, sampling.guidance)
+    if budget is not None and budget.seconds is not None and budget.prices is None:
+        prices = measure_prices(pipeline, functions, [asked[0]] * batch_size, grid, sampling.guidance)
+        budget = replace(budget, prices=prices)
+    metered = [NamedReward(name, metered_reward(name, function, ledger)) for name, function in functions.items()]
+    parts: list[Result] = []
+    for place, prompt in enumerate(asked):
+        run = Run(Metered(pipeline, ledger), [prompt], metered, grid, sampling.guidance, batch_size, f"{seed}/{place}")
+        parts.append(_searched(run, strategy, Allowance(budget), sum(len(part.lineage) for part in parts), place))
+    return Result(
+        images=torch.cat([part.images for part in parts]),
+        scores=torch.cat([part.scores for part in parts]),
+        lineage=[life for part in parts for life in part.lineage],
+        chosen=tuple(name for part in parts for name in part.chosen),
+        ledger=ledger,
+        budget=budget,
+    )
+
+
+def _listed(prompts: str | Sequence[str | Prompt]) -> Sequence[str | Prompt]:
+    listed = [prompts] if isinstance(prompts, str) else prompts
+    if not listed:
+        raise ValueError("there is no prompt to search for")
+    return listed
+
+
+def _searched(run: Run, strategy: Strategy, allowance: Allowance, names: int, prompts: int) -> Result:
+    """One part of the prompts; its candidates are numbered from ``names`` and its prompts from ``prompts``."""
+    finished = strategy(run, allowance)
+    found = finished.rows(finished.best())
+    if bool(found.scores.isnan().any(1).any()):
+        logger.warning("a prompt's best sample could not be scored by every reward")
+    lives = run.lineage.as_list()
+    for life in lives:
+        life["prompt"] += prompts
+        life["parent"] = None if life["parent"] is None else life["parent"] + names
+    chosen = tuple(name + names for name in found.candidates.names)
+    return Result(found.samples, found.scores, lives, chosen, run.ledger, allowance.budget)
+
+
+@torch.no_grad()
+def check_rewards(
+    pipeline: Pipeline, rewards: Mapping[str, RewardFunction], prompt: Prompt, grid: Grid, guidance: float
+) -> None:
+    """Score two noisy previews in both orders, unbilled, so that a reward that mixes up its samples is found before it
+    picks the wrong ones. Raises RewardError."""
+    x = pipeline.initial_noise([1, 2])
+    prediction = pipeline.predict(x, grid[0], pipeline.encode([prompt.text] * 2), guidance)
+    samples = pipeline.decode(pipeline.path.x0(x, prediction, grid[0]))
+    probe([NamedReward(name, function) for name, function in rewards.items()], samples, [prompt] * 2)
+    for name, function in rewards.items():
+        _echo(name, function, samples, prompt)
+
+
+def _echo(name: str, function: Callable[..., Tensor], samples: Tensor, prompt: Prompt) -> None:
+    forth, back = function(samples, [prompt] * 2), function(samples.flip(0), [prompt] * 2).flip(0)
+    spread = float((forth[0] - forth[1]).abs())
+    if float((forth - back).abs().max()) > 0.5 * spread + 1e-4 * float(forth.abs().max()):
+        raise RewardError(
+            f"reward {name!r} gave {forth.tolist()} to two samples, and {back.tolist()} when they were asked for in the"
+            " other order: return one score per sample, in the order of the samples"
+        )

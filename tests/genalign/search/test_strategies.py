@@ -1,0 +1,240 @@
+"""Searches on the tiny pipeline: what they return, what they cost, and what they refuse."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign.budget import Ledger, Metered, metered_reward
+from genalign.dynamics import DDIM
+from genalign.sampling import Sampling
+from genalign.scoring import NamedReward, RewardError
+from genalign.search import BestOfN, Budget, Evolution, Prune, ZeroOrder, search
+from genalign.search.engine import Candidates, Run
+from genalign.search.noise_search import neighbours_of
+from genalign.search.pruning import Pool, PruneSchedule, expected_best
+from genalign.search.ranking import best, merit
+from genalign.search.strategy import Allowance, Strategy
+from genalign.types import Prompt
+from pipelines import SD3
+
+SAMPLING = Sampling(num_steps=5, sigmas=(1.0, 0.8, 0.6, 0.4, 0.2))
+PROMPTS = ("a circle", "two squares")
+STRATEGIES: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "best of n": (lambda: BestOfN(5), (5,)),
+    "best of n by a stochastic kernel": (lambda: BestOfN(5, DDIM(1.0)), (5,)),
+    "pruning": (lambda: Prune((0, 2), (0.5, 0.5), 6), (6,)),
+    "zero-order": (lambda: ZeroOrder(2, 3), (2,)),
+    "evolution": (lambda: Evolution((0, 1, 3), (4, 3, 2), 2), ()),
+}
+
+
+def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples[:, 0].flatten(1).mean(1) - samples[:, 1:].flatten(1).mean(1)
+
+
+def blueness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples[:, 2].flatten(1).mean(1) - samples[:, :2].flatten(1).mean(1)
+
+
+def _run(tiny: SD3, guidance: float = 1.0, batch_size: int = 4) -> Run:
+    ledger = Ledger()
+    rewards = [NamedReward("red", metered_reward("red", redness, ledger))]
+    asked = [Prompt(text) for text in PROMPTS]
+    return Run(Metered(tiny, ledger), asked, rewards, SAMPLING.grid(tiny), guidance, batch_size, "0")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_bill_is_what_the_model_did(tiny: SD3, name: str, guidance: float) -> None:
+    run, (make, size) = _run(tiny, guidance), STRATEGIES[name]
+    true: Counter[str] = Counter()
+    tiny.denoiser.register_forward_hook(
+        lambda module, given, keywords, output: true.update(forward=len(keywords["hidden_states"])), with_kwargs=True
+    )
+    strategy = make()
+    finished = strategy(run, Allowance())
+    assert run.ledger.forwards == true["forward"]
+    assert run.ledger.counts == {call: 2 * count for call, count in strategy.bill(run, *size).items()}  # two prompts
+    assert set(finished.candidates.prompt.tolist()) == {0, 1}
+    assert torch.equal(finished.scores[:, 0], redness(finished.samples, []))
+
+
+@pytest.mark.parametrize("strategy", [BestOfN(), Prune((1, 2), (0.5, 0.5)), ZeroOrder(neighbours=2)], ids=repr)
+@pytest.mark.parametrize("forwards", [30, 57, 100])
+def test_budgets_are_kept_and_nearly_used(tiny: SD3, strategy: Strategy, forwards: int) -> None:
+    result = search(tiny, list(PROMPTS), redness, strategy, Budget(forwards=forwards), SAMPLING, batch_size=8)
+    assert result.ledger.forwards <= 2 * forwards
+    assert 0 <= result.unused < 2 * 5  # less than a round of the zero-order search
+    assert result.images.shape[:2] == (2, 3) and result.scores.shape == (2, 1)
+
+
+def test_pruning_with_perfect_previews_is_best_of_n(tiny: SD3) -> None:
+    class Oracle:
+        def __call__(self, run: Run, candidates: Candidates) -> Tensor:
+            return run.decoded_scores(run.advance(candidates, run.steps))
+
+        def bill(self, run: Run, candidates: int) -> Counter[str]:
+            return Counter()
+
+    everything = search(tiny, PROMPTS, redness, BestOfN(7), sampling=SAMPLING)
+    pruned = search(tiny, PROMPTS, redness, Prune((1, 2), (0.4, 0.4), 7, Oracle()), sampling=SAMPLING)
+    torch.testing.assert_close(pruned.scores, everything.scores, rtol=0, atol=1e-5)
+    assert pruned.chosen == everything.chosen
+
+
+def test_keeping_all_costs_only_the_scores(tiny: SD3) -> None:
+    everything = search(tiny, PROMPTS, redness, BestOfN(4), sampling=SAMPLING)
+    kept = search(tiny, PROMPTS, redness, Prune((1, 3), (1.0, 1.0), 4), sampling=SAMPLING)
+    assert torch.equal(kept.images, everything.images)
+    extra = kept.ledger.since(everything.ledger).counts
+    assert extra == {"forward": 0, "decode": 2 * 2 * 4, "reward/reward": 2 * 2 * 4}
+
+
+def test_a_candidate_is_the_same_alone_and_among_others(tiny: SD3) -> None:
+    many = search(tiny, PROMPTS[0], redness, BestOfN(6, DDIM(1.0)), sampling=SAMPLING, batch_size=4)
+    rewards, asked = [NamedReward("red", redness)], [Prompt(PROMPTS[0])]
+    run = Run(Metered(tiny, Ledger()), asked, rewards, SAMPLING.grid(tiny), 1.0, 1, "0/0")
+    alone = run.finish(run.advance(run.start(1, first=many.chosen[0]), 5, DDIM(1.0)))
+    torch.testing.assert_close(alone.samples, many.images, rtol=0, atol=1e-4)
+
+
+def test_prompts_do_not_compete(tiny: SD3) -> None:
+    run = _run(tiny)
+    finished = Prune((1,), (0.5,), 4)(run, Allowance())
+    assert finished.candidates.prompt.tolist() == [0, 0, 1, 1]
+    assert Counter(life.prompt for life in run.lineage.lives if life.ended == 2) == {0: 2, 1: 2}
+
+
+def test_more_search_finds_more(tiny: SD3) -> None:
+    single = search(tiny, PROMPTS, redness, BestOfN(1), sampling=SAMPLING).scores
+    strategies: list[Strategy] = [BestOfN(12), Prune((2,), (0.5,), 12), ZeroOrder(3, 4), Evolution((0, 1), (6, 6))]
+    for strategy in strategies:
+        assert search(tiny, PROMPTS, redness, strategy, sampling=SAMPLING).scores.mean() > single.mean()
+
+
+def test_the_lineage_tells_what_became_of_everybody(tiny: SD3) -> None:
+    result = search(tiny, PROMPTS, redness, Prune((0, 2), (0.5, 0.5), 8), sampling=SAMPLING)
+    assert len(result.lineage) == 16
+    assert Counter(life["ended"] for life in result.lineage) == {1: 8, 3: 4, 5: 4}
+    for place, name in enumerate(result.chosen):
+        life = result.lineage[name]
+        assert life["prompt"] == place and [step for step, _ in life["scores"]] == [1, 3, 5]
+        assert life["scores"][-1][1] == pytest.approx(result.scores[place].tolist())
+
+
+def test_several_rewards_count_by_ranks(tiny: SD3) -> None:
+    rewards = {"red": redness, "blue": blueness}
+    result = search(tiny, PROMPTS, rewards, Prune((1,), (0.5,), 6), sampling=SAMPLING)
+    assert result.scores.shape == (2, 2)
+    scores = torch.tensor([[1.0, 100.0], [2.0, 0.0], [3.0, 50.0], [math.nan, 200.0]])
+    same = torch.zeros(4, dtype=torch.long)
+    assert merit(scores, same).tolist() == [1 + 2, 2 + 0, 3 + 1, 0 + 3]
+    assert best(torch.tensor([1.0, 2.0, 2.0, -math.inf]), same, 3).tolist() == [1, 2, 0]
+
+
+def test_neighbours_keep_length_and_angle() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.randn(4, 8, 8, generator=generator, dtype=torch.float64)
+    made = neighbours_of(centre, torch.randn(5, 4, 8, 8, generator=generator, dtype=torch.float64), 0.95)
+    flat, others = centre.flatten(), made.flatten(1)
+    torch.testing.assert_close(others.norm(dim=1), flat.norm().expand(5), rtol=1e-12, atol=0)
+    cosines = others @ flat / (others.norm(dim=1) * flat.norm())
+    torch.testing.assert_close(cosines, torch.full((5,), 0.95, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_the_corrected_cost_of_the_published_schedule() -> None:
+    """x = 9.9, y = 1.2, 20 steps: 61.764 by the forwards that a preview takes (public code bills 51.864)."""
+    candidates = 1_000_000
+    alive = [count / candidates for count in PruneSchedule((2, 6, 11), (0.4, 0.4, 0.5)).counts(candidates)]
+    moves = [end - begin for begin, end in itertools.pairwise((0, 3, 7, 12, 20))]
+    cost = sum(share * (steps * 9.9 + 1.2) for share, steps in zip(alive, moves, strict=True))
+    assert cost == pytest.approx(61.764, abs=1e-3)
+
+
+def test_shares_are_rounded_up() -> None:
+    assert PruneSchedule((1,), (0.4,)).counts(3) == (3, 2)
+    assert PruneSchedule((1,), (0.5,)).counts(5) == (5, 3)
+    assert PruneSchedule((1,), (0.3,)).counts(10) == (10, 3)
+    assert PruneSchedule((1, 2), (0.1, 0.1)).counts(1) == (1, 1, 1)
+
+
+def test_the_expected_best_of_a_pool() -> None:
+    values = torch.randn(3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for count in (1, 3, 7):
+        brute = [[max(subset) for subset in itertools.combinations(row, count)] for row in values.tolist()]
+        expected = torch.tensor([sum(found) / len(found) for found in brute], dtype=torch.float64)
+        torch.testing.assert_close(expected_best(values, count), expected)
+    with pytest.raises(ValueError, match="count must be 1 to 7"):
+        expected_best(values, 8)
+
+
+def test_a_pool_simulates_pruning() -> None:
+    clean = torch.randn(4, 16, 1, 1, generator=torch.Generator().manual_seed(2))
+    pool = Pool(clean.expand(4, 16, 6, 1))
+    schedule, subset = PruneSchedule((1, 3), (0.5, 0.25)), torch.arange(10)
+    assert torch.equal(pool.outcome(schedule, subset)[:, 0], clean[:, :10, 0, 0].amax(1))
+    assert pool.pruned(schedule, subset).shape == (4, 2)
+    with pytest.raises(ValueError, match="prompt 1 has 2 distinct trajectories among 3: drop the duplicates"):
+        Pool(torch.zeros(2, 3, 2, 1), torch.tensor([[1, 2, 3], [1, 1, 2]]))
+
+
+IMPOSSIBLE: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "no count": (lambda: {"strategy": BestOfN()}, "say how many candidates, or give a budget"),
+    "too little": (
+        lambda: {"strategy": BestOfN(), "budget": Budget(forwards=3)},
+        r"1 candidates cost 5 .* budget is 3: raise it",
+    ),
+    "too many": (
+        lambda: {"strategy": BestOfN(9), "budget": Budget(forwards=30)},
+        r"9 candidates cost 45 .* budget is 30",
+    ),
+    "past the end": (lambda: {"strategy": Prune((1, 4), (0.5, 0.5), 4)}, "step 4 is past the end: of 5 steps, 0 to 3"),
+    "descending": (lambda: {"strategy": Prune((2, 1), (0.5, 0.5), 4)}, "steps must ascend"),
+    "share": (lambda: {"strategy": Prune((1,), (0.0,), 4)}, r"shares in \(0, 1\]"),
+    "no prompt": (lambda: {"prompts": [], "strategy": BestOfN(1)}, "no prompt"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_searches(tiny: SD3, case: str) -> None:
+    changed, message = IMPOSSIBLE[case]
+    usual = {"pipeline": tiny, "prompts": PROMPTS, "reward": redness, "sampling": SAMPLING}
+    with pytest.raises(ValueError, match=message):
+        search(**{**usual, **changed()})
+
+
+def test_rewards_that_mix_up_samples_are_refused(tiny: SD3) -> None:
+    def sorting(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return redness(samples, prompts).sort().values
+
+    with pytest.raises(RewardError, match="in the order of the samples"):
+        search(tiny, PROMPTS, sorting, BestOfN(2), sampling=SAMPLING)
+    with pytest.raises(RewardError, match="returned shape"):
+        search(tiny, PROMPTS, lambda samples, prompts: redness(samples, prompts)[:1], BestOfN(2), sampling=SAMPLING)
+
+
+def test_failed_scores_lose(tiny: SD3) -> None:
+    def moody(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        scores = redness(samples, prompts)
+        return torch.where(scores > scores.mean(), math.nan, scores) if len(scores) > 2 else scores
+
+    assert search(tiny, PROMPTS, moody, BestOfN(6), sampling=SAMPLING).scores.isfinite().all()
+
+
+def test_budgets_in_seconds_measure_prices_first(tiny: SD3) -> None:
+    result = search(tiny, PROMPTS[0], redness, BestOfN(), Budget(seconds=0.5), SAMPLING, batch_size=2)
+    assert result.budget is not None and result.budget.prices is not None
+    assert set(result.budget.prices) == {"forward", "decode", "reward/reward"}
+    assert result.unused >= 0 and len(result.lineage) > 1
+    with pytest.raises(ValueError, match="give one positive limit"):
+        Budget(forwards=3, seconds=1)
+    with pytest.raises(ValueError, match="needs prices"):
+        Budget(cost=3.0)
