@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -122,6 +122,12 @@ class Budget:
     def limit(self) -> float:
         """How much a prompt may cost."""
         return next(limit for limit in (self.forwards, self.cost, self.seconds) if limit is not None)
+
+    def of(self, limit: float) -> Budget:
+        """The same budget with another limit."""
+        if self.forwards is not None:
+            return replace(self, forwards=limit)
+        return replace(self, cost=limit) if self.cost is not None else replace(self, seconds=limit)
 
     def spent(self, ledger: Ledger) -> float:
         """A ledger in this budget's unit. Raises ValueError for a call without a price."""

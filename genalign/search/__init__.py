@@ -1,7 +1,10 @@
 """Better samples from a finished model: search at inference time, with an honest bill."""
 
 from genalign.budget import Budget as Budget
+from genalign.search.beam import Beam as Beam
 from genalign.search.best_of_n import BestOfN as BestOfN
+from genalign.search.noise_gradient import DNO as DNO
+from genalign.search.noise_gradient import ReNO as ReNO
 from genalign.search.noise_search import Evolution as Evolution
 from genalign.search.noise_search import ZeroOrder as ZeroOrder
 from genalign.search.pruning import Prune as Prune

@@ -25,14 +25,16 @@ from genalign.types import Grid, Prompt
 class Candidates:
     """N candidates that are ``done`` steps on their way.
 
-    ``x`` (N, ...) are their latents and ``preview`` (N, ...) the clean latents expected at the last evaluated step,
-    which at the end are x itself; None before the first step. Both are kept on the CPU. ``prompt`` (N,) long is the
-    place of their prompt, ``names`` are their numbers in the lineage, ``step_seeds`` draw the noise of their steps.
+    ``noise`` (N, ...) are their initial latents, ``x`` (N, ...) those of now, and ``preview`` (N, ...) the clean
+    latents expected at the last evaluated step, which at the end are x itself; None before the first step. All are kept
+    on the CPU. ``prompt`` (N,) long is the place of their prompt, ``names`` are their numbers in the lineage,
+    ``step_seeds`` draw the noise of their steps.
     """
 
     prompt: Tensor
     names: tuple[int, ...]
     step_seeds: tuple[int, ...]
+    noise: Tensor
     x: Tensor
     preview: Tensor | None
     done: int
@@ -48,6 +50,7 @@ class Candidates:
             prompt=self.prompt[index],
             names=tuple(self.names[i] for i in chosen),
             step_seeds=tuple(self.step_seeds[i] for i in chosen),
+            noise=self.noise[index],
             x=self.x[index],
             preview=None if self.preview is None else self.preview[index],
         )
@@ -66,6 +69,7 @@ def joined(parts: Sequence[Candidates]) -> Candidates:
         prompt=torch.cat([part.prompt for part in parts]),
         names=tuple(name for part in parts for name in part.names),
         step_seeds=tuple(seed for part in parts for seed in part.step_seeds),
+        noise=torch.cat([part.noise for part in parts]),
         x=torch.cat([part.x for part in parts]),
         preview=torch.cat(previews) if len(previews) == len(parts) else None,
     )
@@ -115,13 +119,13 @@ class Run:
     ) -> None:
         self.pipeline, self.prompts, self.rewards = pipeline, tuple(prompts), tuple(rewards)
         self.grid, self.guidance, self.batch_size, self.seed = grid, guidance, batch_size, seed
-        self.lineage = Lineage()
+        self.lineage, self._begun = Lineage(), pipeline.ledger.copy()
         self.conditioning = pipeline.encode([prompt.text for prompt in prompts])
 
     @property
-    def ledger(self) -> Ledger:
-        """What was spent so far."""
-        return self.pipeline.ledger
+    def spent(self) -> Ledger:
+        """What this run has cost so far."""
+        return self.pipeline.ledger.since(self._begun)
 
     @property
     def steps(self) -> int:
@@ -138,7 +142,7 @@ class Run:
     def begin(self, noise: Tensor, prompts: Sequence[int], step_seeds: Sequence[int]) -> Candidates:
         """New candidates from initial latents (N, ...)."""
         names = self.lineage.born(prompts, [None] * len(prompts), 0)
-        return Candidates(torch.tensor(prompts), names, tuple(step_seeds), noise.cpu(), None, 0)
+        return Candidates(torch.tensor(prompts), names, tuple(step_seeds), noise.cpu(), noise.cpu(), None, 0)
 
     @torch.no_grad()
     def advance(self, candidates: Candidates, to: int, kernel: Kernel = ODE()) -> Candidates:  # noqa: B008  # frozen
@@ -209,3 +213,11 @@ class Run:
         self.lineage.ended(candidates.names, candidates.done)
         names = self.lineage.born(chosen.prompt.tolist(), chosen.names, candidates.done)
         return replace(chosen, names=names, step_seeds=candidates.step_seeds)
+
+    def branch(self, candidates: Candidates, count: int) -> Candidates:
+        """``count`` copies of every candidate side by side, each with noise of its own from here on."""
+        copies = candidates.rows(torch.arange(len(candidates)).repeat_interleave(count))
+        self.lineage.ended(candidates.names, candidates.done)
+        names = self.lineage.born(copies.prompt.tolist(), copies.names, candidates.done)
+        seeds = tuple(derived_seed(self.seed, "branch", name) for name in names)
+        return replace(copies, names=names, step_seeds=seeds)

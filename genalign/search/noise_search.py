@@ -35,14 +35,12 @@ class ZeroOrder:
 
     def __call__(self, run: Run, allowance: Allowance) -> Finished:
         rounds = allowance.largest(self.rounds, lambda n: self.bill(run, n), "rounds")
-        pivots = run.start(1)
-        found, noise = run.finish(pivots), pivots.x
+        found = run.finish(run.start(1))
         prompts = [p for p in range(len(run.prompts)) for _ in range(self.neighbours)]
         for number in range(rounds):
-            tried = torch.cat([self._around(run, centre, p, number) for p, centre in enumerate(noise)])
+            tried = torch.cat([self._around(run, pivot, p, number) for p, pivot in enumerate(found.candidates.noise)])
             found = found.joined(run.finish(run.begin(tried, prompts, [0] * len(prompts))))
-            chosen = found.best()
-            found, noise = found.rows(chosen), torch.cat([noise, tried])[chosen]
+            found = found.rows(found.best())
         return found
 
     def _around(self, run: Run, centre: Tensor, prompt: int, number: int) -> Tensor:

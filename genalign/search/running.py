@@ -103,7 +103,7 @@ def _searched(run: Run, strategy: Strategy, allowance: Allowance, names: int, pr
         life["prompt"] += prompts
         life["parent"] = None if life["parent"] is None else life["parent"] + names
     chosen = tuple(name + names for name in found.candidates.names)
-    return Result(found.samples, found.scores, lives, chosen, run.ledger, allowance.budget)
+    return Result(found.samples, found.scores, lives, chosen, run.spent, allowance.budget)
 
 
 @torch.no_grad()

@@ -33,6 +33,19 @@ class Allowance:
         """Whether these calls, of one prompt, fit in the budget."""
         return self.budget is None or self.budget.spent(Ledger(calls)) <= self.budget.limit * (1 + 1e-9)
 
+    def part(self, share: float) -> Allowance:
+        """This share of it."""
+        return self if self.budget is None else Allowance(self.budget.of(self.budget.limit * share))
+
+    def after(self, run: Run) -> Allowance:
+        """What the run has left for each prompt. Raises ValueError where that is nothing."""
+        if self.budget is None:
+            return self
+        left = self.budget.limit - self.budget.spent(run.spent) / len(run.prompts)
+        if left <= 0:
+            raise ValueError(f"nothing is left of a budget of {self.budget.limit:.4g} for each prompt: raise it")
+        return Allowance(self.budget.of(left))
+
     def largest(self, wanted: int | None, bill: Callable[[int], Counter[str]], what: str) -> int:
         """``wanted``, checked, or the largest count whose ``bill`` the budget affords; bills must not fall.
 

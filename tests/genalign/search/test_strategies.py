@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from genalign.budget import Ledger, Metered, metered_reward
-from genalign.dynamics import DDIM
+from genalign.dynamics import DDIM, ODE
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward, RewardError
-from genalign.search import BestOfN, Budget, Evolution, Prune, ZeroOrder, search
+from genalign.search import Beam, BestOfN, Budget, Evolution, Prune, ZeroOrder, search
 from genalign.search.engine import Candidates, Run
 from genalign.search.noise_search import neighbours_of
 from genalign.search.pruning import Pool, PruneSchedule, expected_best
@@ -30,6 +30,7 @@ PROMPTS = ("a circle", "two squares")
 STRATEGIES: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "best of n": (lambda: BestOfN(5), (5,)),
     "best of n by a stochastic kernel": (lambda: BestOfN(5, DDIM(1.0)), (5,)),
+    "beam": (lambda: Beam(2, 3), (3,)),
     "pruning": (lambda: Prune((0, 2), (0.5, 0.5), 6), (6,)),
     "zero-order": (lambda: ZeroOrder(2, 3), (2,)),
     "evolution": (lambda: Evolution((0, 1, 3), (4, 3, 2), 2), ()),
@@ -61,8 +62,8 @@ def test_the_bill_is_what_the_model_did(tiny: SD3, name: str, guidance: float) -
     )
     strategy = make()
     finished = strategy(run, Allowance())
-    assert run.ledger.forwards == true["forward"]
-    assert run.ledger.counts == {call: 2 * count for call, count in strategy.bill(run, *size).items()}  # two prompts
+    assert run.spent.forwards == true["forward"]
+    assert run.spent.counts == {call: 2 * count for call, count in strategy.bill(run, *size).items()}  # two prompts
     assert set(finished.candidates.prompt.tolist()) == {0, 1}
     assert torch.equal(finished.scores[:, 0], redness(finished.samples, []))
 
@@ -115,7 +116,8 @@ def test_prompts_do_not_compete(tiny: SD3) -> None:
 
 def test_more_search_finds_more(tiny: SD3) -> None:
     single = search(tiny, PROMPTS, redness, BestOfN(1), sampling=SAMPLING).scores
-    strategies: list[Strategy] = [BestOfN(12), Prune((2,), (0.5,), 12), ZeroOrder(3, 4), Evolution((0, 1), (6, 6))]
+    strategies: list[Strategy] = [BestOfN(12), Prune((2,), (0.5,), 12), ZeroOrder(3, 4)]
+    strategies += [Evolution((0, 1), (6, 6)), Beam(2, 4)]
     for strategy in strategies:
         assert search(tiny, PROMPTS, redness, strategy, sampling=SAMPLING).scores.mean() > single.mean()
 
@@ -199,6 +201,7 @@ IMPOSSIBLE: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "past the end": (lambda: {"strategy": Prune((1, 4), (0.5, 0.5), 4)}, "step 4 is past the end: of 5 steps, 0 to 3"),
     "descending": (lambda: {"strategy": Prune((2, 1), (0.5, 0.5), 4)}, "steps must ascend"),
     "share": (lambda: {"strategy": Prune((1,), (0.0,), 4)}, r"shares in \(0, 1\]"),
+    "no noise": (lambda: {"strategy": Beam(kernel=ODE())}, "all proposals would be equal"),
     "no prompt": (lambda: {"prompts": [], "strategy": BestOfN(1)}, "no prompt"),
 }
 

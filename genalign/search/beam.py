@@ -1,0 +1,60 @@
+"""Beam search over stochastic steps (SVDD-PM, arXiv 2408.08252, is the beam of one chain)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from genalign.dynamics import DDIM, Kernel, trainable_steps
+from genalign.search.engine import Candidates, Finished, Run
+from genalign.search.ranking import best, merit
+from genalign.search.strategy import Allowance, DecodedRewards, PreviewScorer, score_bill, walk_bill
+
+
+@dataclass(frozen=True)
+class Beam:
+    """At every step each of a prompt's ``chains`` makes ``proposals`` by the stochastic ``kernel``; the best go on, by
+    the preview that the network expects from where a proposal arrived.
+
+    That evaluation is the winner's next step, so that a step costs a forward for each proposal (public code pays one
+    more for the winner). ``proposals`` None makes as many as the budget has.
+    """
+
+    chains: int = 1
+    proposals: int | None = 4
+    kernel: Kernel = DDIM(1.0)  # noqa: RUF009  # kernels are frozen
+    scorer: PreviewScorer = DecodedRewards()  # noqa: RUF009  # it is frozen
+
+    def __post_init__(self) -> None:
+        if self.chains < 1 or (self.proposals is not None and self.proposals < 1):
+            raise ValueError(f"chains and proposals must be at least 1, not {self.chains} and {self.proposals}")
+
+    def __call__(self, run: Run, allowance: Allowance) -> Finished:
+        if not trainable_steps(self.kernel, run.grid):
+            raise ValueError(f"{self.kernel} adds no noise: all proposals would be equal; use DDIM(1.0), or Prune")
+        proposals = allowance.largest(self.proposals, lambda n: self.bill(run, n), "proposals")
+        chains = run.start(self.chains)
+        prediction = run.batched(chains, run.predict)
+        for _ in range(run.steps - 1):
+            chains, prediction = self._step(run, chains, prediction, proposals)
+        return run.finish(run.move(chains, prediction, self.kernel))
+
+    def _step(self, run: Run, chains: Candidates, prediction: Tensor, proposals: int) -> tuple[Candidates, Tensor]:
+        """The best proposals of every prompt, and the network's output for them."""
+        tried = run.branch(chains, proposals)
+        tried = run.move(tried, prediction.repeat_interleave(proposals, dim=0), self.kernel)
+        following = run.batched(tried, run.predict)
+        preview = run.pipeline.path.x0(tried.x, following, run.grid[tried.done])
+        tried = replace(tried, preview=preview)
+        scores = self.scorer(run, tried)
+        run.note(tried, scores)
+        chosen = best(merit(scores, tried.prompt), tried.prompt, self.chains)
+        return run.keep(tried, chosen), following[chosen]
+
+    def bill(self, run: Run, proposals: int) -> Counter[str]:
+        """What one prompt costs."""
+        tried = (run.steps - 1) * self.chains * proposals
+        scored = self.scorer.bill(run, tried) + score_bill(run, self.chains)
+        return walk_bill(run, self.chains + tried, 1) + scored
