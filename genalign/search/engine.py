@@ -127,6 +127,10 @@ class Run:
         """What this run has cost so far."""
         return self.pipeline.ledger.since(self._begun)
 
+    def bill(self, call: str, samples: int) -> None:
+        """Count what does not go through the pipeline or the rewards."""
+        self.pipeline.ledger.bill(call, samples)
+
     @property
     def steps(self) -> int:
         """From noise to a sample."""
@@ -161,11 +165,13 @@ class Run:
         step = self.grid[part.done]
         return self.pipeline.predict(part.x, step, self.conditioning[part.prompt], self.guidance).cpu()
 
-    def move(self, part: Candidates, prediction: Tensor, kernel: Kernel) -> Candidates:
-        """One step by a prediction."""
+    def move(self, part: Candidates, prediction: Tensor, kernel: Kernel, shift: Tensor | float = 0.0) -> Candidates:
+        """One step by a prediction, its mean moved by ``shift`` (N, ...)."""
         step = self.grid[part.done]
         move = transition(self.pipeline.path, kernel, part.x, prediction, step)
-        x = move.sample(step_noise(part.step_seeds, part.done, part.x)) if bool(move.std.max() > 0) else move.mean
+        x = move.mean + shift
+        if float(move.std.max()) > 0:
+            x = x + move.std * step_noise(part.step_seeds, part.done, part.x)
         done = part.done + 1
         preview = x if done == self.steps else self.pipeline.path.x0(part.x, prediction, step)
         return replace(part, x=x, preview=preview, done=done)

@@ -1,0 +1,138 @@
+"""Students for noise-aware rewards: small networks that score previews at any noise level, and their files."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genalign.checkpoints import load_state, save_state
+from genalign.search.aware import NoiseAware, Quality
+from genalign.types import Prompt
+from rewards.clip import load_clip
+
+_LEVEL_WIDTH = 32
+
+
+class LatentScorer(nn.Module):
+    """A transformer over patches of a latent preview and two more tokens, the prompt's CLIP embedding and the level;
+    the score is read off the prompt's token. No decoding is needed."""
+
+    on: Literal["latents", "samples"] = "latents"
+
+    def __init__(
+        self, text_model: str, channels: int, side: int, patch: int = 2, width: int = 128, depth: int = 4
+    ) -> None:
+        super().__init__()
+        self.arguments = {"text_model": text_model, "channels": channels, "side": side, "patch": patch}
+        self.arguments |= {"width": width, "depth": depth}
+        self._text_model, tokens = text_model, (side // patch) ** 2
+        self.cut = nn.Conv2d(channels, width, patch, stride=patch)
+        self.places = nn.Parameter(0.02 * torch.randn(1, tokens, width))
+        self.prompt = nn.Linear(_text_width(text_model), width)
+        self.level = nn.Linear(_LEVEL_WIDTH, width)
+        block = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
+        self.read = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
+
+    def forward(self, previews: Tensor, sigma: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,) of previews (B, C, h, w) at noise levels (B,)."""
+        patches = self.cut(previews).flatten(2).transpose(1, 2) + self.places
+        text = self.prompt(_texts(self._text_model, prompts).to(previews))[:, None]
+        level = self.level(level_features(sigma))[:, None]
+        scores: Tensor = self.read(self.blocks(torch.cat([text, level, patches], dim=1))[:, 0]).squeeze(-1)
+        return scores
+
+
+class ClipScorer(nn.Module):
+    """A regressor on CLIP's image embedding u and text embedding t, by [u, t, u t, |u - t|] and the level; the copied
+    image tower is trained along."""
+
+    on: Literal["latents", "samples"] = "samples"
+
+    def __init__(self, model: str, hidden: int = 256) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {"model": model, "hidden": hidden}
+        self._model = model
+        shared = load_clip(model)
+        width = _text_width(model)
+        self.tower = _copied(shared)
+        self.read = nn.Sequential(nn.Linear(4 * width + _LEVEL_WIDTH, hidden), nn.GELU(), nn.Linear(hidden, 1))
+
+    def forward(self, previews: Tensor, sigma: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,) of images (B, 3, H, W) in [0, 1] at noise levels (B,)."""
+        image = F.normalize(self.tower(previews), dim=-1)
+        text = _texts(self._model, prompts).to(image)
+        seen = torch.cat([image, text, image * text, (image - text).abs(), level_features(sigma)], dim=1)
+        scores: Tensor = self.read(seen).squeeze(-1)
+        return scores
+
+
+def level_features(sigma: Tensor) -> Tensor:
+    """Sines and cosines (B, 32) of noise levels (B,), at frequencies from 1 to 64 per unit."""
+    rates = torch.exp(torch.linspace(0, math.log(64), _LEVEL_WIDTH // 2, device=sigma.device))
+    angles = 2 * math.pi * sigma.float()[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def save_scorer(path: Path, scorer: NoiseAware) -> None:
+    """Write a scorer whose student is one of this file's."""
+    student = scorer.student
+    meta = {
+        "student": type(student).__name__,
+        "arguments": student.arguments,
+        "qualities": [asdict(quality) for quality in scorer.qualities],
+        "mean": scorer.mean,
+        "std": scorer.std,
+    }
+    save_state(path, student.state_dict(), meta)
+
+
+def load_scorer(path: str | Path, least_tau: float = 0.1) -> NoiseAware:
+    """What ``save_scorer`` wrote. Raises ValueError for another file."""
+    tensors, meta = load_state(Path(path))
+    kinds: dict[str, type[LatentScorer] | type[ClipScorer]] = {"LatentScorer": LatentScorer, "ClipScorer": ClipScorer}
+    if meta.get("student") not in kinds:
+        raise ValueError(f"{path} is not a noise-aware reward: make one by genalign train-noise-aware")
+    student = kinds[meta["student"]](**meta["arguments"])
+    student.load_state_dict(tensors)
+    qualities = tuple(Quality(**found) for found in meta["qualities"])
+    return NoiseAware(student.eval(), qualities, meta["mean"], meta["std"], least_tau, on=student.on)
+
+
+class ScorerReward:
+    """A scorer of samples as a reward of clean ones: level 0."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.scorer = load_scorer(path)
+        if self.scorer.on != "samples":
+            raise ValueError(
+                f"{path} scores latents, and a reward is given samples: use one that was trained on samples"
+            )
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,), differentiable; NaN where a sample has NaN."""
+        level = torch.zeros(len(samples), device=samples.device)
+        scores: Tensor = self.scorer.student.to(samples.device)(samples, level, prompts)
+        return self.scorer.mean + self.scorer.std * scores
+
+
+def _texts(model: str, prompts: Sequence[Prompt]) -> Tensor:
+    return load_clip(model).text([prompt.text for prompt in prompts])
+
+
+def _text_width(model: str) -> int:
+    return _texts(model, [Prompt("a")]).shape[1]
+
+
+def _copied(shared: nn.Module) -> nn.Module:
+    """A trainable copy of an image encoder, in float32."""
+    tower = copy.deepcopy(shared)
+    return tower.float().requires_grad_(True).train()

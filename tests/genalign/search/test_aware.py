@@ -1,0 +1,122 @@
+"""Recording, distilling and validating noise-aware rewards on the tiny pipeline and on toys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from genalign.budget import Ledger, Metered, metered_reward
+from genalign.sampling import Sampling
+from genalign.scoring import NamedReward
+from genalign.search import Prune, search
+from genalign.search.aware import (
+    Distillation,
+    NoiseAware,
+    Quality,
+    Recording,
+    as_they_are,
+    distil,
+    quality,
+    record,
+    validate,
+)
+from genalign.search.engine import Run
+from genalign.types import Prompt
+from pipelines import SD3
+
+SAMPLING = Sampling(num_steps=5, sigmas=(1.0, 0.8, 0.6, 0.4, 0.2))
+PROMPTS = (Prompt("a circle"), Prompt("two squares"))
+
+
+def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples[:, 0].flatten(1).mean(1) - samples[:, 1:].flatten(1).mean(1)
+
+
+class Linear(nn.Module):
+    """Means of the latents' channels, and the level."""
+
+    on = "latents"
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.read = nn.Linear(channels + 1, 1)
+
+    def forward(self, previews: Tensor, sigma: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        scores: Tensor = self.read(torch.cat([previews.flatten(2).mean(2), sigma[:, None]], 1)).squeeze(-1)
+        return scores
+
+
+def _blurred(count: int, seed: int) -> Recording:
+    """Scalars as latents, 2 x 2 of one value, under the more noise the higher the level."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.arange(8).repeat_interleave(count)
+    clean = torch.randn(8 * count, generator=generator)
+    sigmas = torch.tensor([0.9, 0.5, 0.1])
+    noise = torch.randn(8 * count, 3, 1, 2, 2, generator=generator)
+    previews = -clean.view(-1, 1, 1, 1, 1) + 2 * sigmas.view(1, 3, 1, 1, 1) * noise
+    return Recording(previews.half(), sigmas, prompt, clean, tuple(Prompt(str(p)) for p in range(8)))
+
+
+def test_a_recording_is_of_whole_trajectories(tiny: SD3, tmp_path: Path) -> None:
+    ledger = Ledger()
+    rewards = [NamedReward("red", metered_reward("red", redness, ledger))]
+    run = Run(Metered(tiny, ledger), PROMPTS, rewards, SAMPLING.grid(tiny), 1.0, 4, "0")
+    made = record(run, 3, (0, 2, 4))
+    assert made.previews.shape == (6, 3, 4, 16, 16) and made.sigmas.tolist() == pytest.approx([1.0, 0.6, 0.2])
+    assert ledger.counts == {"forward": 6 * 5, "decode": 6, "reward/red": 6}
+    ends = redness(tiny.decode(made.previews[:, -1].float()), PROMPTS).detach()
+    torch.testing.assert_close(ends, made.clean, rtol=0, atol=1e-2)  # the last preview is the sample, in half precision
+    made.save(tmp_path / "recording.safetensors")
+    again = Recording.load(tmp_path / "recording.safetensors")
+    assert torch.equal(again.previews, made.previews) and again.prompts == made.prompts
+    assert len(made.joined(again)) == 12 and made.joined(again).prompt.max() == 3
+
+
+def test_distilling_ranks_better_at_the_noisiest_level() -> None:
+    student, held_out = Linear(1), _blurred(32, 1)
+    nn.init.zeros_(student.read.weight)
+    before = validate(student, held_out, as_they_are)
+    stages = list(distil(student, _blurred(32, 0), as_they_are, Distillation(epochs=8, learning_rate=3e-2)))
+    after = validate(student, held_out, as_they_are)
+    assert [levels for levels, _ in stages] == [1] * 8 + [2] * 8 + [3] * 8
+    assert before[0].tau == 0.0 and after[0].tau > 0.3 and after[-1].tau > 0.7
+    assert after[-1].top > after[0].top and after[-1].gap < after[0].gap
+
+
+def test_quality_by_hand() -> None:
+    clean, prompt = torch.tensor([1.0, 2.0, 3.0, 4.0, 7.0, 7.0]), torch.tensor([0, 0, 0, 0, 1, 1])
+    assert quality(clean, clean, prompt, 0.5) == Quality(0.5, 1.0, 1.0, 0.0)
+    assert quality(-clean, clean, prompt, 0.5) == Quality(0.5, -1.0, 0.0, 3.0)
+    assert quality(torch.zeros(6), clean, prompt, 0.5).tau == 0.0
+    with pytest.raises(ValueError, match="no prompt has two samples of different reward"):
+        quality(clean[4:], clean[4:], prompt[4:], 0.5)
+
+
+def test_levels_that_rank_badly_are_refused(tiny: SD3) -> None:
+    qualities = (Quality(0.8, 0.05, 0.3, 1.0), Quality(0.6, 0.6, 0.9, 0.1))
+    scorer = NoiseAware(Linear(4), qualities, mean=2.0, std=3.0)
+
+    def prune(step: int) -> None:
+        search(tiny, PROMPTS, redness, Prune((step,), (0.5,), 4, scorer), sampling=SAMPLING)
+
+    prune(2)
+    with pytest.raises(ValueError, match=r"at noise level 0\.80 .* tau 0\.05, below 0\.10: prune later"):
+        prune(1)
+    with pytest.raises(ValueError, match=r"validated at noise levels 0\.80, 0\.60, not at 0\.40"):
+        prune(3)
+
+
+def test_a_scorer_of_latents_decodes_nothing(tiny: SD3) -> None:
+    scorer = NoiseAware(Linear(4), (Quality(0.6, 0.6, 0.9, 0.1),))
+    strategy = Prune((2,), (0.5,), 4, scorer)
+    result = search(tiny, PROMPTS, redness, strategy, sampling=SAMPLING)
+    assert result.ledger.counts == {
+        "forward": 2 * (4 * 3 + 2 * 2),
+        "reward/noise-aware": 2 * 4,
+        "decode": 2 * 2,
+        "reward/reward": 2 * 2,
+    }
