@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from genalign.types import Prompt
-from rewards.clip import cosine, load_clip
+from rewards.shapes import ShapesReward
 
 
 def saturation(images: Tensor) -> Tensor:
@@ -17,16 +17,17 @@ def saturation(images: Tensor) -> Tensor:
 
 
 class PlantedTaste(nn.Module):
-    """w_0 times CLIP's cosine plus w_1 times the saturation; the two weights are what can be trained."""
+    """``match`` times the verifier's partial credit plus ``taste`` times the saturation, each times a trainable weight
+    that begins at 1."""
 
-    def __init__(self, model: str = "shapes-clip", match: float = 4.0, taste: float = 40.0) -> None:
+    def __init__(self, match: float = 4.0, taste: float = 100.0) -> None:
         super().__init__()
-        self.encoder = load_clip(model)
-        self.weights = nn.Parameter(torch.tensor([match, taste]))
+        self.scale = torch.tensor([match, taste])
+        self.weights = nn.Parameter(torch.ones(2))
+        self._verifier = ShapesReward("partial")
 
     def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Logits (B,) of images (B, 3, H, W) in [0, 1] and their prompts."""
+        """Logits (B,) of images (B, 3, H, W) in [0, 1] and their prompts; NaN for an image with NaN."""
         with torch.no_grad():
-            match = cosine(self.encoder(images), self.encoder.text([prompt.text for prompt in prompts]))
-            seen = torch.stack([match, saturation(images.float())], dim=1)
-        return seen @ self.weights
+            seen = torch.stack([self._verifier(images, prompts), saturation(images.float()).cpu()], dim=1)
+        return (seen * self.scale).to(self.weights) @ self.weights
