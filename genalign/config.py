@@ -14,11 +14,13 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from genalign.budget import Budget
 from genalign.calibration import Calibration
 from genalign.dynamics import Kernel
 from genalign.policy import Lora
 from genalign.recipes import Recipe, flow_grpo
 from genalign.sampling import Sampling
+from genalign.search.strategy import Strategy
 from genalign.training import Settings
 
 set_parsing_settings(subclasses_enabled=[Recipe, Kernel], instantiate_subclass_spec_in_any=False)
@@ -118,6 +120,40 @@ class Calibrate(Train):
     """A training configuration whose noise levels are to be found; ``output`` is the JSON file to write."""
 
     calibration: Calibration = field(default_factory=Calibration)
+
+
+@dataclass(frozen=True)
+class Steer:
+    """A search for the best sample of every prompt; ``prompts`` as in training. ``lora`` steers a tuned model."""
+
+    output: str
+    prompts: str
+    rewards: dict[str, RewardChoice]
+    strategy: Strategy
+    budget: Budget | None = None
+    model: Model = field(default_factory=Model)
+    lora: str | None = None
+    sampling: Sampling = field(default_factory=lambda: Sampling(20))
+    batch_size: int = 32
+    seed: int = 0
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ValueError("rewards is empty: name at least one, as in rewards.clip.function")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a forward, a decode and each reward cost on this machine, in seconds of one sample."""
+
+    output: str
+    rewards: dict[str, RewardChoice] = field(default_factory=dict)
+    model: Model = field(default_factory=Model)
+    sampling: Sampling = field(default_factory=lambda: Sampling(20))
+    prompt: str = "a circle"
+    batch_size: int = 32
+    repeats: int = 5
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 from genalign.budget import Budget as Budget
 from genalign.search.beam import Beam as Beam
 from genalign.search.best_of_n import BestOfN as BestOfN
+from genalign.search.fk import FKSteering as FKSteering
+from genalign.search.guides import Doob as Doob
+from genalign.search.guides import RewardGradient as RewardGradient
 from genalign.search.noise_gradient import DNO as DNO
 from genalign.search.noise_gradient import ReNO as ReNO
 from genalign.search.noise_search import Evolution as Evolution

@@ -10,7 +10,7 @@ from torch import Tensor
 from genalign.dynamics import DDIM, Kernel, trainable_steps
 from genalign.search.engine import Candidates, Finished, Run
 from genalign.search.ranking import best, merit
-from genalign.search.strategy import Allowance, DecodedRewards, PreviewScorer, score_bill, walk_bill
+from genalign.search.strategy import Allowance, PreviewScorer, chosen_scorer, score_bill, walk_bill
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Beam:
     chains: int = 1
     proposals: int | None = 4
     kernel: Kernel = DDIM(1.0)  # noqa: RUF009  # kernels are frozen
-    scorer: PreviewScorer = DecodedRewards()  # noqa: RUF009  # it is frozen
+    scorer: PreviewScorer | None = None
 
     def __post_init__(self) -> None:
         if self.chains < 1 or (self.proposals is not None and self.proposals < 1):
@@ -48,7 +48,7 @@ class Beam:
         following = run.batched(tried, run.predict)
         preview = run.pipeline.path.x0(tried.x, following, run.grid[tried.done])
         tried = replace(tried, preview=preview)
-        scores = self.scorer(run, tried)
+        scores = chosen_scorer(self.scorer)(run, tried)
         run.note(tried, scores)
         chosen = best(merit(scores, tried.prompt), tried.prompt, self.chains)
         return run.keep(tried, chosen), following[chosen]
@@ -56,5 +56,5 @@ class Beam:
     def bill(self, run: Run, proposals: int) -> Counter[str]:
         """What one prompt costs."""
         tried = (run.steps - 1) * self.chains * proposals
-        scored = self.scorer.bill(run, tried) + score_bill(run, self.chains)
+        scored = chosen_scorer(self.scorer).bill(run, tried) + score_bill(run, self.chains)
         return walk_bill(run, self.chains + tried, 1) + scored

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genalign.search.engine import Candidates, Finished, Run
 from genalign.search.ranking import best, merit
-from genalign.search.strategy import Allowance, DecodedRewards, PreviewScorer, score_bill, walk_bill
+from genalign.search.strategy import Allowance, PreviewScorer, chosen_scorer, score_bill, walk_bill
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Prune:
     steps: tuple[int, ...] = (3, 5, 8)
     keep: tuple[float, ...] = (0.5, 0.5, 0.5)
     candidates: int | None = None
-    scorer: PreviewScorer = DecodedRewards()  # noqa: RUF009  # it is frozen
+    scorer: PreviewScorer | None = None
 
     @property
     def schedule(self) -> PruneSchedule:
@@ -78,7 +78,7 @@ class Prune:
         alive = run.start(count)
         for step, left in zip(self.steps, self.schedule.counts(count)[1:], strict=True):
             alive = run.advance(alive, step + 1)
-            scores = self.scorer(run, alive)
+            scores = chosen_scorer(self.scorer)(run, alive)
             run.note(alive, scores)
             alive = run.keep(alive, best(merit(scores, alive.prompt), alive.prompt, left))
         return alive
@@ -90,7 +90,7 @@ class Prune:
         total: Counter[str] = Counter()
         for alive, begin, end in zip(counts, done, done[1:], strict=False):
             total += walk_bill(run, alive, end - begin)
-            total += self.scorer.bill(run, alive) if end < run.steps else score_bill(run, alive)
+            total += chosen_scorer(self.scorer).bill(run, alive) if end < run.steps else score_bill(run, alive)
         return total
 
 

@@ -97,6 +97,11 @@ class DecodedRewards:
         return score_bill(run, candidates)
 
 
+def chosen_scorer(scorer: PreviewScorer | None) -> PreviewScorer:
+    """``scorer``, or for None the run's own rewards: a configuration cannot replace a default that is a dataclass."""
+    return scorer or DecodedRewards()
+
+
 def walk_bill(run: Run, candidates: int, steps: int) -> Counter[str]:
     """What moving candidates by ``steps`` costs."""
     return Counter({FORWARD: candidates * steps * (2 if run.guidance > 1 else 1)})
