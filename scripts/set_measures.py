@@ -12,7 +12,6 @@ from genalign.divergences import frechet_distance, vendi
 from genalign.results import PromptRecord
 from genalign.worlds.shapes.detection import Detection, detect
 from genalign.worlds.shapes.diversity import evaluation_images
-from genalign.worlds.shapes.geometry import SIZE
 from rewards.features import ClipFeatures, described
 from rewards.references import Images, ImageTensor
 
@@ -57,15 +56,9 @@ def is_purple(item: Detection) -> bool:
     return item.color == "purple"
 
 
-def is_in_corner(item: Detection) -> bool:
-    """Whether an object's middle is in a corner cell of a 3 x 3 grid."""
-    middle = ((item.box[0] + item.box[2]) / 2, (item.box[1] + item.box[3]) / 2)
-    return all(not SIZE / 3 < place < 2 * SIZE / 3 for place in middle)
-
-
 def is_small(item: Detection) -> bool:
-    """Whether an object's box is at most 20 pixels wide and high."""
-    return max(item.box[2] - item.box[0], item.box[3] - item.box[1]) <= 20
+    """Whether an object's box is at most 17 pixels wide and high."""
+    return max(item.box[2] - item.box[0], item.box[3] - item.box[1]) <= 17
 
 
 def mean_saturation(images: Tensor) -> float:
