@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from torch import nn
 
 from genalign.budget import Budget
 from genalign.calibration import Calibration
@@ -20,6 +21,7 @@ from genalign.dynamics import Kernel
 from genalign.policy import Lora
 from genalign.recipes import Recipe, flow_grpo
 from genalign.sampling import Sampling
+from genalign.search.aware import Distillation
 from genalign.search.strategy import Strategy
 from genalign.training import Settings
 
@@ -141,6 +143,29 @@ class Steer:
     def __post_init__(self) -> None:
         if not self.rewards:
             raise ValueError("rewards is empty: name at least one, as in rewards.clip.function")
+
+
+@dataclass(frozen=True)
+class TrainNoiseAware:
+    """A student that learns to tell from previews what the ``rewards`` will say of the clean sample.
+
+    ``count`` trajectories of every one of the first ``limit`` prompts are recorded at the network evaluations
+    ``steps``, and as many of ``held_out`` prompts to validate on.
+    """
+
+    output: str
+    rewards: dict[str, RewardChoice]
+    student: nn.Module
+    prompts: str = "shapes:train"
+    held_out: str = "shapes:val"
+    model: Model = field(default_factory=Model)
+    sampling: Sampling = field(default_factory=lambda: Sampling(20))
+    steps: tuple[int, ...] = (2, 4, 6, 8, 10, 13, 16)
+    count: int = 8
+    limit: int = 512
+    distillation: Distillation = field(default_factory=Distillation)
+    batch_size: int = 64
+    seed: int = 0
 
 
 @dataclass(frozen=True)

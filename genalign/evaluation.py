@@ -228,7 +228,7 @@ def evaluate(
     for samples in generate(pipeline, texts, seeds, grid, protocol.guidance, protocol.batch_size):
         first = len(records)
         batch = jobs[first : first + len(samples)]
-        images = _write_images(samples, output, first) if output else [None] * len(samples)
+        images = write_images(samples, output, first) if output else [None] * len(samples)
         scores = _scores(scorers, samples, [job.prompt for job in batch])
         records += [_record(*made) for made in zip(batch, images, scores, strict=True)]
         on_batch(len(records))
@@ -264,7 +264,7 @@ def _scores(
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _write_images(samples: Tensor, directory: Path, first: int) -> list[str]:
+def write_images(samples: Tensor, directory: Path, first: int) -> list[str]:
     """PNG files of (B, 3, H, W) in [0, 1], numbered from ``first``; their names relative to ``directory``."""
     if samples.ndim != 4 or samples.shape[1] != 3:
         raise ValueError(f"samples of shape {tuple(samples.shape)} are not images: evaluate with output=None")

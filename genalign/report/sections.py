@@ -208,8 +208,8 @@ def _cards(pairs: Sequence[Pair], folder: Path) -> list[Card]:
     made: list[Card] = []
     spent = 0
     for pair in pairs:
-        before = _data_uri(folder / "before", pair.before.image)
-        after = _data_uri(folder / "after", pair.after.image)
+        before = data_uri(folder / "before", pair.before.image)
+        after = data_uri(folder / "after", pair.after.image)
         spent += len(before) + len(after)
         if spent > IMAGE_BYTES:
             break
@@ -229,7 +229,7 @@ def _changes(pair: Pair) -> tuple[Change, ...]:
     )
 
 
-def _data_uri(folder: Path, name: str | None) -> str:
+def data_uri(folder: Path, name: str | None) -> str:
     """A PNG of at most ``LONGEST_SIDE`` pixels a side; empty where the image was not kept."""
     if name is None or not (folder / name).exists():
         return ""

@@ -47,7 +47,7 @@ class Result:
 def search(
     pipeline: Pipeline,
     prompts: str | Sequence[str | Prompt],
-    reward: RewardFunction | Mapping[str, RewardFunction],
+    reward: RewardFunction | Mapping[str, RewardFunction] | Sequence[NamedReward],
     strategy: Strategy,
     budget: Budget | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008  # it is frozen
@@ -56,8 +56,9 @@ def search(
 ) -> Result:
     """Search for a good sample of every prompt.
 
-    Several rewards, by name, count by the sum of their ranks among a prompt's candidates. ``budget`` is for each
-    prompt. Prompts are worked on one after the other, in batches of at most ``batch_size`` candidates.
+    Several rewards, by name, count by the sum of their ranks among a prompt's candidates; where one figure is needed
+    (FK steering, gradients) by their weighted sum. ``budget`` is for each prompt. Prompts are worked on one after the
+    other, in batches of at most ``batch_size`` candidates.
 
     Raises:
         ValueError: no prompt, an impossible strategy, or a budget too small for one sample.
@@ -65,12 +66,13 @@ def search(
     """
     asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in _listed(prompts)]
     ledger, grid = Ledger(), sampling.grid(pipeline)
-    functions = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
-    check_rewards(pipeline, functions, asked[0], grid, sampling.guidance)
+    rewards = _named(reward)
+    check_rewards(pipeline, rewards, asked[0], grid, sampling.guidance)
     if budget is not None and budget.seconds is not None and budget.prices is None:
+        functions = {reward.name: reward.function for reward in rewards}
         prices = measure_prices(pipeline, functions, [asked[0]] * batch_size, grid, sampling.guidance)
         budget = replace(budget, prices=prices)
-    metered = [NamedReward(name, metered_reward(name, function, ledger)) for name, function in functions.items()]
+    metered = [replace(r, function=metered_reward(r.name, r.function, ledger)) for r in rewards]
     parts: list[Result] = []
     for place, prompt in enumerate(asked):
         run = Run(Metered(pipeline, ledger), [prompt], metered, grid, sampling.guidance, batch_size, f"{seed}/{place}")
@@ -92,6 +94,14 @@ def _listed(prompts: str | Sequence[str | Prompt]) -> Sequence[str | Prompt]:
     return listed
 
 
+def _named(
+    reward: RewardFunction | Mapping[str, RewardFunction] | Sequence[NamedReward],
+) -> Sequence[NamedReward]:
+    if isinstance(reward, Mapping):
+        return [NamedReward(name, function) for name, function in reward.items()]
+    return [NamedReward("reward", reward)] if callable(reward) else reward
+
+
 def _searched(run: Run, strategy: Strategy, allowance: Allowance, names: int, prompts: int) -> Result:
     """One part of the prompts; its candidates are numbered from ``names`` and its prompts from ``prompts``."""
     finished = strategy(run, allowance)
@@ -108,16 +118,16 @@ def _searched(run: Run, strategy: Strategy, allowance: Allowance, names: int, pr
 
 @torch.no_grad()
 def check_rewards(
-    pipeline: Pipeline, rewards: Mapping[str, RewardFunction], prompt: Prompt, grid: Grid, guidance: float
+    pipeline: Pipeline, rewards: Sequence[NamedReward], prompt: Prompt, grid: Grid, guidance: float
 ) -> None:
     """Score two noisy previews in both orders, unbilled, so that a reward that mixes up its samples is found before it
     picks the wrong ones. Raises RewardError."""
     x = pipeline.initial_noise([1, 2])
     prediction = pipeline.predict(x, grid[0], pipeline.encode([prompt.text] * 2), guidance)
     samples = pipeline.decode(pipeline.path.x0(x, prediction, grid[0]))
-    probe([NamedReward(name, function) for name, function in rewards.items()], samples, [prompt] * 2)
-    for name, function in rewards.items():
-        _echo(name, function, samples, prompt)
+    probe(rewards, samples, [prompt] * 2)
+    for reward in rewards:
+        _echo(reward.name, reward.function, samples, prompt)
 
 
 def _echo(name: str, function: Callable[..., Tensor], samples: Tensor, prompt: Prompt) -> None:

@@ -1,0 +1,1 @@
+"""The commands of ``genalign``: here the core, the pipelines and the rewards are put together."""

@@ -1,0 +1,79 @@
+"""``genalign calibrate``, ``genalign compare`` and ``genalign report``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from genalign import config
+from genalign.calibration import calibrate, save_kernel
+from genalign.checkpoints import write_json
+from genalign.commands.parts import load_model, named_rewards, prompt_set
+from genalign.commands.training import train_command
+from genalign.comparison import Contender, standing, write_standings
+from genalign.prompts import PromptSampler
+from genalign.report import write_comparison, write_report
+from genalign.sampling import Sampler
+from genalign.worlds.shapes.diversity import evaluation_diversity
+
+
+def calibrate_command(arguments: Sequence[str]) -> int:
+    """``genalign calibrate``."""
+    settings, _ = config.parse(config.Calibrate, arguments, "calibrate")
+    pipeline, training = load_model(settings.model), settings.training
+    sampler = Sampler(
+        pipeline,
+        named_rewards(settings.rewards),
+        settings.sampling.grid(pipeline),
+        settings.sampling.guidance,
+        training.group_size,
+        training.batch_size,
+    )
+    rounds = PromptSampler(prompt_set(settings.prompts), training.prompts_per_round, training.seed).rounds()
+    for number, kernel in enumerate(calibrate(sampler, settings.recipe, rounds, settings.calibration), start=1):
+        levels = " ".join(f"{level:.2f}" for level in kernel.levels)
+        print(f"{number}/{settings.calibration.iterations}  noise levels {levels}", flush=True)
+        save_kernel(kernel, Path(settings.output))
+    print(f"use it as recipe.kernel: genalign.calibration.calibrated, path: {settings.output}")
+    return 0
+
+
+def compare_command(arguments: Sequence[str]) -> int:
+    """``genalign compare``; finished runs are kept, so that it goes on where it stopped."""
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError("give the comparison's file: genalign compare scripts/configs/compare_shapes.yaml")
+    source = Path(arguments[0])
+    settings, plain = config.parse(config.Compare, ["--config", str(source), *arguments[1:]], "compare")
+    output = Path(settings.output)
+    for name, seed in settings.jobs():
+        if not (output / name / f"seed-{seed}" / "gain.json").exists():
+            _compared_run(output / name, source.parent / settings.base, plain["runs"][name], seed)
+    contenders = [
+        Contender(name, {seed: output / name / f"seed-{seed}" for other, seed in settings.jobs() if other == name})
+        for name in settings.runs
+    ]
+    standings = [standing(contender, evaluation_diversity) for contender in contenders]
+    write_standings(output / "comparison.json", standings)
+    write_comparison(output / "comparison.html", standings)
+    print(f"comparison: {output / 'comparison.html'}")
+    return 0
+
+
+def _compared_run(folder: Path, base: Path, own: Mapping[str, Any], seed: int) -> None:
+    """One training by ``base`` with its ``own`` settings; a folder that an interruption left is begun anew."""
+    run = folder / f"seed-{seed}"
+    shutil.rmtree(run, ignore_errors=True)
+    write_json(folder / "settings.json", own)
+    arguments = ["--config", str(base), "--config", str(folder / "settings.json")]
+    if status := train_command([*arguments, "--output", str(run), "--training.seed", str(seed)]):
+        raise SystemExit(status)
+
+
+def report_command(arguments: Sequence[str]) -> int:
+    """``genalign report RUN``."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ValueError("give one run folder: genalign report runs/demo")
+    print(write_report(Path(arguments[0])))
+    return 0

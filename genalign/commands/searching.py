@@ -1,0 +1,112 @@
+"""``genalign steer``, ``genalign prices`` and ``genalign train-noise-aware``."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from genalign import config
+from genalign.budget import Ledger, Metered, measure_prices, metered_reward
+from genalign.checkpoints import write_json
+from genalign.commands.parts import load_model, named_rewards, prompt_set
+from genalign.noise import derived_seed
+from genalign.report import write_search
+from genalign.search.aware import Look, NoiseAware, Recording, as_they_are, distil, record, validate
+from genalign.search.engine import Run
+from genalign.search.folder import SearchFolder
+from genalign.search.running import search
+from genalign.types import Pipeline, Prompt
+from rewards.noise_aware import save_scorer
+
+
+def steer_command(arguments: Sequence[str]) -> int:
+    """``genalign steer``; finished prompts are kept, so that it goes on where it stopped."""
+    settings, plain = config.parse(config.Steer, arguments, "steer")
+    asked = prompt_set(settings.prompts).prompts[: settings.limit]
+    folder = SearchFolder(Path(settings.output))
+    done = {row["index"] for row in folder.begin({**plain, "limit": None})}
+    pipeline = load_model(settings.model)
+    if settings.lora:
+        pipeline.load_lora(Path(settings.lora))
+    rewards = named_rewards(settings.rewards)
+    for index in [index for index in range(len(asked)) if index not in done]:
+        began, seed = time.perf_counter(), derived_seed(settings.seed, index)
+        sampling, batch_size = settings.sampling, settings.batch_size
+        result = search(
+            pipeline, [asked[index]], rewards, settings.strategy, settings.budget, sampling, batch_size, seed
+        )
+        names = [reward.name for reward in rewards]
+        row = folder.add(index, asked[index].text, names, result, time.perf_counter() - began)
+        scores = "  ".join(f"{name} {value}" for name, value in row["scores"].items())
+        print(f"{index + 1}/{len(asked)}  {scores}  {result.ledger.forwards} forwards  {asked[index].text}", flush=True)
+    print(f"report: {write_search(folder.path)}")
+    return 0
+
+
+def prices_command(arguments: Sequence[str]) -> int:
+    """``genalign prices``."""
+    settings, _ = config.parse(config.Prices, arguments, "prices")
+    pipeline = load_model(settings.model)
+    rewards = {name: choice.function for name, choice in settings.rewards.items()}
+    prompts = [Prompt(settings.prompt)] * settings.batch_size
+    grid = settings.sampling.grid(pipeline)
+    prices = measure_prices(pipeline, rewards, prompts, grid, settings.sampling.guidance, settings.repeats)
+    write_json(Path(settings.output), prices)
+    for call, seconds in prices.items():
+        print(f"{call:20s}{1000 * seconds:10.3f} ms a sample")
+    return 0
+
+
+def train_noise_aware_command(arguments: Sequence[str]) -> int:
+    """``genalign train-noise-aware``; recordings are kept, so that another student can be trained on them."""
+    settings, plain = config.parse(config.TrainNoiseAware, arguments, "train-noise-aware")
+    folder, pipeline = Path(settings.output), load_model(settings.model)
+    write_json(folder / "config.json", plain)
+    student = settings.student
+    look: Look = pipeline.decode if student.on == "samples" else as_they_are
+    train = _recorded(settings, pipeline, settings.prompts, folder / "train.safetensors")
+    held_out = _recorded(settings, pipeline, settings.held_out, folder / "held_out.safetensors")
+    for levels, loss in distil(student, train, look, settings.distillation):
+        print(f"{levels}/{len(train.sigmas)} levels  loss {loss:.4f}", flush=True)
+    qualities = validate(student.eval(), held_out, look, settings.batch_size)
+    for found in qualities:
+        print(f"level {found.sigma:.3f}  tau {found.tau:.3f}  top quarter {found.top:.3f}  gap {found.gap:.4f}")
+    mean, std = float(train.clean.mean()), float(train.clean.std())
+    save_scorer(folder / "scorer.safetensors", NoiseAware(student, tuple(qualities), mean, std, on=student.on))
+    print(f"scorer: {folder / 'scorer.safetensors'}")
+    return 0
+
+
+def _recorded(settings: config.TrainNoiseAware, pipeline: Pipeline, source: str, path: Path) -> Recording:
+    """Trajectories of prompts that are drawn by task, from the file where there is one."""
+    if path.exists():
+        return Recording.load(path)
+    chosen = _drawn(prompt_set(source).by_task(), settings.limit, settings.seed)
+    ledger, made = Ledger(), None
+    rewards = [
+        replace(reward, function=metered_reward(reward.name, reward.function, ledger))
+        for reward in named_rewards(settings.rewards)
+    ]
+    together = max(1, settings.batch_size // settings.count)
+    for first in range(0, len(chosen), together):
+        some, name = chosen[first : first + together], f"{settings.seed}/{source}/{first}"
+        grid, guidance = settings.sampling.grid(pipeline), settings.sampling.guidance
+        run = Run(Metered(pipeline, ledger), some, rewards, grid, guidance, settings.batch_size, name)
+        part = record(run, settings.count, settings.steps)
+        made = part if made is None else made.joined(part)
+        print(f"recorded {min(first + together, len(chosen))}/{len(chosen)} prompts of {source}", end="\r", flush=True)
+    assert made is not None, "a prompt set has prompts"
+    made.save(path)
+    print()
+    return made
+
+
+def _drawn(tasks: Mapping[str, Sequence[Prompt]], limit: int, seed: int) -> list[Prompt]:
+    """As many prompts of every task, in turn, until ``limit`` or all are drawn."""
+    generator = random.Random(seed)
+    shuffled = [generator.sample(list(prompts), len(prompts)) for prompts in tasks.values()]
+    longest = max(map(len, shuffled))
+    return [prompts[i] for i in range(longest) for prompts in shuffled if i < len(prompts)][:limit]

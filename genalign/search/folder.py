@@ -1,0 +1,51 @@
+"""A search's folder: one sample of each prompt, added whole, so that an interrupted search goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genalign.checkpoints import write_json, write_text
+from genalign.evaluation import write_images
+from genalign.search.running import Result
+
+_SCORES = "scores.jsonl"
+
+
+@dataclass(frozen=True)
+class SearchFolder:
+    """images/, lineage/ and scores.jsonl, a line for each finished prompt."""
+
+    path: Path
+
+    def begin(self, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Make the folder, or go on in one of the same configuration; the rows that are finished. Raises
+        FileExistsError for a folder of another configuration."""
+        known, scores = self.path / "config.json", self.path / _SCORES
+        if known.exists() and json.loads(known.read_text(encoding="utf-8")) != json.loads(json.dumps(config)):
+            raise FileExistsError(f"{self.path} holds a search of other settings: choose another output, or remove it")
+        write_json(known, config)
+        whole = scores.read_text(encoding="utf-8").split("\n")[:-1] if scores.exists() else []
+        write_text(scores, "".join(f"{line}\n" for line in whole))  # without a line that an interruption cut off
+        return [json.loads(line) for line in whole]
+
+    def add(self, index: int, prompt: str, names: Sequence[str], result: Result, seconds: float) -> dict[str, Any]:
+        """The result of one prompt: its files first, its row last, which is returned."""
+        (image,) = write_images(result.images, self.path, index)
+        write_json(self.path / "lineage" / f"{index:05d}.json", {"chosen": result.chosen[0], "lives": result.lineage})
+        known = [value if math.isfinite(value) else None for value in result.scores[0].tolist()]
+        row = {
+            "index": index,
+            "prompt": prompt,
+            "scores": dict(zip(names, known, strict=True)),
+            "image": image,
+            "calls": dict(result.ledger.counts),
+            "seconds": seconds,
+        }
+        with (self.path / _SCORES).open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(row)}\n")
+        return row

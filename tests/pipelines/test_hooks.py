@@ -1,0 +1,370 @@
+"""Hooks against unpatched diffusers, and kernels in the place of its schedulers' own rules."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    CosineDPMSolverMultistepScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    SASolverScheduler,
+    SchedulerMixin,
+    TCDScheduler,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+from genalign.dynamics import DDIM, DPMSDE, ODE, FlowSDE, Kernel
+from pipelines.hooks import Move, gather_history, kernel_move, level_of, patched_step, require_stochastic
+from tests.pipelines.tiny_pipelines import FAMILIES, STEPS, Family, counted, flux, sd3, sd15
+
+# What numpy 2 says of the tensors that diffusers itself hands to it.
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
+ALL = (0, 1, 2)
+VP = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+UNCLIPPED = {**VP, "clip_sample": False}
+Schedule = Callable[[], SchedulerMixin]
+
+
+def _observed(
+    family: Family, on_step: Callable[[Move], Tensor | None] = lambda move: None
+) -> tuple[Tensor, list[Move]]:
+    moves: list[Move] = []
+
+    def note(move: Move) -> Tensor | None:
+        moves.append(move)
+        return on_step(move)
+
+    with patched_step(family.pipe.scheduler, note):
+        final = family.run(ALL)
+    return final, moves
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_watching_changes_nothing(name: str) -> None:
+    family = FAMILIES[name]()
+    expected = family.run(ALL)
+    with counted(family) as batches:
+        final, moves = _observed(family)
+    assert torch.equal(final, expected)
+    assert [move.index for move in moves] == list(range(STEPS))
+    assert sum(batches) == len(ALL) * family.forwards * STEPS
+    assert all(torch.equal(before.x_next, after.x) for before, after in itertools.pairwise(moves))
+    assert torch.equal(moves[-1].x_next, final)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (EulerDiscreteScheduler, {}),
+        (EulerAncestralDiscreteScheduler, {}),
+        (DPMSolverMultistepScheduler, {}),
+        (UniPCMultistepScheduler, {}),
+        (PNDMScheduler, {"skip_prk_steps": True}),
+        (HeunDiscreteScheduler, {}),
+        (LCMScheduler, {}),
+    ],
+)
+def test_watching_other_schedulers_changes_nothing(kind: type[SchedulerMixin], options: dict[str, Any]) -> None:
+    family = sd15().on(kind, **options)
+    expected = family.run(ALL)
+    final, moves = _observed(family)
+    assert torch.equal(final, expected)
+    assert [move.index for move in moves] == list(range(len(family.pipe.scheduler.timesteps)))
+    assert all(torch.equal(move.timestep, family.pipe.scheduler.timesteps[move.index]) for move in moves)
+
+
+@pytest.mark.parametrize("build", [flux, sd3])
+def test_the_last_preview_of_a_flow_is_the_result(build: Callable[[], Family]) -> None:
+    final, moves = _observed(build())
+    assert torch.equal(moves[-1].x0, final)
+
+
+@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, SASolverScheduler])
+def test_the_preview_of_a_solver_is_its_own(kind: type[SchedulerMixin]) -> None:
+    family = sd15().on(kind)
+
+    def compare(move: Move) -> None:
+        _assert_close(move.x0, family.pipe.scheduler.model_outputs[-1], 1e-6)
+
+    _observed(family, compare)
+
+
+def test_the_attribute_is_gone_after_the_end_and_after_an_exception() -> None:
+    family = flux()
+    scheduler = family.pipe.scheduler
+    family.run(ALL)
+    untouched = set(vars(scheduler))
+
+    def fail(move: Move) -> None:
+        assert inspect.signature(scheduler.step) == inspect.signature(type(scheduler)().step)
+        raise KeyError("mine")
+
+    _observed(family)
+    assert set(vars(scheduler)) == untouched
+    with pytest.raises(KeyError, match="mine"), patched_step(scheduler, fail):
+        family.run(ALL)
+    assert set(vars(scheduler)) == untouched
+
+
+def test_a_returned_tensor_replaces_the_latents_in_both_forms() -> None:
+    scheduler = DDIMScheduler(**UNCLIPPED)
+    scheduler.set_timesteps(STEPS)
+    x, output = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    plain = scheduler.step(output, scheduler.timesteps[0], x)
+    with patched_step(scheduler, lambda move: (move.x_next + 1).double()):
+        both = (
+            scheduler.step(output, scheduler.timesteps[0], sample=x, return_dict=False),
+            scheduler.step(output, scheduler.timesteps[0], x).to_tuple(),
+        )
+    for got in both:
+        assert torch.equal(got[0], plain.prev_sample + 1)
+        assert torch.equal(got[1], plain.pred_original_sample)
+
+
+def test_patches_nest() -> None:
+    family = flux()
+    unsteered = _observed(family)[1]
+    seen: list[Tensor] = []
+    with patched_step(family.pipe.scheduler, lambda move: move.x_next + 1):
+        final, moves = _observed(family, lambda move: seen.append(move.x_next) or move.x_next * 2)
+    assert torch.equal(seen[0], unsteered[0].x_next + 1)
+    assert torch.equal(moves[1].x, seen[0] * 2)
+    assert torch.equal(final, seen[-1] * 2)
+    assert "step" not in vars(family.pipe.scheduler)
+
+
+def test_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="a run keeps its batch"):
+        _observed(flux(), lambda move: move.x_next[:1])
+
+
+def test_copied_and_idle_schedulers_are_refused() -> None:
+    scheduler = flux().pipe.scheduler
+    with (
+        pytest.raises(ValueError, match="the pipeline copies its scheduler"),
+        patched_step(scheduler, lambda move: None),
+    ):
+        copy.deepcopy(scheduler)
+    with (
+        pytest.raises(ValueError, match="no step was made by the FlowMatchEulerDiscreteScheduler"),
+        patched_step(scheduler, lambda move: None),
+    ):
+        pass
+    assert copy.deepcopy(scheduler) is not scheduler
+
+
+def test_an_unknown_scheduler_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="the noise levels of this TCDScheduler are not known here: use one of Cosine"):
+        _observed(sd15().on(TCDScheduler, clip_sample=False))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (DDIMScheduler(), "DDIMScheduler is deterministic"),
+        (EulerDiscreteScheduler(), "EulerDiscreteScheduler is deterministic"),
+        (DPMSolverMultistepScheduler(), "DPMSolverMultistepScheduler is deterministic"),
+        (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler is deterministic"),
+    ],
+)
+def test_deterministic_schedulers_cannot_be_resampled(scheduler: SchedulerMixin, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        require_stochastic(scheduler)
+
+
+@pytest.mark.parametrize("kind", [CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler])
+def test_brownian_schedulers_cannot_be_resampled(kind: type[SchedulerMixin]) -> None:
+    pytest.importorskip("torchsde", reason="diffusers makes these schedulers only with torchsde")
+    with pytest.raises(ValueError, match=f"the noise of {kind.__name__} is one Brownian tree"):
+        require_stochastic(kind())
+
+
+def test_stochastic_schedulers_can_be_resampled() -> None:
+    for scheduler in (
+        DDPMScheduler(),
+        EulerAncestralDiscreteScheduler(),
+        LCMScheduler(),
+        DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+        FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+    ):
+        require_stochastic(scheduler)
+
+
+def _steps(scheduler: SchedulerMixin, count: int = 5, **call: Any) -> list[Move]:
+    """The moves of a scheduler by random predictions."""
+    scheduler.set_timesteps(count)
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, 4, generator=source) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    moves: list[Move] = []
+    with patched_step(scheduler, lambda move: moves.append(move)):
+        for timestep in scheduler.timesteps:
+            x = scheduler.step(torch.randn(x.shape, generator=source), timestep, x, **call).prev_sample
+    return moves
+
+
+def _assert_close(got: Tensor, expected: Tensor, relative: float) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=relative * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda kind: DDIMScheduler(**UNCLIPPED, prediction_type=kind, set_alpha_to_one=False, steps_offset=1),
+        lambda kind: DDIMScheduler(**UNCLIPPED, prediction_type=kind, timestep_spacing="trailing"),
+        lambda kind: EulerDiscreteScheduler(**VP, prediction_type=kind),
+        lambda kind: EulerDiscreteScheduler(**VP, prediction_type=kind, use_karras_sigmas=True),
+        lambda kind: DPMSolverMultistepScheduler(**VP, prediction_type=kind, solver_order=1),
+        lambda kind: EDMEulerScheduler(prediction_type=kind),
+        lambda kind: EDMDPMSolverMultistepScheduler(prediction_type=kind, solver_order=1),
+        lambda kind: FlowMatchEulerDiscreteScheduler(shift=3.0),
+        lambda kind: DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", solver_order=1, flow_shift=3.0
+        ),
+    ],
+)
+def test_the_ode_equals_the_first_order_scheduler(build: Callable[[str], SchedulerMixin], prediction_type: str) -> None:
+    scheduler = build(prediction_type)
+    for move in _steps(scheduler):
+        _assert_close(kernel_move(scheduler, ODE(), move, torch.zeros_like(move.x)), move.x_next, 1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.4, 1.0])
+def test_ddim_equals_the_ddim_scheduler(eta: float) -> None:
+    scheduler = DDIMScheduler(**UNCLIPPED, set_alpha_to_one=False, steps_offset=1)
+    noise = torch.randn(2, 3, 4, 4)
+    for move in _steps(scheduler, eta=eta, variance_noise=noise):
+        _assert_close(kernel_move(scheduler, DDIM(eta), move, noise), move.x_next, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [DDPMScheduler(**UNCLIPPED), DPMSolverMultistepScheduler(**VP, algorithm_type="sde-dpmsolver++", solver_order=1)],
+)
+def test_dpm_sde_equals_the_ancestral_schedulers(scheduler: SchedulerMixin, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = torch.randn(2, 3, 4, 4)
+    for module in ("scheduling_ddpm", "scheduling_dpmsolver_multistep"):
+        monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *args, **kwargs: noise)
+    for move in _steps(scheduler)[:-1]:  # DDPMScheduler puts a little noise on its result, where the kernel has none
+        _assert_close(kernel_move(scheduler, DPMSDE(), move, noise), move.x_next, 1e-5)
+
+
+def test_the_ancestral_euler_scheduler_is_ddim(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = torch.randn(2, 3, 4, 4)
+    module = "diffusers.schedulers.scheduling_euler_ancestral_discrete"
+    monkeypatch.setattr(f"{module}.randn_tensor", lambda *args, **kwargs: noise)
+    scheduler = EulerAncestralDiscreteScheduler(**VP)
+    for move in _steps(scheduler):
+        _assert_close(kernel_move(scheduler, DDIM(1.0), move, noise), move.x_next, 1e-5)
+
+
+def test_levels_of_the_families() -> None:
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow.set_timesteps(4)
+    step = level_of(flow, 1)
+    assert float(step.alpha + step.sigma) == pytest.approx(1) and float(step.timestep) == float(flow.timesteps[1])
+    assert float(level_of(flow, 3).sigma_next) == 0
+    for scheduler in (DDIMScheduler(**UNCLIPPED), EulerDiscreteScheduler(**VP, timestep_spacing="leading")):
+        scheduler.set_timesteps(4)
+        step = level_of(scheduler, 2)
+        expected = scheduler.alphas_cumprod[int(scheduler.timesteps[2])]
+        assert float(step.alpha**2) == pytest.approx(float(expected), rel=1e-5)
+        assert float(step.alpha**2 + step.sigma**2) == pytest.approx(1)
+    edm = EDMEulerScheduler()
+    edm.set_timesteps(4)
+    assert float(level_of(edm, 0).alpha) == 1 and float(level_of(edm, 0).sigma) == pytest.approx(80.0)
+
+
+@pytest.mark.parametrize(
+    ("build", "kernel"), [(flux, FlowSDE(0.7)), (sd3, DDIM(1.0)), (sd15, DDIM(1.0))], ids=["flux", "sd3", "sd15"]
+)
+def test_a_kernel_drives_a_pipeline(build: Callable[[], Family], kernel: Kernel) -> None:
+    family = build()
+    ours = _observed(family, lambda move: kernel_move(family.pipe.scheduler, ODE(), move, torch.zeros_like(move.x)))[0]
+    _assert_close(ours, family.run(ALL), 1e-5)
+    source = torch.Generator().manual_seed(3)
+    noisy = _observed(
+        family,
+        lambda move: kernel_move(family.pipe.scheduler, kernel, move, torch.randn(move.x.shape, generator=source)),
+    )[0]
+    assert float((noisy - ours).abs().mean()) > 0.01
+
+
+def test_pndm_moves_once_for_its_two_evaluations_of_one_level() -> None:
+    plain = sd15().run(ALL)
+    family = sd15().on(PNDMScheduler, skip_prk_steps=True)
+    scheduler = family.pipe.scheduler
+    final, moves = _observed(family, lambda move: kernel_move(scheduler, ODE(), move, torch.zeros_like(move.x)))
+    assert len(moves) == STEPS + 1
+    _assert_close(final, plain, 1e-5)
+
+
+def test_clipping_is_refused() -> None:
+    scheduler = DDIMScheduler()
+    (move, *_) = _steps(scheduler)
+    with pytest.raises(ValueError, match="make it with clip_sample=False"):
+        kernel_move(scheduler, ODE(), move, move.x)
+
+
+def test_a_flow_prediction_without_flow_levels_is_refused() -> None:
+    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True)
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="prediction_type 'epsilon' and use_flow_sigmas True"):
+        level_of(scheduler, 0)
+
+
+def _resampled(family: Family, rows: Tensor, history: bool) -> Tensor:
+    """The result where the samples become those of ``rows`` after the second step."""
+
+    def resample(move: Move) -> Tensor | None:
+        if move.index != 1:
+            return None
+        if history:
+            gather_history(family.pipe.scheduler, rows)
+        return move.x_next[rows]
+
+    return _observed(family, resample)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "remembers"),
+    [
+        (DDIMScheduler, {"clip_sample": False}, False),
+        (DPMSolverMultistepScheduler, {}, True),
+        (DPMSolverMultistepScheduler, {"solver_order": 3}, True),
+        (UniPCMultistepScheduler, {}, True),
+        (DEISMultistepScheduler, {}, True),
+        (PNDMScheduler, {"skip_prk_steps": True}, True),
+    ],
+)
+def test_a_history_is_gathered_with_the_latents(
+    kind: type[SchedulerMixin], options: dict[str, Any], remembers: bool
+) -> None:
+    """Samples of one prompt go on as those that they became, and only with the history do they."""
+    family = sd15().on(kind, **options)
+    for name, tensor in family.samples.items():
+        family.samples[name] = tensor[:1].expand_as(tensor)
+    plain, rows = family.run(ALL), torch.tensor([2, 2, 0])
+    _assert_close(_resampled(family, rows, history=True), plain[rows], 1e-6)
+    without = _resampled(family, rows, history=False)
+    assert (float((without - plain[rows]).abs().max()) > 0.01) == remembers
