@@ -123,13 +123,18 @@ def replaced(instance: object, name: str, method: Callable[..., Any]) -> Iterato
             delattr(instance, name)
 
 
-def level_of(scheduler: SchedulerMixin, index: int) -> NoiseStep:
-    """The noise levels of step ``index`` (0..T-1) on the path of the network: what kernels and rewards are given.
+def grid_of(scheduler: SchedulerMixin) -> Grid:
+    """The noise levels of the steps on the path of the network: what kernels and rewards are given.
 
     The next level is that of the next timestep. (A DDIMScheduler whose timesteps are unequal distances apart itself
     moves to other levels than it tells the network.) Raises ValueError for a scheduler whose levels are not known here.
     """
-    return _levels(scheduler).grid[index]
+    return _levels(scheduler).grid
+
+
+def level_of(scheduler: SchedulerMixin, index: int) -> NoiseStep:
+    """Those of step ``index`` (0..T-1)."""
+    return grid_of(scheduler)[index]
 
 
 def kernel_move(scheduler: SchedulerMixin, kernel: Kernel, move: Move, noise: Tensor) -> Tensor:

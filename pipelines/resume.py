@@ -51,22 +51,20 @@ def first_part(pipe: DiffusionPipeline, steps: int, **call: Any) -> FirstPart:
     Raises ValueError unless 1 <= steps < all, and for a call whose guidance depends on the number of the step.
     """
     _check(call)
-    last: list[Move] = []
+    return _until(pipe, steps, functools.partial(_beginning, steps), call)
 
-    def note(move: Move) -> None:
-        last[:] = [move]
 
-    def begin(timesteps: Tensor) -> slice:
-        if not 1 <= steps < len(timesteps):
-            raise ValueError(f"this call evaluates the network {len(timesteps)} times: steps cannot be {steps}")
-        return slice(steps)
+def next_part(pipe: DiffusionPipeline, part: FirstPart, steps: int, **call: Any) -> FirstPart:
+    """Go on with the N samples of ``part`` until ``steps`` evaluations in all are done; else as ``second_part``."""
+    _check(call)
+    if not part.done < steps:
+        raise ValueError(f"{part.done} evaluations are done: steps must be more, not {steps}")
 
-    with _told(pipe.scheduler, begin), patched_step(pipe.scheduler, note):
-        pipe(**{**call, "output_type": "latent"})
-    (move,) = last
-    if move.index + 1 != steps:
-        raise ValueError(f"the pipeline ended after {move.index + 1} steps, not {steps}: it shortens its schedule")
-    return FirstPart(steps, move.x_next, move.x0, remembered(pipe.scheduler))
+    def middle(timesteps: Tensor) -> slice:
+        return slice(_resumed(pipe.scheduler, part, timesteps).start, _beginning(steps, timesteps).stop)
+
+    with _started(pipe.scheduler, part) as latents:
+        return _until(pipe, steps, middle, {**call, "latents": latents})
 
 
 def second_part(pipe: DiffusionPipeline, part: FirstPart, **call: Any) -> Any:
@@ -78,15 +76,46 @@ def second_part(pipe: DiffusionPipeline, part: FirstPart, **call: Any) -> Any:
     and for a pipeline that does not start from the latents that it is given.
     """
     _check(call)
-    scheduler = pipe.scheduler
+    with (
+        _started(pipe.scheduler, part) as latents,
+        _told(pipe.scheduler, functools.partial(_resumed, pipe.scheduler, part)),
+    ):
+        return pipe(**call, latents=latents)
 
-    def resume(timesteps: Tensor) -> slice:
-        if not torch.equal(timesteps, part.memory["timesteps"]):
-            raise ValueError(
-                "this call has another schedule than the first part: give it the same number of steps and size"
-            )
-        vars(scheduler).update(_copied(part))
-        return slice(part.done, None)
+
+def _until(pipe: DiffusionPipeline, steps: int, choose: Callable[[Tensor], slice], call: dict[str, Any]) -> FirstPart:
+    last: list[Move] = []
+
+    def note(move: Move) -> None:
+        last[:] = [move]
+
+    with _told(pipe.scheduler, choose), patched_step(pipe.scheduler, note):
+        pipe(**{**call, "output_type": "latent"})
+    (move,) = last
+    if move.index + 1 != steps:
+        raise ValueError(f"the pipeline ended after {move.index + 1} steps, not {steps}: it shortens its schedule")
+    return FirstPart(steps, move.x_next, move.x0, remembered(pipe.scheduler))
+
+
+def _beginning(steps: int, timesteps: Tensor) -> slice:
+    if not 1 <= steps < len(timesteps):
+        raise ValueError(f"this call evaluates the network {len(timesteps)} times: steps cannot be {steps}")
+    return slice(0, steps)
+
+
+def _resumed(scheduler: SchedulerMixin, part: FirstPart, timesteps: Tensor) -> slice:
+    """Where ``part`` goes on, with what the scheduler remembered put back."""
+    if not torch.equal(timesteps, part.memory["timesteps"]):
+        raise ValueError(
+            "this call has another schedule than the first part: give it the same number of steps and size"
+        )
+    vars(scheduler).update(_copied(part))
+    return slice(part.done, None)
+
+
+@contextmanager
+def _started(scheduler: SchedulerMixin, part: FirstPart) -> Iterator[Tensor]:
+    """The latents to call the pipeline with, whose first step is then checked to start from them."""
 
     def check_start(move: Move) -> None:
         if move.index == part.done:
@@ -94,8 +123,8 @@ def second_part(pipe: DiffusionPipeline, part: FirstPart, **call: Any) -> Any:
 
     vars(scheduler).update(_copied(part))
     scale = getattr(scheduler, "init_noise_sigma", 1.0)  # flow schedulers have none, and no pipeline multiplies by it
-    with _told(scheduler, resume), patched_step(scheduler, check_start):
-        return pipe(**call, latents=part.latents / scale)
+    with patched_step(scheduler, check_start):
+        yield part.latents / scale
 
 
 @contextmanager

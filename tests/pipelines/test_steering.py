@@ -1,0 +1,135 @@
+"""Steering unmodified pipelines of several families."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor
+
+from genalign.dynamics import DDIM, ODE
+from genalign.search import BestOfN, FKSteering
+from genalign.types import Prompt
+from pipelines import SD3, steer
+from pipelines.decoding import decode_latents
+from tests.pipelines.tiny_pipelines import STEPS, Family, flux, sd3, sd15, sdxl, stable_audio
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers makes tensors of numpy arrays
+    pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning"),
+]
+PARTICLES = 4
+FK = FKSteering(PARTICLES, lam=1e5, start=0.0, stop=0.5, every=0.25, ess=None)
+
+
+def loudness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples.flatten(1).mean(1)
+
+
+FAMILIES = {
+    "sd15 DDIM": sd15,
+    "sd15 Euler": lambda: sd15().on(EulerDiscreteScheduler),
+    "sd15 DPM++2M": lambda: sd15().on(DPMSolverMultistepScheduler),
+    "sdxl": sdxl,
+    "sd3": sd3,
+    "flux": flux,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_particles_of_a_users_pipeline_are_weighed_and_resampled(name: str) -> None:
+    family: Family = FAMILIES[name]()
+    rows = range(PARTICLES)
+    with steer(family.pipe, loudness, FK, prompts=["noise"]) as steering:
+        steered = family.run(rows)
+    assert "step" not in vars(family.pipe.scheduler)
+    assert steering.scores is not None and steering.scores.shape == (PARTICLES, 1)
+    assert steering.ledger.forwards == STEPS * PARTICLES * family.forwards
+    assert steering.ledger.decodes == PARTICLES * len(FK.scoring_steps(STEPS))
+    images = decode_latents(family.pipe, steered, (8, 8))
+    torch.testing.assert_close(loudness(images, []), steering.scores[:, 0], rtol=0, atol=1e-5)
+    assert int(steering.scores[:, 0].argmax()) == 0  # the chosen one comes first
+    copies = [life for life in steering.lineage.lives if life.parent is not None]
+    assert copies and len({life.parent for life in copies}) < len(copies)
+
+
+def test_without_potentials_nothing_but_the_order_changes() -> None:
+    family, rows = sd15(), range(PARTICLES)
+    plain = family.run(rows)
+    with steer(family.pipe, loudness, BestOfN(), prompts=["noise"]) as steering:
+        steered = family.run(rows)
+    assert sorted(map(bytes, plain.numpy())) == sorted(map(bytes, steered.numpy()))
+    assert steering.scores is not None and int(steering.scores[:, 0].argmax()) == 0
+    assert torch.equal(family.run(rows), plain)
+
+
+def test_prompts_never_exchange_particles() -> None:
+    family = sd15()
+    strategy = replace(FK, particles=2)
+    with steer(family.pipe, loudness, strategy, prompts=["noise", "silence"]) as steering:
+        family.run(range(4))
+    for life in steering.lineage.lives:
+        assert life.parent is None or steering.lineage.lives[life.parent].prompt == life.prompt
+
+
+def test_a_stochastic_scheduler_keeps_its_moves() -> None:
+    family = sd15().on(EulerAncestralDiscreteScheduler)
+    with steer(family.pipe, loudness, replace(FK, kernel=None), prompts=["noise"]) as steering:
+        family.run(range(PARTICLES))
+    assert any(life.parent is not None for life in steering.lineage.lives)
+
+
+def test_the_users_code_is_unchanged(tiny_folder: object) -> None:
+    pipe = StableDiffusion3Pipeline.from_pretrained(str(tiny_folder))
+    pipe.set_progress_bar_config(disable=True)
+    seen: list[str] = []
+
+    def reward(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        seen.extend(prompt.text for prompt in prompts)
+        return loudness(samples, prompts)
+
+    with steer(pipe, reward, FK) as steering:
+        generator = torch.Generator().manual_seed(0)
+        images = pipe("a circle", num_images_per_prompt=PARTICLES, num_inference_steps=4, generator=generator).images
+    assert len(images) == PARTICLES and set(seen) == {"a circle"}
+    assert steering.scores is not None
+    assert SD3.load(str(tiny_folder)).pipe.scheduler.step  # the class is untouched
+
+
+def test_what_cannot_be_steered_is_refused() -> None:
+    family = sd15()
+    with (
+        pytest.raises(ValueError, match="DDIMScheduler is deterministic"),
+        steer(family.pipe, loudness, replace(FK, kernel=None), prompts=["noise"]),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="call the pipeline with num_images_per_prompt=4"),
+        steer(family.pipe, loudness, FK, prompts=["noise"]),
+    ):
+        family.run(range(3))
+    with pytest.raises(ValueError, match="give steer prompts="), steer(family.pipe, loudness, FK):
+        family.run(range(PARTICLES))
+    assert isinstance(family.pipe.scheduler, DDIMScheduler) and "step" not in vars(family.pipe.scheduler)
+    with (
+        pytest.raises(ValueError, match="moves without noise"),
+        steer(family.pipe, loudness, replace(FK, kernel=ODE()), prompts=["noise"]),
+    ):
+        family.run(range(PARTICLES))
+
+
+def test_audio_is_steered_by_our_kernel() -> None:
+    family = stable_audio(scheduler=EDMDPMSolverMultistepScheduler(sigma_min=0.3, sigma_max=500.0, sigma_data=1.0))
+    with steer(family.pipe, loudness, replace(FK, kernel=DDIM(1.0)), prompts=["a tone"]) as steering:
+        family.run(range(PARTICLES))
+    assert steering.scores is not None and int(steering.scores[:, 0].argmax()) == 0
