@@ -170,13 +170,14 @@ class TrainNoiseAware:
 
 @dataclass(frozen=True)
 class Prices:
-    """What a forward, a decode and each reward cost on this machine, in seconds of one sample."""
+    """What a forward, a decode and each reward cost on this machine, in seconds of one sample in batches of the first
+    ``batch_size`` prompts."""
 
     output: str
     rewards: dict[str, RewardChoice] = field(default_factory=dict)
     model: Model = field(default_factory=Model)
     sampling: Sampling = field(default_factory=lambda: Sampling(20))
-    prompt: str = "a circle"
+    prompts: str = "shapes:val"
     batch_size: int = 32
     repeats: int = 5
 

@@ -51,7 +51,8 @@ def prices_command(arguments: Sequence[str]) -> int:
     settings, _ = config.parse(config.Prices, arguments, "prices")
     pipeline = load_model(settings.model)
     rewards = {name: choice.function for name, choice in settings.rewards.items()}
-    prompts = [Prompt(settings.prompt)] * settings.batch_size
+    known = prompt_set(settings.prompts).prompts
+    prompts = [known[i % len(known)] for i in range(settings.batch_size)]
     grid = settings.sampling.grid(pipeline)
     prices = measure_prices(pipeline, rewards, prompts, grid, settings.sampling.guidance, settings.repeats)
     write_json(Path(settings.output), prices)

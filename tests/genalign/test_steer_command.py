@@ -1,0 +1,89 @@
+"""genalign steer, prices and train-noise-aware from the command line on the tiny pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from genalign.cli import main
+
+STEER = """
+output: {folder}/found
+model: {{path: {model}}}
+prompts: "shapes:val:position"
+rewards: {{partial: {{function: {{class_path: rewards.shapes.ShapesReward}}}}}}
+strategy: {{class_path: genalign.search.Prune, init_args: {{steps: [1], keep: [0.5]}}}}
+budget: {{forwards: 12}}
+sampling: {{num_steps: 3, sigmas: [1.0, 0.6, 0.3]}}
+limit: 2
+"""
+AWARE = """
+output: {folder}/aware
+model: {{path: {model}}}
+prompts: "shapes:val"
+held_out: "shapes:val"
+rewards: {{partial: {{function: {{class_path: rewards.clip.ClipReward, init_args: {{model: shapes-clip}}}}}}}}
+student:
+  class_path: rewards.noise_aware.{student}
+sampling: {{num_steps: 3, sigmas: [1.0, 0.6, 0.3]}}
+steps: [0, 1]
+count: 3
+limit: 4
+batch_size: 6
+distillation: {{epochs: 1, batch_size: 6}}
+"""
+
+
+def _config(folder: Path, text: str, **values: object) -> str:
+    path = folder / "config.yaml"
+    path.write_text(text.format(folder=folder, **values))
+    return str(path)
+
+
+def test_a_search_is_written_and_goes_on(tiny_folder: Path, tmp_path: Path) -> None:
+    config = ["steer", "--config", _config(tmp_path, STEER, model=tiny_folder)]
+    assert main(config) == 0
+    found = tmp_path / "found"
+    rows = [json.loads(line) for line in (found / "scores.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == [0, 1]
+    assert all(row["calls"]["forward"] <= 12 and (found / row["image"]).is_file() for row in rows)
+    whole = (found / "scores.jsonl").read_bytes()
+    (found / "scores.jsonl").write_bytes(whole[:-20])  # as an interruption would leave it
+    assert main(config) == 0
+    again = [json.loads(line) for line in (found / "scores.jsonl").read_text().splitlines()]
+    for old, new in zip(rows, again, strict=True):
+        assert {**old, "seconds": 0} == {**new, "seconds": 0}
+    page = (found / "report.html").read_text()
+    assert rows[0]["prompt"] in page and 'class="tree"' in page and "http:" not in page and "https:" not in page
+    assert main([*config, "--limit", "3"]) == 0
+    assert len((found / "scores.jsonl").read_text().splitlines()) == 3
+    assert main([*config, "--budget.forwards", "20"]) == 2  # another search
+
+
+def test_prices_are_measured(tiny_folder: Path, tmp_path: Path) -> None:
+    reward = "--rewards.partial.function=rewards.shapes.ShapesReward"
+    small = ["--batch_size", "2", "--repeats", "1", "--sampling.num_steps", "3"]
+    path = tmp_path / "prices.json"
+    assert main(["prices", "--output", str(path), "--model.path", str(tiny_folder), reward, *small]) == 0
+    prices = json.loads(path.read_text())
+    assert set(prices) == {"forward", "decode", "reward/partial"} and min(prices.values()) > 0
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        "LatentScorer\n  init_args: {text_model: shapes-clip, channels: 4, side: 16, width: 16, depth: 1}",
+        "ClipScorer\n  init_args: {model: shapes-clip, hidden: 16}",
+    ],
+    ids=["latents", "samples"],
+)
+def test_a_student_is_trained_kept_and_used(tiny_folder: Path, tmp_path: Path, student: str) -> None:
+    assert main(["train-noise-aware", "--config", _config(tmp_path, AWARE, model=tiny_folder, student=student)]) == 0
+    made = tmp_path / "aware" / "scorer.safetensors"
+    scorer = f"{{class_path: rewards.noise_aware.load_scorer, init_args: {{path: {made}, least_tau: -1.0}}}}"
+    steer = ["steer", "--config", _config(tmp_path, STEER, model=tiny_folder), f"--strategy.scorer={scorer}"]
+    assert main(steer) == 0
+    (first, _) = (json.loads(line) for line in (tmp_path / "found" / "scores.jsonl").read_text().splitlines())
+    assert first["calls"]["reward/noise-aware"] > 0
