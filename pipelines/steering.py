@@ -69,10 +69,10 @@ def steer(
         require_stochastic(pipe.scheduler)
     call = _Call(pipe, rewards, strategy, _prompts(prompts), decode, seed, steering)
     with ExitStack() as stack:
-        for name, note in (("encode_prompt", call.see_prompt), ("prepare_latents", call.see_size)):
-            if hasattr(pipe, name):
-                stack.enter_context(replaced(pipe, name, _noting(getattr(pipe, name), note)))
-        stack.enter_context(_billed(_network(pipe), steering.ledger))
+        if hasattr(pipe, "encode_prompt"):
+            stack.enter_context(replaced(pipe, "encode_prompt", _noting(pipe.encode_prompt, call.see_prompt)))
+        call.sizes = stack.enter_context(sizes_seen(pipe))
+        stack.enter_context(billed(network_of(pipe), steering.ledger))
         stack.enter_context(patched_step(pipe.scheduler, call.on_step))
         yield steering
 
@@ -92,7 +92,7 @@ class _Call:
     ) -> None:
         self.pipe, self.rewards, self.strategy, self.seed = pipe, rewards, strategy, seed
         self.prompts, self._given, self._decode, self.steering = prompts, prompts is not None, decode, steering
-        self.size: tuple[int, int] | None = None
+        self.sizes: list[tuple[int, int]] = []
         self.group, self.names = torch.zeros(0, dtype=torch.long), tuple[int, ...]()
         self.state: FKState | None = None
 
@@ -101,11 +101,6 @@ class _Call:
         prompt = arguments.get("prompt")
         if prompt is not None and not self._given:
             self.prompts = _prompts([prompt] if isinstance(prompt, str) else prompt)
-
-    def see_size(self, arguments: Mapping[str, Any]) -> None:
-        """Take the size of the images."""
-        if "height" in arguments and "width" in arguments:
-            self.size = int(arguments["height"]), int(arguments["width"])
 
     def on_step(self, move: Move) -> Tensor | None:
         """The next latents, where they are not the scheduler's."""
@@ -171,7 +166,8 @@ class _Call:
 
     def _scored(self, latents: Tensor, done: int) -> Tensor:
         self.steering.ledger.bill(DECODE, len(latents))
-        samples = self._decode(latents) if self._decode else decode_latents(self.pipe, latents, self.size)
+        size = self.sizes[-1] if self.sizes else None
+        samples = self._decode(latents) if self._decode else decode_latents(self.pipe, latents, size)
         assert self.prompts is not None, "a call begins with its prompts"
         scores = score(self.rewards, samples, [self.prompts[p] for p in self.group.tolist()])
         self.steering.lineage.scored(self.names, done, scores.tolist())
@@ -198,7 +194,21 @@ def _noting(method: Callable[..., Any], note: Callable[[Mapping[str, Any]], None
     return noted
 
 
-def _network(pipe: DiffusionPipeline) -> nn.Module:
+@contextmanager
+def sizes_seen(pipe: DiffusionPipeline) -> Iterator[list[tuple[int, int]]]:
+    """The (height, width) in pixels of the images that ``pipe`` prepares latents for, call by call."""
+    sizes: list[tuple[int, int]] = []
+
+    def note(arguments: Mapping[str, Any]) -> None:
+        if "height" in arguments and "width" in arguments:
+            sizes.append((int(arguments["height"]), int(arguments["width"])))
+
+    with replaced(pipe, "prepare_latents", _noting(pipe.prepare_latents, note)):
+        yield sizes
+
+
+def network_of(pipe: DiffusionPipeline) -> nn.Module:
+    """The denoiser. Raises ValueError for a pipeline without one that is known here."""
     network: nn.Module | None = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     if network is None:
         raise ValueError(f"{type(pipe).__name__} has neither a transformer nor a unet: it cannot be steered")
@@ -206,14 +216,14 @@ def _network(pipe: DiffusionPipeline) -> nn.Module:
 
 
 def _require_no_cache(pipe: DiffusionPipeline) -> None:
-    if getattr(_network(pipe), "is_cache_enabled", False):
+    if getattr(network_of(pipe), "is_cache_enabled", False):
         raise ValueError(
             "the transformer caches residuals of its samples, which resampling would mix up: disable_cache()"
         )
 
 
 @contextmanager
-def _billed(network: nn.Module, ledger: Ledger) -> Iterator[None]:
+def billed(network: nn.Module, ledger: Ledger) -> Iterator[None]:
     """Every forward of ``network`` in the ledger, sample by sample."""
 
     def bill(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

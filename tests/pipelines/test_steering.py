@@ -18,9 +18,10 @@ from diffusers import (
 from torch import Tensor
 
 from genalign.dynamics import DDIM, ODE
-from genalign.search import BestOfN, FKSteering
+from genalign.noise import derived_seed
+from genalign.search import BestOfN, FKSteering, Prune
 from genalign.types import Prompt
-from pipelines import SD3, steer
+from pipelines import SD3, prune, steer
 from pipelines.decoding import decode_latents
 from tests.pipelines.tiny_pipelines import STEPS, Family, flux, sd3, sd15, sdxl, stable_audio
 
@@ -133,3 +134,28 @@ def test_audio_is_steered_by_our_kernel() -> None:
     with steer(family.pipe, loudness, replace(FK, kernel=DDIM(1.0)), prompts=["a tone"]) as steering:
         family.run(range(PARTICLES))
     assert steering.scores is not None and int(steering.scores[:, 0].argmax()) == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_users_pipeline_is_pruned_in_parts(name: str) -> None:
+    family: Family = FAMILIES[name]()
+    call = {**family.shared, **{key: tensor[:1] for key, tensor in family.samples.items()}}
+    call |= {"num_inference_steps": STEPS}
+    found = prune(family.pipe, "noise", loudness, Prune((0, 2), (0.5, 0.5), 8), seed=3, **call)
+    assert found.samples.shape[0] == 2 and found.scores.shape == (2, 1)
+    assert found.scores[0] >= found.scores[1]
+    assert found.ledger.forwards == family.forwards * (8 * 1 + 4 * 2 + 2 * (STEPS - 3))
+    assert found.ledger.decodes == 8 + 4 + 2
+    ended = [life.ended for life in found.lineage.lives]
+    assert sorted(ended) == [1] * 4 + [3] * 2 + [STEPS] * 2
+    winner = max(found.lineage.lives, key=lambda life: (life.ended, life.scores[-1][1]))
+    alone = found.lineage.lives.index(winner)
+    generator = torch.Generator().manual_seed(derived_seed(3, alone))
+    latents = family.pipe(**call, generator=[generator], output_type="latent", return_dict=False)[0]
+    whole = decode_latents(family.pipe, latents, (8, 8))
+    torch.testing.assert_close(whole[0], found.samples[0], rtol=0, atol=1e-4)
+
+
+def test_pruning_needs_a_number_of_candidates() -> None:
+    with pytest.raises(ValueError, match=r"needs Prune\(candidates=\.\.\.\)"):
+        prune(sd15().pipe, "noise", loudness, Prune((0,), (0.5,)))
