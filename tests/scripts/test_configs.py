@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from genalign.config import Compare, Train, parse
+from genalign.config import Compare, Steer, Train, TrainNoiseAware, parse
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
 COMPARISONS = [path for path in SHIPPED if path.stem.startswith("compare")]
-CONFIGS = [path for path in SHIPPED if path not in COMPARISONS]
+SEARCHES = {"steer": Steer, "noise_aware": TrainNoiseAware}
+CONFIGS = [path for path in SHIPPED if not path.stem.startswith(("compare", *SEARCHES))]
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, ROOT / "genalign" / "assets" / "demo.yaml"], ids=lambda path: path.stem)
@@ -21,6 +22,15 @@ def test_configurations_parse(path: Path) -> None:
     settings, plain = parse(Train, ["--config", str(path), *reward], "train")
     assert settings.rewards["mine"].weight == 1.0
     assert plain["recipe"]["class_path"].startswith("genalign.recipes.")
+
+
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_searches_parse(kind: str) -> None:
+    found = [path for path in SHIPPED if path.stem.startswith(kind)]
+    assert found
+    for path in found:
+        settings, _ = parse(SEARCHES[kind], ["--config", str(path)], kind)
+        assert settings.rewards
 
 
 def _compared() -> list[tuple[Path, str]]:

@@ -1,0 +1,8 @@
+"""Search for the best sample of every prompt: ``python scripts/steer.py --config scripts/configs/steer_shapes.yaml``."""
+
+import sys
+
+from genalign.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["steer", *sys.argv[1:]]))
