@@ -80,7 +80,29 @@ class Watch:
 
     failed_share: float = 0.5
     silent_rounds: int = 20
+    largest_ratio: float = 20.0
     _silent: int = 0
+
+    def compare(self, rewards: Sequence[NamedReward], scores_BK: Tensor) -> None:
+        """Warn where, in the weighted sum, one reward's spread drowns another's; to be asked once."""
+        spreads = {
+            reward.name: abs(reward.weight) * float(column[~column.isnan()].std(correction=0))
+            for reward, column in zip(rewards, scores_BK.unbind(1), strict=True)
+            if reward.weight and not bool(column.isnan().all())
+        }
+        moving = {name: spread for name, spread in spreads.items() if spread > 0}
+        if len(moving) < 2:
+            return
+        large, small = max(moving, key=moving.__getitem__), min(moving, key=moving.__getitem__)
+        ratio = moving[large] / moving[small]
+        if ratio > self.largest_ratio:
+            logger.warning(
+                "in the weighted sum, reward %r varies %.0f times as much as %r, which will hardly count: lower the"
+                " weight of the former, or normalise each reward by itself (credit.NormalisedSum)",
+                large,
+                ratio,
+                small,
+            )
 
     def see(self, scores_BK: Tensor, silent: bool) -> None:
         """Look at one round. Raises RewardError past a limit, and warns on the first silent round."""

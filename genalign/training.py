@@ -178,6 +178,8 @@ class Trainer:
             stepwise=joined([part.stepwise for part in parts]),
             features=joined([part.features for part in parts]),
         )
+        if self.images == 0:
+            self.watch.compare(self.rewards, outcome.scores)
         self.watch.see(outcome.scores, zero_std_share(outcome.combined, outcome.group) == 1.0)
         return outcome
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from rewards.clip import cosine, load_clip
 from rewards.features import Features, PatchFeatures
 from rewards.references import References
 
+logger = logging.getLogger(__name__)
 LossName = Literal["hinge", "bce", "bt_pairwise"]
 
 
@@ -464,6 +466,12 @@ class Adversary:
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # puts its slots where the parameters are
 
     def _readings(self, standing: Standing, updated: bool) -> dict[str, float]:
+        saturated = self.learning.loss == "hinge" and standing.loss == 0
+        if saturated:
+            logger.warning(
+                "the discriminator satisfies every margin: there is nothing for it to learn, and samples of equal score"
+                " are skipped; lower learning_rate or steps_per_update, or train it within AccuracyBand()"
+            )
         return {
             "accuracy": standing.accuracy,
             "generated": standing.generated,
@@ -471,7 +479,7 @@ class Adversary:
             "gap": standing.gap,
             "loss": standing.loss,
             "updated": float(updated),
-            "saturated": float(self.learning.loss == "hinge" and standing.loss == 0),
+            "saturated": float(saturated),
             "replay": float(len(self.replay)),
             "version": float(self.version),
         }

@@ -55,6 +55,15 @@ def test_the_probe_says_what_is_wrong() -> None:
         probe([NamedReward("i", 3)], IMAGES, PROMPTS)  # type: ignore[arg-type]
 
 
+def test_scales_apart_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    scores = torch.tensor([[0.0, 100.0, 5.0], [1.0, 200.0, 5.0], [torch.nan, 0.0, 5.0]])
+    rewards = [NamedReward("small", brightness), NamedReward("large", brightness), NamedReward("still", brightness)]
+    Watch().compare([rewards[0], NamedReward("large", brightness, 0.01), rewards[2]], scores)
+    assert caplog.text == ""
+    Watch().compare(rewards, scores)
+    assert "reward 'large' varies 163 times as much as 'small', which will hardly count: lower the weight" in caplog.text
+
+
 def test_too_many_failures_stop_the_run() -> None:
     scores = torch.tensor([[1.0], [torch.nan], [torch.nan], [torch.nan]])
     with pytest.raises(RewardError, match=r"75% of this round's samples could not be scored \(limit 50%\)"):

@@ -300,7 +300,7 @@ def test_tensors_are_copies() -> None:
     assert all(torch.equal(saved[name], tensor) for name, tensor in before.items())
 
 
-def test_saturation_is_told() -> None:
+def test_saturation_is_told(caplog: pytest.LogCaptureFixture) -> None:
     class Level(nn.Module):
         """Far above every margin from the start."""
 
@@ -313,6 +313,7 @@ def test_saturation_is_told() -> None:
 
     made = Adversary(Level(), REFERENCES, Ratio(), FAST)
     assert made.update(FAKES, PROMPTS)["saturated"] == 1
+    assert "satisfies every margin" in caplog.text and "AccuracyBand" in caplog.text
     assert made.snapshot.weights["gain"] == 50
     assert made.update(noise(20, 0.5, 3), PROMPTS)["saturated"] == 0
 
