@@ -53,11 +53,12 @@ class LatentScorer(nn.Module):
 
 class ClipScorer(nn.Module):
     """A regressor on CLIP's image embedding u and text embedding t, by [u, t, u t, |u - t|] and the level; the copied
-    image tower is trained along."""
+    image tower is trained along. ``start``: the file of a scorer of this kind to go on from, such as the reward that is
+    to be distilled."""
 
     on: Literal["latents", "samples"] = "samples"
 
-    def __init__(self, model: str, hidden: int = 256) -> None:
+    def __init__(self, model: str, hidden: int = 256, start: str | None = None) -> None:
         super().__init__()
         self.arguments: dict[str, Any] = {"model": model, "hidden": hidden}
         self._model = model
@@ -65,6 +66,8 @@ class ClipScorer(nn.Module):
         width = _text_width(model)
         self.tower = _copied(shared)
         self.read = nn.Sequential(nn.Linear(4 * width + _LEVEL_WIDTH, hidden), nn.GELU(), nn.Linear(hidden, 1))
+        if start is not None:
+            self.load_state_dict(load_scorer(start).student.state_dict())
 
     def forward(self, previews: Tensor, sigma: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,) of images (B, 3, H, W) in [0, 1] at noise levels (B,)."""
@@ -108,7 +111,7 @@ def load_scorer(path: str | Path, least_tau: float = 0.1) -> NoiseAware:
 
 
 class ScorerReward:
-    """A scorer of samples as a reward of clean ones: level 0."""
+    """A scorer of samples as a reward of clean ones: at the lowest level that it was validated at."""
 
     def __init__(self, path: str | Path) -> None:
         self.scorer = load_scorer(path)
@@ -119,7 +122,7 @@ class ScorerReward:
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), differentiable; NaN where a sample has NaN."""
-        level = torch.zeros(len(samples), device=samples.device)
+        level = torch.full((len(samples),), self.level, device=samples.device)
         scores: Tensor = self.scorer.student.to(samples.device)(samples, level, prompts)
         return self.scorer.mean + self.scorer.std * scores
 
