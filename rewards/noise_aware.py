@@ -119,6 +119,7 @@ class ScorerReward:
             raise ValueError(
                 f"{path} scores latents, and a reward is given samples: use one that was trained on samples"
             )
+        self.level = min(found.sigma for found in self.scorer.qualities)
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), differentiable; NaN where a sample has NaN."""
