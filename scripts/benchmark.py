@@ -3,6 +3,8 @@
     python scripts/benchmark.py rollout    images/s of ours relative to the diffusers pipeline
     python scripts/benchmark.py train      one training pass relative to forward + backward of the same transformer
     python scripts/benchmark.py memory     peak memory for T and for 4 T steps
+    python scripts/benchmark.py dense      DenseGRPO's completions relative to as many forwards of a rollout
+    python scripts/benchmark.py methods    every method's training pass relative to Flow-GRPO's, forward by forward
 
 Each part writes docs/results/benchmark_PART.json, with the repeats in docs/results/raw/benchmark_PART.jsonl.
 """
@@ -10,6 +12,7 @@ Each part writes docs/results/benchmark_PART.json, with the repeats in docs/resu
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import subprocess
@@ -21,9 +24,11 @@ from pathlib import Path
 import torch
 
 from genalign import assets
+from genalign.budget import Ledger, Metered
+from genalign.completion import complete
 from genalign.dynamics import ODE, FlowSDE, Kernel
 from genalign.policy import Lora, Policy
-from genalign.recipes import flow_grpo
+from genalign.recipes import Recipe, awm, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.results import Measurement, write_results
 from genalign.rollout import Rollout, Start, replay, rollout, windowed
 from genalign.sampling import Sampling
@@ -169,7 +174,76 @@ def one_round(steps: int) -> None:
     print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 
-PARTS = {"rollout": benchmark_rollout, "train": benchmark_train, "memory": benchmark_memory}
+def benchmark_dense(repeats: int) -> list[Measurement]:
+    """Seconds of the completions of all nine noisy steps over those of as many forwards in a plain rollout."""
+    pipeline = Metered(SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST), Ledger())
+    begin, grid = start(pipeline.pipeline), pipeline.grid(STEPS, SIGMAS)
+    noisy = tuple(range(STEPS - 1))
+    sampled = rollout(pipeline, begin, grid, windowed(FlowSDE(0.7), noisy, STEPS), 1.0, store=noisy)
+
+    def plain() -> None:
+        rollout(pipeline, begin, grid, [ODE()] * STEPS, 1.0)
+
+    def completions() -> None:
+        complete(pipeline, sampled, grid, 1.0)
+
+    forwards = []
+    for run in (plain, completions):
+        before = pipeline.ledger.copy()
+        run()
+        forwards.append(pipeline.ledger.since(before).forwards)
+    base, ours = interleaved([plain, completions], repeats)
+    each = [[seconds / count for seconds in column] for column, count in zip((base, ours), forwards, strict=True)]
+    return ratios("completions", "seconds a forward relative to a rollout", each[1], each[0])
+
+
+METHODS: dict[str, Callable[[], Recipe]] = {
+    "flow_grpo": lambda: flow_grpo(FlowSDE(0.9), window=2),
+    "dense_grpo": lambda: dense_grpo(FlowSDE(0.9), window=2),
+    "prdp": lambda: prdp(FlowSDE(0.9), window=2),
+    "dragon": lambda: dragon(draws=2),
+    "nft": lambda: nft(draws=2),
+    "awm": lambda: awm(draws=2),
+}
+
+
+def benchmark_methods(repeats: int) -> list[Measurement]:
+    """Seconds of a training pass for each forward that it makes, a backward counting as two, over Flow-GRPO's."""
+    passes, work = [], []
+    for make in METHODS.values():
+        pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST)
+        policy = Policy(pipeline.denoiser, Lora(rank=16, alpha=32))
+        settings = Settings(
+            prompts_per_round=BATCH // 8, group_size=8, batch_size=BATCH, updates_per_round=1, learning_rate=0.0
+        )
+        rewards = [NamedReward("red", lambda samples, prompts: samples[:, 0].flatten(1).mean(1))]
+        prompts = shapes.prompts("train")
+        trainer = Trainer(pipeline, policy, rewards, prompts, make(), settings, Sampling(STEPS, SIGMAS))
+        chosen = next(trainer.prompts.rounds())
+        parts = trainer._sample(0, chosen)
+        run = functools.partial(trainer._learn, 0, parts, trainer._outcome(parts, len(chosen)))
+        before = trainer.ledger.copy()
+        run()
+        spent = trainer.ledger.since(before).counts
+        passes.append(run)
+        work.append(spent["forward"] + 2 * spent["forward backward"])
+    seconds = interleaved(passes, repeats)
+    each = [[second / count for second in column] for column, count in zip(seconds, work, strict=True)]
+    metric = "seconds a forward of the training pass, relative to flow_grpo"
+    return [
+        record
+        for name, column in list(zip(METHODS, each, strict=True))[1:]
+        for record in ratios(name, metric, column, each[0])
+    ]
+
+
+PARTS = {
+    "rollout": benchmark_rollout,
+    "train": benchmark_train,
+    "memory": benchmark_memory,
+    "dense": benchmark_dense,
+    "methods": benchmark_methods,
+}
 
 
 def main() -> None:
