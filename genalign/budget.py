@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import resource
 import statistics
 import time
 from collections import Counter
@@ -136,6 +137,13 @@ class Budget:
         if self.prices is None:
             raise ValueError("this budget has no prices yet: measure them")
         return ledger.cost(self.prices)
+
+
+def peak_memory() -> int:
+    """The most memory that was held so far, in bytes: of the CUDA device where there is one, else the process's own."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure_prices(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from genalign.advantages import zero_std_share
-from genalign.budget import Ledger, Metered, metered_reward
+from genalign.budget import Ledger, Metered, metered_reward, peak_memory
 from genalign.learning import Batch, Context, Outcome, Readings
 from genalign.noise import derived_seed
 from genalign.policy import Policy, Snapshot
@@ -107,7 +106,7 @@ class RoundResult:
             for name, value in vars(self).items()
             if name != "seconds"
         }
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_memory()
         speed = self.images / self.seconds if self.seconds else 0.0
         return row | {"machine": {"seconds": self.seconds, "images_per_second": speed, "peak_memory_bytes": peak}}
 

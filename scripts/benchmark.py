@@ -4,6 +4,7 @@
     python scripts/benchmark.py train      one training pass relative to forward + backward of the same transformer
     python scripts/benchmark.py memory     peak memory for T and for 4 T steps
     python scripts/benchmark.py dense      DenseGRPO's completions relative to as many forwards of a rollout
+    python scripts/benchmark.py overhead   what a search costs beside forwards, decodes and rewards
     python scripts/benchmark.py methods    every method's training pass relative to Flow-GRPO's, forward by forward
 
 Each part writes docs/results/benchmark_PART.json, with the repeats in docs/results/raw/benchmark_PART.jsonl.
@@ -33,9 +34,13 @@ from genalign.results import Measurement, write_results
 from genalign.rollout import Rollout, Start, replay, rollout, windowed
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
+from genalign.search import BestOfN, Prune
+from genalign.search.engine import Run
+from genalign.search.strategy import Allowance, Strategy
 from genalign.training import Settings, Trainer
 from genalign.worlds import shapes
 from pipelines import SD3
+from rewards.shapes import ShapesReward
 from scripts.proofs import head
 
 BATCH, STEPS = 96, 10
@@ -237,12 +242,43 @@ def benchmark_methods(repeats: int) -> list[Measurement]:
     ]
 
 
+def benchmark_overhead(repeats: int) -> list[Measurement]:
+    """The share of a search's wall-clock that is neither forward nor decode nor reward: best-of-32 and pruning."""
+    spent = [0.0]
+
+    def timed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args: object, **kwargs: object) -> torch.Tensor:
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent[0] += time.perf_counter() - began
+            return result
+
+        return call
+
+    pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST)
+    pipeline.predict, pipeline.decode = timed(pipeline.predict), timed(pipeline.decode)  # type: ignore[method-assign]
+    reward, measured = timed(ShapesReward("partial")), []
+    asked = shapes.prompts("val").prompts
+    strategies: dict[str, Strategy] = {"best_of_32": BestOfN(32), "prune_32": Prune((3, 5, 8), (0.5, 0.5, 0.5), 32)}
+    for name, strategy in strategies.items():
+        for turn in range(repeats + 1):
+            metered, rewards = Metered(pipeline, Ledger()), [NamedReward("partial", reward)]
+            run = Run(metered, [asked[turn]], rewards, pipeline.grid(STEPS, SIGMAS), 1.0, 32, str(turn))
+            spent[0], began = 0.0, time.perf_counter()
+            strategy(run, Allowance())
+            whole = time.perf_counter() - began
+            if turn:
+                measured.append(Measurement(f"search.{name}", "overhead, a share of wall-clock", 1 - spent[0] / whole))
+    return measured
+
+
 PARTS = {
     "rollout": benchmark_rollout,
     "train": benchmark_train,
     "memory": benchmark_memory,
     "dense": benchmark_dense,
     "methods": benchmark_methods,
+    "overhead": benchmark_overhead,
 }
 
 

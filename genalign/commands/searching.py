@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,13 +32,13 @@ def steer_command(arguments: Sequence[str]) -> int:
         pipeline.load_lora(Path(settings.lora))
     rewards = named_rewards(settings.rewards)
     for index in [index for index in range(len(asked)) if index not in done]:
-        began, seed = time.perf_counter(), derived_seed(settings.seed, index)
+        seed = derived_seed(settings.seed, index)
         sampling, batch_size = settings.sampling, settings.batch_size
         result = search(
             pipeline, [asked[index]], rewards, settings.strategy, settings.budget, sampling, batch_size, seed
         )
         names = [reward.name for reward in rewards]
-        row = folder.add(index, asked[index].text, names, result, time.perf_counter() - began)
+        row = folder.add(index, asked[index].text, names, result)
         scores = "  ".join(f"{name} {value}" for name, value in row["scores"].items())
         print(f"{index + 1}/{len(asked)}  {scores}  {result.ledger.forwards} forwards  {asked[index].text}", flush=True)
     print(f"report: {write_search(folder.path)}")

@@ -33,7 +33,7 @@ class SearchFolder:
         write_text(scores, "".join(f"{line}\n" for line in whole))  # without a line that an interruption cut off
         return [json.loads(line) for line in whole]
 
-    def add(self, index: int, prompt: str, names: Sequence[str], result: Result, seconds: float) -> dict[str, Any]:
+    def add(self, index: int, prompt: str, names: Sequence[str], result: Result) -> dict[str, Any]:
         """The result of one prompt: its files first, its row last, which is returned."""
         (image,) = write_images(result.images, self.path, index)
         write_json(self.path / "lineage" / f"{index:05d}.json", {"chosen": result.chosen[0], "lives": result.lineage})
@@ -44,7 +44,7 @@ class SearchFolder:
             "scores": dict(zip(names, known, strict=True)),
             "image": image,
             "calls": dict(result.ledger.counts),
-            "seconds": seconds,
+            "seconds": result.seconds,
         }
         with (self.path / _SCORES).open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(row)}\n")

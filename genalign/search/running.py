@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genalign.budget import Budget, Ledger, Metered, measure_prices, metered_reward
+from genalign.budget import Budget, Ledger, Metered, measure_prices, metered_reward, peak_memory
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward, RewardError, probe
 from genalign.search.engine import Run
@@ -25,8 +26,9 @@ class Result:
     """The best sample of each of P prompts.
 
     ``images`` (P, ...) as the pipeline decodes them, ``scores`` (P, K) by the rewards, ``lineage`` of every candidate
-    (see ``lineage.Life``) with the best one's number for each prompt in ``chosen``, the ``ledger`` of what was spent
-    and the ``budget``, with the prices it was planned by.
+    (see ``lineage.Life``) with the best one's number for each prompt in ``chosen``, the ``ledger`` of what was spent,
+    with ``seconds`` of wall-clock and ``peak_memory`` in bytes (see ``budget.peak_memory``), and the ``budget``, with
+    the prices it was planned by.
     """
 
     images: Tensor
@@ -35,6 +37,8 @@ class Result:
     chosen: tuple[int, ...]
     ledger: Ledger
     budget: Budget | None
+    seconds: float
+    peak_memory: int
 
     @property
     def unused(self) -> float:
@@ -65,26 +69,40 @@ def search(
         RewardError: a reward raises, or does not return one score per sample in their order.
     """
     asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in _listed(prompts)]
-    ledger, grid = Ledger(), sampling.grid(pipeline)
-    rewards = _named(reward)
+    rewards, grid = _named(reward), sampling.grid(pipeline)
     check_rewards(pipeline, rewards, asked[0], grid, sampling.guidance)
-    if budget is not None and budget.seconds is not None and budget.prices is None:
-        functions = {reward.name: reward.function for reward in rewards}
-        prices = measure_prices(pipeline, functions, [asked[0]] * batch_size, grid, sampling.guidance)
-        budget = replace(budget, prices=prices)
+    priced = _priced(budget, pipeline, rewards, [asked[0]] * batch_size, grid, sampling.guidance)
+    ledger = Ledger()
     metered = [replace(r, function=metered_reward(r.name, r.function, ledger)) for r in rewards]
     parts: list[Result] = []
     for place, prompt in enumerate(asked):
         run = Run(Metered(pipeline, ledger), [prompt], metered, grid, sampling.guidance, batch_size, f"{seed}/{place}")
-        parts.append(_searched(run, strategy, Allowance(budget), sum(len(part.lineage) for part in parts), place))
+        parts.append(_searched(run, strategy, Allowance(priced), sum(len(part.lineage) for part in parts), place))
     return Result(
         images=torch.cat([part.images for part in parts]),
         scores=torch.cat([part.scores for part in parts]),
         lineage=[life for part in parts for life in part.lineage],
         chosen=tuple(name for part in parts for name in part.chosen),
         ledger=ledger,
-        budget=budget,
+        budget=priced,
+        seconds=sum(part.seconds for part in parts),
+        peak_memory=max(part.peak_memory for part in parts),
     )
+
+
+def _priced(
+    budget: Budget | None,
+    pipeline: Pipeline,
+    rewards: Sequence[NamedReward],
+    prompts: Sequence[Prompt],
+    grid: Grid,
+    guidance: float,
+) -> Budget | None:
+    """A budget in seconds with prices, measured where there are none."""
+    if budget is None or budget.seconds is None or budget.prices is not None:
+        return budget
+    functions = {reward.name: reward.function for reward in rewards}
+    return replace(budget, prices=measure_prices(pipeline, functions, prompts, grid, guidance))
 
 
 def _listed(prompts: str | Sequence[str | Prompt]) -> Sequence[str | Prompt]:
@@ -104,6 +122,7 @@ def _named(
 
 def _searched(run: Run, strategy: Strategy, allowance: Allowance, names: int, prompts: int) -> Result:
     """One part of the prompts; its candidates are numbered from ``names`` and its prompts from ``prompts``."""
+    began = time.perf_counter()
     finished = strategy(run, allowance)
     found = finished.rows(finished.best())
     if bool(found.scores.isnan().any(1).any()):
@@ -113,7 +132,8 @@ def _searched(run: Run, strategy: Strategy, allowance: Allowance, names: int, pr
         life["prompt"] += prompts
         life["parent"] = None if life["parent"] is None else life["parent"] + names
     chosen = tuple(name + names for name in found.candidates.names)
-    return Result(found.samples, found.scores, lives, chosen, run.spent, allowance.budget)
+    seconds = time.perf_counter() - began
+    return Result(found.samples, found.scores, lives, chosen, run.spent, allowance.budget, seconds, peak_memory())
 
 
 @torch.no_grad()
