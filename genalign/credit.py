@@ -58,13 +58,14 @@ class PlainReward:
 
 @dataclass(frozen=True)
 class BestAndWorst:
-    """+1 for the best and -1 for the worst sample of each prompt, 0 for the others (B,): DRAGON's demonstrations for
-    rewards of single samples. A prompt whose samples differ by no more than ``tolerance`` gets 0."""
+    """+1 for the best and -1 for the worst sample of each prompt, ``pairs`` of them, 0 for the others (B,): DRAGON's
+    demonstrations for rewards of single samples. A pair that differs by no more than ``tolerance`` gets 0."""
 
     tolerance: float = 0.0
+    pairs: int = 1
 
     def __call__(self, outcome: Outcome) -> Tensor:
-        return signs(elementwise(outcome.combined, outcome.group, self.tolerance), len(outcome.group))
+        return signs(elementwise(outcome.combined, outcome.group, self.tolerance, self.pairs), len(outcome.group))
 
 
 @dataclass(frozen=True)

@@ -52,30 +52,30 @@ class Halves:
         return Halves(self.first[kept], self.second[kept])
 
 
-def elementwise(scores: Tensor, group: Tensor, tolerance: float = 0.0) -> Demonstrations:
-    """The best and the worst sample of every prompt, for scores (B,) and prompt indices ``group`` (B,) long.
+def elementwise(scores: Tensor, group: Tensor, tolerance: float = 0.0, pairs: int = 1) -> Demonstrations:
+    """The best and the worst sample of every prompt, for scores (B,) and prompt indices ``group`` (B,) long; with more
+    ``pairs`` also the second best and the second worst, and so on.
 
-    A prompt is left out where those two differ by no more than ``tolerance``, or where fewer than two scores are not
-    NaN; so M may be 0. Of equal scores the first counts.
+    A pair is left out where its two differ by no more than ``tolerance``, and NaN scores are; so M may be 0. Of equal
+    scores the first counts.
     """
     if scores.shape != group.shape:
         raise ValueError(f"scores and group must both be (B,), not {tuple(scores.shape)} and {tuple(group.shape)}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be 0 or more, not {tolerance}")
+    if not tolerance >= 0 or pairs < 1:
+        raise ValueError(f"tolerance must be 0 or more and pairs 1 or more, not {tolerance} and {pairs}")
     if bool(scores.isinf().any()):
         raise ValueError("scores must not be infinite; a reward that failed is NaN")
     valid = ~scores.isnan()
-    winners, losers = [], []
+    winners, losers = [group.new_zeros(0)], [group.new_zeros(0)]
     for members in _members(group):
         members = members[valid[members]]
-        if len(members) < 2:
-            continue
-        values = scores[members]
-        if float(values.max() - values.min()) > tolerance:
-            winners.append(members[values.argmax()])
-            losers.append(members[values.argmin()])
-    empty = group.new_zeros(0)
-    return Demonstrations(torch.stack(winners) if winners else empty, torch.stack(losers) if losers else empty)
+        best = members[torch.sort(scores[members], descending=True, stable=True).indices]
+        worst = members[torch.sort(scores[members], stable=True).indices]
+        count = min(pairs, len(members) // 2)
+        apart = scores[best[:count]] - scores[worst[:count]] > tolerance
+        winners.append(best[:count][apart])
+        losers.append(worst[:count][apart])
+    return Demonstrations(torch.cat(winners), torch.cat(losers))
 
 
 def paired_halves(group: Tensor) -> Halves:

@@ -201,11 +201,13 @@ def dragon(
     beta: float = 100.0,
     draws: int = 2,
     tolerance: float = 0.0,
+    pairs: int = 1,
     anchor: float = 0.0,
 ) -> Recipe:
     """DRAGON (arXiv 2504.15217) for rewards of single samples, or of a sample against a reference set: the best of each
-    prompt's samples is a positive demonstration, the worst a negative one. With "dpo" this is online Diffusion-DPO."""
-    return matching(BestAndWorst(tolerance), Matching(preference_loss(loss, beta), draws, anchor=anchor))
+    prompt's samples is a positive demonstration, the worst a negative one, and so on for more ``pairs``. With "dpo"
+    this is online Diffusion-DPO."""
+    return matching(BestAndWorst(tolerance, pairs), Matching(preference_loss(loss, beta), draws, anchor=anchor))
 
 
 def dragon_set(

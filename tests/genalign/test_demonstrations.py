@@ -66,6 +66,15 @@ def test_elementwise_takes_the_best_and_the_worst_of_a_prompt() -> None:
     assert (ties.winners.tolist(), ties.losers.tolist()) == ([0], [1])
 
 
+def test_several_pairs_of_a_prompt_meet_from_both_ends() -> None:
+    scores = torch.tensor([0.0, 5.0, 3.0, 3.0, torch.nan, 1.0, 2.0, 2.0])
+    group = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
+    pairs = elementwise(scores, group, pairs=3)
+    assert list(zip(pairs.winners.tolist(), pairs.losers.tolist(), strict=True)) == [(1, 0), (2, 5)]  # 3 has no partner
+    with pytest.raises(ValueError, match="pairs 1 or more"):
+        elementwise(scores, group, pairs=0)
+
+
 def test_elementwise_refuses() -> None:
     group = torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match=r"must both be \(B,\)"):
