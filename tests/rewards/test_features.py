@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -10,9 +11,13 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig, Dinov2Config, Dinov2Model
 
 from genalign import assets
+from genalign.worlds.shapes.prompts import colors
+from genalign.worlds.shapes.scenes import render, sample_scene
 from genalign.worlds.shapes.tokenizers import clip_tokenizer
 from rewards.clip import load_clip
-from rewards.features import ClipFeatures, Dinov2Features, PatchFeatures
+from rewards.features import ClipFeatures, Dinov2Features, PatchFeatures, described, described_texts
+from rewards.references import ImageTensor
+from rewards.sets import FrechetTo
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +118,18 @@ def test_patches_need_a_vision_transformer(tmp_path: Path) -> None:
     assert features(images(32)).shape == (2, 16)
     with pytest.raises(ValueError, match="is a ModifiedResNet: patch tokens and blocks need a vision transformer"):
         features.features(images(32))
+
+
+def test_reference_sets_of_images_and_of_words() -> None:
+    pictures = images(64, 5)
+    features = ClipFeatures("shapes-clip", unit=True)
+    made = described(ImageTensor(pictures), features, batch_size=2)
+    torch.testing.assert_close(made, features(pictures), rtol=0, atol=1e-5)
+    torch.testing.assert_close(made.norm(dim=1), torch.ones(5), rtol=0, atol=1e-5)
+    words = described_texts(["a red circle", "a blue square", "three rings"], "shapes-clip")
+    torch.testing.assert_close(words.norm(dim=1), torch.ones(3), rtol=0, atol=1e-5)
+    assert FrechetTo(words)(made) < 0
+    scene = render([sample_scene(colors("circle", "red").metadata, np.random.default_rng(0))])
+    assert (features(scene) @ words.T).argmax() == 0
+    with pytest.raises(ValueError, match="in words needs 2 texts or more, got 1"):
+        described_texts(["a red circle"], "shapes-clip")
