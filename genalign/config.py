@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -86,7 +86,7 @@ class Train:
     is how held-out images are sampled, where that differs from ``sampling``."""
 
     output: str
-    rewards: dict[str, RewardChoice]
+    rewards: dict[str, RewardChoice] = field(default_factory=dict, kw_only=True)
     recipe: Recipe
     model: Model = field(default_factory=Model)
     prompts: str = "shapes:train"
@@ -100,10 +100,16 @@ class Train:
     trackers: list[Literal["tensorboard", "wandb", "trackio", "swanlab"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not self.rewards:
-            raise ValueError("rewards is empty: name at least one, as in rewards.strict.function")
+        _require_rewards(self.rewards)
         if all(reward.weight == 0 for reward in self.rewards.values()):
             raise ValueError("every reward has weight 0: nothing would be trained; give one a weight")
+
+
+def _require_rewards(rewards: Mapping[str, RewardChoice]) -> None:
+    if not rewards:
+        raise ValueError(
+            "rewards is empty: name at least one, as in --rewards.strict.function rewards.shapes.ShapesReward"
+        )
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,7 @@ class Steer:
 
     output: str
     prompts: str
-    rewards: dict[str, RewardChoice]
+    rewards: dict[str, RewardChoice] = field(default_factory=dict, kw_only=True)
     strategy: Strategy
     budget: Budget | None = None
     model: Model = field(default_factory=Model)
@@ -141,8 +147,7 @@ class Steer:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.rewards:
-            raise ValueError("rewards is empty: name at least one, as in rewards.clip.function")
+        _require_rewards(self.rewards)
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ class TrainNoiseAware:
     """
 
     output: str
-    rewards: dict[str, RewardChoice]
+    rewards: dict[str, RewardChoice] = field(default_factory=dict, kw_only=True)
     student: nn.Module
     prompts: str = "shapes:train"
     held_out: str = "shapes:val"
@@ -166,6 +171,9 @@ class TrainNoiseAware:
     distillation: Distillation = field(default_factory=Distillation)
     batch_size: int = 64
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_rewards(self.rewards)
 
 
 @dataclass(frozen=True)

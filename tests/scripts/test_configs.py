@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from genalign.config import Compare, Steer, Train, TrainNoiseAware, parse
+from genalign.config import Compare, ConfigurationError, Steer, Train, TrainNoiseAware, parse
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
@@ -51,3 +51,18 @@ def test_what_a_comparison_compares_parses(
     own.write_text(json.dumps(plain["runs"][name]))
     settings, _ = parse(Train, ["--config", str(path.parent / comparison.base), "--config", str(own)], "train")
     assert settings.training.max_forwards and settings.training.max_forwards <= 150_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "required"),
+    [
+        (Train, ["--recipe", "genalign.recipes.flow_grpo"]),
+        (Steer, ["--prompts", "p.txt", "--strategy", "genalign.search.BestOfN"]),
+    ],
+)
+def test_rewards_are_named_on_the_command_line(kind: type, required: list[str]) -> None:
+    reward = ["--rewards.mine.function", "rewards.shapes.ShapesReward"]
+    settings, _ = parse(kind, ["--output", "x", *required, *reward], "t")
+    assert list(settings.rewards) == ["mine"]
+    with pytest.raises(ConfigurationError, match="rewards is empty: name at least one"):
+        parse(kind, ["--output", "x", *required], "t")
