@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from genalign.scoring import NamedReward
 from genalign.types import Conditioning, Grid, NoiseLevel, Pipeline, Prompt, RewardFunction
 
 FORWARD, DECODE = "forward", "decode"
@@ -52,8 +53,12 @@ class Ledger:
     def watch(self, call: str, samples: int, result: Tensor) -> Tensor:
         """``result``, whose call is billed as differentiated once a gradient reaches it."""
         if isinstance(result, Tensor) and result.requires_grad:
-            result.register_hook(lambda gradient: self.bill(backward(call), samples))  # type: ignore[no-untyped-call]
+            bill = functools.partial(self._bill_backward, call, samples)
+            result.register_hook(bill)  # type: ignore[no-untyped-call]  # torch has not typed it
         return result
+
+    def _bill_backward(self, call: str, samples: int, gradient: Tensor) -> None:
+        self.bill(backward(call), samples)
 
     def cost(self, prices: Mapping[str, float]) -> float:
         """Seconds, or whatever the prices are in. Raises ValueError for a call without a price."""
@@ -99,6 +104,11 @@ def metered_reward(name: str, function: RewardFunction, ledger: Ledger) -> Rewar
         return ledger.watch(reward_call(name), len(samples), function(samples, prompts))
 
     return call
+
+
+def metered_rewards(rewards: Sequence[NamedReward], ledger: Ledger) -> list[NamedReward]:
+    """Several, under the same names and weights."""
+    return [replace(reward, function=metered_reward(reward.name, reward.function, ledger)) for reward in rewards]
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,7 @@ def peak_memory() -> int:
 
 def measure_prices(
     pipeline: Pipeline,
-    rewards: Mapping[str, RewardFunction],
+    rewards: Sequence[NamedReward],
     prompts: Sequence[Prompt],
     grid: Grid,
     guidance: float = 1.0,
@@ -164,8 +174,8 @@ def measure_prices(
             FORWARD: lambda: pipeline.predict(x, grid[0], conditioning, guidance),
             DECODE: lambda: pipeline.decode(x),
         }
-        for name, function in rewards.items():
-            timed[reward_call(name)] = functools.partial(function, samples, prompts)
+        for reward in rewards:
+            timed[reward_call(reward.name)] = functools.partial(reward.function, samples, prompts)
         seconds = {call: _median_seconds(run, repeats) for call, run in timed.items()}
     evaluations = {FORWARD: len(x) * (2 if guidance > 1 else 1)}
     return {call: took / evaluations.get(call, len(x)) for call, took in seconds.items()}

@@ -1,4 +1,4 @@
-"""The command ``genalign``."""
+"""The command ``genalign``: the one place where the core, the pipelines and the rewards are put together."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from genalign import config
+from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
+from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
+
+from genalign import assets, config
 from genalign.commands.comparing import calibrate_command, compare_command, report_command
 from genalign.commands.evaluating import evaluate_command
+from genalign.commands.parts import Outside
 from genalign.commands.searching import prices_command, steer_command, train_noise_aware_command
 from genalign.commands.training import demo_command, train_command
 from genalign.scoring import RewardError
+from pipelines import SD3
+from rewards.noise_aware import save_scorer
+from rewards.shapes import ShapesReward
 
 USAGE = """usage: genalign COMMAND ...
 
@@ -28,6 +35,29 @@ USAGE = """usage: genalign COMMAND ...
 genalign COMMAND --help lists the settings of a command."""
 
 
+def load_model(model: config.Model) -> SD3:
+    """The pipeline that a configuration names, opened without the libraries' own progress bars."""
+    disable_diffusers_bars()
+    disable_transformers_bars()
+    return SD3.load(
+        assets.resolve(model.path),
+        dtype=config.dtype(model.dtype),
+        device=model.device,
+        autocast=config.dtype(model.autocast) if model.autocast else None,
+        height=model.height,
+        width=model.width,
+        max_sequence_length=model.max_sequence_length,
+        offload=model.offload,
+    )
+
+
+OUTSIDE = Outside(
+    load_model,
+    {"strict": ShapesReward("strict"), "partial": ShapesReward("partial"), "relaxed": ShapesReward("relaxed")},
+    save_scorer,
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; bad input is told in one line on standard error, with exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -35,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(USAGE)
         return 0
-    commands: dict[str, Callable[[Sequence[str]], int]] = {
+    commands: dict[str, Callable[[Outside, Sequence[str]], int]] = {
         "train": train_command,
         "evaluate": evaluate_command,
         "calibrate": calibrate_command,
@@ -50,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: no command {name!r}; {config.nearest(name, list(commands))}", file=sys.stderr)
         return 2
     try:
-        return commands[name](rest)
+        return commands[name](OUTSIDE, rest)
     except (ValueError, FileNotFoundError, FileExistsError, PermissionError, RewardError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -104,7 +104,7 @@ class Matching:
             context.readings.add("loss", losses)
             context.readings.add("kl", distance)
             total = losses.sum() + self.anchor * distance.sum()
-            (total * scale).backward()  # type: ignore[no-untyped-call]
+            (total * scale).backward()  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _noised(self, context: Context, batch: Batch, rows: Tensor, draw: int, seed: int) -> Noised:
         x0 = batch.sampled.final[rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,13 @@ class NamedReward:
     name: str
     function: RewardFunction
     weight: float = 1.0
+
+
+def named(reward: RewardFunction | Mapping[str, RewardFunction] | Sequence[NamedReward]) -> Sequence[NamedReward]:
+    """One function as "reward", functions by name, or what is named already."""
+    if isinstance(reward, Mapping):
+        return [NamedReward(name, function) for name, function in reward.items()]
+    return [NamedReward("reward", reward)] if callable(reward) else reward
 
 
 class RewardError(RuntimeError):

@@ -10,14 +10,14 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from genalign.advantages import zero_std_share
-from genalign.budget import Ledger, Metered, metered_reward, peak_memory
+from genalign.budget import Ledger, Metered, metered_rewards, peak_memory
 from genalign.learning import Batch, Context, Outcome, Readings
 from genalign.noise import derived_seed
 from genalign.policy import Policy, Snapshot
@@ -126,7 +126,7 @@ class Trainer:
     ) -> None:
         self.ledger = Ledger()
         self.pipeline, self.policy, self.recipe = Metered(pipeline, self.ledger), policy, recipe
-        self.rewards = [replace(r, function=metered_reward(r.name, r.function, self.ledger)) for r in rewards]
+        self.rewards = metered_rewards(rewards, self.ledger)
         self.settings, self.sampling = settings, sampling
         self.grid = sampling.grid(pipeline)
         self.sampler = Sampler(

@@ -188,7 +188,7 @@ class Coupled:
         context.readings.add("loss", loss.reshape(1))
         for stored in range(len(batch.sampled.steps)):
             again = context.replay(batch, stored)
-            (scale * (slopes[:, stored] * again.log_ratio).sum()).backward()  # type: ignore[no-untyped-call]
+            (scale * (slopes[:, stored] * again.log_ratio).sum()).backward()  # type: ignore[no-untyped-call]  # untyped in torch
             _read_ratio(context, batch, again, self.clip_range)
 
     @torch.no_grad()

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from genalign.dynamics import Kernel, transition
 from genalign.paths import EDMPath, FlowPath, GaussianPath, VPPath, expand, promote
-from genalign.types import Grid, NoiseStep
+from genalign.types import Grid
 
 _DISCRETE = (DDIMScheduler, DDPMScheduler, PNDMScheduler)
 _SCALED_BY_SIGMA = (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler)
@@ -130,11 +130,6 @@ def grid_of(scheduler: SchedulerMixin) -> Grid:
     moves to other levels than it tells the network.) Raises ValueError for a scheduler whose levels are not known here.
     """
     return _levels(scheduler).grid
-
-
-def level_of(scheduler: SchedulerMixin, index: int) -> NoiseStep:
-    """Those of step ``index`` (0..T-1)."""
-    return grid_of(scheduler)[index]
 
 
 def kernel_move(scheduler: SchedulerMixin, kernel: Kernel, move: Move, noise: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from genalign.budget import DECODE, Ledger, metered_reward
+from genalign.budget import DECODE, Ledger, metered_rewards
 from genalign.noise import derived_seed
-from genalign.scoring import NamedReward, score
+from genalign.scoring import NamedReward, named, score
 from genalign.search.lineage import Lineage
 from genalign.search.pruning import Prune
-from genalign.search.ranking import best, merit
+from genalign.search.ranking import top
 from genalign.types import Prompt, RewardFunction
 from pipelines.decoding import Decode, decode_latents
 from pipelines.resume import FirstPart, first_part, next_part, second_part
@@ -37,7 +37,7 @@ class Pruned:
 def prune(
     pipe: DiffusionPipeline,
     prompt: str | Prompt,
-    reward: RewardFunction | Mapping[str, RewardFunction],
+    reward: RewardFunction | Mapping[str, RewardFunction] | Sequence[NamedReward],
     strategy: Prune,
     decode: Decode | None = None,
     seed: int = 0,
@@ -67,15 +67,14 @@ class _Work:
         self,
         pipe: DiffusionPipeline,
         prompt: Prompt,
-        reward: RewardFunction | Mapping[str, RewardFunction],
+        reward: RewardFunction | Mapping[str, RewardFunction] | Sequence[NamedReward],
         decode: Decode | None,
         seed: int,
         call: dict[str, Any],
     ) -> None:
         self.pipe, self.prompt, self.decode, self.seed, self.call = pipe, prompt, decode, seed, call
         self.ledger, self.lineage = Ledger(), Lineage()
-        functions = reward if isinstance(reward, Mapping) else {"reward": reward}
-        self.rewards = [NamedReward(name, metered_reward(name, own, self.ledger)) for name, own in functions.items()]
+        self.rewards = metered_rewards(named(reward), self.ledger)
         self.sizes: list[tuple[int, int]] = []
 
     def run(self, strategy: Prune, count: int) -> Pruned:
@@ -129,4 +128,4 @@ def _repeated(value: Any, count: int) -> Any:
 
 def _best(scores: Tensor, count: int) -> Tensor:
     same = torch.zeros(len(scores), dtype=torch.long)
-    return best(merit(scores, same), same, count)
+    return top(scores, same, count)

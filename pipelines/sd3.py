@@ -103,6 +103,12 @@ class SD3:
             raise ValueError(f"height and width must be multiples of {factor * patch} for this model, not {pixels}")
         return pixels // int(factor)
 
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        factor = int(self.pipe.vae_scale_factor)
+        return self.height * factor, self.width * factor
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Tensors ``context`` (P, L, D) and ``pooled`` (P, D'), on the CPU; every distinct text is encoded once."""
         missing = sorted({text for text in (*prompts, "") if text not in self._cache})

@@ -17,13 +17,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from genalign.advantages import combine
-from genalign.budget import DECODE, FORWARD, Ledger, metered_reward
+from genalign.budget import DECODE, FORWARD, Ledger, metered_rewards
+from genalign.dynamics import ODE
 from genalign.noise import derived_seed, seeded_noise
-from genalign.scoring import NamedReward, score
+from genalign.scoring import NamedReward, named, score
 from genalign.search.best_of_n import BestOfN
 from genalign.search.fk import FKSteering
 from genalign.search.lineage import Lineage
-from genalign.search.ranking import best, merit
+from genalign.search.ranking import top
 from genalign.search.smc import FKState
 from genalign.search.smc import require_stochastic as require_noise
 from genalign.types import Prompt, RewardFunction
@@ -44,7 +45,7 @@ class Steering:
 @contextmanager
 def steer(
     pipe: DiffusionPipeline,
-    reward: RewardFunction | Mapping[str, RewardFunction],
+    reward: RewardFunction | Mapping[str, RewardFunction] | Sequence[NamedReward],
     strategy: FKSteering | BestOfN,
     prompts: Sequence[str | Prompt] | None = None,
     decode: Decode | None = None,
@@ -62,9 +63,9 @@ def steer(
             residuals of samples, another number of particles than the strategy's, or no prompt.
     """
     _require_no_cache(pipe)
-    functions = reward if isinstance(reward, Mapping) else {"reward": reward}
+    _require_usable(strategy)
     steering = Steering()
-    rewards = [NamedReward(name, metered_reward(name, own, steering.ledger)) for name, own in functions.items()]
+    rewards = metered_rewards(named(reward), steering.ledger)
     if isinstance(strategy, FKSteering) and strategy.kernel is None:
         require_stochastic(pipe.scheduler)
     call = _Call(pipe, rewards, strategy, _prompts(prompts), decode, seed, steering)
@@ -142,7 +143,7 @@ class _Call:
 
     def _resampled(self, state: FKState, move: Move, x: Tensor) -> Tensor:
         scores = self._scored(move.x0, move.index + 1)
-        state.weigh(combine(scores, [1.0] * len(self.rewards)), move.index)
+        state.weigh(self._combined(scores), move.index)
         ancestors = state.resample()
         if ancestors is None:
             return x
@@ -156,13 +157,16 @@ class _Call:
         scores = self._scored(x, total)
         self.steering.lineage.ended(self.names, total)
         if self.state is None:
-            chosen = best(merit(scores, self.group), self.group, 1)
+            chosen = top(scores, self.group, 1)
         else:
-            self.state.weigh(combine(scores, [1.0] * len(self.rewards)), total - 1)
+            self.state.weigh(self._combined(scores), total - 1)
             chosen = self.state.choose()
         order = torch.cat([_first(chosen[p], (self.group == p).nonzero()[:, 0]) for p in range(len(chosen))])
         self.steering.scores = scores[order]
         return x[order.to(x.device)]
+
+    def _combined(self, scores: Tensor) -> Tensor:
+        return combine(scores, [reward.weight for reward in self.rewards])
 
     def _scored(self, latents: Tensor, done: int) -> Tensor:
         self.steering.ledger.bill(DECODE, len(latents))
@@ -213,6 +217,16 @@ def network_of(pipe: DiffusionPipeline) -> nn.Module:
     if network is None:
         raise ValueError(f"{type(pipe).__name__} has neither a transformer nor a unet: it cannot be steered")
     return network
+
+
+def _require_usable(strategy: FKSteering | BestOfN) -> None:
+    """What only a search on our own pipelines can do is refused, not ignored."""
+    if isinstance(strategy, BestOfN) and strategy.kernel != ODE():
+        raise ValueError(
+            "best-of-N keeps the scheduler's moves: give the pipeline another scheduler instead of a kernel"
+        )
+    if isinstance(strategy, FKSteering) and (strategy.scorer is not None or strategy.guide is not None):
+        raise ValueError("steer scores decoded previews by the reward, without a guide: for those use genalign.search")
 
 
 def _require_no_cache(pipe: DiffusionPipeline) -> None:

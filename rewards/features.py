@@ -87,8 +87,11 @@ class Dinov2Features:
 
 
 @torch.no_grad()
-def described(images: Images, features: Callable, batch_size: int = 64) -> Tensor:  # type: ignore[type-arg]  # bare, so
-    # that a configuration can name any FeatureFunction
+def described(
+    images: Images,
+    features: Callable,  # type: ignore[type-arg]  # bare: configurations name any FeatureFunction
+    batch_size: int = 64,
+) -> Tensor:
     """Features (m, d) of all ``images``: a reference set for ``rewards.sets``. They may be a folder
     (``references.ImageFolder``), or the samples of another generator (``references.ImageTensor``)."""
     rows = range(len(images))

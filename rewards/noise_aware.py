@@ -107,7 +107,7 @@ def load_scorer(path: str | Path, least_tau: float = 0.1) -> NoiseAware:
     student = kinds[meta["student"]](**meta["arguments"])
     student.load_state_dict(tensors)
     qualities = tuple(Quality(**found) for found in meta["qualities"])
-    return NoiseAware(student.eval(), qualities, meta["mean"], meta["std"], least_tau, on=student.on)
+    return NoiseAware(student.eval(), qualities, meta["mean"], meta["std"], least_tau)
 
 
 class ScorerReward:

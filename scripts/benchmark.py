@@ -256,6 +256,7 @@ def benchmark_overhead(repeats: int) -> list[Measurement]:
         return call
 
     pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST)
+    # a clock around two methods of this one instance
     pipeline.predict, pipeline.decode = timed(pipeline.predict), timed(pipeline.decode)  # type: ignore[method-assign]
     reward, measured = timed(ShapesReward("partial")), []
     asked = shapes.prompts("val").prompts

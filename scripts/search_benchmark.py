@@ -30,8 +30,8 @@ from genalign.results import PromptRecord, write_results
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
 from genalign.search.engine import Run
-from genalign.search.pruning import Pool, PruneSchedule, expected_best
-from genalign.types import Prompt, RewardFunction
+from genalign.search.pruning import Pool, PruneSchedule, chosen_probabilities
+from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.noise_aware import ScorerReward, load_scorer
@@ -195,10 +195,9 @@ def best_of(recorded: Recorded, rows: Sequence[int], count: int) -> Tensor:
     """The exact expected clean scores (P, 2) of best-of-``count``, selected by the selection reward."""
     clean = recorded.clean[list(rows)].double()
     order = clean[:, :, 0].argsort(dim=1)
-    judged = clean[:, :, 1].gather(1, order)
-    total = judged.shape[1]
-    picks = expected_best(torch.eye(total, dtype=torch.float64).flip(1), count).flip(0)  # P(the i-th lowest is chosen)
-    return torch.stack([expected_best(clean[:, :, 0], count), judged @ picks], dim=1)
+    ranked = clean.gather(1, order[:, :, None].expand_as(clean))
+    expected: Tensor = torch.einsum("pns,n->ps", ranked, chosen_probabilities(clean.shape[1], count))
+    return expected
 
 
 def publish(work: Path) -> None:
@@ -206,7 +205,7 @@ def publish(work: Path) -> None:
     recorded, costs = Recorded.load(work), _costs(work)
     tune, test = range(0, PROMPTS, 2), range(1, PROMPTS, 2)
     records: list[PromptRecord] = []
-    curves: dict[str, dict[str, list[float]]] = {}
+    curves: dict[str, dict[str, object]] = {}
     baseline = {budget: best_of(recorded, test, budget) for budget in BUDGETS}
     for way in WAYS:
         schedule = _tuned(recorded, tune, way, costs)
@@ -222,9 +221,9 @@ def publish(work: Path) -> None:
             "steps": list(schedule.steps),
             "keep": list(schedule.keep),
             "reward": [float(found[b][:, 0].mean()) for b in BUDGETS],
-            "cost_of_best_of_32": [
-                _cost_to_reach(recorded, test, schedule, way, costs, float(baseline[32][:, 0].mean()))
-            ],
+            "cost_of_best_of_32": _cost_to_reach(
+                recorded, test, schedule, way, costs, float(baseline[32][:, 0].mean())
+            ),
         }
     curves["best_of_n"] = {"reward": [float(baseline[b][:, 0].mean()) for b in BUDGETS]}
     claim = (
@@ -249,12 +248,12 @@ def _tuned(recorded: Recorded, rows: Sequence[int], way: str, costs: Costs) -> P
 
 def _cost_to_reach(
     recorded: Recorded, rows: Sequence[int], schedule: PruneSchedule, way: str, costs: Costs, reward: float
-) -> float:
-    """The least cost, as a share of best-of-32's, at which a schedule reaches ``reward``; NaN where 64 do not."""
+) -> float | None:
+    """The least cost, as a share of best-of-32's, at which a schedule reaches ``reward``; None where 64 do not."""
     for candidates in range(1, SEEDS + 1):
         if float(pruned(recorded, rows, schedule, way, candidates)[:, 0].mean()) >= reward:
             return costs.pruning(schedule, way, candidates) / (32 * costs.sample)
-    return float("nan")
+    return None
 
 
 def _records(
@@ -279,12 +278,12 @@ def prices(work: Path) -> None:
     grid, asked = Sampling(STEPS).grid(pipeline), prompts()[:32]
     latents, level = pipeline.initial_noise(list(range(len(asked)))), torch.full((len(asked),), 0.5)
     decoded, latent = (load_scorer(work / name / "scorer.safetensors").student for name in ("decoded", "latent"))
-    functions: dict[str, RewardFunction] = {
-        "selection": ScorerReward(work / "selection" / "scorer.safetensors"),
-        "decoded": lambda samples, prompts: decoded(samples, level, prompts),
-        "latent": lambda samples, prompts: latent(latents, level, prompts),
-    }
-    found = measure_prices(pipeline, functions, asked, grid, repeats=15)
+    calls = [
+        NamedReward("selection", ScorerReward(work / "selection" / "scorer.safetensors")),
+        NamedReward("decoded", lambda samples, prompts: decoded(samples, level, prompts)),
+        NamedReward("latent", lambda samples, prompts: latent(latents, level, prompts)),
+    ]
+    found = measure_prices(pipeline, calls, asked, grid, repeats=15)
     write_json(work / "prices.json", found)
     print(json.dumps(found, indent=2))
 

@@ -13,7 +13,7 @@ FORBIDDEN = {
     "rewards": {"pipelines", "scripts", "tests"},
     "scripts": {"tests"},
 }
-COMPOSITION_ROOT = ROOT / "genalign" / "commands"
+COMPOSITION_ROOT = ROOT / "genalign" / "cli.py"
 
 
 def _imports(path: Path) -> Iterator[str]:
@@ -30,7 +30,7 @@ def test_imports_go_one_way() -> None:
         f"{path.relative_to(ROOT)} imports {name}"
         for package, forbidden in FORBIDDEN.items()
         for path in sorted((ROOT / package).rglob("*.py"))
-        if COMPOSITION_ROOT not in path.parents
+        if path != COMPOSITION_ROOT
         for name in _imports(path)
         if name in forbidden
     ]

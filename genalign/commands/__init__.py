@@ -1,1 +1,1 @@
-"""The commands of ``genalign``: here the core, the pipelines and the rewards are put together."""
+"""The commands of ``genalign``: each takes what it needs of pipelines and rewards from ``genalign.cli``."""

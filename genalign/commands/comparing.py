@@ -10,7 +10,7 @@ from typing import Any
 from genalign import config
 from genalign.calibration import calibrate, save_kernel
 from genalign.checkpoints import write_json
-from genalign.commands.parts import load_model, named_rewards, prompt_set
+from genalign.commands.parts import Outside, named_rewards, prompt_set
 from genalign.commands.training import train_command
 from genalign.comparison import Contender, standing, write_standings
 from genalign.prompts import PromptSampler
@@ -19,10 +19,10 @@ from genalign.sampling import Sampler
 from genalign.worlds.shapes.diversity import evaluation_diversity
 
 
-def calibrate_command(arguments: Sequence[str]) -> int:
+def calibrate_command(outside: Outside, arguments: Sequence[str]) -> int:
     """``genalign calibrate``."""
     settings, _ = config.parse(config.Calibrate, arguments, "calibrate")
-    pipeline, training = load_model(settings.model), settings.training
+    pipeline, training = outside.load(settings.model), settings.training
     sampler = Sampler(
         pipeline,
         named_rewards(settings.rewards),
@@ -40,7 +40,7 @@ def calibrate_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def compare_command(arguments: Sequence[str]) -> int:
+def compare_command(outside: Outside, arguments: Sequence[str]) -> int:
     """``genalign compare``; finished runs are kept, so that it goes on where it stopped."""
     if not arguments or arguments[0].startswith("-"):
         raise ValueError("give the comparison's file: genalign compare scripts/configs/compare_shapes.yaml")
@@ -49,7 +49,7 @@ def compare_command(arguments: Sequence[str]) -> int:
     output = Path(settings.output)
     for name, seed in settings.jobs():
         if not (output / name / f"seed-{seed}" / "gain.json").exists():
-            _compared_run(output / name, source.parent / settings.base, plain["runs"][name], seed)
+            _compared_run(outside, output / name, source.parent / settings.base, plain["runs"][name], seed)
     contenders = [
         Contender(name, {seed: output / name / f"seed-{seed}" for other, seed in settings.jobs() if other == name})
         for name in settings.runs
@@ -61,17 +61,17 @@ def compare_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _compared_run(folder: Path, base: Path, own: Mapping[str, Any], seed: int) -> None:
+def _compared_run(outside: Outside, folder: Path, base: Path, own: Mapping[str, Any], seed: int) -> None:
     """One training by ``base`` with its ``own`` settings; a folder that an interruption left is begun anew."""
     run = folder / f"seed-{seed}"
     shutil.rmtree(run, ignore_errors=True)
     write_json(folder / "settings.json", own)
     arguments = ["--config", str(base), "--config", str(folder / "settings.json")]
-    if status := train_command([*arguments, "--output", str(run), "--training.seed", str(seed)]):
+    if status := train_command(outside, [*arguments, "--output", str(run), "--training.seed", str(seed)]):
         raise SystemExit(status)
 
 
-def report_command(arguments: Sequence[str]) -> int:
+def report_command(outside: Outside, arguments: Sequence[str]) -> int:
     """``genalign report RUN``."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise ValueError("give one run folder: genalign report runs/demo")

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genalign import config
-from genalign.commands.parts import load_model
+from genalign.commands.parts import Checkpoint, Outside
 from genalign.evaluation import Evaluation, Job, Protocol, evaluate, plan, suite_hash
 from genalign.sampling import Sampling
-from genalign.types import PromptSet, RewardFunction
+from genalign.types import Pipeline, PromptSet, RewardFunction
 from genalign.worlds import shapes
-from pipelines import SD3
-from rewards.shapes import ShapesReward
 
 
 @dataclass(frozen=True)
@@ -24,21 +22,20 @@ class Exam:
     scorers: Mapping[str, RewardFunction]
     protocol: Protocol
 
-    def take(self, pipeline: SD3, output: Path | None = None) -> Evaluation:
+    def take(self, pipeline: Pipeline, output: Path | None = None) -> Evaluation:
         """Evaluate the pipeline as it is now."""
         return evaluate(pipeline, self.jobs, self.scorers, self.protocol, output)
 
 
 def exam(
-    pipeline: SD3,
+    pipeline: Checkpoint,
     model: config.Model,
     sampling: Sampling,
     amount: config.Amount,
     prompts: PromptSet,
     scorers: Mapping[str, RewardFunction],
 ) -> Exam:
-    """``amount`` of images of ``prompts``; the shapes world's own scorers where the prompts are its own."""
-    own = prompts.name in shapes.SUITES
+    """``amount`` of images of ``prompts``."""
     protocol = Protocol(
         suite=prompts.name,
         suite_hash=suite_hash(prompts),
@@ -47,29 +44,25 @@ def exam(
         kernel="ODE()",
         dtype=model.autocast or model.dtype,
         batch_size=amount.batch_size,
-        resolution=(pipeline.height * pipeline.pipe.vae_scale_factor, pipeline.width * pipeline.pipe.vae_scale_factor),
+        resolution=pipeline.resolution,
         seeds=amount.seeds,
         images_per_task=amount.images_per_task,
         verifier=shapes.VERIFIER_VERSION,
     )
     jobs = plan(prompts, amount.images_per_task, amount.seeds)
-    return Exam(jobs, shapes_scorers() if own else scorers, protocol)
+    return Exam(jobs, scorers, protocol)
 
 
-def shapes_scorers() -> dict[str, RewardFunction]:
-    """Strict, partial and relaxed scores of the exact verifier."""
-    return {"strict": ShapesReward("strict"), "partial": ShapesReward("partial"), "relaxed": ShapesReward("relaxed")}
-
-
-def evaluate_command(arguments: Sequence[str]) -> int:
+def evaluate_command(outside: Outside, arguments: Sequence[str]) -> int:
     """``genalign evaluate shapes``."""
     if not arguments or arguments[0] != "shapes":
         raise ValueError("name the world: genalign evaluate shapes --output DIR")
     settings, _ = config.parse(config.EvaluateShapes, arguments[1:], "evaluate shapes")
-    pipeline = load_model(settings.model)
+    pipeline = outside.load(settings.model)
     if settings.lora:
         pipeline.load_lora(Path(settings.lora))
-    asked = exam(pipeline, settings.model, settings.sampling, settings, shapes.prompts(settings.suite), {})
+    prompts = shapes.prompts(settings.suite)
+    asked = exam(pipeline, settings.model, settings.sampling, settings, prompts, outside.scorers)
     made = asked.take(pipeline, Path(settings.output))
     for task, estimates in (made.tasks | {"overall": made.overall}).items():
         print(f"{task:14s}" + "  ".join(f"{name} {value.mean:.3f}" for name, value in estimates.items()))

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
-from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
-
-from genalign import assets, config
+from genalign import config
 from genalign.prompts import load_prompts
+from genalign.runs import WeightStore
 from genalign.scoring import NamedReward
-from genalign.types import PromptSet
+from genalign.search.aware import NoiseAware
+from genalign.types import Pipeline, PromptSet, RewardFunction
 from genalign.worlds import shapes
-from pipelines import SD3
+
+
+class Checkpoint(Pipeline, WeightStore, Protocol):
+    """A pipeline that was opened from a folder or the Hub, and knows the adapters of its family."""
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """Height and width of its samples in pixels."""
+
+    def load_lora(self, directory: Path) -> None:
+        """Put on an adapter."""
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What commands take from ``pipelines`` and ``rewards``, which the core does not import: ``genalign.cli`` hands it
+    to them. ``load`` opens a model, ``scorers`` judge the shapes world, ``save_scorer`` writes a noise-aware reward."""
+
+    load: Callable[[config.Model], Checkpoint]
+    scorers: Mapping[str, RewardFunction]
+    save_scorer: Callable[[Path, NoiseAware], None]
+
+    def judges(self, source: str, others: Mapping[str, RewardFunction]) -> Mapping[str, RewardFunction]:
+        """The verifier's scores for prompts of the shapes world, for a file of prompts the ``others``."""
+        return self.scorers if source.startswith("shapes:") else others
 
 
 def named_rewards(chosen: Mapping[str, config.RewardChoice]) -> list[NamedReward]:
     """The rewards of a configuration."""
     return [NamedReward(name, choice.function, choice.weight) for name, choice in chosen.items()]
-
-
-def load_model(model: config.Model) -> SD3:
-    """The pipeline that a configuration names, opened without the libraries' own progress bars."""
-    disable_diffusers_bars()
-    disable_transformers_bars()
-    return SD3.load(
-        assets.resolve(model.path),
-        dtype=config.dtype(model.dtype),
-        device=model.device,
-        autocast=config.dtype(model.autocast) if model.autocast else None,
-        height=model.height,
-        width=model.width,
-        max_sequence_length=model.max_sequence_length,
-        offload=model.offload,
-    )
 
 
 def prompt_set(source: str) -> PromptSet:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from genalign import config
-from genalign.budget import Ledger, Metered, measure_prices, metered_reward
+from genalign.budget import Ledger, Metered, measure_prices, metered_rewards
 from genalign.checkpoints import write_json
-from genalign.commands.parts import load_model, named_rewards, prompt_set
+from genalign.commands.parts import Outside, named_rewards, prompt_set
 from genalign.noise import derived_seed
 from genalign.report import write_search
 from genalign.search.aware import Look, NoiseAware, Recording, as_they_are, distil, record, validate
@@ -18,16 +17,15 @@ from genalign.search.engine import Run
 from genalign.search.folder import SearchFolder
 from genalign.search.running import search
 from genalign.types import Pipeline, Prompt
-from rewards.noise_aware import save_scorer
 
 
-def steer_command(arguments: Sequence[str]) -> int:
+def steer_command(outside: Outside, arguments: Sequence[str]) -> int:
     """``genalign steer``; finished prompts are kept, so that it goes on where it stopped."""
     settings, plain = config.parse(config.Steer, arguments, "steer")
     asked = prompt_set(settings.prompts).prompts[: settings.limit]
     folder = SearchFolder(Path(settings.output))
     done = {row["index"] for row in folder.begin({**plain, "limit": None})}
-    pipeline = load_model(settings.model)
+    pipeline = outside.load(settings.model)
     if settings.lora:
         pipeline.load_lora(Path(settings.lora))
     rewards = named_rewards(settings.rewards)
@@ -45,11 +43,11 @@ def steer_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def prices_command(arguments: Sequence[str]) -> int:
+def prices_command(outside: Outside, arguments: Sequence[str]) -> int:
     """``genalign prices``."""
     settings, _ = config.parse(config.Prices, arguments, "prices")
-    pipeline = load_model(settings.model)
-    rewards = {name: choice.function for name, choice in settings.rewards.items()}
+    pipeline = outside.load(settings.model)
+    rewards = named_rewards(settings.rewards)
     known = prompt_set(settings.prompts).prompts
     prompts = [known[i % len(known)] for i in range(settings.batch_size)]
     grid = settings.sampling.grid(pipeline)
@@ -60,12 +58,12 @@ def prices_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def train_noise_aware_command(arguments: Sequence[str]) -> int:
+def train_noise_aware_command(outside: Outside, arguments: Sequence[str]) -> int:
     """``genalign train-noise-aware``; recordings are kept, so that another student can be trained on them."""
     settings, plain = config.parse(config.TrainNoiseAware, arguments, "train-noise-aware")
-    folder, pipeline = Path(settings.output), load_model(settings.model)
+    folder, pipeline = Path(settings.output), outside.load(settings.model)
     write_json(folder / "config.json", plain)
-    student = settings.student
+    student = settings.student.to(settings.model.device)
     look: Look = pipeline.decode if student.on == "samples" else as_they_are
     train = _recorded(settings, pipeline, settings.prompts, folder / "train.safetensors")
     held_out = _recorded(settings, pipeline, settings.held_out, folder / "held_out.safetensors")
@@ -75,7 +73,7 @@ def train_noise_aware_command(arguments: Sequence[str]) -> int:
     for found in qualities:
         print(f"level {found.sigma:.3f}  tau {found.tau:.3f}  top quarter {found.top:.3f}  gap {found.gap:.4f}")
     mean, std = float(train.clean.mean()), float(train.clean.std())
-    save_scorer(folder / "scorer.safetensors", NoiseAware(student, tuple(qualities), mean, std, on=student.on))
+    outside.save_scorer(folder / "scorer.safetensors", NoiseAware(student, tuple(qualities), mean, std))
     print(f"scorer: {folder / 'scorer.safetensors'}")
     return 0
 
@@ -86,10 +84,7 @@ def _recorded(settings: config.TrainNoiseAware, pipeline: Pipeline, source: str,
         return Recording.load(path)
     chosen = _drawn(prompt_set(source).by_task(), settings.limit, settings.seed)
     ledger, made = Ledger(), None
-    rewards = [
-        replace(reward, function=metered_reward(reward.name, reward.function, ledger))
-        for reward in named_rewards(settings.rewards)
-    ]
+    rewards = metered_rewards(named_rewards(settings.rewards), ledger)
     together = max(1, settings.batch_size // settings.count)
     for first in range(0, len(chosen), together):
         some, name = chosen[first : first + together], f"{settings.seed}/{source}/{first}"

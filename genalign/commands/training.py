@@ -11,7 +11,7 @@ from typing import Any
 from genalign import config
 from genalign.checkpoints import write_json
 from genalign.commands.evaluating import Exam, exam
-from genalign.commands.parts import load_model, named_rewards, prompt_set
+from genalign.commands.parts import Checkpoint, Outside, named_rewards, prompt_set
 from genalign.evaluation import Evaluation, gain
 from genalign.policy import Policy
 from genalign.report import write_report
@@ -22,32 +22,31 @@ from genalign.scoring import NamedReward, probe
 from genalign.statistics import Estimate
 from genalign.training import Trainer
 from genalign.types import PromptSet
-from pipelines import SD3
 
 
-def train_command(arguments: Sequence[str]) -> int:
+def train_command(outside: Outside, arguments: Sequence[str]) -> int:
     """``genalign train``."""
     settings, plain = config.parse(config.Train, arguments, "train")
-    return run_training(settings, plain)
+    return run_training(outside, settings, plain)
 
 
-def run_training(settings: config.Train, plain: Mapping[str, Any]) -> int:
+def run_training(outside: Outside, settings: config.Train, plain: Mapping[str, Any]) -> int:
     """Evaluate, train, evaluate again, and write the report."""
     prompts = prompt_set(settings.prompts)
     folder = RunFolder(Path(settings.output))
-    pipeline = load_model(settings.model)
+    pipeline = outside.load(settings.model)
     rewards = named_rewards(settings.rewards)
     _probe(pipeline, rewards, prompts, settings.sampling)
     policy = Policy(pipeline.denoiser, settings.lora, settings.averaging, settings.training.seed)
     trainer = Trainer(pipeline, policy, rewards, prompts, settings.recipe, settings.training, settings.sampling)
     folder.begin(plain)
-    tested = _before_after(settings, pipeline, rewards)
+    tested = _before_after(outside, settings, pipeline, rewards)
     before = tested.take(pipeline, folder.path / "before") if tested else None
     finished = train(
         trainer,
         folder,
         pipeline,
-        _watcher(settings, pipeline, policy),
+        _watcher(outside, settings, pipeline, policy),
         settings.held_out.every,
         trackers(settings.trackers, folder.path),
     )
@@ -73,7 +72,7 @@ def trackers(names: Sequence[str], folder: Path) -> list[Any]:
     return list(accelerator.trackers)
 
 
-def _probe(pipeline: SD3, rewards: Sequence[NamedReward], prompts: PromptSet, sampling: Sampling) -> None:
+def _probe(pipeline: Checkpoint, rewards: Sequence[NamedReward], prompts: PromptSet, sampling: Sampling) -> None:
     """Two images of the untrained model through every reward, before anything is written."""
     chosen = prompts.prompts[:2]
     texts = [prompt.text for prompt in chosen]
@@ -81,21 +80,26 @@ def _probe(pipeline: SD3, rewards: Sequence[NamedReward], prompts: PromptSet, sa
     probe(rewards, images, chosen)
 
 
-def _before_after(settings: config.Train, pipeline: SD3, rewards: Sequence[NamedReward]) -> Exam | None:
+def _before_after(
+    outside: Outside, settings: config.Train, pipeline: Checkpoint, rewards: Sequence[NamedReward]
+) -> Exam | None:
     chosen = settings.before_after
     if chosen is None:
         return None
-    scorers = {reward.name: reward.function for reward in rewards}
+    scorers = outside.judges(chosen.prompts, {reward.name: reward.function for reward in rewards})
     sampling = settings.evaluation or settings.sampling
     return exam(pipeline, settings.model, sampling, chosen, prompt_set(chosen.prompts), scorers)
 
 
-def _watcher(settings: config.Train, pipeline: SD3, policy: Policy) -> Callable[[], dict[str, Estimate]] | None:
+def _watcher(
+    outside: Outside, settings: config.Train, pipeline: Checkpoint, policy: Policy
+) -> Callable[[], dict[str, Estimate]] | None:
     chosen = settings.held_out
     if not chosen.every:
         return None
     sampling = settings.evaluation or settings.sampling
-    watched = exam(pipeline, settings.model, sampling, chosen, prompt_set(chosen.prompts), chosen.scorers)
+    scorers = outside.judges(chosen.prompts, chosen.scorers)
+    watched = exam(pipeline, settings.model, sampling, chosen, prompt_set(chosen.prompts), scorers)
 
     def watch() -> dict[str, Estimate]:
         with policy.averaged():
@@ -128,8 +132,8 @@ def print_table(before: Evaluation, after: Evaluation) -> None:
     Console().print(table)
 
 
-def demo_command(arguments: Sequence[str]) -> int:
+def demo_command(outside: Outside, arguments: Sequence[str]) -> int:
     """``genalign demo``: Flow-GRPO on the embedded shapes model, with the shipped configuration."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     shipped = str(files("genalign.assets").joinpath("demo.yaml"))
-    return train_command(["--config", shipped, *arguments])
+    return train_command(outside, ["--config", shipped, *arguments])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 
-from genalign.advantages import combine
 from genalign.budget import DECODE, reward_call
 from genalign.checkpoints import load_state, save_state
 from genalign.noise import derived_seed
@@ -92,7 +91,7 @@ def record(run: Run, count: int, steps: Sequence[int]) -> Recording:
         assert candidates.preview is not None, "an advanced candidate has a preview"
         previews.append(candidates.preview.half())
     finished = run.finish(candidates)
-    clean = combine(finished.scores, [reward.weight for reward in run.rewards])
+    clean = run.combined(finished.scores)
     known = clean.isfinite()
     sigmas = run.grid.sigma[list(steps)].float()
     stacked = torch.stack(previews, dim=1)[known]
@@ -131,7 +130,7 @@ def distil(student: nn.Module, recording: Recording, look: Look, settings: Disti
                 predicted = _predicted(student, recording, rows, level, look)
                 loss = _loss(predicted, target[rows], recording.prompt[rows], settings)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()  # type: ignore[no-untyped-call]  # torch has not typed it
                 nn.utils.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
                 losses.append(float(loss.detach()))
@@ -142,8 +141,14 @@ def _predicted(student: nn.Module, recording: Recording, rows: Tensor, level: Te
     with torch.no_grad():
         seen = look(recording.previews[rows, level].float())
     asked = [recording.prompts[p] for p in recording.prompt[rows].tolist()]
-    scores: Tensor = student(seen, recording.sigmas[level].to(seen.device), asked)
+    device = device_of(student)
+    scores: Tensor = student(seen.to(device), recording.sigmas[level].to(device), asked)
     return scores.cpu()
+
+
+def device_of(student: nn.Module) -> torch.device:
+    """Where its weights are; what it looks at is taken there."""
+    return next(student.parameters()).device
 
 
 def _batches(recording: Recording, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -218,7 +223,12 @@ class NoiseAware:
     std: float = 1.0
     least_tau: float = 0.1
     tolerance: float = 0.03
-    on: Literal["latents", "samples"] = field(default="latents")
+
+    @property
+    def on(self) -> Literal["latents", "samples"]:
+        """What the student looks at."""
+        looks: Literal["latents", "samples"] = self.student.on  # type: ignore[assignment]  # modules type their attributes loosely
+        return looks
 
     @torch.no_grad()
     def __call__(self, run: Run, candidates: Candidates) -> Tensor:
@@ -230,8 +240,8 @@ class NoiseAware:
         assert part.preview is not None, "candidates that are scored have been advanced"
         run.bill(reward_call("noise-aware"), len(part))
         seen = run.pipeline.decode(part.preview) if self.on == "samples" else part.preview
-        asked = [run.prompts[p] for p in part.prompt.tolist()]
-        scores: Tensor = self.student(seen, torch.full((len(part),), sigma, device=seen.device), asked)
+        asked, device = [run.prompts[p] for p in part.prompt.tolist()], device_of(self.student)
+        scores: Tensor = self.student(seen.to(device), torch.full((len(part),), sigma, device=device), asked)
         return self.mean + self.std * scores.float().cpu()
 
     def check(self, sigma: float) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from genalign.dynamics import DDIM, Kernel, trainable_steps
 from genalign.search.engine import Candidates, Finished, Run
-from genalign.search.ranking import best, merit
+from genalign.search.ranking import top
 from genalign.search.strategy import Allowance, PreviewScorer, chosen_scorer, score_bill, walk_bill
 
 
@@ -31,6 +32,7 @@ class Beam:
         if self.chains < 1 or (self.proposals is not None and self.proposals < 1):
             raise ValueError(f"chains and proposals must be at least 1, not {self.chains} and {self.proposals}")
 
+    @torch.no_grad()
     def __call__(self, run: Run, allowance: Allowance) -> Finished:
         if not trainable_steps(self.kernel, run.grid):
             raise ValueError(f"{self.kernel} adds no noise: all proposals would be equal; use DDIM(1.0), or Prune")
@@ -50,7 +52,7 @@ class Beam:
         tried = replace(tried, preview=preview)
         scores = chosen_scorer(self.scorer)(run, tried)
         run.note(tried, scores)
-        chosen = best(merit(scores, tried.prompt), tried.prompt, self.chains)
+        chosen = top(scores, tried.prompt, self.chains)
         return run.keep(tried, chosen), following[chosen]
 
     def bill(self, run: Run, proposals: int) -> Counter[str]:

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from genalign.advantages import combine
 from genalign.budget import Ledger, Metered
 from genalign.dynamics import ODE, Kernel, transition
 from genalign.noise import derived_seed
 from genalign.rollout import step_noise
 from genalign.scoring import NamedReward, score
 from genalign.search.lineage import Lineage
-from genalign.search.ranking import best, merit
+from genalign.search.ranking import top
 from genalign.types import Grid, Prompt
 
 
@@ -97,7 +98,7 @@ class Finished:
 
     def best(self, count: int = 1) -> Tensor:
         """The rows of the ``count`` best of every prompt; of several rewards, by the sum of ranks."""
-        return best(merit(self.scores, self.candidates.prompt), self.candidates.prompt, count)
+        return top(self.scores, self.candidates.prompt, count)
 
 
 class Run:
@@ -203,6 +204,10 @@ class Run:
             asked = [self.prompts[p] for p in part.prompt.tolist()]
             yield samples.cpu(), score(self.rewards, samples, asked)
 
+    def combined(self, scores: Tensor) -> Tensor:
+        """The rewards' weighted sum (N,) of scores (N, K)."""
+        return combine(scores, [reward.weight for reward in self.rewards])
+
     def note(self, candidates: Candidates, scores: Tensor) -> None:
         """Remember scores (N, K) in the lineage."""
         self.lineage.scored(candidates.names, candidates.done, scores.tolist())
@@ -210,7 +215,8 @@ class Run:
     def keep(self, candidates: Candidates, index: Tensor) -> Candidates:
         """Go on with those of ``index`` (M,) alone."""
         kept = candidates.rows(index)
-        self.lineage.ended([name for name in candidates.names if name not in set(kept.names)], candidates.done)
+        alive = set(kept.names)
+        self.lineage.ended([name for name in candidates.names if name not in alive], candidates.done)
         return kept
 
     def copy(self, candidates: Candidates, ancestors: Tensor) -> Candidates:

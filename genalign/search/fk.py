@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genalign.advantages import combine
 from genalign.dynamics import Kernel
 from genalign.rollout import step_noise
 from genalign.search.engine import Candidates, Finished, Run, joined
@@ -26,7 +25,6 @@ class FKSteering(FKSettings):
     guide: Guide | None = None
 
     def __call__(self, run: Run, allowance: Allowance) -> Finished:
-        self._kernel(run)
         count = allowance.largest(self.particles, lambda n: self.bill(run, n), "particles")
         finished, state = self.steered(run, count)
         return finished.rows(state.choose())
@@ -40,12 +38,12 @@ class FKSteering(FKSettings):
             particles, ratio = self._advance(run, particles, step + 1, kernel)
             scores = chosen_scorer(self.scorer)(run, particles)
             run.note(particles, scores)
-            state.weigh(_combined(run, scores), step, ratio)
+            state.weigh(run.combined(scores), step, ratio)
             if (ancestors := state.resample()) is not None:
                 particles = run.copy(particles, ancestors)
         particles, ratio = self._advance(run, particles, run.steps, kernel)
         finished = run.finish(particles)
-        state.weigh(_combined(run, finished.scores), last, ratio)
+        state.weigh(run.combined(finished.scores), last, ratio)
         return finished, state
 
     def _kernel(self, run: Run) -> Kernel:
@@ -61,6 +59,7 @@ class FKSteering(FKSettings):
         parts = [self._guided(run, part, to, kernel, self.guide) for part in particles.split(run.batch_size)]
         return joined([part for part, _ in parts]), torch.cat([ratio for _, ratio in parts])
 
+    @torch.no_grad()
     def _guided(self, run: Run, part: Candidates, to: int, kernel: Kernel, guide: Guide) -> tuple[Candidates, Tensor]:
         total = torch.zeros(len(part), dtype=torch.float64)
         while part.done < to:
@@ -89,7 +88,3 @@ class FKSteering(FKSettings):
         guided = self.guide.bill(run, particles)
         total = Counter({call: count * noisy for call, count in guided.items()})
         return total + walk_bill(run, particles, run.steps - noisy)
-
-
-def _combined(run: Run, scores: Tensor) -> Tensor:
-    return combine(scores, [reward.weight for reward in run.rewards])

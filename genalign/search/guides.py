@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from genalign.advantages import combine
 from genalign.budget import DECODE, FORWARD, backward, reward_call
 from genalign.dynamics import Kernel, transition
 from genalign.noise import derived_seed, seeded_noise
@@ -107,7 +106,7 @@ class Doob:
         clean = (following - float(step.sigma_next) * eps) / float(step.alpha_next)
         samples = run.pipeline.decode(clean)
         scores = score(run.rewards, samples, [run.prompts[p] for p in part.prompt.tolist()])
-        return combine(scores, [reward.weight for reward in run.rewards])
+        return run.combined(scores)
 
     def bill(self, run: Run, candidates: int) -> Counter[str]:
         """A forward with its backward, and a decode and the rewards for every proposal."""

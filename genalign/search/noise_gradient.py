@@ -55,11 +55,12 @@ class NoiseOptimisation(ABC):
         iterations = allowance.after(run).largest(self.iterations, lambda n: self.bill(run, n), "iterations")
         noises = torch.cat([initial[:, None], self._step_noises(run, initial)], dim=1).requires_grad_(True)
         optimizer, found = self.optimizer(noises), None
+        weights = torch.tensor([reward.weight for reward in run.rewards], device=noises.device)
         for number in range(iterations):
             tried, scores = self._sampled(run, noises)
             found = _better(found, tried)
             if number + 1 < iterations:
-                loss = self.penalty(noises).sum() - _combined(run, scores).sum()
+                loss = self.penalty(noises).sum() - (scores @ weights).sum()
                 (gradient,) = torch.autograd.grad(loss, noises)
                 noises.grad = _clipped(gradient, self.clip)
                 optimizer.step()
@@ -123,11 +124,6 @@ class NoiseOptimisation(ABC):
         if self.recompute:
             total[FORWARD] += calls[FORWARD] * (iterations - 1)
         return +total
-
-
-def _combined(run: Run, scores: Tensor) -> Tensor:
-    weighted: Tensor = scores @ torch.tensor([reward.weight for reward in run.rewards]).to(scores)
-    return weighted
 
 
 def _better(found: Finished | None, tried: Finished) -> Finished:

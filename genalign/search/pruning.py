@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genalign.search.engine import Candidates, Finished, Run
-from genalign.search.ranking import best, merit
+from genalign.search.ranking import top
 from genalign.search.strategy import Allowance, PreviewScorer, chosen_scorer, score_bill, walk_bill
 
 
@@ -80,7 +80,7 @@ class Prune:
             alive = run.advance(alive, step + 1)
             scores = chosen_scorer(self.scorer)(run, alive)
             run.note(alive, scores)
-            alive = run.keep(alive, best(merit(scores, alive.prompt), alive.prompt, left))
+            alive = run.keep(alive, top(scores, alive.prompt, left))
         return alive
 
     def bill(self, run: Run, candidates: int) -> Counter[str]:
@@ -123,7 +123,7 @@ class Pool:
             alive = subset
             for step, left in zip(schedule.steps, schedule.counts(len(subset))[1:], strict=True):
                 same = torch.zeros_like(alive)
-                alive = alive[best(merit(prompt[alive, step], same), same, left)]
+                alive = alive[top(prompt[alive, step], same, left)]
             rows.append(alive)
         return torch.stack(rows)
 
@@ -132,15 +132,19 @@ class Pool:
         found = []
         for prompt, alive in zip(self.scores, self.pruned(schedule, subset), strict=True):
             same = torch.zeros_like(alive)
-            found.append(prompt[alive[best(merit(prompt[alive, -1], same), same, 1)[0]], -1])
+            found.append(prompt[alive[top(prompt[alive, -1], same, 1)[0]], -1])
         return torch.stack(found)
 
 
 def expected_best(values: Tensor, count: int) -> Tensor:
-    """The exact expected maximum (P,) of ``count`` values drawn without replacement from (P, N): sum over the sorted
-    v_(i) of v_(i) C(i - 1, count - 1) / C(N, count). ValueError for a count that N does not have."""
-    total = values.shape[1]
+    """The exact expected maximum (P,) of ``count`` values drawn without replacement from (P, N)."""
+    return values.double().sort(dim=1).values @ chosen_probabilities(values.shape[1], count)
+
+
+def chosen_probabilities(total: int, count: int) -> Tensor:
+    """How likely each of ``total`` values, the lowest first, is the largest of ``count`` drawn without replacement:
+    C(i - 1, count - 1) / C(total, count) for the i-th, (total,) float64. ValueError for more than there are."""
     if not 1 <= count <= total:
         raise ValueError(f"count must be 1 to {total}, the candidates of the pool, not {count}")
     weights = [math.comb(i, count - 1) / math.comb(total, count) for i in range(total)]
-    return values.double().sort(dim=1).values @ torch.tensor(weights, dtype=torch.float64)
+    return torch.tensor(weights, dtype=torch.float64)

@@ -38,3 +38,8 @@ def best(merits: Tensor, prompt: Tensor, count: int) -> Tensor:
         order = torch.sort(merits[members], descending=True, stable=True).indices
         chosen.append(members[order[:count]])
     return torch.cat(chosen)
+
+
+def top(scores: Tensor, prompt: Tensor, count: int) -> Tensor:
+    """``best`` by the ``merit`` of scores (N, K)."""
+    return best(merit(scores, prompt), prompt, count)

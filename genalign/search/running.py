@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genalign.budget import Budget, Ledger, Metered, measure_prices, metered_reward, peak_memory
+from genalign.budget import Budget, Ledger, Metered, measure_prices, metered_rewards, peak_memory
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward, RewardError, probe
+from genalign.scoring import NamedReward, RewardError, named, probe
 from genalign.search.engine import Run
 from genalign.search.strategy import Allowance, Strategy
 from genalign.types import Grid, Pipeline, Prompt, RewardFunction
@@ -69,40 +70,42 @@ def search(
         RewardError: a reward raises, or does not return one score per sample in their order.
     """
     asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in _listed(prompts)]
-    rewards, grid = _named(reward), sampling.grid(pipeline)
+    rewards, grid = named(reward), sampling.grid(pipeline)
     check_rewards(pipeline, rewards, asked[0], grid, sampling.guidance)
-    priced = _priced(budget, pipeline, rewards, [asked[0]] * batch_size, grid, sampling.guidance)
-    ledger = Ledger()
-    metered = [replace(r, function=metered_reward(r.name, r.function, ledger)) for r in rewards]
+    if budget is not None and budget.seconds is not None and budget.prices is None:
+        prices = measure_prices(pipeline, rewards, [asked[0]] * batch_size, grid, sampling.guidance)
+        budget = replace(budget, prices=prices)
     parts: list[Result] = []
     for place, prompt in enumerate(asked):
-        run = Run(Metered(pipeline, ledger), [prompt], metered, grid, sampling.guidance, batch_size, f"{seed}/{place}")
-        parts.append(_searched(run, strategy, Allowance(priced), sum(len(part.lineage) for part in parts), place))
-    return Result(
+        ledger, name = Ledger(), f"{seed}/{place}"
+        metered = metered_rewards(rewards, ledger)
+        run = Run(Metered(pipeline, ledger), [prompt], metered, grid, sampling.guidance, batch_size, name)
+        parts.append(_searched(run, strategy, Allowance(budget)))
+    return _together(parts)
+
+
+def _together(parts: Sequence[Result]) -> Result:
+    """The results of single prompts as one: candidates are numbered on, and prompts count from 0."""
+    lineage: list[dict[str, Any]] = []
+    chosen: list[int] = []
+    calls: Counter[str] = Counter()
+    for place, part in enumerate(parts):
+        first = len(lineage)
+        chosen += [first + name for name in part.chosen]
+        for life in part.lineage:
+            parent = None if life["parent"] is None else first + life["parent"]
+            lineage.append({**life, "prompt": place, "parent": parent})
+        calls.update(part.ledger.counts)
+    return replace(
+        parts[0],
         images=torch.cat([part.images for part in parts]),
         scores=torch.cat([part.scores for part in parts]),
-        lineage=[life for part in parts for life in part.lineage],
-        chosen=tuple(name for part in parts for name in part.chosen),
-        ledger=ledger,
-        budget=priced,
+        lineage=lineage,
+        chosen=tuple(chosen),
+        ledger=Ledger(calls),
         seconds=sum(part.seconds for part in parts),
         peak_memory=max(part.peak_memory for part in parts),
     )
-
-
-def _priced(
-    budget: Budget | None,
-    pipeline: Pipeline,
-    rewards: Sequence[NamedReward],
-    prompts: Sequence[Prompt],
-    grid: Grid,
-    guidance: float,
-) -> Budget | None:
-    """A budget in seconds with prices, measured where there are none."""
-    if budget is None or budget.seconds is None or budget.prices is not None:
-        return budget
-    functions = {reward.name: reward.function for reward in rewards}
-    return replace(budget, prices=measure_prices(pipeline, functions, prompts, grid, guidance))
 
 
 def _listed(prompts: str | Sequence[str | Prompt]) -> Sequence[str | Prompt]:
@@ -112,28 +115,23 @@ def _listed(prompts: str | Sequence[str | Prompt]) -> Sequence[str | Prompt]:
     return listed
 
 
-def _named(
-    reward: RewardFunction | Mapping[str, RewardFunction] | Sequence[NamedReward],
-) -> Sequence[NamedReward]:
-    if isinstance(reward, Mapping):
-        return [NamedReward(name, function) for name, function in reward.items()]
-    return [NamedReward("reward", reward)] if callable(reward) else reward
-
-
-def _searched(run: Run, strategy: Strategy, allowance: Allowance, names: int, prompts: int) -> Result:
-    """One part of the prompts; its candidates are numbered from ``names`` and its prompts from ``prompts``."""
+def _searched(run: Run, strategy: Strategy, allowance: Allowance) -> Result:
+    """One prompt."""
     began = time.perf_counter()
     finished = strategy(run, allowance)
     found = finished.rows(finished.best())
-    if bool(found.scores.isnan().any(1).any()):
-        logger.warning("a prompt's best sample could not be scored by every reward")
-    lives = run.lineage.as_list()
-    for life in lives:
-        life["prompt"] += prompts
-        life["parent"] = None if life["parent"] is None else life["parent"] + names
-    chosen = tuple(name + names for name in found.candidates.names)
-    seconds = time.perf_counter() - began
-    return Result(found.samples, found.scores, lives, chosen, run.spent, allowance.budget, seconds, peak_memory())
+    if bool(found.scores.isnan().any()):
+        logger.warning("the best sample of %r could not be scored by every reward", run.prompts[0].text)
+    return Result(
+        images=found.samples,
+        scores=found.scores,
+        lineage=run.lineage.as_list(),
+        chosen=found.candidates.names,
+        ledger=run.spent,
+        budget=allowance.budget,
+        seconds=time.perf_counter() - began,
+        peak_memory=peak_memory(),
+    )
 
 
 @torch.no_grad()

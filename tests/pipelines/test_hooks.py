@@ -33,7 +33,7 @@ from diffusers import (
 from torch import Tensor
 
 from genalign.dynamics import DDIM, DPMSDE, ODE, FlowSDE, Kernel
-from pipelines.hooks import Move, gather_history, kernel_move, level_of, patched_step, require_stochastic
+from pipelines.hooks import Move, gather_history, grid_of, kernel_move, patched_step, require_stochastic
 from tests.pipelines.tiny_pipelines import FAMILIES, STEPS, Family, counted, flux, sd3, sd15
 
 # What numpy 2 says of the tensors that diffusers itself hands to it.
@@ -281,18 +281,18 @@ def test_the_ancestral_euler_scheduler_is_ddim(monkeypatch: pytest.MonkeyPatch) 
 def test_levels_of_the_families() -> None:
     flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
     flow.set_timesteps(4)
-    step = level_of(flow, 1)
+    step = grid_of(flow)[1]
     assert float(step.alpha + step.sigma) == pytest.approx(1) and float(step.timestep) == float(flow.timesteps[1])
-    assert float(level_of(flow, 3).sigma_next) == 0
+    assert float(grid_of(flow)[3].sigma_next) == 0
     for scheduler in (DDIMScheduler(**UNCLIPPED), EulerDiscreteScheduler(**VP, timestep_spacing="leading")):
         scheduler.set_timesteps(4)
-        step = level_of(scheduler, 2)
+        step = grid_of(scheduler)[2]
         expected = scheduler.alphas_cumprod[int(scheduler.timesteps[2])]
         assert float(step.alpha**2) == pytest.approx(float(expected), rel=1e-5)
         assert float(step.alpha**2 + step.sigma**2) == pytest.approx(1)
     edm = EDMEulerScheduler()
     edm.set_timesteps(4)
-    assert float(level_of(edm, 0).alpha) == 1 and float(level_of(edm, 0).sigma) == pytest.approx(80.0)
+    assert float(grid_of(edm)[0].alpha) == 1 and float(grid_of(edm)[0].sigma) == pytest.approx(80.0)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_a_flow_prediction_without_flow_levels_is_refused() -> None:
     scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True)
     scheduler.set_timesteps(4)
     with pytest.raises(ValueError, match="prediction_type 'epsilon' and use_flow_sigmas True"):
-        level_of(scheduler, 0)
+        grid_of(scheduler)[0]
 
 
 def _resampled(family: Family, rows: Tensor, history: bool) -> Tensor:

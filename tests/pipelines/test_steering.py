@@ -19,7 +19,7 @@ from torch import Tensor
 
 from genalign.dynamics import DDIM, ODE
 from genalign.noise import derived_seed
-from genalign.search import BestOfN, FKSteering, Prune
+from genalign.search import BestOfN, FKSteering, Prune, RewardGradient
 from genalign.types import Prompt
 from pipelines import SD3, prune, steer
 from pipelines.decoding import decode_latents
@@ -127,6 +127,15 @@ def test_what_cannot_be_steered_is_refused() -> None:
         steer(family.pipe, loudness, replace(FK, kernel=ODE()), prompts=["noise"]),
     ):
         family.run(range(PARTICLES))
+
+
+def test_what_only_a_search_can_do_is_not_ignored() -> None:
+    pipe = sd15().pipe
+    with pytest.raises(ValueError, match="keeps the scheduler's moves"), steer(pipe, loudness, BestOfN(4, DDIM(1.0))):
+        pass
+    guided = replace(FK, guide=RewardGradient())
+    with pytest.raises(ValueError, match=r"for those use genalign\.search"), steer(pipe, loudness, guided):
+        pass
 
 
 def test_audio_is_steered_by_our_kernel() -> None:

@@ -199,7 +199,8 @@ def test_a_prompt_is_resampled_by_its_own_weights() -> None:
     state = FKState(FKSettings(lam=1.0), group, 10, seed=0)
     state.weigh(torch.tensor([0.0, 0.0, 0.1, 20.0, 0.2, 0.0]), 3)
     assert state.effective_sizes()[0] > 2.9 and state.effective_sizes()[1] == pytest.approx(1.0)
-    assert state.resample().tolist() == [0, 3, 2, 3, 4, 3]  # type: ignore[union-attr]
+    ancestors = state.resample()
+    assert ancestors is not None and ancestors.tolist() == [0, 3, 2, 3, 4, 3]
     assert state.log_weights.tolist() == pytest.approx([0.0, 0.0, 0.1, 0.0, 0.2, 0.0])
     assert state.unique_ancestors().tolist() == [3, 1]
     assert state.resample() is None
