@@ -203,11 +203,13 @@ def dragon(
     tolerance: float = 0.0,
     pairs: int = 1,
     anchor: float = 0.0,
+    low: float = 0.02,
 ) -> Recipe:
     """DRAGON (arXiv 2504.15217) for rewards of single samples, or of a sample against a reference set: the best of each
     prompt's samples is a positive demonstration, the worst a negative one, and so on for more ``pairs``. With "dpo"
-    this is online Diffusion-DPO."""
-    return matching(BestAndWorst(tolerance, pairs), Matching(preference_loss(loss, beta), draws, anchor=anchor))
+    this is online Diffusion-DPO. Samples are compared at noise levels from ``low`` of the path's range on: what a
+    prompt asks for is decided at the high ones."""
+    return matching(BestAndWorst(tolerance, pairs), Matching(preference_loss(loss, beta), draws, low, anchor=anchor))
 
 
 def dragon_set(

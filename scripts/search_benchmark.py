@@ -1,167 +1,65 @@
 """Search at equal cost in the shapes world, from one recorded pool of trajectories.
 
-    python scripts/search_benchmark.py prepare     the selection reward and its noise-aware students
-    python scripts/search_benchmark.py prices      what every call costs here
-    python scripts/search_benchmark.py record      the pool: previews of every trajectory, scored in every way
-    python scripts/search_benchmark.py publish     schedules tuned on some prompts, curves and claims on the others
+    prepare     the selection reward and its noise-aware students
+    prices      what every call costs here
+    record      the pool: previews of every trajectory, scored in every way
+    tune        schedules, on every second prompt
+    search      live searches over the base and the models that Flow-GRPO tuned (scripts/proofs.py methods)
+    publish     curves and claims, on the other prompts
 
-The selection reward is a regressor on shapes-clip; the verifier only judges. Costs are seconds at measured prices.
+The selection reward is a regressor on shapes-clip; the verifier only judges. A budget is so many images' cost.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from proofs import RESULTS, head
 from torch import Tensor
 
-from genalign import assets
-from genalign.budget import Ledger, Metered, measure_prices, reward_call
-from genalign.checkpoints import load_state, save_state, write_json
+from genalign.budget import Budget, Ledger, Metered
+from genalign.checkpoints import write_json, write_text
 from genalign.cli import main as genalign
+from genalign.dynamics import FlowSDE
 from genalign.results import PromptRecord, write_results
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.search import BestOfN, FKSteering, Prune
 from genalign.search.engine import Run
-from genalign.search.pruning import Pool, PruneSchedule, chosen_probabilities
-from genalign.types import Prompt
-from genalign.worlds import shapes
-from pipelines import SD3
-from rewards.noise_aware import ScorerReward, load_scorer
-from rewards.shapes import ShapesReward
+from genalign.search.pruning import PruneSchedule, chosen_probabilities
+from genalign.search.strategy import Allowance, Strategy
+from rewards.noise_aware import load_scorer
+from scripts import search_pool
+from scripts.proofs import RESULTS, head
+from scripts.search_pool import FORWARDS_ALONE, LEVELS, PROMPTS, SEEDS, STEPS, Costs, Recorded
 
-STEPS, SEEDS, PROMPTS = 20, 64, 200
-LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14)
 BUDGETS = (2, 4, 8, 16, 32)
-WAYS = ("raw", "decoded", "latent", "random", "oracle")
-SUBSETS = 40
+WAYS = {
+    "raw_pruning": "raw",
+    "noise_aware_pruning": "decoded",
+    "noise_aware_latent_pruning": "latent",
+    "random_pruning": "random",
+    "oracle_pruning": "oracle",
+}
+CLAIMED = ("noise_aware_pruning", "noise_aware_latent_pruning")
+TUNE, TEST = range(0, PROMPTS, 2), range(1, PROMPTS, 2)
+TRIALS, SUBSETS = 8, 40
+LIVE_BUDGET, LIVE_PROMPTS, TUNED = 8, 60, (41, 42, 43)
 
 
 def prepare(work: Path) -> None:
     """Train the selection reward, then students of it that look at images and at latents."""
-    selection = work / "selection" / "scorer.safetensors"
-    if not selection.exists():
-        _run("noise_aware_selection", work / "selection")
-    for name in ("decoded", "latent"):
-        if not (work / name / "scorer.safetensors").exists():
-            _run(f"noise_aware_{name}", work / name)
-
-
-def _run(config: str, output: Path) -> None:
-    if status := genalign(["train-noise-aware", "--config", f"scripts/configs/{config}.yaml", "--output", str(output)]):
-        raise SystemExit(f"{config} ended with status {status}")
-
-
-@torch.no_grad()
-def record(work: Path) -> None:
-    """Every trajectory's previews at LEVELS, scored raw, by both students, and at its end by reward and verifier."""
-    pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=torch.bfloat16)
-    reward = ScorerReward(work / "selection" / "scorer.safetensors")
-    students = {name: load_scorer(work / name / "scorer.safetensors") for name in ("decoded", "latent")}
-    grid, chosen = Sampling(STEPS).grid(pipeline), prompts()
-    for index, prompt in enumerate(chosen):
-        path = work / "pool" / f"{index:03d}.safetensors"
-        if path.exists():
+    for name in ("selection", "decoded", "latent"):
+        output = work / name
+        if (output / "scorer.safetensors").exists():
             continue
-        rewards = [NamedReward("selection", reward), NamedReward("strict", ShapesReward("strict"))]
-        run = Run(Metered(pipeline, Ledger()), [prompt], rewards, grid, 1.0, SEEDS, f"pool/{index}")
-        candidates, columns = run.start(SEEDS), []
-        for level in LEVELS:
-            candidates = run.advance(candidates, level + 1)
-            raw = run.decoded_scores(candidates)[:, 0]
-            columns.append(torch.stack([raw, *(students[name](run, candidates)[:, 0] for name in students)], dim=1))
-        finished = run.finish(candidates)
-        tensors = {"previews": torch.stack(columns, dim=1), "clean": finished.scores}
-        save_state(path, tensors, {"prompt": prompt.text, "task": prompt.task})
-        print(f"{index + 1}/{len(chosen)}  {prompt.text}", flush=True)
-
-
-def prompts() -> list[Prompt]:
-    """Held-out compositions, as many of each task as there are, in turn."""
-    rng = np.random.default_rng(0)
-    tasks = [[group[i] for i in rng.permutation(len(group))] for group in shapes.prompts("comp").by_task().values()]
-    turns = itertools.zip_longest(*tasks)
-    return [prompt for turn in turns for prompt in turn if prompt is not None][:PROMPTS]
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """The pool: ``previews`` (P, N, L, 3) by raw, decoded and latent scorer, ``clean`` (P, N, 2) by the selection
-    reward and the verifier, and the prompts with their tasks."""
-
-    previews: Tensor
-    clean: Tensor
-    texts: tuple[str, ...]
-    tasks: tuple[str, ...]
-
-    @classmethod
-    def load(cls, work: Path) -> Recorded:
-        """All that is there."""
-        found = [load_state(path) for path in sorted((work / "pool").glob("*.safetensors"))]
-        if len(found) < PROMPTS:
-            raise SystemExit(f"the pool has {len(found)} of {PROMPTS} prompts: run record first")
-        return cls(
-            torch.stack([tensors["previews"] for tensors, _ in found]),
-            torch.stack([tensors["clean"] for tensors, _ in found]),
-            tuple(meta["prompt"] for _, meta in found),
-            tuple(meta["task"] for _, meta in found),
-        )
-
-    def pool(self, way: str, rows: Sequence[int]) -> Pool:
-        """Scores of previews in one way at every step (0 where none were recorded), the selection reward last."""
-        clean = self.clean[list(rows), :, 0]
-        scores = torch.zeros(len(rows), clean.shape[1], STEPS, 1)
-        for place, level in enumerate(LEVELS):
-            scores[:, :, level, 0] = self._column(way, rows, place)
-        scores[:, :, -1, 0] = clean
-        return Pool(scores)
-
-    def _column(self, way: str, rows: Sequence[int], place: int) -> Tensor:
-        if way == "oracle":
-            return self.clean[list(rows), :, 0]
-        if way == "random":
-            return torch.rand(len(rows), SEEDS, generator=torch.Generator().manual_seed(place))
-        return self.previews[list(rows), :, place, WAYS.index(way)]
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of one sample's calls, measured by ``genalign prices`` for the selection reward and each student."""
-
-    forward: float
-    decode: float
-    reward: float
-    students: Mapping[str, float]
-
-    @property
-    def sample(self) -> float:
-        """A whole sample: one image of budget."""
-        return STEPS * self.forward + self.decode + self.reward
-
-    def preview(self, way: str) -> float:
-        """Scoring one preview."""
-        if way == "latent":
-            return self.students["latent"]
-        return {"random": 0.0, "decoded": self.decode + self.students["decoded"]}.get(way, self.decode + self.reward)
-
-    def pruning(self, schedule: PruneSchedule, way: str, candidates: int) -> float:
-        """What a schedule really costs."""
-        counts, done = schedule.counts(candidates), [0, *(step + 1 for step in schedule.steps), STEPS]
-        moves = sum(alive * (end - begin) for alive, (begin, end) in zip(counts, itertools.pairwise(done), strict=True))
-        scored = sum(counts[:-1]) * self.preview(way)
-        return moves * self.forward + scored + counts[-1] * (self.decode + self.reward)
-
-    def affordable(self, schedule: PruneSchedule, way: str, budget: int) -> int:
-        """The most candidates that ``budget`` images' cost begins, of those that were recorded."""
-        limit = budget * self.sample * (1 + 1e-9)
-        return max((n for n in range(1, SEEDS + 1) if self.pruning(schedule, way, n) <= limit), default=0)
+        config = f"scripts/configs/noise_aware_{name}.yaml"
+        if status := genalign(["train-noise-aware", "--config", config, "--output", str(output)]):
+            raise SystemExit(f"{config} ended with status {status}")
 
 
 def schedules() -> list[PruneSchedule]:
@@ -173,138 +71,246 @@ def schedules() -> list[PruneSchedule]:
     return found
 
 
-def pruned(recorded: Recorded, rows: Sequence[int], schedule: PruneSchedule, way: str, candidates: int) -> Tensor:
-    """The mean clean scores (P, 2) of what a schedule returns, over random subsets of the recorded candidates."""
-    pool, generator = recorded.pool(way, rows), torch.Generator().manual_seed(candidates)
-    total = torch.zeros(len(rows), 2, dtype=torch.float64)
-    for _ in range(SUBSETS if candidates < SEEDS else 1):
-        subset = torch.randperm(SEEDS, generator=generator)[:candidates]
-        places = _winners(pool, schedule, subset)
-        total += recorded.clean[list(rows)][torch.arange(len(rows)), places].double()
-    return total / (SUBSETS if candidates < SEEDS else 1)
+class Trials:
+    """Pruning in one way on random subsets of the recorded candidates, ``subsets`` for each prompt."""
+
+    def __init__(self, recorded: Recorded, way: str, subsets: int) -> None:
+        self.shape = len(recorded), subsets
+        again = recorded.part([row for row in range(len(recorded)) for _ in range(subsets)])
+        self.pool, self.clean = again.pool(way), again.clean.double()
+
+    def pruned(self, schedule: PruneSchedule, candidates: int) -> Tensor:
+        """The mean clean scores (P, 2) of what a schedule returns of so many candidates."""
+        generator = torch.Generator().manual_seed(candidates)
+        subset = torch.rand(len(self.clean), SEEDS, generator=generator).argsort(dim=1)[:, :candidates]
+        places = tuple(LEVELS.index(step) for step in schedule.steps)
+        found = self.pool.winners(PruneSchedule(places, schedule.keep), subset)
+        return self.clean[torch.arange(len(found)), found].view(*self.shape, 2).mean(1)
 
 
-def _winners(pool: Pool, schedule: PruneSchedule, subset: Tensor) -> Tensor:
-    """The places (P,) of what a schedule returns."""
-    survivors = pool.pruned(schedule, subset)
-    final = pool.scores[:, :, -1, 0].gather(1, survivors)
-    return survivors[torch.arange(len(survivors)), final.argmax(1)]
-
-
-def best_of(recorded: Recorded, rows: Sequence[int], count: int) -> Tensor:
-    """The exact expected clean scores (P, 2) of best-of-``count``, selected by the selection reward."""
-    clean = recorded.clean[list(rows)].double()
-    order = clean[:, :, 0].argsort(dim=1)
-    ranked = clean.gather(1, order[:, :, None].expand_as(clean))
-    expected: Tensor = torch.einsum("pns,n->ps", ranked, chosen_probabilities(clean.shape[1], count))
+def best_of(ends: Tensor, count: int) -> Tensor:
+    """The exact expected clean scores (P, 2) of best-of-``count`` of ``ends`` (P, N, 2), by the selection reward."""
+    order = ends[:, :, 0].argsort(dim=1)
+    ranked = ends.double().gather(1, order[:, :, None].expand_as(ends))
+    expected: Tensor = torch.einsum("pns,n->ps", ranked, chosen_probabilities(ends.shape[1], min(count, SEEDS)))
     return expected
 
 
-def publish(work: Path) -> None:
-    """Schedules by the even prompts, everything else by the odd ones."""
-    recorded, costs = Recorded.load(work), _costs(work)
-    tune, test = range(0, PROMPTS, 2), range(1, PROMPTS, 2)
-    records: list[PromptRecord] = []
-    curves: dict[str, dict[str, object]] = {}
-    baseline = {budget: best_of(recorded, test, budget) for budget in BUDGETS}
-    for way in WAYS:
-        schedule = _tuned(recorded, tune, way, costs)
-        found = {b: pruned(recorded, test, schedule, way, costs.affordable(schedule, way, b)) for b in BUDGETS}
-        name = {"decoded": "noise_aware_pruning"}.get(way, f"{way}_pruning")
-        for score, metric in enumerate(("selection reward", "strict")):
-            means = {b: (baseline[b][:, score], found[b][:, score]) for b in BUDGETS}
-            suffix = "" if score == 0 else ".strict"
-            records += _records(f"{name}{suffix}", f"{metric}, budgets 4 to 32", recorded, test, means, BUDGETS[1:])
-            for b in BUDGETS:
-                records += _records(f"{name}{suffix}.at_{b}", f"{metric}, budget {b}", recorded, test, means, (b,))
-        curves[way] = {
-            "steps": list(schedule.steps),
-            "keep": list(schedule.keep),
-            "reward": [float(found[b][:, 0].mean()) for b in BUDGETS],
-            "cost_of_best_of_32": _cost_to_reach(
-                recorded, test, schedule, way, costs, float(baseline[32][:, 0].mean())
-            ),
+def tune(work: Path) -> None:
+    """For every way and budget the schedule of most reward; for every way the one that reaches best-of-32 soonest."""
+    recorded, costs = Recorded.load(work).part(TUNE), Costs.read(work)
+    target = float(best_of(recorded.clean, BUDGETS[-1])[:, 0].mean())
+    chosen: dict[str, dict[str, object]] = {}
+    for name, way in WAYS.items():
+        trials = Trials(recorded, way, TRIALS)
+        by_budget = {budget: _best(trials, way, budget, costs) for budget in BUDGETS}
+        soonest = min(set(by_budget.values()), key=lambda schedule: share(trials, schedule, way, costs, target))
+        chosen[name] = {"by_budget": {b: asdict(s) for b, s in by_budget.items()}, "soonest": asdict(soonest)}
+        print(f"{name}: {chosen[name]}", flush=True)
+    write_json(work / "schedules.json", chosen)
+
+
+def _best(trials: Trials, way: str, budget: int, costs: Costs) -> PruneSchedule:
+    """The schedule of most reward at a budget."""
+    counts = {schedule: costs.affordable(schedule, way, budget) for schedule in schedules()}
+    possible = [schedule for schedule, count in counts.items() if count]
+    return max(possible, key=lambda schedule: float(trials.pruned(schedule, counts[schedule])[:, 0].mean()))
+
+
+def share(trials: Trials, schedule: PruneSchedule, way: str, costs: Costs, target: float) -> float:
+    """The least cost at which a schedule's mean reward reaches ``target``, as a share of best-of-32's; inf where the
+    recorded candidates do not."""
+    for count in range(1, SEEDS + 1):
+        if float(trials.pruned(schedule, count)[:, 0].mean()) >= target:
+            return costs.pruning(schedule, way, count) / (BUDGETS[-1] * costs.sample())
+    return np.inf
+
+
+def chosen_schedules(work: Path, name: str) -> tuple[dict[int, PruneSchedule], PruneSchedule]:
+    """What ``tune`` chose: by budget, and to reach best-of-32."""
+    found = json.loads((work / "schedules.json").read_text(encoding="utf-8"))[name]
+    by_budget = {int(budget): _schedule(plain) for budget, plain in found["by_budget"].items()}
+    return by_budget, _schedule(found["soonest"])
+
+
+def _schedule(plain: Mapping[str, Sequence[float]]) -> PruneSchedule:
+    return PruneSchedule(tuple(map(int, plain["steps"])), tuple(plain["keep"]))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Methods at every budget on the test prompts, each (P, 2)."""
+
+    recorded: Recorded
+    costs: Costs
+    work: Path
+
+    def methods(self) -> dict[str, Callable[[int], Tensor]]:
+        """From a budget to clean scores."""
+        ends, costs = self.recorded, self.costs
+        image = costs.sample()
+
+        def half(budget: int) -> Tensor:
+            return best_of(ends.half, int(budget * image / costs.sample(STEPS // 2)))
+
+        def first(budget: int) -> Tensor:
+            looked = costs.forward + costs.preview("raw")
+            return best_of(ends.clean, int((budget * image - (STEPS - 1) * costs.forward - looked) / looked))
+
+        return {
+            "best_of_n": lambda budget: best_of(ends.clean, budget),
+            "best_of_n_half_the_steps": half,
+            "best_of_n_stochastic": lambda budget: best_of(ends.stochastic, budget),
+            **{name: self._pruning(name, way) for name, way in WAYS.items()},
+            "oracle_after_one_forward": first,
+            "best_of_the_pool": lambda budget: best_of(ends.clean, SEEDS),
         }
-    curves["best_of_n"] = {"reward": [float(baseline[b][:, 0].mean()) for b in BUDGETS]}
+
+    def _pruning(self, name: str, way: str) -> Callable[[int], Tensor]:
+        by_budget, _ = chosen_schedules(self.work, name)
+        trials = Trials(self.recorded, way, SUBSETS)
+
+        def found(budget: int) -> Tensor:
+            count = self.costs.affordable(by_budget[budget], way, budget)
+            return trials.pruned(by_budget[budget], count)
+
+        return found
+
+    def cost_of_best_of_32(self, name: str) -> dict[str, float | None]:
+        """The share of its cost at which pruning reaches best-of-32's reward, with a bootstrap over prompts."""
+        way, (_, schedule) = WAYS[name], chosen_schedules(self.work, name)
+        counts, trials = range(1, SEEDS + 1), Trials(self.recorded, way, SUBSETS)
+        rewards = torch.stack([trials.pruned(schedule, n)[:, 0] for n in counts]).numpy()
+        costs = np.array([self.costs.pruning(schedule, way, n) / (BUDGETS[-1] * self.costs.sample()) for n in counts])
+        lead = rewards - best_of(self.recorded.clean, BUDGETS[-1])[:, 0].numpy()
+        weights = np.stack([np.ones(len(self.recorded)) / len(self.recorded), *self._resampled(2000)])
+        reached = lead @ weights.T >= 0
+        found = np.where(reached.any(0), costs[reached.argmax(0)], np.inf)
+        low, high = np.quantile(found[1:], [0.025, 0.975], method="nearest")
+        named = {"mean": found[0], "low": low, "high": high}
+        return {key: float(value) if np.isfinite(value) else None for key, value in named.items()}
+
+    def _resampled(self, times: int) -> Iterator[np.ndarray]:
+        """Weights (P,) of prompts drawn anew within their tasks."""
+        rng, tasks = np.random.default_rng(0), np.array(self.recorded.tasks)
+        for _ in range(times):
+            drawn = [rng.choice(np.flatnonzero(tasks == task), (tasks == task).sum()) for task in np.unique(tasks)]
+            yield np.bincount(np.concatenate(drawn), minlength=len(tasks)) / len(tasks)
+
+
+def live(work: Path) -> None:
+    """Best-of-N, pruning and FK steering at one budget, on the base and on what Flow-GRPO made of it."""
+    costs, prices = Costs.read(work), json.loads((work / "prices.json").read_text(encoding="utf-8"))
+    prices["reward/noise-aware"] = prices["reward/decoded"]
+    prices["reward/strict"] = 0.0  # it judges, and is not part of the search
+    allowance = Allowance(Budget(cost=LIVE_BUDGET * costs.sample(), prices=prices))
+    scorer, (by_budget, _) = load_scorer(work / "decoded" / "scorer.safetensors"), chosen_schedules(work, CLAIMED[0])
+    schedule = by_budget[LIVE_BUDGET]
+    strategies: dict[str, Strategy] = {
+        "best_of_n": BestOfN(),
+        "pruning": Prune(schedule.steps, schedule.keep, scorer=scorer),
+        "fk_steering": FKSteering(lam=10.0, kernel=FlowSDE(0.7), scorer=scorer),
+    }
+    selection, strict = search_pool.rewards(work)
+    asked = [search_pool.prompts()[row] for row in TEST][:LIVE_PROMPTS]
+    lines = []
+    for seed in (None, *TUNED):
+        model = search_pool.pipeline()
+        if seed is not None:
+            model.load_lora(Path(f"runs/proofs/methods/flow_grpo/seed-{seed}/lora"))
+        for place, prompt in enumerate(asked):
+            row: dict[str, object] = {"seed": seed, "prompt": prompt.text, "task": prompt.task}
+            for name, strategy in strategies.items():
+                grid = Sampling(STEPS).grid(model)
+                run = Run(Metered(model, Ledger()), [prompt], [selection], grid, 1.0, SEEDS, f"live/{place}")
+                finished = strategy(run, allowance)
+                both = torch.stack(
+                    [finished.scores[:, 0], strict.function(finished.samples, [prompt] * len(finished.samples))]
+                )
+                if name == "best_of_n":
+                    row["one_sample"] = both.mean(1).tolist()
+                row[name] = both[:, finished.best()[0]].tolist()
+            lines.append(json.dumps(row))
+            print(f"{seed}  {place + 1}/{len(asked)}  {prompt.text}", flush=True)
+    write_text(work / "live.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def publish(work: Path) -> None:
+    """Everything on the test prompts, from the pool and the live searches."""
+    recorded, costs = Recorded.load(work).part(TEST), Costs.read(work)
+    compared = Compared(recorded, costs, work)
+    found = {name: {b: method(b) for b in BUDGETS} for name, method in compared.methods().items()}
+    records: list[PromptRecord] = []
+    for name in [*CLAIMED, *(name for name in found if name not in (*CLAIMED, "best_of_n"))]:
+        for score, (suffix, metric) in enumerate((("", "selection reward"), (".strict", "strict"))):
+            records += _records(
+                f"{name}{suffix}", f"{metric}, budgets 4 to 32", recorded, found, name, score, BUDGETS[1:]
+            )
+        for budget in BUDGETS if name in CLAIMED else ():
+            records += _records(f"{name}.at_{budget}", "selection reward", recorded, found, name, 0, (budget,))
+    records += _live_records(work)
+    by_forwards = Compared(recorded, FORWARDS_ALONE, work)
+    extra = {
+        "budgets": BUDGETS,
+        "curves": {name: {b: method[b].mean(0).tolist() for b in BUDGETS} for name, method in found.items()},
+        "cost_of_best_of_32": {name: compared.cost_of_best_of_32(name) for name in WAYS},
+        "forwards_of_best_of_32": {name: by_forwards.cost_of_best_of_32(name) for name in WAYS},
+        "schedules": json.loads((work / "schedules.json").read_text(encoding="utf-8")),
+        "prices": asdict(costs),
+    }
     claim = (
-        "Noise-aware pruning finds more selection reward than best-of-N at equal cost in seconds (suite comp, T = 20)"
+        "Noise-aware pruning finds more of the selection reward than best-of-N at equal cost in seconds (suite comp)"
     )
-    made = head(claim, "python scripts/search_benchmark.py publish")
-    extra = {"budgets": list(BUDGETS), "curves": curves, "prices": vars(costs)}
-    write_results(RESULTS, "search_shapes", {**made, **extra}, records)
-
-
-def _tuned(recorded: Recorded, rows: Sequence[int], way: str, costs: Costs) -> PruneSchedule:
-    """The schedule of the largest mean reward over the budgets 4 to 32."""
-
-    def merit(schedule: PruneSchedule) -> float:
-        counts = [costs.affordable(schedule, way, budget) for budget in BUDGETS[1:]]
-        if min(counts) == 0:
-            return -np.inf
-        return float(np.mean([float(pruned(recorded, rows, schedule, way, n)[:, 0].mean()) for n in counts]))
-
-    return max(schedules(), key=merit)
-
-
-def _cost_to_reach(
-    recorded: Recorded, rows: Sequence[int], schedule: PruneSchedule, way: str, costs: Costs, reward: float
-) -> float | None:
-    """The least cost, as a share of best-of-32's, at which a schedule reaches ``reward``; None where 64 do not."""
-    for candidates in range(1, SEEDS + 1):
-        if float(pruned(recorded, rows, schedule, way, candidates)[:, 0].mean()) >= reward:
-            return costs.pruning(schedule, way, candidates) / (32 * costs.sample)
-    return None
+    write_results(RESULTS, "search_shapes", {**head(claim, "python scripts/benchmark.py search"), **extra}, records)
 
 
 def _records(
     name: str,
     metric: str,
     recorded: Recorded,
-    rows: Sequence[int],
-    means: Mapping[int, tuple[Tensor, Tensor]],
+    found: Mapping[str, Mapping[int, Tensor]],
+    method: str,
+    score: int,
     budgets: Sequence[int],
 ) -> list[PromptRecord]:
-    """Per-prompt means over budgets: best-of-N before, pruning after."""
-    before, after = (torch.stack([means[b][side] for b in budgets]).mean(0).tolist() for side in (0, 1))
+    """Per-prompt means over budgets: best-of-N before, the method after."""
+    before, after = (
+        torch.stack([found[key][b][:, score] for b in budgets]).mean(0).tolist() for key in ("best_of_n", method)
+    )
     return [
-        PromptRecord(name, metric, 0, recorded.tasks[row], recorded.texts[row], before[i], after[i], SUBSETS)
-        for i, row in enumerate(rows)
+        PromptRecord(name, metric, 0, recorded.tasks[row], recorded.texts[row], before[row], after[row], SUBSETS)
+        for row in range(len(recorded))
     ]
 
 
-def prices(work: Path) -> None:
-    """Measure what a forward, a decode, the selection reward and each student cost; on a quiet machine."""
-    pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=torch.bfloat16)
-    grid, asked = Sampling(STEPS).grid(pipeline), prompts()[:32]
-    latents, level = pipeline.initial_noise(list(range(len(asked)))), torch.full((len(asked),), 0.5)
-    decoded, latent = (load_scorer(work / name / "scorer.safetensors").student for name in ("decoded", "latent"))
-    calls = [
-        NamedReward("selection", ScorerReward(work / "selection" / "scorer.safetensors")),
-        NamedReward("decoded", lambda samples, prompts: decoded(samples, level, prompts)),
-        NamedReward("latent", lambda samples, prompts: latent(latents, level, prompts)),
-    ]
-    found = measure_prices(pipeline, calls, asked, grid, repeats=15)
-    write_json(work / "prices.json", found)
-    print(json.dumps(found, indent=2))
+def _live_records(work: Path) -> list[PromptRecord]:
+    """One sample before, the search after."""
+    rows = [json.loads(line) for line in (work / "live.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = []
+    for model, method in itertools.product(("base", "tuned"), ("best_of_n", "pruning", "fk_steering")):
+        for score, (suffix, metric) in enumerate((("", "selection reward"), (".strict", "strict"))):
+            records += [
+                PromptRecord(
+                    f"{model}_{method}{suffix}",
+                    f"{metric}, over one sample of the same model",
+                    row["seed"] or 0,
+                    row["task"],
+                    row["prompt"],
+                    row["one_sample"][score],
+                    row[method][score],
+                    1,
+                )
+                for row in rows
+                if (row["seed"] is None) == (model == "base")
+            ]
+    return records
 
 
-def _costs(work: Path) -> Costs:
-    found = json.loads((work / "prices.json").read_text(encoding="utf-8"))
-    students = {name: found[reward_call(name)] for name in ("decoded", "latent")}
-    return Costs(found["forward"], found["decode"], found[reward_call("selection")], students)
-
-
-PARTS = {"prepare": prepare, "prices": prices, "record": record, "publish": publish}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--work", type=Path, default=Path("runs/search"))
-    options = parser.parse_args()
-    for part in options.parts or PARTS:
-        PARTS[part](options.work)
-
-
-if __name__ == "__main__":
-    main()
+PARTS: dict[str, Callable[[Path], None]] = {
+    "prepare": prepare,
+    "prices": search_pool.measure,
+    "record": search_pool.record,
+    "tune": tune,
+    "search": live,
+    "publish": publish,
+}

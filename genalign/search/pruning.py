@@ -117,23 +117,22 @@ class Pool:
                     )
 
     def pruned(self, schedule: PruneSchedule, subset: Tensor) -> Tensor:
-        """The survivors' places (P, M) among ``subset`` (n,) of the candidates, by the schedule."""
-        rows = []
-        for prompt in self.scores:
-            alive = subset
-            for step, left in zip(schedule.steps, schedule.counts(len(subset))[1:], strict=True):
-                same = torch.zeros_like(alive)
-                alive = alive[top(prompt[alive, step], same, left)]
-            rows.append(alive)
-        return torch.stack(rows)
+        """The survivors' places (P, M), by the schedule, among ``subset`` of the candidates: (n,), or (P, n) with one
+        for each prompt."""
+        alive = subset.expand(len(self.scores), -1)
+        for step, left in zip(schedule.steps, schedule.counts(subset.shape[-1])[1:], strict=True):
+            alive = self._top(alive, step, left)
+        return alive
 
-    def outcome(self, schedule: PruneSchedule, subset: Tensor) -> Tensor:
-        """The clean scores (P, K) of what the schedule returns."""
-        found = []
-        for prompt, alive in zip(self.scores, self.pruned(schedule, subset), strict=True):
-            same = torch.zeros_like(alive)
-            found.append(prompt[alive[top(prompt[alive, -1], same, 1)[0]], -1])
-        return torch.stack(found)
+    def winners(self, schedule: PruneSchedule, subset: Tensor) -> Tensor:
+        """The places (P,) of what the schedule returns, by the clean scores."""
+        return self._top(self.pruned(schedule, subset), -1, 1)[:, 0]
+
+    def _top(self, alive: Tensor, step: int, count: int) -> Tensor:
+        """The ``count`` best by the scores of a step of each prompt's ``alive`` (P, n)."""
+        prompt = torch.arange(len(alive))[:, None]
+        chosen = top(self.scores[prompt, alive, step].flatten(0, 1), prompt.expand_as(alive).flatten(), count)
+        return alive.flatten()[chosen].view(len(alive), count)
 
 
 def expected_best(values: Tensor, count: int) -> Tensor:

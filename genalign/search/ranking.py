@@ -32,12 +32,11 @@ def _ranks(values: Tensor) -> Tensor:
 
 def best(merits: Tensor, prompt: Tensor, count: int) -> Tensor:
     """The ``count`` best candidates of every prompt, prompts ascending, best first, the earlier of equals first."""
-    chosen = []
-    for key in torch.unique(prompt):
-        members = (prompt == key).nonzero()[:, 0]
-        order = torch.sort(merits[members], descending=True, stable=True).indices
-        chosen.append(members[order[:count]])
-    return torch.cat(chosen)
+    falling = torch.sort(merits, descending=True, stable=True).indices
+    order = falling[torch.sort(prompt[falling], stable=True).indices]
+    sizes = torch.unique(prompt, return_counts=True)[1]
+    place = torch.arange(len(order)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return order[place < count]
 
 
 def top(scores: Tensor, prompt: Tensor, count: int) -> Tensor:

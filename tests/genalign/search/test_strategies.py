@@ -182,8 +182,11 @@ def test_a_pool_simulates_pruning() -> None:
     clean = torch.randn(4, 16, 1, 1, generator=torch.Generator().manual_seed(2))
     pool = Pool(clean.expand(4, 16, 6, 1))
     schedule, subset = PruneSchedule((1, 3), (0.5, 0.25)), torch.arange(10)
-    assert torch.equal(pool.outcome(schedule, subset)[:, 0], clean[:, :10, 0, 0].amax(1))
+    assert torch.equal(pool.winners(schedule, subset), clean[:, :10, 0, 0].argmax(1))
     assert pool.pruned(schedule, subset).shape == (4, 2)
+    apart = torch.stack([torch.arange(6) + 2 * prompt for prompt in range(4)])
+    expected = [2 * prompt + int(clean[prompt, 2 * prompt : 2 * prompt + 6].argmax()) for prompt in range(4)]
+    assert pool.winners(schedule, apart).tolist() == expected
     with pytest.raises(ValueError, match="prompt 1 has 2 distinct trajectories among 3: drop the duplicates"):
         Pool(torch.zeros(2, 3, 2, 1), torch.tensor([[1, 2, 3], [1, 1, 2]]))
 

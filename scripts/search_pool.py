@@ -1,0 +1,195 @@
+"""The recorded trajectories that searches are compared on, and what their calls cost."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genalign import assets
+from genalign.budget import Ledger, Metered, measure_prices, reward_call
+from genalign.checkpoints import load_state, save_state, write_json
+from genalign.dynamics import ODE, FlowSDE, Kernel
+from genalign.sampling import Sampling
+from genalign.scoring import NamedReward
+from genalign.search.engine import Candidates, Run
+from genalign.search.pruning import Pool, PruneSchedule
+from genalign.types import Prompt
+from genalign.worlds import shapes
+from pipelines import SD3
+from rewards.noise_aware import ScorerReward, load_scorer
+from rewards.shapes import ShapesReward
+
+STEPS, SEEDS, PROMPTS = 20, 64, 200
+LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14)
+OTHERS: dict[str, tuple[int, Kernel]] = {"half": (STEPS // 2, ODE()), "stochastic": (STEPS, FlowSDE(0.7))}
+PREVIEWS = ("raw", "decoded", "latent")
+
+
+def pipeline() -> SD3:
+    """The base model, as it is searched."""
+    return SD3.load(assets.resolve("shapes-sd3"), autocast=torch.bfloat16)
+
+
+def rewards(work: Path) -> list[NamedReward]:
+    """The reward that selects, and the verifier that judges."""
+    selection = ScorerReward(work / "selection" / "scorer.safetensors")
+    return [NamedReward("selection", selection), NamedReward("strict", ShapesReward("strict"))]
+
+
+def prompts() -> list[Prompt]:
+    """Held-out compositions, as many of each task as there are, in turn."""
+    rng = np.random.default_rng(0)
+    tasks = [[group[i] for i in rng.permutation(len(group))] for group in shapes.prompts("comp").by_task().values()]
+    turns = itertools.zip_longest(*tasks)
+    return [prompt for turn in turns for prompt in turn if prompt is not None][:PROMPTS]
+
+
+@torch.no_grad()
+def record(work: Path) -> None:
+    """Every trajectory's previews at LEVELS, scored raw and by both students, and the ends by selection reward and
+    verifier; then ends of half as many steps and of a stochastic sampler. Finished prompts are kept."""
+    model, judges = pipeline(), rewards(work)
+    students = {name: load_scorer(work / name / "scorer.safetensors") for name in ("decoded", "latent")}
+    for index, prompt in enumerate(prompts()):
+        path = work / "pool" / f"{index:03d}.safetensors"
+        if path.exists():
+            continue
+        run = _run(model, prompt, judges, STEPS, index)
+        candidates, columns = run.start(SEEDS), []
+        for level in LEVELS:
+            candidates = run.advance(candidates, level + 1)
+            raw = run.decoded_scores(candidates)[:, 0]
+            columns.append(torch.stack([raw, *(students[name](run, candidates)[:, 0] for name in students)], dim=1))
+        finished = run.finish(candidates)
+        tensors = {"previews": torch.stack(columns, dim=1), "clean": finished.scores}
+        tensors["hashes"] = _hashes(finished.candidates)
+        for name, (steps, kernel) in OTHERS.items():
+            other = _run(model, prompt, judges, steps, index)
+            tensors[name] = other.finish(other.advance(other.start(SEEDS), steps, kernel)).scores
+        save_state(path, tensors, {"prompt": prompt.text, "task": prompt.task})
+        print(f"{index + 1}/{PROMPTS}  {prompt.text}", flush=True)
+
+
+def _run(model: SD3, prompt: Prompt, judges: list[NamedReward], steps: int, index: int) -> Run:
+    return Run(Metered(model, Ledger()), [prompt], judges, Sampling(steps).grid(model), 1.0, SEEDS, f"pool/{index}")
+
+
+def _hashes(candidates: Candidates) -> Tensor:
+    digests = [hashlib.blake2b(x.numpy().tobytes(), digest_size=8).digest() for x in candidates.x]
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The pool of P prompts x N seeds.
+
+    ``previews`` (P, N, L, 3) are scored as PREVIEWS says; ``clean``, ``half`` and ``stochastic`` (P, N, 2) are the ends
+    by the selection reward and the verifier.
+    """
+
+    previews: Tensor
+    clean: Tensor
+    half: Tensor
+    stochastic: Tensor
+    texts: tuple[str, ...]
+    tasks: tuple[str, ...]
+
+    @classmethod
+    def load(cls, work: Path) -> Recorded:
+        """All that is there."""
+        found = [load_state(path) for path in sorted((work / "pool").glob("*.safetensors"))]
+        if len(found) < PROMPTS:
+            raise SystemExit(f"the pool has {len(found)} of {PROMPTS} prompts: run record first")
+        names = ("previews", "clean", "half", "stochastic", "hashes")
+        stacked = {name: torch.stack([tensors[name] for tensors, _ in found]) for name in names}
+        texts, tasks = (tuple(meta[key] for _, meta in found) for key in ("prompt", "task"))
+        Pool(stacked["clean"][:, :, None], stacked.pop("hashes"))  # refuses duplicate trajectories
+        return cls(**stacked, texts=texts, tasks=tasks)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def part(self, rows: Sequence[int]) -> Recorded:
+        """Some of the prompts."""
+        index = list(rows)
+        tensors = (self.previews, self.clean, self.half, self.stochastic)
+        texts, tasks = (tuple(column[row] for row in index) for column in (self.texts, self.tasks))
+        return Recorded(*(tensor[index] for tensor in tensors), texts, tasks)
+
+    def pool(self, way: str) -> Pool:
+        """Scores of previews in one way at LEVELS, the selection reward last."""
+        columns = [*(self._scored(way, place) for place in range(len(LEVELS))), self.clean[:, :, 0]]
+        return Pool(torch.stack(columns, dim=2)[..., None])
+
+    def _scored(self, way: str, place: int) -> Tensor:
+        if way == "oracle":
+            return self.clean[:, :, 0]
+        if way == "random":
+            return torch.rand(len(self), SEEDS, generator=torch.Generator().manual_seed(place))
+        return self.previews[:, :, place, PREVIEWS.index(way)]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one sample's calls cost: in seconds, as ``genalign prices`` measures them for the selection reward and each
+    student, or in forwards alone."""
+
+    forward: float
+    decode: float
+    reward: float
+    students: Mapping[str, float]
+
+    @classmethod
+    def read(cls, work: Path) -> Costs:
+        """What ``measure`` wrote."""
+        found = json.loads((work / "prices.json").read_text(encoding="utf-8"))
+        students = {name: found[reward_call(name)] for name in ("decoded", "latent")}
+        return cls(found["forward"], found["decode"], found[reward_call("selection")], students)
+
+    def sample(self, steps: int = STEPS) -> float:
+        """A whole sample; one of STEPS is one image of budget."""
+        return steps * self.forward + self.decode + self.reward
+
+    def preview(self, way: str) -> float:
+        """Scoring one preview."""
+        if way == "latent":
+            return self.students["latent"]
+        return {"random": 0.0, "decoded": self.decode + self.students["decoded"]}.get(way, self.decode + self.reward)
+
+    def pruning(self, schedule: PruneSchedule, way: str, candidates: int) -> float:
+        """What a schedule really costs."""
+        counts, done = schedule.counts(candidates), [0, *(step + 1 for step in schedule.steps), STEPS]
+        moves = sum(alive * (end - begin) for alive, (begin, end) in zip(counts, itertools.pairwise(done), strict=True))
+        scored = sum(counts[:-1]) * self.preview(way)
+        return moves * self.forward + scored + counts[-1] * (self.decode + self.reward)
+
+    def affordable(self, schedule: PruneSchedule, way: str, budget: float) -> int:
+        """The most candidates that ``budget`` images' cost begins, of those that were recorded."""
+        limit = budget * self.sample() * (1 + 1e-9)
+        return max((n for n in range(1, SEEDS + 1) if self.pruning(schedule, way, n) <= limit), default=0)
+
+
+FORWARDS_ALONE = Costs(1.0, 0.0, 0.0, {"decoded": 0.0, "latent": 0.0})
+
+
+def measure(work: Path) -> None:
+    """Measure what a forward, a decode, the selection reward and each student cost; on a quiet machine."""
+    model, asked = pipeline(), prompts()[:32]
+    latents, level = model.initial_noise(list(range(len(asked)))), torch.full((len(asked),), 0.5)
+    decoded, latent = (load_scorer(work / name / "scorer.safetensors").student for name in ("decoded", "latent"))
+    calls = [
+        NamedReward("selection", ScorerReward(work / "selection" / "scorer.safetensors")),
+        NamedReward("decoded", lambda samples, prompts: decoded(samples, level, prompts)),
+        NamedReward("latent", lambda samples, prompts: latent(latents, level, prompts)),
+    ]
+    found = measure_prices(model, calls, asked, Sampling(STEPS).grid(model), repeats=15)
+    write_json(work / "prices.json", found)
+    print(json.dumps(found, indent=2))
