@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
+import pipelines
 from genalign import assets, config
 from genalign.commands.comparing import calibrate_command, compare_command, report_command
 from genalign.commands.evaluating import evaluate_command
-from genalign.commands.parts import Outside
+from genalign.commands.parts import Checkpoint, Outside
 from genalign.commands.searching import prices_command, steer_command, train_noise_aware_command
 from genalign.commands.training import demo_command, train_command
 from genalign.scoring import RewardError
-from pipelines import SD3
+from rewards.geneval import GenEvalJudge
 from rewards.noise_aware import save_scorer
 from rewards.shapes import ShapesReward
 
@@ -24,6 +25,8 @@ USAGE = """usage: genalign COMMAND ...
 
   train     --config FILE [--key value ...]       fine-tune a model on a reward
   evaluate  shapes --output DIR [--lora DIR ...]  measure a model in the shapes world
+  evaluate  geneval --output DIR --prompts FILE   measure it on GenEval's prompts; any number of processes
+  evaluate  geneval-original --output DIR --results FILE   the same images by GenEval's own results
   calibrate --config FILE --output FILE.json       find the noise level that each sampling step bears
   compare   FILE                                   train several recipes at equal budget, and set them side by side
   steer     --config FILE [--key value ...]       search for the best sample of every prompt
@@ -35,11 +38,11 @@ USAGE = """usage: genalign COMMAND ...
 genalign COMMAND --help lists the settings of a command."""
 
 
-def load_model(model: config.Model) -> SD3:
+def load_model(model: config.Model) -> Checkpoint:
     """The pipeline that a configuration names, opened without the libraries' own progress bars."""
     disable_diffusers_bars()
     disable_transformers_bars()
-    return SD3.load(
+    return pipelines.load(
         assets.resolve(model.path),
         dtype=config.dtype(model.dtype),
         device=model.device,
@@ -47,7 +50,8 @@ def load_model(model: config.Model) -> SD3:
         height=model.height,
         width=model.width,
         max_sequence_length=model.max_sequence_length,
-        offload=model.offload,
+        distilled_guidance=model.distilled_guidance,
+        memory=model.memory,
     )
 
 
@@ -55,6 +59,7 @@ OUTSIDE = Outside(
     load_model,
     {"strict": ShapesReward("strict"), "partial": ShapesReward("partial"), "relaxed": ShapesReward("relaxed")},
     save_scorer,
+    GenEvalJudge(),
 )
 
 

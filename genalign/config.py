@@ -18,6 +18,7 @@ from torch import nn
 from genalign.budget import Budget
 from genalign.calibration import Calibration
 from genalign.dynamics import Kernel
+from genalign.memory import Memory
 from genalign.policy import Lora
 from genalign.recipes import Recipe, flow_grpo
 from genalign.sampling import Sampling
@@ -42,7 +43,8 @@ class Model:
     height: int | None = None
     width: int | None = None
     max_sequence_length: int | None = None
-    offload: bool = False
+    distilled_guidance: float | None = None
+    memory: Memory = field(default_factory=Memory)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from genalign.learning import Batch, Context
 from genalign.noise import derived_seed, seeded_noise
 from genalign.objectives import mean_square
 from genalign.regression import awm_log_probability, dpo_loss, kto_loss, nft_loss
-from genalign.types import NoiseLevel
+from genalign.types import NoiseLevel, Path
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Noised:
     that training started from and of the one that samples, where the loss asks for them.
     """
 
+    path: Path
     x0: Tensor
     x: Tensor
     level: NoiseLevel
@@ -32,6 +33,10 @@ class Noised:
     prediction: Tensor
     reference: Tensor
     old: Tensor
+
+    def clean(self, prediction: Tensor) -> Tensor:
+        """The clean samples (B, ...) that a prediction points to."""
+        return self.path.x0(self.x, prediction, self.level)
 
     @property
     def error(self) -> Tensor:
@@ -123,7 +128,8 @@ class Matching:
         with context.old_policy() if self.old else contextlib.nullcontext():
             old = predict().detach() if self.old else None
         prediction = predict()
-        return Noised(x0, x, level, target, prediction, reference, prediction.detach() if old is None else old)
+        sampling = prediction.detach() if old is None else old
+        return Noised(path, x0, x, level, target, prediction, reference, sampling)
 
     def _places(self, draw: int, seeds: list[int]) -> Tensor:
         """Where on the path (B,): uniform in the draw's stratum, equal for equal seeds."""
@@ -177,7 +183,7 @@ class UnpairedPreference:
 @dataclass(frozen=True)
 class NegativeAware:
     """DiffusionNFT (arXiv 2509.16117): samples of positive advantage are matched, those of negative advantage pushed
-    away from, both relative to the policy that sampled them. On flows."""
+    away from, both relative to the policy that sampled them."""
 
     beta: float = 1.0
     largest_advantage: float = 5.0
@@ -193,9 +199,8 @@ class NegativeAware:
     def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
         limit = self.largest_advantage
         optimality = (credit.clamp(-limit, limit) / (2 * limit) + 0.5).to(noised.x.dtype)
-        sigma = noised.level.sigma.expand(len(credit))
-        losses = nft_loss(noised.prediction, noised.old, noised.x, noised.x0, sigma, optimality, self.beta)
-        return limit * losses
+        clean, old = noised.clean(noised.prediction), noised.clean(noised.old)
+        return limit * nft_loss(clean, old, noised.x0, optimality, self.beta)
 
 
 @dataclass(frozen=True)

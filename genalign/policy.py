@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -12,28 +12,33 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 ADAPTER = "default"
+ATTENTION = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
+"""The names that diffusers gives to the projections of attention layers, those of a joint layer's text included."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on the linear layers whose names end in one of ``targets``."""
+    """Low-rank adapters on the linear layers whose names end in one of ``targets``; None takes every projection of
+    every attention layer that the network has."""
 
     rank: int = 32
     alpha: float = 64
-    targets: Sequence[str] = (
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "attn.to_k",
-        "attn.to_out.0",
-        "attn.to_q",
-        "attn.to_v",
-    )
+    targets: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"LoRA rank must be at least 1, not {self.rank}")
+
+    def found_in(self, network: nn.Module) -> Sequence[str]:
+        """The targets. Raises ValueError where the network has no layer of such a name."""
+        names = [name for name, _ in network.named_modules()]
+        wanted = ATTENTION if self.targets is None else self.targets
+        unmatched = [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names)]
+        if self.targets is None:
+            return [target for target in wanted if target not in unmatched]
+        if unmatched:
+            raise ValueError(f"this network has no layer named {', '.join(unmatched)}: change lora.targets")
+        return self.targets
 
 
 class Snapshot:
@@ -58,10 +63,10 @@ class Policy:
 
     def __init__(self, denoiser: nn.Module, lora: Lora | None, averaging: float = 0.9, seed: int = 0) -> None:
         self.denoiser = denoiser.requires_grad_(False)
-        self.lora = lora
+        self.lora = lora and replace(lora, targets=lora.found_in(denoiser))
         self.averaging = averaging
         self.updates = 0
-        self.parameters = _adapt(denoiser, lora, seed) if lora else _whole(denoiser)
+        self.parameters = _adapt(denoiser, self.lora, seed) if self.lora else _whole(denoiser)
         self.average = Snapshot(self.parameters)
         self._first = None if lora else Snapshot(self.parameters)
 
@@ -123,15 +128,11 @@ class Policy:
 def lora_config(lora: Lora) -> LoraConfig:
     """PEFT's configuration of ``lora``; B starts at zero, so that training starts at the reference."""
     return LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), init_lora_weights="gaussian"
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets or ATTENTION), init_lora_weights="gaussian"
     )
 
 
 def _adapt(denoiser: nn.Module, lora: Lora, seed: int) -> list[nn.Parameter]:
-    names = [name for name, _ in denoiser.named_modules()]
-    unmatched = [target for target in lora.targets if not any(name.endswith(target) for name in names)]
-    if unmatched:
-        raise ValueError(f"this network has no layer named {', '.join(unmatched)}: change lora.targets")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(lora_config(lora), denoiser, adapter_name=ADAPTER)

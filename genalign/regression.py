@@ -97,25 +97,22 @@ def kto_loss(errors: Tensor, reference_errors: Tensor, desirable: Tensor, beta: 
     return 1 - torch.sigmoid(sign * beta * (gain - baseline))
 
 
-def nft_loss(
-    prediction: Tensor, old: Tensor, x: Tensor, x0: Tensor, sigma: Tensor, optimality: Tensor, beta: float
-) -> Tensor:
-    """DiffusionNFT (arXiv 2509.16117, eq. 5 with its code's adaptive weights), (N,), on a flow.
+def nft_loss(clean: Tensor, old: Tensor, x0: Tensor, optimality: Tensor, beta: float) -> Tensor:
+    """DiffusionNFT (arXiv 2509.16117, eq. 5 with its code's adaptive weights), (N,).
 
-    The clean samples that v+ = beta v + (1 - beta) v_old and v- = (1 + beta) v_old - beta v point to are matched with
-    x0, the first by the ``optimality`` r in [0, 1] (N,), the second by 1 - r; each error is divided by its own mean
-    absolute value. prediction, old, x, x0 are (N, ...), sigma (N,).
+    ``clean`` and ``old`` (N, ...) are the clean samples that the current and the sampling policy's predictions point
+    to. Those of v+ = beta v + (1 - beta) v_old and v- = (1 + beta) v_old - beta v, which are the same mixtures of them
+    on every path, are matched with x0 (N, ...), the first by the ``optimality`` r in [0, 1] (N,), the second by 1 - r;
+    each error is divided by its own mean absolute value.
     """
-    _require_per_sample(len(x), sigma=sigma, optimality=optimality)
-    if not prediction.shape == old.shape == x.shape == x0.shape:
-        shapes = [tuple(tensor.shape) for tensor in (prediction, old, x, x0)]
-        raise ValueError(f"prediction, old, x and x0 must have one shape, not {shapes}")
+    _require_per_sample(len(x0), optimality=optimality)
+    if not clean.shape == old.shape == x0.shape:
+        shapes = [tuple(tensor.shape) for tensor in (clean, old, x0)]
+        raise ValueError(f"clean, old and x0 must have one shape, not {shapes}")
     if not beta > 0:
         raise ValueError(f"beta must be positive, not {beta}")
-    positive = beta * prediction + (1 - beta) * old
-    negative = (1 + beta) * old - beta * prediction
-    level = expand(sigma, x)
-    toward, away = (_normalised_error(x - level * velocity - x0) for velocity in (positive, negative))
+    toward = _normalised_error(beta * clean + (1 - beta) * old - x0)
+    away = _normalised_error((1 + beta) * old - beta * clean - x0)
     return (optimality * toward + (1 - optimality) * away) / beta
 
 

@@ -13,11 +13,16 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from torch import nn
 
 
-def check_folder(path_or_id: str | Path, pipeline_class: str) -> None:
-    """Raise unless ``path_or_id`` is a diffusers folder or a reachable Hub id of ``pipeline_class``."""
-    found = json.loads(_model_index(path_or_id).read_text()).get("_class_name", "no pipeline")
-    if found != pipeline_class:
-        raise ValueError(f"{path_or_id} holds a {found}, not a {pipeline_class}: use the pipeline of that family")
+def check_folder(path_or_id: str | Path, wanted: str) -> None:
+    """Raise unless ``path_or_id`` is a diffusers folder or a reachable Hub id of the pipeline class ``wanted``."""
+    if (found := pipeline_class(path_or_id)) != wanted:
+        raise ValueError(f"{path_or_id} holds a {found}, not a {wanted}: use the pipeline of that family")
+
+
+def pipeline_class(path_or_id: str | Path) -> str:
+    """The diffusers class that a checkpoint names."""
+    name: str = json.loads(_model_index(path_or_id).read_text()).get("_class_name", "no pipeline")
+    return name
 
 
 def _model_index(path_or_id: str | Path) -> Path:

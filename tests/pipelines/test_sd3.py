@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline, UNet2DModel
 
 from genalign.dynamics import ODE
+from genalign.memory import Memory
 from genalign.policy import Lora, Policy, lora_config
 from genalign.rollout import Start, rollout
 from genalign.runs import save_peft
@@ -80,7 +81,7 @@ def test_decode_is_differentiable(tiny: SD3) -> None:
 
 
 def test_offloading_changes_nothing(tiny: SD3, tiny_folder: Path) -> None:
-    offloaded = SD3.load(tiny_folder, offload=True)
+    offloaded = SD3.load(tiny_folder, memory=Memory(offload=True))
     expected, got = tiny.encode(PROMPTS), offloaded.encode(PROMPTS)
     assert torch.equal(expected.tensors["pooled"], got.tensors["pooled"])
     noise = tiny.initial_noise([0])

@@ -1,0 +1,291 @@
+"""What the wrappers of all diffusers families share: opening, caching of prompts, guidance, decoding, adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypedDict, Unpack
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from genalign.checkpoints import write_json
+from genalign.memory import Memory
+from genalign.paths import GaussianPath
+from genalign.types import Conditioning, Grid, NoiseLevel
+from pipelines.folders import check_folder, fingerprint
+from pipelines.quantization import quantized
+
+logger = logging.getLogger(__name__)
+
+_BASE_FILE = "base.json"
+_ENCODE_BATCH = 64
+
+
+class Options(TypedDict, total=False):
+    """How a checkpoint is opened, all optional.
+
+    ``height`` and ``width`` are in pixels, the checkpoint's own by default; ``max_sequence_length`` is the number of
+    text tokens where the family lets one choose; ``autocast`` runs the denoiser and the VAE under mixed precision of
+    that dtype; ``distilled_guidance`` is what a network with guidance distilled into it is told; see
+    ``genalign.memory.Memory`` for the rest.
+    """
+
+    device: str
+    autocast: torch.dtype | None
+    height: int | None
+    width: int | None
+    max_sequence_length: int | None
+    distilled_guidance: float | None
+    memory: Memory
+
+
+class DiffusersPipeline(ABC):
+    """A diffusers pipeline seen as encode / predict / decode (``genalign.types.Pipeline``).
+
+    A family says how its prompts are encoded, how its network is called, and what its noise levels are. Latents are
+    (B, C, h, w) for all of them, also where the network takes them in patches.
+    """
+
+    kind: ClassVar[type[DiffusionPipeline]]
+    first_order: ClassVar[type[SchedulerMixin]]  # whose noise levels are taken, whatever solver a checkpoint ships
+    trained: ClassVar[str] = "transformer"  # the component that is
+    patch: ClassVar[int] = 2  # latent pixels side by side that the network takes as one
+    unconditional: ClassVar[str] = ""  # the prompt that guidance leads away from
+
+    def __init__(self, pipe: DiffusionPipeline, **options: Unpack[Options]) -> None:
+        self.pipe: Any = pipe  # its components differ by family
+        self.device = torch.device(options.get("device", "cpu"))
+        self.autocast = options.get("autocast")
+        self.memory = options.get("memory", Memory())
+        self.height = self._latent_size(options.get("height"))
+        self.width = self._latent_size(options.get("width"))
+        self.max_sequence_length = options.get("max_sequence_length") or self._longest_text()
+        self.distilled_guidance = options.get("distilled_guidance")
+        if self.distilled_guidance is not None and not self.is_distilled:
+            raise ValueError("this model has no guidance distilled into it: leave distilled_guidance out")
+        self.fingerprint = fingerprint(self.denoiser) if self.memory.quantization is None else None
+        self._cache: dict[str, dict[str, Tensor]] = {}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        for module in (self.denoiser, self.pipe.vae, *self._text_encoders):
+            module.requires_grad_(False).eval()
+        self.denoiser.to(self.device)
+        if not self.memory.offload:
+            self.pipe.to(self.device)
+        if self.memory.checkpointing:
+            self.pipe.components[self.trained].enable_gradient_checkpointing()
+        if self.memory.tiling:
+            self.pipe.vae.enable_tiling()
+
+    @classmethod
+    def load(cls, path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **options: Unpack[Options]) -> Self:
+        """Open a folder or a Hub id. Raises ``FileNotFoundError`` or ``ValueError`` saying what is there instead."""
+        check_folder(path_or_id, cls.kind.__name__)
+        extra = quantized(options.get("memory", Memory()), cls.trained, dtype)
+        pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, **extra)
+        if not isinstance(pipe.scheduler, cls.first_order):
+            told = "%s ships %s; here it is sampled by first-order steps on the grid of %s"
+            logger.warning(told, path_or_id, type(pipe.scheduler).__name__, cls.first_order.__name__)
+        return cls(pipe, **options)
+
+    # what a family says
+
+    @property
+    @abstractmethod
+    def path(self) -> GaussianPath:
+        """The interpolation that the network was trained on."""
+
+    @abstractmethod
+    def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
+        """The first-order sampling grid of the checkpoint's scheduler."""
+
+    @abstractmethod
+    def level(self, u: Tensor) -> NoiseLevel:
+        """Noise levels for training at u in [0, 1] (B,)."""
+
+    @abstractmethod
+    def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
+        """Named tensors (P, ...) that the network is conditioned on; the text encoders are on the device."""
+
+    @abstractmethod
+    def _network(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The network's output (B, C, h, w) for latents, timesteps (B,) and conditioning, all on the device."""
+
+    def _guided(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
+        """Classifier-free guidance (arXiv 2207.12598)."""
+        return unconditional + guidance * (conditional - unconditional)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1]."""
+        config = self.pipe.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0  # not every autoencoder's config has one
+        images: Tensor = self.pipe.vae.decode(
+            (latents / config.scaling_factor + shift).to(self._vae_dtype), return_dict=False
+        )[0]
+        return images
+
+    def _native_size(self) -> int:
+        """The side in latent pixels that the checkpoint was made for."""
+        return int(self.pipe.components[self.trained].config.sample_size)
+
+    def _longest_text(self) -> int:
+        """The number of text tokens unless the user chooses."""
+        return int(self.pipe.tokenizer.model_max_length)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether guidance is an input of the network."""
+        return False
+
+    # what all share
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is trained."""
+        network: nn.Module = self.pipe.components[self.trained]
+        return network
+
+    @property
+    def latent_channels(self) -> int:
+        """C of its latents."""
+        return int(self.pipe.components[self.trained].config.in_channels)
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        factor = int(self.pipe.vae_scale_factor)
+        return self.height * factor, self.width * factor
+
+    @property
+    def _text_encoders(self) -> list[nn.Module]:
+        named = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder")]
+        return [encoder for encoder in named if encoder is not None]
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.pipe.vae.dtype
+        return dtype
+
+    def _latent_size(self, pixels: int | None) -> int:
+        factor = int(self.pipe.vae_scale_factor)
+        if pixels is None:
+            return self._native_size()
+        if pixels % (factor * self.patch):
+            raise ValueError(
+                f"height and width must be multiples of {factor * self.patch} for this model, not {pixels}"
+            )
+        return pixels // factor
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Named tensors (P, ...) on the CPU; every distinct text is encoded once, and shorter ones end in zeros."""
+        missing = sorted({text for text in (*prompts, self.unconditional) if text not in self._cache})
+        for start in range(0, len(missing), _ENCODE_BATCH):
+            self._encode_batch(missing[start : start + _ENCODE_BATCH])
+        return Conditioning(_stacked([self._cache[text] for text in prompts]))
+
+    @torch.no_grad()
+    def _encode_batch(self, texts: list[str]) -> None:
+        with lent(self._text_encoders, self.device, self.memory.offload):
+            tensors = {name: tensor.cpu() for name, tensor in self._encoded(texts).items()}
+        for row, text in enumerate(texts):
+            self._cache[text] = {name: tensor[row] for name, tensor in tensors.items()}
+
+    def initial_noise(self, seeds: Sequence[int]) -> Tensor:
+        """Standard normal latents (B, C, h, w) on the pipeline's device, one CPU generator per seed."""
+        shape = (self.latent_channels, self.height, self.width)
+        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(drawn).to(self.device)
+
+    def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
+        """The network's output in float32 for x (B, C, h, w); with guidance > 1 one batch of 2 B, unconditional rows
+        first."""
+        timestep, tensors = level.timestep.float().expand(len(x)), conditioning.tensors
+        if guidance <= 1:
+            return self._output(x, timestep, tensors)
+        both = _beside(self._cache[self.unconditional], tensors)
+        unconditional, conditional = self._output(torch.cat([x, x]), torch.cat([timestep, timestep]), both).chunk(2)
+        return self._guided(unconditional, conditional, guidance)
+
+    def _output(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        dtype = self.pipe.components[self.trained].dtype
+        moved = {
+            name: tensor.to(self.device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in tensors.items()
+        }
+        with self._mixed_precision():
+            return self._network(x.to(self.device, dtype), timestep.to(self.device), moved).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] in float32; differentiable. Raises ValueError where a float16 VAE overflows."""
+        parts = torch.split(latents.to(self.device), self.memory.decode_batch or len(latents))
+        with lent([self.pipe.vae], self.device, self.memory.offload), self._mixed_precision():
+            images = torch.cat([self._decoded(part).float() for part in parts])
+        if self._vae_dtype == torch.float16 and not bool(images.isfinite().all()):
+            raise ValueError("the VAE overflowed in float16: open the model in bfloat16, or in float32 with autocast")
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    def save_lora(self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
+        """Write an adapter as the pipeline's ``load_lora_weights`` expects it, rank and alpha included."""
+        metadata = {
+            name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()
+        }
+        layers = {f"{self.trained}_lora_layers": dict(state), f"{self.trained}_lora_adapter_metadata": metadata}
+        type(self.pipe).save_lora_weights(directory, **layers)
+        if self.fingerprint is not None:
+            write_json(directory / _BASE_FILE, {"fingerprint": self.fingerprint})
+
+    def save_denoiser(self, directory: Path) -> None:
+        """Write the network as diffusers opens it."""
+        self.pipe.components[self.trained].save_pretrained(directory)
+
+    def load_lora(self, directory: Path) -> None:
+        """Put on an adapter that ``save_lora``, or diffusers, wrote. Raises ValueError for one of another base."""
+        if not directory.is_dir():
+            raise FileNotFoundError(f"no LoRA folder {directory}: give the lora/ folder of a run")
+        base = directory / _BASE_FILE
+        known = self.fingerprint is not None and base.is_file()
+        if known and json.loads(base.read_text())["fingerprint"] != self.fingerprint:
+            raise ValueError(f"the adapter in {directory} was trained on another base checkpoint than this one")
+        self.pipe.load_lora_weights(directory)
+
+    def _mixed_precision(self) -> contextlib.AbstractContextManager[object]:
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
+
+def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors (P, ...) of rows whose first dimensions may differ, filled up with zeros."""
+    return {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
+
+
+def _beside(unconditional: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """(2 B, ...): one unconditional row for each row of ``tensors``, then those."""
+    return {
+        name: pad_sequence(
+            [*unconditional[name].expand(len(tensor), *unconditional[name].shape), *tensor], batch_first=True
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+@contextlib.contextmanager
+def lent(modules: Sequence[nn.Module], device: torch.device, offload: bool) -> Iterator[None]:
+    """Modules moved to ``device`` for a while, and back to the CPU, where ``offload``."""
+    if not offload:
+        yield
+        return
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.to("cpu")

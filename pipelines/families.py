@@ -1,0 +1,33 @@
+"""Which wrapper a checkpoint needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Unpack
+
+import torch
+
+from pipelines.base import DiffusersPipeline, Options
+from pipelines.flux import Flux
+from pipelines.folders import pipeline_class
+from pipelines.latent_diffusion import SDXL, StableDiffusion
+from pipelines.qwen_image import QwenImage
+from pipelines.sana import Sana
+from pipelines.sd3 import SD3
+
+FAMILIES: tuple[type[DiffusersPipeline], ...] = (SD3, Flux, StableDiffusion, SDXL, Sana, QwenImage)
+
+
+def load(
+    path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **options: Unpack[Options]
+) -> DiffusersPipeline:
+    """Open a diffusers folder or Hub id of any family, recognised by its model_index.json.
+
+    Raises ``FileNotFoundError`` or ``ValueError`` saying what is there instead.
+    """
+    found = pipeline_class(path_or_id)
+    for family in FAMILIES:
+        if family.kind.__name__ == found:
+            return family.load(path_or_id, dtype=dtype, **options)
+    known = ", ".join(family.kind.__name__ for family in FAMILIES)
+    raise ValueError(f"{path_or_id} holds a {found}, which is no family known here: they are {known}")

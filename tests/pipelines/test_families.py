@@ -1,0 +1,256 @@
+"""Every family against diffusers itself, on a tiny random checkpoint, and through the loops."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
+
+import pipelines
+from genalign.dynamics import DDIM, ODE, FlowSDE, Kernel
+from genalign.learning import Batch, Context, Readings
+from genalign.memory import Memory
+from genalign.noise import derived_seed
+from genalign.policy import Lora, Policy, lora_config
+from genalign.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
+from genalign.rollout import Start, rollout
+from genalign.sampling import Sampling
+from genalign.scoring import NamedReward
+from genalign.search import BestOfN, FKSteering, Prune, search
+from genalign.search.strategy import Strategy
+from genalign.training import Settings, Trainer
+from genalign.types import Prompt, PromptSet
+from pipelines.base import DiffusersPipeline
+from pipelines.flows import FlowPipeline
+from tests.pipelines.tiny_checkpoints import FAMILIES, Family
+
+# diffusers' EulerDiscreteScheduler turns a tensor into an array in a way that numpy 2 deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+
+PROMPTS = ["a red circle", "two big blue squares"]
+STEPS = 4
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint of a family, built once."""
+
+    @functools.cache
+    def build(name: str) -> Path:
+        return FAMILIES[name].save(tmp_path_factory.mktemp("tiny") / name)
+
+    return build
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def _open(family: str, folder: Path, **options: Any) -> DiffusersPipeline:
+    return pipelines.load(folder, **{**_sizes(family), **options})
+
+
+def _sizes(family: str) -> dict[str, Any]:
+    extra = FAMILIES[family].extra
+    return {name: value for name, value in extra.items() if name != "use_resolution_binning"}
+
+
+def _diffusers(family: Family, folder: Path, noise: Tensor, guidance: float) -> list[Tensor]:
+    """The latents after every step of the diffusers pipeline, and its images."""
+    vanilla = family.ours.kind.from_pretrained(folder)
+    vanilla.set_progress_bar_config(disable=True)
+    vanilla.scheduler = family.first_order(vanilla.scheduler.config)
+    seen: list[Tensor] = []
+
+    def note(pipe: object, step: int, timestep: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(tensors["latents"])
+        return tensors
+
+    images = vanilla(
+        PROMPTS,
+        latents=noise,
+        num_inference_steps=STEPS,
+        output_type="pt",
+        callback_on_step_end=note,
+        **family.guided(guidance),
+        **family.extra,
+    ).images
+    return [*seen, images]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_ode_equals_diffusers(family: str, folder_of: Callable[[str], Path], guidance: float) -> None:
+    folder, spec = folder_of(family), FAMILIES[family]
+    ours = _open(family, folder)
+    used = 1.0 if ours.is_distilled else guidance
+    start = Start(ours.encode(PROMPTS), torch.arange(2), (1, 2), (1, 2))
+    grid = ours.grid(STEPS)
+    made = rollout(ours, start, grid, [ODE()] * STEPS, used, store=range(STEPS))
+    *latents, images = _diffusers(spec, folder, spec.noise(ours.initial_noise([1, 2])), guidance)
+    for i, theirs in enumerate(latents):
+        expected = spec.latents(theirs, made.final, float(grid.alpha[i + 1]))
+        torch.testing.assert_close(made.x_next[:, i], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.decode(made.final), images, rtol=0, atol=1e-4)
+
+
+def _policy(pipeline: DiffusersPipeline) -> Policy:
+    policy = Policy(pipeline.denoiser, Lora(rank=4, alpha=6))
+    for i, parameter in enumerate(policy.parameters):
+        torch.manual_seed(i)
+        torch.nn.init.normal_(parameter, std=0.1)
+    return policy
+
+
+def test_a_lora_goes_through_diffusers_unchanged(family: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    ours = _open(family, folder_of(family))
+    policy = _policy(ours)
+    ours.save_lora(tmp_path, policy.adapter_state(), lora_config(policy.lora))  # type: ignore[arg-type]  # it has one
+    vanilla = FAMILIES[family].ours.kind.from_pretrained(folder_of(family))
+    vanilla.load_lora_weights(tmp_path)
+    loaded = get_peft_model_state_dict(vanilla.components[ours.trained], adapter_name="default_0")
+    assert loaded.keys() == policy.adapter_state().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in policy.adapter_state().items())
+    theirs = type(ours)(vanilla, **_sizes(family))
+    x, conditioning, step = ours.initial_noise([1, 2]), ours.encode(PROMPTS), ours.grid(STEPS)[1]
+    with torch.no_grad():
+        tuned = ours.predict(x, step, conditioning, 1.0)
+        again = theirs.predict(x, step, conditioning, 1.0)
+        # a product's last bit depends on how its memory is aligned
+        torch.testing.assert_close(tuned, again, rtol=0, atol=1e-7 * float(tuned.abs().max()))
+        with policy.reference():
+            assert not torch.allclose(tuned, ours.predict(x, step, conditioning, 1.0))
+
+
+def brightness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples.flatten(1).mean(1)
+
+
+RECIPES: dict[str, Callable[[Kernel], Recipe]] = {
+    "flow_grpo": lambda kernel: flow_grpo(kernel, window=2, clip_range=0.1),
+    "dense_grpo": lambda kernel: dense_grpo(kernel, window=2, clip_range=0.1),
+    "prdp": lambda kernel: prdp(kernel, window=2, clip_range=0.1, beta=1.0),
+    "dragon": lambda kernel: dragon(),
+    "nft": lambda kernel: nft(),
+}
+
+
+def _kernel(pipeline: DiffusersPipeline) -> Kernel:
+    return FlowSDE(0.7) if isinstance(pipeline, FlowPipeline) else DDIM(1.0)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_step_of_training_lowers_the_loss(family: str, recipe: str, folder_of: Callable[[str], Path]) -> None:
+    ours = _open(family, folder_of(family))
+    rate = 1e-3 if isinstance(ours, FlowPipeline) else 3e-3  # little of the tiny UNets is attention
+    settings = Settings(prompts_per_round=2, group_size=4, batch_size=8, updates_per_round=1, learning_rate=rate)
+    policy, prompts = Policy(ours.denoiser, Lora(rank=4)), PromptSet("two", tuple(map(Prompt, PROMPTS)))
+    rewards = [NamedReward("bright", brightness)]
+    made = RECIPES[recipe](_kernel(ours))
+    trainer = Trainer(ours, policy, rewards, prompts, made, settings, Sampling(STEPS))
+    parts = trainer._sample(0, prompts.prompts)
+    outcome = trainer._outcome(parts, len(PROMPTS))
+    batch = Batch(parts[0].rollout, made.credit(outcome), outcome.group, False)
+    before = _readings(trainer, batch)
+    assert before.log_ratio_max == 0.0
+    trainer._learn(0, parts, outcome)
+    assert _readings(trainer, batch).mean("loss") < before.mean("loss")
+
+
+def _readings(trainer: Trainer, batch: Batch) -> Readings:
+    """Of the loss on what ``_learn`` sees first."""
+    readings = Readings()
+    context = Context(trainer.pipeline, trainer.policy, trainer.grid, trainer.recipe.kernel, 1.0, trainer.old, readings)
+    seed = derived_seed(trainer.settings.seed, 0, "l", 0)
+    trainer.recipe.objective.backward(context, batch, 1.0, seed)
+    for parameter in trainer.policy.parameters:
+        parameter.grad = None
+    return readings
+
+
+@pytest.mark.parametrize("strategy", [BestOfN(3), Prune((0, 1), (0.5, 0.5), 4), "fk"], ids=str)
+def test_searches_run(family: str, strategy: Strategy | str, folder_of: Callable[[str], Path]) -> None:
+    ours = _open(family, folder_of(family))
+    asked = FKSteering(particles=3, kernel=_kernel(ours)) if isinstance(strategy, str) else strategy
+    result = search(ours, PROMPTS, brightness, asked, sampling=Sampling(STEPS))
+    assert result.images.shape == (2, 3, *ours.resolution)
+    assert torch.equal(result.scores[:, 0], brightness(result.images, []))
+
+
+def test_another_solver_is_named(
+    family: str, folder_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    _open(family, folder_of(family))
+    shipped = {"sd15": "PNDMScheduler", "sana": "DPMSolverMultistepScheduler"}.get(family)
+    lines = [record.message for record in caplog.records if record.name == "pipelines.base"]
+    assert len(lines) == (1 if shipped else 0)
+    assert all(f"ships {shipped}; here it is sampled by first-order steps on" in line for line in lines)
+
+
+def test_memory_options_work_together(family: str, folder_of: Callable[[str], Path]) -> None:
+    plain = _open(family, folder_of(family))
+    memory = Memory(offload=True, checkpointing=True, decode_batch=1)
+    lean = _open(family, folder_of(family), memory=memory)
+    x, conditioning, step = plain.initial_noise([1, 2]), plain.encode(PROMPTS), plain.grid(STEPS)[1]
+    assert all(torch.equal(tensor, conditioning.tensors[name]) for name, tensor in lean.encode(PROMPTS).tensors.items())
+    policies = _policy(plain), _policy(lean)
+    calls = [0, 0]
+    for i, pipeline in enumerate((plain, lean)):
+        layer = next(module for name, module in pipeline.denoiser.named_modules() if name.endswith("to_q"))
+        layer.register_forward_hook(functools.partial(_count, calls, i))
+        pipeline.predict(x, step, conditioning, 1.0).square().sum().backward()
+    gradients = [torch.cat([_gradient(parameter).flatten() for parameter in policy.parameters]) for policy in policies]
+    assert calls == [1, 2]  # activations were computed again
+    torch.testing.assert_close(gradients[0], gradients[1])
+    with torch.no_grad():
+        torch.testing.assert_close(plain.decode(x), lean.decode(x))
+
+
+def _count(calls: list[int], place: int, *rest: object) -> None:
+    calls[place] += 1
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """Zero for what the output does not depend on: the last block's text."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_trains_a_float32_lora(family: str, dtype: torch.dtype, folder_of: Callable[[str], Path]) -> None:
+    ours = _open(family, folder_of(family), dtype=dtype)
+    policy = _policy(ours)
+    assert {parameter.dtype for parameter in policy.parameters} == {torch.float32}
+    x, step = ours.initial_noise([1, 2]), ours.grid(STEPS)[1]
+    output = ours.predict(x, step, ours.encode(PROMPTS), 1.0)
+    output.square().mean().backward()
+    assert output.dtype == torch.float32 and bool(output.isfinite().all())
+    gradients = [_gradient(parameter) for parameter in policy.parameters]
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients) and any(map(torch.any, gradients))
+
+
+def test_guidance_on_a_distilled_network_is_refused(folder_of: Callable[[str], Path]) -> None:
+    ours = _open("flux", folder_of("flux"), distilled_guidance=2.0)
+    x, step = ours.initial_noise([1]), ours.grid(STEPS)[0]
+    with pytest.raises(ValueError, match=r"guidance distilled into it: set sampling\.guidance to 1, not 4"):
+        ours.predict(x, step, ours.encode(PROMPTS[:1]), 4.0)
+    with pytest.raises(ValueError, match="no guidance distilled into it: leave distilled_guidance out"):
+        _open("sdxl", folder_of("sdxl"), distilled_guidance=2.0)
+
+
+def test_free_noise_levels_need_a_flow(folder_of: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="knows whole timesteps alone"):
+        _open("sd15", folder_of("sd15")).grid(2, [1.0, 0.5])
+
+
+def test_an_unknown_family_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    with pytest.raises(ValueError, match=r"holds a KandinskyPipeline, which is no family known here: they are Stable"):
+        pipelines.load(tmp_path)

@@ -1,0 +1,309 @@
+"""A tiny random checkpoint of every family, whole: text encoders, tokenizers, scheduler as its checkpoints ship it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PNDMScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from genalign.worlds.shapes.models import TextToVelocity, build_t5, build_text_encoder, build_vae
+from genalign.worlds.shapes.tokenizers import clip_tokenizer, t5_tokenizer
+from pipelines import SD3, SDXL, Flux, QwenImage, Sana, StableDiffusion
+from pipelines.base import DiffusersPipeline
+from pipelines.flows import pack, unpack
+
+_LATENT_DIFFUSION: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a checkpoint is built, opened by us, and run by diffusers with its family's first-order scheduler."""
+
+    build: Callable[[], DiffusionPipeline]
+    ours: type[DiffusersPipeline]
+    first_order: Callable[[Any], Any]  # from the shipped scheduler's configuration
+    guided: Callable[[float], dict[str, Any]]
+    extra: dict[str, Any]
+    packed: bool = False  # whether diffusers shows its latents as tokens
+    scaled: bool = False  # whether it shows x / alpha
+
+    def noise(self, noise: Tensor) -> Tensor:
+        """Our initial noise as diffusers takes it."""
+        return pack(noise) if self.packed else noise
+
+    def latents(self, theirs: Tensor, like: Tensor, alpha: float) -> Tensor:
+        """Latents that diffusers showed at a level of ``alpha``, in our layout."""
+        unpacked = unpack(theirs, *like.shape[-2:]) if self.packed else theirs
+        return unpacked * alpha if self.scaled else unpacked
+
+    def save(self, folder: Path) -> Path:
+        """Build it with random weights, the output layers included, and save it."""
+        torch.manual_seed(0)
+        pipe = self.build()
+        for name, module in pipe.components.items():
+            if name in ("transformer", "unet"):
+                for parameter in module.parameters():  # output layers start at zero, which would hide mistakes
+                    nn.init.normal_(parameter, std=0.05)
+        pipe.save_pretrained(folder)
+        return folder
+
+
+def _kl(channels: int, **options: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        latent_channels=channels,
+        mid_block_add_attention=False,
+        **options,
+    )
+
+
+def _clip_text() -> CLIPTextModel:
+    return CLIPTextModel(build_text_encoder(clip_tokenizer()).config)
+
+
+def _unet(context: int, **options: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=2,
+        cross_attention_dim=context,
+        **options,
+    )
+
+
+def sd3() -> DiffusionPipeline:
+    model = TextToVelocity(layers=2, width=64)
+    return StableDiffusion3Pipeline(
+        model.transformer,
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        build_vae(),
+        model.text_encoder,
+        model.clip_tokenizer,
+        model.text_encoder_2,
+        model.clip_tokenizer,
+        model.text_encoder_3,
+        model.t5_tokenizer,
+    )
+
+
+def flux() -> DiffusionPipeline:
+    network = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=128,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    tokenizer = t5_tokenizer()
+    t5 = build_t5(len(tokenizer))
+    return FluxPipeline(scheduler, _kl(4, shift_factor=0.1), _clip_text(), clip_tokenizer(), t5, tokenizer, network)
+
+
+def sd15() -> DiffusionPipeline:
+    scheduler = PNDMScheduler(**_LATENT_DIFFUSION, skip_prk_steps=True, set_alpha_to_one=False)
+    scheduler.register_to_config(clip_sample=False)  # not PNDM's, and in the file of the published checkpoints
+    return StableDiffusionPipeline(
+        _kl(4), _clip_text(), clip_tokenizer(), _unet(64), scheduler, None, None, requires_safety_checker=False
+    )
+
+
+def sd21() -> DiffusionPipeline:
+    pipe = sd15()
+    pipe.scheduler = DDIMScheduler(
+        **_LATENT_DIFFUSION, set_alpha_to_one=False, clip_sample=False, prediction_type="v_prediction"
+    )
+    return pipe
+
+
+def sdxl() -> DiffusionPipeline:
+    unet = _unet(
+        128,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=64 + 6 * 4,
+    )
+    scheduler = EulerDiscreteScheduler(**_LATENT_DIFFUSION, timestep_spacing="leading")
+    projected = CLIPTextModelWithProjection(build_text_encoder(clip_tokenizer()).config)
+    return StableDiffusionXLPipeline(
+        _kl(4), _clip_text(), projected, clip_tokenizer(), clip_tokenizer(), unet, scheduler, add_watermarker=False
+    )
+
+
+def sana() -> DiffusionPipeline:
+    tokenizer = t5_tokenizer()
+    gemma = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    network = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=16,
+        sample_size=32,
+    )
+    vae = AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        scaling_factor=0.41407,
+    )
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return SanaPipeline(tokenizer, Gemma2Model(gemma), vae, network, scheduler)
+
+
+def qwen_image() -> DiffusionPipeline:
+    tokenizer = t5_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "fullatt_block_indexes": [0],
+    }
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    network = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1] * 4,
+        latents_std=[1.5] * 4,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    return QwenImagePipeline(scheduler, vae, encoder, tokenizer, network)
+
+
+def _flow(config: Any) -> Any:
+    return FlowMatchEulerDiscreteScheduler.from_config(config)
+
+
+def _flow_of_solver(config: Any) -> Any:
+    return FlowMatchEulerDiscreteScheduler.from_config(config, shift=config["flow_shift"])
+
+
+def _ddim(config: Any) -> Any:
+    return DDIMScheduler.from_config(config)
+
+
+def _euler(config: Any) -> Any:
+    return EulerDiscreteScheduler.from_config(config)
+
+
+def _classic(guidance: float) -> dict[str, Any]:
+    return {"guidance_scale": guidance}
+
+
+def _negative(guidance: float) -> dict[str, Any]:
+    return {"true_cfg_scale": guidance, "negative_prompt": [" ", " "]}
+
+
+_SIZE = {"height": 16, "width": 16}
+FAMILIES: dict[str, Family] = {
+    "sd3": Family(sd3, SD3, _flow, _classic, {"max_sequence_length": 8}),
+    "flux": Family(
+        flux, Flux, _flow, lambda guidance: {"guidance_scale": 3.5}, {"max_sequence_length": 8, **_SIZE}, packed=True
+    ),
+    "sd15": Family(sd15, StableDiffusion, _ddim, _classic, {}),
+    "sd21": Family(sd21, StableDiffusion, _ddim, _classic, {}),
+    "sdxl": Family(sdxl, SDXL, _euler, _classic, {}, scaled=True),
+    "sana": Family(
+        sana,
+        Sana,
+        _flow_of_solver,
+        _classic,
+        {"max_sequence_length": 8, "use_resolution_binning": False, "height": 32, "width": 32},
+    ),
+    "qwen_image": Family(qwen_image, QwenImage, _flow, _negative, {"max_sequence_length": 32, **_SIZE}, packed=True),
+}
