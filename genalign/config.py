@@ -85,7 +85,8 @@ class BeforeAfter(Amount):
 @dataclass(frozen=True)
 class Train:
     """One training run. ``prompts`` is a world's split such as "shapes:train", or a .txt or .jsonl file; ``evaluation``
-    is how held-out images are sampled, where that differs from ``sampling``."""
+    is how held-out images are sampled, where that differs from ``sampling``. ``init_lora`` is an adapter, with its own
+    rank and layers, that is trained on instead of a new one."""
 
     output: str
     rewards: dict[str, RewardChoice] = field(default_factory=dict, kw_only=True)
@@ -96,6 +97,7 @@ class Train:
     evaluation: Sampling | None = None
     training: Settings = field(default_factory=Settings)
     lora: Lora | None = field(default_factory=Lora)
+    init_lora: str | None = None
     averaging: float = 0.9
     held_out: HeldOut = field(default_factory=HeldOut)
     before_after: BeforeAfter | None = field(default_factory=BeforeAfter)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -55,20 +56,25 @@ class Snapshot:
 
 
 class Policy:
-    """``denoiser`` made trainable: by LoRA, or whole where ``lora`` is None.
+    """``denoiser`` made trainable: by a new LoRA, by one that is ``worn`` already (under the name ADAPTER), or whole
+    where ``lora`` is None.
 
     The reference policy is the network with its adapters off, or a copy of the first weights where it is trained
-    whole. Trainable weights are float32 whatever the network's dtype.
+    whole. Trainable weights are float32 whatever the network's dtype. ``config`` is PEFT's of the adapter.
     """
 
-    def __init__(self, denoiser: nn.Module, lora: Lora | None, averaging: float = 0.9, seed: int = 0) -> None:
+    def __init__(
+        self, denoiser: nn.Module, lora: Lora | None, averaging: float = 0.9, seed: int = 0, worn: bool = False
+    ) -> None:
         self.denoiser = denoiser.requires_grad_(False)
-        self.lora = lora and replace(lora, targets=lora.found_in(denoiser))
         self.averaging = averaging
         self.updates = 0
-        self.parameters = _adapt(denoiser, self.lora, seed) if self.lora else _whole(denoiser)
+        if lora and not worn:
+            _inject(denoiser, lora, seed)
+        self.config: LoraConfig | None = cast(Any, denoiser).peft_config[ADAPTER] if lora or worn else None
+        self.parameters = _adapters(denoiser) if self.config else _whole(denoiser)
         self.average = Snapshot(self.parameters)
-        self._first = None if lora else Snapshot(self.parameters)
+        self._first = None if self.config else Snapshot(self.parameters)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
@@ -125,17 +131,20 @@ class Policy:
         self.updates = updates
 
 
-def lora_config(lora: Lora) -> LoraConfig:
-    """PEFT's configuration of ``lora``; B starts at zero, so that training starts at the reference."""
-    return LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets or ATTENTION), init_lora_weights="gaussian"
+def _inject(denoiser: nn.Module, lora: Lora, seed: int) -> None:
+    """Put new adapters on; B starts at zero, so that training starts at the reference."""
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.found_in(denoiser)),
+        init_lora_weights="gaussian",
     )
-
-
-def _adapt(denoiser: nn.Module, lora: Lora, seed: int) -> list[nn.Parameter]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        inject_adapter_in_model(lora_config(lora), denoiser, adapter_name=ADAPTER)
+        inject_adapter_in_model(config, denoiser, adapter_name=ADAPTER)
+
+
+def _adapters(denoiser: nn.Module) -> list[nn.Parameter]:
     parameters = [parameter for name, parameter in denoiser.named_parameters() if "lora_" in name]
     for parameter in parameters:
         parameter.data = parameter.data.float()

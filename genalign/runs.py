@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genalign.checkpoints import optimizer_tensors, save_state, with_prefix, write_json
-from genalign.policy import lora_config
 from genalign.statistics import Estimate
 from genalign.training import RoundResult, Trainer
 
@@ -67,12 +66,12 @@ class RunFolder:
         that is needed to go on as checkpoint/."""
         policy = trainer.policy
         with policy.averaged():
-            if policy.lora is None:
+            if policy.config is None:
                 pipeline.save_denoiser(self.path / "denoiser")
             else:
-                state, config = policy.adapter_state(), lora_config(policy.lora)
-                pipeline.save_lora(self.path / "lora", state, config)
-                save_peft(self.path / "peft", state, config)
+                state = policy.adapter_state()
+                pipeline.save_lora(self.path / "lora", state, policy.config)
+                save_peft(self.path / "peft", state, policy.config)
         tensors = policy.tensors() | with_prefix("optimizer.", optimizer_tensors(trainer.optimizer))
         meta = {
             "rounds": rounds_done,

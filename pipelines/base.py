@@ -19,8 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from genalign.checkpoints import write_json
 from genalign.memory import Memory
 from genalign.paths import GaussianPath
+from genalign.policy import ADAPTER
 from genalign.types import Conditioning, Grid, NoiseLevel
-from pipelines.folders import check_folder, fingerprint
+from pipelines.folders import check_folder, fingerprint, is_hub_id
 from pipelines.quantization import quantized
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class DiffusersPipeline(ABC):
         self.distilled_guidance = options.get("distilled_guidance")
         if self.distilled_guidance is not None and not self.is_distilled:
             raise ValueError("this model has no guidance distilled into it: leave distilled_guidance out")
-        self.fingerprint = fingerprint(self.denoiser) if self.memory.quantization is None else None
+        self.fingerprint = fingerprint(self.denoiser)
         self._cache: dict[str, dict[str, Tensor]] = {}
         self._prepare()
 
@@ -240,22 +241,28 @@ class DiffusersPipeline(ABC):
         }
         layers = {f"{self.trained}_lora_layers": dict(state), f"{self.trained}_lora_adapter_metadata": metadata}
         type(self.pipe).save_lora_weights(directory, **layers)
-        if self.fingerprint is not None:
+        if self.memory.quantization is None:  # a quantised base has no fingerprint of the original's
             write_json(directory / _BASE_FILE, {"fingerprint": self.fingerprint})
 
     def save_denoiser(self, directory: Path) -> None:
         """Write the network as diffusers opens it."""
         self.pipe.components[self.trained].save_pretrained(directory)
 
-    def load_lora(self, directory: Path) -> None:
-        """Put on an adapter that ``save_lora``, or diffusers, wrote. Raises ValueError for one of another base."""
-        if not directory.is_dir():
-            raise FileNotFoundError(f"no LoRA folder {directory}: give the lora/ folder of a run")
-        base = directory / _BASE_FILE
-        known = self.fingerprint is not None and base.is_file()
+    def load_lora(self, source: str | Path) -> None:
+        """Put on an adapter that ``save_lora``, or diffusers, wrote: a folder, a .safetensors file, or a Hub id.
+
+        Raises ValueError for one of another base, FileNotFoundError for none; pickled weights are not opened.
+        """
+        folder = Path(source)
+        if not folder.exists() and not is_hub_id(source):
+            raise FileNotFoundError(
+                f"no LoRA {source}: give the lora/ folder of a run, a .safetensors file or a Hub id"
+            )
+        base = folder / _BASE_FILE
+        known = self.memory.quantization is None and base.is_file()
         if known and json.loads(base.read_text())["fingerprint"] != self.fingerprint:
-            raise ValueError(f"the adapter in {directory} was trained on another base checkpoint than this one")
-        self.pipe.load_lora_weights(directory)
+            raise ValueError(f"the adapter in {source} was trained on another base checkpoint than this one")
+        self.pipe.load_lora_weights(source, adapter_name=ADAPTER, use_safetensors=True)
 
     def _mixed_precision(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-from torch import nn
+from torch import Tensor, nn
 
 
 def check_folder(path_or_id: str | Path, wanted: str) -> None:
@@ -33,9 +33,14 @@ def _model_index(path_or_id: str | Path) -> Path:
         return folder / "model_index.json"
     if folder.exists():
         raise ValueError(f"{folder} is a file: give the diffusers folder (with model_index.json) or a Hub id")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
+    if not is_hub_id(path_or_id):
         raise FileNotFoundError(f"{path_or_id} is neither a folder nor a Hub id (owner/name)")
     return _from_hub(str(path_or_id))
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether it reads owner/name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None
 
 
 def _from_hub(repository: str) -> Path:
@@ -53,9 +58,12 @@ def _from_hub(repository: str) -> Path:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """16 hexadecimal characters over the names, shapes and first values of a network's weights, whatever its dtype."""
+    """16 hexadecimal characters over the names, shapes and first values of a network's weights, whatever its dtype;
+    quantised weights are left out."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
+        if type(tensor) is not Tensor:  # a subclass holds what is quantised
+            continue
         first = tensor.detach().flatten()[:256].to("cpu", torch.float32).half()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + first.numpy().tobytes())
     return digest.hexdigest()[:16]

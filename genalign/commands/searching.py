@@ -27,7 +27,7 @@ def steer_command(outside: Outside, arguments: Sequence[str]) -> int:
     done = {row["index"] for row in folder.begin({**plain, "limit": None})}
     pipeline = outside.load(settings.model)
     if settings.lora:
-        pipeline.load_lora(Path(settings.lora))
+        pipeline.load_lora(settings.lora)
     rewards = named_rewards(settings.rewards)
     for index in [index for index in range(len(asked)) if index not in done]:
         seed = derived_seed(settings.seed, index)

@@ -37,7 +37,7 @@ def run_training(outside: Outside, settings: config.Train, plain: Mapping[str, A
     pipeline = outside.load(settings.model)
     rewards = named_rewards(settings.rewards)
     _probe(pipeline, rewards, prompts, settings.sampling)
-    policy = Policy(pipeline.denoiser, settings.lora, settings.averaging, settings.training.seed)
+    policy = _policy(settings, pipeline)
     trainer = Trainer(pipeline, policy, rewards, prompts, settings.recipe, settings.training, settings.sampling)
     folder.begin(plain)
     tested = _before_after(outside, settings, pipeline, rewards)
@@ -59,6 +59,14 @@ def run_training(outside: Outside, settings: config.Train, plain: Mapping[str, A
         _write_gain(before, after, folder.path)
     print(f"report: {write_report(folder.path)}")
     return 0
+
+
+def _policy(settings: config.Train, pipeline: Checkpoint) -> Policy:
+    """What is trained, starting from a published adapter where one is named."""
+    if settings.init_lora is not None:
+        pipeline.load_lora(settings.init_lora)
+    worn = settings.init_lora is not None
+    return Policy(pipeline.denoiser, settings.lora, settings.averaging, settings.training.seed, worn)
 
 
 def trackers(names: Sequence[str], folder: Path) -> list[Any]:

@@ -17,7 +17,7 @@ from genalign.dynamics import DDIM, ODE, FlowSDE, Kernel
 from genalign.learning import Batch, Context, Readings
 from genalign.memory import Memory
 from genalign.noise import derived_seed
-from genalign.policy import Lora, Policy, lora_config
+from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.rollout import Start, rollout
 from genalign.sampling import Sampling
@@ -113,7 +113,7 @@ def _policy(pipeline: DiffusersPipeline) -> Policy:
 def test_a_lora_goes_through_diffusers_unchanged(family: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     ours = _open(family, folder_of(family))
     policy = _policy(ours)
-    ours.save_lora(tmp_path, policy.adapter_state(), lora_config(policy.lora))  # type: ignore[arg-type]  # it has one
+    ours.save_lora(tmp_path, policy.adapter_state(), policy.config)  # type: ignore[arg-type]  # it has one
     vanilla = FAMILIES[family].ours.kind.from_pretrained(folder_of(family))
     vanilla.load_lora_weights(tmp_path)
     loaded = get_peft_model_state_dict(vanilla.components[ours.trained], adapter_name="default_0")
@@ -254,3 +254,22 @@ def test_an_unknown_family_is_named(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
     with pytest.raises(ValueError, match=r"holds a KandinskyPipeline, which is no family known here: they are Stable"):
         pipelines.load(tmp_path)
+
+
+def test_training_goes_on_from_a_published_lora(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    first, second = _open("sd3", folder_of("sd3")), _open("sd3", folder_of("sd3"))
+    old = _policy(first)
+    first.save_lora(tmp_path, old.adapter_state(), old.config)  # type: ignore[arg-type]  # it has one
+    second.load_lora(tmp_path)
+    new = Policy(second.denoiser, None, worn=True)
+    assert new.config is not None and (new.config.r, new.config.lora_alpha) == (4, 6)
+    for mine, theirs in zip(new.parameters, old.parameters, strict=True):
+        assert mine.requires_grad and torch.equal(mine, theirs)
+    x, conditioning, step = first.initial_noise([1, 2]), first.encode(PROMPTS), first.grid(STEPS)[1]
+    with torch.no_grad(), old.reference(), new.reference():
+        assert torch.equal(first.predict(x, step, conditioning, 1.0), second.predict(x, step, conditioning, 1.0))
+
+
+def test_an_adapter_that_is_nowhere_is_refused(folder_of: Callable[[str], Path]) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no LoRA nowhere: give the lora/ folder of a run"):
+        _open("sd3", folder_of("sd3")).load_lora("nowhere")

@@ -10,7 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline, UNe
 
 from genalign.dynamics import ODE
 from genalign.memory import Memory
-from genalign.policy import Lora, Policy, lora_config
+from genalign.policy import Lora, Policy
 from genalign.rollout import Start, rollout
 from genalign.runs import save_peft
 from pipelines import SD3
@@ -96,7 +96,7 @@ def test_lora_round_trip_through_diffusers_is_bit_equal(
     for i, parameter in enumerate(policy.parameters):
         torch.manual_seed(i)
         torch.nn.init.normal_(parameter, std=0.1)
-    tiny.save_lora(tmp_path / "lora", policy.adapter_state(), lora_config(policy.lora))  # type: ignore[arg-type]
+    tiny.save_lora(tmp_path / "lora", policy.adapter_state(), policy.config)  # type: ignore[arg-type]
     vanilla = StableDiffusion3Pipeline.from_pretrained(tiny_folder)
     vanilla.load_lora_weights(tmp_path / "lora")
     context = tiny.encode(PROMPTS).tensors
@@ -120,7 +120,7 @@ def test_peft_folder_round_trip(tiny: SD3, tiny_folder: Path, tmp_path: Path) ->
     policy = Policy(tiny.denoiser, Lora(rank=4, alpha=8))
     for parameter in policy.parameters:
         torch.nn.init.normal_(parameter, std=0.1)
-    save_peft(tmp_path / "peft", policy.adapter_state(), lora_config(policy.lora))  # type: ignore[arg-type]
+    save_peft(tmp_path / "peft", policy.adapter_state(), policy.config)  # type: ignore[arg-type]
     other = PeftModel.from_pretrained(SD3.load(tiny_folder).denoiser, str(tmp_path / "peft"))
     context = tiny.encode(PROMPTS).tensors
     noise, timestep = tiny.initial_noise([1, 2]), torch.tensor([500.0, 250.0])
@@ -132,7 +132,7 @@ def test_peft_folder_round_trip(tiny: SD3, tiny_folder: Path, tmp_path: Path) ->
 
 def test_an_adapter_of_another_base_is_refused(tiny: SD3, tiny_folder: Path, tmp_path: Path) -> None:
     policy = Policy(tiny.denoiser, Lora(rank=4))
-    tiny.save_lora(tmp_path, policy.adapter_state(), lora_config(policy.lora))  # type: ignore[arg-type]
+    tiny.save_lora(tmp_path, policy.adapter_state(), policy.config)  # type: ignore[arg-type]
     other = StableDiffusion3Pipeline.from_pretrained(tiny_folder)
     with torch.no_grad():
         other.transformer.proj_out.weight.add_(1.0)
