@@ -221,6 +221,16 @@ class Compare:
         ]
 
 
+@dataclass(frozen=True)
+class Export:
+    """What a run trained, as others take it: the adapter ("lora"), the network with it in its weights ("merged"), or a
+    whole diffusers folder ("pipeline")."""
+
+    run: str
+    output: str
+    form: Literal["lora", "merged", "pipeline"] = "lora"
+
+
 class ConfigurationError(ValueError):
     """A configuration that cannot be used; the message says what to write instead."""
 
@@ -240,6 +250,12 @@ def parse(settings: type[Any], arguments: Sequence[str], command: str) -> tuple[
         return settings(**{name: values[name] for name in settings.__dataclass_fields__}), plain
     except (ArgumentError, ValueError, TypeError) as error:
         raise ConfigurationError(explain(str(error), _keys(parser))) from error
+
+
+def model_of(plain: Mapping[str, Any]) -> Model:
+    """The model of a run's config.json."""
+    found = dict(plain["model"])
+    return Model(**{**found, "memory": Memory(**found.get("memory", {}))})
 
 
 def _plain(parser: ArgumentParser, parsed: Namespace) -> dict[str, Any]:

@@ -73,6 +73,7 @@ class DiffusersPipeline(ABC):
         if self.distilled_guidance is not None and not self.is_distilled:
             raise ValueError("this model has no guidance distilled into it: leave distilled_guidance out")
         self.fingerprint = fingerprint(self.denoiser)
+        self._worn = False
         self._cache: dict[str, dict[str, Tensor]] = {}
         self._prepare()
 
@@ -248,6 +249,20 @@ class DiffusersPipeline(ABC):
         """Write the network as diffusers opens it."""
         self.pipe.components[self.trained].save_pretrained(directory)
 
+    def load_denoiser(self, directory: Path) -> None:
+        """Take the weights that ``save_denoiser`` wrote."""
+        network = self.pipe.components[self.trained]
+        network.load_state_dict(type(network).from_pretrained(directory).state_dict())
+
+    def save_merged(self, directory: Path, whole: bool) -> None:
+        """Write the network with its adapter, where it wears one, in its weights, or the ``whole`` pipeline so.
+        It has no adapter afterwards."""
+        if self._worn:
+            self.pipe.fuse_lora(components=[self.trained])
+            self.pipe.unload_lora_weights()
+            self._worn = False
+        (self.pipe if whole else self.pipe.components[self.trained]).save_pretrained(directory)
+
     def load_lora(self, source: str | Path) -> None:
         """Put on an adapter that ``save_lora``, or diffusers, wrote: a folder, a .safetensors file, or a Hub id.
 
@@ -263,6 +278,7 @@ class DiffusersPipeline(ABC):
         if known and json.loads(base.read_text())["fingerprint"] != self.fingerprint:
             raise ValueError(f"the adapter in {source} was trained on another base checkpoint than this one")
         self.pipe.load_lora_weights(source, adapter_name=ADAPTER, use_safetensors=True)
+        self._worn = True
 
     def _mixed_precision(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)

@@ -1,0 +1,39 @@
+"""``genalign export``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from genalign import config
+from genalign.checkpoints import write_text
+from genalign.commands.parts import Outside
+from genalign.model_card import model_card
+
+
+def export_command(outside: Outside, arguments: Sequence[str]) -> int:
+    """``genalign export``: what a run trained, as others take it, with a model card."""
+    settings, _ = config.parse(config.Export, arguments, "export")
+    run, output = Path(settings.run), Path(settings.output)
+    if output.exists():
+        raise FileExistsError(f"{output} is there already: choose another output, or remove it")
+    card = model_card(run, settings.form, output.name)
+    adapter, whole = run / "lora", run / "denoiser"
+    if not adapter.is_dir() and not whole.is_dir():
+        raise FileNotFoundError(f"{run} has neither lora/ nor denoiser/: it did not end a round")
+    if settings.form == "lora":
+        if not adapter.is_dir():
+            raise ValueError(f"{run} trained the whole network: export it with --form merged or pipeline")
+        shutil.copytree(adapter, output)
+    else:
+        pipeline = outside.load(config.model_of(json.loads((run / "config.json").read_text(encoding="utf-8"))))
+        if adapter.is_dir():
+            pipeline.load_lora(adapter)
+        else:
+            pipeline.load_denoiser(whole)
+        pipeline.save_merged(output, whole=settings.form == "pipeline")
+    write_text(output / "README.md", card)
+    print(f"{settings.form}: {output}")
+    return 0
