@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +45,28 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's per-parameter slots as ``"<parameter index>.<slot>"``; hyper-parameters are not included."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{slot}": torch.as_tensor(value)
-        for index, slots in state.items()
-        for slot, value in slots.items()
-        if value is not None
-    }
+    """The optimiser's per-parameter slots as ``"<parameter index>.<slot>"``, slots of slots as one more step;
+    hyper-parameters are not included."""
+    return {name: torch.as_tensor(value) for name, value in _flat(optimizer.state_dict()["state"])}
+
+
+def _flat(slots: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in slots.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        elif value is not None:
+            yield f"{before}{key}", value
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put slots written by ``optimizer_tensors`` back."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
-        index, slot = name.split(".", 1)
-        state.setdefault(int(index), {})[slot] = tensor
+        index, *inner, slot = name.split(".")
+        slots = state.setdefault(int(index), {})
+        for key in inner:
+            slots = slots.setdefault(key, {})
+        slots[slot] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

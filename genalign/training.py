@@ -37,7 +37,7 @@ class Settings:
     A round samples ``prompts_per_round`` x ``group_size`` images in batches of ``batch_size`` and makes
     ``updates_per_round`` optimiser steps on them. A run ends after ``rounds``, or with the round that reaches
     ``max_forwards`` denoiser evaluations of single samples, guidance twice. The learning rate stays, or falls linearly
-    to zero at the run's end.
+    to zero at the run's end. "adamw8bit" keeps Adam's moments in 8 bits (bitsandbytes, an extra).
     """
 
     rounds: int = 100
@@ -48,6 +48,7 @@ class Settings:
     updates_per_round: int = 2
     learning_rate: float = 3e-4
     learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -135,9 +136,7 @@ class Trainer:
         recipe.kernel.check(sampling.guidance, [reward.name for reward in rewards if reward.weight])
         recipe.steps(self.grid, 0, settings.seed)  # refuse an impossible recipe before any compute
         self.prompts = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
-        self.optimizer = torch.optim.AdamW(
-            policy.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        self.optimizer = _optimizer(settings, policy.parameters)
         self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
         self.old = Snapshot(policy.parameters) if recipe.lag else None
         self.watch = Watch()
@@ -263,3 +262,15 @@ def _warn_of_disagreement(log_ratio_max: float, clip_range: float | None) -> Non
             log_ratio_max,
             clip_range,
         )
+
+
+def _optimizer(settings: Settings, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW. Raises ValueError where 8 bits are asked for and bitsandbytes is missing."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ValueError("training.optimizer 'adamw8bit' needs bitsandbytes: pip install 'genalign[memory]'") from None
+    made: torch.optim.Optimizer = AdamW8bit(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return made

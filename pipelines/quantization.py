@@ -22,7 +22,7 @@ def quantized(memory: Memory, component: str, dtype: torch.dtype) -> dict[str, A
         raise ValueError("quantization 'nf4' needs a CUDA device: take 'int8', or none, on this machine")
     package = _PACKAGES[memory.quantization]
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"quantization {memory.quantization!r} needs {package}: pip install 'genalign[quantization]'")
+        raise ValueError(f"quantization {memory.quantization!r} needs {package}: pip install 'genalign[memory]'")
     return {"quantization_config": PipelineQuantizationConfig(quant_mapping={component: _config(memory, dtype)})}
 
 

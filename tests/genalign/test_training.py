@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from genalign.checkpoints import load_optimizer_tensors, optimizer_tensors
 from genalign.dynamics import CPS, ODE, FlowSDE, Kernel
 from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, awm, flow_grpo, prdp
@@ -157,3 +159,18 @@ def test_impossible_geometry() -> None:
         Settings(prompts_per_round=3, group_size=8, batch_size=8)
     with pytest.raises(ValueError, match=r"sampling\.sigmas has 2 values for 10 steps: give one per step"):
         Sampling(sigmas=(1.0, 0.5))
+
+
+def test_adam_in_eight_bits(tiny: SD3, tiny_folder: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra genalign[memory] is not installed")
+    settings = replace(SETTINGS, optimizer="adamw8bit")
+    trainer = _trainer(tiny, NamedReward("red", redness), flow_grpo(window=2, shared_noise=False), settings)
+    before = _weights(trainer)
+    list(trainer.rounds())
+    assert any(not torch.equal(old, new) for old, new in zip(before, _weights(trainer), strict=True))
+    assert type(trainer.optimizer).__name__ == "AdamW8bit"
+    tensors = optimizer_tensors(trainer.optimizer)
+    again = _trainer(SD3.load(tiny_folder), NamedReward("red", redness), flow_grpo(window=2), settings)
+    load_optimizer_tensors(again.optimizer, tensors)
+    restored = optimizer_tensors(again.optimizer)
+    assert all(torch.equal(restored[name], tensor) for name, tensor in tensors.items())

@@ -15,7 +15,7 @@ PROMPTS = ["a red circle", "a blue square"]
 
 
 def test_a_lora_is_trained_on_an_int8_base(tiny: SD3, tiny_folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("torchao", reason="the extra genalign[quantization] is not installed")
+    pytest.importorskip("torchao", reason="the extra genalign[memory] is not installed")
     small = SD3.load(tiny_folder, memory=Memory(quantization="int8"))
     policy = Policy(small.denoiser, Lora(rank=4))
     for parameter in policy.parameters:
