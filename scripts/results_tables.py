@@ -1,6 +1,7 @@
 """Write the tables of README.md and docs/*.md from docs/results/*.json.
 
-A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``. With ``--check`` nothing is written, and
+A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``; that of a comparison's runs between
+``<!-- standings:NAME -->`` and ``<!-- /standings -->``. With ``--check`` nothing is written, and
 the exit status is 1 where a table is stale.
 """
 
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-MARKED = re.compile(r"(<!-- results:(?P<name>\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(?P<begin><!-- (?P<kind>results|standings):(?P<name>\w+) -->\n).*?(?P<end><!-- /(?P=kind) -->)", re.DOTALL
+)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -33,14 +36,28 @@ def _line(row: dict[str, Any], form: str) -> str:
     return f"| {row['name']} | {row['metric']} | {value} | {low} to {high} | {row['n']} |"
 
 
+def standings(result: dict[str, Any]) -> str:
+    """The runs of a comparison, the best first, with what else was read off them."""
+    tasks = list(result["standings"][0]["tasks"])
+    heading = ["name", "seeds", "strict", "partial", *tasks, "KL", "colour entropy", "minutes", "forwards"]
+    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
+    for row in result["standings"]:
+        gains = [row["gain"], row["scores"]["partial"], *(row["tasks"][task] for task in tasks)]
+        cells = [row["name"], str(row["seeds"]), *(f"{gain:+.3f}" for gain in gains), f"{row['kl']:.1e}"]
+        cells += [f"{row['diversity']['color']:+.3f}", f"{row['minutes']:.1f}", f"{row['forwards']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
 def fill(text: str, results: Path) -> str:
     """``text`` with every marked table made anew. Raises FileNotFoundError for a table without its result file."""
 
-    def made(match: re.Match[str]) -> str:
+    def filled(match: re.Match[str]) -> str:
         result = json.loads((results / f"{match['name']}.json").read_text(encoding="utf-8"))
-        return f"{match[1]}{table(result)}{match[3]}"
+        made = {"results": table, "standings": standings}[match["kind"]](result)
+        return f"{match['begin']}{made}{match['end']}"
 
-    return MARKED.sub(made, text)
+    return MARKED.sub(filled, text)
 
 
 def main() -> int:

@@ -10,7 +10,10 @@ import pytest
 from genalign.results import Measurement, PromptRecord, claim, median_row, read_records, rows_of
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
-REQUIRED = {"flow_grpo_shapes": {"flow_grpo"}}
+REQUIRED = {
+    "flow_grpo_shapes": {"flow_grpo"},
+    "methods_shapes": {"flow_grpo", "dense_grpo", "prdp", "dragon", "adv_grpo"},
+}
 
 
 @pytest.mark.parametrize("path", sorted((RESULTS / "raw").glob("*.jsonl")), ids=lambda path: path.stem)
