@@ -126,17 +126,24 @@ class ClipEncoder(nn.Module, ABC):
 
 
 class OpenClipEncoder(ClipEncoder):
-    """An open_clip folder."""
+    """A model of open_clip with the tokenizer of ``name``: "local-dir:" and a folder, or an architecture."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, model: Any, name: str) -> None:
         import open_clip
 
-        model = open_clip.create_model(f"local-dir:{folder}")
         super().__init__(
             model, _open_clip_preparation(model.visual.preprocess_cfg), float(model.logit_scale.detach().exp())
         )
-        self._tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        self._tokenizer = open_clip.get_tokenizer(name)
         self._is_transformer = isinstance(model.visual, open_clip.transformer.VisionTransformer)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> OpenClipEncoder:
+        """The checkpoint that open_clip's push_to_hf_hub wrote."""
+        import open_clip
+
+        name = f"local-dir:{folder}"
+        return cls(open_clip.create_model(name), name)
 
     def forward(self, images: Tensor) -> Tensor:
         embedding: Tensor = self.model.encode_image(self.prepare(images))  # type: ignore[operator]  # a submodule
@@ -226,7 +233,7 @@ def _opened(model: str, processor: str | None) -> ClipEncoder:
     if (path / "open_clip_config.json").is_file():
         if processor is not None:
             raise ValueError(f"{path} is an open_clip folder, which holds its own tokenizer: leave processor out")
-        return OpenClipEncoder(path)
+        return OpenClipEncoder.of_folder(path)
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(
             f"{path} has neither an open_clip_config.json nor a config.json: give the folder that open_clip's"
@@ -257,8 +264,12 @@ class ClipReward:
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,) of images (B, 3, H, W) in [0, 1], differentiable in the images; NaN where an image has NaN."""
-        encoder = load_clip(self.model, self.processor).to(samples.device)
+        encoder = self.encoder(samples.device)
         return cosine(encoder(samples), encoder.text([prompt.text for prompt in prompts]))
+
+    def encoder(self, device: torch.device) -> ClipEncoder:
+        """The model, on ``device``."""
+        return load_clip(self.model, self.processor).to(device)
 
 
 def _open_clip_preparation(config: dict[str, Any]) -> Preparation:

@@ -16,6 +16,7 @@ from genalign.demonstrations import Rescored, SetStatistic
 from genalign.divergences import (
     FrechetStatistic,
     Gaussian,
+    GaussianKernel,
     MMDReference,
     MMDStatistic,
     VendiStatistic,
@@ -23,6 +24,8 @@ from genalign.divergences import (
     polynomial_kernel,
     vendi,
 )
+
+_CMMD_BANDWIDTH, _CMMD_SCALE = 10.0, 1000.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,43 @@ class KIDTo:
     def statistic(self, features: Tensor) -> SetStatistic:
         """For changes of one member."""
         return MMDStatistic(features, self.prepared)
+
+
+@dataclass(frozen=True, eq=False)
+class CMMDTo:
+    """-CMMD (arXiv 2401.09603) to a reference set of features (m, d), all of it at once: memory for (m, m).
+
+    1000 times the biased estimate of the squared maximum mean discrepancy, with a Gaussian kernel of bandwidth 10.
+    Meant for unit CLIP embeddings, ``rewards.features.ClipFeatures(model, unit=True)`` with
+    openai/clip-vit-large-patch14-336; published figures squash images to 336 x 336 and do not crop them. The bias is
+    about 5 d^2 (1 / n + 1 / m) for d^2 the mean squared distance of two members. ValueError for a set or m below 2.
+    """
+
+    reference: Tensor
+    prepared: MMDReference = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prepared", MMDReference.of(self.reference, GaussianKernel(_CMMD_BANDWIDTH)))
+
+    def __call__(self, features: Tensor) -> float:
+        return _CMMDStatistic(features, self.prepared).value
+
+    def statistic(self, features: Tensor) -> SetStatistic:
+        """For changes of one member."""
+        return _CMMDStatistic(features, self.prepared)
+
+
+class _CMMDStatistic(MMDStatistic):
+    """The unbiased statistic with k(x, x) = 1 counted in again."""
+
+    @property
+    def resolution(self) -> float:
+        return _CMMD_SCALE * super().resolution
+
+    def _distance(self, within: float, across: float) -> float:
+        n, m = len(self._rows), len(self._reference.features)
+        own, other = (within + n) / n**2, (self._reference.within * (m - 1) + 1) / m
+        return _CMMD_SCALE * (own + other - 2 * across / (n * m))
 
 
 @dataclass(frozen=True)

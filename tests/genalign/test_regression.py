@@ -190,7 +190,9 @@ def test_nft_without_advantage_holds_the_old_policy() -> None:
     x = (1 - sigma[:, None]) * x0 + sigma[:, None] * eps
     half = torch.full((3,), 0.5, dtype=torch.float64)
     velocity = old.clone().requires_grad_(True)
-    (slope,) = torch.autograd.grad(nft_loss(x - sigma[:, None] * velocity, x - sigma[:, None] * old, x0, half, 1.0).sum(), velocity)
+    (slope,) = torch.autograd.grad(
+        nft_loss(x - sigma[:, None] * velocity, x - sigma[:, None] * old, x0, half, 1.0).sum(), velocity
+    )
     torch.testing.assert_close(slope, torch.zeros_like(slope))
 
 

@@ -10,7 +10,7 @@ from genalign.divergences import Gaussian, frechet_distance, kid, vendi
 from genalign.learning import Outcome
 from genalign.set_sums import WeightedSum, standardised, with_quality
 from genalign.types import SetReward
-from rewards.sets import FrechetTo, KIDTo, Vendi, per_sample_frechet
+from rewards.sets import CMMDTo, FrechetTo, KIDTo, Vendi, per_sample_frechet
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -24,9 +24,23 @@ def test_higher_is_better() -> None:
     assert FrechetTo(REFERENCE)(FIRST) == -frechet_distance(FIRST, REFERENCE)
     assert KIDTo(REFERENCE)(FIRST) == pytest.approx(-kid(FIRST, REFERENCE))
     assert Vendi(2.0)(FIRST) == vendi(FIRST, 2.0)
-    for reward in (FrechetTo(REFERENCE), KIDTo(REFERENCE)):
+    for reward in (FrechetTo(REFERENCE), KIDTo(REFERENCE), CMMDTo(REFERENCE)):
         assert reward(REFERENCE) > reward(FIRST) > reward(FIRST + 1)
     assert Vendi()(FIRST) > Vendi()(FIRST + 10)
+
+
+def test_cmmd_is_the_published_estimate() -> None:
+    """1000 times the mean of every entry, the diagonal too, of exp(-|x - y|^2 / 200), written out."""
+
+    def mean(x: Tensor, y: Tensor) -> float:
+        return float(torch.exp(-torch.cdist(x.double(), y.double()).square() / (2 * 10.0**2)).mean())
+
+    expected = 1000 * (mean(FIRST, FIRST) + mean(REFERENCE, REFERENCE) - 2 * mean(FIRST, REFERENCE))
+    assert CMMDTo(REFERENCE)(FIRST) == pytest.approx(-expected, rel=1e-9)
+    assert CMMDTo(REFERENCE)(REFERENCE) == pytest.approx(0, abs=1e-9)
+    two, one = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    apart = math.exp(-2 / 200)  # k_xx = k_xy = (1 + apart) / 2, k_yy = 1
+    assert CMMDTo(one)(two) == pytest.approx(-1000 * (1 - (1 + apart) / 2))
 
 
 @pytest.mark.parametrize(
@@ -34,6 +48,7 @@ def test_higher_is_better() -> None:
     [
         FrechetTo(REFERENCE),
         KIDTo(REFERENCE),
+        CMMDTo(REFERENCE),
         Vendi(),
         Vendi(math.inf),
         WeightedSum((FrechetTo(REFERENCE), Vendi(), lambda features: float(features.std())), (0.5, -1.0, 2.0)),
@@ -60,7 +75,7 @@ def test_other_orders_of_vendi_are_scored_anew() -> None:
 
 
 def test_sets_without_a_covariance_are_refused() -> None:
-    for make in (FrechetTo, KIDTo):
+    for make in (FrechetTo, KIDTo, CMMDTo):
         with pytest.raises(ValueError, match="at least 2 samples, got 1"):
             make(REFERENCE[:1])
         with pytest.raises(ValueError, match="at least 2 samples, got 1"):

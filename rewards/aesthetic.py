@@ -1,0 +1,42 @@
+"""LAION's aesthetic predictors: how people rated images, read off CLIP-L/14's image embedding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from genalign.types import Prompt
+from rewards.clip import load_clip
+from rewards.weights import AffineHead, read_tensors
+
+
+@dataclass(frozen=True)
+class AestheticReward:
+    """An affine function of the unit image embedding, on the raters' scale of 1 to 10: mostly 4 to 7.
+
+    ``weights`` is the head: a path, or hf://owner/repository/file. The default is v2
+    (sac+logos+ava1-l14-linearMSE.pth), an MLP without activations and so one affine map, into which it is folded; v1
+    is LAION's sa_0_4_vit_l_14_linear.pth. A reward that is linear in the embedding is easily hacked. ``model`` and
+    ``processor`` are those of ``rewards.clip.load_clip``; opened at the first call. The prompts do not matter.
+    """
+
+    weights: str = "hf://trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
+    model: str = "openai/clip-vit-large-patch14"
+    processor: str | None = None
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,) of images (B, 3, H, W) in [0, 1], differentiable in the images; NaN where an image has NaN.
+
+        Raises ValueError for a head that cannot be folded, or of another width than the embedding.
+        """
+        embedding: Tensor = load_clip(self.model, self.processor).to(samples.device)(samples)
+        return _head(self.weights)(F.normalize(embedding.float(), dim=-1))
+
+
+@functools.cache
+def _head(weights: str) -> AffineHead:
+    return AffineHead.of(read_tensors(weights))

@@ -1,0 +1,50 @@
+"""The Human Preference Score v2 and v2.1 (arXiv 2306.09341), by open_clip."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genalign.types import Prompt
+from rewards.clip import ClipEncoder, OpenClipEncoder, cosine
+from rewards.weights import find
+
+
+@dataclass(frozen=True)
+class HPSReward:
+    """The cosine of image and text by the fine-tuned CLIP-H, without its logit scale: mostly 0.25 to 0.37.
+
+    ``weights`` is the published .pt, or its tensors as .safetensors: a path, or hf://owner/repository/file; v2.0 is
+    HPS_v2_compressed.pt beside v2.1. ``architecture`` is one of open_clip's. As published, an image is fitted into 224
+    x 224 with black around it, and texts are cut to 77 tokens. The model is opened at the first call, with
+    weights_only=True, in float32, and then follows the samples' device.
+    """
+
+    weights: str = "hf://xswu/HPSv2/HPS_v2.1_compressed.pt"
+    architecture: str = "ViT-H-14"
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,) of images (B, 3, H, W) in [0, 1], differentiable in the images; NaN where an image has NaN."""
+        encoder = self.encoder(samples.device)
+        return cosine(encoder(samples), encoder.text([prompt.text for prompt in prompts]))
+
+    def encoder(self, device: torch.device) -> ClipEncoder:
+        """The model, on ``device``."""
+        return _opened(self.weights, self.architecture).to(device)
+
+
+@functools.cache
+def _opened(weights: str, architecture: str) -> OpenClipEncoder:
+    import open_clip
+
+    model = open_clip.create_model(
+        architecture,
+        pretrained=str(find(weights)),
+        force_preprocess_cfg={"resize_mode": "longest"},
+        weights_only=True,
+    )
+    return OpenClipEncoder(model, architecture)

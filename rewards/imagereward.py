@@ -1,0 +1,153 @@
+"""ImageReward (arXiv 2304.05977): a BLIP that people's rankings of images were taught to.
+
+The published checkpoint is opened by transformers' own BLIP modules, whose layers are the same under other names. Code
+and weights of ImageReward are under Apache-2.0; this file was written from its published layout.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from genalign.types import Prompt
+from rewards.clip import Preparation
+from rewards.weights import AffineHead, read_tensors
+
+_VISION, _TEXT, _HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
+_HEAD_WIDTH = 64  # of one attention head, in the image as in the text encoder
+_LENGTH = 35  # tokens of a prompt, with the first and the last
+_MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the published scores
+_NORMALISATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_VISION_NAMES = {
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding",
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "norm": "post_layernorm",
+}
+_BLOCK_NAMES = {"attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection", "norm1": "layer_norm1"}
+_BLOCK_NAMES |= {"norm2": "layer_norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+
+
+@dataclass(frozen=True)
+class ImageReward:
+    """The published score, of mean 0 and standard deviation 1 on its authors' images: mostly -2 to 2.
+
+    ``weights`` is the published ImageReward.pt or its tensors as .safetensors: a path, or hf://owner/repository/file.
+    ``tokenizer`` is a folder or Hub id of BERT's. Opened at the first call, in float32; then follows the samples'
+    device. Prompts are cut to 35 tokens.
+    """
+
+    weights: str = "hf://THUDM/ImageReward/ImageReward.pt"
+    tokenizer: str = "google-bert/bert-base-uncased"
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,) of images (B, 3, H, W) in [0, 1], differentiable in the images; NaN where an image has NaN.
+
+        Raises ValueError for another checkpoint than ImageReward's.
+        """
+        scorer = _opened(self.weights, self.tokenizer).to(samples.device)
+        scores: Tensor = scorer(samples, [prompt.text for prompt in prompts])
+        return scores
+
+
+class _Scorer(nn.Module):
+    def __init__(self, tensors: Mapping[str, Tensor], tokenizer: Any) -> None:
+        super().__init__()
+        self.vision, self.text = _vision(tensors), _text(tensors)
+        self.requires_grad_(False).eval()
+        self._head, self._tokenizer = AffineHead.of(tensors, _HEAD), tokenizer
+        side = int(self.vision.config.image_size)
+        self._prepare = Preparation((side, side), *_NORMALISATION)
+
+    def forward(self, images: Tensor, texts: list[str]) -> Tensor:
+        if len(images) != len(texts):
+            raise ValueError(f"there must be one prompt per image: found {len(texts)} for {len(images)} images")
+        seen = self.vision(self._prepare(images)).last_hidden_state
+        tokens = self._tokenizer(
+            texts, padding="max_length", truncation=True, max_length=_LENGTH, return_tensors="pt"
+        ).to(images.device)
+        read = self.text(tokens.input_ids, tokens.attention_mask, encoder_hidden_states=seen).last_hidden_state
+        return (self._head(read[:, 0]) - _MEAN) / _STD
+
+
+@functools.cache
+def _opened(weights: str, tokenizer: str) -> _Scorer:
+    from transformers import BertTokenizer
+
+    tensors = read_tensors(weights)
+    missing = [part for part in (_VISION, _TEXT, _HEAD) if not any(name.startswith(part) for name in tensors)]
+    if missing:
+        raise ValueError(f"{weights} is not an ImageReward checkpoint: it has no tensors named {missing[0]}*")
+    return _Scorer(tensors, BertTokenizer.from_pretrained(tokenizer))
+
+
+def _vision(tensors: Mapping[str, Tensor]) -> Any:
+    """The image encoder, of the sizes that the tensors have."""
+    from transformers import BlipVisionConfig, BlipVisionModel
+
+    found = {_vision_name(name): value for name, value in _below(tensors, _VISION).items()}
+    width, _, patch, _ = found["embeddings.patch_embedding.weight"].shape
+    side = math.isqrt(found["embeddings.position_embedding"].shape[1] - 1)
+    config = BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=len(found["encoder.layers.0.mlp.fc1.weight"]),
+        num_hidden_layers=_depth(found, "encoder.layers."),
+        num_attention_heads=width // _HEAD_WIDTH,
+        image_size=side * patch,
+        patch_size=patch,
+        layer_norm_eps=1e-6,
+    )
+    return _loaded(BlipVisionModel(config), found)
+
+
+def _text(tensors: Mapping[str, Tensor]) -> Any:
+    """The text encoder, which looks at the image in every layer; its names are transformers' own."""
+    from transformers import BlipTextConfig, BlipTextModel
+
+    found = _below(tensors, _TEXT)
+    found.pop("embeddings.position_ids", None)
+    vocabulary, width = found["embeddings.word_embeddings.weight"].shape
+    config = BlipTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        encoder_hidden_size=found["encoder.layer.0.crossattention.self.key.weight"].shape[1],
+        intermediate_size=len(found["encoder.layer.0.intermediate.dense.weight"]),
+        num_hidden_layers=_depth(found, "encoder.layer."),
+        num_attention_heads=width // _HEAD_WIDTH,
+        max_position_embeddings=len(found["embeddings.position_embeddings.weight"]),
+        layer_norm_eps=1e-12,
+    )
+    return _loaded(BlipTextModel(config, add_pooling_layer=False), found)
+
+
+def _vision_name(name: str) -> str:
+    """transformers' name of a tensor of the image encoder."""
+    names, prefix = _VISION_NAMES, ""
+    if block := re.match(r"blocks\.(\d+)\.", name):
+        names, prefix, name = _BLOCK_NAMES, f"encoder.layers.{block[1]}.", name[block.end() :]
+    module, dot, kind = name.rpartition(".")
+    if name in names:
+        return prefix + names[name]
+    return prefix + names.get(module, module) + dot + kind
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _depth(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in tensors if name.startswith(prefix))
+
+
+def _loaded(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"these are not the tensors of ImageReward's BLIP: {error}") from error
+    return module

@@ -1,0 +1,35 @@
+"""PickScore (arXiv 2305.01569): CLIP-H fine-tuned on people's choices between two images of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genalign.types import Prompt
+from rewards.clip import ClipEncoder, cosine, load_clip
+
+
+@dataclass(frozen=True)
+class PickScoreReward:
+    """exp(logit scale) times the cosine of image and text, as the model card has it: mostly 18 to 24.
+
+    It is on a logit scale: softmax over the scores of images of one prompt is the probability of each to be preferred.
+    Flow-GRPO and others divide by 26: give it the weight 1 / 26. ``model`` and ``processor`` are those of
+    ``rewards.clip.load_clip``; the model is opened at the first call and then follows the samples' device. Texts longer
+    than the model's context are cut.
+    """
+
+    model: str = "yuvalkirstain/PickScore_v1"
+    processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,) of images (B, 3, H, W) in [0, 1], differentiable in the images; NaN where an image has NaN."""
+        encoder = self.encoder(samples.device)
+        return encoder.logit_scale * cosine(encoder(samples), encoder.text([prompt.text for prompt in prompts]))
+
+    def encoder(self, device: torch.device) -> ClipEncoder:
+        """The model, on ``device``."""
+        return load_clip(self.model, self.processor).to(device)

@@ -1,0 +1,19 @@
+"""Images as 8-bit pixels, for scorers that work on pictures and not on tensors."""
+
+from __future__ import annotations
+
+from PIL import Image
+from torch import Tensor
+
+
+def pictures(images: Tensor) -> list[Image.Image | None]:
+    """Images (B, 3, H, W) in [0, 1], clamped and rounded to 8 bits, as RGB pictures; None where a pixel is not finite.
+
+    Raises ValueError for another shape.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be (B, 3, H, W) in [0, 1], not a tensor of shape {tuple(images.shape)}")
+    values = images.detach().float().cpu()
+    pixels = (values.nan_to_num().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    finite = values.isfinite().flatten(1).all(1).tolist()
+    return [Image.fromarray(array) if whole else None for array, whole in zip(pixels, finite, strict=True)]

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genalign.credit import GroupRelative
+from genalign.learning import Outcome
+from genalign.types import Prompt, Reward
+from rewards.clip import ClipReward
+from rewards.combined import (
+    DirectionalCorrection,
+    EnsembleCredit,
+    Gate,
+    LogSigmoidCentred,
+    MeanMinusVariance,
+    Product,
+    Standardised,
+    UncertaintyDiscount,
+    WeightedSum,
+    WorstCase,
+    embedded,
+    guided_text,
+    learnt_direction,
+    mean_minus_variance,
+    reference_levels,
+    save_direction,
+    worst_case,
+)
+
+NAN = math.nan
+PROMPTS = [Prompt("a"), Prompt("a"), Prompt("b")]
+SAMPLES = torch.zeros(3, 3, 2, 2)
+
+
+def gives(*scores: float) -> Callable[[Tensor, Sequence[Prompt]], Tensor]:
+    return lambda samples, prompts: torch.tensor(scores)
+
+
+def scored(reward: Callable[[Tensor, Sequence[Prompt]], Tensor]) -> list[float]:
+    assert isinstance(reward, Reward)
+    scores = reward(SAMPLES, PROMPTS)
+    assert scores.shape == (3,) and scores.dtype == torch.float32
+    return scores.tolist()
+
+
+def near(*values: float) -> object:
+    return pytest.approx(values, abs=1e-6, nan_ok=True)
+
+
+A, B, C = gives(1.0, 2.0, 3.0), gives(3.0, 2.0, NAN), gives(5.0, 2.0, 1.0)
+
+
+def test_sums_products_and_the_worst() -> None:
+    assert scored(WeightedSum([A, B], [1.0, -2.0])) == near(-5, -2, NAN)
+    assert scored(WeightedSum([A, B], [1.0, 0.0])) == near(1, 2, 3)
+    assert scored(Product([A, B, C])) == near(15, 8, NAN)
+    assert scored(WorstCase([A, C])) == near(1, 2, 1)
+    assert scored(WorstCase([A, B, C])) == near(1, 2, NAN)
+
+
+def test_the_variance_is_taken_off_and_not_the_deviation() -> None:
+    """Scores 1, 3, 5: mean 3, variance 8/3 with ddof 0 and 4 with ddof 1, half as much again."""
+    scores = torch.tensor([[1.0, 3.0, 5.0], [2.0, 2.0, 2.0]])
+    assert mean_minus_variance(scores).tolist() == near(3 - 0.5 * 8 / 3, 2)
+    assert mean_minus_variance(scores, 0.1, ddof=1).tolist() == near(3 - 0.1 * 4, 2)
+    assert worst_case(scores).tolist() == [1, 2]
+    assert scored(MeanMinusVariance([A, B, C], 0.5)) == near(3 - 0.5 * 8 / 3, 2, NAN)
+    with pytest.raises(ValueError, match="ddof 1 needs more than 1 scores, not 1"):
+        mean_minus_variance(scores[:, :1], ddof=1)
+
+
+def test_a_product_of_negative_scores_is_refused() -> None:
+    with pytest.raises(ValueError, match="a product is for scores of 0 or more"):
+        Product([A, gives(-1.0, 1.0, 1.0)])(SAMPLES, PROMPTS)
+    with pytest.raises(ValueError, match="no rewards to combine"):
+        WorstCase([])(SAMPLES, PROMPTS)
+
+
+def test_standardised_by_fixed_statistics() -> None:
+    reward = Standardised.measured(B, SAMPLES, PROMPTS)
+    assert (reward.mean, reward.std) == (2.5, 0.5)
+    assert scored(reward) == near(1, -1, NAN)
+    assert scored(WorstCase([reward, Standardised(A, 2.0, 1.0)])) == near(-1, -1, NAN)
+    with pytest.raises(ValueError, match="tells no sample from another"):
+        Standardised.measured(gives(1.0, 1.0, 1.0), SAMPLES, PROMPTS)
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        Standardised.measured(gives(1.0, NAN, NAN), SAMPLES, PROMPTS)
+
+
+def test_the_sum_of_log_sigmoids_is_the_log_probability_of_all_being_good() -> None:
+    first, second = LogSigmoidCentred(A, 2.0), LogSigmoidCentred(C, 1.0)
+    sigmoids = torch.tensor([-1.0, 0.0, 1.0]).sigmoid() * torch.tensor([4.0, 1.0, 0.0]).sigmoid()
+    assert scored(WeightedSum([first, second], [1.0, 1.0])) == near(*sigmoids.log().tolist())
+    assert scored(LogSigmoidCentred(A, 2.0, scale=100.0)) == near(-100, math.log(0.5), 0)
+    assert scored(LogSigmoidCentred(A, {"a": 1.0, "b": 3.0})) == near(
+        -math.log(2), -math.log1p(math.exp(-1)), -0.693147
+    )
+    with pytest.raises(ValueError, match="no reference level for the prompt 'b'"):
+        LogSigmoidCentred(A, {"a": 1.0})(SAMPLES, PROMPTS)
+
+
+def test_reference_levels_of_base_samples() -> None:
+    assert reference_levels(A, SAMPLES, PROMPTS) == pytest.approx({"a": 1.5 + 1.0364 * 0.5, "b": 3.0})
+    normal = torch.randn(20000, generator=torch.Generator().manual_seed(0))
+    level = reference_levels(lambda samples, prompts: normal, torch.zeros(20000, 1), [Prompt("x")] * 20000)["x"]
+    assert float((normal < level).float().mean()) == pytest.approx(0.85, abs=0.01)
+    with pytest.raises(ValueError, match="no sample of 'b' could be scored"):
+        reference_levels(B, SAMPLES, PROMPTS)
+
+
+def test_a_gate() -> None:
+    assert scored(Gate(A, C, threshold=2.0)) == near(1, 2, 0)
+    assert scored(Gate(A, C, threshold=2.5, otherwise=-1.0)) == near(1, -1, -1)
+    assert scored(Gate(A, B, threshold=2.5)) == near(1, 0, NAN)
+    assert scored(Gate(B, A, threshold=2.5)) == near(0, 0, NAN)
+    assert scored(Gate(B, C, threshold=2.0)) == near(3, 2, 0)  # closed: the missing score is not asked for
+
+
+def test_gradients_pass_through() -> None:
+    def total(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return samples.flatten(1).sum(1)
+
+    inner = WeightedSum([Standardised(total, 0.0, 2.0), LogSigmoidCentred(total, 0.0)], [1.0, 1.0])
+    leaf = SAMPLES.clone().requires_grad_(True)
+    MeanMinusVariance([inner, Gate(inner, total, -1.0)])(leaf, PROMPTS).sum().backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, torch.full_like(leaf, 0.5 + 0.5))  # sigmoid(0) = 1/2
+
+
+def outcome(scores: Tensor, weights: Sequence[float]) -> Outcome:
+    return Outcome(scores, tuple(weights), torch.arange(len(scores)) // 4)
+
+
+def test_ensembles_compare_within_the_group() -> None:
+    """One member is shifted by a constant per group and stretched, which changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(8, generator=generator), torch.randn(8, generator=generator)
+    shifted = 7 * second + torch.tensor([100.0, -50.0]).repeat_interleave(4)
+    for pool in (worst_case, mean_minus_variance):
+        plain = EnsembleCredit(pool)(outcome(torch.stack([first, second], 1), [1.0, 1.0]))
+        other = EnsembleCredit(pool)(outcome(torch.stack([first, shifted], 1), [1.0, 1.0]))
+        torch.testing.assert_close(plain, other, rtol=0, atol=1e-3)
+        assert plain.view(2, 4).mean(1).abs().max() < 1e-5
+    z = torch.stack([(x.view(2, 4) - x.view(2, 4).mean(1, keepdim=True)).flatten() for x in (first, second)], 1)
+    z = z / z.view(2, 4, 2).std(1, correction=0).repeat_interleave(4, 0)
+    least = z.amin(1).view(2, 4)
+    expected = (least - least.mean(1, keepdim=True)) / least.std(1, correction=0, keepdim=True)
+    credit = EnsembleCredit()(outcome(torch.stack([first, second], 1), [1.0, 1.0]))
+    torch.testing.assert_close(credit, expected.flatten(), rtol=0, atol=2e-3)
+
+
+def test_what_is_only_reported_is_no_member_and_what_failed_gets_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(8, 3, generator=generator)
+    scores[2, 0] = NAN
+    with_reported = EnsembleCredit()(outcome(scores, [1.0, 1.0, 0.0]))
+    assert torch.equal(with_reported, EnsembleCredit()(outcome(scores[:, :2], [1.0, 1.0])))
+    assert with_reported[2] == 0 and (with_reported != 0).sum() == 7
+    with pytest.raises(ValueError, match="needs 2 rewards or more of non-zero weight, not 1"):
+        EnsembleCredit()(outcome(scores, [1.0, 0.0, 0.0]))
+
+
+def test_disagreement_shrinks_the_credit() -> None:
+    """Z-scores of the members, one group: (1, -1, 1, -1) and (1, -1, -1, 1); they differ by 0, 0, 2, 2."""
+    scores = torch.tensor([[2.0, 9.0], [0.0, 5.0], [2.0, 5.0], [0.0, 9.0]])
+    plain = GroupRelative()(outcome(scores, [1.0, 1.0]))
+    for strength in (0.0, 1.0, 2.0):
+        discounted = UncertaintyDiscount(GroupRelative(), strength)(outcome(scores, [1.0, 1.0]))
+        factor = torch.tensor([1.0, 1.0, math.exp(-strength), math.exp(-strength)])
+        torch.testing.assert_close(discounted, plain * factor, rtol=0, atol=1e-3)
+    stepwise = UncertaintyDiscount(lambda found: torch.ones(4, 5))(outcome(scores, [1.0, 1.0]))
+    assert stepwise.shape == (4, 5) and stepwise[:, 0].tolist() == pytest.approx([1, 1, 0.3679, 0.3679], abs=1e-3)
+    scores[0, 1] = NAN
+    assert UncertaintyDiscount(lambda found: torch.ones(4))(outcome(scores, [1.0, 1.0]))[0] == 0
+
+
+def test_the_guided_text_by_hand() -> None:
+    """For b of length 0.1 at a right angle to e: e+- = (e +- b) / sqrt(1.01), so that |e~| = sqrt(1.04 / 1.01)."""
+    text, direction = torch.tensor([[1.0, 0.0]]), torch.tensor([0.0, 0.1])
+    guided = guided_text(text, direction, omega=1.5)
+    torch.testing.assert_close(guided, torch.tensor([[1.0, 0.2]]) / math.sqrt(1.01))
+    assert float(guided.norm()) == pytest.approx(1.015, abs=5e-4)
+    torch.testing.assert_close(guided_text(text, 0 * direction, 1.5), text)
+
+
+def test_a_direction_that_is_zero_changes_nothing_and_another_one_does() -> None:
+    base = ClipReward("shapes-clip")
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    prompts = [Prompt("a red circle"), Prompt("a blue ring"), Prompt("two squares")]
+    plain = DirectionalCorrection(base, torch.zeros(128))
+    torch.testing.assert_close(plain(images, prompts), base(images, prompts))
+    direction = 0.1 * torch.randn(128, generator=torch.Generator().manual_seed(1))
+    image, text = embedded(base, images, prompts)
+    expected = F.cosine_similarity(image, guided_text(text, direction, 2.0))
+    torch.testing.assert_close(DirectionalCorrection(base, direction, 2.0)(images, prompts), expected)
+
+
+def test_a_direction_is_learnt_kept_and_read(tmp_path: Path) -> None:
+    """What the images of all prompts have in common, and their texts have not, is what it points to."""
+    generator = torch.Generator().manual_seed(0)
+    text = F.normalize(torch.randn(64, 16, generator=generator), dim=-1)
+    common = F.normalize(torch.randn(16, generator=generator), dim=0)
+    image = F.normalize(text + common, dim=-1)
+    direction = learnt_direction(image, text, steps=200, learning_rate=1e-3)
+    assert float(F.cosine_similarity(direction, common, dim=0)) > 0.9
+    before, after = (F.cosine_similarity(image, guided_text(text, b, 1.5)).mean() for b in (0 * direction, direction))
+    assert after > before + 0.05
+    torch.testing.assert_close(direction, learnt_direction(image, text, steps=200, learning_rate=1e-3))
+    save_direction(tmp_path / "b.safetensors", direction)
+    embedding = torch.randn(128, generator=generator)
+    save_direction(tmp_path / "clip.safetensors", embedding)
+    images = torch.rand(1, 3, 64, 64, generator=generator)
+    from_file = DirectionalCorrection(ClipReward("shapes-clip"), str(tmp_path / "clip.safetensors"))
+    from_tensor = DirectionalCorrection(ClipReward("shapes-clip"), embedding)
+    assert torch.equal(from_file(images, PROMPTS[:1]), from_tensor(images, PROMPTS[:1]))
+    with pytest.raises(ValueError, match=r"embeddings must be \(n, d\) and \(n, d\)"):
+        learnt_direction(image, text[:3])

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from genalign.types import Prompt, Reward
+from rewards import ocr
+from rewards.ocr import OCRReward, edit_distance, edit_similarity, rapidocr, wanted_texts
+
+needs_rapidocr = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("rapidocr", "onnxruntime")),
+    reason="needs the extra ocr: rapidocr and onnxruntime",
+)
+
+
+def written(*lines: str, size: tuple[int, int] = (256, 256), ink: str = "black", paper: str = "white") -> torch.Tensor:
+    """An image (1, 3, H, W) with these lines on it."""
+    picture = Image.new("RGB", size, paper)
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(picture).text((20, 40 + 60 * i), line, fill=ink, font=ImageFont.load_default(36))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "score"),
+    [
+        ("hello", "hello", 1.0),  # exact
+        ("HE\nLLO", "h ello", 1.0),  # neither case nor white space counts
+        ("say hello twice", "hello", 1.0),  # a part of what is written
+        ("hell", "hello", 0.8),
+        ("hallo", "hello", 0.8),
+        ("ehllo", "hello", 0.6),
+        ("", "hello", 0.0),
+        ("something quite different", "hello", 0.0),  # no less than 0
+    ],
+)
+def test_the_table(found: str, wanted: str, score: float) -> None:
+    assert edit_similarity(found, wanted) == pytest.approx(score)
+
+
+def test_nothing_to_look_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no text to look for"):
+        edit_similarity("hello", "  ")
+
+
+def test_distances_by_hand_and_by_symmetry() -> None:
+    assert edit_distance("kitten", "sitting") == 3
+    assert edit_distance("flaw", "lawn") == 2
+    assert edit_distance("", "abc") == edit_distance("abc", "") == 3
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        a, b, c = ("".join(rng.choice(list("abc"), rng.integers(0, 7))) for _ in range(3))
+        assert edit_distance(a, b) == edit_distance(b, a) <= edit_distance(a, c) + edit_distance(c, b)
+        assert (edit_distance(a, b) == 0) == (a == b)
+
+
+def test_what_a_prompt_wants_written() -> None:
+    assert wanted_texts(Prompt('a sign that says "Open"')) == ("Open",)
+    assert wanted_texts(Prompt('“Yes” on the left, "No way" on the right')) == ("Yes", "No way")
+    assert wanted_texts(Prompt("a dog's bowl")) == ()
+    assert wanted_texts(Prompt('an empty "" sign and " "')) == ()
+    assert wanted_texts(Prompt('a "shop"', {"text": "SALE"})) == ("SALE",)
+    assert wanted_texts(Prompt("a shop", {"text": ["SALE", "50%"]})) == ("SALE", "50%")
+    assert wanted_texts(Prompt('a "shop"', {"tag": "ocr"})) == ("shop",)
+
+
+def test_any_reader_may_be_asked_and_several_texts_are_averaged() -> None:
+    reward = OCRReward(lambda picture: "red sing" if picture.getpixel((0, 0))[0] > 128 else "")
+    assert isinstance(reward, Reward)
+    images = torch.zeros(5, 3, 4, 4)
+    images[:2, 0] = 1
+    images[3, 1, 2, 2] = torch.nan
+    prompts = [Prompt('"red" and "sign"'), Prompt('"RED"'), Prompt('"red"'), Prompt('"red"'), Prompt("no text")]
+    scores = reward(images, prompts).tolist()
+    assert scores[:3] == pytest.approx([(1 + 0) / 2, 1, 0])
+    assert math.isnan(scores[3]) and math.isnan(scores[4])
+
+
+@pytest.mark.slow
+@needs_rapidocr
+def test_text_is_read_line_by_line() -> None:
+    images = torch.cat([written("OPEN", "24 hours", ink="white", paper="navy"), written()])
+    asked = [Prompt('a sign, "open 25 hours"'), Prompt('a "sign"')]
+    assert OCRReward()(images, asked).tolist() == pytest.approx([10 / 11, 0])
+    assert rapidocr(ocr.pictures(images)[0]) == "OPEN\n24 hours"
+
+
+def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    ocr._engine.cache_clear()
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'genalign\[ocr\]'"):
+        rapidocr(Image.new("RGB", (8, 8)))

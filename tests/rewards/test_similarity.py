@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Dinov2Config, Dinov2Model
+
+from genalign.types import Prompt
+from rewards.features import Dinov2Features
+from rewards.references import ByPrompt, Pool
+from rewards.similarity import ReferenceSimilarity
+
+RED, BLUE = Prompt("red"), Prompt("blue")
+
+
+def means(samples: torch.Tensor) -> torch.Tensor:
+    """Mean colours (B, 3), whose cosines can be told by hand."""
+    return samples.mean((2, 3))
+
+
+def flat(*colors: tuple[float, float, float]) -> torch.Tensor:
+    return torch.tensor(colors, dtype=torch.float32)[:, :, None, None].expand(-1, 3, 4, 4).contiguous()
+
+
+def test_cosines_with_the_references_of_the_prompt() -> None:
+    references = ByPrompt.of({"red": flat((1, 0, 0), (1, 1, 0)), "blue": flat((0, 0, 1))})
+    samples = flat((1, 0, 0), (1, 0, 0), (0, 0, 0.5))
+    half = 0.5**0.5
+    mean = ReferenceSimilarity(means, references)(samples, [RED, BLUE, BLUE])
+    assert mean.tolist() == pytest.approx([(1 + half) / 2, 0, 1])
+    nearest = ReferenceSimilarity(means, references, "nearest")(samples, [RED, RED, RED])
+    assert nearest.tolist() == pytest.approx([1, 1, 0])
+
+
+def test_a_pool_serves_every_prompt_and_is_described_once() -> None:
+    seen = []
+
+    def features(samples: torch.Tensor) -> torch.Tensor:
+        seen.append(len(samples))
+        return means(samples)
+
+    reward = ReferenceSimilarity(features, Pool.of(flat((1, 0, 0), (0, 1, 0))), "nearest")
+    samples = flat((1, 0, 0), (0, 0, 1), (1, 1, 0))
+    for _ in range(2):
+        assert reward(samples, [RED, BLUE, RED]).tolist() == pytest.approx([1, 0, 0.5**0.5])
+    assert sorted(seen) == [2, 3, 3]
+
+
+def test_many_references_are_described_in_parts() -> None:
+    images = torch.rand(150, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    unit = torch.nn.functional.normalize(means(images), dim=1)
+    score = ReferenceSimilarity(means, Pool.of(images))(images[:1], [RED])
+    assert float(score) == pytest.approx(float((unit @ unit[0]).mean()), abs=1e-6)
+
+
+def test_dino_similarity_can_be_trained_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(tmp_path)
+    images = torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    reward = ReferenceSimilarity(Dinov2Features(str(tmp_path)), Pool.of(images[:1]))
+    leaf = images.clone().requires_grad_(True)
+    scores = reward(leaf, [RED] * 3)
+    assert scores[0].item() == pytest.approx(1, abs=1e-5) and (scores[1:] < 1 - 1e-5).all()
+    scores.sum().backward()
+    assert leaf.grad is not None and (leaf.grad[1:].flatten(1).abs().sum(1) > 0).all()
+    broken = images.clone()
+    broken[1] = torch.nan
+    assert reward(broken, [RED] * 3).isnan().tolist() == [False, True, False]
+
+
+def test_what_has_no_reference_is_refused() -> None:
+    reward = ReferenceSimilarity(means, ByPrompt.of({"red": flat((1, 0, 0))}))
+    with pytest.raises(ValueError, match="no reference for the prompt 'blue'"):
+        reward(flat((1, 0, 0)), [BLUE])
+    with pytest.raises(ValueError, match="one prompt per image: found 2 for 1 images"):
+        reward(flat((1, 0, 0)), [RED, RED])

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from genalign.types import Prompt, Reward
+from rewards.pixels import pictures
+from rewards.vqa import AboutPrompt, Always, Question, QuestionReward, YesNoModel, geneval, listed
+
+SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<image>"]
+WORDS = [
+    *SPECIAL,
+    "yes",
+    "no",
+    "Yes",
+    "No",
+    "is",
+    "there",
+    "a",
+    "red",
+    "circle",
+    "two",
+    "squares",
+    "?",
+    "USER:",
+    "BOT:",
+]
+TEMPLATE = (
+    "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}"
+    "{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}BOT:"
+)
+
+
+def words_tokenizer(words: Sequence[str], images: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token for each word, of which ``images`` are what an image is put into."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(images), **special)
+
+
+def save_llava(folder: Path, words: Sequence[str], template: str | None) -> Path:
+    """A tiny random LLaVA with its processor."""
+    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    LlavaProcessor(
+        CLIPImageProcessor(**size),
+        words_tokenizer(words, ["<image>"]),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    ).save_pretrained(folder)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+    text = LlamaConfig(vocab_size=len(words), max_position_embeddings=64, **tower, **ids)
+    vision = CLIPVisionConfig(image_size=28, patch_size=14, **tower)
+    torch.manual_seed(0)
+    towers = {"vision_config": vision, "text_config": text, "vision_feature_layer": -1}
+    model = LlavaForConditionalGeneration(LlavaConfig(image_token_index=4, image_seq_length=4, **towers))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llava(tmp_path_factory.mktemp("llava"), WORDS, TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen2-VL, whose images have as many tokens as their size asks for."""
+    folder: Path = tmp_path_factory.mktemp("qwen")
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    words = [*WORDS, *marks]
+    Qwen2VLProcessor(
+        Qwen2VLImageProcessor(size={"shortest_edge": 4 * 28 * 28, "longest_edge": 16 * 28 * 28}),
+        words_tokenizer(words, marks),
+        Qwen2VLVideoProcessor(),
+        chat_template=TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>"),
+    ).save_pretrained(folder)
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 2, "vocab_size": len(words), "max_position_embeddings": 256}
+    text |= {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2}
+    names = ("vision_start", "vision_end", "image", "video")
+    ids = {f"{name}_token_id": words.index(mark) for name, mark in zip(names, marks, strict=True)}
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ids))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def images(count: int = 5) -> Tensor:
+    return torch.rand(count, 3, 40, 52, generator=torch.Generator().manual_seed(0))
+
+
+QUESTIONS = ["is there a red circle ?", "two squares ?", "is there a red circle ?", "two ?", "is there two squares ?"]
+
+
+def test_a_model_answers_by_the_probabilities_of_its_first_word(llava: Path) -> None:
+    model = LlavaForConditionalGeneration.from_pretrained(llava).eval()
+    processor = AutoProcessor.from_pretrained(llava)
+    expected = []
+    for picture, question in zip(pictures(images()), QUESTIONS, strict=True):
+        inputs = processor(images=[picture], text=[f"USER: <image> {question} BOT:"], return_tensors="pt")
+        with torch.no_grad():
+            p = model(**inputs).logits[0, -1].softmax(-1)
+        yes, no = p[5] + p[7], p[6] + p[8]
+        expected.append(float(yes / (yes + no)))
+    found = YesNoModel(str(llava))(images(), QUESTIONS)
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+    assert found.std() > 0.01
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen"])
+def test_an_answer_does_not_depend_on_its_batch(family: str, request: pytest.FixtureRequest) -> None:
+    model = str(request.getfixturevalue(family))
+    together = YesNoModel(model)(images(), QUESTIONS)
+    assert ((together > 0) & (together < 1)).all() and together.std() > 0.01
+    torch.testing.assert_close(YesNoModel(model, batch_size=1)(images(), QUESTIONS), together, rtol=0, atol=1e-5)
+    order = [3, 0, 4, 2, 1]
+    shuffled = YesNoModel(model)(images()[order], [QUESTIONS[i] for i in order])
+    torch.testing.assert_close(shuffled, together[order], rtol=0, atol=1e-5)
+    halved = YesNoModel(model, "bfloat16")(images(), QUESTIONS)
+    assert halved.dtype == torch.float32 and (halved - together).abs().max() < 0.1
+
+
+def test_what_cannot_be_answered_is_nan(llava: Path) -> None:
+    broken = images()
+    broken[1, 0, 0, 0] = torch.nan
+    assert YesNoModel(str(llava))(broken, QUESTIONS).isnan().tolist() == [False, True, False, False, False]
+    assert YesNoModel(str(llava), least_mass=1.0)(images(), QUESTIONS).isnan().all()
+    with pytest.raises(ValueError, match="one question per image: found 4 for 5 images"):
+        YesNoModel(str(llava))(images(), QUESTIONS[:4])
+
+
+def test_models_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
+    save_llava(tmp_path / "mute", WORDS, None)
+    with pytest.raises(ValueError, match="has no chat template"):
+        YesNoModel(str(tmp_path / "mute"))(images(1), QUESTIONS[:1])
+    save_llava(tmp_path / "foreign", [*SPECIAL, "oui", "non", "USER:", "BOT:"], TEMPLATE)
+    with pytest.raises(ValueError, match="no single token for 'yes'"):
+        YesNoModel(str(tmp_path / "foreign"))(images(1), ["oui"])
+
+
+class Brightness:
+    """A judge whose answer to every question is the image's mean; it remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
+        self.asked += questions
+        return images.mean((1, 2, 3))
+
+
+def levels(*values: float) -> Tensor:
+    return torch.tensor(values)[:, None, None, None].expand(-1, 3, 2, 2)
+
+
+def test_one_question_about_the_prompt() -> None:
+    judge = Brightness()
+    reward = QuestionReward(judge)
+    assert isinstance(reward, Reward)
+    assert reward(levels(0.2, 0.7), [Prompt("a cat"), Prompt("a {dog}")]).tolist() == pytest.approx([0.2, 0.7])
+    assert judge.asked == [f'Does this figure show "{x}"? Please answer yes or no.' for x in ("a cat", "a {dog}")]
+
+
+def test_no_may_be_the_right_answer() -> None:
+    reward = QuestionReward(Brightness(), Always("Is it odd?", "no"))
+    assert reward(levels(0.2, 0.7), [Prompt("a"), Prompt("b")]).tolist() == pytest.approx([0.8, 0.3])
+    assert "artifacts" in Always()(Prompt("a"))[0].text and Always()(Prompt("a"))[0].answer == "no"
+
+
+def test_means_over_several_questions() -> None:
+    """By hand, for probabilities of the right answer .64, .64, .36 and 1, 1, 0; none at all; one without an answer."""
+    rows = ["first?", ("second?", "Yes"), ["third?", "no"]]
+    prompts = [Prompt("a", {"questions": rows}), Prompt("b", {"questions": rows}), Prompt("c")]
+    samples = levels(0.64, 1.0, 0.5)
+    arithmetic = QuestionReward(Brightness(), listed)(samples, prompts)
+    geometric = QuestionReward(Brightness(), listed, "geometric")(samples, prompts)
+    assert arithmetic[:2].tolist() == pytest.approx([(0.64 + 0.64 + 0.36) / 3, 2 / 3])
+    assert geometric[:2].tolist() == pytest.approx([(0.64 * 0.64 * 0.36) ** (1 / 3), 0])
+    assert arithmetic[2].isnan() and geometric[2].isnan()
+    assert QuestionReward(Brightness(), listed)(samples[2:], prompts[2:]).isnan().all()
+    unanswered = QuestionReward(lambda images, questions: torch.tensor([0.5, torch.nan, 0.5]), listed)
+    assert unanswered(samples[:1], prompts[:1]).isnan().all()
+
+
+def test_questions_from_geneval_metadata() -> None:
+    include = [{"class": "dog", "count": 2}, {"class": "cat", "count": 1, "color": "red", "position": ["left of", 0]}]
+    asked = geneval(Prompt("two dogs and a red cat left of them", {"tag": "x", "include": include}))
+    ends = " Answer with yes or no."
+    assert [question.text.removesuffix(ends) for question in asked] == [
+        "Does this image show dog exactly 2 times?",
+        "Is there any cat in this image?",
+        "Is the cat in this image red?",
+        "Is the cat left of the dog?",
+    ]
+    assert geneval(Prompt("anything")) == () == listed(Prompt("anything", {"tag": "x"}))
+    assert AboutPrompt("{prompt}?")(Prompt("a cat")) == (Question("a cat?"),)
+
+
+def test_judges_and_answers_are_checked() -> None:
+    prompts = [Prompt("a"), Prompt("b")]
+    with pytest.raises(ValueError, match=r"returned \(1,\) for 2 questions"):
+        QuestionReward(lambda images, questions: torch.ones(1))(levels(0, 1), prompts)
+    with pytest.raises(ValueError, match=r"must return probabilities of yes, in \[0, 1\]"):
+        QuestionReward(lambda images, questions: torch.tensor([0.5, 1.5]))(levels(0, 1), prompts)
+    with pytest.raises(ValueError, match="must be yes or no, not 'two': ask whether it is so instead"):
+        listed(Prompt("a", {"questions": [("How many?", "two")]}))
+    with pytest.raises(ValueError, match="one prompt per image: found 2 for 1 images"):
+        QuestionReward(Brightness())(levels(1), prompts)
