@@ -1,0 +1,27 @@
+"""Every shipped configuration of a training run is one that the command takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from genalign.config import Train, parse
+
+CONFIGS = Path(__file__).parents[1] / "scripts" / "configs"
+LARGE = ("sd35_medium_geneval", "sd35_medium_ocr", "sd35_medium_pickscore", "flux_dev_pickscore", "sdxl_pickscore")
+TRAINING = (*LARGE, "sd15_aesthetic", "shapes_flow_grpo", "shapes_compare")
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_training_configuration_is_taken(name: str) -> None:
+    settings, plain = parse(Train, ["--config", str(CONFIGS / f"{name}.yaml")], "train")
+    written = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert plain["model"]["path"] == written["model"]["path"] and settings.rewards.keys() == written["rewards"].keys()
+
+
+@pytest.mark.parametrize("name", [*LARGE, "sd15_aesthetic", "sd35_medium"])
+def test_what_was_never_run_says_so(name: str) -> None:
+    head = (CONFIGS / f"{name}.yaml").read_text().splitlines()[:3]
+    assert any("NOT RUN" in line and "Sized for" in line for line in head)
