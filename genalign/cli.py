@@ -13,7 +13,9 @@ import pipelines
 from genalign import assets, config
 from genalign.commands.comparing import calibrate_command, compare_command, report_command
 from genalign.commands.evaluating import evaluate_command
+from genalign.commands.exporting import export_command
 from genalign.commands.parts import Checkpoint, Outside
+from genalign.commands.rewarding import reward_command, serve_command
 from genalign.commands.searching import prices_command, steer_command, train_noise_aware_command
 from genalign.commands.training import demo_command, train_command
 from genalign.scoring import RewardError
@@ -32,6 +34,9 @@ USAGE = """usage: genalign COMMAND ...
   steer     --config FILE [--key value ...]       search for the best sample of every prompt
   prices    --output FILE.json                    measure what forwards, decodes and rewards cost here
   train-noise-aware --config FILE                 teach a reward to score previews
+  serve     MODULE:CLASS [--args.key value ...]   a reward behind HTTP, for rewards.remote.RemoteReward
+  reward check MODULE:CLASS [--args.key value ...]   whether a reward keeps to what every reward must
+  export    --run RUN --output DIR                write what a run trained as a LoRA, a network or a pipeline
   report    RUN                                   write RUN/report.html
   demo      [--output DIR]                        watch the embedded model learn, in minutes
 
@@ -78,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "steer": steer_command,
         "prices": prices_command,
         "train-noise-aware": train_noise_aware_command,
+        "serve": serve_command,
+        "reward": reward_command,
+        "export": export_command,
         "report": report_command,
         "demo": demo_command,
     }

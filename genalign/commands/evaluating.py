@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genalign import config
+from genalign.commands.geneval import geneval_command, original_command
 from genalign.commands.parts import Checkpoint, Outside
 from genalign.evaluation import Evaluation, Job, Protocol, evaluate, plan, suite_hash
 from genalign.sampling import Sampling
@@ -54,13 +55,22 @@ def exam(
 
 
 def evaluate_command(outside: Outside, arguments: Sequence[str]) -> int:
-    """``genalign evaluate shapes``."""
-    if not arguments or arguments[0] != "shapes":
-        raise ValueError("name the world: genalign evaluate shapes --output DIR")
+    """``genalign evaluate shapes | geneval | geneval-original``."""
+    match arguments:
+        case ["geneval", *rest]:
+            return geneval_command(outside, rest)
+        case ["geneval-original", *rest]:
+            return original_command(rest)
+        case ["shapes", *_]:
+            return _evaluate_shapes(outside, arguments)
+    raise ValueError("name the world: genalign evaluate shapes --output DIR, or genalign evaluate geneval")
+
+
+def _evaluate_shapes(outside: Outside, arguments: Sequence[str]) -> int:
     settings, _ = config.parse(config.EvaluateShapes, arguments[1:], "evaluate shapes")
     pipeline = outside.load(settings.model)
     if settings.lora:
-        pipeline.load_lora(Path(settings.lora))
+        pipeline.load_lora(settings.lora)
     prompts = shapes.prompts(settings.suite)
     asked = exam(pipeline, settings.model, settings.sampling, settings, prompts, outside.scorers)
     made = asked.take(pipeline, Path(settings.output))

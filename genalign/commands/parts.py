@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from genalign import config
+from genalign.geneval.judging import Judge
 from genalign.prompts import load_prompts
 from genalign.runs import WeightStore
 from genalign.scoring import NamedReward
@@ -23,18 +24,30 @@ class Checkpoint(Pipeline, WeightStore, Protocol):
     def resolution(self) -> tuple[int, int]:
         """Height and width of its samples in pixels."""
 
-    def load_lora(self, directory: Path) -> None:
-        """Put on an adapter."""
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the denoiser's weights as they were opened, without an adapter."""
+
+    def load_lora(self, source: str | Path) -> None:
+        """Put on an adapter, from a folder, a file or the Hub."""
+
+    def load_denoiser(self, directory: Path) -> None:
+        """Take the weights that ``save_denoiser`` wrote."""
+
+    def save_merged(self, directory: Path, whole: bool) -> None:
+        """Write the network with its adapter in its weights; ``whole``: the pipeline around it, too."""
 
 
 @dataclass(frozen=True)
 class Outside:
     """What commands take from ``pipelines`` and ``rewards``, which the core does not import: ``genalign.cli`` hands it
-    to them. ``load`` opens a model, ``scorers`` judge the shapes world, ``save_scorer`` writes a noise-aware reward."""
+    to them. ``load`` opens a model, ``scorers`` judge the shapes world, ``save_scorer`` writes a noise-aware reward,
+    ``geneval`` is the judge of GenEval evaluations that name no other."""
 
     load: Callable[[config.Model], Checkpoint]
     scorers: Mapping[str, RewardFunction]
     save_scorer: Callable[[Path, NoiseAware], None]
+    geneval: Judge
 
     def judges(self, source: str, others: Mapping[str, RewardFunction]) -> Mapping[str, RewardFunction]:
         """The verifier's scores for prompts of the shapes world, for a file of prompts the ``others``."""

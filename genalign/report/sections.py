@@ -184,14 +184,22 @@ def _cell(score: str, estimate: Estimate | None, write: Callable[[str, float], s
 
 def regressions(run: Run) -> list[Card]:
     """The pairs that lost most, as many as the page has room for."""
-    pairs = run.comparison.pairs if run.comparison else ()
-    return _cards([pair for pair in pairs[:PAIRS_SHOWN] if _order(pair) < 0], run.folder)
+    return losses(run.comparison.pairs if run.comparison else (), run.folder / "before", run.folder / "after")
 
 
 def improvements(run: Run) -> list[Card]:
     """The pairs that gained most, as many as the page has room for."""
-    pairs = run.comparison.pairs if run.comparison else ()
-    return _cards([pair for pair in pairs[: -PAIRS_SHOWN - 1 : -1] if _order(pair) > 0], run.folder)
+    return wins(run.comparison.pairs if run.comparison else (), run.folder / "before", run.folder / "after")
+
+
+def losses(ranked: Sequence[Pair], before: Path, after: Path) -> list[Card]:
+    """The first of pairs that are ranked worst regression first, with their images in two evaluations' folders."""
+    return _cards([pair for pair in ranked[:PAIRS_SHOWN] if _order(pair) < 0], before, after)
+
+
+def wins(ranked: Sequence[Pair], before: Path, after: Path) -> list[Card]:
+    """The last of them, best first."""
+    return _cards([pair for pair in ranked[: -PAIRS_SHOWN - 1 : -1] if _order(pair) > 0], before, after)
 
 
 def _order(pair: Pair) -> float:
@@ -203,17 +211,16 @@ def _names(pair: Pair) -> list[str]:
     return [name for name in pair.before.scores if name in pair.after.scores]
 
 
-def _cards(pairs: Sequence[Pair], folder: Path) -> list[Card]:
+def _cards(pairs: Sequence[Pair], before: Path, after: Path) -> list[Card]:
     """Cards until ``IMAGE_BYTES`` are spent."""
     made: list[Card] = []
     spent = 0
     for pair in pairs:
-        before = data_uri(folder / "before", pair.before.image)
-        after = data_uri(folder / "after", pair.after.image)
-        spent += len(before) + len(after)
+        images = data_uri(before, pair.before.image), data_uri(after, pair.after.image)
+        spent += sum(map(len, images))
         if spent > IMAGE_BYTES:
             break
-        made.append(Card(pair.before.prompt, plain(pair.before.task), before, after, _changes(pair)))
+        made.append(Card(pair.before.prompt, plain(pair.before.task), *images, _changes(pair)))
     return made
 
 

@@ -1,0 +1,186 @@
+"""``genalign serve`` and ``genalign reward check``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genalign import config, wire
+from genalign.commands.parts import Outside, prompt_set
+from genalign.conformance import Check, Expected, Probe, check
+from genalign.types import Prompt
+from genalign.worlds import shapes
+
+
+@dataclass(frozen=True)
+class Serve:
+    """A reward behind HTTP: MODULE:CLASS, and its parameters as --args.NAME.
+
+    ``name`` and ``version`` are what clients are told: by default its import path, and a hash of its configuration.
+    ``sample_rate`` in Hz makes it a reward of waveforms. The environment variable ``token_variable`` holds the token
+    that clients must send; an address that other machines reach needs one.
+    """
+
+    reward: Callable  # type: ignore[type-arg]  # bare, as config.RewardChoice.function
+    host: str = "127.0.0.1"
+    port: int = 8321
+    token_variable: str = "GENALIGN_TOKEN"
+    name: str | None = None
+    version: str | None = None
+    sample_rate: int | None = None
+    device: str = "cpu"
+    max_batch: int = 64
+    max_megabytes: int = 64
+    max_pixels: int = 4096 * 4096
+    max_requests: int = 16
+
+
+@dataclass(frozen=True)
+class RewardCheck:
+    """Whether a reward keeps to what every reward must: MODULE:CLASS, and its parameters as --args.NAME.
+
+    ``samples`` are rendered scenes of a split of the shapes world, as in "shapes:val", or a folder of PNG, JPEG or WAV
+    files with a prompts.jsonl: {"file_name": ..., "prompt": ...} and metadata. ``size`` in pixels resizes images.
+    """
+
+    reward: Callable  # type: ignore[type-arg]  # bare, as config.RewardChoice.function
+    samples: str = "shapes:val"
+    count: int = 8
+    size: int | None = None
+    device: str = "cpu"
+    tolerance: float = 1e-5
+    expected: Expected = field(default_factory=Expected)
+
+
+def serve_command(outside: Outside, arguments: Sequence[str]) -> int:
+    """``genalign serve MODULE:CLASS``, until it is interrupted."""
+    settings, plain = config.parse(Serve, _by_name(arguments, "serve"), "serve")
+    try:
+        from genalign import serving
+    except ImportError as error:
+        raise config.ConfigurationError(f"{error}: pip install 'genalign[serve]'") from None
+    token = os.environ.get(settings.token_variable) or None
+    serving.require_safe(settings.host, token, settings.token_variable)
+    name, chosen = _identity(plain["reward"])
+    info = wire.Info(
+        settings.name or name,
+        settings.version or chosen,
+        settings.max_batch,
+        settings.max_megabytes * 2**20,
+        settings.max_pixels,
+        settings.sample_rate,
+    )
+    app = serving.build_app(settings.reward, info, token, settings.max_requests, settings.device)
+    socket = serving.listen(settings.host, settings.port)
+    host, port = socket.getsockname()[:2]
+    print(f"serving {info.name} {info.version} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    try:
+        serving.server(app).run(sockets=[socket])
+    except KeyboardInterrupt:
+        print("stopped")
+    return 0
+
+
+def reward_command(outside: Outside, arguments: Sequence[str]) -> int:
+    """``genalign reward check MODULE:CLASS``; the exit status is 1 where a check fails."""
+    if not arguments or arguments[0] != "check":
+        raise ValueError("say what to do with it: genalign reward check MODULE:CLASS")
+    settings, _ = config.parse(RewardCheck, _by_name(arguments[1:], "reward check"), "reward check")
+    samples, prompts = _samples(settings)
+    probe = Probe(samples.to(settings.device), prompts, settings.tolerance)
+    checks = list(check(settings.reward, probe, settings.expected))
+    _print(checks)
+    failed = [found.name for found in checks if found.passed is False]
+    print(f"failed: {', '.join(failed)}" if failed else "every check passed")
+    return 1 if failed else 0
+
+
+def _by_name(arguments: Sequence[str], command: str) -> list[str]:
+    """MODULE:CLASS and --args.NAME as the settings that they stand for; modules may be in the working directory."""
+    if not arguments:
+        raise ValueError(f"name the reward: genalign {command} rewards.clip:ClipReward --args.model shapes-clip")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    first, *rest = arguments
+    named = [first] if first.startswith("-") else ["--reward", first.replace(":", ".")]
+    own = [f"--reward.init_args.{one.removeprefix('--args.')}" if one.startswith("--args.") else one for one in rest]
+    return [*named, *own]
+
+
+def _identity(reward: Any) -> tuple[str, str]:
+    """The import path of a configured reward, and a hash of its configuration and of genalign's version."""
+    name = reward["class_path"] if isinstance(reward, dict) else str(reward)
+    whole = json.dumps([reward, version("genalign")], sort_keys=True)
+    return name, hashlib.sha256(whole.encode()).hexdigest()[:12]
+
+
+def _samples(settings: RewardCheck) -> tuple[Tensor, list[Prompt]]:
+    if settings.samples.startswith("shapes:"):
+        samples, prompts = _scenes(settings.samples, settings.count)
+    else:
+        samples, prompts = _files(Path(settings.samples), settings.count)
+    if settings.size and samples.ndim == 4:
+        size = (settings.size, settings.size)
+        samples = torch.nn.functional.interpolate(samples, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    return samples, prompts
+
+
+def _scenes(source: str, count: int) -> tuple[Tensor, list[Prompt]]:
+    """``count`` rendered scenes that show their prompts, of every task in turn."""
+    tasks = list(prompt_set(source).by_task().values())
+    longest = max(len(task) for task in tasks)
+    chosen = [task[i] for i in range(longest) for task in tasks if i < len(task)][:count]
+    rng = np.random.default_rng(0)
+    return shapes.render([shapes.sample_scene(prompt.metadata or {}, rng) for prompt in chosen]), chosen
+
+
+def _files(folder: Path, count: int) -> tuple[Tensor, list[Prompt]]:
+    listing = folder / "prompts.jsonl"
+    if not listing.is_file():
+        raise FileNotFoundError(f"no {listing}: write a line with file_name and prompt for each sample")
+    rows = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()][:count]
+    try:
+        samples = [_read(folder / row["file_name"]) for row in rows]
+        return torch.stack(samples), [Prompt(row["prompt"], row) for row in rows]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{listing}: each line needs file_name and prompt ({error!r})") from None
+    except RuntimeError:
+        raise ValueError(f"the samples in {folder} differ in size: make them equal") from None
+
+
+def _read(path: Path) -> Tensor:
+    if path.suffix.lower() == ".wav":
+        from scipy.io import wavfile
+
+        rate, _ = wavfile.read(path)
+        return wire.decode_audio(path.read_bytes(), rate)
+    from PIL import Image
+
+    with Image.open(path, formats=("PNG", "JPEG")) as file:
+        return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def _print(checks: Sequence[Check]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("check", "", "measured", "what to do")
+    for found in checks:
+        table.add_row(found.name, *_told(found))
+    Console().print(table)
+
+
+def _told(found: Check) -> Iterator[str]:
+    yield {True: "passed", False: "[red]failed[/red]", None: "noted"}[found.passed]
+    yield from (text.replace("[", "\\[") for text in (found.measured, found.advice))

@@ -1,0 +1,46 @@
+"""Two models side by side: gains and win rates over the same prompts and noises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from genalign.evaluation import Evaluation, Pair, gain, pairs, task_gains
+from genalign.statistics import Estimate, WinRate, win_rate
+
+
+@dataclass(frozen=True)
+class Paired:
+    """After minus before, of each score and of each task and score, and how often the later model wins a prompt."""
+
+    gain: Mapping[str, Estimate]
+    tasks: Mapping[str, Mapping[str, Estimate]]
+    wins: Mapping[str, WinRate]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+def compared(before: Evaluation, after: Evaluation) -> Paired:
+    """Intervals by a bootstrap over prompts within tasks; a win is of a prompt's mean over its images.
+
+    Raises ValueError where the two were not made by one protocol from the same prompts and noises, or share no scored
+    prompt.
+    """
+    matched = pairs(before, after)
+    names = [name for name in before.score_names if name in after.score_names]
+    wins = {name: _wins(matched, name) for name in names}
+    return Paired(gain(before, after), task_gains(before, after), wins)
+
+
+def _wins(matched: tuple[Pair, ...], score: str) -> WinRate:
+    prompts: dict[tuple[str, str], list[Pair]] = {}
+    for pair in matched:
+        if math.isfinite(pair.difference(score)):
+            prompts.setdefault((pair.before.task, pair.before.prompt), []).append(pair)
+    old = [math.fsum(pair.before.scores[score] for pair in made) / len(made) for made in prompts.values()]
+    new = [math.fsum(pair.after.scores[score] for pair in made) / len(made) for made in prompts.values()]
+    return win_rate(old, new)

@@ -1,0 +1,203 @@
+"""GenEval's files: prompts, the folder of images, the results of each image, and the summary.
+
+PROMPTS.jsonl                      one object of metadata a line
+IMAGES/00017/metadata.jsonl        line 17 of it
+IMAGES/00017/samples/0000.png ...  its images
+RESULTS.jsonl                      one image a line
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from genalign.checkpoints import write_text
+from genalign.geneval.requests import Request
+from genalign.geneval.scoring import Detection
+from genalign.prompts import load_prompts
+from genalign.types import Metadata, Prompt, PromptSet
+
+_METADATA, _SAMPLES = "metadata.jsonl", "samples"
+_IMAGE = re.compile(r"\d+\.png")
+
+
+def read_prompts(path: Path) -> PromptSet:
+    """The prompts of a metadata file, each checked. Raises FileNotFoundError, or ValueError naming the line."""
+    found = load_prompts(path)
+    for number, prompt in enumerate(found.prompts, start=1):
+        try:
+            Request.of(prompt)
+        except ValueError as error:
+            raise ValueError(f"{path}, prompt {number}: {error}") from None
+    return found
+
+
+def write_prompts(path: Path, prompts: PromptSet) -> None:
+    """The metadata of each prompt, or its text alone where it has none, one JSON object a line."""
+    rows = [{"prompt": prompt.text} if prompt.metadata is None else prompt.metadata for prompt in prompts.prompts]
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a folder: the number of its prompt, its own number, and the prompt's metadata."""
+
+    index: int
+    number: int
+    path: Path
+    metadata: Metadata
+
+
+def sample_name(index: int, number: int) -> str:
+    """Where an image lies in its folder: "00017/samples/0003.png"."""
+    return f"{index:05d}/{_SAMPLES}/{number:04d}.png"
+
+
+def write_samples(folder: Path, index: int, prompt: Prompt, images: Tensor, first: int = 0) -> list[str]:
+    """The images (n, 3, H, W) in [0, 1] of prompt number ``index``, and its metadata; their names in ``folder``.
+
+    They are numbered from ``first``.
+    """
+    names = [sample_name(index, first + number) for number in range(len(images))]
+    (folder / names[0]).parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"prompt": prompt.text} if prompt.metadata is None else prompt.metadata
+    write_text(folder / f"{index:05d}" / _METADATA, json.dumps(metadata))
+    for name, pixels in zip(names, eight_bits(images).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+        Image.fromarray(pixels).save(folder / name)
+    return names
+
+
+def eight_bits(images: Tensor) -> Tensor:
+    """Images (n, 3, H, W) in [0, 1] as the uint8 that a PNG file of them holds; NaN is black."""
+    return images.detach().float().nan_to_num().clamp(0, 1).mul(255).round().byte()
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """The images of a folder, by prompt and by number, whatever number of digits their names have.
+
+    Raises FileNotFoundError for a folder without them, or without the metadata of a prompt.
+    """
+    found = [sample for prompt in sorted(folder.glob("*")) for sample in _samples(prompt)]
+    if not found:
+        raise FileNotFoundError(f"{folder} has no images at NNNNN/samples/NNNN.png, which is GenEval's layout")
+    return sorted(found, key=lambda sample: (sample.index, sample.number))
+
+
+def _samples(folder: Path) -> Iterator[Sample]:
+    if not folder.is_dir() or not folder.name.isdigit():
+        return
+    if not (folder / _METADATA).is_file():
+        raise FileNotFoundError(f"{folder} has no {_METADATA}: write the prompt's line of the prompt file there")
+    metadata = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
+    for path in (folder / _SAMPLES).glob("*.png"):
+        if _IMAGE.fullmatch(path.name):
+            yield Sample(int(folder.name), int(path.stem), path, metadata)
+
+
+def read_image(path: Path) -> Tensor:
+    """An image file (3, H, W) in [0, 1], turned as its EXIF data says."""
+    with Image.open(path) as file:
+        pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of a results file. ``details`` are the boxes [x1, y1, x2, y2, score] of every class, best first."""
+
+    filename: str
+    tag: str
+    prompt: str
+    correct: bool
+    reason: str
+    metadata: Metadata
+    details: Mapping[str, Sequence[Sequence[float]]]
+
+    @classmethod
+    def of(cls, filename: str, prompt: Prompt, correct: bool, reason: str, detections: Sequence[Detection]) -> Result:
+        """GenEval's own verdict on the detections that counted."""
+        names = dict.fromkeys(detection.name for detection in detections)
+        details = {name: [[*d.box, d.score] for d in detections if d.name == name] for name in names}
+        metadata = Request.of(prompt).metadata()
+        return cls(filename, prompt.task, prompt.text, correct, reason, metadata, details)
+
+    def row(self) -> dict[str, Any]:
+        """As GenEval writes it: metadata and details are JSON texts in the JSON."""
+        return {
+            "filename": self.filename,
+            "tag": self.tag,
+            "prompt": self.prompt,
+            "correct": self.correct,
+            "reason": self.reason,
+            "metadata": json.dumps(self.metadata),
+            "details": json.dumps(self.details),
+        }
+
+
+def write_results(path: Path, results: Sequence[Result]) -> None:
+    """A results file that GenEval's ``summary_scores.py`` reads."""
+    write_text(path, "".join(f"{json.dumps(result.row())}\n" for result in results))
+
+
+def read_results(path: Path) -> list[Result]:
+    """A results file, from here or from GenEval's ``evaluate_images.py``. Raises ValueError naming a line that is not
+    one, FileNotFoundError where there is no file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no results file {path}: give what GenEval's evaluate_images.py wrote")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [_result(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _result(path: Path, number: int, line: str) -> Result:
+    try:
+        row = json.loads(line)
+        return Result(
+            filename=str(row["filename"]),
+            tag=str(row["tag"]),
+            prompt=str(row["prompt"]),
+            correct=bool(row["correct"]),
+            reason=str(row["reason"] or ""),
+            metadata=json.loads(row["metadata"]),
+            details=json.loads(row["details"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}, line {number}: not a result of GenEval ({error!r})") from None
+
+
+def summary(results: Sequence[Result]) -> str:
+    """What GenEval's ``summary_scores.py`` prints. Raises ValueError for no results."""
+    if not results:
+        raise ValueError("there are no results to sum up: score at least one image")
+    prompts: dict[str, list[bool]] = {}
+    tasks: dict[str, list[bool]] = {}
+    for result in results:
+        prompts.setdefault(json.dumps(result.metadata), []).append(result.correct)
+        tasks.setdefault(result.tag, []).append(result.correct)
+    lines = [
+        "Summary",
+        "=======",
+        f"Total images: {len(results)}",
+        f"Total prompts: {len(prompts)}",
+        f"% correct images: {_mean([result.correct for result in results]):.2%}",
+        f"% correct prompts: {_mean([any(made) for made in prompts.values()]):.2%}",
+        "",
+        "Task breakdown",
+        "==============",
+        *(f"{tag:<16} = {_mean(made):.2%} ({sum(made)} / {len(made)})" for tag, made in tasks.items()),
+        "",
+        f"Overall score (avg. over tasks): {_mean([_mean(made) for made in tasks.values()]):.5f}",
+    ]
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))

@@ -1,0 +1,266 @@
+"""An evaluation that any number of processes share, and that goes on where a kill stopped it.
+
+    OUTPUT/evaluation.json            protocol, model and their hashes
+    OUTPUT/images/00017/...           the images of prompt 17, in GenEval's layout
+    OUTPUT/prompts/00017.json         its scores, detections and reasons: written last, so that it is whole or absent
+    OUTPUT/records.jsonl, summary.json, results.jsonl, summary.txt      when all prompts are done
+
+A prompt's images are made together, whoever makes them, so that every division of the work gives the same bytes on
+like machines. Locks (flock) keep two processes from one prompt; where a shared file system has none between machines,
+their ranks do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from genalign.checkpoints import write_json, write_text
+from genalign.evaluation import Evaluation, Protocol, Record, noise_seed
+from genalign.geneval.files import Result, summary, write_results, write_samples
+from genalign.geneval.judging import Judge, Judgement
+from genalign.geneval.scoring import Detection
+from genalign.rollout import generate
+from genalign.types import Grid, Pipeline, Prompt, PromptSet
+
+SCORES = ("relaxed", "strict", "partial")
+_MANIFEST, _IMAGES = "evaluation.json", "images"
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which prompts are this process's: those whose number leaves ``rank`` when divided by ``processes``."""
+
+    rank: int = 0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.processes:
+            raise ValueError(f"rank {self.rank} of {self.processes} processes: ranks are 0 to processes - 1")
+
+    @classmethod
+    def from_environment(cls, variables: Mapping[str, str]) -> Share:
+        """By RANK and WORLD_SIZE, which torchrun and accelerate set; all of the work where they are absent."""
+        if ("RANK" in variables) != ("WORLD_SIZE" in variables):
+            raise ValueError("set both RANK and WORLD_SIZE, or neither")
+        return cls(int(variables.get("RANK", 0)), int(variables.get("WORLD_SIZE", 1)))
+
+    def of(self, count: int) -> range:
+        """Its part of the numbers 0..count-1."""
+        return range(self.rank, count, self.processes)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: the settings of a model that change its images, the fingerprint of its weights, and, where it
+    wears an adapter, its folder and the hash of its files."""
+
+    model: Mapping[str, Any]
+    fingerprint: str
+    lora: str | None = None
+    lora_hash: str | None = None
+
+
+def adapter_hash(folder: Path) -> str:
+    """16 hexadecimal characters over the weight files of an adapter. FileNotFoundError for a folder without."""
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no .safetensors file: give the lora/ folder of a run")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def verifier(judge: Judge) -> str:
+    """A judge's description as the text that a protocol records."""
+    return json.dumps(judge.description, sort_keys=True)
+
+
+def manifest(protocol: Protocol, subject: Subject) -> dict[str, Any]:
+    """What an evaluation is of. ``protocol_hash`` is the same for all models that may be compared; ``hash`` is over the
+    model and its adapter as well, but not over the folder that this came from."""
+    model = {"model": dict(subject.model), "fingerprint": subject.fingerprint, "lora_hash": subject.lora_hash}
+    whole = json.dumps({"protocol": protocol.as_dict(), **model}, sort_keys=True)
+    return {
+        "hash": hashlib.sha256(whole.encode()).hexdigest()[:16],
+        "protocol_hash": protocol.hash,
+        "subject": asdict(subject),
+        "protocol": protocol.as_dict(),
+    }
+
+
+@dataclass(frozen=True)
+class GenEvalFolder:
+    """Where an evaluation is kept."""
+
+    path: Path
+
+    def begin(self, found: Mapping[str, Any]) -> None:
+        """Make the folder, or go on in one of the same ``manifest``. FileExistsError for one of another."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.alone():
+            known = self.manifest()
+            if known is None:
+                write_json(self.path / _MANIFEST, found)
+            elif known["hash"] != found["hash"]:
+                differing = ", ".join(_differences(known, json.loads(json.dumps(found))))
+                raise FileExistsError(
+                    f"{self.path} holds an evaluation with other settings ({differing}): choose another output, or"
+                    " remove it"
+                )
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What was begun here; None for nothing."""
+        path = self.path / _MANIFEST
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+    def _row(self, index: int) -> Path:
+        return self.path / "prompts" / f"{index:05d}.json"
+
+    def done(self, index: int) -> bool:
+        """Whether a prompt is finished."""
+        return self._row(index).is_file()
+
+    @contextlib.contextmanager
+    def claimed(self, index: int) -> Iterator[bool]:
+        """Hold a prompt for as long as this process works on it; False where another one does. A kill lets it go."""
+        folder = self.path / _IMAGES / f"{index:05d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, wait=False) as held:
+            yield held
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other process is in such a part: what is about the whole evaluation is written in one."""
+        with _locked(self.path, wait=True):
+            yield
+
+    def write(self, index: int, row: Mapping[str, Any]) -> None:
+        """Finish a prompt whose images are there."""
+        write_json(self._row(index), row)
+
+    def rows(self, count: int) -> list[dict[str, Any]]:
+        """What was written of each of the prompts 0..count-1. Raises ValueError where one is not finished."""
+        if missing := [index for index in range(count) if not self.done(index)]:
+            raise ValueError(f"{len(missing)} of {count} prompts in {self.path} are not finished: start it again")
+        return [json.loads(self._row(index).read_text(encoding="utf-8")) for index in range(count)]
+
+    def finish(self, protocol: Protocol, count: int) -> Evaluation:
+        """Put the prompts together and write the files that are about all of them. Call it ``alone``."""
+        rows = self.rows(count)
+        evaluation = Evaluation(protocol, tuple(record for row in rows for record in _records(row)))
+        evaluation.save(self.path)
+        results = [result for row in rows for result in _results(row)]
+        write_results(self.path / "results.jsonl", results)
+        write_text(self.path / "summary.txt", summary(results) + "\n")
+        return evaluation
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process holds a folder's advisory lock, which the system takes back from one that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield _lock(descriptor, wait)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool) -> bool:
+    """False where another process holds it and there is no waiting."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _differences(known: Any, found: Any, name: str = "") -> list[str]:
+    """The settings in which two manifests differ, as "protocol.guidance"; hashes of both are left out."""
+    if not (isinstance(known, dict) and isinstance(found, dict)):
+        return [] if known == found else [name.removeprefix("subject.")]
+    keys = [key for key in dict.fromkeys((*known, *found)) if key not in ("hash", "protocol_hash", "lora")]
+    prefix = f"{name}." if name else ""
+    return [line for key in keys for line in _differences(known.get(key), found.get(key), f"{prefix}{key}")]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Prompts to make images of and to judge, by a protocol whose sigmas are those of ``grid``."""
+
+    pipeline: Pipeline
+    prompts: PromptSet
+    judge: Judge
+    protocol: Protocol
+    grid: Grid
+    folder: GenEvalFolder
+
+    def do(self, share: Share) -> Iterator[int]:
+        """Every prompt of a share that is not finished; the number of each as it is. One that another process holds is
+        left to it."""
+        for index in share.of(len(self.prompts)):
+            if self.folder.done(index):
+                continue
+            with self.folder.claimed(index) as held:
+                if not held or self.folder.done(index):
+                    continue
+                self.folder.write(index, self._row(index))
+            yield index
+
+    def left(self) -> int:
+        """How many prompts are not finished."""
+        return sum(not self.folder.done(index) for index in range(len(self.prompts)))
+
+    def _row(self, index: int) -> dict[str, Any]:
+        prompt, protocol = self.prompts.prompts[index], self.protocol
+        seeds = [noise_seed(prompt.text, sample) for sample in range(protocol.seeds)]
+        texts = [prompt.text] * len(seeds)
+        names: list[str] = []
+        judged: list[Judgement | None] = []
+        for images in generate(self.pipeline, texts, seeds, self.grid, protocol.guidance, protocol.batch_size):
+            names += write_samples(self.folder.path / _IMAGES, index, prompt, images, first=len(names))
+            judged += self.judge(images, [prompt] * len(images))
+        return prompt_row(index, prompt, [f"{_IMAGES}/{name}" for name in names], judged)
+
+
+def prompt_row(index: int, prompt: Prompt, names: Sequence[str], judged: Sequence[Judgement | None]) -> dict[str, Any]:
+    """What is kept of a prompt's images, ready for JSON."""
+    samples = [
+        {"image": name, "seed": noise_seed(prompt.text, sample), **_judged(found)}
+        for sample, (name, found) in enumerate(zip(names, judged, strict=True))
+    ]
+    return {"index": index, "prompt": prompt.text, "metadata": prompt.metadata, "samples": samples}
+
+
+def _judged(found: Judgement | None) -> dict[str, Any]:
+    if found is None:
+        return {"scores": dict.fromkeys(SCORES), "reason": "", "detections": []}
+    made = found.verdict
+    scores = {"relaxed": float(made.relaxed), "strict": float(made.strict), "partial": made.partial}
+    return {"scores": scores, "reason": made.reason, "detections": [asdict(item) for item in found.detections]}
+
+
+def _records(row: Mapping[str, Any]) -> Iterator[Record]:
+    task = Prompt(row["prompt"], row["metadata"]).task
+    for number, sample in enumerate(row["samples"]):
+        scores = {name: math.nan if value is None else value for name, value in sample["scores"].items()}
+        yield Record(row["prompt"], task, number, sample["seed"], sample["image"], scores)
+
+
+def _results(row: Mapping[str, Any]) -> Iterator[Result]:
+    """The images that were judged, as GenEval reports them."""
+    prompt = Prompt(row["prompt"], row["metadata"])
+    for sample in row["samples"]:
+        if sample["scores"]["relaxed"] is not None:
+            found = [Detection(**{**item, "box": tuple(item["box"])}) for item in sample["detections"]]
+            correct = bool(sample["scores"]["relaxed"])
+            yield Result.of(sample["image"], prompt, correct, sample["reason"], found)

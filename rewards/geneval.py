@@ -1,0 +1,188 @@
+"""GenEval by a detector and CLIP, as a judge for evaluations and as a reward (arXiv:2310.11513).
+
+Numbers are GenEval-style, by the detector that the judge's description names: see ``rewards.detectors``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genalign.geneval.judging import Judgement
+from genalign.geneval.requests import Request
+from genalign.geneval.scoring import Box, kept, verdict
+from genalign.geneval.vocabulary import COLORS
+from genalign.types import Prompt
+from rewards.clip import load_clip
+from rewards.detectors import Detector, Instance, Mask2Former, describe
+
+_GREY = 153 / 255  # #999, what surrounds a masked object
+_TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+
+
+class Colours(Protocol):
+    """Names the colour of an object."""
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """Everything that its answers depend on, ready for JSON."""
+
+    def __call__(self, crops: Sequence[Tensor], names: Sequence[str]) -> list[str]:
+        """One of GenEval's ten colours for each crop (3, h, w) in [0, 1] of an object of a class."""
+
+
+@dataclass(frozen=True)
+class ClipColours:
+    """CLIP's zero-shot choice among ten colours, by the mean embedding of GenEval's three templates.
+
+    ``model`` and ``processor`` are those of ``rewards.clip.load_clip``; the default has the weights of GenEval's
+    ViT-L-14, which the original runs in half precision and on crops resized by Pillow.
+    """
+
+    model: str = "openai/clip-vit-large-patch14"
+    processor: str | None = None
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        return describe(self)
+
+    @torch.no_grad()
+    def __call__(self, crops: Sequence[Tensor], names: Sequence[str]) -> list[str]:
+        """Crops may differ in size."""
+        encoder = load_clip(self.model, self.processor).to(crops[0].device)
+        images = F.normalize(torch.cat([encoder(crop[None]) for crop in crops]).float(), dim=-1)
+        found = torch.stack([image @ self._classifier(name).T for image, name in zip(images, names, strict=True)])
+        return [COLORS[index] for index in found.argmax(-1).tolist()]
+
+    def _classifier(self, name: str) -> Tensor:
+        """Unit embeddings (10, d) of the colours of a class."""
+        texts = [template.format(color=color, name=name) for color in COLORS for template in _TEMPLATES]
+        embeddings = load_clip(self.model, self.processor).text(texts)
+        return F.normalize(embeddings.view(len(COLORS), len(_TEMPLATES), -1).mean(1), dim=-1)
+
+
+def crop(image: Tensor, box: Box, mask: Tensor | None = None) -> Tensor:
+    """The part of an image (3, H, W) in a box, grey where a mask (H, W) is false; at least one pixel.
+
+    A box is rounded to whole pixels as Pillow does it, halves to even.
+    """
+    height, width = image.shape[-2:]
+    x1, y1 = min(max(round(box[0]), 0), width - 1), min(max(round(box[1]), 0), height - 1)
+    x2, y2 = min(max(round(box[2]), x1 + 1), width), min(max(round(box[3]), y1 + 1), height)
+    shown = image if mask is None else torch.where(mask, image, _GREY)
+    return shown[:, y1:y2, x1:x2]
+
+
+@dataclass(frozen=True)
+class GenEvalJudge:
+    """What a detector sees, judged by GenEval's rules; the defaults are GenEval's choice as far as it can be had here,
+    ``Mask2Former()`` and ``ClipColours()``. Images go through as the 8 bits that a PNG file has."""
+
+    detector: Detector | None = None
+    colours: Colours | None = None
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        detector, colours = self._parts()
+        return {"rules": "geneval-1", "detector": dict(detector.description), "colours": dict(colours.description)}
+
+    def _parts(self) -> tuple[Detector, Colours]:
+        return self.detector or Mask2Former(), self.colours or ClipColours()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Judgement | None]:
+        """A judgement for each image (B, 3, H, W) in [0, 1]; None for one that has NaN.
+
+        Raises ValueError for another shape, or for a prompt without GenEval metadata.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
+            raise ValueError(f"images must be (B, 3, H, W) with B = {len(prompts)} prompts, not {tuple(images.shape)}")
+        requests = [Request.of(prompt) for prompt in prompts]
+        rows = [row for row, broken in enumerate(images.isnan().flatten(1).any(1).tolist()) if not broken]
+        judged: list[Judgement | None] = [None] * len(images)
+        if not rows:
+            return judged
+        shown = images[rows].float().clamp(0, 1).mul(255).round() / 255
+        for row, found in zip(rows, self._judged(shown, [requests[row] for row in rows]), strict=True):
+            judged[row] = found
+        return judged
+
+    def _judged(self, images: Tensor, requests: Sequence[Request]) -> list[Judgement]:
+        detector, colours = self._parts()
+        counted = [
+            _counted(instances, request, detector)
+            for instances, request in zip(detector(images, [r.names for r in requests]), requests, strict=True)
+        ]
+        coloured = _coloured(images, counted, requests, colours)
+        position = detector.thresholds.position
+        return [
+            Judgement(verdict([item.detection for item in found], request, position), _detections(found))
+            for found, request in zip(coloured, requests, strict=True)
+        ]
+
+
+def _counted(instances: Sequence[Instance], request: Request, detector: Detector) -> list[Instance]:
+    chosen = kept([instance.detection for instance in instances], request.tag, detector.thresholds)
+    return [instances[index] for index in chosen]
+
+
+def _detections(instances: Sequence[Instance]) -> tuple[Any, ...]:
+    return tuple(instance.detection for instance in instances)
+
+
+def _coloured(
+    images: Tensor, counted: Sequence[Sequence[Instance]], requests: Sequence[Request], colours: Colours
+) -> list[list[Instance]]:
+    """The same objects with the colours that a rule will look at: of a class whose colour is asked for, and which is
+    there often enough, those of the most certain. All crops of the batch are named at once."""
+    found = [list(instances) for instances in counted]
+    asked = [(row, index) for row, request in enumerate(requests) for index in _looked_at(found[row], request)]
+    if not asked:
+        return found
+    items = [found[row][index] for row, index in asked]
+    crops = [crop(images[row], item.detection.box, item.mask) for (row, _), item in zip(asked, items, strict=True)]
+    named = colours(crops, [item.detection.name for item in items])
+    for (row, index), item, color in zip(asked, items, named, strict=True):
+        found[row][index] = Instance(replace(item.detection, color=color), item.mask)
+    return found
+
+
+def _looked_at(instances: Sequence[Instance], request: Request) -> list[int]:
+    """Indices of the objects whose colour matters; within a class they are in order of certainty."""
+    chosen: set[int] = set()
+    for clause in request.include:
+        of_class = [i for i, instance in enumerate(instances) if instance.detection.name == clause.name]
+        if clause.color is not None and len(of_class) >= clause.count:
+            chosen.update(of_class[: clause.count])
+    return sorted(chosen)
+
+
+@dataclass(frozen=True)
+class GenEvalReward:
+    """``partial`` credit in [0, 1], or 1.0 for what is ``strict``-ly right, or right by GenEval's own ``relaxed`` rule,
+    else 0.0 (``genalign.geneval.scoring.Verdict``). ``detector`` and ``colours`` are those of ``GenEvalJudge``."""
+
+    score: Literal["partial", "strict", "relaxed"] = "partial"
+    detector: Detector | None = None
+    colours: Colours | None = None
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,), float32 on the CPU, of images (B, 3, H, W) in [0, 1]; NaN for an image with NaN."""
+        judged = GenEvalJudge(self.detector, self.colours)(samples, prompts)
+        return torch.tensor([self._value(found) for found in judged], dtype=torch.float32)
+
+    def _value(self, judgement: Judgement | None) -> float:
+        if judgement is None:
+            return float("nan")
+        match self.score:
+            case "partial":
+                return judgement.verdict.partial
+            case "strict":
+                return float(judgement.verdict.strict)
+            case "relaxed":
+                return float(judgement.verdict.relaxed)

@@ -1,0 +1,255 @@
+"""One HTTP client for rewards that are elsewhere: what is tried again, for how long, and what is told when it ends.
+
+Tried again, with the same body: dropped connections, timeouts, 408, 425, 429, 502, 503 and 504 until the deadline, 500
+twice. The pauses grow, at random up to ``Patience.longest_pause`` ("full jitter"), and are never shorter than the
+server's Retry-After. Every other answer but 2xx is final. Extra: remote (httpx).
+"""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    import httpx
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_AGAIN = {408, 425, 429, 502, 503, 504}
+_LARGEST_ANSWER = 2**26
+_FAULTS = 2
+
+
+class RemoteError(RuntimeError):
+    """A server that was not, or could not be, asked."""
+
+
+class Refused(RemoteError):
+    """A final answer: the same request would be refused again. ``status`` is its HTTP status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Faulty(RemoteError):
+    """The server answered 500 again and again to this request; it may answer a part of it."""
+
+
+class Unavailable(RemoteError):
+    """The deadline, the retries or the patience with this server ended first."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds. ``deadline`` is for one call of a reward with everything that is tried again in it, ``timeout`` for one
+    answer, ``connect`` for one connection. At most ``retries`` are made in a row without any success in between, and
+    after ``breaker`` requests in a row that ended without an answer the others of the call are not sent."""
+
+    deadline: float = 300.0
+    timeout: float = 60.0
+    connect: float = 5.0
+    first_pause: float = 0.5
+    longest_pause: float = 30.0
+    retries: int = 100
+    breaker: int = 3
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Why a request should be sent once more, and how many seconds from now at the earliest."""
+
+    reason: str
+    pause: float = 0.0
+    fault: bool = False
+
+
+class HttpClient:
+    """Keep-alive connections to one server, for one call of a reward; safe in threads, to be used in a ``with``.
+
+    ``token`` is sent as a bearer token. Loopback addresses are reached without the proxies of the environment.
+    """
+
+    def __init__(self, url: str, token: str | None, patience: Patience) -> None:
+        httpx = _httpx()
+        self._url, self._patience = url.rstrip("/"), patience
+        self._end = time.monotonic() + patience.deadline
+        self._retries, self._failed_in_row = patience.retries, 0
+        self._lock, self._stopped = threading.Lock(), threading.Event()
+        self._jitter = random.SystemRandom()  # the user's seeds are not disturbed
+        self._http = httpx.Client(
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            trust_env=not _is_loopback(url),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=30),
+        )
+
+    def __enter__(self) -> HttpClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._http.close()
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the deadline."""
+        return self._end - time.monotonic()
+
+    @property
+    def tripped(self) -> bool:
+        """Whether so many requests in a row had no answer that no more are sent."""
+        return self._failed_in_row >= self._patience.breaker
+
+    def get(self, path: str) -> bytes:
+        """The body of the answer to GET. Raises RemoteError."""
+        return self._send("GET", path, b"", "")
+
+    def post(self, path: str, body: bytes, content_type: str) -> bytes:
+        """The body of the answer to POST. Raises RemoteError."""
+        return self._send("POST", path, body, content_type)
+
+    def post_json(self, path: str, value: Any) -> Any:
+        """JSON for JSON. Raises RemoteError, and Refused for an answer that is not JSON."""
+        answer = self.post(path, json.dumps(value, allow_nan=False).encode(), "application/json")
+        try:
+            return json.loads(answer)
+        except (ValueError, RecursionError):
+            raise Refused(200, f"{self._url}{path} did not answer with JSON: is this the right address?") from None
+
+    def _send(self, method: str, path: str, body: bytes, content_type: str) -> bytes:
+        faults = attempt = 0
+        while True:
+            if self.tripped or self._stopped.is_set():
+                raise Unavailable(f"{self._url} was given up after {self._failed_in_row} requests without an answer")
+            answer = self._once(method, path, body, content_type)
+            if isinstance(answer, bytes):
+                self._failed_in_row, self._retries = 0, self._patience.retries
+                return answer
+            faults += answer.fault
+            if faults > _FAULTS:
+                self._failed_in_row = 0  # it does answer
+                raise Faulty(f"{self._url}{path} {answer.reason}, {faults} times: see the server's log")
+            self._pause(answer, attempt)
+            attempt += 1
+            if self.remaining <= 0:  # the pause took longer than was meant
+                self._pause(answer, attempt)
+
+    def _once(self, method: str, path: str, body: bytes, content_type: str) -> bytes | _Again:
+        httpx = _httpx()
+        left = self.remaining
+        if left <= 0:
+            return _Again("was not asked in time")
+        limits = httpx.Timeout(min(left, self._patience.timeout), connect=min(left, self._patience.connect))
+        headers = {"Content-Type": content_type} if content_type else {}
+        try:
+            with self._http.stream(method, self._url + path, content=body, headers=headers, timeout=limits) as response:
+                return self._read(response, path)
+        except httpx.TransportError as error:
+            return _Again(f"cannot be reached ({type(error).__name__}: {error})")
+        except (httpx.InvalidURL, httpx.DecodingError) as error:
+            raise Refused(0, f"{self._url}{path}: {error}") from None
+
+    def _read(self, response: httpx.Response, path: str) -> bytes | _Again:
+        content = bytearray()
+        for chunk in response.iter_bytes():
+            content += chunk
+            if len(content) > _LARGEST_ANSWER:
+                raise Refused(response.status_code, f"{self._url}{path} answered with over {_LARGEST_ANSWER} bytes")
+            if self.remaining <= 0:
+                return _Again("did not finish its answer in time")
+        if response.is_success:
+            return bytes(content)
+        told = f"answered {response.status_code} {_told(bytes(content))}".rstrip()
+        if response.status_code in _AGAIN:
+            return _Again(told, _seconds(response.headers.get("retry-after")))
+        if response.status_code == 500:
+            return _Again(told, fault=True)
+        raise Refused(response.status_code, f"{self._url}{path} {told}")
+
+    def _pause(self, answer: _Again, attempt: int) -> None:
+        """Wait before the next attempt. Raises Unavailable where there is to be none."""
+        longest = min(self._patience.longest_pause, self._patience.first_pause * 2.0 ** min(attempt, 30))
+        pause = max(answer.pause, self._jitter.uniform(0, longest))
+        with self._lock:
+            self._retries -= 1
+            if self._retries < 0 or pause >= self.remaining:
+                self._failed_in_row += 1
+                raise Unavailable(
+                    f"{self._url} {answer.reason}; given up after {attempt + 1} attempts of at most"
+                    f" {self._patience.deadline:g} s"
+                )
+        if self._stopped.wait(pause):
+            raise Unavailable(f"{self._url} {answer.reason}; stopped")
+
+    def in_parallel(self, function: Callable[[T], R], items: Sequence[T], workers: int) -> list[R]:
+        """``function`` of every item, in their order, ``workers`` at a time; what it raises, or Ctrl-C, stops all."""
+        pool = ThreadPoolExecutor(max_workers=max(1, min(workers, len(items))))
+        try:
+            return list(pool.map(function, items))
+        except BaseException:
+            self._stopped.set()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def token_of(variable: str) -> str | None:
+    """A token from the environment: never from a file that is kept with a run, or a command line."""
+    return os.environ.get(variable) or None
+
+
+def data_url(png: bytes) -> str:
+    """A PNG as a data URL."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _httpx() -> Any:
+    try:
+        import httpx
+    except ImportError as error:
+        raise RemoteError("httpx is missing: pip install 'genalign[remote]'") from error
+    return httpx
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Retry-After as seconds from now: a number of them or a date (RFC 9110, 10.2.3); 0 for none or nonsense."""
+    if not retry_after:
+        return 0.0
+    with suppress(ValueError):
+        return max(0.0, float(retry_after))
+    with suppress(ValueError, TypeError):
+        date = parsedate_to_datetime(retry_after)
+        return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - datetime.now(UTC).timestamp())
+    return 0.0
+
+
+def _told(content: bytes) -> str:
+    """The message of an error's JSON body, as genalign and OpenAI write it, else the beginning of the body."""
+    text = content[:300].decode("utf-8", "replace").strip()
+    with suppress(ValueError, RecursionError):
+        found = json.loads(content)
+        error = found.get("error") if isinstance(found, dict) else None
+        if isinstance(error, dict):
+            return f"({error.get('code')}: {str(error.get('message'))[:300]})"
+    return f"({text})" if text else ""

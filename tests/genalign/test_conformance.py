@@ -1,0 +1,195 @@
+"""Planted bad rewards: each fails the check that names its fault, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign.commands.rewarding import RewardCheck, _samples
+from genalign.conformance import Check, Expected, Probe, check
+from genalign.types import Prompt, RewardFunction
+from rewards.clip import ClipReward
+from rewards.shapes import ShapesReward
+
+
+@pytest.fixture(scope="module")
+def probe() -> Probe:
+    return Probe(*_samples(RewardCheck(lambda: None)))
+
+
+def weights(prompts: Sequence[Prompt]) -> Tensor:
+    """A different mixture (B, 3, 1, 1) of the channels for each prompt."""
+    generators = [torch.Generator().manual_seed(sum(prompt.text.encode())) for prompt in prompts]
+    return torch.stack([torch.rand(3, 1, 1, generator=generator) for generator in generators])
+
+
+def good(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """Differentiable, prompted, NaN for NaN."""
+    return (samples.square() * weights(prompts)).flatten(1).mean(1)
+
+
+def reversed_(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return good(samples, prompts).flip(0)
+
+
+def normalised(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    scores = good(samples, prompts)
+    return scores - scores.nanmean()
+
+
+def squeezed(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return good(samples, prompts).squeeze()
+
+
+def noisy(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return good(samples, prompts) + 0.1 * torch.randn(len(samples))
+
+
+def half_detached(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return good(samples, prompts) + samples.detach()[:, 1].flatten(1).mean(1)
+
+
+def in_place(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return good(samples.mul_(0.5), prompts)
+
+
+def leaking(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    scores = good(samples, prompts)
+    torch.set_grad_enabled(False)
+    return scores
+
+
+def retyping(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    torch.set_default_dtype(torch.float64)
+    return good(samples, prompts)
+
+
+def zero_for_nan(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return good(samples.nan_to_num(), prompts)
+
+
+def raising_for_nan(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    if bool(samples.isnan().any()):
+        raise ValueError("NaN")
+    return good(samples, prompts)
+
+
+def spoilt_by_nan(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return good(samples, prompts) + 0 * samples.detach().sum()
+
+
+def constant(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return 0.5 + 0 * good(samples, prompts)
+
+
+def nothing(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return torch.full((len(samples),), torch.nan)
+
+
+def blind(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples.flatten(1).mean(1)
+
+
+def rough(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples.flatten(1).std(1)
+
+
+PLANTED: list[tuple[RewardFunction, Expected, str, str]] = [
+    (reversed_, Expected(), "order", "in the order of the samples"),
+    (normalised, Expected(), "batches", "no statistics of the batch"),
+    (squeezed, Expected(), "batches", "keep the batch dimension"),
+    (noisy, Expected(), "determinism", "eval mode"),
+    (half_detached, Expected(), "gradient", "find what is detached"),
+    (blind, Expected(prompts=True), "prompts", "read the prompt"),
+    (in_place, Expected(), "inputs", "work on a copy"),
+    (leaking, Expected(), "torch state", "use torch.no_grad()"),
+    (retyping, Expected(), "torch state", "set no defaults"),
+    (zero_for_nan, Expected(), "unscorable", "return NaN"),
+    (raising_for_nan, Expected(), "unscorable", "return NaN"),
+    (spoilt_by_nan, Expected(), "unscorable", "score the others"),
+    (constant, Expected(), "variation", "every sample scores the same"),
+    (nothing, Expected(), "variation", "what it needs of a prompt"),
+    (rough, Expected(degradation=True), "degradation", "quality should cost"),
+]
+
+
+def failed(checks: Sequence[Check]) -> list[str]:
+    return [found.name for found in checks if found.passed is False]
+
+
+def test_a_good_reward_passes(probe: Probe) -> None:
+    checks = {found.name: found for found in check(good, probe, Expected(gradient=True))}
+    assert failed(list(checks.values())) == []
+    noted = {name for name, found in checks.items() if found.passed is None}
+    assert noted == {"prompts", "degradation", "8 bits", "throughput"}
+    assert all(found.measured for found in checks.values())
+
+
+@pytest.mark.parametrize(("reward", "expected", "name", "advice"), PLANTED, ids=[bad.__name__ for bad, *_ in PLANTED])
+def test_a_planted_fault_is_found_and_nothing_else(
+    probe: Probe, reward: RewardFunction, expected: Expected, name: str, advice: str
+) -> None:
+    checks = list(check(reward, probe, expected))
+    assert failed(checks) == [name], [found for found in checks if found.passed is False]
+    (found,) = (found for found in checks if found.passed is False)
+    assert advice in found.advice
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("returned", "measured"),
+    [
+        (lambda n: [0.0] * n, "a list"),
+        (lambda n: torch.zeros(n, 1), "float32 of shape (8, 1) for 8 samples"),
+        (lambda n: torch.zeros(n, dtype=torch.long), "int64 of shape (8,)"),
+        (lambda n: torch.full((n,), torch.inf), "8 infinite"),
+    ],
+)
+def test_without_a_result_there_are_no_other_checks(probe: Probe, returned, measured: str) -> None:
+    (found,) = check(lambda samples, prompts: returned(len(samples)), probe)
+    assert (found.name, found.passed) == ("result", False)
+    assert measured in found.measured and "(B,)" in found.advice
+
+
+def test_what_raises_is_told(probe: Probe) -> None:
+    def raising(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        raise KeyError("answer")
+
+    (found,) = check(raising, probe)
+    assert found.passed is False and "raised KeyError: 'answer'" in found.measured
+
+
+def test_the_verifier_passes(probe: Probe) -> None:
+    verifier = {found.name: found for found in check(ShapesReward("partial"), probe, Expected(prompts=True))}
+    assert failed(list(verifier.values())) == []
+    assert verifier["gradient"].measured == "none reaches the sample"
+
+
+@pytest.mark.slow
+def test_the_embedded_clip_passes(probe: Probe) -> None:
+    clip = list(check(ClipReward("shapes-clip"), probe, Expected(prompts=True, gradient=True)))
+    assert failed(clip) == []
+
+
+def test_waveforms_are_checked_too() -> None:
+    time = torch.linspace(0, 0.25, 2000)
+    waves = torch.stack([0.5 * torch.sin(2 * torch.pi * hertz * time) for hertz in (110, 220, 330, 440, 550)])[:, None]
+    prompts = [Prompt(f"a tone of {hertz} Hz") for hertz in (110, 220, 330, 440, 550)]
+
+    def smoothness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return -samples.diff(dim=-1).square().flatten(1).mean(1)
+
+    checks = list(check(smoothness, Probe(waves, prompts), Expected(gradient=True)))
+    assert failed(checks) == []
+    assert "8 bits" not in [found.name for found in checks]
+
+
+def test_a_probe_must_tell_samples_apart(probe: Probe) -> None:
+    with pytest.raises(ValueError, match="at least 4 images"):
+        Probe(probe.samples[:3], probe.prompts[:3])
+    with pytest.raises(ValueError, match="prompts that differ"):
+        replace(probe, prompts=[Prompt("same")] * 8)

@@ -1,0 +1,144 @@
+"""genalign reward check and genalign serve from the command line, with rewards from a file outside the repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from genalign import wire
+from genalign.cli import main
+from genalign.types import Prompt
+from rewards.http_client import Patience
+from rewards.remote import RemoteReward
+
+REWARDS = """
+from dataclasses import dataclass
+
+import torch
+
+def redness(samples, prompts):
+    return samples[:, 0].flatten(1).mean(1)
+
+@dataclass
+class Channel:
+    channel: int
+    flipped: bool = False
+
+    def __call__(self, samples, prompts):
+        scores = samples[:, self.channel].flatten(1).mean(1)
+        return scores.flip(0) if self.flipped else scores
+
+def loudness(samples, prompts):
+    return samples.square().flatten(1).mean(1)
+
+def counted(images, prompts, **metadata):
+    return [float(len(prompt)) for prompt in prompts]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "outside_scores.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("outside_scores", None)
+
+
+def test_a_reward_is_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reward", "check", "outside_scores:redness", "--expected.gradient", "true"]) == 0
+    assert "every check passed" in capsys.readouterr().out
+    assert main(["reward", "check", "outside_scores:Channel", "--args.channel", "1"]) == 0
+    capsys.readouterr()
+    assert main(["reward", "check", "outside_scores:Channel", "--args.channel", "1", "--args.flipped", "true"]) == 1
+    printed = capsys.readouterr().out
+    assert "failed: order" in printed and "return the scores" in printed
+
+
+def test_other_ways_to_name_a_reward(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = "{class_path: outside_scores.Channel, init_args: {channel: 2}}"
+    assert main(["reward", "check", "--reward", whole, "--count", "4", "--size", "32"]) == 0
+    (folder / "check.yaml").write_text("reward: {class_path: outside_scores.Channel, init_args: {channel: 2}}")
+    assert main(["reward", "check", "--config", "check.yaml", "--count", "4"]) == 0
+    adapted = ["rewards.adapted:Adapted", "--args.function", "outside_scores.counted"]
+    assert main(["reward", "check", *adapted, "--expected.prompts", "true"]) == 1
+    assert "failed: prompts" in capsys.readouterr().out
+
+
+def test_own_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"file_name": f"{n}.png", "prompt": f"image {n}", "tag": "x"} for n in range(4)]
+    for n, row in enumerate(rows):
+        Image.new("RGB", (6, 8), (40 * n, 10, 200)).save(folder / row["file_name"])
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert main(["reward", "check", "outside_scores:redness", "--samples", str(folder)]) == 0
+    sounds = folder / "sounds"
+    sounds.mkdir()
+    for n in range(4):
+        (sounds / f"{n}.wav").write_bytes(wire.encode_audio(torch.randn(1, 500) * (n + 1) / 10, 8000))
+    lines = [json.dumps({"file_name": f"{n}.wav", "prompt": f"sound {n}"}) for n in range(4)]
+    (sounds / "prompts.jsonl").write_text("\n".join(lines))
+    capsys.readouterr()
+    assert main(["reward", "check", "outside_scores:loudness", "--samples", str(sounds)]) == 0
+    assert "8 bits" not in capsys.readouterr().out
+
+
+BAD = [
+    (["reward"], "say what to do with it: genalign reward check MODULE:CLASS"),
+    (["reward", "check"], "name the reward: genalign reward check rewards.clip:ClipReward --args.model shapes-clip"),
+    (["serve"], "name the reward: genalign serve"),
+    (["reward", "check", "outside_scores:nothing"], "has no attribute 'nothing'"),
+    (["reward", "check", "outside_scores:Channel", "--args.chanel", "1"], "unknown setting 'chanel'"),
+    (["reward", "check", "outside_scores:redness", "--count", "2"], "at least 4 images"),
+    (["reward", "check", "outside_scores:redness", "--samples", "nowhere"], "write a line with file_name and prompt"),
+    (
+        ["serve", "outside_scores:redness", "--host", "0.0.0.0"],
+        "set a token in the environment variable GENALIGN_TOKEN",
+    ),
+    (["serve", "outside_scores:redness", "--prot", "1"], "unknown setting 'prot': did you mean 'port'?"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_bad_input_is_told_in_a_line(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.delenv("GENALIGN_TOKEN", raising=False)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_served_reward_is_used_and_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "GENALIGN_TOKEN": "s3cret", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "genalign.cli", "serve", "outside_scores:Channel", "--args.channel", "1"]
+    process = subprocess.Popen(
+        [*command, "--port", "0"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        told = process.stdout.readline()
+        assert told.startswith("serving outside_scores.Channel ")
+        monkeypatch.setenv("GENALIGN_TOKEN", "s3cret")
+        samples = torch.rand(6, 3, 4, 4).mul(255).round().div(255)
+        reward = RemoteReward(told.split(" at ")[1].strip(), version=told.split()[2], patience=Patience(timeout=300))
+        scores = reward(samples, [Prompt(f"p{n}") for n in range(6)])
+        torch.testing.assert_close(scores, samples[:, 1].flatten(1).mean(1), atol=1e-6, rtol=0)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(300) == 0 and "stopped" in process.stdout.read()
+    finally:
+        process.kill()
+        process.communicate()

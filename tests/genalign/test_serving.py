@@ -1,0 +1,237 @@
+"""The reward server over loopback, as clients of any kind see it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from torch import Tensor
+
+from genalign import wire
+from genalign.serving import listen, require_safe, score_each
+from genalign.types import Prompt
+from tests.http_servers import INFO, Answer, serving
+
+
+@dataclass
+class Gated:
+    """Mean levels, once ``gate`` is open; it remembers the sizes of its batches."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    entered: threading.Event = field(default_factory=threading.Event)
+    batches: list[int] = field(default_factory=list)
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        self.batches.append(len(samples))
+        self.entered.set()
+        assert self.gate.wait(20)
+        return samples.flatten(1).mean(1)
+
+
+def brightness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples.flatten(1).mean(1)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serving(brightness) as address:
+        yield address
+
+
+def call(url: str, method: str, path: str, body: bytes | Iterator[bytes] = b"", **headers: str) -> Answer:
+    there = http.client.HTTPConnection(urlsplit(url).hostname or "", urlsplit(url).port, timeout=20)
+    try:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        there.request(method, path, body, named, encode_chunked=not isinstance(body, bytes))
+        answer = there.getresponse()
+        return Answer(answer.status, answer.read(), dict(answer.getheaders()))
+    finally:
+        there.close()
+
+
+def request(levels: Sequence[float], name: str = "r", deadline: float = 20) -> wire.Request:
+    images = tuple(wire.encode_image(torch.full((3, 4, 4), level)) for level in levels)
+    return wire.Request(name, deadline, tuple(Prompt("grey") for _ in levels), "image", images)
+
+
+def post(url: str, asked: wire.Request, **headers: str) -> Answer:
+    kind, body = asked.pack()
+    return call(url, "POST", "/v1/score", body, Content_Type=kind, **headers)
+
+
+def code(answer: Answer) -> str:
+    return json.loads(answer.body)["error"]["code"]
+
+
+def test_it_says_what_it_is(url: str) -> None:
+    assert wire.unpack_info(call(url, "GET", "/v1/info").body) == INFO
+    assert call(url, "GET", "/healthz").status == call(url, "GET", "/readyz").status == 200
+    assert call(url, "GET", "/v1/score").status == 405
+    assert call(url, "GET", "/nowhere").status == 404
+
+
+def test_scores_come_as_json_with_null_for_what_has_none(url: str) -> None:
+    asked = request([0.0, 1.0])
+    broken = replace(asked, prompts=(*asked.prompts, Prompt("x")), samples=(*asked.samples, b"GIF89a"))
+    answer = post(url, broken)
+    reply = wire.unpack_reply(answer.body, "r", 3)
+    assert answer.status == 200 and reply.scores == (0.0, 1.0, None) and reply.version == "1"
+    assert [error and error.code for error in reply.errors] == [None, None, "undecodable"]
+
+
+def test_images_of_different_sizes_are_scored(url: str) -> None:
+    samples = tuple(wire.encode_image(torch.full((3, side, 4), side / 255)) for side in (3, 9, 3, 5))
+    mixed = wire.Request("mixed", 20, (Prompt("x"),) * 4, "image", samples)
+    reply = wire.unpack_reply(post(url, mixed).body, "mixed", 4)
+    assert [round((score or 0) * 255) for score in reply.scores] == [3, 9, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "status", "expected"),
+    [
+        ("application/json", b"{}", 415, "media_type"),
+        ("application/octet-stream", b"\x80\x04K*.", 415, "media_type"),
+        ("multipart/form-data; boundary=x", b"nothing", 400, "malformed"),
+        (*wire.pack_parts({"meta": b"{}"}), 400, "schema"),
+    ],
+)
+def test_what_is_no_request_is_refused(url: str, kind: str, body: bytes, status: int, expected: str) -> None:
+    answer = call(url, "POST", "/v1/score", body, Content_Type=kind)
+    assert (answer.status, code(answer)) == (status, expected)
+
+
+def test_too_many_or_other_samples_are_refused(url: str) -> None:
+    answer = post(url, request([0.5] * 9, "many"))
+    assert (answer.status, code(answer)) == (422, "count")
+    audio = wire.Request("a", 5, (Prompt("x"),), "audio", (wire.encode_audio(torch.zeros(1, 4), 8000),))
+    answer = post(url, audio)
+    assert (answer.status, code(answer)) == (415, "media_type")
+
+
+def test_oversize_bodies_are_refused_before_they_are_held(url: str) -> None:
+    answer = call(url, "POST", "/v1/score", b"x" * (INFO.max_bytes + 1))
+    assert (answer.status, code(answer)) == (413, "too_large")
+
+
+def test_a_body_without_a_length_is_cut_off_at_the_limit(url: str) -> None:
+    host, port = urlsplit(url).hostname or "", urlsplit(url).port or 0
+    with socket.create_connection((host, port), timeout=20) as sock:
+        sock.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        sock.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+        for _ in range(16):  # exactly at the limit, and one more
+            sock.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+        assert b"413" in sock.recv(100)
+
+
+def test_a_token_is_asked_for_before_the_body_is_read() -> None:
+    with serving(brightness, token="s3cret") as url:
+        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"}):
+            assert call(url, "GET", "/v1/info", **header).status == 401
+            assert call(url, "POST", "/v1/score", b"", **header).status == 401
+        assert call(url, "GET", "/healthz").status == 200
+        assert post(url, request([0.5]), Authorization="Bearer s3cret").status == 200
+
+
+def test_a_request_id_is_scored_once_and_for_one_request() -> None:
+    reward = Gated()
+    with serving(reward) as url, ThreadPoolExecutor(2) as threads:
+        answers = [threads.submit(post, url, request([0.2, 0.4])) for _ in range(2)]
+        reward.gate.set()
+        first, second = (json.loads(answer.result().body) for answer in answers)
+        assert first["scores"] == second["scores"] and reward.batches == [2]
+        other = post(url, request([0.3, 0.4]))
+        assert (other.status, code(other)) == (422, "request_id")
+
+
+def test_a_deadline_that_passes_is_told_and_can_be_asked_again() -> None:
+    reward = Gated()
+    with serving(reward) as url:
+        answer = post(url, request([0.2], deadline=0.1))
+        assert (answer.status, code(answer)) == (504, "deadline")
+        assert post(url, request([0.6], "waiting", deadline=0.1)).status == 504  # behind the first, never scored
+        reward.gate.set()
+        reply = wire.unpack_reply(post(url, request([0.2])).body, "r", 1)
+        assert reply.scores == (pytest.approx(0.2, abs=0.002),)
+        again = wire.unpack_reply(post(url, request([0.6], "waiting")).body, "waiting", 1)
+        assert again.scores == (pytest.approx(0.6, abs=0.002),)
+    assert reward.batches == [1, 1]
+
+
+def test_what_gathers_is_scored_together() -> None:
+    reward = Gated()
+    with serving(reward) as url, ThreadPoolExecutor(8) as threads:
+        first = threads.submit(post, url, request([0.1], "first"))
+        assert reward.entered.wait(10)
+        rest = [threads.submit(post, url, request([n / 10] * 3, f"n{n}")) for n in range(4)]
+        time.sleep(1.0)
+        reward.gate.set()
+        assert first.result().status == 200
+        for n, answer in enumerate(rest):
+            assert json.loads(answer.result().body)["scores"] == pytest.approx([n / 10] * 3, abs=0.002)
+    assert sum(reward.batches) == 13 and len(reward.batches) < 5 and max(reward.batches) <= INFO.max_batch
+
+
+def test_more_requests_than_places_are_sent_away() -> None:
+    reward = Gated()
+    with serving(reward, max_requests=1) as url, ThreadPoolExecutor(1) as threads:
+        first = threads.submit(post, url, request([0.1]))
+        assert reward.entered.wait(10)
+        answer = post(url, request([0.1], "second"))
+        assert (answer.status, code(answer), answer.headers["retry-after"]) == (429, "busy", "1")
+        reward.gate.set()
+        assert first.result().status == 200
+
+
+def test_stopping_finishes_what_is_under_way() -> None:
+    reward = Gated()
+    with ThreadPoolExecutor(1) as threads:
+        with serving(reward) as url:
+            first = threads.submit(post, url, request([0.1]))
+            assert reward.entered.wait(10)
+            threading.Timer(0.3, reward.gate.set).start()
+        assert first.result().status == 200
+
+
+def test_a_bad_sample_costs_a_few_calls() -> None:
+    calls = []
+
+    def poisoned(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        calls.append(len(samples))
+        if bool((samples == 9).any()):
+            raise RuntimeError
+        return samples.flatten(1).mean(1)
+
+    samples = torch.arange(16.0).view(16, 1, 1, 1)
+    scored = score_each(poisoned, samples, [Prompt("x")] * 16, "name")
+    assert [item.score for item in scored] == [None if n == 9 else float(n) for n in range(16)]
+    assert len(calls) == 9 and scored[9].error is not None and scored[9].error.code == "reward_failed"
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(4, 1), torch.tensor(0.0), [0.0] * 4, torch.full((4,), torch.nan)])
+def test_what_is_no_score_is_null(wrong: object) -> None:
+    scored = score_each(lambda samples, prompts: wrong, torch.rand(4, 3, 2, 2), [Prompt("x")] * 4, "name")  # type: ignore[arg-type,return-value]
+    assert [item.score for item in scored] == [None] * 4 and all(item.error for item in scored)
+
+
+def test_only_loopback_goes_without_a_token() -> None:
+    for host in ("127.0.0.1", "localhost", "::1", "127.9.9.9"):
+        require_safe(host, None, "T")
+    for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
+        require_safe(host, "token", "T")
+        with pytest.raises(ValueError, match=r"can be reached by others: set a token in the environment variable T"):
+            require_safe(host, None, "T")
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    taken = pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1:\d+ .*choose another --host or --port")
+    with listen("127.0.0.1", 0) as sock, taken:
+        listen("127.0.0.1", sock.getsockname()[1])

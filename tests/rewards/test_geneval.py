@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+from genalign import assets, config
+from genalign.geneval.scoring import Detection, Thresholds
+from genalign.geneval.vocabulary import COLORS
+from genalign.types import Prompt, Reward
+from genalign.worlds.shapes.prompts import color_attr, colors, counting, position, prompts, single_object
+from genalign.worlds.shapes.scenes import render, sample_scene
+from genalign.worlds.shapes.tokenizers import clip_tokenizer
+from genalign.worlds.shapes.verifier import verify
+from rewards.detectors import Instance, Mask2Former, Owlv2
+from rewards.geneval import ClipColours, GenEvalJudge, GenEvalReward, crop
+from tests.genalign.geneval.shapes_judge import PaletteColours, ShapesDetector
+from tests.rewards import tiny_detectors
+
+PROMPTS = [single_object("circle"), counting("square", "two"), color_attr("ring", "red", "cross", "blue")]
+PROMPTS += [position("moon", "left of", "triangle"), colors("cross", "green")]
+
+
+def drawn(asked: list[Prompt], seed: int = 5) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    return render([sample_scene(prompt.metadata, rng) for prompt in asked])
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return drawn(PROMPTS)
+
+
+def shapes_reward(score: str) -> GenEvalReward:
+    return GenEvalReward(score, ShapesDetector(), PaletteColours())
+
+
+# --- the whole path on real pictures ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", ["partial", "strict", "relaxed"])
+def test_truth_scores_one(images: torch.Tensor, score: str) -> None:
+    reward: Reward = shapes_reward(score)
+    scores = reward(images, PROMPTS)
+    assert isinstance(reward, Reward) and scores.dtype == torch.float32
+    assert scores.tolist() == [1] * len(PROMPTS)
+
+
+def test_verdicts_are_those_of_the_worlds_verifier() -> None:
+    asked = [prompt for group in prompts("iid").by_task().values() for prompt in group[::17][:12]]
+    shown = drawn([*asked[3:], *asked[:3]])
+    judged = GenEvalJudge(ShapesDetector(), PaletteColours())(shown, asked)
+    for found, theirs in zip(judged, verify(shown, [prompt.metadata for prompt in asked]), strict=True):
+        assert found is not None and found.verdict.relaxed == theirs.relaxed
+        assert sorted(found.verdict.criteria) == sorted(theirs.criteria[:-1])  # the last is "clean"
+
+
+def test_surplus_is_relaxed_but_not_strict(images: torch.Tensor) -> None:
+    assert shapes_reward("relaxed")(images[1:2], [single_object("square")]).tolist() == [1]
+    assert shapes_reward("strict")(images[1:2], [single_object("square")]).tolist() == [0]
+    assert shapes_reward("partial")(images[1:2], [counting("square", "four")]).tolist() == [0.5]
+
+
+def test_failed_samples_are_nan(images: torch.Tensor) -> None:
+    broken = images.clone()
+    broken[1, 0, 0, 0] = torch.nan
+    assert shapes_reward("partial")(broken, PROMPTS).isnan().tolist() == [False, True, False, False, False]
+    assert shapes_reward("partial")(broken[1:2], PROMPTS[1:2]).isnan().tolist() == [True]
+
+
+def test_what_it_cannot_judge_is_refused(images: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="'a red dog' has no metadata: GenEval needs its tag"):
+        shapes_reward("strict")(images[:1], [Prompt("a red dog")])
+    with pytest.raises(ValueError, match=r"must be \(B, 3, H, W\) with B = 5 prompts, not \(2, 3, 64, 64\)"):
+        shapes_reward("strict")(images[:2], PROMPTS)
+
+
+class Recorded:
+    """A detector of given objects, and colours that remember what they were shown."""
+
+    description: dict[str, object] = {}  # noqa: RUF012
+
+    def __init__(self, *detections: Detection, mask: torch.Tensor | None = None) -> None:
+        self.thresholds, self.shown = Thresholds(), []
+        self.instances = [Instance(detection, mask) for detection in detections]
+
+    def __call__(self, images, names):
+        if images[0].ndim == 3 and not isinstance(images, list):
+            return [self.instances for _ in images]
+        self.shown += list(zip([tuple(image.shape[1:]) for image in images], names, strict=True))
+        return ["red"] * len(images)
+
+
+def test_only_colours_that_matter_are_looked_at() -> None:
+    car = [Detection("car", (0, 0, 4 + i, 5), score) for i, score in enumerate((0.5, 0.9, 0.29))]
+    detector = Recorded(*car, Detection("dog", (0, 0, 9, 9), 0.9))
+    prompt = Prompt("", {"tag": "colors", "include": [{"class": "car", "count": 1, "color": "red"}], "prompt": ""})
+    (judged,) = GenEvalJudge(detector, detector)(torch.rand(1, 3, 10, 10), [prompt])
+    assert detector.shown == [((5, 5), "car")]  # the most certain alone
+    assert [(item.name, item.score, item.color) for item in judged.detections] == [
+        ("car", 0.9, "red"),
+        ("car", 0.5, None),
+        ("dog", 0.9, None),
+    ]
+    missing = Recorded(car[2])
+    assert not GenEvalJudge(missing, missing)(torch.rand(1, 3, 10, 10), [prompt])[0].verdict.relaxed
+    assert missing.shown == []
+
+
+# --- crops and colours ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("box", [(2.0, 3.0, 9.0, 8.0), (1.5, 2.5, 7.5, 6.51), (0.0, 0.0, 12.0, 10.0)])
+def test_crops_are_pillows(box: tuple[float, float, float, float]) -> None:
+    rng = np.random.default_rng(0)
+    pixels, mask = rng.integers(0, 256, (10, 12, 3), dtype=np.uint8), rng.random((10, 12)) < 0.5
+    picture = Image.fromarray(pixels)
+    grey = Image.new("RGB", picture.size, color="#999")
+    theirs = Image.composite(picture, grey, Image.fromarray(mask)).crop(box)
+    image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    ours = crop(image, box, torch.from_numpy(mask))
+    assert torch.equal(ours, torch.from_numpy(np.array(theirs)).permute(2, 0, 1).float() / 255)
+    assert torch.equal(crop(image, box), torch.from_numpy(np.array(picture.crop(box))).permute(2, 0, 1).float() / 255)
+
+
+def test_a_crop_has_at_least_a_pixel() -> None:
+    assert crop(torch.rand(3, 8, 8), (7.9, 7.9, 8.0, 8.0)).shape == (3, 1, 1)
+    assert crop(torch.rand(3, 8, 8), (3.2, 3.2, 3.3, 3.3)).shape == (3, 1, 1)
+
+
+def test_the_classifier_is_open_clips_own() -> None:
+    name = f"local-dir:{assets.resolve('shapes-clip')}"
+    model, _, _ = open_clip.create_model_and_transforms(name)
+    templates = [lambda c: f"a photo of a {c} ring", lambda c: f"a photo of a {c}-colored ring"]
+    templates.append(lambda c: f"a photo of a {c} object")
+    theirs = open_clip.build_zero_shot_classifier(model.eval(), open_clip.get_tokenizer(name), COLORS, templates)
+    torch.testing.assert_close(ClipColours("shapes-clip")._classifier("ring"), theirs.T, rtol=0, atol=1e-5)
+
+
+def test_a_trained_clip_names_colours() -> None:
+    """The embedded CLIP has learnt captions of whole scenes; one object on grey is close enough to them."""
+    asked = [colors(shape, color) for shape in ("circle", "square", "cross") for color in COLORS]
+    shown = drawn(asked)
+    instances = ShapesDetector()(shown, [[]] * len(asked))
+    crops = [crop(image, found[0].detection.box, found[0].mask) for image, found in zip(shown, instances, strict=True)]
+    names = [found[0].detection.name for found in instances]
+    told = ClipColours("shapes-clip")(crops, names)
+    right = [told == prompt.metadata["include"][0]["color"] for told, prompt in zip(told, asked, strict=True)]
+    assert PaletteColours()(crops, names) == [prompt.metadata["include"][0]["color"] for prompt in asked]
+    assert sum(right) / len(right) >= 0.5  # a tenth by chance
+
+
+# --- real networks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder: Path = tmp_path_factory.mktemp("clip")
+    tokenizer = clip_tokenizer()
+    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = common | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 12,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = common | {"image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokenizer.save_pretrained(str(folder))
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+def test_mask2former_and_clip_judge_together(tiny_clip: str, tmp_path: Path) -> None:
+    detector = Mask2Former(tiny_detectors.mask2former(tmp_path), Thresholds(confidence=0.2, counting=0.2))
+    include = [{"class": "dog", "count": 1, "color": "red"}, {"class": "cat", "count": 1, "color": "blue"}]
+    prompt = Prompt("two", {"tag": "color_attr", "include": include, "prompt": "two"})
+    images = torch.rand(4, 3, 48, 64, generator=torch.Generator().manual_seed(3))
+    judge = GenEvalJudge(detector, ClipColours(tiny_clip))
+    judged = judge(images, [prompt] * 4)
+    found = [found for found in judged if found is not None]
+    assert len(found) == 4 and all(item.detections for item in found)
+    for item in found:
+        best = {name: next(d for d in item.detections if d.name == name) for name in {d.name for d in item.detections}}
+        assert all(detection.color in COLORS for detection in best.values())
+        assert not item.verdict.reason.startswith("expected dog>=1")
+    reward = GenEvalReward("partial", detector, ClipColours(tiny_clip))
+    assert reward(images, [prompt] * 4).tolist() == pytest.approx([item.verdict.partial for item in found])
+
+
+def test_the_description_names_detector_thresholds_and_colours() -> None:
+    plain = GenEvalJudge().description
+    json.dumps(plain)
+    assert plain["detector"]["model"] == "facebook/mask2former-swin-small-coco-instance"
+    assert plain["detector"]["thresholds"] == {
+        "confidence": 0.3,
+        "counting": 0.9,
+        "max_objects": 16,
+        "max_overlap": 1.0,
+        "position": 0.1,
+    }
+    assert plain["colours"]["model"] == "openai/clip-vit-large-patch14"
+    assert GenEvalJudge(colours=ClipColours("other")).description != plain
+
+
+def test_configurations_name_detectors() -> None:
+    detector = "{class_path: rewards.detectors.Owlv2, init_args: {thresholds: {confidence: 0.4}}}"
+    chosen = f"{{class_path: rewards.geneval.GenEvalReward, init_args: {{score: strict, detector: {detector}}}}}"
+    parsed, plain = config.parse(config.RewardChoice, ["--function", chosen], "test")
+    others = Owlv2().thresholds  # a detector's own, where a configuration gives some
+    assert parsed.function == GenEvalReward("strict", Owlv2(thresholds=replace(others, confidence=0.4)))
+    assert plain["function"]["init_args"]["detector"]["init_args"]["thresholds"]["counting"] == 0.3
+
+
+def test_nothing_is_opened_before_the_first_call() -> None:
+    assert GenEvalReward("strict").detector is None
+    assert Mask2Former("no/such-model").model == "no/such-model"
