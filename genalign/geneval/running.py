@@ -207,9 +207,10 @@ class Work:
     def do(self, share: Share) -> Iterator[int]:
         """Every prompt of a share that is not finished; the number of each as it is. One that another process holds is
         left to it."""
-        for index in share.of(len(self.prompts)):
-            if self.folder.done(index):
-                continue
+        todo = [index for index in share.of(len(self.prompts)) if not self.folder.done(index)]
+        if todo:  # what a pipeline encodes along with its first prompt, such as the empty one, is then alike everywhere
+            self.pipeline.encode([self.prompts.prompts[0].text])
+        for index in todo:
             with self.folder.claimed(index) as held:
                 if not held or self.folder.done(index):
                     continue

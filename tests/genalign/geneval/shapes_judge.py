@@ -71,8 +71,10 @@ class DrawingPipeline:
         self.path, self.denoiser, self.drawn = FlowPath(), nn.Identity(), 0
         self.asked = [(p, noise_seed(prompt.text, s)) for p, prompt in enumerate(prompts) for s in range(seeds)]
         self.prompts, self.skill, self.broken = prompts, skill, broken
+        self.encoded: list[list[str]] = []
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
+        self.encoded.append(list(prompts))
         return Conditioning({"length": torch.tensor([len(text) for text in prompts])})
 
     def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:

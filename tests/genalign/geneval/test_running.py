@@ -173,6 +173,13 @@ def test_a_prompt_that_another_holds_is_left_to_it(tmp_path: Path) -> None:
     assert list(first.do(Share())) == [3]
 
 
+def test_every_process_encodes_the_same_batches(tmp_path: Path) -> None:
+    """A text beside another is not encoded the same to the last bit, and the first has the empty one beside it."""
+    second = work(tmp_path)
+    next(second.do(Share(1, 2)))
+    assert second.pipeline.encoded == [[PROMPTS.prompts[0].text], [PROMPTS.prompts[1].text]]
+
+
 def test_ranks_are_a_division() -> None:
     assert [list(Share(rank, 3).of(8)) for rank in range(3)] == [[0, 3, 6], [1, 4, 7], [2, 5]]
     assert Share.from_environment({}) == Share(0, 1)
