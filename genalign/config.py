@@ -18,6 +18,8 @@ from torch import nn
 from genalign.budget import Budget
 from genalign.calibration import Calibration
 from genalign.dynamics import Kernel
+from genalign.guard import Actions
+from genalign.hacking import Limits
 from genalign.memory import Memory
 from genalign.policy import Lora
 from genalign.recipes import Recipe, flow_grpo
@@ -49,10 +51,14 @@ class Model:
 
 @dataclass(frozen=True)
 class RewardChoice:
-    """A function or callable class by its import path, and its weight in the sum; weight 0 only reports."""
+    """A function or callable class by its import path, and its weight in the sum; weight 0 only reports.
+
+    ``score_batch``: how many samples are scored at once, for large networks; None for all that are asked for.
+    """
 
     function: Callable  # type: ignore[type-arg]  # bare: any callable is taken, and tried on a first batch
     weight: float = 1.0
+    score_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,27 @@ class BeforeAfter(Amount):
 
 
 @dataclass(frozen=True)
+class Hacking(Amount):
+    """What is watched for signs that the reward is being exploited, every ``every`` rounds, 0 for never: see
+    ``genalign.hacking``. ``rewards`` are not trained on; ``features`` give variety and drift; ``shown`` are functions
+    of a set of images and their prompts that only report."""
+
+    images_per_task: int = 16
+    seeds: int = 2
+    prompts: str = "shapes:val"
+    every: int = 0
+    rewards: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]
+    features: Callable | None = None  # type: ignore[type-arg]
+    shown: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]
+    limits: Limits = field(default_factory=Limits)
+    on_alarm: Actions = field(default_factory=Actions)
+
+    def __post_init__(self) -> None:
+        if self.seeds < 2 or self.images_per_task < 2:
+            raise ValueError("hacking.seeds and hacking.images_per_task must be at least 2, to tell variety")
+
+
+@dataclass(frozen=True)
 class Train:
     """One training run. ``prompts`` is a world's split such as "shapes:train", or a .txt or .jsonl file; ``evaluation``
     is how held-out images are sampled, where that differs from ``sampling``. ``init_lora`` is an adapter, with its own
@@ -100,6 +127,7 @@ class Train:
     init_lora: str | None = None
     averaging: float = 0.9
     held_out: HeldOut = field(default_factory=HeldOut)
+    hacking: Hacking = field(default_factory=Hacking)
     before_after: BeforeAfter | None = field(default_factory=BeforeAfter)
     trackers: list[Literal["tensorboard", "wandb", "trackio", "swanlab"]] = field(default_factory=list)
 
@@ -107,6 +135,8 @@ class Train:
         _require_rewards(self.rewards)
         if all(reward.weight == 0 for reward in self.rewards.values()):
             raise ValueError("every reward has weight 0: nothing would be trained; give one a weight")
+        if trained := [name for name in self.hacking.rewards if self.rewards.get(name, RewardChoice(max, 0)).weight]:
+            raise ValueError(f"hacking.rewards.{trained[0]} is trained on, and would see nothing: name another reward")
 
 
 def _require_rewards(rewards: Mapping[str, RewardChoice]) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -134,6 +134,24 @@ class Objective(Protocol):
 
     def backward(self, context: Context, batch: Batch, scale: float, seed: int) -> None:
         """Add the gradient of ``scale`` times the sum of the batch's terms; ``seed`` is for what it draws."""
+
+
+@runtime_checkable
+class Anchored(Protocol):
+    """An objective that can pull the policy towards the one that training started from."""
+
+    def anchored(self, least: float) -> Objective:
+        """With twice the pull, of weight ``least`` or more."""
+
+
+def anchored(objective: Objective, least: float) -> Objective:
+    """With twice the pull, of weight ``least`` or more. ValueError for an objective that has none."""
+    if not isinstance(objective, Anchored):
+        raise ValueError(
+            f"{type(objective).__name__} has no distance from the reference policy to weigh: leave raise_kl out, or"
+            " choose a recipe with kl or anchor"
+        )
+    return objective.anchored(least)
 
 
 def live_pairs(batch: Batch) -> int:

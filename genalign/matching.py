@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -93,6 +93,10 @@ class Matching:
     def clip_range(self) -> float | None:
         """None: there is no ratio of transitions."""
         return None
+
+    def anchored(self, least: float) -> Matching:
+        """With twice ``anchor``, ``least`` or more."""
+        return replace(self, anchor=max(2 * self.anchor, least))
 
     def terms(self, batch: Batch) -> int:
         """Terms of the loss, for every draw."""

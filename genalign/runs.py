@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genalign.checkpoints import optimizer_tensors, save_state, with_prefix, write_json
+from genalign.guard import Guard
+from genalign.hacking import Panel
 from genalign.statistics import Estimate
 from genalign.training import RoundResult, Trainer
 
@@ -126,6 +128,7 @@ def train(
     watch: Watcher | None,
     every: int,
     trackers: Sequence[Tracker] = (),
+    guard: Guard | None = None,
 ) -> bool:
     """Run all rounds with a progress bar; False where the run was interrupted. The folder is saved in any case."""
     done, held_out = 0, "-"
@@ -137,28 +140,49 @@ def train(
                 done += 1
                 last = trainer.settings.progress(done, result.forwards) >= 1
                 estimates = watch() if watch and (done == 1 or done % every == 0 or last) else None
-                row = result.metrics() | {"held_out": _plain(estimates)}
-                folder.append(row)
-                _track(trackers, result, estimates)
+                seen = guard.panel(done, last, result.kl) if guard else None
+                looked = {"held_out": _plain(estimates), "hacking": seen.as_list() if seen else None}
+                folder.append(result.metrics() | looked)
+                _track(trackers, result, estimates, seen)
                 held_out = f"{next(iter(estimates.values())).mean:.3f}" if estimates else held_out
                 speed = result.images / result.seconds
                 progress.update(bar, advance=1, reward=result.reward, held_out=held_out, speed=speed)
                 if stopping():
                     return False
+                if guard and seen and _acted(guard, seen, trainer, folder, pipeline, done):
+                    return True
             return True
         finally:
             folder.save(trainer, pipeline, done)
+
+
+def _acted(
+    guard: Guard, seen: Panel, trainer: Trainer, folder: RunFolder, pipeline: WeightStore, rounds_done: int
+) -> bool:
+    """Do what the guard asks for; whether the run is to stop."""
+    if guard.is_best(seen):
+        RunFolder(folder.path / "best").save(trainer, pipeline, rounds_done)
+    if seen.light != "red":
+        return False
+    if guard.actions.raise_kl is not None:
+        trainer.raise_kl(guard.actions.raise_kl)
+    if guard.actions.stop:
+        logger.warning("stopping after round %d, as hacking.on_alarm.stop asks for", rounds_done)
+    return guard.actions.stop
 
 
 def _plain(estimates: Mapping[str, Estimate] | None) -> dict[str, Any] | None:
     return {name: estimate.as_dict() for name, estimate in estimates.items()} if estimates else None
 
 
-def _track(trackers: Sequence[Tracker], result: RoundResult, estimates: Mapping[str, Estimate] | None) -> None:
+def _track(
+    trackers: Sequence[Tracker], result: RoundResult, estimates: Mapping[str, Estimate] | None, seen: Panel | None
+) -> None:
     numbers = {name: value for name, value in result.metrics().items() if isinstance(value, int | float)}
     held_out = {f"held_out/{name}": estimate.mean for name, estimate in (estimates or {}).items()}
+    shifts = {f"hacking/{signal.name}": signal.shift.mean for signal in seen.signals} if seen else {}
     for tracker in trackers:
-        tracker.log(numbers | held_out, step=result.round)
+        tracker.log(numbers | held_out | shifts, step=result.round)
 
 
 def _progress() -> Progress:

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from genalign.advantages import zero_std_share
 from genalign.budget import Ledger, Metered, metered_rewards, peak_memory
-from genalign.learning import Batch, Context, Outcome, Readings
+from genalign.learning import Batch, Context, Outcome, Readings, anchored
 from genalign.noise import derived_seed
 from genalign.policy import Policy, Snapshot
 from genalign.prompts import PromptSampler
@@ -192,6 +192,10 @@ class Trainer:
             for name, reward in self.trainable.items()
             for reading, value in reward.update(samples, asked).items()
         }
+
+    def raise_kl(self, least: float) -> None:
+        """Double the pull towards the untrained policy, to a weight of ``least`` or more."""
+        self.recipe = replace(self.recipe, objective=anchored(self.recipe.objective, least))
 
     def _learn(self, index: int, parts: Sequence[Sampled], outcome: Outcome) -> Readings:
         """``updates_per_round`` optimiser steps, each on its share of the batches."""

@@ -6,7 +6,7 @@ Memory holds one step's graph, however many steps are stored.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -96,6 +96,10 @@ class Surrogate:
     def clip_range(self) -> float | None:
         """That of the loss."""
         return self.loss.clip_range
+
+    def anchored(self, least: float) -> Surrogate:
+        """With twice ``kl``, ``least`` or more."""
+        return replace(self, kl=max(2 * self.kl, least))
 
     def terms(self, batch: Batch) -> int:
         """Pairs of a sample and a stored step that have credit."""

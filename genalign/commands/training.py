@@ -8,11 +8,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from genalign import config
 from genalign.checkpoints import write_json
 from genalign.commands.evaluating import Exam, exam
 from genalign.commands.parts import Checkpoint, Outside, named_rewards, prompt_set
-from genalign.evaluation import Evaluation, gain
+from genalign.evaluation import Evaluation, gain, plan
+from genalign.guard import Guard
+from genalign.hacking import Looks, Measures
+from genalign.learning import anchored
 from genalign.policy import Policy
 from genalign.report import write_report
 from genalign.rollout import generate
@@ -39,6 +44,9 @@ def run_training(outside: Outside, settings: config.Train, plain: Mapping[str, A
     _probe(pipeline, rewards, prompts, settings.sampling)
     policy = _policy(settings, pipeline)
     trainer = Trainer(pipeline, policy, rewards, prompts, settings.recipe, settings.training, settings.sampling)
+    if settings.hacking.on_alarm.raise_kl is not None:
+        anchored(settings.recipe.objective, settings.hacking.on_alarm.raise_kl)
+    guard = _guard(settings, pipeline, policy)
     folder.begin(plain)
     tested = _before_after(outside, settings, pipeline, rewards)
     before = tested.take(pipeline, folder.path / "before") if tested else None
@@ -49,6 +57,7 @@ def run_training(outside: Outside, settings: config.Train, plain: Mapping[str, A
         _watcher(outside, settings, pipeline, policy),
         settings.held_out.every,
         trackers(settings.trackers, folder.path),
+        guard,
     )
     if not finished:
         print(f"interrupted: everything so far is in {folder.path}")
@@ -94,7 +103,7 @@ def _before_after(
     chosen = settings.before_after
     if chosen is None:
         return None
-    scorers = outside.judges(chosen.prompts, {reward.name: reward.function for reward in rewards})
+    scorers = outside.judges(chosen.prompts, {reward.name: reward for reward in rewards})
     sampling = settings.evaluation or settings.sampling
     return exam(pipeline, settings.model, sampling, chosen, prompt_set(chosen.prompts), scorers)
 
@@ -114,6 +123,25 @@ def _watcher(
             return watched.take(pipeline).overall
 
     return watch
+
+
+def _guard(settings: config.Train, pipeline: Checkpoint, policy: Policy) -> Guard | None:
+    chosen = settings.hacking
+    if not chosen.every:
+        return None
+    sampling = settings.evaluation or settings.sampling
+    grid = sampling.grid(pipeline)
+    jobs = plan(prompt_set(chosen.prompts), chosen.images_per_task, chosen.seeds)
+    prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
+    texts = [prompt.text for prompt in prompts]
+    measures = Measures(chosen.rewards, chosen.features, chosen.shown)
+
+    def look() -> Looks:
+        with policy.averaged():
+            made = list(generate(pipeline, texts, seeds, grid, sampling.guidance, chosen.batch_size))
+        return measures(torch.cat(made), prompts)
+
+    return Guard(look, tuple(chosen.rewards), chosen.limits, chosen.on_alarm, chosen.every)
 
 
 def _write_gain(before: Evaluation, after: Evaluation, folder: Path) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
+from genalign.hacking import Panel, Signal
 from genalign.report.curves import Axis, Point, line_chart
 from genalign.report.reading import Row
-from genalign.report.words import count, number, percent
+from genalign.report.words import SHARES, count, number, percent
 from genalign.statistics import Estimate
 
-_SCORE = Axis("strict score", percent, limits=(0.0, 1.0))
 _REWARD = Axis("reward", number)
 _KL = Axis("KL", number, from_zero=True)
 _SHARE = Axis("share", percent, limits=(0.0, 1.0), from_zero=True)
@@ -28,15 +28,34 @@ class View:
 
 @dataclass(frozen=True)
 class Chart:
+    """``light`` is that of a signal's last reading, "" for none."""
+
     title: str
     caption: str
     views: tuple[View, ...]
+    light: str = ""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What was watched for signs of an exploited reward: the last light, in words, and a chart of every signal."""
+
+    light: str
+    words: str
+    charts: tuple[Chart, ...]
 
 
 def charts(rows: Sequence[Row]) -> list[Chart]:
     """The curves that have at least one value."""
+    score = next((next(iter(row["held_out"])) for row in rows if row.get("held_out")), "")
     drawn = [
-        _chart(rows, "Held-out score", "images of prompts kept out of training, with 95 % interval", _SCORE, _held_out),
+        _chart(
+            rows,
+            "Held-out score",
+            "images of prompts kept out of training, with 95 % interval",
+            Axis(f"{score} score", percent, limits=(0.0, 1.0)) if score in SHARES else Axis(score, number),
+            _held_out(score),
+        ),
         _chart(rows, "Training reward", "mean of each round", _REWARD, _column("reward")),
         _chart(rows, "KL to the reference", "how far the policy has moved", _KL, _column("kl")),
         _chart(rows, "Clip fraction", "updates cut off by the clip range", _SHARE, _column("clip_fraction")),
@@ -80,8 +99,42 @@ def _column(name: str) -> Callable[[Row], Point | None]:
     return read
 
 
-def _held_out(row: Row) -> Point | None:
-    if not row.get("held_out"):
+def _held_out(score: str) -> Callable[[Row], Point | None]:
+    def read(row: Row) -> Point | None:
+        return _point(Estimate(**row["held_out"][score])) if row.get("held_out") else None
+
+    return read
+
+
+def _point(estimate: Estimate) -> Point:
+    return Point(0.0, estimate.mean, estimate.low, estimate.high)
+
+
+def watched(rows: Sequence[Row]) -> Watched | None:
+    """The panels of a run; None where there are none."""
+    panels = [(row["round"], Panel.from_list(row["hacking"])) for row in rows if row.get("hacking")]
+    if not panels:
         return None
-    strict = Estimate(**row["held_out"]["strict"])
-    return Point(0.0, strict.mean, strict.low, strict.high)
+    drawn = [_signal(rows, signal) for signal in panels[-1][1].signals]
+    return Watched(panels[-1][1].light, _alarms(panels), tuple(drawn))
+
+
+def _alarms(panels: Sequence[tuple[int, Panel]]) -> str:
+    alarms = [(number, panel) for number, panel in panels if panel.light == "red"]
+    if alarms:
+        number, first = alarms[0]
+        return (
+            f"The reward may be exploited: alarm in {len(alarms)} of {len(panels)} looks, first in round {number}: "
+            + (first.of("red"))
+        )
+    last = panels[-1][1]
+    return f"Worth a look: {last.of('amber')}" if last.light == "amber" else "No sign that the reward is exploited."
+
+
+def _signal(rows: Sequence[Row], last: Signal) -> Chart:
+    def read(row: Row) -> Point | None:
+        found = [item for item in row.get("hacking") or () if item["name"] == last.name]
+        return _point(Estimate(**found[0]["shift"])) if found else None
+
+    caption = f"{number(last.before)} before training, {number(last.now)} now"
+    return replace(_chart(rows, last.name, caption, Axis("shift", number), read), light=last.light or "")

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from genalign.checkpoints import write_text
 from genalign.report import sections
-from genalign.report.charts import charts
+from genalign.report.charts import charts, watched
 from genalign.report.reading import Run, read_run
 
 
@@ -46,6 +46,7 @@ def render(run: Run) -> str:
         name=run.folder.resolve().name,
         headline=sections.headline(run),
         charts=charts(run.rows),
+        watched=watched(run.rows),
         tables=sections.tables(run),
         pairs=run.comparison.pairs if run.comparison else (),
         regressions=sections.regressions(run),

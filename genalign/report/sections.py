@@ -96,9 +96,10 @@ def headline(run: Run) -> Headline:
     """The main score before and after with the verdict on its gain, or the best there is of an unfinished run."""
     if run.before and run.after:
         return _finished(run.before, run.after, run.comparison)
-    held_out = [(row["round"], Estimate(**row["held_out"]["strict"])) for row in run.rows if row.get("held_out")]
-    if held_out:
-        return _unfinished(held_out)
+    watched = [row for row in run.rows if row.get("held_out")]
+    if watched:
+        score = next(iter(watched[0]["held_out"]))
+        return _unfinished(score, [(row["round"], Estimate(**row["held_out"][score])) for row in watched])
     verdict = f"{len(run.rows)} rounds recorded" if run.rows else "nothing recorded yet"
     return Headline("A run without a held-out score", "", "", verdict, "", "even")
 
@@ -119,14 +120,14 @@ def _finished(before: Evaluation, after: Evaluation, comparison: Comparison | No
     return Headline(title, scored(score, old), scored(score, new), verdict, detail, feeling)
 
 
-def _unfinished(held_out: Sequence[tuple[int, Estimate]]) -> Headline:
+def _unfinished(score: str, held_out: Sequence[tuple[int, Estimate]]) -> Headline:
     (first, old), (last, new) = held_out[0], held_out[-1]
     return Headline(
-        "Held-out strict score so far",
-        scored("strict", old.mean),
-        scored("strict", new.mean),
+        f"Held-out {plain(score)} score so far",
+        scored(score, old.mean),
+        scored(score, new.mean),
         f"from round {first} to round {last}; the run is not finished",
-        f"95 % interval of the last value {interval('strict', new, scored)}, from {new.n} images. "
+        f"95 % interval of the last value {interval(score, new, scored)}, from {new.n} images. "
         "Without a final evaluation the gain is not established.",
         "even",
     )

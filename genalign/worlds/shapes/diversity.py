@@ -44,6 +44,16 @@ def diversity(images: Tensor, asked: Sequence[Prompt]) -> Diversity:
     return Diversity(_entropy(colors, len(PALETTE)), _entropy(cells, _CELLS**2))
 
 
+def color_entropy(images: Tensor, asked: Sequence[Prompt]) -> float:
+    """That of ``diversity``, for ``hacking.shown``."""
+    return diversity(images, asked).color
+
+
+def cell_entropy(images: Tensor, asked: Sequence[Prompt]) -> float:
+    """The same of cells."""
+    return diversity(images, asked).cell
+
+
 def evaluation_diversity(folder: Path) -> dict[str, float]:
     """The same of an evaluation's images; empty where they are not of the shapes world, or were not kept."""
     made = load_evaluation(folder)

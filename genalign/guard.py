@@ -1,0 +1,66 @@
+"""Looking after a run: a panel at intervals, an alarm where a light turns red, and what follows from it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from genalign.hacking import Limits, Looks, Panel, panel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What an alarm does beside the line in the log.
+
+    ``stop`` ends the run. ``raise_kl`` doubles the weight of the distance from the reference policy, to that value or
+    more. ``keep_best`` writes the weights of the best look without a red light, by the mean shift of the held-out
+    rewards, to the folder ``best``.
+    """
+
+    stop: bool = False
+    raise_kl: float | None = None
+    keep_best: bool = False
+
+    def __post_init__(self) -> None:
+        if self.raise_kl is not None and not self.raise_kl > 0:
+            raise ValueError(f"raise_kl must be a positive weight, not {self.raise_kl}")
+
+
+class Guard:
+    """``look`` reads the model as it is; the first time before training. ``rewards`` names the held-out ones.
+
+    Raises:
+        ValueError: ``keep_best`` without a held-out reward.
+    """
+
+    def __init__(
+        self, look: Callable[[], Looks], rewards: tuple[str, ...], limits: Limits, actions: Actions, every: int
+    ) -> None:
+        if actions.keep_best and not rewards:
+            raise ValueError("hacking.on_alarm.keep_best needs a reward to go by: name one in hacking.rewards")
+        self.actions, self.every = actions, every
+        self._look, self._rewards, self._limits = look, rewards, limits
+        self._before = look()
+        self._best = -math.inf
+
+    def panel(self, rounds_done: int, last: bool, kl: float) -> Panel | None:
+        """What is seen after a round; None where none is due."""
+        if not (rounds_done == 1 or rounds_done % self.every == 0 or last):
+            return None
+        seen = panel(self._before, self._look(), kl, self._limits)
+        if seen.light == "red":
+            logger.warning("round %d: the reward may be exploited: %s", rounds_done, seen.of("red"))
+        return seen
+
+    def is_best(self, seen: Panel) -> bool:
+        """Whether ``keep_best`` asks for these weights to be kept."""
+        if not self.actions.keep_best or seen.light == "red":
+            return False
+        shifts = [signal.shift.mean for signal in seen.signals if signal.name in self._rewards]
+        score = sum(shifts) / len(shifts) if shifts else -math.inf
+        better, self._best = score > self._best, max(score, self._best)
+        return better
