@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from planted import saturation
 from set_measures import (
     is_purple,
     is_small,
@@ -31,6 +30,7 @@ from set_measures import (
 
 from genalign.cli import main as genalign
 from genalign.evaluation import load_evaluation
+from genalign.image_statistics import saturation
 from genalign.results import PromptRecord, prompt_records, write_results
 from rewards.shapes import recoloured, rendered
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from planted import saturation
 from torch import Tensor
 
 from genalign.divergences import frechet_distance, vendi
+from genalign.image_statistics import saturation
 from genalign.results import PromptRecord
 from genalign.worlds.shapes.detection import Detection, detect
 from genalign.worlds.shapes.diversity import evaluation_images
