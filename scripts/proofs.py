@@ -133,7 +133,8 @@ def hacking(work: Path) -> None:
         "An alarm that reads no verifier comes before a reward with a planted taste for saturation has cost a tenth of"
         " the held-out strict accuracy, and never while an honest reward raises it"
     )
-    write_results(RESULTS, "hacking_shapes", head(claim, "PYTHONPATH=scripts python scripts/proofs.py hacking"), records)
+    made = head(claim, "PYTHONPATH=scripts python scripts/proofs.py hacking")
+    write_results(RESULTS, "hacking_shapes", made, records)
 
 
 def alarm_and_fall(run: Path) -> tuple[float, float]:
