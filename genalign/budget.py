@@ -175,7 +175,7 @@ def measure_prices(
             DECODE: lambda: pipeline.decode(x),
         }
         for reward in rewards:
-            timed[reward_call(reward.name)] = functools.partial(reward.function, samples, prompts)
+            timed[reward_call(reward.name)] = functools.partial(reward, samples, prompts)
         seconds = {call: _median_seconds(run, repeats) for call, run in timed.items()}
     evaluations = {FORWARD: len(x) * (2 if guidance > 1 else 1)}
     return {call: took / evaluations.get(call, len(x)) for call, took in seconds.items()}

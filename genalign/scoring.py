@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +16,40 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NamedReward:
-    """A reward function with the name it is reported under and its weight in the sum; weight 0 only reports."""
+    """A reward function with the name it is reported under and its weight in the sum; weight 0 only reports.
+
+    ``score_batch``: how many samples are scored at once, for large networks; None for all that are asked for. A reward
+    of groups, such as ``rewards.pairwise.WinRate``, must see them whole: leave it None there.
+    """
 
     name: str
     function: RewardFunction
     weight: float = 1.0
+    score_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.score_batch is not None and self.score_batch < 1:
+            raise ValueError(f"score_batch of reward {self.name!r} must be at least 1 sample, not {self.score_batch}")
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,), with a gradient where the function has one. Raises RewardError for another shape, and whatever
+        the function raises."""
+        parts = self.parts(samples, prompts)
+        return torch.cat([_of_shape(self.name, self.function(part, asked), len(part)) for part, asked in parts])
+
+    def parts(self, samples: Tensor, prompts: Sequence[Prompt]) -> Iterator[tuple[Tensor, Sequence[Prompt]]]:
+        """Samples and prompts in order, ``score_batch`` at a time."""
+        size = self.score_batch or len(samples)
+        for place, part in enumerate(torch.split(samples, size)):
+            yield part, prompts[place * size : place * size + len(part)]
 
 
-def named(reward: RewardFunction | Mapping[str, RewardFunction] | Sequence[NamedReward]) -> Sequence[NamedReward]:
+def named(
+    reward: RewardFunction | NamedReward | Mapping[str, RewardFunction] | Sequence[NamedReward],
+) -> Sequence[NamedReward]:
     """One function as "reward", functions by name, or what is named already."""
+    if isinstance(reward, NamedReward):
+        return [reward]
     if isinstance(reward, Mapping):
         return [NamedReward(name, function) for name, function in reward.items()]
     return [NamedReward("reward", reward)] if callable(reward) else reward
@@ -40,19 +65,21 @@ def score(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
 
     Raises RewardError for a result that is not of shape (B,): that is a bug in the reward, not a failure.
     """
-    return torch.stack([_column(reward, samples, prompts) for reward in rewards], dim=1)
+    columns = [[_scored(reward, *part) for part in reward.parts(samples, prompts)] for reward in rewards]
+    return torch.stack([torch.cat(column) for column in columns], dim=1)
 
 
-def _column(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+def _scored(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     try:
-        column = reward.function(samples, prompts)
+        found = reward.function(samples, prompts)
     except Exception as error:  # whatever a user's reward raises must not lose the run
         logger.warning("reward %r raised %s: %s; its scores are NaN", reward.name, type(error).__name__, error)
         return torch.full((len(samples),), torch.nan)
-    return _checked(reward.name, column, len(samples))
+    scores = _of_shape(reward.name, found, len(samples)).detach().float().cpu()
+    return torch.where(scores.isfinite(), scores, torch.nan)
 
 
-def _checked(name: str, column: object, count: int) -> Tensor:
+def _of_shape(name: str, column: object, count: int) -> Tensor:
     if not isinstance(column, Tensor):
         raise RewardError(f"reward {name!r} returned {type(column).__name__}: return a tensor of shape (B,)")
     if column.shape != (count,):
@@ -60,8 +87,7 @@ def _checked(name: str, column: object, count: int) -> Tensor:
             f"reward {name!r} returned shape {tuple(column.shape)} for {count} samples: return one score per sample,"
             f" a tensor of shape ({count},)"
         )
-    column = column.detach().float().cpu()
-    return torch.where(column.isfinite(), column, torch.nan)
+    return column
 
 
 def probe(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Prompt]) -> None:
@@ -72,12 +98,14 @@ def probe(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
             raise RewardError(f"reward {reward.name!r} is a {type(reward.function).__name__}: give something callable")
         try:
             with torch.no_grad():
-                column = reward.function(samples, prompts)
+                scores = reward(samples, prompts)
+        except RewardError:
+            raise
         except Exception as error:
             raise RewardError(
                 f"reward {reward.name!r} raised {type(error).__name__} on a first batch: {error}"
             ) from error
-        if bool(_checked(reward.name, column, len(samples)).isnan().all()):
+        if not bool(scores.isfinite().any()):
             raise RewardError(f"reward {reward.name!r} scored none of {len(samples)} first samples: all are NaN")
 
 

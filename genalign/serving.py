@@ -1,9 +1,10 @@
 """A reward behind HTTP, for a model that needs another environment or machine than the training. Extra: serve.
 
 ``GET /healthz``, ``GET /readyz``, ``GET /v1/info`` and ``POST /v1/score``; see ``genalign.wire`` for what travels and
-``rewards.remote`` for the client. One thread calls the reward. What cannot be scored is null with a reason, sample by
-sample. Answers: 400, 413, 415 and 422 say that the request is wrong, 401 that the token is; 408, 429, 503 and 504 that
-it may be sent again, with the same request_id, which is then scored once.
+``rewards.remote`` for the client. One thread calls the reward, and before all others with a sample of no meaning, so
+that weights are open once it is ready. What cannot be scored is null with a reason, sample by sample. Answers: 400,
+413, 415 and 422 say that the request is wrong, 401 that the token is; 408, 429, 503 and 504 that it may be sent again,
+with the same request_id, which is then scored once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import uvicorn
@@ -102,10 +104,14 @@ def _scored(score: float) -> Scored:
 
 class Worker:
     """The one thread that calls the reward, on ``device``. Requests that have gathered meanwhile are scored together,
-    those of one shape at a time and at most ``max_batch`` samples: nothing waits for others to come."""
+    those of one shape at a time and at most ``max_batch`` samples: nothing waits for others to come. ``first`` is a
+    sample (C, ...) that is scored before any other, to open what the reward opens at its first call."""
 
-    def __init__(self, reward: RewardFunction, max_batch: int, device: str = "cpu") -> None:
-        self._reward, self._max_batch, self._device = reward, max_batch, device
+    def __init__(
+        self, reward: RewardFunction, max_batch: int, device: str = "cpu", first: Tensor | None = None
+    ) -> None:
+        self._reward, self._max_batch, self._device, self._first = reward, max_batch, device, first
+        self._loaded = first is None
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="genalign-reward", daemon=True)
         self._thread.start()
@@ -114,16 +120,25 @@ class Worker:
         """Queue a request; ``job.answer`` is set later."""
         self._queue.put(job)
 
-    def is_alive(self) -> bool:
-        """Whether it still scores."""
-        return self._thread.is_alive()
+    def state(self) -> Literal["loading", "ready", "stopping"]:
+        """Whether it does not score yet, scores, or does no longer."""
+        if not self._thread.is_alive():
+            return "stopping"
+        return "ready" if self._loaded else "loading"
 
     def close(self) -> None:
         """Finish what is queued, and end."""
         self._queue.put(None)
         self._thread.join(_DRAIN_SECONDS)
 
+    def _load(self) -> None:
+        if self._first is not None:
+            tried, name = self._first[None].to(self._device), "at the start, of a sample without meaning or metadata"
+            score_each(self._reward, tried, [Prompt("a photo")], name)
+        self._loaded = True
+
     def _run(self) -> None:
+        self._load()
         while jobs := self._gathered():
             due = [job for job in jobs if job.deadline > time.monotonic()]
             for job in jobs:
@@ -192,8 +207,7 @@ class Service:
 
     async def ready(self, request: Request) -> Response:
         """Scores are being given."""
-        if not self.worker.is_alive():
-            raise Refusal(503, "stopping", "this server is stopping", retry_after=5)
+        self._require_ready()
         return JSONResponse({"status": "ok"})
 
     async def info(self, request: Request) -> Response:
@@ -205,6 +219,7 @@ class Service:
         """Score a request's samples, once for each request_id."""
         started = time.monotonic()
         self._authorize(request)
+        self._require_ready()
         with self._place():
             body = await self._body(request)
             asked = wire.unpack_request(request.headers.get("content-type", ""), body)
@@ -221,6 +236,10 @@ class Service:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token.encode()):
             raise Refusal(401, "token", "this server needs its bearer token: set it in the client's environment")
+
+    def _require_ready(self) -> None:
+        if (state := self.worker.state()) != "ready":
+            raise Refusal(503, state, f"this server is {state}: try again", retry_after=1)
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:
@@ -323,12 +342,22 @@ def _malformed(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": {"code": error.code, "message": str(error)}}, status)
 
 
+def meaningless(info: Info) -> Tensor:
+    """A grey image (3, 64, 64), or a second of silence (1, L), to try a reward with."""
+    return torch.full((3, 64, 64), 0.5) if info.sample_rate is None else torch.zeros(1, info.sample_rate)
+
+
 def build_app(
-    reward: RewardFunction, info: Info, token: str | None = None, max_requests: int = 16, device: str = "cpu"
+    reward: RewardFunction,
+    info: Info,
+    token: str | None = None,
+    max_requests: int = 16,
+    device: str = "cpu",
+    first: Tensor | None = None,
 ) -> Starlette:
-    """The ASGI application that serves ``reward``, on samples on ``device``. At most ``max_requests`` bodies of
-    ``info.max_bytes`` are held at a time."""
-    service = Service(Worker(reward, info.max_batch, device), info, token, max_requests)
+    """The ASGI application that serves ``reward``, on samples on ``device``; it is ready once ``first`` has been tried,
+    if that is given. At most ``max_requests`` bodies of ``info.max_bytes`` are held at a time."""
+    service = Service(Worker(reward, info.max_batch, device, first), info, token, max_requests)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

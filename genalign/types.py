@@ -159,6 +159,9 @@ class Reward(Protocol):
 
 
 RewardFunction = Callable[[Tensor, Sequence[Prompt]], Tensor]
+PairwiseReward = Callable[[Tensor, Tensor, Sequence[Prompt]], Tensor]
+"""Probabilities (B,) that a sample of the first batch is better than that of the second; NaN where it cannot tell."""
+
 SetReward = Callable[[Tensor], float]
 """A score of a whole set of samples from their features (n, d); higher is better. ValueError for too few samples."""
 

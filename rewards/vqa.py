@@ -1,7 +1,8 @@
-"""Rewards by questions about an image that are answered with yes or no, and a local model that answers them.
+"""A yes/no question about every image as a reward, and a local model that answers it.
 
-A judge is any callable from images (n, 3, H, W) in [0, 1] and n questions to the n probabilities of "yes", NaN where
-there was no answer.
+Who answers is any ``genalign.geneval.questions.QuestionJudge``, from images (n, 3, H, W) in [0, 1] and n questions to
+the n probabilities of "yes": ``YesNoModel`` in this process, ``rewards.judges.YesNoJudge`` on a server, or your own.
+Several questions about a prompt, with the same judges, are ``genalign.geneval.questions.TifaReward``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch import Tensor
 from genalign.types import Prompt
 from rewards.pixels import pictures
 
-Judge = Callable[[Tensor, Sequence[str]], Tensor]
 Answer = Literal["yes", "no"]
 
 VQASCORE = 'Does this figure show "{prompt}"? Please answer yes or no.'
@@ -31,110 +31,37 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question and the answer that a good image gets."""
+class QuestionReward:
+    """The probability, in [0, 1], that a judge gives to ``answer``, the right one to ``question``.
 
-    text: str
+    ``{prompt}`` in the question is where the prompt stands, with its double quotes as single ones: it cannot end those
+    around it. The default is VQAScore's question (arXiv 2404.01291). ``ARTIFACTS``, answered with "no", looks at the
+    image alone, against what other rewards are hacked by (arXiv 2601.03468).
+    """
+
+    judge: Callable  # type: ignore[type-arg]  # bare: configurations name any QuestionJudge
+    question: str = VQASCORE
     answer: Answer = "yes"
 
     def __post_init__(self) -> None:
-        if self.answer not in ("yes", "no"):
-            raise ValueError(
-                f"the answer to {self.text!r} must be yes or no, not {self.answer!r}: ask whether it is so instead"
-            )
-
-
-@dataclass(frozen=True)
-class AboutPrompt:
-    """One question about the whole prompt, whose text replaces {prompt} in the template."""
-
-    template: str
-
-    def __call__(self, prompt: Prompt) -> tuple[Question, ...]:
-        return (Question(self.template.replace("{prompt}", prompt.text)),)
-
-
-def vqascore(prompt: Prompt) -> tuple[Question, ...]:
-    """VQAScore's question, whether the image shows the prompt (arXiv 2404.01291)."""
-    return AboutPrompt(VQASCORE)(prompt)
-
-
-@dataclass(frozen=True)
-class Always:
-    """The same question about every image, such as whether there are artifacts (arXiv 2601.03468)."""
-
-    text: str = ARTIFACTS
-    answer: Answer = "no"
-
-    def __call__(self, prompt: Prompt) -> tuple[Question, ...]:
-        return (Question(self.text, self.answer),)
-
-
-def listed(prompt: Prompt) -> tuple[Question, ...]:
-    """The "questions" of the prompt's metadata: texts, or pairs of a text and its answer, yes or no (arXiv 2303.11897).
-
-    Empty where it has none. Raises ValueError for another answer.
-    """
-    rows = (prompt.metadata or {}).get("questions", ())
-    return tuple(Question(row) if isinstance(row, str) else Question(row[0], row[1].lower()) for row in rows)
-
-
-def geneval(prompt: Prompt) -> tuple[Question, ...]:
-    """Questions about the objects, their numbers, colours and places in the prompt's GenEval metadata.
-
-    Empty where it has no "include".
-    """
-    include = (prompt.metadata or {}).get("include", ())
-    return tuple(question for item in include for question in _about(item, include))
-
-
-def _about(item: Mapping[str, Any], include: Sequence[Mapping[str, Any]]) -> Iterator[Question]:
-    name, count = item["class"], int(item.get("count", 1))
-    if count == 1:
-        yield Question(f"Is there any {name} in this image? Answer with yes or no.")
-    else:
-        yield Question(f"Does this image show {name} exactly {count} times? Answer with yes or no.")
-    if "color" in item:
-        yield Question(f"Is the {name} in this image {item['color']}? Answer with yes or no.")
-    if "position" in item:
-        relation, other = item["position"]
-        yield Question(f"Is the {name} {relation} the {include[other]['class']}? Answer with yes or no.")
-
-
-@dataclass(frozen=True)
-class QuestionReward:
-    """The mean probability, in [0, 1], that a judge gives to the right answers of a prompt's questions.
-
-    ``questions`` tells those of a prompt: ``vqascore``, ``listed``, ``geneval``, ``AboutPrompt(template)``,
-    ``Always()`` or your own. Means are those of Soft-TIFA (GenEval 2, arXiv 2512.16853): "arithmetic" credits every
-    part, "geometric" wants them all.
-    """
-
-    judge: Callable  # type: ignore[type-arg]  # bare, as below: configurations name any Judge
-    questions: Callable = vqascore  # type: ignore[type-arg]
-    mean: Literal["arithmetic", "geometric"] = "arithmetic"
+        if self.answer not in _WORDS:
+            raise ValueError(f"the answer must be yes or no, not {self.answer!r}: ask whether it is so instead")
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) of images (B, 3, H, W) in [0, 1]; NaN for a prompt without questions, and where a question got no
-        answer. Raises ValueError where the judge returns another shape, or no probabilities."""
+        """Scores (B,), float32 on the CPU, of images (B, 3, H, W) in [0, 1]; NaN where there was no answer.
+
+        Raises ValueError where the judge returns another shape, or no probabilities.
+        """
         if len(samples) != len(prompts):
             raise ValueError(f"there must be one prompt per image: found {len(prompts)} for {len(samples)} images")
-        asked = [(row, question) for row, prompt in enumerate(prompts) for question in self.questions(prompt)]
-        if not asked:
-            return samples.new_full((len(samples),), torch.nan, dtype=torch.float32)
-        rows = torch.tensor([row for row, _ in asked], device=samples.device)
-        yes = _checked(self.judge(samples[rows], [question.text for _, question in asked]), len(asked)).to(rows.device)
-        wanted = torch.tensor([question.answer == "yes" for _, question in asked], device=rows.device)
-        right = torch.where(wanted, yes, 1 - yes)
-        if self.mean == "geometric":
-            return _mean(right.log(), rows, len(samples)).exp()
-        return _mean(right, rows, len(samples))
+        texts = [self.question.replace("{prompt}", prompt.text.replace('"', "'")) for prompt in prompts]
+        yes = _checked(self.judge(samples, texts), len(texts))
+        return yes if self.answer == "yes" else 1 - yes
 
 
-def _mean(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """The mean (count,) of the values of each row; NaN for a row without any."""
-    total = values.new_zeros(count).index_add(0, rows, values)
-    return total / torch.bincount(rows, minlength=count)
+def answerable(question: str) -> str:
+    """The question as a chat model is asked it: told to answer with yes or no, if it does not say so itself."""
+    return question if "yes or no" in question.lower() else f"{question} Answer with yes or no."
 
 
 def _checked(answers: Tensor, count: int) -> Tensor:
@@ -142,12 +69,12 @@ def _checked(answers: Tensor, count: int) -> Tensor:
         raise ValueError(f"the judge returned {tuple(answers.shape)} for {count} questions: return ({count},)")
     if bool(((answers < 0) | (answers > 1)).any()):
         raise ValueError("the judge must return probabilities of yes, in [0, 1]")
-    return answers.float()
+    return answers.detach().float().cpu()
 
 
 @dataclass(frozen=True)
 class YesNoModel:
-    """A judge: P(yes) / (P(yes) + P(no)) of the first word that a vision-language model answers with.
+    """A ``QuestionJudge``: P(yes) / (P(yes) + P(no)) of the first word that a vision-language model answers with.
 
     ``model`` is a folder or Hub id that transformers' AutoModelForImageTextToText and AutoProcessor open, with a chat
     template; the processor prepares the images from 8-bit pixels, so that there is no gradient. Upper and lower case
@@ -166,12 +93,12 @@ class YesNoModel:
         """Probabilities (n,) in float32 for images (n, 3, H, W) in [0, 1]; NaN, too, for one that is not finite."""
         if len(images) != len(questions):
             raise ValueError(f"there must be one question per image: found {len(questions)} for {len(images)} images")
-        opened = _opened(self.model, self.dtype)
+        opened, texts = _opened(self.model, self.dtype), [answerable(question) for question in questions]
         opened.network.to(images.device)
         shown, answers = pictures(images), torch.full((len(images),), torch.nan)
-        for rows in self._batches([opened.length(question) for question in questions], shown):
+        for rows in self._batches([opened.length(text) for text in texts], shown):
             asked = [picture for row in rows if (picture := shown[row]) is not None]
-            answers[rows] = opened.yes(asked, [questions[row] for row in rows], self.least_mass).cpu()
+            answers[rows] = opened.yes(asked, [texts[row] for row in rows], self.least_mass).cpu()
         return answers.to(images.device)
 
     def _batches(self, lengths: Sequence[int], shown: Sequence[Image.Image | None]) -> Iterator[list[int]]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+from torch import Tensor
+
 from genalign.serving import build_app, listen, server
 from genalign.types import RewardFunction
 from genalign.wire import Info
@@ -22,11 +24,16 @@ INFO = Info("grey", "1", max_batch=8, max_bytes=2**20, max_pixels=2**16)
 
 @contextlib.contextmanager
 def serving(
-    reward: RewardFunction, info: Info = INFO, token: str | None = None, port: int = 0, max_requests: int = 16
+    reward: RewardFunction,
+    info: Info = INFO,
+    token: str | None = None,
+    port: int = 0,
+    max_requests: int = 16,
+    first: Tensor | None = None,
 ) -> Iterator[str]:
     """The URL of a reward server, which drains and stops at the end."""
     sock = listen("127.0.0.1", port)
-    running = server(build_app(reward, info, token, max_requests))
+    running = server(build_app(reward, info, token, max_requests, first=first))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [sock]})
     thread.start()
     try:

@@ -45,7 +45,7 @@ class RewardGradient:
         prediction = run.pipeline.predict(x, step, run.conditioning[part.prompt], run.guidance)
         samples = run.pipeline.decode(run.pipeline.path.x0(x.to(prediction.device), prediction, step))
         asked = [run.prompts[p] for p in part.prompt.tolist()]
-        total = sum(reward.weight * reward.function(samples, asked).sum() for reward in run.rewards)
+        total = sum(reward.weight * reward(samples, asked).sum() for reward in run.rewards)
         if not isinstance(total, Tensor) or not total.requires_grad:
             raise ValueError("the rewards give no gradient to guide by: use Doob, which needs none, or no guide")
         (gradient,) = torch.autograd.grad(total, x)

@@ -98,7 +98,7 @@ class NoiseOptimisation(ABC):
                 else self._move(run, x, noise, i)
             )
         samples = run.pipeline.decode(x)
-        scores = torch.stack([reward.function(samples, run.prompts).float() for reward in run.rewards], dim=1)
+        scores = torch.stack([reward(samples, run.prompts).float() for reward in run.rewards], dim=1)
         if not scores.requires_grad:
             raise ValueError("the rewards give no gradient: noise optimisation needs one; use ZeroOrder or Evolution")
         latents = x.detach().cpu()

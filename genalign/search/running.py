@@ -145,7 +145,7 @@ def check_rewards(
     samples = pipeline.decode(pipeline.path.x0(x, prediction, grid[0]))
     probe(rewards, samples, [prompt] * 2)
     for reward in rewards:
-        _echo(reward.name, reward.function, samples, prompt)
+        _echo(reward.name, reward, samples, prompt)
 
 
 def _echo(name: str, function: Callable[..., Tensor], samples: Tensor, prompt: Prompt) -> None:

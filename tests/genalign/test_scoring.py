@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.scoring import NamedReward, RewardError, Watch, probe, score
+from genalign.scoring import NamedReward, RewardError, Watch, named, probe, score
 from genalign.types import Prompt
 
 IMAGES = torch.rand(4, 3, 8, 8)
@@ -53,6 +53,55 @@ def test_the_probe_says_what_is_wrong() -> None:
         probe([NamedReward("n", lambda samples, prompts: torch.full((4,), torch.nan))], IMAGES, PROMPTS)
     with pytest.raises(RewardError, match="reward 'i' is a int: give something callable"):
         probe([NamedReward("i", 3)], IMAGES, PROMPTS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("score_batch", [None, 1, 3, 4, 9])
+def test_parts_change_no_score(score_batch: int | None) -> None:
+    sizes: list[int] = []
+
+    def told_apart(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        sizes.append(len(samples))
+        return samples.flatten(1).mean(1) + torch.tensor([float(prompt.text) for prompt in prompts])
+
+    reward = NamedReward("r", told_apart, score_batch=score_batch)
+    prompts = [Prompt(str(i)) for i in range(4)]
+    expected = IMAGES.flatten(1).mean(1) + torch.arange(4)
+    torch.testing.assert_close(score([reward], IMAGES, prompts), expected[:, None], rtol=0, atol=0)
+    assert max(sizes) <= (score_batch or 4) and sum(sizes) == 4
+    probe([reward], IMAGES, prompts)
+
+
+def test_parts_keep_the_gradient() -> None:
+    samples = IMAGES.clone().requires_grad_()
+    whole, parts = NamedReward("r", brightness), NamedReward("r", brightness, score_batch=3)
+    gradients = [torch.autograd.grad(reward(samples, PROMPTS).square().sum(), samples)[0] for reward in (whole, parts)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_a_part_that_fails_costs_its_own_scores_alone() -> None:
+    def refuses_dark(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        if bool((samples == 0).all()):
+            raise ConnectionError("server gone")
+        return brightness(samples, prompts)
+
+    samples = IMAGES.clone()
+    samples[2] = 0
+    found = score([NamedReward("r", refuses_dark, score_batch=1)], samples, PROMPTS)
+    assert found[:, 0].isnan().tolist() == [False, False, True, False]
+
+
+def test_parts_are_checked() -> None:
+    with pytest.raises(RewardError, match=r"reward 'x' returned shape \(\) for 1 samples"):
+        score([NamedReward("x", lambda samples, prompts: samples.mean(), score_batch=1)], IMAGES, PROMPTS)
+    with pytest.raises(ValueError, match="score_batch of reward 'x' must be at least 1 sample, not 0"):
+        NamedReward("x", brightness, score_batch=0)
+
+
+def test_names_are_kept_or_given() -> None:
+    reward = NamedReward("mine", brightness, 2.0, 3)
+    assert named(reward) == [reward] == named([reward])
+    assert [found.name for found in named({"a": brightness, "b": half})] == ["a", "b"]
+    assert named(brightness) == [NamedReward("reward", brightness)]
 
 
 def test_scales_apart_are_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from genalign import wire
-from genalign.serving import listen, require_safe, score_each
+from genalign.serving import listen, meaningless, require_safe, score_each
 from genalign.types import Prompt
 from tests.http_servers import INFO, Answer, serving
 
@@ -189,6 +189,33 @@ def test_more_requests_than_places_are_sent_away() -> None:
         assert (answer.status, code(answer), answer.headers["retry-after"]) == (429, "busy", "1")
         reward.gate.set()
         assert first.result().status == 200
+
+
+def test_it_is_ready_when_the_reward_has_been_tried() -> None:
+    reward = Gated()
+    with serving(reward, first=meaningless(INFO)) as url:
+        assert reward.entered.wait(20)
+        assert call(url, "GET", "/healthz").status == call(url, "GET", "/v1/info").status == 200
+        loading = [call(url, "GET", "/readyz"), post(url, request([0.1]))]
+        assert [(answer.status, code(answer)) for answer in loading] == [(503, "loading")] * 2
+        assert all(answer.headers["retry-after"] == "1" for answer in loading)
+        reward.gate.set()
+        while call(url, "GET", "/readyz").status != 200:
+            time.sleep(0.01)
+        assert post(url, request([0.1])).status == 200
+    assert reward.batches == [1, 1]
+
+
+def test_a_reward_that_fails_on_what_has_no_meaning_is_served_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    def needy(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        if any(prompt.metadata is None for prompt in prompts):
+            raise ValueError("no metadata")
+        return brightness(samples, prompts)
+
+    with serving(needy, first=meaningless(replace(INFO, sample_rate=100))) as url:
+        while call(url, "GET", "/readyz").status != 200:
+            time.sleep(0.01)
+    assert "request at the start, of a sample without meaning or metadata: the reward raised ValueError" in caplog.text
 
 
 def test_stopping_finishes_what_is_under_way() -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from genalign import wire
+from genalign.serving import meaningless
 from genalign.types import Prompt
 from rewards.http_client import Patience, RemoteError, Unavailable, _seconds
 from rewards.remote import RemoteReward
@@ -217,6 +218,13 @@ def test_after_some_requests_without_an_answer_no_more_are_sent() -> None:
 def test_no_server_is_an_error_at_once() -> None:
     with pytest.raises(Unavailable, match=r"cannot be reached \(ConnectError.*given up after \d+ attempts"):
         ask(f"http://127.0.0.1:{free_port()}", 1, patience=replace(QUICK, deadline=0.5))
+
+
+def test_a_server_that_is_still_loading_is_waited_for() -> None:
+    reward = Grey(delay=0.5)
+    with serving(reward, first=meaningless(INFO)) as url:
+        assert ask(url, 1, 2, 3) == [1, 2, 3]
+    assert reward.batches == [1, 3]
 
 
 @pytest.mark.parametrize(

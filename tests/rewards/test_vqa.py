@@ -23,9 +23,10 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from genalign.geneval.questions import QuestionJudge, TifaReward
 from genalign.types import Prompt, Reward
 from rewards.pixels import pictures
-from rewards.vqa import AboutPrompt, Always, Question, QuestionReward, YesNoModel, geneval, listed
+from rewards.vqa import ARTIFACTS, QuestionReward, YesNoModel, answerable
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<image>"]
 WORDS = [
@@ -127,7 +128,7 @@ def test_a_model_answers_by_the_probabilities_of_its_first_word(llava: Path) -> 
     processor = AutoProcessor.from_pretrained(llava)
     expected = []
     for picture, question in zip(pictures(images()), QUESTIONS, strict=True):
-        inputs = processor(images=[picture], text=[f"USER: <image> {question} BOT:"], return_tensors="pt")
+        inputs = processor(images=[picture], text=[f"USER: <image> {answerable(question)} BOT:"], return_tensors="pt")
         with torch.no_grad():
             p = model(**inputs).logits[0, -1].softmax(-1)
         yes, no = p[5] + p[7], p[6] + p[8]
@@ -191,39 +192,36 @@ def test_one_question_about_the_prompt() -> None:
     assert judge.asked == [f'Does this figure show "{x}"? Please answer yes or no.' for x in ("a cat", "a {dog}")]
 
 
+def test_a_prompt_cannot_end_the_quotes_around_it() -> None:
+    judge = Brightness()
+    QuestionReward(judge)(levels(0.5), [Prompt('a sign that says "yes"')])
+    assert judge.asked == ["Does this figure show \"a sign that says 'yes'\"? Please answer yes or no."]
+
+
 def test_no_may_be_the_right_answer() -> None:
-    reward = QuestionReward(Brightness(), Always("Is it odd?", "no"))
+    judge = Brightness()
+    reward = QuestionReward(judge, ARTIFACTS, "no")
     assert reward(levels(0.2, 0.7), [Prompt("a"), Prompt("b")]).tolist() == pytest.approx([0.8, 0.3])
-    assert "artifacts" in Always()(Prompt("a"))[0].text and Always()(Prompt("a"))[0].answer == "no"
+    assert judge.asked == [ARTIFACTS] * 2 and "{prompt}" not in ARTIFACTS
 
 
-def test_means_over_several_questions() -> None:
-    """By hand, for probabilities of the right answer .64, .64, .36 and 1, 1, 0; none at all; one without an answer."""
-    rows = ["first?", ("second?", "Yes"), ["third?", "no"]]
-    prompts = [Prompt("a", {"questions": rows}), Prompt("b", {"questions": rows}), Prompt("c")]
-    samples = levels(0.64, 1.0, 0.5)
-    arithmetic = QuestionReward(Brightness(), listed)(samples, prompts)
-    geometric = QuestionReward(Brightness(), listed, "geometric")(samples, prompts)
-    assert arithmetic[:2].tolist() == pytest.approx([(0.64 + 0.64 + 0.36) / 3, 2 / 3])
-    assert geometric[:2].tolist() == pytest.approx([(0.64 * 0.64 * 0.36) ** (1 / 3), 0])
-    assert arithmetic[2].isnan() and geometric[2].isnan()
-    assert QuestionReward(Brightness(), listed)(samples[2:], prompts[2:]).isnan().all()
-    unanswered = QuestionReward(lambda images, questions: torch.tensor([0.5, torch.nan, 0.5]), listed)
-    assert unanswered(samples[:1], prompts[:1]).isnan().all()
+def test_a_question_says_how_to_answer() -> None:
+    assert answerable("Is there a dog in the image?") == "Is there a dog in the image? Answer with yes or no."
+    assert answerable(ARTIFACTS) == ARTIFACTS
 
 
-def test_questions_from_geneval_metadata() -> None:
-    include = [{"class": "dog", "count": 2}, {"class": "cat", "count": 1, "color": "red", "position": ["left of", 0]}]
-    asked = geneval(Prompt("two dogs and a red cat left of them", {"tag": "x", "include": include}))
-    ends = " Answer with yes or no."
-    assert [question.text.removesuffix(ends) for question in asked] == [
-        "Does this image show dog exactly 2 times?",
-        "Is there any cat in this image?",
-        "Is the cat in this image red?",
-        "Is the cat left of the dog?",
-    ]
-    assert geneval(Prompt("anything")) == () == listed(Prompt("anything", {"tag": "x"}))
-    assert AboutPrompt("{prompt}?")(Prompt("a cat")) == (Question("a cat?"),)
+def test_the_local_model_judges_several_questions_too(llava: Path) -> None:
+    judge: QuestionJudge = YesNoModel(str(llava))
+    questions = ["is there a red circle ?", "is there two squares ?"]
+    prompts = [Prompt("a", {"questions": questions}), Prompt("b", {"questions": questions[:1]})]
+    answers = judge(images(2)[[0, 0, 1]], [*questions, questions[0]])
+    scores = TifaReward(judge)(images(2), prompts)
+    torch.testing.assert_close(scores, torch.stack([answers[:2].mean(), answers[2]]), rtol=0, atol=1e-5)
+
+
+def test_what_has_no_answer_is_nan() -> None:
+    reward = QuestionReward(lambda images, questions: torch.tensor([0.5, torch.nan]))
+    assert reward(levels(0, 1), [Prompt("a"), Prompt("b")]).isnan().tolist() == [False, True]
 
 
 def test_judges_and_answers_are_checked() -> None:
@@ -233,6 +231,6 @@ def test_judges_and_answers_are_checked() -> None:
     with pytest.raises(ValueError, match=r"must return probabilities of yes, in \[0, 1\]"):
         QuestionReward(lambda images, questions: torch.tensor([0.5, 1.5]))(levels(0, 1), prompts)
     with pytest.raises(ValueError, match="must be yes or no, not 'two': ask whether it is so instead"):
-        listed(Prompt("a", {"questions": [("How many?", "two")]}))
+        QuestionReward(Brightness(), "How many?", "two")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one prompt per image: found 2 for 1 images"):
         QuestionReward(Brightness())(levels(1), prompts)
