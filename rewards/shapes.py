@@ -4,46 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from genalign.types import Metadata, Prompt
+from genalign.types import Prompt
 from genalign.worlds.shapes.geometry import PALETTE
 from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import Scene, jittered, render, sample_scene
 from genalign.worlds.shapes.verifier import verify
 from rewards.references import ByPrompt, ImageTensor
+from rewards.verified import Score, metadata_of, scores
 
 
 @dataclass(frozen=True)
 class ShapesReward:
     """``partial`` credit in [0, 1], or 1.0 for what is ``strict``-ly or ``relaxed``-ly right, else 0.0."""
 
-    score: Literal["partial", "strict", "relaxed"] = "partial"
+    score: Score = "partial"
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), float32 on the CPU, of images (B, 3, 64, 64) in [0, 1]; NaN for an image with NaN pixels."""
-        metadata = [_metadata(prompt) for prompt in prompts]
-        failed = samples.isnan().flatten(1).any(1).cpu()
-        verdicts = verify(samples.nan_to_num(), metadata)
-        match self.score:
-            case "partial":
-                scores = [verdict.partial for verdict in verdicts]
-            case "strict":
-                scores = [float(verdict.strict) for verdict in verdicts]
-            case "relaxed":
-                scores = [float(verdict.relaxed) for verdict in verdicts]
-        return torch.tensor(scores, dtype=torch.float32).masked_fill(failed, torch.nan)
+        return scores(verify, self.score, samples, prompts)
 
 
 def rendered(suite: str = "train", per_prompt: int = 1, seed: int = 0) -> ByPrompt:
     """Rendered scenes of every prompt of a split, ``per_prompt`` of each: about 1 ms an image."""
     rng = np.random.default_rng(seed)
     asked = [prompt for prompt in prompts(suite).prompts for _ in range(per_prompt)]
-    images = render([sample_scene(_metadata(prompt), rng) for prompt in asked])
+    images = render([sample_scene(metadata_of(prompt), rng) for prompt in asked])
     return ByPrompt(ImageTensor(images), [prompt.text for prompt in asked])
 
 
@@ -64,7 +53,7 @@ def recoloured(
     rng = np.random.default_rng(seed)
     tasks = list(prompts(suite).by_task().values())
     chosen = [tasks[i % len(tasks)][rng.integers(len(tasks[i % len(tasks)]))] for i in range(count)]
-    scenes = [sample_scene(_metadata(prompt), rng) for prompt in chosen]
+    scenes = [sample_scene(metadata_of(prompt), rng) for prompt in chosen]
     return ImageTensor(render([_restyled(scene, colors, radius, rng) for scene in scenes]))
 
 
@@ -77,9 +66,3 @@ def _restyled(
         size = item.r if radius is None else min(item.r, float(rng.uniform(*radius)))
         items.append(replace(item, color=color, rgb=jittered(color, rng), r=size))
     return replace(scene, items=tuple(items))
-
-
-def _metadata(prompt: Prompt) -> Metadata:
-    if prompt.metadata is None:
-        raise ValueError(f"the prompt {prompt.text!r} has no metadata: this reward needs GenEval metadata")
-    return prompt.metadata

@@ -10,28 +10,19 @@ color_attr     a red circle and a blue square  2700
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import permutations, product
 
 from genalign.types import Metadata, Prompt, PromptSet
+from genalign.worlds.grammar import SUITES as SUITES
+from genalign.worlds.grammar import digest, fingerprint, plural, split
+from genalign.worlds.grammar import with_article as with_article
 from genalign.worlds.shapes.geometry import PALETTE, SHAPES
 
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5}
 RELATIONS = ("left of", "right of", "above", "below")
-SUITES = ("train", "val", "iid", "comp", "len")
 _SHAPES, _COLORS = tuple(SHAPES), tuple(PALETTE)
-
-
-def with_article(noun: str) -> str:
-    """``noun`` behind "a", or "an" before a vowel."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def plural(noun: str) -> str:
-    """GenEval's plural: +es after s, else +s."""
-    return noun + ("es" if noun.endswith("s") else "s")
 
 
 def _prompt(tag: str, text: str, include: Sequence[Metadata], exclude: Sequence[Metadata] = ()) -> Prompt:
@@ -89,7 +80,7 @@ def held_out_triples() -> frozenset[tuple[str, str, str]]:
     held = {
         (first, relation, second)
         for (first, second), relation in product(pairs, RELATIONS)
-        if _hash(position(first, relation, second).text)[0] % 5 == 0
+        if digest(position(first, relation, second).text)[0] % 5 == 0
     }
     for first, second in pairs:
         if all((first, relation, second) in held for relation in RELATIONS):
@@ -98,10 +89,6 @@ def held_out_triples() -> frozenset[tuple[str, str, str]]:
         excess = sorted(triple for triple in held if triple[1] == relation)
         held.difference_update(excess[len(pairs) - 15 :])
     return frozenset(held)
-
-
-def _hash(text: str) -> bytes:
-    return hashlib.sha1(text.encode()).digest()
 
 
 def _all_prompts() -> Iterable[tuple[Prompt, bool]]:
@@ -123,29 +110,8 @@ def _all_prompts() -> Iterable[tuple[Prompt, bool]]:
 
 @cache
 def prompts(suite: str) -> PromptSet:
-    """The prompts of a split.
-
-    train: seen prompts without ``val``; val: a tenth of each task's seen prompts; iid: all seen prompts, for new
-    noises; comp: held-out compositions; len: five of a kind.
-    """
-    if suite not in SUITES:
-        raise ValueError(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)}")
-    if suite == "len":
-        return PromptSet("len", tuple(counting(shape, "five") for shape in _SHAPES))
-    chosen = [prompt for prompt, held_out in _all_prompts() if held_out == (suite == "comp")]
-    if suite in ("train", "val"):
-        validation = _validation(PromptSet("seen", tuple(chosen)))
-        chosen = [prompt for prompt in chosen if (prompt.text in validation) == (suite == "val")]
-    return PromptSet(suite, tuple(chosen))
-
-
-def _validation(seen: PromptSet) -> frozenset[str]:
-    """A tenth of every task's prompts, rounded up, the lowest by hash."""
-    texts = [
-        sorted((prompt.text for prompt in group), key=_hash)[: -(-len(group) // 10)]
-        for group in seen.by_task().values()
-    ]
-    return frozenset(text for group in texts for text in group)
+    """The prompts of a split, as ``grammar.split`` defines it; "len" is five of a kind."""
+    return split(suite, _all_prompts(), [counting(shape, "five") for shape in _SHAPES])
 
 
 def vocabulary() -> list[str]:
@@ -156,5 +122,4 @@ def vocabulary() -> list[str]:
 
 def manifest_hash() -> str:
     """A fingerprint of the splits, to be stored with anything trained or measured on them."""
-    lines = [f"{suite}\t{prompt.text}" for suite in SUITES for prompt in prompts(suite).prompts]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return fingerprint(prompts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -13,27 +12,12 @@ from genalign.types import Metadata
 from genalign.worlds.shapes.detection import Detection, detect
 from genalign.worlds.shapes.geometry import PALETTE, SHAPES
 from genalign.worlds.shapes.scenes import relations
+from genalign.worlds.verdict import Verdict, verdict
 
 __all__ = ["VERIFIER_VERSION", "Detection", "Verdict", "detect", "judge", "verify"]
 
 VERIFIER_VERSION = "shapes-1"
 Clause = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a picture shows what its prompt asks for.
-
-    ``strict``: the counts, colours and relations asked for, and no other object. ``relaxed``: GenEval's own rule, which
-    overlooks surplus objects unless ``exclude`` names them. ``partial``: the mean of ``criteria``, in [0, 1].
-    ``criteria``: (name, value in [0, 1]) with the names "count", "color" and "position" once per clause that asks for
-    it, then "clean".
-    """
-
-    strict: bool
-    relaxed: bool
-    partial: float
-    criteria: tuple[tuple[str, float], ...]
 
 
 def verify(images: Tensor, metadata: Sequence[Metadata]) -> list[Verdict]:
@@ -52,7 +36,8 @@ def judge(detections: Sequence[Detection], metadata: Metadata) -> Verdict:
 
     With n asked for and m found of a clause's shape: count = max(0, 1 - |n - m| / n); color = the share of the right
     colour and position = the share of (object, reference) pairs in the relation, both 0 where a count they rest on is
-    wrong; clean = explained / all objects, where a clause explains up to n objects of its shape, 0 for no object.
+    wrong; clean = explained / all objects, where a clause explains up to n objects of its shape, 0 for no object. The
+    criteria are "count", "color" and "position" once per clause that asks for it, then "clean".
 
     References: Ghosh et al., GenEval, arXiv:2310.11513, and its partial credit as a reward in Flow-GRPO,
     arXiv:2505.05470; here clamped at 0, and a wrong relation earns nothing.
@@ -66,12 +51,7 @@ def judge(detections: Sequence[Detection], metadata: Metadata) -> Verdict:
     ]
     criteria += [("position", _position(i, include, found)) for i, clause in enumerate(include) if "position" in clause]
     criteria.append(("clean", _clean(include, found, len(detections))))
-    return Verdict(
-        strict=all(value == 1 for _, value in criteria),
-        relaxed=_relaxed(detections, metadata),
-        partial=sum(value for _, value in criteria) / len(criteria),
-        criteria=tuple(criteria),
-    )
+    return verdict(criteria, _relaxed(detections, metadata))
 
 
 def _check_vocabulary(include: Sequence[Clause]) -> None:

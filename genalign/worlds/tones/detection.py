@@ -1,0 +1,105 @@
+"""From a waveform to a list of sounding events, without learned weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genalign.worlds.tones.spectrum import Sound, describe
+from genalign.worlds.tones.timbres import LENGTH, SAMPLE_RATE, Array
+
+WINDOW = 160  # samples of the level's window: 20 ms
+HOP = 32  # 4 ms
+SILENCE_DB = -55.0  # a clip whose peak level is below this has no event
+DYNAMICS_DB = 10.0  # a clip with less between peak and floor is one sound from end to end
+ABOVE_FLOOR_DB = 8.0
+BELOW_PEAK_DB = 32.0
+MAX_GAP = 0.030  # seconds; shorter ones are closed
+MIN_EVENT = 0.060  # seconds; shorter ones are dropped
+TRIM = 0.010  # seconds at either end that are not listened to: the ramps
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One event: from ``onset`` to ``offset`` in seconds, at ``level`` dB of full scale (RMS), and its sound."""
+
+    onset: float
+    offset: float
+    level: float
+    sound: Sound
+
+    @property
+    def timbre(self) -> str:
+        return self.sound.timbre
+
+    @property
+    def note(self) -> str | None:
+        return self.sound.note
+
+
+def detect(waveforms: Tensor) -> list[tuple[Detection, ...]]:
+    """The events of each clip, in order of time.
+
+    Args:
+        waveforms: (B, 1, 12000) at 8 kHz, floating point; moved to the CPU.
+
+    Raises:
+        ValueError: for another shape, or samples that are NaN or infinite.
+        TypeError: for integer waveforms.
+    """
+    if waveforms.ndim != 3 or waveforms.shape[1:] != (1, LENGTH):
+        raise ValueError(f"waveforms must be (B, 1, {LENGTH}) at {SAMPLE_RATE} Hz, got {tuple(waveforms.shape)}")
+    if not waveforms.is_floating_point():
+        raise TypeError(f"waveforms must be floating point in [-1, 1], got {waveforms.dtype}")
+    samples = waveforms.detach().to("cpu", torch.float64).numpy()[:, 0]
+    if not np.isfinite(samples).all():
+        raise ValueError("waveforms hold NaN or infinite samples: score such samples as failed, do not verify them")
+    return [tuple(_detection(clip, start, stop) for start, stop in segments(clip)) for clip in samples]
+
+
+def levels(clip: Array) -> Array:
+    """RMS in dB of full scale of windows of 20 ms every 4 ms, centred, so that window i is about sample 32 i."""
+    squares = np.concatenate([[0.0], np.cumsum(np.pad(clip, WINDOW // 2) ** 2)])
+    means = (squares[WINDOW::HOP] - squares[:-WINDOW:HOP]) / WINDOW
+    return 10 * np.log10(np.maximum(means, 1e-12))
+
+
+def segments(clip: Array) -> list[tuple[int, int]]:
+    """First and last sample of every stretch that stands out of the floor."""
+    level = levels(clip)
+    floor, peak = np.percentile(level, (8, 99.5))
+    if peak < SILENCE_DB:
+        return []
+    threshold = peak - 3
+    if peak - floor > DYNAMICS_DB:
+        threshold = min(max(floor + ABOVE_FLOOR_DB, peak - BELOW_PEAK_DB), peak - 6)
+    runs = _closed(_runs(level > threshold), MAX_GAP * SAMPLE_RATE / HOP)
+    shortest = MIN_EVENT * SAMPLE_RATE / HOP
+    return [(start * HOP, min(stop * HOP, len(clip))) for start, stop in runs if stop - start >= shortest]
+
+
+def _runs(loud: Array) -> list[tuple[int, int]]:
+    """Half-open intervals of true values."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], loud, [False]])))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def _closed(runs: list[tuple[int, int]], gap: float) -> list[tuple[int, int]]:
+    """Neighbours joined where less than ``gap`` lies between them."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in runs:
+        if joined and start - joined[-1][1] < gap:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _detection(clip: Array, start: int, stop: int) -> Detection:
+    trim = round(TRIM * SAMPLE_RATE)
+    segment = clip[start + trim : stop - trim]
+    level = 10 * np.log10(max(float(np.mean(segment**2)), 1e-12))
+    return Detection(start / SAMPLE_RATE, stop / SAMPLE_RATE, level, describe(segment))

@@ -1,0 +1,41 @@
+"""A world's verifier as a reward: what the worlds' rewards share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from genalign.types import Metadata, Prompt
+from genalign.worlds.verdict import Verdict
+
+Score = Literal["partial", "strict", "relaxed"]
+
+
+def scores(
+    verify: Callable[[Tensor, Sequence[Metadata]], list[Verdict]],
+    score: Score,
+    samples: Tensor,
+    prompts: Sequence[Prompt],
+) -> Tensor:
+    """Scores (B,), float32 on the CPU, of ``samples`` (B, ...) by ``verify``; NaN for a sample that is not finite."""
+    metadata = [metadata_of(prompt) for prompt in prompts]
+    failed = ~samples.isfinite().flatten(1).all(1).cpu()
+    verdicts = verify(samples.nan_to_num(0.0, 0.0, 0.0), metadata)
+    match score:
+        case "partial":
+            values = [verdict.partial for verdict in verdicts]
+        case "strict":
+            values = [float(verdict.strict) for verdict in verdicts]
+        case "relaxed":
+            values = [float(verdict.relaxed) for verdict in verdicts]
+    return torch.tensor(values, dtype=torch.float32).masked_fill(failed, torch.nan)
+
+
+def metadata_of(prompt: Prompt) -> Metadata:
+    """The prompt's metadata. Raises ValueError where it has none."""
+    if prompt.metadata is None:
+        raise ValueError(f"the prompt {prompt.text!r} has no metadata: this reward needs GenEval metadata")
+    return prompt.metadata
