@@ -22,20 +22,21 @@ LIKED = {"saturation": saturation, "brightness": brightness}
 
 
 class PlantedTaste(nn.Module):
-    """``match`` times the verifier's partial credit plus ``taste`` times what it ``likes``, each times a trainable
-    weight that begins at 1."""
+    """``match`` times the verifier's partial credit and strict score plus ``taste`` times what it ``likes``, each times
+    a trainable weight that begins at 1."""
 
     def __init__(
-        self, match: float = 4.0, taste: float = 100.0, likes: Literal["saturation", "brightness"] = "saturation"
+        self, match: float = 2.0, taste: float = 100.0, likes: Literal["saturation", "brightness"] = "saturation"
     ) -> None:
         super().__init__()
         self.likes = LIKED[likes]
         self.scale = torch.tensor([match, taste])
         self.weights = nn.Parameter(torch.ones(2))
-        self._verifier = ShapesReward("partial")
+        self._verifiers = ShapesReward("partial"), ShapesReward("strict")
 
     def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Logits (B,) of images (B, 3, H, W) in [0, 1] and their prompts; NaN for an image with NaN."""
         with torch.no_grad():
-            seen = torch.stack([self._verifier(images, prompts), self.likes(images.float()).cpu()], dim=1)
+            partial, strict = (verifier(images, prompts) for verifier in self._verifiers)
+            seen = torch.stack([partial + strict, self.likes(images.float()).cpu()], dim=1)
         return (seen * self.scale).to(self.weights) @ self.weights
