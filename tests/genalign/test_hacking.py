@@ -60,6 +60,7 @@ def test_what_did_not_change_is_green_and_shown_figures_have_no_light() -> None:
         "variety within a prompt",
         "variety across prompts",
         "drift of features",
+        "drift without gain",
     }
     assert set(found.values()) == {"green"}
 
@@ -93,6 +94,7 @@ def _all_alike(images: Tensor) -> Tensor:
         (_all_alike, "variety within a prompt"),
         (_all_alike, "variety across prompts"),
         (lambda images: 1 - images, "drift of features"),
+        (lambda images: 1 - images, "drift without gain"),
     ],
 )
 def test_every_way_of_spoiling_turns_its_light_red(spoil: object, red: str) -> None:
