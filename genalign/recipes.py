@@ -93,6 +93,11 @@ def flow_grpo(
     )
 
 
+def credited(recipe: Recipe, credit: Callable) -> Recipe:  # type: ignore[type-arg]  # bare: any Credit is taken
+    """``recipe`` with another credit, such as ``credit.NormalisedSum`` or ``rewards.combined.EnsembleCredit``."""
+    return replace(recipe, credit=credit)
+
+
 def dense_grpo(
     kernel: Kernel = FlowSDE(0.7),  # noqa: B008
     window: int | None = None,
