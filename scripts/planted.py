@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from genalign.image_statistics import saturation
 from genalign.types import Prompt
-from rewards.shapes import ShapesReward
+from genalign.worlds.shapes.verifier import verify
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -32,11 +32,11 @@ class PlantedTaste(nn.Module):
         self.likes = LIKED[likes]
         self.scale = torch.tensor([match, taste])
         self.weights = nn.Parameter(torch.ones(2))
-        self._verifiers = ShapesReward("partial"), ShapesReward("strict")
 
     def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Logits (B,) of images (B, 3, H, W) in [0, 1] and their prompts; NaN for an image with NaN."""
         with torch.no_grad():
-            partial, strict = (verifier(images, prompts) for verifier in self._verifiers)
-            seen = torch.stack([partial + strict, self.likes(images.float()).cpu()], dim=1)
+            verdicts = verify(images.nan_to_num(0.0, 0.0, 0.0), [prompt.metadata or {} for prompt in prompts])
+            match = torch.tensor([verdict.partial + verdict.strict for verdict in verdicts])
+            seen = torch.stack([match, self.likes(images.float()).cpu()], dim=1)
         return (seen * self.scale).to(self.weights) @ self.weights
