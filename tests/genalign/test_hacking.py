@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from genalign.cli import main
+from genalign.config import Train, parse
 from genalign.guard import Actions, Guard
 from genalign.hacking import Limit, Limits, Looks, Measures, Panel, panel
 from genalign.image_statistics import grid_energy, high_frequency, saturation
@@ -240,3 +242,14 @@ def test_limits_can_be_replaced() -> None:
     before, now = MEASURES(scenes(), PROMPTS), MEASURES(_noisy(scenes()), PROMPTS)
     calm = replace(Limits(), statistics=Limit(1e6, 1e6))
     assert [s.light for s in panel(before, now, 0.0, calm).signals if s.name == "high frequencies"] == ["green"]
+
+
+def test_the_settings_in_the_docs_are_accepted_and_its_limits_are_the_defaults(config: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "hacking.md").read_text()
+    (shown,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    config.write_text(f"{config.read_text()}\n{shown}")
+    settings, plain = parse(Train, ["--config", str(config)], "train")
+    assert settings.hacking.every == 5 and settings.hacking.on_alarm == Actions(raise_kl=0.01, keep_best=True)
+    rows = re.findall(r"\| ([\d.]+, [\d.]+) \|", page)
+    limits = [limit for limit in plain["hacking"]["limits"].values() if limit]
+    assert rows == [f"{limit['amber']:g}, {limit['red']:g}" for limit in limits]
