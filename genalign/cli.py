@@ -28,7 +28,9 @@ USAGE = """usage: genalign COMMAND ...
   train     --config FILE [--key value ...]       fine-tune a model on a reward
   evaluate  shapes --output DIR [--lora DIR ...]  measure a model in the shapes world
   evaluate  geneval --output DIR --prompts FILE   measure it on GenEval's prompts; any number of processes
-  evaluate  geneval-original --output DIR --results FILE   the same images by GenEval's own results
+  evaluate  geneval-images --output DIR --images DIR       images that another program made of them
+  evaluate  geneval-original --output DIR --results FILE   an evaluation's images by GenEval's own results
+  evaluate  geneval-compare --output DIR --against DIR     two finished evaluations, in pairs
   calibrate --config FILE --output FILE.json       find the noise level that each sampling step bears
   compare   FILE                                   train several recipes at equal budget, and set them side by side
   steer     --config FILE [--key value ...]       search for the best sample of every prompt

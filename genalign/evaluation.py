@@ -313,7 +313,7 @@ def pairs(before: Evaluation, after: Evaluation) -> tuple[Pair, ...]:
     Raises:
         ValueError: the protocols differ, or the images are not the same prompts and noises.
     """
-    _check_protocols(before.protocol, after.protocol)
+    check_protocols(before.protocol, after.protocol)
     matches = {record.key: record for record in after.records}
     unmatched = matches.keys() ^ {record.key for record in before.records}
     if unmatched:
@@ -325,8 +325,8 @@ def pairs(before: Evaluation, after: Evaluation) -> tuple[Pair, ...]:
     return tuple(Pair(record, matches[record.key]) for record in before.records)
 
 
-def _check_protocols(before: Protocol, after: Protocol) -> None:
-    """Two numbers made in different ways are not compared."""
+def check_protocols(before: Protocol, after: Protocol) -> None:
+    """Raise ValueError, naming what differs, for two numbers made in different ways: they are not compared."""
     if before.hash == after.hash:
         return
     old, new = before.as_dict(), after.as_dict()

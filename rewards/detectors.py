@@ -36,10 +36,14 @@ class Instance:
 
 
 class Detector(Protocol):
-    """Finds objects; ``thresholds`` say which of them count."""
+    """Finds objects; ``thresholds`` say which of them count, ``classes`` what it can find: None for all that has a
+    name."""
 
     @property
     def thresholds(self) -> Thresholds: ...
+
+    @property
+    def classes(self) -> Sequence[str] | None: ...
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -94,18 +98,16 @@ class Mask2Former:
     batch_size: int = 8
 
     @property
+    def classes(self) -> Sequence[str] | None:
+        return OBJECTS
+
+    @property
     def description(self) -> Mapping[str, Any]:
         return describe(self)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
-        """Every object of any of COCO's classes above the lower threshold. ValueError for a name that is none."""
-        unknown = {name for asked in names for name in asked} - set(OBJECTS)
-        if unknown:
-            raise ValueError(
-                f"{min(unknown)!r} is not one of COCO's 80 classes, which are all that Mask2Former knows: use Owlv2 or"
-                " GroundingDino"
-            )
+        """Every object of any of COCO's classes above the lower threshold, whatever the names."""
         network, processor = _opened(self.model, "AutoModelForUniversalSegmentation")
         if network.config.num_labels != len(OBJECTS):
             raise ValueError(f"{self.model} has {network.config.num_labels} classes: give a COCO instance checkpoint")
@@ -161,6 +163,10 @@ class Owlv2:
     batch_size: int = 8
 
     @property
+    def classes(self) -> Sequence[str] | None:
+        return None
+
+    @property
     def description(self) -> Mapping[str, Any]:
         return describe(self)
 
@@ -191,6 +197,10 @@ class GroundingDino:
     model: str = "IDEA-Research/grounding-dino-tiny"
     thresholds: Thresholds = _DINO
     batch_size: int = 8
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        return None
 
     @property
     def description(self) -> Mapping[str, Any]:

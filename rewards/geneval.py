@@ -5,6 +5,7 @@ Numbers are GenEval-style, by the detector that the judge's description names: s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from genalign.geneval.judging import Judgement
 from genalign.geneval.requests import Request
-from genalign.geneval.scoring import Box, kept, verdict
+from genalign.geneval.scoring import Box, Detection, Thresholds, kept, upstream_partial, verdict
 from genalign.geneval.vocabulary import COLORS
 from genalign.types import Prompt
 from rewards.clip import load_clip
@@ -91,72 +92,78 @@ class GenEvalJudge:
         detector, colours = self._parts()
         return {"rules": "geneval-1", "detector": dict(detector.description), "colours": dict(colours.description)}
 
+    @property
+    def position(self) -> float:
+        """The detector's threshold of positions."""
+        return self._parts()[0].thresholds.position
+
     def _parts(self) -> tuple[Detector, Colours]:
         return self.detector or Mask2Former(), self.colours or ClipColours()
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ValueError for a prompt without GenEval metadata, or of a class that the detector cannot find."""
+        detector, _ = self._parts()
+        for prompt in prompts:
+            names = Request.of(prompt).names
+            if detector.classes is not None and (unknown := [name for name in names if name not in detector.classes]):
+                raise ValueError(
+                    f"{unknown[0]!r} in {prompt.text!r} is none of the {len(detector.classes)} classes that"
+                    f" {type(detector).__name__} finds: use Owlv2 or GroundingDino, which find what is named"
+                )
+
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Judgement | None]:
-        """A judgement for each image (B, 3, H, W) in [0, 1]; None for one that has NaN.
+        """A judgement for each image (B, 3, H, W) in [0, 1]; None for one that is not finite.
 
-        Raises ValueError for another shape, or for a prompt without GenEval metadata.
+        Raises ValueError for another shape, or for a prompt that ``check`` refuses.
         """
         if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
             raise ValueError(f"images must be (B, 3, H, W) with B = {len(prompts)} prompts, not {tuple(images.shape)}")
-        requests = [Request.of(prompt) for prompt in prompts]
-        rows = [row for row, broken in enumerate(images.isnan().flatten(1).any(1).tolist()) if not broken]
+        self.check(prompts)
+        rows = images.isfinite().flatten(1).all(1).nonzero().flatten().tolist()
         judged: list[Judgement | None] = [None] * len(images)
-        if not rows:
-            return judged
-        shown = images[rows].float().clamp(0, 1).mul(255).round() / 255
-        for row, found in zip(rows, self._judged(shown, [requests[row] for row in rows]), strict=True):
-            judged[row] = found
+        if rows:
+            shown = images[rows].float().clamp(0, 1).mul(255).round() / 255
+            for row, found in zip(rows, self._judged(shown, [Request.of(prompts[row]) for row in rows]), strict=True):
+                judged[row] = found
         return judged
 
     def _judged(self, images: Tensor, requests: Sequence[Request]) -> list[Judgement]:
         detector, colours = self._parts()
-        counted = [
-            _counted(instances, request, detector)
-            for instances, request in zip(detector(images, [r.names for r in requests]), requests, strict=True)
-        ]
+        seen = detector(images, [request.names for request in requests])
+        counted = [_counted(*pair, detector.thresholds) for pair in zip(seen, requests, strict=True)]
         coloured = _coloured(images, counted, requests, colours)
-        position = detector.thresholds.position
         return [
-            Judgement(verdict([item.detection for item in found], request, position), _detections(found))
+            Judgement(verdict(found, request, self.position), tuple(found))
             for found, request in zip(coloured, requests, strict=True)
         ]
 
 
-def _counted(instances: Sequence[Instance], request: Request, detector: Detector) -> list[Instance]:
-    chosen = kept([instance.detection for instance in instances], request.tag, detector.thresholds)
-    return [instances[index] for index in chosen]
-
-
-def _detections(instances: Sequence[Instance]) -> tuple[Any, ...]:
-    return tuple(instance.detection for instance in instances)
+def _counted(instances: Sequence[Instance], request: Request, thresholds: Thresholds) -> list[Instance]:
+    return [instances[i] for i in kept([instance.detection for instance in instances], request.tag, thresholds)]
 
 
 def _coloured(
     images: Tensor, counted: Sequence[Sequence[Instance]], requests: Sequence[Request], colours: Colours
-) -> list[list[Instance]]:
-    """The same objects with the colours that a rule will look at: of a class whose colour is asked for, and which is
-    there often enough, those of the most certain. All crops of the batch are named at once."""
-    found = [list(instances) for instances in counted]
+) -> list[list[Detection]]:
+    """The objects with the colours that a rule will look at: of a class whose colour is asked for, and which is there
+    often enough, those of the most certain. All crops of the batch are named at once."""
+    found = [[instance.detection for instance in instances] for instances in counted]
     asked = [(row, index) for row, request in enumerate(requests) for index in _looked_at(found[row], request)]
     if not asked:
         return found
-    items = [found[row][index] for row, index in asked]
-    crops = [crop(images[row], item.detection.box, item.mask) for (row, _), item in zip(asked, items, strict=True)]
-    named = colours(crops, [item.detection.name for item in items])
-    for (row, index), item, color in zip(asked, items, named, strict=True):
-        found[row][index] = Instance(replace(item.detection, color=color), item.mask)
+    crops = [crop(images[row], found[row][index].box, counted[row][index].mask) for row, index in asked]
+    named = colours(crops, [found[row][index].name for row, index in asked])
+    for (row, index), color in zip(asked, named, strict=True):
+        found[row][index] = replace(found[row][index], color=color)
     return found
 
 
-def _looked_at(instances: Sequence[Instance], request: Request) -> list[int]:
+def _looked_at(detections: Sequence[Detection], request: Request) -> list[int]:
     """Indices of the objects whose colour matters; within a class they are in order of certainty."""
     chosen: set[int] = set()
     for clause in request.include:
-        of_class = [i for i, instance in enumerate(instances) if instance.detection.name == clause.name]
+        of_class = [index for index, found in enumerate(detections) if found.name == clause.name]
         if clause.color is not None and len(of_class) >= clause.count:
             chosen.update(of_class[: clause.count])
     return sorted(chosen)
@@ -165,20 +172,22 @@ def _looked_at(instances: Sequence[Instance], request: Request) -> list[int]:
 @dataclass(frozen=True)
 class GenEvalReward:
     """``partial`` credit in [0, 1], or 1.0 for what is ``strict``-ly right, or right by GenEval's own ``relaxed`` rule,
-    else 0.0 (``genalign.geneval.scoring.Verdict``). ``detector`` and ``colours`` are those of ``GenEvalJudge``."""
+    else 0.0 (``genalign.geneval.scoring.Verdict``); ``upstream_partial`` is Flow-GRPO's own partial credit, with its
+    faults, to compare with its curves. ``detector`` and ``colours`` are those of ``GenEvalJudge``."""
 
-    score: Literal["partial", "strict", "relaxed"] = "partial"
+    score: Literal["partial", "strict", "relaxed", "upstream_partial"] = "partial"
     detector: Detector | None = None
     colours: Colours | None = None
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,), float32 on the CPU, of images (B, 3, H, W) in [0, 1]; NaN for an image with NaN."""
-        judged = GenEvalJudge(self.detector, self.colours)(samples, prompts)
-        return torch.tensor([self._value(found) for found in judged], dtype=torch.float32)
+        """Scores (B,), float32 on the CPU, of images (B, 3, H, W) in [0, 1]; NaN for an image that is not finite."""
+        judge = GenEvalJudge(self.detector, self.colours)
+        judged = zip(judge(samples, prompts), prompts, strict=True)
+        return torch.tensor([self._value(judge, *pair) for pair in judged], dtype=torch.float32)
 
-    def _value(self, judgement: Judgement | None) -> float:
+    def _value(self, judge: GenEvalJudge, judgement: Judgement | None, prompt: Prompt) -> float:
         if judgement is None:
-            return float("nan")
+            return math.nan
         match self.score:
             case "partial":
                 return judgement.verdict.partial
@@ -186,3 +195,5 @@ class GenEvalReward:
                 return float(judgement.verdict.strict)
             case "relaxed":
                 return float(judgement.verdict.relaxed)
+            case "upstream_partial":
+                return upstream_partial(judgement.detections, Request.of(prompt), judge.position)

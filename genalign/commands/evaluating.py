@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genalign import config
-from genalign.commands.geneval import geneval_command, original_command
+from genalign.commands.geneval import compare_geneval_command, geneval_command, images_command, original_command
 from genalign.commands.parts import Checkpoint, Outside
 from genalign.evaluation import Evaluation, Job, Protocol, evaluate, plan, suite_hash
 from genalign.sampling import Sampling
@@ -55,10 +55,14 @@ def exam(
 
 
 def evaluate_command(outside: Outside, arguments: Sequence[str]) -> int:
-    """``genalign evaluate shapes | geneval | geneval-original``."""
+    """``genalign evaluate shapes | geneval | geneval-images | geneval-original | geneval-compare``."""
     match arguments:
         case ["geneval", *rest]:
             return geneval_command(outside, rest)
+        case ["geneval-images", *rest]:
+            return images_command(outside, rest)
+        case ["geneval-compare", *rest]:
+            return compare_geneval_command(rest)
         case ["geneval-original", *rest]:
             return original_command(rest)
         case ["shapes", *_]:

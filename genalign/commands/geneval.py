@@ -1,4 +1,4 @@
-"""``genalign evaluate geneval`` and ``genalign evaluate geneval-original``."""
+"""``genalign evaluate geneval`` and its relatives ``geneval-images``, ``geneval-original`` and ``geneval-compare``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,25 @@ import torch
 from genalign import config
 from genalign.checkpoints import write_json
 from genalign.commands.parts import Checkpoint, Outside
-from genalign.evaluation import Evaluation, Protocol, load_evaluation, suite_hash
-from genalign.geneval.comparing import Paired, compared
-from genalign.geneval.files import read_prompts, read_results
+from genalign.evaluation import Evaluation, Protocol, check_protocols, suite_hash
+from genalign.geneval.comparing import compared, finished
+from genalign.geneval.files import Sample, read_prompts, read_results, read_samples
 from genalign.geneval.judging import Judge
 from genalign.geneval.original import rescored
-from genalign.geneval.running import GenEvalFolder, Share, Subject, Work, adapter_hash, manifest, verifier
+from genalign.geneval.running import (
+    GenEvalFolder,
+    Share,
+    Subject,
+    Work,
+    adapter_hash,
+    content_hash,
+    manifest,
+    verifier,
+)
+from genalign.geneval.sources import ELSEWHERE, Existing, Generated
 from genalign.report import write_geneval
 from genalign.sampling import Sampling
-from genalign.types import PromptSet
+from genalign.types import Prompt, PromptSet
 
 
 @dataclass(frozen=True)
@@ -52,30 +62,76 @@ class EvaluateGenEval:
 
 
 @dataclass(frozen=True)
+class GenEvalImages:
+    """An evaluation of ``images``, a folder in GenEval's layout that another program filled; they are judged on
+    ``device``. The rest is as in ``genalign evaluate geneval``, resuming and sharing too."""
+
+    output: str
+    images: str
+    device: str = "cpu"
+    judge: Judge | None = None
+    against: str | None = None
+
+
+@dataclass(frozen=True)
 class GenEvalOriginal:
-    """A finished evaluation, ``output``, by the results that GenEval's own evaluate_images.py made of its images/."""
+    """A finished evaluation, ``output``, by the results that GenEval's own evaluate_images.py made of its images."""
 
     output: str
     results: str
     against: str | None = None
 
 
+@dataclass(frozen=True)
+class GenEvalCompare:
+    """Two finished evaluations by one protocol: ``output``, whose report is written anew, after minus ``against``."""
+
+    output: str
+    against: str
+
+
 def geneval_command(outside: Outside, arguments: Sequence[str]) -> int:
     """``genalign evaluate geneval``."""
     settings, plain = config.parse(EvaluateGenEval, arguments, "evaluate geneval")
-    share = Share.from_environment(os.environ)
-    _take_own_device(os.environ)
     prompts = some(read_prompts(Path(settings.prompts)), settings.per_task)
-    work, subject = _prepared(outside, settings, plain["model"], prompts)
-    work.folder.begin(manifest(work.protocol, subject))
-    for index in work.do(share):
-        print(f"{index + 1}/{len(prompts)}  {prompts.prompts[index].text}", flush=True)
-    if left := work.left():
-        print(f"{left} of {len(prompts)} prompts are left to other processes; if there are none, start it again")
-        return 0
-    with work.folder.alone():
-        work.folder.finish(work.protocol, len(prompts))
-        _conclude(work.folder.path, settings.against)
+    judge = settings.judge or outside.geneval
+    judge.check(prompts.prompts)
+    _take_own_device(os.environ)
+    pipeline, subject = _opened(outside, settings, plain["model"])
+    sampling, folder = settings.sampling, GenEvalFolder(Path(settings.output))
+    grid = sampling.grid(pipeline)
+    source = Generated(pipeline, grid, sampling.guidance, settings.seeds, settings.batch_size, folder.path)
+    protocol = _protocol(pipeline, settings, tuple(grid.sigma.tolist()), prompts, judge)
+    return _carried_out(Work(source, prompts, judge, folder), protocol, subject, settings.against)
+
+
+def images_command(outside: Outside, arguments: Sequence[str]) -> int:
+    """``genalign evaluate geneval-images``."""
+    settings, _ = config.parse(GenEvalImages, arguments, "evaluate geneval-images")
+    root, folder = Path(settings.images), GenEvalFolder(Path(settings.output))
+    groups = _by_prompt(read_samples(root))
+    prompts = PromptSet("images", tuple(Prompt(group[0].metadata["prompt"], group[0].metadata) for group in groups))
+    judge = settings.judge or outside.geneval
+    judge.check(prompts.prompts)
+    _take_own_device(os.environ)
+    files = [sample.path for group in groups for sample in group]
+    subject = Subject({"images": settings.images}, content_hash(root, files))
+    work = Work(Existing(groups, folder.path, settings.device), prompts, judge, folder)
+    return _carried_out(work, _protocol_elsewhere(prompts, groups, judge), subject, settings.against)
+
+
+def original_command(arguments: Sequence[str]) -> int:
+    """``genalign evaluate geneval-original``."""
+    settings, _ = config.parse(GenEvalOriginal, arguments, "evaluate geneval-original")
+    made = rescored(Path(settings.output), read_results(Path(settings.results)))
+    _conclude(made, settings.against)
+    return 0
+
+
+def compare_geneval_command(arguments: Sequence[str]) -> int:
+    """``genalign evaluate geneval-compare``."""
+    settings, _ = config.parse(GenEvalCompare, arguments, "evaluate geneval-compare")
+    _conclude(Path(settings.output), settings.against)
     return 0
 
 
@@ -89,38 +145,44 @@ def some(prompts: PromptSet, per_task: int | None) -> PromptSet:
     return PromptSet(prompts.name, tuple(prompt for text, prompt in distinct.items() if text in chosen))
 
 
+def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """The samples of each prompt. Raises ValueError for a prompt that has two folders."""
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.index, []).append(sample)
+    seen: dict[str, Sample] = {}
+    for first, *_ in groups.values():
+        if (other := seen.setdefault(first.metadata["prompt"], first)) is not first:
+            raise ValueError(
+                f"{other.path.parent} and {first.path.parent} are of the same prompt: put its images into one folder"
+            )
+    return list(groups.values())
+
+
 def _take_own_device(variables: Mapping[str, str]) -> None:
     """Let "cuda" mean this process's own GPU, where a launcher has numbered the processes of a machine."""
     if "LOCAL_RANK" in variables and torch.cuda.is_available():
         torch.cuda.set_device(int(variables["LOCAL_RANK"]))
 
 
-def _prepared(
-    outside: Outside, settings: EvaluateGenEval, model: Mapping[str, Any], prompts: PromptSet
-) -> tuple[Work, Subject]:
-    pipeline = outside.load(settings.model)
+def _opened(outside: Outside, settings: EvaluateGenEval, model: Mapping[str, Any]) -> tuple[Checkpoint, Subject]:
     lora = Path(settings.lora) if settings.lora else None
+    lora_hash = adapter_hash(lora) if lora else None
+    pipeline = outside.load(settings.model)
     if lora is not None:
         pipeline.load_lora(lora)
-    judge = settings.judge or outside.geneval
-    folder = GenEvalFolder(Path(settings.output))
-    grid = settings.sampling.grid(pipeline)
-    protocol = _protocol(pipeline, settings, prompts, judge)
-    subject = Subject(
-        {name: value for name, value in model.items() if name != "device"},
-        pipeline.fingerprint,
-        str(lora) if lora else None,
-        adapter_hash(lora) if lora else None,
-    )
-    return Work(pipeline, prompts, judge, protocol, grid, folder), subject
+    shown = {name: value for name, value in model.items() if name != "device"}
+    return pipeline, Subject(shown, pipeline.fingerprint, str(lora) if lora else None, lora_hash)
 
 
-def _protocol(pipeline: Checkpoint, settings: EvaluateGenEval, prompts: PromptSet, judge: Judge) -> Protocol:
+def _protocol(
+    pipeline: Checkpoint, settings: EvaluateGenEval, sigmas: tuple[float, ...], prompts: PromptSet, judge: Judge
+) -> Protocol:
     return Protocol(
         suite=prompts.name,
         suite_hash=suite_hash(prompts),
         guidance=settings.sampling.guidance,
-        sigmas=tuple(settings.sampling.grid(pipeline).sigma.tolist()),
+        sigmas=sigmas,
         kernel="ODE()",
         dtype=settings.model.autocast or settings.model.dtype,
         batch_size=settings.batch_size,
@@ -131,35 +193,63 @@ def _protocol(pipeline: Checkpoint, settings: EvaluateGenEval, prompts: PromptSe
     )
 
 
-def original_command(arguments: Sequence[str]) -> int:
-    """``genalign evaluate geneval-original``."""
-    settings, _ = config.parse(GenEvalOriginal, arguments, "evaluate geneval-original")
-    made = rescored(Path(settings.output), read_results(Path(settings.results)))
-    _conclude(made, settings.against)
+def _protocol_elsewhere(prompts: PromptSet, groups: Sequence[Sequence[Sample]], judge: Judge) -> Protocol:
+    """What is known of images whose making is not."""
+    tasks: dict[str, int] = {}
+    for prompt, group in zip(prompts.prompts, groups, strict=True):
+        tasks[prompt.task] = tasks.get(prompt.task, 0) + len(group)
+    return Protocol(
+        suite=prompts.name,
+        suite_hash=suite_hash(prompts),
+        guidance=0.0,
+        sigmas=(),
+        kernel=ELSEWHERE,
+        dtype=ELSEWHERE,
+        batch_size=0,
+        resolution=(),
+        seeds=min(len(group) for group in groups),
+        images_per_task=max(tasks.values()),
+        verifier=verifier(judge),
+    )
+
+
+def _carried_out(work: Work, protocol: Protocol, subject: Subject, against: str | None) -> int:
+    """Do this process's share, and conclude if nothing is left of any."""
+    if against:
+        check_protocols(finished(Path(against)).protocol, protocol)
+    share, count = Share.from_environment(os.environ), len(work.prompts)
+    work.folder.begin(manifest(protocol, subject))
+    for index in work.do(share):
+        print(f"{index + 1}/{count}  {work.prompts.prompts[index].text}", flush=True)
+    if left := work.left():
+        print(f"{left} of {count} prompts are left to other processes; if there are none, start it again")
+        return 0
+    with work.folder.alone():
+        work.folder.finish(protocol, count)
+        _conclude(work.folder.path, against)
     return 0
 
 
 def _conclude(folder: Path, against: str | None) -> None:
     """Print the summary, compare, and write the report of a finished evaluation."""
+    evaluation = finished(folder)
     print((folder / "summary.txt").read_text(encoding="utf-8"))
-    evaluation = load_evaluation(folder)
-    other = Path(against) if against else None
     for task, estimates in (evaluation.tasks | {"overall": evaluation.overall}).items():
         values = (f"{name} {value.mean:.3f} ({value.low:.3f} to {value.high:.3f})" for name, value in estimates.items())
         print(f"{task:14s}" + "  ".join(values))
+    other = Path(against) if against else None
     if other is not None:
-        found = _compared(other, evaluation)
-        write_json(folder / "comparison.json", {"against": str(other), **found.as_dict()})
-        for name, gain in found.gain.items():
-            rate = found.wins[name].rate
-            print(
-                f"{name} against {other.name}: {gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}), prompts won"
-                f" {rate.mean:.1%} ({rate.low:.1%} to {rate.high:.1%}), ties {found.wins[name].ties:.1%} as half"
-            )
+        _compare(folder, evaluation, other)
     print(f"report: {write_geneval(folder, other)}")
 
 
-def _compared(before: Path, after: Evaluation) -> Paired:
-    if not (before / "summary.json").is_file():
-        raise FileNotFoundError(f"{before} has no finished evaluation to compare with")
-    return compared(load_evaluation(before), after)
+def _compare(folder: Path, after: Evaluation, other: Path) -> None:
+    """Print gains and win rates, and write them to comparison.json."""
+    found = compared(finished(other), after)
+    write_json(folder / "comparison.json", {"against": str(other), **found.as_dict()})
+    for name, gain in found.gain.items():
+        rate = found.wins[name].rate
+        print(
+            f"{name} against {other.name}: {gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}), prompts won"
+            f" {rate.mean:.1%} ({rate.low:.1%} to {rate.high:.1%}), ties {found.wins[name].ties:.1%} as half"
+        )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from genalign.evaluation import Evaluation, Pair, gain, pairs, task_gains
+from genalign.evaluation import Evaluation, Pair, gain, load_evaluation, pairs, task_gains
 from genalign.statistics import Estimate, WinRate, win_rate
 
 
@@ -22,6 +23,13 @@ class Paired:
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return asdict(self)
+
+
+def finished(folder: Path) -> Evaluation:
+    """The evaluation in a folder. FileNotFoundError where there is none, or one that has not come to its end."""
+    if not (folder / "summary.json").is_file():
+        raise FileNotFoundError(f"{folder} has no finished evaluation: run genalign evaluate geneval on it to the end")
+    return load_evaluation(folder)
 
 
 def compared(before: Evaluation, after: Evaluation) -> Paired:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,11 @@ def read_prompts(path: Path) -> PromptSet:
 
 def write_prompts(path: Path, prompts: PromptSet) -> None:
     """The metadata of each prompt, or its text alone where it has none, one JSON object a line."""
-    rows = [{"prompt": prompt.text} if prompt.metadata is None else prompt.metadata for prompt in prompts.prompts]
-    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+    write_text(path, "".join(f"{json.dumps(_row(prompt))}\n" for prompt in prompts.prompts))
+
+
+def _row(prompt: Prompt) -> Metadata:
+    return {"prompt": prompt.text} if prompt.metadata is None else prompt.metadata
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,7 @@ def write_samples(folder: Path, index: int, prompt: Prompt, images: Tensor, firs
     """
     names = [sample_name(index, first + number) for number in range(len(images))]
     (folder / names[0]).parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"prompt": prompt.text} if prompt.metadata is None else prompt.metadata
-    write_text(folder / f"{index:05d}" / _METADATA, json.dumps(metadata))
+    write_text(folder / f"{index:05d}" / _METADATA, json.dumps(_row(prompt)))
     for name, pixels in zip(names, eight_bits(images).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
         Image.fromarray(pixels).save(folder / name)
     return names
@@ -84,29 +87,48 @@ def eight_bits(images: Tensor) -> Tensor:
 def read_samples(folder: Path) -> list[Sample]:
     """The images of a folder, by prompt and by number, whatever number of digits their names have.
 
-    Raises FileNotFoundError for a folder without them, or without the metadata of a prompt.
+    Raises FileNotFoundError for a folder that is not there or without images, and for a prompt without metadata or
+    images; ValueError for metadata that is not JSON, or two images of one number.
     """
-    found = [sample for prompt in sorted(folder.glob("*")) for sample in _samples(prompt)]
+    found = [sample for prompt in sorted(folder.glob("*")) if prompt.is_dir() for sample in _samples(prompt)]
     if not found:
         raise FileNotFoundError(f"{folder} has no images at NNNNN/samples/NNNN.png, which is GenEval's layout")
-    return sorted(found, key=lambda sample: (sample.index, sample.number))
+    made = sorted(found, key=lambda sample: (sample.index, sample.number))
+    for one, other in pairwise(made):
+        if (one.index, one.number) == (other.index, other.number):
+            raise ValueError(f"{one.path} and {other.path} are the same image of the same prompt: remove one")
+    return made
 
 
-def _samples(folder: Path) -> Iterator[Sample]:
-    if not folder.is_dir() or not folder.name.isdigit():
-        return
-    if not (folder / _METADATA).is_file():
-        raise FileNotFoundError(f"{folder} has no {_METADATA}: write the prompt's line of the prompt file there")
-    metadata = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
-    for path in (folder / _SAMPLES).glob("*.png"):
-        if _IMAGE.fullmatch(path.name):
-            yield Sample(int(folder.name), int(path.stem), path, metadata)
+def _samples(folder: Path) -> list[Sample]:
+    """Those of one prompt; none of a folder whose name is not a number."""
+    if not folder.name.isdecimal():
+        return []
+    metadata = _metadata(folder / _METADATA)
+    names = [path for path in (folder / _SAMPLES).glob("*.png") if _IMAGE.fullmatch(path.name)]
+    if not names:
+        raise FileNotFoundError(f"{folder / _SAMPLES} has no images: make them, or remove {folder}")
+    return [Sample(int(folder.name), int(path.stem), path, metadata) for path in names]
+
+
+def _metadata(path: Path) -> Metadata:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: write the prompt's line of the prompt file there")
+    try:
+        found: Metadata = json.loads(path.read_text(encoding="utf-8"))
+        Request.parse(found)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not a line of GenEval's prompt file: {error}") from None
+    return found
 
 
 def read_image(path: Path) -> Tensor:
-    """An image file (3, H, W) in [0, 1], turned as its EXIF data says."""
-    with Image.open(path) as file:
-        pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
+    """An image file (3, H, W) in [0, 1], turned as its EXIF data says. Raises ValueError for one that is damaged."""
+    try:
+        with Image.open(path) as file:
+            pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
+    except (OSError, SyntaxError) as error:  # Pillow raises either for a file that is cut off
+        raise ValueError(f"{path} cannot be read as an image ({error}): make it again") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
@@ -124,11 +146,10 @@ class Result:
 
     @classmethod
     def of(cls, filename: str, prompt: Prompt, correct: bool, reason: str, detections: Sequence[Detection]) -> Result:
-        """GenEval's own verdict on the detections that counted."""
+        """The verdict of GenEval's rule on a prompt with metadata, by the detections that counted."""
         names = dict.fromkeys(detection.name for detection in detections)
         details = {name: [[*d.box, d.score] for d in detections if d.name == name] for name in names}
-        metadata = Request.of(prompt).metadata()
-        return cls(filename, prompt.task, prompt.text, correct, reason, metadata, details)
+        return cls(filename, prompt.task, prompt.text, correct, reason, prompt.metadata or {}, details)
 
     def row(self) -> dict[str, Any]:
         """As GenEval writes it: metadata and details are JSON texts in the JSON."""
@@ -166,11 +187,19 @@ def _result(path: Path, number: int, line: str) -> Result:
             prompt=str(row["prompt"]),
             correct=bool(row["correct"]),
             reason=str(row["reason"] or ""),
-            metadata=json.loads(row["metadata"]),
-            details=json.loads(row["details"]),
+            metadata=dict(json.loads(row["metadata"])),
+            details=_details(json.loads(row["details"])),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}, line {number}: not a result of GenEval ({error!r})") from None
+
+
+def _details(boxes: Mapping[str, Any]) -> dict[str, list[list[float]]]:
+    """Boxes of five numbers by class."""
+    found = {name: [[float(value) for value in box] for box in of_class] for name, of_class in boxes.items()}
+    if any(len(box) != 5 for of_class in found.values() for box in of_class):
+        raise ValueError("a box is x1, y1, x2, y2, score")
+    return found
 
 
 def summary(results: Sequence[Result]) -> str:

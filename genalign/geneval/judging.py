@@ -27,5 +27,8 @@ class Judge(Protocol):
     def description(self) -> Mapping[str, Any]:
         """Everything that its verdicts depend on, ready for JSON: equal descriptions make numbers comparable."""
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ValueError for a prompt that it cannot judge, before images are made of any."""
+
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Judgement | None]:
         """A judgement for each image (B, 3, H, W) in [0, 1]; None for one that cannot be judged, such as NaN."""

@@ -12,13 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from genalign.evaluation import Protocol
+from genalign.geneval.comparing import finished
 from genalign.geneval.files import Result
 from genalign.geneval.judging import Judgement
 from genalign.geneval.requests import Clause, Request
-from genalign.geneval.running import GenEvalFolder, Subject, manifest, prompt_row
+from genalign.geneval.running import GenEvalFolder, manifest, prompt_row, sample_row
 from genalign.geneval.scoring import Detection, Verdict, verdict
 from genalign.types import Prompt
+
+VERIFIER = "GenEval's evaluate_images.py"
+"""Who judged, in the protocol of an evaluation by the original's results."""
 
 _PART = re.compile(r"(\d+) (\w+)")
 
@@ -85,14 +88,18 @@ def by_sample(results: Sequence[Result]) -> Mapping[tuple[int, int], Result]:
     """
     found: dict[tuple[int, int], Result] = {}
     for result in results:
-        match = re.search(r"(\d+)/samples/(\d+)\.png$", result.filename)
-        if match is None:
-            raise ValueError(f"{result.filename!r} is no image of GenEval's layout: .../NNNNN/samples/NNNN.png")
-        key = int(match[1]), int(match[2])
-        if key in found:
+        if (key := _numbers(result.filename)) in found:
             raise ValueError(f"there are two results for {result.filename}: give those of one run")
         found[key] = result
     return found
+
+
+def _numbers(name: str) -> tuple[int, int]:
+    """Those of prompt and image in a file's name."""
+    match = re.search(r"(\d+)/samples/(\d+)\.png$", name)
+    if match is None:
+        raise ValueError(f"{name!r} is no image of GenEval's layout: .../NNNNN/samples/NNNN.png")
+    return int(match[1]), int(match[2])
 
 
 def rescored(folder: Path, results: Sequence[Result]) -> Path:
@@ -101,31 +108,27 @@ def rescored(folder: Path, results: Sequence[Result]) -> Path:
     Raises ValueError for an image without a result, or a result of other metadata than its prompt's; FileNotFoundError
     where there is no finished evaluation.
     """
-    source = GenEvalFolder(folder)
-    known = source.manifest()
-    if known is None:
-        raise FileNotFoundError(f"{folder} is no evaluation: give the output of genalign evaluate geneval")
-    found = by_sample(results)
-    count = len(list((folder / "prompts").glob("*.json")))
-    target = GenEvalFolder(folder / "original")
-    protocol = replace(Protocol.from_dict(known["protocol"]), verifier="GenEval's evaluate_images.py")
-    subject = Subject(**known["subject"])
-    target.begin(manifest(protocol, subject))
-    for row in source.rows(count):
-        target.write(row["index"], _rescored_row(row, found))
+    protocol = replace(finished(folder).protocol, verifier=VERIFIER)
+    source, target = GenEvalFolder(folder), GenEvalFolder(folder / "original")
+    found, rows = by_sample(results), source.rows(len(list((folder / "prompts").glob("*.json"))))
+    rescored_rows = [_rescored_row(row, found) for row in rows]
+    target.begin(manifest(protocol, source.subject()))
+    for row in rescored_rows:
+        target.write(row["index"], row)
     with target.alone():
-        target.finish(protocol, count)
+        target.finish(protocol, len(rows))
     return target.path
 
 
 def _rescored_row(row: Mapping[str, Any], results: Mapping[tuple[int, int], Result]) -> dict[str, Any]:
     prompt = Prompt(row["prompt"], row["metadata"])
-    judged: list[Judgement] = []
-    for number in range(len(row["samples"])):
-        result = results.get((row["index"], number))
+    samples: list[dict[str, Any]] = []
+    for sample in row["samples"]:
+        result = results.get(_numbers(sample["image"]))
         if result is None:
-            raise ValueError(f"the results have no {row['samples'][number]['image']}: judge all of the folder images/")
+            raise ValueError(f"the results have no {sample['image']}: judge all of its folder")
         if Request.parse(result.metadata) != Request.of(prompt):
             raise ValueError(f"{result.filename} was judged as {result.prompt!r}, but it is of {prompt.text!r}")
-        judged.append(Judgement(verdict_of(result), detections_of(result)))
-    return prompt_row(row["index"], prompt, [f"../{sample['image']}" for sample in row["samples"]], judged)
+        judged = Judgement(verdict_of(result), detections_of(result))
+        samples.append(sample_row(f"../{sample['image']}", sample["seed"], judged))
+    return prompt_row(row["index"], prompt, samples)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,9 +37,7 @@ def questions(prompt: Prompt) -> tuple[Question, ...]:
     """The questions in a prompt's metadata (see ``benchmarks.read_dpg``), or those of its GenEval clauses: whether the
     objects are there, in their number, of their colour, and in their place. ValueError for a prompt without either."""
     if prompt.metadata is not None and "questions" in prompt.metadata:
-        texts = prompt.metadata["questions"]
-        parents = prompt.metadata.get("parents", [()] * len(texts))
-        return tuple(Question(text, tuple(needed)) for text, needed in zip(texts, parents, strict=True))
+        return _listed(prompt.text, prompt.metadata["questions"], prompt.metadata.get("parents"))
     include = Request.of(prompt).include
     made = [_presence(clause) for clause in include]
     for index, clause in enumerate(include):
@@ -51,6 +49,16 @@ def questions(prompt: Prompt) -> tuple[Question, ...]:
             other = _the(include[clause.target])
             made.append(Question(f"{verb} {_the(clause)} {place} {other}?", (index, clause.target)))
     return tuple(made)
+
+
+def _listed(about: str, texts: Any, parents: Any) -> tuple[Question, ...]:
+    """Those of a metadata object, which somebody else may have written."""
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"the questions of {about!r} must be a list of at least one text, not {texts!r}")
+    needed = [()] * len(texts) if parents is None else parents
+    if len(needed) != len(texts) or not {number for row in needed for number in row} <= set(range(len(texts))):
+        raise ValueError(f"the parents of {about!r} must be a list of places in its {len(texts)} questions for each")
+    return tuple(Question(text, tuple(row)) for text, row in zip(texts, needed, strict=True))
 
 
 def _presence(clause: Clause) -> Question:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +46,16 @@ class Request:
     def parse(cls, metadata: Metadata) -> Request:
         """Metadata as ``json.loads`` gives it. Raises ValueError naming the field that cannot be used."""
         text = metadata.get("prompt")
-        for key, kind in (("tag", str), ("include", Sequence), ("prompt", str)):
+        for key, kind in (("tag", str), ("include", (list, tuple)), ("prompt", str)):
             if not isinstance(metadata.get(key), kind):
                 raise ValueError(f"the metadata of {text!r} lacks {key!r}: GenEval has tag, include and prompt")
         if not metadata["include"]:
             raise ValueError(f"the metadata of {text!r} asks for nothing: include must have a clause")
+        excluded = metadata.get("exclude", ())
+        if not isinstance(excluded, list | tuple):
+            raise ValueError(f"the metadata of {text!r} has an exclude that is no list: leave it out, or list clauses")
         include = tuple(_clause(text, index, clause) for index, clause in enumerate(metadata["include"]))
-        exclude = tuple(_clause(text, 0, clause) for clause in metadata.get("exclude", ()))
+        exclude = tuple(_clause(text, 0, clause) for clause in excluded)
         return cls(str(metadata["tag"]), include, exclude, str(text))
 
     @property
@@ -68,16 +71,18 @@ class Request:
         return found | {"prompt": self.prompt}
 
 
-def _clause(text: str | None, index: int, value: Mapping[str, Any]) -> Clause:
+def _clause(text: str | None, index: int, value: Any) -> Clause:
     """The clause number ``index``, whose relation may be to an earlier one."""
 
     def refuse(what: str) -> ValueError:
         return ValueError(f"the metadata of {text!r} has the clause {value}: {what}")
 
+    if not isinstance(value, Mapping):
+        raise refuse("it must be an object with a class and a count")
     if unknown := set(value) - {"class", "count", "color", "position"}:
         raise refuse(f"there is no {', '.join(sorted(unknown))} in GenEval")
     name, count, color = value.get("class"), value.get("count"), value.get("color")
-    if not isinstance(name, str) or not isinstance(count, int) or count < 1:
+    if not isinstance(name, str) or type(count) is not int or count < 1:  # True is no count
         raise refuse("it needs a class and a count of at least 1")
     if color is not None and color not in COLORS:
         raise refuse(f"the color must be one of {', '.join(COLORS)}")

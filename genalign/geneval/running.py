@@ -3,6 +3,7 @@
     OUTPUT/evaluation.json            protocol, model and their hashes
     OUTPUT/images/00017/...           the images of prompt 17, in GenEval's layout
     OUTPUT/prompts/00017.json         its scores, detections and reasons: written last, so that it is whole or absent
+    OUTPUT/locks/00017                empty; locked by the process that works on the prompt
     OUTPUT/records.jsonl, summary.json, results.jsonl, summary.txt      when all prompts are done
 
 A prompt's images are made together, whoever makes them, so that every division of the work gives the same bytes on
@@ -17,22 +18,21 @@ import fcntl
 import hashlib
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from genalign.checkpoints import write_json, write_text
-from genalign.evaluation import Evaluation, Protocol, Record, noise_seed
-from genalign.geneval.files import Result, summary, write_results, write_samples
+from genalign.evaluation import Evaluation, Protocol, Record
+from genalign.geneval.files import Result, summary, write_results
 from genalign.geneval.judging import Judge, Judgement
 from genalign.geneval.scoring import Detection
-from genalign.rollout import generate
-from genalign.types import Grid, Pipeline, Prompt, PromptSet
+from genalign.geneval.sources import Source
+from genalign.types import Prompt, PromptSet
 
 SCORES = ("relaxed", "strict", "partial")
-_MANIFEST, _IMAGES = "evaluation.json", "images"
+_MANIFEST, _LOCKS = "evaluation.json", "locks"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Share:
 @dataclass(frozen=True)
 class Subject:
     """What is evaluated: the settings of a model that change its images, the fingerprint of its weights, and, where it
-    wears an adapter, its folder and the hash of its files."""
+    wears an adapter, its folder and the hash of its files. Of images that were made elsewhere: their folder and the
+    hash of their bytes."""
 
     model: Mapping[str, Any]
     fingerprint: str
@@ -69,11 +70,19 @@ class Subject:
     lora_hash: str | None = None
 
 
-def adapter_hash(folder: Path) -> str:
-    """16 hexadecimal characters over the weight files of an adapter. FileNotFoundError for a folder without."""
-    files = sorted(folder.rglob("*.safetensors"))
+def adapter_hash(source: Path) -> str:
+    """16 hexadecimal characters over the weight files of an adapter, a folder or one file. FileNotFoundError for a
+    source without."""
+    files = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder} has no .safetensors file: give the lora/ folder of a run")
+        raise FileNotFoundError(
+            f"{source} has no .safetensors file: give the lora/ folder of a run, or a file; download a Hub's first"
+        )
+    return content_hash(source, files)
+
+
+def content_hash(folder: Path, files: Iterable[Path]) -> str:
+    """16 hexadecimal characters over the names and bytes of files in a folder."""
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
@@ -106,7 +115,6 @@ class GenEvalFolder:
 
     def begin(self, found: Mapping[str, Any]) -> None:
         """Make the folder, or go on in one of the same ``manifest``. FileExistsError for one of another."""
-        self.path.mkdir(parents=True, exist_ok=True)
         with self.alone():
             known = self.manifest()
             if known is None:
@@ -123,6 +131,13 @@ class GenEvalFolder:
         path = self.path / _MANIFEST
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
+    def subject(self) -> Subject:
+        """Whose evaluation was begun here. FileNotFoundError where none was."""
+        found = self.manifest()
+        if found is None:
+            raise FileNotFoundError(f"{self.path} has no {_MANIFEST}: give the output of genalign evaluate geneval")
+        return Subject(**found["subject"])
+
     def _row(self, index: int) -> Path:
         return self.path / "prompts" / f"{index:05d}.json"
 
@@ -133,15 +148,13 @@ class GenEvalFolder:
     @contextlib.contextmanager
     def claimed(self, index: int) -> Iterator[bool]:
         """Hold a prompt for as long as this process works on it; False where another one does. A kill lets it go."""
-        folder = self.path / _IMAGES / f"{index:05d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, wait=False) as held:
+        with _locked(self.path / _LOCKS / f"{index:05d}", wait=False) as held:
             yield held
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until no other process is in such a part: what is about the whole evaluation is written in one."""
-        with _locked(self.path, wait=True):
+        with _locked(self.path / _LOCKS / "all", wait=True):
             yield
 
     def write(self, index: int, row: Mapping[str, Any]) -> None:
@@ -157,28 +170,27 @@ class GenEvalFolder:
     def finish(self, protocol: Protocol, count: int) -> Evaluation:
         """Put the prompts together and write the files that are about all of them. Call it ``alone``."""
         rows = self.rows(count)
-        evaluation = Evaluation(protocol, tuple(record for row in rows for record in _records(row)))
-        evaluation.save(self.path)
+        made = Evaluation(protocol, tuple(record for row in rows for record in _records(row)))
+        made.save(self.path)
         results = [result for row in rows for result in _results(row)]
         write_results(self.path / "results.jsonl", results)
         write_text(self.path / "summary.txt", summary(results) + "\n")
-        return evaluation
+        return made
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process holds a folder's advisory lock, which the system takes back from one that ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        yield _lock(descriptor, wait)
-    finally:
-        os.close(descriptor)
+def _locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process holds the advisory lock of a file, which the system takes back from one that ends. The file
+    is opened for writing, as network file systems want it for a lock that excludes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        yield _lock(file, wait)
 
 
-def _lock(descriptor: int, wait: bool) -> bool:
+def _lock(file: IO[str], wait: bool) -> bool:
     """False where another process holds it and there is no waiting."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     return True
@@ -195,21 +207,19 @@ def _differences(known: Any, found: Any, name: str = "") -> list[str]:
 
 @dataclass(frozen=True)
 class Work:
-    """Prompts to make images of and to judge, by a protocol whose sigmas are those of ``grid``."""
+    """Prompts whose images are judged."""
 
-    pipeline: Pipeline
+    source: Source
     prompts: PromptSet
     judge: Judge
-    protocol: Protocol
-    grid: Grid
     folder: GenEvalFolder
 
     def do(self, share: Share) -> Iterator[int]:
         """Every prompt of a share that is not finished; the number of each as it is. One that another process holds is
         left to it."""
         todo = [index for index in share.of(len(self.prompts)) if not self.folder.done(index)]
-        if todo:  # what a pipeline encodes along with its first prompt, such as the empty one, is then alike everywhere
-            self.pipeline.encode([self.prompts.prompts[0].text])
+        if todo:
+            self.source.warm_up(self.prompts.prompts[0])
         for index in todo:
             with self.folder.claimed(index) as held:
                 if not held or self.folder.done(index):
@@ -222,24 +232,22 @@ class Work:
         return sum(not self.folder.done(index) for index in range(len(self.prompts)))
 
     def _row(self, index: int) -> dict[str, Any]:
-        prompt, protocol = self.prompts.prompts[index], self.protocol
-        seeds = [noise_seed(prompt.text, sample) for sample in range(protocol.seeds)]
-        texts = [prompt.text] * len(seeds)
-        names: list[str] = []
-        judged: list[Judgement | None] = []
-        for images in generate(self.pipeline, texts, seeds, self.grid, protocol.guidance, protocol.batch_size):
-            names += write_samples(self.folder.path / _IMAGES, index, prompt, images, first=len(names))
-            judged += self.judge(images, [prompt] * len(images))
-        return prompt_row(index, prompt, [f"{_IMAGES}/{name}" for name in names], judged)
+        prompt = self.prompts.prompts[index]
+        samples: list[dict[str, Any]] = []
+        for shot in self.source(index, prompt):
+            judged = self.judge(shot.images, [prompt] * len(shot.images))
+            samples += map(sample_row, shot.files, shot.seeds, judged)
+        return prompt_row(index, prompt, samples)
 
 
-def prompt_row(index: int, prompt: Prompt, names: Sequence[str], judged: Sequence[Judgement | None]) -> dict[str, Any]:
-    """What is kept of a prompt's images, ready for JSON."""
-    samples = [
-        {"image": name, "seed": noise_seed(prompt.text, sample), **_judged(found)}
-        for sample, (name, found) in enumerate(zip(names, judged, strict=True))
-    ]
+def prompt_row(index: int, prompt: Prompt, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is kept of a prompt, ready for JSON, with the ``sample_row`` of each of its images."""
     return {"index": index, "prompt": prompt.text, "metadata": prompt.metadata, "samples": samples}
+
+
+def sample_row(file: str, seed: int, found: Judgement | None) -> dict[str, Any]:
+    """What is kept of an image."""
+    return {"image": file, "seed": seed, **_judged(found)}
 
 
 def _judged(found: Judgement | None) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from genalign.checkpoints import write_text
-from genalign.evaluation import Evaluation, load_evaluation, ranked
-from genalign.geneval.comparing import Paired, compared
+from genalign.evaluation import Evaluation, ranked
+from genalign.geneval.comparing import Paired, compared, finished
 from genalign.geneval.files import Result, read_results
+from genalign.geneval.original import VERIFIER
+from genalign.geneval.sources import ELSEWHERE
 from genalign.report import sections
 from genalign.report.html import page
 from genalign.report.reading import Comparison, Run
@@ -23,6 +25,8 @@ _WRONG_SHOWN = 24
 _OVERALL = "mean over tasks"
 _SOURCE = "What is in an image is said by the detector named below, so that this is GenEval-style and not GenEval."
 _ORIGINAL = "What is in an image is said by GenEval's own script."
+_BY_NOISE = "the same prompts from the same initial noise"
+_BY_NUMBER = "the same prompts, and images of the same number, whose noises are not known"
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def write_geneval(folder: Path, against: Path | None = None) -> Path:
 
     Raises FileNotFoundError where an evaluation is not finished, ValueError where the two cannot be compared.
     """
-    evaluation, results = _finished(folder), read_results(folder / "results.jsonl")
+    evaluation, results = finished(folder), read_results(folder / "results.jsonl")
     manifest = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     overall = evaluation.overall["relaxed"]
     text = page("geneval.html.j2").render(
@@ -56,7 +60,7 @@ def write_geneval(folder: Path, against: Path | None = None) -> Path:
         title=f"Correct images on {evaluation.protocol.suite}",
         score=scored("relaxed", overall.mean),
         interval=interval("relaxed", overall, scored),
-        source=_SOURCE if "detector" in evaluation.protocol.verifier else _ORIGINAL,
+        source=_ORIGINAL if evaluation.protocol.verifier == VERIFIER else _SOURCE,
         tiles=_tiles(evaluation, results),
         scores=[plain(name) for name in evaluation.score_names],
         rows=_rows(evaluation),
@@ -70,12 +74,6 @@ def write_geneval(folder: Path, against: Path | None = None) -> Path:
     path = folder / "report.html"
     write_text(path, text)
     return path
-
-
-def _finished(folder: Path) -> Evaluation:
-    if not (folder / "summary.json").is_file():
-        raise FileNotFoundError(f"{folder} has no finished evaluation: run genalign evaluate geneval on it to the end")
-    return load_evaluation(folder)
 
 
 def _tiles(evaluation: Evaluation, results: Sequence[Result]) -> list[Fact]:
@@ -132,12 +130,13 @@ def _in_turn(groups: Iterable[Sequence[Result]]) -> list[Result]:
 def _against(folder: Path, after: Evaluation, other: Path | None) -> dict[str, Any]:
     """What the page says about the comparison; empty where there is none."""
     if other is None:
-        return dict.fromkeys(("against", "tables", "win_rates", "regressions", "improvements"), ())
-    before = _finished(other)
+        return dict.fromkeys(("against", "pairing", "tables", "win_rates", "regressions", "improvements"), ())
+    before = finished(other)
     found, pairs = compared(before, after), ranked(before, after)
     run = Run(folder, (), None, None, before, after, Comparison(found.gain, found.tasks, pairs), ())
     return {
         "against": other.resolve().name,
+        "pairing": _BY_NUMBER if after.protocol.kernel == ELSEWHERE else _BY_NOISE,
         "tables": sections.tables(run),
         "win_rates": _win_rates(found),
         "regressions": sections.losses(pairs, other, folder),

@@ -9,7 +9,6 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from genalign import assets, config
 from genalign.geneval.scoring import Detection, Thresholds
@@ -17,7 +16,6 @@ from genalign.geneval.vocabulary import COLORS
 from genalign.types import Prompt, Reward
 from genalign.worlds.shapes.prompts import color_attr, colors, counting, position, prompts, single_object
 from genalign.worlds.shapes.scenes import render, sample_scene
-from genalign.worlds.shapes.tokenizers import clip_tokenizer
 from genalign.worlds.shapes.verifier import verify
 from rewards.detectors import Instance, Mask2Former, Owlv2
 from rewards.geneval import ClipColours, GenEvalJudge, GenEvalReward, crop
@@ -72,6 +70,7 @@ def test_failed_samples_are_nan(images: torch.Tensor) -> None:
     broken = images.clone()
     broken[1, 0, 0, 0] = torch.nan
     assert shapes_reward("partial")(broken, PROMPTS).isnan().tolist() == [False, True, False, False, False]
+    broken[1, 0, 0, 0] = torch.inf
     assert shapes_reward("partial")(broken[1:2], PROMPTS[1:2]).isnan().tolist() == [True]
 
 
@@ -82,13 +81,33 @@ def test_what_it_cannot_judge_is_refused(images: torch.Tensor) -> None:
         shapes_reward("strict")(images[:2], PROMPTS)
 
 
+def test_an_unknown_class_is_refused_before_anything_is_opened() -> None:
+    names = ("dog", "elf")
+    asked = [Prompt("", {"tag": "x", "include": [{"class": name, "count": 1}], "prompt": ""}) for name in names]
+    with pytest.raises(ValueError, match="'elf' in '' is none of the 80 classes that Mask2Former finds: use Owlv2"):
+        GenEvalJudge(Mask2Former("no/such-model")).check(asked)
+    GenEvalJudge(Owlv2("no/such-model")).check(asked)
+    with pytest.raises(ValueError, match="'dog' in '' is none of the 6 classes that ShapesDetector finds"):
+        shapes_reward("strict")(torch.rand(1, 3, 8, 8), asked[:1])
+
+
+def test_upstreams_partial_credit_keeps_its_faults(images: torch.Tensor) -> None:
+    """A relation the wrong way round gives 3 / 4, and four objects for one -2."""
+    mirrored = [position("triangle", "left of", "moon")]
+    assert shapes_reward("upstream_partial")(images[3:4], mirrored).tolist() == [0.75]
+    assert shapes_reward("partial")(images[3:4], mirrored).tolist() == pytest.approx([2 / 3])
+    many = drawn([counting("square", "four")])
+    assert shapes_reward("upstream_partial")(many, [single_object("square")]).tolist() == [-2]
+    assert shapes_reward("upstream_partial")(images, PROMPTS).tolist() == [1] * len(PROMPTS)
+
+
 class Recorded:
     """A detector of given objects, and colours that remember what they were shown."""
 
     description: dict[str, object] = {}  # noqa: RUF012
 
     def __init__(self, *detections: Detection, mask: torch.Tensor | None = None) -> None:
-        self.thresholds, self.shown = Thresholds(), []
+        self.thresholds, self.classes, self.shown = Thresholds(), None, []
         self.instances = [Instance(detection, mask) for detection in detections]
 
     def __call__(self, images, names):
@@ -162,22 +181,7 @@ def test_a_trained_clip_names_colours() -> None:
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder: Path = tmp_path_factory.mktemp("clip")
-    tokenizer = clip_tokenizer()
-    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = common | {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 12,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = common | {"image_size": 32, "patch_size": 8}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    tokenizer.save_pretrained(str(folder))
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return str(folder)
+    return tiny_detectors.clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_mask2former_and_clip_judge_together(tiny_clip: str, tmp_path: Path) -> None:

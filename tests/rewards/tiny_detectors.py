@@ -1,4 +1,4 @@
-"""Tiny random detectors of transformers on disk, for tests that need real ones but no good ones."""
+"""Tiny random detectors of transformers, and a CLIP, on disk, for tests that need real ones but no good ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 from transformers import (
     BertConfig,
     BertTokenizerFast,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessor,
@@ -99,4 +102,22 @@ def grounding_dino(folder: Path) -> str:
     GroundingDinoForObjectDetection(config).save_pretrained(folder)
     tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(WORDS)})
     GroundingDinoProcessor(GroundingDinoImageProcessor(size=_SIZE), tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def clip(folder: Path) -> str:
+    tokenizer = clip_tokenizer()
+    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = common | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 12,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = common | {"image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokenizer.save_pretrained(str(folder))
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
     return str(folder)

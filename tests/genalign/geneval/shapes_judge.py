@@ -15,7 +15,7 @@ from genalign.evaluation import noise_seed
 from genalign.geneval.scoring import Detection, Thresholds
 from genalign.paths import FlowPath
 from genalign.types import Conditioning, Grid, Prompt
-from genalign.worlds.shapes.geometry import PALETTE
+from genalign.worlds.shapes.geometry import PALETTE, SHAPES
 from genalign.worlds.shapes.scenes import render, sample_scene
 from genalign.worlds.shapes.verifier import detect
 from rewards.detectors import Instance, describe
@@ -30,6 +30,10 @@ class ShapesDetector:
 
     thresholds: Thresholds = field(default_factory=lambda: Thresholds(counting=0.3))
     seconds: float = 0.0
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        return tuple(SHAPES)
 
     @property
     def description(self) -> Mapping[str, Any]:

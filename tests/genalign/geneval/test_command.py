@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from genalign.cli import main
 from genalign.evaluation import load_evaluation
-from genalign.geneval.files import write_prompts
+from genalign.geneval.files import read_results, read_samples, write_prompts, write_samples
+from genalign.geneval.requests import Clause, Request, written
 from genalign.types import PromptSet
 from genalign.worlds import shapes
+from tests.rewards import tiny_detectors
 
 SECONDS = 1.0  # that the judge takes, so that a process is killed at work
 ROOT = Path(__file__).parents[3]
@@ -81,26 +85,132 @@ def test_an_evaluation_is_made_compared_and_rescored(
     assert rescored.overall == load_evaluation(trained).overall
 
 
+def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
 def test_what_cannot_go_on_says_why(
     tiny_folder: Path, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def error(*arguments: str) -> str:
-        assert main(list(arguments)) == 2
-        return capsys.readouterr().err
-
     asked = _arguments(prompt_file, tiny_folder, tmp_path / "made")
     few = [*asked, "--per_task", "1"]
     assert main(few) == 0
     rows = [json.loads(path.read_text()) for path in sorted((tmp_path / "made" / "prompts").glob("*.json"))]
     assert len({row["metadata"]["tag"] for row in rows}) == len(rows) == 6
-    assert "evaluation with other settings (protocol.suite_hash, protocol.images_per_task)" in error(*asked)
-    assert "(protocol.seeds, protocol.images_per_task)" in error(*few, "--seeds", "3")
-    assert "(model.path, fingerprint)" in error(*few, "--model.path", "shapes-sd3")
-    assert "no finished evaluation to compare with" in error(*few, "--against", str(tmp_path / "nowhere"))
-    assert "per_task must be at least 1" in error(*asked, "--per_task", "0")
+    differing = "evaluation with other settings (protocol.suite_hash, protocol.images_per_task)"
+    assert differing in _error(capsys, *asked)
+    assert "(protocol.seeds, protocol.images_per_task)" in _error(capsys, *few, "--seeds", "3")
+    assert "(model.path, fingerprint)" in _error(capsys, *few, "--model.path", "shapes-sd3")
+    assert "per_task must be at least 1" in _error(capsys, *asked, "--per_task", "0")
     (tmp_path / "plain.txt").write_text("a bench\n")
-    assert "'a bench' has no metadata" in error(*_arguments(tmp_path / "plain.txt", tiny_folder, tmp_path / "x"))
-    assert "name the world" in error("evaluate", "genevel")
+    refused = _arguments(tmp_path / "plain.txt", tiny_folder, tmp_path / "x")
+    assert "'a bench' has no metadata" in _error(capsys, *refused)
+    assert "name the world" in _error(capsys, "evaluate", "genevel")
+
+
+def test_what_cannot_end_well_is_not_begun(
+    tiny_folder: Path, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new"
+    asked = _arguments(prompt_file, tiny_folder, new)
+    assert "nowhere has no finished evaluation" in _error(capsys, *asked, "--against", str(tmp_path / "nowhere"))
+    few = [*_arguments(prompt_file, tiny_folder, tmp_path / "few"), "--per_task", "1"]
+    assert main(few) == 0
+    differing = _error(capsys, *asked, "--against", str(tmp_path / "few"))
+    assert "different protocols cannot be compared: suite_hash is" in differing
+    unicorn = {"tag": "single_object", "include": [{"class": "unicorn", "count": 1}], "prompt": "a photo of a unicorn"}
+    (tmp_path / "unicorn.jsonl").write_text(json.dumps(unicorn) + "\n")
+    unknown = _error(capsys, *_arguments(tmp_path / "unicorn.jsonl", "no/such-model", new))
+    assert "'unicorn' in 'a photo of a unicorn' is none of the 6 classes" in unknown
+    assert "no/such.safetensors has no .safetensors file" in _error(capsys, *asked, "--lora", "no/such.safetensors")
+    assert not new.exists()
+
+
+# --- images that were made elsewhere ----------------------------------------------------------------------------------
+
+DOGS = (
+    written(Request("two_object", (Clause("dog"), Clause("cat")), (), "")),
+    written(Request("colors", (Clause("dog", 1, "red"),), (), "")),
+    written(Request("counting", (Clause("dog", 3),), (Clause("dog", 4),), "")),
+)
+
+
+@pytest.fixture(scope="module")
+def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """GenEval's judge with a real Mask2Former that sees dogs and cats, and a real CLIP, both tiny and random."""
+    folder = tmp_path_factory.mktemp("judge")
+    detector = tiny_detectors.mask2former(folder / "mask2former")
+    thresholds = "{confidence: 0.2, counting: 0.25}"
+    return (
+        "{class_path: rewards.geneval.GenEvalJudge, init_args: {detector: {class_path: rewards.detectors.Mask2Former,"
+        f" init_args: {{model: {detector}, thresholds: {thresholds}}}}}, colours: {{class_path:"
+        f" rewards.geneval.ClipColours, init_args: {{model: {tiny_detectors.clip(folder / 'clip')}}}}}}}}}"
+    )
+
+
+def _filled(folder: Path, seed: int) -> Path:
+    """Images of the prompts about dogs, in GenEval's layout."""
+    generator = torch.Generator().manual_seed(seed)
+    for index, prompt in enumerate(DOGS):
+        write_samples(folder, index, prompt, torch.rand(2, 3, 48, 64, generator=generator))
+    return folder
+
+
+def test_real_networks_judge_a_folder_to_the_report(
+    tiny_judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asked(name: str) -> list[str]:
+        made = ["--output", str(tmp_path / name), "--images", str(tmp_path / f"{name}-images")]
+        return ["evaluate", "geneval-images", *made, "--judge", tiny_judge]
+
+    images = _filled(tmp_path / "one-images", 1)
+    _filled(tmp_path / "two-images", 2)
+    assert main(asked("one")) == 0
+    assert "Total images: 6\nTotal prompts: 3\n" in capsys.readouterr().out
+    results = read_results(tmp_path / "one" / "results.jsonl")
+    assert [(tmp_path / "one" / result.filename).resolve() for result in results] == [
+        sample.path for sample in read_samples(images)
+    ]
+    assert {name for result in results for name in result.details} == {"dog", "cat"}
+    assert all(box[4] > 0.2 for result in results for box in result.details["dog"])
+    assert any("found 0 red; and 1 " in result.reason or result.correct for result in results[2:4])
+    assert "Mask2Former" in (tmp_path / "one" / "report.html").read_text()
+
+    assert main([*asked("two"), "--against", str(tmp_path / "one")]) == 0
+    assert "images of the same number, whose noises are not known" in (tmp_path / "two" / "report.html").read_text()
+    first = json.loads((tmp_path / "two" / "comparison.json").read_text())
+    capsys.readouterr()
+    compare = ["evaluate", "geneval-compare", "--output", str(tmp_path / "two"), "--against", str(tmp_path / "one")]
+    assert main(compare) == 0
+    assert json.loads((tmp_path / "two" / "comparison.json").read_text()) == first
+    assert "relaxed against one: " in capsys.readouterr().out
+    assert set(first["tasks"]) == {"two_object", "colors", "counting"}
+    assert "no finished evaluation" in _error(capsys, *compare[:3], str(tmp_path / "none"), *compare[4:])
+
+    write_samples(images, 1, DOGS[1], torch.zeros(1, 3, 48, 64), first=1)
+    assert "other settings (fingerprint)" in _error(capsys, *asked("one"))
+
+
+def test_folders_that_cannot_be_judged_say_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["evaluate", "geneval-images", "--judge", JUDGE.replace("SECONDS", "0.0"), "--output", str(tmp_path / "x")]
+    images = tmp_path / "images"
+    asked += ["--images", str(images)]
+    assert "images has no images at NNNNN/samples" in _error(capsys, *asked)
+    _filled(images, 1)
+    assert "'dog' in 'a photo of a dog and a cat' is none of the 6 classes" in _error(capsys, *asked)
+    shutil.rmtree(images)
+    circle = shapes.prompts("iid").prompts[0]
+    write_samples(images, 0, circle, torch.rand(2, 3, 64, 64))
+    write_samples(images, 7, circle, torch.rand(2, 3, 64, 64))
+    assert "are of the same prompt: put its images into one folder" in _error(capsys, *asked)
+    shutil.rmtree(images / "00007")
+    (images / "00000" / "samples" / "0001.png").write_bytes(b"\x89PNG")
+    assert "0001.png cannot be read as an image" in _error(capsys, *asked)
+    assert not (tmp_path / "x" / "summary.json").exists()
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
 
 
 def _started(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
@@ -125,7 +235,8 @@ def _wait_for(folder: Path, rows: int) -> None:
 
 @pytest.mark.slow
 def test_processes_share_and_go_on_after_a_kill(tiny_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
-    """Two processes, one of which is killed, then three for the rest, leave the bytes of one that nobody disturbs."""
+    """Two processes, one of which is killed, then two without ranks that share the rest by locks alone, leave the bytes
+    of one that nobody disturbs."""
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     _all_done([_started(_arguments(prompt_file, tiny_folder, alone, SECONDS))])
 
@@ -141,7 +252,7 @@ def test_processes_share_and_go_on_after_a_kill(tiny_folder: Path, prompt_file: 
     assert {int(path.stem) for path in kept} >= {0, *range(1, 12, 2)} and len(kept) < 12
     assert not (shared / "summary.json").exists()
 
-    printed = _all_done([_started(asked, RANK=str(rank), WORLD_SIZE="3") for rank in range(3)])
+    printed = _all_done([_started(asked) for _ in range(2)])
     made = [line for text in printed for line in text.splitlines() if "/12  " in line]
     assert len(made) == len(set(made)) == 12 - len(kept)
     assert all(path.stat().st_mtime_ns == time_made for path, time_made in kept.items())

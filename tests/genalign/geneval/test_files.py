@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,38 @@ def test_folders_of_either_naming_are_read(tmp_path: Path) -> None:
 def test_folders_without_images_or_metadata_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no images at NNNNN/samples/NNNN\.png"):
         read_samples(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere has no images"):
+        read_samples(tmp_path / "nowhere")
     (tmp_path / "00000" / "samples").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"00000 has no metadata\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*00000/metadata\.jsonl: write the prompt's line"):
         read_samples(tmp_path)
+    (tmp_path / "00000" / "metadata.jsonl").write_text(json.dumps(BENCH.metadata))
+    with pytest.raises(FileNotFoundError, match=r"00000/samples has no images: make them, or remove"):
+        read_samples(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"bench"', "null", '{"tag": "colors", "prompt": "a bench"}'])
+def test_damaged_metadata_names_its_file(tmp_path: Path, text: str) -> None:
+    write_samples(tmp_path, 4, TWO, grey(0.2))
+    (tmp_path / "00004" / "metadata.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"00004/metadata\.jsonl is not a line of GenEval's prompt file"):
+        read_samples(tmp_path)
+
+
+def test_an_image_is_there_once(tmp_path: Path) -> None:
+    write_samples(tmp_path, 4, TWO, grey(0.2))
+    shutil.copy(tmp_path / "00004" / "samples" / "0001.png", tmp_path / "00004" / "samples" / "00001.png")
+    with pytest.raises(ValueError, match="are the same image of the same prompt: remove one"):
+        read_samples(tmp_path)
+
+
+def test_a_damaged_image_is_named(tmp_path: Path) -> None:
+    (name,) = write_samples(tmp_path, 4, TWO, torch.rand(1, 3, 32, 32))
+    whole = (tmp_path / name).read_bytes()
+    for damaged in (b"", b"no image", whole[: len(whole) // 2], whole[:40]):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"0000\.png cannot be read as an image .*: make it again"):
+            read_image(tmp_path / name)
 
 
 def test_images_are_turned_as_their_camera_was(tmp_path: Path) -> None:
@@ -98,6 +128,22 @@ def test_results_of_pandas_are_read(tmp_path: Path) -> None:
     row = json.dumps(_result(TWO, True).row(), separators=(",", ":")).replace("/", r"\/")
     (tmp_path / "results.jsonl").write_text(row + "\n")
     assert read_results(tmp_path / "results.jsonl") == [_result(TWO, True)]
+
+
+def test_results_keep_all_of_the_metadata(tmp_path: Path) -> None:
+    """The original writes what is in metadata.jsonl, whoever put more into it."""
+    more = Prompt(TWO.text, {**(TWO.metadata or {}), "source": "mine"})
+    write_results(tmp_path / "results.jsonl", [_result(more, True)])
+    (found,) = read_results(tmp_path / "results.jsonl")
+    assert found.metadata == more.metadata
+
+
+@pytest.mark.parametrize("details", ["[]", "{", '{"cat": [[1, 2, 3, 4]]}', '{"cat": 3}', '{"cat": [["a", 1, 2, 3]]}'])
+def test_boxes_that_are_none_name_their_line(tmp_path: Path, details: str) -> None:
+    row = _result(TWO, True).row() | {"details": details}
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 1: not a result of GenEval"):
+        read_results(tmp_path / "results.jsonl")
 
 
 def test_damaged_results_name_their_line(tmp_path: Path) -> None:

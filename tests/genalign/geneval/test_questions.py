@@ -33,6 +33,18 @@ def test_questions_follow_from_the_clauses() -> None:
         questions(Prompt("a dog"))
 
 
+@pytest.mark.parametrize("listed", [[], "Is there a dog?", [3], None, [["Is there a dog?", "yes"]]])
+def test_listed_questions_are_texts(listed: object) -> None:
+    with pytest.raises(ValueError, match="the questions of 'a dog' must be a list of at least one text"):
+        questions(Prompt("a dog", {"questions": listed}))
+
+
+@pytest.mark.parametrize("parents", [[[]], [[], [2]], [[], [-1]]])
+def test_listed_parents_are_places(parents: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="must be a list of places in its 2 questions for each"):
+        questions(Prompt("a dog", {"questions": ["Is there a dog?", "Is it red?"], "parents": parents}))
+
+
 class Brightness:
     """Says how bright an image is, of every question, and remembers what it was asked."""
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from genalign.evaluation import Evaluation, Protocol, load_evaluation, suite_hash
 from genalign.geneval.comparing import compared
-from genalign.geneval.files import read_image, read_results, read_samples, summary, write_results
+from genalign.geneval.files import read_image, read_results, read_samples, summary, write_results, write_samples
 from genalign.geneval.original import rescored
 from genalign.geneval.running import GenEvalFolder, Share, Subject, Work, adapter_hash, manifest, verifier
+from genalign.geneval.sources import Existing, Generated
 from genalign.report import write_geneval
 from genalign.types import PromptSet
 from genalign.worlds import shapes
@@ -51,7 +54,8 @@ def work(path: Path, skill: float = 1.0, broken: int | None = None) -> Work:
     pipeline = DrawingPipeline(PROMPTS.prompts, SEEDS, skill, broken)
     folder = GenEvalFolder(path)
     folder.begin(manifest(PROTOCOL, SUBJECT))
-    return Work(pipeline, PROMPTS, JUDGE, PROTOCOL, pipeline.grid(2), folder)
+    source = Generated(pipeline, pipeline.grid(2), PROTOCOL.guidance, SEEDS, PROTOCOL.batch_size, path)
+    return Work(source, PROMPTS, JUDGE, folder)
 
 
 def finished(path: Path, skill: float = 1.0, broken: int | None = None) -> Evaluation:
@@ -128,7 +132,7 @@ def test_broken_images_are_counted_and_left_out(tmp_path: Path) -> None:
     assert made.failed == 1 and math.isnan(made.records[5].scores["relaxed"])
     assert made.overall["relaxed"].n == SEEDS * len(PROMPTS) - 1
     assert len(read_results(tmp_path / "results.jsonl")) == SEEDS * len(PROMPTS) - 1
-    assert "1" in write_geneval(tmp_path).read_text()
+    assert "<dt>not judged</dt><dd>1</dd>" in write_geneval(tmp_path).read_text()
 
 
 # --- sharing and going on ---------------------------------------------------------------------------------------------
@@ -157,7 +161,7 @@ def test_a_killed_process_leaves_nothing_half_done(perfect: Path, tmp_path: Path
     with pytest.raises(ValueError, match=r"20 of 24 prompts in .* are not finished: start it again"):
         second.folder.finish(PROTOCOL, len(PROMPTS))
     assert list(second.do(Share())) == list(range(4, len(PROMPTS)))
-    assert second.pipeline.drawn == SEEDS * (len(PROMPTS) - 4)
+    assert isinstance(second.source, Generated) and second.source.pipeline.drawn == SEEDS * (len(PROMPTS) - 4)
     second.folder.finish(PROTOCOL, len(PROMPTS))
     ours, theirs = contents(tmp_path), contents(perfect)
     theirs.pop("report.html", None)
@@ -177,7 +181,8 @@ def test_every_process_encodes_the_same_batches(tmp_path: Path) -> None:
     """A text beside another is not encoded the same to the last bit, and the first has the empty one beside it."""
     second = work(tmp_path)
     next(second.do(Share(1, 2)))
-    assert second.pipeline.encoded == [[PROMPTS.prompts[0].text], [PROMPTS.prompts[1].text]]
+    assert isinstance(second.source, Generated)
+    assert second.source.pipeline.encoded == [[PROMPTS.prompts[0].text], [PROMPTS.prompts[1].text]]
 
 
 def test_ranks_are_a_division() -> None:
@@ -244,6 +249,7 @@ def test_the_report_shows_scores_failures_and_the_comparison(perfect: Path, midd
     assert page.count("data:image/png;base64") == min(24, len(wrong))
     assert "http:" not in page and "https:" not in page and len(page) < 5e6
     both = write_geneval(middling, perfect).read_text()
+    assert "the same prompts from the same initial noise" in both
     assert f"Against {perfect.name}" in both and "Worst regressions" in both and "prompts won, relaxed" in both
     with pytest.raises(FileNotFoundError, match="has no finished evaluation"):
         write_geneval(middling, middling / "nowhere")
@@ -273,5 +279,65 @@ def test_results_of_something_else_are_refused(middling: Path, tmp_path: Path) -
     swapped.append(replace(results[-1], filename=results[0].filename))
     with pytest.raises(ValueError, match="was judged as"):
         rescored(middling, swapped)
-    with pytest.raises(FileNotFoundError, match="is no evaluation"):
+    with pytest.raises(FileNotFoundError, match="has no finished evaluation"):
         rescored(tmp_path, results)
+
+
+def test_half_an_evaluation_is_not_rescored(middling: Path, tmp_path: Path) -> None:
+    """Else its numbers would pass for those of the whole prompt file."""
+    half = work(tmp_path)
+    steps = half.do(Share())
+    assert [next(steps) for _ in range(12)] == list(range(12))
+    steps.close()
+    results = [result for result in read_results(middling / "results.jsonl") if result.filename < "images/00012"]
+    with pytest.raises(FileNotFoundError, match="has no finished evaluation"):
+        rescored(tmp_path, results)
+    assert not (tmp_path / "original").exists()
+
+
+def test_results_that_fit_not_leave_nothing_behind(middling: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(middling, tmp_path / "copied", ignore=shutil.ignore_patterns("original"))
+    with pytest.raises(ValueError, match="the results have no"):
+        rescored(copied, read_results(middling / "results.jsonl")[:-1])
+    assert not (copied / "original").exists()
+
+
+# --- images that were made elsewhere ----------------------------------------------------------------------------------
+
+
+def test_images_made_elsewhere_are_judged_where_they_lie(middling: Path, tmp_path: Path) -> None:
+    """Those of an evaluation, in folders with gaps: the verdicts are the same."""
+    elsewhere = tmp_path / "elsewhere"
+    for index in (3, 20):
+        shutil.copytree(middling / "images" / f"{index:05d}", elsewhere / f"{index + 100}")
+    (elsewhere / "103" / "samples" / "0000.png").unlink()
+    samples = read_samples(elsewhere)
+    groups = [samples[:2], samples[2:]]
+    prompts = PromptSet("images", (PROMPTS.prompts[3], PROMPTS.prompts[20]))
+    folder = GenEvalFolder(tmp_path / "made")
+    folder.begin(manifest(PROTOCOL, SUBJECT))
+    judged = Work(Existing(groups, folder.path, "cpu"), prompts, JUDGE, folder)
+    assert list(judged.do(Share())) == [0, 1]
+    made = folder.finish(PROTOCOL, 2)
+    before = [row.scores for row in load_evaluation(middling).records]
+    assert [record.scores for record in made.records] == before[10:12] + before[60:63]
+    assert [record.seed for record in made.records] == [1, 2, 0, 1, 2]
+    assert made.records[0].image == "../elsewhere/103/samples/0001.png"
+    results = read_results(folder.path / "results.jsonl")
+    assert [record.scores for record in load_evaluation(rescored(folder.path, results)).records] == [
+        record.scores for record in made.records
+    ]
+    page = write_geneval(folder.path).read_text()
+    wrong = [result for result in results if not result.correct]
+    assert wrong and page.count("data:image/png;base64") == len(wrong)
+
+
+def test_images_of_other_sizes_are_judged_apart(tmp_path: Path) -> None:
+    for number, side in enumerate((8, 8, 16, 8)):
+        write_samples(tmp_path / "images", 5, PROMPTS.prompts[0], torch.rand(1, 3, side, side), first=number)
+    shots = list(Existing([read_samples(tmp_path / "images")], tmp_path / "made", "cpu")(0, PROMPTS.prompts[0]))
+    assert [(shot.seeds, shot.images.shape[-1]) for shot in shots] == [([0, 1], 8), ([2], 16), ([3], 8)]
+    assert shots[1].files == ["../images/00005/samples/0002.png"]
+    (tmp_path / "images" / "00005" / "samples" / "0003.png").write_bytes(b"\x89PNG half of")
+    with pytest.raises(ValueError, match=r"0003\.png cannot be read as an image"):
+        list(Existing([read_samples(tmp_path / "images")], tmp_path / "made", "cpu")(0, PROMPTS.prompts[0]))
