@@ -68,9 +68,14 @@ def training_prompts(
     None has the composition of a prompt of GenEval, nor of one ``held_out``. People have no colour, as in GenEval.
     Leave some ``objects`` out to see how a model does on unseen ones. The same for the same seed.
 
-    Raises ValueError for a task without a composition that may be used.
+    Raises ValueError for a colour that GenEval lacks, an amount below 1, or a task without a composition that may be
+    used.
     """
     wanted = per_task if isinstance(per_task, Mapping) else dict.fromkeys(TASKS, per_task)
+    if few := [tag for tag, count in wanted.items() if count < 1]:
+        raise ValueError(f"ask for at least 1 prompt of {few[0]}, or leave the task out")
+    if beyond := [color for color in colors if color not in COLORS]:
+        raise ValueError(f"{beyond[0]!r} is not a colour of GenEval: choose from {', '.join(COLORS)}")
     barred = official() | {composition_hash(Request.of(prompt)) for prompt in held_out}
     spaces = _spaces(objects, colors)
     if unknown := set(wanted) - set(spaces):

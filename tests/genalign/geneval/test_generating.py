@@ -86,6 +86,10 @@ def test_compositions_do_not_depend_on_words_or_sides() -> None:
 def test_what_cannot_be_made_is_refused() -> None:
     with pytest.raises(ValueError, match="no task single_object to train on: choose from two_object"):
         training_prompts({"single_object": 4})
+    with pytest.raises(ValueError, match="ask for at least 1 prompt of position, or leave the task out"):
+        training_prompts({"colors": 4, "position": 0})
+    with pytest.raises(ValueError, match="'beige' is not a colour of GenEval: choose from red, orange"):
+        training_prompts({"colors": 4}, colors=("red", "beige"))
     with pytest.raises(ValueError, match="no colors composition to train on"):
         training_prompts({"colors": 4}, objects=("person",))
 

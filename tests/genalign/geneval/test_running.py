@@ -14,11 +14,24 @@ import torch
 from genalign.evaluation import Evaluation, Protocol, load_evaluation, suite_hash
 from genalign.geneval.comparing import compared
 from genalign.geneval.files import read_image, read_results, read_samples, summary, write_results, write_samples
+from genalign.geneval.judging import Judgement
 from genalign.geneval.original import rescored
-from genalign.geneval.running import GenEvalFolder, Share, Subject, Work, adapter_hash, manifest, verifier
+from genalign.geneval.requests import Request
+from genalign.geneval.running import (
+    GenEvalFolder,
+    Share,
+    Subject,
+    Work,
+    adapter_hash,
+    manifest,
+    prompt_row,
+    sample_row,
+    verifier,
+)
+from genalign.geneval.scoring import verdict
 from genalign.geneval.sources import Existing, Generated
 from genalign.report import write_geneval
-from genalign.types import PromptSet
+from genalign.types import Prompt, PromptSet
 from genalign.worlds import shapes
 from genalign.worlds.shapes.verifier import verify
 from rewards.geneval import GenEvalJudge
@@ -253,6 +266,18 @@ def test_the_report_shows_scores_failures_and_the_comparison(perfect: Path, midd
     assert f"Against {perfect.name}" in both and "Worst regressions" in both and "prompts won, relaxed" in both
     with pytest.raises(FileNotFoundError, match="has no finished evaluation"):
         write_geneval(middling, middling / "nowhere")
+
+
+def test_the_report_runs_nothing_that_a_prompt_says(tmp_path: Path) -> None:
+    text = "<script>alert(1)</script>"
+    prompt = Prompt(text, {"tag": text, "include": [{"class": text, "count": 1}], "prompt": text})
+    folder = GenEvalFolder(tmp_path)
+    folder.begin(manifest(PROTOCOL, SUBJECT))
+    found = Judgement(verdict([], Request.of(prompt)), ())
+    folder.write(0, prompt_row(0, prompt, [sample_row("images/00000/samples/0000.png", 1, found)]))
+    folder.finish(PROTOCOL, 1)
+    page = write_geneval(tmp_path, tmp_path).read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;&gt;=1, found 0") == 1
 
 
 # --- the original's results -------------------------------------------------------------------------------------------
