@@ -99,6 +99,8 @@ def save_kernel(kernel: CalibratedSDE, path: Path) -> None:
 
 def calibrated(path: str) -> CalibratedSDE:
     """The kernel that ``genalign calibrate`` wrote to ``path``."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no calibration in {path}: make one by genalign calibrate --output {path}")
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     try:
         return CalibratedSDE(

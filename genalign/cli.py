@@ -14,11 +14,16 @@ from genalign import assets, config
 from genalign.commands.comparing import calibrate_command, compare_command, report_command
 from genalign.commands.evaluating import evaluate_command
 from genalign.commands.exporting import export_command
-from genalign.commands.parts import Checkpoint, Outside
+from genalign.commands.parts import Checkpoint, Outside, import_from_here
+from genalign.commands.planning import plan_command
 from genalign.commands.rewarding import reward_command, serve_command
 from genalign.commands.searching import prices_command, steer_command, train_noise_aware_command
 from genalign.commands.training import demo_command, train_command
-from genalign.scoring import RewardError
+from genalign.mistakes import nearest
+from genalign.planning import Outline
+from pipelines.base import Options
+from pipelines.outline import outline
+from pipelines.quantization import quantized
 from rewards.geneval import GenEvalJudge
 from rewards.noise_aware import save_scorer
 from rewards.shapes import ShapesReward
@@ -26,6 +31,7 @@ from rewards.shapes import ShapesReward
 USAGE = """usage: genalign COMMAND ...
 
   train     --config FILE [--key value ...]       fine-tune a model on a reward
+  plan      --config FILE [--key value ...]       what training would do, hold and refuse; reads no weights
   evaluate  shapes --output DIR [--lora DIR ...]  measure a model in the shapes world
   evaluate  geneval --output DIR --prompts FILE   measure it on GenEval's prompts; any number of processes
   evaluate  geneval-images --output DIR --images DIR       images that another program made of them
@@ -49,9 +55,23 @@ def load_model(model: config.Model) -> Checkpoint:
     """The pipeline that a configuration names, opened without the libraries' own progress bars."""
     disable_diffusers_bars()
     disable_transformers_bars()
-    return pipelines.load(
-        assets.resolve(model.path),
-        dtype=config.dtype(model.dtype),
+    config.require_device(model.device)
+    return pipelines.load(assets.resolve(model.path), dtype=config.dtype(model.dtype), **_options(model))
+
+
+def outline_model(model: config.Model) -> Outline:
+    """The same without its weights."""
+    return outline(assets.resolve(model.path), dtype=config.dtype(model.dtype), **_options(model))
+
+
+def require_model(model: config.Model) -> None:
+    """Raise ValueError for a device, or a quantisation, that this machine does not have."""
+    config.require_device(model.device)
+    quantized(model.memory, "", config.dtype(model.dtype))
+
+
+def _options(model: config.Model) -> Options:
+    return Options(
         device=model.device,
         autocast=config.dtype(model.autocast) if model.autocast else None,
         height=model.height,
@@ -64,6 +84,8 @@ def load_model(model: config.Model) -> Checkpoint:
 
 OUTSIDE = Outside(
     load_model,
+    outline_model,
+    require_model,
     {"strict": ShapesReward("strict"), "partial": ShapesReward("partial"), "relaxed": ShapesReward("relaxed")},
     save_scorer,
     GenEvalJudge(),
@@ -80,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[Outside, Sequence[str]], int]] = {
         "train": train_command,
         "evaluate": evaluate_command,
+        "plan": plan_command,
         "calibrate": calibrate_command,
         "compare": compare_command,
         "steer": steer_command,
@@ -92,11 +115,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo": demo_command,
     }
     if name not in commands:
-        print(f"error: no command {name!r}; {config.nearest(name, list(commands))}", file=sys.stderr)
+        print(f"error: no command {name!r}; {nearest(name, list(commands))}", file=sys.stderr)
         return 2
+    import_from_here()
     try:
         return commands[name](OUTSIDE, rest)
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, RewardError) as error:
+    except config.REFUSED as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
-import re
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +19,11 @@ from genalign.dynamics import Kernel
 from genalign.guard import Actions
 from genalign.hacking import Limits
 from genalign.memory import Memory
+from genalign.mistakes import explain
 from genalign.policy import Lora
 from genalign.recipes import Recipe, flow_grpo
 from genalign.sampling import Sampling
+from genalign.scoring import RewardError
 from genalign.search.aware import Distillation
 from genalign.search.strategy import Strategy
 from genalign.training import Settings
@@ -69,6 +69,11 @@ class Amount:
     seeds: int = 3
     batch_size: int = 96
 
+    def __post_init__(self) -> None:
+        for name in ("images_per_task", "seeds", "batch_size"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, not {vars(self)[name]}")
+
 
 @dataclass(frozen=True)
 class HeldOut(Amount):
@@ -105,6 +110,7 @@ class Hacking(Amount):
     on_alarm: Actions = field(default_factory=Actions)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.seeds < 2 or self.images_per_task < 2:
             raise ValueError("hacking.seeds and hacking.images_per_task must be at least 2, to tell variety")
 
@@ -265,6 +271,10 @@ class ConfigurationError(ValueError):
     """A configuration that cannot be used; the message says what to write instead."""
 
 
+REFUSED = (ValueError, FileNotFoundError, FileExistsError, PermissionError, RewardError)
+"""What bad input raises; the message is for the one who wrote it."""
+
+
 def parse(settings: type[Any], arguments: Sequence[str], command: str) -> tuple[Any, dict[str, Any]]:
     """An instance of the dataclass ``settings`` from ``--config`` files and overrides, and the same as plain JSON.
 
@@ -297,25 +307,21 @@ def _plain(parser: ArgumentParser, parsed: Namespace) -> dict[str, Any]:
 
 def _keys(parser: ArgumentParser) -> list[str]:
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
-    return known + [f"recipe.{name}" for name in inspect.signature(flow_grpo).parameters]
+    of_rewards = [f"rewards.{name}" for name in RewardChoice.__dataclass_fields__]
+    return known + of_rewards + [f"recipe.{name}" for name in inspect.signature(flow_grpo).parameters]
 
 
-def explain(message: str, keys: Sequence[str]) -> str:
-    """``message`` with the nearest known key, where it complains about an unknown one."""
-    found = re.search(r"(?:Option '([\w.]+)' is not accepted|unrecognized arguments: --([\w.]+))", message, re.I)
-    if not found:
-        return message
-    unknown = found.group(1) or found.group(2)
-    if not difflib.get_close_matches(unknown, keys, 1):
-        unknown = unknown.rsplit(".", 1)[-1]
-        keys = [key.rsplit(".", 1)[-1] for key in keys]
-    return f"unknown setting {unknown!r}: {nearest(unknown, keys)}"
-
-
-def nearest(unknown: str, known: Sequence[str]) -> str:
-    """A question after the nearest known name, or where to find them all."""
-    near = difflib.get_close_matches(unknown, known, 1)
-    return f"did you mean {near[0]!r}?" if near else "see --help for what there is"
+def require_device(name: str) -> None:
+    """Raise ValueError for a name that torch does not know, or a CUDA device that is not here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"model.device {name!r} is no device: give cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"model.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here: give"
+            " --model.device cpu, or install the torch of your GPU"
+        )
 
 
 def dtype(name: Precision) -> torch.dtype:

@@ -30,6 +30,11 @@ class Actions:
             raise ValueError(f"raise_kl must be a positive weight, not {self.raise_kl}")
 
 
+def due(rounds_done: int, every: int, last: bool) -> bool:
+    """Whether a look every ``every`` rounds is due: after the first, and the last, too."""
+    return rounds_done == 1 or rounds_done % every == 0 or last
+
+
 class Guard:
     """``look`` reads the model as it is; the first time before training. ``rewards`` names the held-out ones.
 
@@ -49,7 +54,7 @@ class Guard:
 
     def panel(self, rounds_done: int, last: bool, kl: float) -> Panel | None:
         """What is seen after a round; None where none is due."""
-        if not (rounds_done == 1 or rounds_done % self.every == 0 or last):
+        if not due(rounds_done, self.every, last):
             return None
         seen = panel(self._before, self._look(), kl, self._limits)
         if seen.light == "red":

@@ -103,9 +103,14 @@ def mean_square(value: Tensor, reference: Tensor) -> Tensor:
     return (value - reference).square().flatten(1).mean(1)
 
 
-def _log_bounds(clip_range: float) -> tuple[float, float]:
+def require_clip_range(clip_range: float) -> None:
+    """Raise ValueError for one outside (0, 1)."""
     if not 0 < clip_range < 1:
         raise ValueError(f"clip_range must be in (0, 1), not {clip_range}")
+
+
+def _log_bounds(clip_range: float) -> tuple[float, float]:
+    require_clip_range(clip_range)
     return math.log1p(-clip_range), math.log1p(clip_range)
 
 

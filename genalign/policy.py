@@ -67,6 +67,8 @@ class Policy:
         self, denoiser: nn.Module, lora: Lora | None, averaging: float = 0.9, seed: int = 0, worn: bool = False
     ) -> None:
         self.denoiser = denoiser.requires_grad_(False)
+        if not 0 <= averaging < 1:
+            raise ValueError(f"averaging must be a decay in [0, 1), not {averaging}")
         self.averaging = averaging
         self.updates = 0
         if lora and not worn:

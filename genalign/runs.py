@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genalign.checkpoints import optimizer_tensors, save_state, with_prefix, write_json
-from genalign.guard import Guard
+from genalign.guard import Guard, due
 from genalign.hacking import Panel
 from genalign.statistics import Estimate
 from genalign.training import RoundResult, Trainer
@@ -51,10 +51,16 @@ class RunFolder:
 
     path: Path
 
-    def begin(self, config: Mapping[str, Any]) -> None:
-        """Make the folder and write config.json and environment.json. Raises FileExistsError for a used folder."""
+    def require_unused(self) -> None:
+        """Raise FileExistsError where it holds a run, or is a file."""
         if (self.path / "metrics.jsonl").exists():
             raise FileExistsError(f"{self.path} holds a run already: choose another output, or remove it")
+        if self.path.is_file():
+            raise FileExistsError(f"{self.path} is a file: output is a folder to make")
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Make the folder and write config.json and environment.json. Raises FileExistsError for a used folder."""
+        self.require_unused()
         write_json(self.path / "config.json", config)
         write_json(self.path / "environment.json", environment())
 
@@ -139,7 +145,7 @@ def train(
             for result in trainer.rounds():
                 done += 1
                 last = trainer.settings.progress(done, result.forwards) >= 1
-                estimates = watch() if watch and (done == 1 or done % every == 0 or last) else None
+                estimates = watch() if watch and due(done, every, last) else None
                 seen = guard.panel(done, last, result.kl) if guard else None
                 looked = {"held_out": _plain(estimates), "hacking": seen.as_list() if seen else None}
                 folder.append(result.metrics() | looked)

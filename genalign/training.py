@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -54,6 +54,16 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("rounds", "max_forwards", "prompts_per_round", "batch_size", "updates_per_round"):
+            value = vars(self)[name]
+            if value is not None and value < 1:
+                raise ValueError(f"training.{name} must be at least 1, not {value}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not vars(self)[name] > 0:
+                raise ValueError(f"training.{name} must be positive, not {vars(self)[name]}")
+        self._require_whole_groups()
+
+    def _require_whole_groups(self) -> None:
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}: a group needs at least 2 samples to be compared")
         if self.batch_size % self.group_size:
@@ -136,7 +146,8 @@ class Trainer:
         recipe.kernel.check(sampling.guidance, [reward.name for reward in rewards if reward.weight])
         recipe.steps(self.grid, 0, settings.seed)  # refuse an impossible recipe before any compute
         self.prompts = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
-        self.optimizer = _optimizer(settings, policy.parameters)
+        rate, decay = settings.learning_rate, settings.weight_decay
+        self.optimizer = adam(settings)(policy.parameters, lr=rate, weight_decay=decay)
         self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
         self.old = Snapshot(policy.parameters) if recipe.lag else None
         self.watch = Watch()
@@ -268,13 +279,13 @@ def _warn_of_disagreement(log_ratio_max: float, clip_range: float | None) -> Non
         )
 
 
-def _optimizer(settings: Settings, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW. Raises ValueError where 8 bits are asked for and bitsandbytes is missing."""
+def adam(settings: Settings) -> Callable[..., torch.optim.Optimizer]:
+    """The class of the optimiser. Raises ValueError where 8 bits are asked for and bitsandbytes is missing."""
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise ValueError("training.optimizer 'adamw8bit' needs bitsandbytes: pip install 'genalign[memory]'") from None
-    made: torch.optim.Optimizer = AdamW8bit(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    return made
+    found: type[torch.optim.Optimizer] = AdamW8bit
+    return found

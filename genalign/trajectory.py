@@ -22,6 +22,7 @@ from genalign.objectives import (
     guarded_log_ratio,
     kl_penalty,
     noise_weights,
+    require_clip_range,
 )
 from genalign.regression import prdp_loss, untied_groups
 from genalign.rollout import Replay
@@ -49,6 +50,9 @@ class Clipped:
 
     clip_range: float
 
+    def __post_init__(self) -> None:
+        require_clip_range(self.clip_range)
+
     def __call__(self, again: Replay, credit: Tensor) -> Tensor:
         return clipped_surrogate(again.log_ratio, credit, self.clip_range)
 
@@ -58,6 +62,9 @@ class Guarded:
     """GRPO-Guard (arXiv 2510.22319): the clipped surrogate on normalised log-ratios, divided by sigma - sigma_next."""
 
     clip_range: float
+
+    def __post_init__(self) -> None:
+        require_clip_range(self.clip_range)
 
     def __call__(self, again: Replay, credit: Tensor) -> Tensor:
         log_ratio = guarded_log_ratio(again.new, again.old, again.x_next)
@@ -153,6 +160,9 @@ class RewardDifference:
     beta: float
     clip_range: float
     steps: Literal["mean", "sum"] = "mean"
+
+    def __post_init__(self) -> None:
+        require_clip_range(self.clip_range)
 
     def terms(self, credit: Tensor, group: Tensor) -> int:
         """Prompts whose rewards are not all equal."""

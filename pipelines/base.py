@@ -148,6 +148,20 @@ class DiffusersPipeline(ABC):
         """Whether guidance is an input of the network."""
         return False
 
+    def require_guidance(self, guidance: float) -> None:  # noqa: B027  # most networks take any
+        """Raise ValueError for classifier-free guidance that the network was not made for."""
+
+    def longest_text(self, count: int) -> dict[str, Tensor]:
+        """What ``count`` texts of the greatest length are encoded as, without values: for estimates."""
+        return {"context": self._blank(count, self.max_sequence_length, self._config.cross_attention_dim)}
+
+    def _blank(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self.device, dtype=self.pipe.components[self.trained].dtype)
+
+    @property
+    def _config(self) -> Any:
+        return self.pipe.components[self.trained].config
+
     # what all share
 
     @property
@@ -160,6 +174,11 @@ class DiffusersPipeline(ABC):
     def latent_channels(self) -> int:
         """C of its latents."""
         return int(self.pipe.components[self.trained].config.in_channels)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one sample."""
+        return self.latent_channels, self.height, self.width
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -181,7 +200,7 @@ class DiffusersPipeline(ABC):
         factor = int(self.pipe.vae_scale_factor)
         if pixels is None:
             return self._native_size()
-        if pixels % (factor * self.patch):
+        if pixels < 1 or pixels % (factor * self.patch):
             raise ValueError(
                 f"height and width must be multiples of {factor * self.patch} for this model, not {pixels}"
             )
@@ -203,8 +222,7 @@ class DiffusersPipeline(ABC):
 
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
         """Standard normal latents (B, C, h, w) on the pipeline's device, one CPU generator per seed."""
-        shape = (self.latent_channels, self.height, self.width)
-        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        drawn = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(drawn).to(self.device)
 
     def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:

@@ -25,9 +25,14 @@ def load(
 
     Raises ``FileNotFoundError`` or ``ValueError`` saying what is there instead.
     """
+    return family_of(path_or_id).load(path_or_id, dtype=dtype, **options)
+
+
+def family_of(path_or_id: str | Path) -> type[DiffusersPipeline]:
+    """The wrapper of a checkpoint. Raises as ``load``."""
     found = pipeline_class(path_or_id)
     for family in FAMILIES:
         if family.kind.__name__ == found:
-            return family.load(path_or_id, dtype=dtype, **options)
+            return family
     known = ", ".join(family.kind.__name__ for family in FAMILIES)
     raise ValueError(f"{path_or_id} holds a {found}, which is no family known here: they are {known}")

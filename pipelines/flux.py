@@ -43,13 +43,23 @@ class Flux(FlowPipeline):
         )
         return {"context": context, "pooled": pooled}
 
-    def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
-        """As every family; ValueError for classifier-free guidance on a guidance-distilled network."""
+    def longest_text(self, count: int) -> dict[str, Tensor]:
+        """As every family."""
+        config = self._config
+        context = self._blank(count, self.max_sequence_length, config.joint_attention_dim)
+        return {"context": context, "pooled": self._blank(count, config.pooled_projection_dim)}
+
+    def require_guidance(self, guidance: float) -> None:
+        """A guidance-distilled network takes none."""
         if guidance > 1 and self.is_distilled:
             raise ValueError(
                 f"this model has guidance distilled into it: set sampling.guidance to 1, not {guidance}, and what the"
                 " network is told by model.distilled_guidance"
             )
+
+    def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
+        """As every family; ValueError for classifier-free guidance on a guidance-distilled network."""
+        self.require_guidance(guidance)
         return super().predict(x, level, conditioning, guidance)
 
     @property

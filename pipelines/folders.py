@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -17,12 +18,65 @@ def check_folder(path_or_id: str | Path, wanted: str) -> None:
     """Raise unless ``path_or_id`` is a diffusers folder or a reachable Hub id of the pipeline class ``wanted``."""
     if (found := pipeline_class(path_or_id)) != wanted:
         raise ValueError(f"{path_or_id} holds a {found}, not a {wanted}: use the pipeline of that family")
+    require_components(path_or_id)
+    require_weights(path_or_id)
 
 
 def pipeline_class(path_or_id: str | Path) -> str:
     """The diffusers class that a checkpoint names."""
-    name: str = json.loads(_model_index(path_or_id).read_text()).get("_class_name", "no pipeline")
+    name: str = model_index(path_or_id).get("_class_name", "no pipeline")
     return name
+
+
+def model_index(path_or_id: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: a component's entry is its library and class, or two nulls."""
+    index: dict[str, Any] = json.loads(_model_index(path_or_id).read_text())
+    return index
+
+
+def require_components(path_or_id: str | Path) -> None:
+    """Raise FileNotFoundError where a folder lacks a component that its model_index.json names."""
+    if not Path(path_or_id).is_dir():
+        return
+    named = [name for name, entry in model_index(path_or_id).items() if isinstance(entry, list) and None not in entry]
+    if lacking := [name for name in named if not (Path(path_or_id) / name).is_dir()]:
+        raise FileNotFoundError(
+            f"{path_or_id} lacks {', '.join(f'{name}/' for name in lacking)}, which its model_index.json names: copy"
+            " the whole folder that save_pretrained wrote"
+        )
+
+
+def require_weights(path_or_id: str | Path) -> None:
+    """Raise FileNotFoundError where a network of a folder has a configuration and no weights."""
+    configured = [file.parent for file in Path(path_or_id).glob("*/config.json")]
+    if empty := [folder.name for folder in configured if not has_weights(folder)]:
+        raise FileNotFoundError(
+            f"{path_or_id} has no weights in {', '.join(f'{name}/' for name in sorted(empty))}: copy the .safetensors"
+            " files too"
+        )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a component's folder has weight files."""
+    return any(file.suffix in (".safetensors", ".bin") for file in folder.glob("*"))
+
+
+def component_file(path_or_id: str | Path, component: str, file: str) -> Path:
+    """A small file of a component, downloaded where it must be. Raises ``FileNotFoundError`` or ``PermissionError``
+    where it cannot be had."""
+    if not Path(path_or_id).is_dir():
+        return _from_hub(str(path_or_id), f"{component}/{file}")
+    found = Path(path_or_id) / component / file
+    if not found.is_file():
+        raise FileNotFoundError(
+            f"{path_or_id} lacks {component}/{file}: copy the whole folder that save_pretrained wrote"
+        )
+    return found
+
+
+def local_folder(path_or_id: str | Path) -> Path:
+    """Where the files of a checkpoint are, as far as they were downloaded."""
+    return _model_index(path_or_id).parent
 
 
 def _model_index(path_or_id: str | Path) -> Path:
@@ -35,7 +89,7 @@ def _model_index(path_or_id: str | Path) -> Path:
         raise ValueError(f"{folder} is a file: give the diffusers folder (with model_index.json) or a Hub id")
     if not is_hub_id(path_or_id):
         raise FileNotFoundError(f"{path_or_id} is neither a folder nor a Hub id (owner/name)")
-    return _from_hub(str(path_or_id))
+    return _from_hub(str(path_or_id), "model_index.json")
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -43,12 +97,13 @@ def is_hub_id(source: str | Path) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None
 
 
-def _from_hub(repository: str) -> Path:
+def _from_hub(repository: str, file: str) -> Path:
     try:
-        return Path(hf_hub_download(repository, "model_index.json"))
+        return Path(hf_hub_download(repository, file))
     except GatedRepoError:
         raise PermissionError(
-            f"{repository} is gated: accept its licence on its Hub page, then run `hf auth login`"
+            f"{repository} is gated: accept its licence at https://huggingface.co/{repository}, then run"
+            " `hf auth login`"
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
@@ -59,10 +114,10 @@ def _from_hub(repository: str) -> Path:
 
 def fingerprint(network: nn.Module) -> str:
     """16 hexadecimal characters over the names, shapes and first values of a network's weights, whatever its dtype;
-    quantised weights are left out."""
+    quantised weights, and those on the meta device, are left out."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
-        if type(tensor) is not Tensor:  # a subclass holds what is quantised
+        if type(tensor) is not Tensor or tensor.is_meta:  # a subclass holds what is quantised
             continue
         first = tensor.detach().flatten()[:256].to("cpu", torch.float32).half()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + first.numpy().tobytes())

@@ -80,6 +80,12 @@ class SDXL(UNetPipeline):
         alpha = (1 + ratio**2).rsqrt()
         return Grid(scheduler.timesteps.double(), alpha, ratio * alpha)
 
+    def longest_text(self, count: int) -> dict[str, Tensor]:
+        """As every family; the pooled text is what the network takes beside six numbers of sizes."""
+        config = self._config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {**super().longest_text(count), "pooled": self._blank(count, pooled)}
+
     def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
         context, _, pooled, _ = self.pipe.encode_prompt(
             texts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False

@@ -34,6 +34,11 @@ class QwenImage(FlowPipeline):
     def _own_sigmas(self, num_steps: int) -> list[float] | None:
         return [float(sigma) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
 
+    def longest_text(self, count: int) -> dict[str, Tensor]:
+        """As every family; nothing is masked."""
+        context = self._blank(count, self.max_sequence_length, self._config.joint_attention_dim)
+        return {"context": context, "mask": torch.ones(context.shape[:2], dtype=torch.long)}
+
     def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
         context, mask = self.pipe.encode_prompt(texts, self.device, max_sequence_length=self.max_sequence_length)
         if mask is None:  # all are equally long

@@ -30,6 +30,11 @@ class Sana(FlowPipeline):
     def _longest_text(self) -> int:
         return _GEMMA_LENGTH
 
+    def longest_text(self, count: int) -> dict[str, Tensor]:
+        """As every family."""
+        context = self._blank(count, self.max_sequence_length, self._config.caption_channels)
+        return {"context": context, "mask": torch.ones(context.shape[:2], dtype=torch.long, device=self.device)}
+
     def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
         """The empty prompt is encoded without the instruction that goes before the others, as diffusers does it."""
         rows = [self._encoded_one(text) for text in texts]

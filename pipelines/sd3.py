@@ -22,6 +22,12 @@ class SD3(FlowPipeline):
         tokenizer = self.pipe.tokenizer_3
         return _DIFFUSERS_T5_LENGTH if tokenizer is None else min(_DIFFUSERS_T5_LENGTH, int(tokenizer.model_max_length))
 
+    def longest_text(self, count: int) -> dict[str, Tensor]:
+        """CLIP's tokens, then T5's."""
+        tokens, config = self.pipe.tokenizer.model_max_length + self.max_sequence_length, self._config
+        context = self._blank(count, tokens, config.joint_attention_dim)
+        return {"context": context, "pooled": self._blank(count, config.pooled_projection_dim)}
+
     def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
         context, _, pooled, _ = self.pipe.encode_prompt(
             texts,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Protocol
 
 from genalign import config
 from genalign.geneval.judging import Judge
+from genalign.planning import Outline
 from genalign.prompts import load_prompts
 from genalign.runs import WeightStore
 from genalign.scoring import NamedReward
@@ -41,10 +44,13 @@ class Checkpoint(Pipeline, WeightStore, Protocol):
 @dataclass(frozen=True)
 class Outside:
     """What commands take from ``pipelines`` and ``rewards``, which the core does not import: ``genalign.cli`` hands it
-    to them. ``load`` opens a model, ``scorers`` judge the shapes world, ``save_scorer`` writes a noise-aware reward,
+    to them. ``load`` opens a model, ``outline`` all of it but its weights, and ``require`` raises ValueError where this
+    machine cannot; ``scorers`` judge the shapes world, ``save_scorer`` writes a noise-aware reward,
     ``geneval`` is the judge of GenEval evaluations that name no other."""
 
     load: Callable[[config.Model], Checkpoint]
+    outline: Callable[[config.Model], Outline]
+    require: Callable[[config.Model], None]
     scorers: Mapping[str, RewardFunction]
     save_scorer: Callable[[Path, NoiseAware], None]
     geneval: Judge
@@ -54,9 +60,15 @@ class Outside:
         return self.scorers if source.startswith("shapes:") else others
 
 
+def import_from_here() -> None:
+    """Let a configuration name modules of the working directory; installed ones of the same name come first."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 def named_rewards(chosen: Mapping[str, config.RewardChoice]) -> list[NamedReward]:
     """The rewards of a configuration."""
-    return [NamedReward(name, choice.function, choice.weight) for name, choice in chosen.items()]
+    return [NamedReward(name, choice.function, choice.weight, choice.score_batch) for name, choice in chosen.items()]
 
 
 def prompt_set(source: str) -> PromptSet:

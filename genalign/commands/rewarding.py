@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -27,7 +26,8 @@ from genalign.worlds import shapes
 class Serve:
     """A reward behind HTTP: MODULE:CLASS, and its parameters as --args.NAME.
 
-    ``name`` and ``version`` are what clients are told: by default its import path, and a hash of its configuration.
+    ``name`` and ``version`` are what clients are told: by default its import path, and a hash of its configuration and
+    of the local files that it names (not of what it takes from the Hub).
     ``sample_rate`` in Hz makes it a reward of waveforms. The environment variable ``token_variable`` holds the token
     that clients must send; an address that other machines reach needs one.
     """
@@ -81,7 +81,8 @@ def serve_command(outside: Outside, arguments: Sequence[str]) -> int:
         settings.max_pixels,
         settings.sample_rate,
     )
-    app = serving.build_app(settings.reward, info, token, settings.max_requests, settings.device)
+    first = serving.meaningless(info)
+    app = serving.build_app(settings.reward, info, token, settings.max_requests, settings.device, first)
     socket = serving.listen(settings.host, settings.port)
     host, port = socket.getsockname()[:2]
     print(f"serving {info.name} {info.version} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
@@ -107,11 +108,9 @@ def reward_command(outside: Outside, arguments: Sequence[str]) -> int:
 
 
 def _by_name(arguments: Sequence[str], command: str) -> list[str]:
-    """MODULE:CLASS and --args.NAME as the settings that they stand for; modules may be in the working directory."""
+    """MODULE:CLASS and --args.NAME as the settings that they stand for."""
     if not arguments:
         raise ValueError(f"name the reward: genalign {command} rewards.clip:ClipReward --args.model shapes-clip")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     first, *rest = arguments
     named = [first] if first.startswith("-") else ["--reward", first.replace(":", ".")]
     own = [f"--reward.init_args.{one.removeprefix('--args.')}" if one.startswith("--args.") else one for one in rest]
@@ -119,10 +118,27 @@ def _by_name(arguments: Sequence[str], command: str) -> list[str]:
 
 
 def _identity(reward: Any) -> tuple[str, str]:
-    """The import path of a configured reward, and a hash of its configuration and of genalign's version."""
+    """The import path of a configured reward, and a hash of its configuration, of what is in the files and folders that
+    it names, and of genalign's version."""
     name = reward["class_path"] if isinstance(reward, dict) else str(reward)
-    whole = json.dumps([reward, version("genalign")], sort_keys=True)
+    whole = json.dumps([reward, [_digest(path) for path in _files_of(reward)], version("genalign")], sort_keys=True)
     return name, hashlib.sha256(whole.encode()).hexdigest()[:12]
+
+
+def _files_of(setting: Any) -> list[Path]:
+    """The files that a configured value names, those of its folders included."""
+    if isinstance(setting, dict | list):
+        values = setting.values() if isinstance(setting, dict) else setting
+        return [path for value in values for path in _files_of(value)]
+    if not isinstance(setting, str) or not os.path.exists(setting):  # Path.exists raises for long texts
+        return []
+    named = Path(setting)
+    return [named] if named.is_file() else sorted(path for path in named.rglob("*") if path.is_file())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _samples(settings: RewardCheck) -> tuple[Tensor, list[Prompt]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def run_training(outside: Outside, settings: config.Train, plain: Mapping[str, A
     """Evaluate, train, evaluate again, and write the report."""
     prompts = prompt_set(settings.prompts)
     folder = RunFolder(Path(settings.output))
+    folder.require_unused()
+    require_trackers(settings.trackers)
     pipeline = outside.load(settings.model)
     rewards = named_rewards(settings.rewards)
     _probe(pipeline, rewards, prompts, settings.sampling)
@@ -78,8 +81,15 @@ def _policy(settings: config.Train, pipeline: Checkpoint) -> Policy:
     return Policy(pipeline.denoiser, settings.lora, settings.averaging, settings.training.seed, worn)
 
 
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError for one that is not installed: accelerate would leave it out."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ValueError(f"trackers names {name}, which is not installed: pip install {name}")
+
+
 def trackers(names: Sequence[str], folder: Path) -> list[Any]:
-    """Experiment trackers, through accelerate, which names what must be installed for each."""
+    """Experiment trackers, through accelerate."""
     if not names:
         return []
     from accelerate import Accelerator
