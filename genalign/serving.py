@@ -15,16 +15,10 @@ import hashlib
 import hmac
 import ipaddress
 import json
-import logging
-import queue
 import socket
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 import uvicorn
@@ -36,34 +30,12 @@ from starlette.routing import Route
 from torch import Tensor
 
 from genalign import wire
-from genalign.types import Prompt, RewardFunction
+from genalign.serving_worker import DRAIN_SECONDS, Job, Scored, Worker
+from genalign.types import RewardFunction
 from genalign.wire import Info, ItemError
-
-logger = logging.getLogger(__name__)
 
 _REMEMBERED = 256  # finished requests whose answers are kept for a client that asks again
 _UPLOAD_SECONDS = 60.0
-_DRAIN_SECONDS = 30
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One sample's score, or None and why."""
-
-    score: float | None
-    error: ItemError | None = None
-
-
-@dataclass(eq=False)
-class Job:
-    """A request in the queue: ``samples`` are decoded, or say why not. ``deadline`` is by the monotonic clock, and its
-    answer is None where that has passed before its turn."""
-
-    request_id: str
-    samples: Sequence[Tensor | ItemError]
-    prompts: Sequence[Prompt]
-    deadline: float
-    answer: Future[list[Scored] | None] = field(default_factory=Future)
 
 
 class Refusal(Exception):
@@ -72,124 +44,6 @@ class Refusal(Exception):
     def __init__(self, status: int, code: str, message: str, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.retry_after = status, code, retry_after
-
-
-def score_each(reward: RewardFunction, samples: Tensor, prompts: Sequence[Prompt], name: str) -> list[Scored]:
-    """Scores of samples (B, ...); where the reward raises, halves are tried, so that one bad sample costs but its own.
-
-    Details of what was raised go to the log under ``name``, not to the client.
-    """
-    try:
-        with torch.no_grad():
-            scores = reward(samples, prompts)
-        if not isinstance(scores, Tensor) or scores.shape != (len(samples),):
-            shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(f"the reward returned {shape} for {len(samples)} samples")
-        return [_scored(score) for score in scores.tolist()]
-    except Exception as error:  # a user's reward may raise anything
-        if len(samples) == 1:
-            logger.warning("request %s: the reward raised %s: %s", name, type(error).__name__, error)
-            reason = ItemError("reward_failed", f"the reward raised {type(error).__name__}: see the server's log")
-            return [Scored(None, reason)]
-    half = len(samples) // 2
-    left = score_each(reward, samples[:half], prompts[:half], name)
-    return left + score_each(reward, samples[half:], prompts[half:], name)
-
-
-def _scored(score: float) -> Scored:
-    if abs(score) < float("inf"):
-        return Scored(float(score))
-    return Scored(None, ItemError("unscorable", f"the reward gave {score}"))
-
-
-class Worker:
-    """The one thread that calls the reward, on ``device``. Requests that have gathered meanwhile are scored together,
-    those of one shape at a time and at most ``max_batch`` samples: nothing waits for others to come. ``first`` is a
-    sample (C, ...) that is scored before any other, to open what the reward opens at its first call."""
-
-    def __init__(
-        self, reward: RewardFunction, max_batch: int, device: str = "cpu", first: Tensor | None = None
-    ) -> None:
-        self._reward, self._max_batch, self._device, self._first = reward, max_batch, device, first
-        self._loaded = first is None
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="genalign-reward", daemon=True)
-        self._thread.start()
-
-    def submit(self, job: Job) -> None:
-        """Queue a request; ``job.answer`` is set later."""
-        self._queue.put(job)
-
-    def state(self) -> Literal["loading", "ready", "stopping"]:
-        """Whether it does not score yet, scores, or does no longer."""
-        if not self._thread.is_alive():
-            return "stopping"
-        return "ready" if self._loaded else "loading"
-
-    def close(self) -> None:
-        """Finish what is queued, and end."""
-        self._queue.put(None)
-        self._thread.join(_DRAIN_SECONDS)
-
-    def _load(self) -> None:
-        if self._first is not None:
-            tried, name = self._first[None].to(self._device), "at the start, of a sample without meaning or metadata"
-            score_each(self._reward, tried, [Prompt("a photo")], name)
-        self._loaded = True
-
-    def _run(self) -> None:
-        self._load()
-        while jobs := self._gathered():
-            due = [job for job in jobs if job.deadline > time.monotonic()]
-            for job in jobs:
-                if job not in due:
-                    job.answer.set_result(None)
-            try:
-                self._score(due)
-            except Exception:  # the thread must outlive whatever happens to one batch
-                logger.exception("requests %s", " ".join(job.request_id for job in due))
-                for job in due:
-                    error = ItemError("server_failed", "the server failed: see its log")
-                    job.answer.set_result([Scored(None, error)] * len(job.prompts))
-
-    def _gathered(self) -> list[Job]:
-        """The next request, and those behind it that fit into its batch; none at the end."""
-        job = self._queue.get()
-        jobs = [] if job is None else [job]
-        while jobs and sum(len(job.samples) for job in jobs) < self._max_batch and not self._queue.empty():
-            following = self._queue.get()
-            if following is None:
-                self._queue.put(None)
-                break
-            jobs.append(following)
-        return jobs
-
-    def _score(self, jobs: Sequence[Job]) -> None:
-        results = [[_unread(sample) for sample in job.samples] for job in jobs]
-        for rows in self._batches(jobs):
-            samples = torch.stack([tensor for _, _, tensor in rows]).to(self._device)
-            prompts = [jobs[j].prompts[i] for j, i, _ in rows]
-            names = " ".join(dict.fromkeys(jobs[j].request_id for j, _, _ in rows))
-            for (j, i, _), scored in zip(rows, score_each(self._reward, samples, prompts, names), strict=True):
-                results[j][i] = scored
-        for job, result in zip(jobs, results, strict=True):
-            job.samples = ()  # it is remembered for its answer alone
-            job.answer.set_result(result)
-
-    def _batches(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, int, Tensor]]]:
-        """(job, sample, tensor) of the same shape, at most ``max_batch`` at a time."""
-        shapes: dict[torch.Size, list[tuple[int, int, Tensor]]] = {}
-        for j, job in enumerate(jobs):
-            for i, sample in enumerate(job.samples):
-                if isinstance(sample, Tensor):
-                    shapes.setdefault(sample.shape, []).append((j, i, sample))
-        for rows in shapes.values():
-            for first in range(0, len(rows), self._max_batch):
-                yield rows[first : first + self._max_batch]
-
-
-def _unread(sample: Tensor | ItemError) -> Scored:
-    return Scored(None, sample if isinstance(sample, ItemError) else None)
 
 
 class Service:
@@ -404,6 +258,6 @@ def server(app: Starlette) -> uvicorn.Server:
             access_log=False,
             server_header=False,
             timeout_keep_alive=75,
-            timeout_graceful_shutdown=_DRAIN_SECONDS,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
         )
     )

@@ -214,7 +214,7 @@ class RubricJudge:
     def _read(self, answer: Answer) -> float | None:
         try:
             found = json.loads(answer.text)
-            grades = [found[name] for name in self.criteria]
+            grades: list[int] = [found[name] for name in self.criteria]
         except (ValueError, RecursionError, KeyError, TypeError):
             return None
         if not all(type(grade) is int and self.low <= grade <= self.high for grade in grades):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from genalign import wire
 from genalign.cli import main
+from genalign.commands.rewarding import _identity
 from genalign.types import Prompt
 from rewards.http_client import Patience
 from rewards.remote import RemoteReward
@@ -95,7 +96,7 @@ BAD = [
     (["reward"], "say what to do with it: genalign reward check MODULE:CLASS"),
     (["reward", "check"], "name the reward: genalign reward check rewards.clip:ClipReward --args.model shapes-clip"),
     (["serve"], "name the reward: genalign serve"),
-    (["reward", "check", "outside_scores:nothing"], "has no attribute 'nothing'"),
+    (["reward", "check", "outside_scores:nothing"], " has no "),
     (["reward", "check", "outside_scores:Channel", "--args.chanel", "1"], "unknown setting 'chanel'"),
     (["reward", "check", "outside_scores:redness", "--count", "2"], "at least 4 images"),
     (["reward", "check", "outside_scores:redness", "--samples", "nowhere"], "write a line with file_name and prompt"),
@@ -118,6 +119,25 @@ def test_bad_input_is_told_in_a_line(
     monkeypatch.delenv("GENALIGN_TOKEN", raising=False)
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_version_is_of_what_is_in_the_files(folder: Path) -> None:
+    weights = folder / "model" / "weights.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    other = folder / "head.pt"
+    other.write_bytes(b"x")
+    setting = {"class_path": "outside_scores.Channel", "init_args": {"model": "model", "parts": [{"head": "head.pt"}]}}
+    name, first = _identity(setting)
+    assert name == "outside_scores.Channel" and _identity(setting) == (name, first)
+    weights.write_bytes(b"two")
+    second = _identity(setting)[1]
+    other.write_bytes(b"y")
+    third = _identity(setting)[1]
+    renamed = _identity({**setting, "init_args": {"model": "elsewhere"}})[1]
+    assert len({first, second, third, renamed}) == 4
+    assert _identity("outside_scores.redness")[0] == "outside_scores.redness"
+    _identity({"class_path": "judges.Judge", "init_args": {"question": "a question " * 500}})
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from genalign import wire
-from genalign.serving import listen, meaningless, require_safe, score_each
+from genalign.serving import listen, meaningless, require_safe
+from genalign.serving_worker import score_each
 from genalign.types import Prompt
 from tests.http_servers import INFO, Answer, serving
 
