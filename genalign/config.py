@@ -70,9 +70,7 @@ class Amount:
     batch_size: int = 96
 
     def __post_init__(self) -> None:
-        for name in ("images_per_task", "seeds", "batch_size"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"{name} must be at least 1, not {vars(self)[name]}")
+        _require_positive(self, "images_per_task", "seeds", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -144,6 +142,18 @@ class Train:
         if trained := [name for name in self.hacking.rewards if self.rewards.get(name, RewardChoice(max, 0)).weight]:
             raise ValueError(f"hacking.rewards.{trained[0]} is trained on, and would see nothing: name another reward")
 
+    def watched(self) -> list[HeldOut | Hacking | BeforeAfter]:
+        """What is evaluated before, while and after training."""
+        looks = [chosen for chosen in (self.held_out, self.hacking) if chosen.every]
+        return [*looks, *([self.before_after] if self.before_after else [])]
+
+
+def _require_positive(settings: object, *names: str) -> None:
+    for name in names:
+        value = vars(settings)[name]
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
 
 def _require_rewards(rewards: Mapping[str, RewardChoice]) -> None:
     if not rewards:
@@ -188,6 +198,7 @@ class Steer:
 
     def __post_init__(self) -> None:
         _require_rewards(self.rewards)
+        _require_positive(self, "batch_size", "limit")
 
 
 @dataclass(frozen=True)
@@ -214,6 +225,7 @@ class TrainNoiseAware:
 
     def __post_init__(self) -> None:
         _require_rewards(self.rewards)
+        _require_positive(self, "count", "limit", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -228,6 +240,9 @@ class Prices:
     prompts: str = "shapes:val"
     batch_size: int = 32
     repeats: int = 5
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "batch_size", "repeats")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,13 @@ import importlib
 import re
 from collections.abc import Callable, Sequence
 
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "dict": "settings by name",
+}
 
 
 def nearest(unknown: str, known: Sequence[str]) -> str:

@@ -146,7 +146,8 @@ def adapter_numbers(source: Path) -> int | None:
     if not file.is_file():
         return None
     with safe_open(file, framework="pt") as opened:
-        return sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+        shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118  # no mapping
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def seconds(ledger: Ledger, prices: Mapping[str, float]) -> float:

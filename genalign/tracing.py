@@ -29,7 +29,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
-    attended: Tensor = _Fused.apply(query, key, value)  # type: ignore[no-untyped-call]  # untyped in torch
+    attended: Tensor = _Fused.apply(query, key, value)
     return attended
 
 

@@ -99,7 +99,7 @@ def _counted(settings: Plan, outline: Outline | None, prompts: PromptSet) -> Cou
 def _watched(settings: Plan, rounds: int) -> dict[str, Ledger]:
     """What is made for evaluations beside training, by their names; none of it is in the run's own bill."""
     alarms = _looks(rounds, settings.hacking.every)
-    asked = [
+    asked: list[tuple[str, config.HeldOut | config.Hacking | config.BeforeAfter | None, int]] = [
         ("held_out", settings.held_out, _looks(rounds, settings.held_out.every)),
         ("hacking", settings.hacking, alarms and alarms + 1),  # and one before training
         ("before_after", settings.before_after, 2),

@@ -23,18 +23,23 @@ def steer_command(outside: Outside, arguments: Sequence[str]) -> int:
     """``genalign steer``; finished prompts are kept, so that it goes on where it stopped."""
     settings, plain = config.parse(config.Steer, arguments, "steer")
     asked = prompt_set(settings.prompts).prompts[: settings.limit]
-    folder = SearchFolder(Path(settings.output))
-    done = {row["index"] for row in folder.begin({**plain, "limit": None})}
+    folder, plain = SearchFolder(Path(settings.output)), {**plain, "limit": None}
+    done = {row["index"] for row in folder.finished(plain)}
     pipeline = outside.load(settings.model)
     if settings.lora:
         pipeline.load_lora(settings.lora)
     rewards = named_rewards(settings.rewards)
-    for index in [index for index in range(len(asked)) if index not in done]:
+    left = [index for index in range(len(asked)) if index not in done]
+    if not left:
+        folder.begin(plain)
+    for index in left:
         seed = derived_seed(settings.seed, index)
         sampling, batch_size = settings.sampling, settings.batch_size
         result = search(
             pipeline, [asked[index]], rewards, settings.strategy, settings.budget, sampling, batch_size, seed
         )
+        if index == left[0]:  # not before: a search that cannot be made leaves nothing behind
+            folder.begin(plain)
         names = [reward.name for reward in rewards]
         row = folder.add(index, asked[index].text, names, result)
         scores = "  ".join(f"{name} {value}" for name, value in row["scores"].items())

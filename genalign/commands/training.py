@@ -42,6 +42,8 @@ def run_training(outside: Outside, settings: config.Train, plain: Mapping[str, A
     folder = RunFolder(Path(settings.output))
     folder.require_unused()
     require_trackers(settings.trackers)
+    for watched in settings.watched():
+        prompt_set(watched.prompts)
     pipeline = outside.load(settings.model)
     rewards = named_rewards(settings.rewards)
     _probe(pipeline, rewards, prompts, settings.sampling)

@@ -22,16 +22,22 @@ class SearchFolder:
 
     path: Path
 
-    def begin(self, config: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Make the folder, or go on in one of the same configuration; the rows that are finished. Raises
-        FileExistsError for a folder of another configuration."""
-        known, scores = self.path / "config.json", self.path / _SCORES
+    def finished(self, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The rows that are finished; none for a folder that is still to be made. Raises FileExistsError for one of
+        another configuration."""
+        known = self.path / "config.json"
         if known.exists() and json.loads(known.read_text(encoding="utf-8")) != json.loads(json.dumps(config)):
             raise FileExistsError(f"{self.path} holds a search of other settings: choose another output, or remove it")
-        write_json(known, config)
-        whole = scores.read_text(encoding="utf-8").split("\n")[:-1] if scores.exists() else []
-        write_text(scores, "".join(f"{line}\n" for line in whole))  # without a line that an interruption cut off
-        return [json.loads(line) for line in whole]
+        return [json.loads(line) for line in self._whole_lines()]
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Make the folder, or go on in it without a row that an interruption cut off."""
+        write_json(self.path / "config.json", config)
+        write_text(self.path / _SCORES, "".join(f"{line}\n" for line in self._whole_lines()))
+
+    def _whole_lines(self) -> list[str]:
+        scores = self.path / _SCORES
+        return scores.read_text(encoding="utf-8").split("\n")[:-1] if scores.exists() else []
 
     def add(self, index: int, prompt: str, names: Sequence[str], result: Result) -> dict[str, Any]:
         """The result of one prompt: its files first, its row last, which is returned."""

@@ -1,0 +1,359 @@
+"""What is wrong, where, and what to write: the exact message of every wrong configuration, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from genalign.cli import main
+from tests.pipelines.tiny_checkpoints import FAMILIES
+
+MINE = """
+import torch
+
+def redness(samples, prompts):
+    return samples[:, 0].flatten(1).mean(1)
+
+def shapeless(samples, prompts):
+    return samples.mean()
+
+def listed(samples, prompts):
+    return [0.0] * len(samples)
+
+def blind(samples, prompts):
+    return torch.full((len(samples),), torch.nan)
+
+def broken(samples, prompts):
+    raise KeyError("colour")
+
+number = 3
+
+class Needs:
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def __call__(self, samples, prompts):
+        return samples.flatten(1).mean(1)
+"""
+CLASS = {"prompt": "a heart", "tag": "single_object", "include": [{"class": "heart", "count": 1}]}
+COLOR = {"prompt": "a circle", "tag": "colors", "include": [{"class": "circle", "count": 1, "color": "mauve"}]}
+FILES = {
+    "mine.py": MINE,
+    "mine.txt": "a circle\na square\n",
+    "empty.txt": "\n",
+    "broken.jsonl": '{"prompt": "x"}\nno JSON\n',
+    "textless.jsonl": '{"text": "x"}\n',
+    "class.jsonl": "".join(json.dumps({**CLASS, "prompt": f"heart {i}"}) + "\n" for i in range(2)),
+    "color.jsonl": "".join(json.dumps({**COLOR, "prompt": f"circle {i}"}) + "\n" for i in range(2)),
+    "broken.yaml": "a: [1,\n",
+    "list.yaml": "- a\n",
+}
+CONFIG = {
+    "output": "run",
+    "recipe": {"class_path": "genalign.recipes.flow_grpo", "init_args": {"window": 1}},
+    "rewards": {"red": {"function": "mine.redness"}},
+    "sampling": {"num_steps": 3},
+    "training": {"rounds": 1, "prompts_per_round": 2, "group_size": 2, "batch_size": 2, "updates_per_round": 2},
+    "lora": {"rank": 2},
+    "held_out": {"every": 0},
+    "before_after": None,
+}
+TRAIN, PLAN = ("train", "--config", "run.json"), ("plan", "--config", "run.json")
+REWARD = (*TRAIN, "--rewards.red.function")
+SHAPES = (*REWARD, "rewards.shapes.ShapesReward")
+MODEL = (*TRAIN, "--model.path")
+STEER = ("steer", "--output", "found", "--prompts", "shapes:val", "--rewards.red.function", "mine.redness")
+SEARCH = (*STEER, "--model.path", "{sd3}", "--strategy")
+EVALUATE = ("evaluate", "shapes", "--output", "evaluation")
+FIRST = "reward 'red' raised ValueError on a first batch: "
+FAMILY_NAMES = ", ".join(family.ours.kind.__name__ for name, family in FAMILIES.items() if name != "sd21")
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """Arguments, in which {name} is a checkpoint or the working directory, and what is told of them."""
+
+    name: str
+    arguments: tuple[str, ...]
+    message: str
+
+
+# fmt: off
+TABLE = [
+    # the command and its files
+    Wrong("command", ("trian",), "no command 'trian'; did you mean 'train'?"),
+    Wrong("no file", ("train", "--config", "none.yaml"),
+          "no configuration file {work}/none.yaml: --config takes a YAML file"),
+    Wrong("no YAML", ("train", "--config", "broken.yaml"),
+          "the configuration is not YAML, at line 2: while parsing a flow node"),
+    Wrong("no settings", ("train", "--config", "list.yaml"),
+          "the configuration must be settings by name, as in output: runs/mine"),
+    Wrong("nothing", ("train",), "output, recipe must be given, in the file of --config or as --output"),
+    Wrong("no world", ("evaluate",),
+          "name the world: genalign evaluate shapes --output DIR, or genalign evaluate geneval"),
+    Wrong("no reward", ("reward",), "say what to do with it: genalign reward check MODULE:CLASS"),
+    Wrong("no comparison", ("compare",),
+          "give the comparison's file: genalign compare scripts/configs/compare_shapes.yaml"),
+    # spelling
+    Wrong("section", (*TRAIN, "--modle.path", "x"), "unknown setting 'modle.path': did you mean 'model.path'?"),
+    Wrong("setting", (*TRAIN, "--training.group_sise", "3"),
+          "unknown setting 'training.group_sise': did you mean 'training.group_size'?"),
+    Wrong("argument of a recipe", (*TRAIN, "--recipe.windw", "3"), "unknown setting 'windw': did you mean 'window'?"),
+    Wrong("weight", (*TRAIN, "--rewards.red.weigth", "2"), "unknown setting 'weigth': did you mean 'weight'?"),
+    Wrong("recipe", (*TRAIN, "--recipe", "genalign.recipes.flow_grop"),
+          "recipe: genalign.recipes has no flow_grop: did you mean 'flow_grpo'?"),
+    Wrong("short recipe", (*TRAIN, "--recipe", "flow_grpo"),
+          "recipe: 'flow_grpo' is no import path: name its module too, as in genalign.recipes.flow_grpo"),
+    Wrong("strategy", (*SEARCH, "genalign.search.BestOff"),
+          "strategy: genalign.search has no BestOff: did you mean 'BestOfN'?"),
+    Wrong("choice", (*TRAIN, "--model.autocast", "bf16"),
+          "model.autocast: 'bf16' is none of float32, bfloat16, float16: did you mean 'bfloat16'?"),
+    Wrong("precision", (*TRAIN, "--model.dtype", "float8"),
+          "model.dtype: 'float8' is none of float32, bfloat16, float16: did you mean 'float32'?"),
+    Wrong("tracker", (*TRAIN, "--trackers", "[tensorbord]"),
+          "trackers: 'tensorbord' is none of tensorboard, wandb, trackio, swanlab: did you mean 'tensorboard'?"),
+    Wrong("suite", (*EVALUATE, "--suite", "vall"),
+          "suite: 'vall' is none of val, iid, comp, len: did you mean 'val'?"),
+    Wrong("form", ("export", "--run", "r", "--output", "e", "--form", "peft"),
+          "form: 'peft' is none of lora, merged, pipeline"),
+    # kinds and ranges
+    Wrong("no number", (*TRAIN, "--training.rounds", "many"), "training.rounds: expected a whole number, not 'many'"),
+    Wrong("no rounds", (*TRAIN, "--training.rounds", "0"), "training.rounds must be at least 1, not 0"),
+    Wrong("no batch", (*TRAIN, "--training.batch_size", "0"), "training.batch_size must be at least 1, not 0"),
+    Wrong("rate", (*TRAIN, "--training.learning_rate", "-1"), "training.learning_rate must be positive, not -1.0"),
+    Wrong("rank", (*TRAIN, "--lora.rank", "0"), "LoRA rank must be at least 1, not 0"),
+    Wrong("averaging", (*TRAIN, "--averaging", "1.5"), "averaging must be a decay in [0, 1), not 1.5"),
+    Wrong("steps", (*TRAIN, "--sampling.num_steps", "0"), "sampling.num_steps must be at least 1, not 0"),
+    Wrong("guidance", (*TRAIN, "--sampling.guidance", "-1"),
+          "sampling.guidance must be 1 for none, or more, not -1.0"),
+    Wrong("sigmas", (*TRAIN, "--sampling.sigmas", "[0.3,0.6,1.0]"),
+          "sampling.sigmas must fall from the first to a last above 0, not [0.3, 0.6, 1.0]"),
+    Wrong("count of sigmas", (*TRAIN, "--sampling.sigmas", "[1.0,0.5]"),
+          "sampling.sigmas has 2 values for 3 steps: give one per step, without the final 0"),
+    Wrong("clip range", (*TRAIN, "--recipe.clip_range", "-1"), "clip_range must be in (0, 1), not -1.0"),
+    Wrong("window", (*TRAIN, "--recipe.window", "0"),
+          "recipe.window must be at least 1 step, not 0; null trains every step"),
+    Wrong("draws", (*TRAIN, "--recipe", "genalign.recipes.awm", "--recipe.draws", "0"),
+          "draws must be at least 1 noise level per update, not 0"),
+    Wrong("batches of an evaluation", (*EVALUATE, "--batch_size", "0"), "batch_size must be at least 1, not 0"),
+    Wrong("batches of prices", ("prices", "--output", "p.json", "--batch_size", "0"),
+          "batch_size must be at least 1, not 0"),
+    Wrong("decode batch", (*TRAIN, "--model.memory.decode_batch", "0"),
+          "decode_batch must be at least 1 sample, not 0"),
+    # what does not go together
+    Wrong("group of one", (*TRAIN, "--training.group_size", "1"),
+          "group_size is 1: a group needs at least 2 samples to be compared"),
+    Wrong("divided groups", (*TRAIN, "--training.batch_size", "3"),
+          "batch_size 3 must be a multiple of group_size 2, so that groups stay whole: try 2"),
+    Wrong("uneven updates", (*TRAIN, "--training.prompts_per_round", "3"),
+          "prompts_per_round 3 x group_size 2 = 6 images do not divide into 2 updates of batches of 2: change one of"
+          " them"),
+    Wrong("kernel without noise", (*PLAN, "--recipe.kernel", "ODE"),
+          "ODE(): the kernel has no trainable step on this grid: a trajectory objective needs a stochastic kernel, such"
+          " as FlowSDE, CPS or DPMSDE, and more than one step"),
+    Wrong("long window", (*PLAN, "--recipe.window", "9"),
+          "FlowSDE(noise_level=0.7): recipe.window is 9 steps, but only steps [0] of 3 can be trained: use a smaller"
+          " window or more sampling steps"),
+    Wrong("held-out reward that is trained", (*TRAIN, "--hacking.rewards", '{{"red": "mine.redness"}}'),
+          "hacking.rewards.red is trained on, and would see nothing: name another reward"),
+    Wrong("two limits", (*SEARCH, "genalign.search.BestOfN", "--budget.forwards", "50", "--budget.seconds", "3"),
+          "give one positive limit, forwards, cost or seconds, not Budget(forwards=50.0, cost=None, seconds=3.0,"
+          " prices=None)"),
+    Wrong("small budget", (*SEARCH, "genalign.search.BestOfN", "--budget.forwards", "5"),
+          "1 candidates cost 20 for each prompt, and the budget is 5: raise it, or take fewer or fewer steps"),
+    # rewards
+    Wrong("no rewards", (*TRAIN, "--rewards", "{{}}"),
+          "rewards is empty: name at least one, as in --rewards.strict.function rewards.shapes.ShapesReward"),
+    Wrong("weight 0", (*TRAIN, "--rewards.red.weight", "0"),
+          "every reward has weight 0: nothing would be trained; give one a weight"),
+    Wrong("no module", (*REWARD, "theirs.redness"),
+          "rewards.function: no module theirs: it must be installed, or be in the working directory"),
+    Wrong("no function", (*REWARD, "mine.rednes"), "rewards.function: mine has no rednes: did you mean 'redness'?"),
+    Wrong("no callable", (*REWARD, "mine.number"),
+          "rewards.function: mine.number is 3: name a function, or a class whose objects can be called"),
+    Wrong("missing argument", (*REWARD, "mine.Needs"),
+          "rewards.function: mine.Needs needs folder: give each under init_args"),
+    Wrong("no references", (*REWARD, "rewards.similarity.ReferenceSimilarity"),
+          "rewards.function: rewards.similarity.ReferenceSimilarity needs features, references: give each under"
+          " init_args"),
+    Wrong("unknown score", (*SHAPES, "--rewards.red.function.score", "exact"),
+          "rewards.function.score: 'exact' is none of partial, strict, relaxed"),
+    Wrong("one score for all", (*REWARD, "mine.shapeless"),
+          "reward 'red' returned shape () for 2 samples: return one score per sample, a tensor of shape (2,)"),
+    Wrong("list", (*REWARD, "mine.listed"), "reward 'red' returned list: return a tensor of shape (B,)"),
+    Wrong("all NaN", (*REWARD, "mine.blind"), "reward 'red' scored none of 2 first samples: all are NaN"),
+    Wrong("reward raises", (*REWARD, "mine.broken"), "reward 'red' raised KeyError on a first batch: 'colour'"),
+    # prompts
+    Wrong("unknown split", (*TRAIN, "--prompts", "shapes:nope"),
+          "unknown suite 'nope': choose one of train, val, iid, comp, len"),
+    Wrong("unknown task", (*TRAIN, "--prompts", "shapes:train:countin"),
+          "train has no task countin: choose from single_object, two_object, counting, colors, position, color_attr"),
+    Wrong("no prompts", (*PLAN, "--prompts", "none.txt"),
+          "no prompt file none.txt: give a .txt (one prompt a line) or a GenEval .jsonl file"),
+    Wrong("empty prompts", (*TRAIN, "--prompts", "empty.txt"), "empty.txt holds no prompts: write one a line"),
+    Wrong("broken prompts", (*TRAIN, "--prompts", "broken.jsonl"),
+          "broken.jsonl, line 2: not JSON (Expecting value: line 1 column 1 (char 0))"),
+    Wrong("textless prompts", (*TRAIN, "--prompts", "textless.jsonl"),
+          'textless.jsonl, line 1: each line must be an object with a text under "prompt"'),
+    Wrong("few prompts", (*PLAN, "--prompts", "mine.txt", "--training.prompts_per_round", "4"),
+          "prompts_per_round is 4, but the prompt set 'mine' has 2: choose a number between 1 and that"),
+    Wrong("no metadata", (*SHAPES, "--prompts", "mine.txt"),
+          f"{FIRST}the prompt 'a circle' has no metadata: this reward needs GenEval metadata"),
+    Wrong("unknown class", (*SHAPES, "--prompts", "class.jsonl"),
+          f"{FIRST}'heart' is not one of this world's shapes: circle, square, triangle, cross, ring, moon"),
+    Wrong("unknown colour", (*SHAPES, "--prompts", "color.jsonl"),
+          f"{FIRST}'mauve' is not one of this world's colours: red, orange, yellow, green, blue, purple, pink, brown,"
+          " black, white"),
+    Wrong("held-out prompts", (*TRAIN, "--held_out.every", "1", "--held_out.prompts", "none.txt"),
+          "no prompt file none.txt: give a .txt (one prompt a line) or a GenEval .jsonl file"),
+    # checkpoints
+    Wrong("no checkpoint", (*MODEL, "nowhere"), "nowhere is neither a folder nor a Hub id (owner/name)"),
+    Wrong("file", (*MODEL, "mine.py"),
+          "mine.py is a file: give the diffusers folder (with model_index.json) or a Hub id"),
+    Wrong("no pipeline", (*MODEL, "{work}"),
+          "{work} has no model_index.json: give the folder that save_pretrained wrote"),
+    Wrong("unknown family", (*MODEL, "{other}"),
+          f"{{other}} holds a KolorsPipeline, which is no family known here: they are {FAMILY_NAMES}"),
+    Wrong("missing component", (*MODEL, "{half}"),
+          "{half} lacks vae/, which its model_index.json names: copy the whole folder that save_pretrained wrote"),
+    Wrong("missing weights", (*MODEL, "{bare}"),
+          "{bare} has no weights in transformer/: copy the .safetensors files too"),
+    Wrong("gated", (*PLAN, "--model.path", "gated/model"),
+          "gated/model is gated: accept its licence at https://huggingface.co/gated/model, then run `hf auth login`"),
+    Wrong("not cached", (*MODEL, "owner/model"),
+          "owner/model is not a folder here, not in the local cache, and the Hub did not give it"
+          " (LocalEntryNotFoundError): check the path, or download it once while online"),
+    Wrong("kernel of another family", (*PLAN, "--model.path", "{sd15}"),
+          "FlowSDE(noise_level=0.7): the kernel is not defined for this step: it needs a flow (alpha = 1 - sigma); on"
+          " other paths use DDIM or DPMSDE"),
+    Wrong("sigmas of another family", (*PLAN, "--model.path", "{sd15}", "--sampling.sigmas", "[1.0,0.6,0.3]"),
+          "this family's network knows whole timesteps alone, so that noise levels cannot be chosen freely: give"
+          " sampling.num_steps without sampling.sigmas"),
+    Wrong("guidance on a distilled model",
+          (*PLAN, "--model.path", "{flux}", "--model.height", "16", "--model.width", "16", "--sampling.guidance",
+           "4.5"),
+          "this model has guidance distilled into it: set sampling.guidance to 1, not 4.5, and what the network is told"
+          " by model.distilled_guidance"),
+    Wrong("distilled guidance on another", (*PLAN, "--model.distilled_guidance", "3.5"),
+          "this model has no guidance distilled into it: leave distilled_guidance out"),
+    Wrong("VAE in float16", (*MODEL, "{sd15}", "--model.dtype", "float16", "--recipe", "genalign.recipes.ddpo"),
+          "the VAE overflowed in float16: open the model in bfloat16, or in float32 with autocast"),
+    Wrong("height", (*PLAN, "--model.height", "60"), "height and width must be multiples of 8 for this model, not 60"),
+    Wrong("negative height", (*PLAN, "--model.height", "-64"),
+          "height and width must be multiples of 8 for this model, not -64"),
+    Wrong("device", (*PLAN, "--model.device", "tpu0"),
+          "model.device 'tpu0' is no device: give cpu, cuda, cuda:1 or mps"),
+    Wrong("layers", (*PLAN, "--lora.targets", "[nope]"),
+          "this network has no layer named nope: change lora.targets"),
+    Wrong("no adapter", (*TRAIN, "--init_lora", "none"),
+          "no LoRA none: give the lora/ folder of a run, a .safetensors file or a Hub id"),
+    Wrong("no adapter to steer", (*SEARCH, "genalign.search.BestOfN", "--lora", "none"),
+          "no LoRA none: give the lora/ folder of a run, a .safetensors file or a Hub id"),
+    Wrong("no calibration",
+          (*TRAIN, "--recipe.kernel", "genalign.calibration.calibrated", "--recipe.kernel.path", "none.json"),
+          "no calibration in none.json: make one by genalign calibrate --output none.json"),
+    # folders that commands read and write
+    Wrong("output is a file", (*TRAIN, "--output", "mine.py"), "mine.py is a file: output is a folder to make"),
+    Wrong("no run to export", ("export", "--run", "none", "--output", "exported"),
+          "none has no config.json: give the output folder of a training run"),
+    Wrong("no run to report", ("report", "none"),
+          "none is not a run folder: give the output directory of a training"),
+    Wrong("no prices", (*PLAN, "--prices", "none.json"),
+          "no prices in none.json: write them by genalign prices --output none.json"),
+    Wrong("no GenEval prompts", ("evaluate", "geneval", "--output", "evaluation", "--prompts", "mine.txt"),
+          "mine.txt, prompt 1: the prompt 'a circle' has no metadata: GenEval needs its tag and include clauses"),
+    Wrong("calibration", ("calibrate", "--config", "run.json", "--calibration.iterations", "1"),
+          "a calibration needs at least 2 iterations, a step in (0, 1), a positive band and ascending positive bounds,"
+          " not Calibration(iterations=1, step=0.05, band=1.0, bounds=(0.2, 3.0))"),
+]
+# fmt: on
+
+
+@pytest.fixture(scope="session")
+def places(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints, whole and broken, and a working directory with everything that the table names."""
+    root = tmp_path_factory.mktemp("wrong")
+    found = {"sd3": tiny_folder, "work": root / "work"} | {n: FAMILIES[n].save(root / n) for n in ("sd15", "flux")}
+    for name in ("half", "bare", "other"):
+        found[name] = Path(shutil.copytree(tiny_folder, root / name))
+    shutil.rmtree(found["half"] / "vae")
+    (found["bare"] / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    index = json.loads((found["other"] / "model_index.json").read_text())
+    (found["other"] / "model_index.json").write_text(json.dumps({**index, "_class_name": "KolorsPipeline"}))
+    weights = found["sd15"] / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "decoder.conv_out.weight": tensors["decoder.conv_out.weight"] * 1e6}, weights)
+    found["work"].mkdir()
+    config = {**CONFIG, "model": {"path": str(tiny_folder)}}
+    for name, text in {**FILES, "run.json": json.dumps(config)}.items():
+        (found["work"] / name).write_text(text)
+    return found
+
+
+@pytest.fixture
+def work(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory, without a Hub; what was imported from it is forgotten."""
+    monkeypatch.chdir(places["work"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr("pipelines.folders.hf_hub_download", _no_hub)
+    yield places["work"]
+    sys.modules.pop("mine", None)
+
+
+def _no_hub(repository: str, file: str) -> str:
+    if repository.startswith("gated/"):
+        raise GatedRepoError.__new__(GatedRepoError)
+    raise LocalEntryNotFoundError("offline")
+
+
+@pytest.mark.parametrize("wrong", TABLE, ids=lambda wrong: wrong.name)
+def test_a_wrong_configuration_is_told_exactly(
+    wrong: Wrong, places: dict[str, Path], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(work.rglob("*"))
+    status = main([argument.format(**places) for argument in wrong.arguments])
+    assert capsys.readouterr().err == f"error: {wrong.message.format(**places)}\n"
+    assert status == 2
+    assert sorted(work.rglob("*")) == before
+
+
+def test_the_table_is_long_and_its_names_differ() -> None:
+    assert len(TABLE) >= 40 and len({wrong.name for wrong in TABLE}) == len(TABLE)
+
+
+COMMANDS = [
+    ("train", "--config", "run.json", "--rewards.red.function", "mine.number"),
+    ("plan", "--config", "run.json", "--rewards.red.function", "mine.number"),
+    ("calibrate", "--config", "run.json", "--rewards.red.function", "mine.number"),
+    (*STEER, "--strategy", "genalign.search.BestOfN", "--rewards.red.function", "mine.number"),
+    ("prices", "--output", "p.json", "--rewards.red.function", "mine.number"),
+    ("serve", "mine:number"),
+    ("reward", "check", "mine:number"),
+]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: arguments[0])
+def test_modules_of_the_working_directory_are_found_by_every_command(
+    arguments: tuple[str, ...], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(list(arguments)) == 2
+    told = capsys.readouterr().err
+    assert "mine.number is 3: name a function" in told and "no module" not in told
+
+
+def test_a_used_output_is_refused_before_the_model_is_opened(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    assert main([*TRAIN, "--output", str(tmp_path), "--model.path", "nowhere"]) == 2
+    expected = f"error: {tmp_path} holds a run already: choose another output, or remove it\n"
+    assert capsys.readouterr().err == expected
