@@ -74,13 +74,13 @@ def _the(clause: Clause) -> str:
 
 @dataclass(frozen=True)
 class TifaReward:
-    """The mean probability of "yes" over the questions of a prompt, in [0, 1].
+    """The mean probability of "yes" over the questions of a prompt, in [0, 1], by a ``QuestionJudge``.
 
     ``mean`` is "arithmetic" (each question alone) or "geometric" (all of them at once). Where ``gate`` is given, an
     answer counts as 0 if one that it rests on is below that probability, as in DPG-Bench.
     """
 
-    judge: QuestionJudge
+    judge: Callable  # type: ignore[type-arg]  # bare: so that a configuration can name any
     mean: Literal["arithmetic", "geometric"] = "arithmetic"
     gate: float | None = None
 

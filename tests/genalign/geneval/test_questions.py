@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from genalign.config import Train, parse
 from genalign.geneval.questions import Question, TifaReward, gated, questions
 from genalign.geneval.requests import Clause, Request, written
 from genalign.types import Prompt, Reward
@@ -95,3 +96,12 @@ def test_what_is_no_probability_is_refused() -> None:
         TifaReward(lambda images, asked: torch.tensor([1.5]))(IMAGES[:1], [SHEEP])
     with pytest.raises(ValueError, match=r"answered \(2,\) for 1 questions"):
         TifaReward(lambda images, asked: torch.zeros(2))(IMAGES[:1], [SHEEP])
+
+
+def test_a_configuration_names_reward_and_judge() -> None:
+    judge = '{"class_path": "rewards.vqa.YesNoModel", "init_args": {"model": "somewhere"}}'
+    reward = f'{{"class_path": "genalign.geneval.questions.TifaReward", "init_args": {{"judge": {judge}}}}}'
+    settings, _ = parse(
+        Train, ["--output", "x", "--recipe", "genalign.recipes.flow_grpo", "--rewards.tifa.function", reward], "train"
+    )
+    assert isinstance(settings.rewards["tifa"].function, TifaReward)
