@@ -22,6 +22,7 @@ from genalign.commands.training import demo_command, train_command
 from genalign.mistakes import nearest
 from genalign.planning import Outline
 from pipelines.base import Options
+from pipelines.folders import require_weights
 from pipelines.outline import outline
 from pipelines.quantization import quantized
 from rewards.geneval import GenEvalJudge
@@ -65,8 +66,10 @@ def outline_model(model: config.Model) -> Outline:
 
 
 def require_model(model: config.Model) -> None:
-    """Raise ValueError for a device, or a quantisation, that this machine does not have."""
+    """Raise ValueError for a device, or a quantisation, that this machine does not have; FileNotFoundError for a folder
+    without weights."""
     config.require_device(model.device)
+    require_weights(assets.resolve(model.path))
     quantized(model.memory, "", config.dtype(model.dtype))
 
 

@@ -147,7 +147,8 @@ def adapter_numbers(source: Path) -> int | None:
         return None
     with safe_open(file, framework="pt") as opened:
         shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118  # no mapping
-    return sum(math.prod(shape) for shape in shapes)
+    total: int = sum(math.prod(shape) for shape in shapes)
+    return total
 
 
 def seconds(ledger: Ledger, prices: Mapping[str, float]) -> float:

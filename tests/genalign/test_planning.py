@@ -114,10 +114,17 @@ def test_what_a_prediction_keeps_is_what_a_real_one_keeps(tiny_folder: Path, tin
     assert checkpointing.kept(3, 1.0) < made.kept(3, 1.0)
 
 
-def test_a_folder_without_weight_files_is_told(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_without_weight_files_is_told(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "bare"
     shutil.copytree(tiny_folder, folder, ignore=lambda _, names: [n for n in names if n.endswith(".safetensors")])
     assert not any(part.present for part in outline(folder).parts)
+    plain = ["--config", str(CONFIGS / "shapes_flow_grpo.yaml"), "--training.rounds", "1"]
+    assert main(["plan", *plain, "--model.path", str(folder)]) == 2
+    told = capsys.readouterr()
+    assert "has no weights in text_encoder/, text_encoder_2/, text_encoder_3/, transformer/, vae/" in told.err
+    assert "sum while learning" in told.out
 
 
 class _Fixed:
