@@ -24,7 +24,7 @@ class ShapesReward:
     score: Score = "partial"
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,), float32 on the CPU, of images (B, 3, 64, 64) in [0, 1]; NaN for an image with NaN pixels."""
+        """Scores (B,), float32 on the CPU, of images (B, 3, 64, 64) in [0, 1]; NaN for one that is not finite."""
         return scores(verify, self.score, samples, prompts)
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from genalign.checkpoints import write_json, write_text
-from genalign.worlds.pretraining import Fit, fit
+from genalign.worlds.pretraining import Fit, contrastive, fit
 from genalign.worlds.shapes.dataset import CaptionedScenes, captioned_scenes
 from genalign.worlds.shapes.tokenizers import CLIP_LENGTH, clip_tokenizer
 
@@ -72,9 +71,7 @@ def train(data: CaptionedScenes, model: nn.Module, tokens: Tensor, work: Path, d
         with torch.autocast(device, torch.bfloat16):
             image, text, scale = model(images, tokens[index].to(device))[:3]
         logits = scale.float() * image.float() @ text.float().T
-        same = (caption[index][:, None] == caption[index][None]).to(device).float()
-        target = same / same.sum(1, keepdim=True)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return contrastive(logits, logits.T, caption[index].to(device))
 
     blocks = (*model.visual.transformer.parameters(), *model.transformer.parameters())
     fit(model, loss, SETTINGS, work / "clip.safetensors", tuple(p for p in blocks if p.ndim == 2))

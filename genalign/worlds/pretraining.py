@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 import torch
+import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -30,6 +32,11 @@ class Fit:
     averaging: float = 0.999
     warm_up: float = 0.1
     save_every: int = 250
+    minutes: float | None = None  # of wall-clock for one run, after which it stops and can be resumed
+
+
+class OutOfTimeError(RuntimeError):
+    """A fit has used up its ``minutes``; what it has learnt is saved, and the same call goes on."""
 
 
 def fit(
@@ -38,7 +45,11 @@ def fit(
     """Minimise ``loss(step)`` and leave the averaged weights in ``model``.
 
     ``loss`` draws its batch from ``step`` alone, so that a run resumed from ``state`` equals an uninterrupted one.
+
+    Raises:
+        OutOfTimeError: when ``settings.minutes`` are over before ``settings.steps``.
     """
+    deadline = monotonic() + 60 * settings.minutes if settings.minutes else float("inf")
     optimizers = _optimizers(model, settings, matrices)
     average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     start = _resume(state, model, average, optimizers)
@@ -54,10 +65,13 @@ def fit(
                 optimizer.step()
                 optimizer.zero_grad()
             _average(average, model, min(settings.averaging, (1 + step) / (10 + step)))
-            if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+            late = monotonic() > deadline and step + 1 < settings.steps
+            if late or (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
                 _save(state, step + 1, model, average, optimizers)
                 progress.console.print(f"{state.stem}: {step + 1} steps, loss {float(value.detach()):.4f}")
             progress.update(bar, advance=1, loss=float(value.detach()))
+            if late:
+                raise OutOfTimeError(f"{state.stem}: {step + 1} of {settings.steps} steps; run this again to go on")
     model.load_state_dict(average)
 
 
@@ -68,6 +82,13 @@ def one_cycle(step: int, settings: Fit) -> float:
         return (step + 1) / peak
     angle = torch.pi * (step - peak) / max(1, settings.steps - peak)
     return 0.5 * (1 + float(torch.cos(torch.tensor(angle))))
+
+
+def contrastive(rows: Tensor, columns: Tensor, captions: Tensor) -> Tensor:
+    """The symmetric contrastive loss from logits (B, B) both ways round; samples of one caption (B,) are all right."""
+    same = (captions[:, None] == captions[None]).float()
+    target = same / same.sum(1, keepdim=True)
+    return (F.cross_entropy(rows, target) + F.cross_entropy(columns, target)) / 2
 
 
 def _optimizers(model: nn.Module, settings: Fit, matrices: tuple[nn.Parameter, ...]) -> list[torch.optim.Optimizer]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from genalign.types import Metadata, Prompt
+from genalign.types import Prompt
+from genalign.worlds.captions import Job, Part, draw_prompts, in_chunks, metadata_of, one_of
 from genalign.worlds.shapes.geometry import PALETTE
 from genalign.worlds.shapes.prompts import RELATIONS, color_attr, colors, counting, position, prompts
-from genalign.worlds.shapes.scenes import Scene, render, sample_scene
+from genalign.worlds.shapes.scenes import render, sample_scene
 
 TASK_WEIGHTS = {
     "single_object": 0.1,
@@ -40,30 +37,15 @@ class CaptionedScenes:
 def captioned_scenes(count: int, seed: int, workers: int = 2) -> CaptionedScenes:
     """Sample and render ``count`` scenes of seen prompts; tasks are drawn by ``TASK_WEIGHTS``. The same for any number
     of workers."""
-    chunks = [(start, min(1000, count - start), seed) for start in range(0, count, 1000)]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        parts = list(pool.map(_chunk, chunks))
-    images = torch.from_numpy(np.concatenate([images for images, _ in parts]))
-    return CaptionedScenes(images, tuple(prompt for _, texts in parts for prompt in texts))
+    return CaptionedScenes(*in_chunks(_chunk, count, seed, workers))
 
 
-def _chunk(job: tuple[int, int, int]) -> tuple[np.ndarray, list[Prompt]]:
+def _chunk(job: Job) -> Part:
     start, count, seed = job
     rng = np.random.default_rng((seed, start))
-    chosen = _draw_prompts(count, rng)
-    scenes: Sequence[Scene] = [sample_scene(_metadata(prompt), rng) for prompt in chosen]
+    chosen = draw_prompts(prompts("iid"), TASK_WEIGHTS, count, rng)
+    scenes = [sample_scene(metadata_of(prompt), rng) for prompt in chosen]
     return (render(scenes) * 255).round().byte().numpy(), chosen
-
-
-def _metadata(prompt: Prompt) -> Metadata:
-    assert prompt.metadata is not None, "every prompt of the shapes world has metadata"
-    return prompt.metadata
-
-
-def _draw_prompts(count: int, rng: np.random.Generator) -> list[Prompt]:
-    seen = prompts("iid").by_task()
-    tasks = rng.choice(list(TASK_WEIGHTS), count, p=list(TASK_WEIGHTS.values()))
-    return [seen[task][rng.integers(len(seen[task]))] for task in tasks]
 
 
 def corrupted(prompt: Prompt, rng: np.random.Generator) -> Prompt:
@@ -72,8 +54,7 @@ def corrupted(prompt: Prompt, rng: np.random.Generator) -> Prompt:
     The prompt itself, where it has nothing to get wrong or the mistake would spell a held-out composition: what is
     held out must not be learnt wrong either.
     """
-    wrong = [other for other in _mistakes(prompt) if other.text in _seen_texts()]
-    return wrong[rng.integers(len(wrong))] if wrong else prompt
+    return one_of(_mistakes(prompt), _seen_texts(), prompt, rng)
 
 
 @cache
@@ -82,7 +63,7 @@ def _seen_texts() -> frozenset[str]:
 
 
 def _mistakes(prompt: Prompt) -> list[Prompt]:
-    include = _metadata(prompt)["include"]
+    include = metadata_of(prompt)["include"]
     shape = include[0]["class"]
     match prompt.task:
         case "counting":

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from genalign.worlds.shapes.tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
+from genalign.worlds.t5 import build_t5
 
 
 def build_vae() -> AutoencoderKL:
@@ -48,24 +49,6 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
         pad_token_id=tokenizer.pad_token_id,
     )
     return CLIPTextModelWithProjection(config)
-
-
-def build_t5(vocabulary_size: int) -> T5EncoderModel:
-    """A T5 encoder of two layers; its width is the transformer's context width."""
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=vocabulary_size,
-            d_model=128,
-            d_kv=32,
-            d_ff=256,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-        )
-    )
 
 
 def build_transformer(layers: int = 6, width: int = 128) -> SD3Transformer2DModel:

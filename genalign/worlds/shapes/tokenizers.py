@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from genalign.worlds.shapes.prompts import prompts, vocabulary
+from genalign.worlds.t5 import word_tokenizer
 
 CLIP_LENGTH = 12
 T5_LENGTH = 8
@@ -47,7 +48,4 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 def t5_tokenizer() -> T5Tokenizer:
     """A unigram model whose pieces are the words of the grammar and the letters, for words it does not know."""
-    letters = [(letter, -10.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
-    words = [(f"▁{word}", -1.0) for word in vocabulary() if len(word) > 1] + [("▁a", -1.0)]
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5Tokenizer(vocab=special + words + letters, extra_ids=0, model_max_length=T5_LENGTH)
+    return word_tokenizer(vocabulary(), T5_LENGTH)

@@ -30,8 +30,9 @@ _WEIGHTS = 0.8 ** (_HARMONICS - 1)
 
 @dataclass(frozen=True)
 class Sound:
-    """``timbre`` ("unknown" where none fits), ``note`` (None for noise, or more than 50 cents from all), the fundamental
-    in Hz, the distance in dB to the timbre's template, the share of the energy that is harmonic, and the flatness."""
+    """``timbre`` ("unknown" where none fits), ``note`` (None for noise, or more than 50 cents from all), ``frequency``
+    of the fundamental in Hz, ``distance`` in dB to the timbre's template, ``harmonic_share`` of the energy, and the
+    ``flatness`` of the spectrum, in [0, 1]."""
 
     timbre: str
     note: str | None
@@ -104,7 +105,8 @@ def harmonic_energies(power: Array, frequency: float, floor: float) -> Array:
     half = np.maximum(0.03 * centres, 25.0)
     low = np.maximum(((centres - half) / _HZ).astype(int), 0)
     high = np.minimum(((centres + half) / _HZ).astype(int) + 1, len(power))
-    return np.maximum(total[high] - total[low] - floor * (high - low), 0.0)
+    energies: Array = np.maximum(total[high] - total[low] - floor * (high - low), 0.0)
+    return energies
 
 
 def _timbre(amplitudes: Array, frequency: float) -> tuple[str, float]:
@@ -126,7 +128,8 @@ def _template(name: str, frequency: float, harmonics: int) -> Array:
 
 
 def _above_floor(amplitudes: Array) -> Array:
-    return np.maximum(20 * np.log10(amplitudes / amplitudes.max() + 1e-12), FLOOR_DB)
+    decibels: Array = np.maximum(20 * np.log10(amplitudes / amplitudes.max() + 1e-12), FLOOR_DB)
+    return decibels
 
 
 def nearest_note(frequency: float) -> str | None:

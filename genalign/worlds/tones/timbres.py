@@ -65,4 +65,5 @@ def tone(harmonics: Harmonics, frequency: float, phase: float, samples: int) -> 
     """``samples`` of a steady tone with an RMS of one; ``phase`` in radians is the fundamental's."""
     angle = phase + 2 * np.pi * frequency / SAMPLE_RATE * np.arange(samples)
     wave: Array = sum(amplitude * np.sin(k * angle) for k, amplitude in audible(harmonics, frequency).items())
-    return wave / np.sqrt(0.5 * sum(amplitude**2 for amplitude in audible(harmonics, frequency).values()))
+    wave /= np.sqrt(0.5 * sum(amplitude**2 for amplitude in audible(harmonics, frequency).values()))
+    return wave

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from genalign.worlds import pretraining, shapes
-from genalign.worlds.pretraining import Fit, fit
+from genalign.worlds.pretraining import Fit, OutOfTimeError, contrastive, fit
 from genalign.worlds.shapes.dataset import captioned_scenes, corrupted
 from genalign.worlds.shapes.verifier import verify
 
@@ -34,6 +36,28 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         _fit(20, tmp_path / "parts.safetensors", stop=12)
     assert torch.equal(_fit(20, tmp_path / "parts.safetensors"), whole)
+
+
+def test_a_fit_stops_in_time_and_goes_on(tmp_path: Path) -> None:
+    whole, parts = (nn.Linear(2, 2, bias=False) for _ in range(2))
+    parts.load_state_dict(whole.state_dict())
+    settings = Fit(3, 1e-2)
+
+    def train(model: nn.Module, settings: Fit, name: str) -> None:
+        fit(model, lambda step: model(torch.full((1, 2), float(step))).square().sum(), settings, tmp_path / name)
+
+    train(whole, settings, "whole")
+    for _ in range(2):
+        with pytest.raises(OutOfTimeError, match="of 3 steps; run this again to go on"):
+            train(parts, replace(settings, minutes=1e-9), "parts")
+    train(parts, settings, "parts")
+    assert torch.equal(parts.weight, whole.weight)
+
+
+def test_samples_of_one_caption_are_all_right() -> None:
+    captions = torch.tensor([0, 0, 1])
+    best = 50.0 * (captions[:, None] == captions[None])
+    assert float(contrastive(best, best, captions)) == pytest.approx(2 / 3 * math.log(2), abs=1e-5)
 
 
 def test_it_learns(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The tones world: grammar, splits, clips, rendering."""
 
-from itertools import permutations, product
+from itertools import pairwise, permutations, product
 
 import numpy as np
 import pytest
@@ -180,7 +180,7 @@ def test_events_fit_with_gaps_between_them() -> None:
         edges = [(event.onset, event.onset + event.duration) for event in clip.events]
         assert edges[0][0] >= scenes.MARGIN - 1e-9
         assert edges[-1][1] <= LENGTH / SAMPLE_RATE - scenes.MARGIN + 1e-9
-        assert all(later[0] - earlier[1] >= scenes.GAP - 1e-9 for earlier, later in zip(edges, edges[1:], strict=False))
+        assert all(later[0] - earlier[1] >= scenes.GAP - 1e-9 for earlier, later in pairwise(edges))
         assert all(0.119 <= event.duration <= 0.5 for event in clip.events)
 
 

@@ -1,0 +1,36 @@
+"""The small T5 of the worlds: a tokenizer that knows a grammar's words, and an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+WIDTH = 128
+
+
+def word_tokenizer(words: Sequence[str], length: int) -> T5Tokenizer:
+    """A unigram model whose pieces are ``words`` and the letters, for words it does not know; at most ``length``
+    tokens."""
+    letters = [(letter, -10.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
+    pieces = [(f"▁{word}", -1.0) for word in words if len(word) > 1] + [("▁a", -1.0)]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer(vocab=special + pieces + letters, extra_ids=0, model_max_length=length)
+
+
+def build_t5(vocabulary_size: int) -> T5EncoderModel:
+    """A T5 encoder of two layers, ``WIDTH`` wide."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary_size,
+            d_model=WIDTH,
+            d_kv=32,
+            d_ff=256,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+    )

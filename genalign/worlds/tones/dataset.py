@@ -1,0 +1,85 @@
+"""Pretraining data: captioned clips of the train split, some captions wrong on purpose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from torch import Tensor
+
+from genalign.types import Prompt
+from genalign.worlds.captions import Job, Part, draw_prompts, in_chunks, metadata_of, one_of
+from genalign.worlds.tones.prompts import LOUDNESS, RELATIONS, attribution, counting, loudness, pitch, prompts, relation
+from genalign.worlds.tones.scenes import render, sample_clip
+from genalign.worlds.tones.timbres import NOTES
+
+FULL_SCALE = 32767
+TASK_WEIGHTS = {
+    "single_tone": 0.1,
+    "two_tone": 0.15,
+    "counting": 0.15,
+    "pitch": 0.2,
+    "relation": 0.1,
+    "attribution": 0.2,
+    "loudness": 0.1,
+}
+_NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five"}
+
+
+@dataclass(frozen=True)
+class CaptionedClips:
+    """N clips, int16 (N, 1, 12000), and the prompts they are truly described by."""
+
+    waveforms: Tensor
+    prompts: tuple[Prompt, ...]
+
+    def floats(self, index: Tensor) -> Tensor:
+        """The clips of ``index`` in [-1, 1]."""
+        return self.waveforms[index].float() / FULL_SCALE
+
+
+def captioned_clips(count: int, seed: int, workers: int = 2) -> CaptionedClips:
+    """Sample and render ``count`` clips of seen prompts; tasks are drawn by ``TASK_WEIGHTS``. The same for any number
+    of workers."""
+    return CaptionedClips(*in_chunks(_chunk, count, seed, workers))
+
+
+def _chunk(job: Job) -> Part:
+    start, count, seed = job
+    rng = np.random.default_rng((seed, start))
+    chosen = draw_prompts(prompts("iid"), TASK_WEIGHTS, count, rng)
+    clips = [sample_clip(metadata_of(prompt), rng) for prompt in chosen]
+    return (render(clips) * FULL_SCALE).round().short().numpy(), chosen
+
+
+def corrupted(prompt: Prompt, rng: np.random.Generator) -> Prompt:
+    """A seen prompt with one thing wrong: notes swapped or replaced, relation or loudness turned round, or count off by
+    one. The prompt itself, where it has nothing to get wrong or the mistake would spell a held-out composition."""
+    return one_of(_mistakes(prompt), _seen_texts(), prompt, rng)
+
+
+@cache
+def _seen_texts() -> frozenset[str]:
+    return frozenset(prompt.text for prompt in prompts("iid").prompts)
+
+
+def _mistakes(prompt: Prompt) -> list[Prompt]:
+    metadata = metadata_of(prompt)
+    events = metadata["events"]
+    first, last = events[0], events[-1]
+    match prompt.task:
+        case "counting":
+            n = first["count"]
+            return [counting(first["class"], _NUMBER_WORDS[m]) for m in (n - 1, n + 1) if m in _NUMBER_WORDS]
+        case "pitch":
+            return [pitch(first["class"], note) for note in NOTES if note != first["pitch"]]
+        case "relation":
+            turned = RELATIONS[1 - RELATIONS.index(metadata["relation"])]
+            return [relation(first["class"], turned, last["class"])]
+        case "attribution":
+            return [attribution(first["class"], last["pitch"], last["class"], first["pitch"])]
+        case "loudness":
+            return [loudness(first["class"], c, last["class"]) for c in LOUDNESS if c != metadata["loudness"]]
+        case _:
+            return []

@@ -1,0 +1,168 @@
+"""The networks of the tones world, as diffusers and transformers open them, and their data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import ClapModel, ClapProcessor
+
+from genalign.worlds import tones
+from genalign.worlds.captions import metadata_of
+from genalign.worlds.tones import dataset
+from genalign.worlds.tones.clap import assemble_clap, build_clap, feature_extractor, log_mel, matrices
+from genalign.worlds.tones.dataset import CaptionedClips, corrupted
+from genalign.worlds.tones.models import (
+    FRAMES,
+    LATENT_CHANNELS,
+    T5_LENGTH,
+    TextToVelocity,
+    assemble,
+    build_vae,
+    scale_latents,
+    tokenizer,
+)
+from genalign.worlds.tones.prompts import vocabulary
+from genalign.worlds.tones.timbres import LENGTH
+from genalign.worlds.tones.verifier import verify
+from scripts.pretrain_tones import crops, spectral_loss
+
+pytestmark = [  # diffusers' own: its autoencoder and transformer use what torch and it have deprecated
+    pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Should have t[ab](>=t0|<=t1) but:UserWarning"),  # rounding in torchsde
+    pytest.mark.filterwarnings("ignore:`Transformer2DModelOutput` is deprecated:FutureWarning"),
+]
+
+TEXTS = ["a C5 organ tone", "two noise bursts", "a quiet sine tone then a louder square tone"]
+
+
+def waves(count: int = 4) -> torch.Tensor:
+    rng = np.random.default_rng(0)
+    chosen = [group[0] for group in tones.prompts("iid").by_task().values()][:count]
+    return tones.render([tones.sample_clip(metadata_of(prompt), rng) for prompt in chosen])
+
+
+def test_words_are_tokens_and_prompts_fit() -> None:
+    words = tokenizer()
+    assert [word for word in vocabulary() if len(words.tokenize(word)) != 1] == []
+    texts = [prompt.text for suite in tones.SUITES for prompt in tones.prompts(suite).prompts]
+    assert max(len(ids) for ids in words(texts).input_ids) == T5_LENGTH
+    assert words.unk_token_id not in {token for ids in words(texts).input_ids for token in ids}
+
+
+def test_a_clip_is_a_whole_number_of_frames() -> None:
+    torch.manual_seed(0)
+    vae, clips = build_vae(), waves()
+    latents = vae.encode(clips).latent_dist.mode()
+    assert latents.shape == (4, LATENT_CHANNELS, FRAMES)
+    assert vae.decode(latents).sample.shape == (4, 1, LENGTH)
+
+
+@torch.no_grad()
+def test_scaled_latents_decode_as_before() -> None:
+    torch.manual_seed(0)
+    vae, clips = build_vae(), waves()
+    posterior = vae.encode(clips).latent_dist
+    decoded = vae.decode(posterior.mean).sample
+    scale = torch.rand(LATENT_CHANNELS) + 0.5
+    scale_latents(vae, scale)
+    scaled = vae.encode(clips).latent_dist
+    torch.testing.assert_close(scaled.mean, posterior.mean * scale.view(1, -1, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vae.decode(scaled.mean).sample, decoded, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_vanilla_diffusers_opens_the_folder_and_sees_the_same_network(tmp_path: Path) -> None:
+    """One step of its sampler lands on x0 = z cos - v sin, from the network as it is trained."""
+    pytest.importorskip("torchsde")
+    from diffusers import StableAudioPipeline
+
+    torch.manual_seed(0)
+    model = TextToVelocity(layers=2, width=64)
+    model.transformer.half().float()  # as it is stored
+    assemble(model, build_vae(), tmp_path)
+    pipeline = StableAudioPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    shipped = pipeline.scheduler
+    pipeline.scheduler = shipped.from_config(shipped.config, sigma_min=1.0)  # where a single step begins: at t = 1/2
+    x = torch.randn(len(TEXTS), LATENT_CHANNELS, FRAMES, generator=torch.Generator().manual_seed(1))
+    start = x / pipeline.scheduler.init_noise_sigma
+    made = pipeline(TEXTS, num_inference_steps=1, guidance_scale=1.0, latents=start, output_type="latent").audios
+    z, half = x / 2**0.5, torch.full((len(TEXTS),), 0.5)
+    velocity = model.float()(z, half, *model.tokens(TEXTS), torch.ones(len(TEXTS), dtype=torch.bool))
+    torch.testing.assert_close(made, (z - velocity) / 2**0.5, rtol=1e-3, atol=1e-3)
+    pipeline.scheduler = shipped
+    assert pipeline(TEXTS[:1], num_inference_steps=2, guidance_scale=2.0).audios.shape == (1, 1, LENGTH)
+
+
+def test_words_that_are_withheld_do_not_matter() -> None:
+    torch.manual_seed(0)
+    model = TextToVelocity(layers=1, width=64)
+    z, time = torch.randn(1, LATENT_CHANNELS, FRAMES), torch.tensor([0.4])
+    told, untold = torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
+    one, other = (model.tokens([text]) for text in TEXTS[:2])
+    assert torch.equal(model(z, time, *one, untold), model(z, time, *other, untold))
+    assert not torch.equal(model(z, time, *one, told), model(z, time, *other, told))
+
+
+@torch.no_grad()
+def test_transformers_opens_the_clap_folder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, clips = build_clap().eval(), waves(3)
+    assert all(weight.ndim == 2 for weight in matrices(model))
+    assemble_clap(model, tmp_path)
+    opened = ClapModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    processor = ClapProcessor.from_pretrained(tmp_path)
+    told = processor(text=TEXTS, audio=list(clips[:, 0].numpy()), sampling_rate=8000, padding=True, return_tensors="pt")
+    words = tokenizer()(TEXTS, padding="max_length", return_tensors="pt")
+    ours = model.float()(input_features=log_mel(clips), **words)
+    torch.testing.assert_close(opened(**told).logits_per_audio, ours.logits_per_audio, rtol=1e-2, atol=1e-2)
+
+
+def test_features_are_those_of_the_extractor() -> None:
+    clips = waves()
+    theirs = feature_extractor()(list(clips[:, 0].numpy()), sampling_rate=8000, return_tensors="pt").input_features
+    torch.testing.assert_close(log_mel(clips), theirs, rtol=0, atol=0.1)  # dB
+
+
+def test_the_spectral_loss_hears_pitch_and_level_but_not_phase() -> None:
+    seconds = torch.arange(4000) / 8000
+
+    def sine(hertz: float, gain: float = 0.3, phase: float = 0.0) -> torch.Tensor:
+        return gain * torch.sin(2 * torch.pi * hertz * seconds + phase)[None, None]
+
+    turned, detuned, quiet = (
+        float(spectral_loss(wave, sine(440))) for wave in (sine(440, 0.3, 1), sine(523), sine(440, 0.1))
+    )
+    assert 3 * turned < min(detuned, quiet)
+    assert float(spectral_loss(sine(440), sine(440))) == 0
+
+
+def small_data() -> CaptionedClips:
+    samples, chosen = dataset._chunk((0, 64, 3))
+    return CaptionedClips(torch.from_numpy(samples), tuple(chosen))
+
+
+def test_captions_are_true() -> None:
+    data = small_data()
+    verdicts = verify(data.floats(torch.arange(64)), [metadata_of(prompt) for prompt in data.prompts])
+    assert sum(verdict.strict for verdict in verdicts) >= 63
+
+
+def test_crops_are_pieces_of_the_clips() -> None:
+    data = small_data()
+    one = CaptionedClips(data.waveforms[:1], data.prompts[:1])
+    whole = one.floats(torch.tensor([0]))[0, 0].unfold(0, 1920, 1)
+    assert all((whole == piece).all(1).any() for piece in crops(one, torch.Generator().manual_seed(0))[:, 0])
+
+
+def test_corruption_never_spells_a_held_out_composition() -> None:
+    rng = np.random.default_rng(0)
+    seen = {prompt.text for prompt in tones.prompts("iid").prompts}
+    pairs = [(prompt, corrupted(prompt, rng)) for prompt in tones.prompts("iid").prompts]
+    assert {wrong.text for _, wrong in pairs} <= seen
+    assert all(wrong.task == prompt.task for prompt, wrong in pairs)
+    changed = {prompt.task for prompt, wrong in pairs if wrong != prompt}
+    assert changed == {"counting", "pitch", "relation", "attribution", "loudness"}
