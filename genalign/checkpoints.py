@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,8 +35,28 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(contiguous, beside, metadata={"meta": json.dumps(dict(meta))})
+    with disk_errors():
+        save_file(contiguous, beside, metadata={"meta": json.dumps(dict(meta))})
     os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """A failed write of a safetensors file as the OSError that it is, such as that of a full disk."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(found[1]) if found else errno.EIO, str(error)) from error
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file, or the names in a folder, on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

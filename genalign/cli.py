@@ -32,6 +32,7 @@ from rewards.shapes import ShapesReward
 USAGE = """usage: genalign COMMAND ...
 
   train     --config FILE [--key value ...]       fine-tune a model on a reward
+  train     --resume RUN                          go on with a run that was interrupted or killed
   plan      --config FILE [--key value ...]       what training would do, hold and refuse; reads no weights
   evaluate  shapes --output DIR [--lora DIR ...]  measure a model in the shapes world
   evaluate  geneval --output DIR --prompts FILE   measure it on GenEval's prompts; any number of processes

@@ -22,6 +22,7 @@ from genalign.memory import Memory
 from genalign.mistakes import explain
 from genalign.policy import Lora
 from genalign.recipes import Recipe, flow_grpo
+from genalign.resuming import Checkpointing
 from genalign.sampling import Sampling
 from genalign.scoring import RewardError
 from genalign.search.aware import Distillation
@@ -117,7 +118,8 @@ class Hacking(Amount):
 class Train:
     """One training run. ``prompts`` is a world's split such as "shapes:train", or a .txt or .jsonl file; ``evaluation``
     is how held-out images are sampled, where that differs from ``sampling``. ``init_lora`` is an adapter, with its own
-    rank and layers, that is trained on instead of a new one."""
+    rank and layers, that is trained on instead of a new one. `genalign train --resume RUN` goes on with the run in that
+    folder, and `--resume` alone with the one in ``output``, where there is one."""
 
     output: str
     rewards: dict[str, RewardChoice] = field(default_factory=dict, kw_only=True)
@@ -134,6 +136,7 @@ class Train:
     hacking: Hacking = field(default_factory=Hacking)
     before_after: BeforeAfter | None = field(default_factory=BeforeAfter)
     trackers: list[Literal["tensorboard", "wandb", "trackio", "swanlab"]] = field(default_factory=list)
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
 
     def __post_init__(self) -> None:
         _require_rewards(self.rewards)
@@ -314,7 +317,7 @@ def model_of(plain: Mapping[str, Any]) -> Model:
 
 
 def _plain(parser: ArgumentParser, parsed: Namespace) -> dict[str, Any]:
-    text: str = parser.dump(parsed, format="json")
+    text: str = parser.dump(parsed, format="json", skip_unset=False)
     plain: dict[str, Any] = json.loads(text)
     plain.pop("config", None)
     return plain

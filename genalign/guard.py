@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from genalign.hacking import Limits, Looks, Panel, panel
+from genalign.states import State
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ def due(rounds_done: int, every: int, last: bool) -> bool:
 
 
 class Guard:
-    """``look`` reads the model as it is; the first time before training. ``rewards`` names the held-out ones.
+    """``look`` reads the model as it is, first by ``begin`` before training. ``rewards`` names the held-out ones.
+    ``stopped`` tells whether an alarm has ended the run.
 
     Raises:
         ValueError: ``keep_best`` without a held-out reward.
@@ -49,13 +51,20 @@ class Guard:
             raise ValueError("hacking.on_alarm.keep_best needs a reward to go by: name one in hacking.rewards")
         self.actions, self.every = actions, every
         self._look, self._rewards, self._limits = look, rewards, limits
-        self._before = look()
+        self._before: Looks | None = None
         self._best = -math.inf
+        self.stopped = False
+
+    def begin(self) -> None:
+        """Look at the untrained model."""
+        self._before = self._look()
 
     def panel(self, rounds_done: int, last: bool, kl: float) -> Panel | None:
         """What is seen after a round; None where none is due."""
         if not due(rounds_done, self.every, last):
             return None
+        if self._before is None:
+            raise ValueError("there is nothing to compare with: call begin() before training")
         seen = panel(self._before, self._look(), kl, self._limits)
         if seen.light == "red":
             logger.warning("round %d: the reward may be exploited: %s", rounds_done, seen.of("red"))
@@ -69,3 +78,14 @@ class Guard:
         score = sum(shifts) / len(shifts) if shifts else -math.inf
         better, self._best = score > self._best, max(score, self._best)
         return better
+
+    def state(self) -> State:
+        """The look at the untrained model, the best score so far, and whether the run is over."""
+        tensors = self._before.tensors() if self._before else {}
+        return State(tensors, {"best": self._best if math.isfinite(self._best) else None, "stopped": self.stopped})
+
+    def restore(self, state: State) -> None:
+        """Put back what ``state()`` gave."""
+        self._before = Looks.from_tensors(state.tensors)
+        self._best = -math.inf if state.numbers["best"] is None else state.numbers["best"]
+        self.stopped = state.numbers["stopped"]

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genalign.checkpoints import with_prefix, without_prefix
 from genalign.divergences import vendi
 from genalign.image_statistics import grid_energy, high_frequency, saturation
 from genalign.statistics import Estimate, t_interval
@@ -144,6 +145,28 @@ class Looks:
     rewards: Mapping[str, Tensor]
     features: Tensor | None
     shown: Mapping[str, float]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        shown = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.shown.items()}
+        return (
+            {"group": self.group}
+            | with_prefix("statistics.", self.statistics)
+            | with_prefix("rewards.", self.rewards)
+            | ({} if self.features is None else {"features": self.features})
+            | with_prefix("shown.", shown)
+        )
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Looks:
+        """The inverse of ``tensors``."""
+        return cls(
+            tensors["group"],
+            without_prefix("statistics.", tensors),
+            without_prefix("rewards.", tensors),
+            tensors.get("features"),
+            {name: float(value) for name, value in without_prefix("shown.", tensors).items()},
+        )
 
     def by_prompt(self, values: Tensor) -> list[Tensor]:
         """Rows of ``values``, prompt by prompt."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-ADAPTER = "default"
+from genalign.adapters import ADAPTER, put_on
+
 ATTENTION = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
 """The names that diffusers gives to the projections of attention layers, those of a joint layer's text included."""
 
@@ -53,6 +54,15 @@ class Snapshot:
         """Move towards ``parameters``: decay 0 copies, decay near 1 averages slowly."""
         for tensor, parameter in zip(self.tensors, parameters, strict=True):
             tensor.lerp_(parameter.detach(), 1 - decay)
+
+    def named(self) -> dict[str, Tensor]:
+        """By index."""
+        return {str(index): tensor for index, tensor in enumerate(self.tensors)}
+
+    def load(self, named: Mapping[str, Tensor]) -> None:
+        """Put back what ``named()`` gave."""
+        for index, tensor in enumerate(self.tensors):
+            tensor.copy_(named[str(index)])
 
 
 class Policy:
@@ -143,7 +153,7 @@ def _inject(denoiser: nn.Module, lora: Lora, seed: int) -> None:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, denoiser, adapter_name=ADAPTER)
+        put_on(denoiser, config)
 
 
 def _adapters(denoiser: nn.Module) -> list[nn.Parameter]:

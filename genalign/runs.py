@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import platform
 import signal
@@ -20,9 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor
 
-from genalign.checkpoints import optimizer_tensors, save_state, with_prefix, write_json
+from genalign.checkpoints import disk_errors, write_json, write_text
 from genalign.guard import Guard, due
 from genalign.hacking import Panel
+from genalign.policy import Policy
+from genalign.resuming import Keeper
 from genalign.statistics import Estimate
 from genalign.training import RoundResult, Trainer
 
@@ -64,30 +67,45 @@ class RunFolder:
         write_json(self.path / "config.json", config)
         write_json(self.path / "environment.json", environment())
 
+    def config(self) -> dict[str, Any]:
+        """What ``begin`` was given."""
+        found: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        return found
+
+    def resume(self, config: Mapping[str, Any], rounds: int) -> None:
+        """Go back to where the run had had so many rounds, with ``config`` from there on; what was different about the
+        machine is told in a warning. Raises ValueError where metrics.jsonl has fewer."""
+        before, now = json.loads((self.path / "environment.json").read_text(encoding="utf-8")), environment()
+        if changed := [name for name, value in now.items() if before.get(name) != value]:
+            told = ", ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in changed)
+            logger.warning("the rounds to come may differ from those of an unbroken run: %s", told)
+        self.cut_back(rounds)
+        write_json(self.path / "config.json", config)
+
     def append(self, row: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl, on the disk itself."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
-    def save(self, trainer: Trainer, pipeline: WeightStore, rounds_done: int) -> None:
-        """Write the averaged weights, as lora/ (diffusers) and peft/ or, trained whole, as denoiser/; and everything
-        that is needed to go on as checkpoint/."""
-        policy = trainer.policy
-        with policy.averaged():
+    def cut_back(self, rounds: int) -> None:
+        """Leave the first ``rounds`` lines of metrics.jsonl. Raises ValueError where there are fewer."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        if len(lines) < rounds:
+            raise ValueError(f"{path} has {len(lines)} rounds, but the run has had {rounds}: put the others back")
+        write_text(path, "".join(lines[:rounds]))
+
+    def save(self, policy: Policy, pipeline: WeightStore) -> None:
+        """Write the averaged weights, as lora/ (diffusers) and peft/ or, trained whole, as denoiser/."""
+        with disk_errors(), policy.averaged():
             if policy.config is None:
                 pipeline.save_denoiser(self.path / "denoiser")
             else:
                 state = policy.adapter_state()
                 pipeline.save_lora(self.path / "lora", state, policy.config)
                 save_peft(self.path / "peft", state, policy.config)
-        tensors = policy.tensors() | with_prefix("optimizer.", optimizer_tensors(trainer.optimizer))
-        meta = {
-            "rounds": rounds_done,
-            "updates": policy.updates,
-            "images": trainer.images,
-            "calls": dict(trainer.ledger.counts),
-        }
-        save_state(self.path / "checkpoint" / "state.safetensors", tensors, meta)
 
 
 def save_peft(directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
@@ -131,19 +149,21 @@ def train(
     trainer: Trainer,
     folder: RunFolder,
     pipeline: WeightStore,
+    keeper: Keeper,
     watch: Watcher | None,
     every: int,
     trackers: Sequence[Tracker] = (),
     guard: Guard | None = None,
 ) -> bool:
-    """Run all rounds with a progress bar; False where the run was interrupted. The folder is saved in any case."""
-    done, held_out = 0, "-"
-    total = trainer.settings.rounds
+    """Run the rounds that are left with a progress bar; False where the run was interrupted. The weights are written in
+    any case."""
+    held_out = "-"
+    total, begun = trainer.settings.rounds, trainer.rounds_done
     with stop_on_interrupt() as stopping, _progress() as progress:
-        bar = progress.add_task("training", total=total, reward=float("nan"), held_out="-", speed=0.0)
+        bar = progress.add_task("training", total=total, completed=begun, reward=math.nan, held_out="-", speed=0.0)
         try:
-            for result in trainer.rounds():
-                done += 1
+            for result in () if guard and guard.stopped else trainer.rounds():
+                done = trainer.rounds_done
                 last = trainer.settings.progress(done, result.forwards) >= 1
                 estimates = watch() if watch and due(done, every, last) else None
                 seen = guard.panel(done, last, result.kl) if guard else None
@@ -153,28 +173,28 @@ def train(
                 held_out = f"{next(iter(estimates.values())).mean:.3f}" if estimates else held_out
                 speed = result.images / result.seconds
                 progress.update(bar, advance=1, reward=result.reward, held_out=held_out, speed=speed)
-                if stopping():
-                    return False
-                if guard and seen and _acted(guard, seen, trainer, folder, pipeline, done):
-                    return True
+                if guard and seen:
+                    _act(guard, seen, trainer, folder, pipeline)
+                stopped, interrupted = bool(guard and guard.stopped), stopping()
+                keeper.after(done, last or stopped or interrupted)
+                if stopped or interrupted:
+                    return stopped
             return True
         finally:
-            folder.save(trainer, pipeline, done)
+            folder.save(trainer.policy, pipeline)
 
 
-def _acted(
-    guard: Guard, seen: Panel, trainer: Trainer, folder: RunFolder, pipeline: WeightStore, rounds_done: int
-) -> bool:
-    """Do what the guard asks for; whether the run is to stop."""
+def _act(guard: Guard, seen: Panel, trainer: Trainer, folder: RunFolder, pipeline: WeightStore) -> None:
+    """Do what the guard asks for."""
     if guard.is_best(seen):
-        RunFolder(folder.path / "best").save(trainer, pipeline, rounds_done)
+        RunFolder(folder.path / "best").save(trainer.policy, pipeline)
     if seen.light != "red":
-        return False
+        return
     if guard.actions.raise_kl is not None:
         trainer.raise_kl(guard.actions.raise_kl)
     if guard.actions.stop:
-        logger.warning("stopping after round %d, as hacking.on_alarm.stop asks for", rounds_done)
-    return guard.actions.stop
+        logger.warning("stopping after round %d, as hacking.on_alarm.stop asks for", trainer.rounds_done)
+        guard.stopped = True
 
 
 def _plain(estimates: Mapping[str, Estimate] | None) -> dict[str, Any] | None:

@@ -111,12 +111,13 @@ def probe(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
 
 @dataclass
 class Watch:
-    """Stops a run whose rewards fail, or teach nothing, for too long."""
+    """Stops a run whose rewards fail, or teach nothing, for too long; ``silent`` counts the last rounds that taught
+    nothing."""
 
     failed_share: float = 0.5
     silent_rounds: int = 20
     largest_ratio: float = 20.0
-    _silent: int = 0
+    silent: int = 0
 
     def compare(self, rewards: Sequence[NamedReward], scores_BK: Tensor) -> None:
         """Warn where, in the weighted sum, one reward's spread drowns another's; to be asked once."""
@@ -147,11 +148,11 @@ class Watch:
                 f"{failed:.0%} of this round's samples could not be scored (limit {self.failed_share:.0%}): see the"
                 " warnings above for what the reward raised"
             )
-        self._silent = self._silent + 1 if silent else 0
-        if self._silent == 1:
+        self.silent = self.silent + 1 if silent else 0
+        if self.silent == 1:
             logger.warning("every group of this round has equal scores: nothing to learn from")
-        if self._silent >= self.silent_rounds:
+        if self.silent >= self.silent_rounds:
             raise RewardError(
-                f"for {self._silent} rounds every group had equal scores: use a reward with partial credit, larger"
+                f"for {self.silent} rounds every group had equal scores: use a reward with partial credit, larger"
                 " groups or more noise"
             )

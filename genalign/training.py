@@ -6,6 +6,7 @@ B = P prompts x G samples, S trained steps, K rewards.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import time
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from genalign.advantages import zero_std_share
 from genalign.budget import Ledger, Metered, metered_rewards, peak_memory
+from genalign.checkpoints import load_optimizer_tensors, optimizer_tensors, with_prefix, without_prefix
 from genalign.learning import Batch, Context, Outcome, Readings, anchored
 from genalign.noise import derived_seed
 from genalign.policy import Policy, Snapshot
@@ -25,6 +27,7 @@ from genalign.prompts import PromptSampler
 from genalign.recipes import Recipe
 from genalign.sampling import Sampled, Sampler, Sampling, joined
 from genalign.scoring import NamedReward, Watch
+from genalign.states import State
 from genalign.types import Pipeline, Prompt, PromptSet, TrainableReward
 
 logger = logging.getLogger(__name__)
@@ -151,12 +154,14 @@ class Trainer:
         self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
         self.old = Snapshot(policy.parameters) if recipe.lag else None
         self.watch = Watch()
+        self.raised: list[float] = []
+        self.rounds_done = 0
         self.images = 0
         self.seconds = 0.0
 
     def rounds(self) -> Iterator[RoundResult]:
-        """All rounds, one by one."""
-        for index, prompts in enumerate(self.prompts.rounds()):
+        """All rounds that are left, one by one."""
+        for index, prompts in itertools.islice(enumerate(self.prompts.rounds()), self.rounds_done, None):
             progress = self.settings.progress(index, self.ledger.forwards)
             if progress >= 1:
                 return
@@ -169,6 +174,7 @@ class Trainer:
             learnt = self._learn(index, parts, outcome)
             if self.old is not None and self.recipe.lag is not None:
                 self.old.update(self.policy.parameters, self.recipe.lag.decay(index))
+            self.rounds_done += 1
             self.images += len(outcome.scores)
             self.seconds += time.perf_counter() - began
             yield self._result(index, outcome, learnt, readings)
@@ -207,6 +213,40 @@ class Trainer:
     def raise_kl(self, least: float) -> None:
         """Double the pull towards the untrained policy, to a weight of ``least`` or more."""
         self.recipe = replace(self.recipe, objective=anchored(self.recipe.objective, least))
+        self.raised.append(least)
+
+    def state(self) -> State:
+        """Everything that the rounds to come depend on, between two rounds; the rest follows from seed and round."""
+        tensors = self.policy.tensors() | with_prefix("optimizer.", optimizer_tensors(self.optimizer))
+        if self.old is not None:
+            tensors |= with_prefix("old.", self.old.named())
+        for place, reward in enumerate(self.trainable.values()):
+            tensors |= with_prefix(f"reward.{place}.", reward.tensors())
+        numbers = {
+            "rounds": self.rounds_done,
+            "updates": self.policy.updates,
+            "images": self.images,
+            "seconds": self.seconds,
+            "calls": dict(self.ledger.counts),
+            "silent_rounds": self.watch.silent,
+            "raised_kl": list(self.raised),
+        }
+        return State(tensors, numbers)
+
+    def restore(self, state: State) -> None:
+        """Put back what ``state()`` gave, in a trainer with the same settings that has not begun."""
+        numbers = state.numbers
+        self.policy.load_tensors(state.tensors, numbers["updates"])
+        load_optimizer_tensors(self.optimizer, without_prefix("optimizer.", state.tensors))
+        if self.old is not None:
+            self.old.load(without_prefix("old.", state.tensors))
+        for place, reward in enumerate(self.trainable.values()):
+            reward.load_tensors(without_prefix(f"reward.{place}.", state.tensors))
+        for least in numbers["raised_kl"]:
+            self.raise_kl(least)
+        self.rounds_done, self.images, self.seconds = numbers["rounds"], numbers["images"], numbers["seconds"]
+        self.watch.silent = numbers["silent_rounds"]
+        self.ledger.counts.update(numbers["calls"])
 
     def _learn(self, index: int, parts: Sequence[Sampled], outcome: Outcome) -> Readings:
         """``updates_per_round`` optimiser steps, each on its share of the batches."""

@@ -16,10 +16,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from genalign.adapters import ADAPTER, PEFT_CONFIG, merge, put_on_saved
 from genalign.checkpoints import write_json
 from genalign.memory import Memory
 from genalign.paths import GaussianPath
-from genalign.policy import ADAPTER
 from genalign.types import Conditioning, Grid, NoiseLevel
 from pipelines.folders import check_folder, fingerprint, is_hub_id
 from pipelines.quantization import quantized
@@ -33,8 +33,8 @@ _ENCODE_BATCH = 64
 class Options(TypedDict, total=False):
     """How a checkpoint is opened, all optional.
 
-    ``height`` and ``width`` are in pixels, the checkpoint's own by default; ``max_sequence_length`` is the number of
-    text tokens where the family lets one choose; ``autocast`` runs the denoiser and the VAE under mixed precision of
+    ``height`` and ``width`` of images are in pixels, and ``seconds`` are how long audio lasts, the checkpoint's own by
+    default; ``max_sequence_length`` is the number of text tokens where the family lets one choose; ``autocast`` runs the denoiser and the VAE under mixed precision of
     that dtype; ``distilled_guidance`` is what a network with guidance distilled into it is told; see
     ``genalign.memory.Memory`` for the rest.
     """
@@ -43,6 +43,7 @@ class Options(TypedDict, total=False):
     autocast: torch.dtype | None
     height: int | None
     width: int | None
+    seconds: float | None
     max_sequence_length: int | None
     distilled_guidance: float | None
     memory: Memory
@@ -51,23 +52,24 @@ class Options(TypedDict, total=False):
 class DiffusersPipeline(ABC):
     """A diffusers pipeline seen as encode / predict / decode (``genalign.types.Pipeline``).
 
-    A family says how its prompts are encoded, how its network is called, and what its noise levels are. Latents are
-    (B, C, h, w) for all of them, also where the network takes them in patches.
+    A family says how its prompts are encoded, how its network is called, and what its noise levels are. Samples are
+    images and latents (B, C, h, w), also where the network takes them in patches, unless ``sample_rate`` says that they
+    are audio (``pipelines.audio``).
     """
 
     kind: ClassVar[type[DiffusionPipeline]]
     first_order: ClassVar[type[SchedulerMixin]]  # whose noise levels are taken, whatever solver a checkpoint ships
     trained: ClassVar[str] = "transformer"  # the component that is
     patch: ClassVar[int] = 2  # latent pixels side by side that the network takes as one
-    unconditional: ClassVar[str] = ""  # the prompt that guidance leads away from
+    unconditional: ClassVar[str | None] = ""  # the prompt that guidance leads away from, where it is one
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
     def __init__(self, pipe: DiffusionPipeline, **options: Unpack[Options]) -> None:
         self.pipe: Any = pipe  # its components differ by family
         self.device = torch.device(options.get("device", "cpu"))
         self.autocast = options.get("autocast")
         self.memory = options.get("memory", Memory())
-        self.height = self._latent_size(options.get("height"))
-        self.width = self._latent_size(options.get("width"))
+        self._take_size(options)
         self.max_sequence_length = options.get("max_sequence_length") or self._longest_text()
         self.distilled_guidance = options.get("distilled_guidance")
         if self.distilled_guidance is not None and not self.is_distilled:
@@ -75,6 +77,7 @@ class DiffusersPipeline(ABC):
         self.fingerprint = fingerprint(self.denoiser)
         self._worn = False
         self._cache: dict[str, dict[str, Tensor]] = {}
+        self._batches: dict[str, list[str]] = {}
         self._prepare()
 
     def _prepare(self) -> None:
@@ -94,7 +97,7 @@ class DiffusersPipeline(ABC):
         check_folder(path_or_id, cls.kind.__name__)
         extra = quantized(options.get("memory", Memory()), cls.trained, dtype)
         pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, **extra)
-        if not isinstance(pipe.scheduler, cls.first_order):
+        if not isinstance(pipe.scheduler, cls.first_order) or pipe.scheduler.config.get("solver_order", 1) > 1:
             told = "%s ships %s; here it is sampled by first-order steps on the grid of %s"
             logger.warning(told, path_or_id, type(pipe.scheduler).__name__, cls.first_order.__name__)
         return cls(pipe, **options)
@@ -127,13 +130,17 @@ class DiffusersPipeline(ABC):
         return unconditional + guidance * (conditional - unconditional)
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1]."""
+        """What the autoencoder makes of latents, such as images (B, 3, H, W) in [-1, 1]."""
         config = self.pipe.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0  # not every autoencoder's config has one
         images: Tensor = self.pipe.vae.decode(
             (latents / config.scaling_factor + shift).to(self._vae_dtype), return_dict=False
         )[0]
         return images
+
+    def _finished(self, decoded: Tensor) -> Tensor:
+        """Samples in their range, such as images in [0, 1]."""
+        return (decoded / 2 + 0.5).clamp(0, 1)
 
     def _native_size(self) -> int:
         """The side in latent pixels that the checkpoint was made for."""
@@ -176,25 +183,41 @@ class DiffusersPipeline(ABC):
         return int(self.pipe.components[self.trained].config.in_channels)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
         """(C, h, w) of one sample."""
         return self.latent_channels, self.height, self.width
 
     @property
-    def resolution(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
+    def sample_rate(self) -> int | None:
+        """Audio samples a second; None for images."""
+        return None
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(3, H, W) of one image in pixels."""
         factor = int(self.pipe.vae_scale_factor)
-        return self.height * factor, self.width * factor
+        return 3, self.height * factor, self.width * factor
+
+    @property
+    def resolution(self) -> tuple[int, ...]:
+        """Height and width of the images in pixels; of audio, its length."""
+        return self.sample_shape[1:]
 
     @property
     def _text_encoders(self) -> list[nn.Module]:
-        named = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder")]
-        return [encoder for encoder in named if encoder is not None]
+        found = [self.pipe.components.get(name) for name in self.encoders]
+        return [encoder for encoder in found if encoder is not None]
 
     @property
     def _vae_dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.pipe.vae.dtype
         return dtype
+
+    def _take_size(self, options: Options) -> None:
+        if options.get("seconds") is not None:
+            raise ValueError("this model makes images: leave seconds out, and give height and width")
+        self.height = self._latent_size(options.get("height"))
+        self.width = self._latent_size(options.get("width"))
 
     def _latent_size(self, pixels: int | None) -> int:
         factor = int(self.pipe.vae_scale_factor)
@@ -208,9 +231,13 @@ class DiffusersPipeline(ABC):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Named tensors (P, ...) on the CPU; every distinct text is encoded once, and shorter ones end in zeros."""
-        missing = sorted({text for text in (*prompts, self.unconditional) if text not in self._cache})
-        for start in range(0, len(missing), _ENCODE_BATCH):
-            self._encode_batch(missing[start : start + _ENCODE_BATCH])
+        wanted = {*prompts} if self.unconditional is None else {*prompts, self.unconditional}
+        missing = sorted(text for text in wanted if text not in self._cache)
+        new = [text for text in missing if text not in self._batches]
+        self.encode_together([new[start : start + _ENCODE_BATCH] for start in range(0, len(new), _ENCODE_BATCH)])
+        for text in missing:
+            if text not in self._cache:
+                self._encode_batch(self._batches[text])
         return Conditioning(_stacked([self._cache[text] for text in prompts]))
 
     @torch.no_grad()
@@ -220,20 +247,38 @@ class DiffusersPipeline(ABC):
         for row, text in enumerate(texts):
             self._cache[text] = {name: tensor[row] for name, tensor in tensors.items()}
 
+    @property
+    def encoded(self) -> list[list[str]]:
+        """The batches in which texts were encoded so far: the last bits of a result depend on what is beside it."""
+        return list({id(batch): batch for batch in self._batches.values()}.values())
+
+    def encode_together(self, batches: Sequence[Sequence[str]]) -> None:
+        """Once one of these texts is needed, encode it in its batch, such as ``encoded`` told of an earlier process.
+        What is encoded already stays."""
+        for batch in map(list, batches):
+            self._batches |= dict.fromkeys(batch, batch)
+
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
-        """Standard normal latents (B, C, h, w) on the pipeline's device, one CPU generator per seed."""
+        """Standard normal latents (B, C, ...) on the pipeline's device, one CPU generator per seed."""
         drawn = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(drawn).to(self.device)
 
     def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
-        """The network's output in float32 for x (B, C, h, w); with guidance > 1 one batch of 2 B, unconditional rows
-        first."""
+        """The network's output in float32 for x (B, C, ...); with guidance > 1 one batch of 2 B, unconditional rows
+        first. ValueError for guidance that the network was not made for."""
+        self.require_guidance(guidance)
         timestep, tensors = level.timestep.float().expand(len(x)), conditioning.tensors
         if guidance <= 1:
             return self._output(x, timestep, tensors)
-        both = _beside(self._cache[self.unconditional], tensors)
+        both = _beside(self._away(tensors), tensors)
         unconditional, conditional = self._output(torch.cat([x, x]), torch.cat([timestep, timestep]), both).chunk(2)
         return self._guided(unconditional, conditional, guidance)
+
+    def _away(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What guidance leads away from, a row for each row of ``tensors`` (B, ...)."""
+        assert self.unconditional is not None, "a family without such a prompt has its own way"
+        row = self._cache[self.unconditional]
+        return {name: row[name].expand(len(tensor), *row[name].shape) for name, tensor in tensors.items()}
 
     def _output(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         dtype = self.pipe.components[self.trained].dtype
@@ -245,13 +290,14 @@ class DiffusersPipeline(ABC):
             return self._network(x.to(self.device, dtype), timestep.to(self.device), moved).float()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] in float32; differentiable. Raises ValueError where a float16 VAE overflows."""
+        """Samples (B, ...) in their range, in float32; differentiable. Raises ValueError where a float16 VAE
+        overflows."""
         parts = torch.split(latents.to(self.device), self.memory.decode_batch or len(latents))
         with lent([self.pipe.vae], self.device, self.memory.offload), self._mixed_precision():
-            images = torch.cat([self._decoded(part).float() for part in parts])
-        if self._vae_dtype == torch.float16 and not bool(images.isfinite().all()):
+            decoded = torch.cat([self._decoded(part).float() for part in parts])
+        if self._vae_dtype == torch.float16 and not bool(decoded.isfinite().all()):
             raise ValueError("the VAE overflowed in float16: open the model in bfloat16, or in float32 with autocast")
-        return (images / 2 + 0.5).clamp(0, 1)
+        return self._finished(decoded)
 
     def save_lora(self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
         """Write an adapter as the pipeline's ``load_lora_weights`` expects it, rank and alpha included."""
@@ -260,6 +306,9 @@ class DiffusersPipeline(ABC):
         }
         layers = {f"{self.trained}_lora_layers": dict(state), f"{self.trained}_lora_adapter_metadata": metadata}
         type(self.pipe).save_lora_weights(directory, **layers)
+        self._save_base(directory)
+
+    def _save_base(self, directory: Path) -> None:
         if self.memory.quantization is None:  # a quantised base has no fingerprint of the original's
             write_json(directory / _BASE_FILE, {"fingerprint": self.fingerprint})
 
@@ -276,13 +325,12 @@ class DiffusersPipeline(ABC):
         """Write the network with its adapter, where it wears one, in its weights, or the ``whole`` pipeline so.
         It has no adapter afterwards."""
         if self._worn:
-            self.pipe.fuse_lora(components=[self.trained])
-            self.pipe.unload_lora_weights()
+            merge(self.denoiser)
             self._worn = False
         (self.pipe if whole else self.pipe.components[self.trained]).save_pretrained(directory)
 
     def load_lora(self, source: str | Path) -> None:
-        """Put on an adapter that ``save_lora``, or diffusers, wrote: a folder, a .safetensors file, or a Hub id.
+        """Put on an adapter that ``save_lora``, diffusers or PEFT wrote: a folder, a .safetensors file, or a Hub id.
 
         Raises ValueError for one of another base, FileNotFoundError for none; pickled weights are not opened.
         """
@@ -295,8 +343,14 @@ class DiffusersPipeline(ABC):
         known = self.memory.quantization is None and base.is_file()
         if known and json.loads(base.read_text())["fingerprint"] != self.fingerprint:
             raise ValueError(f"the adapter in {source} was trained on another base checkpoint than this one")
-        self.pipe.load_lora_weights(source, adapter_name=ADAPTER, use_safetensors=True)
+        if (folder / PEFT_CONFIG).is_file():
+            put_on_saved(self.denoiser, folder)
+        else:
+            self._load_published(source)
         self._worn = True
+
+    def _load_published(self, source: str | Path) -> None:
+        self.pipe.load_lora_weights(source, adapter_name=ADAPTER, use_safetensors=True)
 
     def _mixed_precision(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
@@ -308,12 +362,9 @@ def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _beside(unconditional: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """(2 B, ...): one unconditional row for each row of ``tensors``, then those."""
+    """(2 B, ...): the unconditional rows, then those of ``tensors``."""
     return {
-        name: pad_sequence(
-            [*unconditional[name].expand(len(tensor), *unconditional[name].shape), *tensor], batch_first=True
-        )
-        for name, tensor in tensors.items()
+        name: pad_sequence([*unconditional[name], *tensor], batch_first=True) for name, tensor in tensors.items()
     }
 
 

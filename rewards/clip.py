@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from genalign import assets
 from genalign.types import Prompt
 
-_TEXT_BATCH = 256
 
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -112,11 +111,11 @@ class ClipEncoder(nn.Module, ABC):
 
     @torch.no_grad()
     def text(self, texts: Sequence[str]) -> Tensor:
-        """Unit embeddings (B, d), float32; each distinct text is encoded once."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        for begin in range(0, len(new), _TEXT_BATCH):
-            part = new[begin : begin + _TEXT_BATCH]
-            self._texts.update(zip(part, F.normalize(self._encode(part), dim=-1).cpu(), strict=True))
+        """Unit embeddings (B, d), float32; each distinct text is encoded once, and alone: in a batch its last bits
+        would depend on the others, and on which of them were known before."""
+        for text in dict.fromkeys(texts):
+            if text not in self._texts:
+                self._texts[text] = F.normalize(self._encode([text])[0], dim=-1).cpu()
         return torch.stack([self._texts[text] for text in texts]).to(self.device)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,12 +61,11 @@ def compare_command(outside: Outside, arguments: Sequence[str]) -> int:
 
 
 def _compared_run(outside: Outside, folder: Path, base: Path, own: Mapping[str, Any], seed: int) -> None:
-    """One training by ``base`` with its ``own`` settings; a folder that an interruption left is begun anew."""
+    """One training by ``base`` with its ``own`` settings; one that was interrupted goes on."""
     run = folder / f"seed-{seed}"
-    shutil.rmtree(run, ignore_errors=True)
     write_json(folder / "settings.json", own)
     arguments = ["--config", str(base), "--config", str(folder / "settings.json")]
-    if status := train_command(outside, [*arguments, "--output", str(run), "--training.seed", str(seed)]):
+    if status := train_command(outside, [*arguments, "--output", str(run), "--training.seed", str(seed), "--resume"]):
         raise SystemExit(status)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +30,13 @@ class Checkpoint(Pipeline, WeightStore, Protocol):
     @property
     def fingerprint(self) -> str:
         """A hash of the denoiser's weights as they were opened, without an adapter."""
+
+    @property
+    def encoded(self) -> list[list[str]]:
+        """The batches in which texts were encoded so far."""
+
+    def encode_together(self, batches: Sequence[Sequence[str]]) -> None:
+        """Once one of these texts is needed, encode it in its batch."""
 
     def load_lora(self, source: str | Path) -> None:
         """Put on an adapter, from a folder, a file or the Hub."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
@@ -15,64 +17,108 @@ from genalign import config
 from genalign.checkpoints import write_json
 from genalign.commands.evaluating import Exam, exam
 from genalign.commands.parts import Checkpoint, Outside, named_rewards, prompt_set
-from genalign.evaluation import Evaluation, gain, plan
+from genalign.commands.resuming import Inputs, Texts, TrackerRun, checkpoint_in, requested
+from genalign.evaluation import Evaluation, gain, load_evaluation, plan, suite_hash
 from genalign.guard import Guard
 from genalign.hacking import Looks, Measures
+from genalign.journal import Journal
 from genalign.learning import anchored
 from genalign.policy import Policy
 from genalign.report import write_report
+from genalign.resuming import Checkpoints, Keeper
 from genalign.rollout import generate
 from genalign.runs import RunFolder, train
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward, probe
+from genalign.states import Generators, Stateful
 from genalign.statistics import Estimate
 from genalign.training import Trainer
 from genalign.types import PromptSet
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, or for this user or file
+
 
 def train_command(outside: Outside, arguments: Sequence[str]) -> int:
     """``genalign train``."""
-    settings, plain = config.parse(config.Train, arguments, "train")
-    return run_training(outside, settings, plain)
+    asked = requested(arguments)
+    settings, plain = config.parse(config.Train, asked.arguments, "train")
+    try:
+        return run_training(outside, settings, plain, asked.resume)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        told = f"make room, then genalign train --resume {settings.output}"
+        print(f"error: {error}. The last checkpoint is whole: {told}", file=sys.stderr)
+        return 1
 
 
-def run_training(outside: Outside, settings: config.Train, plain: Mapping[str, Any]) -> int:
-    """Evaluate, train, evaluate again, and write the report."""
+def run_training(outside: Outside, settings: config.Train, plain: Mapping[str, Any], resume: bool = False) -> int:
+    """Evaluate, train, evaluate again, and write the report; with ``resume`` from where the run in ``output`` is."""
     prompts = prompt_set(settings.prompts)
     folder = RunFolder(Path(settings.output))
-    folder.require_unused()
+    checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint.keep)
+    checkpoint = checkpoint_in(folder, checkpoints, plain) if resume else None
+    if checkpoint is None:
+        folder.require_unused()
     require_trackers(settings.trackers)
     for watched in settings.watched():
         prompt_set(watched.prompts)
-    pipeline = outside.load(settings.model)
-    rewards = named_rewards(settings.rewards)
+    pipeline, rewards = outside.load(settings.model), named_rewards(settings.rewards)
     _probe(pipeline, rewards, prompts, settings.sampling)
-    policy = _policy(settings, pipeline)
-    trainer = Trainer(pipeline, policy, rewards, prompts, settings.recipe, settings.training, settings.sampling)
-    if settings.hacking.on_alarm.raise_kl is not None:
-        anchored(settings.recipe.objective, settings.hacking.on_alarm.raise_kl)
-    guard = _guard(settings, pipeline, policy)
-    folder.begin(plain)
+    journal, tracked = Journal(), TrackerRun()
+    trainer = _trainer(settings, pipeline, journal.kept(rewards), prompts)
+    guard = _guard(settings, pipeline, trainer.policy)
+    inputs = Inputs(pipeline.fingerprint, suite_hash(prompts))
+    parts = _parts(trainer, guard, inputs, Texts(pipeline), tracked)
+    keeper = Keeper(checkpoints, parts, journal, settings.checkpoint.every)
     tested = _before_after(outside, settings, pipeline, rewards)
-    before = tested.take(pipeline, folder.path / "before") if tested else None
-    finished = train(
-        trainer,
-        folder,
-        pipeline,
-        _watcher(outside, settings, pipeline, policy),
-        settings.held_out.every,
-        trackers(settings.trackers, folder.path),
-        guard,
-    )
-    if not finished:
-        print(f"interrupted: everything so far is in {folder.path}")
+    if checkpoint is None:
+        before = _begin(folder, plain, pipeline, guard, tested)
+        keeper.begin()
+    else:
+        keeper.resume(checkpoint)
+        folder.resume(plain, checkpoint.rounds)
+        before = load_evaluation(folder.path / "before") if tested else None
+    watch = _watcher(outside, settings, pipeline, trainer.policy)
+    loggers = trackers(settings.trackers, folder.path, tracked.id)
+    if not train(trainer, folder, pipeline, keeper, watch, settings.held_out.every, loggers, guard):
+        print(f"interrupted: everything so far is in {folder.path}; go on by genalign train --resume {folder.path}")
         return 130
     if tested and before:
-        with policy.averaged():
+        with trainer.policy.averaged():
             after = tested.take(pipeline, folder.path / "after")
         _write_gain(before, after, folder.path)
     print(f"report: {write_report(folder.path)}")
     return 0
+
+
+def _begin(
+    folder: RunFolder, plain: Mapping[str, Any], pipeline: Checkpoint, guard: Guard | None, tested: Exam | None
+) -> Evaluation | None:
+    """Everything that is read of the untrained model."""
+    if guard:
+        guard.begin()
+    folder.begin(plain)
+    return tested.take(pipeline, folder.path / "before") if tested else None
+
+
+def _parts(
+    trainer: Trainer, guard: Guard | None, inputs: Inputs, texts: Texts, tracked: TrackerRun
+) -> dict[str, Stateful]:
+    """All that a run goes on from, by name."""
+    parts: dict[str, Stateful] = {"inputs": inputs, "trainer": trainer, "texts": texts, "tracker": tracked}
+    return parts | ({"guard": guard} if guard else {}) | {"generators": Generators()}
+
+
+def _trainer(
+    settings: config.Train, pipeline: Checkpoint, rewards: Sequence[NamedReward], prompts: PromptSet
+) -> Trainer:
+    """The loop. Raises ValueError where the guard could not do with it what it is told to."""
+    policy = _policy(settings, pipeline)
+    trainer = Trainer(pipeline, policy, rewards, prompts, settings.recipe, settings.training, settings.sampling)
+    if settings.hacking.on_alarm.raise_kl is not None:
+        anchored(settings.recipe.objective, settings.hacking.on_alarm.raise_kl)
+    return trainer
 
 
 def _policy(settings: config.Train, pipeline: Checkpoint) -> Policy:
@@ -90,14 +136,16 @@ def require_trackers(names: Sequence[str]) -> None:
             raise ValueError(f"trackers names {name}, which is not installed: pip install {name}")
 
 
-def trackers(names: Sequence[str], folder: Path) -> list[Any]:
-    """Experiment trackers, through accelerate."""
+def trackers(names: Sequence[str], folder: Path, run: str) -> list[Any]:
+    """Experiment trackers, through accelerate; those on servers know a resumed run by the id ``run``."""
     if not names:
         return []
     from accelerate import Accelerator
 
     accelerator = Accelerator(log_with=list(names), project_dir=str(folder))
-    accelerator.init_trackers("genalign")
+    known = {"id": run, "resume": "allow"}
+    asked = {"wandb": known, "swanlab": known, "trackio": {"name": run, "resume": "allow"}}
+    accelerator.init_trackers("genalign", init_kwargs={name: asked[name] for name in names if name in asked})
     return list(accelerator.trackers)
 
 

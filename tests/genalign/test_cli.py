@@ -81,7 +81,7 @@ def test_a_run_leaves_everything_behind(config: Path, tmp_path: Path, capsys: py
     assert [row["round"] for row in rows] == [0, 1]
     assert set(rows[0]["rewards"]) == {"red", "green"}
     assert set(rows[0]["held_out"]) == {"strict", "partial", "relaxed"}
-    for name in ("config.json", "environment.json", "gain.json", "report.html", "checkpoint/state.safetensors"):
+    for name in ("config.json", "environment.json", "gain.json", "report.html", "checkpoints/latest/state.safetensors"):
         assert (run / name).is_file(), name
     for name in ("lora/pytorch_lora_weights.safetensors", "peft/adapter_model.safetensors", "before/summary.json"):
         assert (run / name).is_file(), name
@@ -98,9 +98,9 @@ def test_a_network_trained_whole_is_saved_whole(config: Path, tmp_path: Path) ->
     run = tmp_path / "run"
     assert not (run / "lora").exists()
     saved = list(SD3Transformer2DModel.from_pretrained(run / "denoiser").parameters())
-    tensors, _ = load_state(run / "checkpoint" / "state.safetensors")
-    assert all(torch.equal(tensors[f"average.{index}"], parameter) for index, parameter in enumerate(saved))
-    assert any(not torch.equal(tensors[f"current.{i}"], tensors[f"average.{i}"]) for i in range(len(saved)))
+    tensors, _ = load_state(run / "checkpoints" / "latest" / "state.safetensors")
+    assert all(torch.equal(tensors[f"trainer.average.{index}"], parameter) for index, parameter in enumerate(saved))
+    assert any(not torch.equal(tensors[f"trainer.current.{i}"], tensors[f"trainer.average.{i}"]) for i in range(len(saved)))
 
 
 def test_tensorboard_gets_every_number(config: Path, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_ctrl_c_ends_with_a_checkpoint(config: Path, tmp_path: Path, capsys: pyt
     geometry = ["--training.group_size", "4", "--training.batch_size", "4"]
     assert main(["train", "--config", str(config), *arguments, *geometry]) == 130
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
-    assert (tmp_path / "run" / "checkpoint" / "state.safetensors").is_file()
+    assert (tmp_path / "run" / "checkpoints" / "round-000001" / "state.safetensors").is_file()
     assert "interrupted: everything so far is in" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is before
 

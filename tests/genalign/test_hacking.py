@@ -162,7 +162,9 @@ def test_the_whole_interval_must_lie_beyond_a_limit(shift: Estimate, side: str, 
 
 def _guard(looks: Sequence[Looks], actions: Actions) -> Guard:
     it = iter(looks)
-    return Guard(lambda: next(it), ("bright",), Limits(), actions, every=2)
+    guard = Guard(lambda: next(it), ("bright",), Limits(), actions, every=2)
+    guard.begin()
+    return guard
 
 
 def test_a_guard_looks_when_it_is_due_and_says_what_it_saw(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,211 @@
+"""Checkpoints that a run goes on from: numbered, checked, written beside and renamed; the last few are kept.
+
+``checkpoints/round-000012/`` holds state.safetensors and state.json, manifest.json with the size and SHA-256 of both,
+and, while it is the newest, scores.jsonl (see ``genalign.journal``). ``checkpoints/latest`` is a link to the newest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from genalign.checkpoints import load_state, save_state, sync, with_prefix, without_prefix, write_json
+from genalign.journal import Journal
+from genalign.states import State, Stateful
+
+logger = logging.getLogger(__name__)
+FORMAT = 1
+_TENSORS, _NUMBERS, _MANIFEST, _SCORES = "state.safetensors", "state.json", "manifest.json", "scores.jsonl"
+_PART = ".part"  # what such a name ends in is unfinished, or on its way out
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """A checkpoint after every ``every`` rounds, of which the last ``keep`` stay."""
+
+    every: int = 1
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"checkpoint.{name} must be at least 1, not {value}")
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that is not as it was written."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that is whole."""
+
+    path: Path
+    rounds: int
+
+    def restore(self, parts: Mapping[str, Stateful]) -> None:
+        """Put ``parts`` back to where they were."""
+        tensors, _ = load_state(self.path / _TENSORS)
+        written = json.loads((self.path / _NUMBERS).read_text(encoding="utf-8"))
+        ordered = {name: tensors[name] for name in written["tensors"]}
+        for name, part in parts.items():
+            part.restore(State(without_prefix(f"{name}.", ordered), written["parts"][name]))
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Those in ``folder``, of which saving keeps the last ``keep``."""
+
+    folder: Path
+    keep: int = 2
+
+    def save(self, rounds: int, parts: Mapping[str, Stateful]) -> Path:
+        """Write the state of ``parts`` after so many rounds. Raises OSError where that fails: the others are as they
+        were."""
+        self._sweep()
+        path = self.folder / f"round-{rounds:06d}"
+        beside = path.with_name(path.name + _PART)
+        try:
+            _write(beside, rounds, {name: part.state() for name, part in parts.items()})
+            _discard(path)  # one that was damaged
+            os.rename(beside, path)
+        except OSError:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        sync(self.folder)
+        self._point(path)
+        self._prune(path)
+        return path
+
+    def latest(self) -> Checkpoint | None:
+        """The newest that is whole, with a warning for each that is not; None for none at all.
+
+        Raises DamagedCheckpointError where there are some and all are damaged.
+        """
+        damage: list[str] = []
+        for path in reversed(self._all()):
+            try:
+                found = _checked(path)
+            except DamagedCheckpointError as error:
+                damage.append(str(error))
+                continue
+            for told in damage:
+                logger.warning("%s: going on from %s", told, path.name)
+            self._point(path)
+            return found
+        if damage:
+            raise DamagedCheckpointError(f"no checkpoint to go on from: {'; '.join(damage)}")
+        return None
+
+    def scores(self, since: Checkpoint) -> list[Path]:
+        """Where scores may be that were given since a checkpoint."""
+        return [path / _SCORES for path in self._all() if path.name >= since.path.name]
+
+    def _all(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(path for path in self.folder.glob("round-*") if path.suffix != _PART)
+
+    def _point(self, path: Path) -> None:
+        link = self.folder / f"latest{_PART}"
+        with contextlib.suppress(OSError):  # some file systems have no links, and nothing depends on this one
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.name)
+            os.replace(link, self.folder / "latest")
+
+    def _prune(self, saved: Path) -> None:
+        """Remove those before the last ``keep``, and later ones that an earlier process had damaged."""
+        places = self._all()
+        until = places.index(saved) + 1
+        for path in [*places[: max(0, until - self.keep)], *places[until:]]:
+            _discard(path)
+
+    def _sweep(self) -> None:
+        """Remove what a killed process left unfinished."""
+        for path in self.folder.glob(f"round-*{_PART}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(beside: Path, rounds: int, states: Mapping[str, State]) -> None:
+    """A whole checkpoint, on the disk itself."""
+    tensors: dict[str, Tensor] = {}
+    for name, state in states.items():
+        tensors |= with_prefix(f"{name}.", state.tensors)
+    save_state(beside / _TENSORS, tensors, {})
+    parts = {name: state.numbers for name, state in states.items()}
+    write_json(beside / _NUMBERS, {"parts": parts, "tensors": list(tensors)})  # whose order safetensors does not keep
+    files = {name: _fingerprint(beside / name) for name in (_TENSORS, _NUMBERS)}
+    write_json(beside / _MANIFEST, {"format": FORMAT, "rounds": rounds, "files": files})
+    for path in (*beside.iterdir(), beside):
+        sync(path)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _checked(path: Path) -> Checkpoint:
+    """Raises DamagedCheckpointError, saying what is wrong with it."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        rounds, files, written = int(manifest["rounds"]), dict(manifest["files"]), int(manifest["format"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{path} is damaged: {_MANIFEST} cannot be read ({error})") from None
+    if written > FORMAT:
+        raise DamagedCheckpointError(f"{path} was written by a later genalign (format {written}): update this one")
+    for name in (_TENSORS, _NUMBERS):
+        if not (path / name).is_file():
+            raise DamagedCheckpointError(f"{path} is damaged: {name} is missing")
+        if _fingerprint(path / name) != files.get(name):
+            raise DamagedCheckpointError(f"{path} is damaged: {name} does not have the checksum it was written with")
+    return Checkpoint(path, rounds)
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder, if it is there, so that no half of it is ever taken for a whole."""
+    if not path.exists():
+        return
+    doomed = path.with_name(f"{path.name}.old{_PART}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """Saves ``parts`` as a run goes on, and starts the journal of its scores anew each time."""
+
+    checkpoints: Checkpoints
+    parts: Mapping[str, Stateful]
+    journal: Journal
+    every: int = 1
+
+    def begin(self) -> None:
+        """Before the first round. Raises OSError where it cannot be written."""
+        self.journal.begin(self.checkpoints.save(0, self.parts) / _SCORES)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """From ``checkpoint`` on."""
+        checkpoint.restore(self.parts)
+        self.journal.replay(self.checkpoints.scores(checkpoint))
+        self.journal.begin(checkpoint.path / _SCORES)
+
+    def after(self, rounds: int, last: bool) -> None:
+        """After so many rounds, if a checkpoint is due; one that cannot be written is told in a warning."""
+        if rounds % self.every and not last:
+            return
+        try:
+            path = self.checkpoints.save(rounds, self.parts)
+        except OSError as error:
+            logger.warning("no checkpoint after round %d, the one before is still there: %s", rounds, error)
+        else:
+            self.journal.begin(path / _SCORES)

@@ -1,0 +1,415 @@
+"""Run N rounds, or run some, lose the process, and go on: the same, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import json
+import random
+import resource
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from genalign import recipes
+from genalign.checkpoints import load_state
+from genalign.commands.resuming import Texts, requested, require_same
+from genalign.credit import NormalisedSum
+from genalign.divergences import vendi
+from genalign.guard import Actions, Guard
+from genalign.hacking import Limits, Looks, Measures
+from genalign.journal import Journal
+from genalign.policy import Lora, Policy
+from genalign.recipes import Lag, Recipe
+from genalign.resuming import Checkpoints, DamagedCheckpointError, Keeper
+from genalign.sampling import Sampling
+from genalign.scoring import NamedReward
+from genalign.states import Generators, State, Stateful
+from genalign.training import Settings, Trainer
+from genalign.types import Prompt, PromptSet
+from pipelines import SD3
+from rewards.adversarial import AdversarialReward, Learning, PatchWeights
+from rewards.references import ImageTensor, Pool
+
+PROMPTS = PromptSet("five", tuple(Prompt(f"{number} circles", {"n": number}) for number in range(5)))
+SETTINGS = Settings(
+    rounds=3,
+    prompts_per_round=2,
+    group_size=2,
+    batch_size=2,
+    learning_rate=1e-2,
+    learning_rate_schedule="linear",
+    max_grad_norm=10.0,
+)
+LORA = Lora(rank=2)
+SAMPLING = Sampling(num_steps=3, sigmas=(1.0, 0.6, 0.3))
+
+
+def channels(samples: Tensor) -> Tensor:
+    return samples.flatten(2).mean(2)
+
+
+def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples[:, 0].flatten(1).mean(1) - samples[:, 1:].flatten(1).mean(1)
+
+
+def careless(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """Draws from generators that nobody seeds."""
+    noise = torch.rand(len(samples)) + random.gauss(0, 1) + float(np.random.standard_normal())
+    return redness(samples, prompts) + 0.01 * noise
+
+
+def rewards() -> list[NamedReward]:
+    return [NamedReward("red", redness), NamedReward("careless", careless, 0.5)]
+
+
+def adversarial() -> list[NamedReward]:
+    pool = Pool(ImageTensor(torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))))
+    learning = Learning(steps_per_update=2, batch_size=4, replay=6, learning_rate=1e-2)
+    return [
+        NamedReward("adversary", AdversarialReward(channels, pool, weights=PatchWeights(1.0, 0.0), learning=learning))
+    ]
+
+
+GRID: Mapping[str, Callable[[], Recipe]] = {
+    "flow_grpo": lambda: recipes.flow_grpo(window=1, kl=0.01),
+    "dense_grpo": lambda: recipes.dense_grpo(window=1),
+    "guard_grpo": lambda: recipes.guard_grpo(window=1),
+    "mix_grpo": lambda: recipes.mix_grpo(window=1, rounds_each=1),
+    "tempflow_grpo": recipes.tempflow_grpo,
+    "ddpo": lambda: recipes.ddpo(window=1),
+    "adv_grpo": lambda: recipes.adv_grpo(window=1),
+    "prdp": lambda: recipes.prdp(window=1),
+    "dragon": lambda: recipes.dragon(anchor=0.1),
+    "dragon_set": lambda: recipes.dragon_set(vendi, channels, quality=0.5),
+    "nft": lambda: recipes.nft(lag=Lag(slope=0.3)),
+    "awm": recipes.awm,
+    "credited": lambda: recipes.credited(recipes.flow_grpo(window=1), NormalisedSum()),
+}
+
+
+def test_the_grid_has_every_recipe() -> None:
+    made = {
+        name
+        for name, function in inspect.getmembers(recipes, inspect.isfunction)
+        if function.__module__ == recipes.__name__ and inspect.signature(function).return_annotation == "Recipe"
+    }
+    assert made - {"matching"} == set(GRID)  # of which matching() is the stem
+
+
+class Session:
+    """What one process of a run holds."""
+
+    def __init__(
+        self, folder: Path, tiny: SD3, recipe: Recipe, scored: Sequence[NamedReward], lora: Lora | None
+    ) -> None:
+        self.pipeline = copy.deepcopy(tiny)
+        policy = Policy(self.pipeline.denoiser, lora)
+        journal = Journal()
+        self.trainer = Trainer(self.pipeline, policy, journal.kept(scored), PROMPTS, recipe, SETTINGS, SAMPLING)
+        parts: dict[str, Stateful] = {
+            "trainer": self.trainer,
+            "texts": Texts(self.pipeline),
+            "generators": Generators(),
+        }
+        self.keeper = Keeper(Checkpoints(folder), parts, journal)
+
+    def go(self, until: int, raise_kl: float | None = None) -> list[str]:
+        """The rows of rounds up to ``until``."""
+        rows = []
+        for result in self.trainer.rounds():
+            row = result.metrics()
+            row.pop("machine")
+            rows.append(json.dumps(row))
+            if raise_kl is not None and self.trainer.rounds_done == 1:
+                self.trainer.raise_kl(raise_kl)
+            self.keeper.after(self.trainer.rounds_done, last=False)
+            if self.trainer.rounds_done == until:
+                break
+        return rows
+
+
+def _seed(seed: int) -> None:
+    """The generators that the process starts with."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def _same(one: Path, other: Path) -> None:
+    """Two checkpoints, but for the seconds."""
+    first, second = (load_state(path / "state.safetensors")[0] for path in (one, other))
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    numbers = [json.loads((path / "state.json").read_text()) for path in (one, other)]
+    for found in numbers:
+        found["parts"]["trainer"].pop("seconds")
+    assert numbers[0] == numbers[1]
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_folder: Path) -> SD3:
+    """Never used itself."""
+    return SD3.load(tiny_folder)
+
+
+def _broken_equals_unbroken(
+    folder: Path, opened: SD3, recipe: Recipe, lora: Lora | None = LORA, raise_kl: float | None = None
+) -> None:
+    scored = adversarial if recipe.kernel == recipes.adv_grpo().kernel else rewards
+    _seed(0)
+    unbroken = Session(folder / "unbroken", opened, recipe, scored(), lora)
+    rows = unbroken.go(3, raise_kl)
+    _seed(0)
+    broken = Session(folder / "broken", opened, recipe, scored(), lora)
+    begun = broken.go(1, raise_kl)
+    _seed(99)
+    resumed = Session(folder / "broken", opened, recipe, scored(), lora)
+    checkpoint = resumed.keeper.checkpoints.latest()
+    assert checkpoint is not None and checkpoint.rounds == 1
+    resumed.keeper.resume(checkpoint)
+    assert begun + resumed.go(3) == rows
+    _same(folder / "unbroken" / "latest", folder / "broken" / "latest")
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_every_recipe_goes_on_exactly(name: str, opened: SD3, tmp_path: Path) -> None:
+    _broken_equals_unbroken(tmp_path, opened, GRID[name]())
+
+
+def test_a_whole_network_and_a_raised_pull_go_on_exactly(opened: SD3, tmp_path: Path) -> None:
+    _broken_equals_unbroken(tmp_path, opened, recipes.flow_grpo(window=1), lora=None, raise_kl=0.05)
+
+
+class Part:
+    """A state of one number."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        self.value = value
+
+    def state(self) -> State:
+        return State({"value": torch.tensor(self.value)}, {"value": self.value})
+
+    def restore(self, state: State) -> None:
+        assert float(state.tensors["value"]) == state.numbers["value"]
+        self.value = state.numbers["value"]
+
+
+def _saved(folder: Path, *rounds: int, keep: int = 2) -> Checkpoints:
+    checkpoints = Checkpoints(folder, keep)
+    for number in rounds:
+        checkpoints.save(number, {"part": Part(number)})
+    return checkpoints
+
+
+def _value(checkpoints: Checkpoints) -> float:
+    found, part = checkpoints.latest(), Part()
+    assert found is not None
+    found.restore({"part": part})
+    assert (checkpoints.folder / "latest").resolve() == found.path
+    return part.value
+
+
+def test_the_last_few_stay(tmp_path: Path) -> None:
+    checkpoints = _saved(tmp_path, 0, 2, 4, 6, keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
+        "round-000002",
+        "round-000004",
+        "round-000006",
+    ]
+    assert _value(checkpoints) == 6
+    assert Checkpoints(tmp_path / "none").latest() is None
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGE: Mapping[str, tuple[Callable[[Path], object], str]] = {
+    "a bit": (lambda path: _flip(path / "state.safetensors"), "state.safetensors does not have the checksum"),
+    "another bit": (lambda path: _flip(path / "state.json"), "state.json does not have the checksum"),
+    "cut off": (lambda path: (path / "state.json").write_text(""), "state.json does not have the checksum"),
+    "gone": (lambda path: (path / "state.safetensors").unlink(), "state.safetensors is missing"),
+    "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json cannot be read"),
+    "half a manifest": (
+        lambda path: (path / "manifest.json").write_text('{"format": 1'),
+        "manifest.json cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_one_is_told_and_the_one_before_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    damage, message = DAMAGE[kind]
+    checkpoints = _saved(tmp_path, 1, 2)
+    damage(tmp_path / "round-000002")
+    assert _value(checkpoints) == 1
+    assert message in caplog.text and "going on from round-000001" in caplog.text
+    checkpoints.save(2, {"part": Part(20)})  # the round is had again
+    assert _value(checkpoints) == 20
+    for path in tmp_path.glob("round-*"):
+        damage(path)
+    with pytest.raises(DamagedCheckpointError, match=r"no checkpoint to go on from: .*round-000002 is damaged.*000001"):
+        checkpoints.latest()
+
+
+def test_what_a_later_genalign_wrote_is_not_read(tmp_path: Path) -> None:
+    checkpoints = _saved(tmp_path, 1)
+    manifest = tmp_path / "round-000001" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(DamagedCheckpointError, match="written by a later genalign"):
+        checkpoints.latest()
+
+
+def test_those_after_a_damaged_one_do_not_outlive_it(tmp_path: Path) -> None:
+    checkpoints = _saved(tmp_path, 1, 2, 3, keep=3)
+    _flip(tmp_path / "round-000003" / "state.json")
+    assert _value(checkpoints) == 2
+    checkpoints.save(2, {"part": Part(2)})
+    assert sorted(path.name for path in tmp_path.glob("round-*")) == ["round-000001", "round-000002"]
+
+
+@pytest.fixture
+def small_files() -> Iterator[Callable[[int], None]]:
+    """A limit on the size of files, which the kernel holds every write to, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [10, 200])  # for no file, for all but the manifest
+def test_no_room_for_a_checkpoint_leaves_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, small_files: Callable[[int], None], room: int
+) -> None:
+    journal, part = Journal(), Part(1)
+    keeper = Keeper(Checkpoints(tmp_path), {"part": part}, journal)
+    keeper.begin()
+    part.value = 2
+    small_files(room)
+    keeper.after(1, last=False)
+    small_files(resource.RLIM_INFINITY)
+    assert "no checkpoint after round 1, the one before is still there" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "round-000000"]
+    assert _value(keeper.checkpoints) == 1
+    keeper.after(2, last=False)
+    assert _value(keeper.checkpoints) == 2
+
+
+class Metered:
+    """A reward that never answers the same twice, elsewhere."""
+
+    def __init__(self) -> None:
+        self.asked: list[Tensor] = []
+        self.answers = itertools.count()
+        self.dies_at: int | None = None
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        if len(self.asked) == self.dies_at:
+            raise KeyboardInterrupt
+        self.asked.append(samples)
+        return torch.tensor([1 / (3 + next(self.answers)) for _ in samples])
+
+
+def test_scores_of_the_round_in_flight_are_not_asked_for_again(opened: SD3, tmp_path: Path) -> None:
+    reward = Metered()
+    reward.dies_at = 3  # in the second batch of the second round
+    named = [NamedReward("remote", reward)]
+    session = Session(tmp_path, opened, recipes.flow_grpo(window=1), named, LORA)
+    session.keeper.begin()
+    with pytest.raises(KeyboardInterrupt):
+        session.go(2)
+    reward.dies_at = None
+    with (tmp_path / "round-000001" / "scores.jsonl").open("a") as file:
+        file.write('\n{"key": "cut o')
+    again = Session(tmp_path, opened, recipes.flow_grpo(window=1), named, LORA)
+    checkpoint = again.keeper.checkpoints.latest()
+    assert checkpoint is not None and checkpoint.rounds == 1
+    again.keeper.resume(checkpoint)
+    (row,) = again.go(2)
+    assert len(reward.asked) == 4  # two rounds of two batches
+    assert len({samples.numpy().tobytes() for samples in reward.asked}) == 4
+    expected = torch.tensor([1 / (3 + place) for place in range(4, 8)]).mean()
+    assert json.loads(row)["reward"] == float(expected) and json.loads(row)["calls"]["reward/remote"] == 8
+
+
+def test_failures_are_asked_again(tmp_path: Path) -> None:
+    answers = iter([torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0]), torch.tensor([7.0, 7.0])])
+    samples, prompts = torch.rand(2, 3, 4, 4), PROMPTS.prompts[:2]
+
+    def asked() -> list[float]:
+        journal = Journal()
+        journal.replay([tmp_path / "scores.jsonl"])
+        journal.begin(tmp_path / "scores.jsonl")
+        (kept,) = journal.kept([NamedReward("flaky", lambda *_: next(answers))])
+        return kept(samples, prompts).tolist()
+
+    assert np.isnan(asked()[1])
+    assert asked() == asked() == [1.0, 2.0]
+
+
+def test_a_guard_goes_on(tmp_path: Path) -> None:
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    prompts = [prompt for prompt in PROMPTS.prompts[:3] for _ in range(2)]
+    measures = Measures({"red": redness}, channels, {"mean": lambda images, _: float(images.mean())})
+
+    def guard(*looks: Looks) -> Guard:
+        return Guard(iter(looks).__next__, ("red",), Limits(), Actions(keep_best=True), every=1)
+
+    shifted = measures(images * 1.001, prompts)
+    first = guard(measures(images, prompts), shifted, shifted)
+    first.begin()
+    seen = first.panel(1, False, 0.1)
+    assert seen is not None and first.is_best(seen)
+    first.stopped = True
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"guard": first})
+    second = guard(shifted)
+    found = checkpoints.latest()
+    assert found is not None
+    found.restore({"guard": second})
+    assert second.stopped and second.panel(2, False, 0.1) == first.panel(2, False, 0.1)
+    assert not second.is_best(seen)
+
+
+def test_texts_are_encoded_in_the_company_that_they_had(opened: SD3) -> None:
+    first, second = copy.deepcopy(opened), copy.deepcopy(opened)
+    first.encode(["a", "b", "c"])
+    first.encode(["d"])
+    second.encode_together(first.encoded)
+    expected = first.encode(["b", "d"]).tensors
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in second.encode(["b", "d"]).tensors.items())
+    assert sorted(second.encoded) == sorted(first.encoded) == [["", "a", "b", "c"], ["d"]]
+
+
+def test_a_resumed_run_keeps_its_settings() -> None:
+    stored: dict[str, Any] = {"output": "a", "training": {"rounds": 2, "seed": 0}, "checkpoint": {"every": 1}}
+    free = {"output": "b", "training": {"rounds": 9, "seed": 0}, "checkpoint": {"every": 5}}
+    require_same(stored, free)
+    with pytest.raises(ValueError, match=r"training\.seed was 0 and is 1: choose another output"):
+        require_same(stored, stored | {"training": {"rounds": 2, "seed": 1}})
+    with pytest.raises(ValueError, match=r"lora\.rank was None and is 4; training\.seed was 0 and is None"):
+        require_same(stored, stored | {"training": {"rounds": 2}, "lora": {"rank": 4}})
+
+
+def test_what_resume_stands_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert requested(["--config", "x"]) == replace(requested([]), arguments=["--config", "x"])
+    assert not requested([]).resume
+    assert requested(["--config", "x", "--resume"]).resume and requested(["--resume", "--config", "x"]).resume
+    named = requested(["--resume", str(tmp_path), "--training.rounds", "9"])
+    expected = ["--config", str(tmp_path / "config.json"), "--training.rounds", "9", "--output", str(tmp_path)]
+    assert named.resume and named.arguments == expected
+    with pytest.raises(FileNotFoundError, match="nowhere holds no run to resume"):
+        requested(["--resume=nowhere"])
