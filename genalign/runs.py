@@ -145,6 +145,24 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
+@dataclass(frozen=True)
+class Look:
+    """What was seen of the model after a round, if it was looked at."""
+
+    estimates: Mapping[str, Estimate] | None
+    panel: Panel | None
+
+    @property
+    def held_out(self) -> str:
+        """The mean of the first score."""
+        return f"{next(iter(self.estimates.values())).mean:.3f}" if self.estimates else ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """What metrics.jsonl holds of it."""
+        estimates = {name: estimate.as_dict() for name, estimate in (self.estimates or {}).items()}
+        return {"held_out": estimates or None, "hacking": self.panel.as_list() if self.panel else None}
+
+
 def train(
     trainer: Trainer,
     folder: RunFolder,
@@ -165,48 +183,45 @@ def train(
             for result in () if guard and guard.stopped else trainer.rounds():
                 done = trainer.rounds_done
                 last = trainer.settings.progress(done, result.forwards) >= 1
-                estimates = watch() if watch and due(done, every, last) else None
-                seen = guard.panel(done, last, result.kl) if guard else None
-                looked = {"held_out": _plain(estimates), "hacking": seen.as_list() if seen else None}
-                folder.append(result.metrics() | looked)
-                _track(trackers, result, estimates, seen)
-                held_out = f"{next(iter(estimates.values())).mean:.3f}" if estimates else held_out
+                panel = guard.panel(done, last, result.kl) if guard else None
+                look = Look(watch() if watch and due(done, every, last) else None, panel)
+                folder.append(result.metrics() | look.as_dict())
+                _track(trackers, result, look)
+                held_out = look.held_out or held_out
                 speed = result.images / result.seconds
                 progress.update(bar, advance=1, reward=result.reward, held_out=held_out, speed=speed)
-                if guard and seen:
-                    _act(guard, seen, trainer, folder, pipeline)
-                stopped, interrupted = bool(guard and guard.stopped), stopping()
-                keeper.after(done, last or stopped or interrupted)
-                if stopped or interrupted:
+                stopped = _acted(guard, panel, trainer, folder, pipeline)
+                ending = stopping() or stopped
+                keeper.after(done, last or ending)
+                if ending:
                     return stopped
             return True
         finally:
             folder.save(trainer.policy, pipeline)
 
 
-def _act(guard: Guard, seen: Panel, trainer: Trainer, folder: RunFolder, pipeline: WeightStore) -> None:
-    """Do what the guard asks for."""
-    if guard.is_best(seen):
+def _acted(
+    guard: Guard | None, panel: Panel | None, trainer: Trainer, folder: RunFolder, pipeline: WeightStore
+) -> bool:
+    """Do what the guard asks for; whether the run is to stop."""
+    if guard is None or panel is None:
+        return False
+    if guard.is_best(panel):
         RunFolder(folder.path / "best").save(trainer.policy, pipeline)
-    if seen.light != "red":
-        return
+    if panel.light != "red":
+        return False
     if guard.actions.raise_kl is not None:
         trainer.raise_kl(guard.actions.raise_kl)
     if guard.actions.stop:
         logger.warning("stopping after round %d, as hacking.on_alarm.stop asks for", trainer.rounds_done)
         guard.stopped = True
+    return guard.stopped
 
 
-def _plain(estimates: Mapping[str, Estimate] | None) -> dict[str, Any] | None:
-    return {name: estimate.as_dict() for name, estimate in estimates.items()} if estimates else None
-
-
-def _track(
-    trackers: Sequence[Tracker], result: RoundResult, estimates: Mapping[str, Estimate] | None, seen: Panel | None
-) -> None:
+def _track(trackers: Sequence[Tracker], result: RoundResult, look: Look) -> None:
     numbers = {name: value for name, value in result.metrics().items() if isinstance(value, int | float)}
-    held_out = {f"held_out/{name}": estimate.mean for name, estimate in (estimates or {}).items()}
-    shifts = {f"hacking/{signal.name}": signal.shift.mean for signal in seen.signals} if seen else {}
+    held_out = {f"held_out/{name}": estimate.mean for name, estimate in (look.estimates or {}).items()}
+    shifts = {f"hacking/{signal.name}": signal.shift.mean for signal in look.panel.signals} if look.panel else {}
     for tracker in trackers:
         tracker.log(numbers | held_out | shifts, step=result.round)
 

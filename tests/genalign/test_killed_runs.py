@@ -21,6 +21,7 @@ import torch
 from genalign import cli
 from genalign.checkpoints import load_state
 from genalign.resuming import Checkpoints
+from genalign.runs import RunFolder
 
 VICTIM = '''
 """A training that dies by its own hand, once its checkpoints have been at work so many times."""
@@ -204,7 +205,7 @@ def test_a_full_disk_ends_a_run_with_a_message_and_a_whole_checkpoint(
     killing: Killing, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config, run = killing.config("run"), killing.work / "run"
-    append = cli.train_command.__globals__["RunFolder"].append
+    append = RunFolder.append
 
     def full(folder: Any, row: Any) -> None:
         if row["round"] == 1:
