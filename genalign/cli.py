@@ -80,6 +80,7 @@ def _options(model: config.Model) -> Options:
         autocast=config.dtype(model.autocast) if model.autocast else None,
         height=model.height,
         width=model.width,
+        seconds=model.seconds,
         max_sequence_length=model.max_sequence_length,
         distilled_guidance=model.distilled_guidance,
         memory=model.memory,

@@ -45,6 +45,7 @@ class Model:
     device: str = "cpu"
     height: int | None = None
     width: int | None = None
+    seconds: float | None = None
     max_sequence_length: int | None = None
     distilled_guidance: float | None = None
     memory: Memory = field(default_factory=Memory)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from genalign.checkpoints import write_json, write_text
+from genalign.media import Writer, write_images
 from genalign.rollout import generate
 from genalign.statistics import Estimate, bootstrap_mean
 from genalign.types import Grid, Pipeline, Prompt, PromptSet, RewardFunction
@@ -24,8 +24,8 @@ from genalign.types import Grid, Pipeline, Prompt, PromptSet, RewardFunction
 class Protocol:
     """How a number was made, without the model: equal protocols make numbers comparable.
 
-    ``sigmas`` are the grid's T + 1 noise levels with the final 0; ``resolution`` is (height, width) in pixels;
-    ``seeds`` is the least number of noises per prompt.
+    ``sigmas`` are the grid's T + 1 noise levels with the final 0; ``resolution`` is (height, width) in pixels, or
+    the length (L,) of audio in samples; ``seeds`` is the least number of noises per prompt.
     """
 
     suite: str
@@ -207,14 +207,15 @@ def evaluate(
     protocol: Protocol,
     output: Path | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
+    write: Writer = write_images,
 ) -> Evaluation:
     """Make and score the images of ``jobs`` by the deterministic sampler, as ``protocol`` says.
 
     Args:
-        scorers: named functions of images (B, 3, H, W) in [0, 1] and their prompts; the first one ranks first where
-            pairs are compared.
-        output: where given, images go to ``output/images`` as they are made, and at the end the evaluation is saved.
-        on_batch: called after every batch with the number of images made so far.
+        scorers: named functions of samples (B, ...) and their prompts; the first one ranks first where pairs are
+            compared.
+        output: where given, samples go there as they are made, by ``write``, and at the end the evaluation is saved.
+        on_batch: called after every batch with the number of samples made so far.
 
     Raises:
         ValueError: no job or scorer, a pipeline that samples on other noise levels than the protocol's, or a score that
@@ -228,7 +229,7 @@ def evaluate(
     for samples in generate(pipeline, texts, seeds, grid, protocol.guidance, protocol.batch_size):
         first = len(records)
         batch = jobs[first : first + len(samples)]
-        images = write_images(samples, output, first) if output else [None] * len(samples)
+        images = write(samples, output, first) if output else [None] * len(samples)
         scores = _scores(scorers, samples, [job.prompt for job in batch])
         records += [_record(*made) for made in zip(batch, images, scores, strict=True)]
         on_batch(len(records))
@@ -262,18 +263,6 @@ def _scores(
             raise ValueError(f"scorer {name!r} must return shape ({len(samples)},), got {tuple(column.shape)}")
         columns[name] = [value if math.isfinite(value) else math.nan for value in column.tolist()]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def write_images(samples: Tensor, directory: Path, first: int) -> list[str]:
-    """PNG files of (B, 3, H, W) in [0, 1], numbered from ``first``; their names relative to ``directory``."""
-    if samples.ndim != 4 or samples.shape[1] != 3:
-        raise ValueError(f"samples of shape {tuple(samples.shape)} are not images: evaluate with output=None")
-    names = [f"images/{first + index:05d}.png" for index in range(len(samples))]
-    (directory / "images").mkdir(parents=True, exist_ok=True)
-    pixels = samples.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    for name, image in zip(names, pixels, strict=True):
-        Image.fromarray(image).save(directory / name)
-    return names
 
 
 def _record(job: Job, image: str | None, scores: Mapping[str, float]) -> Record:

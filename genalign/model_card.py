@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from genalign.adapters import PEFT_CONFIG
+
 _USES = {
     "lora": "pipe = DiffusionPipeline.from_pretrained({base!r})\npipe.load_lora_weights({here!r})",
+    "peft": "pipe = DiffusionPipeline.from_pretrained({base!r})\n"
+    "pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {here!r})",
     "merged": "the network alone, for the component of its name in a pipeline of {base!r}: from_pretrained({here!r})",
     "pipeline": "pipe = DiffusionPipeline.from_pretrained({here!r})",
 }
@@ -26,13 +30,18 @@ def model_card(run: Path, form: str, here: str) -> str:
     parts = [
         _front_matter(base, form),
         f"# {here}\n\nTrained from `{base}` by genalign ({_short(settings['recipe'])}).",
-        "## Use\n\n" + _fenced(_USES[form].format(base=base, here=here)),
+        "## Use\n\n" + _fenced(_USES[_use(run, form)].format(base=base, here=here)),
         "## Rewards\n\n" + _rewards(settings["rewards"]),
         "## Figures\n\n" + _figures(run),
         "## How it was made\n\n" + _fenced(json.dumps(_protocol(settings), indent=2), "json"),
         "Versions: " + ", ".join(f"{name} {value}" for name, value in _read(run / "environment.json").items()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _use(run: Path, form: str) -> str:
+    """A LoRA that PEFT wrote is opened by it: diffusers has no loader for every family."""
+    return "peft" if form == "lora" and (run / "lora" / PEFT_CONFIG).is_file() else form
 
 
 def _front_matter(base: str, form: str) -> str:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from safetensors import safe_open
 
+from genalign.adapters import PEFT_WEIGHTS
 from genalign.budget import DECODE, FORWARD, Ledger, backward
 from genalign.memory import Memory
 from genalign.types import Pipeline
@@ -49,8 +50,8 @@ class Blank(Pipeline, Protocol):
     """A wrapped pipeline whose networks have shapes and no values."""
 
     @property
-    def resolution(self) -> tuple[int, int]:
-        """Height and width of its samples in pixels."""
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of one sample: (3, H, W) of an image, (channels, L) of audio."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -135,15 +136,15 @@ def _bytes_per_trained(training: Training) -> int:
 
 
 def _round_bytes(outline: Outline, training: Training) -> float:
-    height, width = outline.pipeline.resolution
-    latent = math.prod(outline.pipeline.latent_shape)
-    return 4.0 * training.images * (training.stored * latent + 3 * height * width)
+    latent, sample = (math.prod(shape) for shape in (outline.pipeline.latent_shape, outline.pipeline.sample_shape))
+    return 4.0 * training.images * (training.stored * latent + sample)
 
 
 def adapter_numbers(source: Path) -> int | None:
     """The numbers of a LoRA on this machine, by the head of its file; None where there is none."""
-    file = source if source.is_file() else source / "pytorch_lora_weights.safetensors"
-    if not file.is_file():
+    names = ("pytorch_lora_weights.safetensors", PEFT_WEIGHTS)
+    file = next((path for path in (source, *(source / name for name in names)) if path.is_file()), None)
+    if file is None:
         return None
     with safe_open(file, framework="pt") as opened:
         shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118  # no mapping

@@ -34,9 +34,9 @@ class Options(TypedDict, total=False):
     """How a checkpoint is opened, all optional.
 
     ``height`` and ``width`` of images are in pixels, and ``seconds`` are how long audio lasts, the checkpoint's own by
-    default; ``max_sequence_length`` is the number of text tokens where the family lets one choose; ``autocast`` runs the denoiser and the VAE under mixed precision of
-    that dtype; ``distilled_guidance`` is what a network with guidance distilled into it is told; see
-    ``genalign.memory.Memory`` for the rest.
+    default; ``max_sequence_length`` is the number of text tokens where the family lets one choose; ``autocast`` runs
+    the denoiser and the VAE under mixed precision of that dtype; ``distilled_guidance`` is what a network with guidance
+    distilled into it is told; see ``genalign.memory.Memory`` for the rest.
     """
 
     device: str
@@ -363,9 +363,7 @@ def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _beside(unconditional: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """(2 B, ...): the unconditional rows, then those of ``tensors``."""
-    return {
-        name: pad_sequence([*unconditional[name], *tensor], batch_first=True) for name, tensor in tensors.items()
-    }
+    return {name: pad_sequence([*unconditional[name], *tensor], batch_first=True) for name, tensor in tensors.items()}
 
 
 @contextlib.contextmanager

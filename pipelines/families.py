@@ -7,6 +7,7 @@ from typing import Unpack
 
 import torch
 
+from pipelines.ace_step import AceStep
 from pipelines.base import DiffusersPipeline, Options
 from pipelines.flux import Flux
 from pipelines.folders import pipeline_class
@@ -14,8 +15,18 @@ from pipelines.latent_diffusion import SDXL, StableDiffusion
 from pipelines.qwen_image import QwenImage
 from pipelines.sana import Sana
 from pipelines.sd3 import SD3
+from pipelines.stable_audio import StableAudio
 
-FAMILIES: tuple[type[DiffusersPipeline], ...] = (SD3, Flux, StableDiffusion, SDXL, Sana, QwenImage)
+FAMILIES: tuple[type[DiffusersPipeline], ...] = (
+    SD3,
+    Flux,
+    StableDiffusion,
+    SDXL,
+    Sana,
+    QwenImage,
+    StableAudio,
+    AceStep,
+)
 
 
 def load(

@@ -14,11 +14,9 @@ from genalign.paths import FlowPath
 from genalign.types import Grid, NoiseLevel
 from pipelines.base import DiffusersPipeline
 
-_TRAIN_TIMESTEPS = 1000
-
 
 class FlowPipeline(DiffusersPipeline):
-    """A family whose network predicts the velocity eps - x0 and is told 1000 sigma."""
+    """A family whose network predicts the velocity eps - x0 and is told sigma, mostly as 1000 sigma."""
 
     path = FlowPath()
     first_order = FlowMatchEulerDiscreteScheduler
@@ -35,12 +33,17 @@ class FlowPipeline(DiffusersPipeline):
         """The checkpoint's scheduler's grid for ``num_steps``, or exactly the given T ``sigmas`` and a final 0."""
         if sigmas is not None:
             sigma = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
-            return Grid(timestep=sigma[:-1] * _TRAIN_TIMESTEPS, alpha=1 - sigma, sigma=sigma)
+            return Grid(timestep=sigma[:-1] * self._told, alpha=1 - sigma, sigma=sigma)
         scheduler = self._scheduler()
         mu = self._mu(scheduler.config) if scheduler.config.use_dynamic_shifting else None
         scheduler.set_timesteps(num_steps, sigmas=self._own_sigmas(num_steps), mu=mu)
         sigma = scheduler.sigmas.double()
         return Grid(timestep=scheduler.timesteps.double(), alpha=1 - sigma, sigma=sigma)
+
+    @property
+    def _told(self) -> int:
+        """What the network is told at sigma = 1."""
+        return int(self.pipe.scheduler.config.num_train_timesteps)
 
     def _mu(self, config: Any) -> float:
         """diffusers' ``calculate_shift``: linear in the number of image tokens."""
@@ -50,11 +53,18 @@ class FlowPipeline(DiffusersPipeline):
 
     def level(self, u: Tensor) -> NoiseLevel:
         """Noise levels for training at u in [0, 1] (B,), moved by the scheduler's shift as its grid is."""
+        sigma = shifted(u.double(), self._shift())
+        return NoiseLevel(timestep=sigma * self._told, alpha=1 - sigma, sigma=sigma)
+
+    def _shift(self) -> float:
+        """How many times more noise than signal there is at sigma = 1/2 of an unshifted grid."""
         config = self._scheduler().config
-        shift = math.exp(self._mu(config)) if config.use_dynamic_shifting else config.shift
-        u = u.double()
-        sigma = shift * u / (1 + (shift - 1) * u)
-        return NoiseLevel(timestep=sigma * _TRAIN_TIMESTEPS, alpha=1 - sigma, sigma=sigma)
+        return math.exp(self._mu(config)) if config.use_dynamic_shifting else float(config.shift)
+
+
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """shift sigma / (1 + (shift - 1) sigma): more steps at high noise for a shift above 1 (arXiv 2403.03206)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def pack(latents: Tensor) -> Tensor:

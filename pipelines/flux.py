@@ -9,7 +9,6 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from genalign.types import Conditioning, NoiseLevel
 from pipelines.flows import FlowPipeline, pack, unpack
 
 _T5_LENGTH = 512
@@ -56,11 +55,6 @@ class Flux(FlowPipeline):
                 f"this model has guidance distilled into it: set sampling.guidance to 1, not {guidance}, and what the"
                 " network is told by model.distilled_guidance"
             )
-
-    def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
-        """As every family; ValueError for classifier-free guidance on a guidance-distilled network."""
-        self.require_guidance(guidance)
-        return super().predict(x, level, conditioning, guidance)
 
     @property
     def is_distilled(self) -> bool:

@@ -10,6 +10,7 @@ from genalign import config
 from genalign.commands.geneval import compare_geneval_command, geneval_command, images_command, original_command
 from genalign.commands.parts import Checkpoint, Outside
 from genalign.evaluation import Evaluation, Job, Protocol, evaluate, plan, suite_hash
+from genalign.media import Writer, writer
 from genalign.sampling import Sampling
 from genalign.types import Pipeline, PromptSet, RewardFunction
 from genalign.worlds import shapes
@@ -22,10 +23,11 @@ class Exam:
     jobs: tuple[Job, ...]
     scorers: Mapping[str, RewardFunction]
     protocol: Protocol
+    write: Writer
 
     def take(self, pipeline: Pipeline, output: Path | None = None) -> Evaluation:
         """Evaluate the pipeline as it is now."""
-        return evaluate(pipeline, self.jobs, self.scorers, self.protocol, output)
+        return evaluate(pipeline, self.jobs, self.scorers, self.protocol, output, write=self.write)
 
 
 def exam(
@@ -51,7 +53,7 @@ def exam(
         verifier=shapes.VERIFIER_VERSION,
     )
     jobs = plan(prompts, amount.images_per_task, amount.seeds)
-    return Exam(jobs, scorers, protocol)
+    return Exam(jobs, scorers, protocol, writer(pipeline.sample_rate))
 
 
 def evaluate_command(outside: Outside, arguments: Sequence[str]) -> int:

@@ -24,8 +24,12 @@ class Checkpoint(Pipeline, WeightStore, Protocol):
     """A pipeline that was opened from a folder or the Hub, and knows the adapters of its family."""
 
     @property
-    def resolution(self) -> tuple[int, int]:
-        """Height and width of its samples in pixels."""
+    def resolution(self) -> tuple[int, ...]:
+        """Height and width of its images in pixels, or the length of its audio."""
+
+    @property
+    def sample_rate(self) -> int | None:
+        """Audio samples a second; None for images."""
 
     @property
     def fingerprint(self) -> str:

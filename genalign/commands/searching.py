@@ -10,6 +10,7 @@ from genalign import config
 from genalign.budget import Ledger, Metered, measure_prices, metered_rewards
 from genalign.checkpoints import write_json
 from genalign.commands.parts import Outside, named_rewards, prompt_set
+from genalign.media import writer
 from genalign.noise import derived_seed
 from genalign.report import write_search
 from genalign.search.aware import Look, NoiseAware, Recording, as_they_are, distil, record, validate
@@ -41,7 +42,7 @@ def steer_command(outside: Outside, arguments: Sequence[str]) -> int:
         if index == left[0]:  # not before: a search that cannot be made leaves nothing behind
             folder.begin(plain)
         names = [reward.name for reward in rewards]
-        row = folder.add(index, asked[index].text, names, result)
+        row = folder.add(index, asked[index].text, names, result, writer(pipeline.sample_rate))
         scores = "  ".join(f"{name} {value}" for name, value in row["scores"].items())
         print(f"{index + 1}/{len(asked)}  {scores}  {result.ledger.forwards} forwards  {asked[index].text}", flush=True)
     print(f"report: {write_search(folder.path)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from genalign.checkpoints import write_json, write_text
-from genalign.evaluation import write_images
+from genalign.media import Writer, write_images
 from genalign.search.running import Result
 
 _SCORES = "scores.jsonl"
@@ -18,7 +18,7 @@ _SCORES = "scores.jsonl"
 
 @dataclass(frozen=True)
 class SearchFolder:
-    """images/, lineage/ and scores.jsonl, a line for each finished prompt."""
+    """Samples, lineage/ and scores.jsonl, a line for each finished prompt."""
 
     path: Path
 
@@ -39,9 +39,11 @@ class SearchFolder:
         scores = self.path / _SCORES
         return scores.read_text(encoding="utf-8").split("\n")[:-1] if scores.exists() else []
 
-    def add(self, index: int, prompt: str, names: Sequence[str], result: Result) -> dict[str, Any]:
+    def add(
+        self, index: int, prompt: str, names: Sequence[str], result: Result, write: Writer = write_images
+    ) -> dict[str, Any]:
         """The result of one prompt: its files first, its row last, which is returned."""
-        (image,) = write_images(result.images, self.path, index)
+        (image,) = write(result.images, self.path, index)
         write_json(self.path / "lineage" / f"{index:05d}.json", {"chosen": result.chosen[0], "lives": result.lineage})
         known = [value if math.isfinite(value) else None for value in result.scores[0].tolist()]
         row = {

@@ -23,7 +23,7 @@ from genalign.search.strategy import Allowance, Strategy
 
 @dataclass(frozen=True)
 class NoiseOptimisation(ABC):
-    """Gradient steps on a sample's noises; the best sample of all iterations is returned.
+    """Gradient steps on a sample's noises, each of unit variance; the best sample of all iterations is returned.
 
     ``iterations`` None makes as many as the budget has. ``begin``, such as ``Prune``, finds the noise to start from,
     with the ``share`` of the budget. ``recompute`` holds one step's graph at a time, for one more forward of each step
@@ -53,7 +53,8 @@ class NoiseOptimisation(ABC):
     def __call__(self, run: Run, allowance: Allowance) -> Finished:
         initial = self._initial(run, allowance)
         iterations = allowance.after(run).largest(self.iterations, lambda n: self.bill(run, n), "iterations")
-        noises = torch.cat([initial[:, None], self._step_noises(run, initial)], dim=1).requires_grad_(True)
+        unit = initial / _first_level(run)
+        noises = torch.cat([unit[:, None], self._step_noises(run, initial)], dim=1).requires_grad_(True)
         optimizer, found = self.optimizer(noises), None
         weights = torch.tensor([reward.weight for reward in run.rewards], device=noises.device)
         for number in range(iterations):
@@ -88,8 +89,8 @@ class NoiseOptimisation(ABC):
     def _sampled(self, run: Run, noises: Tensor) -> tuple[Finished, Tensor]:
         """Samples as candidates of their own, and their scores (P, K) with a gradient."""
         prompts = list(range(len(run.prompts)))
-        begun = run.begin(noises[:, 0].detach(), prompts, [0] * len(prompts))
-        x, noisy = noises[:, 0], self._stochastic(run)
+        x, noisy = noises[:, 0] * _first_level(run), self._stochastic(run)
+        begun = run.begin(x.detach(), prompts, [0] * len(prompts))
         for i in range(run.steps):
             noise = noises[:, 1 + noisy.index(i)] if i in noisy else None
             x = (
@@ -124,6 +125,11 @@ class NoiseOptimisation(ABC):
         if self.recompute:
             total[FORWARD] += calls[FORWARD] * (iterations - 1)
         return +total
+
+
+def _first_level(run: Run) -> float:
+    """The spread of initial latents: 1, but on a path whose noise goes beyond (``EDMPath``)."""
+    return max(1.0, float(run.grid.sigma[0]))
 
 
 def _better(found: Finished | None, tried: Finished) -> Finished:

@@ -82,6 +82,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 VP_STEP = step_between((0.3**0.5, 0.7**0.5), (0.6**0.5, 0.4**0.5))
+EDM_STEP = step_between((1.0, 500.0), (1.0, 78.254))
 FIXTURES = [
     pytest.param(FlowPath(), FlowSDE(0.7), flow_step(0.8, 0.6), 0.4522, 0.6260990337, -0.4506979871, id="flow"),
     pytest.param(FlowPath(), CPS(0.8), flow_step(0.8, 0.6), 0.3775804865, 0.5706339098, -0.3659842745, id="cps"),
@@ -170,7 +171,7 @@ def test_ode_is_euler_and_ddim_without_noise() -> None:
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 0.8, 1.0])
-@pytest.mark.parametrize("steps", [flow_step(1.0, 0.96), flow_step(0.3, 0.001), flow_step(0.1, 0.0), VP_STEP])
+@pytest.mark.parametrize("steps", [flow_step(1.0, 0.96), flow_step(0.3, 0.001), flow_step(0.1, 0.0), VP_STEP, EDM_STEP])
 def test_cps_and_ddim_preserve_the_noise_level(eta: float, steps: NoiseStep) -> None:
     for kernel in (CPS(eta), DDIM(eta), DPMSDE()):
         scalars = kernel(steps)
@@ -402,6 +403,34 @@ def test_trainable_steps_of_the_default_grids(shift: float) -> None:
     assert trainable_steps(FlowSDE(0.7), grid, limit=30.0 if shift == 3.0 else 1e3) == tuple(range(9))
     for kernel in (ODE(), CPS(0.0), DDIM(0.0)):
         assert trainable_steps(kernel, grid) == ()
+
+
+def edm_grid(steps: int) -> Grid:
+    """Stable Audio's: from 500 to 0.3 in equal factors, then 0."""
+    sigma = torch.cat([torch.logspace(math.log10(500), math.log10(0.3), steps).double(), torch.zeros(1).double()])
+    return Grid(timestep=sigma[:-1], alpha=torch.ones_like(sigma), sigma=sigma)
+
+
+def test_the_first_order_solver_keeps_the_noise_level_of_edm() -> None:
+    grid = edm_grid(5)
+    for kernel in (ODE(), DPMSDE(), DDIM(0.3)):
+        torch.testing.assert_close(leftover_noise(kernel, grid), torch.ones(5, dtype=torch.float64))
+    assert trainable_steps(DPMSDE(), grid) == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("kernel", [ODE(), DPMSDE()])
+def test_edm_is_vp_in_other_units(kernel: Kernel) -> None:
+    """With sigma_data = 1: x / r and F are x and v there, r^2 = sigma^2 + 1."""
+    x, output, x_next = randn(2, 3), randn(2, 3, seed=1), randn(2, 3, seed=2)
+    r, r_next = (1 + 4.0) ** 0.5, (1 + 1.0) ** 0.5
+    scaled = step_between((1 / r, 2 / r), (1 / r_next, 1 / r_next))
+    theirs = transition(VPPath("v_prediction"), kernel, x / r, output, scaled)
+    ours = transition(EDMPath(), kernel, x, output, step_between((1.0, 2.0), (1.0, 1.0)))
+    torch.testing.assert_close(ours.mean, theirs.mean * r_next)
+    if kernel == DPMSDE():
+        shifted = Transition(ours.mean + 0.01, ours.std), Transition(theirs.mean + 0.01 / r_next, theirs.std)
+        ratios = shifted[0].log_ratio(ours, x_next), shifted[1].log_ratio(theirs, x_next / r_next)
+        torch.testing.assert_close(*ratios)
 
 
 def test_penultimate_sigmas_of_the_default_grid() -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
+from diffusers.pipelines.ace_step import pipeline_ace_step
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 import pipelines
+from genalign import regression
 from genalign.dynamics import DDIM, ODE, FlowSDE, Kernel
 from genalign.learning import Batch, Context, Readings
 from genalign.memory import Memory
@@ -20,6 +23,7 @@ from genalign.noise import derived_seed
 from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.rollout import Start, rollout
+from genalign.runs import save_peft
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
 from genalign.search import BestOfN, FKSteering, Prune, search
@@ -30,8 +34,12 @@ from pipelines.base import DiffusersPipeline
 from pipelines.flows import FlowPipeline
 from tests.pipelines.tiny_checkpoints import FAMILIES, Family
 
-# diffusers' EulerDiscreteScheduler turns a tensor into an array in a way that numpy 2 deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+# What diffusers itself does: its EulerDiscreteScheduler turns a tensor into an array in a way that numpy 2 deprecates,
+# and its AutoencoderOobleck uses torch's older weight_norm.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
+    pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning"),
+]
 
 PROMPTS = ["a red circle", "two big blue squares"]
 STEPS = 4
@@ -59,12 +67,20 @@ def _open(family: str, folder: Path, **options: Any) -> DiffusersPipeline:
 
 
 def _sizes(family: str) -> dict[str, Any]:
-    extra = FAMILIES[family].extra
+    ours = {"audio_end_in_s": "seconds", "audio_duration": "seconds"}
+    extra = {ours.get(name, name): value for name, value in FAMILIES[family].extra.items()}
     return {name: value for name, value in extra.items() if name != "use_resolution_binning"}
 
 
 def _diffusers(family: Family, folder: Path, noise: Tensor, guidance: float) -> list[Tensor]:
-    """The latents after every step of the diffusers pipeline, and its images."""
+    """The latents after every step of the diffusers pipeline, and its samples."""
+    if family.alone:
+        each = [_called(family, folder, noise[i : i + 1], guidance, [PROMPTS[i]]) for i in range(len(PROMPTS))]
+        return [torch.cat(parts) for parts in zip(*each, strict=True)]
+    return _called(family, folder, noise, guidance, PROMPTS)
+
+
+def _called(family: Family, folder: Path, noise: Tensor, guidance: float, prompts: list[str]) -> list[Tensor]:
     vanilla = family.ours.kind.from_pretrained(folder)
     vanilla.set_progress_bar_config(disable=True)
     vanilla.scheduler = family.first_order(vanilla.scheduler.config)
@@ -74,32 +90,42 @@ def _diffusers(family: Family, folder: Path, noise: Tensor, guidance: float) -> 
         seen.append(tensors["latents"])
         return tensors
 
-    images = vanilla(
-        PROMPTS,
+    (samples,) = vanilla(
+        prompts,
         latents=noise,
         num_inference_steps=STEPS,
         output_type="pt",
         callback_on_step_end=note,
+        return_dict=False,
         **family.guided(guidance),
         **family.extra,
-    ).images
-    return [*seen, images]
+    )
+    return [*seen, samples]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_the_ode_equals_diffusers(family: str, folder_of: Callable[[str], Path], guidance: float) -> None:
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "stable_audio"])  # it has no ODE: test_audio
+def test_the_ode_equals_diffusers(
+    family: str, folder_of: Callable[[str], Path], guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_momentum(monkeypatch)
     folder, spec = folder_of(family), FAMILIES[family]
     ours = _open(family, folder)
     used = 1.0 if ours.is_distilled else guidance
     start = Start(ours.encode(PROMPTS), torch.arange(2), (1, 2), (1, 2))
     grid = ours.grid(STEPS)
     made = rollout(ours, start, grid, [ODE()] * STEPS, used, store=range(STEPS))
-    *latents, images = _diffusers(spec, folder, spec.noise(ours.initial_noise([1, 2])), guidance)
+    *latents, samples = _diffusers(spec, folder, spec.noise(ours.initial_noise([1, 2])), guidance)
     for i, theirs in enumerate(latents):
         expected = spec.latents(theirs, made.final, float(grid.alpha[i + 1]))
         torch.testing.assert_close(made.x_next[:, i], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     with torch.no_grad():
-        torch.testing.assert_close(ours.decode(made.final), images, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours.decode(made.final), samples, rtol=0, atol=1e-4)
+
+
+def without_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ACE-Step's guidance as here: by the state of a step alone."""
+    monkeypatch.setattr(pipeline_ace_step, "MomentumBuffer", lambda momentum: MomentumBuffer(0.0))
 
 
 def _policy(pipeline: DiffusersPipeline) -> Policy:
@@ -110,6 +136,7 @@ def _policy(pipeline: DiffusersPipeline) -> Policy:
     return policy
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "stable_audio"])  # diffusers has no loader
 def test_a_lora_goes_through_diffusers_unchanged(family: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     ours = _open(family, folder_of(family))
     policy = _policy(ours)
@@ -130,6 +157,36 @@ def test_a_lora_goes_through_diffusers_unchanged(family: str, folder_of: Callabl
             assert not torch.allclose(tuned, ours.predict(x, step, conditioning, 1.0))
 
 
+@pytest.mark.parametrize("family", ["sd3", "stable_audio", "ace_step"])
+def test_an_adapter_goes_through_peft_and_into_the_weights(
+    family: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    ours, again = _open(family, folder_of(family)), _open(family, folder_of(family))
+    policy = _policy(ours)
+    x, conditioning, step = ours.initial_noise([1, 2]), ours.encode(PROMPTS), ours.grid(STEPS)[1]
+    again.encode(PROMPTS)
+    with torch.no_grad():
+        tuned = ours.predict(x, step, conditioning, 1.0)
+        assert policy.config is not None
+        save_peft(tmp_path / "peft", policy.adapter_state(), policy.config)
+        theirs = PeftModel.from_pretrained(_open(family, folder_of(family)).denoiser, str(tmp_path / "peft"))
+        prefix = "base_model.model."
+        loaded = {name.removeprefix(prefix): tensor for name, tensor in get_peft_model_state_dict(theirs).items()}
+        assert loaded.keys() == policy.adapter_state().keys()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in policy.adapter_state().items())
+        ours.save_lora(tmp_path / "lora", policy.adapter_state(), policy.config)
+        for folder in ("peft", "lora"):
+            other = _open(family, folder_of(family))
+            other.load_lora(tmp_path / folder)
+            other.encode(PROMPTS)
+            torch.testing.assert_close(other.predict(x, step, conditioning, 1.0), tuned, rtol=0, atol=1e-6)
+        assert not torch.allclose(again.predict(x, step, conditioning, 1.0), tuned, rtol=0, atol=1e-3)
+        other.save_merged(tmp_path / "merged", whole=True)
+        merged = _open(family, tmp_path / "merged")
+        assert not any("lora" in name for name in merged.denoiser.state_dict())
+        torch.testing.assert_close(merged.predict(x, step, merged.encode(PROMPTS), 1.0), tuned, rtol=0, atol=1e-5)
+
+
 def brightness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return samples.flatten(1).mean(1)
 
@@ -148,7 +205,9 @@ def _kernel(pipeline: DiffusersPipeline) -> Kernel:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_one_step_of_training_lowers_the_loss(family: str, recipe: str, folder_of: Callable[[str], Path]) -> None:
+def test_one_step_of_training_lowers_the_loss(
+    family: str, recipe: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = _open(family, folder_of(family))
     rate = 1e-3 if isinstance(ours, FlowPipeline) else 3e-3  # little of the tiny UNets is attention
     settings = Settings(prompts_per_round=2, group_size=4, batch_size=8, updates_per_round=1, learning_rate=rate)
@@ -159,10 +218,25 @@ def test_one_step_of_training_lowers_the_loss(family: str, recipe: str, folder_o
     parts = trainer._sample(0, prompts.prompts)
     outcome = trainer._outcome(parts, len(PROMPTS))
     batch = Batch(parts[0].rollout, made.credit(outcome), outcome.group, False)
-    before = _readings(trainer, batch)
+    weights: list[Tensor] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(regression, "_normalised_error", functools.partial(_by_own_size, weights))
+        before = _readings(trainer, batch)
     assert before.log_ratio_max == 0.0
     trainer._learn(0, parts, outcome)
+    monkeypatch.setattr(regression, "_normalised_error", functools.partial(_by_first_size, iter(weights)))
     assert _readings(trainer, batch).mean("loss") < before.mean("loss")
+
+
+def _by_own_size(weights: list[Tensor], difference: Tensor) -> Tensor:
+    """NFT's errors, the sizes that they are divided by kept in ``weights``."""
+    weights.append(difference.double().flatten(1).detach().abs().mean(1))
+    return difference.double().flatten(1).square().mean(1) / weights[-1]
+
+
+def _by_first_size(weights: Iterator[Tensor], difference: Tensor) -> Tensor:
+    """Divided by the sizes before training: what a step descends, while NFT's own value may rise with its weights."""
+    return difference.double().flatten(1).square().mean(1) / next(weights)
 
 
 def _readings(trainer: Trainer, batch: Batch) -> Readings:
@@ -181,7 +255,7 @@ def test_searches_run(family: str, strategy: Strategy | str, folder_of: Callable
     ours = _open(family, folder_of(family))
     asked = FKSteering(particles=3, kernel=_kernel(ours)) if isinstance(strategy, str) else strategy
     result = search(ours, PROMPTS, brightness, asked, sampling=Sampling(STEPS))
-    assert result.images.shape == (2, 3, *ours.resolution)
+    assert result.images.shape == (2, *ours.sample_shape)
     assert torch.equal(result.scores[:, 0], brightness(result.images, []))
 
 
@@ -189,7 +263,11 @@ def test_another_solver_is_named(
     family: str, folder_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     _open(family, folder_of(family))
-    shipped = {"sd15": "PNDMScheduler", "sana": "DPMSolverMultistepScheduler"}.get(family)
+    shipped = {
+        "sd15": "PNDMScheduler",
+        "sana": "DPMSolverMultistepScheduler",
+        "stable_audio": "CosineDPMSolverMultistepScheduler",
+    }.get(family)
     lines = [record.message for record in caplog.records if record.name == "pipelines.base"]
     assert len(lines) == (1 if shipped else 0)
     assert all(f"ships {shipped}; here it is sampled by first-order steps on" in line for line in lines)
@@ -208,10 +286,11 @@ def test_memory_options_work_together(family: str, folder_of: Callable[[str], Pa
         layer.register_forward_hook(functools.partial(_count, calls, i))
         pipeline.predict(x, step, conditioning, 1.0).square().sum().backward()
     gradients = [torch.cat([_gradient(parameter).flatten() for parameter in policy.parameters]) for policy in policies]
-    assert calls == [1, 2]  # activations were computed again
+    assert calls[1] == 2 * calls[0] > 0  # activations were computed again
     torch.testing.assert_close(gradients[0], gradients[1])
     with torch.no_grad():
-        torch.testing.assert_close(plain.decode(x), lean.decode(x))
+        latents = x / x.std()
+        torch.testing.assert_close(plain.decode(latents), lean.decode(latents))
 
 
 def _count(calls: list[int], place: int, *rest: object) -> None:

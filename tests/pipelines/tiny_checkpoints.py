@@ -9,9 +9,14 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AceStepConditionEncoder,
+    AceStepPipeline,
+    AceStepTransformer1DModel,
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLQwenImage,
+    AutoencoderOobleck,
+    CosineDPMSolverMultistepScheduler,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -24,6 +29,9 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
+    StableAudioDiTModel,
+    StableAudioPipeline,
+    StableAudioProjectionModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -37,11 +45,13 @@ from transformers import (
     Gemma2Model,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
 )
 
 from genalign.worlds.shapes.models import TextToVelocity, build_t5, build_text_encoder, build_vae
 from genalign.worlds.shapes.tokenizers import clip_tokenizer, t5_tokenizer
-from pipelines import SD3, SDXL, Flux, QwenImage, Sana, StableDiffusion
+from pipelines import SD3, SDXL, AceStep, Flux, QwenImage, Sana, StableAudio, StableDiffusion
 from pipelines.base import DiffusersPipeline
 from pipelines.flows import pack, unpack
 
@@ -64,13 +74,19 @@ class Family:
     extra: dict[str, Any]
     packed: bool = False  # whether diffusers shows its latents as tokens
     scaled: bool = False  # whether it shows x / alpha
+    frames_first: bool = False  # whether its latents are (B, frames, C)
+    alone: bool = False  # whether it pads the prompts of a batch to one length, which changes its samples
 
     def noise(self, noise: Tensor) -> Tensor:
         """Our initial noise as diffusers takes it."""
+        if self.frames_first:
+            return noise.transpose(1, 2)
         return pack(noise) if self.packed else noise
 
     def latents(self, theirs: Tensor, like: Tensor, alpha: float) -> Tensor:
         """Latents that diffusers showed at a level of ``alpha``, in our layout."""
+        if self.frames_first:
+            return theirs.transpose(1, 2)
         unpacked = unpack(theirs, *like.shape[-2:]) if self.packed else theirs
         return unpacked * alpha if self.scaled else unpacked
 
@@ -265,6 +281,61 @@ def qwen_image() -> DiffusionPipeline:
     return QwenImagePipeline(scheduler, vae, encoder, tokenizer, network)
 
 
+def _oobleck() -> AutoencoderOobleck:
+    """Stereo at 16 Hz, four samples a frame."""
+    return AutoencoderOobleck(
+        encoder_hidden_size=8,
+        downsampling_ratios=[2, 2],
+        channel_multiples=[1, 1],
+        decoder_channels=4,
+        decoder_input_channels=4,
+        sampling_rate=16,
+    )
+
+
+def stable_audio() -> DiffusionPipeline:
+    """Clips of 4 s at most."""
+    tokenizer = t5_tokenizer()
+    network = StableAudioDiTModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_attention_heads=1,
+        cross_attention_dim=16,
+        cross_attention_input_dim=16,
+        global_states_input_dim=32,
+        time_proj_dim=8,
+    )
+    t5 = build_t5(len(tokenizer))
+    projection = StableAudioProjectionModel(t5.config.d_model, 16, min_value=0, max_value=8)
+    scheduler = CosineDPMSolverMultistepScheduler()
+    return StableAudioPipeline(_oobleck(), t5, projection, tokenizer, network, scheduler)
+
+
+def ace_step() -> DiffusionPipeline:
+    tokenizer = t5_tokenizer()
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4}
+    widths = {"hidden_size": 16, "intermediate_size": 32}
+    text = Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=1, **widths, **heads)
+    network = AceStepTransformer1DModel(
+        num_hidden_layers=2, in_channels=12, audio_acoustic_hidden_dim=4, **widths, **heads
+    )
+    conditions = AceStepConditionEncoder(
+        text_hidden_dim=16,
+        timbre_hidden_dim=4,
+        num_lyric_encoder_hidden_layers=1,
+        num_timbre_encoder_hidden_layers=1,
+        **widths,
+        **heads,
+    )
+    nn.init.normal_(conditions.silence_latent)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)
+    return AceStepPipeline(_oobleck(), Qwen3Model(text), tokenizer, network, conditions, scheduler)
+
+
 def _flow(config: Any) -> Any:
     return FlowMatchEulerDiscreteScheduler.from_config(config)
 
@@ -279,6 +350,10 @@ def _ddim(config: Any) -> Any:
 
 def _euler(config: Any) -> Any:
     return EulerDiscreteScheduler.from_config(config)
+
+
+def _first_order(config: Any) -> Any:
+    return CosineDPMSolverMultistepScheduler.from_config(config, solver_order=1)
 
 
 def _classic(guidance: float) -> dict[str, Any]:
@@ -306,4 +381,6 @@ FAMILIES: dict[str, Family] = {
         {"max_sequence_length": 8, "use_resolution_binning": False, "height": 32, "width": 32},
     ),
     "qwen_image": Family(qwen_image, QwenImage, _flow, _negative, {"max_sequence_length": 32, **_SIZE}, packed=True),
+    "stable_audio": Family(stable_audio, StableAudio, _first_order, _classic, {"audio_end_in_s": 3.0}),
+    "ace_step": Family(ace_step, AceStep, _flow, _classic, {"audio_duration": 3.1}, frames_first=True, alone=True),
 }

@@ -1,0 +1,282 @@
+"""Audio families: Stable Audio's sampler against diffusers with the same noises, and what only audio has."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+from diffusers import CosineDPMSolverMultistepScheduler, EDMEulerScheduler, StableAudioPipeline
+from torch import Tensor
+
+import pipelines
+from genalign.dynamics import DPMSDE, ODE, FlowSDE, Kernel, trainable_steps
+from genalign.media import writer
+from genalign.paths import EDMPath
+from genalign.policy import Lora, Policy
+from genalign.rollout import Rollout, Start, replay, rollout
+from genalign.sampling import Sampling
+from genalign.search import BestOfN, ReNO, search
+from pipelines import AceStep, StableAudio
+from pipelines.base import DiffusersPipeline
+from pipelines.outline import outline
+from tests.pipelines.tiny_checkpoints import FAMILIES
+
+# torch's older weight_norm in diffusers' AutoencoderOobleck, torchsde at the ends of its interval, numpy 2
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Should have t"),
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
+]
+
+PROMPTS = ["a red circle", "two big blue squares"]
+STEPS = 5
+SECONDS = 3.0
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    @functools.cache
+    def build(name: str) -> Path:
+        return FAMILIES[name].save(tmp_path_factory.mktemp("tiny") / name)
+
+    return build
+
+
+@pytest.fixture
+def stable_audio(folder_of: Callable[[str], Path]) -> StableAudio:
+    return StableAudio.load(folder_of("stable_audio"), seconds=SECONDS)
+
+
+@pytest.fixture
+def ace_step(folder_of: Callable[[str], Path]) -> AceStep:
+    return AceStep.load(folder_of("ace_step"), seconds=SECONDS)
+
+
+class RecordingScheduler(CosineDPMSolverMultistepScheduler):  # type: ignore[misc]  # untyped
+    """The scheduler itself, which also keeps its noises."""
+
+    noises: list[Tensor]
+
+    def dpm_solver_first_order_update(self, model_output: Tensor, sample: Tensor, noise: Tensor) -> Tensor:
+        self.noises.append(noise)
+        updated: Tensor = super().dpm_solver_first_order_update(model_output, sample, noise)
+        return updated
+
+
+class Euler(EDMEulerScheduler):  # type: ignore[misc]  # untyped
+    """The deterministic scheduler of EDM, told the noise level as Stable Audio is."""
+
+    def precondition_noise(self, sigma: Tensor) -> Tensor:
+        return sigma.atan() * 2 / math.pi
+
+
+def _vanilla(folder: Path, scheduler: Any, noise: Tensor, guidance: float) -> tuple[list[Tensor], Tensor]:
+    """The latents after every step of the diffusers pipeline, and its waveforms."""
+    pipe = StableAudioPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = scheduler
+    seen: list[Tensor] = []
+    waveforms = pipe(
+        PROMPTS,
+        audio_end_in_s=SECONDS,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        latents=noise,
+        generator=torch.Generator().manual_seed(0),
+        callback=lambda step, timestep, latents: seen.append(latents),
+    ).audios
+    return seen, waveforms
+
+
+def _ours(pipeline: DiffusersPipeline, kernel: Kernel, guidance: float) -> Rollout:
+    start = Start(pipeline.encode(PROMPTS), torch.arange(2), (1, 2), (1, 2))
+    kernels = [*[kernel] * (STEPS - 1), ODE()]
+    return rollout(pipeline, start, pipeline.grid(STEPS), kernels, guidance, store=range(STEPS))
+
+
+def _assert_equal(pipeline: StableAudio, made: Rollout, latents: list[Tensor], waveforms: Tensor) -> None:
+    for i, theirs in enumerate(latents):
+        torch.testing.assert_close(made.x_next[:, i], theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+    torch.testing.assert_close(pipeline.decode(made.final), waveforms.clamp(-1, 1), rtol=0, atol=1e-4)
+
+
+def _unit_noise(pipeline: StableAudio) -> Tensor:
+    """The pipeline of diffusers scales it itself."""
+    return pipeline.initial_noise([1, 2]) / pipeline.pipe.scheduler.init_noise_sigma
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_sde_rollout_is_the_first_order_sampler_of_diffusers_with_its_noises(
+    stable_audio: StableAudio, folder_of: Callable[[str], Path], guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = RecordingScheduler(solver_order=1)
+    scheduler.noises = []
+    latents, waveforms = _vanilla(folder_of("stable_audio"), scheduler, _unit_noise(stable_audio), guidance)
+    monkeypatch.setattr("genalign.rollout.step_noise", lambda seeds, step, like: scheduler.noises[step])
+    made = _ours(stable_audio, DPMSDE(), guidance)
+    assert len(scheduler.noises) == STEPS and float(latents[0].std()) > 50
+    assert made.x.dtype == made.x_next.dtype == made.mean.dtype == torch.float32
+    _assert_equal(stable_audio, made, latents, waveforms)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_ode_is_the_euler_sampler_of_edm(
+    stable_audio: StableAudio, folder_of: Callable[[str], Path], guidance: float
+) -> None:
+    options = {"sigma_min": 0.3, "sigma_max": 500.0, "sigma_data": 1.0, "sigma_schedule": "exponential"}
+    scheduler = Euler(prediction_type="v_prediction", **options)
+    latents, waveforms = _vanilla(folder_of("stable_audio"), scheduler, _unit_noise(stable_audio), guidance)
+    _assert_equal(stable_audio, _ours(stable_audio, ODE(), guidance), latents, waveforms)
+
+
+def test_noise_levels_of_stable_audio_open(stable_audio: StableAudio) -> None:
+    grid = stable_audio.grid(5)
+    assert grid.sigma.tolist() == pytest.approx([500, 78.254, 12.247, 1.9168, 0.3, 0], rel=1e-4)
+    assert stable_audio.path == EDMPath(1.0, "v_prediction") and bool((grid.alpha == 1).all())
+    assert trainable_steps(DPMSDE(), grid) == (0, 1, 2, 3)
+    asked = stable_audio.grid(2, [500.0, 2.0])
+    assert asked.timestep[1].item() == pytest.approx(0.7048327647, abs=1e-9)
+    assert asked.sigma.tolist() == [500.0, 2.0, 0.0]
+    again = stable_audio.grid(5, grid.sigma[:-1].tolist())
+    torch.testing.assert_close(again.timestep, grid.timestep, rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match="must begin at this model's sigma_max, 500, not 80"):
+        stable_audio.grid(2, [80.0, 2.0])
+
+
+def test_the_network_sees_latents_of_unit_variance(stable_audio: StableAudio) -> None:
+    seen: list[Tensor] = []
+    stable_audio.denoiser.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x, step = torch.full((1, *stable_audio.latent_shape), 1.5), stable_audio.grid(2, [500.0, 2.0])[1]
+    with torch.no_grad():
+        stable_audio.predict(x, step, stable_audio.encode(PROMPTS[:1]), 1.0)
+    torch.testing.assert_close(seen[0], x * 0.4472135955)
+
+
+def test_training_levels_are_even_in_what_the_network_is_told(stable_audio: StableAudio) -> None:
+    level = stable_audio.level(torch.tensor([0.0, 0.5, 1.0]))
+    assert level.sigma.tolist() == pytest.approx([0.3, (level.timestep[1] * math.pi / 2).tan().item(), 500], rel=1e-9)
+    assert level.timestep[1].item() == pytest.approx((level.timestep[0] + level.timestep[2]).item() / 2)
+
+
+@pytest.mark.parametrize("family", ["stable_audio", "ace_step"])
+def test_ratios_are_one_before_training(family: str, folder_of: Callable[[str], Path]) -> None:
+    pipeline = pipelines.load(folder_of(family), seconds=SECONDS)
+    Policy(pipeline.denoiser, Lora(rank=4))
+    kernel = DPMSDE() if family == "stable_audio" else FlowSDE(0.7)
+    made = _ours(pipeline, kernel, 3.0)
+    for stored in range(STEPS - 1):
+        again = replay(pipeline, made, pipeline.grid(STEPS), kernel, stored, 3.0)
+        assert torch.equal(again.log_ratio, torch.zeros(2))
+
+
+def test_noise_optimisation_starts_from_noise_of_the_first_level(stable_audio: StableAudio) -> None:
+    spreads: list[float] = []
+
+    class Watched(ReNO):
+        def penalty(self, noises: Tensor) -> Tensor:
+            spreads.append(float(noises.detach().std()))
+            return super().penalty(noises)
+
+    def loud(samples: Tensor, prompts: object) -> Tensor:
+        return samples.abs().flatten(1).mean(1)
+
+    find = functools.partial(search, stable_audio, PROMPTS[:1], loud, sampling=Sampling(STEPS))
+    alone, tried = find(BestOfN(1)), find(Watched(iterations=1))
+    torch.testing.assert_close(tried.images, alone.images, rtol=0, atol=1e-5)
+    assert bool((find(Watched(iterations=2)).scores >= tried.scores).all())
+    assert spreads[0] == pytest.approx(1.0, abs=0.3)
+
+
+def test_what_is_kept_of_a_clip(folder_of: Callable[[str], Path]) -> None:
+    whole, part = (StableAudio.load(folder_of("stable_audio"), seconds=seconds) for seconds in (None, 1.5))
+    assert whole.sample_shape == (2, 64) and part.sample_shape == (2, 24) and part.resolution == (24,)
+    latents = torch.randn(1, *part.latent_shape)
+    with torch.no_grad():
+        assert torch.equal(part.decode(latents), whole.decode(latents)[..., :24])
+    with pytest.raises(ValueError, match=r"above 0 and at most 4 for this model, not 4\.5"):
+        StableAudio.load(folder_of("stable_audio"), seconds=4.5)
+
+
+def test_a_prompt_of_ace_step_is_the_same_alone_and_among_longer_ones(ace_step: AceStep) -> None:
+    x, step, both = ace_step.initial_noise([1, 2]), ace_step.grid(STEPS)[1], ace_step.encode(PROMPTS)
+    lengths = both.tensors["mask"].sum(1)
+    assert lengths[0] != lengths[1]
+    with torch.no_grad():
+        for guidance in (1.0, 3.0):
+            together = ace_step.predict(x, step, both, guidance)
+            for i in range(2):
+                alone = ace_step.predict(x[i : i + 1], step, ace_step.encode(PROMPTS[i : i + 1]), guidance)
+                torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-6)
+
+
+def test_ace_step_has_one_loudness_and_its_own_levels(ace_step: AceStep) -> None:
+    waveforms = ace_step.decode(torch.randn(2, *ace_step.latent_shape))
+    assert waveforms.abs().amax((1, 2)).tolist() == pytest.approx([10 ** (-1 / 20)] * 2)
+    level, grid = ace_step.level(torch.tensor([0.5])), ace_step.grid(2)
+    assert level.sigma.item() == level.timestep.item() == pytest.approx(0.75)
+    assert grid.sigma.tolist() == pytest.approx([1.0, 0.75, 0.0])
+    assert ace_step.grid(2, [1.0, 0.4]).timestep.tolist() == [1.0, 0.4]
+
+
+def test_a_turbo_model_takes_no_guidance(ace_step: AceStep) -> None:
+    ace_step.pipe.is_turbo = True
+    with pytest.raises(ValueError, match=r"distilled into this turbo model: set sampling\.guidance to 1, not 4"):
+        ace_step.predict(ace_step.initial_noise([1]), ace_step.grid(2)[0], ace_step.encode(PROMPTS[:1]), 4.0)
+
+
+def test_sizes_of_the_other_medium_are_refused(folder_of: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="makes audio: leave height and width out, and give seconds"):
+        pipelines.load(folder_of("stable_audio"), height=64)
+    with pytest.raises(ValueError, match="makes images: leave seconds out, and give height and width"):
+        pipelines.load(folder_of("sd3"), seconds=1.0)
+
+
+def test_an_adapter_of_another_kind_is_refused(stable_audio: StableAudio, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no adapter that PEFT wrote, and diffusers has no loader for this family"):
+        stable_audio.load_lora(tmp_path)
+
+
+def test_an_adapter_of_another_network_is_refused(stable_audio: StableAudio, ace_step: AceStep, tmp_path: Path) -> None:
+    policy = Policy(stable_audio.denoiser, Lora(rank=2))
+    assert policy.config is not None
+    stable_audio.save_lora(tmp_path, policy.adapter_state(), policy.config)
+    with pytest.raises(ValueError, match="was trained on another base checkpoint"):
+        ace_step.load_lora(tmp_path)
+    (tmp_path / "base.json").unlink()
+    with pytest.raises(ValueError, match="the adapter does not fit this network, at "):
+        ace_step.load_lora(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["stable_audio", "ace_step"])
+def test_an_outline_has_the_shapes_of_the_checkpoint(family: str, folder_of: Callable[[str], Path]) -> None:
+    made, real = outline(folder_of(family), seconds=SECONDS), pipelines.load(folder_of(family), seconds=SECONDS)
+    assert made.pipeline.latent_shape == real.latent_shape and made.pipeline.sample_shape == real.sample_shape
+    assert made.parts[0].name == "transformer" and {part.name for part in made.parts} >= {"vae", "text_encoder"}
+    Policy(made.pipeline.denoiser, Lora(2))
+    assert 0 < made.kept(2, 1.0) < made.kept(2, 3.0) == made.kept(4, 1.0)
+    assert made.decoding(2) > 0
+
+
+def test_waveforms_are_written_at_their_rate(stable_audio: StableAudio, tmp_path: Path) -> None:
+    samples = torch.rand(2, 2, 48) * 2 - 1
+    names = writer(stable_audio.sample_rate)(samples, tmp_path, 7)
+    assert names == ["audio/00007.wav", "audio/00008.wav"]
+    found, rate = soundfile.read(tmp_path / names[1], dtype="float32")
+    assert rate == stable_audio.sample_rate == 16
+    torch.testing.assert_close(torch.tensor(found.T), samples[1], rtol=0, atol=1 / 32767)
+    with pytest.raises(ValueError, match="are not images"):
+        writer(None)(samples, tmp_path, 0)
+
+
+def test_a_prompt_without_words_is_not_what_guidance_leads_away_from(stable_audio: StableAudio) -> None:
+    """diffusers gives zeros for no negative prompt, and encodes an empty one."""
+    empty = stable_audio.encode([""]).tensors
+    assert bool(empty["context"].any())
+    away = stable_audio._away(empty)
+    assert not bool(away["context"].any()) and torch.equal(away["seconds"], empty["seconds"])
