@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from genalign import assets
 from genalign.types import Prompt
 
-
 Interpolation = Literal["bicubic", "bilinear"]
 
 

@@ -100,7 +100,8 @@ def test_a_network_trained_whole_is_saved_whole(config: Path, tmp_path: Path) ->
     saved = list(SD3Transformer2DModel.from_pretrained(run / "denoiser").parameters())
     tensors, _ = load_state(run / "checkpoints" / "latest" / "state.safetensors")
     assert all(torch.equal(tensors[f"trainer.average.{index}"], parameter) for index, parameter in enumerate(saved))
-    assert any(not torch.equal(tensors[f"trainer.current.{i}"], tensors[f"trainer.average.{i}"]) for i in range(len(saved)))
+    pairs = [(tensors[f"trainer.current.{i}"], tensors[f"trainer.average.{i}"]) for i in range(len(saved))]
+    assert any(not torch.equal(current, average) for current, average in pairs)
 
 
 def test_tensorboard_gets_every_number(config: Path, tmp_path: Path) -> None:
