@@ -28,6 +28,7 @@ class _Card:
 
     prompt: str
     image: str
+    file: str
     scores: str
     tree: Markup
 
@@ -70,7 +71,8 @@ def _mean(values: Sequence[float | None]) -> float:
 
 def _card(folder: Path, row: Mapping[str, Any], family: Mapping[str, Any]) -> _Card:
     scores = ", ".join(f"{plain(name)} {'failed' if v is None else number(v)}" for name, v in row["scores"].items())
-    return _Card(row["prompt"], data_uri(folder, row["image"]), scores, tree(family["lives"], family["chosen"]))
+    picture, lives = data_uri(folder, row["image"]), tree(family["lives"], family["chosen"])
+    return _Card(row["prompt"], picture, row["image"], scores, lives)
 
 
 def tree(lives: Sequence[Mapping[str, Any]], chosen: int) -> Markup:

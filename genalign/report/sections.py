@@ -238,8 +238,8 @@ def _changes(pair: Pair) -> tuple[Change, ...]:
 
 
 def data_uri(folder: Path, name: str | None) -> str:
-    """A PNG of at most ``LONGEST_SIDE`` pixels a side; empty where the image was not kept."""
-    if name is None or not (folder / name).exists():
+    """A PNG of at most ``LONGEST_SIDE`` pixels a side; empty where the image was not kept, or is audio."""
+    if name is None or name.endswith(".wav") or not (folder / name).exists():
         return ""
     with Image.open(folder / name) as file:
         image = file.convert("RGB")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffusers import CosineDPMSolverMultistepScheduler, EDMEulerScheduler, Stab
 from torch import Tensor
 
 import pipelines
+from genalign.cli import main
 from genalign.dynamics import DPMSDE, ODE, FlowSDE, Kernel, trainable_steps
 from genalign.media import writer
 from genalign.paths import EDMPath
@@ -22,6 +24,7 @@ from genalign.policy import Lora, Policy
 from genalign.rollout import Rollout, Start, replay, rollout
 from genalign.sampling import Sampling
 from genalign.search import BestOfN, ReNO, search
+from genalign.types import Prompt
 from pipelines import AceStep, StableAudio
 from pipelines.base import DiffusersPipeline
 from pipelines.outline import outline
@@ -183,10 +186,7 @@ def test_noise_optimisation_starts_from_noise_of_the_first_level(stable_audio: S
             spreads.append(float(noises.detach().std()))
             return super().penalty(noises)
 
-    def loud(samples: Tensor, prompts: object) -> Tensor:
-        return samples.abs().flatten(1).mean(1)
-
-    find = functools.partial(search, stable_audio, PROMPTS[:1], loud, sampling=Sampling(STEPS))
+    find = functools.partial(search, stable_audio, PROMPTS[:1], loudness, sampling=Sampling(STEPS))
     alone, tried = find(BestOfN(1)), find(Watched(iterations=1))
     torch.testing.assert_close(tried.images, alone.images, rtol=0, atol=1e-5)
     assert bool((find(Watched(iterations=2)).scores >= tried.scores).all())
@@ -272,6 +272,27 @@ def test_waveforms_are_written_at_their_rate(stable_audio: StableAudio, tmp_path
     torch.testing.assert_close(torch.tensor(found.T), samples[1], rtol=0, atol=1 / 32767)
     with pytest.raises(ValueError, match="are not images"):
         writer(None)(samples, tmp_path, 0)
+
+
+def loudness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples.abs().flatten(1).mean(1)
+
+
+def test_steer_writes_what_can_be_heard(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    settings = {
+        "output": str(tmp_path / "found"),
+        "model": {"path": str(folder_of("stable_audio")), "seconds": SECONDS},
+        "prompts": str(tmp_path / "prompts.txt"),
+        "rewards": {"loud": {"function": f"{__name__}.loudness"}},
+        "strategy": {"class_path": "genalign.search.BestOfN", "init_args": {"candidates": 2}},
+        "sampling": {"num_steps": 3},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    assert main(["steer", "--config", str(tmp_path / "config.yaml")]) == 0
+    found, rate = soundfile.read(tmp_path / "found" / "audio" / "00001.wav")
+    assert found.shape == (48, 2) and rate == 16
+    assert 'href="audio/00001.wav"' in (tmp_path / "found" / "report.html").read_text()
 
 
 def test_a_prompt_without_words_is_not_what_guidance_leads_away_from(stable_audio: StableAudio) -> None:

@@ -90,7 +90,7 @@ def _called(family: Family, folder: Path, noise: Tensor, guidance: float, prompt
         seen.append(tensors["latents"])
         return tensors
 
-    (samples,) = vanilla(
+    samples, *_ = vanilla(
         prompts,
         latents=noise,
         num_inference_steps=STEPS,
@@ -180,7 +180,7 @@ def test_an_adapter_goes_through_peft_and_into_the_weights(
             other.load_lora(tmp_path / folder)
             other.encode(PROMPTS)
             torch.testing.assert_close(other.predict(x, step, conditioning, 1.0), tuned, rtol=0, atol=1e-6)
-        assert not torch.allclose(again.predict(x, step, conditioning, 1.0), tuned, rtol=0, atol=1e-3)
+        assert not torch.allclose(again.predict(x, step, conditioning, 1.0), tuned, rtol=0, atol=1e-5)
         other.save_merged(tmp_path / "merged", whole=True)
         merged = _open(family, tmp_path / "merged")
         assert not any("lora" in name for name in merged.denoiser.state_dict())
