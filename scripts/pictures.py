@@ -1,4 +1,10 @@
-"""Draw the README's pictures from a finished run: ``python scripts/pictures.py runs/demo docs/images``."""
+"""Draw the pictures of README.md and docs:
+
+    python scripts/pictures.py runs/demo docs/images                        a finished run
+    python scripts/pictures.py docs/results/search_shapes.json docs/images  searches at equal cost
+
+Figures are read from the files that are named; nothing is measured.
+"""
 
 from __future__ import annotations
 
@@ -54,14 +60,33 @@ def before_after(run: Path, output: Path, scale: int = 2) -> None:
     figure.savefig(output / "before_after.png", dpi=120)
 
 
+def search_curves(result: Path, output: Path) -> None:
+    """The selection reward and the verifier's strict score of every search against its budget."""
+    found = json.loads(result.read_text(encoding="utf-8"))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for place, (axis, label) in enumerate(zip(axes, ("selection reward", "strict accuracy (judge)"), strict=True)):
+        for name, by_budget in found["curves"].items():
+            dashed = "oracle" in name or "pool" in name
+            means = [scores[place] for scores in by_budget.values()]
+            axis.plot(found["budgets"], means, marker=".", linestyle=":" if dashed else "-", label=name)
+        axis.set(xscale="log", xlabel="budget (images' cost)", ylabel=label, xticks=found["budgets"])
+        axis.set_xticklabels(found["budgets"])
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(output / "search_curves.png", dpi=120)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
     parser.add_argument("output", type=Path)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    learning_curve(options.run, options.output)
-    before_after(options.run, options.output)
+    if options.source.suffix == ".json":
+        search_curves(options.source, options.output)
+    else:
+        learning_curve(options.source, options.output)
+        before_after(options.source, options.output)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Write the tables of README.md and docs/*.md from docs/results/*.json.
 
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``; that of a comparison's runs between
-``<!-- standings:NAME -->`` and ``<!-- /standings -->``. With ``--check`` nothing is written, and
-the exit status is 1 where a table is stale.
+``<!-- standings:NAME -->`` and ``<!-- /standings -->``, and that of searches by budget between ``<!-- curves:NAME -->``
+and ``<!-- /curves -->``. With ``--check`` nothing is written, and the exit status is 1 where a table is stale.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MARKED = re.compile(
-    r"(?P<begin><!-- (?P<kind>results|standings):(?P<name>\w+) -->\n).*?(?P<end><!-- /(?P=kind) -->)", re.DOTALL
+    r"(?P<begin><!-- (?P<kind>results|standings|curves):(?P<name>\w+) -->\n).*?(?P<end><!-- /(?P=kind) -->)", re.DOTALL
 )
 
 
@@ -49,12 +49,32 @@ def standings(result: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def curves(result: dict[str, Any]) -> str:
+    """Searches by budget, in images' cost: the selection reward / the verifier's strict score; and the share of
+    best-of-32's cost, in seconds and in forwards, at which pruning reaches its selection reward."""
+    heading = ["search", *map(str, result["budgets"]), "seconds of best-of-32", "forwards of best-of-32"]
+    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
+    for name, by_budget in result["curves"].items():
+        cells = [f"{selection:.3f} / {strict:.3f}" for selection, strict in by_budget.values()]
+        cells += [_share(result[key].get(name)) for key in ("cost_of_best_of_32", "forwards_of_best_of_32")]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join([*lines, ""])
+
+
+def _share(found: dict[str, float | None] | None) -> str:
+    """A share with its interval; empty where it was not asked for, "not reached" where the recorded pool ends first."""
+    if found is None:
+        return ""
+    mean, low, high = ("more" if value is None else f"{value:.0%}" for value in found.values())
+    return "not reached" if found["mean"] is None else f"{mean} ({low} to {high})"
+
+
 def fill(text: str, results: Path) -> str:
     """``text`` with every marked table made anew. Raises FileNotFoundError for a table without its result file."""
 
     def filled(match: re.Match[str]) -> str:
         result = json.loads((results / f"{match['name']}.json").read_text(encoding="utf-8"))
-        made = {"results": table, "standings": standings}[match["kind"]](result)
+        made = {"results": table, "standings": standings, "curves": curves}[match["kind"]](result)
         return f"{match['begin']}{made}{match['end']}"
 
     return MARKED.sub(filled, text)

@@ -27,6 +27,19 @@ def test_rows_and_figures(tmp_path: Path) -> None:
     assert "old" not in new and new.startswith("a\n") and fill(new, tmp_path) == new
 
 
+def test_searches_by_budget(tmp_path: Path) -> None:
+    found = {
+        "budgets": [2, 4],
+        "curves": {"best_of_n": {"2": [0.5, 0.25], "4": [0.75, 0.5]}, "pruning": {"2": [0.6, 0.3], "4": [0.8, 0.5]}},
+        "cost_of_best_of_32": {"pruning": {"mean": 0.61, "low": 0.5, "high": None}},
+        "forwards_of_best_of_32": {"pruning": {"mean": None, "low": None, "high": None}},
+    }
+    (tmp_path / "one.json").write_text(json.dumps(found))
+    new = fill("<!-- curves:one -->\n<!-- /curves -->\n", tmp_path)
+    assert "| best_of_n | 0.500 / 0.250 | 0.750 / 0.500 |  |  |" in new
+    assert "| pruning | 0.600 / 0.300 | 0.800 / 0.500 | 61% (50% to more) | not reached |" in new
+
+
 def test_a_table_needs_its_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         fill("<!-- results:none -->\n<!-- /results -->", tmp_path)
