@@ -56,11 +56,13 @@ class RewardChoice:
     """A function or callable class by its import path, and its weight in the sum; weight 0 only reports.
 
     ``score_batch``: how many samples are scored at once, for large networks; None for all that are asked for.
+    ``timeout``: seconds after which a call has failed; None for never.
     """
 
     function: Callable  # type: ignore[type-arg]  # bare: any callable is taken, and tried on a first batch
     weight: float = 1.0
     score_batch: int | None = None
+    timeout: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 import torch
@@ -19,17 +21,21 @@ class NamedReward:
     """A reward function with the name it is reported under and its weight in the sum; weight 0 only reports.
 
     ``score_batch``: how many samples are scored at once, for large networks; None for all that are asked for. A reward
-    of groups, such as ``rewards.pairwise.WinRate``, must see them whole: leave it None there.
+    of groups, such as ``rewards.pairwise.WinRate``, must see them whole: leave it None there. ``timeout``: after so
+    many seconds a call has failed, and goes on in a thread that is left behind; None waits for any call.
     """
 
     name: str
     function: RewardFunction
     weight: float = 1.0
     score_batch: int | None = None
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         if self.score_batch is not None and self.score_batch < 1:
             raise ValueError(f"score_batch of reward {self.name!r} must be at least 1 sample, not {self.score_batch}")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(f"timeout of reward {self.name!r} must be a positive number of seconds, not {self.timeout}")
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), with a gradient where the function has one. Raises RewardError for another shape, and whatever
@@ -61,7 +67,10 @@ class RewardError(RuntimeError):
 
 @torch.no_grad()
 def score(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """Scores (B, K) in float32 on the CPU; NaN where a reward raised, or returned what is not finite.
+    """Scores (B, K) in float32 on the CPU; NaN where a reward fails, or returns what is not finite.
+
+    One that raises, or does not answer in time, is asked once more. If it raises again, and has a ``score_batch``,
+    which says that samples may be parted, its halves are asked: a sample that it cannot bear costs its own score alone.
 
     Raises RewardError for a result that is not of shape (B,): that is a bug in the reward, not a failure.
     """
@@ -71,11 +80,53 @@ def score(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
 
 def _scored(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     try:
-        found = reward.function(samples, prompts)
+        found = _called(reward, samples, prompts)
     except Exception as error:  # whatever a user's reward raises must not lose the run
-        logger.warning("reward %r raised %s: %s; its scores are NaN", reward.name, type(error).__name__, error)
-        return torch.full((len(samples),), torch.nan)
-    scores = _of_shape(reward.name, found, len(samples)).detach().float().cpu()
+        logger.warning("reward %r raised %s: %s; it is asked again", reward.name, type(error).__name__, error)
+        return _scored_again(reward, samples, prompts)
+    return _known(reward.name, found, len(samples))
+
+
+def _scored_again(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    count = len(samples)
+    try:
+        found = _called(reward, samples, prompts)
+    except Exception as error:
+        if reward.score_batch is None or count == 1 or isinstance(error, TimeoutError):
+            told = "reward %r raised %s: %s; %d scores are NaN"
+            logger.warning(told, reward.name, type(error).__name__, error, count)
+            return torch.full((count,), torch.nan)
+        first, second = slice(count // 2), slice(count // 2, None)
+        return torch.cat([_scored_again(reward, samples[half], prompts[half]) for half in (first, second)])
+    return _known(reward.name, found, count)
+
+
+def _called(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> object:
+    if reward.timeout is None:
+        return reward.function(samples, prompts)
+    return _within(reward.timeout, lambda: reward.function(samples, prompts))
+
+
+def _within(seconds: float, call: Callable[[], object]) -> object:
+    """What ``call`` gives. Raises TimeoutError where that takes longer: no thread can be ended from outside."""
+    answer: Future[object] = Future()
+
+    def work() -> None:
+        try:
+            with torch.no_grad():  # a thread has a mode of its own
+                answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work, name="genalign-reward", daemon=True).start()
+    if not wait([answer], seconds).done:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return answer.result()
+
+
+def _known(name: str, found: object, count: int) -> Tensor:
+    """Scores (count,) in float32 on the CPU, NaN for what is not finite."""
+    scores = _of_shape(name, found, count).detach().float().cpu()
     return torch.where(scores.isfinite(), scores, torch.nan)
 
 
@@ -112,9 +163,10 @@ def probe(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
 @dataclass
 class Watch:
     """Stops a run whose rewards fail, or teach nothing, for too long; ``silent`` counts the last rounds that taught
-    nothing."""
+    nothing. ``failed_share`` of a round's samples may lack a score: those that a reward fails on are seldom any, so
+    that a policy trained on the others alone learns to make it fail."""
 
-    failed_share: float = 0.5
+    failed_share: float = 0.05
     silent_rounds: int = 20
     largest_ratio: float = 20.0
     silent: int = 0
@@ -145,8 +197,9 @@ class Watch:
         failed = float(scores_BK.isnan().any(dim=1).float().mean())
         if failed > self.failed_share:
             raise RewardError(
-                f"{failed:.0%} of this round's samples could not be scored (limit {self.failed_share:.0%}): see the"
-                " warnings above for what the reward raised"
+                f"{failed:.0%} of this round's samples could not be scored (training.failed_share is"
+                f" {self.failed_share:.0%}): see the warnings above for what the reward raised, mend it, and go on from the"
+                " last checkpoint"
             )
         self.silent = self.silent + 1 if silent else 0
         if self.silent == 1:

@@ -79,7 +79,10 @@ def import_from_here() -> None:
 
 def named_rewards(chosen: Mapping[str, config.RewardChoice]) -> list[NamedReward]:
     """The rewards of a configuration."""
-    return [NamedReward(name, choice.function, choice.weight, choice.score_batch) for name, choice in chosen.items()]
+    return [
+        NamedReward(name, choice.function, choice.weight, choice.score_batch, choice.timeout)
+        for name, choice in chosen.items()
+    ]
 
 
 def prompt_set(source: str) -> PromptSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -34,7 +35,8 @@ def test_failures_are_nan_and_never_zero(caplog: pytest.LogCaptureFixture) -> No
     torch.testing.assert_close(scores[:, 0], IMAGES.flatten(1).mean(1))
     assert bool(scores[:, 1].isnan().all())
     assert scores[:, 2].isnan().tolist() == [False, True, True, False]
-    assert "reward 'b' raised ConnectionError: server gone; its scores are NaN" in caplog.text
+    assert "reward 'b' raised ConnectionError: server gone; it is asked again" in caplog.text
+    assert "reward 'b' raised ConnectionError: server gone; 4 scores are NaN" in caplog.text
 
 
 def test_a_wrong_shape_is_refused() -> None:
@@ -90,6 +92,54 @@ def test_a_part_that_fails_costs_its_own_scores_alone() -> None:
     assert found[:, 0].isnan().tolist() == [False, False, True, False]
 
 
+def test_what_raises_once_costs_nothing() -> None:
+    calls: list[int] = []
+
+    def flaky(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        calls.append(len(samples))
+        if len(calls) == 1:
+            raise ConnectionError("a moment")
+        return brightness(samples, prompts)
+
+    torch.testing.assert_close(score([NamedReward("r", flaky)], IMAGES, PROMPTS)[:, 0], brightness(IMAGES, PROMPTS))
+    assert calls == [4, 4]
+
+
+@pytest.mark.parametrize(("score_batch", "lost"), [(None, [0, 1, 2, 3]), (4, [2])])
+def test_a_sample_that_cannot_be_borne_costs_its_own_score_where_samples_may_be_parted(
+    score_batch: int | None, lost: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses_dark(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        if bool((samples == 0).flatten(1).all(1).any()):
+            raise ValueError("too dark")
+        return brightness(samples, prompts)
+
+    samples = IMAGES.clone()
+    samples[2] = 0
+    found = score([NamedReward("r", refuses_dark, score_batch=score_batch)], samples, PROMPTS)[:, 0]
+    assert found.isnan().nonzero()[:, 0].tolist() == lost
+    assert f"reward 'r' raised ValueError: too dark; {len(lost)} scores are NaN" in caplog.text
+
+
+def test_a_call_that_hangs_has_failed(caplog: pytest.LogCaptureFixture) -> None:
+    answer, calls = threading.Event(), []
+
+    def hanging(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        if len(calls) < 3:
+            answer.wait()
+        return brightness(samples, prompts)
+
+    reward = NamedReward("slow", hanging, score_batch=2, timeout=0.05)
+    found = score([reward], IMAGES, PROMPTS)[:, 0]
+    answer.set()
+    assert found.isnan().tolist() == [True, True, False, False]
+    assert calls == [False, False, False]  # the halves of what hangs are not asked
+    assert "reward 'slow' raised TimeoutError: no answer within 0.05 s; 2 scores are NaN" in caplog.text
+    with pytest.raises(ValueError, match="timeout of reward 'x' must be a positive number of seconds, not 0"):
+        NamedReward("x", brightness, timeout=0)
+
+
 def test_parts_are_checked() -> None:
     with pytest.raises(RewardError, match=r"reward 'x' returned shape \(\) for 1 samples"):
         score([NamedReward("x", lambda samples, prompts: samples.mean(), score_batch=1)], IMAGES, PROMPTS)
@@ -115,8 +165,10 @@ def test_scales_apart_are_told(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_too_many_failures_stop_the_run() -> None:
     scores = torch.tensor([[1.0], [torch.nan], [torch.nan], [torch.nan]])
-    with pytest.raises(RewardError, match=r"75% of this round's samples could not be scored \(limit 50%\)"):
+    message = r"75% of this round's samples could not be scored \(training\.failed_share is 5%\): .* go on from the last"
+    with pytest.raises(RewardError, match=message):
         Watch().see(scores, silent=False)
+    Watch(failed_share=0.75).see(scores, silent=False)
 
 
 def test_silence_warns_once_and_then_stops(caplog: pytest.LogCaptureFixture) -> None:
