@@ -16,6 +16,7 @@ from torch import nn
 from genalign.budget import Budget
 from genalign.calibration import Calibration
 from genalign.dynamics import Kernel
+from genalign.faults import DivergedError
 from genalign.guard import Actions
 from genalign.hacking import Limits
 from genalign.memory import Memory
@@ -292,7 +293,7 @@ class ConfigurationError(ValueError):
     """A configuration that cannot be used; the message says what to write instead."""
 
 
-REFUSED = (ValueError, FileNotFoundError, FileExistsError, PermissionError, RewardError)
+REFUSED = (ValueError, FileNotFoundError, FileExistsError, PermissionError, RewardError, DivergedError)
 """What bad input raises; the message is for the one who wrote it."""
 
 

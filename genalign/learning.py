@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -60,6 +60,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.credit)
 
+    def split(self, size: int) -> Iterator[Batch]:
+        """Consecutive parts of at most ``size`` samples."""
+        parts = (self.sampled.split(size), self.credit.split(size), self.group.split(size))
+        for sampled, credit, group in zip(*parts, strict=True):
+            yield Batch(sampled, credit, group, self.first)
+
     def step_credit(self, stored: int) -> Tensor:
         """The credit (B,) of one stored step."""
         return self.credit if self.credit.ndim == 1 else self.credit[:, stored]
@@ -67,17 +73,28 @@ class Batch:
 
 @dataclass
 class Readings:
-    """What is logged about a round: sums over its micro-batches, by name, of means weighted by their sizes."""
+    """What is logged about a round: sums over its micro-batches, by name, of means weighted by their sizes; updates
+    that were ``skipped`` are in none."""
 
     values: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     log_ratio_max: float = 0.0
+    skipped: int = 0
 
     def add(self, name: str, values: Tensor) -> None:
         """Take in the elements of ``values``."""
         found = values.detach()
         self.values[name] = self.values.get(name, 0.0) + float(found.sum())
         self.sizes[name] = self.sizes.get(name, 0) + found.numel()
+
+    def copy(self) -> Readings:
+        """As they are now."""
+        return Readings(dict(self.values), dict(self.sizes), self.log_ratio_max, self.skipped)
+
+    def go_back(self, earlier: Readings) -> None:
+        """To a copy."""
+        self.values, self.sizes = dict(earlier.values), dict(earlier.sizes)
+        self.log_ratio_max, self.skipped = earlier.log_ratio_max, earlier.skipped
 
     def mean(self, name: str) -> float:
         """The mean of what was added under ``name``; NaN for nothing."""
@@ -122,8 +139,16 @@ class Context:
             yield
 
 
+Unit = Literal["sample", "group", "batch"]
+"""What a loss ties together, and a micro-batch must not part."""
+
+
 class Objective(Protocol):
     """How credit becomes a gradient. An update's loss is a mean of terms; a micro-batch holds some of them."""
+
+    @property
+    def unit(self) -> Unit:
+        """What it ties together."""
 
     @property
     def clip_range(self) -> float | None:
@@ -152,6 +177,14 @@ def anchored(objective: Objective, least: float) -> Objective:
             " choose a recipe with kl or anchor"
         )
     return objective.anchored(least)
+
+
+def halved(size: int, unit: Unit, group_size: int) -> int | None:
+    """At most half of a micro-batch's ``size``, which parts no ``unit``; None where that leaves nothing."""
+    if unit == "batch":
+        return None
+    whole = group_size if unit == "group" else 1
+    return size // 2 // whole * whole or None
 
 
 def live_pairs(batch: Batch) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genalign.demonstrations import Demonstrations
-from genalign.learning import Batch, Context
+from genalign.learning import Batch, Context, Unit
 from genalign.noise import derived_seed, seeded_noise
 from genalign.objectives import mean_square
 from genalign.regression import awm_log_probability, dpo_loss, kto_loss, nft_loss
@@ -57,6 +57,10 @@ class Noised:
 class MatchingLoss(Protocol):
     """Terms (N,) of a mean over an update, from noised samples, their credit (B,) and prompt index (B,)."""
 
+    @property
+    def unit(self) -> Unit:
+        """What it ties together."""
+
     def used(self, credit: Tensor) -> Tensor:
         """Which samples (B,) bool it learns from; the network does not see the others."""
 
@@ -88,6 +92,11 @@ class Matching:
             raise ValueError(f"draws must be at least 1 noise level per update, not {self.draws}")
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(f"low and high must be ascending fractions in [0, 1], not {self.low} and {self.high}")
+
+    @property
+    def unit(self) -> Unit:
+        """That of the loss."""
+        return self.loss.unit
 
     @property
     def clip_range(self) -> float | None:
@@ -151,6 +160,11 @@ class PairedPreference:
         if not self.beta > 0:
             raise ValueError(f"beta must be positive, not {self.beta}")
 
+    @property
+    def unit(self) -> Unit:
+        """A group: pairs are of one prompt."""
+        return "group"
+
     def used(self, credit: Tensor) -> Tensor:
         """Those with credit."""
         return credit != 0
@@ -172,6 +186,11 @@ class UnpairedPreference:
 
     beta: float
 
+    @property
+    def unit(self) -> Unit:
+        """The batch, whose mean gain is the baseline."""
+        return "batch"
+
     def used(self, credit: Tensor) -> Tensor:
         """Those with credit."""
         return credit != 0
@@ -191,6 +210,11 @@ class NegativeAware:
 
     beta: float = 1.0
     largest_advantage: float = 5.0
+
+    @property
+    def unit(self) -> Unit:
+        """A sample."""
+        return "sample"
 
     def used(self, credit: Tensor) -> Tensor:
         """All: those without advantage hold the policy where it is."""
@@ -216,6 +240,11 @@ class AdvantageWeighted:
     power: float = 0.25
     largest_advantage: float = 5.0
 
+    @property
+    def unit(self) -> Unit:
+        """A sample."""
+        return "sample"
+
     def used(self, credit: Tensor) -> Tensor:
         """Those with credit."""
         return credit != 0
@@ -237,6 +266,11 @@ class AdvantageWeighted:
 class RewardWeighted:
     """Matching weighted by credit of 0 or more: reward-weighted regression (arXiv 2501.13918), or fine-tuning on chosen
     samples."""
+
+    @property
+    def unit(self) -> Unit:
+        """A sample."""
+        return "sample"
 
     def used(self, credit: Tensor) -> Tensor:
         """Those with credit."""

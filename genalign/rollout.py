@@ -56,17 +56,31 @@ class Rollout:
     prediction: Tensor
     final: Tensor
 
+    def split(self, size: int) -> Iterator[Rollout]:
+        """Consecutive parts of at most ``size`` samples."""
+        for place, start in enumerate(self.start.split(size)):
+            rows = slice(place * size, place * size + len(start))
+            yield replace(self, start=start, **{name: tensor[rows] for name, tensor in self._tensors().items()})
+
     def finite(self) -> Tensor:
         """Which samples (B,) ended in finite latents."""
-        return self.final.isfinite().flatten(1).all(1)
+        return finite_rows(self.final)
 
     def emptied(self, rows: Tensor) -> Rollout:
         """With zeros for the tensors of the samples ``rows`` (B,) bool: in a gradient, NaN times no credit is NaN."""
-        names = ("x", "x_next", "mean", "prediction", "final")
-        fields = {name: getattr(self, name) for name in names}
+        chosen = rows.nonzero()[:, 0]
         return replace(
-            self, **{name: tensor.clone().index_fill_(0, rows.nonzero()[:, 0], 0) for name, tensor in fields.items()}
+            self, **{name: tensor.clone().index_fill_(0, chosen, 0) for name, tensor in self._tensors().items()}
         )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Those with a row for each sample."""
+        return {name: value for name, value in vars(self).items() if name not in ("start", "steps")}
+
+
+def finite_rows(tensor: Tensor) -> Tensor:
+    """Which rows (B,) of a tensor (B, ...) are finite throughout."""
+    return tensor.isfinite().flatten(1).all(1)
 
 
 @dataclass(frozen=True)

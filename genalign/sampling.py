@@ -16,7 +16,7 @@ from torch import Tensor
 from genalign.completion import complete
 from genalign.noise import derived_seed
 from genalign.recipes import Recipe
-from genalign.rollout import Rollout, Start, rollout, windowed
+from genalign.rollout import Rollout, Start, finite_rows, rollout, windowed
 from genalign.scoring import NamedReward, score
 from genalign.types import Grid, Pipeline, Prompt
 
@@ -85,18 +85,30 @@ class Sampler:
         return Start(conditioning, torch.tensor([p for p, _ in members]), tuple(noise), tuple(steps))
 
     def _scored(self, recipe: Recipe, sampled: Rollout, prompts: Sequence[Prompt]) -> Sampled:
-        samples = self.pipeline.decode(sampled.final)
-        scores = score(self.rewards, samples, prompts)
-        features = recipe.features(samples).float().cpu() if recipe.features else None
-        finite = sampled.finite()
+        decoded = self.pipeline.decode(sampled.final)
+        finite = sampled.finite() & finite_rows(decoded)
+        samples, scores = _shown(decoded), self._scores(decoded, prompts)
         scores[~finite.cpu()] = torch.nan
+        features = recipe.features(samples).float().cpu() if recipe.features else None
         kept = sampled if finite.all() else sampled.emptied(~finite)
         if recipe.completion is None:
             return Sampled(kept, samples, scores, None, features)
         completed = complete(self.pipeline, sampled, self.grid, self.guidance, recipe.completion)
-        columns = [score(self.rewards, self.pipeline.decode(x0), prompts) for x0 in completed.unbind(1)]
+        columns = [self._scores(self.pipeline.decode(x0), prompts) for x0 in completed.unbind(1)]
         stepwise = torch.stack([*columns, scores], dim=1)
         return Sampled(kept, samples, scores, stepwise, features)
+
+    def _scores(self, decoded: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B, K), NaN for samples that are not finite."""
+        scores = score(self.rewards, _shown(decoded), prompts)
+        scores[~finite_rows(decoded).cpu()] = torch.nan
+        return scores
+
+
+def _shown(decoded: Tensor) -> Tensor:
+    """Samples (B, ...) with black or silence for those that are not finite: one NaN must not cost a batch's scores."""
+    finite = finite_rows(decoded)
+    return decoded if finite.all() else decoded.index_fill(0, (~finite).nonzero()[:, 0], 0)
 
 
 def joined(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -12,15 +12,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from genalign.advantages import zero_std_share
 from genalign.budget import Ledger, Metered, metered_rewards, peak_memory
 from genalign.checkpoints import load_optimizer_tensors, optimizer_tensors, with_prefix, without_prefix
-from genalign.learning import Batch, Context, Outcome, Readings, anchored
+from genalign.faults import BadUpdate, Skipping, finite, is_out_of_memory
+from genalign.learning import Batch, Context, Outcome, Readings, anchored, halved
 from genalign.noise import derived_seed
 from genalign.policy import Policy, Snapshot
 from genalign.prompts import PromptSampler
@@ -41,6 +43,10 @@ class Settings:
     ``updates_per_round`` optimiser steps on them. A run ends after ``rounds``, or with the round that reaches
     ``max_forwards`` denoiser evaluations of single samples, guidance twice. The learning rate stays, or falls linearly
     to zero at the run's end. "adamw8bit" keeps Adam's moments in 8 bits (bitsandbytes, an extra).
+
+    A run ends with a round of which more than ``failed_share`` could not be scored, and after ``skipped_updates`` in a
+    row that were left out because their gradient was not finite. Where memory runs out while learning, it ends
+    ("stop"), or goes on with fewer samples at a time ("halve"), which changes no gradient beyond rounding.
     """
 
     rounds: int = 100
@@ -55,15 +61,21 @@ class Settings:
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     seed: int = 0
+    failed_share: float = 0.05
+    skipped_updates: int = 5
+    out_of_memory: Literal["stop", "halve"] = "stop"
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "max_forwards", "prompts_per_round", "batch_size", "updates_per_round"):
+        counts = ("rounds", "max_forwards", "prompts_per_round", "batch_size", "updates_per_round", "skipped_updates")
+        for name in counts:
             value = vars(self)[name]
             if value is not None and value < 1:
                 raise ValueError(f"training.{name} must be at least 1, not {value}")
         for name in ("learning_rate", "max_grad_norm"):
             if not vars(self)[name] > 0:
                 raise ValueError(f"training.{name} must be positive, not {vars(self)[name]}")
+        if not 0 <= self.failed_share <= 1:
+            raise ValueError(f"training.failed_share must be a share in [0, 1], not {self.failed_share}")
         self._require_whole_groups()
 
     def _require_whole_groups(self) -> None:
@@ -93,8 +105,9 @@ class Settings:
 @dataclass(frozen=True)
 class RoundResult:
     """What one round did. ``log_ratio_max`` is the largest |log-ratio| of the round's first update, 0 in exact
-    arithmetic; ``readings`` are a method's own and its trainable rewards'; ``forwards`` counts denoiser evaluations of
-    single samples so far, ``calls`` everything that was billed (see ``budget.Ledger``), ``images`` samples so far."""
+    arithmetic; ``skipped_updates`` had a gradient that was not finite, and are in no mean; ``readings`` are a
+    method's own and its trainable rewards'; ``forwards`` counts denoiser evaluations of single samples so far,
+    ``calls`` everything that was billed (see ``budget.Ledger``), ``images`` samples so far."""
 
     round: int
     reward: float
@@ -107,6 +120,7 @@ class RoundResult:
     loss: float
     log_ratio_max: float
     failed_rewards: int
+    skipped_updates: int
     readings: dict[str, float]
     images: int
     forwards: int
@@ -126,7 +140,8 @@ class RoundResult:
 
 
 class Trainer:
-    """One run. ``rounds()`` yields after every round; between two of them the policy may be evaluated or saved."""
+    """One run. ``rounds()`` yields after every round; between two of them the policy may be evaluated or saved.
+    ``suspects`` is the folder for what was learnt from in updates that were left out."""
 
     def __init__(
         self,
@@ -137,6 +152,7 @@ class Trainer:
         recipe: Recipe,
         settings: Settings,
         sampling: Sampling,
+        suspects: Path | None = None,
     ) -> None:
         self.ledger = Ledger()
         self.pipeline, self.policy, self.recipe = Metered(pipeline, self.ledger), policy, recipe
@@ -153,7 +169,9 @@ class Trainer:
         self.optimizer = adam(settings)(policy.parameters, lr=rate, weight_decay=decay)
         self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
         self.old = Snapshot(policy.parameters) if recipe.lag else None
-        self.watch = Watch()
+        self.watch = Watch(settings.failed_share)
+        self.skipping = Skipping(settings.skipped_updates, suspects)
+        self.micro_batch = settings.batch_size
         self.raised: list[float] = []
         self.rounds_done = 0
         self.images = 0
@@ -171,7 +189,7 @@ class Trainer:
             parts = self._sample(index, prompts)
             outcome = self._outcome(parts, len(prompts))
             readings = self._update_rewards(parts, prompts)
-            learnt = self._learn(index, parts, outcome)
+            learnt = self._learn(index, prompts, parts, outcome)
             if self.old is not None and self.recipe.lag is not None:
                 self.old.update(self.policy.parameters, self.recipe.lag.decay(index))
             self.rounds_done += 1
@@ -229,6 +247,8 @@ class Trainer:
             "seconds": self.seconds,
             "calls": dict(self.ledger.counts),
             "silent_rounds": self.watch.silent,
+            "skipped_updates": self.skipping.in_row,
+            "micro_batch": self.micro_batch,
             "raised_kl": list(self.raised),
         }
         return State(tensors, numbers)
@@ -245,10 +265,11 @@ class Trainer:
         for least in numbers["raised_kl"]:
             self.raise_kl(least)
         self.rounds_done, self.images, self.seconds = numbers["rounds"], numbers["images"], numbers["seconds"]
-        self.watch.silent = numbers["silent_rounds"]
+        self.watch.silent, self.skipping.in_row = numbers["silent_rounds"], numbers["skipped_updates"]
+        self.micro_batch = numbers["micro_batch"]
         self.ledger.counts.update(numbers["calls"])
 
-    def _learn(self, index: int, parts: Sequence[Sampled], outcome: Outcome) -> Readings:
+    def _learn(self, index: int, prompts: Sequence[Prompt], parts: Sequence[Sampled], outcome: Outcome) -> Readings:
         """``updates_per_round`` optimiser steps, each on its share of the batches."""
         readings = Readings()
         context = Context(
@@ -263,25 +284,62 @@ class Trainer:
         credits = torch.split(self.recipe.credit(outcome), self.settings.batch_size)
         groups = torch.split(outcome.group, self.settings.batch_size)
         share = len(parts) // self.settings.updates_per_round
-        objective = self.recipe.objective
         for update in range(self.settings.updates_per_round):
             chosen = range(update * share, (update + 1) * share)
             on_policy = update == 0 and self.old is None
             batches = [Batch(parts[k].rollout, credits[k], groups[k], on_policy) for k in chosen]
-            terms = sum(objective.terms(batch) for batch in batches)
-            for k, batch in zip(chosen, batches, strict=True):
-                objective.backward(context, batch, 1 / max(terms, 1), derived_seed(self.settings.seed, index, "l", k))
-            readings.add("grad_norm", self._step())
-        _warn_of_disagreement(readings.log_ratio_max, objective.clip_range)
+            seeds = [derived_seed(self.settings.seed, index, "l", k) for k in chosen]
+            before = readings.copy()
+            terms = self._accumulate(context, batches, seeds)
+            norm = nn.utils.clip_grad_norm_(self.policy.parameters, self.settings.max_grad_norm)
+            loss = readings.values.get("loss", 0.0)
+            if finite(norm, loss):
+                readings.add("grad_norm", norm.reshape(1))
+                self._step(terms)
+            else:
+                readings.go_back(before)
+                readings.skipped += 1
+                self._skip(BadUpdate(index, update, float(norm), loss, batches, prompts))
+        _warn_of_disagreement(readings.log_ratio_max, self.recipe.objective.clip_range)
         return readings
 
-    def _step(self) -> Tensor:
-        """One optimiser step; the gradient's norm (1,) before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.policy.parameters, self.settings.max_grad_norm)
-        self.optimizer.step()
+    def _accumulate(self, context: Context, batches: Sequence[Batch], seeds: Sequence[int]) -> int:
+        """Add up the gradient of an update's mean, and tell of how many terms it is; where memory runs out, begin anew
+        with fewer samples at a time, if that is asked for."""
+        objective, before = self.recipe.objective, context.readings.copy()
+        terms = sum(objective.terms(batch) for batch in batches)
+        while True:
+            try:
+                for batch, seed in zip(batches, seeds, strict=True):
+                    for part in batch.split(self.micro_batch):
+                        objective.backward(context, part, 1 / terms if terms else 0.0, seed)
+                return terms
+            except RuntimeError as error:
+                smaller = halved(self.micro_batch, objective.unit, self.settings.group_size)
+                if self.settings.out_of_memory == "stop" or smaller is None or not is_out_of_memory(error):
+                    raise
+            self._make_room(smaller)
+            context.readings.go_back(before)
+
+    def _make_room(self, micro_batch: int) -> None:
+        """Give back what an attempt held, and learn from fewer samples at a time from now on."""
+        logger.warning("out of memory with %d samples at a time: going on with %d", self.micro_batch, micro_batch)
+        self.micro_batch = micro_batch
         self.optimizer.zero_grad()
-        self.policy.update_average()
-        return norm.reshape(1)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _step(self, terms: int) -> None:
+        """One optimiser step; none where there was nothing to learn from, which moments and decay would act on."""
+        self.skipping.stepped()
+        if terms:
+            self.optimizer.step()
+            self.policy.update_average()
+        self.optimizer.zero_grad()
+
+    def _skip(self, update: BadUpdate) -> None:
+        self.optimizer.zero_grad()
+        self.skipping.skipped(update)
 
     def _result(self, index: int, outcome: Outcome, learnt: Readings, rewards: Mapping[str, float]) -> RoundResult:
         combined = outcome.combined
@@ -300,6 +358,7 @@ class Trainer:
             loss=learnt.mean("loss"),
             log_ratio_max=learnt.log_ratio_max,
             failed_rewards=int(outcome.scores.isnan().sum()),
+            skipped_updates=learnt.skipped,
             readings=extra | dict(rewards),
             images=self.images,
             forwards=self.ledger.forwards,

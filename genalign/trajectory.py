@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genalign.dynamics import Kernel
-from genalign.learning import Batch, Context, live_pairs, per_step
+from genalign.learning import Batch, Context, Unit, live_pairs, per_step
 from genalign.objectives import (
     KLForm,
     clip_fraction,
@@ -100,6 +100,11 @@ class Surrogate:
     weights: StepWeights | None = None
 
     @property
+    def unit(self) -> Unit:
+        """A sample."""
+        return "sample"
+
+    @property
     def clip_range(self) -> float | None:
         """That of the loss."""
         return self.loss.clip_range
@@ -143,7 +148,8 @@ def _read_ratio(context: Context, batch: Batch, again: Replay, clip_range: float
 
 class CoupledLoss(Protocol):
     """A loss () over all samples and steps of a batch at once: of the log-ratios (B, S) to the reference policy under
-    the current and the sampling weights, the credit (B,) and the prompt index (B,). A sum over ``terms`` of them."""
+    the current and the sampling weights, the credit (B,) and the prompt index (B,). A sum over ``terms`` of them, each
+    of one prompt."""
 
     @property
     def clip_range(self) -> float | None: ...
@@ -183,6 +189,11 @@ class Coupled:
     """
 
     loss: CoupledLoss
+
+    @property
+    def unit(self) -> Unit:
+        """A group."""
+        return "group"
 
     @property
     def clip_range(self) -> float | None:

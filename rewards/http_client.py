@@ -56,11 +56,12 @@ class Unavailable(RemoteError):
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds. ``deadline`` is for one call of a reward with everything that is tried again in it, ``timeout`` for one
-    answer, ``connect`` for one connection. At most ``retries`` are made in a row without any success in between, and
-    after ``breaker`` requests in a row that ended without an answer the others of the call are not sent."""
+    """Seconds. ``deadline`` is for one call of a reward with everything that is tried again in it, long enough for a
+    server that is gone for some minutes, ``timeout`` for one answer, ``connect`` for one connection. At most
+    ``retries`` are made in a row without any success in between, and after ``breaker`` requests in a row that ended
+    without an answer the others of the call are not sent."""
 
-    deadline: float = 300.0
+    deadline: float = 900.0
     timeout: float = 60.0
     connect: float = 5.0
     first_pause: float = 0.5

@@ -18,18 +18,18 @@ from rich.table import Table
 
 from genalign import config
 from genalign.budget import DECODE, FORWARD, Ledger
-from genalign.commands.parts import Outside, named_rewards, prompt_set
+from genalign.commands.estimating import counted as count
+from genalign.commands.estimating import estimate, reliefs
+from genalign.commands.parts import Outside, prompt_set
 from genalign.commands.training import require_trackers
-from genalign.counting import Counted, Levels, count
+from genalign.counting import Counted
 from genalign.evaluation import plan as jobs
 from genalign.guard import due
-from genalign.planning import FORMULAS, Held, Outline, Part, Training, adapter_numbers, held, seconds
-from genalign.policy import Policy
+from genalign.planning import FORMULAS, Held, Outline, Part, seconds
 from genalign.runs import RunFolder
 from genalign.training import adam
 from genalign.types import Prompt, PromptSet
 
-_WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WEIGHTS_OF_REWARDS = {"model", "processor", "tokenizer", "weights"}
 Found = TypeVar("Found")
 
@@ -67,13 +67,13 @@ def plan_command(outside: Outside, arguments: Sequence[str]) -> int:
     refusals.attempt(lambda: adam(settings.training))
     refusals.attempt(lambda: require_trackers(settings.trackers))
     outline = refusals.attempt(lambda: outside.outline(settings.model))
-    counted = refusals.attempt(lambda: _counted(settings, outline, _prompts(settings, refusals)))
+    counted = refusals.attempt(lambda: count(settings, outline, _prompts(settings, refusals)))
     if counted is not None:
         watched = refusals.attempt(lambda: _watched(settings, counted.rounds)) or {}
         console.print(_geometry(settings, counted), _calls(counted, watched))
         _print_time(console, settings, counted, watched, refusals)
     if outline is not None and counted is not None:
-        refusals.attempt(lambda: _print_memory(console, settings, outline, counted))
+        refusals.attempt(lambda: _print_memory(console, outside, settings, outline, counted))
     _print_weights_of_rewards(console, plain["rewards"], refusals)
     for message in refusals.messages:
         print(f"error: {message}", file=sys.stderr)
@@ -84,16 +84,6 @@ def _prompts(settings: Plan, refusals: Refusals) -> PromptSet:
     """The prompts, or as many stand-ins as a round needs."""
     stand_ins = PromptSet("prompts", tuple(Prompt(str(i)) for i in range(settings.training.prompts_per_round)))
     return refusals.attempt(lambda: prompt_set(settings.prompts)) or stand_ins
-
-
-def _counted(settings: Plan, outline: Outline | None, prompts: PromptSet) -> Counted:
-    sampling = settings.sampling
-    levels = Levels.straight(sampling.num_steps)
-    if outline is not None:
-        levels = Levels.of(outline.pipeline, sampling)
-        outline.pipeline.require_guidance(sampling.guidance)
-    rewards = named_rewards(settings.rewards)
-    return count(levels, rewards, prompts, settings.recipe, settings.training, sampling.guidance)
 
 
 def _watched(settings: Plan, rounds: int) -> dict[str, Ledger]:
@@ -187,26 +177,17 @@ def _read_prices(path: Path) -> dict[str, float]:
         raise ValueError(f"{path} is no file of prices: write one by genalign prices --output {path}") from None
 
 
-def _print_memory(console: Console, settings: Plan, outline: Outline, counted: Counted) -> None:
-    parts = tuple(outline.parts)
-    source = settings.init_lora
-    if source is not None and settings.lora is None:
-        raise ValueError("init_lora needs lora: give it any, its rank and layers are the adapter's own")
-    trained = sum(p.numel() for p in Policy(outline.pipeline.denoiser, settings.lora, settings.averaging).parameters)
-    known = adapter_numbers(Path(source)) if source else None
-    console.print(_networks(parts, known or trained, settings))
-    training = Training(
-        width=_WIDTHS[settings.model.dtype],
-        memory=settings.model.memory,
-        optimizer=settings.training.optimizer,
-        lora=settings.lora is not None,
-        lags=settings.recipe.lag is not None,
-        guidance=settings.sampling.guidance,
-        batch_size=settings.training.batch_size,
-        images=settings.training.prompts_per_round * settings.training.group_size,
-        stored=counted.stored,
-    )
-    console.print(_memory(held(outline, parts, known or trained, training)), *FORMULAS, sep="\n")
+def _print_memory(console: Console, outside: Outside, settings: Plan, outline: Outline, counted: Counted) -> None:
+    found = estimate(settings, outline, counted.stored)
+    console.print(_networks(found.parts, found.trained, settings))
+    console.print(_memory(found.held), _reliefs(reliefs(outside, settings, counted.stored)), *FORMULAS, sep="\n")
+
+
+def _reliefs(peaks: Mapping[str, float]) -> Table:
+    table = Table("to hold less", "largest sum, GiB")
+    for arguments, peak in peaks.items():
+        table.add_row(arguments, f"{peak / 2**30:,.3f}")
+    return table
 
 
 def _networks(parts: Sequence[Part], trained: int, settings: Plan) -> Table:

@@ -14,7 +14,18 @@ from genalign.resuming import Checkpoint, Checkpoints
 from genalign.runs import RunFolder
 from genalign.states import State
 
-MAY_CHANGE = ("output", "trackers", "checkpoint", "training.rounds", "training.max_forwards")
+MAY_CHANGE = (
+    "output",
+    "trackers",
+    "checkpoint",
+    "training.rounds",
+    "training.max_forwards",
+    "training.failed_share",
+    "training.skipped_updates",
+    "training.out_of_memory",
+    "model.memory.checkpointing",
+    "model.memory.offload",
+)
 """Settings that a resumed run may have other values of."""
 
 

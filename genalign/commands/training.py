@@ -15,10 +15,12 @@ import torch
 
 from genalign import config
 from genalign.checkpoints import write_json
+from genalign.commands.estimating import advice
 from genalign.commands.evaluating import Exam, exam
 from genalign.commands.parts import Checkpoint, Outside, named_rewards, prompt_set
 from genalign.commands.resuming import Inputs, Texts, TrackerRun, checkpoint_in, requested
 from genalign.evaluation import Evaluation, gain, load_evaluation, plan, suite_hash
+from genalign.faults import is_out_of_memory
 from genalign.guard import Guard
 from genalign.hacking import Looks, Measures
 from genalign.journal import Journal
@@ -50,6 +52,12 @@ def train_command(outside: Outside, arguments: Sequence[str]) -> int:
         told = f"make room, then genalign train --resume {settings.output}"
         print(f"error: {error}. The last checkpoint is whole: {told}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if isinstance(error, config.REFUSED) or not is_out_of_memory(error):
+            raise
+        found = str(error).splitlines()[0]
+    print(f"error: out of memory: {found}\n{advice(outside, settings)}", file=sys.stderr)
+    return 1
 
 
 def run_training(outside: Outside, settings: config.Train, plain: Mapping[str, Any], resume: bool = False) -> int:
@@ -114,8 +122,10 @@ def _trainer(
     settings: config.Train, pipeline: Checkpoint, rewards: Sequence[NamedReward], prompts: PromptSet
 ) -> Trainer:
     """The loop. Raises ValueError where the guard could not do with it what it is told to."""
-    policy = _policy(settings, pipeline)
-    trainer = Trainer(pipeline, policy, rewards, prompts, settings.recipe, settings.training, settings.sampling)
+    policy, suspects = _policy(settings, pipeline), Path(settings.output) / "suspects"
+    trainer = Trainer(
+        pipeline, policy, rewards, prompts, settings.recipe, settings.training, settings.sampling, suspects
+    )
     if settings.hacking.on_alarm.raise_kl is not None:
         anchored(settings.recipe.objective, settings.hacking.on_alarm.raise_kl)
     return trainer
