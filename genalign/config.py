@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -266,6 +267,8 @@ class Compare:
     def __post_init__(self) -> None:
         if not self.runs or not self.seeds:
             raise ValueError("a comparison needs at least one entry in runs and one in seeds")
+        if wrong := [name for name in self.runs if not re.fullmatch(r"[\w+-][\w .+-]*", name)]:
+            raise ValueError(f"runs has a name that is no folder's: {wrong[0]!r}; use letters, digits, _, -, + and .")
         if unknown := set(self.once) - set(self.runs):
             raise ValueError(f"once names {', '.join(sorted(unknown))}, which runs does not have")
 

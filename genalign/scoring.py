@@ -35,7 +35,7 @@ class NamedReward:
         if self.score_batch is not None and self.score_batch < 1:
             raise ValueError(f"score_batch of reward {self.name!r} must be at least 1 sample, not {self.score_batch}")
         if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"timeout of reward {self.name!r} must be a positive number of seconds, not {self.timeout}")
+            raise ValueError(f"timeout of reward {self.name!r} must be positive, in seconds, not {self.timeout}")
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), with a gradient where the function has one. Raises RewardError for another shape, and whatever
@@ -198,8 +198,8 @@ class Watch:
         if failed > self.failed_share:
             raise RewardError(
                 f"{failed:.0%} of this round's samples could not be scored (training.failed_share is"
-                f" {self.failed_share:.0%}): see the warnings above for what the reward raised, mend it, and go on from the"
-                " last checkpoint"
+                f" {self.failed_share:.0%}): see the warnings above for what the reward raised, mend it, and go on from"
+                " the last checkpoint"
             )
         self.silent = self.silent + 1 if silent else 0
         if self.silent == 1:

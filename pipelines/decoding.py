@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, StableAudioPipeline
+from diffusers import AceStepPipeline, DiffusionPipeline, FluxPipeline, StableAudioPipeline
 from torch import Tensor
+
+from pipelines.ace_step import at_one_loudness
 
 Decode = Callable[[Tensor], Tensor]
 """From latents as the scheduler has them at the end (N, ...) to images (N, 3, H, W) in [0, 1] or waveforms."""
@@ -29,6 +31,8 @@ def decode_latents(pipe: DiffusionPipeline, latents: Tensor, size: tuple[int, in
     if isinstance(pipe, StableAudioPipeline):
         waveforms: Tensor = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample.float()
         return waveforms
+    if isinstance(pipe, AceStepPipeline):
+        return at_one_loudness(pipe.vae.decode(latents.transpose(1, 2).to(pipe.vae.dtype)).sample.float())
     return (_decoded(pipe.vae, _unscaled(pipe.vae, latents)).float() / 2 + 0.5).clamp(0, 1)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
+import socket
+import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import diffusers.pipelines
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
@@ -20,6 +25,19 @@ def check_folder(path_or_id: str | Path, wanted: str) -> None:
         raise ValueError(f"{path_or_id} holds a {found}, not a {wanted}: use the pipeline of that family")
     require_components(path_or_id)
     require_weights(path_or_id)
+    require_no_code(path_or_id)
+
+
+def require_no_code(path_or_id: str | Path) -> None:
+    """Raise ValueError for a component that is neither of diffusers nor of transformers: whatever else a checkpoint
+    names would be found, and run, in its own files or in a library of its choice."""
+    for name, entry in model_index(path_or_id).items():
+        library = entry[0] if isinstance(entry, list) and entry else None
+        if library not in (None, "diffusers", "transformers") and not hasattr(diffusers.pipelines, str(library)):
+            raise ValueError(
+                f"{path_or_id} takes its {name} from {library!r}, code that is not of diffusers or transformers: it is"
+                " not run here"
+            )
 
 
 def pipeline_class(path_or_id: str | Path) -> str:
@@ -97,9 +115,25 @@ def is_hub_id(source: str | Path) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None
 
 
+@functools.cache
+def hub_answers(seconds: float = 3.0) -> bool:
+    """Whether the Hub can be reached from here at all: its client would try again for some 20 s before it says so. Not
+    tried behind a proxy."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((str(address.hostname), address.port or 443), seconds).close()
+    except OSError:
+        return False
+    return True
+
+
 def _from_hub(repository: str, file: str) -> Path:
     try:
-        return Path(hf_hub_download(repository, file))
+        return Path(hf_hub_download(repository, file, local_files_only=not hub_answers()))
     except GatedRepoError:
         raise PermissionError(
             f"{repository} is gated: accept its licence at https://huggingface.co/{repository}, then run"

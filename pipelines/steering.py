@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AceStepPipeline, DiffusionPipeline
 from torch import Tensor, nn
 
 from genalign.advantages import combine
@@ -60,10 +60,11 @@ def steer(
 
     Raises:
         ValueError: a scheduler whose samples could not differ after resampling, a cache of the transformer that holds
-            residuals of samples, another number of particles than the strategy's, or no prompt.
+            residuals of samples, guidance with a momentum of samples, another number of particles than the strategy's,
+            or no prompt.
     """
     _require_no_cache(pipe)
-    _require_usable(strategy)
+    _require_usable(pipe, strategy)
     steering = Steering()
     rewards = metered_rewards(named(reward), steering.ledger)
     if isinstance(strategy, FKSteering) and strategy.kernel is None:
@@ -219,8 +220,13 @@ def network_of(pipe: DiffusionPipeline) -> nn.Module:
     return network
 
 
-def _require_usable(strategy: FKSteering | BestOfN) -> None:
+def _require_usable(pipe: DiffusionPipeline, strategy: FKSteering | BestOfN) -> None:
     """What only a search on our own pipelines can do is refused, not ignored."""
+    if isinstance(strategy, FKSteering) and isinstance(pipe, AceStepPipeline) and not pipe.is_turbo:
+        raise ValueError(
+            "AceStepPipeline guides with a momentum of its samples, which resampling would mix up: use best-of-N here,"
+            " a turbo checkpoint, or genalign steer, whose guidance has no momentum"
+        )
     if isinstance(strategy, BestOfN) and strategy.kernel != ODE():
         raise ValueError(
             "best-of-N keeps the scheduler's moves: give the pipeline another scheduler instead of a kernel"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from genalign.geneval.files import eight_bits
+from genalign.media import eight_bits
 from genalign.geneval.scoring import Box, Detection, Thresholds
 from genalign.geneval.vocabulary import OBJECTS
 from genalign.worlds.shapes.prompts import with_article

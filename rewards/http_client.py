@@ -208,6 +208,17 @@ class HttpClient:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def require_address(url: str) -> None:
+    """Raise ValueError for a URL that is not plainly http(s)://host/path: what else is in one ends up in the files of a
+    run and in messages, and a password or a key must not."""
+    found = urlsplit(url)
+    if found.username or found.password or found.query or found.fragment:
+        where = f"{found.scheme}://{found.hostname}"
+        raise ValueError(f"the address of {where} holds a name, a password or a query: give keys by the environment")
+    if found.scheme not in ("http", "https") or not found.hostname:
+        raise ValueError(f"{url!r} is no address of a server: give one such as http://127.0.0.1:8000")
+
+
 def token_of(variable: str) -> str | None:
     """A token from the environment: never from a file that is kept with a run, or a command line."""
     return os.environ.get(variable) or None

@@ -26,7 +26,17 @@ from torch import Tensor
 
 from genalign.types import Prompt
 from genalign.wire import ItemError, encode_image
-from rewards.http_client import Faulty, HttpClient, Patience, Refused, RemoteError, Unavailable, data_url, token_of
+from rewards.http_client import (
+    Faulty,
+    HttpClient,
+    Patience,
+    Refused,
+    RemoteError,
+    Unavailable,
+    data_url,
+    require_address,
+    token_of,
+)
 from rewards.vqa import answerable
 
 logger = logging.getLogger(__name__)
@@ -52,6 +62,9 @@ class Endpoint:
     seed: int | None = 0
     extra: dict[str, Any] = field(default_factory=dict)
     patience: Patience = field(default_factory=Patience)
+
+    def __post_init__(self) -> None:
+        require_address(self.url)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,16 @@ from torch import Tensor
 from genalign import wire
 from genalign.types import Prompt
 from genalign.wire import Info, ItemError
-from rewards.http_client import Faulty, HttpClient, Patience, Refused, RemoteError, Unavailable, token_of
+from rewards.http_client import (
+    Faulty,
+    HttpClient,
+    Patience,
+    Refused,
+    RemoteError,
+    Unavailable,
+    require_address,
+    token_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +76,7 @@ class RemoteReward:
     _memory: _Memory = field(default_factory=_Memory, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        require_address(self.url)
         if self.batch_size < 1 or self.concurrency < 1:
             raise ValueError("batch_size and concurrency must be at least 1")
 

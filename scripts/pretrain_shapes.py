@@ -18,10 +18,10 @@ from torch import Tensor
 from genalign.checkpoints import write_text
 from genalign.cli import main as genalign
 from genalign.evaluation import load_evaluation
+from genalign.media import read_image
 from genalign.worlds.pretraining import Fit, fit
 from genalign.worlds.shapes.dataset import CaptionedScenes, captioned_scenes, corrupted
 from genalign.worlds.shapes.detection import detect
-from genalign.worlds.shapes.diversity import read_image
 from genalign.worlds.shapes.models import TextToVelocity, assemble, build_vae
 from genalign.worlds.shapes.tokenizers import CLIP_LENGTH, T5_LENGTH
 

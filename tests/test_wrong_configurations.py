@@ -309,7 +309,7 @@ def work(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     sys.modules.pop("mine", None)
 
 
-def _no_hub(repository: str, file: str) -> str:
+def _no_hub(repository: str, file: str, local_files_only: bool) -> str:
     if repository.startswith("gated/"):
         raise GatedRepoError.__new__(GatedRepoError)
     raise LocalEntryNotFoundError("offline")

@@ -18,6 +18,7 @@ from torch import Tensor
 from genalign import config, wire
 from genalign.commands.parts import Outside, prompt_set
 from genalign.conformance import Check, Expected, Probe, check
+from genalign.media import MOST_SAMPLES, inside, read_image
 from genalign.types import Prompt
 from genalign.worlds import shapes
 
@@ -167,7 +168,7 @@ def _files(folder: Path, count: int) -> tuple[Tensor, list[Prompt]]:
         raise FileNotFoundError(f"no {listing}: write a line with file_name and prompt for each sample")
     rows = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()][:count]
     try:
-        samples = [_read(folder / row["file_name"]) for row in rows]
+        samples = [_read(inside(folder, row["file_name"])) for row in rows]
         return torch.stack(samples), [Prompt(row["prompt"], row) for row in rows]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{listing}: each line needs file_name and prompt ({error!r})") from None
@@ -179,12 +180,11 @@ def _read(path: Path) -> Tensor:
     if path.suffix.lower() == ".wav":
         from scipy.io import wavfile
 
+        if path.stat().st_size > 4 * MOST_SAMPLES:
+            raise ValueError(f"{path} has over {4 * MOST_SAMPLES} bytes: cut it")
         rate, _ = wavfile.read(path)
         return wire.decode_audio(path.read_bytes(), rate)
-    from PIL import Image
-
-    with Image.open(path, formats=("PNG", "JPEG")) as file:
-        return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return read_image(path)
 
 
 def _print(checks: Sequence[Check]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,29 @@ def finished(folder: Path) -> Evaluation:
 def compared(before: Evaluation, after: Evaluation) -> Paired:
     """Intervals by a bootstrap over prompts within tasks; a win is of a prompt's mean over its images.
 
-    Raises ValueError where the two were not made by one protocol from the same prompts and noises, or share no scored
-    prompt.
+    Raises ValueError where the two were not made by one protocol from the same prompts and noises, or share no judged
+    image of a task.
     """
     matched = pairs(before, after)
+    _require_judged(matched)
     names = [name for name in before.score_names if name in after.score_names]
     wins = {name: _wins(matched, name) for name in names}
     return Paired(gain(before, after), task_gains(before, after), wins)
+
+
+def _require_judged(matched: Sequence[Pair]) -> None:
+    """Raise ValueError for a task none of whose images could be judged on both sides, as images of NaN cannot."""
+    whole = [
+        pair for pair in matched if all(map(math.isfinite, (*pair.before.scores.values(), *pair.after.scores.values())))
+    ]
+    judged = {pair.before.task for pair in whole}
+    lost = sorted({pair.before.task for pair in matched} - judged)
+    if lost:
+        raise ValueError(
+            f"{len(matched) - len(whole)} of {len(matched)} pairs have an image that could not be judged, all of task"
+            f" {', '.join(lost)} among them: such images are NaN, often of a model that overflows in float16; make them"
+            " again in bfloat16 or float32"
+        )
 
 
 def _wins(matched: tuple[Pair, ...], score: str) -> WinRate:

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from genalign.checkpoints import write_text
 from genalign.geneval.requests import Request
 from genalign.geneval.scoring import Detection
+from genalign.media import save_images
 from genalign.prompts import load_prompts
 from genalign.types import Metadata, Prompt, PromptSet
 
@@ -74,14 +73,8 @@ def write_samples(folder: Path, index: int, prompt: Prompt, images: Tensor, firs
     names = [sample_name(index, first + number) for number in range(len(images))]
     (folder / names[0]).parent.mkdir(parents=True, exist_ok=True)
     write_text(folder / f"{index:05d}" / _METADATA, json.dumps(_row(prompt)))
-    for name, pixels in zip(names, eight_bits(images).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-        Image.fromarray(pixels).save(folder / name)
+    save_images(images, [folder / name for name in names])
     return names
-
-
-def eight_bits(images: Tensor) -> Tensor:
-    """Images (n, 3, H, W) in [0, 1] as the uint8 that a PNG file of them holds; NaN is black."""
-    return images.detach().float().nan_to_num().clamp(0, 1).mul(255).round().byte()
 
 
 def read_samples(folder: Path) -> list[Sample]:
@@ -120,16 +113,6 @@ def _metadata(path: Path) -> Metadata:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a line of GenEval's prompt file: {error}") from None
     return found
-
-
-def read_image(path: Path) -> Tensor:
-    """An image file (3, H, W) in [0, 1], turned as its EXIF data says. Raises ValueError for one that is damaged."""
-    try:
-        with Image.open(path) as file:
-            pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
-    except (OSError, SyntaxError) as error:  # Pillow raises either for a file that is cut off
-        raise ValueError(f"{path} cannot be read as an image ({error}): make it again") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from genalign.evaluation import noise_seed
-from genalign.geneval.files import Sample, read_image, write_samples
+from genalign.geneval.files import Sample, write_samples
+from genalign.media import read_image
 from genalign.rollout import generate
 from genalign.types import Grid, Pipeline, Prompt
 

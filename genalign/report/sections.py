@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from PIL import Image
 
 from genalign.evaluation import Evaluation, Pair
+from genalign.media import opened_image
 from genalign.report.curves import whisker
 from genalign.report.reading import Comparison, Run
 from genalign.report.words import SHARES, count, duration, interval, mood, plain, scored, signed, size
@@ -241,7 +241,7 @@ def data_uri(folder: Path, name: str | None) -> str:
     """A PNG of at most ``LONGEST_SIDE`` pixels a side; empty where the image was not kept, or is audio."""
     if name is None or name.endswith(".wav") or not (folder / name).exists():
         return ""
-    with Image.open(folder / name) as file:
+    with opened_image(folder / name) as file:
         image = file.convert("RGB")
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     buffer = BytesIO()

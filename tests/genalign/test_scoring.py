@@ -136,7 +136,7 @@ def test_a_call_that_hangs_has_failed(caplog: pytest.LogCaptureFixture) -> None:
     assert found.isnan().tolist() == [True, True, False, False]
     assert calls == [False, False, False]  # the halves of what hangs are not asked
     assert "reward 'slow' raised TimeoutError: no answer within 0.05 s; 2 scores are NaN" in caplog.text
-    with pytest.raises(ValueError, match="timeout of reward 'x' must be a positive number of seconds, not 0"):
+    with pytest.raises(ValueError, match="timeout of reward 'x' must be positive, in seconds, not 0"):
         NamedReward("x", brightness, timeout=0)
 
 

@@ -12,9 +12,9 @@ from transformers import (
     Owlv2ForObjectDetection,
 )
 
-from genalign.geneval.files import eight_bits
 from genalign.geneval.scoring import Thresholds
 from genalign.geneval.vocabulary import OBJECTS
+from genalign.media import eight_bits
 from rewards.detectors import GroundingDino, Instance, Mask2Former, Owlv2, _caption, _likest, coco_instances
 from tests.rewards import tiny_detectors
 

@@ -8,12 +8,11 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from genalign.evaluation import load_evaluation
+from genalign.media import inside, read_image
 from genalign.types import Prompt
 from genalign.worlds.shapes.detection import Detection, detect
 from genalign.worlds.shapes.geometry import PALETTE, SIZE
@@ -66,15 +65,8 @@ def evaluation_images(folder: Path) -> tuple[Tensor, list[Prompt]]:
     """An evaluation's kept images (N, 3, 64, 64) in [0, 1], and their prompts of the shapes world."""
     made = load_evaluation(folder)
     known = {prompt.text: prompt for prompt in prompts(made.protocol.suite).prompts}
-    images = torch.stack([read_image(folder / str(record.image)) for record in made.records])
+    images = torch.stack([read_image(inside(folder, str(record.image))) for record in made.records])
     return images, [known[record.prompt] for record in made.records]
-
-
-def read_image(path: Path) -> Tensor:
-    """An image file as (3, H, W) in [0, 1]."""
-    with Image.open(path) as image:
-        pixels = np.array(image.convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
 def _cell(item: Detection) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from PIL import Image
 
 from genalign.geneval.files import (
     Result,
-    read_image,
     read_results,
     read_samples,
     sample_name,
@@ -21,6 +20,7 @@ from genalign.geneval.files import (
 )
 from genalign.geneval.requests import Clause, Request, written
 from genalign.geneval.scoring import Detection
+from genalign.media import read_image
 from genalign.types import Prompt, PromptSet
 
 BENCH = written(Request("single_object", (Clause("bench"),), (), ""))

@@ -13,7 +13,7 @@ import torch
 
 from genalign.evaluation import Evaluation, Protocol, load_evaluation, suite_hash
 from genalign.geneval.comparing import compared
-from genalign.geneval.files import read_image, read_results, read_samples, summary, write_results, write_samples
+from genalign.geneval.files import read_results, read_samples, summary, write_results, write_samples
 from genalign.geneval.judging import Judgement
 from genalign.geneval.original import rescored
 from genalign.geneval.requests import Request
@@ -30,6 +30,7 @@ from genalign.geneval.running import (
 )
 from genalign.geneval.scoring import verdict
 from genalign.geneval.sources import Existing, Generated
+from genalign.media import read_image
 from genalign.report import write_geneval
 from genalign.types import Prompt, PromptSet
 from genalign.worlds import shapes
