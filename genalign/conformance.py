@@ -341,7 +341,7 @@ def _jpeg(image: Tensor, quality: int) -> Tensor:
     pixels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
-    with Image.open(buffer) as file:
+    with Image.open(buffer, formats=("JPEG",)) as file:
         return torch.from_numpy(np.array(file)).permute(2, 0, 1).float() / 255
 
 

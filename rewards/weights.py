@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def read_tensors(weights: str | Path) -> dict[str, Tensor]:
         return load_file(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise ValueError(
             f"{path} is not a file of tensors alone, and other PyTorch files can run code when they are opened: convert"
             " it to safetensors where you trust it"

@@ -1,13 +1,16 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from genalign.evaluation import Evaluation, Protocol, Record
-from genalign.report import write_report
+from genalign.geneval.files import Result, write_results
+from genalign.report import write_geneval, write_report, write_search
 
 CHROMIUM = shutil.which("chromium")
 PROTOCOL = Protocol("iid", "0" * 16, 4.0, (1.0, 0.0), "ODE()", "float32", 16, (64, 64), 3, 96, "test 1")
@@ -66,3 +69,61 @@ def test_the_report_is_painted(report, tmp_path):
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
     black = (pixels == 0).all(2).sum()
     assert black > 64 * 64
+
+
+# --- prompts that would like to be run --------------------------------------------------------------------------------
+
+HOSTILE = '"><script>document.title="run"</script><img src=x onerror=document.title="run"><b>bold</b>'
+SHOWN = HOSTILE.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def trained(folder):
+    """A training's report, in which every text is hostile."""
+    for name, value in (("before", 0.0), ("after", 1.0)):
+        record = Record(HOSTILE, HOSTILE, 0, 0, None, {HOSTILE: value})
+        Evaluation(replace(PROTOCOL, suite=HOSTILE), (record,)).save(folder / name)
+    (folder / "config.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    return write_report(folder)
+
+
+def searched(folder):
+    """A search's."""
+    life = {"born": 0, "ended": 2, "parent": None, "scores": [[2, [0.5]]]}
+    row = {"index": 0, "prompt": HOSTILE, "scores": {HOSTILE: 0.5}, "image": f"javascript:{HOSTILE}"}
+    (folder / "lineage").mkdir(parents=True)
+    (folder / "lineage" / "00000.json").write_text(json.dumps({"chosen": 0, "lives": [life]}))
+    (folder / "scores.jsonl").write_text(json.dumps({**row, "calls": {HOSTILE: 2}, "seconds": 1.0}) + "\n")
+    return write_search(folder)
+
+
+def geneval(folder):
+    """A GenEval evaluation's, with its only image wrong."""
+    Evaluation(PROTOCOL, (Record(HOSTILE, HOSTILE, 0, 0, "x.png", {"relaxed": 0.0}),)).save(folder)
+    result = Result("x.png", HOSTILE, HOSTILE, False, HOSTILE, {"prompt": HOSTILE}, {HOSTILE: []})
+    write_results(folder / "results.jsonl", [result])
+    manifest = {"hash": "0", "protocol_hash": "1", "subject": {HOSTILE: HOSTILE}, "protocol": PROTOCOL.as_dict()}
+    (folder / "evaluation.json").write_text(json.dumps(manifest))
+    return write_geneval(folder)
+
+
+@pytest.mark.parametrize("make", [trained, searched, geneval])
+def test_html_in_a_prompt_is_shown_and_not_run(make, tmp_path):
+    page = make(tmp_path / "run")
+    policy = '<meta http-equiv="Content-Security-Policy"'
+    text = page.read_text()
+    assert policy in text
+    page.write_text(text.replace(policy, "<meta"))  # what escapes must hold by itself
+    found, complaints = chromium(tmp_path / "profile", "--dump-dom", page.as_uri())
+    assert complaints == [] and "<title>run</title>" not in found
+    tags = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append(tag)
+    parser.feed(found)
+    assert "p" in tags and not {"script", "img"} & set(tags)
+    assert SHOWN in found
+
+
+def test_html_that_is_not_escaped_would_be_run(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(f"<!DOCTYPE html><title>x</title><p>{HOSTILE}")
+    assert "<title>run</title>" in chromium(tmp_path / "profile", "--dump-dom", page.as_uri())[0]

@@ -1,0 +1,325 @@
+"""What must never happen, whatever a file, a prompt or a server says: code that runs, files elsewhere, secrets told."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import shutil
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from genalign import media
+from genalign.cli import main
+from genalign.config import Compare
+from genalign.geneval.files import read_samples, write_samples
+from genalign.media import inside, read_image
+from genalign.types import Prompt
+from pipelines import SD3
+from rewards.judges import Endpoint
+from rewards.remote import RemoteReward
+from tests.http_servers import INFO, serving
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("genalign", "pipelines", "rewards", "scripts")
+
+# --- the tree ---------------------------------------------------------------------------------------------------------
+
+RUNS_CODE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+CALLS = {
+    "eval": "evaluates text",
+    "exec": "runs text",
+    "__import__": "imports by a text",
+    "os.system": "is a shell",
+    "os.popen": "is a shell",
+    "subprocess.getoutput": "is a shell",
+    "torch.save": "pickles: use safetensors",
+    "torch.hub.load": "runs a repository's code",
+    "yaml.load": "makes objects: use yaml.safe_load",
+    "yaml.unsafe_load": "makes objects: use yaml.safe_load",
+    "tempfile.mktemp": "names a file that another may make",
+}
+KEYWORDS = {"shell": True, "trust_remote_code": True, "allow_pickle": True, "verify": False, "autoescape": False}
+NEEDED = {
+    "torch.load": ("weights_only", True),
+    "Image.open": ("formats", None),
+    "Environment": ("autoescape", True),
+}
+
+
+def _name(node: ast.expr) -> str:
+    """A dotted name, which begins with a dot where it is of a value that has none."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.insert(0, node.attr)
+        node = node.value
+    return ".".join([node.id if isinstance(node, ast.Name) else "", *parts])
+
+
+def _imported(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (f"imports {alias.name}" for alias in node.names if alias.name.split(".")[0] in RUNS_CODE)
+    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in RUNS_CODE:
+        yield from (f"imports {alias.name}" for alias in node.names if alias.name != "UnpicklingError")
+
+
+def _called(node: ast.AST) -> Iterator[str]:
+    if not isinstance(node, ast.Call):
+        return
+    name, given = _name(node.func), {word.arg: word.value for word in node.keywords}
+    if name in CALLS:
+        yield f"{name} {CALLS[name]}"
+    for word, value in given.items():
+        if word in KEYWORDS and not (isinstance(value, ast.Constant) and value.value is not KEYWORDS[word]):
+            yield f"{name} has {word}={ast.unparse(value)}"
+    if name in NEEDED:
+        word, wanted = NEEDED[name]
+        found = given.get(word)
+        if found is None or (wanted is not None and not (isinstance(found, ast.Constant) and found.value is wanted)):
+            yield f"{name} needs {word}={wanted or '...'}"
+
+
+def wrongs(source: str) -> list[str]:
+    """What of a module's text is not allowed here."""
+    return [told for node in ast.walk(ast.parse(source)) for told in (*_imported(node), *_called(node))]
+
+
+def test_nothing_in_the_tree_runs_what_it_reads() -> None:
+    found = {
+        path.relative_to(ROOT).as_posix(): told
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if (told := wrongs(path.read_text(encoding="utf-8")))
+    }
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import numpy; numpy.load(path, allow_pickle=True)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=safe)",
+        "subprocess.run(text, shell=True)",
+        "subprocess.run(text, shell=chosen)",
+        "os.system(text)",
+        "eval(text)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=settings.trust)",
+        "Image.open(path)",
+        "Environment(loader=loader)",
+        "httpx.Client(verify=False)",
+    ],
+)
+def test_the_search_would_find(source: str) -> None:
+    assert wrongs(source)
+
+
+def test_the_search_lets_pass() -> None:
+    assert wrongs("from pickle import UnpicklingError\ntorch.load(path, weights_only=True)\nmodel.eval()") == []
+
+
+# --- files that are read ----------------------------------------------------------------------------------------------
+
+
+def _bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says how large it is."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
+def test_an_image_is_not_decoded_before_its_size_is_known(tmp_path: Path, side: int) -> None:
+    (tmp_path / "bomb.png").write_bytes(_bomb(side, side))
+    with pytest.raises(
+        ValueError, match=r"bomb\.png (has 9000 x 9000 pixels, over 67108864|cannot be read as an image)"
+    ):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_an_image_of_another_kind_is_not_opened(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png", "GIF")
+    with pytest.raises(ValueError, match=r"x\.png cannot be read as an image"):
+        read_image(tmp_path / "x.png")
+
+
+def test_a_recording_is_not_decoded_before_its_length_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "long.wav", np.zeros((600, 2), np.float32), 8000)
+    assert media.read_waveform(tmp_path / "long.wav").waveform.shape == (2, 600)
+    monkeypatch.setattr(media, "MOST_SAMPLES", 1000)
+    with pytest.raises(ValueError, match=r"long\.wav has 600 x 2 samples, over 1000: cut it"):
+        media.read_waveform(tmp_path / "long.wav")
+
+
+@pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "/etc/passwd", "..", "./../x"])
+def test_a_name_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="leads out of"):
+        inside(tmp_path, name)
+
+
+def test_a_name_within_its_folder_is_taken(tmp_path: Path) -> None:
+    assert inside(tmp_path, "a/b.png") == tmp_path / "a" / "b.png"
+    assert inside(tmp_path, "a/../..b.png") == tmp_path / "..b.png"
+
+
+def test_samples_to_check_a_reward_on_are_in_their_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (tmp_path / "samples").mkdir()
+    line = json.dumps({"file_name": "../secret.png", "prompt": "x"})
+    (tmp_path / "samples" / "prompts.jsonl").write_text(f"{line}\n")
+    asked = ["reward", "check", "rewards.jpeg:compressibility", "--samples", str(tmp_path / "samples")]
+    assert main(asked) == 2
+    assert "'../secret.png' leads out of" in capsys.readouterr().err
+
+
+def test_a_comparison_s_runs_are_in_its_folder() -> None:
+    for name in ("../x", "/x", "..", "a/b", ""):
+        with pytest.raises(ValueError, match="runs has a name that is no folder's"):
+            Compare("out", "base.yaml", {name: {}}, [0])
+    Compare("out", "base.yaml", {"flow_grpo 2.0": {}}, [0])
+
+
+@pytest.mark.parametrize("library", ["evil", "os", "builtins", "transformers.models"])
+def test_a_checkpoint_s_own_code_is_not_run(tiny_folder: Path, tmp_path: Path, library: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = [library, "Evil"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "scheduler" / "evil.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\nclass Evil: pass\n")
+    with pytest.raises(ValueError, match=f"takes its scheduler from '{library}', code that is not of diffusers"):
+        SD3.load(folder)
+    assert not (tmp_path / "was-run").exists()
+
+
+# --- files that are written, and secrets ------------------------------------------------------------------------------
+
+EVIL = "../../evil"
+HOSTILE = [
+    {"prompt": f"{EVIL}/{n}\n<script>document.title='run'</script>{{{{ 7 * 7 }}}} $(touch x) `touch x`"}
+    | {"tag": f"../../{EVIL}", "filename": "/etc/evil", "file_name": EVIL, "index": EVIL, "image": EVIL, "id": EVIL}
+    for n in range(3)
+]
+SECRETS = {
+    "HF_TOKEN": "hf_secretofthehub",
+    "GENALIGN_TOKEN": "secretoftheserver",
+    "OPENAI_API_KEY": "sk-secretofthejudge",
+    "WANDB_API_KEY": "secretofthetracker",
+}
+
+
+def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples[:, 0].flatten(1).mean(1) + 0.001 * torch.arange(len(samples))
+
+
+@pytest.fixture
+def assert_only_in(tmp_path: Path) -> Callable[[Path], None]:
+    """Whether nothing but a folder, below a few others so that ".." leads somewhere, was written into."""
+
+    def check(folder: Path) -> None:
+        outside = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(folder)]
+        assert sorted(path.name for path in outside) == ["hostile.jsonl", "run.json"]
+        assert not Path("/etc/evil").exists() and not list(Path.cwd().glob("evil*"))
+
+    return check
+
+
+@pytest.mark.slow
+def test_runs_on_hostile_prompts_stay_in_their_folders_and_tell_no_secret(
+    tiny_folder: Path,
+    tmp_path: Path,
+    assert_only_in: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    for name, secret in SECRETS.items():
+        monkeypatch.setenv(name, secret)
+    (tmp_path / "hostile.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in HOSTILE))
+    prompts, output = str(tmp_path / "hostile.jsonl"), tmp_path / "a" / "b" / "c"
+    few = {"prompts": prompts, "images_per_task": 2, "seeds": 1, "batch_size": 2}
+    with serving(redness, INFO, token=SECRETS["GENALIGN_TOKEN"]) as url:
+        remote = {"class_path": "rewards.remote.RemoteReward", "init_args": {"url": url}}
+        settings = {
+            "output": str(output / "run"),
+            "model": {"path": str(tiny_folder)},
+            "prompts": prompts,
+            "recipe": {"class_path": "genalign.recipes.flow_grpo", "init_args": {"window": 1}},
+            "rewards": {"red": {"function": remote}},
+            "sampling": {"num_steps": 2, "sigmas": [1.0, 0.5]},
+            "training": {
+                "rounds": 1,
+                "prompts_per_round": 2,
+                "group_size": 2,
+                "batch_size": 4,
+                "updates_per_round": 1,
+            },
+            "lora": {"rank": 2},
+            "held_out": {**few, "every": 1, "scorers": {"red": remote}},
+            "before_after": few,
+        }
+        (tmp_path / "run.json").write_text(json.dumps(settings))
+        assert main(["train", "--config", str(tmp_path / "run.json")]) == 0
+        search = ["steer", "--output", str(output / "found"), "--model.path", str(tiny_folder), "--prompts", prompts]
+        search += ["--rewards.red.function", "rewards.jpeg.compressibility"]
+        search += ["--strategy", "genalign.search.BestOfN", "--strategy.candidates", "2", "--sampling.num_steps", "2"]
+        assert main([*search, "--limit", "2"]) == 0
+    assert main(["export", "--run", str(output / "run"), "--output", str(output / "exported")]) == 0
+    (output / "geneval").mkdir()
+    names = write_samples(output / "geneval", 0, Prompt(HOSTILE[0]["prompt"], HOSTILE[0]), torch.rand(1, 3, 8, 8))
+    assert names == ["00000/samples/0000.png"]
+    assert_only_in(output)
+    written = b"".join(path.read_bytes() for path in output.rglob("*") if path.is_file())
+    told = caplog.text + "".join(capsys.readouterr())
+    for secret in SECRETS.values():
+        assert secret.encode() not in written and secret not in told
+    for page in output.rglob("report.html"):
+        assert "<script" not in page.read_text() and "49 $(" not in page.read_text()
+
+
+def test_metadata_names_no_file_of_a_folder_of_images(tmp_path: Path) -> None:
+    """What GenEval's layout is read by is its numbers."""
+    metadata = {**HOSTILE[0], "tag": "single_object", "include": [{"class": "bench", "count": 1}]}
+    write_samples(tmp_path / "images", 3, Prompt(metadata["prompt"], metadata), torch.rand(1, 3, 8, 8))
+    (sample,) = read_samples(tmp_path / "images")
+    assert sample.path == tmp_path / "images" / "00003" / "samples" / "0000.png"
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:hunter2@127.0.0.1:8000",
+        "https://hunter2@host.example/v1",
+        "http://127.0.0.1:8000/v1?key=hunter2",
+        "http://127.0.0.1:8000/#hunter2",
+    ],
+)
+@pytest.mark.parametrize("make", [RemoteReward, lambda url: Endpoint(url, "model")], ids=["remote", "judge"])
+def test_an_address_holds_no_secret(url: str, make: Callable[[str], object]) -> None:
+    with pytest.raises(ValueError, match="holds a name, a password or a query: give keys by the environment") as told:
+        make(url)
+    assert "hunter2" not in str(told.value)
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/x", "host:8000", "http://"])
+def test_an_address_is_one_of_http(url: str) -> None:
+    with pytest.raises(ValueError, match=r"is no address of a server: give one such as http://127\.0\.0\.1:8000"):
+        RemoteReward(url)
