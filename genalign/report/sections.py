@@ -262,6 +262,7 @@ def cost(run: Run) -> list[Fact]:
         Fact("training time", duration(machine["seconds"])),
         Fact("peak memory", size(machine["peak_memory_bytes"])),
         Fact("failed rewards", count(sum(row["failed_rewards"] for row in run.rows))),
+        Fact("updates left out", count(sum(row.get("skipped_updates", 0) for row in run.rows))),
     ]
 
 

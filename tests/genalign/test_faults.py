@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from genalign import assets, recipes
+from genalign.cli import main
 from genalign.dynamics import FlowSDE
 from genalign.faults import DivergedError, is_out_of_memory
 from genalign.learning import Batch, Context, Objective, Unit, halved
@@ -380,6 +382,34 @@ def test_out_of_memory_stops_unless_told_otherwise_and_where_nothing_is_left_to_
         starved(run, most)
         with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
             run.finished()
+
+
+def test_the_command_tells_what_would_hold_less(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nand a page of figures")
+
+    monkeypatch.setattr("genalign.trajectory.Surrogate.backward", full)
+    settings = {
+        "output": str(tmp_path / "run"),
+        "model": {"path": str(tiny_folder)},
+        "recipe": {"class_path": "genalign.recipes.flow_grpo", "init_args": {"window": 1}},
+        "rewards": {"partial": {"function": {"class_path": "rewards.shapes.ShapesReward"}}},
+        "sampling": {"num_steps": 3},
+        "training": {"rounds": 1, "prompts_per_round": 4, "group_size": 2, "batch_size": 4, "updates_per_round": 1},
+        "held_out": {"every": 0},
+        "before_after": None,
+    }
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    assert main(["train", "--config", str(tmp_path / "run.json")]) == 1
+    told = capsys.readouterr().err
+    assert "error: out of memory: CUDA out of memory. Tried to allocate 20.00 GiB\n`genalign plan` puts these" in told
+    figure = r"\(\d+\.\d{3} GiB\)"
+    less = rf"--model\.memory\.checkpointing true {figure}; --model\.memory\.offload true {figure};"
+    assert re.search(rf"{less} --training\.batch_size 2 {figure}; --training\.out_of_memory halve", told), told
+    assert main(["plan", "--config", str(tmp_path / "run.json"), "--output", str(tmp_path / "other")]) == 0
+    assert "--training.batch_size 2" in capsys.readouterr().out
 
 
 def test_another_error_is_no_lack_of_memory(opened: SD3) -> None:

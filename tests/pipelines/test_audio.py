@@ -23,10 +23,11 @@ from genalign.paths import EDMPath
 from genalign.policy import Lora, Policy
 from genalign.rollout import Rollout, Start, replay, rollout
 from genalign.sampling import Sampling
-from genalign.search import BestOfN, ReNO, search
+from genalign.search import BestOfN, FKSteering, ReNO, search
 from genalign.types import Prompt
-from pipelines import AceStep, StableAudio
+from pipelines import AceStep, StableAudio, steer
 from pipelines.base import DiffusersPipeline
+from pipelines.decoding import decode_latents
 from pipelines.outline import outline
 from tests.pipelines.tiny_checkpoints import FAMILIES
 
@@ -301,3 +302,18 @@ def test_a_prompt_without_words_is_not_what_guidance_leads_away_from(stable_audi
     assert bool(empty["context"].any())
     away = stable_audio._away(empty)
     assert not bool(away["context"].any()) and torch.equal(away["seconds"], empty["seconds"])
+
+
+def test_steer_decodes_as_the_wrapper_does(ace_step: AceStep) -> None:
+    latents = torch.randn(2, *ace_step.latent_shape, generator=torch.Generator().manual_seed(0))
+    made = decode_latents(ace_step.pipe, latents.transpose(1, 2))  # diffusers has frames before channels
+    torch.testing.assert_close(made, ace_step.decode(latents))
+
+
+def test_momentum_in_guidance_is_not_resampled(ace_step: AceStep) -> None:
+    particles, context = (
+        FKSteering(2, lam=1.0),
+        pytest.raises(ValueError, match=r"AceStepPipeline guides with a momentum"),
+    )
+    with context, steer(ace_step.pipe, lambda samples, prompts: samples.flatten(1).mean(1), particles):
+        pass

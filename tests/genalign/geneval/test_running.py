@@ -250,6 +250,19 @@ def test_models_are_compared_in_pairs(perfect: Path, middling: Path) -> None:
     json.dumps(found.as_dict(), allow_nan=False)
 
 
+def test_a_task_that_was_never_judged_is_named(perfect: Path) -> None:
+    made = load_evaluation(perfect)
+    lost = dict.fromkeys(made.score_names, math.nan)
+    records = tuple(replace(r, scores=lost) if r.task in ("colors", "counting") else r for r in made.records)
+    message = (
+        r"\d+ of \d+ pairs have an image that could not be judged, all of task colors, counting among them: .* NaN"
+    )
+    with pytest.raises(ValueError, match=message):
+        compared(made, replace(made, records=records))
+    with pytest.raises(ValueError, match=message):
+        compared(replace(made, records=records), made)
+
+
 def test_other_protocols_are_not_compared(perfect: Path) -> None:
     made = load_evaluation(perfect)
     with pytest.raises(ValueError, match="verifier is"):
