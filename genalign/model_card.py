@@ -57,11 +57,12 @@ def _rewards(rewards: Mapping[str, Any]) -> str:
 
 
 def _short(choice: Any) -> str:
-    """A configured object as a call."""
+    """A configured object as a call, and a group of settings as one of no name."""
     if not isinstance(choice, dict):
         return str(choice)
-    arguments = ", ".join(f"{key}={_short(value)}" for key, value in choice.get("init_args", {}).items())
-    return f"{choice['class_path'].rsplit('.', 1)[-1]}({arguments})"
+    settings = choice.get("init_args", {}) if "class_path" in choice else choice
+    arguments = ", ".join(f"{key}={_short(value)}" for key, value in settings.items())
+    return f"{choice.get('class_path', '').rsplit('.', 1)[-1]}({arguments})"
 
 
 def _figures(run: Path) -> str:
