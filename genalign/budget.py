@@ -7,7 +7,7 @@ import resource
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -69,6 +69,12 @@ class Ledger:
     def since(self, earlier: Ledger) -> Ledger:
         """What came after ``earlier``, a copy of this ledger."""
         return Ledger(Counter({call: n - earlier.counts[call] for call, n in self.counts.items()}))
+
+    def add(self, bills: Iterable[Mapping[str, int]], before: Ledger) -> None:
+        """Count what several processes were billed since ``before``, this one's own included."""
+        self.counts = Counter(before.counts)
+        for bill in bills:
+            self.counts.update(bill)
 
     def copy(self) -> Ledger:
         """As it is now."""

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from genalign.sharding import divided, whole
+
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` in one rename."""
@@ -70,7 +72,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's per-parameter slots as ``"<parameter index>.<slot>"``, slots of slots as one more step;
     hyper-parameters are not included."""
-    return {name: torch.as_tensor(value) for name, value in _flat(optimizer.state_dict()["state"])}
+    return {name: whole(torch.as_tensor(value)) for name, value in _flat(optimizer.state_dict()["state"])}
 
 
 def _flat(slots: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -84,12 +86,13 @@ def _flat(slots: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Any
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put slots written by ``optimizer_tensors`` back."""
     state: dict[int, dict[str, Any]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, tensor in tensors.items():
         index, *inner, slot = name.split(".")
         slots = state.setdefault(int(index), {})
         for key in inner:
             slots = slots.setdefault(key, {})
-        slots[slot] = tensor
+        slots[slot] = divided(tensor, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from genalign.checkpoints import write_json, write_text
 from genalign.media import Writer, write_images
+from genalign.processes import ALONE, Processes
 from genalign.rollout import generate
 from genalign.statistics import Estimate, bootstrap_mean
 from genalign.types import Grid, Pipeline, Prompt, PromptSet, RewardFunction
@@ -208,6 +209,7 @@ def evaluate(
     output: Path | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
     write: Writer = write_images,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Make and score the images of ``jobs`` by the deterministic sampler, as ``protocol`` says.
 
@@ -215,7 +217,8 @@ def evaluate(
         scorers: named functions of samples (B, ...) and their prompts; the first one ranks first where pairs are
             compared.
         output: where given, samples go there as they are made, by ``write``, and at the end the evaluation is saved.
-        on_batch: called after every batch with the number of samples made so far.
+        on_batch: called after every batch with the number of samples made so far by this process.
+        processes: share the batches, and all get the whole; ``output`` is a folder that they all see.
 
     Raises:
         ValueError: no job or scorer, a pipeline that samples on other noise levels than the protocol's, or a score that
@@ -224,19 +227,26 @@ def evaluate(
     if not jobs or not scorers:
         raise ValueError("an evaluation needs at least one job and one scorer")
     texts, seeds = [job.prompt.text for job in jobs], [job.seed for job in jobs]
-    records: list[Record] = []
-    grid = _grid(pipeline, protocol)
-    for samples in generate(pipeline, texts, seeds, grid, protocol.guidance, protocol.batch_size):
-        first = len(records)
+    grid, size = _grid(pipeline, protocol), protocol.batch_size
+    own: dict[int, Record] = {}
+    starts = (number * size for number in processes.of(math.ceil(len(jobs) / size)))
+    batches = generate(pipeline, texts, seeds, grid, protocol.guidance, size, processes)
+    for first, samples in zip(starts, batches, strict=True):
         batch = jobs[first : first + len(samples)]
         images = write(samples, output, first) if output else [None] * len(samples)
         scores = _scores(scorers, samples, [job.prompt for job in batch])
-        records += [_record(*made) for made in zip(batch, images, scores, strict=True)]
-        on_batch(len(records))
-    evaluation = Evaluation(protocol, tuple(records))
-    if output:
+        own |= {first + place: _record(*made) for place, made in enumerate(zip(batch, images, scores, strict=True))}
+        on_batch(len(own))
+    evaluation = Evaluation(protocol, _together(own, processes))
+    if output and processes.first:
         evaluation.save(output)
     return evaluation
+
+
+def _together(own: Mapping[int, Record], processes: Processes) -> tuple[Record, ...]:
+    """The records of all processes in order."""
+    rows = [row for told in processes.told([[n, _record_as_dict(r)] for n, r in own.items()]) for row in told]
+    return tuple(_record_from_dict(row) for _, row in sorted(rows, key=lambda row: row[0]))
 
 
 def _grid(pipeline: Pipeline, protocol: Protocol) -> Grid:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -95,6 +95,16 @@ class Readings:
         """To a copy."""
         self.values, self.sizes = dict(earlier.values), dict(earlier.sizes)
         self.log_ratio_max, self.skipped = earlier.log_ratio_max, earlier.skipped
+
+    @classmethod
+    def joined(cls, parts: Sequence[Mapping[str, Any]]) -> Readings:
+        """Those of several processes, each as ``vars`` shows it; all skip the same updates."""
+        total = cls(log_ratio_max=max(part["log_ratio_max"] for part in parts), skipped=parts[0]["skipped"])
+        for part in parts:
+            for name, value in part["values"].items():
+                total.values[name] = total.values.get(name, 0.0) + value
+                total.sizes[name] = total.sizes.get(name, 0) + part["sizes"][name]
+        return total
 
     def mean(self, name: str) -> float:
         """The mean of what was added under ``name``; NaN for nothing."""

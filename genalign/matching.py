@@ -114,6 +114,8 @@ class Matching:
     def backward(self, context: Context, batch: Batch, scale: float, seed: int) -> None:
         """Draw by draw."""
         rows = self.loss.used(batch.credit).nonzero()[:, 0]
+        if not len(rows) and context.policy.sharded:
+            self._idle(context, batch, seed)
         for draw in range(self.draws) if len(rows) else ():
             noised = self._noised(context, batch, rows, draw, seed)
             device = noised.x.device
@@ -123,6 +125,12 @@ class Matching:
             context.readings.add("kl", distance)
             total = losses.sum() + self.anchor * distance.sum()
             (total * scale).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+
+    def _idle(self, context: Context, batch: Batch, seed: int) -> None:
+        """Run the network as often as a process that has samples to learn from: divided, it takes all processes."""
+        for draw in range(self.draws):
+            noised = self._noised(context, batch, torch.zeros(1, dtype=torch.long), draw, seed)
+            (0.0 * noised.prediction.sum()).backward()  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _noised(self, context: Context, batch: Batch, rows: Tensor, draw: int, seed: int) -> Noised:
         x0 = batch.sampled.final[rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from genalign.adapters import ADAPTER, put_on
+from genalign.processes import ALONE, Processes
+from genalign.sharding import Sharding, divided, lent, put_away, require_sharded, whole
 
 ATTENTION = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
 """The names that diffusers gives to the projections of attention layers, those of a joint layer's text included."""
@@ -57,12 +60,12 @@ class Snapshot:
 
     def named(self) -> dict[str, Tensor]:
         """By index."""
-        return {str(index): tensor for index, tensor in enumerate(self.tensors)}
+        return {str(index): whole(tensor) for index, tensor in enumerate(self.tensors)}
 
     def load(self, named: Mapping[str, Tensor]) -> None:
         """Put back what ``named()`` gave."""
         for index, tensor in enumerate(self.tensors):
-            tensor.copy_(named[str(index)])
+            tensor.copy_(divided(named[str(index)], tensor))
 
 
 class Policy:
@@ -71,20 +74,38 @@ class Policy:
 
     The reference policy is the network with its adapters off, or a copy of the first weights where it is trained
     whole. Trainable weights are float32 whatever the network's dtype. ``config`` is PEFT's of the adapter.
+
+    ``processes`` train the same policy, each on its share of the samples. With ``sharding`` the network is divided
+    among them: they then run it, and read its weights, together.
     """
 
     def __init__(
-        self, denoiser: nn.Module, lora: Lora | None, averaging: float = 0.9, seed: int = 0, worn: bool = False
+        self,
+        denoiser: nn.Module,
+        lora: Lora | None,
+        averaging: float = 0.9,
+        seed: int = 0,
+        worn: bool = False,
+        processes: Processes = ALONE,
+        sharding: Sharding | None = None,
     ) -> None:
         self.denoiser = denoiser.requires_grad_(False)
         if not 0 <= averaging < 1:
             raise ValueError(f"averaging must be a decay in [0, 1), not {averaging}")
-        self.averaging = averaging
+        self.averaging, self.processes = averaging, processes
         self.updates = 0
         if lora and not worn:
             _inject(denoiser, lora, seed)
         self.config: LoraConfig | None = cast(Any, denoiser).peft_config[ADAPTER] if lora or worn else None
-        self.parameters = _adapters(denoiser) if self.config else _whole(denoiser)
+        if self.config is None:
+            denoiser.float()
+        _require_gradients(denoiser, "lora_" if self.config else "")
+        self.sharded = sharding is not None
+        if sharding:
+            sharding.apply(denoiser)
+        self.parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+        if sharding:
+            require_sharded(self.parameters)
         self.average = Snapshot(self.parameters)
         self._first = None if self.config else Snapshot(self.parameters)
 
@@ -103,10 +124,16 @@ class Policy:
         finally:
             for layer in layers:
                 layer.enable_adapters(True)
+            for parameter in self.parameters:  # a divided network has shown the layers others meanwhile
+                parameter.requires_grad_(True)
 
     @contextlib.contextmanager
     def using(self, snapshot: Snapshot) -> Iterator[None]:
         """The weights of ``snapshot`` in place of the current ones; they are not to be trained meanwhile."""
+        if self.sharded:
+            with lent(self.denoiser, self.parameters, snapshot.tensors):
+                yield
+            return
         current = [parameter.data for parameter in self.parameters]
         for parameter, tensor in zip(self.parameters, snapshot.tensors, strict=True):
             parameter.data = tensor
@@ -123,23 +150,45 @@ class Policy:
     def update_average(self) -> None:
         """One step of the average, to be called after every optimiser step; it starts fast."""
         self.updates += 1
+        if self.sharded:
+            put_away(self.denoiser)
         self.average.update(self.parameters, min(self.averaging, (1 + self.updates) / (10 + self.updates)))
+
+    def sum_gradients(self) -> None:
+        """Make the gradients of all processes one, the same in each: their sum."""
+        processes = self.processes
+        if processes.processes == 1:
+            return
+        found = torch.tensor([parameter.grad is not None for parameter in self.parameters], dtype=torch.int32)
+        processes.sum_([found])
+        gradients = []
+        for parameter in itertools.compress(self.parameters, found.tolist()):
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(parameter.grad)
+        if not self.sharded:
+            processes.sum_(gradients)
+            return
+        for gradient in gradients:  # a mean over the processes already
+            gradient.mul_(processes.processes)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The current adapter in PEFT's names."""
-        return dict(get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER))
+        state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
+        return {name: whole(tensor) for name, tensor in state.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Current and averaged weights by index, for a checkpoint of the run."""
-        current = {f"current.{i}": parameter.detach() for i, parameter in enumerate(self.parameters)}
-        return current | {f"average.{i}": tensor for i, tensor in enumerate(self.average.tensors)}
+        current = {f"current.{i}": whole(parameter.detach()) for i, parameter in enumerate(self.parameters)}
+        return current | {f"average.{i}": whole(tensor) for i, tensor in enumerate(self.average.tensors)}
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor], updates: int) -> None:
         """Put back what ``tensors()`` gave."""
         for i, (parameter, average) in enumerate(zip(self.parameters, self.average.tensors, strict=True)):
-            parameter.copy_(tensors[f"current.{i}"])
-            average.copy_(tensors[f"average.{i}"])
+            parameter.copy_(divided(tensors[f"current.{i}"], parameter))
+            average.copy_(divided(tensors[f"average.{i}"], average))
+        if self.sharded:
+            put_away(self.denoiser)
         self.updates = updates
 
 
@@ -156,14 +205,9 @@ def _inject(denoiser: nn.Module, lora: Lora, seed: int) -> None:
         put_on(denoiser, config)
 
 
-def _adapters(denoiser: nn.Module) -> list[nn.Parameter]:
-    parameters = [parameter for name, parameter in denoiser.named_parameters() if "lora_" in name]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    return parameters
-
-
-def _whole(denoiser: nn.Module) -> list[nn.Parameter]:
-    denoiser.float().requires_grad_(True)
-    return list(denoiser.parameters())
+def _require_gradients(denoiser: nn.Module, named: str) -> None:
+    """Make the parameters with ``named`` in their names trainable, in float32."""
+    for name, parameter in denoiser.named_parameters():
+        if named in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)

@@ -1,7 +1,8 @@
 """Checkpoints that a run goes on from: numbered, checked, written beside and renamed; the last few are kept.
 
 ``checkpoints/round-000012/`` holds state.safetensors and state.json, manifest.json with the size and SHA-256 of both,
-and, while it is the newest, scores.jsonl (see ``genalign.journal``). ``checkpoints/latest`` is a link to the newest.
+and, while it is the newest, scores.jsonl (see ``genalign.journal``), or scores-1.jsonl and so on of further processes.
+``checkpoints/latest`` is a link to the newest.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from genalign.checkpoints import load_state, save_state, sync, with_prefix, without_prefix, write_json
 from genalign.journal import Journal
+from genalign.processes import ALONE, Processes
 from genalign.states import State, Stateful
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
-_TENSORS, _NUMBERS, _MANIFEST, _SCORES = "state.safetensors", "state.json", "manifest.json", "scores.jsonl"
+_TENSORS, _NUMBERS, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
 _PART = ".part"  # what such a name ends in is unfinished, or on its way out
 
 
@@ -64,19 +66,32 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Those in ``folder``, of which saving keeps the last ``keep``."""
+    """Those in ``folder``, of which saving keeps the last ``keep``; the first of the ``processes`` writes them."""
 
     folder: Path
     keep: int = 2
+    processes: Processes = ALONE
 
     def save(self, rounds: int, parts: Mapping[str, Stateful]) -> Path:
-        """Write the state of ``parts`` after so many rounds. Raises OSError where that fails: the others are as they
-        were."""
-        self._sweep()
+        """Write the state of ``parts`` after so many rounds. Raises OSError where that fails, in every process: the
+        others are as they were."""
         path = self.folder / f"round-{rounds:06d}"
+        states = {name: part.state() for name, part in parts.items()}
+        failed: list[Any] | None = None
+        if self.processes.first:
+            try:
+                self._save(path, rounds, states)
+            except OSError as error:
+                failed = [error.errno, str(error)]
+        if failed := self.processes.told(failed)[0]:
+            raise OSError(*failed)
+        return path
+
+    def _save(self, path: Path, rounds: int, states: Mapping[str, State]) -> None:
+        self._sweep()
         beside = path.with_name(path.name + _PART)
         try:
-            _write(beside, rounds, {name: part.state() for name, part in parts.items()})
+            _write(beside, rounds, states)
             _discard(path)  # one that was damaged
             os.rename(beside, path)
         except OSError:
@@ -85,7 +100,6 @@ class Checkpoints:
         sync(self.folder)
         self._point(path)
         self._prune(path)
-        return path
 
     def latest(self) -> Checkpoint | None:
         """The newest that is whole, with a warning for each that is not; None for none at all.
@@ -101,7 +115,8 @@ class Checkpoints:
                 continue
             for told in damage:
                 logger.warning("%s: going on from %s", told, path.name)
-            self._point(path)
+            if self.processes.first:
+                self._point(path)
             return found
         if damage:
             raise DamagedCheckpointError(f"no checkpoint to go on from: {'; '.join(damage)}")
@@ -109,7 +124,12 @@ class Checkpoints:
 
     def scores(self, since: Checkpoint) -> list[Path]:
         """Where scores may be that were given since a checkpoint."""
-        return [path / _SCORES for path in self._all() if path.name >= since.path.name]
+        places = [path for path in self._all() if path.name >= since.path.name]
+        return [scores for path in places for scores in sorted(path.glob("scores*.jsonl"))]
+
+    def own_scores(self, path: Path) -> Path:
+        """Where this process keeps those that are given after the checkpoint at ``path``."""
+        return path / (f"scores-{self.processes.rank}.jsonl" if self.processes.rank else "scores.jsonl")
 
     def _all(self) -> list[Path]:
         """Oldest first."""
@@ -191,13 +211,13 @@ class Keeper:
 
     def begin(self) -> None:
         """Before the first round. Raises OSError where it cannot be written."""
-        self.journal.begin(self.checkpoints.save(0, self.parts) / _SCORES)
+        self.journal.begin(self.checkpoints.own_scores(self.checkpoints.save(0, self.parts)))
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """From ``checkpoint`` on."""
         checkpoint.restore(self.parts)
         self.journal.replay(self.checkpoints.scores(checkpoint))
-        self.journal.begin(checkpoint.path / _SCORES)
+        self.journal.begin(self.checkpoints.own_scores(checkpoint.path))
 
     def after(self, rounds: int, last: bool) -> None:
         """After so many rounds, if a checkpoint is due; one that cannot be written is told in a warning."""
@@ -208,4 +228,4 @@ class Keeper:
         except OSError as error:
             logger.warning("no checkpoint after round %d, the one before is still there: %s", rounds, error)
         else:
-            self.journal.begin(path / _SCORES)
+            self.journal.begin(self.checkpoints.own_scores(path))

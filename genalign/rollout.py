@@ -10,6 +10,7 @@ from torch import Tensor
 
 from genalign.dynamics import ODE, Kernel, Transition, transition
 from genalign.noise import seeded_noise
+from genalign.processes import ALL, Share
 from genalign.types import Conditioning, Grid, NoiseStep, Pipeline
 
 _MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighbouring seeds land far apart
@@ -170,12 +171,22 @@ def replay(pipeline: Pipeline, sampled: Rollout, grid: Grid, kernel: Kernel, sto
 
 @torch.no_grad()
 def generate(
-    pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], grid: Grid, guidance: float, batch_size: int
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    grid: Grid,
+    guidance: float,
+    batch_size: int,
+    share: Share = ALL,
 ) -> Iterator[Tensor]:
-    """Decoded ODE samples, batch by batch, one per (prompt, seed)."""
+    """Decoded ODE samples, batch by batch, one per (prompt, seed): the batches of a ``share``, whose processes run the
+    network equally often, as a divided one needs."""
     distinct = list(dict.fromkeys(prompts))
     conditioning = pipeline.encode(distinct)
     place = {text: i for i, text in enumerate(distinct)}
     start = Start(conditioning, torch.tensor([place[text] for text in prompts]), tuple(seeds), tuple(seeds))
-    for part in start.split(batch_size):
-        yield pipeline.decode(rollout(pipeline, part, grid, [ODE()] * len(grid), guidance).final)
+    parts = list(start.split(batch_size))
+    for number in share.in_step(len(parts)):
+        made = pipeline.decode(rollout(pipeline, parts[number % len(parts)], grid, [ODE()] * len(grid), guidance).final)
+        if number < len(parts):
+            yield made

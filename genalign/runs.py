@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from genalign.checkpoints import disk_errors, write_json, write_text
 from genalign.guard import Guard, due
 from genalign.hacking import Panel
 from genalign.policy import Policy
+from genalign.processes import ALONE, Processes
 from genalign.resuming import Keeper
 from genalign.statistics import Estimate
 from genalign.training import RoundResult, Trainer
@@ -50,9 +51,10 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where everything that a run leaves behind goes."""
+    """Where everything that a run leaves behind goes. The first of the ``processes`` writes it."""
 
     path: Path
+    processes: Processes = ALONE
 
     def require_unused(self) -> None:
         """Raise FileExistsError where it holds a run, or is a file."""
@@ -64,8 +66,10 @@ class RunFolder:
     def begin(self, config: Mapping[str, Any]) -> None:
         """Make the folder and write config.json and environment.json. Raises FileExistsError for a used folder."""
         self.require_unused()
+        if not self.processes.first:
+            return
         write_json(self.path / "config.json", config)
-        write_json(self.path / "environment.json", environment())
+        write_json(self.path / "environment.json", self._environment())
 
     def config(self) -> dict[str, Any]:
         """What ``begin`` was given."""
@@ -75,15 +79,22 @@ class RunFolder:
     def resume(self, config: Mapping[str, Any], rounds: int) -> None:
         """Go back to where the run had had so many rounds, with ``config`` from there on; what was different about the
         machine is told in a warning. Raises ValueError where metrics.jsonl has fewer."""
-        before, now = json.loads((self.path / "environment.json").read_text(encoding="utf-8")), environment()
+        if not self.processes.first:
+            return
+        before, now = json.loads((self.path / "environment.json").read_text(encoding="utf-8")), self._environment()
         if changed := [name for name, value in now.items() if before.get(name) != value]:
             told = ", ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in changed)
             logger.warning("the rounds to come may differ from those of an unbroken run: %s", told)
         self.cut_back(rounds)
         write_json(self.path / "config.json", config)
 
+    def _environment(self) -> dict[str, Any]:
+        return environment() | {"processes": self.processes.processes}
+
     def append(self, row: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, on the disk itself."""
+        if not self.processes.first:
+            return
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
             file.flush()
@@ -98,12 +109,15 @@ class RunFolder:
         write_text(path, "".join(lines[:rounds]))
 
     def save(self, policy: Policy, pipeline: WeightStore) -> None:
-        """Write the averaged weights, as lora/ (diffusers) and peft/ or, trained whole, as denoiser/."""
+        """Write the averaged weights, as lora/ (diffusers) and peft/ or, trained whole, as denoiser/. Where the network
+        is divided, all processes take part."""
         with disk_errors(), policy.averaged():
             if policy.config is None:
-                pipeline.save_denoiser(self.path / "denoiser")
-            else:
-                state = policy.adapter_state()
+                if self.processes.first:
+                    pipeline.save_denoiser(self.path / "denoiser")
+                return
+            state = policy.adapter_state()
+            if self.processes.first:
                 pipeline.save_lora(self.path / "lora", state, policy.config)
                 save_peft(self.path / "peft", state, policy.config)
 
@@ -174,12 +188,12 @@ def train(
     guard: Guard | None = None,
 ) -> bool:
     """Run the rounds that are left with a progress bar; False where the run was interrupted. The weights are written in
-    any case."""
+    any case, but for divided ones after an error."""
     held_out = "-"
     total, begun = trainer.settings.rounds, trainer.rounds_done
-    with stop_on_interrupt() as stopping, _progress() as progress:
+    with stop_on_interrupt() as stopping, _progress(shown=folder.processes.first) as progress:
         bar = progress.add_task("training", total=total, completed=begun, reward=math.nan, held_out="-", speed=0.0)
-        try:
+        with _saving(trainer, folder, pipeline):
             for result in () if guard and guard.stopped else trainer.rounds():
                 done = trainer.rounds_done
                 last = trainer.settings.progress(done, result.forwards) >= 1
@@ -191,13 +205,23 @@ def train(
                 speed = result.images / result.seconds
                 progress.update(bar, advance=1, reward=result.reward, held_out=held_out, speed=speed)
                 stopped = _acted(guard, panel, trainer, folder, pipeline)
-                ending = stopping() or stopped
+                ending = trainer.processes.any(stopping()) or stopped
                 keeper.after(done, last or ending)
                 if ending:
                     return stopped
             return True
-        finally:
+
+
+@contextlib.contextmanager
+def _saving(trainer: Trainer, folder: RunFolder, pipeline: WeightStore) -> Iterator[None]:
+    """Write the weights at the end, and where it comes early; divided ones not then, since that takes all processes."""
+    try:
+        yield
+    except BaseException:
+        if not trainer.policy.sharded:
             folder.save(trainer.policy, pipeline)
+        raise
+    folder.save(trainer.policy, pipeline)
 
 
 def _acted(
@@ -207,7 +231,7 @@ def _acted(
     if guard is None or panel is None:
         return False
     if guard.is_best(panel):
-        RunFolder(folder.path / "best").save(trainer.policy, pipeline)
+        replace(folder, path=folder.path / "best").save(trainer.policy, pipeline)
     if panel.light != "red":
         return False
     if guard.actions.raise_kl is not None:
@@ -226,7 +250,7 @@ def _track(trackers: Sequence[Tracker], result: RoundResult, look: Look) -> None
         tracker.log(numbers | held_out | shifts, step=result.round)
 
 
-def _progress() -> Progress:
+def _progress(shown: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -234,4 +258,5 @@ def _progress() -> Progress:
         TextColumn("reward {task.fields[reward]:.3f}  held-out {task.fields[held_out]}"),
         TextColumn("{task.fields[speed]:.0f} images/s"),
         TimeRemainingColumn(),
+        disable=not shown,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from genalign.completion import complete
 from genalign.noise import derived_seed
+from genalign.processes import ALL, Share
 from genalign.recipes import Recipe
 from genalign.rollout import Rollout, Start, finite_rows, rollout, windowed
 from genalign.scoring import NamedReward, score
@@ -70,10 +71,13 @@ class Sampler:
     batch_size: int
 
     @torch.no_grad()
-    def __call__(self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str) -> Iterator[Sampled]:
-        """Batch by batch; every noise is drawn from ``name``, which no two rounds share."""
+    def __call__(
+        self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str, share: Share = ALL
+    ) -> Iterator[Sampled]:
+        """Batch by batch, those of a ``share``; every noise is drawn from ``name``, which no two rounds share."""
         kernels = windowed(recipe.kernel, steps, len(self.grid))
-        for part in self._start(recipe, prompts, name).split(self.batch_size):
+        parts = list(self._start(recipe, prompts, name).split(self.batch_size))
+        for part in (parts[number] for number in share.of(len(parts))):
             sampled = rollout(self.pipeline, part, self.grid, kernels, self.guidance, store=steps)
             yield self._scored(recipe, sampled, [prompts[row] for row in part.prompt.tolist()])
 
@@ -109,9 +113,3 @@ def _shown(decoded: Tensor) -> Tensor:
     """Samples (B, ...) with black or silence for those that are not finite: one NaN must not cost a batch's scores."""
     finite = finite_rows(decoded)
     return decoded if finite.all() else decoded.index_fill(0, (~finite).nonzero()[:, 0], 0)
-
-
-def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The concatenation of what is there; None for nothing."""
-    found = [part for part in parts if part is not None]
-    return torch.cat(found) if found else None

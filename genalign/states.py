@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genalign.processes import Processes
+
 
 @dataclass(frozen=True)
 class State:
@@ -63,3 +65,24 @@ class Generators:
         for index in range(torch.cuda.device_count()):
             if f"cuda.{index}" in state.tensors:
                 torch.cuda.set_rng_state(state.tensors[f"cuda.{index}"], index)
+
+
+@dataclass(frozen=True)
+class OfEach:
+    """A part that each of several processes has its own of: the states of all, of which each takes back its own."""
+
+    part: Stateful
+    processes: Processes
+
+    def state(self) -> State:
+        """Tensors (processes, ...), and the numbers of each process."""
+        own = self.part.state()
+        tensors = {name: self.processes.gathered(tensor) for name, tensor in own.tensors.items()}
+        return State(tensors, {"processes": self.processes.told(own.numbers)})
+
+    def restore(self, state: State) -> None:
+        """Put back its own; a process that was not there before is as it is."""
+        numbers, rank = state.numbers["processes"], self.processes.rank
+        if rank < len(numbers):
+            own = {name: tensor[rank].clone() for name, tensor in state.tensors.items()}  # torch takes no views
+            self.part.restore(State(own, numbers[rank]))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from genalign.advantages import zero_std_share
 from genalign.budget import Ledger, Metered, metered_rewards, peak_memory
@@ -27,8 +27,9 @@ from genalign.noise import derived_seed
 from genalign.policy import Policy, Snapshot
 from genalign.prompts import PromptSampler
 from genalign.recipes import Recipe
-from genalign.sampling import Sampled, Sampler, Sampling, joined
+from genalign.sampling import Sampled, Sampler, Sampling
 from genalign.scoring import NamedReward, Watch
+from genalign.sharding import whole
 from genalign.states import State
 from genalign.types import Pipeline, Prompt, PromptSet, TrainableReward
 
@@ -93,6 +94,15 @@ class Settings:
                 f" divide into {self.updates_per_round} updates of batches of {self.batch_size}: change one of them"
             )
 
+    def require_shares(self, processes: int) -> None:
+        """Raise ValueError where the batches of an update do not divide among so many processes."""
+        batches = self.prompts_per_round * self.group_size // (self.batch_size * self.updates_per_round)
+        if batches % processes:
+            raise ValueError(
+                f"an update's {batches} batches of {self.batch_size} images do not divide among {processes} processes:"
+                " change training.batch_size, prompts_per_round or updates_per_round, or the number of processes"
+            )
+
     def progress(self, rounds_done: int, forwards_done: int) -> float:
         """The share of the run that is done, 1 at its end."""
         return max(rounds_done / self.rounds, forwards_done / self.max_forwards if self.max_forwards else 0.0)
@@ -154,7 +164,8 @@ class Trainer:
         sampling: Sampling,
         suspects: Path | None = None,
     ) -> None:
-        self.ledger = Ledger()
+        self.ledger, self.processes = Ledger(), policy.processes
+        settings.require_shares(self.processes.processes)
         self.pipeline, self.policy, self.recipe = Metered(pipeline, self.ledger), policy, recipe
         self.rewards = metered_rewards(rewards, self.ledger)
         self.settings, self.sampling = settings, sampling
@@ -183,7 +194,7 @@ class Trainer:
             progress = self.settings.progress(index, self.ledger.forwards)
             if progress >= 1:
                 return
-            began = time.perf_counter()
+            began, billed = time.perf_counter(), self.ledger.copy()
             for slots in self.optimizer.param_groups:
                 slots["lr"] = self.settings.rate(progress)
             parts = self._sample(index, prompts)
@@ -192,6 +203,7 @@ class Trainer:
             learnt = self._learn(index, prompts, parts, outcome)
             if self.old is not None and self.recipe.lag is not None:
                 self.old.update(self.policy.parameters, self.recipe.lag.decay(index))
+            self.ledger.add(self.processes.told(self.ledger.since(billed).counts), billed)
             self.rounds_done += 1
             self.images += len(outcome.scores)
             self.seconds += time.perf_counter() - began
@@ -201,15 +213,24 @@ class Trainer:
         """A round's batches, sampled by the old policy where there is one, and scored."""
         steps = self.recipe.steps(self.grid, index, self.settings.seed)
         with contextlib.nullcontext() if self.old is None else self.policy.using(self.old):
-            return list(self.sampler(self.recipe, steps, prompts, f"{self.settings.seed}/{index}"))
+            return list(self.sampler(self.recipe, steps, prompts, f"{self.settings.seed}/{index}", self.processes))
+
+    def _all(self, parts: Sequence[Tensor]) -> Tensor:
+        """The rows (B, ...) of a round from those of this process's batches."""
+        return self.processes.interleaved(torch.cat(list(parts)), self.settings.batch_size)
+
+    def _all_of(self, parts: Sequence[Tensor | None]) -> Tensor | None:
+        """The same of what is there; None for nothing."""
+        found = [part for part in parts if part is not None]
+        return self._all(found) if found else None
 
     def _outcome(self, parts: Sequence[Sampled], prompts: int) -> Outcome:
         outcome = Outcome(
-            scores=torch.cat([part.scores for part in parts]),
+            scores=self._all([part.scores for part in parts]),
             weights=tuple(reward.weight for reward in self.rewards),
             group=torch.arange(prompts).repeat_interleave(self.settings.group_size),
-            stepwise=joined([part.stepwise for part in parts]),
-            features=joined([part.features for part in parts]),
+            stepwise=self._all_of([part.stepwise for part in parts]),
+            features=self._all_of([part.features for part in parts]),
         )
         if self.images == 0:
             self.watch.compare(self.rewards, outcome.scores)
@@ -217,10 +238,11 @@ class Trainer:
         return outcome
 
     def _update_rewards(self, parts: Sequence[Sampled], prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Let trainable rewards learn from the round's samples; their readings by reward and name."""
+        """Let trainable rewards learn from the round's samples, all of them in every process; their readings by reward
+        and name."""
         if not self.trainable:
             return {}
-        samples = torch.cat([part.samples for part in parts])
+        samples = self._all([part.samples for part in parts])
         asked = [prompt for prompt in prompts for _ in range(self.settings.group_size)]
         return {
             f"{name}/{reading}": value
@@ -270,7 +292,7 @@ class Trainer:
         self.ledger.counts.update(numbers["calls"])
 
     def _learn(self, index: int, prompts: Sequence[Prompt], parts: Sequence[Sampled], outcome: Outcome) -> Readings:
-        """``updates_per_round`` optimiser steps, each on its share of the batches."""
+        """``updates_per_round`` optimiser steps, each on its part of the batches, of which this process has a share."""
         readings = Readings()
         context = Context(
             self.pipeline,
@@ -283,16 +305,17 @@ class Trainer:
         )
         credits = torch.split(self.recipe.credit(outcome), self.settings.batch_size)
         groups = torch.split(outcome.group, self.settings.batch_size)
-        share = len(parts) // self.settings.updates_per_round
+        own, size = self.processes.of(len(credits)), len(parts) // self.settings.updates_per_round
         for update in range(self.settings.updates_per_round):
-            chosen = range(update * share, (update + 1) * share)
+            chosen = own[update * size : (update + 1) * size]
             on_policy = update == 0 and self.old is None
-            batches = [Batch(parts[k].rollout, credits[k], groups[k], on_policy) for k in chosen]
+            batches = [Batch(parts[own.index(k)].rollout, credits[k], groups[k], on_policy) for k in chosen]
             seeds = [derived_seed(self.settings.seed, index, "l", k) for k in chosen]
             before = readings.copy()
             terms = self._accumulate(context, batches, seeds)
-            norm = nn.utils.clip_grad_norm_(self.policy.parameters, self.settings.max_grad_norm)
-            loss = readings.values.get("loss", 0.0)
+            self.policy.sum_gradients()
+            norm = whole(nn.utils.clip_grad_norm_(self.policy.parameters, self.settings.max_grad_norm))
+            loss = sum(self.processes.told(readings.values.get("loss", 0.0)))
             if finite(norm, loss):
                 readings.add("grad_norm", norm.reshape(1))
                 self._step(terms)
@@ -300,14 +323,16 @@ class Trainer:
                 readings.go_back(before)
                 readings.skipped += 1
                 self._skip(BadUpdate(index, update, float(norm), loss, batches, prompts))
+        self.micro_batch = min(self.processes.told(self.micro_batch))
+        readings = Readings.joined(self.processes.told(vars(readings)))
         _warn_of_disagreement(readings.log_ratio_max, self.recipe.objective.clip_range)
         return readings
 
     def _accumulate(self, context: Context, batches: Sequence[Batch], seeds: Sequence[int]) -> int:
-        """Add up the gradient of an update's mean, and tell of how many terms it is; where memory runs out, begin anew
-        with fewer samples at a time, if that is asked for."""
+        """Add up this process's part of the gradient of an update's mean, and tell of how many terms that is in all;
+        where memory runs out, begin anew with fewer samples at a time, if that is asked for."""
         objective, before = self.recipe.objective, context.readings.copy()
-        terms = sum(objective.terms(batch) for batch in batches)
+        terms = sum(self.processes.told(sum(objective.terms(batch) for batch in batches)))
         while True:
             try:
                 for batch, seed in zip(batches, seeds, strict=True):

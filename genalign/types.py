@@ -180,7 +180,8 @@ class TrainableReward(Protocol):
         """Scores (B,) by the weights of the last update."""
 
     def update(self, samples: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, float]:
-        """Learn from a round's generated samples (B, ...); named readings for the log."""
+        """Learn from a round's generated samples (B, ...); named readings for the log. Where several processes train,
+        each is given all samples of the round, and must learn the same of them."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the future depends on, for a checkpoint."""

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from genalign.config import Train, parse
+from genalign.sharding import Sharding, asked_for
 
 CONFIGS = Path(__file__).parents[1] / "scripts" / "configs"
 LARGE = ("sd35_medium_geneval", "sd35_medium_ocr", "sd35_medium_pickscore", "flux_dev_pickscore", "sdxl_pickscore")
@@ -25,3 +26,24 @@ def test_a_training_configuration_is_taken(name: str) -> None:
 def test_what_was_never_run_says_so(name: str) -> None:
     head = (CONFIGS / f"{name}.yaml").read_text().splitlines()[:3]
     assert any("NOT RUN" in line and "Sized for" in line for line in head)
+
+
+ACCELERATE = {
+    "ddp": (8, None),
+    "two_nodes": (16, None),
+    "fsdp2": (8, Sharding(8, again=True)),
+    "zero2": (8, Sharding(8, again=False)),
+}
+
+
+@pytest.mark.parametrize("name", ACCELERATE)
+def test_what_accelerate_hands_on(name: str) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    config = str(CONFIGS / "accelerate" / f"{name}.yaml")
+    asked, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", config, "train.py"]))
+    assert asked.multi_gpu or asked.use_fsdp
+    processes, sharding = ACCELERATE[name]
+    assert asked.num_processes == processes
+    assert asked_for(prepare_multi_gpu_env(asked), processes) == sharding

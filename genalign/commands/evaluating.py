@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from genalign.commands.geneval import compare_geneval_command, geneval_command, 
 from genalign.commands.parts import Checkpoint, Outside
 from genalign.evaluation import Evaluation, Job, Protocol, evaluate, plan, suite_hash
 from genalign.media import Writer, writer
+from genalign.processes import ALONE, Processes, joined
 from genalign.sampling import Sampling
 from genalign.types import Pipeline, PromptSet, RewardFunction
 from genalign.worlds import shapes
@@ -24,10 +26,13 @@ class Exam:
     scorers: Mapping[str, RewardFunction]
     protocol: Protocol
     write: Writer
+    processes: Processes = ALONE
 
     def take(self, pipeline: Pipeline, output: Path | None = None) -> Evaluation:
         """Evaluate the pipeline as it is now."""
-        return evaluate(pipeline, self.jobs, self.scorers, self.protocol, output, write=self.write)
+        return evaluate(
+            pipeline, self.jobs, self.scorers, self.protocol, output, write=self.write, processes=self.processes
+        )
 
 
 def exam(
@@ -37,8 +42,9 @@ def exam(
     amount: config.Amount,
     prompts: PromptSet,
     scorers: Mapping[str, RewardFunction],
+    processes: Processes = ALONE,
 ) -> Exam:
-    """``amount`` of images of ``prompts``."""
+    """``amount`` of images of ``prompts``, a share of them for each of the ``processes``."""
     protocol = Protocol(
         suite=prompts.name,
         suite_hash=suite_hash(prompts),
@@ -53,7 +59,7 @@ def exam(
         verifier=shapes.VERIFIER_VERSION,
     )
     jobs = plan(prompts, amount.images_per_task, amount.seeds)
-    return Exam(jobs, scorers, protocol, writer(pipeline.sample_rate))
+    return Exam(jobs, scorers, protocol, writer(pipeline.sample_rate), processes)
 
 
 def evaluate_command(outside: Outside, arguments: Sequence[str]) -> int:
@@ -74,12 +80,17 @@ def evaluate_command(outside: Outside, arguments: Sequence[str]) -> int:
 
 def _evaluate_shapes(outside: Outside, arguments: Sequence[str]) -> int:
     settings, _ = config.parse(config.EvaluateShapes, arguments[1:], "evaluate shapes")
+    with joined(os.environ) as processes:
+        return _in_processes(outside, settings, processes)
+
+
+def _in_processes(outside: Outside, settings: config.EvaluateShapes, processes: Processes) -> int:
     pipeline = outside.load(settings.model)
     if settings.lora:
         pipeline.load_lora(settings.lora)
     prompts = shapes.prompts(settings.suite)
-    asked = exam(pipeline, settings.model, settings.sampling, settings, prompts, outside.scorers)
+    asked = exam(pipeline, settings.model, settings.sampling, settings, prompts, outside.scorers, processes)
     made = asked.take(pipeline, Path(settings.output))
-    for task, estimates in (made.tasks | {"overall": made.overall}).items():
+    for task, estimates in (made.tasks | {"overall": made.overall}).items() if processes.first else ():
         print(f"{task:14s}" + "  ".join(f"{name} {value.mean:.3f}" for name, value in estimates.items()))
     return 0

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from genalign import config
 from genalign.checkpoints import write_json
 from genalign.commands.parts import Checkpoint, Outside
@@ -21,7 +19,6 @@ from genalign.geneval.judging import Judge
 from genalign.geneval.original import rescored
 from genalign.geneval.running import (
     GenEvalFolder,
-    Share,
     Subject,
     Work,
     adapter_hash,
@@ -30,6 +27,7 @@ from genalign.geneval.running import (
     verifier,
 )
 from genalign.geneval.sources import ELSEWHERE, Existing, Generated
+from genalign.processes import Share, take_own_device
 from genalign.report import write_geneval
 from genalign.sampling import Sampling
 from genalign.types import Prompt, PromptSet
@@ -96,7 +94,7 @@ def geneval_command(outside: Outside, arguments: Sequence[str]) -> int:
     prompts = some(read_prompts(Path(settings.prompts)), settings.per_task)
     judge = settings.judge or outside.geneval
     judge.check(prompts.prompts)
-    _take_own_device(os.environ)
+    take_own_device(os.environ)
     pipeline, subject = _opened(outside, settings, plain["model"])
     sampling, folder = settings.sampling, GenEvalFolder(Path(settings.output))
     grid = sampling.grid(pipeline)
@@ -113,7 +111,7 @@ def images_command(outside: Outside, arguments: Sequence[str]) -> int:
     prompts = PromptSet("images", tuple(Prompt(group[0].metadata["prompt"], group[0].metadata) for group in groups))
     judge = settings.judge or outside.geneval
     judge.check(prompts.prompts)
-    _take_own_device(os.environ)
+    take_own_device(os.environ)
     files = [sample.path for group in groups for sample in group]
     subject = Subject({"images": settings.images}, content_hash(root, files))
     work = Work(Existing(groups, folder.path, settings.device), prompts, judge, folder)
@@ -157,12 +155,6 @@ def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
                 f"{other.path.parent} and {first.path.parent} are of the same prompt: put its images into one folder"
             )
     return list(groups.values())
-
-
-def _take_own_device(variables: Mapping[str, str]) -> None:
-    """Let "cuda" mean this process's own GPU, where a launcher has numbered the processes of a machine."""
-    if "LOCAL_RANK" in variables and torch.cuda.is_available():
-        torch.cuda.set_device(int(variables["LOCAL_RANK"]))
 
 
 def _opened(outside: Outside, settings: EvaluateGenEval, model: Mapping[str, Any]) -> tuple[Checkpoint, Subject]:
@@ -224,7 +216,7 @@ def _carried_out(work: Work, protocol: Protocol, subject: Subject, against: str 
     if left := work.left():
         print(f"{left} of {count} prompts are left to other processes; if there are none, start it again")
         return 0
-    with work.folder.alone():
+    with work.folder.claims.alone():
         work.folder.finish(protocol, count)
         _conclude(work.folder.path, against)
     return 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from genalign import config
 from genalign.budget import Ledger, Metered, measure_prices, metered_rewards
@@ -12,41 +14,59 @@ from genalign.checkpoints import write_json
 from genalign.commands.parts import Outside, named_rewards, prompt_set
 from genalign.media import writer
 from genalign.noise import derived_seed
+from genalign.processes import Share, take_own_device
 from genalign.report import write_search
 from genalign.search.aware import Look, NoiseAware, Recording, as_they_are, distil, record, validate
 from genalign.search.engine import Run
 from genalign.search.folder import SearchFolder
-from genalign.search.running import search
+from genalign.search.running import Result, search
 from genalign.types import Pipeline, Prompt
 
 
 def steer_command(outside: Outside, arguments: Sequence[str]) -> int:
-    """``genalign steer``; finished prompts are kept, so that it goes on where it stopped."""
+    """``genalign steer``; finished prompts are kept, so that it goes on where it stopped, and several processes, as
+    torchrun or accelerate start them, share the prompts."""
     settings, plain = config.parse(config.Steer, arguments, "steer")
     asked = prompt_set(settings.prompts).prompts[: settings.limit]
     folder, plain = SearchFolder(Path(settings.output)), {**plain, "limit": None}
-    done = {row["index"] for row in folder.finished(plain)}
+    folder.begun(plain)
+    take_own_device(os.environ)
+    _search_share(outside, settings, plain, folder, asked)
+    if left := sum(not folder.done(index) for index in range(len(asked))):
+        print(f"{left} of {len(asked)} prompts are left to other processes; if there are none, start it again")
+        return 0
+    with folder.claims.alone():
+        folder.conclude()
+        print(f"report: {write_search(folder.path)}")
+    return 0
+
+
+def _search_share(
+    outside: Outside, settings: config.Steer, plain: Mapping[str, Any], folder: SearchFolder, asked: Sequence[Prompt]
+) -> None:
+    """Every prompt of this process's share that is not finished, but for those that another process holds."""
     pipeline = outside.load(settings.model)
     if settings.lora:
         pipeline.load_lora(settings.lora)
-    rewards = named_rewards(settings.rewards)
-    left = [index for index in range(len(asked)) if index not in done]
-    if not left:
-        folder.begin(plain)
-    for index in left:
+    rewards, strategy, budget = named_rewards(settings.rewards), settings.strategy, settings.budget
+
+    def find(index: int) -> Result:
         seed = derived_seed(settings.seed, index)
-        sampling, batch_size = settings.sampling, settings.batch_size
-        result = search(
-            pipeline, [asked[index]], rewards, settings.strategy, settings.budget, sampling, batch_size, seed
-        )
-        if index == left[0]:  # not before: a search that cannot be made leaves nothing behind
-            folder.begin(plain)
-        names = [reward.name for reward in rewards]
-        row = folder.add(index, asked[index].text, names, result, writer(pipeline.sample_rate))
+        sampling, size = settings.sampling, settings.batch_size
+        return search(pipeline, [asked[index]], rewards, strategy, budget, sampling, size, seed)
+
+    left = [i for i in Share.from_environment(os.environ).of(len(asked)) if not folder.done(i)]
+    early = find(left[0]) if left and not folder.begun(plain) else None  # what cannot be made leaves nothing behind
+    folder.begin(plain)
+    for index in left:
+        with folder.claims.claimed(index) as held:
+            if not held or folder.done(index):
+                continue
+            result = early if early and index == left[0] else find(index)
+            names = [reward.name for reward in rewards]
+            row = folder.add(index, asked[index].text, names, result, writer(pipeline.sample_rate))
         scores = "  ".join(f"{name} {value}" for name, value in row["scores"].items())
         print(f"{index + 1}/{len(asked)}  {scores}  {result.ledger.forwards} forwards  {asked[index].text}", flush=True)
-    print(f"report: {write_search(folder.path)}")
-    return 0
 
 
 def prices_command(outside: Outside, arguments: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from genalign import config
 from genalign.checkpoints import write_json
@@ -26,13 +27,16 @@ from genalign.hacking import Looks, Measures
 from genalign.journal import Journal
 from genalign.learning import anchored
 from genalign.policy import Policy
+from genalign.processes import ALONE, Processes, ProcessesError, joined
 from genalign.report import write_report
+from genalign.resuming import Checkpoint as Saved
 from genalign.resuming import Checkpoints, Keeper
 from genalign.rollout import generate
 from genalign.runs import RunFolder, train
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward, probe
-from genalign.states import Generators, Stateful
+from genalign.sharding import Sharding, asked_for
+from genalign.states import Generators, OfEach, Stateful
 from genalign.statistics import Estimate
 from genalign.training import Trainer
 from genalign.types import PromptSet
@@ -45,7 +49,11 @@ def train_command(outside: Outside, arguments: Sequence[str]) -> int:
     asked = requested(arguments)
     settings, plain = config.parse(config.Train, asked.arguments, "train")
     try:
-        return run_training(outside, settings, plain, asked.resume)
+        with joined(os.environ) as processes:
+            return run_training(outside, settings, plain, asked.resume, processes)
+    except ProcessesError as error:
+        print(f"error: {error}. All that was finished can be gone on from by --resume", file=sys.stderr)
+        return 1
     except OSError as error:
         if error.errno not in _FULL:
             raise
@@ -60,26 +68,29 @@ def train_command(outside: Outside, arguments: Sequence[str]) -> int:
     return 1
 
 
-def run_training(outside: Outside, settings: config.Train, plain: Mapping[str, Any], resume: bool = False) -> int:
+def run_training(
+    outside: Outside,
+    settings: config.Train,
+    plain: Mapping[str, Any],
+    resume: bool = False,
+    processes: Processes = ALONE,
+) -> int:
     """Evaluate, train, evaluate again, and write the report; with ``resume`` from where the run in ``output`` is."""
-    prompts = prompt_set(settings.prompts)
-    folder = RunFolder(Path(settings.output))
-    checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint.keep)
-    checkpoint = checkpoint_in(folder, checkpoints, plain) if resume else None
-    if checkpoint is None:
-        folder.require_unused()
-    require_trackers(settings.trackers)
-    for watched in settings.watched():
-        prompt_set(watched.prompts)
+    prompts, sharding = prompt_set(settings.prompts), _sharding(settings, processes)
+    _require(settings, processes)
+    folder = RunFolder(Path(settings.output), processes)
+    checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint.keep, processes)
+    checkpoint = _checkpoint(folder, checkpoints, plain, resume)
     pipeline, rewards = outside.load(settings.model), named_rewards(settings.rewards)
     _probe(pipeline, rewards, prompts, settings.sampling)
     journal, tracked = Journal(), TrackerRun()
-    trainer = _trainer(settings, pipeline, journal.kept(rewards), prompts)
-    guard = _guard(settings, pipeline, trainer.policy)
+    policy = _policy(settings, pipeline, processes, sharding)
+    trainer = _trainer(settings, pipeline, policy, journal.kept(rewards), prompts)
+    guard = _guard(settings, pipeline, policy)
     inputs = Inputs(pipeline.fingerprint, suite_hash(prompts))
     parts = _parts(trainer, guard, inputs, Texts(pipeline), tracked)
     keeper = Keeper(checkpoints, parts, journal, settings.checkpoint.every)
-    tested = _before_after(outside, settings, pipeline, rewards)
+    tested = _before_after(outside, settings, pipeline, rewards, processes)
     if checkpoint is None:
         before = _begin(folder, plain, pipeline, guard, tested)
         keeper.begin()
@@ -87,17 +98,59 @@ def run_training(outside: Outside, settings: config.Train, plain: Mapping[str, A
         keeper.resume(checkpoint)
         folder.resume(plain, checkpoint.rounds)
         before = load_evaluation(folder.path / "before") if tested else None
-    watch = _watcher(outside, settings, pipeline, trainer.policy)
+    watch = _watcher(outside, settings, pipeline, policy)
     loggers = trackers(settings.trackers, folder.path, tracked.id)
     if not train(trainer, folder, pipeline, keeper, watch, settings.held_out.every, loggers, guard):
-        print(f"interrupted: everything so far is in {folder.path}; go on by genalign train --resume {folder.path}")
+        if processes.first:
+            told = f"interrupted: everything so far is in {folder.path}"
+            print(f"{told}; go on by genalign train --resume {folder.path}")
         return 130
-    if tested and before:
-        with trainer.policy.averaged():
-            after = tested.take(pipeline, folder.path / "after")
-        _write_gain(before, after, folder.path)
-    print(f"report: {write_report(folder.path)}")
+    _conclude(folder, pipeline, policy, tested, before)
     return 0
+
+
+def _checkpoint(folder: RunFolder, checkpoints: Checkpoints, plain: Mapping[str, Any], resume: bool) -> Saved | None:
+    """Where to go on; None for a run that begins. Raises FileExistsError for one that has begun and is not resumed."""
+    found = checkpoint_in(folder, checkpoints, plain) if resume else None
+    if found is None:
+        folder.require_unused()
+    folder.processes.wait()  # until all have looked, before one writes
+    return found
+
+
+def _require(settings: config.Train, processes: Processes) -> None:
+    """Raise ValueError, or FileNotFoundError, for what would fail later."""
+    settings.training.require_shares(processes.processes)
+    require_trackers(settings.trackers)
+    for watched in settings.watched():
+        prompt_set(watched.prompts)
+
+
+def _sharding(settings: config.Train, processes: Processes) -> Sharding | None:
+    """What the launcher asked for. Raises ValueError where it cannot be had with these settings."""
+    sharding = asked_for(os.environ, processes.processes)
+    refused = {
+        "lora null: train an adapter": settings.lora is None,
+        "training.optimizer adamw8bit: choose adamw": settings.training.optimizer != "adamw",
+        "training.out_of_memory halve: processes would part ways": settings.training.out_of_memory == "halve",
+    }
+    if sharding and any(refused.values()):
+        found = "; ".join(name for name, wrong in refused.items() if wrong)
+        raise ValueError(f"a network that FSDP divides cannot be trained with {found}")
+    return sharding
+
+
+def _conclude(
+    folder: RunFolder, pipeline: Checkpoint, policy: Policy, tested: Exam | None, before: Evaluation | None
+) -> None:
+    """Evaluate what was trained, and write the report."""
+    if tested and before:
+        with policy.averaged():
+            after = tested.take(pipeline, folder.path / "after")
+        if folder.processes.first:
+            _write_gain(before, after, folder.path)
+    if folder.processes.first:
+        print(f"report: {write_report(folder.path)}")
 
 
 def _begin(
@@ -115,28 +168,35 @@ def _parts(
 ) -> dict[str, Stateful]:
     """All that a run goes on from, by name."""
     parts: dict[str, Stateful] = {"inputs": inputs, "trainer": trainer, "texts": texts, "tracker": tracked}
-    return parts | ({"guard": guard} if guard else {}) | {"generators": Generators()}
+    return parts | ({"guard": guard} if guard else {}) | {"generators": OfEach(Generators(), trainer.processes)}
 
 
 def _trainer(
-    settings: config.Train, pipeline: Checkpoint, rewards: Sequence[NamedReward], prompts: PromptSet
+    settings: config.Train, pipeline: Checkpoint, policy: Policy, rewards: Sequence[NamedReward], prompts: PromptSet
 ) -> Trainer:
     """The loop. Raises ValueError where the guard could not do with it what it is told to."""
-    policy, suspects = _policy(settings, pipeline), Path(settings.output) / "suspects"
+    suspects, rank = Path(settings.output) / "suspects", policy.processes.rank
     trainer = Trainer(
-        pipeline, policy, rewards, prompts, settings.recipe, settings.training, settings.sampling, suspects
+        pipeline,
+        policy,
+        rewards,
+        prompts,
+        settings.recipe,
+        settings.training,
+        settings.sampling,
+        suspects / f"process-{rank}" if rank else suspects,
     )
     if settings.hacking.on_alarm.raise_kl is not None:
         anchored(settings.recipe.objective, settings.hacking.on_alarm.raise_kl)
     return trainer
 
 
-def _policy(settings: config.Train, pipeline: Checkpoint) -> Policy:
+def _policy(settings: config.Train, pipeline: Checkpoint, processes: Processes, sharding: Sharding | None) -> Policy:
     """What is trained, starting from a published adapter where one is named."""
     if settings.init_lora is not None:
         pipeline.load_lora(settings.init_lora)
-    worn = settings.init_lora is not None
-    return Policy(pipeline.denoiser, settings.lora, settings.averaging, settings.training.seed, worn)
+    worn, seed = settings.init_lora is not None, settings.training.seed
+    return Policy(pipeline.denoiser, settings.lora, settings.averaging, seed, worn, processes, sharding)
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -168,14 +228,18 @@ def _probe(pipeline: Checkpoint, rewards: Sequence[NamedReward], prompts: Prompt
 
 
 def _before_after(
-    outside: Outside, settings: config.Train, pipeline: Checkpoint, rewards: Sequence[NamedReward]
+    outside: Outside,
+    settings: config.Train,
+    pipeline: Checkpoint,
+    rewards: Sequence[NamedReward],
+    processes: Processes,
 ) -> Exam | None:
     chosen = settings.before_after
     if chosen is None:
         return None
     scorers = outside.judges(chosen.prompts, {reward.name: reward for reward in rewards})
     sampling = settings.evaluation or settings.sampling
-    return exam(pipeline, settings.model, sampling, chosen, prompt_set(chosen.prompts), scorers)
+    return exam(pipeline, settings.model, sampling, chosen, prompt_set(chosen.prompts), scorers, processes)
 
 
 def _watcher(
@@ -186,7 +250,8 @@ def _watcher(
         return None
     sampling = settings.evaluation or settings.sampling
     scorers = outside.judges(chosen.prompts, chosen.scorers)
-    watched = exam(pipeline, settings.model, sampling, chosen, prompt_set(chosen.prompts), scorers)
+    prompts = prompt_set(chosen.prompts)
+    watched = exam(pipeline, settings.model, sampling, chosen, prompts, scorers, policy.processes)
 
     def watch() -> dict[str, Estimate]:
         with policy.averaged():
@@ -207,9 +272,13 @@ def _guard(settings: config.Train, pipeline: Checkpoint, policy: Policy) -> Guar
     measures = Measures(chosen.rewards, chosen.features, chosen.shown)
 
     def look() -> Looks:
-        with policy.averaged():
-            made = list(generate(pipeline, texts, seeds, grid, sampling.guidance, chosen.batch_size))
-        return measures(torch.cat(made), prompts)
+        """Of the first process: a reward need not say the same in all."""
+        found: dict[str, Tensor] = {}
+        if policy.processes.first or policy.sharded:
+            with policy.averaged():
+                made = list(generate(pipeline, texts, seeds, grid, sampling.guidance, chosen.batch_size))
+            found = measures(torch.cat(made), prompts).tensors() if policy.processes.first else {}
+        return Looks.from_tensors(policy.processes.from_first(found))
 
     return Guard(look, tuple(chosen.rewards), chosen.limits, chosen.on_alarm, chosen.every)
 

@@ -115,7 +115,7 @@ def rescored(folder: Path, results: Sequence[Result]) -> Path:
     target.begin(manifest(protocol, source.subject()))
     for row in rescored_rows:
         target.write(row["index"], row)
-    with target.alone():
+    with target.claims.alone():
         target.finish(protocol, len(rows))
     return target.path
 

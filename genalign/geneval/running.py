@@ -13,49 +13,26 @@ their ranks do.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from genalign.checkpoints import write_json, write_text
+from genalign.claims import Claims
 from genalign.evaluation import Evaluation, Protocol, Record
 from genalign.geneval.files import Result, summary, write_results
 from genalign.geneval.judging import Judge, Judgement
 from genalign.geneval.scoring import Detection
 from genalign.geneval.sources import Source
+from genalign.processes import Share
 from genalign.types import Prompt, PromptSet
 
 SCORES = ("relaxed", "strict", "partial")
-_MANIFEST, _LOCKS = "evaluation.json", "locks"
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which prompts are this process's: those whose number leaves ``rank`` when divided by ``processes``."""
-
-    rank: int = 0
-    processes: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.processes:
-            raise ValueError(f"rank {self.rank} of {self.processes} processes: ranks are 0 to processes - 1")
-
-    @classmethod
-    def from_environment(cls, variables: Mapping[str, str]) -> Share:
-        """By RANK and WORLD_SIZE, which torchrun and accelerate set; all of the work where they are absent."""
-        if ("RANK" in variables) != ("WORLD_SIZE" in variables):
-            raise ValueError("set both RANK and WORLD_SIZE, or neither")
-        return cls(int(variables.get("RANK", 0)), int(variables.get("WORLD_SIZE", 1)))
-
-    def of(self, count: int) -> range:
-        """Its part of the numbers 0..count-1."""
-        return range(self.rank, count, self.processes)
+_MANIFEST = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -115,7 +92,7 @@ class GenEvalFolder:
 
     def begin(self, found: Mapping[str, Any]) -> None:
         """Make the folder, or go on in one of the same ``manifest``. FileExistsError for one of another."""
-        with self.alone():
+        with self.claims.alone():
             known = self.manifest()
             if known is None:
                 write_json(self.path / _MANIFEST, found)
@@ -145,17 +122,10 @@ class GenEvalFolder:
         """Whether a prompt is finished."""
         return self._row(index).is_file()
 
-    @contextlib.contextmanager
-    def claimed(self, index: int) -> Iterator[bool]:
-        """Hold a prompt for as long as this process works on it; False where another one does. A kill lets it go."""
-        with _locked(self.path / _LOCKS / f"{index:05d}", wait=False) as held:
-            yield held
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait until no other process is in such a part: what is about the whole evaluation is written in one."""
-        with _locked(self.path / _LOCKS / "all", wait=True):
-            yield
+    @property
+    def claims(self) -> Claims:
+        """Who works on what."""
+        return Claims(self.path / "locks")
 
     def write(self, index: int, row: Mapping[str, Any]) -> None:
         """Finish a prompt whose images are there."""
@@ -168,7 +138,7 @@ class GenEvalFolder:
         return [json.loads(self._row(index).read_text(encoding="utf-8")) for index in range(count)]
 
     def finish(self, protocol: Protocol, count: int) -> Evaluation:
-        """Put the prompts together and write the files that are about all of them. Call it ``alone``."""
+        """Put the prompts together and write the files that are about all of them. Call it ``claims.alone``."""
         rows = self.rows(count)
         made = Evaluation(protocol, tuple(record for row in rows for record in _records(row)))
         made.save(self.path)
@@ -176,24 +146,6 @@ class GenEvalFolder:
         write_results(self.path / "results.jsonl", results)
         write_text(self.path / "summary.txt", summary(results) + "\n")
         return made
-
-
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process holds the advisory lock of a file, which the system takes back from one that ends. The file
-    is opened for writing, as network file systems want it for a lock that excludes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        yield _lock(file, wait)
-
-
-def _lock(file: IO[str], wait: bool) -> bool:
-    """False where another process holds it and there is no waiting."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _differences(known: Any, found: Any, name: str = "") -> list[str]:
@@ -221,7 +173,7 @@ class Work:
         if todo:
             self.source.warm_up(self.prompts.prompts[0])
         for index in todo:
-            with self.folder.claimed(index) as held:
+            with self.folder.claims.claimed(index) as held:
                 if not held or self.folder.done(index):
                     continue
                 self.folder.write(index, self._row(index))

@@ -1,4 +1,10 @@
-"""A search's folder: one sample of each prompt, added whole, so that an interrupted search goes on where it stopped."""
+"""A search's folder, which any number of processes share, and which goes on where a kill stopped it.
+
+OUTPUT/config.json                the search
+OUTPUT/images/00017.png, lineage/00017.json, prompts/00017.json   of prompt 17; the last is written last: its row
+OUTPUT/locks/00017                empty; locked by the process that works on the prompt
+OUTPUT/scores.jsonl               the rows of all that are finished, in order
+"""
 
 from __future__ import annotations
 
@@ -10,34 +16,43 @@ from pathlib import Path
 from typing import Any
 
 from genalign.checkpoints import write_json, write_text
+from genalign.claims import Claims
 from genalign.media import Writer, write_images
 from genalign.search.running import Result
-
-_SCORES = "scores.jsonl"
 
 
 @dataclass(frozen=True)
 class SearchFolder:
-    """Samples, lineage/ and scores.jsonl, a line for each finished prompt."""
+    """One sample of each prompt, added whole."""
 
     path: Path
 
-    def finished(self, config: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The rows that are finished; none for a folder that is still to be made. Raises FileExistsError for one of
-        another configuration."""
+    @property
+    def claims(self) -> Claims:
+        """Who works on what."""
+        return Claims(self.path / "locks")
+
+    def begun(self, config: Mapping[str, Any]) -> bool:
+        """Whether it holds this search. Raises FileExistsError for one of another configuration."""
         known = self.path / "config.json"
-        if known.exists() and json.loads(known.read_text(encoding="utf-8")) != json.loads(json.dumps(config)):
+        if not known.exists():
+            return False
+        if json.loads(known.read_text(encoding="utf-8")) != json.loads(json.dumps(config)):
             raise FileExistsError(f"{self.path} holds a search of other settings: choose another output, or remove it")
-        return [json.loads(line) for line in self._whole_lines()]
+        return True
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Make the folder, or go on in it without a row that an interruption cut off."""
-        write_json(self.path / "config.json", config)
-        write_text(self.path / _SCORES, "".join(f"{line}\n" for line in self._whole_lines()))
+        """Make the folder, or go on in one of the same search. Raises FileExistsError for another."""
+        with self.claims.alone():
+            if not self.begun(config):
+                write_json(self.path / "config.json", config)
 
-    def _whole_lines(self) -> list[str]:
-        scores = self.path / _SCORES
-        return scores.read_text(encoding="utf-8").split("\n")[:-1] if scores.exists() else []
+    def _row(self, index: int) -> Path:
+        return self.path / "prompts" / f"{index:05d}.json"
+
+    def done(self, index: int) -> bool:
+        """Whether a prompt is finished."""
+        return self._row(index).is_file()
 
     def add(
         self, index: int, prompt: str, names: Sequence[str], result: Result, write: Writer = write_images
@@ -54,6 +69,10 @@ class SearchFolder:
             "calls": dict(result.ledger.counts),
             "seconds": result.seconds,
         }
-        with (self.path / _SCORES).open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(row)}\n")
+        write_json(self._row(index), row)
         return row
+
+    def conclude(self) -> None:
+        """Put the rows of all finished prompts together. Call it ``claims.alone``."""
+        rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self._row(0).parent.glob("*.json"))]
+        write_text(self.path / "scores.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import json
@@ -34,9 +35,11 @@ from genalign.scoring import NamedReward
 from genalign.states import Generators, State, Stateful
 from genalign.training import Settings, Trainer
 from genalign.types import Prompt, PromptSet
-from pipelines import SD3
+from pipelines import SD3, AceStep
+from pipelines.base import DiffusersPipeline
 from rewards.adversarial import AdversarialReward, Learning, PatchWeights
-from rewards.references import ImageTensor, Pool
+from rewards.references import Pool
+from tests.pipelines.tiny_checkpoints import FAMILIES
 
 PROMPTS = PromptSet("five", tuple(Prompt(f"{number} circles", {"n": number}) for number in range(5)))
 SETTINGS = Settings(
@@ -70,8 +73,21 @@ def rewards() -> list[NamedReward]:
     return [NamedReward("red", redness), NamedReward("careless", careless, 0.5)]
 
 
-def adversarial() -> list[NamedReward]:
-    pool = Pool(ImageTensor(torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))))
+class Samples:
+    """Random references, images or clips."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.samples = torch.rand(4, *shape, generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def load(self, rows: Sequence[int]) -> Tensor:
+        return self.samples[list(rows)]
+
+
+def adversarial(shape: Sequence[int]) -> list[NamedReward]:
+    pool = Pool(Samples(shape))
     learning = Learning(steps_per_update=2, batch_size=4, replay=6, learning_rate=1e-2)
     return [
         NamedReward("adversary", AdversarialReward(channels, pool, weights=PatchWeights(1.0, 0.0), learning=learning))
@@ -108,7 +124,7 @@ class Session:
     """What one process of a run holds."""
 
     def __init__(
-        self, folder: Path, tiny: SD3, recipe: Recipe, scored: Sequence[NamedReward], lora: Lora | None
+        self, folder: Path, tiny: DiffusersPipeline, recipe: Recipe, scored: Sequence[NamedReward], lora: Lora | None
     ) -> None:
         self.pipeline = copy.deepcopy(tiny)
         policy = Policy(self.pipeline.denoiser, lora)
@@ -160,10 +176,17 @@ def opened(tiny_folder: Path) -> SD3:
     return SD3.load(tiny_folder)
 
 
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory: pytest.TempPathFactory) -> AceStep:
+    """The same for clips, by a flow."""
+    return AceStep.load(FAMILIES["ace_step"].save(tmp_path_factory.mktemp("audio") / "ace_step"), seconds=1.0)
+
+
 def _broken_equals_unbroken(
-    folder: Path, opened: SD3, recipe: Recipe, lora: Lora | None = LORA, raise_kl: float | None = None
+    folder: Path, opened: DiffusersPipeline, recipe: Recipe, lora: Lora | None = LORA, raise_kl: float | None = None
 ) -> None:
-    scored = adversarial if recipe.kernel == recipes.adv_grpo().kernel else rewards
+    adversary = functools.partial(adversarial, opened.sample_shape)
+    scored = adversary if recipe.kernel == recipes.adv_grpo().kernel else rewards
     _seed(0)
     unbroken = Session(folder / "unbroken", opened, recipe, scored(), lora)
     rows = unbroken.go(3, raise_kl)
@@ -182,6 +205,12 @@ def _broken_equals_unbroken(
 @pytest.mark.parametrize("name", GRID)
 def test_every_recipe_goes_on_exactly(name: str, opened: SD3, tmp_path: Path) -> None:
     _broken_equals_unbroken(tmp_path, opened, GRID[name]())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", GRID)
+def test_every_recipe_goes_on_exactly_in_audio(name: str, audio: AceStep, tmp_path: Path) -> None:
+    _broken_equals_unbroken(tmp_path, audio, GRID[name]())
 
 
 def test_a_whole_network_and_a_raised_pull_go_on_exactly(opened: SD3, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from genalign.claims import Claims
 from genalign.cli import main
 
 STEER = """
@@ -49,9 +50,11 @@ def test_a_search_is_written_and_goes_on(tiny_folder: Path, tmp_path: Path) -> N
     rows = [json.loads(line) for line in (found / "scores.jsonl").read_text().splitlines()]
     assert [row["index"] for row in rows] == [0, 1]
     assert all(row["calls"]["forward"] <= 12 and (found / row["image"]).is_file() for row in rows)
-    whole = (found / "scores.jsonl").read_bytes()
-    (found / "scores.jsonl").write_bytes(whole[:-20])  # as an interruption would leave it
+    (found / "prompts" / "00001.json").unlink()  # as an interruption would leave it
+    (found / "scores.jsonl").unlink()
+    kept = (found / "prompts" / "00000.json").stat().st_mtime_ns
     assert main(config) == 0
+    assert (found / "prompts" / "00000.json").stat().st_mtime_ns == kept
     again = [json.loads(line) for line in (found / "scores.jsonl").read_text().splitlines()]
     for old, new in zip(rows, again, strict=True):
         assert {**old, "seconds": 0} == {**new, "seconds": 0}
@@ -60,6 +63,26 @@ def test_a_search_is_written_and_goes_on(tiny_folder: Path, tmp_path: Path) -> N
     assert main([*config, "--limit", "3"]) == 0
     assert len((found / "scores.jsonl").read_text().splitlines()) == 3
     assert main([*config, "--budget.forwards", "20"]) == 2  # another search
+
+
+def test_processes_share_a_search(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, found = ["steer", "--config", _config(tmp_path, STEER, model=tiny_folder)], tmp_path / "found"
+    config += ["--limit", "4"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(config) == 0
+    assert "2 of 4 prompts are left to other processes" in capsys.readouterr().out
+    assert [path.name for path in sorted((found / "prompts").iterdir())] == ["00001.json", "00003.json"]
+    monkeypatch.setenv("RANK", "0")
+    with Claims(found / "locks").claimed(2):  # by a process that was started beside
+        assert main(config) == 0
+    assert not (found / "report.html").exists() and not (found / "prompts" / "00002.json").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert main(config) == 0
+    rows = [json.loads(line) for line in (found / "scores.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == [0, 1, 2, 3]
 
 
 def test_prices_are_measured(tiny_folder: Path, tmp_path: Path) -> None:
