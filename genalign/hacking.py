@@ -1,9 +1,10 @@
 """Reward hacking, made visible: what a reward does not see, measured on fixed prompts and noises while training.
 
-Every image is compared with the one that the untrained model made from the same prompt and noise. Image statistics and
-rewards that are not trained on are read in units of the untrained images' standard deviation, variety (Vendi scores,
-arXiv 2210.02410) relative to the untrained one, and drift in units of the distance between two samples of one prompt:
-so the same limits serve every model and reward. Nothing here reads a verifier or what a scene was meant to show.
+Every image or clip is compared with the one that the untrained model made from the same prompt and noise. Statistics of
+pictures or sounds and rewards that are not trained on are read in units of the untrained samples' standard deviation,
+variety (Vendi scores, arXiv 2210.02410) relative to the untrained one, and drift in units of the distance between two
+samples of one prompt: so the same limits serve every model and reward. Nothing here reads a verifier or what a sample
+was meant to show.
 """
 
 from __future__ import annotations
@@ -18,19 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genalign import audio_statistics, image_statistics
 from genalign.checkpoints import with_prefix, without_prefix
 from genalign.divergences import vendi
-from genalign.image_statistics import grid_energy, high_frequency, saturation
 from genalign.statistics import Estimate, t_interval
 from genalign.types import FeatureFunction, Prompt, RewardFunction
 
 logger = logging.getLogger(__name__)
 Light = Literal["green", "amber", "red"]
 Side = Literal["either", "fall", "rise"]
-STATISTICS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "saturation": saturation,
-    "high frequencies": high_frequency,
-    "grid": grid_energy,
+Statistics = Mapping[str, Callable[[Tensor], Tensor]]
+OF_IMAGES: Statistics = {
+    "saturation": image_statistics.saturation,
+    "high frequencies": image_statistics.high_frequency,
+    "grid": image_statistics.grid_energy,
+}
+OF_WAVEFORMS: Statistics = {
+    "level": audio_statistics.level,
+    "crest": audio_statistics.crest,
+    "high frequencies": audio_statistics.high_frequency,
 }
 
 
@@ -111,7 +118,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Measures:
-    """What is read of a set of images.
+    """What is read of a set of images or clips.
 
     ``rewards`` are held out: none of them is trained on. ``features`` give variety and drift, if there are any.
     ``shown`` are figures of a whole set that have no light, such as a verifier's entropy.
@@ -122,16 +129,17 @@ class Measures:
     shown: Mapping[str, Callable[[Tensor, Sequence[Prompt]], float]] = field(default_factory=dict)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Looks:
-        """Of images (N, 3, H, W) in [0, 1] and their prompts."""
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Looks:
+        """Of images (N, 3, H, W) in [0, 1] or waveforms (N, C, L) in [-1, 1], and their prompts."""
+        statistics = OF_IMAGES if samples.ndim == 4 else OF_WAVEFORMS
         texts = list(dict.fromkeys(prompt.text for prompt in prompts))
         group = torch.tensor([texts.index(prompt.text) for prompt in prompts])
         return Looks(
             group,
-            {name: read(images).double().cpu() for name, read in STATISTICS.items()},
-            {name: reward(images, prompts).double().cpu() for name, reward in self.rewards.items()},
-            None if self.features is None else F.normalize(self.features(images).double().cpu(), dim=-1),
-            {name: read(images, prompts) for name, read in self.shown.items()},
+            {name: read(samples).double().cpu() for name, read in statistics.items()},
+            {name: reward(samples, prompts).double().cpu() for name, reward in self.rewards.items()},
+            None if self.features is None else F.normalize(self.features(samples).double().cpu(), dim=-1),
+            {name: read(samples, prompts) for name, read in self.shown.items()},
         )
 
 

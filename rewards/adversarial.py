@@ -24,9 +24,10 @@ from torch.func import functional_call
 
 from genalign.checkpoints import load_optimizer_tensors, optimizer_tensors, with_prefix, without_prefix
 from genalign.types import FeatureFunction, Prompt
-from rewards.clip import cosine, load_clip
-from rewards.features import Features, PatchFeatures
+from rewards.clip import load_clip
+from rewards.features import PatchFeatures
 from rewards.references import References
+from rewards.towers import Features, cosine
 
 logger = logging.getLogger(__name__)
 LossName = Literal["hinge", "bce", "bt_pairwise"]

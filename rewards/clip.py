@@ -6,7 +6,7 @@ open_clip and transformers are imported when a checkpoint is opened, not before.
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +18,9 @@ from torch import Tensor, nn
 
 from genalign import assets
 from genalign.types import Prompt
+from rewards.towers import Features, TwoTowers, cosine
 
 Interpolation = Literal["bicubic", "bilinear"]
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a vision transformer sees: ``global_`` (B, d) of the image, ``patches`` (B, n, d) in reading order."""
-
-    global_: Tensor
-    patches: Tensor
 
 
 @dataclass(frozen=True)
@@ -81,15 +74,13 @@ def _centred(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.pad(images, (left, extra_width - left, top, extra_height - top))
 
 
-class ClipEncoder(nn.Module, ABC):
+class ClipEncoder(TwoTowers):
     """A frozen text and image encoder; ``forward`` is the image embedding."""
 
     def __init__(self, model: nn.Module, prepare: Preparation, logit_scale: float) -> None:
-        super().__init__()
-        self.model = model.requires_grad_(False).eval()
+        super().__init__(model)
         self.prepare = prepare
         self.logit_scale = logit_scale
-        self._texts: dict[str, Tensor] = {}
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
@@ -103,24 +94,6 @@ class ClipEncoder(nn.Module, ABC):
     @abstractmethod
     def blocks(self) -> nn.ModuleList:
         """The blocks of the visual transformer, first to last."""
-
-    @abstractmethod
-    def _encode(self, texts: list[str]) -> Tensor:
-        """Projected embeddings (n, d) of texts, which are cut to the context length."""
-
-    @torch.no_grad()
-    def text(self, texts: Sequence[str]) -> Tensor:
-        """Unit embeddings (B, d), float32; each distinct text is encoded once, and alone: in a batch its last bits
-        would depend on the others, and on which of them were known before."""
-        for text in dict.fromkeys(texts):
-            if text not in self._texts:
-                self._texts[text] = F.normalize(self._encode([text])[0], dim=-1).cpu()
-        return torch.stack([self._texts[text] for text in texts]).to(self.device)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
 
 
 class OpenClipEncoder(ClipEncoder):
@@ -238,15 +211,6 @@ def _opened(model: str, processor: str | None) -> ClipEncoder:
             " push_to_hf_hub or CLIPModel.save_pretrained wrote"
         )
     return TransformersClipEncoder(model, processor or model)
-
-
-def cosine(left: Tensor, right: Tensor) -> Tensor:
-    """Cosines (B,) of rows of (B, d) in float32."""
-    if left.shape != right.shape or left.ndim != 2:
-        raise ValueError(
-            f"there must be one prompt per image: found embeddings {tuple(left.shape)} and {tuple(right.shape)}"
-        )
-    return F.cosine_similarity(left.float(), right.float(), dim=-1)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from torch import Tensor
 from genalign.advantages import combine, group_advantages
 from genalign.learning import Credit, Outcome
 from genalign.types import Prompt, RewardFunction
-from rewards.clip import ClipEncoder, cosine
+from rewards.clip import ClipEncoder
+from rewards.towers import cosine
 from rewards.weights import read_tensors
 
 _DIRECTION = "direction"

@@ -1,4 +1,7 @@
-"""Image features of frozen backbones: for discriminators, Fréchet distances and diversity."""
+"""Image features of frozen backbones, for discriminators, Fréchet distances and diversity; reference sets of them.
+
+Features of sound are in ``rewards.audio_features``.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewards.clip import Features, Preparation, load_clip
-from rewards.references import Images
+from rewards.clip import Preparation, load_clip
+from rewards.references import Samples
+from rewards.towers import Features
 
 __all__ = ["ClipFeatures", "Dinov2Features", "Features", "PatchFeatures", "described", "described_texts"]
 
@@ -21,13 +25,23 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @runtime_checkable
 class PatchFeatures(Protocol):
-    """A feature function that also tells features of image patches."""
+    """A feature function that also tells features of a sample's parts: an image's patches, a clip's frames."""
 
     def __call__(self, samples: Tensor) -> Tensor:
         """Global features (B, d)."""
 
     def features(self, samples: Tensor) -> Features:
-        """Global and patch features from one pass."""
+        """Global features and those of the parts, from one pass."""
+
+
+def with_parts(encoder: object) -> PatchFeatures:
+    """``encoder``. Raises ValueError where it tells nothing of parts."""
+    if not isinstance(encoder, PatchFeatures):
+        raise ValueError(
+            f"{type(encoder).__name__} gives no patches or frames: take an encoder with a method features, such as"
+            " ClipFeatures or rewards.audio_features.LogMelFeatures"
+        )
+    return encoder
 
 
 @dataclass(frozen=True)
@@ -88,27 +102,30 @@ class Dinov2Features:
 
 @torch.no_grad()
 def described(
-    images: Images,
+    images: Samples,
     features: Callable,  # type: ignore[type-arg]  # bare: configurations name any FeatureFunction
     batch_size: int = 64,
 ) -> Tensor:
-    """Features (m, d) of all ``images``: a reference set for ``rewards.sets``. They may be a folder
-    (``references.ImageFolder``), or the samples of another generator (``references.ImageTensor``)."""
+    """Features (m, d) of all ``images`` or clips: a reference set for ``rewards.sets``. They may be a folder
+    (``references.ImageFolder``, ``recordings.AudioFolder``), or the samples of another generator
+    (``references.ImageTensor``, ``recordings.AudioTensor``). ValueError for fewer than 2: one has no covariance."""
+    if len(images) < 2:
+        raise ValueError(
+            f"a reference set needs 2 samples or more, got {len(images)}: one has no covariance. Add more, or compare"
+            " the frames of one long clip (rewards.audio_features.described_frames)"
+        )
     rows = range(len(images))
     parts = [features(images.load(rows[i : i + batch_size])) for i in range(0, len(rows), batch_size)]
     return torch.cat(parts)
 
 
-@torch.no_grad()
 def described_texts(texts: Sequence[str], model: str, processor: str | None = None) -> Tensor:
     """CLIP's text embeddings (m, d), of length 1: a reference set in words, for ``ClipFeatures(model, unit=True)``.
 
     Texts and images lie apart in CLIP's space, so that a distance between them falls without reaching 0. ValueError for
     fewer than 2 texts: one has no covariance.
     """
-    if len(texts) < 2:
-        raise ValueError(f"a reference set in words needs 2 texts or more, got {len(texts)}")
-    return load_clip(model, processor).text(texts)
+    return load_clip(model, processor).reference(texts)
 
 
 @functools.cache

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from genalign.types import Prompt
-from rewards.clip import ClipEncoder, OpenClipEncoder, cosine
+from rewards.clip import ClipEncoder, OpenClipEncoder
+from rewards.towers import cosine
 from rewards.weights import find
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from genalign.types import Prompt
-from rewards.clip import ClipEncoder, cosine, load_clip
+from rewards.clip import ClipEncoder, load_clip
+from rewards.towers import cosine
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Reference images: what a discriminator takes for real."""
+"""Reference images: what a discriminator takes for real. Reference clips are in ``rewards.recordings``."""
 
 from __future__ import annotations
 
@@ -16,24 +16,35 @@ from torch import Tensor
 from genalign.types import Prompt
 from rewards.clip import resize
 
-_SUFFIXES = {".png", ".jpg", ".jpeg"}
 _PROMPTS = "prompts.jsonl"
 
 
-class Images(Protocol):
-    """Numbered images."""
+class Samples(Protocol):
+    """Numbered images or clips."""
 
     def __len__(self) -> int: ...
 
     def load(self, rows: Sequence[int]) -> Tensor:
-        """Images (n, 3, H, W) in [0, 1], float32 on the CPU."""
+        """Images (n, 3, H, W) in [0, 1] or waveforms (n, C, L) in [-1, 1], float32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Files of references: their ``name``, ``formats`` in words, and ``suffixes``."""
+
+    name: str
+    formats: str
+    suffixes: frozenset[str]
+
+
+IMAGES = Kind("images", "PNG or JPEG", frozenset({".png", ".jpg", ".jpeg"}))
 
 
 class References(Protocol):
     """Images, and which of them a sample of a prompt is compared with."""
 
     @property
-    def images(self) -> Images:
+    def images(self) -> Samples:
         """Every reference."""
 
     def rows(self, prompt: Prompt) -> Sequence[int]:
@@ -73,7 +84,7 @@ class ImageFolder:
 
     def __init__(self, folder: str | Path, size: tuple[int, int] | None = None) -> None:
         self.folder, self.size = Path(folder), size
-        self.names = _image_names(self.folder)
+        self.names = file_names(self.folder, IMAGES)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -97,7 +108,7 @@ class ImageFolder:
 class Pool:
     """Any reference for any prompt: a style, or a distribution (Adv-GRPO, arXiv 2511.20256, section 4.5)."""
 
-    images: Images
+    images: Samples
 
     @classmethod
     def of(cls, images: Tensor) -> Pool:
@@ -124,7 +135,7 @@ class ByPrompt:
     Raises ValueError for another number of texts than of images.
     """
 
-    def __init__(self, images: Images, prompts: Sequence[str]) -> None:
+    def __init__(self, images: Samples, prompts: Sequence[str]) -> None:
         if len(prompts) != len(images):
             raise ValueError(f"{len(images)} reference images have {len(prompts)} prompts: give one for each")
         self.images = images
@@ -171,17 +182,20 @@ class ByPrompt:
         return self.images.load([rows[int(u * len(rows))] for rows, u in zip(choices, drawn, strict=True)])
 
 
-def _image_names(folder: Path) -> tuple[str, ...]:
+def file_names(folder: Path, kind: Kind) -> tuple[str, ...]:
+    """Files anywhere under ``folder``, relative to it and sorted; see ``ImageFolder`` for what is refused."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: give the folder of the reference images")
+        raise FileNotFoundError(f"{folder} is not a folder: give the folder of the reference {kind.name}")
     found = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     files = [path for path in found if path.name != _PROMPTS and not path.name.startswith(".")]
-    other = [path for path in files if path.suffix.lower() not in _SUFFIXES]
+    other = [path for path in files if path.suffix.lower() not in kind.suffixes]
     if other:
         more = f" and {len(other) - 1} more files of another kind" if len(other) > 1 else ""
-        raise ValueError(f"expected images (PNG or JPEG) in {folder}, found {other[0]}{more}: keep them elsewhere")
+        raise ValueError(
+            f"expected {kind.name} ({kind.formats}) in {folder}, found {other[0]}{more}: keep them elsewhere"
+        )
     if not files:
-        raise ValueError(f"{folder} has no images: put PNG or JPEG references there")
+        raise ValueError(f"{folder} has no {kind.name}: put {kind.formats} references there")
     return tuple(path.as_posix() for path in files)
 
 

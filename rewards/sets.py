@@ -1,12 +1,13 @@
 """Rewards of whole sets of samples, from their features (n, d) in one embedding; higher is better.
 
 They are ``genalign.types.SetReward``s that also know their change when one member is replaced
-(``genalign.demonstrations.IncrementalReward``). Compare their values at equal n only: all but KID depend on it.
+(``genalign.demonstrations.IncrementalReward``). Compare their values at equal n only: all but KID and KAD depend on it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,18 +15,23 @@ from torch import Tensor
 
 from genalign.demonstrations import Rescored, SetStatistic
 from genalign.divergences import (
+    BlockFrechetStatistic,
     FrechetStatistic,
     Gaussian,
     GaussianKernel,
     MMDReference,
     MMDStatistic,
     VendiStatistic,
+    as_blocks,
     gaussian_distance,
     polynomial_kernel,
     vendi,
 )
+from genalign.types import Prompt
+from rewards.features import with_parts
 
 _CMMD_BANDWIDTH, _CMMD_SCALE = 10.0, 1000.0
+_KAD_SCALE = 100.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +51,63 @@ class FrechetTo:
     def statistic(self, features: Tensor) -> SetStatistic:
         """For changes of one member."""
         return FrechetStatistic(features, self.gaussian)
+
+
+@dataclass(frozen=True, eq=False)
+class FrameFrechetTo:
+    """-Frechet distance of all frames of a set of clips to those of a reference set (m, d): FAD as its tools have it.
+
+    Features are (n, f d), the frames of a clip in one row: ``rewards.audio_features.FrameFeatures``. A frame counts as
+    a sample, so one clip has a distance, too; and frames of one clip are alike, so that many clips tell more than many
+    frames. ValueError for m or n f below 2.
+    """
+
+    reference: Tensor
+    gaussian: Gaussian = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gaussian", Gaussian.of(self.reference))
+
+    def __call__(self, features: Tensor) -> float:
+        frames = as_blocks(features, len(self.gaussian.mean)).flatten(0, 1)
+        return -gaussian_distance(Gaussian.of(frames), self.gaussian)
+
+    def statistic(self, features: Tensor) -> SetStatistic:
+        """For changes of one clip."""
+        return BlockFrechetStatistic(features, self.gaussian)
+
+
+@dataclass(frozen=True, eq=False)
+class KADTo:
+    """-KAD (arXiv 2502.15602) to a reference set of features (m, d), all of it at once: memory for (m, m).
+
+    100 times the unbiased estimate of the squared maximum mean discrepancy, so that it may be above 0, with a Gaussian
+    kernel whose bandwidth is the median distance of two members of the reference set, as the paper says; the code of
+    the authors' tool takes that of the evaluated set, so that its figures differ. ValueError for a set or m below 2.
+    """
+
+    reference: Tensor
+    prepared: MMDReference = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        kernel = GaussianKernel.at_median(self.reference)
+        object.__setattr__(self, "prepared", MMDReference.of(self.reference, kernel))
+
+    def __call__(self, features: Tensor) -> float:
+        return _KADStatistic(features, self.prepared).value
+
+    def statistic(self, features: Tensor) -> SetStatistic:
+        """For changes of one member."""
+        return _KADStatistic(features, self.prepared)
+
+
+class _KADStatistic(MMDStatistic):
+    @property
+    def resolution(self) -> float:
+        return _KAD_SCALE * super().resolution
+
+    def _distance(self, within: float, across: float) -> float:
+        return _KAD_SCALE * super()._distance(within, across)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +188,26 @@ class Vendi:
         return VendiStatistic(features) if self.order == 1 else Rescored(self, features)
 
 
+@dataclass(frozen=True, eq=False)
+class PerSampleFrechet:
+    """-Frechet distance of each sample's own parts to a reference set of such parts (m, d): per-clip FAD, a reward of
+    single samples. ``encoder`` is any ``rewards.features.PatchFeatures``, ``reference`` for clips that of
+    ``rewards.audio_features.described_frames`` with the same encoder. See ``per_sample_frechet``."""
+
+    encoder: Callable  # type: ignore[type-arg]  # bare: configurations name any PatchFeatures
+    reference: Tensor
+    gaussian: Gaussian = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        with_parts(self.encoder)
+        object.__setattr__(self, "gaussian", Gaussian.of(self.reference))
+
+    @torch.no_grad()
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,); NaN for a sample that is not finite. Raises ValueError where a sample has one part alone."""
+        return per_sample_frechet(with_parts(self.encoder).features(samples).patches, self.gaussian)
+
+
 def per_sample_frechet(tokens: Tensor, reference: Gaussian) -> Tensor:
     """-Frechet distance of each sample's own tokens to a reference: (B,) float32 for tokens (B, n, d).
 
@@ -135,6 +218,11 @@ def per_sample_frechet(tokens: Tensor, reference: Gaussian) -> Tensor:
     """
     if tokens.ndim != 3:
         raise ValueError(f"tokens must be (B, n, d), not {tuple(tokens.shape)}")
+    if tokens.shape[1] < 2:
+        raise ValueError(
+            f"needs at least 2 samples, got {tokens.shape[1]}: one frame has no covariance. Give longer clips, or an"
+            " encoder with more frames"
+        )
     rewards = [
         -gaussian_distance(Gaussian.of(sample), reference) if bool(sample.isfinite().all()) else math.nan
         for sample in tokens

@@ -1,15 +1,20 @@
-"""The tones world for training: its exact verifier as a reward."""
+"""The tones world for training: its exact verifier as a reward, and rendered clips as references."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import Tensor
 
 from genalign.types import Prompt
+from genalign.worlds.tones.prompts import prompts
+from genalign.worlds.tones.scenes import Clip, Event, render, sample_clip
+from genalign.worlds.tones.timbres import NOISE, NOTES, TIMBRES
 from genalign.worlds.tones.verifier import verify
-from rewards.verified import Score, scores
+from rewards.recordings import AudioTensor
+from rewards.verified import Score, metadata_of, scores
 
 
 @dataclass(frozen=True)
@@ -21,3 +26,35 @@ class TonesReward:
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), float32 on the CPU, of waveforms (B, 1, 12000) at 8 kHz; NaN for one with NaN samples."""
         return scores(verify, self.score, samples, prompts)
+
+
+def revoiced(
+    timbres: Sequence[str] = TIMBRES,
+    level: tuple[float, float] | None = None,
+    count: int = 256,
+    suite: str = "train",
+    seed: int = 0,
+) -> AudioTensor:
+    """``count`` rendered clips of a split's prompts, drawn by task and then by prompt, whose events all have one of
+    these ``timbres`` and, where it is given, a ``level`` in this range of dB of full scale: a sound to transfer, such
+    as quiet organ tones.
+
+    ValueError for a timbre that is not of this world.
+    """
+    if unknown := set(timbres) - set(TIMBRES):
+        raise ValueError(f"no timbre {', '.join(sorted(unknown))} in this world: choose from {', '.join(TIMBRES)}")
+    rng = np.random.default_rng(seed)
+    tasks = list(prompts(suite).by_task().values())
+    chosen = [tasks[i % len(tasks)][rng.integers(len(tasks[i % len(tasks)]))] for i in range(count)]
+    clips = [sample_clip(metadata_of(prompt), rng) for prompt in chosen]
+    voiced = [Clip(tuple(_revoiced(event, timbres, level, rng) for event in clip.events)) for clip in clips]
+    return AudioTensor(render(voiced))
+
+
+def _revoiced(
+    event: Event, timbres: Sequence[str], level: tuple[float, float] | None, rng: np.random.Generator
+) -> Event:
+    timbre = timbres[int(rng.integers(len(timbres)))]
+    note = None if timbre == NOISE else event.note or list(NOTES)[rng.integers(len(NOTES))]
+    loudness = event.level if level is None else float(rng.uniform(*level))
+    return replace(event, timbre=timbre, note=note, level=loudness)

@@ -13,7 +13,7 @@ from genalign.results import PromptRecord
 from genalign.worlds.shapes.detection import Detection, detect
 from genalign.worlds.shapes.diversity import evaluation_images
 from rewards.features import ClipFeatures, described
-from rewards.references import Images, ImageTensor
+from rewards.references import ImageTensor, Samples
 
 FEATURES = ClipFeatures("shapes-clip")
 Measure = Callable[[Tensor], float]
@@ -25,7 +25,7 @@ def set_records(name: str, metric: str, seed: int, run: Path, measure: Measure) 
     return [PromptRecord(name, metric, seed, "all", "the whole set", measure(before), measure(after), len(asked))]
 
 
-def nearness(references: Images) -> Measure:
+def nearness(references: Samples) -> Measure:
     """-Frechet distance of shapes-clip features to ``references``, as many as there are images."""
 
     def measure(images: Tensor) -> float:

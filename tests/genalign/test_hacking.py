@@ -255,3 +255,30 @@ def test_the_settings_in_the_docs_are_accepted_and_its_limits_are_the_defaults(c
     rows = re.findall(r"\| ([\d.]+, [\d.]+) \|", page)
     limits = [limit for limit in plain["hacking"]["limits"].values() if limit]
     assert rows == [f"{limit['amber']:g}, {limit['red']:g}" for limit in limits]
+
+
+def sounds() -> Tensor:
+    """Noise below 1 kHz at about -25 dB (48, 1, 4000)."""
+    noise = torch.randn(48, 1, 4000, generator=torch.Generator().manual_seed(0))
+    level = 0.05 + 0.02 * torch.rand(48, 1, 1, generator=torch.Generator().manual_seed(1))
+    smooth = torch.nn.functional.avg_pool1d(noise, 5, 1, 2)
+    return level * smooth / smooth.std(2, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "red"),
+    [
+        (lambda waves: waves, set()),
+        (lambda waves: 4 * waves, {"level"}),
+        (lambda waves: (20 * waves).clamp(-0.3, 0.3), {"level", "crest", "high frequencies"}),
+        (lambda waves: waves + 0.03 * torch.randn(waves.shape), {"high frequencies", "level"}),
+    ],
+    ids=["honest", "louder", "distorted", "hissing"],
+)
+def test_sounds_have_statistics_of_their_own(spoilt: object, red: set[str]) -> None:
+    assert callable(spoilt)
+    torch.manual_seed(0)
+    measures = Measures()
+    found = panel(measures(sounds(), PROMPTS), measures(spoilt(sounds()), PROMPTS), 0.1, Limits())
+    assert {signal.name for signal in found.signals} == {"level", "crest", "high frequencies", "KL"}
+    assert {signal.name for signal in found.signals if signal.light == "red"} == red

@@ -167,7 +167,7 @@ def test_resizing_stays_in_range() -> None:
 def test_wrong_shapes_are_refused(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\)"):
         ClipReward("shapes-clip")(images[:, :1], PROMPTS)
-    with pytest.raises(ValueError, match="one prompt per image"):
+    with pytest.raises(ValueError, match="one prompt per sample"):
         ClipReward("shapes-clip")(images, PROMPTS[:2])
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ClapAudioConfig, ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor, ClapTextConfig
 
+from genalign.waveforms import mel_decibels
 from genalign.worlds.tones.models import T5_LENGTH, tokenizer
 from genalign.worlds.tones.timbres import LENGTH, SAMPLE_RATE
 
@@ -40,10 +41,7 @@ def _filters() -> Tensor:
 
 def log_mel(waveforms: Tensor) -> Tensor:
     """What ``feature_extractor`` makes of clips (B, 1, 12000): (B, 1, 251, 64) in dB; batched, differentiable."""
-    window = torch.hann_window(MEL_WINDOW, device=waveforms.device)
-    spectra = torch.stft(waveforms[:, 0], MEL_WINDOW, MEL_HOP, window=window, pad_mode="reflect", return_complex=True)
-    power = spectra.abs().square().transpose(1, 2)
-    return 10 * (power @ _filters().to(waveforms.device)).clamp(min=1e-10).log10()[:, None]
+    return mel_decibels(waveforms[:, 0], _filters(), MEL_WINDOW, MEL_HOP)[:, None]
 
 
 def build_clap() -> ClapModel:

@@ -1,0 +1,120 @@
+"""Features of sound: a whole clip's, and its frames', for Frechet distances, kernel distances and diversity.
+
+Each is a feature function (B, C, L) -> (B, d) with a method ``features`` that also gives the frames, as
+``rewards.features.PatchFeatures`` has it for images.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genalign.waveforms import as_heard, mel_decibels
+from rewards.clap import load_clap
+from rewards.features import with_parts
+from rewards.references import Samples
+from rewards.towers import Features
+
+_LOWEST_HZ = 50.0
+_TINY = 1e-4  # dB^2, for the gradient of a deviation of 0
+
+
+@dataclass(frozen=True)
+class ClapFeatures:
+    """CLAP's unit embedding of a clip, and of its frames; ``model`` and ``sample_rate`` as for
+    ``rewards.clap.ClapReward``. Opened at the first call, frozen, float32."""
+
+    model: str
+    sample_rate: int
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        """Embeddings (B, d) of waveforms (B, C, L); differentiable."""
+        return self.features(samples).global_
+
+    def features(self, samples: Tensor) -> Features:
+        """Embeddings (B, d), and those of frames (B, n, d)."""
+        return load_clap(self.model).to(samples.device).features(samples, self.sample_rate)
+
+
+@dataclass(frozen=True)
+class LogMelFeatures:
+    """Mel spectra in dB, without weights: ``mels`` bands from 50 Hz to half of ``sample_rate``, Hann windows of
+    ``window`` seconds every ``hop``. A clip's features are every band's mean and standard deviation over its frames.
+
+    They hear timbre, pitch and level, and no meaning.
+    """
+
+    sample_rate: int
+    mels: int = 64
+    window: float = 0.064
+    hop: float = 0.016
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        """(B, 2 mels) of waveforms (B, C, L), in dB; differentiable."""
+        return self.features(samples).global_
+
+    def features(self, samples: Tensor) -> Features:
+        """The same, and frames (B, n, mels). Raises ValueError for clips that are shorter than a window."""
+        clips = as_heard(samples, self.sample_rate, self.sample_rate, "the log-mel encoder")
+        window, hop = (round(seconds * self.sample_rate) for seconds in (self.window, self.hop))
+        frames = mel_decibels(clips, _mel_filters(self.sample_rate, window, self.mels), window, hop)
+        deviation = (frames.var(1, correction=0) + _TINY).sqrt()
+        return Features(torch.cat([frames.mean(1), deviation], 1), frames)
+
+
+@functools.cache
+def _mel_filters(rate: int, window: int, mels: int) -> Tensor:
+    """(window // 2 + 1, mels), Slaney's, of equal area."""
+    from transformers.audio_utils import mel_filter_bank
+
+    filters = mel_filter_bank(
+        num_frequency_bins=window // 2 + 1,
+        num_mel_filters=mels,
+        min_frequency=_LOWEST_HZ,
+        max_frequency=rate / 2,
+        sampling_rate=rate,
+        norm="slaney",
+        mel_scale="slaney",
+    )
+    return torch.from_numpy(filters).float()
+
+
+@dataclass(frozen=True)
+class FrameFeatures:
+    """All frames of a clip in one row (B, n d), for ``rewards.sets.FrameFrechetTo``: Frechet distances of sets of clips
+    by their frames, as FAD has it. ``encoder`` is any ``rewards.features.PatchFeatures``."""
+
+    encoder: Callable  # type: ignore[type-arg]  # bare: configurations name any PatchFeatures
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        """(B, n d); differentiable."""
+        return with_parts(self.encoder).features(samples).patches.flatten(1)
+
+
+@torch.no_grad()
+def described_frames(
+    clips: Samples,
+    encoder: Callable,  # type: ignore[type-arg]  # as above
+) -> Tensor:
+    """Frames (m, d) of all ``clips``, which may differ in length: the reference set of a FAD.
+
+    Raises ValueError for fewer than 2 frames, which have no covariance.
+    """
+    found = with_parts(encoder)
+    frames = torch.cat([found.features(clips.load([row])).patches[0] for row in range(len(clips))])
+    if len(frames) < 2:
+        raise ValueError("the references have 1 frame in all, and no covariance: give longer clips, or more of them")
+    return frames
+
+
+def described_texts(texts: list[str], model: str) -> Tensor:
+    """CLAP's text embeddings (m, d), of length 1: a reference set in words, for ``ClapFeatures(model, ...)``.
+
+    Texts and sounds lie apart in CLAP's space, so that a distance between them falls without reaching 0. ValueError for
+    fewer than 2 texts: one has no covariance.
+    """
+    return load_clap(model).reference(texts)

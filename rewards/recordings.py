@@ -1,0 +1,80 @@
+"""Reference clips: recordings in a folder, or waveforms in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from genalign.audio_statistics import SILENT
+from genalign.media import read_waveform
+from genalign.waveforms import as_heard, require_waveforms, tell_once
+from rewards.references import Kind, file_names
+
+AUDIO = Kind("audio", "WAV or FLAC", frozenset({".wav", ".flac"}))
+
+
+class AudioTensor:
+    """Waveforms (N, C, L) in [-1, 1] held in memory. Raises ValueError for another shape, N = 0, or samples that are
+    not finite; TypeError for integers."""
+
+    def __init__(self, waveforms: Tensor) -> None:
+        self._waveforms = require_waveforms(waveforms).detach().cpu()
+        if not len(waveforms):
+            raise ValueError("there are no reference clips: give at least one")
+        if not bool(self._waveforms.isfinite().all()):
+            raise ValueError("reference clips must be finite: leave failed samples out")
+
+    def __len__(self) -> int:
+        return len(self._waveforms)
+
+    def load(self, rows: Sequence[int]) -> Tensor:
+        """The clips of these rows."""
+        return self._waveforms[list(rows)]
+
+
+class AudioFolder:
+    """WAV and FLAC files anywhere under ``folder``, read when they are needed, as one channel at ``sample_rate`` Hz;
+    what that mixes or resamples is told in the log. ``seconds`` keeps so much of the beginning of each.
+
+    ``names`` are relative to the folder and sorted; hidden files and prompts.jsonl are left out. Raises ValueError for
+    a folder without audio, or with files that are none; FileNotFoundError where there is no folder.
+    """
+
+    def __init__(self, folder: str | Path, sample_rate: int, seconds: float | None = None) -> None:
+        self.folder, self.sample_rate, self.seconds = Path(folder), sample_rate, seconds
+        self.names = file_names(self.folder, AUDIO)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def load(self, rows: Sequence[int]) -> Tensor:
+        """The clips (n, 1, L) of these rows. Raises ValueError for an unreadable file, one with samples that are not
+        finite or with less than ``seconds``, and for different lengths."""
+        clips = [self._read(row) for row in rows]
+        for row, clip in zip(rows, clips, strict=True):
+            if clip.shape != clips[0].shape:
+                seconds = [len(one[0, 0]) / self.sample_rate for one in (clips[0], clip)]
+                raise ValueError(
+                    f"the references in {self.folder} have different lengths ({seconds[0]:.2f} s, but"
+                    f" {self.names[row]} {seconds[1]:.2f} s): give seconds="
+                )
+        return torch.cat(clips)
+
+    def _read(self, row: int) -> Tensor:
+        path = self.folder / self.names[row]
+        found = read_waveform(path)
+        heard = as_heard(found.waveform[None], found.sample_rate, self.sample_rate, f"the reader of {self.folder}")
+        if bool((heard.abs() < SILENT).all()):
+            tell_once(f"the reference {path} is silent")
+        if self.seconds is None:
+            return heard[None]
+        length = round(self.seconds * self.sample_rate)
+        if heard.shape[1] < length:
+            lasts = heard.shape[1] / self.sample_rate
+            raise ValueError(
+                f"{path} lasts {lasts:.2f} s, less than seconds={self.seconds:g}: lower it, or leave it out"
+            )
+        return heard[None, :, :length]

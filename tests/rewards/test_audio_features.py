@@ -1,0 +1,215 @@
+"""Features of sound without weights, and FAD, KAD and Vendi on them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+
+from genalign.demonstrations import greedy_swap
+from genalign.divergences import BlockFrechetStatistic, Gaussian
+from genalign.extrapolation import at_infinite_size
+from genalign.types import Prompt, Reward
+from genalign.worlds.tones.scenes import render, sample_clip
+from genalign.worlds.tones.timbres import NOTES, PITCHED, tone
+from rewards.audio_features import FrameFeatures, LogMelFeatures, described_frames
+from rewards.features import PatchFeatures, described
+from rewards.recordings import AudioTensor
+from rewards.sets import FrameFrechetTo, FrechetTo, KADTo, PerSampleFrechet, Vendi
+from rewards.tones import revoiced
+
+RATE = 8000
+ENCODER = LogMelFeatures(RATE, mels=20)
+PROMPTS = [Prompt("a clip")]
+
+
+@pytest.fixture(scope="module")
+def organs() -> torch.Tensor:
+    return revoiced(["organ"], count=40, seed=1).load(range(40))
+
+
+@pytest.fixture(scope="module")
+def noises() -> torch.Tensor:
+    return revoiced(["noise"], count=40, seed=2).load(range(40))
+
+
+def by_scipy(x: torch.Tensor, y: torch.Tensor) -> float:
+    """The Frechet distance of two sets, written out with scipy's matrix square root."""
+    a, b = (np.cov(part.double().numpy(), rowvar=False) for part in (x, y))
+    apart = (x.double().mean(0) - y.double().mean(0)).square().sum()
+    return float(apart) + float(np.trace(a + b - 2 * sqrtm(a @ b).real))
+
+
+def test_a_tone_lights_its_band() -> None:
+    """The loudest band of a sine rises with its frequency, and its level is heard in dB."""
+    waves = torch.stack([torch.from_numpy(tone(PITCHED["sine"], hz, 0.0, 8000))[None].float() for hz in NOTES.values()])
+    found = LogMelFeatures(RATE).features(0.1 * waves)
+    bands = found.patches[:, 20].argmax(1).tolist()
+    assert bands == sorted(bands) and len(set(bands)) == len(NOTES)
+    louder = LogMelFeatures(RATE).features(0.2 * waves).patches[:, 20].amax(1) - found.patches[:, 20].amax(1)
+    torch.testing.assert_close(louder, torch.full((10,), 20 * math.log10(2)), rtol=0, atol=1e-3)
+
+
+def test_clips_and_frames(organs: torch.Tensor) -> None:
+    found = ENCODER.features(organs)
+    assert isinstance(ENCODER, PatchFeatures)
+    assert found.patches.shape == (40, 12000 // 128 + 1, 20)
+    torch.testing.assert_close(found.global_[:, :20], found.patches.mean(1))
+    torch.testing.assert_close(ENCODER(organs), found.global_)
+    torch.testing.assert_close(ENCODER(organs.repeat(1, 2, 1)), found.global_)
+    torch.testing.assert_close(FrameFeatures(ENCODER)(organs), found.patches.flatten(1))
+    leaf = torch.zeros(1, 1, 4000).requires_grad_()
+    ENCODER(leaf).sum().backward()
+    assert leaf.grad is not None and bool(leaf.grad.isfinite().all())
+
+
+def test_fad_is_that_of_scipy(organs: torch.Tensor, noises: torch.Tensor) -> None:
+    hiss = 0.01 * torch.randn(organs.shape, generator=torch.Generator().manual_seed(0))  # silence has no full rank
+    organs, noises = organs + hiss, noises + hiss.flip(2)
+    reference = described_frames(AudioTensor(noises), ENCODER)
+    frames = ENCODER.features(organs).patches.flatten(0, 1)
+    found = -FrameFrechetTo(reference)(FrameFeatures(ENCODER)(organs))
+    assert found == pytest.approx(by_scipy(frames, reference), rel=1e-6)
+    clips = LogMelFeatures(RATE, mels=6)
+    whole = -FrechetTo(described(AudioTensor(noises), clips))(clips(organs))
+    assert whole == pytest.approx(by_scipy(clips(organs), clips(noises)), rel=1e-6)
+    one = ENCODER.features(organs[:1]).patches[0]  # 94 frames of 20 bands
+    per_clip = PerSampleFrechet(ENCODER, reference)(organs[:1], PROMPTS)
+    assert -float(per_clip) == pytest.approx(by_scipy(one, reference), rel=1e-5)
+
+
+def test_the_nearer_set_scores_higher(organs: torch.Tensor, noises: torch.Tensor) -> None:
+    other = revoiced(["organ"], count=40, seed=7)
+    frames, clips = FrameFeatures(ENCODER), ENCODER
+    for reward, features in (
+        (FrameFrechetTo(described_frames(other, ENCODER)), frames),
+        (FrechetTo(described(other, clips)), clips),
+        (KADTo(described(other, clips)), clips),
+    ):
+        assert reward(features(organs)) > reward(features(noises))
+    per_clip: Reward = PerSampleFrechet(ENCODER, described_frames(other, ENCODER))
+    assert isinstance(per_clip, Reward)
+    assert per_clip(organs, PROMPTS * 40).median() > per_clip(noises, PROMPTS * 40).max()
+    both = torch.cat([organs[:20], noises[:20]])
+    assert Vendi()(clips(both)) > Vendi()(clips(organs[:1].repeat(40, 1, 1))) == pytest.approx(1, abs=1e-3)
+
+
+def test_rank_deficient_sets(organs: torch.Tensor, noises: torch.Tensor) -> None:
+    """Fewer frames than bands, and silence, whose frames are all the same: exact, where a square root of a singular
+    product is not."""
+    fine = LogMelFeatures(RATE, mels=64)
+    reference = described_frames(AudioTensor(noises), fine)
+    short = organs[:2, :, :1500]
+    assert fine.features(short).patches.shape[1] < 64
+    scores = PerSampleFrechet(fine, reference)(torch.cat([short, torch.zeros(1, 1, 1500)]), PROMPTS * 3)
+    assert scores.isfinite().all()
+    flat = Gaussian.of(reference)
+    silence = (-100 - flat.mean).square().sum() + flat.covariance.trace()
+    assert -float(scores[2]) == pytest.approx(float(silence), rel=1e-6)
+    itself = described_frames(AudioTensor(short[:1]), fine)
+    assert float(PerSampleFrechet(fine, itself)(short[:1], PROMPTS)) == pytest.approx(0, abs=1e-3)
+
+
+def test_one_frame_has_no_distance_and_two_clips_of_one_have(organs: torch.Tensor) -> None:
+    single = LogMelFeatures(RATE, mels=8, window=0.064, hop=0.2)
+    short, reference = organs[:3, :, 4000:5000], torch.randn(30, 8)
+    assert single.features(short).patches.shape == (3, 1, 8)
+    with pytest.raises(ValueError, match=r"got 1: one frame has no covariance\. Give longer clips"):
+        PerSampleFrechet(single, reference)(short, PROMPTS * 3)
+    reward, frames = FrameFrechetTo(reference), FrameFeatures(single)(short)
+    assert math.isfinite(reward(frames))
+    with pytest.raises(ValueError, match="one clip of one frame has no covariance: score more clips, or longer ones"):
+        reward(frames[:1])
+    with pytest.raises(ValueError, match="no whole number of features of width 8"):
+        reward(torch.zeros(3, 12))
+    with pytest.raises(ValueError, match="1 frame in all, and no covariance"):
+        described_frames(AudioTensor(short[:1]), single)
+
+
+def test_a_change_of_one_clip_is_known_without_the_others(organs: torch.Tensor, noises: torch.Tensor) -> None:
+    reference = described_frames(AudioTensor(organs[20:]), ENCODER)
+    reward, features = FrameFrechetTo(reference), FrameFeatures(ENCODER)
+    rows, new = features(organs[:6]).double(), features(noises[:6]).double()
+    statistic = reward.statistic(rows)
+    assert isinstance(statistic, BlockFrechetStatistic)
+    for index in (2, 0, 2):
+        tried = statistic.swapped(index, new[index])
+        statistic.swap(index, new[index])
+        rows[index] = new[index]
+        assert tried == pytest.approx(reward(rows), abs=statistic.resolution)
+        assert statistic.value == pytest.approx(reward(rows), abs=statistic.resolution)
+        assert statistic.resolution < 1e-4 * abs(reward(rows))
+
+
+def test_demonstrations_move_towards_the_exemplars(organs: torch.Tensor, noises: torch.Tensor) -> None:
+    """DRAGON's exchange with the whole set's FAD: D+ takes the organs out of two mixed sets."""
+    reward = FrameFrechetTo(described_frames(AudioTensor(organs[20:]), ENCODER))
+    first, second = organs[:8].clone(), noises[:8].clone()
+    first[::2], second[::2] = noises[8:12], organs[8:12]
+    features = FrameFeatures(ENCODER)
+    split = greedy_swap(features(first), features(second), reward, passes=2)
+    assert split.from_second.tolist() == [True, False] * 4
+    assert split.plus > max(split.first, split.second) > split.minus
+
+
+def test_fad_at_infinite_size(organs: torch.Tensor) -> None:
+    """Frames of one distribution: the extrapolated distance is below that of parts."""
+    frames = described_frames(revoiced(["organ"], count=60, seed=3), ENCODER)
+    reward = FrechetTo(described_frames(AudioTensor(organs), ENCODER))
+    found = at_infinite_size(lambda part: -reward(part), frames, smallest=200, points=10)
+    assert found.value < sum(found.distances) / 10 and found.slope > 0
+
+
+def test_failed_clips_are_nan_and_no_others(organs: torch.Tensor) -> None:
+    waves = organs[:3].clone()
+    waves[1, 0, 500] = math.nan
+    reward = PerSampleFrechet(ENCODER, described_frames(AudioTensor(organs[20:]), ENCODER))
+    assert reward(waves, PROMPTS * 3).isnan().tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="features must be finite: leave failed samples out"):
+        Vendi()(ENCODER(waves))
+
+
+def test_what_cannot_be_a_reference_is_refused(organs: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"needs 2 samples or more, got 1: one has no covariance.*described_frames"):
+        described(AudioTensor(organs[:1]), ENCODER)
+    with pytest.raises(ValueError, match="most of the reference set is the same sample over again"):
+        KADTo(torch.ones(5, 3))
+    with pytest.raises(ValueError, match="shorter than a window of 512: give longer clips"):
+        ENCODER(organs[..., :400])
+    with pytest.raises(ValueError, match="function gives no patches or frames: take an encoder with a method features"):
+        FrameFeatures(lambda samples: samples)(organs)
+    with pytest.raises(ValueError, match="gives no patches or frames"):
+        PerSampleFrechet(lambda samples: samples, torch.zeros(3, 2))
+
+
+def test_kad_is_a_hundred_times_the_discrepancy() -> None:
+    x, y = torch.randn(7, 3, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64) + 1
+    bandwidth = float(torch.pdist(y).median())
+
+    def mean(a: torch.Tensor, b: torch.Tensor, same: bool) -> float:
+        kernel = torch.exp(-torch.cdist(a, b).square() / (2 * bandwidth**2))
+        n = len(a)
+        return float((kernel.sum() - n) / (n * (n - 1))) if same else float(kernel.mean())
+
+    y = y[:6]  # an odd number of distances, whose median is one of them
+    bandwidth = float(torch.pdist(y).median())
+    expected = 100 * (mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False))
+    assert KADTo(y)(x) == pytest.approx(-expected, rel=1e-6)
+    statistic = KADTo(y).statistic(x)
+    changed = x.clone()
+    changed[2] = 3.0
+    assert statistic.swapped(2, changed[2]) == pytest.approx(KADTo(y)(changed))
+
+
+def test_exemplars_are_as_asked_for() -> None:
+    quiet = revoiced(["organ"], level=(-40.0, -38.0), count=12)
+    loud = revoiced(["organ"], level=(-14.0, -12.0), count=12)
+    level = [ENCODER.features(clips.load(range(12))).patches.amax((1, 2)) for clips in (quiet, loud)]
+    assert bool((level[1] > level[0].max() + 10).all())
+    with pytest.raises(ValueError, match="no timbre flute in this world: choose from sine, square"):
+        revoiced(["flute"])
+    rendered = render([sample_clip({"events": [{"class": "organ", "count": 1}]}, np.random.default_rng(0))])
+    assert quiet.load([0]).shape == rendered.shape

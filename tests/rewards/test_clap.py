@@ -1,0 +1,178 @@
+"""CLAP as a reward and as features, against transformers' own preparation."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ClapModel, ClapProcessor, CLIPVisionConfig
+
+from genalign.conformance import Expected, Probe, check
+from genalign.types import Prompt, Reward
+from genalign.waveforms import resample, tell_once
+from genalign.worlds.tones.clap import assemble_clap, build_clap
+from genalign.worlds.tones.prompts import attribution, counting, pitch, single_tone
+from rewards.audio_features import ClapFeatures, described_frames, described_texts
+from rewards.clap import ClapReward, load_clap
+from rewards.features import PatchFeatures, described
+from rewards.recordings import AudioTensor
+from rewards.sets import FrechetTo, Vendi
+from tests.rewards.tiny_clap import RATE, WINDOW, write_clap
+
+PROMPTS = [
+    single_tone("sine"),
+    counting("square", "two"),
+    pitch("organ", "C5"),
+    attribution("sine", "C4", "square", "A5"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clap(tmp_path_factory.mktemp("clap"))
+
+
+def noise(length: int, count: int = 4, channels: int = 1) -> torch.Tensor:
+    return 0.3 * torch.randn(count, channels, length, generator=torch.Generator().manual_seed(length))
+
+
+def theirs(folder: Path, waves: torch.Tensor) -> torch.Tensor:
+    """The embeddings of transformers' own processor and model, clip by clip."""
+    processor, model = ClapProcessor.from_pretrained(folder), ClapModel.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        found = []
+        for wave in waves[:, 0].numpy():
+            told = processor(audio=wave, sampling_rate=RATE, return_tensors="pt")
+            told["is_longer"] = torch.zeros_like(torch.as_tensor(told["is_longer"]), dtype=torch.bool)
+            found.append(model.eval().get_audio_features(told["input_features"].float(), told["is_longer"]))
+        return torch.cat([one.pooler_output for one in found])
+
+
+@pytest.mark.parametrize("length", [WINDOW, 5000], ids=["whole", "short"])
+@pytest.mark.parametrize("padding", ["repeatpad", "repeat", "pad"])
+@pytest.mark.parametrize("truncation", ["rand_trunc", "fusion"])
+def test_embeddings_are_those_of_transformers(tmp_path: Path, length: int, padding: str, truncation: str) -> None:
+    write_clap(tmp_path, padding=padding, truncation=truncation)
+    with torch.no_grad():
+        ours = load_clap(str(tmp_path))(noise(length), RATE)
+    torch.testing.assert_close(ours, theirs(tmp_path, noise(length)), rtol=0, atol=3e-4)
+    assert (ours[0] - ours[1]).abs().max() > 3e-3
+
+
+def test_texts_are_those_of_transformers(folder: Path) -> None:
+    texts = [prompt.text for prompt in PROMPTS]
+    processor, model = ClapProcessor.from_pretrained(folder), ClapModel.from_pretrained(folder, dtype=torch.float32)
+    told = processor(text=texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model.eval().get_text_features(told["input_ids"], told["attention_mask"]).pooler_output
+    torch.testing.assert_close(load_clap(str(folder)).text(texts), expected, rtol=0, atol=1e-5)
+    long = " ".join(["sine"] * 100)
+    assert load_clap(str(folder)).text([long]).isfinite().all()
+
+
+def test_the_reward_is_the_cosine(folder: Path) -> None:
+    reward: Reward = ClapReward(str(folder), RATE)
+    scores = reward(noise(WINDOW), PROMPTS)
+    encoder = load_clap(str(folder))
+    expected = (encoder(noise(WINDOW), RATE) * encoder.text([prompt.text for prompt in PROMPTS])).sum(1)
+    assert isinstance(reward, Reward) and scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="one prompt per sample"):
+        reward(noise(WINDOW), PROMPTS[:2])
+
+
+def test_the_contract_of_rewards_holds(folder: Path) -> None:
+    probe = Probe(noise(WINDOW), PROMPTS)
+    checks = list(check(ClapReward(str(folder), RATE), probe, Expected(gradient=True)))
+    assert [found for found in checks if found.passed is False] == []
+
+
+def test_other_rates_and_channels_are_heard_with_a_message(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tell_once.cache_clear()
+    stereo = noise(8000, channels=2)
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        found = load_clap(str(folder))(stereo, 8000)
+        expected = load_clap(str(folder))(resample(stereo.mean(1, keepdim=True), 8000, RATE), RATE)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert "hears one channel: the mean of 2 is taken" in caplog.text
+    assert "waveforms at 8000 Hz are resampled, and nothing above 4000 Hz is heard" in caplog.text
+
+
+def test_a_short_clip_is_filled_up_with_a_message(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tell_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        short = load_clap(str(folder)).features(noise(4000), RATE)
+    assert "hears 1 s: shorter clips are filled up (repeatpad)" in caplog.text
+    whole = load_clap(str(folder)).features(noise(WINDOW), RATE)
+    assert short.patches.shape[1] == whole.patches.shape[1] // 4
+
+
+def test_a_long_clip_is_heard_to_its_end(folder: Path) -> None:
+    encoder, long = load_clap(str(folder)), noise(2 * WINDOW + 8000)
+    found = encoder.features(long, RATE)
+    starts = (0, (WINDOW + 8000) // 2, WINDOW + 8000)
+    parts = [encoder.features(long[..., start : start + WINDOW], RATE) for start in starts]
+    mean = torch.nn.functional.normalize(torch.stack([part.global_ for part in parts]).mean(0), dim=-1)
+    torch.testing.assert_close(found.global_, mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.patches, torch.cat([part.patches for part in parts], 1), rtol=0, atol=1e-5)
+
+
+def test_frames_follow_time(folder: Path) -> None:
+    """What changes at the end of a clip changes its last frames most."""
+    features, wave = ClapFeatures(str(folder), RATE), noise(WINDOW, count=1)
+    changed = wave.clone()
+    changed[..., -1500:] = 0
+    moved = (features.features(changed).patches - features.features(wave).patches).norm(dim=2)[0]
+    assert isinstance(features, PatchFeatures) and len(moved) == 16
+    assert int(moved.argmax()) >= 13
+    torch.testing.assert_close(features.features(wave).patches.norm(dim=2), torch.ones(1, 16), rtol=0, atol=1e-5)
+    torch.testing.assert_close(features(wave), features.features(wave).global_)
+
+
+def test_reference_sets_of_sounds_and_of_words(folder: Path) -> None:
+    features = ClapFeatures(str(folder), RATE)
+    sounds = described(AudioTensor(noise(WINDOW, 6)), features, batch_size=4)
+    words = described_texts([prompt.text for prompt in PROMPTS], str(folder))
+    assert words.shape == (4, 12) and sounds.shape == (6, 12)
+    torch.testing.assert_close(words.norm(dim=1), torch.ones(4), rtol=0, atol=1e-5)
+    assert FrechetTo(words)(sounds) < 0 and FrechetTo(sounds)(sounds) == pytest.approx(0, abs=1e-6)
+    assert 1 <= Vendi()(sounds) <= 6
+    assert described_frames(AudioTensor(noise(WINDOW, 3)), features).shape == (48, 12)
+    with pytest.raises(ValueError, match="in words needs 2 texts or more, got 1"):
+        described_texts(["a sine tone"], str(folder))
+
+
+def test_silence_is_scored_alike_wherever_it_comes_from(folder: Path) -> None:
+    scores = ClapReward(str(folder), RATE)(torch.zeros(2, 1, WINDOW), [PROMPTS[0]] * 2)
+    assert scores.isfinite().all() and scores[0] == scores[1]
+
+
+def test_the_worlds_own_encoder_is_opened(tmp_path: Path) -> None:
+    """The format that scripts/pretrain_tones.py writes: half precision, windows of a clip's length."""
+    torch.manual_seed(0)
+    assemble_clap(build_clap(), tmp_path)
+    encoder, clips = load_clap(str(tmp_path)), noise(12000)
+    assert encoder.windows.rate == 8000 and encoder.windows.length == 12000
+    assert next(encoder.parameters()).dtype == torch.float32
+    scores = ClapReward(str(tmp_path), 8000)(clips, PROMPTS)
+    assert scores.shape == (4,) and scores.isfinite().all()
+    assert ClapFeatures(str(tmp_path), 8000).features(clips).patches.shape == (4, 16, 64)
+
+
+def test_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no config\.json: give the folder that ClapModel"):
+        ClapReward(str(tmp_path), RATE)(noise(WINDOW), PROMPTS)
+    CLIPVisionConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not CLAP: give a CLAP folder or Hub id"):
+        ClapReward(str(tmp_path), RATE)(noise(WINDOW), PROMPTS)
+
+
+def test_what_is_no_waveform_is_refused(folder: Path) -> None:
+    reward = ClapReward(str(folder), RATE)
+    with pytest.raises(ValueError, match=r"waveforms must be \(B, C, L\)"):
+        reward(noise(WINDOW)[:, 0], PROMPTS)
+    prompts = [Prompt("a sine tone"), Prompt("a noise burst")]
+    with pytest.raises(TypeError, match=r"not torch\.int16"):
+        reward(torch.zeros(2, 1, WINDOW, dtype=torch.int16), prompts)
