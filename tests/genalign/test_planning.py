@@ -188,6 +188,9 @@ def test_the_command_prints_all_and_reads_no_weights(
         "before_after: decode",
         "transformer",
         "sum while learning",
+        "to hold less",
+        "--model.memory.checkpointing true",
+        "--training.batch_size 48",
     ):
         assert word in told, word
     assert "time: " in told and "min of training" in told
