@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -179,17 +179,27 @@ def take_own_device(variables: Mapping[str, str]) -> None:
         torch.cuda.set_device(int(variables["LOCAL_RANK"]))
 
 
-def _store(variables: Mapping[str, str]) -> dist.Store:
+class _Store(Protocol):
+    """What is used of torch's."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+
+def _store(variables: Mapping[str, str]) -> _Store:
     """A connection of its own to where the processes met."""
-    host, port = variables["MASTER_ADDR"], int(variables["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=SILENCE))
-    return dist.PrefixStore("genalign/alive", store)
+    host, port, patience = variables["MASTER_ADDR"], int(variables["MASTER_PORT"]), timedelta(seconds=SILENCE)
+    torchs: Any = dist  # whose stores it does not type
+    store = torchs.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
+    found: _Store = torchs.PrefixStore("genalign/alive", store)
+    return found
 
 
 class _Heart:
     """Signs of life, in a store that all processes see: a number each, which rises."""
 
-    def __init__(self, processes: Processes, store: dist.Store, silence: float) -> None:
+    def __init__(self, processes: Processes, store: _Store, silence: float) -> None:
         self.processes, self.store, self.silence = processes, store, silence
         self.beats = 0
         self.last = dict.fromkeys(range(processes.processes), (b"", time.monotonic()))

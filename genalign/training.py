@@ -332,7 +332,7 @@ class Trainer:
         """Add up this process's part of the gradient of an update's mean, and tell of how many terms that is in all;
         where memory runs out, begin anew with fewer samples at a time, if that is asked for."""
         objective, before = self.recipe.objective, context.readings.copy()
-        terms = sum(self.processes.told(sum(objective.terms(batch) for batch in batches)))
+        terms: int = sum(self.processes.told(sum(objective.terms(batch) for batch in batches)))
         while True:
             try:
                 for batch, seed in zip(batches, seeds, strict=True):

@@ -304,10 +304,11 @@ class Snapshot:
 class Adversary:
     """A ``TrainableReward``: a scorer in training, and the frozen snapshot of it that scores.
 
-    ``scorer`` and its starting weights must be the same on every rank; where ``torch.distributed`` is initialised,
-    gradients and readings are averaged over ranks, which must update in step. Trained parameters are made float32, the
-    scorer stays in evaluation mode (no dropout), and it follows the samples' device. Logits are multiplied by
-    ``scale`` in the loss, not in the score.
+    ``scorer`` and its starting weights must be the same on every rank. In training by several processes each is given
+    all samples of a round and draws the same, so that they learn what one would; where ``torch.distributed`` is
+    initialised, gradients and readings are averaged over ranks as well, which keeps them in step where kernels do not
+    give the same sums twice. Trained parameters are made float32, the scorer stays in evaluation mode (no dropout), and
+    it follows the samples' device. Logits are multiplied by ``scale`` in the loss, not in the score.
     """
 
     def __init__(
@@ -357,7 +358,7 @@ class Adversary:
         """
         batch = Batch(samples.detach(), tuple(prompts)).finite()
         self._follow(samples.device)
-        generator = _generator(self.learning.seed, _rank(), self._rounds)
+        generator = _generator(self.learning.seed, 0, self._rounds)
         standing = self._standing(batch, generator)
         updated = self.update_rule(standing)
         if updated:
@@ -657,10 +658,6 @@ def _copies(tensors: Mapping[str, Tensor], device: torch.device | None = None) -
 def _generator(*parts: int | str) -> torch.Generator:
     """Random numbers that depend on ``parts`` alone, so that a resumed run draws the same."""
     return torch.Generator().manual_seed(random.Random("/".join(map(str, parts))).getrandbits(63))
-
-
-def _rank() -> int:
-    return dist.get_rank() if _is_distributed() else 0
 
 
 def _is_distributed() -> bool:
