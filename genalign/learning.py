@@ -62,7 +62,7 @@ class Batch:
 
     def split(self, size: int) -> Iterator[Batch]:
         """Consecutive parts of at most ``size`` samples."""
-        parts = (self.sampled.split(size), self.credit.split(size), self.group.split(size))
+        parts = (self.sampled.split(size), torch.split(self.credit, size), torch.split(self.group, size))
         for sampled, credit, group in zip(*parts, strict=True):
             yield Batch(sampled, credit, group, self.first)
 

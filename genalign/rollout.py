@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Rollout:
         """Consecutive parts of at most ``size`` samples."""
         for place, start in enumerate(self.start.split(size)):
             rows = slice(place * size, place * size + len(start))
-            yield replace(self, start=start, **{name: tensor[rows] for name, tensor in self._tensors().items()})
+            yield Rollout(start, self.steps, *(tensor[rows] for tensor in self._tensors()))
 
     def finite(self) -> Tensor:
         """Which samples (B,) ended in finite latents."""
@@ -70,13 +70,12 @@ class Rollout:
     def emptied(self, rows: Tensor) -> Rollout:
         """With zeros for the tensors of the samples ``rows`` (B,) bool: in a gradient, NaN times no credit is NaN."""
         chosen = rows.nonzero()[:, 0]
-        return replace(
-            self, **{name: tensor.clone().index_fill_(0, chosen, 0) for name, tensor in self._tensors().items()}
-        )
+        emptied = (tensor.clone().index_fill_(0, chosen, 0) for tensor in self._tensors())
+        return Rollout(self.start, self.steps, *emptied)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Those with a row for each sample."""
-        return {name: value for name, value in vars(self).items() if name not in ("start", "steps")}
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """Those with a row for each sample, in their order."""
+        return self.x, self.x_next, self.mean, self.prediction, self.final
 
 
 def finite_rows(tensor: Tensor) -> Tensor:
