@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,36 +20,6 @@ from genalign.types import Prompt
 from rewards.clip import load_clip
 
 _LEVEL_WIDTH = 32
-
-
-class LatentScorer(nn.Module):
-    """A transformer over patches of a latent preview and two more tokens, the prompt's CLIP embedding and the level;
-    the score is read off the prompt's token. No decoding is needed."""
-
-    on: Literal["latents", "samples"] = "latents"
-
-    def __init__(
-        self, text_model: str, channels: int, side: int, patch: int = 2, width: int = 128, depth: int = 4
-    ) -> None:
-        super().__init__()
-        self.arguments = {"text_model": text_model, "channels": channels, "side": side, "patch": patch}
-        self.arguments |= {"width": width, "depth": depth}
-        self._text_model, tokens = text_model, (side // patch) ** 2
-        self.cut = nn.Conv2d(channels, width, patch, stride=patch)
-        self.places = nn.Parameter(0.02 * torch.randn(1, tokens, width))
-        self.prompt = nn.Linear(_text_width(text_model), width)
-        self.level = nn.Linear(_LEVEL_WIDTH, width)
-        block = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
-        self.read = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
-
-    def forward(self, previews: Tensor, sigma: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) of previews (B, C, h, w) at noise levels (B,)."""
-        patches = self.cut(previews).flatten(2).transpose(1, 2) + self.places
-        text = self.prompt(_texts(self._text_model, prompts).to(previews))[:, None]
-        level = self.level(level_features(sigma))[:, None]
-        scores: Tensor = self.read(self.blocks(torch.cat([text, level, patches], dim=1))[:, 0]).squeeze(-1)
-        return scores
 
 
 class ClipScorer(nn.Module):
@@ -76,6 +47,34 @@ class ClipScorer(nn.Module):
         seen = torch.cat([image, text, image * text, (image - text).abs(), level_features(sigma)], dim=1)
         scores: Tensor = self.read(seen).squeeze(-1)
         return scores
+
+
+class LatentScorer(ClipScorer):
+    """The same of latent previews, through a small decoder of its own (as TAESD is one) to images of ``scale`` times
+    their size: the pipeline's decoder is not called. ``start``: the file of a ``ClipScorer``."""
+
+    on = "latents"
+
+    def __init__(
+        self,
+        model: str,
+        channels: int,
+        scale: int,
+        width: int = 64,
+        depth: int = 3,
+        hidden: int = 256,
+        start: str | None = None,
+    ) -> None:
+        super().__init__(model, hidden, start)
+        self.arguments |= {"channels": channels, "scale": scale, "width": width, "depth": depth}
+        widths = [channels] + depth * [width]
+        layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Conv2d(*pair, 3, padding=1), nn.SiLU())]
+        last = nn.Conv2d(width, 3 * scale**2, 3, padding=1)
+        self.decoder = nn.Sequential(*layers, last, nn.PixelShuffle(scale), nn.Sigmoid())
+
+    def forward(self, previews: Tensor, sigma: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores (B,) of latents (B, C, h, w) at noise levels (B,)."""
+        return super().forward(self.decoder(previews), sigma, prompts)
 
 
 def level_features(sigma: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def before_after(run: Path, output: Path, scale: int = 2) -> None:
     figure, axes = plt.subplots(2, len(flat), figsize=(1.5 * len(flat), 3.6), layout="constrained", squeeze=False)
     for column, pair in enumerate(flat):
         for row, (name, record) in enumerate((("before", pair.before), ("after", pair.after))):
-            image = Image.open(run / name / str(record.image))
+            image = Image.open(run / name / str(record.image), formats=("PNG",))
             axes[row, column].imshow(image.resize((64 * scale, 64 * scale), Image.Resampling.NEAREST))
             axes[row, column].set(xticks=[], yticks=[])
         axes[0, column].set_title(pair.before.prompt.replace(" and ", "\nand ").replace(" of ", " of\n"), fontsize=7)

@@ -80,14 +80,16 @@ def methods(work: Path) -> None:
 
 def dragon(work: Path) -> None:
     """DRAGON on rewards of whole sets: a distance to references falls, variety rises beside accuracy."""
-    runs = compared(work / "dragon", "compare_dragon")
+    frechet, vendi = (
+        compared(work / name, f"compare_{name}")[run] for name, run in (("dragon", "frechet"), ("variety", "vendi"))
+    )
     near = nearness(recoloured(("purple",), radius=(5.5, 7.5), seed=1))  # others than those of training
     records: list[PromptRecord] = []
-    for seed, run in runs["frechet"].items():
+    for seed, run in frechet.items():
         records += set_records("dragon_frechet", "less distance", seed, run, near)
         for name, is_so in (("purple", is_purple), ("small", is_small)):
             records += set_records(f"dragon_frechet.{name}", "share of shapes", seed, run, share(is_so))
-    for seed, run in runs["vendi"].items():
+    for seed, run in vendi.items():
         records += set_records("dragon_vendi", "Vendi score", seed, run, variety)
         records += gains("dragon_vendi.strict", "strict", "strict", seed, run)
     claim = (

@@ -209,7 +209,7 @@ def live(work: Path) -> None:
     strategies: dict[str, Strategy] = {
         "best_of_n": BestOfN(),
         "pruning": Prune(schedule.steps, schedule.keep, scorer=scorer),
-        "fk_steering": FKSteering(lam=10.0, kernel=FlowSDE(0.7), scorer=scorer),
+        "fk_steering": FKSteering(lam=10.0, stop=0.7, kernel=FlowSDE(0.7), scorer=scorer),
     }
     selection, strict = search_pool.rewards(work)
     asked = [search_pool.prompts()[row] for row in TEST][:LIVE_PROMPTS]

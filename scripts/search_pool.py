@@ -30,6 +30,7 @@ from rewards.shapes import ShapesReward
 STEPS, SEEDS, PROMPTS = 20, 64, 200
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14)
 OTHERS: dict[str, tuple[int, Kernel]] = {"half": (STEPS // 2, ODE()), "stochastic": (STEPS, FlowSDE(0.7))}
+ANY_TAU = -1.0  # every level is recorded; which of them are worth pruning at is tuned
 PREVIEWS = ("raw", "decoded", "latent")
 
 
@@ -57,7 +58,7 @@ def record(work: Path) -> None:
     """Every trajectory's previews at LEVELS, scored raw and by both students, and the ends by selection reward and
     verifier; then ends of half as many steps and of a stochastic sampler. Finished prompts are kept."""
     model, judges = pipeline(), rewards(work)
-    students = {name: load_scorer(work / name / "scorer.safetensors") for name in ("decoded", "latent")}
+    students = {name: load_scorer(work / name / "scorer.safetensors", ANY_TAU) for name in ("decoded", "latent")}
     for index, prompt in enumerate(prompts()):
         path = work / "pool" / f"{index:03d}.safetensors"
         if path.exists():

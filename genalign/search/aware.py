@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,13 @@ class Student(Protocol):
 
     def __call__(self, previews: Tensor, sigma: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """The expected reward (B,) of the clean samples, for previews (B, ...) at noise levels (B,)."""
+
+
+@runtime_checkable
+class Decoding(Protocol):
+    """A student of latents that sees them through a small decoder of its own."""
+
+    decoder: nn.Module
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,8 @@ class Distillation:
     parts, so that one network comes to serve them all.
 
     The loss is the mean square error to the clean reward, in units of its standard deviation, plus ``rank`` times the
-    cross entropy of which of two samples of a prompt is better, at temperature ``tau``.
+    cross entropy of which of two samples of a prompt is better, at temperature ``tau``. A student with a decoder of its
+    own first learns, for ``decoder_epochs``, what the pipeline's makes of one preview of every trajectory.
     """
 
     epochs: int = 2
@@ -113,7 +121,30 @@ class Distillation:
     weight_decay: float = 0.01
     rank: float = 0.5
     tau: float = 0.5
+    decoder_epochs: int = 20
+    decoder_learning_rate: float = 2e-3
     seed: int = 0
+
+
+def learn_to_decode(decoder: nn.Module, recording: Recording, decode: Look, settings: Distillation) -> Iterator[float]:
+    """Train a small decoder by mean square error to ``decode``, on one preview of every trajectory at any level; yields
+    the mean loss after every epoch."""
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, "decoder"))
+    level = torch.randint(len(recording.sigmas), (len(recording),), generator=generator)
+    previews = recording.previews[torch.arange(len(recording)), level].float()
+    with torch.no_grad():
+        decoded = torch.cat([decode(part).half().cpu() for part in previews.split(settings.batch_size)])
+    optimizer = torch.optim.AdamW(decoder.parameters(), settings.decoder_learning_rate)
+    device = device_of(decoder)
+    for _ in range(settings.decoder_epochs):
+        losses = []
+        for rows in torch.randperm(len(previews), generator=generator).split(settings.batch_size):
+            loss = F.mse_loss(decoder(previews[rows].to(device)), decoded[rows].to(device, torch.float32))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has not typed it
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        yield sum(losses) / len(losses)
 
 
 def distil(student: nn.Module, recording: Recording, look: Look, settings: Distillation) -> Iterator[tuple[int, float]]:

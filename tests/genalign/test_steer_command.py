@@ -97,7 +97,7 @@ def test_prices_are_measured(tiny_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "student",
     [
-        "LatentScorer\n  init_args: {text_model: shapes-clip, channels: 4, side: 16, width: 16, depth: 1}",
+        "LatentScorer\n  init_args: {model: shapes-clip, channels: 4, scale: 4, width: 16, depth: 1, hidden: 16}",
         "ClipScorer\n  init_args: {model: shapes-clip, hidden: 16}",
     ],
     ids=["latents", "samples"],

@@ -20,6 +20,7 @@ from genalign.search.aware import (
     Recording,
     as_they_are,
     distil,
+    learn_to_decode,
     quality,
     record,
     validate,
@@ -74,6 +75,15 @@ def test_a_recording_is_of_whole_trajectories(tiny: SD3, tmp_path: Path) -> None
     again = Recording.load(tmp_path / "recording.safetensors")
     assert torch.equal(again.previews, made.previews) and again.prompts == made.prompts
     assert len(made.joined(again)) == 12 and made.joined(again).prompt.max() == 3
+
+
+def test_a_small_decoder_learns_what_the_large_one_makes() -> None:
+    recording, decoder = _blurred(64, 0), nn.Sequential(nn.Conv2d(1, 3, 1), nn.Sigmoid())
+    settings = Distillation(decoder_epochs=30, decoder_learning_rate=0.02)
+    losses = list(
+        learn_to_decode(decoder, recording, lambda latents: (2 * latents).sigmoid().expand(-1, 3, -1, -1), settings)
+    )
+    assert len(losses) == 30 and losses[-1] < 0.02 * losses[0]
 
 
 def test_distilling_ranks_better_at_the_noisiest_level() -> None:
