@@ -124,7 +124,7 @@ class Surrogate:
         for stored, weight in enumerate(weights):
             again = context.replay(batch, stored)
             losses = weight * self.loss(again, batch.step_credit(stored).to(again.x_next.device))
-            if self.kl or "kl" not in context.readings.values:
+            if self.kl or _reads_distance(context):
                 losses = losses + self.kl * self._distance(context, batch, stored, again)
             (losses.sum() * scale).backward()
             context.readings.add("loss", losses)
@@ -136,6 +136,13 @@ class Surrogate:
         distance = kl_penalty(self.kl_form, again.new, base.new, again.prediction, base.prediction, again.step)
         context.readings.add("kl", distance)
         return distance
+
+
+def _reads_distance(context: Context) -> bool:
+    """Whether a distance is due that only reports: one in a round, by the first process, or by all of them where they
+    run the network together."""
+    policy = context.policy
+    return "kl" not in context.readings.values and (policy.processes.first or policy.sharded)
 
 
 def _read_ratio(context: Context, batch: Batch, again: Replay, clip_range: float | None) -> None:

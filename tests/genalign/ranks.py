@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from genalign import recipes
+from genalign.commands.resuming import Texts
 from genalign.divergences import vendi
 from genalign.journal import Journal
 from genalign.policy import Lora, Policy
@@ -146,7 +147,11 @@ def _session(opened: SD3, folder: Path, processes: Processes, sharding: Sharding
     journal = Journal()
     case = Case(recipes.nft(lag=Lag(slope=0.3)), lambda: careless)
     trainer = _trainer(opened, case, processes, sharding, journal)
-    parts = {"trainer": trainer, "generators": OfEach(Generators(), processes)}
+    parts = {
+        "trainer": trainer,
+        "texts": Texts(trainer.pipeline.pipeline),
+        "generators": OfEach(Generators(), processes),
+    }
     return trainer, Keeper(Checkpoints(folder, processes=processes), parts, journal)
 
 
