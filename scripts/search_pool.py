@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genalign import assets
 from genalign.budget import Ledger, Metered, measure_prices, reward_call
@@ -30,7 +30,6 @@ from rewards.shapes import ShapesReward
 STEPS, SEEDS, PROMPTS = 20, 64, 200
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14)
 OTHERS: dict[str, tuple[int, Kernel]] = {"half": (STEPS // 2, ODE()), "stochastic": (STEPS, FlowSDE(0.7))}
-ANY_TAU = -1.0  # every level is recorded; which of them are worth pruning at is tuned
 PREVIEWS = ("raw", "decoded", "latent")
 
 
@@ -58,7 +57,7 @@ def record(work: Path) -> None:
     """Every trajectory's previews at LEVELS, scored raw and by both students, and the ends by selection reward and
     verifier; then ends of half as many steps and of a stochastic sampler. Finished prompts are kept."""
     model, judges = pipeline(), rewards(work)
-    students = {name: load_scorer(work / name / "scorer.safetensors", ANY_TAU) for name in ("decoded", "latent")}
+    students = _students(work)
     for index, prompt in enumerate(prompts()):
         path = work / "pool" / f"{index:03d}.safetensors"
         if path.exists():
@@ -67,8 +66,7 @@ def record(work: Path) -> None:
         candidates, columns = run.start(SEEDS), []
         for level in LEVELS:
             candidates = run.advance(candidates, level + 1)
-            raw = run.decoded_scores(candidates)[:, 0]
-            columns.append(torch.stack([raw, *(students[name](run, candidates)[:, 0] for name in students)], dim=1))
+            columns.append(_looks(run, candidates, students))
         finished = run.finish(candidates)
         tensors = {"previews": torch.stack(columns, dim=1), "clean": finished.scores}
         tensors["hashes"] = _hashes(finished.candidates)
@@ -77,6 +75,19 @@ def record(work: Path) -> None:
             tensors[name] = other.finish(other.advance(other.start(SEEDS), steps, kernel)).scores
         save_state(path, tensors, {"prompt": prompt.text, "task": prompt.task})
         print(f"{index + 1}/{PROMPTS}  {prompt.text}", flush=True)
+
+
+def _students(work: Path) -> dict[str, nn.Module]:
+    return {name: load_scorer(work / name / "scorer.safetensors").student for name in ("decoded", "latent")}
+
+
+def _looks(run: Run, candidates: Candidates, students: Mapping[str, nn.Module]) -> Tensor:
+    """Scores (N, 3) of previews as PREVIEWS says, at every level: which of them are worth pruning at is tuned."""
+    preview, asked = candidates.preview, [run.prompts[0]] * len(candidates)
+    assert preview is not None, "candidates that are looked at have been advanced"
+    images, level = run.pipeline.decode(preview), run.grid.sigma[candidates.done - 1].float().expand(len(candidates))
+    looks = [run.rewards[0](images, asked), students["decoded"](images, level, asked)]
+    return torch.stack([*looks, students["latent"](preview, level, asked)], dim=1)
 
 
 def _run(model: SD3, prompt: Prompt, judges: list[NamedReward], steps: int, index: int) -> Run:
@@ -185,7 +196,7 @@ def measure(work: Path) -> None:
     """Measure what a forward, a decode, the selection reward and each student cost; on a quiet machine."""
     model, asked = pipeline(), prompts()[:32]
     latents, level = model.initial_noise(list(range(len(asked)))), torch.full((len(asked),), 0.5)
-    decoded, latent = (load_scorer(work / name / "scorer.safetensors").student for name in ("decoded", "latent"))
+    decoded, latent = _students(work).values()
     calls = [
         NamedReward("selection", ScorerReward(work / "selection" / "scorer.safetensors")),
         NamedReward("decoded", lambda samples, prompts: decoded(samples, level, prompts)),
