@@ -28,13 +28,16 @@ from pipelines.quantization import quantized
 from rewards.geneval import GenEvalJudge
 from rewards.noise_aware import save_scorer
 from rewards.shapes import ShapesReward
+from rewards.tones import TonesReward
+from rewards.verified import SCORES
 
 USAGE = """usage: genalign COMMAND ...
 
   train     --config FILE [--key value ...]       fine-tune a model on a reward
   train     --resume RUN                          go on with a run that was interrupted or killed
   plan      --config FILE [--key value ...]       what training would do, hold and refuse; reads no weights
-  evaluate  shapes --output DIR [--lora DIR ...]  measure a model in the shapes world
+  evaluate  shapes --output DIR [--lora DIR ...]  measure a model in the shapes world, or --samples of another program
+  evaluate  tones --output DIR [--lora DIR ...]   the same in the tones world
   evaluate  geneval --output DIR --prompts FILE   measure it on GenEval's prompts; any number of processes
   evaluate  geneval-images --output DIR --images DIR       images that another program made of them
   evaluate  geneval-original --output DIR --results FILE   an evaluation's images by GenEval's own results
@@ -91,7 +94,10 @@ OUTSIDE = Outside(
     load_model,
     outline_model,
     require_model,
-    {"strict": ShapesReward("strict"), "partial": ShapesReward("partial"), "relaxed": ShapesReward("relaxed")},
+    {
+        "shapes": {score: ShapesReward(score) for score in SCORES},
+        "tones": {score: TonesReward(score) for score in SCORES},
+    },
     save_scorer,
     GenEvalJudge(),
 )

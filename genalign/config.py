@@ -172,13 +172,30 @@ def _require_rewards(rewards: Mapping[str, RewardChoice]) -> None:
 
 @dataclass(frozen=True)
 class EvaluateShapes(Amount):
-    """An evaluation of a model in the shapes world."""
+    """An evaluation of a model in the shapes world.
+
+    ``samples`` is a folder that another program filled, to be judged in place of a model's: files anywhere in it, and a
+    prompts.jsonl with a line {"file_name": ..., "prompt": ...} for each.
+    """
 
     output: str = field(kw_only=True)
+    samples: str | None = None
     model: Model = field(default_factory=Model)
     lora: str | None = None
     suite: Literal["val", "iid", "comp", "len"] = "comp"
     sampling: Sampling = field(default_factory=lambda: Sampling(sigmas=LINEAR_TEN))
+
+
+@dataclass(frozen=True)
+class EvaluateTones(EvaluateShapes):
+    """An evaluation of a model in the tones world.
+
+    ``samples`` is a folder of WAV and FLAC files that another program made, to be judged in place of a model's, and a
+    prompts.jsonl with a line {"file_name": ..., "prompt": ...} for each.
+    """
+
+    model: Model = field(default_factory=lambda: Model("tones-audio"))
+    sampling: Sampling = field(default_factory=lambda: Sampling(50))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,11 @@ from genalign.rollout import generate
 from genalign.statistics import Estimate, bootstrap_mean
 from genalign.types import Grid, Pipeline, Prompt, PromptSet, RewardFunction
 
+ELSEWHERE = "made elsewhere"
+"""The kernel in the protocol of samples whose making is not known."""
+
+_BATCH = 32  # of samples that are read
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -54,6 +59,26 @@ class Protocol:
     def from_dict(cls, value: Mapping[str, Any]) -> Protocol:
         """The inverse of ``as_dict``; an unknown field is an error."""
         return cls(**{**value, "sigmas": tuple(value["sigmas"]), "resolution": tuple(value["resolution"])})
+
+    @classmethod
+    def elsewhere(cls, prompts: PromptSet, counts: Sequence[int], verifier: str) -> Protocol:
+        """What is known of samples that another program made, so many of each of ``prompts``."""
+        tasks: dict[str, int] = {}
+        for prompt, count in zip(prompts.prompts, counts, strict=True):
+            tasks[prompt.task] = tasks.get(prompt.task, 0) + count
+        return cls(
+            suite=prompts.name,
+            suite_hash=suite_hash(prompts),
+            guidance=0.0,
+            sigmas=(),
+            kernel=ELSEWHERE,
+            dtype=ELSEWHERE,
+            batch_size=0,
+            resolution=(),
+            seeds=min(counts),
+            images_per_task=max(tasks.values()),
+            verifier=verifier,
+        )
 
     @property
     def hash(self) -> str:
@@ -241,6 +266,33 @@ def evaluate(
     if output and processes.first:
         evaluation.save(output)
     return evaluation
+
+
+def judge(
+    files: Mapping[str, Prompt],
+    read: Callable[[str], Tensor],
+    scorers: Mapping[str, RewardFunction],
+    suite: str,
+    verifier: str,
+) -> Evaluation:
+    """Score samples that another program made: ``read`` gives that of each of ``files``, all of one shape.
+
+    A sample's number among those of its prompt stands for its noise, which is unknown. Raises ValueError where there is
+    no file.
+    """
+    if not files:
+        raise ValueError("there is no sample to judge: list one or more")
+    jobs, seen = [], dict[str, int]()
+    for prompt in files.values():
+        jobs.append(Job(prompt, seen.setdefault(prompt.text, 0)))
+        seen[prompt.text] += 1
+    prompts = PromptSet(suite, tuple({prompt.text: prompt for prompt in files.values()}.values()))
+    records: list[Record] = []
+    for start in range(0, len(jobs), _BATCH):
+        names, part = list(files)[start : start + _BATCH], jobs[start : start + _BATCH]
+        scores = _scores(scorers, torch.stack([read(name) for name in names]), [job.prompt for job in part])
+        records += [_record(*row) for row in zip(part, names, scores, strict=True)]
+    return Evaluation(Protocol.elsewhere(prompts, list(seen.values()), verifier), tuple(records))
 
 
 def _together(own: Mapping[int, Record], processes: Processes) -> tuple[Record, ...]:

@@ -27,6 +27,28 @@ def load_prompts(path: Path) -> PromptSet:
     return PromptSet(path.stem, tuple(Prompt(line) for _, line in numbered))
 
 
+def read_listing(folder: Path) -> dict[str, Prompt]:
+    """The prompts of the files in ``folder`` by their names relative to it, from its prompts.jsonl: an object a line,
+    {"file_name": "a/1.png", "prompt": "a red circle"}, and metadata.
+
+    Raises FileNotFoundError, or ValueError naming the line that cannot be used.
+    """
+    path, prompts = folder / "prompts.jsonl", {}
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: write a line with file_name and prompt for each sample")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompts[str(row["file_name"])] = Prompt(str(row["prompt"]), row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{path}, line {number}: expected an object with "file_name" and "prompt", found {line[:80]!r}'
+            ) from error
+    return prompts
+
+
 def _from_json(path: Path, number: int, line: str) -> Prompt:
     try:
         metadata = json.loads(line)

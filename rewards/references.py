@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from genalign.prompts import read_listing
 from genalign.types import Prompt
 from rewards.clip import resize
 
@@ -162,7 +162,7 @@ class ByPrompt:
         folder's prompts.jsonl, one object a line: {"file_name": "a/1.png", "prompt": "a red circle"}.
         """
         images = ImageFolder(folder, size)
-        texts = dict(prompts) if prompts is not None else _read_prompts(images.folder / _PROMPTS)
+        texts = dict(prompts) if prompts is not None else _read_prompts(images.folder)
         _require_same(images, texts)
         return cls(images, [texts[name] for name in images.names])
 
@@ -209,21 +209,11 @@ def _read(path: Path) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
 
 
-def _read_prompts(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: write a line with file_name and prompt for each image, give prompts=, or use Pool"
-        )
-    texts = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            texts[str(row["file_name"])] = str(row["prompt"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}, line {number}: expected an object with "file_name" and "prompt", found {line[:80]!r}'
-            ) from error
-    return texts
+def _read_prompts(folder: Path) -> dict[str, str]:
+    try:
+        return {name: prompt.text for name, prompt in read_listing(folder).items()}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}, give prompts=, or use Pool") from None
 
 
 def _require_same(images: ImageFolder, texts: Mapping[str, str]) -> None:

@@ -12,6 +12,8 @@ from genalign.types import Metadata, Prompt
 from genalign.worlds.verdict import Verdict
 
 Score = Literal["partial", "strict", "relaxed"]
+SCORES: tuple[Score, ...] = ("strict", "partial", "relaxed")
+"""What evaluations report, the first one first."""
 
 
 def scores(

@@ -98,7 +98,7 @@ TABLE = [
           "the configuration must be settings by name, as in output: runs/mine"),
     Wrong("nothing", ("train",), "output, recipe must be given, in the file of --config or as --output"),
     Wrong("no world", ("evaluate",),
-          "name the world: genalign evaluate shapes --output DIR, or genalign evaluate geneval"),
+          "name the world: genalign evaluate shapes --output DIR, or genalign evaluate tones, or geneval"),
     Wrong("no reward", ("reward",), "say what to do with it: genalign reward check MODULE:CLASS"),
     Wrong("no comparison", ("compare",),
           "give the comparison's file: genalign compare scripts/configs/compare_shapes.yaml"),

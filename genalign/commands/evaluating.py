@@ -9,13 +9,14 @@ from pathlib import Path
 
 from genalign import config
 from genalign.commands.geneval import compare_geneval_command, geneval_command, images_command, original_command
-from genalign.commands.parts import Checkpoint, Outside
-from genalign.evaluation import Evaluation, Job, Protocol, evaluate, plan, suite_hash
-from genalign.media import Writer, writer
+from genalign.commands.parts import Checkpoint, Outside, print_estimates, prompt_set
+from genalign.evaluation import Evaluation, Job, Protocol, evaluate, judge, plan, suite_hash
+from genalign.media import Writer, inside, writer
 from genalign.processes import ALONE, Processes, joined
+from genalign.prompts import read_listing
 from genalign.sampling import Sampling
-from genalign.types import Pipeline, PromptSet, RewardFunction
-from genalign.worlds import shapes
+from genalign.types import Pipeline, RewardFunction
+from genalign.worlds.catalogue import WORLDS, World, world_of
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,12 @@ def exam(
     model: config.Model,
     sampling: Sampling,
     amount: config.Amount,
-    prompts: PromptSet,
+    source: str,
     scorers: Mapping[str, RewardFunction],
     processes: Processes = ALONE,
 ) -> Exam:
-    """``amount`` of images of ``prompts``, a share of them for each of the ``processes``."""
+    """``amount`` of samples of the prompts that ``source`` names, a share of them for each of the ``processes``."""
+    prompts, world = prompt_set(source), world_of(source)
     protocol = Protocol(
         suite=prompts.name,
         suite_hash=suite_hash(prompts),
@@ -56,14 +58,14 @@ def exam(
         resolution=pipeline.resolution,
         seeds=amount.seeds,
         images_per_task=amount.images_per_task,
-        verifier=shapes.VERIFIER_VERSION,
+        verifier=world.verifier if world else "none",
     )
     jobs = plan(prompts, amount.images_per_task, amount.seeds)
     return Exam(jobs, scorers, protocol, writer(pipeline.sample_rate), processes)
 
 
 def evaluate_command(outside: Outside, arguments: Sequence[str]) -> int:
-    """``genalign evaluate shapes | geneval | geneval-images | geneval-original | geneval-compare``."""
+    """``genalign evaluate shapes | tones | geneval | geneval-images | geneval-original | geneval-compare``."""
     match arguments:
         case ["geneval", *rest]:
             return geneval_command(outside, rest)
@@ -73,24 +75,38 @@ def evaluate_command(outside: Outside, arguments: Sequence[str]) -> int:
             return compare_geneval_command(rest)
         case ["geneval-original", *rest]:
             return original_command(rest)
-        case ["shapes", *_]:
-            return _evaluate_shapes(outside, arguments)
-    raise ValueError("name the world: genalign evaluate shapes --output DIR, or genalign evaluate geneval")
+        case ["shapes", *rest]:
+            return _evaluate_world(outside, WORLDS["shapes"], config.EvaluateShapes, rest)
+        case ["tones", *rest]:
+            return _evaluate_world(outside, WORLDS["tones"], config.EvaluateTones, rest)
+    raise ValueError("name the world: genalign evaluate shapes --output DIR, or genalign evaluate tones, or geneval")
 
 
-def _evaluate_shapes(outside: Outside, arguments: Sequence[str]) -> int:
-    settings, _ = config.parse(config.EvaluateShapes, arguments[1:], "evaluate shapes")
-    with joined(os.environ) as processes:
-        return _in_processes(outside, settings, processes)
+def _evaluate_world(outside: Outside, world: World, kind: type[config.EvaluateShapes], arguments: Sequence[str]) -> int:
+    settings, _ = config.parse(kind, arguments, f"evaluate {world.name}")
+    if settings.samples is None:
+        with joined(os.environ) as processes:
+            made = _in_processes(outside, world, settings, processes)
+            if processes.first:
+                print_estimates(made)
+        return 0
+    made = _of_folder(world, Path(settings.samples), outside.scorers[world.name])
+    made.save(Path(settings.output))
+    print_estimates(made)
+    return 0
 
 
-def _in_processes(outside: Outside, settings: config.EvaluateShapes, processes: Processes) -> int:
+def _in_processes(outside: Outside, world: World, settings: config.EvaluateShapes, processes: Processes) -> Evaluation:
     pipeline = outside.load(settings.model)
     if settings.lora:
         pipeline.load_lora(settings.lora)
-    prompts = shapes.prompts(settings.suite)
-    asked = exam(pipeline, settings.model, settings.sampling, settings, prompts, outside.scorers, processes)
-    made = asked.take(pipeline, Path(settings.output))
-    for task, estimates in (made.tasks | {"overall": made.overall}).items() if processes.first else ():
-        print(f"{task:14s}" + "  ".join(f"{name} {value.mean:.3f}" for name, value in estimates.items()))
-    return 0
+    source = f"{world.name}:{settings.suite}"
+    scorers = outside.scorers[world.name]
+    asked = exam(pipeline, settings.model, settings.sampling, settings, source, scorers, processes)
+    return asked.take(pipeline, Path(settings.output))
+
+
+def _of_folder(world: World, folder: Path, scorers: Mapping[str, RewardFunction]) -> Evaluation:
+    """The samples of a folder that another program filled; their prompts are the world's own, metadata and all."""
+    files = {name: world.prompt(prompt.text) for name, prompt in read_listing(folder).items()}
+    return judge(files, lambda name: world.read(inside(folder, name)), scorers, folder.name, world.verifier)

@@ -11,7 +11,7 @@ from typing import Any
 
 from genalign import config
 from genalign.checkpoints import write_json
-from genalign.commands.parts import Checkpoint, Outside
+from genalign.commands.parts import Checkpoint, Outside, print_estimates
 from genalign.evaluation import Evaluation, Protocol, check_protocols, suite_hash
 from genalign.geneval.comparing import compared, finished
 from genalign.geneval.files import Sample, read_prompts, read_results, read_samples
@@ -26,7 +26,7 @@ from genalign.geneval.running import (
     manifest,
     verifier,
 )
-from genalign.geneval.sources import ELSEWHERE, Existing, Generated
+from genalign.geneval.sources import Existing, Generated
 from genalign.processes import Share, take_own_device
 from genalign.report import write_geneval
 from genalign.sampling import Sampling
@@ -115,7 +115,8 @@ def images_command(outside: Outside, arguments: Sequence[str]) -> int:
     files = [sample.path for group in groups for sample in group]
     subject = Subject({"images": settings.images}, content_hash(root, files))
     work = Work(Existing(groups, folder.path, settings.device), prompts, judge, folder)
-    return _carried_out(work, _protocol_elsewhere(prompts, groups, judge), subject, settings.against)
+    protocol = Protocol.elsewhere(prompts, [len(group) for group in groups], verifier(judge))
+    return _carried_out(work, protocol, subject, settings.against)
 
 
 def original_command(arguments: Sequence[str]) -> int:
@@ -185,26 +186,6 @@ def _protocol(
     )
 
 
-def _protocol_elsewhere(prompts: PromptSet, groups: Sequence[Sequence[Sample]], judge: Judge) -> Protocol:
-    """What is known of images whose making is not."""
-    tasks: dict[str, int] = {}
-    for prompt, group in zip(prompts.prompts, groups, strict=True):
-        tasks[prompt.task] = tasks.get(prompt.task, 0) + len(group)
-    return Protocol(
-        suite=prompts.name,
-        suite_hash=suite_hash(prompts),
-        guidance=0.0,
-        sigmas=(),
-        kernel=ELSEWHERE,
-        dtype=ELSEWHERE,
-        batch_size=0,
-        resolution=(),
-        seeds=min(len(group) for group in groups),
-        images_per_task=max(tasks.values()),
-        verifier=verifier(judge),
-    )
-
-
 def _carried_out(work: Work, protocol: Protocol, subject: Subject, against: str | None) -> int:
     """Do this process's share, and conclude if nothing is left of any."""
     if against:
@@ -226,9 +207,7 @@ def _conclude(folder: Path, against: str | None) -> None:
     """Print the summary, compare, and write the report of a finished evaluation."""
     evaluation = finished(folder)
     print((folder / "summary.txt").read_text(encoding="utf-8"))
-    for task, estimates in (evaluation.tasks | {"overall": evaluation.overall}).items():
-        values = (f"{name} {value.mean:.3f} ({value.low:.3f} to {value.high:.3f})" for name, value in estimates.items())
-        print(f"{task:14s}" + "  ".join(values))
+    print_estimates(evaluation)
     other = Path(against) if against else None
     if other is not None:
         _compare(folder, evaluation, other)

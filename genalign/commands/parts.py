@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from genalign import config
+from genalign.evaluation import Evaluation
 from genalign.geneval.judging import Judge
 from genalign.planning import Outline
 from genalign.prompts import load_prompts
@@ -17,7 +18,7 @@ from genalign.runs import WeightStore
 from genalign.scoring import NamedReward
 from genalign.search.aware import NoiseAware
 from genalign.types import Pipeline, PromptSet, RewardFunction
-from genalign.worlds import shapes
+from genalign.worlds.catalogue import world_of
 
 
 class Checkpoint(Pipeline, WeightStore, Protocol):
@@ -56,19 +57,46 @@ class Checkpoint(Pipeline, WeightStore, Protocol):
 class Outside:
     """What commands take from ``pipelines`` and ``rewards``, which the core does not import: ``genalign.cli`` hands it
     to them. ``load`` opens a model, ``outline`` all of it but its weights, and ``require`` raises ValueError where this
-    machine cannot; ``scorers`` judge the shapes world, ``save_scorer`` writes a noise-aware reward,
+    machine cannot; ``scorers`` judge each world, ``save_scorer`` writes a noise-aware reward,
     ``geneval`` is the judge of GenEval evaluations that name no other."""
 
     load: Callable[[config.Model], Checkpoint]
     outline: Callable[[config.Model], Outline]
     require: Callable[[config.Model], None]
-    scorers: Mapping[str, RewardFunction]
+    scorers: Mapping[str, Mapping[str, RewardFunction]]
     save_scorer: Callable[[Path, NoiseAware], None]
     geneval: Judge
 
     def judges(self, source: str, others: Mapping[str, RewardFunction]) -> Mapping[str, RewardFunction]:
-        """The verifier's scores for prompts of the shapes world, for a file of prompts the ``others``."""
-        return self.scorers if source.startswith("shapes:") else others
+        """The verifier's scores for prompts of a world, for a file of prompts the ``others``."""
+        world = world_of(source)
+        return self.scorers[world.name] if world else others
+
+
+@runtime_checkable
+class AtRate(Protocol):
+    """A reward that is told at what rate waveforms come."""
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples a second."""
+
+
+def require_rate(rewards: Sequence[NamedReward], rate: int | None) -> None:
+    """Raise ValueError for a reward that is told another rate than that of the samples; None for images."""
+    for reward in rewards:
+        if rate is not None and isinstance(reward.function, AtRate) and reward.function.sample_rate != rate:
+            raise ValueError(
+                f"reward {reward.name!r} is told that waveforms come at {reward.function.sample_rate} Hz, but they come"
+                f" at {rate}: set its sample_rate to {rate}"
+            )
+
+
+def print_estimates(evaluation: Evaluation) -> None:
+    """Every score of every task, and overall, with its interval."""
+    for task, estimates in (evaluation.tasks | {"overall": evaluation.overall}).items():
+        values = (f"{name} {value.mean:.3f} ({value.low:.3f} to {value.high:.3f})" for name, value in estimates.items())
+        print(f"{task:14s}" + "  ".join(values))
 
 
 def import_from_here() -> None:
@@ -88,8 +116,8 @@ def named_rewards(chosen: Mapping[str, config.RewardChoice]) -> list[NamedReward
 def prompt_set(source: str) -> PromptSet:
     """A split of a world, as in "shapes:train", some of its tasks, as in "shapes:train:counting,colors", or a prompt
     file."""
-    world, *rest = source.split(":")
-    if world != "shapes" or len(rest) not in (1, 2):
+    world, rest = world_of(source), source.split(":")[1:]
+    if world is None or len(rest) > 2:
         return load_prompts(Path(source))
-    found = shapes.prompts(rest[0])
+    found = world.prompts(rest[0])
     return found if len(rest) == 1 else found.of_tasks(rest[1].split(","))

@@ -18,9 +18,10 @@ from torch import Tensor
 from genalign import config, wire
 from genalign.commands.parts import Outside, prompt_set
 from genalign.conformance import Check, Expected, Probe, check
-from genalign.media import MOST_SAMPLES, inside, read_image
-from genalign.types import Prompt
-from genalign.worlds import shapes
+from genalign.media import inside, read_image, read_waveform
+from genalign.prompts import read_listing
+from genalign.types import Prompt, PromptSet
+from genalign.worlds.catalogue import World, world_of
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Serve:
 class RewardCheck:
     """Whether a reward keeps to what every reward must: MODULE:CLASS, and its parameters as --args.NAME.
 
-    ``samples`` are rendered scenes of a split of the shapes world, as in "shapes:val", or a folder of PNG, JPEG or WAV
-    files with a prompts.jsonl: {"file_name": ..., "prompt": ...} and metadata. ``size`` in pixels resizes images.
+    ``samples`` are rendered for a split of a world, as in "shapes:val" or "tones:val", or a folder of PNG, JPEG, WAV or
+    FLAC files with a prompts.jsonl: {"file_name": ..., "prompt": ...} and metadata. ``size`` in pixels resizes images.
     """
 
     reward: Callable  # type: ignore[type-arg]  # bare, as config.RewardChoice.function
@@ -143,8 +144,9 @@ def _digest(path: Path) -> str:
 
 
 def _samples(settings: RewardCheck) -> tuple[Tensor, list[Prompt]]:
-    if settings.samples.startswith("shapes:"):
-        samples, prompts = _scenes(settings.samples, settings.count)
+    world = world_of(settings.samples)
+    if world is not None:
+        samples, prompts = _rendered(world, prompt_set(settings.samples), settings.count)
     else:
         samples, prompts = _files(Path(settings.samples), settings.count)
     if settings.size and samples.ndim == 4:
@@ -153,38 +155,24 @@ def _samples(settings: RewardCheck) -> tuple[Tensor, list[Prompt]]:
     return samples, prompts
 
 
-def _scenes(source: str, count: int) -> tuple[Tensor, list[Prompt]]:
-    """``count`` rendered scenes that show their prompts, of every task in turn."""
-    tasks = list(prompt_set(source).by_task().values())
+def _rendered(world: World, source: PromptSet, count: int) -> tuple[Tensor, list[Prompt]]:
+    """``count`` rendered samples that show their prompts, of every task in turn."""
+    tasks = list(source.by_task().values())
     longest = max(len(task) for task in tasks)
     chosen = [task[i] for i in range(longest) for task in tasks if i < len(task)][:count]
-    rng = np.random.default_rng(0)
-    return shapes.render([shapes.sample_scene(prompt.metadata or {}, rng) for prompt in chosen]), chosen
+    return world.rendered([prompt.metadata or {} for prompt in chosen], np.random.default_rng(0)), chosen
 
 
 def _files(folder: Path, count: int) -> tuple[Tensor, list[Prompt]]:
-    listing = folder / "prompts.jsonl"
-    if not listing.is_file():
-        raise FileNotFoundError(f"no {listing}: write a line with file_name and prompt for each sample")
-    rows = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()][:count]
-    try:
-        samples = [_read(inside(folder, row["file_name"])) for row in rows]
-        return torch.stack(samples), [Prompt(row["prompt"], row) for row in rows]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{listing}: each line needs file_name and prompt ({error!r})") from None
-    except RuntimeError:
-        raise ValueError(f"the samples in {folder} differ in size: make them equal") from None
+    listed = dict(list(read_listing(folder).items())[:count])
+    samples = [_read(inside(folder, name)) for name in listed]
+    if len({sample.shape for sample in samples}) > 1:
+        raise ValueError(f"the samples in {folder} differ in size: make them equal")
+    return torch.stack(samples), list(listed.values())
 
 
 def _read(path: Path) -> Tensor:
-    if path.suffix.lower() == ".wav":
-        from scipy.io import wavfile
-
-        if path.stat().st_size > 4 * MOST_SAMPLES:
-            raise ValueError(f"{path} has over {4 * MOST_SAMPLES} bytes: cut it")
-        rate, _ = wavfile.read(path)
-        return wire.decode_audio(path.read_bytes(), rate)
-    return read_image(path)
+    return read_waveform(path).waveform if path.suffix.lower() in (".wav", ".flac") else read_image(path)
 
 
 def _print(checks: Sequence[Check]) -> None:

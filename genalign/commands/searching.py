@@ -11,7 +11,7 @@ from typing import Any
 from genalign import config
 from genalign.budget import Ledger, Metered, measure_prices, metered_rewards
 from genalign.checkpoints import write_json
-from genalign.commands.parts import Outside, named_rewards, prompt_set
+from genalign.commands.parts import Outside, named_rewards, prompt_set, require_rate
 from genalign.media import writer
 from genalign.noise import derived_seed
 from genalign.processes import Share, take_own_device
@@ -49,6 +49,7 @@ def _search_share(
     if settings.lora:
         pipeline.load_lora(settings.lora)
     rewards, strategy, budget = named_rewards(settings.rewards), settings.strategy, settings.budget
+    require_rate(rewards, pipeline.sample_rate)
 
     def find(index: int) -> Result:
         seed = derived_seed(settings.seed, index)

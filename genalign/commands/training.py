@@ -18,7 +18,7 @@ from genalign import config
 from genalign.checkpoints import write_json
 from genalign.commands.estimating import advice
 from genalign.commands.evaluating import Exam, exam
-from genalign.commands.parts import Checkpoint, Outside, named_rewards, prompt_set
+from genalign.commands.parts import Checkpoint, Outside, named_rewards, prompt_set, require_rate
 from genalign.commands.resuming import Inputs, Texts, TrackerRun, checkpoint_in, requested
 from genalign.evaluation import Evaluation, gain, load_evaluation, plan, suite_hash
 from genalign.faults import is_out_of_memory
@@ -220,7 +220,8 @@ def trackers(names: Sequence[str], folder: Path, run: str) -> list[Any]:
 
 
 def _probe(pipeline: Checkpoint, rewards: Sequence[NamedReward], prompts: PromptSet, sampling: Sampling) -> None:
-    """Two images of the untrained model through every reward, before anything is written."""
+    """Two samples of the untrained model through every reward, before anything is written."""
+    require_rate(rewards, pipeline.sample_rate)
     chosen = prompts.prompts[:2]
     texts = [prompt.text for prompt in chosen]
     images = next(generate(pipeline, texts, [0] * len(texts), sampling.grid(pipeline), sampling.guidance, len(texts)))
@@ -239,7 +240,7 @@ def _before_after(
         return None
     scorers = outside.judges(chosen.prompts, {reward.name: reward for reward in rewards})
     sampling = settings.evaluation or settings.sampling
-    return exam(pipeline, settings.model, sampling, chosen, prompt_set(chosen.prompts), scorers, processes)
+    return exam(pipeline, settings.model, sampling, chosen, chosen.prompts, scorers, processes)
 
 
 def _watcher(
@@ -250,8 +251,7 @@ def _watcher(
         return None
     sampling = settings.evaluation or settings.sampling
     scorers = outside.judges(chosen.prompts, chosen.scorers)
-    prompts = prompt_set(chosen.prompts)
-    watched = exam(pipeline, settings.model, sampling, chosen, prompts, scorers, policy.processes)
+    watched = exam(pipeline, settings.model, sampling, chosen, chosen.prompts, scorers, policy.processes)
 
     def watch() -> dict[str, Estimate]:
         with policy.averaged():

@@ -18,9 +18,6 @@ from genalign.media import read_image
 from genalign.rollout import generate
 from genalign.types import Grid, Pipeline, Prompt
 
-ELSEWHERE = "made elsewhere"
-"""The kernel in the protocol of images whose making is not known."""
-
 _IMAGES = "images"
 
 

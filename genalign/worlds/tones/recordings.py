@@ -1,0 +1,30 @@
+"""Recordings of other programs as clips of the tones world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from genalign.media import read_waveform
+from genalign.waveforms import as_heard, tell_once
+from genalign.worlds.tones.scenes import MARGIN
+from genalign.worlds.tones.timbres import LENGTH, SAMPLE_RATE
+
+
+def read_clip(path: Path) -> Tensor:
+    """A WAV or FLAC file as the verifier takes it, (1, 12000): one channel of 1.5 s at 8 kHz.
+
+    Channels are mixed, other rates resampled and shorter clips ended with silence, which the log tells. Raises
+    ValueError for a file that is longer or cannot be read.
+    """
+    found = read_waveform(path)
+    clip = as_heard(found.waveform[None], found.sample_rate, SAMPLE_RATE, "the tones world's verifier")
+    missing, seconds = LENGTH - clip.shape[1], LENGTH / SAMPLE_RATE
+    if -missing > MARGIN * SAMPLE_RATE:
+        lasts = clip.shape[1] / SAMPLE_RATE
+        raise ValueError(f"{path} lasts {lasts:.2f} s: clips of the tones world last {seconds:g} s; cut it")
+    if missing > 0:
+        tell_once(f"clips of the tones world last {seconds:g} s: shorter ones, such as {path}, are ended with silence")
+    return F.pad(clip[:, :LENGTH], (0, max(0, missing)))

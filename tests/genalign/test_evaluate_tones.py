@@ -1,0 +1,186 @@
+"""genalign evaluate tones: a model's clips, a folder of another program's, and what is wrong with such folders."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from torch import Tensor
+
+from genalign.cli import main
+from genalign.commands.parts import prompt_set, require_rate
+from genalign.evaluation import ELSEWHERE, load_evaluation
+from genalign.scoring import NamedReward
+from genalign.waveforms import resample, tell_once
+from genalign.worlds import tones
+from genalign.worlds.catalogue import WORLDS, world_of
+from genalign.worlds.tones.models import TextToVelocity, assemble, build_vae
+from rewards.audio_guards import LevelWithin
+from rewards.clap import ClapReward
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+TASKS = {"single_tone", "two_tone", "counting", "pitch", "relation", "attribution", "loudness"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model of the embedded one's kind."""
+    folder: Path = tmp_path_factory.mktemp("tones-audio") / "model"
+    torch.manual_seed(0)
+    assemble(TextToVelocity(layers=1, width=64), build_vae(), folder)
+    return folder
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
+def rendered(per_task: int, wrong: int = 0) -> tuple[list[str], Tensor]:
+    """Texts of every task and clips that show them, but for the first ``wrong`` of each, which show another task's."""
+    groups = list(tones.prompts("comp").by_task().values())
+    chosen = [group[i] for group in groups for i in range(per_task)]
+    shown = list(chosen)
+    for place in range(len(chosen)):
+        if place % per_task < wrong:
+            shown[place] = chosen[(place + per_task) % len(chosen)]
+    rng = np.random.default_rng(0)
+    clips = WORLDS["tones"].rendered([prompt.metadata or {} for prompt in shown], rng)
+    return [prompt.text for prompt in chosen], clips
+
+
+def write(folder: Path, texts: list[str], clips: Tensor, rate: int = 8000, suffix: str = "wav") -> None:
+    folder.mkdir()
+    names = [f"{number}.{suffix}" for number in range(len(texts))]
+    for name, clip in zip(names, clips.numpy(), strict=True):
+        soundfile.write(folder / name, clip.T, rate, subtype="PCM_16")
+    rows = [json.dumps({"file_name": name, "prompt": text}) for name, text in zip(names, texts, strict=True)]
+    (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def test_prompts_of_the_tones_world_are_named_like_those_of_shapes() -> None:
+    assert prompt_set("tones:comp") == tones.prompts("comp")
+    assert set(prompt_set("tones:train:counting,pitch").by_task()) == {"counting", "pitch"}
+    assert set(prompt_set("tones:iid").by_task()) == TASKS
+    with pytest.raises(ValueError, match="unknown suite 'nope': choose one of train, val"):
+        prompt_set("tones:nope")
+    with pytest.raises(ValueError, match="has no task colors: choose from single_tone"):
+        prompt_set("tones:iid:colors")
+    found = world_of("tones:val")
+    assert found is not None and found.verifier == "tones-1" and world_of("tones.txt") is None
+
+
+def test_a_model_is_evaluated(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    arguments = ["--model.path", str(model), "--output", str(output), "--suite", "len", "--sampling.num_steps", "2"]
+    assert main(["evaluate", "tones", *arguments, "--images_per_task", "2", "--seeds", "1"]) == 0
+    made = load_evaluation(output)
+    assert made.protocol.verifier == "tones-1" and made.protocol.suite == "len" and len(made.records) == 2
+    assert made.score_names == ("strict", "partial", "relaxed")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].startswith("overall") and printed[0].startswith("counting")
+    assert "strict 0.000 (0.000 to 0.000)" in printed[-1]
+    clip, rate = soundfile.read(output / str(made.records[0].image))
+    assert rate == 8000 and clip.shape == (12000,)
+
+
+def test_a_folder_of_another_program_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts, clips = rendered(per_task=2, wrong=1)
+    write(tmp_path / "clips", texts, clips)
+    arguments = ["evaluate", "tones", "--samples", str(tmp_path / "clips"), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    made = load_evaluation(tmp_path / "out")
+    assert made.protocol.kernel == ELSEWHERE and made.protocol.suite == "clips"
+    by_task = {task: estimates["strict"].mean for task, estimates in made.tasks.items()}
+    assert set(by_task) == set(tones.prompts("comp").by_task()) and set(by_task.values()) == {0.5}
+    assert "overall       strict 0.500 (" in capsys.readouterr().out
+    assert [record.sample for record in made.records] == [0] * len(texts)
+
+
+def test_other_rates_channels_and_lengths_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A FLAC at 44.1 kHz in stereo, and clips that end early, are judged right."""
+    texts, clips = rendered(per_task=1)
+    early = clips[:, :, : int(clips.abs().amax((0, 1)).nonzero()[-1]) + 1]
+    upsampled = resample(early, 8000, 44100).repeat(1, 2, 1)
+    write(tmp_path / "clips", texts, upsampled, rate=44100, suffix="flac")
+    tell_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        main(["evaluate", "tones", "--samples", str(tmp_path / "clips"), "--output", str(tmp_path / "out")])
+    made = load_evaluation(tmp_path / "out")
+    assert made.overall["strict"].mean == 1.0
+    assert "waveforms at 44100 Hz are resampled" in caplog.text and "the mean of 2 is taken" in caplog.text
+
+
+def test_a_short_clip_is_ended_with_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tell_once.cache_clear()
+    soundfile.write(tmp_path / "a.wav", np.full(4000, 0.1), 8000)
+    with caplog.at_level(logging.WARNING):
+        clip = WORLDS["tones"].read(tmp_path / "a.wav")
+    assert clip.shape == (1, 12000) and not clip[0, 4000:].any() and clip[0, 3999] > 0.09
+    assert "clips of the tones world last 1.5 s: shorter ones" in caplog.text
+
+
+def test_silence_is_judged_as_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "clips", ["a sine tone", "a noise burst"], torch.zeros(2, 1, 12000))
+    assert main(["evaluate", "tones", "--samples", str(tmp_path / "clips"), "--output", str(tmp_path / "out")]) == 0
+    made = load_evaluation(tmp_path / "out")
+    assert made.overall["partial"].mean == 0 and made.failed == 0
+
+
+def test_folders_that_cannot_be_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, output = tmp_path / "clips", str(tmp_path / "out")
+    told = ["evaluate", "tones", "--samples", str(folder), "--output", output]
+    assert "prompts.jsonl is missing: write a line with file_name and prompt for each sample" in error(capsys, *told)
+    write(folder, ["a sine tone"], torch.zeros(1, 1, 12000))
+    listing = folder / "prompts.jsonl"
+    for line, message in (
+        ('{"file_name": "0.wav"}', 'line 1: expected an object with "file_name" and "prompt"'),
+        ('{"file_name": "0.wav", "prompt": "a bell"}', "'a bell' is no prompt of the tones world"),
+        ('{"file_name": "../0.wav", "prompt": "a sine tone"}', "leads out of"),
+        ('{"file_name": "1.wav", "prompt": "a sine tone"}', "there is no"),
+        ("", "there is no sample to judge: list one or more"),
+    ):
+        listing.write_text(line + "\n")
+        assert message in error(capsys, *told)
+    listing.write_text('{"file_name": "0.wav", "prompt": "a sine tone"}\n')
+    soundfile.write(folder / "0.wav", np.zeros(16000), 8000)
+    assert "lasts 2.00 s: clips of the tones world last 1.5 s; cut it" in error(capsys, *told)
+    broken = np.zeros(12000, np.float32)
+    broken[5] = np.nan
+    soundfile.write(folder / "0.wav", broken, 8000, subtype="FLOAT")
+    assert "0.wav holds NaN or infinite samples: leave it out" in error(capsys, *told)
+    assert not Path(output).exists()
+
+
+def test_folders_of_images_are_judged_by_the_shapes_world(tmp_path: Path) -> None:
+    world = WORLDS["shapes"]
+    prompts = world.prompts("iid").prompts[:3]
+    images = world.rendered([prompt.metadata or {} for prompt in prompts], np.random.default_rng(0))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, image in enumerate(images):
+        pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    rows = [json.dumps({"file_name": f"{n}.png", "prompt": prompt.text}) for n, prompt in enumerate(prompts)]
+    (folder / "prompts.jsonl").write_text("\n".join(rows))
+    assert main(["evaluate", "shapes", "--samples", str(folder), "--output", str(tmp_path / "out")]) == 0
+    assert load_evaluation(tmp_path / "out").overall["strict"].mean == 1.0
+
+
+def test_a_reward_that_is_told_another_rate_is_refused() -> None:
+    heard = NamedReward("clap", ClapReward("tones-clap", 48000))
+    with pytest.raises(ValueError, match=r"'clap' is told that waveforms come at 48000 Hz, but they come at 8000: set"):
+        require_rate([heard], 8000)
+    require_rate([heard, NamedReward("level", LevelWithin())], 48000)
+
+
+def test_rewards_are_checked_on_rendered_clips(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--samples", "tones:val", "--count", "5", "--expected.prompts", "true"]
+    assert main(["reward", "check", "rewards.tones:TonesReward", *arguments]) == 0
+    assert "every check passed" in capsys.readouterr().out
