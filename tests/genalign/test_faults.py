@@ -171,14 +171,15 @@ def test_a_sample_that_a_reward_cannot_bear_costs_its_own_score(opened: SD3, cle
     poison: list[Tensor] = []
 
     def refusing(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        if not poison:
-            poison.append(samples[1].clone())
-        if any(torch.equal(sample, poison[0]) for sample in samples):
+        scores = verifier(samples, prompts)
+        if not poison and len(scores.unique()) > 1:  # else the sample has no credit to lose
+            poison.append(samples[scores.argmax()].clone())
+        if any(torch.equal(sample, bad) for sample in samples for bad in poison):
             raise ValueError("too large")
-        return verifier(samples, prompts)
+        return scores
 
     run = Run(opened, NamedReward("partial", refusing, score_batch=4)).finished()
-    assert [result.failed_rewards for result in run.results] == [1, 0, 0]
+    assert sum(result.failed_rewards for result in run.results) == 1
     assert_within_noise(run, clean)
 
 
@@ -193,6 +194,7 @@ def test_a_wrong_shape_ends_the_run_which_goes_on_once_it_is_mended(opened: SD3,
             states.append(copy.deepcopy(broken.trainer.state()))
     mended = Run(opened)
     mended.trainer.restore(states[-1])
+    mended.pipeline.encode_together(broken.pipeline.encoded)  # as a checkpoint has it
     mended.finished()
     assert len(states) == 1 and torch.equal(mended.weights(), clean.weights())
 
