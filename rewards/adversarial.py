@@ -308,7 +308,8 @@ class Adversary:
     all samples of a round and draws the same, so that they learn what one would; where ``torch.distributed`` is
     initialised, gradients and readings are averaged over ranks as well, which keeps them in step where kernels do not
     give the same sums twice. Trained parameters are made float32, the scorer stays in evaluation mode (no dropout), and
-    it follows the samples' device. Logits are multiplied by ``scale`` in the loss, not in the score.
+    it follows the samples' device. Logits are multiplied by ``scale`` in the loss, not in the score; ``weighting``
+    makes one score of several, and None takes the only one.
     """
 
     def __init__(
@@ -317,11 +318,11 @@ class Adversary:
         references: References,
         update_rule: UpdateRule,
         learning: Learning,
-        weighting: Weighting = single,
+        weighting: Weighting | None = None,
         scale: float = 1.0,
     ) -> None:
         self.scorer, self.references, self.update_rule, self.learning = scorer.eval(), references, update_rule, learning
-        self.weighting, self.scale = weighting, scale
+        self.weighting, self.scale = weighting or single, scale
         self.trained = {name: p for name, p in scorer.named_parameters() if p.requires_grad}
         if not self.trained:
             raise ValueError("no parameter of the scorer requires a gradient: there is nothing to train")
