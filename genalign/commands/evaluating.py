@@ -9,7 +9,7 @@ from pathlib import Path
 
 from genalign import config
 from genalign.commands.geneval import compare_geneval_command, geneval_command, images_command, original_command
-from genalign.commands.parts import Checkpoint, Outside, print_estimates, prompt_set
+from genalign.commands.parts import Checkpoint, Outside, own_share, print_estimates, prompt_set
 from genalign.evaluation import Evaluation, Job, Protocol, evaluate, judge, plan, suite_hash
 from genalign.media import Writer, inside, writer
 from genalign.processes import ALONE, Processes, joined
@@ -85,6 +85,7 @@ def evaluate_command(outside: Outside, arguments: Sequence[str]) -> int:
 def _evaluate_world(outside: Outside, world: World, kind: type[config.EvaluateShapes], arguments: Sequence[str]) -> int:
     settings, _ = config.parse(kind, arguments, f"evaluate {world.name}")
     if settings.samples is None:
+        own_share(os.environ)
         with joined(os.environ) as processes:
             made = _in_processes(outside, world, settings, processes)
             if processes.first:

@@ -11,7 +11,7 @@ from typing import Any
 
 from genalign import config
 from genalign.checkpoints import write_json
-from genalign.commands.parts import Checkpoint, Outside, print_estimates
+from genalign.commands.parts import Checkpoint, Outside, own_share, print_estimates
 from genalign.evaluation import Evaluation, Protocol, check_protocols, suite_hash
 from genalign.geneval.comparing import compared, finished
 from genalign.geneval.files import Sample, read_prompts, read_results, read_samples
@@ -27,7 +27,7 @@ from genalign.geneval.running import (
     verifier,
 )
 from genalign.geneval.sources import Existing, Generated
-from genalign.processes import Share, take_own_device
+from genalign.processes import Share
 from genalign.report import write_geneval
 from genalign.sampling import Sampling
 from genalign.types import Prompt, PromptSet
@@ -94,13 +94,13 @@ def geneval_command(outside: Outside, arguments: Sequence[str]) -> int:
     prompts = some(read_prompts(Path(settings.prompts)), settings.per_task)
     judge = settings.judge or outside.geneval
     judge.check(prompts.prompts)
-    take_own_device(os.environ)
+    share = own_share(os.environ)
     pipeline, subject = _opened(outside, settings, plain["model"])
     sampling, folder = settings.sampling, GenEvalFolder(Path(settings.output))
     grid = sampling.grid(pipeline)
     source = Generated(pipeline, grid, sampling.guidance, settings.seeds, settings.batch_size, folder.path)
     protocol = _protocol(pipeline, settings, tuple(grid.sigma.tolist()), prompts, judge)
-    return _carried_out(Work(source, prompts, judge, folder), protocol, subject, settings.against)
+    return _carried_out(Work(source, prompts, judge, folder), share, protocol, subject, settings.against)
 
 
 def images_command(outside: Outside, arguments: Sequence[str]) -> int:
@@ -111,12 +111,12 @@ def images_command(outside: Outside, arguments: Sequence[str]) -> int:
     prompts = PromptSet("images", tuple(Prompt(group[0].metadata["prompt"], group[0].metadata) for group in groups))
     judge = settings.judge or outside.geneval
     judge.check(prompts.prompts)
-    take_own_device(os.environ)
+    share = own_share(os.environ)
     files = [sample.path for group in groups for sample in group]
     subject = Subject({"images": settings.images}, content_hash(root, files))
     work = Work(Existing(groups, folder.path, settings.device), prompts, judge, folder)
     protocol = Protocol.elsewhere(prompts, [len(group) for group in groups], verifier(judge))
-    return _carried_out(work, protocol, subject, settings.against)
+    return _carried_out(work, share, protocol, subject, settings.against)
 
 
 def original_command(arguments: Sequence[str]) -> int:
@@ -186,11 +186,11 @@ def _protocol(
     )
 
 
-def _carried_out(work: Work, protocol: Protocol, subject: Subject, against: str | None) -> int:
-    """Do this process's share, and conclude if nothing is left of any."""
+def _carried_out(work: Work, share: Share, protocol: Protocol, subject: Subject, against: str | None) -> int:
+    """Do this process's ``share``, and conclude if nothing is left of any."""
     if against:
         check_protocols(finished(Path(against)).protocol, protocol)
-    share, count = Share.from_environment(os.environ), len(work.prompts)
+    count = len(work.prompts)
     work.folder.begin(manifest(protocol, subject))
     for index in work.do(share):
         print(f"{index + 1}/{count}  {work.prompts.prompts[index].text}", flush=True)

@@ -13,10 +13,12 @@ from genalign import config
 from genalign.evaluation import Evaluation
 from genalign.geneval.judging import Judge
 from genalign.planning import Outline
+from genalign.processes import Share, take_own_device
 from genalign.prompts import load_prompts
 from genalign.runs import WeightStore
 from genalign.scoring import NamedReward
 from genalign.search.aware import NoiseAware
+from genalign.sharding import asked_for
 from genalign.types import Pipeline, PromptSet, RewardFunction
 from genalign.worlds.catalogue import world_of
 
@@ -103,6 +105,16 @@ def import_from_here() -> None:
     """Let a configuration name modules of the working directory; installed ones of the same name come first."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+
+
+def own_share(variables: Mapping[str, str]) -> Share:
+    """This process's share of work without training, by what a launcher set, and on its own GPU. Raises ValueError
+    where the launcher was told to divide the network."""
+    share = Share.from_environment(variables)
+    if asked_for(variables, share.processes):
+        raise ValueError("FSDP divides a network while it is trained: launch this without it, with copies")
+    take_own_device(variables)
+    return share
 
 
 def named_rewards(chosen: Mapping[str, config.RewardChoice]) -> list[NamedReward]:

@@ -72,6 +72,11 @@ def test_processes_share_a_search(
     config += ["--limit", "4"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
+    with monkeypatch.context() as divided:
+        for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+            divided.setenv(name, value)
+        assert main(config) == 2
+    assert not found.exists() and "launch this without it" in capsys.readouterr().err
     assert main(config) == 0
     assert "2 of 4 prompts are left to other processes" in capsys.readouterr().out
     assert [path.name for path in sorted((found / "prompts").iterdir())] == ["00001.json", "00003.json"]
