@@ -139,7 +139,7 @@ def _collective() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        cause = str(error).splitlines()[0]
+        cause = str(error).split(". ")[0]
         raise ProcessesError(f"another process of this run has ended, see what it said itself ({cause})") from error
 
 
