@@ -96,7 +96,7 @@ def advice(outside: Outside, settings: config.Train) -> str:
         stored = counted(settings, outline, prompt_set(settings.prompts)).stored
         here = gibibytes(estimate(settings, outline, stored).peak)
         found = [f"{name} ({gibibytes(peak)})" for name, peak in reliefs(outside, settings, stored).items()]
-    except config.REFUSED:
+    except (*config.REFUSED, RuntimeError):  # such as no memory for this, either
         here, found = "no estimate", [name for name, _ in lighter(settings)]
     tried = "; ".join([*found, "--training.out_of_memory halve"])
     return f"`genalign plan` puts these settings at {here}, without rewards; less is held with {tried}"
