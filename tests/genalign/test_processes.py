@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,18 @@ def _port() -> int:
         return int(found.getsockname()[1])
 
 
+def _context() -> ForkServerContext:
+    """Of processes that are forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["genalign.cli", "torch", "tests.genalign.ranks"])
+    return context
+
+
 @pytest.fixture(scope="module")
 def both(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what two processes did."""
     folder, port = tmp_path_factory.mktemp("both"), _port()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["genalign.cli", "torch", "tests.genalign.ranks"])
+    context = _context()
     started = [context.Process(target=ranks.work, args=(rank, port, tiny_folder, folder)) for rank in range(2)]
     for process in started:
         process.start()
@@ -218,7 +225,7 @@ def test_none_outlives_another(
     (tmp_path / "run.yaml").write_text(CONFIG.format(output=tmp_path / "run", model=tiny_folder))
     import victim_rank  # type: ignore[import-not-found]  # what was written above
 
-    context, arguments = multiprocessing.get_context("forkserver"), ["train", "--config", str(tmp_path / "run.yaml")]
+    context, arguments = _context(), ["train", "--config", str(tmp_path / "run.yaml")]
 
     def start(signal: int | None, *extra: str) -> list[Any]:
         port = _port()
