@@ -44,7 +44,7 @@ def clipped(waveforms: Tensor) -> Tensor:
 
 def silent(waveforms: Tensor) -> Tensor:
     """The share (B,) of frames of 256 samples below -60 dB of full scale; the last may be shorter."""
-    frames = waveforms.float().split(FRAME, dim=2)
+    frames = torch.split(waveforms.float(), FRAME, dim=2)
     quiet = torch.stack([frame.square().mean((1, 2)).sqrt() < SILENT for frame in frames])
     return quiet.float().mean(0) + _nan_where_failed(waveforms)
 

@@ -77,7 +77,8 @@ def _interpolation(down: int, up: int) -> Tensor:
     distance = cutoff * (taps - (torch.arange(up, dtype=torch.float64) * down / up)[:, None])
     inside = (1 - (distance / _ZEROS).square()).clamp(min=0)
     window = torch.special.i0(_BETA * inside.sqrt()) / torch.special.i0(torch.tensor(_BETA, dtype=torch.float64))
-    return (cutoff * torch.sinc(distance) * window * (inside > 0))[:, None]
+    kernel: Tensor = cutoff * torch.sinc(distance) * window * (inside > 0)
+    return kernel[:, None]
 
 
 def mel_decibels(waveforms: Tensor, filters: Tensor, window: int, hop: int) -> Tensor:

@@ -101,11 +101,12 @@ class ClapEncoder(TwoTowers):
             seconds = self.windows.length / self.windows.rate
             tell_once(f"CLAP {self._name} hears {seconds:g} s: shorter clips are filled up ({self.windows.padding})")
         spectra = self.windows(clips)
+        count, windows = spectra.shape[:2]
         whole, frames = self._heard(spectra.flatten(0, 1))
         kept = math.ceil(frames.shape[1] * min(1.0, clips.shape[1] / self.windows.length))
         return Features(
-            F.normalize(whole.unflatten(0, spectra.shape[:2]).mean(1), dim=-1),
-            frames[:, :kept].unflatten(0, spectra.shape[:2]).flatten(1, 2),
+            F.normalize(whole.view(count, windows, -1).mean(1), dim=-1),
+            frames[:, :kept].reshape(count, windows * kept, -1),
         )
 
     def _heard(self, spectra: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,16 +13,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from genalign.blocks import BlockFrechetStatistic, as_blocks
 from genalign.demonstrations import Rescored, SetStatistic
 from genalign.divergences import (
-    BlockFrechetStatistic,
     FrechetStatistic,
     Gaussian,
     GaussianKernel,
     MMDReference,
     MMDStatistic,
     VendiStatistic,
-    as_blocks,
     gaussian_distance,
     polynomial_kernel,
     vendi,

@@ -15,6 +15,7 @@ from genalign.cli import main
 
 METHODS = Path(__file__).parents[1] / "docs" / "methods"
 REWARDS = (METHODS.parent / "rewards.md").read_text()
+AUDIO = (METHODS.parent / "audio.md").read_text()
 
 
 def test_the_added_method_trains(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +48,7 @@ def test_the_own_reward_keeps_to_the_contract(
         sys.modules.pop("my_scores", None)
 
 
-@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", REWARDS, re.DOTALL))
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", REWARDS + AUDIO, re.DOTALL))
 def test_shown_configurations_are_taken(tmp_path: Path, block: str) -> None:
     whole = {"rewards": {"size": {"function": "rewards.jpeg.compressibility"}}, "output": "runs/x"}
     whole |= {"recipe": {"class_path": "genalign.recipes.flow_grpo"}, **yaml.safe_load(block)}
@@ -57,7 +58,7 @@ def test_shown_configurations_are_taken(tmp_path: Path, block: str) -> None:
 
 
 def test_named_objects_are_there() -> None:
-    names = set(re.findall(r"`((?:rewards|genalign)\.[a-z_.]+\.[A-Za-z]\w+)", REWARDS))
+    names = set(re.findall(r"`((?:rewards|genalign)\.[a-z_.]+\.[A-Za-z]\w+)", REWARDS + AUDIO))
     names |= {f"rewards.combined.{name}" for name in re.findall(r"^\| `(\w+)\(", REWARDS, re.MULTILINE)}
     assert len(names) > 30
     for name in names:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
+from genalign.blocks import BlockFrechetStatistic
 from genalign.demonstrations import greedy_swap
-from genalign.divergences import BlockFrechetStatistic, Gaussian
+from genalign.divergences import Gaussian
 from genalign.extrapolation import at_infinite_size
 from genalign.types import Prompt, Reward
 from genalign.worlds.tones.scenes import render, sample_clip
