@@ -11,10 +11,9 @@ from typing import Any
 from genalign import config
 from genalign.budget import Ledger, Metered, measure_prices, metered_rewards
 from genalign.checkpoints import write_json
-from genalign.commands.parts import Outside, named_rewards, prompt_set, require_rate
+from genalign.commands.parts import Outside, named_rewards, own_share, prompt_set, require_rate
 from genalign.media import writer
 from genalign.noise import derived_seed
-from genalign.processes import Share, take_own_device
 from genalign.report import write_search
 from genalign.search.aware import Look, NoiseAware, Recording, as_they_are, distil, record, validate
 from genalign.search.engine import Run
@@ -30,7 +29,6 @@ def steer_command(outside: Outside, arguments: Sequence[str]) -> int:
     asked = prompt_set(settings.prompts).prompts[: settings.limit]
     folder, plain = SearchFolder(Path(settings.output)), {**plain, "limit": None}
     folder.begun(plain)
-    take_own_device(os.environ)
     _search_share(outside, settings, plain, folder, asked)
     if left := sum(not folder.done(index) for index in range(len(asked))):
         print(f"{left} of {len(asked)} prompts are left to other processes; if there are none, start it again")
@@ -45,7 +43,7 @@ def _search_share(
     outside: Outside, settings: config.Steer, plain: Mapping[str, Any], folder: SearchFolder, asked: Sequence[Prompt]
 ) -> None:
     """Every prompt of this process's share that is not finished, but for those that another process holds."""
-    pipeline = outside.load(settings.model)
+    share, pipeline = own_share(os.environ), outside.load(settings.model)
     if settings.lora:
         pipeline.load_lora(settings.lora)
     rewards, strategy, budget = named_rewards(settings.rewards), settings.strategy, settings.budget
@@ -56,7 +54,7 @@ def _search_share(
         sampling, size = settings.sampling, settings.batch_size
         return search(pipeline, [asked[index]], rewards, strategy, budget, sampling, size, seed)
 
-    left = [i for i in Share.from_environment(os.environ).of(len(asked)) if not folder.done(i)]
+    left = [i for i in share.of(len(asked)) if not folder.done(i)]
     early = find(left[0]) if left and not folder.begun(plain) else None  # what cannot be made leaves nothing behind
     folder.begin(plain)
     for index in left:
