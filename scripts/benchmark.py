@@ -135,7 +135,7 @@ def benchmark_train(repeats: int) -> list[Measurement]:
         with torch.no_grad(), policy.reference():
             replay(pipeline, sampled, trainer.grid, recipe.kernel, 0, 1.0)
 
-    whole, base, apart = interleaved([lambda: trainer._learn(0, parts, outcome), bare, reference], repeats)
+    whole, base, apart = interleaved([lambda: trainer._learn(0, prompts, parts, outcome), bare, reference], repeats)
     passes = [a - b for a, b in zip(whole, apart, strict=True)]
     return [
         *ratios("training_pass", "time relative to bare forward + backward", passes, base),
@@ -229,7 +229,7 @@ def benchmark_methods(repeats: int) -> list[Measurement]:
         trainer = Trainer(pipeline, policy, rewards, prompts, make(), settings, Sampling(STEPS, SIGMAS))
         chosen = next(trainer.prompts.rounds())
         parts = trainer._sample(0, chosen)
-        run = functools.partial(trainer._learn, 0, parts, trainer._outcome(parts, len(chosen)))
+        run = functools.partial(trainer._learn, 0, chosen, parts, trainer._outcome(parts, len(chosen)))
         before = trainer.ledger.copy()
         run()
         spent = trainer.ledger.since(before).counts
