@@ -15,7 +15,17 @@ from genalign.commands.parts import Outside, named_rewards, own_share, prompt_se
 from genalign.media import writer
 from genalign.noise import derived_seed
 from genalign.report import write_search
-from genalign.search.aware import Look, NoiseAware, Recording, as_they_are, distil, record, validate
+from genalign.search.aware import (
+    Decoding,
+    Look,
+    NoiseAware,
+    Recording,
+    as_they_are,
+    distil,
+    learn_to_decode,
+    record,
+    validate,
+)
 from genalign.search.engine import Run
 from genalign.search.folder import SearchFolder
 from genalign.search.running import Result, search
@@ -92,6 +102,9 @@ def train_noise_aware_command(outside: Outside, arguments: Sequence[str]) -> int
     look: Look = pipeline.decode if student.on == "samples" else as_they_are
     train = _recorded(settings, pipeline, settings.prompts, folder / "train.safetensors")
     held_out = _recorded(settings, pipeline, settings.held_out, folder / "held_out.safetensors")
+    if isinstance(student, Decoding):
+        for loss in learn_to_decode(student.decoder, train, pipeline.decode, settings.distillation):
+            print(f"decoder  loss {loss:.5f}", flush=True)
     for levels, loss in distil(student, train, look, settings.distillation):
         print(f"{levels}/{len(train.sigmas)} levels  loss {loss:.4f}", flush=True)
     qualities = validate(student.eval(), held_out, look, settings.batch_size)
