@@ -133,12 +133,12 @@ def learn_to_decode(decoder: nn.Module, recording: Recording, decode: Look, sett
     level = torch.randint(len(recording.sigmas), (len(recording),), generator=generator)
     previews = recording.previews[torch.arange(len(recording)), level].float()
     with torch.no_grad():
-        decoded = torch.cat([decode(part).half().cpu() for part in previews.split(settings.batch_size)])
+        decoded = torch.cat([decode(part).half().cpu() for part in torch.split(previews, settings.batch_size)])
     optimizer = torch.optim.AdamW(decoder.parameters(), settings.decoder_learning_rate)
     device = device_of(decoder)
     for _ in range(settings.decoder_epochs):
         losses = []
-        for rows in torch.randperm(len(previews), generator=generator).split(settings.batch_size):
+        for rows in torch.split(torch.randperm(len(previews), generator=generator), settings.batch_size):
             loss = F.mse_loss(decoder(previews[rows].to(device)), decoded[rows].to(device, torch.float32))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch has not typed it
