@@ -223,7 +223,7 @@ def test_one_step_of_training_lowers_the_loss(
         patch.setattr(regression, "_normalised_error", functools.partial(_by_own_size, weights))
         before = _readings(trainer, batch)
     assert before.log_ratio_max == 0.0
-    trainer._learn(0, parts, outcome)
+    trainer._learn(0, prompts.prompts, parts, outcome)
     monkeypatch.setattr(regression, "_normalised_error", functools.partial(_by_first_size, iter(weights)))
     assert _readings(trainer, batch).mean("loss") < before.mean("loss")
 
