@@ -111,7 +111,7 @@ def benchmark_train(repeats: int) -> list[Measurement]:
     pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST)
     policy = Policy(pipeline.denoiser, Lora(rank=16, alpha=32))
     settings = Settings(
-        prompts_per_round=BATCH // 8, group_size=8, batch_size=BATCH, updates_per_round=1, learning_rate=0.0
+        prompts_per_round=BATCH // 8, group_size=8, batch_size=BATCH, updates_per_round=1, learning_rate=1e-12
     )
     recipe = flow_grpo(FlowSDE(0.9), window=2)
     rewards = [NamedReward("red", lambda samples, prompts: samples[:, 0].flatten(1).mean(1))]
@@ -222,7 +222,7 @@ def benchmark_methods(repeats: int) -> list[Measurement]:
         pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST)
         policy = Policy(pipeline.denoiser, Lora(rank=16, alpha=32))
         settings = Settings(
-            prompts_per_round=BATCH // 8, group_size=8, batch_size=BATCH, updates_per_round=1, learning_rate=0.0
+            prompts_per_round=BATCH // 8, group_size=8, batch_size=BATCH, updates_per_round=1, learning_rate=1e-12
         )
         rewards = [NamedReward("red", lambda samples, prompts: samples[:, 0].flatten(1).mean(1))]
         prompts = shapes.prompts("train")

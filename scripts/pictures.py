@@ -71,6 +71,7 @@ def search_curves(result: Path, output: Path) -> None:
             axis.plot(found["budgets"], means, marker=".", linestyle=":" if dashed else "-", label=name)
         axis.set(xscale="log", xlabel="budget (images' cost)", ylabel=label, xticks=found["budgets"])
         axis.set_xticklabels(found["budgets"])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(output / "search_curves.png", dpi=120)

@@ -12,6 +12,7 @@ The selection reward is a regressor on shapes-clip; the verifier only judges. A 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,7 +105,7 @@ def tune(work: Path) -> None:
     for name, way in WAYS.items():
         trials = Trials(recorded, way, TRIALS)
         by_budget = {budget: _best(trials, way, budget, costs) for budget in BUDGETS}
-        soonest = min(set(by_budget.values()), key=lambda schedule: share(trials, schedule, way, costs, target))
+        soonest = min(schedules(), key=lambda schedule: share(trials, schedule, way, costs, target))
         chosen[name] = {"by_budget": {b: asdict(s) for b, s in by_budget.items()}, "soonest": asdict(soonest)}
         print(f"{name}: {chosen[name]}", flush=True)
     write_json(work / "schedules.json", chosen)
@@ -120,10 +121,9 @@ def _best(trials: Trials, way: str, budget: int, costs: Costs) -> PruneSchedule:
 def share(trials: Trials, schedule: PruneSchedule, way: str, costs: Costs, target: float) -> float:
     """The least cost at which a schedule's mean reward reaches ``target``, as a share of best-of-32's; inf where the
     recorded candidates do not."""
-    for count in range(1, SEEDS + 1):
-        if float(trials.pruned(schedule, count)[:, 0].mean()) >= target:
-            return costs.pruning(schedule, way, count) / (BUDGETS[-1] * costs.sample())
-    return np.inf
+    counts = range(1, SEEDS + 1)
+    found = bisect.bisect_left(counts, True, key=lambda n: float(trials.pruned(schedule, n)[:, 0].mean()) >= target)
+    return costs.pruning(schedule, way, counts[found]) / (BUDGETS[-1] * costs.sample()) if found < SEEDS else np.inf
 
 
 def chosen_schedules(work: Path, name: str) -> tuple[dict[int, PruneSchedule], PruneSchedule]:

@@ -13,7 +13,12 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 REQUIRED = {
     "flow_grpo_shapes": {"flow_grpo"},
     "methods_shapes": {"flow_grpo", "dense_grpo", "prdp", "dragon", "adv_grpo"},
+    "search_shapes": {"noise_aware_pruning"},
 }
+
+
+def test_what_must_be_published_is() -> None:
+    assert REQUIRED.keys() <= {path.stem for path in (RESULTS / "raw").glob("*.jsonl")}
 
 
 @pytest.mark.parametrize("path", sorted((RESULTS / "raw").glob("*.jsonl")), ids=lambda path: path.stem)
