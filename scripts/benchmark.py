@@ -190,7 +190,8 @@ def benchmark_dense(repeats: int) -> list[Measurement]:
     sampled = rollout(pipeline, begin, grid, windowed(FlowSDE(0.7), noisy, STEPS), 1.0, store=noisy)
 
     def plain() -> None:
-        rollout(pipeline, begin, grid, [ODE()] * STEPS, 1.0)
+        for _ in range(4):  # about as long as the completions: a machine's speed drifts
+            rollout(pipeline, begin, grid, [ODE()] * STEPS, 1.0)
 
     def completions() -> None:
         complete(pipeline, sampled, grid, 1.0)
