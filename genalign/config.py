@@ -107,9 +107,9 @@ class Hacking(Amount):
     seeds: int = 2
     prompts: str = "shapes:val"
     every: int = 0
-    rewards: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]
-    features: Callable | None = None  # type: ignore[type-arg]
-    shown: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]
+    rewards: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]  # as RewardChoice.function
+    features: Callable | None = None  # type: ignore[type-arg]  # as RewardChoice.function
+    shown: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]  # as RewardChoice.function
     limits: Limits = field(default_factory=Limits)
     on_alarm: Actions = field(default_factory=Actions)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from genalign import assets
 from genalign.types import Prompt
 from genalign.waveforms import as_heard, mel_decibels, tell_once
-from rewards.towers import Features, TwoTowers, cosine
+from rewards.towers import Features, TwoTowers, cosine, projected_text
 
 Padding = Literal["repeatpad", "repeat", "pad"]
 
@@ -119,13 +119,7 @@ class ClapEncoder(TwoTowers):
         return F.normalize(whole, dim=-1), F.normalize(frames, dim=-1)
 
     def _encode(self, texts: list[str]) -> Tensor:
-        network: Any = self.model
-        tokens = self._tokenizer(
-            texts, padding=True, truncation=True, max_length=self._context, return_tensors="pt"
-        ).to(self.device)
-        pooled = network.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
-        embedding: Tensor = network.text_projection(pooled)
-        return embedding
+        return projected_text(self.model, self._tokenizer, texts, self._context)
 
 
 def load_clap(model: str) -> ClapEncoder:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from genalign import assets
 from genalign.types import Prompt
-from rewards.towers import Features, TwoTowers, cosine
+from rewards.towers import Features, TwoTowers, cosine, projected_text
 
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -179,13 +179,7 @@ class TransformersClipEncoder(ClipEncoder):
         return blocks
 
     def _encode(self, texts: list[str]) -> Tensor:
-        network: Any = self.model
-        tokens = self._tokenizer(
-            texts, padding=True, truncation=True, max_length=self._context, return_tensors="pt"
-        ).to(self.device)
-        pooled = network.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
-        embedding: Tensor = network.text_projection(pooled)
-        return embedding
+        return projected_text(self.model, self._tokenizer, texts, self._context)
 
 
 def load_clip(model: str, processor: str | None = None) -> ClipEncoder:

@@ -14,7 +14,7 @@ from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import Scene, jittered, render, sample_scene
 from genalign.worlds.shapes.verifier import verify
 from rewards.references import ByPrompt, ImageTensor
-from rewards.verified import Score, metadata_of, scores
+from rewards.verified import Score, drawn_by_task, metadata_of, scores
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ def recoloured(
     if unknown := set(colors) - set(PALETTE):
         raise ValueError(f"no colour {', '.join(sorted(unknown))} in the palette: choose from {', '.join(PALETTE)}")
     rng = np.random.default_rng(seed)
-    tasks = list(prompts(suite).by_task().values())
-    chosen = [tasks[i % len(tasks)][rng.integers(len(tasks[i % len(tasks)]))] for i in range(count)]
-    scenes = [sample_scene(metadata_of(prompt), rng) for prompt in chosen]
+    scenes = [sample_scene(metadata, rng) for metadata in drawn_by_task(prompts(suite), count, rng)]
     return ImageTensor(render([_restyled(scene, colors, radius, rng) for scene in scenes]))
 
 

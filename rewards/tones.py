@@ -14,7 +14,7 @@ from genalign.worlds.tones.scenes import Clip, Event, render, sample_clip
 from genalign.worlds.tones.timbres import NOISE, NOTES, TIMBRES
 from genalign.worlds.tones.verifier import verify
 from rewards.recordings import AudioTensor
-from rewards.verified import Score, metadata_of, scores
+from rewards.verified import Score, drawn_by_task, scores
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ def revoiced(
     if unknown := set(timbres) - set(TIMBRES):
         raise ValueError(f"no timbre {', '.join(sorted(unknown))} in this world: choose from {', '.join(TIMBRES)}")
     rng = np.random.default_rng(seed)
-    tasks = list(prompts(suite).by_task().values())
-    chosen = [tasks[i % len(tasks)][rng.integers(len(tasks[i % len(tasks)]))] for i in range(count)]
-    clips = [sample_clip(metadata_of(prompt), rng) for prompt in chosen]
+    clips = [sample_clip(metadata, rng) for metadata in drawn_by_task(prompts(suite), count, rng)]
     voiced = [Clip(tuple(_revoiced(event, timbres, level, rng) for event in clip.events)) for clip in clips]
     return AudioTensor(render(voiced))
 

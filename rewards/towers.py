@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,13 @@ class TwoTowers(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+
+def projected_text(network: Any, tokenizer: Any, texts: list[str], context: int) -> Tensor:
+    """Projected embeddings (n, d) of texts by a transformers CLIP or CLAP, cut to ``context`` tokens."""
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=context, return_tensors="pt").to(network.device)
+    found: Tensor = network.text_projection(network.text_model(tokens.input_ids, tokens.attention_mask).pooler_output)
+    return found
 
 
 def cosine(left: Tensor, right: Tensor) -> Tensor:

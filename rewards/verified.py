@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from genalign.types import Metadata, Prompt
+from genalign.types import Metadata, Prompt, PromptSet
 from genalign.worlds.verdict import Verdict
 
 Score = Literal["partial", "strict", "relaxed"]
@@ -41,3 +42,9 @@ def metadata_of(prompt: Prompt) -> Metadata:
     if prompt.metadata is None:
         raise ValueError(f"the prompt {prompt.text!r} has no metadata: this reward needs GenEval metadata")
     return prompt.metadata
+
+
+def drawn_by_task(prompts: PromptSet, count: int, rng: np.random.Generator) -> list[Metadata]:
+    """The metadata of ``count`` prompts, tasks in turn and a random prompt of each."""
+    tasks = list(prompts.by_task().values())
+    return [metadata_of(tasks[i % len(tasks)][rng.integers(len(tasks[i % len(tasks)]))]) for i in range(count)]

@@ -159,6 +159,7 @@ class Compared:
 
         return {
             "best_of_n": lambda budget: best_of(ends.clean, budget),
+            "one_sample": lambda budget: best_of(ends.clean, 1),
             "best_of_n_half_the_steps": half,
             "best_of_n_stochastic": lambda budget: best_of(ends.stochastic, budget),
             **{name: self._pruning(name, way) for name, way in WAYS.items()},

@@ -2,6 +2,7 @@
 
     python scripts/steer_pipeline.py                                         on the embedded model
     python scripts/steer_pipeline.py stabilityai/stable-diffusion-xl-base-1.0 "a red cube on a blue sphere"
+    python scripts/steer_pipeline.py CHECKPOINT PROMPT CLIP                  with another CLIP as the reward
 
 Read it like a notebook: every part stands alone.
 """
@@ -19,16 +20,18 @@ from pipelines import prune, steer
 from rewards.clip import ClipReward
 
 # 1. Any pipeline, as you would open it yourself.
-checkpoint = sys.argv[1] if len(sys.argv) > 1 else assets.resolve("shapes-sd3")
+own = len(sys.argv) > 1
+checkpoint = sys.argv[1] if own else assets.resolve("shapes-sd3")
 prompt = sys.argv[2] if len(sys.argv) > 2 else "a red circle and a blue square"
+clip = sys.argv[3] if len(sys.argv) > 3 else "openai/clip-vit-large-patch14" if own else "shapes-clip"
 pipe = DiffusionPipeline.from_pretrained(checkpoint)
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 pipe.set_progress_bar_config(disable=True)
 
 # 2. Any reward: images (B, 3, H, W) in [0, 1] and their prompts to (B,) scores. Here how well a CLIP model thinks that
-#    image and prompt agree; for photographs take "openai/clip-vit-large-patch14".
-reward = ClipReward("shapes-clip" if len(sys.argv) == 1 else "openai/clip-vit-large-patch14")
-call = {"num_inference_steps": 20, "guidance_scale": 1.0 if len(sys.argv) == 1 else 5.0}
+#    image and prompt agree.
+reward = ClipReward(clip)
+call = {"num_inference_steps": 20, "guidance_scale": 5.0 if own else 1.0}
 
 # 3. The baseline: eight samples, the best first.
 with steer(pipe, reward, BestOfN()) as baseline:

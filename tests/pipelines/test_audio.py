@@ -29,7 +29,6 @@ from pipelines import AceStep, StableAudio, steer
 from pipelines.base import DiffusersPipeline
 from pipelines.decoding import decode_latents
 from pipelines.outline import outline
-from tests.pipelines.tiny_checkpoints import FAMILIES
 
 # torch's older weight_norm in diffusers' AutoencoderOobleck, torchsde at the ends of its interval, numpy 2
 pytestmark = [
@@ -41,15 +40,6 @@ pytestmark = [
 PROMPTS = ["a red circle", "two big blue squares"]
 STEPS = 5
 SECONDS = 3.0
-
-
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    @functools.cache
-    def build(name: str) -> Path:
-        return FAMILIES[name].save(tmp_path_factory.mktemp("tiny") / name)
-
-    return build
 
 
 @pytest.fixture

@@ -45,17 +45,6 @@ PROMPTS = ["a red circle", "two big blue squares"]
 STEPS = 4
 
 
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The checkpoint of a family, built once."""
-
-    @functools.cache
-    def build(name: str) -> Path:
-        return FAMILIES[name].save(tmp_path_factory.mktemp("tiny") / name)
-
-    return build
-
-
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     name: str = request.param
