@@ -20,6 +20,7 @@ from genalign.dynamics import Kernel
 from genalign.faults import DivergedError
 from genalign.guard import Actions
 from genalign.hacking import Limits
+from genalign.media import AudioFormat
 from genalign.memory import Memory
 from genalign.mistakes import explain
 from genalign.policy import Lora
@@ -207,7 +208,8 @@ class Calibrate(Train):
 
 @dataclass(frozen=True)
 class Steer:
-    """A search for the best sample of every prompt; ``prompts`` as in training. ``lora`` steers a tuned model."""
+    """A search for the best sample of every prompt; ``prompts`` as in training. ``lora`` steers a tuned model;
+    ``audio`` is the format of what can be heard."""
 
     output: str
     prompts: str
@@ -220,6 +222,7 @@ class Steer:
     batch_size: int = 32
     seed: int = 0
     limit: int | None = None
+    audio: AudioFormat = "wav"
 
     def __post_init__(self) -> None:
         _require_rewards(self.rewards)

@@ -1,4 +1,4 @@
-"""Samples as files: images as PNG, waveforms as WAV; and the reading of such files."""
+"""Samples as files: images as PNG, waveforms as WAV or FLAC; and the reading of such files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ MOST_PIXELS = 2**26
 MOST_SAMPLES = 2**28
 """Of all channels of a recording that is read: 1 GiB in float32, 46 minutes in stereo at 48 kHz."""
 
+AudioFormat = Literal["wav", "flac"]
+AUDIO_SUFFIXES = frozenset({".wav", ".flac"})
+
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)  # of Pillow
 
@@ -28,9 +32,11 @@ Writer = Callable[[Tensor, Path, int], list[str]]
 """Writes samples (B, ...) into a folder, numbered from a first one; the files' names relative to the folder."""
 
 
-def writer(sample_rate: int | None) -> Writer:
-    """For what a pipeline with this ``sample_rate`` makes, which is None for images."""
-    return write_images if sample_rate is None else functools.partial(write_waveforms, sample_rate=sample_rate)
+def writer(sample_rate: int | None, audio: AudioFormat = "wav") -> Writer:
+    """For what a pipeline with this ``sample_rate`` makes, which is None for images; ``audio`` is for waveforms."""
+    if sample_rate is None:
+        return write_images
+    return functools.partial(write_waveforms, sample_rate=sample_rate, audio=audio)
 
 
 def write_images(samples: Tensor, directory: Path, first: int) -> list[str]:
@@ -81,15 +87,17 @@ def inside(folder: Path, name: str) -> Path:
     return folder / plain
 
 
-def write_waveforms(samples: Tensor, directory: Path, first: int, sample_rate: int) -> list[str]:
-    """WAV files in 16 bits of (B, channels, L) in [-1, 1], numbered as images are. Raises ValueError where soundfile is
-    missing."""
-    soundfile = _soundfile()
+def write_waveforms(
+    samples: Tensor, directory: Path, first: int, sample_rate: int, audio: AudioFormat = "wav"
+) -> list[str]:
+    """WAV or FLAC files in 16 bits of (B, channels, L) in [-1, 1], numbered as images are; NaN is silence. Raises
+    ValueError for another shape, and where soundfile is missing."""
     if samples.ndim != 3:
         raise ValueError(f"samples of shape {tuple(samples.shape)} are not waveforms (B, channels, L)")
-    names = _names(samples, directory, first, "audio/{:05d}.wav")
-    for name, waveform in zip(names, samples.detach().float().clamp(-1, 1).cpu().numpy(), strict=True):
-        soundfile.write(directory / name, waveform.T, sample_rate, subtype="PCM_16")
+    _soundfile()
+    names = _names(samples, directory, first, f"audio/{{:05d}}.{audio}")
+    for name, waveform in zip(names, samples, strict=True):
+        (directory / name).write_bytes(encoded(Recording(waveform, sample_rate), audio))
     return names
 
 
@@ -99,6 +107,14 @@ class Recording:
 
     waveform: Tensor
     sample_rate: int
+
+
+def encoded(recording: Recording, audio: AudioFormat) -> bytes:
+    """The bytes of a WAV or FLAC file in 16 bits. Raises ValueError where soundfile is missing."""
+    samples = recording.waveform.detach().float().nan_to_num().clamp(-1, 1).cpu().numpy().T
+    buffer = BytesIO()
+    _soundfile().write(buffer, samples, recording.sample_rate, subtype="PCM_16", format=audio.upper())
+    return buffer.getvalue()
 
 
 def read_waveform(path: Path) -> Recording:

@@ -57,7 +57,7 @@ def _search_share(
     if settings.lora:
         pipeline.load_lora(settings.lora)
     rewards, strategy, budget = named_rewards(settings.rewards), settings.strategy, settings.budget
-    require_rate(rewards, pipeline.sample_rate)
+    require_rate({reward.name: reward.function for reward in rewards}, pipeline.sample_rate)
 
     def find(index: int) -> Result:
         seed = derived_seed(settings.seed, index)
@@ -73,7 +73,8 @@ def _search_share(
                 continue
             result = early if early and index == left[0] else find(index)
             names = [reward.name for reward in rewards]
-            row = folder.add(index, asked[index].text, names, result, writer(pipeline.sample_rate))
+            write = writer(pipeline.sample_rate, settings.audio)
+            row = folder.add(index, asked[index].text, names, result, write)
         scores = "  ".join(f"{name} {value}" for name, value in row["scores"].items())
         print(f"{index + 1}/{len(asked)}  {scores}  {result.ledger.forwards} forwards  {asked[index].text}", flush=True)
 

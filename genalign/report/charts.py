@@ -52,7 +52,7 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
         _chart(
             rows,
             "Held-out score",
-            "images of prompts kept out of training, with 95 % interval",
+            "samples of prompts kept out of training, with 95 % interval",
             Axis(f"{score} score", percent, limits=(0.0, 1.0)) if score in SHARES else Axis(score, number),
             _held_out(score),
         ),

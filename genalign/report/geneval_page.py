@@ -17,7 +17,8 @@ from genalign.geneval.original import VERIFIER
 from genalign.report import sections
 from genalign.report.html import page
 from genalign.report.reading import Comparison, Run
-from genalign.report.sections import Cell, Fact, data_uri, flattened
+from genalign.report.samples import Shown, fitting, shown
+from genalign.report.sections import Cell, Fact, flattened
 from genalign.report.words import count, interval, percent, plain, scored
 
 _WRONG_SHOWN = 24
@@ -38,10 +39,10 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class _Shown:
-    """An image as a data URI, empty where it was not kept, and what is wrong with it."""
+class _Wrong:
+    """An image, and what is wrong with it."""
 
-    image: str
+    image: Shown
     prompt: str
     reason: str
 
@@ -104,21 +105,15 @@ def _rows(evaluation: Evaluation) -> list[_Row]:
     ]
 
 
-def _wrong(folder: Path, results: Sequence[Result]) -> list[_Shown]:
+def _wrong(folder: Path, results: Sequence[Result]) -> list[_Wrong]:
     """The first images that are wrong, of every task in turn, as many as the page has room for."""
     tasks: dict[str, list[Result]] = {}
     for result in results:
         if not result.correct:
             tasks.setdefault(result.tag, []).append(result)
-    made: list[_Shown] = []
-    spent = 0
-    for result in _in_turn(tasks.values()):
-        image = data_uri(folder, result.filename)
-        spent += len(image)
-        if spent > sections.IMAGE_BYTES or len(made) == _WRONG_SHOWN:
-            break
-        made.append(_Shown(image, result.prompt, result.reason))
-    return made
+    first = _in_turn(tasks.values())[:_WRONG_SHOWN]
+    cards = (_Wrong(shown(folder, result.filename), result.prompt, result.reason) for result in first)
+    return fitting(cards, lambda card: (card.image,))
 
 
 def _in_turn(groups: Iterable[Sequence[Result]]) -> list[Result]:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from genalign.checkpoints import write_text
 from genalign.report.curves import Axis, Point, line_chart
 from genalign.report.html import page
-from genalign.report.sections import data_uri
+from genalign.report.samples import Shown, fitting, shown
 from genalign.report.words import count, duration, number, plain
 
 _SHOWN = 24
@@ -27,8 +27,7 @@ class _Card:
     """One prompt's sample, and the tree of its candidates."""
 
     prompt: str
-    image: str
-    file: str
+    sample: Shown
     scores: str
     tree: Markup
 
@@ -39,10 +38,14 @@ def write_search(folder: Path) -> Path:
     if not rows:
         raise FileNotFoundError(f"{folder} has no finished prompt")
     families = [json.loads((folder / "lineage" / f"{row['index']:05d}.json").read_text("utf-8")) for row in rows]
-    cards = [_card(folder, row, family) for row, family in zip(rows[:_SHOWN], families, strict=False)]
+    cards = (_card(folder, row, family) for row, family in zip(rows[:_SHOWN], families, strict=False))
     path = folder / "report.html"
     text = page("search.html.j2").render(
-        name=folder.resolve().name, facts=_facts(rows), curve=_curve(rows, families), cards=cards, prompts=len(rows)
+        name=folder.resolve().name,
+        facts=_facts(rows),
+        curve=_curve(rows, families),
+        cards=fitting(cards, lambda card: (card.sample,)),
+        prompts=len(rows),
     )
     write_text(path, text)
     return path
@@ -71,8 +74,7 @@ def _mean(values: Sequence[float | None]) -> float:
 
 def _card(folder: Path, row: Mapping[str, Any], family: Mapping[str, Any]) -> _Card:
     scores = ", ".join(f"{plain(name)} {'failed' if v is None else number(v)}" for name, v in row["scores"].items())
-    picture, lives = data_uri(folder, row["image"]), tree(family["lives"], family["chosen"])
-    return _Card(row["prompt"], picture, row["image"], scores, lives)
+    return _Card(row["prompt"], shown(folder, row["image"]), scores, tree(family["lives"], family["chosen"]))
 
 
 def tree(lives: Sequence[Mapping[str, Any]], chosen: int) -> Markup:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from genalign.evaluation import Evaluation, Pair
-from genalign.media import opened_image
 from genalign.report.curves import whisker
 from genalign.report.reading import Comparison, Run
+from genalign.report.samples import Shown, fitting, shown
 from genalign.report.words import SHARES, count, duration, interval, mood, plain, scored, signed, size
 from genalign.statistics import Estimate
 
 PAIRS_SHOWN = 12
-LONGEST_SIDE = 256
-IMAGE_BYTES = 1_400_000  # of each list of pairs, as base64: two lists and the charts stay under 5 MB
 _OVERALL = "mean over tasks"
 _VERDICTS = {"up": "a clear improvement", "down": "a clear regression", "even": "no clear change"}
 
@@ -77,12 +73,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Card:
-    """A pair of images as data URIs, empty where they were not kept."""
+    """A pair of samples."""
 
     prompt: str
     task: str
-    before: str
-    after: str
+    before: Shown
+    after: Shown
     changes: tuple[Change, ...]
 
 
@@ -113,7 +109,7 @@ def _finished(before: Evaluation, after: Evaluation, comparison: Comparison | No
         verdict = f"{signed(score, gain.mean)}{points}: {_VERDICTS[feeling]}"
         detail = (
             f"95 % interval of the gain {interval(score, gain, signed)}{points}, "
-            f"from {gain.n} pairs of images that share prompt and initial noise."
+            f"from {gain.n} pairs that share prompt and initial noise."
         )
     title = f"{plain(score).capitalize()} score on {before.protocol.suite}"
     old, new = before.overall[score].mean, after.overall[score].mean
@@ -194,7 +190,7 @@ def improvements(run: Run) -> list[Card]:
 
 
 def losses(ranked: Sequence[Pair], before: Path, after: Path) -> list[Card]:
-    """The first of pairs that are ranked worst regression first, with their images in two evaluations' folders."""
+    """The first of pairs that are ranked worst regression first, with their samples in two evaluations' folders."""
     return _cards([pair for pair in ranked[:PAIRS_SHOWN] if _order(pair) < 0], before, after)
 
 
@@ -213,16 +209,18 @@ def _names(pair: Pair) -> list[str]:
 
 
 def _cards(pairs: Sequence[Pair], before: Path, after: Path) -> list[Card]:
-    """Cards until ``IMAGE_BYTES`` are spent."""
-    made: list[Card] = []
-    spent = 0
-    for pair in pairs:
-        images = data_uri(before, pair.before.image), data_uri(after, pair.after.image)
-        spent += sum(map(len, images))
-        if spent > IMAGE_BYTES:
-            break
-        made.append(Card(pair.before.prompt, plain(pair.before.task), *images, _changes(pair)))
-    return made
+    """As many cards as the page has room for."""
+    cards = (
+        Card(
+            pair.before.prompt,
+            plain(pair.before.task),
+            shown(before, pair.before.image),
+            shown(after, pair.after.image),
+            _changes(pair),
+        )
+        for pair in pairs
+    )
+    return fitting(cards, lambda card: (card.before, card.after))
 
 
 def _changes(pair: Pair) -> tuple[Change, ...]:
@@ -237,18 +235,6 @@ def _changes(pair: Pair) -> tuple[Change, ...]:
     )
 
 
-def data_uri(folder: Path, name: str | None) -> str:
-    """A PNG of at most ``LONGEST_SIDE`` pixels a side; empty where the image was not kept, or is audio."""
-    if name is None or name.endswith(".wav") or not (folder / name).exists():
-        return ""
-    with opened_image(folder / name) as file:
-        image = file.convert("RGB")
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    buffer = BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 def cost(run: Run) -> list[Fact]:
     """What the training used, from the last round."""
     if not run.rows:
@@ -257,7 +243,7 @@ def cost(run: Run) -> list[Fact]:
     machine = last["machine"]
     return [
         Fact("rounds", count(len(run.rows))),
-        Fact("training images", count(last["images"])),
+        Fact("training samples", count(last["images"])),
         Fact("denoiser forwards", count(last["forwards"])),
         Fact("training time", duration(machine["seconds"])),
         Fact("peak memory", size(machine["peak_memory_bytes"])),

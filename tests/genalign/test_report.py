@@ -1,17 +1,24 @@
+import base64
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import BytesIO
 
 import numpy as np
 import pytest
+import soundfile
+import torch
 from markupsafe import Markup
 from PIL import Image
 
 from genalign.evaluation import Evaluation, Protocol, Record, gain
+from genalign.media import writer
 from genalign.report import write_report
 from genalign.report.curves import Axis, Point, binned, line_chart, ticks, whisker
 from genalign.report.reading import read_run
+from genalign.report.samples import Shown, shown, spectrogram
 from genalign.report.sections import flattened
 from genalign.report.words import count, duration, signed
 from genalign.statistics import Estimate
@@ -182,6 +189,91 @@ def test_large_images_are_reduced_and_rationed(tmp_path):
     evaluation(tmp_path / "after", [(1 - index % 2, 0.5) for index in range(24)], size=512)
     assert write_report(tmp_path).stat().st_size < 3_000_000
     assert 0 < page(tmp_path).tags.count("img") < 48
+
+
+# --- clips ------------------------------------------------------------------------------------------------------------
+
+
+def clips(folder, scores, waveforms, rate=8000):
+    """Saved evaluation with a WAV file for every score, of ``waveforms`` in turn."""
+    chosen = waveforms[torch.arange(len(scores)) % len(waveforms)]
+    names = writer(rate)(chosen, folder, 0)
+    records = [
+        Record(f"{HOSTILE} {i}", "pitch", i, i, name, {"strict": score})
+        for i, (name, score) in enumerate(zip(names, scores, strict=True))
+    ]
+    protocol = replace(PROTOCOL, resolution=(waveforms.shape[2],), verifier="tones-1")
+    Evaluation(protocol, tuple(records)).save(folder)
+
+
+def heard(uri):
+    kind, content = uri.split(",")
+    assert kind == "data:audio/flac;base64"
+    samples, rate = soundfile.read(BytesIO(base64.b64decode(content)), always_2d=True, dtype="float32")
+    return torch.from_numpy(samples.T.copy()), rate
+
+
+def test_clips_are_played_and_seen_before_and_after(tmp_path):
+    waves = tones([440.0, 880.0])
+    clips(tmp_path / "before", [0.0, 1.0, 0.0], waves[:1])
+    clips(tmp_path / "after", [1.0, 0.0, 0.0], waves[1:])
+    parsed = page(tmp_path)
+    assert parsed.tags.count("audio") == parsed.tags.count("img") == 2 * 2
+    assert all(address.startswith("data:") for address in parsed.addresses)
+    assert "script" not in parsed.tags and "<script>alert('x')</script>" in parsed.text
+    assert "media-src data:;" in (tmp_path / "report.html").read_text()
+    assert "1.5 s, 50 to 4000 Hz" in parsed.text
+    sounds = [address for address in parsed.addresses if address.startswith("data:audio")]
+    for sound, wave in zip(sounds[:2], waves, strict=True):
+        found, rate = heard(sound)
+        assert rate == 8000
+        torch.testing.assert_close(found, wave, rtol=0, atol=1e-4)
+
+
+def tones(frequencies, seconds=1.5, rate=8000):
+    """Sines at -12 dB of full scale, (n, 1, L)."""
+    time = torch.arange(round(seconds * rate)) / rate
+    return 0.25 * (2 * math.pi * torch.tensor(frequencies)[:, None, None] * time).sin()
+
+
+@pytest.mark.parametrize("frequency", [110.0, 440.0, 1760.0])
+def test_a_tone_is_a_line_at_the_logarithm_of_its_frequency(frequency):
+    picture = np.asarray(spectrogram(tones([frequency])[0], 8000))
+    rows, columns = picture.shape
+    line = rows - 1 - rows * math.log(frequency / 50) / math.log(4000 / 50)
+    assert abs(picture[:, columns // 2].argmax() - line) <= 1
+    quieter = np.asarray(spectrogram(0.1 * tones([frequency])[0], 8000))
+    change = int(picture.max()) - int(quieter.max())
+    assert change == pytest.approx(20 / 80 * 255, abs=2)  # 20 dB of the 80 that the colours span
+    assert np.asarray(spectrogram(torch.zeros(1, 12000), 8000)).max() == 0
+
+
+def test_a_long_recording_is_played_in_part_and_seen_whole(tmp_path):
+    stereo = torch.cat([tones([440.0], 9.0, 44100), torch.zeros(1, 1, 9 * 44100)], 1)
+    (name,) = writer(44100)(stereo, tmp_path, 0)
+    made = shown(tmp_path, name)
+    found, rate = heard(made.sound)
+    assert rate == 16000 and found.shape == (1, 6 * 16000)
+    torch.testing.assert_close(found[:, 200:-200], tones([440.0], 6.0, 16000)[0, :, 200:-200] / 2, rtol=0, atol=1e-3)
+    assert made.note == "the first 6 of 9 s, 50 to 22050 Hz" and made.picture.startswith("data:image/png;base64,")
+
+
+def test_clips_of_any_length_and_rate_are_shown(tmp_path):
+    for rate, length in ((16, 40), (8000, 3), (48000, 100)):
+        (name,) = writer(rate)(torch.zeros(1, 1, length), tmp_path, 0)
+        assert heard(shown(tmp_path, name).sound)[0].shape[1] >= 1
+    assert shown(tmp_path, "audio/9.wav") == shown(tmp_path, None) == Shown()
+    (tmp_path / "audio" / "00000.wav").write_bytes(b"RIFF")
+    with pytest.raises(ValueError, match=r"expected audio \(WAV or FLAC\), but .*00000\.wav cannot be read"):
+        shown(tmp_path, "audio/00000.wav")
+
+
+def test_size_with_many_clips_stays_below_5_mb(tmp_path):
+    noise = torch.rand(1, 1, 6 * 16000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    clips(tmp_path / "before", [index % 2 for index in range(24)], noise, 16000)
+    clips(tmp_path / "after", [1 - index % 2 for index in range(24)], noise, 16000)
+    assert write_report(tmp_path).stat().st_size < 3_000_000
+    assert 0 < page(tmp_path).tags.count("audio") < 48
 
 
 # --- runs with parts missing ------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
 import json
+import math
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -6,10 +8,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from genalign.evaluation import Evaluation, Protocol, Record
 from genalign.geneval.files import Result, write_results
+from genalign.media import writer
 from genalign.report import write_geneval, write_report, write_search
 
 CHROMIUM = shutil.which("chromium")
@@ -69,6 +73,23 @@ def test_the_report_is_painted(report, tmp_path):
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
     black = (pixels == 0).all(2).sum()
     assert black > 64 * 64
+
+
+def test_clips_are_decoded_and_painted(tmp_path):
+    """A page's own script, which the policy forbids, asks the players how long their clips last."""
+    wave = 0.25 * torch.sin(torch.arange(12000) * 2 * math.pi * 440 / 8000).expand(1, 1, -1)
+    for name, score in (("before", 0.0), ("after", 1.0)):
+        (file,) = writer(8000)(wave, tmp_path / name, 0)
+        Evaluation(PROTOCOL, (Record("a tone", "pitch", 0, 0, file, {"strict": score}),)).save(tmp_path / name)
+    page = write_report(tmp_path)
+    _, complaints = chromium(tmp_path / "profile", "--dump-dom", page.as_uri())
+    assert complaints == []
+    asking = """<script>addEventListener("load", () => { for (const one of document.querySelectorAll("audio"))
+      one.onloadedmetadata = () => document.title += " " + one.duration, one.load() })</script></head>"""
+    text = page.read_text().replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    page.write_text(text.replace("</head>", asking))
+    found, complaints = chromium(tmp_path / "profile", "--dump-dom", "--virtual-time-budget=5000", page.as_uri())
+    assert complaints == [] and re.search(r"<title>.* 1\.5 1\.5</title>", found)
 
 
 # --- prompts that would like to be run --------------------------------------------------------------------------------

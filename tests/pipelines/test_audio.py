@@ -18,10 +18,10 @@ from torch import Tensor
 import pipelines
 from genalign.cli import main
 from genalign.dynamics import DPMSDE, ODE, FlowSDE, Kernel, trainable_steps
-from genalign.media import writer
+from genalign.media import read_waveform, writer
 from genalign.paths import EDMPath
 from genalign.policy import Lora, Policy
-from genalign.rollout import Rollout, Start, replay, rollout
+from genalign.rollout import Pairs, Rollout, Start, replay, rollout
 from genalign.sampling import Sampling
 from genalign.search import BestOfN, FKSteering, ReNO, search
 from genalign.types import Prompt
@@ -165,7 +165,7 @@ def test_ratios_are_one_before_training(family: str, folder_of: Callable[[str], 
     kernel = DPMSDE() if family == "stable_audio" else FlowSDE(0.7)
     made = _ours(pipeline, kernel, 3.0)
     for stored in range(STEPS - 1):
-        again = replay(pipeline, made, pipeline.grid(STEPS), kernel, stored, 3.0)
+        again = replay(pipeline, made, pipeline.grid(STEPS), kernel, Pairs.of_step(stored, 2), 3.0)
         assert torch.equal(again.log_ratio, torch.zeros(2))
 
 
@@ -265,11 +265,22 @@ def test_waveforms_are_written_at_their_rate(stable_audio: StableAudio, tmp_path
         writer(None)(samples, tmp_path, 0)
 
 
+def test_waveforms_are_written_as_flac_too_and_nan_is_silence(tmp_path: Path) -> None:
+    samples = torch.rand(1, 2, 4800) * 2 - 1
+    samples[0, 0, 100] = math.nan
+    names = writer(44100, "flac")(samples, tmp_path, 3)
+    assert names == ["audio/00003.flac"] and soundfile.info(tmp_path / names[0]).format == "FLAC"
+    found = read_waveform(tmp_path / names[0])
+    assert found.sample_rate == 44100
+    torch.testing.assert_close(found.waveform, samples[0].nan_to_num(), rtol=0, atol=1 / 32767)
+
+
 def loudness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return samples.abs().flatten(1).mean(1)
 
 
-def test_steer_writes_what_can_be_heard(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("audio", ["wav", "flac"])
+def test_steer_writes_what_can_be_heard(audio: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     settings = {
         "output": str(tmp_path / "found"),
@@ -280,10 +291,11 @@ def test_steer_writes_what_can_be_heard(folder_of: Callable[[str], Path], tmp_pa
         "sampling": {"num_steps": 3},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
-    assert main(["steer", "--config", str(tmp_path / "config.yaml")]) == 0
-    found, rate = soundfile.read(tmp_path / "found" / "audio" / "00001.wav")
+    assert main(["steer", "--config", str(tmp_path / "config.yaml"), "--audio", audio]) == 0
+    found, rate = soundfile.read(tmp_path / "found" / "audio" / f"00001.{audio}")
     assert found.shape == (48, 2) and rate == 16
-    assert 'href="audio/00001.wav"' in (tmp_path / "found" / "report.html").read_text()
+    page = (tmp_path / "found" / "report.html").read_text()
+    assert page.count('<audio controls preload="metadata" src="data:audio/flac;base64,') == len(PROMPTS)
 
 
 def test_a_prompt_without_words_is_not_what_guidance_leads_away_from(stable_audio: StableAudio) -> None:
