@@ -17,7 +17,7 @@ from torch import Tensor
 from genalign.advantages import combine
 from genalign.dynamics import Kernel
 from genalign.policy import Policy, Snapshot
-from genalign.rollout import Replay, Rollout, replay
+from genalign.rollout import Pairs, Replay, Rollout, replay
 from genalign.types import Conditioning, Grid, NoiseLevel, Pipeline
 
 
@@ -66,9 +66,10 @@ class Batch:
         for sampled, credit, group in zip(*parts, strict=True):
             yield Batch(sampled, credit, group, self.first)
 
-    def step_credit(self, stored: int) -> Tensor:
-        """The credit (B,) of one stored step."""
-        return self.credit if self.credit.ndim == 1 else self.credit[:, stored]
+    @property
+    def step_credit(self) -> Tensor:
+        """The credit (B, S) of every stored step."""
+        return self.credit if self.credit.ndim == 2 else self.credit[:, None].expand(-1, len(self.sampled.steps))
 
 
 @dataclass
@@ -127,14 +128,19 @@ class Context:
     old: Snapshot | None
     readings: Readings
 
-    def replay(self, batch: Batch, stored: int) -> Replay:
-        """A stored transition under the current weights; differentiable."""
-        return replay(self.pipeline, batch.sampled, self.grid, self.kernel, stored, self.guidance)
+    def worth_replaying(self, live: Tensor) -> list[Pairs]:
+        """Batches of the pairs (B, S) bool that have a part in a loss; of all, where the network is divided among
+        processes, which must run it equally often."""
+        return Pairs.batches(torch.ones_like(live) if self.policy.sharded else live)
 
-    def reference_replay(self, batch: Batch, stored: int) -> Replay:
+    def replay(self, batch: Batch, pairs: Pairs) -> Replay:
+        """Stored transitions under the current weights; differentiable."""
+        return replay(self.pipeline, batch.sampled, self.grid, self.kernel, pairs, self.guidance)
+
+    def reference_replay(self, batch: Batch, pairs: Pairs) -> Replay:
         """The same under the weights that training started from."""
         with torch.no_grad(), self.policy.reference():
-            return self.replay(batch, stored)
+            return self.replay(batch, pairs)
 
     def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning) -> Tensor:
         """The network's output under the current weights; differentiable."""
@@ -195,14 +201,3 @@ def halved(size: int, unit: Unit, group_size: int) -> int | None:
         return None
     whole = group_size if unit == "group" else 1
     return size // 2 // whole * whole or None
-
-
-def live_pairs(batch: Batch) -> int:
-    """Pairs of a sample and a stored step that have credit."""
-    repeats = len(batch.sampled.steps) if batch.credit.ndim == 1 else 1
-    return int((batch.credit != 0).sum()) * repeats
-
-
-def per_step(values: Sequence[Tensor]) -> Tensor:
-    """(B, S) from S tensors (B,)."""
-    return torch.stack(list(values), dim=1)

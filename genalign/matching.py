@@ -34,6 +34,12 @@ class Noised:
     reference: Tensor
     old: Tensor
 
+    def where(self, rows: Tensor) -> Noised:
+        """Those samples (B,) bool alone."""
+        level = NoiseLevel(self.level.timestep[rows], self.level.alpha[rows], self.level.sigma[rows])
+        parts = (self.target, self.prediction, self.reference, self.old)
+        return Noised(self.path, self.x0[rows], self.x[rows], level, *(part[rows] for part in parts))
+
     def clean(self, prediction: Tensor) -> Tensor:
         """The clean samples (B, ...) that a prediction points to."""
         return self.path.x0(self.x, prediction, self.level)
@@ -62,7 +68,7 @@ class MatchingLoss(Protocol):
         """What it ties together."""
 
     def used(self, credit: Tensor) -> Tensor:
-        """Which samples (B,) bool it learns from; the network does not see the others."""
+        """Which samples (B,) bool it learns from; the others have no part in it."""
 
     def terms(self, credit: Tensor, group: Tensor) -> int:
         """N, from the credit alone."""
@@ -112,14 +118,16 @@ class Matching:
         return self.draws * self.loss.terms(batch.credit, batch.group)
 
     def backward(self, context: Context, batch: Batch, scale: float, seed: int) -> None:
-        """Draw by draw."""
-        rows = self.loss.used(batch.credit).nonzero()[:, 0]
+        """Draw by draw. Only samples that are learnt from go through the network, unless there is an anchor."""
+        used = self.loss.used(batch.credit)
+        rows = (used | bool(self.anchor)).nonzero()[:, 0]
         if not len(rows) and context.policy.sharded:
             self._idle(context, batch, seed)
+        credit, group, learnt = batch.credit[rows], batch.group[rows], used[rows]
         for draw in range(self.draws) if len(rows) else ():
             noised = self._noised(context, batch, rows, draw, seed)
             device = noised.x.device
-            losses = self.loss(noised, batch.credit[rows].to(device), batch.group[rows].to(device))
+            losses = self.loss(noised.where(learnt.to(device)), credit[learnt].to(device), group[learnt].to(device))
             distance = mean_square(noised.prediction, noised.reference)
             context.readings.add("loss", losses)
             context.readings.add("kl", distance)
@@ -294,7 +302,7 @@ class RewardWeighted:
 
 def sign_pairs(credit: Tensor, group: Tensor) -> Demonstrations:
     """The k-th sample of positive with the k-th of negative credit of each group; what has no partner is left out."""
-    winners, losers = [], []
+    winners, losers = [group.new_zeros(0)], [group.new_zeros(0)]
     for key in torch.unique(group):
         positive, negative = ((group == key) & (credit * sign > 0) for sign in (1, -1))
         count = min(int(positive.sum()), int(negative.sum()))

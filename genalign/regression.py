@@ -64,6 +64,15 @@ def untied_groups(rewards: Tensor, group: Tensor) -> int:
     return sum(len(_untied_pairs(rewards, group == key)[0]) > 0 for key in torch.unique(group))
 
 
+def untied(rewards: Tensor, group: Tensor) -> Tensor:
+    """Which samples (B,) bool are of such prompts and have a reward that is not NaN: no other has a part in it."""
+    _require_per_sample(len(rewards), rewards=rewards, group=group)
+    found = torch.zeros_like(group, dtype=torch.bool)
+    for key in torch.unique(group):
+        found[torch.cat(_untied_pairs(rewards, group == key))] = True
+    return found
+
+
 def _untied_pairs(rewards: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of the better and of the worse sample of every pair; NaN is better or worse than nothing."""
     rows = member.nonzero()[:, 0]

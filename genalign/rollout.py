@@ -156,16 +156,55 @@ def step_noise(seeds: Sequence[int], step: int, like: Tensor) -> Tensor:
     return seeded_noise([(seed ^ ((step + 1) * _MIX)) % 2**63 for seed in seeds], like)
 
 
-def replay(pipeline: Pipeline, sampled: Rollout, grid: Grid, kernel: Kernel, stored: int, guidance: float) -> Replay:
-    """The ``stored``-th kept transition (0..S-1) of all samples under the current weights; differentiable.
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of a sample and a stored transition (0..S-1) that go through the network in one batch: ``rows`` and
+    ``stored`` (N,) long. Those from ``live`` on only fill it up: a batch of another size is computed differently, in
+    the last bits."""
 
-    In the batch in which it was sampled, and before any update, its mean equals the stored one bit for bit.
+    rows: Tensor
+    stored: Tensor
+    live: int
+
+    @property
+    def at(self) -> tuple[Tensor, Tensor]:
+        """Where the live ones are in a tensor (B, S)."""
+        return self.rows[: self.live], self.stored[: self.live]
+
+    @classmethod
+    def of_step(cls, stored: int, samples: int) -> Pairs:
+        """All samples at one stored transition."""
+        return cls(torch.arange(samples), torch.full((samples,), stored), samples)
+
+    @classmethod
+    def batches(cls, live: Tensor) -> list[Pairs]:
+        """What is ``live`` (B, S) bool, step after step in batches of B samples; all pairs, where those that are live
+        would take as many batches."""
+        size, steps = live.shape
+        needed = -(-int(live.sum()) // size)
+        stored, rows = (live if needed < steps else torch.ones_like(live)).T.nonzero(as_tuple=True)
+        parts = zip(rows.split(size), stored.split(size), strict=True)
+        return [cls(_repeated(row, size), _repeated(step, size), len(row)) for row, step in parts if len(row)]
+
+
+def _repeated(values: Tensor, size: int) -> Tensor:
+    """The first ``size`` of the values, over and over."""
+    return values[torch.arange(size) % len(values)]
+
+
+def replay(pipeline: Pipeline, sampled: Rollout, grid: Grid, kernel: Kernel, pairs: Pairs, guidance: float) -> Replay:
+    """Stored transitions under the current weights, of the live ``pairs``; differentiable.
+
+    In a batch of the size in which they were sampled, and before any update, their means equal the stored ones bit for
+    bit.
     """
-    step = grid[sampled.steps[stored]]
-    x = sampled.x[:, stored].contiguous()
-    prediction = pipeline.predict(x, step, sampled.start.conditioning[sampled.start.prompt], guidance)
-    new = transition(pipeline.path, kernel, x, prediction, step)
-    return Replay(new, Transition(sampled.mean[:, stored], new.std), sampled.x_next[:, stored], prediction, step)
+    step, x = grid[torch.tensor(sampled.steps)[pairs.stored]], sampled.x[pairs.rows, pairs.stored]
+    conditioning = sampled.start.conditioning[sampled.start.prompt[pairs.rows]]
+    prediction = pipeline.predict(x, step, conditioning, guidance)[: pairs.live]
+    at = pairs.at
+    step = grid[step.index[: pairs.live]]
+    new = transition(pipeline.path, kernel, x[: pairs.live], prediction, step)
+    return Replay(new, Transition(sampled.mean[at], new.std), sampled.x_next[at], prediction, step)
 
 
 @torch.no_grad()

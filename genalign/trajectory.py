@@ -1,6 +1,7 @@
-"""The trajectory family: objectives on log-ratios of stored transitions, one replayed step at a time.
+"""The trajectory family: objectives on log-ratios of stored transitions.
 
-Memory holds one step's graph, however many steps are stored.
+They are replayed in batches of as many as there are samples: memory holds the graph of one, however many steps are
+stored. What has no part in the loss is not replayed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genalign.dynamics import Kernel
-from genalign.learning import Batch, Context, Unit, live_pairs, per_step
+from genalign.learning import Batch, Context, Unit
 from genalign.objectives import (
     KLForm,
     clip_fraction,
@@ -24,8 +25,8 @@ from genalign.objectives import (
     noise_weights,
     require_clip_range,
 )
-from genalign.regression import prdp_loss, untied_groups
-from genalign.rollout import Replay
+from genalign.regression import prdp_loss, untied, untied_groups
+from genalign.rollout import Pairs, Replay
 from genalign.types import Grid
 
 
@@ -68,7 +69,9 @@ class Guarded:
 
     def __call__(self, again: Replay, credit: Tensor) -> Tensor:
         log_ratio = guarded_log_ratio(again.new, again.old, again.x_next)
-        return clipped_surrogate(log_ratio, credit, self.clip_range) / float(again.step.sigma - again.step.sigma_next)
+        return clipped_surrogate(log_ratio, credit, self.clip_range) / (again.step.sigma - again.step.sigma_next).to(
+            credit
+        )
 
 
 @dataclass(frozen=True)
@@ -115,24 +118,25 @@ class Surrogate:
 
     def terms(self, batch: Batch) -> int:
         """Pairs of a sample and a stored step that have credit."""
-        return live_pairs(batch)
+        return int((batch.step_credit != 0).sum())
 
     def backward(self, context: Context, batch: Batch, scale: float, seed: int) -> None:
-        """Step by step."""
-        steps = batch.sampled.steps
-        weights = self.weights(context.kernel, context.grid, steps).tolist() if self.weights else [1.0] * len(steps)
-        for stored, weight in enumerate(weights):
-            again = context.replay(batch, stored)
-            losses = weight * self.loss(again, batch.step_credit(stored).to(again.x_next.device))
+        """Only pairs with credit are replayed, unless all are pulled towards the reference policy."""
+        steps, credit = batch.sampled.steps, batch.step_credit
+        weights = self.weights(context.kernel, context.grid, steps) if self.weights else torch.ones(len(steps))
+        for pairs in context.worth_replaying((credit != 0) | bool(self.kl)):
+            again, (_, stored) = context.replay(batch, pairs), pairs.at
+            losses = self.loss(again, credit[pairs.at].to(again.x_next.device))
+            losses = weights[stored].to(losses) * losses
             if self.kl or _reads_distance(context):
-                losses = losses + self.kl * self._distance(context, batch, stored, again)
-            (losses.sum() * scale).backward()
+                losses = losses + self.kl * self._distance(context, batch, pairs, again)
+            (losses.sum() * scale).backward()  # type: ignore[no-untyped-call]  # untyped in torch
             context.readings.add("loss", losses)
             _read_ratio(context, batch, again, self.clip_range)
 
-    def _distance(self, context: Context, batch: Batch, stored: int, again: Replay) -> Tensor:
-        """The distance (B,) from the reference policy; read at least once a round."""
-        base = context.reference_replay(batch, stored)
+    def _distance(self, context: Context, batch: Batch, pairs: Pairs, again: Replay) -> Tensor:
+        """The distance (N,) from the reference policy; read at least once a round."""
+        base = context.reference_replay(batch, pairs)
         distance = kl_penalty(self.kl_form, again.new, base.new, again.prediction, base.prediction, again.step)
         context.readings.add("kl", distance)
         return distance
@@ -156,12 +160,14 @@ def _read_ratio(context: Context, batch: Batch, again: Replay, clip_range: float
 class CoupledLoss(Protocol):
     """A loss () over all samples and steps of a batch at once: of the log-ratios (B, S) to the reference policy under
     the current and the sampling weights, the credit (B,) and the prompt index (B,). A sum over ``terms`` of them, each
-    of one prompt."""
+    of one prompt. It depends on the samples ``used`` (B,) bool alone; the log-ratios of the others may be 0."""
 
     @property
     def clip_range(self) -> float | None: ...
 
     def terms(self, credit: Tensor, group: Tensor) -> int: ...
+
+    def used(self, credit: Tensor, group: Tensor) -> Tensor: ...
 
     def __call__(self, log_ratios: Tensor, old_log_ratios: Tensor, credit: Tensor, group: Tensor) -> Tensor: ...
 
@@ -180,6 +186,10 @@ class RewardDifference:
     def terms(self, credit: Tensor, group: Tensor) -> int:
         """Prompts whose rewards are not all equal."""
         return untied_groups(credit, group)
+
+    def used(self, credit: Tensor, group: Tensor) -> Tensor:
+        """Their samples."""
+        return untied(credit, group)
 
     def __call__(self, log_ratios: Tensor, old_log_ratios: Tensor, credit: Tensor, group: Tensor) -> Tensor:
         return prdp_loss(log_ratios, old_log_ratios, credit, group, self.beta, self.clip_range, self.steps)
@@ -213,24 +223,26 @@ class Coupled:
 
     def backward(self, context: Context, batch: Batch, scale: float, seed: int) -> None:
         """Two passes."""
-        old, current = self._log_ratios(context, batch)
+        used = self.loss.used(batch.credit, batch.group)[:, None].expand(-1, len(batch.sampled.steps))
+        parts = context.worth_replaying(used)
+        old, current = self._log_ratios(context, batch, parts)
         current.requires_grad_(True)
         loss = self.loss(current, old, batch.credit.to(current.device), batch.group.to(current.device))
         (slopes,) = torch.autograd.grad(loss, current)
         context.readings.add("loss", loss.reshape(1))
-        for stored in range(len(batch.sampled.steps)):
-            again = context.replay(batch, stored)
-            (scale * (slopes[:, stored] * again.log_ratio).sum()).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        for pairs in parts:
+            again = context.replay(batch, pairs)
+            (scale * (slopes[pairs.at] * again.log_ratio).sum()).backward()  # type: ignore[no-untyped-call]  # untyped in torch
             _read_ratio(context, batch, again, self.clip_range)
 
     @torch.no_grad()
-    def _log_ratios(self, context: Context, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Log-ratios to the reference (B, S) of the sampling and of the current policy."""
-        old, current = [], []
-        for stored in range(len(batch.sampled.steps)):
-            base = context.reference_replay(batch, stored)
-            old.append(base.old.log_ratio(base.new, base.x_next))
-            moved = base.old if batch.first else context.replay(batch, stored).new
-            current.append(moved.log_ratio(base.new, base.x_next))
+    def _log_ratios(self, context: Context, batch: Batch, parts: Sequence[Pairs]) -> tuple[Tensor, Tensor]:
+        """Log-ratios to the reference (B, S) of the sampling and of the current policy; 0 for what is in no part."""
+        old, current = batch.sampled.x.new_zeros(2, len(batch), len(batch.sampled.steps))
+        for pairs in parts:
+            base = context.reference_replay(batch, pairs)
+            old[pairs.at] = base.old.log_ratio(base.new, base.x_next)
+            moved = base.old if batch.first else context.replay(batch, pairs).new
+            current[pairs.at] = moved.log_ratio(base.new, base.x_next)
             context.readings.add("kl", moved.kl(base.new))
-        return per_step(old), per_step(current)
+        return old, current

@@ -33,7 +33,7 @@ from genalign.dynamics import ODE, FlowSDE, Kernel
 from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, awm, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.results import Measurement, write_results
-from genalign.rollout import Rollout, Start, replay, rollout, windowed
+from genalign.rollout import Pairs, Rollout, Start, replay, rollout, windowed
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
 from genalign.search import BestOfN, Prune
@@ -133,7 +133,7 @@ def benchmark_train(repeats: int) -> list[Measurement]:
 
     def reference() -> None:
         with torch.no_grad(), policy.reference():
-            replay(pipeline, sampled, trainer.grid, recipe.kernel, 0, 1.0)
+            replay(pipeline, sampled, trainer.grid, recipe.kernel, Pairs.of_step(0, BATCH), 1.0)
 
     whole, base, apart = interleaved([lambda: trainer._learn(0, prompts, parts, outcome), bare, reference], repeats)
     passes = [a - b for a, b in zip(whole, apart, strict=True)]

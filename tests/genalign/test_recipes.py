@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from genalign.credit import NormalisedSum
 from genalign.dynamics import FlowSDE
-from genalign.matching import Matching, RewardWeighted
+from genalign.matching import AdvantageWeighted, Matching, PairedPreference, RewardWeighted
 from genalign.policy import Lora, Policy
 from genalign.recipes import (
     Lag,
@@ -31,6 +32,7 @@ from genalign.recipes import (
     prdp,
     tempflow_grpo,
 )
+from genalign.rollout import Pairs
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
 from genalign.training import RoundResult, Settings, Trainer
@@ -95,6 +97,69 @@ def test_the_reward_rises(tiny_folder: Path, name: str) -> None:
     assert last > first + 0.5 * spread
     assert all(result.log_ratio_max == 0.0 for result in results)
     assert results[-1].kl > 0 and bool(torch.tensor([result.loss for result in results]).isfinite().all())
+
+
+class _Recorded(Trainer):
+    """Keeps the gradient of every update, and follows it: Adam makes steps of rounding errors."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.gradients: list[Tensor] = []
+        self.optimizer = torch.optim.SGD(self.policy.parameters)
+
+    def _step(self, terms: int) -> None:
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.policy.parameters]
+        self.gradients.append(torch.cat([part.flatten() for part in parts]))
+        super()._step(terms)
+
+
+def _gradients(folder: Path, recipe: Recipe) -> tuple[list[Tensor], int]:
+    """Those of two updates, where the samples of one prompt in four differ in reward, and the forwards they took."""
+    tiny = SD3.load(folder)
+    settings = Settings(rounds=1, prompts_per_round=8, group_size=4, batch_size=16)
+    prompts = PromptSet("eight", tuple(Prompt(f"{count} circles") for count in range(8)))
+    only = NamedReward("red", lambda samples, asked: redness(samples, asked) * _of_one_prompt(asked))
+    trainer = _Recorded(tiny, Policy(tiny.denoiser, Lora(rank=4), seed=0), [only], prompts, recipe, settings, SAMPLING)
+    (result,) = trainer.rounds()
+    return trainer.gradients, result.forwards
+
+
+def _of_one_prompt(asked: Sequence[Prompt]) -> Tensor:
+    return torch.tensor([float(prompt == asked[0]) for prompt in asked])
+
+
+def _all(self: object, credit: Tensor, *group: Tensor) -> Tensor:
+    return torch.ones(len(credit), dtype=torch.bool)
+
+
+# KTO asks who has credit, not how much; DiffusionNFT, an anchor and set rewards take part of every sample
+WITHOUT_SKIPPING = ("awm", "dragon with kto", "nft", "dragon with a set reward", "dragon with quality")
+
+
+@pytest.mark.parametrize(
+    "name", ["flow_grpo", "awm without anchor", *(name for name in RECIPES if name not in WITHOUT_SKIPPING)]
+)
+def test_what_has_no_part_in_the_loss_is_skipped_and_the_gradient_stays(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    more = {"flow_grpo": lambda: flow_grpo(KERNEL, clip_range=1e-2), "awm without anchor": lambda: awm(anchor=0.0)}
+    recipe = (RECIPES | more)[name]()
+    skipping, few = _gradients(tiny_folder, recipe)
+    monkeypatch.setattr(Pairs, "batches", lambda live, whole=Pairs.batches: whole(torch.ones_like(live)))
+    for loss in (PairedPreference, AdvantageWeighted):
+        monkeypatch.setattr(loss, "used", _all)
+    monkeypatch.setattr(AdvantageWeighted, "terms", lambda self, credit, group: int((credit != 0).sum()))
+    whole, many = _gradients(tiny_folder, recipe)
+    assert few < many and len(skipping) == 2
+    for ours, theirs in zip(skipping, whole, strict=True):
+        assert theirs.norm() > 0 and (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_a_distance_from_the_reference_is_taken_of_all(tiny_folder: Path) -> None:
+    _, few = _gradients(tiny_folder, flow_grpo(KERNEL))
+    _, many = _gradients(tiny_folder, flow_grpo(KERNEL, kl=0.1))
+    steps, samples = 3, 32
+    assert many - few >= steps * samples
 
 
 def test_weighted_matching_is_a_recipe_of_one_line(tiny_folder: Path) -> None:

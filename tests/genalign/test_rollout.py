@@ -7,7 +7,7 @@ import torch
 
 from genalign.budget import Ledger, Metered
 from genalign.dynamics import CPS, ODE, FlowSDE, Kernel
-from genalign.rollout import Start, generate, replay, rollout, step_noise, windowed
+from genalign.rollout import Pairs, Start, generate, replay, rollout, step_noise, windowed
 from pipelines import SD3
 
 PROMPTS = ["a circle", "two squares"]
@@ -25,9 +25,33 @@ def test_on_policy_log_ratio_is_exactly_zero(tiny: SD3, kernel: Kernel, guidance
     grid = tiny.grid(5, SIGMAS)
     sampled = rollout(tiny, _start(tiny, True), grid, windowed(kernel, (1, 2), 5), guidance, store=(1, 2))
     for stored in range(2):
-        again = replay(tiny, sampled, grid, kernel, stored, guidance)
+        again = replay(tiny, sampled, grid, kernel, Pairs.of_step(stored, 6), guidance)
         ratio = again.new.log_ratio(again.old, again.x_next)
         assert torch.equal(ratio, torch.zeros(6))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_pairs_of_several_steps_are_replayed_to_the_same_bits(tiny: SD3, guidance: float) -> None:
+    grid, kernel = tiny.grid(5, SIGMAS), FlowSDE(0.7)
+    sampled = rollout(tiny, _start(tiny, False), grid, windowed(kernel, (1, 2, 3), 5), guidance, store=(1, 2, 3))
+    live = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
+    parts = Pairs.batches(live)
+    assert [(len(part.rows), part.live) for part in parts] == [(6, 6), (6, 1)]
+    kept = torch.cat([torch.stack(part.at, dim=1) for part in parts])
+    assert sorted(kept.tolist()) == live.nonzero().tolist()
+    for pairs in parts:
+        again = replay(tiny, sampled, grid, kernel, pairs, guidance)
+        assert torch.equal(again.log_ratio, torch.zeros(pairs.live))
+        assert torch.equal(again.old.mean, sampled.mean[pairs.at])
+
+
+def test_pairs_are_left_out_only_where_that_saves_a_batch() -> None:
+    few = torch.tensor([[True, False], [True, False], [False, True], [False, False]])
+    (only,) = Pairs.batches(few)
+    assert only.live == 3 and only.rows.tolist() == [0, 1, 2, 0] and only.stored.tolist() == [0, 0, 1, 0]
+    more = torch.tensor([[True, True], [True, True], [False, True], [False, False]])
+    assert [(part.live, part.rows.tolist()) for part in Pairs.batches(more)] == [(4, [0, 1, 2, 3])] * 2
+    assert Pairs.batches(torch.zeros(4, 2, dtype=torch.bool)) == []
 
 
 def test_only_the_window_is_stored(tiny: SD3) -> None:
@@ -94,6 +118,6 @@ def test_replay_is_differentiable(tiny: SD3) -> None:
     grid, kernel = tiny.grid(5, SIGMAS), FlowSDE()
     sampled = rollout(tiny, _start(tiny, True), grid, windowed(kernel, (1,), 5), 1.0, store=(1,))
     tiny.denoiser.proj_out.weight.requires_grad_()
-    again = replay(tiny, sampled, grid, kernel, 0, 1.0)
+    again = replay(tiny, sampled, grid, kernel, Pairs.of_step(0, 6), 1.0)
     again.new.log_ratio(again.old, again.x_next).sum().backward()
     assert float(tiny.denoiser.proj_out.weight.grad.abs().sum()) > 0

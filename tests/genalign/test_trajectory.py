@@ -12,7 +12,7 @@ from genalign.budget import Ledger, Metered
 from genalign.dynamics import FlowSDE
 from genalign.learning import Batch, Context, Readings
 from genalign.policy import Lora, Policy
-from genalign.rollout import Start, rollout, windowed
+from genalign.rollout import Pairs, Start, rollout, windowed
 from genalign.trajectory import Clipped, Coupled, Surrogate
 from pipelines import SD3
 
@@ -51,6 +51,9 @@ class Squared:
     def terms(self, credit: Tensor, group: Tensor) -> int:
         return 2
 
+    def used(self, credit: Tensor, group: Tensor) -> Tensor:
+        return torch.ones_like(group, dtype=torch.bool)
+
     def __call__(self, log_ratios: Tensor, old_log_ratios: Tensor, credit: Tensor, group: Tensor) -> Tensor:
         sums = log_ratios.sum(1)
         return ((sums[:, None] - sums[None, :]) - (credit[:, None] - credit[None, :])).square().sum()
@@ -64,7 +67,8 @@ def test_two_passes_equal_naive_automatic_differentiation(tiny: SD3, first: bool
     ours = _gradients(context)
     ratios = []
     for stored in range(len(STEPS)):
-        again, base = context.replay(batch, stored), context.reference_replay(batch, stored)
+        pairs = Pairs.of_step(stored, len(batch))
+        again, base = context.replay(batch, pairs), context.reference_replay(batch, pairs)
         ratios.append(again.new.log_ratio(base.new, again.x_next))
     together = torch.stack(ratios, dim=1)
     (0.5 * Squared()(together, together.detach(), batch.credit, batch.group)).backward()
