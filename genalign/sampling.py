@@ -6,9 +6,12 @@ B = P prompts x G samples, S stored steps, K rewards.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +23,8 @@ from genalign.recipes import Recipe
 from genalign.rollout import Rollout, Start, finite_rows, rollout, windowed
 from genalign.scoring import NamedReward, score
 from genalign.types import Grid, Pipeline, Prompt
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Makes and scores ``group_size`` samples of every prompt, in batches of ``batch_size``."""
+    """Makes and scores ``group_size`` samples of every prompt, in batches of ``batch_size``. With ``overlap``, a batch
+    is decoded and scored in a thread while the next one is sampled; one of the two is in memory beside the other."""
 
     pipeline: Pipeline
     rewards: Sequence[NamedReward]
@@ -69,17 +75,28 @@ class Sampler:
     guidance: float
     group_size: int
     batch_size: int
+    overlap: bool = False
 
-    @torch.no_grad()
     def __call__(
         self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str, share: Share = ALL
     ) -> Iterator[Sampled]:
         """Batch by batch, those of a ``share``; every noise is drawn from ``name``, which no two rounds share."""
+        calls = self._made(recipe, steps, prompts, name, share)
+        yield from in_a_thread(calls) if self.overlap else (call() for call in calls)
+
+    @torch.no_grad()
+    def _made(
+        self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str, share: Share
+    ) -> Iterator[Callable[[], Sampled]]:
+        """What the denoiser has to do, and the rest of a batch to be called."""
         kernels = windowed(recipe.kernel, steps, len(self.grid))
         parts = list(self._start(recipe, prompts, name).split(self.batch_size))
         for part in (parts[number] for number in share.of(len(parts))):
             sampled = rollout(self.pipeline, part, self.grid, kernels, self.guidance, store=steps)
-            yield self._scored(recipe, sampled, [prompts[row] for row in part.prompt.tolist()])
+            ends: tuple[Tensor, ...] = ()
+            if recipe.completion is not None:
+                ends = complete(self.pipeline, sampled, self.grid, self.guidance, recipe.completion).unbind(1)
+            yield partial(self._scored, recipe, sampled, ends, [prompts[row] for row in part.prompt.tolist()])
 
     def _start(self, recipe: Recipe, prompts: Sequence[Prompt], name: str) -> Start:
         members = [(p, g) for p in range(len(prompts)) for g in range(self.group_size)]
@@ -88,18 +105,16 @@ class Sampler:
         conditioning = self.pipeline.encode([prompt.text for prompt in prompts])
         return Start(conditioning, torch.tensor([p for p, _ in members]), tuple(noise), tuple(steps))
 
-    def _scored(self, recipe: Recipe, sampled: Rollout, prompts: Sequence[Prompt]) -> Sampled:
+    @torch.no_grad()
+    def _scored(self, recipe: Recipe, sampled: Rollout, ends: Sequence[Tensor], prompts: Sequence[Prompt]) -> Sampled:
         decoded = self.pipeline.decode(sampled.final)
         finite = sampled.finite() & finite_rows(decoded)
         samples, scores = _shown(decoded), self._scores(decoded, prompts)
         scores[~finite.cpu()] = torch.nan
         features = recipe.features(samples).float().cpu() if recipe.features else None
         kept = sampled if finite.all() else sampled.emptied(~finite)
-        if recipe.completion is None:
-            return Sampled(kept, samples, scores, None, features)
-        completed = complete(self.pipeline, sampled, self.grid, self.guidance, recipe.completion)
-        columns = [self._scores(self.pipeline.decode(x0), prompts) for x0 in completed.unbind(1)]
-        stepwise = torch.stack([*columns, scores], dim=1)
+        columns = [self._scores(self.pipeline.decode(x0), prompts) for x0 in ends]
+        stepwise = torch.stack([*columns, scores], dim=1) if columns else None
         return Sampled(kept, samples, scores, stepwise, features)
 
     def _scores(self, decoded: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -113,3 +128,15 @@ def _shown(decoded: Tensor) -> Tensor:
     """Samples (B, ...) with black or silence for those that are not finite: one NaN must not cost a batch's scores."""
     finite = finite_rows(decoded)
     return decoded if finite.all() else decoded.index_fill(0, (~finite).nonzero()[:, 0], 0)
+
+
+def in_a_thread(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What each of the calls returns, in their order: one runs while the next is being prepared, on as many cores."""
+    with ThreadPoolExecutor(1, "genalign-score", torch.set_num_threads, (torch.get_num_threads(),)) as thread:
+        running: Future[T] | None = None
+        for call in calls:
+            last, running = running, thread.submit(call)
+            if last is not None:
+                yield last.result()
+        if running is not None:
+            yield running.result()

@@ -48,6 +48,9 @@ class Settings:
     A run ends with a round of which more than ``failed_share`` could not be scored, and after ``skipped_updates`` in a
     row that were left out because their gradient was not finite. Where memory runs out while learning, it ends
     ("stop"), or goes on with fewer samples at a time ("halve"), which changes no gradient beyond rounding.
+
+    With ``overlap``, a batch is decoded and scored while the next one is sampled, in a thread: for rewards that take
+    time elsewhere, such as on a server. The results are the same, and one batch more is in memory.
     """
 
     rounds: int = 100
@@ -65,6 +68,7 @@ class Settings:
     failed_share: float = 0.05
     skipped_updates: int = 5
     out_of_memory: Literal["stop", "halve"] = "stop"
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         counts = ("rounds", "max_forwards", "prompts_per_round", "batch_size", "updates_per_round", "skipped_updates")
@@ -171,7 +175,13 @@ class Trainer:
         self.settings, self.sampling = settings, sampling
         self.grid = sampling.grid(pipeline)
         self.sampler = Sampler(
-            self.pipeline, self.rewards, self.grid, sampling.guidance, settings.group_size, settings.batch_size
+            self.pipeline,
+            self.rewards,
+            self.grid,
+            sampling.guidance,
+            settings.group_size,
+            settings.batch_size,
+            settings.overlap,
         )
         recipe.kernel.check(sampling.guidance, [reward.name for reward in rewards if reward.weight])
         recipe.steps(self.grid, 0, settings.seed)  # refuse an impossible recipe before any compute
