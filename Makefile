@@ -3,10 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow check proofs format docs-results
+.PHONY: demo demo-audio test test-slow check proofs format docs docs-results
 
 demo: $(INSTALLED)
 	$(BIN)/genalign demo
+
+demo-audio: $(INSTALLED)
+	$(BIN)/genalign demo tones
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q --durations=10
@@ -28,10 +31,17 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # the theme's notice of its successor is no warning of ours
+
 docs-results: $(INSTALLED)
 	$(BIN)/python scripts/results_tables.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
 	touch $@

@@ -51,7 +51,7 @@ USAGE = """usage: genalign COMMAND ...
   reward check MODULE:CLASS [--args.key value ...]   whether a reward keeps to what every reward must
   export    --run RUN --output DIR                write what a run trained as a LoRA, a network or a pipeline
   report    RUN                                   write RUN/report.html
-  demo      [--output DIR]                        watch the embedded model learn, in minutes
+  demo      [shapes | tones] [--output DIR]       watch an embedded model learn, in minutes
 
 genalign COMMAND --help lists the settings of a command."""
 

@@ -57,6 +57,10 @@ class Blank(Pipeline, Protocol):
     def latent_shape(self) -> tuple[int, ...]:
         """Of one sample."""
 
+    @property
+    def sample_rate(self) -> int | None:
+        """Audio samples a second; None for images."""
+
     def require_guidance(self, guidance: float) -> None:
         """Raise ValueError for guidance that the network was not made for."""
 

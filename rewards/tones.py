@@ -11,10 +11,11 @@ from torch import Tensor
 from genalign.types import Prompt
 from genalign.worlds.tones.prompts import prompts
 from genalign.worlds.tones.scenes import Clip, Event, render, sample_clip
-from genalign.worlds.tones.timbres import NOISE, NOTES, TIMBRES
+from genalign.worlds.tones.timbres import NOISE, NOTES, SAMPLE_RATE, TIMBRES
 from genalign.worlds.tones.verifier import verify
+from rewards.audio_features import described_texts
 from rewards.recordings import AudioTensor
-from rewards.verified import Score, drawn_by_task, scores
+from rewards.verified import Score, drawn_by_task, metadata_of, scores
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class TonesReward:
     """``partial`` credit in [0, 1], or 1.0 for what is ``strict``-ly or ``relaxed``-ly right, else 0.0."""
 
     score: Score = "partial"
+
+    @property
+    def sample_rate(self) -> int:
+        """What the verifier hears."""
+        return SAMPLE_RATE
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), float32 on the CPU, of waveforms (B, 1, 12000) at 8 kHz; NaN for one with NaN samples."""
@@ -41,12 +47,31 @@ def revoiced(
 
     ValueError for a timbre that is not of this world.
     """
-    if unknown := set(timbres) - set(TIMBRES):
-        raise ValueError(f"no timbre {', '.join(sorted(unknown))} in this world: choose from {', '.join(TIMBRES)}")
+    _require_timbres(timbres)
     rng = np.random.default_rng(seed)
     clips = [sample_clip(metadata, rng) for metadata in drawn_by_task(prompts(suite), count, rng)]
     voiced = [Clip(tuple(_revoiced(event, timbres, level, rng) for event in clip.events)) for clip in clips]
     return AudioTensor(render(voiced))
+
+
+def worded(timbres: Sequence[str], model: str, suite: str = "train") -> Tensor:
+    """CLAP's embeddings (m, d) of the texts of a split's prompts that name no other than these ``timbres``: exemplars
+    in words, for ``rewards.audio_features.ClapFeatures(model, ...)``.
+
+    ValueError for a timbre that is not of this world, or timbres of which fewer than 2 prompts speak.
+    """
+    _require_timbres(timbres)
+    named = [prompt for prompt in prompts(suite).prompts if _classes(prompt) <= set(timbres)]
+    return described_texts([prompt.text for prompt in named], model)
+
+
+def _classes(prompt: Prompt) -> set[str]:
+    return {event["class"] for event in metadata_of(prompt)["events"]}
+
+
+def _require_timbres(timbres: Sequence[str]) -> None:
+    if unknown := set(timbres) - set(TIMBRES):
+        raise ValueError(f"no timbre {', '.join(sorted(unknown))} in this world: choose from {', '.join(TIMBRES)}")
 
 
 def _revoiced(

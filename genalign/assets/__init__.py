@@ -5,12 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 _HERE = Path(__file__).parent
+_MADE_BY = {
+    "shapes-sd3": "scripts/pretrain_shapes.py",
+    "shapes-clip": "scripts/pretrain_clip.py",
+    "tones-audio": "scripts/pretrain_tones.py denoiser",
+    "tones-clap": "scripts/pretrain_tones.py clap",
+}
 
 
 def resolve(path_or_id: str) -> str:
-    """The folder of an embedded checkpoint, such as "shapes-sd3"; any other path or Hub id unchanged."""
-    embedded = _HERE / path_or_id
-    return str(embedded) if path_or_id in names() else path_or_id
+    """The folder of an embedded checkpoint, such as "shapes-sd3"; any other path or Hub id unchanged.
+
+    Raises FileNotFoundError for an embedded one that this installation does not have.
+    """
+    if path_or_id in names():
+        return str(_HERE / path_or_id)
+    if path_or_id in _MADE_BY and not Path(path_or_id).exists():
+        raise FileNotFoundError(
+            f"the embedded model {path_or_id} is not in this installation: make it with python {_MADE_BY[path_or_id]}"
+            " in a checkout of the repository, or name another model"
+        )
+    return path_or_id
 
 
 def names() -> list[str]:

@@ -45,8 +45,14 @@ def exam(
     scorers: Mapping[str, RewardFunction],
     processes: Processes = ALONE,
 ) -> Exam:
-    """``amount`` of samples of the prompts that ``source`` names, a share of them for each of the ``processes``."""
+    """``amount`` of samples of the prompts that ``source`` names, a share of them for each of the ``processes``.
+
+    Raises ValueError where the prompts are of a world whose verifier takes other samples than this model's.
+    """
     prompts, world = prompt_set(source), world_of(source)
+    if world and world.sample_rate != pipeline.sample_rate:
+        taken, made = _medium(world.sample_rate), _medium(pipeline.sample_rate)
+        raise ValueError(f"the verifier of {source!r} takes {taken}, but this model makes {made}: choose other prompts")
     protocol = Protocol(
         suite=prompts.name,
         suite_hash=suite_hash(prompts),
@@ -62,6 +68,10 @@ def exam(
     )
     jobs = plan(prompts, amount.images_per_task, amount.seeds)
     return Exam(jobs, scorers, protocol, writer(pipeline.sample_rate), processes)
+
+
+def _medium(sample_rate: int | None) -> str:
+    return "images" if sample_rate is None else f"waveforms at {sample_rate} Hz"
 
 
 def evaluate_command(outside: Outside, arguments: Sequence[str]) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -77,21 +77,38 @@ class Outside:
 
 @runtime_checkable
 class AtRate(Protocol):
-    """A reward that is told at what rate waveforms come."""
+    """A reward, or a part of one, that is told at what rate waveforms come, and does not hear it."""
 
     @property
-    def sample_rate(self) -> int:
-        """Samples a second."""
+    def sample_rate(self) -> int | None:
+        """Samples a second; None where it hears none."""
 
 
-def require_rate(rewards: Sequence[NamedReward], rate: int | None) -> None:
-    """Raise ValueError for a reward that is told another rate than that of the samples; None for images."""
-    for reward in rewards:
-        if rate is not None and isinstance(reward.function, AtRate) and reward.function.sample_rate != rate:
+def require_rate(settings: object, rate: int | None) -> None:
+    """Raise ValueError where something in ``settings``, at any depth, hears another rate than that of the samples,
+    which is None for images."""
+    for place, heard in _rates(settings, "") if rate is not None else ():
+        if heard != rate:
             raise ValueError(
-                f"reward {reward.name!r} is told that waveforms come at {reward.function.sample_rate} Hz, but they come"
-                f" at {rate}: set its sample_rate to {rate}"
+                f"{place} takes waveforms at {heard} Hz, but they come at {rate}: set its sample_rate to {rate}, or"
+                " take samples of its rate"
             )
+
+
+def _rates(part: object, place: str) -> Iterator[tuple[str, int]]:
+    """The rates that a part of a configuration and its own parts hear, with their places in it."""
+    if isinstance(part, AtRate) and part.sample_rate is not None:
+        yield place, part.sample_rate
+    for name, inner in _inside(part):
+        yield from _rates(inner, f"{place}.{name}" if place else name)
+
+
+def _inside(part: object) -> Iterable[tuple[str, object]]:
+    if isinstance(part, Mapping):
+        return part.items()
+    if isinstance(part, list | tuple):
+        return ((str(number), inner) for number, inner in enumerate(part))
+    return vars(part).items() if is_dataclass(part) and not isinstance(part, type) else ()
 
 
 def print_estimates(evaluation: Evaluation) -> None:

@@ -20,7 +20,7 @@ from genalign import config
 from genalign.budget import DECODE, FORWARD, Ledger
 from genalign.commands.estimating import counted as count
 from genalign.commands.estimating import estimate, reliefs
-from genalign.commands.parts import Outside, prompt_set
+from genalign.commands.parts import Outside, prompt_set, require_rate
 from genalign.commands.training import require_trackers
 from genalign.counting import Counted
 from genalign.evaluation import plan as jobs
@@ -67,6 +67,8 @@ def plan_command(outside: Outside, arguments: Sequence[str]) -> int:
     refusals.attempt(lambda: adam(settings.training))
     refusals.attempt(lambda: require_trackers(settings.trackers))
     outline = refusals.attempt(lambda: outside.outline(settings.model))
+    if outline is not None:
+        refusals.attempt(lambda: require_rate(settings, outline.pipeline.sample_rate))
     counted = refusals.attempt(lambda: count(settings, outline, _prompts(settings, refusals)))
     if counted is not None:
         watched = refusals.attempt(lambda: _watched(settings, counted.rounds)) or {}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from genalign import config, wire
-from genalign.commands.parts import Outside, prompt_set
+from genalign.commands.parts import Outside, prompt_set, require_rate
 from genalign.conformance import Check, Expected, Probe, check
-from genalign.media import inside, read_image, read_waveform
+from genalign.media import AUDIO_SUFFIXES, inside, read_image, read_waveform
 from genalign.prompts import read_listing
 from genalign.types import Prompt, PromptSet
 from genalign.worlds.catalogue import World, world_of
@@ -68,6 +68,7 @@ class RewardCheck:
 def serve_command(outside: Outside, arguments: Sequence[str]) -> int:
     """``genalign serve MODULE:CLASS``, until it is interrupted."""
     settings, plain = config.parse(Serve, _by_name(arguments, "serve"), "serve")
+    require_rate({"reward": settings.reward}, settings.sample_rate)
     try:
         from genalign import serving
     except ImportError as error:
@@ -100,8 +101,9 @@ def reward_command(outside: Outside, arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] != "check":
         raise ValueError("say what to do with it: genalign reward check MODULE:CLASS")
     settings, _ = config.parse(RewardCheck, _by_name(arguments[1:], "reward check"), "reward check")
-    samples, prompts = _samples(settings)
-    probe = Probe(samples.to(settings.device), prompts, settings.tolerance)
+    samples = _samples(settings)
+    require_rate({"reward": settings.reward}, samples.rate)
+    probe = Probe(samples.values.to(settings.device), samples.prompts, settings.tolerance)
     checks = list(check(settings.reward, probe, settings.expected))
     _print(checks)
     failed = [found.name for found in checks if found.passed is False]
@@ -143,36 +145,53 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _samples(settings: RewardCheck) -> tuple[Tensor, list[Prompt]]:
+@dataclass(frozen=True)
+class _Samples:
+    """What a reward is tried on: ``values`` (B, ...), their prompts, and the ``rate`` of waveforms in Hz."""
+
+    values: Tensor
+    prompts: list[Prompt]
+    rate: int | None
+
+
+def _samples(settings: RewardCheck) -> _Samples:
     world = world_of(settings.samples)
     if world is not None:
-        samples, prompts = _rendered(world, prompt_set(settings.samples), settings.count)
+        found = _rendered(world, prompt_set(settings.samples), settings.count)
     else:
-        samples, prompts = _files(Path(settings.samples), settings.count)
-    if settings.size and samples.ndim == 4:
+        found = _files(Path(settings.samples), settings.count)
+    if settings.size and found.rate is None:
         size = (settings.size, settings.size)
-        samples = torch.nn.functional.interpolate(samples, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-    return samples, prompts
+        resized = torch.nn.functional.interpolate(found.values, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        return replace(found, values=resized)
+    return found
 
 
-def _rendered(world: World, source: PromptSet, count: int) -> tuple[Tensor, list[Prompt]]:
+def _rendered(world: World, source: PromptSet, count: int) -> _Samples:
     """``count`` rendered samples that show their prompts, of every task in turn."""
     tasks = list(source.by_task().values())
     longest = max(len(task) for task in tasks)
     chosen = [task[i] for i in range(longest) for task in tasks if i < len(task)][:count]
-    return world.rendered([prompt.metadata or {} for prompt in chosen], np.random.default_rng(0)), chosen
+    made = world.rendered([prompt.metadata or {} for prompt in chosen], np.random.default_rng(0))
+    return _Samples(made, chosen, world.sample_rate)
 
 
-def _files(folder: Path, count: int) -> tuple[Tensor, list[Prompt]]:
+def _files(folder: Path, count: int) -> _Samples:
+    """The first ``count`` that the folder lists. Raises ValueError where they differ in size or sample rate."""
     listed = dict(list(read_listing(folder).items())[:count])
-    samples = [_read(inside(folder, name)) for name in listed]
-    if len({sample.shape for sample in samples}) > 1:
-        raise ValueError(f"the samples in {folder} differ in size: make them equal")
-    return torch.stack(samples), list(listed.values())
+    read = [_read(inside(folder, name)) for name in listed]
+    if len({(sample.shape, rate) for sample, rate in read}) != 1:
+        raise ValueError(f"the samples in {folder} differ in size or sample rate, or there are none: make them equal")
+    samples, rates = zip(*read, strict=True)
+    return _Samples(torch.stack(samples), list(listed.values()), rates[0])
 
 
-def _read(path: Path) -> Tensor:
-    return read_waveform(path).waveform if path.suffix.lower() in (".wav", ".flac") else read_image(path)
+def _read(path: Path) -> tuple[Tensor, int | None]:
+    """A sample (...), and the rate of a recording."""
+    if path.suffix.lower() not in AUDIO_SUFFIXES:
+        return read_image(path), None
+    found = read_waveform(path)
+    return found.waveform, found.sample_rate
 
 
 def _print(checks: Sequence[Check]) -> None:

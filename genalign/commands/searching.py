@@ -57,7 +57,7 @@ def _search_share(
     if settings.lora:
         pipeline.load_lora(settings.lora)
     rewards, strategy, budget = named_rewards(settings.rewards), settings.strategy, settings.budget
-    require_rate({reward.name: reward.function for reward in rewards}, pipeline.sample_rate)
+    require_rate(settings, pipeline.sample_rate)
 
     def find(index: int) -> Result:
         seed = derived_seed(settings.seed, index)

@@ -82,6 +82,7 @@ def run_training(
     checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint.keep, processes)
     checkpoint = _checkpoint(folder, checkpoints, plain, resume)
     pipeline, rewards = outside.load(settings.model), named_rewards(settings.rewards)
+    require_rate(settings, pipeline.sample_rate)
     _probe(pipeline, rewards, prompts, settings.sampling)
     journal, tracked = Journal(), TrackerRun()
     policy = _policy(settings, pipeline, processes, sharding)
@@ -221,7 +222,6 @@ def trackers(names: Sequence[str], folder: Path, run: str) -> list[Any]:
 
 def _probe(pipeline: Checkpoint, rewards: Sequence[NamedReward], prompts: PromptSet, sampling: Sampling) -> None:
     """Two samples of the untrained model through every reward, before anything is written."""
-    require_rate(rewards, pipeline.sample_rate)
     chosen = prompts.prompts[:2]
     texts = [prompt.text for prompt in chosen]
     images = next(generate(pipeline, texts, [0] * len(texts), sampling.grid(pipeline), sampling.guidance, len(texts)))
@@ -307,8 +307,14 @@ def print_table(before: Evaluation, after: Evaluation) -> None:
     Console().print(table)
 
 
+_DEMOS = {"shapes": "demo.yaml", "tones": "demo-tones.yaml"}
+
+
 def demo_command(outside: Outside, arguments: Sequence[str]) -> int:
-    """``genalign demo``: Flow-GRPO on the embedded shapes model, with the shipped configuration."""
+    """``genalign demo [shapes | tones]``: training of an embedded model, with the shipped configuration."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    shipped = str(files("genalign.assets").joinpath("demo.yaml"))
-    return train_command(outside, ["--config", shipped, *arguments])
+    world, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in _DEMOS else ("shapes", arguments)
+    if rest and not rest[0].startswith("-"):
+        raise ValueError(f"there is no demo of {rest[0]!r}: choose from {', '.join(_DEMOS)}")
+    shipped = str(files("genalign.assets").joinpath(_DEMOS[world]))
+    return train_command(outside, ["--config", shipped, *rest])

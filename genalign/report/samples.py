@@ -116,7 +116,8 @@ def _log_bands(window: int, rate: int) -> Tensor:
     centres = lowest * (nyquist / lowest) ** ((torch.arange(_BANDS) + 0.5) / _BANDS)
     reach = (centres * ((nyquist / lowest) ** (1 / _BANDS) - 1)).clamp(min=rate / window)
     bins = torch.linspace(0, nyquist, window // 2 + 1)[:, None]
-    return (1 - (bins - centres).abs() / reach).clamp(min=0)
+    bands: Tensor = (1 - (bins - centres).abs() / reach).clamp(min=0)
+    return bands
 
 
 def _lowest(rate: int) -> float:

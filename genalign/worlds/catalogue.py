@@ -19,11 +19,12 @@ from genalign.worlds.tones.recordings import read_clip
 
 @dataclass(frozen=True)
 class World:
-    """``prompts`` of a split; ``rendered``, samples that show their metadata; ``read``, a sample (...) from a file; and
-    the version of its ``verifier``."""
+    """``prompts`` of a split; ``rendered``, samples that show their metadata; ``read``, a sample (...) from a file; the
+    version of its ``verifier``, and the ``sample_rate`` in Hz that it hears, None for images."""
 
     name: str
     verifier: str
+    sample_rate: int | None
     prompts: Callable[[str], PromptSet]
     rendered: Callable[[Sequence[Metadata], np.random.Generator], Tensor]
     read: Callable[[Path], Tensor]
@@ -49,8 +50,8 @@ def _clips(metadata: Sequence[Metadata], rng: np.random.Generator) -> Tensor:
 
 
 WORLDS: Mapping[str, World] = {
-    "shapes": World("shapes", shapes.VERIFIER_VERSION, shapes.prompts, _scenes, read_image),
-    "tones": World("tones", tones.VERIFIER_VERSION, tones.prompts, _clips, read_clip),
+    "shapes": World("shapes", shapes.VERIFIER_VERSION, None, shapes.prompts, _scenes, read_image),
+    "tones": World("tones", tones.VERIFIER_VERSION, tones.SAMPLE_RATE, tones.prompts, _clips, read_clip),
 }
 
 

@@ -13,18 +13,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from genalign import assets
 from genalign.cli import main
 from genalign.commands.parts import prompt_set, require_rate
 from genalign.evaluation import ELSEWHERE, load_evaluation
-from genalign.scoring import NamedReward
+from genalign.recipes import dragon_set
 from genalign.waveforms import resample, tell_once
 from genalign.worlds import tones
 from genalign.worlds.catalogue import WORLDS, world_of
+from genalign.worlds.shapes.diversity import evaluation_diversity
 from genalign.worlds.tones.models import TextToVelocity, assemble, build_vae
+from rewards.audio_features import FrameFeatures, LogMelFeatures
 from rewards.audio_guards import LevelWithin
 from rewards.clap import ClapReward
+from rewards.combined import Gate
+from rewards.sets import PerSampleFrechet, Vendi
+from rewards.tones import TonesReward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
 TASKS = {"single_tone", "two_tone", "counting", "pitch", "relation", "attribution", "loudness"}
 
 
@@ -173,14 +180,107 @@ def test_folders_of_images_are_judged_by_the_shapes_world(tmp_path: Path) -> Non
     assert load_evaluation(tmp_path / "out").overall["strict"].mean == 1.0
 
 
-def test_a_reward_that_is_told_another_rate_is_refused() -> None:
-    heard = NamedReward("clap", ClapReward("tones-clap", 48000))
-    with pytest.raises(ValueError, match=r"'clap' is told that waveforms come at 48000 Hz, but they come at 8000: set"):
-        require_rate([heard], 8000)
-    require_rate([heard, NamedReward("level", LevelWithin())], 48000)
+def test_whatever_hears_another_rate_is_refused() -> None:
+    heard = {"clap": ClapReward("tones-clap", 48000)}
+    with pytest.raises(ValueError, match=r"^clap takes waveforms at 48000 Hz, but they come at 8000: set its sample_r"):
+        require_rate(heard, 8000)
+    require_rate({**heard, "level": LevelWithin()}, 48000)
+    require_rate(heard, None)  # of images
+    with pytest.raises(ValueError, match=r"^partial takes waveforms at 8000 Hz, but they come at 16000"):
+        require_rate({"partial": TonesReward()}, 16000)
+    gated = Gate(LevelWithin(), PerSampleFrechet(LogMelFeatures(8000, mels=8), torch.randn(9, 8)), 0.0)
+    with pytest.raises(ValueError, match=r"^quiet\.condition\.encoder takes waveforms at 8000 Hz"):
+        require_rate({"quiet": gated}, 44100)
+    recipe = dragon_set(Vendi(), FrameFeatures(LogMelFeatures(16000)))
+    with pytest.raises(
+        ValueError, match=r"^recipe\.features\.encoder takes waveforms at 16000 Hz, but they come at 8000"
+    ):
+        require_rate({"recipe": recipe}, 8000)
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_training_hears_its_model_at_its_rate(
+    command: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = "{class_path: rewards.clap.ClapReward, init_args: {model: tones-clap, sample_rate: 44100}}"
+    asked = [
+        "--config",
+        str(CONFIGS / "tones_compare.yaml"),
+        "--model.path",
+        str(model),
+        "--output",
+        str(tmp_path / "x"),
+    ]
+    told = error(capsys, command, *asked, "--hacking.rewards", f"{{clap: {reward}}}")
+    assert (
+        "hacking.rewards.clap takes waveforms at 44100 Hz, but they come at 8000: set its sample_rate to 8000" in told
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_of_another_medium_is_refused(
+    model: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--images_per_task", "1", "--seeds", "1", "--output", str(tmp_path / "out")]
+    told = error(capsys, "evaluate", "tones", "--model.path", str(tiny_folder), *small)
+    assert "the verifier of 'tones:comp' takes waveforms at 8000 Hz, but this model makes images" in told
+    told = error(capsys, "evaluate", "shapes", "--model.path", str(model), "--sampling.sigmas", "null", *small)
+    assert "the verifier of 'shapes:comp' takes images, but this model makes waveforms at 8000 Hz" in told
+
+
+def test_an_embedded_model_that_is_not_there_says_how_to_make_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(assets, "names", lambda: ["shapes-clip", "shapes-sd3"])
+    for command in (["evaluate", "tones"], ["demo", "tones"]):
+        told = error(capsys, *command, "--output", str(tmp_path / "out"))
+        assert "the embedded model tones-audio is not in this installation: make it with python scripts/" in told
+    with pytest.raises(FileNotFoundError, match=r"pretrain_tones\.py clap in a checkout of the repository"):
+        assets.resolve("tones-clap")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tones-clap").mkdir()
+    assert assets.resolve("tones-clap") == "tones-clap"
+
+
+def test_the_demo_of_sounds_trains_any_such_model(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--training.rounds", "1", "--training.prompts_per_round", "2", "--training.group_size", "2"]
+    small += [
+        "--training.batch_size",
+        "4",
+        "--training.updates_per_round",
+        "1",
+        "--lora.rank",
+        "2",
+        "--held_out.every",
+        "0",
+        "--evaluation.num_steps",
+        "2",
+    ]
+    small += ["--before_after.images_per_task", "1", "--before_after.seeds", "1", "--sampling.num_steps", "6"]
+    assert main(["demo", "tones", "--output", str(tmp_path / "run"), "--model.path", str(model), *small]) == 0
+    made = load_evaluation(tmp_path / "run" / "after")
+    assert made.protocol.verifier == "tones-1" and len(made.records) == len(tones.prompts("comp").by_task())
+    assert (tmp_path / "run" / "lora").is_dir() and "tones-1" in (tmp_path / "run" / "report.html").read_text()
+    assert evaluation_diversity(tmp_path / "run" / "after") == {}
+    assert "there is no demo of 'bells': choose from shapes, tones" in error(capsys, "demo", "bells")
 
 
 def test_rewards_are_checked_on_rendered_clips(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--samples", "tones:val", "--count", "5", "--expected.prompts", "true"]
     assert main(["reward", "check", "rewards.tones:TonesReward", *arguments]) == 0
     assert "every check passed" in capsys.readouterr().out
+
+
+def test_rewards_are_not_checked_on_clips_of_another_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts, clips = rendered(per_task=1)
+    write(tmp_path / "clips", texts, clips, rate=16000)
+    told = error(capsys, "reward", "check", "rewards.tones:TonesReward", "--samples", str(tmp_path / "clips"))
+    assert "reward takes waveforms at 8000 Hz, but they come at 16000" in told
+    soundfile.write(tmp_path / "clips" / "1.wav", clips[1, 0].numpy(), 8000)
+    told = error(capsys, "reward", "check", "rewards.tones:TonesReward", "--samples", str(tmp_path / "clips"))
+    assert "differ in size or sample rate" in told
+    told = error(capsys, "serve", "rewards.tones:TonesReward", "--sample_rate", "44100")
+    assert "reward takes waveforms at 8000 Hz, but they come at 44100" in told

@@ -16,7 +16,8 @@ from genalign.media import inside, read_image
 from genalign.types import Prompt
 from genalign.worlds.shapes.detection import Detection, detect
 from genalign.worlds.shapes.geometry import PALETTE, SIZE
-from genalign.worlds.shapes.prompts import SUITES, prompts
+from genalign.worlds.shapes.prompts import prompts
+from genalign.worlds.shapes.verifier import VERIFIER_VERSION
 
 _CELLS = 3  # along each side
 _COLORLESS_TASKS = frozenset({"single_object", "two_object", "counting", "position"})
@@ -56,7 +57,7 @@ def cell_entropy(images: Tensor, asked: Sequence[Prompt]) -> float:
 def evaluation_diversity(folder: Path) -> dict[str, float]:
     """The same of an evaluation's images; empty where they are not of the shapes world, or were not kept."""
     made = load_evaluation(folder)
-    if made.protocol.suite not in SUITES or any(record.image is None for record in made.records):
+    if made.protocol.verifier != VERIFIER_VERSION or any(record.image is None for record in made.records):
         return {}
     return asdict(diversity(*evaluation_images(folder)))
 
