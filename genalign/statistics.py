@@ -35,6 +35,24 @@ class WinRate:
     p_value: float
 
 
+@dataclass(frozen=True)
+class WinTest:
+    """Whether trials are won more often than lost, by the statistics of DRAGON's tables (arXiv 2504.15217).
+
+    ``rate`` counts a tie as half a win. The rest is of ``wins`` and ``losses`` alone: ``low``, the one-sided 95 %
+    Clopper-Pearson bound of their rate; ``p_value`` of the exact one-sided binomial test against one half;
+    ``above_half``, the probability of a rate above one half after a uniform prior, of Beta(wins + 1, losses + 1).
+    """
+
+    rate: float
+    wins: int
+    losses: int
+    ties: int
+    low: float
+    p_value: float
+    above_half: float
+
+
 def bootstrap_mean(
     values_by_task: Mapping[str, Sequence[float]], n_images: int, resamples: int = 2000, seed: int = 0
 ) -> Estimate:
@@ -128,13 +146,35 @@ def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
     Raises:
         ValueError: lists of different lengths, empty, or with a value that is not finite.
     """
+    wins, losses, ties = _outcomes(before, after)
+    n = wins + losses + ties
+    p_value = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return WinRate(wilson(wins + ties / 2, n), ties / n, p_value)
+
+
+def win_test(before: Sequence[float], after: Sequence[float]) -> WinTest:
+    """How often ``after`` beats ``before`` in pairs that are independent; raises ValueError as ``win_rate``."""
+    return counted_win_test(*_outcomes(before, after))
+
+
+def counted_win_test(wins: int, losses: int, ties: int = 0) -> WinTest:
+    """The same of counted trials. Raises ValueError for none."""
+    n, decided = wins + losses + ties, wins + losses
+    if n < 1 or min(wins, losses, ties) < 0:
+        raise ValueError(f"{wins} wins, {losses} losses and {ties} ties are no trials: count one or more")
+    low = float(stats.beta.ppf(1 - LEVEL, wins, losses + 1)) if wins else 0.0
+    p_value = float(stats.binomtest(wins, decided, alternative="greater").pvalue) if decided else 1.0
+    above_half = float(stats.beta.sf(0.5, wins + 1, losses + 1))
+    return WinTest((wins + ties / 2) / n, wins, losses, ties, low, p_value, above_half)
+
+
+def _outcomes(before: Sequence[float], after: Sequence[float]) -> tuple[int, int, int]:
+    """Wins of ``after``, its losses, and ties."""
     if len(before) != len(after):
         raise ValueError(f"a win rate needs pairs: got {len(before)} values before and {len(after)} after")
     difference = _checked(after, "after") - _checked(before, "before")
-    wins, losses, n = int((difference > 0).sum()), int((difference < 0).sum()), len(difference)
-    ties = n - wins - losses
-    p_value = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-    return WinRate(wilson(wins + ties / 2, n), ties / n, p_value)
+    wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+    return wins, losses, len(difference) - wins - losses
 
 
 def _checked(values: Sequence[float], what: str) -> npt.NDArray[np.float64]:

@@ -1,8 +1,9 @@
 """Write the tables of README.md and docs/*.md from docs/results/*.json.
 
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``; that of a comparison's runs between
-``<!-- standings:NAME -->`` and ``<!-- /standings -->``, and that of searches by budget between ``<!-- curves:NAME -->``
-and ``<!-- /curves -->``. With ``--check`` nothing is written, and the exit status is 1 where a table is stale.
+``<!-- standings:NAME -->`` and ``<!-- /standings -->``, that of searches by budget between ``<!-- curves:NAME -->`` and
+``<!-- /curves -->``, and that of win rates between ``<!-- wins:NAME -->`` and ``<!-- /wins -->``. With ``--check``
+nothing is written, and the exit status is 1 where a table is stale.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MARKED = re.compile(
-    r"(?P<begin><!-- (?P<kind>results|standings|curves):(?P<name>\w+) -->\n).*?(?P<end><!-- /(?P=kind) -->)", re.DOTALL
+    r"(?P<begin><!-- (?P<kind>results|standings|curves|wins):(?P<name>\w+) -->\n).*?(?P<end><!-- /(?P=kind) -->)",
+    re.DOTALL,
 )
 
 
@@ -69,12 +71,27 @@ def _share(found: dict[str, float | None] | None) -> str:
     return "not reached" if found["mean"] is None else f"{mean} ({low} to {high})"
 
 
+def wins(result: dict[str, Any]) -> str:
+    """Recipes as DRAGON's table 1 has them: how often the reward that is trained on is won, with the statistics of its
+    listening tests, and all rewards before / after."""
+    rewards = list(result["win_rates"][0]["rewards"])
+    heading = ["name", "trained on", "win rate", "95% lower bound", "p", "trials", *rewards]
+    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
+    for row in result["win_rates"]:
+        won = row["wins"]
+        trials = won["wins"] + won["losses"] + won["ties"]
+        cells = [row["name"], row["target"], f"{won['rate']:.1%}", f"{won['low']:.1%}", f"{won['p_value']:.1e}"]
+        cells += [str(trials), *("{before:.3g} / {after:.3g}".format(**row["rewards"][name]) for name in rewards)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
 def fill(text: str, results: Path) -> str:
     """``text`` with every marked table made anew. Raises FileNotFoundError for a table without its result file."""
 
     def filled(match: re.Match[str]) -> str:
         result = json.loads((results / f"{match['name']}.json").read_text(encoding="utf-8"))
-        made = {"results": table, "standings": standings, "curves": curves}[match["kind"]](result)
+        made = {"results": table, "standings": standings, "curves": curves, "wins": wins}[match["kind"]](result)
         return f"{match['begin']}{made}{match['end']}"
 
     return MARKED.sub(filled, text)

@@ -12,7 +12,7 @@ from genalign.sharding import Sharding, asked_for
 
 CONFIGS = Path(__file__).parents[1] / "scripts" / "configs"
 LARGE = ("sd35_medium_geneval", "sd35_medium_ocr", "sd35_medium_pickscore", "flux_dev_pickscore", "sdxl_pickscore")
-TRAINING = (*LARGE, "sd15_aesthetic", "shapes_flow_grpo", "shapes_compare")
+TRAINING = (*LARGE, "sd15_aesthetic", "shapes_flow_grpo", "shapes_compare", "tones_compare")
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -7,7 +7,7 @@ import torch
 
 from genalign.divergences import Gaussian, frechet_distance, gaussian_distance, vendi
 from genalign.extrapolation import at_infinite_size
-from genalign.set_comparison import compare_sets
+from genalign.set_comparison import compare_parts, compare_sets
 
 
 def drawn(count: int, width: int, seed: int) -> torch.Tensor:
@@ -67,3 +67,18 @@ def test_parts_hold_the_same_prompts_and_none_twice() -> None:
 def test_parts_that_cannot_be_taken_are_refused(size: int) -> None:
     with pytest.raises(ValueError, match=f"parts of {size} members"):
         compare_sets(vendi, drawn(10, 2, seed=0), drawn(10, 2, seed=1), size=size)
+
+
+def test_disjoint_parts_are_each_compared_once() -> None:
+    before, seen = torch.arange(11.0)[:, None], list[float]()
+
+    def reward(features: torch.Tensor) -> float:
+        seen.extend(features[:, 0].tolist())
+        return float(features.sum())
+
+    found = compare_parts(reward, before, before + 1, 3)
+    assert len(found.before) == 3 and found.win_rate == 1 and found.size == 3
+    assert len(set(seen[:9])) == 9 and sorted(seen[9:]) == sorted(value + 1 for value in seen[:9])
+    for other, size in ((before[:10], 3), (before, 1), (before, 12)):
+        with pytest.raises(ValueError, match=f"no common parts of {size}"):
+            compare_parts(reward, before, other, size)

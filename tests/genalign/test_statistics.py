@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 
-from genalign.statistics import Estimate, bootstrap_mean, t_interval, wider, wilson, win_rate
+from genalign.statistics import (
+    Estimate,
+    bootstrap_mean,
+    counted_win_test,
+    t_interval,
+    wider,
+    wilson,
+    win_rate,
+    win_test,
+)
 
 
 def test_overall_weights_tasks_equally():
@@ -101,3 +110,25 @@ def test_win_rate_counts_ties_as_half():
 def test_win_rate_needs_pairs():
     with pytest.raises(ValueError, match="needs pairs"):
         win_rate([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("wins", "rate", "low", "p_value", "above_half"),
+    [(253, 0.6024, 0.5615, 1.58e-5, 0.999987), (256, 0.6095, 0.5687, 4.15e-6, 0.999997)],
+)
+def test_win_tests_are_those_of_the_paper(wins, rate, low, p_value, above_half):
+    """DRAGON's listening tests of 420 votes each, to the digits that are printed."""
+    found = counted_win_test(wins, 420 - wins)
+    assert (found.rate, found.low) == pytest.approx((rate, low), abs=5e-5)
+    assert found.p_value == pytest.approx(p_value, rel=4e-3)
+    assert found.above_half == pytest.approx(above_half, abs=5e-7)
+
+
+def test_win_tests_leave_ties_to_the_rate():
+    found = win_test([0, 0, 1, 1, 1], [1, 1, 0, 1, 1])
+    assert (found.wins, found.losses, found.ties, found.rate) == (2, 1, 2, 0.6)
+    assert found.p_value == pytest.approx(0.5) and found.above_half == pytest.approx(11 / 16)
+    even = counted_win_test(0, 0, 3)
+    assert (even.rate, even.low, even.p_value, even.above_half) == (0.5, 0.0, 1.0, 0.5)
+    with pytest.raises(ValueError, match="no trials"):
+        counted_win_test(0, 0, 0)
