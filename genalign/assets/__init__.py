@@ -8,7 +8,7 @@ _HERE = Path(__file__).parent
 _MADE_BY = {
     "shapes-sd3": "scripts/pretrain_shapes.py",
     "shapes-clip": "scripts/pretrain_clip.py",
-    "tones-audio": "scripts/pretrain_tones.py denoiser",
+    "tones-audio": "scripts/pretrain_tones.py autoencoder, then denoiser",
     "tones-clap": "scripts/pretrain_tones.py clap",
 }
 
