@@ -34,8 +34,10 @@ def prdp_loss(
     rewards, or with one that is NaN, are left out; a prompt without pairs adds 0.
 
     Args:
-        log_ratios, old_log_ratios: (B, S), of the current and of the sampling policy.
-        rewards, group: (B,), the latter prompt indices.
+        log_ratios: (B, S), of the current policy.
+        old_log_ratios: (B, S), of the sampling policy.
+        rewards: (B,).
+        group: (B,), prompt indices.
         steps: "mean" as the paper's listing, "sum" as its text, which makes beta S times smaller for the same strength.
     """
     if log_ratios.ndim != 2 or log_ratios.shape != old_log_ratios.shape:
