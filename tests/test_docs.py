@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import json
 import re
+import shlex
+import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Never
 
 import pytest
 import yaml
@@ -13,7 +19,9 @@ import yaml
 from genalign import config
 from genalign.cli import main
 
-METHODS = Path(__file__).parents[1] / "docs" / "methods"
+ROOT = Path(__file__).parents[1]
+METHODS = ROOT / "docs" / "methods"
+PAGES = {path.relative_to(ROOT): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
 REWARDS = (METHODS.parent / "rewards.md").read_text()
 AUDIO = (METHODS.parent / "audio.md").read_text()
 
@@ -64,3 +72,87 @@ def test_named_objects_are_there() -> None:
     for name in names:
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
+
+
+def _pages(entry: Any) -> Iterator[str]:
+    """The pages of mkdocs' nav, which nests lists and mappings of titles."""
+    if isinstance(entry, str):
+        yield entry
+        return
+    for inner in entry.values() if isinstance(entry, dict) else entry:
+        yield from _pages(inner)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = list(_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    there = {path.relative_to("docs").as_posix() for path in PAGES if path.is_relative_to("docs")}
+    assert set(listed) == there and len(listed) == len(there)
+
+
+def test_every_result_is_on_the_page_of_results() -> None:
+    shown = set(re.findall(r"<!-- results:(\w+) -->", PAGES[Path("docs/results.md")]))
+    assert shown == {path.stem for path in (ROOT / "docs" / "results").glob("*.json")}
+
+
+def _code() -> list[str]:
+    return [block for page in PAGES.values() for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
+
+
+def test_shown_code_compiles_and_imports_what_is_there() -> None:
+    blocks = _code()
+    assert len(blocks) > 10
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            for alias in node.names if isinstance(node, ast.Import) else []:
+                importlib.import_module(alias.name)
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+class ParsedError(Exception):
+    """The settings of a command were taken."""
+
+
+def _commands() -> list[str]:
+    """Every command line in the pages, options in brackets included; files and folders of the reader's by ours."""
+    lines = {line for page in PAGES.values() for line in re.findall(r"^(?: {4})?genalign (\S.*)$", page, re.MULTILINE)}
+    own = re.compile(r"(?<=--config )(FILE|mine\.yaml)")
+    return sorted(
+        {own.sub("genalign/assets/demo.yaml", line.replace("[--", "--").replace("DIR]", "DIR")) for line in lines}
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with shipped configurations, the modules that pages write, and the runs that they name."""
+    for name in ("genalign/assets/demo.yaml", "scripts/configs"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    written = [(block, named[1]) for block in _code() if (named := re.match(r"# (my_\w+)\.py\n", block))]
+    for block, name in written:
+        with (tmp_path / f"{name}.py").open("a") as file:
+            file.write(block)
+    for name in ("mine", "first"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        settings = yaml.safe_load((ROOT / "genalign" / "assets" / "demo.yaml").read_text())
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(settings))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for _, name in written:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("checkout")
+@pytest.mark.parametrize("line", [line for line in _commands() if not line.startswith("report ")])
+def test_shown_commands_are_taken(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = config.parse
+
+    def parsed(settings: type[Any], arguments: Sequence[str], command: str) -> Never:
+        parse(settings, arguments, command)
+        raise ParsedError(command)
+
+    monkeypatch.setattr(config, "parse", parsed)
+    with pytest.raises(ParsedError):
+        main(shlex.split(line, comments=True))
