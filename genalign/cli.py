@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
@@ -66,7 +67,8 @@ def load_model(model: config.Model) -> Checkpoint:
 
 def outline_model(model: config.Model) -> Outline:
     """The same without its weights."""
-    return outline(assets.resolve(model.path), dtype=config.dtype(model.dtype), **_options(model))
+    options = _options(replace(model, compiled=False))  # nothing is computed
+    return outline(assets.resolve(model.path), dtype=config.dtype(model.dtype), **options)
 
 
 def require_model(model: config.Model) -> None:
@@ -86,6 +88,7 @@ def _options(model: config.Model) -> Options:
         seconds=model.seconds,
         max_sequence_length=model.max_sequence_length,
         distilled_guidance=model.distilled_guidance,
+        compiled=model.compiled,
         memory=model.memory,
     )
 

@@ -40,7 +40,11 @@ LINEAR_TEN = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint: an embedded one by name, a diffusers folder, or a Hub id. ``autocast`` is mixed precision."""
+    """A checkpoint: an embedded one by name, a diffusers folder, or a Hub id. ``autocast`` is mixed precision.
+
+    ``compiled``: the denoiser runs by torch.compile, which takes minutes at the start and for every new batch size;
+    sampling and training then round differently, so that the first log-ratios are not exactly 0.
+    """
 
     path: str = "shapes-sd3"
     dtype: Precision = "float32"
@@ -51,6 +55,7 @@ class Model:
     seconds: float | None = None
     max_sequence_length: int | None = None
     distilled_guidance: float | None = None
+    compiled: bool = False
     memory: Memory = field(default_factory=Memory)
 
 

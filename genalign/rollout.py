@@ -183,7 +183,7 @@ class Pairs:
         size, steps = live.shape
         needed = -(-int(live.sum()) // size)
         stored, rows = (live if needed < steps else torch.ones_like(live)).T.nonzero(as_tuple=True)
-        parts = zip(rows.split(size), stored.split(size), strict=True)
+        parts = zip(torch.split(rows, size), torch.split(stored, size), strict=True)
         return [cls(_repeated(row, size), _repeated(step, size), len(row)) for row, step in parts if len(row)]
 
 

@@ -406,8 +406,8 @@ def _warn_of_disagreement(log_ratio_max: float, clip_range: float | None) -> Non
     if clip_range is not None and log_ratio_max > 0.02 * clip_range:
         logger.warning(
             "the first update's log-ratio reached %.1e, above 2%% of the clip range %.1e: sampling and training"
-            " disagree. Likely causes: another batch size or guidance order, mixed precision, dropout, a kernel"
-            " whose arguments changed",
+            " disagree. Likely causes: another batch size or guidance order, mixed precision, a compiled network,"
+            " dropout, a kernel whose arguments changed",
             log_ratio_max,
             clip_range,
         )

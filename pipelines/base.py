@@ -36,7 +36,8 @@ class Options(TypedDict, total=False):
     ``height`` and ``width`` of images are in pixels, and ``seconds`` are how long audio lasts, the checkpoint's own by
     default; ``max_sequence_length`` is the number of text tokens where the family lets one choose; ``autocast`` runs
     the denoiser and the VAE under mixed precision of that dtype; ``distilled_guidance`` is what a network with guidance
-    distilled into it is told; see ``genalign.memory.Memory`` for the rest.
+    distilled into it is told; ``compiled`` runs the denoiser by ``torch.compile``; see ``genalign.memory.Memory`` for
+    the rest.
     """
 
     device: str
@@ -46,6 +47,7 @@ class Options(TypedDict, total=False):
     seconds: float | None
     max_sequence_length: int | None
     distilled_guidance: float | None
+    compiled: bool
     memory: Memory
 
 
@@ -79,6 +81,8 @@ class DiffusersPipeline(ABC):
         self._cache: dict[str, dict[str, Tensor]] = {}
         self._batches: dict[str, list[str]] = {}
         self._prepare()
+        if options.get("compiled"):
+            self.denoiser.compile()
 
     def _prepare(self) -> None:
         for module in (self.denoiser, self.pipe.vae, *self._text_encoders):
