@@ -33,7 +33,6 @@ from genalign.resuming import Checkpoint as Saved
 from genalign.resuming import Checkpoints, Keeper
 from genalign.rollout import generate
 from genalign.runs import RunFolder, train
-from genalign.sampling import Sampling
 from genalign.scoring import NamedReward, probe
 from genalign.sharding import Sharding, asked_for
 from genalign.states import Generators, OfEach, Stateful
@@ -82,8 +81,7 @@ def run_training(
     checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint.keep, processes)
     checkpoint = _checkpoint(folder, checkpoints, plain, resume)
     pipeline, rewards = outside.load(settings.model), named_rewards(settings.rewards)
-    require_rate(settings, pipeline.sample_rate)
-    _probe(pipeline, rewards, prompts, settings.sampling)
+    _probe(settings, pipeline, rewards, prompts)
     journal, tracked = Journal(), TrackerRun()
     policy = _policy(settings, pipeline, processes, sharding)
     trainer = _trainer(settings, pipeline, policy, journal.kept(rewards), prompts)
@@ -220,10 +218,11 @@ def trackers(names: Sequence[str], folder: Path, run: str) -> list[Any]:
     return list(accelerator.trackers)
 
 
-def _probe(pipeline: Checkpoint, rewards: Sequence[NamedReward], prompts: PromptSet, sampling: Sampling) -> None:
+def _probe(settings: config.Train, pipeline: Checkpoint, rewards: Sequence[NamedReward], prompts: PromptSet) -> None:
     """Two samples of the untrained model through every reward, before anything is written."""
+    require_rate(settings, pipeline.sample_rate)
     chosen = prompts.prompts[:2]
-    texts = [prompt.text for prompt in chosen]
+    texts, sampling = [prompt.text for prompt in chosen], settings.sampling
     images = next(generate(pipeline, texts, [0] * len(texts), sampling.grid(pipeline), sampling.guidance, len(texts)))
     probe(rewards, images, chosen)
 
