@@ -7,9 +7,10 @@
     python scripts/benchmark.py overhead   what a search costs beside forwards, decodes and rewards
     python scripts/benchmark.py methods    every method's training pass relative to Flow-GRPO's, forward by forward
     python scripts/benchmark.py search     searches at equal cost; or some of its parts (search_benchmark.py)
+    python scripts/benchmark.py compare    time to a score beside a plain loop; or some parts (speed_benchmark.py)
 
 Each part writes docs/results/benchmark_PART.json, with the repeats in docs/results/raw/benchmark_PART.jsonl; search
-writes docs/results/search_shapes.json, keeps what it made in runs/search, and goes on from there.
+writes docs/results/search_shapes.json. These two keep what they made in runs/ and go on from there.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from genalign.training import Settings, Trainer
 from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.shapes import ShapesReward
-from scripts import search_benchmark
+from scripts import search_benchmark, speed_benchmark
 from scripts.proofs import head
 
 BATCH, STEPS = 96, 10
@@ -289,16 +290,21 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=[*PARTS, "one-round", "search"])
-    parser.add_argument("of_search", nargs="*", metavar="PART", help=f"of {', '.join(search_benchmark.PARTS)}")
+    parser.add_argument("part", choices=[*PARTS, "one-round", "search", "compare"])
+    named = ", ".join([*search_benchmark.PARTS, *speed_benchmark.PARTS])
+    parser.add_argument("some", nargs="*", metavar="PART", help=f"of search or compare: {named}")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
     if options.part == "one-round":
         return one_round(options.steps)
     if options.part == "search":
-        for part in options.of_search or search_benchmark.PARTS:
+        for part in options.some or search_benchmark.PARTS:
             search_benchmark.PARTS[part](Path("runs/search"))
+        return None
+    if options.part == "compare":
+        for part in options.some or speed_benchmark.PARTS:
+            speed_benchmark.PARTS[part](speed_benchmark.Work(Path("runs/compare_speed")))
         return None
     measured = PARTS[options.part](options.repeats)
     claim, command = f"Speed and memory: {options.part}", f"python scripts/benchmark.py {options.part}"
