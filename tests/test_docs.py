@@ -116,7 +116,8 @@ class ParsedError(Exception):
 
 def _commands() -> list[str]:
     """Every command line in the pages, options in brackets included; files and folders of the reader's by ours."""
-    lines = {line for page in PAGES.values() for line in re.findall(r"^(?: {4})?genalign (\S.*)$", page, re.MULTILINE)}
+    pages = [re.sub(r"\\\n +", "", page) for page in PAGES.values()]
+    lines = {line for page in pages for line in re.findall(r"^(?: {4})?genalign (\S.*)$", page, re.MULTILINE)}
     own = re.compile(r"(?<=--config )(FILE|mine\.yaml)")
     return sorted(
         {own.sub("genalign/assets/demo.yaml", line.replace("[--", "--").replace("DIR]", "DIR")) for line in lines}
