@@ -64,10 +64,10 @@ class Limits:
     the untrained, for drift in distances between two samples of a prompt, and for drift without gain in those less the
     held-out rewards' mean shift; ``kl`` in the training's own units, and unlit where it is None.
 
-    Set in the shapes world on a planted taste for brightness and on honest runs: docs/hacking.md.
+    Set in the shapes world on planted tastes for brightness and saturation, and on honest runs: docs/hacking.md.
     """
 
-    statistics: Limit = Limit(0.4, 0.8)
+    statistics: Limit = Limit(0.25, 0.45)
     rewards: Limit = Limit(0.1, 0.25)
     variety_within: Limit = Limit(0.25, 0.4)
     variety_across: Limit = Limit(0.15, 0.25)

@@ -1,4 +1,5 @@
-"""A small trainable reward with a known weakness, for the proof of Adv-GRPO: its first weights like saturation."""
+"""A small trainable reward with a known weakness, for the proofs of Adv-GRPO and of the alarm: its first weights like
+saturation, or what else is asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from genalign.image_statistics import saturation
+from genalign.image_statistics import high_frequency, saturation
 from genalign.types import Prompt
 from genalign.worlds.shapes.verifier import verify
 
@@ -18,7 +19,7 @@ def brightness(images: Tensor) -> Tensor:
     return images.flatten(1).mean(1)
 
 
-LIKED = {"saturation": saturation, "brightness": brightness}
+LIKED = {"saturation": saturation, "brightness": brightness, "detail": high_frequency}
 
 
 class PlantedTaste(nn.Module):
@@ -26,7 +27,10 @@ class PlantedTaste(nn.Module):
     a trainable weight that begins at 1."""
 
     def __init__(
-        self, match: float = 2.0, taste: float = 100.0, likes: Literal["saturation", "brightness"] = "saturation"
+        self,
+        match: float = 2.0,
+        taste: float = 100.0,
+        likes: Literal["saturation", "brightness", "detail"] = "saturation",
     ) -> None:
         super().__init__()
         self.likes = LIKED[likes]
