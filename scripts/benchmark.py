@@ -6,6 +6,7 @@
     python scripts/benchmark.py dense      DenseGRPO's completions relative to as many forwards of a rollout
     python scripts/benchmark.py overhead   what a search costs beside forwards, decodes and rewards
     python scripts/benchmark.py methods    every method's training pass relative to Flow-GRPO's, forward by forward
+    python scripts/benchmark.py scale      a round's cost by group size, steps, resolution, rewards (scale_benchmark.py)
     python scripts/benchmark.py search     searches at equal cost; or some of its parts (search_benchmark.py)
     python scripts/benchmark.py compare    time to a score beside a plain loop; or some parts (speed_benchmark.py)
 
@@ -44,7 +45,7 @@ from genalign.training import Settings, Trainer
 from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.shapes import ShapesReward
-from scripts import search_benchmark, speed_benchmark
+from scripts import scale_benchmark, search_benchmark, speed_benchmark
 from scripts.proofs import head
 
 BATCH, STEPS = 96, 10
@@ -285,6 +286,7 @@ PARTS = {
     "dense": benchmark_dense,
     "methods": benchmark_methods,
     "overhead": benchmark_overhead,
+    "scale": scale_benchmark.benchmark_scale,
 }
 
 

@@ -2,6 +2,7 @@
 
     python scripts/pictures.py runs/demo docs/images                        a finished run
     python scripts/pictures.py docs/results/search_shapes.json docs/images  searches at equal cost
+    python scripts/pictures.py docs/results/benchmark_scale.json docs/images  what a round costs as it grows
 
 Figures are read from the files that are named; nothing is measured.
 """
@@ -77,6 +78,27 @@ def search_curves(result: Path, output: Path) -> None:
     figure.savefig(output / "search_curves.png", dpi=120)
 
 
+def scale(result: Path, output: Path) -> None:
+    """Seconds of a round against each number that was grown, on logarithmic axes beside a line of proportion."""
+    rows = json.loads(result.read_text(encoding="utf-8"))["rows"]
+    names = list(dict.fromkeys(row["name"].split(".")[0] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3), layout="constrained", sharey=True)
+    for axis, name in zip(axes, names, strict=True):
+        mine = [row for row in rows if row["name"].startswith(f"{name}.")]
+        values, seconds = [int(row["name"].split(".")[1]) for row in mine], [row["mean"] for row in mine]
+        axis.plot(values, seconds, marker="o", color="#3366cc")
+        axis.plot(values, [seconds[0] * value / values[0] for value in values], linestyle=":", color="#888888")
+        axis.set(xscale="log", yscale="log", xlabel=name.replace("_", " "), xticks=values)
+        axis.set_xticklabels(values)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds a round")
+    figure.savefig(output / "scale.png", dpi=120)
+
+
+OF_RESULTS = {"search_shapes": search_curves, "benchmark_scale": scale}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
@@ -84,7 +106,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.source.suffix == ".json":
-        search_curves(options.source, options.output)
+        OF_RESULTS[options.source.stem](options.source, options.output)
     else:
         learning_curve(options.source, options.output)
         before_after(options.source, options.output)
