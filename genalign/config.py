@@ -117,7 +117,7 @@ class Hacking(Amount):
     features: Callable | None = None  # type: ignore[type-arg]  # as RewardChoice.function
     shown: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]  # as RewardChoice.function
     limits: Limits = field(default_factory=Limits)
-    on_alarm: Actions = field(default_factory=Actions)
+    on_red: Actions = field(default_factory=Actions)
 
     def __post_init__(self) -> None:
         super().__post_init__()

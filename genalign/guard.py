@@ -1,4 +1,4 @@
-"""Looking after a run: a panel at intervals, an alarm where a light turns red, and what follows from it."""
+"""Looking after a run: a panel at intervals, an alarm where a light turns amber, and what follows from a red one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Actions:
-    """What an alarm does beside the line in the log.
+    """What a red light does beside the line in the log.
 
     ``stop`` ends the run. ``raise_kl`` doubles the weight of the distance from the reference policy, to that value or
     more. ``keep_best`` writes the weights of the best look without a red light, by the mean shift of the held-out
@@ -38,7 +38,7 @@ def due(rounds_done: int, every: int, last: bool) -> bool:
 
 class Guard:
     """``look`` reads the model as it is, first by ``begin`` before training. ``rewards`` names the held-out ones.
-    ``stopped`` tells whether an alarm has ended the run.
+    ``stopped`` tells whether a red light has ended the run.
 
     Raises:
         ValueError: ``keep_best`` without a held-out reward.
@@ -48,7 +48,7 @@ class Guard:
         self, look: Callable[[], Looks], rewards: tuple[str, ...], limits: Limits, actions: Actions, every: int
     ) -> None:
         if actions.keep_best and not rewards:
-            raise ValueError("hacking.on_alarm.keep_best needs a reward to go by: name one in hacking.rewards")
+            raise ValueError("hacking.on_red.keep_best needs a reward to go by: name one in hacking.rewards")
         self.actions, self.every = actions, every
         self._look, self._rewards, self._limits = look, rewards, limits
         self._before: Looks | None = None
@@ -66,8 +66,8 @@ class Guard:
         if self._before is None:
             raise ValueError("there is nothing to compare with: call begin() before training")
         seen = panel(self._before, self._look(), kl, self._limits)
-        if seen.light == "red":
-            logger.warning("round %d: the reward may be exploited: %s", rounds_done, seen.of("red"))
+        if seen.alarm:
+            logger.warning("round %d: the reward may be exploited: %s", rounds_done, seen.alarm)
         return seen
 
     def is_best(self, seen: Panel) -> bool:

@@ -106,6 +106,11 @@ class Panel:
         """The readings with one light, in words."""
         return ", ".join(str(signal) for signal in self.signals if signal.light == light)
 
+    @property
+    def alarm(self) -> str:
+        """What is not green, the red first, in words; empty for nothing."""
+        return "; ".join(f"{light}: {self.of(light)}" for light in ("red", "amber") if self.of(light))
+
     def as_list(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds of it."""
         return [asdict(signal) for signal in self.signals]

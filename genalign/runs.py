@@ -237,7 +237,7 @@ def _acted(
     if guard.actions.raise_kl is not None:
         trainer.raise_kl(guard.actions.raise_kl)
     if guard.actions.stop:
-        logger.warning("stopping after round %d, as hacking.on_alarm.stop asks for", trainer.rounds_done)
+        logger.warning("stopping after round %d, as hacking.on_red.stop asks for", trainer.rounds_done)
         guard.stopped = True
     return guard.stopped
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from genalign.image_statistics import high_frequency, saturation
+from genalign.image_statistics import saturation
 from genalign.types import Prompt
 from genalign.worlds.shapes.verifier import verify
 
@@ -19,7 +19,12 @@ def brightness(images: Tensor) -> Tensor:
     return images.flatten(1).mean(1)
 
 
-LIKED = {"saturation": saturation, "brightness": brightness, "detail": high_frequency}
+def redness(images: Tensor) -> Tensor:
+    """The mean of red less the mean of green and blue, (B,) in [-1, 1]."""
+    return (images[:, 0] - images[:, 1:].mean(1)).flatten(1).mean(1)
+
+
+LIKED = {"saturation": saturation, "brightness": brightness, "red": redness}
 
 
 class PlantedTaste(nn.Module):
@@ -30,7 +35,7 @@ class PlantedTaste(nn.Module):
         self,
         match: float = 2.0,
         taste: float = 100.0,
-        likes: Literal["saturation", "brightness", "detail"] = "saturation",
+        likes: Literal["saturation", "brightness", "red"] = "saturation",
     ) -> None:
         super().__init__()
         self.likes = LIKED[likes]

@@ -185,8 +185,8 @@ def _trainer(
         settings.sampling,
         suspects / f"process-{rank}" if rank else suspects,
     )
-    if settings.hacking.on_alarm.raise_kl is not None:
-        anchored(settings.recipe.objective, settings.hacking.on_alarm.raise_kl)
+    if settings.hacking.on_red.raise_kl is not None:
+        anchored(settings.recipe.objective, settings.hacking.on_red.raise_kl)
     return trainer
 
 
@@ -279,7 +279,7 @@ def _guard(settings: config.Train, pipeline: Checkpoint, policy: Policy) -> Guar
             found = measures(torch.cat(made), prompts).tensors() if policy.processes.first else {}
         return Looks.from_tensors(policy.processes.from_first(found))
 
-    return Guard(look, tuple(chosen.rewards), chosen.limits, chosen.on_alarm, chosen.every)
+    return Guard(look, tuple(chosen.rewards), chosen.limits, chosen.on_red, chosen.every)
 
 
 def _write_gain(before: Evaluation, after: Evaluation, folder: Path) -> None:

@@ -120,15 +120,12 @@ def watched(rows: Sequence[Row]) -> Watched | None:
 
 
 def _alarms(panels: Sequence[tuple[int, Panel]]) -> str:
-    alarms = [(number, panel) for number, panel in panels if panel.light == "red"]
-    if alarms:
-        number, first = alarms[0]
-        return (
-            f"The reward may be exploited: alarm in {len(alarms)} of {len(panels)} looks, first in round {number}: "
-            + (first.of("red"))
-        )
-    last = panels[-1][1]
-    return f"Worth a look: {last.of('amber')}" if last.light == "amber" else "No sign that the reward is exploited."
+    alarms = [(number, panel.alarm) for number, panel in panels if panel.alarm]
+    if not alarms:
+        return "No sign that the reward is exploited."
+    number, first = alarms[0]
+    seen = f"alarm in {len(alarms)} of {len(panels)} looks, first in round {number}"
+    return f"The reward may be exploited: {seen}: {first}"
 
 
 def _signal(rows: Sequence[Row], last: Signal) -> Chart:

@@ -1,4 +1,4 @@
-"""What a panel sees of images that were spoilt in one way each, and what an alarm does."""
+"""What a panel sees of images that were spoilt in one way each, what is an alarm, and what a red light does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from genalign.cli import main
 from genalign.config import Train, parse
 from genalign.guard import Actions, Guard
-from genalign.hacking import Limit, Limits, Looks, Measures, Panel, panel
+from genalign.hacking import Limit, Limits, Looks, Measures, Panel, Signal, panel
 from genalign.image_statistics import grid_energy, high_frequency, saturation
 from genalign.learning import anchored
 from genalign.recipes import dragon, flow_grpo, prdp
@@ -173,7 +173,16 @@ def test_a_guard_looks_when_it_is_due_and_says_what_it_saw(caplog: pytest.LogCap
     looks = [guard.panel(done, done == 3, 0.0) for done in (1, 2, 3)]
     assert [seen.light if seen else None for seen in looks] == ["green", "red", "green"]
     (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert line.startswith("round 2: the reward may be exploited: bright 0.498 -> 0.398")
+    assert line.startswith("round 2: the reward may be exploited: red: bright 0.498 -> 0.398")
+
+
+def test_an_amber_light_is_an_alarm_too() -> None:
+    amber = Signal("grid", 0.0, 0.3, Estimate(0.3, 0.28, 0.32, 9), "amber")
+    red = Signal("clip", 0.5, 0.2, Estimate(-0.5, -0.6, -0.4, 9), "red")
+    green = replace(amber, light="green")
+    assert Panel((green,)).alarm == ""
+    assert Panel((green, amber)).alarm == "amber: grid 0 -> 0.3 (shift +0.30)"
+    assert Panel((amber, red)).alarm == "red: clip 0.5 -> 0.2 (shift -0.50); amber: grid 0 -> 0.3 (shift +0.30)"
 
 
 def test_the_best_look_is_kept_and_never_a_red_one() -> None:
@@ -202,12 +211,12 @@ hacking:
   rewards: {{green: {{class_path: outside_rewards.Channel}}}}
   shown: {{cells: genalign.worlds.shapes.diversity.cell_entropy}}
   limits: {{statistics: {{amber: {limit}, red: {limit}}}}}
-  on_alarm: {{stop: true, keep_best: true, raise_kl: 0.1}}
+  on_red: {{stop: true, keep_best: true, raise_kl: 0.1}}
 """
 
 
 @pytest.mark.parametrize(("limit", "rounds"), [(1e-9, 1), (100.0, 2)])
-def test_an_alarm_stops_a_run_which_still_ends_in_order(
+def test_a_red_light_stops_a_run_which_still_ends_in_order(
     config: Path, tmp_path: Path, limit: float, rounds: int
 ) -> None:
     config.write_text(config.read_text() + WATCHED.format(limit=limit) + "\ntraining.learning_rate: 0.5\n")
@@ -228,7 +237,7 @@ def test_an_alarm_stops_a_run_which_still_ends_in_order(
             "hacking: {every: 1, rewards: {red: outside_rewards.redness}}",
             "hacking.rewards.red is trained on, and would see nothing: name another reward",
         ),
-        ("hacking: {every: 1, on_alarm: {keep_best: true}}", "name one in hacking.rewards"),
+        ("hacking: {every: 1, on_red: {keep_best: true}}", "name one in hacking.rewards"),
     ],
 )
 def test_what_cannot_be_watched_is_refused(
@@ -251,7 +260,7 @@ def test_the_settings_in_the_docs_are_accepted_and_its_limits_are_the_defaults(c
     (shown,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     config.write_text(f"{config.read_text()}\n{shown}")
     settings, plain = parse(Train, ["--config", str(config)], "train")
-    assert settings.hacking.every == 5 and settings.hacking.on_alarm == Actions(raise_kl=0.01, keep_best=True)
+    assert settings.hacking.every == 5 and settings.hacking.on_red == Actions(raise_kl=0.01, keep_best=True)
     rows = re.findall(r"\| ([\d.]+, [\d.]+) \|", page)
     limits = [limit for limit in plain["hacking"]["limits"].values() if limit]
     assert rows == [f"{limit['amber']:g}, {limit['red']:g}" for limit in limits]
