@@ -159,8 +159,8 @@ def step_noise(seeds: Sequence[int], step: int, like: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Pairs:
     """Pairs of a sample and a stored transition (0..S-1) that go through the network in one batch: ``rows`` and
-    ``stored`` (N,) long. Those from ``live`` on only fill it up: a batch of another size is computed differently, in
-    the last bits."""
+    ``stored`` (N,) long. Those from ``live`` on only fill it up: a batch of another size may be computed in another
+    way, and differ in more than the last bits at low precision."""
 
     rows: Tensor
     stored: Tensor
@@ -195,8 +195,8 @@ def _repeated(values: Tensor, size: int) -> Tensor:
 def replay(pipeline: Pipeline, sampled: Rollout, grid: Grid, kernel: Kernel, pairs: Pairs, guidance: float) -> Replay:
     """Stored transitions under the current weights, of the live ``pairs``; differentiable.
 
-    In a batch of the size in which they were sampled, and before any update, their means equal the stored ones bit for
-    bit.
+    Of all samples at one transition, and before any update, the means equal the stored ones bit for bit; in another
+    order, in a batch of that size, up to rounding.
     """
     step, x = grid[torch.tensor(sampled.steps)[pairs.stored]], sampled.x[pairs.rows, pairs.stored]
     conditioning = sampled.start.conditioning[sampled.start.prompt[pairs.rows]]

@@ -18,7 +18,8 @@ from rewards.shapes import ShapesReward
 
 @pytest.fixture(scope="module")
 def probe() -> Probe:
-    return Probe(*_samples(RewardCheck(lambda: None)))
+    made = _samples(RewardCheck(lambda: None))
+    return Probe(made.values, made.prompts)
 
 
 def weights(prompts: Sequence[Prompt]) -> Tensor:

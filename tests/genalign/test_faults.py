@@ -313,7 +313,8 @@ def spoiling(run: Run, updates: range) -> None:
     def spoil(batch: Batch) -> None:
         calls.append(len(batch))
         if len(calls) - 1 in updates:
-            run.trainer.policy.parameters[0].grad.view(-1)[3] = torch.nan  # type: ignore[union-attr]
+            parameter = run.trainer.policy.parameters[0]
+            parameter.grad = torch.full_like(parameter, torch.nan)
 
     run.trainer.recipe = replace(run.trainer.recipe, objective=Wrapped(run.trainer.recipe.objective, spoil))
 
