@@ -124,7 +124,10 @@ class Surrogate:
         """Only pairs with credit are replayed, unless all are pulled towards the reference policy."""
         steps, credit = batch.sampled.steps, batch.step_credit
         weights = self.weights(context.kernel, context.grid, steps) if self.weights else torch.ones(len(steps))
-        for pairs in context.worth_replaying((credit != 0) | bool(self.kl)):
+        parts = context.worth_replaying((credit != 0) | bool(self.kl))
+        if not parts and _reads_distance(context):
+            self._report(context, batch)
+        for pairs in parts:
             again, (_, stored) = context.replay(batch, pairs), pairs.at
             losses = self.loss(again, credit[pairs.at].to(again.x_next.device))
             losses = weights[stored].to(losses) * losses
@@ -133,6 +136,12 @@ class Surrogate:
             (losses.sum() * scale).backward()  # type: ignore[no-untyped-call]  # untyped in torch
             context.readings.add("loss", losses)
             _read_ratio(context, batch, again, self.clip_range)
+
+    @torch.no_grad()
+    def _report(self, context: Context, batch: Batch) -> None:
+        """Read the distance where nothing is learnt."""
+        pairs = Pairs.of_step(0, len(batch))
+        self._distance(context, batch, pairs, context.replay(batch, pairs))
 
     def _distance(self, context: Context, batch: Batch, pairs: Pairs, again: Replay) -> Tensor:
         """The distance (N,) from the reference policy; read at least once a round."""
