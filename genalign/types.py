@@ -86,6 +86,11 @@ class Grid:
     def __len__(self) -> int:
         return len(self.timestep)
 
+    @property
+    def noise_share(self) -> Tensor:
+        """sigma / (alpha + sigma), (T + 1,): from nearly 1 to 0 on every path, and sigma itself on a flow's."""
+        return self.sigma / (self.alpha + self.sigma)
+
     def __getitem__(self, index: int | Tensor) -> NoiseStep:
         """The move ``index``, or a batch of moves for a long tensor of shape (B,)."""
         i = torch.as_tensor(index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,36 +18,71 @@ from torch import Tensor, nn
 from genalign.checkpoints import load_state, save_state
 from genalign.search.aware import NoiseAware, Quality
 from genalign.types import Prompt
+from rewards.clap import load_clap
 from rewards.clip import load_clip
+from rewards.towers import TwoTowers
 
 _LEVEL_WIDTH = 32
 
 
-class ClipScorer(nn.Module):
-    """A regressor on CLIP's image embedding u and text embedding t, by [u, t, u t, |u - t|] and the level; the copied
-    image tower is trained along. ``start``: the file of a scorer of this kind to go on from, such as the reward that is
-    to be distilled."""
+class TowerScorer(nn.Module, ABC):
+    """A regressor on a sample's embedding u and its text's embedding t, by [u, t, u t, |u - t|] and the level; the
+    copied tower of samples is trained along. ``start``: the file of a scorer of this kind to go on from, such as the
+    reward that is to be distilled."""
 
     on: Literal["latents", "samples"] = "samples"
 
-    def __init__(self, model: str, hidden: int = 256, start: str | None = None) -> None:
+    def __init__(self, hidden: int, start: str | None, arguments: dict[str, Any]) -> None:
         super().__init__()
-        self.arguments: dict[str, Any] = {"model": model, "hidden": hidden}
-        self._model = model
-        shared = load_clip(model)
-        width = _text_width(model)
-        self.tower = _copied(shared)
+        self.arguments = {**arguments, "hidden": hidden}
+        self.tower = _copied(self.shared())
+        width = self.shared().text(["a"]).shape[1]
         self.read = nn.Sequential(nn.Linear(4 * width + _LEVEL_WIDTH, hidden), nn.GELU(), nn.Linear(hidden, 1))
         if start is not None:
             self.load_state_dict(load_scorer(start).student.state_dict())
 
+    @abstractmethod
+    def shared(self) -> TwoTowers:
+        """The encoder that the tower is a copy of; its texts are embedded by it."""
+
+    def embed(self, samples: Tensor) -> Tensor:
+        """Embeddings (B, d) by the tower."""
+        embeddings: Tensor = self.tower(samples)
+        return embeddings
+
     def forward(self, previews: Tensor, sigma: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) of images (B, 3, H, W) in [0, 1] at noise levels (B,)."""
-        image = F.normalize(self.tower(previews), dim=-1)
-        text = _texts(self._model, prompts).to(image)
-        seen = torch.cat([image, text, image * text, (image - text).abs(), level_features(sigma)], dim=1)
-        scores: Tensor = self.read(seen).squeeze(-1)
+        """Scores (B,) of samples (B, ...) at noise levels (B,)."""
+        seen = F.normalize(self.embed(previews), dim=-1)
+        text = self.shared().text([prompt.text for prompt in prompts]).to(seen)
+        pair = torch.cat([seen, text, seen * text, (seen - text).abs(), level_features(sigma)], dim=1)
+        scores: Tensor = self.read(pair).squeeze(-1)
         return scores
+
+
+class ClipScorer(TowerScorer):
+    """Of images (B, 3, H, W) in [0, 1], by the CLIP ``model`` of ``load_clip``."""
+
+    def __init__(self, model: str, hidden: int = 256, start: str | None = None) -> None:
+        self._model = model
+        super().__init__(hidden, start, {"model": model})
+
+    def shared(self) -> TwoTowers:
+        return load_clip(self._model)
+
+
+class ClapScorer(TowerScorer):
+    """Of waveforms (B, C, L) in [-1, 1] at ``sample_rate`` Hz, by the CLAP ``model`` of ``load_clap``."""
+
+    def __init__(self, model: str, sample_rate: int, hidden: int = 256, start: str | None = None) -> None:
+        self._model, self.sample_rate = model, sample_rate
+        super().__init__(hidden, start, {"model": model, "sample_rate": sample_rate})
+
+    def shared(self) -> TwoTowers:
+        return load_clap(self._model)
+
+    def embed(self, samples: Tensor) -> Tensor:
+        embeddings: Tensor = self.tower(samples, self.sample_rate)
+        return embeddings
 
 
 class LatentScorer(ClipScorer):
@@ -72,9 +108,8 @@ class LatentScorer(ClipScorer):
         last = nn.Conv2d(width, 3 * scale**2, 3, padding=1)
         self.decoder = nn.Sequential(*layers, last, nn.PixelShuffle(scale), nn.Sigmoid())
 
-    def forward(self, previews: Tensor, sigma: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) of latents (B, C, h, w) at noise levels (B,)."""
-        return super().forward(self.decoder(previews), sigma, prompts)
+    def embed(self, samples: Tensor) -> Tensor:
+        return super().embed(self.decoder(samples))
 
 
 def level_features(sigma: Tensor) -> Tensor:
@@ -100,7 +135,7 @@ def save_scorer(path: Path, scorer: NoiseAware) -> None:
 def load_scorer(path: str | Path, least_tau: float = 0.1) -> NoiseAware:
     """What ``save_scorer`` wrote. Raises ValueError for another file."""
     tensors, meta = load_state(Path(path))
-    kinds: dict[str, type[LatentScorer] | type[ClipScorer]] = {"LatentScorer": LatentScorer, "ClipScorer": ClipScorer}
+    kinds: dict[str, type[TowerScorer]] = {kind.__name__: kind for kind in (LatentScorer, ClipScorer, ClapScorer)}
     if meta.get("student") not in kinds:
         raise ValueError(f"{path} is not a noise-aware reward: make one by genalign train-noise-aware")
     student = kinds[meta["student"]](**meta["arguments"])
@@ -127,15 +162,7 @@ class ScorerReward:
         return self.scorer.mean + self.scorer.std * scores
 
 
-def _texts(model: str, prompts: Sequence[Prompt]) -> Tensor:
-    return load_clip(model).text([prompt.text for prompt in prompts])
-
-
-def _text_width(model: str) -> int:
-    return _texts(model, [Prompt("a")]).shape[1]
-
-
 def _copied(shared: nn.Module) -> nn.Module:
-    """A trainable copy of an image encoder, in float32."""
+    """A trainable copy of an encoder, in float32; dropout stays off, and statistics of batches (CLAP's) as they are."""
     tower = copy.deepcopy(shared)
-    return tower.float().requires_grad_(True).train()
+    return tower.float().requires_grad_(True).eval()

@@ -85,7 +85,10 @@ def _looks(run: Run, candidates: Candidates, students: Mapping[str, nn.Module]) 
     """Scores (N, 3) of previews as PREVIEWS says, at every level: which of them are worth pruning at is tuned."""
     preview, asked = candidates.preview, [run.prompts[0]] * len(candidates)
     assert preview is not None, "candidates that are looked at have been advanced"
-    images, level = run.pipeline.decode(preview), run.grid.sigma[candidates.done - 1].float().expand(len(candidates))
+    images, level = (
+        run.pipeline.decode(preview),
+        run.grid.noise_share[candidates.done - 1].float().expand(len(candidates)),
+    )
     looks = [run.rewards[0](images, asked), students["decoded"](images, level, asked)]
     return torch.stack([*looks, students["latent"](preview, level, asked)], dim=1)
 

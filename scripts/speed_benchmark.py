@@ -12,19 +12,17 @@ time is that of sampling, scoring and learning, without evaluation. Finished run
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from genalign import assets
-from genalign.checkpoints import write_json
 from genalign.dynamics import FlowSDE
 from genalign.evaluation import plan
 from genalign.policy import Lora, Policy
@@ -38,6 +36,7 @@ from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.shapes import ShapesReward
+from scripts.kept import kept
 from scripts.plain_loop import PlainLoop, PlainSettings
 from scripts.proofs import head
 
@@ -157,24 +156,21 @@ class Work:
 
     folder: Path
 
-    def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """What ``make`` gives, or gave before."""
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, make())
-        return json.loads(path.read_text(encoding="utf-8"))
-
     def batch(self, name: str) -> int:
         """The micro-batch of the fastest rounds."""
         kind = "plain" if WAYS[name].plain else "ours"
-        seconds = {size: self.kept(f"batches/{kind}-{size}", lambda: round_seconds(kind, size)) for size in BATCHES}  # noqa: B023
+        seconds = {
+            size: kept(self.folder / f"batches/{kind}-{size}.json", partial(round_seconds, kind, size))
+            for size in BATCHES
+        }
         return min(seconds, key=lambda size: seconds[size])
 
     def curve(self, name: str, rate: float, seed: int) -> list[tuple[float, float]]:
         """Seconds of training and strict accuracy after every look, up to the target."""
         batch = self.batch(name)
-        return self.kept(f"{name}/{rate:g}-{seed}", lambda: trained(Contender(WAYS[name], rate, seed, batch)))
+        path = self.folder / name / f"{rate:g}-{seed}.json"
+        looks: list[tuple[float, float]] = kept(path, lambda: trained(Contender(WAYS[name], rate, seed, batch)))
+        return looks
 
     def rate(self, name: str) -> float:
         """The fastest to the target on the tuning seed; ablations take that of what they are of."""
@@ -183,7 +179,7 @@ class Work:
 
 
 def trained(contender: Contender) -> list[tuple[float, float]]:
-    """Looks after every round, or every second one where rounds are short, until the target or the limit."""
+    """A look after every round, until the target or the limit."""
     curve: list[tuple[float, float]] = []
     while contender.seconds < LIMIT and not (curve and curve[-1][1] >= TARGET):
         contender()

@@ -3,7 +3,7 @@
 A recording holds the previews of complete trajectories with the clean reward of their ends; a student learns the one
 from the other, level by level; and the scorer that comes of it refuses levels at which it ranks too badly.
 
-M trajectories, S levels.
+M trajectories, S levels. A level is a grid's ``noise_share``: sigma on a flow's path, and in [0, 1] on all.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def record(run: Run, count: int, steps: Sequence[int]) -> Recording:
     finished = run.finish(candidates)
     clean = run.combined(finished.scores)
     known = clean.isfinite()
-    sigmas = run.grid.sigma[list(steps)].float()
+    sigmas = run.grid.noise_share[list(steps)].float()
     stacked = torch.stack(previews, dim=1)[known]
     return Recording(stacked, sigmas, candidates.prompt[known], clean[known], run.prompts)
 
@@ -263,7 +263,7 @@ class NoiseAware:
 
     @torch.no_grad()
     def __call__(self, run: Run, candidates: Candidates) -> Tensor:
-        sigma = float(run.grid.sigma[candidates.done - 1])
+        sigma = float(run.grid.noise_share[candidates.done - 1])
         self.check(sigma)
         return torch.cat([self._scores(run, part, sigma) for part in candidates.split(run.batch_size)])[:, None]
 

@@ -152,6 +152,13 @@ def test_the_network_sees_latents_of_unit_variance(stable_audio: StableAudio) ->
     torch.testing.assert_close(seen[0], x * 0.4472135955)
 
 
+def test_the_share_of_noise_is_known_on_every_path(stable_audio: StableAudio, ace_step: AceStep) -> None:
+    found = stable_audio.grid(STEPS).noise_share
+    assert found[0].item() == pytest.approx(500 / 501) and found[3].item() == pytest.approx(1.9168 / 2.9168, rel=1e-4)
+    flow = ace_step.grid(STEPS)
+    torch.testing.assert_close(flow.noise_share, flow.sigma)
+
+
 def test_training_levels_are_even_in_what_the_network_is_told(stable_audio: StableAudio) -> None:
     level = stable_audio.level(torch.tensor([0.0, 0.5, 1.0]))
     assert level.sigma.tolist() == pytest.approx([0.3, (level.timestep[1] * math.pi / 2).tan().item(), 500], rel=1e-9)

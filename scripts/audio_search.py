@@ -1,0 +1,161 @@
+"""Noise-aware pruning on sounds, beside best-of-N at equal seconds: a part of ``scripts/proofs.py audio``.
+
+The selection reward is a regressor on tones-clap, its student hears previews, and the verifier only judges. Schedules
+are chosen on prompts and noises of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kept import kept
+
+import pipelines
+from genalign import assets
+from genalign.budget import measure_prices
+from genalign.cli import main as genalign
+from genalign.results import PromptRecord
+from genalign.sampling import Sampling
+from genalign.scoring import NamedReward
+from genalign.search import BestOfN, Budget, Prune, search
+from genalign.search.strategy import Strategy
+from genalign.types import Prompt
+from genalign.worlds import tones
+from rewards.noise_aware import ScorerReward, load_scorer
+from rewards.tones import TonesReward
+
+SAMPLING, BATCH = Sampling(25), 32
+BUDGETS = (4, 8, 16)  # so many finished clips' seconds
+SCHEDULES = tuple(
+    (steps, (share,) * len(steps))
+    for steps, share in itertools.chain(
+        itertools.product([(5,), (7,), (9,), (11,)], (0.2, 0.33)),
+        itertools.product([(5, 9), (7, 11), (9, 13)], (0.33, 0.5)),
+        itertools.product([(5, 9, 13), (7, 11, 16)], (0.5,)),
+    )
+)
+PROMPTS, TUNING_PROMPTS = 60, 24
+SEEDS, TUNING_SEED = (81, 82, 83), 100
+
+
+def prepare(work: Path) -> None:
+    """Train the selection reward, and then its student."""
+    for name, config in (("selection", "noise_aware_tones_selection"), ("aware", "noise_aware_tones")):
+        output = work / name
+        made = (output / "scorer.safetensors").exists()
+        command = ["train-noise-aware", "--config", f"scripts/configs/{config}.yaml", "--output", str(output)]
+        if not made and (status := genalign(command)):
+            raise SystemExit(f"{config} ended with status {status}")
+
+
+@dataclass(frozen=True)
+class Searches:
+    """Searches in a folder of trained scorers, at prices measured once."""
+
+    work: Path
+
+    @functools.cached_property
+    def pipeline(self) -> pipelines.DiffusersPipeline:
+        return pipelines.load(assets.resolve("tones-audio"))
+
+    @functools.cached_property
+    def selection(self) -> ScorerReward:
+        return ScorerReward(self.work / "selection" / "scorer.safetensors")
+
+    @functools.cached_property
+    def scorer(self) -> Any:
+        return load_scorer(self.work / "aware" / "scorer.safetensors")
+
+    @functools.cached_property
+    def prices(self) -> dict[str, float]:
+        """Seconds of every call, measured once: the machine should be quiet then."""
+        student, level = self.scorer.student, torch.full((BATCH,), 0.5)
+        calls = [
+            NamedReward("selection", self.selection),
+            NamedReward("noise-aware", lambda samples, prompts: student(samples, level, prompts)),
+        ]
+        asked, grid = drawn("val", BATCH, 0), SAMPLING.grid(self.pipeline)
+        found: dict[str, float] = kept(
+            self.work / "prices.json", lambda: measure_prices(self.pipeline, calls, asked, grid, repeats=15)
+        )
+        return found
+
+    @property
+    def clip(self) -> float:
+        """What one finished clip costs."""
+        return len(SAMPLING.grid(self.pipeline)) * self.prices["forward"] + sum(
+            self.prices[call] for call in ("decode", "reward/selection")
+        )
+
+    def found(
+        self, name: str, strategy: Strategy, asked: Sequence[Prompt], budget: int, seed: int
+    ) -> list[list[float]]:
+        """The selection reward and the strict score of the chosen clip of every prompt."""
+
+        def searched() -> list[list[float]]:
+            limit = Budget(cost=budget * self.clip, prices=self.prices)
+            rewards = [NamedReward("selection", self.selection)]
+            result = search(self.pipeline, asked, rewards, strategy, limit, SAMPLING, BATCH, seed)
+            strict = TonesReward("strict")(result.images, asked)
+            print(f"{name}: {float(result.scores.mean()):.4f}, strict {float(strict.mean()):.3f}", flush=True)
+            return torch.stack([result.scores[:, 0], strict], dim=1).tolist()
+
+        rows: list[list[float]] = kept(self.work / "found" / f"{name}-at-{budget}-seed-{seed}.json", searched)
+        return rows
+
+    def pruning(self, schedule: Sequence[Sequence[float]]) -> Prune:
+        steps, keep = schedule
+        return Prune(tuple(map(int, steps)), tuple(keep), scorer=self.scorer)
+
+    def schedule(self, budget: int) -> Any:
+        """That of most selection reward on the tuning prompts."""
+        asked = drawn("val", TUNING_PROMPTS, TUNING_SEED)
+
+        def reward(place: int) -> float:
+            strategy = self.pruning(SCHEDULES[place])
+            rows = self.found(f"tuning-{place}", strategy, asked, budget, TUNING_SEED)
+            return statistics.mean(row[0] for row in rows)
+
+        return kept(self.work / f"schedule-at-{budget}.json", lambda: SCHEDULES[max(range(len(SCHEDULES)), key=reward)])
+
+
+def drawn(suite: str, count: int, seed: int) -> list[Prompt]:
+    """Prompts of a suite, as many of each task as there are, in turn."""
+    rng = np.random.default_rng(seed)
+    tasks = [[group[i] for i in rng.permutation(len(group))] for group in tones.prompts(suite).by_task().values()]
+    turns = itertools.zip_longest(*tasks)
+    return [prompt for turn in turns for prompt in turn if prompt is not None][:count]
+
+
+def pruning_records(work: Path) -> list[PromptRecord]:
+    """Means over the budgets, best-of-N before and pruning after, of held-out compositions."""
+    prepare(work)
+    searches, asked = Searches(work), drawn("comp", PROMPTS, 0)
+    return [record for seed in SEEDS for record in _records(searches, asked, seed)]
+
+
+def _records(searches: Searches, asked: Sequence[Prompt], seed: int) -> list[PromptRecord]:
+    ways: dict[str, Callable[[int], Strategy]] = {
+        "best_of_n": lambda budget: BestOfN(),
+        "pruning": lambda budget: searches.pruning(searches.schedule(budget)),
+    }
+    before, after = (
+        np.mean([searches.found(name, strategy(b), asked, b, seed) for b in BUDGETS], axis=0).tolist()
+        for name, strategy in ways.items()
+    )
+    metric = f"budgets {BUDGETS[0]} to {BUDGETS[-1]}"
+    return [
+        PromptRecord(name, f"{what}, {metric}", seed, prompt.task, prompt.text, old[score], new[score], len(BUDGETS))
+        for score, (name, what) in enumerate(
+            (("noise_aware_pruning", "selection reward"), ("noise_aware_pruning.strict", "strict"))
+        )
+        for prompt, old, new in zip(asked, before, after, strict=True)
+    ]

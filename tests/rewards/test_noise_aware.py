@@ -1,0 +1,49 @@
+"""Students of sound: a copy of CLAP's tower, trained along. Those of images: tests/genalign/test_steer_command.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from genalign.search.aware import NoiseAware, Quality
+from genalign.types import Prompt
+from rewards.clap import load_clap
+from rewards.noise_aware import ClapScorer, ScorerReward, load_scorer, save_scorer
+from tests.rewards.tiny_clap import RATE, write_clap
+
+PROMPTS = [Prompt("an A4 sine tone"), Prompt("a C5 organ tone")]
+
+
+@pytest.fixture(scope="module")
+def clap(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_clap(tmp_path_factory.mktemp("clap")))
+
+
+def _clips() -> torch.Tensor:
+    return torch.rand(2, 1, RATE, generator=torch.Generator().manual_seed(0)) - 0.5
+
+
+def test_a_student_of_sound_trains_its_own_tower_and_no_statistics(clap: str) -> None:
+    torch.manual_seed(0)
+    student, level = ClapScorer(clap, RATE, hidden=8), torch.tensor([0.9, 0.1])
+    statistics = {name: tensor.clone() for name, tensor in student.named_buffers() if "running" in name}
+    student(_clips(), level, PROMPTS).sum().backward()
+    gradient = student.get_parameter("tower.model.audio_projection.linear1.weight").grad
+    assert gradient is not None and bool(gradient.any())
+    assert statistics and all(torch.equal(student.get_buffer(name), tensor) for name, tensor in statistics.items())
+    assert all(parameter.grad is None for parameter in load_clap(clap).parameters())
+    scores = student(_clips(), level, PROMPTS)
+    assert scores.shape == (2,) and not torch.equal(scores, student(_clips(), level.flip(0), PROMPTS))
+
+
+def test_a_student_of_sound_is_written_and_read(clap: str, tmp_path: Path) -> None:
+    student, path = ClapScorer(clap, RATE, hidden=8).eval(), tmp_path / "scorer.safetensors"
+    save_scorer(path, NoiseAware(student, (Quality(0.2, 0.5, 0.5, 0.0),), 3.0, 2.0))
+    again = load_scorer(path)
+    assert isinstance(again.student, ClapScorer) and again.qualities == (Quality(0.2, 0.5, 0.5, 0.0),)
+    expected = 3.0 + 2.0 * student(_clips(), torch.full((2,), 0.2), PROMPTS)
+    torch.testing.assert_close(ScorerReward(path)(_clips(), PROMPTS), expected)
+    started = ClapScorer(clap, RATE, hidden=8, start=str(path))
+    assert torch.equal(started.read[0].weight, student.read[0].weight)  # type: ignore[arg-type]  # of a Sequential
