@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+from typing import Protocol as TypingProtocol
 
 import torch
 from torch import Tensor
@@ -127,6 +128,14 @@ class Pair:
         return self.after.scores[score] - self.before.scores[score]
 
 
+class Kept(TypingProtocol):
+    """The finished batches of an evaluation."""
+
+    def read(self, number: int) -> Sequence[Record] | None: ...
+
+    def add(self, number: int, records: Sequence[Record]) -> None: ...
+
+
 @dataclass(frozen=True)
 class _Value:
     task: str
@@ -177,7 +186,7 @@ class Evaluation:
 
     def save(self, directory: Path) -> None:
         """Write records.jsonl, then summary.json; the images are there already."""
-        lines = [json.dumps(_record_as_dict(record), allow_nan=False) for record in self.records]
+        lines = [json.dumps(record_as_dict(record), allow_nan=False) for record in self.records]
         write_text(directory / "records.jsonl", "".join(f"{line}\n" for line in lines))
         write_json(directory / "summary.json", self.summary())
 
@@ -189,7 +198,7 @@ def load_evaluation(directory: Path) -> Evaluation:
     """What ``Evaluation.save`` wrote."""
     protocol = json.loads((directory / "summary.json").read_text(encoding="utf-8"))["protocol"]
     lines = (directory / "records.jsonl").read_text(encoding="utf-8").splitlines()
-    return Evaluation(Protocol.from_dict(protocol), tuple(_record_from_dict(json.loads(line)) for line in lines))
+    return Evaluation(Protocol.from_dict(protocol), tuple(record_from_dict(json.loads(line)) for line in lines))
 
 
 def suite_hash(prompts: PromptSet) -> str:
@@ -232,9 +241,9 @@ def evaluate(
     scorers: Mapping[str, RewardFunction],
     protocol: Protocol,
     output: Path | None = None,
-    on_batch: Callable[[int], None] = lambda done: None,
     write: Writer = write_images,
     processes: Processes = ALONE,
+    kept: Kept | None = None,
 ) -> Evaluation:
     """Make and score the images of ``jobs`` by the deterministic sampler, as ``protocol`` says.
 
@@ -242,8 +251,8 @@ def evaluate(
         scorers: named functions of samples (B, ...) and their prompts; the first one ranks first where pairs are
             compared.
         output: where given, samples go there as they are made, by ``write``, and at the end the evaluation is saved.
-        on_batch: called after every batch with the number of samples made so far by this process.
         processes: share the batches, and all get the whole; ``output`` is a folder that they all see.
+        kept: batches that are finished, of the same model, jobs, scorers and protocol; each new one is added.
 
     Raises:
         ValueError: no job or scorer, a pipeline that samples on other noise levels than the protocol's, or a score that
@@ -253,15 +262,17 @@ def evaluate(
         raise ValueError("an evaluation needs at least one job and one scorer")
     texts, seeds = [job.prompt.text for job in jobs], [job.seed for job in jobs]
     grid, size = _grid(pipeline, protocol), protocol.batch_size
-    own: dict[int, Record] = {}
-    starts = (number * size for number in processes.of(math.ceil(len(jobs) / size)))
-    batches = generate(pipeline, texts, seeds, grid, protocol.guidance, size, processes)
-    for first, samples in zip(starts, batches, strict=True):
-        batch = jobs[first : first + len(samples)]
-        images = write(samples, output, first) if output else [None] * len(samples)
+    numbers = processes.of(math.ceil(len(jobs) / size))
+    own = {number: found for number in numbers if kept and (found := kept.read(number))}
+    todo = [number for number in numbers if number not in own]
+    batches = generate(pipeline, texts, seeds, grid, protocol.guidance, size, processes, done=own.keys())
+    for number, samples in zip(todo, batches, strict=True):
+        batch = jobs[number * size : number * size + len(samples)]
+        images = write(samples, output, number * size) if output else [None] * len(samples)
         scores = _scores(scorers, samples, [job.prompt for job in batch])
-        own |= {first + place: _record(*made) for place, made in enumerate(zip(batch, images, scores, strict=True))}
-        on_batch(len(own))
+        own[number] = [_record(*made) for made in zip(batch, images, scores, strict=True)]
+        if kept:
+            kept.add(number, own[number])
     evaluation = Evaluation(protocol, _together(own, processes))
     if output and processes.first:
         evaluation.save(output)
@@ -295,10 +306,11 @@ def judge(
     return Evaluation(Protocol.elsewhere(prompts, list(seen.values()), verifier), tuple(records))
 
 
-def _together(own: Mapping[int, Record], processes: Processes) -> tuple[Record, ...]:
+def _together(own: Mapping[int, Sequence[Record]], processes: Processes) -> tuple[Record, ...]:
     """The records of all processes in order."""
-    rows = [row for told in processes.told([[n, _record_as_dict(r)] for n, r in own.items()]) for row in told]
-    return tuple(_record_from_dict(row) for _, row in sorted(rows, key=lambda row: row[0]))
+    told = processes.told([[number, [record_as_dict(record) for record in rows]] for number, rows in own.items()])
+    batches = sorted((batch for said in told for batch in said), key=lambda batch: batch[0])
+    return tuple(record_from_dict(row) for _, rows in batches for row in rows)
 
 
 def _grid(pipeline: Pipeline, protocol: Protocol) -> Grid:
@@ -424,12 +436,14 @@ def _as_dicts(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
     return {name: estimate.as_dict() for name, estimate in estimates.items()}
 
 
-def _record_as_dict(record: Record) -> dict[str, Any]:
+def record_as_dict(record: Record) -> dict[str, Any]:
+    """Ready for JSON: null for a failed score."""
     scores = {name: value if math.isfinite(value) else None for name, value in record.scores.items()}
     return asdict(record) | {"scores": scores}
 
 
-def _record_from_dict(value: Mapping[str, Any]) -> Record:
+def record_from_dict(value: Mapping[str, Any]) -> Record:
+    """The inverse."""
     scores = {name: math.nan if score is None else float(score) for name, score in value["scores"].items()}
     return Record(**{**value, "scores": scores})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -216,15 +216,18 @@ def generate(
     guidance: float,
     batch_size: int,
     share: Share = ALL,
+    done: Collection[int] = (),
 ) -> Iterator[Tensor]:
-    """Decoded ODE samples, batch by batch, one per (prompt, seed): the batches of a ``share``, whose processes run the
-    network equally often, as a divided one needs."""
+    """Decoded ODE samples, batch by batch, one per (prompt, seed): the batches of a ``share`` but for the numbers
+    ``done``. Without these its processes run the network equally often, as a divided one needs."""
     distinct = list(dict.fromkeys(prompts))
     conditioning = pipeline.encode(distinct)
     place = {text: i for i, text in enumerate(distinct)}
     start = Start(conditioning, torch.tensor([place[text] for text in prompts]), tuple(seeds), tuple(seeds))
     parts = list(start.split(batch_size))
     for number in share.in_step(len(parts)):
+        if number in done:
+            continue
         made = pipeline.decode(rollout(pipeline, parts[number % len(parts)], grid, [ODE()] * len(grid), guidance).final)
         if number < len(parts):
             yield made

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from genalign import config
 from genalign.commands.geneval import compare_geneval_command, geneval_command, images_command, original_command
-from genalign.commands.parts import Checkpoint, Outside, own_share, print_estimates, prompt_set
+from genalign.commands.parts import Checkpoint, Outside, opened, own_share, print_estimates, prompt_set
 from genalign.evaluation import Evaluation, Job, Protocol, evaluate, judge, plan, suite_hash
+from genalign.evaluation_folder import BatchFolder, Subject, manifest
 from genalign.media import Writer, inside, writer
 from genalign.processes import ALONE, Processes, joined
 from genalign.prompts import read_listing
@@ -29,10 +30,21 @@ class Exam:
     write: Writer
     processes: Processes = ALONE
 
-    def take(self, pipeline: Pipeline, output: Path | None = None) -> Evaluation:
-        """Evaluate the pipeline as it is now."""
+    def take(self, pipeline: Pipeline, output: Path | None = None, subject: Subject | None = None) -> Evaluation:
+        """Evaluate the pipeline as it is now. Of a ``subject`` it goes on where it stopped in ``output``; raises
+        FileExistsError where that is another evaluation's."""
+        kept = BatchFolder(output) if output and subject else None
+        if kept and subject:
+            kept.begin(manifest(self.protocol, subject))
         return evaluate(
-            pipeline, self.jobs, self.scorers, self.protocol, output, write=self.write, processes=self.processes
+            pipeline,
+            self.jobs,
+            self.scorers,
+            self.protocol,
+            output,
+            write=self.write,
+            processes=self.processes,
+            kept=kept,
         )
 
 
@@ -93,11 +105,11 @@ def evaluate_command(outside: Outside, arguments: Sequence[str]) -> int:
 
 
 def _evaluate_world(outside: Outside, world: World, kind: type[config.EvaluateShapes], arguments: Sequence[str]) -> int:
-    settings, _ = config.parse(kind, arguments, f"evaluate {world.name}")
+    settings, plain = config.parse(kind, arguments, f"evaluate {world.name}")
     if settings.samples is None:
         own_share(os.environ)
         with joined(os.environ) as processes:
-            made = _in_processes(outside, world, settings, processes)
+            made = _in_processes(outside, world, settings, plain["model"], processes)
             if processes.first:
                 print_estimates(made)
         return 0
@@ -107,14 +119,18 @@ def _evaluate_world(outside: Outside, world: World, kind: type[config.EvaluateSh
     return 0
 
 
-def _in_processes(outside: Outside, world: World, settings: config.EvaluateShapes, processes: Processes) -> Evaluation:
-    pipeline = outside.load(settings.model)
-    if settings.lora:
-        pipeline.load_lora(settings.lora)
+def _in_processes(
+    outside: Outside,
+    world: World,
+    settings: config.EvaluateShapes,
+    plain: Mapping[str, object],
+    processes: Processes,
+) -> Evaluation:
+    pipeline, subject = opened(outside, settings.model, settings.lora, plain)
     source = f"{world.name}:{settings.suite}"
     scorers = outside.scorers[world.name]
     asked = exam(pipeline, settings.model, settings.sampling, settings, source, scorers, processes)
-    return asked.take(pipeline, Path(settings.output))
+    return asked.take(pipeline, Path(settings.output), subject)
 
 
 def _of_folder(world: World, folder: Path, scorers: Mapping[str, RewardFunction]) -> Evaluation:

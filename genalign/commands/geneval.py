@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from genalign import config
 from genalign.checkpoints import write_json
-from genalign.commands.parts import Checkpoint, Outside, own_share, print_estimates
+from genalign.commands.parts import Checkpoint, Outside, opened, own_share, print_estimates
 from genalign.evaluation import Evaluation, Protocol, check_protocols, suite_hash
+from genalign.evaluation_folder import Subject, content_hash, manifest
 from genalign.geneval.comparing import compared, finished
 from genalign.geneval.files import Sample, read_prompts, read_results, read_samples
 from genalign.geneval.judging import Judge
 from genalign.geneval.original import rescored
-from genalign.geneval.running import (
-    GenEvalFolder,
-    Subject,
-    Work,
-    adapter_hash,
-    content_hash,
-    manifest,
-    verifier,
-)
+from genalign.geneval.running import GenEvalFolder, Work, verifier
 from genalign.geneval.sources import Existing, Generated
 from genalign.processes import Share
 from genalign.report import write_geneval
@@ -95,7 +87,7 @@ def geneval_command(outside: Outside, arguments: Sequence[str]) -> int:
     judge = settings.judge or outside.geneval
     judge.check(prompts.prompts)
     share = own_share(os.environ)
-    pipeline, subject = _opened(outside, settings, plain["model"])
+    pipeline, subject = opened(outside, settings.model, settings.lora, plain["model"])
     sampling, folder = settings.sampling, GenEvalFolder(Path(settings.output))
     grid = sampling.grid(pipeline)
     source = Generated(pipeline, grid, sampling.guidance, settings.seeds, settings.batch_size, folder.path)
@@ -156,16 +148,6 @@ def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
                 f"{other.path.parent} and {first.path.parent} are of the same prompt: put its images into one folder"
             )
     return list(groups.values())
-
-
-def _opened(outside: Outside, settings: EvaluateGenEval, model: Mapping[str, Any]) -> tuple[Checkpoint, Subject]:
-    lora = Path(settings.lora) if settings.lora else None
-    lora_hash = adapter_hash(lora) if lora else None
-    pipeline = outside.load(settings.model)
-    if lora is not None:
-        pipeline.load_lora(lora)
-    shown = {name: value for name, value in model.items() if name != "device"}
-    return pipeline, Subject(shown, pipeline.fingerprint, str(lora) if lora else None, lora_hash)
 
 
 def _protocol(

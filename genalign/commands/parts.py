@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from genalign import config
 from genalign.evaluation import Evaluation
+from genalign.evaluation_folder import Subject, adapter_hash
 from genalign.geneval.judging import Judge
 from genalign.planning import Outline
 from genalign.processes import Share, take_own_device
@@ -109,6 +110,18 @@ def _inside(part: object) -> Iterable[tuple[str, object]]:
     if isinstance(part, list | tuple):
         return ((str(number), inner) for number, inner in enumerate(part))
     return vars(part).items() if is_dataclass(part) and not isinstance(part, type) else ()
+
+
+def opened(
+    outside: Outside, model: config.Model, lora: str | None, plain: Mapping[str, object]
+) -> tuple[Checkpoint, Subject]:
+    """A model with its adapter, and what an evaluation of it is of; ``plain`` are the model's settings as written."""
+    lora_hash = adapter_hash(Path(lora)) if lora else None
+    pipeline = outside.load(model)
+    if lora:
+        pipeline.load_lora(lora)
+    shown = {name: value for name, value in plain.items() if name != "device"}
+    return pipeline, Subject(shown, pipeline.fingerprint, lora, lora_hash)
 
 
 def print_estimates(evaluation: Evaluation) -> None:

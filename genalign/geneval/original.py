@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from genalign.evaluation_folder import manifest
 from genalign.geneval.comparing import finished
 from genalign.geneval.files import Result
 from genalign.geneval.judging import Judgement
 from genalign.geneval.requests import Clause, Request
-from genalign.geneval.running import GenEvalFolder, manifest, prompt_row, sample_row
+from genalign.geneval.running import GenEvalFolder, prompt_row, sample_row
 from genalign.geneval.scoring import Detection, Verdict, verdict
 from genalign.types import Prompt
 

@@ -13,17 +13,16 @@ their ranks do.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from genalign.checkpoints import write_json, write_text
-from genalign.claims import Claims
 from genalign.evaluation import Evaluation, Protocol, Record
+from genalign.evaluation_folder import MANIFEST, EvaluationFolder, Subject
 from genalign.geneval.files import Result, summary, write_results
 from genalign.geneval.judging import Judge, Judgement
 from genalign.geneval.scoring import Detection
@@ -32,38 +31,6 @@ from genalign.processes import Share
 from genalign.types import Prompt, PromptSet
 
 SCORES = ("relaxed", "strict", "partial")
-_MANIFEST = "evaluation.json"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated: the settings of a model that change its images, the fingerprint of its weights, and, where it
-    wears an adapter, its folder and the hash of its files. Of images that were made elsewhere: their folder and the
-    hash of their bytes."""
-
-    model: Mapping[str, Any]
-    fingerprint: str
-    lora: str | None = None
-    lora_hash: str | None = None
-
-
-def adapter_hash(source: Path) -> str:
-    """16 hexadecimal characters over the weight files of an adapter, a folder or one file. FileNotFoundError for a
-    source without."""
-    files = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(
-            f"{source} has no .safetensors file: give the lora/ folder of a run, or a file; download a Hub's first"
-        )
-    return content_hash(source, files)
-
-
-def content_hash(folder: Path, files: Iterable[Path]) -> str:
-    """16 hexadecimal characters over the names and bytes of files in a folder."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def verifier(judge: Judge) -> str:
@@ -71,48 +38,15 @@ def verifier(judge: Judge) -> str:
     return json.dumps(judge.description, sort_keys=True)
 
 
-def manifest(protocol: Protocol, subject: Subject) -> dict[str, Any]:
-    """What an evaluation is of. ``protocol_hash`` is the same for all models that may be compared; ``hash`` is over the
-    model and its adapter as well, but not over the folder that this came from."""
-    model = {"model": dict(subject.model), "fingerprint": subject.fingerprint, "lora_hash": subject.lora_hash}
-    whole = json.dumps({"protocol": protocol.as_dict(), **model}, sort_keys=True)
-    return {
-        "hash": hashlib.sha256(whole.encode()).hexdigest()[:16],
-        "protocol_hash": protocol.hash,
-        "subject": asdict(subject),
-        "protocol": protocol.as_dict(),
-    }
-
-
 @dataclass(frozen=True)
-class GenEvalFolder:
-    """Where an evaluation is kept."""
-
-    path: Path
-
-    def begin(self, found: Mapping[str, Any]) -> None:
-        """Make the folder, or go on in one of the same ``manifest``. FileExistsError for one of another."""
-        with self.claims.alone():
-            known = self.manifest()
-            if known is None:
-                write_json(self.path / _MANIFEST, found)
-            elif known["hash"] != found["hash"]:
-                differing = ", ".join(_differences(known, json.loads(json.dumps(found))))
-                raise FileExistsError(
-                    f"{self.path} holds an evaluation with other settings ({differing}): choose another output, or"
-                    " remove it"
-                )
-
-    def manifest(self) -> dict[str, Any] | None:
-        """What was begun here; None for nothing."""
-        path = self.path / _MANIFEST
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+class GenEvalFolder(EvaluationFolder):
+    """Where an evaluation on GenEval's prompts is kept, prompt by prompt."""
 
     def subject(self) -> Subject:
         """Whose evaluation was begun here. FileNotFoundError where none was."""
         found = self.manifest()
         if found is None:
-            raise FileNotFoundError(f"{self.path} has no {_MANIFEST}: give the output of genalign evaluate geneval")
+            raise FileNotFoundError(f"{self.path} has no {MANIFEST}: give the output of genalign evaluate geneval")
         return Subject(**found["subject"])
 
     def _row(self, index: int) -> Path:
@@ -121,11 +55,6 @@ class GenEvalFolder:
     def done(self, index: int) -> bool:
         """Whether a prompt is finished."""
         return self._row(index).is_file()
-
-    @property
-    def claims(self) -> Claims:
-        """Who works on what."""
-        return Claims(self.path / "locks")
 
     def write(self, index: int, row: Mapping[str, Any]) -> None:
         """Finish a prompt whose images are there."""
@@ -146,15 +75,6 @@ class GenEvalFolder:
         write_results(self.path / "results.jsonl", results)
         write_text(self.path / "summary.txt", summary(results) + "\n")
         return made
-
-
-def _differences(known: Any, found: Any, name: str = "") -> list[str]:
-    """The settings in which two manifests differ, as "protocol.guidance"; hashes of both are left out."""
-    if not (isinstance(known, dict) and isinstance(found, dict)):
-        return [] if known == found else [name.removeprefix("subject.")]
-    keys = [key for key in dict.fromkeys((*known, *found)) if key not in ("hash", "protocol_hash", "lora")]
-    prefix = f"{name}." if name else ""
-    return [line for key in keys for line in _differences(known.get(key), found.get(key), f"{prefix}{key}")]
 
 
 @dataclass(frozen=True)

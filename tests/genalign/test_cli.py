@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from genalign.checkpoints import load_state
 from genalign.cli import main
+from genalign.evaluation import Record
+from genalign.evaluation_folder import BatchFolder
 
 REWARDS = """
 import torch
@@ -122,6 +124,40 @@ def test_evaluation_of_a_run_equals_its_after(config: Path, tiny_folder: Path, t
     assert main(["evaluate", "shapes", *arguments, *sampling]) == 0
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run/after", "again")]
     assert summaries[0] == summaries[1]
+
+
+def test_a_killed_evaluation_goes_on(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "shapes", "--model.path", str(tiny_folder), "--suite", "len", "--seeds", "1"]
+    arguments += ["--images_per_task", "5", "--batch_size", "2", "--sampling.num_steps", "3"]
+    arguments += ["--sampling.sigmas", "[1.0, 0.6, 0.3]", "--output"]
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    add, asked = BatchFolder.add, BatchFolder.read
+
+    def dying(folder: BatchFolder, number: int, records: Sequence[Record]) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+        add(folder, number, records)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(BatchFolder, "add", dying)
+        main([*arguments, str(tmp_path / "part")])
+    assert not (tmp_path / "part" / "summary.json").exists()
+    found: list[bool] = []
+
+    def watched(folder: BatchFolder, number: int) -> list[Record] | None:
+        records = asked(folder, number)
+        found.append(records is not None)
+        return records
+
+    monkeypatch.setattr(BatchFolder, "read", watched)
+    assert main([*arguments, str(tmp_path / "part")]) == 0
+    assert found == [True, False, False]
+    for name in ("records.jsonl", "summary.json", "images/00004.png"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert main([*arguments, str(tmp_path / "part"), "--sampling.guidance", "2"]) == 2
+    assert "holds an evaluation with other settings (protocol.guidance): choose another" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_with_a_checkpoint(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ from genalign.evaluation import (
     task_gains,
     worst,
 )
+from genalign.evaluation_folder import BatchFolder
 from genalign.paths import FlowPath
 from genalign.types import Conditioning, Grid, Prompt, PromptSet
 
@@ -177,11 +178,10 @@ def test_suite_hash_sees_texts_metadata_and_order():
 
 def test_evaluate_scores_every_job_in_order(tmp_path):
     jobs = plan(prompt_set(a=2, b=2), 4, 2)
-    pipeline, done = StillPipeline(), []
+    pipeline = StillPipeline()
     scorers = {"strict": strict, "brightness": brightness}
-    result = evaluate(pipeline, jobs, scorers, PROTOCOL, tmp_path, done.append)
+    result = evaluate(pipeline, jobs, scorers, PROTOCOL, tmp_path)
     assert pipeline.asked == [(size, 4.0) for size in (3, 3, 2) for _ in range(2)]
-    assert done == [3, 6, 8]
     assert [r.key for r in result.records] == [(j.prompt.task, j.prompt.text, j.sample, j.seed) for j in jobs]
     for index, made in enumerate(result.records):
         assert made.scores["brightness"] == pytest.approx(grey(made.seed), abs=1e-6)
@@ -190,6 +190,25 @@ def test_evaluate_scores_every_job_in_order(tmp_path):
         pixels = np.asarray(Image.open(tmp_path / made.image))
         assert pixels.shape == (4, 4, 3)
         assert (pixels == round(grey(made.seed) * 255)).all()
+
+
+def test_an_evaluation_goes_on_where_it_stopped(tmp_path):
+    jobs, kept = plan(prompt_set(a=2, b=2), 4, 2), BatchFolder(tmp_path)
+    whole = evaluate(StillPipeline(), jobs, {"b": brightness}, PROTOCOL, tmp_path / "whole")
+    calls = []
+
+    def failing(samples, prompts):
+        calls.append(len(samples))
+        if len(calls) == 3:
+            raise RuntimeError("the power went")
+        return brightness(samples, prompts)
+
+    with pytest.raises(RuntimeError, match="the power went"):
+        evaluate(StillPipeline(), jobs, {"b": failing}, PROTOCOL, tmp_path, kept=kept)
+    again = StillPipeline()
+    assert evaluate(again, jobs, {"b": brightness}, PROTOCOL, tmp_path, kept=kept) == whole
+    assert again.asked == [(2, 4.0)] * 2  # the last batch alone
+    assert load_evaluation(tmp_path) == whole
 
 
 def test_before_and_after_share_noise_whatever_the_batch():

@@ -12,22 +12,13 @@ import pytest
 import torch
 
 from genalign.evaluation import Evaluation, Protocol, load_evaluation, suite_hash
+from genalign.evaluation_folder import Subject, adapter_hash, manifest
 from genalign.geneval.comparing import compared
 from genalign.geneval.files import read_results, read_samples, summary, write_results, write_samples
 from genalign.geneval.judging import Judgement
 from genalign.geneval.original import rescored
 from genalign.geneval.requests import Request
-from genalign.geneval.running import (
-    GenEvalFolder,
-    Share,
-    Subject,
-    Work,
-    adapter_hash,
-    manifest,
-    prompt_row,
-    sample_row,
-    verifier,
-)
+from genalign.geneval.running import GenEvalFolder, Share, Work, prompt_row, sample_row, verifier
 from genalign.geneval.scoring import verdict
 from genalign.geneval.sources import Existing, Generated
 from genalign.media import read_image
