@@ -71,6 +71,8 @@ WAYS = {
     "ours_no_cache": Way(cached=False),
 }
 CONTENDERS = ("plain", "plain_window", "ours")
+LEARNING_THE_SAME = ("ours_no_overlap", "ours_no_cache")  # as ours, bit for bit: only their rounds are timed
+TURNS = 6  # rounds of these and of ours, in turn
 
 
 def both_scores(samples: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
@@ -165,41 +167,62 @@ class Work:
         }
         return min(seconds, key=lambda size: seconds[size])
 
-    def curve(self, name: str, rate: float, seed: int) -> list[tuple[float, float]]:
-        """Seconds of training and strict accuracy after every look, up to the target."""
-        batch = self.batch(name)
-        path = self.folder / name / f"{rate:g}-{seed}.json"
-        looks: list[tuple[float, float]] = kept(path, lambda: trained(Contender(WAYS[name], rate, seed, batch)))
+    def curve(self, name: str, rate: float, seed: int, limit: float = LIMIT) -> list[tuple[float, float]]:
+        """Seconds of training and strict accuracy after every look, up to the target or the limit."""
+        batch, path = self.batch(name), self.folder / name / f"{rate:g}-{seed}.json"
+        looks: list[tuple[float, float]] = kept(path, lambda: trained(Contender(WAYS[name], rate, seed, batch), limit))
         return looks
 
     def rate(self, name: str) -> float:
-        """The fastest to the target on the tuning seed; ablations take that of what they are of."""
-        of = name if name in CONTENDERS else "ours"
+        """The fastest to the target on the tuning seed, each given up once it is slower than the best so far; parts of
+        ours take the whole's."""
+        of, best = name if name in CONTENDERS else "ours", LIMIT
+        for rate in RATES:
+            best = min(best, reached(self.curve(of, rate, TUNING_SEED, best)))
         return min(RATES, key=lambda rate: reached(self.curve(of, rate, TUNING_SEED)))
 
+    def seconds(self, name: str, seed: int) -> float:
+        """To the target."""
+        if name in LEARNING_THE_SAME:
+            ratio = statistics.median(kept(self.folder / f"rounds/{name}.json", lambda: round_ratios(name, self)))
+            return self.seconds("ours", seed) * ratio
+        return reached(self.curve(name, self.rate(name), seed))
 
-def trained(contender: Contender) -> list[tuple[float, float]]:
+
+def trained(contender: Contender, limit: float) -> list[tuple[float, float]]:
     """A look after every round, until the target or the limit."""
     curve: list[tuple[float, float]] = []
-    while contender.seconds < LIMIT and not (curve and curve[-1][1] >= TARGET):
+    while contender.seconds < limit and not (curve and curve[-1][1] >= TARGET):
         contender()
         curve.append((contender.seconds, contender.strict()))
     return curve
 
 
 def reached(curve: list[tuple[float, float]]) -> float:
-    """Seconds to the target; the limit where it was not reached."""
+    """Seconds to the target; LIMIT where it was not reached."""
     return next((seconds for seconds, strict in curve if strict >= TARGET), LIMIT)
 
 
 def round_seconds(name: str, batch: int) -> float:
     """The median of three rounds after one."""
-    contender = Contender(WAYS[name], RATES[0], TUNING_SEED, batch)
-    ends = [0.0]
-    for _ in range(4):
-        contender()
-        ends.append(contender.seconds)
-    return statistics.median(after - before for before, after in pairwise(ends[1:]))
+    seconds = in_turn([Contender(WAYS[name], RATES[0], TUNING_SEED, batch)], 3)
+    return statistics.median(seconds[0])
+
+
+def round_ratios(name: str, work: Work) -> list[float]:
+    """The seconds of a part's rounds over those of ours, the same rounds in turn."""
+    contenders = [Contender(WAYS[way], work.rate(way), TUNING_SEED, work.batch(way)) for way in (name, "ours")]
+    return [a / b for a, b in zip(*in_turn(contenders, TURNS), strict=True)]
+
+
+def in_turn(contenders: list[Contender], turns: int) -> list[list[float]]:
+    """Seconds of each one's rounds, after one round that does not count."""
+    ends: list[list[float]] = [[] for _ in contenders]
+    for _ in range(turns + 1):
+        for contender, column in zip(contenders, ends, strict=True):
+            contender()
+            column.append(contender.seconds)
+    return [[after - before for before, after in pairwise(column)] for column in ends]
 
 
 def batches(work: Work) -> None:
@@ -209,18 +232,18 @@ def batches(work: Work) -> None:
 
 def rates(work: Work) -> None:
     for name in CONTENDERS:
-        found = {rate: reached(work.curve(name, rate, TUNING_SEED)) for rate in RATES}
-        print(name, {rate: round(seconds) for rate, seconds in found.items()})
+        best = work.rate(name)
+        print(name, "fastest with a rate of", best, round(reached(work.curve(name, best, TUNING_SEED))), "s")
 
 
 def runs(work: Work) -> None:
     for seed in SEEDS:
         for name in WAYS:
-            print(name, seed, round(reached(work.curve(name, work.rate(name), seed))))
+            print(name, seed, round(work.seconds(name, seed)), "s", flush=True)
 
 
 def publish(work: Work) -> None:
-    seconds = {name: [reached(work.curve(name, work.rate(name), seed)) for seed in SEEDS] for name in WAYS}
+    seconds = {name: [work.seconds(name, seed) for seed in SEEDS] for name in WAYS}
     measured = [Measurement(name, f"seconds to {TARGET}", value) for name, each in seconds.items() for value in each]
     for name in WAYS:
         if name != "ours":
