@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 
 import pipelines
 from genalign import assets, config
+from genalign.allocator import keep_freed_memory
 from genalign.commands.comparing import calibrate_command, compare_command, report_command
 from genalign.commands.evaluating import evaluate_command
 from genalign.commands.exporting import export_command
@@ -62,6 +63,8 @@ def load_model(model: config.Model) -> Checkpoint:
     disable_diffusers_bars()
     disable_transformers_bars()
     config.require_device(model.device)
+    if model.device == "cpu":
+        keep_freed_memory()
     return pipelines.load(assets.resolve(model.path), dtype=config.dtype(model.dtype), **_options(model))
 
 

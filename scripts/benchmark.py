@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 
 from genalign import assets
+from genalign.allocator import keep_freed_memory
 from genalign.budget import Ledger, Metered
 from genalign.completion import complete
 from genalign.dynamics import ODE, FlowSDE, Kernel
@@ -298,6 +299,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
+    keep_freed_memory()  # as the command does on a CPU
     if options.part == "one-round":
         return one_round(options.steps)
     if options.part == "search":

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from genalign.allocator import keep_freed_memory
 from genalign.checkpoints import (
     load_optimizer_tensors,
     load_state,
@@ -49,6 +50,8 @@ def fit(
     Raises:
         OutOfTimeError: when ``settings.minutes`` are over before ``settings.steps``.
     """
+    if all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        keep_freed_memory()
     deadline = monotonic() + 60 * settings.minutes if settings.minutes else float("inf")
     optimizers = _optimizers(model, settings, matrices)
     average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

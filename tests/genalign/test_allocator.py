@@ -1,0 +1,41 @@
+"""What is freed is kept, and used again without being asked of the system page by page."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from genalign import allocator
+
+FAULTS = """
+import resource, sys, torch
+from genalign.allocator import keep_freed_memory
+assert keep_freed_memory() is (sys.argv[1] == "kept")
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(16 * 2**20)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+def _faults(environment: dict[str, str], name: str) -> int:
+    done = subprocess.run([sys.executable, "-c", FAULTS, name], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_freed_memory_is_used_again() -> None:
+    kept, given_back = _faults({}, "kept"), _faults({"MALLOC_TOP_PAD_": "131072"}, "as it was")
+    assert kept < 100 < given_back
+
+
+def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator.sys, "platform", "darwin")
+    assert not allocator.keep_freed_memory()
