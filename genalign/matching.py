@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -35,7 +36,7 @@ class Noised:
     old: Tensor
 
     def where(self, rows: Tensor) -> Noised:
-        """Those samples (B,) bool alone."""
+        """Those samples (N,) long alone."""
         level = NoiseLevel(self.level.timestep[rows], self.level.alpha[rows], self.level.sigma[rows])
         parts = (self.target, self.prediction, self.reference, self.old)
         return Noised(self.path, self.x0[rows], self.x[rows], level, *(part[rows] for part in parts))
@@ -118,32 +119,45 @@ class Matching:
         return self.draws * self.loss.terms(batch.credit, batch.group)
 
     def backward(self, context: Context, batch: Batch, scale: float, seed: int) -> None:
-        """Draw by draw. Only samples that are learnt from go through the network, unless there is an anchor."""
+        """Some draws after the other. Only samples that are learnt from go through the network, unless there is an
+        anchor."""
         used = self.loss.used(batch.credit)
         rows = (used | bool(self.anchor)).nonzero()[:, 0]
         if not len(rows) and context.policy.sharded:
             self._idle(context, batch, seed)
-        credit, group, learnt = batch.credit[rows], batch.group[rows], used[rows]
-        for draw in range(self.draws) if len(rows) else ():
-            noised = self._noised(context, batch, rows, draw, seed)
+        group, learnt = batch.group[rows], used[rows].nonzero()[:, 0]
+        for draws in self._together(context, len(batch), len(rows)):
+            noised = self._noised(context, batch, rows, draws, seed)
             device = noised.x.device
-            losses = self.loss(noised.where(learnt.to(device)), credit[learnt].to(device), group[learnt].to(device))
             distance = mean_square(noised.prediction, noised.reference)
-            context.readings.add("loss", losses)
             context.readings.add("kl", distance)
-            total = losses.sum() + self.anchor * distance.sum()
+            total = self.anchor * distance.sum()
+            for place in range(len(draws)):
+                part = noised.where((place * len(rows) + learnt).to(device))
+                losses = self.loss(part, batch.credit[rows[learnt]].to(device), group[learnt].to(device))
+                context.readings.add("loss", losses)
+                total = total + losses.sum()
             (total * scale).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+
+    def _together(self, context: Context, size: int, rows: int) -> Iterator[range]:
+        """The draws, as many together as fill a micro-batch of ``size`` with their ``rows``: small batches cost more a
+        sample. One by one where processes must run the network equally often."""
+        count = 1 if context.policy.sharded else size // max(1, rows)
+        for first in range(0, self.draws if rows else 0, count):
+            yield range(first, min(first + count, self.draws))
 
     def _idle(self, context: Context, batch: Batch, seed: int) -> None:
         """Run the network as often as a process that has samples to learn from: divided, it takes all processes."""
         for draw in range(self.draws):
-            noised = self._noised(context, batch, torch.zeros(1, dtype=torch.long), draw, seed)
+            noised = self._noised(context, batch, torch.zeros(1, dtype=torch.long), range(draw, draw + 1), seed)
             (0.0 * noised.prediction.sum()).backward()  # type: ignore[no-untyped-call]  # untyped in torch
 
-    def _noised(self, context: Context, batch: Batch, rows: Tensor, draw: int, seed: int) -> Noised:
+    def _noised(self, context: Context, batch: Batch, rows: Tensor, draws: range, seed: int) -> Noised:
+        """The samples ``rows`` (N,) of every draw, draw after draw: (draws * N, ...)."""
+        drawn = [(draw, derived_seed(seed, draw, group)) for draw in draws for group in batch.group[rows].tolist()]
+        rows, seeds = rows.repeat(len(draws)), [one for _, one in drawn]
         x0 = batch.sampled.final[rows]
-        seeds = [derived_seed(seed, draw, int(group)) for group in batch.group[rows]]
-        level = context.pipeline.level(self._places(draw, seeds).to(x0.device))
+        level = context.pipeline.level(self._places(drawn).to(x0.device))
         eps = seeded_noise(seeds, x0)
         path = context.pipeline.path
         x, target = path.add_noise(x0, eps, level), path.prediction(x0, eps, level)
@@ -160,10 +174,10 @@ class Matching:
         sampling = prediction.detach() if old is None else old
         return Noised(path, x0, x, level, target, prediction, reference, sampling)
 
-    def _places(self, draw: int, seeds: list[int]) -> Tensor:
-        """Where on the path (B,): uniform in the draw's stratum, equal for equal seeds."""
-        uniform = torch.tensor([seed / 2**63 for seed in seeds], dtype=torch.float64)
-        return self.low + (self.high - self.low) * (draw + uniform) / self.draws
+    def _places(self, drawn: Sequence[tuple[int, int]]) -> Tensor:
+        """Where on the path (N,), of draws and seeds: uniform in the draw's stratum, equal for equal seeds."""
+        place = torch.tensor([draw + seed / 2**63 for draw, seed in drawn], dtype=torch.float64)
+        return self.low + (self.high - self.low) * place / self.draws
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,35 @@ def test_samples_without_credit_cost_nothing(tiny: SD3) -> None:
     nothing = replace(batch, credit=torch.zeros(4))
     Matching(PairedPreference(100.0), draws=2).backward(context, nothing, 1.0, 0)
     assert context.pipeline.ledger.forwards == 2 * 2 * 3
+
+
+def test_draws_of_few_samples_go_through_the_network_together(tiny: SD3, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = _context(tiny)
+    batch = replace(_batch(context), credit=torch.tensor([1.0, -1.0, 0.0, 0.0]))
+    sizes: list[int] = []
+    predict = context.pipeline.predict
+
+    def watched(x: Tensor, *arguments: Any) -> Tensor:
+        sizes.append(len(x))
+        return predict(x, *arguments)
+
+    monkeypatch.setattr(context.pipeline, "predict", watched)
+    objective = Matching(PairedPreference(100.0), draws=3, anchor=0.0)
+
+    def gradient() -> Tensor:
+        sizes.clear()
+        objective.backward(context, batch, 1.0, 0)
+        found = torch.cat([p.grad.flatten() for p in context.policy.parameters if p.grad is not None])
+        for parameter in context.policy.parameters:
+            parameter.grad = None
+        return found
+
+    together = gradient()
+    assert sizes == [4, 4, 2, 2]  # reference and policy, two draws and one
+    monkeypatch.setattr(Matching, "_together", lambda *_: (range(draw, draw + 1) for draw in range(3)))
+    alone = gradient()
+    assert sizes == [2] * 6
+    assert float((together - alone).norm()) < 1e-5 * float(alone.norm())
 
 
 def test_an_old_policy_must_exist(tiny: SD3) -> None:
