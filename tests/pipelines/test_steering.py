@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -138,16 +138,20 @@ def test_what_only_a_search_can_do_is_not_ignored() -> None:
         pass
 
 
+def sounds() -> Family:
+    return stable_audio(scheduler=EDMDPMSolverMultistepScheduler(sigma_min=0.3, sigma_max=500.0, sigma_data=1.0))
+
+
 def test_audio_is_steered_by_our_kernel() -> None:
-    family = stable_audio(scheduler=EDMDPMSolverMultistepScheduler(sigma_min=0.3, sigma_max=500.0, sigma_data=1.0))
+    family = sounds()
     with steer(family.pipe, loudness, replace(FK, kernel=DDIM(1.0)), prompts=["a tone"]) as steering:
         family.run(range(PARTICLES))
     assert steering.scores is not None and int(steering.scores[:, 0].argmax()) == 0
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_users_pipeline_is_pruned_in_parts(name: str) -> None:
-    family: Family = FAMILIES[name]()
+@pytest.mark.parametrize("make", [*FAMILIES.values(), sounds], ids=[*FAMILIES, "stable_audio"])
+def test_a_users_pipeline_is_pruned_in_parts(make: Callable[[], Family]) -> None:
+    family = make()
     call = {**family.shared, **{key: tensor[:1] for key, tensor in family.samples.items()}}
     call |= {"num_inference_steps": STEPS}
     found = prune(family.pipe, "noise", loudness, Prune((0, 2), (0.5, 0.5), 8), seed=3, **call)
