@@ -29,6 +29,14 @@ def test_configurations_parse(path: Path) -> None:
     assert plain["recipe"]["class_path"].startswith("genalign.recipes.")
 
 
+@pytest.fixture
+def any_clap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny random CLAP stands in for the embedded one, which need not be there for a configuration to be sound."""
+    folder, resolve = write_clap(tmp_path / "clap"), assets.resolve
+    monkeypatch.setattr(assets, "resolve", lambda name: str(folder) if name == "tones-clap" else resolve(name))
+
+
+@pytest.mark.usefixtures("any_clap")
 @pytest.mark.parametrize("kind", SEARCHES)
 def test_searches_parse(kind: str) -> None:
     found = [path for path in SHIPPED if path.stem.startswith(kind)]
@@ -38,13 +46,6 @@ def test_searches_parse(kind: str) -> None:
             continue  # a student of a reward that is trained before it
         settings, _ = parse(SEARCHES[kind], ["--config", str(path)], kind)
         assert settings.rewards
-
-
-@pytest.fixture
-def any_clap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny random CLAP stands in for the embedded one, which need not be there for a configuration to be sound."""
-    folder, resolve = write_clap(tmp_path / "clap"), assets.resolve
-    monkeypatch.setattr(assets, "resolve", lambda name: str(folder) if name == "tones-clap" else resolve(name))
 
 
 def _compared() -> list[tuple[Path, str]]:
