@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -89,10 +90,9 @@ def serve_command(outside: Outside, arguments: Sequence[str]) -> int:
     socket = serving.listen(settings.host, settings.port)
     host, port = socket.getsockname()[:2]
     print(f"serving {info.name} {info.version} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # which may or may not come, depending on where uvicorn was
         serving.server(app).run(sockets=[socket])
-    except KeyboardInterrupt:
-        print("stopped")
+    print("stopped")
     return 0
 
 
