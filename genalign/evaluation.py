@@ -269,8 +269,7 @@ def evaluate(
     for number, samples in zip(todo, batches, strict=True):
         batch = jobs[number * size : number * size + len(samples)]
         images = write(samples, output, number * size) if output else [None] * len(samples)
-        scores = _scores(scorers, samples, [job.prompt for job in batch])
-        own[number] = [_record(*made) for made in zip(batch, images, scores, strict=True)]
+        own[number] = _records(batch, images, samples, scorers)
         if kept:
             kept.add(number, own[number])
     evaluation = Evaluation(protocol, _together(own, processes))
@@ -301,8 +300,7 @@ def judge(
     records: list[Record] = []
     for start in range(0, len(jobs), _BATCH):
         names, part = list(files)[start : start + _BATCH], jobs[start : start + _BATCH]
-        scores = _scores(scorers, torch.stack([read(name) for name in names]), [job.prompt for job in part])
-        records += [_record(*row) for row in zip(part, names, scores, strict=True)]
+        records += _records(part, names, torch.stack([read(name) for name in names]), scorers)
     return Evaluation(Protocol.elsewhere(prompts, list(seen.values()), verifier), tuple(records))
 
 
@@ -339,8 +337,15 @@ def _scores(
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _record(job: Job, image: str | None, scores: Mapping[str, float]) -> Record:
-    return Record(job.prompt.text, job.prompt.task, job.sample, job.seed, image, scores)
+def _records(
+    jobs: Sequence[Job], images: Sequence[str | None], samples: Tensor, scorers: Mapping[str, RewardFunction]
+) -> list[Record]:
+    """The scored samples of a batch."""
+    scores = _scores(scorers, samples, [job.prompt for job in jobs])
+    return [
+        Record(job.prompt.text, job.prompt.task, job.sample, job.seed, image, row)
+        for job, image, row in zip(jobs, images, scores, strict=True)
+    ]
 
 
 def gain(before: Evaluation, after: Evaluation) -> dict[str, Estimate]:
