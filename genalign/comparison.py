@@ -51,7 +51,7 @@ def standing(contender: Contender, diversity: DiversityOf) -> Standing:
     scores = next(iter(evaluations.values()))[0].score_names
     records = {score: _records(contender.name, score, evaluations) for score in scores}
     main = claim(records[scores[0]])
-    last = [_rows(run)[-1] for run in contender.runs.values()]
+    rounds = [_rows(run) for run in contender.runs.values()]
     spread = [_difference(diversity(run / "before"), diversity(run / "after")) for run in contender.runs.values()]
     return Standing(
         name=contender.name,
@@ -61,10 +61,10 @@ def standing(contender: Contender, diversity: DiversityOf) -> Standing:
         high=main.high,
         scores={score: claim(found).mean for score, found in records.items()},
         tasks=_task_gains(records[scores[0]]),
-        kl=_mean([_mean([row["kl"] or 0.0 for row in _rows(run)[-5:]]) for run in contender.runs.values()]),
+        kl=_mean([_late_kl(rows) for rows in rounds]),
         diversity={name: _mean([found[name] for found in spread]) for name in spread[0]},
-        minutes=_mean([row["machine"]["seconds"] / 60 for row in last]),
-        forwards=_mean([row["forwards"] for row in last]),
+        minutes=_mean([rows[-1]["machine"]["seconds"] / 60 for rows in rounds]),
+        forwards=_mean([rows[-1]["forwards"] for rows in rounds]),
     )
 
 
@@ -85,6 +85,10 @@ def _task_gains(records: Sequence[PromptRecord]) -> dict[str, float]:
 
 def _rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _late_kl(rows: Sequence[Mapping[str, Any]]) -> float:
+    return _mean([row["kl"] or 0.0 for row in rows[-5:]])
 
 
 def _difference(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:

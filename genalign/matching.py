@@ -137,7 +137,7 @@ class Matching:
                 losses = self.loss(part, batch.credit[rows[learnt]].to(device), group[learnt].to(device))
                 context.readings.add("loss", losses)
                 total = total + losses.sum()
-            (total * scale).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+            torch.autograd.backward(total * scale)
 
     def _together(self, context: Context, size: int, rows: int) -> Iterator[range]:
         """The draws, as many together as fill a micro-batch of ``size`` with their ``rows``: small batches cost more a
@@ -150,7 +150,7 @@ class Matching:
         """Run the network as often as a process that has samples to learn from: divided, it takes all processes."""
         for draw in range(self.draws):
             noised = self._noised(context, batch, torch.zeros(1, dtype=torch.long), range(draw, draw + 1), seed)
-            (0.0 * noised.prediction.sum()).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+            torch.autograd.backward(0.0 * noised.prediction.sum())
 
     def _noised(self, context: Context, batch: Batch, rows: Tensor, draws: range, seed: int) -> Noised:
         """The samples ``rows`` (N,) of every draw, draw after draw: (draws * N, ...)."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from genalign.types import Prompt, PromptSet
 
@@ -47,6 +50,15 @@ def read_listing(folder: Path) -> dict[str, Prompt]:
                 f'{path}, line {number}: expected an object with "file_name" and "prompt", found {line[:80]!r}'
             ) from error
     return prompts
+
+
+def drawn_in_turn(prompts: PromptSet, count: int, seed: int) -> list[Prompt]:
+    """``count`` distinct prompts, or all where there are fewer: one of every task in turn, each task's in a seeded
+    order."""
+    rng = np.random.default_rng(seed)
+    tasks = [[group[i] for i in rng.permutation(len(group))] for group in prompts.by_task().values()]
+    turns = itertools.zip_longest(*tasks)
+    return [prompt for turn in turns for prompt in turn if prompt is not None][:count]
 
 
 def _from_json(path: Path, number: int, line: str) -> Prompt:

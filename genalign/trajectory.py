@@ -133,7 +133,7 @@ class Surrogate:
             losses = weights[stored].to(losses) * losses
             if self.kl or _reads_distance(context):
                 losses = losses + self.kl * self._distance(context, batch, pairs, again)
-            (losses.sum() * scale).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+            torch.autograd.backward(losses.sum() * scale)
             context.readings.add("loss", losses)
             _read_ratio(context, batch, again, self.clip_range)
 
@@ -241,7 +241,7 @@ class Coupled:
         context.readings.add("loss", loss.reshape(1))
         for pairs in parts:
             again = context.replay(batch, pairs)
-            (scale * (slopes[pairs.at] * again.log_ratio).sum()).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+            torch.autograd.backward(scale * (slopes[pairs.at] * again.log_ratio).sum())
             _read_ratio(context, batch, again, self.clip_range)
 
     @torch.no_grad()

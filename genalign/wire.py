@@ -140,7 +140,19 @@ def unpack_request(content_type: str, body: bytes) -> Request:
     parts = unpack_parts(content_type, body)
     if "meta" not in parts:
         raise WireError("malformed", "the part named meta is missing")
-    meta = _object(parts.pop("meta"))
+    request_id, deadline, prompts = _meta(parts.pop("meta"))
+    media: Media = "audio" if "audio.0" in parts else "image"
+    names = [f"{media}.{index}" for index in range(len(prompts))]
+    if set(names) != set(parts):
+        raise WireError("count", f"{len(prompts)} prompts need the parts {media}.0 to {names[-1]}, and no others")
+    seconds = min(deadline / 1000, LONGEST_DEADLINE)
+    samples = tuple(parts[name] for name in names)
+    return Request(request_id, seconds, tuple(_prompt(value) for value in prompts), media, samples)
+
+
+def _meta(part: bytes) -> tuple[str, int, list[Any]]:
+    """The id of a request, its deadline in milliseconds, and its prompts, one or more."""
+    meta = _object(part)
     _same_schema(meta)
     if unknown := set(meta) - {"schema", "request_id", "deadline_ms", "prompts"}:
         raise WireError("unknown_field", f"meta has unknown fields: {', '.join(sorted(unknown))}")
@@ -151,13 +163,7 @@ def unpack_request(content_type: str, body: bytes) -> Request:
         raise WireError("malformed", "deadline_ms must be a positive integer")
     if not isinstance(prompts, list) or not prompts:
         raise WireError("malformed", "prompts must be a list with one entry per sample")
-    media: Media = "audio" if "audio.0" in parts else "image"
-    names = [f"{media}.{index}" for index in range(len(prompts))]
-    if set(names) != set(parts):
-        raise WireError("count", f"{len(prompts)} prompts need the parts {media}.0 to {names[-1]}, and no others")
-    seconds = min(deadline / 1000, LONGEST_DEADLINE)
-    samples = tuple(parts[name] for name in names)
-    return Request(request_id, seconds, tuple(_prompt(value) for value in prompts), media, samples)
+    return request_id, deadline, prompts
 
 
 def unpack_reply(body: bytes, request_id: str, count: int) -> Reply:

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from kept import kept
 
 import pipelines
 from genalign import assets
 from genalign.budget import measure_prices
 from genalign.cli import main as genalign
+from genalign.prompts import drawn_in_turn
 from genalign.results import PromptRecord
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
@@ -31,6 +31,7 @@ from genalign.types import Prompt
 from genalign.worlds import tones
 from rewards.noise_aware import ScorerReward, load_scorer
 from rewards.tones import TonesReward
+from scripts.kept import kept
 
 SAMPLING, BATCH = Sampling(25), 32
 BUDGETS = (4, 8, 16)  # so many finished clips' seconds
@@ -82,7 +83,7 @@ class Searches:
             NamedReward("selection", self.selection),
             NamedReward("noise-aware", lambda samples, prompts: student(samples, level, prompts)),
         ]
-        asked, grid = drawn("val", BATCH, 0), SAMPLING.grid(self.pipeline)
+        asked, grid = drawn_in_turn(tones.prompts("val"), BATCH, 0), SAMPLING.grid(self.pipeline)
         found: dict[str, float] = kept(
             self.work / "prices.json", lambda: measure_prices(self.pipeline, calls, asked, grid, repeats=15)
         )
@@ -117,7 +118,7 @@ class Searches:
 
     def schedule(self, budget: int) -> Any:
         """That of most selection reward on the tuning prompts."""
-        asked = drawn("val", TUNING_PROMPTS, TUNING_SEED)
+        asked = drawn_in_turn(tones.prompts("val"), TUNING_PROMPTS, TUNING_SEED)
 
         def reward(place: int) -> float:
             strategy = self.pruning(SCHEDULES[place])
@@ -127,18 +128,10 @@ class Searches:
         return kept(self.work / f"schedule-at-{budget}.json", lambda: SCHEDULES[max(range(len(SCHEDULES)), key=reward)])
 
 
-def drawn(suite: str, count: int, seed: int) -> list[Prompt]:
-    """Prompts of a suite, as many of each task as there are, in turn."""
-    rng = np.random.default_rng(seed)
-    tasks = [[group[i] for i in rng.permutation(len(group))] for group in tones.prompts(suite).by_task().values()]
-    turns = itertools.zip_longest(*tasks)
-    return [prompt for turn in turns for prompt in turn if prompt is not None][:count]
-
-
 def pruning_records(work: Path) -> list[PromptRecord]:
     """Means over the budgets, best-of-N before and pruning after, of held-out compositions."""
     prepare(work)
-    searches, asked = Searches(work), drawn("comp", PROMPTS, 0)
+    searches, asked = Searches(work), drawn_in_turn(tones.prompts("comp"), PROMPTS, 0)
     return [record for seed in SEEDS for record in _records(searches, asked, seed)]
 
 

@@ -126,7 +126,7 @@ class PlainLoop:
                 ratio = (log_prob - old).exp()
                 clipped = ratio.clamp(1 - self.settings.clip_range, 1 + self.settings.clip_range)
                 loss = torch.maximum(-advantage * ratio, -advantage * clipped)
-                (loss.sum() / terms).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+                torch.autograd.backward(loss.sum() / terms)
         nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderOobleck, StableAudioPipeline
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ClapModel
 
 from genalign.checkpoints import load_state, save_state, without_prefix, write_text
@@ -30,7 +31,7 @@ from genalign.worlds.tones.models import HOP, TextToVelocity, assemble, build_va
 from genalign.worlds.tones.timbres import LENGTH
 from genalign.worlds.tones.verifier import verify
 
-AUTOENCODER = Fit(steps=20_000, learning_rate=1e-3)
+AUTOENCODER = Fit(steps=8000, learning_rate=1e-3)
 AUTOENCODER_CLIPS, CROPS, CROP = 12_000, 16, 12 * HOP  # a step hears 16 crops of 0.24 s
 WINDOWS = (64, 256, 1024)  # samples, of the spectral loss
 AUDIBLE = 1e-3  # amplitude below which the spectral loss does not listen: -60 dB
@@ -143,7 +144,8 @@ def train_denoiser(latents: Tensor, data: CaptionedClips, work: Path, settings: 
             velocity = model(*told)
         return (velocity.float() - target.to(device)).square().mean()
 
-    fit(model, loss, settings, work / "denoiser.safetensors", model.matrices())
+    with sdpa_kernel(SDPBackend.MATH):  # on a CPU, the flash kernel's bfloat16 gradient takes half of a step
+        fit(model, loss, settings, work / "denoiser.safetensors", model.matrices())
     return model.eval()
 
 

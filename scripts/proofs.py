@@ -20,17 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from audio_measures import Run, measures, rewards_row
-from audio_search import pruning_records
-from set_measures import (
-    is_purple,
-    is_small,
-    mean_saturation,
-    nearness,
-    set_records,
-    share,
-    variety,
-)
 
 from genalign.cli import main as genalign
 from genalign.evaluation import load_evaluation
@@ -38,6 +27,9 @@ from genalign.hacking import Panel
 from genalign.image_statistics import saturation
 from genalign.results import PromptRecord, prompt_records, write_results
 from rewards.shapes import recoloured, rendered
+from scripts.audio_measures import Run, measures, rewards_row
+from scripts.audio_search import pruning_records
+from scripts.set_measures import is_purple, is_small, mean_saturation, nearness, set_records, share, variety
 
 SEEDS = (11, 12, 13)  # settings were chosen on seeds 0, 1, 100 and 101
 RESULTS = Path("docs/results")
@@ -118,7 +110,7 @@ def adversarial(work: Path) -> None:
         "A reward with a planted taste for saturation lowers strict accuracy when frozen and raises it when trained"
         " against references; a discriminator of recoloured references brings the model nearer to them"
     )
-    made = head(claim, "PYTHONPATH=scripts python scripts/proofs.py adversarial")
+    made = head(claim, "python scripts/proofs.py adversarial")
     write_results(RESULTS, "adversarial_shapes", {**made, "reference_saturation": [low, high]}, records)
 
 
@@ -137,7 +129,7 @@ def hacking(work: Path) -> None:
         "An alarm that reads no verifier comes before a reward with a planted taste for red has cost a tenth of"
         " the held-out strict accuracy, and never while an honest reward raises it"
     )
-    made = head(claim, "PYTHONPATH=scripts python scripts/proofs.py hacking")
+    made = head(claim, "python scripts/proofs.py hacking")
     write_results(RESULTS, "hacking_shapes", made, records)
 
 

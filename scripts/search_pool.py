@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from genalign import assets
 from genalign.budget import Ledger, Metered, measure_prices, reward_call
 from genalign.checkpoints import load_state, save_state, write_json
 from genalign.dynamics import ODE, FlowSDE, Kernel
+from genalign.prompts import drawn_in_turn
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
 from genalign.search.engine import Candidates, Run
@@ -46,10 +46,7 @@ def rewards(work: Path) -> list[NamedReward]:
 
 def prompts() -> list[Prompt]:
     """Held-out compositions, as many of each task as there are, in turn."""
-    rng = np.random.default_rng(0)
-    tasks = [[group[i] for i in rng.permutation(len(group))] for group in shapes.prompts("comp").by_task().values()]
-    turns = itertools.zip_longest(*tasks)
-    return [prompt for turn in turns for prompt in turn if prompt is not None][:PROMPTS]
+    return drawn_in_turn(shapes.prompts("comp"), PROMPTS, seed=0)
 
 
 @torch.no_grad()
@@ -85,10 +82,8 @@ def _looks(run: Run, candidates: Candidates, students: Mapping[str, nn.Module]) 
     """Scores (N, 3) of previews as PREVIEWS says, at every level: which of them are worth pruning at is tuned."""
     preview, asked = candidates.preview, [run.prompts[0]] * len(candidates)
     assert preview is not None, "candidates that are looked at have been advanced"
-    images, level = (
-        run.pipeline.decode(preview),
-        run.grid.noise_share[candidates.done - 1].float().expand(len(candidates)),
-    )
+    images = run.pipeline.decode(preview)
+    level = run.grid.noise_share[candidates.done - 1].float().expand(len(candidates))
     looks = [run.rewards[0](images, asked), students["decoded"](images, level, asked)]
     return torch.stack([*looks, students["latent"](preview, level, asked)], dim=1)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from genalign import config
 from genalign.commands.geneval import compare_geneval_command, geneval_command, images_command, original_command
 from genalign.commands.parts import Checkpoint, Outside, opened, own_share, print_estimates, prompt_set
-from genalign.evaluation import Evaluation, Job, Protocol, evaluate, judge, plan, suite_hash
-from genalign.evaluation_folder import BatchFolder, Subject, manifest
+from genalign.evaluation import Evaluation, Job, Kept, Protocol, evaluate, judge, plan, suite_hash
+from genalign.evaluation_folder import BatchFolder, manifest
 from genalign.media import Writer, inside, writer
 from genalign.processes import ALONE, Processes, joined
 from genalign.prompts import read_listing
@@ -30,12 +30,8 @@ class Exam:
     write: Writer
     processes: Processes = ALONE
 
-    def take(self, pipeline: Pipeline, output: Path | None = None, subject: Subject | None = None) -> Evaluation:
-        """Evaluate the pipeline as it is now. Of a ``subject`` it goes on where it stopped in ``output``; raises
-        FileExistsError where that is another evaluation's."""
-        kept = BatchFolder(output) if output and subject else None
-        if kept and subject:
-            kept.begin(manifest(self.protocol, subject))
+    def take(self, pipeline: Pipeline, output: Path | None = None, kept: Kept | None = None) -> Evaluation:
+        """Evaluate the pipeline as it is now, but for the batches that are ``kept``."""
         return evaluate(
             pipeline,
             self.jobs,
@@ -130,7 +126,9 @@ def _in_processes(
     source = f"{world.name}:{settings.suite}"
     scorers = outside.scorers[world.name]
     asked = exam(pipeline, settings.model, settings.sampling, settings, source, scorers, processes)
-    return asked.take(pipeline, Path(settings.output), subject)
+    folder = BatchFolder(Path(settings.output))
+    folder.begin(manifest(asked.protocol, subject))
+    return asked.take(pipeline, folder.path, folder)
 
 
 def _of_folder(world: World, folder: Path, scorers: Mapping[str, RewardFunction]) -> Evaluation:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from genalign.checkpoints import write_json
 from genalign.commands.parts import Outside, named_rewards, own_share, prompt_set, require_rate
 from genalign.media import writer
 from genalign.noise import derived_seed
+from genalign.prompts import drawn_in_turn
 from genalign.report import write_search
 from genalign.search.aware import (
     Decoding,
@@ -121,7 +121,7 @@ def _recorded(settings: config.TrainNoiseAware, pipeline: Pipeline, source: str,
     """Trajectories of prompts that are drawn by task, from the file where there is one."""
     if path.exists():
         return Recording.load(path)
-    chosen = _drawn(prompt_set(source).by_task(), settings.limit, settings.seed)
+    chosen = drawn_in_turn(prompt_set(source), settings.limit, settings.seed)
     ledger, made = Ledger(), None
     rewards = metered_rewards(named_rewards(settings.rewards), ledger)
     together = max(1, settings.batch_size // settings.count)
@@ -136,11 +136,3 @@ def _recorded(settings: config.TrainNoiseAware, pipeline: Pipeline, source: str,
     made.save(path)
     print()
     return made
-
-
-def _drawn(tasks: Mapping[str, Sequence[Prompt]], limit: int, seed: int) -> list[Prompt]:
-    """As many prompts of every task, in turn, until ``limit`` or all are drawn."""
-    generator = random.Random(seed)
-    shuffled = [generator.sample(list(prompts), len(prompts)) for prompts in tasks.values()]
-    longest = max(map(len, shuffled))
-    return [prompts[i] for i in range(longest) for prompts in shuffled if i < len(prompts)][:limit]

@@ -141,7 +141,7 @@ def learn_to_decode(decoder: nn.Module, recording: Recording, decode: Look, sett
         for rows in torch.split(torch.randperm(len(previews), generator=generator), settings.batch_size):
             loss = F.mse_loss(decoder(previews[rows].to(device)), decoded[rows].to(device, torch.float32))
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch has not typed it
+            torch.autograd.backward(loss)
             optimizer.step()
             losses.append(float(loss.detach()))
         yield sum(losses) / len(losses)
@@ -161,7 +161,7 @@ def distil(student: nn.Module, recording: Recording, look: Look, settings: Disti
                 predicted = _predicted(student, recording, rows, level, look)
                 loss = _loss(predicted, target[rows], recording.prompt[rows], settings)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]  # torch has not typed it
+                torch.autograd.backward(loss)
                 nn.utils.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
                 losses.append(float(loss.detach()))

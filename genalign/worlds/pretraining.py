@@ -60,7 +60,7 @@ def fit(
         bar = progress.add_task(state.stem, total=settings.steps, completed=start, loss=float("nan"))
         for step in range(start, settings.steps):
             value = loss(step)
-            value.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+            torch.autograd.backward(value)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,10 +16,10 @@ from genalign.results import read_records, rows_of
 from genalign.types import Prompt
 from genalign.worlds.catalogue import WORLDS
 from rewards.tones import revoiced
+from scripts import audio_measures, proofs
 from scripts.results_tables import fill
 from tests.rewards.tiny_clap import write_clap
 
-ROOT = Path(__file__).parents[2]
 PROTOCOL = Protocol("comp", "0" * 16, 1.0, (30.0, 0.0), "ODE()", "float32", 16, (12000,), 1, 4, "tones-1")
 NAMES = ("ddpo", "dragon_instance", "dragon_fad", "dragon_fad_clip", "dragon_text", "vendi")
 
@@ -48,19 +46,15 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.fixture
-def proofs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """scripts/proofs.py as it is run, with a tiny random CLAP and trials of 4 clips."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+@pytest.fixture(autouse=True)
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny random CLAP, and trials of 4 clips."""
     folder, resolve = write_clap(tmp_path / "clap"), assets.resolve
     monkeypatch.setattr(assets, "resolve", lambda name: str(folder) if name == "tones-clap" else resolve(name))
-    monkeypatch.setattr(importlib.import_module("audio_measures"), "PART", 4)
-    return importlib.import_module("proofs")
+    monkeypatch.setattr(audio_measures, "PART", 4)
 
 
-def test_what_moved_is_seen_and_published(
-    run: Path, proofs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_moved_is_seen_and_published(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proofs, "compared", lambda folder, name: {one: {71: run, 72: run} for one in NAMES})
     monkeypatch.setattr(proofs, "RESULTS", tmp_path)
     monkeypatch.setattr(proofs, "pruning_records", lambda work: [])  # test_audio_search.py
@@ -85,9 +79,8 @@ def test_what_moved_is_seen_and_published(
     assert f"| ddpo | strict | 0.0% | 0.0% | 1.0e+00 | {2 * prompts} | 1 / 0 | 0.5 / 0 |" in table
 
 
-def test_a_run_of_other_prompts_after_than_before_is_refused(run: Path, proofs: ModuleType) -> None:
-    audio = importlib.import_module("audio_measures")
+def test_a_run_of_other_prompts_after_than_before_is_refused(run: Path) -> None:
     lines = (run / "after" / "records.jsonl").read_text().splitlines()
     (run / "after" / "records.jsonl").write_text("\n".join(lines[1:]) + "\n")
     with pytest.raises(ValueError, match="was evaluated on other prompts or noises after training than before"):
-        audio.Run.of(run, 71)
+        audio_measures.Run.of(run, 71)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,16 +14,15 @@ from genalign.search.aware import NoiseAware, Quality
 from genalign.worlds.tones.models import TextToVelocity, assemble, build_vae
 from pipelines import StableAudio
 from rewards.noise_aware import ClapScorer, save_scorer
+from scripts import audio_search
 from tests.rewards.tiny_clap import write_clap
 
-ROOT = Path(__file__).parents[2]
 STEPS = Sampling(3)
 
 
 @pytest.fixture
-def searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """scripts/audio_search.py with random models, small budgets and two schedules."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     torch.manual_seed(0)
     folders = {"tones-clap": write_clap(tmp_path / "clap"), "tones-audio": tmp_path / "audio"}
     assemble(TextToVelocity(layers=1), build_vae(), folders["tones-audio"])
@@ -36,17 +33,15 @@ def searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         scorer = NoiseAware(student, (Quality(level, 0.5, 0.5, 0.0),))
         (tmp_path / "work" / name).mkdir(parents=True)
         save_scorer(tmp_path / "work" / name / "scorer.safetensors", scorer)
-    module = importlib.import_module("audio_search")
     small = {"SAMPLING": STEPS, "BATCH": 4, "BUDGETS": (2, 3), "PROMPTS": 3, "TUNING_PROMPTS": 1, "SEEDS": (1, 2)}
     for key, value in {**small, "SCHEDULES": (((1,), (0.5,)), ((1,), (0.25,)))}.items():
-        monkeypatch.setattr(module, key, value)
-    return module
+        monkeypatch.setattr(audio_search, key, value)
+    return tmp_path / "work"
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-def test_searches_become_records_and_are_kept(searches: ModuleType, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    records = searches.pruning_records(work)
+def test_searches_become_records_and_are_kept(work: Path) -> None:
+    records = audio_search.pruning_records(work)
     named = [(record.name, record.seed) for record in records]
     assert len(records) == 12 and set(named) == {
         (name, seed) for name in ("noise_aware_pruning", "noise_aware_pruning.strict") for seed in (1, 2)
@@ -60,5 +55,5 @@ def test_searches_become_records_and_are_kept(searches: ModuleType, tmp_path: Pa
     assert first.before == pytest.approx((rows[0][0][0] + rows[1][0][0]) / 2)
     prices = json.loads((work / "prices.json").read_text())
     assert set(prices) == {"forward", "decode", "reward/selection", "reward/noise-aware"}
-    again = searches.pruning_records(work)
+    again = audio_search.pruning_records(work)
     assert again == records

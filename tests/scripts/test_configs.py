@@ -59,7 +59,6 @@ def test_what_a_comparison_compares_parses(
     path: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     comparison, plain = parse(Compare, ["--config", str(path)], "compare")
     own = tmp_path / "own.json"
     own.write_text(json.dumps(plain["runs"][name]))
