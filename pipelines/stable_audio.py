@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from diffusers import CosineDPMSolverMultistepScheduler, StableAudioPipeline
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from peft import LoraConfig
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from genalign.paths import EDMPath, expand
 from genalign.runs import save_peft
@@ -110,15 +113,21 @@ class StableAudio(AudioPipeline):
         places = get_1d_rotary_pos_embed(
             self.pipe.rotary_embed_dim, self.frames + 1, use_real=True, repeat_interleave_real=False
         )
-        output: Tensor = self.denoiser(
-            x,
-            timestep,
-            encoder_hidden_states=tensors["context"],
-            global_hidden_states=tensors["seconds"],
-            rotary_embedding=places,
-            return_dict=False,
-        )[0]
+        with self._attention():
+            output: Tensor = self.denoiser(
+                x,
+                timestep,
+                encoder_hidden_states=tensors["context"],
+                global_hidden_states=tensors["seconds"],
+                rotary_embedding=places,
+                return_dict=False,
+            )[0]
         return output
+
+    def _attention(self) -> AbstractContextManager[None]:
+        """On a CPU without the flash kernel, whose bfloat16 gradient takes half of a training step here."""
+        cpu = self.device.type == "cpu"
+        return sdpa_kernel(SDPBackend.MATH) if cpu else contextlib.nullcontext()
 
     def _finished(self, decoded: Tensor) -> Tensor:
         return decoded[..., : self.sample_shape[1]].clamp(-1, 1)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ClapModel
 
+from genalign.allocator import keep_freed_memory
 from genalign.checkpoints import load_state, save_state, without_prefix, write_text
 from genalign.worlds.captions import metadata_of
 from genalign.worlds.pretraining import Fit, OutOfTimeError, contrastive, fit
@@ -36,8 +37,8 @@ AUTOENCODER_CLIPS, CROPS, CROP = 12_000, 16, 12 * HOP  # a step hears 16 crops o
 WINDOWS = (64, 256, 1024)  # samples, of the spectral loss
 AUDIBLE = 1e-3  # amplitude below which the spectral loss does not listen: -60 dB
 KL_WEIGHT = 3e-3
-DENOISER = Fit(steps=7000, learning_rate=2e-3, muon=0.03)
-DENOISER_CLIPS, BATCH = 30_000, 64
+DENOISER = Fit(steps=5000, learning_rate=2e-3, muon=0.03)
+DENOISER_CLIPS, BATCH = 24_000, 64
 CORRUPTED = 0.2
 CLAP = Fit(steps=1500, learning_rate=1e-3, muon=0.02)
 CLAP_CLIPS, CLAP_BATCH = 20_000, 128
@@ -113,7 +114,7 @@ def strict(waves: Tensor, metadata: Sequence[object]) -> float:
 def encode_latents(vae: AutoencoderOobleck, data: CaptionedClips, file: Path, device: str) -> Tensor:
     """Posterior means (N, 8, 75), each channel of mean square one, by a scale that this folds into ``vae``."""
     if not file.exists():
-        parts = torch.arange(len(data.waveforms)).split(100)
+        parts = torch.arange(len(data.waveforms)).split(25)
         means = torch.cat([vae.encode(data.floats(part).to(device)).latent_dist.mode().cpu() for part in parts])
         save_state(file, {"means": means}, {})
     latents = load_state(file)[0]["means"]
@@ -254,6 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="of the whole stage; the same again when it is resumed")
     parser.add_argument("--minutes", type=float, help="of training, before it stops for now")
     options = parser.parse_args(arguments)
+    if options.device == "cpu":
+        keep_freed_memory()
     try:
         STAGES[options.stage](options)
     except OutOfTimeError as error:
