@@ -5,16 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import open_clip
+import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import StableAudioPipeline, StableDiffusion3Pipeline
+from transformers import ClapModel
 
 from genalign import assets
+from genalign.prompts import drawn_in_turn
 from genalign.rollout import generate
-from genalign.worlds import shapes
+from genalign.worlds import shapes, tones
 from genalign.worlds.shapes.dataset import captioned_scenes
 from genalign.worlds.shapes.verifier import detect
+from genalign.worlds.tones.dataset import captioned_clips
 from pipelines import SD3
+from rewards.tones import TonesReward
 from scripts.pretrain_clip import retrieval
+from scripts.pretrain_tones import retrieval as tones_retrieval
 
 SIGMAS = [1 - i / 10 for i in range(10)]
 
@@ -46,6 +52,23 @@ def test_shapes_clip_finds_the_caption() -> None:
     assert retrieval(model.eval(), captioned_scenes(1000, seed=77), open_clip.get_tokenizer(name)) >= 0.8
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")  # diffusers' Oobleck
+@pytest.mark.filterwarnings("ignore:Should have t:UserWarning")  # its scheduler rounds its noise levels to float32
+def test_vanilla_diffusers_plays_what_was_asked_for() -> None:
+    vanilla = StableAudioPipeline.from_pretrained(assets.resolve("tones-audio"))
+    vanilla.set_progress_bar_config(disable=True)
+    prompts = drawn_in_turn(tones.prompts("iid"), 56, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    told = {"num_inference_steps": 25, "guidance_scale": 1.0, "generator": generator}
+    waves = vanilla([prompt.text for prompt in prompts], **told).audios
+    assert 0.2 <= TonesReward("strict")(waves.float(), prompts).mean() <= 0.7
+
+
+def test_tones_clap_finds_the_caption() -> None:
+    model = ClapModel.from_pretrained(assets.resolve("tones-clap")).eval()
+    assert tones_retrieval(model, captioned_clips(1000, seed=77)) >= 0.8
+
+
 def test_folders_are_small() -> None:
-    for name, limit in (("shapes-sd3", 15e6), ("shapes-clip", 15e6)):
+    for name, limit in (("shapes-sd3", 15e6), ("shapes-clip", 15e6), ("tones-audio", 20e6), ("tones-clap", 20e6)):
         assert sum(path.stat().st_size for path in Path(assets.resolve(name)).rglob("*") if path.is_file()) <= limit
