@@ -298,7 +298,8 @@ library_name: transformers
 A small CLAP of genalign's tones world, trained from nothing by `scripts/pretrain_tones.py clap` on {clips} rendered
 clips with honest captions.
 
-    model, processor = ClapModel.from_pretrained("tones-clap"), ClapProcessor.from_pretrained("tones-clap")
+    model = ClapModel.from_pretrained("tones-clap", dtype=torch.float32)  # its file holds float16
+    processor = ClapProcessor.from_pretrained("tones-clap")
 
 `genalign.worlds.tones.clap.log_mel` makes the same features, batched and differentiable. Clip-to-text retrieval among
 64 distinct captions on new clips: {score:.3f}. It has never heard the held-out notes and orders. Made for experiments.
