@@ -12,7 +12,6 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 
 import pipelines
 from genalign import assets, config
-from genalign.allocator import keep_freed_memory
 from genalign.commands.comparing import calibrate_command, compare_command, report_command
 from genalign.commands.evaluating import evaluate_command
 from genalign.commands.exporting import export_command
@@ -21,6 +20,7 @@ from genalign.commands.planning import plan_command
 from genalign.commands.rewarding import reward_command, serve_command
 from genalign.commands.searching import prices_command, steer_command, train_noise_aware_command
 from genalign.commands.training import demo_command, train_command
+from genalign.cpu import keep_freed_memory
 from genalign.mistakes import nearest
 from genalign.planning import Outline
 from pipelines.base import Options

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,8 @@ from diffusers import CosineDPMSolverMultistepScheduler, StableAudioPipeline
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from peft import LoraConfig
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from genalign.cpu import plain_attention
 from genalign.paths import EDMPath, expand
 from genalign.runs import save_peft
 from genalign.types import Conditioning, Grid, NoiseLevel
@@ -113,7 +111,7 @@ class StableAudio(AudioPipeline):
         places = get_1d_rotary_pos_embed(
             self.pipe.rotary_embed_dim, self.frames + 1, use_real=True, repeat_interleave_real=False
         )
-        with self._attention():
+        with plain_attention(self.device):
             output: Tensor = self.denoiser(
                 x,
                 timestep,
@@ -123,11 +121,6 @@ class StableAudio(AudioPipeline):
                 return_dict=False,
             )[0]
         return output
-
-    def _attention(self) -> AbstractContextManager[None]:
-        """On a CPU without the flash kernel, whose bfloat16 gradient takes half of a training step here."""
-        cpu = self.device.type == "cpu"
-        return sdpa_kernel(SDPBackend.MATH) if cpu else contextlib.nullcontext()
 
     def _finished(self, decoded: Tensor) -> Tensor:
         return decoded[..., : self.sample_shape[1]].clamp(-1, 1)

@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 
 from genalign import assets
-from genalign.allocator import keep_freed_memory
 from genalign.budget import Ledger, Metered
 from genalign.completion import complete
+from genalign.cpu import keep_freed_memory
 from genalign.dynamics import ODE, FlowSDE, Kernel
 from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, awm, dense_grpo, dragon, flow_grpo, nft, prdp

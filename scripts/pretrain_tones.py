@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderOobleck, StableAudioPipeline
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ClapModel
 
-from genalign.allocator import keep_freed_memory
 from genalign.checkpoints import load_state, save_state, without_prefix, write_text
+from genalign.cpu import keep_freed_memory, plain_attention
 from genalign.worlds.captions import metadata_of
 from genalign.worlds.pretraining import Fit, OutOfTimeError, contrastive, fit
 from genalign.worlds.tones import prompts
@@ -145,7 +144,7 @@ def train_denoiser(latents: Tensor, data: CaptionedClips, work: Path, settings: 
             velocity = model(*told)
         return (velocity.float() - target.to(device)).square().mean()
 
-    with sdpa_kernel(SDPBackend.MATH):  # on a CPU, the flash kernel's bfloat16 gradient takes half of a step
+    with plain_attention(torch.device(device)):
         fit(model, loss, settings, work / "denoiser.safetensors", model.matrices())
     return model.eval()
 
@@ -256,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="of training, before it stops for now")
     options = parser.parse_args(arguments)
     if options.device == "cpu":
-        keep_freed_memory()
+        keep_freed_memory()  # for what stands around the fit, too
     try:
         STAGES[options.stage](options)
     except OutOfTimeError as error:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from genalign.allocator import keep_freed_memory
 from genalign.checkpoints import (
     load_optimizer_tensors,
     load_state,
@@ -21,6 +20,7 @@ from genalign.checkpoints import (
     with_prefix,
     without_prefix,
 )
+from genalign.cpu import keep_freed_memory
 
 
 @dataclass(frozen=True)

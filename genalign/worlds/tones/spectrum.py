@@ -82,11 +82,13 @@ def fundamental(power: Array) -> float:
 @cache
 def _lookup() -> tuple[Array, Array]:
     """Bins of the harmonics and of the points between them, (candidates, 6); those beyond the band are the last one."""
+    on, between = _GRID[:, None] * _HARMONICS, _GRID[:, None] * (_HARMONICS - 0.5)
+    return _bins(on), _bins(between)
+
+
+def _bins(frequencies: Array) -> Array:
     last = BINS // 2 + 1
-    return tuple(  # type: ignore[return-value]
-        np.where(f < SAMPLE_RATE / 2, np.rint(f / _HZ), last).astype(int)
-        for f in (_GRID[:, None] * _HARMONICS, _GRID[:, None] * (_HARMONICS - 0.5))
-    )
+    return np.where(frequencies < SAMPLE_RATE / 2, np.rint(frequencies / _HZ), last).astype(int)
 
 
 def _peak(power: Array, frequency: float) -> int:

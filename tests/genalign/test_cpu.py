@@ -1,4 +1,4 @@
-"""What is freed is kept, and used again without being asked of the system page by page."""
+"""What is freed is kept, and used again without being asked of the system page by page; and how attention is computed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from genalign import allocator
+from genalign import cpu
 
 FAULTS = """
 import resource, sys, torch
-from genalign.allocator import keep_freed_memory
+from genalign.cpu import keep_freed_memory
 assert keep_freed_memory() is (sys.argv[1] == "kept")
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -37,5 +38,12 @@ def test_freed_memory_is_used_again() -> None:
 
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocator.sys, "platform", "darwin")
-    assert not allocator.keep_freed_memory()
+    monkeypatch.setattr(cpu.sys, "platform", "darwin")
+    assert not cpu.keep_freed_memory()
+
+
+def test_attention_is_plain_on_a_cpu_alone() -> None:
+    for device, flash in (("cpu", False), ("cuda", True)):
+        with cpu.plain_attention(torch.device(device)):
+            assert torch.backends.cuda.flash_sdp_enabled() is flash
+    assert torch.backends.cuda.flash_sdp_enabled()
