@@ -1,4 +1,4 @@
-"""What is freed is kept, and used again without being asked of the system page by page; and how attention is computed."""
+"""What is freed is kept, and used again without being asked of the system; and how attention is computed."""
 
 from __future__ import annotations
 
