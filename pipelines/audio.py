@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
+from pathlib import Path
+from typing import Self, Unpack
 
+import torch
 from torch import Tensor
 
 from pipelines.base import DiffusersPipeline, Options
@@ -15,6 +19,13 @@ class AudioPipeline(DiffusersPipeline):
     ``sample_rate``. They last ``seconds``."""
 
     unconditional = None
+
+    @classmethod
+    def load(cls, path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **options: Unpack[Options]) -> Self:
+        """As every family, without torch's warning that diffusers' Oobleck normalises weights in the older way."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*weight_norm", FutureWarning)
+            return super().load(path_or_id, dtype=dtype, **options)
 
     def _take_size(self, options: Options) -> None:
         if options.get("height") is not None or options.get("width") is not None:

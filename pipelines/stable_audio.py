@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import CosineDPMSolverMultistepScheduler, StableAudioPipeline
+from diffusers.models.attention_processor import Attention, StableAudioAttnProcessor2_0
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from peft import LoraConfig
 from torch import Tensor
@@ -111,25 +113,43 @@ class StableAudio(AudioPipeline):
         places = get_1d_rotary_pos_embed(
             self.pipe.rotary_embed_dim, self.frames + 1, use_real=True, repeat_interleave_real=False
         )
-        with plain_attention(self.device):
-            output: Tensor = self.denoiser(
-                x,
-                timestep,
-                encoder_hidden_states=tensors["context"],
-                global_hidden_states=tensors["seconds"],
-                rotary_embedding=places,
-                return_dict=False,
-            )[0]
+        output: Tensor = self.denoiser(
+            x,
+            timestep,
+            encoder_hidden_states=tensors["context"],
+            global_hidden_states=tensors["seconds"],
+            rotary_embedding=places,
+            return_dict=False,
+        )[0]
         return output
 
     def _finished(self, decoded: Tensor) -> Tensor:
         return decoded[..., : self.sample_shape[1]].clamp(-1, 1)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        for module in self.denoiser.modules():
+            if isinstance(module, Attention) and isinstance(module.processor, StableAudioAttnProcessor2_0):
+                module.set_processor(_Attention(module.processor))
 
     def _load_published(self, source: str | Path) -> None:
         raise ValueError(
             f"{source} is no adapter that PEFT wrote, and diffusers has no loader for this family: give the lora/"
             " folder of a run, with adapter_config.json and adapter_model.safetensors"
         )
+
+
+class _Attention:
+    """By the plain kernel on a CPU, and again so where gradient checkpointing computes it a second time."""
+
+    def __init__(self, processor: StableAudioAttnProcessor2_0) -> None:
+        self._processor = processor
+
+    @functools.wraps(StableAudioAttnProcessor2_0.__call__)  # diffusers hands over only what the signature names
+    def __call__(self, attention: Attention, hidden_states: Tensor, *inputs: Any, **named: Any) -> Tensor:
+        with plain_attention(hidden_states.device):
+            output: Tensor = self._processor(attention, hidden_states, *inputs, **named)
+        return output
 
 
 def _told(sigma: Tensor) -> Tensor:

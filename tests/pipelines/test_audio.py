@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def stable_audio(folder_of: Callable[[str], Path]) -> StableAudio:
 @pytest.fixture
 def ace_step(folder_of: Callable[[str], Path]) -> AceStep:
     return AceStep.load(folder_of("ace_step"), seconds=SECONDS)
+
+
+@pytest.mark.parametrize("family", ["stable_audio", "ace_step"])
+def test_opening_says_nothing_of_how_weights_are_normalised(family: str, folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of(family)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        pipelines.load(folder, seconds=SECONDS)
+    assert not [warning for warning in seen if "weight_norm" in str(warning.message)]
 
 
 class RecordingScheduler(CosineDPMSolverMultistepScheduler):  # type: ignore[misc]  # untyped
