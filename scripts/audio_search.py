@@ -33,27 +33,32 @@ from rewards.noise_aware import ScorerReward, load_scorer
 from rewards.tones import TonesReward
 from scripts.kept import kept
 
-SAMPLING, BATCH = Sampling(25), 32
+SAMPLING, BATCH = Sampling(16), 32
 BUDGETS = (4, 8, 16)  # so many finished clips' seconds
 SCHEDULES = tuple(
     (steps, (share,) * len(steps))
     for steps, share in itertools.chain(
-        itertools.product([(5,), (7,), (9,), (11,)], (0.2, 0.33)),
-        itertools.product([(5, 9), (7, 11), (9, 13)], (0.33, 0.5)),
-        itertools.product([(5, 9, 13), (7, 11, 16)], (0.5,)),
+        itertools.product([(3,), (4,), (6,), (7,)], (0.2, 0.33)),
+        itertools.product([(3, 6), (4, 7), (6, 8)], (0.33, 0.5)),
+        itertools.product([(3, 6, 8), (4, 7, 10)], (0.5,)),
     )
 )
 PROMPTS, TUNING_PROMPTS = 60, 24
 SEEDS, TUNING_SEED = (81, 82, 83), 100
+SCORER = "scorer.safetensors"
 
 
 def prepare(work: Path) -> None:
     """Train the selection reward, and then its student."""
-    for name, config in (("selection", "noise_aware_tones_selection"), ("aware", "noise_aware_tones")):
+    reward = work / "selection" / SCORER
+    follows = [f"--rewards.selection.function.init_args.path={reward}", f"--student.init_args.start={reward}"]
+    for name, config, options in (
+        ("selection", "noise_aware_tones_selection", []),
+        ("aware", "noise_aware_tones", follows),
+    ):
         output = work / name
-        made = (output / "scorer.safetensors").exists()
-        command = ["train-noise-aware", "--config", f"scripts/configs/{config}.yaml", "--output", str(output)]
-        if not made and (status := genalign(command)):
+        command = ["train-noise-aware", "--config", f"scripts/configs/{config}.yaml", "--output", str(output), *options]
+        if not (output / SCORER).exists() and (status := genalign(command)):
             raise SystemExit(f"{config} ended with status {status}")
 
 
@@ -65,15 +70,15 @@ class Searches:
 
     @functools.cached_property
     def pipeline(self) -> pipelines.DiffusersPipeline:
-        return pipelines.load(assets.resolve("tones-audio"))
+        return pipelines.load(assets.resolve("tones-audio"), autocast=torch.bfloat16)
 
     @functools.cached_property
     def selection(self) -> ScorerReward:
-        return ScorerReward(self.work / "selection" / "scorer.safetensors")
+        return ScorerReward(self.work / "selection" / SCORER)
 
     @functools.cached_property
     def scorer(self) -> Any:
-        return load_scorer(self.work / "aware" / "scorer.safetensors")
+        return load_scorer(self.work / "aware" / SCORER)
 
     @functools.cached_property
     def prices(self) -> dict[str, float]:
