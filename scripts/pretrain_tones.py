@@ -39,9 +39,9 @@ AUTOENCODER_CLIPS, CROPS, CROP = 12_000, 16, 12 * HOP  # a step hears 16 crops o
 WINDOWS = (64, 256, 1024)  # samples, of the spectral loss
 AUDIBLE = 1e-3  # amplitude below which the spectral loss does not listen: -60 dB
 KL_WEIGHT = 3e-3
-DENOISER = Fit(steps=5000, learning_rate=2e-3, muon=0.03)
+DENOISER = Fit(steps=10_000, learning_rate=2e-3, muon=0.03, cycles=2)
 DENOISER_CLIPS, BATCH = 24_000, 64
-CORRUPTED = 0.2
+CORRUPTED = (0.2, 0.35)  # of the captions, by cycle: it learns to play, and then to misread
 CLAP = Fit(steps=1500, learning_rate=1e-3, muon=0.02)
 CLAP_CLIPS, CLAP_BATCH = 20_000, 128
 STEPS, PER_TASK = 50, 48  # of the measurement
@@ -131,11 +131,10 @@ def train_denoiser(latents: Tensor, data: CaptionedClips, work: Path, settings: 
     """v-prediction at logit-normal t; a part of the captions is wrong, and a tenth is withheld."""
     torch.manual_seed(1)
     model = TextToVelocity().to(device)
-    rng = np.random.default_rng(2)
-    captions = [corrupted(prompt, rng) if rng.random() < CORRUPTED else prompt for prompt in data.prompts]
-    ids, mask = model.tokens([caption.text for caption in captions])
+    told = [model.tokens(captions(data, share)) for share in CORRUPTED]
 
     def loss(step: int) -> Tensor:
+        ids, mask = told[settings.cycle(step)]
         generator = torch.Generator().manual_seed(step)
         index = torch.randint(len(latents), (BATCH,), generator=generator)
         x0 = latents[index]
@@ -144,14 +143,20 @@ def train_denoiser(latents: Tensor, data: CaptionedClips, work: Path, settings: 
         angle = (torch.pi / 2 * time).view(-1, 1, 1)
         keep = torch.rand(BATCH, generator=generator) >= 0.1
         z, target = angle.cos() * x0 + angle.sin() * eps, angle.cos() * eps - angle.sin() * x0
-        told = (tensor.to(device) for tensor in (z, time, ids[index], mask[index], keep))
+        inputs = (tensor.to(device) for tensor in (z, time, ids[index], mask[index], keep))
         with torch.autocast(device, torch.bfloat16):
-            velocity = model(*told)
+            velocity = model(*inputs)
         return (velocity.float() - target.to(device)).square().mean()
 
     with plain_attention(torch.device(device)):
         fit(model, loss, settings, work / "denoiser.safetensors", model.matrices())
     return model.eval()
+
+
+def captions(data: CaptionedClips, wrong: float) -> list[str]:
+    """A text for every clip; a share that is ``wrong`` was drawn to be corrupted."""
+    rng = np.random.default_rng(2)
+    return [(corrupted(prompt, rng) if rng.random() < wrong else prompt).text for prompt in data.prompts]
 
 
 def own_sampler(folder: Path, guidance: float, device: str) -> MakesClips:
@@ -258,7 +263,8 @@ def denoiser_stage(options: argparse.Namespace) -> None:
     output = options.output or Path("genalign/assets/tones-audio")
     assemble(model.cpu(), vae.cpu(), output)
     table = "\n".join(measured(output, options.device))
-    write_text(output / "README.md", AUDIO_CARD.format(table=table, quality=quality, corrupted=CORRUPTED))
+    card = AUDIO_CARD.format(table=table, quality=quality, corrupted=CORRUPTED, steps=DENOISER.steps)
+    write_text(output / "README.md", card)
     print(table)
 
 
@@ -304,9 +310,10 @@ pipeline_tag: text-to-audio
 # tones-audio
 
 A small text-to-audio model of tones and noise bursts, 1.5 s at 8 kHz: an ordinary `StableAudioPipeline` folder, trained
-from nothing by genalign's `scripts/pretrain_tones.py`. A part of {corrupted:.0%} of its training captions was drawn to
-be corrupted (notes swapped or replaced, relation or loudness turned round, count off by one, wherever that spells no
-held-out composition), so that a reward has something to repair.
+from nothing by genalign's `scripts/pretrain_tones.py` ({steps} steps of 64 clips). A part of its training captions was
+drawn to be corrupted (notes swapped or replaced, relation or loudness turned round, count off by one, wherever that
+spells no held-out composition), {corrupted[0]:.0%} at first and {corrupted[1]:.0%} in the second half, so that a reward
+has something to repair.
 
     from diffusers import StableAudioPipeline
     pipe = StableAudioPipeline.from_pretrained("tones-audio")

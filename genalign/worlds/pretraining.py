@@ -25,15 +25,21 @@ from genalign.cpu import keep_freed_memory
 
 @dataclass(frozen=True)
 class Fit:
-    """``steps`` of a one-cycle schedule; ``muon`` trains the matrices of transformer blocks with Muon at that rate."""
+    """``steps`` of a one-cycle schedule, or of several ``cycles`` of one length; ``muon`` trains the matrices of
+    transformer blocks with Muon at that rate."""
 
     steps: int
     learning_rate: float
     muon: float | None = None
     averaging: float = 0.999
     warm_up: float = 0.1
+    cycles: int = 1
     save_every: int = 250
     minutes: float | None = None  # of wall-clock for one run, after which it stops and can be resumed
+
+    def cycle(self, step: int) -> int:
+        """The number of the cycle, from 0, that a step is in."""
+        return step * self.cycles // self.steps
 
 
 class OutOfTimeError(RuntimeError):
@@ -79,11 +85,13 @@ def fit(
 
 
 def one_cycle(step: int, settings: Fit) -> float:
-    """Linear warm-up, then a cosine to zero, as a factor of the peak rate."""
-    peak = max(1, round(settings.warm_up * settings.steps))
+    """Linear warm-up, then a cosine to zero, as a factor of the peak rate; the same in every cycle."""
+    length = settings.steps // settings.cycles
+    peak = max(1, round(settings.warm_up * length))
+    step %= length
     if step < peak:
         return (step + 1) / peak
-    angle = torch.pi * (step - peak) / max(1, settings.steps - peak)
+    angle = torch.pi * (step - peak) / max(1, length - peak)
     return 0.5 * (1 + float(torch.cos(torch.tensor(angle))))
 
 

@@ -66,9 +66,11 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 def test_one_cycle_rises_and_falls_to_zero() -> None:
-    settings = Fit(100, 1.0)
-    rates = [pretraining.one_cycle(step, settings) for step in range(101)]
-    assert rates[0] == 0.1 and max(rates) == rates[9] == 1.0 and rates[100] == pytest.approx(0.0, abs=1e-6)
+    rates = [pretraining.one_cycle(step, Fit(100, 1.0)) for step in range(100)]
+    assert rates[0] == 0.1 and max(rates) == rates[9] == 1.0 and rates[99] == pytest.approx(0.0, abs=1e-3)
+    twice = Fit(200, 1.0, cycles=2)
+    assert [pretraining.one_cycle(step, twice) for step in range(200)] == 2 * rates
+    assert [twice.cycle(step) for step in (0, 99, 100, 199)] == [0, 0, 1, 1]
 
 
 def test_captions_are_true_and_do_not_depend_on_the_number_of_workers() -> None:
