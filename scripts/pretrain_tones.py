@@ -134,7 +134,7 @@ def train_denoiser(latents: Tensor, data: CaptionedClips, work: Path, settings: 
     told = [model.tokens(captions(data, share)) for share in CORRUPTED]
 
     def loss(step: int) -> Tensor:
-        ids, mask = told[settings.cycle(step)]
+        ids, mask = told[step // settings.length]
         generator = torch.Generator().manual_seed(step)
         index = torch.randint(len(latents), (BATCH,), generator=generator)
         x0 = latents[index]

@@ -37,9 +37,14 @@ class Fit:
     save_every: int = 250
     minutes: float | None = None  # of wall-clock for one run, after which it stops and can be resumed
 
-    def cycle(self, step: int) -> int:
-        """The number of the cycle, from 0, that a step is in."""
-        return step * self.cycles // self.steps
+    def __post_init__(self) -> None:
+        if self.steps % self.cycles:
+            raise ValueError(f"steps must be a multiple of the {self.cycles} cycles, not {self.steps}")
+
+    @property
+    def length(self) -> int:
+        """Steps of a cycle."""
+        return self.steps // self.cycles
 
 
 class OutOfTimeError(RuntimeError):
@@ -86,12 +91,11 @@ def fit(
 
 def one_cycle(step: int, settings: Fit) -> float:
     """Linear warm-up, then a cosine to zero, as a factor of the peak rate; the same in every cycle."""
-    length = settings.steps // settings.cycles
-    peak = max(1, round(settings.warm_up * length))
-    step %= length
+    peak = max(1, round(settings.warm_up * settings.length))
+    step %= settings.length
     if step < peak:
         return (step + 1) / peak
-    angle = torch.pi * (step - peak) / max(1, length - peak)
+    angle = torch.pi * (step - peak) / max(1, settings.length - peak)
     return 0.5 * (1 + float(torch.cos(torch.tensor(angle))))
 
 
