@@ -52,7 +52,6 @@ def standing(contender: Contender, diversity: DiversityOf) -> Standing:
     records = {score: _records(contender.name, score, evaluations) for score in scores}
     main = claim(records[scores[0]])
     rounds = [_rows(run) for run in contender.runs.values()]
-    spread = [_difference(diversity(run / "before"), diversity(run / "after")) for run in contender.runs.values()]
     return Standing(
         name=contender.name,
         seeds=len(contender.runs),
@@ -62,10 +61,15 @@ def standing(contender: Contender, diversity: DiversityOf) -> Standing:
         scores={score: claim(found).mean for score, found in records.items()},
         tasks=_task_gains(records[scores[0]]),
         kl=_mean([_late_kl(rows) for rows in rounds]),
-        diversity={name: _mean([found[name] for found in spread]) for name in spread[0]},
+        diversity=_diversity_gain(contender.runs.values(), diversity),
         minutes=_mean([rows[-1]["machine"]["seconds"] / 60 for rows in rounds]),
         forwards=_mean([rows[-1]["forwards"] for rows in rounds]),
     )
+
+
+def _diversity_gain(runs: Iterable[Path], diversity: DiversityOf) -> dict[str, float]:
+    spread = [_difference(diversity(run / "before"), diversity(run / "after")) for run in runs]
+    return {name: _mean([found[name] for found in spread]) for name in spread[0]}
 
 
 def _pair(run: Path) -> tuple[Evaluation, Evaluation]:

@@ -58,13 +58,18 @@ def complete(
     active = [job.stops for job in jobs for _ in job.rows.tolist()]
     conditioning = sampled.start.conditioning[sampled.start.prompt[rows]]
     for index in range(min(sampled.steps) + 1, len(grid)):
-        moving = torch.tensor([i for i, stops in enumerate(active) if index in stops[1:]])
-        for part in torch.split(moving, size) if len(moving) else ():
+        for part in _moving(active, index, size):
             step = _step(grid, index, [active[i] for i in part.tolist()])
             prediction = pipeline.predict(x[part], step, conditioning[part], guidance)
             x[part] = transition(pipeline.path, ODE(), x[part], prediction, step).mean
     done = torch.split(x, [len(job.rows) for job in jobs])
     return torch.stack([latents[job.origin] for latents, job in zip(done, jobs, strict=True)], 1)
+
+
+def _moving(active: Sequence[tuple[int, ...]], index: int, size: int) -> Sequence[Tensor]:
+    """Batches of the states that move on from grid ``index``."""
+    moving = torch.tensor([i for i, stops in enumerate(active) if index in stops[1:]])
+    return torch.split(moving, size) if len(moving) else ()
 
 
 @dataclass(frozen=True)

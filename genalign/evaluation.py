@@ -263,8 +263,8 @@ def evaluate(
     texts, seeds = [job.prompt.text for job in jobs], [job.seed for job in jobs]
     grid, size = _grid(pipeline, protocol), protocol.batch_size
     numbers = processes.of(math.ceil(len(jobs) / size))
-    own = {number: found for number in numbers if kept and (found := kept.read(number))}
-    todo = [number for number in numbers if number not in own]
+    own = _finished(numbers, kept)
+    todo = sorted(set(numbers) - own.keys())
     batches = generate(pipeline, texts, seeds, grid, protocol.guidance, size, processes, done=own.keys())
     for number, samples in zip(todo, batches, strict=True):
         batch = jobs[number * size : number * size + len(samples)]
@@ -276,6 +276,10 @@ def evaluate(
     if output and processes.first:
         evaluation.save(output)
     return evaluation
+
+
+def _finished(numbers: Iterable[int], kept: Kept | None) -> dict[int, Sequence[Record]]:
+    return {number: found for number in numbers if kept and (found := kept.read(number))}
 
 
 def judge(

@@ -94,11 +94,7 @@ class Policy:
             raise ValueError(f"averaging must be a decay in [0, 1), not {averaging}")
         self.averaging, self.processes = averaging, processes
         self.updates = 0
-        if lora and not worn:
-            _inject(denoiser, lora, seed)
-        self.config: LoraConfig | None = cast(Any, denoiser).peft_config[ADAPTER] if lora or worn else None
-        if self.config is None:
-            denoiser.float()
+        self.config = _adapted(denoiser, lora, seed, worn)
         _require_gradients(denoiser, "lora_" if self.config else "")
         self.sharded = sharding is not None
         if sharding:
@@ -190,6 +186,16 @@ class Policy:
         if self.sharded:
             put_away(self.denoiser)
         self.updates = updates
+
+
+def _adapted(denoiser: nn.Module, lora: Lora | None, seed: int, worn: bool) -> LoraConfig | None:
+    """The configuration of the adapter that ``denoiser`` wears now; None for one that is trained whole, in float32."""
+    if lora and not worn:
+        _inject(denoiser, lora, seed)
+    if lora or worn:
+        return cast(LoraConfig, cast(Any, denoiser).peft_config[ADAPTER])
+    denoiser.float()
+    return None
 
 
 def _inject(denoiser: nn.Module, lora: Lora, seed: int) -> None:

@@ -40,9 +40,7 @@ def prdp_loss(
         group: (B,), prompt indices.
         steps: "mean" as the paper's listing, "sum" as its text, which makes beta S times smaller for the same strength.
     """
-    if log_ratios.ndim != 2 or log_ratios.shape != old_log_ratios.shape:
-        shapes = f"{tuple(log_ratios.shape)} and {tuple(old_log_ratios.shape)}"
-        raise ValueError(f"log_ratios and old_log_ratios must both be (B, S), not {shapes}")
+    _require_per_step(log_ratios, old_log_ratios)
     _require_per_sample(len(log_ratios), rewards=rewards, group=group)
     if not beta > 0 or not clip_range > 0:
         raise ValueError(f"beta and clip_range must be positive, not {beta} and {clip_range}")
@@ -141,6 +139,12 @@ def awm_log_probability(errors: Tensor, sigma: Tensor, power: float = 0.25) -> T
     tiny = 1e-10
     lifted: Tensor = (errors + tiny).pow(power) - tiny**power
     return -lifted * expand(sigma, errors) / power
+
+
+def _require_per_step(log_ratios: Tensor, old_log_ratios: Tensor) -> None:
+    if log_ratios.ndim != 2 or log_ratios.shape != old_log_ratios.shape:
+        shapes = f"{tuple(log_ratios.shape)} and {tuple(old_log_ratios.shape)}"
+        raise ValueError(f"log_ratios and old_log_ratios must both be (B, S), not {shapes}")
 
 
 def _require_per_sample(count: int, **tensors: Tensor) -> None:

@@ -61,14 +61,18 @@ def claim(records: Sequence[PromptRecord]) -> Row:
         raise ValueError("a claim is about one name and one metric")
     seeds = sorted({record.seed for record in records})
     by_seed = [_over_tasks([record for record in records if record.seed == seed]) for seed in seeds]
+    n = sum(record.n for record in records)
+    over_prompts = bootstrap_mean(_gains(records), n)
+    interval = wider(t_interval(by_seed), over_prompts) if len(seeds) > 1 else over_prompts
+    return Row(records[0].name, records[0].metric, interval.mean, interval.low, interval.high, n)
+
+
+def _gains(records: Sequence[PromptRecord]) -> dict[str, list[float]]:
+    """By task, the mean gain of each prompt."""
     prompts: dict[str, dict[str, list[float]]] = {}
     for record in records:
         prompts.setdefault(record.task, {}).setdefault(record.prompt, []).append(record.after - record.before)
-    means = {task: [_mean(values) for values in made.values()] for task, made in prompts.items()}
-    n = sum(record.n for record in records)
-    over_prompts = bootstrap_mean(means, n)
-    interval = wider(t_interval(by_seed), over_prompts) if len(seeds) > 1 else over_prompts
-    return Row(records[0].name, records[0].metric, interval.mean, interval.low, interval.high, n)
+    return {task: [_mean(values) for values in made.values()] for task, made in prompts.items()}
 
 
 def _over_tasks(records: Sequence[PromptRecord]) -> float:

@@ -113,9 +113,7 @@ def rollout(
     Samples of one prompt that share their initial noise are one sample until the first stochastic step, and are
     computed once until there.
     """
-    if len(kernels) != len(grid):
-        raise ValueError(f"one kernel per step: the grid has {len(grid)} steps, got {len(kernels)} kernels")
-    noisy = [bool(kernel(grid[i]).s > 0) for i, kernel in enumerate(kernels)]
+    noisy = _noisy(kernels, grid)
     branch = noisy.index(True) if any(noisy) else len(grid)
     rows, origin = distinct(start)
     x = pipeline.initial_noise([start.noise_seeds[row] for row in rows])
@@ -134,6 +132,13 @@ def rollout(
     final = x if branch < len(grid) else x[origin]
     states, nexts, means, outputs = (_stacked([tensors[field] for tensors in kept], final) for field in range(4))
     return Rollout(start, tuple(sorted(store)), states, nexts, means, outputs, final)
+
+
+def _noisy(kernels: Sequence[Kernel], grid: Grid) -> list[bool]:
+    """Which steps add noise."""
+    if len(kernels) != len(grid):
+        raise ValueError(f"one kernel per step: the grid has {len(grid)} steps, got {len(kernels)} kernels")
+    return [bool(kernel(grid[i]).s > 0) for i, kernel in enumerate(kernels)]
 
 
 def _stacked(tensors: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def train(
                 done = trainer.rounds_done
                 last = trainer.settings.progress(done, result.forwards) >= 1
                 panel = guard.panel(done, last, result.kl) if guard else None
-                look = Look(watch() if watch and due(done, every, last) else None, panel)
+                look = Look(_estimates(watch, every, done, last), panel)
                 folder.append(result.metrics() | look.as_dict())
                 _track(trackers, result, look)
                 held_out = look.held_out or held_out
@@ -210,6 +210,10 @@ def train(
                 if ending:
                     return stopped
             return True
+
+
+def _estimates(watch: Watcher | None, every: int, done: int, last: bool) -> Mapping[str, Estimate] | None:
+    return watch() if watch and due(done, every, last) else None
 
 
 @contextlib.contextmanager

@@ -32,10 +32,9 @@ def learning_curve(run: Path, output: Path) -> None:
     left.set(xlabel="minutes of training", ylabel="train reward", title="reward while training")
     watched = [row for row in rows if row["held_out"]]
     minutes = [row["machine"]["seconds"] / 60 for row in watched]
-    strict = [row["held_out"]["strict"] for row in watched]
-    right.plot(minutes, [value["mean"] for value in strict], marker="o", color="#228855")
-    lows, highs = [value["low"] for value in strict], [value["high"] for value in strict]
-    right.fill_between(minutes, lows, highs, color="#228855", alpha=0.2)
+    strict = {key: [row["held_out"]["strict"][key] for row in watched] for key in ("mean", "low", "high")}
+    right.plot(minutes, strict["mean"], marker="o", color="#228855")
+    right.fill_between(minutes, strict["low"], strict["high"], color="#228855", alpha=0.2)
     right.set(xlabel="minutes of training", ylabel="strict accuracy", title="validation prompts (95% interval)")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -241,15 +241,7 @@ def publish(work: Path) -> None:
     recorded, costs = Recorded.load(work).part(TEST), Costs.read(work)
     compared = Compared(recorded, costs, work)
     found = {name: {b: method(b) for b in BUDGETS} for name, method in compared.methods().items()}
-    records: list[PromptRecord] = []
-    for name in [*CLAIMED, *(name for name in found if name not in (*CLAIMED, "best_of_n"))]:
-        for score, (suffix, metric) in enumerate((("", "selection reward"), (".strict", "strict"))):
-            records += _records(
-                f"{name}{suffix}", f"{metric}, budgets 4 to 32", recorded, found, name, score, BUDGETS[1:]
-            )
-        for budget in BUDGETS if name in CLAIMED else ():
-            records += _records(f"{name}.at_{budget}", "selection reward", recorded, found, name, 0, (budget,))
-    records += _live_records(work)
+    records = [*_pool_records(recorded, found), *_live_records(work)]
     by_forwards = Compared(recorded, FORWARDS_ALONE, work)
     extra = {
         "budgets": BUDGETS,
@@ -263,6 +255,16 @@ def publish(work: Path) -> None:
         "Noise-aware pruning finds more of the selection reward than best-of-N at equal cost in seconds (suite comp)"
     )
     write_results(RESULTS, "search_shapes", {**head(claim, "python scripts/benchmark.py search"), **extra}, records)
+
+
+def _pool_records(recorded: Recorded, found: Mapping[str, Mapping[int, Tensor]]) -> Iterator[PromptRecord]:
+    """Of every method over the budgets, and of the claimed ones at each."""
+    for name in [*CLAIMED, *(name for name in found if name not in (*CLAIMED, "best_of_n"))]:
+        for score, (suffix, metric) in enumerate((("", "selection reward"), (".strict", "strict"))):
+            about = f"{metric}, budgets 4 to 32"
+            yield from _records(f"{name}{suffix}", about, recorded, found, name, score, BUDGETS[1:])
+        for budget in BUDGETS if name in CLAIMED else ():
+            yield from _records(f"{name}.at_{budget}", "selection reward", recorded, found, name, 0, (budget,))
 
 
 def _records(

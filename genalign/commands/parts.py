@@ -112,14 +112,20 @@ def _inside(part: object) -> Iterable[tuple[str, object]]:
     return vars(part).items() if is_dataclass(part) and not isinstance(part, type) else ()
 
 
+def adapted(outside: Outside, model: config.Model, lora: str | None) -> Checkpoint:
+    """A model with its adapter."""
+    pipeline = outside.load(model)
+    if lora:
+        pipeline.load_lora(lora)
+    return pipeline
+
+
 def opened(
     outside: Outside, model: config.Model, lora: str | None, plain: Mapping[str, object]
 ) -> tuple[Checkpoint, Subject]:
     """A model with its adapter, and what an evaluation of it is of; ``plain`` are the model's settings as written."""
     lora_hash = adapter_hash(Path(lora)) if lora else None
-    pipeline = outside.load(model)
-    if lora:
-        pipeline.load_lora(lora)
+    pipeline = adapted(outside, model, lora)
     shown = {name: value for name, value in plain.items() if name != "device"}
     return pipeline, Subject(shown, pipeline.fingerprint, lora, lora_hash)
 

@@ -236,9 +236,10 @@ def _repositories(found: Any, key: str = "") -> Iterator[str]:
         for value in found:
             yield from _repositories(value, key)
     elif isinstance(found, str) and not os.path.exists(found):
-        address = re.match(r"hf://([\w.-]+/[\w.-]+)/", found)
-        if address or (key in _WEIGHTS_OF_REWARDS and re.fullmatch(r"[\w.-]+/[\w.-]+", found)):
-            yield address[1] if address else found
+        named = r"([\w.-]+/[\w.-]+)"
+        address = re.match(f"hf://{named}/", found) or (key in _WEIGHTS_OF_REWARDS and re.fullmatch(named, found))
+        if address:
+            yield address[1]
 
 
 def _is_cached(repository: str) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
 from genalign import config
 from genalign.budget import Ledger, Metered, measure_prices, metered_rewards
 from genalign.checkpoints import write_json
-from genalign.commands.parts import Outside, named_rewards, own_share, prompt_set, require_rate
+from genalign.commands.parts import Outside, adapted, named_rewards, own_share, prompt_set, require_rate
 from genalign.media import writer
 from genalign.noise import derived_seed
 from genalign.prompts import drawn_in_turn
@@ -53,9 +54,7 @@ def _search_share(
     outside: Outside, settings: config.Steer, plain: Mapping[str, Any], folder: SearchFolder, asked: Sequence[Prompt]
 ) -> None:
     """Every prompt of this process's share that is not finished, but for those that another process holds."""
-    share, pipeline = own_share(os.environ), outside.load(settings.model)
-    if settings.lora:
-        pipeline.load_lora(settings.lora)
+    share, pipeline = own_share(os.environ), adapted(outside, settings.model, settings.lora)
     rewards, strategy, budget = named_rewards(settings.rewards), settings.strategy, settings.budget
     require_rate(settings, pipeline.sample_rate)
 
@@ -64,7 +63,9 @@ def _search_share(
         sampling, size = settings.sampling, settings.batch_size
         return search(pipeline, [asked[index]], rewards, strategy, budget, sampling, size, seed)
 
-    left = [i for i in share.of(len(asked)) if not folder.done(i)]
+    names = [reward.name for reward in rewards]
+    write = writer(pipeline.sample_rate, settings.audio)
+    left = list(filterfalse(folder.done, share.of(len(asked))))
     early = find(left[0]) if left and not folder.begun(plain) else None  # what cannot be made leaves nothing behind
     folder.begin(plain)
     for index in left:
@@ -72,8 +73,6 @@ def _search_share(
             if not held or folder.done(index):
                 continue
             result = early if early and index == left[0] else find(index)
-            names = [reward.name for reward in rewards]
-            write = writer(pipeline.sample_rate, settings.audio)
             row = folder.add(index, asked[index].text, names, result, write)
         scores = "  ".join(f"{name} {value}" for name, value in row["scores"].items())
         print(f"{index + 1}/{len(asked)}  {scores}  {result.ledger.forwards} forwards  {asked[index].text}", flush=True)

@@ -57,14 +57,7 @@ class Allowance:
             raise ValueError(self._too_little(wanted or 1, bill(wanted or 1), what))
         if wanted is not None:
             return wanted
-        count = 1
-        while self.affords(bill(2 * count)):
-            count *= 2
-        low, high = count, 2 * count
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.affords(bill(middle)) else (low, middle)
-        return low
+        return _last(lambda count: self.affords(bill(count)))
 
     def _too_little(self, count: int, calls: Counter[str], what: str) -> str:
         assert self.budget is not None, "without a budget everything is affordable"
@@ -73,6 +66,18 @@ class Allowance:
             f"{count} {what} cost {needed:.4g} for each prompt, and the budget is {self.budget.limit:.4g}: raise it, or"
             " take fewer or fewer steps"
         )
+
+
+def _last(affordable: Callable[[int], bool]) -> int:
+    """The last of the counts 1, 2, ... that are affordable; the first one is."""
+    low = 1
+    while affordable(2 * low):
+        low *= 2
+    high = 2 * low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if affordable(middle) else (low, middle)
+    return low
 
 
 class PreviewScorer(Protocol):

@@ -87,10 +87,7 @@ def sample_scene(metadata: Metadata, rng: np.random.Generator, hold_out: bool = 
         for _ in range(clause["count"])
     ]
     relation = next((clause["position"][0] for clause in metadata["include"] if "position" in clause), None)
-    while True:
-        items = _place(names, rng)
-        if items is not None and (relation is None or holds(relation, items[1], items[0], RELATION_MARGIN)):
-            break
+    items = _placed(names, relation, rng)
     order = rng.permutation(len(items))
     background = tuple(float(c + d) for c, d in zip(BACKGROUND, np.full(3, rng.uniform(-6, 6)), strict=True))
     return Scene(tuple(items[i] for i in order), (background[0], background[1], background[2]))
@@ -105,6 +102,14 @@ def jittered(color: str, rng: np.random.Generator) -> tuple[float, float, float]
     """The palette's colour with every channel moved by up to 8."""
     red, green, blue = np.clip(np.asarray(PALETTE[color]) + rng.uniform(-8, 8, 3), 0, 255)
     return float(red), float(green), float(blue)
+
+
+def _placed(names: Sequence[tuple[str, str]], relation: str | None, rng: np.random.Generator) -> list[Item]:
+    """Objects of which the second stands in ``relation`` to the first."""
+    while True:
+        items = _place(names, rng)
+        if items is not None and (relation is None or holds(relation, items[1], items[0], RELATION_MARGIN)):
+            return items
 
 
 def _place(names: Sequence[tuple[str, str]], rng: np.random.Generator) -> list[Item] | None:
