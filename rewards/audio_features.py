@@ -45,13 +45,15 @@ class LogMelFeatures:
     """Mel spectra in dB, without weights: ``mels`` bands from 50 Hz to half of ``sample_rate``, Hann windows of
     ``window`` seconds every ``hop``. A clip's features are every band's mean and standard deviation over its frames.
 
-    They hear timbre, pitch and level, and no meaning.
+    They hear timbre, pitch and level, and no meaning. With a ``floor`` levels count from there, and what is lower as 0:
+    silence is the origin, so that measures by direction, such as ``rewards.sets.Vendi``, compare spectra.
     """
 
     sample_rate: int
     mels: int = 64
     window: float = 0.064
     hop: float = 0.016
+    floor: float | None = None
 
     def __call__(self, samples: Tensor) -> Tensor:
         """(B, 2 mels) of waveforms (B, C, L), in dB; differentiable."""
@@ -62,6 +64,8 @@ class LogMelFeatures:
         clips = as_heard(samples, self.sample_rate, self.sample_rate, "the log-mel encoder")
         window, hop = (round(seconds * self.sample_rate) for seconds in (self.window, self.hop))
         frames = mel_decibels(clips, _mel_filters(self.sample_rate, window, self.mels), window, hop)
+        if self.floor is not None:
+            frames = (frames - self.floor).clamp(min=0)
         deviation = (frames.var(1, correction=0) + _TINY).sqrt()
         return Features(torch.cat([frames.mean(1), deviation], 1), frames)
 

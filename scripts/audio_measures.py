@@ -149,7 +149,7 @@ def measures(clap: str = "tones-clap") -> dict[str, Measure]:
         "fad": OfSets("less FAD", FrameFeatures(mel), FrameFrechetTo(frames)),
         "clip_fad": OfClips("less FAD by clip", PerSampleFrechet(mel, frames)),
         "text": OfSets("less distance to words", embedding, FrechetTo(worded(["organ"], clap))),
-        "vendi": OfSets("Vendi score", embedding, Vendi()),
+        "vendi": OfSets("Vendi score", LogMelFeatures(SAMPLE_RATE, floor=-50.0), Vendi()),
         "clap": OfClips("CLAP score", ClapReward(clap, SAMPLE_RATE)),
     }
 

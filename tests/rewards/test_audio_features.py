@@ -98,6 +98,16 @@ def test_the_nearer_set_scores_higher(organs: torch.Tensor, noises: torch.Tensor
     assert Vendi()(clips(both)) > Vendi()(clips(organs[:1].repeat(40, 1, 1))) == pytest.approx(1, abs=1e-3)
 
 
+def test_with_a_floor_levels_count_from_there(organs: torch.Tensor, noises: torch.Tensor) -> None:
+    floored, plain = LogMelFeatures(RATE, floor=-50.0), LogMelFeatures(RATE)
+    frames = floored.features(organs).patches
+    torch.testing.assert_close(frames, (plain.features(organs).patches + 50).clamp(min=0))
+    hissing = organs + 1e-4 * torch.randn(organs.shape, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(floored(hissing), floored(organs), rtol=0.05, atol=0.5)
+    both = torch.cat([organs[:20], noises[:20]])
+    assert Vendi()(plain(both)) < Vendi()(floored(both))  # not all point to silence
+
+
 def test_rank_deficient_sets(organs: torch.Tensor, noises: torch.Tensor) -> None:
     """Fewer frames than bands, and silence, whose frames are all the same: exact, where a square root of a singular
     product is not."""
