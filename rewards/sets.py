@@ -15,17 +15,9 @@ from torch import Tensor
 
 from genalign.blocks import BlockFrechetStatistic, as_blocks
 from genalign.demonstrations import Rescored, SetStatistic
-from genalign.divergences import (
-    FrechetStatistic,
-    Gaussian,
-    GaussianKernel,
-    MMDReference,
-    MMDStatistic,
-    VendiStatistic,
-    gaussian_distance,
-    polynomial_kernel,
-    vendi,
-)
+from genalign.divergences import Gaussian, gaussian_distance, vendi
+from genalign.mmd import GaussianKernel, MMDReference, MMDStatistic, polynomial_kernel
+from genalign.set_statistics import FrechetStatistic, VendiStatistic
 from genalign.types import Prompt
 from rewards.features import with_parts
 

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from genalign.credit import SetContrast
 from genalign.demonstrations import IncrementalReward, Rescored, greedy_swap
-from genalign.divergences import Gaussian, frechet_distance, kid, vendi
+from genalign.divergences import Gaussian, frechet_distance, vendi
 from genalign.learning import Outcome
+from genalign.mmd import kid
 from genalign.set_sums import WeightedSum, standardised, with_quality
 from genalign.types import SetReward
 from rewards.sets import CMMDTo, FrechetTo, KIDTo, Vendi, per_sample_frechet
