@@ -1,4 +1,4 @@
-"""Evaluation of a pipeline on a prompt set, written down so that two of them can be compared image by image."""
+"""Evaluation of a pipeline on a prompt set, written down image by image: ``genalign.pairing`` compares two of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from typing import Protocol as TypingProtocol
@@ -116,18 +116,6 @@ class Record:
         return self.task, self.prompt, self.sample, self.seed
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One prompt and noise, before and after."""
-
-    before: Record
-    after: Record
-
-    def difference(self, score: str) -> float:
-        """After minus before; NaN where either failed."""
-        return self.after.scores[score] - self.before.scores[score]
-
-
 class Kept(TypingProtocol):
     """The finished batches of an evaluation."""
 
@@ -137,7 +125,9 @@ class Kept(TypingProtocol):
 
 
 @dataclass(frozen=True)
-class _Value:
+class Value:
+    """A number of one sample."""
+
     task: str
     prompt: str
     value: float
@@ -157,12 +147,12 @@ class Evaluation:
     @property
     def overall(self) -> dict[str, Estimate]:
         """The mean over tasks of each score."""
-        return {name: _estimate(self._values(name)) for name in self.score_names}
+        return {name: estimate(self._values(name)) for name in self.score_names}
 
     @property
     def tasks(self) -> dict[str, dict[str, Estimate]]:
         """The mean of each score in each task, tasks in order of first appearance."""
-        return _by_task({name: self._values(name) for name in self.score_names})
+        return by_task({name: self._values(name) for name in self.score_names})
 
     @property
     def failed(self) -> int:
@@ -190,8 +180,8 @@ class Evaluation:
         write_text(directory / "records.jsonl", "".join(f"{line}\n" for line in lines))
         write_json(directory / "summary.json", self.summary())
 
-    def _values(self, name: str) -> list[_Value]:
-        return [_Value(record.task, record.prompt, record.scores[name]) for record in self.records]
+    def _values(self, name: str) -> list[Value]:
+        return [Value(record.task, record.prompt, record.scores[name]) for record in self.records]
 
 
 def load_evaluation(directory: Path) -> Evaluation:
@@ -352,85 +342,16 @@ def _records(
     ]
 
 
-def gain(before: Evaluation, after: Evaluation) -> dict[str, Estimate]:
-    """After minus before of each score, paired by prompt and noise; ``n`` counts the pairs that were scored.
-
-    Raises:
-        ValueError: the protocols differ, or the images are not the same prompts and noises.
-    """
-    return {name: _estimate(values) for name, values in _differences(before, after).items()}
-
-
-def task_gains(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Estimate]]:
-    """``gain`` within each task."""
-    return _by_task(_differences(before, after))
-
-
-def ranked(before: Evaluation, after: Evaluation) -> tuple[Pair, ...]:
-    """Pairs by after minus before, worst regression first: by the first score, ties by the next; no failed ones."""
-    names = _shared_scores(before, after)
-    differences = [(tuple(pair.difference(name) for name in names), pair) for pair in pairs(before, after)]
-    scored = [item for item in differences if all(map(math.isfinite, item[0]))]
-    return tuple(pair for _, pair in sorted(scored, key=lambda item: item[0]))
-
-
-def worst(before: Evaluation, after: Evaluation, n: int) -> tuple[Pair, ...]:
-    """The first ``n`` of ``ranked``."""
-    return ranked(before, after)[:n]
-
-
-def pairs(before: Evaluation, after: Evaluation) -> tuple[Pair, ...]:
-    """The images of two evaluations side by side, in the order of ``before``.
-
-    Raises:
-        ValueError: the protocols differ, or the images are not the same prompts and noises.
-    """
-    check_protocols(before.protocol, after.protocol)
-    matches = {record.key: record for record in after.records}
-    unmatched = matches.keys() ^ {record.key for record in before.records}
-    if unmatched:
-        task, prompt, sample, _ = min(unmatched)
-        raise ValueError(
-            f"{len(unmatched)} images have no partner in the other evaluation, the first of them {prompt!r} ({task}), "
-            f"sample {sample}: evaluate the same plan before and after"
-        )
-    return tuple(Pair(record, matches[record.key]) for record in before.records)
-
-
-def check_protocols(before: Protocol, after: Protocol) -> None:
-    """Raise ValueError, naming what differs, for two numbers made in different ways: they are not compared."""
-    if before.hash == after.hash:
-        return
-    old, new = before.as_dict(), after.as_dict()
-    names = [field.name for field in fields(Protocol) if old[field.name] != new[field.name]]
-    differing = "; ".join(f"{name} is {old[name]!r} before and {new[name]!r} after" for name in names)
-    raise ValueError(
-        f"evaluations of different protocols cannot be compared: {differing}. Evaluate both by one protocol"
-    )
-
-
-def _shared_scores(before: Evaluation, after: Evaluation) -> list[str]:
-    return [name for name in before.score_names if name in after.score_names]
-
-
-def _differences(before: Evaluation, after: Evaluation) -> dict[str, list[_Value]]:
-    matched = pairs(before, after)
-    return {
-        name: [_Value(pair.before.task, pair.before.prompt, pair.difference(name)) for pair in matched]
-        for name in _shared_scores(before, after)
-    }
-
-
-def _by_task(values: Mapping[str, Sequence[_Value]]) -> dict[str, dict[str, Estimate]]:
+def by_task(values: Mapping[str, Sequence[Value]]) -> dict[str, dict[str, Estimate]]:
     """Estimates of each score within each task."""
     tasks = dict.fromkeys(value.task for column in values.values() for value in column)
     return {
-        task: {name: _estimate(value for value in column if value.task == task) for name, column in values.items()}
+        task: {name: estimate(value for value in column if value.task == task) for name, column in values.items()}
         for task in tasks
     }
 
 
-def _estimate(values: Iterable[_Value]) -> Estimate:
+def estimate(values: Iterable[Value]) -> Estimate:
     """The mean over tasks of per-prompt means, failed values left out."""
     finite: dict[str, dict[str, list[float]]] = {}
     for item in values:

@@ -19,7 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from genalign.evaluation import load_evaluation, ranked
+from genalign.evaluation import load_evaluation
+from genalign.pairing import ranked
 
 COLUMNS = 8
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from genalign import config
 from genalign.checkpoints import write_json
 from genalign.commands.parts import Checkpoint, Outside, opened, own_share, print_estimates
-from genalign.evaluation import Evaluation, Protocol, check_protocols, suite_hash
+from genalign.evaluation import Evaluation, Protocol, suite_hash
 from genalign.evaluation_folder import Subject, content_hash, manifest
 from genalign.geneval.comparing import compared, finished
 from genalign.geneval.files import Sample, read_prompts, read_results, read_samples
@@ -19,6 +19,7 @@ from genalign.geneval.judging import Judge
 from genalign.geneval.original import rescored
 from genalign.geneval.running import GenEvalFolder, Work, verifier
 from genalign.geneval.sources import Existing, Generated
+from genalign.pairing import check_protocols
 from genalign.processes import Share
 from genalign.report import write_geneval
 from genalign.sampling import Sampling

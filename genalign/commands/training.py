@@ -20,12 +20,13 @@ from genalign.commands.estimating import advice
 from genalign.commands.evaluating import Exam, exam
 from genalign.commands.parts import Checkpoint, Outside, named_rewards, prompt_set, require_rate
 from genalign.commands.resuming import Inputs, Texts, TrackerRun, checkpoint_in, requested
-from genalign.evaluation import Evaluation, gain, load_evaluation, plan, suite_hash
+from genalign.evaluation import Evaluation, load_evaluation, plan, suite_hash
 from genalign.faults import is_out_of_memory
 from genalign.guard import Guard
 from genalign.hacking import Looks, Measures
 from genalign.journal import Journal
 from genalign.learning import anchored
+from genalign.pairing import gain, task_gains
 from genalign.policy import Policy
 from genalign.processes import ALONE, Processes, ProcessesError, joined
 from genalign.report import write_report
@@ -292,8 +293,6 @@ def print_table(before: Evaluation, after: Evaluation) -> None:
     """Before, after and gain with intervals, per task and overall, of the first score."""
     from rich.console import Console
     from rich.table import Table
-
-    from genalign.evaluation import task_gains
 
     score = before.score_names[0]
     table = Table("task", "before", "after", "gain (95% interval)", title=f"{before.protocol.suite}: {score}")

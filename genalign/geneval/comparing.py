@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from genalign.evaluation import Evaluation, Pair, gain, load_evaluation, pairs, task_gains
+from genalign.evaluation import Evaluation, load_evaluation
+from genalign.pairing import Pair, gain, pairs, task_gains
 from genalign.statistics import Estimate, WinRate, win_rate
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from genalign.checkpoints import write_text
-from genalign.evaluation import ELSEWHERE, Evaluation, ranked
+from genalign.evaluation import ELSEWHERE, Evaluation
 from genalign.geneval.comparing import Paired, compared, finished
 from genalign.geneval.files import Result, read_results
 from genalign.geneval.original import VERIFIER
+from genalign.pairing import ranked
 from genalign.report import sections
 from genalign.report.html import page
 from genalign.report.reading import Comparison, Run

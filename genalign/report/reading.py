@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from genalign.evaluation import Evaluation, Pair, gain, load_evaluation, ranked, task_gains
+from genalign.evaluation import Evaluation, load_evaluation
+from genalign.pairing import Pair, gain, ranked, task_gains
 from genalign.statistics import Estimate
 
 Row = Mapping[str, Any]

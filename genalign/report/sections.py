@@ -10,7 +10,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from genalign.evaluation import Evaluation, Pair
+from genalign.evaluation import Evaluation
+from genalign.pairing import Pair
 from genalign.report.curves import whisker
 from genalign.report.reading import Comparison, Run
 from genalign.report.samples import Shown, fitting, shown

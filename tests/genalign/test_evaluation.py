@@ -16,16 +16,13 @@ from genalign.evaluation import (
     Protocol,
     Record,
     evaluate,
-    gain,
     load_evaluation,
     noise_seed,
     plan,
-    ranked,
     suite_hash,
-    task_gains,
-    worst,
 )
 from genalign.evaluation_folder import BatchFolder
+from genalign.pairing import gain, ranked, task_gains, worst
 from genalign.paths import FlowPath
 from genalign.types import Conditioning, Grid, Prompt, PromptSet
 

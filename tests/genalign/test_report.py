@@ -13,8 +13,9 @@ import torch
 from markupsafe import Markup
 from PIL import Image
 
-from genalign.evaluation import Evaluation, Protocol, Record, gain
+from genalign.evaluation import Evaluation, Protocol, Record
 from genalign.media import writer
+from genalign.pairing import gain
 from genalign.report import write_report
 from genalign.report.curves import Axis, Point, binned, line_chart, ticks, whisker
 from genalign.report.reading import read_run
