@@ -143,19 +143,11 @@ AUDIO_TARGETS = {
 }
 
 
-@torch.no_grad()
 def audio(work: Path) -> None:
     """On sounds: policy gradient and DRAGON raise strict accuracy, and DRAGON moves what its rewards of sets say."""
-    runs, found = compared(work / "audio", "compare_tones"), measures()
-    records: list[PromptRecord] = []
-    table: list[dict[str, Any]] = []
-    for name, target in AUDIO_TARGETS.items():
-        heard = [Run.of(run, seed) for seed, run in runs[name].items()]
-        beside = "partial" if target == "strict" else "strict"
-        for run in heard:
-            records += found[target].records(name, run) + found[beside].records(f"{name}.{beside}", run)
-        table.append(rewards_row(name, found[target], heard, found))
-    records += pruning_records(work / "audio_search")
+    trained = compared(work / "audio", "compare_tones")
+    records = pruning_records(work / "audio_search")
+    heard, table = audio_gains(trained)
     claim = (
         "On sounds DDPO and DRAGON raise held-out strict accuracy (suite comp, ODE); DRAGON brings clips nearer to"
         " exemplars of quiet organ tones (FAD of frames, of sets and by clip; in words, by CLAP), and raises the Vendi"
@@ -163,7 +155,22 @@ def audio(work: Path) -> None:
         " best-of-N at equal cost in seconds"
     )
     made = head(claim, "python scripts/proofs.py audio")
-    write_results(RESULTS, "audio_tones", {**made, "win_rates": table}, records)
+    write_results(RESULTS, "audio_tones", {**made, "win_rates": table}, heard + records)
+
+
+@torch.no_grad()
+def audio_gains(trained: dict[str, dict[int, Path]]) -> tuple[list[PromptRecord], list[dict[str, Any]]]:
+    """The records of every recipe's target and of an accuracy beside it, and DRAGON's table 1."""
+    found = measures()
+    records: list[PromptRecord] = []
+    table: list[dict[str, Any]] = []
+    for name, target in AUDIO_TARGETS.items():
+        heard = [Run.of(run, seed) for seed, run in trained[name].items()]
+        beside = "partial" if target == "strict" else "strict"
+        for run in heard:
+            records += found[target].records(name, run) + found[beside].records(f"{name}.{beside}", run)
+        table.append(rewards_row(name, found[target], heard, found))
+    return records, table
 
 
 def alarm_and_fall(run: Path) -> tuple[float, float]:
