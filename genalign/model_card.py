@@ -70,7 +70,7 @@ def _figures(run: Path) -> str:
     if not (run / "gain.json").is_file():
         return "The run was not evaluated before and after."
     before, after = (_read(run / name / "summary.json") for name in ("before", "after"))
-    lines = ["| score | before | after | gain (95% interval) | image pairs |", "|---|---|---|---|---|"]
+    lines = ["| score | before | after | gain (95% interval) | pairs |", "|---|---|---|---|---|"]
     for name, gain in _read(run / "gain.json").items():
         old, new = (found["overall"][name]["mean"] for found in (before, after))
         interval = f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"

@@ -30,7 +30,7 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class Row:
-    """One claim as a gain with its 95% interval; ``n`` image pairs."""
+    """One claim as a gain with its 95% interval; ``n`` pairs of samples."""
 
     name: str
     metric: str

@@ -96,27 +96,32 @@ class ClapEncoder(TwoTowers):
     def features(self, waveforms: Tensor, rate: int) -> Features:
         """The same, and unit embeddings of the frames (B, n, d): the last layer's tokens, averaged over frequency,
         through the projection. Frames that only fill a window up are left out."""
+        clips = self._clips(waveforms, rate)
+        whole, frames = self.heard(self.windows(clips))
+        kept = math.ceil(frames.shape[2] * min(1.0, clips.shape[1] / self.windows.length))
+        return Features(whole, frames[:, :, :kept].flatten(1, 2))
+
+    def spectra(self, waveforms: Tensor, rate: int) -> Tensor:
+        """What it hears: log-mel spectrograms (B, windows, 1, frames, mels) in dB, differentiable."""
+        return self.windows(self._clips(waveforms, rate))
+
+    def heard(self, spectra: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit embeddings (B, d) of clips by their ``spectra``, and of every window's frames (B, windows, f, d)."""
+        network: Any = self.model
+        flat = spectra.flatten(0, 1)
+        shorter = torch.zeros(len(flat), 1, dtype=torch.bool, device=flat.device)  # no window is to be fused
+        found = network.audio_model(input_features=flat, is_longer=shorter)
+        tokens = found.last_hidden_state.mean(2).transpose(1, 2)
+        whole, frames = (F.normalize(network.audio_projection(part), dim=-1) for part in (found.pooler_output, tokens))
+        whole, frames = (part.view(*spectra.shape[:2], *part.shape[1:]) for part in (whole, frames))
+        return F.normalize(whole.mean(1), dim=-1), frames
+
+    def _clips(self, waveforms: Tensor, rate: int) -> Tensor:
         clips = as_heard(waveforms, rate, self.windows.rate, f"CLAP {self._name}")
         if clips.shape[1] < self.windows.length:
             seconds = self.windows.length / self.windows.rate
             tell_once(f"CLAP {self._name} hears {seconds:g} s: shorter clips are filled up ({self.windows.padding})")
-        spectra = self.windows(clips)
-        count, windows = spectra.shape[:2]
-        whole, frames = self._heard(spectra.flatten(0, 1))
-        kept = math.ceil(frames.shape[1] * min(1.0, clips.shape[1] / self.windows.length))
-        return Features(
-            F.normalize(whole.view(count, windows, -1).mean(1), dim=-1),
-            frames[:, :kept].reshape(count, windows * kept, -1),
-        )
-
-    def _heard(self, spectra: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit embeddings (n, d) of windows (n, 1, frames, mels), and of their frames (n, f, d)."""
-        network: Any = self.model
-        shorter = torch.zeros(len(spectra), 1, dtype=torch.bool, device=spectra.device)  # no window is to be fused
-        found = network.audio_model(input_features=spectra, is_longer=shorter)
-        tokens = found.last_hidden_state.mean(2).transpose(1, 2)
-        whole, frames = (network.audio_projection(part) for part in (found.pooler_output, tokens))
-        return F.normalize(whole, dim=-1), F.normalize(frames, dim=-1)
+        return clips
 
     def _encode(self, texts: list[str]) -> Tensor:
         return projected_text(self.model, self._tokenizer, texts, self._context)

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from genalign.checkpoints import load_state, save_state
 from genalign.search.aware import NoiseAware, Quality
 from genalign.types import Prompt
-from rewards.clap import load_clap
+from rewards.clap import ClapEncoder, load_clap
 from rewards.clip import load_clip
 from rewards.towers import TwoTowers
 
 _LEVEL_WIDTH = 32
+_MIDDLE_DB = 50.0  # a spectrogram's values are around -50
 
 
 class TowerScorer(nn.Module, ABC):
@@ -104,12 +105,83 @@ class LatentScorer(ClipScorer):
         super().__init__(model, hidden, start)
         self.arguments |= {"channels": channels, "scale": scale, "width": width, "depth": depth}
         widths = [channels] + depth * [width]
-        layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Conv2d(*pair, 3, padding=1), nn.SiLU())]
         last = nn.Conv2d(width, 3 * scale**2, 3, padding=1)
-        self.decoder = nn.Sequential(*layers, last, nn.PixelShuffle(scale), nn.Sigmoid())
+        self.decoder = nn.Sequential(*_convolutions(nn.Conv2d, widths), last, nn.PixelShuffle(scale), nn.Sigmoid())
+
+    def seen(self, samples: Tensor) -> Tensor:
+        """What the decoder is to make: the images."""
+        return samples
 
     def embed(self, samples: Tensor) -> Tensor:
         return super().embed(self.decoder(samples))
+
+
+class ClapLatentScorer(ClapScorer):
+    """Of latent previews (B, channels, n) of clips, through a small decoder of its own to the spectrogram that CLAP
+    hears: neither the pipeline's decoder nor a waveform is made. ``start``: the file of a ``ClapScorer``.
+
+    For clips that are as long as CLAP's window.
+    """
+
+    on = "latents"
+
+    def __init__(
+        self,
+        model: str,
+        sample_rate: int,
+        channels: int,
+        width: int = 128,
+        depth: int = 3,
+        hidden: int = 256,
+        start: str | None = None,
+    ) -> None:
+        super().__init__(model, sample_rate, hidden, start)
+        self.arguments |= {"channels": channels, "width": width, "depth": depth}
+        windows = load_clap(model).windows
+        self.decoder = SpectraDecoder(
+            channels, width, depth, windows.length // windows.hop + 1, windows.filters.shape[1]
+        )
+
+    def seen(self, samples: Tensor) -> Tensor:
+        """What the decoder is to make: the clips' spectrograms. Raises ValueError for clips of another length."""
+        windows = self.encoder.windows
+        seconds, heard = samples.shape[-1] / self.sample_rate, windows.length / windows.rate
+        if abs(seconds - heard) > windows.hop / windows.rate:
+            raise ValueError(
+                f"a ClapLatentScorer hears one window of {heard:g} s, and the model makes clips of {seconds:g} s: use a"
+                " ClapScorer, which hears decoded previews of any length"
+            )
+        return self.encoder.spectra(samples, self.sample_rate)
+
+    def embed(self, samples: Tensor) -> Tensor:
+        return self.encoder.heard(self.decoder(samples))[0]
+
+    @property
+    def encoder(self) -> ClapEncoder:
+        """The trained tower."""
+        return cast(ClapEncoder, self.tower)
+
+
+class SpectraDecoder(nn.Module):
+    """From latents (B, channels, n) to one window's log-mel spectrogram (B, 1, 1, frames, mels) in dB."""
+
+    def __init__(self, channels: int, width: int, depth: int, frames: int, mels: int) -> None:
+        super().__init__()
+        self.frames = frames
+        self.read = nn.Sequential(*_convolutions(nn.Conv1d, [channels] + depth * [width]))
+        self.write = nn.Sequential(
+            nn.Conv1d(width, width, 3, padding=1), nn.SiLU(), nn.Conv1d(width, mels, 3, padding=1)
+        )
+
+    def forward(self, latents: Tensor) -> Tensor:
+        spread = F.interpolate(self.read(latents), size=self.frames, mode="linear", align_corners=True)
+        spectra: Tensor = _MIDDLE_DB * (self.write(spread) - 1)
+        return spectra.transpose(1, 2)[:, None, None]
+
+
+def _convolutions(kind: type[nn.Module], widths: Sequence[int]) -> list[nn.Module]:
+    """Convolutions of three, each with its activation."""
+    return [layer for pair in itertools.pairwise(widths) for layer in (kind(*pair, 3, padding=1), nn.SiLU())]
 
 
 def level_features(sigma: Tensor) -> Tensor:
@@ -135,7 +207,7 @@ def save_scorer(path: Path, scorer: NoiseAware) -> None:
 def load_scorer(path: str | Path, least_tau: float = 0.1) -> NoiseAware:
     """What ``save_scorer`` wrote. Raises ValueError for another file."""
     tensors, meta = load_state(Path(path))
-    kinds: dict[str, type[TowerScorer]] = {kind.__name__: kind for kind in (LatentScorer, ClipScorer, ClapScorer)}
+    kinds = {kind.__name__: kind for kind in (ClipScorer, ClapScorer, LatentScorer, ClapLatentScorer)}
     if meta.get("student") not in kinds:
         raise ValueError(f"{path} is not a noise-aware reward: make one by genalign train-noise-aware")
     student = kinds[meta["student"]](**meta["arguments"])

@@ -103,7 +103,7 @@ def train_noise_aware_command(outside: Outside, arguments: Sequence[str]) -> int
     train = _recorded(settings, pipeline, settings.prompts, folder / "train.safetensors")
     held_out = _recorded(settings, pipeline, settings.held_out, folder / "held_out.safetensors")
     if isinstance(student, Decoding):
-        for loss in learn_to_decode(student.decoder, train, pipeline.decode, settings.distillation):
+        for loss in learn_to_decode(student, train, pipeline.decode, settings.distillation):
             print(f"decoder  loss {loss:.5f}", flush=True)
     for levels, loss in distil(student, train, look, settings.distillation):
         print(f"{levels}/{len(train.sigmas)} levels  loss {loss:.4f}", flush=True)

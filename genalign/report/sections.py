@@ -1,4 +1,4 @@
-"""The headline, the tables, the image pairs and the facts of a run, in words, for the page to lay out."""
+"""The headline, the tables, the pairs of samples and the facts of a run, in words, for the page to lay out."""
 
 from __future__ import annotations
 

@@ -51,6 +51,9 @@ class Decoding(Protocol):
 
     decoder: nn.Module
 
+    def seen(self, samples: Tensor) -> Tensor:
+        """What its decoder is to make of previews that the pipeline's decodes to ``samples``."""
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -126,14 +129,17 @@ class Distillation:
     seed: int = 0
 
 
-def learn_to_decode(decoder: nn.Module, recording: Recording, decode: Look, settings: Distillation) -> Iterator[float]:
-    """Train a small decoder by mean square error to ``decode``, on one preview of every trajectory at any level; yields
-    the mean loss after every epoch."""
+def learn_to_decode(student: Decoding, recording: Recording, decode: Look, settings: Distillation) -> Iterator[float]:
+    """Train a student's decoder by mean square error to what it is to see of previews that ``decode`` decodes, on one
+    of every trajectory at any level; yields the mean loss after every epoch."""
+    decoder = student.decoder
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, "decoder"))
     level = torch.randint(len(recording.sigmas), (len(recording),), generator=generator)
     previews = recording.previews[torch.arange(len(recording)), level].float()
     with torch.no_grad():
-        decoded = torch.cat([decode(part).half().cpu() for part in torch.split(previews, settings.batch_size)])
+        decoded = torch.cat(
+            [student.seen(decode(part)).half().cpu() for part in torch.split(previews, settings.batch_size)]
+        )
     optimizer = torch.optim.AdamW(decoder.parameters(), settings.decoder_learning_rate)
     device = device_of(decoder)
     for _ in range(settings.decoder_epochs):

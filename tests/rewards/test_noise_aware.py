@@ -10,7 +10,7 @@ import torch
 from genalign.search.aware import NoiseAware, Quality
 from genalign.types import Prompt
 from rewards.clap import load_clap
-from rewards.noise_aware import ClapScorer, ScorerReward, load_scorer, save_scorer
+from rewards.noise_aware import ClapLatentScorer, ClapScorer, ScorerReward, load_scorer, save_scorer
 from tests.rewards.tiny_clap import RATE, write_clap
 
 PROMPTS = [Prompt("an A4 sine tone"), Prompt("a C5 organ tone")]
@@ -23,6 +23,17 @@ def clap(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def _clips() -> torch.Tensor:
     return torch.rand(2, 1, RATE, generator=torch.Generator().manual_seed(0)) - 0.5
+
+
+class _Fixed(torch.nn.Module):
+    """A decoder that always makes the same."""
+
+    def __init__(self, made: torch.Tensor) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.made
 
 
 def test_a_student_of_sound_trains_its_own_tower_and_no_statistics(clap: str) -> None:
@@ -47,3 +58,21 @@ def test_a_student_of_sound_is_written_and_read(clap: str, tmp_path: Path) -> No
     torch.testing.assert_close(ScorerReward(path)(_clips(), PROMPTS), expected)
     started = ClapScorer(clap, RATE, hidden=8, start=str(path))
     assert torch.equal(started.read[0].weight, student.read[0].weight)  # type: ignore[arg-type]  # of a Sequential
+
+
+def test_a_student_of_latents_hears_them_by_its_own_decoder(clap: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    of_clips, path = ClapScorer(clap, RATE, hidden=8), tmp_path / "scorer.safetensors"
+    save_scorer(path, NoiseAware(of_clips, (Quality(0.2, 0.5, 0.5, 0.0),)))
+    student = ClapLatentScorer(clap, RATE, channels=3, width=4, depth=1, hidden=8, start=str(path))
+    assert torch.equal(student.read[0].weight, of_clips.read[0].weight)  # type: ignore[arg-type]  # of a Sequential
+    save_scorer(path, NoiseAware(student, (Quality(0.2, 0.5, 0.5, 0.0),)))
+    with pytest.raises(ValueError, match="scores latents, and a reward is given samples"):
+        ScorerReward(path)
+    latents, level = torch.randn(2, 3, 20), torch.tensor([0.9, 0.1])
+    spectra = student.seen(_clips())
+    assert student.decoder(latents).shape == spectra.shape
+    student.decoder = _Fixed(spectra)  # what it decodes is heard as the clips themselves
+    torch.testing.assert_close(student(latents, level, PROMPTS), of_clips(_clips(), level, PROMPTS))
+    with pytest.raises(ValueError, match="hears one window of 1 s, and the model makes clips of 2 s: use a ClapScorer"):
+        student.seen(torch.zeros(2, 1, 2 * RATE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -77,11 +78,21 @@ def test_a_recording_is_of_whole_trajectories(tiny: SD3, tmp_path: Path) -> None
     assert len(made.joined(again)) == 12 and made.joined(again).prompt.max() == 3
 
 
+@dataclass
+class Small:
+    """A student's decoder, which is to make the negative of what the pipeline makes."""
+
+    decoder: nn.Module
+
+    def seen(self, samples: Tensor) -> Tensor:
+        return 1 - samples
+
+
 def test_a_small_decoder_learns_what_the_large_one_makes() -> None:
-    recording, decoder = _blurred(64, 0), nn.Sequential(nn.Conv2d(1, 3, 1), nn.Sigmoid())
+    recording, student = _blurred(64, 0), Small(nn.Sequential(nn.Conv2d(1, 3, 1), nn.Sigmoid()))
     settings = Distillation(decoder_epochs=30, decoder_learning_rate=0.02)
     losses = list(
-        learn_to_decode(decoder, recording, lambda latents: (2 * latents).sigmoid().expand(-1, 3, -1, -1), settings)
+        learn_to_decode(student, recording, lambda latents: (2 * latents).sigmoid().expand(-1, 3, -1, -1), settings)
     )
     assert len(losses) == 30 and losses[-1] < 0.02 * losses[0]
 
