@@ -1,50 +1,34 @@
 """Noise-aware pruning on sounds, beside best-of-N at equal seconds: a part of ``scripts/proofs.py audio``.
 
-The selection reward is a regressor on tones-clap, its student reads latent previews, and the verifier only judges.
-Schedules are chosen on prompts and noises of their own.
+The selection reward is a regressor on tones-clap, its student reads latent previews, and the verifier only judges. Both
+ways choose among the same recorded trajectories; schedules are chosen on prompts and noises of their own.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-import pipelines
-from genalign import assets
-from genalign.budget import measure_prices
+from genalign.budget import measure_prices, reward_call
 from genalign.cli import main as genalign
-from genalign.prompts import drawn_in_turn
 from genalign.results import PromptRecord
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
-from genalign.search import BestOfN, Budget, Prune, search
-from genalign.search.strategy import Strategy
+from genalign.search.pruning import PruneSchedule
 from genalign.types import Prompt
-from genalign.worlds import tones
 from rewards.noise_aware import ScorerReward, load_scorer
-from rewards.tones import TonesReward
+from scripts import audio_pool
 from scripts.kept import kept
+from scripts.pruning_trials import Costs, Trials, best_of
 
-SAMPLING, BATCH = Sampling(16), 32
 BUDGETS = (4, 8, 16)  # so many finished clips' seconds
-SCHEDULES = tuple(
-    (steps, (share,) * len(steps))
-    for steps, share in itertools.chain(
-        itertools.product([(3,), (4,), (6,), (7,)], (0.2, 0.33)),
-        itertools.product([(3, 6), (4, 7), (6, 8)], (0.33, 0.5)),
-        itertools.product([(3, 6, 8), (4, 7, 10)], (0.5,)),
-    )
-)
-PROMPTS, TUNING_PROMPTS = 60, 24
-SEEDS, TUNING_SEED = (84, 85, 86), 100  # on 81 a student of decoded previews was tried
+TUNING, SEEDS = 100, (84, 85, 86)
+TRIALS, SUBSETS, BATCH = 8, 40, 32
+STUDENT = "noise-aware"
 SCORER = "scorer.safetensors"
 
 
@@ -62,102 +46,71 @@ def prepare(work: Path) -> None:
             raise SystemExit(f"{config} ended with status {status}")
 
 
-@dataclass(frozen=True)
-class Searches:
-    """Searches in a folder of trained scorers, at prices measured once."""
+def costs(work: Path) -> Costs:
+    """Of every call in seconds, measured once: the machine should be quiet then."""
 
-    work: Path
-
-    @functools.cached_property
-    def pipeline(self) -> pipelines.DiffusersPipeline:
-        return pipelines.load(assets.resolve("tones-audio"), autocast=torch.bfloat16)
-
-    @functools.cached_property
-    def selection(self) -> ScorerReward:
-        return ScorerReward(self.work / "selection" / SCORER)
-
-    @functools.cached_property
-    def scorer(self) -> Any:
-        return load_scorer(self.work / "aware" / SCORER)
-
-    @functools.cached_property
-    def prices(self) -> dict[str, float]:
-        """Seconds of every call, measured once: the machine should be quiet then."""
-        student, level, latents = (
-            self.scorer.student,
-            torch.full((BATCH,), 0.5),
-            self.pipeline.initial_noise(range(BATCH)),
-        )
+    def measured() -> dict[str, float]:
+        model, asked = audio_pool.pipeline(), audio_pool.asked(TUNING)[:BATCH]
+        latents, level = model.initial_noise(range(len(asked))), torch.full((len(asked),), 0.5)
+        student = load_scorer(work / "aware" / SCORER).student
         calls = [
-            NamedReward("selection", self.selection),
-            NamedReward("noise-aware", lambda _, prompts: student(latents, level, prompts)),
+            NamedReward("selection", ScorerReward(work / "selection" / SCORER)),
+            NamedReward(STUDENT, lambda _, prompts: student(latents, level, prompts)),
         ]
-        asked, grid = drawn_in_turn(tones.prompts("val"), BATCH, 0), SAMPLING.grid(self.pipeline)
-        found: dict[str, float] = kept(
-            self.work / "prices.json", lambda: measure_prices(self.pipeline, calls, asked, grid, repeats=15)
-        )
-        return found
+        return measure_prices(model, calls, asked, Sampling(audio_pool.STEPS).grid(model), repeats=15)
 
-    @property
-    def clip(self) -> float:
-        """What one finished clip costs."""
-        return len(SAMPLING.grid(self.pipeline)) * self.prices["forward"] + sum(
-            self.prices[call] for call in ("decode", "reward/selection")
-        )
+    found = kept(work / "prices.json", measured)
+    looks = {STUDENT: found[reward_call(STUDENT)]}
+    return Costs(audio_pool.STEPS, found["forward"], found["decode"], found[reward_call("selection")], looks)
 
-    def found(
-        self, name: str, strategy: Strategy, asked: Sequence[Prompt], budget: int, seed: int
-    ) -> list[list[float]]:
-        """The selection reward and the strict score of the chosen clip of every prompt."""
 
-        def searched() -> list[list[float]]:
-            limit = Budget(cost=budget * self.clip, prices=self.prices)
-            rewards = [NamedReward("selection", self.selection)]
-            result = search(self.pipeline, asked, rewards, strategy, limit, SAMPLING, BATCH, seed)
-            strict = TonesReward("strict")(result.images, asked)
-            print(f"{name}: {float(result.scores.mean()):.4f}, strict {float(strict.mean()):.3f}", flush=True)
-            return torch.stack([result.scores[:, 0], strict], dim=1).tolist()
+@torch.no_grad()
+def trials(work: Path, seed: int, subsets: int) -> Trials:
+    """Pruning by the student on the pool of a seed."""
+    student = load_scorer(work / "aware" / SCORER).student
+    levels = Sampling(audio_pool.STEPS).grid(audio_pool.pipeline()).noise_share[list(audio_pool.LEVELS)].float()
+    recorded = audio_pool.load(work / "pool", seed)
 
-        rows: list[list[float]] = kept(self.work / "found" / f"{name}-at-{budget}-seed-{seed}.json", searched)
-        return rows
+    def scored(previews: Tensor, prompt: Prompt) -> Tensor:
+        """(N, L) of previews (N, L, ...) of one prompt."""
+        asked = [prompt] * len(previews)
+        places = enumerate(levels.expand(len(previews), -1).T)
+        return torch.stack([student(previews[:, i].float(), level, asked) for i, level in places], dim=1)
 
-    def pruning(self, schedule: Sequence[Sequence[float]]) -> Prune:
-        steps, keep = schedule
-        return Prune(tuple(map(int, steps)), tuple(keep), scorer=self.scorer)
-
-    def schedule(self, budget: int) -> Any:
-        """That of most selection reward on the tuning prompts."""
-        asked = drawn_in_turn(tones.prompts("val"), TUNING_PROMPTS, TUNING_SEED)
-
-        def reward(place: int) -> float:
-            strategy = self.pruning(SCHEDULES[place])
-            rows = self.found(f"tuning-{place}", strategy, asked, budget, TUNING_SEED)
-            return statistics.mean(row[0] for row in rows)
-
-        return kept(self.work / f"schedule-at-{budget}.json", lambda: SCHEDULES[max(range(len(SCHEDULES)), key=reward)])
+    scores = [scored(tensors["previews"], prompt) for tensors, prompt in recorded]
+    clean = [tensors["clean"] for tensors, _ in recorded]
+    return Trials(torch.stack(scores), torch.stack(clean), audio_pool.LEVELS, subsets)
 
 
 def pruning_records(work: Path) -> list[PromptRecord]:
-    """Means over the budgets, best-of-N before and pruning after, of held-out compositions."""
+    """Of held-out compositions, best-of-N before and pruning after: means over the budgets, and each."""
     prepare(work)
-    searches, asked = Searches(work), drawn_in_turn(tones.prompts("comp"), PROMPTS, 0)
-    return [record for seed in SEEDS for record in _records(searches, asked, seed)]
+    prices = costs(work)
+    audio_pool.record(work / "pool", work / "selection" / SCORER)
+    chosen = schedules(work, prices)
+    return [record for seed in SEEDS for record in _records(trials(work, seed, SUBSETS), seed, chosen, prices)]
 
 
-def _records(searches: Searches, asked: Sequence[Prompt], seed: int) -> list[PromptRecord]:
-    ways: dict[str, Callable[[int], Strategy]] = {
-        "best_of_n": lambda budget: BestOfN(),
-        "pruning": lambda budget: searches.pruning(searches.schedule(budget)),
-    }
-    before, after = (
-        np.mean([searches.found(name, strategy(b), asked, b, seed) for b in BUDGETS], axis=0).tolist()
-        for name, strategy in ways.items()
-    )
-    metric = f"budgets {BUDGETS[0]} to {BUDGETS[-1]}"
-    return [
-        PromptRecord(name, f"{what}, {metric}", seed, prompt.task, prompt.text, old[score], new[score], len(BUDGETS))
-        for score, (name, what) in enumerate(
-            (("noise_aware_pruning", "selection reward"), ("noise_aware_pruning.strict", "strict"))
-        )
-        for prompt, old, new in zip(asked, before, after, strict=True)
-    ]
+def schedules(work: Path, prices: Costs) -> dict[int, PruneSchedule]:
+    """For every budget that of most selection reward on the tuning pool."""
+
+    def tuned() -> dict[int, object]:
+        tuning = trials(work, TUNING, TRIALS)
+        return {budget: asdict(tuning.best(STUDENT, budget, prices)) for budget in BUDGETS}
+
+    found = kept(work / "schedules.json", tuned)
+    return {int(budget): PruneSchedule(tuple(one["steps"]), tuple(one["keep"])) for budget, one in found.items()}
+
+
+def _records(made: Trials, seed: int, chosen: Mapping[int, PruneSchedule], prices: Costs) -> Iterator[PromptRecord]:
+    ends, asked = made.ends, audio_pool.asked(seed)
+    before = {budget: best_of(ends, budget) for budget in chosen}
+    after = {budget: made.at(schedule, STUDENT, budget, prices) for budget, schedule in chosen.items()}
+    about = f"budgets {min(chosen)} to {max(chosen)}"
+    rows = [("", f"selection reward, {about}", 0, list(chosen)), (".strict", f"strict, {about}", 1, list(chosen))]
+    rows += [(f".at_{budget}", "selection reward", 0, [budget]) for budget in chosen]
+    for suffix, metric, score, budgets in rows:
+        old, new = (torch.stack([side[b][:, score] for b in budgets]).mean(0).tolist() for side in (before, after))
+        for place, prompt in enumerate(asked):
+            name = f"noise_aware_pruning{suffix}"
+            yield PromptRecord(name, metric, seed, prompt.task, prompt.text, old[place], new[place], SUBSETS)

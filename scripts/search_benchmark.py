@@ -31,12 +31,13 @@ from genalign.results import PromptRecord, write_results
 from genalign.sampling import Sampling
 from genalign.search import BestOfN, FKSteering, Prune
 from genalign.search.engine import Run
-from genalign.search.pruning import PruneSchedule, chosen_probabilities
+from genalign.search.pruning import PruneSchedule
 from genalign.search.strategy import Allowance, Strategy
 from rewards.noise_aware import load_scorer
 from scripts import search_pool
 from scripts.proofs import RESULTS, head
-from scripts.search_pool import FORWARDS_ALONE, LEVELS, PROMPTS, SEEDS, STEPS, Costs, Recorded
+from scripts.pruning_trials import Costs, Trials, best_of, schedules
+from scripts.search_pool import FORWARDS_ALONE, LEVELS, PROMPTS, SEEDS, STEPS, Recorded
 
 BUDGETS = (2, 4, 8, 16, 32)
 WAYS = {
@@ -63,59 +64,18 @@ def prepare(work: Path) -> None:
             raise SystemExit(f"{config} ended with status {status}")
 
 
-def schedules() -> list[PruneSchedule]:
-    """One to three steps of LEVELS with equal shares."""
-    found = []
-    for count, shares in ((1, (0.2, 0.33, 0.5)), (2, (0.33, 0.5, 0.6)), (3, (0.4, 0.5, 0.65))):
-        for steps in itertools.combinations(LEVELS, count):
-            found += [PruneSchedule(steps, (share,) * count) for share in shares]
-    return found
-
-
-class Trials:
-    """Pruning in one way on random subsets of the recorded candidates, ``subsets`` for each prompt."""
-
-    def __init__(self, recorded: Recorded, way: str, subsets: int) -> None:
-        self.shape = len(recorded), subsets
-        again = recorded.part([row for row in range(len(recorded)) for _ in range(subsets)])
-        self.pool, self.clean = again.pool(way), again.clean.double()
-
-    def pruned(self, schedule: PruneSchedule, candidates: int) -> Tensor:
-        """The mean clean scores (P, 2) of what a schedule returns of so many candidates."""
-        generator = torch.Generator().manual_seed(candidates)
-        subset = torch.rand(len(self.clean), SEEDS, generator=generator).argsort(dim=1)[:, :candidates]
-        places = tuple(LEVELS.index(step) for step in schedule.steps)
-        found = self.pool.winners(PruneSchedule(places, schedule.keep), subset)
-        return self.clean[torch.arange(len(found)), found].view(*self.shape, 2).mean(1)
-
-
-def best_of(ends: Tensor, count: int) -> Tensor:
-    """The exact expected clean scores (P, 2) of best-of-``count`` of ``ends`` (P, N, 2), by the selection reward."""
-    order = ends[:, :, 0].argsort(dim=1)
-    ranked = ends.double().gather(1, order[:, :, None].expand_as(ends))
-    expected: Tensor = torch.einsum("pns,n->ps", ranked, chosen_probabilities(ends.shape[1], min(count, SEEDS)))
-    return expected
-
-
 def tune(work: Path) -> None:
     """For every way and budget the schedule of most reward; for every way the one that reaches best-of-32 soonest."""
-    recorded, costs = Recorded.load(work).part(TUNE), Costs.read(work)
+    recorded, costs = Recorded.load(work).part(TUNE), search_pool.costs(work)
     target = float(best_of(recorded.clean, BUDGETS[-1])[:, 0].mean())
     chosen: dict[str, dict[str, object]] = {}
     for name, way in WAYS.items():
-        trials = Trials(recorded, way, TRIALS)
-        by_budget = {budget: _best(trials, way, budget, costs) for budget in BUDGETS}
-        soonest = min(schedules(), key=lambda schedule: share(trials, schedule, way, costs, target))
+        trials = recorded.trials(way, TRIALS)
+        by_budget = {budget: trials.best(way, budget, costs) for budget in BUDGETS}
+        soonest = min(schedules(LEVELS), key=lambda schedule: share(trials, schedule, way, costs, target))
         chosen[name] = {"by_budget": {b: asdict(s) for b, s in by_budget.items()}, "soonest": asdict(soonest)}
         print(f"{name}: {chosen[name]}", flush=True)
     write_json(work / "schedules.json", chosen)
-
-
-def _best(trials: Trials, way: str, budget: int, costs: Costs) -> PruneSchedule:
-    """The schedule of most reward at a budget."""
-    counts = {schedule: costs.affordable(schedule, way, budget) for schedule in schedules()}
-    possible = [schedule for schedule, count in counts.items() if count]
-    return max(possible, key=lambda schedule: float(trials.pruned(schedule, counts[schedule])[:, 0].mean()))
 
 
 def share(trials: Trials, schedule: PruneSchedule, way: str, costs: Costs, target: float) -> float:
@@ -154,7 +114,7 @@ class Compared:
             return best_of(ends.half, int(budget * image / costs.sample(STEPS // 2)))
 
         def first(budget: int) -> Tensor:
-            looked = costs.forward + costs.preview("raw")
+            looked = costs.forward + costs.looks["raw"]
             return best_of(ends.clean, int((budget * image - (STEPS - 1) * costs.forward - looked) / looked))
 
         return {
@@ -169,18 +129,14 @@ class Compared:
 
     def _pruning(self, name: str, way: str) -> Callable[[int], Tensor]:
         by_budget, _ = chosen_schedules(self.work, name)
-        trials = Trials(self.recorded, way, SUBSETS)
+        trials = self.recorded.trials(way, SUBSETS)
 
-        def found(budget: int) -> Tensor:
-            count = self.costs.affordable(by_budget[budget], way, budget)
-            return trials.pruned(by_budget[budget], count)
-
-        return found
+        return lambda budget: trials.at(by_budget[budget], way, budget, self.costs)
 
     def cost_of_best_of_32(self, name: str) -> dict[str, float | None]:
         """The share of its cost at which pruning reaches best-of-32's reward, with a bootstrap over prompts."""
         way, (_, schedule) = WAYS[name], chosen_schedules(self.work, name)
-        counts, trials = range(1, SEEDS + 1), Trials(self.recorded, way, SUBSETS)
+        counts, trials = range(1, SEEDS + 1), self.recorded.trials(way, SUBSETS)
         rewards = torch.stack([trials.pruned(schedule, n)[:, 0] for n in counts]).numpy()
         costs = np.array([self.costs.pruning(schedule, way, n) / (BUDGETS[-1] * self.costs.sample()) for n in counts])
         lead = rewards - best_of(self.recorded.clean, BUDGETS[-1])[:, 0].numpy()
@@ -201,7 +157,7 @@ class Compared:
 
 def live(work: Path) -> None:
     """Best-of-N, pruning and FK steering at one budget, on the base and on what Flow-GRPO made of it."""
-    costs, prices = Costs.read(work), json.loads((work / "prices.json").read_text(encoding="utf-8"))
+    costs, prices = search_pool.costs(work), json.loads((work / "prices.json").read_text(encoding="utf-8"))
     prices["reward/noise-aware"] = prices["reward/decoded"]
     prices["reward/strict"] = 0.0  # it judges, and is not part of the search
     allowance = Allowance(Budget(cost=LIVE_BUDGET * costs.sample(), prices=prices))
@@ -238,7 +194,7 @@ def live(work: Path) -> None:
 
 def publish(work: Path) -> None:
     """Everything on the test prompts, from the pool and the live searches."""
-    recorded, costs = Recorded.load(work).part(TEST), Costs.read(work)
+    recorded, costs = Recorded.load(work).part(TEST), search_pool.costs(work)
     compared = Compared(recorded, costs, work)
     found = {name: {b: method(b) for b in BUDGETS} for name, method in compared.methods().items()}
     records = [*_pool_records(recorded, found), *_live_records(work)]

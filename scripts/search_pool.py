@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ from genalign.prompts import drawn_in_turn
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
 from genalign.search.engine import Candidates, Run
-from genalign.search.pruning import Pool, PruneSchedule
+from genalign.search.pruning import Pool
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.noise_aware import ScorerReward, load_scorer
 from rewards.shapes import ShapesReward
+from scripts.pruning_trials import Costs, Trials
 
 STEPS, SEEDS, PROMPTS = 20, 64, 200
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14)
@@ -134,60 +134,28 @@ class Recorded:
         texts, tasks = (tuple(column[row] for row in index) for column in (self.texts, self.tasks))
         return Recorded(*(tensor[index] for tensor in tensors), texts, tasks)
 
-    def pool(self, way: str) -> Pool:
-        """Scores of previews in one way at LEVELS, the selection reward last."""
-        columns = [*(self._scored(way, place) for place in range(len(LEVELS))), self.clean[:, :, 0]]
-        return Pool(torch.stack(columns, dim=2)[..., None])
-
-    def _scored(self, way: str, place: int) -> Tensor:
-        if way == "oracle":
-            return self.clean[:, :, 0]
+    def trials(self, way: str, subsets: int) -> Trials:
+        """Pruning by previews that are scored in one way."""
         if way == "random":
-            return torch.rand(len(self), SEEDS, generator=torch.Generator().manual_seed(place))
-        return self.previews[:, :, place, PREVIEWS.index(way)]
+            shape = len(self) * subsets, SEEDS, len(LEVELS)
+            scores = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        elif way == "oracle":
+            scores = self.clean[:, :, :1].expand(-1, -1, len(LEVELS))
+        else:
+            scores = self.previews[:, :, :, PREVIEWS.index(way)]
+        return Trials(scores, self.clean, LEVELS, subsets)
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What one sample's calls cost: in seconds, as ``genalign prices`` measures them for the selection reward and each
-    student, or in forwards alone."""
-
-    forward: float
-    decode: float
-    reward: float
-    students: Mapping[str, float]
-
-    @classmethod
-    def read(cls, work: Path) -> Costs:
-        """What ``measure`` wrote."""
-        found = json.loads((work / "prices.json").read_text(encoding="utf-8"))
-        students = {name: found[reward_call(name)] for name in ("decoded", "latent")}
-        return cls(found["forward"], found["decode"], found[reward_call("selection")], students)
-
-    def sample(self, steps: int = STEPS) -> float:
-        """A whole sample; one of STEPS is one image of budget."""
-        return steps * self.forward + self.decode + self.reward
-
-    def preview(self, way: str) -> float:
-        """Scoring one preview."""
-        if way == "latent":
-            return self.students["latent"]
-        return {"random": 0.0, "decoded": self.decode + self.students["decoded"]}.get(way, self.decode + self.reward)
-
-    def pruning(self, schedule: PruneSchedule, way: str, candidates: int) -> float:
-        """What a schedule really costs."""
-        counts, done = schedule.counts(candidates), [0, *(step + 1 for step in schedule.steps), STEPS]
-        moves = sum(alive * (end - begin) for alive, (begin, end) in zip(counts, itertools.pairwise(done), strict=True))
-        scored = sum(counts[:-1]) * self.preview(way)
-        return moves * self.forward + scored + counts[-1] * (self.decode + self.reward)
-
-    def affordable(self, schedule: PruneSchedule, way: str, budget: float) -> int:
-        """The most candidates that ``budget`` images' cost begins, of those that were recorded."""
-        limit = budget * self.sample() * (1 + 1e-9)
-        return max((n for n in range(1, SEEDS + 1) if self.pruning(schedule, way, n) <= limit), default=0)
+def costs(work: Path) -> Costs:
+    """What ``measure`` wrote, in seconds."""
+    found = json.loads((work / "prices.json").read_text(encoding="utf-8"))
+    decode, reward = found["decode"], found[reward_call("selection")]
+    looks = dict.fromkeys(("raw", "oracle"), decode + reward) | {"random": 0.0}
+    looks |= {"decoded": decode + found[reward_call("decoded")], "latent": found[reward_call("latent")]}
+    return Costs(STEPS, found["forward"], decode, reward, looks)
 
 
-FORWARDS_ALONE = Costs(1.0, 0.0, 0.0, {"decoded": 0.0, "latent": 0.0})
+FORWARDS_ALONE = Costs(STEPS, 1.0, 0.0, 0.0, dict.fromkeys(("raw", "oracle", "random", "decoded", "latent"), 0.0))
 
 
 def measure(work: Path) -> None:

@@ -9,51 +9,55 @@ import pytest
 import torch
 
 from genalign import assets
-from genalign.sampling import Sampling
 from genalign.search.aware import NoiseAware, Quality
 from genalign.worlds.tones.models import TextToVelocity, assemble, build_vae
-from pipelines import StableAudio
-from rewards.noise_aware import ClapScorer, save_scorer
-from scripts import audio_search
+from rewards.noise_aware import ClapLatentScorer, ClapScorer, save_scorer
+from scripts import audio_pool, audio_search
+from scripts.pruning_trials import best_of
 from tests.rewards.tiny_clap import write_clap
-
-STEPS = Sampling(3)
 
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """scripts/audio_search.py with random models, small budgets and two schedules."""
+    """scripts/audio_search.py with random models, small pools and small budgets."""
     torch.manual_seed(0)
     folders = {"tones-clap": write_clap(tmp_path / "clap"), "tones-audio": tmp_path / "audio"}
     assemble(TextToVelocity(layers=1), build_vae(), folders["tones-audio"])
     monkeypatch.setattr(assets, "resolve", lambda name: str(folders.get(name, name)))
-    level = float(StableAudio.load(str(folders["tones-audio"])).grid(3).noise_share[1])
-    for name in ("selection", "aware"):
-        student = ClapScorer(str(folders["tones-clap"]), 8000, hidden=8)
-        scorer = NoiseAware(student, (Quality(level, 0.5, 0.5, 0.0),))
+    clap = str(folders["tones-clap"])
+    students = {"selection": ClapScorer(clap, 8000, hidden=8), "aware": ClapLatentScorer(clap, 8000, 8, 4, 1, 8)}
+    for name, student in students.items():
         (tmp_path / "work" / name).mkdir(parents=True)
-        save_scorer(tmp_path / "work" / name / "scorer.safetensors", scorer)
-    small = {"SAMPLING": STEPS, "BATCH": 4, "BUDGETS": (2, 3), "PROMPTS": 3, "TUNING_PROMPTS": 1, "SEEDS": (1, 2)}
-    for key, value in {**small, "SCHEDULES": (((1,), (0.5,)), ((1,), (0.25,)))}.items():
+        save_scorer(tmp_path / "work" / name / "scorer.safetensors", NoiseAware(student, (Quality(0.5, 0.5, 0.5, 0),)))
+    suites = {100: "val", 1: "comp", 2: "comp"}
+    for key, value in {"STEPS": 3, "LEVELS": (0, 1), "CANDIDATES": 4, "PROMPTS": 3, "SUITES": suites}.items():
+        monkeypatch.setattr(audio_pool, key, value)
+    for key, value in {"BUDGETS": (2, 3), "SEEDS": (1, 2), "SUBSETS": 2, "TRIALS": 2, "BATCH": 2}.items():
         monkeypatch.setattr(audio_search, key, value)
+    prices = {"forward": 1.0, "decode": 2.0, "reward/selection": 0.5, "reward/noise-aware": 0.25}
+    (tmp_path / "work" / "prices.json").write_text(json.dumps(prices))
     return tmp_path / "work"
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-def test_searches_become_records_and_are_kept(work: Path) -> None:
+def test_pools_become_records_and_are_kept(work: Path) -> None:
     records = audio_search.pruning_records(work)
-    named = [(record.name, record.seed) for record in records]
-    assert len(records) == 12 and set(named) == {
-        (name, seed) for name in ("noise_aware_pruning", "noise_aware_pruning.strict") for seed in (1, 2)
-    }
-    assert len({record.prompt for record in records}) == 3 and {record.n for record in records} == {2}
-    made = {path.name for path in (work / "found").iterdir()}
-    assert {f"best_of_n-at-{budget}-seed-{seed}.json" for budget in (2, 3) for seed in (1, 2)} <= made
-    assert {f"tuning-{place}-at-2-seed-100.json" for place in (0, 1)} <= made
-    rows = [json.loads((work / "found" / f"best_of_n-at-{b}-seed-1.json").read_text()) for b in (2, 3)]
-    first = next(record for record in records if record.seed == 1)
-    assert first.before == pytest.approx((rows[0][0][0] + rows[1][0][0]) / 2)
-    prices = json.loads((work / "prices.json").read_text())
-    assert set(prices) == {"forward", "decode", "reward/selection", "reward/noise-aware"}
-    again = audio_search.pruning_records(work)
-    assert again == records
+    names = {f"noise_aware_pruning{suffix}" for suffix in ("", ".strict", ".at_2", ".at_3")}
+    assert {(record.name, record.seed) for record in records} == {(name, seed) for name in names for seed in (1, 2)}
+    assert len(records) == 3 * len(names) * 2 and {record.n for record in records} == {2}
+    pool = audio_pool.load(work / "pool", 1)
+    one = next(record for record in records if record.name.endswith("at_2") and record.seed == 1)
+    assert one.before == pytest.approx(float(best_of(pool[0][0]["clean"][None], 2)[0, 0]))
+    assert pool[0][0]["previews"].shape[:2] == (4, 2)
+    chosen = json.loads((work / "schedules.json").read_text())
+    assert set(chosen) == {"2", "3"}
+    (work / "pool" / "seed-2" / "002.safetensors").unlink()
+    assert audio_search.pruning_records(work) == records  # what is missing is made anew, from the same noises
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_calls_are_priced_once(work: Path) -> None:
+    (work / "prices.json").unlink()
+    prices = audio_search.costs(work)
+    assert prices == audio_search.costs(work) and prices.steps == 3
+    assert min(prices.forward, prices.decode, prices.reward, prices.looks["noise-aware"]) > 0

@@ -1,0 +1,69 @@
+"""The recorded trajectories of sounds that searches are compared on: a part of ``scripts/proofs.py audio``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import pipelines
+from genalign import assets
+from genalign.budget import Ledger, Metered
+from genalign.checkpoints import load_state, save_state
+from genalign.noise import derived_seed
+from genalign.prompts import drawn_in_turn
+from genalign.sampling import Sampling
+from genalign.scoring import NamedReward
+from genalign.search.engine import Run
+from genalign.types import Pipeline, Prompt
+from genalign.worlds import tones
+from rewards.noise_aware import ScorerReward
+from rewards.tones import TonesReward
+
+STEPS, CANDIDATES, PROMPTS = 16, 48, 60
+LEVELS = (3, 4, 6, 7, 8, 10)
+SUITES = {100: "val", 84: "comp", 85: "comp", 86: "comp"}  # the prompts of a seed's pool
+
+
+def pipeline() -> Pipeline:
+    """The base model, as it is searched."""
+    return pipelines.load(assets.resolve("tones-audio"), autocast=torch.bfloat16)
+
+
+def asked(seed: int) -> list[Prompt]:
+    """The prompts of a seed's pool, as many of each task as there are, in turn."""
+    return drawn_in_turn(tones.prompts(SUITES[seed]), PROMPTS, seed=0)
+
+
+@torch.no_grad()
+def record(work: Path, selection: Path) -> None:
+    """Every trajectory's latent previews at LEVELS, and its end by the selection reward and the verifier. Finished
+    prompts are kept."""
+    model = pipeline()
+    judges = [NamedReward("selection", ScorerReward(selection)), NamedReward("strict", TonesReward("strict"))]
+    for seed in SUITES:
+        for index, prompt in enumerate(asked(seed)):
+            path = work / f"seed-{seed}" / f"{index:03d}.safetensors"
+            if path.exists():
+                continue
+            grid, name = Sampling(STEPS).grid(model), str(derived_seed(seed, "pool", index))
+            run = Run(Metered(model, Ledger()), [prompt], judges, grid, 1.0, CANDIDATES, name)
+            save_state(path, _trajectories(run), {"prompt": prompt.text, "task": prompt.task})
+            print(f"seed {seed}  {index + 1}/{PROMPTS}  {prompt.text}", flush=True)
+
+
+def _trajectories(run: Run) -> dict[str, Tensor]:
+    """``previews`` (N, L, ...) and ``clean`` (N, 2)."""
+    candidates, previews = run.start(CANDIDATES), []
+    for level in LEVELS:
+        candidates = run.advance(candidates, level + 1)
+        assert candidates.preview is not None, "an advanced candidate has a preview"
+        previews.append(candidates.preview.half())
+    return {"previews": torch.stack(previews, dim=1), "clean": run.finish(candidates).scores}
+
+
+def load(work: Path, seed: int) -> list[tuple[dict[str, Tensor], Prompt]]:
+    """What ``record`` wrote of a seed's prompts."""
+    paths = sorted((work / f"seed-{seed}").glob("*.safetensors"))
+    return [(load_state(path)[0], prompt) for path, prompt in zip(paths, asked(seed), strict=True)]

@@ -1,0 +1,96 @@
+"""Pruning tried on recorded trajectories: what a schedule finds, what it costs, and which one is the best."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genalign.search.pruning import Pool, PruneSchedule, chosen_probabilities
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one sample's calls cost, in seconds or in forwards alone; a finished sample takes ``steps`` forwards, a
+    decoding and a call of the reward that selects. ``looks``: what it takes to score a preview, by way."""
+
+    steps: int
+    forward: float
+    decode: float
+    reward: float
+    looks: Mapping[str, float]
+
+    def sample(self, steps: int | None = None) -> float:
+        """A whole sample; one of all ``steps`` is a budget of one."""
+        return (steps or self.steps) * self.forward + self.decode + self.reward
+
+    def pruning(self, schedule: PruneSchedule, way: str, candidates: int) -> float:
+        """What a schedule really costs."""
+        counts, done = schedule.counts(candidates), [0, *(step + 1 for step in schedule.steps), self.steps]
+        moves = sum(alive * (end - begin) for alive, (begin, end) in zip(counts, itertools.pairwise(done), strict=True))
+        scored = sum(counts[:-1]) * self.looks[way]
+        return moves * self.forward + scored + counts[-1] * (self.decode + self.reward)
+
+    def affordable(self, schedule: PruneSchedule, way: str, budget: float, most: int) -> int:
+        """The most candidates, of ``most``, that ``budget`` samples' cost begins; 0 where it begins none."""
+        limit = budget * self.sample() * (1 + 1e-9)
+        return max((n for n in range(1, most + 1) if self.pruning(schedule, way, n) <= limit), default=0)
+
+
+def schedules(levels: Sequence[int]) -> list[PruneSchedule]:
+    """One to three steps of ``levels`` with equal shares."""
+    found = []
+    for count, shares in ((1, (0.2, 0.33, 0.5)), (2, (0.33, 0.5, 0.6)), (3, (0.4, 0.5, 0.65))):
+        for steps in itertools.combinations(levels, count):
+            found += [PruneSchedule(steps, (share,) * count) for share in shares]
+    return found
+
+
+class Trials:
+    """Pruning by the ``scores`` (P, N, L) of previews at ``levels``, on ``subsets`` random subsets of the N candidates
+    of each of P prompts; ``ends`` (P, N, 2) are their clean scores, by the reward that selects and by the verifier.
+    Where every subset has scores of its own they are (P subsets, N, L)."""
+
+    def __init__(self, scores: Tensor, ends: Tensor, levels: Sequence[int], subsets: int) -> None:
+        self.ends, self.levels, self.subsets = ends, tuple(levels), subsets
+        clean = ends[:, :, :1].repeat_interleave(subsets, 0)
+        looks = scores if len(scores) == len(clean) else scores.repeat_interleave(subsets, 0)
+        self._pool = Pool(torch.cat([looks, clean], dim=2)[..., None])
+
+    @property
+    def most(self) -> int:
+        """How many candidates were recorded."""
+        return self.ends.shape[1]
+
+    def pruned(self, schedule: PruneSchedule, candidates: int) -> Tensor:
+        """The mean ends (P, 2) of what a schedule returns of so many candidates."""
+        trials, generator = len(self.ends) * self.subsets, torch.Generator().manual_seed(candidates)
+        subset = torch.rand(trials, self.most, generator=generator).argsort(dim=1)[:, :candidates]
+        places = tuple(self.levels.index(step) for step in schedule.steps)
+        found = self._pool.winners(PruneSchedule(places, schedule.keep), subset).view(len(self.ends), -1)
+        return self.ends.double().gather(1, found[..., None].expand(-1, -1, 2)).mean(1)
+
+    def at(self, schedule: PruneSchedule, way: str, budget: float, costs: Costs) -> Tensor:
+        """The same of as many candidates as ``budget`` samples' cost begins."""
+        return self.pruned(schedule, costs.affordable(schedule, way, budget, self.most))
+
+    def best(self, way: str, budget: float, costs: Costs) -> PruneSchedule:
+        """The schedule of most reward at a budget. Raises ValueError for one that begins no candidate."""
+        possible = [found for found in schedules(self.levels) if costs.affordable(found, way, budget, self.most)]
+        if not possible:
+            raise ValueError(
+                f"the cost of {budget} samples begins no candidate under any schedule: give a larger budget"
+            )
+        return max(possible, key=lambda schedule: float(self.at(schedule, way, budget, costs)[:, 0].mean()))
+
+
+def best_of(ends: Tensor, count: int) -> Tensor:
+    """The exact expected clean scores (P, 2) of best-of-``count`` of ``ends`` (P, N, 2), by the selection reward."""
+    order = ends[:, :, 0].argsort(dim=1)
+    ranked = ends.double().gather(1, order[:, :, None].expand_as(ends))
+    chances = chosen_probabilities(ends.shape[1], min(count, ends.shape[1]))
+    expected: Tensor = torch.einsum("pns,n->ps", ranked, chances)
+    return expected
