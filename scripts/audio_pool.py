@@ -15,6 +15,7 @@ from genalign.noise import derived_seed
 from genalign.prompts import drawn_in_turn
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
+from genalign.search.aware import watched
 from genalign.search.engine import Run
 from genalign.types import Pipeline, Prompt
 from genalign.worlds import tones
@@ -36,7 +37,6 @@ def asked(seed: int) -> list[Prompt]:
     return drawn_in_turn(tones.prompts(SUITES[seed]), PROMPTS, seed=0)
 
 
-@torch.no_grad()
 def record(work: Path, selection: Path) -> None:
     """Every trajectory's latent previews at LEVELS, and its end by the selection reward and the verifier. Finished
     prompts are kept."""
@@ -49,18 +49,10 @@ def record(work: Path, selection: Path) -> None:
                 continue
             grid, name = Sampling(STEPS).grid(model), str(derived_seed(seed, "pool", index))
             run = Run(Metered(model, Ledger()), [prompt], judges, grid, 1.0, CANDIDATES, name)
-            save_state(path, _trajectories(run), {"prompt": prompt.text, "task": prompt.task})
+            previews, finished = watched(run, CANDIDATES, LEVELS)
+            tensors = {"previews": previews, "clean": finished.scores}
+            save_state(path, tensors, {"prompt": prompt.text, "task": prompt.task})
             print(f"seed {seed}  {index + 1}/{PROMPTS}  {prompt.text}", flush=True)
-
-
-def _trajectories(run: Run) -> dict[str, Tensor]:
-    """``previews`` (N, L, ...) and ``clean`` (N, 2)."""
-    candidates, previews = run.start(CANDIDATES), []
-    for level in LEVELS:
-        candidates = run.advance(candidates, level + 1)
-        assert candidates.preview is not None, "an advanced candidate has a preview"
-        previews.append(candidates.preview.half())
-    return {"previews": torch.stack(previews, dim=1), "clean": run.finish(candidates).scores}
 
 
 def load(work: Path, seed: int) -> list[tuple[dict[str, Tensor], Prompt]]:

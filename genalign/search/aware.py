@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from genalign.budget import DECODE, reward_call
 from genalign.checkpoints import load_state, save_state
 from genalign.noise import derived_seed
-from genalign.search.engine import Candidates, Run
+from genalign.search.engine import Candidates, Finished, Run
 from genalign.types import Prompt
 
 Look = Callable[[Tensor], Tensor]
@@ -92,20 +92,24 @@ class Recording:
 
 
 @torch.no_grad()
-def record(run: Run, count: int, steps: Sequence[int]) -> Recording:
-    """Sample ``count`` candidates of every prompt of a run by the ODE, and keep the previews of network evaluations
-    ``steps`` (ascending, from 0). Candidates whose reward failed are left out."""
+def watched(run: Run, count: int, steps: Sequence[int]) -> tuple[Tensor, Finished]:
+    """Sample ``count`` candidates of every prompt of a run by the ODE: their previews (M, S, ...) float16 of network
+    evaluations ``steps`` (ascending, from 0), and their ends."""
     candidates, previews = run.start(count), []
     for step in steps:
         candidates = run.advance(candidates, step + 1)
         assert candidates.preview is not None, "an advanced candidate has a preview"
         previews.append(candidates.preview.half())
-    finished = run.finish(candidates)
+    return torch.stack(previews, dim=1), run.finish(candidates)
+
+
+def record(run: Run, count: int, steps: Sequence[int]) -> Recording:
+    """What ``watched`` sees, with the reward of the ends. Candidates whose reward failed are left out."""
+    previews, finished = watched(run, count, steps)
     clean = run.combined(finished.scores)
     known = clean.isfinite()
     sigmas = run.grid.noise_share[list(steps)].float()
-    stacked = torch.stack(previews, dim=1)[known]
-    return Recording(stacked, sigmas, candidates.prompt[known], clean[known], run.prompts)
+    return Recording(previews[known], sigmas, finished.candidates.prompt[known], clean[known], run.prompts)
 
 
 @dataclass(frozen=True)
