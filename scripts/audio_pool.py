@@ -24,7 +24,7 @@ from rewards.tones import TonesReward
 
 STEPS, CANDIDATES, PROMPTS = 16, 48, 60
 LEVELS = (3, 4, 6, 7, 8, 10)
-SUITES = {100: "val", 84: "comp", 85: "comp", 86: "comp"}  # the prompts of a seed's pool
+SUITES = {100: "val", 84: "comp", 85: "comp", 86: "comp", 87: "iid", 88: "iid", 89: "iid"}  # of a seed's prompts
 
 
 def pipeline() -> Pipeline:

@@ -26,7 +26,8 @@ from scripts.kept import kept
 from scripts.pruning_trials import Costs, Trials, best_of
 
 BUDGETS = (4, 8, 16)  # so many finished clips' seconds
-TUNING, SEEDS = 100, (84, 85, 86)
+TUNING = 100
+NAMES = {"iid": "noise_aware_pruning", "comp": "noise_aware_pruning_comp"}  # of rows, by the suite of a pool
 TRIALS, SUBSETS, BATCH = 8, 40, 32
 STUDENT = "noise-aware"
 SCORER = "scorer.safetensors"
@@ -83,12 +84,13 @@ def trials(work: Path, seed: int, subsets: int) -> Trials:
 
 
 def pruning_records(work: Path) -> list[PromptRecord]:
-    """Of held-out compositions, best-of-N before and pruning after: means over the budgets, and each."""
+    """Best-of-N before and pruning after, on every pool but that of tuning: means over the budgets, and each."""
     prepare(work)
     prices = costs(work)
     audio_pool.record(work / "pool", work / "selection" / SCORER)
     chosen = schedules(work, prices)
-    return [record for seed in SEEDS for record in _records(trials(work, seed, SUBSETS), seed, chosen, prices)]
+    tested = [seed for seed, suite in audio_pool.SUITES.items() if suite in NAMES]
+    return [record for seed in tested for record in _records(trials(work, seed, SUBSETS), seed, chosen, prices)]
 
 
 def schedules(work: Path, prices: Costs) -> dict[int, PruneSchedule]:
@@ -112,5 +114,5 @@ def _records(made: Trials, seed: int, chosen: Mapping[int, PruneSchedule], price
     for suffix, metric, score, budgets in rows:
         old, new = (torch.stack([side[b][:, score] for b in budgets]).mean(0).tolist() for side in (before, after))
         for place, prompt in enumerate(asked):
-            name = f"noise_aware_pruning{suffix}"
+            name = f"{NAMES[audio_pool.SUITES[seed]]}{suffix}"
             yield PromptRecord(name, metric, seed, prompt.task, prompt.text, old[place], new[place], SUBSETS)

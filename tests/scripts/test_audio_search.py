@@ -29,10 +29,10 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, student in students.items():
         (tmp_path / "work" / name).mkdir(parents=True)
         save_scorer(tmp_path / "work" / name / "scorer.safetensors", NoiseAware(student, (Quality(0.5, 0.5, 0.5, 0),)))
-    suites = {100: "val", 1: "comp", 2: "comp"}
+    suites = {100: "val", 1: "comp", 2: "iid"}
     for key, value in {"STEPS": 3, "LEVELS": (0, 1), "CANDIDATES": 4, "PROMPTS": 3, "SUITES": suites}.items():
         monkeypatch.setattr(audio_pool, key, value)
-    for key, value in {"BUDGETS": (2, 3), "SEEDS": (1, 2), "SUBSETS": 2, "TRIALS": 2, "BATCH": 2}.items():
+    for key, value in {"BUDGETS": (2, 3), "SUBSETS": 2, "TRIALS": 2, "BATCH": 2}.items():
         monkeypatch.setattr(audio_search, key, value)
     prices = {"forward": 1.0, "decode": 2.0, "reward/selection": 0.5, "reward/noise-aware": 0.25}
     (tmp_path / "work" / "prices.json").write_text(json.dumps(prices))
@@ -42,9 +42,10 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def test_pools_become_records_and_are_kept(work: Path) -> None:
     records = audio_search.pruning_records(work)
-    names = {f"noise_aware_pruning{suffix}" for suffix in ("", ".strict", ".at_2", ".at_3")}
-    assert {(record.name, record.seed) for record in records} == {(name, seed) for name in names for seed in (1, 2)}
-    assert len(records) == 3 * len(names) * 2 and {record.n for record in records} == {2}
+    stems = {"noise_aware_pruning_comp": 1, "noise_aware_pruning": 2}
+    names = {(f"{stem}{suffix}", seed) for stem, seed in stems.items() for suffix in ("", ".strict", ".at_2", ".at_3")}
+    assert {(record.name, record.seed) for record in records} == names
+    assert len(records) == 3 * len(names) and {record.n for record in records} == {2}
     pool = audio_pool.load(work / "pool", 1)
     one = next(record for record in records if record.name.endswith("at_2") and record.seed == 1)
     assert one.before == pytest.approx(float(best_of(pool[0][0]["clean"][None], 2)[0, 0]))
