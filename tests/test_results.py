@@ -14,6 +14,7 @@ REQUIRED = {
     "flow_grpo_shapes": {"flow_grpo"},
     "methods_shapes": {"flow_grpo", "dense_grpo", "prdp", "dragon", "adv_grpo"},
     "search_shapes": {"noise_aware_pruning"},
+    "audio_tones": {"ddpo", "dragon_instance", "dragon_fad", "noise_aware_pruning"},
 }
 
 
