@@ -80,7 +80,7 @@ def trials(work: Path, seed: int, subsets: int) -> Trials:
 
     scores = [scored(tensors["previews"], prompt) for tensors, prompt in recorded]
     clean = [tensors["clean"] for tensors, _ in recorded]
-    return Trials(torch.stack(scores), torch.stack(clean), audio_pool.LEVELS, subsets)
+    return Trials(torch.stack(scores)[:, None], torch.stack(clean), audio_pool.LEVELS, subsets)
 
 
 def pruning_records(work: Path) -> list[PromptRecord]:

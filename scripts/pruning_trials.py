@@ -50,15 +50,14 @@ def schedules(levels: Sequence[int]) -> list[PruneSchedule]:
 
 
 class Trials:
-    """Pruning by the ``scores`` (P, N, L) of previews at ``levels``, on ``subsets`` random subsets of the N candidates
-    of each of P prompts; ``ends`` (P, N, 2) are their clean scores, by the reward that selects and by the verifier.
-    Where every subset has scores of its own they are (P subsets, N, L)."""
+    """Pruning by the ``scores`` (P, subsets or 1, N, L) of previews at ``levels``, on ``subsets`` random subsets of the
+    N candidates of each of P prompts; ``ends`` (P, N, 2) are their clean scores, by the reward that selects and by the
+    verifier."""
 
     def __init__(self, scores: Tensor, ends: Tensor, levels: Sequence[int], subsets: int) -> None:
         self.ends, self.levels, self.subsets = ends, tuple(levels), subsets
-        clean = ends[:, :, :1].repeat_interleave(subsets, 0)
-        looks = scores if len(scores) == len(clean) else scores.repeat_interleave(subsets, 0)
-        self._pool = Pool(torch.cat([looks, clean], dim=2)[..., None])
+        looks, clean = (x.expand(-1, subsets, -1, -1) for x in (scores, ends[:, None, :, :1]))
+        self._pool = Pool(torch.cat([looks, clean], dim=3).flatten(0, 1)[..., None])
 
     @property
     def most(self) -> int:

@@ -137,12 +137,12 @@ class Recorded:
     def trials(self, way: str, subsets: int) -> Trials:
         """Pruning by previews that are scored in one way."""
         if way == "random":
-            shape = len(self) * subsets, SEEDS, len(LEVELS)
+            shape = len(self), subsets, SEEDS, len(LEVELS)
             scores = torch.rand(shape, generator=torch.Generator().manual_seed(0))
         elif way == "oracle":
-            scores = self.clean[:, :, :1].expand(-1, -1, len(LEVELS))
+            scores = self.clean[:, None, :, :1].expand(-1, -1, -1, len(LEVELS))
         else:
-            scores = self.previews[:, :, :, PREVIEWS.index(way)]
+            scores = self.previews[:, None, :, :, PREVIEWS.index(way)]
         return Trials(scores, self.clean, LEVELS, subsets)
 
 

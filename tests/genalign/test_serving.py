@@ -104,6 +104,7 @@ def test_images_of_different_sizes_are_scored(url: str) -> None:
         ("multipart/form-data; boundary=x", b"nothing", 400, "malformed"),
         (*wire.pack_parts({"meta": b"{}"}), 400, "schema"),
     ],
+    ids=["json", "pickle", "no parts", "too few parts"],
 )
 def test_what_is_no_request_is_refused(url: str, kind: str, body: bytes, status: int, expected: str) -> None:
     answer = call(url, "POST", "/v1/score", body, Content_Type=kind)

@@ -23,7 +23,7 @@ def test_costs_by_hand() -> None:
 def test_previews_that_know_the_end_find_the_best_and_those_that_lie_the_worst() -> None:
     ends = torch.rand(3, 16, 2, generator=torch.Generator().manual_seed(0))
     for sign in (1, -1):
-        trials = Trials(sign * ends[:, :, :1], ends, (3,), subsets=600)
+        trials = Trials(sign * ends[:, None, :, :1], ends, (3,), subsets=600)
         found = trials.pruned(PruneSchedule((3,), (0.25,)), 4)[:, 0]
         best = sign * best_of(sign * ends, 4)[:, 0]
         torch.testing.assert_close(found, best, rtol=0, atol=0.03)
@@ -31,7 +31,7 @@ def test_previews_that_know_the_end_find_the_best_and_those_that_lie_the_worst()
 
 def test_the_best_schedule_looks_where_the_previews_tell() -> None:
     ends = torch.rand(6, 16, 2, generator=torch.Generator().manual_seed(0))
-    scores = torch.stack([-ends[:, :, 0], ends[:, :, 0]], dim=2)
+    scores = torch.stack([-ends[:, :, 0], ends[:, :, 0]], dim=2)[:, None]
     chosen = Trials(scores, ends, (2, 6), subsets=8).best("free", 3, COSTS)
     assert chosen.steps == (6,) and len(schedules((2, 6))) == 9
     with pytest.raises(ValueError, match="begins no candidate under any schedule"):
