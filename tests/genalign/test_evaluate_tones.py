@@ -257,7 +257,14 @@ def test_the_demo_of_sounds_trains_any_such_model(
         "--held_out.every",
         "0",
     ]
-    small += ["--before_after.images_per_task", "1", "--before_after.seeds", "1"]
+    small += [
+        "--before_after.images_per_task",
+        "1",
+        "--before_after.seeds",
+        "1",
+        "--before_after.prompts",
+        "tones:comp",
+    ]
     assert main(["demo", "tones", "--output", str(tmp_path / "run"), "--model.path", str(model), *small]) == 0
     made = load_evaluation(tmp_path / "run" / "after")
     assert made.protocol.verifier == "tones-1" and len(made.records) == len(tones.prompts("comp").by_task())
