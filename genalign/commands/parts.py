@@ -71,9 +71,10 @@ class Outside:
     geneval: Judge
 
     def judges(self, source: str, others: Mapping[str, RewardFunction]) -> Mapping[str, RewardFunction]:
-        """The verifier's scores for prompts of a world, for a file of prompts the ``others``."""
+        """The verifier's scores for prompts of a world, and the ``others`` that have other names."""
         world = world_of(source)
-        return self.scorers[world.name] if world else others
+        own = self.scorers[world.name] if world else {}
+        return {**own, **{name: scorer for name, scorer in others.items() if name not in own}}
 
 
 @runtime_checkable

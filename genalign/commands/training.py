@@ -290,18 +290,22 @@ def _write_gain(before: Evaluation, after: Evaluation, folder: Path) -> None:
 
 
 def print_table(before: Evaluation, after: Evaluation) -> None:
-    """Before, after and gain with intervals, per task and overall, of the first score."""
+    """Before, after and gain with intervals: of the first score by task, of every score overall."""
     from rich.console import Console
     from rich.table import Table
 
-    score = before.score_names[0]
-    table = Table("task", "before", "after", "gain (95% interval)", title=f"{before.protocol.suite}: {score}")
-    rows = {task: estimates[score] for task, estimates in task_gains(before, after).items()}
-    for task, difference in (rows | {"overall": gain(before, after)[score]}).items():
-        old = before.overall[score] if task == "overall" else before.tasks[task][score]
-        new = after.overall[score] if task == "overall" else after.tasks[task][score]
+    first = before.score_names[0]
+    table = Table("task", "before", "after", "gain (95% interval)", title=f"{before.protocol.suite}: {first}")
+
+    def add(name: str, old: Estimate, new: Estimate, difference: Estimate) -> None:
         interval = f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
-        table.add_row(task, f"{old.mean:.3f}", f"{new.mean:.3f}", interval)
+        table.add_row(name, f"{old.mean:.3f}", f"{new.mean:.3f}", interval)
+
+    for task, gains in task_gains(before, after).items():
+        add(task, before.tasks[task][first], after.tasks[task][first], gains[first])
+    for score, difference in gain(before, after).items():
+        label = "overall" if score == first else f"overall: {score}"
+        add(label, before.overall[score], after.overall[score], difference)
     Console().print(table)
 
 

@@ -268,6 +268,8 @@ def test_the_demo_of_sounds_trains_any_such_model(
     assert main(["demo", "tones", "--output", str(tmp_path / "run"), "--model.path", str(model), *small]) == 0
     made = load_evaluation(tmp_path / "run" / "after")
     assert made.protocol.verifier == "tones-1" and len(made.records) == len(tones.prompts("comp").by_task())
+    assert made.score_names == ("strict", "partial", "relaxed", "organ") and made.overall["organ"].mean < 0
+    assert "overall: organ" in capsys.readouterr().out
     assert (tmp_path / "run" / "lora").is_dir() and "tones-1" in (tmp_path / "run" / "report.html").read_text()
     assert evaluation_diversity(tmp_path / "run" / "after") == {}
     assert "there is no demo of 'bells': choose from shapes, tones" in error(capsys, "demo", "bells")
