@@ -122,8 +122,10 @@ def test_evaluation_of_a_run_equals_its_after(config: Path, tiny_folder: Path, t
     arguments += ["--seeds", "1", "--images_per_task", "2", "--batch_size", "6", "--output", str(tmp_path / "again")]
     sampling = ["--sampling.num_steps", "3", "--sampling.sigmas", "[1.0, 0.6, 0.3]"]
     assert main(["evaluate", "shapes", *arguments, *sampling]) == 0
-    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run/after", "again")]
-    assert summaries[0] == summaries[1]
+    after, again = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run/after", "again"))
+    for estimates in (after["overall"], *after["tasks"].values()):
+        del estimates["red"]  # the run's own reward stands beside the verifier's scores
+    assert after == again
 
 
 def test_a_killed_evaluation_goes_on(
