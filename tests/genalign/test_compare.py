@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ seeds: [3, 4]
 once: [dense]
 runs:
   flow: {{training: {{learning_rate: 1.0e-3}}}}
-  dense: {{recipe: {{class_path: genalign.recipes.dense_grpo, init_args: {{window: 1}}}}}}
+  dense:
+    recipe: {{class_path: genalign.recipes.dense_grpo, init_args: {{window: 1}}}}
+    rewards: {{own: {{function: {{class_path: rewards.shapes.ShapesReward, init_args: {{score: partial}}}}}}}}
 """
 
 
@@ -50,8 +53,12 @@ def test_a_comparison_is_written_and_goes_on(source: Path, tmp_path: Path) -> No
     assert standings["flow"]["seeds"] == 2 and standings["dense"]["seeds"] == 1
     for found in standings.values():
         assert found["low"] <= found["gain"] <= found["high"] and 60 <= found["forwards"] < 120
-        assert set(found["scores"]) == {"strict", "partial", "relaxed"} and set(found["diversity"]) == {"color", "cell"}
+        own = {"own"} if found["name"] == "dense" else set()
+        assert set(found["scores"]) == {"strict", "partial", "relaxed"} | own
+        assert set(found["diversity"]) == {"color", "cell"}
     page = (folder / "comparison.html").read_text()
+    headings = re.findall(r"<th[^>]*>([^<]*)</th>", page)
+    assert "relaxed" in headings and "own" not in headings  # only what all have
     assert "flow" in page and "dense" in page and "http:" not in page and "https:" not in page
     kept = (folder / "flow" / "seed-3" / "gain.json").stat().st_mtime_ns
     (folder / "flow" / "seed-4" / "gain.json").unlink()
