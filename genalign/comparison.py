@@ -43,12 +43,28 @@ class Standing:
     forwards: float
 
 
-def standing(contender: Contender, diversity: DiversityOf) -> Standing:
-    """Read one recipe's runs. Raises ValueError for none."""
-    if not contender.runs:
-        raise ValueError(f"recipe {contender.name!r} has no finished run")
-    evaluations = {seed: _pair(run) for seed, run in contender.runs.items()}
-    scores = next(iter(evaluations.values()))[0].score_names
+def standings(contenders: Sequence[Contender], diversity: DiversityOf) -> list[Standing]:
+    """Read every recipe's runs, by the scores that all of them have; the main one is the first. Raises ValueError for
+    a recipe without runs, and where the recipes have no score in common."""
+    for contender in contenders:
+        if not contender.runs:
+            raise ValueError(f"recipe {contender.name!r} has no finished run")
+    pairs = {contender.name: {seed: _pair(run) for seed, run in contender.runs.items()} for contender in contenders}
+    sides = [side for evaluations in pairs.values() for pair in evaluations.values() for side in pair]
+    scores = [name for name in sides[0].score_names if all(name in side.score_names for side in sides)]
+    if not scores:
+        raise ValueError(
+            "the recipes have no score in common: give each a reward of the same name (with weight 0 it only reports)"
+        )
+    return [_standing(contender, pairs[contender.name], scores, diversity) for contender in contenders]
+
+
+def _standing(
+    contender: Contender,
+    evaluations: Mapping[int, tuple[Evaluation, Evaluation]],
+    scores: Sequence[str],
+    diversity: DiversityOf,
+) -> Standing:
     records = {score: _records(contender.name, score, evaluations) for score in scores}
     main = claim(records[scores[0]])
     rounds = [_rows(run) for run in contender.runs.values()]

@@ -11,7 +11,7 @@ from genalign.calibration import calibrate, save_kernel
 from genalign.checkpoints import write_json
 from genalign.commands.parts import Outside, named_rewards, prompt_set
 from genalign.commands.training import train_command
-from genalign.comparison import Contender, standing, write_standings
+from genalign.comparison import Contender, standings, write_standings
 from genalign.prompts import PromptSampler
 from genalign.report import write_comparison, write_report
 from genalign.sampling import Sampler
@@ -53,9 +53,9 @@ def compare_command(outside: Outside, arguments: Sequence[str]) -> int:
         Contender(name, {seed: output / name / f"seed-{seed}" for other, seed in settings.jobs() if other == name})
         for name in settings.runs
     ]
-    standings = [standing(contender, evaluation_diversity) for contender in contenders]
-    write_standings(output / "comparison.json", standings)
-    write_comparison(output / "comparison.html", standings)
+    found = standings(contenders, evaluation_diversity)
+    write_standings(output / "comparison.json", found)
+    write_comparison(output / "comparison.html", found)
     print(f"comparison: {output / 'comparison.html'}")
     return 0
 

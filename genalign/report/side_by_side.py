@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
@@ -31,11 +31,9 @@ class _Line:
 
 
 def write_comparison(path: Path, standings: Sequence[Standing]) -> None:
-    """One offline HTML page, best recipe first, of the scores that all of them have."""
-    shared = [name for name in standings[0].scores if all(name in found.scores for found in standings)]
-    alike = [replace(found, scores={name: found.scores[name] for name in shared}) for found in standings]
-    ordered = sorted(alike, key=lambda found: -found.gain)
-    main = shared[0]
+    """One offline HTML page, best recipe first."""
+    ordered = sorted(standings, key=lambda found: -found.gain)
+    main = next(iter(ordered[0].scores))
     limits = min(found.low for found in ordered), max(found.high for found in ordered)
     lines = [_line(found, main, limits) for found in ordered]
     text = page("comparison.html.j2").render(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 
 from genalign.cli import main
+from genalign.comparison import Contender, standings
 from genalign.config import Compare
+from genalign.evaluation import Evaluation, Protocol, Record
 
 BASE = """
 output: {folder}/never
@@ -49,22 +50,33 @@ def source(tiny_folder: Path, tmp_path: Path) -> Path:
 def test_a_comparison_is_written_and_goes_on(source: Path, tmp_path: Path) -> None:
     assert main(["compare", str(source)]) == 0
     folder = tmp_path / "compared"
-    standings = {found["name"]: found for found in json.loads((folder / "comparison.json").read_text())}
-    assert standings["flow"]["seeds"] == 2 and standings["dense"]["seeds"] == 1
-    for found in standings.values():
+    recipes = {found["name"]: found for found in json.loads((folder / "comparison.json").read_text())}
+    assert recipes["flow"]["seeds"] == 2 and recipes["dense"]["seeds"] == 1
+    for found in recipes.values():
         assert found["low"] <= found["gain"] <= found["high"] and 60 <= found["forwards"] < 120
-        own = {"own"} if found["name"] == "dense" else set()
-        assert set(found["scores"]) == {"strict", "partial", "relaxed"} | own
+        assert set(found["scores"]) == {"strict", "partial", "relaxed"}  # those that both have
         assert set(found["diversity"]) == {"color", "cell"}
     page = (folder / "comparison.html").read_text()
-    headings = re.findall(r"<th[^>]*>([^<]*)</th>", page)
-    assert "relaxed" in headings and "own" not in headings  # only what all have
     assert "flow" in page and "dense" in page and "http:" not in page and "https:" not in page
     kept = (folder / "flow" / "seed-3" / "gain.json").stat().st_mtime_ns
     (folder / "flow" / "seed-4" / "gain.json").unlink()
     assert main(["compare", str(source)]) == 0
     assert (folder / "flow" / "seed-3" / "gain.json").stat().st_mtime_ns == kept
     assert (folder / "flow" / "seed-4" / "gain.json").is_file()
+
+
+def test_recipes_without_a_common_score_are_refused(tmp_path: Path) -> None:
+    protocol = Protocol("p", "0", 1.0, (1.0,), "ODE()", "float32", 1, (64, 64), 1, 1, "none")
+    for name in ("red", "blue"):
+        for when in ("before", "after"):
+            record = Record("a prompt", "all", 0, 0, "0.png", {name: 0.5})
+            (tmp_path / name / when).mkdir(parents=True)
+            Evaluation(protocol, (record,)).save(tmp_path / name / when)
+    contenders = [Contender(name, {0: tmp_path / name}) for name in ("red", "blue")]
+    with pytest.raises(ValueError, match="no score in common: give each a reward of the same name"):
+        standings(contenders, lambda _: {})
+    with pytest.raises(ValueError, match="recipe 'none' has no finished run"):
+        standings([Contender("none", {})], lambda _: {})
 
 
 def test_a_calibration_is_written_and_used(source: Path, tmp_path: Path) -> None:
