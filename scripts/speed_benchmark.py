@@ -7,7 +7,8 @@
     python scripts/benchmark.py compare publish    docs/results/benchmark_compare.json
 
 A run trains until the strict accuracy of fixed held-out images, made by the averaged weights, reaches the target; its
-time is that of sampling, scoring and learning, without evaluation. Finished runs are kept in runs/compare_speed.
+time is that of sampling, scoring and learning, without evaluation, interpolated between two looks at the accuracy.
+Finished runs are kept in runs/compare_speed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ NOISE, CLIP, WINDOW = 0.9, 1e-3, 3
 RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 BATCHES = (24, 48, 96)
 TUNING_SEED, SEEDS = 100, (71, 72, 73)
-TARGET, LIMIT = 0.45, 1800.0  # strict accuracy of val, 0.38 before training; seconds
+TARGET = 0.45  # strict accuracy of val, 0.38 before training
+LIMIT, LOOK = 1800.0, 15.0  # seconds of training at most; from one look to the next
 AUTOCAST = torch.bfloat16
 
 
@@ -190,17 +192,21 @@ class Work:
 
 
 def trained(contender: Contender, limit: float) -> list[tuple[float, float]]:
-    """A look after every round, until the target or the limit."""
-    curve: list[tuple[float, float]] = []
-    while contender.seconds < limit and not (curve and curve[-1][1] >= TARGET):
+    """A look before training, and after the rounds of every LOOK seconds, until the target or the limit."""
+    curve = [(0.0, contender.strict())]
+    while contender.seconds < limit and curve[-1][1] < TARGET:
         contender()
-        curve.append((contender.seconds, contender.strict()))
+        if contender.seconds >= curve[-1][0] + LOOK:
+            curve.append((contender.seconds, contender.strict()))
     return curve
 
 
 def reached(curve: list[tuple[float, float]]) -> float:
-    """Seconds to the target; LIMIT where it was not reached."""
-    return next((seconds for seconds, strict in curve if strict >= TARGET), LIMIT)
+    """Seconds to the target, on the line between the looks before and after; LIMIT where it was not reached."""
+    for (before, low), (after, high) in pairwise(curve):
+        if high >= TARGET:
+            return before + (after - before) * (TARGET - low) / (high - low)
+    return LIMIT
 
 
 def round_seconds(name: str, batch: int) -> float:
