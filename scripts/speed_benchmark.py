@@ -3,21 +3,20 @@
     python scripts/benchmark.py compare            all parts below, in their order
     python scripts/benchmark.py compare batches    seconds of a round by micro-batch
     python scripts/benchmark.py compare rates      time to the target by learning rate, on the tuning seed
-    python scripts/benchmark.py compare runs       three other seeds at each one's best rate; and the ablations
+    python scripts/benchmark.py compare runs       three other seeds, each way at its best rate; and the ablations
     python scripts/benchmark.py compare publish    docs/results/benchmark_compare.json
 
 A run trains until the strict accuracy of fixed held-out images, made by the averaged weights, reaches the target; its
 time is that of sampling, scoring and learning, without evaluation, interpolated between two looks at the accuracy.
-Finished runs are kept in runs/compare_speed.
+Those that are compared take turns, round by round. What is finished is kept in runs/compare_speed.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,8 +47,10 @@ RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 BATCHES = (24, 48, 96)
 TUNING_SEED, SEEDS = 100, (71, 72, 73)
 TARGET = 0.45  # strict accuracy of val, 0.38 before training
-LIMIT, LOOK = 1800.0, 15.0  # seconds of training at most; from one look to the next
+LIMIT, LOOK = 1800.0, 30.0  # seconds of training at most; from one look to the next
 AUTOCAST = torch.bfloat16
+
+Curve = list[tuple[float, float]]  # seconds of training, strict accuracy
 
 
 @dataclass(frozen=True)
@@ -163,45 +164,54 @@ class Work:
     def batch(self, name: str) -> int:
         """The micro-batch of the fastest rounds."""
         kind = "plain" if WAYS[name].plain else "ours"
-        seconds = {
-            size: kept(self.folder / f"batches/{kind}-{size}.json", partial(round_seconds, kind, size))
-            for size in BATCHES
-        }
-        return min(seconds, key=lambda size: seconds[size])
-
-    def curve(self, name: str, rate: float, seed: int, limit: float = LIMIT) -> list[tuple[float, float]]:
-        """Seconds of training and strict accuracy after every look, up to the target or the limit."""
-        batch, path = self.batch(name), self.folder / name / f"{rate:g}-{seed}.json"
-        looks: list[tuple[float, float]] = kept(path, lambda: trained(Contender(WAYS[name], rate, seed, batch), limit))
-        return looks
+        seconds = kept(self.folder / f"batches/{kind}.json", lambda: round_seconds(kind))
+        return min(BATCHES, key=lambda size: seconds[str(size)])
 
     def rate(self, name: str) -> float:
-        """The fastest to the target on the tuning seed, each given up once it is slower than the best so far; parts of
-        ours take the whole's."""
-        of, best = name if name in CONTENDERS else "ours", LIMIT
-        for rate in RATES:
-            best = min(best, reached(self.curve(of, rate, TUNING_SEED, best)))
-        return min(RATES, key=lambda rate: reached(self.curve(of, rate, TUNING_SEED)))
+        """The first to the target on the tuning seed; parts of ours take the whole's."""
+        of = name if name in CONTENDERS else "ours"
+
+        def tried() -> dict[str, Curve]:
+            batch = self.batch(of)
+            return race({f"{rate:g}": Contender(WAYS[of], rate, TUNING_SEED, batch) for rate in RATES}, to_first=True)
+
+        curves = kept(self.folder / f"rates/{of}.json", tried)
+        return min(RATES, key=lambda rate: reached(curves[f"{rate:g}"]))
 
     def seconds(self, name: str, seed: int) -> float:
         """To the target."""
         if name in LEARNING_THE_SAME:
             ratio = statistics.median(kept(self.folder / f"rounds/{name}.json", lambda: round_ratios(name, self)))
             return self.seconds("ours", seed) * ratio
-        return reached(self.curve(name, self.rate(name), seed))
+
+        def run() -> dict[str, Curve]:
+            raced = [way for way in WAYS if way not in LEARNING_THE_SAME]
+            return race({way: Contender(WAYS[way], self.rate(way), seed, self.batch(way)) for way in raced})
+
+        return reached(kept(self.folder / f"runs/{seed}.json", run)[name])
 
 
-def trained(contender: Contender, limit: float) -> list[tuple[float, float]]:
-    """A look before training, and after the rounds of every LOOK seconds, until the target or the limit."""
-    curve = [(0.0, contender.strict())]
-    while contender.seconds < limit and curve[-1][1] < TARGET:
+def race(contenders: Mapping[str, Contender], to_first: bool = False) -> dict[str, Curve]:
+    """Each one's curve to the target or the limit; with ``to_first`` none is trained longer than the first to arrive.
+    The next round is that of the one that has trained least: all have the machine at the same times."""
+    base = next(iter(contenders.values())).strict()
+    curves, running, limit = {name: [(0.0, base)] for name in contenders}, dict(contenders), LIMIT
+    while running:
+        name = min(running, key=lambda name: running[name].seconds)
+        contender, curve = running[name], curves[name]
+        if contender.seconds >= limit:
+            break
         contender()
         if contender.seconds >= curve[-1][0] + LOOK:
             curve.append((contender.seconds, contender.strict()))
-    return curve
+            print(name, *(round(value, 3) for value in curve[-1]), flush=True)
+        if curve[-1][1] >= TARGET:
+            del running[name]
+            limit = min(limit, contender.seconds) if to_first else limit
+    return curves
 
 
-def reached(curve: list[tuple[float, float]]) -> float:
+def reached(curve: Curve) -> float:
     """Seconds to the target, on the line between the looks before and after; LIMIT where it was not reached."""
     for (before, low), (after, high) in pairwise(curve):
         if high >= TARGET:
@@ -209,10 +219,10 @@ def reached(curve: list[tuple[float, float]]) -> float:
     return LIMIT
 
 
-def round_seconds(name: str, batch: int) -> float:
-    """The median of three rounds after one."""
-    seconds = in_turn([Contender(WAYS[name], RATES[0], TUNING_SEED, batch)], 3)
-    return statistics.median(seconds[0])
+def round_seconds(kind: str) -> dict[str, float]:
+    """By micro-batch, the median of three rounds after one, in turn."""
+    columns = in_turn([Contender(WAYS[kind], RATES[0], TUNING_SEED, size) for size in BATCHES], 3)
+    return {str(size): statistics.median(column) for size, column in zip(BATCHES, columns, strict=True)}
 
 
 def round_ratios(name: str, work: Work) -> list[float]:
@@ -238,8 +248,7 @@ def batches(work: Work) -> None:
 
 def rates(work: Work) -> None:
     for name in CONTENDERS:
-        best = work.rate(name)
-        print(name, "fastest with a rate of", best, round(reached(work.curve(name, best, TUNING_SEED))), "s")
+        print(name, "fastest with a rate of", work.rate(name))
 
 
 def runs(work: Work) -> None:

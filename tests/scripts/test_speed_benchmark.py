@@ -2,52 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from scripts import speed_benchmark
-from scripts.speed_benchmark import LIMIT, LOOK, RATES, TARGET, TUNING_SEED, Work, reached, trained
+from scripts.speed_benchmark import LIMIT, LOOK, RATES, TARGET, TUNING_SEED, WAYS, Way, Work, race, reached
 
 
 class _Scripted:
-    """A contender whose rounds take as long as LOOK's third, and whose looks are told beforehand."""
+    """A contender whose rounds take ``seconds``, and whose looks are told beforehand; the last one stays."""
 
-    def __init__(self, looks: list[float]) -> None:
-        self.looks: Iterator[float] = iter(looks)
+    def __init__(self, seconds: float, looks: list[float]) -> None:
+        self.each, self.looks = seconds, looks
         self.seconds, self.rounds = 0.0, 0
 
     def __call__(self) -> None:
-        self.seconds += LOOK / 3
+        self.seconds += self.each
         self.rounds += 1
 
     def strict(self) -> float:
-        return next(self.looks)
+        return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
 
 
 def test_looks_are_as_far_apart_as_asked_and_end_at_the_target() -> None:
-    contender = _Scripted([0.3, 0.4, TARGET + 0.05, 0.9])
-    curve = trained(contender, LIMIT)  # type: ignore[arg-type] # a stand-in
-    assert curve == [(0.0, 0.3), (pytest.approx(LOOK), 0.4), (pytest.approx(2 * LOOK), TARGET + 0.05)]
-    assert reached(curve) == pytest.approx(1.5 * LOOK)
-    assert contender.rounds == 6
+    quick, slow = _Scripted(LOOK / 3, [0.3, 0.4, TARGET + 0.05, 0.9]), _Scripted(2 * LOOK, [0.35, TARGET])
+    curves = race({"quick": quick, "slow": slow})  # type: ignore[dict-item] # stand-ins
+    assert curves["quick"] == [(0.0, 0.3), (pytest.approx(LOOK), 0.4), (pytest.approx(2 * LOOK), TARGET + 0.05)]
+    assert curves["slow"] == [(0.0, 0.3), (2 * LOOK, 0.35), (4 * LOOK, TARGET)]
+    assert reached(curves["quick"]) == pytest.approx(1.5 * LOOK) and reached(curves["slow"]) == 4 * LOOK
 
 
-def test_a_run_that_is_too_slow_is_given_up() -> None:
-    contender = _Scripted([0.3] * 4)
-    curve = trained(contender, 2.5 * LOOK)  # type: ignore[arg-type] # a stand-in
-    assert contender.seconds == pytest.approx(8 / 3 * LOOK) and reached(curve) == LIMIT
+def test_the_first_ends_the_race_and_the_limit_a_run() -> None:
+    quick, slow = _Scripted(LOOK, [0.3, 0.3, TARGET]), _Scripted(LOOK / 2, [0.3])
+    curves = race({"quick": quick, "slow": slow}, to_first=True)  # type: ignore[dict-item] # stand-ins
+    assert quick.rounds == 2 and slow.rounds == 4 and reached(curves["slow"]) == LIMIT
+    never = _Scripted(LIMIT / 4, [0.3])
+    assert reached(race({"never": never})["never"]) == LIMIT and never.rounds == 4  # type: ignore[dict-item] # a stand-in
 
 
-def test_each_rate_is_given_the_time_of_the_best_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed, limits = dict(zip(RATES, (100.0, 40.0, 60.0, 30.0), strict=True)), []
+def test_the_best_rate_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed, raced = dict(zip(RATES, (4.0, 2.0, 1.0, 3.0), strict=True)), []
 
-    def curve(of: Work, name: str, rate: float, seed: int, limit: float = LIMIT) -> list[tuple[float, float]]:
-        assert (name, seed) == ("ours", TUNING_SEED)
-        limits.append(limit)
-        return [(0.0, 0.0), (needed[rate], TARGET)]
+    def contender(way: Way, rate: float, seed: int, batch: int = 96) -> _Scripted:
+        assert (way, seed) == (WAYS["ours"], TUNING_SEED)
+        raced.append(rate)
+        return _Scripted(needed[rate] * LOOK, [0.3, TARGET] if len(raced) == 1 else [TARGET])
 
-    monkeypatch.setattr(speed_benchmark.Work, "curve", curve)
-    assert Work(tmp_path).rate("ours_every_step") == RATES[3]
-    assert limits[:4] == [LIMIT, 100.0, 40.0, 40.0]
+    monkeypatch.setattr(speed_benchmark, "Contender", contender)
+    monkeypatch.setattr(speed_benchmark, "round_seconds", lambda kind: {"24": 3.0, "48": 1.0, "96": 2.0})
+    work = Work(tmp_path)
+    assert work.batch("ours") == 48
+    assert [work.rate("ours_every_step"), work.rate("ours")] == [RATES[2]] * 2
+    assert raced == list(RATES)
