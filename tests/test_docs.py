@@ -18,6 +18,7 @@ import yaml
 
 from genalign import config
 from genalign.cli import main
+from tests.packages import folder_of
 
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "docs" / "methods"
@@ -127,17 +128,17 @@ def _commands() -> list[str]:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with shipped configurations, the modules that pages write, and the runs that they name."""
-    for name in ("genalign/assets/demo.yaml", "scripts/configs"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    demo = folder_of("genalign") / "assets" / "demo.yaml"
+    shutil.copytree(ROOT / "scripts" / "configs", tmp_path / "scripts" / "configs")
+    (tmp_path / "genalign" / "assets").mkdir(parents=True)
+    shutil.copy(demo, tmp_path / "genalign" / "assets")
     written = [(block, named[1]) for block in _code() if (named := re.match(r"# (my_\w+)\.py\n", block))]
     for block, name in written:
         with (tmp_path / f"{name}.py").open("a") as file:
             file.write(block)
     for name in ("mine", "first"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-        settings = yaml.safe_load((ROOT / "genalign" / "assets" / "demo.yaml").read_text())
-        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(settings))
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(yaml.safe_load(demo.read_text())))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path

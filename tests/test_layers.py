@@ -6,14 +6,15 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.packages import folder_of
+
 FORBIDDEN = {
     "genalign": {"pipelines", "rewards", "scripts", "tests"},
     "pipelines": {"rewards", "scripts", "tests"},
     "rewards": {"pipelines", "scripts", "tests"},
     "scripts": {"tests"},
 }
-COMPOSITION_ROOT = ROOT / "genalign" / "cli.py"
+COMPOSITION_ROOT = folder_of("genalign") / "cli.py"
 
 
 def _imports(path: Path) -> Iterator[str]:
@@ -27,9 +28,9 @@ def _imports(path: Path) -> Iterator[str]:
 
 def test_imports_go_one_way() -> None:
     wrong = [
-        f"{path.relative_to(ROOT)} imports {name}"
+        f"{path} imports {name}"
         for package, forbidden in FORBIDDEN.items()
-        for path in sorted((ROOT / package).rglob("*.py"))
+        for path in sorted(folder_of(package).rglob("*.py"))
         if path != COMPOSITION_ROOT
         for name in _imports(path)
         if name in forbidden
@@ -38,7 +39,7 @@ def test_imports_go_one_way() -> None:
 
 
 def test_types_import_torch_alone() -> None:
-    assert set(_imports(ROOT / "genalign" / "types.py")) <= {
+    assert set(_imports(folder_of("genalign") / "types.py")) <= {
         "__future__",
         "collections",
         "dataclasses",

@@ -27,8 +27,8 @@ from pipelines import SD3
 from rewards.judges import Endpoint
 from rewards.remote import RemoteReward
 from tests.http_servers import INFO, serving
+from tests.packages import folder_of
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = ("genalign", "pipelines", "rewards", "scripts")
 
 # --- the tree ---------------------------------------------------------------------------------------------------------
@@ -94,9 +94,9 @@ def wrongs(source: str) -> list[str]:
 
 def test_nothing_in_the_tree_runs_what_it_reads() -> None:
     found = {
-        path.relative_to(ROOT).as_posix(): told
+        path: told
         for package in PACKAGES
-        for path in sorted((ROOT / package).rglob("*.py"))
+        for path in sorted(folder_of(package).rglob("*.py"))
         if (told := wrongs(path.read_text(encoding="utf-8")))
     }
     assert found == {}

@@ -9,6 +9,7 @@ import pytest
 
 from genalign import assets
 from genalign.config import Compare, ConfigurationError, Steer, Train, TrainNoiseAware, parse
+from tests.packages import folder_of
 from tests.rewards.tiny_clap import write_clap
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +19,7 @@ SEARCHES = {"steer": Steer, "noise_aware": TrainNoiseAware}
 CONFIGS = [path for path in SHIPPED if not path.stem.startswith(("compare", *SEARCHES))]
 
 
-DEMOS = sorted((ROOT / "genalign" / "assets").glob("demo*.yaml"))
+DEMOS = sorted((folder_of("genalign") / "assets").glob("demo*.yaml"))
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *DEMOS], ids=lambda path: path.stem)
