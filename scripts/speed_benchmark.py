@@ -42,7 +42,7 @@ from scripts.proofs import head
 
 SIGMAS = tuple(1 - i / 8 for i in range(8))
 EVALUATION = tuple(1 - i / 10 for i in range(10))
-NOISE, CLIP, WINDOW = 0.9, 1e-3, 3
+NOISE, PLAIN_NOISE, CLIP, WINDOW = 0.9, 0.7, 1e-3, 3  # a noise level for each: our default, and the published one
 RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 BATCHES = (24, 48, 96)
 TUNING_SEED, SEEDS = 100, (71, 72, 73)
@@ -100,7 +100,7 @@ class Contender:
     def _plain(self, way: Way, rate: float, seed: int, batch: int) -> Callable[[], object]:
         settings = PlainSettings(
             SIGMAS,
-            NOISE,
+            PLAIN_NOISE,
             batch_size=batch,
             learning_rate=rate,
             clip_range=CLIP,
@@ -168,7 +168,7 @@ class Work:
         return min(BATCHES, key=lambda size: seconds[str(size)])
 
     def rate(self, name: str) -> float:
-        """The first to the target on the tuning seed; parts of ours take the whole's."""
+        """The first to the target on the tuning seed, or the nearest to it; parts of ours take the whole's."""
         of = name if name in CONTENDERS else "ours"
 
         def tried() -> dict[str, Curve]:
@@ -176,19 +176,24 @@ class Work:
             return race({f"{rate:g}": Contender(WAYS[of], rate, TUNING_SEED, batch) for rate in RATES}, to_first=True)
 
         curves = kept(self.folder / f"rates/{of}.json", tried)
-        return min(RATES, key=lambda rate: reached(curves[f"{rate:g}"]))
+        return min(RATES, key=lambda rate: (reached(curves[f"{rate:g}"]), -level(curves[f"{rate:g}"])))
+
+    def curves(self, seed: int) -> dict[str, Curve]:
+        """Of every way that learns in its own manner."""
+
+        def run() -> dict[str, Curve]:
+            raced = [way for way in WAYS if way not in LEARNING_THE_SAME]
+            return race({way: Contender(WAYS[way], self.rate(way), seed, self.batch(way)) for way in raced})
+
+        found: dict[str, Curve] = kept(self.folder / f"runs/{seed}.json", run)
+        return found
 
     def seconds(self, name: str, seed: int) -> float:
         """To the target."""
         if name in LEARNING_THE_SAME:
             ratio = statistics.median(kept(self.folder / f"rounds/{name}.json", lambda: round_ratios(name, self)))
             return self.seconds("ours", seed) * ratio
-
-        def run() -> dict[str, Curve]:
-            raced = [way for way in WAYS if way not in LEARNING_THE_SAME]
-            return race({way: Contender(WAYS[way], self.rate(way), seed, self.batch(way)) for way in raced})
-
-        return reached(kept(self.folder / f"runs/{seed}.json", run)[name])
+        return reached(self.curves(seed)[name])
 
 
 def race(contenders: Mapping[str, Contender], to_first: bool = False) -> dict[str, Curve]:
@@ -217,6 +222,11 @@ def reached(curve: Curve) -> float:
         if high >= TARGET:
             return before + (after - before) * (TARGET - low) / (high - low)
     return LIMIT
+
+
+def level(curve: Curve) -> float:
+    """Strict accuracy, a mean over the last five looks."""
+    return statistics.mean(strict for _, strict in curve[-5:])
 
 
 def round_seconds(kind: str) -> dict[str, float]:
@@ -259,11 +269,16 @@ def runs(work: Work) -> None:
 
 def publish(work: Work) -> None:
     seconds = {name: [work.seconds(name, seed) for seed in SEEDS] for name in WAYS}
-    measured = [Measurement(name, f"seconds to {TARGET}", value) for name, each in seconds.items() for value in each]
-    for name in WAYS:
+    measured: list[Measurement] = []
+    for name, each in seconds.items():
+        bound = ", at least" if max(each) >= LIMIT else ""
+        measured += [Measurement(name, f"seconds to {TARGET}{bound}", value) for value in each]
         if name != "ours":
-            pairs = zip(seconds[name], seconds["ours"], strict=True)
-            measured += [Measurement(f"speedup.{name}", "its seconds over ours", a / b) for a, b in pairs]
+            pairs = zip(each, seconds["ours"], strict=True)
+            measured += [Measurement(f"speedup.{name}", f"its seconds over ours{bound}", a / b) for a, b in pairs]
+        if name not in LEARNING_THE_SAME:
+            levels = [level(work.curves(seed)[name]) for seed in SEEDS]
+            measured += [Measurement(f"{name}.last", "strict accuracy, a mean of its last looks", at) for at in levels]
     chosen = {name: {"learning_rate": work.rate(name), "batch_size": work.batch(name)} for name in WAYS}
     claim = (
         f"Wall-clock of training to a held-out strict accuracy of {TARGET} in the shapes world: our default recipe"

@@ -55,3 +55,11 @@ def test_the_best_rate_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert work.batch("ours") == 48
     assert [work.rate("ours_every_step"), work.rate("ours")] == [RATES[2]] * 2
     assert raced == list(RATES)
+
+
+def test_where_none_arrives_the_nearest_rate_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = iter([0.38, 0.42, 0.40, 0.30])
+    made = [_Scripted(LIMIT / 4, [next(levels)]) for _ in RATES]
+    monkeypatch.setattr(speed_benchmark, "Contender", lambda *_: made.pop(0))
+    monkeypatch.setattr(speed_benchmark, "round_seconds", lambda kind: dict.fromkeys(("24", "48", "96"), 1.0))
+    assert Work(tmp_path).rate("plain") == RATES[1]
