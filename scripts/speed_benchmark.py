@@ -47,7 +47,7 @@ RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 BATCHES = (24, 48, 96)
 TUNING_SEED, SEEDS = 100, (71, 72, 73)
 TARGET = 0.45  # strict accuracy of val, 0.38 before training
-LIMIT, LOOK = 1800.0, 30.0  # seconds of training at most; from one look to the next
+LIMIT, LOOK = 480.0, 30.0  # seconds of training at most; from one look to the next
 AUTOCAST = torch.bfloat16
 
 Curve = list[tuple[float, float]]  # seconds of training, strict accuracy
