@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypedDict, Unpack
 
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _BASE_FILE = "base.json"
 _ENCODE_BATCH = 64
+_CACHED_BYTES = 4 << 30  # of encoded texts; one of FLUX takes 4 MiB
 
 
 class Options(TypedDict, total=False):
@@ -234,7 +235,8 @@ class DiffusersPipeline(ABC):
         return pixels // factor
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Named tensors (P, ...) on the CPU; every distinct text is encoded once, and shorter ones end in zeros."""
+        """Named tensors (P, ...) on the CPU; shorter texts end in zeros. A text is encoded once, and again only where
+        4 GiB of others were asked for since."""
         wanted = {*prompts} if self.unconditional is None else {*prompts, self.unconditional}
         missing = sorted(text for text in wanted if text not in self._cache)
         new = [text for text in missing if text not in self._batches]
@@ -242,14 +244,25 @@ class DiffusersPipeline(ABC):
         for text in missing:
             if text not in self._cache:
                 self._encode_batch(self._batches[text])
+        self._forget_all_but(wanted)
         return Conditioning(_stacked([self._cache[text] for text in prompts]))
+
+    def _forget_all_but(self, wanted: Iterable[str]) -> None:
+        """And but the latest others, as far as there is room."""
+        latest = {text: self._cache.pop(text) for text in sorted(wanted)}
+        room = _CACHED_BYTES - sum(map(_bytes, latest.values()))
+        for text, row in reversed([*self._cache.items()]):
+            room -= _bytes(row)
+            if room < 0:
+                del self._cache[text]
+        self._cache |= latest
 
     @torch.no_grad()
     def _encode_batch(self, texts: list[str]) -> None:
         with lent(self._text_encoders, self.device, self.memory.offload):
             tensors = {name: tensor.cpu() for name, tensor in self._encoded(texts).items()}
         for row, text in enumerate(texts):
-            self._cache[text] = {name: tensor[row] for name, tensor in tensors.items()}
+            self._cache[text] = {name: tensor[row].clone() for name, tensor in tensors.items()}  # freed one by one
 
     @property
     def encoded(self) -> list[list[str]]:
@@ -358,6 +371,10 @@ class DiffusersPipeline(ABC):
 
     def _mixed_precision(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
+
+def _bytes(row: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in row.values())
 
 
 def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
     python scripts/pictures.py runs/demo docs/images                        a finished run
     python scripts/pictures.py docs/results/search_shapes.json docs/images  searches at equal cost
     python scripts/pictures.py docs/results/benchmark_scale.json docs/images  what a round costs as it grows
+    python scripts/pictures.py docs/results/benchmark_compare.json docs/images  accuracy against seconds
 
 Figures are read from the files that are named; nothing is measured.
 """
@@ -96,7 +97,22 @@ def scale(result: Path, output: Path) -> None:
     figure.savefig(output / "scale.png", dpi=120)
 
 
-OF_RESULTS = {"search_shapes": search_curves, "benchmark_scale": scale}
+def speed(result: Path, output: Path) -> None:
+    """Held-out accuracy against seconds of training, a line for each seed, until the target."""
+    found = json.loads(result.read_text(encoding="utf-8"))
+    figure, axis = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    for number, (name, curves) in enumerate(found["curves"].items()):
+        for place, curve in enumerate(curves):
+            label = name.replace("_", " ") if place == 0 else None
+            axis.plot(*zip(*curve, strict=True), color=f"C{number}", linewidth=1, label=label)
+    axis.axhline(found["target"], linestyle=":", color="#888888")
+    axis.set(xlabel="seconds of training", ylabel="strict accuracy (validation)")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(output / "speed.png", dpi=120)
+
+
+OF_RESULTS = {"search_shapes": search_curves, "benchmark_scale": scale, "benchmark_compare": speed}
 
 
 def main() -> None:

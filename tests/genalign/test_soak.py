@@ -48,6 +48,7 @@ def redness(samples, prompts):
 CONFIG = """
 output: {output}
 model: {{path: {model}}}
+prompts: {prompts}
 recipe: {{class_path: genalign.recipes.flow_grpo, init_args: {{window: 1}}}}
 rewards:
   red: {{function: witness.redness, timeout: 60}}
@@ -64,8 +65,10 @@ before_after: null
 @pytest.mark.slow
 def test_memory_threads_files_and_processes_do_not_grow(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "witness.py").write_text(WITNESS)
-    config, readings = tmp_path / "soak.yaml", tmp_path / "readings.jsonl"
-    config.write_text(CONFIG.format(output=tmp_path / "run", model=tiny_folder, rounds=ROUNDS, updates=UPDATES))
+    config, readings, prompts = tmp_path / "soak.yaml", tmp_path / "readings.jsonl", tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"{count} red circles" for count in range(100)))  # few: encoded texts are kept
+    told_of = {"output": tmp_path / "run", "model": tiny_folder, "prompts": prompts}
+    config.write_text(CONFIG.format(**told_of, rounds=ROUNDS, updates=UPDATES))
     told = {"PYTHONPATH": str(tmp_path), "SOAK_READINGS": str(readings), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "genalign.cli", "train", "--config", str(config)]
     subprocess.run(command, env={**os.environ, **told}, check=True, stdout=subprocess.DEVNULL, timeout=2400)

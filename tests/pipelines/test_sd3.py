@@ -13,7 +13,7 @@ from genalign.memory import Memory
 from genalign.policy import Lora, Policy
 from genalign.rollout import Start, rollout
 from genalign.runs import save_peft
-from pipelines import SD3
+from pipelines import SD3, base
 
 PROMPTS = ["a red circle", "an orange ring and a blue square"]
 SIGMAS = [1.0, 0.75, 0.5, 0.25]
@@ -68,6 +68,21 @@ def test_encoding_is_cached_and_keeps_order(tiny: SD3) -> None:
     again = tiny.encode([PROMPTS[1], PROMPTS[0], PROMPTS[1]])
     assert torch.equal(again.tensors["context"], both.tensors["context"][[1, 0, 1]])
     assert again.tensors["context"].shape[1] == 12 + 8
+
+
+def test_texts_asked_for_longest_ago_are_encoded_again(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for all: in the batch they were first encoded in, to the same bits."""
+    tiny = SD3.load(tiny_folder)
+    encoded: list[list[str]] = []
+    encode = tiny._encoded
+    monkeypatch.setattr(tiny, "_encoded", lambda texts: encoded.append(list(texts)) or encode(texts))
+    first, kept = tiny.encode([*PROMPTS, "a third"]), tiny.encode(PROMPTS[:1])
+    monkeypatch.setattr(base, "_CACHED_BYTES", 3 * sum(row[0].nbytes for row in first.tensors.values()))
+    tiny.encode(["a fourth"])  # beside it the unconditional text, and the latest of the others, have room
+    assert torch.equal(tiny.encode(PROMPTS[:1]).tensors["context"], kept.tensors["context"]) and len(encoded) == 2
+    again = tiny.encode([*PROMPTS, "a third"])
+    assert encoded == [sorted({*PROMPTS, "a third", ""}), ["a fourth"], encoded[0]]
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in first.tensors.items())
 
 
 def test_noise_is_the_same_alone_and_in_a_batch(tiny: SD3) -> None:

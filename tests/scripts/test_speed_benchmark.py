@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from scripts import speed_benchmark
-from scripts.speed_benchmark import LIMIT, LOOK, RATES, TARGET, TUNING_SEED, WAYS, Way, Work, race, reached
+from scripts.speed_benchmark import LOOK, RATE_LIMIT, RATES, TARGET, TUNING_SEED, WAYS, Way, Work, race, reached
 
 
 class _Scripted:
@@ -33,12 +34,14 @@ def test_looks_are_as_far_apart_as_asked_and_end_at_the_target() -> None:
     assert reached(curves["quick"]) == pytest.approx(1.5 * LOOK) and reached(curves["slow"]) == 4 * LOOK
 
 
-def test_the_first_ends_the_race_and_the_limit_a_run() -> None:
+@pytest.mark.parametrize("patience", [1, 3])
+def test_patience_ends_the_race_and_the_limit_a_run(patience: int) -> None:
     quick, slow = _Scripted(LOOK, [0.3, 0.3, TARGET]), _Scripted(LOOK / 2, [0.3])
-    curves = race({"quick": quick, "slow": slow}, to_first=True)  # type: ignore[dict-item] # stand-ins
-    assert quick.rounds == 2 and slow.rounds == 4 and reached(curves["slow"]) == LIMIT
-    never = _Scripted(LIMIT / 4, [0.3])
-    assert reached(race({"never": never})["never"]) == LIMIT and never.rounds == 4  # type: ignore[dict-item] # a stand-in
+    curves = race({"quick": quick, "slow": slow}, patience=patience)  # type: ignore[dict-item] # stand-ins
+    assert quick.rounds == 2 and slow.rounds == 4 * patience and reached(curves["slow"]) == math.inf
+    never = _Scripted(100, [0.3])
+    race({"never": never}, limit=400, patience=patience)  # type: ignore[dict-item] # a stand-in
+    assert never.rounds == 4
 
 
 def test_the_best_rate_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +62,7 @@ def test_the_best_rate_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_where_none_arrives_the_nearest_rate_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     levels = iter([0.38, 0.42, 0.40, 0.30])
-    made = [_Scripted(LIMIT / 4, [next(levels)]) for _ in RATES]
+    made = [_Scripted(RATE_LIMIT / 4, [next(levels)]) for _ in RATES]
     monkeypatch.setattr(speed_benchmark, "Contender", lambda *_: made.pop(0))
     monkeypatch.setattr(speed_benchmark, "round_seconds", lambda kind: dict.fromkeys(("24", "48", "96"), 1.0))
     assert Work(tmp_path).rate("plain") == RATES[1]
