@@ -49,8 +49,7 @@ BATCHES = (24, 48, 96)
 TUNING_SEED, SEEDS = 100, (71, 72, 73)
 TARGET = 0.45  # strict accuracy of val, 0.38 before training
 LOOK = 30.0  # seconds of training from one look to the next
-LIMIT, PATIENCE = 600.0, 4.0  # seconds of training at most, and times those of the first to arrive
-RATE_LIMIT = 300.0  # where learning rates are compared, which ends with the first to arrive
+LIMIT, RATE_LIMIT = 480.0, 300.0  # seconds of training at most; where learning rates are compared
 AUTOCAST = torch.bfloat16
 
 Curve = list[tuple[float, float]]  # seconds of training, strict accuracy
@@ -177,7 +176,7 @@ class Work:
         def tried() -> dict[str, Curve]:
             batch = self.batch(of)
             rated = {f"{rate:g}": Contender(WAYS[of], rate, TUNING_SEED, batch) for rate in RATES}
-            return race(rated, RATE_LIMIT, patience=1)
+            return race(rated, RATE_LIMIT, to_first=True)
 
         curves = kept(self.folder / f"rates/{of}.json", tried)
         return min(RATES, key=lambda rate: (reached(curves[f"{rate:g}"]), -level(curves[f"{rate:g}"])))
@@ -204,8 +203,8 @@ class Work:
         return reached(self.curves(seed)["ours" if name in LEARNING_THE_SAME else name]) < math.inf
 
 
-def race(contenders: Mapping[str, Contender], limit: float = LIMIT, patience: float = PATIENCE) -> dict[str, Curve]:
-    """Each one's curve to the target, to ``limit`` seconds, or to ``patience`` times those of the first to arrive.
+def race(contenders: Mapping[str, Contender], limit: float = LIMIT, to_first: bool = False) -> dict[str, Curve]:
+    """Each one's curve to the target or the limit; with ``to_first`` none is trained longer than the first to arrive.
     The next round is that of the one that has trained least: all have the machine at the same times."""
     base = next(iter(contenders.values())).strict()
     curves, running = {name: [(0.0, base)] for name in contenders}, dict(contenders)
@@ -220,7 +219,7 @@ def race(contenders: Mapping[str, Contender], limit: float = LIMIT, patience: fl
             print(name, *(round(value, 3) for value in curve[-1]), flush=True)
         if curve[-1][1] >= TARGET:
             del running[name]
-            limit = min(limit, patience * contender.seconds)
+            limit = min(limit, contender.seconds) if to_first else limit
     return curves
 
 
