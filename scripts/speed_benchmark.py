@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -49,7 +49,8 @@ BATCHES = (24, 48, 96)
 TUNING_SEED, SEEDS = 100, (71, 72, 73)
 TARGET = 0.45  # strict accuracy of val, 0.38 before training
 LOOK = 30.0  # seconds of training from one look to the next
-LIMIT, RATE_LIMIT = 480.0, 300.0  # seconds of training at most; where learning rates are compared
+LIMIT, PATIENCE = 960.0, 4.0  # seconds of training at most, and times those of ours
+RATE_LIMIT = 300.0  # where learning rates are compared, which ends with the first to arrive
 AUTOCAST = torch.bfloat16
 
 Curve = list[tuple[float, float]]  # seconds of training, strict accuracy
@@ -176,7 +177,7 @@ class Work:
         def tried() -> dict[str, Curve]:
             batch = self.batch(of)
             rated = {f"{rate:g}": Contender(WAYS[of], rate, TUNING_SEED, batch) for rate in RATES}
-            return race(rated, RATE_LIMIT, to_first=True)
+            return race(rated, RATE_LIMIT, pace=tuple(rated), patience=1)
 
         curves = kept(self.folder / f"rates/{of}.json", tried)
         return min(RATES, key=lambda rate: (reached(curves[f"{rate:g}"]), -level(curves[f"{rate:g}"])))
@@ -203,9 +204,14 @@ class Work:
         return reached(self.curves(seed)["ours" if name in LEARNING_THE_SAME else name]) < math.inf
 
 
-def race(contenders: Mapping[str, Contender], limit: float = LIMIT, to_first: bool = False) -> dict[str, Curve]:
-    """Each one's curve to the target or the limit; with ``to_first`` none is trained longer than the first to arrive.
-    The next round is that of the one that has trained least: all have the machine at the same times."""
+def race(
+    contenders: Mapping[str, Contender],
+    limit: float = LIMIT,
+    pace: Sequence[str] = ("ours",),
+    patience: float = PATIENCE,
+) -> dict[str, Curve]:
+    """Each one's curve to the target, to ``limit`` seconds, or to ``patience`` times those of one of ``pace``. The next
+    round is that of the one that has trained least: all have the machine at the same times."""
     base = next(iter(contenders.values())).strict()
     curves, running = {name: [(0.0, base)] for name in contenders}, dict(contenders)
     while running:
@@ -219,7 +225,7 @@ def race(contenders: Mapping[str, Contender], limit: float = LIMIT, to_first: bo
             print(name, *(round(value, 3) for value in curve[-1]), flush=True)
         if curve[-1][1] >= TARGET:
             del running[name]
-            limit = min(limit, contender.seconds) if to_first else limit
+            limit = min(limit, patience * contender.seconds) if name in pace else limit
     return curves
 
 

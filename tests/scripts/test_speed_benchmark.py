@@ -34,10 +34,15 @@ def test_looks_are_as_far_apart_as_asked_and_end_at_the_target() -> None:
     assert reached(curves["quick"]) == pytest.approx(1.5 * LOOK) and reached(curves["slow"]) == 4 * LOOK
 
 
-def test_the_first_ends_the_race_and_the_limit_a_run() -> None:
+@pytest.mark.parametrize("patience", [1, 3])
+def test_the_pace_ends_the_race_and_the_limit_a_run(patience: int) -> None:
     quick, slow = _Scripted(LOOK, [0.3, 0.3, TARGET]), _Scripted(LOOK / 2, [0.3])
-    curves = race({"quick": quick, "slow": slow}, to_first=True)  # type: ignore[dict-item] # stand-ins
-    assert quick.rounds == 2 and slow.rounds == 4 and reached(curves["slow"]) == math.inf
+    first = _Scripted(LOOK, [TARGET])
+    raced = {"quick": quick, "slow": slow, "first": first}
+    curves = race(raced, pace=["quick"], patience=patience)  # type: ignore[arg-type] # stand-ins
+    assert (
+        first.rounds == 1 and quick.rounds == 2 and slow.rounds == 4 * patience and reached(curves["slow"]) == math.inf
+    )
     never = _Scripted(100, [0.3])
     race({"never": never}, limit=400)  # type: ignore[dict-item] # a stand-in
     assert never.rounds == 4
