@@ -105,6 +105,11 @@ def median_row(measurements: Sequence[Measurement]) -> Row:
     return Row(measurements[0].name, measurements[0].metric, made.mean, made.low, made.high, made.n)
 
 
+def ratios(name: str, metric: str, top: Sequence[float], bottom: Sequence[float]) -> list[Measurement]:
+    """The ratios top / bottom of figures that were measured in turn, such as seconds."""
+    return [Measurement(name, metric, a / b) for a, b in zip(top, bottom, strict=True)]
+
+
 R = TypeVar("R", PromptRecord, Measurement)
 
 

@@ -35,7 +35,7 @@ from genalign.cpu import keep_freed_memory
 from genalign.dynamics import ODE, FlowSDE, Kernel
 from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, awm, dense_grpo, dragon, flow_grpo, nft, prdp
-from genalign.results import Measurement, write_results
+from genalign.results import Measurement, ratios, write_results
 from genalign.rollout import Pairs, Rollout, Start, replay, rollout, windowed
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
@@ -71,11 +71,6 @@ def interleaved(functions: Sequence[Callable[[], object]], repeats: int) -> list
             if turn:
                 column.append(time.perf_counter() - began)
     return seconds
-
-
-def ratios(name: str, metric: str, top: Sequence[float], bottom: Sequence[float]) -> list[Measurement]:
-    """The paired ratios top / bottom."""
-    return [Measurement(name, metric, a / b) for a, b in zip(top, bottom, strict=True)]
 
 
 def benchmark_rollout(repeats: int) -> list[Measurement]:

@@ -7,8 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from genalign.results import Measurement
 from scripts import speed_benchmark
-from scripts.speed_benchmark import LOOK, RATE_LIMIT, RATES, TARGET, TUNING_SEED, WAYS, Way, Work, race, reached
+from scripts.speed_benchmark import (
+    CONTENDERS,
+    LOOK,
+    RATE_LIMIT,
+    RATES,
+    TARGET,
+    TUNING_SEED,
+    WAYS,
+    Way,
+    Work,
+    race,
+    reached,
+)
 
 
 class _Scripted:
@@ -27,9 +40,13 @@ class _Scripted:
 
 
 def test_looks_are_as_far_apart_as_asked_and_end_at_the_target() -> None:
-    quick, slow = _Scripted(LOOK / 3, [0.3, 0.4, TARGET + 0.05, 0.9]), _Scripted(2 * LOOK, [0.35, TARGET])
+    quick, slow = _Scripted(LOOK / 3, [0.3, TARGET - 0.05, TARGET + 0.05, 0.9]), _Scripted(2 * LOOK, [0.35, TARGET])
     curves = race({"quick": quick, "slow": slow})  # type: ignore[dict-item] # stand-ins
-    assert curves["quick"] == [(0.0, 0.3), (pytest.approx(LOOK), 0.4), (pytest.approx(2 * LOOK), TARGET + 0.05)]
+    assert curves["quick"] == [
+        (0.0, 0.3),
+        (pytest.approx(LOOK), TARGET - 0.05),
+        (pytest.approx(2 * LOOK), TARGET + 0.05),
+    ]
     assert curves["slow"] == [(0.0, 0.3), (2 * LOOK, 0.35), (4 * LOOK, TARGET)]
     assert reached(curves["quick"]) == pytest.approx(1.5 * LOOK) and reached(curves["slow"]) == 4 * LOOK
 
@@ -70,3 +87,20 @@ def test_where_none_arrives_the_nearest_rate_is_taken(tmp_path: Path, monkeypatc
     monkeypatch.setattr(speed_benchmark, "Contender", lambda *_: made.pop(0))
     monkeypatch.setattr(speed_benchmark, "round_seconds", lambda kind: dict.fromkeys(("24", "48", "96"), 1.0))
     assert Work(tmp_path).rate("plain") == RATES[1]
+
+
+def test_a_way_that_does_not_arrive_is_published_as_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Work, "batch", lambda *_: 96)
+    monkeypatch.setattr(Work, "by_rate", lambda *_: {f"{rate:g}": [[0.0, 0.3], [60.0, 0.4]] for rate in RATES})
+    lines = {"plain": [[0.0, 0.3], [300.0, 0.4]], "ours": [[0.0, 0.3], [50.0, TARGET], [100.0, 0.5]]}
+    curves = {name: lines.get(name, [[0.0, 0.3], [200.0, TARGET]]) for name in CONTENDERS}
+    monkeypatch.setattr(Work, "curves", lambda *_: curves)
+    monkeypatch.setattr(Work, "rounds", lambda *_: {name: [12.0 + place] for place, name in enumerate(WAYS)})
+    written: list[Measurement] = []
+    monkeypatch.setattr(speed_benchmark, "write_results", lambda folder, stem, head, measured: written.extend(measured))
+    speed_benchmark.publish(Work(tmp_path))
+    rows = {(row.name, row.metric): row.value for row in written}
+    assert rows["plain", f"seconds to {TARGET}, at least"] == 300 and rows["ours", f"seconds to {TARGET}"] == 50
+    assert rows["speedup.plain", "its seconds over ours, at least"] == 6
+    assert rows["speedup.nft", "its seconds over ours"] == 4
+    assert rows["round.plain", "seconds of a round over ours"] == 12 / (12 + list(WAYS).index("ours"))
