@@ -28,7 +28,7 @@ from genalign import assets
 from genalign.dynamics import FlowSDE
 from genalign.evaluation import plan
 from genalign.policy import Lora, Policy
-from genalign.recipes import Recipe, flow_grpo, nft
+from genalign.recipes import Recipe, flow_grpo
 from genalign.results import Measurement, ratios, write_results
 from genalign.rollout import generate
 from genalign.sampling import Sampling
@@ -62,7 +62,6 @@ class Way:
     """One way to train: the plain loop, or ours with these switches."""
 
     plain: bool = False
-    nft: bool = False
     window: int | None = WINDOW
     shared_noise: bool = True
     overlap: bool = True
@@ -73,13 +72,12 @@ WAYS = {
     "plain": Way(plain=True, window=None),
     "plain_window": Way(plain=True),
     "ours": Way(),
-    "nft": Way(nft=True),
     "ours_every_step": Way(window=None),
     "ours_own_noise": Way(shared_noise=False),
     "ours_no_overlap": Way(overlap=False),
     "ours_no_cache": Way(cached=False),
 }
-CONTENDERS = ("plain", "plain_window", "ours", "nft")
+CONTENDERS = ("plain", "plain_window", "ours")
 TURNS = 5  # rounds of every way
 
 
@@ -90,8 +88,6 @@ def both_scores(samples: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
 
 def recipe(way: Way) -> Recipe:
     """Of ours: the demo's, but for the switches."""
-    if way.nft:
-        return nft()
     kernel, window, shared_noise = FlowSDE(NOISE), way.window, way.shared_noise
     return flow_grpo(kernel, window, 0.125, CLIP, std="global", shared_noise=shared_noise)
 

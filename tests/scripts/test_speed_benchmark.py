@@ -102,5 +102,5 @@ def test_a_way_that_does_not_arrive_is_published_as_a_bound(tmp_path: Path, monk
     rows = {(row.name, row.metric): row.value for row in written}
     assert rows["plain", f"seconds to {TARGET}, at least"] == 300 and rows["ours", f"seconds to {TARGET}"] == 50
     assert rows["speedup.plain", "its seconds over ours, at least"] == 6
-    assert rows["speedup.nft", "its seconds over ours"] == 4
+    assert rows["speedup.plain_window", "its seconds over ours"] == 4
     assert rows["round.plain", "seconds of a round over ours"] == 12 / (12 + list(WAYS).index("ours"))
