@@ -24,6 +24,7 @@ from genalign.evaluation import load_evaluation
 from genalign.pairing import ranked
 
 COLUMNS = 8
+SECONDS = (1, 2, 5, 10, 20)
 
 
 def learning_curve(run: Path, output: Path) -> None:
@@ -93,6 +94,7 @@ def scale(result: Path, output: Path) -> None:
         axis.set_xticklabels(values)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
+    axes[0].set_yticks(SECONDS, SECONDS)
     axes[0].set_ylabel("seconds a round")
     figure.savefig(output / "scale.png", dpi=120)
 
