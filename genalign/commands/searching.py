@@ -73,9 +73,9 @@ def _search_share(
             if not held or folder.done(index):
                 continue
             result = early if early and index == left[0] else find(index)
-            row = folder.add(index, asked[index].text, names, result, write)
-        scores = "  ".join(f"{name} {value}" for name, value in row["scores"].items())
-        print(f"{index + 1}/{len(asked)}  {scores}  {result.ledger.forwards} forwards  {asked[index].text}", flush=True)
+            folder.add(index, asked[index].text, names, result, write)
+        found = "  ".join(f"{name} {score:.4g}" for name, score in zip(names, result.scores[0].tolist(), strict=True))
+        print(f"{index + 1}/{len(asked)}  {found}  {result.ledger.forwards} forwards  {asked[index].text}", flush=True)
 
 
 def prices_command(outside: Outside, arguments: Sequence[str]) -> int:

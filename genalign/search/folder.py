@@ -54,10 +54,8 @@ class SearchFolder:
         """Whether a prompt is finished."""
         return self._row(index).is_file()
 
-    def add(
-        self, index: int, prompt: str, names: Sequence[str], result: Result, write: Writer = write_images
-    ) -> dict[str, Any]:
-        """The result of one prompt: its files first, its row last, which is returned."""
+    def add(self, index: int, prompt: str, names: Sequence[str], result: Result, write: Writer = write_images) -> None:
+        """The result of one prompt: its files first, its row last."""
         (image,) = write(result.images, self.path, index)
         write_json(self.path / "lineage" / f"{index:05d}.json", {"chosen": result.chosen[0], "lives": result.lineage})
         known = [value if math.isfinite(value) else None for value in result.scores[0].tolist()]
@@ -70,7 +68,6 @@ class SearchFolder:
             "seconds": result.seconds,
         }
         write_json(self._row(index), row)
-        return row
 
     def conclude(self) -> None:
         """Put the rows of all finished prompts together. Call it ``claims.alone``."""

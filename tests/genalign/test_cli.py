@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -204,6 +205,13 @@ def test_prompts_without_metadata_for_a_reward_that_needs_it(
     (tmp_path / "mine.txt").write_text("a circle\na square\n")
     arguments = ["--prompts", str(tmp_path / "mine.txt"), "--rewards.red.function", "rewards.shapes.ShapesReward"]
     assert "metadata" in _error(capsys, "train", "--config", str(config), *arguments)
+
+
+def test_help_waits_for_no_model_library() -> None:
+    code = "import sys; from genalign.cli import main; main(['--help']); print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "genalign COMMAND --help" in answer
+    assert answer.endswith("False\n")
 
 
 def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:

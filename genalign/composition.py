@@ -1,0 +1,113 @@
+"""The one place where the core, the pipelines and the rewards are put together, for the commands to work with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
+from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
+
+import pipelines
+from genalign import assets, config
+from genalign.commands.comparing import calibrate_command, compare_command, report_command
+from genalign.commands.evaluating import evaluate_command
+from genalign.commands.exporting import export_command
+from genalign.commands.parts import Checkpoint, Outside, import_from_here
+from genalign.commands.planning import plan_command
+from genalign.commands.rewarding import reward_command, serve_command
+from genalign.commands.searching import prices_command, steer_command, train_noise_aware_command
+from genalign.commands.training import demo_command, train_command
+from genalign.cpu import keep_freed_memory
+from genalign.mistakes import nearest
+from genalign.planning import Outline
+from pipelines.base import Options
+from pipelines.folders import require_weights
+from pipelines.outline import outline
+from pipelines.quantization import quantized
+from rewards.geneval import GenEvalJudge
+from rewards.noise_aware import save_scorer
+from rewards.shapes import ShapesReward
+from rewards.tones import TonesReward
+from rewards.verified import SCORES
+
+
+def load_model(model: config.Model) -> Checkpoint:
+    """The pipeline that a configuration names, opened without the libraries' own progress bars."""
+    disable_diffusers_bars()
+    disable_transformers_bars()
+    config.require_device(model.device)
+    if model.device == "cpu":
+        keep_freed_memory()
+    return pipelines.load(assets.resolve(model.path), dtype=config.dtype(model.dtype), **_options(model))
+
+
+def outline_model(model: config.Model) -> Outline:
+    """The same without its weights."""
+    options = _options(replace(model, compiled=False))  # nothing is computed
+    return outline(assets.resolve(model.path), dtype=config.dtype(model.dtype), **options)
+
+
+def require_model(model: config.Model) -> None:
+    """Raise ValueError for a device, or a quantisation, that this machine does not have; FileNotFoundError for a folder
+    without weights."""
+    config.require_device(model.device)
+    require_weights(assets.resolve(model.path))
+    quantized(model.memory, "", config.dtype(model.dtype))
+
+
+def _options(model: config.Model) -> Options:
+    return Options(
+        device=model.device,
+        autocast=config.dtype(model.autocast) if model.autocast else None,
+        height=model.height,
+        width=model.width,
+        seconds=model.seconds,
+        max_sequence_length=model.max_sequence_length,
+        distilled_guidance=model.distilled_guidance,
+        compiled=model.compiled,
+        memory=model.memory,
+    )
+
+
+OUTSIDE = Outside(
+    load_model,
+    outline_model,
+    require_model,
+    {
+        "shapes": {score: ShapesReward(score) for score in SCORES},
+        "tones": {score: TonesReward(score) for score in SCORES},
+    },
+    save_scorer,
+    GenEvalJudge(),
+)
+
+COMMANDS: dict[str, Callable[[Outside, Sequence[str]], int]] = {
+    "train": train_command,
+    "evaluate": evaluate_command,
+    "plan": plan_command,
+    "calibrate": calibrate_command,
+    "compare": compare_command,
+    "steer": steer_command,
+    "prices": prices_command,
+    "train-noise-aware": train_noise_aware_command,
+    "serve": serve_command,
+    "reward": reward_command,
+    "export": export_command,
+    "report": report_command,
+    "demo": demo_command,
+}
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """One command; bad input is told in one line on standard error, with exit status 2."""
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}; {nearest(name, list(COMMANDS))}", file=sys.stderr)
+        return 2
+    import_from_here()
+    try:
+        return COMMANDS[name](OUTSIDE, arguments)
+    except config.REFUSED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
