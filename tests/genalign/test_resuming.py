@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import itertools
 import json
+import multiprocessing
+import os
 import random
 import resource
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from genalign import recipes
 from genalign.checkpoints import load_state
@@ -136,14 +139,17 @@ class Session:
             "generators": Generators(),
         }
         self.keeper = Keeper(Checkpoints(folder), parts, journal)
+        self.rows = folder.with_suffix(".jsonl")
 
     def go(self, until: int, raise_kl: float | None = None) -> list[str]:
-        """The rows of rounds up to ``until``."""
+        """The rows of rounds up to ``until``, which a file beside the checkpoints has, too."""
         rows = []
         for result in self.trainer.rounds():
             row = result.metrics()
             row.pop("machine")
             rows.append(json.dumps(row))
+            with self.rows.open("a", encoding="utf-8") as file:
+                file.write(f"{rows[-1]}\n")
             if raise_kl is not None and self.trainer.rounds_done == 1:
                 self.trainer.raise_kl(raise_kl)
             self.keeper.after(self.trainer.rounds_done, last=False)
@@ -177,38 +183,51 @@ def opened(tiny_folder: Path) -> SD3:
 
 
 @pytest.fixture(scope="module")
-def audio(tmp_path_factory: pytest.TempPathFactory) -> AceStep:
+def audio_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return FAMILIES["ace_step"].save(tmp_path_factory.mktemp("audio") / "ace_step")
+
+
+@pytest.fixture(scope="module")
+def audio(audio_folder: Path) -> AceStep:
     """The same for clips, by a flow."""
-    return clips(tmp_path_factory.mktemp("audio") / "ace_step")
+    return clips(audio_folder)
 
 
 def clips(folder: Path) -> AceStep:
     """A tiny pipeline that can be copied, for which its decoder's weights must not be computed from others."""
-    pipeline = AceStep.load(FAMILIES["ace_step"].save(folder), seconds=1.0)
+    pipeline = AceStep.load(folder, seconds=1.0)
     for module in pipeline.pipe.vae.modules():
         if "weight_g" in dict(module.named_parameters(recurse=False)):
             torch.nn.utils.remove_weight_norm(module)
     return pipeline
 
 
-def _broken_equals_unbroken(
-    folder: Path, opened: DiffusersPipeline, recipe: Recipe, lora: Lora | None = LORA, raise_kl: float | None = None
-) -> None:
-    adversary = functools.partial(adversarial, opened.sample_shape)
-    scored = adversary if recipe.kernel == recipes.adv_grpo().kernel else rewards
-    _seed(0)
-    unbroken = Session(folder / "unbroken", opened, recipe, scored(), lora)
-    rows = unbroken.go(3, raise_kl)
-    _seed(0)
-    broken = Session(folder / "broken", opened, recipe, scored(), lora)
-    begun = broken.go(1, raise_kl)
-    _seed(99)
-    resumed = Session(folder / "broken", opened, recipe, scored(), lora)
+def _session(
+    folder: Path, opened: DiffusersPipeline, recipe: Recipe, lora: Lora | None = LORA, seed: int = 0
+) -> Session:
+    """What a process holds that has just begun."""
+    _seed(seed)
+    adversary = recipe.kernel == recipes.adv_grpo().kernel
+    return Session(folder, opened, recipe, adversarial(opened.sample_shape) if adversary else rewards(), lora)
+
+
+def _require_same_end(folder: Path, opened: DiffusersPipeline, recipe: Recipe, lora: Lora | None = LORA) -> None:
+    """The run in ``broken``, which lost its process in its second round, ends as that in ``unbroken``."""
+    resumed = _session(folder / "broken", opened, recipe, lora, seed=99)
     checkpoint = resumed.keeper.checkpoints.latest()
     assert checkpoint is not None and checkpoint.rounds == 1
     resumed.keeper.resume(checkpoint)
-    assert begun + resumed.go(3) == rows
+    resumed.go(3)
+    assert (folder / "broken.jsonl").read_bytes() == (folder / "unbroken.jsonl").read_bytes()
     _same(folder / "unbroken" / "latest", folder / "broken" / "latest")
+
+
+def _broken_equals_unbroken(
+    folder: Path, opened: DiffusersPipeline, recipe: Recipe, lora: Lora | None = LORA, raise_kl: float | None = None
+) -> None:
+    _session(folder / "unbroken", opened, recipe, lora).go(3, raise_kl)
+    _session(folder / "broken", opened, recipe, lora).go(1, raise_kl)
+    _require_same_end(folder, opened, recipe, lora)
 
 
 @pytest.mark.parametrize("name", GRID)
@@ -224,6 +243,44 @@ def test_every_recipe_goes_on_exactly_in_audio(name: str, audio: AceStep, tmp_pa
 
 def test_a_whole_network_and_a_raised_pull_go_on_exactly(opened: SD3, tmp_path: Path) -> None:
     _broken_equals_unbroken(tmp_path, opened, recipes.flow_grpo(window=1), lora=None, raise_kl=0.05)
+
+
+def train_and_die(folder: Path, load: Callable[[Path], DiffusersPipeline], model: Path, name: str) -> None:
+    """What a process does that kills itself before the first update in its second round, be it an adversary's."""
+    session = _session(folder, load(model), GRID[name]())
+
+    def die(*_: object) -> None:
+        if session.trainer.rounds_done == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    register_optimizer_step_pre_hook(die)
+    session.go(3)
+
+
+def _killed_equals_unbroken(
+    folder: Path, load: Callable[[Path], DiffusersPipeline], model: Path, opened: DiffusersPipeline, name: str
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["genalign.composition", "torch", __name__])
+    process = context.Process(target=train_and_die, args=(folder / "broken", load, model, name))
+    process.start()
+    _session(folder / "unbroken", opened, GRID[name]()).go(3)
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
+    _require_same_end(folder, opened, GRID[name]())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRID)
+def test_every_recipe_survives_sigkill(name: str, opened: SD3, tiny_folder: Path, tmp_path: Path) -> None:
+    _killed_equals_unbroken(tmp_path, SD3.load, tiny_folder, opened, name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", GRID)
+def test_every_recipe_survives_sigkill_in_audio(name: str, audio: AceStep, audio_folder: Path, tmp_path: Path) -> None:
+    _killed_equals_unbroken(tmp_path, clips, audio_folder, audio, name)
 
 
 class Part:
