@@ -49,14 +49,21 @@ def standings(contenders: Sequence[Contender], diversity: DiversityOf) -> list[S
     for contender in contenders:
         if not contender.runs:
             raise ValueError(f"recipe {contender.name!r} has no finished run")
-    pairs = {contender.name: {seed: _pair(run) for seed, run in contender.runs.items()} for contender in contenders}
-    sides = [side for evaluations in pairs.values() for pair in evaluations.values() for side in pair]
-    scores = [name for name in sides[0].score_names if all(name in side.score_names for side in sides)]
-    if not scores:
-        raise ValueError(
-            "the recipes have no score in common: give each a reward of the same name (with weight 0 it only reports)"
-        )
-    return [_standing(contender, pairs[contender.name], scores, diversity) for contender in contenders]
+    pairs = [{seed: _pair(run) for seed, run in contender.runs.items()} for contender in contenders]
+    scores = _common_scores([side for evaluations in pairs for pair in evaluations.values() for side in pair])
+    return [
+        _standing(contender, evaluations, scores, diversity)
+        for contender, evaluations in zip(contenders, pairs, strict=True)
+    ]
+
+
+def _common_scores(evaluations: Sequence[Evaluation]) -> list[str]:
+    first, *others = (evaluation.score_names for evaluation in evaluations)
+    if scores := [name for name in first if all(name in names for names in others)]:
+        return scores
+    raise ValueError(
+        "the recipes have no score in common: give each a reward of the same name (with weight 0 it only reports)"
+    )
 
 
 def _standing(

@@ -287,7 +287,7 @@ def runs(work: Work) -> None:
             print(name, seed, round(work.seconds(name, seed)), "s", flush=True)
 
 
-def publish(work: Work) -> None:
+def times(work: Work) -> list[Measurement]:
     """Seconds of those that do not arrive are a bound; a seed on which ours does not counts as a speedup of 0."""
     seconds = {name: [work.seconds(name, seed) for seed in SEEDS] for name in CONTENDERS}
     arrived = {name: [work.arrived(name, seed) for seed in SEEDS] for name in CONTENDERS}
@@ -299,9 +299,19 @@ def publish(work: Work) -> None:
         if name != "ours":
             bound = "" if all(arrived[name] + arrived["ours"]) else ", at least"
             measured += ratios(f"speedup.{name}", f"its seconds over ours{bound}", each, ours)
+    return measured
+
+
+def costs(work: Work) -> list[Measurement]:
+    """What a round of each way takes beside ours."""
     by_round = work.rounds()
+    measured: list[Measurement] = []
     for name in (name for name in WAYS if name != "ours"):
         measured += ratios(f"round.{name}", "seconds of a round over ours", by_round[name], by_round["ours"])
+    return measured
+
+
+def publish(work: Work) -> None:
     chosen = {name: {"learning_rate": work.rate(name), "batch_size": work.batch(name)} for name in CONTENDERS}
     claim = (
         f"Wall-clock of training to a held-out strict accuracy of {TARGET} in the shapes world: our default recipe"
@@ -311,7 +321,7 @@ def publish(work: Work) -> None:
     tuning = {name: work.by_rate(name) for name in CONTENDERS}
     made = head(claim, "python scripts/benchmark.py compare")
     extra = {"chosen": chosen, "target": TARGET, "curves": curves, "tuning": tuning}
-    write_results(Path("docs/results"), "benchmark_compare", {**made, **extra}, measured)
+    write_results(Path("docs/results"), "benchmark_compare", {**made, **extra}, [*times(work), *costs(work)])
 
 
 PARTS = {"batches": batches, "rates": rates, "rounds": rounds, "runs": runs, "publish": publish}
