@@ -291,15 +291,20 @@ def times(work: Work) -> list[Measurement]:
     """Seconds of those that do not arrive are a bound; a seed on which ours does not counts as a speedup of 0."""
     seconds = {name: [work.seconds(name, seed) for seed in SEEDS] for name in CONTENDERS}
     arrived = {name: [work.arrived(name, seed) for seed in SEEDS] for name in CONTENDERS}
+    measured = [
+        Measurement(name, f"seconds to {TARGET}{_bound(arrived[name])}", value)
+        for name, each in seconds.items()
+        for value in each
+    ]
     ours = [s if there else math.inf for s, there in zip(seconds["ours"], arrived["ours"], strict=True)]
-    measured: list[Measurement] = []
-    for name, each in seconds.items():
-        bound = "" if all(arrived[name]) else ", at least"
-        measured += [Measurement(name, f"seconds to {TARGET}{bound}", value) for value in each]
-        if name != "ours":
-            bound = "" if all(arrived[name] + arrived["ours"]) else ", at least"
-            measured += ratios(f"speedup.{name}", f"its seconds over ours{bound}", each, ours)
+    for name in (name for name in CONTENDERS if name != "ours"):
+        bound = _bound(arrived[name] + arrived["ours"])
+        measured += ratios(f"speedup.{name}", f"its seconds over ours{bound}", seconds[name], ours)
     return measured
+
+
+def _bound(arrived: list[bool]) -> str:
+    return "" if all(arrived) else ", at least"
 
 
 def costs(work: Work) -> list[Measurement]:
