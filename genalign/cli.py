@@ -1,47 +1,116 @@
-"""The command ``genalign``. Help answers at once: torch and the model libraries are imported for a command alone."""
+"""The one place where the core, the pipelines and the rewards are put together, for the commands to work with."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-USAGE = """usage: genalign COMMAND ...
+from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
+from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
-  train     --config FILE [--key value ...]       fine-tune a model on a reward
-  train     --resume RUN                          go on with a run that was interrupted or killed
-  plan      --config FILE [--key value ...]       what training would do, hold and refuse; reads no weights
-  evaluate  shapes --output DIR [--lora DIR ...]  measure a model in the shapes world, or --samples of another program
-  evaluate  tones --output DIR [--lora DIR ...]   the same in the tones world
-  evaluate  geneval --output DIR --prompts FILE   measure it on GenEval's prompts; any number of processes
-  evaluate  geneval-images --output DIR --images DIR       images that another program made of them
-  evaluate  geneval-original --output DIR --results FILE   an evaluation's images by GenEval's own results
-  evaluate  geneval-compare --output DIR --against DIR     two finished evaluations, in pairs
-  calibrate --config FILE --output FILE.json       find the noise level that each sampling step bears
-  compare   FILE                                   train several recipes at equal budget, and set them side by side
-  steer     --config FILE [--key value ...]       search for the best sample of every prompt
-  prices    --output FILE.json                    measure what forwards, decodes and rewards cost here
-  train-noise-aware --config FILE                 teach a reward to score previews
-  serve     MODULE:CLASS [--args.key value ...]   a reward behind HTTP, for rewards.remote.RemoteReward
-  reward check MODULE:CLASS [--args.key value ...]   whether a reward keeps to what every reward must
-  export    --run RUN --output DIR                write what a run trained as a LoRA, a network or a pipeline
-  report    RUN                                   write RUN/report.html
-  demo      [shapes | tones] [--output DIR]       watch an embedded model learn, in minutes
+import pipelines
+from genalign import assets, config
+from genalign.commands.comparing import calibrate_command, compare_command, report_command
+from genalign.commands.evaluating import evaluate_command
+from genalign.commands.exporting import export_command
+from genalign.commands.parts import Checkpoint, Outside, import_from_here
+from genalign.commands.planning import plan_command
+from genalign.commands.rewarding import reward_command, serve_command
+from genalign.commands.searching import prices_command, steer_command, train_noise_aware_command
+from genalign.commands.training import demo_command, train_command
+from genalign.cpu import keep_freed_memory
+from genalign.mistakes import nearest
+from genalign.planning import Outline
+from pipelines.base import Options
+from pipelines.folders import require_weights
+from pipelines.outline import outline
+from pipelines.quantization import quantized
+from rewards.geneval import GenEvalJudge
+from rewards.noise_aware import save_scorer
+from rewards.shapes import ShapesReward
+from rewards.tones import TonesReward
+from rewards.verified import SCORES
 
-genalign COMMAND --help lists the settings of a command."""
+
+def load_model(model: config.Model) -> Checkpoint:
+    """The pipeline that a configuration names, opened without the libraries' own progress bars."""
+    disable_diffusers_bars()
+    disable_transformers_bars()
+    config.require_device(model.device)
+    if model.device == "cpu":
+        keep_freed_memory()
+    return pipelines.load(assets.resolve(model.path), dtype=config.dtype(model.dtype), **_options(model))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; bad input is told in one line on standard error, with exit status 2."""
-    name, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
-    if name in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    from genalign.composition import run  # takes seconds
+def outline_model(model: config.Model) -> Outline:
+    """The same without its weights."""
+    options = _options(replace(model, compiled=False))  # nothing is computed
+    return outline(assets.resolve(model.path), dtype=config.dtype(model.dtype), **options)
 
+
+def require_model(model: config.Model) -> None:
+    """Raise ValueError for a device, or a quantisation, that this machine does not have; FileNotFoundError for a folder
+    without weights."""
+    config.require_device(model.device)
+    require_weights(assets.resolve(model.path))
+    quantized(model.memory, "", config.dtype(model.dtype))
+
+
+def _options(model: config.Model) -> Options:
+    return Options(
+        device=model.device,
+        autocast=config.dtype(model.autocast) if model.autocast else None,
+        height=model.height,
+        width=model.width,
+        seconds=model.seconds,
+        max_sequence_length=model.max_sequence_length,
+        distilled_guidance=model.distilled_guidance,
+        compiled=model.compiled,
+        memory=model.memory,
+    )
+
+
+OUTSIDE = Outside(
+    load_model,
+    outline_model,
+    require_model,
+    {
+        "shapes": {score: ShapesReward(score) for score in SCORES},
+        "tones": {score: TonesReward(score) for score in SCORES},
+    },
+    save_scorer,
+    GenEvalJudge(),
+)
+
+COMMANDS: dict[str, Callable[[Outside, Sequence[str]], int]] = {
+    "train": train_command,
+    "evaluate": evaluate_command,
+    "plan": plan_command,
+    "calibrate": calibrate_command,
+    "compare": compare_command,
+    "steer": steer_command,
+    "prices": prices_command,
+    "train-noise-aware": train_noise_aware_command,
+    "serve": serve_command,
+    "reward": reward_command,
+    "export": export_command,
+    "report": report_command,
+    "demo": demo_command,
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command, which comes first; bad input is told in one line on standard error, with exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    return run(name, rest)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}; {nearest(name, list(COMMANDS))}", file=sys.stderr)
+        return 2
+    import_from_here()
+    try:
+        return COMMANDS[name](OUTSIDE, rest)
+    except config.REFUSED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -288,23 +288,25 @@ def runs(work: Work) -> None:
 
 
 def times(work: Work) -> list[Measurement]:
-    """Seconds of those that do not arrive are a bound; a seed on which ours does not counts as a speedup of 0."""
-    seconds = {name: [work.seconds(name, seed) for seed in SEEDS] for name in CONTENDERS}
-    arrived = {name: [work.arrived(name, seed) for seed in SEEDS] for name in CONTENDERS}
-    measured = [
-        Measurement(name, f"seconds to {TARGET}{_bound(arrived[name])}", value)
-        for name, each in seconds.items()
-        for value in each
-    ]
-    ours = [s if there else math.inf for s, there in zip(seconds["ours"], arrived["ours"], strict=True)]
-    for name in (name for name in CONTENDERS if name != "ours"):
-        bound = _bound(arrived[name] + arrived["ours"])
-        measured += ratios(f"speedup.{name}", f"its seconds over ours{bound}", seconds[name], ours)
+    """Seconds of those that do not arrive are a bound."""
+    measured: list[Measurement] = []
+    for name in CONTENDERS:
+        metric = f"seconds to {TARGET}{_bound(work, name)}"
+        measured += [Measurement(name, metric, work.seconds(name, seed)) for seed in SEEDS]
+        if name != "ours":
+            measured += _speedup(work, name)
     return measured
 
 
-def _bound(arrived: list[bool]) -> str:
-    return "" if all(arrived) else ", at least"
+def _speedup(work: Work, name: str) -> list[Measurement]:
+    """A seed on which ours does not arrive counts as a speedup of 0."""
+    ours = [work.seconds("ours", seed) if work.arrived("ours", seed) else math.inf for seed in SEEDS]
+    each = [work.seconds(name, seed) for seed in SEEDS]
+    return ratios(f"speedup.{name}", f"its seconds over ours{_bound(work, name, 'ours')}", each, ours)
+
+
+def _bound(work: Work, *names: str) -> str:
+    return "" if all(work.arrived(name, seed) for name in names for seed in SEEDS) else ", at least"
 
 
 def costs(work: Work) -> list[Measurement]:

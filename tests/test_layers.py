@@ -14,7 +14,7 @@ FORBIDDEN = {
     "rewards": {"pipelines", "scripts", "tests"},
     "scripts": {"tests"},
 }
-COMPOSITION_ROOT = folder_of("genalign") / "composition.py"
+COMPOSITION_ROOT = folder_of("genalign") / "cli.py"
 
 
 def _imports(path: Path) -> Iterator[str]:

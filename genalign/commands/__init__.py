@@ -1,1 +1,1 @@
-"""The commands of ``genalign``: each takes what it needs of pipelines and rewards from ``genalign.composition``."""
+"""The commands of ``genalign``: each takes what it needs of pipelines and rewards from ``genalign.cli``."""

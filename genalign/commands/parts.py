@@ -58,10 +58,10 @@ class Checkpoint(Pipeline, WeightStore, Protocol):
 
 @dataclass(frozen=True)
 class Outside:
-    """What commands take from ``pipelines`` and ``rewards``, which the core does not import:
-    ``genalign.composition`` hands it to them. ``load`` opens a model, ``outline`` all of it but its weights, and
-    ``require`` raises ValueError where this machine cannot; ``scorers`` judge each world, ``save_scorer`` writes a
-    noise-aware reward, ``geneval`` is the judge of GenEval evaluations that name no other."""
+    """What commands take from ``pipelines`` and ``rewards``, which the core does not import: ``genalign.cli`` hands it
+    to them. ``load`` opens a model, ``outline`` all of it but its weights, and ``require`` raises ValueError where this
+    machine cannot; ``scorers`` judge each world, ``save_scorer`` writes a noise-aware reward,
+    ``geneval`` is the judge of GenEval evaluations that name no other."""
 
     load: Callable[[config.Model], Checkpoint]
     outline: Callable[[config.Model], Outline]

@@ -15,7 +15,7 @@ from diffusers import SD3Transformer2DModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from genalign.checkpoints import load_state
-from genalign.cli import main
+from genalign.cli import COMMANDS, main
 from genalign.evaluation import Record
 from genalign.evaluation_folder import BatchFolder
 
@@ -207,15 +207,14 @@ def test_prompts_without_metadata_for_a_reward_that_needs_it(
     assert "metadata" in _error(capsys, "train", "--config", str(config), *arguments)
 
 
-def test_help_waits_for_no_model_library() -> None:
-    code = "import sys; from genalign.cli import main; main(['--help']); print('torch' in sys.modules)"
+def test_help_names_every_command_and_waits_for_no_model_library() -> None:
+    code = "import sys; from genalign.__main__ import main; main(); print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "genalign COMMAND --help" in answer
-    assert answer.endswith("False\n")
+    assert [name for name in COMMANDS if f"\n  {name} " not in answer] == []
+    assert answer.endswith("\nFalse\n")
 
 
 def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no command 'trian'; did you mean 'train'?" in _error(capsys, "trian")
     assert "is not a run folder" in _error(capsys, "report", "no-such-run")
     assert "name the world: genalign evaluate shapes" in _error(capsys, "evaluate")
-    assert main([]) == 0

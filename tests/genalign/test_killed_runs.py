@@ -118,7 +118,7 @@ def killing(
     (tmp_path / "killed_run.py").write_text(VICTIM)
     monkeypatch.syspath_prepend(str(tmp_path))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["genalign.composition", "torch"])
+    context.set_forkserver_preload(["genalign.cli", "torch"])
     yield Killing(context, tmp_path, tiny_folder, getattr(request, "param", 3))
     sys.modules.pop("killed_run", None)
 

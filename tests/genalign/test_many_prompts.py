@@ -50,7 +50,7 @@ class Workers:
 
     def __init__(self, folder: Path, command: Sequence[str]) -> None:
         self.folder, self.started = folder, 0
-        self.command = [sys.executable, "-m", "genalign.cli", *command]
+        self.command = [sys.executable, "-m", "genalign", *command]
         self.running: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:

@@ -40,7 +40,7 @@ def _port() -> int:
 def _context() -> ForkServerContext:
     """Of processes that are forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["genalign.composition", "torch", "tests.genalign.ranks"])
+    context.set_forkserver_preload(["genalign.cli", "torch", "tests.genalign.ranks"])
     return context
 
 

@@ -261,7 +261,7 @@ def _killed_equals_unbroken(
     folder: Path, load: Callable[[Path], DiffusersPipeline], model: Path, opened: DiffusersPipeline, name: str
 ) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["genalign.composition", "torch", __name__])
+    context.set_forkserver_preload(["genalign.cli", "torch", __name__])
     process = context.Process(target=train_and_die, args=(folder / "broken", load, model, name))
     process.start()
     _session(folder / "unbroken", opened, GRID[name]()).go(3)

@@ -144,7 +144,7 @@ def test_a_version_is_of_what_is_in_the_files(folder: Path) -> None:
 def test_a_served_reward_is_used_and_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "GENALIGN_TOKEN": "s3cret", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "genalign.cli", "serve", "outside_scores:Channel", "--args.channel", "1"]
+    command = [sys.executable, "-m", "genalign", "serve", "outside_scores:Channel", "--args.channel", "1"]
     process = subprocess.Popen(
         [*command, "--port", "0"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
     )

@@ -70,7 +70,7 @@ def test_memory_threads_files_and_processes_do_not_grow(tiny_folder: Path, tmp_p
     told_of = {"output": tmp_path / "run", "model": tiny_folder, "prompts": prompts}
     config.write_text(CONFIG.format(**told_of, rounds=ROUNDS, updates=UPDATES))
     told = {"PYTHONPATH": str(tmp_path), "SOAK_READINGS": str(readings), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "genalign.cli", "train", "--config", str(config)]
+    command = [sys.executable, "-m", "genalign", "train", "--config", str(config)]
     subprocess.run(command, env={**os.environ, **told}, check=True, stdout=subprocess.DEVNULL, timeout=2400)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == ROUNDS and not any(row["skipped_updates"] for row in rows)

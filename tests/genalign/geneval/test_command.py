@@ -215,7 +215,7 @@ def test_folders_that_cannot_be_judged_say_why(tmp_path: Path, capsys: pytest.Ca
 
 def _started(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
     environment: Mapping[str, str] = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
-    command = [sys.executable, "-m", "genalign.cli", *arguments]
+    command = [sys.executable, "-m", "genalign", *arguments]
     return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
