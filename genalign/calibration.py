@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from genalign.advantages import combine
-from genalign.checkpoints import write_json
 from genalign.completion import Completion
 from genalign.dynamics import CalibratedSDE, FlowSDE, trainable_steps
 from genalign.recipes import Recipe
+from genalign.runtime.files import write_json
 from genalign.sampling import Sampler
 from genalign.types import Grid, Prompt
 

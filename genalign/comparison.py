@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from genalign.checkpoints import write_json
 from genalign.evaluation import Evaluation, load_evaluation
 from genalign.results import PromptRecord, claim, prompt_records
+from genalign.runtime.files import write_json
 
 DiversityOf = Callable[[Path], Mapping[str, float]]
 

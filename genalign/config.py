@@ -20,12 +20,12 @@ from genalign.dynamics import Kernel
 from genalign.faults import DivergedError
 from genalign.guard import Actions
 from genalign.hacking import Limits
-from genalign.media import AudioFormat
-from genalign.memory import Memory
 from genalign.mistakes import explain
 from genalign.policy import Lora
 from genalign.recipes import Recipe, flow_grpo
 from genalign.resuming import Checkpointing
+from genalign.runtime.media import AudioFormat
+from genalign.runtime.memory_options import Memory
 from genalign.sampling import Sampling
 from genalign.scoring import RewardError
 from genalign.search.aware import Distillation

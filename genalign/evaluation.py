@@ -14,10 +14,10 @@ from typing import Protocol as TypingProtocol
 import torch
 from torch import Tensor
 
-from genalign.checkpoints import write_json, write_text
-from genalign.media import Writer, write_images
-from genalign.processes import ALONE, Processes
 from genalign.rollout import generate
+from genalign.runtime.distributed import ALONE, Processes
+from genalign.runtime.files import write_json, write_text
+from genalign.runtime.media import Writer, write_images
 from genalign.statistics import Estimate, bootstrap_mean
 from genalign.types import Grid, Pipeline, Prompt, PromptSet, RewardFunction
 

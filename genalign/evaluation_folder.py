@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from genalign.checkpoints import write_json
-from genalign.claims import Claims
 from genalign.evaluation import Protocol, Record, record_as_dict, record_from_dict
+from genalign.runtime.file_locks import Claims
+from genalign.runtime.files import write_json
 
 MANIFEST = "evaluation.json"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genalign.checkpoints import save_state, with_prefix, write_json
 from genalign.learning import Batch
+from genalign.runtime.files import save_state, with_prefix, write_json
 from genalign.types import Prompt
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from genalign.hacking import Limits, Looks, Panel, panel
-from genalign.states import State
+from genalign.runtime.state import State
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign import audio_statistics, image_statistics
-from genalign.checkpoints import with_prefix, without_prefix
 from genalign.divergences import vendi
+from genalign.runtime.files import with_prefix, without_prefix
 from genalign.statistics import Estimate, t_interval
 from genalign.types import FeatureFunction, Prompt, RewardFunction
 

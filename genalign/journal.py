@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from genalign.runtime.state import Generators
 from genalign.scoring import NamedReward
-from genalign.states import Generators
 from genalign.types import Prompt, RewardFunction, TrainableReward
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from genalign.adapters import PEFT_WEIGHTS
 from genalign.budget import DECODE, FORWARD, Ledger, backward
-from genalign.memory import Memory
+from genalign.runtime.memory_options import Memory
 from genalign.types import Pipeline
 
 _NF4 = 0.5 + 4 / 64  # four bits a number, and a float32 for every 64 of them

@@ -14,8 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from genalign.adapters import ADAPTER, put_on
-from genalign.processes import ALONE, Processes
-from genalign.sharding import Sharding, divided, lent, put_away, require_sharded, whole
+from genalign.runtime.distributed import ALONE, Processes
+from genalign.runtime.fsdp import Sharding, divided, lent, put_away, require_sharded, whole
 
 ATTENTION = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
 """The names that diffusers gives to the projections of attention layers, those of a joint layer's text included."""

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from genalign.checkpoints import write_json, write_text
 from genalign.evaluation import Evaluation
 from genalign.pairing import pairs
+from genalign.runtime.files import write_json, write_text
 from genalign.statistics import bootstrap_mean, median_interval, t_interval, wider
 
 

@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import Tensor
 
-from genalign.checkpoints import load_state, save_state, sync, with_prefix, without_prefix, write_json
 from genalign.journal import Journal
-from genalign.processes import ALONE, Processes
-from genalign.states import State, Stateful
+from genalign.runtime.distributed import ALONE, Processes
+from genalign.runtime.files import load_state, save_state, sync, with_prefix, without_prefix, write_json
+from genalign.runtime.state import State, Stateful
 
 logger = logging.getLogger(__name__)
 FORMAT = 1

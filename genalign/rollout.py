@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genalign.dynamics import ODE, Kernel, Transition, transition
 from genalign.noise import seeded_noise
-from genalign.processes import ALL, Share
+from genalign.runtime.distributed import ALL, Share
 from genalign.types import Conditioning, Grid, NoiseStep, Pipeline
 
 _MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighbouring seeds land far apart

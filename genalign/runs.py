@@ -21,12 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor
 
-from genalign.checkpoints import disk_errors, write_json, write_text
 from genalign.guard import Guard, due
 from genalign.hacking import Panel
 from genalign.policy import Policy
-from genalign.processes import ALONE, Processes
 from genalign.resuming import Keeper
+from genalign.runtime.distributed import ALONE, Processes
+from genalign.runtime.files import disk_errors, write_json, write_text
 from genalign.statistics import Estimate
 from genalign.training import RoundResult, Trainer
 

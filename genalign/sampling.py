@@ -18,9 +18,9 @@ from torch import Tensor
 
 from genalign.completion import complete
 from genalign.noise import derived_seed
-from genalign.processes import ALL, Share
 from genalign.recipes import Recipe
 from genalign.rollout import Rollout, Start, finite_rows, rollout, windowed
+from genalign.runtime.distributed import ALL, Share
 from genalign.scoring import NamedReward, score
 from genalign.types import Grid, Pipeline, Prompt
 

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 from genalign.advantages import zero_std_share
 from genalign.budget import Ledger, Metered, metered_rewards, peak_memory
-from genalign.checkpoints import load_optimizer_tensors, optimizer_tensors, with_prefix, without_prefix
 from genalign.faults import BadUpdate, Skipping, finite, is_out_of_memory
 from genalign.learning import Batch, Context, Outcome, Readings, anchored, halved
 from genalign.noise import derived_seed
 from genalign.policy import Policy, Snapshot
 from genalign.prompts import PromptSampler
 from genalign.recipes import Recipe
+from genalign.runtime.files import load_optimizer_tensors, optimizer_tensors, with_prefix, without_prefix
+from genalign.runtime.fsdp import whole
+from genalign.runtime.state import State
 from genalign.sampling import Sampled, Sampler, Sampling
 from genalign.scoring import NamedReward, Watch
-from genalign.sharding import whole
-from genalign.states import State
 from genalign.types import Pipeline, Prompt, PromptSet, TrainableReward
 
 logger = logging.getLogger(__name__)

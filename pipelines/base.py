@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from genalign.adapters import ADAPTER, PEFT_CONFIG, merge, put_on_saved
-from genalign.checkpoints import write_json
-from genalign.memory import Memory
 from genalign.paths import GaussianPath
+from genalign.runtime.files import write_json
+from genalign.runtime.memory_options import Memory
 from genalign.types import Conditioning, Grid, NoiseLevel
 from pipelines.folders import check_folder, fingerprint, is_hub_id
 from pipelines.quantization import quantized
@@ -37,7 +37,7 @@ class Options(TypedDict, total=False):
     ``height`` and ``width`` of images are in pixels, and ``seconds`` are how long audio lasts, the checkpoint's own by
     default; ``max_sequence_length`` is the number of text tokens where the family lets one choose; ``autocast`` runs
     the denoiser and the VAE under mixed precision of that dtype; ``distilled_guidance`` is what a network with guidance
-    distilled into it is told; ``compiled`` runs the denoiser by ``torch.compile``; see ``genalign.memory.Memory`` for
+    distilled into it is told; ``compiled`` runs the denoiser by ``torch.compile``; see ``genalign.runtime.memory_options.Memory`` for
     the rest.
     """
 

@@ -14,8 +14,8 @@ from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from genalign.memory import Memory
 from genalign.planning import Part
+from genalign.runtime.memory_options import Memory
 from genalign.tracing import kept_for_backward, largest_layer
 from pipelines.base import DiffusersPipeline, Options
 from pipelines.families import family_of

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.quantizers import PipelineQuantizationConfig
 
-from genalign.memory import Memory
+from genalign.runtime.memory_options import Memory
 
 _PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genalign.waveforms import as_heard, mel_decibels
+from genalign.runtime.waveforms import as_heard, mel_decibels
 from rewards.clap import load_clap
 from rewards.features import with_parts
 from rewards.references import Samples

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from genalign.audio_statistics import clipped, level, silent
+from genalign.runtime.waveforms import require_waveforms
 from genalign.types import Prompt
-from genalign.waveforms import require_waveforms
 
 
 @dataclass(frozen=True)

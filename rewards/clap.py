@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign import assets
+from genalign.runtime.waveforms import as_heard, mel_decibels, tell_once
 from genalign.types import Prompt
-from genalign.waveforms import as_heard, mel_decibels, tell_once
 from rewards.towers import Features, TwoTowers, cosine, projected_text
 
 Padding = Literal["repeatpad", "repeat", "pad"]

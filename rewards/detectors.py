@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 
 from genalign.geneval.scoring import Box, Detection, Thresholds
 from genalign.geneval.vocabulary import OBJECTS
-from genalign.media import eight_bits
+from genalign.runtime.media import eight_bits
 from genalign.worlds.shapes.prompts import with_article
 
 _MOST_INSTANCES = 100  # of an image, as in mmdet's configuration

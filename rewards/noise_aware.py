@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genalign.checkpoints import load_state, save_state
+from genalign.runtime.files import load_state, save_state
 from genalign.search.aware import NoiseAware, Quality
 from genalign.types import Prompt
 from rewards.clap import ClapEncoder, load_clap

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from genalign.audio_statistics import SILENT
-from genalign.media import AUDIO_SUFFIXES, read_waveform
-from genalign.waveforms import as_heard, require_waveforms, tell_once
+from genalign.runtime.media import AUDIO_SUFFIXES, read_waveform
+from genalign.runtime.waveforms import as_heard, require_waveforms, tell_once
 from rewards.references import Kind, file_names
 
 AUDIO = Kind("audio", "WAV or FLAC", AUDIO_SUFFIXES)

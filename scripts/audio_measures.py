@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from genalign.evaluation import Record, load_evaluation
-from genalign.media import inside
 from genalign.results import PromptRecord
+from genalign.runtime.media import inside
 from genalign.set_comparison import compare_parts
 from genalign.statistics import win_test
 from genalign.types import FeatureFunction, RewardFunction, SetReward

@@ -10,9 +10,9 @@ from torch import Tensor
 import pipelines
 from genalign import assets
 from genalign.budget import Ledger, Metered
-from genalign.checkpoints import load_state, save_state
 from genalign.noise import derived_seed
 from genalign.prompts import drawn_in_turn
+from genalign.runtime.files import load_state, save_state
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
 from genalign.search.aware import watched

@@ -31,12 +31,12 @@ import torch
 from genalign import assets
 from genalign.budget import Ledger, Metered
 from genalign.completion import complete
-from genalign.cpu import keep_freed_memory
 from genalign.dynamics import ODE, FlowSDE, Kernel
 from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, awm, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.results import Measurement, ratios, write_results
 from genalign.rollout import Pairs, Rollout, Start, replay, rollout, windowed
+from genalign.runtime.cpu import keep_freed_memory
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
 from genalign.search import BestOfN, Prune

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from genalign.checkpoints import write_json
+from genalign.runtime.files import write_json
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:

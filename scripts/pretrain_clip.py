@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from genalign.checkpoints import write_json, write_text
+from genalign.runtime.files import write_json, write_text
 from genalign.worlds.pretraining import Fit, contrastive, fit
 from genalign.worlds.shapes.dataset import CaptionedScenes, captioned_scenes
 from genalign.worlds.shapes.tokenizers import CLIP_LENGTH, clip_tokenizer

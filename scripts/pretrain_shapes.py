@@ -15,10 +15,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from genalign.checkpoints import write_text
 from genalign.cli import main as genalign
 from genalign.evaluation import load_evaluation
-from genalign.media import read_image
+from genalign.runtime.files import write_text
+from genalign.runtime.media import read_image
 from genalign.worlds.pretraining import Fit, fit
 from genalign.worlds.shapes.dataset import CaptionedScenes, captioned_scenes, corrupted
 from genalign.worlds.shapes.detection import detect

@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import ClapModel
 
 import pipelines
-from genalign.checkpoints import load_state, save_state, without_prefix, write_text
-from genalign.cpu import keep_freed_memory, plain_attention
 from genalign.dynamics import DPMSDE, ODE, Kernel
 from genalign.noise import derived_seed
 from genalign.rollout import Start, rollout
+from genalign.runtime.cpu import keep_freed_memory, plain_attention
+from genalign.runtime.files import load_state, save_state, without_prefix, write_text
 from genalign.worlds.captions import metadata_of
 from genalign.worlds.pretraining import Fit, OutOfTimeError, contrastive, fit
 from genalign.worlds.tones import prompts

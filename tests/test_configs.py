@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from genalign.config import Train, parse
-from genalign.sharding import Sharding, asked_for
+from genalign.runtime.fsdp import Sharding, asked_for
 
 CONFIGS = Path(__file__).parents[1] / "scripts" / "configs"
 LARGE = ("sd35_medium_geneval", "sd35_medium_ocr", "sd35_medium_pickscore", "flux_dev_pickscore", "sdxl_pickscore")

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genalign import media
 from genalign.cli import main
 from genalign.config import Compare
 from genalign.geneval.files import read_samples, write_samples
-from genalign.media import inside, read_image
+from genalign.runtime import media
+from genalign.runtime.media import inside, read_image
 from genalign.types import Prompt
 from pipelines import SD3
 from rewards.judges import Endpoint

@@ -8,12 +8,12 @@ from typing import Any
 
 from genalign import config
 from genalign.calibration import calibrate, save_kernel
-from genalign.checkpoints import write_json
 from genalign.commands.parts import Outside, named_rewards, prompt_set
 from genalign.commands.training import train_command
 from genalign.comparison import Contender, standings, write_standings
 from genalign.prompts import PromptSampler
 from genalign.report import write_comparison, write_report
+from genalign.runtime.files import write_json
 from genalign.sampling import Sampler
 from genalign.worlds.shapes.diversity import evaluation_diversity
 

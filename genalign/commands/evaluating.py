@@ -12,9 +12,9 @@ from genalign.commands.geneval import compare_geneval_command, geneval_command, 
 from genalign.commands.parts import Checkpoint, Outside, opened, own_share, print_estimates, prompt_set
 from genalign.evaluation import Evaluation, Job, Kept, Protocol, evaluate, judge, plan, suite_hash
 from genalign.evaluation_folder import BatchFolder, manifest
-from genalign.media import Writer, inside, writer
-from genalign.processes import ALONE, Processes, joined
 from genalign.prompts import read_listing
+from genalign.runtime.distributed import ALONE, Processes, joined
+from genalign.runtime.media import Writer, inside, writer
 from genalign.sampling import Sampling
 from genalign.types import Pipeline, RewardFunction
 from genalign.worlds.catalogue import WORLDS, World, world_of

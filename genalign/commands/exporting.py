@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genalign import config
-from genalign.checkpoints import write_text
 from genalign.commands.parts import Outside
 from genalign.model_card import model_card
+from genalign.runtime.files import write_text
 
 
 def export_command(outside: Outside, arguments: Sequence[str]) -> int:

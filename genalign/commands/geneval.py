@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from genalign import config
-from genalign.checkpoints import write_json
 from genalign.commands.parts import Checkpoint, Outside, opened, own_share, print_estimates
 from genalign.evaluation import Evaluation, Protocol, suite_hash
 from genalign.evaluation_folder import Subject, content_hash, manifest
@@ -20,8 +19,9 @@ from genalign.geneval.original import rescored
 from genalign.geneval.running import GenEvalFolder, Work, verifier
 from genalign.geneval.sources import Existing, Generated
 from genalign.pairing import check_protocols
-from genalign.processes import Share
 from genalign.report import write_geneval
+from genalign.runtime.distributed import Share
+from genalign.runtime.files import write_json
 from genalign.sampling import Sampling
 from genalign.types import Prompt, PromptSet
 

@@ -14,12 +14,12 @@ from genalign.evaluation import Evaluation
 from genalign.evaluation_folder import Subject, adapter_hash
 from genalign.geneval.judging import Judge
 from genalign.planning import Outline
-from genalign.processes import Share, take_own_device
 from genalign.prompts import load_prompts
 from genalign.runs import WeightStore
+from genalign.runtime.distributed import Share, take_own_device
+from genalign.runtime.fsdp import asked_for
 from genalign.scoring import NamedReward
 from genalign.search.aware import NoiseAware
-from genalign.sharding import asked_for
 from genalign.types import Pipeline, PromptSet, RewardFunction
 from genalign.worlds.catalogue import world_of
 

@@ -12,7 +12,7 @@ from typing import Any
 from genalign.commands.parts import Checkpoint as Model
 from genalign.resuming import Checkpoint, Checkpoints
 from genalign.runs import RunFolder
-from genalign.states import State
+from genalign.runtime.state import State
 
 MAY_CHANGE = (
     "output",

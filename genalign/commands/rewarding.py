@@ -19,8 +19,8 @@ from torch import Tensor
 from genalign import config, wire
 from genalign.commands.parts import Outside, prompt_set, require_rate
 from genalign.conformance import Check, Expected, Probe, check
-from genalign.media import AUDIO_SUFFIXES, inside, read_image, read_waveform
 from genalign.prompts import read_listing
+from genalign.runtime.media import AUDIO_SUFFIXES, inside, read_image, read_waveform
 from genalign.types import Prompt, PromptSet
 from genalign.worlds.catalogue import World, world_of
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from genalign import config
 from genalign.budget import Ledger, Metered, measure_prices, metered_rewards
-from genalign.checkpoints import write_json
 from genalign.commands.parts import Outside, adapted, named_rewards, own_share, prompt_set, require_rate
-from genalign.media import writer
 from genalign.noise import derived_seed
 from genalign.prompts import drawn_in_turn
 from genalign.report import write_search
+from genalign.runtime.files import write_json
+from genalign.runtime.media import writer
 from genalign.search.aware import (
     Decoding,
     Look,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from genalign import config
-from genalign.checkpoints import write_json
 from genalign.commands.estimating import advice
 from genalign.commands.evaluating import Exam, exam
 from genalign.commands.parts import Checkpoint, Outside, named_rewards, prompt_set, require_rate
@@ -28,15 +27,16 @@ from genalign.journal import Journal
 from genalign.learning import anchored
 from genalign.pairing import gain, task_gains
 from genalign.policy import Policy
-from genalign.processes import ALONE, Processes, ProcessesError, joined
 from genalign.report import write_report
 from genalign.resuming import Checkpoint as Saved
 from genalign.resuming import Checkpoints, Keeper
 from genalign.rollout import generate
 from genalign.runs import RunFolder, train
+from genalign.runtime.distributed import ALONE, Processes, ProcessesError, joined
+from genalign.runtime.files import write_json
+from genalign.runtime.fsdp import Sharding, asked_for
+from genalign.runtime.state import Generators, OfEach, Stateful
 from genalign.scoring import NamedReward, probe
-from genalign.sharding import Sharding, asked_for
-from genalign.states import Generators, OfEach, Stateful
 from genalign.statistics import Estimate
 from genalign.training import Trainer
 from genalign.types import PromptSet

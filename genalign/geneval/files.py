@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from genalign.checkpoints import write_text
 from genalign.geneval.requests import Request
 from genalign.geneval.scoring import Detection
-from genalign.media import save_images
 from genalign.prompts import load_prompts
+from genalign.runtime.files import write_text
+from genalign.runtime.media import save_images
 from genalign.types import Metadata, Prompt, PromptSet
 
 _METADATA, _SAMPLES = "metadata.jsonl", "samples"

@@ -20,14 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from genalign.checkpoints import write_json, write_text
 from genalign.evaluation import Evaluation, Protocol, Record
 from genalign.evaluation_folder import MANIFEST, EvaluationFolder, Subject
 from genalign.geneval.files import Result, summary, write_results
 from genalign.geneval.judging import Judge, Judgement
 from genalign.geneval.scoring import Detection
 from genalign.geneval.sources import Source
-from genalign.processes import Share
+from genalign.runtime.distributed import Share
+from genalign.runtime.files import write_json, write_text
 from genalign.types import Prompt, PromptSet
 
 SCORES = ("relaxed", "strict", "partial")

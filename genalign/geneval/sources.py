@@ -14,8 +14,8 @@ from torch import Tensor
 
 from genalign.evaluation import noise_seed
 from genalign.geneval.files import Sample, write_samples
-from genalign.media import read_image
 from genalign.rollout import generate
+from genalign.runtime.media import read_image
 from genalign.types import Grid, Pipeline, Prompt
 
 _IMAGES = "images"

@@ -9,7 +9,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from genalign.checkpoints import write_text
 from genalign.evaluation import ELSEWHERE, Evaluation
 from genalign.geneval.comparing import Paired, compared, finished
 from genalign.geneval.files import Result, read_results
@@ -21,6 +20,7 @@ from genalign.report.reading import Comparison, Run
 from genalign.report.samples import Shown, fitting, shown
 from genalign.report.sections import Cell, Fact, flattened
 from genalign.report.words import count, interval, percent, plain, scored
+from genalign.runtime.files import write_text
 
 _WRONG_SHOWN = 24
 _OVERALL = "mean over tasks"

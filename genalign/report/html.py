@@ -6,10 +6,10 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from genalign.checkpoints import write_text
 from genalign.report import sections
 from genalign.report.charts import charts, watched
 from genalign.report.reading import Run, read_run
+from genalign.runtime.files import write_text
 
 
 def write_report(run: Path) -> Path:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from genalign.media import AUDIO_SUFFIXES, Recording, encoded, opened_image, read_waveform
-from genalign.waveforms import mel_decibels, resample
+from genalign.runtime.media import AUDIO_SUFFIXES, Recording, encoded, opened_image, read_waveform
+from genalign.runtime.waveforms import mel_decibels, resample
 
 LIST_BYTES = 1_400_000  # of the samples of one list, as base64: two lists and the charts stay under 5 MB
 LONGEST_SIDE = 256  # pixels of an image

@@ -12,11 +12,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from genalign.checkpoints import write_text
 from genalign.report.curves import Axis, Point, line_chart
 from genalign.report.html import page
 from genalign.report.samples import Shown, fitting, shown
 from genalign.report.words import count, duration, number, plain
+from genalign.runtime.files import write_text
 
 _SHOWN = 24
 _WIDTH, _ROW = 220.0, 7.0

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from genalign.checkpoints import write_text
 from genalign.comparison import Standing
 from genalign.report.curves import whisker
 from genalign.report.html import page
 from genalign.report.words import count, duration, interval, mood, plain, signed
+from genalign.runtime.files import write_text
 from genalign.statistics import Estimate
 
 

@@ -20,8 +20,8 @@ from scipy.stats import kendalltau
 from torch import Tensor, nn
 
 from genalign.budget import DECODE, reward_call
-from genalign.checkpoints import load_state, save_state
 from genalign.noise import derived_seed
+from genalign.runtime.files import load_state, save_state
 from genalign.search.engine import Candidates, Finished, Run
 from genalign.types import Prompt
 

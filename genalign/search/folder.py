@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from genalign.checkpoints import write_json, write_text
-from genalign.claims import Claims
-from genalign.media import Writer, write_images
+from genalign.runtime.file_locks import Claims
+from genalign.runtime.files import write_json, write_text
+from genalign.runtime.media import Writer, write_images
 from genalign.search.running import Result
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from genalign.media import read_image
+from genalign.runtime.media import read_image
 from genalign.types import Metadata, Prompt, PromptSet
 from genalign.worlds import shapes, tones
 from genalign.worlds.grammar import SUITES

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from genalign.checkpoints import (
+from genalign.runtime.cpu import keep_freed_memory
+from genalign.runtime.files import (
     load_optimizer_tensors,
     load_state,
     optimizer_tensors,
@@ -20,7 +21,6 @@ from genalign.checkpoints import (
     with_prefix,
     without_prefix,
 )
-from genalign.cpu import keep_freed_memory
 
 
 @dataclass(frozen=True)

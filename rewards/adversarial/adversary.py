@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from genalign.checkpoints import load_optimizer_tensors, optimizer_tensors, with_prefix, without_prefix
+from genalign.runtime.files import load_optimizer_tensors, optimizer_tensors, with_prefix, without_prefix
 from genalign.types import Prompt
 from rewards.adversarial.losses import LossName, adversarial_loss, pair_accuracy
 from rewards.adversarial.replay import Batch, Replay

@@ -21,13 +21,13 @@ from genalign.commands.resuming import Texts
 from genalign.divergences import vendi
 from genalign.journal import Journal
 from genalign.policy import Lora, Policy
-from genalign.processes import ALONE, Processes, joined
 from genalign.recipes import Lag, Recipe
 from genalign.resuming import Checkpoints, Keeper
+from genalign.runtime.distributed import ALONE, Processes, joined
+from genalign.runtime.fsdp import Sharding, whole
+from genalign.runtime.state import Generators, OfEach
 from genalign.sampling import Sampled, Sampling
 from genalign.scoring import NamedReward
-from genalign.sharding import Sharding, whole
-from genalign.states import Generators, OfEach
 from genalign.training import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3

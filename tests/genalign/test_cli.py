@@ -14,10 +14,10 @@ import torch
 from diffusers import SD3Transformer2DModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from genalign.checkpoints import load_state
 from genalign.cli import COMMANDS, main
 from genalign.evaluation import Record
 from genalign.evaluation_folder import BatchFolder
+from genalign.runtime.files import load_state
 
 REWARDS = """
 import torch

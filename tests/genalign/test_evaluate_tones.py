@@ -18,7 +18,7 @@ from genalign.cli import main
 from genalign.commands.parts import prompt_set, require_rate
 from genalign.evaluation import ELSEWHERE, load_evaluation
 from genalign.recipes import dragon_set
-from genalign.waveforms import resample, tell_once
+from genalign.runtime.waveforms import resample, tell_once
 from genalign.worlds import tones
 from genalign.worlds.catalogue import WORLDS, world_of
 from genalign.worlds.shapes.diversity import evaluation_diversity

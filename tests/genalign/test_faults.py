@@ -30,9 +30,9 @@ from genalign.matching import UnpairedPreference
 from genalign.policy import Lora, Policy
 from genalign.recipes import Lag, Recipe
 from genalign.rollout import generate
+from genalign.runtime.state import State
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward, RewardError
-from genalign.states import State
 from genalign.training import RoundResult, Settings, Trainer
 from genalign.trajectory import Surrogate
 from genalign.types import Prompt, PromptSet, RewardFunction

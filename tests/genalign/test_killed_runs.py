@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from genalign import cli
-from genalign.checkpoints import load_state
 from genalign.resuming import Checkpoints
 from genalign.runs import RunFolder
+from genalign.runtime.files import load_state
 
 VICTIM = '''
 """A training that dies by its own hand, once its checkpoints have been at work so many times."""

@@ -14,10 +14,10 @@ import pipelines
 from genalign.budget import Ledger, backward
 from genalign.cli import main
 from genalign.counting import Counted, Levels, StandIn, count
-from genalign.memory import Memory
 from genalign.planning import Part, Training, adapter_numbers, held, seconds
 from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, dense_grpo, dragon, flow_grpo, mix_grpo, nft, prdp
+from genalign.runtime.memory_options import Memory
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
 from genalign.training import Settings, Trainer

@@ -14,7 +14,6 @@ from markupsafe import Markup
 from PIL import Image
 
 from genalign.evaluation import Evaluation, Protocol, Record
-from genalign.media import writer
 from genalign.pairing import gain
 from genalign.report import write_report
 from genalign.report.curves import Axis, Point, binned, line_chart, ticks, whisker
@@ -22,6 +21,7 @@ from genalign.report.reading import read_run
 from genalign.report.samples import Shown, shown, spectrogram
 from genalign.report.sections import flattened
 from genalign.report.words import count, duration, signed
+from genalign.runtime.media import writer
 from genalign.statistics import Estimate
 
 PROTOCOL = Protocol("iid", "0" * 16, 4.0, (1.0, 0.5, 0.0), "ODE()", "float32", 16, (64, 64), 3, 96, "test 1")

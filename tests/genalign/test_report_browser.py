@@ -13,8 +13,8 @@ from PIL import Image
 
 from genalign.evaluation import Evaluation, Protocol, Record
 from genalign.geneval.files import Result, write_results
-from genalign.media import writer
 from genalign.report import write_geneval, write_report, write_search
+from genalign.runtime.media import writer
 
 CHROMIUM = shutil.which("chromium")
 PROTOCOL = Protocol("iid", "0" * 16, 4.0, (1.0, 0.0), "ODE()", "float32", 16, (64, 64), 3, 96, "test 1")

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from genalign import recipes
-from genalign.checkpoints import load_state
 from genalign.commands.resuming import Texts, requested, require_same
 from genalign.credit import NormalisedSum
 from genalign.divergences import vendi
@@ -33,9 +32,10 @@ from genalign.journal import Journal
 from genalign.policy import Lora, Policy
 from genalign.recipes import Lag, Recipe
 from genalign.resuming import Checkpoints, DamagedCheckpointError, Keeper
+from genalign.runtime.files import load_state
+from genalign.runtime.state import Generators, State, Stateful
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
-from genalign.states import Generators, State, Stateful
 from genalign.training import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3, AceStep

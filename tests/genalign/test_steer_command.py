@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from genalign.claims import Claims
 from genalign.cli import main
+from genalign.runtime.file_locks import Claims
 
 STEER = """
 output: {folder}/found

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.checkpoints import load_optimizer_tensors, optimizer_tensors
 from genalign.dynamics import CPS, ODE, FlowSDE, Kernel
 from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, awm, flow_grpo, prdp
 from genalign.rollout import Rollout, rollout
+from genalign.runtime.files import load_optimizer_tensors, optimizer_tensors
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
 from genalign.training import RoundResult, Settings, Trainer

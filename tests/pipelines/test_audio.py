@@ -19,10 +19,10 @@ from torch import Tensor
 import pipelines
 from genalign.cli import main
 from genalign.dynamics import DPMSDE, ODE, FlowSDE, Kernel, trainable_steps
-from genalign.media import read_waveform, writer
 from genalign.paths import EDMPath
 from genalign.policy import Lora, Policy
 from genalign.rollout import Pairs, Rollout, Start, replay, rollout
+from genalign.runtime.media import read_waveform, writer
 from genalign.sampling import Sampling
 from genalign.search import BestOfN, FKSteering, ReNO, search
 from genalign.types import Prompt

@@ -18,12 +18,12 @@ import pipelines
 from genalign import regression
 from genalign.dynamics import DDIM, ODE, FlowSDE, Kernel
 from genalign.learning import Batch, Context, Readings
-from genalign.memory import Memory
 from genalign.noise import derived_seed
 from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.rollout import Start, rollout
 from genalign.runs import save_peft
+from genalign.runtime.memory_options import Memory
 from genalign.sampling import Sampling
 from genalign.scoring import NamedReward
 from genalign.search import BestOfN, FKSteering, Prune, search

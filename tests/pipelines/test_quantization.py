@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from genalign.memory import Memory
 from genalign.policy import Lora, Policy
+from genalign.runtime.memory_options import Memory
 from pipelines import SD3
 
 PROMPTS = ["a red circle", "a blue square"]

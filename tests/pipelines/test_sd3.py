@@ -9,10 +9,10 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline, UNet2DModel
 
 from genalign.dynamics import ODE
-from genalign.memory import Memory
 from genalign.policy import Lora, Policy
 from genalign.rollout import Start, rollout
 from genalign.runs import save_peft
+from genalign.runtime.memory_options import Memory
 from pipelines import SD3, base
 
 PROMPTS = ["a red circle", "an orange ring and a blue square"]

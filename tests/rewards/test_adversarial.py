@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from genalign.checkpoints import load_state, save_state
+from genalign.runtime.files import load_state, save_state
 from genalign.types import Prompt, TrainableReward
 from rewards.adversarial import (
     AccuracyBand,

@@ -10,8 +10,8 @@ import torch
 from transformers import ClapModel, ClapProcessor, CLIPVisionConfig
 
 from genalign.conformance import Expected, Probe, check
+from genalign.runtime.waveforms import resample, tell_once
 from genalign.types import Prompt, Reward
-from genalign.waveforms import resample, tell_once
 from genalign.worlds.tones.clap import assemble_clap, build_clap
 from genalign.worlds.tones.prompts import attribution, counting, pitch, single_tone
 from rewards.audio_features import ClapFeatures, described_frames, described_texts

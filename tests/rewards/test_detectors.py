@@ -14,7 +14,7 @@ from transformers import (
 
 from genalign.geneval.scoring import Thresholds
 from genalign.geneval.vocabulary import OBJECTS
-from genalign.media import eight_bits
+from genalign.runtime.media import eight_bits
 from rewards.detectors import GroundingDino, Instance, Mask2Former, Owlv2, _caption, _likest, coco_instances
 from tests.rewards import tiny_detectors
 

@@ -11,9 +11,9 @@ import pytest
 import soundfile
 import torch
 
-from genalign.media import read_waveform
+from genalign.runtime.media import read_waveform
+from genalign.runtime.waveforms import tell_once
 from genalign.types import Prompt
-from genalign.waveforms import tell_once
 from rewards.audio_features import LogMelFeatures, described_frames
 from rewards.features import described
 from rewards.recordings import AudioFolder, AudioTensor

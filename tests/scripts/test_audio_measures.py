@@ -11,8 +11,8 @@ from torch import Tensor
 
 from genalign import assets
 from genalign.evaluation import Evaluation, Protocol, Record, noise_seed
-from genalign.media import writer
 from genalign.results import read_records, rows_of
+from genalign.runtime.media import writer
 from genalign.types import Prompt
 from genalign.worlds.catalogue import WORLDS
 from rewards.tones import revoiced

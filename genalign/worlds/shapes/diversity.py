@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from genalign.evaluation import load_evaluation
-from genalign.media import inside, read_image
+from genalign.runtime.media import inside, read_image
 from genalign.types import Prompt
 from genalign.worlds.shapes.detection import Detection, detect
 from genalign.worlds.shapes.geometry import PALETTE, SIZE

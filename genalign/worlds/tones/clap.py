@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ClapAudioConfig, ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor, ClapTextConfig
 
-from genalign.waveforms import mel_decibels
+from genalign.runtime.waveforms import mel_decibels
 from genalign.worlds.tones.models import T5_LENGTH, tokenizer
 from genalign.worlds.tones.timbres import LENGTH, SAMPLE_RATE
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
-from genalign.media import read_waveform
-from genalign.waveforms import as_heard, tell_once
+from genalign.runtime.media import read_waveform
+from genalign.runtime.waveforms import as_heard, tell_once
 from genalign.worlds.tones.scenes import MARGIN
 from genalign.worlds.tones.timbres import LENGTH, SAMPLE_RATE
 

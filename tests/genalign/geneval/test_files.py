@@ -20,7 +20,7 @@ from genalign.geneval.files import (
 )
 from genalign.geneval.requests import Clause, Request, written
 from genalign.geneval.scoring import Detection
-from genalign.media import read_image
+from genalign.runtime.media import read_image
 from genalign.types import Prompt, PromptSet
 
 BENCH = written(Request("single_object", (Clause("bench"),), (), ""))

@@ -21,8 +21,8 @@ from genalign.geneval.requests import Request
 from genalign.geneval.running import GenEvalFolder, Share, Work, prompt_row, sample_row, verifier
 from genalign.geneval.scoring import verdict
 from genalign.geneval.sources import Existing, Generated
-from genalign.media import read_image
 from genalign.report import write_geneval
+from genalign.runtime.media import read_image
 from genalign.types import Prompt, PromptSet
 from genalign.worlds import shapes
 from genalign.worlds.shapes.verifier import verify

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from genalign.sharding import divided, whole
+from genalign.runtime.fsdp import divided, whole
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genalign.processes import Processes
+from genalign.runtime.distributed import Processes
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 
-from genalign import cpu
+from genalign.runtime import cpu
 
 FAULTS = """
 import resource, sys, torch
-from genalign.cpu import keep_freed_memory
+from genalign.runtime.cpu import keep_freed_memory
 assert keep_freed_memory() is (sys.argv[1] == "kept")
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

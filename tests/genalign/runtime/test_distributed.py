@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from genalign import cli
-from genalign.checkpoints import load_state
 from genalign.learning import Readings
-from genalign.processes import ALONE, Processes, Share, joined
-from genalign.sharding import Sharding, asked_for, require_sharded
+from genalign.runtime.distributed import ALONE, Processes, Share, joined
+from genalign.runtime.files import load_state
+from genalign.runtime.fsdp import Sharding, asked_for, require_sharded
 from genalign.training import Settings
 from pipelines import SD3
 from tests.genalign import ranks
@@ -179,14 +179,15 @@ import os
 import signal
 import sys
 
-from genalign import cli, processes
+from genalign import cli
+from genalign.runtime import distributed
 
 
 def train(rank, port, said, arguments, death, silence):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with open(said, "w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
-    joined = processes.joined
+    joined = distributed.joined
     from genalign.commands import training
     training.joined = lambda variables: joined(variables, silence / 4, silence)
     if rank == 1:
@@ -263,7 +264,7 @@ def test_none_outlives_another(
 
 def test_one_process_is_itself() -> None:
     with joined({}) as processes:
-        assert processes == ALONE and processes.first
+        assert processes == ALONE and distributed.first
     rows = torch.arange(6).view(3, 2)
     assert torch.equal(ALONE.gathered(rows), rows[None]) and torch.equal(ALONE.interleaved(rows, 1), rows)
     assert ALONE.told({"a": 1}) == [{"a": 1}] and ALONE.any(True) and not ALONE.any(False)

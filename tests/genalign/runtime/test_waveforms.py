@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from genalign.waveforms import as_heard, mel_decibels, require_waveforms, resample, tell_once
+from genalign.runtime.waveforms import as_heard, mel_decibels, require_waveforms, resample, tell_once
 
 
 def sine(frequency: float, rate: int, seconds: float = 1.0) -> torch.Tensor:

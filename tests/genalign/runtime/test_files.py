@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from genalign.checkpoints import load_optimizer_tensors, load_state, optimizer_tensors, save_state, write_json
+from genalign.runtime.files import load_optimizer_tensors, load_state, optimizer_tensors, save_state, write_json
 
 
 def test_state_goes_round(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Processes, files, devices and media: what the other rooms run on."""
