@@ -11,7 +11,7 @@ from torch import Tensor
 from genalign.advantages import combine, gdpo, group_advantages, step_gains, stepwise_advantages
 from genalign.demonstrations import Criterion, Demonstrations, elementwise, greedy_swap, paired_halves
 from genalign.learning import Outcome
-from genalign.set_sums import with_quality
+from genalign.metrics.set_mixture import with_quality
 from genalign.types import SetReward
 
 

@@ -14,11 +14,11 @@ from typing import Protocol as TypingProtocol
 import torch
 from torch import Tensor
 
+from genalign.metrics.intervals import Estimate, bootstrap_mean
 from genalign.rollout import generate
 from genalign.runtime.distributed import ALONE, Processes
 from genalign.runtime.files import write_json, write_text
 from genalign.runtime.media import Writer, write_images
-from genalign.statistics import Estimate, bootstrap_mean
 from genalign.types import Grid, Pipeline, Prompt, PromptSet, RewardFunction
 
 ELSEWHERE = "made elsewhere"

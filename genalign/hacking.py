@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genalign import audio_statistics, image_statistics
-from genalign.divergences import vendi
+from genalign.metrics import audio, image
+from genalign.metrics.frechet import vendi
+from genalign.metrics.intervals import Estimate, t_interval
 from genalign.runtime.files import with_prefix, without_prefix
-from genalign.statistics import Estimate, t_interval
 from genalign.types import FeatureFunction, Prompt, RewardFunction
 
 logger = logging.getLogger(__name__)
@@ -30,14 +30,14 @@ Light = Literal["green", "amber", "red"]
 Side = Literal["either", "fall", "rise"]
 Statistics = Mapping[str, Callable[[Tensor], Tensor]]
 OF_IMAGES: Statistics = {
-    "saturation": image_statistics.saturation,
-    "high frequencies": image_statistics.high_frequency,
-    "grid": image_statistics.grid_energy,
+    "saturation": image.saturation,
+    "high frequencies": image.high_frequency,
+    "grid": image.grid_energy,
 }
 OF_WAVEFORMS: Statistics = {
-    "level": audio_statistics.level,
-    "crest": audio_statistics.crest,
-    "high frequencies": audio_statistics.high_frequency,
+    "level": audio.level,
+    "crest": audio.crest,
+    "high frequencies": audio.high_frequency,
 }
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from genalign.evaluation import Evaluation, Protocol, Record, Value, by_task, estimate
-from genalign.statistics import Estimate
+from genalign.metrics.intervals import Estimate
 
 
 @dataclass(frozen=True)

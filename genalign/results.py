@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from genalign.evaluation import Evaluation
+from genalign.metrics.intervals import bootstrap_mean, median_interval, t_interval, wider
 from genalign.pairing import pairs
 from genalign.runtime.files import write_json, write_text
-from genalign.statistics import bootstrap_mean, median_interval, t_interval, wider
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from genalign.guard import Guard, due
 from genalign.hacking import Panel
+from genalign.metrics.intervals import Estimate
 from genalign.policy import Policy
 from genalign.resuming import Keeper
 from genalign.runtime.distributed import ALONE, Processes
 from genalign.runtime.files import disk_errors, write_json, write_text
-from genalign.statistics import Estimate
 from genalign.training import RoundResult, Trainer
 
 logger = logging.getLogger(__name__)

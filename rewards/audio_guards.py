@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from genalign.audio_statistics import clipped, level, silent
+from genalign.metrics.audio import clipped, level, silent
 from genalign.runtime.waveforms import require_waveforms
 from genalign.types import Prompt
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genalign.audio_statistics import SILENT
+from genalign.metrics.audio import SILENT
 from genalign.runtime.media import AUDIO_SUFFIXES, read_waveform
 from genalign.runtime.waveforms import as_heard, require_waveforms, tell_once
 from rewards.references import Kind, file_names

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from genalign.blocks import BlockFrechetStatistic, as_blocks
 from genalign.demonstrations import Rescored, SetStatistic
-from genalign.divergences import Gaussian, gaussian_distance, vendi
-from genalign.mmd import GaussianKernel, MMDReference, MMDStatistic, polynomial_kernel
-from genalign.set_statistics import FrechetStatistic, VendiStatistic
+from genalign.metrics.blocks import BlockFrechetStatistic, as_blocks
+from genalign.metrics.frechet import Gaussian, gaussian_distance, vendi
+from genalign.metrics.incremental import FrechetStatistic, VendiStatistic
+from genalign.metrics.mmd import GaussianKernel, MMDReference, MMDStatistic, polynomial_kernel
 from genalign.types import Prompt
 from rewards.features import with_parts
 

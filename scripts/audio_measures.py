@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from genalign.evaluation import Record, load_evaluation
+from genalign.metrics.intervals import win_test
+from genalign.metrics.set_tests import compare_parts
 from genalign.results import PromptRecord
 from genalign.runtime.media import inside
-from genalign.set_comparison import compare_parts
-from genalign.statistics import win_test
 from genalign.types import FeatureFunction, RewardFunction, SetReward
 from genalign.worlds.catalogue import WORLDS
 from genalign.worlds.tones import SAMPLE_RATE

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from genalign.image_statistics import saturation
+from genalign.metrics.image import saturation
 from genalign.types import Prompt
 from genalign.worlds.shapes.verifier import verify
 

@@ -24,7 +24,7 @@ import torch
 from genalign.cli import main as genalign
 from genalign.evaluation import load_evaluation
 from genalign.hacking import Panel
-from genalign.image_statistics import saturation
+from genalign.metrics.image import saturation
 from genalign.results import PromptRecord, prompt_records, write_results
 from rewards.shapes import recoloured, rendered
 from scripts.audio_measures import Run, measures, rewards_row

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from genalign.divergences import frechet_distance, vendi
-from genalign.image_statistics import saturation
+from genalign.metrics.frechet import frechet_distance, vendi
+from genalign.metrics.image import saturation
 from genalign.results import PromptRecord
 from genalign.worlds.shapes.detection import Detection, detect
 from genalign.worlds.shapes.diversity import evaluation_images

@@ -25,6 +25,7 @@ from genalign.guard import Guard
 from genalign.hacking import Looks, Measures
 from genalign.journal import Journal
 from genalign.learning import anchored
+from genalign.metrics.intervals import Estimate
 from genalign.pairing import gain, task_gains
 from genalign.policy import Policy
 from genalign.report import write_report
@@ -37,7 +38,6 @@ from genalign.runtime.files import write_json
 from genalign.runtime.fsdp import Sharding, asked_for
 from genalign.runtime.state import Generators, OfEach, Stateful
 from genalign.scoring import NamedReward, probe
-from genalign.statistics import Estimate
 from genalign.training import Trainer
 from genalign.types import PromptSet
 

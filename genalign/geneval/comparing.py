@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from genalign.evaluation import Evaluation, load_evaluation
+from genalign.metrics.intervals import Estimate, WinRate, win_rate
 from genalign.pairing import Pair, gain, pairs, task_gains
-from genalign.statistics import Estimate, WinRate, win_rate
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from markupsafe import Markup
 
 from genalign.hacking import Panel, Signal
+from genalign.metrics.intervals import Estimate
 from genalign.report.curves import Axis, Point, line_chart
 from genalign.report.reading import Row
 from genalign.report.words import SHARES, count, number, percent
-from genalign.statistics import Estimate
 
 _REWARD = Axis("reward", number)
 _KL = Axis("KL", number, from_zero=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from genalign.evaluation import Evaluation, load_evaluation
+from genalign.metrics.intervals import Estimate
 from genalign.pairing import Pair, gain, ranked, task_gains
-from genalign.statistics import Estimate
 
 Row = Mapping[str, Any]
 T = TypeVar("T")

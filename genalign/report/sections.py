@@ -11,12 +11,12 @@ from typing import Any
 from markupsafe import Markup
 
 from genalign.evaluation import Evaluation
+from genalign.metrics.intervals import Estimate
 from genalign.pairing import Pair
 from genalign.report.curves import whisker
 from genalign.report.reading import Comparison, Run
 from genalign.report.samples import Shown, fitting, shown
 from genalign.report.words import SHARES, count, duration, interval, mood, plain, scored, signed, size
-from genalign.statistics import Estimate
 
 PAIRS_SHOWN = 12
 _OVERALL = "mean over tasks"

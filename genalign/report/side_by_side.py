@@ -10,11 +10,11 @@ from pathlib import Path
 from markupsafe import Markup
 
 from genalign.comparison import Standing
+from genalign.metrics.intervals import Estimate
 from genalign.report.curves import whisker
 from genalign.report.html import page
 from genalign.report.words import count, duration, interval, mood, plain, signed
 from genalign.runtime.files import write_text
-from genalign.statistics import Estimate
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from genalign.statistics import Estimate
+from genalign.metrics.intervals import Estimate
 
 SHARES = frozenset({"strict", "partial", "relaxed"})  # scores in [0, 1], written in per cent
 _MINUS = "\N{MINUS SIGN}"

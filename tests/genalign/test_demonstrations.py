@@ -16,8 +16,8 @@ from genalign.demonstrations import (
     paired_halves,
     set_statistic,
 )
-from genalign.divergences import Gaussian, frechet_distance, gaussian_distance, vendi
-from genalign.set_statistics import FrechetStatistic, VendiStatistic
+from genalign.metrics.frechet import Gaussian, frechet_distance, gaussian_distance, vendi
+from genalign.metrics.incremental import FrechetStatistic, VendiStatistic
 
 CRITERIA: tuple[Criterion, ...] = ("plus", "gap")
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from genalign.evaluation import Evaluation, Protocol, Record
+from genalign.metrics.intervals import Estimate
 from genalign.pairing import gain
 from genalign.report import write_report
 from genalign.report.curves import Axis, Point, binned, line_chart, ticks, whisker
@@ -22,7 +23,6 @@ from genalign.report.samples import Shown, shown, spectrogram
 from genalign.report.sections import flattened
 from genalign.report.words import count, duration, signed
 from genalign.runtime.media import writer
-from genalign.statistics import Estimate
 
 PROTOCOL = Protocol("iid", "0" * 16, 4.0, (1.0, 0.5, 0.0), "ODE()", "float32", 16, (64, 64), 3, 96, "test 1")
 HOSTILE = """"><script>alert('x')</script><img src=x onerror=alert(1)> {{ 7 * 7 }} & a 'circle'"""

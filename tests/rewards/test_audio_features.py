@@ -9,10 +9,10 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from genalign.blocks import BlockFrechetStatistic
 from genalign.demonstrations import greedy_swap
-from genalign.divergences import Gaussian
-from genalign.extrapolation import at_infinite_size
+from genalign.metrics.blocks import BlockFrechetStatistic
+from genalign.metrics.extrapolation import at_infinite_size
+from genalign.metrics.frechet import Gaussian
 from genalign.types import Prompt, Reward
 from genalign.worlds.tones.scenes import render, sample_clip
 from genalign.worlds.tones.timbres import NOTES, PITCHED, tone

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from genalign.credit import SetContrast
 from genalign.demonstrations import IncrementalReward, Rescored, greedy_swap
-from genalign.divergences import Gaussian, frechet_distance, vendi
 from genalign.learning import Outcome
-from genalign.mmd import kid
-from genalign.set_sums import WeightedSum, standardised, with_quality
+from genalign.metrics.frechet import Gaussian, frechet_distance, vendi
+from genalign.metrics.mmd import kid
+from genalign.metrics.set_mixture import WeightedSum, standardised, with_quality
 from genalign.types import SetReward
 from rewards.sets import CMMDTo, FrechetTo, KIDTo, Vendi, per_sample_frechet
 

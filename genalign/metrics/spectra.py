@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genalign.divergences import small_gram
+from genalign.metrics.frechet import small_gram
 
 _ROUND_OFF = 1e-15
 

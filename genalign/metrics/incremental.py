@@ -9,13 +9,13 @@ import math
 
 from torch import Tensor
 
-from genalign.divergences import Gaussian, as_features, directions
-from genalign.spectra import ENTROPY, SQUARE_ROOT, TraceOfRows
+from genalign.metrics.frechet import Gaussian, as_features, directions
+from genalign.metrics.spectra import ENTROPY, SQUARE_ROOT, TraceOfRows
 
 
 class FrechetStatistic:
     """-Frechet distance of n features (n, d) to a fixed Gaussian of rank r, in O(d r + k^2) per replacement tried,
-    k = min(n, r), and O(k^3) now and then; see ``genalign.spectra``."""
+    k = min(n, r), and O(k^3) now and then; see ``genalign.metrics.spectra``."""
 
     def __init__(self, features: Tensor, reference: Gaussian) -> None:
         self._rows, self._reference = as_features(features, at_least=2) - reference.mean, reference
@@ -60,7 +60,7 @@ class FrechetStatistic:
 
 class VendiStatistic:
     """The Vendi score of order 1 of n features (n, d), in O(k d + k^2) per replacement tried, k = min(n, d), and
-    O(k^3) now and then; see ``genalign.spectra``."""
+    O(k^3) now and then; see ``genalign.metrics.spectra``."""
 
     def __init__(self, features: Tensor) -> None:
         rows = directions(features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genalign.divergences import Gaussian, as_features
+from genalign.metrics.frechet import Gaussian, as_features
 
 
 class BlockFrechetStatistic:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from genalign.audio_statistics import clipped, crest, high_frequency, level, silent
+from genalign.metrics.audio import clipped, crest, high_frequency, level, silent
 
 
 def sine(amplitude: float, frequency: float = 100.0) -> torch.Tensor:

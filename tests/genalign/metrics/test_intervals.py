@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from genalign.statistics import (
+from genalign.metrics.intervals import (
     Estimate,
     bootstrap_mean,
     counted_win_test,

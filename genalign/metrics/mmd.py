@@ -1,6 +1,6 @@
 """The maximum mean discrepancy (MMD) of two sets of features, and of one whose members are replaced one by one.
 
-A set is n features (n, d). Arithmetic is as in ``genalign.divergences``.
+A set is n features (n, d). Arithmetic is as in ``genalign.metrics.frechet``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genalign.divergences import as_features, require_same_width
+from genalign.metrics.frechet import as_features, require_same_width
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 """A positive definite kernel: from (n, d) and (m, d) to (n, m)."""

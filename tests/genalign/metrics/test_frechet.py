@@ -7,9 +7,9 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from genalign.demonstrations import SetStatistic
-from genalign.divergences import Gaussian, frechet_distance, gaussian_distance, vendi
-from genalign.mmd import GaussianKernel, MMDReference, MMDStatistic, kid, mmd, polynomial_kernel
-from genalign.set_statistics import FrechetStatistic, VendiStatistic
+from genalign.metrics.frechet import Gaussian, frechet_distance, gaussian_distance, vendi
+from genalign.metrics.incremental import FrechetStatistic, VendiStatistic
+from genalign.metrics.mmd import GaussianKernel, MMDReference, MMDStatistic, kid, mmd, polynomial_kernel
 
 
 def drawn(n: int, d: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:

@@ -1,0 +1,1 @@
+"""Statistics of samples and of sets of samples: distances, diversity, intervals."""
