@@ -14,7 +14,6 @@ import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from torch import nn
 
-from genalign.budget import Budget
 from genalign.calibration import Calibration
 from genalign.dynamics import Kernel
 from genalign.faults import DivergedError
@@ -27,7 +26,8 @@ from genalign.resuming import Checkpointing
 from genalign.runtime.media import AudioFormat
 from genalign.runtime.memory_options import Memory
 from genalign.sampling import Sampling
-from genalign.scoring import RewardError
+from genalign.scoring.budget import Budget
+from genalign.scoring.score import RewardError
 from genalign.search.aware import Distillation
 from genalign.search.strategy import Strategy
 from genalign.training import Settings

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from genalign.budget import Ledger
 from genalign.credit import SetContrast
 from genalign.noise import seeded_noise
 from genalign.paths import FlowPath
 from genalign.policy import Policy
 from genalign.recipes import Recipe
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.budget import Ledger
+from genalign.scoring.score import NamedReward
 from genalign.training import Settings, Trainer
 from genalign.types import Conditioning, Grid, NoiseLevel, Path, Pipeline, Prompt, PromptSet
 

@@ -11,8 +11,8 @@ from typing import Protocol
 from safetensors import safe_open
 
 from genalign.adapters import PEFT_WEIGHTS
-from genalign.budget import DECODE, FORWARD, Ledger, backward
 from genalign.runtime.memory_options import Memory
+from genalign.scoring.budget import DECODE, FORWARD, Ledger, backward
 from genalign.types import Pipeline
 
 _NF4 = 0.5 + 4 / 64  # four bits a number, and a float32 for every 64 of them

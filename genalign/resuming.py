@@ -1,7 +1,7 @@
 """Checkpoints that a run goes on from: numbered, checked, written beside and renamed; the last few are kept.
 
 ``checkpoints/round-000012/`` holds state.safetensors and state.json, manifest.json with the size and SHA-256 of both,
-and, while it is the newest, scores.jsonl (see ``genalign.journal``), or scores-1.jsonl and so on of further processes.
+and, while it is the newest, scores.jsonl (see ``genalign.scoring.score_log``), or scores-1.jsonl and so on of further processes.
 ``checkpoints/latest`` is a link to the newest.
 """
 
@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import Tensor
 
-from genalign.journal import Journal
 from genalign.runtime.distributed import ALONE, Processes
 from genalign.runtime.files import load_state, save_state, sync, with_prefix, without_prefix, write_json
 from genalign.runtime.state import State, Stateful
+from genalign.scoring.score_log import Journal
 
 logger = logging.getLogger(__name__)
 FORMAT = 1

@@ -21,7 +21,7 @@ from genalign.noise import derived_seed
 from genalign.recipes import Recipe
 from genalign.rollout import Rollout, Start, finite_rows, rollout, windowed
 from genalign.runtime.distributed import ALL, Share
-from genalign.scoring import NamedReward, score
+from genalign.scoring.score import NamedReward, score
 from genalign.types import Grid, Pipeline, Prompt
 
 T = TypeVar("T")

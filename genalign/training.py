@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from genalign.advantages import zero_std_share
-from genalign.budget import Ledger, Metered, metered_rewards, peak_memory
 from genalign.faults import BadUpdate, Skipping, finite, is_out_of_memory
 from genalign.learning import Batch, Context, Outcome, Readings, anchored, halved
 from genalign.noise import derived_seed
@@ -30,7 +29,8 @@ from genalign.runtime.files import load_optimizer_tensors, optimizer_tensors, wi
 from genalign.runtime.fsdp import whole
 from genalign.runtime.state import State
 from genalign.sampling import Sampled, Sampler, Sampling
-from genalign.scoring import NamedReward, Watch
+from genalign.scoring.budget import Ledger, Metered, metered_rewards, peak_memory
+from genalign.scoring.score import NamedReward, Watch
 from genalign.types import Pipeline, Prompt, PromptSet, TrainableReward
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from genalign.budget import DECODE, Ledger, metered_rewards
 from genalign.noise import derived_seed
-from genalign.scoring import NamedReward, named, score
+from genalign.scoring.budget import DECODE, Ledger, metered_rewards
+from genalign.scoring.score import NamedReward, named, score
 from genalign.search.lineage import Lineage
 from genalign.search.pruning import Prune
 from genalign.search.ranking import top

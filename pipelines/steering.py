@@ -17,10 +17,10 @@ from diffusers import AceStepPipeline, DiffusionPipeline
 from torch import Tensor, nn
 
 from genalign.advantages import combine
-from genalign.budget import DECODE, FORWARD, Ledger, metered_rewards
 from genalign.dynamics import ODE
 from genalign.noise import derived_seed, seeded_noise
-from genalign.scoring import NamedReward, named, score
+from genalign.scoring.budget import DECODE, FORWARD, Ledger, metered_rewards
+from genalign.scoring.score import NamedReward, named, score
 from genalign.search.best_of_n import BestOfN
 from genalign.search.fk import FKSteering
 from genalign.search.lineage import Lineage

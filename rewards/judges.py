@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genalign.scoring.protocol import ItemError, encode_image
 from genalign.types import Prompt
-from genalign.wire import ItemError, encode_image
 from rewards.http_client import (
     Faulty,
     HttpClient,

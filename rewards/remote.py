@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from genalign import wire
+from genalign.scoring import protocol
+from genalign.scoring.protocol import Info, ItemError
 from genalign.types import Prompt
-from genalign.wire import Info, ItemError
 from rewards.http_client import (
     Faulty,
     HttpClient,
@@ -112,8 +112,8 @@ class RemoteReward:
     def _info(self, client: HttpClient) -> Info:
         if self._memory.info is None:
             try:
-                self._memory.info = wire.unpack_info(client.get("/v1/info"))
-            except wire.WireError as error:
+                self._memory.info = protocol.unpack_info(client.get("/v1/info"))
+            except protocol.WireError as error:
                 raise RemoteError(f"{self.url}: {error}") from None
         info = self._memory.info
         if self.version is not None and info.version != self.version:
@@ -124,8 +124,8 @@ class RemoteReward:
         """What the server makes of ``items``, in their order."""
         if time.monotonic() < self._memory.resting_until:
             return [ItemError("unavailable", "the server did not answer a moment ago")] * len(items)
-        sizes = [len(item.content) + len(json.dumps(wire.prompt_json(item.prompt))) + 256 for item in items]
-        batches = wire.packed(sizes, min(self.batch_size, info.max_batch), info.max_bytes - 1024)
+        sizes = [len(item.content) + len(json.dumps(protocol.prompt_json(item.prompt))) + 256 for item in items]
+        batches = protocol.packed(sizes, min(self.batch_size, info.max_batch), info.max_bytes - 1024)
         parts = [[items[index] for index in batch] for batch in batches]
         found = client.in_parallel(lambda part: self._scored(client, info, part), parts, self.concurrency)
         if client.tripped:
@@ -150,10 +150,10 @@ class RemoteReward:
         request_id = uuid.uuid4().hex  # the same for every attempt, so that it is scored once
         wait = max(0.001, min(client.remaining, self.patience.timeout))
         prompts, contents = tuple(item.prompt for item in items), tuple(item.content for item in items)
-        kind, body = wire.Request(request_id, wait, prompts, info.media, contents).pack()
+        kind, body = protocol.Request(request_id, wait, prompts, info.media, contents).pack()
         try:
-            reply = wire.unpack_reply(client.post("/v1/score", body, kind), request_id, len(items))
-        except wire.WireError as error:
+            reply = protocol.unpack_reply(client.post("/v1/score", body, kind), request_id, len(items))
+        except protocol.WireError as error:
             raise Refused(200, f"{self.url}: {error}") from None
         if reply.version != info.version:
             raise RemoteError(
@@ -190,6 +190,6 @@ def _encoded(sample: Tensor, prompt: Prompt, info: Info) -> _Item | ItemError:
     if not bool(sample.isfinite().all()):
         return ItemError("not_finite", "the sample has values that are not finite")
     rate = info.sample_rate
-    content = wire.encode_image(sample) if rate is None else wire.encode_audio(sample, rate)
-    text = json.dumps([info.version, wire.prompt_json(prompt)], sort_keys=True)
+    content = protocol.encode_image(sample) if rate is None else protocol.encode_audio(sample, rate)
+    text = json.dumps([info.version, protocol.prompt_json(prompt)], sort_keys=True)
     return _Item(content, prompt, hashlib.sha256(text.encode() + b"\0" + content).digest())

@@ -9,12 +9,12 @@ from torch import Tensor
 
 import pipelines
 from genalign import assets
-from genalign.budget import Ledger, Metered
 from genalign.noise import derived_seed
 from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import load_state, save_state
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.budget import Ledger, Metered
+from genalign.scoring.score import NamedReward
 from genalign.search.aware import watched
 from genalign.search.engine import Run
 from genalign.types import Pipeline, Prompt

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genalign.budget import measure_prices, reward_call
 from genalign.cli import main as genalign
 from genalign.results import PromptRecord
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.budget import measure_prices, reward_call
+from genalign.scoring.score import NamedReward
 from genalign.search.pruning import PruneSchedule
 from genalign.types import Prompt
 from rewards.noise_aware import ScorerReward, load_scorer

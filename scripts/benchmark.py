@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 
 from genalign import assets
-from genalign.budget import Ledger, Metered
 from genalign.completion import complete
 from genalign.dynamics import ODE, FlowSDE, Kernel
 from genalign.policy import Lora, Policy
@@ -38,7 +37,8 @@ from genalign.results import Measurement, ratios, write_results
 from genalign.rollout import Pairs, Rollout, Start, replay, rollout, windowed
 from genalign.runtime.cpu import keep_freed_memory
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.budget import Ledger, Metered
+from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, Prune
 from genalign.search.engine import Run
 from genalign.search.strategy import Allowance, Strategy

@@ -19,7 +19,7 @@ from genalign.policy import Lora, Policy
 from genalign.recipes import flow_grpo
 from genalign.results import Measurement
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.score import NamedReward
 from genalign.training import Settings, Trainer
 from genalign.types import Prompt
 from genalign.worlds import shapes

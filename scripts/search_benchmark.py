@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genalign.budget import Budget, Ledger, Metered
 from genalign.cli import main as genalign
 from genalign.dynamics import FlowSDE
 from genalign.results import PromptRecord, write_results
 from genalign.runtime.files import write_json, write_text
 from genalign.sampling import Sampling
+from genalign.scoring.budget import Budget, Ledger, Metered
 from genalign.search import BestOfN, FKSteering, Prune
 from genalign.search.engine import Run
 from genalign.search.pruning import PruneSchedule

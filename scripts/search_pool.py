@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from genalign import assets
-from genalign.budget import Ledger, Metered, measure_prices, reward_call
 from genalign.dynamics import ODE, FlowSDE, Kernel
 from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import load_state, save_state, write_json
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.budget import Ledger, Metered, measure_prices, reward_call
+from genalign.scoring.score import NamedReward
 from genalign.search.engine import Candidates, Run
 from genalign.search.pruning import Pool
 from genalign.types import Prompt

@@ -32,7 +32,7 @@ from genalign.recipes import Recipe, flow_grpo
 from genalign.results import Measurement, ratios, write_results
 from genalign.rollout import generate
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.score import NamedReward
 from genalign.training import Settings, Trainer
 from genalign.types import Prompt
 from genalign.worlds import shapes

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from genalign.serving import build_app, listen, server
+from genalign.scoring.protocol import Info
+from genalign.scoring.server import build_app, listen, server
 from genalign.types import RewardFunction
-from genalign.wire import Info
 
 INFO = Info("grey", "1", max_batch=8, max_bytes=2**20, max_pixels=2**16)
 

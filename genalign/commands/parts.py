@@ -18,7 +18,7 @@ from genalign.prompts import load_prompts
 from genalign.runs import WeightStore
 from genalign.runtime.distributed import Share, take_own_device
 from genalign.runtime.fsdp import asked_for
-from genalign.scoring import NamedReward
+from genalign.scoring.score import NamedReward
 from genalign.search.aware import NoiseAware
 from genalign.types import Pipeline, PromptSet, RewardFunction
 from genalign.worlds.catalogue import world_of

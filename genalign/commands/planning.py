@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from genalign import config
-from genalign.budget import DECODE, FORWARD, Ledger
 from genalign.commands.estimating import counted as count
 from genalign.commands.estimating import estimate, reliefs
 from genalign.commands.parts import Outside, prompt_set, require_rate
@@ -27,6 +26,7 @@ from genalign.evaluation import plan as jobs
 from genalign.guard import due
 from genalign.planning import FORMULAS, Held, Outline, Part, seconds
 from genalign.runs import RunFolder
+from genalign.scoring.budget import DECODE, FORWARD, Ledger
 from genalign.training import adam
 from genalign.types import Prompt, PromptSet
 

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genalign import config, wire
+from genalign import config
 from genalign.commands.parts import Outside, prompt_set, require_rate
-from genalign.conformance import Check, Expected, Probe, check
 from genalign.prompts import read_listing
 from genalign.runtime.media import AUDIO_SUFFIXES, inside, read_image, read_waveform
+from genalign.scoring import protocol
+from genalign.scoring.reward_check import Check, Expected, Probe, check
 from genalign.types import Prompt, PromptSet
 from genalign.worlds.catalogue import World, world_of
 
@@ -71,13 +72,13 @@ def serve_command(outside: Outside, arguments: Sequence[str]) -> int:
     settings, plain = config.parse(Serve, _by_name(arguments, "serve"), "serve")
     require_rate({"reward": settings.reward}, settings.sample_rate)
     try:
-        from genalign import serving
+        from genalign.scoring import server
     except ImportError as error:
         raise config.ConfigurationError(f"{error}: pip install 'genalign[serve]'") from None
     token = os.environ.get(settings.token_variable) or None
-    serving.require_safe(settings.host, token, settings.token_variable)
+    server.require_safe(settings.host, token, settings.token_variable)
     name, chosen = _identity(plain["reward"])
-    info = wire.Info(
+    info = protocol.Info(
         settings.name or name,
         settings.version or chosen,
         settings.max_batch,
@@ -85,13 +86,13 @@ def serve_command(outside: Outside, arguments: Sequence[str]) -> int:
         settings.max_pixels,
         settings.sample_rate,
     )
-    first = serving.meaningless(info)
-    app = serving.build_app(settings.reward, info, token, settings.max_requests, settings.device, first)
-    socket = serving.listen(settings.host, settings.port)
+    first = server.meaningless(info)
+    app = server.build_app(settings.reward, info, token, settings.max_requests, settings.device, first)
+    socket = server.listen(settings.host, settings.port)
     host, port = socket.getsockname()[:2]
     print(f"serving {info.name} {info.version} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # which may or may not come, depending on where uvicorn was
-        serving.server(app).run(sockets=[socket])
+        server.server(app).run(sockets=[socket])
     print("stopped")
     return 0
 

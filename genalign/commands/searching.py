@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from genalign import config
-from genalign.budget import Ledger, Metered, measure_prices, metered_rewards
 from genalign.commands.parts import Outside, adapted, named_rewards, own_share, prompt_set, require_rate
 from genalign.noise import derived_seed
 from genalign.prompts import drawn_in_turn
 from genalign.report import write_search
 from genalign.runtime.files import write_json
 from genalign.runtime.media import writer
+from genalign.scoring.budget import Ledger, Metered, measure_prices, metered_rewards
 from genalign.search.aware import (
     Decoding,
     Look,

@@ -23,7 +23,6 @@ from genalign.evaluation import Evaluation, load_evaluation, plan, suite_hash
 from genalign.faults import is_out_of_memory
 from genalign.guard import Guard
 from genalign.hacking import Looks, Measures
-from genalign.journal import Journal
 from genalign.learning import anchored
 from genalign.metrics.intervals import Estimate
 from genalign.pairing import gain, task_gains
@@ -37,7 +36,8 @@ from genalign.runtime.distributed import ALONE, Processes, ProcessesError, joine
 from genalign.runtime.files import write_json
 from genalign.runtime.fsdp import Sharding, asked_for
 from genalign.runtime.state import Generators, OfEach, Stateful
-from genalign.scoring import NamedReward, probe
+from genalign.scoring.score import NamedReward, probe
+from genalign.scoring.score_log import Journal
 from genalign.training import Trainer
 from genalign.types import PromptSet
 

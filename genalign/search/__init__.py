@@ -1,6 +1,6 @@
 """Better samples from a finished model: search at inference time, with an honest bill."""
 
-from genalign.budget import Budget as Budget
+from genalign.scoring.budget import Budget as Budget
 from genalign.search.beam import Beam as Beam
 from genalign.search.best_of_n import BestOfN as BestOfN
 from genalign.search.fk import FKSteering as FKSteering

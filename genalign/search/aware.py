@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 
-from genalign.budget import DECODE, reward_call
 from genalign.noise import derived_seed
 from genalign.runtime.files import load_state, save_state
+from genalign.scoring.budget import DECODE, reward_call
 from genalign.search.engine import Candidates, Finished, Run
 from genalign.types import Prompt
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from genalign.advantages import combine
-from genalign.budget import Ledger, Metered
 from genalign.dynamics import ODE, Kernel, transition
 from genalign.noise import derived_seed
 from genalign.rollout import step_noise
-from genalign.scoring import NamedReward, score
+from genalign.scoring.budget import Ledger, Metered
+from genalign.scoring.score import NamedReward, score
 from genalign.search.lineage import Lineage
 from genalign.search.ranking import top
 from genalign.types import Grid, Prompt

@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from genalign.budget import DECODE, FORWARD, backward, reward_call
 from genalign.dynamics import Kernel, transition
 from genalign.noise import derived_seed, seeded_noise
-from genalign.scoring import score
+from genalign.scoring.budget import DECODE, FORWARD, backward, reward_call
+from genalign.scoring.score import score
 from genalign.search.engine import Candidates, Run
 
 

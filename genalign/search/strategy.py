@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from genalign.budget import DECODE, FORWARD, Budget, Ledger, reward_call
+from genalign.scoring.budget import DECODE, FORWARD, Budget, Ledger, reward_call
 from genalign.search.engine import Candidates, Finished, Run
 
 

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 
 from genalign import recipes
 from genalign.commands.resuming import Texts
-from genalign.journal import Journal
 from genalign.metrics.frechet import vendi
 from genalign.policy import Lora, Policy
 from genalign.recipes import Lag, Recipe
@@ -27,7 +26,8 @@ from genalign.runtime.distributed import ALONE, Processes, joined
 from genalign.runtime.fsdp import Sharding, whole
 from genalign.runtime.state import Generators, OfEach
 from genalign.sampling import Sampled, Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.score import NamedReward
+from genalign.scoring.score_log import Journal
 from genalign.training import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3

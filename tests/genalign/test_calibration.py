@@ -15,7 +15,7 @@ from genalign.calibration import Calibration, calibrate, calibrated, initial_lev
 from genalign.dynamics import CalibratedSDE, FlowSDE, trainable_steps
 from genalign.recipes import flow_grpo
 from genalign.sampling import Sampler
-from genalign.scoring import NamedReward
+from genalign.scoring.score import NamedReward
 from genalign.types import Prompt
 from pipelines import SD3
 

@@ -7,10 +7,10 @@ import logging
 import pytest
 import torch
 
-from genalign.budget import Ledger, Metered
 from genalign.completion import Completion, complete
 from genalign.dynamics import ODE, FlowSDE
 from genalign.rollout import Rollout, Start, rollout, windowed
+from genalign.scoring.budget import Ledger, Metered
 from genalign.types import Grid
 from pipelines import SD3
 

@@ -32,7 +32,7 @@ from genalign.recipes import Lag, Recipe
 from genalign.rollout import generate
 from genalign.runtime.state import State
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward, RewardError
+from genalign.scoring.score import NamedReward, RewardError
 from genalign.training import RoundResult, Settings, Trainer
 from genalign.trajectory import Surrogate
 from genalign.types import Prompt, PromptSet, RewardFunction

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import pipelines
-from genalign.budget import Ledger, backward
 from genalign.cli import main
 from genalign.counting import Counted, Levels, StandIn, count
 from genalign.planning import Part, Training, adapter_numbers, held, seconds
@@ -19,7 +18,8 @@ from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, dense_grpo, dragon, flow_grpo, mix_grpo, nft, prdp
 from genalign.runtime.memory_options import Memory
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.budget import Ledger, backward
+from genalign.scoring.score import NamedReward
 from genalign.training import Settings, Trainer
 from genalign.types import Prompt
 from genalign.worlds import shapes

@@ -34,7 +34,7 @@ from genalign.recipes import (
 )
 from genalign.rollout import Pairs
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.score import NamedReward
 from genalign.training import RoundResult, Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3

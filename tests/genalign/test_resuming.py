@@ -27,7 +27,6 @@ from genalign.commands.resuming import Texts, requested, require_same
 from genalign.credit import NormalisedSum
 from genalign.guard import Actions, Guard
 from genalign.hacking import Limits, Looks, Measures
-from genalign.journal import Journal
 from genalign.metrics.frechet import vendi
 from genalign.policy import Lora, Policy
 from genalign.recipes import Lag, Recipe
@@ -35,7 +34,8 @@ from genalign.resuming import Checkpoints, DamagedCheckpointError, Keeper
 from genalign.runtime.files import load_state
 from genalign.runtime.state import Generators, State, Stateful
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.score import NamedReward
+from genalign.scoring.score_log import Journal
 from genalign.training import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3, AceStep

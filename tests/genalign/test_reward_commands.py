@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from genalign import wire
 from genalign.cli import main
 from genalign.commands.rewarding import _identity
+from genalign.scoring import protocol
 from genalign.types import Prompt
 from rewards.http_client import Patience
 from rewards.remote import RemoteReward
@@ -84,7 +84,7 @@ def test_own_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sounds = folder / "sounds"
     sounds.mkdir()
     for n in range(4):
-        (sounds / f"{n}.wav").write_bytes(wire.encode_audio(torch.randn(1, 500) * (n + 1) / 10, 8000))
+        (sounds / f"{n}.wav").write_bytes(protocol.encode_audio(torch.randn(1, 500) * (n + 1) / 10, 8000))
     lines = [json.dumps({"file_name": f"{n}.wav", "prompt": f"sound {n}"}) for n in range(4)]
     (sounds / "prompts.jsonl").write_text("\n".join(lines))
     capsys.readouterr()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genalign.budget import Ledger, Metered
 from genalign.dynamics import CPS, ODE, FlowSDE, Kernel
 from genalign.rollout import Pairs, Start, generate, replay, rollout, step_noise, windowed
+from genalign.scoring.budget import Ledger, Metered
 from pipelines import SD3
 
 PROMPTS = ["a circle", "two squares"]

@@ -15,7 +15,7 @@ from genalign.dynamics import FlowSDE
 from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, dense_grpo, flow_grpo
 from genalign.sampling import Sampling, in_a_thread
-from genalign.scoring import NamedReward
+from genalign.scoring.score import NamedReward
 from genalign.training import RoundResult, Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3

@@ -18,7 +18,7 @@ from genalign.recipes import Recipe, awm, flow_grpo, prdp
 from genalign.rollout import Rollout, rollout
 from genalign.runtime.files import load_optimizer_tensors, optimizer_tensors
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.score import NamedReward
 from genalign.training import RoundResult, Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3

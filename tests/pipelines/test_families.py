@@ -25,7 +25,7 @@ from genalign.rollout import Start, rollout
 from genalign.runs import save_peft
 from genalign.runtime.memory_options import Memory
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, FKSteering, Prune, search
 from genalign.search.strategy import Strategy
 from genalign.training import Settings, Trainer

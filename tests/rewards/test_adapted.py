@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from genalign.conformance import Probe, check
-from genalign.scoring import NamedReward, score
+from genalign.scoring.reward_check import Probe, check
+from genalign.scoring.score import NamedReward, score
 from genalign.types import Prompt
 from rewards.adapted import Adapted
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.conformance import Expected, Probe, check
+from genalign.scoring.reward_check import Expected, Probe, check
 from genalign.types import Prompt, RewardFunction
 from rewards.audio_guards import LevelWithin, sounding, unclipped
 from rewards.combined import Gate

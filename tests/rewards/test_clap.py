@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import ClapModel, ClapProcessor, CLIPVisionConfig
 
-from genalign.conformance import Expected, Probe, check
 from genalign.runtime.waveforms import resample, tell_once
+from genalign.scoring.reward_check import Expected, Probe, check
 from genalign.types import Prompt, Reward
 from genalign.worlds.tones.clap import assemble_clap, build_clap
 from genalign.worlds.tones.prompts import attribution, counting, pitch, single_tone

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from genalign.geneval.questions import QuestionJudge, TifaReward
+from genalign.scoring.protocol import decode_image
 from genalign.types import PairwiseReward, Prompt
-from genalign.wire import decode_image
 from rewards.http_client import Patience, RemoteError
 from rewards.judges import Endpoint, GradedJudge, PairwiseJudge, RubricJudge, WrittenJudge, YesNoJudge
 from rewards.pairwise import WinRate

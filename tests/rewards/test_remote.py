@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign import wire
-from genalign.serving import meaningless
+from genalign.scoring import protocol
+from genalign.scoring.server import meaningless
 from genalign.types import Prompt
 from rewards.http_client import Patience, RemoteError, Unavailable, _seconds
 from rewards.remote import RemoteReward
@@ -107,7 +107,7 @@ def test_a_poison_item_costs_its_own_score_alone(caplog: pytest.LogCaptureFixtur
 
 
 def test_a_poison_item_that_breaks_the_server_costs_its_own_score_alone() -> None:
-    poison = wire.encode_image(greys(77)[0])
+    poison = protocol.encode_image(greys(77)[0])
     with serving(Grey()) as url:
 
         def breaking(seen: Seen) -> Answer:
@@ -258,7 +258,7 @@ def test_a_reply_that_cannot_be_trusted_is_an_error(body: bytes) -> None:
     def answer(seen: Seen) -> Answer:
         if seen.method == "GET":
             return Answer(200, INFO.to_json())
-        asked = wire.unpack_request(seen.headers["content-type"], seen.body)
+        asked = protocol.unpack_request(seen.headers["content-type"], seen.body)
         return Answer(200, body.replace(b"ID", asked.request_id.encode()))
 
     with stub(answer) as url, pytest.raises(RemoteError, match=r"JSON|reply"):
@@ -367,16 +367,17 @@ def test_wrong_shapes_are_refused() -> None:
 
 KILLED = """
 import sys, time, torch
-from genalign import serving, wire
+from genalign.scoring import server
+from genalign.scoring import protocol
 
 def reward(samples, prompts):
     time.sleep(0.1)
     return samples.flatten(1).mean(1)
 
-sock = serving.listen("127.0.0.1", int(sys.argv[1]))
-app = serving.build_app(reward, wire.Info("grey", "1", 8, 2**20, 2**16))
+sock = server.listen("127.0.0.1", int(sys.argv[1]))
+app = server.build_app(reward, protocol.Info("grey", "1", 8, 2**20, 2**16))
 print("up", flush=True)
-serving.server(app).run(sockets=[sock])
+server.server(app).run(sockets=[sock])
 """
 
 

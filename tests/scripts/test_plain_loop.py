@@ -15,7 +15,7 @@ from genalign.policy import Lora, Policy
 from genalign.recipes import flow_grpo
 from genalign.rollout import Start, step_noise
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.score import NamedReward
 from genalign.training import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3

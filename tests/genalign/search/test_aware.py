@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genalign.budget import Ledger, Metered, metered_reward
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.budget import Ledger, Metered, metered_reward
+from genalign.scoring.score import NamedReward
 from genalign.search import Prune, search
 from genalign.search.aware import (
     Distillation,

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genalign.budget import Ledger, Metered, metered_reward
 from genalign.dynamics import DDIM, ODE, FlowSDE
 from genalign.paths import FlowPath
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.budget import Ledger, Metered, metered_reward
+from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, Budget, Doob, FKSteering, RewardGradient, search
 from genalign.search.engine import Run
 from genalign.search.guides import Guide, guided_log_ratio

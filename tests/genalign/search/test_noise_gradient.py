@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.budget import Budget, Ledger, Metered, metered_reward
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.budget import Budget, Ledger, Metered, metered_reward
+from genalign.scoring.score import NamedReward
 from genalign.search import DNO, Prune, ReNO, search
 from genalign.search.engine import Run
 from genalign.search.noise_gradient import NoiseOptimisation, noise_log_probability

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.budget import Ledger, Metered, metered_reward
 from genalign.dynamics import DDIM, ODE
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward, RewardError
+from genalign.scoring.budget import Ledger, Metered, metered_reward
+from genalign.scoring.score import NamedReward, RewardError
 from genalign.search import Beam, BestOfN, Budget, Evolution, Prune, ZeroOrder, search
 from genalign.search.engine import Candidates, Run
 from genalign.search.noise_search import neighbours_of

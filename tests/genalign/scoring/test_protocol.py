@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 from scipy.io import wavfile
 
-from genalign import wire
+from genalign.scoring import protocol
+from genalign.scoring.protocol import ItemError, WireError
 from genalign.types import Prompt
-from genalign.wire import ItemError, WireError
 from tests.packages import folder_of
 
-REQUEST = wire.Request("r-1", 2.5, (Prompt("one", {"count": [1]}), Prompt("two")), "image", (b"\r\n--\r\n\x00", b""))
+REQUEST = protocol.Request(
+    "r-1", 2.5, (Prompt("one", {"count": [1]}), Prompt("two")), "image", (b"\r\n--\r\n\x00", b"")
+)
 
 
 def meta(**changes: object) -> bytes:
@@ -26,27 +28,27 @@ def meta(**changes: object) -> bytes:
     return json.dumps({**plain, **changes}).encode()
 
 
-def unpacked(parts: dict[str, bytes]) -> wire.Request:
-    return wire.unpack_request(*wire.pack_parts(parts))
+def unpacked(parts: dict[str, bytes]) -> protocol.Request:
+    return protocol.unpack_request(*protocol.pack_parts(parts))
 
 
 def test_a_request_is_read_as_it_was_written() -> None:
-    assert wire.unpack_request(*REQUEST.pack()) == REQUEST
+    assert protocol.unpack_request(*REQUEST.pack()) == REQUEST
 
 
 def test_a_reply_is_read_as_it_was_written() -> None:
-    reply = wire.Reply("r-1", "v", (0.1, None), (None, ItemError("unscorable", "why")), 0.25)
-    assert wire.unpack_reply(reply.to_json(), "r-1", 2) == reply
+    reply = protocol.Reply("r-1", "v", (0.1, None), (None, ItemError("unscorable", "why")), 0.25)
+    assert protocol.unpack_reply(reply.to_json(), "r-1", 2) == reply
     with pytest.raises(WireError, match="belongs to another request"):
-        wire.unpack_reply(reply.to_json(), "r-2", 2)
+        protocol.unpack_reply(reply.to_json(), "r-2", 2)
     with pytest.raises(ValueError, match="JSON compliant"):
-        wire.Reply("r-1", "v", (float("nan"),), (None,), 0.25).to_json()
+        protocol.Reply("r-1", "v", (float("nan"),), (None,), 0.25).to_json()
 
 
 def test_any_bytes_pass_through_multipart() -> None:
     parts = {f"part.{n}": bytes(np.random.default_rng(n).integers(0, 256, n * 7, np.uint8)) for n in range(20)}
     parts["tricky"] = b"--x\r\n\r\n--x--\r\n"
-    assert wire.unpack_parts(*wire.pack_parts(parts)) == parts
+    assert protocol.unpack_parts(*protocol.pack_parts(parts)) == parts
 
 
 BAD = [
@@ -90,22 +92,22 @@ def test_a_request_that_breaks_the_protocol_is_refused(parts: dict[str, bytes], 
 )
 def test_what_is_not_multipart_is_refused(kind: str, body: bytes) -> None:
     with pytest.raises(WireError):
-        wire.unpack_parts(kind, body)
+        protocol.unpack_parts(kind, body)
 
 
 def test_a_name_twice_is_refused() -> None:
-    kind, body = wire.pack_parts({"aa": b"1", "ab": b"2"})
+    kind, body = protocol.pack_parts({"aa": b"1", "ab": b"2"})
     with pytest.raises(WireError, match="name of its own"):
-        wire.unpack_parts(kind, body.replace(b'"ab"', b'"aa"'))
+        protocol.unpack_parts(kind, body.replace(b'"ab"', b'"aa"'))
 
 
 def test_images_travel_as_8_bits() -> None:
     image = torch.rand(3, 5, 7)
-    read = wire.decode_image(wire.encode_image(image), 35)
+    read = protocol.decode_image(protocol.encode_image(image), 35)
     assert torch.equal((read * 255).round(), (image * 255).round())
-    assert torch.equal(wire.decode_image(wire.encode_image(read), 35), read)
+    assert torch.equal(protocol.decode_image(protocol.encode_image(read), 35), read)
     beyond = torch.tensor([-1.0, 2.0]).view(1, 1, 2).expand(3, 1, 2)
-    assert wire.decode_image(wire.encode_image(beyond), 35)[0, 0].tolist() == [0.0, 1.0]
+    assert protocol.decode_image(protocol.encode_image(beyond), 35)[0, 0].tolist() == [0.0, 1.0]
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -141,35 +143,35 @@ def other(form: str, mode: str = "RGB") -> bytes:
 )
 def test_what_is_not_a_small_rgb_png_is_refused(content: bytes, code: str) -> None:
     with pytest.raises(WireError) as raised:
-        wire.decode_image(content, 256 * 256)
+        protocol.decode_image(content, 256 * 256)
     assert raised.value.code == code
 
 
 def test_waveforms_travel_without_loss() -> None:
     for channels in (1, 2):
         waveform = torch.randn(channels, 300) * 3
-        assert torch.equal(wire.decode_audio(wire.encode_audio(waveform, 44100), 44100), waveform)
+        assert torch.equal(protocol.decode_audio(protocol.encode_audio(waveform, 44100), 44100), waveform)
     buffer = io.BytesIO()
     wavfile.write(buffer, 8000, np.array([0, 16384, -32768], np.int16))
-    assert wire.decode_audio(buffer.getvalue(), 8000).tolist() == [[0.0, 0.5, -1.0]]
+    assert protocol.decode_audio(buffer.getvalue(), 8000).tolist() == [[0.0, 0.5, -1.0]]
 
 
 def test_what_is_not_such_a_wav_is_refused() -> None:
     with pytest.raises(WireError, match="a waveform of 44100 Hz: this server scores 16000 Hz"):
-        wire.decode_audio(wire.encode_audio(torch.zeros(1, 9), 44100), 16000)
+        protocol.decode_audio(protocol.encode_audio(torch.zeros(1, 9), 44100), 16000)
     for content in (b"", b"RIFF\0\0\0\0WAVE", b"ID3"):
         with pytest.raises(WireError, match="not a WAV"):
-            wire.decode_audio(content, 16000)
+            protocol.decode_audio(content, 16000)
     buffer = io.BytesIO()
     wavfile.write(buffer, 16000, np.zeros(4, np.uint8))
     with pytest.raises(WireError, match="send float32 or 16 bits"):
-        wire.decode_audio(buffer.getvalue(), 16000)
+        protocol.decode_audio(buffer.getvalue(), 16000)
 
 
 def test_batches_are_cut_by_number_and_size() -> None:
-    assert wire.packed([1, 1, 1, 1, 1], 2, 100) == [[0, 1], [2, 3], [4]]
-    assert wire.packed([5, 5, 99, 5, 5], 10, 10) == [[0, 1], [2], [3, 4]]
-    assert wire.packed([], 2, 2) == []
+    assert protocol.packed([1, 1, 1, 1, 1], 2, 100) == [[0, 1], [2, 3], [4]]
+    assert protocol.packed([5, 5, 99, 5, 5], 10, 10) == [[0, 1], [2], [3, 4]]
+    assert protocol.packed([], 2, 2) == []
 
 
 def test_nothing_here_can_run_what_it_receives() -> None:

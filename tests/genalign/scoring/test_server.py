@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign import wire
-from genalign.serving import listen, meaningless, require_safe
-from genalign.serving_worker import score_each
+from genalign.scoring import protocol
+from genalign.scoring.server import listen, meaningless, require_safe
+from genalign.scoring.server_worker import score_each
 from genalign.types import Prompt
 from tests.http_servers import INFO, Answer, serving
 
@@ -59,12 +59,12 @@ def call(url: str, method: str, path: str, body: bytes | Iterator[bytes] = b"", 
         there.close()
 
 
-def request(levels: Sequence[float], name: str = "r", deadline: float = 20) -> wire.Request:
-    images = tuple(wire.encode_image(torch.full((3, 4, 4), level)) for level in levels)
-    return wire.Request(name, deadline, tuple(Prompt("grey") for _ in levels), "image", images)
+def request(levels: Sequence[float], name: str = "r", deadline: float = 20) -> protocol.Request:
+    images = tuple(protocol.encode_image(torch.full((3, 4, 4), level)) for level in levels)
+    return protocol.Request(name, deadline, tuple(Prompt("grey") for _ in levels), "image", images)
 
 
-def post(url: str, asked: wire.Request, **headers: str) -> Answer:
+def post(url: str, asked: protocol.Request, **headers: str) -> Answer:
     kind, body = asked.pack()
     return call(url, "POST", "/v1/score", body, Content_Type=kind, **headers)
 
@@ -74,7 +74,7 @@ def code(answer: Answer) -> str:
 
 
 def test_it_says_what_it_is(url: str) -> None:
-    assert wire.unpack_info(call(url, "GET", "/v1/info").body) == INFO
+    assert protocol.unpack_info(call(url, "GET", "/v1/info").body) == INFO
     assert call(url, "GET", "/healthz").status == call(url, "GET", "/readyz").status == 200
     assert call(url, "GET", "/v1/score").status == 405
     assert call(url, "GET", "/nowhere").status == 404
@@ -84,15 +84,15 @@ def test_scores_come_as_json_with_null_for_what_has_none(url: str) -> None:
     asked = request([0.0, 1.0])
     broken = replace(asked, prompts=(*asked.prompts, Prompt("x")), samples=(*asked.samples, b"GIF89a"))
     answer = post(url, broken)
-    reply = wire.unpack_reply(answer.body, "r", 3)
+    reply = protocol.unpack_reply(answer.body, "r", 3)
     assert answer.status == 200 and reply.scores == (0.0, 1.0, None) and reply.version == "1"
     assert [error and error.code for error in reply.errors] == [None, None, "undecodable"]
 
 
 def test_images_of_different_sizes_are_scored(url: str) -> None:
-    samples = tuple(wire.encode_image(torch.full((3, side, 4), side / 255)) for side in (3, 9, 3, 5))
-    mixed = wire.Request("mixed", 20, (Prompt("x"),) * 4, "image", samples)
-    reply = wire.unpack_reply(post(url, mixed).body, "mixed", 4)
+    samples = tuple(protocol.encode_image(torch.full((3, side, 4), side / 255)) for side in (3, 9, 3, 5))
+    mixed = protocol.Request("mixed", 20, (Prompt("x"),) * 4, "image", samples)
+    reply = protocol.unpack_reply(post(url, mixed).body, "mixed", 4)
     assert [round((score or 0) * 255) for score in reply.scores] == [3, 9, 3, 5]
 
 
@@ -102,7 +102,7 @@ def test_images_of_different_sizes_are_scored(url: str) -> None:
         ("application/json", b"{}", 415, "media_type"),
         ("application/octet-stream", b"\x80\x04K*.", 415, "media_type"),
         ("multipart/form-data; boundary=x", b"nothing", 400, "malformed"),
-        (*wire.pack_parts({"meta": b"{}"}), 400, "schema"),
+        (*protocol.pack_parts({"meta": b"{}"}), 400, "schema"),
     ],
     ids=["json", "pickle", "no parts", "too few parts"],
 )
@@ -114,7 +114,7 @@ def test_what_is_no_request_is_refused(url: str, kind: str, body: bytes, status:
 def test_too_many_or_other_samples_are_refused(url: str) -> None:
     answer = post(url, request([0.5] * 9, "many"))
     assert (answer.status, code(answer)) == (422, "count")
-    audio = wire.Request("a", 5, (Prompt("x"),), "audio", (wire.encode_audio(torch.zeros(1, 4), 8000),))
+    audio = protocol.Request("a", 5, (Prompt("x"),), "audio", (protocol.encode_audio(torch.zeros(1, 4), 8000),))
     answer = post(url, audio)
     assert (answer.status, code(answer)) == (415, "media_type")
 
@@ -161,9 +161,9 @@ def test_a_deadline_that_passes_is_told_and_can_be_asked_again() -> None:
         assert (answer.status, code(answer)) == (504, "deadline")
         assert post(url, request([0.6], "waiting", deadline=0.1)).status == 504  # behind the first, never scored
         reward.gate.set()
-        reply = wire.unpack_reply(post(url, request([0.2])).body, "r", 1)
+        reply = protocol.unpack_reply(post(url, request([0.2])).body, "r", 1)
         assert reply.scores == (pytest.approx(0.2, abs=0.002),)
-        again = wire.unpack_reply(post(url, request([0.6], "waiting")).body, "waiting", 1)
+        again = protocol.unpack_reply(post(url, request([0.6], "waiting")).body, "waiting", 1)
         assert again.scores == (pytest.approx(0.6, abs=0.002),)
     assert reward.batches == [1, 1]
 

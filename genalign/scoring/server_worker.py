@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from genalign.scoring.protocol import ItemError
 from genalign.types import Prompt, RewardFunction
-from genalign.wire import ItemError
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genalign.commands.rewarding import RewardCheck, _samples
-from genalign.conformance import Check, Expected, Probe, check
+from genalign.scoring.reward_check import Check, Expected, Probe, check
 from genalign.types import Prompt, RewardFunction
 from rewards.clip import ClipReward
 from rewards.shapes import ShapesReward

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from genalign.scoring import NamedReward
+from genalign.scoring.score import NamedReward
 from genalign.types import Conditioning, Grid, NoiseLevel, Pipeline, Prompt, RewardFunction
 
 FORWARD, DECODE = "forward", "decode"

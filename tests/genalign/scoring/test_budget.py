@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.budget import Ledger, Metered, metered_reward
 from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.sampling import Sampling
-from genalign.scoring import NamedReward
+from genalign.scoring.budget import Ledger, Metered, metered_reward
+from genalign.scoring.score import NamedReward
 from genalign.training import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3

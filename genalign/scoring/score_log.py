@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from genalign.runtime.state import Generators
-from genalign.scoring import NamedReward
+from genalign.scoring.score import NamedReward
 from genalign.types import Prompt, RewardFunction, TrainableReward
 
 logger = logging.getLogger(__name__)

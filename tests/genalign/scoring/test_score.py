@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.scoring import NamedReward, RewardError, Watch, named, probe, score
+from genalign.scoring.score import NamedReward, RewardError, Watch, named, probe, score
 from genalign.types import Prompt
 
 IMAGES = torch.rand(4, 3, 8, 8)

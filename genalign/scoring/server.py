@@ -1,6 +1,6 @@
 """A reward behind HTTP, for a model that needs another environment or machine than the training. Extra: serve.
 
-``GET /healthz``, ``GET /readyz``, ``GET /v1/info`` and ``POST /v1/score``; see ``genalign.wire`` for what travels and
+``GET /healthz``, ``GET /readyz``, ``GET /v1/info`` and ``POST /v1/score``; see ``genalign.scoring.protocol`` for what travels and
 ``rewards.remote`` for the client. One thread calls the reward, and before all others with a sample of no meaning, so
 that weights are open once it is ready. What cannot be scored is null with a reason, sample by sample. Answers: 400,
 413, 415 and 422 say that the request is wrong, 401 that the token is; 408, 429, 503 and 504 that it may be sent again,
@@ -29,10 +29,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from torch import Tensor
 
-from genalign import wire
-from genalign.serving_worker import DRAIN_SECONDS, Job, Scored, Worker
+from genalign.scoring import protocol
+from genalign.scoring.protocol import Info, ItemError
+from genalign.scoring.server_worker import DRAIN_SECONDS, Job, Scored, Worker
 from genalign.types import RewardFunction
-from genalign.wire import Info, ItemError
 
 _REMEMBERED = 256  # finished requests whose answers are kept for a client that asks again
 _UPLOAD_SECONDS = 60.0
@@ -76,12 +76,12 @@ class Service:
         self._require_ready()
         with self._place():
             body = await self._body(request)
-            asked = wire.unpack_request(request.headers.get("content-type", ""), body)
+            asked = protocol.unpack_request(request.headers.get("content-type", ""), body)
             job = await self._job(asked, started + asked.deadline)
             scored = await self._answer(job, started + asked.deadline)
         scores = tuple(item.score for item in scored)
         errors = tuple(item.error for item in scored)
-        reply = wire.Reply(asked.request_id, self._info.version, scores, errors, time.monotonic() - started)
+        reply = protocol.Reply(asked.request_id, self._info.version, scores, errors, time.monotonic() - started)
         return Response(reply.to_json(), media_type="application/json")
 
     def _authorize(self, request: Request) -> None:
@@ -125,7 +125,7 @@ class Service:
             raise Refusal(408, "gone", "the client left before its body arrived") from None
         return b"".join(chunks)
 
-    async def _job(self, asked: wire.Request, deadline: float) -> Job:
+    async def _job(self, asked: protocol.Request, deadline: float) -> Job:
         """The queued, running or finished job of this request_id, else a new one."""
         digest = _digest(asked)
         if known := self._known(asked.request_id, digest, deadline):
@@ -164,8 +164,8 @@ class Service:
         return scored
 
 
-def _digest(asked: wire.Request) -> bytes:
-    digest = hashlib.sha256(json.dumps([wire.prompt_json(prompt) for prompt in asked.prompts]).encode())
+def _digest(asked: protocol.Request) -> bytes:
+    digest = hashlib.sha256(json.dumps([protocol.prompt_json(prompt) for prompt in asked.prompts]).encode())
     for sample in asked.samples:
         digest.update(hashlib.sha256(sample).digest())
     return digest.digest()
@@ -176,10 +176,10 @@ def _decoded(samples: Sequence[bytes], info: Info) -> list[Tensor | ItemError]:
     for content in samples:
         try:
             if info.sample_rate is None:
-                decoded.append(wire.decode_image(content, info.max_pixels))
+                decoded.append(protocol.decode_image(content, info.max_pixels))
             else:
-                decoded.append(wire.decode_audio(content, info.sample_rate))
-        except wire.WireError as error:
+                decoded.append(protocol.decode_audio(content, info.sample_rate))
+        except protocol.WireError as error:
             decoded.append(ItemError(error.code, str(error)))
     return decoded
 
@@ -191,7 +191,7 @@ def _refused(request: Request, error: Exception) -> Response:
 
 
 def _malformed(request: Request, error: Exception) -> Response:
-    assert isinstance(error, wire.WireError)
+    assert isinstance(error, protocol.WireError)
     status = {"media_type": 415, "count": 422}.get(error.code, 400)
     return JSONResponse({"error": {"code": error.code, "message": str(error)}}, status)
 
@@ -225,7 +225,7 @@ def build_app(
             Route("/v1/info", service.info),
             Route("/v1/score", service.score, methods=["POST"]),
         ],
-        exception_handlers={Refusal: _refused, wire.WireError: _malformed},
+        exception_handlers={Refusal: _refused, protocol.WireError: _malformed},
         lifespan=lifespan,
     )
 
