@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from genalign.advantages import combine
-from genalign.completion import Completion
-from genalign.dynamics import CalibratedSDE, FlowSDE, trainable_steps
+from genalign.diffusion.completion import Completion
+from genalign.diffusion.transitions import CalibratedSDE, FlowSDE, trainable_steps
 from genalign.recipes import Recipe
 from genalign.runtime.files import write_json
 from genalign.sampling import Sampler

@@ -15,12 +15,12 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from torch import nn
 
 from genalign.calibration import Calibration
-from genalign.dynamics import Kernel
+from genalign.diffusion.policy import Lora
+from genalign.diffusion.transitions import Kernel
 from genalign.faults import DivergedError
 from genalign.guard import Actions
 from genalign.hacking import Limits
 from genalign.mistakes import explain
-from genalign.policy import Lora
 from genalign.recipes import Recipe, flow_grpo
 from genalign.resuming import Checkpointing
 from genalign.runtime.media import AudioFormat

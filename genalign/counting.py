@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from genalign.credit import SetContrast
-from genalign.noise import seeded_noise
-from genalign.paths import FlowPath
-from genalign.policy import Policy
+from genalign.diffusion.noise import seeded_noise
+from genalign.diffusion.paths import FlowPath
+from genalign.diffusion.policy import Policy
 from genalign.recipes import Recipe
 from genalign.sampling import Sampling
 from genalign.scoring.budget import Ledger

@@ -14,8 +14,8 @@ from typing import Protocol as TypingProtocol
 import torch
 from torch import Tensor
 
+from genalign.diffusion.rollout import generate
 from genalign.metrics.intervals import Estimate, bootstrap_mean
-from genalign.rollout import generate
 from genalign.runtime.distributed import ALONE, Processes
 from genalign.runtime.files import write_json, write_text
 from genalign.runtime.media import Writer, write_images

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from genalign.advantages import combine
-from genalign.dynamics import Kernel
-from genalign.policy import Policy, Snapshot
-from genalign.rollout import Pairs, Replay, Rollout, replay
+from genalign.diffusion.policy import Policy, Snapshot
+from genalign.diffusion.rollout import Pairs, Replay, Rollout, replay
+from genalign.diffusion.transitions import Kernel
 from genalign.types import Conditioning, Grid, NoiseLevel, Pipeline
 
 

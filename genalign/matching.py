@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from genalign.demonstrations import Demonstrations
+from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.learning import Batch, Context, Unit
-from genalign.noise import derived_seed, seeded_noise
 from genalign.objectives import mean_square
 from genalign.regression import awm_log_probability, dpo_loss, kto_loss, nft_loss
 from genalign.types import NoiseLevel, Path

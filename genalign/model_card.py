@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genalign.adapters import PEFT_CONFIG
+from genalign.diffusion.lora import PEFT_CONFIG
 
 _USES = {
     "lora": "pipe = DiffusionPipeline.from_pretrained({base!r})\npipe.load_lora_weights({here!r})",

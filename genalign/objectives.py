@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from genalign.dynamics import Transition
-from genalign.paths import promote
+from genalign.diffusion.paths import promote
+from genalign.diffusion.transitions import Transition
 from genalign.types import NoiseStep
 
 KLForm = Literal["exact", "no_dt", "x", "v"]

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from safetensors import safe_open
 
-from genalign.adapters import PEFT_WEIGHTS
+from genalign.diffusion.lora import PEFT_WEIGHTS
 from genalign.runtime.memory_options import Memory
 from genalign.scoring.budget import DECODE, FORWARD, Ledger, backward
 from genalign.types import Pipeline

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from genalign.completion import Completion
 from genalign.credit import BestAndWorst, GroupRelative, PlainReward, RewardGain, SetContrast
 from genalign.demonstrations import Criterion
-from genalign.dynamics import CPS, DDIM, ODE, FlowSDE, Kernel, trainable_steps
+from genalign.diffusion.completion import Completion
+from genalign.diffusion.transitions import CPS, DDIM, ODE, FlowSDE, Kernel, trainable_steps
 from genalign.learning import Credit, Objective
 from genalign.matching import (
     AdvantageWeighted,

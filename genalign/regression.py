@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genalign.paths import expand
+from genalign.diffusion.paths import expand
 
 _ADAPTIVE_FLOOR = 1e-5
 

@@ -21,10 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor
 
+from genalign.diffusion.policy import Policy
 from genalign.guard import Guard, due
 from genalign.hacking import Panel
 from genalign.metrics.intervals import Estimate
-from genalign.policy import Policy
 from genalign.resuming import Keeper
 from genalign.runtime.distributed import ALONE, Processes
 from genalign.runtime.files import disk_errors, write_json, write_text

@@ -13,7 +13,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from genalign.dynamics import Kernel
+from genalign.diffusion.rollout import Pairs, Replay
+from genalign.diffusion.transitions import Kernel
 from genalign.learning import Batch, Context, Unit
 from genalign.objectives import (
     KLForm,
@@ -26,7 +27,6 @@ from genalign.objectives import (
     require_clip_range,
 )
 from genalign.regression import prdp_loss, untied, untied_groups
-from genalign.rollout import Pairs, Replay
 from genalign.types import Grid
 
 

@@ -114,7 +114,7 @@ class Conditioning:
 
 
 class Path(Protocol):
-    """An interpolation between data and noise; see ``genalign.paths``."""
+    """An interpolation between data and noise; see ``genalign.diffusion.paths``."""
 
     def x0(self, x: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor: ...
 

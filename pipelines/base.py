@@ -16,8 +16,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from genalign.adapters import ADAPTER, PEFT_CONFIG, merge, put_on_saved
-from genalign.paths import GaussianPath
+from genalign.diffusion.lora import ADAPTER, PEFT_CONFIG, merge, put_on_saved
+from genalign.diffusion.paths import GaussianPath
 from genalign.runtime.files import write_json
 from genalign.runtime.memory_options import Memory
 from genalign.types import Conditioning, Grid, NoiseLevel

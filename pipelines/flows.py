@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from genalign.paths import FlowPath
+from genalign.diffusion.paths import FlowPath
 from genalign.types import Grid, NoiseLevel
 from pipelines.base import DiffusersPipeline
 

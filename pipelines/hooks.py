@@ -35,8 +35,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from genalign.dynamics import Kernel, transition
-from genalign.paths import EDMPath, FlowPath, GaussianPath, VPPath, expand, promote
+from genalign.diffusion.paths import EDMPath, FlowPath, GaussianPath, VPPath, expand, promote
+from genalign.diffusion.transitions import Kernel, transition
 from genalign.types import Grid
 
 _DISCRETE = (DDIMScheduler, DDPMScheduler, PNDMScheduler)

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from genalign.paths import VPPath
+from genalign.diffusion.paths import VPPath
 from genalign.types import Grid, NoiseLevel
 from pipelines.base import DiffusersPipeline
 

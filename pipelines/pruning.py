@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from genalign.noise import derived_seed
+from genalign.diffusion.noise import derived_seed
 from genalign.scoring.budget import DECODE, Ledger, metered_rewards
 from genalign.scoring.score import NamedReward, named, score
 from genalign.search.lineage import Lineage

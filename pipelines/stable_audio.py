@@ -15,7 +15,7 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from peft import LoraConfig
 from torch import Tensor
 
-from genalign.paths import EDMPath, expand
+from genalign.diffusion.paths import EDMPath, expand
 from genalign.runs import save_peft
 from genalign.runtime.cpu import plain_attention
 from genalign.types import Conditioning, Grid, NoiseLevel

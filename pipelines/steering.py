@@ -17,8 +17,8 @@ from diffusers import AceStepPipeline, DiffusionPipeline
 from torch import Tensor, nn
 
 from genalign.advantages import combine
-from genalign.dynamics import ODE
-from genalign.noise import derived_seed, seeded_noise
+from genalign.diffusion.noise import derived_seed, seeded_noise
+from genalign.diffusion.transitions import ODE
 from genalign.scoring.budget import DECODE, FORWARD, Ledger, metered_rewards
 from genalign.scoring.score import NamedReward, named, score
 from genalign.search.best_of_n import BestOfN

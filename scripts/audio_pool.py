@@ -9,7 +9,7 @@ from torch import Tensor
 
 import pipelines
 from genalign import assets
-from genalign.noise import derived_seed
+from genalign.diffusion.noise import derived_seed
 from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import load_state, save_state
 from genalign.sampling import Sampling

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import ClapModel
 
 import pipelines
-from genalign.dynamics import DPMSDE, ODE, Kernel
-from genalign.noise import derived_seed
-from genalign.rollout import Start, rollout
+from genalign.diffusion.noise import derived_seed
+from genalign.diffusion.rollout import Start, rollout
+from genalign.diffusion.transitions import DPMSDE, ODE, Kernel
 from genalign.runtime.cpu import keep_freed_memory, plain_attention
 from genalign.runtime.files import load_state, save_state, without_prefix, write_text
 from genalign.worlds.captions import metadata_of

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from genalign import assets
-from genalign.dynamics import FlowSDE
-from genalign.policy import Lora, Policy
+from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.transitions import FlowSDE
 from genalign.recipes import flow_grpo
 from genalign.results import Measurement
 from genalign.sampling import Sampling

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from genalign.cli import main as genalign
-from genalign.dynamics import FlowSDE
+from genalign.diffusion.transitions import FlowSDE
 from genalign.results import PromptRecord, write_results
 from genalign.runtime.files import write_json, write_text
 from genalign.sampling import Sampling

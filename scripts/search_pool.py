@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from genalign import assets
-from genalign.dynamics import ODE, FlowSDE, Kernel
+from genalign.diffusion.transitions import ODE, FlowSDE, Kernel
 from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import load_state, save_state, write_json
 from genalign.sampling import Sampling

@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 
 from genalign import assets
-from genalign.dynamics import FlowSDE
+from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.rollout import generate
+from genalign.diffusion.transitions import FlowSDE
 from genalign.evaluation import plan
-from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, flow_grpo
 from genalign.results import Measurement, ratios, write_results
-from genalign.rollout import generate
 from genalign.sampling import Sampling
 from genalign.scoring.score import NamedReward
 from genalign.training import Settings, Trainer

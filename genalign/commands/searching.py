@@ -10,7 +10,7 @@ from typing import Any
 
 from genalign import config
 from genalign.commands.parts import Outside, adapted, named_rewards, own_share, prompt_set, require_rate
-from genalign.noise import derived_seed
+from genalign.diffusion.noise import derived_seed
 from genalign.prompts import drawn_in_turn
 from genalign.report import write_search
 from genalign.runtime.files import write_json

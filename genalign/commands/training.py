@@ -19,6 +19,8 @@ from genalign.commands.estimating import advice
 from genalign.commands.evaluating import Exam, exam
 from genalign.commands.parts import Checkpoint, Outside, named_rewards, prompt_set, require_rate
 from genalign.commands.resuming import Inputs, Texts, TrackerRun, checkpoint_in, requested
+from genalign.diffusion.policy import Policy
+from genalign.diffusion.rollout import generate
 from genalign.evaluation import Evaluation, load_evaluation, plan, suite_hash
 from genalign.faults import is_out_of_memory
 from genalign.guard import Guard
@@ -26,11 +28,9 @@ from genalign.hacking import Looks, Measures
 from genalign.learning import anchored
 from genalign.metrics.intervals import Estimate
 from genalign.pairing import gain, task_gains
-from genalign.policy import Policy
 from genalign.report import write_report
 from genalign.resuming import Checkpoint as Saved
 from genalign.resuming import Checkpoints, Keeper
-from genalign.rollout import generate
 from genalign.runs import RunFolder, train
 from genalign.runtime.distributed import ALONE, Processes, ProcessesError, joined
 from genalign.runtime.files import write_json

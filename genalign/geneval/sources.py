@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from genalign.diffusion.rollout import generate
 from genalign.evaluation import noise_seed
 from genalign.geneval.files import Sample, write_samples
-from genalign.rollout import generate
 from genalign.runtime.media import read_image
 from genalign.types import Grid, Pipeline, Prompt
 

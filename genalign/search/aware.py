@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 
-from genalign.noise import derived_seed
+from genalign.diffusion.noise import derived_seed
 from genalign.runtime.files import load_state, save_state
 from genalign.scoring.budget import DECODE, reward_call
 from genalign.search.engine import Candidates, Finished, Run

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from genalign.dynamics import DDIM, Kernel, trainable_steps
+from genalign.diffusion.transitions import DDIM, Kernel, trainable_steps
 from genalign.search.engine import Candidates, Finished, Run
 from genalign.search.ranking import top
 from genalign.search.strategy import Allowance, PreviewScorer, chosen_scorer, score_bill, walk_bill

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from genalign.dynamics import ODE, Kernel
+from genalign.diffusion.transitions import ODE, Kernel
 from genalign.search.engine import Finished, Run
 from genalign.search.strategy import Allowance, score_bill, walk_bill
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from genalign.advantages import combine
-from genalign.dynamics import ODE, Kernel, transition
-from genalign.noise import derived_seed
-from genalign.rollout import step_noise
+from genalign.diffusion.noise import derived_seed
+from genalign.diffusion.rollout import step_noise
+from genalign.diffusion.transitions import ODE, Kernel, transition
 from genalign.scoring.budget import Ledger, Metered
 from genalign.scoring.score import NamedReward, score
 from genalign.search.lineage import Lineage

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genalign.dynamics import Kernel
-from genalign.rollout import step_noise
+from genalign.diffusion.rollout import step_noise
+from genalign.diffusion.transitions import Kernel
 from genalign.search.engine import Candidates, Finished, Run, joined
 from genalign.search.guides import Guide, guided_log_ratio
 from genalign.search.smc import FKSettings, FKState, require_stochastic

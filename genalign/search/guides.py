@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from genalign.dynamics import Kernel, transition
-from genalign.noise import derived_seed, seeded_noise
+from genalign.diffusion.noise import derived_seed, seeded_noise
+from genalign.diffusion.transitions import Kernel, transition
 from genalign.scoring.budget import DECODE, FORWARD, backward, reward_call
 from genalign.scoring.score import score
 from genalign.search.engine import Candidates, Run

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from genalign.dynamics import DDIM, ODE, Kernel, transition
-from genalign.noise import derived_seed, seeded_noise
+from genalign.diffusion.noise import derived_seed, seeded_noise
+from genalign.diffusion.transitions import DDIM, ODE, Kernel, transition
 from genalign.scoring.budget import DECODE, FORWARD, backward, reward_call
 from genalign.search.engine import Finished, Run
 from genalign.search.strategy import Allowance, Strategy

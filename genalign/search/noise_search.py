@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from genalign.noise import derived_seed, seeded_noise
+from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.search.engine import Candidates, Finished, Run, joined
 from genalign.search.strategy import Allowance, score_bill, walk_bill
 

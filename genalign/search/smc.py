@@ -16,8 +16,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from genalign.dynamics import DDIM, Kernel
-from genalign.noise import derived_seed
+from genalign.diffusion.noise import derived_seed
+from genalign.diffusion.transitions import DDIM, Kernel
 from genalign.search.ranking import best
 from genalign.search.resampling import RESAMPLERS, ResamplerName, effective_size, normalised
 from genalign.types import Grid

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from genalign import recipes
 from genalign.commands.resuming import Texts
+from genalign.diffusion.policy import Lora, Policy
 from genalign.metrics.frechet import vendi
-from genalign.policy import Lora, Policy
 from genalign.recipes import Lag, Recipe
 from genalign.resuming import Checkpoints, Keeper
 from genalign.runtime.distributed import ALONE, Processes, joined

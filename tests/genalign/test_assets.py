@@ -11,8 +11,8 @@ from diffusers import StableAudioPipeline, StableDiffusion3Pipeline
 from transformers import ClapModel
 
 from genalign import assets
+from genalign.diffusion.rollout import generate
 from genalign.prompts import drawn_in_turn
-from genalign.rollout import generate
 from genalign.worlds import shapes, tones
 from genalign.worlds.shapes.dataset import captioned_scenes
 from genalign.worlds.shapes.verifier import detect

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from genalign.calibration import Calibration, calibrate, calibrated, initial_levels, save_kernel
-from genalign.dynamics import CalibratedSDE, FlowSDE, trainable_steps
+from genalign.diffusion.transitions import CalibratedSDE, FlowSDE, trainable_steps
 from genalign.recipes import flow_grpo
 from genalign.sampling import Sampler
 from genalign.scoring.score import NamedReward

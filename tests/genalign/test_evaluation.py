@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from genalign.dynamics import ODE
+from genalign.diffusion.paths import FlowPath
+from genalign.diffusion.transitions import ODE
 from genalign.evaluation import (
     Evaluation,
     Job,
@@ -23,7 +24,6 @@ from genalign.evaluation import (
 )
 from genalign.evaluation_folder import BatchFolder
 from genalign.pairing import gain, ranked, task_gains, worst
-from genalign.paths import FlowPath
 from genalign.types import Conditioning, Grid, Prompt, PromptSet
 
 PROTOCOL = Protocol(

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 
 from genalign.cli import main
-from genalign.policy import Lora, Policy
+from genalign.diffusion.policy import Lora, Policy
 from pipelines import SD3
 
 PROMPTS = ["a red circle", "a blue square"]

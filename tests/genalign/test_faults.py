@@ -23,13 +23,13 @@ from torch import Tensor
 
 from genalign import assets, recipes
 from genalign.cli import main
-from genalign.dynamics import FlowSDE
+from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.rollout import generate
+from genalign.diffusion.transitions import FlowSDE
 from genalign.faults import DivergedError, is_out_of_memory
 from genalign.learning import Batch, Context, Objective, Unit, halved
 from genalign.matching import UnpairedPreference
-from genalign.policy import Lora, Policy
 from genalign.recipes import Lag, Recipe
-from genalign.rollout import generate
 from genalign.runtime.state import State
 from genalign.sampling import Sampling
 from genalign.scoring.score import NamedReward, RewardError

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.dynamics import CPS, ODE, DanceSDE, FlowSDE, Kernel, Transition, transition
+from genalign.diffusion.paths import FlowPath
+from genalign.diffusion.transitions import CPS, ODE, DanceSDE, FlowSDE, Kernel, Transition, transition
 from genalign.objectives import (
     KLForm,
     clip_fraction,
@@ -14,7 +15,6 @@ from genalign.objectives import (
     kl_penalty,
     noise_weights,
 )
-from genalign.paths import FlowPath
 from genalign.types import NoiseStep
 
 

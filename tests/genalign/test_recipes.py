@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from genalign.credit import NormalisedSum
-from genalign.dynamics import FlowSDE
+from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.rollout import Pairs
+from genalign.diffusion.transitions import FlowSDE
 from genalign.matching import AdvantageWeighted, Matching, PairedPreference, RewardWeighted
-from genalign.policy import Lora, Policy
 from genalign.recipes import (
     Lag,
     Recipe,
@@ -32,7 +33,6 @@ from genalign.recipes import (
     prdp,
     tempflow_grpo,
 )
-from genalign.rollout import Pairs
 from genalign.sampling import Sampling
 from genalign.scoring.score import NamedReward
 from genalign.training import RoundResult, Settings, Trainer

@@ -25,10 +25,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from genalign import recipes
 from genalign.commands.resuming import Texts, requested, require_same
 from genalign.credit import NormalisedSum
+from genalign.diffusion.policy import Lora, Policy
 from genalign.guard import Actions, Guard
 from genalign.hacking import Limits, Looks, Measures
 from genalign.metrics.frechet import vendi
-from genalign.policy import Lora, Policy
 from genalign.recipes import Lag, Recipe
 from genalign.resuming import Checkpoints, DamagedCheckpointError, Keeper
 from genalign.runtime.files import load_state

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.dynamics import FlowSDE
+from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.rollout import Pairs, Start, rollout, windowed
+from genalign.diffusion.transitions import FlowSDE
 from genalign.learning import Batch, Context, Readings
-from genalign.policy import Lora, Policy
-from genalign.rollout import Pairs, Start, rollout, windowed
 from genalign.scoring.budget import Ledger, Metered
 from genalign.trajectory import Clipped, Coupled, Surrogate
 from pipelines import SD3

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import pipelines
 from genalign.cli import main
-from genalign.dynamics import DPMSDE, ODE, FlowSDE, Kernel, trainable_steps
-from genalign.paths import EDMPath
-from genalign.policy import Lora, Policy
-from genalign.rollout import Pairs, Rollout, Start, replay, rollout
+from genalign.diffusion.paths import EDMPath
+from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.rollout import Pairs, Rollout, Start, replay, rollout
+from genalign.diffusion.transitions import DPMSDE, ODE, FlowSDE, Kernel, trainable_steps
 from genalign.runtime.media import read_waveform, writer
 from genalign.sampling import Sampling
 from genalign.search import BestOfN, FKSteering, ReNO, search
@@ -122,7 +122,7 @@ def test_the_sde_rollout_is_the_first_order_sampler_of_diffusers_with_its_noises
     scheduler = RecordingScheduler(solver_order=1)
     scheduler.noises = []
     latents, waveforms = _vanilla(folder_of("stable_audio"), scheduler, _unit_noise(stable_audio), guidance)
-    monkeypatch.setattr("genalign.rollout.step_noise", lambda seeds, step, like: scheduler.noises[step])
+    monkeypatch.setattr("genalign.diffusion.rollout.step_noise", lambda seeds, step, like: scheduler.noises[step])
     made = _ours(stable_audio, DPMSDE(), guidance)
     assert len(scheduler.noises) == STEPS and float(latents[0].std()) > 50
     assert made.x.dtype == made.x_next.dtype == made.mean.dtype == torch.float32

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.dynamics import FlowSDE
-from genalign.policy import Lora, Policy
-from genalign.rollout import Pairs, Rollout, Start, replay, rollout, windowed
+from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.rollout import Pairs, Rollout, Start, replay, rollout, windowed
+from genalign.diffusion.transitions import FlowSDE
 from pipelines import SD3
 
 pytestmark = [

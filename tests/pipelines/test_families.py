@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 import pipelines
 from genalign import regression
-from genalign.dynamics import DDIM, ODE, FlowSDE, Kernel
+from genalign.diffusion.noise import derived_seed
+from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.rollout import Start, rollout
+from genalign.diffusion.transitions import DDIM, ODE, FlowSDE, Kernel
 from genalign.learning import Batch, Context, Readings
-from genalign.noise import derived_seed
-from genalign.policy import Lora, Policy
 from genalign.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
-from genalign.rollout import Start, rollout
 from genalign.runs import save_peft
 from genalign.runtime.memory_options import Memory
 from genalign.sampling import Sampling

@@ -32,7 +32,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from genalign.dynamics import DDIM, DPMSDE, ODE, FlowSDE, Kernel
+from genalign.diffusion.transitions import DDIM, DPMSDE, ODE, FlowSDE, Kernel
 from pipelines.hooks import Move, gather_history, grid_of, kernel_move, patched_step, require_stochastic
 from tests.pipelines.tiny_pipelines import FAMILIES, STEPS, Family, counted, flux, sd3, sd15
 

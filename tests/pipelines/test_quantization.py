@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genalign.policy import Lora, Policy
+from genalign.diffusion.policy import Lora, Policy
 from genalign.runtime.memory_options import Memory
 from pipelines import SD3
 

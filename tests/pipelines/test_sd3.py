@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline, UNet2DModel
 
-from genalign.dynamics import ODE
-from genalign.policy import Lora, Policy
-from genalign.rollout import Start, rollout
+from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.rollout import Start, rollout
+from genalign.diffusion.transitions import ODE
 from genalign.runs import save_peft
 from genalign.runtime.memory_options import Memory
 from pipelines import SD3, base

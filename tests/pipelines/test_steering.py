@@ -17,8 +17,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from genalign.dynamics import DDIM, ODE
-from genalign.noise import derived_seed
+from genalign.diffusion.noise import derived_seed
+from genalign.diffusion.transitions import DDIM, ODE
 from genalign.search import BestOfN, FKSteering, Prune, RewardGradient
 from genalign.types import Prompt
 from pipelines import SD3, prune, steer

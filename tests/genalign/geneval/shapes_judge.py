@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from genalign.diffusion.paths import FlowPath
 from genalign.evaluation import noise_seed
 from genalign.geneval.scoring import Detection, Thresholds
-from genalign.paths import FlowPath
 from genalign.types import Conditioning, Grid, Prompt
 from genalign.worlds.shapes.geometry import PALETTE, SHAPES
 from genalign.worlds.shapes.scenes import render, sample_scene

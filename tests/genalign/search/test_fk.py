@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genalign.dynamics import DDIM, ODE, FlowSDE
-from genalign.paths import FlowPath
+from genalign.diffusion.paths import FlowPath
+from genalign.diffusion.transitions import DDIM, ODE, FlowSDE
 from genalign.sampling import Sampling
 from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward

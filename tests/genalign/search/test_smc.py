@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.dynamics import CPS, DDIM, ODE, FlowSDE, transition
-from genalign.paths import FlowPath
+from genalign.diffusion.paths import FlowPath
+from genalign.diffusion.transitions import CPS, DDIM, ODE, FlowSDE, transition
 from genalign.search.resampling import RESAMPLERS, ResamplerName, normalised
 from genalign.search.smc import FKSettings, FKState, Potential, require_stochastic
 from genalign.types import Grid

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.dynamics import DDIM, ODE
+from genalign.diffusion.transitions import DDIM, ODE
 from genalign.sampling import Sampling
 from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward, RewardError

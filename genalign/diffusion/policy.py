@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from genalign.adapters import ADAPTER, put_on
+from genalign.diffusion.lora import ADAPTER, put_on
 from genalign.runtime.distributed import ALONE, Processes
 from genalign.runtime.fsdp import Sharding, divided, lent, put_away, require_sharded, whole
 

@@ -7,9 +7,9 @@ import logging
 import pytest
 import torch
 
-from genalign.completion import Completion, complete
-from genalign.dynamics import ODE, FlowSDE
-from genalign.rollout import Rollout, Start, rollout, windowed
+from genalign.diffusion.completion import Completion, complete
+from genalign.diffusion.rollout import Rollout, Start, rollout, windowed
+from genalign.diffusion.transitions import ODE, FlowSDE
 from genalign.scoring.budget import Ledger, Metered
 from genalign.types import Grid
 from pipelines import SD3

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genalign.dynamics import CPS, ODE, FlowSDE, Kernel
-from genalign.rollout import Pairs, Start, generate, replay, rollout, step_noise, windowed
+from genalign.diffusion.rollout import Pairs, Start, generate, replay, rollout, step_noise, windowed
+from genalign.diffusion.transitions import CPS, ODE, FlowSDE, Kernel
 from genalign.scoring.budget import Ledger, Metered
 from pipelines import SD3
 

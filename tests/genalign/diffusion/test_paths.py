@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.paths import EDMPath, FlowPath, GaussianPath, VPPath, expand, promote
+from genalign.diffusion.paths import EDMPath, FlowPath, GaussianPath, VPPath, expand, promote
 from genalign.types import NoiseLevel, Path
 
 FLOW = [0.03, 0.4, 0.8, 0.97]

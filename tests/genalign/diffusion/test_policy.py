@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from genalign.policy import Lora, Policy, Snapshot
+from genalign.diffusion.policy import Lora, Policy, Snapshot
 
 
 def _network() -> nn.Module:

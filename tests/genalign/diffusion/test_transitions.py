@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from genalign.dynamics import (
+from genalign.diffusion.paths import EDMPath, FlowPath, GaussianPath, VPPath
+from genalign.diffusion.transitions import (
     CPS,
     DDIM,
     DPMSDE,
@@ -21,7 +22,6 @@ from genalign.dynamics import (
     trainable_steps,
     transition,
 )
-from genalign.paths import EDMPath, FlowPath, GaussianPath, VPPath
 from genalign.types import Grid, NoiseStep
 
 # Columns: sigma, s, c_x, c_v, std of FlowSDE(.7), CPS(.8) and DanceSDE(.3), noise that FlowSDE leaves in x_next.

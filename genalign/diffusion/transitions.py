@@ -16,7 +16,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from genalign.paths import expand
+from genalign.diffusion.paths import expand
 from genalign.types import Grid, NoiseStep, Path
 
 Reduction = Literal["mean", "sum"]

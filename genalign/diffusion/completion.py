@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genalign.dynamics import ODE, transition
-from genalign.rollout import Rollout, distinct
+from genalign.diffusion.rollout import Rollout, distinct
+from genalign.diffusion.transitions import ODE, transition
 from genalign.types import Grid, NoiseStep, Pipeline
 
 logger = logging.getLogger(__name__)

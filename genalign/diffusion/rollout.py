@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genalign.dynamics import ODE, Kernel, Transition, transition
-from genalign.noise import seeded_noise
+from genalign.diffusion.noise import seeded_noise
+from genalign.diffusion.transitions import ODE, Kernel, Transition, transition
 from genalign.runtime.distributed import ALL, Share
 from genalign.types import Conditioning, Grid, NoiseStep, Pipeline
 

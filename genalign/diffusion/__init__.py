@@ -1,0 +1,1 @@
+"""Diffusion and flow mathematics: paths, transition kernels, rollouts, and the trained policy."""
