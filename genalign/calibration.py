@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genalign.advantages import combine
+from genalign.algorithms.advantages import combine
+from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.completion import Completion
 from genalign.diffusion.transitions import CalibratedSDE, FlowSDE, trainable_steps
-from genalign.recipes import Recipe
 from genalign.runtime.files import write_json
 from genalign.sampling import Sampler
 from genalign.types import Grid, Prompt

@@ -14,6 +14,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from torch import nn
 
+from genalign.algorithms.recipes import Recipe, flow_grpo
 from genalign.calibration import Calibration
 from genalign.diffusion.policy import Lora
 from genalign.diffusion.transitions import Kernel
@@ -21,7 +22,6 @@ from genalign.faults import DivergedError
 from genalign.guard import Actions
 from genalign.hacking import Limits
 from genalign.mistakes import explain
-from genalign.recipes import Recipe, flow_grpo
 from genalign.resuming import Checkpointing
 from genalign.runtime.media import AudioFormat
 from genalign.runtime.memory_options import Memory

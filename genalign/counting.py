@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from genalign.credit import SetContrast
+from genalign.algorithms.credit import SetContrast
+from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.noise import seeded_noise
 from genalign.diffusion.paths import FlowPath
 from genalign.diffusion.policy import Policy
-from genalign.recipes import Recipe
 from genalign.sampling import Sampling
 from genalign.scoring.budget import Ledger
 from genalign.scoring.score import NamedReward

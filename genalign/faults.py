@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genalign.learning import Batch
+from genalign.algorithms.interfaces import Batch
 from genalign.runtime.files import save_state, with_prefix, write_json
 from genalign.types import Prompt
 

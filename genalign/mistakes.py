@@ -90,7 +90,9 @@ _CAUSES: Sequence[tuple[str, Callable[[re.Match[str]], str]]] = (
     ),
     (
         r"Expected a dot import path string: (\S+)",
-        lambda found: f"{found[1]!r} is no import path: name its module too, as in genalign.recipes.flow_grpo",
+        lambda found: (
+            f"{found[1]!r} is no import path: name its module too, as in genalign.algorithms.recipes.flow_grpo"
+        ),
     ),
     (
         r"Import path ([\w.]+) does not correspond to a subclass of (\w+)",

@@ -16,10 +16,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.completion import complete
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import Rollout, Start, finite_rows, rollout, windowed
-from genalign.recipes import Recipe
 from genalign.runtime.distributed import ALL, Share
 from genalign.scoring.score import NamedReward, score
 from genalign.types import Grid, Pipeline, Prompt

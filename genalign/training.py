@@ -18,13 +18,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from genalign.advantages import zero_std_share
+from genalign.algorithms.advantages import zero_std_share
+from genalign.algorithms.interfaces import Batch, Context, Outcome, Readings, anchored, halved
+from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.policy import Policy, Snapshot
 from genalign.faults import BadUpdate, Skipping, finite, is_out_of_memory
-from genalign.learning import Batch, Context, Outcome, Readings, anchored, halved
 from genalign.prompts import PromptSampler
-from genalign.recipes import Recipe
 from genalign.runtime.files import load_optimizer_tensors, optimizer_tensors, with_prefix, without_prefix
 from genalign.runtime.fsdp import whole
 from genalign.runtime.state import State

@@ -16,7 +16,7 @@ import torch
 from diffusers import AceStepPipeline, DiffusionPipeline
 from torch import Tensor, nn
 
-from genalign.advantages import combine
+from genalign.algorithms.advantages import combine
 from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.diffusion.transitions import ODE
 from genalign.scoring.budget import DECODE, FORWARD, Ledger, metered_rewards

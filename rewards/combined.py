@@ -3,9 +3,9 @@
 What is here per sample is a reward again and can stand inside another: ``WeightedSum``, ``Product``, ``WorstCase``,
 ``MeanMinusVariance``, ``Standardised``, ``LogSigmoidCentred``, ``Gate``, ``DirectionalCorrection``. A sum or a minimum
 of rewards in different units means nothing: put each into ``Standardised`` first, whose statistics are fixed, so that a
-score does not depend on its batch. What needs whole groups is credit for a recipe (``genalign.learning.Credit``):
+score does not depend on its batch. What needs whole groups is credit for a recipe (``genalign.algorithms.interfaces.Credit``):
 ``EnsembleCredit`` and ``UncertaintyDiscount``; a sum of rewards that are normalised in their group is
-``genalign.credit.NormalisedSum``.
+``genalign.algorithms.credit.NormalisedSum``.
 
 A sample that a member could not score is NaN.
 """
@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genalign.advantages import combine, group_advantages
-from genalign.learning import Credit, Outcome
+from genalign.algorithms.advantages import combine, group_advantages
+from genalign.algorithms.interfaces import Credit, Outcome
 from genalign.types import Prompt, RewardFunction
 from rewards.clip import ClipEncoder
 from rewards.towers import cosine
@@ -291,7 +291,7 @@ class EnsembleCredit:
     pool: Callable = worst_case  # type: ignore[type-arg]
 
     def __call__(self, outcome: Outcome) -> Tensor:
-        """Advantages, as of ``genalign.advantages.group_advantages``."""
+        """Advantages, as of ``genalign.algorithms.advantages.group_advantages``."""
         return group_advantages(self.pool(_normalised_members(outcome)), outcome.group)
 
 

@@ -29,11 +29,11 @@ from pathlib import Path
 import torch
 
 from genalign import assets
+from genalign.algorithms.recipes import Recipe, awm, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.diffusion.completion import complete
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Pairs, Rollout, Start, replay, rollout, windowed
 from genalign.diffusion.transitions import ODE, FlowSDE, Kernel
-from genalign.recipes import Recipe, awm, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.results import Measurement, ratios, write_results
 from genalign.runtime.cpu import keep_freed_memory
 from genalign.sampling import Sampling

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from genalign import assets
+from genalign.algorithms.recipes import flow_grpo
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.transitions import FlowSDE
-from genalign.recipes import flow_grpo
 from genalign.results import Measurement
 from genalign.sampling import Sampling
 from genalign.scoring.score import NamedReward

@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 
 from genalign import assets
+from genalign.algorithms.recipes import Recipe, flow_grpo
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import generate
 from genalign.diffusion.transitions import FlowSDE
 from genalign.evaluation import plan
-from genalign.recipes import Recipe, flow_grpo
 from genalign.results import Measurement, ratios, write_results
 from genalign.sampling import Sampling
 from genalign.scoring.score import NamedReward

@@ -60,7 +60,7 @@ def test_the_own_reward_keeps_to_the_contract(
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", REWARDS + AUDIO, re.DOTALL))
 def test_shown_configurations_are_taken(tmp_path: Path, block: str) -> None:
     whole = {"rewards": {"size": {"function": "rewards.jpeg.compressibility"}}, "output": "runs/x"}
-    whole |= {"recipe": {"class_path": "genalign.recipes.flow_grpo"}, **yaml.safe_load(block)}
+    whole |= {"recipe": {"class_path": "genalign.algorithms.recipes.flow_grpo"}, **yaml.safe_load(block)}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
     settings, _ = config.parse(config.Train, ["--config", str(tmp_path / "run.yaml")], "train")
     assert set(settings.rewards) == set(whole["rewards"])

@@ -261,7 +261,7 @@ def test_runs_on_hostile_prompts_stay_in_their_folders_and_tell_no_secret(
             "output": str(output / "run"),
             "model": {"path": str(tiny_folder)},
             "prompts": prompts,
-            "recipe": {"class_path": "genalign.recipes.flow_grpo", "init_args": {"window": 1}},
+            "recipe": {"class_path": "genalign.algorithms.recipes.flow_grpo", "init_args": {"window": 1}},
             "rewards": {"red": {"function": remote}},
             "sampling": {"num_steps": 2, "sigmas": [1.0, 0.5]},
             "training": {

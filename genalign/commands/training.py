@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from genalign import config
+from genalign.algorithms.interfaces import anchored
 from genalign.commands.estimating import advice
 from genalign.commands.evaluating import Exam, exam
 from genalign.commands.parts import Checkpoint, Outside, named_rewards, prompt_set, require_rate
@@ -25,7 +26,6 @@ from genalign.evaluation import Evaluation, load_evaluation, plan, suite_hash
 from genalign.faults import is_out_of_memory
 from genalign.guard import Guard
 from genalign.hacking import Looks, Measures
-from genalign.learning import anchored
 from genalign.metrics.intervals import Estimate
 from genalign.pairing import gain, task_gains
 from genalign.report import write_report

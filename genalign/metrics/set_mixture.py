@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genalign.demonstrations import SetStatistic, set_statistic
+from genalign.algorithms.preference_pairs import SetStatistic, set_statistic
 from genalign.types import SetReward
 
 

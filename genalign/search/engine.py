@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from genalign.advantages import combine
+from genalign.algorithms.advantages import combine
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import step_noise
 from genalign.diffusion.transitions import ODE, Kernel, transition

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from genalign import recipes
+from genalign.algorithms import recipes
+from genalign.algorithms.recipes import Lag, Recipe
 from genalign.commands.resuming import Texts
 from genalign.diffusion.policy import Lora, Policy
 from genalign.metrics.frechet import vendi
-from genalign.recipes import Lag, Recipe
 from genalign.resuming import Checkpoints, Keeper
 from genalign.runtime.distributed import ALONE, Processes, joined
 from genalign.runtime.fsdp import Sharding, whole

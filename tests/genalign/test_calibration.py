@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from genalign.algorithms.recipes import flow_grpo
 from genalign.calibration import Calibration, calibrate, calibrated, initial_levels, save_kernel
 from genalign.diffusion.transitions import CalibratedSDE, FlowSDE, trainable_steps
-from genalign.recipes import flow_grpo
 from genalign.sampling import Sampler
 from genalign.scoring.score import NamedReward
 from genalign.types import Prompt

@@ -49,7 +49,7 @@ CONFIG = """
 output: {output}
 model: {{path: {model}}}
 recipe:
-  class_path: genalign.recipes.flow_grpo
+  class_path: genalign.algorithms.recipes.flow_grpo
   init_args: {{window: 1}}
 rewards:
   red: {{function: outside_rewards.redness}}

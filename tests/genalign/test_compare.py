@@ -15,7 +15,7 @@ from genalign.evaluation import Evaluation, Protocol, Record
 BASE = """
 output: {folder}/never
 model: {{path: {model}}}
-recipe: {{class_path: genalign.recipes.flow_grpo, init_args: {{window: 1}}}}
+recipe: {{class_path: genalign.algorithms.recipes.flow_grpo, init_args: {{window: 1}}}}
 rewards:
   partial: {{function: {{class_path: rewards.shapes.ShapesReward, init_args: {{score: partial}}}}}}
 sampling: {{num_steps: 3, sigmas: [1.0, 0.6, 0.3]}}
@@ -34,7 +34,7 @@ once: [dense]
 runs:
   flow: {{training: {{learning_rate: 1.0e-3}}}}
   dense:
-    recipe: {{class_path: genalign.recipes.dense_grpo, init_args: {{window: 1}}}}
+    recipe: {{class_path: genalign.algorithms.recipes.dense_grpo, init_args: {{window: 1}}}}
     rewards: {{own: {{function: {{class_path: rewards.shapes.ShapesReward, init_args: {{score: partial}}}}}}}}
 """
 

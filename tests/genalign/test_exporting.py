@@ -28,7 +28,7 @@ def run(tiny: SD3, tiny_folder: Path, tmp_path: Path) -> Path:
     reward = {"class_path": "rewards.shapes.ShapesReward", "init_args": {"score": "strict"}}
     settings = {
         "model": {"path": str(tiny_folder)},
-        "recipe": {"class_path": "genalign.recipes.flow_grpo", "init_args": {"window": 2}},
+        "recipe": {"class_path": "genalign.algorithms.recipes.flow_grpo", "init_args": {"window": 2}},
         "rewards": {"strict": {"function": reward, "weight": 1.0}},
         **{name: {} for name in ("prompts", "sampling", "training", "lora")},
     }

@@ -21,20 +21,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from genalign import assets, recipes
+from genalign import assets
+from genalign.algorithms import recipes
+from genalign.algorithms.interfaces import Batch, Context, Objective, Unit, halved
+from genalign.algorithms.matching import UnpairedPreference
+from genalign.algorithms.recipes import Lag, Recipe
+from genalign.algorithms.trajectory import Surrogate
 from genalign.cli import main
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import generate
 from genalign.diffusion.transitions import FlowSDE
 from genalign.faults import DivergedError, is_out_of_memory
-from genalign.learning import Batch, Context, Objective, Unit, halved
-from genalign.matching import UnpairedPreference
-from genalign.recipes import Lag, Recipe
 from genalign.runtime.state import State
 from genalign.sampling import Sampling
 from genalign.scoring.score import NamedReward, RewardError
 from genalign.training import RoundResult, Settings, Trainer
-from genalign.trajectory import Surrogate
 from genalign.types import Prompt, PromptSet, RewardFunction
 from genalign.worlds import shapes
 from pipelines import SD3
@@ -402,11 +403,11 @@ def test_the_command_tells_what_would_hold_less(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nand a page of figures")
         backward(objective, context, batch, scale, seed)
 
-    monkeypatch.setattr("genalign.trajectory.Surrogate.backward", full)
+    monkeypatch.setattr("genalign.algorithms.trajectory.Surrogate.backward", full)
     settings = {
         "output": str(tmp_path / "run"),
         "model": {"path": str(tiny_folder)},
-        "recipe": {"class_path": "genalign.recipes.flow_grpo", "init_args": {"window": 1}},
+        "recipe": {"class_path": "genalign.algorithms.recipes.flow_grpo", "init_args": {"window": 1}},
         "rewards": {"partial": {"function": {"class_path": "rewards.shapes.ShapesReward"}}},
         "sampling": {"num_steps": 3},
         "training": {"rounds": 1, "prompts_per_round": 4, "group_size": 2, "batch_size": 4, "updates_per_round": 1},

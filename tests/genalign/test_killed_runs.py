@@ -72,7 +72,7 @@ CONFIG = """
 output: {output}
 model: {{path: {model}}}
 recipe:
-  class_path: genalign.recipes.nft
+  class_path: genalign.algorithms.recipes.nft
   init_args: {{lag: {{slope: 0.3}}}}
 rewards:
   red: {{function: killed_run.redness}}

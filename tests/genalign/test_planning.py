@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import pipelines
+from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, mix_grpo, nft, prdp
 from genalign.cli import main
 from genalign.counting import Counted, Levels, StandIn, count
 from genalign.diffusion.policy import Lora, Policy
 from genalign.planning import Part, Training, adapter_numbers, held, seconds
-from genalign.recipes import Recipe, dense_grpo, dragon, flow_grpo, mix_grpo, nft, prdp
 from genalign.runtime.memory_options import Memory
 from genalign.sampling import Sampling
 from genalign.scoring.budget import Ledger, backward

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from genalign import recipes
+from genalign.algorithms import recipes
+from genalign.algorithms.credit import NormalisedSum
+from genalign.algorithms.recipes import Lag, Recipe
 from genalign.commands.resuming import Texts, requested, require_same
-from genalign.credit import NormalisedSum
 from genalign.diffusion.policy import Lora, Policy
 from genalign.guard import Actions, Guard
 from genalign.hacking import Limits, Looks, Measures
 from genalign.metrics.frechet import vendi
-from genalign.recipes import Lag, Recipe
 from genalign.resuming import Checkpoints, DamagedCheckpointError, Keeper
 from genalign.runtime.files import load_state
 from genalign.runtime.state import Generators, State, Stateful

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from genalign.algorithms.recipes import Recipe, dense_grpo, flow_grpo
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.transitions import FlowSDE
-from genalign.recipes import Recipe, dense_grpo, flow_grpo
 from genalign.sampling import Sampling, in_a_thread
 from genalign.scoring.score import NamedReward
 from genalign.training import RoundResult, Settings, Trainer

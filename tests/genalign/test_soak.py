@@ -49,7 +49,7 @@ CONFIG = """
 output: {output}
 model: {{path: {model}}}
 prompts: {prompts}
-recipe: {{class_path: genalign.recipes.flow_grpo, init_args: {{window: 1}}}}
+recipe: {{class_path: genalign.algorithms.recipes.flow_grpo, init_args: {{window: 1}}}}
 rewards:
   red: {{function: witness.redness, timeout: 60}}
 sampling: {{num_steps: 2, sigmas: [1.0, 0.5]}}

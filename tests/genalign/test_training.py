@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from genalign.algorithms.recipes import Recipe, awm, flow_grpo, prdp
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Rollout, rollout
 from genalign.diffusion.transitions import CPS, ODE, FlowSDE, Kernel
-from genalign.recipes import Recipe, awm, flow_grpo, prdp
 from genalign.runtime.files import load_optimizer_tensors, optimizer_tensors
 from genalign.sampling import Sampling
 from genalign.scoring.score import NamedReward

@@ -15,13 +15,13 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 import pipelines
-from genalign import regression
+from genalign.algorithms import regression
+from genalign.algorithms.interfaces import Batch, Context, Readings
+from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Start, rollout
 from genalign.diffusion.transitions import DDIM, ODE, FlowSDE, Kernel
-from genalign.learning import Batch, Context, Readings
-from genalign.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.runs import save_peft
 from genalign.runtime.memory_options import Memory
 from genalign.sampling import Sampling

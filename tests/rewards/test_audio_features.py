@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from genalign.demonstrations import greedy_swap
+from genalign.algorithms.preference_pairs import greedy_swap
 from genalign.metrics.blocks import BlockFrechetStatistic
 from genalign.metrics.extrapolation import at_infinite_size
 from genalign.metrics.frechet import Gaussian

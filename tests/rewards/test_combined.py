@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genalign.credit import GroupRelative
-from genalign.learning import Outcome
+from genalign.algorithms.credit import GroupRelative
+from genalign.algorithms.interfaces import Outcome
 from genalign.types import Prompt, Reward
 from rewards.clip import ClipReward
 from rewards.combined import (

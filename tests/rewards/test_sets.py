@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.credit import SetContrast
-from genalign.demonstrations import IncrementalReward, Rescored, greedy_swap
-from genalign.learning import Outcome
+from genalign.algorithms.credit import SetContrast
+from genalign.algorithms.interfaces import Outcome
+from genalign.algorithms.preference_pairs import IncrementalReward, Rescored, greedy_swap
 from genalign.metrics.frechet import Gaussian, frechet_distance, vendi
 from genalign.metrics.mmd import kid
 from genalign.metrics.set_mixture import WeightedSum, standardised, with_quality

@@ -27,7 +27,7 @@ def test_configurations_parse(path: Path) -> None:
     reward = ["--rewards.mine.function", "rewards.shapes.ShapesReward"]
     settings, plain = parse(Train, ["--config", str(path), *reward], "train")
     assert settings.rewards["mine"].weight == 1.0
-    assert plain["recipe"]["class_path"].startswith("genalign.recipes.")
+    assert plain["recipe"]["class_path"].startswith("genalign.algorithms.recipes.")
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_what_a_comparison_compares_parses(
 @pytest.mark.parametrize(
     ("kind", "required"),
     [
-        (Train, ["--recipe", "genalign.recipes.flow_grpo"]),
+        (Train, ["--recipe", "genalign.algorithms.recipes.flow_grpo"]),
         (Steer, ["--prompts", "p.txt", "--strategy", "genalign.search.BestOfN"]),
     ],
 )

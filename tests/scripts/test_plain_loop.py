@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from genalign.algorithms.recipes import flow_grpo
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Start, step_noise
 from genalign.diffusion.transitions import FlowSDE
-from genalign.recipes import flow_grpo
 from genalign.sampling import Sampling
 from genalign.scoring.score import NamedReward
 from genalign.training import Settings, Trainer

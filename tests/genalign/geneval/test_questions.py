@@ -102,6 +102,8 @@ def test_a_configuration_names_reward_and_judge() -> None:
     judge = '{"class_path": "rewards.vqa.YesNoModel", "init_args": {"model": "somewhere"}}'
     reward = f'{{"class_path": "genalign.geneval.questions.TifaReward", "init_args": {{"judge": {judge}}}}}'
     settings, _ = parse(
-        Train, ["--output", "x", "--recipe", "genalign.recipes.flow_grpo", "--rewards.tifa.function", reward], "train"
+        Train,
+        ["--output", "x", "--recipe", "genalign.algorithms.recipes.flow_grpo", "--rewards.tifa.function", reward],
+        "train",
     )
     assert isinstance(settings.rewards["tifa"].function, TifaReward)

@@ -6,7 +6,7 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from genalign.demonstrations import SetStatistic
+from genalign.algorithms.preference_pairs import SetStatistic
 from genalign.metrics.frechet import Gaussian, frechet_distance, gaussian_distance, vendi
 from genalign.metrics.incremental import FrechetStatistic, VendiStatistic
 from genalign.metrics.mmd import GaussianKernel, MMDReference, MMDStatistic, kid, mmd, polynomial_kernel

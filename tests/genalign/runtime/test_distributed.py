@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from genalign import cli
-from genalign.learning import Readings
+from genalign.algorithms.interfaces import Readings
 from genalign.runtime.distributed import ALONE, Processes, Share, joined
 from genalign.runtime.files import load_state
 from genalign.runtime.fsdp import Sharding, asked_for, require_sharded
@@ -209,7 +209,7 @@ def redness(samples, prompts):
 CONFIG = """
 output: {output}
 model: {{path: {model}}}
-recipe: {{class_path: genalign.recipes.flow_grpo, init_args: {{window: 1}}}}
+recipe: {{class_path: genalign.algorithms.recipes.flow_grpo, init_args: {{window: 1}}}}
 rewards: {{red: {{function: victim_rank.redness}}}}
 sampling: {{num_steps: 2, sigmas: [1.0, 0.5]}}
 training: {{rounds: 3, prompts_per_round: 4, group_size: 2, batch_size: 2, learning_rate: 0.01}}

@@ -13,10 +13,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from genalign.diffusion.rollout import Pairs, Replay
-from genalign.diffusion.transitions import Kernel
-from genalign.learning import Batch, Context, Unit
-from genalign.objectives import (
+from genalign.algorithms.interfaces import Batch, Context, Unit
+from genalign.algorithms.losses import (
     KLForm,
     clip_fraction,
     clipped_surrogate,
@@ -26,7 +24,9 @@ from genalign.objectives import (
     noise_weights,
     require_clip_range,
 )
-from genalign.regression import prdp_loss, untied, untied_groups
+from genalign.algorithms.regression import prdp_loss, untied, untied_groups
+from genalign.diffusion.rollout import Pairs, Replay
+from genalign.diffusion.transitions import Kernel
 from genalign.types import Grid
 
 

@@ -11,12 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.credit import NormalisedSum
-from genalign.diffusion.policy import Lora, Policy
-from genalign.diffusion.rollout import Pairs
-from genalign.diffusion.transitions import FlowSDE
-from genalign.matching import AdvantageWeighted, Matching, PairedPreference, RewardWeighted
-from genalign.recipes import (
+from genalign.algorithms.credit import NormalisedSum
+from genalign.algorithms.matching import AdvantageWeighted, Matching, PairedPreference, RewardWeighted
+from genalign.algorithms.recipes import (
     Lag,
     Recipe,
     adv_grpo,
@@ -33,6 +30,9 @@ from genalign.recipes import (
     prdp,
     tempflow_grpo,
 )
+from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.rollout import Pairs
+from genalign.diffusion.transitions import FlowSDE
 from genalign.sampling import Sampling
 from genalign.scoring.score import NamedReward
 from genalign.training import RoundResult, Settings, Trainer

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from genalign.algorithms.interfaces import Batch, Context, Readings
+from genalign.algorithms.trajectory import Clipped, Coupled, Surrogate
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Pairs, Start, rollout, windowed
 from genalign.diffusion.transitions import FlowSDE
-from genalign.learning import Batch, Context, Readings
 from genalign.scoring.budget import Ledger, Metered
-from genalign.trajectory import Clipped, Coupled, Surrogate
 from pipelines import SD3
 
 KERNEL = FlowSDE(0.7)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from genalign.algorithms.interfaces import Batch, Context, Readings
+from genalign.algorithms.matching import Matching, Noised, PairedPreference, UnpairedPreference
 from genalign.diffusion.policy import Lora, Policy, Snapshot
 from genalign.diffusion.rollout import Start, rollout
 from genalign.diffusion.transitions import ODE
-from genalign.learning import Batch, Context, Readings
-from genalign.matching import Matching, Noised, PairedPreference, UnpairedPreference
 from genalign.scoring.budget import Ledger, Metered
 from pipelines import SD3
 

@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from genalign.demonstrations import Demonstrations
+from genalign.algorithms.interfaces import Batch, Context, Unit
+from genalign.algorithms.losses import mean_square
+from genalign.algorithms.preference_pairs import Demonstrations
+from genalign.algorithms.regression import awm_log_probability, dpo_loss, kto_loss, nft_loss
 from genalign.diffusion.noise import derived_seed, seeded_noise
-from genalign.learning import Batch, Context, Unit
-from genalign.objectives import mean_square
-from genalign.regression import awm_log_probability, dpo_loss, kto_loss, nft_loss
 from genalign.types import NoiseLevel, Path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from genalign.schedules import AllSteps, NoSteps, RandomSteps, SlidingWindow, Window
+from genalign.algorithms.step_schedules import AllSteps, NoSteps, RandomSteps, SlidingWindow, Window
 
 USABLE = (0, 1, 2, 3, 4)
 

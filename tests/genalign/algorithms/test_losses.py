@@ -4,9 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.diffusion.paths import FlowPath
-from genalign.diffusion.transitions import CPS, ODE, DanceSDE, FlowSDE, Kernel, Transition, transition
-from genalign.objectives import (
+from genalign.algorithms.losses import (
     KLForm,
     clip_fraction,
     clipped_surrogate,
@@ -15,6 +13,8 @@ from genalign.objectives import (
     kl_penalty,
     noise_weights,
 )
+from genalign.diffusion.paths import FlowPath
+from genalign.diffusion.transitions import CPS, ODE, DanceSDE, FlowSDE, Kernel, Transition, transition
 from genalign.types import NoiseStep
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.advantages import (
+from genalign.algorithms.advantages import (
     combine,
     correlation_weighted,
     gdpo,

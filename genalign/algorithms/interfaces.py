@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from genalign.advantages import combine
+from genalign.algorithms.advantages import combine
 from genalign.diffusion.policy import Policy, Snapshot
 from genalign.diffusion.rollout import Pairs, Replay, Rollout, replay
 from genalign.diffusion.transitions import Kernel

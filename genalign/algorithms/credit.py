@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from genalign.advantages import combine, gdpo, group_advantages, step_gains, stepwise_advantages
-from genalign.demonstrations import Criterion, Demonstrations, elementwise, greedy_swap, paired_halves
-from genalign.learning import Outcome
+from genalign.algorithms.advantages import combine, gdpo, group_advantages, step_gains, stepwise_advantages
+from genalign.algorithms.interfaces import Outcome
+from genalign.algorithms.preference_pairs import Criterion, Demonstrations, elementwise, greedy_swap, paired_halves
 from genalign.metrics.set_mixture import with_quality
 from genalign.types import SetReward
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.demonstrations import (
+from genalign.algorithms.preference_pairs import (
     Criterion,
     Demonstrations,
     Halves,

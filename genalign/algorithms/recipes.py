@@ -6,12 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from genalign.credit import BestAndWorst, GroupRelative, PlainReward, RewardGain, SetContrast
-from genalign.demonstrations import Criterion
-from genalign.diffusion.completion import Completion
-from genalign.diffusion.transitions import CPS, DDIM, ODE, FlowSDE, Kernel, trainable_steps
-from genalign.learning import Credit, Objective
-from genalign.matching import (
+from genalign.algorithms.credit import BestAndWorst, GroupRelative, PlainReward, RewardGain, SetContrast
+from genalign.algorithms.interfaces import Credit, Objective
+from genalign.algorithms.losses import KLForm
+from genalign.algorithms.matching import (
     AdvantageWeighted,
     Matching,
     MatchingLoss,
@@ -19,9 +17,11 @@ from genalign.matching import (
     PairedPreference,
     UnpairedPreference,
 )
-from genalign.objectives import KLForm
-from genalign.schedules import AllSteps, NoSteps, SlidingWindow, StepSchedule, Window
-from genalign.trajectory import Clipped, Coupled, Guarded, RewardDifference, Surrogate, noise_weighted
+from genalign.algorithms.preference_pairs import Criterion
+from genalign.algorithms.step_schedules import AllSteps, NoSteps, SlidingWindow, StepSchedule, Window
+from genalign.algorithms.trajectory import Clipped, Coupled, Guarded, RewardDifference, Surrogate, noise_weighted
+from genalign.diffusion.completion import Completion
+from genalign.diffusion.transitions import CPS, DDIM, ODE, FlowSDE, Kernel, trainable_steps
 from genalign.types import FeatureFunction, Grid, SetReward
 
 

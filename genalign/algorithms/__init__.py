@@ -1,0 +1,1 @@
+"""Training methods: recipes, and the credit, losses and schedules that they compose."""
