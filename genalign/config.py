@@ -28,7 +28,7 @@ from genalign.runtime.memory_options import Memory
 from genalign.sampling import Sampling
 from genalign.scoring.budget import Budget
 from genalign.scoring.score import RewardError
-from genalign.search.aware import Distillation
+from genalign.search.noise_aware import Distillation
 from genalign.search.strategy import Strategy
 from genalign.training import Settings
 

@@ -22,7 +22,7 @@ from genalign.diffusion.transitions import ODE
 from genalign.scoring.budget import DECODE, FORWARD, Ledger, metered_rewards
 from genalign.scoring.score import NamedReward, named, score
 from genalign.search.best_of_n import BestOfN
-from genalign.search.fk import FKSteering
+from genalign.search.fk_steering import FKSteering
 from genalign.search.lineage import Lineage
 from genalign.search.ranking import top
 from genalign.search.smc import FKState

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genalign.runtime.files import load_state, save_state
-from genalign.search.aware import NoiseAware, Quality
+from genalign.search.noise_aware import NoiseAware, Quality
 from genalign.types import Prompt
 from rewards.clap import ClapEncoder, load_clap
 from rewards.clip import load_clip

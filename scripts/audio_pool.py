@@ -15,8 +15,8 @@ from genalign.runtime.files import load_state, save_state
 from genalign.sampling import Sampling
 from genalign.scoring.budget import Ledger, Metered
 from genalign.scoring.score import NamedReward
-from genalign.search.aware import watched
 from genalign.search.engine import Run
+from genalign.search.noise_aware import watched
 from genalign.types import Pipeline, Prompt
 from genalign.worlds import tones
 from rewards.noise_aware import ScorerReward

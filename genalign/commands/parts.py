@@ -19,7 +19,7 @@ from genalign.runs import WeightStore
 from genalign.runtime.distributed import Share, take_own_device
 from genalign.runtime.fsdp import asked_for
 from genalign.scoring.score import NamedReward
-from genalign.search.aware import NoiseAware
+from genalign.search.noise_aware import NoiseAware
 from genalign.types import Pipeline, PromptSet, RewardFunction
 from genalign.worlds.catalogue import world_of
 

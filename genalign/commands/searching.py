@@ -16,7 +16,9 @@ from genalign.report import write_search
 from genalign.runtime.files import write_json
 from genalign.runtime.media import writer
 from genalign.scoring.budget import Ledger, Metered, measure_prices, metered_rewards
-from genalign.search.aware import (
+from genalign.search.engine import Run
+from genalign.search.folder import SearchFolder
+from genalign.search.noise_aware import (
     Decoding,
     Look,
     NoiseAware,
@@ -27,9 +29,7 @@ from genalign.search.aware import (
     record,
     validate,
 )
-from genalign.search.engine import Run
-from genalign.search.folder import SearchFolder
-from genalign.search.running import Result, search
+from genalign.search.run_search import Result, search
 from genalign.types import Pipeline, Prompt
 
 

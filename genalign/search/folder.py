@@ -18,7 +18,7 @@ from typing import Any
 from genalign.runtime.file_locks import Claims
 from genalign.runtime.files import write_json, write_text
 from genalign.runtime.media import Writer, write_images
-from genalign.search.running import Result
+from genalign.search.run_search import Result
 
 
 @dataclass(frozen=True)

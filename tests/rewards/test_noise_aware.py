@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genalign.search.aware import NoiseAware, Quality
+from genalign.search.noise_aware import NoiseAware, Quality
 from genalign.types import Prompt
 from rewards.clap import load_clap
 from rewards.noise_aware import ClapLatentScorer, ClapScorer, ScorerReward, load_scorer, save_scorer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genalign import assets
-from genalign.search.aware import NoiseAware, Quality
+from genalign.search.noise_aware import NoiseAware, Quality
 from genalign.worlds.tones.models import TextToVelocity, assemble, build_vae
 from rewards.noise_aware import ClapLatentScorer, ClapScorer, save_scorer
 from scripts import audio_pool, audio_search

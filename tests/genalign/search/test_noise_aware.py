@@ -14,7 +14,8 @@ from genalign.sampling import Sampling
 from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward
 from genalign.search import Prune, search
-from genalign.search.aware import (
+from genalign.search.engine import Run
+from genalign.search.noise_aware import (
     Distillation,
     NoiseAware,
     Quality,
@@ -26,7 +27,6 @@ from genalign.search.aware import (
     record,
     validate,
 )
-from genalign.search.engine import Run
 from genalign.types import Prompt
 from pipelines import SD3
 

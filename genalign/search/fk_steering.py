@@ -11,7 +11,7 @@ from torch import Tensor
 from genalign.diffusion.rollout import step_noise
 from genalign.diffusion.transitions import Kernel
 from genalign.search.engine import Candidates, Finished, Run, joined
-from genalign.search.guides import Guide, guided_log_ratio
+from genalign.search.guidance import Guide, guided_log_ratio
 from genalign.search.smc import FKSettings, FKState, require_stochastic
 from genalign.search.strategy import Allowance, PreviewScorer, chosen_scorer, score_bill, walk_bill
 

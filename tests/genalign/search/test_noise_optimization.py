@@ -16,7 +16,7 @@ from genalign.scoring.budget import Budget, Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward
 from genalign.search import DNO, Prune, ReNO, search
 from genalign.search.engine import Run
-from genalign.search.noise_gradient import NoiseOptimisation, noise_log_probability
+from genalign.search.noise_optimization import NoiseOptimisation, noise_log_probability
 from genalign.search.strategy import Allowance
 from genalign.types import Prompt
 from pipelines import SD3

@@ -19,7 +19,7 @@ from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, Budget, Doob, FKSteering, RewardGradient, search
 from genalign.search.engine import Run
-from genalign.search.guides import Guide, guided_log_ratio
+from genalign.search.guidance import Guide, guided_log_ratio
 from genalign.search.strategy import Allowance
 from genalign.types import Conditioning, Grid, NoiseLevel, Prompt
 from pipelines import SD3
