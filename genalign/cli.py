@@ -21,8 +21,8 @@ from genalign.commands.rewarding import reward_command, serve_command
 from genalign.commands.searching import prices_command, steer_command, train_noise_aware_command
 from genalign.commands.training import demo_command, train_command
 from genalign.mistakes import nearest
-from genalign.planning import Outline
 from genalign.runtime.cpu import keep_freed_memory
+from genalign.training.memory_estimate import Outline
 from pipelines.base import Options
 from pipelines.folders import require_weights
 from pipelines.outline import outline

@@ -15,22 +15,22 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from torch import nn
 
 from genalign.algorithms.recipes import Recipe, flow_grpo
-from genalign.calibration import Calibration
 from genalign.diffusion.policy import Lora
 from genalign.diffusion.transitions import Kernel
-from genalign.faults import DivergedError
-from genalign.guard import Actions
-from genalign.hacking import Limits
 from genalign.mistakes import explain
-from genalign.resuming import Checkpointing
 from genalign.runtime.media import AudioFormat
 from genalign.runtime.memory_options import Memory
-from genalign.sampling import Sampling
 from genalign.scoring.budget import Budget
 from genalign.scoring.score import RewardError
 from genalign.search.noise_aware import Distillation
 from genalign.search.strategy import Strategy
-from genalign.training import Settings
+from genalign.training.checkpointing import Checkpointing
+from genalign.training.guard import Actions
+from genalign.training.noise_calibration import Calibration
+from genalign.training.nonfinite import DivergedError
+from genalign.training.reward_hacking import Limits
+from genalign.training.sampler import Sampling
+from genalign.training.trainer import Settings
 
 set_parsing_settings(subclasses_enabled=[Recipe, Kernel], instantiate_subclass_spec_in_any=False)
 
@@ -106,7 +106,7 @@ class BeforeAfter(Amount):
 @dataclass(frozen=True)
 class Hacking(Amount):
     """What is watched for signs that the reward is being exploited, every ``every`` rounds, 0 for never: see
-    ``genalign.hacking``. ``rewards`` are not trained on; ``features`` give variety and drift; ``shown`` are functions
+    ``genalign.training.reward_hacking``. ``rewards`` are not trained on; ``features`` give variety and drift; ``shown`` are functions
     of a set of images and their prompts that only report."""
 
     images_per_task: int = 16

@@ -14,9 +14,9 @@ from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from genalign.planning import Part
 from genalign.runtime.memory_options import Memory
-from genalign.tracing import kept_for_backward, largest_layer
+from genalign.training.activation_memory import kept_for_backward, largest_layer
+from genalign.training.memory_estimate import Part
 from pipelines.base import DiffusersPipeline, Options
 from pipelines.families import family_of
 from pipelines.folders import component_file, has_weights, local_folder, model_index, require_components
@@ -31,7 +31,7 @@ class Unopened:
 
 @dataclass(frozen=True)
 class Outline:
-    """A wrapped pipeline whose networks have shapes and no values; see ``genalign.planning.Outline``."""
+    """A wrapped pipeline whose networks have shapes and no values; see ``genalign.training.memory_estimate.Outline``."""
 
     pipeline: DiffusersPipeline
     folder: Path

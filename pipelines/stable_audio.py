@@ -16,8 +16,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 from genalign.diffusion.paths import EDMPath, expand
-from genalign.runs import save_peft
 from genalign.runtime.cpu import plain_attention
+from genalign.training.run import save_peft
 from genalign.types import Conditioning, Grid, NoiseLevel
 from pipelines.audio import AudioPipeline
 

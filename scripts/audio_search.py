@@ -15,10 +15,10 @@ from torch import Tensor
 
 from genalign.cli import main as genalign
 from genalign.results import PromptRecord
-from genalign.sampling import Sampling
 from genalign.scoring.budget import measure_prices, reward_call
 from genalign.scoring.score import NamedReward
 from genalign.search.pruning import PruneSchedule
+from genalign.training.sampler import Sampling
 from genalign.types import Prompt
 from rewards.noise_aware import ScorerReward, load_scorer
 from scripts import audio_pool

@@ -36,13 +36,13 @@ from genalign.diffusion.rollout import Pairs, Rollout, Start, replay, rollout, w
 from genalign.diffusion.transitions import ODE, FlowSDE, Kernel
 from genalign.results import Measurement, ratios, write_results
 from genalign.runtime.cpu import keep_freed_memory
-from genalign.sampling import Sampling
 from genalign.scoring.budget import Ledger, Metered
 from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, Prune
 from genalign.search.engine import Run
 from genalign.search.strategy import Allowance, Strategy
-from genalign.training import Settings, Trainer
+from genalign.training.sampler import Sampling
+from genalign.training.trainer import Settings, Trainer
 from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.shapes import ShapesReward

@@ -23,9 +23,9 @@ import torch
 
 from genalign.cli import main as genalign
 from genalign.evaluation import load_evaluation
-from genalign.hacking import Panel
 from genalign.metrics.image import saturation
 from genalign.results import PromptRecord, prompt_records, write_results
+from genalign.training.reward_hacking import Panel
 from rewards.shapes import recoloured, rendered
 from scripts.audio_measures import Run, measures, rewards_row
 from scripts.audio_search import pruning_records

@@ -18,9 +18,9 @@ from genalign.algorithms.recipes import flow_grpo
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.transitions import FlowSDE
 from genalign.results import Measurement
-from genalign.sampling import Sampling
 from genalign.scoring.score import NamedReward
-from genalign.training import Settings, Trainer
+from genalign.training.sampler import Sampling
+from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3

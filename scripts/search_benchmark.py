@@ -27,12 +27,12 @@ from genalign.cli import main as genalign
 from genalign.diffusion.transitions import FlowSDE
 from genalign.results import PromptRecord, write_results
 from genalign.runtime.files import write_json, write_text
-from genalign.sampling import Sampling
 from genalign.scoring.budget import Budget, Ledger, Metered
 from genalign.search import BestOfN, FKSteering, Prune
 from genalign.search.engine import Run
 from genalign.search.pruning import PruneSchedule
 from genalign.search.strategy import Allowance, Strategy
+from genalign.training.sampler import Sampling
 from rewards.noise_aware import load_scorer
 from scripts import search_pool
 from scripts.proofs import RESULTS, head

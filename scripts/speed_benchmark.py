@@ -31,9 +31,9 @@ from genalign.diffusion.rollout import generate
 from genalign.diffusion.transitions import FlowSDE
 from genalign.evaluation import plan
 from genalign.results import Measurement, ratios, write_results
-from genalign.sampling import Sampling
 from genalign.scoring.score import NamedReward
-from genalign.training import Settings, Trainer
+from genalign.training.sampler import Sampling
+from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3

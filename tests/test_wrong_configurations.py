@@ -258,7 +258,7 @@ TABLE = [
     Wrong("no adapter to steer", (*SEARCH, "genalign.search.BestOfN", "--lora", "none"),
           "no LoRA none: give the lora/ folder of a run, a .safetensors file or a Hub id"),
     Wrong("no calibration",
-          (*TRAIN, "--recipe.kernel", "genalign.calibration.calibrated", "--recipe.kernel.path", "none.json"),
+          (*TRAIN, "--recipe.kernel", "genalign.training.noise_calibration.calibrated", "--recipe.kernel.path", "none.json"),
           "no calibration in none.json: make one by genalign calibrate --output none.json"),
     # folders that commands read and write
     Wrong("output is a file", (*TRAIN, "--output", "mine.py"), "mine.py is a file: output is a folder to make"),

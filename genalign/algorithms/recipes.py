@@ -112,7 +112,7 @@ def dense_grpo(
     the ODE makes of the latent, normalised within the group.
 
     ``completion_steps`` None completes by all remaining steps of the grid. ``floor`` is not in the paper; see
-    ``advantages.stepwise_advantages``. Its calibrated noise is a kernel: ``genalign.calibration.calibrated``.
+    ``advantages.stepwise_advantages``. Its calibrated noise is a kernel: ``genalign.training.noise_calibration.calibrated``.
     """
     plain = flow_grpo(kernel, window, window_reach, clip_range, kl, shared_noise=shared_noise)
     return replace(plain, credit=RewardGain(floor), completion=Completion(completion_steps))

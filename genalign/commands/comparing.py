@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from genalign import config
-from genalign.calibration import calibrate, save_kernel
 from genalign.commands.parts import Outside, named_rewards, prompt_set
 from genalign.commands.training import train_command
 from genalign.comparison import Contender, standings, write_standings
 from genalign.prompts import PromptSampler
 from genalign.report import write_comparison, write_report
 from genalign.runtime.files import write_json
-from genalign.sampling import Sampler
+from genalign.training.noise_calibration import calibrate, save_kernel
+from genalign.training.sampler import Sampler
 from genalign.worlds.shapes.diversity import evaluation_diversity
 
 
@@ -35,7 +35,7 @@ def calibrate_command(outside: Outside, arguments: Sequence[str]) -> int:
         levels = " ".join(f"{level:.2f}" for level in kernel.levels)
         print(f"{number}/{settings.calibration.iterations}  noise levels {levels}", flush=True)
         save_kernel(kernel, Path(settings.output))
-    print(f"use it as recipe.kernel: genalign.calibration.calibrated, path: {settings.output}")
+    print(f"use it as recipe.kernel: genalign.training.noise_calibration.calibrated, path: {settings.output}")
     return 0
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from genalign import config
 from genalign.commands.parts import Outside, named_rewards, prompt_set
-from genalign.counting import Counted, Levels, count
 from genalign.diffusion.policy import Policy
-from genalign.planning import Held, Outline, Part, Training, adapter_numbers, held
+from genalign.training.dry_run import Counted, Levels, count
+from genalign.training.memory_estimate import Held, Outline, Part, Training, adapter_numbers, held
 from genalign.types import PromptSet
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -15,7 +15,7 @@ from genalign.evaluation_folder import BatchFolder, manifest
 from genalign.prompts import read_listing
 from genalign.runtime.distributed import ALONE, Processes, joined
 from genalign.runtime.media import Writer, inside, writer
-from genalign.sampling import Sampling
+from genalign.training.sampler import Sampling
 from genalign.types import Pipeline, RewardFunction
 from genalign.worlds.catalogue import WORLDS, World, world_of
 

@@ -22,7 +22,7 @@ from genalign.pairing import check_protocols
 from genalign.report import write_geneval
 from genalign.runtime.distributed import Share
 from genalign.runtime.files import write_json
-from genalign.sampling import Sampling
+from genalign.training.sampler import Sampling
 from genalign.types import Prompt, PromptSet
 
 

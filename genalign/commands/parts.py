@@ -13,13 +13,13 @@ from genalign import config
 from genalign.evaluation import Evaluation
 from genalign.evaluation_folder import Subject, adapter_hash
 from genalign.geneval.judging import Judge
-from genalign.planning import Outline
 from genalign.prompts import load_prompts
-from genalign.runs import WeightStore
 from genalign.runtime.distributed import Share, take_own_device
 from genalign.runtime.fsdp import asked_for
 from genalign.scoring.score import NamedReward
 from genalign.search.noise_aware import NoiseAware
+from genalign.training.memory_estimate import Outline
+from genalign.training.run import WeightStore
 from genalign.types import Pipeline, PromptSet, RewardFunction
 from genalign.worlds.catalogue import world_of
 

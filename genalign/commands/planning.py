@@ -21,13 +21,13 @@ from genalign.commands.estimating import counted as count
 from genalign.commands.estimating import estimate, reliefs
 from genalign.commands.parts import Outside, prompt_set, require_rate
 from genalign.commands.training import require_trackers
-from genalign.counting import Counted
 from genalign.evaluation import plan as jobs
-from genalign.guard import due
-from genalign.planning import FORMULAS, Held, Outline, Part, seconds
-from genalign.runs import RunFolder
 from genalign.scoring.budget import DECODE, FORWARD, Ledger
-from genalign.training import adam
+from genalign.training.dry_run import Counted
+from genalign.training.guard import due
+from genalign.training.memory_estimate import FORMULAS, Held, Outline, Part, seconds
+from genalign.training.run import RunFolder
+from genalign.training.trainer import adam
 from genalign.types import Prompt, PromptSet
 
 _WEIGHTS_OF_REWARDS = {"model", "processor", "tokenizer", "weights"}

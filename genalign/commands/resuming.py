@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from genalign.commands.parts import Checkpoint as Model
-from genalign.resuming import Checkpoint, Checkpoints
-from genalign.runs import RunFolder
 from genalign.runtime.state import State
+from genalign.training.checkpointing import Checkpoint, Checkpoints
+from genalign.training.run import RunFolder
 
 MAY_CHANGE = (
     "output",

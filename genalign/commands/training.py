@@ -23,22 +23,22 @@ from genalign.commands.resuming import Inputs, Texts, TrackerRun, checkpoint_in,
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import generate
 from genalign.evaluation import Evaluation, load_evaluation, plan, suite_hash
-from genalign.faults import is_out_of_memory
-from genalign.guard import Guard
-from genalign.hacking import Looks, Measures
 from genalign.metrics.intervals import Estimate
 from genalign.pairing import gain, task_gains
 from genalign.report import write_report
-from genalign.resuming import Checkpoint as Saved
-from genalign.resuming import Checkpoints, Keeper
-from genalign.runs import RunFolder, train
 from genalign.runtime.distributed import ALONE, Processes, ProcessesError, joined
 from genalign.runtime.files import write_json
 from genalign.runtime.fsdp import Sharding, asked_for
 from genalign.runtime.state import Generators, OfEach, Stateful
 from genalign.scoring.score import NamedReward, probe
 from genalign.scoring.score_log import Journal
-from genalign.training import Trainer
+from genalign.training.checkpointing import Checkpoint as Saved
+from genalign.training.checkpointing import Checkpoints, Keeper
+from genalign.training.guard import Guard
+from genalign.training.nonfinite import is_out_of_memory
+from genalign.training.reward_hacking import Looks, Measures
+from genalign.training.run import RunFolder, train
+from genalign.training.trainer import Trainer
 from genalign.types import PromptSet
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, or for this user or file

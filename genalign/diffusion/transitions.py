@@ -160,7 +160,7 @@ class DanceSDE(Kernel):
 @dataclass(frozen=True)
 class CalibratedSDE(Kernel):
     """As FlowSDE with a noise rate of its own, ``levels`` (T,), at each step of the grid with noise levels ``sigmas``
-    (T + 1,): DenseGRPO (arXiv 2601.20218, eq. 11). ``genalign.calibration`` finds them for a guidance and rewards."""
+    (T + 1,): DenseGRPO (arXiv 2601.20218, eq. 11). ``genalign.training.noise_calibration`` finds them for a guidance and rewards."""
 
     levels: tuple[float, ...]
     sigmas: tuple[float, ...]

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
-from genalign.hacking import Panel, Signal
 from genalign.metrics.intervals import Estimate
 from genalign.report.curves import Axis, Point, line_chart
 from genalign.report.reading import Row
 from genalign.report.words import SHARES, count, number, percent
+from genalign.training.reward_hacking import Panel, Signal
 
 _REWARD = Axis("reward", number)
 _KL = Axis("KL", number, from_zero=True)

@@ -21,14 +21,14 @@ from genalign.algorithms.recipes import Lag, Recipe
 from genalign.commands.resuming import Texts
 from genalign.diffusion.policy import Lora, Policy
 from genalign.metrics.frechet import vendi
-from genalign.resuming import Checkpoints, Keeper
 from genalign.runtime.distributed import ALONE, Processes, joined
 from genalign.runtime.fsdp import Sharding, whole
 from genalign.runtime.state import Generators, OfEach
-from genalign.sampling import Sampled, Sampling
 from genalign.scoring.score import NamedReward
 from genalign.scoring.score_log import Journal
-from genalign.training import Settings, Trainer
+from genalign.training.checkpointing import Checkpoints, Keeper
+from genalign.training.sampler import Sampled, Sampling
+from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
 from rewards.adversarial import AdversarialReward, Learning, PatchWeights

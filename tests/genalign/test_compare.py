@@ -84,7 +84,9 @@ def test_a_calibration_is_written_and_used(source: Path, tmp_path: Path) -> None
     short = ["--calibration.iterations", "2", "--output", str(made)]
     assert main(["calibrate", "--config", base, *short]) == 0
     assert len(json.loads(made.read_text())["levels"]) == 3
-    kernel = f"--recipe.kernel={{class_path: genalign.calibration.calibrated, init_args: {{path: {made}}}}}"
+    kernel = (
+        f"--recipe.kernel={{class_path: genalign.training.noise_calibration.calibrated, init_args: {{path: {made}}}}}"
+    )
     run = ["--output", str(tmp_path / "run"), "--before_after", "null", "--training.rounds", "1"]
     assert main(["train", "--config", base, kernel, *run]) == 0
     other = ["--sampling.sigmas", "[1.0, 0.5, 0.3]", "--output", str(tmp_path / "other")]

@@ -13,14 +13,14 @@ from torch import Tensor
 import pipelines
 from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, mix_grpo, nft, prdp
 from genalign.cli import main
-from genalign.counting import Counted, Levels, StandIn, count
 from genalign.diffusion.policy import Lora, Policy
-from genalign.planning import Part, Training, adapter_numbers, held, seconds
 from genalign.runtime.memory_options import Memory
-from genalign.sampling import Sampling
 from genalign.scoring.budget import Ledger, backward
 from genalign.scoring.score import NamedReward
-from genalign.training import Settings, Trainer
+from genalign.training.dry_run import Counted, Levels, StandIn, count
+from genalign.training.memory_estimate import Part, Training, adapter_numbers, held, seconds
+from genalign.training.sampler import Sampling
+from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3

@@ -23,8 +23,8 @@ from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Pairs, Rollout, Start, replay, rollout
 from genalign.diffusion.transitions import DPMSDE, ODE, FlowSDE, Kernel, trainable_steps
 from genalign.runtime.media import read_waveform, writer
-from genalign.sampling import Sampling
 from genalign.search import BestOfN, FKSteering, ReNO, search
+from genalign.training.sampler import Sampling
 from genalign.types import Prompt
 from pipelines import AceStep, StableAudio, steer
 from pipelines.base import DiffusersPipeline

@@ -22,13 +22,13 @@ from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Start, rollout
 from genalign.diffusion.transitions import DDIM, ODE, FlowSDE, Kernel
-from genalign.runs import save_peft
 from genalign.runtime.memory_options import Memory
-from genalign.sampling import Sampling
 from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, FKSteering, Prune, search
 from genalign.search.strategy import Strategy
-from genalign.training import Settings, Trainer
+from genalign.training.run import save_peft
+from genalign.training.sampler import Sampling
+from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines.base import DiffusersPipeline
 from pipelines.flows import FlowPipeline

@@ -11,8 +11,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline, UNe
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Start, rollout
 from genalign.diffusion.transitions import ODE
-from genalign.runs import save_peft
 from genalign.runtime.memory_options import Memory
+from genalign.training.run import save_peft
 from pipelines import SD3, base
 
 PROMPTS = ["a red circle", "an orange ring and a blue square"]

@@ -14,9 +14,9 @@ from genalign.algorithms.recipes import flow_grpo
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Start, step_noise
 from genalign.diffusion.transitions import FlowSDE
-from genalign.sampling import Sampling
 from genalign.scoring.score import NamedReward
-from genalign.training import Settings, Trainer
+from genalign.training.sampler import Sampling
+from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
 from scripts.plain_loop import PlainLoop, PlainSettings

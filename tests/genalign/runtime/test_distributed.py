@@ -26,7 +26,7 @@ from genalign.algorithms.interfaces import Readings
 from genalign.runtime.distributed import ALONE, Processes, Share, joined
 from genalign.runtime.files import load_state
 from genalign.runtime.fsdp import Sharding, asked_for, require_sharded
-from genalign.training import Settings
+from genalign.training.trainer import Settings
 from pipelines import SD3
 from tests.genalign import ranks
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from genalign.diffusion.paths import FlowPath
 from genalign.diffusion.transitions import DDIM, ODE, FlowSDE
-from genalign.sampling import Sampling
 from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, Budget, Doob, FKSteering, RewardGradient, search
 from genalign.search.engine import Run
 from genalign.search.guidance import Guide, guided_log_ratio
 from genalign.search.strategy import Allowance
+from genalign.training.sampler import Sampling
 from genalign.types import Conditioning, Grid, NoiseLevel, Prompt
 from pipelines import SD3
 

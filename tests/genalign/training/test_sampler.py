@@ -14,9 +14,9 @@ from torch import Tensor
 from genalign.algorithms.recipes import Recipe, dense_grpo, flow_grpo
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.transitions import FlowSDE
-from genalign.sampling import Sampling, in_a_thread
 from genalign.scoring.score import NamedReward
-from genalign.training import RoundResult, Settings, Trainer
+from genalign.training.sampler import Sampling, in_a_thread
+from genalign.training.trainer import RoundResult, Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
 

@@ -17,9 +17,9 @@ from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Rollout, rollout
 from genalign.diffusion.transitions import CPS, ODE, FlowSDE, Kernel
 from genalign.runtime.files import load_optimizer_tensors, optimizer_tensors
-from genalign.sampling import Sampling
 from genalign.scoring.score import NamedReward
-from genalign.training import RoundResult, Settings, Trainer
+from genalign.training.sampler import Sampling
+from genalign.training.trainer import RoundResult, Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
 
@@ -102,7 +102,7 @@ def test_a_sample_that_overflowed_does_not_spoil_the_others(
         made.x_next[0] = torch.nan
         return made
 
-    monkeypatch.setattr("genalign.sampling.rollout", overflowing)
+    monkeypatch.setattr("genalign.training.sampler.rollout", overflowing)
     trainer = _trainer(tiny, NamedReward("red", redness), recipe, TOLERANT)
     before = _weights(trainer)
     result = next(trainer.rounds())

@@ -31,11 +31,11 @@ from genalign.cli import main
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import generate
 from genalign.diffusion.transitions import FlowSDE
-from genalign.faults import DivergedError, is_out_of_memory
 from genalign.runtime.state import State
-from genalign.sampling import Sampling
 from genalign.scoring.score import NamedReward, RewardError
-from genalign.training import RoundResult, Settings, Trainer
+from genalign.training.nonfinite import DivergedError, is_out_of_memory
+from genalign.training.sampler import Sampling
+from genalign.training.trainer import RoundResult, Settings, Trainer
 from genalign.types import Prompt, PromptSet, RewardFunction
 from genalign.worlds import shapes
 from pipelines import SD3

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from genalign import cli
-from genalign.resuming import Checkpoints
-from genalign.runs import RunFolder
 from genalign.runtime.files import load_state
+from genalign.training.checkpointing import Checkpoints
+from genalign.training.run import RunFolder
 
 VICTIM = '''
 """A training that dies by its own hand, once its checkpoints have been at work so many times."""
@@ -29,7 +29,8 @@ import os
 import signal
 import threading
 
-from genalign import cli, resuming
+from genalign import cli
+from genalign.training import checkpointing
 
 begun = 0
 
@@ -55,7 +56,7 @@ def train(arguments, moment=None, seconds=None):
     if moment is not None:
         for name in ("save_state", "write_json", "sync", "_discard"):
             _deadly(resuming, name, moment)
-        for module, name in ((resuming.os, "rename"), (resuming.os, "replace"), (resuming.shutil, "rmtree")):
+        for module, name in ((checkpointing.os, "rename"), (checkpointing.os, "replace"), (checkpointing.shutil, "rmtree")):
             _deadly(module, name, moment)
     if seconds is not None:
         timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
@@ -212,7 +213,7 @@ def test_a_full_disk_ends_a_run_with_a_message_and_a_whole_checkpoint(
         append(folder, row)
 
     with monkeypatch.context() as patched:
-        patched.setattr("genalign.runs.RunFolder.append", full)
+        patched.setattr("genalign.training.run.RunFolder.append", full)
         assert cli.main(["train", "--config", str(config), "--before_after", "null"]) == 1
     assert f"make room, then genalign train --resume {run}" in capfd.readouterr().err
     assert _require_resumable(run) == 1

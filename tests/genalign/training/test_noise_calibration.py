@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.recipes import flow_grpo
-from genalign.calibration import Calibration, calibrate, calibrated, initial_levels, save_kernel
 from genalign.diffusion.transitions import CalibratedSDE, FlowSDE, trainable_steps
-from genalign.sampling import Sampler
 from genalign.scoring.score import NamedReward
+from genalign.training.noise_calibration import Calibration, calibrate, calibrated, initial_levels, save_kernel
+from genalign.training.sampler import Sampler
 from genalign.types import Prompt
 from pipelines import SD3
 

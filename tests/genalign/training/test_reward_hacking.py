@@ -17,10 +17,10 @@ from genalign.algorithms.interfaces import anchored
 from genalign.algorithms.recipes import dragon, flow_grpo, prdp
 from genalign.cli import main
 from genalign.config import Train, parse
-from genalign.guard import Actions, Guard
-from genalign.hacking import Limit, Limits, Looks, Measures, Panel, Signal, panel
 from genalign.metrics.image import grid_energy, high_frequency, saturation
 from genalign.metrics.intervals import Estimate
+from genalign.training.guard import Actions, Guard
+from genalign.training.reward_hacking import Limit, Limits, Looks, Measures, Panel, Signal, panel
 from genalign.types import Prompt
 from tests.genalign.test_cli import config
 

@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genalign.diffusion.policy import Policy
-from genalign.guard import Guard, due
-from genalign.hacking import Panel
 from genalign.metrics.intervals import Estimate
-from genalign.resuming import Keeper
 from genalign.runtime.distributed import ALONE, Processes
 from genalign.runtime.files import disk_errors, write_json, write_text
-from genalign.training import RoundResult, Trainer
+from genalign.training.checkpointing import Keeper
+from genalign.training.guard import Guard, due
+from genalign.training.reward_hacking import Panel
+from genalign.training.trainer import RoundResult, Trainer
 
 logger = logging.getLogger(__name__)
 Watcher = Callable[[], Mapping[str, Estimate]]

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from genalign.hacking import Limits, Looks, Panel, panel
 from genalign.runtime.state import State
+from genalign.training.reward_hacking import Limits, Looks, Panel, panel
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genalign.tracing import FusedAttention, checkpointed, kept_for_backward, largest_layer
+from genalign.training.activation_memory import FusedAttention, checkpointed, kept_for_backward, largest_layer
 
 
 class Blocks(nn.Module):
