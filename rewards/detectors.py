@@ -2,7 +2,7 @@
 
 GenEval's own detector is mmdet 2's Mask2Former (Swin-S, COCO instances), which does not install beside a current torch.
 What is here stands in for it: numbers are GenEval-style, by the detector that they name, and not GenEval's. For the
-original's numbers let it judge the images and read its results (``genalign.geneval.original``).
+original's numbers let it judge the images and read its results (``genalign.evaluation.geneval.upstream_results``).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from genalign.geneval.scoring import Box, Detection, Thresholds
-from genalign.geneval.vocabulary import OBJECTS
+from genalign.evaluation.geneval.scoring import Box, Detection, Thresholds
+from genalign.evaluation.geneval.vocabulary import OBJECTS
 from genalign.runtime.media import eight_bits
 from genalign.worlds.shapes.prompts import with_article
 

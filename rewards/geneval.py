@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genalign.geneval.judging import Judgement
-from genalign.geneval.requests import Request
-from genalign.geneval.scoring import Box, Detection, Thresholds, kept, upstream_partial, verdict
-from genalign.geneval.vocabulary import COLORS
+from genalign.evaluation.geneval.judge import Judgement
+from genalign.evaluation.geneval.metadata import Request
+from genalign.evaluation.geneval.scoring import Box, Detection, Thresholds, kept, upstream_partial, verdict
+from genalign.evaluation.geneval.vocabulary import COLORS
 from genalign.types import Prompt
 from rewards.clip import load_clip
 from rewards.detectors import Detector, Instance, Mask2Former, describe
@@ -172,7 +172,7 @@ def _looked_at(detections: Sequence[Detection], request: Request) -> list[int]:
 @dataclass(frozen=True)
 class GenEvalReward:
     """``partial`` credit in [0, 1], or 1.0 for what is ``strict``-ly right, or right by GenEval's own ``relaxed`` rule,
-    else 0.0 (``genalign.geneval.scoring.Verdict``); ``upstream_partial`` is Flow-GRPO's own partial credit, with its
+    else 0.0 (``genalign.evaluation.geneval.scoring.Verdict``); ``upstream_partial`` is Flow-GRPO's own partial credit, with its
     faults, to compare with its curves. ``detector`` and ``colours`` are those of ``GenEvalJudge``."""
 
     score: Literal["partial", "strict", "relaxed", "upstream_partial"] = "partial"

@@ -7,7 +7,7 @@ Images travel as PNG in data URLs, before the text, so that a server's prefix ca
 
 Prompts are other people's text: they are put between tags, and an answer is only ever read as a number.
 ``YesNoJudge`` answers questions and is no reward by itself: put it into ``rewards.vqa.QuestionReward`` or
-``genalign.geneval.questions.TifaReward``.
+``genalign.evaluation.geneval.tifa.TifaReward``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A yes/no question about every image as a reward, and a local model that answers it.
 
-Who answers is any ``genalign.geneval.questions.QuestionJudge``, from images (n, 3, H, W) in [0, 1] and n questions to
+Who answers is any ``genalign.evaluation.geneval.tifa.QuestionJudge``, from images (n, 3, H, W) in [0, 1] and n questions to
 the n probabilities of "yes": ``YesNoModel`` in this process, ``rewards.judges.YesNoJudge`` on a server, or your own.
-Several questions about a prompt, with the same judges, are ``genalign.geneval.questions.TifaReward``.
+Several questions about a prompt, with the same judges, are ``genalign.evaluation.geneval.tifa.TifaReward``.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from genalign.evaluation import Record, load_evaluation
+from genalign.evaluation.evaluate import Record, load_evaluation
+from genalign.evaluation.records import PromptRecord
 from genalign.metrics.intervals import win_test
 from genalign.metrics.set_tests import compare_parts
-from genalign.results import PromptRecord
 from genalign.runtime.media import inside
 from genalign.types import FeatureFunction, RewardFunction, SetReward
 from genalign.worlds.catalogue import WORLDS

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genalign.cli import main as genalign
-from genalign.results import PromptRecord
+from genalign.evaluation.records import PromptRecord
 from genalign.scoring.budget import measure_prices, reward_call
 from genalign.scoring.score import NamedReward
 from genalign.search.pruning import PruneSchedule

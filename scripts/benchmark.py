@@ -34,7 +34,7 @@ from genalign.diffusion.completion import complete
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Pairs, Rollout, Start, replay, rollout, windowed
 from genalign.diffusion.transitions import ODE, FlowSDE, Kernel
-from genalign.results import Measurement, ratios, write_results
+from genalign.evaluation.records import Measurement, ratios, write_results
 from genalign.runtime.cpu import keep_freed_memory
 from genalign.scoring.budget import Ledger, Metered
 from genalign.scoring.score import NamedReward

@@ -20,8 +20,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from genalign.evaluation import load_evaluation
-from genalign.pairing import ranked
+from genalign.evaluation.evaluate import load_evaluation
+from genalign.evaluation.paired import ranked
 
 COLUMNS = 8
 SECONDS = (1, 2, 5, 10, 20)

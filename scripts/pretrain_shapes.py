@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from genalign.cli import main as genalign
-from genalign.evaluation import load_evaluation
+from genalign.evaluation.evaluate import load_evaluation
 from genalign.runtime.files import write_text
 from genalign.runtime.media import read_image
 from genalign.worlds.pretraining import Fit, fit

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from genalign.cli import main as genalign
-from genalign.evaluation import load_evaluation
+from genalign.evaluation.evaluate import load_evaluation
+from genalign.evaluation.records import PromptRecord, prompt_records, write_results
 from genalign.metrics.image import saturation
-from genalign.results import PromptRecord, prompt_records, write_results
 from genalign.training.reward_hacking import Panel
 from rewards.shapes import recoloured, rendered
 from scripts.audio_measures import Run, measures, rewards_row

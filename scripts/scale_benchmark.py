@@ -17,7 +17,7 @@ from genalign import assets
 from genalign.algorithms.recipes import flow_grpo
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.transitions import FlowSDE
-from genalign.results import Measurement
+from genalign.evaluation.records import Measurement
 from genalign.scoring.score import NamedReward
 from genalign.training.sampler import Sampling
 from genalign.training.trainer import Settings, Trainer

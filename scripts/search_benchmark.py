@@ -25,7 +25,7 @@ from torch import Tensor
 
 from genalign.cli import main as genalign
 from genalign.diffusion.transitions import FlowSDE
-from genalign.results import PromptRecord, write_results
+from genalign.evaluation.records import PromptRecord, write_results
 from genalign.runtime.files import write_json, write_text
 from genalign.scoring.budget import Budget, Ledger, Metered
 from genalign.search import BestOfN, FKSteering, Prune

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from genalign.evaluation.records import PromptRecord
 from genalign.metrics.frechet import frechet_distance, vendi
 from genalign.metrics.image import saturation
-from genalign.results import PromptRecord
 from genalign.worlds.shapes.detection import Detection, detect
 from genalign.worlds.shapes.diversity import evaluation_images
 from rewards.features import ClipFeatures, described

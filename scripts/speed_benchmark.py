@@ -29,8 +29,8 @@ from genalign.algorithms.recipes import Recipe, flow_grpo
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import generate
 from genalign.diffusion.transitions import FlowSDE
-from genalign.evaluation import plan
-from genalign.results import Measurement, ratios, write_results
+from genalign.evaluation.evaluate import plan
+from genalign.evaluation.records import Measurement, ratios, write_results
 from genalign.scoring.score import NamedReward
 from genalign.training.sampler import Sampling
 from genalign.training.trainer import Settings, Trainer

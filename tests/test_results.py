@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from genalign.results import Measurement, PromptRecord, claim, median_row, read_records, rows_of
+from genalign.evaluation.records import Measurement, PromptRecord, claim, median_row, read_records, rows_of
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 REQUIRED = {

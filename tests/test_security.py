@@ -19,7 +19,7 @@ from torch import Tensor
 
 from genalign.cli import main
 from genalign.config import Compare
-from genalign.geneval.files import read_samples, write_samples
+from genalign.evaluation.geneval.result_files import read_samples, write_samples
 from genalign.runtime import media
 from genalign.runtime.media import inside, read_image
 from genalign.types import Prompt

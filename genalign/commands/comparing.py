@@ -9,9 +9,9 @@ from typing import Any
 from genalign import config
 from genalign.commands.parts import Outside, named_rewards, prompt_set
 from genalign.commands.training import train_command
-from genalign.comparison import Contender, standings, write_standings
+from genalign.evaluation.compare_runs import Contender, standings, write_standings
+from genalign.evaluation.report import write_comparison, write_report
 from genalign.prompts import PromptSampler
-from genalign.report import write_comparison, write_report
 from genalign.runtime.files import write_json
 from genalign.training.noise_calibration import calibrate, save_kernel
 from genalign.training.sampler import Sampler

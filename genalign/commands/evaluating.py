@@ -10,8 +10,8 @@ from pathlib import Path
 from genalign import config
 from genalign.commands.geneval import compare_geneval_command, geneval_command, images_command, original_command
 from genalign.commands.parts import Checkpoint, Outside, opened, own_share, print_estimates, prompt_set
-from genalign.evaluation import Evaluation, Job, Kept, Protocol, evaluate, judge, plan, suite_hash
-from genalign.evaluation_folder import BatchFolder, manifest
+from genalign.evaluation.evaluate import Evaluation, Job, Kept, Protocol, evaluate, judge, plan, suite_hash
+from genalign.evaluation.folder import BatchFolder, manifest
 from genalign.prompts import read_listing
 from genalign.runtime.distributed import ALONE, Processes, joined
 from genalign.runtime.media import Writer, inside, writer

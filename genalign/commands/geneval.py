@@ -10,16 +10,16 @@ from pathlib import Path
 
 from genalign import config
 from genalign.commands.parts import Checkpoint, Outside, opened, own_share, print_estimates
-from genalign.evaluation import Evaluation, Protocol, suite_hash
-from genalign.evaluation_folder import Subject, content_hash, manifest
-from genalign.geneval.comparing import compared, finished
-from genalign.geneval.files import Sample, read_prompts, read_results, read_samples
-from genalign.geneval.judging import Judge
-from genalign.geneval.original import rescored
-from genalign.geneval.running import GenEvalFolder, Work, verifier
-from genalign.geneval.sources import Existing, Generated
-from genalign.pairing import check_protocols
-from genalign.report import write_geneval
+from genalign.evaluation.evaluate import Evaluation, Protocol, suite_hash
+from genalign.evaluation.folder import Subject, content_hash, manifest
+from genalign.evaluation.geneval.compare_models import compared, finished
+from genalign.evaluation.geneval.image_sources import Existing, Generated
+from genalign.evaluation.geneval.judge import Judge
+from genalign.evaluation.geneval.result_files import Sample, read_prompts, read_results, read_samples
+from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, Work, verifier
+from genalign.evaluation.geneval.upstream_results import rescored
+from genalign.evaluation.paired import check_protocols
+from genalign.evaluation.report import write_geneval
 from genalign.runtime.distributed import Share
 from genalign.runtime.files import write_json
 from genalign.training.sampler import Sampling

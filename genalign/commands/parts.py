@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from genalign import config
-from genalign.evaluation import Evaluation
-from genalign.evaluation_folder import Subject, adapter_hash
-from genalign.geneval.judging import Judge
+from genalign.evaluation.evaluate import Evaluation
+from genalign.evaluation.folder import Subject, adapter_hash
+from genalign.evaluation.geneval.judge import Judge
 from genalign.prompts import load_prompts
 from genalign.runtime.distributed import Share, take_own_device
 from genalign.runtime.fsdp import asked_for

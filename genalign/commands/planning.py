@@ -21,7 +21,7 @@ from genalign.commands.estimating import counted as count
 from genalign.commands.estimating import estimate, reliefs
 from genalign.commands.parts import Outside, prompt_set, require_rate
 from genalign.commands.training import require_trackers
-from genalign.evaluation import plan as jobs
+from genalign.evaluation.evaluate import plan as jobs
 from genalign.scoring.budget import DECODE, FORWARD, Ledger
 from genalign.training.dry_run import Counted
 from genalign.training.guard import due

@@ -11,8 +11,8 @@ from typing import Any
 from genalign import config
 from genalign.commands.parts import Outside, adapted, named_rewards, own_share, prompt_set, require_rate
 from genalign.diffusion.noise import derived_seed
+from genalign.evaluation.report import write_search
 from genalign.prompts import drawn_in_turn
-from genalign.report import write_search
 from genalign.runtime.files import write_json
 from genalign.runtime.media import writer
 from genalign.scoring.budget import Ledger, Metered, measure_prices, metered_rewards

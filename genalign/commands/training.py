@@ -22,10 +22,10 @@ from genalign.commands.parts import Checkpoint, Outside, named_rewards, prompt_s
 from genalign.commands.resuming import Inputs, Texts, TrackerRun, checkpoint_in, requested
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import generate
-from genalign.evaluation import Evaluation, load_evaluation, plan, suite_hash
+from genalign.evaluation.evaluate import Evaluation, load_evaluation, plan, suite_hash
+from genalign.evaluation.paired import gain, task_gains
+from genalign.evaluation.report import write_report
 from genalign.metrics.intervals import Estimate
-from genalign.pairing import gain, task_gains
-from genalign.report import write_report
 from genalign.runtime.distributed import ALONE, Processes, ProcessesError, joined
 from genalign.runtime.files import write_json
 from genalign.runtime.fsdp import Sharding, asked_for

@@ -15,8 +15,8 @@ from diffusers import SD3Transformer2DModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from genalign.cli import COMMANDS, main
-from genalign.evaluation import Record
-from genalign.evaluation_folder import BatchFolder
+from genalign.evaluation.evaluate import Record
+from genalign.evaluation.folder import BatchFolder
 from genalign.runtime.files import load_state
 
 REWARDS = """

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from genalign.cli import main
-from genalign.comparison import Contender, standings
 from genalign.config import Compare
-from genalign.evaluation import Evaluation, Protocol, Record
+from genalign.evaluation.compare_runs import Contender, standings
+from genalign.evaluation.evaluate import Evaluation, Protocol, Record
 
 BASE = """
 output: {folder}/never

@@ -17,7 +17,7 @@ from genalign import assets
 from genalign.algorithms.recipes import dragon_set
 from genalign.cli import main
 from genalign.commands.parts import prompt_set, require_rate
-from genalign.evaluation import ELSEWHERE, load_evaluation
+from genalign.evaluation.evaluate import ELSEWHERE, load_evaluation
 from genalign.runtime.waveforms import resample, tell_once
 from genalign.worlds import tones
 from genalign.worlds.catalogue import WORLDS, world_of

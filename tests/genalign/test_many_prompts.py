@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from genalign.evaluation import load_evaluation
+from genalign.evaluation.evaluate import load_evaluation
 
 PROCESSES, KILLS = 3, 8
 ROOT = Path(__file__).parents[2]
@@ -40,8 +40,8 @@ sampling: {{num_steps: 2, sigmas: [1.0, 0.5], guidance: 1.0}}
 judge:
   class_path: rewards.geneval.GenEvalJudge
   init_args:
-    detector: {{class_path: tests.genalign.geneval.shapes_judge.ShapesDetector}}
-    colours: tests.genalign.geneval.shapes_judge.PaletteColours
+    detector: {{class_path: tests.genalign.evaluation.geneval.shapes_judge.ShapesDetector}}
+    colours: tests.genalign.evaluation.geneval.shapes_judge.PaletteColours
 """
 
 

@@ -12,8 +12,8 @@ from transformers import (
     Owlv2ForObjectDetection,
 )
 
-from genalign.geneval.scoring import Thresholds
-from genalign.geneval.vocabulary import OBJECTS
+from genalign.evaluation.geneval.scoring import Thresholds
+from genalign.evaluation.geneval.vocabulary import OBJECTS
 from genalign.runtime.media import eight_bits
 from rewards.detectors import GroundingDino, Instance, Mask2Former, Owlv2, _caption, _likest, coco_instances
 from tests.rewards import tiny_detectors

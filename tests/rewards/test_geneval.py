@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 
 from genalign import assets, config
-from genalign.geneval.scoring import Detection, Thresholds
-from genalign.geneval.vocabulary import COLORS
+from genalign.evaluation.geneval.scoring import Detection, Thresholds
+from genalign.evaluation.geneval.vocabulary import COLORS
 from genalign.types import Prompt, Reward
 from genalign.worlds.shapes.prompts import color_attr, colors, counting, position, prompts, single_object
 from genalign.worlds.shapes.scenes import render, sample_scene
 from genalign.worlds.shapes.verifier import verify
 from rewards.detectors import Instance, Mask2Former, Owlv2
 from rewards.geneval import ClipColours, GenEvalJudge, GenEvalReward, crop
-from tests.genalign.geneval.shapes_judge import PaletteColours, ShapesDetector
+from tests.genalign.evaluation.geneval.shapes_judge import PaletteColours, ShapesDetector
 from tests.rewards import tiny_detectors
 
 PROMPTS = [single_object("circle"), counting("square", "two"), color_attr("ring", "red", "cross", "blue")]

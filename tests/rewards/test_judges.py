@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.geneval.questions import QuestionJudge, TifaReward
+from genalign.evaluation.geneval.tifa import QuestionJudge, TifaReward
 from genalign.scoring.protocol import decode_image
 from genalign.types import PairwiseReward, Prompt
 from rewards.http_client import Patience, RemoteError

@@ -23,7 +23,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from genalign.geneval.questions import QuestionJudge, TifaReward
+from genalign.evaluation.geneval.tifa import QuestionJudge, TifaReward
 from genalign.types import Prompt, Reward
 from rewards.pixels import pictures
 from rewards.vqa import ARTIFACTS, QuestionReward, YesNoModel, answerable

@@ -10,8 +10,8 @@ import pytest
 from torch import Tensor
 
 from genalign import assets
-from genalign.evaluation import Evaluation, Protocol, Record, noise_seed
-from genalign.results import read_records, rows_of
+from genalign.evaluation.evaluate import Evaluation, Protocol, Record, noise_seed
+from genalign.evaluation.records import read_records, rows_of
 from genalign.runtime.media import writer
 from genalign.types import Prompt
 from genalign.worlds.catalogue import WORLDS

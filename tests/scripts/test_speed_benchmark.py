@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from genalign.results import Measurement
+from genalign.evaluation.records import Measurement
 from scripts import speed_benchmark
 from scripts.speed_benchmark import (
     CONTENDERS,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genalign.evaluation import load_evaluation
+from genalign.evaluation.evaluate import load_evaluation
 from genalign.runtime.media import inside, read_image
 from genalign.types import Prompt
 from genalign.worlds.shapes.detection import Detection, detect

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from genalign.cli import main
-from genalign.evaluation import load_evaluation
-from genalign.geneval.files import read_results, read_samples, write_prompts, write_samples
-from genalign.geneval.requests import Clause, Request, written
+from genalign.evaluation.evaluate import load_evaluation
+from genalign.evaluation.geneval.metadata import Clause, Request, written
+from genalign.evaluation.geneval.result_files import read_results, read_samples, write_prompts, write_samples
 from genalign.types import PromptSet
 from genalign.worlds import shapes
 from tests.rewards import tiny_detectors
@@ -27,8 +27,8 @@ SECONDS = 1.0  # that the judge takes, so that a process is killed at work
 ROOT = Path(__file__).parents[3]
 JUDGE = (
     "{class_path: rewards.geneval.GenEvalJudge, init_args: {"
-    "detector: {class_path: tests.genalign.geneval.shapes_judge.ShapesDetector, init_args: {seconds: SECONDS}},"
-    " colours: tests.genalign.geneval.shapes_judge.PaletteColours}}"
+    "detector: {class_path: tests.genalign.evaluation.geneval.shapes_judge.ShapesDetector, init_args: {seconds: SECONDS}},"
+    " colours: tests.genalign.evaluation.geneval.shapes_judge.PaletteColours}}"
 )
 
 

@@ -1,0 +1,1 @@
+"""Measuring models: paired evaluations with intervals, GenEval, comparisons and reports."""

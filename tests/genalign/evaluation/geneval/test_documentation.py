@@ -1,0 +1,49 @@
+"""What docs/geneval.md shows is there, and does what it says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from genalign import config
+from genalign.commands.geneval import EvaluateGenEval, GenEvalImages, GenEvalOriginal
+from genalign.evaluation.geneval.result_files import read_prompts
+from rewards.detectors import Owlv2
+from rewards.geneval import GenEvalJudge, GenEvalReward
+
+PAGE = (Path(__file__).parents[3] / "docs" / "geneval.md").read_text(encoding="utf-8")
+COMMANDS = {"geneval": EvaluateGenEval, "geneval-images": GenEvalImages, "geneval-original": GenEvalOriginal}
+
+
+def test_commands_are_understood() -> None:
+    lines = re.findall(r"^    genalign evaluate (.*)$", PAGE, re.MULTILINE)
+    parsed = [config.parse(COMMANDS[name], rest, name)[0] for name, *rest in map(shlex.split, lines)]
+    assert {type(settings) for settings in parsed} == set(COMMANDS.values())
+    (judge,) = [settings.judge for settings in parsed if getattr(settings, "judge", None)]
+    assert isinstance(judge, GenEvalJudge) and isinstance(judge.detector, Owlv2)
+    assert judge.detector.thresholds.confidence == 0.25
+
+
+def test_the_reward_is_configured() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    chosen = yaml.safe_load(block)["rewards"]["geneval"]["function"]
+    parsed, _ = config.parse(config.RewardChoice, ["--function", str(chosen)], "test")
+    assert parsed.function == GenEvalReward("partial")
+
+
+def test_training_prompts_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    tasks = read_prompts(tmp_path / "train.jsonl").by_task()
+    assert {task: len(prompts) for task, prompts in tasks.items()} == {
+        "position": 2000,
+        "counting": 160,
+        "color_attr": 1500,
+        "colors": 400,
+        "two_object": 400,
+    }

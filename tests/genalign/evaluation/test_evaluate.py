@@ -1,0 +1,334 @@
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from genalign.diffusion.paths import FlowPath
+from genalign.diffusion.transitions import ODE
+from genalign.evaluation.evaluate import (
+    Evaluation,
+    Job,
+    Protocol,
+    Record,
+    evaluate,
+    load_evaluation,
+    noise_seed,
+    plan,
+    suite_hash,
+)
+from genalign.evaluation.folder import BatchFolder
+from genalign.evaluation.paired import gain, ranked, task_gains, worst
+from genalign.types import Conditioning, Grid, Prompt, PromptSet
+
+PROTOCOL = Protocol(
+    suite="iid",
+    suite_hash="0123456789abcdef",
+    guidance=4.0,
+    sigmas=(1.0, 0.5, 0.0),
+    kernel=str(ODE()),
+    dtype="float32",
+    batch_size=3,
+    resolution=(4, 4),
+    seeds=2,
+    images_per_task=4,
+    verifier="test 1",
+)
+OTHER_FIELDS = {
+    "suite": "comp",
+    "suite_hash": "f" * 16,
+    "guidance": 4.5,
+    "sigmas": (1.0, 0.6, 0.0),
+    "kernel": "other",
+    "dtype": "bfloat16",
+    "batch_size": 4,
+    "resolution": (8, 8),
+    "seeds": 3,
+    "images_per_task": 5,
+    "verifier": "test 2",
+}
+
+
+def prompt_set(**tasks):
+    """A set of that many prompts of each task."""
+    prompts = [
+        Prompt(f"{task} {index}", {"tag": task, "prompt": f"{task} {index}"})
+        for task, count in tasks.items()
+        for index in range(count)
+    ]
+    return PromptSet("made", tuple(prompts))
+
+
+def record(task, prompt, sample, image=None, **scores):
+    return Record(prompt, task, sample, noise_seed(prompt, sample), image, scores)
+
+
+@dataclass
+class StillPipeline:
+    """A flow that never moves: the image of a seed has the one grey value that its noise has."""
+
+    sigmas: tuple[float, ...] = (1.0, 0.5, 0.0)
+    asked: list[tuple[int, float]] = field(default_factory=list)
+    path: FlowPath = field(default_factory=FlowPath)
+    denoiser: nn.Module = field(default_factory=nn.Identity)
+
+    def encode(self, prompts):
+        return Conditioning({"length": torch.tensor([len(text) for text in prompts])})
+
+    def grid(self, num_steps, sigmas=None):
+        assert (num_steps, sigmas) == (2, (1.0, 0.5))
+        sigma = torch.tensor(self.sigmas, dtype=torch.float64)
+        return Grid(sigma[:-1] * 1000, 1 - sigma, sigma)
+
+    def level(self, u):
+        raise NotImplementedError
+
+    def initial_noise(self, seeds):
+        return torch.tensor([grey(seed) for seed in seeds])[:, None]
+
+    def predict(self, x, level, conditioning, guidance):
+        self.asked.append((len(x), guidance))
+        return torch.zeros_like(x)
+
+    def decode(self, latents):
+        return latents[:, :, None, None].expand(-1, 3, 4, 4)
+
+
+def grey(seed):
+    return (seed % 97) / 97
+
+
+def brightness(samples, prompts):
+    return samples.mean((1, 2, 3))
+
+
+def strict(samples, prompts):
+    return (brightness(samples, prompts) > 0.5).float()
+
+
+# --- the plan and the seeds -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "used", "each"), [(6, 6, 16), (18, 18, 6), (964, 32, 3), (32, 32, 3), (33, 32, 3), (1, 1, 96)]
+)
+def test_plan_uses_as_many_prompts_as_seeds_allow(prompts, used, each):
+    counts = Counter(job.prompt.text for job in plan(prompt_set(a=prompts), images_per_task=96, seeds=3))
+    assert len(counts) == used
+    assert set(counts.values()) == {each}
+
+
+def test_plan_does_not_depend_on_the_order_or_on_repetition():
+    prompts = prompt_set(a=50, b=3)
+    shuffled = PromptSet("made", prompts.prompts[::-1] + prompts.prompts[:5])
+    assert {job.seed for job in plan(shuffled, 12, 2)} == {job.seed for job in plan(prompts, 12, 2)}
+    assert len(plan(shuffled, 12, 2)) == 24
+
+
+def test_plan_refuses_nothing():
+    with pytest.raises(ValueError, match="at least 1"):
+        plan(prompt_set(a=2), 0, 3)
+
+
+def test_noise_seed_is_fixed_by_content():
+    assert noise_seed("a circle", 0) == 6748360023691882601
+    seeds = {noise_seed(text, sample) for text in ("a circle", "a circle1", "") for sample in range(200)}
+    assert len(seeds) == 600
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+# --- the protocol -----------------------------------------------------------------------------------------------------
+
+
+def test_protocol_hash_is_stable():
+    assert PROTOCOL.hash == "bcb8652948447323"
+    assert Protocol.from_dict(json.loads(json.dumps(PROTOCOL.as_dict()))) == PROTOCOL
+    assert replace(PROTOCOL, guidance=4).hash == PROTOCOL.hash
+    assert replace(PROTOCOL, sigmas=(1.0, 0.5 + 1e-15, 0.0)).hash == PROTOCOL.hash
+
+
+@pytest.mark.parametrize(("field", "value"), OTHER_FIELDS.items())
+def test_protocol_hash_depends_on_every_field(field, value):
+    assert replace(PROTOCOL, **{field: value}).hash != PROTOCOL.hash
+
+
+def test_every_field_is_covered():
+    assert set(PROTOCOL.as_dict()) == set(OTHER_FIELDS)
+
+
+def test_suite_hash_sees_texts_metadata_and_order():
+    prompts = prompt_set(a=3)
+    changed = replace(prompts.prompts[0], metadata={"tag": "a", "prompt": "a 0", "include": []})
+    others = [prompts.prompts[::-1], prompts.prompts[:2], (changed, *prompts.prompts[1:])]
+    hashes = {suite_hash(PromptSet("x", other)) for other in [prompts.prompts, *others]}
+    assert len(hashes) == 4
+    assert suite_hash(prompt_set(a=3)) == suite_hash(prompts)
+
+
+# --- evaluating -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_scores_every_job_in_order(tmp_path):
+    jobs = plan(prompt_set(a=2, b=2), 4, 2)
+    pipeline = StillPipeline()
+    scorers = {"strict": strict, "brightness": brightness}
+    result = evaluate(pipeline, jobs, scorers, PROTOCOL, tmp_path)
+    assert pipeline.asked == [(size, 4.0) for size in (3, 3, 2) for _ in range(2)]
+    assert [r.key for r in result.records] == [(j.prompt.task, j.prompt.text, j.sample, j.seed) for j in jobs]
+    for index, made in enumerate(result.records):
+        assert made.scores["brightness"] == pytest.approx(grey(made.seed), abs=1e-6)
+        assert made.scores["strict"] == float(grey(made.seed) > 0.5)
+        assert made.image == f"images/{index:05d}.png"
+        pixels = np.asarray(Image.open(tmp_path / made.image))
+        assert pixels.shape == (4, 4, 3)
+        assert (pixels == round(grey(made.seed) * 255)).all()
+
+
+def test_an_evaluation_goes_on_where_it_stopped(tmp_path):
+    jobs, kept = plan(prompt_set(a=2, b=2), 4, 2), BatchFolder(tmp_path)
+    whole = evaluate(StillPipeline(), jobs, {"b": brightness}, PROTOCOL, tmp_path / "whole")
+    calls = []
+
+    def failing(samples, prompts):
+        calls.append(len(samples))
+        if len(calls) == 3:
+            raise RuntimeError("the power went")
+        return brightness(samples, prompts)
+
+    with pytest.raises(RuntimeError, match="the power went"):
+        evaluate(StillPipeline(), jobs, {"b": failing}, PROTOCOL, tmp_path, kept=kept)
+    again = StillPipeline()
+    assert evaluate(again, jobs, {"b": brightness}, PROTOCOL, tmp_path, kept=kept) == whole
+    assert again.asked == [(2, 4.0)] * 2  # the last batch alone
+    assert load_evaluation(tmp_path) == whole
+
+
+def test_before_and_after_share_noise_whatever_the_batch():
+    jobs = plan(prompt_set(a=2, b=2), 4, 2)
+    whole = evaluate(StillPipeline(), jobs, {"b": brightness}, PROTOCOL)
+    parts = evaluate(StillPipeline(), jobs[::-1], {"b": brightness}, replace(PROTOCOL, batch_size=2))
+    assert {r.key: r.scores for r in whole.records} == {r.key: r.scores for r in parts.records}
+
+
+def test_saved_evaluation_loads_as_it_was(tmp_path):
+    result = evaluate(StillPipeline(), plan(prompt_set(a=2), 4, 2), {"strict": strict}, PROTOCOL, tmp_path)
+    assert load_evaluation(tmp_path) == result
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary) == ["protocol", "protocol_hash", "suite", "overall", "tasks", "failed"]
+    assert summary["protocol_hash"] == PROTOCOL.hash
+    assert list(summary["tasks"]["a"]["strict"]) == ["mean", "low", "high", "n"]
+
+
+def test_failed_scores_are_counted_and_kept_out(tmp_path):
+    jobs = plan(prompt_set(a=2), 4, 2)
+
+    def failing(samples, prompts):
+        scores = torch.ones(len(samples))
+        scores[0] = math.nan
+        return scores
+
+    protocol = replace(PROTOCOL, batch_size=4)
+    result = evaluate(StillPipeline(), jobs, {"strict": failing}, protocol, tmp_path)
+    assert (result.failed, result.overall["strict"].mean, result.overall["strict"].n) == (1, 1.0, 3)
+    assert math.isnan(load_evaluation(tmp_path).records[0].scores["strict"])
+    assert result.summary()["failed"] == 1
+
+
+def test_a_task_without_any_score_is_an_error_that_keeps_the_records(tmp_path):
+    jobs = plan(prompt_set(a=2), 4, 2)
+    with pytest.raises(ValueError, match="task 'a' has no values"):
+        evaluate(StillPipeline(), jobs, {"s": lambda samples, _: samples[:, 0, 0, 0] * math.nan}, PROTOCOL, tmp_path)
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 4
+
+
+def test_evaluate_refuses():
+    jobs = [Job(Prompt("a"), 0)]
+    with pytest.raises(ValueError, match="at least one job"):
+        evaluate(StillPipeline(), [], {"s": strict}, PROTOCOL)
+    with pytest.raises(ValueError, match=r"the protocol says \[1.0, 0.5, 0.0\]"):
+        evaluate(StillPipeline(sigmas=(1.0, 0.75, 0.0)), jobs, {"s": strict}, PROTOCOL)
+    with pytest.raises(ValueError, match="scorer 's' must return shape"):
+        evaluate(StillPipeline(), jobs, {"s": lambda samples, prompts: samples}, PROTOCOL)
+
+
+# --- estimates --------------------------------------------------------------------------------------------------------
+
+
+def test_mean_over_tasks_of_means_over_prompts():
+    """Task a: prompts at 1/2 and 1, so 3/4. Task b: 1/3. Overall 13/24, by hand."""
+    records = (
+        record("a", "p", 0, s=1.0),
+        record("a", "p", 1, s=0.0),
+        record("a", "q", 0, s=1.0),
+        *(record("b", "r", sample, s=float(sample == 0)) for sample in range(3)),
+    )
+    evaluation = Evaluation(PROTOCOL, records)
+    assert evaluation.overall["s"].mean == pytest.approx(13 / 24)
+    assert evaluation.tasks["a"]["s"].mean == pytest.approx(3 / 4)
+    assert evaluation.tasks["b"]["s"].mean == pytest.approx(1 / 3)
+    assert (evaluation.overall["s"].n, evaluation.tasks["b"]["s"].n) == (6, 3)
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def noisy_prompts(shift):
+    """Prompts of very different difficulty, each better by ``shift``."""
+    return Evaluation(
+        PROTOCOL,
+        tuple(record("a", f"p{index}", sample, s=index / 40 + shift) for index in range(40) for sample in range(2)),
+    )
+
+
+def test_gain_is_paired():
+    """A constant gain is known exactly, though each mean alone is not."""
+    before, after = noisy_prompts(0.0), noisy_prompts(0.1)
+    estimate = gain(before, after)["s"]
+    assert (estimate.mean, estimate.low, estimate.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert estimate.n == 80
+    assert before.overall["s"].high - before.overall["s"].low > 0.1
+    assert task_gains(before, after)["a"]["s"] == estimate
+
+
+def test_gain_pairs_by_content_not_by_position():
+    before = noisy_prompts(0.0)
+    after = replace(noisy_prompts(0.1), records=noisy_prompts(0.1).records[::-1])
+    assert gain(before, after)["s"].low == pytest.approx(0.1)
+
+
+def test_gain_drops_pairs_of_which_one_failed():
+    before = Evaluation(PROTOCOL, (record("a", "p", 0, s=math.nan), record("a", "p", 1, s=0.0)))
+    after = Evaluation(PROTOCOL, (record("a", "p", 0, s=1.0), record("a", "p", 1, s=0.5)))
+    assert (gain(before, after)["s"].mean, gain(before, after)["s"].n) == (0.5, 1)
+
+
+def test_gain_refuses_other_protocols_by_name_and_value():
+    before = noisy_prompts(0.0)
+    after = replace(before, protocol=replace(PROTOCOL, guidance=1.0, dtype="bfloat16"))
+    with pytest.raises(ValueError, match="cannot be compared") as error:
+        gain(before, after)
+    assert "guidance is 4.0 before and 1.0 after" in str(error.value)
+    assert "dtype is 'float32' before and 'bfloat16' after" in str(error.value)
+    assert "kernel" not in str(error.value)
+
+
+def test_gain_refuses_other_images():
+    before = noisy_prompts(0.0)
+    with pytest.raises(ValueError, match=r"1 images have no partner .* 'p39' \(a\), sample 1"):
+        gain(before, replace(before, records=before.records[:-1]))
+
+
+def test_worst_regressions_come_first():
+    def made(**scores):
+        return Evaluation(PROTOCOL, tuple(record("a", name, 0, strict=s, partial=p) for name, (s, p) in scores.items()))
+
+    before = made(kept=(1.0, 1.0), lost=(1.0, 1.0), lost_more=(1.0, 1.0), won=(0.0, 0.5), unscored=(1.0, 1.0))
+    after = made(kept=(1.0, 1.0), lost=(0.0, 0.8), lost_more=(0.0, 0.2), won=(1.0, 1.0), unscored=(math.nan, 0.0))
+    assert [pair.before.prompt for pair in ranked(before, after)] == ["lost_more", "lost", "kept", "won"]
+    (pair,) = worst(before, after, 1)
+    assert (pair.before.prompt, pair.difference("strict"), pair.difference("partial")) == ("lost_more", -1.0, -0.8)
