@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from genalign.types import Prompt
+from genalign.worlds.tones.instruments import NOISE, NOTES, SAMPLE_RATE, TIMBRES
 from genalign.worlds.tones.prompts import prompts
 from genalign.worlds.tones.scenes import Clip, Event, render, sample_clip
-from genalign.worlds.tones.timbres import NOISE, NOTES, SAMPLE_RATE, TIMBRES
 from genalign.worlds.tones.verifier import verify
 from rewards.audio_features import described_texts
 from rewards.recordings import AudioTensor

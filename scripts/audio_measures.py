@@ -16,7 +16,7 @@ from genalign.metrics.intervals import win_test
 from genalign.metrics.set_tests import compare_parts
 from genalign.runtime.media import inside
 from genalign.types import FeatureFunction, RewardFunction, SetReward
-from genalign.worlds.catalogue import WORLDS
+from genalign.worlds.registry import WORLDS
 from genalign.worlds.tones import SAMPLE_RATE
 from rewards.audio_features import ClapFeatures, FrameFeatures, LogMelFeatures, described_frames
 from rewards.clap import ClapReward

@@ -31,8 +31,8 @@ from genalign.worlds.pretraining import Fit, OutOfTimeError, contrastive, fit
 from genalign.worlds.tones import prompts
 from genalign.worlds.tones.clap import assemble_clap, build_clap, log_mel, matrices
 from genalign.worlds.tones.dataset import CaptionedClips, captioned_clips, corrupted
+from genalign.worlds.tones.instruments import LENGTH
 from genalign.worlds.tones.models import HOP, TextToVelocity, assemble, build_vae, scale_latents, tokenizer
-from genalign.worlds.tones.timbres import LENGTH
 from genalign.worlds.tones.verifier import verify
 
 AUTOENCODER = Fit(steps=8000, learning_rate=1e-3)

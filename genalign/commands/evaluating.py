@@ -17,7 +17,7 @@ from genalign.runtime.distributed import ALONE, Processes, joined
 from genalign.runtime.media import Writer, inside, writer
 from genalign.training.sampler import Sampling
 from genalign.types import Pipeline, RewardFunction
-from genalign.worlds.catalogue import WORLDS, World, world_of
+from genalign.worlds.registry import WORLDS, World, world_of
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from genalign.search.noise_aware import NoiseAware
 from genalign.training.memory_estimate import Outline
 from genalign.training.run import WeightStore
 from genalign.types import Pipeline, PromptSet, RewardFunction
-from genalign.worlds.catalogue import world_of
+from genalign.worlds.registry import world_of
 
 
 class Checkpoint(Pipeline, WeightStore, Protocol):

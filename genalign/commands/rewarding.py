@@ -23,7 +23,7 @@ from genalign.runtime.media import AUDIO_SUFFIXES, inside, read_image, read_wave
 from genalign.scoring import protocol
 from genalign.scoring.reward_check import Check, Expected, Probe, check
 from genalign.types import Prompt, PromptSet
-from genalign.worlds.catalogue import World, world_of
+from genalign.worlds.registry import World, world_of
 
 
 @dataclass(frozen=True)

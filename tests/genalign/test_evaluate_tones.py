@@ -20,7 +20,7 @@ from genalign.commands.parts import prompt_set, require_rate
 from genalign.evaluation.evaluate import ELSEWHERE, load_evaluation
 from genalign.runtime.waveforms import resample, tell_once
 from genalign.worlds import tones
-from genalign.worlds.catalogue import WORLDS, world_of
+from genalign.worlds.registry import WORLDS, world_of
 from genalign.worlds.shapes.diversity import evaluation_diversity
 from genalign.worlds.tones.models import TextToVelocity, assemble, build_vae
 from rewards.audio_features import FrameFeatures, LogMelFeatures

@@ -14,8 +14,8 @@ from genalign.metrics.blocks import BlockFrechetStatistic
 from genalign.metrics.extrapolation import at_infinite_size
 from genalign.metrics.frechet import Gaussian
 from genalign.types import Prompt, Reward
+from genalign.worlds.tones.instruments import NOTES, PITCHED, tone
 from genalign.worlds.tones.scenes import render, sample_clip
-from genalign.worlds.tones.timbres import NOTES, PITCHED, tone
 from rewards.audio_features import FrameFeatures, LogMelFeatures, described_frames
 from rewards.features import PatchFeatures, described
 from rewards.recordings import AudioTensor

@@ -14,7 +14,7 @@ from genalign.evaluation.evaluate import Evaluation, Protocol, Record, noise_see
 from genalign.evaluation.records import read_records, rows_of
 from genalign.runtime.media import writer
 from genalign.types import Prompt
-from genalign.worlds.catalogue import WORLDS
+from genalign.worlds.registry import WORLDS
 from rewards.tones import revoiced
 from scripts import audio_measures, proofs
 from scripts.results_tables import fill

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from genalign.worlds.shapes.color import nearest_color, palette_lab, srgb_to_lab
 from genalign.worlds.shapes.geometry import PALETTE, SIZE, Array
-from genalign.worlds.shapes.matching import match
+from genalign.worlds.shapes.template_matching import match
 
 FOREGROUND_DELTA_E = 14.0
 MIN_COMPONENT_AREA = 25

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import ClapAudioConfig, ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor, ClapTextConfig
 
 from genalign.runtime.waveforms import mel_decibels
+from genalign.worlds.tones.instruments import LENGTH, SAMPLE_RATE
 from genalign.worlds.tones.models import T5_LENGTH, tokenizer
-from genalign.worlds.tones.timbres import LENGTH, SAMPLE_RATE
 
 MELS = 64
 MEL_WINDOW = 512  # samples: 64 ms, 16 Hz apart

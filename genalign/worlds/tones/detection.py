@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genalign.worlds.tones.instruments import LENGTH, SAMPLE_RATE, Array
 from genalign.worlds.tones.spectrum import Sound, describe
-from genalign.worlds.tones.timbres import LENGTH, SAMPLE_RATE, Array
 
 WINDOW = 160  # samples of the level's window: 20 ms
 HOP = 32  # 4 ms

@@ -20,7 +20,7 @@ from itertools import permutations, product
 
 from genalign.types import Metadata, Prompt, PromptSet
 from genalign.worlds.grammar import fingerprint, plural, split, with_article
-from genalign.worlds.tones.timbres import NOISE, NOTES, PITCHED, TIMBRES
+from genalign.worlds.tones.instruments import NOISE, NOTES, PITCHED, TIMBRES
 
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 RELATIONS = ("higher", "lower")

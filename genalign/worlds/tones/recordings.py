@@ -9,8 +9,8 @@ from torch import Tensor
 
 from genalign.runtime.media import read_waveform
 from genalign.runtime.waveforms import as_heard, tell_once
+from genalign.worlds.tones.instruments import LENGTH, SAMPLE_RATE
 from genalign.worlds.tones.scenes import MARGIN
-from genalign.worlds.tones.timbres import LENGTH, SAMPLE_RATE
 
 
 def read_clip(path: Path) -> Tensor:

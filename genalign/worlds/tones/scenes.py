@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from genalign.types import Metadata
+from genalign.worlds.tones.instruments import LENGTH, NOISE, NOTES, PITCHED, SAMPLE_RATE, STRANGERS, Array, tone
 from genalign.worlds.tones.prompts import is_held_out_note
-from genalign.worlds.tones.timbres import LENGTH, NOISE, NOTES, PITCHED, SAMPLE_RATE, STRANGERS, Array, tone
 
 RAMP = 0.012  # seconds of a raised cosine at either end of an event
 MARGIN = 0.02  # seconds of silence kept at either end of a clip

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from scipy.ndimage import uniform_filter1d
 
-from genalign.worlds.tones.timbres import NOISE, NOTES, PITCHED, SAMPLE_RATE, Array, audible
+from genalign.worlds.tones.instruments import NOISE, NOTES, PITCHED, SAMPLE_RATE, Array, audible
 
 UNKNOWN = "unknown"
 BINS = 2**14  # points of the zero-padded transform, 0.49 Hz apart

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from genalign.types import Metadata
 from genalign.worlds.tones.detection import Detection, detect
-from genalign.worlds.tones.timbres import NOTES, TIMBRES
+from genalign.worlds.tones.instruments import NOTES, TIMBRES
 from genalign.worlds.verdict import Verdict, verdict
 
 __all__ = ["VERIFIER_VERSION", "Detection", "Verdict", "detect", "judge", "verify"]

@@ -14,6 +14,7 @@ from genalign.worlds.captions import metadata_of
 from genalign.worlds.tones import dataset
 from genalign.worlds.tones.clap import assemble_clap, build_clap, feature_extractor, log_mel, matrices
 from genalign.worlds.tones.dataset import CaptionedClips, corrupted
+from genalign.worlds.tones.instruments import LENGTH
 from genalign.worlds.tones.models import (
     FRAMES,
     LATENT_CHANNELS,
@@ -25,7 +26,6 @@ from genalign.worlds.tones.models import (
     tokenizer,
 )
 from genalign.worlds.tones.prompts import vocabulary
-from genalign.worlds.tones.timbres import LENGTH
 from genalign.worlds.tones.verifier import verify
 from scripts.pretrain_tones import crops, spectral_loss
 

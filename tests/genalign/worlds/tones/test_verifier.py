@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genalign.types import Metadata
 from genalign.worlds.tones.detection import Detection, detect
+from genalign.worlds.tones.instruments import LENGTH, NOISE, NOTES, PITCHED, SAMPLE_RATE, STRANGERS, TIMBRES
 from genalign.worlds.tones.prompts import (
     attribution,
     counting,
@@ -24,7 +25,6 @@ from genalign.worlds.tones.prompts import (
 )
 from genalign.worlds.tones.scenes import Clip, Event, render, sample_clip
 from genalign.worlds.tones.spectrum import Sound
-from genalign.worlds.tones.timbres import LENGTH, NOISE, NOTES, PITCHED, SAMPLE_RATE, STRANGERS, TIMBRES
 from genalign.worlds.tones.verifier import Verdict, judge, verify
 
 Corruption = Callable[[Tensor, np.random.Generator], Tensor]

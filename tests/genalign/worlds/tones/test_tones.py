@@ -8,6 +8,7 @@ import torch
 
 from genalign.types import Prompt
 from genalign.worlds.tones import scenes
+from genalign.worlds.tones.instruments import BAND_LIMIT, LENGTH, NOTES, PITCHED, SAMPLE_RATE, TIMBRES, tone
 from genalign.worlds.tones.prompts import (
     attribution,
     counting,
@@ -23,7 +24,6 @@ from genalign.worlds.tones.prompts import (
     vocabulary,
 )
 from genalign.worlds.tones.scenes import Clip, Event, render, sample_clip, waveform
-from genalign.worlds.tones.timbres import BAND_LIMIT, LENGTH, NOTES, PITCHED, SAMPLE_RATE, TIMBRES, tone
 
 
 def texts(suite: str) -> set[str]:

@@ -13,7 +13,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from genalign.types import Metadata
-from genalign.worlds.shapes import detection, matching
+from genalign.worlds.shapes import detection, template_matching
 from genalign.worlds.shapes.geometry import BACKGROUND, PALETTE, REJECTS, SHAPES, SIZE, STRANGERS, Array
 from genalign.worlds.shapes.prompts import color_attr, colors, counting, position, prompts, single_object, two_object
 from genalign.worlds.shapes.scenes import Item, Scene, jittered, relations, render, sample_scene
@@ -176,9 +176,9 @@ def misses(cases: list[Case]) -> list[tuple[int, str, Case]]:
 @pytest.fixture(autouse=True)
 def _templates_as_shipped() -> Iterator[None]:
     """Ablations change what the templates are made of."""
-    matching.templates.cache_clear()
+    template_matching.templates.cache_clear()
     yield
-    matching.templates.cache_clear()
+    template_matching.templates.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------------ acceptance
@@ -250,9 +250,9 @@ def test_shapes_outside_the_vocabulary_are_unknown(corruption: Corruption) -> No
     for name in (*REJECTS, *STRANGERS):
         images = corruption(render(alone(name, 30, seed=71_004)), np.random.default_rng(0))
         groups = [[found.shape for found in group] for group in detect(images)]
-        assert np.mean([matching.UNKNOWN in group for group in groups]) >= 0.9, name
+        assert np.mean([template_matching.UNKNOWN in group for group in groups]) >= 0.9, name
         shapes += [shape for group in groups for shape in group]
-    assert np.mean([shape == matching.UNKNOWN for shape in shapes]) >= 0.9
+    assert np.mean([shape == template_matching.UNKNOWN for shape in shapes]) >= 0.9
 
 
 def test_fast_enough(cases: list[Case]) -> None:
@@ -275,13 +275,13 @@ def test_reject_templates_close_a_loophole(monkeypatch: pytest.MonkeyPatch, name
 
     assert accepted() == 0
     monkeypatch.setattr(matching, "REJECTS", {})
-    matching.templates.cache_clear()
+    template_matching.templates.cache_clear()
     assert accepted() >= 0.5
 
 
 def test_blurred_templates_are_needed(cases: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "BLURS", (0.0,))
-    matching.templates.cache_clear()
+    template_matching.templates.cache_clear()
     assert strict_rate(cases[::3], generated) <= 0.95
 
 
