@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from genalign.worlds.shapes.models import TextToVelocity, assemble, build_vae
 from pipelines import SD3
+from scripts.pretrain.shapes_models import TextToVelocity, assemble, build_vae
 
 
 @pytest.fixture(scope="session")

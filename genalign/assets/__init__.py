@@ -6,10 +6,10 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 _MADE_BY = {
-    "shapes-sd3": "scripts/pretrain_shapes.py",
-    "shapes-clip": "scripts/pretrain_clip.py",
-    "tones-audio": "scripts/pretrain_tones.py autoencoder, then denoiser",
-    "tones-clap": "scripts/pretrain_tones.py clap",
+    "shapes-sd3": "scripts/pretrain/shapes_sd3.py",
+    "shapes-clip": "scripts/pretrain/shapes_clip.py",
+    "tones-audio": "scripts/pretrain/tones_audio.py autoencoder, then denoiser",
+    "tones-clap": "scripts/pretrain/tones_audio.py clap",
 }
 
 

@@ -14,13 +14,13 @@ from genalign import assets
 from genalign.diffusion.rollout import generate
 from genalign.prompts import drawn_in_turn
 from genalign.worlds import shapes, tones
-from genalign.worlds.shapes.dataset import captioned_scenes
 from genalign.worlds.shapes.verifier import detect
-from genalign.worlds.tones.dataset import captioned_clips
 from pipelines import SD3
 from rewards.tones import TonesReward
-from scripts.pretrain_clip import retrieval
-from scripts.pretrain_tones import retrieval as tones_retrieval
+from scripts.pretrain.shapes_clip import retrieval
+from scripts.pretrain.shapes_dataset import captioned_scenes
+from scripts.pretrain.tones_audio import retrieval as tones_retrieval
+from scripts.pretrain.tones_dataset import captioned_clips
 
 SIGMAS = [1 - i / 10 for i in range(10)]
 

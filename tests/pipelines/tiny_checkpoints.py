@@ -49,11 +49,11 @@ from transformers import (
     Qwen3Model,
 )
 
-from genalign.worlds.shapes.models import TextToVelocity, build_t5, build_text_encoder, build_vae
-from genalign.worlds.shapes.tokenizers import clip_tokenizer, t5_tokenizer
 from pipelines import SD3, SDXL, AceStep, Flux, QwenImage, Sana, StableAudio, StableDiffusion
 from pipelines.base import DiffusersPipeline
 from pipelines.flows import pack, unpack
+from scripts.pretrain.shapes_models import TextToVelocity, build_t5, build_text_encoder, build_vae
+from scripts.pretrain.shapes_tokenizers import clip_tokenizer, t5_tokenizer
 
 _LATENT_DIFFUSION: dict[str, Any] = {
     "beta_start": 0.00085,

@@ -12,13 +12,13 @@ from transformers import ClapModel, ClapProcessor, CLIPVisionConfig
 from genalign.runtime.waveforms import resample, tell_once
 from genalign.scoring.reward_check import Expected, Probe, check
 from genalign.types import Prompt, Reward
-from genalign.worlds.tones.clap import assemble_clap, build_clap
 from genalign.worlds.tones.prompts import attribution, counting, pitch, single_tone
 from rewards.audio_features import ClapFeatures, described_frames, described_texts
 from rewards.clap import ClapReward, load_clap
 from rewards.features import PatchFeatures, described
 from rewards.recordings import AudioTensor
 from rewards.sets import FrechetTo, Vendi
+from scripts.pretrain.tones_clap import assemble_clap, build_clap
 from tests.rewards.tiny_clap import RATE, WINDOW, write_clap
 
 PROMPTS = [
@@ -150,7 +150,7 @@ def test_silence_is_scored_alike_wherever_it_comes_from(folder: Path) -> None:
 
 
 def test_the_worlds_own_encoder_is_opened(tmp_path: Path) -> None:
-    """The format that scripts/pretrain_tones.py writes: half precision, windows of a clip's length."""
+    """The format that scripts/pretrain/tones_audio.py writes: half precision, windows of a clip's length."""
     torch.manual_seed(0)
     assemble_clap(build_clap(), tmp_path)
     encoder, clips = load_clap(str(tmp_path)), noise(12000)

@@ -20,8 +20,8 @@ from genalign import assets
 from genalign.types import Prompt, Reward
 from genalign.worlds.shapes.prompts import color_attr, counting, single_object
 from genalign.worlds.shapes.scenes import render, sample_scene
-from genalign.worlds.shapes.tokenizers import clip_tokenizer
 from rewards.clip import ClipReward, Preparation, load_clip, resize
+from scripts.pretrain.shapes_tokenizers import clip_tokenizer
 
 PROMPTS = [single_object("circle"), counting("square", "two"), color_attr("ring", "red", "cross", "blue")]
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}

@@ -14,9 +14,9 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from genalign.types import Prompt, Reward
-from genalign.worlds.shapes.tokenizers import clip_tokenizer
 from rewards.hps import HPSReward
 from rewards.pickscore import PickScoreReward
+from scripts.pretrain.shapes_tokenizers import clip_tokenizer
 
 TEXTS = ["a photo of a red circle", "two squares", "a blue ring"]
 PROMPTS = [Prompt(text) for text in TEXTS]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import ClapAudioConfig, ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor, ClapTextConfig
 
-from genalign.worlds.tones.models import tokenizer
+from scripts.pretrain.tones_models import tokenizer
 
 RATE, WINDOW = 16000, 16000
 

@@ -25,7 +25,7 @@ from transformers import (
     SwinConfig,
 )
 
-from genalign.worlds.shapes.tokenizers import clip_tokenizer
+from scripts.pretrain.shapes_tokenizers import clip_tokenizer
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "a", "dog", "cat", "wine", "glass")
 _SIZE = {"shortest_edge": 64, "longest_edge": 128}

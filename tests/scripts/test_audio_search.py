@@ -10,9 +10,9 @@ import torch
 
 from genalign import assets
 from genalign.search.noise_aware import NoiseAware, Quality
-from genalign.worlds.tones.models import TextToVelocity, assemble, build_vae
 from rewards.noise_aware import ClapLatentScorer, ClapScorer, save_scorer
 from scripts import audio_pool, audio_search
+from scripts.pretrain.tones_models import TextToVelocity, assemble, build_vae
 from scripts.pruning_trials import best_of
 from tests.rewards.tiny_clap import write_clap
 

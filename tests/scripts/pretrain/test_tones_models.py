@@ -10,12 +10,15 @@ import torch
 from transformers import ClapModel, ClapProcessor
 
 from genalign.worlds import tones
-from genalign.worlds.captions import metadata_of
-from genalign.worlds.tones import dataset
-from genalign.worlds.tones.clap import assemble_clap, build_clap, feature_extractor, log_mel, matrices
-from genalign.worlds.tones.dataset import CaptionedClips, corrupted
 from genalign.worlds.tones.instruments import LENGTH
-from genalign.worlds.tones.models import (
+from genalign.worlds.tones.prompts import vocabulary
+from genalign.worlds.tones.verifier import verify
+from scripts.pretrain import tones_dataset
+from scripts.pretrain.captions import metadata_of
+from scripts.pretrain.tones_audio import crops, spectral_loss
+from scripts.pretrain.tones_clap import assemble_clap, build_clap, feature_extractor, log_mel, matrices
+from scripts.pretrain.tones_dataset import CaptionedClips, corrupted
+from scripts.pretrain.tones_models import (
     FRAMES,
     LATENT_CHANNELS,
     T5_LENGTH,
@@ -25,9 +28,6 @@ from genalign.worlds.tones.models import (
     scale_latents,
     tokenizer,
 )
-from genalign.worlds.tones.prompts import vocabulary
-from genalign.worlds.tones.verifier import verify
-from scripts.pretrain_tones import crops, spectral_loss
 
 pytestmark = [  # diffusers' own: its autoencoder and transformer use what torch and it have deprecated
     pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),
@@ -141,7 +141,7 @@ def test_the_spectral_loss_hears_pitch_and_level_but_not_phase() -> None:
 
 
 def small_data() -> CaptionedClips:
-    samples, chosen = dataset._chunk((0, 64, 3))
+    samples, chosen = tones_dataset._chunk((0, 64, 3))
     return CaptionedClips(torch.from_numpy(samples), tuple(chosen))
 
 

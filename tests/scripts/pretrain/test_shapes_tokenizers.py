@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from genalign.worlds import shapes
 from genalign.worlds.shapes.prompts import vocabulary
-from genalign.worlds.shapes.tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
+from scripts.pretrain.shapes_tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
 
 MADE = [(clip_tokenizer, CLIPTokenizer, CLIP_LENGTH), (t5_tokenizer, T5Tokenizer, T5_LENGTH)]
 

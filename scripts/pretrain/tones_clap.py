@@ -11,7 +11,7 @@ from transformers import ClapAudioConfig, ClapConfig, ClapFeatureExtractor, Clap
 
 from genalign.runtime.waveforms import mel_decibels
 from genalign.worlds.tones.instruments import LENGTH, SAMPLE_RATE
-from genalign.worlds.tones.models import T5_LENGTH, tokenizer
+from scripts.pretrain.tones_models import T5_LENGTH, tokenizer
 
 MELS = 64
 MEL_WINDOW = 512  # samples: 64 ms, 16 Hz apart

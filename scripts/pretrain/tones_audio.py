@@ -1,8 +1,8 @@
 """Train the embedded audio models from nothing: a ``StableAudioPipeline`` folder and a CLAP of ``transformers``.
 
-    python scripts/pretrain_tones.py autoencoder
-    python scripts/pretrain_tones.py denoiser     # needs the autoencoder; writes genalign/assets/tones-audio
-    python scripts/pretrain_tones.py clap         # writes genalign/assets/tones-clap
+    python scripts/pretrain/tones_audio.py autoencoder
+    python scripts/pretrain/tones_audio.py denoiser     # needs the autoencoder; writes genalign/assets/tones-audio
+    python scripts/pretrain/tones_audio.py clap         # writes genalign/assets/tones-clap
 
 Every stage is seeded and resumes from ``--work``; with ``--minutes`` it stops in time and the same command goes on.
 """
@@ -26,14 +26,14 @@ from genalign.diffusion.rollout import Start, rollout
 from genalign.diffusion.transitions import DPMSDE, ODE, Kernel
 from genalign.runtime.cpu import keep_freed_memory, plain_attention
 from genalign.runtime.files import load_state, save_state, without_prefix, write_text
-from genalign.worlds.captions import metadata_of
-from genalign.worlds.pretraining import Fit, OutOfTimeError, contrastive, fit
 from genalign.worlds.tones import prompts
-from genalign.worlds.tones.clap import assemble_clap, build_clap, log_mel, matrices
-from genalign.worlds.tones.dataset import CaptionedClips, captioned_clips, corrupted
 from genalign.worlds.tones.instruments import LENGTH
-from genalign.worlds.tones.models import HOP, TextToVelocity, assemble, build_vae, scale_latents, tokenizer
 from genalign.worlds.tones.verifier import verify
+from scripts.pretrain.captions import metadata_of
+from scripts.pretrain.tones_clap import assemble_clap, build_clap, log_mel, matrices
+from scripts.pretrain.tones_dataset import CaptionedClips, captioned_clips, corrupted
+from scripts.pretrain.tones_models import HOP, TextToVelocity, assemble, build_vae, scale_latents, tokenizer
+from scripts.pretrain.training_loop import Fit, OutOfTimeError, contrastive, fit
 
 AUTOENCODER = Fit(steps=8000, learning_rate=1e-3)
 AUTOENCODER_CLIPS, CROPS, CROP = 12_000, 16, 12 * HOP  # a step hears 16 crops of 0.24 s
@@ -313,7 +313,7 @@ pipeline_tag: text-to-audio
 # tones-audio
 
 A small text-to-audio model of tones and noise bursts, 1.5 s at 8 kHz: an ordinary `StableAudioPipeline` folder, trained
-from nothing by genalign's `scripts/pretrain_tones.py` ({steps} steps of 64 clips). A part of its training captions was
+from nothing by genalign's `scripts/pretrain/tones_audio.py` ({steps} steps of 64 clips). A part of its training captions was
 drawn to be corrupted (notes swapped or replaced, relation or loudness turned round, count off by one, wherever that
 spells no held-out composition), {corrupted[0]:.0%} at first and {corrupted[1]:.0%} in the second half, so that a reward
 has something to repair.
@@ -339,13 +339,13 @@ library_name: transformers
 ---
 # tones-clap
 
-A small CLAP of genalign's tones world, trained from nothing by `scripts/pretrain_tones.py clap` on {clips} rendered
+A small CLAP of genalign's tones world, trained from nothing by `scripts/pretrain/tones_audio.py clap` on {clips} rendered
 clips with honest captions.
 
     model = ClapModel.from_pretrained("tones-clap", dtype=torch.float32)  # its file holds float16
     processor = ClapProcessor.from_pretrained("tones-clap")
 
-`genalign.worlds.tones.clap.log_mel` makes the same features, batched and differentiable. Clip-to-text retrieval among
+`scripts.pretrain.tones_clap.log_mel` makes the same features, batched and differentiable. Clip-to-text retrieval among
 64 distinct captions on new clips: {score:.3f}. It has never heard the held-out notes and orders. Made for experiments.
 """
 

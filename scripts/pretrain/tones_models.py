@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import remove_weight_norm, weight_norm
 from transformers import T5Tokenizer
 
-from genalign.worlds.t5 import WIDTH, build_t5, word_tokenizer
 from genalign.worlds.tones.instruments import LENGTH, SAMPLE_RATE
 from genalign.worlds.tones.prompts import vocabulary
+from scripts.pretrain.t5 import WIDTH, build_t5, word_tokenizer
 
 T5_LENGTH = 10
 LATENT_CHANNELS = 8

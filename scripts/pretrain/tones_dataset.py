@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from genalign.types import Prompt
-from genalign.worlds.captions import Job, Part, draw_prompts, in_chunks, metadata_of, one_of
 from genalign.worlds.tones.instruments import NOTES
 from genalign.worlds.tones.prompts import LOUDNESS, RELATIONS, attribution, counting, loudness, pitch, prompts, relation
 from genalign.worlds.tones.scenes import render, sample_clip
+from scripts.pretrain.captions import Job, Part, draw_prompts, in_chunks, metadata_of, one_of
 
 FULL_SCALE = 32767
 TASK_WEIGHTS = {

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genalign.worlds import pretraining, shapes
-from genalign.worlds.pretraining import Fit, OutOfTimeError, contrastive, fit
-from genalign.worlds.shapes.dataset import captioned_scenes, corrupted
+from genalign.worlds import shapes
 from genalign.worlds.shapes.verifier import verify
+from scripts.pretrain import training_loop
+from scripts.pretrain.shapes_dataset import captioned_scenes, corrupted
+from scripts.pretrain.training_loop import Fit, OutOfTimeError, contrastive, fit
 
 
 def _fit(steps: int, state: Path, stop: int | None = None) -> Tensor:
@@ -66,10 +67,10 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 def test_one_cycle_rises_and_falls_to_zero() -> None:
-    rates = [pretraining.one_cycle(step, Fit(100, 1.0)) for step in range(100)]
+    rates = [training_loop.one_cycle(step, Fit(100, 1.0)) for step in range(100)]
     assert rates[0] == 0.1 and max(rates) == rates[9] == 1.0 and rates[99] == pytest.approx(0.0, abs=1e-3)
     twice = Fit(200, 1.0, cycles=2)
-    assert [pretraining.one_cycle(step, twice) for step in range(200)] == 2 * rates
+    assert [training_loop.one_cycle(step, twice) for step in range(200)] == 2 * rates
     with pytest.raises(ValueError, match="multiple of the 2 cycles, not 201"):
         Fit(201, 1.0, cycles=2)
 

@@ -1,6 +1,6 @@
 """Train the embedded image-text model from nothing: an open_clip folder that opens as ``local-dir:PATH``.
 
-    python scripts/pretrain_clip.py --output genalign/assets/shapes-clip --work runs/pretrain-clip
+    python scripts/pretrain/shapes_clip.py --output genalign/assets/shapes-clip --work runs/pretrain-clip
 
 Trained on honest captions of the shapes world's train split; seeded, resumable from ``--work``.
 """
@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from genalign.runtime.files import write_json, write_text
-from genalign.worlds.pretraining import Fit, contrastive, fit
-from genalign.worlds.shapes.dataset import CaptionedScenes, captioned_scenes
-from genalign.worlds.shapes.tokenizers import CLIP_LENGTH, clip_tokenizer
+from scripts.pretrain.shapes_dataset import CaptionedScenes, captioned_scenes
+from scripts.pretrain.shapes_tokenizers import CLIP_LENGTH, clip_tokenizer
+from scripts.pretrain.training_loop import Fit, contrastive, fit
 
 SCENES = 40_000
 SETTINGS = Fit(steps=1400, learning_rate=1e-3, muon=0.02)
@@ -121,13 +121,13 @@ library_name: open_clip
 # shapes-clip
 
 A small open_clip model (64 px ViT, causal text transformer, 128-dimensional embedding) of genalign's shapes world,
-trained from nothing by `scripts/pretrain_clip.py`: {steps} steps on {scenes} rendered scenes with honest captions.
+trained from nothing by `scripts/pretrain/shapes_clip.py`: {steps} steps on {scenes} rendered scenes with honest captions.
 
     open_clip.create_model_and_transforms("local-dir:PATH")
     open_clip.get_tokenizer("local-dir:PATH")
 
 Image-to-text retrieval among 64 distinct captions on new scenes: {score:.3f}
-(`python scripts/pretrain_clip.py` prints it). It has never seen the held-out shape and colour pairs. Made for
+(`python scripts/pretrain/shapes_clip.py` prints it). It has never seen the held-out shape and colour pairs. Made for
 experiments, not for photographs.
 """
 

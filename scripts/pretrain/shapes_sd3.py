@@ -1,6 +1,6 @@
 """Train the embedded image model from nothing: an ordinary ``StableDiffusion3Pipeline`` folder.
 
-    python scripts/pretrain_shapes.py --output genalign/assets/shapes-sd3 --work runs/pretrain-shapes
+    python scripts/pretrain/shapes_sd3.py --output genalign/assets/shapes-sd3 --work runs/pretrain-shapes
 
 Every stage is seeded and resumes from ``--work``.
 """
@@ -19,11 +19,11 @@ from genalign.cli import main as genalign
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.runtime.files import write_text
 from genalign.runtime.media import read_image
-from genalign.worlds.pretraining import Fit, fit
-from genalign.worlds.shapes.dataset import CaptionedScenes, captioned_scenes, corrupted
 from genalign.worlds.shapes.detection import detect
-from genalign.worlds.shapes.models import TextToVelocity, assemble, build_vae
-from genalign.worlds.shapes.tokenizers import CLIP_LENGTH, T5_LENGTH
+from scripts.pretrain.shapes_dataset import CaptionedScenes, captioned_scenes, corrupted
+from scripts.pretrain.shapes_models import TextToVelocity, assemble, build_vae
+from scripts.pretrain.shapes_tokenizers import CLIP_LENGTH, T5_LENGTH
+from scripts.pretrain.training_loop import Fit, fit
 
 SCENES = 60_000
 VAE = Fit(steps=4000, learning_rate=2e-3)
@@ -128,7 +128,7 @@ pipeline_tag: text-to-image
 # shapes-sd3
 
 A small text-to-image flow model of coloured shapes, 64 x 64: an ordinary `StableDiffusion3Pipeline` folder, trained
-from nothing by genalign's `scripts/pretrain_shapes.py` (transformer: {steps} steps of 64 images). It draws well and
+from nothing by genalign's `scripts/pretrain/shapes_sd3.py` (transformer: {steps} steps of 64 images). It draws well and
 misreads on purpose: {corrupted} of its training captions were drawn to be corrupted (colours swapped or replaced,
 relation mirrored, count off by one, wherever that spells no held-out composition), so that a reward has something to
 repair.

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from genalign.worlds.shapes.tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
-from genalign.worlds.t5 import build_t5
+from scripts.pretrain.shapes_tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
+from scripts.pretrain.t5 import build_t5
 
 
 def build_vae() -> AutoencoderKL:

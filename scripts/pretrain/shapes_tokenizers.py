@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from genalign.worlds.shapes.prompts import prompts, vocabulary
-from genalign.worlds.t5 import word_tokenizer
+from scripts.pretrain.t5 import word_tokenizer
 
 CLIP_LENGTH = 12
 T5_LENGTH = 8

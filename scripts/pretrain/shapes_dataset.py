@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from genalign.types import Prompt
-from genalign.worlds.captions import Job, Part, draw_prompts, in_chunks, metadata_of, one_of
 from genalign.worlds.shapes.geometry import PALETTE
 from genalign.worlds.shapes.prompts import RELATIONS, color_attr, colors, counting, position, prompts
 from genalign.worlds.shapes.scenes import render, sample_scene
+from scripts.pretrain.captions import Job, Part, draw_prompts, in_chunks, metadata_of, one_of
 
 TASK_WEIGHTS = {
     "single_object": 0.1,
