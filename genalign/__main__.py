@@ -34,7 +34,7 @@ def main() -> int:
     if sys.argv[1:2] in ([], ["-h"], ["--help"]):
         print(USAGE)
         return 0
-    from genalign.cli import main as run  # takes seconds
+    from genalign.cli.main import main as run  # takes seconds
 
     return run(sys.argv[1:])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genalign.cli import main as genalign
+from genalign.cli.main import main as genalign
 from genalign.evaluation.records import PromptRecord
 from genalign.scoring.budget import measure_prices, reward_call
 from genalign.scoring.score import NamedReward

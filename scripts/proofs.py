@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from genalign.cli import main as genalign
+from genalign.cli.main import main as genalign
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.records import PromptRecord, prompt_records, write_results
 from genalign.metrics.image import saturation

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genalign.cli import main as genalign
+from genalign.cli.main import main as genalign
 from genalign.diffusion.transitions import FlowSDE
 from genalign.evaluation.records import PromptRecord, write_results
 from genalign.runtime.files import write_json, write_text

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from genalign.config import Train, parse
+from genalign.cli.config import Train, parse
 from genalign.runtime.fsdp import Sharding, asked_for
 
 CONFIGS = Path(__file__).parents[1] / "scripts" / "configs"

@@ -16,8 +16,8 @@ from typing import Any, Never
 import pytest
 import yaml
 
-from genalign import config
-from genalign.cli import main
+from genalign.cli import config
+from genalign.cli.main import main
 from tests.packages import folder_of
 
 ROOT = Path(__file__).parents[1]

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genalign.cli import main
-from genalign.config import Compare
+from genalign.cli.config import Compare
+from genalign.cli.main import main
 from genalign.evaluation.geneval.result_files import read_samples, write_samples
 from genalign.runtime import media
 from genalign.runtime.media import inside, read_image

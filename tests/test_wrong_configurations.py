@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from genalign.cli import main
+from genalign.cli.main import main
 from tests.pipelines.tiny_checkpoints import FAMILIES
 
 MINE = """

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from genalign.algorithms import recipes
 from genalign.algorithms.recipes import Lag, Recipe
-from genalign.commands.resuming import Texts
+from genalign.cli.resume import Texts
 from genalign.diffusion.policy import Lora, Policy
 from genalign.metrics.frechet import vendi
 from genalign.runtime.distributed import ALONE, Processes, joined

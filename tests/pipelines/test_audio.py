@@ -17,7 +17,7 @@ from diffusers import CosineDPMSolverMultistepScheduler, EDMEulerScheduler, Stab
 from torch import Tensor
 
 import pipelines
-from genalign.cli import main
+from genalign.cli.main import main
 from genalign.diffusion.paths import EDMPath
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Pairs, Rollout, Start, replay, rollout

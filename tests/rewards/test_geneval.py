@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from genalign import assets, config
+from genalign import assets
+from genalign.cli import config
 from genalign.evaluation.geneval.scoring import Detection, Thresholds
 from genalign.evaluation.geneval.vocabulary import COLORS
 from genalign.types import Prompt, Reward

@@ -1,4 +1,4 @@
-"""Students of sound: a copy of CLAP's tower, trained along. Those of images: tests/genalign/test_steer_command.py."""
+"""Students of sound: a copy of CLAP's tower, trained along. Those of images: tests/genalign/cli/test_steer.py."""
 
 from __future__ import annotations
 

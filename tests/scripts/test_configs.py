@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from genalign import assets
-from genalign.config import Compare, ConfigurationError, Steer, Train, TrainNoiseAware, parse
+from genalign.cli.config import Compare, ConfigurationError, Steer, Train, TrainNoiseAware, parse
 from tests.packages import folder_of
 from tests.rewards.tiny_clap import write_clap
 

@@ -13,7 +13,7 @@ import genalign
 import pipelines
 import rewards
 from genalign import assets
-from genalign.cli import main
+from genalign.cli.main import main
 from genalign.worlds import shapes
 
 for package in (genalign, pipelines, rewards):

@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from genalign import cli
 from genalign.algorithms.interfaces import Readings
+from genalign.cli import main
 from genalign.runtime.distributed import ALONE, Processes, Share, joined
 from genalign.runtime.files import load_state
 from genalign.runtime.fsdp import Sharding, asked_for, require_sharded
@@ -40,7 +40,7 @@ def _port() -> int:
 def _context() -> ForkServerContext:
     """Of processes that are forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["genalign.cli", "torch", "tests.genalign.ranks"])
+    context.set_forkserver_preload(["genalign.cli.main", "torch", "tests.genalign.ranks"])
     return context
 
 
@@ -179,7 +179,7 @@ import os
 import signal
 import sys
 
-from genalign import cli
+from genalign.cli import main
 from genalign.runtime import distributed
 
 
@@ -188,11 +188,11 @@ def train(rank, port, said, arguments, death, silence):
     with open(said, "w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     joined = distributed.joined
-    from genalign.commands import training
+    from genalign.cli import training
     training.joined = lambda variables: joined(variables, silence / 4, silence)
     if rank == 1:
         dying.signal = death
-    raise SystemExit(cli.main(arguments))
+    raise SystemExit(main.main(arguments))
 
 
 class dying:
@@ -335,5 +335,5 @@ def test_a_run_that_cannot_have_fsdp_writes_nothing(
         monkeypatch.setenv(name, value)
     text = CONFIG.format(output=tmp_path / "run", model=tiny_folder).replace("victim_rank", "tests.genalign.ranks")
     (tmp_path / "run.yaml").write_text(text)
-    assert cli.main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert main.main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
     assert "there is one: start more" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.commands.rewarding import RewardCheck, _samples
+from genalign.cli.reward import RewardCheck, _samples
 from genalign.scoring.reward_check import Check, Expected, Probe, check
 from genalign.types import Prompt, RewardFunction
 from rewards.clip import ClipReward

@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from genalign.algorithms import recipes
 from genalign.algorithms.credit import NormalisedSum
 from genalign.algorithms.recipes import Lag, Recipe
-from genalign.commands.resuming import Texts, requested, require_same
+from genalign.cli.resume import Texts, requested, require_same
 from genalign.diffusion.policy import Lora, Policy
 from genalign.metrics.frechet import vendi
 from genalign.runtime.files import load_state
@@ -261,7 +261,7 @@ def _killed_equals_unbroken(
     folder: Path, load: Callable[[Path], DiffusersPipeline], model: Path, opened: DiffusersPipeline, name: str
 ) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["genalign.cli", "torch", __name__])
+    context.set_forkserver_preload(["genalign.cli.main", "torch", __name__])
     process = context.Process(target=train_and_die, args=(folder / "broken", load, model, name))
     process.start()
     _session(folder / "unbroken", opened, GRID[name]()).go(3)

@@ -27,7 +27,7 @@ from genalign.algorithms.interfaces import Batch, Context, Objective, Unit, halv
 from genalign.algorithms.matching import UnpairedPreference
 from genalign.algorithms.recipes import Lag, Recipe
 from genalign.algorithms.trajectory import Surrogate
-from genalign.cli import main
+from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import generate
 from genalign.diffusion.transitions import FlowSDE

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from genalign import cli
+from genalign.cli import main
 from genalign.runtime.files import load_state
 from genalign.training.checkpointing import Checkpoints
 from genalign.training.run import RunFolder
@@ -29,7 +29,7 @@ import os
 import signal
 import threading
 
-from genalign import cli
+from genalign.cli import main
 from genalign.training import checkpointing
 
 begun = 0
@@ -62,7 +62,7 @@ def train(arguments, moment=None, seconds=None):
         timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
         timer.daemon = True
         timer.start()
-    raise SystemExit(cli.main(arguments))
+    raise SystemExit(main.main(arguments))
 
 
 def redness(samples, prompts):
@@ -119,7 +119,7 @@ def killing(
     (tmp_path / "killed_run.py").write_text(VICTIM)
     monkeypatch.syspath_prepend(str(tmp_path))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["genalign.cli", "torch"])
+    context.set_forkserver_preload(["genalign.cli.main", "torch"])
     yield Killing(context, tmp_path, tiny_folder, getattr(request, "param", 3))
     sys.modules.pop("killed_run", None)
 
@@ -194,7 +194,7 @@ def test_more_rounds_keep_the_first_and_other_settings_are_refused(
     assert killing.train("--config", str(longer), *more) == 0
     fewer = ["--training.rounds", "2", *more[2:]]
     assert killing.train("--config", str(killing.config("run")), *fewer) == 0
-    assert cli.main(["train", "--resume", str(run), "--training.learning_rate", "0.5"]) == 2
+    assert main.main(["train", "--resume", str(run), "--training.learning_rate", "0.5"]) == 2
     assert "training.learning_rate was 0.01 and is 0.5: choose another output" in capfd.readouterr().err
     assert killing.train("--resume", str(run), "--training.rounds", "4") == 0
     assert _rows(run) == _rows(killing.work / "longer")
@@ -214,8 +214,8 @@ def test_a_full_disk_ends_a_run_with_a_message_and_a_whole_checkpoint(
 
     with monkeypatch.context() as patched:
         patched.setattr("genalign.training.run.RunFolder.append", full)
-        assert cli.main(["train", "--config", str(config), "--before_after", "null"]) == 1
+        assert main.main(["train", "--config", str(config), "--before_after", "null"]) == 1
     assert f"make room, then genalign train --resume {run}" in capfd.readouterr().err
     assert _require_resumable(run) == 1
-    assert cli.main(["train", "--resume", str(run)]) == 0
+    assert main.main(["train", "--resume", str(run)]) == 0
     assert [row["round"] for row in _rows(run)] == [0, 1, 2]

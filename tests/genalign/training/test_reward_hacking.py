@@ -15,14 +15,14 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import anchored
 from genalign.algorithms.recipes import dragon, flow_grpo, prdp
-from genalign.cli import main
-from genalign.config import Train, parse
+from genalign.cli.config import Train, parse
+from genalign.cli.main import main
 from genalign.metrics.image import grid_energy, high_frequency, saturation
 from genalign.metrics.intervals import Estimate
 from genalign.training.guard import Actions, Guard
 from genalign.training.reward_hacking import Limit, Limits, Looks, Measures, Panel, Signal, panel
 from genalign.types import Prompt
-from tests.genalign.test_cli import config
+from tests.genalign.cli.test_main import config
 
 __all__ = ["config"]
 PROMPTS = [Prompt(f"scene {index // 4}") for index in range(48)]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from genalign import config
-from genalign.commands.geneval import EvaluateGenEval, GenEvalImages, GenEvalOriginal
+from genalign.cli import config
+from genalign.cli.evaluate_geneval import EvaluateGenEval, GenEvalImages, GenEvalOriginal
 from genalign.evaluation.geneval.result_files import read_prompts
 from rewards.detectors import Owlv2
 from rewards.geneval import GenEvalJudge, GenEvalReward

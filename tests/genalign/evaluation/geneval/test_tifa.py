@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.config import Train, parse
+from genalign.cli.config import Train, parse
 from genalign.evaluation.geneval.metadata import Clause, Request, written
 from genalign.evaluation.geneval.tifa import Question, TifaReward, gated, questions
 from genalign.types import Prompt, Reward

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from genalign import config
-from genalign.commands.parts import Checkpoint, Outside, opened, own_share, print_estimates
+from genalign.cli import config
+from genalign.cli.context import Checkpoint, Outside, opened, own_share, print_estimates
 from genalign.evaluation.evaluate import Evaluation, Protocol, suite_hash
 from genalign.evaluation.folder import Subject, content_hash, manifest
 from genalign.evaluation.geneval.compare_models import compared, finished

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from genalign.cli import main
+from genalign.cli.main import main
 from genalign.runtime.file_locks import Claims
 
 STEER = """

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from genalign import config
-from genalign.commands.geneval import compare_geneval_command, geneval_command, images_command, original_command
-from genalign.commands.parts import Checkpoint, Outside, opened, own_share, print_estimates, prompt_set
+from genalign.cli import config
+from genalign.cli.context import Checkpoint, Outside, opened, own_share, print_estimates, prompt_set
+from genalign.cli.evaluate_geneval import compare_geneval_command, geneval_command, images_command, original_command
 from genalign.evaluation.evaluate import Evaluation, Job, Kept, Protocol, evaluate, judge, plan, suite_hash
 from genalign.evaluation.folder import BatchFolder, manifest
 from genalign.prompts import read_listing

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pipelines
 from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, mix_grpo, nft, prdp
-from genalign.cli import main
+from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
 from genalign.runtime.memory_options import Memory
 from genalign.scoring.budget import Ledger, backward

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genalign import config
-from genalign.commands.parts import Outside, named_rewards, prompt_set
-from genalign.commands.training import train_command
+from genalign.cli import config
+from genalign.cli.context import Outside, named_rewards, prompt_set
+from genalign.cli.train import train_command
 from genalign.evaluation.compare_runs import Contender, standings, write_standings
 from genalign.evaluation.report import write_comparison, write_report
 from genalign.prompts import PromptSampler

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 
-from genalign.cli import main
+from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
 from pipelines import SD3
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from genalign.cli import main
-from genalign.commands.rewarding import _identity
+from genalign.cli.main import main
+from genalign.cli.reward import _identity
 from genalign.scoring import protocol
 from genalign.types import Prompt
 from rewards.http_client import Patience

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genalign import config
-from genalign.commands.parts import Outside, prompt_set, require_rate
+from genalign.cli import config
+from genalign.cli.context import Outside, prompt_set, require_rate
 from genalign.prompts import read_listing
 from genalign.runtime.media import AUDIO_SUFFIXES, inside, read_image, read_waveform
 from genalign.scoring import protocol

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from genalign import assets
 from genalign.algorithms.recipes import dragon_set
-from genalign.cli import main
-from genalign.commands.parts import prompt_set, require_rate
+from genalign.cli.context import prompt_set, require_rate
+from genalign.cli.main import main
 from genalign.evaluation.evaluate import ELSEWHERE, load_evaluation
 from genalign.runtime.waveforms import resample, tell_once
 from genalign.worlds import tones

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genalign.cli import main
+from genalign.cli.main import main
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.geneval.metadata import Clause, Request, written
 from genalign.evaluation.geneval.result_files import read_results, read_samples, write_prompts, write_samples

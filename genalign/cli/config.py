@@ -15,9 +15,9 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from torch import nn
 
 from genalign.algorithms.recipes import Recipe, flow_grpo
+from genalign.cli.error_messages import explain
 from genalign.diffusion.policy import Lora
 from genalign.diffusion.transitions import Kernel
-from genalign.mistakes import explain
 from genalign.runtime.media import AudioFormat
 from genalign.runtime.memory_options import Memory
 from genalign.scoring.budget import Budget

@@ -8,8 +8,8 @@ from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
-from genalign import config
-from genalign.commands.parts import Outside, adapted, named_rewards, own_share, prompt_set, require_rate
+from genalign.cli import config
+from genalign.cli.context import Outside, adapted, named_rewards, own_share, prompt_set, require_rate
 from genalign.diffusion.noise import derived_seed
 from genalign.evaluation.report import write_search
 from genalign.prompts import drawn_in_turn

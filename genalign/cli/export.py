@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from genalign import config
-from genalign.commands.parts import Outside
-from genalign.model_card import model_card
+from genalign.cli import config
+from genalign.cli.context import Outside
+from genalign.cli.model_card import model_card
 from genalign.runtime.files import write_text
 
 

@@ -11,16 +11,17 @@ from diffusers.utils.logging import disable_progress_bar as disable_diffusers_ba
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
 import pipelines
-from genalign import assets, config
-from genalign.commands.comparing import calibrate_command, compare_command, report_command
-from genalign.commands.evaluating import evaluate_command
-from genalign.commands.exporting import export_command
-from genalign.commands.parts import Checkpoint, Outside, import_from_here
-from genalign.commands.planning import plan_command
-from genalign.commands.rewarding import reward_command, serve_command
-from genalign.commands.searching import prices_command, steer_command, train_noise_aware_command
-from genalign.commands.training import demo_command, train_command
-from genalign.mistakes import nearest
+from genalign import assets
+from genalign.cli import config
+from genalign.cli.compare import calibrate_command, compare_command, report_command
+from genalign.cli.context import Checkpoint, Outside, import_from_here
+from genalign.cli.error_messages import nearest
+from genalign.cli.evaluate import evaluate_command
+from genalign.cli.export import export_command
+from genalign.cli.plan import plan_command
+from genalign.cli.reward import reward_command, serve_command
+from genalign.cli.steer import prices_command, steer_command, train_noise_aware_command
+from genalign.cli.train import demo_command, train_command
 from genalign.runtime.cpu import keep_freed_memory
 from genalign.training.memory_estimate import Outline
 from pipelines.base import Options

@@ -14,7 +14,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from genalign.cli import COMMANDS, main
+from genalign.cli.main import COMMANDS, main
 from genalign.evaluation.evaluate import Record
 from genalign.evaluation.folder import BatchFolder
 from genalign.runtime.files import load_state

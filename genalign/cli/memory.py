@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from genalign import config
-from genalign.commands.parts import Outside, named_rewards, prompt_set
+from genalign.cli import config
+from genalign.cli.context import Outside, named_rewards, prompt_set
 from genalign.diffusion.policy import Policy
 from genalign.training.dry_run import Counted, Levels, count
 from genalign.training.memory_estimate import Held, Outline, Part, Training, adapter_numbers, held

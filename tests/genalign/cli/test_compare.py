@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from genalign.cli import main
-from genalign.config import Compare
+from genalign.cli.config import Compare
+from genalign.cli.main import main
 from genalign.evaluation.compare_runs import Contender, standings
 from genalign.evaluation.evaluate import Evaluation, Protocol, Record
 

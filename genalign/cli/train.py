@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genalign import config
 from genalign.algorithms.interfaces import anchored
-from genalign.commands.estimating import advice
-from genalign.commands.evaluating import Exam, exam
-from genalign.commands.parts import Checkpoint, Outside, named_rewards, prompt_set, require_rate
-from genalign.commands.resuming import Inputs, Texts, TrackerRun, checkpoint_in, requested
+from genalign.cli import config
+from genalign.cli.context import Checkpoint, Outside, named_rewards, prompt_set, require_rate
+from genalign.cli.evaluate import Exam, exam
+from genalign.cli.memory import advice
+from genalign.cli.resume import Inputs, Texts, TrackerRun, checkpoint_in, requested
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import generate
 from genalign.evaluation.evaluate import Evaluation, load_evaluation, plan, suite_hash

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from genalign.commands.parts import Checkpoint as Model
+from genalign.cli.context import Checkpoint as Model
 from genalign.runtime.state import State
 from genalign.training.checkpointing import Checkpoint, Checkpoints
 from genalign.training.run import RunFolder

@@ -16,11 +16,11 @@ from huggingface_hub.file_download import repo_folder_name
 from rich.console import Console
 from rich.table import Table
 
-from genalign import config
-from genalign.commands.estimating import counted as count
-from genalign.commands.estimating import estimate, reliefs
-from genalign.commands.parts import Outside, prompt_set, require_rate
-from genalign.commands.training import require_trackers
+from genalign.cli import config
+from genalign.cli.context import Outside, prompt_set, require_rate
+from genalign.cli.memory import counted as count
+from genalign.cli.memory import estimate, reliefs
+from genalign.cli.train import require_trackers
 from genalign.evaluation.evaluate import plan as jobs
 from genalign.scoring.budget import DECODE, FORWARD, Ledger
 from genalign.training.dry_run import Counted

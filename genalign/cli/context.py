@@ -9,7 +9,7 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from genalign import config
+from genalign.cli import config
 from genalign.evaluation.evaluate import Evaluation
 from genalign.evaluation.folder import Subject, adapter_hash
 from genalign.evaluation.geneval.judge import Judge
@@ -58,7 +58,7 @@ class Checkpoint(Pipeline, WeightStore, Protocol):
 
 @dataclass(frozen=True)
 class Outside:
-    """What commands take from ``pipelines`` and ``rewards``, which the core does not import: ``genalign.cli`` hands it
+    """What commands take from ``pipelines`` and ``rewards``, which the core does not import: ``genalign.cli.main`` hands it
     to them. ``load`` opens a model, ``outline`` all of it but its weights, and ``require`` raises ValueError where this
     machine cannot; ``scorers`` judge each world, ``save_scorer`` writes a noise-aware reward,
     ``geneval`` is the judge of GenEval evaluations that name no other."""
