@@ -11,7 +11,7 @@ from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pipelines.audio import AudioPipeline
+from pipelines.audio_base import AudioPipeline
 from pipelines.flows import FlowPipeline, shifted
 
 _SECONDS = 60.0

@@ -21,7 +21,7 @@ from genalign.diffusion.paths import GaussianPath
 from genalign.runtime.files import write_json
 from genalign.runtime.memory_options import Memory
 from genalign.types import Conditioning, Grid, NoiseLevel
-from pipelines.folders import check_folder, fingerprint, is_hub_id
+from pipelines.checkpoint_files import check_folder, fingerprint, is_hub_id
 from pipelines.quantization import quantized
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class DiffusersPipeline(ABC):
 
     A family says how its prompts are encoded, how its network is called, and what its noise levels are. Samples are
     images and latents (B, C, h, w), also where the network takes them in patches, unless ``sample_rate`` says that they
-    are audio (``pipelines.audio``).
+    are audio (``pipelines.audio_base``).
     """
 
     kind: ClassVar[type[DiffusionPipeline]]

@@ -19,7 +19,7 @@ from genalign.diffusion.paths import EDMPath, expand
 from genalign.runtime.cpu import plain_attention
 from genalign.training.run import save_peft
 from genalign.types import Conditioning, Grid, NoiseLevel
-from pipelines.audio import AudioPipeline
+from pipelines.audio_base import AudioPipeline
 
 _DURATION_TOKENS = 2  # where the clip begins and where it ends, beside the text's tokens
 

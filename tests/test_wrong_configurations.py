@@ -304,7 +304,7 @@ def work(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     monkeypatch.chdir(places["work"])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr("pipelines.folders.hf_hub_download", _no_hub)
+    monkeypatch.setattr("pipelines.checkpoint_files.hf_hub_download", _no_hub)
     yield places["work"]
     sys.modules.pop("mine", None)
 

@@ -25,8 +25,8 @@ from genalign.cli.train import demo_command, train_command
 from genalign.runtime.cpu import keep_freed_memory
 from genalign.training.memory_estimate import Outline
 from pipelines.base import Options
-from pipelines.folders import require_weights
-from pipelines.outline import outline
+from pipelines.checkpoint_files import require_weights
+from pipelines.meta_device import outline
 from pipelines.quantization import quantized
 from rewards.geneval import GenEvalJudge
 from rewards.noise_aware import save_scorer

@@ -28,8 +28,8 @@ from genalign.training.sampler import Sampling
 from genalign.types import Prompt
 from pipelines import AceStep, StableAudio, steer
 from pipelines.base import DiffusersPipeline
-from pipelines.decoding import decode_latents
-from pipelines.outline import outline
+from pipelines.meta_device import outline
+from pipelines.steering.decode import decode_latents
 
 # torch's older weight_norm in diffusers' AutoencoderOobleck, torchsde at the ends of its interval, numpy 2
 pytestmark = [

@@ -24,7 +24,7 @@ from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
-from pipelines.outline import Outline, outline
+from pipelines.meta_device import Outline, outline
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "scripts" / "configs"
@@ -207,7 +207,7 @@ def test_a_plan_without_the_weights_says_the_rest(
     def gated(repository: str, file: str) -> str:
         raise PermissionError(f"{repository} is gated")
 
-    monkeypatch.setattr("pipelines.folders._from_hub", gated)
+    monkeypatch.setattr("pipelines.checkpoint_files._from_hub", gated)
     monkeypatch.chdir(tmp_path)
     small = ["--training.prompts_per_round", "4", "--training.rounds", "3", "--training.updates_per_round", "1"]
     assert main(["plan", "--config", str(CONFIGS / f"{name}.yaml"), *small]) == 2

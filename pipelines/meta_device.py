@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from genalign.runtime.memory_options import Memory
 from genalign.training.activation_memory import kept_for_backward, largest_layer
 from genalign.training.memory_estimate import Part
+from pipelines.auto import family_of
 from pipelines.base import DiffusersPipeline, Options
-from pipelines.families import family_of
-from pipelines.folders import component_file, has_weights, local_folder, model_index, require_components
+from pipelines.checkpoint_files import component_file, has_weights, local_folder, model_index, require_components
 
 
 @dataclass(frozen=True)

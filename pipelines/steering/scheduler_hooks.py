@@ -216,7 +216,7 @@ def _fitting(replacement: Tensor, x_next: Tensor) -> Tensor:
     if replacement.shape != x_next.shape:
         raise ValueError(
             f"the latents are {tuple(x_next.shape)}, and on_step returned {tuple(replacement.shape)}: a run keeps its"
-            " batch; pipelines.resume goes on with fewer"
+            " batch; pipelines.steering.partial_runs goes on with fewer"
         )
     return replacement.to(x_next)
 

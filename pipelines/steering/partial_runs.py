@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
-from pipelines.hooks import Move, chosen, patched_step, remembered, replaced
+from pipelines.steering.scheduler_hooks import Move, chosen, patched_step, remembered, replaced
 
 _BY_NUMBER = ("skip_guidance_layers", "control_guidance_start", "control_guidance_end")
 _ROUNDINGS = 8

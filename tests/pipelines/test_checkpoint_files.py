@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from huggingface_hub import constants
 
-from pipelines.folders import hub_answers, model_index
+from pipelines.checkpoint_files import hub_answers, model_index
 from tests.http_servers import free_port
 
 

@@ -9,13 +9,13 @@ import torch
 
 from pipelines.ace_step import AceStep
 from pipelines.base import DiffusersPipeline, Options
+from pipelines.checkpoint_files import pipeline_class
 from pipelines.flux import Flux
-from pipelines.folders import pipeline_class
-from pipelines.latent_diffusion import SDXL, StableDiffusion
 from pipelines.qwen_image import QwenImage
 from pipelines.sana import Sana
 from pipelines.sd3 import SD3
 from pipelines.stable_audio import StableAudio
+from pipelines.stable_diffusion import SDXL, StableDiffusion
 
 FAMILIES: tuple[type[DiffusersPipeline], ...] = (
     SD3,

@@ -33,7 +33,14 @@ from diffusers import (
 from torch import Tensor
 
 from genalign.diffusion.transitions import DDIM, DPMSDE, ODE, FlowSDE, Kernel
-from pipelines.hooks import Move, gather_history, grid_of, kernel_move, patched_step, require_stochastic
+from pipelines.steering.scheduler_hooks import (
+    Move,
+    gather_history,
+    grid_of,
+    kernel_move,
+    patched_step,
+    require_stochastic,
+)
 from tests.pipelines.tiny_pipelines import FAMILIES, STEPS, Family, counted, flux, sd3, sd15
 
 # What numpy 2 says of the tensors that diffusers itself hands to it.

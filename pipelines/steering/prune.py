@@ -18,14 +18,14 @@ from genalign.search.lineage import Lineage
 from genalign.search.pruning import Prune
 from genalign.search.ranking import top
 from genalign.types import Prompt, RewardFunction
-from pipelines.decoding import Decode, decode_latents
-from pipelines.resume import FirstPart, first_part, next_part, second_part
-from pipelines.steering import billed, network_of, sizes_seen
+from pipelines.steering.decode import Decode, decode_latents
+from pipelines.steering.partial_runs import FirstPart, first_part, next_part, second_part
+from pipelines.steering.steer import billed, network_of, sizes_seen
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What the schedule left: ``samples`` (M, ...) as ``pipelines.decoding`` makes them, best first, their ``scores``
+    """What the schedule left: ``samples`` (M, ...) as ``pipelines.steering.decode`` makes them, best first, their ``scores``
     (M, K), the ``lineage`` of all candidates and the ``ledger``."""
 
     samples: Tensor
@@ -48,7 +48,7 @@ def prune(
     The pipeline is called once for each part between two pruning steps, with as many prompts as candidates are alive;
     other texts in ``call``, such as a negative prompt, are repeated as often, and tensors (embeddings of the prompt, in
     its place) too. Raises ValueError without a number of candidates, for a scorer other than the rewards, and for what
-    ``pipelines.resume`` cannot run in parts.
+    ``pipelines.steering.partial_runs`` cannot run in parts.
     """
     if strategy.candidates is None or strategy.scorer is not None:
         raise ValueError("prune needs Prune(candidates=...), and scores decoded previews by the rewards alone")

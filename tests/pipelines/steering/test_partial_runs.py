@@ -24,8 +24,8 @@ from diffusers import (
 from torch import Tensor
 
 from pipelines import SD3
-from pipelines.hooks import Move, patched_step
-from pipelines.resume import FirstPart, first_part, second_part
+from pipelines.steering.partial_runs import FirstPart, first_part, second_part
+from pipelines.steering.scheduler_hooks import Move, patched_step
 from tests.pipelines.tiny_pipelines import FAMILIES, STEPS, Family, counted, flux, fresh, sd15, stable_audio
 
 # What numpy 2 says of the tensors that diffusers itself hands to it.

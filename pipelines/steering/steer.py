@@ -28,8 +28,16 @@ from genalign.search.ranking import top
 from genalign.search.smc import FKState
 from genalign.search.smc import require_stochastic as require_noise
 from genalign.types import Prompt, RewardFunction
-from pipelines.decoding import Decode, decode_latents
-from pipelines.hooks import Move, gather_history, grid_of, kernel_move, patched_step, replaced, require_stochastic
+from pipelines.steering.decode import Decode, decode_latents
+from pipelines.steering.scheduler_hooks import (
+    Move,
+    gather_history,
+    grid_of,
+    kernel_move,
+    patched_step,
+    replaced,
+    require_stochastic,
+)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from genalign.diffusion.transitions import DDIM, ODE
 from genalign.search import BestOfN, FKSteering, Prune, RewardGradient
 from genalign.types import Prompt
 from pipelines import SD3, prune, steer
-from pipelines.decoding import decode_latents
+from pipelines.steering.decode import decode_latents
 from tests.pipelines.tiny_pipelines import STEPS, Family, flux, sd3, sd15, sdxl, stable_audio
 
 pytestmark = [
