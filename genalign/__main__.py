@@ -20,7 +20,7 @@ USAGE = """usage: genalign COMMAND ...
   steer     --config FILE [--key value ...]       search for the best sample of every prompt
   prices    --output FILE.json                    measure what forwards, decodes and rewards cost here
   train-noise-aware --config FILE                 teach a reward to score previews
-  serve     MODULE:CLASS [--args.key value ...]   a reward behind HTTP, for rewards.remote.RemoteReward
+  serve     MODULE:CLASS [--args.key value ...]   a reward behind HTTP, for rewards.remote.remote_reward.RemoteReward
   reward check MODULE:CLASS [--args.key value ...]   whether a reward keeps to what every reward must
   export    --run RUN --output DIR                write what a run trained as a LoRA, a network or a pipeline
   report    RUN                                   write RUN/report.html

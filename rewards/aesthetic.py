@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.types import Prompt
+from rewards.backbones.weight_files import AffineHead, read_tensors
 from rewards.clip import load_clip
-from rewards.weights import AffineHead, read_tensors
 
 
 @dataclass(frozen=True)

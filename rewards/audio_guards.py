@@ -1,6 +1,6 @@
 """Guards of sound: what no clip should do to please another reward. Higher is better, as for every reward.
 
-They stand beside a reward in a sum, as a condition in ``rewards.combined.Gate``, or held out in the hacking panel.
+They stand beside a reward in a sum, as a condition in ``rewards.combine.Gate``, or held out in the hacking panel.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch import Tensor
 from genalign import assets
 from genalign.runtime.waveforms import as_heard, mel_decibels, tell_once
 from genalign.types import Prompt
-from rewards.towers import Features, TwoTowers, cosine, projected_text
+from rewards.backbones.encoders import Features, TwoTowers, cosine, projected_text
 
 Padding = Literal["repeatpad", "repeat", "pad"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from genalign import assets
 from genalign.types import Prompt
-from rewards.towers import Features, TwoTowers, cosine, projected_text
+from rewards.backbones.encoders import Features, TwoTowers, cosine, projected_text
 
 Interpolation = Literal["bicubic", "bilinear"]
 

@@ -1,6 +1,6 @@
 """GenEval by a detector and CLIP, as a judge for evaluations and as a reward (arXiv:2310.11513).
 
-Numbers are GenEval-style, by the detector that the judge's description names: see ``rewards.detectors``.
+Numbers are GenEval-style, by the detector that the judge's description names: see ``rewards.backbones.detectors``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from genalign.evaluation.geneval.metadata import Request
 from genalign.evaluation.geneval.scoring import Box, Detection, Thresholds, kept, upstream_partial, verdict
 from genalign.evaluation.geneval.vocabulary import COLORS
 from genalign.types import Prompt
+from rewards.backbones.detectors import Detector, Instance, Mask2Former, describe
 from rewards.clip import load_clip
-from rewards.detectors import Detector, Instance, Mask2Former, describe
 
 _GREY = 153 / 255  # #999, what surrounds a masked object
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")

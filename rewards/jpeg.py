@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from genalign.types import Prompt
-from rewards.pixels import pictures
+from rewards.backbones.pixels import pictures
 
 
 def incompressibility(samples: Tensor, prompts: Sequence[Prompt], quality: int = 95) -> Tensor:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from genalign.types import Prompt
-from rewards.pixels import pictures
+from rewards.backbones.pixels import pictures
 
 Reader = Callable[[Image.Image], str]
 """Everything that is written in a picture, in reading order; "" where there is nothing."""

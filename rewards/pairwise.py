@@ -1,6 +1,6 @@
 """Comparisons of two samples of a prompt, and the reward of groups that is made of them.
 
-A comparison is any ``genalign.types.PairwiseReward``: ``rewards.judges.PairwiseJudge``, ``BradleyTerry``, or a function
+A comparison is any ``genalign.types.PairwiseReward``: ``rewards.remote.vlm_judges.PairwiseJudge``, ``BradleyTerry``, or a function
 of two batches and their prompts.
 """
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from genalign.types import Prompt
+from rewards.backbones.encoders import cosine
 from rewards.clip import ClipEncoder, load_clip
-from rewards.towers import cosine
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from genalign.worlds.shapes.geometry import PALETTE
 from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import Scene, jittered, render, sample_scene
 from genalign.worlds.shapes.verifier import verify
-from rewards.references import ByPrompt, ImageTensor
-from rewards.verified import Score, drawn_by_task, metadata_of, scores
+from rewards.backbones.reference_images import ByPrompt, ImageTensor
+from rewards.backbones.world_verifier import Score, drawn_by_task, metadata_of, scores
 
 
 @dataclass(frozen=True)

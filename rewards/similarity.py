@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.types import Prompt
-from rewards.references import References
+from rewards.backbones.reference_images import References
 
 _BATCH = 64
 
@@ -21,7 +21,7 @@ class ReferenceSimilarity:
     """Cosine of an image's features with those of its reference images, in [-1, 1], ``over`` which it takes the mean
     or the greatest.
 
-    With ``rewards.features.Dinov2Features`` this is the DINO similarity that Adv-GRPO reports (arXiv 2511.20256).
+    With ``rewards.backbones.image_features.Dinov2Features`` this is the DINO similarity that Adv-GRPO reports (arXiv 2511.20256).
     ``features`` is any FeatureFunction; ``references`` are those of the prompt (``references.ByPrompt``) or of any
     (``references.Pool``). A reference is described once, when it is first needed, and kept on the CPU.
     """

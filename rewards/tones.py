@@ -13,9 +13,9 @@ from genalign.worlds.tones.instruments import NOISE, NOTES, SAMPLE_RATE, TIMBRES
 from genalign.worlds.tones.prompts import prompts
 from genalign.worlds.tones.scenes import Clip, Event, render, sample_clip
 from genalign.worlds.tones.verifier import verify
-from rewards.audio_features import described_texts
-from rewards.recordings import AudioTensor
-from rewards.verified import Score, drawn_by_task, metadata_of, scores
+from rewards.backbones.audio_features import described_texts
+from rewards.backbones.reference_audio import AudioTensor
+from rewards.backbones.world_verifier import Score, drawn_by_task, metadata_of, scores
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def revoiced(
 
 def worded(timbres: Sequence[str], model: str, suite: str = "train") -> Tensor:
     """CLAP's embeddings (m, d) of the texts of a split's prompts that name no other than these ``timbres``: exemplars
-    in words, for ``rewards.audio_features.ClapFeatures(model, ...)``.
+    in words, for ``rewards.backbones.audio_features.ClapFeatures(model, ...)``.
 
     ValueError for a timbre that is not of this world, or timbres of which fewer than 2 prompts speak.
     """

@@ -1,7 +1,7 @@
 """A yes/no question about every image as a reward, and a local model that answers it.
 
 Who answers is any ``genalign.evaluation.geneval.tifa.QuestionJudge``, from images (n, 3, H, W) in [0, 1] and n questions to
-the n probabilities of "yes": ``YesNoModel`` in this process, ``rewards.judges.YesNoJudge`` on a server, or your own.
+the n probabilities of "yes": ``YesNoModel`` in this process, ``rewards.remote.vlm_judges.YesNoJudge`` on a server, or your own.
 Several questions about a prompt, with the same judges, are ``genalign.evaluation.geneval.tifa.TifaReward``.
 """
 
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from genalign.types import Prompt
-from rewards.pixels import pictures
+from rewards.backbones.pixels import pictures
 
 Answer = Literal["yes", "no"]
 

@@ -18,9 +18,9 @@ from genalign.runtime.media import inside
 from genalign.types import FeatureFunction, RewardFunction, SetReward
 from genalign.worlds.registry import WORLDS
 from genalign.worlds.tones import SAMPLE_RATE
-from rewards.audio_features import ClapFeatures, FrameFeatures, LogMelFeatures, described_frames
+from rewards.backbones.audio_features import ClapFeatures, FrameFeatures, LogMelFeatures, described_frames
 from rewards.clap import ClapReward
-from rewards.sets import FrameFrechetTo, FrechetTo, PerSampleFrechet, Vendi
+from rewards.set_rewards import FrameFrechetTo, FrechetTo, PerSampleFrechet, Vendi
 from rewards.tones import revoiced, worded
 
 PART = 32  # clips of a trial of a set reward

@@ -12,8 +12,8 @@ from genalign.metrics.frechet import frechet_distance, vendi
 from genalign.metrics.image import saturation
 from genalign.worlds.shapes.detection import Detection, detect
 from genalign.worlds.shapes.diversity import evaluation_images
-from rewards.features import ClipFeatures, described
-from rewards.references import ImageTensor, Samples
+from rewards.backbones.image_features import ClipFeatures, described
+from rewards.backbones.reference_images import ImageTensor, Samples
 
 FEATURES = ClipFeatures("shapes-clip")
 Measure = Callable[[Tensor], float]

@@ -68,7 +68,7 @@ def test_shown_configurations_are_taken(tmp_path: Path, block: str) -> None:
 
 def test_named_objects_are_there() -> None:
     names = set(re.findall(r"`((?:rewards|genalign)\.[a-z_.]+\.[A-Za-z]\w+)", REWARDS + AUDIO))
-    names |= {f"rewards.combined.{name}" for name in re.findall(r"^\| `(\w+)\(", REWARDS, re.MULTILINE)}
+    names |= {f"rewards.combine.{name}" for name in re.findall(r"^\| `(\w+)\(", REWARDS, re.MULTILINE)}
     assert len(names) > 30
     for name in names:
         module, _, attribute = name.rpartition(".")

@@ -24,8 +24,8 @@ from genalign.runtime import media
 from genalign.runtime.media import inside, read_image
 from genalign.types import Prompt
 from pipelines import SD3
-from rewards.judges import Endpoint
-from rewards.remote import RemoteReward
+from rewards.remote.remote_reward import RemoteReward
+from rewards.remote.vlm_judges import Endpoint
 from tests.http_servers import INFO, serving
 from tests.packages import folder_of
 
@@ -256,7 +256,7 @@ def test_runs_on_hostile_prompts_stay_in_their_folders_and_tell_no_secret(
     prompts, output = str(tmp_path / "hostile.jsonl"), tmp_path / "a" / "b" / "c"
     few = {"prompts": prompts, "images_per_task": 2, "seeds": 1, "batch_size": 2}
     with serving(redness, INFO, token=SECRETS["GENALIGN_TOKEN"]) as url:
-        remote = {"class_path": "rewards.remote.RemoteReward", "init_args": {"url": url}}
+        remote = {"class_path": "rewards.remote.remote_reward.RemoteReward", "init_args": {"url": url}}
         settings = {
             "output": str(output / "run"),
             "model": {"path": str(tiny_folder)},

@@ -28,11 +28,11 @@ from pipelines.base import Options
 from pipelines.checkpoint_files import require_weights
 from pipelines.meta_device import outline
 from pipelines.quantization import quantized
+from rewards.backbones.world_verifier import SCORES
 from rewards.geneval import GenEvalJudge
 from rewards.noise_aware import save_scorer
 from rewards.shapes import ShapesReward
 from rewards.tones import TonesReward
-from rewards.verified import SCORES
 
 
 def load_model(model: config.Model) -> Checkpoint:

@@ -111,7 +111,7 @@ def result(reward: RewardFunction, probe: Probe) -> Check:
     with torch.no_grad():
         scores = reward(probe.samples.clone(), probe.prompts)
     if not isinstance(scores, Tensor):
-        return Check("result", False, f"a {type(scores).__name__}", advice + " (rewards.adapted takes lists)")
+        return Check("result", False, f"a {type(scores).__name__}", advice + " (rewards.adapters takes lists)")
     count = len(probe.samples)
     told = f"{str(scores.dtype).removeprefix('torch.')} of shape {tuple(scores.shape)} for {count} samples"
     fine = scores.shape == (count,) and scores.dtype.is_floating_point

@@ -1,7 +1,7 @@
 """A reward behind HTTP, for a model that needs another environment or machine than the training. Extra: serve.
 
 ``GET /healthz``, ``GET /readyz``, ``GET /v1/info`` and ``POST /v1/score``; see ``genalign.scoring.protocol`` for what travels and
-``rewards.remote`` for the client. One thread calls the reward, and before all others with a sample of no meaning, so
+``rewards.remote.remote_reward`` for the client. One thread calls the reward, and before all others with a sample of no meaning, so
 that weights are open once it is ready. What cannot be scored is null with a reason, sample by sample. Answers: 400,
 413, 415 and 422 say that the request is wrong, 401 that the token is; 408, 429, 503 and 504 that it may be sent again,
 with the same request_id, which is then scored once.

@@ -18,7 +18,7 @@ from rewards.adversarial.losses import LossName, adversarial_loss, pair_accuracy
 from rewards.adversarial.replay import Batch, Replay
 from rewards.adversarial.rules import Standing, UpdateRule
 from rewards.adversarial.weighting import Weighting, single
-from rewards.references import References
+from rewards.backbones.reference_images import References
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from genalign.types import FeatureFunction, Prompt
 from rewards.adversarial.adversary import Adversary, Learning
 from rewards.adversarial.rules import Ratio, UpdateRule
 from rewards.adversarial.weighting import PatchWeights
-from rewards.features import PatchFeatures
-from rewards.references import References
-from rewards.towers import Features
+from rewards.backbones.encoders import Features
+from rewards.backbones.image_features import PatchFeatures
+from rewards.backbones.reference_images import References
 
 
 def mlp_head(width: int, hidden: int = 512, seed: int = 0) -> nn.Sequential:

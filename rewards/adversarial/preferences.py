@@ -10,9 +10,9 @@ from torch.func import functional_call
 from genalign.types import Prompt
 from rewards.adversarial.adversary import Adversary, Learning
 from rewards.adversarial.rules import Overtake, UpdateRule
+from rewards.backbones.encoders import cosine
+from rewards.backbones.reference_images import References
 from rewards.clip import load_clip
-from rewards.references import References
-from rewards.towers import cosine
 
 
 class TunedClip(nn.Module):

@@ -32,7 +32,7 @@ from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
 from rewards.adversarial import AdversarialReward, Learning, PatchWeights
-from rewards.references import ImageTensor, Pool
+from rewards.backbones.reference_images import ImageTensor, Pool
 
 PROMPTS = PromptSet("nine", tuple(Prompt(f"{number} circles", {"n": number}) for number in range(9)))
 SETTINGS = Settings(rounds=2, prompts_per_round=8, group_size=2, batch_size=2, learning_rate=1e-3, max_grad_norm=1e3)

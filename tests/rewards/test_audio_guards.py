@@ -11,7 +11,7 @@ from torch import Tensor
 from genalign.scoring.reward_check import Expected, Probe, check
 from genalign.types import Prompt, RewardFunction
 from rewards.audio_guards import LevelWithin, sounding, unclipped
-from rewards.combined import Gate
+from rewards.combine import Gate
 
 PROMPTS = [Prompt(f"clip {index}") for index in range(4)]
 

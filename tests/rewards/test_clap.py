@@ -13,11 +13,11 @@ from genalign.runtime.waveforms import resample, tell_once
 from genalign.scoring.reward_check import Expected, Probe, check
 from genalign.types import Prompt, Reward
 from genalign.worlds.tones.prompts import attribution, counting, pitch, single_tone
-from rewards.audio_features import ClapFeatures, described_frames, described_texts
+from rewards.backbones.audio_features import ClapFeatures, described_frames, described_texts
+from rewards.backbones.image_features import PatchFeatures, described
+from rewards.backbones.reference_audio import AudioTensor
 from rewards.clap import ClapReward, load_clap
-from rewards.features import PatchFeatures, described
-from rewards.recordings import AudioTensor
-from rewards.sets import FrechetTo, Vendi
+from rewards.set_rewards import FrechetTo, Vendi
 from scripts.pretrain.tones_clap import assemble_clap, build_clap
 from tests.rewards.tiny_clap import RATE, WINDOW, write_clap
 

@@ -18,7 +18,7 @@ from genalign.types import Prompt, Reward
 from genalign.worlds.shapes.prompts import color_attr, colors, counting, position, prompts, single_object
 from genalign.worlds.shapes.scenes import render, sample_scene
 from genalign.worlds.shapes.verifier import verify
-from rewards.detectors import Instance, Mask2Former, Owlv2
+from rewards.backbones.detectors import Instance, Mask2Former, Owlv2
 from rewards.geneval import ClipColours, GenEvalJudge, GenEvalReward, crop
 from tests.genalign.evaluation.geneval.shapes_judge import PaletteColours, ShapesDetector
 from tests.rewards import tiny_detectors
@@ -218,7 +218,7 @@ def test_the_description_names_detector_thresholds_and_colours() -> None:
 
 
 def test_configurations_name_detectors() -> None:
-    detector = "{class_path: rewards.detectors.Owlv2, init_args: {thresholds: {confidence: 0.4}}}"
+    detector = "{class_path: rewards.backbones.detectors.Owlv2, init_args: {thresholds: {confidence: 0.4}}}"
     chosen = f"{{class_path: rewards.geneval.GenEvalReward, init_args: {{score: strict, detector: {detector}}}}}"
     parsed, plain = config.parse(config.RewardChoice, ["--function", chosen], "test")
     others = Owlv2().thresholds  # a detector's own, where a configuration gives some

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from genalign.types import Prompt
+from rewards.backbones.pixels import pictures
 from rewards.jpeg import compressibility, incompressibility
-from rewards.pixels import pictures
 
 PROMPTS = [Prompt("anything")] * 3
 

@@ -7,8 +7,8 @@ import torch
 from transformers import Dinov2Config, Dinov2Model
 
 from genalign.types import Prompt
-from rewards.features import Dinov2Features
-from rewards.references import ByPrompt, Pool
+from rewards.backbones.image_features import Dinov2Features
+from rewards.backbones.reference_images import ByPrompt, Pool
 from rewards.similarity import ReferenceSimilarity
 
 RED, BLUE = Prompt("red"), Prompt("blue")

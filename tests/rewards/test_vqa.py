@@ -25,7 +25,7 @@ from transformers import (
 
 from genalign.evaluation.geneval.tifa import QuestionJudge, TifaReward
 from genalign.types import Prompt, Reward
-from rewards.pixels import pictures
+from rewards.backbones.pixels import pictures
 from rewards.vqa import ARTIFACTS, QuestionReward, YesNoModel, answerable
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<image>"]

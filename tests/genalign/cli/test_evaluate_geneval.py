@@ -143,7 +143,7 @@ def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> str:
     detector = tiny_detectors.mask2former(folder / "mask2former")
     thresholds = "{confidence: 0.2, counting: 0.25}"
     return (
-        "{class_path: rewards.geneval.GenEvalJudge, init_args: {detector: {class_path: rewards.detectors.Mask2Former,"
+        "{class_path: rewards.geneval.GenEvalJudge, init_args: {detector: {class_path: rewards.backbones.detectors.Mask2Former,"
         f" init_args: {{model: {detector}, thresholds: {thresholds}}}}}, colours: {{class_path:"
         f" rewards.geneval.ClipColours, init_args: {{model: {tiny_detectors.clip(folder / 'clip')}}}}}}}}}"
     )

@@ -22,11 +22,11 @@ from genalign.runtime.waveforms import resample, tell_once
 from genalign.worlds import tones
 from genalign.worlds.registry import WORLDS, world_of
 from genalign.worlds.shapes.diversity import evaluation_diversity
-from rewards.audio_features import FrameFeatures, LogMelFeatures
 from rewards.audio_guards import LevelWithin
+from rewards.backbones.audio_features import FrameFeatures, LogMelFeatures
 from rewards.clap import ClapReward
-from rewards.combined import Gate
-from rewards.sets import PerSampleFrechet, Vendi
+from rewards.combine import Gate
+from rewards.set_rewards import PerSampleFrechet, Vendi
 from rewards.tones import TonesReward
 from scripts.pretrain.tones_models import TextToVelocity, assemble, build_vae
 

@@ -18,8 +18,8 @@ from genalign.cli.main import main
 from genalign.cli.reward import _identity
 from genalign.scoring import protocol
 from genalign.types import Prompt
-from rewards.http_client import Patience
-from rewards.remote import RemoteReward
+from rewards.remote.http_client import Patience
+from rewards.remote.remote_reward import RemoteReward
 
 REWARDS = """
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ def test_other_ways_to_name_a_reward(folder: Path, capsys: pytest.CaptureFixture
     assert main(["reward", "check", "--reward", whole, "--count", "4", "--size", "32"]) == 0
     (folder / "check.yaml").write_text("reward: {class_path: outside_scores.Channel, init_args: {channel: 2}}")
     assert main(["reward", "check", "--config", "check.yaml", "--count", "4"]) == 0
-    adapted = ["rewards.adapted:Adapted", "--args.function", "outside_scores.counted"]
+    adapted = ["rewards.adapters:Adapted", "--args.function", "outside_scores.counted"]
     assert main(["reward", "check", *adapted, "--expected.prompts", "true"]) == 1
     assert "failed: prompts" in capsys.readouterr().out
 

@@ -41,7 +41,7 @@ from genalign.types import Prompt, PromptSet
 from pipelines import SD3, AceStep
 from pipelines.base import DiffusersPipeline
 from rewards.adversarial import AdversarialReward, Learning, PatchWeights
-from rewards.references import Pool
+from rewards.backbones.reference_images import Pool
 from tests.pipelines.tiny_checkpoints import FAMILIES
 
 PROMPTS = PromptSet("five", tuple(Prompt(f"{number} circles", {"n": number}) for number in range(5)))

@@ -39,8 +39,8 @@ from genalign.training.trainer import RoundResult, Settings, Trainer
 from genalign.types import Prompt, PromptSet, RewardFunction
 from genalign.worlds import shapes
 from pipelines import SD3
-from rewards.http_client import Patience
-from rewards.remote import RemoteReward
+from rewards.remote.http_client import Patience
+from rewards.remote.remote_reward import RemoteReward
 from rewards.shapes import ShapesReward
 from tests.http_servers import INFO, free_port, serving
 

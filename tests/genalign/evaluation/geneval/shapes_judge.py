@@ -18,7 +18,7 @@ from genalign.types import Conditioning, Grid, Prompt
 from genalign.worlds.shapes.geometry import PALETTE, SHAPES
 from genalign.worlds.shapes.scenes import render, sample_scene
 from genalign.worlds.shapes.verifier import detect
-from rewards.detectors import Instance, describe
+from rewards.backbones.detectors import Instance, describe
 
 SIGMAS = (1.0, 0.5, 0.0)
 

@@ -12,7 +12,7 @@ import yaml
 from genalign.cli import config
 from genalign.cli.evaluate_geneval import EvaluateGenEval, GenEvalImages, GenEvalOriginal
 from genalign.evaluation.geneval.result_files import read_prompts
-from rewards.detectors import Owlv2
+from rewards.backbones.detectors import Owlv2
 from rewards.geneval import GenEvalJudge, GenEvalReward
 
 PAGE = (Path(__file__).parents[3] / "docs" / "geneval.md").read_text(encoding="utf-8")

@@ -19,8 +19,8 @@ from torch import Tensor
 from genalign.scoring import protocol
 from genalign.scoring.server import meaningless
 from genalign.types import Prompt
-from rewards.http_client import Patience, RemoteError, Unavailable, _seconds
-from rewards.remote import RemoteReward
+from rewards.remote.http_client import Patience, RemoteError, Unavailable, _seconds
+from rewards.remote.remote_reward import RemoteReward
 from tests.http_servers import INFO, Answer, Faults, Seen, forwarded, free_port, serving, stub
 
 QUICK = Patience(deadline=20, timeout=5, first_pause=0.01, longest_pause=0.05)
@@ -102,7 +102,7 @@ def test_a_poison_item_costs_its_own_score_alone(caplog: pytest.LogCaptureFixtur
     assert (
         "scored 7 of 9 samples (2 reward_failed): the reward raised RuntimeError: see the server's log" in caplog.text
     )
-    client_side = [record.getMessage() for record in caplog.records if record.name == "rewards.remote"]
+    client_side = [record.getMessage() for record in caplog.records if record.name == "rewards.remote.remote_reward"]
     assert len(client_side) == 1 and "secret" not in client_side[0]
 
 

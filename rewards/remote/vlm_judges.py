@@ -26,7 +26,7 @@ from torch import Tensor
 
 from genalign.scoring.protocol import ItemError, encode_image
 from genalign.types import Prompt
-from rewards.http_client import (
+from rewards.remote.http_client import (
     Faulty,
     HttpClient,
     Patience,

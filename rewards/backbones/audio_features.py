@@ -1,7 +1,7 @@
 """Features of sound: a whole clip's, and its frames', for Frechet distances, kernel distances and diversity.
 
 Each is a feature function (B, C, L) -> (B, d) with a method ``features`` that also gives the frames, as
-``rewards.features.PatchFeatures`` has it for images.
+``rewards.backbones.image_features.PatchFeatures`` has it for images.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from genalign.runtime.waveforms import as_heard, mel_decibels
+from rewards.backbones.encoders import Features
+from rewards.backbones.image_features import with_parts
+from rewards.backbones.reference_images import Samples
 from rewards.clap import load_clap
-from rewards.features import with_parts
-from rewards.references import Samples
-from rewards.towers import Features
 
 _LOWEST_HZ = 50.0
 _TINY = 1e-4  # dB^2, for the gradient of a deviation of 0
@@ -46,7 +46,7 @@ class LogMelFeatures:
     ``window`` seconds every ``hop``. A clip's features are every band's mean and standard deviation over its frames.
 
     They hear timbre, pitch and level, and no meaning. With a ``floor`` levels count from there, and what is lower as 0:
-    silence is the origin, so that measures by direction, such as ``rewards.sets.Vendi``, compare spectra.
+    silence is the origin, so that measures by direction, such as ``rewards.set_rewards.Vendi``, compare spectra.
     """
 
     sample_rate: int
@@ -89,8 +89,8 @@ def _mel_filters(rate: int, window: int, mels: int) -> Tensor:
 
 @dataclass(frozen=True)
 class FrameFeatures:
-    """All frames of a clip in one row (B, n d), for ``rewards.sets.FrameFrechetTo``: Frechet distances of sets of clips
-    by their frames, as FAD has it. ``encoder`` is any ``rewards.features.PatchFeatures``."""
+    """All frames of a clip in one row (B, n d), for ``rewards.set_rewards.FrameFrechetTo``: Frechet distances of sets of clips
+    by their frames, as FAD has it. ``encoder`` is any ``rewards.backbones.image_features.PatchFeatures``."""
 
     encoder: Callable  # type: ignore[type-arg]  # bare: configurations name any PatchFeatures
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from genalign.metrics.audio import SILENT
 from genalign.runtime.media import AUDIO_SUFFIXES, read_waveform
 from genalign.runtime.waveforms import as_heard, require_waveforms, tell_once
-from rewards.references import Kind, file_names
+from rewards.backbones.reference_images import Kind, file_names
 
 AUDIO = Kind("audio", "WAV or FLAC", AUDIO_SUFFIXES)
 

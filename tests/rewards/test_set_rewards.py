@@ -11,7 +11,7 @@ from genalign.metrics.frechet import Gaussian, frechet_distance, vendi
 from genalign.metrics.mmd import kid
 from genalign.metrics.set_mixture import WeightedSum, standardised, with_quality
 from genalign.types import SetReward
-from rewards.sets import CMMDTo, FrechetTo, KIDTo, Vendi, per_sample_frechet
+from rewards.set_rewards import CMMDTo, FrechetTo, KIDTo, Vendi, per_sample_frechet
 
 
 def drawn(*shape: int, seed: int) -> Tensor:

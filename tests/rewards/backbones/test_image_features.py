@@ -13,10 +13,10 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionCo
 from genalign import assets
 from genalign.worlds.shapes.prompts import colors
 from genalign.worlds.shapes.scenes import render, sample_scene
+from rewards.backbones.image_features import ClipFeatures, Dinov2Features, PatchFeatures, described, described_texts
+from rewards.backbones.reference_images import ImageTensor
 from rewards.clip import load_clip
-from rewards.features import ClipFeatures, Dinov2Features, PatchFeatures, described, described_texts
-from rewards.references import ImageTensor
-from rewards.sets import FrechetTo
+from rewards.set_rewards import FrechetTo
 from scripts.pretrain.shapes_tokenizers import clip_tokenizer
 
 

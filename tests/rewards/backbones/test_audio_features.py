@@ -16,10 +16,10 @@ from genalign.metrics.frechet import Gaussian
 from genalign.types import Prompt, Reward
 from genalign.worlds.tones.instruments import NOTES, PITCHED, tone
 from genalign.worlds.tones.scenes import render, sample_clip
-from rewards.audio_features import FrameFeatures, LogMelFeatures, described_frames
-from rewards.features import PatchFeatures, described
-from rewards.recordings import AudioTensor
-from rewards.sets import FrameFrechetTo, FrechetTo, KADTo, PerSampleFrechet, Vendi
+from rewards.backbones.audio_features import FrameFeatures, LogMelFeatures, described_frames
+from rewards.backbones.image_features import PatchFeatures, described
+from rewards.backbones.reference_audio import AudioTensor
+from rewards.set_rewards import FrameFrechetTo, FrechetTo, KADTo, PerSampleFrechet, Vendi
 from rewards.tones import revoiced
 
 RATE = 8000

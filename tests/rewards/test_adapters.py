@@ -14,7 +14,7 @@ from PIL import Image
 from genalign.scoring.reward_check import Probe, check
 from genalign.scoring.score import NamedReward, score
 from genalign.types import Prompt
-from rewards.adapted import Adapted
+from rewards.adapters import Adapted
 
 IMAGES = (torch.tensor([0.0, 51.0, 255.0]) / 255).view(3, 1, 1, 1).expand(3, 3, 2, 4)
 PROMPTS = [Prompt("a", {"tag": "one", "level": 1}), Prompt("b", {"tag": "two"}), Prompt("c")]

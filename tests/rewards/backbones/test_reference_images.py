@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from genalign.types import Prompt
-from rewards.references import ByPrompt, ImageFolder, ImageTensor, Pool
+from rewards.backbones.reference_images import ByPrompt, ImageFolder, ImageTensor, Pool
 
 RED, BLUE = Prompt("a red circle"), Prompt("a blue ring")
 

@@ -1,4 +1,4 @@
-"""Reference images: what a discriminator takes for real. Reference clips are in ``rewards.recordings``."""
+"""Reference images: what a discriminator takes for real. Reference clips are in ``rewards.backbones.reference_audio``."""
 
 from __future__ import annotations
 

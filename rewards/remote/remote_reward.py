@@ -18,7 +18,7 @@ from torch import Tensor
 from genalign.scoring import protocol
 from genalign.scoring.protocol import Info, ItemError
 from genalign.types import Prompt
-from rewards.http_client import (
+from rewards.remote.http_client import (
     Faulty,
     HttpClient,
     Patience,

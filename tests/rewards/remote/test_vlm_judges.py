@@ -16,9 +16,9 @@ from torch import Tensor
 from genalign.evaluation.geneval.tifa import QuestionJudge, TifaReward
 from genalign.scoring.protocol import decode_image
 from genalign.types import PairwiseReward, Prompt
-from rewards.http_client import Patience, RemoteError
-from rewards.judges import Endpoint, GradedJudge, PairwiseJudge, RubricJudge, WrittenJudge, YesNoJudge
 from rewards.pairwise import WinRate
+from rewards.remote.http_client import Patience, RemoteError
+from rewards.remote.vlm_judges import Endpoint, GradedJudge, PairwiseJudge, RubricJudge, WrittenJudge, YesNoJudge
 from rewards.vqa import QuestionReward
 from tests.http_servers import Answer, Seen, stub
 

@@ -14,10 +14,10 @@ import torch
 from genalign.runtime.media import read_waveform
 from genalign.runtime.waveforms import tell_once
 from genalign.types import Prompt
-from rewards.audio_features import LogMelFeatures, described_frames
-from rewards.features import described
-from rewards.recordings import AudioFolder, AudioTensor
-from rewards.references import Pool
+from rewards.backbones.audio_features import LogMelFeatures, described_frames
+from rewards.backbones.image_features import described
+from rewards.backbones.reference_audio import AudioFolder, AudioTensor
+from rewards.backbones.reference_images import Pool
 
 
 def write(path: Path, rate: int = 8000, seconds: float = 1.0, channels: int = 1, hz: float = 440.0) -> None:

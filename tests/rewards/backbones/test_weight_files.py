@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from rewards.weights import AffineHead, find, read_tensors
+from rewards.backbones.weight_files import AffineHead, find, read_tensors
 
 
 class Planted:

@@ -13,7 +13,7 @@ from genalign.algorithms.credit import GroupRelative
 from genalign.algorithms.interfaces import Outcome
 from genalign.types import Prompt, Reward
 from rewards.clip import ClipReward
-from rewards.combined import (
+from rewards.combine import (
     DirectionalCorrection,
     EnsembleCredit,
     Gate,

@@ -19,7 +19,7 @@ from genalign.metrics.frechet import Gaussian, gaussian_distance, vendi
 from genalign.metrics.incremental import FrechetStatistic, VendiStatistic
 from genalign.metrics.mmd import GaussianKernel, MMDReference, MMDStatistic, polynomial_kernel
 from genalign.types import Prompt
-from rewards.features import with_parts
+from rewards.backbones.image_features import with_parts
 
 _CMMD_BANDWIDTH, _CMMD_SCALE = 10.0, 1000.0
 _KAD_SCALE = 100.0
@@ -48,7 +48,7 @@ class FrechetTo:
 class FrameFrechetTo:
     """-Frechet distance of all frames of a set of clips to those of a reference set (m, d): FAD as its tools have it.
 
-    Features are (n, f d), the frames of a clip in one row: ``rewards.audio_features.FrameFeatures``. A frame counts as
+    Features are (n, f d), the frames of a clip in one row: ``rewards.backbones.audio_features.FrameFeatures``. A frame counts as
     a sample, so one clip has a distance, too; and frames of one clip are alike, so that many clips tell more than many
     frames. ValueError for m or n f below 2.
     """
@@ -125,7 +125,7 @@ class CMMDTo:
     """-CMMD (arXiv 2401.09603) to a reference set of features (m, d), all of it at once: memory for (m, m).
 
     1000 times the biased estimate of the squared maximum mean discrepancy, with a Gaussian kernel of bandwidth 10.
-    Meant for unit CLIP embeddings, ``rewards.features.ClipFeatures(model, unit=True)`` with
+    Meant for unit CLIP embeddings, ``rewards.backbones.image_features.ClipFeatures(model, unit=True)`` with
     openai/clip-vit-large-patch14-336; published figures squash images to 336 x 336 and do not crop them. The bias is
     about 5 d^2 (1 / n + 1 / m) for d^2 the mean squared distance of two members. ValueError for a set or m below 2.
     """
@@ -182,8 +182,8 @@ class Vendi:
 @dataclass(frozen=True, eq=False)
 class PerSampleFrechet:
     """-Frechet distance of each sample's own parts to a reference set of such parts (m, d): per-clip FAD, a reward of
-    single samples. ``encoder`` is any ``rewards.features.PatchFeatures``, ``reference`` for clips that of
-    ``rewards.audio_features.described_frames`` with the same encoder. See ``per_sample_frechet``."""
+    single samples. ``encoder`` is any ``rewards.backbones.image_features.PatchFeatures``, ``reference`` for clips that of
+    ``rewards.backbones.audio_features.described_frames`` with the same encoder. See ``per_sample_frechet``."""
 
     encoder: Callable  # type: ignore[type-arg]  # bare: configurations name any PatchFeatures
     reference: Tensor

@@ -15,7 +15,7 @@ from transformers import (
 from genalign.evaluation.geneval.scoring import Thresholds
 from genalign.evaluation.geneval.vocabulary import OBJECTS
 from genalign.runtime.media import eight_bits
-from rewards.detectors import GroundingDino, Instance, Mask2Former, Owlv2, _caption, _likest, coco_instances
+from rewards.backbones.detectors import GroundingDino, Instance, Mask2Former, Owlv2, _caption, _likest, coco_instances
 from tests.rewards import tiny_detectors
 
 ALL = Thresholds(confidence=0.0, counting=0.0)

@@ -1,6 +1,6 @@
 """Image features of frozen backbones, for discriminators, Fréchet distances and diversity; reference sets of them.
 
-Features of sound are in ``rewards.audio_features``.
+Features of sound are in ``rewards.backbones.audio_features``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewards.backbones.encoders import Features
+from rewards.backbones.reference_images import Samples
 from rewards.clip import Preparation, load_clip
-from rewards.references import Samples
-from rewards.towers import Features
 
 __all__ = ["ClipFeatures", "Dinov2Features", "Features", "PatchFeatures", "described", "described_texts"]
 
@@ -39,7 +39,7 @@ def with_parts(encoder: object) -> PatchFeatures:
     if not isinstance(encoder, PatchFeatures):
         raise ValueError(
             f"{type(encoder).__name__} gives no patches or frames: take an encoder with a method features, such as"
-            " ClipFeatures or rewards.audio_features.LogMelFeatures"
+            " ClipFeatures or rewards.backbones.audio_features.LogMelFeatures"
         )
     return encoder
 
@@ -106,13 +106,13 @@ def described(
     features: Callable,  # type: ignore[type-arg]  # bare: configurations name any FeatureFunction
     batch_size: int = 64,
 ) -> Tensor:
-    """Features (m, d) of all ``images`` or clips: a reference set for ``rewards.sets``. They may be a folder
+    """Features (m, d) of all ``images`` or clips: a reference set for ``rewards.set_rewards``. They may be a folder
     (``references.ImageFolder``, ``recordings.AudioFolder``), or the samples of another generator
     (``references.ImageTensor``, ``recordings.AudioTensor``). ValueError for fewer than 2: one has no covariance."""
     if len(images) < 2:
         raise ValueError(
             f"a reference set needs 2 samples or more, got {len(images)}: one has no covariance. Add more, or compare"
-            " the frames of one long clip (rewards.audio_features.described_frames)"
+            " the frames of one long clip (rewards.backbones.audio_features.described_frames)"
         )
     rows = range(len(images))
     parts = [features(images.load(rows[i : i + batch_size])) for i in range(0, len(rows), batch_size)]

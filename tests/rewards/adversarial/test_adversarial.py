@@ -32,9 +32,9 @@ from rewards.adversarial import (
     mlp_head,
     pair_accuracy,
 )
+from rewards.backbones.image_features import Features
+from rewards.backbones.reference_images import ByPrompt, Pool
 from rewards.clip import ClipReward, load_clip
-from rewards.features import Features
-from rewards.references import ByPrompt, Pool
 
 RED, BLUE = Prompt("a red circle", {"tag": "single_object"}), Prompt("a blue ring")
 NEVER = Overtake(1e9)
@@ -468,7 +468,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from genalign.types import Prompt
 from rewards.adversarial import AdversarialReward, Learning, PatchWeights
-from rewards.references import Pool
+from rewards.backbones.reference_images import Pool
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

@@ -24,9 +24,9 @@ from torch import Tensor
 from genalign.algorithms.advantages import combine, group_advantages
 from genalign.algorithms.interfaces import Credit, Outcome
 from genalign.types import Prompt, RewardFunction
+from rewards.backbones.encoders import cosine
+from rewards.backbones.weight_files import read_tensors
 from rewards.clip import ClipEncoder
-from rewards.towers import cosine
-from rewards.weights import read_tensors
 
 _DIRECTION = "direction"
 
