@@ -22,10 +22,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
-	$(BIN)/python scripts/results_tables.py --check
+	$(BIN)/python scripts/benchmarks/results_tables.py --check
 
 proofs: $(INSTALLED)
-	$(BIN)/python scripts/proofs.py
+	$(BIN)/python scripts/benchmarks/proofs.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
@@ -35,7 +35,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # the theme's notice of its successor is no warning of ours
 
 docs-results: $(INSTALLED)
-	$(BIN)/python scripts/results_tables.py
+	$(BIN)/python scripts/benchmarks/results_tables.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

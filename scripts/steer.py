@@ -1,4 +1,4 @@
-"""Search for the best sample of every prompt: ``scripts/steer.py --config scripts/configs/steer_shapes.yaml``."""
+"""Search for the best sample of every prompt: ``scripts/steer.py --config scripts/configs/steer/shapes_prune_partial.yaml``."""
 
 import sys
 

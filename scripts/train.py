@@ -1,4 +1,4 @@
-"""Fine-tune a model on a reward: ``python scripts/train.py --config scripts/configs/shapes_flow_grpo.yaml``."""
+"""Fine-tune a model on a reward: ``python scripts/train.py --config scripts/configs/train/shapes_flow_grpo_partial.yaml``."""
 
 import sys
 

@@ -101,7 +101,7 @@ TABLE = [
           "name the world: genalign evaluate shapes --output DIR, or genalign evaluate tones, or geneval"),
     Wrong("no reward", ("reward",), "say what to do with it: genalign reward check MODULE:CLASS"),
     Wrong("no comparison", ("compare",),
-          "give the comparison's file: genalign compare scripts/configs/compare_shapes.yaml"),
+          "give the comparison's file: genalign compare scripts/configs/compare/shapes_methods.yaml"),
     # spelling
     Wrong("section", (*TRAIN, "--modle.path", "x"), "unknown setting 'modle.path': did you mean 'model.path'?"),
     Wrong("setting", (*TRAIN, "--training.group_sise", "3"),

@@ -42,7 +42,7 @@ def calibrate_command(outside: Outside, arguments: Sequence[str]) -> int:
 def compare_command(outside: Outside, arguments: Sequence[str]) -> int:
     """``genalign compare``; finished runs are kept, so that it goes on where it stopped."""
     if not arguments or arguments[0].startswith("-"):
-        raise ValueError("give the comparison's file: genalign compare scripts/configs/compare_shapes.yaml")
+        raise ValueError("give the comparison's file: genalign compare scripts/configs/compare/shapes_methods.yaml")
     source = Path(arguments[0])
     settings, plain = config.parse(config.Compare, ["--config", str(source), *arguments[1:]], "compare")
     output = Path(settings.output)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.results_tables import fill
+from scripts.benchmarks.results_tables import fill
 
 HEAD = {"claim": "It rises", "command": "make proofs", "machine": "2 cores", "date": "2026-01-01", "commit": "abc"}
 

@@ -1,4 +1,4 @@
-"""Noise-aware pruning on sounds, beside best-of-N at equal seconds: a part of ``scripts/proofs.py audio``.
+"""Noise-aware pruning on sounds, beside best-of-N at equal seconds: a part of ``scripts/benchmarks/proofs.py audio``.
 
 The selection reward is a regressor on tones-clap, its student reads latent previews, and the verifier only judges. Both
 ways choose among the same recorded trajectories; schedules are chosen on prompts and noises of their own.
@@ -21,9 +21,9 @@ from genalign.search.pruning import PruneSchedule
 from genalign.training.sampler import Sampling
 from genalign.types import Prompt
 from rewards.noise_aware import ScorerReward, load_scorer
-from scripts import audio_pool
-from scripts.kept import kept
-from scripts.pruning_trials import Costs, Trials, best_of
+from scripts.benchmarks import audio_pool
+from scripts.benchmarks.cached import kept
+from scripts.benchmarks.pruning_trials import Costs, Trials, best_of
 
 BUDGETS = (4, 8, 16)  # so many finished clips' seconds
 TUNING = 100

@@ -11,15 +11,15 @@ import torch
 from genalign import assets
 from genalign.search.noise_aware import NoiseAware, Quality
 from rewards.noise_aware import ClapLatentScorer, ClapScorer, save_scorer
-from scripts import audio_pool, audio_search
+from scripts.benchmarks import audio_pool, audio_search
+from scripts.benchmarks.pruning_trials import best_of
 from scripts.pretrain.tones_models import TextToVelocity, assemble, build_vae
-from scripts.pruning_trials import best_of
 from tests.rewards.tiny_clap import write_clap
 
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """scripts/audio_search.py with random models, small pools and small budgets."""
+    """scripts/benchmarks/audio_search.py with random models, small pools and small budgets."""
     torch.manual_seed(0)
     folders = {"tones-clap": write_clap(tmp_path / "clap"), "tones-audio": tmp_path / "audio"}
     assemble(TextToVelocity(layers=1), build_vae(), folders["tones-audio"])

@@ -19,7 +19,7 @@ from genalign.training.sampler import Sampling
 from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
-from scripts.plain_loop import PlainLoop, PlainSettings
+from scripts.benchmarks.plain_loop import PlainLoop, PlainSettings
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 PROMPTS = PromptSet("four", tuple(Prompt(text) for text in ("a circle", "two squares", "a square", "two circles")))

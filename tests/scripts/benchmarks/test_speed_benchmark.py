@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from genalign.evaluation.records import Measurement
-from scripts import speed_benchmark
-from scripts.speed_benchmark import (
+from scripts.benchmarks import speed_benchmark
+from scripts.benchmarks.speed_benchmark import (
     CONTENDERS,
     LOOK,
     RATE_LIMIT,

@@ -1,14 +1,14 @@
 """Speed and memory against the bare libraries: medians of repeated, interleaved runs in one process.
 
-    python scripts/benchmark.py rollout    images/s of ours relative to the diffusers pipeline
-    python scripts/benchmark.py train      one training pass relative to forward + backward of the same transformer
-    python scripts/benchmark.py memory     peak memory for T and for 4 T steps
-    python scripts/benchmark.py dense      DenseGRPO's completions relative to as many forwards of a rollout
-    python scripts/benchmark.py overhead   what a search costs beside forwards, decodes and rewards
-    python scripts/benchmark.py methods    every method's training pass relative to Flow-GRPO's, forward by forward
-    python scripts/benchmark.py scale      a round's cost by group size, steps, resolution, rewards (scale_benchmark.py)
-    python scripts/benchmark.py search     searches at equal cost; or some of its parts (search_benchmark.py)
-    python scripts/benchmark.py compare    time to a score beside a plain loop; or some parts (speed_benchmark.py)
+    python scripts/benchmarks/benchmark.py rollout    images/s of ours relative to the diffusers pipeline
+    python scripts/benchmarks/benchmark.py train      one training pass relative to forward + backward of the same transformer
+    python scripts/benchmarks/benchmark.py memory     peak memory for T and for 4 T steps
+    python scripts/benchmarks/benchmark.py dense      DenseGRPO's completions relative to as many forwards of a rollout
+    python scripts/benchmarks/benchmark.py overhead   what a search costs beside forwards, decodes and rewards
+    python scripts/benchmarks/benchmark.py methods    every method's training pass relative to Flow-GRPO's, forward by forward
+    python scripts/benchmarks/benchmark.py scale      a round's cost by group size, steps, resolution, rewards (scale_benchmark.py)
+    python scripts/benchmarks/benchmark.py search     searches at equal cost; or some of its parts (search_benchmark.py)
+    python scripts/benchmarks/benchmark.py compare    time to a score beside a plain loop; or some parts (speed_benchmark.py)
 
 Each part writes docs/results/benchmark_PART.json, with the repeats in docs/results/raw/benchmark_PART.jsonl; search
 writes docs/results/search_shapes.json. These two keep what they made in runs/ and go on from there.
@@ -46,8 +46,8 @@ from genalign.training.trainer import Settings, Trainer
 from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.shapes import ShapesReward
-from scripts import scale_benchmark, search_benchmark, speed_benchmark
-from scripts.proofs import head
+from scripts.benchmarks import scale_benchmark, search_benchmark, speed_benchmark
+from scripts.benchmarks.proofs import head
 
 BATCH, STEPS = 96, 10
 SIGMAS = tuple(1 - i / STEPS for i in range(STEPS))
@@ -306,7 +306,7 @@ def main() -> None:
             speed_benchmark.PARTS[part](speed_benchmark.Work(Path("runs/compare_speed")))
         return None
     measured = PARTS[options.part](options.repeats)
-    claim, command = f"Speed and memory: {options.part}", f"python scripts/benchmark.py {options.part}"
+    claim, command = f"Speed and memory: {options.part}", f"python scripts/benchmarks/benchmark.py {options.part}"
     for row in write_results(Path("docs/results"), f"benchmark_{options.part}", head(claim, command), measured):
         print(f"{row.name:22s}{row.metric:44s}{row.mean:10.3f}  ({row.low:.3f} to {row.high:.3f}, {row.n} repeats)")
 

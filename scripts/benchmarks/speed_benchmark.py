@@ -1,11 +1,11 @@
 """Time to a held-out score: our default recipe beside the plain loop, and what each difference between them is worth.
 
-    python scripts/benchmark.py compare            all parts below, in their order
-    python scripts/benchmark.py compare batches    seconds of a round by micro-batch
-    python scripts/benchmark.py compare rates      time to the target by learning rate, on the tuning seed
-    python scripts/benchmark.py compare rounds     seconds of a round, with and without each part of ours
-    python scripts/benchmark.py compare runs       three other seeds, each way at its best rate
-    python scripts/benchmark.py compare publish    docs/results/benchmark_compare.json
+    python scripts/benchmarks/benchmark.py compare            all parts below, in their order
+    python scripts/benchmarks/benchmark.py compare batches    seconds of a round by micro-batch
+    python scripts/benchmarks/benchmark.py compare rates      time to the target by learning rate, on the tuning seed
+    python scripts/benchmarks/benchmark.py compare rounds     seconds of a round, with and without each part of ours
+    python scripts/benchmarks/benchmark.py compare runs       three other seeds, each way at its best rate
+    python scripts/benchmarks/benchmark.py compare publish    docs/results/benchmark_compare.json
 
 A run trains until the strict accuracy of fixed held-out images, made by the averaged weights, reaches the target; its
 time is that of sampling, scoring and learning, without evaluation, interpolated between two looks at the accuracy.
@@ -38,9 +38,9 @@ from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.shapes import ShapesReward
-from scripts.kept import kept
-from scripts.plain_loop import PlainLoop, PlainSettings
-from scripts.proofs import head
+from scripts.benchmarks.cached import kept
+from scripts.benchmarks.plain_loop import PlainLoop, PlainSettings
+from scripts.benchmarks.proofs import head
 
 SIGMAS = tuple(1 - i / 8 for i in range(8))
 EVALUATION = tuple(1 - i / 10 for i in range(10))
@@ -326,7 +326,7 @@ def publish(work: Work) -> None:
     )
     curves = {name: [work.curves(seed)[name] for seed in SEEDS] for name in CONTENDERS}
     tuning = {name: work.by_rate(name) for name in CONTENDERS}
-    made = head(claim, "python scripts/benchmark.py compare")
+    made = head(claim, "python scripts/benchmarks/benchmark.py compare")
     extra = {"chosen": chosen, "target": TARGET, "curves": curves, "tuning": tuning}
     write_results(Path("docs/results"), "benchmark_compare", {**made, **extra}, [*times(work), *costs(work)])
 

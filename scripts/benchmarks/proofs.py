@@ -1,7 +1,7 @@
 """Train what proves the claims, over seeds, and write docs/results.
 
-    python scripts/proofs.py                 every part
-    python scripts/proofs.py flow_grpo       one part
+    python scripts/benchmarks/proofs.py                 every part
+    python scripts/benchmarks/proofs.py flow_grpo       one part
 
 Finished seeds are kept in runs/proofs, so that an interrupted proof goes on where it stopped.
 """
@@ -27,9 +27,9 @@ from genalign.evaluation.records import PromptRecord, prompt_records, write_resu
 from genalign.metrics.image import saturation
 from genalign.training.reward_hacking import Panel
 from rewards.shapes import recoloured, rendered
-from scripts.audio_measures import Run, measures, rewards_row
-from scripts.audio_search import pruning_records
-from scripts.set_measures import is_purple, is_small, mean_saturation, nearness, set_records, share, variety
+from scripts.benchmarks.audio_measures import Run, measures, rewards_row
+from scripts.benchmarks.audio_search import pruning_records
+from scripts.benchmarks.set_measures import is_purple, is_small, mean_saturation, nearness, set_records, share, variety
 
 SEEDS = (11, 12, 13)  # settings were chosen on seeds 0, 1, 100 and 101
 RESULTS = Path("docs/results")
@@ -42,12 +42,12 @@ def flow_grpo(work: Path) -> None:
     for seed in SEEDS:
         run = work / "flow_grpo" / f"seed-{seed}"
         if not (run / "gain.json").exists():
-            train("scripts/configs/shapes_flow_grpo.yaml", run, seed)
+            train("scripts/configs/train/shapes_flow_grpo_partial.yaml", run, seed)
         watched[f"seed {seed}"] = validation(run)
         records += gains("flow_grpo", "strict", "strict", seed, run)
         records += gains("flow_grpo.partial", "partial", "partial", seed, run)
     claim = "Flow-GRPO on train prompts raises strict accuracy on held-out compositions (suite comp, ODE, 10 steps)"
-    made = head(claim, "python scripts/proofs.py flow_grpo")
+    made = head(claim, "python scripts/benchmarks/proofs.py flow_grpo")
     write_results(RESULTS, "flow_grpo_shapes", {**made, "validation_strict": watched}, records)
 
 
@@ -68,7 +68,7 @@ def methods(work: Path) -> None:
             records += gains(name, "strict" if len(runs) > 1 else "strict, one seed", "strict", seed, run)
     claim = "Held-out strict accuracy (suite comp, ODE, 10 steps) rises under each method, at 100 000 denoiser forwards"
     standings = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    made = head(claim, "python scripts/proofs.py methods")
+    made = head(claim, "python scripts/benchmarks/proofs.py methods")
     write_results(RESULTS, "methods_shapes", {**made, "standings": standings}, records)
 
 
@@ -90,7 +90,7 @@ def dragon(work: Path) -> None:
         "DRAGON brings shapes-clip features nearer to references of small purple objects (Frechet distance),"
         " and raises the Vendi score while strict accuracy does not fall"
     )
-    write_results(RESULTS, "dragon_shapes", head(claim, "python scripts/proofs.py dragon"), records)
+    write_results(RESULTS, "dragon_shapes", head(claim, "python scripts/benchmarks/proofs.py dragon"), records)
 
 
 def adversarial(work: Path) -> None:
@@ -110,7 +110,7 @@ def adversarial(work: Path) -> None:
         "A reward with a planted taste for saturation lowers strict accuracy when frozen and raises it when trained"
         " against references; a discriminator of recoloured references brings the model nearer to them"
     )
-    made = head(claim, "python scripts/proofs.py adversarial")
+    made = head(claim, "python scripts/benchmarks/proofs.py adversarial")
     write_results(RESULTS, "adversarial_shapes", {**made, "reference_saturation": [low, high]}, records)
 
 
@@ -129,7 +129,7 @@ def hacking(work: Path) -> None:
         "An alarm that reads no verifier comes before a reward with a planted taste for red has cost a tenth of"
         " the held-out strict accuracy, and never while an honest reward raises it"
     )
-    made = head(claim, "python scripts/proofs.py hacking")
+    made = head(claim, "python scripts/benchmarks/proofs.py hacking")
     write_results(RESULTS, "hacking_shapes", made, records)
 
 
@@ -154,7 +154,7 @@ def audio(work: Path) -> None:
         " score while strict accuracy does not fall; noise-aware pruning finds more of its selection reward than"
         " best-of-N at equal cost in seconds"
     )
-    made = head(claim, "python scripts/proofs.py audio")
+    made = head(claim, "python scripts/benchmarks/proofs.py audio")
     write_results(RESULTS, "audio_tones", {**made, "win_rates": table}, heard + records)
 
 

@@ -1,9 +1,9 @@
 """Draw the pictures of README.md and docs:
 
-    python scripts/pictures.py runs/demo docs/images                        a finished run
-    python scripts/pictures.py docs/results/search_shapes.json docs/images  searches at equal cost
-    python scripts/pictures.py docs/results/benchmark_scale.json docs/images  what a round costs as it grows
-    python scripts/pictures.py docs/results/benchmark_compare.json docs/images  accuracy against seconds
+    python scripts/benchmarks/pictures.py runs/demo docs/images                        a finished run
+    python scripts/benchmarks/pictures.py docs/results/search_shapes.json docs/images  searches at equal cost
+    python scripts/benchmarks/pictures.py docs/results/benchmark_scale.json docs/images  what a round costs as it grows
+    python scripts/benchmarks/pictures.py docs/results/benchmark_compare.json docs/images  accuracy against seconds
 
 Figures are read from the files that are named; nothing is measured.
 """

@@ -16,8 +16,8 @@ from genalign.runtime.media import writer
 from genalign.types import Prompt
 from genalign.worlds.registry import WORLDS
 from rewards.tones import revoiced
-from scripts import audio_measures, proofs
-from scripts.results_tables import fill
+from scripts.benchmarks import audio_measures, proofs
+from scripts.benchmarks.results_tables import fill
 from tests.rewards.tiny_clap import write_clap
 
 PROTOCOL = Protocol("comp", "0" * 16, 1.0, (30.0, 0.0), "ODE()", "float32", 16, (12000,), 1, 4, "tones-1")

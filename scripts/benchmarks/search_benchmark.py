@@ -4,7 +4,7 @@
     prices      what every call costs here
     record      the pool: previews of every trajectory, scored in every way
     tune        schedules, on every second prompt
-    search      live searches over the base and the models that Flow-GRPO tuned (scripts/proofs.py methods)
+    search      live searches over the base and the models that Flow-GRPO tuned (scripts/benchmarks/proofs.py methods)
     publish     curves and claims, on the other prompts
 
 The selection reward is a regressor on shapes-clip; the verifier only judges. A budget is so many images' cost.
@@ -34,10 +34,10 @@ from genalign.search.pruning import PruneSchedule
 from genalign.search.strategy import Allowance, Strategy
 from genalign.training.sampler import Sampling
 from rewards.noise_aware import load_scorer
-from scripts import search_pool
-from scripts.proofs import RESULTS, head
-from scripts.pruning_trials import Costs, Trials, best_of, schedules
-from scripts.search_pool import FORWARDS_ALONE, LEVELS, PROMPTS, SEEDS, STEPS, Recorded
+from scripts.benchmarks import search_pool
+from scripts.benchmarks.proofs import RESULTS, head
+from scripts.benchmarks.pruning_trials import Costs, Trials, best_of, schedules
+from scripts.benchmarks.search_pool import FORWARDS_ALONE, LEVELS, PROMPTS, SEEDS, STEPS, Recorded
 
 BUDGETS = (2, 4, 8, 16, 32)
 WAYS = {
@@ -210,7 +210,9 @@ def publish(work: Path) -> None:
     claim = (
         "Noise-aware pruning finds more of the selection reward than best-of-N at equal cost in seconds (suite comp)"
     )
-    write_results(RESULTS, "search_shapes", {**head(claim, "python scripts/benchmark.py search"), **extra}, records)
+    write_results(
+        RESULTS, "search_shapes", {**head(claim, "python scripts/benchmarks/benchmark.py search"), **extra}, records
+    )
 
 
 def _pool_records(recorded: Recorded, found: Mapping[str, Mapping[int, Tensor]]) -> Iterator[PromptRecord]:

@@ -1,4 +1,4 @@
-"""The recorded trajectories of sounds that searches are compared on: a part of ``scripts/proofs.py audio``."""
+"""The recorded trajectories of sounds that searches are compared on: a part of ``scripts/benchmarks/proofs.py audio``."""
 
 from __future__ import annotations
 

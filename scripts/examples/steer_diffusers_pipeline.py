@@ -1,8 +1,8 @@
 """Steer a diffusers pipeline of your own, step by step.
 
-    python scripts/steer_pipeline.py                                         on the embedded model
-    python scripts/steer_pipeline.py stabilityai/stable-diffusion-xl-base-1.0 "a red cube on a blue sphere"
-    python scripts/steer_pipeline.py CHECKPOINT PROMPT CLIP                  with another CLIP as the reward
+    python scripts/examples/steer_diffusers_pipeline.py                                         on the embedded model
+    python scripts/examples/steer_diffusers_pipeline.py stabilityai/stable-diffusion-xl-base-1.0 "a red cube on a blue sphere"
+    python scripts/examples/steer_diffusers_pipeline.py CHECKPOINT PROMPT CLIP                  with another CLIP as the reward
 
 Read it like a notebook: every part stands alone.
 """

@@ -25,7 +25,7 @@ from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.noise_aware import ScorerReward, load_scorer
 from rewards.shapes import ShapesReward
-from scripts.pruning_trials import Costs, Trials
+from scripts.benchmarks.pruning_trials import Costs, Trials
 
 STEPS, SEEDS, PROMPTS = 20, 64, 200
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14)

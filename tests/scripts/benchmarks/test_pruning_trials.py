@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from genalign.search.pruning import PruneSchedule
-from scripts.pruning_trials import Costs, Trials, best_of, schedules
+from scripts.benchmarks.pruning_trials import Costs, Trials, best_of, schedules
 
 COSTS = Costs(10, 1.0, 2.0, 3.0, {"dear": 4.0, "free": 0.0})
 HALF = PruneSchedule((3,), (0.5,))
