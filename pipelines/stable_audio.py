@@ -15,9 +15,9 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from peft import LoraConfig
 from torch import Tensor
 
+from genalign.diffusion.lora import save_peft
 from genalign.diffusion.paths import EDMPath, expand
 from genalign.runtime.cpu import plain_attention
-from genalign.training.run import save_peft
 from genalign.types import Conditioning, Grid, NoiseLevel
 from pipelines.audio_base import AudioPipeline
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.types import Prompt
+from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.weight_files import AffineHead, read_tensors
-from rewards.clip import load_clip
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class AestheticReward:
     ``weights`` is the head: a path, or hf://owner/repository/file. The default is v2
     (sac+logos+ava1-l14-linearMSE.pth), an MLP without activations and so one affine map, into which it is folded; v1
     is LAION's sa_0_4_vit_l_14_linear.pth. A reward that is linear in the embedding is easily hacked. ``model`` and
-    ``processor`` are those of ``rewards.clip.load_clip``; opened at the first call. The prompts do not matter.
+    ``processor`` are those of ``rewards.backbones.clip_encoder.load_clip``; opened at the first call. The prompts do not matter.
     """
 
     weights: str = "hf://trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"

@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genalign.algorithms.advantages import combine, group_advantages
+from genalign.algorithms.advantages import group_advantages
 from genalign.algorithms.interfaces import Credit, Outcome
+from genalign.scoring.combine import combine
 from genalign.types import Prompt, RewardFunction
+from rewards.backbones.clip_encoder import ClipEncoder
 from rewards.backbones.encoders import cosine
 from rewards.backbones.weight_files import read_tensors
-from rewards.clip import ClipEncoder
 
 _DIRECTION = "direction"
 

@@ -19,8 +19,8 @@ from genalign.evaluation.geneval.metadata import Request
 from genalign.evaluation.geneval.scoring import Box, Detection, Thresholds, kept, upstream_partial, verdict
 from genalign.evaluation.geneval.vocabulary import COLORS
 from genalign.types import Prompt
+from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.detectors import Detector, Instance, Mask2Former, describe
-from rewards.clip import load_clip
 
 _GREY = 153 / 255  # #999, what surrounds a masked object
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -41,7 +41,7 @@ class Colours(Protocol):
 class ClipColours:
     """CLIP's zero-shot choice among ten colours, by the mean embedding of GenEval's three templates.
 
-    ``model`` and ``processor`` are those of ``rewards.clip.load_clip``; the default has the weights of GenEval's
+    ``model`` and ``processor`` are those of ``rewards.backbones.clip_encoder.load_clip``; the default has the weights of GenEval's
     ViT-L-14, which the original runs in half precision and on crops resized by Pillow.
     """
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from genalign.types import Prompt
+from rewards.backbones.clip_encoder import ClipEncoder, OpenClipEncoder
 from rewards.backbones.encoders import cosine
 from rewards.backbones.weight_files import find
-from rewards.clip import ClipEncoder, OpenClipEncoder
 
 
 @dataclass(frozen=True)

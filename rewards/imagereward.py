@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from genalign.types import Prompt
+from rewards.backbones.clip_encoder import Preparation
 from rewards.backbones.weight_files import AffineHead, read_tensors
-from rewards.clip import Preparation
 
 _VISION, _TEXT, _HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
 _HEAD_WIDTH = 64  # of one attention head, in the image as in the text encoder

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from genalign.runtime.files import load_state, save_state
 from genalign.search.noise_aware import NoiseAware, Quality
 from genalign.types import Prompt
+from rewards.backbones.clap_encoder import ClapEncoder, load_clap
+from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.encoders import TwoTowers
-from rewards.clap import ClapEncoder, load_clap
-from rewards.clip import load_clip
 
 _LEVEL_WIDTH = 32
 _MIDDLE_DB = 50.0  # a spectrogram's values are around -50

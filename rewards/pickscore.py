@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from genalign.types import Prompt
+from rewards.backbones.clip_encoder import ClipEncoder, load_clip
 from rewards.backbones.encoders import cosine
-from rewards.clip import ClipEncoder, load_clip
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class PickScoreReward:
 
     It is on a logit scale: softmax over the scores of images of one prompt is the probability of each to be preferred.
     Flow-GRPO and others divide by 26: give it the weight 1 / 26. ``model`` and ``processor`` are those of
-    ``rewards.clip.load_clip``; the model is opened at the first call and then follows the samples' device. Texts longer
+    ``rewards.backbones.clip_encoder.load_clip``; the model is opened at the first call and then follows the samples' device. Texts longer
     than the model's context are cut.
     """
 

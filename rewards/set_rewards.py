@@ -1,7 +1,7 @@
 """Rewards of whole sets of samples, from their features (n, d) in one embedding; higher is better.
 
 They are ``genalign.types.SetReward``s that also know their change when one member is replaced
-(``genalign.algorithms.preference_pairs.IncrementalReward``). Compare their values at equal n only: all but KID and KAD depend on it.
+(``genalign.metrics.set_metric.IncrementalReward``). Compare their values at equal n only: all but KID and KAD depend on it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from genalign.algorithms.preference_pairs import Rescored, SetStatistic
 from genalign.metrics.blocks import BlockFrechetStatistic, as_blocks
 from genalign.metrics.frechet import Gaussian, gaussian_distance, vendi
 from genalign.metrics.incremental import FrechetStatistic, VendiStatistic
 from genalign.metrics.mmd import GaussianKernel, MMDReference, MMDStatistic, polynomial_kernel
+from genalign.metrics.set_metric import Rescored, SetStatistic
 from genalign.types import Prompt
 from rewards.backbones.image_features import with_parts
 

@@ -14,20 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from genalign.scoring.combine import _weights
+
 # Scores are float32: what differs by less than this share of their size does not differ.
 _RELATIVE_RESOLUTION = 1e-7
 # A step's gain is a difference of scores: rounding leaves this share of their spread.
 _STEP_RESOLUTION = 1e-5
-
-
-def combine(scores_BK: Tensor, weights: Sequence[float]) -> Tensor:
-    """The weighted sum (B,) of K rewards; NaN where a reward of non-zero weight is NaN.
-
-    A reward of weight 0 is only reported: it changes nothing, NaN or not.
-    """
-    weight = _weights(scores_BK, weights)
-    used = weight != 0
-    return (scores_BK.double()[:, used] * weight[used]).sum(1).float()
 
 
 def group_advantages(
@@ -233,16 +225,6 @@ def _global_std(scores: Tensor, ddof: int) -> Tensor:
 def _require_table(scores_BK: Tensor) -> None:
     if scores_BK.ndim != 2 or 0 in scores_BK.shape:
         raise ValueError(f"scores must be (B, K) with B > 0 and K > 0, not {tuple(scores_BK.shape)}")
-
-
-def _weights(scores_BK: Tensor, weights: Sequence[float]) -> Tensor:
-    """The weights (K,) of the columns, in float64."""
-    if scores_BK.ndim != 2 or scores_BK.shape[1] != len(weights):
-        raise ValueError(f"scores must be (B, K) with one weight per column, not {tuple(scores_BK.shape)}, {weights}")
-    weight = torch.tensor(weights, dtype=torch.float64, device=scores_BK.device)
-    if not bool(weight.isfinite().all()):
-        raise ValueError(f"weights must be finite, not {weights}")
-    return weight
 
 
 def _require_grouped(scores: Tensor, group: Tensor) -> None:

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from genalign.algorithms.advantages import combine, gdpo, group_advantages, step_gains, stepwise_advantages
+from genalign.algorithms.advantages import gdpo, group_advantages, step_gains, stepwise_advantages
 from genalign.algorithms.interfaces import Outcome
 from genalign.algorithms.preference_pairs import Criterion, Demonstrations, elementwise, greedy_swap, paired_halves
 from genalign.metrics.set_mixture import with_quality
+from genalign.scoring.combine import combine
 from genalign.types import SetReward
 
 

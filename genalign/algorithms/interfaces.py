@@ -14,10 +14,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from genalign.algorithms.advantages import combine
 from genalign.diffusion.policy import Policy, Snapshot
 from genalign.diffusion.rollout import Pairs, Replay, Rollout, replay
 from genalign.diffusion.transitions import Kernel
+from genalign.scoring.combine import combine
 from genalign.types import Conditioning, Grid, NoiseLevel, Pipeline
 
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import Batch, Context, Unit
-from genalign.algorithms.losses import mean_square
+from genalign.algorithms.losses import awm_log_probability, dpo_loss, kto_loss, mean_square, nft_loss
 from genalign.algorithms.preference_pairs import Demonstrations
-from genalign.algorithms.regression import awm_log_probability, dpo_loss, kto_loss, nft_loss
 from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.types import NoiseLevel, Path
 

@@ -22,9 +22,11 @@ from genalign.algorithms.losses import (
     guarded_log_ratio,
     kl_penalty,
     noise_weights,
+    prdp_loss,
     require_clip_range,
+    untied,
+    untied_groups,
 )
-from genalign.algorithms.regression import prdp_loss, untied, untied_groups
 from genalign.diffusion.rollout import Pairs, Replay
 from genalign.diffusion.transitions import Kernel
 from genalign.types import Grid

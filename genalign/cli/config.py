@@ -17,6 +17,7 @@ from torch import nn
 from genalign.algorithms.recipes import Recipe, flow_grpo
 from genalign.cli.error_messages import explain
 from genalign.diffusion.policy import Lora
+from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import Kernel
 from genalign.runtime.media import AudioFormat
 from genalign.runtime.memory_options import Memory
@@ -25,11 +26,9 @@ from genalign.scoring.score import RewardError
 from genalign.search.noise_aware import Distillation
 from genalign.search.strategy import Strategy
 from genalign.training.checkpointing import Checkpointing
-from genalign.training.guard import Actions
 from genalign.training.noise_calibration import Calibration
 from genalign.training.nonfinite import DivergedError
-from genalign.training.reward_hacking import Limits
-from genalign.training.sampler import Sampling
+from genalign.training.reward_hacking import Actions, Limits
 from genalign.training.trainer import Settings
 
 set_parsing_settings(subclasses_enabled=[Recipe, Kernel], instantiate_subclass_spec_in_any=False)

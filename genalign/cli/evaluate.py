@@ -10,12 +10,12 @@ from pathlib import Path
 from genalign.cli import config
 from genalign.cli.context import Checkpoint, Outside, opened, own_share, print_estimates, prompt_set
 from genalign.cli.evaluate_geneval import compare_geneval_command, geneval_command, images_command, original_command
+from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import Evaluation, Job, Kept, Protocol, evaluate, judge, plan, suite_hash
 from genalign.evaluation.folder import BatchFolder, manifest
 from genalign.prompts import read_listing
 from genalign.runtime.distributed import ALONE, Processes, joined
 from genalign.runtime.media import Writer, inside, writer
-from genalign.training.sampler import Sampling
 from genalign.types import Pipeline, RewardFunction
 from genalign.worlds.registry import WORLDS, World, world_of
 

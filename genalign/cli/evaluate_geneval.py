@@ -10,6 +10,7 @@ from pathlib import Path
 
 from genalign.cli import config
 from genalign.cli.context import Checkpoint, Outside, opened, own_share, print_estimates
+from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import Evaluation, Protocol, suite_hash
 from genalign.evaluation.folder import Subject, content_hash, manifest
 from genalign.evaluation.geneval.compare_models import compared, finished
@@ -22,7 +23,6 @@ from genalign.evaluation.paired import check_protocols
 from genalign.evaluation.report import write_geneval
 from genalign.runtime.distributed import Share
 from genalign.runtime.files import write_json
-from genalign.training.sampler import Sampling
 from genalign.types import Prompt, PromptSet
 
 

@@ -24,8 +24,8 @@ from genalign.cli.train import require_trackers
 from genalign.evaluation.evaluate import plan as jobs
 from genalign.scoring.budget import DECODE, FORWARD, Ledger
 from genalign.training.dry_run import Counted
-from genalign.training.guard import due
 from genalign.training.memory_estimate import FORMULAS, Held, Outline, Part, seconds
+from genalign.training.reward_hacking import due
 from genalign.training.run import RunFolder
 from genalign.training.trainer import adam
 from genalign.types import Prompt, PromptSet

@@ -34,9 +34,8 @@ from genalign.scoring.score import NamedReward, probe
 from genalign.scoring.score_log import Journal
 from genalign.training.checkpointing import Checkpoint as Saved
 from genalign.training.checkpointing import Checkpoints, Keeper
-from genalign.training.guard import Guard
 from genalign.training.nonfinite import is_out_of_memory
-from genalign.training.reward_hacking import Looks, Measures
+from genalign.training.reward_hacking import Guard, Looks, Measures
 from genalign.training.run import RunFolder, train
 from genalign.training.trainer import Trainer
 from genalign.types import PromptSet

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 ADAPTER = "default"
@@ -43,3 +43,10 @@ def merge(network: nn.Module) -> None:
         layer.merge(adapter_names=[ADAPTER])
         network.set_submodule(name, layer.get_base_layer())
     del cast(Any, network).peft_config
+
+
+def save_peft(directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
+    """An adapter folder as PEFT reads it."""
+    config.save_pretrained(str(directory))
+    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
+    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,6 +1,6 @@
 """The Frechet distance and the diversity of a set of features whose members are replaced one by one.
 
-Each is a ``genalign.algorithms.preference_pairs.SetStatistic``, and takes single features as that does.
+Each is a ``genalign.metrics.set_metric.SetStatistic``, and takes single features as that does.
 """
 
 from __future__ import annotations

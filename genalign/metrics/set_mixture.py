@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genalign.algorithms.preference_pairs import SetStatistic, set_statistic
+from genalign.metrics.set_metric import SetStatistic, set_statistic
 from genalign.types import SetReward
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from genalign.algorithms.advantages import combine
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import step_noise
 from genalign.diffusion.transitions import ODE, Kernel, transition
 from genalign.scoring.budget import Ledger, Metered
+from genalign.scoring.combine import combine
 from genalign.scoring.score import NamedReward, score
 from genalign.search.lineage import Lineage
 from genalign.search.ranking import top

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Budget, Ledger, Metered, measure_prices, metered_rewards, peak_memory
 from genalign.scoring.score import NamedReward, RewardError, named, probe
 from genalign.search.engine import Run
 from genalign.search.strategy import Allowance, Strategy
-from genalign.training.sampler import Sampling
 from genalign.types import Grid, Pipeline, Prompt, RewardFunction
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.noise import seeded_noise
 from genalign.diffusion.paths import FlowPath
 from genalign.diffusion.policy import Policy
+from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Ledger
 from genalign.scoring.score import NamedReward
-from genalign.training.sampler import Sampling
 from genalign.training.trainer import Settings, Trainer
 from genalign.types import Conditioning, Grid, NoiseLevel, Path, Pipeline, Prompt, PromptSet
 

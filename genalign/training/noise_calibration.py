@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genalign.algorithms.advantages import combine
 from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.completion import Completion
 from genalign.diffusion.transitions import CalibratedSDE, FlowSDE, trainable_steps
 from genalign.runtime.files import write_json
+from genalign.scoring.combine import combine
 from genalign.training.sampler import Sampler
 from genalign.types import Grid, Prompt
 

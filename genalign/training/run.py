@@ -18,16 +18,15 @@ from typing import Any, Protocol
 import torch
 from peft import LoraConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 from torch import Tensor
 
+from genalign.diffusion.lora import save_peft
 from genalign.diffusion.policy import Policy
 from genalign.metrics.intervals import Estimate
 from genalign.runtime.distributed import ALONE, Processes
 from genalign.runtime.files import disk_errors, write_json, write_text
 from genalign.training.checkpointing import Keeper
-from genalign.training.guard import Guard, due
-from genalign.training.reward_hacking import Panel
+from genalign.training.reward_hacking import Guard, Panel, due
 from genalign.training.trainer import RoundResult, Trainer
 
 logger = logging.getLogger(__name__)
@@ -120,13 +119,6 @@ class RunFolder:
             if self.processes.first:
                 pipeline.save_lora(self.path / "lora", state, policy.config)
                 save_peft(self.path / "peft", state, policy.config)
-
-
-def save_peft(directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
-    """An adapter folder as PEFT reads it."""
-    config.save_pretrained(str(directory))
-    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
-    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def environment() -> dict[str, Any]:

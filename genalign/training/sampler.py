@@ -5,12 +5,10 @@ B = P prompts x G samples, S stored steps, K rewards.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -25,32 +23,6 @@ from genalign.scoring.score import NamedReward, score
 from genalign.types import Grid, Pipeline, Prompt
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are made: ``num_steps`` of the scheduler's grid, or exactly these ``sigmas``; guidance 1 is none."""
-
-    num_steps: int = 10
-    sigmas: Sequence[float] | None = None
-    guidance: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"sampling.num_steps must be at least 1, not {self.num_steps}")
-        if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"sampling.guidance must be 1 for none, or more, not {self.guidance}")
-        if self.sigmas is not None and len(self.sigmas) != self.num_steps:
-            raise ValueError(
-                f"sampling.sigmas has {len(self.sigmas)} values for {self.num_steps} steps: give one per step, without"
-                " the final 0"
-            )
-        if self.sigmas is not None and any(a <= b for a, b in pairwise([*self.sigmas, 0.0])):
-            raise ValueError(f"sampling.sigmas must fall from the first to a last above 0, not {list(self.sigmas)}")
-
-    def grid(self, pipeline: Pipeline) -> Grid:
-        """The grid of ``pipeline``."""
-        return pipeline.grid(self.num_steps, self.sigmas)
 
 
 @dataclass(frozen=True)

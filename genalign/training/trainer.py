@@ -23,6 +23,7 @@ from genalign.algorithms.interfaces import Batch, Context, Outcome, Readings, an
 from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.policy import Policy, Snapshot
+from genalign.diffusion.sampling import Sampling
 from genalign.prompts import PromptSampler
 from genalign.runtime.files import load_optimizer_tensors, optimizer_tensors, with_prefix, without_prefix
 from genalign.runtime.fsdp import whole
@@ -30,7 +31,7 @@ from genalign.runtime.state import State
 from genalign.scoring.budget import Ledger, Metered, metered_rewards, peak_memory
 from genalign.scoring.score import NamedReward, Watch
 from genalign.training.nonfinite import BadUpdate, Skipping, finite, is_out_of_memory
-from genalign.training.sampler import Sampled, Sampler, Sampling
+from genalign.training.sampler import Sampled, Sampler
 from genalign.types import Pipeline, Prompt, PromptSet, TrainableReward
 
 logger = logging.getLogger(__name__)

@@ -10,16 +10,6 @@ from genalign.types import Prompt, PromptSet
 SUITES = ("train", "val", "iid", "comp", "len")
 
 
-def with_article(noun: str) -> str:
-    """``noun`` behind "a", or "an" before a vowel."""
-    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
-
-
-def plural(noun: str) -> str:
-    """GenEval's plural: +es after s, else +s."""
-    return noun + ("es" if noun.endswith("s") else "s")
-
-
 def digest(text: str) -> bytes:
     """The SHA-1 of ``text``, by which splits are drawn."""
     return hashlib.sha1(text.encode()).digest()

@@ -16,10 +16,10 @@ import torch
 from diffusers import AceStepPipeline, DiffusionPipeline
 from torch import Tensor, nn
 
-from genalign.algorithms.advantages import combine
 from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.diffusion.transitions import ODE
 from genalign.scoring.budget import DECODE, FORWARD, Ledger, metered_rewards
+from genalign.scoring.combine import combine
 from genalign.scoring.score import NamedReward, named, score
 from genalign.search.best_of_n import BestOfN
 from genalign.search.fk_steering import FKSteering

@@ -10,15 +10,15 @@ from torch.func import functional_call
 from genalign.types import Prompt
 from rewards.adversarial.adversary import Adversary, Learning
 from rewards.adversarial.rules import Overtake, UpdateRule
+from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.encoders import cosine
 from rewards.backbones.reference_images import References
-from rewards.clip import load_clip
 
 
 class TunedClip(nn.Module):
     """A cosine scorer by CLIP whose last ``blocks`` visual blocks are a trainable float32 copy; the rest is frozen.
 
-    ``model`` and ``processor`` are those of ``rewards.clip.load_clip``, whose shared weights are left as they are.
+    ``model`` and ``processor`` are those of ``rewards.backbones.clip_encoder.load_clip``, whose shared weights are left as they are.
     Raises ValueError for another number of blocks than the model has.
     """
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from genalign.runtime.waveforms import as_heard, mel_decibels
+from rewards.backbones.clap_encoder import load_clap
 from rewards.backbones.encoders import Features
 from rewards.backbones.image_features import with_parts
 from rewards.backbones.reference_images import Samples
-from rewards.clap import load_clap
 
 _LOWEST_HZ = 50.0
 _TINY = 1e-4  # dB^2, for the gradient of a deviation of 0

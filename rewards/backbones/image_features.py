@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewards.backbones.clip_encoder import Preparation, load_clip
 from rewards.backbones.encoders import Features
 from rewards.backbones.reference_images import Samples
-from rewards.clip import Preparation, load_clip
 
 __all__ = ["ClipFeatures", "Dinov2Features", "Features", "PatchFeatures", "described", "described_texts"]
 
@@ -48,7 +48,7 @@ def with_parts(encoder: object) -> PatchFeatures:
 class ClipFeatures:
     """CLIP's image embedding, and its patch tokens brought into the same space; ``unit`` gives all of them length 1.
 
-    ``model`` and ``processor`` are those of ``rewards.clip.load_clip``; opened at the first call, frozen, float32.
+    ``model`` and ``processor`` are those of ``rewards.backbones.clip_encoder.load_clip``; opened at the first call, frozen, float32.
     """
 
     model: str

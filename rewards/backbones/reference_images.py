@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genalign.prompts import read_listing
 from genalign.types import Prompt
-from rewards.clip import resize
+from rewards.backbones.clip_encoder import resize
 
 _PROMPTS = "prompts.jsonl"
 

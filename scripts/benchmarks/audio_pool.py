@@ -10,13 +10,13 @@ from torch import Tensor
 import pipelines
 from genalign import assets
 from genalign.diffusion.noise import derived_seed
+from genalign.diffusion.sampling import Sampling
 from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import load_state, save_state
 from genalign.scoring.budget import Ledger, Metered
 from genalign.scoring.score import NamedReward
 from genalign.search.engine import Run
 from genalign.search.noise_aware import watched
-from genalign.training.sampler import Sampling
 from genalign.types import Pipeline, Prompt
 from genalign.worlds import tones
 from rewards.noise_aware import ScorerReward

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from genalign.cli.main import main as genalign
+from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.records import PromptRecord
 from genalign.scoring.budget import measure_prices, reward_call
 from genalign.scoring.score import NamedReward
 from genalign.search.pruning import PruneSchedule
-from genalign.training.sampler import Sampling
 from genalign.types import Prompt
 from rewards.noise_aware import ScorerReward, load_scorer
 from scripts.benchmarks import audio_pool

@@ -33,6 +33,7 @@ from genalign.algorithms.recipes import Recipe, awm, dense_grpo, dragon, flow_gr
 from genalign.diffusion.completion import complete
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Pairs, Rollout, Start, replay, rollout, windowed
+from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import ODE, FlowSDE, Kernel
 from genalign.evaluation.records import Measurement, ratios, write_results
 from genalign.runtime.cpu import keep_freed_memory
@@ -41,7 +42,6 @@ from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, Prune
 from genalign.search.engine import Run
 from genalign.search.strategy import Allowance, Strategy
-from genalign.training.sampler import Sampling
 from genalign.training.trainer import Settings, Trainer
 from genalign.worlds import shapes
 from pipelines import SD3

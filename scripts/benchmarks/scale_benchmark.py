@@ -16,10 +16,10 @@ import torch
 from genalign import assets
 from genalign.algorithms.recipes import flow_grpo
 from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.evaluation.records import Measurement
 from genalign.scoring.score import NamedReward
-from genalign.training.sampler import Sampling
 from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt
 from genalign.worlds import shapes

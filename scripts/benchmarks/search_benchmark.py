@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from genalign.cli.main import main as genalign
+from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.evaluation.records import PromptRecord, write_results
 from genalign.runtime.files import write_json, write_text
@@ -32,7 +33,6 @@ from genalign.search import BestOfN, FKSteering, Prune
 from genalign.search.engine import Run
 from genalign.search.pruning import PruneSchedule
 from genalign.search.strategy import Allowance, Strategy
-from genalign.training.sampler import Sampling
 from rewards.noise_aware import load_scorer
 from scripts.benchmarks import search_pool
 from scripts.benchmarks.proofs import RESULTS, head

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from genalign import assets
+from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import ODE, FlowSDE, Kernel
 from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import load_state, save_state, write_json
@@ -19,7 +20,6 @@ from genalign.scoring.budget import Ledger, Metered, measure_prices, reward_call
 from genalign.scoring.score import NamedReward
 from genalign.search.engine import Candidates, Run
 from genalign.search.pruning import Pool
-from genalign.training.sampler import Sampling
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3

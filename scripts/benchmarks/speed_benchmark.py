@@ -28,11 +28,11 @@ from genalign import assets
 from genalign.algorithms.recipes import Recipe, flow_grpo
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import generate
+from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.evaluation.evaluate import plan
 from genalign.evaluation.records import Measurement, ratios, write_results
 from genalign.scoring.score import NamedReward
-from genalign.training.sampler import Sampling
 from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt
 from genalign.worlds import shapes

@@ -8,9 +8,10 @@ from functools import cache
 import numpy as np
 from torch import Tensor
 
+from genalign.evaluation.geneval.grammar import RELATIONS, color_attr, colors, counting, position
 from genalign.types import Prompt
 from genalign.worlds.shapes.geometry import PALETTE
-from genalign.worlds.shapes.prompts import RELATIONS, color_attr, colors, counting, position, prompts
+from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import render, sample_scene
 from scripts.pretrain.captions import Job, Part, draw_prompts, in_chunks, metadata_of, one_of
 

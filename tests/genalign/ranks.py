@@ -20,6 +20,7 @@ from genalign.algorithms import recipes
 from genalign.algorithms.recipes import Lag, Recipe
 from genalign.cli.resume import Texts
 from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.sampling import Sampling
 from genalign.metrics.frechet import vendi
 from genalign.runtime.distributed import ALONE, Processes, joined
 from genalign.runtime.fsdp import Sharding, whole
@@ -27,7 +28,7 @@ from genalign.runtime.state import Generators, OfEach
 from genalign.scoring.score import NamedReward
 from genalign.scoring.score_log import Journal
 from genalign.training.checkpointing import Checkpoints, Keeper
-from genalign.training.sampler import Sampled, Sampling
+from genalign.training.sampler import Sampled
 from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3

@@ -21,10 +21,10 @@ from genalign.cli.main import main
 from genalign.diffusion.paths import EDMPath
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Pairs, Rollout, Start, replay, rollout
+from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import DPMSDE, ODE, FlowSDE, Kernel, trainable_steps
 from genalign.runtime.media import read_waveform, writer
 from genalign.search import BestOfN, FKSteering, ReNO, search
-from genalign.training.sampler import Sampling
 from genalign.types import Prompt
 from pipelines import AceStep, StableAudio, steer
 from pipelines.base import DiffusersPipeline

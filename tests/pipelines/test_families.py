@@ -18,16 +18,16 @@ import pipelines
 from genalign.algorithms import regression
 from genalign.algorithms.interfaces import Batch, Context, Readings
 from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
+from genalign.diffusion.lora import save_peft
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Start, rollout
+from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import DDIM, ODE, FlowSDE, Kernel
 from genalign.runtime.memory_options import Memory
 from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, FKSteering, Prune, search
 from genalign.search.strategy import Strategy
-from genalign.training.run import save_peft
-from genalign.training.sampler import Sampling
 from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines.base import DiffusersPipeline

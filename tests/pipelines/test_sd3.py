@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline, UNet2DModel
 
+from genalign.diffusion.lora import save_peft
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Start, rollout
 from genalign.diffusion.transitions import ODE
 from genalign.runtime.memory_options import Memory
-from genalign.training.run import save_peft
 from pipelines import SD3, base
 
 PROMPTS = ["a red circle", "an orange ring and a blue square"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from genalign.types import Prompt
 from rewards.aesthetic import AestheticReward
-from rewards.clip import load_clip
+from rewards.backbones.clip_encoder import load_clip
 
 WIDTH = 128  # of the embedded CLIP
 PROMPTS = [Prompt("anything")] * 3

@@ -14,9 +14,10 @@ from genalign.scoring.reward_check import Expected, Probe, check
 from genalign.types import Prompt, Reward
 from genalign.worlds.tones.prompts import attribution, counting, pitch, single_tone
 from rewards.backbones.audio_features import ClapFeatures, described_frames, described_texts
+from rewards.backbones.clap_encoder import load_clap
 from rewards.backbones.image_features import PatchFeatures, described
 from rewards.backbones.reference_audio import AudioTensor
-from rewards.clap import ClapReward, load_clap
+from rewards.clap import ClapReward
 from rewards.set_rewards import FrechetTo, Vendi
 from scripts.pretrain.tones_clap import assemble_clap, build_clap
 from tests.rewards.tiny_clap import RATE, WINDOW, write_clap

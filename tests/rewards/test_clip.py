@@ -17,10 +17,11 @@ from transformers import (
 )
 
 from genalign import assets
+from genalign.evaluation.geneval.grammar import color_attr, counting, single_object
 from genalign.types import Prompt, Reward
-from genalign.worlds.shapes.prompts import color_attr, counting, single_object
 from genalign.worlds.shapes.scenes import render, sample_scene
-from rewards.clip import ClipReward, Preparation, load_clip, resize
+from rewards.backbones.clip_encoder import Preparation, load_clip, resize
+from rewards.clip import ClipReward
 from scripts.pretrain.shapes_tokenizers import clip_tokenizer
 
 PROMPTS = [single_object("circle"), counting("square", "two"), color_attr("ring", "red", "cross", "blue")]

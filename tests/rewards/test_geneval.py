@@ -12,10 +12,11 @@ from PIL import Image
 
 from genalign import assets
 from genalign.cli import config
+from genalign.evaluation.geneval.grammar import color_attr, colors, counting, position, single_object
 from genalign.evaluation.geneval.scoring import Detection, Thresholds
 from genalign.evaluation.geneval.vocabulary import COLORS
 from genalign.types import Prompt, Reward
-from genalign.worlds.shapes.prompts import color_attr, colors, counting, position, prompts, single_object
+from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import render, sample_scene
 from genalign.worlds.shapes.verifier import verify
 from rewards.backbones.detectors import Instance, Mask2Former, Owlv2

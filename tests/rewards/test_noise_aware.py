@@ -9,7 +9,7 @@ import torch
 
 from genalign.search.noise_aware import NoiseAware, Quality
 from genalign.types import Prompt
-from rewards.clap import load_clap
+from rewards.backbones.clap_encoder import load_clap
 from rewards.noise_aware import ClapLatentScorer, ClapScorer, ScorerReward, load_scorer, save_scorer
 from tests.rewards.tiny_clap import RATE, write_clap
 

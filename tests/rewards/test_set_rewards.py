@@ -6,9 +6,10 @@ from torch import Tensor
 
 from genalign.algorithms.credit import SetContrast
 from genalign.algorithms.interfaces import Outcome
-from genalign.algorithms.preference_pairs import IncrementalReward, Rescored, greedy_swap
+from genalign.algorithms.preference_pairs import greedy_swap
 from genalign.metrics.frechet import Gaussian, frechet_distance, vendi
 from genalign.metrics.mmd import kid
+from genalign.metrics.set_metric import IncrementalReward, Rescored
 from genalign.metrics.set_mixture import WeightedSum, standardised, with_quality
 from genalign.types import SetReward
 from rewards.set_rewards import CMMDTo, FrechetTo, KIDTo, Vendi, per_sample_frechet

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from genalign.evaluation.geneval.grammar import color_attr, counting, single_object
 from genalign.types import Prompt, Reward
 from genalign.worlds.shapes.detection import detect
-from genalign.worlds.shapes.prompts import color_attr, counting, prompts, single_object
+from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import render, sample_scene
 from rewards.shapes import ShapesReward, recoloured, rendered
 

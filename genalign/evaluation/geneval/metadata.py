@@ -6,9 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from genalign.evaluation.geneval.grammar import (
+    NUMBERS,
+    color_attr,
+    colors,
+    counting,
+    position,
+    single_object,
+    two_object,
+)
 from genalign.evaluation.geneval.vocabulary import COLORS, RELATIONS, TASKS
 from genalign.types import Metadata, Prompt
-from genalign.worlds.shapes.prompts import NUMBERS, color_attr, colors, counting, position, single_object, two_object
 
 OPENING = "a photo of"
 _NUMBER_WORDS = {number: word for word, number in NUMBERS.items()}

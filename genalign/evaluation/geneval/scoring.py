@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from genalign.evaluation.geneval.boxes import relations
 from genalign.evaluation.geneval.metadata import Clause, Request
 from genalign.evaluation.geneval.vocabulary import COLORS
-from genalign.worlds.shapes.scenes import relations
 
 Box = tuple[float, float, float, float]
 

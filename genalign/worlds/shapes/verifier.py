@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from genalign.evaluation.geneval.boxes import relations
 from genalign.types import Metadata
 from genalign.worlds.shapes.detection import Detection, detect
 from genalign.worlds.shapes.geometry import PALETTE, SHAPES
-from genalign.worlds.shapes.scenes import relations
 from genalign.worlds.verdict import Verdict, verdict
 
 __all__ = ["VERIFIER_VERSION", "Detection", "Verdict", "detect", "judge", "verify"]

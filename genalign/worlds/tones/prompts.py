@@ -18,8 +18,9 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import permutations, product
 
+from genalign.evaluation.geneval.grammar import plural, with_article
 from genalign.types import Metadata, Prompt, PromptSet
-from genalign.worlds.grammar import fingerprint, plural, split, with_article
+from genalign.worlds.grammar import fingerprint, split
 from genalign.worlds.tones.instruments import NOISE, NOTES, PITCHED, TIMBRES
 
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}

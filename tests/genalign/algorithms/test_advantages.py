@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.advantages import (
-    combine,
     correlation_weighted,
     gdpo,
     group_advantages,
@@ -18,6 +17,7 @@ from genalign.algorithms.advantages import (
     win_rates,
     zero_std_share,
 )
+from genalign.scoring.combine import combine
 
 FIRST, SECOND = [1.0, 2.0, 3.0, 6.0], [0.1, 0.1, 0.1, 0.3]
 GRPO = [-1.06898783, -0.53449391, 0.0, 1.60348174]

@@ -10,14 +10,13 @@ from genalign.algorithms.preference_pairs import (
     Criterion,
     Demonstrations,
     Halves,
-    Rescored,
     elementwise,
     greedy_swap,
     paired_halves,
-    set_statistic,
 )
 from genalign.metrics.frechet import Gaussian, frechet_distance, gaussian_distance, vendi
 from genalign.metrics.incremental import FrechetStatistic, VendiStatistic
+from genalign.metrics.set_metric import Rescored, set_statistic
 
 CRITERIA: tuple[Criterion, ...] = ("plus", "gap")
 

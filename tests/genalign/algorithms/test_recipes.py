@@ -32,9 +32,9 @@ from genalign.algorithms.recipes import (
 )
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Pairs
+from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.score import NamedReward
-from genalign.training.sampler import Sampling
 from genalign.training.trainer import RoundResult, Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3

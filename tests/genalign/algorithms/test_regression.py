@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.regression import awm_log_probability, dpo_loss, kto_loss, nft_loss, prdp_loss, untied_groups
+from genalign.algorithms.losses import awm_log_probability, dpo_loss, kto_loss, nft_loss, prdp_loss, untied_groups
 
 ONE = torch.zeros(3, dtype=torch.long)
 

@@ -14,12 +14,12 @@ import pipelines
 from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, mix_grpo, nft, prdp
 from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.sampling import Sampling
 from genalign.runtime.memory_options import Memory
 from genalign.scoring.budget import Ledger, backward
 from genalign.scoring.score import NamedReward
 from genalign.training.dry_run import Counted, Levels, StandIn, count
 from genalign.training.memory_estimate import Part, Training, adapter_numbers, held, seconds
-from genalign.training.sampler import Sampling
 from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt
 from genalign.worlds import shapes

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genalign.metrics.extrapolation import at_infinite_size
 from genalign.metrics.frechet import Gaussian, frechet_distance, gaussian_distance, vendi
-from genalign.metrics.set_tests import compare_parts, compare_sets
+from genalign.metrics.set_tests import at_infinite_size, compare_parts, compare_sets
 
 
 def drawn(count: int, width: int, seed: int) -> torch.Tensor:

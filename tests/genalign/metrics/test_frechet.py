@@ -6,10 +6,10 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from genalign.algorithms.preference_pairs import SetStatistic
 from genalign.metrics.frechet import Gaussian, frechet_distance, gaussian_distance, vendi
 from genalign.metrics.incremental import FrechetStatistic, VendiStatistic
 from genalign.metrics.mmd import GaussianKernel, MMDReference, MMDStatistic, kid, mmd, polynomial_kernel
+from genalign.metrics.set_metric import SetStatistic
 
 
 def drawn(n: int, d: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:

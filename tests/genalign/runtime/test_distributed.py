@@ -264,7 +264,7 @@ def test_none_outlives_another(
 
 def test_one_process_is_itself() -> None:
     with joined({}) as processes:
-        assert processes == ALONE and distributed.first
+        assert processes == ALONE and processes.first
     rows = torch.arange(6).view(3, 2)
     assert torch.equal(ALONE.gathered(rows), rows[None]) and torch.equal(ALONE.interleaved(rows, 1), rows)
     assert ALONE.told({"a": 1}) == [{"a": 1}] and ALONE.any(True) and not ALONE.any(False)

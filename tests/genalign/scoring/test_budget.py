@@ -12,9 +12,9 @@ from torch import Tensor
 
 from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward
-from genalign.training.sampler import Sampling
 from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3

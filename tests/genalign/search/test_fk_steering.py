@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from genalign.diffusion.paths import FlowPath
+from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import DDIM, ODE, FlowSDE
 from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward
@@ -20,7 +21,6 @@ from genalign.search import BestOfN, Budget, Doob, FKSteering, RewardGradient, s
 from genalign.search.engine import Run
 from genalign.search.guidance import Guide, guided_log_ratio
 from genalign.search.strategy import Allowance
-from genalign.training.sampler import Sampling
 from genalign.types import Conditioning, Grid, NoiseLevel, Prompt
 from pipelines import SD3
 

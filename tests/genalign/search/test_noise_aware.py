@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward
 from genalign.search import Prune, search
@@ -26,7 +27,6 @@ from genalign.search.noise_aware import (
     record,
     validate,
 )
-from genalign.training.sampler import Sampling
 from genalign.types import Prompt
 from pipelines import SD3
 

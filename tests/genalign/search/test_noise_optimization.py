@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Budget, Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward
 from genalign.search import DNO, Prune, ReNO, search
 from genalign.search.engine import Run
 from genalign.search.noise_optimization import NoiseOptimisation, noise_log_probability
 from genalign.search.strategy import Allowance
-from genalign.training.sampler import Sampling
 from genalign.types import Prompt
 from pipelines import SD3
 

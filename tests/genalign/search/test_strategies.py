@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import DDIM, ODE
 from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward, RewardError
@@ -21,7 +22,6 @@ from genalign.search.noise_search import neighbours_of
 from genalign.search.pruning import Pool, PruneSchedule, expected_best
 from genalign.search.ranking import best, merit
 from genalign.search.strategy import Allowance, Strategy
-from genalign.training.sampler import Sampling
 from genalign.types import Prompt
 from pipelines import SD3
 

@@ -27,15 +27,14 @@ from genalign.algorithms.credit import NormalisedSum
 from genalign.algorithms.recipes import Lag, Recipe
 from genalign.cli.resume import Texts, requested, require_same
 from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.sampling import Sampling
 from genalign.metrics.frechet import vendi
 from genalign.runtime.files import load_state
 from genalign.runtime.state import Generators, State, Stateful
 from genalign.scoring.score import NamedReward
 from genalign.scoring.score_log import Journal
 from genalign.training.checkpointing import Checkpoints, DamagedCheckpointError, Keeper
-from genalign.training.guard import Actions, Guard
-from genalign.training.reward_hacking import Limits, Looks, Measures
-from genalign.training.sampler import Sampling
+from genalign.training.reward_hacking import Actions, Guard, Limits, Looks, Measures
 from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3, AceStep

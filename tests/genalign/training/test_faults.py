@@ -30,11 +30,11 @@ from genalign.algorithms.trajectory import Surrogate
 from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import generate
+from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.runtime.state import State
 from genalign.scoring.score import NamedReward, RewardError
 from genalign.training.nonfinite import DivergedError, is_out_of_memory
-from genalign.training.sampler import Sampling
 from genalign.training.trainer import RoundResult, Settings, Trainer
 from genalign.types import Prompt, PromptSet, RewardFunction
 from genalign.worlds import shapes

@@ -19,8 +19,7 @@ from genalign.cli.config import Train, parse
 from genalign.cli.main import main
 from genalign.metrics.image import grid_energy, high_frequency, saturation
 from genalign.metrics.intervals import Estimate
-from genalign.training.guard import Actions, Guard
-from genalign.training.reward_hacking import Limit, Limits, Looks, Measures, Panel, Signal, panel
+from genalign.training.reward_hacking import Actions, Guard, Limit, Limits, Looks, Measures, Panel, Signal, panel
 from genalign.types import Prompt
 from tests.genalign.cli.test_main import config
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from genalign.algorithms.recipes import Recipe, dense_grpo, flow_grpo
 from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.score import NamedReward
-from genalign.training.sampler import Sampling, in_a_thread
+from genalign.training.sampler import in_a_thread
 from genalign.training.trainer import RoundResult, Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3

@@ -15,10 +15,10 @@ from torch import Tensor
 from genalign.algorithms.recipes import Recipe, awm, flow_grpo, prdp
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Rollout, rollout
+from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import CPS, ODE, FlowSDE, Kernel
 from genalign.runtime.files import load_optimizer_tensors, optimizer_tensors
 from genalign.scoring.score import NamedReward
-from genalign.training.sampler import Sampling
 from genalign.training.trainer import RoundResult, Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3

@@ -32,9 +32,10 @@ from rewards.adversarial import (
     mlp_head,
     pair_accuracy,
 )
+from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.image_features import Features
 from rewards.backbones.reference_images import ByPrompt, Pool
-from rewards.clip import ClipReward, load_clip
+from rewards.clip import ClipReward
 
 RED, BLUE = Prompt("a red circle", {"tag": "single_object"}), Prompt("a blue ring")
 NEVER = Overtake(1e9)

@@ -11,8 +11,8 @@ from scipy.linalg import sqrtm
 
 from genalign.algorithms.preference_pairs import greedy_swap
 from genalign.metrics.blocks import BlockFrechetStatistic
-from genalign.metrics.extrapolation import at_infinite_size
 from genalign.metrics.frechet import Gaussian
+from genalign.metrics.set_tests import at_infinite_size
 from genalign.types import Prompt, Reward
 from genalign.worlds.tones.instruments import NOTES, PITCHED, tone
 from genalign.worlds.tones.scenes import render, sample_clip

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig, Dinov2Config, Dinov2Model
 
 from genalign import assets
-from genalign.worlds.shapes.prompts import colors
+from genalign.evaluation.geneval.grammar import colors
 from genalign.worlds.shapes.scenes import render, sample_scene
+from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.image_features import ClipFeatures, Dinov2Features, PatchFeatures, described, described_texts
 from rewards.backbones.reference_images import ImageTensor
-from rewards.clip import load_clip
 from rewards.set_rewards import FrechetTo
 from scripts.pretrain.shapes_tokenizers import clip_tokenizer
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from genalign.algorithms.recipes import flow_grpo
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Start, step_noise
+from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.score import NamedReward
-from genalign.training.sampler import Sampling
 from genalign.training.trainer import Settings, Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3

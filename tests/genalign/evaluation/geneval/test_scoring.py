@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from genalign.evaluation.geneval.boxes import relations
 from genalign.evaluation.geneval.metadata import Clause, Request
 from genalign.evaluation.geneval.scoring import Detection, Thresholds, kept, overlap, upstream_partial, verdict
 from genalign.worlds.shapes.prompts import prompts
-from genalign.worlds.shapes.scenes import relations
 from genalign.worlds.shapes.verifier import Detection as Shape
 from genalign.worlds.shapes.verifier import judge
 

@@ -6,23 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from genalign.types import Metadata, Prompt
-from genalign.worlds.shapes.color import palette_lab, srgb_to_lab
-from genalign.worlds.shapes.geometry import BACKGROUND, PALETTE, SHAPES, SIZE
-from genalign.worlds.shapes.prompts import (
+from genalign.evaluation.geneval.grammar import (
     RELATIONS,
     color_attr,
     colors,
     counting,
-    held_out_triples,
-    is_held_out_pair,
-    manifest_hash,
     position,
-    prompts,
     single_object,
     two_object,
-    vocabulary,
 )
+from genalign.types import Metadata, Prompt
+from genalign.worlds.shapes.color import palette_lab, srgb_to_lab
+from genalign.worlds.shapes.geometry import BACKGROUND, PALETTE, SHAPES, SIZE
+from genalign.worlds.shapes.prompts import held_out_triples, is_held_out_pair, manifest_hash, prompts, vocabulary
 from genalign.worlds.shapes.scenes import OUTLINES, Item, Scene, coverage, holds, render, sample_scene
 
 

@@ -12,11 +12,13 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
+from genalign.evaluation.geneval.boxes import relations
+from genalign.evaluation.geneval.grammar import color_attr, colors, counting, position, single_object, two_object
 from genalign.types import Metadata
 from genalign.worlds.shapes import detection, template_matching
 from genalign.worlds.shapes.geometry import BACKGROUND, PALETTE, REJECTS, SHAPES, SIZE, STRANGERS, Array
-from genalign.worlds.shapes.prompts import color_attr, colors, counting, position, prompts, single_object, two_object
-from genalign.worlds.shapes.scenes import Item, Scene, jittered, relations, render, sample_scene
+from genalign.worlds.shapes.prompts import prompts
+from genalign.worlds.shapes.scenes import Item, Scene, jittered, render, sample_scene
 from genalign.worlds.shapes.verifier import Detection, Verdict, detect, judge, verify
 
 Corruption = Callable[[Tensor, np.random.Generator], Tensor]
@@ -274,13 +276,13 @@ def test_reject_templates_close_a_loophole(monkeypatch: pytest.MonkeyPatch, name
         return float(np.mean([any(found.shape == "circle" for found in group) for group in detect(images)]))
 
     assert accepted() == 0
-    monkeypatch.setattr(matching, "REJECTS", {})
+    monkeypatch.setattr(template_matching, "REJECTS", {})
     template_matching.templates.cache_clear()
     assert accepted() >= 0.5
 
 
 def test_blurred_templates_are_needed(cases: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching, "BLURS", (0.0,))
+    monkeypatch.setattr(template_matching, "BLURS", (0.0,))
     template_matching.templates.cache_clear()
     assert strict_rate(cases[::3], generated) <= 0.95
 

@@ -1,0 +1,1 @@
+"""Search for users' own diffusers pipelines, which stay unchanged."""

@@ -1,0 +1,233 @@
+"""CLIP checkpoints of open_clip and transformers as frozen encoders of images and texts.
+
+open_clip and transformers are imported when a checkpoint is opened, not before.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genalign import assets
+from rewards.backbones.encoders import Features, TwoTowers, projected_text
+
+Interpolation = Literal["bicubic", "bilinear"]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """From images (B, 3, H, W) in [0, 1] to the float32 input of a network, differentiable.
+
+    ``size`` is (height, width). ``fit`` says what happens to another aspect ratio: "crop" fills the size and cuts the
+    rest off, "pad" fits the whole image in with black around it, "squash" distorts.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fit: Literal["crop", "pad", "squash"] = "crop"
+    interpolation: Interpolation = "bicubic"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Resized, normalised images (B, 3, *size). Raises ValueError for another shape than (B, 3, H, W)."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W) in [0, 1], not a tensor of shape {tuple(images.shape)}")
+        images = _centred(resize(images.float(), self._scaled(images), self.interpolation), self.size)
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
+
+    def _scaled(self, images: Tensor) -> tuple[int, int]:
+        """The size that an image has after resizing and before it is cut or padded to ``size``."""
+        (height, width), (wanted_height, wanted_width) = images.shape[-2:], self.size
+        ratios = wanted_height / height, wanted_width / width
+        match self.fit:
+            case "squash":
+                return self.size
+            case "crop":
+                scale = max(ratios)
+                return max(wanted_height, int(height * scale)), max(wanted_width, int(width * scale))
+            case "pad":
+                scale = min(ratios)
+                return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def resize(images: Tensor, size: tuple[int, int], interpolation: Interpolation = "bicubic") -> Tensor:
+    """Images (B, C, H, W) in [0, 1] at ``size`` (height, width), antialiased as Pillow does it."""
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size=size, mode=interpolation, antialias=True).clamp(0, 1)
+
+
+def _centred(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut or pad with zeros, evenly on both sides."""
+    extra_height, extra_width = size[0] - images.shape[-2], size[1] - images.shape[-1]
+    top, left = int(extra_height / 2), int(extra_width / 2)
+    return F.pad(images, (left, extra_width - left, top, extra_height - top))
+
+
+class ClipEncoder(TwoTowers):
+    """A frozen text and image encoder; ``forward`` is the image embedding."""
+
+    def __init__(self, model: nn.Module, prepare: Preparation, logit_scale: float) -> None:
+        super().__init__(model)
+        self.prepare = prepare
+        self.logit_scale = logit_scale
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """Projected embeddings (B, d) of images (B, 3, H, W) in [0, 1], not normalised; differentiable."""
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Features:
+        """The embedding, and the patch tokens after the last norm, through the same projection; differentiable."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> nn.ModuleList:
+        """The blocks of the visual transformer, first to last."""
+
+
+class OpenClipEncoder(ClipEncoder):
+    """A model of open_clip with the tokenizer of ``name``: "local-dir:" and a folder, or an architecture."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        import open_clip
+
+        super().__init__(
+            model, _open_clip_preparation(model.visual.preprocess_cfg), float(model.logit_scale.detach().exp())
+        )
+        self._tokenizer = open_clip.get_tokenizer(name)
+        self._is_transformer = isinstance(model.visual, open_clip.transformer.VisionTransformer)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> OpenClipEncoder:
+        """The checkpoint that open_clip's push_to_hf_hub wrote."""
+        import open_clip
+
+        name = f"local-dir:{folder}"
+        return cls(open_clip.create_model(name), name)
+
+    def forward(self, images: Tensor) -> Tensor:
+        embedding: Tensor = self.model.encode_image(self.prepare(images))  # type: ignore[operator]  # a submodule
+        return embedding
+
+    def features(self, images: Tensor) -> Features:
+        tower = self._vision_transformer()
+        found = tower.forward_intermediates(
+            self.prepare(images), indices=1, normalize_intermediates=True, output_fmt="NLC"
+        )
+        patches = found["image_intermediates"][0]
+        return Features(found["image_features"], patches if tower.proj is None else patches @ tower.proj)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        blocks: nn.ModuleList = self._vision_transformer().transformer.resblocks
+        return blocks
+
+    def _encode(self, texts: list[str]) -> Tensor:
+        embedding: Tensor = self.model.encode_text(self._tokenizer(texts).to(self.device))  # type: ignore[operator]
+        return embedding
+
+    def _vision_transformer(self) -> Any:
+        if not self._is_transformer:
+            raise ValueError(
+                f"the visual tower of this model is a {type(self.model.visual).__name__}: patch tokens and blocks need"
+                " a vision transformer, such as open_clip's ViT-B-32"
+            )
+        return self.model.visual
+
+
+class TransformersClipEncoder(ClipEncoder):
+    """A transformers CLIP folder or Hub id; ``processor`` holds its tokenizer and image processor."""
+
+    def __init__(self, model: str, processor: str) -> None:
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        config = AutoConfig.from_pretrained(model)
+        if config.model_type != "clip":
+            raise ValueError(f"{model} is a {config.model_type} checkpoint, not CLIP: give a CLIP folder or Hub id")
+        network = CLIPModel.from_pretrained(model, dtype=torch.float32)
+        prepare = _transformers_preparation(AutoImageProcessor.from_pretrained(processor))
+        super().__init__(network, prepare, float(network.logit_scale.detach().exp()))
+        self._tokenizer = AutoTokenizer.from_pretrained(processor)
+        self._context = int(config.text_config.max_position_embeddings)
+
+    def forward(self, images: Tensor) -> Tensor:
+        network: Any = self.model
+        embedding: Tensor = network.visual_projection(network.vision_model(self.prepare(images)).pooler_output)
+        return embedding
+
+    def features(self, images: Tensor) -> Features:
+        network: Any = self.model
+        found = network.vision_model(self.prepare(images))
+        patches = network.vision_model.post_layernorm(found.last_hidden_state[:, 1:])
+        return Features(network.visual_projection(found.pooler_output), network.visual_projection(patches))
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        network: Any = self.model
+        blocks: nn.ModuleList = network.vision_model.encoder.layers
+        return blocks
+
+    def _encode(self, texts: list[str]) -> Tensor:
+        return projected_text(self.model, self._tokenizer, texts, self._context)
+
+
+def load_clip(model: str, processor: str | None = None) -> ClipEncoder:
+    """The CLIP encoder of an embedded name ("shapes-clip"), an open_clip folder, a transformers CLIP folder or Hub id.
+
+    Opened once per process and shared, in float32. ``processor`` is where a transformers checkpoint finds its
+    tokenizer and image processor, if not beside the weights (PickScore is such a one). Raises ValueError for a folder
+    of another kind.
+    """
+    return _opened(assets.resolve(model), processor)
+
+
+@functools.cache
+def _opened(model: str, processor: str | None) -> ClipEncoder:
+    path = Path(model)
+    if (path / "open_clip_config.json").is_file():
+        if processor is not None:
+            raise ValueError(f"{path} is an open_clip folder, which holds its own tokenizer: leave processor out")
+        return OpenClipEncoder.of_folder(path)
+    if path.exists() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path} has neither an open_clip_config.json nor a config.json: give the folder that open_clip's"
+            " push_to_hf_hub or CLIPModel.save_pretrained wrote"
+        )
+    return TransformersClipEncoder(model, processor or model)
+
+
+def _open_clip_preparation(config: dict[str, Any]) -> Preparation:
+    fits: dict[str, Literal["crop", "pad", "squash"]] = {"shortest": "crop", "longest": "pad", "squash": "squash"}
+    return Preparation(
+        size=_pair(config["size"]),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        fit=fits[config["resize_mode"]],
+        interpolation="bilinear" if config["interpolation"] == "bilinear" else "bicubic",
+    )
+
+
+def _transformers_preparation(processor: Any) -> Preparation:
+    """The size and normalisation of an image processor; its resampling is bicubic for every CLIP."""
+    crop = bool(processor.do_center_crop)
+    size = processor.crop_size if crop else processor.size
+    return Preparation(
+        size=(int(size["height"]), int(size["width"])),
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+        fit="crop" if crop else "squash",
+    )
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,1 @@
+"""Rewards that another process or machine computes: the client of ``genalign serve`` and vision-language judges."""
