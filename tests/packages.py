@@ -5,6 +5,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
+"""The checkout."""
+
 
 def folder_of(package: str) -> Path:
     """The folder of an importable package."""

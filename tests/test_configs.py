@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
 
 from genalign.cli.config import Train, parse
 from genalign.runtime.fsdp import Sharding, asked_for
+from tests.packages import ROOT
 
-CONFIGS = Path(__file__).parents[1] / "scripts" / "configs"
-LARGE = ("sd35_medium_geneval", "sd35_medium_ocr", "sd35_medium_pickscore", "flux_dev_pickscore", "sdxl_pickscore")
-TRAINING = (*LARGE, "sd15_aesthetic", "shapes_flow_grpo", "shapes_compare", "tones_compare")
+CONFIGS = ROOT / "scripts" / "configs"
+LARGE = (
+    "train/sd35_medium_flow_grpo_geneval",
+    "train/sd35_medium_flow_grpo_ocr",
+    "train/sd35_medium_flow_grpo_pickscore",
+    "train/flux_dev_flow_grpo_pickscore",
+    "train/sdxl_flow_grpo_pickscore",
+)
+TRAINING = (
+    *LARGE,
+    "train/sd15_flow_grpo_aesthetic",
+    "train/shapes_flow_grpo_partial",
+    "compare/base_shapes",
+    "compare/base_tones",
+)
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -22,7 +33,7 @@ def test_a_training_configuration_is_taken(name: str) -> None:
     assert plain["model"]["path"] == written["model"]["path"] and settings.rewards.keys() == written["rewards"].keys()
 
 
-@pytest.mark.parametrize("name", [*LARGE, "sd15_aesthetic", "sd35_medium"])
+@pytest.mark.parametrize("name", [*LARGE, "train/sd15_flow_grpo_aesthetic", "train/sd35_medium_flow_grpo_own_reward"])
 def test_what_was_never_run_says_so(name: str) -> None:
     head = (CONFIGS / f"{name}.yaml").read_text().splitlines()[:3]
     assert any("NOT RUN" in line and "Sized for" in line for line in head)

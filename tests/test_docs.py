@@ -18,9 +18,8 @@ import yaml
 
 from genalign.cli import config
 from genalign.cli.main import main
-from tests.packages import folder_of
+from tests.packages import ROOT, folder_of
 
-ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "docs" / "methods"
 PAGES = {path.relative_to(ROOT): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
 REWARDS = (METHODS.parent / "rewards.md").read_text()

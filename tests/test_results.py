@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from genalign.evaluation.records import Measurement, PromptRecord, claim, median_row, read_records, rows_of
+from tests.packages import ROOT
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
+RESULTS = ROOT / "docs" / "results"
 REQUIRED = {
     "flow_grpo_shapes": {"flow_grpo"},
     "methods_shapes": {"flow_grpo", "dense_grpo", "prdp", "dragon", "adv_grpo"},

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from genalign.evaluation.geneval.grammar import with_article
 from genalign.evaluation.geneval.scoring import Box, Detection, Thresholds
 from genalign.evaluation.geneval.vocabulary import OBJECTS
 from genalign.runtime.media import eight_bits
-from genalign.worlds.shapes.prompts import with_article
 
 _MOST_INSTANCES = 100  # of an image, as in mmdet's configuration
 _GENEVAL = Thresholds()

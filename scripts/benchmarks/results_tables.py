@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MARKED = re.compile(
     r"(?P<begin><!-- (?P<kind>results|standings|curves|wins):(?P<name>\w+) -->\n).*?(?P<end><!-- /(?P=kind) -->)",
     re.DOTALL,

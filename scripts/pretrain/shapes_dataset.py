@@ -8,7 +8,8 @@ from functools import cache
 import numpy as np
 from torch import Tensor
 
-from genalign.evaluation.geneval.grammar import RELATIONS, color_attr, colors, counting, position
+from genalign.evaluation.geneval.grammar import color_attr, colors, counting, position
+from genalign.evaluation.geneval.vocabulary import RELATIONS
 from genalign.types import Prompt
 from genalign.worlds.shapes.geometry import PALETTE
 from genalign.worlds.shapes.prompts import prompts

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 import pipelines
-from genalign.algorithms import regression
+from genalign.algorithms import losses
 from genalign.algorithms.interfaces import Batch, Context, Readings
 from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.diffusion.lora import save_peft
@@ -209,11 +209,11 @@ def test_one_step_of_training_lowers_the_loss(
     batch = Batch(parts[0].rollout, made.credit(outcome), outcome.group, False)
     weights: list[Tensor] = []
     with monkeypatch.context() as patch:
-        patch.setattr(regression, "_normalised_error", functools.partial(_by_own_size, weights))
+        patch.setattr(losses, "_normalised_error", functools.partial(_by_own_size, weights))
         before = _readings(trainer, batch)
     assert before.log_ratio_max == 0.0
     trainer._learn(0, prompts.prompts, parts, outcome)
-    monkeypatch.setattr(regression, "_normalised_error", functools.partial(_by_first_size, iter(weights)))
+    monkeypatch.setattr(losses, "_normalised_error", functools.partial(_by_first_size, iter(weights)))
     assert _readings(trainer, batch).mean("loss") < before.mean("loss")
 
 

@@ -9,14 +9,13 @@ import pytest
 
 from genalign import assets
 from genalign.cli.config import Compare, ConfigurationError, Steer, Train, TrainNoiseAware, parse
-from tests.packages import folder_of
+from tests.packages import ROOT, folder_of
 from tests.rewards.tiny_clap import write_clap
 
-ROOT = Path(__file__).parents[2]
-SHIPPED = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
-COMPARISONS = [path for path in SHIPPED if path.stem.startswith("compare")]
+SHIPPED = sorted((ROOT / "scripts" / "configs").glob("*/*.yaml"))
+COMPARISONS = [path for path in SHIPPED if path.parent.name == "compare" and not path.stem.startswith("base_")]
 SEARCHES = {"steer": Steer, "noise_aware": TrainNoiseAware}
-CONFIGS = [path for path in SHIPPED if not path.stem.startswith(("compare", *SEARCHES))]
+CONFIGS = [path for path in SHIPPED if path.parent.name == "train" or path.stem.startswith("base_")]
 
 
 DEMOS = sorted((folder_of("genalign") / "assets").glob("demo*.yaml"))
@@ -40,7 +39,7 @@ def any_clap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("any_clap")
 @pytest.mark.parametrize("kind", SEARCHES)
 def test_searches_parse(kind: str) -> None:
-    found = [path for path in SHIPPED if path.stem.startswith(kind)]
+    found = [path for path in SHIPPED if path.parent.name == kind]
     assert found
     for path in found:
         if "runs/" in path.read_text().split("model:")[1]:

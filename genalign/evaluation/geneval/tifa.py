@@ -13,11 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from genalign.evaluation.geneval.grammar import NUMBERS
+from genalign.evaluation.geneval.grammar import NUMBERS, with_article
 from genalign.evaluation.geneval.metadata import Clause, Request
 from genalign.evaluation.geneval.vocabulary import several
 from genalign.types import Prompt
-from genalign.worlds.shapes.prompts import with_article
 
 QuestionJudge = Callable[[Tensor, Sequence[str]], Tensor]
 """Probabilities (B,) of the answer "yes" for images (B, 3, H, W) in [0, 1] and a question for each."""

@@ -31,7 +31,7 @@ def write_report(run: Path) -> Path:
 def page(template: str) -> Template:
     """A template of this package; a name that it lacks is an error, and values are escaped."""
     environment = Environment(
-        loader=PackageLoader("genalign", "report"),
+        loader=PackageLoader("genalign", "evaluation/report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -23,7 +23,6 @@ from genalign.evaluation.geneval.grammar import (
     single_object,
     two_object,
 )
-from genalign.evaluation.geneval.grammar import with_article as with_article
 from genalign.evaluation.geneval.vocabulary import RELATIONS as RELATIONS
 from genalign.types import Prompt, PromptSet
 from genalign.worlds.grammar import SUITES as SUITES

@@ -21,10 +21,10 @@ from genalign.evaluation.geneval.metadata import Clause, Request, written
 from genalign.evaluation.geneval.result_files import read_results, read_samples, write_prompts, write_samples
 from genalign.types import PromptSet
 from genalign.worlds import shapes
+from tests.packages import ROOT
 from tests.rewards import tiny_detectors
 
 SECONDS = 1.0  # that the judge takes, so that a process is killed at work
-ROOT = Path(__file__).parents[3]
 JUDGE = (
     "{class_path: rewards.geneval.GenEvalJudge, init_args: {"
     "detector: {class_path: tests.genalign.evaluation.geneval.shapes_judge.ShapesDetector, init_args: {seconds: SECONDS}},"

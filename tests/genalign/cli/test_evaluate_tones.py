@@ -29,9 +29,10 @@ from rewards.combine import Gate
 from rewards.set_rewards import PerSampleFrechet, Vendi
 from rewards.tones import TonesReward
 from scripts.pretrain.tones_models import TextToVelocity, assemble, build_vae
+from tests.packages import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
+CONFIGS = ROOT / "scripts" / "configs"
 TASKS = {"single_tone", "two_tone", "counting", "pitch", "relation", "attribution", "loudness"}
 
 
@@ -205,7 +206,7 @@ def test_training_hears_its_model_at_its_rate(
     reward = "{class_path: rewards.clap.ClapReward, init_args: {model: tones-clap, sample_rate: 44100}}"
     asked = [
         "--config",
-        str(CONFIGS / "tones_compare.yaml"),
+        str(CONFIGS / "compare" / "base_tones.yaml"),
         "--model.path",
         str(model),
         "--output",
@@ -235,7 +236,7 @@ def test_an_embedded_model_that_is_not_there_says_how_to_make_it(
     for command in (["evaluate", "tones"], ["demo", "tones"]):
         told = error(capsys, *command, "--output", str(tmp_path / "out"))
         assert "the embedded model tones-audio is not in this installation: make it with python scripts/" in told
-    with pytest.raises(FileNotFoundError, match=r"pretrain_tones\.py clap in a checkout of the repository"):
+    with pytest.raises(FileNotFoundError, match=r"tones_audio\.py clap in a checkout of the repository"):
         assets.resolve("tones-clap")
     assert not (tmp_path / "out").exists()
     monkeypatch.chdir(tmp_path)

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from genalign.evaluation.evaluate import load_evaluation
+from tests.packages import ROOT
 
 PROCESSES, KILLS = 3, 8
-ROOT = Path(__file__).parents[2]
 
 SEARCH = """
 output: {folder}/made

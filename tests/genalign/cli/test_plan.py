@@ -25,8 +25,8 @@ from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
 from pipelines.meta_device import Outline, outline
+from tests.packages import ROOT
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "scripts" / "configs"
 RECIPES = {
     "flow_grpo": flow_grpo(window=1),
@@ -120,7 +120,7 @@ def test_a_folder_without_weight_files_is_told(
     folder = tmp_path / "bare"
     shutil.copytree(tiny_folder, folder, ignore=lambda _, names: [n for n in names if n.endswith(".safetensors")])
     assert not any(part.present for part in outline(folder).parts)
-    plain = ["--config", str(CONFIGS / "shapes_flow_grpo.yaml"), "--training.rounds", "1"]
+    plain = ["--config", str(CONFIGS / "train" / "shapes_flow_grpo_partial.yaml"), "--training.rounds", "1"]
     assert main(["plan", *plain, "--model.path", str(folder)]) == 2
     told = capsys.readouterr()
     assert "has no weights in text_encoder/, text_encoder_2/, text_encoder_3/, transformer/, vae/" in told.err
@@ -179,7 +179,7 @@ def test_the_command_prints_all_and_reads_no_weights(
     monkeypatch.chdir(tmp_path)
     prices = tmp_path / "prices.json"
     prices.write_text(json.dumps({"forward": 0.6, "decode": 0.0, "reward/partial": 0.0, "reward/strict": 0.0}))
-    plain = ["--config", str(CONFIGS / "shapes_flow_grpo.yaml"), "--model.path", str(tiny_folder)]
+    plain = ["--config", str(CONFIGS / "train" / "shapes_flow_grpo_partial.yaml"), "--model.path", str(tiny_folder)]
     assert main(["plan", *plain, "--prices", str(prices), "--training.rounds", "2"]) == 0
     told = capsys.readouterr().out
     for word in (
@@ -197,7 +197,13 @@ def test_the_command_prints_all_and_reads_no_weights(
     assert list(tmp_path.iterdir()) == [prices]
 
 
-UNKNOWN = ("sd35_medium_geneval", "sd35_medium_ocr", "flux_dev_pickscore", "sdxl_pickscore", "sd15_aesthetic")
+UNKNOWN = (
+    "train/sd35_medium_flow_grpo_geneval",
+    "train/sd35_medium_flow_grpo_ocr",
+    "train/flux_dev_flow_grpo_pickscore",
+    "train/sdxl_flow_grpo_pickscore",
+    "train/sd15_flow_grpo_aesthetic",
+)
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

@@ -20,6 +20,7 @@ from genalign.scoring import protocol
 from genalign.types import Prompt
 from rewards.remote.http_client import Patience
 from rewards.remote.remote_reward import RemoteReward
+from tests.packages import ROOT
 
 REWARDS = """
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def test_a_version_is_of_what_is_in_the_files(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_served_reward_is_used_and_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = Path(__file__).parents[2]
+    root = ROOT
     environment = {**os.environ, "PYTHONPATH": str(root), "GENALIGN_TOKEN": "s3cret", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "genalign", "serve", "outside_scores:Channel", "--args.channel", "1"]
     process = subprocess.Popen(

@@ -175,9 +175,11 @@ def test_batches_are_cut_by_number_and_size() -> None:
 
 
 def test_nothing_here_can_run_what_it_receives() -> None:
-    server = ("wire.py", "serving.py", "serving_worker.py")
-    client = ("remote.py", "http_client.py", "judges.py")
-    for path in [folder_of("genalign") / name for name in server] + [folder_of("rewards") / name for name in client]:
+    server = ("protocol.py", "server.py", "server_worker.py")
+    client = ("remote_reward.py", "http_client.py", "vlm_judges.py")
+    for path in [folder_of("genalign") / "scoring" / name for name in server] + [
+        folder_of("rewards") / "remote" / name for name in client
+    ]:
         source = path.read_text(encoding="utf-8")
         for word in ("import pickle", "torch.load", "np.load", "eval(", "exec(", "yaml", "subprocess", "os.system"):
             assert word not in source, f"{path} has {word}"

@@ -55,7 +55,7 @@ def _deadly(module, name, last):
 def train(arguments, moment=None, seconds=None):
     if moment is not None:
         for name in ("save_state", "write_json", "sync", "_discard"):
-            _deadly(resuming, name, moment)
+            _deadly(checkpointing, name, moment)
         for module, name in ((checkpointing.os, "rename"), (checkpointing.os, "replace"), (checkpointing.shutil, "rmtree")):
             _deadly(module, name, moment)
     if seconds is not None:

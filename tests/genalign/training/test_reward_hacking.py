@@ -22,6 +22,7 @@ from genalign.metrics.intervals import Estimate
 from genalign.training.reward_hacking import Actions, Guard, Limit, Limits, Looks, Measures, Panel, Signal, panel
 from genalign.types import Prompt
 from tests.genalign.cli.test_main import config
+from tests.packages import ROOT
 
 __all__ = ["config"]
 PROMPTS = [Prompt(f"scene {index // 4}") for index in range(48)]
@@ -255,7 +256,7 @@ def test_limits_can_be_replaced() -> None:
 
 
 def test_the_settings_in_the_docs_are_accepted_and_its_limits_are_the_defaults(config: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "hacking.md").read_text()
+    page = (ROOT / "docs" / "hacking.md").read_text()
     (shown,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     config.write_text(f"{config.read_text()}\n{shown}")
     settings, plain = parse(Train, ["--config", str(config)], "train")

@@ -36,6 +36,7 @@ from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.image_features import Features
 from rewards.backbones.reference_images import ByPrompt, Pool
 from rewards.clip import ClipReward
+from tests.packages import ROOT
 
 RED, BLUE = Prompt("a red circle", {"tag": "single_object"}), Prompt("a blue ring")
 NEVER = Overtake(1e9)
@@ -488,7 +489,7 @@ dist.destroy_process_group()
 def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     def run(rank: int) -> None:
         command = [sys.executable, "-c", RANK, str(rank), str(tmp_path)]
-        subprocess.run(command, cwd=Path(__file__).parents[2], timeout=300, check=True)
+        subprocess.run(command, cwd=ROOT, timeout=300, check=True)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, range(2)))

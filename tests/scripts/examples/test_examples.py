@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.packages import ROOT
 from tests.pipelines.tiny_checkpoints import FAMILIES
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "steer_pipeline.py"
+SCRIPT = ROOT / "scripts" / "examples" / "steer_diffusers_pipeline.py"
 
 
 # the Euler scheduler makes an array of a tensor without NumPy 2's keyword

@@ -14,8 +14,9 @@ from genalign.cli.evaluate_geneval import EvaluateGenEval, GenEvalImages, GenEva
 from genalign.evaluation.geneval.result_files import read_prompts
 from rewards.backbones.detectors import Owlv2
 from rewards.geneval import GenEvalJudge, GenEvalReward
+from tests.packages import ROOT
 
-PAGE = (Path(__file__).parents[3] / "docs" / "geneval.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "geneval.md").read_text(encoding="utf-8")
 COMMANDS = {"geneval": EvaluateGenEval, "geneval-images": GenEvalImages, "geneval-original": GenEvalOriginal}
 
 

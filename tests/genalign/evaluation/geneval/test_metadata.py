@@ -10,8 +10,9 @@ from genalign.evaluation.geneval.result_files import read_prompts, write_prompts
 from genalign.evaluation.geneval.training_prompts import composition_hash, official
 from genalign.evaluation.geneval.vocabulary import COLORS, OBJECTS, TASKS, several
 from genalign.types import Prompt
+from tests.packages import ROOT
 
-DATA = Path(__file__).parents[4] / "shared" / "data" / "geneval"
+DATA = ROOT.parent / "shared" / "data" / "geneval"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="GenEval's prompts are not beside the repository")
 BENCH = {"tag": "colors", "include": [{"class": "bench", "count": 1, "color": "red"}], "prompt": "a red bench"}
 

@@ -16,8 +16,9 @@ from genalign.evaluation.geneval.training_prompts import (
 )
 from genalign.evaluation.geneval.vocabulary import COLORS, OBJECTS
 from genalign.types import PromptSet
+from tests.packages import ROOT
 
-DATA = Path(__file__).parents[4] / "shared" / "data" / "geneval" / "evaluation_metadata.jsonl"
+DATA = ROOT.parent / "shared" / "data" / "geneval" / "evaluation_metadata.jsonl"
 
 
 @pytest.fixture(scope="module")

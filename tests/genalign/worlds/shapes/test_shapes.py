@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from genalign.evaluation.geneval.grammar import (
-    RELATIONS,
     color_attr,
     colors,
     counting,
@@ -15,6 +14,7 @@ from genalign.evaluation.geneval.grammar import (
     single_object,
     two_object,
 )
+from genalign.evaluation.geneval.vocabulary import RELATIONS
 from genalign.types import Metadata, Prompt
 from genalign.worlds.shapes.color import palette_lab, srgb_to_lab
 from genalign.worlds.shapes.geometry import BACKGROUND, PALETTE, SHAPES, SIZE
