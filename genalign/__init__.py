@@ -1,0 +1,81 @@
+"""Align diffusion and flow generators with rewards: train, steer, evaluate.
+
+The public names below are imported when they are first used (PEP 562), so that ``import genalign`` stays quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from genalign.algorithms.recipes import Recipe as Recipe
+    from genalign.algorithms.recipes import adv_grpo as adv_grpo
+    from genalign.algorithms.recipes import awm as awm
+    from genalign.algorithms.recipes import ddpo as ddpo
+    from genalign.algorithms.recipes import dense_grpo as dense_grpo
+    from genalign.algorithms.recipes import dragon as dragon
+    from genalign.algorithms.recipes import dragon_set as dragon_set
+    from genalign.algorithms.recipes import flow_grpo as flow_grpo
+    from genalign.algorithms.recipes import guard_grpo as guard_grpo
+    from genalign.algorithms.recipes import mix_grpo as mix_grpo
+    from genalign.algorithms.recipes import nft as nft
+    from genalign.algorithms.recipes import prdp as prdp
+    from genalign.algorithms.recipes import tempflow_grpo as tempflow_grpo
+    from genalign.diffusion.policy import Lora as Lora
+    from genalign.diffusion.policy import Policy as Policy
+    from genalign.diffusion.sampling import Sampling as Sampling
+    from genalign.diffusion.transitions import CPS as CPS
+    from genalign.diffusion.transitions import DDIM as DDIM
+    from genalign.diffusion.transitions import DPMSDE as DPMSDE
+    from genalign.diffusion.transitions import ODE as ODE
+    from genalign.diffusion.transitions import CalibratedSDE as CalibratedSDE
+    from genalign.diffusion.transitions import DanceSDE as DanceSDE
+    from genalign.diffusion.transitions import FlowSDE as FlowSDE
+    from genalign.scoring.budget import Budget as Budget
+    from genalign.scoring.score import NamedReward as NamedReward
+    from genalign.search import DNO as DNO
+    from genalign.search import Beam as Beam
+    from genalign.search import BestOfN as BestOfN
+    from genalign.search import Doob as Doob
+    from genalign.search import Evolution as Evolution
+    from genalign.search import FKSteering as FKSteering
+    from genalign.search import Prune as Prune
+    from genalign.search import ReNO as ReNO
+    from genalign.search import RewardGradient as RewardGradient
+    from genalign.search import ZeroOrder as ZeroOrder
+    from genalign.training.noise_calibration import calibrated as calibrated
+    from genalign.training.trainer import RoundResult as RoundResult
+    from genalign.training.trainer import Trainer as Trainer
+    from genalign.training.trainer import TrainerSettings as TrainerSettings
+    from genalign.types import Prompt as Prompt
+    from genalign.types import PromptSet as PromptSet
+
+_PUBLIC = {
+    "genalign.algorithms.recipes": "Recipe adv_grpo awm ddpo dense_grpo dragon dragon_set flow_grpo guard_grpo mix_grpo"
+    " nft prdp tempflow_grpo",
+    "genalign.diffusion.policy": "Lora Policy",
+    "genalign.diffusion.sampling": "Sampling",
+    "genalign.diffusion.transitions": "CPS DDIM DPMSDE ODE CalibratedSDE DanceSDE FlowSDE",
+    "genalign.scoring.budget": "Budget",
+    "genalign.scoring.score": "NamedReward",
+    "genalign.search": "DNO Beam BestOfN Doob Evolution FKSteering Prune ReNO RewardGradient ZeroOrder",
+    "genalign.training.noise_calibration": "calibrated",
+    "genalign.training.trainer": "RoundResult Trainer TrainerSettings",
+    "genalign.types": "Prompt PromptSet",
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("genalign")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'genalign' has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE_OF])
