@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CLEAN := $(or $(TMPDIR),/tmp)/genalign-wheel
 
-.PHONY: demo demo-audio test test-slow check proofs format docs docs-results
+.PHONY: demo demo-audio test test-slow check wheel proofs format docs docs-results
 
 demo: $(INSTALLED)
 	$(BIN)/genalign demo
@@ -23,6 +24,14 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 	$(BIN)/python scripts/benchmarks/results_tables.py --check
+
+wheel: $(INSTALLED) # build it, install it into a clean environment, and use it from another directory
+	rm -rf build dist $(CLEAN)
+	$(BIN)/python -m build --wheel --outdir dist
+	$(PYTHON) -m venv $(CLEAN)/venv
+	$(CLEAN)/venv/bin/pip install -q -c constraints.txt dist/*.whl
+	cd $(CLEAN) && venv/bin/python $(CURDIR)/tests/smoke/wheel.py
+	rm -rf $(CLEAN)
 
 proofs: $(INSTALLED)
 	$(BIN)/python scripts/benchmarks/proofs.py
