@@ -5,7 +5,7 @@ What is here per sample is a reward again and can stand inside another: ``Weight
 of rewards in different units means nothing: put each into ``Standardised`` first, whose statistics are fixed, so that a
 score does not depend on its batch. What needs whole groups is credit for a recipe (``genalign.algorithms.interfaces.Credit``):
 ``EnsembleCredit`` and ``UncertaintyDiscount``; a sum of rewards that are normalised in their group is
-``genalign.algorithms.credit.NormalisedSum``.
+``genalign.algorithms.credit.NormalizedSum``.
 
 A sample that a member could not score is NaN.
 """
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.algorithms.advantages import group_advantages
-from genalign.algorithms.interfaces import Credit, Outcome
+from genalign.algorithms.interfaces import Credit, RoundScores
 from genalign.scoring.combine import combine
 from genalign.types import Prompt, RewardFunction
 from rewards.backbones.clip_encoder import ClipEncoder
@@ -291,7 +291,7 @@ class EnsembleCredit:
 
     pool: Callable = worst_case  # type: ignore[type-arg]
 
-    def __call__(self, outcome: Outcome) -> Tensor:
+    def __call__(self, outcome: RoundScores) -> Tensor:
         """Advantages, as of ``genalign.algorithms.advantages.group_advantages``."""
         return group_advantages(self.pool(_normalised_members(outcome)), outcome.group)
 
@@ -307,7 +307,7 @@ class UncertaintyDiscount:
     credit: Credit
     strength: float = 1.0
 
-    def __call__(self, outcome: Outcome) -> Tensor:
+    def __call__(self, outcome: RoundScores) -> Tensor:
         """(B,) or (B, S), as ``credit`` has it; 0 where a reward is missing."""
         disagreement = _normalised_members(outcome).std(1, correction=0)
         factor = torch.exp(-self.strength * disagreement).nan_to_num(0.0)
@@ -315,7 +315,7 @@ class UncertaintyDiscount:
         return credit * factor.to(credit.device).view(-1, *[1] * (credit.ndim - 1))
 
 
-def _normalised_members(outcome: Outcome) -> Tensor:
+def _normalised_members(outcome: RoundScores) -> Tensor:
     """The scores (B, K') of non-zero weight, normalised within their group; NaN where one is missing."""
     columns = [
         torch.where(scores.isnan(), torch.nan, group_advantages(scores, outcome.group, clip=None))

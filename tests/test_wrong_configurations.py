@@ -130,7 +130,7 @@ TABLE = [
     Wrong("no batch", (*TRAIN, "--training.batch_size", "0"), "training.batch_size must be at least 1, not 0"),
     Wrong("rate", (*TRAIN, "--training.learning_rate", "-1"), "training.learning_rate must be positive, not -1.0"),
     Wrong("rank", (*TRAIN, "--lora.rank", "0"), "LoRA rank must be at least 1, not 0"),
-    Wrong("averaging", (*TRAIN, "--averaging", "1.5"), "averaging must be a decay in [0, 1), not 1.5"),
+    Wrong("averaging", (*TRAIN, "--averaging", "1.5"), "ema_decay must be in [0, 1), not 1.5"),
     Wrong("steps", (*TRAIN, "--sampling.num_steps", "0"), "sampling.num_steps must be at least 1, not 0"),
     Wrong("guidance", (*TRAIN, "--sampling.guidance", "-1"),
           "sampling.guidance must be 1 for none, or more, not -1.0"),

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.advantages import gdpo, group_advantages, step_gains, stepwise_advantages
-from genalign.algorithms.interfaces import Outcome
-from genalign.algorithms.preference_pairs import Criterion, Demonstrations, elementwise, greedy_swap, paired_halves
+from genalign.algorithms.interfaces import RoundScores
+from genalign.algorithms.preference_pairs import (
+    Criterion,
+    PreferencePairs,
+    best_and_worst_pairs,
+    greedy_swap,
+    paired_halves,
+)
 from genalign.metrics.set_mixture import with_quality
 from genalign.scoring.combine import combine
 from genalign.types import SetReward
@@ -22,15 +28,15 @@ class GroupRelative:
 
     std: Literal["group", "global"] = "group"
 
-    def __call__(self, outcome: Outcome) -> Tensor:
+    def __call__(self, outcome: RoundScores) -> Tensor:
         return group_advantages(outcome.combined, outcome.group, std=self.std)
 
 
 @dataclass(frozen=True)
-class NormalisedSum:
+class NormalizedSum:
     """Each reward normalised within the group before they are summed: GDPO's advantages (B,)."""
 
-    def __call__(self, outcome: Outcome) -> Tensor:
+    def __call__(self, outcome: RoundScores) -> Tensor:
         return gdpo(outcome.scores, outcome.group, outcome.weights)
 
 
@@ -41,7 +47,7 @@ class RewardGain:
 
     floor: float
 
-    def __call__(self, outcome: Outcome) -> Tensor:
+    def __call__(self, outcome: RoundScores) -> Tensor:
         if outcome.stepwise is None:
             raise ValueError("step-wise gains need scores of completions: give the recipe a completion")
         samples, boundaries, rewards = outcome.stepwise.shape
@@ -53,7 +59,7 @@ class RewardGain:
 class PlainReward:
     """The weighted sum of the rewards as it is (B,)."""
 
-    def __call__(self, outcome: Outcome) -> Tensor:
+    def __call__(self, outcome: RoundScores) -> Tensor:
         return outcome.combined
 
 
@@ -65,8 +71,10 @@ class BestAndWorst:
     tolerance: float = 0.0
     pairs: int = 1
 
-    def __call__(self, outcome: Outcome) -> Tensor:
-        return signs(elementwise(outcome.combined, outcome.group, self.tolerance, self.pairs), len(outcome.group))
+    def __call__(self, outcome: RoundScores) -> Tensor:
+        return signs(
+            best_and_worst_pairs(outcome.combined, outcome.group, self.tolerance, self.pairs), len(outcome.group)
+        )
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class SetContrast:
     passes: int = 1
     quality: float = 0.0
 
-    def __call__(self, outcome: Outcome) -> Tensor:
+    def __call__(self, outcome: RoundScores) -> Tensor:
         if outcome.features is None:
             raise ValueError("a set reward needs features of the samples: give the recipe a feature function")
         features, own = outcome.features, outcome.combined.to(outcome.features)
@@ -97,7 +105,7 @@ class SetContrast:
         return signs(split.demonstrations(halves), len(outcome.group))
 
 
-def signs(demonstrations: Demonstrations, samples: int) -> Tensor:
+def signs(demonstrations: PreferencePairs, samples: int) -> Tensor:
     """+1 for winners, -1 for losers and 0 for the rest, (samples,) float32."""
     credit = torch.zeros(samples)
     credit[demonstrations.winners] = 1.0

@@ -14,15 +14,15 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from genalign.diffusion.policy import Policy, Snapshot
-from genalign.diffusion.rollout import Pairs, Replay, Rollout, replay
+from genalign.diffusion.policy import Policy, WeightSnapshot
+from genalign.diffusion.rollout import ReplayBatch, ReplayedStep, Rollout, replay
 from genalign.diffusion.transitions import Kernel
 from genalign.scoring.combine import combine
 from genalign.types import Conditioning, Grid, NoiseLevel, Pipeline
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RoundScores:
     """What a round's samples were worth.
 
     ``scores`` (B, K) and their ``weights`` (K,), by prompt index ``group`` (B,). ``stepwise`` (B, S + 1, K) scores the
@@ -45,26 +45,26 @@ class Outcome:
 class Credit(Protocol):
     """From a round's outcome to what each sample (B,), or each of its stored steps (B, S), is credited with."""
 
-    def __call__(self, outcome: Outcome) -> Tensor: ...
+    def __call__(self, outcome: RoundScores) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Samples of whole groups that are learnt from together. ``first``: the current weights sampled them."""
+class UpdateBatch:
+    """Samples of whole groups that are learnt from together. ``on_policy``: the current weights sampled them."""
 
     sampled: Rollout
     credit: Tensor
     group: Tensor
-    first: bool
+    on_policy: bool
 
     def __len__(self) -> int:
         return len(self.credit)
 
-    def split(self, size: int) -> Iterator[Batch]:
+    def split(self, size: int) -> Iterator[UpdateBatch]:
         """Consecutive parts of at most ``size`` samples."""
         parts = (self.sampled.split(size), torch.split(self.credit, size), torch.split(self.group, size))
         for sampled, credit, group in zip(*parts, strict=True):
-            yield Batch(sampled, credit, group, self.first)
+            yield UpdateBatch(sampled, credit, group, self.on_policy)
 
     @property
     def step_credit(self) -> Tensor:
@@ -73,7 +73,7 @@ class Batch:
 
 
 @dataclass
-class Readings:
+class MetricSums:
     """What is logged about a round: sums over its micro-batches, by name, of means weighted by their sizes; updates
     that were ``skipped`` are in none."""
 
@@ -88,17 +88,17 @@ class Readings:
         self.values[name] = self.values.get(name, 0.0) + float(found.sum())
         self.sizes[name] = self.sizes.get(name, 0) + found.numel()
 
-    def copy(self) -> Readings:
+    def snapshot(self) -> MetricSums:
         """As they are now."""
-        return Readings(dict(self.values), dict(self.sizes), self.log_ratio_max, self.skipped)
+        return MetricSums(dict(self.values), dict(self.sizes), self.log_ratio_max, self.skipped)
 
-    def go_back(self, earlier: Readings) -> None:
+    def rollback(self, earlier: MetricSums) -> None:
         """To a copy."""
         self.values, self.sizes = dict(earlier.values), dict(earlier.sizes)
         self.log_ratio_max, self.skipped = earlier.log_ratio_max, earlier.skipped
 
     @classmethod
-    def joined(cls, parts: Sequence[Mapping[str, Any]]) -> Readings:
+    def merge(cls, parts: Sequence[Mapping[str, Any]]) -> MetricSums:
         """Those of several processes, each as ``vars`` shows it; all skip the same updates."""
         total = cls(log_ratio_max=max(part["log_ratio_max"] for part in parts), skipped=parts[0]["skipped"])
         for part in parts:
@@ -117,7 +117,7 @@ class Readings:
 
 
 @dataclass(frozen=True)
-class Context:
+class UpdateContext:
     """The model and the sampler as they are now."""
 
     pipeline: Pipeline
@@ -125,19 +125,19 @@ class Context:
     grid: Grid
     kernel: Kernel
     guidance: float
-    old: Snapshot | None
-    readings: Readings
+    old: WeightSnapshot | None
+    metrics: MetricSums
 
-    def worth_replaying(self, live: Tensor) -> list[Pairs]:
+    def worth_replaying(self, live: Tensor) -> list[ReplayBatch]:
         """Batches of the pairs (B, S) bool that have a part in a loss; of all, where the network is divided among
         processes, which must run it equally often."""
-        return Pairs.batches(torch.ones_like(live) if self.policy.sharded else live)
+        return ReplayBatch.batches(torch.ones_like(live) if self.policy.sharded else live)
 
-    def replay(self, batch: Batch, pairs: Pairs) -> Replay:
+    def replay(self, batch: UpdateBatch, pairs: ReplayBatch) -> ReplayedStep:
         """Stored transitions under the current weights; differentiable."""
         return replay(self.pipeline, batch.sampled, self.grid, self.kernel, pairs, self.guidance)
 
-    def reference_replay(self, batch: Batch, pairs: Pairs) -> Replay:
+    def reference_replay(self, batch: UpdateBatch, pairs: ReplayBatch) -> ReplayedStep:
         """The same under the weights that training started from."""
         with torch.no_grad(), self.policy.reference():
             return self.replay(batch, pairs)
@@ -170,10 +170,10 @@ class Objective(Protocol):
     def clip_range(self) -> float | None:
         """Where on-policy log-ratios above 2% of it hint at a disagreement between sampling and training."""
 
-    def terms(self, batch: Batch) -> int:
+    def terms(self, batch: UpdateBatch) -> int:
         """How many terms of the mean are in ``batch``."""
 
-    def backward(self, context: Context, batch: Batch, scale: float, seed: int) -> None:
+    def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
         """Add the gradient of ``scale`` times the sum of the batch's terms; ``seed`` is for what it draws."""
 
 

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import Batch, Context, Unit
+from genalign.algorithms.interfaces import Unit, UpdateBatch, UpdateContext
 from genalign.algorithms.losses import awm_log_probability, dpo_loss, kto_loss, mean_square, nft_loss
-from genalign.algorithms.preference_pairs import Demonstrations
+from genalign.algorithms.preference_pairs import PreferencePairs
 from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.types import NoiseLevel, Path
 
@@ -113,11 +113,11 @@ class Matching:
         """With twice ``anchor``, ``least`` or more."""
         return replace(self, anchor=max(2 * self.anchor, least))
 
-    def terms(self, batch: Batch) -> int:
+    def terms(self, batch: UpdateBatch) -> int:
         """Terms of the loss, for every draw."""
         return self.draws * self.loss.terms(batch.credit, batch.group)
 
-    def backward(self, context: Context, batch: Batch, scale: float, seed: int) -> None:
+    def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
         """Some draws after the other. Only samples that are learnt from go through the network, unless there is an
         anchor."""
         used = self.loss.used(batch.credit)
@@ -129,29 +129,29 @@ class Matching:
             noised = self._noised(context, batch, rows, draws, seed)
             device = noised.x.device
             distance = mean_square(noised.prediction, noised.reference)
-            context.readings.add("kl", distance)
+            context.metrics.add("kl", distance)
             total = self.anchor * distance.sum()
             for place in range(len(draws)):
                 part = noised.where((place * len(rows) + learnt).to(device))
                 losses = self.loss(part, batch.credit[rows[learnt]].to(device), group[learnt].to(device))
-                context.readings.add("loss", losses)
+                context.metrics.add("loss", losses)
                 total = total + losses.sum()
             torch.autograd.backward(total * scale)
 
-    def _together(self, context: Context, size: int, rows: int) -> Iterator[range]:
+    def _together(self, context: UpdateContext, size: int, rows: int) -> Iterator[range]:
         """The draws, as many together as fill a micro-batch of ``size`` with their ``rows``: small batches cost more a
         sample. One by one where processes must run the network equally often."""
         count = 1 if context.policy.sharded else size // max(1, rows)
         for first in range(0, self.draws if rows else 0, count):
             yield range(first, min(first + count, self.draws))
 
-    def _idle(self, context: Context, batch: Batch, seed: int) -> None:
+    def _idle(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> None:
         """Run the network as often as a process that has samples to learn from: divided, it takes all processes."""
         for draw in range(self.draws):
             noised = self._noised(context, batch, torch.zeros(1, dtype=torch.long), range(draw, draw + 1), seed)
             torch.autograd.backward(0.0 * noised.prediction.sum())
 
-    def _noised(self, context: Context, batch: Batch, rows: Tensor, draws: range, seed: int) -> Noised:
+    def _noised(self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, draws: range, seed: int) -> Noised:
         """The samples ``rows`` (N,) of every draw, draw after draw: (draws * N, ...)."""
         drawn = [(draw, derived_seed(seed, draw, group)) for draw in draws for group in batch.group[rows].tolist()]
         rows, seeds = rows.repeat(len(draws)), [one for _, one in drawn]
@@ -160,7 +160,7 @@ class Matching:
         eps = seeded_noise(seeds, x0)
         path = context.pipeline.path
         x, target = path.add_noise(x0, eps, level), path.prediction(x0, eps, level)
-        conditioning = batch.sampled.start.conditioning[batch.sampled.start.prompt[rows]]
+        conditioning = batch.sampled.inputs.conditioning[batch.sampled.inputs.prompt[rows]]
 
         def predict() -> Tensor:
             return context.pipeline.predict(x, level, conditioning, 1.0)
@@ -313,7 +313,7 @@ class RewardWeighted:
         return credit * noised.error
 
 
-def sign_pairs(credit: Tensor, group: Tensor) -> Demonstrations:
+def sign_pairs(credit: Tensor, group: Tensor) -> PreferencePairs:
     """The k-th sample of positive with the k-th of negative credit of each group; what has no partner is left out."""
     winners, losers = [group.new_zeros(0)], [group.new_zeros(0)]
     for key in torch.unique(group):
@@ -321,4 +321,4 @@ def sign_pairs(credit: Tensor, group: Tensor) -> Demonstrations:
         count = min(int(positive.sum()), int(negative.sum()))
         winners.append(positive.nonzero()[:count, 0])
         losers.append(negative.nonzero()[:count, 0])
-    return Demonstrations(torch.cat(winners), torch.cat(losers))
+    return PreferencePairs(torch.cat(winners), torch.cat(losers))

@@ -21,7 +21,7 @@ Criterion = Literal["plus", "gap"]
 
 
 @dataclass(frozen=True)
-class Demonstrations:
+class PreferencePairs:
     """M pairs of samples of one prompt each, as indices (M,) long into a batch: ``winners`` form D+, ``losers`` D-."""
 
     winners: Tensor
@@ -35,7 +35,7 @@ class Demonstrations:
 
 
 @dataclass(frozen=True)
-class Halves:
+class MatchedHalves:
     """Two disjoint sets of samples, as indices (n,) long into a batch, with the same prompt at every position."""
 
     first: Tensor
@@ -47,13 +47,13 @@ class Halves:
     def __len__(self) -> int:
         return len(self.first)
 
-    def where(self, usable: Tensor) -> Halves:
+    def where(self, usable: Tensor) -> MatchedHalves:
         """The pairs whose two samples are ``usable`` (B,) bool."""
         kept = usable[self.first] & usable[self.second]
-        return Halves(self.first[kept], self.second[kept])
+        return MatchedHalves(self.first[kept], self.second[kept])
 
 
-def elementwise(scores: Tensor, group: Tensor, tolerance: float = 0.0, pairs: int = 1) -> Demonstrations:
+def best_and_worst_pairs(scores: Tensor, group: Tensor, tolerance: float = 0.0, pairs: int = 1) -> PreferencePairs:
     """The best and the worst sample of every prompt, for scores (B,) and prompt indices ``group`` (B,) long; with more
     ``pairs`` also the second best and the second worst, and so on.
 
@@ -76,10 +76,10 @@ def elementwise(scores: Tensor, group: Tensor, tolerance: float = 0.0, pairs: in
         apart = scores[best[:count]] - scores[worst[:count]] > tolerance
         winners.append(best[:count][apart])
         losers.append(worst[:count][apart])
-    return Demonstrations(torch.cat(winners), torch.cat(losers))
+    return PreferencePairs(torch.cat(winners), torch.cat(losers))
 
 
-def paired_halves(group: Tensor) -> Halves:
+def paired_halves(group: Tensor) -> MatchedHalves:
     """The first and the second half of every prompt's samples, for prompt indices ``group`` (B,) long in any order.
 
     A prompt's samples keep their order; of an odd number, the last is left out. ValueError where no prompt has two.
@@ -91,7 +91,7 @@ def paired_halves(group: Tensor) -> Halves:
         second.append(members[half : 2 * half])
     if not any(len(part) for part in first):
         raise ValueError("no prompt has two samples: sample groups of 2 or more")
-    return Halves(torch.cat(first), torch.cat(second))
+    return MatchedHalves(torch.cat(first), torch.cat(second))
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,12 @@ class SetSplit:
     plus: float
     minus: float
 
-    def demonstrations(self, halves: Halves) -> Demonstrations:
+    def demonstrations(self, halves: MatchedHalves) -> PreferencePairs:
         """The division as indices into the batch that ``halves`` points into."""
         if len(halves) != len(self.from_second):
             raise ValueError(f"divided {len(self.from_second)} pairs, got indices of {len(halves)}")
         mine = self.from_second.to(halves.first.device)
-        return Demonstrations(
+        return PreferencePairs(
             torch.where(mine, halves.second, halves.first), torch.where(mine, halves.first, halves.second)
         )
 

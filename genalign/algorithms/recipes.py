@@ -94,7 +94,7 @@ def flow_grpo(
 
 
 def credited(recipe: Recipe, credit: Callable) -> Recipe:  # type: ignore[type-arg]  # bare: any Credit is taken
-    """``recipe`` with another credit, such as ``credit.NormalisedSum`` or ``rewards.combine.EnsembleCredit``."""
+    """``recipe`` with another credit, such as ``credit.NormalizedSum`` or ``rewards.combine.EnsembleCredit``."""
     return replace(recipe, credit=credit)
 
 

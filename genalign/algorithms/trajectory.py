@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import Batch, Context, Unit
+from genalign.algorithms.interfaces import Unit, UpdateBatch, UpdateContext
 from genalign.algorithms.losses import (
     KLForm,
     clip_fraction,
@@ -27,7 +27,7 @@ from genalign.algorithms.losses import (
     untied,
     untied_groups,
 )
-from genalign.diffusion.rollout import Pairs, Replay
+from genalign.diffusion.rollout import ReplayBatch, ReplayedStep
 from genalign.diffusion.transitions import Kernel
 from genalign.types import Grid
 
@@ -38,7 +38,7 @@ class StepLoss(Protocol):
     @property
     def clip_range(self) -> float | None: ...
 
-    def __call__(self, again: Replay, credit: Tensor) -> Tensor: ...
+    def __call__(self, again: ReplayedStep, credit: Tensor) -> Tensor: ...
 
 
 class StepWeights(Protocol):
@@ -56,7 +56,7 @@ class Clipped:
     def __post_init__(self) -> None:
         require_clip_range(self.clip_range)
 
-    def __call__(self, again: Replay, credit: Tensor) -> Tensor:
+    def __call__(self, again: ReplayedStep, credit: Tensor) -> Tensor:
         return clipped_surrogate(again.log_ratio, credit, self.clip_range)
 
 
@@ -69,7 +69,7 @@ class Guarded:
     def __post_init__(self) -> None:
         require_clip_range(self.clip_range)
 
-    def __call__(self, again: Replay, credit: Tensor) -> Tensor:
+    def __call__(self, again: ReplayedStep, credit: Tensor) -> Tensor:
         log_ratio = guarded_log_ratio(again.new, again.old, again.x_next)
         return clipped_surrogate(log_ratio, credit, self.clip_range) / (again.step.sigma - again.step.sigma_next).to(
             credit
@@ -83,7 +83,7 @@ class Masked:
     limit: float = 1e-5
     clip_range: float | None = None
 
-    def __call__(self, again: Replay, credit: Tensor) -> Tensor:
+    def __call__(self, again: ReplayedStep, credit: Tensor) -> Tensor:
         with torch.no_grad():
             keep = dppo_mask(again.log_ratio, again.new.kl(again.old), credit, self.limit)
         return -credit * again.log_ratio.exp() * keep
@@ -118,11 +118,11 @@ class Surrogate:
         """With twice ``kl``, ``least`` or more."""
         return replace(self, kl=max(2 * self.kl, least))
 
-    def terms(self, batch: Batch) -> int:
+    def terms(self, batch: UpdateBatch) -> int:
         """Pairs of a sample and a stored step that have credit."""
         return int((batch.step_credit != 0).sum())
 
-    def backward(self, context: Context, batch: Batch, scale: float, seed: int) -> None:
+    def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
         """Only pairs with credit are replayed, unless all are pulled towards the reference policy."""
         steps, credit = batch.sampled.steps, batch.step_credit
         weights = self.weights(context.kernel, context.grid, steps) if self.weights else torch.ones(len(steps))
@@ -136,36 +136,36 @@ class Surrogate:
             if self.kl or _reads_distance(context):
                 losses = losses + self.kl * self._distance(context, batch, pairs, again)
             torch.autograd.backward(losses.sum() * scale)
-            context.readings.add("loss", losses)
+            context.metrics.add("loss", losses)
             _read_ratio(context, batch, again, self.clip_range)
 
     @torch.no_grad()
-    def _report(self, context: Context, batch: Batch) -> None:
+    def _report(self, context: UpdateContext, batch: UpdateBatch) -> None:
         """Read the distance where nothing is learnt."""
-        pairs = Pairs.of_step(0, len(batch))
+        pairs = ReplayBatch.of_step(0, len(batch))
         self._distance(context, batch, pairs, context.replay(batch, pairs))
 
-    def _distance(self, context: Context, batch: Batch, pairs: Pairs, again: Replay) -> Tensor:
+    def _distance(self, context: UpdateContext, batch: UpdateBatch, pairs: ReplayBatch, again: ReplayedStep) -> Tensor:
         """The distance (N,) from the reference policy; read at least once a round."""
         base = context.reference_replay(batch, pairs)
         distance = kl_penalty(self.kl_form, again.new, base.new, again.prediction, base.prediction, again.step)
-        context.readings.add("kl", distance)
+        context.metrics.add("kl", distance)
         return distance
 
 
-def _reads_distance(context: Context) -> bool:
+def _reads_distance(context: UpdateContext) -> bool:
     """Whether a distance is due that only reports: one in a round, by the first process, or by all of them where they
     run the network together."""
     policy = context.policy
-    return "kl" not in context.readings.values and (policy.processes.first or policy.sharded)
+    return "kl" not in context.metrics.values and (policy.processes.first or policy.sharded)
 
 
-def _read_ratio(context: Context, batch: Batch, again: Replay, clip_range: float | None) -> None:
+def _read_ratio(context: UpdateContext, batch: UpdateBatch, again: ReplayedStep, clip_range: float | None) -> None:
     log_ratio = again.log_ratio.detach()
     if clip_range is not None:
-        context.readings.add("clip_fraction", clip_fraction(log_ratio, clip_range).reshape(1))
-    if batch.first:
-        context.readings.log_ratio_max = max(context.readings.log_ratio_max, float(log_ratio.abs().max()))
+        context.metrics.add("clip_fraction", clip_fraction(log_ratio, clip_range).reshape(1))
+    if batch.on_policy:
+        context.metrics.log_ratio_max = max(context.metrics.log_ratio_max, float(log_ratio.abs().max()))
 
 
 class CoupledLoss(Protocol):
@@ -228,11 +228,11 @@ class Coupled:
         """That of the loss."""
         return self.loss.clip_range
 
-    def terms(self, batch: Batch) -> int:
+    def terms(self, batch: UpdateBatch) -> int:
         """Those of the loss."""
         return self.loss.terms(batch.credit, batch.group)
 
-    def backward(self, context: Context, batch: Batch, scale: float, seed: int) -> None:
+    def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
         """Two passes."""
         used = self.loss.used(batch.credit, batch.group)[:, None].expand(-1, len(batch.sampled.steps))
         parts = context.worth_replaying(used)
@@ -240,20 +240,22 @@ class Coupled:
         current.requires_grad_(True)
         loss = self.loss(current, old, batch.credit.to(current.device), batch.group.to(current.device))
         (slopes,) = torch.autograd.grad(loss, current)
-        context.readings.add("loss", loss.reshape(1))
+        context.metrics.add("loss", loss.reshape(1))
         for pairs in parts:
             again = context.replay(batch, pairs)
             torch.autograd.backward(scale * (slopes[pairs.at] * again.log_ratio).sum())
             _read_ratio(context, batch, again, self.clip_range)
 
     @torch.no_grad()
-    def _log_ratios(self, context: Context, batch: Batch, parts: Sequence[Pairs]) -> tuple[Tensor, Tensor]:
+    def _log_ratios(
+        self, context: UpdateContext, batch: UpdateBatch, parts: Sequence[ReplayBatch]
+    ) -> tuple[Tensor, Tensor]:
         """Log-ratios to the reference (B, S) of the sampling and of the current policy; 0 for what is in no part."""
         old, current = batch.sampled.x.new_zeros(2, len(batch), len(batch.sampled.steps))
         for pairs in parts:
             base = context.reference_replay(batch, pairs)
             old[pairs.at] = base.old.log_ratio(base.new, base.x_next)
-            moved = base.old if batch.first else context.replay(batch, pairs).new
+            moved = base.old if batch.on_policy else context.replay(batch, pairs).new
             current[pairs.at] = moved.log_ratio(base.new, base.x_next)
-            context.readings.add("kl", moved.kl(base.new))
+            context.metrics.add("kl", moved.kl(base.new))
         return old, current

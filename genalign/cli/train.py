@@ -194,8 +194,8 @@ def _policy(settings: config.Train, pipeline: Checkpoint, processes: Processes, 
     """What is trained, starting from a published adapter where one is named."""
     if settings.init_lora is not None:
         pipeline.load_lora(settings.init_lora)
-    worn, seed = settings.init_lora is not None, settings.training.seed
-    return Policy(pipeline.denoiser, settings.lora, settings.averaging, seed, worn, processes, sharding)
+    has_adapter, seed = settings.init_lora is not None, settings.training.seed
+    return Policy(pipeline.denoiser, settings.lora, settings.averaging, seed, has_adapter, processes, sharding)
 
 
 def require_trackers(names: Sequence[str]) -> None:

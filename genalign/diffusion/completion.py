@@ -56,7 +56,7 @@ def complete(
     rows = torch.cat([job.rows for job in jobs])
     x = torch.cat([job.x for job in jobs])
     active = [job.stops for job in jobs for _ in job.rows.tolist()]
-    conditioning = sampled.start.conditioning[sampled.start.prompt[rows]]
+    conditioning = sampled.inputs.conditioning[sampled.inputs.prompt[rows]]
     for index in range(min(sampled.steps) + 1, len(grid)):
         for part in _moving(active, index, size):
             step = _step(grid, index, [active[i] for i in part.tolist()])
@@ -88,7 +88,7 @@ def _jobs(pipeline: Pipeline, sampled: Rollout, grid: Grid, completion: Completi
     every = torch.arange(len(sampled.final))
     for stored, index in enumerate(sampled.steps):
         stops = completion.stops(index, len(grid))
-        rows, origin = distinct(sampled.start) if stored == 0 else (every, every)
+        rows, origin = distinct(sampled.inputs) if stored == 0 else (every, every)
         x, prediction = sampled.x[rows, stored], sampled.prediction[rows, stored]
         moved = transition(pipeline.path, ODE(), x, prediction, _step(grid, index, [stops] * len(rows))).mean
         jobs.append(_Job(rows, moved, origin, stops))

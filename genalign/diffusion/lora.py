@@ -38,8 +38,8 @@ def put_on_saved(network: nn.Module, folder: Path) -> None:
 
 def merge(network: nn.Module) -> None:
     """Add the adapter to the weights of ``network``, which has none afterwards."""
-    worn = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
-    for name, layer in worn:
+    adapted = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
+    for name, layer in adapted:
         layer.merge(adapter_names=[ADAPTER])
         network.set_submodule(name, layer.get_base_layer())
     del cast(Any, network).peft_config

@@ -46,7 +46,7 @@ class Lora:
         return self.targets
 
 
-class Snapshot:
+class WeightSnapshot:
     """A copy of the trainable weights, on the same device."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -69,7 +69,7 @@ class Snapshot:
 
 
 class Policy:
-    """``denoiser`` made trainable: by a new LoRA, by one that is ``worn`` already (under the name ADAPTER), or whole
+    """``denoiser`` made trainable: by a new LoRA, by one that is ``has_adapter`` already (under the name ADAPTER), or whole
     where ``lora`` is None.
 
     The reference policy is the network with its adapters off, or a copy of the first weights where it is trained
@@ -83,18 +83,18 @@ class Policy:
         self,
         denoiser: nn.Module,
         lora: Lora | None,
-        averaging: float = 0.9,
+        ema_decay: float = 0.9,
         seed: int = 0,
-        worn: bool = False,
+        has_adapter: bool = False,
         processes: Processes = ALONE,
         sharding: Sharding | None = None,
     ) -> None:
         self.denoiser = denoiser.requires_grad_(False)
-        if not 0 <= averaging < 1:
-            raise ValueError(f"averaging must be a decay in [0, 1), not {averaging}")
-        self.averaging, self.processes = averaging, processes
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), not {ema_decay}")
+        self.ema_decay, self.processes = ema_decay, processes
         self.updates = 0
-        self.config = _adapted(denoiser, lora, seed, worn)
+        self.config = _adapted(denoiser, lora, seed, has_adapter)
         _require_gradients(denoiser, "lora_" if self.config else "")
         self.sharded = sharding is not None
         if sharding:
@@ -102,8 +102,8 @@ class Policy:
         self.parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
         if sharding:
             require_sharded(self.parameters)
-        self.average = Snapshot(self.parameters)
-        self._first = None if self.config else Snapshot(self.parameters)
+        self.average = WeightSnapshot(self.parameters)
+        self._first = None if self.config else WeightSnapshot(self.parameters)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
@@ -124,7 +124,7 @@ class Policy:
                 parameter.requires_grad_(True)
 
     @contextlib.contextmanager
-    def using(self, snapshot: Snapshot) -> Iterator[None]:
+    def using(self, snapshot: WeightSnapshot) -> Iterator[None]:
         """The weights of ``snapshot`` in place of the current ones; they are not to be trained meanwhile."""
         if self.sharded:
             with lent(self.denoiser, self.parameters, snapshot.tensors):
@@ -148,7 +148,7 @@ class Policy:
         self.updates += 1
         if self.sharded:
             put_away(self.denoiser)
-        self.average.update(self.parameters, min(self.averaging, (1 + self.updates) / (10 + self.updates)))
+        self.average.update(self.parameters, min(self.ema_decay, (1 + self.updates) / (10 + self.updates)))
 
     def sum_gradients(self) -> None:
         """Make the gradients of all processes one, the same in each: their sum."""
@@ -188,11 +188,11 @@ class Policy:
         self.updates = updates
 
 
-def _adapted(denoiser: nn.Module, lora: Lora | None, seed: int, worn: bool) -> LoraConfig | None:
+def _adapted(denoiser: nn.Module, lora: Lora | None, seed: int, has_adapter: bool) -> LoraConfig | None:
     """The configuration of the adapter that ``denoiser`` wears now; None for one that is trained whole, in float32."""
-    if lora and not worn:
+    if lora and not has_adapter:
         _inject(denoiser, lora, seed)
-    if lora or worn:
+    if lora or has_adapter:
         return cast(LoraConfig, cast(Any, denoiser).peft_config[ADAPTER])
     denoiser.float()
     return None

@@ -17,7 +17,7 @@ _MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighbouring seeds lan
 
 
 @dataclass(frozen=True)
-class Start:
+class RolloutInputs:
     """Where B trajectories begin. ``prompt`` (B,) long names rows of ``conditioning`` (P rows); ``noise_seeds`` draw
     the initial latents and ``step_seeds`` the noise of the stochastic steps, one of each per sample."""
 
@@ -34,11 +34,11 @@ class Start:
     def __len__(self) -> int:
         return len(self.prompt)
 
-    def split(self, size: int) -> Iterator[Start]:
+    def split(self, size: int) -> Iterator[RolloutInputs]:
         """Consecutive parts of at most ``size`` samples."""
         for begin in range(0, len(self), size):
             part = slice(begin, begin + size)
-            yield Start(self.conditioning, self.prompt[part], self.noise_seeds[part], self.step_seeds[part])
+            yield RolloutInputs(self.conditioning, self.prompt[part], self.noise_seeds[part], self.step_seeds[part])
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Rollout:
     means and the network's outputs at the grid's ``steps`` (S); ``final`` (B, ...) are the latents at sigma = 0.
     """
 
-    start: Start
+    inputs: RolloutInputs
     steps: tuple[int, ...]
     x: Tensor
     x_next: Tensor
@@ -59,7 +59,7 @@ class Rollout:
 
     def split(self, size: int) -> Iterator[Rollout]:
         """Consecutive parts of at most ``size`` samples."""
-        for place, start in enumerate(self.start.split(size)):
+        for place, start in enumerate(self.inputs.split(size)):
             rows = slice(place * size, place * size + len(start))
             yield Rollout(start, self.steps, *(tensor[rows] for tensor in self._tensors()))
 
@@ -71,7 +71,7 @@ class Rollout:
         """With zeros for the tensors of the samples ``rows`` (B,) bool: in a gradient, NaN times no credit is NaN."""
         chosen = rows.nonzero()[:, 0]
         emptied = (tensor.clone().index_fill_(0, chosen, 0) for tensor in self._tensors())
-        return Rollout(self.start, self.steps, *emptied)
+        return Rollout(self.inputs, self.steps, *emptied)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         """Those with a row for each sample, in their order."""
@@ -84,7 +84,7 @@ def finite_rows(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Replay:
+class ReplayedStep:
     """One stored transition under the current weights (``new``) and under those that sampled it (``old``)."""
 
     new: Transition
@@ -106,7 +106,12 @@ def windowed(kernel: Kernel, steps: Sequence[int], total: int) -> tuple[Kernel, 
 
 @torch.no_grad()
 def rollout(
-    pipeline: Pipeline, start: Start, grid: Grid, kernels: Sequence[Kernel], guidance: float, store: Sequence[int] = ()
+    pipeline: Pipeline,
+    start: RolloutInputs,
+    grid: Grid,
+    kernels: Sequence[Kernel],
+    guidance: float,
+    store: Sequence[int] = (),
 ) -> Rollout:
     """Sample B trajectories with one kernel per step, keeping the transitions of the steps in ``store``.
 
@@ -146,7 +151,7 @@ def _stacked(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.stack(list(tensors), dim=1) if tensors else like.new_empty(len(like), 0, *like.shape[1:])
 
 
-def distinct(start: Start) -> tuple[Tensor, Tensor]:
+def distinct(start: RolloutInputs) -> tuple[Tensor, Tensor]:
     """Rows (U,) of the first samples of each (prompt, noise seed), and (B,) which of them each sample equals."""
     first: dict[tuple[int, int], int] = {}
     keys = list(zip(start.prompt.tolist(), start.noise_seeds, strict=True))
@@ -162,7 +167,7 @@ def step_noise(seeds: Sequence[int], step: int, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class ReplayBatch:
     """Pairs of a sample and a stored transition (0..S-1) that go through the network in one batch: ``rows`` and
     ``stored`` (N,) long. Those from ``live`` on only fill it up: a batch of another size may be computed in another
     way, and differ in more than the last bits at low precision."""
@@ -177,12 +182,12 @@ class Pairs:
         return self.rows[: self.live], self.stored[: self.live]
 
     @classmethod
-    def of_step(cls, stored: int, samples: int) -> Pairs:
+    def of_step(cls, stored: int, samples: int) -> ReplayBatch:
         """All samples at one stored transition."""
         return cls(torch.arange(samples), torch.full((samples,), stored), samples)
 
     @classmethod
-    def batches(cls, live: Tensor) -> list[Pairs]:
+    def batches(cls, live: Tensor) -> list[ReplayBatch]:
         """What is ``live`` (B, S) bool, step after step in batches of B samples; all pairs, where those that are live
         would take as many batches."""
         size, steps = live.shape
@@ -197,19 +202,21 @@ def _repeated(values: Tensor, size: int) -> Tensor:
     return values[torch.arange(size) % len(values)]
 
 
-def replay(pipeline: Pipeline, sampled: Rollout, grid: Grid, kernel: Kernel, pairs: Pairs, guidance: float) -> Replay:
+def replay(
+    pipeline: Pipeline, sampled: Rollout, grid: Grid, kernel: Kernel, pairs: ReplayBatch, guidance: float
+) -> ReplayedStep:
     """Stored transitions under the current weights, of the live ``pairs``; differentiable.
 
     Of all samples at one transition, and before any update, the means equal the stored ones bit for bit; in another
     order, in a batch of that size, up to rounding.
     """
     step, x = grid[torch.tensor(sampled.steps)[pairs.stored]], sampled.x[pairs.rows, pairs.stored]
-    conditioning = sampled.start.conditioning[sampled.start.prompt[pairs.rows]]
+    conditioning = sampled.inputs.conditioning[sampled.inputs.prompt[pairs.rows]]
     prediction = pipeline.predict(x, step, conditioning, guidance)[: pairs.live]
     at = pairs.at
     step = grid[step.index[: pairs.live]]
     new = transition(pipeline.path, kernel, x[: pairs.live], prediction, step)
-    return Replay(new, Transition(sampled.mean[at], new.std), sampled.x_next[at], prediction, step)
+    return ReplayedStep(new, Transition(sampled.mean[at], new.std), sampled.x_next[at], prediction, step)
 
 
 @torch.no_grad()
@@ -228,7 +235,7 @@ def generate(
     distinct = list(dict.fromkeys(prompts))
     conditioning = pipeline.encode(distinct)
     place = {text: i for i, text in enumerate(distinct)}
-    start = Start(conditioning, torch.tensor([place[text] for text in prompts]), tuple(seeds), tuple(seeds))
+    start = RolloutInputs(conditioning, torch.tensor([place[text] for text in prompts]), tuple(seeds), tuple(seeds))
     parts = list(start.split(batch_size))
     for number in share.in_step(len(parts)):
         if number in done:

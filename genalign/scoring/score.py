@@ -186,7 +186,7 @@ class Watch:
         if ratio > self.largest_ratio:
             logger.warning(
                 "in the weighted sum, reward %r varies %.0f times as much as %r, which will hardly count: lower the"
-                " weight of the former, or normalise each reward by itself (credit.NormalisedSum)",
+                " weight of the former, or normalise each reward by itself (credit.NormalizedSum)",
                 large,
                 ratio,
                 small,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import Batch
+from genalign.algorithms.interfaces import UpdateBatch
 from genalign.runtime.files import save_state, with_prefix, write_json
 from genalign.types import Prompt
 
@@ -38,7 +38,7 @@ class BadUpdate:
     update: int
     grad_norm: float
     loss: float
-    batches: Sequence[Batch]
+    batches: Sequence[UpdateBatch]
     prompts: Sequence[Prompt]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -60,8 +60,8 @@ class BadUpdate:
             "batches": [self._origin(batch) for batch in self.batches],
         }
 
-    def _origin(self, batch: Batch) -> dict[str, object]:
-        start = batch.sampled.start
+    def _origin(self, batch: UpdateBatch) -> dict[str, object]:
+        start = batch.sampled.inputs
         return {
             "steps": list(batch.sampled.steps),
             "prompts": [self.prompts[row].text for row in start.prompt.tolist()],
@@ -70,7 +70,7 @@ class BadUpdate:
         }
 
 
-def _tensors(batch: Batch) -> dict[str, Tensor]:
+def _tensors(batch: UpdateBatch) -> dict[str, Tensor]:
     sampled = batch.sampled
     states = {"x": sampled.x, "x_next": sampled.x_next, "mean": sampled.mean, "prediction": sampled.prediction}
     return states | {"final": sampled.final, "credit": batch.credit, "group": batch.group}

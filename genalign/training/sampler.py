@@ -17,7 +17,7 @@ from torch import Tensor
 from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.completion import complete
 from genalign.diffusion.noise import derived_seed
-from genalign.diffusion.rollout import Rollout, Start, finite_rows, rollout, windowed
+from genalign.diffusion.rollout import Rollout, RolloutInputs, finite_rows, rollout, windowed
 from genalign.runtime.distributed import ALL, Share
 from genalign.scoring.score import NamedReward, score
 from genalign.types import Grid, Pipeline, Prompt
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sampled:
-    """One batch of a round: its trajectories, decoded samples (B, ...), and scores as in ``Outcome``."""
+    """One batch of a round: its trajectories, decoded samples (B, ...), and scores as in ``RoundScores``."""
 
     rollout: Rollout
     samples: Tensor
@@ -70,12 +70,12 @@ class Sampler:
                 ends = complete(self.pipeline, sampled, self.grid, self.guidance, recipe.completion).unbind(1)
             yield partial(self._scored, recipe, sampled, ends, [prompts[row] for row in part.prompt.tolist()])
 
-    def _start(self, recipe: Recipe, prompts: Sequence[Prompt], name: str) -> Start:
+    def _start(self, recipe: Recipe, prompts: Sequence[Prompt], name: str) -> RolloutInputs:
         members = [(p, g) for p in range(len(prompts)) for g in range(self.group_size)]
         noise = [derived_seed(name, p, "x", 0 if recipe.shared_noise else g) for p, g in members]
         steps = [derived_seed(name, p, "w", g) for p, g in members]
         conditioning = self.pipeline.encode([prompt.text for prompt in prompts])
-        return Start(conditioning, torch.tensor([p for p, _ in members]), tuple(noise), tuple(steps))
+        return RolloutInputs(conditioning, torch.tensor([p for p, _ in members]), tuple(noise), tuple(steps))
 
     @torch.no_grad()
     def _scored(self, recipe: Recipe, sampled: Rollout, ends: Sequence[Tensor], prompts: Sequence[Prompt]) -> Sampled:

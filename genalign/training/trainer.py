@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from genalign.algorithms.advantages import zero_std_share
-from genalign.algorithms.interfaces import Batch, Context, Outcome, Readings, anchored, halved
+from genalign.algorithms.interfaces import MetricSums, RoundScores, UpdateBatch, UpdateContext, anchored, halved
 from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.noise import derived_seed
-from genalign.diffusion.policy import Policy, Snapshot
+from genalign.diffusion.policy import Policy, WeightSnapshot
 from genalign.diffusion.sampling import Sampling
 from genalign.prompts import PromptSampler
 from genalign.runtime.files import load_optimizer_tensors, optimizer_tensors, with_prefix, without_prefix
@@ -190,7 +190,7 @@ class Trainer:
         rate, decay = settings.learning_rate, settings.weight_decay
         self.optimizer = adam(settings)(policy.parameters, lr=rate, weight_decay=decay)
         self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
-        self.old = Snapshot(policy.parameters) if recipe.lag else None
+        self.old = WeightSnapshot(policy.parameters) if recipe.lag else None
         self.watch = Watch(settings.failed_share)
         self.skipping = Skipping(settings.skipped_updates, suspects)
         self.micro_batch = settings.batch_size
@@ -235,8 +235,8 @@ class Trainer:
         found = [part for part in parts if part is not None]
         return self._all(found) if found else None
 
-    def _outcome(self, parts: Sequence[Sampled], prompts: int) -> Outcome:
-        outcome = Outcome(
+    def _outcome(self, parts: Sequence[Sampled], prompts: int) -> RoundScores:
+        outcome = RoundScores(
             scores=self._all([part.scores for part in parts]),
             weights=tuple(reward.weight for reward in self.rewards),
             group=torch.arange(prompts).repeat_interleave(self.settings.group_size),
@@ -302,10 +302,12 @@ class Trainer:
         self.micro_batch = numbers["micro_batch"]
         self.ledger.counts.update(numbers["calls"])
 
-    def _learn(self, index: int, prompts: Sequence[Prompt], parts: Sequence[Sampled], outcome: Outcome) -> Readings:
+    def _learn(
+        self, index: int, prompts: Sequence[Prompt], parts: Sequence[Sampled], outcome: RoundScores
+    ) -> MetricSums:
         """``updates_per_round`` optimiser steps, each on its part of the batches, of which this process has a share."""
-        readings = Readings()
-        context = Context(
+        readings = MetricSums()
+        context = UpdateContext(
             self.pipeline,
             self.policy,
             self.grid,
@@ -320,9 +322,9 @@ class Trainer:
         for update in range(self.settings.updates_per_round):
             chosen = own[update * size : (update + 1) * size]
             on_policy = update == 0 and self.old is None
-            batches = [Batch(parts[own.index(k)].rollout, credits[k], groups[k], on_policy) for k in chosen]
+            batches = [UpdateBatch(parts[own.index(k)].rollout, credits[k], groups[k], on_policy) for k in chosen]
             seeds = [derived_seed(self.settings.seed, index, "l", k) for k in chosen]
-            before = readings.copy()
+            before = readings.snapshot()
             terms = self._accumulate(context, batches, seeds)
             self.policy.sum_gradients()
             norm = whole(nn.utils.clip_grad_norm_(self.policy.parameters, self.settings.max_grad_norm))
@@ -331,18 +333,18 @@ class Trainer:
                 readings.add("grad_norm", norm.reshape(1))
                 self._step(terms)
             else:
-                readings.go_back(before)
+                readings.rollback(before)
                 readings.skipped += 1
                 self._skip(BadUpdate(index, update, float(norm), loss, batches, prompts))
         self.micro_batch = min(self.processes.told(self.micro_batch))
-        readings = Readings.joined(self.processes.told(vars(readings)))
+        readings = MetricSums.merge(self.processes.told(vars(readings)))
         _warn_of_disagreement(readings.log_ratio_max, self.recipe.objective.clip_range)
         return readings
 
-    def _accumulate(self, context: Context, batches: Sequence[Batch], seeds: Sequence[int]) -> int:
+    def _accumulate(self, context: UpdateContext, batches: Sequence[UpdateBatch], seeds: Sequence[int]) -> int:
         """Add up this process's part of the gradient of an update's mean, and tell of how many terms that is in all;
         where memory runs out, begin anew with fewer samples at a time, if that is asked for."""
-        objective, before = self.recipe.objective, context.readings.copy()
+        objective, before = self.recipe.objective, context.metrics.snapshot()
         terms: int = sum(self.processes.told(sum(objective.terms(batch) for batch in batches)))
         while True:
             try:
@@ -355,7 +357,7 @@ class Trainer:
                 if self.settings.out_of_memory == "stop" or smaller is None or not is_out_of_memory(error):
                     raise
             self._make_room(smaller)
-            context.readings.go_back(before)
+            context.metrics.rollback(before)
 
     def _make_room(self, micro_batch: int) -> None:
         """Give back what an attempt held, and learn from fewer samples at a time from now on."""
@@ -377,7 +379,9 @@ class Trainer:
         self.optimizer.zero_grad()
         self.skipping.skipped(update)
 
-    def _result(self, index: int, outcome: Outcome, learnt: Readings, rewards: Mapping[str, float]) -> RoundResult:
+    def _result(
+        self, index: int, outcome: RoundScores, learnt: MetricSums, rewards: Mapping[str, float]
+    ) -> RoundResult:
         combined = outcome.combined
         valid = combined[~combined.isnan()]
         standard = ("loss", "kl", "clip_fraction", "grad_norm")

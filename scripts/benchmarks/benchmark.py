@@ -32,7 +32,7 @@ from genalign import assets
 from genalign.algorithms.recipes import Recipe, awm, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.diffusion.completion import complete
 from genalign.diffusion.policy import Lora, Policy
-from genalign.diffusion.rollout import Pairs, Rollout, Start, replay, rollout, windowed
+from genalign.diffusion.rollout import ReplayBatch, Rollout, RolloutInputs, replay, rollout, windowed
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import ODE, FlowSDE, Kernel
 from genalign.evaluation.records import Measurement, ratios, write_results
@@ -54,11 +54,11 @@ SIGMAS = tuple(1 - i / STEPS for i in range(STEPS))
 AUTOCAST = torch.bfloat16
 
 
-def start(pipeline: SD3) -> Start:
+def start(pipeline: SD3) -> RolloutInputs:
     """One batch of train prompts."""
     texts = [prompt.text for prompt in shapes.prompts("train").prompts[:BATCH]]
     seeds = tuple(range(BATCH))
-    return Start(pipeline.encode(texts), torch.arange(BATCH), seeds, seeds)
+    return RolloutInputs(pipeline.encode(texts), torch.arange(BATCH), seeds, seeds)
 
 
 def interleaved(functions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
@@ -131,7 +131,7 @@ def benchmark_train(repeats: int) -> list[Measurement]:
 
     def reference() -> None:
         with torch.no_grad(), policy.reference():
-            replay(pipeline, sampled, trainer.grid, recipe.kernel, Pairs.of_step(0, BATCH), 1.0)
+            replay(pipeline, sampled, trainer.grid, recipe.kernel, ReplayBatch.of_step(0, BATCH), 1.0)
 
     whole, base, apart = interleaved([lambda: trainer._learn(0, prompts, parts, outcome), bare, reference], repeats)
     passes = [a - b for a, b in zip(whole, apart, strict=True)]
@@ -143,7 +143,7 @@ def benchmark_train(repeats: int) -> list[Measurement]:
 
 def bare_inputs(trainer: Trainer, sampled: Rollout, stored: int) -> dict[str, torch.Tensor]:
     """What the transformer is called with at a stored step."""
-    rows = sampled.start.conditioning[sampled.start.prompt].tensors
+    rows = sampled.inputs.conditioning[sampled.inputs.prompt].tensors
     timestep = trainer.grid[sampled.steps[stored]].timestep.float().expand(BATCH)
     return {
         "hidden_states": sampled.x[:, stored].contiguous(),

@@ -22,7 +22,7 @@ from transformers import ClapModel
 
 import pipelines
 from genalign.diffusion.noise import derived_seed
-from genalign.diffusion.rollout import Start, rollout
+from genalign.diffusion.rollout import RolloutInputs, rollout
 from genalign.diffusion.transitions import DPMSDE, ODE, Kernel
 from genalign.runtime.cpu import keep_freed_memory, plain_attention
 from genalign.runtime.files import load_state, save_state, without_prefix, write_text
@@ -181,7 +181,7 @@ def first_order_sampler(folder: Path, steps: int, kernel: Kernel, device: str) -
     @torch.no_grad()
     def make(texts: Sequence[str], seed: int) -> Tensor:
         seeds = tuple(derived_seed(seed, row) for row in range(len(texts)))
-        start = Start(pipeline.encode(list(texts)), torch.arange(len(texts)), seeds, seeds)
+        start = RolloutInputs(pipeline.encode(list(texts)), torch.arange(len(texts)), seeds, seeds)
         return pipeline.decode(rollout(pipeline, start, grid, [kernel] * steps, guidance=1.0).final)
 
     return make

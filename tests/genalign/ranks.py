@@ -95,7 +95,7 @@ class Seen:
 
     def batch(self, number: int, part: Sampled) -> None:
         """Of the first round."""
-        start = part.rollout.start
+        start = part.rollout.inputs
         self.tensors |= {
             f"batch.{number}.prompt": start.prompt,
             f"batch.{number}.noise": torch.tensor(start.noise_seeds),

@@ -20,7 +20,7 @@ import pipelines
 from genalign.cli.main import main
 from genalign.diffusion.paths import EDMPath
 from genalign.diffusion.policy import Lora, Policy
-from genalign.diffusion.rollout import Pairs, Rollout, Start, replay, rollout
+from genalign.diffusion.rollout import ReplayBatch, Rollout, RolloutInputs, replay, rollout
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import DPMSDE, ODE, FlowSDE, Kernel, trainable_steps
 from genalign.runtime.media import read_waveform, writer
@@ -99,7 +99,7 @@ def _vanilla(folder: Path, scheduler: Any, noise: Tensor, guidance: float) -> tu
 
 
 def _ours(pipeline: DiffusersPipeline, kernel: Kernel, guidance: float) -> Rollout:
-    start = Start(pipeline.encode(PROMPTS), torch.arange(2), (1, 2), (1, 2))
+    start = RolloutInputs(pipeline.encode(PROMPTS), torch.arange(2), (1, 2), (1, 2))
     kernels = [*[kernel] * (STEPS - 1), ODE()]
     return rollout(pipeline, start, pipeline.grid(STEPS), kernels, guidance, store=range(STEPS))
 
@@ -182,7 +182,7 @@ def test_ratios_are_one_before_training(family: str, folder_of: Callable[[str], 
     kernel = DPMSDE() if family == "stable_audio" else FlowSDE(0.7)
     made = _ours(pipeline, kernel, 3.0)
     for stored in range(STEPS - 1):
-        again = replay(pipeline, made, pipeline.grid(STEPS), kernel, Pairs.of_step(stored, 2), 3.0)
+        again = replay(pipeline, made, pipeline.grid(STEPS), kernel, ReplayBatch.of_step(stored, 2), 3.0)
         assert torch.equal(again.log_ratio, torch.zeros(2))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genalign.diffusion.policy import Lora, Policy
-from genalign.diffusion.rollout import Pairs, Rollout, Start, replay, rollout, windowed
+from genalign.diffusion.rollout import ReplayBatch, Rollout, RolloutInputs, replay, rollout, windowed
 from genalign.diffusion.transitions import FlowSDE
 from pipelines import SD3
 
@@ -23,16 +23,16 @@ KERNEL = FlowSDE(0.7)
 
 
 def _made(tiny: SD3) -> Rollout:
-    start = Start(tiny.encode(["a circle"]), torch.zeros(4, dtype=torch.long), (1, 2, 3, 4), (5, 6, 7, 8))
+    start = RolloutInputs(tiny.encode(["a circle"]), torch.zeros(4, dtype=torch.long), (1, 2, 3, 4), (5, 6, 7, 8))
     return rollout(tiny, start, tiny.grid(3), windowed(KERNEL, (0, 1), 3), 1.0, (0, 1))
 
 
 def _gradient(tiny: SD3, policy: Policy, sampled: Rollout) -> tuple[Tensor, Tensor]:
     """Of log-ratios, at weights that have moved, and these before that."""
-    first = replay(tiny, sampled, tiny.grid(3), KERNEL, Pairs.of_step(1, 4), 1.0).log_ratio.detach()
+    first = replay(tiny, sampled, tiny.grid(3), KERNEL, ReplayBatch.of_step(1, 4), 1.0).log_ratio.detach()
     for parameter in policy.parameters:
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
-    again = replay(tiny, sampled, tiny.grid(3), KERNEL, Pairs.of_step(1, 4), 1.0)
+    again = replay(tiny, sampled, tiny.grid(3), KERNEL, ReplayBatch.of_step(1, 4), 1.0)
     again.log_ratio.sum().backward()
     return first, torch.cat([p.grad.flatten() for p in policy.parameters if p.grad is not None])
 
@@ -51,5 +51,5 @@ def test_it_samples_and_learns_as_the_plain_one(tiny_folder: Path) -> None:
     assert float(ratios.abs().max()) < 1e-5
     assert float((found - expected).norm()) < 1e-3 * float(expected.norm())
     with torch.no_grad(), policies[1].reference():
-        base = replay(fast, compiled, fast.grid(3), KERNEL, Pairs.of_step(1, 4), 1.0)
+        base = replay(fast, compiled, fast.grid(3), KERNEL, ReplayBatch.of_step(1, 4), 1.0)
     assert float(base.log_ratio.abs().max()) < 1e-5

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 import pipelines
 from genalign.algorithms import losses
-from genalign.algorithms.interfaces import Batch, Context, Readings
+from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
 from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.diffusion.lora import save_peft
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.policy import Lora, Policy
-from genalign.diffusion.rollout import Start, rollout
+from genalign.diffusion.rollout import RolloutInputs, rollout
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import DDIM, ODE, FlowSDE, Kernel
 from genalign.runtime.memory_options import Memory
@@ -101,7 +101,7 @@ def test_the_ode_equals_diffusers(
     folder, spec = folder_of(family), FAMILIES[family]
     ours = _open(family, folder)
     used = 1.0 if ours.is_distilled else guidance
-    start = Start(ours.encode(PROMPTS), torch.arange(2), (1, 2), (1, 2))
+    start = RolloutInputs(ours.encode(PROMPTS), torch.arange(2), (1, 2), (1, 2))
     grid = ours.grid(STEPS)
     made = rollout(ours, start, grid, [ODE()] * STEPS, used, store=range(STEPS))
     *latents, samples = _diffusers(spec, folder, spec.noise(ours.initial_noise([1, 2])), guidance)
@@ -206,7 +206,7 @@ def test_one_step_of_training_lowers_the_loss(
     trainer = Trainer(ours, policy, rewards, prompts, made, settings, Sampling(STEPS))
     parts = trainer._sample(0, prompts.prompts)
     outcome = trainer._outcome(parts, len(PROMPTS))
-    batch = Batch(parts[0].rollout, made.credit(outcome), outcome.group, False)
+    batch = UpdateBatch(parts[0].rollout, made.credit(outcome), outcome.group, False)
     weights: list[Tensor] = []
     with monkeypatch.context() as patch:
         patch.setattr(losses, "_normalised_error", functools.partial(_by_own_size, weights))
@@ -228,10 +228,12 @@ def _by_first_size(weights: Iterator[Tensor], difference: Tensor) -> Tensor:
     return difference.double().flatten(1).square().mean(1) / next(weights)
 
 
-def _readings(trainer: Trainer, batch: Batch) -> Readings:
+def _readings(trainer: Trainer, batch: UpdateBatch) -> MetricSums:
     """Of the loss on what ``_learn`` sees first."""
-    readings = Readings()
-    context = Context(trainer.pipeline, trainer.policy, trainer.grid, trainer.recipe.kernel, 1.0, trainer.old, readings)
+    readings = MetricSums()
+    context = UpdateContext(
+        trainer.pipeline, trainer.policy, trainer.grid, trainer.recipe.kernel, 1.0, trainer.old, readings
+    )
     seed = derived_seed(trainer.settings.seed, 0, "l", 0)
     trainer.recipe.objective.backward(context, batch, 1.0, seed)
     for parameter in trainer.policy.parameters:
@@ -329,7 +331,7 @@ def test_training_goes_on_from_a_published_lora(folder_of: Callable[[str], Path]
     old = _policy(first)
     first.save_lora(tmp_path, old.adapter_state(), old.config)  # type: ignore[arg-type]  # it has one
     second.load_lora(tmp_path)
-    new = Policy(second.denoiser, None, worn=True)
+    new = Policy(second.denoiser, None, has_adapter=True)
     assert new.config is not None and (new.config.r, new.config.lora_alpha) == (4, 6)
     for mine, theirs in zip(new.parameters, old.parameters, strict=True):
         assert mine.requires_grad and torch.equal(mine, theirs)

@@ -10,7 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline, UNe
 
 from genalign.diffusion.lora import save_peft
 from genalign.diffusion.policy import Lora, Policy
-from genalign.diffusion.rollout import Start, rollout
+from genalign.diffusion.rollout import RolloutInputs, rollout
 from genalign.diffusion.transitions import ODE
 from genalign.runtime.memory_options import Memory
 from pipelines import SD3, base
@@ -19,8 +19,8 @@ PROMPTS = ["a red circle", "an orange ring and a blue square"]
 SIGMAS = [1.0, 0.75, 0.5, 0.25]
 
 
-def _start(pipeline: SD3, seeds: tuple[int, ...] = (1, 2)) -> Start:
-    return Start(pipeline.encode(PROMPTS), torch.arange(2), seeds, seeds)
+def _start(pipeline: SD3, seeds: tuple[int, ...] = (1, 2)) -> RolloutInputs:
+    return RolloutInputs(pipeline.encode(PROMPTS), torch.arange(2), seeds, seeds)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.algorithms.credit import GroupRelative
-from genalign.algorithms.interfaces import Outcome
+from genalign.algorithms.interfaces import RoundScores
 from genalign.types import Prompt, Reward
 from rewards.clip import ClipReward
 from rewards.combine import (
@@ -133,8 +133,8 @@ def test_gradients_pass_through() -> None:
     torch.testing.assert_close(leaf.grad, torch.full_like(leaf, 0.5 + 0.5))  # sigmoid(0) = 1/2
 
 
-def outcome(scores: Tensor, weights: Sequence[float]) -> Outcome:
-    return Outcome(scores, tuple(weights), torch.arange(len(scores)) // 4)
+def outcome(scores: Tensor, weights: Sequence[float]) -> RoundScores:
+    return RoundScores(scores, tuple(weights), torch.arange(len(scores)) // 4)
 
 
 def test_ensembles_compare_within_the_group() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.credit import SetContrast
-from genalign.algorithms.interfaces import Outcome
+from genalign.algorithms.interfaces import RoundScores
 from genalign.algorithms.preference_pairs import greedy_swap
 from genalign.metrics.frechet import Gaussian, frechet_distance, vendi
 from genalign.metrics.mmd import kid
@@ -175,7 +175,7 @@ def test_a_failed_sample_is_no_demonstration() -> None:
     group = torch.arange(count).repeat(2)
     own = torch.rand(2 * count, 1)
     own[5] = torch.nan
-    outcome = Outcome(own, (1.0,), group, features=features)
+    outcome = RoundScores(own, (1.0,), group, features=features)
     for quality, left_out in ((0.0, {0, count}), (1.0, {0, count, 5, count + 5})):
         credit = SetContrast(Vendi(), quality=quality)(outcome)
         assert set((credit == 0).nonzero()[:, 0].tolist()) == left_out

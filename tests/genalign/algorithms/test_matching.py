@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import Batch, Context, Readings
+from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
 from genalign.algorithms.matching import Matching, Noised, PairedPreference, UnpairedPreference
-from genalign.diffusion.policy import Lora, Policy, Snapshot
-from genalign.diffusion.rollout import Start, rollout
+from genalign.diffusion.policy import Lora, Policy, WeightSnapshot
+from genalign.diffusion.rollout import RolloutInputs, rollout
 from genalign.diffusion.transitions import ODE
 from genalign.scoring.budget import Ledger, Metered
 from pipelines import SD3
@@ -35,19 +35,19 @@ class Seen:
         return credit * noised.error
 
 
-def _context(tiny: SD3, lagging: bool = False) -> Context:
+def _context(tiny: SD3, lagging: bool = False) -> UpdateContext:
     policy = Policy(tiny.denoiser, Lora(rank=2, alpha=4))
-    old = Snapshot(policy.parameters) if lagging else None
+    old = WeightSnapshot(policy.parameters) if lagging else None
     for parameter in policy.parameters:
         torch.nn.init.normal_(parameter, std=0.05)
-    return Context(Metered(tiny, Ledger()), policy, tiny.grid(3, [1.0, 0.7, 0.3]), ODE(), 1.0, old, Readings())
+    return UpdateContext(Metered(tiny, Ledger()), policy, tiny.grid(3, [1.0, 0.7, 0.3]), ODE(), 1.0, old, MetricSums())
 
 
-def _batch(context: Context) -> Batch:
+def _batch(context: UpdateContext) -> UpdateBatch:
     conditioning = context.pipeline.encode(["a circle", "two squares"])
-    start = Start(conditioning, torch.tensor([0, 0, 1, 1]), (1, 2, 3, 4), (5, 6, 7, 8))
+    start = RolloutInputs(conditioning, torch.tensor([0, 0, 1, 1]), (1, 2, 3, 4), (5, 6, 7, 8))
     sampled = rollout(context.pipeline.pipeline, start, context.grid, [ODE()] * 3, 1.0)
-    return Batch(sampled, torch.tensor([1.0, -1.0, 0.5, 0.0]), start.prompt, True)
+    return UpdateBatch(sampled, torch.tensor([1.0, -1.0, 0.5, 0.0]), start.prompt, True)
 
 
 def test_a_group_shares_level_and_noise(tiny: SD3) -> None:
@@ -73,7 +73,7 @@ def test_only_the_current_prediction_carries_a_gradient(tiny: SD3) -> None:
     torch.testing.assert_close(noised.old, noised.reference)  # the old policy is the one that training started from
     assert not torch.allclose(noised.old, noised.prediction.detach())
     assert context.pipeline.ledger.forwards == 3 * 4
-    assert context.readings.mean("kl") > 0
+    assert context.metrics.mean("kl") > 0
 
 
 def test_the_same_seed_draws_the_same(tiny: SD3) -> None:

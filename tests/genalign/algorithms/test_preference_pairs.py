@@ -8,9 +8,9 @@ from torch import Tensor
 
 from genalign.algorithms.preference_pairs import (
     Criterion,
-    Demonstrations,
-    Halves,
-    elementwise,
+    MatchedHalves,
+    PreferencePairs,
+    best_and_worst_pairs,
     greedy_swap,
     paired_halves,
 )
@@ -57,34 +57,34 @@ def mean_reward(features: Tensor) -> float:
 def test_elementwise_takes_the_best_and_the_worst_of_a_prompt() -> None:
     scores = torch.tensor([0.1, 5.0, 0.9, 2.0, 0.5, 2.0, math.nan, 7.0, math.nan, 3.0, math.nan])
     group = torch.tensor([4, 1, 4, 2, 4, 2, 1, 1, 3, 3, 3])
-    pairs = elementwise(scores, group)  # prompt 2 is tied, prompt 3 has one score
+    pairs = best_and_worst_pairs(scores, group)  # prompt 2 is tied, prompt 3 has one score
     assert pairs.winners.tolist() == [7, 2]
     assert pairs.losers.tolist() == [1, 0]
-    assert elementwise(scores, group, tolerance=1.0).winners.tolist() == [7]
-    assert len(elementwise(scores, group, tolerance=2.0)) == 0
-    ties = elementwise(torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.zeros(4, dtype=torch.long))
+    assert best_and_worst_pairs(scores, group, tolerance=1.0).winners.tolist() == [7]
+    assert len(best_and_worst_pairs(scores, group, tolerance=2.0)) == 0
+    ties = best_and_worst_pairs(torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.zeros(4, dtype=torch.long))
     assert (ties.winners.tolist(), ties.losers.tolist()) == ([0], [1])
 
 
 def test_several_pairs_of_a_prompt_meet_from_both_ends() -> None:
     scores = torch.tensor([0.0, 5.0, 3.0, 3.0, torch.nan, 1.0, 2.0, 2.0])
     group = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
-    pairs = elementwise(scores, group, pairs=3)
+    pairs = best_and_worst_pairs(scores, group, pairs=3)
     assert list(zip(pairs.winners.tolist(), pairs.losers.tolist(), strict=True)) == [(1, 0), (2, 5)]  # 3 has no partner
     with pytest.raises(ValueError, match="pairs 1 or more"):
-        elementwise(scores, group, pairs=0)
+        best_and_worst_pairs(scores, group, pairs=0)
 
 
 def test_elementwise_refuses() -> None:
     group = torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match=r"must both be \(B,\)"):
-        elementwise(torch.zeros(3), group)
+        best_and_worst_pairs(torch.zeros(3), group)
     with pytest.raises(ValueError, match="infinite"):
-        elementwise(torch.tensor([math.inf, 0.0]), group)
+        best_and_worst_pairs(torch.tensor([math.inf, 0.0]), group)
     with pytest.raises(ValueError, match="tolerance"):
-        elementwise(torch.zeros(2), group, tolerance=-1.0)
+        best_and_worst_pairs(torch.zeros(2), group, tolerance=-1.0)
     with pytest.raises(TypeError, match=r"torch\.long"):
-        elementwise(torch.zeros(2), torch.zeros(2))
+        best_and_worst_pairs(torch.zeros(2), torch.zeros(2))
 
 
 def test_paired_halves_hold_the_same_prompts() -> None:
@@ -99,9 +99,9 @@ def test_paired_halves_hold_the_same_prompts() -> None:
 
 def test_indices_are_checked() -> None:
     with pytest.raises(ValueError, match=r"two \(M,\) tensors of torch\.long"):
-        Demonstrations(torch.zeros(2, dtype=torch.long), torch.zeros(3, dtype=torch.long))
+        PreferencePairs(torch.zeros(2, dtype=torch.long), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"two \(M,\) tensors of torch\.long"):
-        Halves(torch.zeros(2), torch.zeros(2))
+        MatchedHalves(torch.zeros(2), torch.zeros(2))
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -117,9 +117,9 @@ def test_the_order_of_table_5(criterion: Criterion, seed: int) -> None:
         return whitened.square().sum(0)
 
     split = greedy_swap(first, second, Frechet(reference), criterion, seed=seed)
-    batch, halves = torch.cat([first, second]), Halves(torch.arange(64), torch.arange(64, 128))
+    batch, halves = torch.cat([first, second]), MatchedHalves(torch.arange(64), torch.arange(64, 128))
     by_set = batch[split.demonstrations(halves).winners]
-    by_sample = batch[elementwise(-own_distance(batch), torch.arange(64).repeat(2)).winners]
+    by_sample = batch[best_and_worst_pairs(-own_distance(batch), torch.arange(64).repeat(2)).winners]
     start = min(frechet_distance(first, reference), frechet_distance(second, reference))
     assert frechet_distance(by_set, reference) < frechet_distance(by_sample, reference) < start
     assert own_distance(by_sample).mean() < own_distance(by_set).mean() < own_distance(batch).mean()
@@ -185,10 +185,10 @@ def test_the_better_set_comes_first() -> None:
     first, second = torch.zeros(3, 2), torch.ones(3, 2)
     split = greedy_swap(first, second, mean_reward)
     assert (split.from_second.tolist(), split.plus, split.minus) == ([True] * 3, 1.0, 0.0)
-    pairs = split.demonstrations(Halves(torch.tensor([4, 0, 2]), torch.tensor([1, 3, 5])))
+    pairs = split.demonstrations(MatchedHalves(torch.tensor([4, 0, 2]), torch.tensor([1, 3, 5])))
     assert (pairs.winners.tolist(), pairs.losers.tolist()) == ([1, 3, 5], [4, 0, 2])
     with pytest.raises(ValueError, match="divided 3 pairs, got indices of 2"):
-        split.demonstrations(Halves(torch.tensor([0, 1]), torch.tensor([2, 3])))
+        split.demonstrations(MatchedHalves(torch.tensor([0, 1]), torch.tensor([2, 3])))
 
 
 def test_greedy_swap_refuses() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.credit import NormalisedSum
+from genalign.algorithms.credit import NormalizedSum
 from genalign.algorithms.matching import AdvantageWeighted, Matching, PairedPreference, RewardWeighted
 from genalign.algorithms.recipes import (
     Lag,
@@ -31,7 +31,7 @@ from genalign.algorithms.recipes import (
     tempflow_grpo,
 )
 from genalign.diffusion.policy import Lora, Policy
-from genalign.diffusion.rollout import Pairs
+from genalign.diffusion.rollout import ReplayBatch
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.score import NamedReward
@@ -78,7 +78,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "tempflow_grpo": lambda: tempflow_grpo(KERNEL, clip_range=1e-2),
     "ddpo": lambda: ddpo(clip_range=1e-2),
     "adv_grpo": lambda: replace(adv_grpo(window=3, clip_range=1e-2), shared_noise=False),
-    "gdpo": lambda: replace(flow_grpo(KERNEL, clip_range=1e-2), credit=NormalisedSum()),
+    "gdpo": lambda: replace(flow_grpo(KERNEL, clip_range=1e-2), credit=NormalizedSum()),
     "prdp": lambda: prdp(KERNEL, beta=1e-2, clip_range=1e-2),
     "dragon with dpo": lambda: dragon("dpo", beta=100.0),
     "dragon with kto": lambda: dragon("kto", beta=100.0),
@@ -145,7 +145,7 @@ def test_what_has_no_part_in_the_loss_is_skipped_and_the_gradient_stays(
     more = {"flow_grpo": lambda: flow_grpo(KERNEL, clip_range=1e-2), "awm without anchor": lambda: awm(anchor=0.0)}
     recipe = (RECIPES | more)[name]()
     skipping, few = _gradients(tiny_folder, recipe)
-    monkeypatch.setattr(Pairs, "batches", lambda live, whole=Pairs.batches: whole(torch.ones_like(live)))
+    monkeypatch.setattr(ReplayBatch, "batches", lambda live, whole=ReplayBatch.batches: whole(torch.ones_like(live)))
     for loss in (PairedPreference, AdvantageWeighted):
         monkeypatch.setattr(loss, "used", _all)
     monkeypatch.setattr(AdvantageWeighted, "terms", lambda self, credit, group: int((credit != 0).sum()))

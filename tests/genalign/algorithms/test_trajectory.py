@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import Batch, Context, Readings
+from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
 from genalign.algorithms.trajectory import Clipped, Coupled, Surrogate
 from genalign.diffusion.policy import Lora, Policy
-from genalign.diffusion.rollout import Pairs, Start, rollout, windowed
+from genalign.diffusion.rollout import ReplayBatch, RolloutInputs, rollout, windowed
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.budget import Ledger, Metered
 from pipelines import SD3
@@ -20,22 +20,24 @@ KERNEL = FlowSDE(0.7)
 STEPS = (0, 1, 2)
 
 
-def _context(tiny: SD3) -> Context:
+def _context(tiny: SD3) -> UpdateContext:
     policy = Policy(tiny.denoiser, Lora(rank=2, alpha=4))
     for parameter in policy.parameters:  # B starts at zero, where the current policy would be the reference
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
-    return Context(Metered(tiny, Ledger()), policy, tiny.grid(4, [1.0, 0.75, 0.5, 0.25]), KERNEL, 1.0, None, Readings())
+    return UpdateContext(
+        Metered(tiny, Ledger()), policy, tiny.grid(4, [1.0, 0.75, 0.5, 0.25]), KERNEL, 1.0, None, MetricSums()
+    )
 
 
-def _batch(context: Context, first: bool = True) -> Batch:
+def _batch(context: UpdateContext, first: bool = True) -> UpdateBatch:
     conditioning = context.pipeline.encode(["a circle", "two squares"])
-    start = Start(conditioning, torch.tensor([0, 0, 1, 1]), (1, 2, 3, 4), (5, 6, 7, 8))
+    start = RolloutInputs(conditioning, torch.tensor([0, 0, 1, 1]), (1, 2, 3, 4), (5, 6, 7, 8))
     kernels = windowed(KERNEL, STEPS, 4)
     sampled = rollout(context.pipeline.pipeline, start, context.grid, kernels, 1.0, STEPS)
-    return Batch(sampled, torch.tensor([1.0, -1.0, 0.5, 0.0]), start.prompt, first)
+    return UpdateBatch(sampled, torch.tensor([1.0, -1.0, 0.5, 0.0]), start.prompt, first)
 
 
-def _gradients(context: Context) -> list[Tensor]:
+def _gradients(context: UpdateContext) -> list[Tensor]:
     found = [parameter.grad.clone() for parameter in context.policy.parameters if parameter.grad is not None]
     for parameter in context.policy.parameters:
         parameter.grad = None
@@ -67,7 +69,7 @@ def test_two_passes_equal_naive_automatic_differentiation(tiny: SD3, first: bool
     ours = _gradients(context)
     ratios = []
     for stored in range(len(STEPS)):
-        pairs = Pairs.of_step(stored, len(batch))
+        pairs = ReplayBatch.of_step(stored, len(batch))
         again, base = context.replay(batch, pairs), context.reference_replay(batch, pairs)
         ratios.append(again.new.log_ratio(base.new, again.x_next))
     together = torch.stack(ratios, dim=1)
@@ -84,8 +86,8 @@ def test_on_policy_the_first_pass_needs_no_forward_of_the_current_weights(tiny: 
     batch = _batch(context)
     Coupled(Squared()).backward(context, batch, 1.0, 0)
     assert context.pipeline.ledger.forwards == 4 * 3 * 2  # the reference, and the pass with a graph
-    assert context.readings.log_ratio_max == 0.0
-    Coupled(Squared()).backward(context, Batch(batch.sampled, batch.credit, batch.group, False), 1.0, 0)
+    assert context.metrics.log_ratio_max == 0.0
+    Coupled(Squared()).backward(context, UpdateBatch(batch.sampled, batch.credit, batch.group, False), 1.0, 0)
     assert context.pipeline.ledger.forwards == 4 * 3 * (2 + 3)
 
 
@@ -93,7 +95,7 @@ def test_a_surrogate_counts_samples_with_credit(tiny: SD3) -> None:
     batch = _batch(_context(tiny))
     assert Surrogate(Clipped(1e-3)).terms(batch) == 3 * 3
     stepwise = torch.tensor([[0.0, 0.5, 1.0]] + [[0.0, 0.0, 0.0]] * 3)
-    assert Surrogate(Clipped(1e-3)).terms(Batch(batch.sampled, stepwise, batch.group, True)) == 2
+    assert Surrogate(Clipped(1e-3)).terms(UpdateBatch(batch.sampled, stepwise, batch.group, True)) == 2
 
 
 def test_steps_may_have_credit_and_weight_of_their_own(tiny: SD3) -> None:
@@ -103,12 +105,12 @@ def test_steps_may_have_credit_and_weight_of_their_own(tiny: SD3) -> None:
     surrogate = Surrogate(Clipped(1e-3))
     surrogate.backward(context, batch, 1.0, 0)
     expected = _gradients(context)
-    surrogate.backward(context, Batch(batch.sampled, same, batch.group, True), 1.0, 0)
+    surrogate.backward(context, UpdateBatch(batch.sampled, same, batch.group, True), 1.0, 0)
     for a, b in zip(_gradients(context), expected, strict=True):
         assert torch.equal(a, b)
     late = torch.zeros(4, 3)
     late[:, 2] = batch.credit
-    surrogate.backward(context, Batch(batch.sampled, late, batch.group, True), 1.0, 0)
+    surrogate.backward(context, UpdateBatch(batch.sampled, late, batch.group, True), 1.0, 0)
     alone = _gradients(context)
     weighted = Surrogate(Clipped(1e-3), weights=lambda kernel, grid, steps: torch.tensor([0.0, 0.0, 1.0]))
     weighted.backward(context, batch, 1.0, 0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genalign.diffusion.completion import Completion, complete
-from genalign.diffusion.rollout import Rollout, Start, rollout, windowed
+from genalign.diffusion.rollout import Rollout, RolloutInputs, rollout, windowed
 from genalign.diffusion.transitions import ODE, FlowSDE
 from genalign.scoring.budget import Ledger, Metered
 from genalign.types import Grid
@@ -18,9 +18,11 @@ SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2]
 FULL = Completion()
 
 
-def _start(pipeline: SD3, shared: bool) -> Start:
+def _start(pipeline: SD3, shared: bool) -> RolloutInputs:
     noise = (1, 1, 2, 2) if shared else (1, 2, 3, 4)
-    return Start(pipeline.encode(["a circle", "two squares"]), torch.tensor([0, 0, 1, 1]), noise, (10, 11, 12, 13))
+    return RolloutInputs(
+        pipeline.encode(["a circle", "two squares"]), torch.tensor([0, 0, 1, 1]), noise, (10, 11, 12, 13)
+    )
 
 
 def _sampled(pipeline: SD3, grid: Grid, store: tuple[int, ...], shared: bool, guidance: float = 1.0) -> Rollout:
@@ -39,7 +41,7 @@ def test_each_state_is_completed_by_the_ode(tiny: SD3, guidance: float) -> None:
     grid = tiny.grid(5, SIGMAS)
     sampled = _sampled(tiny, grid, (1, 2, 3), shared=False, guidance=guidance)
     made = complete(tiny, sampled, grid, guidance)
-    conditioning = sampled.start.conditioning[sampled.start.prompt]
+    conditioning = sampled.inputs.conditioning[sampled.inputs.prompt]
     for stored, index in enumerate(sampled.steps):
         x = sampled.x[:, stored]
         for i in range(index, 5):

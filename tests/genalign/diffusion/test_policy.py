@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from genalign.diffusion.policy import Lora, Policy, Snapshot
+from genalign.diffusion.policy import Lora, Policy, WeightSnapshot
 
 
 def _network() -> nn.Module:
@@ -43,7 +43,7 @@ def test_only_adapters_are_trained_and_in_float32() -> None:
 
 def test_average_follows_and_can_be_borrowed() -> None:
     network = _network()
-    policy = Policy(network, Lora(rank=2, targets=("0",)), averaging=0.5)
+    policy = Policy(network, Lora(rank=2, targets=("0",)), ema_decay=0.5)
     start = [parameter.detach().clone() for parameter in policy.parameters]
     _disturb(policy)
     policy.update_average()  # decay is min(0.5, 2 / 11)
@@ -58,7 +58,7 @@ def test_average_follows_and_can_be_borrowed() -> None:
 
 def test_a_snapshot_is_a_copy() -> None:
     policy = Policy(_network(), None)
-    old = Snapshot(policy.parameters)
+    old = WeightSnapshot(policy.parameters)
     _disturb(policy)
     torch.testing.assert_close(old.tensors[0] + 0.1, policy.parameters[0].detach())
 

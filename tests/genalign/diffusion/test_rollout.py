@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genalign.diffusion.rollout import Pairs, Start, generate, replay, rollout, step_noise, windowed
+from genalign.diffusion.rollout import ReplayBatch, RolloutInputs, generate, replay, rollout, step_noise, windowed
 from genalign.diffusion.transitions import CPS, ODE, FlowSDE, Kernel
 from genalign.scoring.budget import Ledger, Metered
 from pipelines import SD3
@@ -14,9 +14,9 @@ PROMPTS = ["a circle", "two squares"]
 SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2]
 
 
-def _start(pipeline: SD3, shared: bool) -> Start:
+def _start(pipeline: SD3, shared: bool) -> RolloutInputs:
     noise = (1, 1, 1, 2, 2, 2) if shared else (1, 2, 3, 4, 5, 6)
-    return Start(pipeline.encode(PROMPTS), torch.tensor([0, 0, 0, 1, 1, 1]), noise, tuple(range(10, 16)))
+    return RolloutInputs(pipeline.encode(PROMPTS), torch.tensor([0, 0, 0, 1, 1, 1]), noise, tuple(range(10, 16)))
 
 
 @pytest.mark.parametrize("kernel", [FlowSDE(0.7), CPS(0.8)])
@@ -25,7 +25,7 @@ def test_on_policy_log_ratio_is_exactly_zero(tiny: SD3, kernel: Kernel, guidance
     grid = tiny.grid(5, SIGMAS)
     sampled = rollout(tiny, _start(tiny, True), grid, windowed(kernel, (1, 2), 5), guidance, store=(1, 2))
     for stored in range(2):
-        again = replay(tiny, sampled, grid, kernel, Pairs.of_step(stored, 6), guidance)
+        again = replay(tiny, sampled, grid, kernel, ReplayBatch.of_step(stored, 6), guidance)
         ratio = again.new.log_ratio(again.old, again.x_next)
         assert torch.equal(ratio, torch.zeros(6))
 
@@ -35,7 +35,7 @@ def test_pairs_of_several_steps_are_replayed_alike(tiny: SD3, guidance: float) -
     grid, kernel = tiny.grid(5, SIGMAS), FlowSDE(0.7)
     sampled = rollout(tiny, _start(tiny, False), grid, windowed(kernel, (1, 2, 3), 5), guidance, store=(1, 2, 3))
     live = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
-    parts = Pairs.batches(live)
+    parts = ReplayBatch.batches(live)
     assert [(len(part.rows), part.live) for part in parts] == [(6, 6), (6, 1)]
     kept = torch.cat([torch.stack(part.at, dim=1) for part in parts])
     assert sorted(kept.tolist()) == live.nonzero().tolist()
@@ -48,11 +48,11 @@ def test_pairs_of_several_steps_are_replayed_alike(tiny: SD3, guidance: float) -
 
 def test_pairs_are_left_out_only_where_that_saves_a_batch() -> None:
     few = torch.tensor([[True, False], [True, False], [False, True], [False, False]])
-    (only,) = Pairs.batches(few)
+    (only,) = ReplayBatch.batches(few)
     assert only.live == 3 and only.rows.tolist() == [0, 1, 2, 0] and only.stored.tolist() == [0, 0, 1, 0]
     more = torch.tensor([[True, True], [True, True], [False, True], [False, False]])
-    assert [(part.live, part.rows.tolist()) for part in Pairs.batches(more)] == [(4, [0, 1, 2, 3])] * 2
-    assert Pairs.batches(torch.zeros(4, 2, dtype=torch.bool)) == []
+    assert [(part.live, part.rows.tolist()) for part in ReplayBatch.batches(more)] == [(4, [0, 1, 2, 3])] * 2
+    assert ReplayBatch.batches(torch.zeros(4, 2, dtype=torch.bool)) == []
 
 
 def test_only_the_window_is_stored(tiny: SD3) -> None:
@@ -72,7 +72,9 @@ def test_the_shared_prefix_is_computed_once_and_changes_nothing(tiny: SD3) -> No
     assert torch.equal(together.x[0], together.x[1]) and torch.equal(together.x[3], together.x[5])
     start = _start(tiny, True)
     for row in range(6):
-        part = Start(start.conditioning, start.prompt[[row]], (start.noise_seeds[row],), (start.step_seeds[row],))
+        part = RolloutInputs(
+            start.conditioning, start.prompt[[row]], (start.noise_seeds[row],), (start.step_seeds[row],)
+        )
         alone = rollout(tiny, part, grid, kernels, 1.0, store=(2,))
         torch.testing.assert_close(alone.final[0], together.final[row], rtol=0, atol=1e-4)
 
@@ -104,7 +106,7 @@ def test_a_kernel_is_needed_for_every_step(tiny: SD3) -> None:
 
 def test_start_checks_its_lengths(tiny: SD3) -> None:
     with pytest.raises(ValueError, match="one entry per sample"):
-        Start(tiny.encode(PROMPTS), torch.tensor([0, 1]), (1, 2), (1,))
+        RolloutInputs(tiny.encode(PROMPTS), torch.tensor([0, 1]), (1, 2), (1,))
 
 
 def test_generate_does_not_depend_on_the_batch(tiny: SD3) -> None:
@@ -119,6 +121,6 @@ def test_replay_is_differentiable(tiny: SD3) -> None:
     grid, kernel = tiny.grid(5, SIGMAS), FlowSDE()
     sampled = rollout(tiny, _start(tiny, True), grid, windowed(kernel, (1,), 5), 1.0, store=(1,))
     tiny.denoiser.proj_out.weight.requires_grad_()
-    again = replay(tiny, sampled, grid, kernel, Pairs.of_step(0, 6), 1.0)
+    again = replay(tiny, sampled, grid, kernel, ReplayBatch.of_step(0, 6), 1.0)
     again.new.log_ratio(again.old, again.x_next).sum().backward()
     assert float(tiny.denoiser.proj_out.weight.grad.abs().sum()) > 0

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from genalign.algorithms.interfaces import Readings
+from genalign.algorithms.interfaces import MetricSums
 from genalign.cli import main
 from genalign.runtime.distributed import ALONE, Processes, Share, joined
 from genalign.runtime.files import load_state
@@ -291,11 +291,11 @@ def test_batches_that_do_not_divide_are_refused() -> None:
 
 
 def test_readings_of_several_processes_are_one() -> None:
-    one, two = Readings(log_ratio_max=0.5), Readings(log_ratio_max=0.1)
+    one, two = MetricSums(log_ratio_max=0.5), MetricSums(log_ratio_max=0.1)
     one.add("loss", torch.tensor([1.0, 2.0]))
     two.add("kl", torch.tensor([4.0]))
     two.add("loss", torch.tensor([6.0]))
-    found = Readings.joined([vars(one), vars(two)])
+    found = MetricSums.merge([vars(one), vars(two)])
     assert found.means() == {"loss": 3.0, "kl": 4.0} and found.log_ratio_max == 0.5
 
 

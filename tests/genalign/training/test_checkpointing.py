@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from genalign.algorithms import recipes
-from genalign.algorithms.credit import NormalisedSum
+from genalign.algorithms.credit import NormalizedSum
 from genalign.algorithms.recipes import Lag, Recipe
 from genalign.cli.resume import Texts, requested, require_same
 from genalign.diffusion.policy import Lora, Policy
@@ -109,7 +109,7 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
     "dragon_set": lambda: recipes.dragon_set(vendi, channels, quality=0.5),
     "nft": lambda: recipes.nft(lag=Lag(slope=0.3)),
     "awm": recipes.awm,
-    "credited": lambda: recipes.credited(recipes.flow_grpo(window=1), NormalisedSum()),
+    "credited": lambda: recipes.credited(recipes.flow_grpo(window=1), NormalizedSum()),
 }
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from genalign import assets
 from genalign.algorithms import recipes
-from genalign.algorithms.interfaces import Batch, Context, Objective, Unit, halved
+from genalign.algorithms.interfaces import Objective, Unit, UpdateBatch, UpdateContext, halved
 from genalign.algorithms.matching import UnpairedPreference
 from genalign.algorithms.recipes import Lag, Recipe
 from genalign.algorithms.trajectory import Surrogate
@@ -289,7 +289,7 @@ class Wrapped:
     """An objective that does something else at its calls number ``first`` to ``last``."""
 
     objective: Objective
-    fault: Callable[[Batch], None]
+    fault: Callable[[UpdateBatch], None]
 
     @property
     def unit(self) -> Unit:
@@ -299,10 +299,10 @@ class Wrapped:
     def clip_range(self) -> float | None:
         return None
 
-    def terms(self, batch: Batch) -> int:
+    def terms(self, batch: UpdateBatch) -> int:
         return self.objective.terms(batch)
 
-    def backward(self, context: Context, batch: Batch, scale: float, seed: int) -> None:
+    def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
         self.objective.backward(context, batch, scale, seed)
         self.fault(batch)
 
@@ -311,7 +311,7 @@ def spoiling(run: Run, updates: range) -> None:
     """Make gradients NaN in these of a run's updates, of one batch each."""
     calls: list[int] = []
 
-    def spoil(batch: Batch) -> None:
+    def spoil(batch: UpdateBatch) -> None:
         calls.append(len(batch))
         if len(calls) - 1 in updates:
             parameter = run.trainer.policy.parameters[0]
@@ -362,7 +362,7 @@ def starved(run: Run, most: int) -> list[int]:
     """Let memory run out where more than ``most`` samples are learnt from at once; the sizes that were tried."""
     tried: list[int] = []
 
-    def full(batch: Batch) -> None:
+    def full(batch: UpdateBatch) -> None:
         tried.append(len(batch))
         if len(batch) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
@@ -398,7 +398,7 @@ def test_the_command_tells_what_would_hold_less(
 ) -> None:
     backward = Surrogate.backward
 
-    def full(objective: Surrogate, context: Context, batch: Batch, scale: float, seed: int) -> None:
+    def full(objective: Surrogate, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
         if batch.sampled.final.ndim == 4:  # and not the stand-in that calls are counted with
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nand a page of figures")
         backward(objective, context, batch, scale, seed)
@@ -428,7 +428,7 @@ def test_the_command_tells_what_would_hold_less(
 def test_another_error_is_no_lack_of_memory(opened: SD3) -> None:
     run = Run(opened, settings=replace(SETTINGS, out_of_memory="halve"))
 
-    def broken(batch: Batch) -> None:
+    def broken(batch: UpdateBatch) -> None:
         raise RuntimeError("shapes differ")
 
     run.trainer.recipe = replace(RECIPE, objective=Wrapped(RECIPE.objective, broken))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from genalign.algorithms.recipes import flow_grpo
 from genalign.diffusion.policy import Lora, Policy
-from genalign.diffusion.rollout import Start, step_noise
+from genalign.diffusion.rollout import RolloutInputs, step_noise
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.score import NamedReward
@@ -45,7 +45,7 @@ class _Seen:
             parameter.grad = None
 
 
-def _noises(start: Start, pipeline: SD3) -> Iterator[Tensor]:
+def _noises(start: RolloutInputs, pipeline: SD3) -> Iterator[Tensor]:
     x = pipeline.initial_noise(start.noise_seeds)
     yield x
     for step in range(len(SIGMAS) - 1):
