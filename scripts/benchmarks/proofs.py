@@ -26,7 +26,7 @@ from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.records import PromptRecord, prompt_records, write_results
 from genalign.metrics.image import saturation
 from genalign.training.reward_hacking import Panel
-from rewards.shapes import recoloured, rendered
+from rewards.shapes import recolored, rendered
 from scripts.benchmarks.audio_measures import Run, measures, rewards_row
 from scripts.benchmarks.audio_search import pruning_records
 from scripts.benchmarks.set_measures import is_purple, is_small, mean_saturation, nearness, set_records, share, variety
@@ -66,7 +66,7 @@ def methods(work: Path) -> None:
     for name, runs in compared(folder, "compare_shapes").items():
         for seed, run in runs.items():
             records += gains(name, "strict" if len(runs) > 1 else "strict, one seed", "strict", seed, run)
-    claim = "Held-out strict accuracy (suite comp, ODE, 10 steps) rises under each method, at 100 000 denoiser forwards"
+    claim = "Held-out strict accuracy (suite comp, ODE, 10 steps) rises under each method, at 100 000 NFE"
     standings = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     made = head(claim, "python scripts/benchmarks/proofs.py methods")
     write_results(RESULTS, "methods_shapes", {**made, "standings": standings}, records)
@@ -77,7 +77,7 @@ def dragon(work: Path) -> None:
     frechet, vendi = (
         compared(work / name, f"compare_{name}")[run] for name, run in (("dragon", "frechet"), ("variety", "vendi"))
     )
-    near = nearness(recoloured(("purple",), radius=(5.5, 7.5), seed=1))  # others than those of training
+    near = nearness(recolored(("purple",), radius=(5.5, 7.5), seed=1))  # others than those of training
     records: list[PromptRecord] = []
     for seed, run in frechet.items():
         records += set_records("dragon_frechet", "less distance", seed, run, near)
@@ -101,14 +101,14 @@ def adversarial(work: Path) -> None:
         for seed, run in runs[name].items():
             records += gains(name, "strict", "strict", seed, run)
             records += set_records(f"{name}.saturation", "mean saturation", seed, run, mean_saturation)
-    near = nearness(recoloured(("red", "orange", "yellow"), seed=1))
+    near = nearness(recolored(("red", "orange", "yellow"), seed=1))
     for seed, run in runs["style"].items():
         records += set_records("style", "less distance", seed, run, near)
     references = rendered("train", seed=1).images
     low, high = saturation(references.load(range(len(references)))).quantile(torch.tensor([0.05, 0.95])).tolist()
     claim = (
-        "A reward with a planted taste for saturation lowers strict accuracy when frozen and raises it when trained"
-        " against references; a discriminator of recoloured references brings the model nearer to them"
+        "A reward with a planted preference for saturation lowers strict accuracy when frozen and raises it when trained"
+        " against references; a discriminator of recolored references brings the model nearer to them"
     )
     made = head(claim, "python scripts/benchmarks/proofs.py adversarial")
     write_results(RESULTS, "adversarial_shapes", {**made, "reference_saturation": [low, high]}, records)
@@ -126,7 +126,7 @@ def hacking(work: Path) -> None:
         records.append(PromptRecord("honest_alarms", "alarms", seed, "all", "the whole run", 0.0, alarms, 1))
         records += gains("honest.strict", "strict", "strict", seed, run)
     claim = (
-        "An alarm that reads no verifier comes before a reward with a planted taste for red has cost a tenth of"
+        "The alarm, which reads no verifier, comes before a reward with a planted preference for red has cost a tenth of"
         " the held-out strict accuracy, and never while an honest reward raises it"
     )
     made = head(claim, "python scripts/benchmarks/proofs.py hacking")
@@ -149,7 +149,7 @@ def audio(work: Path) -> None:
     records = pruning_records(work / "audio_search")
     heard, table = audio_gains(trained)
     claim = (
-        "On sounds DDPO and DRAGON raise held-out strict accuracy (suite comp, ODE); DRAGON brings clips nearer to"
+        "On audio, DDPO and DRAGON raise held-out strict accuracy (suite comp, ODE); DRAGON brings clips nearer to"
         " exemplars of quiet organ tones (FAD of frames, of sets and by clip; in words, by CLAP), and raises the Vendi"
         " score while strict accuracy does not fall; noise-aware pruning finds more of its selection reward than"
         " best-of-N at equal cost in seconds"
