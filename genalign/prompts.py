@@ -1,55 +1,15 @@
-"""Prompt files, and the order in which training meets prompts."""
+"""Prompts in a seeded order: the sampler of training rounds, and a draw that is balanced over tasks."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from genalign.types import Prompt, PromptSet
-
-
-def load_prompts(path: Path) -> PromptSet:
-    """Prompts from a ``.txt`` file (one a line) or a ``.jsonl`` file of GenEval metadata (``prompt``, ``tag``, ...).
-
-    Raises FileNotFoundError, or ValueError naming the line that cannot be used.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no prompt file {path}: give a .txt (one prompt a line) or a GenEval .jsonl file")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line]
-    if not numbered:
-        raise ValueError(f"{path} holds no prompts: write one a line")
-    if path.suffix == ".jsonl":
-        return PromptSet(path.stem, tuple(_from_json(path, number, line) for number, line in numbered))
-    return PromptSet(path.stem, tuple(Prompt(line) for _, line in numbered))
-
-
-def read_listing(folder: Path) -> dict[str, Prompt]:
-    """The prompts of the files in ``folder`` by their names relative to it, from its prompts.jsonl: an object a line,
-    {"file_name": "a/1.png", "prompt": "a red circle"}, and metadata.
-
-    Raises FileNotFoundError, or ValueError naming the line that cannot be used.
-    """
-    path, prompts = folder / "prompts.jsonl", {}
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: write a line with file_name and prompt for each sample")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompts[str(row["file_name"])] = Prompt(str(row["prompt"]), row)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}, line {number}: expected an object with "file_name" and "prompt", found {line[:80]!r}'
-            ) from error
-    return prompts
 
 
 def drawn_in_turn(prompts: PromptSet, count: int, seed: int) -> list[Prompt]:
@@ -59,16 +19,6 @@ def drawn_in_turn(prompts: PromptSet, count: int, seed: int) -> list[Prompt]:
     tasks = [[group[i] for i in rng.permutation(len(group))] for group in prompts.by_task().values()]
     turns = itertools.zip_longest(*tasks)
     return [prompt for turn in turns for prompt in turn if prompt is not None][:count]
-
-
-def _from_json(path: Path, number: int, line: str) -> Prompt:
-    try:
-        metadata = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
-        raise ValueError(f'{path}, line {number}: each line must be an object with a text under "prompt"')
-    return Prompt(metadata["prompt"], metadata)
 
 
 @dataclass(frozen=True)

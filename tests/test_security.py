@@ -254,7 +254,7 @@ def test_runs_on_hostile_prompts_stay_in_their_folders_and_tell_no_secret(
         monkeypatch.setenv(name, secret)
     (tmp_path / "hostile.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in HOSTILE))
     prompts, output = str(tmp_path / "hostile.jsonl"), tmp_path / "a" / "b" / "c"
-    few = {"prompts": prompts, "images_per_task": 2, "seeds": 1, "batch_size": 2}
+    few = {"prompts": prompts, "samples_per_task": 2, "seeds": 1, "batch_size": 2}
     with serving(redness, INFO, token=SECRETS["GENALIGN_TOKEN"]) as url:
         remote = {"class_path": "rewards.remote.remote_reward.RemoteReward", "init_args": {"url": url}}
         settings = {

@@ -130,7 +130,7 @@ TABLE = [
     Wrong("no batch", (*TRAIN, "--training.batch_size", "0"), "training.batch_size must be at least 1, not 0"),
     Wrong("rate", (*TRAIN, "--training.learning_rate", "-1"), "training.learning_rate must be positive, not -1.0"),
     Wrong("rank", (*TRAIN, "--lora.rank", "0"), "LoRA rank must be at least 1, not 0"),
-    Wrong("averaging", (*TRAIN, "--averaging", "1.5"), "ema_decay must be in [0, 1), not 1.5"),
+    Wrong("ema_decay", (*TRAIN, "--ema_decay", "1.5"), "ema_decay must be in [0, 1), not 1.5"),
     Wrong("steps", (*TRAIN, "--sampling.num_steps", "0"), "sampling.num_steps must be at least 1, not 0"),
     Wrong("guidance", (*TRAIN, "--sampling.guidance", "-1"),
           "sampling.guidance must be 1 for none, or more, not -1.0"),
@@ -162,12 +162,12 @@ TABLE = [
     Wrong("long window", (*PLAN, "--recipe.window", "9"),
           "FlowSDE(noise_level=0.7): recipe.window is 9 steps, but only steps [0] of 3 can be trained: use a smaller"
           " window or more sampling steps"),
-    Wrong("held-out reward that is trained", (*TRAIN, "--hacking.rewards", '{{"red": "mine.redness"}}'),
-          "hacking.rewards.red is trained on, and would see nothing: name another reward"),
-    Wrong("two limits", (*SEARCH, "genalign.search.BestOfN", "--budget.forwards", "50", "--budget.seconds", "3"),
-          "give one positive limit, forwards, cost or seconds, not Budget(forwards=50.0, cost=None, seconds=3.0,"
+    Wrong("held-out reward that is trained", (*TRAIN, "--reward_hacking.rewards", '{{"red": "mine.redness"}}'),
+          "reward_hacking.rewards.red is trained on, and would see nothing: name another reward"),
+    Wrong("two limits", (*SEARCH, "genalign.search.BestOfN", "--budget.nfe", "50", "--budget.seconds", "3"),
+          "give one positive limit, nfe, cost or seconds, not Budget(nfe=50.0, cost=None, seconds=3.0,"
           " prices=None)"),
-    Wrong("small budget", (*SEARCH, "genalign.search.BestOfN", "--budget.forwards", "5"),
+    Wrong("small budget", (*SEARCH, "genalign.search.BestOfN", "--budget.nfe", "5"),
           "1 candidates cost 20 for each prompt, and the budget is 5: raise it, or take fewer or fewer steps"),
     # rewards
     Wrong("no rewards", (*TRAIN, "--rewards", "{{}}"),

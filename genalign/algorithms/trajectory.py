@@ -48,7 +48,7 @@ class StepWeights(Protocol):
 
 
 @dataclass(frozen=True)
-class Clipped:
+class ClippedSurrogate:
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7)."""
 
     clip_range: float
@@ -61,7 +61,7 @@ class Clipped:
 
 
 @dataclass(frozen=True)
-class Guarded:
+class GuardedSurrogate:
     """GRPO-Guard (arXiv 2510.22319): the clipped surrogate on normalised log-ratios, divided by sigma - sigma_next."""
 
     clip_range: float
@@ -77,7 +77,7 @@ class Guarded:
 
 
 @dataclass(frozen=True)
-class Masked:
+class MaskedSurrogate:
     """Flow-DPPO (arXiv 2606.11025): no clipping; what is further than ``limit`` in KL and moving away is left out."""
 
     limit: float = 1e-5
@@ -95,7 +95,7 @@ def noise_weighted(kernel: Kernel, grid: Grid, steps: Sequence[int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Surrogate:
+class PolicyGradient:
     """A mean over samples and stored steps of ``loss``, each step times its weight, plus ``kl`` times a distance from
     the reference policy. Samples without credit do not count in the mean."""
 
@@ -114,7 +114,7 @@ class Surrogate:
         """That of the loss."""
         return self.loss.clip_range
 
-    def anchored(self, least: float) -> Surrogate:
+    def with_stronger_kl(self, least: float) -> PolicyGradient:
         """With twice ``kl``, ``least`` or more."""
         return replace(self, kl=max(2 * self.kl, least))
 
@@ -124,14 +124,14 @@ class Surrogate:
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
         """Only pairs with credit are replayed, unless all are pulled towards the reference policy."""
-        steps, credit = batch.sampled.steps, batch.step_credit
+        steps, credit = batch.rollout.steps, batch.step_credit
         weights = self.weights(context.kernel, context.grid, steps) if self.weights else torch.ones(len(steps))
-        parts = context.worth_replaying((credit != 0) | bool(self.kl))
+        parts = context.replay_batches((credit != 0) | bool(self.kl))
         if not parts and _reads_distance(context):
             self._report(context, batch)
         for pairs in parts:
-            again, (_, stored) = context.replay(batch, pairs), pairs.at
-            losses = self.loss(again, credit[pairs.at].to(again.x_next.device))
+            again, (_, stored) = context.replay(batch, pairs), pairs.index
+            losses = self.loss(again, credit[pairs.index].to(again.x_next.device))
             losses = weights[stored].to(losses) * losses
             if self.kl or _reads_distance(context):
                 losses = losses + self.kl * self._distance(context, batch, pairs, again)
@@ -157,7 +157,7 @@ def _reads_distance(context: UpdateContext) -> bool:
     """Whether a distance is due that only reports: one in a round, by the first process, or by all of them where they
     run the network together."""
     policy = context.policy
-    return "kl" not in context.metrics.values and (policy.processes.first or policy.sharded)
+    return "kl" not in context.metrics.values and (policy.processes.is_main or policy.sharded)
 
 
 def _read_ratio(context: UpdateContext, batch: UpdateBatch, again: ReplayedStep, clip_range: float | None) -> None:
@@ -184,7 +184,7 @@ class CoupledLoss(Protocol):
 
 
 @dataclass(frozen=True)
-class RewardDifference:
+class PRDPLoss:
     """PRDP (arXiv 2402.08714): differences of log-ratios regress on those of rewards; a term is a prompt."""
 
     beta: float
@@ -207,7 +207,7 @@ class RewardDifference:
 
 
 @dataclass(frozen=True)
-class Coupled:
+class CoupledObjective:
     """A loss that ties a trajectory's steps and a group's samples together, by two passes.
 
     The first evaluates every log-ratio without a graph, which gives the loss and its derivative for each of them; the
@@ -234,8 +234,8 @@ class Coupled:
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
         """Two passes."""
-        used = self.loss.used(batch.credit, batch.group)[:, None].expand(-1, len(batch.sampled.steps))
-        parts = context.worth_replaying(used)
+        used = self.loss.used(batch.credit, batch.group)[:, None].expand(-1, len(batch.rollout.steps))
+        parts = context.replay_batches(used)
         old, current = self._log_ratios(context, batch, parts)
         current.requires_grad_(True)
         loss = self.loss(current, old, batch.credit.to(current.device), batch.group.to(current.device))
@@ -243,7 +243,7 @@ class Coupled:
         context.metrics.add("loss", loss.reshape(1))
         for pairs in parts:
             again = context.replay(batch, pairs)
-            torch.autograd.backward(scale * (slopes[pairs.at] * again.log_ratio).sum())
+            torch.autograd.backward(scale * (slopes[pairs.index] * again.log_ratio).sum())
             _read_ratio(context, batch, again, self.clip_range)
 
     @torch.no_grad()
@@ -251,11 +251,11 @@ class Coupled:
         self, context: UpdateContext, batch: UpdateBatch, parts: Sequence[ReplayBatch]
     ) -> tuple[Tensor, Tensor]:
         """Log-ratios to the reference (B, S) of the sampling and of the current policy; 0 for what is in no part."""
-        old, current = batch.sampled.x.new_zeros(2, len(batch), len(batch.sampled.steps))
+        old, current = batch.rollout.x.new_zeros(2, len(batch), len(batch.rollout.steps))
         for pairs in parts:
             base = context.reference_replay(batch, pairs)
-            old[pairs.at] = base.old.log_ratio(base.new, base.x_next)
+            old[pairs.index] = base.old.log_ratio(base.new, base.x_next)
             moved = base.old if batch.on_policy else context.replay(batch, pairs).new
-            current[pairs.at] = moved.log_ratio(base.new, base.x_next)
+            current[pairs.index] = moved.log_ratio(base.new, base.x_next)
             context.metrics.add("kl", moved.kl(base.new))
         return old, current

@@ -29,7 +29,7 @@ from genalign.training.checkpointing import Checkpointing
 from genalign.training.noise_calibration import Calibration
 from genalign.training.nonfinite import DivergedError
 from genalign.training.reward_hacking import Actions, Limits
-from genalign.training.trainer import Settings
+from genalign.training.trainer import TrainerSettings
 
 set_parsing_settings(subclasses_enabled=[Recipe, Kernel], instantiate_subclass_spec_in_any=False)
 
@@ -76,19 +76,19 @@ class RewardChoice:
 class Amount:
     """How many images of each task, from at least ``seeds`` noises of each prompt."""
 
-    images_per_task: int = 96
+    samples_per_task: int = 96
     seeds: int = 3
     batch_size: int = 96
 
     def __post_init__(self) -> None:
-        _require_positive(self, "images_per_task", "seeds", "batch_size")
+        _require_positive(self, "samples_per_task", "seeds", "batch_size")
 
 
 @dataclass(frozen=True)
 class HeldOut(Amount):
     """What is watched while training: ``scorers`` on ``prompts`` every ``every`` rounds, 0 for never."""
 
-    images_per_task: int = 32
+    samples_per_task: int = 32
     seeds: int = 1
     prompts: str = "shapes:val"
     every: int = 10
@@ -108,7 +108,7 @@ class Hacking(Amount):
     ``genalign.training.reward_hacking``. ``rewards`` are not trained on; ``features`` give variety and drift; ``shown`` are functions
     of a set of images and their prompts that only report."""
 
-    images_per_task: int = 16
+    samples_per_task: int = 16
     seeds: int = 2
     prompts: str = "shapes:val"
     every: int = 0
@@ -120,8 +120,8 @@ class Hacking(Amount):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.seeds < 2 or self.images_per_task < 2:
-            raise ValueError("hacking.seeds and hacking.images_per_task must be at least 2, to tell variety")
+        if self.seeds < 2 or self.samples_per_task < 2:
+            raise ValueError("reward_hacking.seeds and reward_hacking.samples_per_task must be at least 2, to tell variety")
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,12 @@ class Train:
     prompts: str = "shapes:train"
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Sampling | None = None
-    training: Settings = field(default_factory=Settings)
+    training: TrainerSettings = field(default_factory=TrainerSettings)
     lora: Lora | None = field(default_factory=Lora)
     init_lora: str | None = None
-    averaging: float = 0.9
+    ema_decay: float = 0.9
     held_out: HeldOut = field(default_factory=HeldOut)
-    hacking: Hacking = field(default_factory=Hacking)
+    reward_hacking: Hacking = field(default_factory=Hacking)
     before_after: BeforeAfter | None = field(default_factory=BeforeAfter)
     trackers: list[Literal["tensorboard", "wandb", "trackio", "swanlab"]] = field(default_factory=list)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
@@ -152,12 +152,12 @@ class Train:
         _require_rewards(self.rewards)
         if all(reward.weight == 0 for reward in self.rewards.values()):
             raise ValueError("every reward has weight 0: nothing would be trained; give one a weight")
-        if trained := [name for name in self.hacking.rewards if self.rewards.get(name, RewardChoice(max, 0)).weight]:
-            raise ValueError(f"hacking.rewards.{trained[0]} is trained on, and would see nothing: name another reward")
+        if trained := [name for name in self.reward_hacking.rewards if self.rewards.get(name, RewardChoice(max, 0)).weight]:
+            raise ValueError(f"reward_hacking.rewards.{trained[0]} is trained on, and would see nothing: name another reward")
 
     def watched(self) -> list[HeldOut | Hacking | BeforeAfter]:
         """What is evaluated before, while and after training."""
-        looks = [chosen for chosen in (self.held_out, self.hacking) if chosen.every]
+        looks = [chosen for chosen in (self.held_out, self.reward_hacking) if chosen.every]
         return [*looks, *([self.before_after] if self.before_after else [])]
 
 

@@ -13,9 +13,9 @@ from genalign.cli import config
 from genalign.evaluation.evaluate import Evaluation
 from genalign.evaluation.folder import Subject, adapter_hash
 from genalign.evaluation.geneval.judge import Judge
-from genalign.prompts import load_prompts
-from genalign.runtime.distributed import Share, take_own_device
-from genalign.runtime.fsdp import asked_for
+from genalign.runtime.distributed import RankShare, take_own_device
+from genalign.runtime.fsdp import sharding_from_environment
+from genalign.runtime.prompt_files import load_prompts
 from genalign.scoring.score import NamedReward
 from genalign.search.noise_aware import NoiseAware
 from genalign.training.memory_estimate import Outline
@@ -144,11 +144,11 @@ def import_from_here() -> None:
         sys.path.append(os.getcwd())
 
 
-def own_share(variables: Mapping[str, str]) -> Share:
+def own_share(variables: Mapping[str, str]) -> RankShare:
     """This process's share of work without training, by what a launcher set, and on its own GPU. Raises ValueError
     where the launcher was told to divide the network."""
-    share = Share.from_environment(variables)
-    if asked_for(variables, share.processes):
+    share = RankShare.from_environment(variables)
+    if sharding_from_environment(variables, share.world_size):
         raise ValueError("FSDP divides a network while it is trained: launch this without it, with copies")
     take_own_device(variables)
     return share

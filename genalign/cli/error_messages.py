@@ -14,6 +14,14 @@ _KINDS = {
     "str": "a text",
     "dict": "settings by name",
 }
+RENAMED_SETTINGS = {
+    "training.max_forwards": "training.max_nfe",
+    "budget.forwards": "budget.nfe",
+    "held_out.images_per_task": "held_out.samples_per_task",
+    "before_after.images_per_task": "before_after.samples_per_task",
+    "images_per_task": "samples_per_task",
+}
+"""Settings of version 0.1.0 and their names now."""
 
 
 def nearest(unknown: str, known: Sequence[str]) -> str:

@@ -13,9 +13,9 @@ from genalign.cli.evaluate_geneval import compare_geneval_command, geneval_comma
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import Evaluation, Job, Kept, Protocol, evaluate, judge, plan, suite_hash
 from genalign.evaluation.folder import BatchFolder, manifest
-from genalign.prompts import read_listing
-from genalign.runtime.distributed import ALONE, Processes, joined
+from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from genalign.runtime.media import Writer, inside, writer
+from genalign.runtime.prompt_files import read_listing
 from genalign.types import Pipeline, RewardFunction
 from genalign.worlds.registry import WORLDS, World, world_of
 
@@ -28,7 +28,7 @@ class Exam:
     scorers: Mapping[str, RewardFunction]
     protocol: Protocol
     write: Writer
-    processes: Processes = ALONE
+    processes: ProcessGroup = SINGLE_PROCESS
 
     def take(self, pipeline: Pipeline, output: Path | None = None, kept: Kept | None = None) -> Evaluation:
         """Evaluate the pipeline as it is now, but for the batches that are ``kept``."""
@@ -51,7 +51,7 @@ def exam(
     amount: config.Amount,
     source: str,
     scorers: Mapping[str, RewardFunction],
-    processes: Processes = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Exam:
     """``amount`` of samples of the prompts that ``source`` names, a share of them for each of the ``processes``.
 
@@ -71,10 +71,10 @@ def exam(
         batch_size=amount.batch_size,
         resolution=pipeline.resolution,
         seeds=amount.seeds,
-        images_per_task=amount.images_per_task,
+        samples_per_task=amount.samples_per_task,
         verifier=world.verifier if world else "none",
     )
-    jobs = plan(prompts, amount.images_per_task, amount.seeds)
+    jobs = plan(prompts, amount.samples_per_task, amount.seeds)
     return Exam(jobs, scorers, protocol, writer(pipeline.sample_rate), processes)
 
 
@@ -104,9 +104,9 @@ def _evaluate_world(outside: Outside, world: World, kind: type[config.EvaluateSh
     settings, plain = config.parse(kind, arguments, f"evaluate {world.name}")
     if settings.samples is None:
         own_share(os.environ)
-        with joined(os.environ) as processes:
+        with process_group(os.environ) as processes:
             made = _in_processes(outside, world, settings, plain["model"], processes)
-            if processes.first:
+            if processes.is_main:
                 print_estimates(made)
         return 0
     made = _of_folder(world, Path(settings.samples), outside.scorers[world.name])
@@ -120,7 +120,7 @@ def _in_processes(
     world: World,
     settings: config.EvaluateShapes,
     plain: Mapping[str, object],
-    processes: Processes,
+    processes: ProcessGroup,
 ) -> Evaluation:
     pipeline, subject = opened(outside, settings.model, settings.lora, plain)
     source = f"{world.name}:{settings.suite}"

@@ -21,7 +21,7 @@ from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, Work, veri
 from genalign.evaluation.geneval.upstream_results import rescored
 from genalign.evaluation.paired import check_protocols
 from genalign.evaluation.report import write_geneval
-from genalign.runtime.distributed import Share
+from genalign.runtime.distributed import RankShare
 from genalign.runtime.files import write_json
 from genalign.types import Prompt, PromptSet
 
@@ -164,12 +164,12 @@ def _protocol(
         batch_size=settings.batch_size,
         resolution=pipeline.resolution,
         seeds=settings.seeds,
-        images_per_task=settings.seeds * max(len(group) for group in prompts.by_task().values()),
+        samples_per_task=settings.seeds * max(len(group) for group in prompts.by_task().values()),
         verifier=verifier(judge),
     )
 
 
-def _carried_out(work: Work, share: Share, protocol: Protocol, subject: Subject, against: str | None) -> int:
+def _carried_out(work: Work, share: RankShare, protocol: Protocol, subject: Subject, against: str | None) -> int:
     """Do this process's ``share``, and conclude if nothing is left of any."""
     if against:
         check_protocols(finished(Path(against)).protocol, protocol)

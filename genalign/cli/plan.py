@@ -90,10 +90,10 @@ def _prompts(settings: Plan, refusals: Refusals) -> PromptSet:
 
 def _watched(settings: Plan, rounds: int) -> dict[str, Ledger]:
     """What is made for evaluations beside training, by their names; none of it is in the run's own bill."""
-    alarms = _looks(rounds, settings.hacking.every)
+    alarms = _looks(rounds, settings.reward_hacking.every)
     asked: list[tuple[str, config.HeldOut | config.Hacking | config.BeforeAfter | None, int]] = [
         ("held_out", settings.held_out, _looks(rounds, settings.held_out.every)),
-        ("hacking", settings.hacking, alarms and alarms + 1),  # and one before training
+        ("reward_hacking", settings.reward_hacking, alarms and alarms + 1),  # and one before training
         ("before_after", settings.before_after, 2),
     ]
     sampling = settings.evaluation or settings.sampling
@@ -102,7 +102,7 @@ def _watched(settings: Plan, rounds: int) -> dict[str, Ledger]:
     for name, chosen, times in asked:
         if chosen is None or not times:
             continue
-        images = times * len(jobs(prompt_set(chosen.prompts), chosen.images_per_task, chosen.seeds))
+        images = times * len(jobs(prompt_set(chosen.prompts), chosen.samples_per_task, chosen.seeds))
         made[name] = Ledger()
         made[name].bill(FORWARD, images * evaluations)
         made[name].bill(DECODE, images)
@@ -124,7 +124,7 @@ def _geometry(settings: Plan, counted: Counted) -> Table:
         "batches a round", f"{batches} of {chosen.batch_size}, {batches // chosen.updates_per_round} an update"
     )
     table.add_row("optimiser steps a round", str(chosen.updates_per_round))
-    table.add_row("rounds", f"{counted.rounds}{' (max_forwards)' if counted.rounds < chosen.rounds else ''}")
+    table.add_row("rounds", f"{counted.rounds}{' (max_nfe)' if counted.rounds < chosen.rounds else ''}")
     table.add_row("optimiser steps", f"{counted.rounds * chosen.updates_per_round:,}")
     table.add_row("images", f"{counted.rounds * images:,}")
     table.add_row("trained steps", _windows(counted, settings.sampling.num_steps))
@@ -145,7 +145,7 @@ def _calls(counted: Counted, watched: Mapping[str, Ledger]) -> Table:
     for call in sorted(counted.total.counts):
         table.add_row(call, f"{counted.first.counts[call]:,}", f"{counted.total.counts[call]:,}")
     for name, ledger in watched.items():
-        table.add_row(f"{name}: forward", "", f"{ledger.forwards:,}")
+        table.add_row(f"{name}: forward", "", f"{ledger.nfe:,}")
         table.add_row(f"{name}: decode", "", f"{ledger.decodes:,}")
     return table
 

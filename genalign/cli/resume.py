@@ -11,7 +11,7 @@ from typing import Any
 
 from genalign.cli.context import Checkpoint as Model
 from genalign.runtime.state import State
-from genalign.training.checkpointing import Checkpoint, Checkpoints
+from genalign.training.checkpointing import Checkpoints, RunCheckpoint
 from genalign.training.run import RunFolder
 
 MAY_CHANGE = (
@@ -19,10 +19,10 @@ MAY_CHANGE = (
     "trackers",
     "checkpoint",
     "training.rounds",
-    "training.max_forwards",
-    "training.failed_share",
-    "training.skipped_updates",
-    "training.out_of_memory",
+    "training.max_nfe",
+    "training.max_failed_fraction",
+    "training.max_skipped_updates",
+    "training.on_out_of_memory",
     "model.memory.checkpointing",
     "model.memory.offload",
 )
@@ -51,7 +51,7 @@ def requested(arguments: Sequence[str]) -> Request:
     return Request(["--config", str(run / "config.json"), *rest, "--output", str(run)], True)
 
 
-def checkpoint_in(folder: RunFolder, checkpoints: Checkpoints, config: Mapping[str, Any]) -> Checkpoint | None:
+def checkpoint_in(folder: RunFolder, checkpoints: Checkpoints, config: Mapping[str, Any]) -> RunCheckpoint | None:
     """Where the run in ``folder`` goes on; None where none has begun.
 
     Raises ValueError for a run with other settings, and for one without a checkpoint that is whole.
@@ -85,7 +85,7 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputFingerprint:
     """Hashes of the model's weights and of the prompts that a run is of."""
 
     model: str
@@ -103,7 +103,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Texts:
+class EncoderCache:
     """The batches that ``model`` encoded texts in."""
 
     model: Model

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from genalign.cli import config
 from genalign.cli.context import Outside, prompt_set, require_rate
-from genalign.prompts import read_listing
 from genalign.runtime.media import AUDIO_SUFFIXES, inside, read_image, read_waveform
+from genalign.runtime.prompt_files import read_listing
 from genalign.scoring import protocol
 from genalign.scoring.reward_check import Check, Expected, Probe, check
 from genalign.types import Prompt, PromptSet

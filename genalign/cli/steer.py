@@ -65,7 +65,7 @@ def _search_share(
 
     names = [reward.name for reward in rewards]
     write = writer(pipeline.sample_rate, settings.audio)
-    left = list(filterfalse(folder.done, share.of(len(asked))))
+    left = list(filterfalse(folder.done, share.indices(len(asked))))
     early = find(left[0]) if left and not folder.begun(plain) else None  # what cannot be made leaves nothing behind
     folder.begin(plain)
     for index in left:
@@ -75,7 +75,7 @@ def _search_share(
             result = early if early and index == left[0] else find(index)
             folder.add(index, asked[index].text, names, result, write)
         found = "  ".join(f"{name} {score:.4g}" for name, score in zip(names, result.scores[0].tolist(), strict=True))
-        print(f"{index + 1}/{len(asked)}  {found}  {result.ledger.forwards} forwards  {asked[index].text}", flush=True)
+        print(f"{index + 1}/{len(asked)}  {found}  {result.ledger.nfe} NFE  {asked[index].text}", flush=True)
 
 
 def prices_command(outside: Outside, arguments: Sequence[str]) -> int:

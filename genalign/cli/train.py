@@ -14,28 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import anchored
+from genalign.algorithms.interfaces import with_stronger_kl
 from genalign.cli import config
 from genalign.cli.context import Checkpoint, Outside, named_rewards, prompt_set, require_rate
 from genalign.cli.evaluate import Exam, exam
 from genalign.cli.memory import advice
-from genalign.cli.resume import Inputs, Texts, TrackerRun, checkpoint_in, requested
+from genalign.cli.resume import EncoderCache, InputFingerprint, TrackerRun, checkpoint_in, requested
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import generate
 from genalign.evaluation.evaluate import Evaluation, load_evaluation, plan, suite_hash
 from genalign.evaluation.paired import gain, task_gains
 from genalign.evaluation.report import write_report
 from genalign.metrics.intervals import Estimate
-from genalign.runtime.distributed import ALONE, Processes, ProcessesError, joined
+from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, ProcessGroupError, process_group
 from genalign.runtime.files import write_json
-from genalign.runtime.fsdp import Sharding, asked_for
-from genalign.runtime.state import Generators, OfEach, Stateful
+from genalign.runtime.fsdp import Sharding, sharding_from_environment
+from genalign.runtime.state import Generators, PerRankState, Stateful
 from genalign.scoring.score import NamedReward, probe
 from genalign.scoring.score_log import Journal
-from genalign.training.checkpointing import Checkpoint as Saved
-from genalign.training.checkpointing import Checkpoints, Keeper
+from genalign.training.checkpointing import Checkpoints, CheckpointWriter, RunCheckpoint
 from genalign.training.nonfinite import is_out_of_memory
-from genalign.training.reward_hacking import Guard, Looks, Measures
+from genalign.training.reward_hacking import Guard, Measures, PanelSnapshot
 from genalign.training.run import RunFolder, train
 from genalign.training.trainer import Trainer
 from genalign.types import PromptSet
@@ -48,9 +47,9 @@ def train_command(outside: Outside, arguments: Sequence[str]) -> int:
     asked = requested(arguments)
     settings, plain = config.parse(config.Train, asked.arguments, "train")
     try:
-        with joined(os.environ) as processes:
+        with process_group(os.environ) as processes:
             return run_training(outside, settings, plain, asked.resume, processes)
-    except ProcessesError as error:
+    except ProcessGroupError as error:
         print(f"error: {error}. All that was finished can be gone on from by --resume", file=sys.stderr)
         return 1
     except OSError as error:
@@ -72,7 +71,7 @@ def run_training(
     settings: config.Train,
     plain: Mapping[str, Any],
     resume: bool = False,
-    processes: Processes = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> int:
     """Evaluate, train, evaluate again, and write the report; with ``resume`` from where the run in ``output`` is."""
     prompts, sharding = prompt_set(settings.prompts), _sharding(settings, processes)
@@ -86,9 +85,9 @@ def run_training(
     policy = _policy(settings, pipeline, processes, sharding)
     trainer = _trainer(settings, pipeline, policy, journal.kept(rewards), prompts)
     guard = _guard(settings, pipeline, policy)
-    inputs = Inputs(pipeline.fingerprint, suite_hash(prompts))
-    parts = _parts(trainer, guard, inputs, Texts(pipeline), tracked)
-    keeper = Keeper(checkpoints, parts, journal, settings.checkpoint.every)
+    inputs = InputFingerprint(pipeline.fingerprint, suite_hash(prompts))
+    parts = _parts(trainer, guard, inputs, EncoderCache(pipeline), tracked)
+    keeper = CheckpointWriter(checkpoints, parts, journal, settings.checkpoint.every)
     tested = _before_after(outside, settings, pipeline, rewards, processes)
     if checkpoint is None:
         before = _begin(folder, plain, pipeline, guard, tested)
@@ -100,7 +99,7 @@ def run_training(
     watch = _watcher(outside, settings, pipeline, policy)
     loggers = trackers(settings.trackers, folder.path, tracked.id)
     if not train(trainer, folder, pipeline, keeper, watch, settings.held_out.every, loggers, guard):
-        if processes.first:
+        if processes.is_main:
             told = f"interrupted: everything so far is in {folder.path}"
             print(f"{told}; go on by genalign train --resume {folder.path}")
         return 130
@@ -108,30 +107,32 @@ def run_training(
     return 0
 
 
-def _checkpoint(folder: RunFolder, checkpoints: Checkpoints, plain: Mapping[str, Any], resume: bool) -> Saved | None:
+def _checkpoint(
+    folder: RunFolder, checkpoints: Checkpoints, plain: Mapping[str, Any], resume: bool
+) -> RunCheckpoint | None:
     """Where to go on; None for a run that begins. Raises FileExistsError for one that has begun and is not resumed."""
     found = checkpoint_in(folder, checkpoints, plain) if resume else None
     if found is None:
         folder.require_unused()
-    folder.processes.wait()  # until all have looked, before one writes
+    folder.processes.barrier()  # until all have looked, before one writes
     return found
 
 
-def _require(settings: config.Train, processes: Processes) -> None:
+def _require(settings: config.Train, processes: ProcessGroup) -> None:
     """Raise ValueError, or FileNotFoundError, for what would fail later."""
-    settings.training.require_shares(processes.processes)
+    settings.training.require_shares(processes.world_size)
     require_trackers(settings.trackers)
     for watched in settings.watched():
         prompt_set(watched.prompts)
 
 
-def _sharding(settings: config.Train, processes: Processes) -> Sharding | None:
+def _sharding(settings: config.Train, processes: ProcessGroup) -> Sharding | None:
     """What the launcher asked for. Raises ValueError where it cannot be had with these settings."""
-    sharding = asked_for(os.environ, processes.processes)
+    sharding = sharding_from_environment(os.environ, processes.world_size)
     refused = {
         "lora null: train an adapter": settings.lora is None,
         "training.optimizer adamw8bit: choose adamw": settings.training.optimizer != "adamw",
-        "training.out_of_memory halve: processes would part ways": settings.training.out_of_memory == "halve",
+        "training.on_out_of_memory halve: processes would part ways": settings.training.on_out_of_memory == "halve",
     }
     if sharding and any(refused.values()):
         found = "; ".join(name for name, wrong in refused.items() if wrong)
@@ -146,9 +147,9 @@ def _conclude(
     if tested and before:
         with policy.averaged():
             after = tested.take(pipeline, folder.path / "after")
-        if folder.processes.first:
+        if folder.processes.is_main:
             _write_gain(before, after, folder.path)
-    if folder.processes.first:
+    if folder.processes.is_main:
         print(f"report: {write_report(folder.path)}")
 
 
@@ -163,11 +164,11 @@ def _begin(
 
 
 def _parts(
-    trainer: Trainer, guard: Guard | None, inputs: Inputs, texts: Texts, tracked: TrackerRun
+    trainer: Trainer, guard: Guard | None, inputs: InputFingerprint, texts: EncoderCache, tracked: TrackerRun
 ) -> dict[str, Stateful]:
     """All that a run goes on from, by name."""
     parts: dict[str, Stateful] = {"inputs": inputs, "trainer": trainer, "texts": texts, "tracker": tracked}
-    return parts | ({"guard": guard} if guard else {}) | {"generators": OfEach(Generators(), trainer.processes)}
+    return parts | ({"guard": guard} if guard else {}) | {"generators": PerRankState(Generators(), trainer.processes)}
 
 
 def _trainer(
@@ -185,17 +186,17 @@ def _trainer(
         settings.sampling,
         suspects / f"process-{rank}" if rank else suspects,
     )
-    if settings.hacking.on_red.raise_kl is not None:
-        anchored(settings.recipe.objective, settings.hacking.on_red.raise_kl)
+    if settings.reward_hacking.on_red.raise_kl is not None:
+        with_stronger_kl(settings.recipe.objective, settings.reward_hacking.on_red.raise_kl)
     return trainer
 
 
-def _policy(settings: config.Train, pipeline: Checkpoint, processes: Processes, sharding: Sharding | None) -> Policy:
+def _policy(settings: config.Train, pipeline: Checkpoint, processes: ProcessGroup, sharding: Sharding | None) -> Policy:
     """What is trained, starting from a published adapter where one is named."""
     if settings.init_lora is not None:
         pipeline.load_lora(settings.init_lora)
     has_adapter, seed = settings.init_lora is not None, settings.training.seed
-    return Policy(pipeline.denoiser, settings.lora, settings.averaging, seed, has_adapter, processes, sharding)
+    return Policy(pipeline.denoiser, settings.lora, settings.ema_decay, seed, has_adapter, processes, sharding)
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -232,7 +233,7 @@ def _before_after(
     settings: config.Train,
     pipeline: Checkpoint,
     rewards: Sequence[NamedReward],
-    processes: Processes,
+    processes: ProcessGroup,
 ) -> Exam | None:
     chosen = settings.before_after
     if chosen is None:
@@ -260,24 +261,24 @@ def _watcher(
 
 
 def _guard(settings: config.Train, pipeline: Checkpoint, policy: Policy) -> Guard | None:
-    chosen = settings.hacking
+    chosen = settings.reward_hacking
     if not chosen.every:
         return None
     sampling = settings.evaluation or settings.sampling
     grid = sampling.grid(pipeline)
-    jobs = plan(prompt_set(chosen.prompts), chosen.images_per_task, chosen.seeds)
+    jobs = plan(prompt_set(chosen.prompts), chosen.samples_per_task, chosen.seeds)
     prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
     texts = [prompt.text for prompt in prompts]
     measures = Measures(chosen.rewards, chosen.features, chosen.shown)
 
-    def look() -> Looks:
+    def look() -> PanelSnapshot:
         """Of the first process: a reward need not say the same in all."""
         found: dict[str, Tensor] = {}
-        if policy.processes.first or policy.sharded:
+        if policy.processes.is_main or policy.sharded:
             with policy.averaged():
                 made = list(generate(pipeline, texts, seeds, grid, sampling.guidance, chosen.batch_size))
-            found = measures(torch.cat(made), prompts).tensors() if policy.processes.first else {}
-        return Looks.from_tensors(policy.processes.from_first(found))
+            found = measures(torch.cat(made), prompts).tensors() if policy.processes.is_main else {}
+        return PanelSnapshot.from_tensors(policy.processes.broadcast(found))
 
     return Guard(look, tuple(chosen.rewards), chosen.limits, chosen.on_red, chosen.every)
 

@@ -1,15 +1,14 @@
-"""Clean samples from the states of a trajectory, by the deterministic sampler: what DenseGRPO scores."""
+"""Clean samples from the intermediate states of a trajectory, by the deterministic sampler: what DenseGRPO scores."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from genalign.diffusion.rollout import Rollout, distinct
+from genalign.diffusion.rollout import Rollout, unique_starts
 from genalign.diffusion.transitions import ODE, transition
 from genalign.types import Grid, NoiseStep, Pipeline
 
@@ -18,13 +17,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Completion:
-    """``steps`` deterministic moves from each state to the clean latent; None takes all that the grid has left."""
+    """ODE completion in ``steps`` moves from each state to the clean latent; None takes every remaining grid step."""
 
     steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
-            raise ValueError(f"completion steps must be at least 1, not {self.steps}; null takes all that are left")
+            raise ValueError(
+                f"completion steps must be at least 1, not {self.steps}; null takes every remaining step of the grid"
+            )
         if self.steps == 1:
             logger.warning(
                 "completions of one step are blurry at high noise: DenseGRPO with them was worse than Flow-GRPO"
@@ -38,6 +39,17 @@ class Completion:
         return tuple(first + left * k // count for k in range(count))
 
 
+@dataclass(frozen=True)
+class _PartialCompletion:
+    """States of one stored step after their first move: their ``rows`` (U,) of the batch, the latents ``x`` (U, ...),
+    each sample's place (B,) among them, and the grid indices at which moves begin."""
+
+    rows: Tensor
+    x: Tensor
+    origin: Tensor
+    stops: tuple[int, ...]
+
+
 @torch.no_grad()
 def complete(
     pipeline: Pipeline,
@@ -46,58 +58,47 @@ def complete(
     guidance: float,
     completion: Completion = Completion(),
 ) -> Tensor:
-    """The clean latents (B, S, ...) of the states before each stored step of a rollout. The first move takes the
-    rollout's own prediction, and states that a group shares are completed once.
+    """Complete the state before each stored step of a rollout by the ODE.
 
-    Moves that begin at one grid index go through the network together, in batches no larger than the rollout's.
+    The first move reuses the rollout's own prediction, and a state that a group shares is completed once. Moves that
+    begin at one grid index go through the network together, in batches no larger than the rollout's.
+
+    Args:
+        pipeline: The model that sampled the rollout.
+        sampled: B trajectories with S stored steps.
+        grid: The sampling grid of the rollout, T steps.
+        guidance: The guidance scale of the rollout.
+        completion: The number of moves per state.
+
+    Returns:
+        Clean latents (B, S, ...).
     """
-    size = len(sampled.final)
-    jobs = _jobs(pipeline, sampled, grid, completion)
-    rows = torch.cat([job.rows for job in jobs])
-    x = torch.cat([job.x for job in jobs])
-    active = [job.stops for job in jobs for _ in job.rows.tolist()]
+    size, total = len(sampled.final), len(grid)
+    every = torch.arange(size)
+    parts = []
+    for stored, index in enumerate(sampled.steps):
+        stops = completion.stops(index, total)
+        rows, origin = unique_starts(sampled.inputs) if stored == 0 else (every, every)
+        step = _moves(grid, index, [stops] * len(rows))
+        move = transition(pipeline.path, ODE(), sampled.x[rows, stored], sampled.prediction[rows, stored], step)
+        parts.append(_PartialCompletion(rows, move.mean, origin, stops))
+
+    rows = torch.cat([part.rows for part in parts])
+    x = torch.cat([part.x for part in parts])
+    stops_of = [part.stops for part in parts for _ in part.rows.tolist()]
     conditioning = sampled.inputs.conditioning[sampled.inputs.prompt[rows]]
-    for index in range(min(sampled.steps) + 1, len(grid)):
-        for part in _moving(active, index, size):
-            step = _step(grid, index, [active[i] for i in part.tolist()])
+    for index in range(min(sampled.steps) + 1, total):
+        moving = torch.tensor([i for i, stops in enumerate(stops_of) if index in stops[1:]], dtype=torch.long)
+        for part in torch.split(moving, size) if len(moving) else ():
+            step = _moves(grid, index, [stops_of[i] for i in part.tolist()])
             prediction = pipeline.predict(x[part], step, conditioning[part], guidance)
             x[part] = transition(pipeline.path, ODE(), x[part], prediction, step).mean
-    done = torch.split(x, [len(job.rows) for job in jobs])
-    return torch.stack([latents[job.origin] for latents, job in zip(done, jobs, strict=True)], 1)
+    clean = torch.split(x, [len(part.rows) for part in parts])
+    return torch.stack([latents[part.origin] for latents, part in zip(clean, parts, strict=True)], 1)
 
 
-def _moving(active: Sequence[tuple[int, ...]], index: int, size: int) -> Sequence[Tensor]:
-    """Batches of the states that move on from grid ``index``."""
-    moving = torch.tensor([i for i, stops in enumerate(active) if index in stops[1:]])
-    return torch.split(moving, size) if len(moving) else ()
-
-
-@dataclass(frozen=True)
-class _Job:
-    """States of one stored step after their first move: distinct ``rows`` (U,) of the batch, their latents ``x``
-    (U, ...), the place (B,) of every sample among them, and where the moves begin."""
-
-    rows: Tensor
-    x: Tensor
-    origin: Tensor
-    stops: tuple[int, ...]
-
-
-def _jobs(pipeline: Pipeline, sampled: Rollout, grid: Grid, completion: Completion) -> list[_Job]:
-    jobs = []
-    every = torch.arange(len(sampled.final))
-    for stored, index in enumerate(sampled.steps):
-        stops = completion.stops(index, len(grid))
-        rows, origin = distinct(sampled.inputs) if stored == 0 else (every, every)
-        x, prediction = sampled.x[rows, stored], sampled.prediction[rows, stored]
-        moved = transition(pipeline.path, ODE(), x, prediction, _step(grid, index, [stops] * len(rows))).mean
-        jobs.append(_Job(rows, moved, origin, stops))
-    return jobs
-
-
-def _step(grid: Grid, index: int, stops: Sequence[tuple[int, ...]]) -> NoiseStep:
-    """The moves from ``index`` to the next stop of each sample, or to the end."""
-    following = [tuple(stop for stop in sample if stop > index) for sample in stops]
-    after = torch.tensor([stop[0] if stop else len(grid) for stop in following])
+def _moves(grid: Grid, index: int, stops: list[tuple[int, ...]]) -> NoiseStep:
+    """The moves from grid ``index`` to the next of each sample's ``stops``, or to the end."""
+    after = torch.tensor([next((stop for stop in sample if stop > index), len(grid)) for sample in stops])
     here = grid[torch.full_like(after, index)]
     return NoiseStep(here.timestep, here.alpha, here.sigma, here.index, grid.alpha[after], grid.sigma[after])

@@ -1,4 +1,4 @@
-"""Low-rank adapters of any network, put on, read and merged by PEFT: no pipeline needs a loader of its own."""
+"""Low-rank adapters of any network through PEFT: inject, load, merge and save, without a loader per pipeline."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
-def put_on(network: nn.Module, config: LoraConfig, state: Mapping[str, Tensor] | None = None) -> None:
-    """Give ``network`` the adapter ADAPTER, with the weights ``state`` in PEFT's names, or new ones.
+def inject_lora(network: nn.Module, config: LoraConfig, state: Mapping[str, Tensor] | None = None) -> None:
+    """Add the adapter ADAPTER to ``network``, with the weights ``state`` under PEFT's names, or with new ones.
 
-    Raises ValueError where ``state`` has not exactly the weights of such an adapter.
+    Raises ValueError where ``state`` does not hold exactly the weights of such an adapter.
     """
     inject_adapter_in_model(config, network, adapter_name=ADAPTER)
     if state is None:
         return
-    taken = set_peft_model_state_dict(network, dict(state), adapter_name=ADAPTER)
-    if lacking := [name for name in taken.missing_keys if "lora_" in name] + list(taken.unexpected_keys):
-        raise ValueError(f"the adapter does not fit this network, at {lacking[0]}: give one of the same base")
+    result = set_peft_model_state_dict(network, dict(state), adapter_name=ADAPTER)
+    if mismatches := [name for name in result.missing_keys if "lora_" in name] + list(result.unexpected_keys):
+        raise ValueError(
+            f"the adapter does not fit this network, at {mismatches[0]}: choose an adapter of the same base model"
+        )
 
 
-def put_on_saved(network: nn.Module, folder: Path) -> None:
-    """``put_on`` the adapter of a folder as PEFT writes it. Raises ValueError where it is of another network."""
+def load_lora(network: nn.Module, folder: Path) -> None:
+    """Inject the adapter of a PEFT folder. Raises ValueError where it was trained on another network."""
     state = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(folder / PEFT_WEIGHTS).items()}
-    put_on(network, LoraConfig.from_pretrained(str(folder)), state)
+    inject_lora(network, LoraConfig.from_pretrained(str(folder)), state)
 
 
-def merge(network: nn.Module) -> None:
-    """Add the adapter to the weights of ``network``, which has none afterwards."""
+def merge_lora(network: nn.Module) -> None:
+    """Add the adapter to the weights of ``network`` and remove its layers."""
     adapted = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
     for name, layer in adapted:
         layer.merge(adapter_names=[ADAPTER])
@@ -46,7 +48,7 @@ def merge(network: nn.Module) -> None:
 
 
 def save_peft(directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
-    """An adapter folder as PEFT reads it."""
+    """Write an adapter folder that ``peft.PeftModel.from_pretrained`` reads."""
     config.save_pretrained(str(directory))
-    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
-    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    tensors = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
+    save_file(tensors, directory / PEFT_WEIGHTS, metadata={"format": "pt"})

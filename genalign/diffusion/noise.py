@@ -1,4 +1,4 @@
-"""Seeds from names, and noise from seeds: the same on every machine, in every batch and on every rank."""
+"""Seeds derived from names, and noise from seeds: the same on every machine, in every batch and on every rank."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A seed below 2**63 from named parts."""
+    """Hash the parts of a name to a seed below 2**63."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]) >> 1
 
 
 def seeded_noise(seeds: Sequence[int], like: Tensor) -> Tensor:
-    """Standard normal noise shaped and placed as ``like`` (B, ...), drawn on the CPU in float32, one seed each."""
+    """Draw standard normal noise (B, ...) from one seed per sample, on the CPU in float32, then cast it as ``like``."""
     drawn = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(drawn).to(like)

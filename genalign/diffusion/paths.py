@@ -1,4 +1,4 @@
-"""Gaussian paths x = alpha x0 + sigma eps, and what a network predicts along them.
+"""Gaussian paths x = alpha x0 + sigma eps, and conversions of what a network predicts along them.
 
 Every conversion is a weighted sum of two latents. The weights are computed in float64 and cast once, to the latent's
 dtype: float64 stays float64, everything else is computed and returned in float32.
@@ -20,7 +20,7 @@ _ON_PATH_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class Mix:
+class LatentWeights:
     """Weights of a sum of two latents, float64 of shape () or (B,)."""
 
     first: Tensor
@@ -29,18 +29,18 @@ class Mix:
 
 @dataclass(frozen=True)
 class Conversion:
-    """At one level: x0 and eps as mixes of (x, prediction), and the prediction as a mix of (x0, eps)."""
+    """At one level: x0 and eps as sums of (x, prediction), and the prediction as a sum of (x0, eps)."""
 
-    x0: Mix
-    eps: Mix
-    prediction: Mix
+    x0: LatentWeights
+    eps: LatentWeights
+    prediction: LatentWeights
 
 
 class GaussianPath(ABC):
     """x = alpha x0 + sigma eps with a network whose output is linear in (x0, eps).
 
     Latents are (B, ...) and a level's tensors () or (B,). Every method raises ValueError for a level off the path, for
-    latents of unequal shape, and where the asked quantity is not determined (a division by alpha = 0 or sigma = 0).
+    latents of unequal shape, and for a quantity that is not determined there (a division by alpha = 0 or sigma = 0).
     """
 
     @abstractmethod
@@ -49,29 +49,29 @@ class GaussianPath(ABC):
 
     @final
     def x0(self, x: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor:
-        """The clean latent that ``prediction`` implies."""
+        """The clean latent (B, ...) that ``prediction`` implies."""
         return _blend(self.conversion(level).x0, x, prediction, "x0")
 
     @final
     def eps(self, x: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor:
-        """The noise that ``prediction`` implies."""
+        """The noise (B, ...) that ``prediction`` implies."""
         return _blend(self.conversion(level).eps, x, prediction, "eps")
 
     @final
     def score(self, x: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor:
-        """The gradient of the log marginal at x, -eps / sigma; needs sigma > 0."""
+        """The gradient of the log marginal at x, -eps / sigma (B, ...); needs sigma > 0."""
         eps = self.conversion(level).eps
-        return _blend(Mix(-eps.first / level.sigma, -eps.second / level.sigma), x, prediction, "score")
+        return _blend(LatentWeights(-eps.first / level.sigma, -eps.second / level.sigma), x, prediction, "score")
 
     @final
     def prediction(self, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
-        """What the network is trained to output for this pair."""
+        """The network's training target (B, ...) for a clean latent and its noise."""
         return _blend(self.conversion(level).prediction, x0, eps, "prediction")
 
     @final
     def add_noise(self, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
-        """x = alpha x0 + sigma eps."""
-        return _blend(Mix(level.alpha, level.sigma), x0, eps, "x")
+        """The noised latent x = alpha x0 + sigma eps (B, ...)."""
+        return _blend(LatentWeights(level.alpha, level.sigma), x0, eps, "x")
 
 
 @final
@@ -82,7 +82,11 @@ class FlowPath(GaussianPath):
     def conversion(self, level: NoiseLevel) -> Conversion:
         _require_on_path(level.alpha + level.sigma - 1, "alpha = 1 - sigma")
         one = torch.ones_like(level.sigma)
-        return Conversion(x0=Mix(one, -level.sigma), eps=Mix(one, level.alpha), prediction=Mix(-one, one))
+        return Conversion(
+            x0=LatentWeights(one, -level.sigma),
+            eps=LatentWeights(one, level.alpha),
+            prediction=LatentWeights(-one, one),
+        )
 
 
 @final
@@ -101,10 +105,12 @@ class VPPath(GaussianPath):
         _require_on_path(alpha * alpha + sigma * sigma - 1, "alpha^2 + sigma^2 = 1")
         one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
         if self.prediction_type == "epsilon":
-            return Conversion(x0=Mix(1 / alpha, -sigma / alpha), eps=Mix(zero, one), prediction=Mix(zero, one))
-        if self.prediction_type == "sample":
-            return Conversion(x0=Mix(zero, one), eps=Mix(1 / sigma, -alpha / sigma), prediction=Mix(one, zero))
-        return Conversion(x0=Mix(alpha, -sigma), eps=Mix(sigma, alpha), prediction=Mix(-sigma, alpha))
+            x0, eps, prediction = (1 / alpha, -sigma / alpha), (zero, one), (zero, one)
+        elif self.prediction_type == "sample":
+            x0, eps, prediction = (zero, one), (1 / sigma, -alpha / sigma), (one, zero)
+        else:
+            x0, eps, prediction = (alpha, -sigma), (sigma, alpha), (-sigma, alpha)
+        return Conversion(LatentWeights(*x0), LatentWeights(*eps), LatentWeights(*prediction))
 
 
 @final
@@ -132,16 +138,16 @@ class EDMPath(GaussianPath):
         variance = sigma * sigma + data * data
         slope = sign * data / variance.sqrt()
         return Conversion(
-            x0=Mix(data * data / variance, -slope * sigma),
-            eps=Mix(sigma / variance, slope),
-            prediction=Mix(-slope * sigma / (data * data), slope),
+            x0=LatentWeights(data * data / variance, -slope * sigma),
+            eps=LatentWeights(sigma / variance, slope),
+            prediction=LatentWeights(-slope * sigma / (data * data), slope),
         )
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A float64 coefficient, () or (B,), made to multiply a latent x (B, ...): on its device, in its dtype.
+    """Reshape a float64 coefficient, () or (B,), to multiply a latent x (B, ...), on its device.
 
-    float64 for a float64 latent, float32 for any other. Raises ValueError unless the shape is () or (B,).
+    The result is float64 for a float64 latent and float32 for any other. Raises ValueError for another shape.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if coefficient.ndim == 0:
@@ -153,21 +159,21 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in one dtype that arithmetic is done in: float64 where one of them has it, else float32."""
+    """Cast the tensors to the dtype of their arithmetic: float64 where one of them is float64, else float32."""
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def _blend(mix: Mix, first: Tensor, second: Tensor, name: str) -> Tensor:
+def _blend(weights: LatentWeights, first: Tensor, second: Tensor, name: str) -> Tensor:
     if first.shape != second.shape:
         raise ValueError(f"latents must have one shape, not {tuple(first.shape)} and {tuple(second.shape)}")
-    if not bool((mix.first.isfinite() & mix.second.isfinite()).all()):
+    if not bool((weights.first.isfinite() & weights.second.isfinite()).all()):
         raise ValueError(
             f"{name} is not determined by the prediction at this level, where alpha or sigma is 0; "
             "leave the level out, or use a network that predicts v"
         )
     first, second = promote(first, second)
-    return expand(mix.first, first) * first + expand(mix.second, first) * second
+    return expand(weights.first, first) * first + expand(weights.second, first) * second
 
 
 def _require_on_path(residual: Tensor, equation: str) -> None:

@@ -1,4 +1,4 @@
-"""One network and its several weights: current, reference, averaged, and named snapshots."""
+"""One network with several sets of weights: current, reference, moving average, and snapshots."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from genalign.diffusion.lora import ADAPTER, put_on
-from genalign.runtime.distributed import ALONE, Processes
-from genalign.runtime.fsdp import Sharding, divided, lent, put_away, require_sharded, whole
+from genalign.diffusion.lora import ADAPTER, inject_lora
+from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from genalign.runtime.fsdp import Sharding, full_tensor, require_sharded, reshard, shard_like, swapped_weights
 
 ATTENTION = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
 """The names that diffusers gives to the projections of attention layers, those of a joint layer's text included."""
@@ -24,7 +24,7 @@ ATTENTION = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to
 @dataclass(frozen=True)
 class Lora:
     """Low-rank adapters on the linear layers whose names end in one of ``targets``; None takes every projection of
-    every attention layer that the network has."""
+    every attention layer of the network."""
 
     rank: int = 32
     alpha: float = 64
@@ -34,13 +34,13 @@ class Lora:
         if self.rank < 1:
             raise ValueError(f"LoRA rank must be at least 1, not {self.rank}")
 
-    def found_in(self, network: nn.Module) -> Sequence[str]:
-        """The targets. Raises ValueError where the network has no layer of such a name."""
+    def target_modules(self, network: nn.Module) -> Sequence[str]:
+        """Resolve the targets against ``network``. Raises ValueError for a target that matches no layer."""
         names = [name for name, _ in network.named_modules()]
-        wanted = ATTENTION if self.targets is None else self.targets
-        unmatched = [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names)]
+        targets = ATTENTION if self.targets is None else self.targets
+        unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
         if self.targets is None:
-            return [target for target in wanted if target not in unmatched]
+            return [target for target in targets if target not in unmatched]
         if unmatched:
             raise ValueError(f"this network has no layer named {', '.join(unmatched)}: change lora.targets")
         return self.targets
@@ -58,25 +58,30 @@ class WeightSnapshot:
         for tensor, parameter in zip(self.tensors, parameters, strict=True):
             tensor.lerp_(parameter.detach(), 1 - decay)
 
-    def named(self) -> dict[str, Tensor]:
-        """By index."""
-        return {str(index): whole(tensor) for index, tensor in enumerate(self.tensors)}
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights by index, gathered from all ranks where they are sharded."""
+        return {str(index): full_tensor(tensor) for index, tensor in enumerate(self.tensors)}
 
-    def load(self, named: Mapping[str, Tensor]) -> None:
-        """Put back what ``named()`` gave."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the weights that ``state_dict()`` returned."""
         for index, tensor in enumerate(self.tensors):
-            tensor.copy_(divided(named[str(index)], tensor))
+            tensor.copy_(shard_like(state[str(index)], tensor))
 
 
 class Policy:
-    """``denoiser`` made trainable: by a new LoRA, by one that is ``has_adapter`` already (under the name ADAPTER), or whole
-    where ``lora`` is None.
+    """A trainable denoiser with its reference policy and a moving average of its weights.
 
-    The reference policy is the network with its adapters off, or a copy of the first weights where it is trained
-    whole. Trainable weights are float32 whatever the network's dtype. ``config`` is PEFT's of the adapter.
+    The reference policy is the network with its adapters off or, for full fine-tuning, a copy of the first weights.
+    Trainable weights are float32 whatever the network's dtype.
 
-    ``processes`` train the same policy, each on its share of the samples. With ``sharding`` the network is divided
-    among them: they then run it, and read its weights, together.
+    Args:
+        denoiser: The network; everything but the trainable weights is frozen.
+        lora: The adapter to train, drawn from ``seed``; None trains every weight.
+        ema_decay: The decay of the weights' exponential moving average per optimizer step.
+        seed: The seed of a new adapter.
+        has_adapter: The network has an adapter named ADAPTER already, which is trained on.
+        processes: The process group, whose ranks train the same policy on different samples.
+        sharding: FSDP over these ranks, which then run the network, and read its weights, together.
     """
 
     def __init__(
@@ -86,16 +91,25 @@ class Policy:
         ema_decay: float = 0.9,
         seed: int = 0,
         has_adapter: bool = False,
-        processes: Processes = ALONE,
+        processes: ProcessGroup = SINGLE_PROCESS,
         sharding: Sharding | None = None,
     ) -> None:
-        self.denoiser = denoiser.requires_grad_(False)
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), not {ema_decay}")
+        self.denoiser = denoiser.requires_grad_(False)
         self.ema_decay, self.processes = ema_decay, processes
         self.updates = 0
-        self.config = _adapted(denoiser, lora, seed, has_adapter)
-        _require_gradients(denoiser, "lora_" if self.config else "")
+        self.config: LoraConfig | None = None
+        if lora and not has_adapter:
+            _inject_new(denoiser, lora, seed)
+        if lora or has_adapter:
+            self.config = cast(LoraConfig, cast(Any, denoiser).peft_config[ADAPTER])
+        else:
+            denoiser.float()
+        for name, parameter in denoiser.named_parameters():
+            if self.config is None or "lora_" in name:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
         self.sharded = sharding is not None
         if sharding:
             sharding.apply(denoiser)
@@ -107,7 +121,7 @@ class Policy:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """The policy that training started from."""
+        """Run the network as the policy that training started from, within the context."""
         if self._first is not None:
             with self.using(self._first):
                 yield
@@ -120,14 +134,14 @@ class Policy:
         finally:
             for layer in layers:
                 layer.enable_adapters(True)
-            for parameter in self.parameters:  # a divided network has shown the layers others meanwhile
+            for parameter in self.parameters:  # FSDP gave the layers other parameters meanwhile
                 parameter.requires_grad_(True)
 
     @contextlib.contextmanager
     def using(self, snapshot: WeightSnapshot) -> Iterator[None]:
-        """The weights of ``snapshot`` in place of the current ones; they are not to be trained meanwhile."""
+        """Run the network with the weights of ``snapshot``, within the context; not for training."""
         if self.sharded:
-            with lent(self.denoiser, self.parameters, snapshot.tensors):
+            with swapped_weights(self.denoiser, self.parameters, snapshot.tensors):
                 yield
             return
         current = [parameter.data for parameter in self.parameters]
@@ -140,80 +154,62 @@ class Policy:
                 parameter.data = tensor
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """The exponential moving average of the weights, for evaluation and for saving."""
+        """Run the network with the moving average of the weights, within the context: to evaluate and to save."""
         return self.using(self.average)
 
     def update_average(self) -> None:
-        """One step of the average, to be called after every optimiser step; it starts fast."""
+        """Update the moving average, after every optimizer step; its decay is smaller in the first steps."""
         self.updates += 1
         if self.sharded:
-            put_away(self.denoiser)
+            reshard(self.denoiser)
         self.average.update(self.parameters, min(self.ema_decay, (1 + self.updates) / (10 + self.updates)))
 
     def sum_gradients(self) -> None:
-        """Make the gradients of all processes one, the same in each: their sum."""
+        """Replace each rank's gradients by their sum over all ranks."""
         processes = self.processes
-        if processes.processes == 1:
+        if processes.world_size == 1:
             return
-        found = torch.tensor([parameter.grad is not None for parameter in self.parameters], dtype=torch.int32)
-        processes.sum_([found])
+        has_gradient = torch.tensor([parameter.grad is not None for parameter in self.parameters], dtype=torch.int32)
+        processes.all_reduce_([has_gradient])
         gradients = []
-        for parameter in itertools.compress(self.parameters, found.tolist()):
+        for parameter in itertools.compress(self.parameters, has_gradient.tolist()):
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             gradients.append(parameter.grad)
         if not self.sharded:
-            processes.sum_(gradients)
+            processes.all_reduce_(gradients)
             return
-        for gradient in gradients:  # a mean over the processes already
-            gradient.mul_(processes.processes)
+        for gradient in gradients:  # FSDP has taken the mean over ranks already
+            gradient.mul_(processes.world_size)
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """The current adapter in PEFT's names."""
+        """The current adapter under PEFT's names."""
         state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
-        return {name: whole(tensor) for name, tensor in state.items()}
+        return {name: full_tensor(tensor) for name, tensor in state.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Current and averaged weights by index, for a checkpoint of the run."""
-        current = {f"current.{i}": whole(parameter.detach()) for i, parameter in enumerate(self.parameters)}
-        return current | {f"average.{i}": whole(tensor) for i, tensor in enumerate(self.average.tensors)}
+        current = {f"current.{i}": full_tensor(parameter.detach()) for i, parameter in enumerate(self.parameters)}
+        return current | {f"average.{i}": full_tensor(tensor) for i, tensor in enumerate(self.average.tensors)}
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor], updates: int) -> None:
-        """Put back what ``tensors()`` gave."""
+        """Restore what ``tensors()`` returned, after ``updates`` optimizer steps."""
         for i, (parameter, average) in enumerate(zip(self.parameters, self.average.tensors, strict=True)):
-            parameter.copy_(divided(tensors[f"current.{i}"], parameter))
-            average.copy_(divided(tensors[f"average.{i}"], average))
+            parameter.copy_(shard_like(tensors[f"current.{i}"], parameter))
+            average.copy_(shard_like(tensors[f"average.{i}"], average))
         if self.sharded:
-            put_away(self.denoiser)
+            reshard(self.denoiser)
         self.updates = updates
 
 
-def _adapted(denoiser: nn.Module, lora: Lora | None, seed: int, has_adapter: bool) -> LoraConfig | None:
-    """The configuration of the adapter that ``denoiser`` wears now; None for one that is trained whole, in float32."""
-    if lora and not has_adapter:
-        _inject(denoiser, lora, seed)
-    if lora or has_adapter:
-        return cast(LoraConfig, cast(Any, denoiser).peft_config[ADAPTER])
-    denoiser.float()
-    return None
-
-
-def _inject(denoiser: nn.Module, lora: Lora, seed: int) -> None:
-    """Put new adapters on; B starts at zero, so that training starts at the reference."""
+def _inject_new(denoiser: nn.Module, lora: Lora, seed: int) -> None:
+    """Add new adapters; B starts at zero, so that training starts at the reference."""
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=list(lora.found_in(denoiser)),
+        target_modules=list(lora.target_modules(denoiser)),
         init_lora_weights="gaussian",
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        put_on(denoiser, config)
-
-
-def _require_gradients(denoiser: nn.Module, named: str) -> None:
-    """Make the parameters with ``named`` in their names trainable, in float32."""
-    for name, parameter in denoiser.named_parameters():
-        if named in name:
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
+        inject_lora(denoiser, config)

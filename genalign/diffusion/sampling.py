@@ -1,4 +1,4 @@
-"""How samples are drawn: steps, noise levels and guidance."""
+"""Settings of plain sampling: the number of steps, the noise levels and the guidance scale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from genalign.types import Grid, Pipeline
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are made: ``num_steps`` of the scheduler's grid, or exactly these ``sigmas``; guidance 1 is none."""
+    """Sampling settings: ``num_steps`` of the scheduler's grid, or exactly these ``sigmas``; ``guidance`` 1 is none."""
 
     num_steps: int = 10
     sigmas: Sequence[float] | None = None
@@ -23,14 +23,16 @@ class Sampling:
             raise ValueError(f"sampling.num_steps must be at least 1, not {self.num_steps}")
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"sampling.guidance must be 1 for none, or more, not {self.guidance}")
-        if self.sigmas is not None and len(self.sigmas) != self.num_steps:
+        if self.sigmas is None:
+            return
+        if len(self.sigmas) != self.num_steps:
             raise ValueError(
                 f"sampling.sigmas has {len(self.sigmas)} values for {self.num_steps} steps: give one per step, without"
                 " the final 0"
             )
-        if self.sigmas is not None and any(a <= b for a, b in pairwise([*self.sigmas, 0.0])):
+        if any(a <= b for a, b in pairwise([*self.sigmas, 0.0])):
             raise ValueError(f"sampling.sigmas must fall from the first to a last above 0, not {list(self.sigmas)}")
 
     def grid(self, pipeline: Pipeline) -> Grid:
-        """The grid of ``pipeline``."""
+        """Build the sampling grid of ``pipeline`` for these settings."""
         return pipeline.grid(self.num_steps, self.sigmas)

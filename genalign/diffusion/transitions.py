@@ -29,8 +29,8 @@ _TOLERANCE = 1e-5
 class Transition:
     """The Gaussian p(x_next | x): ``mean`` (B, ...) and ``std``, () or (B, 1, ...), which already includes sqrt(D).
 
-    Densities are reduced over all dimensions but the first. Their "mean" is the convention of public code for
-    diffusion models: 1 / D_x of the true log density, for D_x values per sample. Their "sum" is the true one.
+    Densities are reduced over all dimensions but the first. The reduction "mean" is the convention of public code for
+    diffusion models: 1 / D_x of the true log density, for D_x values per sample; "sum" is the true log density.
     """
 
     mean: Tensor
@@ -43,7 +43,7 @@ class Transition:
             raise ValueError(f"std must be () or have {self.mean.ndim} dimensions, not {tuple(self.std.shape)}")
 
     def sample(self, noise: Tensor) -> Tensor:
-        """mean + std noise, for standard normal ``noise`` of the shape of mean."""
+        """Sample x_next = mean + std noise, for standard normal ``noise`` of the shape of ``mean``."""
         self._require_shape(noise)
         return self.mean + self.std * noise
 
@@ -55,7 +55,7 @@ class Transition:
         return _reduce(-0.5 * z * z - self.std.log() - _HALF_LOG_TWO_PI, reduction)
 
     def kl(self, other: Transition, reduction: Reduction = "mean") -> Tensor:
-        """KL(self || other) of shape (B,), for transitions of equal std: (mean - other.mean)^2 / (2 std^2)."""
+        """KL(self || other) of shape (B,) = (mean - other.mean)^2 / (2 std^2), for transitions of equal std."""
         self._require_comparable(other)
         z = (self.mean - other.mean) / self.std
         return _reduce(0.5 * z * z, reduction)
@@ -68,8 +68,8 @@ class Transition:
         """
         self._require_shape(x_next)
         self._require_comparable(old)
-        moved = (self.mean - old.mean) / self.std
-        return _reduce(0.5 * moved * ((x_next - self.mean) + (x_next - old.mean)) / self.std, reduction)
+        shift = (self.mean - old.mean) / self.std
+        return _reduce(0.5 * shift * ((x_next - self.mean) + (x_next - old.mean)) / self.std, reduction)
 
     def _require_shape(self, x_next: Tensor) -> None:
         if x_next.shape != self.mean.shape:
@@ -95,21 +95,21 @@ def _reduce(values: Tensor, reduction: Reduction) -> Tensor:
 
 @dataclass(frozen=True)
 class MoveScalars:
-    """The weight ``c`` of eps_hat in the mean of a move, and its noise ``s``; float64, () or (B,)."""
+    """The weight ``c`` of eps_hat in the mean of a move, and its std ``s``; float64, () or (B,)."""
 
     c: Tensor
     s: Tensor
 
 
 class Kernel(ABC):
-    """A rule for (c, s). Children are frozen dataclasses of their parameters."""
+    """A rule for (c, s), as a frozen dataclass of its parameters."""
 
     @abstractmethod
     def __call__(self, step: NoiseStep) -> MoveScalars:
         """The scalars of one move, or of a batch of moves. Raises ValueError for a step it is not defined for."""
 
     def check(self, guidance: float, rewards: Sequence[str]) -> None:  # noqa: B027  # most kernels suit them all
-        """Raises ValueError where the kernel was made for another guidance or other rewards."""
+        """Raise ValueError where the kernel was calibrated for another guidance scale or other rewards."""
 
 
 @final
@@ -159,8 +159,11 @@ class DanceSDE(Kernel):
 @final
 @dataclass(frozen=True)
 class CalibratedSDE(Kernel):
-    """As FlowSDE with a noise rate of its own, ``levels`` (T,), at each step of the grid with noise levels ``sigmas``
-    (T + 1,): DenseGRPO (arXiv 2601.20218, eq. 11). ``genalign.training.noise_calibration`` finds them for a guidance and rewards."""
+    """FlowSDE with a calibrated noise rate at each step: DenseGRPO (arXiv 2601.20218, eq. 11).
+
+    ``levels`` (T,) are the rates on the grid of noise levels ``sigmas`` (T + 1,), which
+    ``genalign.training.noise_calibration`` measures for a guidance scale and rewards.
+    """
 
     levels: tuple[float, ...]
     sigmas: tuple[float, ...]
@@ -173,8 +176,8 @@ class CalibratedSDE(Kernel):
 
     def __call__(self, step: NoiseStep) -> MoveScalars:
         sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
-        known = bool((step.index < len(self.levels)).all())
-        if not known or bool(((sigmas[step.index] - step.sigma).abs() > _TOLERANCE).any()):
+        on_grid = bool((step.index < len(self.levels)).all())
+        if not on_grid or bool(((sigmas[step.index] - step.sigma).abs() > _TOLERANCE).any()):
             raise ValueError(
                 f"the kernel was calibrated on the grid {list(self.sigmas)}, and sigma {step.sigma.tolist()} at step"
                 f" {step.index.tolist()} is not on it: sample on that grid, or run genalign calibrate on this one"
@@ -192,9 +195,10 @@ class CalibratedSDE(Kernel):
 @final
 @dataclass(frozen=True)
 class CPS(Kernel):
-    """Coefficients-preserving sampling (Flow-CPS): a fixed share of the noise is fresh, c^2 + s^2 = sigma_next^2.
+    """Coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952): a fixed share of the noise is fresh,
+    c = sigma_next cos(eta pi / 2) and s = sigma_next sin(eta pi / 2), so that c^2 + s^2 = sigma_next^2.
 
-    Its images are clean at any step count, but for a fixed eta > 0 it does not converge to the marginals of the path
+    Samples are clean at any step count, but for a fixed eta > 0 they do not converge to the marginals of the path
     (their spread shrinks), so use it on a few steps. The last step is deterministic.
     """
 
@@ -241,9 +245,16 @@ class DDIM(Kernel):
 
 
 def transition(path: Path, kernel: Kernel, x: Tensor, prediction: Tensor, step: NoiseStep) -> Transition:
-    """The move from x (B, ...) that ``kernel`` makes of the network output ``prediction``, in float32 or x's float64.
+    """The Gaussian move from x, in float32 or x's float64; differentiable in ``x`` and ``prediction``.
 
-    Differentiable in x and prediction. A sample's move does not depend on the other samples of the batch.
+    A sample's move does not depend on the other samples of the batch.
+
+    Args:
+        path: The path that the network was trained on.
+        kernel: The rule for the two scalars (c, s) of the move.
+        x: Latents (B, ...) at the noise level of the step.
+        prediction: The network's output (B, ...) for them.
+        step: The step of the grid, one for the batch or one per sample.
     """
     x0, eps = path.x0(x, prediction, step), path.eps(x, prediction, step)
     scalars = kernel(step)
@@ -252,7 +263,7 @@ def transition(path: Path, kernel: Kernel, x: Tensor, prediction: Tensor, step: 
 
 
 def leftover_noise(kernel: Kernel, grid: Grid) -> Tensor:
-    """Noise in x_next in units of what the network is told, sqrt(c^2 + s^2) / sigma_next, per step: (T,) float64.
+    """Noise in x_next relative to the level the network is given next, sqrt(c^2 + s^2) / sigma_next, (T,) float64.
 
     1 where a kernel preserves the noise level; infinite where it leaves noise at sigma_next = 0.
     """
@@ -263,14 +274,14 @@ def leftover_noise(kernel: Kernel, grid: Grid) -> Tensor:
 
 
 def trainable_steps(kernel: Kernel, grid: Grid, limit: float = 3.0) -> tuple[int, ...]:
-    """The steps whose densities are worth training on: stochastic, not the last, with leftover noise <= ``limit``."""
+    """Indices of the steps to train on: stochastic, not the last, with leftover noise of at most ``limit``."""
     scalars = kernel(grid[torch.arange(len(grid))])
     usable = (scalars.s > 0) & (leftover_noise(kernel, grid) <= limit)
     return tuple(index for index, use in enumerate(usable[:-1].tolist()) if use)
 
 
 def _flow_move(step: NoiseStep, rate: Tensor) -> MoveScalars:
-    """c = sigma_next - g^2 D / (2 sigma), s = g sqrt(D) for the noise rate g, on a flow."""
+    """The scalars c = sigma_next - g^2 D / (2 sigma) and s = g sqrt(D) of a flow, for the noise rate g."""
     straight = (step.alpha + step.sigma - 1).abs() + (step.alpha_next + step.sigma_next - 1).abs() <= _TOLERANCE
     _require(straight, "a flow (alpha = 1 - sigma); on other paths use DDIM or DPMSDE")
     falls = (step.alpha >= 0) & (step.sigma > step.sigma_next) & (step.sigma_next >= 0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from genalign.diffusion.rollout import generate
 from genalign.metrics.intervals import Estimate, bootstrap_mean
-from genalign.runtime.distributed import ALONE, Processes
+from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from genalign.runtime.files import write_json, write_text
 from genalign.runtime.media import Writer, write_images
 from genalign.types import Grid, Pipeline, Prompt, PromptSet, RewardFunction
@@ -44,7 +44,7 @@ class Protocol:
     batch_size: int
     resolution: tuple[int, ...]
     seeds: int
-    images_per_task: int
+    samples_per_task: int
     verifier: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Protocol:
             batch_size=0,
             resolution=(),
             seeds=min(counts),
-            images_per_task=max(tasks.values()),
+            samples_per_task=max(tasks.values()),
             verifier=verifier,
         )
 
@@ -201,18 +201,18 @@ def noise_seed(text: str, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{text}\0{sample}".encode()).digest()[:8]) >> 1
 
 
-def plan(prompts: PromptSet, images_per_task: int, seeds: int) -> tuple[Job, ...]:
-    """At least ``images_per_task`` images of every task, from as many prompts as ``seeds`` noises of each allow.
+def plan(prompts: PromptSet, samples_per_task: int, seeds: int) -> tuple[Job, ...]:
+    """At least ``samples_per_task`` images of every task, from as many prompts as ``seeds`` noises of each allow.
 
     The prompts of a task are those with the lowest hash of their text, in the order of the set; a repeated text counts
     once. A task with few prompts gets more noises of each.
     """
-    if images_per_task < 1 or seeds < 1:
-        raise ValueError(f"images_per_task and seeds must be at least 1, got {images_per_task} and {seeds}")
+    if samples_per_task < 1 or seeds < 1:
+        raise ValueError(f"samples_per_task and seeds must be at least 1, got {samples_per_task} and {seeds}")
     return tuple(
         Job(prompt, sample)
         for group in prompts.by_task().values()
-        for prompt, count in _chosen(group, images_per_task, seeds)
+        for prompt, count in _chosen(group, samples_per_task, seeds)
         for sample in range(count)
     )
 
@@ -232,7 +232,7 @@ def evaluate(
     protocol: Protocol,
     output: Path | None = None,
     write: Writer = write_images,
-    processes: Processes = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
     kept: Kept | None = None,
 ) -> Evaluation:
     """Make and score the images of ``jobs`` by the deterministic sampler, as ``protocol`` says.
@@ -252,7 +252,7 @@ def evaluate(
         raise ValueError("an evaluation needs at least one job and one scorer")
     texts, seeds = [job.prompt.text for job in jobs], [job.seed for job in jobs]
     grid, size = _grid(pipeline, protocol), protocol.batch_size
-    numbers = processes.of(math.ceil(len(jobs) / size))
+    numbers = processes.indices(math.ceil(len(jobs) / size))
     own = _finished(numbers, kept)
     todo = sorted(set(numbers) - own.keys())
     batches = generate(pipeline, texts, seeds, grid, protocol.guidance, size, processes, done=own.keys())
@@ -263,7 +263,7 @@ def evaluate(
         if kept:
             kept.add(number, own[number])
     evaluation = Evaluation(protocol, _together(own, processes))
-    if output and processes.first:
+    if output and processes.is_main:
         evaluation.save(output)
     return evaluation
 
@@ -298,9 +298,9 @@ def judge(
     return Evaluation(Protocol.elsewhere(prompts, list(seen.values()), verifier), tuple(records))
 
 
-def _together(own: Mapping[int, Sequence[Record]], processes: Processes) -> tuple[Record, ...]:
+def _together(own: Mapping[int, Sequence[Record]], processes: ProcessGroup) -> tuple[Record, ...]:
     """The records of all processes in order."""
-    told = processes.told([[number, [record_as_dict(record) for record in rows]] for number, rows in own.items()])
+    told = processes.all_gather_object([[number, [record_as_dict(record) for record in rows]] for number, rows in own.items()])
     batches = sorted((batch for said in told for batch in said), key=lambda batch: batch[0])
     return tuple(record_from_dict(row) for _, rows in batches for row in rows)
 

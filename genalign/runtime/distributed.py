@@ -1,5 +1,5 @@
-"""Several processes that work as one: which part of the work is whose, what they tell each other, and that none waits
-for one that has ended. A launcher starts them (`accelerate launch`, torchrun); each runs the same program.
+"""Distributed runs: the share of work of each rank, collectives between ranks, and a heartbeat that ends a rank when
+another one has died. A launcher starts the processes (`accelerate launch`, torchrun); each runs the same program.
 """
 
 from __future__ import annotations
@@ -22,116 +22,117 @@ from torch import Tensor
 from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
-BEAT, SILENCE = 5.0, 45.0  # seconds between two signs of life, and until a process is taken for dead
-_END = timedelta(minutes=30)  # of a wait for processes that are alive
+HEARTBEAT_SECONDS, SILENCE_SECONDS = 5.0, 45.0
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # for ranks that are alive
 
 
-class ProcessesError(RuntimeError):
-    """Another process of the run has ended."""
+class ProcessGroupError(RuntimeError):
+    """A collective failed because another rank of the run has ended."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which numbers are this process's: those that leave ``rank`` when divided by ``processes``."""
+class RankShare:
+    """The share of one rank in numbered work: the numbers n with ``n % world_size == rank``."""
 
     rank: int = 0
-    processes: int = 1
+    world_size: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.processes:
-            raise ValueError(f"rank {self.rank} of {self.processes} processes: ranks are 0 to processes - 1")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} of {self.world_size} processes: ranks are 0 to world_size - 1")
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str]) -> Self:
-        """By RANK and WORLD_SIZE, which torchrun and accelerate set; all of the work where they are absent."""
+        """Read RANK and WORLD_SIZE, which torchrun and accelerate set; without them, one rank has all of the work."""
         if ("RANK" in variables) != ("WORLD_SIZE" in variables):
             raise ValueError("set both RANK and WORLD_SIZE, or neither")
         return cls(int(variables.get("RANK", 0)), int(variables.get("WORLD_SIZE", 1)))
 
-    def of(self, count: int) -> range:
-        """Its part of the numbers 0..count-1."""
-        return range(self.rank, count, self.processes)
+    def indices(self, count: int) -> range:
+        """Return this rank's part of the numbers 0..count-1."""
+        return range(self.rank, count, self.world_size)
 
-    def in_step(self, count: int) -> range:
-        """Its part of the numbers 0..count-1 and as many beyond as give every process equally many."""
-        return range(self.rank, self.rank + -(-count // self.processes) * self.processes, self.processes)
+    def padded_indices(self, count: int) -> range:
+        """Return this rank's part of the numbers 0..count-1, padded beyond so that every rank has equally many."""
+        return range(self.rank, self.rank + -(-count // self.world_size) * self.world_size, self.world_size)
 
 
-ALL = Share()
-"""The whole of the work."""
+ALL_RANKS = RankShare()
+"""All of the work, as one share."""
 
 
 @dataclass(frozen=True)
-class Processes(Share):
-    """A share whose processes talk. What they tell each other is a collective: all of them call the method, in the same
-    order, and wait for the last. Raises ProcessesError where one of them has ended.
+class ProcessGroup(RankShare):
+    """The ranks of a run and their collectives: every rank calls the method, in the same order, and waits for the last.
+
+    Every collective raises ProcessGroupError if another rank has ended.
     """
 
     @property
-    def first(self) -> bool:
-        """Whether this is the one that writes and prints."""
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
         return self.rank == 0
 
-    def gathered(self, tensor: Tensor) -> Tensor:
-        """(processes, ...) what each of them has, of one shape and dtype; where ``tensor`` is."""
-        if self.processes == 1 or not tensor.numel():
-            return torch.stack([tensor.detach()] * self.processes)
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Stack the tensors of all ranks, of one shape and dtype, to (world_size, ...), on the device of ``tensor``."""
+        if self.world_size == 1 or not tensor.numel():
+            return torch.stack([tensor.detach()] * self.world_size)
         own = tensor.detach().cpu().contiguous()
-        found = [torch.empty_like(own) for _ in range(self.processes)]
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
         with _collective():
-            dist.all_gather(found, own)
-        return torch.stack(found).to(tensor.device)
+            dist.all_gather(gathered, own)
+        return torch.stack(gathered).to(tensor.device)
 
     def interleaved(self, own: Tensor, size: int) -> Tensor:
-        """Rows (B, ...) of all processes, in the order of the batches of ``size`` rows that they take in turn."""
+        """Rows (B, ...) of all ranks, in the order of the batches of ``size`` rows that the ranks take in turn."""
         shape = own.shape[1:]
-        batches = self.gathered(own).reshape(self.processes, len(own) // size, size, *shape)
+        batches = self.all_gather(own).reshape(self.world_size, len(own) // size, size, *shape)
         return batches.transpose(0, 1).reshape(-1, *shape)
 
-    def told(self, value: Any) -> list[Any]:
-        """What each of them says, by way of JSON."""
-        if self.processes == 1:
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Gather one JSON value from each rank."""
+        if self.world_size == 1:
             return [value]
-        said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes: list[int] = self.gathered(torch.tensor(len(said))).tolist()
-        rows = self.gathered(F.pad(said, (0, max(sizes) - len(said))))
+        encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes: list[int] = self.all_gather(torch.tensor(len(encoded))).tolist()
+        rows = self.all_gather(F.pad(encoded, (0, max(sizes) - len(encoded))))
         return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
 
-    def any(self, flag: bool) -> bool:
-        """Whether one of them says so."""
-        return any(self.told(flag))
+    def any_rank(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on any rank."""
+        return any(self.all_gather_object(flag))
 
-    def wait(self) -> None:
-        """Until all are here."""
-        self.told(None)
+    def barrier(self) -> None:
+        """Wait until all ranks have arrived here."""
+        self.all_gather_object(None)
 
-    def from_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The named tensors of the first process, on the CPU; those of the others are not looked at."""
-        if self.processes == 1:
+    def broadcast(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the main rank's named tensors, on the CPU; the tensors of other ranks are ignored."""
+        if self.world_size == 1:
             return dict(tensors)
-        named = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
-        found: dict[str, Tensor] = {}
-        for name, shape, dtype in self.told(named if self.first else None)[0]:
-            found[name] = (
+        layout = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
+        received: dict[str, Tensor] = {}
+        for name, shape, dtype in self.all_gather_object(layout if self.is_main else None)[0]:
+            received[name] = (
                 tensors[name].detach().cpu().contiguous()
-                if self.first
+                if self.is_main
                 else torch.empty(shape, dtype=getattr(torch, dtype))
             )
             with _collective():
-                dist.broadcast(found[name], 0)
-        return found
+                dist.broadcast(received[name], 0)
+        return received
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes, where it is."""
-        if self.processes == 1:
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor, in place, by its sum over the ranks."""
+        if self.world_size == 1:
             return
         with _collective():
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
 
 
-ALONE = Processes()
-"""The one process of a run without a launcher."""
+SINGLE_PROCESS = ProcessGroup()
+"""The process group of a run without a launcher."""
 
 
 @contextlib.contextmanager
@@ -140,93 +141,101 @@ def _collective() -> Iterator[None]:
         yield
     except RuntimeError as error:
         cause = str(error).split(". ")[0]
-        raise ProcessesError(f"another process of this run has ended, see what it said itself ({cause})") from error
+        raise ProcessGroupError(f"another process of this run has ended, see what it said itself ({cause})") from error
 
 
 @contextlib.contextmanager
-def joined(variables: Mapping[str, str], beat: float = BEAT, silence: float = SILENCE) -> Iterator[Processes]:
-    """The processes that a launcher started with ``variables`` of the environment, once all are there; ALONE without.
+def process_group(
+    variables: Mapping[str, str], heartbeat: float = HEARTBEAT_SECONDS, silence: float = SILENCE_SECONDS
+) -> Iterator[ProcessGroup]:
+    """Join the process group of a launcher's environment ``variables``, or yield SINGLE_PROCESS without a launcher.
 
-    Each gives a sign of life every ``beat`` seconds. One that hears nothing of another for ``silence`` seconds says so
-    and ends at once, whatever it is doing: a wait for a process that was killed may not end by itself.
+    Each rank sends a heartbeat every ``heartbeat`` seconds. A rank that misses another's heartbeat for ``silence``
+    seconds prints so and exits at once: a collective with a killed rank may otherwise never return.
     """
-    share = Share.from_environment(variables)
-    if share.processes == 1:
+    share = RankShare.from_environment(variables)
+    if share.world_size == 1:
         if "ACCELERATE_USE_CPU" in variables and "MASTER_ADDR" in variables and "RANK" not in variables:
             logger.warning(
                 "accelerate starts one process on a CPU, however many it is asked for: start them by torchrun"
             )
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     take_own_device(variables)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_END)
-    processes, ended = Processes(share.rank, share.processes), threading.Event()
-    heart = _Heart(processes, _store(variables), silence)
-    heart.beat()
-    processes.wait()
-    watch = threading.Thread(target=heart.watch, args=(beat, ended), name="genalign-heart", daemon=True)
-    watch.start()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_COLLECTIVE_TIMEOUT
+    )
+    processes, ended = ProcessGroup(share.rank, share.world_size), threading.Event()
+    monitor = _Heartbeat(processes, _heartbeat_store(variables), silence)
+    monitor.send()
+    processes.barrier()
+    thread = threading.Thread(target=monitor.run, args=(heartbeat, ended), name="genalign-heartbeat", daemon=True)
+    thread.start()
     yield processes
-    processes.wait()  # not where it was left by an error: the others are to see that this process has ended
+    processes.barrier()  # skipped after an error: the other ranks must notice that this one has ended
     ended.set()
-    watch.join()
+    thread.join()
     dist.destroy_process_group()
 
 
 def take_own_device(variables: Mapping[str, str]) -> None:
-    """Let "cuda" mean this process's own GPU, where a launcher has numbered the processes of a machine."""
+    """Make "cuda" mean this process's own GPU if a launcher has set LOCAL_RANK."""
     if "LOCAL_RANK" in variables and torch.cuda.is_available():
         torch.cuda.set_device(int(variables["LOCAL_RANK"]))
 
 
 class _Store(Protocol):
-    """What is used of torch's."""
+    """The two methods of torch's key-value store that the heartbeat needs."""
 
     def set(self, key: str, value: str) -> None: ...
 
     def get(self, key: str) -> bytes: ...
 
 
-def _store(variables: Mapping[str, str]) -> _Store:
-    """A connection of its own to where the processes met."""
-    host, port, patience = variables["MASTER_ADDR"], int(variables["MASTER_PORT"]), timedelta(seconds=SILENCE)
-    torchs: Any = dist  # whose stores it does not type
-    store = torchs.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
-    found: _Store = torchs.PrefixStore("genalign/alive", store)
-    return found
+def _heartbeat_store(variables: Mapping[str, str]) -> _Store:
+    """Open a connection of its own to the store of the rendezvous."""
+    host, port, timeout = variables["MASTER_ADDR"], int(variables["MASTER_PORT"]), timedelta(seconds=SILENCE_SECONDS)
+    untyped: Any = dist  # torch does not type its stores
+    tcp = untyped.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    store: _Store = untyped.PrefixStore("genalign/alive", tcp)
+    return store
 
 
-class _Heart:
-    """Signs of life, in a store that all processes see: a number each, which rises."""
+class _Heartbeat:
+    """Heartbeats of all ranks: one rising counter per rank in a shared store."""
 
-    def __init__(self, processes: Processes, store: _Store, silence: float) -> None:
+    def __init__(self, processes: ProcessGroup, store: _Store, silence: float) -> None:
         self.processes, self.store, self.silence = processes, store, silence
-        self.beats = 0
-        self.last = dict.fromkeys(range(processes.processes), (b"", time.monotonic()))
+        self.count = 0
+        self.last = dict.fromkeys(range(processes.world_size), (b"", time.monotonic()))
 
-    def beat(self) -> None:
-        """Give one."""
-        self.beats += 1
-        self.store.set(str(self.processes.rank), str(self.beats))
+    def send(self) -> None:
+        """Raise this rank's counter by one."""
+        self.count += 1
+        self.store.set(str(self.processes.rank), str(self.count))
 
-    def silent(self) -> list[int]:
-        """Who has given none for too long."""
+    def silent_ranks(self) -> list[int]:
+        """Ranks whose counter has not risen for ``silence`` seconds."""
         now = time.monotonic()
         for rank, (seen, _) in self.last.items():
-            beats = self.store.get(str(rank))
-            if beats != seen:
-                self.last[rank] = beats, now
+            count = self.store.get(str(rank))
+            if count != seen:
+                self.last[rank] = count, now
         return [rank for rank, (_, when) in self.last.items() if now - when > self.silence]
 
-    def watch(self, beat: float, ended: threading.Event) -> None:
-        """Until the run has ended; end the process where another one is dead."""
-        while not ended.wait(beat):
+    def run(self, interval: float, ended: threading.Event) -> None:
+        """Send and check heartbeats until the run has ended; exit the process if another rank is dead."""
+        while not ended.wait(interval):
             try:
-                self.beat()
-                dead = self.silent()
-            except RuntimeError:  # the store went with the process that kept it
-                dead = [] if ended.wait(beat) else [0]
+                self.send()
+                dead = self.silent_ranks()
+            except RuntimeError:  # the store ended together with rank 0, whose process holds it
+                dead = [] if ended.wait(interval) else [0]
             if dead:
-                told = f"process {dead[0]} of {self.processes.processes} has been silent for {self.silence:.0f} s"
-                print(f"error: {told}: process {self.processes.rank} ends, too", file=sys.stderr, flush=True)
+                print(
+                    f"error: process {dead[0]} of {self.processes.world_size} has been silent for {self.silence:.0f} s:"
+                    f" process {self.processes.rank} ends, too",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(1)

@@ -7,16 +7,13 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
-from genalign.runtime.fsdp import divided, whole
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,33 +66,6 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, meta
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's per-parameter slots as ``"<parameter index>.<slot>"``, slots of slots as one more step;
-    hyper-parameters are not included."""
-    return {name: whole(torch.as_tensor(value)) for name, value in _flat(optimizer.state_dict()["state"])}
-
-
-def _flat(slots: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in slots.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
-        elif value is not None:
-            yield f"{before}{key}", value
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put slots written by ``optimizer_tensors`` back."""
-    state: dict[int, dict[str, Any]] = {}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for name, tensor in tensors.items():
-        index, *inner, slot = name.split(".")
-        slots = state.setdefault(int(index), {})
-        for key in inner:
-            slots = slots.setdefault(key, {})
-        slots[slot] = divided(tensor, parameters[int(index)])
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, named ``prefix + name``."""
     return {prefix + name: tensor for name, tensor in tensors.items()}
@@ -104,8 +74,3 @@ def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those tensors whose names start with ``prefix``, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def total_bytes(paths: Iterable[Path]) -> int:
-    """Summed size of files."""
-    return sum(path.stat().st_size for path in paths)

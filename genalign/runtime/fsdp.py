@@ -1,8 +1,7 @@
-"""Networks whose weights are divided among the processes: FSDP2, torch's ``fully_shard``, as `accelerate launch` is
-told to ask for it.
+"""Weights sharded over ranks: FSDP2, torch's ``fully_shard``, configured by the settings of `accelerate launch`.
 
-accelerate itself turns every FSDP setting on a CPU silently into copies of the network; here its settings are carried
-out by ``fully_shard``, on any device, or refused.
+On a CPU, accelerate silently replaces every FSDP setting by replicas of the network. Here ``fully_shard`` carries its
+settings out on any device, or they are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 _UNSUPPORTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: scripts/configs/accelerate/zero2.yaml divides as ZeRO-2 does, by FSDP2",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: scripts/configs/accelerate/zero2.yaml shards as ZeRO-2 does, by FSDP2",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: choose FSDP2",
     "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params: leave it out, and see docs/scaling.md for what takes memory",
     "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing: set model.memory.checkpointing instead",
@@ -27,39 +26,39 @@ _UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class Sharding:
-    """A network divided among ``processes``, one block at a time made whole for its part of a pass. ``again``: it is
-    made whole anew for the backward pass (ZeRO-3), and not kept since the forward pass (ZeRO-2)."""
+    """FSDP2 over ``world_size`` ranks, which gathers one block at a time. ``reshard_after_forward``: gather it again
+    for the backward pass (ZeRO-3) instead of holding it since the forward pass (ZeRO-2)."""
 
-    processes: int
-    again: bool = True
+    world_size: int
+    reshard_after_forward: bool = True
 
     def apply(self, network: nn.Module) -> None:
-        """Divide ``network``, in place, by the blocks of its lists of blocks. Its parameters are others afterwards.
+        """Shard ``network`` in place, block by block of its module lists; this replaces its parameters.
 
-        Raises ValueError for weights that are not floating-point numbers: quantised ones.
+        Raises ValueError for quantized weights.
         """
         if not all(parameter.is_floating_point() for parameter in network.parameters()):
-            raise ValueError("quantised weights cannot be divided among processes: leave model.memory.quantization out")
-        mesh = init_device_mesh(next(network.parameters()).device.type, (self.processes,))
+            raise ValueError("quantized weights cannot be sharded by FSDP: leave model.memory.quantization out")
+        mesh = init_device_mesh(next(network.parameters()).device.type, (self.world_size,))
         lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
         for module in [*(block for blocks in lists for block in blocks), network]:
-            fully_shard(module, mesh=mesh, reshard_after_forward=self.again)
+            fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
 
 
-def asked_for(variables: Mapping[str, str], processes: int) -> Sharding | None:
-    """What `accelerate launch` was told about FSDP; None for nothing. Raises ValueError for what is not to be had."""
-    for name, told in _UNSUPPORTED.items():
+def sharding_from_environment(variables: Mapping[str, str], world_size: int) -> Sharding | None:
+    """Read the FSDP settings of `accelerate launch`; None without any. Raises ValueError for unsupported settings."""
+    for name, advice in _UNSUPPORTED.items():
         if _is_on(variables, name):
-            raise ValueError(f"accelerate was asked for what genalign does not do by it, {told}")
+            raise ValueError(f"accelerate's configuration has a setting that genalign does not support, {advice}")
     if variables.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise ValueError("accelerate's mixed_precision is not used here: say no to it, and set model.autocast")
     if not _is_on(variables, "ACCELERATE_USE_FSDP"):
         return None
     if variables.get("FSDP_VERSION", "1") != "2":
         raise ValueError("only version 2 of FSDP is supported: set fsdp_version: 2 in accelerate's configuration")
-    if processes < 2:
-        raise ValueError("FSDP divides a network among processes, but there is one: start more, or leave it out")
-    return Sharding(processes, variables.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false")
+    if world_size < 2:
+        raise ValueError("FSDP shards a network over processes, but there is one: start more, or leave FSDP out")
+    return Sharding(world_size, variables.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false")
 
 
 def _is_on(variables: Mapping[str, str], name: str) -> bool:
@@ -67,45 +66,45 @@ def _is_on(variables: Mapping[str, str], name: str) -> bool:
 
 
 def require_sharded(parameters: Sequence[Tensor]) -> None:
-    """Raise ValueError where one is not divided: a run that asked for FSDP is not to go on without."""
-    whole_ones = sum(not isinstance(parameter, DTensor) for parameter in parameters)
-    if whole_ones:
+    """Raise ValueError if any of ``parameters`` is not sharded, so that no FSDP run goes on without FSDP."""
+    unsharded = sum(not isinstance(parameter, DTensor) for parameter in parameters)
+    if unsharded:
         raise ValueError(
-            f"FSDP was asked for, but {whole_ones} of {len(parameters)} trained tensors are not divided: leave FSDP out"
+            f"FSDP is configured, but {unsharded} of {len(parameters)} trained tensors are not sharded: leave FSDP out"
         )
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; where it is divided, a collective."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor; a collective if ``tensor`` is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def divided(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor``, whole in every process, divided as ``like`` is, if it is."""
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Shard ``tensor``, of which every rank has all, in the way of ``like``; return it as it is if ``like`` is not."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device, like.dtype), like.device_mesh, like.placements)
 
 
-def put_away(network: nn.Module) -> None:
-    """Have every part of a divided ``network`` made whole anew, after its weights have changed."""
+def reshard(network: nn.Module) -> None:
+    """Free the gathered weights of a sharded ``network``, so that changed weights are gathered anew."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 @contextlib.contextmanager
-def lent(network: nn.Module, parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> Iterator[None]:
-    """``tensors`` in place of the ``parameters`` of a divided ``network`` for a while. They are copied in and out: what
-    is gathered from the processes is the memory that the parameters had when they were divided."""
-    held = [parameter.detach().clone() for parameter in parameters]
+def swapped_weights(network: nn.Module, parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Replace the ``parameters`` of a sharded ``network`` by ``tensors`` inside the context. They are copied in and out,
+    because FSDP gathers from the memory that the parameters had when they were sharded."""
+    saved = [parameter.detach().clone() for parameter in parameters]
     _copy(parameters, tensors)
-    put_away(network)
+    reshard(network)
     try:
         yield
     finally:
-        _copy(parameters, held)
-        put_away(network)
+        _copy(parameters, saved)
+        reshard(network)
 
 
 @torch.no_grad()

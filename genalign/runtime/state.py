@@ -1,4 +1,4 @@
-"""What later rounds depend on: the state of a part of a run, and that of the process's own generators."""
+"""State that a resumed run restores: of each stateful part, and of the process's global random generators."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genalign.runtime.distributed import Processes
+from genalign.runtime.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
 class State:
-    """Tensors by name, and ``numbers``: whatever else JSON can hold."""
+    """A state to save: ``tensors`` by name, and ``numbers``, any JSON values by name."""
 
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, Any]
@@ -26,18 +26,16 @@ class Stateful(Protocol):
     """A part of a run that later rounds depend on."""
 
     def state(self) -> State:
-        """All of it, between two rounds."""
+        """Return the complete state between two rounds."""
 
     def restore(self, state: State) -> None:
-        """Put back what ``state()`` gave. Raises ValueError for the state of another run."""
+        """Restore a result of ``state()``. Raises ValueError for the state of another run."""
 
 
 class Generators:
-    """The generators of this process that nobody seeds by name: torch's, numpy's and Python's. No part of genalign
-    draws from them; rewards of others may."""
+    """The global random generators of torch, numpy and Python. genalign never draws from them; users' rewards may."""
 
     def state(self) -> State:
-        """As they are now."""
         version, python, gauss = random.getstate()
         kind, words, *rest = np.random.get_state(legacy=True)
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -50,13 +48,13 @@ class Generators:
         return State(tensors | {f"cuda.{index}": words for index, words in enumerate(cuda)}, numbers)
 
     def position(self) -> bytes:
-        """Another one once any of them has been drawn from."""
+        """Return bytes that differ after any draw from any of the generators."""
         state = self.state()
         words = (tensor.numpy().tobytes() for tensor in state.tensors.values())
         return b"".join([*words, repr(state.numbers).encode()])
 
     def restore(self, state: State) -> None:
-        """To where they were; those of CUDA devices that are not here are left out."""
+        """Restore all generators; states of CUDA devices that this machine lacks are ignored."""
         version, gauss = state.numbers["python"]
         random.setstate((version, tuple(state.tensors["python"].tolist()), gauss))
         kind, *rest = state.numbers["numpy"]
@@ -68,20 +66,20 @@ class Generators:
 
 
 @dataclass(frozen=True)
-class OfEach:
-    """A part that each of several processes has its own of: the states of all, of which each takes back its own."""
+class PerRankState:
+    """A part with one state per rank: saves the states of all ranks, restores each rank's own."""
 
     part: Stateful
-    processes: Processes
+    processes: ProcessGroup
 
     def state(self) -> State:
-        """Tensors (processes, ...), and the numbers of each process."""
+        """Return tensors (world_size, ...) and a list of the numbers of each rank."""
         own = self.part.state()
-        tensors = {name: self.processes.gathered(tensor) for name, tensor in own.tensors.items()}
-        return State(tensors, {"processes": self.processes.told(own.numbers)})
+        tensors = {name: self.processes.all_gather(tensor) for name, tensor in own.tensors.items()}
+        return State(tensors, {"processes": self.processes.all_gather_object(own.numbers)})
 
     def restore(self, state: State) -> None:
-        """Put back its own; a process that was not there before is as it is."""
+        """Restore this rank's state; a rank beyond the saved ones is left as it is."""
         numbers, rank = state.numbers["processes"], self.processes.rank
         if rank < len(numbers):
             own = {name: tensor[rank].clone() for name, tensor in state.tensors.items()}  # torch takes no views

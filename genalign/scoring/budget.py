@@ -37,7 +37,7 @@ class Ledger:
     counts: Counter[str] = field(default_factory=Counter)
 
     @property
-    def forwards(self) -> int:
+    def nfe(self) -> int:
         """Denoiser evaluations of single samples, guidance twice."""
         return self.counts[FORWARD]
 
@@ -82,7 +82,7 @@ class Ledger:
 
 
 class Metered:
-    """A pipeline whose forwards and decodes are billed to ``ledger``; all else is the pipeline's own."""
+    """A pipeline whose denoiser and decoder calls are billed to ``ledger``; all else is the pipeline's own."""
 
     def __init__(self, pipeline: Pipeline, ledger: Ledger) -> None:
         self.pipeline, self.ledger = pipeline, ledger
@@ -119,37 +119,37 @@ def metered_rewards(rewards: Sequence[NamedReward], ledger: Ledger) -> list[Name
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit for each prompt: ``forwards`` of the denoiser (guidance counts twice), priced ``cost``, or wall-clock
+    """A limit for each prompt: ``nfe`` of the denoiser (guidance counts twice), priced ``cost``, or wall-clock
     ``seconds``; exactly one. ``prices`` are those of ``measure_prices``, or any others per call of one sample; a budget
     in seconds without them has them measured first."""
 
-    forwards: float | None = None
+    nfe: float | None = None
     cost: float | None = None
     seconds: float | None = None
     prices: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        limits = [limit for limit in (self.forwards, self.cost, self.seconds) if limit is not None]
+        limits = [limit for limit in (self.nfe, self.cost, self.seconds) if limit is not None]
         if len(limits) != 1 or not limits[0] > 0:
-            raise ValueError(f"give one positive limit, forwards, cost or seconds, not {self}")
+            raise ValueError(f"give one positive limit, nfe, cost or seconds, not {self}")
         if self.cost is not None and self.prices is None:
             raise ValueError("a budget in priced cost needs prices: those of genalign prices, or your own")
 
     @property
     def limit(self) -> float:
         """How much a prompt may cost."""
-        return next(limit for limit in (self.forwards, self.cost, self.seconds) if limit is not None)
+        return next(limit for limit in (self.nfe, self.cost, self.seconds) if limit is not None)
 
     def of(self, limit: float) -> Budget:
         """The same budget with another limit."""
-        if self.forwards is not None:
-            return replace(self, forwards=limit)
+        if self.nfe is not None:
+            return replace(self, nfe=limit)
         return replace(self, cost=limit) if self.cost is not None else replace(self, seconds=limit)
 
     def spent(self, ledger: Ledger) -> float:
         """A ledger in this budget's unit. Raises ValueError for a call without a price."""
-        if self.forwards is not None:
-            return ledger.forwards + 2 * ledger.counts[backward(FORWARD)]
+        if self.nfe is not None:
+            return ledger.nfe + 2 * ledger.counts[backward(FORWARD)]
         if self.prices is None:
             raise ValueError("this budget has no prices yet: measure them")
         return ledger.cost(self.prices)

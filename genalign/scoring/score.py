@@ -161,12 +161,12 @@ def probe(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
 
 
 @dataclass
-class Watch:
+class RewardMonitor:
     """Stops a run whose rewards fail, or teach nothing, for too long; ``silent`` counts the last rounds that taught
-    nothing. ``failed_share`` of a round's samples may lack a score: those that a reward fails on are seldom any, so
+    nothing. ``max_failed_fraction`` of a round's samples may lack a score: those that a reward fails on are seldom any, so
     that a policy trained on the others alone learns to make it fail."""
 
-    failed_share: float = 0.05
+    max_failed_fraction: float = 0.05
     silent_rounds: int = 20
     largest_ratio: float = 20.0
     silent: int = 0
@@ -195,10 +195,10 @@ class Watch:
     def see(self, scores_BK: Tensor, silent: bool) -> None:
         """Look at one round. Raises RewardError past a limit, and warns on the first silent round."""
         failed = float(scores_BK.isnan().any(dim=1).float().mean())
-        if failed > self.failed_share:
+        if failed > self.max_failed_fraction:
             raise RewardError(
-                f"{failed:.0%} of this round's samples could not be scored (training.failed_share is"
-                f" {self.failed_share:.0%}): see the warnings above for what the reward raised, mend it, and go on from"
+                f"{failed:.0%} of this round's samples could not be scored (training.max_failed_fraction is"
+                f" {self.max_failed_fraction:.0%}): see the warnings above for what the reward raised, mend it, and go on from"
                 " the last checkpoint"
             )
         self.silent = self.silent + 1 if silent else 0

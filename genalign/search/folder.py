@@ -56,7 +56,7 @@ class SearchFolder:
 
     def add(self, index: int, prompt: str, names: Sequence[str], result: Result, write: Writer = write_images) -> None:
         """The result of one prompt: its files first, its row last."""
-        (image,) = write(result.images, self.path, index)
+        (image,) = write(result.samples, self.path, index)
         write_json(self.path / "lineage" / f"{index:05d}.json", {"chosen": result.chosen[0], "lives": result.lineage})
         known = [value if math.isfinite(value) else None for value in result.scores[0].tolist()]
         row = {

@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 class Result:
     """The best sample of each of P prompts.
 
-    ``images`` (P, ...) as the pipeline decodes them, ``scores`` (P, K) by the rewards, ``lineage`` of every candidate
+    ``samples`` (P, ...) as the pipeline decodes them, ``scores`` (P, K) by the rewards, ``lineage`` of every candidate
     (see ``lineage.Life``) with the best one's number for each prompt in ``chosen``, the ``ledger`` of what was spent,
     with ``seconds`` of wall-clock and ``peak_memory`` in bytes (see ``budget.peak_memory``), and the ``budget``, with
     the prices it was planned by.
     """
 
-    images: Tensor
+    samples: Tensor
     scores: Tensor
     lineage: list[dict[str, Any]]
     chosen: tuple[int, ...]
@@ -98,7 +98,7 @@ def _together(parts: Sequence[Result]) -> Result:
         calls.update(part.ledger.counts)
     return replace(
         parts[0],
-        images=torch.cat([part.images for part in parts]),
+        samples=torch.cat([part.samples for part in parts]),
         scores=torch.cat([part.scores for part in parts]),
         lineage=lineage,
         chosen=tuple(chosen),
@@ -123,7 +123,7 @@ def _searched(run: Run, strategy: Strategy, allowance: Allowance) -> Result:
     if bool(found.scores.isnan().any()):
         logger.warning("the best sample of %r could not be scored by every reward", run.prompts[0].text)
     return Result(
-        images=found.samples,
+        samples=found.samples,
         scores=found.scores,
         lineage=run.lineage.as_list(),
         chosen=found.candidates.names,

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from genalign.runtime.distributed import ALONE, Processes
+from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from genalign.runtime.files import load_state, save_state, sync, with_prefix, without_prefix, write_json
 from genalign.runtime.state import State, Stateful
 from genalign.scoring.score_log import Journal
@@ -49,7 +49,7 @@ class DamagedCheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class RunCheckpoint:
     """One that is whole."""
 
     path: Path
@@ -70,7 +70,7 @@ class Checkpoints:
 
     folder: Path
     keep: int = 2
-    processes: Processes = ALONE
+    processes: ProcessGroup = SINGLE_PROCESS
 
     def save(self, rounds: int, parts: Mapping[str, Stateful]) -> Path:
         """Write the state of ``parts`` after so many rounds. Raises OSError where that fails, in every process: the
@@ -78,12 +78,12 @@ class Checkpoints:
         path = self.folder / f"round-{rounds:06d}"
         states = {name: part.state() for name, part in parts.items()}
         failed: list[Any] | None = None
-        if self.processes.first:
+        if self.processes.is_main:
             try:
                 self._save(path, rounds, states)
             except OSError as error:
                 failed = [error.errno, str(error)]
-        if failed := self.processes.told(failed)[0]:
+        if failed := self.processes.all_gather_object(failed)[0]:
             raise OSError(*failed)
         return path
 
@@ -101,7 +101,7 @@ class Checkpoints:
         self._point(path)
         self._prune(path)
 
-    def latest(self) -> Checkpoint | None:
+    def latest(self) -> RunCheckpoint | None:
         """The newest that is whole, with a warning for each that is not; None for none at all.
 
         Raises DamagedCheckpointError where there are some and all are damaged.
@@ -115,14 +115,14 @@ class Checkpoints:
                 continue
             for told in damage:
                 logger.warning("%s: going on from %s", told, path.name)
-            if self.processes.first:
+            if self.processes.is_main:
                 self._point(path)
             return found
         if damage:
             raise DamagedCheckpointError(f"no checkpoint to go on from: {'; '.join(damage)}")
         return None
 
-    def scores(self, since: Checkpoint) -> list[Path]:
+    def scores(self, since: RunCheckpoint) -> list[Path]:
         """Where scores may be that were given since a checkpoint."""
         places = [path for path in self._all() if path.name >= since.path.name]
         return [scores for path in places for scores in sorted(path.glob("scores*.jsonl"))]
@@ -174,7 +174,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _checked(path: Path) -> Checkpoint:
+def _checked(path: Path) -> RunCheckpoint:
     """Raises DamagedCheckpointError, saying what is wrong with it."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
@@ -188,7 +188,7 @@ def _checked(path: Path) -> Checkpoint:
             raise DamagedCheckpointError(f"{path} is damaged: {name} is missing")
         if _fingerprint(path / name) != files.get(name):
             raise DamagedCheckpointError(f"{path} is damaged: {name} does not have the checksum it was written with")
-    return Checkpoint(path, rounds)
+    return RunCheckpoint(path, rounds)
 
 
 def _discard(path: Path) -> None:
@@ -201,7 +201,7 @@ def _discard(path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Keeper:
+class CheckpointWriter:
     """Saves ``parts`` as a run goes on, and starts the journal of its scores anew each time."""
 
     checkpoints: Checkpoints
@@ -213,7 +213,7 @@ class Keeper:
         """Before the first round. Raises OSError where it cannot be written."""
         self.journal.begin(self.checkpoints.own_scores(self.checkpoints.save(0, self.parts)))
 
-    def resume(self, checkpoint: Checkpoint) -> None:
+    def resume(self, checkpoint: RunCheckpoint) -> None:
         """From ``checkpoint`` on."""
         checkpoint.restore(self.parts)
         self.journal.replay(self.checkpoints.scores(checkpoint))

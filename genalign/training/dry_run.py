@@ -19,7 +19,7 @@ from genalign.diffusion.policy import Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Ledger
 from genalign.scoring.score import NamedReward
-from genalign.training.trainer import Settings, Trainer
+from genalign.training.trainer import Trainer, TrainerSettings
 from genalign.types import Conditioning, Grid, NoiseLevel, Path, Pipeline, Prompt, PromptSet
 
 
@@ -90,7 +90,7 @@ def count(
     rewards: Sequence[NamedReward],
     prompts: PromptSet,
     recipe: Recipe,
-    settings: Settings,
+    settings: TrainerSettings,
     guidance: float,
 ) -> Counted:
     """Every call of a run, provided that no two rewards are equal where a method looks at which is larger.
@@ -124,13 +124,13 @@ def _round(
     rewards: Sequence[NamedReward],
     prompts: PromptSet,
     recipe: Recipe,
-    settings: Settings,
+    settings: TrainerSettings,
     guidance: float,
 ) -> tuple[Ledger, int]:
     """What one round calls, and how many numbers it stores for a sample."""
     pipeline = StandIn(levels)
     named = [replace(reward, function=_number, weight=float(reward.weight != 0)) for reward in rewards]
-    once = replace(settings, rounds=1, max_forwards=None, optimizer="adamw")
+    once = replace(settings, rounds=1, max_nfe=None, optimizer="adamw")
     sampling = Sampling(len(levels.grid), guidance=guidance)
     with _silence():
         trainer = Trainer(pipeline, Policy(pipeline.denoiser, None), named, prompts, recipe, once, sampling)

@@ -1,9 +1,8 @@
-"""What goes wrong while learning: gradients that are not finite, and memory that runs out."""
+"""Failures of an update: a gradient that is not finite, and memory that runs out."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,27 +11,35 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import UpdateBatch
-from genalign.runtime.files import save_state, with_prefix, write_json
+from genalign.runtime.files import save_state, write_json
 from genalign.types import Prompt
 
 logger = logging.getLogger(__name__)
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class DivergedError(RuntimeError):
-    """Too many updates in a row had a gradient that is not finite."""
+    """Too many consecutive updates had a gradient that is not finite."""
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether this is how torch says so, on whatever device."""
-    told = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or any(words in told for words in _NO_MEMORY)
+    """Whether torch raised ``error`` because memory ran out, on any device."""
+    message = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(words in message for words in _OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)
-class BadUpdate:
-    """An update of a round that was left out: its gradient's norm, the sum of the round's losses, and its batches,
-    whose prompts are some of the round's ``prompts``."""
+class SkippedUpdate:
+    """An update whose gradient was not finite.
+
+    Args:
+        round: The round.
+        update: The update of the round.
+        grad_norm: The norm of the gradient.
+        loss: The sum of the round's losses.
+        batches: The batches of the update.
+        prompts: The prompts of the round.
+    """
 
     round: int
     update: int
@@ -42,81 +49,79 @@ class BadUpdate:
     prompts: Sequence[Prompt]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What was learnt from, as "batch.0.prediction" and the like."""
-        found: dict[str, Tensor] = {}
-        for place, batch in enumerate(self.batches):
-            found |= with_prefix(f"batch.{place}.", _tensors(batch))
-        return found
+        """The tensors of the batches, named as in "batch.0.prediction"."""
+        return {
+            f"batch.{number}.{name}": tensor
+            for number, batch in enumerate(self.batches)
+            for name, tensor in {
+                "x": batch.rollout.x,
+                "x_next": batch.rollout.x_next,
+                "mean": batch.rollout.mean,
+                "prediction": batch.rollout.prediction,
+                "final": batch.rollout.final,
+                "credit": batch.credit,
+                "group": batch.group,
+            }.items()
+        }
 
-    def about(self) -> dict[str, object]:
-        """The rest, for JSON, and which of the tensors are not finite."""
-        suspects = [name for name, tensor in self.tensors().items() if not bool(tensor.isfinite().all())]
+    def as_dict(self) -> dict[str, object]:
+        """Everything else, for JSON, with the names of the tensors that are not finite."""
+        batches = [
+            {
+                "steps": list(batch.rollout.steps),
+                "prompts": [self.prompts[row].text for row in batch.rollout.inputs.prompt.tolist()],
+                "noise_seeds": list(batch.rollout.inputs.noise_seeds),
+                "step_seeds": list(batch.rollout.inputs.step_seeds),
+            }
+            for batch in self.batches
+        ]
         return {
             "round": self.round,
             "update": self.update,
             "grad_norm": str(self.grad_norm),
             "loss": str(self.loss),
-            "not_finite": suspects,
-            "batches": [self._origin(batch) for batch in self.batches],
+            "not_finite": [name for name, tensor in self.tensors().items() if not bool(tensor.isfinite().all())],
+            "batches": batches,
         }
-
-    def _origin(self, batch: UpdateBatch) -> dict[str, object]:
-        start = batch.sampled.inputs
-        return {
-            "steps": list(batch.sampled.steps),
-            "prompts": [self.prompts[row].text for row in start.prompt.tolist()],
-            "noise_seeds": list(start.noise_seeds),
-            "step_seeds": list(start.step_seeds),
-        }
-
-
-def _tensors(batch: UpdateBatch) -> dict[str, Tensor]:
-    sampled = batch.sampled
-    states = {"x": sampled.x, "x_next": sampled.x_next, "mean": sampled.mean, "prediction": sampled.prediction}
-    return states | {"final": sampled.final, "credit": batch.credit, "group": batch.group}
 
 
 @dataclass
-class Skipping:
-    """Counts updates that are left out: ``in_row`` of them, of which ``most`` end the run. The first ``kept`` of a
-    process are written into ``folder``, as round-000012-update-0.safetensors and .json."""
+class NonFiniteGuard:
+    """Counts consecutive skipped updates, and stops the run after ``max_in_row`` of them.
 
-    most: int = 5
+    The first ``max_written`` of a rank are written to ``folder``, as round-000012-update-0.safetensors and .json.
+    """
+
+    max_in_row: int = 5
     folder: Path | None = None
-    kept: int = 3
+    max_written: int = 3
     in_row: int = 0
     written: list[Path] = field(default_factory=list)
 
-    def stepped(self) -> None:
-        """An update was made."""
-        self.in_row = 0
-
-    def skipped(self, update: BadUpdate) -> None:
-        """One was left out. Raises DivergedError for too many in a row."""
+    def skip(self, update: SkippedUpdate) -> None:
+        """Count and report a skipped update. Raises DivergedError if there were too many in a row."""
         self.in_row += 1
-        where = self._write(update)
-        told = f"round {update.round}, update {update.update}: the gradient's norm is {update.grad_norm}"
-        logger.warning("%s and the loss %s; this update is left out%s", told, update.loss, where)
-        if self.in_row >= self.most:
+        where = f", see {self.written[-1]}" if self.written else ""
+        if self.folder is not None and len(self.written) < self.max_written:
+            path = self.folder / f"round-{update.round:06d}-update-{update.update}.safetensors"
+            try:
+                save_state(path, update.tensors(), {})
+                write_json(path.with_suffix(".json"), update.as_dict())
+            except OSError as error:
+                where = f", and its tensors could not be written ({error})"
+            else:
+                self.written.append(path)
+                where = f", see {path}"
+        logger.warning(
+            "Round %d, update %d was skipped: gradient norm %s, loss %s%s",
+            update.round + 1,
+            update.update,
+            update.grad_norm,
+            update.loss,
+            where,
+        )
+        if self.in_row >= self.max_in_row:
             raise DivergedError(
-                f"{self.in_row} updates in a row had a gradient that is not finite (training.skipped_updates)"
-                f"{where}: try a lower training.learning_rate, model.dtype float32 or bfloat16, or less guidance, and"
-                " go on from the last checkpoint"
+                f"{self.in_row} updates in a row had a gradient that is not finite (training.max_skipped_updates)"
+                f"{where}. Try a lower training.learning_rate, model.dtype float32 or bfloat16, or less guidance"
             )
-
-    def _write(self, update: BadUpdate) -> str:
-        if self.folder is None or len(self.written) >= self.kept:
-            return f", see {self.written[-1]}" if self.written else ""
-        path = self.folder / f"round-{update.round:06d}-update-{update.update}.safetensors"
-        try:
-            save_state(path, update.tensors(), {})
-            write_json(path.with_suffix(".json"), update.about())
-        except OSError as error:
-            return f", and could not be kept ({error})"
-        self.written.append(path)
-        return f", see {path}"
-
-
-def finite(norm: Tensor, loss: float) -> bool:
-    """Whether an update may be made: of its gradient's norm () and the sum of its losses."""
-    return bool(norm.isfinite()) and math.isfinite(loss)

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.metrics import audio, image
-from genalign.metrics.frechet import vendi
 from genalign.metrics.intervals import Estimate, t_interval
+from genalign.metrics.vendi import vendi_score
 from genalign.runtime.files import with_prefix, without_prefix
 from genalign.runtime.state import State
 from genalign.types import FeatureFunction, Prompt, RewardFunction
@@ -92,7 +92,7 @@ class Signal:
 
 
 @dataclass(frozen=True)
-class Panel:
+class HackingReport:
     """All readings of one look."""
 
     signals: tuple[Signal, ...]
@@ -117,7 +117,7 @@ class Panel:
         return [asdict(signal) for signal in self.signals]
 
     @classmethod
-    def from_list(cls, rows: Sequence[Mapping[str, Any]]) -> Panel:
+    def from_list(cls, rows: Sequence[Mapping[str, Any]]) -> HackingReport:
         """The inverse of ``as_list``."""
         return cls(tuple(Signal(**{**row, "shift": Estimate(**row["shift"])}) for row in rows))
 
@@ -135,12 +135,12 @@ class Measures:
     shown: Mapping[str, Callable[[Tensor, Sequence[Prompt]], float]] = field(default_factory=dict)
 
     @torch.no_grad()
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Looks:
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> PanelSnapshot:
         """Of images (N, 3, H, W) in [0, 1] or waveforms (N, C, L) in [-1, 1], and their prompts."""
         statistics = OF_IMAGES if samples.ndim == 4 else OF_WAVEFORMS
         texts = list(dict.fromkeys(prompt.text for prompt in prompts))
         group = torch.tensor([texts.index(prompt.text) for prompt in prompts])
-        return Looks(
+        return PanelSnapshot(
             group,
             {name: read(samples).double().cpu() for name, read in statistics.items()},
             {name: reward(samples, prompts).double().cpu() for name, reward in self.rewards.items()},
@@ -150,7 +150,7 @@ class Measures:
 
 
 @dataclass(frozen=True)
-class Looks:
+class PanelSnapshot:
     """What was read of N images: (N,) each, features (N, d) of length 1, and figures of the whole set; ``group`` (N,)
     numbers their prompts."""
 
@@ -172,7 +172,7 @@ class Looks:
         )
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Looks:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PanelSnapshot:
         """The inverse of ``tensors``."""
         return cls(
             tensors["group"],
@@ -187,15 +187,15 @@ class Looks:
         return [values[self.group == number] for number in range(int(self.group.max()) + 1)]
 
 
-def panel(before: Looks, now: Looks, kl: float, limits: Limits) -> Panel:
+def panel(before: PanelSnapshot, now: PanelSnapshot, kl: float, limits: Limits) -> HackingReport:
     """``now`` beside ``before``, of the same prompts and noises. ValueError where they are of different ones."""
     if not torch.equal(before.group, now.group):
         raise ValueError("looks at different prompts cannot be compared: take both with the same jobs")
     signals = [*_images(before, now, limits), *_features(before, now, limits), *_shown(before, now)]
-    return Panel((*signals, _kl(kl, limits.kl)) if math.isfinite(kl) else tuple(signals))
+    return HackingReport((*signals, _kl(kl, limits.kl)) if math.isfinite(kl) else tuple(signals))
 
 
-def _images(before: Looks, now: Looks, limits: Limits) -> Iterator[Signal]:
+def _images(before: PanelSnapshot, now: PanelSnapshot, limits: Limits) -> Iterator[Signal]:
     """Statistics and rewards, image by image."""
     kinds: tuple[tuple[Mapping[str, Tensor], Mapping[str, Tensor], Limit, Side], ...] = (
         (before.statistics, now.statistics, limits.statistics, "either"),
@@ -210,16 +210,16 @@ def _images(before: Looks, now: Looks, limits: Limits) -> Iterator[Signal]:
                 logger.warning("%s could not be read of any two prompts, and has no light this time", name)
 
 
-def _features(before: Looks, now: Looks, limits: Limits) -> Iterator[Signal]:
+def _features(before: PanelSnapshot, now: PanelSnapshot, limits: Limits) -> Iterator[Signal]:
     """Variety and drift."""
     if before.features is None or now.features is None:
         return
     old, new = before.by_prompt(before.features), now.by_prompt(now.features)
-    within = torch.tensor([[vendi(rows) for rows in side] for side in (old, new)], dtype=torch.float64)
+    within = torch.tensor([[vendi_score(rows) for rows in side] for side in (old, new)], dtype=torch.float64)
     first, last = within.mean(1).tolist()
     shift = t_interval(((within[1] - within[0]) / first).tolist())
     yield Signal("variety within a prompt", first, last, shift, limits.variety_within.light(shift, "fall"))
-    first, last = vendi(before.features), vendi(now.features)
+    first, last = vendi_score(before.features), vendi_score(now.features)
     shift = _exactly(last / first - 1)
     yield Signal("variety across prompts", first, last, shift, limits.variety_across.light(shift, "fall"))
     apart = _mean(torch.stack([_distance_within(rows) for rows in old]))
@@ -227,7 +227,7 @@ def _features(before: Looks, now: Looks, limits: Limits) -> Iterator[Signal]:
     yield from _drifts(before, drift, _gains(before, now), limits)
 
 
-def _drifts(before: Looks, drift: Tensor, gains: Tensor, limits: Limits) -> Iterator[Signal]:
+def _drifts(before: PanelSnapshot, drift: Tensor, gains: Tensor, limits: Limits) -> Iterator[Signal]:
     """How far images have gone (N,), and how much of that the held-out rewards' ``gains`` (N,) do not pay for."""
     for name, values, limit in (
         ("drift of features", drift, limits.drift),
@@ -238,7 +238,7 @@ def _drifts(before: Looks, drift: Tensor, gains: Tensor, limits: Limits) -> Iter
             yield Signal(name, 0.0, _mean(values), shift, limit.light(shift, "rise"))
 
 
-def _gains(before: Looks, now: Looks) -> Tensor:
+def _gains(before: PanelSnapshot, now: PanelSnapshot) -> Tensor:
     """The mean over held-out rewards of their shifts (N,); NaN where there is none."""
     found = [_in_spreads(values, now.rewards[name]) for name, values in before.rewards.items()]
     return torch.stack(found).nanmean(0) if found else torch.full(before.group.shape, torch.nan, dtype=torch.float64)
@@ -249,7 +249,7 @@ def _in_spreads(old: Tensor, new: Tensor) -> Tensor:
     return (new - old) / old[old.isfinite()].std().clamp(min=1e-12)
 
 
-def _shown(before: Looks, now: Looks) -> Iterator[Signal]:
+def _shown(before: PanelSnapshot, now: PanelSnapshot) -> Iterator[Signal]:
     for name, value in before.shown.items():
         if math.isfinite(value) and math.isfinite(now.shown[name]):
             yield Signal(name, value, now.shown[name], _exactly(now.shown[name] - value), None)
@@ -316,13 +316,13 @@ class Guard:
     """
 
     def __init__(
-        self, look: Callable[[], Looks], rewards: tuple[str, ...], limits: Limits, actions: Actions, every: int
+        self, look: Callable[[], PanelSnapshot], rewards: tuple[str, ...], limits: Limits, actions: Actions, every: int
     ) -> None:
         if actions.keep_best and not rewards:
             raise ValueError("hacking.on_red.keep_best needs a reward to go by: name one in hacking.rewards")
         self.actions, self.every = actions, every
         self._look, self._rewards, self._limits = look, rewards, limits
-        self._before: Looks | None = None
+        self._before: PanelSnapshot | None = None
         self._best = -math.inf
         self.stopped = False
 
@@ -330,7 +330,7 @@ class Guard:
         """Look at the untrained model."""
         self._before = self._look()
 
-    def panel(self, rounds_done: int, last: bool, kl: float) -> Panel | None:
+    def panel(self, rounds_done: int, last: bool, kl: float) -> HackingReport | None:
         """What is seen after a round; None where none is due."""
         if not due(rounds_done, self.every, last):
             return None
@@ -341,7 +341,7 @@ class Guard:
             logger.warning("round %d: the reward may be exploited: %s", rounds_done, seen.alarm)
         return seen
 
-    def is_best(self, seen: Panel) -> bool:
+    def is_best(self, seen: HackingReport) -> bool:
         """Whether ``keep_best`` asks for these weights to be kept."""
         if not self.actions.keep_best or seen.light == "red":
             return False
@@ -357,6 +357,6 @@ class Guard:
 
     def restore(self, state: State) -> None:
         """Put back what ``state()`` gave."""
-        self._before = Looks.from_tensors(state.tensors)
+        self._before = PanelSnapshot.from_tensors(state.tensors)
         self._best = -math.inf if state.numbers["best"] is None else state.numbers["best"]
         self.stopped = state.numbers["stopped"]

@@ -9,28 +9,39 @@ import math
 import os
 import platform
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, runtime_checkable
 
+import numpy as np
 import torch
 from peft import LoraConfig
+from PIL import Image
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from genalign.diffusion.lora import save_peft
 from genalign.diffusion.policy import Policy
 from genalign.metrics.intervals import Estimate
-from genalign.runtime.distributed import ALONE, Processes
+from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from genalign.runtime.files import disk_errors, write_json, write_text
-from genalign.training.checkpointing import Keeper
-from genalign.training.reward_hacking import Guard, Panel, due
+from genalign.scoring.budget import peak_memory
+from genalign.scoring.score import RewardError
+from genalign.training.checkpointing import CheckpointWriter
+from genalign.training.nonfinite import DivergedError
+from genalign.training.reward_hacking import Guard, HackingReport, due
+from genalign.training.sample_grid import SampleGridWriter
 from genalign.training.trainer import RoundResult, Trainer
 
 logger = logging.getLogger(__name__)
-Watcher = Callable[[], Mapping[str, Estimate]]
+RUN_FORMAT = 2
+"""Of a run's folder: 2 since genalign 0.2.0; folders of genalign 0.1.0 have none in environment.json."""
+
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "genalign")
 
 
@@ -43,56 +54,76 @@ class WeightStore(Protocol):
 
 
 class Tracker(Protocol):
-    """What accelerate's trackers have in common."""
+    """An experiment tracker of accelerate."""
+
+    name: str
 
     def log(self, values: Mapping[str, Any], step: int | None = None) -> None: ...
 
 
+@runtime_checkable
+class ImageTracker(Tracker, Protocol):
+    """An experiment tracker that takes images (N, H, W, 3) in 8 bits."""
+
+    def log_images(self, values: Mapping[str, Any], step: int | None = None, **options: Any) -> None: ...
+
+
 @dataclass(frozen=True)
 class RunFolder:
-    """Where everything that a run leaves behind goes. The first of the ``processes`` writes it."""
+    """The folder of a run: its configuration, environment, metrics and weights. The main rank writes it."""
 
     path: Path
-    processes: Processes = ALONE
+    processes: ProcessGroup = SINGLE_PROCESS
 
     def require_unused(self) -> None:
-        """Raise FileExistsError where it holds a run, or is a file."""
+        """Raise FileExistsError if the path holds a run, or is a file."""
         if (self.path / "metrics.jsonl").exists():
-            raise FileExistsError(f"{self.path} holds a run already: choose another output, or remove it")
+            raise FileExistsError(
+                f"{self.path} holds a run already: resume it (genalign train --resume {self.path}), choose another output,"
+                " or remove it"
+            )
         if self.path.is_file():
-            raise FileExistsError(f"{self.path} is a file: output is a folder to make")
+            raise FileExistsError(f"{self.path} is a file: output must be a folder")
+
+    def require_resumable(self) -> None:
+        """Raise ValueError if genalign 0.1.0 wrote this run: its settings and import paths have other names."""
+        path = self.path / "environment.json"
+        if path.is_file() and "run_format" not in (made_with := json.loads(path.read_text(encoding="utf-8"))):
+            raise ValueError(
+                f"{self.path} was made by genalign {made_with.get('genalign', '0.1.0')} and cannot be resumed by this"
+                " version (0.2.0 or later): finish it with the version that made it, or start a new run"
+            )
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Make the folder and write config.json and environment.json. Raises FileExistsError for a used folder."""
+        """Write config.json and environment.json. Raises FileExistsError for a used folder."""
         self.require_unused()
-        if not self.processes.first:
-            return
-        write_json(self.path / "config.json", config)
-        write_json(self.path / "environment.json", self._environment())
+        if self.processes.is_main:
+            write_json(self.path / "config.json", config)
+            write_json(self.path / "environment.json", environment(self.processes.world_size))
 
     def config(self) -> dict[str, Any]:
-        """What ``begin`` was given."""
-        found: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        return found
+        """Read config.json."""
+        config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        return config
 
     def resume(self, config: Mapping[str, Any], rounds: int) -> None:
-        """Go back to where the run had had so many rounds, with ``config`` from there on; what was different about the
-        machine is told in a warning. Raises ValueError where metrics.jsonl has fewer."""
-        if not self.processes.first:
+        """Return to the state after ``rounds`` rounds, with ``config`` from there on, and warn if the machine differs.
+
+        Raises ValueError if metrics.jsonl has fewer rounds.
+        """
+        if not self.processes.is_main:
             return
-        before, now = json.loads((self.path / "environment.json").read_text(encoding="utf-8")), self._environment()
-        if changed := [name for name, value in now.items() if before.get(name) != value]:
-            told = ", ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in changed)
-            logger.warning("the rounds to come may differ from those of an unbroken run: %s", told)
+        before = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        now = environment(self.processes.world_size)
+        changes = [f"{name} was {before.get(name)} and is {now[name]}" for name in now if before.get(name) != now[name]]
+        if changes:
+            logger.warning("The results may differ from those of an uninterrupted run: %s", ", ".join(changes))
         self.cut_back(rounds)
         write_json(self.path / "config.json", config)
 
-    def _environment(self) -> dict[str, Any]:
-        return environment() | {"processes": self.processes.processes}
-
     def append(self, row: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, on the disk itself."""
-        if not self.processes.first:
+        """Append one line to metrics.jsonl and flush it to the disk."""
+        if not self.processes.is_main:
             return
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -100,30 +131,34 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def cut_back(self, rounds: int) -> None:
-        """Leave the first ``rounds`` lines of metrics.jsonl. Raises ValueError where there are fewer."""
+        """Truncate metrics.jsonl to its first ``rounds`` lines. Raises ValueError if it has fewer."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         if len(lines) < rounds:
-            raise ValueError(f"{path} has {len(lines)} rounds, but the run has had {rounds}: put the others back")
+            raise ValueError(f"{path} has {len(lines)} rounds, but the checkpoint was written after {rounds}: restore the file")
         write_text(path, "".join(lines[:rounds]))
 
     def save(self, policy: Policy, pipeline: WeightStore) -> None:
-        """Write the averaged weights, as lora/ (diffusers) and peft/ or, trained whole, as denoiser/. Where the network
-        is divided, all processes take part."""
+        """Write the averaged weights: lora/ (diffusers) and peft/, or, if the whole network was trained, denoiser/.
+
+        Under FSDP every rank must call this.
+        """
         with disk_errors(), policy.averaged():
             if policy.config is None:
-                if self.processes.first:
+                if self.processes.is_main:
                     pipeline.save_denoiser(self.path / "denoiser")
                 return
             state = policy.adapter_state()
-            if self.processes.first:
+            if self.processes.is_main:
                 pipeline.save_lora(self.path / "lora", state, policy.config)
                 save_peft(self.path / "peft", state, policy.config)
 
 
-def environment() -> dict[str, Any]:
-    """Versions and sizes that a number may depend on; nothing that names the machine."""
+def environment(world_size: int) -> dict[str, Any]:
+    """Versions and sizes that a result may depend on; nothing that names the machine."""
     return {
+        "run_format": RUN_FORMAT,
+        "processes": world_size,
         "python": platform.python_version(),
         "system": platform.system(),
         "processor": platform.machine(),
@@ -135,124 +170,229 @@ def environment() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """A question whether Ctrl-C was pressed; pressed twice, it interrupts at once."""
-    pressed: list[int] = []
+    """Yield a function that tells whether Ctrl-C was pressed; a second Ctrl-C interrupts at once."""
+    presses: list[int] = []
 
-    def note(number: int, frame: object) -> None:
-        if pressed:
+    def handle(number: int, frame: object) -> None:
+        if presses:
             raise KeyboardInterrupt
-        pressed.append(number)
-        logger.warning("ending after this round and saving; press Ctrl-C again to stop at once")
+        presses.append(number)
+        logger.warning("Ctrl-C: the run ends after this round and is saved; press Ctrl-C again to stop at once")
 
-    previous = signal.signal(signal.SIGINT, note)
+    previous = signal.signal(signal.SIGINT, handle)
     try:
-        yield lambda: bool(pressed)
+        yield lambda: bool(presses)
     finally:
         signal.signal(signal.SIGINT, previous)
 
 
 @dataclass(frozen=True)
-class Look:
-    """What was seen of the model after a round, if it was looked at."""
+class RoundMonitors:
+    """Observers of the model between rounds; none of them changes the training's randomness or its NFE.
 
-    estimates: Mapping[str, Estimate] | None
-    panel: Panel | None
+    Args:
+        evaluate_held_out: Evaluate the held-out prompts: each score's estimate by name.
+        held_out_every: Rounds between two of these evaluations.
+        guard: The monitor of reward hacking.
+        sample_grid: The writer of sample grids.
+    """
 
-    @property
-    def held_out(self) -> str:
-        """The mean of the first score."""
-        return f"{next(iter(self.estimates.values())).mean:.3f}" if self.estimates else ""
+    evaluate_held_out: Callable[[], Mapping[str, Estimate]] | None = None
+    held_out_every: int = 0
+    guard: Guard | None = None
+    sample_grid: SampleGridWriter | None = None
+
+    def observe(self, result: RoundResult, rounds: int, last: bool, run: Path) -> RoundObservation:
+        """Everything that is due after ``rounds`` rounds of the run in the folder ``run``."""
+        held_out = None
+        if self.evaluate_held_out is not None and due(rounds, self.held_out_every, last):
+            held_out = self.evaluate_held_out()
+        report = self.guard.report(rounds, last, result.kl) if self.guard else None
+        samples = self.sample_grid.after(rounds, last, run) if self.sample_grid else []
+        return RoundObservation(held_out, report, samples)
+
+
+@dataclass(frozen=True)
+class RoundObservation:
+    """Held-out estimates, the reward-hacking report and the files of the sample grid after a round, where they were due."""
+
+    held_out: Mapping[str, Estimate] | None
+    report: HackingReport | None
+    samples: Sequence[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """What metrics.jsonl holds of it."""
-        estimates = {name: estimate.as_dict() for name, estimate in (self.estimates or {}).items()}
-        return {"held_out": estimates or None, "hacking": self.panel.as_list() if self.panel else None}
+        """The observation's part of the row in metrics.jsonl."""
+        return {
+            "held_out": {name: estimate.as_dict() for name, estimate in self.held_out.items()} if self.held_out else None,
+            "reward_hacking": self.report.as_list() if self.report else None,
+            "sample_grid": list(self.samples) or None,
+        }
 
 
 def train(
     trainer: Trainer,
     folder: RunFolder,
     pipeline: WeightStore,
-    keeper: Keeper,
-    watch: Watcher | None,
-    every: int,
+    checkpoints: CheckpointWriter,
+    monitors: RoundMonitors,
     trackers: Sequence[Tracker] = (),
-    guard: Guard | None = None,
 ) -> bool:
-    """Run the rounds that are left with a progress bar; False where the run was interrupted. The weights are written in
-    any case, but for divided ones after an error."""
-    held_out = "-"
-    total, begun = trainer.settings.rounds, trainer.rounds_done
-    with stop_on_interrupt() as stopping, _progress(shown=folder.processes.first) as progress:
-        bar = progress.add_task("training", total=total, completed=begun, reward=math.nan, held_out="-", speed=0.0)
-        with _saving(trainer, folder, pipeline):
-            for result in () if guard and guard.stopped else trainer.rounds():
-                done = trainer.rounds_done
-                last = trainer.settings.progress(done, result.forwards) >= 1
-                panel = guard.panel(done, last, result.kl) if guard else None
-                look = Look(_estimates(watch, every, done, last), panel)
-                folder.append(result.metrics() | look.as_dict())
-                _track(trackers, result, look)
-                held_out = look.held_out or held_out
-                speed = result.images / result.seconds
-                progress.update(bar, advance=1, reward=result.reward, held_out=held_out, speed=speed)
-                stopped = _acted(guard, panel, trainer, folder, pipeline)
-                ending = trainer.processes.any(stopping()) or stopped
-                keeper.after(done, last or ending)
-                if ending:
-                    return stopped
-            return True
+    """Run the rounds that are left, and write the weights at the end.
 
+    After an error the weights are written too, unless FSDP shards them, which would need every rank.
 
-def _estimates(watch: Watcher | None, every: int, done: int, last: bool) -> Mapping[str, Estimate] | None:
-    return watch() if watch and due(done, every, last) else None
+    Args:
+        trainer: The loop.
+        folder: The run's folder.
+        pipeline: The pipeline whose weights are written.
+        checkpoints: The writer of checkpoints to resume from.
+        monitors: Observers between rounds.
+        trackers: Experiment trackers, from accelerate.
 
+    Returns:
+        False if Ctrl-C ended the run early.
 
-@contextlib.contextmanager
-def _saving(trainer: Trainer, folder: RunFolder, pipeline: WeightStore) -> Iterator[None]:
-    """Write the weights at the end, and where it comes early; divided ones not then, since that takes all processes."""
+    Raises:
+        RewardError: A reward failed too often.
+        DivergedError: Too many updates in a row were not finite.
+    """
+    guard, finished = monitors.guard, True
     try:
-        yield
-    except BaseException:
+        with stop_on_interrupt() as interrupted, RoundDisplay(trainer, folder.processes.is_main) as display:
+            for result in () if guard and guard.stopped else trainer.rounds():
+                rounds = trainer.rounds_done
+                last = trainer.settings.progress(rounds, result.nfe) >= 1
+
+                # Observe and log
+                seen = monitors.observe(result, rounds, last, folder.path)
+                row = result.as_dict() | seen.as_dict()
+                folder.append(row)
+                for tracker in trackers:
+                    tracker.log(flat_numbers(row), step=result.round)
+                    log_images(tracker, folder.path, seen.samples, result.round)
+                display.show(result, seen)
+
+                # React to reward hacking
+                if guard and seen.report:
+                    if guard.is_best(seen.report):
+                        replace(folder, path=folder.path / "best").save(trainer.policy, pipeline)
+                    if seen.report.status == "red":
+                        guard.react(trainer)
+
+                # Save, and end early where the guard or Ctrl-C asks for it
+                stopped = guard is not None and guard.stopped
+                stopping = trainer.processes.any_rank(interrupted()) or stopped
+                checkpoints.after(rounds, last or stopping)
+                if stopping:
+                    finished = stopped
+                    break
+    except BaseException as error:
         if not trainer.policy.sharded:
             folder.save(trainer.policy, pipeline)
+        if isinstance(error, RewardError | DivergedError):
+            stop = f"Training stopped at round {trainer.rounds_done + 1}: {error}"
+            raise type(error)(f"{stop}. Resume with: genalign train --resume {folder.path}") from error
         raise
     folder.save(trainer.policy, pipeline)
+    return finished
 
 
-def _acted(
-    guard: Guard | None, panel: Panel | None, trainer: Trainer, folder: RunFolder, pipeline: WeightStore
-) -> bool:
-    """Do what the guard asks for; whether the run is to stop."""
-    if guard is None or panel is None:
-        return False
-    if guard.is_best(panel):
-        replace(folder, path=folder.path / "best").save(trainer.policy, pipeline)
-    if panel.light != "red":
-        return False
-    if guard.actions.raise_kl is not None:
-        trainer.raise_kl(guard.actions.raise_kl)
-    if guard.actions.stop:
-        logger.warning("stopping after round %d, as hacking.on_red.stop asks for", trainer.rounds_done)
-        guard.stopped = True
-    return guard.stopped
+def flat_numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """Every number of a row of metrics.jsonl under one name, as in ``rewards/ocr``.
+
+    An estimate is ``held_out/NAME``, its interval ``held_out/NAME/low`` and ``/high``; a signal of the reward-hacking
+    report is the shift ``reward_hacking/NAME``.
+    """
+    shifts = {signal["name"]: signal["shift"] for signal in row.get("reward_hacking") or ()}
+    numbers: dict[str, float] = {}
+
+    def add(name: str, value: object) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                is_estimate = {"mean", "low", "high"} <= value.keys()
+                add(name if is_estimate and key == "mean" else f"{name}/{key}", inner)
+        elif isinstance(value, int | float) and math.isfinite(value):
+            numbers[name] = value
+
+    for name, value in (dict(row) | {"reward_hacking": shifts}).items():
+        add(name, value)
+    return numbers
 
 
-def _track(trackers: Sequence[Tracker], result: RoundResult, look: Look) -> None:
-    numbers = {name: value for name, value in result.metrics().items() if isinstance(value, int | float)}
-    held_out = {f"held_out/{name}": estimate.mean for name, estimate in (look.estimates or {}).items()}
-    shifts = {f"hacking/{signal.name}": signal.shift.mean for signal in look.panel.signals} if look.panel else {}
-    for tracker in trackers:
-        tracker.log(numbers | held_out | shifts, step=result.round)
+def log_images(tracker: Tracker, run: Path, names: Sequence[str], step: int) -> None:
+    """Send the images among the files ``names`` of the folder ``run`` to a tracker that takes images."""
+    paths = [run / name for name in names if name.endswith(".png")]
+    if not paths or not isinstance(tracker, ImageTracker):
+        return
+    images = np.stack([np.asarray(Image.open(path)) for path in paths])  # (N, H, W, 3)
+    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+    tracker.log_images({"samples": images}, step=step, **layout)
 
 
-def _progress(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("reward {task.fields[reward]:.3f}  held-out {task.fields[held_out]}"),
-        TextColumn("{task.fields[speed]:.0f} images/s"),
-        TimeRemainingColumn(),
-        disable=not shown,
-    )
+class RoundDisplay:
+    """A progress bar in a terminal; elsewhere (nohup, SLURM, CI) one log line a round."""
+
+    def __init__(self, trainer: Trainer, is_main: bool) -> None:
+        self._settings, self._is_main = trainer.settings, is_main
+        self._held_out, self._start = "-", time.monotonic()
+        self._start_progress = trainer.settings.progress(trainer.rounds_done, trainer.ledger.nfe)
+        console = Console()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("reward {task.fields[reward]:.3f}  held-out {task.fields[held_out]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (is_main and console.is_terminal),
+        )
+        self._task = self._bar.add_task(
+            "training",
+            total=trainer.settings.rounds,
+            completed=trainer.rounds_done,
+            reward=math.nan,
+            held_out="-",
+            rate="",
+        )
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def show(self, result: RoundResult, seen: RoundObservation) -> None:
+        """Show a round."""
+        if seen.held_out:
+            self._held_out = f"{next(iter(seen.held_out.values())).mean:.3f}"
+        rate = format_rate(result.samples / result.seconds)
+        self._bar.update(self._task, advance=1, reward=result.reward, held_out=self._held_out, rate=rate)
+        if not self._is_main or not self._bar.disable:
+            return
+        progress = self._settings.progress(result.round + 1, result.nfe)
+        elapsed = time.monotonic() - self._start
+        left = elapsed * max(0.0, 1 - progress) / (progress - self._start_progress)
+        scores = ", ".join(f"{name} {score:.3f}" for name, score in result.rewards.items())
+        logger.info(
+            "round %d/%d: reward %.3f (%s), held-out %s, KL %.3g, clip fraction %.3f, NFE %d, %s, ETA %s, memory %.1f GiB",
+            result.round + 1,
+            self._settings.rounds,
+            result.reward,
+            scores,
+            self._held_out,
+            result.kl,
+            result.clip_fraction,
+            result.nfe,
+            rate,
+            timedelta(seconds=round(left)),
+            peak_memory() / 2**30,
+        )
+
+
+def format_rate(samples_per_second: float) -> str:
+    """A rate in samples per second, or, below 1, in seconds per sample."""
+    if samples_per_second >= 1:
+        return f"{samples_per_second:.1f} samples/s"
+    return f"{1 / samples_per_second:.1f} s/sample"

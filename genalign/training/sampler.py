@@ -17,8 +17,8 @@ from torch import Tensor
 from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.completion import complete
 from genalign.diffusion.noise import derived_seed
-from genalign.diffusion.rollout import Rollout, RolloutInputs, finite_rows, rollout, windowed
-from genalign.runtime.distributed import ALL, Share
+from genalign.diffusion.rollout import Rollout, RolloutInputs, kernel_per_step, rollout, rows_are_finite
+from genalign.runtime.distributed import ALL_RANKS, RankShare
 from genalign.scoring.score import NamedReward, score
 from genalign.types import Grid, Pipeline, Prompt
 
@@ -47,23 +47,23 @@ class Sampler:
     guidance: float
     group_size: int
     batch_size: int
-    overlap: bool = False
+    overlap_scoring: bool = False
 
     def __call__(
-        self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str, share: Share = ALL
+        self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str, share: RankShare = ALL_RANKS
     ) -> Iterator[Sampled]:
         """Batch by batch, those of a ``share``; every noise is drawn from ``name``, which no two rounds share."""
         calls = self._made(recipe, steps, prompts, name, share)
-        yield from in_a_thread(calls) if self.overlap else (call() for call in calls)
+        yield from in_a_thread(calls) if self.overlap_scoring else (call() for call in calls)
 
     @torch.no_grad()
     def _made(
-        self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str, share: Share
+        self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str, share: RankShare
     ) -> Iterator[Callable[[], Sampled]]:
         """What the denoiser has to do, and the rest of a batch to be called."""
-        kernels = windowed(recipe.kernel, steps, len(self.grid))
+        kernels = kernel_per_step(recipe.kernel, steps, len(self.grid))
         parts = list(self._start(recipe, prompts, name).split(self.batch_size))
-        for part in (parts[number] for number in share.of(len(parts))):
+        for part in (parts[number] for number in share.indices(len(parts))):
             sampled = rollout(self.pipeline, part, self.grid, kernels, self.guidance, store=steps)
             ends: tuple[Tensor, ...] = ()
             if recipe.completion is not None:
@@ -80,11 +80,11 @@ class Sampler:
     @torch.no_grad()
     def _scored(self, recipe: Recipe, sampled: Rollout, ends: Sequence[Tensor], prompts: Sequence[Prompt]) -> Sampled:
         decoded = self.pipeline.decode(sampled.final)
-        finite = sampled.finite() & finite_rows(decoded)
+        finite = sampled.finite() & rows_are_finite(decoded)
         samples, scores = _shown(decoded), self._scores(decoded, prompts)
         scores[~finite.cpu()] = torch.nan
         features = recipe.features(samples).float().cpu() if recipe.features else None
-        kept = sampled if finite.all() else sampled.emptied(~finite)
+        kept = sampled if finite.all() else sampled.zero_rows(~finite)
         columns = [self._scores(self.pipeline.decode(x0), prompts) for x0 in ends]
         stepwise = torch.stack([*columns, scores], dim=1) if columns else None
         return Sampled(kept, samples, scores, stepwise, features)
@@ -92,13 +92,13 @@ class Sampler:
     def _scores(self, decoded: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B, K), NaN for samples that are not finite."""
         scores = score(self.rewards, _shown(decoded), prompts)
-        scores[~finite_rows(decoded).cpu()] = torch.nan
+        scores[~rows_are_finite(decoded).cpu()] = torch.nan
         return scores
 
 
 def _shown(decoded: Tensor) -> Tensor:
     """Samples (B, ...) with black or silence for those that are not finite: one NaN must not cost a batch's scores."""
-    finite = finite_rows(decoded)
+    finite = rows_are_finite(decoded)
     return decoded if finite.all() else decoded.index_fill(0, (~finite).nonzero()[:, 0], 0)
 
 

@@ -1,4 +1,7 @@
-"""A scorer in training against the generator, and the frozen snapshot of it that scores."""
+"""A discriminator that is trained against the generator, and the frozen snapshot of it that scores.
+
+The losses on pairs of a reference and a generated sample, and the weighting of several logits, follow below.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,34 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from genalign.runtime.files import load_optimizer_tensors, optimizer_tensors, with_prefix, without_prefix
+from genalign.runtime.files import with_prefix, without_prefix
+from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from genalign.types import Prompt
-from rewards.adversarial.losses import LossName, adversarial_loss, pair_accuracy
-from rewards.adversarial.replay import Batch, Replay
-from rewards.adversarial.rules import Standing, UpdateRule
-from rewards.adversarial.weighting import Weighting, single
+from rewards.adversarial.replay_buffer import ReplayBuffer, SampleBatch
+from rewards.adversarial.update_rules import DiscriminatorStatus, UpdateRule
 from rewards.backbones.reference_images import References
 
 logger = logging.getLogger(__name__)
 
 
+LossName = Literal["hinge", "bce", "bt_pairwise"]
+
+
 @dataclass(frozen=True)
-class Learning:
+class DiscriminatorSettings:
     """How a reward is trained: Adam(``learning_rate``, betas (0.5, 0.999)), in float32.
 
-    An update makes ``steps_per_update`` optimiser steps, each on ``batch_size`` pairs of a reference and a generated
-    sample; the share ``fresh`` of the generated ones is of this round, the others are of earlier rounds, of which the
-    last ``replay`` samples are kept per process (0 keeps none). ``batch_size`` also bounds every forward pass.
+    An update makes ``steps_per_update`` optimizer steps, each on ``batch_size`` pairs of a reference and a generated
+    sample; a fraction ``fresh`` of the generated ones is from this round, the others from earlier rounds, of which the
+    last ``replay`` samples are stored per rank (0 stores none). ``batch_size`` also bounds every forward pass.
     """
 
     loss: LossName = "hinge"
@@ -53,8 +60,8 @@ class Learning:
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """The weights that a round is scored by; ``version`` counts how often they were trained."""
+class ScoringWeights:
+    """The weights that score a round; ``version`` counts the updates that changed them."""
 
     version: int
     weights: Mapping[str, Tensor]
@@ -63,12 +70,22 @@ class Snapshot:
 class Adversary:
     """A ``TrainableReward``: a scorer in training, and the frozen snapshot of it that scores.
 
-    ``scorer`` and its starting weights must be the same on every rank. In training by several processes each is given
-    all samples of a round and draws the same, so that they learn what one would; where ``torch.distributed`` is
-    initialised, gradients and readings are averaged over ranks as well, which keeps them in step where kernels do not
-    give the same sums twice. Trained parameters are made float32, the scorer stays in evaluation mode (no dropout), and
-    it follows the samples' device. Logits are multiplied by ``scale`` in the loss, not in the score; ``weighting``
-    makes one score of several, and None takes the only one.
+    ``scorer`` and its initial weights must be the same on every rank. Every rank gets all samples of a round and draws
+    the same random numbers, so that all learn what one would; where ``torch.distributed`` is initialized, gradients and
+    metrics are averaged over ranks as well, which keeps ranks equal where kernels are not deterministic. Trained
+    parameters are cast to float32, the scorer stays in evaluation mode (no dropout), and it follows the samples'
+    device.
+
+    Args:
+        scorer: any module of (samples, prompts) to logits (B,) or (B, m).
+        references: samples to tell generated ones from, by prompt or as a pool.
+        update_rule: in which rounds the scorer is trained.
+        learning: loss, optimizer and batches.
+        weighting: weights of several logits in the score; None takes a single one.
+        scale: factor of the logits in the loss, not in the score.
+
+    Raises:
+        ValueError: no parameter of the scorer requires a gradient.
     """
 
     def __init__(
@@ -76,7 +93,7 @@ class Adversary:
         scorer: nn.Module,
         references: References,
         update_rule: UpdateRule,
-        learning: Learning,
+        learning: DiscriminatorSettings,
         weighting: Weighting | None = None,
         scale: float = 1.0,
     ) -> None:
@@ -88,13 +105,13 @@ class Adversary:
         for parameter in self.trained.values():
             parameter.data = parameter.data.float()
         self.optimizer = torch.optim.Adam(self.trained.values(), lr=learning.learning_rate, betas=(0.5, 0.999))
-        self.replay = Replay(learning.replay)
-        self.snapshot = self._copied(0)
+        self.replay = ReplayBuffer(learning.replay)
+        self.snapshot = ScoringWeights(0, _copies(self.trained))
         self._rounds, self._training = 0, True
 
     @property
     def version(self) -> int:
-        """The snapshot's number: equal versions give equal scores."""
+        """The version of the snapshot: equal versions give equal scores."""
         return self.snapshot.version
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -103,34 +120,34 @@ class Adversary:
 
     def score(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """The weighted logits (B,) of the snapshot, differentiable in the samples."""
-        batch = Batch(samples, tuple(prompts))
+        batch = SampleBatch(samples, tuple(prompts))
         self._follow(samples.device)
         logits = torch.cat([self._logits(part, self.snapshot.weights) for part in self._parts(batch)])
         return logits @ self._weights(logits)
 
     def update(self, samples: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Train where the rule says so, remember the samples, and take a new snapshot if the weights changed.
+        """Train if the rule says so, store the samples, and take a new snapshot if the weights changed.
 
-        The readings are of the time before training, on this round's samples, each against one reference: "accuracy",
+        The metrics are measured before training, on this round's samples, each against one reference: "accuracy",
         "generated" and "reference" (mean scores), "gap", "loss", "updated", "saturated" (1 where every margin of the
-        hinge is satisfied, so that there is nothing to learn), "replay" (samples remembered) and "version" after it.
+        hinge is satisfied, so that there is nothing to learn), "replay" (samples stored) and "version" after it.
         Raises ValueError where no sample is finite, or a prompt has no reference.
         """
-        batch = Batch(samples.detach(), tuple(prompts)).finite()
+        batch = SampleBatch(samples.detach(), tuple(prompts)).finite()
         self._follow(samples.device)
         generator = _generator(self.learning.seed, 0, self._rounds)
-        standing = self._standing(batch, generator)
-        updated = self.update_rule(standing)
+        status = self._status(batch, generator)
+        updated = self.update_rule(status)
         if updated:
             for _ in range(self.learning.steps_per_update):
-                self._step(self._mixed(batch, generator), generator)
-            self.snapshot = self._copied(self.version + 1)
+                self._step(self._with_replayed(batch, generator), generator)
+            self.snapshot = ScoringWeights(self.version + 1, _copies(self.trained))
         self.replay.push(batch)
         self._rounds, self._training = self._rounds + 1, updated
-        return self._readings(standing, updated)
+        return self._metrics(status, updated)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Trained weights, snapshot, optimiser slots, replay and counters (seeds derive from them)."""
+        """Trained weights, snapshot, optimizer state, replay and counters (seeds derive from them), for a checkpoint."""
         counters = torch.tensor([self.version, self._rounds, int(self._training)])
         return (
             {"counters": counters}
@@ -142,20 +159,20 @@ class Adversary:
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what ``tensors()`` gave. Raises ValueError for the tensors of another scorer."""
+        """Restore what ``tensors()`` returned. Raises ValueError for the tensors of another scorer."""
         weights = without_prefix("scorer.", tensors)
         shapes = {name: tensor.shape for name, tensor in weights.items()}
         if shapes != {name: parameter.shape for name, parameter in self.trained.items()}:
-            raise ValueError("these tensors are of another reward: load into one with the same scorer, head and blocks")
+            raise ValueError("this checkpoint is of another adversarial reward: use the same scorer, head and blocks")
         for name, parameter in self.trained.items():
             parameter.copy_(weights[name])
         version, self._rounds, training = tensors["counters"].tolist()
         self._training = bool(training)
-        self.snapshot = Snapshot(version, _copies(without_prefix("snapshot.", tensors), self._device()))
+        self.snapshot = ScoringWeights(version, _copies(without_prefix("snapshot.", tensors), self._device()))
         load_optimizer_tensors(self.optimizer, _copies(without_prefix("optimizer.", tensors)))
         self.replay.load_tensors(without_prefix("replay.", tensors))
 
-    def _logits(self, batch: Batch, weights: Mapping[str, Tensor]) -> Tensor:
+    def _logits(self, batch: SampleBatch, weights: Mapping[str, Tensor]) -> Tensor:
         """Logits (B, m) in float32 by ``weights``."""
         samples = batch.samples.to(self._device())
         logits: Tensor = functional_call(self.scorer, dict(weights), (samples, batch.prompts)).float()
@@ -163,7 +180,7 @@ class Adversary:
             raise ValueError(f"the scorer must give (B,) or (B, m) for {len(batch)} samples, not {tuple(logits.shape)}")
         return logits[:, None] if logits.ndim == 1 else logits
 
-    def _parts(self, batch: Batch) -> list[Batch]:
+    def _parts(self, batch: SampleBatch) -> list[SampleBatch]:
         size = self.learning.batch_size
         return [batch.rows(range(i, min(i + size, len(batch)))) for i in range(0, len(batch), size)]
 
@@ -171,13 +188,13 @@ class Adversary:
         generator = _generator(self.learning.seed, "snapshot", self.version)
         return self.weighting(logits.shape[1], generator).to(logits.device)
 
-    def _pairs(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _pairs(self, batch: SampleBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Logits (B, m) of references of the same prompts, and of the generated samples, by the current weights."""
-        real = Batch(self.references.draw(batch.prompts, generator), batch.prompts)
+        real = SampleBatch(self.references.draw(batch.prompts, generator), batch.prompts)
         return self._logits(real, self.trained), self._logits(batch, self.trained)
 
     @torch.no_grad()
-    def _standing(self, batch: Batch, generator: torch.Generator) -> Standing:
+    def _status(self, batch: SampleBatch, generator: torch.Generator) -> DiscriminatorStatus:
         sums = torch.zeros(5, dtype=torch.float64, device=self._device())
         for part in self._parts(batch):
             real, fake = self._pairs(part, generator)
@@ -187,15 +204,15 @@ class Adversary:
             sums += torch.stack(terms, dim=1).double().sum(0)
         _average_over_ranks([sums])
         generated, reference, accuracy, loss = (sums[:4] / sums[4]).tolist()
-        return Standing(self._rounds, generated, reference, accuracy, loss, self._training)
+        return DiscriminatorStatus(self._rounds, generated, reference, accuracy, loss, self._training)
 
     def _losses(self, real: Tensor, fake: Tensor) -> Tensor:
         """The weighted loss (B,) of each pair."""
         return adversarial_loss(self.learning.loss, self.scale * real, self.scale * fake) @ self._weights(real)
 
     @torch.enable_grad()
-    def _step(self, batch: Batch, generator: torch.Generator) -> None:
-        """One optimiser step."""
+    def _step(self, batch: SampleBatch, generator: torch.Generator) -> None:
+        """Take one optimizer step on pairs of references and the samples of ``batch``."""
         parameters = list(self.trained.values())
         loss = self._losses(*self._pairs(batch, generator)).mean()
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
@@ -205,41 +222,38 @@ class Adversary:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _mixed(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Fresh samples and remembered ones, in random order each."""
+    def _with_replayed(self, batch: SampleBatch, generator: torch.Generator) -> SampleBatch:
+        """Draw samples of this round and replayed ones, each in random order."""
         count = min(self.learning.batch_size, len(batch))
         old = self.replay.draw(min(count - 1, round((1 - self.learning.fresh) * count)), generator)
         fresh = torch.randperm(len(batch), generator=generator)[: count - (len(old) if old else 0)]
         drawn = batch.rows(fresh.tolist())
-        return drawn.joined(Batch(old.samples.to(drawn.samples), old.prompts)) if old else drawn
-
-    def _copied(self, version: int) -> Snapshot:
-        return Snapshot(version, _copies(self.trained))
+        return drawn.joined(SampleBatch(old.samples.to(drawn.samples), old.prompts)) if old else drawn
 
     def _device(self) -> torch.device:
         return next(iter(self.trained.values())).device
 
     def _follow(self, device: torch.device) -> None:
-        """Move to where the samples are."""
+        """Move scorer, snapshot and optimizer state to the samples' device."""
         if device == self._device():
             return
         self.scorer.to(device)
-        self.snapshot = Snapshot(self.version, _copies(self.snapshot.weights, device))
+        self.snapshot = ScoringWeights(self.version, _copies(self.snapshot.weights, device))
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # puts its slots where the parameters are
 
-    def _readings(self, standing: Standing, updated: bool) -> dict[str, float]:
-        saturated = self.learning.loss == "hinge" and standing.loss == 0
+    def _metrics(self, status: DiscriminatorStatus, updated: bool) -> dict[str, float]:
+        saturated = self.learning.loss == "hinge" and status.loss == 0
         if saturated:
             logger.warning(
                 "the discriminator satisfies every margin: there is nothing for it to learn, and samples of equal score"
                 " are skipped; lower learning_rate or steps_per_update, or train it within AccuracyBand()"
             )
         return {
-            "accuracy": standing.accuracy,
-            "generated": standing.generated,
-            "reference": standing.reference,
-            "gap": standing.gap,
-            "loss": standing.loss,
+            "accuracy": status.accuracy,
+            "generated": status.generated,
+            "reference": status.reference,
+            "gap": status.gap,
+            "loss": status.loss,
             "updated": float(updated),
             "saturated": float(saturated),
             "replay": float(len(self.replay)),
@@ -248,22 +262,97 @@ class Adversary:
 
 
 def _copies(tensors: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:
-    """The same values in memory of their own, on ``device`` or where they are."""
+    """Copy the tensors, to ``device`` or on their own."""
     return {name: tensor.detach().to(device or tensor.device, copy=True) for name, tensor in tensors.items()}
 
 
 def _generator(*parts: int | str) -> torch.Generator:
-    """Random numbers that depend on ``parts`` alone, so that a resumed run draws the same."""
+    """Seed a generator by ``parts`` alone, so that a resumed run draws the same numbers."""
     return torch.Generator().manual_seed(random.Random("/".join(map(str, parts))).getrandbits(63))
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _average_over_ranks(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its mean over ranks, in place."""
-    if _is_distributed():
+    if dist.is_available() and dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
             tensor /= dist.get_world_size()
+
+
+def adversarial_loss(name: LossName, real: Tensor, fake: Tensor) -> Tensor:
+    """The loss of each pair of logits, elementwise, for ``real`` and ``fake`` of one shape.
+
+    "hinge": relu(1 - real) + relu(1 + fake) (Adv-GRPO, eqs. 12-14). "bce": -log sigmoid(real) - log(1 -
+    sigmoid(fake)) (eq. 6). "bt_pairwise": -log sigmoid(real - fake), Bradley-Terry on pairs of one prompt.
+    """
+    _require_pairs(real, fake)
+    match name:
+        case "hinge":
+            return F.relu(1 - real) + F.relu(1 + fake)
+        case "bce":
+            return F.softplus(-real) + F.softplus(fake)
+        case "bt_pairwise":
+            return F.softplus(fake - real)
+
+
+def pair_accuracy(name: LossName, real: Tensor, fake: Tensor) -> Tensor:
+    """The accuracy of each pair's scores, elementwise in [0, 1]; a tie is wrong.
+
+    For "bt_pairwise" whether real > fake, for the others the mean of real > 0 and fake < 0.
+    """
+    _require_pairs(real, fake)
+    if name == "bt_pairwise":
+        return (real > fake).float()
+    return ((real > 0).float() + (fake < 0).float()) / 2
+
+
+def _require_pairs(real: Tensor, fake: Tensor) -> None:
+    if real.shape != fake.shape:
+        raise ValueError(f"logits come in pairs: real is {tuple(real.shape)}, fake is {tuple(fake.shape)}")
+
+
+class Weighting(Protocol):
+    """Weights of the m logits of a sample in its score and its loss."""
+
+    def __call__(self, width: int, generator: torch.Generator) -> Tensor:
+        """Weights (width,), 0 for an unused logit; ``generator`` is the same for all calls of one snapshot."""
+
+
+def single(width: int, generator: torch.Generator) -> Tensor:
+    """Take the only logit as the score. Raises ValueError for more than one."""
+    if width != 1:
+        raise ValueError(f"the scorer gives {width} logits per sample: return (B,), or pass a weighting")
+    return torch.ones(1)
+
+
+@dataclass(frozen=True)
+class PatchWeights:
+    """The logit of the whole image, and the mean of ``n_patches`` patch logits (Adv-GRPO, eqs. 9-14, appendix A).
+
+    The patches are drawn anew for each snapshot, the same for its scores and its training and on every rank. Both the
+    score and the loss use the weights.
+    """
+
+    global_weight: float = 0.7
+    local_weight: float = 0.3
+    n_patches: int = 64
+
+    def __post_init__(self) -> None:
+        if min(self.global_weight, self.local_weight) < 0 or self.global_weight + self.local_weight <= 0:
+            raise ValueError(
+                "global_weight and local_weight must not be negative, nor both 0, but are"
+                f" {self.global_weight} and {self.local_weight}"
+            )
+        if self.n_patches < 1:
+            raise ValueError(f"n_patches must be at least 1, not {self.n_patches}; local_weight=0 leaves patches out")
+
+    def __call__(self, width: int, generator: torch.Generator) -> Tensor:
+        """Weights of 1 + n logits, the image's first. Raises ValueError for fewer patches than ``n_patches``."""
+        weights = torch.zeros(width)
+        weights[0] = self.global_weight
+        if self.local_weight:
+            if self.n_patches > width - 1:
+                raise ValueError(f"n_patches is {self.n_patches}, but the features have {width - 1} patches: lower it")
+            patches = torch.randperm(width - 1, generator=generator)[: self.n_patches]
+            weights[1 + patches] = self.local_weight / self.n_patches
+        return weights

@@ -12,14 +12,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from genalign.prompts import read_listing
+from genalign.runtime.prompt_files import read_listing
 from genalign.types import Prompt
 from rewards.backbones.clip_encoder import resize
 
 _PROMPTS = "prompts.jsonl"
 
 
-class Samples(Protocol):
+class ReferenceSamples(Protocol):
     """Numbered images or clips."""
 
     def __len__(self) -> int: ...
@@ -44,7 +44,7 @@ class References(Protocol):
     """Images, and which of them a sample of a prompt is compared with."""
 
     @property
-    def images(self) -> Samples:
+    def images(self) -> ReferenceSamples:
         """Every reference."""
 
     def rows(self, prompt: Prompt) -> Sequence[int]:
@@ -105,18 +105,18 @@ class ImageFolder:
 
 
 @dataclass(frozen=True)
-class Pool:
+class ReferencePool:
     """Any reference for any prompt: a style, or a distribution (Adv-GRPO, arXiv 2511.20256, section 4.5)."""
 
-    images: Samples
+    images: ReferenceSamples
 
     @classmethod
-    def of(cls, images: Tensor) -> Pool:
+    def of(cls, images: Tensor) -> ReferencePool:
         """Images (N, 3, H, W) in [0, 1]."""
         return cls(ImageTensor(images))
 
     @classmethod
-    def read(cls, folder: str | Path, size: tuple[int, int] | None = None) -> Pool:
+    def read(cls, folder: str | Path, size: tuple[int, int] | None = None) -> ReferencePool:
         """Every image of a folder; see ``ImageFolder``."""
         return cls(ImageFolder(folder, size))
 
@@ -129,13 +129,13 @@ class Pool:
         return self.images.load(torch.randint(len(self.images), (len(prompts),), generator=generator).tolist())
 
 
-class ByPrompt:
+class ReferencesByPrompt:
     """References of the same prompt; ``prompts`` has the text of each of ``images``.
 
     Raises ValueError for another number of texts than of images.
     """
 
-    def __init__(self, images: Samples, prompts: Sequence[str]) -> None:
+    def __init__(self, images: ReferenceSamples, prompts: Sequence[str]) -> None:
         if len(prompts) != len(images):
             raise ValueError(f"{len(images)} reference images have {len(prompts)} prompts: give one for each")
         self.images = images
@@ -145,7 +145,7 @@ class ByPrompt:
         self._rows = {text: tuple(found) for text, found in rows.items()}
 
     @classmethod
-    def of(cls, images: Mapping[str, Tensor]) -> ByPrompt:
+    def of(cls, images: Mapping[str, Tensor]) -> ReferencesByPrompt:
         """Images (n, 3, H, W) in [0, 1] for each text, all of one size."""
         if not images:
             raise ValueError("there are no reference images: give at least one")
@@ -155,7 +155,7 @@ class ByPrompt:
     @classmethod
     def read(
         cls, folder: str | Path, size: tuple[int, int] | None = None, prompts: Mapping[str, str] | None = None
-    ) -> ByPrompt:
+    ) -> ReferencesByPrompt:
         """The images of a folder (see ``ImageFolder``) by their prompts.
 
         ``prompts`` gives the text for each file name relative to the folder. Without it they are read from the
@@ -171,7 +171,7 @@ class ByPrompt:
         if prompt.text not in self._rows:
             raise ValueError(
                 f"there is no reference for the prompt {prompt.text!r}: add images of it, or compare with references"
-                " of any prompt by Pool in place of ByPrompt"
+                " of any prompt by ReferencePool in place of ReferencesByPrompt"
             )
         return self._rows[prompt.text]
 
@@ -213,7 +213,7 @@ def _read_prompts(folder: Path) -> dict[str, str]:
     try:
         return {name: prompt.text for name, prompt in read_listing(folder).items()}
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}, give prompts=, or use Pool") from None
+        raise FileNotFoundError(f"{error}, give prompts=, or use ReferencePool") from None
 
 
 def _require_same(images: ImageFolder, texts: Mapping[str, str]) -> None:
@@ -221,7 +221,7 @@ def _require_same(images: ImageFolder, texts: Mapping[str, str]) -> None:
     if without:
         raise ValueError(
             f"{len(without)} images in {images.folder} have no prompt, such as {without[0]}: name them in"
-            f" {_PROMPTS}, or use Pool, which needs no prompts"
+            f" {_PROMPTS}, or use ReferencePool, which needs no prompts"
         )
     absent = sorted(set(texts) - set(images.names))
     if absent:

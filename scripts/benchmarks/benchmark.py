@@ -32,7 +32,7 @@ from genalign import assets
 from genalign.algorithms.recipes import Recipe, awm, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.diffusion.completion import complete
 from genalign.diffusion.policy import Lora, Policy
-from genalign.diffusion.rollout import ReplayBatch, Rollout, RolloutInputs, replay, rollout, windowed
+from genalign.diffusion.rollout import ReplayBatch, Rollout, RolloutInputs, kernel_per_step, replay, rollout
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import ODE, FlowSDE, Kernel
 from genalign.evaluation.records import Measurement, ratios, write_results
@@ -42,7 +42,7 @@ from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, Prune
 from genalign.search.engine import Run
 from genalign.search.strategy import Allowance, Strategy
-from genalign.training.trainer import Settings, Trainer
+from genalign.training.trainer import Trainer, TrainerSettings
 from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.shapes import ShapesReward
@@ -94,7 +94,7 @@ def benchmark_rollout(repeats: int) -> list[Measurement]:
 
     def ours(kernel: Kernel) -> Callable[[], Rollout]:
         steps = tuple(range(STEPS - 1)) if kernel != ODE() else ()
-        return lambda: rollout(pipeline, begin, grid, windowed(kernel, steps, STEPS), 1.0, store=steps)
+        return lambda: rollout(pipeline, begin, grid, kernel_per_step(kernel, steps, STEPS), 1.0, store=steps)
 
     base, ode, sde = interleaved([bare, ours(ODE()), ours(FlowSDE(0.7))], repeats)
     return [
@@ -108,7 +108,7 @@ def benchmark_train(repeats: int) -> list[Measurement]:
     """Seconds of one training pass over those of the bare transformer's forward and backward on the same pairs."""
     pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST)
     policy = Policy(pipeline.denoiser, Lora(rank=16, alpha=32))
-    settings = Settings(
+    settings = TrainerSettings(
         prompts_per_round=BATCH // 8, group_size=8, batch_size=BATCH, updates_per_round=1, learning_rate=1e-12
     )
     recipe = flow_grpo(FlowSDE(0.9), window=2)
@@ -172,7 +172,7 @@ def one_round(steps: int) -> None:
     """One round, then the process's peak memory on standard output."""
     pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST)
     policy = Policy(pipeline.denoiser, Lora(rank=16, alpha=32))
-    settings = Settings(rounds=1, prompts_per_round=24, group_size=8, batch_size=96, updates_per_round=2)
+    settings = TrainerSettings(rounds=1, prompts_per_round=24, group_size=8, batch_size=96, updates_per_round=2)
     rewards = [NamedReward("red", lambda samples, prompts: samples[:, 0].flatten(1).mean(1))]
     sampling = Sampling(steps, tuple(1 - i / steps for i in range(steps)))
     recipe = flow_grpo(FlowSDE(0.9), window=2)
@@ -185,7 +185,7 @@ def benchmark_dense(repeats: int) -> list[Measurement]:
     pipeline = Metered(SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST), Ledger())
     begin, grid = start(pipeline.pipeline), pipeline.grid(STEPS, SIGMAS)
     noisy = tuple(range(STEPS - 1))
-    sampled = rollout(pipeline, begin, grid, windowed(FlowSDE(0.7), noisy, STEPS), 1.0, store=noisy)
+    sampled = rollout(pipeline, begin, grid, kernel_per_step(FlowSDE(0.7), noisy, STEPS), 1.0, store=noisy)
 
     def plain() -> None:
         for _ in range(4):  # about as long as the completions: a machine's speed drifts
@@ -198,7 +198,7 @@ def benchmark_dense(repeats: int) -> list[Measurement]:
     for run in (plain, completions):
         before = pipeline.ledger.copy()
         run()
-        forwards.append(pipeline.ledger.since(before).forwards)
+        forwards.append(pipeline.ledger.since(before).nfe)
     base, ours = interleaved([plain, completions], repeats)
     each = [[seconds / count for seconds in column] for column, count in zip((base, ours), forwards, strict=True)]
     return ratios("completions", "seconds a forward relative to a rollout", each[1], each[0])
@@ -220,7 +220,7 @@ def benchmark_methods(repeats: int) -> list[Measurement]:
     for make in METHODS.values():
         pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST)
         policy = Policy(pipeline.denoiser, Lora(rank=16, alpha=32))
-        settings = Settings(
+        settings = TrainerSettings(
             prompts_per_round=BATCH // 8, group_size=8, batch_size=BATCH, updates_per_round=1, learning_rate=1e-12
         )
         rewards = [NamedReward("red", lambda samples, prompts: samples[:, 0].flatten(1).mean(1))]

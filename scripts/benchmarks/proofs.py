@@ -25,7 +25,7 @@ from genalign.cli.main import main as genalign
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.records import PromptRecord, prompt_records, write_results
 from genalign.metrics.image import saturation
-from genalign.training.reward_hacking import Panel
+from genalign.training.reward_hacking import HackingReport
 from rewards.shapes import recolored, rendered
 from scripts.benchmarks.audio_measures import Run, measures, rewards_row
 from scripts.benchmarks.audio_search import pruning_records
@@ -60,7 +60,7 @@ def validation(run: Path) -> dict[str, float]:
 
 
 def methods(work: Path) -> None:
-    """Every method of the comparison raises held-out strict accuracy, at equal denoiser forwards."""
+    """Every method of the comparison raises held-out strict accuracy, at equal NFE."""
     folder = work / "methods"
     records: list[PromptRecord] = []
     for name, runs in compared(folder, "compare_shapes").items():
@@ -183,9 +183,9 @@ def alarm_and_fall(run: Path) -> tuple[float, float]:
     return float(alarm), float(next(fallen, len(rows)))
 
 
-def panels(run: Path) -> list[tuple[int, Panel]]:
+def panels(run: Path) -> list[tuple[int, HackingReport]]:
     """Every look of a run, by round."""
-    return [(row["round"], Panel.from_list(row["hacking"])) for row in metrics(run) if row["hacking"]]
+    return [(row["round"], HackingReport.from_list(row["reward_hacking"])) for row in metrics(run) if row["reward_hacking"]]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

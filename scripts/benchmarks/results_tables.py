@@ -46,7 +46,7 @@ def standings(result: dict[str, Any]) -> str:
     for row in result["standings"]:
         gains = [row["gain"], row["scores"]["partial"], *(row["tasks"][task] for task in tasks)]
         cells = [row["name"], str(row["seeds"]), *(f"{gain:+.3f}" for gain in gains), f"{row['kl']:.1e}"]
-        cells += [f"{row['diversity']['color']:+.3f}", f"{row['minutes']:.1f}", f"{row['forwards']:.0f}"]
+        cells += [f"{row['diversity']['color']:+.3f}", f"{row['minutes']:.1f}", f"{row.get('nfe', row.get('forwards')):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

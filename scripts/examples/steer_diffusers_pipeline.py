@@ -36,14 +36,14 @@ call = {"num_inference_steps": 20, "guidance_scale": 5.0 if own else 1.0}
 # 3. The baseline: eight samples, the best first.
 with steer(pipe, reward, BestOfN()) as baseline:
     pipe(prompt, num_images_per_prompt=8, generator=torch.Generator().manual_seed(0), **call)
-print(f"best of 8    reward {float(baseline.scores[0]):.4f}  {baseline.ledger.forwards} forwards")
+print(f"best of 8    reward {float(baseline.scores[0]):.4f}  {baseline.ledger.nfe} NFE")
 
 # 4. Feynman-Kac steering: the same eight, weighed and resampled on their way. Your code does not change.
 with steer(pipe, reward, FKSteering(particles=8, lam=20.0)) as steering:
     image = pipe(prompt, num_images_per_prompt=8, generator=torch.Generator().manual_seed(0), **call).images[0]
-print(f"FK steering  reward {float(steering.scores[0]):.4f}  {steering.ledger.forwards} forwards")
+print(f"FK steering  reward {float(steering.scores[0]):.4f}  {steering.ledger.nfe} NFE")
 image.save("steered.png")
 
 # 5. Pruning: sixteen begin, two finish, for about the forwards of eight.
 found = prune(pipe, prompt, reward, Prune((3, 6, 9), (0.5, 0.5, 0.5), candidates=16), **call)
-print(f"pruning      reward {float(found.scores[0]):.4f}  {found.ledger.forwards} forwards")
+print(f"pruning      reward {float(found.scores[0]):.4f}  {found.ledger.nfe} NFE")

@@ -13,14 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from genalign.runtime.cpu import keep_freed_memory
-from genalign.runtime.files import (
-    load_optimizer_tensors,
-    load_state,
-    optimizer_tensors,
-    save_state,
-    with_prefix,
-    without_prefix,
-)
+from genalign.runtime.files import load_state, save_state, with_prefix, without_prefix
+from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
 
 
 @dataclass(frozen=True)

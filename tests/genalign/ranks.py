@@ -18,25 +18,27 @@ from torch.distributed.tensor import DTensor
 
 from genalign.algorithms import recipes
 from genalign.algorithms.recipes import Lag, Recipe
-from genalign.cli.resume import Texts
+from genalign.cli.resume import EncoderCache
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
-from genalign.metrics.frechet import vendi
-from genalign.runtime.distributed import ALONE, Processes, joined
-from genalign.runtime.fsdp import Sharding, whole
-from genalign.runtime.state import Generators, OfEach
+from genalign.metrics.vendi import vendi_score
+from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_group
+from genalign.runtime.fsdp import Sharding, full_tensor
+from genalign.runtime.state import Generators, PerRankState
 from genalign.scoring.score import NamedReward
 from genalign.scoring.score_log import Journal
-from genalign.training.checkpointing import Checkpoints, Keeper
+from genalign.training.checkpointing import Checkpoints, CheckpointWriter
 from genalign.training.sampler import Sampled
-from genalign.training.trainer import Settings, Trainer
+from genalign.training.trainer import Trainer, TrainerSettings
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
-from rewards.adversarial import AdversarialReward, Learning, PatchWeights
-from rewards.backbones.reference_images import ImageTensor, Pool
+from rewards.adversarial import AdversarialReward, DiscriminatorSettings, PatchWeights
+from rewards.backbones.reference_images import ImageTensor, ReferencePool
 
 PROMPTS = PromptSet("nine", tuple(Prompt(f"{number} circles", {"n": number}) for number in range(9)))
-SETTINGS = Settings(rounds=2, prompts_per_round=8, group_size=2, batch_size=2, learning_rate=1e-3, max_grad_norm=1e3)
+SETTINGS = TrainerSettings(
+    rounds=2, prompts_per_round=8, group_size=2, batch_size=2, learning_rate=1e-3, max_grad_norm=1e3
+)
 SAMPLING = Sampling(num_steps=3, sigmas=(1.0, 0.6, 0.3))
 BATCHES = 8
 
@@ -61,8 +63,8 @@ def channels(samples: Tensor) -> Tensor:
 
 
 def adversary() -> AdversarialReward:
-    pool = Pool(ImageTensor(torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))))
-    learning = Learning(steps_per_update=2, batch_size=6, replay=6, learning_rate=1e-2)
+    pool = ReferencePool(ImageTensor(torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))))
+    learning = DiscriminatorSettings(steps_per_update=2, batch_size=6, replay=6, learning_rate=1e-2)
     return AdversarialReward(channels, pool, weights=PatchWeights(1.0, 0.0), learning=learning)
 
 
@@ -77,7 +79,7 @@ class Case:
 CASES: Mapping[str, Case] = {
     "trajectory": Case(recipes.flow_grpo(window=1, kl=0.01)),
     "matching": Case(recipes.nft(lag=Lag(slope=0.3))),
-    "set": Case(recipes.dragon_set(vendi, channels, quality=0.5)),
+    "set": Case(recipes.dragon_set(vendi_score, channels, quality=0.5)),
     "adversarial": Case(recipes.adv_grpo(window=1), adversary),
     "seldom": Case(recipes.flow_grpo(window=1), lambda: seldom),
     "seldom matched": Case(recipes.awm(), lambda: seldom),
@@ -109,7 +111,7 @@ class Seen:
         """Before an update."""
         for place, parameter in enumerate(optimizer.param_groups[0]["params"]):
             found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            self.tensors[f"gradient.{self.updates}.{place}"] = whole(found).clone()
+            self.tensors[f"gradient.{self.updates}.{place}"] = full_tensor(found).clone()
         self.updates += 1
 
     def write(self, path: Path) -> None:
@@ -117,20 +119,20 @@ class Seen:
         path.with_suffix(".json").write_text(json.dumps(self.rows))
 
 
-def _trainer(opened: SD3, case: Case, processes: Processes, sharding: Sharding | None, journal: Journal) -> Trainer:
+def _trainer(opened: SD3, case: Case, processes: ProcessGroup, sharding: Sharding | None, journal: Journal) -> Trainer:
     pipeline, reward = copy.deepcopy(opened), NamedReward("one", case.reward())
     policy = Policy(pipeline.denoiser, Lora(rank=2), processes=processes, sharding=sharding)
     return Trainer(pipeline, policy, journal.kept([reward]), PROMPTS, case.recipe, SETTINGS, SAMPLING)
 
 
-def watched(opened: SD3, case: Case, processes: Processes = ALONE, sharding: Sharding | None = None) -> Seen:
+def watched(opened: SD3, case: Case, processes: ProcessGroup = SINGLE_PROCESS, sharding: Sharding | None = None) -> Seen:
     """Two rounds."""
     trainer, seen = _trainer(opened, case, processes, sharding, Journal()), Seen()
     make = trainer.sampler
 
     def sampler(*arguments: Any) -> list[Sampled]:
         parts = list(make(*arguments))
-        for number, part in zip(processes.of(BATCHES), parts, strict=True) if trainer.rounds_done == 0 else ():
+        for number, part in zip(processes.indices(BATCHES), parts, strict=True) if trainer.rounds_done == 0 else ():
             seen.batch(number, part)
         return parts
 
@@ -144,26 +146,28 @@ def watched(opened: SD3, case: Case, processes: Processes = ALONE, sharding: Sha
     return seen
 
 
-def _session(opened: SD3, folder: Path, processes: Processes, sharding: Sharding | None) -> tuple[Trainer, Keeper]:
+def _session(
+    opened: SD3, folder: Path, processes: ProcessGroup, sharding: Sharding | None
+) -> tuple[Trainer, CheckpointWriter]:
     journal = Journal()
     case = Case(recipes.nft(lag=Lag(slope=0.3)), lambda: careless)
     trainer = _trainer(opened, case, processes, sharding, journal)
     parts = {
         "trainer": trainer,
-        "texts": Texts(trainer.pipeline.pipeline),
-        "generators": OfEach(Generators(), processes),
+        "texts": EncoderCache(trainer.pipeline.pipeline),
+        "generators": PerRankState(Generators(), processes),
     }
-    return trainer, Keeper(Checkpoints(folder, processes=processes), parts, journal)
+    return trainer, CheckpointWriter(Checkpoints(folder, processes=processes), parts, journal)
 
 
-def _go(trainer: Trainer, keeper: Keeper, rounds: int) -> None:
+def _go(trainer: Trainer, keeper: CheckpointWriter, rounds: int) -> None:
     for _ in trainer.rounds():
         keeper.after(trainer.rounds_done, last=False)
         if trainer.rounds_done == rounds:
             return
 
 
-def resumed(opened: SD3, folder: Path, processes: Processes, sharding: Sharding | None) -> None:
+def resumed(opened: SD3, folder: Path, processes: ProcessGroup, sharding: Sharding | None) -> None:
     """Two rounds at once, and two with another process's life between them, each with a checkpoint at the end."""
     torch.manual_seed(processes.rank)
     _go(*_session(opened, folder / "unbroken", processes, sharding), 2)
@@ -177,14 +181,14 @@ def resumed(opened: SD3, folder: Path, processes: Processes, sharding: Sharding 
     _go(trainer, keeper, 2)
 
 
-def _adapter(opened: SD3, folder: Path, processes: Processes) -> None:
+def _adapter(opened: SD3, folder: Path, processes: ProcessGroup) -> None:
     """A divided network's adapter by name, saved and put on."""
     pipeline = copy.deepcopy(opened)
-    policy = Policy(pipeline.denoiser, Lora(rank=2), processes=processes, sharding=Sharding(processes.processes))
+    policy = Policy(pipeline.denoiser, Lora(rank=2), processes=processes, sharding=Sharding(processes.world_size))
     assert all(isinstance(parameter, DTensor) for parameter in pipeline.denoiser.parameters())
     with policy.averaged():
         state = policy.adapter_state()
-    if processes.first:
+    if processes.is_main:
         assert policy.config is not None
         pipeline.save_lora(folder / "lora", state, policy.config)
 
@@ -196,7 +200,7 @@ def work(rank: int, port: int, model: Path, folder: Path) -> None:
     os.environ |= variables
     with (folder / f"said.{rank}").open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
-    with joined(variables, 15.0, 300.0) as processes:  # on a busy machine
+    with process_group(variables, 15.0, 300.0) as processes:  # on a busy machine
         opened = SD3.load(model)
         for name, case in CASES.items():
             watched(opened, case, processes).write(folder / f"{name}.{rank}.safetensors")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from genalign.prompts import PromptSampler, load_prompts
+from genalign.prompts import PromptSampler
+from genalign.runtime.prompt_files import load_prompts
 from genalign.types import Prompt, PromptSet
 from genalign.worlds import shapes
 

@@ -196,7 +196,7 @@ def test_noise_optimisation_starts_from_noise_of_the_first_level(stable_audio: S
 
     find = functools.partial(search, stable_audio, PROMPTS[:1], loudness, sampling=Sampling(STEPS))
     alone, tried = find(BestOfN(1)), find(Watched(iterations=1))
-    torch.testing.assert_close(tried.images, alone.images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(tried.samples, alone.samples, rtol=0, atol=1e-5)
     assert bool((find(Watched(iterations=2)).scores >= tried.scores).all())
     assert spreads[0] == pytest.approx(1.0, abs=0.3)
 

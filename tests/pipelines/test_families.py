@@ -28,7 +28,7 @@ from genalign.runtime.memory_options import Memory
 from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, FKSteering, Prune, search
 from genalign.search.strategy import Strategy
-from genalign.training.trainer import Settings, Trainer
+from genalign.training.trainer import Trainer, TrainerSettings
 from genalign.types import Prompt, PromptSet
 from pipelines.base import DiffusersPipeline
 from pipelines.flows import FlowPipeline
@@ -199,7 +199,7 @@ def test_one_step_of_training_lowers_the_loss(
 ) -> None:
     ours = _open(family, folder_of(family))
     rate = 1e-3 if isinstance(ours, FlowPipeline) else 3e-3  # little of the tiny UNets is attention
-    settings = Settings(prompts_per_round=2, group_size=4, batch_size=8, updates_per_round=1, learning_rate=rate)
+    settings = TrainerSettings(prompts_per_round=2, group_size=4, batch_size=8, updates_per_round=1, learning_rate=rate)
     policy, prompts = Policy(ours.denoiser, Lora(rank=4)), PromptSet("two", tuple(map(Prompt, PROMPTS)))
     rewards = [NamedReward("bright", brightness)]
     made = RECIPES[recipe](_kernel(ours))
@@ -230,15 +230,15 @@ def _by_first_size(weights: Iterator[Tensor], difference: Tensor) -> Tensor:
 
 def _readings(trainer: Trainer, batch: UpdateBatch) -> MetricSums:
     """Of the loss on what ``_learn`` sees first."""
-    readings = MetricSums()
+    metrics = MetricSums()
     context = UpdateContext(
-        trainer.pipeline, trainer.policy, trainer.grid, trainer.recipe.kernel, 1.0, trainer.old, readings
+        trainer.pipeline, trainer.policy, trainer.grid, trainer.recipe.kernel, 1.0, trainer.old, metrics
     )
     seed = derived_seed(trainer.settings.seed, 0, "l", 0)
     trainer.recipe.objective.backward(context, batch, 1.0, seed)
     for parameter in trainer.policy.parameters:
         parameter.grad = None
-    return readings
+    return metrics
 
 
 @pytest.mark.parametrize("strategy", [BestOfN(3), Prune((0, 1), (0.5, 0.5), 4), "fk"], ids=str)
@@ -246,8 +246,8 @@ def test_searches_run(family: str, strategy: Strategy | str, folder_of: Callable
     ours = _open(family, folder_of(family))
     asked = FKSteering(particles=3, kernel=_kernel(ours)) if isinstance(strategy, str) else strategy
     result = search(ours, PROMPTS, brightness, asked, sampling=Sampling(STEPS))
-    assert result.images.shape == (2, *ours.sample_shape)
-    assert torch.equal(result.scores[:, 0], brightness(result.images, []))
+    assert result.samples.shape == (2, *ours.sample_shape)
+    assert torch.equal(result.scores[:, 0], brightness(result.samples, []))
 
 
 def test_another_solver_is_named(

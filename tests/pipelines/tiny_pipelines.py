@@ -44,7 +44,7 @@ class Family:
     network: nn.Module
     samples: dict[str, Tensor]
     shared: dict[str, Any]
-    forwards: int
+    nfe: int
 
     def call(self, rows: Pick, generators: Sequence[torch.Generator] | None = None) -> dict[str, Any]:
         """The arguments for the samples ``rows``; their generators are new, seeded by the rows, unless given."""
@@ -110,7 +110,7 @@ def _unet(**options: Any) -> UNet2DConditionModel:
 
 
 def _finish(
-    pipe: DiffusionPipeline, network: nn.Module, samples: dict[str, Tensor], shared: dict[str, Any], forwards: int
+    pipe: DiffusionPipeline, network: nn.Module, samples: dict[str, Tensor], shared: dict[str, Any], nfe: int
 ) -> Family:
     source = torch.Generator().manual_seed(0)
     for module in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
@@ -118,7 +118,7 @@ def _finish(
             nn.init.normal_(parameter, std=0.2, generator=source)
         module.eval()
     pipe.set_progress_bar_config(disable=True)
-    return Family(pipe, network, samples, shared, forwards)
+    return Family(pipe, network, samples, shared, nfe)
 
 
 def sd15(count: int = 4) -> Family:
@@ -128,7 +128,7 @@ def sd15(count: int = 4) -> Family:
         _vae(), None, None, unet, DDIMScheduler(**_DDIM), None, None, requires_safety_checker=False
     )
     samples = _embeddings(count, prompt_embeds=_WIDTH, negative_prompt_embeds=_WIDTH)
-    return _finish(pipe, unet, samples, {"guidance_scale": 3.0}, forwards=2)
+    return _finish(pipe, unet, samples, {"guidance_scale": 3.0}, nfe=2)
 
 
 def sdxl(count: int = 4) -> Family:
@@ -142,7 +142,7 @@ def sdxl(count: int = 4) -> Family:
         _vae(), None, None, None, None, unet, DDIMScheduler(**_DDIM), add_watermarker=False
     )
     samples = _embeddings(count, prompt_embeds=_WIDTH, pooled_prompt_embeds=-_WIDTH)
-    return _finish(pipe, unet, samples, {"guidance_scale": 1.0}, forwards=1)
+    return _finish(pipe, unet, samples, {"guidance_scale": 1.0}, nfe=1)
 
 
 def sd3(count: int = 4) -> Family:
@@ -169,7 +169,7 @@ def sd3(count: int = 4) -> Family:
         pooled_prompt_embeds=-_WIDTH,
         negative_pooled_prompt_embeds=-_WIDTH,
     )
-    return _finish(pipe, network, samples, {"guidance_scale": 3.0}, forwards=2)
+    return _finish(pipe, network, samples, {"guidance_scale": 3.0}, nfe=2)
 
 
 def flux(count: int = 4) -> Family:
@@ -188,7 +188,7 @@ def flux(count: int = 4) -> Family:
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     pipe = FluxPipeline(scheduler, _vae(), None, None, None, None, network)
     samples = _embeddings(count, prompt_embeds=_WIDTH, pooled_prompt_embeds=-_WIDTH)
-    return _finish(pipe, network, samples, {"height": 8, "width": 8}, forwards=1)
+    return _finish(pipe, network, samples, {"height": 8, "width": 8}, nfe=1)
 
 
 def stable_audio(count: int = 4, scheduler: SchedulerMixin | None = None) -> Family:
@@ -218,7 +218,7 @@ def stable_audio(count: int = 4, scheduler: SchedulerMixin | None = None) -> Fam
     used = scheduler or CosineDPMSolverMultistepScheduler()
     pipe = StableAudioPipeline(vae, None, projection, None, network, used)
     samples = _embeddings(count, prompt_embeds=_WIDTH, negative_prompt_embeds=_WIDTH)
-    return _finish(pipe, network, samples, {"guidance_scale": 3.0}, forwards=2)
+    return _finish(pipe, network, samples, {"guidance_scale": 3.0}, nfe=2)
 
 
 FAMILIES: dict[str, Callable[..., Family]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux}

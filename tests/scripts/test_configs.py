@@ -63,7 +63,7 @@ def test_what_a_comparison_compares_parses(
     own = tmp_path / "own.json"
     own.write_text(json.dumps(plain["runs"][name]))
     settings, _ = parse(Train, ["--config", str(path.parent / comparison.base), "--config", str(own)], "train")
-    assert settings.training.max_forwards and settings.training.max_forwards <= 150_000
+    assert settings.training.max_nfe and settings.training.max_nfe <= 150_000
 
 
 @pytest.mark.parametrize(

@@ -31,14 +31,14 @@ made = pipe("a red circle", num_inference_steps=2, guidance_scale=1.0, max_seque
 assert made.shape == (1, 3, 64, 64) and bool(torch.isfinite(made).all())
 
 with tempfile.TemporaryDirectory() as folder:
-    arguments = ["--suite", "len", "--images_per_task", "6", "--seeds", "1", "--batch_size", "6", "--output", folder]
+    arguments = ["--suite", "len", "--samples_per_task", "6", "--seeds", "1", "--batch_size", "6", "--output", folder]
     assert main(["evaluate", "shapes", *arguments]) == 0
     assert (Path(folder) / "summary.json").is_file()
     small = ["--training.rounds", "1", "--training.prompts_per_round", "2", "--training.group_size", "4"]
     small += ["--training.batch_size", "4", "--before_after", "null", "--held_out.every", "0"]
     assert main(["demo", "--output", f"{folder}/run", *small]) == 0
     pipe.load_lora_weights(f"{folder}/run/lora")
-    steer = ["--prompts", "shapes:val:position", "--limit", "1", "--sampling.num_steps", "4", "--budget.forwards", "12"]
+    steer = ["--prompts", "shapes:val:position", "--limit", "1", "--sampling.num_steps", "4", "--budget.nfe", "12"]
     steer += ["--rewards.partial.function", "rewards.shapes.ShapesReward", "--strategy", "genalign.search.BestOfN"]
     assert main(["steer", "--output", f"{folder}/found", *steer]) == 0
     assert (Path(folder) / "found" / "report.html").is_file()

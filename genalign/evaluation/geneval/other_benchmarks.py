@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from genalign.prompts import load_prompts
+from genalign.runtime.prompt_files import load_prompts
 from genalign.types import Prompt, PromptSet
 
 _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from genalign.evaluation.geneval.metadata import Request
 from genalign.evaluation.geneval.scoring import Detection
-from genalign.prompts import load_prompts
 from genalign.runtime.files import write_text
 from genalign.runtime.media import save_images
+from genalign.runtime.prompt_files import load_prompts
 from genalign.types import Metadata, Prompt, PromptSet
 
 _METADATA, _SAMPLES = "metadata.jsonl", "samples"

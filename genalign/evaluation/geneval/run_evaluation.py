@@ -26,7 +26,7 @@ from genalign.evaluation.geneval.image_sources import Source
 from genalign.evaluation.geneval.judge import Judge, Judgement
 from genalign.evaluation.geneval.result_files import Result, summary, write_results
 from genalign.evaluation.geneval.scoring import Detection
-from genalign.runtime.distributed import Share
+from genalign.runtime.distributed import RankShare
 from genalign.runtime.files import write_json, write_text
 from genalign.types import Prompt, PromptSet
 
@@ -86,10 +86,10 @@ class Work:
     judge: Judge
     folder: GenEvalFolder
 
-    def do(self, share: Share) -> Iterator[int]:
+    def do(self, share: RankShare) -> Iterator[int]:
         """Every prompt of a share that is not finished; the number of each as it is. One that another process holds is
         left to it."""
-        todo = [index for index in share.of(len(self.prompts)) if not self.folder.done(index)]
+        todo = [index for index in share.indices(len(self.prompts)) if not self.folder.done(index)]
         if todo:
             self.source.warm_up(self.prompts.prompts[0])
         for index in todo:

@@ -1,4 +1,4 @@
-"""The training curves of a run, each against rounds, time and denoiser forwards."""
+"""The training curves of a run, each against rounds, time and NFE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from genalign.evaluation.report.curves import Axis, Point, line_chart
 from genalign.evaluation.report.reading import Row
 from genalign.evaluation.report.words import SHARES, count, number, percent
 from genalign.metrics.intervals import Estimate
-from genalign.training.reward_hacking import Panel, Signal
+from genalign.training.reward_hacking import HackingReport, Signal
 
 _REWARD = Axis("reward", number)
 _KL = Axis("KL", number, from_zero=True)
@@ -20,7 +20,7 @@ _SHARE = Axis("share", percent, limits=(0.0, 1.0), from_zero=True)
 
 @dataclass(frozen=True)
 class View:
-    """A chart against one of the horizontal axes, "round", "time" or "forwards"."""
+    """A chart against one of the horizontal axes, "round", "time" or "nfe"."""
 
     axis: str
     svg: Markup
@@ -81,7 +81,7 @@ def _horizontal_axes(rows: Sequence[Row]) -> list[tuple[str, Axis, Callable[[Row
     return [
         ("round", Axis("rounds", count), lambda row: float(row["round"])),
         ("time", Axis(name, number, unit), lambda row: float(row["machine"]["seconds"])),
-        ("forwards", Axis("denoiser forwards", count), lambda row: float(row["forwards"])),
+        ("nfe", Axis("NFE", count), lambda row: float(row["nfe"])),
     ]
 
 
@@ -112,14 +112,14 @@ def _point(estimate: Estimate) -> Point:
 
 def watched(rows: Sequence[Row]) -> Watched | None:
     """The panels of a run; None where there are none."""
-    panels = [(row["round"], Panel.from_list(row["hacking"])) for row in rows if row.get("hacking")]
+    panels = [(row["round"], HackingReport.from_list(row["reward_hacking"])) for row in rows if row.get("reward_hacking")]
     if not panels:
         return None
     drawn = [_signal(rows, signal) for signal in panels[-1][1].signals]
     return Watched(panels[-1][1].light, _alarms(panels), tuple(drawn))
 
 
-def _alarms(panels: Sequence[tuple[int, Panel]]) -> str:
+def _alarms(panels: Sequence[tuple[int, HackingReport]]) -> str:
     alarms = [(number, panel.alarm) for number, panel in panels if panel.alarm]
     if not alarms:
         return "No sign that the reward is exploited."
@@ -130,7 +130,7 @@ def _alarms(panels: Sequence[tuple[int, Panel]]) -> str:
 
 def _signal(rows: Sequence[Row], last: Signal) -> Chart:
     def read(row: Row) -> Point | None:
-        found = [item for item in row.get("hacking") or () if item["name"] == last.name]
+        found = [item for item in row.get("reward_hacking") or () if item["name"] == last.name]
         return _point(Estimate(**found[0]["shift"])) if found else None
 
     caption = f"{number(last.before)} before training, {number(last.now)} now"

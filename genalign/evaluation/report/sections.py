@@ -244,8 +244,8 @@ def cost(run: Run) -> list[Fact]:
     machine = last["machine"]
     return [
         Fact("rounds", count(len(run.rows))),
-        Fact("training samples", count(last["images"])),
-        Fact("denoiser forwards", count(last["forwards"])),
+        Fact("training samples", count(last["samples"])),
+        Fact("NFE", count(last["nfe"])),
         Fact("training time", duration(machine["seconds"])),
         Fact("peak memory", size(machine["peak_memory_bytes"])),
         Fact("failed rewards", count(sum(row["failed_rewards"] for row in run.rows))),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
-from genalign.algorithms.matching import Matching, Noised, PairedPreference, UnpairedPreference
+from genalign.algorithms.matching import DPOLoss, KTOLoss, MatchingObjective, NoisedSamples
 from genalign.diffusion.policy import Lora, Policy, WeightSnapshot
 from genalign.diffusion.rollout import RolloutInputs, rollout
 from genalign.diffusion.transitions import ODE
@@ -22,7 +22,7 @@ from pipelines import SD3
 class Seen:
     """Weighted matching, which keeps what it was shown."""
 
-    shown: list[Noised] = field(default_factory=list)
+    shown: list[NoisedSamples] = field(default_factory=list)
 
     def used(self, credit: Tensor) -> Tensor:
         return torch.ones_like(credit, dtype=torch.bool)
@@ -30,7 +30,7 @@ class Seen:
     def terms(self, credit: Tensor, group: Tensor) -> int:
         return len(credit)
 
-    def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
+    def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         self.shown.append(noised)
         return credit * noised.error
 
@@ -52,7 +52,7 @@ def _batch(context: UpdateContext) -> UpdateBatch:
 
 def test_a_group_shares_level_and_noise(tiny: SD3) -> None:
     context, loss = _context(tiny), Seen()
-    Matching(loss, draws=2).backward(context, _batch(context), 1.0, seed=3)
+    MatchingObjective(loss, draws=2).backward(context, _batch(context), 1.0, seed=3)
     first, second = loss.shown
     for noised in loss.shown:
         sigma = noised.level.sigma
@@ -67,12 +67,12 @@ def test_a_group_shares_level_and_noise(tiny: SD3) -> None:
 def test_only_the_current_prediction_carries_a_gradient(tiny: SD3) -> None:
     context, loss = _context(tiny, lagging=True), Seen()
     batch = _batch(context)
-    Matching(loss, draws=1, old=True).backward(context, batch, 1.0, seed=3)
+    MatchingObjective(loss, draws=1, old=True).backward(context, batch, 1.0, seed=3)
     (noised,) = loss.shown
     assert noised.prediction.requires_grad and not noised.reference.requires_grad and not noised.old.requires_grad
     torch.testing.assert_close(noised.old, noised.reference)  # the old policy is the one that training started from
     assert not torch.allclose(noised.old, noised.prediction.detach())
-    assert context.pipeline.ledger.forwards == 3 * 4
+    assert context.pipeline.ledger.nfe == 3 * 4
     assert context.metrics.mean("kl") > 0
 
 
@@ -80,7 +80,7 @@ def test_the_same_seed_draws_the_same(tiny: SD3) -> None:
     context, loss = _context(tiny), Seen()
     batch = _batch(context)
     for seed in (3, 3, 4):
-        Matching(loss, draws=1).backward(context, batch, 1.0, seed)
+        MatchingObjective(loss, draws=1).backward(context, batch, 1.0, seed)
     a, b, c = (noised.x for noised in loss.shown)
     assert torch.equal(a, b) and not torch.equal(a, c)
 
@@ -88,11 +88,11 @@ def test_the_same_seed_draws_the_same(tiny: SD3) -> None:
 def test_samples_without_credit_cost_nothing(tiny: SD3) -> None:
     context = _context(tiny)
     batch = _batch(context)
-    Matching(UnpairedPreference(100.0), draws=2).backward(context, batch, 1.0, 0)
-    assert context.pipeline.ledger.forwards == 2 * 2 * 3  # draws, policy and reference, samples with credit
+    MatchingObjective(KTOLoss(100.0), draws=2).backward(context, batch, 1.0, 0)
+    assert context.pipeline.ledger.nfe == 2 * 2 * 3  # draws, policy and reference, samples with credit
     nothing = replace(batch, credit=torch.zeros(4))
-    Matching(PairedPreference(100.0), draws=2).backward(context, nothing, 1.0, 0)
-    assert context.pipeline.ledger.forwards == 2 * 2 * 3
+    MatchingObjective(DPOLoss(100.0), draws=2).backward(context, nothing, 1.0, 0)
+    assert context.pipeline.ledger.nfe == 2 * 2 * 3
 
 
 def test_draws_of_few_samples_go_through_the_network_together(tiny: SD3, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_draws_of_few_samples_go_through_the_network_together(tiny: SD3, monkeyp
         return predict(x, *arguments)
 
     monkeypatch.setattr(context.pipeline, "predict", watched)
-    objective = Matching(PairedPreference(100.0), draws=3, anchor=0.0)
+    objective = MatchingObjective(DPOLoss(100.0), draws=3, anchor=0.0)
 
     def gradient() -> Tensor:
         sizes.clear()
@@ -118,7 +118,7 @@ def test_draws_of_few_samples_go_through_the_network_together(tiny: SD3, monkeyp
 
     together = gradient()
     assert sizes == [4, 4, 2, 2]  # reference and policy, two draws and one
-    monkeypatch.setattr(Matching, "_together", lambda *_: (range(draw, draw + 1) for draw in range(3)))
+    monkeypatch.setattr(MatchingObjective, "_together", lambda *_: (range(draw, draw + 1) for draw in range(3)))
     alone = gradient()
     assert sizes == [2] * 6
     assert float((together - alone).norm()) < 1e-5 * float(alone.norm())
@@ -127,11 +127,11 @@ def test_draws_of_few_samples_go_through_the_network_together(tiny: SD3, monkeyp
 def test_an_old_policy_must_exist(tiny: SD3) -> None:
     context = _context(tiny)
     with pytest.raises(ValueError, match="needs an old policy: give the recipe a lag"):
-        Matching(Seen(), old=True).backward(context, _batch(context), 1.0, 0)
+        MatchingObjective(Seen(), old=True).backward(context, _batch(context), 1.0, 0)
 
 
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="draws must be at least 1"):
-        Matching(Seen(), draws=0)
+        MatchingObjective(Seen(), draws=0)
     with pytest.raises(ValueError, match="ascending fractions"):
-        Matching(Seen(), low=0.9, high=0.1)
+        MatchingObjective(Seen(), low=0.9, high=0.1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.credit import NormalizedSum
-from genalign.algorithms.matching import AdvantageWeighted, Matching, PairedPreference, RewardWeighted
+from genalign.algorithms.matching import AWMLoss, DPOLoss, MatchingObjective, RewardWeightedLoss
 from genalign.algorithms.recipes import (
     Lag,
     Recipe,
@@ -35,7 +35,7 @@ from genalign.diffusion.rollout import ReplayBatch
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.score import NamedReward
-from genalign.training.trainer import RoundResult, Settings, Trainer
+from genalign.training.trainer import RoundResult, Trainer, TrainerSettings
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
 
@@ -57,7 +57,7 @@ def red_set(features: Tensor) -> float:
 
 
 def _train(folder: Path, recipe: Recipe, rounds: int, rate: float) -> list[RoundResult]:
-    settings = Settings(
+    settings = TrainerSettings(
         rounds=rounds, prompts_per_round=2, group_size=8, batch_size=16, updates_per_round=1, learning_rate=rate
     )
     tiny = SD3.load(folder)
@@ -116,12 +116,12 @@ class _Recorded(Trainer):
 def _gradients(folder: Path, recipe: Recipe) -> tuple[list[Tensor], int]:
     """Those of two updates, where the samples of one prompt in four differ in reward, and the forwards they took."""
     tiny = SD3.load(folder)
-    settings = Settings(rounds=1, prompts_per_round=8, group_size=4, batch_size=16)
+    settings = TrainerSettings(rounds=1, prompts_per_round=8, group_size=4, batch_size=16)
     prompts = PromptSet("eight", tuple(Prompt(f"{count} circles") for count in range(8)))
     only = NamedReward("red", lambda samples, asked: redness(samples, asked) * _of_one_prompt(asked))
     trainer = _Recorded(tiny, Policy(tiny.denoiser, Lora(rank=4), seed=0), [only], prompts, recipe, settings, SAMPLING)
     (result,) = trainer.rounds()
-    return trainer.gradients, result.forwards
+    return trainer.gradients, result.nfe
 
 
 def _of_one_prompt(asked: Sequence[Prompt]) -> Tensor:
@@ -146,9 +146,9 @@ def test_what_has_no_part_in_the_loss_is_skipped_and_the_gradient_stays(
     recipe = (RECIPES | more)[name]()
     skipping, few = _gradients(tiny_folder, recipe)
     monkeypatch.setattr(ReplayBatch, "batches", lambda live, whole=ReplayBatch.batches: whole(torch.ones_like(live)))
-    for loss in (PairedPreference, AdvantageWeighted):
+    for loss in (DPOLoss, AWMLoss):
         monkeypatch.setattr(loss, "used", _all)
-    monkeypatch.setattr(AdvantageWeighted, "terms", lambda self, credit, group: int((credit != 0).sum()))
+    monkeypatch.setattr(AWMLoss, "terms", lambda self, credit, group: int((credit != 0).sum()))
     whole, many = _gradients(tiny_folder, recipe)
     assert few < many and len(skipping) == 2
     for ours, theirs in zip(skipping, whole, strict=True):
@@ -164,7 +164,7 @@ def test_a_distance_from_the_reference_is_taken_of_all(tiny_folder: Path) -> Non
 
 def test_weighted_matching_is_a_recipe_of_one_line(tiny_folder: Path) -> None:
     recipe = matching(
-        lambda outcome: (outcome.combined > outcome.combined.median()).float(), Matching(RewardWeighted())
+        lambda outcome: (outcome.combined > outcome.combined.median()).float(), MatchingObjective(RewardWeightedLoss())
     )
     assert len(_train(tiny_folder, recipe, rounds=1, rate=1e-3)) == 1
 
@@ -172,7 +172,7 @@ def test_weighted_matching_is_a_recipe_of_one_line(tiny_folder: Path) -> None:
 def test_dense_credit_costs_its_completions(tiny_folder: Path) -> None:
     dense, plain = (_train(tiny_folder, r, 1, 1e-3)[0] for r in (dense_grpo(KERNEL), flow_grpo(KERNEL)))
     shared, own = 2 * 3, 16 * (2 + 1)  # one completion per group from the shared noise, then one per sample
-    assert dense.forwards - plain.forwards == shared + own
+    assert dense.nfe - plain.nfe == shared + own
 
 
 def test_an_old_policy_samples_where_there_is_a_lag(tiny_folder: Path) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
-from genalign.algorithms.trajectory import Clipped, Coupled, Surrogate
+from genalign.algorithms.trajectory import ClippedSurrogate, CoupledObjective, PolicyGradient
 from genalign.diffusion.policy import Lora, Policy
-from genalign.diffusion.rollout import ReplayBatch, RolloutInputs, rollout, windowed
+from genalign.diffusion.rollout import ReplayBatch, RolloutInputs, kernel_per_step, rollout
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.budget import Ledger, Metered
 from pipelines import SD3
@@ -32,7 +32,7 @@ def _context(tiny: SD3) -> UpdateContext:
 def _batch(context: UpdateContext, first: bool = True) -> UpdateBatch:
     conditioning = context.pipeline.encode(["a circle", "two squares"])
     start = RolloutInputs(conditioning, torch.tensor([0, 0, 1, 1]), (1, 2, 3, 4), (5, 6, 7, 8))
-    kernels = windowed(KERNEL, STEPS, 4)
+    kernels = kernel_per_step(KERNEL, STEPS, 4)
     sampled = rollout(context.pipeline.pipeline, start, context.grid, kernels, 1.0, STEPS)
     return UpdateBatch(sampled, torch.tensor([1.0, -1.0, 0.5, 0.0]), start.prompt, first)
 
@@ -65,7 +65,7 @@ class Squared:
 def test_two_passes_equal_naive_automatic_differentiation(tiny: SD3, first: bool) -> None:
     context = _context(tiny)
     batch = _batch(context, first)
-    Coupled(Squared()).backward(context, batch, scale=0.5, seed=0)
+    CoupledObjective(Squared()).backward(context, batch, scale=0.5, seed=0)
     ours = _gradients(context)
     ratios = []
     for stored in range(len(STEPS)):
@@ -84,35 +84,35 @@ def test_two_passes_equal_naive_automatic_differentiation(tiny: SD3, first: bool
 def test_on_policy_the_first_pass_needs_no_forward_of_the_current_weights(tiny: SD3) -> None:
     context = _context(tiny)
     batch = _batch(context)
-    Coupled(Squared()).backward(context, batch, 1.0, 0)
-    assert context.pipeline.ledger.forwards == 4 * 3 * 2  # the reference, and the pass with a graph
+    CoupledObjective(Squared()).backward(context, batch, 1.0, 0)
+    assert context.pipeline.ledger.nfe == 4 * 3 * 2  # the reference, and the pass with a graph
     assert context.metrics.log_ratio_max == 0.0
-    Coupled(Squared()).backward(context, UpdateBatch(batch.sampled, batch.credit, batch.group, False), 1.0, 0)
-    assert context.pipeline.ledger.forwards == 4 * 3 * (2 + 3)
+    CoupledObjective(Squared()).backward(context, UpdateBatch(batch.rollout, batch.credit, batch.group, False), 1.0, 0)
+    assert context.pipeline.ledger.nfe == 4 * 3 * (2 + 3)
 
 
 def test_a_surrogate_counts_samples_with_credit(tiny: SD3) -> None:
     batch = _batch(_context(tiny))
-    assert Surrogate(Clipped(1e-3)).terms(batch) == 3 * 3
+    assert PolicyGradient(ClippedSurrogate(1e-3)).terms(batch) == 3 * 3
     stepwise = torch.tensor([[0.0, 0.5, 1.0]] + [[0.0, 0.0, 0.0]] * 3)
-    assert Surrogate(Clipped(1e-3)).terms(UpdateBatch(batch.sampled, stepwise, batch.group, True)) == 2
+    assert PolicyGradient(ClippedSurrogate(1e-3)).terms(UpdateBatch(batch.rollout, stepwise, batch.group, True)) == 2
 
 
 def test_steps_may_have_credit_and_weight_of_their_own(tiny: SD3) -> None:
     context = _context(tiny)
     batch = _batch(context)
     same = batch.credit[:, None].expand(-1, 3)
-    surrogate = Surrogate(Clipped(1e-3))
+    surrogate = PolicyGradient(ClippedSurrogate(1e-3))
     surrogate.backward(context, batch, 1.0, 0)
     expected = _gradients(context)
-    surrogate.backward(context, UpdateBatch(batch.sampled, same, batch.group, True), 1.0, 0)
+    surrogate.backward(context, UpdateBatch(batch.rollout, same, batch.group, True), 1.0, 0)
     for a, b in zip(_gradients(context), expected, strict=True):
         assert torch.equal(a, b)
     late = torch.zeros(4, 3)
     late[:, 2] = batch.credit
-    surrogate.backward(context, UpdateBatch(batch.sampled, late, batch.group, True), 1.0, 0)
+    surrogate.backward(context, UpdateBatch(batch.rollout, late, batch.group, True), 1.0, 0)
     alone = _gradients(context)
-    weighted = Surrogate(Clipped(1e-3), weights=lambda kernel, grid, steps: torch.tensor([0.0, 0.0, 1.0]))
+    weighted = PolicyGradient(ClippedSurrogate(1e-3), weights=lambda kernel, grid, steps: torch.tensor([0.0, 0.0, 1.0]))
     weighted.backward(context, batch, 1.0, 0)
     for a, b in zip(_gradients(context), alone, strict=True):
         torch.testing.assert_close(a, b)

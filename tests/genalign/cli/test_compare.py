@@ -20,10 +20,10 @@ rewards:
   partial: {{function: {{class_path: rewards.shapes.ShapesReward, init_args: {{score: partial}}}}}}
 sampling: {{num_steps: 3, sigmas: [1.0, 0.6, 0.3]}}
 training:
-  {{rounds: 50, max_forwards: 60, prompts_per_round: 2, group_size: 2, batch_size: 4, updates_per_round: 1}}
+  {{rounds: 50, max_nfe: 60, prompts_per_round: 2, group_size: 2, batch_size: 4, updates_per_round: 1}}
 lora: {{rank: 2}}
 held_out: {{every: 0}}
-before_after: {{prompts: "shapes:len", images_per_task: 2, seeds: 1, batch_size: 6}}
+before_after: {{prompts: "shapes:len", samples_per_task: 2, seeds: 1, batch_size: 6}}
 """
 
 COMPARE = """
@@ -53,7 +53,7 @@ def test_a_comparison_is_written_and_goes_on(source: Path, tmp_path: Path) -> No
     recipes = {found["name"]: found for found in json.loads((folder / "comparison.json").read_text())}
     assert recipes["flow"]["seeds"] == 2 and recipes["dense"]["seeds"] == 1
     for found in recipes.values():
-        assert found["low"] <= found["gain"] <= found["high"] and 60 <= found["forwards"] < 120
+        assert found["low"] <= found["gain"] <= found["high"] and 60 <= found["nfe"] < 120
         assert set(found["scores"]) == {"strict", "partial", "relaxed"}  # those that both have
         assert set(found["diversity"]) == {"color", "cell"}
     page = (folder / "comparison.html").read_text()

@@ -98,9 +98,9 @@ def test_what_cannot_go_on_says_why(
     assert main(few) == 0
     rows = [json.loads(path.read_text()) for path in sorted((tmp_path / "made" / "prompts").glob("*.json"))]
     assert len({row["metadata"]["tag"] for row in rows}) == len(rows) == 6
-    differing = "evaluation with other settings (protocol.suite_hash, protocol.images_per_task)"
+    differing = "evaluation with other settings (protocol.suite_hash, protocol.samples_per_task)"
     assert differing in _error(capsys, *asked)
-    assert "(protocol.seeds, protocol.images_per_task)" in _error(capsys, *few, "--seeds", "3")
+    assert "(protocol.seeds, protocol.samples_per_task)" in _error(capsys, *few, "--seeds", "3")
     assert "(model.path, fingerprint)" in _error(capsys, *few, "--model.path", "shapes-sd3")
     assert "per_task must be at least 1" in _error(capsys, *asked, "--per_task", "0")
     (tmp_path / "plain.txt").write_text("a bench\n")

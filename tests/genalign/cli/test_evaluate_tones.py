@@ -26,7 +26,7 @@ from rewards.audio_guards import LevelWithin
 from rewards.backbones.audio_features import FrameFeatures, LogMelFeatures
 from rewards.clap import ClapReward
 from rewards.combine import Gate
-from rewards.set_rewards import PerSampleFrechet, Vendi
+from rewards.set_rewards import PerSampleFrechetReward, VendiReward
 from rewards.tones import TonesReward
 from scripts.pretrain.tones_models import TextToVelocity, assemble, build_vae
 from tests.packages import ROOT
@@ -87,7 +87,7 @@ def test_prompts_of_the_tones_world_are_named_like_those_of_shapes() -> None:
 def test_a_model_is_evaluated(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     arguments = ["--model.path", str(model), "--output", str(output), "--suite", "len", "--sampling.num_steps", "2"]
-    assert main(["evaluate", "tones", *arguments, "--images_per_task", "2", "--seeds", "1"]) == 0
+    assert main(["evaluate", "tones", *arguments, "--samples_per_task", "2", "--seeds", "1"]) == 0
     made = load_evaluation(output)
     assert made.protocol.verifier == "tones-1" and made.protocol.suite == "len" and len(made.records) == 2
     assert made.score_names == ("strict", "partial", "relaxed")
@@ -189,10 +189,10 @@ def test_whatever_hears_another_rate_is_refused() -> None:
     require_rate(heard, None)  # of images
     with pytest.raises(ValueError, match=r"^partial takes waveforms at 8000 Hz, but they come at 16000"):
         require_rate({"partial": TonesReward()}, 16000)
-    gated = Gate(LevelWithin(), PerSampleFrechet(LogMelFeatures(8000, mels=8), torch.randn(9, 8)), 0.0)
+    gated = Gate(LevelWithin(), PerSampleFrechetReward(LogMelFeatures(8000, mels=8), torch.randn(9, 8)), 0.0)
     with pytest.raises(ValueError, match=r"^quiet\.condition\.encoder takes waveforms at 8000 Hz"):
         require_rate({"quiet": gated}, 44100)
-    recipe = dragon_set(Vendi(), FrameFeatures(LogMelFeatures(16000)))
+    recipe = dragon_set(VendiReward(), FrameFeatures(LogMelFeatures(16000)))
     with pytest.raises(
         ValueError, match=r"^recipe\.features\.encoder takes waveforms at 16000 Hz, but they come at 8000"
     ):
@@ -212,9 +212,9 @@ def test_training_hears_its_model_at_its_rate(
         "--output",
         str(tmp_path / "x"),
     ]
-    told = error(capsys, command, *asked, "--hacking.rewards", f"{{clap: {reward}}}")
+    told = error(capsys, command, *asked, "--reward_hacking.rewards", f"{{clap: {reward}}}")
     assert (
-        "hacking.rewards.clap takes waveforms at 44100 Hz, but they come at 8000: set its sample_rate to 8000" in told
+        "reward_hacking.rewards.clap takes waveforms at 44100 Hz, but they come at 8000: set its sample_rate to 8000" in told
     )
     assert not (tmp_path / "x").exists()
 
@@ -222,7 +222,7 @@ def test_training_hears_its_model_at_its_rate(
 def test_a_model_of_another_medium_is_refused(
     model: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = ["--images_per_task", "1", "--seeds", "1", "--output", str(tmp_path / "out")]
+    small = ["--samples_per_task", "1", "--seeds", "1", "--output", str(tmp_path / "out")]
     told = error(capsys, "evaluate", "tones", "--model.path", str(tiny_folder), *small)
     assert "the verifier of 'tones:comp' takes waveforms at 8000 Hz, but this model makes images" in told
     told = error(capsys, "evaluate", "shapes", "--model.path", str(model), "--sampling.sigmas", "null", *small)
@@ -259,7 +259,7 @@ def test_the_demo_of_sounds_trains_any_such_model(
         "0",
     ]
     small += [
-        "--before_after.images_per_task",
+        "--before_after.samples_per_task",
         "1",
         "--before_after.seeds",
         "1",

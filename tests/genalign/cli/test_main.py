@@ -56,8 +56,8 @@ rewards:
 sampling: {{num_steps: 3, sigmas: [1.0, 0.6, 0.3]}}
 training: {{rounds: 2, prompts_per_round: 2, group_size: 2, batch_size: 2, updates_per_round: 2}}
 lora: {{rank: 2}}
-held_out: {{every: 1, images_per_task: 1}}
-before_after: {{prompts: "shapes:len", images_per_task: 2, seeds: 1, batch_size: 6}}
+held_out: {{every: 1, samples_per_task: 1}}
+before_after: {{prompts: "shapes:len", samples_per_task: 2, seeds: 1, batch_size: 6}}
 """
 
 
@@ -120,7 +120,7 @@ def test_tensorboard_gets_every_number(config: Path, tmp_path: Path) -> None:
 def test_evaluation_of_a_run_equals_its_after(config: Path, tiny_folder: Path, tmp_path: Path) -> None:
     assert main(["train", "--config", str(config)]) == 0
     arguments = ["--model.path", str(tiny_folder), "--lora", str(tmp_path / "run" / "lora"), "--suite", "len"]
-    arguments += ["--seeds", "1", "--images_per_task", "2", "--batch_size", "6", "--output", str(tmp_path / "again")]
+    arguments += ["--seeds", "1", "--samples_per_task", "2", "--batch_size", "6", "--output", str(tmp_path / "again")]
     sampling = ["--sampling.num_steps", "3", "--sampling.sigmas", "[1.0, 0.6, 0.3]"]
     assert main(["evaluate", "shapes", *arguments, *sampling]) == 0
     after, again = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run/after", "again"))
@@ -133,7 +133,7 @@ def test_a_killed_evaluation_goes_on(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["evaluate", "shapes", "--model.path", str(tiny_folder), "--suite", "len", "--seeds", "1"]
-    arguments += ["--images_per_task", "5", "--batch_size", "2", "--sampling.num_steps", "3"]
+    arguments += ["--samples_per_task", "5", "--batch_size", "2", "--sampling.num_steps", "3"]
     arguments += ["--sampling.sigmas", "[1.0, 0.6, 0.3]", "--output"]
     assert main([*arguments, str(tmp_path / "whole")]) == 0
     add, asked = BatchFolder.add, BatchFolder.read

@@ -24,7 +24,7 @@ model: {{path: {model}}}
 prompts: {folder}/prompts.txt
 rewards: {{red: {{function: redness.redness}}}}
 strategy: {{class_path: genalign.search.BestOfN}}
-budget: {{forwards: 4}}
+budget: {{nfe: 4}}
 sampling: {{num_steps: 2, sigmas: [1.0, 0.5]}}
 """
 REDNESS = """

@@ -20,7 +20,7 @@ from genalign.scoring.budget import Ledger, backward
 from genalign.scoring.score import NamedReward
 from genalign.training.dry_run import Counted, Levels, StandIn, count
 from genalign.training.memory_estimate import Part, Training, adapter_numbers, held, seconds
-from genalign.training.trainer import Settings, Trainer
+from genalign.training.trainer import Trainer, TrainerSettings
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
@@ -37,7 +37,7 @@ RECIPES = {
     "dragon": dragon(),
     "nft": nft(),
 }
-SETTINGS = Settings(rounds=2, prompts_per_round=4, group_size=2, batch_size=4, updates_per_round=2)
+SETTINGS = TrainerSettings(rounds=2, prompts_per_round=4, group_size=2, batch_size=4, updates_per_round=2)
 
 
 def redness(samples: Tensor, prompts: list[Prompt]) -> Tensor:
@@ -48,7 +48,7 @@ def redness(samples: Tensor, prompts: list[Prompt]) -> Tensor:
 REWARDS = [NamedReward("red", redness, 0.5), NamedReward("told", redness, 0.0)]
 
 
-def _planned(pipeline: SD3, recipe: Recipe, sampling: Sampling, settings: Settings = SETTINGS) -> Counted:
+def _planned(pipeline: SD3, recipe: Recipe, sampling: Sampling, settings: TrainerSettings = SETTINGS) -> Counted:
     levels = Levels.of(pipeline, sampling)
     return count(levels, REWARDS, shapes.prompts("train"), recipe, settings, sampling.guidance)
 
@@ -69,8 +69,8 @@ def test_a_plan_counts_what_a_run_bills(tiny: SD3, name: str, guidance: float) -
 
 def test_a_run_ends_where_the_plan_says(tiny: SD3) -> None:
     sampling, recipe = Sampling(4), flow_grpo(window=1)
-    settings = Settings(
-        rounds=9, max_forwards=100, prompts_per_round=2, group_size=2, batch_size=4, updates_per_round=1
+    settings = TrainerSettings(
+        rounds=9, max_nfe=100, prompts_per_round=2, group_size=2, batch_size=4, updates_per_round=1
     )
     planned = _planned(tiny, recipe, sampling, settings)
     trainer = Trainer(

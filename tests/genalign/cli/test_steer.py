@@ -16,7 +16,7 @@ model: {{path: {model}}}
 prompts: "shapes:val:position"
 rewards: {{partial: {{function: {{class_path: rewards.shapes.ShapesReward}}}}}}
 strategy: {{class_path: genalign.search.Prune, init_args: {{steps: [1], keep: [0.5]}}}}
-budget: {{forwards: 12}}
+budget: {{nfe: 12}}
 sampling: {{num_steps: 3, sigmas: [1.0, 0.6, 0.3]}}
 limit: 2
 """
@@ -62,7 +62,7 @@ def test_a_search_is_written_and_goes_on(tiny_folder: Path, tmp_path: Path) -> N
     assert rows[0]["prompt"] in page and 'class="tree"' in page and "http:" not in page and "https:" not in page
     assert main([*config, "--limit", "3"]) == 0
     assert len((found / "scores.jsonl").read_text().splitlines()) == 3
-    assert main([*config, "--budget.forwards", "20"]) == 2  # another search
+    assert main([*config, "--budget.nfe", "20"]) == 2  # another search
 
 
 def test_processes_share_a_search(

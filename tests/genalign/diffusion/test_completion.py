@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genalign.diffusion.completion import Completion, complete
-from genalign.diffusion.rollout import Rollout, RolloutInputs, rollout, windowed
+from genalign.diffusion.rollout import Rollout, RolloutInputs, kernel_per_step, rollout
 from genalign.diffusion.transitions import ODE, FlowSDE
 from genalign.scoring.budget import Ledger, Metered
 from genalign.types import Grid
@@ -26,14 +26,14 @@ def _start(pipeline: SD3, shared: bool) -> RolloutInputs:
 
 
 def _sampled(pipeline: SD3, grid: Grid, store: tuple[int, ...], shared: bool, guidance: float = 1.0) -> Rollout:
-    kernels = windowed(FlowSDE(0.7), store, len(grid))
+    kernels = kernel_per_step(FlowSDE(0.7), store, len(grid))
     return rollout(pipeline, _start(pipeline, shared), grid, kernels, guidance, store)
 
 
 def _cost(pipeline: SD3, sampled: Rollout, grid: Grid, guidance: float = 1.0, completion: Completion = FULL) -> int:
     metered = Metered(pipeline, Ledger())
     complete(metered, sampled, grid, guidance, completion)
-    return metered.ledger.forwards
+    return metered.ledger.nfe
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])

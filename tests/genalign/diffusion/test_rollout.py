@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genalign.diffusion.rollout import ReplayBatch, RolloutInputs, generate, replay, rollout, step_noise, windowed
+from genalign.diffusion.rollout import (
+    ReplayBatch,
+    RolloutInputs,
+    generate,
+    kernel_per_step,
+    replay,
+    rollout,
+    step_noise,
+)
 from genalign.diffusion.transitions import CPS, ODE, FlowSDE, Kernel
 from genalign.scoring.budget import Ledger, Metered
 from pipelines import SD3
@@ -23,7 +31,7 @@ def _start(pipeline: SD3, shared: bool) -> RolloutInputs:
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_on_policy_log_ratio_is_exactly_zero(tiny: SD3, kernel: Kernel, guidance: float) -> None:
     grid = tiny.grid(5, SIGMAS)
-    sampled = rollout(tiny, _start(tiny, True), grid, windowed(kernel, (1, 2), 5), guidance, store=(1, 2))
+    sampled = rollout(tiny, _start(tiny, True), grid, kernel_per_step(kernel, (1, 2), 5), guidance, store=(1, 2))
     for stored in range(2):
         again = replay(tiny, sampled, grid, kernel, ReplayBatch.of_step(stored, 6), guidance)
         ratio = again.new.log_ratio(again.old, again.x_next)
@@ -33,31 +41,31 @@ def test_on_policy_log_ratio_is_exactly_zero(tiny: SD3, kernel: Kernel, guidance
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_pairs_of_several_steps_are_replayed_alike(tiny: SD3, guidance: float) -> None:
     grid, kernel = tiny.grid(5, SIGMAS), FlowSDE(0.7)
-    sampled = rollout(tiny, _start(tiny, False), grid, windowed(kernel, (1, 2, 3), 5), guidance, store=(1, 2, 3))
+    sampled = rollout(tiny, _start(tiny, False), grid, kernel_per_step(kernel, (1, 2, 3), 5), guidance, store=(1, 2, 3))
     live = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
     parts = ReplayBatch.batches(live)
-    assert [(len(part.rows), part.live) for part in parts] == [(6, 6), (6, 1)]
-    kept = torch.cat([torch.stack(part.at, dim=1) for part in parts])
+    assert [(len(part.rows), part.count) for part in parts] == [(6, 6), (6, 1)]
+    kept = torch.cat([torch.stack(part.index, dim=1) for part in parts])
     assert sorted(kept.tolist()) == live.nonzero().tolist()
     for pairs in parts:
         again = replay(tiny, sampled, grid, kernel, pairs, guidance)
         # a sample's place in the batch may decide which way of adding up it meets
-        torch.testing.assert_close(again.log_ratio, torch.zeros(pairs.live), rtol=0, atol=1e-7)
-        assert torch.equal(again.old.mean, sampled.mean[pairs.at])
+        torch.testing.assert_close(again.log_ratio, torch.zeros(pairs.count), rtol=0, atol=1e-7)
+        assert torch.equal(again.old.mean, sampled.mean[pairs.index])
 
 
 def test_pairs_are_left_out_only_where_that_saves_a_batch() -> None:
     few = torch.tensor([[True, False], [True, False], [False, True], [False, False]])
     (only,) = ReplayBatch.batches(few)
-    assert only.live == 3 and only.rows.tolist() == [0, 1, 2, 0] and only.stored.tolist() == [0, 0, 1, 0]
+    assert only.count == 3 and only.rows.tolist() == [0, 1, 2, 0] and only.stored.tolist() == [0, 0, 1, 0]
     more = torch.tensor([[True, True], [True, True], [False, True], [False, False]])
-    assert [(part.live, part.rows.tolist()) for part in ReplayBatch.batches(more)] == [(4, [0, 1, 2, 3])] * 2
+    assert [(part.count, part.rows.tolist()) for part in ReplayBatch.batches(more)] == [(4, [0, 1, 2, 3])] * 2
     assert ReplayBatch.batches(torch.zeros(4, 2, dtype=torch.bool)) == []
 
 
 def test_only_the_window_is_stored(tiny: SD3) -> None:
     grid = tiny.grid(5, SIGMAS)
-    sampled = rollout(tiny, _start(tiny, False), grid, windowed(FlowSDE(), (1, 2), 5), 1.0, store=(1, 2))
+    sampled = rollout(tiny, _start(tiny, False), grid, kernel_per_step(FlowSDE(), (1, 2), 5), 1.0, store=(1, 2))
     assert sampled.steps == (1, 2)
     assert sampled.x.shape == sampled.x_next.shape == sampled.mean.shape == (6, 2, 4, 16, 16)
     assert torch.equal(sampled.x[:, 1], sampled.x_next[:, 0])
@@ -65,10 +73,10 @@ def test_only_the_window_is_stored(tiny: SD3) -> None:
 
 
 def test_the_shared_prefix_is_computed_once_and_changes_nothing(tiny: SD3) -> None:
-    grid, kernels = tiny.grid(5, SIGMAS), windowed(FlowSDE(), (2,), 5)
+    grid, kernels = tiny.grid(5, SIGMAS), kernel_per_step(FlowSDE(), (2,), 5)
     metered = Metered(tiny, Ledger())
     together = rollout(metered, _start(tiny, True), grid, kernels, 1.0, store=(2,))
-    assert metered.ledger.forwards == 2 * 2 + 3 * 6
+    assert metered.ledger.nfe == 2 * 2 + 3 * 6
     assert torch.equal(together.x[0], together.x[1]) and torch.equal(together.x[3], together.x[5])
     start = _start(tiny, True)
     for row in range(6):
@@ -82,11 +90,11 @@ def test_the_shared_prefix_is_computed_once_and_changes_nothing(tiny: SD3) -> No
 def test_guidance_counts_twice(tiny: SD3) -> None:
     metered = Metered(tiny, Ledger())
     rollout(metered, _start(tiny, False), tiny.grid(5, SIGMAS), [ODE()] * 5, 2.0)
-    assert metered.ledger.forwards == 2 * 5 * 6
+    assert metered.ledger.nfe == 2 * 5 * 6
 
 
 def test_members_of_a_group_differ_after_the_first_noise(tiny: SD3) -> None:
-    sampled = rollout(tiny, _start(tiny, True), tiny.grid(5, SIGMAS), windowed(FlowSDE(), (0,), 5), 1.0)
+    sampled = rollout(tiny, _start(tiny, True), tiny.grid(5, SIGMAS), kernel_per_step(FlowSDE(), (0,), 5), 1.0)
     assert not torch.allclose(sampled.final[0], sampled.final[1])
 
 
@@ -119,7 +127,7 @@ def test_generate_does_not_depend_on_the_batch(tiny: SD3) -> None:
 
 def test_replay_is_differentiable(tiny: SD3) -> None:
     grid, kernel = tiny.grid(5, SIGMAS), FlowSDE()
-    sampled = rollout(tiny, _start(tiny, True), grid, windowed(kernel, (1,), 5), 1.0, store=(1,))
+    sampled = rollout(tiny, _start(tiny, True), grid, kernel_per_step(kernel, (1,), 5), 1.0, store=(1,))
     tiny.denoiser.proj_out.weight.requires_grad_()
     again = replay(tiny, sampled, grid, kernel, ReplayBatch.of_step(0, 6), 1.0)
     again.new.log_ratio(again.old, again.x_next).sum().backward()

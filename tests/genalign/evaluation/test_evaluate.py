@@ -36,7 +36,7 @@ PROTOCOL = Protocol(
     batch_size=3,
     resolution=(4, 4),
     seeds=2,
-    images_per_task=4,
+    samples_per_task=4,
     verifier="test 1",
 )
 OTHER_FIELDS = {
@@ -49,7 +49,7 @@ OTHER_FIELDS = {
     "batch_size": 4,
     "resolution": (8, 8),
     "seeds": 3,
-    "images_per_task": 5,
+    "samples_per_task": 5,
     "verifier": "test 2",
 }
 
@@ -118,7 +118,7 @@ def strict(samples, prompts):
     ("prompts", "used", "each"), [(6, 6, 16), (18, 18, 6), (964, 32, 3), (32, 32, 3), (33, 32, 3), (1, 1, 96)]
 )
 def test_plan_uses_as_many_prompts_as_seeds_allow(prompts, used, each):
-    counts = Counter(job.prompt.text for job in plan(prompt_set(a=prompts), images_per_task=96, seeds=3))
+    counts = Counter(job.prompt.text for job in plan(prompt_set(a=prompts), samples_per_task=96, seeds=3))
     assert len(counts) == used
     assert set(counts.values()) == {each}
 

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import MetricSums
 from genalign.cli import main
-from genalign.runtime.distributed import ALONE, Processes, Share, joined
+from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, RankShare, process_group
 from genalign.runtime.files import load_state
-from genalign.runtime.fsdp import Sharding, asked_for, require_sharded
-from genalign.training.trainer import Settings
+from genalign.runtime.fsdp import Sharding, require_sharded, sharding_from_environment
+from genalign.training.trainer import TrainerSettings
 from pipelines import SD3
 from tests.genalign import ranks
 
@@ -131,8 +131,8 @@ def test_survivors_were_uneven(both: Path) -> None:
 
 @pytest.mark.slow
 def test_an_adversarial_head_is_that_of_one_process(both: Path, alone: Mapping[str, ranks.Seen]) -> None:
-    found = _of(both, "adversarial")[0][1][0]["readings"]
-    assert found == pytest.approx(alone["adversarial"].rows[0]["readings"], rel=1e-6)
+    found = _of(both, "adversarial")[0][1][0]["metrics"]
+    assert found == pytest.approx(alone["adversarial"].rows[0]["metrics"], rel=1e-6)
     assert found["one/version"] == 1
 
 
@@ -187,9 +187,9 @@ def train(rank, port, said, arguments, death, silence):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with open(said, "w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
-    joined = distributed.joined
-    from genalign.cli import training
-    training.joined = lambda variables: joined(variables, silence / 4, silence)
+    joined = distributed.process_group
+    from genalign.cli import train as training
+    training.process_group = lambda variables: joined(variables, silence / 4, silence)
     if rank == 1:
         dying.signal = death
     raise SystemExit(main.main(arguments))
@@ -214,7 +214,7 @@ rewards: {{red: {{function: victim_rank.redness}}}}
 sampling: {{num_steps: 2, sigmas: [1.0, 0.5]}}
 training: {{rounds: 3, prompts_per_round: 4, group_size: 2, batch_size: 2, learning_rate: 0.01}}
 lora: {{rank: 2}}
-held_out: {{every: 2, images_per_task: 1}}
+held_out: {{every: 2, samples_per_task: 1}}
 before_after: null
 """
 
@@ -263,31 +263,31 @@ def test_none_outlives_another(
 
 
 def test_one_process_is_itself() -> None:
-    with joined({}) as processes:
-        assert processes == ALONE and processes.first
+    with process_group({}) as processes:
+        assert processes == SINGLE_PROCESS and processes.is_main
     rows = torch.arange(6).view(3, 2)
-    assert torch.equal(ALONE.gathered(rows), rows[None]) and torch.equal(ALONE.interleaved(rows, 1), rows)
-    assert ALONE.told({"a": 1}) == [{"a": 1}] and ALONE.any(True) and not ALONE.any(False)
-    assert torch.equal(ALONE.from_first({"rows": rows})["rows"], rows)
+    assert torch.equal(SINGLE_PROCESS.all_gather(rows), rows[None]) and torch.equal(SINGLE_PROCESS.interleaved(rows, 1), rows)
+    assert SINGLE_PROCESS.all_gather_object({"a": 1}) == [{"a": 1}] and SINGLE_PROCESS.any_rank(True) and not SINGLE_PROCESS.any_rank(False)
+    assert torch.equal(SINGLE_PROCESS.broadcast({"rows": rows})["rows"], rows)
 
 
 def test_shares_are_whole_and_equal_in_step() -> None:
-    shares = [Share(rank, 3) for rank in range(3)]
-    assert sorted(number for share in shares for number in share.of(8)) == list(range(8))
-    assert [list(share.in_step(4)) for share in shares] == [[0, 3], [1, 4], [2, 5]]
+    shares = [RankShare(rank, 3) for rank in range(3)]
+    assert sorted(number for share in shares for number in share.indices(8)) == list(range(8))
+    assert [list(share.padded_indices(4)) for share in shares] == [[0, 3], [1, 4], [2, 5]]
     with pytest.raises(ValueError, match="rank 2 of 2 processes"):
-        Processes(2, 2)
+        ProcessGroup(2, 2)
 
 
 def test_one_process_where_two_were_asked_of_accelerate_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING), joined({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}):
+    with caplog.at_level(logging.WARNING), process_group({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}):
         assert "start them by torchrun" in caplog.text
 
 
 def test_batches_that_do_not_divide_are_refused() -> None:
-    Settings(prompts_per_round=8, group_size=2, batch_size=4).require_shares(2)
+    TrainerSettings(prompts_per_round=8, group_size=2, batch_size=4).require_shares(2)
     with pytest.raises(ValueError, match="an update's 2 batches of 4 images do not divide among 3 processes"):
-        Settings(prompts_per_round=8, group_size=2, batch_size=4).require_shares(3)
+        TrainerSettings(prompts_per_round=8, group_size=2, batch_size=4).require_shares(3)
 
 
 def test_readings_of_several_processes_are_one() -> None:
@@ -303,15 +303,15 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def test_what_accelerate_is_told_about_fsdp() -> None:
-    assert asked_for({}, 2) is None and asked_for({"ACCELERATE_MIXED_PRECISION": "no"}, 1) is None
-    assert asked_for(FSDP, 2) == Sharding(2) and asked_for(FSDP, 4) == Sharding(4, again=True)
-    assert asked_for(FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, 2) == Sharding(2, again=False)
+    assert sharding_from_environment({}, 2) is None and sharding_from_environment({"ACCELERATE_MIXED_PRECISION": "no"}, 1) is None
+    assert sharding_from_environment(FSDP, 2) == Sharding(2) and sharding_from_environment(FSDP, 4) == Sharding(4, reshard_after_forward=True)
+    assert sharding_from_environment(FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, 2) == Sharding(2, reshard_after_forward=False)
 
 
 @pytest.mark.parametrize(
     ("variables", "processes", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, 2, "zero2.yaml divides as ZeRO-2 does"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, 2, "zero2.yaml shards as ZeRO-2 does"),
         ({"ACCELERATE_USE_FSDP": "true"}, 2, "set fsdp_version: 2"),
         (FSDP, 1, "there is one: start more"),
         (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, 2, "fsdp_offload_params"),
@@ -320,11 +320,11 @@ def test_what_accelerate_is_told_about_fsdp() -> None:
 )
 def test_what_accelerate_cannot_be_told(variables: dict[str, str], processes: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        asked_for(variables, processes)
+        sharding_from_environment(variables, processes)
 
 
 def test_a_run_that_did_not_get_fsdp_stops() -> None:
-    with pytest.raises(ValueError, match="FSDP was asked for, but 1 of 1 trained tensors are not divided"):
+    with pytest.raises(ValueError, match="FSDP is configured, but 1 of 1 trained tensors are not sharded"):
         require_sharded([torch.zeros(2)])
 
 

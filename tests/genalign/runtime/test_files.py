@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from genalign.runtime.files import load_optimizer_tensors, load_state, optimizer_tensors, save_state, write_json
+from genalign.runtime.files import load_state, save_state, write_json
+from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
 
 
 def test_state_goes_round(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward
-from genalign.training.trainer import Settings, Trainer
+from genalign.training.trainer import Trainer, TrainerSettings
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
 
 PROMPTS = PromptSet("two", (Prompt("a circle"), Prompt("two squares")))
-SETTINGS = Settings(rounds=2, prompts_per_round=2, group_size=4, batch_size=4, updates_per_round=2)
+SETTINGS = TrainerSettings(rounds=2, prompts_per_round=2, group_size=4, batch_size=4, updates_per_round=2)
 RECIPES = {
     "flow_grpo": flow_grpo(window=2),
     "dense_grpo": dense_grpo(window=2),
@@ -49,7 +49,7 @@ def test_training_bills_what_the_model_did(tiny: SD3, name: str, guidance: float
     recipe: Recipe = RECIPES[name]
     trainer = Trainer(tiny, policy, [NamedReward("red", reward)], PROMPTS, recipe, SETTINGS, sampling)
     (*_, last) = trainer.rounds()
-    assert last.calls["forward"] == last.forwards == true["forward"]
+    assert last.calls["forward"] == last.nfe == true["forward"]
     assert last.calls["forward backward"] == true["backward"]
     assert last.calls["decode"] == true["decode"]
     assert last.calls["reward/red"] == sum(scored)
@@ -90,7 +90,7 @@ def test_cost_by_prices() -> None:
         ledger.cost({"forward": 1.0})
     earlier = ledger.copy()
     ledger.bill("forward", 3)
-    assert ledger.since(earlier).forwards == 3 and earlier.forwards == 10
+    assert ledger.since(earlier).nfe == 3 and earlier.nfe == 10
 
 
 def test_a_failed_reward_is_billed() -> None:

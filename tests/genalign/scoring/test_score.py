@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.scoring.score import NamedReward, RewardError, Watch, named, probe, score
+from genalign.scoring.score import NamedReward, RewardError, RewardMonitor, named, probe, score
 from genalign.types import Prompt
 
 IMAGES = torch.rand(4, 3, 8, 8)
@@ -157,22 +157,22 @@ def test_names_are_kept_or_given() -> None:
 def test_scales_apart_are_told(caplog: pytest.LogCaptureFixture) -> None:
     scores = torch.tensor([[0.0, 100.0, 5.0], [1.0, 200.0, 5.0], [torch.nan, 0.0, 5.0]])
     rewards = [NamedReward("small", brightness), NamedReward("large", brightness), NamedReward("still", brightness)]
-    Watch().compare([rewards[0], NamedReward("large", brightness, 0.01), rewards[2]], scores)
+    RewardMonitor().compare([rewards[0], NamedReward("large", brightness, 0.01), rewards[2]], scores)
     assert caplog.text == ""
-    Watch().compare(rewards, scores)
+    RewardMonitor().compare(rewards, scores)
     assert "reward 'large' varies 163 times as much as 'small', which will hardly count: lower" in caplog.text
 
 
 def test_too_many_failures_stop_the_run() -> None:
     scores = torch.tensor([[1.0], [torch.nan], [torch.nan], [torch.nan]])
-    message = r"75% of this round's samples could not be scored \(training\.failed_share is 5%\): .* go on from"
+    message = r"75% of this round's samples could not be scored \(training\.max_failed_fraction is 5%\): .* go on from"
     with pytest.raises(RewardError, match=message):
-        Watch().see(scores, silent=False)
-    Watch(failed_share=0.75).see(scores, silent=False)
+        RewardMonitor().see(scores, silent=False)
+    RewardMonitor(max_failed_fraction=0.75).see(scores, silent=False)
 
 
 def test_silence_warns_once_and_then_stops(caplog: pytest.LogCaptureFixture) -> None:
-    watch, scores = Watch(silent_rounds=3), torch.ones(4, 1)
+    watch, scores = RewardMonitor(silent_rounds=3), torch.ones(4, 1)
     watch.see(scores, silent=True)
     watch.see(scores, silent=True)
     assert caplog.text.count("nothing to learn from") == 1
@@ -183,6 +183,6 @@ def test_silence_warns_once_and_then_stops(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_a_live_round_ends_the_silence() -> None:
-    watch, scores = Watch(silent_rounds=2), torch.ones(4, 1)
+    watch, scores = RewardMonitor(silent_rounds=2), torch.ones(4, 1)
     for silent in (True, False, True, False):
         watch.see(scores, silent)

@@ -77,7 +77,7 @@ def test_the_bill_is_what_was_done(tiny: SD3, guide: Guide | None, guidance: flo
     )
     strategy = FKSteering(3, lam=5.0, guide=guide)
     finished = strategy(run, Allowance())
-    assert run.spent.forwards == true["forward"]
+    assert run.spent.nfe == true["forward"]
     assert run.spent.counts == {call: 2 * count for call, count in strategy.bill(run, 3).items()}
     assert finished.candidates.prompt.tolist() == [0, 1]  # prompts never exchange particles
 
@@ -132,8 +132,8 @@ def test_a_guide_pushes_towards_reward(tiny: SD3) -> None:
 
 
 def test_budgets_choose_the_particles(tiny: SD3) -> None:
-    result = search(tiny, PROMPTS[0], redness, FKSteering(None), Budget(forwards=40), SAMPLING)
-    assert result.ledger.forwards == 6 * 6  # six particles of six steps
+    result = search(tiny, PROMPTS[0], redness, FKSteering(None), Budget(nfe=40), SAMPLING)
+    assert result.ledger.nfe == 6 * 6  # six particles of six steps
 
 
 def test_impossible_steering(tiny: SD3) -> None:

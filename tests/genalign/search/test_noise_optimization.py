@@ -53,15 +53,15 @@ def test_gradients_raise_the_reward(tiny: SD3, strategy: NoiseOptimisation) -> N
 
 def test_recomputing_changes_nothing(tiny: SD3) -> None:
     kept, again = (search(tiny, PROMPTS[0], grey, ReNO(3, recompute=r), sampling=FEW) for r in (False, True))
-    torch.testing.assert_close(kept.images, again.images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(kept.samples, again.samples, rtol=0, atol=1e-5)
 
 
 def test_pruning_then_optimising_shares_the_budget(tiny: SD3) -> None:
     prune = Prune((0,), (0.5,))
-    result = search(tiny, PROMPTS, grey, ReNO(begin=prune, learning_rate=0.5), Budget(forwards=60), FEW)
+    result = search(tiny, PROMPTS, grey, ReNO(begin=prune, learning_rate=0.5), Budget(nfe=60), FEW)
     spent = Counter(result.ledger.counts)
     assert spent["forward"] + 2 * spent["forward backward"] <= 2 * 60 and spent["forward backward"] > 0
-    alone = search(tiny, PROMPTS, grey, prune, Budget(forwards=30), FEW)
+    alone = search(tiny, PROMPTS, grey, prune, Budget(nfe=30), FEW)
     assert bool((result.scores >= alone.scores - 1e-6).all())
 
 

@@ -62,19 +62,19 @@ def test_the_bill_is_what_the_model_did(tiny: SD3, name: str, guidance: float) -
     )
     strategy = make()
     finished = strategy(run, Allowance())
-    assert run.spent.forwards == true["forward"]
+    assert run.spent.nfe == true["forward"]
     assert run.spent.counts == {call: 2 * count for call, count in strategy.bill(run, *size).items()}  # two prompts
     assert set(finished.candidates.prompt.tolist()) == {0, 1}
     assert torch.equal(finished.scores[:, 0], redness(finished.samples, []))
 
 
 @pytest.mark.parametrize("strategy", [BestOfN(), Prune((1, 2), (0.5, 0.5)), ZeroOrder(neighbours=2)], ids=repr)
-@pytest.mark.parametrize("forwards", [30, 57, 100])
-def test_budgets_are_kept_and_nearly_used(tiny: SD3, strategy: Strategy, forwards: int) -> None:
-    result = search(tiny, list(PROMPTS), redness, strategy, Budget(forwards=forwards), SAMPLING, batch_size=8)
-    assert result.ledger.forwards <= 2 * forwards
+@pytest.mark.parametrize("nfe", [30, 57, 100])
+def test_budgets_are_kept_and_nearly_used(tiny: SD3, strategy: Strategy, nfe: int) -> None:
+    result = search(tiny, list(PROMPTS), redness, strategy, Budget(nfe=nfe), SAMPLING, batch_size=8)
+    assert result.ledger.nfe <= 2 * nfe
     assert 0 <= result.unused < 2 * 5  # less than a round of the zero-order search
-    assert result.images.shape[:2] == (2, 3) and result.scores.shape == (2, 1)
+    assert result.samples.shape[:2] == (2, 3) and result.scores.shape == (2, 1)
 
 
 def test_pruning_with_perfect_previews_is_best_of_n(tiny: SD3) -> None:
@@ -94,7 +94,7 @@ def test_pruning_with_perfect_previews_is_best_of_n(tiny: SD3) -> None:
 def test_keeping_all_costs_only_the_scores(tiny: SD3) -> None:
     everything = search(tiny, PROMPTS, redness, BestOfN(4), sampling=SAMPLING)
     kept = search(tiny, PROMPTS, redness, Prune((1, 3), (1.0, 1.0), 4), sampling=SAMPLING)
-    assert torch.equal(kept.images, everything.images)
+    assert torch.equal(kept.samples, everything.samples)
     extra = kept.ledger.since(everything.ledger).counts
     assert extra == {"forward": 0, "decode": 2 * 2 * 4, "reward/reward": 2 * 2 * 4}
 
@@ -104,7 +104,7 @@ def test_a_candidate_is_the_same_alone_and_among_others(tiny: SD3) -> None:
     rewards, asked = [NamedReward("red", redness)], [Prompt(PROMPTS[0])]
     run = Run(Metered(tiny, Ledger()), asked, rewards, SAMPLING.grid(tiny), 1.0, 1, "0/0")
     alone = run.finish(run.advance(run.start(1, first=many.chosen[0]), 5, DDIM(1.0)))
-    torch.testing.assert_close(alone.samples, many.images, rtol=0, atol=1e-4)
+    torch.testing.assert_close(alone.samples, many.samples, rtol=0, atol=1e-4)
 
 
 def test_prompts_do_not_compete(tiny: SD3) -> None:
@@ -153,7 +153,7 @@ def test_neighbours_keep_length_and_angle() -> None:
 
 
 def test_the_corrected_cost_of_the_published_schedule() -> None:
-    """x = 9.9, y = 1.2, 20 steps: 61.764 by the forwards that a preview takes (public code bills 51.864)."""
+    """x = 9.9, y = 1.2, 20 steps: 61.764 by the nfe that a preview takes (public code bills 51.864)."""
     candidates = 1_000_000
     alive = [count / candidates for count in PruneSchedule((2, 6, 11), (0.4, 0.4, 0.5)).counts(candidates)]
     moves = [end - begin for begin, end in itertools.pairwise((0, 3, 7, 12, 20))]
@@ -194,11 +194,11 @@ def test_a_pool_simulates_pruning() -> None:
 IMPOSSIBLE: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "no count": (lambda: {"strategy": BestOfN()}, "say how many candidates, or give a budget"),
     "too little": (
-        lambda: {"strategy": BestOfN(), "budget": Budget(forwards=3)},
+        lambda: {"strategy": BestOfN(), "budget": Budget(nfe=3)},
         r"1 candidates cost 5 .* budget is 3: raise it",
     ),
     "too many": (
-        lambda: {"strategy": BestOfN(9), "budget": Budget(forwards=30)},
+        lambda: {"strategy": BestOfN(9), "budget": Budget(nfe=30)},
         r"9 candidates cost 45 .* budget is 30",
     ),
     "past the end": (lambda: {"strategy": Prune((1, 4), (0.5, 0.5), 4)}, "step 4 is past the end: of 5 steps, 0 to 3"),
@@ -241,6 +241,6 @@ def test_budgets_in_seconds_measure_prices_first(tiny: SD3) -> None:
     assert set(result.budget.prices) == {"forward", "decode", "reward/reward"}
     assert result.unused >= 0 and len(result.lineage) > 1
     with pytest.raises(ValueError, match="give one positive limit"):
-        Budget(forwards=3, seconds=1)
+        Budget(nfe=3, seconds=1)
     with pytest.raises(ValueError, match="needs prices"):
         Budget(cost=3.0)

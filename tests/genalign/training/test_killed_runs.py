@@ -80,8 +80,8 @@ rewards:
 sampling: {{num_steps: 2, sigmas: [1.0, 0.5]}}
 training: {{rounds: {rounds}, prompts_per_round: 2, group_size: 2, batch_size: 2, learning_rate: 0.01}}
 lora: {{rank: 2}}
-held_out: {{every: 2, images_per_task: 1}}
-before_after: {{prompts: "shapes:len", images_per_task: 1, seeds: 1}}
+held_out: {{every: 2, samples_per_task: 1}}
+before_after: {{prompts: "shapes:len", samples_per_task: 1, seeds: 1}}
 """
 
 

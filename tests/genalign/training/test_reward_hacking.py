@@ -13,13 +13,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import anchored
+from genalign.algorithms.interfaces import with_stronger_kl
 from genalign.algorithms.recipes import dragon, flow_grpo, prdp
 from genalign.cli.config import Train, parse
 from genalign.cli.main import main
 from genalign.metrics.image import grid_energy, high_frequency, saturation
 from genalign.metrics.intervals import Estimate
-from genalign.training.reward_hacking import Actions, Guard, Limit, Limits, Looks, Measures, Panel, Signal, panel
+from genalign.training.reward_hacking import (
+    Actions,
+    Guard,
+    HackingReport,
+    Limit,
+    Limits,
+    Measures,
+    PanelSnapshot,
+    Signal,
+    panel,
+)
 from genalign.types import Prompt
 from tests.genalign.cli.test_main import config
 from tests.packages import ROOT
@@ -137,7 +147,7 @@ def test_failed_scores_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_panel_is_plain_json_and_comes_back() -> None:
     before = MEASURES(scenes(), PROMPTS)
     seen = panel(before, MEASURES(_noisy(scenes()), PROMPTS), float("nan"), Limits())
-    again = Panel.from_list(json.loads(json.dumps(seen.as_list(), allow_nan=False)))
+    again = HackingReport.from_list(json.loads(json.dumps(seen.as_list(), allow_nan=False)))
     assert again == seen
     with pytest.raises(ValueError, match="different prompts"):
         panel(before, MEASURES(scenes(), PROMPTS[1:] + PROMPTS[:1]), 0.0, Limits())
@@ -160,7 +170,7 @@ def test_the_whole_interval_must_lie_beyond_a_limit(shift: Estimate, side: str, 
         Limit(0.8, 0.4)
 
 
-def _guard(looks: Sequence[Looks], actions: Actions) -> Guard:
+def _guard(looks: Sequence[PanelSnapshot], actions: Actions) -> Guard:
     it = iter(looks)
     guard = Guard(lambda: next(it), ("bright",), Limits(), actions, every=2)
     guard.begin()
@@ -180,9 +190,9 @@ def test_an_amber_light_is_an_alarm_too() -> None:
     amber = Signal("grid", 0.0, 0.3, Estimate(0.3, 0.28, 0.32, 9), "amber")
     red = Signal("clip", 0.5, 0.2, Estimate(-0.5, -0.6, -0.4, 9), "red")
     green = replace(amber, light="green")
-    assert Panel((green,)).alarm == ""
-    assert Panel((green, amber)).alarm == "amber: grid 0 -> 0.3 (shift +0.30)"
-    assert Panel((amber, red)).alarm == "red: clip 0.5 -> 0.2 (shift -0.50); amber: grid 0 -> 0.3 (shift +0.30)"
+    assert HackingReport((green,)).alarm == ""
+    assert HackingReport((green, amber)).alarm == "amber: grid 0 -> 0.3 (shift +0.30)"
+    assert HackingReport((amber, red)).alarm == "red: clip 0.5 -> 0.2 (shift -0.50); amber: grid 0 -> 0.3 (shift +0.30)"
 
 
 def test_the_best_look_is_kept_and_never_a_red_one() -> None:
@@ -192,22 +202,22 @@ def test_the_best_look_is_kept_and_never_a_red_one() -> None:
     guard = _guard(looks, Actions(keep_best=True))
     seen = [guard.panel(2, False, 0.0) for _ in range(4)]
     assert [guard.is_best(panel) for panel in seen if panel] == [True, False, True, False]
-    with pytest.raises(ValueError, match=r"name one in hacking\.rewards"):
+    with pytest.raises(ValueError, match=r"name one in reward_hacking\.rewards"):
         Guard(lambda: looks[0], (), Limits(), Actions(keep_best=True), 2)
 
 
 def test_the_pull_doubles_from_the_least() -> None:
-    once = anchored(flow_grpo().objective, 0.01)
-    assert once.kl == 0.01 and anchored(once, 0.01).kl == 0.02  # type: ignore[attr-defined]
-    assert anchored(dragon().objective, 0.5).anchor == 0.5  # type: ignore[attr-defined]
+    once = with_stronger_kl(flow_grpo().objective, 0.01)
+    assert once.kl == 0.01 and with_stronger_kl(once, 0.01).kl == 0.02  # type: ignore[attr-defined]
+    assert with_stronger_kl(dragon().objective, 0.5).anchor == 0.5  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="has no distance from the reference policy"):
-        anchored(prdp().objective, 0.01)
+        with_stronger_kl(prdp().objective, 0.01)
 
 
 WATCHED = """
-hacking:
+reward_hacking:
   every: 1
-  images_per_task: 2
+  samples_per_task: 2
   rewards: {{green: {{class_path: outside_rewards.Channel}}}}
   shown: {{cells: genalign.worlds.shapes.diversity.cell_entropy}}
   limits: {{statistics: {{amber: {limit}, red: {limit}}}}}
@@ -222,7 +232,7 @@ def test_a_red_light_stops_a_run_which_still_ends_in_order(
     config.write_text(config.read_text() + WATCHED.format(limit=limit) + "\ntraining.learning_rate: 0.5\n")
     assert main(["train", "--config", str(config)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == rounds and all(row["hacking"] for row in rows)
+    assert len(rows) == rounds and all(row["reward_hacking"] for row in rows)
     assert (tmp_path / "run" / "best" / "lora").is_dir() == (rounds == 2)
     page = (tmp_path / "run" / "report.html").read_text()
     assert ("The reward may be exploited: alarm in 1 of 1 looks, first in round 0" in page) == (rounds == 1)
@@ -232,12 +242,12 @@ def test_a_red_light_stops_a_run_which_still_ends_in_order(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("hacking: {every: 1, seeds: 1}", "hacking.seeds and hacking.images_per_task must be at least 2"),
+        ("reward_hacking: {every: 1, seeds: 1}", "reward_hacking.seeds and reward_hacking.samples_per_task must be at least 2"),
         (
-            "hacking: {every: 1, rewards: {red: outside_rewards.redness}}",
-            "hacking.rewards.red is trained on, and would see nothing: name another reward",
+            "reward_hacking: {every: 1, rewards: {red: outside_rewards.redness}}",
+            "reward_hacking.rewards.red is trained on, and would see nothing: name another reward",
         ),
-        ("hacking: {every: 1, on_red: {keep_best: true}}", "name one in hacking.rewards"),
+        ("reward_hacking: {every: 1, on_red: {keep_best: true}}", "name one in reward_hacking.rewards"),
     ],
 )
 def test_what_cannot_be_watched_is_refused(
@@ -256,13 +266,13 @@ def test_limits_can_be_replaced() -> None:
 
 
 def test_the_settings_in_the_docs_are_accepted_and_its_limits_are_the_defaults(config: Path) -> None:
-    page = (ROOT / "docs" / "hacking.md").read_text()
+    page = (ROOT / "docs" / "reward_hacking.md").read_text()
     (shown,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     config.write_text(f"{config.read_text()}\n{shown}")
     settings, plain = parse(Train, ["--config", str(config)], "train")
-    assert settings.hacking.every == 5 and settings.hacking.on_red == Actions(raise_kl=0.01, keep_best=True)
+    assert settings.reward_hacking.every == 5 and settings.reward_hacking.on_red == Actions(raise_kl=0.01, keep_best=True)
     rows = re.findall(r"\| ([\d.]+, [\d.]+) \|", page)
-    limits = [limit for limit in plain["hacking"]["limits"].values() if limit]
+    limits = [limit for limit in plain["reward_hacking"]["limits"].values() if limit]
     assert rows == [f"{limit['amber']:g}, {limit['red']:g}" for limit in limits]
 
 

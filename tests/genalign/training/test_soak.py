@@ -40,8 +40,8 @@ def redness(samples, prompts):
         gc.collect()
         files = len(os.listdir("/proc/self/fd"))
         found = {{"bytes": resident(), "threads": threading.active_count(), "files": files, "processes": children()}}
-        with open(os.environ["SOAK_READINGS"], "a") as readings:
-            readings.write(json.dumps(found) + "\\n")
+        with open(os.environ["SOAK_READINGS"], "a") as metrics:
+            metrics.write(json.dumps(found) + "\\n")
     return samples[:, 0].flatten(1).mean(1)
 '''
 
@@ -56,7 +56,7 @@ sampling: {{num_steps: 2, sigmas: [1.0, 0.5]}}
 training:
   {{rounds: {rounds}, prompts_per_round: 4, group_size: 2, batch_size: 2, updates_per_round: {updates}}}
 lora: {{rank: 2}}
-held_out: {{every: 250, images_per_task: 1}}
+held_out: {{every: 250, samples_per_task: 1}}
 checkpoint: {{every: 50}}
 before_after: null
 """
@@ -65,16 +65,16 @@ before_after: null
 @pytest.mark.slow
 def test_memory_threads_files_and_processes_do_not_grow(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "witness.py").write_text(WITNESS)
-    config, readings, prompts = tmp_path / "soak.yaml", tmp_path / "readings.jsonl", tmp_path / "prompts.txt"
+    config, metrics, prompts = tmp_path / "soak.yaml", tmp_path / "metrics.jsonl", tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"{count} red circles" for count in range(100)))  # few: encoded texts are kept
     told_of = {"output": tmp_path / "run", "model": tiny_folder, "prompts": prompts}
     config.write_text(CONFIG.format(**told_of, rounds=ROUNDS, updates=UPDATES))
-    told = {"PYTHONPATH": str(tmp_path), "SOAK_READINGS": str(readings), "OMP_NUM_THREADS": "1"}
+    told = {"PYTHONPATH": str(tmp_path), "SOAK_READINGS": str(metrics), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "genalign", "train", "--config", str(config)]
     subprocess.run(command, env={**os.environ, **told}, check=True, stdout=subprocess.DEVNULL, timeout=2400)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == ROUNDS and not any(row["skipped_updates"] for row in rows)
-    seen = [json.loads(line) for line in readings.read_text().splitlines()]
+    seen = [json.loads(line) for line in metrics.read_text().splitlines()]
     fifth = len(seen) // 5
     early, late = seen[fifth : 2 * fifth], seen[-fifth:]
     assert mean(row["bytes"] for row in late) < 1.02 * mean(row["bytes"] for row in early)

@@ -17,17 +17,17 @@ from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Rollout, rollout
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import CPS, ODE, FlowSDE, Kernel
-from genalign.runtime.files import load_optimizer_tensors, optimizer_tensors
+from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from genalign.scoring.score import NamedReward
-from genalign.training.trainer import RoundResult, Settings, Trainer
+from genalign.training.trainer import RoundResult, Trainer, TrainerSettings
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
 
 PROMPTS = PromptSet("two", (Prompt("a circle"), Prompt("two squares")))
-SETTINGS = Settings(
+SETTINGS = TrainerSettings(
     rounds=2, prompts_per_round=2, group_size=4, batch_size=4, updates_per_round=2, learning_rate=1e-2, weight_decay=0.0
 )
-TOLERANT = replace(SETTINGS, failed_share=0.5)
+TOLERANT = replace(SETTINGS, max_failed_fraction=0.5)
 SAMPLING = Sampling(num_steps=4, sigmas=(1.0, 0.75, 0.5, 0.25))
 LORA = Lora(rank=4, alpha=8)
 
@@ -40,7 +40,7 @@ def constant(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return torch.ones(len(samples))
 
 
-def _trainer(tiny: SD3, reward: NamedReward, recipe: Recipe, settings: Settings = SETTINGS) -> Trainer:
+def _trainer(tiny: SD3, reward: NamedReward, recipe: Recipe, settings: TrainerSettings = SETTINGS) -> Trainer:
     policy = Policy(tiny.denoiser, LORA, seed=settings.seed)
     return Trainer(tiny, policy, [reward], PROMPTS, recipe, settings, SAMPLING)
 
@@ -129,8 +129,8 @@ def test_forwards_are_counted(tiny: SD3) -> None:
     recipe = flow_grpo(window=2, window_reach=0.25)  # begins at step 0, so there is no shared prefix
     result = next(_trainer(tiny, NamedReward("red", redness), recipe).rounds())
     sampling, training, reference = 8 * 4, 8 * 2, 4
-    assert result.images == 8
-    assert result.forwards == sampling + training + reference
+    assert result.samples == 8
+    assert result.nfe == sampling + training + reference
 
 
 def test_windows_are_the_same_for_everybody_and_avoid_the_last_step(tiny: SD3) -> None:
@@ -154,12 +154,12 @@ def test_impossible_recipes(tiny: SD3) -> None:
 
 def test_impossible_geometry() -> None:
     with pytest.raises(ValueError, match="group_size is 1: a group needs at least 2 samples to be compared"):
-        Settings(group_size=1)
+        TrainerSettings(group_size=1)
     with pytest.raises(ValueError, match=r"batch_size 96 must be a multiple of group_size 10, .* try 90"):
-        Settings(group_size=10, batch_size=96)
+        TrainerSettings(group_size=10, batch_size=96)
     message = r"prompts_per_round 3 x group_size 8 = 24 images do not divide into 2 updates of batches of 8"
     with pytest.raises(ValueError, match=message):
-        Settings(prompts_per_round=3, group_size=8, batch_size=8)
+        TrainerSettings(prompts_per_round=3, group_size=8, batch_size=8)
     with pytest.raises(ValueError, match=r"sampling\.sigmas has 2 values for 10 steps: give one per step"):
         Sampling(sigmas=(1.0, 0.5))
 

@@ -56,7 +56,7 @@ def test_two_parts_equal_the_whole(name: str, steps: int) -> None:
     with counted(family) as batches:
         part, final = _two_parts(family, steps)
     assert _error(final, whole[list(KEPT)]) < 1e-6
-    assert sum(batches) == family.forwards * (steps * len(ALL) + (STEPS - steps) * len(KEPT))
+    assert sum(batches) == family.nfe * (steps * len(ALL) + (STEPS - steps) * len(KEPT))
     assert len(part) == len(ALL) and part.done == steps
     assert not {"step", "set_timesteps", "__deepcopy__"} & set(vars(family.pipe.scheduler))
 

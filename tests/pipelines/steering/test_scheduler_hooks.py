@@ -74,7 +74,7 @@ def test_watching_changes_nothing(name: str) -> None:
         final, moves = _observed(family)
     assert torch.equal(final, expected)
     assert [move.index for move in moves] == list(range(STEPS))
-    assert sum(batches) == len(ALL) * family.forwards * STEPS
+    assert sum(batches) == len(ALL) * family.nfe * STEPS
     assert all(torch.equal(before.x_next, after.x) for before, after in itertools.pairwise(moves))
     assert torch.equal(moves[-1].x_next, final)
 

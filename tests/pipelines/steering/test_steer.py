@@ -55,7 +55,7 @@ def test_particles_of_a_users_pipeline_are_weighed_and_resampled(name: str) -> N
         steered = family.run(rows)
     assert "step" not in vars(family.pipe.scheduler)
     assert steering.scores is not None and steering.scores.shape == (PARTICLES, 1)
-    assert steering.ledger.forwards == STEPS * PARTICLES * family.forwards
+    assert steering.ledger.nfe == STEPS * PARTICLES * family.nfe
     assert steering.ledger.decodes == PARTICLES * len(FK.scoring_steps(STEPS))
     images = decode_latents(family.pipe, steered, (8, 8))
     torch.testing.assert_close(loudness(images, []), steering.scores[:, 0], rtol=0, atol=1e-5)
@@ -157,7 +157,7 @@ def test_a_users_pipeline_is_pruned_in_parts(make: Callable[[], Family]) -> None
     found = prune(family.pipe, "noise", loudness, Prune((0, 2), (0.5, 0.5), 8), seed=3, **call)
     assert found.samples.shape[0] == 2 and found.scores.shape == (2, 1)
     assert found.scores[0] >= found.scores[1]
-    assert found.ledger.forwards == family.forwards * (8 * 1 + 4 * 2 + 2 * (STEPS - 3))
+    assert found.ledger.nfe == family.nfe * (8 * 1 + 4 * 2 + 2 * (STEPS - 3))
     assert found.ledger.decodes == 8 + 4 + 2
     ended = [life.ended for life in found.lineage.lives]
     assert sorted(ended) == [1] * 4 + [3] * 2 + [STEPS] * 2

@@ -26,5 +26,5 @@ def test_it_runs_on_a_tiny_checkpoint(
         sys, "argv", ["steer_pipeline.py", str(FAMILIES[family].save(tmp_path / "own")), "a", "shapes-clip"]
     )
     runpy.run_path(str(SCRIPT), run_name="__main__")
-    told = [line.split("reward")[0].strip() for line in capsys.readouterr().out.splitlines() if " forwards" in line]
+    told = [line.split("reward")[0].strip() for line in capsys.readouterr().out.splitlines() if " NFE" in line]
     assert told == ["best of 8", "FK steering", "pruning"] and (tmp_path / "steered.png").exists()

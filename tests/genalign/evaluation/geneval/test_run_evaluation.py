@@ -18,7 +18,7 @@ from genalign.evaluation.geneval.image_sources import Existing, Generated
 from genalign.evaluation.geneval.judge import Judgement
 from genalign.evaluation.geneval.metadata import Request
 from genalign.evaluation.geneval.result_files import read_results, read_samples, summary, write_results, write_samples
-from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, Share, Work, prompt_row, sample_row, verifier
+from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, RankShare, Work, prompt_row, sample_row, verifier
 from genalign.evaluation.geneval.scoring import verdict
 from genalign.evaluation.geneval.upstream_results import rescored
 from genalign.evaluation.report import write_geneval
@@ -50,7 +50,7 @@ PROTOCOL = Protocol(
     batch_size=2,
     resolution=(64, 64),
     seeds=SEEDS,
-    images_per_task=0,
+    samples_per_task=0,
     verifier=verifier(JUDGE),
 )
 
@@ -65,7 +65,7 @@ def work(path: Path, skill: float = 1.0, broken: int | None = None) -> Work:
 
 def finished(path: Path, skill: float = 1.0, broken: int | None = None) -> Evaluation:
     todo = work(path, skill, broken)
-    assert list(todo.do(Share())) == list(range(len(PROMPTS)))
+    assert list(todo.do(RankShare())) == list(range(len(PROMPTS)))
     return todo.folder.finish(PROTOCOL, len(PROMPTS))
 
 
@@ -145,7 +145,7 @@ def test_broken_images_are_counted_and_left_out(tmp_path: Path) -> None:
 
 def test_every_division_gives_the_same_bytes(perfect: Path, tmp_path: Path) -> None:
     parts = [work(tmp_path), work(tmp_path), work(tmp_path)]
-    done = [list(part.do(Share(rank, 3))) for rank, part in enumerate(parts)]
+    done = [list(part.do(RankShare(rank, 3))) for rank, part in enumerate(parts)]
     assert sorted(index for part in done for index in part) == list(range(len(PROMPTS)))
     assert all(part.left() == 0 for part in parts)
     parts[1].folder.finish(PROTOCOL, len(PROMPTS))
@@ -156,7 +156,7 @@ def test_every_division_gives_the_same_bytes(perfect: Path, tmp_path: Path) -> N
 
 def test_a_killed_process_leaves_nothing_half_done(perfect: Path, tmp_path: Path) -> None:
     first = work(tmp_path)
-    steps = first.do(Share())
+    steps = first.do(RankShare())
     assert [next(steps) for _ in range(4)] == [0, 1, 2, 3]
     steps.close()
     (tmp_path / "images" / "00004" / "samples").mkdir(parents=True)
@@ -165,7 +165,7 @@ def test_a_killed_process_leaves_nothing_half_done(perfect: Path, tmp_path: Path
     second = work(tmp_path)
     with pytest.raises(ValueError, match=r"20 of 24 prompts in .* are not finished: start it again"):
         second.folder.finish(PROTOCOL, len(PROMPTS))
-    assert list(second.do(Share())) == list(range(4, len(PROMPTS)))
+    assert list(second.do(RankShare())) == list(range(4, len(PROMPTS)))
     assert isinstance(second.source, Generated) and second.source.pipeline.drawn == SEEDS * (len(PROMPTS) - 4)
     second.folder.finish(PROTOCOL, len(PROMPTS))
     ours, theirs = contents(tmp_path), contents(perfect)
@@ -177,27 +177,27 @@ def test_a_prompt_that_another_holds_is_left_to_it(tmp_path: Path) -> None:
     first, second = work(tmp_path), work(tmp_path)
     with first.folder.claims.claimed(3) as held, second.folder.claims.claimed(3) as also_held:
         assert (held, also_held) == (True, False)
-        assert 3 not in list(second.do(Share()))
+        assert 3 not in list(second.do(RankShare()))
     assert second.left() == 1
-    assert list(first.do(Share())) == [3]
+    assert list(first.do(RankShare())) == [3]
 
 
 def test_every_process_encodes_the_same_batches(tmp_path: Path) -> None:
     """A text beside another is not encoded the same to the last bit, and the first has the empty one beside it."""
     second = work(tmp_path)
-    next(second.do(Share(1, 2)))
+    next(second.do(RankShare(1, 2)))
     assert isinstance(second.source, Generated)
     assert second.source.pipeline.encoded == [[PROMPTS.prompts[0].text], [PROMPTS.prompts[1].text]]
 
 
 def test_ranks_are_a_division() -> None:
-    assert [list(Share(rank, 3).of(8)) for rank in range(3)] == [[0, 3, 6], [1, 4, 7], [2, 5]]
-    assert Share.from_environment({}) == Share(0, 1)
-    assert Share.from_environment({"RANK": "2", "WORLD_SIZE": "5"}) == Share(2, 5)
+    assert [list(RankShare(rank, 3).indices(8)) for rank in range(3)] == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert RankShare.from_environment({}) == RankShare(0, 1)
+    assert RankShare.from_environment({"RANK": "2", "WORLD_SIZE": "5"}) == RankShare(2, 5)
     with pytest.raises(ValueError, match="set both RANK and WORLD_SIZE"):
-        Share.from_environment({"RANK": "1"})
+        RankShare.from_environment({"RANK": "1"})
     with pytest.raises(ValueError, match="rank 5 of 5 processes"):
-        Share(5, 5)
+        RankShare(5, 5)
 
 
 def test_a_folder_is_of_one_evaluation(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_results_of_something_else_are_refused(middling: Path, tmp_path: Path) -
 def test_half_an_evaluation_is_not_rescored(middling: Path, tmp_path: Path) -> None:
     """Else its numbers would pass for those of the whole prompt file."""
     half = work(tmp_path)
-    steps = half.do(Share())
+    steps = half.do(RankShare())
     assert [next(steps) for _ in range(12)] == list(range(12))
     steps.close()
     results = [result for result in read_results(middling / "results.jsonl") if result.filename < "images/00012"]
@@ -347,7 +347,7 @@ def test_images_made_elsewhere_are_judged_where_they_lie(middling: Path, tmp_pat
     folder = GenEvalFolder(tmp_path / "made")
     folder.begin(manifest(PROTOCOL, SUBJECT))
     judged = Work(Existing(groups, folder.path, "cpu"), prompts, JUDGE, folder)
-    assert list(judged.do(Share())) == [0, 1]
+    assert list(judged.do(RankShare())) == [0, 1]
     made = folder.finish(PROTOCOL, 2)
     before = [row.scores for row in load_evaluation(middling).records]
     assert [record.scores for record in made.records] == before[10:12] + before[60:63]

@@ -58,10 +58,10 @@ def rows(rounds):
             "loss": 0.1,
             "log_ratio_max": 0.2,
             "failed_rewards": 1,
-            "images": index * 96,
-            "forwards": index * 960,
+            "samples": index * 96,
+            "nfe": index * 960,
             "held_out": held_out if index % 2 else None,
-            "machine": {"seconds": index * 90.0, "images_per_second": 2.0, "peak_memory_bytes": 2_500_000_000},
+            "machine": {"seconds": index * 90.0, "samples_per_second": 2.0, "peak_memory_bytes": 2_500_000_000},
         }
         for index in range(1, rounds + 1)
     ]
@@ -169,7 +169,7 @@ def test_hostile_text_is_escaped(run):
 
 def test_curves_are_drawn_against_each_axis(run):
     text = (write_report(run)).read_text()
-    for axis in ("rounds", "minutes", "denoiser forwards"):
+    for axis in ("rounds", "minutes", "NFE"):
         assert f'aria-label="Held-out score against {axis}"' in text
         assert f'aria-label="KL to the reference against {axis}"' in text
     assert text.count('class="chart"') == 5 * 3

@@ -39,8 +39,8 @@ def report(tmp_path):
     """A report with one round and one pair: black before, white after."""
     interval = {"mean": 0.4, "low": 0.3, "high": 0.5, "n": 96}
     row = {"round": 1, "reward": 0.5, "kl": 0.1, "clip_fraction": 0.1, "zero_std_share": 0.2, "failed_rewards": 0}
-    row |= {"images": 96, "forwards": 960, "held_out": {"strict": interval}}
-    row |= {"machine": {"seconds": 9.0, "images_per_second": 2.0, "peak_memory_bytes": 10**9}}
+    row |= {"samples": 96, "nfe": 960, "held_out": {"strict": interval}}
+    row |= {"machine": {"seconds": 9.0, "samples_per_second": 2.0, "peak_memory_bytes": 10**9}}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     for name, value in (("before", 0), ("after", 255)):
         (tmp_path / name / "images").mkdir(parents=True)
