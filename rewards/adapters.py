@@ -1,4 +1,4 @@
-"""Plain callables, as flow_grpo and TRL take them, as rewards."""
+"""Adapts reward functions written for flow_grpo or TRL."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from genalign.types import Prompt
 
 @dataclass(frozen=True)
 class Adapted:
-    """``function(images, prompts, **metadata)``, which returns one number per image, or None where it cannot tell.
+    """``function(images, prompts, **metadata)``, which returns one number per image, or None for no score.
 
     ``images`` are given as a list of PIL images ("pil"), as the tensor (B, 3, H, W) in [0, 1] that they are
     ("tensor"), or as uint8 (B, H, W, 3) in numpy ("numpy"); waveforms only as a tensor. ``prompts`` are texts.
@@ -40,12 +40,13 @@ class Adapted:
         texts, rows = [prompt.text for prompt in prompts], [dict(prompt.metadata or {}) for prompt in prompts]
         images = self._images(samples)
         if self.metadata == "rows":
-            found = self.function(images, texts, rows)
+            result = self.function(images, texts, rows)
         else:
-            found = self.function(images, texts, **_columns(rows))
-        if inspect.iscoroutine(found):
-            found = _awaited(found)
-        scores = _scores(found[0] if isinstance(found, tuple) else found, len(samples))
+            result = self.function(images, texts, **_columns(rows))
+        if inspect.iscoroutine(result):  # in a thread of its own: this one may have a running event loop
+            with ThreadPoolExecutor(1) as thread:
+                result = thread.submit(asyncio.run, result).result()
+        scores = _scores(result[0] if isinstance(result, tuple) else result, len(samples))
         return scores.masked_fill(~samples.isfinite().flatten(1).all(1).to(scores.device), torch.nan)
 
     def _images(self, samples: Tensor) -> Any:
@@ -63,27 +64,21 @@ class Adapted:
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """A list of values for every key that any row has, None where a row has it not."""
+    """A list of values for every key that any row has, None for rows without it."""
     names = dict.fromkeys(name for row in rows for name in row)
-    if taken := {"images", "prompts"} & set(names):
-        raise ValueError(f'metadata has the key {taken.pop()!r}, which the function is given already: use "rows"')
+    if reserved := {"images", "prompts"} & set(names):
+        raise ValueError(f'the metadata key {reserved.pop()!r} is an argument of the function already: use "rows"')
     return {str(name): [row.get(name) for row in rows] for name in names}
 
 
-def _awaited(coroutine: Any) -> Any:
-    """The result of a coroutine, in a thread of its own: there may be an event loop in this one."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
-
-
-def _scores(found: Any, count: int) -> Tensor:
-    if isinstance(found, Tensor):
-        return _of_shape(found.float(), count)
-    if not isinstance(found, list | tuple | np.ndarray):
+def _scores(result: Any, count: int) -> Tensor:
+    if isinstance(result, Tensor):
+        return _of_shape(result.float(), count)
+    if not isinstance(result, list | tuple | np.ndarray):
         raise ValueError(
-            f"the function returned a {type(found).__name__}: return a list with a number, or None, for each"
+            f"the function returned a {type(result).__name__}: return a list with a number, or None, for each"
         )
-    values = [value.item() if isinstance(value, Tensor | np.generic) else value for value in found]
+    values = [value.item() if isinstance(value, Tensor | np.generic) else value for value in result]
     if wrong := [value for value in values if not (value is None or isinstance(value, numbers.Real))]:
         raise ValueError(f"the function returned {wrong[0]!r} for an image: return a number, or None where it has none")
     return _of_shape(torch.tensor([torch.nan if value is None else float(value) for value in values]), count)

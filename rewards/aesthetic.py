@@ -21,7 +21,7 @@ class AestheticReward:
     ``weights`` is the head: a path, or hf://owner/repository/file. The default is v2
     (sac+logos+ava1-l14-linearMSE.pth), an MLP without activations and so one affine map, into which it is folded; v1
     is LAION's sa_0_4_vit_l_14_linear.pth. A reward that is linear in the embedding is easily hacked. ``model`` and
-    ``processor`` are those of ``rewards.backbones.clip_encoder.load_clip``; opened at the first call. The prompts do not matter.
+    ``processor`` are as in ``rewards.backbones.clip_encoder.load_clip``; loaded at the first call. Prompts are ignored.
     """
 
     weights: str = "hf://trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"

@@ -1,19 +1,20 @@
-"""Rewards made of rewards, and credit that trusts no single one of them.
+"""Combinations of rewards, and credit over an ensemble of them.
 
-What is here per sample is a reward again and can stand inside another: ``WeightedSum``, ``Product``, ``WorstCase``,
-``MeanMinusVariance``, ``Standardised``, ``LogSigmoidCentred``, ``Gate``, ``DirectionalCorrection``. A sum or a minimum
-of rewards in different units means nothing: put each into ``Standardised`` first, whose statistics are fixed, so that a
-score does not depend on its batch. What needs whole groups is credit for a recipe (``genalign.algorithms.interfaces.Credit``):
-``EnsembleCredit`` and ``UncertaintyDiscount``; a sum of rewards that are normalised in their group is
+Combinations of single samples are rewards again and can be nested: ``WeightedSum``, ``Product``, ``WorstCase``,
+``MeanMinusVariance``, ``Standardized``, ``LogSigmoidCentered``, ``Gate``, ``DirectionalCorrection``. A sum or a minimum
+of rewards in different units is meaningless: put each into ``Standardized`` first, whose statistics are fixed, so that
+a score does not depend on its batch. Combinations that need whole groups are credits of a recipe: ``EnsembleCredit``
+and ``UncertaintyDiscount``; the sum of rewards that are normalized within their group is
 ``genalign.algorithms.credit.NormalizedSum``.
 
-A sample that a member could not score is NaN.
+A sample that a member could not score has score NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -33,12 +34,12 @@ _DIRECTION = "direction"
 
 
 def worst_case(scores_BK: Tensor) -> Tensor:
-    """The least of K scores, (B,): worst-case optimisation (arXiv 2310.02743)."""
+    """The least of K scores, (B,): worst-case optimization (arXiv 2310.02743)."""
     return _table(scores_BK).amin(1)
 
 
 def mean_minus_variance(scores_BK: Tensor, penalty: float = 0.5, ddof: int = 0) -> Tensor:
-    """The mean of K scores less ``penalty`` times their variance, (B,): uncertainty-weighted optimisation (arXiv
+    """The mean of K scores less ``penalty`` times their variance, (B,): uncertainty-weighted optimization (arXiv
     2310.02743).
 
     Its authors take a penalty of 0.5 and ddof 0 to choose the best of n, and 0.1 and ddof 1 to train. Raises ValueError
@@ -57,7 +58,7 @@ class WeightedSum:
     weights: Sequence[float]
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B,)."""
+        """Scores (B,)."""
         return combine(_scores(self.rewards, samples, prompts), self.weights)
 
 
@@ -71,18 +72,20 @@ class Product:
         """(B,). Raises ValueError for a negative score: two of them would make a good one."""
         scores = _scores(self.rewards, samples, prompts)
         if bool((scores < 0).any()):
-            raise ValueError("a product is for scores of 0 or more: put the others through LogSigmoidCentred and a sum")
+        """Scores (B,). Raises ValueError for a negative score: the product of two would be positive."""
+                "a product is for scores of 0 or more: put the others through LogSigmoidCentered and a sum"
+            )
         return scores.prod(1)
 
 
 @dataclass(frozen=True)
 class WorstCase:
-    """``worst_case`` of rewards in the same units: members of an ensemble, or each of them ``Standardised``."""
+    """``worst_case`` of rewards in the same units: members of an ensemble, or each of them ``Standardized``."""
 
     rewards: Sequence[Callable]  # type: ignore[type-arg]
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B,)."""
+        """Scores (B,)."""
         return worst_case(_scores(self.rewards, samples, prompts))
 
 
@@ -95,13 +98,13 @@ class MeanMinusVariance:
     ddof: int = 0
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B,)."""
+        """Scores (B,)."""
         return mean_minus_variance(_scores(self.rewards, samples, prompts), self.penalty, self.ddof)
 
 
 @dataclass(frozen=True)
-class Standardised:
-    """(score - mean) / std with fixed statistics: those of reference samples, by ``measured``, or known ones."""
+class Standardized:
+    """(score - mean) / std with fixed statistics: given, or taken from reference samples by ``measured``."""
 
     reward: Callable  # type: ignore[type-arg]
     mean: float
@@ -112,8 +115,8 @@ class Standardised:
             raise ValueError(f"std must be positive, not {self.std}: the reward tells no sample from another")
 
     @classmethod
-    def measured(cls, reward: RewardFunction, samples: Tensor, prompts: Sequence[Prompt]) -> Standardised:
-        """With the statistics of these samples, those without a score left out. ValueError for equal scores."""
+    def measured(cls, reward: RewardFunction, samples: Tensor, prompts: Sequence[Prompt]) -> Standardized:
+        """Take the statistics from these samples, without unscored ones. Raises ValueError for equal scores."""
         scores = _detached(reward, samples, prompts)
         scores = scores[scores.isfinite()]
         if len(scores) < 2:
@@ -121,14 +124,14 @@ class Standardised:
         return cls(reward, float(scores.mean()), float(scores.std(correction=0)))
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B,)."""
+        """Scores (B,)."""
         scores: Tensor = (self.reward(samples, prompts) - self.mean) / self.std
         return scores
 
 
 @dataclass(frozen=True)
-class LogSigmoidCentred:
-    """log sigmoid(scale (score - reference)), at most 0: what is better than the reference gains little more (arXiv
+class LogSigmoidCentered:
+    """log sigmoid(scale (score - reference)), at most 0: beyond the reference there is little more to gain (arXiv
     2402.00742).
 
     The sum over rewards is the log-probability that a sample is good by all of them. ``reference`` is one for all
@@ -141,16 +144,15 @@ class LogSigmoidCentred:
     scale: float = 1.0
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B,). Raises ValueError for a prompt without a reference."""
+        """Scores (B,). Raises ValueError for a prompt without a reference level."""
         scores: Tensor = self.reward(samples, prompts)
-        return F.logsigmoid(self.scale * (scores - scores.new_tensor([self._of(prompt) for prompt in prompts])))
-
-    def _of(self, prompt: Prompt) -> float:
         if not isinstance(self.reference, Mapping):
-            return self.reference
-        if prompt.text not in self.reference:
-            raise ValueError(f"there is no reference level for the prompt {prompt.text!r}: score base samples of it")
-        return self.reference[prompt.text]
+            return F.logsigmoid(self.scale * (scores - self.reference))
+        for prompt in prompts:
+            if prompt.text not in self.reference:
+                raise ValueError(f"the prompt {prompt.text!r} has no reference level: score base samples of it first")
+        levels = scores.new_tensor([self.reference[prompt.text] for prompt in prompts])
+        return F.logsigmoid(self.scale * (scores - levels))
 
 
 def reference_levels(
@@ -164,14 +166,14 @@ def reference_levels(
     by_text: dict[str, list[float]] = {prompt.text: [] for prompt in prompts}
     for prompt, score in zip(prompts, _detached(reward, samples, prompts).tolist(), strict=True):
         by_text[prompt.text].append(score)
-    return {text: _level(text, torch.tensor(scores), deviations) for text, scores in by_text.items()}
-
-
-def _level(text: str, scores: Tensor, deviations: float) -> float:
-    scores = scores[scores.isfinite()]
-    if not len(scores):
-        raise ValueError(f"no sample of {text!r} could be scored: sample it again")
-    return float(scores.mean() + deviations * scores.std(correction=0))
+    levels = {}
+    for text, values in by_text.items():
+        scores = torch.tensor(values)
+        scores = scores[scores.isfinite()]
+        if not len(scores):
+            raise ValueError(f"no sample of {text!r} could be scored: sample it again")
+        levels[text] = float(scores.mean() + deviations * scores.std(correction=0))
+    return levels
 
 
 @dataclass(frozen=True)
@@ -191,10 +193,10 @@ class Gate:
 
 
 class DualEncoderReward(Protocol):
-    """A reward by a text and image encoder: ``ClipReward``, ``PickScoreReward`` and ``HPSReward`` are."""
+    """A reward with a text and image encoder, such as ``ClipReward``, ``PickScoreReward`` and ``HPSReward``."""
 
     def encoder(self, device: torch.device) -> ClipEncoder:
-        """The encoder, on ``device``."""
+        """Load the encoder and move it to ``device``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,26 +204,27 @@ class DirectionalCorrection:
     """D2-Align's guided reward (arXiv 2512.24146, eq. 6 to 9): the cosine of the image with a text embedding that is
     moved along ``direction`` (d,), which has learnt what the reward overrates.
 
-    With ``learnt_direction`` of the model's samples before training, fixed from then on. ``direction`` may be the file
+    With ``learned_direction`` of the model's samples before training, fixed from then on. ``direction`` may be the file
     that ``save_direction`` wrote.
     """
 
     base: DualEncoderReward
     direction: Tensor | str
     omega: float = 1.5
-    _read: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,) of images (B, 3, H, W) in [0, 1], differentiable; NaN where an image has NaN."""
         image, text = embedded(self.base, samples, prompts)
-        return cosine(image, guided_text(text, self._direction().to(text), self.omega))
+        return cosine(image, guided_text(text, self._direction.to(text), self.omega))
 
+    @cached_property
     def _direction(self) -> Tensor:
         if isinstance(self.direction, Tensor):
             return self.direction
-        if not self._read:
-            self._read.append(_read_direction(self.direction))
-        return self._read[0]
+        tensors = read_tensors(self.direction)
+        if _DIRECTION not in tensors:
+            raise ValueError(f"{self.direction} holds no direction: write one with save_direction")
+        return tensors[_DIRECTION]
 
 
 def embedded(base: DualEncoderReward, samples: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
@@ -236,7 +239,7 @@ def guided_text(text: Tensor, direction: Tensor, omega: float) -> Tensor:
     return minus + omega * (plus - minus)
 
 
-def learnt_direction(
+def learned_direction(
     image: Tensor,
     text: Tensor,
     omega: float = 1.5,
@@ -273,16 +276,9 @@ def save_direction(path: str | Path, direction: Tensor) -> None:
     save_file({_DIRECTION: direction.detach().cpu().contiguous()}, Path(path))
 
 
-def _read_direction(path: str) -> Tensor:
-    tensors = read_tensors(path)
-    if _DIRECTION not in tensors:
-        raise ValueError(f"{path} holds no direction: write one by save_direction")
-    return tensors[_DIRECTION]
-
-
 @dataclass(frozen=True)
 class EnsembleCredit:
-    """The rewards of non-zero weight, each normalised within its group, then ``pool``-ed and normalised again: (B,).
+    """The rewards of non-zero weight, each normalized within its group, then ``pool``-ed and normalized again: (B,).
 
     ``pool`` is ``worst_case``, ``mean_minus_variance`` or any function from (B, K) to (B,). Rewards of preferences are
     only known up to a constant per prompt, so that a minimum of them without that would mean nothing (arXiv
@@ -292,14 +288,14 @@ class EnsembleCredit:
     pool: Callable = worst_case  # type: ignore[type-arg]
 
     def __call__(self, outcome: RoundScores) -> Tensor:
-        """Advantages, as of ``genalign.algorithms.advantages.group_advantages``."""
-        return group_advantages(self.pool(_normalised_members(outcome)), outcome.group)
+        """Advantages (B,), as in ``genalign.algorithms.advantages.group_advantages``."""
+        return group_advantages(self.pool(_normalized_members(outcome)), outcome.group)
 
 
 @dataclass(frozen=True)
 class UncertaintyDiscount:
     """``credit`` times exp(-strength U) for U = the standard deviation of a sample's rewards of non-zero weight, each
-    normalised within its group: what they disagree about teaches less (Ctrl-U, arXiv 2410.11236).
+    normalized within its group: what they disagree about teaches less (Ctrl-U, arXiv 2410.11236).
 
     It is the credit that shrinks and not the reward, as a bad reward would grow. Meant for rewards that ought to agree.
     """
@@ -309,14 +305,14 @@ class UncertaintyDiscount:
 
     def __call__(self, outcome: RoundScores) -> Tensor:
         """(B,) or (B, S), as ``credit`` has it; 0 where a reward is missing."""
-        disagreement = _normalised_members(outcome).std(1, correction=0)
+        disagreement = _normalized_members(outcome).std(1, correction=0)
         factor = torch.exp(-self.strength * disagreement).nan_to_num(0.0)
         credit = self.credit(outcome)
         return credit * factor.to(credit.device).view(-1, *[1] * (credit.ndim - 1))
 
 
-def _normalised_members(outcome: RoundScores) -> Tensor:
-    """The scores (B, K') of non-zero weight, normalised within their group; NaN where one is missing."""
+def _normalized_members(outcome: RoundScores) -> Tensor:
+    """The scores (B, K') of non-zero weight, normalized within their group; NaN where one is missing."""
     columns = [
         torch.where(scores.isnan(), torch.nan, group_advantages(scores, outcome.group, clip=None))
         for scores, weight in zip(outcome.scores.unbind(1), outcome.weights, strict=True)

@@ -34,7 +34,7 @@ class HPSReward:
         return cosine(encoder(samples), encoder.text([prompt.text for prompt in prompts]))
 
     def encoder(self, device: torch.device) -> ClipEncoder:
-        """The model, on ``device``."""
+        """Load the model and move it to ``device``."""
         return _opened(self.weights, self.architecture).to(device)
 
 

@@ -1,4 +1,4 @@
-"""Whether an image shows the text that its prompt asks for, by optical character recognition."""
+"""Rewards the text in an image, read by optical character recognition (OCR)."""
 
 from __future__ import annotations
 
@@ -17,68 +17,69 @@ from genalign.types import Prompt
 from rewards.backbones.pixels import pictures
 
 Reader = Callable[[Image.Image], str]
-"""Everything that is written in a picture, in reading order; "" where there is nothing."""
+"""Reads the text of a picture, in reading order; "" where there is none."""
 
 _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 
 
 def rapidocr(picture: Image.Image, least_confidence: float = 0.5) -> str:
-    """The lines of a picture by PP-OCR, from top to bottom, without those that it is less sure of; a ``Reader``.
+    """Read the lines of a picture with PP-OCR, from top to bottom, without those of low confidence; a ``Reader``.
 
-    By the package rapidocr (``pip install 'genalign[ocr]'``), whose wheel has the weights (Apache-2.0), on the CPU.
+    Uses the package rapidocr (``pip install 'genalign[ocr]'``), whose wheel has the weights (Apache-2.0), on the CPU.
     Raises ModuleNotFoundError where it is not installed.
     """
-    found = _engine()(picture, text_score=least_confidence)
-    return "\n".join(found.txts or ())
+    output = _engine()(picture, text_score=least_confidence)
+    return "\n".join(output.txts or ())
 
 
 @dataclass(frozen=True)
 class OCRReward:
-    """``edit_similarity`` of what an image shows to what its prompt wants written, in [0, 1]; see ``wanted_texts``.
+    """``edit_similarity`` of the text in an image to the text in its prompt, in [0, 1]; see ``requested_texts``.
 
-    For several texts it is the mean. Flow-GRPO (arXiv 2505.05470) looks for the first alone.
+    For several texts it is the mean. Flow-GRPO (arXiv 2505.05470) takes the first one only.
     """
 
     reader: Callable = rapidocr  # type: ignore[type-arg]  # bare: configurations name any Reader
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,), float32 on the CPU, of images (B, 3, H, W) in [0, 1]; no gradient. NaN for a prompt that wants
-        no text, and for an image that is not finite."""
-        pairs = zip(pictures(samples), prompts, strict=True)
-        return torch.tensor([self._score(picture, wanted_texts(prompt)) for picture, prompt in pairs])
+        """Scores (B,), float32 on the CPU, of images (B, 3, H, W) in [0, 1]; no gradient. NaN for a prompt without a
+        text, and for an image that is not finite."""
+        scores = []
+        for picture, prompt in zip(pictures(samples), prompts, strict=True):
+            requested = requested_texts(prompt)
+            if picture is None or not requested:
+                scores.append(math.nan)
+                continue
+            written = self.reader(picture)
+            scores.append(math.fsum(edit_similarity(written, text) for text in requested) / len(requested))
+        return torch.tensor(scores)
 
-    def _score(self, picture: Image.Image | None, wanted: Sequence[str]) -> float:
-        if picture is None or not wanted:
-            return math.nan
-        written = self.reader(picture)
-        return math.fsum(edit_similarity(written, text) for text in wanted) / len(wanted)
 
-
-def wanted_texts(prompt: Prompt) -> tuple[str, ...]:
-    """The texts that an image of ``prompt`` is to show: its metadata's "text", a string or a list of them, or else what
-    stands in double quotes, straight or curly. Blank ones are left out."""
+def requested_texts(prompt: Prompt) -> tuple[str, ...]:
+    """The texts that an image of ``prompt`` should show: its metadata's "text", a string or list, or else the parts in
+    double quotes, straight or curly. Blank ones are dropped."""
     if prompt.metadata is not None and "text" in prompt.metadata:
-        given = prompt.metadata["text"]
-        texts = [given] if isinstance(given, str) else [str(text) for text in given]
+        text = prompt.metadata["text"]
+        texts = [text] if isinstance(text, str) else [str(part) for part in text]
     else:
         texts = [straight or curly for straight, curly in _QUOTED.findall(prompt.text)]
     return tuple(text for text in texts if text.strip())
 
 
-def edit_similarity(written: str, wanted: str) -> float:
-    """1 - d / n, in [0, 1], for n letters of ``wanted`` and the edit distance d, at most n; 1 where ``written`` has
-    ``wanted`` in it. Neither case nor white space counts (Flow-GRPO, arXiv 2505.05470). ValueError for n = 0.
+def edit_similarity(written: str, requested: str) -> float:
+    """1 - d / n, in [0, 1], for the n letters of ``requested`` and the edit distance d, at most n; 1 where ``written``
+    contains ``requested``. Case and white space are ignored (Flow-GRPO, arXiv 2505.05470). ValueError for n = 0.
     """
-    found, target = ("".join(text.lower().split()) for text in (written, wanted))
+    text, target = ("".join(string.lower().split()) for string in (written, requested))
     if not target:
-        raise ValueError("there is no text to look for: leave out samples whose prompt wants none")
-    if target in found:
+        raise ValueError("the requested text is empty: leave out prompts without a text")
+    if target in text:
         return 1.0
-    return 1 - min(edit_distance(found, target), len(target)) / len(target)
+    return 1 - min(edit_distance(text, target), len(target)) / len(target)
 
 
 def edit_distance(first: str, second: str) -> int:
-    """The least number of letters to insert, remove or replace (Levenshtein, 1966)."""
+    """The smallest number of letters to insert, delete or replace (Levenshtein, 1966)."""
     row = list(range(len(second) + 1))
     for i, letter in enumerate(first, start=1):
         diagonal, row[0] = row[0], i
@@ -92,6 +93,6 @@ def _engine() -> Any:
     try:
         from rapidocr import RapidOCR
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("reading text needs rapidocr and onnxruntime: pip install 'genalign[ocr]'") from error
+        raise ModuleNotFoundError("OCR needs rapidocr and onnxruntime: pip install 'genalign[ocr]'") from error
     threads = "EngineConfig.onnxruntime.intra_op_num_threads"
     return RapidOCR(params={"Global.log_level": "critical", threads: torch.get_num_threads()})

@@ -1,7 +1,7 @@
-"""Comparisons of two samples of a prompt, and the reward of groups that is made of them.
+"""Comparisons of two samples of a prompt, and win rates within a group.
 
-A comparison is any ``genalign.types.PairwiseReward``: ``rewards.remote.vlm_judges.PairwiseJudge``, ``BradleyTerry``, or a function
-of two batches and their prompts.
+A comparison is any ``genalign.types.PairwiseReward``: ``rewards.remote.vlm_judges.PairwiseJudge``, ``BradleyTerry``, or
+a function of two batches and their prompts.
 """
 
 from __future__ import annotations
@@ -32,28 +32,24 @@ class BradleyTerry:
 
 
 @dataclass(frozen=True)
-class WinRate:
-    """How often a sample is preferred to the others of its prompt, in [0, 1] (Pref-GRPO, arXiv 2508.20751).
+class WinRateReward:
+    """The share of the other samples of its prompt that a sample beats, in [0, 1] (Pref-GRPO, arXiv 2508.20751).
 
-    A group is what shares one ``Prompt`` object within a call, as a round's samples of a prompt do. It is a reward of
-    groups: alone a sample has no score, and a reward server cannot serve it. G samples are G (G - 1) / 2 comparisons;
-    a judge that is asked in both orders answers twice as many questions.
+    A group is all samples of a call that share one ``Prompt`` object, as a round's samples of a prompt do. A single
+    sample has no score, so a reward server cannot serve this reward. G samples need G (G - 1) / 2 comparisons; a judge
+    that is queried in both orders answers twice as many questions.
     """
 
     preference: Callable  # type: ignore[type-arg]  # bare: any PairwiseReward
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,), float32 on the CPU, of samples (B, ...); NaN for what could be compared with none."""
-        pairs = _pairs(prompts)
+        """Scores (B,), float32 on the CPU, of samples (B, ...); NaN for a sample without a comparison."""
+        count = len(prompts)
+        pairs = [(i, j) for i in range(count) for j in range(i + 1, count) if prompts[i] is prompts[j]]
         if not pairs:
             return torch.full((len(samples),), torch.nan)
         left, right = (torch.tensor(side) for side in zip(*pairs, strict=True))
-        found = self.preference(samples[left], samples[right], [prompts[i] for i, _ in pairs]).float().cpu()
+        preferred = self.preference(samples[left], samples[right], [prompts[i] for i, _ in pairs]).float().cpu()
         wins = torch.full((len(samples), len(samples)), torch.nan)
-        wins[left, right], wins[right, left] = found, 1 - found
+        wins[left, right], wins[right, left] = preferred, 1 - preferred
         return wins.nanmean(1)
-
-
-def _pairs(prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
-    count = len(prompts)
-    return [(i, j) for i in range(count) for j in range(i + 1, count) if prompts[i] is prompts[j]]

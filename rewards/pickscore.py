@@ -18,9 +18,9 @@ class PickScoreReward:
     """exp(logit scale) times the cosine of image and text, as the model card has it: mostly 18 to 24.
 
     It is on a logit scale: softmax over the scores of images of one prompt is the probability of each to be preferred.
-    Flow-GRPO and others divide by 26: give it the weight 1 / 26. ``model`` and ``processor`` are those of
-    ``rewards.backbones.clip_encoder.load_clip``; the model is opened at the first call and then follows the samples' device. Texts longer
-    than the model's context are cut.
+    Flow-GRPO and others divide by 26: give it the weight 1 / 26. ``model`` and ``processor`` are as in
+    ``rewards.backbones.clip_encoder.load_clip``; the model is loaded at the first call and then follows the samples'
+    device. Texts longer than the model's context are truncated.
     """
 
     model: str = "yuvalkirstain/PickScore_v1"
@@ -32,5 +32,5 @@ class PickScoreReward:
         return encoder.logit_scale * cosine(encoder(samples), encoder.text([prompt.text for prompt in prompts]))
 
     def encoder(self, device: torch.device) -> ClipEncoder:
-        """The model, on ``device``."""
+        """Load the model and move it to ``device``."""
         return load_clip(self.model, self.processor).to(device)

@@ -13,7 +13,7 @@ from genalign.worlds.shapes.geometry import PALETTE
 from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import Scene, jittered, render, sample_scene
 from genalign.worlds.shapes.verifier import verify
-from rewards.backbones.reference_images import ByPrompt, ImageTensor
+from rewards.backbones.reference_images import ImageTensor, ReferencesByPrompt
 from rewards.backbones.world_verifier import Score, drawn_by_task, metadata_of, scores
 
 
@@ -28,15 +28,15 @@ class ShapesReward:
         return scores(verify, self.score, samples, prompts)
 
 
-def rendered(suite: str = "train", per_prompt: int = 1, seed: int = 0) -> ByPrompt:
+def rendered(suite: str = "train", per_prompt: int = 1, seed: int = 0) -> ReferencesByPrompt:
     """Rendered scenes of every prompt of a split, ``per_prompt`` of each: about 1 ms an image."""
     rng = np.random.default_rng(seed)
-    asked = [prompt for prompt in prompts(suite).prompts for _ in range(per_prompt)]
-    images = render([sample_scene(metadata_of(prompt), rng) for prompt in asked])
-    return ByPrompt(ImageTensor(images), [prompt.text for prompt in asked])
+    repeated = [prompt for prompt in prompts(suite).prompts for _ in range(per_prompt)]
+    images = render([sample_scene(metadata_of(prompt), rng) for prompt in repeated])
+    return ReferencesByPrompt(ImageTensor(images), [prompt.text for prompt in repeated])
 
 
-def recoloured(
+def recolored(
     colors: Sequence[str],
     count: int = 512,
     suite: str = "train",
@@ -46,10 +46,10 @@ def recoloured(
     """``count`` rendered scenes of a split's prompts, drawn by task and then by prompt, whose objects all have one of
     these ``colors`` and, where it is given, a ``radius`` in this range of pixels: a style to transfer.
 
-    ValueError for a colour that is not in the palette.
+    ValueError for a color that is not in the palette.
     """
     if unknown := set(colors) - set(PALETTE):
-        raise ValueError(f"no colour {', '.join(sorted(unknown))} in the palette: choose from {', '.join(PALETTE)}")
+        raise ValueError(f"no color {', '.join(sorted(unknown))} in the palette: choose from {', '.join(PALETTE)}")
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(metadata, rng) for metadata in drawn_by_task(prompts(suite), count, rng)]
     return ImageTensor(render([_restyled(scene, colors, radius, rng) for scene in scenes]))

@@ -13,7 +13,7 @@ from genalign.worlds.tones.instruments import NOISE, NOTES, SAMPLE_RATE, TIMBRES
 from genalign.worlds.tones.prompts import prompts
 from genalign.worlds.tones.scenes import Clip, Event, render, sample_clip
 from genalign.worlds.tones.verifier import verify
-from rewards.backbones.audio_features import described_texts
+from rewards.backbones.audio_features import extract_text_features
 from rewards.backbones.reference_audio import AudioTensor
 from rewards.backbones.world_verifier import Score, drawn_by_task, metadata_of, scores
 
@@ -26,7 +26,7 @@ class TonesReward:
 
     @property
     def sample_rate(self) -> int:
-        """What the verifier hears."""
+        """The sample rate of the verifier, in Hz."""
         return SAMPLE_RATE
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -61,12 +61,12 @@ def worded(timbres: Sequence[str], model: str, suite: str = "train") -> Tensor:
     ValueError for a timbre that is not of this world, or timbres of which fewer than 2 prompts speak.
     """
     _require_timbres(timbres)
-    named = [prompt for prompt in prompts(suite).prompts if _classes(prompt) <= set(timbres)]
-    return described_texts([prompt.text for prompt in named], model)
-
-
-def _classes(prompt: Prompt) -> set[str]:
-    return {event["class"] for event in metadata_of(prompt)["events"]}
+    texts = [
+        prompt.text
+        for prompt in prompts(suite).prompts
+        if {event["class"] for event in metadata_of(prompt)["events"]} <= set(timbres)
+    ]
+    return extract_text_features(texts, model)
 
 
 def _require_timbres(timbres: Sequence[str]) -> None:

@@ -1,14 +1,14 @@
 """A yes/no question about every image as a reward, and a local model that answers it.
 
-Who answers is any ``genalign.evaluation.geneval.tifa.QuestionJudge``, from images (n, 3, H, W) in [0, 1] and n questions to
-the n probabilities of "yes": ``YesNoModel`` in this process, ``rewards.remote.vlm_judges.YesNoJudge`` on a server, or your own.
-Several questions about a prompt, with the same judges, are ``genalign.evaluation.geneval.tifa.TifaReward``.
+The judge is any ``genalign.evaluation.geneval.tifa.QuestionJudge``, from images (n, 3, H, W) in [0, 1] and n questions
+to n probabilities of "yes": ``YesNoModel`` in this process, ``rewards.remote.vlm_judges.YesNoJudge`` on a server, or
+your own. For several questions per prompt see ``genalign.evaluation.geneval.tifa.TifaReward``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,9 +34,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class QuestionReward:
     """The probability, in [0, 1], that a judge gives to ``answer``, the right one to ``question``.
 
-    ``{prompt}`` in the question is where the prompt stands, with its double quotes as single ones: it cannot end those
-    around it. The default is VQAScore's question (arXiv 2404.01291). ``ARTIFACTS``, answered with "no", looks at the
-    image alone, against what other rewards are hacked by (arXiv 2601.03468).
+    ``{prompt}`` in the question is replaced by the prompt, with double quotes turned into single ones, so that it
+    cannot end the quotation. The default is VQAScore's question (arXiv 2404.01291). ``ARTIFACTS``, with the answer
+    "no", looks at the image alone, against hacking of other rewards (arXiv 2601.03468).
     """
 
     judge: Callable  # type: ignore[type-arg]  # bare: configurations name any QuestionJudge
@@ -45,7 +45,7 @@ class QuestionReward:
 
     def __post_init__(self) -> None:
         if self.answer not in _WORDS:
-            raise ValueError(f"the answer must be yes or no, not {self.answer!r}: ask whether it is so instead")
+            raise ValueError(f"the answer must be yes or no, not {self.answer!r}: rephrase the question")
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), float32 on the CPU, of images (B, 3, H, W) in [0, 1]; NaN where there was no answer.
@@ -55,21 +55,18 @@ class QuestionReward:
         if len(samples) != len(prompts):
             raise ValueError(f"there must be one prompt per image: found {len(prompts)} for {len(samples)} images")
         texts = [self.question.replace("{prompt}", prompt.text.replace('"', "'")) for prompt in prompts]
-        yes = _checked(self.judge(samples, texts), len(texts))
+        answers: Tensor = self.judge(samples, texts)
+        if answers.shape != (len(texts),):
+            raise ValueError(f"the judge returned {tuple(answers.shape)} for {len(texts)} questions: return (n,)")
+        if bool(((answers < 0) | (answers > 1)).any()):
+            raise ValueError("the judge must return probabilities of yes, in [0, 1]")
+        yes: Tensor = answers.detach().float().cpu()
         return yes if self.answer == "yes" else 1 - yes
 
 
 def answerable(question: str) -> str:
-    """The question as a chat model is asked it: told to answer with yes or no, if it does not say so itself."""
+    """Append "Answer with yes or no." to a question that does not say so itself."""
     return question if "yes or no" in question.lower() else f"{question} Answer with yes or no."
-
-
-def _checked(answers: Tensor, count: int) -> Tensor:
-    if answers.shape != (count,):
-        raise ValueError(f"the judge returned {tuple(answers.shape)} for {count} questions: return ({count},)")
-    if bool(((answers < 0) | (answers > 1)).any()):
-        raise ValueError("the judge must return probabilities of yes, in [0, 1]")
-    return answers.detach().float().cpu()
 
 
 @dataclass(frozen=True)
@@ -79,8 +76,8 @@ class YesNoModel:
     ``model`` is a folder or Hub id that transformers' AutoModelForImageTextToText and AutoProcessor open, with a chat
     template; the processor prepares the images from 8-bit pixels, so that there is no gradient. Upper and lower case
     count together. NaN where yes and no together are less likely than ``least_mass``: the model says something else,
-    such as a thought. Questions of one length are asked together, so that nothing is padded and an answer does not
-    depend on its batch. Opened at the first call; then follows the images' device.
+    such as a thought. Questions of one length form a batch, so that nothing is padded and an answer does not depend on
+    its batch. Loaded at the first call; then follows the images' device.
     """
 
     model: str
@@ -93,24 +90,23 @@ class YesNoModel:
         """Probabilities (n,) in float32 for images (n, 3, H, W) in [0, 1]; NaN, too, for one that is not finite."""
         if len(images) != len(questions):
             raise ValueError(f"there must be one question per image: found {len(questions)} for {len(images)} images")
-        opened, texts = _opened(self.model, self.dtype), [answerable(question) for question in questions]
-        opened.network.to(images.device)
-        shown, answers = pictures(images), torch.full((len(images),), torch.nan)
-        for rows in self._batches([opened.length(text) for text in texts], shown):
-            asked = [picture for row in rows if (picture := shown[row]) is not None]
-            answers[rows] = opened.yes(asked, [texts[row] for row in rows], self.least_mass).cpu()
+        loaded, texts = _load(self.model, self.dtype), [answerable(question) for question in questions]
+        loaded.network.to(images.device)
+        answers = torch.full((len(images),), torch.nan)
+        finite = {row: picture for row, picture in enumerate(pictures(images)) if picture is not None}
+        lengths = {row: loaded.length(texts[row]) for row in finite}
+        for length in sorted(set(lengths.values())):
+            same_length = [row for row in finite if lengths[row] == length]
+            for begin in range(0, len(same_length), self.batch_size):
+                rows = same_length[begin : begin + self.batch_size]
+                batch = [finite[row] for row in rows], [texts[row] for row in rows]
+                answers[rows] = loaded.yes(*batch, self.least_mass).cpu()
         return answers.to(images.device)
-
-    def _batches(self, lengths: Sequence[int], shown: Sequence[Image.Image | None]) -> Iterator[list[int]]:
-        for length in sorted(set(lengths)):
-            rows = [row for row, found in enumerate(lengths) if found == length and shown[row] is not None]
-            for begin in range(0, len(rows), self.batch_size):
-                yield rows[begin : begin + self.batch_size]
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """A vision-language model with its processor, and the tokens that mean yes and no."""
+class _LoadedModel:
+    """A vision-language model with its processor and the token ids of yes and no."""
 
     network: Any
     processor: Any
@@ -118,31 +114,31 @@ class _Opened:
     no_tokens: list[int]
 
     def length(self, question: str) -> int:
-        """How many tokens the chat with a question has, before its image is put in."""
+        """The number of tokens of a chat with this question, without its image."""
         text = self.processor.apply_chat_template(_chat(question, {}), add_generation_prompt=True, tokenize=False)
         return len(self.processor.tokenizer(text).input_ids)
 
-    def yes(self, shown: Sequence[Image.Image], questions: Sequence[str], least_mass: float) -> Tensor:
+    def yes(self, images: Sequence[Image.Image], questions: Sequence[str], least_mass: float) -> Tensor:
         """P(yes) (n,) for images of one size and questions of one length."""
-        chats = [_chat(question, {"image": picture}) for picture, question in zip(shown, questions, strict=True)]
+        chats = [_chat(question, {"image": picture}) for picture, question in zip(images, questions, strict=True)]
         inputs = self.processor.apply_chat_template(
             chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.network.device, self.network.dtype)
-        said = self.network.generate(
+        output = self.network.generate(
             **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
-        probabilities = said.logits[0].float().softmax(-1)
+        probabilities = output.logits[0].float().softmax(-1)
         yes, no = (probabilities[:, tokens].sum(1) for tokens in (self.yes_tokens, self.no_tokens))
         return torch.where(yes + no >= least_mass, yes / (yes + no), torch.nan)
 
 
 def _chat(question: str, image: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a user says who shows an image and asks about it."""
+    """A chat of one user message: an image and a question about it."""
     return [{"role": "user", "content": [{"type": "image", **image}, {"type": "text", "text": question}]}]
 
 
 @functools.cache
-def _opened(model: str, dtype: str) -> _Opened:
+def _load(model: str, dtype: str) -> _LoadedModel:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(model)
@@ -150,13 +146,13 @@ def _opened(model: str, dtype: str) -> _Opened:
         raise ValueError(f"{model} has no chat template: put a chat_template.jinja into its folder")
     network = AutoModelForImageTextToText.from_pretrained(model, dtype=_DTYPES[dtype])
     yes, no = (_single_tokens(model, processor.tokenizer, _WORDS[answer]) for answer in ("yes", "no"))
-    return _Opened(network.requires_grad_(False).eval(), processor, yes, no)
+    return _LoadedModel(network.requires_grad_(False).eval(), processor, yes, no)
 
 
 def _single_tokens(model: str, tokenizer: Any, words: Sequence[str]) -> list[int]:
-    """The tokens that are one of these words each, every token once."""
+    """The token ids of those words that are a single token, without duplicates."""
     encoded = [tokenizer.encode(word, add_special_tokens=False) for word in words]
-    tokens = sorted({found[0] for found in encoded if len(found) == 1} - {tokenizer.unk_token_id})
+    tokens = sorted({ids[0] for ids in encoded if len(ids) == 1} - {tokenizer.unk_token_id})
     if not tokens:
         raise ValueError(f"the tokenizer of {model} has no single token for {words[0]!r}: use another model")
     return tokens

@@ -5,28 +5,36 @@ of its parameters that require a gradient to tell references from generated samp
 No gradient of the generator flows through it during training: samples arrive detached.
 """
 
-from rewards.adversarial.adversary import Adversary, Learning, Snapshot
+from rewards.adversarial.adversary import (
+    Adversary,
+    DiscriminatorSettings,
+    LossName,
+    PatchWeights,
+    ScoringWeights,
+    Weighting,
+    adversarial_loss,
+    pair_accuracy,
+    single,
+)
 from rewards.adversarial.heads import AdversarialReward, HeadScorer, mlp_head
-from rewards.adversarial.losses import LossName, adversarial_loss, pair_accuracy
-from rewards.adversarial.preferences import TunedClip, TunedClipReward
-from rewards.adversarial.replay import Batch, Replay
-from rewards.adversarial.rules import AccuracyBand, Overtake, Ratio, Standing, UpdateRule
-from rewards.adversarial.weighting import PatchWeights, Weighting, single
+from rewards.adversarial.replay_buffer import ReplayBuffer, SampleBatch
+from rewards.adversarial.tuned_clip import TunedClip, TunedClipReward
+from rewards.adversarial.update_rules import AccuracyBand, DiscriminatorStatus, Overtake, Ratio, UpdateRule
 
 __all__ = [
     "AccuracyBand",
     "AdversarialReward",
     "Adversary",
-    "Batch",
+    "DiscriminatorSettings",
+    "DiscriminatorStatus",
     "HeadScorer",
-    "Learning",
     "LossName",
     "Overtake",
     "PatchWeights",
     "Ratio",
-    "Replay",
-    "Snapshot",
-    "Standing",
+    "ReplayBuffer",
+    "SampleBatch",
+    "ScoringWeights",
     "TunedClip",
     "TunedClipReward",
     "UpdateRule",

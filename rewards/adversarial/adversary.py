@@ -147,7 +147,7 @@ class Adversary:
         return self._metrics(status, updated)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Trained weights, snapshot, optimizer state, replay and counters (seeds derive from them), for a checkpoint."""
+        """Trained weights, snapshot, optimizer state, replay and counters (seeds derive from them) of a checkpoint."""
         counters = torch.tensor([self.version, self._rounds, int(self._training)])
         return (
             {"counters": counters}

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from genalign.types import FeatureFunction, Prompt
-from rewards.adversarial.adversary import Adversary, Learning
-from rewards.adversarial.rules import Ratio, UpdateRule
-from rewards.adversarial.weighting import PatchWeights
-from rewards.backbones.encoders import Features
-from rewards.backbones.image_features import PatchFeatures
+from rewards.adversarial.adversary import Adversary, DiscriminatorSettings, PatchWeights
+from rewards.adversarial.update_rules import Ratio, UpdateRule
+from rewards.backbones.encoders import PatchFeatures
 from rewards.backbones.reference_images import References
 
 
@@ -57,7 +55,7 @@ class AdversarialReward(Adversary):
     ``features`` is the one function for training and scoring; patch logits need ``PatchFeatures``, and a function of
     global features alone needs ``PatchWeights(local_weight=0)``. ``head`` maps (..., d) to (..., 1), by default
     ``mlp_head``. ``output`` is the score: "logit", its "sigmoid", or "logit_minus_reference", the logit less the mean
-    logit of all references of the prompt (with Pool, of the whole pool, scored once per snapshot).
+    logit of all references of the prompt (with ReferencePool, of the whole pool, scored once per snapshot).
 
     The paper makes ten steps of the discriminator for one of the generator: here by ten ``steps_per_update`` in every
     round (``Ratio()``, the default rule). Raises ValueError where features, head and weights do not fit together; opens
@@ -72,7 +70,7 @@ class AdversarialReward(Adversary):
         weights: PatchWeights = PatchWeights(),
         output: Literal["logit", "sigmoid", "logit_minus_reference"] = "logit",
         update_rule: UpdateRule | None = None,  # None, since a configuration cannot replace a default dataclass
-        learning: Learning = Learning(),
+        learning: DiscriminatorSettings = DiscriminatorSettings(),
     ) -> None:
         if output not in ("logit", "sigmoid", "logit_minus_reference"):
             raise ValueError(f'output must be "logit", "sigmoid" or "logit_minus_reference", not {output!r}')
@@ -120,17 +118,18 @@ def _token_function(features: FeatureFunction | PatchFeatures, patches: bool) ->
         raise ValueError(
             "these features have no patches: give ClipFeatures or Dinov2Features, or weights=PatchWeights(1.0, 0.0)"
         )
-    return lambda samples: _joined(features.features(samples))
 
+    def tokens(samples: Tensor) -> Tensor:
+        output = features.features(samples)
+        return torch.cat([output.global_.unsqueeze(1), output.patches], dim=1)
 
-def _joined(found: Features) -> Tensor:
-    return torch.cat([found.global_.unsqueeze(1), found.patches], dim=1)
+    return tokens
 
 
 @torch.no_grad()
 def _width(tokens: Callable[[Tensor], Tensor], references: References) -> int:
-    """d, from the first reference."""
-    found = tokens(references.images.load([0]))
-    if found.ndim != 3:
-        raise ValueError(f"features must be (B, d), but are {(len(found), *found.shape[2:])}: pool them")
-    return found.shape[-1]
+    """The feature width d, read from the first reference."""
+    features = tokens(references.images.load([0]))
+    if features.ndim != 3:
+        raise ValueError(f"features must be (B, d), but are {(len(features), *features.shape[2:])}: pool them")
+    return features.shape[-1]

@@ -18,9 +18,9 @@ from genalign.runtime.media import inside
 from genalign.types import FeatureFunction, RewardFunction, SetReward
 from genalign.worlds.registry import WORLDS
 from genalign.worlds.tones import SAMPLE_RATE
-from rewards.backbones.audio_features import ClapFeatures, FrameFeatures, LogMelFeatures, described_frames
+from rewards.backbones.audio_features import ClapFeatures, FrameFeatures, LogMelFeatures, extract_frame_features
 from rewards.clap import ClapReward
-from rewards.set_rewards import FrameFrechetTo, FrechetTo, PerSampleFrechet, Vendi
+from rewards.set_rewards import FrameFrechetReward, FrechetReward, PerSampleFrechetReward, VendiReward
 from rewards.tones import revoiced, worded
 
 PART = 32  # clips of a trial of a set reward
@@ -142,14 +142,14 @@ def by_prompt(name: str, metric: str, run: Run, before: Sequence[float], after: 
 def measures(clap: str = "tones-clap") -> dict[str, Measure]:
     """What the runs of compare_tones.yaml are after, by name; the exemplars are others than those of training."""
     mel, embedding = LogMelFeatures(SAMPLE_RATE), ClapFeatures(clap, SAMPLE_RATE)
-    frames = described_frames(revoiced(["organ"], (-32.0, -26.0), seed=1), mel)
+    frames = extract_frame_features(revoiced(["organ"], (-32.0, -26.0), seed=1), mel)
     return {
         "strict": Recorded("strict"),
         "partial": Recorded("partial"),
-        "fad": OfSets("less FAD", FrameFeatures(mel), FrameFrechetTo(frames)),
-        "clip_fad": OfClips("less FAD by clip", PerSampleFrechet(mel, frames)),
-        "text": OfSets("less distance to words", embedding, FrechetTo(worded(["organ"], clap))),
-        "vendi": OfSets("Vendi score", LogMelFeatures(SAMPLE_RATE, floor=-50.0), Vendi()),
+        "fad": OfSets("less FAD", FrameFeatures(mel), FrameFrechetReward(frames)),
+        "clip_fad": OfClips("less FAD by clip", PerSampleFrechetReward(mel, frames)),
+        "text": OfSets("less distance to words", embedding, FrechetReward(worded(["organ"], clap))),
+        "vendi": OfSets("Vendi score", LogMelFeatures(SAMPLE_RATE, floor=-50.0), VendiReward()),
         "clap": OfClips("CLAP score", ClapReward(clap, SAMPLE_RATE)),
     }
 

@@ -20,7 +20,7 @@ from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.evaluation.records import Measurement
 from genalign.scoring.score import NamedReward
-from genalign.training.trainer import Settings, Trainer
+from genalign.training.trainer import Trainer, TrainerSettings
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
@@ -63,7 +63,7 @@ def round_seconds(size: Size, repeats: int) -> list[float]:
     """Of ``repeats`` rounds after one."""
     pipeline = roomy(size.pixels)
     samples = PROMPTS * size.group_size
-    settings = Settings(
+    settings = TrainerSettings(
         rounds=repeats + 1,
         prompts_per_round=PROMPTS,
         group_size=size.group_size,

@@ -8,12 +8,13 @@ from pathlib import Path
 from torch import Tensor
 
 from genalign.evaluation.records import PromptRecord
-from genalign.metrics.frechet import frechet_distance, vendi
+from genalign.metrics.frechet import frechet_distance
 from genalign.metrics.image import saturation
+from genalign.metrics.vendi import vendi_score
 from genalign.worlds.shapes.detection import Detection, detect
 from genalign.worlds.shapes.diversity import evaluation_images
-from rewards.backbones.image_features import ClipFeatures, described
-from rewards.backbones.reference_images import ImageTensor, Samples
+from rewards.backbones.image_features import ClipFeatures, extract_features
+from rewards.backbones.reference_images import ImageTensor, ReferenceSamples
 
 FEATURES = ClipFeatures("shapes-clip")
 Measure = Callable[[Tensor], float]
@@ -25,20 +26,20 @@ def set_records(name: str, metric: str, seed: int, run: Path, measure: Measure) 
     return [PromptRecord(name, metric, seed, "all", "the whole set", measure(before), measure(after), len(asked))]
 
 
-def nearness(references: Samples) -> Measure:
+def nearness(references: ReferenceSamples) -> Measure:
     """-Frechet distance of shapes-clip features to ``references``, as many as there are images."""
 
     def measure(images: Tensor) -> float:
         rows = range(min(len(images), len(references)))
-        there = described(ImageTensor(references.load(rows)), FEATURES)
-        return -frechet_distance(described(ImageTensor(images), FEATURES)[: len(rows)], there)
+        there = extract_features(ImageTensor(references.load(rows)), FEATURES)
+        return -frechet_distance(extract_features(ImageTensor(images), FEATURES)[: len(rows)], there)
 
     return measure
 
 
 def variety(images: Tensor) -> float:
     """The Vendi score of shapes-clip features."""
-    return vendi(described(ImageTensor(images), FEATURES))
+    return vendi_score(extract_features(ImageTensor(images), FEATURES))
 
 
 def share(is_so: Callable[[Detection], bool]) -> Measure:

@@ -33,7 +33,7 @@ from genalign.diffusion.transitions import FlowSDE
 from genalign.evaluation.evaluate import plan
 from genalign.evaluation.records import Measurement, ratios, write_results
 from genalign.scoring.score import NamedReward
-from genalign.training.trainer import Settings, Trainer
+from genalign.training.trainer import Trainer, TrainerSettings
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
@@ -64,7 +64,7 @@ class Way:
     plain: bool = False
     window: int | None = WINDOW
     shared_noise: bool = True
-    overlap: bool = True
+    overlap_scoring: bool = True
     cached: bool = True
 
 
@@ -74,7 +74,7 @@ WAYS = {
     "ours": Way(),
     "ours_every_step": Way(window=None),
     "ours_own_noise": Way(shared_noise=False),
-    "ours_no_overlap": Way(overlap=False),
+    "ours_no_overlap": Way(overlap_scoring=False),
     "ours_no_cache": Way(cached=False),
 }
 CONTENDERS = ("plain", "plain_window", "ours")
@@ -122,14 +122,14 @@ class Contender:
         return loop.round
 
     def _ours(self, way: Way, rate: float, seed: int, batch: int) -> Callable[[], object]:
-        settings = Settings(
+        settings = TrainerSettings(
             rounds=10**6,
             prompts_per_round=24,
             group_size=8,
             batch_size=batch,
             learning_rate=rate,
             seed=seed,
-            overlap=way.overlap,
+            overlap_scoring=way.overlap_scoring,
         )
         reward = [NamedReward("both", both_scores)]
         trainer = Trainer(

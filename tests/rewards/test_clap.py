@@ -9,16 +9,17 @@ import pytest
 import torch
 from transformers import ClapModel, ClapProcessor, CLIPVisionConfig
 
-from genalign.runtime.waveforms import resample, tell_once
+from genalign.runtime.waveforms import resample, warn_once
 from genalign.scoring.reward_check import Expected, Probe, check
 from genalign.types import Prompt, Reward
 from genalign.worlds.tones.prompts import attribution, counting, pitch, single_tone
-from rewards.backbones.audio_features import ClapFeatures, described_frames, described_texts
+from rewards.backbones.audio_features import ClapFeatures, extract_frame_features, extract_text_features
 from rewards.backbones.clap_encoder import load_clap
-from rewards.backbones.image_features import PatchFeatures, described
+from rewards.backbones.encoders import PatchFeatures
+from rewards.backbones.image_features import extract_features
 from rewards.backbones.reference_audio import AudioTensor
 from rewards.clap import ClapReward
-from rewards.set_rewards import FrechetTo, Vendi
+from rewards.set_rewards import FrechetReward, VendiReward
 from scripts.pretrain.tones_clap import assemble_clap, build_clap
 from tests.rewards.tiny_clap import RATE, WINDOW, write_clap
 
@@ -91,7 +92,7 @@ def test_the_contract_of_rewards_holds(folder: Path) -> None:
 
 
 def test_other_rates_and_channels_are_heard_with_a_message(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tell_once.cache_clear()
+    warn_once.cache_clear()
     stereo = noise(8000, channels=2)
     with caplog.at_level(logging.WARNING), torch.no_grad():
         found = load_clap(str(folder))(stereo, 8000)
@@ -102,7 +103,7 @@ def test_other_rates_and_channels_are_heard_with_a_message(folder: Path, caplog:
 
 
 def test_a_short_clip_is_filled_up_with_a_message(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tell_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         short = load_clap(str(folder)).features(noise(4000), RATE)
     assert "hears 1 s: shorter clips are filled up (repeatpad)" in caplog.text
@@ -134,15 +135,15 @@ def test_frames_follow_time(folder: Path) -> None:
 
 def test_reference_sets_of_sounds_and_of_words(folder: Path) -> None:
     features = ClapFeatures(str(folder), RATE)
-    sounds = described(AudioTensor(noise(WINDOW, 6)), features, batch_size=4)
-    words = described_texts([prompt.text for prompt in PROMPTS], str(folder))
+    sounds = extract_features(AudioTensor(noise(WINDOW, 6)), features, batch_size=4)
+    words = extract_text_features([prompt.text for prompt in PROMPTS], str(folder))
     assert words.shape == (4, 12) and sounds.shape == (6, 12)
     torch.testing.assert_close(words.norm(dim=1), torch.ones(4), rtol=0, atol=1e-5)
-    assert FrechetTo(words)(sounds) < 0 and FrechetTo(sounds)(sounds) == pytest.approx(0, abs=1e-6)
-    assert 1 <= Vendi()(sounds) <= 6
-    assert described_frames(AudioTensor(noise(WINDOW, 3)), features).shape == (48, 12)
+    assert FrechetReward(words)(sounds) < 0 and FrechetReward(sounds)(sounds) == pytest.approx(0, abs=1e-6)
+    assert 1 <= VendiReward()(sounds) <= 6
+    assert extract_frame_features(AudioTensor(noise(WINDOW, 3)), features).shape == (48, 12)
     with pytest.raises(ValueError, match="in words needs 2 texts or more, got 1"):
-        described_texts(["a sine tone"], str(folder))
+        extract_text_features(["a sine tone"], str(folder))
 
 
 def test_silence_is_scored_alike_wherever_it_comes_from(folder: Path) -> None:

@@ -20,7 +20,7 @@ from genalign import assets
 from genalign.evaluation.geneval.grammar import color_attr, counting, single_object
 from genalign.types import Prompt, Reward
 from genalign.worlds.shapes.scenes import render, sample_scene
-from rewards.backbones.clip_encoder import Preparation, load_clip, resize
+from rewards.backbones.clip_encoder import ImagePreprocessor, load_clip, resize
 from rewards.clip import ClipReward
 from scripts.pretrain.shapes_tokenizers import clip_tokenizer
 
@@ -143,20 +143,20 @@ def test_preparation_follows_pillow(height: int, width: int) -> None:
     image = smooth(height, width)
     config = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     theirs = CLIPImageProcessorPil(**config, image_mean=[0.4] * 3, image_std=[0.3] * 3)(image, return_tensors="pt")
-    ours = Preparation((32, 32), (0.4,) * 3, (0.3,) * 3)(as_tensor(image))
+    ours = ImagePreprocessor((32, 32), (0.4,) * 3, (0.3,) * 3)(as_tensor(image))
     assert (ours - theirs.pixel_values).abs().mean() < 0.01
 
 
 def test_pad_keeps_the_whole_image_in_black() -> None:
-    padded = Preparation((8, 8), fit="pad", **UNIT)(torch.ones(1, 3, 8, 16))
+    padded = ImagePreprocessor((8, 8), fit="pad", **UNIT)(torch.ones(1, 3, 8, 16))
     assert padded[0, 0].sum(1).tolist() == pytest.approx([0, 0, 8, 8, 8, 8, 0, 0])
 
 
 def test_crop_keeps_the_middle_and_squash_keeps_all() -> None:
     image = torch.zeros(1, 3, 8, 24)
     image[..., 8:16] = 1
-    assert Preparation((8, 8), fit="crop", **UNIT)(image).mean() == 1
-    assert Preparation((8, 8), fit="squash", **UNIT)(image).mean() == pytest.approx(1 / 3, abs=0.02)
+    assert ImagePreprocessor((8, 8), fit="crop", **UNIT)(image).mean() == 1
+    assert ImagePreprocessor((8, 8), fit="squash", **UNIT)(image).mean() == pytest.approx(1 / 3, abs=0.02)
 
 
 def test_resizing_stays_in_range() -> None:

@@ -17,16 +17,16 @@ from rewards.combine import (
     DirectionalCorrection,
     EnsembleCredit,
     Gate,
-    LogSigmoidCentred,
+    LogSigmoidCentered,
     MeanMinusVariance,
     Product,
-    Standardised,
+    Standardized,
     UncertaintyDiscount,
     WeightedSum,
     WorstCase,
     embedded,
     guided_text,
-    learnt_direction,
+    learned_direction,
     mean_minus_variance,
     reference_levels,
     save_direction,
@@ -83,26 +83,26 @@ def test_a_product_of_negative_scores_is_refused() -> None:
 
 
 def test_standardised_by_fixed_statistics() -> None:
-    reward = Standardised.measured(B, SAMPLES, PROMPTS)
+    reward = Standardized.measured(B, SAMPLES, PROMPTS)
     assert (reward.mean, reward.std) == (2.5, 0.5)
     assert scored(reward) == near(1, -1, NAN)
-    assert scored(WorstCase([reward, Standardised(A, 2.0, 1.0)])) == near(-1, -1, NAN)
+    assert scored(WorstCase([reward, Standardized(A, 2.0, 1.0)])) == near(-1, -1, NAN)
     with pytest.raises(ValueError, match="tells no sample from another"):
-        Standardised.measured(gives(1.0, 1.0, 1.0), SAMPLES, PROMPTS)
+        Standardized.measured(gives(1.0, 1.0, 1.0), SAMPLES, PROMPTS)
     with pytest.raises(ValueError, match="at least 2 samples, got 1"):
-        Standardised.measured(gives(1.0, NAN, NAN), SAMPLES, PROMPTS)
+        Standardized.measured(gives(1.0, NAN, NAN), SAMPLES, PROMPTS)
 
 
 def test_the_sum_of_log_sigmoids_is_the_log_probability_of_all_being_good() -> None:
-    first, second = LogSigmoidCentred(A, 2.0), LogSigmoidCentred(C, 1.0)
+    first, second = LogSigmoidCentered(A, 2.0), LogSigmoidCentered(C, 1.0)
     sigmoids = torch.tensor([-1.0, 0.0, 1.0]).sigmoid() * torch.tensor([4.0, 1.0, 0.0]).sigmoid()
     assert scored(WeightedSum([first, second], [1.0, 1.0])) == near(*sigmoids.log().tolist())
-    assert scored(LogSigmoidCentred(A, 2.0, scale=100.0)) == near(-100, math.log(0.5), 0)
-    assert scored(LogSigmoidCentred(A, {"a": 1.0, "b": 3.0})) == near(
+    assert scored(LogSigmoidCentered(A, 2.0, scale=100.0)) == near(-100, math.log(0.5), 0)
+    assert scored(LogSigmoidCentered(A, {"a": 1.0, "b": 3.0})) == near(
         -math.log(2), -math.log1p(math.exp(-1)), -0.693147
     )
-    with pytest.raises(ValueError, match="no reference level for the prompt 'b'"):
-        LogSigmoidCentred(A, {"a": 1.0})(SAMPLES, PROMPTS)
+    with pytest.raises(ValueError, match="the prompt 'b' has no reference level"):
+        LogSigmoidCentered(A, {"a": 1.0})(SAMPLES, PROMPTS)
 
 
 def test_reference_levels_of_base_samples() -> None:
@@ -126,7 +126,7 @@ def test_gradients_pass_through() -> None:
     def total(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         return samples.flatten(1).sum(1)
 
-    inner = WeightedSum([Standardised(total, 0.0, 2.0), LogSigmoidCentred(total, 0.0)], [1.0, 1.0])
+    inner = WeightedSum([Standardized(total, 0.0, 2.0), LogSigmoidCentered(total, 0.0)], [1.0, 1.0])
     leaf = SAMPLES.clone().requires_grad_(True)
     MeanMinusVariance([inner, Gate(inner, total, -1.0)])(leaf, PROMPTS).sum().backward()
     assert leaf.grad is not None
@@ -207,11 +207,11 @@ def test_a_direction_is_learnt_kept_and_read(tmp_path: Path) -> None:
     text = F.normalize(torch.randn(64, 16, generator=generator), dim=-1)
     common = F.normalize(torch.randn(16, generator=generator), dim=0)
     image = F.normalize(text + common, dim=-1)
-    direction = learnt_direction(image, text, steps=200, learning_rate=1e-3)
+    direction = learned_direction(image, text, steps=200, learning_rate=1e-3)
     assert float(F.cosine_similarity(direction, common, dim=0)) > 0.9
     before, after = (F.cosine_similarity(image, guided_text(text, b, 1.5)).mean() for b in (0 * direction, direction))
     assert after > before + 0.05
-    torch.testing.assert_close(direction, learnt_direction(image, text, steps=200, learning_rate=1e-3))
+    torch.testing.assert_close(direction, learned_direction(image, text, steps=200, learning_rate=1e-3))
     save_direction(tmp_path / "b.safetensors", direction)
     embedding = torch.randn(128, generator=generator)
     save_direction(tmp_path / "clip.safetensors", embedding)
@@ -220,4 +220,4 @@ def test_a_direction_is_learnt_kept_and_read(tmp_path: Path) -> None:
     from_tensor = DirectionalCorrection(ClipReward("shapes-clip"), embedding)
     assert torch.equal(from_file(images, PROMPTS[:1]), from_tensor(images, PROMPTS[:1]))
     with pytest.raises(ValueError, match=r"embeddings must be \(n, d\) and \(n, d\)"):
-        learnt_direction(image, text[:3])
+        learned_direction(image, text[:3])

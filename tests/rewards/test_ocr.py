@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from genalign.types import Prompt, Reward
 from rewards import ocr
-from rewards.ocr import OCRReward, edit_distance, edit_similarity, rapidocr, wanted_texts
+from rewards.ocr import OCRReward, edit_distance, edit_similarity, rapidocr, requested_texts
 
 needs_rapidocr = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("rapidocr", "onnxruntime")),
@@ -45,7 +45,7 @@ def test_the_table(found: str, wanted: str, score: float) -> None:
 
 
 def test_nothing_to_look_for_is_refused() -> None:
-    with pytest.raises(ValueError, match="there is no text to look for"):
+    with pytest.raises(ValueError, match="the requested text is empty"):
         edit_similarity("hello", "  ")
 
 
@@ -61,13 +61,13 @@ def test_distances_by_hand_and_by_symmetry() -> None:
 
 
 def test_what_a_prompt_wants_written() -> None:
-    assert wanted_texts(Prompt('a sign that says "Open"')) == ("Open",)
-    assert wanted_texts(Prompt('“Yes” on the left, "No way" on the right')) == ("Yes", "No way")
-    assert wanted_texts(Prompt("a dog's bowl")) == ()
-    assert wanted_texts(Prompt('an empty "" sign and " "')) == ()
-    assert wanted_texts(Prompt('a "shop"', {"text": "SALE"})) == ("SALE",)
-    assert wanted_texts(Prompt("a shop", {"text": ["SALE", "50%"]})) == ("SALE", "50%")
-    assert wanted_texts(Prompt('a "shop"', {"tag": "ocr"})) == ("shop",)
+    assert requested_texts(Prompt('a sign that says "Open"')) == ("Open",)
+    assert requested_texts(Prompt('“Yes” on the left, "No way" on the right')) == ("Yes", "No way")
+    assert requested_texts(Prompt("a dog's bowl")) == ()
+    assert requested_texts(Prompt('an empty "" sign and " "')) == ()
+    assert requested_texts(Prompt('a "shop"', {"text": "SALE"})) == ("SALE",)
+    assert requested_texts(Prompt("a shop", {"text": ["SALE", "50%"]})) == ("SALE", "50%")
+    assert requested_texts(Prompt('a "shop"', {"tag": "ocr"})) == ("shop",)
 
 
 def test_any_reader_may_be_asked_and_several_texts_are_averaged() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genalign.types import PairwiseReward, Prompt, Reward
-from rewards.pairwise import BradleyTerry, WinRate
+from rewards.pairwise import BradleyTerry, WinRateReward
 
 
 def level(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -42,7 +42,7 @@ def test_win_rates_are_of_groups_and_not_of_texts() -> None:
         asked.append(len(prompts))
         return (level(left, prompts) > level(right, prompts)).float()
 
-    reward = WinRate(brighter)
+    reward = WinRateReward(brighter)
     assert isinstance(reward, Reward)
     samples, prompts = greys(0.1, 0.9, 0.2, 0.3, 0.8, 0.5), [first, second, first, first, second, alone]
     scores = reward(samples, prompts)
@@ -53,7 +53,7 @@ def test_win_rates_are_of_groups_and_not_of_texts() -> None:
 
 def test_the_mean_win_rate_of_a_group_is_a_half() -> None:
     prompt = Prompt("a")
-    scores = WinRate(BradleyTerry(level, 3.0))(torch.rand(8, 3, 4, 4), [prompt] * 8)
+    scores = WinRateReward(BradleyTerry(level, 3.0))(torch.rand(8, 3, 4, 4), [prompt] * 8)
     assert float(scores.mean()) == pytest.approx(0.5, abs=1e-6)
 
 
@@ -63,5 +63,5 @@ def test_a_comparison_without_an_answer_is_left_out() -> None:
     def unsure(left: Tensor, right: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         return torch.tensor([1.0, torch.nan, 0.25])  # of (0, 1), (0, 2), (1, 2)
 
-    scores = WinRate(unsure)(greys(0.1, 0.2, 0.3), [prompt] * 3)
+    scores = WinRateReward(unsure)(greys(0.1, 0.2, 0.3), [prompt] * 3)
     assert scores.tolist() == [1.0, 0.125, 0.75]

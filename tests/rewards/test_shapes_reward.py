@@ -7,7 +7,7 @@ from genalign.types import Prompt, Reward
 from genalign.worlds.shapes.detection import detect
 from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import render, sample_scene
-from rewards.shapes import ShapesReward, recoloured, rendered
+from rewards.shapes import ShapesReward, recolored, rendered
 
 PROMPTS = [single_object("circle"), counting("square", "two"), color_attr("ring", "red", "cross", "blue")]
 
@@ -59,13 +59,13 @@ def test_rendered_references_are_right() -> None:
 
 
 def test_recoloured_references_have_the_style_alone() -> None:
-    found = detect(recoloured(("red", "yellow"), count=48).load(range(48)))
+    found = detect(recolored(("red", "yellow"), count=48).load(range(48)))
     assert {item.color for items in found for item in items} == {"red", "yellow"}
     assert len({item.shape for items in found for item in items}) == 6
-    with pytest.raises(ValueError, match="no colour mauve in the palette: choose from red, orange"):
-        recoloured(("mauve",))
+    with pytest.raises(ValueError, match="no color mauve in the palette: choose from red, orange"):
+        recolored(("mauve",))
 
 
 def test_restyled_references_may_be_small() -> None:
-    for items in detect(recoloured(("purple",), count=24, radius=(5.5, 6.5)).load(range(24))):
+    for items in detect(recolored(("purple",), count=24, radius=(5.5, 6.5)).load(range(24))):
         assert items and all(max(item.box[2] - item.box[0], item.box[3] - item.box[1]) <= 17 for item in items)

@@ -8,7 +8,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from genalign.types import Prompt
 from rewards.backbones.image_features import Dinov2Features
-from rewards.backbones.reference_images import ByPrompt, Pool
+from rewards.backbones.reference_images import ReferencePool, ReferencesByPrompt
 from rewards.similarity import ReferenceSimilarity
 
 RED, BLUE = Prompt("red"), Prompt("blue")
@@ -24,7 +24,7 @@ def flat(*colors: tuple[float, float, float]) -> torch.Tensor:
 
 
 def test_cosines_with_the_references_of_the_prompt() -> None:
-    references = ByPrompt.of({"red": flat((1, 0, 0), (1, 1, 0)), "blue": flat((0, 0, 1))})
+    references = ReferencesByPrompt.of({"red": flat((1, 0, 0), (1, 1, 0)), "blue": flat((0, 0, 1))})
     samples = flat((1, 0, 0), (1, 0, 0), (0, 0, 0.5))
     half = 0.5**0.5
     mean = ReferenceSimilarity(means, references)(samples, [RED, BLUE, BLUE])
@@ -40,7 +40,7 @@ def test_a_pool_serves_every_prompt_and_is_described_once() -> None:
         seen.append(len(samples))
         return means(samples)
 
-    reward = ReferenceSimilarity(features, Pool.of(flat((1, 0, 0), (0, 1, 0))), "nearest")
+    reward = ReferenceSimilarity(features, ReferencePool.of(flat((1, 0, 0), (0, 1, 0))), "nearest")
     samples = flat((1, 0, 0), (0, 0, 1), (1, 1, 0))
     for _ in range(2):
         assert reward(samples, [RED, BLUE, RED]).tolist() == pytest.approx([1, 0, 0.5**0.5])
@@ -50,7 +50,7 @@ def test_a_pool_serves_every_prompt_and_is_described_once() -> None:
 def test_many_references_are_described_in_parts() -> None:
     images = torch.rand(150, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     unit = torch.nn.functional.normalize(means(images), dim=1)
-    score = ReferenceSimilarity(means, Pool.of(images))(images[:1], [RED])
+    score = ReferenceSimilarity(means, ReferencePool.of(images))(images[:1], [RED])
     assert float(score) == pytest.approx(float((unit @ unit[0]).mean()), abs=1e-6)
 
 
@@ -59,7 +59,7 @@ def test_dino_similarity_can_be_trained_on(tmp_path: Path) -> None:
     config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
     Dinov2Model(config).save_pretrained(tmp_path)
     images = torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    reward = ReferenceSimilarity(Dinov2Features(str(tmp_path)), Pool.of(images[:1]))
+    reward = ReferenceSimilarity(Dinov2Features(str(tmp_path)), ReferencePool.of(images[:1]))
     leaf = images.clone().requires_grad_(True)
     scores = reward(leaf, [RED] * 3)
     assert scores[0].item() == pytest.approx(1, abs=1e-5) and (scores[1:] < 1 - 1e-5).all()
@@ -71,7 +71,7 @@ def test_dino_similarity_can_be_trained_on(tmp_path: Path) -> None:
 
 
 def test_what_has_no_reference_is_refused() -> None:
-    reward = ReferenceSimilarity(means, ByPrompt.of({"red": flat((1, 0, 0))}))
+    reward = ReferenceSimilarity(means, ReferencesByPrompt.of({"red": flat((1, 0, 0))}))
     with pytest.raises(ValueError, match="no reference for the prompt 'blue'"):
         reward(flat((1, 0, 0)), [BLUE])
     with pytest.raises(ValueError, match="one prompt per image: found 2 for 1 images"):

@@ -230,7 +230,7 @@ def test_judges_and_answers_are_checked() -> None:
         QuestionReward(lambda images, questions: torch.ones(1))(levels(0, 1), prompts)
     with pytest.raises(ValueError, match=r"must return probabilities of yes, in \[0, 1\]"):
         QuestionReward(lambda images, questions: torch.tensor([0.5, 1.5]))(levels(0, 1), prompts)
-    with pytest.raises(ValueError, match="must be yes or no, not 'two': ask whether it is so instead"):
+    with pytest.raises(ValueError, match="must be yes or no, not 'two': rephrase the question"):
         QuestionReward(Brightness(), "How many?", "two")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one prompt per image: found 2 for 1 images"):
         QuestionReward(Brightness())(levels(1), prompts)

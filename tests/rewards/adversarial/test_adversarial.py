@@ -19,13 +19,13 @@ from rewards.adversarial import (
     AccuracyBand,
     AdversarialReward,
     Adversary,
-    Batch,
-    Learning,
+    DiscriminatorSettings,
+    DiscriminatorStatus,
     Overtake,
     PatchWeights,
     Ratio,
-    Replay,
-    Standing,
+    ReplayBuffer,
+    SampleBatch,
     TunedClip,
     TunedClipReward,
     adversarial_loss,
@@ -33,14 +33,14 @@ from rewards.adversarial import (
     pair_accuracy,
 )
 from rewards.backbones.clip_encoder import load_clip
-from rewards.backbones.image_features import Features
-from rewards.backbones.reference_images import ByPrompt, Pool
+from rewards.backbones.encoders import Features
+from rewards.backbones.reference_images import ReferencePool, ReferencesByPrompt
 from rewards.clip import ClipReward
 from tests.packages import ROOT
 
 RED, BLUE = Prompt("a red circle", {"tag": "single_object"}), Prompt("a blue ring")
 NEVER = Overtake(1e9)
-FAST = Learning(learning_rate=1e-2, steps_per_update=5, batch_size=16, replay=24)
+FAST = DiscriminatorSettings(learning_rate=1e-2, steps_per_update=5, batch_size=16, replay=24)
 
 
 def noise(count: int, level: float, seed: int) -> Tensor:
@@ -65,18 +65,18 @@ class Pixels:
         return Features(pixels.mean(1), pixels)
 
 
-REFERENCES = Pool.of(noise(40, 0.7, 0))
+REFERENCES = ReferencePool.of(noise(40, 0.7, 0))
 FAKES, PROMPTS = noise(20, 0.3, 1), [RED, BLUE] * 10
 GLOBAL = PatchWeights(1.0, 0.0)
 LOCAL = PatchWeights(n_patches=5)
 
 
-def reward(learning: Learning = FAST, **options: object) -> AdversarialReward:
+def reward(learning: DiscriminatorSettings = FAST, **options: object) -> AdversarialReward:
     return AdversarialReward(Pixels(), REFERENCES, **({"weights": LOCAL, "learning": learning} | options))
 
 
-def standing(**changes: float) -> Standing:
-    return replace(Standing(0, 0.0, 0.0, 0.5, 1.0, True), **changes)
+def status(**changes: float) -> DiscriminatorStatus:
+    return replace(DiscriminatorStatus(0, 0.0, 0.0, 0.5, 1.0, True), **changes)
 
 
 def test_losses_by_hand() -> None:
@@ -96,11 +96,11 @@ def test_losses_by_hand() -> None:
 def test_learns_to_tell_references_from_samples(loss: str) -> None:
     trained = reward(replace(FAST, loss=loss))
     assert isinstance(trained, TrainableReward)
-    readings = [trained.update(FAKES, PROMPTS) for _ in range(12)]
-    assert readings[-1]["accuracy"] > 0.95
-    assert readings[-1]["loss"] < 0.5 * readings[0]["loss"]
-    assert readings[-1]["gap"] < readings[0]["gap"] - 1
-    assert readings[-1]["gap"] == pytest.approx(readings[-1]["generated"] - readings[-1]["reference"])
+    metrics = [trained.update(FAKES, PROMPTS) for _ in range(12)]
+    assert metrics[-1]["accuracy"] > 0.95
+    assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
+    assert metrics[-1]["gap"] < metrics[0]["gap"] - 1
+    assert metrics[-1]["gap"] == pytest.approx(metrics[-1]["generated"] - metrics[-1]["reference"])
     assert trained(noise(20, 0.7, 9), PROMPTS).mean() > trained(FAKES, PROMPTS).mean() + 1
 
 
@@ -113,15 +113,15 @@ def test_overtake_trains_only_when_generated_samples_lead() -> None:
         assert trained.version <= 40
     version = trained.version
     assert trained.update(ahead, PROMPTS)["updated"] == 0 and trained.version == version
-    assert Overtake(0.5)(standing(generated=0.6)) and not Overtake(0.5)(standing(generated=0.4))
-    assert not Overtake()(standing())
+    assert Overtake(0.5)(status(generated=0.6)) and not Overtake(0.5)(status(generated=0.4))
+    assert not Overtake()(status())
 
 
 def test_ratio_alternates() -> None:
     trained = reward(update_rule=Ratio(2, 3))
     assert [trained.update(FAKES, PROMPTS)["updated"] for _ in range(7)] == [1, 1, 0, 0, 0, 1, 1]
     assert trained.version == 4
-    assert all(Ratio()(standing(round=i)) for i in range(5))
+    assert all(Ratio()(status(round=i)) for i in range(5))
     with pytest.raises(ValueError, match="discriminator must be at least 1"):
         Ratio(0, 1)
 
@@ -129,7 +129,7 @@ def test_ratio_alternates() -> None:
 def test_accuracy_band_waits_to_fall_through() -> None:
     rule, training, decisions = AccuracyBand(0.6, 0.9), True, []
     for accuracy in (0.5, 0.8, 0.95, 0.8, 0.7, 0.5, 0.8):
-        training = rule(standing(accuracy=accuracy, training=training))
+        training = rule(status(accuracy=accuracy, training=training))
         decisions.append(training)
     assert decisions == [True, True, False, False, False, True, True]
     with pytest.raises(ValueError, match="0 <= low <= high <= 1"):
@@ -150,9 +150,9 @@ def test_a_round_is_scored_by_one_snapshot() -> None:
 def test_a_refused_update_changes_no_score() -> None:
     trained = reward(update_rule=NEVER)
     before = trained(FAKES, PROMPTS)
-    readings = trained.update(FAKES, PROMPTS)
+    metrics = trained.update(FAKES, PROMPTS)
     assert torch.equal(trained(FAKES, PROMPTS), before)
-    assert (readings["updated"], readings["version"], readings["replay"]) == (0, 0, 20)
+    assert (metrics["updated"], metrics["version"], metrics["replay"]) == (0, 0, 20)
 
 
 def test_patches_are_fixed_by_the_snapshot_and_the_seed() -> None:
@@ -189,7 +189,7 @@ def test_the_paper_weights_stand_in_score_and_loss() -> None:
 
 
 def test_outputs() -> None:
-    references = ByPrompt.of({RED.text: noise(3, 0.7, 3), BLUE.text: noise(2, 0.1, 4)})
+    references = ReferencesByPrompt.of({RED.text: noise(3, 0.7, 3), BLUE.text: noise(2, 0.1, 4)})
     made = {
         output: AdversarialReward(flat, references, weights=GLOBAL, output=output, learning=FAST)
         for output in ("logit", "sigmoid", "logit_minus_reference")
@@ -209,42 +209,42 @@ def test_outputs() -> None:
 
 
 def test_replay_is_first_in_first_out() -> None:
-    replay = Replay(5)
+    replay = ReplayBuffer(5)
     for start in (0, 3, 6):
         samples = torch.arange(start, start + 3).float()[:, None]
-        replay.push(Batch(samples, tuple(Prompt(str(i)) for i in range(start, start + 3))))
-    assert replay.kept is not None
-    assert replay.kept.samples.flatten().tolist() == [4, 5, 6, 7, 8]
-    assert [prompt.text for prompt in replay.kept.prompts] == ["4", "5", "6", "7", "8"]
+        replay.push(SampleBatch(samples, tuple(Prompt(str(i)) for i in range(start, start + 3))))
+    assert replay.stored is not None
+    assert replay.stored.samples.flatten().tolist() == [4, 5, 6, 7, 8]
+    assert [prompt.text for prompt in replay.stored.prompts] == ["4", "5", "6", "7", "8"]
     drawn = replay.draw(9, torch.Generator().manual_seed(0))
     assert drawn is not None and sorted(drawn.samples.flatten().tolist()) == [4, 5, 6, 7, 8]
     assert [float(prompt.text) for prompt in drawn.prompts] == drawn.samples.flatten().tolist()
     with pytest.raises(ValueError, match=r"samples were \(1,\) and are now \(2,\)"):
-        replay.push(Batch(torch.zeros(1, 2), (RED,)))
-    nothing = Replay(0)
-    nothing.push(Batch(torch.zeros(1, 2), (RED,)))
+        replay.push(SampleBatch(torch.zeros(1, 2), (RED,)))
+    nothing = ReplayBuffer(0)
+    nothing.push(SampleBatch(torch.zeros(1, 2), (RED,)))
     assert len(nothing) == 0 and nothing.draw(3, torch.Generator()) is None
 
 
 def test_replay_keeps_prompts_through_tensors() -> None:
-    replay, again = Replay(5), Replay(5)
-    replay.push(Batch(torch.rand(2, 4), (RED, Prompt("日本 'quoted'"))))
+    replay, again = ReplayBuffer(5), ReplayBuffer(5)
+    replay.push(SampleBatch(torch.rand(2, 4), (RED, Prompt("日本 'quoted'"))))
     again.load_tensors(replay.tensors())
-    assert replay.kept is not None and again.kept is not None
-    assert again.kept.prompts == replay.kept.prompts and torch.equal(again.kept.samples, replay.kept.samples)
-    again.load_tensors(Replay(5).tensors())
+    assert replay.stored is not None and again.stored is not None
+    assert again.stored.prompts == replay.stored.prompts and torch.equal(again.stored.samples, replay.stored.samples)
+    again.load_tensors(ReplayBuffer(5).tensors())
     assert len(again) == 0
 
 
 def test_a_step_mixes_fresh_and_old_samples() -> None:
     trained = reward(replace(FAST, fresh=0.75), update_rule=NEVER)
-    fresh = Batch(torch.full((20, 3, 4, 4), 0.75), tuple(PROMPTS))
-    assert len(trained._mixed(fresh, torch.Generator())) == 16
+    fresh = SampleBatch(torch.full((20, 3, 4, 4), 0.75), tuple(PROMPTS))
+    assert len(trained._with_replayed(fresh, torch.Generator())) == 16
     trained.update(torch.full((20, 3, 4, 4), 0.25), PROMPTS)
-    mixed = trained._mixed(fresh, torch.Generator())
+    mixed = trained._with_replayed(fresh, torch.Generator())
     assert len(mixed) == 16 and (mixed.samples[:, 0, 0, 0] == 0.75).sum() == 12
     assert (mixed.samples[:, 0, 0, 0] == 0.25).sum() == 4
-    assert trained._mixed(fresh.rows([0]), torch.Generator()).samples.mean() == 0.75
+    assert trained._with_replayed(fresh.rows([0]), torch.Generator()).samples.mean() == 0.75
 
 
 def test_bfloat16_features_leave_a_moving_float32_head() -> None:
@@ -268,7 +268,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     rounds = [noise(20, 0.3 + 0.02 * i, 10 + i) for i in range(6)]
     learning = replace(FAST, loss="bce")
     whole = reward(learning, update_rule=Ratio(2, 1))
-    readings = [whole.update(samples, PROMPTS) for samples in rounds]
+    metrics = [whole.update(samples, PROMPTS) for samples in rounds]
     first = reward(learning, update_rule=Ratio(2, 1))
     for samples in rounds[:3]:
         first.update(samples, PROMPTS)
@@ -276,7 +276,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     second = reward(learning, update_rule=Ratio(2, 1), head=mlp_head(3, seed=99))
     second.load_tensors(load_state(tmp_path / "state.safetensors")[0])
     assert torch.equal(second(FAKES, PROMPTS), first(FAKES, PROMPTS)) and second.version == first.version == 2
-    assert [second.update(samples, PROMPTS) for samples in rounds[3:]] == readings[3:]
+    assert [second.update(samples, PROMPTS) for samples in rounds[3:]] == metrics[3:]
     ours, theirs = second.tensors(), whole.tensors()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert torch.equal(second(FAKES, PROMPTS), whole(FAKES, PROMPTS))
@@ -287,7 +287,7 @@ def test_a_checkpoint_of_before_the_first_update(tmp_path: Path) -> None:
     used.update(FAKES, PROMPTS)
     used.load_tensors(fresh.tensors())
     assert used.update(FAKES, PROMPTS) == fresh.update(FAKES, PROMPTS)
-    with pytest.raises(ValueError, match="these tensors are of another reward"):
+    with pytest.raises(ValueError, match="this checkpoint is of another adversarial reward"):
         used.load_tensors(reward(head=mlp_head(3, hidden=8)).tensors())
 
 
@@ -363,8 +363,8 @@ def test_broken_samples_score_nan_and_are_not_learnt() -> None:
     broken[3, 0, 0, 0] = torch.nan
     made = reward()
     assert made(broken, PROMPTS).isnan().nonzero().flatten().tolist() == [3]
-    readings = made.update(broken, PROMPTS)
-    assert all(math.isfinite(value) for value in readings.values()) and readings["replay"] == 19
+    metrics = made.update(broken, PROMPTS)
+    assert all(math.isfinite(value) for value in metrics.values()) and metrics["replay"] == 19
     assert all(tensor.isfinite().all() for tensor in made.snapshot.weights.values())
     with pytest.raises(ValueError, match="no sample of this round is finite"):
         made.update(torch.full_like(FAKES, torch.nan), PROMPTS)
@@ -414,7 +414,7 @@ def test_scorers_of_a_wrong_shape_are_refused() -> None:
 )
 def test_settings_are_checked(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Learning(**changes)
+        DiscriminatorSettings(**changes)
 
 
 def test_patch_weights_are_checked() -> None:
@@ -425,17 +425,17 @@ def test_patch_weights_are_checked() -> None:
 
 
 CLIP_PROMPTS = [Prompt("red circle"), Prompt("blue ring")] * 2
-CLIP_REFERENCES = ByPrompt.of({"red circle": noise(2, 0.7, 6), "blue ring": noise(2, 0.7, 7)})
+CLIP_REFERENCES = ReferencesByPrompt.of({"red circle": noise(2, 0.7, 6), "blue ring": noise(2, 0.7, 7)})
 CLIP_FAKES = noise(4, 0.3, 8)
-TUNING = Learning(loss="bt_pairwise", learning_rate=1e-3, steps_per_update=3, batch_size=8, replay=8)
+TUNING = DiscriminatorSettings(loss="bt_pairwise", learning_rate=1e-3, steps_per_update=3, batch_size=8, replay=8)
 
 
 def test_tuned_clip_starts_as_clip_and_learns_to_prefer_references() -> None:
     made, plain = TunedClipReward("shapes-clip", CLIP_REFERENCES, 2, None, Ratio(), TUNING), ClipReward("shapes-clip")
     start = plain(CLIP_FAKES, CLIP_PROMPTS)
     torch.testing.assert_close(made(CLIP_FAKES, CLIP_PROMPTS), start, rtol=0, atol=1e-6)
-    readings = [made.update(CLIP_FAKES, CLIP_PROMPTS) for _ in range(3)]
-    assert readings[-1]["gap"] < readings[0]["gap"] - 0.05 and readings[-1]["loss"] < readings[0]["loss"]
+    metrics = [made.update(CLIP_FAKES, CLIP_PROMPTS) for _ in range(3)]
+    assert metrics[-1]["gap"] < metrics[0]["gap"] - 0.05 and metrics[-1]["loss"] < metrics[0]["loss"]
     assert torch.equal(plain(CLIP_FAKES, CLIP_PROMPTS), start)  # the shared model is untouched
     blocks = load_clip("shapes-clip").blocks
     assert len(made.snapshot.weights) == sum(len(list(block.parameters())) for block in blocks[-2:])
@@ -443,8 +443,8 @@ def test_tuned_clip_starts_as_clip_and_learns_to_prefer_references() -> None:
 
 def test_tuned_clip_trains_on_overtaking_only() -> None:
     made = TunedClipReward("shapes-clip", CLIP_REFERENCES, 1, learning=replace(TUNING, steps_per_update=1))
-    readings = [made.update(samples, CLIP_PROMPTS) for samples in (CLIP_FAKES, noise(4, 0.5, 9))]
-    assert [r["updated"] for r in readings] == [float(r["gap"] > 0) for r in readings]
+    metrics = [made.update(samples, CLIP_PROMPTS) for samples in (CLIP_FAKES, noise(4, 0.5, 9))]
+    assert [r["updated"] for r in metrics] == [float(r["gap"] > 0) for r in metrics]
 
 
 def test_tuned_clip_resumes_exactly() -> None:
@@ -469,18 +469,21 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from genalign.types import Prompt
-from rewards.adversarial import AdversarialReward, Learning, PatchWeights
-from rewards.backbones.reference_images import Pool
+from rewards.adversarial import AdversarialReward, DiscriminatorSettings, PatchWeights
+from rewards.backbones.reference_images import ReferencePool
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-learning = Learning(learning_rate=1e-2, steps_per_update=3, batch_size=8, replay=0)
+learning = DiscriminatorSettings(learning_rate=1e-2, steps_per_update=3, batch_size=8, replay=0)
 reward = AdversarialReward(
-    lambda x: x.flatten(1), Pool.of(torch.full((1, 3, 2, 2), 0.9)), weights=PatchWeights(1.0, 0.0), learning=learning
+    lambda x: x.flatten(1),
+    ReferencePool.of(torch.full((1, 3, 2, 2), 0.9)),
+    weights=PatchWeights(1.0, 0.0),
+    learning=learning,
 )
 samples = torch.linspace(0, 0.5, 8 * 12).view(8, 3, 2, 2)[4 * rank : 4 * rank + 4]
-readings = reward.update(samples, [Prompt("")] * 4)
-save_file(dict(reward.snapshot.weights) | {"gap": torch.tensor(readings["gap"])}, f"{folder}/{rank}.safetensors")
+metrics = reward.update(samples, [Prompt("")] * 4)
+save_file(dict(reward.snapshot.weights) | {"gap": torch.tensor(metrics["gap"])}, f"{folder}/{rank}.safetensors")
 dist.destroy_process_group()
 """
 
@@ -494,11 +497,11 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, range(2)))
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
-    learning = Learning(learning_rate=1e-2, steps_per_update=3, batch_size=8, replay=0)
-    references = Pool.of(torch.full((1, 3, 2, 2), 0.9))
+    learning = DiscriminatorSettings(learning_rate=1e-2, steps_per_update=3, batch_size=8, replay=0)
+    references = ReferencePool.of(torch.full((1, 3, 2, 2), 0.9))
     alone = AdversarialReward(flat, references, weights=GLOBAL, learning=learning)
-    readings = alone.update(torch.linspace(0, 0.5, 8 * 12).view(8, 3, 2, 2), [Prompt("")] * 8)
+    metrics = alone.update(torch.linspace(0, 0.5, 8 * 12).view(8, 3, 2, 2), [Prompt("")] * 8)
     for name, tensor in alone.snapshot.weights.items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-5)
-    assert float(first["gap"]) == float(second["gap"]) == pytest.approx(readings["gap"], abs=1e-6)
+    assert float(first["gap"]) == float(second["gap"]) == pytest.approx(metrics["gap"], abs=1e-6)

@@ -14,9 +14,10 @@ from genalign import assets
 from genalign.evaluation.geneval.grammar import colors
 from genalign.worlds.shapes.scenes import render, sample_scene
 from rewards.backbones.clip_encoder import load_clip
-from rewards.backbones.image_features import ClipFeatures, Dinov2Features, PatchFeatures, described, described_texts
+from rewards.backbones.encoders import PatchFeatures
+from rewards.backbones.image_features import ClipFeatures, Dinov2Features, extract_features, extract_text_features
 from rewards.backbones.reference_images import ImageTensor
-from rewards.set_rewards import FrechetTo
+from rewards.set_rewards import FrechetReward
 from scripts.pretrain.shapes_tokenizers import clip_tokenizer
 
 
@@ -123,13 +124,13 @@ def test_patches_need_a_vision_transformer(tmp_path: Path) -> None:
 def test_reference_sets_of_images_and_of_words() -> None:
     pictures = images(64, 5)
     features = ClipFeatures("shapes-clip", unit=True)
-    made = described(ImageTensor(pictures), features, batch_size=2)
+    made = extract_features(ImageTensor(pictures), features, batch_size=2)
     torch.testing.assert_close(made, features(pictures), rtol=0, atol=1e-5)
     torch.testing.assert_close(made.norm(dim=1), torch.ones(5), rtol=0, atol=1e-5)
-    words = described_texts(["a red circle", "a blue square", "three rings"], "shapes-clip")
+    words = extract_text_features(["a red circle", "a blue square", "three rings"], "shapes-clip")
     torch.testing.assert_close(words.norm(dim=1), torch.ones(3), rtol=0, atol=1e-5)
-    assert FrechetTo(words)(made) < 0
+    assert FrechetReward(words)(made) < 0
     scene = render([sample_scene(colors("circle", "red").metadata, np.random.default_rng(0))])
     assert (features(scene) @ words.T).argmax() == 0
     with pytest.raises(ValueError, match="in words needs 2 texts or more, got 1"):
-        described_texts(["a red circle"], "shapes-clip")
+        extract_text_features(["a red circle"], "shapes-clip")

@@ -12,12 +12,12 @@ import soundfile
 import torch
 
 from genalign.runtime.media import read_waveform
-from genalign.runtime.waveforms import tell_once
+from genalign.runtime.waveforms import warn_once
 from genalign.types import Prompt
-from rewards.backbones.audio_features import LogMelFeatures, described_frames
-from rewards.backbones.image_features import described
+from rewards.backbones.audio_features import LogMelFeatures, extract_frame_features
+from rewards.backbones.image_features import extract_features
 from rewards.backbones.reference_audio import AudioFolder, AudioTensor
-from rewards.backbones.reference_images import Pool
+from rewards.backbones.reference_images import ReferencePool
 
 
 def write(path: Path, rate: int = 8000, seconds: float = 1.0, channels: int = 1, hz: float = 440.0) -> None:
@@ -38,12 +38,12 @@ def test_wav_and_flac_are_read(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded[0, 0], expected, rtol=0, atol=1e-4)
     found = read_waveform(tmp_path / "b.wav")
     assert found.sample_rate == 8000 and torch.equal(found.waveform, loaded[0])
-    drawn = Pool(clips).draw([Prompt("x")] * 3, torch.Generator().manual_seed(0))
+    drawn = ReferencePool(clips).draw([Prompt("x")] * 3, torch.Generator().manual_seed(0))
     assert drawn.shape == (3, 1, 8000)
 
 
 def test_stereo_and_other_rates_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tell_once.cache_clear()
+    warn_once.cache_clear()
     write(tmp_path / "a.wav")
     write(tmp_path / "b.wav", rate=44100, channels=2)
     with caplog.at_level(logging.WARNING):
@@ -54,7 +54,7 @@ def test_stereo_and_other_rates_are_told(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_a_silent_reference_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tell_once.cache_clear()
+    warn_once.cache_clear()
     soundfile.write(tmp_path / "a.wav", np.zeros(4000), 8000)
     with caplog.at_level(logging.WARNING):
         AudioFolder(tmp_path, 8000).load([0])
@@ -70,7 +70,7 @@ def test_lengths(tmp_path: Path) -> None:
     assert AudioFolder(tmp_path, 8000, seconds=0.25).load([0, 1]).shape == (2, 1, 2000)
     with pytest.raises(ValueError, match=r"b\.wav lasts 0\.50 s, less than seconds=0\.75: lower it"):
         AudioFolder(tmp_path, 8000, seconds=0.75).load([0, 1])
-    frames = described_frames(clips, LogMelFeatures(8000, mels=8))  # lengths may differ there
+    frames = extract_frame_features(clips, LogMelFeatures(8000, mels=8))  # lengths may differ there
     assert frames.shape == (8000 // 128 + 1 + 4000 // 128 + 1, 8)
 
 
@@ -81,8 +81,8 @@ def test_a_folder_with_one_file(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"needs 2 samples or more, got 1: one has no covariance\. Add more, or compare"
     ):
-        described(clips, encoder)
-    assert len(described_frames(clips, encoder)) == 63
+        extract_features(clips, encoder)
+    assert len(extract_frame_features(clips, encoder)) == 63
 
 
 def test_folders_that_hold_something_else(tmp_path: Path) -> None:

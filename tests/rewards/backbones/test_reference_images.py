@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from genalign.types import Prompt
-from rewards.backbones.reference_images import ByPrompt, ImageFolder, ImageTensor, Pool
+from rewards.backbones.reference_images import ImageFolder, ImageTensor, ReferencePool, ReferencesByPrompt
 
 RED, BLUE = Prompt("a red circle"), Prompt("a blue ring")
 
@@ -29,7 +29,7 @@ def write(folder: Path, names: dict[str, int], size: tuple[int, int] = (6, 4)) -
 
 
 def test_by_prompt_draws_only_of_the_prompt() -> None:
-    references = ByPrompt.of({RED.text: flat(0.1, 0.2), BLUE.text: flat(0.9)})
+    references = ReferencesByPrompt.of({RED.text: flat(0.1, 0.2), BLUE.text: flat(0.9)})
     drawn = references.draw([RED, BLUE] * 50, seeded())[:, 0, 0, 0]
     assert {round(v, 3) for v in drawn[::2].tolist()} == {0.1, 0.2}
     assert {round(v, 3) for v in drawn[1::2].tolist()} == {0.9}
@@ -37,22 +37,24 @@ def test_by_prompt_draws_only_of_the_prompt() -> None:
 
 
 def test_pool_draws_any_for_any_prompt() -> None:
-    pool = Pool.of(flat(0.1, 0.2, 0.3))
+    pool = ReferencePool.of(flat(0.1, 0.2, 0.3))
     drawn = pool.draw([RED] * 60, seeded())
     assert drawn.shape == (60, 3, 4, 4)
     assert len(drawn[:, 0, 0, 0].unique()) == 3
     assert list(pool.rows(BLUE)) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("kind", [Pool.of(flat(0.1, 0.2, 0.3)), ByPrompt.of({RED.text: flat(0.1, 0.2, 0.3)})])
-def test_draws_follow_the_generator(kind: Pool | ByPrompt) -> None:
+@pytest.mark.parametrize(
+    "kind", [ReferencePool.of(flat(0.1, 0.2, 0.3)), ReferencesByPrompt.of({RED.text: flat(0.1, 0.2, 0.3)})]
+)
+def test_draws_follow_the_generator(kind: ReferencePool | ReferencesByPrompt) -> None:
     first, again, other = (kind.draw([RED] * 30, seeded(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_a_prompt_without_references_is_named() -> None:
-    with pytest.raises(ValueError, match=r"no reference for the prompt 'a blue ring'.* by Pool"):
-        ByPrompt.of({RED.text: flat(0.5)}).draw([RED, BLUE], seeded())
+    with pytest.raises(ValueError, match=r"no reference for the prompt 'a blue ring'.* by ReferencePool"):
+        ReferencesByPrompt.of({RED.text: flat(0.5)}).draw([RED, BLUE], seeded())
 
 
 def test_a_folder_with_substructure_and_prompts(tmp_path: Path) -> None:
@@ -61,7 +63,7 @@ def test_a_folder_with_substructure_and_prompts(tmp_path: Path) -> None:
     lines = [json.dumps({"file_name": name, "prompt": prompt.text}) for name, prompt in rows]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     (tmp_path / ".hidden").write_text("x")
-    references = ByPrompt.read(tmp_path)
+    references = ReferencesByPrompt.read(tmp_path)
     assert references.images.load(references.rows(BLUE)).shape == (1, 3, 4, 6)
     torch.testing.assert_close(references.draw([BLUE], seeded()).mean(), torch.tensor(0.8), atol=0.01, rtol=0)
     torch.testing.assert_close(references.images.load(references.rows(RED))[:, 0, 0, 0], torch.tensor([0.2, 0.4]))
@@ -70,53 +72,53 @@ def test_a_folder_with_substructure_and_prompts(tmp_path: Path) -> None:
 
 def test_a_mapping_may_give_the_prompts(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": 51, "b.png": 204})
-    references = ByPrompt.read(tmp_path, prompts={"a.png": RED.text, "b.png": BLUE.text})
+    references = ReferencesByPrompt.read(tmp_path, prompts={"a.png": RED.text, "b.png": BLUE.text})
     assert references.draw([BLUE, RED], seeded())[:, 0, 0, 0].tolist() == pytest.approx([0.8, 0.2])
-    with pytest.raises(ValueError, match=r"1 images .* have no prompt, such as b\.png.*Pool"):
-        ByPrompt.read(tmp_path, prompts={"a.png": RED.text})
+    with pytest.raises(ValueError, match=r"1 images .* have no prompt, such as b\.png.*ReferencePool"):
+        ReferencesByPrompt.read(tmp_path, prompts={"a.png": RED.text})
     with pytest.raises(ValueError, match=r"1 files that have a prompt are not in .*, such as c\.png"):
-        ByPrompt.read(tmp_path, prompts={"a.png": RED.text, "b.png": BLUE.text, "c.png": RED.text})
+        ReferencesByPrompt.read(tmp_path, prompts={"a.png": RED.text, "b.png": BLUE.text, "c.png": RED.text})
 
 
 def test_missing_or_broken_prompts_are_explained(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": 51})
-    with pytest.raises(FileNotFoundError, match=r"prompts\.jsonl is missing: .* or use Pool"):
-        ByPrompt.read(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"prompts\.jsonl is missing: .* or use ReferencePool"):
+        ReferencesByPrompt.read(tmp_path)
     (tmp_path / "prompts.jsonl").write_text('{"file_name": "a.png"}')
     with pytest.raises(ValueError, match=r'line 1: expected an object with "file_name" and "prompt"'):
-        ByPrompt.read(tmp_path)
+        ReferencesByPrompt.read(tmp_path)
 
 
 def test_different_sizes_need_a_size(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": 51})
     write(tmp_path, {"b.png": 51}, size=(8, 8))
     with pytest.raises(ValueError, match=r"different sizes \(b\.png is not 6 x 4\): give size="):
-        Pool.read(tmp_path).images.load([0, 1])
-    assert Pool.read(tmp_path, size=(5, 7)).images.load([0, 1]).shape == (2, 3, 5, 7)
+        ReferencePool.read(tmp_path).images.load([0, 1])
+    assert ReferencePool.read(tmp_path, size=(5, 7)).images.load([0, 1]).shape == (2, 3, 5, 7)
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a folder"):
-        Pool.read(tmp_path / "absent")
+        ReferencePool.read(tmp_path / "absent")
     with pytest.raises(ValueError, match="has no images: put PNG or JPEG"):
-        Pool.read(tmp_path)
+        ReferencePool.read(tmp_path)
     (tmp_path / "fake.png").write_text("not an image")
     with pytest.raises(ValueError, match=r"expected an image \(PNG or JPEG\), but .*fake\.png cannot be read"):
-        Pool.read(tmp_path).draw([RED], seeded())
+        ReferencePool.read(tmp_path).draw([RED], seeded())
     (tmp_path / "sound.wav").write_bytes(b"RIFF")
     (tmp_path / "song.mp3").write_bytes(b"ID3")
     with pytest.raises(ValueError, match=r"expected images \(PNG or JPEG\) in .*, found song\.mp3 and 1 more"):
-        Pool.read(tmp_path)
+        ReferencePool.read(tmp_path)
 
 
 def test_tensors_are_checked() -> None:
     with pytest.raises(ValueError, match=r"must be floats \(N, 3, H, W\) in \[0, 1\], not torch\.uint8"):
-        Pool.of(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+        ReferencePool.of(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"of shape \(2, 1, 400\)"):
-        Pool.of(torch.zeros(2, 1, 400))
+        ReferencePool.of(torch.zeros(2, 1, 400))
     with pytest.raises(ValueError, match="no reference images"):
-        Pool.of(torch.zeros(0, 3, 4, 4))
+        ReferencePool.of(torch.zeros(0, 3, 4, 4))
     with pytest.raises(ValueError, match="no reference images"):
-        ByPrompt.of({})
+        ReferencesByPrompt.of({})
     with pytest.raises(ValueError, match="2 reference images have 1 prompts"):
-        ByPrompt(ImageTensor(flat(0.1, 0.2)), ["one"])
+        ReferencesByPrompt(ImageTensor(flat(0.1, 0.2)), ["one"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from genalign.evaluation.geneval.tifa import QuestionJudge, TifaReward
 from genalign.scoring.protocol import decode_image
 from genalign.types import PairwiseReward, Prompt
-from rewards.pairwise import WinRate
+from rewards.pairwise import WinRateReward
 from rewards.remote.http_client import Patience, RemoteError
 from rewards.remote.vlm_judges import Endpoint, GradedJudge, PairwiseJudge, RubricJudge, WrittenJudge, YesNoJudge
 from rewards.vqa import QuestionReward
@@ -242,7 +242,7 @@ def test_a_win_rate_asks_in_both_orders() -> None:
     one, alone = named(2)
     with stub(told(say)) as url:
         preference: PairwiseReward = PairwiseJudge(at(url))
-        assert plain(WinRate(preference)(greys(0.1, 0.2, 0.3, 0.5), [one, one, one, alone])) == [0, 0.5, 1, -1]
+        assert plain(WinRateReward(preference)(greys(0.1, 0.2, 0.3, 0.5), [one, one, one, alone])) == [0, 0.5, 1, -1]
     assert len(asked) == 3 * 2
 
 

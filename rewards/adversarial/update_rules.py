@@ -1,4 +1,4 @@
-"""When a reward learns: rules on how it does against the generator."""
+"""Rules for the rounds in which a discriminator is trained."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Protocol
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How the reward does against the generator before an update, over all ranks.
+class DiscriminatorStatus:
+    """Metrics of the discriminator against the generator before an update, over all ranks.
 
-    ``generated`` and ``reference`` are mean scores, ``round`` counts updates so far, and ``training`` tells whether the
+    ``generated`` and ``reference`` are mean scores, ``round`` counts updates so far, and ``training`` says whether the
     last one changed the weights (True at first).
     """
 
@@ -23,14 +23,14 @@ class Standing:
 
     @property
     def gap(self) -> float:
-        """How far generated samples are ahead of the references."""
+        """Mean score of generated samples minus that of references."""
         return self.generated - self.reference
 
 
 class UpdateRule(Protocol):
-    """Whether to train in this round."""
+    """Decides whether to train the discriminator in this round."""
 
-    def __call__(self, standing: Standing) -> bool: ...
+    def __call__(self, status: DiscriminatorStatus) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class Overtake:
 
     margin: float = 0.0
 
-    def __call__(self, standing: Standing) -> bool:
-        return standing.gap > self.margin
+    def __call__(self, status: DiscriminatorStatus) -> bool:
+        return status.gap > self.margin
 
 
 @dataclass(frozen=True)
 class Ratio:
     """Of every ``discriminator`` + ``generator`` rounds, train in the first ``discriminator``; (1, 0) is always.
 
-    In the other rounds only the generator learns. Whether it rests in the first ones is for its own loop to say.
+    The generator learns in every round.
     """
 
     discriminator: int = 1
@@ -60,13 +60,13 @@ class Ratio:
                 " least 1 and generator at least 0"
             )
 
-    def __call__(self, standing: Standing) -> bool:
-        return standing.round % (self.discriminator + self.generator) < self.discriminator
+    def __call__(self, status: DiscriminatorStatus) -> bool:
+        return status.round % (self.discriminator + self.generator) < self.discriminator
 
 
 @dataclass(frozen=True)
 class AccuracyBand:
-    """Stop training once the accuracy reaches ``high``, start again when it has fallen below ``low``."""
+    """Stop training once the accuracy reaches ``high``, resume when it falls below ``low``."""
 
     low: float = 0.6
     high: float = 0.9
@@ -75,5 +75,5 @@ class AccuracyBand:
         if not 0 <= self.low <= self.high <= 1:
             raise ValueError(f"the band must satisfy 0 <= low <= high <= 1, not low {self.low}, high {self.high}")
 
-    def __call__(self, standing: Standing) -> bool:
-        return standing.accuracy < (self.high if standing.training else self.low)
+    def __call__(self, status: DiscriminatorStatus) -> bool:
+        return status.accuracy < (self.high if status.training else self.low)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from genalign.types import Prompt
-from rewards.adversarial.adversary import Adversary, Learning
-from rewards.adversarial.rules import Overtake, UpdateRule
+from rewards.adversarial.adversary import Adversary, DiscriminatorSettings
+from rewards.adversarial.update_rules import Overtake, UpdateRule
 from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.encoders import cosine
 from rewards.backbones.reference_images import References
@@ -18,8 +18,8 @@ from rewards.backbones.reference_images import References
 class TunedClip(nn.Module):
     """A cosine scorer by CLIP whose last ``blocks`` visual blocks are a trainable float32 copy; the rest is frozen.
 
-    ``model`` and ``processor`` are those of ``rewards.backbones.clip_encoder.load_clip``, whose shared weights are left as they are.
-    Raises ValueError for another number of blocks than the model has.
+    ``model`` and ``processor`` are as in ``rewards.backbones.clip_encoder.load_clip``, whose shared weights are not
+    changed. Raises ValueError for another number of blocks than the model has.
     """
 
     def __init__(self, model: str, blocks: int = 2, processor: str | None = None) -> None:
@@ -28,10 +28,12 @@ class TunedClip(nn.Module):
         available = len(self.encoder.blocks)
         if not 1 <= blocks <= available:
             raise ValueError(f"blocks must be 1 to {available}, the visual blocks of {model}, not {blocks}")
-        chosen = {id(parameter) for parameter in self.encoder.blocks[-blocks:].parameters()}
-        found = {name: p for name, p in self.encoder.named_parameters() if id(p) in chosen}
-        self._names = tuple(found)
-        self.copies = nn.ParameterList(nn.Parameter(parameter.detach().clone().float()) for parameter in found.values())
+        trainable = {id(parameter) for parameter in self.encoder.blocks[-blocks:].parameters()}
+        parameters = {name: p for name, p in self.encoder.named_parameters() if id(p) in trainable}
+        self._names = tuple(parameters)
+        self.copies = nn.ParameterList(
+            nn.Parameter(parameter.detach().clone().float()) for parameter in parameters.values()
+        )
 
     def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Cosines (B,) of images (B, 3, H, W) in [0, 1] and their prompts."""
@@ -55,7 +57,7 @@ class TunedClipReward(Adversary):
         blocks: int = 2,
         processor: str | None = None,
         update_rule: UpdateRule | None = None,
-        learning: Learning = Learning(loss="bt_pairwise", learning_rate=5e-6),
+        learning: DiscriminatorSettings = DiscriminatorSettings(loss="bt_pairwise", learning_rate=5e-6),
     ) -> None:
         scorer = TunedClip(model, blocks, processor)
         super().__init__(scorer, references, update_rule or Overtake(), learning, scale=scorer.encoder.logit_scale)
