@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from genalign.types import Prompt
-from rewards.backbones.clip_encoder import Preparation
+from rewards.backbones.clip_encoder import ImagePreprocessor
 from rewards.backbones.weight_files import AffineHead, read_tensors
 
 _VISION, _TEXT, _HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
@@ -63,7 +63,7 @@ class _Scorer(nn.Module):
         self.requires_grad_(False).eval()
         self._head, self._tokenizer = AffineHead.of(tensors, _HEAD), tokenizer
         side = int(self.vision.config.image_size)
-        self._prepare = Preparation((side, side), *_NORMALISATION)
+        self._prepare = ImagePreprocessor((side, side), *_NORMALISATION)
 
     def forward(self, images: Tensor, texts: list[str]) -> Tensor:
         if len(images) != len(texts):

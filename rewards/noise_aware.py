@@ -20,7 +20,7 @@ from genalign.search.noise_aware import NoiseAware, Quality
 from genalign.types import Prompt
 from rewards.backbones.clap_encoder import ClapEncoder, load_clap
 from rewards.backbones.clip_encoder import load_clip
-from rewards.backbones.encoders import TwoTowers
+from rewards.backbones.encoders import DualEncoder
 
 _LEVEL_WIDTH = 32
 _MIDDLE_DB = 50.0  # a spectrogram's values are around -50
@@ -43,7 +43,7 @@ class TowerScorer(nn.Module, ABC):
             self.load_state_dict(load_scorer(start).student.state_dict())
 
     @abstractmethod
-    def shared(self) -> TwoTowers:
+    def shared(self) -> DualEncoder:
         """The encoder that the tower is a copy of; its texts are embedded by it."""
 
     def embed(self, samples: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class ClipScorer(TowerScorer):
         self._model = model
         super().__init__(hidden, start, {"model": model})
 
-    def shared(self) -> TwoTowers:
+    def shared(self) -> DualEncoder:
         return load_clip(self._model)
 
 
@@ -78,7 +78,7 @@ class ClapScorer(TowerScorer):
         self._model, self.sample_rate = model, sample_rate
         super().__init__(hidden, start, {"model": model, "sample_rate": sample_rate})
 
-    def shared(self) -> TwoTowers:
+    def shared(self) -> DualEncoder:
         return load_clap(self._model)
 
     def embed(self, samples: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ class ReferenceSimilarity:
     or the greatest.
 
     With ``rewards.backbones.image_features.Dinov2Features`` this is the DINO similarity that Adv-GRPO reports (arXiv 2511.20256).
-    ``features`` is any FeatureFunction; ``references`` are those of the prompt (``references.ByPrompt``) or of any
-    (``references.Pool``). A reference is described once, when it is first needed, and kept on the CPU.
+    ``features`` is any FeatureFunction; ``references`` are those of the prompt (``references.ReferencesByPrompt``) or of any
+    (``references.ReferencePool``). A reference is described once, when it is first needed, and kept on the CPU.
     """
 
     features: Callable  # type: ignore[type-arg]  # bare: configurations name any FeatureFunction

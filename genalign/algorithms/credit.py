@@ -17,7 +17,7 @@ from genalign.algorithms.preference_pairs import (
     greedy_swap,
     paired_halves,
 )
-from genalign.metrics.set_mixture import with_quality
+from genalign.metrics.set_metric import with_quality
 from genalign.scoring.combine import combine
 from genalign.types import SetReward
 
@@ -94,13 +94,12 @@ class SetContrast:
     def __call__(self, outcome: RoundScores) -> Tensor:
         if outcome.features is None:
             raise ValueError("a set reward needs features of the samples: give the recipe a feature function")
-        features, own = outcome.features, outcome.combined.to(outcome.features)
-        usable = features.isfinite().all(1) & (own.isfinite() if self.quality else True)
-        halves = paired_halves(outcome.group).where(usable)
-        reward, first, second = self.reward, features[halves.first], features[halves.second]
+        features = outcome.features
         if self.quality:
-            qualities = own[halves.first], own[halves.second]
-            reward, first, second = with_quality(reward, self.quality, first, second, *qualities)
+            features = torch.cat([features, outcome.combined.to(features)[:, None]], 1)
+        halves = paired_halves(outcome.group).where(features.isfinite().all(1))
+        first, second = features[halves.first], features[halves.second]
+        reward = with_quality(self.reward, self.quality, first, second) if self.quality else self.reward
         split = greedy_swap(first, second, reward, self.criterion, self.passes)
         return signs(split.demonstrations(halves), len(outcome.group))
 

@@ -1,75 +1,60 @@
-"""Set rewards that are updated one member at a time."""
+"""A reward of whole sets next to the samples' own scores, in units that make a weight meaningful."""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import math
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from genalign.types import SetReward
 
-
-class SetStatistic(Protocol):
-    """The reward of a set of n samples as its members are replaced one by one; features are float64 on the CPU."""
-
-    @property
-    def value(self) -> float:
-        """The reward of the set."""
-
-    @property
-    def resolution(self) -> float:
-        """What the rewards of two sets that differ in one member must differ by to be told apart."""
-
-    def swapped(self, index: int, new: Tensor) -> float:
-        """What the reward would be with the features ``new`` (d,) at place ``index``; the set stays as it is."""
-
-    def swap(self, index: int, new: Tensor) -> None:
-        """Replace the member at ``index``."""
-
-    def settle(self) -> None:
-        """Make ``resolution`` as small as it gets, where it has grown by ``swap``."""
+_RANDOM_SETS = 16
 
 
-@runtime_checkable
-class IncrementalReward(Protocol):
-    """A ``SetReward`` that knows a cheaper way than scoring the set anew when one member is replaced."""
+@dataclass(frozen=True)
+class SetRewardWithQuality:
+    """A weighted sum of a set reward and the mean quality of the set's members.
 
-    def __call__(self, features: Tensor) -> float:
-        """The reward of a set (n, d)."""
+    Rows (n, d + 1) hold a sample's features and, last, its quality.
+    """
 
-    def statistic(self, features: Tensor) -> SetStatistic:
-        """The same of a set (n, d) that will change."""
+    reward: SetReward
+    reward_weight: float
+    quality_weight: float
+
+    def __call__(self, rows: Tensor) -> float:
+        """Score a set of n rows."""
+        return self.reward_weight * self.reward(rows[:, :-1]) + self.quality_weight * _mean_quality(rows)
 
 
-def set_statistic(reward: SetReward, features: Tensor) -> SetStatistic:
-    """The reward's own ``statistic`` of features (n, d), or else one that scores the whole set every time."""
-    features = features.detach().cpu().double()
-    return reward.statistic(features) if isinstance(reward, IncrementalReward) else Rescored(reward, features)
+def with_quality(reward: SetReward, weight: float, first: Tensor, second: Tensor) -> SetRewardWithQuality:
+    """Add ``weight`` times the mean quality to ``reward``, for n pairs of samples with rows (n, d + 1) each.
+
+    Both terms are divided by their standard deviation over random sets that take one sample of every pair, so that
+    ``weight`` compares what the choice of samples can change, and not units. A term that it cannot change is left out.
+    Raises ValueError for a weight or a reward that is not finite.
+    """
+    if not math.isfinite(weight):
+        raise ValueError(f"the weight of the samples' quality must be finite, not {weight}")
+    generator = torch.Generator().manual_seed(0)
+    sides = torch.stack([torch.randint(2, (len(first), 1), generator=generator) for _ in range(_RANDOM_SETS)]).bool()
+    sets = [torch.where(side.to(first.device), second, first) for side in sides]
+    return SetRewardWithQuality(
+        reward,
+        _inverse_deviation([reward(rows[:, :-1]) for rows in sets]),
+        weight * _inverse_deviation([_mean_quality(rows) for rows in sets]),
+    )
 
 
-class Rescored:
-    """A ``SetStatistic`` of any ``SetReward``, at the cost of one call per replacement tried."""
+def _mean_quality(rows: Tensor) -> float:
+    return float(rows[:, -1].mean())
 
-    def __init__(self, reward: SetReward, features: Tensor) -> None:
-        self._reward, self._features = reward, features.clone()
-        self._value = float(reward(self._features))
 
-    @property
-    def value(self) -> float:
-        return self._value
-
-    @property
-    def resolution(self) -> float:
-        return 1e-9 * abs(self._value)
-
-    def swapped(self, index: int, new: Tensor) -> float:
-        features = self._features.clone()
-        features[index] = new
-        return float(self._reward(features))
-
-    def swap(self, index: int, new: Tensor) -> None:
-        self._features[index] = new
-        self._value = float(self._reward(self._features))
-
-    def settle(self) -> None:
-        """Nothing to do."""
+def _inverse_deviation(values: list[float]) -> float:
+    """Return 1 / standard deviation, or 0 where the values differ by round-off only."""
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"a set reward is not finite on random sets of this round's samples: {values}")
+    deviation = float(torch.tensor(values, dtype=torch.float64).std())
+    return 1 / deviation if deviation > 1e-9 * max(abs(value) for value in values) else 0.0

@@ -1,7 +1,7 @@
-"""Features of sound: a whole clip's, and its frames', for Frechet distances, kernel distances and diversity.
+"""Features of whole clips and of their frames, for Frechet distances, kernel distances and diversity.
 
-Each is a feature function (B, C, L) -> (B, d) with a method ``features`` that also gives the frames, as
-``rewards.backbones.image_features.PatchFeatures`` has it for images.
+Each is a feature function (B, C, L) -> (B, d) with a method ``features`` that also gives the frames
+(``rewards.backbones.encoders.PatchFeatures``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from genalign.runtime.waveforms import as_heard, mel_decibels
 from rewards.backbones.clap_encoder import load_clap
-from rewards.backbones.encoders import Features
-from rewards.backbones.image_features import with_parts
-from rewards.backbones.reference_images import Samples
+from rewards.backbones.encoders import Features, require_patches
+from rewards.backbones.reference_images import ReferenceSamples
 
 _LOWEST_HZ = 50.0
 _TINY = 1e-4  # dB^2, for the gradient of a deviation of 0
@@ -25,18 +24,21 @@ _TINY = 1e-4  # dB^2, for the gradient of a deviation of 0
 
 @dataclass(frozen=True)
 class ClapFeatures:
-    """CLAP's unit embedding of a clip, and of its frames; ``model`` and ``sample_rate`` as for
-    ``rewards.clap.ClapReward``. Opened at the first call, frozen, float32."""
+    """CLAP's unit embedding of a clip, and of its frames.
+
+    ``model`` and ``sample_rate`` are as for ``rewards.clap.ClapReward``. The model is opened at the first call, frozen,
+    in float32.
+    """
 
     model: str
     sample_rate: int
 
     def __call__(self, samples: Tensor) -> Tensor:
-        """Embeddings (B, d) of waveforms (B, C, L); differentiable."""
+        """Compute embeddings (B, d) of waveforms (B, C, L); differentiable."""
         return self.features(samples).global_
 
     def features(self, samples: Tensor) -> Features:
-        """Embeddings (B, d), and those of frames (B, n, d)."""
+        """Compute embeddings (B, d) of clips and (B, n, d) of their frames."""
         return load_clap(self.model).to(samples.device).features(samples, self.sample_rate)
 
 
@@ -45,8 +47,9 @@ class LogMelFeatures:
     """Mel spectra in dB, without weights: ``mels`` bands from 50 Hz to half of ``sample_rate``, Hann windows of
     ``window`` seconds every ``hop``. A clip's features are every band's mean and standard deviation over its frames.
 
-    They hear timbre, pitch and level, and no meaning. With a ``floor`` levels count from there, and what is lower as 0:
-    silence is the origin, so that measures by direction, such as ``rewards.set_rewards.Vendi``, compare spectra.
+    They tell timbre, pitch and level apart, but no meaning. With a ``floor`` in dB levels are counted from there, and
+    lower ones as 0: silence is the origin, so that metrics by direction, such as
+    ``rewards.set_rewards.VendiReward``, compare spectra.
     """
 
     sample_rate: int
@@ -56,11 +59,11 @@ class LogMelFeatures:
     floor: float | None = None
 
     def __call__(self, samples: Tensor) -> Tensor:
-        """(B, 2 mels) of waveforms (B, C, L), in dB; differentiable."""
+        """Compute features (B, 2 mels) in dB of waveforms (B, C, L); differentiable."""
         return self.features(samples).global_
 
     def features(self, samples: Tensor) -> Features:
-        """The same, and frames (B, n, mels). Raises ValueError for clips that are shorter than a window."""
+        """Compute features of clips (B, 2 mels) and frames (B, n, mels). Raises ValueError for clips below a window."""
         clips = as_heard(samples, self.sample_rate, self.sample_rate, "the log-mel encoder")
         window, hop = (round(seconds * self.sample_rate) for seconds in (self.window, self.hop))
         frames = mel_decibels(clips, _mel_filters(self.sample_rate, window, self.mels), window, hop)
@@ -72,7 +75,7 @@ class LogMelFeatures:
 
 @functools.cache
 def _mel_filters(rate: int, window: int, mels: int) -> Tensor:
-    """(window // 2 + 1, mels), Slaney's, of equal area."""
+    """Build Slaney's mel filters of equal area, (window // 2 + 1, mels)."""
     from transformers.audio_utils import mel_filter_bank
 
     filters = mel_filter_bank(
@@ -89,36 +92,38 @@ def _mel_filters(rate: int, window: int, mels: int) -> Tensor:
 
 @dataclass(frozen=True)
 class FrameFeatures:
-    """All frames of a clip in one row (B, n d), for ``rewards.set_rewards.FrameFrechetTo``: Frechet distances of sets of clips
-    by their frames, as FAD has it. ``encoder`` is any ``rewards.backbones.image_features.PatchFeatures``."""
+    """All frames of a clip in one row (B, n d), for FAD by frames with ``rewards.set_rewards.FrameFrechetReward``.
+
+    ``encoder`` is any ``rewards.backbones.encoders.PatchFeatures``.
+    """
 
     encoder: Callable  # type: ignore[type-arg]  # bare: configurations name any PatchFeatures
 
     def __call__(self, samples: Tensor) -> Tensor:
-        """(B, n d); differentiable."""
-        return with_parts(self.encoder).features(samples).patches.flatten(1)
+        """Compute rows (B, n d) of waveforms (B, C, L); differentiable."""
+        return require_patches(self.encoder).features(samples).patches.flatten(1)
 
 
 @torch.no_grad()
-def described_frames(
-    clips: Samples,
+def extract_frame_features(
+    clips: ReferenceSamples,
     encoder: Callable,  # type: ignore[type-arg]  # as above
 ) -> Tensor:
-    """Frames (m, d) of all ``clips``, which may differ in length: the reference set of a FAD.
+    """Extract features (m, d) of all frames of ``clips``, which may differ in length: the reference set of a FAD.
 
     Raises ValueError for fewer than 2 frames, which have no covariance.
     """
-    found = with_parts(encoder)
-    frames = torch.cat([found.features(clips.load([row])).patches[0] for row in range(len(clips))])
+    frame_encoder = require_patches(encoder)
+    frames = torch.cat([frame_encoder.features(clips.load([row])).patches[0] for row in range(len(clips))])
     if len(frames) < 2:
         raise ValueError("the references have 1 frame in all, and no covariance: give longer clips, or more of them")
     return frames
 
 
-def described_texts(texts: list[str], model: str) -> Tensor:
-    """CLAP's text embeddings (m, d), of length 1: a reference set in words, for ``ClapFeatures(model, ...)``.
+def extract_text_features(texts: list[str], model: str) -> Tensor:
+    """Compute CLAP's unit text embeddings (m, d): a reference set in words, for ``ClapFeatures(model, ...)``.
 
-    Texts and sounds lie apart in CLAP's space, so that a distance between them falls without reaching 0. ValueError for
-    fewer than 2 texts: one has no covariance.
+    Texts and sounds lie apart in CLAP's space, so that a distance between them falls without reaching 0. Raises
+    ValueError for fewer than 2 texts, which have no covariance.
     """
     return load_clap(model).reference(texts)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign import assets
-from genalign.runtime.waveforms import as_heard, mel_decibels, tell_once
-from rewards.backbones.encoders import Features, TwoTowers, projected_text
+from genalign.runtime.waveforms import as_heard, mel_decibels, warn_once
+from rewards.backbones.encoders import DualEncoder, Features, projected_text
 
 Padding = Literal["repeatpad", "repeat", "pad"]
 
@@ -67,7 +67,7 @@ class Windows:
         return F.pad(filled, (0, self.length - filled.shape[1]))[:, None]
 
 
-class ClapEncoder(TwoTowers):
+class ClapEncoder(DualEncoder):
     """A transformers CLAP folder or Hub id, with its processor beside the weights.
 
     Spectrograms are made in torch, so that scores have a gradient, and without the processor's random crops.
@@ -118,7 +118,7 @@ class ClapEncoder(TwoTowers):
         clips = as_heard(waveforms, rate, self.windows.rate, f"CLAP {self._name}")
         if clips.shape[1] < self.windows.length:
             seconds = self.windows.length / self.windows.rate
-            tell_once(f"CLAP {self._name} hears {seconds:g} s: shorter clips are filled up ({self.windows.padding})")
+            warn_once(f"CLAP {self._name} hears {seconds:g} s: shorter clips are filled up ({self.windows.padding})")
         return clips
 
     def _encode(self, texts: list[str]) -> Tensor:

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genalign import assets
-from rewards.backbones.encoders import Features, TwoTowers, projected_text
+from rewards.backbones.encoders import DualEncoder, Features, projected_text
 
 Interpolation = Literal["bicubic", "bilinear"]
 
 
 @dataclass(frozen=True)
-class Preparation:
+class ImagePreprocessor:
     """From images (B, 3, H, W) in [0, 1] to the float32 input of a network, differentiable.
 
     ``size`` is (height, width). ``fit`` says what happens to another aspect ratio: "crop" fills the size and cuts the
@@ -73,10 +73,10 @@ def _centred(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.pad(images, (left, extra_width - left, top, extra_height - top))
 
 
-class ClipEncoder(TwoTowers):
+class ClipEncoder(DualEncoder):
     """A frozen text and image encoder; ``forward`` is the image embedding."""
 
-    def __init__(self, model: nn.Module, prepare: Preparation, logit_scale: float) -> None:
+    def __init__(self, model: nn.Module, prepare: ImagePreprocessor, logit_scale: float) -> None:
         super().__init__(model)
         self.prepare = prepare
         self.logit_scale = logit_scale
@@ -206,9 +206,9 @@ def _opened(model: str, processor: str | None) -> ClipEncoder:
     return TransformersClipEncoder(model, processor or model)
 
 
-def _open_clip_preparation(config: dict[str, Any]) -> Preparation:
+def _open_clip_preparation(config: dict[str, Any]) -> ImagePreprocessor:
     fits: dict[str, Literal["crop", "pad", "squash"]] = {"shortest": "crop", "longest": "pad", "squash": "squash"}
-    return Preparation(
+    return ImagePreprocessor(
         size=_pair(config["size"]),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
@@ -217,11 +217,11 @@ def _open_clip_preparation(config: dict[str, Any]) -> Preparation:
     )
 
 
-def _transformers_preparation(processor: Any) -> Preparation:
+def _transformers_preparation(processor: Any) -> ImagePreprocessor:
     """The size and normalisation of an image processor; its resampling is bicubic for every CLIP."""
     crop = bool(processor.do_center_crop)
     size = processor.crop_size if crop else processor.size
-    return Preparation(
+    return ImagePreprocessor(
         size=(int(size["height"]), int(size["width"])),
         mean=tuple(processor.image_mean),
         std=tuple(processor.image_std),

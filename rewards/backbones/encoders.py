@@ -1,11 +1,11 @@
-"""What encoders of text and samples into one space share: CLIP for images, CLAP for sound."""
+"""Features of frozen encoders, and the base of encoders with a text tower: CLIP for images, CLAP for sound."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +14,36 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Features:
-    """What a network sees: ``global_`` (B, d) of the sample, and ``patches`` (B, n, d) of its parts: an image's
+    """Features of a batch: ``global_`` (B, d) of whole samples, and ``patches`` (B, n, d) of their parts: an image's
     patches in reading order, or the frames of a clip in order of time."""
 
     global_: Tensor
     patches: Tensor
 
 
-class TwoTowers(nn.Module, ABC):
-    """A frozen text and sample encoder in float32."""
+@runtime_checkable
+class PatchFeatures(Protocol):
+    """A feature function that also gives features of a sample's parts: an image's patches, a clip's frames."""
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        """Compute global features (B, d) of samples (B, ...)."""
+
+    def features(self, samples: Tensor) -> Features:
+        """Compute global features and those of the parts in one pass."""
+
+
+def require_patches(encoder: object) -> PatchFeatures:
+    """Return ``encoder``. Raises ValueError where it gives no features of parts."""
+    if not isinstance(encoder, PatchFeatures):
+        raise ValueError(
+            f"{type(encoder).__name__} gives no patches or frames: take an encoder with a method features, such as"
+            " rewards.backbones.image_features.ClipFeatures or rewards.backbones.audio_features.LogMelFeatures"
+        )
+    return encoder
+
+
+class DualEncoder(nn.Module, ABC):
+    """A frozen encoder of texts and of samples into one space, in float32."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -31,41 +52,49 @@ class TwoTowers(nn.Module, ABC):
 
     @abstractmethod
     def _encode(self, texts: list[str]) -> Tensor:
-        """Projected embeddings (n, d) of texts, which are cut to the context length."""
+        """Compute projected embeddings (n, d) of texts, cut to the context length."""
 
     @torch.no_grad()
     def text(self, texts: Sequence[str]) -> Tensor:
-        """Unit embeddings (B, d), float32; each distinct text is encoded once, and alone: in a batch its last bits
-        would depend on the others, and on which of them were known before."""
+        """Compute unit embeddings (B, d), float32. Each distinct text is encoded once, and alone: in a batch its last
+        bits would depend on the others, and on which of them were cached."""
         for text in dict.fromkeys(texts):
             if text not in self._texts:
                 self._texts[text] = F.normalize(self._encode([text])[0], dim=-1).cpu()
         return torch.stack([self._texts[text] for text in texts]).to(self.device)
 
     def reference(self, texts: Sequence[str]) -> Tensor:
-        """Unit embeddings (m, d) of a reference set in words. Raises ValueError for fewer than 2 texts: one has no
-        covariance."""
+        """Compute unit embeddings (m, d) of a reference set in words. Raises ValueError for fewer than 2 texts, which
+        have no covariance."""
         if len(texts) < 2:
             raise ValueError(f"a reference set in words needs 2 texts or more, got {len(texts)}")
         return self.text(texts)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that holds the weights."""
         return next(self.parameters()).device
 
 
 def projected_text(network: Any, tokenizer: Any, texts: list[str], context: int) -> Tensor:
-    """Projected embeddings (n, d) of texts by a transformers CLIP or CLAP, cut to ``context`` tokens."""
+    """Embed texts by a transformers CLIP or CLAP as projected (n, d), each cut to ``context`` tokens.
+
+    Args:
+        network: the whole model.
+        tokenizer: its tokenizer.
+        texts: n texts.
+        context: tokens of a text at most.
+    """
     tokens = tokenizer(texts, padding=True, truncation=True, max_length=context, return_tensors="pt").to(network.device)
-    found: Tensor = network.text_projection(network.text_model(tokens.input_ids, tokens.attention_mask).pooler_output)
-    return found
+    pooled = network.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
+    embeddings: Tensor = network.text_projection(pooled)
+    return embeddings
 
 
 def cosine(left: Tensor, right: Tensor) -> Tensor:
-    """Cosines (B,) of rows of (B, d) in float32."""
+    """Compute the cosines (B,) of matching rows of two (B, d) in float32."""
     if left.shape != right.shape or left.ndim != 2:
         raise ValueError(
-            f"there must be one prompt per sample: found embeddings {tuple(left.shape)} and {tuple(right.shape)}"
+            f"there must be one prompt per sample: got embeddings {tuple(left.shape)} and {tuple(right.shape)}"
         )
     return F.cosine_similarity(left.float(), right.float(), dim=-1)

@@ -1,4 +1,4 @@
-"""Image features of frozen backbones, for discriminators, Fréchet distances and diversity; reference sets of them.
+"""Image features of frozen encoders, for discriminators, Frechet distances and diversity; reference sets of them.
 
 Features of sound are in ``rewards.backbones.audio_features``.
 """
@@ -8,47 +8,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewards.backbones.clip_encoder import Preparation, load_clip
+from rewards.backbones.clip_encoder import ImagePreprocessor, load_clip
 from rewards.backbones.encoders import Features
-from rewards.backbones.reference_images import Samples
-
-__all__ = ["ClipFeatures", "Dinov2Features", "Features", "PatchFeatures", "described", "described_texts"]
+from rewards.backbones.reference_images import ReferenceSamples
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@runtime_checkable
-class PatchFeatures(Protocol):
-    """A feature function that also tells features of a sample's parts: an image's patches, a clip's frames."""
-
-    def __call__(self, samples: Tensor) -> Tensor:
-        """Global features (B, d)."""
-
-    def features(self, samples: Tensor) -> Features:
-        """Global features and those of the parts, from one pass."""
-
-
-def with_parts(encoder: object) -> PatchFeatures:
-    """``encoder``. Raises ValueError where it tells nothing of parts."""
-    if not isinstance(encoder, PatchFeatures):
-        raise ValueError(
-            f"{type(encoder).__name__} gives no patches or frames: take an encoder with a method features, such as"
-            " ClipFeatures or rewards.backbones.audio_features.LogMelFeatures"
-        )
-    return encoder
-
-
 @dataclass(frozen=True)
 class ClipFeatures:
-    """CLIP's image embedding, and its patch tokens brought into the same space; ``unit`` gives all of them length 1.
+    """CLIP's image embedding, and its patch tokens projected into the same space; ``unit`` gives all of them length 1.
 
-    ``model`` and ``processor`` are those of ``rewards.backbones.clip_encoder.load_clip``; opened at the first call, frozen, float32.
+    ``model`` and ``processor`` are as for ``rewards.backbones.clip_encoder.load_clip``. The model is opened at the
+    first call, frozen, in float32.
     """
 
     model: str
@@ -56,74 +34,73 @@ class ClipFeatures:
     unit: bool = False
 
     def __call__(self, samples: Tensor) -> Tensor:
-        """Embeddings (B, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
+        """Compute embeddings (B, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
         embedding: Tensor = load_clip(self.model, self.processor).to(samples.device)(samples)
         return F.normalize(embedding, dim=-1) if self.unit else embedding
 
     def features(self, samples: Tensor) -> Features:
-        """Embeddings (B, d) and patches (B, n, d). Raises ValueError where the tower is no vision transformer."""
-        found = load_clip(self.model, self.processor).to(samples.device).features(samples)
+        """Compute embeddings (B, d) and patches (B, n, d). Raises ValueError for a tower without patches."""
+        features = load_clip(self.model, self.processor).to(samples.device).features(samples)
         if not self.unit:
-            return found
-        return Features(F.normalize(found.global_, dim=-1), F.normalize(found.patches, dim=-1))
+            return features
+        return Features(F.normalize(features.global_, dim=-1), F.normalize(features.patches, dim=-1))
 
 
 @dataclass(frozen=True)
 class Dinov2Features:
     """DINOv2's class and patch tokens after the final norm (Adv-GRPO, arXiv 2511.20256, section 4.3).
 
-    ``model`` is a transformers folder or Hub id, such as facebook/dinov2-base; ``size`` the side in pixels that images
-    get, a multiple of the patch size, by default that of the checkpoint (518). Opened at the first call, frozen,
-    float32.
+    ``model`` is a transformers folder or Hub id, such as facebook/dinov2-base. Images are resized to ``size`` pixels a
+    side, a multiple of the patch size, by default that of the checkpoint (518). The model is opened at the first call,
+    frozen, in float32.
     """
 
     model: str
     size: int | None = None
 
     def __call__(self, samples: Tensor) -> Tensor:
-        """Class tokens (B, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
+        """Compute class tokens (B, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
         return self.features(samples).global_
 
     def features(self, samples: Tensor) -> Features:
-        """Class tokens (B, d) and patch tokens (B, n, d)."""
+        """Compute class tokens (B, d) and patch tokens (B, n, d)."""
         network = _load_dinov2(self.model).to(samples.device)
-        tokens = network(self._preparation(network.config)(samples)).last_hidden_state
-        return Features(tokens[:, 0], tokens[:, 1:])
-
-    def _preparation(self, config: Any) -> Preparation:
-        size = self.size or int(config.image_size)
-        if size % config.patch_size:
+        size, patch = self.size or int(network.config.image_size), int(network.config.patch_size)
+        if size % patch:
             raise ValueError(
-                f"size {size} is not a multiple of the patch size {config.patch_size}: try"
-                f" {max(1, size // config.patch_size) * config.patch_size}"
+                f"size {size} is not a multiple of the patch size {patch}: try {max(1, size // patch) * patch}"
             )
-        return Preparation((size, size), *_IMAGENET)
+        tokens = network(ImagePreprocessor((size, size), *_IMAGENET)(samples)).last_hidden_state
+        return Features(tokens[:, 0], tokens[:, 1:])
 
 
 @torch.no_grad()
-def described(
-    images: Samples,
+def extract_features(
+    images: ReferenceSamples,
     features: Callable,  # type: ignore[type-arg]  # bare: configurations name any FeatureFunction
     batch_size: int = 64,
 ) -> Tensor:
-    """Features (m, d) of all ``images`` or clips: a reference set for ``rewards.set_rewards``. They may be a folder
-    (``references.ImageFolder``, ``recordings.AudioFolder``), or the samples of another generator
-    (``references.ImageTensor``, ``recordings.AudioTensor``). ValueError for fewer than 2: one has no covariance."""
+    """Extract features (m, d) of all ``images`` or clips: a reference set for ``rewards.set_rewards``.
+
+    They are a folder (``reference_images.ImageFolder``, ``reference_audio.AudioFolder``) or tensors, such as the
+    samples of another generator (``reference_images.ImageTensor``, ``reference_audio.AudioTensor``). Raises ValueError
+    for fewer than 2, which have no covariance.
+    """
     if len(images) < 2:
         raise ValueError(
             f"a reference set needs 2 samples or more, got {len(images)}: one has no covariance. Add more, or compare"
-            " the frames of one long clip (rewards.backbones.audio_features.described_frames)"
+            " the frames of one long clip (rewards.backbones.audio_features.extract_frame_features)"
         )
     rows = range(len(images))
     parts = [features(images.load(rows[i : i + batch_size])) for i in range(0, len(rows), batch_size)]
     return torch.cat(parts)
 
 
-def described_texts(texts: Sequence[str], model: str, processor: str | None = None) -> Tensor:
-    """CLIP's text embeddings (m, d), of length 1: a reference set in words, for ``ClipFeatures(model, unit=True)``.
+def extract_text_features(texts: Sequence[str], model: str, processor: str | None = None) -> Tensor:
+    """Compute CLIP's unit text embeddings (m, d): a reference set in words, for ``ClipFeatures(model, unit=True)``.
 
-    Texts and images lie apart in CLIP's space, so that a distance between them falls without reaching 0. ValueError for
-    fewer than 2 texts: one has no covariance.
+    Texts and images lie apart in CLIP's space, so that a distance between them falls without reaching 0. Raises
+    ValueError for fewer than 2 texts, which have no covariance.
     """
     return load_clip(model, processor).reference(texts)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genalign.metrics.audio import SILENT
 from genalign.runtime.media import AUDIO_SUFFIXES, read_waveform
-from genalign.runtime.waveforms import as_heard, require_waveforms, tell_once
+from genalign.runtime.waveforms import as_heard, require_waveforms, warn_once
 from rewards.backbones.reference_images import Kind, file_names
 
 AUDIO = Kind("audio", "WAV or FLAC", AUDIO_SUFFIXES)
@@ -68,7 +68,7 @@ class AudioFolder:
         found = read_waveform(path)
         heard = as_heard(found.waveform[None], found.sample_rate, self.sample_rate, f"the reader of {self.folder}")
         if bool((heard.abs() < SILENT).all()):
-            tell_once(f"the reference {path} is silent")
+            warn_once(f"the reference {path} is silent")
         if self.seconds is None:
             return heard[None]
         length = round(self.seconds * self.sample_rate)

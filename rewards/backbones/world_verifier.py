@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genalign.types import Metadata, Prompt, PromptSet
-from genalign.worlds.verdict import Verdict
+from genalign.worlds.verification import Verification
 
 Score = Literal["partial", "strict", "relaxed"]
 SCORES: tuple[Score, ...] = ("strict", "partial", "relaxed")
@@ -18,7 +18,7 @@ SCORES: tuple[Score, ...] = ("strict", "partial", "relaxed")
 
 
 def scores(
-    verify: Callable[[Tensor, Sequence[Metadata]], list[Verdict]],
+    verify: Callable[[Tensor, Sequence[Metadata]], list[Verification]],
     score: Score,
     samples: Tensor,
     prompts: Sequence[Prompt],
@@ -26,14 +26,14 @@ def scores(
     """Scores (B,), float32 on the CPU, of ``samples`` (B, ...) by ``verify``; NaN for a sample that is not finite."""
     metadata = [metadata_of(prompt) for prompt in prompts]
     failed = ~samples.isfinite().flatten(1).all(1).cpu()
-    verdicts = verify(samples.nan_to_num(0.0, 0.0, 0.0), metadata)
+    verifications = verify(samples.nan_to_num(0.0, 0.0, 0.0), metadata)
     match score:
         case "partial":
-            values = [verdict.partial for verdict in verdicts]
+            values = [verification.partial for verification in verifications]
         case "strict":
-            values = [float(verdict.strict) for verdict in verdicts]
+            values = [float(verification.strict) for verification in verifications]
         case "relaxed":
-            values = [float(verdict.relaxed) for verdict in verdicts]
+            values = [float(verification.relaxed) for verification in verifications]
     return torch.tensor(values, dtype=torch.float32).masked_fill(failed, torch.nan)
 
 

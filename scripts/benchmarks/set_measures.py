@@ -11,7 +11,7 @@ from genalign.evaluation.records import PromptRecord
 from genalign.metrics.frechet import frechet_distance
 from genalign.metrics.image import saturation
 from genalign.metrics.vendi import vendi_score
-from genalign.worlds.shapes.detection import Detection, detect
+from genalign.worlds.shapes.detection import ShapeDetection, detect
 from genalign.worlds.shapes.diversity import evaluation_images
 from rewards.backbones.image_features import ClipFeatures, extract_features
 from rewards.backbones.reference_images import ImageTensor, ReferenceSamples
@@ -42,7 +42,7 @@ def variety(images: Tensor) -> float:
     return vendi_score(extract_features(ImageTensor(images), FEATURES))
 
 
-def share(is_so: Callable[[Detection], bool]) -> Measure:
+def share(is_so: Callable[[ShapeDetection], bool]) -> Measure:
     """The share of detected shapes that are so."""
 
     def measure(images: Tensor) -> float:
@@ -52,12 +52,12 @@ def share(is_so: Callable[[Detection], bool]) -> Measure:
     return measure
 
 
-def is_purple(item: Detection) -> bool:
+def is_purple(item: ShapeDetection) -> bool:
     """Whether purple is its nearest colour."""
     return item.color == "purple"
 
 
-def is_small(item: Detection) -> bool:
+def is_small(item: ShapeDetection) -> bool:
     """Whether an object's box is at most 17 pixels wide and high."""
     return max(item.box[2] - item.box[0], item.box[3] - item.box[1]) <= 17
 
