@@ -162,7 +162,7 @@ def test_a_recording_is_not_decoded_before_its_length_is_known(tmp_path: Path, m
     soundfile = pytest.importorskip("soundfile")
     soundfile.write(tmp_path / "long.wav", np.zeros((600, 2), np.float32), 8000)
     assert media.read_waveform(tmp_path / "long.wav").waveform.shape == (2, 600)
-    monkeypatch.setattr(media, "MOST_SAMPLES", 1000)
+    monkeypatch.setattr(media, "MAX_AUDIO_SAMPLES", 1000)
     with pytest.raises(ValueError, match=r"long\.wav has 600 x 2 samples, over 1000: cut it"):
         media.read_waveform(tmp_path / "long.wav")
 

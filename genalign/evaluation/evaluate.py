@@ -18,7 +18,7 @@ from genalign.diffusion.rollout import generate
 from genalign.metrics.intervals import Estimate, bootstrap_mean
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from genalign.runtime.files import write_json, write_text
-from genalign.runtime.media import Writer, write_images
+from genalign.runtime.media import Writer, write_samples
 from genalign.types import Grid, Pipeline, Prompt, PromptSet, RewardFunction
 
 ELSEWHERE = "made elsewhere"
@@ -231,7 +231,7 @@ def evaluate(
     scorers: Mapping[str, RewardFunction],
     protocol: Protocol,
     output: Path | None = None,
-    write: Writer = write_images,
+    write: Writer = write_samples,
     processes: ProcessGroup = SINGLE_PROCESS,
     kept: Kept | None = None,
 ) -> Evaluation:

@@ -162,9 +162,7 @@ def process_group(
         yield SINGLE_PROCESS
         return
     take_own_device(variables)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_COLLECTIVE_TIMEOUT
-    )
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_COLLECTIVE_TIMEOUT)
     processes, ended = ProcessGroup(share.rank, share.world_size), threading.Event()
     monitor = _Heartbeat(processes, _heartbeat_store(variables), silence)
     monitor.send()

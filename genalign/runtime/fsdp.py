@@ -94,9 +94,13 @@ def reshard(network: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def swapped_weights(network: nn.Module, parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Replace the ``parameters`` of a sharded ``network`` by ``tensors`` inside the context. They are copied in and out,
-    because FSDP gathers from the memory that the parameters had when they were sharded."""
+def swapped_weights(
+    network: nn.Module, parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]
+) -> Iterator[None]:
+    """Replace the ``parameters`` of a sharded ``network`` by ``tensors`` inside the context.
+
+    They are copied in and out, because FSDP gathers from the memory that the parameters had when they were sharded.
+    """
     saved = [parameter.detach().clone() for parameter in parameters]
     _copy(parameters, tensors)
     reshard(network)

@@ -1,132 +1,266 @@
-"""Samples as files: images as PNG, waveforms as WAV or FLAC; and the reading of such files."""
+"""Media: how a sample is recognized, saved, read and drawn. Images are PNG files, waveforms WAV or FLAC files.
+
+Another medium is a class with the methods of ``Medium`` in one file, passed to ``register_medium``.
+"""
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-MOST_PIXELS = 2**26
-"""Of an image that is read; one of 8192 x 8192."""
+from genalign.runtime.spectrogram import lowest_frequency, spectrogram
+from genalign.runtime.waveforms import resample
 
-MOST_SAMPLES = 2**28
-"""Of all channels of a recording that is read: 1 GiB in float32, 46 minutes in stereo at 48 kHz."""
-
+MAX_PIXELS = 2**26  # of an image that is read; one of 8192 x 8192
+MAX_AUDIO_SAMPLES = 2**28  # of all channels of a file: 1 GiB in float32, 46 minutes in stereo at 48 kHz
+LONGEST_SIDE = 256  # pixels of a thumbnail
+PLAYED_SECONDS, PLAYED_RATE = 6.0, 16000  # of a clip's player, at most, of one channel
 AudioFormat = Literal["wav", "flac"]
 AUDIO_SUFFIXES = frozenset({".wav", ".flac"})
-
-_FORMATS = ("PNG", "JPEG", "WEBP")
 _UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)  # of Pillow
 
 Writer = Callable[[Tensor, Path, int], list[str]]
 """Writes samples (B, ...) into a folder, numbered from a first one; the files' names relative to the folder."""
 
 
-def writer(sample_rate: int | None, audio: AudioFormat = "wav") -> Writer:
-    """For what a pipeline with this ``sample_rate`` makes, which is None for images; ``audio`` is for waveforms."""
-    if sample_rate is None:
-        return write_images
-    return functools.partial(write_waveforms, sample_rate=sample_rate, audio=audio)
+@dataclass(frozen=True)
+class Thumbnail:
+    """A sample on a page: ``picture`` and ``sound`` as data URIs, or empty, and a ``note`` on what they hold."""
+
+    picture: str = ""
+    sound: str = ""
+    note: str = ""
+
+    def __len__(self) -> int:
+        """Return the bytes that it takes on the page."""
+        return len(self.picture) + len(self.sound)
 
 
-def write_images(samples: Tensor, directory: Path, first: int) -> list[str]:
-    """PNG files of (B, 3, H, W) in [0, 1], numbered from ``first``; their names relative to ``directory``."""
-    if samples.ndim != 4 or samples.shape[1] != 3:
-        raise ValueError(f"samples of shape {tuple(samples.shape)} are not images: evaluate with output=None")
-    names = _names(samples, directory, first, "images/{:05d}.png")
-    save_images(samples, [directory / name for name in names])
+class Medium(Protocol):
+    """A kind of sample. ``name`` also selects its statistics for the reward-hacking report, and ``folder`` is where its
+    files are numbered. The first of ``suffixes`` is the one that is written."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def folder(self) -> str: ...
+
+    @property
+    def suffixes(self) -> tuple[str, ...]: ...
+
+    def matches(self, samples: Tensor) -> bool:
+        """Whether a batch (B, ...) has this medium's number of dimensions."""
+
+    def encode(self, sample: Tensor) -> bytes:
+        """Return the content of a file of one sample."""
+
+    def read(self, path: Path) -> Tensor:
+        """Read one sample. Raises ValueError for a damaged file."""
+
+    def thumbnail(self, path: Path) -> Thumbnail:
+        """Draw a saved sample for a page. Raises ValueError for a damaged file."""
+
+
+class ImageMedium:
+    """Images (B, 3, H, W) in [0, 1], saved as PNG."""
+
+    name, folder, suffixes = "image", "images", (".png", ".jpg", ".jpeg", ".webp")
+
+    def matches(self, samples: Tensor) -> bool:
+        return samples.ndim == 4
+
+    def encode(self, sample: Tensor) -> bytes:
+        if sample.shape[0] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), not (B, {', '.join(map(str, sample.shape))})")
+        return _png(Image.fromarray(eight_bits(sample).permute(1, 2, 0).cpu().numpy()))
+
+    def read(self, path: Path) -> Tensor:
+        return read_image(path)
+
+    def thumbnail(self, path: Path) -> Thumbnail:
+        with opened_image(path) as file:
+            image = file.convert("RGB")
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        return Thumbnail(data_uri("image/png", _png(image, optimize=True)))
+
+
+@dataclass(frozen=True)
+class AudioMedium:
+    """Waveforms (B, C, L) in [-1, 1] at ``sample_rate`` Hz, saved in 16 bits."""
+
+    sample_rate: int = 48000
+    format: AudioFormat = "wav"
+    name: str = "audio"
+    folder: str = "audio"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The suffix that is written, then the other one."""
+        return (".flac", ".wav") if self.format == "flac" else (".wav", ".flac")
+
+    def matches(self, samples: Tensor) -> bool:
+        return samples.ndim == 3
+
+    def encode(self, sample: Tensor) -> bytes:
+        return encode_audio(Waveform(sample, self.sample_rate), self.format)
+
+    def read(self, path: Path) -> Tensor:
+        return read_waveform(path).waveform
+
+    def thumbnail(self, path: Path) -> Thumbnail:
+        """Draw the spectrogram of the whole clip, and a player of its beginning as FLAC, whose size is small."""
+        clip = read_waveform(path)
+        rate, seconds = clip.sample_rate, clip.waveform.shape[1] / clip.sample_rate
+        mono = clip.waveform.mean(0, keepdim=True)
+        beginning, played_rate = mono[:, : round(PLAYED_SECONDS * rate)], min(rate, PLAYED_RATE)
+        sound = encode_audio(Waveform(resample(beginning, rate, played_rate), played_rate), "flac")
+        part = f"the first {PLAYED_SECONDS:g} of " if seconds > PLAYED_SECONDS else ""
+        note = f"{part}{seconds:.3g} s, {lowest_frequency(rate):g} to {rate / 2:g} Hz"
+        picture = _png(spectrogram(mono, rate), optimize=True)
+        return Thumbnail(data_uri("image/png", picture), data_uri("audio/flac", sound), note)
+
+
+_MEDIA: list[Medium] = [ImageMedium(), AudioMedium()]
+
+
+def register_medium(medium: Medium) -> None:
+    """Add a medium, so that its samples and files are recognized. Raises ValueError for a name that is taken."""
+    if any(medium.name == other.name for other in _MEDIA):
+        raise ValueError(f"a medium named {medium.name!r} is registered already: choose another name")
+    _MEDIA.append(medium)
+
+
+def medium_of(samples: Tensor) -> Medium:
+    """Return the medium of a batch (B, ...) by its shape. Raises ValueError if none matches."""
+    for medium in _MEDIA:
+        if medium.matches(samples):
+            return medium
+    names = ", ".join(medium.name for medium in _MEDIA)
+    raise ValueError(f"samples of shape {tuple(samples.shape)} match no medium ({names}): see register_medium")
+
+
+def medium_of_file(path: Path) -> Medium:
+    """Return the medium of a file by its suffix. Raises ValueError if none has it."""
+    for medium in _MEDIA:
+        if path.suffix.lower() in medium.suffixes:
+            return medium
+    raise ValueError(f"{path} has a suffix of no medium: see register_medium")
+
+
+def write_samples(samples: Tensor, directory: Path, first: int, medium: Medium | None = None) -> list[str]:
+    """Save samples as files that are numbered from ``first``.
+
+    Args:
+        samples: The samples (B, ...).
+        directory: The folder in which the medium's own folder is created.
+        first: The number of the first file.
+        medium: How to save them; by default the medium of their shape.
+
+    Returns:
+        The names of the files relative to ``directory``.
+
+    Raises:
+        ValueError: ``samples`` are not of the medium, or soundfile is missing.
+    """
+    medium = medium or medium_of(samples)
+    if not medium.matches(samples):
+        raise ValueError(f"samples of shape {tuple(samples.shape)} are not of the medium {medium.name!r}")
+    names = [f"{medium.folder}/{first + index:05d}{medium.suffixes[0]}" for index in range(len(samples))]
+    (directory / medium.folder).mkdir(parents=True, exist_ok=True)
+    for name, sample in zip(names, samples, strict=True):
+        (directory / name).write_bytes(medium.encode(sample))
     return names
 
 
+def writer(sample_rate: int | None, audio: AudioFormat = "wav") -> Writer:
+    """Return the writer for a pipeline's samples: waveforms at ``sample_rate`` Hz as ``audio``, or, with None, the
+    medium of their shape."""
+    medium = None if sample_rate is None else AudioMedium(sample_rate, audio)
+    return lambda samples, directory, first: write_samples(samples, directory, first, medium)
+
+
 def save_images(images: Tensor, paths: Sequence[Path]) -> None:
-    """One PNG file for each of images (n, 3, H, W) in [0, 1]."""
-    for path, pixels in zip(paths, eight_bits(images).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-        Image.fromarray(pixels).save(path)
+    """Write one PNG file for each of the images (B, 3, H, W) in [0, 1]."""
+    for path, image in zip(paths, images, strict=True):
+        path.write_bytes(ImageMedium().encode(image))
 
 
 def eight_bits(images: Tensor) -> Tensor:
-    """Images (n, 3, H, W) in [0, 1] as the uint8 that a PNG file of them holds; NaN is black."""
+    """Convert images (..., H, W) in [0, 1] to the uint8 of a PNG file; NaN becomes 0."""
     return images.detach().float().nan_to_num().clamp(0, 1).mul(255).round().byte()
 
 
 @contextlib.contextmanager
 def opened_image(path: Path) -> Iterator[Image.Image]:
-    """A PNG, JPEG or WebP file, whose pixels are not decoded yet. Raises ValueError for one that is damaged, of another
-    kind, or over ``MOST_PIXELS``."""
+    """Open a PNG, JPEG or WebP file without decoding its pixels.
+
+    Raises ValueError for a file that is damaged, of another kind, or over ``MAX_PIXELS``.
+    """
     try:
-        with Image.open(path, formats=_FORMATS) as file:
-            if file.width * file.height > MOST_PIXELS:
-                raise ValueError(f"{path} has {file.width} x {file.height} pixels, over {MOST_PIXELS}: make it smaller")
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError(f"{path} has {file.width} x {file.height} pixels, over {MAX_PIXELS}: make it smaller")
             yield file
     except _UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as an image ({error}): make it again") from error
 
 
 def read_image(path: Path) -> Tensor:
-    """An image file (3, H, W) in [0, 1], turned as its EXIF data says. Raises ValueError as ``opened_image``."""
+    """Read an image (3, H, W) in [0, 1], rotated by its EXIF data. Raises ValueError as ``opened_image``."""
     with opened_image(path) as file:
         pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file of that ``name`` in ``folder``. Raises ValueError for a name that leads out of it."""
+    """Return the path of ``name`` in ``folder``. Raises ValueError for a name that leads out of the folder."""
     plain = os.path.normpath(name)
     if os.path.isabs(plain) or plain.split(os.sep)[0] == os.pardir:
         raise ValueError(f"{name!r} leads out of {folder}: name a file in it")
     return folder / plain
 
 
-def write_waveforms(
-    samples: Tensor, directory: Path, first: int, sample_rate: int, audio: AudioFormat = "wav"
-) -> list[str]:
-    """WAV or FLAC files in 16 bits of (B, channels, L) in [-1, 1], numbered as images are; NaN is silence. Raises
-    ValueError for another shape, and where soundfile is missing."""
-    if samples.ndim != 3:
-        raise ValueError(f"samples of shape {tuple(samples.shape)} are not waveforms (B, channels, L)")
-    _soundfile()
-    names = _names(samples, directory, first, f"audio/{{:05d}}.{audio}")
-    for name, waveform in zip(names, samples, strict=True):
-        (directory / name).write_bytes(encoded(Recording(waveform, sample_rate), audio))
-    return names
-
-
 @dataclass(frozen=True)
-class Recording:
+class Waveform:
     """A ``waveform`` (C, L) in [-1, 1], float32, at ``sample_rate`` Hz."""
 
     waveform: Tensor
     sample_rate: int
 
 
-def encoded(recording: Recording, audio: AudioFormat) -> bytes:
-    """The bytes of a WAV or FLAC file in 16 bits. Raises ValueError where soundfile is missing."""
-    samples = recording.waveform.detach().float().nan_to_num().clamp(-1, 1).cpu().numpy().T
+def encode_audio(clip: Waveform, audio: AudioFormat) -> bytes:
+    """Return the bytes of a WAV or FLAC file in 16 bits; NaN is silence. Raises ValueError if soundfile is missing."""
+    samples = clip.waveform.detach().float().nan_to_num().clamp(-1, 1).cpu().numpy().T
     buffer = BytesIO()
-    _soundfile().write(buffer, samples, recording.sample_rate, subtype="PCM_16", format=audio.upper())
+    _soundfile().write(buffer, samples, clip.sample_rate, subtype="PCM_16", format=audio.upper())
     return buffer.getvalue()
 
 
-def read_waveform(path: Path) -> Recording:
-    """A WAV or FLAC file. Raises FileNotFoundError, and ValueError for one that cannot be read, is empty or holds
-    samples that are not finite, and where soundfile is missing."""
+def read_waveform(path: Path) -> Waveform:
+    """Read a WAV or FLAC file.
+
+    Raises FileNotFoundError, and ValueError for a file that cannot be read, is empty or holds samples that are not
+    finite, or if soundfile is missing.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
     soundfile = _soundfile()
     try:
         about = soundfile.info(path)
-        if about.frames * about.channels > MOST_SAMPLES:
-            raise ValueError(f"{path} has {about.frames} x {about.channels} samples, over {MOST_SAMPLES}: cut it")
+        if about.frames * about.channels > MAX_AUDIO_SAMPLES:
+            raise ValueError(f"{path} has {about.frames} x {about.channels} samples, over {MAX_AUDIO_SAMPLES}: cut it")
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"expected audio (WAV or FLAC), but {path} cannot be read as such: {error}") from None
@@ -135,7 +269,13 @@ def read_waveform(path: Path) -> Recording:
         raise ValueError(f"{path} has no samples: leave it out")
     if not bool(waveform.isfinite().all()):
         raise ValueError(f"{path} holds NaN or infinite samples: leave it out, or write it anew")
-    return Recording(waveform, int(rate))
+    return Waveform(waveform, int(rate))
+
+
+def write_waveform(path: Path, waveform: Tensor, sample_rate: int) -> None:
+    """Write a waveform (C, L) in [-1, 1] as a WAV or FLAC file, by the suffix of ``path``."""
+    audio: AudioFormat = "flac" if path.suffix == ".flac" else "wav"
+    path.write_bytes(encode_audio(Waveform(waveform, sample_rate), audio))
 
 
 def _soundfile() -> Any:
@@ -146,7 +286,12 @@ def _soundfile() -> Any:
     return soundfile
 
 
-def _names(samples: Tensor, directory: Path, first: int, pattern: str) -> list[str]:
-    names = [pattern.format(first + index) for index in range(len(samples))]
-    (directory / names[0]).parent.mkdir(parents=True, exist_ok=True)
-    return names
+def _png(image: Image.Image, optimize: bool = False) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "PNG", optimize=optimize)
+    return buffer.getvalue()
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """Return ``content`` of the media type ``kind`` as a data URI."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

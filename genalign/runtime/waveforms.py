@@ -34,15 +34,15 @@ def as_heard(waveforms: Tensor, rate: int, wanted: int, listener: str) -> Tensor
     """
     waveforms = require_waveforms(waveforms)
     if waveforms.shape[1] > 1:
-        tell_once(f"{listener} hears one channel: the mean of {waveforms.shape[1]} is taken")
+        warn_once(f"{listener} hears one channel: the mean of {waveforms.shape[1]} is taken")
     if rate != wanted:
         lost = f"nothing above {min(rate, wanted) / 2:g} Hz is heard"
-        tell_once(f"{listener} hears {wanted} Hz: waveforms at {rate} Hz are resampled, and {lost}")
+        warn_once(f"{listener} hears {wanted} Hz: waveforms at {rate} Hz are resampled, and {lost}")
     return resample(waveforms.mean(1), rate, wanted)
 
 
 @functools.cache
-def tell_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """A warning in the log, the first time."""
     logger.warning(message)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from genalign.runtime.file_locks import Claims
 from genalign.runtime.files import write_json, write_text
-from genalign.runtime.media import Writer, write_images
+from genalign.runtime.media import Writer, write_samples
 from genalign.search.run_search import Result
 
 
@@ -54,7 +54,7 @@ class SearchFolder:
         """Whether a prompt is finished."""
         return self._row(index).is_file()
 
-    def add(self, index: int, prompt: str, names: Sequence[str], result: Result, write: Writer = write_images) -> None:
+    def add(self, index: int, prompt: str, names: Sequence[str], result: Result, write: Writer = write_samples) -> None:
         """The result of one prompt: its files first, its row last."""
         (image,) = write(result.samples, self.path, index)
         write_json(self.path / "lineage" / f"{index:05d}.json", {"chosen": result.chosen[0], "lives": result.lineage})

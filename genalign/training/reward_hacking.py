@@ -1,10 +1,11 @@
-"""Reward hacking, made visible: what a reward does not see, measured on fixed prompts and noises while training.
+"""Reward hacking made visible: what a reward does not measure, watched on fixed prompts and noises during training.
 
-Every image or clip is compared with the one that the untrained model made from the same prompt and noise. Statistics of
-pictures or sounds and rewards that are not trained on are read in units of the untrained samples' standard deviation,
-variety (Vendi scores, arXiv 2210.02410) relative to the untrained one, and drift in units of the distance between two
-samples of one prompt: so the same limits serve every model and reward. Nothing here reads a verifier or what a sample
-was meant to show.
+Every sample is compared with the one that the untrained model generated from the same prompt and noise. Statistics of
+images or sounds, and rewards that are not trained on, are measured in standard deviations of the untrained samples;
+variety (Vendi scores, arXiv 2210.02410) relative to the untrained model's; and drift relative to the distance between
+two samples of one prompt. So the same limits serve every model and reward. No verifier and no prompt is read here.
+
+From top to bottom: limits, the report and its signals, snapshots of samples, their comparison, and the guard that acts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,28 +24,40 @@ from genalign.metrics import audio, image
 from genalign.metrics.intervals import Estimate, t_interval
 from genalign.metrics.vendi import vendi_score
 from genalign.runtime.files import with_prefix, without_prefix
+from genalign.runtime.media import medium_of
 from genalign.runtime.state import State
+from genalign.runtime.waveforms import warn_once
 from genalign.types import FeatureFunction, Prompt, RewardFunction
 
 logger = logging.getLogger(__name__)
-Light = Literal["green", "amber", "red"]
+Status = Literal["green", "amber", "red"]
 Side = Literal["either", "fall", "rise"]
 Statistics = Mapping[str, Callable[[Tensor], Tensor]]
-OF_IMAGES: Statistics = {
-    "saturation": image.saturation,
-    "high frequencies": image.high_frequency,
-    "grid": image.grid_energy,
+STATISTICS: dict[str, Statistics] = {
+    "image": {
+        "saturation": image.saturation,
+        "high frequencies": image.high_frequency,
+        "grid": image.grid_energy,
+    },
+    "audio": {"level": audio.level, "crest": audio.crest, "high frequencies": audio.high_frequency},
 }
-OF_WAVEFORMS: Statistics = {
-    "level": audio.level,
-    "crest": audio.crest,
-    "high frequencies": audio.high_frequency,
-}
+"""Statistics (B,) of samples (B, ...) by the name of their medium; add an entry for a medium of your own."""
+
+
+def statistics_of(samples: Tensor) -> Statistics:
+    """Return the statistics of the samples' medium; none, with a warning, for a medium that has no entry."""
+    medium = medium_of(samples)
+    if medium.name not in STATISTICS:
+        warn_once(
+            f"reward-hacking report: no statistics are registered for the medium {medium.name!r}; add them to"
+            " genalign.training.reward_hacking.STATISTICS"
+        )
+    return STATISTICS.get(medium.name, {})
 
 
 @dataclass(frozen=True)
 class Limit:
-    """From which shift on a light is amber, and red; the shift's 95% interval must lie beyond."""
+    """The shifts from which a signal is amber, and red; the shift's whole 95% interval must lie beyond them."""
 
     amber: float
     red: float
@@ -53,19 +66,22 @@ class Limit:
         if not 0 < self.amber <= self.red:
             raise ValueError(f"limits must satisfy 0 < amber <= red, not {self.amber} and {self.red}")
 
-    def light(self, shift: Estimate, side: Side) -> Light:
-        """The light of a shift that is bad to one side or to either."""
-        beyond = {"fall": -shift.high, "rise": shift.low, "either": max(shift.low, -shift.high)}[side]
-        return "red" if beyond >= self.red else "amber" if beyond >= self.amber else "green"
+    def status(self, shift: Estimate, side: Side) -> Status:
+        """The status of a shift, of which one side, or either, is bad."""
+        excess = {"fall": -shift.high, "rise": shift.low, "either": max(shift.low, -shift.high)}[side]
+        return "red" if excess >= self.red else "amber" if excess >= self.amber else "green"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """For image statistics and held-out rewards in standard deviations of untrained images, for variety in shares of
-    the untrained, for drift in distances between two samples of a prompt, and for drift without gain in those less the
-    held-out rewards' mean shift; ``kl`` in the training's own units, and unlit where it is None.
+    """The limits of all signals.
 
-    Set in the shapes world on planted tastes for brightness and saturation, and on honest runs: docs/hacking.md.
+    ``statistics`` and held-out ``rewards`` are in standard deviations of the untrained samples, variety in fractions of
+    the untrained model's, ``drift`` in distances between two samples of a prompt, ``drift_without_gain`` in the same
+    less the mean shift of the held-out rewards, and ``kl`` in the training's own units (None: no status).
+
+    The defaults were set in the shapes world on planted rewards for brightness and saturation, and on honest runs:
+    docs/hacking.md.
     """
 
     statistics: Limit = Limit(0.25, 0.45)
@@ -79,13 +95,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Signal:
-    """One reading of a panel: what it was of the untrained model and is now, and how far that is."""
+    """A measurement of the untrained model and of the current one, their shift, and its status if it has a limit."""
 
     name: str
     before: float
     now: float
     shift: Estimate
-    light: Light | None
+    status: Status | None
 
     def __str__(self) -> str:
         return f"{self.name} {self.before:.3g} -> {self.now:.3g} (shift {self.shift.mean:+.2f})"
@@ -93,204 +109,201 @@ class Signal:
 
 @dataclass(frozen=True)
 class HackingReport:
-    """All readings of one look."""
+    """All signals after a round."""
 
     signals: tuple[Signal, ...]
 
     @property
-    def light(self) -> Light:
-        """The worst of all."""
-        lit = {signal.light for signal in self.signals}
-        return "red" if "red" in lit else "amber" if "amber" in lit else "green"
-
-    def of(self, light: Light) -> str:
-        """The readings with one light, in words."""
-        return ", ".join(str(signal) for signal in self.signals if signal.light == light)
+    def status(self) -> Status:
+        """The worst status of all signals."""
+        statuses = {signal.status for signal in self.signals}
+        return "red" if "red" in statuses else "amber" if "amber" in statuses else "green"
 
     @property
     def alarm(self) -> str:
-        """What is not green, the red first, in words; empty for nothing."""
-        return "; ".join(f"{light}: {self.of(light)}" for light in ("red", "amber") if self.of(light))
+        """The red signals, then the amber ones, in words; empty if there are none."""
+        parts = []
+        for status in ("red", "amber"):
+            if signals := [str(signal) for signal in self.signals if signal.status == status]:
+                parts.append(f"{status}: {', '.join(signals)}")
+        return "; ".join(parts)
 
     def as_list(self) -> list[dict[str, Any]]:
-        """What metrics.jsonl holds of it."""
+        """The report as metrics.jsonl holds it."""
         return [asdict(signal) for signal in self.signals]
 
     @classmethod
     def from_list(cls, rows: Sequence[Mapping[str, Any]]) -> HackingReport:
-        """The inverse of ``as_list``."""
+        """Read what ``as_list`` returned."""
         return cls(tuple(Signal(**{**row, "shift": Estimate(**row["shift"])}) for row in rows))
 
 
 @dataclass(frozen=True)
-class Measures:
-    """What is read of a set of images or clips.
-
-    ``rewards`` are held out: none of them is trained on. ``features`` give variety and drift, if there are any.
-    ``shown`` are figures of a whole set that have no light, such as a verifier's entropy.
-    """
-
-    rewards: Mapping[str, RewardFunction] = field(default_factory=dict)
-    features: FeatureFunction | None = None
-    shown: Mapping[str, Callable[[Tensor, Sequence[Prompt]], float]] = field(default_factory=dict)
-
-    @torch.no_grad()
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> PanelSnapshot:
-        """Of images (N, 3, H, W) in [0, 1] or waveforms (N, C, L) in [-1, 1], and their prompts."""
-        statistics = OF_IMAGES if samples.ndim == 4 else OF_WAVEFORMS
-        texts = list(dict.fromkeys(prompt.text for prompt in prompts))
-        group = torch.tensor([texts.index(prompt.text) for prompt in prompts])
-        return PanelSnapshot(
-            group,
-            {name: read(samples).double().cpu() for name, read in statistics.items()},
-            {name: reward(samples, prompts).double().cpu() for name, reward in self.rewards.items()},
-            None if self.features is None else F.normalize(self.features(samples).double().cpu(), dim=-1),
-            {name: read(samples, prompts) for name, read in self.shown.items()},
-        )
-
-
-@dataclass(frozen=True)
 class PanelSnapshot:
-    """What was read of N images: (N,) each, features (N, d) of length 1, and figures of the whole set; ``group`` (N,)
-    numbers their prompts."""
+    """Measurements of N samples of fixed prompts and noises.
+
+    Args:
+        group: The number of each sample's prompt (N,).
+        statistics: Statistics of the samples, (N,) each.
+        rewards: Held-out scores, (N,) each.
+        features: Features (N, d) of length 1, if there are any.
+        diagnostics: Numbers about the whole set, which are only reported.
+    """
 
     group: Tensor
     statistics: Mapping[str, Tensor]
     rewards: Mapping[str, Tensor]
     features: Tensor | None
-    shown: Mapping[str, float]
+    diagnostics: Mapping[str, float]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name."""
-        shown = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.shown.items()}
+        """All measurements as tensors by name."""
+        diagnostics = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.diagnostics.items()}
         return (
             {"group": self.group}
             | with_prefix("statistics.", self.statistics)
             | with_prefix("rewards.", self.rewards)
             | ({} if self.features is None else {"features": self.features})
-            | with_prefix("shown.", shown)
+            | with_prefix("diagnostics.", diagnostics)
         )
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PanelSnapshot:
-        """The inverse of ``tensors``."""
+        """Read what ``tensors`` returned."""
         return cls(
             tensors["group"],
             without_prefix("statistics.", tensors),
             without_prefix("rewards.", tensors),
             tensors.get("features"),
-            {name: float(value) for name, value in without_prefix("shown.", tensors).items()},
+            {name: float(value) for name, value in without_prefix("diagnostics.", tensors).items()},
         )
 
     def by_prompt(self, values: Tensor) -> list[Tensor]:
-        """Rows of ``values``, prompt by prompt."""
+        """Split ``values`` (N, ...) by prompt."""
         return [values[self.group == number] for number in range(int(self.group.max()) + 1)]
 
 
-def panel(before: PanelSnapshot, now: PanelSnapshot, kl: float, limits: Limits) -> HackingReport:
-    """``now`` beside ``before``, of the same prompts and noises. ValueError where they are of different ones."""
+@dataclass(frozen=True)
+class PanelMeasures:
+    """The measures that a snapshot takes of samples.
+
+    ``rewards`` are held out: none of them is trained on. ``features`` give variety and drift, if there are any.
+    ``diagnostics`` are numbers about the whole set that have no limit, such as a verifier's entropy.
+    """
+
+    rewards: Mapping[str, RewardFunction] = field(default_factory=dict)
+    features: FeatureFunction | None = None
+    diagnostics: Mapping[str, Callable[[Tensor, Sequence[Prompt]], float]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> PanelSnapshot:
+        """Measure images (N, 3, H, W) in [0, 1] or waveforms (N, C, L) in [-1, 1]."""
+        statistics = statistics_of(samples)
+        texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+        return PanelSnapshot(
+            torch.tensor([texts.index(prompt.text) for prompt in prompts]),
+            {name: measure(samples).double().cpu() for name, measure in statistics.items()},
+            {name: reward(samples, prompts).double().cpu() for name, reward in self.rewards.items()},
+            None if self.features is None else F.normalize(self.features(samples).double().cpu(), dim=-1),
+            {name: measure(samples, prompts) for name, measure in self.diagnostics.items()},
+        )
+
+
+def compare_snapshots(before: PanelSnapshot, now: PanelSnapshot, kl: float, limits: Limits) -> HackingReport:
+    """The shift of every measurement from ``before`` to ``now``, and the training's KL if it is finite.
+
+    Args:
+        before: The snapshot of the untrained model.
+        now: The snapshot of the current one, of the same prompts and noises.
+        kl: The KL to the untrained policy in the last round.
+        limits: The limits of the signals.
+
+    Raises:
+        ValueError: The snapshots are of different prompts.
+    """
     if not torch.equal(before.group, now.group):
-        raise ValueError("looks at different prompts cannot be compared: take both with the same jobs")
-    signals = [*_images(before, now, limits), *_features(before, now, limits), *_shown(before, now)]
-    return HackingReport((*signals, _kl(kl, limits.kl)) if math.isfinite(kl) else tuple(signals))
+        raise ValueError("these snapshots are of different prompts: take both of the same prompts and seeds")
+    signals = [*_sample_signals(before, now, limits)]
+    if before.features is not None and now.features is not None:
+        signals += _feature_signals(before, now, before.features, now.features, limits)
+    for name, value in before.diagnostics.items():
+        if math.isfinite(value) and math.isfinite(now.diagnostics[name]):
+            signals.append(Signal(name, value, now.diagnostics[name], _exact(now.diagnostics[name] - value), None))
+    if math.isfinite(kl):
+        status = limits.kl.status(_exact(kl), "rise") if limits.kl else None
+        signals.append(Signal("KL", 0.0, kl, _exact(kl), status))
+    return HackingReport(tuple(signals))
 
 
-def _images(before: PanelSnapshot, now: PanelSnapshot, limits: Limits) -> Iterator[Signal]:
-    """Statistics and rewards, image by image."""
+def _sample_signals(before: PanelSnapshot, now: PanelSnapshot, limits: Limits) -> Iterator[Signal]:
+    """Shifts of statistics and held-out rewards, sample by sample."""
     kinds: tuple[tuple[Mapping[str, Tensor], Mapping[str, Tensor], Limit, Side], ...] = (
         (before.statistics, now.statistics, limits.statistics, "either"),
         (before.rewards, now.rewards, limits.rewards, "fall"),
     )
     for old, new, limit, side in kinds:
         for name, values in old.items():
-            shift = _over_prompts(before.by_prompt(_in_spreads(values, new[name])))
+            shift = _mean_over_prompts(before.by_prompt(_standardized_shift(values, new[name])))
             if shift is not None:
-                yield Signal(name, _mean(values), _mean(new[name]), shift, limit.light(shift, side))
+                yield Signal(name, _finite_mean(values), _finite_mean(new[name]), shift, limit.status(shift, side))
             else:
-                logger.warning("%s could not be read of any two prompts, and has no light this time", name)
+                logger.warning("%s is finite for fewer than two prompts, and has no status this time", name)
 
 
-def _features(before: PanelSnapshot, now: PanelSnapshot, limits: Limits) -> Iterator[Signal]:
-    """Variety and drift."""
-    if before.features is None or now.features is None:
-        return
-    old, new = before.by_prompt(before.features), now.by_prompt(now.features)
-    within = torch.tensor([[vendi_score(rows) for rows in side] for side in (old, new)], dtype=torch.float64)
+def _feature_signals(
+    before: PanelSnapshot, now: PanelSnapshot, old: Tensor, new: Tensor, limits: Limits
+) -> Iterator[Signal]:
+    """Variety and drift of the features ``old`` and ``new`` (N, d)."""
+    groups = before.by_prompt(old), before.by_prompt(new)
+    within = torch.tensor([[vendi_score(rows) for rows in side] for side in groups], dtype=torch.float64)
     first, last = within.mean(1).tolist()
     shift = t_interval(((within[1] - within[0]) / first).tolist())
-    yield Signal("variety within a prompt", first, last, shift, limits.variety_within.light(shift, "fall"))
-    first, last = vendi_score(before.features), vendi_score(now.features)
-    shift = _exactly(last / first - 1)
-    yield Signal("variety across prompts", first, last, shift, limits.variety_across.light(shift, "fall"))
-    apart = _mean(torch.stack([_distance_within(rows) for rows in old]))
-    drift = (1 - (before.features * now.features).sum(1)) / max(apart, 1e-12)
-    yield from _drifts(before, drift, _gains(before, now), limits)
+    yield Signal("variety within a prompt", first, last, shift, limits.variety_within.status(shift, "fall"))
+    first, last = vendi_score(old), vendi_score(new)
+    shift = _exact(last / first - 1)
+    yield Signal("variety across prompts", first, last, shift, limits.variety_across.status(shift, "fall"))
 
-
-def _drifts(before: PanelSnapshot, drift: Tensor, gains: Tensor, limits: Limits) -> Iterator[Signal]:
-    """How far images have gone (N,), and how much of that the held-out rewards' ``gains`` (N,) do not pay for."""
+    # Drift: 1 - cosine to the untrained sample, in mean distances between two untrained samples of a prompt
+    distances = torch.stack([(1 - rows @ rows.T).sum() / (len(rows) * (len(rows) - 1)) for rows in groups[0]])
+    drift = (1 - (old * new).sum(1)) / max(_finite_mean(distances), 1e-12)
+    gains = [_standardized_shift(values, now.rewards[name]) for name, values in before.rewards.items()]
+    gain = torch.stack(gains).nanmean(0) if gains else torch.full_like(drift, torch.nan)
     for name, values, limit in (
         ("drift of features", drift, limits.drift),
-        ("drift without gain", drift - gains, limits.drift_without_gain),
+        ("drift without gain", drift - gain, limits.drift_without_gain),
     ):
-        shift = _over_prompts(before.by_prompt(values))
-        if shift is not None:
-            yield Signal(name, 0.0, _mean(values), shift, limit.light(shift, "rise"))
+        estimate = _mean_over_prompts(before.by_prompt(values))
+        if estimate is not None:
+            yield Signal(name, 0.0, _finite_mean(values), estimate, limit.status(estimate, "rise"))
 
 
-def _gains(before: PanelSnapshot, now: PanelSnapshot) -> Tensor:
-    """The mean over held-out rewards of their shifts (N,); NaN where there is none."""
-    found = [_in_spreads(values, now.rewards[name]) for name, values in before.rewards.items()]
-    return torch.stack(found).nanmean(0) if found else torch.full(before.group.shape, torch.nan, dtype=torch.float64)
-
-
-def _in_spreads(old: Tensor, new: Tensor) -> Tensor:
+def _standardized_shift(old: Tensor, new: Tensor) -> Tensor:
     """Differences (N,) in standard deviations of ``old``."""
     return (new - old) / old[old.isfinite()].std().clamp(min=1e-12)
 
 
-def _shown(before: PanelSnapshot, now: PanelSnapshot) -> Iterator[Signal]:
-    for name, value in before.shown.items():
-        if math.isfinite(value) and math.isfinite(now.shown[name]):
-            yield Signal(name, value, now.shown[name], _exactly(now.shown[name] - value), None)
-
-
-def _kl(kl: float, limit: Limit | None) -> Signal:
-    shift = _exactly(kl)
-    return Signal("KL", 0.0, kl, shift, limit.light(shift, "rise") if limit else None)
-
-
-def _over_prompts(values: Sequence[Tensor]) -> Estimate | None:
-    """The mean over prompts; None where fewer than two prompts have a finite value."""
+def _mean_over_prompts(values: Sequence[Tensor]) -> Estimate | None:
+    """The mean of the prompts' means of finite values; None if fewer than two prompts have any."""
     finite = [rows[rows.isfinite()] for rows in values]
     means = [float(rows.mean()) for rows in finite if len(rows)]
     return t_interval(means) if len(means) > 1 else None
 
 
-def _exactly(value: float) -> Estimate:
+def _exact(value: float) -> Estimate:
     return Estimate(value, value, value, 1)
 
 
-def _mean(values: Tensor) -> float:
+def _finite_mean(values: Tensor) -> float:
     return float(values[values.isfinite()].mean()) if bool(values.isfinite().any()) else math.nan
-
-
-def _distance_within(rows: Tensor) -> Tensor:
-    """The mean of 1 - cosine over pairs of rows of length 1."""
-    n = len(rows)
-    return (1 - rows @ rows.T).sum() / (n * (n - 1))
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Actions:
-    """What a red light does beside the line in the log.
+    """The reaction to a red report, besides the warning in the log.
 
-    ``stop`` ends the run. ``raise_kl`` doubles the weight of the distance from the reference policy, to that value or
-    more. ``keep_best`` writes the weights of the best look without a red light, by the mean shift of the held-out
-    rewards, to the folder ``best``.
+    ``stop`` ends the run. ``raise_kl`` doubles the weight of the KL to the reference policy, and raises it to that
+    value if it is below. ``keep_best`` writes the weights with the best mean shift of the held-out rewards, among
+    reports that are not red, to the folder ``best``.
     """
 
     stop: bool = False
@@ -302,61 +315,92 @@ class Actions:
             raise ValueError(f"raise_kl must be a positive weight, not {self.raise_kl}")
 
 
-def due(rounds_done: int, every: int, last: bool) -> bool:
-    """Whether a look every ``every`` rounds is due: after the first, and the last, too."""
-    return rounds_done == 1 or rounds_done % every == 0 or last
+class KLWeighted(Protocol):
+    """A training run whose KL weight can be raised between rounds."""
+
+    rounds_done: int
+
+    def raise_kl(self, least: float) -> None: ...
 
 
-class Guard:
-    """``look`` reads the model as it is, first by ``begin`` before training. ``rewards`` names the held-out ones.
-    ``stopped`` tells whether a red light has ended the run.
+def due(rounds: int, every: int, last: bool) -> bool:
+    """Whether something that happens every ``every`` rounds is due: also after the first round and the last."""
+    return rounds == 1 or rounds % every == 0 or last
+
+
+class HackingGuard:
+    """Compares the current model with the untrained one, and acts on a red report.
+
+    ``begin`` takes the snapshot of the untrained model. ``stopped`` tells whether a red report has ended the run.
+
+    Args:
+        snapshot: Take a snapshot with the current weights.
+        rewards: The names of the held-out rewards.
+        limits: The limits of the signals.
+        actions: The reaction to a red report.
+        every: The number of rounds between two reports.
 
     Raises:
         ValueError: ``keep_best`` without a held-out reward.
     """
 
     def __init__(
-        self, look: Callable[[], PanelSnapshot], rewards: tuple[str, ...], limits: Limits, actions: Actions, every: int
+        self,
+        snapshot: Callable[[], PanelSnapshot],
+        rewards: tuple[str, ...],
+        limits: Limits,
+        actions: Actions,
+        every: int,
     ) -> None:
         if actions.keep_best and not rewards:
-            raise ValueError("hacking.on_red.keep_best needs a reward to go by: name one in hacking.rewards")
+            raise ValueError(
+                "reward_hacking.on_red.keep_best compares held-out rewards: name one in reward_hacking.rewards"
+            )
         self.actions, self.every = actions, every
-        self._look, self._rewards, self._limits = look, rewards, limits
+        self._snapshot, self._rewards, self._limits = snapshot, rewards, limits
         self._before: PanelSnapshot | None = None
         self._best = -math.inf
         self.stopped = False
 
     def begin(self) -> None:
-        """Look at the untrained model."""
-        self._before = self._look()
+        """Take the snapshot of the untrained model."""
+        self._before = self._snapshot()
 
-    def panel(self, rounds_done: int, last: bool, kl: float) -> HackingReport | None:
-        """What is seen after a round; None where none is due."""
-        if not due(rounds_done, self.every, last):
+    def report(self, rounds: int, last: bool, kl: float) -> HackingReport | None:
+        """The report after ``rounds`` rounds, if one is due; a warning for an alarm."""
+        if not due(rounds, self.every, last):
             return None
         if self._before is None:
-            raise ValueError("there is nothing to compare with: call begin() before training")
-        seen = panel(self._before, self._look(), kl, self._limits)
-        if seen.alarm:
-            logger.warning("round %d: the reward may be exploited: %s", rounds_done, seen.alarm)
-        return seen
+            raise ValueError("there is no snapshot of the untrained model: call begin() before training")
+        report = compare_snapshots(self._before, self._snapshot(), kl, self._limits)
+        if report.alarm:
+            logger.warning("Round %d: the reward may be exploited: %s", rounds, report.alarm)
+        return report
 
-    def is_best(self, seen: HackingReport) -> bool:
-        """Whether ``keep_best`` asks for these weights to be kept."""
-        if not self.actions.keep_best or seen.light == "red":
+    def is_best(self, report: HackingReport) -> bool:
+        """Whether ``keep_best`` asks to write the current weights."""
+        if not self.actions.keep_best or report.status == "red":
             return False
-        shifts = [signal.shift.mean for signal in seen.signals if signal.name in self._rewards]
+        shifts = [signal.shift.mean for signal in report.signals if signal.name in self._rewards]
         score = sum(shifts) / len(shifts) if shifts else -math.inf
         better, self._best = score > self._best, max(score, self._best)
         return better
 
+    def react(self, trainer: KLWeighted) -> None:
+        """Do what ``actions`` says about a red report."""
+        if self.actions.raise_kl is not None:
+            trainer.raise_kl(self.actions.raise_kl)
+        if self.actions.stop:
+            logger.warning("Training stops after round %d: reward_hacking.on_red.stop", trainer.rounds_done)
+            self.stopped = True
+
     def state(self) -> State:
-        """The look at the untrained model, the best score so far, and whether the run is over."""
+        """The snapshot of the untrained model, the best score so far, and whether the run has ended."""
         tensors = self._before.tensors() if self._before else {}
         return State(tensors, {"best": self._best if math.isfinite(self._best) else None, "stopped": self.stopped})
 
     def restore(self, state: State) -> None:
-        """Put back what ``state()`` gave."""
+        """Restore the state of ``state()``."""
         self._before = PanelSnapshot.from_tensors(state.tensors)
         self._best = -math.inf if state.numbers["best"] is None else state.numbers["best"]
         self.stopped = state.numbers["stopped"]

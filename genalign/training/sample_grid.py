@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from genalign.runtime.media import Recording, encoded, save_images
+from genalign.runtime.media import AudioMedium, save_images
 from genalign.training.reward_hacking import due
 
 
 @dataclass(frozen=True)
 class SampleGrid:
-    """Settings of the sample grid: ``count`` samples every ``every`` rounds, after the first and the last one; 0 is off."""
+    """Settings: ``count`` samples every ``every`` rounds, and after the first and the last; 0 is off."""
 
     every: int = 0
     count: int = 8
@@ -42,7 +42,7 @@ class SampleGridWriter:
     every: int
 
     def after(self, rounds: int, last: bool, run: Path) -> list[str]:
-        """Write a grid if one is due after ``rounds`` rounds; the names of its files, relative to the folder ``run``."""
+        """Write a grid if one is due after ``rounds`` rounds; the names of its files, relative to ``run``."""
         samples = self.sample() if due(rounds, self.every, last) else None
         if samples is None:
             return []
@@ -53,7 +53,7 @@ class SampleGridWriter:
             return [f"{stem}.png"]
         names = [f"{stem}-{number:02d}.wav" for number in range(len(samples))]
         for name, waveform in zip(names, samples, strict=True):
-            (run / name).write_bytes(encoded(Recording(waveform, self.sample_rate), "wav"))
+            (run / name).write_bytes(AudioMedium(self.sample_rate).encode(waveform))
         return names
 
 
@@ -63,5 +63,6 @@ def tile(images: Tensor, margin: int = 2) -> Tensor:
     rows = math.ceil(len(images) / columns)
     framed = F.pad(images.detach().float().cpu(), (0, margin, 0, margin), value=1.0)
     blank = torch.ones(rows * columns - len(images), *framed.shape[1:])
-    cells = torch.cat([framed, blank]).unflatten(0, (rows, columns))
-    return cells.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    height, width = framed.shape[2:]
+    cells = torch.cat([framed, blank]).reshape(rows, columns, 3, height, width)
+    return cells.permute(2, 0, 3, 1, 4).reshape(3, rows * height, columns * width)

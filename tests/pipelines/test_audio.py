@@ -278,8 +278,8 @@ def test_waveforms_are_written_at_their_rate(stable_audio: StableAudio, tmp_path
     found, rate = soundfile.read(tmp_path / names[1], dtype="float32")
     assert rate == stable_audio.sample_rate == 16
     torch.testing.assert_close(torch.tensor(found.T), samples[1], rtol=0, atol=1 / 32767)
-    with pytest.raises(ValueError, match="are not images"):
-        writer(None)(samples, tmp_path, 0)
+    with pytest.raises(ValueError, match="are not of the medium 'audio'"):
+        writer(16)(samples[None], tmp_path, 0)
 
 
 def test_waveforms_are_written_as_flac_too_and_nan_is_silence(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from genalign.evaluation.paired import ranked
 from genalign.evaluation.report import sections
 from genalign.evaluation.report.html import page
 from genalign.evaluation.report.reading import Comparison, Run
-from genalign.evaluation.report.samples import Shown, fitting, shown
+from genalign.evaluation.report.samples import fitting, thumbnail
 from genalign.evaluation.report.sections import Cell, Fact, flattened
 from genalign.evaluation.report.words import count, interval, percent, plain, scored
 from genalign.runtime.files import write_text
+from genalign.runtime.media import Thumbnail
 
 _WRONG_SHOWN = 24
 _OVERALL = "mean over tasks"
@@ -43,7 +44,7 @@ class _Row:
 class _Wrong:
     """An image, and what is wrong with it."""
 
-    image: Shown
+    image: Thumbnail
     prompt: str
     reason: str
 
@@ -113,7 +114,7 @@ def _wrong(folder: Path, results: Sequence[Result]) -> list[_Wrong]:
         if not result.correct:
             tasks.setdefault(result.tag, []).append(result)
     first = _in_turn(tasks.values())[:_WRONG_SHOWN]
-    cards = (_Wrong(shown(folder, result.filename), result.prompt, result.reason) for result in first)
+    cards = (_Wrong(thumbnail(folder, result.filename), result.prompt, result.reason) for result in first)
     return fitting(cards, lambda card: (card.image,))
 
 

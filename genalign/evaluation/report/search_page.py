@@ -14,9 +14,10 @@ from markupsafe import Markup
 
 from genalign.evaluation.report.curves import Axis, Point, line_chart
 from genalign.evaluation.report.html import page
-from genalign.evaluation.report.samples import Shown, fitting, shown
+from genalign.evaluation.report.samples import fitting, thumbnail
 from genalign.evaluation.report.words import count, duration, number, plain
 from genalign.runtime.files import write_text
+from genalign.runtime.media import Thumbnail
 
 _SHOWN = 24
 _WIDTH, _ROW = 220.0, 7.0
@@ -27,7 +28,7 @@ class _Card:
     """One prompt's sample, and the tree of its candidates."""
 
     prompt: str
-    sample: Shown
+    sample: Thumbnail
     scores: str
     tree: Markup
 
@@ -74,7 +75,7 @@ def _mean(values: Sequence[float | None]) -> float:
 
 def _card(folder: Path, row: Mapping[str, Any], family: Mapping[str, Any]) -> _Card:
     scores = ", ".join(f"{plain(name)} {'failed' if v is None else number(v)}" for name, v in row["scores"].items())
-    return _Card(row["prompt"], shown(folder, row["image"]), scores, tree(family["lives"], family["chosen"]))
+    return _Card(row["prompt"], thumbnail(folder, row["image"]), scores, tree(family["lives"], family["chosen"]))
 
 
 def tree(lives: Sequence[Mapping[str, Any]], chosen: int) -> Markup:

@@ -14,9 +14,10 @@ from genalign.evaluation.evaluate import Evaluation
 from genalign.evaluation.paired import Pair
 from genalign.evaluation.report.curves import whisker
 from genalign.evaluation.report.reading import Comparison, Run
-from genalign.evaluation.report.samples import Shown, fitting, shown
+from genalign.evaluation.report.samples import fitting, thumbnail
 from genalign.evaluation.report.words import SHARES, count, duration, interval, mood, plain, scored, signed, size
 from genalign.metrics.intervals import Estimate
+from genalign.runtime.media import Thumbnail
 
 PAIRS_SHOWN = 12
 _OVERALL = "mean over tasks"
@@ -78,8 +79,8 @@ class Card:
 
     prompt: str
     task: str
-    before: Shown
-    after: Shown
+    before: Thumbnail
+    after: Thumbnail
     changes: tuple[Change, ...]
 
 
@@ -215,8 +216,8 @@ def _cards(pairs: Sequence[Pair], before: Path, after: Path) -> list[Card]:
         Card(
             pair.before.prompt,
             plain(pair.before.task),
-            shown(before, pair.before.image),
-            shown(after, pair.after.image),
+            thumbnail(before, pair.before.image),
+            thumbnail(after, pair.after.image),
             _changes(pair),
         )
         for pair in pairs

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.runtime.media import read_waveform
-from genalign.runtime.waveforms import as_heard, tell_once
+from genalign.runtime.waveforms import as_heard, warn_once
 from genalign.worlds.tones.instruments import LENGTH, SAMPLE_RATE
 from genalign.worlds.tones.scenes import MARGIN
 
@@ -26,5 +26,5 @@ def read_clip(path: Path) -> Tensor:
         lasts = clip.shape[1] / SAMPLE_RATE
         raise ValueError(f"{path} lasts {lasts:.2f} s: clips of the tones world last {seconds:g} s; cut it")
     if missing > 0:
-        tell_once(f"clips of the tones world last {seconds:g} s: shorter ones, such as {path}, are ended with silence")
+        warn_once(f"clips of the tones world last {seconds:g} s: shorter ones, such as {path}, are ended with silence")
     return F.pad(clip[:, :LENGTH], (0, max(0, missing)))

@@ -18,7 +18,7 @@ from genalign.algorithms.recipes import dragon_set
 from genalign.cli.context import prompt_set, require_rate
 from genalign.cli.main import main
 from genalign.evaluation.evaluate import ELSEWHERE, load_evaluation
-from genalign.runtime.waveforms import resample, tell_once
+from genalign.runtime.waveforms import resample, warn_once
 from genalign.worlds import tones
 from genalign.worlds.registry import WORLDS, world_of
 from genalign.worlds.shapes.diversity import evaluation_diversity
@@ -117,7 +117,7 @@ def test_other_rates_channels_and_lengths_are_told(tmp_path: Path, caplog: pytes
     early = clips[:, :, : int(clips.abs().amax((0, 1)).nonzero()[-1]) + 1]
     upsampled = resample(early, 8000, 44100).repeat(1, 2, 1)
     write(tmp_path / "clips", texts, upsampled, rate=44100, suffix="flac")
-    tell_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         main(["evaluate", "tones", "--samples", str(tmp_path / "clips"), "--output", str(tmp_path / "out")])
     made = load_evaluation(tmp_path / "out")
@@ -126,7 +126,7 @@ def test_other_rates_channels_and_lengths_are_told(tmp_path: Path, caplog: pytes
 
 
 def test_a_short_clip_is_ended_with_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tell_once.cache_clear()
+    warn_once.cache_clear()
     soundfile.write(tmp_path / "a.wav", np.full(4000, 0.1), 8000)
     with caplog.at_level(logging.WARNING):
         clip = WORLDS["tones"].read(tmp_path / "a.wav")

@@ -266,8 +266,14 @@ def test_one_process_is_itself() -> None:
     with process_group({}) as processes:
         assert processes == SINGLE_PROCESS and processes.is_main
     rows = torch.arange(6).view(3, 2)
-    assert torch.equal(SINGLE_PROCESS.all_gather(rows), rows[None]) and torch.equal(SINGLE_PROCESS.interleaved(rows, 1), rows)
-    assert SINGLE_PROCESS.all_gather_object({"a": 1}) == [{"a": 1}] and SINGLE_PROCESS.any_rank(True) and not SINGLE_PROCESS.any_rank(False)
+    assert torch.equal(SINGLE_PROCESS.all_gather(rows), rows[None]) and torch.equal(
+        SINGLE_PROCESS.interleaved(rows, 1), rows
+    )
+    assert (
+        SINGLE_PROCESS.all_gather_object({"a": 1}) == [{"a": 1}]
+        and SINGLE_PROCESS.any_rank(True)
+        and not SINGLE_PROCESS.any_rank(False)
+    )
     assert torch.equal(SINGLE_PROCESS.broadcast({"rows": rows})["rows"], rows)
 
 
@@ -303,9 +309,16 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def test_what_accelerate_is_told_about_fsdp() -> None:
-    assert sharding_from_environment({}, 2) is None and sharding_from_environment({"ACCELERATE_MIXED_PRECISION": "no"}, 1) is None
-    assert sharding_from_environment(FSDP, 2) == Sharding(2) and sharding_from_environment(FSDP, 4) == Sharding(4, reshard_after_forward=True)
-    assert sharding_from_environment(FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, 2) == Sharding(2, reshard_after_forward=False)
+    assert (
+        sharding_from_environment({}, 2) is None
+        and sharding_from_environment({"ACCELERATE_MIXED_PRECISION": "no"}, 1) is None
+    )
+    assert sharding_from_environment(FSDP, 2) == Sharding(2) and sharding_from_environment(FSDP, 4) == Sharding(
+        4, reshard_after_forward=True
+    )
+    assert sharding_from_environment(FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, 2) == Sharding(
+        2, reshard_after_forward=False
+    )
 
 
 @pytest.mark.parametrize(

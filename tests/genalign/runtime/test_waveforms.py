@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from genalign.runtime.waveforms import as_heard, mel_decibels, require_waveforms, resample, tell_once
+from genalign.runtime.waveforms import as_heard, mel_decibels, require_waveforms, resample, warn_once
 
 
 def sine(frequency: float, rate: int, seconds: float = 1.0) -> torch.Tensor:
@@ -43,7 +43,7 @@ def test_lengths_and_gradients() -> None:
 
 
 def test_mixing_and_resampling_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    tell_once.cache_clear()
+    warn_once.cache_clear()
     stereo = torch.stack([sine(500, 8000), torch.zeros(8000)])[None]
     with caplog.at_level(logging.WARNING):
         made = as_heard(stereo, 8000, 16000, "the ear")

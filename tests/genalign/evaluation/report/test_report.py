@@ -18,11 +18,12 @@ from genalign.evaluation.paired import gain
 from genalign.evaluation.report import write_report
 from genalign.evaluation.report.curves import Axis, Point, binned, line_chart, ticks, whisker
 from genalign.evaluation.report.reading import read_run
-from genalign.evaluation.report.samples import Shown, shown, spectrogram
+from genalign.evaluation.report.samples import thumbnail
 from genalign.evaluation.report.sections import flattened
 from genalign.evaluation.report.words import count, duration, signed
 from genalign.metrics.intervals import Estimate
-from genalign.runtime.media import writer
+from genalign.runtime.media import Thumbnail, writer
+from genalign.runtime.spectrogram import spectrogram
 
 PROTOCOL = Protocol("iid", "0" * 16, 4.0, (1.0, 0.5, 0.0), "ODE()", "float32", 16, (64, 64), 3, 96, "test 1")
 HOSTILE = """"><script>alert('x')</script><img src=x onerror=alert(1)> {{ 7 * 7 }} & a 'circle'"""
@@ -252,7 +253,7 @@ def test_a_tone_is_a_line_at_the_logarithm_of_its_frequency(frequency):
 def test_a_long_recording_is_played_in_part_and_seen_whole(tmp_path):
     stereo = torch.cat([tones([440.0], 9.0, 44100), torch.zeros(1, 1, 9 * 44100)], 1)
     (name,) = writer(44100)(stereo, tmp_path, 0)
-    made = shown(tmp_path, name)
+    made = thumbnail(tmp_path, name)
     found, rate = heard(made.sound)
     assert rate == 16000 and found.shape == (1, 6 * 16000)
     torch.testing.assert_close(found[:, 200:-200], tones([440.0], 6.0, 16000)[0, :, 200:-200] / 2, rtol=0, atol=1e-3)
@@ -262,11 +263,11 @@ def test_a_long_recording_is_played_in_part_and_seen_whole(tmp_path):
 def test_clips_of_any_length_and_rate_are_shown(tmp_path):
     for rate, length in ((16, 40), (8000, 3), (48000, 100)):
         (name,) = writer(rate)(torch.zeros(1, 1, length), tmp_path, 0)
-        assert heard(shown(tmp_path, name).sound)[0].shape[1] >= 1
-    assert shown(tmp_path, "audio/9.wav") == shown(tmp_path, None) == Shown()
+        assert heard(thumbnail(tmp_path, name).sound)[0].shape[1] >= 1
+    assert thumbnail(tmp_path, "audio/9.wav") == thumbnail(tmp_path, None) == Thumbnail()
     (tmp_path / "audio" / "00000.wav").write_bytes(b"RIFF")
     with pytest.raises(ValueError, match=r"expected audio \(WAV or FLAC\), but .*00000\.wav cannot be read"):
-        shown(tmp_path, "audio/00000.wav")
+        thumbnail(tmp_path, "audio/00000.wav")
 
 
 def test_size_with_many_clips_stays_below_5_mb(tmp_path):
