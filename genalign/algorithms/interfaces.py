@@ -52,7 +52,7 @@ class Credit(Protocol):
 class UpdateBatch:
     """Samples of whole groups that are learnt from together. ``on_policy``: the current weights sampled them."""
 
-    sampled: Rollout
+    rollout: Rollout
     credit: Tensor
     group: Tensor
     on_policy: bool
@@ -62,14 +62,14 @@ class UpdateBatch:
 
     def split(self, size: int) -> Iterator[UpdateBatch]:
         """Consecutive parts of at most ``size`` samples."""
-        parts = (self.sampled.split(size), torch.split(self.credit, size), torch.split(self.group, size))
+        parts = (self.rollout.split(size), torch.split(self.credit, size), torch.split(self.group, size))
         for sampled, credit, group in zip(*parts, strict=True):
             yield UpdateBatch(sampled, credit, group, self.on_policy)
 
     @property
     def step_credit(self) -> Tensor:
         """The credit (B, S) of every stored step."""
-        return self.credit if self.credit.ndim == 2 else self.credit[:, None].expand(-1, len(self.sampled.steps))
+        return self.credit if self.credit.ndim == 2 else self.credit[:, None].expand(-1, len(self.rollout.steps))
 
 
 @dataclass
@@ -128,14 +128,14 @@ class UpdateContext:
     old: WeightSnapshot | None
     metrics: MetricSums
 
-    def worth_replaying(self, live: Tensor) -> list[ReplayBatch]:
+    def replay_batches(self, live: Tensor) -> list[ReplayBatch]:
         """Batches of the pairs (B, S) bool that have a part in a loss; of all, where the network is divided among
         processes, which must run it equally often."""
         return ReplayBatch.batches(torch.ones_like(live) if self.policy.sharded else live)
 
     def replay(self, batch: UpdateBatch, pairs: ReplayBatch) -> ReplayedStep:
         """Stored transitions under the current weights; differentiable."""
-        return replay(self.pipeline, batch.sampled, self.grid, self.kernel, pairs, self.guidance)
+        return replay(self.pipeline, batch.rollout, self.grid, self.kernel, pairs, self.guidance)
 
     def reference_replay(self, batch: UpdateBatch, pairs: ReplayBatch) -> ReplayedStep:
         """The same under the weights that training started from."""
@@ -178,24 +178,24 @@ class Objective(Protocol):
 
 
 @runtime_checkable
-class Anchored(Protocol):
+class KLRegularized(Protocol):
     """An objective that can pull the policy towards the one that training started from."""
 
-    def anchored(self, least: float) -> Objective:
+    def with_stronger_kl(self, least: float) -> Objective:
         """With twice the pull, of weight ``least`` or more."""
 
 
-def anchored(objective: Objective, least: float) -> Objective:
+def with_stronger_kl(objective: Objective, least: float) -> Objective:
     """With twice the pull, of weight ``least`` or more. ValueError for an objective that has none."""
-    if not isinstance(objective, Anchored):
+    if not isinstance(objective, KLRegularized):
         raise ValueError(
             f"{type(objective).__name__} has no distance from the reference policy to weigh: leave raise_kl out, or"
             " choose a recipe with kl or anchor"
         )
-    return objective.anchored(least)
+    return objective.with_stronger_kl(least)
 
 
-def halved(size: int, unit: Unit, group_size: int) -> int | None:
+def half_micro_batch(size: int, unit: Unit, group_size: int) -> int | None:
     """At most half of a micro-batch's ``size``, which parts no ``unit``; None where that leaves nothing."""
     if unit == "batch":
         return None

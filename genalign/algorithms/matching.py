@@ -18,7 +18,7 @@ from genalign.types import NoiseLevel, Path
 
 
 @dataclass(frozen=True)
-class Noised:
+class NoisedSamples:
     """Samples on their way to noise, x = alpha x0 + sigma eps, all (B, ...), with the network's ``target`` there.
 
     ``prediction`` is the current policy's and carries the gradient; ``reference`` and ``old`` are those of the policy
@@ -34,11 +34,11 @@ class Noised:
     reference: Tensor
     old: Tensor
 
-    def where(self, rows: Tensor) -> Noised:
+    def where(self, rows: Tensor) -> NoisedSamples:
         """Those samples (N,) long alone."""
         level = NoiseLevel(self.level.timestep[rows], self.level.alpha[rows], self.level.sigma[rows])
         parts = (self.target, self.prediction, self.reference, self.old)
-        return Noised(self.path, self.x0[rows], self.x[rows], level, *(part[rows] for part in parts))
+        return NoisedSamples(self.path, self.x0[rows], self.x[rows], level, *(part[rows] for part in parts))
 
     def clean(self, prediction: Tensor) -> Tensor:
         """The clean samples (B, ...) that a prediction points to."""
@@ -73,11 +73,11 @@ class MatchingLoss(Protocol):
     def terms(self, credit: Tensor, group: Tensor) -> int:
         """N, from the credit alone."""
 
-    def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor: ...
+    def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class Matching:
+class MatchingObjective:
     """A mean over samples, or pairs of them, and over ``draws`` noise levels of ``loss``, plus ``anchor`` times the
     mean squared distance of the prediction from the reference policy's.
 
@@ -109,7 +109,7 @@ class Matching:
         """None: there is no ratio of transitions."""
         return None
 
-    def anchored(self, least: float) -> Matching:
+    def with_stronger_kl(self, least: float) -> MatchingObjective:
         """With twice ``anchor``, ``least`` or more."""
         return replace(self, anchor=max(2 * self.anchor, least))
 
@@ -151,16 +151,18 @@ class Matching:
             noised = self._noised(context, batch, torch.zeros(1, dtype=torch.long), range(draw, draw + 1), seed)
             torch.autograd.backward(0.0 * noised.prediction.sum())
 
-    def _noised(self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, draws: range, seed: int) -> Noised:
+    def _noised(
+        self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, draws: range, seed: int
+    ) -> NoisedSamples:
         """The samples ``rows`` (N,) of every draw, draw after draw: (draws * N, ...)."""
         drawn = [(draw, derived_seed(seed, draw, group)) for draw in draws for group in batch.group[rows].tolist()]
         rows, seeds = rows.repeat(len(draws)), [one for _, one in drawn]
-        x0 = batch.sampled.final[rows]
+        x0 = batch.rollout.final[rows]
         level = context.pipeline.level(self._places(drawn).to(x0.device))
         eps = seeded_noise(seeds, x0)
         path = context.pipeline.path
         x, target = path.add_noise(x0, eps, level), path.prediction(x0, eps, level)
-        conditioning = batch.sampled.inputs.conditioning[batch.sampled.inputs.prompt[rows]]
+        conditioning = batch.rollout.inputs.conditioning[batch.rollout.inputs.prompt[rows]]
 
         def predict() -> Tensor:
             return context.pipeline.predict(x, level, conditioning, 1.0)
@@ -171,7 +173,7 @@ class Matching:
             old = predict().detach() if self.old else None
         prediction = predict()
         sampling = prediction.detach() if old is None else old
-        return Noised(path, x0, x, level, target, prediction, reference, sampling)
+        return NoisedSamples(path, x0, x, level, target, prediction, reference, sampling)
 
     def _places(self, drawn: Sequence[tuple[int, int]]) -> Tensor:
         """Where on the path (N,), of draws and seeds: uniform in the draw's stratum, equal for equal seeds."""
@@ -180,7 +182,7 @@ class Matching:
 
 
 @dataclass(frozen=True)
-class PairedPreference:
+class DPOLoss:
     """Diffusion-DPO on pairs of one prompt: the k-th sample of positive credit against the k-th of negative credit."""
 
     beta: float
@@ -202,7 +204,7 @@ class PairedPreference:
         """Pairs."""
         return len(sign_pairs(credit, group).winners)
 
-    def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
+    def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         pairs = sign_pairs(credit, group)
         errors, reference = noised.error, noised.reference_error
         better, worse = pairs.winners, pairs.losers
@@ -210,7 +212,7 @@ class PairedPreference:
 
 
 @dataclass(frozen=True)
-class UnpairedPreference:
+class KTOLoss:
     """Diffusion-KTO: samples of positive credit are wanted, those of negative credit are not."""
 
     beta: float
@@ -228,12 +230,12 @@ class UnpairedPreference:
         """As many."""
         return int(self.used(credit).sum())
 
-    def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
+    def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         return kto_loss(noised.error, noised.reference_error, credit > 0, self.beta)
 
 
 @dataclass(frozen=True)
-class NegativeAware:
+class NFTLoss:
     """DiffusionNFT (arXiv 2509.16117): samples of positive advantage are matched, those of negative advantage pushed
     away from, both relative to the policy that sampled them."""
 
@@ -253,7 +255,7 @@ class NegativeAware:
         """As many."""
         return len(credit)
 
-    def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
+    def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         limit = self.largest_advantage
         optimality = (credit.clamp(-limit, limit) / (2 * limit) + 0.5).to(noised.x.dtype)
         clean, old = noised.clean(noised.prediction), noised.clean(noised.old)
@@ -261,7 +263,7 @@ class NegativeAware:
 
 
 @dataclass(frozen=True)
-class AdvantageWeighted:
+class AWMLoss:
     """AWM (arXiv 2509.25050): the advantage times a clipped ratio of what stands in for log-probabilities, with the
     sampling policy's as the other."""
 
@@ -282,7 +284,7 @@ class AdvantageWeighted:
         """As many."""
         return int(self.used(credit).sum())
 
-    def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
+    def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         sigma = noised.level.sigma.expand(len(credit))
         new, old = (awm_log_probability(e, sigma, self.power) for e in (noised.error, noised.old_error.detach()))
         limit = self.largest_advantage
@@ -292,7 +294,7 @@ class AdvantageWeighted:
 
 
 @dataclass(frozen=True)
-class RewardWeighted:
+class RewardWeightedLoss:
     """Matching weighted by credit of 0 or more: reward-weighted regression (arXiv 2501.13918), or fine-tuning on chosen
     samples."""
 
@@ -309,7 +311,7 @@ class RewardWeighted:
         """As many."""
         return int(self.used(credit).sum())
 
-    def __call__(self, noised: Noised, credit: Tensor, group: Tensor) -> Tensor:
+    def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         return credit * noised.error
 
 

@@ -10,16 +10,23 @@ from genalign.algorithms.credit import BestAndWorst, GroupRelative, PlainReward,
 from genalign.algorithms.interfaces import Credit, Objective
 from genalign.algorithms.losses import KLForm
 from genalign.algorithms.matching import (
-    AdvantageWeighted,
-    Matching,
+    AWMLoss,
+    DPOLoss,
+    KTOLoss,
     MatchingLoss,
-    NegativeAware,
-    PairedPreference,
-    UnpairedPreference,
+    MatchingObjective,
+    NFTLoss,
 )
 from genalign.algorithms.preference_pairs import Criterion
-from genalign.algorithms.step_schedules import AllSteps, NoSteps, SlidingWindow, StepSchedule, Window
-from genalign.algorithms.trajectory import Clipped, Coupled, Guarded, RewardDifference, Surrogate, noise_weighted
+from genalign.algorithms.step_schedules import AllSteps, NoSteps, RandomWindow, SlidingWindow, StepSchedule
+from genalign.algorithms.trajectory import (
+    ClippedSurrogate,
+    CoupledObjective,
+    GuardedSurrogate,
+    PolicyGradient,
+    PRDPLoss,
+    noise_weighted,
+)
 from genalign.diffusion.completion import Completion
 from genalign.diffusion.transitions import CPS, DDIM, ODE, FlowSDE, Kernel, trainable_steps
 from genalign.types import FeatureFunction, Grid, SetReward
@@ -66,7 +73,7 @@ class Lag:
 
 def window_of(size: int | None, reach: float) -> StepSchedule:
     """A random window of ``size`` steps, or every trainable step for None."""
-    return AllSteps() if size is None else Window(size, reach)
+    return AllSteps() if size is None else RandomWindow(size, reach)
 
 
 def flow_grpo(
@@ -89,11 +96,11 @@ def flow_grpo(
         schedule=window_of(window, window_reach),
         shared_noise=shared_noise,
         credit=GroupRelative(std),
-        objective=Surrogate(Clipped(clip_range), kl, kl_form),
+        objective=PolicyGradient(ClippedSurrogate(clip_range), kl, kl_form),
     )
 
 
-def credited(recipe: Recipe, credit: Callable) -> Recipe:  # type: ignore[type-arg]  # bare: any Credit is taken
+def with_credit(recipe: Recipe, credit: Callable) -> Recipe:  # type: ignore[type-arg]  # bare: any Credit is taken
     """``recipe`` with another credit, such as ``credit.NormalizedSum`` or ``rewards.combine.EnsembleCredit``."""
     return replace(recipe, credit=credit)
 
@@ -127,7 +134,7 @@ def guard_grpo(
 ) -> Recipe:
     """GRPO-Guard (arXiv 2510.22319): Flow-GRPO with normalised log-ratios and equalised steps."""
     plain = flow_grpo(kernel, window, window_reach, std=std)
-    return replace(plain, objective=Surrogate(Guarded(clip_range)))
+    return replace(plain, objective=PolicyGradient(GuardedSurrogate(clip_range)))
 
 
 def mix_grpo(
@@ -150,7 +157,7 @@ def tempflow_grpo(
     """The noise-aware weights of TempFlow-GRPO (arXiv 2508.04324, section 4.2) on step-wise gains. Left out: branching
     from the deterministic trajectory at every step."""
     dense = dense_grpo(kernel, clip_range=clip_range, completion_steps=completion_steps)
-    return replace(dense, objective=Surrogate(Clipped(clip_range), weights=noise_weighted))
+    return replace(dense, objective=PolicyGradient(ClippedSurrogate(clip_range), weights=noise_weighted))
 
 
 def ddpo(eta: float = 1.0, clip_range: float = 1e-4, window: int | None = None, window_reach: float = 0.5) -> Recipe:
@@ -187,16 +194,16 @@ def prdp(
         schedule=window_of(window, window_reach),
         shared_noise=shared_noise,
         credit=PlainReward(),
-        objective=Coupled(RewardDifference(beta, clip_range, steps)),
+        objective=CoupledObjective(PRDPLoss(beta, clip_range, steps)),
     )
 
 
-def preference_loss(loss: Literal["dpo", "kto"], beta: float) -> MatchingLoss:
+def _preference_loss(loss: Literal["dpo", "kto"], beta: float) -> MatchingLoss:
     """Diffusion-DPO on pairs or Diffusion-KTO without them."""
-    return PairedPreference(beta) if loss == "dpo" else UnpairedPreference(beta)
+    return DPOLoss(beta) if loss == "dpo" else KTOLoss(beta)
 
 
-def matching(credit: Credit, objective: Matching, lag: Lag | None = None) -> Recipe:
+def matching(credit: Credit, objective: MatchingObjective, lag: Lag | None = None) -> Recipe:
     """A recipe of the matching family: deterministic samples of different noises, learnt from by forward errors."""
     return Recipe(ODE(), NoSteps(), shared_noise=False, credit=credit, objective=objective, lag=lag)
 
@@ -214,7 +221,9 @@ def dragon(
     prompt's samples is a positive demonstration, the worst a negative one, and so on for more ``pairs``. With "dpo"
     this is online Diffusion-DPO. Samples are compared at noise levels from ``low`` of the path's range on: what a
     prompt asks for is decided at the high ones."""
-    return matching(BestAndWorst(tolerance, pairs), Matching(preference_loss(loss, beta), draws, low, anchor=anchor))
+    return matching(
+        BestAndWorst(tolerance, pairs), MatchingObjective(_preference_loss(loss, beta), draws, low, anchor=anchor)
+    )
 
 
 def dragon_set(
@@ -233,7 +242,8 @@ def dragon_set(
     set_reward: SetReward = reward
     feature_function: FeatureFunction = features
     recipe = matching(
-        SetContrast(set_reward, criterion, quality=quality), Matching(preference_loss(loss, beta), draws, anchor=anchor)
+        SetContrast(set_reward, criterion, quality=quality),
+        MatchingObjective(_preference_loss(loss, beta), draws, anchor=anchor),
     )
     return replace(recipe, features=feature_function)
 
@@ -246,9 +256,9 @@ def nft(
     lag: Lag = Lag(),
 ) -> Recipe:
     """DiffusionNFT (arXiv 2509.16117), sampling by a policy that lags behind."""
-    return matching(GroupRelative(std), Matching(NegativeAware(beta), draws, anchor=anchor, old=True), lag)
+    return matching(GroupRelative(std), MatchingObjective(NFTLoss(beta), draws, anchor=anchor, old=True), lag)
 
 
 def awm(draws: int = 2, anchor: float = 1e-3, std: Literal["group", "global"] = "global") -> Recipe:
     """Advantage-weighted matching (arXiv 2509.25050). Left out: the second anchor, to an average of the weights."""
-    return matching(GroupRelative(std), Matching(AdvantageWeighted(), draws, anchor=anchor))
+    return matching(GroupRelative(std), MatchingObjective(AWMLoss(), draws, anchor=anchor))

@@ -35,7 +35,7 @@ class AllSteps:
 
 
 @dataclass(frozen=True)
-class Window:
+class RandomWindow:
     """``size`` consecutive steps, beginning anywhere in the first ``reach`` of the grid's steps (a fraction of T);
     drawn once per round: Flow-GRPO-Fast, and MixGRPO's "random" strategy."""
 

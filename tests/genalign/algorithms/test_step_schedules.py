@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from genalign.algorithms.step_schedules import AllSteps, NoSteps, RandomSteps, SlidingWindow, Window
+from genalign.algorithms.step_schedules import AllSteps, NoSteps, RandomSteps, RandomWindow, SlidingWindow
 
 USABLE = (0, 1, 2, 3, 4)
 
@@ -15,12 +15,12 @@ def test_no_and_all_steps() -> None:
 
 
 def test_a_window_begins_within_its_reach() -> None:
-    windows = {Window(2, 0.5)(USABLE, 6, index, 0) for index in range(100)}
+    windows = {RandomWindow(2, 0.5)(USABLE, 6, index, 0) for index in range(100)}
     assert windows == {(0, 1), (1, 2), (2, 3)}
 
 
 def test_a_window_skips_gaps() -> None:
-    assert {Window(2, 1.0)((0, 1, 3, 4), 6, index, 0) for index in range(50)} == {(0, 1), (3, 4)}
+    assert {RandomWindow(2, 1.0)((0, 1, 3, 4), 6, index, 0) for index in range(50)} == {(0, 1), (3, 4)}
 
 
 def test_a_sliding_window_moves_on_and_begins_again() -> None:
