@@ -78,7 +78,7 @@ def serve_command(outside: Outside, arguments: Sequence[str]) -> int:
     token = os.environ.get(settings.token_variable) or None
     server.require_safe(settings.host, token, settings.token_variable)
     name, chosen = _identity(plain["reward"])
-    info = protocol.Info(
+    info = protocol.ServerInfo(
         settings.name or name,
         settings.version or chosen,
         settings.max_batch,
@@ -86,7 +86,7 @@ def serve_command(outside: Outside, arguments: Sequence[str]) -> int:
         settings.max_pixels,
         settings.sample_rate,
     )
-    first = server.meaningless(info)
+    first = server.placeholder(info)
     app = server.build_app(settings.reward, info, token, settings.max_requests, settings.device, first)
     socket = server.listen(settings.host, settings.port)
     host, port = socket.getsockname()[:2]
@@ -173,7 +173,7 @@ def _rendered(world: World, source: PromptSet, count: int) -> _Samples:
     tasks = list(source.by_task().values())
     longest = max(len(task) for task in tasks)
     chosen = [task[i] for i in range(longest) for task in tasks if i < len(task)][:count]
-    made = world.rendered([prompt.metadata or {} for prompt in chosen], np.random.default_rng(0))
+    made = world.render([prompt.metadata or {} for prompt in chosen], np.random.default_rng(0))
     return _Samples(made, chosen, world.sample_rate)
 
 

@@ -45,7 +45,7 @@ class PlantedTaste(nn.Module):
     def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Logits (B,) of images (B, 3, H, W) in [0, 1] and their prompts; NaN for an image with NaN."""
         with torch.no_grad():
-            verdicts = verify(images.nan_to_num(0.0, 0.0, 0.0), [prompt.metadata or {} for prompt in prompts])
-            match = torch.tensor([verdict.partial + verdict.strict for verdict in verdicts])
+            verifications = verify(images.nan_to_num(0.0, 0.0, 0.0), [prompt.metadata or {} for prompt in prompts])
+            match = torch.tensor([verification.partial + verification.strict for verification in verifications])
             seen = torch.stack([match, self.likes(images.float()).cpu()], dim=1)
         return (seen * self.scale).to(self.weights) @ self.weights

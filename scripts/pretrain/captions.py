@@ -41,7 +41,7 @@ def one_of(mistakes: Iterable[Prompt], seen: frozenset[str], otherwise: Prompt, 
     return wrong[rng.integers(len(wrong))] if wrong else otherwise
 
 
-def metadata_of(prompt: Prompt) -> Metadata:
+def require_metadata(prompt: Prompt) -> Metadata:
     """A world's prompt always has metadata."""
     assert prompt.metadata is not None, "every prompt of a world has metadata"
     return prompt.metadata

@@ -14,7 +14,7 @@ from genalign.types import Prompt
 from genalign.worlds.shapes.geometry import PALETTE
 from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import render, sample_scene
-from scripts.pretrain.captions import Job, Part, draw_prompts, in_chunks, metadata_of, one_of
+from scripts.pretrain.captions import Job, Part, draw_prompts, in_chunks, require_metadata, one_of
 
 TASK_WEIGHTS = {
     "single_object": 0.1,
@@ -46,7 +46,7 @@ def _chunk(job: Job) -> Part:
     start, count, seed = job
     rng = np.random.default_rng((seed, start))
     chosen = draw_prompts(prompts("iid"), TASK_WEIGHTS, count, rng)
-    scenes = [sample_scene(metadata_of(prompt), rng) for prompt in chosen]
+    scenes = [sample_scene(require_metadata(prompt), rng) for prompt in chosen]
     return (render(scenes) * 255).round().byte().numpy(), chosen
 
 
@@ -65,7 +65,7 @@ def _seen_texts() -> frozenset[str]:
 
 
 def _mistakes(prompt: Prompt) -> list[Prompt]:
-    include = metadata_of(prompt)["include"]
+    include = require_metadata(prompt)["include"]
     shape = include[0]["class"]
     match prompt.task:
         case "counting":

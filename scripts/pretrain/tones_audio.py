@@ -29,7 +29,7 @@ from genalign.runtime.files import load_state, save_state, without_prefix, write
 from genalign.worlds.tones import prompts
 from genalign.worlds.tones.instruments import LENGTH
 from genalign.worlds.tones.verifier import verify
-from scripts.pretrain.captions import metadata_of
+from scripts.pretrain.captions import require_metadata
 from scripts.pretrain.tones_clap import assemble_clap, build_clap, log_mel, matrices
 from scripts.pretrain.tones_dataset import CaptionedClips, captioned_clips, corrupted
 from scripts.pretrain.tones_models import HOP, TextToVelocity, assemble, build_vae, scale_latents, tokenizer
@@ -107,12 +107,12 @@ def reconstruction(vae: AutoencoderOobleck, device: str, clips: int = 300) -> fl
     data = captioned_clips(clips, seed=21)
     waves = data.floats(torch.arange(clips)).split(50)
     made = torch.cat([vae.decode(vae.encode(part.to(device)).latent_dist.mode()).sample.cpu() for part in waves])
-    return strict(made, [metadata_of(prompt) for prompt in data.prompts])
+    return strict(made, [require_metadata(prompt) for prompt in data.prompts])
 
 
 def strict(waves: Tensor, metadata: Sequence[object]) -> float:
     """The share of clips that are strictly right."""
-    return float(np.mean([verdict.strict for verdict in verify(waves, metadata)]))
+    return float(np.mean([verification.strict for verification in verify(waves, metadata)]))
 
 
 @torch.no_grad()
@@ -193,7 +193,7 @@ def measure(suite: str, make: MakesClips) -> dict[str, float]:
     for seed, (task, group) in enumerate(prompts(suite).by_task().items()):
         chosen = [group[i] for i in np.random.default_rng(3).integers(len(group), size=PER_TASK)]
         figures[task] = strict(
-            make([prompt.text for prompt in chosen], seed), [metadata_of(prompt) for prompt in chosen]
+            make([prompt.text for prompt in chosen], seed), [require_metadata(prompt) for prompt in chosen]
         )
     return figures | {"overall": float(np.mean(list(figures.values())))}
 

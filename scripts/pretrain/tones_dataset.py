@@ -12,7 +12,7 @@ from genalign.types import Prompt
 from genalign.worlds.tones.instruments import NOTES
 from genalign.worlds.tones.prompts import LOUDNESS, RELATIONS, attribution, counting, loudness, pitch, prompts, relation
 from genalign.worlds.tones.scenes import render, sample_clip
-from scripts.pretrain.captions import Job, Part, draw_prompts, in_chunks, metadata_of, one_of
+from scripts.pretrain.captions import Job, Part, draw_prompts, in_chunks, require_metadata, one_of
 
 FULL_SCALE = 32767
 TASK_WEIGHTS = {
@@ -49,7 +49,7 @@ def _chunk(job: Job) -> Part:
     start, count, seed = job
     rng = np.random.default_rng((seed, start))
     chosen = draw_prompts(prompts("iid"), TASK_WEIGHTS, count, rng)
-    clips = [sample_clip(metadata_of(prompt), rng) for prompt in chosen]
+    clips = [sample_clip(require_metadata(prompt), rng) for prompt in chosen]
     return (render(clips) * FULL_SCALE).round().short().numpy(), chosen
 
 
@@ -65,7 +65,7 @@ def _seen_texts() -> frozenset[str]:
 
 
 def _mistakes(prompt: Prompt) -> list[Prompt]:
-    metadata = metadata_of(prompt)
+    metadata = require_metadata(prompt)
     events = metadata["events"]
     first, last = events[0], events[-1]
     match prompt.task:

@@ -1,7 +1,8 @@
-"""From pixels to a list of coloured shapes, without learned weights.
+"""From pixels to a list of colored shapes, without learned weights.
 
-Denoise, CIELAB, foreground against the border's median, seeds of one palette colour, growth to whole regions, and the
-soft coverage that ``matching`` names. Everything is done for a batch at once, and no image sees another.
+Denoise, CIELAB, foreground against the border's median, seeds of one palette color, growth to whole regions, and
+soft coverage, which ``template_matching`` classifies. Everything is computed for a batch at once; images are
+independent.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from genalign.worlds.shapes.template_matching import match
 FOREGROUND_DELTA_E = 14.0
 MIN_COMPONENT_AREA = 25
 MIN_SEED_AREA = 12
-MIN_SEED_SHARE = 0.12  # of the pixels of its component that have a palette colour
-CORE_SHARE = 0.5  # of the way from the background to the palette's colour
-HALO = 2  # pixels around a region in which its soft edge is looked for
-PEAK = 0.9  # the quantile of a region's colours that counts as fully covered
+MIN_SEED_SHARE = 0.12  # of the pixels of its component that have a palette color
+CORE_SHARE = 0.5  # of the way from the background to the palette's color
+HALO = 2  # pixels around a region that may hold its soft edge
+PEAK = 0.9  # the quantile of a region's colors that counts as fully covered
 _CHUNK = 16
 _COLORS = tuple(PALETTE)
-_BY_IMAGE_8 = np.zeros((3, 3, 3), bool)  # neighbours in the plane, none along the batch
+_BY_IMAGE_8 = np.zeros((3, 3, 3), bool)  # neighbors in the plane, none along the batch
 _BY_IMAGE_8[1] = True
 _BY_IMAGE_4 = ndimage.generate_binary_structure(3, 1) & _BY_IMAGE_8
 _FRAME = np.pad(np.zeros((SIZE - 4, SIZE - 4), bool), 2, constant_values=True)
 
 
 @dataclass(frozen=True)
-class Detection:
-    """One object: its shape ("unknown" where none fits), the nearest palette colour, and its half-open pixel box
+class ShapeDetection:
+    """One object: its shape ("unknown" where none fits), the nearest palette color, and its half-open pixel box
     (x1, y1, x2, y2).
 
-    ``iou`` is the soft IoU with the best template, ``delta_e`` the CIE76 distance to the palette's colour, ``area``
+    ``iou`` is the soft IoU with the best template, ``delta_e`` the CIE76 distance to the palette's color, ``area``
     the soft coverage in pixels.
     """
 
@@ -63,14 +64,14 @@ class _Canvas:
 
 @dataclass(frozen=True)
 class _Colors:
-    """For M objects: the offset of their colour from the background (M, 3), palette index (M,), distance to it (M,)."""
+    """For M objects: the offset of their color from the background (M, 3), palette index (M,), distance to it (M,)."""
 
     offset: Array
     index: Array
     delta_e: Array
 
 
-def detect(images: Tensor) -> list[tuple[Detection, ...]]:
+def detect(images: Tensor) -> list[tuple[ShapeDetection, ...]]:
     """The objects of each image, best template fit first.
 
     Args:
@@ -83,7 +84,7 @@ def detect(images: Tensor) -> list[tuple[Detection, ...]]:
     pixels = _pixels(images)
     chunks = [pixels[start : start + _CHUNK] for start in range(0, len(pixels), _CHUNK)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return [found for part in pool.map(_detect, chunks) for found in part]
+        return [detections for chunk in pool.map(_detect, chunks) for detections in chunk]
 
 
 def _pixels(images: Tensor) -> Array:
@@ -92,18 +93,18 @@ def _pixels(images: Tensor) -> Array:
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}: divide 8-bit images by 255")
     if images.isnan().any():
-        raise ValueError("images contain NaN: leave out the samples that failed")
+        raise ValueError("images contain NaN: drop the failed samples")
     pixels: Array = (images.detach().to("cpu", torch.float32).clamp(0, 1) * 255).numpy()
     return pixels
 
 
-def _detect(pixels: Array) -> list[tuple[Detection, ...]]:
+def _detect(pixels: Array) -> list[tuple[ShapeDetection, ...]]:
     canvas = _canvas(_denoised(pixels))
     components = _components(canvas.distance)
     objects = _grown(components, _seeds(components, _shades(canvas, components)))
     places = ndimage.find_objects(objects)
     image = np.array([place[0].start for place in places], int)
-    found: list[list[Detection]] = [[] for _ in pixels]
+    detections: list[list[ShapeDetection]] = [[] for _ in pixels]
     if places:
         colors = _colors(canvas, objects, image)
         coverage = _coverage(canvas, objects, image, colors.offset)
@@ -111,10 +112,10 @@ def _detect(pixels: Array) -> list[tuple[Detection, ...]]:
         for m, (_, rows, columns) in enumerate(places):
             box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
             color, delta_e = _COLORS[colors.index[m]], float(colors.delta_e[m])
-            found[image[m]].append(
-                Detection(matches.names[m], color, box, float(matches.iou[m]), delta_e, float(area[m]))
+            detections[image[m]].append(
+                ShapeDetection(matches.names[m], color, box, float(matches.iou[m]), delta_e, float(area[m]))
             )
-    return [tuple(sorted(group, key=lambda detection: -detection.iou)) for group in found]
+    return [tuple(sorted(group, key=lambda detection: -detection.iou)) for group in detections]
 
 
 def _denoised(pixels: Array) -> Array:
@@ -155,24 +156,21 @@ def _canvas(pixels: Array) -> _Canvas:
 
 def _components(distance: Array) -> Array:
     """8-connected foreground components (B, SIZE, SIZE), numbered from 1; specks removed by a 2 x 2 opening."""
-    labels: Array = ndimage.label(_opened_2x2(distance > FOREGROUND_DELTA_E), _BY_IMAGE_8)[0]
+    mask = distance > FOREGROUND_DELTA_E
+    whole = mask[:, :-1, :-1] & mask[:, :-1, 1:] & mask[:, 1:, :-1] & mask[:, 1:, 1:]
+    opened = np.zeros_like(mask)
+    for dy, dx in product((0, 1), repeat=2):
+        opened[:, dy : SIZE - 1 + dy, dx : SIZE - 1 + dx] |= whole
+    labels: Array = ndimage.label(opened, _BY_IMAGE_8)[0]
     large = np.bincount(labels.ravel()) >= MIN_COMPONENT_AREA
     large[0] = False
     return labels * large[labels]
 
 
-def _opened_2x2(mask: Array) -> Array:
-    whole = mask[:, :-1, :-1] & mask[:, :-1, 1:] & mask[:, 1:, :-1] & mask[:, 1:, 1:]
-    out = np.zeros_like(mask)
-    for dy, dx in product((0, 1), repeat=2):
-        out[:, dy : SIZE - 1 + dy, dx : SIZE - 1 + dx] |= whole
-    return out
-
-
 def _shades(canvas: _Canvas, components: Array) -> Array:
-    """1 + the nearest palette colour where a component's pixel is past the half-way point to it, else 0.
+    """1 + the nearest palette color where a component's pixel is past the half-way point to it, else 0.
 
-    Blends of an edge, which resemble other colours, are mostly not.
+    Blends of an edge, which resemble other colors, are mostly not.
     """
     image, rows, columns = np.nonzero(components)
     lab = canvas.offset[image, :, rows, columns] + canvas.background[image]
@@ -185,8 +183,8 @@ def _shades(canvas: _Canvas, components: Array) -> Array:
 
 
 def _seeds(components: Array, shades: Array) -> Array:
-    """At the pixels of every solid patch of one colour, the key of its (component, colour); 0 elsewhere."""
-    opened = np.where(np.logical_or.reduce([inner := _inner(shades), *_neighbours(inner)]), shades, 0)
+    """At the pixels of every solid patch of one color, the key of its (component, color); 0 elsewhere."""
+    opened = np.where(np.logical_or.reduce([inner := _inner(shades), *_neighbors(inner)]), shades, 0)
     patches = _patches(opened)
     size = np.bincount(patches.ravel())
     core = np.bincount(components[shades > 0], minlength=components.max() + 1)
@@ -198,15 +196,15 @@ def _seeds(components: Array, shades: Array) -> Array:
     return np.where(motley[components] & (shades > 0), components * (len(_COLORS) + 1), seeds)
 
 
-def _neighbours(plane: Array) -> Iterator[Array]:
+def _neighbors(plane: Array) -> Iterator[Array]:
     """The values above, below, left and right of each pixel of (B, SIZE, SIZE); 0 beyond the border."""
     padded = np.pad(plane, ((0, 0), (1, 1), (1, 1)))
     yield from (padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:])
 
 
 def _inner(labels: Array) -> Array:
-    """True where a labelled pixel and its four neighbours have one label."""
-    inner: Array = np.logical_and.reduce([labels > 0, *(other == labels for other in _neighbours(labels))])
+    """True where a labeled pixel and its four neighbors have one label."""
+    inner: Array = np.logical_and.reduce([labels > 0, *(other == labels for other in _neighbors(labels))])
     return inner
 
 
@@ -229,7 +227,7 @@ def _grown(components: Array, seeds: Array) -> Array:
     key_of[owner] = keys
     objects = key_of[components]
     places = ndimage.find_objects(components)
-    for component in np.unique(owner[1:][owner[1:] == owner[:-1]]):  # those of several colours
+    for component in np.unique(owner[1:][owner[1:] == owner[:-1]]):  # components of several colors
         place = places[component - 1]
         own = components[place] == component
         near = np.where(own, seeds[place], 0)[0]
@@ -240,13 +238,13 @@ def _grown(components: Array, seeds: Array) -> Array:
 
 
 def _colors(canvas: _Canvas, objects: Array, image: Array) -> _Colors:
-    """Per object the median colour of its inner pixels, or of all where it has none."""
+    """Per object the median color of its inner pixels, or of all its pixels if it has no inner ones."""
     inner = _inner(objects)
     has_inner = np.zeros(len(image) + 1, bool)
     has_inner[objects[inner]] = True
-    chosen = (objects > 0) & (inner | ~has_inner[objects])
-    batch, rows, columns = np.nonzero(chosen)
-    offset = _grouped_quantile(objects[chosen] - 1, canvas.offset[batch, :, rows, columns], 0.5)
+    sampled = (objects > 0) & (inner | ~has_inner[objects])
+    batch, rows, columns = np.nonzero(sampled)
+    offset = _grouped_quantile(objects[sampled] - 1, canvas.offset[batch, :, rows, columns], 0.5)
     index, delta_e = nearest_color(offset + canvas.background[image])
     return _Colors(offset, index, delta_e)
 
@@ -259,12 +257,12 @@ def _grouped_quantile(group: Array, values: Array, q: float) -> Array:
 
 
 def _coverage(canvas: _Canvas, objects: Array, image: Array, color: Array) -> Array:
-    """How much of each pixel every object covers, (M, SIZE, SIZE): the projection of the pixel's colour on the line
+    """How much of each pixel every object covers, (M, SIZE, SIZE): the projection of the pixel's color on the line
     from the background to the object's, near the object and not on another."""
     planes = objects[image]
     region = near = planes == np.arange(1, len(image) + 1)[:, None, None]
     for _ in range(HALO):
-        near = np.logical_or.reduce([near, *_neighbours(near)])
+        near = np.logical_or.reduce([near, *_neighbors(near)])
     near &= region | (planes == 0)
     direction = color / np.maximum((color**2).sum(1), 1.0)[:, None]
     number, rows, columns = np.nonzero(near)

@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes, their sampling from GenEval metadata, and their rendering."""
+"""Scenes of colored shapes, their sampling from GenEval metadata, and their rendering."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RADII = ((8.0, 12.0), (8.0, 12.0), (8.0, 11.0), (8.0, 10.0), (6.5, 9.0), (6.0, 
 
 @dataclass(frozen=True)
 class Item:
-    """One shape: centre and radius in pixels, y pointing down, ``rgb`` in [0, 255] (the palette's colour, jittered)."""
+    """One shape: center and radius in pixels, y pointing down, ``rgb`` in [0, 255] (the palette's color, jittered)."""
 
     shape: str
     color: str
@@ -76,45 +76,42 @@ def render(scenes: Sequence[Scene]) -> Tensor:
     return torch.from_numpy(out).round_().div_(255).permute(0, 3, 1, 2).contiguous()
 
 
+def render_metadata(metadata: Sequence[Metadata], rng: np.random.Generator) -> Tensor:
+    """Images (B, 3, 64, 64) of random scenes, for each of which its metadata (B) are exactly true."""
+    return render([sample_scene(item, rng) for item in metadata])
+
+
 def sample_scene(metadata: Metadata, rng: np.random.Generator, hold_out: bool = True) -> Scene:
     """A scene for which GenEval ``metadata`` is exactly true.
 
-    ``hold_out`` keeps held-out (shape, colour) pairs away from objects whose colour the prompt leaves open, as every
+    ``hold_out`` keeps held-out (shape, color) pairs away from objects whose color the prompt leaves open, as every
     training scene must.
     """
-    names = [
-        (clause["class"], clause.get("color") or _free_color(clause["class"], rng, hold_out))
-        for clause in metadata["include"]
-        for _ in range(clause["count"])
-    ]
+    names: list[tuple[str, str]] = []
+    for clause in metadata["include"]:
+        for _ in range(clause["count"]):
+            shape, color = clause["class"], clause.get("color")
+            if not color:
+                free = [color for color in PALETTE if not (hold_out and is_held_out_pair(shape, color))]
+                color = free[rng.integers(len(free))]
+            names.append((shape, color))
     relation = next((clause["position"][0] for clause in metadata["include"] if "position" in clause), None)
-    items = _placed(names, relation, rng)
+    items = _place(names, rng)
+    while items is None or not (relation is None or holds(relation, items[1], items[0], RELATION_MARGIN)):
+        items = _place(names, rng)
     order = rng.permutation(len(items))
     background = tuple(float(c + d) for c, d in zip(BACKGROUND, np.full(3, rng.uniform(-6, 6)), strict=True))
     return Scene(tuple(items[i] for i in order), (background[0], background[1], background[2]))
 
 
-def _free_color(shape: str, rng: np.random.Generator, hold_out: bool) -> str:
-    colors = [color for color in PALETTE if not (hold_out and is_held_out_pair(shape, color))]
-    return colors[rng.integers(len(colors))]
-
-
 def jittered(color: str, rng: np.random.Generator) -> tuple[float, float, float]:
-    """The palette's colour with every channel moved by up to 8."""
+    """The palette's color with every channel moved by up to 8."""
     red, green, blue = np.clip(np.asarray(PALETTE[color]) + rng.uniform(-8, 8, 3), 0, 255)
     return float(red), float(green), float(blue)
 
 
-def _placed(names: Sequence[tuple[str, str]], relation: str | None, rng: np.random.Generator) -> list[Item]:
-    """Objects of which the second stands in ``relation`` to the first."""
-    while True:
-        items = _place(names, rng)
-        if items is not None and (relation is None or holds(relation, items[1], items[0], RELATION_MARGIN)):
-            return items
-
-
 def _place(names: Sequence[tuple[str, str]], rng: np.random.Generator) -> list[Item] | None:
-    """Objects with at least 3 px between their boxes, or None where this draw found no room."""
+    """Place objects with at least 3 px between their boxes; None if this draw has no room for all."""
     items: list[Item] = []
     for shape, color in names:
         for _ in range(60):

@@ -55,14 +55,14 @@ def match(coverage: Array) -> Matches:
     """
     if coverage.ndim != 3 or coverage.shape[1:] != (SIZE, SIZE):
         raise ValueError(f"coverage must be (M, {SIZE}, {SIZE}), got {coverage.shape}")
-    known = templates()
+    reference = templates()
     masks = normalised(coverage).reshape(len(coverage), -1)
-    total = masks.sum(1)[:, None] + known.masks.sum(1)
-    difference = cdist(masks, known.masks, "cityblock")
+    total = masks.sum(1)[:, None] + reference.masks.sum(1)
+    difference = cdist(masks, reference.masks, "cityblock")
     iou = (total - difference) / (total + difference)
     best = iou.argmax(1)
     top = iou[np.arange(len(iou)), best]
-    names = [known.names[k] for k in best]
+    names = [reference.names[k] for k in best]
     accepted = [name if name in SHAPES and fit >= MIN_IOU else UNKNOWN for name, fit in zip(names, top, strict=True)]
     return Matches(tuple(accepted), top)
 

@@ -1,4 +1,4 @@
-"""GenEval's verdict on a picture of the shapes world, exact and without learned weights."""
+"""The verifier of the shapes world: GenEval's rules on exact detections, without learned weights."""
 
 from __future__ import annotations
 
@@ -10,94 +10,75 @@ from torch import Tensor
 
 from genalign.evaluation.geneval.boxes import relations
 from genalign.types import Metadata
-from genalign.worlds.shapes.detection import Detection, detect
+from genalign.worlds.shapes.detection import ShapeDetection, detect
 from genalign.worlds.shapes.geometry import PALETTE, SHAPES
-from genalign.worlds.verdict import Verdict, verdict
+from genalign.worlds.verification import Verification, summarize
 
-__all__ = ["VERIFIER_VERSION", "Detection", "Verdict", "detect", "judge", "verify"]
+__all__ = ["VERIFIER_VERSION", "ShapeDetection", "Verification", "detect", "verify", "verify_detections"]
 
 VERIFIER_VERSION = "shapes-1"
 Clause = Mapping[str, Any]
 
 
-def verify(images: Tensor, metadata: Sequence[Metadata]) -> list[Verdict]:
-    """A verdict for each image (B, 3, 64, 64) in [0, 1] by its prompt's GenEval metadata (B).
+def verify(images: Tensor, metadata: Sequence[Metadata]) -> list[Verification]:
+    """Verify images (B, 3, 64, 64) in [0, 1] against the GenEval metadata (B) of their prompts.
 
     Raises:
         ValueError: for unequal lengths, NaN pixels, or metadata of another world.
     """
     if len(images) != len(metadata):
         raise ValueError(f"{len(images)} images but {len(metadata)} metadata: give one for each image")
-    return [judge(detections, item) for detections, item in zip(detect(images), metadata, strict=True)]
+    return [verify_detections(detections, item) for detections, item in zip(detect(images), metadata, strict=True)]
 
 
-def judge(detections: Sequence[Detection], metadata: Metadata) -> Verdict:
+def verify_detections(detections: Sequence[ShapeDetection], metadata: Metadata) -> Verification:
     """Score detections against GenEval ``metadata`` (include, exclude).
 
-    With n asked for and m found of a clause's shape: count = max(0, 1 - |n - m| / n); color = the share of the right
-    colour and position = the share of (object, reference) pairs in the relation, both 0 where a count they rest on is
-    wrong; clean = explained / all objects, where a clause explains up to n objects of its shape, 0 for no object. The
-    criteria are "count", "color" and "position" once per clause that asks for it, then "clean".
+    With n requested and m detected objects of a clause's shape: count = max(0, 1 - |n - m| / n); color = the share of
+    the right color and position = the share of (object, reference) pairs in the relation, both 0 where a count they
+    depend on is wrong; clean = explained / all objects, where a clause explains up to n objects of its shape, 0 for no
+    object. The criteria are "count", "color" and "position" once per clause that has it, then "clean".
 
     References: Ghosh et al., GenEval, arXiv:2310.11513, and its partial credit as a reward in Flow-GRPO,
     arXiv:2505.05470; here clamped at 0, and a wrong relation earns nothing.
     """
     include: Sequence[Clause] = metadata["include"]
-    _check_vocabulary(include)
-    found = [_of_shape(detections, clause["class"]) for clause in include]
-    criteria = [("count", _count(clause, objects)) for clause, objects in zip(include, found, strict=True)]
-    criteria += [
-        ("color", _color(clause, objects)) for clause, objects in zip(include, found, strict=True) if "color" in clause
-    ]
-    criteria += [("position", _position(i, include, found)) for i, clause in enumerate(include) if "position" in clause]
-    criteria.append(("clean", _clean(include, found, len(detections))))
-    return verdict(criteria, _relaxed(detections, metadata))
-
-
-def _check_vocabulary(include: Sequence[Clause]) -> None:
     for clause in include:
         if clause["class"] not in SHAPES:
             raise ValueError(f"{clause['class']!r} is not one of this world's shapes: {', '.join(SHAPES)}")
         if clause.get("color", "red") not in PALETTE:
-            raise ValueError(f"{clause['color']!r} is not one of this world's colours: {', '.join(PALETTE)}")
+            raise ValueError(f"{clause['color']!r} is not one of this world's colors: {', '.join(PALETTE)}")
+    groups = [_of_shape(detections, clause["class"]) for clause in include]
+    counts = [int(clause["count"]) for clause in include]
+    right_count = [len(objects) == n for objects, n in zip(groups, counts, strict=True)]
+    criteria = [("count", max(0.0, 1 - abs(n - len(objects)) / n)) for objects, n in zip(groups, counts, strict=True)]
+    for i, clause in enumerate(include):
+        if "color" in clause:
+            criteria.append(("color", _right_color(clause, groups[i]) / counts[i] if right_count[i] else 0.0))
+    for i, clause in enumerate(include):
+        if "position" in clause:
+            relation, reference = clause["position"]
+            pairs = list(product(groups[i], groups[reference])) if right_count[i] and right_count[reference] else []
+            right = sum(relation in relations(a.box, b.box) for a, b in pairs)
+            criteria.append(("position", right / len(pairs) if pairs else 0.0))
+    explained = sum(min(n, len(objects)) for objects, n in zip(groups, counts, strict=True))
+    criteria.append(("clean", explained / len(detections) if detections else 0.0))
+    return summarize(criteria, _relaxed(detections, metadata))
 
 
-def _of_shape(detections: Sequence[Detection], shape: str) -> list[Detection]:
+def _of_shape(detections: Sequence[ShapeDetection], shape: str) -> list[ShapeDetection]:
     return [detection for detection in detections if detection.shape == shape]
 
 
-def _right_color(clause: Clause, objects: Sequence[Detection]) -> int:
-    """How many have the clause's colour; all, where it names none."""
+def _right_color(clause: Clause, objects: Sequence[ShapeDetection]) -> int:
+    """The number of objects of the clause's color; all, where it names none."""
     return sum(detection.color == clause.get("color", detection.color) for detection in objects)
 
 
-def _count(clause: Clause, objects: Sequence[Detection]) -> float:
-    wanted = int(clause["count"])
-    return max(0.0, 1 - abs(wanted - len(objects)) / wanted)
-
-
-def _color(clause: Clause, objects: Sequence[Detection]) -> float:
-    wanted = int(clause["count"])
-    return _right_color(clause, objects) / wanted if len(objects) == wanted else 0.0
-
-
-def _position(index: int, include: Sequence[Clause], found: Sequence[Sequence[Detection]]) -> float:
-    relation, reference = include[index]["position"]
-    if any(len(found[i]) != include[i]["count"] for i in (index, reference)):
-        return 0.0
-    pairs = list(product(found[index], found[reference]))
-    return sum(relation in relations(a.box, b.box) for a, b in pairs) / len(pairs)
-
-
-def _clean(include: Sequence[Clause], found: Sequence[Sequence[Detection]], total: int) -> float:
-    explained = sum(min(clause["count"], len(objects)) for clause, objects in zip(include, found, strict=True))
-    return explained / total if total else 0.0
-
-
-def _relaxed(detections: Sequence[Detection], metadata: Metadata) -> bool:
-    """GenEval's ``evaluate``: only the ``count`` most certain objects of each clause's shape are looked at."""
+def _relaxed(detections: Sequence[ShapeDetection], metadata: Metadata) -> bool:
+    """GenEval's ``evaluate``: only the ``count`` most confident objects of each clause's shape count."""
     certain = sorted(detections, key=lambda detection: -detection.iou)
-    groups: list[list[Detection] | None] = []
+    groups: list[list[ShapeDetection] | None] = []
     for clause in metadata["include"]:
         objects = _of_shape(certain, clause["class"])[: clause["count"]]
         groups.append(objects if _holds(clause, objects, groups) else None)
@@ -105,7 +86,9 @@ def _relaxed(detections: Sequence[Detection], metadata: Metadata) -> bool:
     return None not in groups and not surplus
 
 
-def _holds(clause: Clause, objects: Sequence[Detection], earlier: Sequence[Sequence[Detection] | None]) -> bool:
+def _holds(
+    clause: Clause, objects: Sequence[ShapeDetection], earlier: Sequence[Sequence[ShapeDetection] | None]
+) -> bool:
     if _right_color(clause, objects) < clause["count"]:
         return False
     if "position" not in clause:

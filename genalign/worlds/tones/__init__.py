@@ -6,5 +6,6 @@ from genalign.worlds.tones.prompts import prompts as prompts
 from genalign.worlds.tones.scenes import Clip as Clip
 from genalign.worlds.tones.scenes import Event as Event
 from genalign.worlds.tones.scenes import render as render
+from genalign.worlds.tones.scenes import render_metadata as render_metadata
 from genalign.worlds.tones.scenes import sample_clip as sample_clip
 from genalign.worlds.tones.verifier import VERIFIER_VERSION as VERIFIER_VERSION

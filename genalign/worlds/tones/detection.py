@@ -19,11 +19,11 @@ ABOVE_FLOOR_DB = 8.0
 BELOW_PEAK_DB = 32.0
 MAX_GAP = 0.030  # seconds; shorter ones are closed
 MIN_EVENT = 0.060  # seconds; shorter ones are dropped
-TRIM = 0.010  # seconds at either end that are not listened to: the ramps
+TRIM = 0.010  # seconds at either end that are ignored: the ramps
 
 
 @dataclass(frozen=True)
-class Detection:
+class ToneDetection:
     """One event: from ``onset`` to ``offset`` in seconds, at ``level`` dB of full scale (RMS), and its sound."""
 
     onset: float
@@ -40,7 +40,7 @@ class Detection:
         return self.sound.note
 
 
-def detect(waveforms: Tensor) -> list[tuple[Detection, ...]]:
+def detect(waveforms: Tensor) -> list[tuple[ToneDetection, ...]]:
     """The events of each clip, in order of time.
 
     Args:
@@ -57,11 +57,11 @@ def detect(waveforms: Tensor) -> list[tuple[Detection, ...]]:
     samples = waveforms.detach().to("cpu", torch.float64).numpy()[:, 0]
     if not np.isfinite(samples).all():
         raise ValueError("waveforms hold NaN or infinite samples: score such samples as failed, do not verify them")
-    return [tuple(_detection(clip, start, stop) for start, stop in segments(clip)) for clip in samples]
+    return [tuple(_describe_segment(clip, start, stop) for start, stop in segments(clip)) for clip in samples]
 
 
 def levels(clip: Array) -> Array:
-    """RMS in dB of full scale of windows of 20 ms every 4 ms, centred, so that window i is about sample 32 i."""
+    """RMS in dB of full scale of windows of 20 ms every 4 ms, centered, so that window i is about sample 32 i."""
     squares = np.concatenate([[0.0], np.cumsum(np.pad(clip, WINDOW // 2) ** 2)])
     means = (squares[WINDOW::HOP] - squares[:-WINDOW:HOP]) / WINDOW
     decibels: Array = 10 * np.log10(np.maximum(means, 1e-12))
@@ -69,7 +69,7 @@ def levels(clip: Array) -> Array:
 
 
 def segments(clip: Array) -> list[tuple[int, int]]:
-    """First and last sample of every stretch that stands out of the floor."""
+    """The half-open sample range of every segment above the noise floor."""
     level = levels(clip)
     floor, peak = np.percentile(level, (8, 99.5))
     if peak < SILENCE_DB:
@@ -77,19 +77,14 @@ def segments(clip: Array) -> list[tuple[int, int]]:
     threshold = peak - 3
     if peak - floor > DYNAMICS_DB:
         threshold = min(max(floor + ABOVE_FLOOR_DB, peak - BELOW_PEAK_DB), peak - 6)
-    runs = _closed(_runs(level > threshold), MAX_GAP * SAMPLE_RATE / HOP)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], level > threshold, [False]])))
+    runs = _close_gaps([(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)], MAX_GAP * SAMPLE_RATE / HOP)
     shortest = MIN_EVENT * SAMPLE_RATE / HOP
     return [(start * HOP, min(stop * HOP, len(clip))) for start, stop in runs if stop - start >= shortest]
 
 
-def _runs(loud: Array) -> list[tuple[int, int]]:
-    """Half-open intervals of true values."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], loud, [False]])))
-    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
-
-
-def _closed(runs: list[tuple[int, int]], gap: float) -> list[tuple[int, int]]:
-    """Neighbours joined where less than ``gap`` lies between them."""
+def _close_gaps(runs: list[tuple[int, int]], gap: float) -> list[tuple[int, int]]:
+    """Join neighbors with less than ``gap`` between them."""
     joined: list[tuple[int, int]] = []
     for start, stop in runs:
         if joined and start - joined[-1][1] < gap:
@@ -99,8 +94,8 @@ def _closed(runs: list[tuple[int, int]], gap: float) -> list[tuple[int, int]]:
     return joined
 
 
-def _detection(clip: Array, start: int, stop: int) -> Detection:
+def _describe_segment(clip: Array, start: int, stop: int) -> ToneDetection:
     trim = round(TRIM * SAMPLE_RATE)
     segment = clip[start + trim : stop - trim]
     level = 10 * np.log10(max(float(np.mean(segment**2)), 1e-12))
-    return Detection(start / SAMPLE_RATE, stop / SAMPLE_RATE, level, describe(segment))
+    return ToneDetection(start / SAMPLE_RATE, stop / SAMPLE_RATE, level, describe(segment))

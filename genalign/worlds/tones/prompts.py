@@ -31,12 +31,12 @@ _NOTES = tuple(NOTES)
 
 
 def noun(timbre: str) -> str:
-    """ "sine tone", "noise burst"."""
+    """The noun of a timbre: "sine tone", or "noise burst"."""
     return f"{timbre} {'burst' if timbre == NOISE else 'tone'}"
 
 
-def _prompt(tag: str, text: str, events: Sequence[Metadata], **asked: str) -> Prompt:
-    return Prompt(text, {"tag": tag, "events": events, **asked, "prompt": text})
+def _prompt(tag: str, text: str, events: Sequence[Metadata], **criteria: str) -> Prompt:
+    return Prompt(text, {"tag": tag, "events": events, **criteria, "prompt": text})
 
 
 def _event(timbre: str, pitch: str | None = None, count: int = 1) -> Metadata:
@@ -89,10 +89,6 @@ def is_held_out_order(first: str, second: str) -> bool:
     return i < 4 and (k - i) % 5 == 2
 
 
-def _is_held_out_count(timbre: str, number: str) -> bool:
-    return (TIMBRES.index(timbre) + NUMBERS[number]) % 3 == 0
-
-
 def _all_prompts() -> Iterable[tuple[Prompt, bool]]:
     """Every prompt of the seven tasks, and whether it is held out."""
     for timbre in TIMBRES:
@@ -100,7 +96,7 @@ def _all_prompts() -> Iterable[tuple[Prompt, bool]]:
     for first, second in permutations(TIMBRES, 2):
         yield two_tone(first, second), is_held_out_order(first, second)
     for timbre, number in product(TIMBRES, ("two", "three", "four", "five")):
-        yield counting(timbre, number), _is_held_out_count(timbre, number)
+        yield counting(timbre, number), (TIMBRES.index(timbre) + NUMBERS[number]) % 3 == 0
     for timbre, note in product(PITCHED, NOTES):
         yield pitch(timbre, note), is_held_out_note(timbre, note)
     for (first, second), direction in product(permutations(PITCHED, 2), RELATIONS):

@@ -73,42 +73,46 @@ def render(clips: Sequence[Clip]) -> Tensor:
     return torch.from_numpy(out).float().clamp_(-1, 1)[:, None]
 
 
+def render_metadata(metadata: Sequence[Metadata], rng: np.random.Generator) -> Tensor:
+    """Waveforms (B, 1, 12000) of random clips, for each of which its metadata (B) are exactly true."""
+    return render([sample_clip(item, rng) for item in metadata])
+
+
 def sample_clip(metadata: Metadata, rng: np.random.Generator, hold_out: bool = True) -> Clip:
     """A clip for which ``metadata`` are exactly true.
 
     ``hold_out`` keeps held-out notes away from tones whose pitch the prompt leaves open, as every training clip must.
     """
-    asked = [clause for clause in metadata["events"] for _ in range(clause["count"])]
-    notes = _notes(asked, metadata.get("relation"), rng, hold_out)
-    times = _times(len(asked), rng)
-    levels = _levels(len(asked), metadata.get("loudness"), rng)
+    clauses = [clause for clause in metadata["events"] for _ in range(clause["count"])]
+    notes = _notes(clauses, metadata.get("relation"), rng, hold_out)
+    times = _times(len(clauses), rng)
+    levels = _levels(len(clauses), metadata.get("loudness"), rng)
     return Clip(
         tuple(
             Event(clause["class"], note, *time, level, float(rng.uniform(-DETUNE, DETUNE)), int(rng.integers(2**31)))
-            for clause, note, time, level in zip(asked, notes, times, levels, strict=True)
+            for clause, note, time, level in zip(clauses, notes, times, levels, strict=True)
         )
     )
 
 
 def _notes(
-    asked: Sequence[Metadata], relation: str | None, rng: np.random.Generator, hold_out: bool
+    clauses: Sequence[Metadata], relation: str | None, rng: np.random.Generator, hold_out: bool
 ) -> list[str | None]:
-    """The notes asked for, others at random; drawn again until the second is ``relation`` than the first."""
+    """The notes of the clauses, others at random; drawn again until the second is ``relation`` than the first."""
     while True:
-        notes = [_note(clause, rng, hold_out) for clause in asked]
+        notes: list[str | None] = []
+        for clause in clauses:
+            timbre = clause["class"]
+            if timbre == NOISE:
+                notes.append(None)
+                continue
+            free = [note for note in NOTES if not (hold_out and is_held_out_note(timbre, note))]
+            notes.append(clause["pitch"] if "pitch" in clause else free[rng.integers(len(free))])
         if relation is None:
             return notes
         first, second = (NOTES[note or "A4"] for note in notes)
         if second != first and (second > first) == (relation == "higher"):
             return notes
-
-
-def _note(clause: Metadata, rng: np.random.Generator, hold_out: bool) -> str | None:
-    timbre = clause["class"]
-    if timbre == NOISE:
-        return None
-    free = [note for note in NOTES if not (hold_out and is_held_out_note(timbre, note))]
-    return clause["pitch"] if "pitch" in clause else free[rng.integers(len(free))]
 
 
 def _times(count: int, rng: np.random.Generator) -> list[tuple[float, float]]:

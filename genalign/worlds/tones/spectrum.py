@@ -120,8 +120,8 @@ def _timbre(amplitudes: Array, frequency: float) -> tuple[str, float]:
     distances = [float(np.sqrt(np.mean((heard - _above_floor(t)) ** 2))) for t in templates]
     best = int(np.argmin(distances))
     cosine = amplitudes @ templates[best] / np.linalg.norm(amplitudes) / np.linalg.norm(templates[best])
-    known = cosine >= MIN_COSINE and distances[best] <= MAX_DISTANCE
-    return (list(PITCHED)[best] if known else UNKNOWN), distances[best]
+    fits = cosine >= MIN_COSINE and distances[best] <= MAX_DISTANCE
+    return (list(PITCHED)[best] if fits else UNKNOWN), distances[best]
 
 
 def _template(name: str, frequency: float, harmonics: int) -> Array:

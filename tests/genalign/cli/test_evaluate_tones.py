@@ -59,7 +59,7 @@ def rendered(per_task: int, wrong: int = 0) -> tuple[list[str], Tensor]:
         if place % per_task < wrong:
             shown[place] = chosen[(place + per_task) % len(chosen)]
     rng = np.random.default_rng(0)
-    clips = WORLDS["tones"].rendered([prompt.metadata or {} for prompt in shown], rng)
+    clips = WORLDS["tones"].render([prompt.metadata or {} for prompt in shown], rng)
     return [prompt.text for prompt in chosen], clips
 
 
@@ -169,7 +169,7 @@ def test_folders_that_cannot_be_judged(tmp_path: Path, capsys: pytest.CaptureFix
 def test_folders_of_images_are_judged_by_the_shapes_world(tmp_path: Path) -> None:
     world = WORLDS["shapes"]
     prompts = world.prompts("iid").prompts[:3]
-    images = world.rendered([prompt.metadata or {} for prompt in prompts], np.random.default_rng(0))
+    images = world.render([prompt.metadata or {} for prompt in prompts], np.random.default_rng(0))
     folder = tmp_path / "images"
     folder.mkdir()
     for number, image in enumerate(images):

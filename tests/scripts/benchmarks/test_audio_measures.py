@@ -39,7 +39,7 @@ def run(tmp_path: Path) -> Path:
     """A run whose clips are right before, and all quiet organ tones after."""
     tasks = WORLDS["tones"].prompts("comp").by_task().values()
     prompts = [prompt for task in tasks for prompt in task[:3]]
-    shown = WORLDS["tones"].rendered([prompt.metadata or {} for prompt in prompts], np.random.default_rng(0))
+    shown = WORLDS["tones"].render([prompt.metadata or {} for prompt in prompts], np.random.default_rng(0))
     moved = revoiced(["organ"], (-32.0, -26.0), len(prompts), seed=2).load(range(len(prompts)))
     _evaluated(tmp_path / "run" / "before", prompts, shown, 1.0)
     _evaluated(tmp_path / "run" / "after", prompts, moved, 0.0)

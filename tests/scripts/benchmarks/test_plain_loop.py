@@ -16,7 +16,7 @@ from genalign.diffusion.rollout import RolloutInputs, step_noise
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.score import NamedReward
-from genalign.training.trainer import Settings, Trainer
+from genalign.training.trainer import Trainer, TrainerSettings
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
 from scripts.benchmarks.plain_loop import PlainLoop, PlainSettings
@@ -57,7 +57,7 @@ def test_its_first_update_equals_ours_with_the_same_switches(tiny_folder: Path) 
     recipe = flow_grpo(FlowSDE(0.9), clip_range=1e-4, std="global", shared_noise=False)
     ours = SD3.load(tiny_folder)
     policy = Policy(ours.denoiser, Lora(rank=4, alpha=8), seed=0)
-    settings = Settings(rounds=1, updates_per_round=2, max_grad_norm=1e9, **shape)
+    settings = TrainerSettings(rounds=1, updates_per_round=2, max_grad_norm=1e9, **shape)
     rewards = [NamedReward("red", redness)]
     trainer = Trainer(ours, policy, rewards, PROMPTS, recipe, settings, Sampling(4, SIGMAS))
     trainer.optimizer = _Seen(policy.parameters)  # type: ignore[assignment]
@@ -72,7 +72,7 @@ def test_its_first_update_equals_ours_with_the_same_switches(tiny_folder: Path) 
     seen = _Seen(parameters)
     loop.optimizer = seen  # type: ignore[assignment]
     texts = [prompt.text for prompt in asked for _ in range(4)]
-    starts = trainer.sampler._start(recipe, asked, "0/0").split(8)
+    starts = trainer.sampler.inputs(recipe, asked, "0/0").split(8)
     batches = [loop.sample(texts[i : i + 8], _noises(start, ours)) for i, start in zip((0, 8), starts, strict=True)]
     scores = torch.cat([loop.score(batch, [Prompt(text) for text in batch.texts]) for batch in batches])
     assert float(scores.mean()) == pytest.approx(result.reward, rel=1e-5)

@@ -14,7 +14,7 @@ from genalign.worlds.tones.instruments import LENGTH
 from genalign.worlds.tones.prompts import vocabulary
 from genalign.worlds.tones.verifier import verify
 from scripts.pretrain import tones_dataset
-from scripts.pretrain.captions import metadata_of
+from scripts.pretrain.captions import require_metadata
 from scripts.pretrain.tones_audio import crops, spectral_loss
 from scripts.pretrain.tones_clap import assemble_clap, build_clap, feature_extractor, log_mel, matrices
 from scripts.pretrain.tones_dataset import CaptionedClips, corrupted
@@ -41,7 +41,7 @@ TEXTS = ["a C5 organ tone", "two noise bursts", "a quiet sine tone then a louder
 def waves(count: int = 4) -> torch.Tensor:
     rng = np.random.default_rng(0)
     chosen = [group[0] for group in tones.prompts("iid").by_task().values()][:count]
-    return tones.render([tones.sample_clip(metadata_of(prompt), rng) for prompt in chosen])
+    return tones.render([tones.sample_clip(require_metadata(prompt), rng) for prompt in chosen])
 
 
 def test_words_are_tokens_and_prompts_fit() -> None:
@@ -147,7 +147,7 @@ def small_data() -> CaptionedClips:
 
 def test_captions_are_true() -> None:
     data = small_data()
-    verdicts = verify(data.floats(torch.arange(64)), [metadata_of(prompt) for prompt in data.prompts])
+    verdicts = verify(data.floats(torch.arange(64)), [require_metadata(prompt) for prompt in data.prompts])
     assert sum(verdict.strict for verdict in verdicts) >= 63
 
 

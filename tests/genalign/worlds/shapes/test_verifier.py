@@ -19,7 +19,7 @@ from genalign.worlds.shapes import detection, template_matching
 from genalign.worlds.shapes.geometry import BACKGROUND, PALETTE, REJECTS, SHAPES, SIZE, STRANGERS, Array
 from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import Item, Scene, jittered, render, sample_scene
-from genalign.worlds.shapes.verifier import Detection, Verdict, detect, judge, verify
+from genalign.worlds.shapes.verifier import ShapeDetection, Verification, detect, verify, verify_detections
 
 Corruption = Callable[[Tensor, np.random.Generator], Tensor]
 
@@ -144,13 +144,13 @@ def alone(shape: str, count: int, seed: int) -> list[Scene]:
     return scenes
 
 
-def verdicts(cases: list[Case], corruption: Corruption, seed: int = 0) -> list[Verdict]:
+def verifications(cases: list[Case], corruption: Corruption, seed: int = 0) -> list[Verification]:
     images = corruption(render([case.scene for case in cases]), np.random.default_rng(seed))
     return verify(images, [case.metadata for case in cases])
 
 
 def strict_rate(cases: list[Case], corruption: Corruption) -> float:
-    return float(np.mean([verdict.strict for verdict in verdicts(cases, corruption)]))
+    return float(np.mean([verification.strict for verification in verifications(cases, corruption)]))
 
 
 def wilson_upper(successes: int, total: int, z: float = 1.96) -> float:
@@ -199,12 +199,14 @@ def test_near_misses_are_refused_and_score_less(
     cases: list[Case], misses: list[tuple[int, str, Case]], corruption: Corruption
 ) -> None:
     assert {kind for _, kind, _ in misses} == {"shape", "drop", "add", "distractor", "color", "swap", "mirror"}
-    truth = verdicts(cases, corruption)
-    near = verdicts([case for _, _, case in misses], corruption)
-    accepted = [kind for (_, kind, _), verdict in zip(misses, near, strict=True) if verdict.strict]
+    truth = verifications(cases, corruption)
+    near = verifications([case for _, _, case in misses], corruption)
+    accepted = [kind for (_, kind, _), verification in zip(misses, near, strict=True) if verification.strict]
     assert accepted == []
     assert wilson_upper(len(accepted), len(misses)) <= 0.01
-    ranked = [truth[index].partial > verdict.partial for (index, _, _), verdict in zip(misses, near, strict=True)]
+    ranked = [
+        truth[index].partial > verification.partial for (index, _, _), verification in zip(misses, near, strict=True)
+    ]
     assert np.mean(ranked) >= 0.995
 
 
@@ -217,9 +219,9 @@ def test_junk_earns_nothing() -> None:
     images = torch.cat([torch.stack(flat), white, smooth])
     for prompt in (single_object("circle"), counting("square", "three"), color_attr("ring", "red", "moon", "blue")):
         found = verify(images, [prompt.metadata] * len(images))
-        assert not any(verdict.strict for verdict in found)
-        assert np.mean([verdict.partial for verdict in found]) <= 0.02
-        assert all(verdict.partial == 0 for verdict in found[: len(flat)])
+        assert not any(verification.strict for verification in found)
+        assert np.mean([verification.partial for verification in found]) <= 0.02
+        assert all(verification.partial == 0 for verification in found[: len(flat)])
 
 
 @pytest.mark.parametrize("gain", [0.85, 1.15])
@@ -381,9 +383,9 @@ def test_no_images_and_values_out_of_range(cases: list[Case]) -> None:
 # -------------------------------------------------------------------------------------------------------- judgement
 
 
-def seen(shape: str, color: str = "red", at: tuple[float, float] = (20, 20), iou: float = 0.9) -> Detection:
+def seen(shape: str, color: str = "red", at: tuple[float, float] = (20, 20), iou: float = 0.9) -> ShapeDetection:
     x, y = at
-    return Detection(shape, color, (x - 8, y - 8, x + 8, y + 8), iou, 1.0, 200.0)
+    return ShapeDetection(shape, color, (x - 8, y - 8, x + 8, y + 8), iou, 1.0, 200.0)
 
 
 LEFT, RIGHT = (14.0, 30.0), (46.0, 30.0)
@@ -428,17 +430,17 @@ PAIR = color_attr("circle", "red", "square", "blue").metadata
     ],
 )
 def test_judgement(
-    metadata: Metadata, detections: list[Detection], strict: bool, relaxed: bool, criteria: list[float]
+    metadata: Metadata, detections: list[ShapeDetection], strict: bool, relaxed: bool, criteria: list[float]
 ) -> None:
-    verdict = judge(detections, metadata)
-    assert (verdict.strict, verdict.relaxed) == (strict, relaxed)
-    assert [value for _, value in verdict.criteria] == pytest.approx(criteria)
-    assert verdict.partial == pytest.approx(sum(criteria) / len(criteria))
+    verification = verify_detections(detections, metadata)
+    assert (verification.strict, verification.relaxed) == (strict, relaxed)
+    assert [value for _, value in verification.criteria] == pytest.approx(criteria)
+    assert verification.partial == pytest.approx(sum(criteria) / len(criteria))
 
 
 def test_criteria_are_named() -> None:
-    assert [name for name, _ in judge([], PAIR).criteria] == ["count", "count", "color", "color", "clean"]
-    assert [name for name, _ in judge([], LEFT_OF).criteria] == ["count", "count", "position", "clean"]
+    assert [name for name, _ in verify_detections([], PAIR).criteria] == ["count", "count", "color", "color", "clean"]
+    assert [name for name, _ in verify_detections([], LEFT_OF).criteria] == ["count", "count", "position", "clean"]
 
 
 def test_position_counts_pairs() -> None:
@@ -448,16 +450,16 @@ def test_position_counts_pairs() -> None:
         "include": [{"class": "square", "count": 1}, {"class": "circle", "count": 2, "position": ["left of", 0]}],
     }
     square = seen("square", at=(32, 30))
-    verdict = judge([square, seen("circle", at=(8, 30)), seen("circle", at=(56, 30))], metadata)
-    assert dict(verdict.criteria)["position"] == 0.5
-    assert not verdict.relaxed
+    verification = verify_detections([square, seen("circle", at=(8, 30)), seen("circle", at=(56, 30))], metadata)
+    assert dict(verification.criteria)["position"] == 0.5
+    assert not verification.relaxed
 
 
 def test_metadata_of_another_world_is_refused() -> None:
     with pytest.raises(ValueError, match="'dog' is not one of this world's shapes"):
-        judge([], {"tag": "single_object", "include": [{"class": "dog", "count": 1}]})
-    with pytest.raises(ValueError, match="'mauve' is not one of this world's colours"):
-        judge([], {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "mauve"}]})
+        verify_detections([], {"tag": "single_object", "include": [{"class": "dog", "count": 1}]})
+    with pytest.raises(ValueError, match="'mauve' is not one of this world's colors"):
+        verify_detections([], {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "mauve"}]})
 
 
 @pytest.mark.parametrize(

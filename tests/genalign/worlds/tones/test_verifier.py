@@ -11,7 +11,7 @@ from scipy import signal
 from torch import Tensor
 
 from genalign.types import Metadata
-from genalign.worlds.tones.detection import Detection, detect
+from genalign.worlds.tones.detection import ToneDetection, detect
 from genalign.worlds.tones.instruments import LENGTH, NOISE, NOTES, PITCHED, SAMPLE_RATE, STRANGERS, TIMBRES
 from genalign.worlds.tones.prompts import (
     attribution,
@@ -25,7 +25,7 @@ from genalign.worlds.tones.prompts import (
 )
 from genalign.worlds.tones.scenes import Clip, Event, render, sample_clip
 from genalign.worlds.tones.spectrum import Sound
-from genalign.worlds.tones.verifier import Verdict, judge, verify
+from genalign.worlds.tones.verifier import Verification, verify, verify_detections
 
 Corruption = Callable[[Tensor, np.random.Generator], Tensor]
 WINDOW = torch.hann_window(512)
@@ -153,13 +153,13 @@ def near_misses(metadata: Metadata, rng: np.random.Generator) -> Iterator[tuple[
             yield name, {**metadata, name: flipped[metadata[name]]}
 
 
-def verdicts(cases: list[Case], corruption: Corruption, seed: int = 0) -> list[Verdict]:
+def verifications(cases: list[Case], corruption: Corruption, seed: int = 0) -> list[Verification]:
     waves = corruption(render([case.clip for case in cases]), np.random.default_rng(seed))
     return verify(waves, [case.metadata for case in cases])
 
 
 def strict_rate(cases: list[Case], corruption: Corruption) -> float:
-    return float(np.mean([verdict.strict for verdict in verdicts(cases, corruption)]))
+    return float(np.mean([verification.strict for verification in verifications(cases, corruption)]))
 
 
 @pytest.fixture(scope="module")
@@ -203,11 +203,13 @@ def test_near_misses_are_refused_and_score_less(
     cases: list[Case], misses: list[tuple[int, str, Case]], corruption: Corruption
 ) -> None:
     assert {kind for _, kind, _ in misses} == {"kind", "add", "drop", "note", "order", "relation", "loudness"}
-    truth = verdicts(cases, corruption)
-    near = verdicts([case for _, _, case in misses], corruption)
-    assert np.mean([verdict.strict for verdict in near]) <= 0.005
+    truth = verifications(cases, corruption)
+    near = verifications([case for _, _, case in misses], corruption)
+    assert np.mean([verification.strict for verification in near]) <= 0.005
     right = [truth[index].strict for index, _, _ in misses]
-    ranked = [truth[index].partial > verdict.partial for (index, _, _), verdict in zip(misses, near, strict=True)]
+    ranked = [
+        truth[index].partial > verification.partial for (index, _, _), verification in zip(misses, near, strict=True)
+    ]
     assert np.mean(np.array(ranked)[right]) >= 0.995
 
 
@@ -221,13 +223,13 @@ def test_junk_earns_nothing(metadata: Metadata) -> None:
     silence[1] = 1e-4 * torch.from_numpy(rng.standard_normal((1, LENGTH))).float()
     white = 0.1 * torch.from_numpy(rng.standard_normal((8, 1, LENGTH))).float()
     hum = 0.2 * torch.sin(2 * torch.pi * 100 / SAMPLE_RATE * torch.arange(LENGTH)).expand(1, 1, -1)
-    for verdict in verify(torch.cat([silence, white, hum]), [metadata] * 11):
-        assert not verdict.strict and verdict.partial == 0
+    for verification in verify(torch.cat([silence, white, hum]), [metadata] * 11):
+        assert not verification.strict and verification.partial == 0
 
 
 def test_white_noise_is_a_noise_burst() -> None:
     white = 0.1 * torch.from_numpy(np.random.default_rng(72_004).standard_normal((4, 1, LENGTH))).float()
-    assert all(verdict.strict for verdict in verify(white, [single_tone("noise").metadata] * 4))
+    assert all(verification.strict for verification in verify(white, [single_tone("noise").metadata] * 4))
 
 
 @pytest.mark.parametrize("timbre", STRANGERS)
@@ -293,17 +295,17 @@ def test_input_is_checked() -> None:
     with pytest.raises(ValueError, match="2 waveforms but 1 metadata"):
         verify(torch.zeros(2, 1, LENGTH), [single_tone("sine").metadata])
     with pytest.raises(ValueError, match="'circle' is not one of this world's timbres: sine, square"):
-        judge([], {"events": [{"class": "circle", "count": 1}]})
+        verify_detections([], {"events": [{"class": "circle", "count": 1}]})
     with pytest.raises(ValueError, match="'B4' is not one of this world's notes: C4, D4"):
-        judge([], {"events": [{"class": "sine", "count": 1, "pitch": "B4"}]})
+        verify_detections([], {"events": [{"class": "sine", "count": 1, "pitch": "B4"}]})
     assert detect(torch.zeros(0, 1, LENGTH)) == []
 
 
 # -------------------------------------------------------------------------------------------------------- judgement
 
 
-def heard(timbre: str, note: str | None = "A4", level: float = -15.0) -> Detection:
-    return Detection(0.0, 0.2, level, Sound(timbre, note, NOTES[note or "A4"], 0.0, 1.0, 0.0))
+def heard(timbre: str, note: str | None = "A4", level: float = -15.0) -> ToneDetection:
+    return ToneDetection(0.0, 0.2, level, Sound(timbre, note, NOTES[note or "A4"], 0.0, 1.0, 0.0))
 
 
 SINE = single_tone("sine").metadata
@@ -346,9 +348,9 @@ LOUDER = loudness("organ", "louder", "sine").metadata
     ],
 )
 def test_judgement(
-    metadata: Metadata, found: list[Detection], strict: bool, relaxed: bool, criteria: list[float]
+    metadata: Metadata, found: list[ToneDetection], strict: bool, relaxed: bool, criteria: list[float]
 ) -> None:
-    verdict = judge(found, metadata)
-    assert (verdict.strict, verdict.relaxed) == (strict, relaxed)
-    assert [value for _, value in verdict.criteria] == pytest.approx(criteria)
-    assert verdict.partial == pytest.approx(np.mean(criteria))
+    verification = verify_detections(found, metadata)
+    assert (verification.strict, verification.relaxed) == (strict, relaxed)
+    assert [value for _, value in verification.criteria] == pytest.approx(criteria)
+    assert verification.partial == pytest.approx(np.mean(criteria))

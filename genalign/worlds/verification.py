@@ -1,4 +1,4 @@
-"""What a verifier says of a sample."""
+"""The result of verifying one sample."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether a sample shows what its prompt asks for.
+class Verification:
+    """Whether a sample matches its prompt.
 
-    ``strict``: all that is asked for, and nothing else. ``relaxed``: GenEval's own rule, which overlooks surplus
+    ``strict``: everything the prompt names, and nothing else. ``relaxed``: GenEval's own rule, which ignores surplus
     objects unless the prompt counts them. ``partial``: the mean of ``criteria``, in [0, 1]. ``criteria``: (name, value
-    in [0, 1]) in an order that the world's verifier defines.
+    in [0, 1]) in the order of the world's verifier.
     """
 
     strict: bool
@@ -21,9 +21,9 @@ class Verdict:
     criteria: tuple[tuple[str, float], ...]
 
 
-def verdict(criteria: Sequence[tuple[str, float]], relaxed: bool) -> Verdict:
-    """The verdict by its criteria: strict where every one is 1."""
-    return Verdict(
+def summarize(criteria: Sequence[tuple[str, float]], relaxed: bool) -> Verification:
+    """Summarize criteria (name, value in [0, 1]): strict where every one is 1."""
+    return Verification(
         strict=all(value == 1 for _, value in criteria),
         relaxed=relaxed,
         partial=sum(value for _, value in criteria) / len(criteria),
