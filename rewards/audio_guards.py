@@ -1,6 +1,7 @@
-"""Guards of sound: what no clip should do to please another reward. Higher is better, as for every reward.
+"""Guards against degenerate clips, such as silence and clipping, that another reward may lead to.
 
-They stand beside a reward in a sum, as a condition in ``rewards.combine.Gate``, or held out in the hacking panel.
+They are rewards, higher is better: add one to another reward, make it the condition of ``rewards.combine.Gate``, or
+hold it out for the reward-hacking report.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from genalign.types import Prompt
 
 @dataclass(frozen=True)
 class LevelWithin:
-    """0 for a clip whose level lies between ``low`` and ``high``, else minus what it is off, in dB: RMS of the whole
-    clip, in dB of full scale, not loudness in LUFS."""
+    """Minus the distance in dB of a clip's level from the range of ``low`` to ``high``; 0 within it.
+
+    The level is the RMS of the whole clip in dB of full scale, not a loudness in LUFS.
+    """
 
     low: float = -40.0
     high: float = -9.0
@@ -28,16 +31,16 @@ class LevelWithin:
             raise ValueError(f"low must not be above high, not {self.low} and {self.high}")
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) of waveforms (B, C, L), differentiable; NaN where one has NaN."""
-        found = level(require_waveforms(samples))
-        return -(self.low - found).clamp(min=0) - (found - self.high).clamp(min=0)
+        """Score waveforms (B, C, L) as (B,), differentiable; NaN where one has NaN."""
+        decibels = level(require_waveforms(samples))
+        return -(self.low - decibels).clamp(min=0) - (decibels - self.high).clamp(min=0)
 
 
 def unclipped(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """The share (B,) of samples of waveforms (B, C, L) that are below full scale; NaN where one has NaN."""
+    """Compute the fraction (B,) of values of waveforms (B, C, L) below full scale; NaN where one has NaN."""
     return 1 - clipped(require_waveforms(samples))
 
 
 def sounding(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """The share (B,) of frames of 256 samples at -60 dB of full scale or above; NaN where one has NaN."""
+    """Compute the fraction (B,) of frames of 256 values at -60 dB of full scale or above; NaN where one has NaN."""
     return 1 - silent(require_waveforms(samples))

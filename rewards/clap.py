@@ -1,7 +1,4 @@
-"""Cosine similarity of text and sound by a CLAP checkpoint, and the opening of such checkpoints.
-
-transformers is imported when a checkpoint is opened, not before.
-"""
+"""Cosine similarity of text and sound by a CLAP checkpoint."""
 
 from __future__ import annotations
 
@@ -19,15 +16,16 @@ from rewards.backbones.encoders import cosine
 class ClapReward:
     """The cosine of a clip's and its prompt's CLAP embedding, in [-1, 1] (arXiv 2211.06687).
 
-    ``model`` is that of ``load_clap``; ``sample_rate`` that of the samples in Hz, which are resampled and mixed to one
-    channel where CLAP hears otherwise. The model is opened at the first call and then follows the samples' device.
-    Texts longer than the model's context are cut. Scores of two checkpoints are not comparable.
+    ``model`` is as for ``rewards.backbones.clap_encoder.load_clap``. ``sample_rate`` is that of the samples in Hz: they
+    are resampled and mixed to one channel where the checkpoint needs it. The model is opened at the first call and then
+    follows the samples' device. Texts longer than the model's context are cut. Scores of two checkpoints are not
+    comparable.
     """
 
     model: str
     sample_rate: int
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) of waveforms (B, C, L) in [-1, 1], differentiable in them; NaN where one has NaN."""
+        """Score waveforms (B, C, L) in [-1, 1] as (B,), differentiable in them; NaN where one has NaN."""
         encoder = load_clap(self.model).to(samples.device)
         return cosine(encoder(samples, self.sample_rate), encoder.text([prompt.text for prompt in prompts]))

@@ -1,7 +1,4 @@
-"""Cosine similarity of text and image by a CLIP checkpoint, and the opening of such checkpoints.
-
-open_clip and transformers are imported when a checkpoint is opened, not before.
-"""
+"""Cosine similarity of text and image by a CLIP checkpoint."""
 
 from __future__ import annotations
 
@@ -20,18 +17,18 @@ from rewards.backbones.encoders import cosine
 class ClipReward:
     """The cosine of an image's and its prompt's CLIP embedding, in [-1, 1] (CLIPScore, arXiv 2104.08718, unscaled).
 
-    ``model`` and ``processor`` are those of ``load_clip``. The model is opened at the first call and then follows the
-    samples' device. Texts longer than the model's context are cut.
+    ``model`` and ``processor`` are as for ``rewards.backbones.clip_encoder.load_clip``. The model is
+    opened at the first call and then follows the samples' device. Texts longer than the model's context are cut.
     """
 
     model: str
     processor: str | None = None
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) of images (B, 3, H, W) in [0, 1], differentiable in the images; NaN where an image has NaN."""
+        """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable in the images; NaN where an image has NaN."""
         encoder = self.encoder(samples.device)
         return cosine(encoder(samples), encoder.text([prompt.text for prompt in prompts]))
 
     def encoder(self, device: torch.device) -> ClipEncoder:
-        """The model, on ``device``."""
+        """Load the model, or return the one already loaded, on ``device``."""
         return load_clip(self.model, self.processor).to(device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from genalign.types import Prompt
 from rewards.backbones.clip_encoder import ClipEncoder, OpenClipEncoder
 from rewards.backbones.encoders import cosine
-from rewards.backbones.weight_files import find
+from rewards.backbones.weight_files import locate
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _opened(weights: str, architecture: str) -> OpenClipEncoder:
 
     model = open_clip.create_model(
         architecture,
-        pretrained=str(find(weights)),
+        pretrained=str(locate(weights)),
         force_preprocess_cfg={"resize_mode": "longest"},
         weights_only=True,
     )

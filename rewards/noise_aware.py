@@ -154,7 +154,7 @@ class ClapLatentScorer(ClapScorer):
         return self.encoder.spectra(samples, self.sample_rate)
 
     def embed(self, samples: Tensor) -> Tensor:
-        return self.encoder.heard(self.decoder(samples))[0]
+        return self.encoder.embed_spectra(self.decoder(samples))[0]
 
     @property
     def encoder(self) -> ClapEncoder:

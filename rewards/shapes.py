@@ -14,7 +14,7 @@ from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import Scene, jittered, render, sample_scene
 from genalign.worlds.shapes.verifier import verify
 from rewards.backbones.reference_images import ImageTensor, ReferencesByPrompt
-from rewards.backbones.world_verifier import Score, drawn_by_task, metadata_of, scores
+from rewards.backbones.world_verifier import Score, sample_metadata_by_task, require_metadata, scores
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def rendered(suite: str = "train", per_prompt: int = 1, seed: int = 0) -> Refere
     """Rendered scenes of every prompt of a split, ``per_prompt`` of each: about 1 ms an image."""
     rng = np.random.default_rng(seed)
     repeated = [prompt for prompt in prompts(suite).prompts for _ in range(per_prompt)]
-    images = render([sample_scene(metadata_of(prompt), rng) for prompt in repeated])
+    images = render([sample_scene(require_metadata(prompt), rng) for prompt in repeated])
     return ReferencesByPrompt(ImageTensor(images), [prompt.text for prompt in repeated])
 
 
@@ -51,7 +51,7 @@ def recolored(
     if unknown := set(colors) - set(PALETTE):
         raise ValueError(f"no color {', '.join(sorted(unknown))} in the palette: choose from {', '.join(PALETTE)}")
     rng = np.random.default_rng(seed)
-    scenes = [sample_scene(metadata, rng) for metadata in drawn_by_task(prompts(suite), count, rng)]
+    scenes = [sample_scene(metadata, rng) for metadata in sample_metadata_by_task(prompts(suite), count, rng)]
     return ImageTensor(render([_restyled(scene, colors, radius, rng) for scene in scenes]))
 
 

@@ -15,7 +15,7 @@ from genalign.worlds.tones.scenes import Clip, Event, render, sample_clip
 from genalign.worlds.tones.verifier import verify
 from rewards.backbones.audio_features import extract_text_features
 from rewards.backbones.reference_audio import AudioTensor
-from rewards.backbones.world_verifier import Score, drawn_by_task, metadata_of, scores
+from rewards.backbones.world_verifier import Score, sample_metadata_by_task, require_metadata, scores
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def revoiced(
     """
     _require_timbres(timbres)
     rng = np.random.default_rng(seed)
-    clips = [sample_clip(metadata, rng) for metadata in drawn_by_task(prompts(suite), count, rng)]
+    clips = [sample_clip(metadata, rng) for metadata in sample_metadata_by_task(prompts(suite), count, rng)]
     voiced = [Clip(tuple(_revoiced(event, timbres, level, rng) for event in clip.events)) for clip in clips]
     return AudioTensor(render(voiced))
 
@@ -64,7 +64,7 @@ def worded(timbres: Sequence[str], model: str, suite: str = "train") -> Tensor:
     texts = [
         prompt.text
         for prompt in prompts(suite).prompts
-        if {event["class"] for event in metadata_of(prompt)["events"]} <= set(timbres)
+        if {event["class"] for event in require_metadata(prompt)["events"]} <= set(timbres)
     ]
     return extract_text_features(texts, model)
 

@@ -1,1 +1,1 @@
-"""Statistics of samples and of sets of samples: distances, diversity, intervals."""
+"""Metrics of samples and of sets of samples: distances, diversity, confidence intervals."""

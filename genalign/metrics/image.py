@@ -1,4 +1,4 @@
-"""What pictures look like, whatever they show: statistics that a reward which is being exploited drags along."""
+"""Statistics of images whatever they show, which shift when a model exploits a reward."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ _TINY = 1e-6
 
 
 def saturation(images: Tensor) -> Tensor:
-    """The mean over pixels of the largest less the smallest channel, (B,) in [0, 1], of images (B, 3, H, W)."""
+    """Compute the mean over pixels of the largest minus the smallest channel, (B,) in [0, 1], for (B, 3, H, W)."""
     return (images.amax(1) - images.amin(1)).flatten(1).mean(1)
 
 
 def high_frequency(images: Tensor) -> Tensor:
-    """The logarithm (B,) of the share that frequencies above a quarter of a cycle per pixel have of the grey image's
-    power: what noise, ringing and over-sharpening raise, and blur lowers."""
-    grey = images.float().mean(1)
-    power = torch.fft.fft2(grey - grey.mean((1, 2), keepdim=True)).abs().square()
-    vertical, horizontal = (torch.fft.fftfreq(size, device=images.device) for size in grey.shape[1:])
+    """Compute the log (B,) of the fraction of the gray image's power above a quarter of a cycle per pixel.
+
+    Noise, ringing and over-sharpening raise it, blur lowers it.
+    """
+    gray = images.float().mean(1)
+    power = torch.fft.fft2(gray - gray.mean((1, 2), keepdim=True)).abs().square()
+    vertical, horizontal = (torch.fft.fftfreq(size, device=images.device) for size in gray.shape[1:])
     high = (vertical[:, None].square() + horizontal.square()).sqrt() > 0.25
     share: Tensor = (power[:, high].sum(1) + _TINY) / (power.sum((1, 2)) + _TINY)
     return share.log()
 
 
 def grid_energy(images: Tensor, period: int = 8) -> Tensor:
-    """The logarithm (B,) of the mean step between neighbouring pixels at multiples of ``period`` over that elsewhere.
+    """Compute the log (B,) of the mean step between neighboring pixels at multiples of ``period`` over that elsewhere.
 
     Autoencoders and patches of 8 or 16 pixels leave a grid there when a model is driven out of their range.
     """
-    found = images.float()
-    down = (found[..., 1:, :] - found[..., :-1, :]).abs().mean((1, 3))
-    right = (found[..., 1:] - found[..., :-1]).abs().mean((1, 2))
-    ratios = [_at_multiples(steps, period) for steps in (down, right)]
-    return torch.stack(ratios).mean(0).log()
+    images = images.float()
+    down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean((1, 3))
+    right = (images[..., 1:] - images[..., :-1]).abs().mean((1, 2))
+    return torch.stack([_edge_ratio(steps, period) for steps in (down, right)]).mean(0).log()
 
 
-def _at_multiples(steps: Tensor, period: int) -> Tensor:
-    """Mean steps (B,) at block edges over those within blocks; ``steps`` (B, n) lie between neighbours."""
+def _edge_ratio(steps: Tensor, period: int) -> Tensor:
+    """Compute mean steps (B,) at block edges over mean steps within blocks, for ``steps`` (B, n) between neighbors."""
     edge = torch.arange(1, steps.shape[1] + 1, device=steps.device) % period == 0
     if not bool(edge.any()):
         raise ValueError(f"images of {steps.shape[1] + 1} pixels have no edge of blocks of {period}")

@@ -25,7 +25,7 @@ class SetRewardWithQuality:
     quality_weight: float
 
     def __call__(self, rows: Tensor) -> float:
-        """Score a set of n rows."""
+        """Score a set of rows (n, d + 1)."""
         return self.reward_weight * self.reward(rows[:, :-1]) + self.quality_weight * _mean_quality(rows)
 
 

@@ -23,11 +23,11 @@ Padding = Literal["repeatpad", "repeat", "pad"]
 
 
 @dataclass(frozen=True, eq=False)
-class Windows:
-    """From clips (B, L) at a CLAP's ``rate`` to its input: log-mel spectrograms of windows of ``length`` samples.
+class SpectrogramWindows:
+    """The preprocessing of a CLAP: log-mel spectrograms of windows of ``length`` samples from clips (B, L) at ``rate``.
 
-    A longer clip is covered by as few windows as it takes, evenly spaced. A shorter one is filled up as its checkpoint
-    was trained: repeated as often as it fits and then with silence ("repeatpad"), repeated ("repeat"), or with silence.
+    A longer clip is covered by as few windows as possible, evenly spaced. A shorter one is padded as its checkpoint was
+    trained: by whole repetitions and then silence ("repeatpad"), repetition ("repeat"), or silence ("pad").
     """
 
     rate: int
@@ -38,8 +38,8 @@ class Windows:
     hop: int
 
     @classmethod
-    def of(cls, extractor: Any) -> Windows:
-        """As a ClapFeatureExtractor says; that of a checkpoint with fusion has another mel scale."""
+    def from_extractor(cls, extractor: Any) -> SpectrogramWindows:
+        """Read the settings of a ClapFeatureExtractor; that of a checkpoint with fusion has another mel scale."""
         filters = extractor.mel_filters if extractor.truncation == "fusion" else extractor.mel_filters_slaney
         return cls(
             int(extractor.sampling_rate),
@@ -51,24 +51,21 @@ class Windows:
         )
 
     def __call__(self, clips: Tensor) -> Tensor:
-        """(B, windows, 1, frames, mels), differentiable."""
-        cut = self._padded(clips) if clips.shape[1] < self.length else self._covered(clips)
-        spectra = mel_decibels(cut.flatten(0, 1), self.filters, self.fft, self.hop)
-        return spectra.view(*cut.shape[:2], 1, *spectra.shape[1:])
-
-    def _covered(self, clips: Tensor) -> Tensor:
-        count = math.ceil(clips.shape[1] / self.length)
-        starts = torch.linspace(0, clips.shape[1] - self.length, count).round().long().tolist()
-        return torch.stack([clips[:, start : start + self.length] for start in starts], 1)
-
-    def _padded(self, clips: Tensor) -> Tensor:
-        times = {"repeatpad": self.length // clips.shape[1], "repeat": -(-self.length // clips.shape[1]), "pad": 1}
-        filled = clips.repeat(1, times[self.padding])[:, : self.length]
-        return F.pad(filled, (0, self.length - filled.shape[1]))[:, None]
+        """Compute spectrograms (B, windows, 1, frames, mels) of clips (B, L), differentiable."""
+        length = clips.shape[1]
+        if length < self.length:
+            times = {"repeatpad": self.length // length, "repeat": math.ceil(self.length / length), "pad": 1}
+            repeated = clips.repeat(1, times[self.padding])[:, : self.length]
+            windows = F.pad(repeated, (0, self.length - repeated.shape[1]))[:, None]
+        else:
+            starts = torch.linspace(0, length - self.length, math.ceil(length / self.length)).round().long().tolist()
+            windows = torch.stack([clips[:, start : start + self.length] for start in starts], 1)
+        spectra = mel_decibels(windows.flatten(0, 1), self.filters, self.fft, self.hop)
+        return spectra.view(*windows.shape[:2], 1, *spectra.shape[1:])
 
 
 class ClapEncoder(DualEncoder):
-    """A transformers CLAP folder or Hub id, with its processor beside the weights.
+    """A CLAP checkpoint of transformers, a folder or Hub id, with its processor next to the weights.
 
     Spectrograms are made in torch, so that scores have a gradient, and without the processor's random crops.
     """
@@ -81,36 +78,36 @@ class ClapEncoder(DualEncoder):
             raise ValueError(f"{model} is a {config.model_type} checkpoint, not CLAP: give a CLAP folder or Hub id")
         super().__init__(ClapModel.from_pretrained(model, dtype=torch.float32))
         processor = ClapProcessor.from_pretrained(model)
-        self.windows = Windows.of(processor.feature_extractor)
+        self.windows = SpectrogramWindows.from_extractor(processor.feature_extractor)
         self._name, self._tokenizer = Path(model).name, processor.tokenizer
         text = config.text_config
         self._context = min(self._tokenizer.model_max_length, text.max_position_embeddings - text.pad_token_id - 1)
 
     def forward(self, waveforms: Tensor, rate: int) -> Tensor:
-        """Unit embeddings (B, d) of waveforms (B, C, L) at ``rate`` Hz, the mean over a long clip's windows;
+        """Compute unit embeddings (B, d) of waveforms (B, C, L) at ``rate`` Hz, the mean over a long clip's windows;
         differentiable."""
         return self.features(waveforms, rate).global_
 
     def features(self, waveforms: Tensor, rate: int) -> Features:
-        """The same, and unit embeddings of the frames (B, n, d): the last layer's tokens, averaged over frequency,
-        through the projection. Frames that only fill a window up are left out."""
+        """Compute the embeddings of ``forward``, and unit embeddings of the frames (B, n, d): the last layer's tokens,
+        averaged over frequency and projected. Frames of padding are left out."""
         clips = self._clips(waveforms, rate)
-        whole, frames = self.heard(self.windows(clips))
-        kept = math.ceil(frames.shape[2] * min(1.0, clips.shape[1] / self.windows.length))
-        return Features(whole, frames[:, :, :kept].flatten(1, 2))
+        whole, frames = self.embed_spectra(self.windows(clips))
+        unpadded = math.ceil(frames.shape[2] * min(1.0, clips.shape[1] / self.windows.length))
+        return Features(whole, frames[:, :, :unpadded].flatten(1, 2))
 
     def spectra(self, waveforms: Tensor, rate: int) -> Tensor:
-        """What it hears: log-mel spectrograms (B, windows, 1, frames, mels) in dB, differentiable."""
+        """Compute the network's input, log-mel spectrograms (B, windows, 1, frames, mels) in dB; differentiable."""
         return self.windows(self._clips(waveforms, rate))
 
-    def heard(self, spectra: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit embeddings (B, d) of clips by their ``spectra``, and of every window's frames (B, windows, f, d)."""
+    def embed_spectra(self, spectra: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed ``spectra`` (B, windows, 1, frames, mels) as unit vectors: clips (B, d), frames (B, windows, f, d)."""
         network: Any = self.model
         flat = spectra.flatten(0, 1)
         shorter = torch.zeros(len(flat), 1, dtype=torch.bool, device=flat.device)  # no window is to be fused
-        found = network.audio_model(input_features=flat, is_longer=shorter)
-        tokens = found.last_hidden_state.mean(2).transpose(1, 2)
-        whole, frames = (F.normalize(network.audio_projection(part), dim=-1) for part in (found.pooler_output, tokens))
+        output = network.audio_model(input_features=flat, is_longer=shorter)
+        tokens = output.last_hidden_state.mean(2).transpose(1, 2)
+        whole, frames = (F.normalize(network.audio_projection(part), dim=-1) for part in (output.pooler_output, tokens))
         whole, frames = (part.view(*spectra.shape[:2], *part.shape[1:]) for part in (whole, frames))
         return F.normalize(whole.mean(1), dim=-1), frames
 
@@ -126,9 +123,9 @@ class ClapEncoder(DualEncoder):
 
 
 def load_clap(model: str) -> ClapEncoder:
-    """The CLAP encoder of an embedded name ("tones-clap"), a transformers folder or a Hub id.
+    """Load the CLAP encoder of an embedded name ("tones-clap"), a transformers folder or a Hub id.
 
-    Opened once per process and shared, in float32: its batch norm does not bear less. Raises ValueError for a folder of
+    It is opened once per process and shared, in float32, which its batch norm needs. Raises ValueError for a folder of
     another kind.
     """
     return _opened(assets.resolve(model))

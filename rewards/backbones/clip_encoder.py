@@ -24,10 +24,10 @@ Interpolation = Literal["bicubic", "bilinear"]
 
 @dataclass(frozen=True)
 class ImagePreprocessor:
-    """From images (B, 3, H, W) in [0, 1] to the float32 input of a network, differentiable.
+    """The preprocessing of an image network: resizing and normalization, differentiable.
 
-    ``size`` is (height, width). ``fit`` says what happens to another aspect ratio: "crop" fills the size and cuts the
-    rest off, "pad" fits the whole image in with black around it, "squash" distorts.
+    ``size`` is (height, width). ``fit`` handles other aspect ratios: "crop" fills the size and cuts the rest off, "pad"
+    fits the whole image in with black around it, "squash" distorts.
     """
 
     size: tuple[int, int]
@@ -37,40 +37,37 @@ class ImagePreprocessor:
     interpolation: Interpolation = "bicubic"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Resized, normalised images (B, 3, *size). Raises ValueError for another shape than (B, 3, H, W)."""
+        """Prepare images (B, 3, H, W) in [0, 1] as float32 (B, 3, *size). Raises ValueError for another shape."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W) in [0, 1], not a tensor of shape {tuple(images.shape)}")
-        images = _centred(resize(images.float(), self._scaled(images), self.interpolation), self.size)
+        images = resize(images.float(), self._resized_size(images), self.interpolation)
+        # Cut or pad with zeros, evenly on both sides.
+        extra_height, extra_width = self.size[0] - images.shape[-2], self.size[1] - images.shape[-1]
+        top, left = int(extra_height / 2), int(extra_width / 2)
+        images = F.pad(images, (left, extra_width - left, top, extra_height - top))
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std
 
-    def _scaled(self, images: Tensor) -> tuple[int, int]:
-        """The size that an image has after resizing and before it is cut or padded to ``size``."""
-        (height, width), (wanted_height, wanted_width) = images.shape[-2:], self.size
-        ratios = wanted_height / height, wanted_width / width
+    def _resized_size(self, images: Tensor) -> tuple[int, int]:
+        """Compute the size of images after resizing, before they are cut or padded to ``size``."""
+        (height, width), (target_height, target_width) = images.shape[-2:], self.size
+        ratios = target_height / height, target_width / width
         match self.fit:
             case "squash":
                 return self.size
             case "crop":
                 scale = max(ratios)
-                return max(wanted_height, int(height * scale)), max(wanted_width, int(width * scale))
+                return max(target_height, int(height * scale)), max(target_width, int(width * scale))
             case "pad":
                 scale = min(ratios)
                 return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def resize(images: Tensor, size: tuple[int, int], interpolation: Interpolation = "bicubic") -> Tensor:
-    """Images (B, C, H, W) in [0, 1] at ``size`` (height, width), antialiased as Pillow does it."""
+    """Resize images (B, C, H, W) in [0, 1] to ``size`` (height, width), antialiased as in Pillow."""
     if images.shape[-2:] == size:
         return images
     return F.interpolate(images, size=size, mode=interpolation, antialias=True).clamp(0, 1)
-
-
-def _centred(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut or pad with zeros, evenly on both sides."""
-    extra_height, extra_width = size[0] - images.shape[-2], size[1] - images.shape[-1]
-    top, left = int(extra_height / 2), int(extra_width / 2)
-    return F.pad(images, (left, extra_width - left, top, extra_height - top))
 
 
 class ClipEncoder(DualEncoder):
@@ -83,11 +80,11 @@ class ClipEncoder(DualEncoder):
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
-        """Projected embeddings (B, d) of images (B, 3, H, W) in [0, 1], not normalised; differentiable."""
+        """Compute projected embeddings (B, d) of images (B, 3, H, W) in [0, 1], not normalized; differentiable."""
 
     @abstractmethod
     def features(self, images: Tensor) -> Features:
-        """The embedding, and the patch tokens after the last norm, through the same projection; differentiable."""
+        """Compute embeddings, and patch tokens after the last norm by the same projection; differentiable."""
 
     @property
     @abstractmethod
@@ -108,8 +105,8 @@ class OpenClipEncoder(ClipEncoder):
         self._is_transformer = isinstance(model.visual, open_clip.transformer.VisionTransformer)
 
     @classmethod
-    def of_folder(cls, folder: Path) -> OpenClipEncoder:
-        """The checkpoint that open_clip's push_to_hf_hub wrote."""
+    def from_folder(cls, folder: Path) -> OpenClipEncoder:
+        """Load a folder that open_clip's push_to_hf_hub wrote."""
         import open_clip
 
         name = f"local-dir:{folder}"
@@ -121,11 +118,11 @@ class OpenClipEncoder(ClipEncoder):
 
     def features(self, images: Tensor) -> Features:
         tower = self._vision_transformer()
-        found = tower.forward_intermediates(
+        output = tower.forward_intermediates(
             self.prepare(images), indices=1, normalize_intermediates=True, output_fmt="NLC"
         )
-        patches = found["image_intermediates"][0]
-        return Features(found["image_features"], patches if tower.proj is None else patches @ tower.proj)
+        patches = output["image_intermediates"][0]
+        return Features(output["image_features"], patches if tower.proj is None else patches @ tower.proj)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -167,9 +164,9 @@ class TransformersClipEncoder(ClipEncoder):
 
     def features(self, images: Tensor) -> Features:
         network: Any = self.model
-        found = network.vision_model(self.prepare(images))
-        patches = network.vision_model.post_layernorm(found.last_hidden_state[:, 1:])
-        return Features(network.visual_projection(found.pooler_output), network.visual_projection(patches))
+        output = network.vision_model(self.prepare(images))
+        patches = network.vision_model.post_layernorm(output.last_hidden_state[:, 1:])
+        return Features(network.visual_projection(output.pooler_output), network.visual_projection(patches))
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -182,11 +179,11 @@ class TransformersClipEncoder(ClipEncoder):
 
 
 def load_clip(model: str, processor: str | None = None) -> ClipEncoder:
-    """The CLIP encoder of an embedded name ("shapes-clip"), an open_clip folder, a transformers CLIP folder or Hub id.
+    """Load the CLIP encoder of an embedded name ("shapes-clip"), an open_clip folder, a transformers folder or Hub id.
 
-    Opened once per process and shared, in float32. ``processor`` is where a transformers checkpoint finds its
-    tokenizer and image processor, if not beside the weights (PickScore is such a one). Raises ValueError for a folder
-    of another kind.
+    It is opened once per process and shared, in float32. ``processor`` is the folder or Hub id of the tokenizer and
+    image processor of a transformers checkpoint that has none next to its weights, such as PickScore. Raises
+    ValueError for a folder of another kind.
     """
     return _opened(assets.resolve(model), processor)
 
@@ -197,7 +194,7 @@ def _opened(model: str, processor: str | None) -> ClipEncoder:
     if (path / "open_clip_config.json").is_file():
         if processor is not None:
             raise ValueError(f"{path} is an open_clip folder, which holds its own tokenizer: leave processor out")
-        return OpenClipEncoder.of_folder(path)
+        return OpenClipEncoder.from_folder(path)
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(
             f"{path} has neither an open_clip_config.json nor a config.json: give the folder that open_clip's"
@@ -207,9 +204,10 @@ def _opened(model: str, processor: str | None) -> ClipEncoder:
 
 
 def _open_clip_preparation(config: dict[str, Any]) -> ImagePreprocessor:
+    size: int | Sequence[int] = config["size"]
     fits: dict[str, Literal["crop", "pad", "squash"]] = {"shortest": "crop", "longest": "pad", "squash": "squash"}
     return ImagePreprocessor(
-        size=_pair(config["size"]),
+        size=(size, size) if isinstance(size, int) else (size[0], size[1]),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         fit=fits[config["resize_mode"]],
@@ -218,7 +216,7 @@ def _open_clip_preparation(config: dict[str, Any]) -> ImagePreprocessor:
 
 
 def _transformers_preparation(processor: Any) -> ImagePreprocessor:
-    """The size and normalisation of an image processor; its resampling is bicubic for every CLIP."""
+    """Read the size and normalization of an image processor; its resampling is bicubic for every CLIP."""
     crop = bool(processor.do_center_crop)
     size = processor.crop_size if crop else processor.size
     return ImagePreprocessor(
@@ -227,7 +225,3 @@ def _transformers_preparation(processor: Any) -> ImagePreprocessor:
         std=tuple(processor.image_std),
         fit="crop" if crop else "squash",
     )
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

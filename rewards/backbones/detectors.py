@@ -1,14 +1,14 @@
-"""Object detectors by transformers, for rewards that look at what is where; it is imported when one is opened.
+"""Object detectors of transformers, for rewards that check which objects are where.
 
 GenEval's own detector is mmdet 2's Mask2Former (Swin-S, COCO instances), which does not install beside a current torch.
-What is here stands in for it: numbers are GenEval-style, by the detector that they name, and not GenEval's. For the
-original's numbers let it judge the images and read its results (``genalign.evaluation.geneval.upstream_results``).
+These detectors replace it: name the detector next to such scores, which are GenEval-style and not GenEval's. For the
+original's scores run it on the images and read its results (``genalign.evaluation.geneval.upstream_results``).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -29,15 +29,14 @@ _DINO = Thresholds(confidence=0.35, counting=0.35, max_overlap=0.5)
 
 @dataclass(frozen=True, eq=False)
 class Instance:
-    """A detected object and its pixels, bool (H, W); None where the detector gives its box alone."""
+    """A detected object, and its pixels as a bool ``mask`` (H, W), None where the detector gives boxes only."""
 
     detection: Detection
     mask: Tensor | None = None
 
 
 class Detector(Protocol):
-    """Finds objects; ``thresholds`` say which of them count, ``classes`` what it can find: None for all that has a
-    name."""
+    """A detector of objects: ``thresholds`` decide which count, and ``classes`` are detectable, None for any name."""
 
     @property
     def thresholds(self) -> Thresholds: ...
@@ -47,15 +46,17 @@ class Detector(Protocol):
 
     @property
     def description(self) -> Mapping[str, Any]:
-        """Everything that its findings depend on, ready for JSON."""
+        """Everything that its detections depend on, ready for JSON."""
 
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
-        """The objects in each image (B, 3, H, W) in [0, 1], at least those of the classes ``names`` (B) above the lower
-        of the two score thresholds, in any order."""
+        """Detect the objects in each image (B, 3, H, W) in [0, 1], in any order.
+
+        They are at least those of the classes ``names`` (B lists) above the lower of the two score thresholds.
+        """
 
 
 def describe(part: Any) -> dict[str, Any]:
-    """A dataclass as its class name and its fields."""
+    """Describe a dataclass by its class name and its fields."""
     return {"class": type(part).__name__, **asdict(part)}
 
 
@@ -65,9 +66,9 @@ def _lowest(thresholds: Thresholds) -> float:
 
 @functools.cache
 def _opened(model: str, auto: str) -> tuple[Any, Any]:
-    """A checkpoint's network, frozen, and its processor; once per process. ``auto`` is transformers' Auto class.
+    """Open a checkpoint's frozen network by transformers' class ``auto``, and its processor, once per process.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError for a missing checkpoint.
     """
     import transformers
 
@@ -107,24 +108,28 @@ class Mask2Former:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
-        """Every object of any of COCO's classes above the lower threshold, whatever the names."""
+        """Detect the objects of all COCO classes above the lower threshold, whatever the names."""
         network, processor = _opened(self.model, "AutoModelForUniversalSegmentation")
         if network.config.num_labels != len(OBJECTS):
             raise ValueError(f"{self.model} has {network.config.num_labels} classes: give a COCO instance checkpoint")
         network.to(images.device)
-        found: list[list[Instance]] = []
+        detected: list[list[Instance]] = []
         for part in torch.split(eight_bits(images), self.batch_size):
             pixels = processor(images=list(part), return_tensors="pt")["pixel_values"]
             output = network(pixel_values=pixels.to(images.device))
             outputs = zip(output.class_queries_logits, output.masks_queries_logits, strict=True)
-            found += [coco_instances(*logits, images.shape[-2:], _lowest(self.thresholds)) for logits in outputs]
-        return found
+            detected += [coco_instances(*logits, images.shape[-2:], _lowest(self.thresholds)) for logits in outputs]
+        return detected
 
 
 def coco_instances(classes: Tensor, masks: Tensor, size: Sequence[int], lowest: float) -> list[Instance]:
-    """The objects of one image with a score above ``lowest``.
+    """Select the objects of one image with a score above ``lowest``, as mmdet does.
 
-    ``classes`` (Q, 81) and ``masks`` (Q, h, w) are logits, ``size`` the image's height and width.
+    Args:
+        classes: logits (Q, 81) of the queries' classes, the last one for no object.
+        masks: logits (Q, h, w) of their pixels.
+        size: the image's height and width.
+        lowest: the score that an object must exceed.
     """
     scores = classes.softmax(-1)[:, :-1].flatten()
     best, index = scores.topk(min(_MOST_INSTANCES, len(scores)))
@@ -144,18 +149,18 @@ def coco_instances(classes: Tensor, masks: Tensor, size: Sequence[int], lowest: 
 
 
 def _extent(mask: Tensor) -> Box:
-    """The half-open box of a mask that covers at least a pixel."""
+    """Compute the half-open box of a mask that covers at least one pixel."""
     rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 @dataclass(frozen=True)
 class Owlv2:
-    """OWLv2 (arXiv:2306.09683), which finds what is named in words, so that classes beyond COCO's can be asked for.
+    """OWLv2 (arXiv:2306.09683), which detects classes by their names, beyond COCO's.
 
-    It gives boxes without masks, so that colours are judged with their surroundings, and its scores are of another
-    scale than GenEval's: the thresholds here are round numbers and not fitted to anything; overlapping boxes of a class
-    are dropped, which GenEval need not do.
+    It gives boxes without masks, so that colors are judged with their surroundings, and its scores are on another scale
+    than GenEval's: the thresholds are round numbers, not fitted to anything. Overlapping boxes of a class are dropped,
+    which GenEval need not do.
     """
 
     model: str = "google/owlv2-base-patch16-ensemble"
@@ -172,27 +177,27 @@ class Owlv2:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
-        """Objects of the classes that are asked for in their image, each as the one it is likest."""
+        """Detect objects of the classes ``names`` of their image, each as the most likely one."""
         network, processor = _opened(self.model, "AutoModelForZeroShotObjectDetection")
         network.to(images.device)
 
-        def detect(part: Tensor, asked: Sequence[str]) -> list[list[Instance]]:
-            queries = [f"a photo of {with_article(name)}" for name in asked]
+        def detect(part: Tensor, classes: Sequence[str]) -> list[list[Instance]]:
+            queries = [f"a photo of {with_article(name)}" for name in classes]
             inputs = processor(text=[queries] * len(part), images=list(part), truncation=True, return_tensors="pt")
             output = network(**inputs.to(images.device))
-            found = processor.post_process_grounded_object_detection(
+            results = processor.post_process_grounded_object_detection(
                 output, threshold=_lowest(self.thresholds), target_sizes=[tuple(part.shape[-2:])] * len(part)
             )
-            named = [[asked[label] for label in item["labels"].tolist()] for item in found]
-            return [_boxes(item["boxes"], item["scores"], n, part) for item, n in zip(found, named, strict=True)]
+            named = [[classes[label] for label in item["labels"].tolist()] for item in results]
+            return [_boxes(item["boxes"], item["scores"], n, part) for item, n in zip(results, named, strict=True)]
 
         return _by_names(eight_bits(images), names, self.batch_size, detect)
 
 
 @dataclass(frozen=True)
 class GroundingDino:
-    """Grounding DINO (arXiv:2303.05499), open in its classes; as for ``Owlv2``, without masks and with thresholds that
-    are its authors' usual ones and not fitted to GenEval. A box has the class whose words it is likest."""
+    """Grounding DINO (arXiv:2303.05499), for classes by their names; as ``Owlv2`` without masks, and with its
+    authors' usual thresholds, not fitted to GenEval. A box has the class whose words it matches best."""
 
     model: str = "IDEA-Research/grounding-dino-tiny"
     thresholds: Thresholds = _DINO
@@ -208,19 +213,19 @@ class GroundingDino:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
-        """Objects of the classes that are asked for in their image, each as the one it is likest."""
+        """Detect objects of the classes ``names`` of their image, each as the most likely one."""
         network, processor = _opened(self.model, "AutoModelForZeroShotObjectDetection")
         network.to(images.device)
 
-        def detect(part: Tensor, asked: Sequence[str]) -> list[list[Instance]]:
-            text, tokens = _caption(processor.tokenizer, asked)
+        def detect(part: Tensor, classes: Sequence[str]) -> list[list[Instance]]:
+            text, tokens = _caption(processor.tokenizer, classes)
             pixels = processor.image_processor(images=list(part), return_tensors="pt")
             words = {key: value.expand(len(part), -1) for key, value in text.items()}
             inputs = {key: value.to(images.device) for key, value in (*pixels.items(), *words.items())}
             output = network(**inputs)
             scores = torch.stack([output.logits[..., place].sigmoid().amax(-1) for place in tokens], dim=-1)
             return [
-                _likest(s, b, asked, part, _lowest(self.thresholds))
+                _best_matches(s, b, classes, part, _lowest(self.thresholds))
                 for s, b in zip(scores, output.pred_boxes, strict=True)
             ]
 
@@ -228,31 +233,41 @@ class GroundingDino:
 
 
 def _caption(tokenizer: Any, names: Sequence[str]) -> tuple[dict[str, Tensor], list[list[int]]]:
-    """The tokens (1, L) of "dog. wine glass." and which of them are each name's."""
+    """Tokenize "dog. wine glass." as (1, L), and return which tokens belong to each name."""
     text = " ".join(f"{name}." for name in names)
-    made = tokenizer(text, return_tensors="pt", return_offsets_mapping=True, return_token_type_ids=True)
-    offsets = made.pop("offset_mapping")[0].tolist()
+    tokens = tokenizer(text, return_tensors="pt", return_offsets_mapping=True, return_token_type_ids=True)
+    offsets = tokens.pop("offset_mapping")[0].tolist()
     starts = [sum(len(other) + 2 for other in names[:i]) for i in range(len(names))]
     places = [
         [i for i, (first, last) in enumerate(offsets) if start <= first < last <= start + len(name)]
         for start, name in zip(starts, names, strict=True)
     ]
-    return dict(made), places
+    return dict(tokens), places
 
 
-def _likest(scores: Tensor, centred: Tensor, names: Sequence[str], image: Tensor, lowest: float) -> list[Instance]:
-    """Boxes whose best score (n, names) is above ``lowest``, from centres and sizes relative to the image (n, 4)."""
+def _best_matches(
+    scores: Tensor, centered: Tensor, names: Sequence[str], image: Tensor, lowest: float
+) -> list[Instance]:
+    """Select boxes whose best score is above ``lowest``.
+
+    Args:
+        scores: of every box and name (n, names).
+        centered: centers and sizes of the boxes (n, 4), relative to the image.
+        names: of the classes.
+        image: the image (..., H, W), for its size.
+        lowest: the score that a box must exceed.
+    """
     best, label = scores.max(-1)
     sure = best > lowest
-    centre, half = centred[sure, :2], centred[sure, 2:] / 2
+    center, half = centered[sure, :2], centered[sure, 2:] / 2
     height, width = image.shape[-2:]
-    scale = centred.new_tensor([width, height, width, height])
-    boxes = torch.cat([centre - half, centre + half], dim=1) * scale
+    scale = centered.new_tensor([width, height, width, height])
+    boxes = torch.cat([center - half, center + half], dim=1) * scale
     return _boxes(boxes, best[sure], [names[i] for i in label[sure].tolist()], image)
 
 
 def _boxes(boxes: Tensor, scores: Tensor, names: Sequence[str], image: Tensor) -> list[Instance]:
-    """Boxes (n, 4) in pixels, cut at the border of the images (..., H, W); one beyond it is left out."""
+    """Turn boxes (n, 4) in pixels into instances, cut at the border of the image; boxes beyond it are left out."""
     height, width = image.shape[-2:]
     limits = boxes.new_tensor([width, height, width, height])
     cut = boxes.clamp(min=0).minimum(limits).tolist()
@@ -269,18 +284,14 @@ def _by_names(
     batch_size: int,
     detect: Callable[[Tensor, Sequence[str]], list[list[Instance]]],
 ) -> list[list[Instance]]:
-    """``detect`` on batches of images in which the same classes are asked for."""
+    """Run ``detect`` on batches of images with the same class names."""
     groups: dict[tuple[str, ...], list[int]] = {}
-    for row, asked in enumerate(names):
-        groups.setdefault(tuple(dict.fromkeys(asked)), []).append(row)
-    found: list[list[Instance]] = [[] for _ in names]
-    for names_of, rows in groups.items():
-        for part in _parts(rows, batch_size):
-            for row, instances in zip(part, detect(images[part], names_of), strict=True):
-                found[row] = instances
-    return found
-
-
-def _parts(rows: Sequence[int], size: int) -> Iterator[list[int]]:
-    for first in range(0, len(rows), size):
-        yield list(rows[first : first + size])
+    for row, classes in enumerate(names):
+        groups.setdefault(tuple(dict.fromkeys(classes)), []).append(row)
+    detected: list[list[Instance]] = [[] for _ in names]
+    for classes, rows in groups.items():
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            for row, instances in zip(batch, detect(images[batch], classes), strict=True):
+                detected[row] = instances
+    return detected

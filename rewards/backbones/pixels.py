@@ -1,4 +1,4 @@
-"""Images as 8-bit pixels, for scorers that work on pictures and not on tensors."""
+"""Images as 8-bit pictures, for rewards that take PIL images and not tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pictures(images: Tensor) -> list[Image.Image | None]:
-    """Images (B, 3, H, W) in [0, 1], clamped and rounded to 8 bits, as RGB pictures; None where a pixel is not finite.
+    """Convert images (B, 3, H, W) in [0, 1] to RGB pictures of 8 bits; None where a pixel is not finite.
 
     Raises ValueError for another shape.
     """

@@ -11,9 +11,9 @@ from torch import Tensor
 from genalign.metrics.audio import SILENT
 from genalign.runtime.media import AUDIO_SUFFIXES, read_waveform
 from genalign.runtime.waveforms import as_heard, require_waveforms, warn_once
-from rewards.backbones.reference_images import Kind, file_names
+from rewards.backbones.reference_images import FileKind, file_names
 
-AUDIO = Kind("audio", "WAV or FLAC", AUDIO_SUFFIXES)
+AUDIO = FileKind("audio", "WAV or FLAC", AUDIO_SUFFIXES)
 
 
 class AudioTensor:
@@ -31,16 +31,16 @@ class AudioTensor:
         return len(self._waveforms)
 
     def load(self, rows: Sequence[int]) -> Tensor:
-        """The clips of these rows."""
+        """Load the clips (n, C, L) of ``rows``."""
         return self._waveforms[list(rows)]
 
 
 class AudioFolder:
-    """WAV and FLAC files anywhere under ``folder``, read when they are needed, as one channel at ``sample_rate`` Hz;
-    what that mixes or resamples is told in the log. ``seconds`` keeps so much of the beginning of each.
+    """WAV and FLAC files anywhere under ``folder``, read when needed, as one channel at ``sample_rate`` Hz.
 
-    ``names`` are relative to the folder and sorted; hidden files and prompts.jsonl are left out. Raises ValueError for
-    a folder without audio, or with files that are none; FileNotFoundError where there is no folder.
+    Mixing and resampling are logged. ``seconds`` cuts every clip to its beginning. ``names`` are relative to the folder
+    and sorted; hidden files and prompts.jsonl are left out. Raises ValueError for a folder without audio or with other
+    files, FileNotFoundError for a missing folder.
     """
 
     def __init__(self, folder: str | Path, sample_rate: int, seconds: float | None = None) -> None:
@@ -51,8 +51,11 @@ class AudioFolder:
         return len(self.names)
 
     def load(self, rows: Sequence[int]) -> Tensor:
-        """The clips (n, 1, L) of these rows. Raises ValueError for an unreadable file, one with samples that are not
-        finite or with less than ``seconds``, and for different lengths."""
+        """Load the clips (n, 1, L) of ``rows``.
+
+        Raises ValueError for a file that is unreadable, not finite or shorter than ``seconds``, and for clips of
+        different lengths.
+        """
         clips = [self._read(row) for row in rows]
         for row, clip in zip(rows, clips, strict=True):
             if clip.shape != clips[0].shape:
@@ -65,16 +68,18 @@ class AudioFolder:
 
     def _read(self, row: int) -> Tensor:
         path = self.folder / self.names[row]
-        found = read_waveform(path)
-        heard = as_heard(found.waveform[None], found.sample_rate, self.sample_rate, f"the reader of {self.folder}")
-        if bool((heard.abs() < SILENT).all()):
+        recording = read_waveform(path)
+        clip = as_heard(
+            recording.waveform[None], recording.sample_rate, self.sample_rate, f"the reader of {self.folder}"
+        )
+        if bool((clip.abs() < SILENT).all()):
             warn_once(f"the reference {path} is silent")
         if self.seconds is None:
-            return heard[None]
+            return clip[None]
         length = round(self.seconds * self.sample_rate)
-        if heard.shape[1] < length:
-            lasts = heard.shape[1] / self.sample_rate
+        if clip.shape[1] < length:
+            duration = clip.shape[1] / self.sample_rate
             raise ValueError(
-                f"{path} lasts {lasts:.2f} s, less than seconds={self.seconds:g}: lower it, or leave it out"
+                f"{path} lasts {duration:.2f} s, less than seconds={self.seconds:g}: lower it, or leave it out"
             )
-        return heard[None, :, :length]
+        return clip[None, :, :length]

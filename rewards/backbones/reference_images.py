@@ -1,4 +1,4 @@
-"""Reference images: what a discriminator takes for real. Reference clips are in ``rewards.backbones.reference_audio``."""
+"""Reference images, from folders or memory, for discriminators and distances; ``reference_audio`` has clips."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ _PROMPTS = "prompts.jsonl"
 
 
 class ReferenceSamples(Protocol):
-    """Numbered images or clips."""
+    """A sequence of images or clips that loads them by number."""
 
     def __len__(self) -> int: ...
 
     def load(self, rows: Sequence[int]) -> Tensor:
-        """Images (n, 3, H, W) in [0, 1] or waveforms (n, C, L) in [-1, 1], float32 on the CPU."""
+        """Load images (n, 3, H, W) in [0, 1] or waveforms (n, C, L) in [-1, 1], float32 on the CPU."""
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Files of references: their ``name``, ``formats`` in words, and ``suffixes``."""
+class FileKind:
+    """A kind of reference files: its ``name`` and ``formats`` for messages, and its file ``suffixes``."""
 
     name: str
     formats: str
     suffixes: frozenset[str]
 
 
-IMAGES = Kind("images", "PNG or JPEG", frozenset({".png", ".jpg", ".jpeg"}))
+IMAGES = FileKind("images", "PNG or JPEG", frozenset({".png", ".jpg", ".jpeg"}))
 
 
 class References(Protocol):
-    """Images, and which of them a sample of a prompt is compared with."""
+    """Reference images, and which of them a sample of a prompt is compared with."""
 
     @property
     def images(self) -> ReferenceSamples:
-        """Every reference."""
+        """All references, whatever their prompt."""
 
     def rows(self, prompt: Prompt) -> Sequence[int]:
-        """The numbers of the references for ``prompt``; hashable."""
+        """Return the numbers of the references for ``prompt``; hashable."""
 
     def draw(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Tensor:
-        """One reference for each of B prompts, (B, 3, H, W)."""
+        """Draw one reference for each of B prompts, (B, 3, H, W)."""
 
 
 class ImageTensor:
@@ -71,15 +71,15 @@ class ImageTensor:
         return len(self._images)
 
     def load(self, rows: Sequence[int]) -> Tensor:
-        """The images of these rows."""
+        """Load the images (n, 3, H, W) of ``rows``."""
         return self._images[list(rows)]
 
 
 class ImageFolder:
-    """PNG and JPEG files anywhere under ``folder``, read when they are needed; ``size`` (height, width) squashes them.
+    """PNG and JPEG files anywhere under ``folder``, read when needed and resized to ``size`` (height, width) if given.
 
     ``names`` are relative to the folder and sorted; hidden files and prompts.jsonl are left out. Raises ValueError for
-    a folder without images, or with files that are none; FileNotFoundError where there is no folder.
+    a folder without images or with other files, FileNotFoundError for a missing folder.
     """
 
     def __init__(self, folder: str | Path, size: tuple[int, int] | None = None) -> None:
@@ -90,8 +90,8 @@ class ImageFolder:
         return len(self.names)
 
     def load(self, rows: Sequence[int]) -> Tensor:
-        """The images of these rows. Raises ValueError for an unreadable file, or for different sizes."""
-        images = [_read(self.folder / self.names[row]) for row in rows]
+        """Load the images (n, 3, H, W) of ``rows``. Raises ValueError for an unreadable file or different sizes."""
+        images = [_read_image(self.folder / self.names[row]) for row in rows]
         if self.size is not None:
             images = [resize(image, self.size) for image in images]
         for row, image in zip(rows, images, strict=True):
@@ -106,33 +106,33 @@ class ImageFolder:
 
 @dataclass(frozen=True)
 class ReferencePool:
-    """Any reference for any prompt: a style, or a distribution (Adv-GRPO, arXiv 2511.20256, section 4.5)."""
+    """References for any prompt: a style, or a distribution (Adv-GRPO, arXiv 2511.20256, section 4.5)."""
 
     images: ReferenceSamples
 
     @classmethod
     def of(cls, images: Tensor) -> ReferencePool:
-        """Images (N, 3, H, W) in [0, 1]."""
+        """Build a pool of images (N, 3, H, W) in [0, 1] in memory."""
         return cls(ImageTensor(images))
 
     @classmethod
     def read(cls, folder: str | Path, size: tuple[int, int] | None = None) -> ReferencePool:
-        """Every image of a folder; see ``ImageFolder``."""
+        """Build a pool of all images of a folder; see ``ImageFolder``."""
         return cls(ImageFolder(folder, size))
 
     def rows(self, prompt: Prompt) -> Sequence[int]:
-        """All of them."""
+        """Return the numbers of all references."""
         return range(len(self.images))
 
     def draw(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Tensor:
-        """B references (B, 3, H, W), uniformly with replacement."""
+        """Draw B references (B, 3, H, W), uniformly with replacement."""
         return self.images.load(torch.randint(len(self.images), (len(prompts),), generator=generator).tolist())
 
 
 class ReferencesByPrompt:
     """References of the same prompt; ``prompts`` has the text of each of ``images``.
 
-    Raises ValueError for another number of texts than of images.
+    Raises ValueError where there is not one text for each image.
     """
 
     def __init__(self, images: ReferenceSamples, prompts: Sequence[str]) -> None:
@@ -142,32 +142,47 @@ class ReferencesByPrompt:
         rows: dict[str, list[int]] = {}
         for row, text in enumerate(prompts):
             rows.setdefault(text, []).append(row)
-        self._rows = {text: tuple(found) for text, found in rows.items()}
+        self._rows = {text: tuple(numbers) for text, numbers in rows.items()}
 
     @classmethod
     def of(cls, images: Mapping[str, Tensor]) -> ReferencesByPrompt:
-        """Images (n, 3, H, W) in [0, 1] for each text, all of one size."""
+        """Build references from images (n, 3, H, W) in [0, 1] for each text, all of one size."""
         if not images:
             raise ValueError("there are no reference images: give at least one")
-        texts = [text for text, found in images.items() for _ in range(len(found))]
+        texts = [text for text, batch in images.items() for _ in range(len(batch))]
         return cls(ImageTensor(torch.cat(list(images.values()))), texts)
 
     @classmethod
     def read(
         cls, folder: str | Path, size: tuple[int, int] | None = None, prompts: Mapping[str, str] | None = None
     ) -> ReferencesByPrompt:
-        """The images of a folder (see ``ImageFolder``) by their prompts.
+        """Read the images of a folder (see ``ImageFolder``) with their prompts.
 
         ``prompts`` gives the text for each file name relative to the folder. Without it they are read from the
         folder's prompts.jsonl, one object a line: {"file_name": "a/1.png", "prompt": "a red circle"}.
         """
         images = ImageFolder(folder, size)
-        texts = dict(prompts) if prompts is not None else _read_prompts(images.folder)
-        _require_same(images, texts)
-        return cls(images, [texts[name] for name in images.names])
+        if prompts is None:
+            try:
+                prompts = {name: prompt.text for name, prompt in read_listing(images.folder).items()}
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{error}, give prompts=, or use ReferencePool") from None
+        without = [name for name in images.names if name not in prompts]
+        if without:
+            raise ValueError(
+                f"{len(without)} images in {images.folder} have no prompt, such as {without[0]}: name them in"
+                f" {_PROMPTS}, or use ReferencePool, which needs no prompts"
+            )
+        absent = sorted(set(prompts) - set(images.names))
+        if absent:
+            raise ValueError(
+                f"{len(absent)} files that have a prompt are not in {images.folder}, such as {absent[0]}: add them, or"
+                " remove their prompts"
+            )
+        return cls(images, [prompts[name] for name in images.names])
 
     def rows(self, prompt: Prompt) -> Sequence[int]:
-        """The references of this prompt. Raises ValueError where there are none."""
+        """Return the numbers of the references of ``prompt``. Raises ValueError where there are none."""
         if prompt.text not in self._rows:
             raise ValueError(
                 f"there is no reference for the prompt {prompt.text!r}: add images of it, or compare with references"
@@ -176,18 +191,18 @@ class ReferencesByPrompt:
         return self._rows[prompt.text]
 
     def draw(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Tensor:
-        """A reference of each prompt, (B, 3, H, W), uniformly with replacement."""
+        """Draw a reference of each prompt, (B, 3, H, W), uniformly with replacement."""
         choices = [self.rows(prompt) for prompt in prompts]
         drawn = torch.rand(len(choices), generator=generator, dtype=torch.float64).tolist()
         return self.images.load([rows[int(u * len(rows))] for rows, u in zip(choices, drawn, strict=True)])
 
 
-def file_names(folder: Path, kind: Kind) -> tuple[str, ...]:
-    """Files anywhere under ``folder``, relative to it and sorted; see ``ImageFolder`` for what is refused."""
+def file_names(folder: Path, kind: FileKind) -> tuple[str, ...]:
+    """List the files anywhere under ``folder``, relative to it and sorted. Raises as ``ImageFolder`` does."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give the folder of the reference {kind.name}")
-    found = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    files = [path for path in found if path.name != _PROMPTS and not path.name.startswith(".")]
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    files = [path for path in paths if path.name != _PROMPTS and not path.name.startswith(".")]
     other = [path for path in files if path.suffix.lower() not in kind.suffixes]
     if other:
         more = f" and {len(other) - 1} more files of another kind" if len(other) > 1 else ""
@@ -199,30 +214,11 @@ def file_names(folder: Path, kind: Kind) -> tuple[str, ...]:
     return tuple(path.as_posix() for path in files)
 
 
-def _read(path: Path) -> Tensor:
-    """One image (1, 3, H, W) in [0, 1]."""
+def _read_image(path: Path) -> Tensor:
+    """Read one image (1, 3, H, W) in [0, 1]."""
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as file:
             pixels = np.array(file.convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"expected an image (PNG or JPEG), but {path} cannot be read as one: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
-
-
-def _read_prompts(folder: Path) -> dict[str, str]:
-    try:
-        return {name: prompt.text for name, prompt in read_listing(folder).items()}
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}, give prompts=, or use ReferencePool") from None
-
-
-def _require_same(images: ImageFolder, texts: Mapping[str, str]) -> None:
-    without = [name for name in images.names if name not in texts]
-    if without:
-        raise ValueError(
-            f"{len(without)} images in {images.folder} have no prompt, such as {without[0]}: name them in"
-            f" {_PROMPTS}, or use ReferencePool, which needs no prompts"
-        )
-    absent = sorted(set(texts) - set(images.names))
-    if absent:
-        raise ValueError(f"{len(absent)} files that have a prompt are not in {images.folder}, such as {absent[0]}")

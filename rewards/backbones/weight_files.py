@@ -1,4 +1,4 @@
-"""Weight files of published rewards: found, and read without running anything that is in them."""
+"""Weight files of published rewards, located and read without running code that they may contain."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _HUB = "hf://"
 _LINEAR_LAYERS = (0, 2, 4, 6, 7)  # of the published heads; between them is dropout alone
 
 
-def find(weights: str | Path) -> Path:
-    """A file on this machine, or hf://owner/repository/file, which the Hugging Face Hub's client downloads once.
+def locate(weights: str | Path) -> Path:
+    """Return the path of a local file, or of hf://owner/repository/file, downloaded once by the Hub's client.
 
-    Raises FileNotFoundError where there is no such file, ValueError for an incomplete address.
+    Raises FileNotFoundError for a missing file, ValueError for an incomplete address.
     """
     address = str(weights)
     if not address.startswith(_HUB):
@@ -34,48 +34,48 @@ def find(weights: str | Path) -> Path:
 
 
 def read_tensors(weights: str | Path) -> dict[str, Tensor]:
-    """The named tensors of a .safetensors or a PyTorch file, on the CPU; those below "state_dict" if it has that key.
+    """Read the named tensors of a .safetensors or a PyTorch file, below "state_dict" if it has that key, on the CPU.
 
-    PyTorch files are read with weights_only=True. Raises ValueError for one that holds anything else than tensors.
+    PyTorch files are read with weights_only=True. Raises ValueError for one that holds other objects than tensors.
     """
-    path = find(weights)
+    path = locate(weights)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(
             f"{path} is not a file of tensors alone, and other PyTorch files can run code when they are opened: convert"
             " it to safetensors where you trust it"
         ) from error
-    if isinstance(found, dict) and "state_dict" in found:
-        found = found["state_dict"]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if isinstance(content, dict) and "state_dict" in content:
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict: expected tensors by name")
-    return dict(found)
+    return dict(content)
 
 
 @dataclass(frozen=True, eq=False)
 class AffineHead:
-    """weight . x + bias, with ``weight`` (d,) in float32."""
+    """The affine function weight . x + bias of features x (d,), in float32."""
 
     weight: Tensor
     bias: float
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], prefix: str = "") -> AffineHead:
-        """A linear layer at ``prefix``, or the five of an MLP without activations at prefix + "layers.", folded into
-        one in float64. Raises ValueError for other layers: an MLP with activations cannot be folded."""
+        """Read a linear layer at ``prefix``, or fold the five of an MLP without activations at prefix + "layers." into
+        one, in float64. Raises ValueError for other layers: an MLP with activations cannot be folded."""
         if f"{prefix}weight" in tensors:
             return cls._folded(tensors, [prefix])
         stem = f"{prefix}layers."
-        found = {name.removeprefix(stem).split(".")[0] for name in tensors if name.startswith(stem)}
-        if found != {str(i) for i in _LINEAR_LAYERS}:
+        layers = {name.removeprefix(stem).split(".")[0] for name in tensors if name.startswith(stem)}
+        if layers != {str(i) for i in _LINEAR_LAYERS}:
             raise ValueError(
                 f"expected {prefix}weight, or linear layers {stem}{_LINEAR_LAYERS} with nothing but dropout between"
-                f" them; found layers {', '.join(sorted(found)) or 'of other names'}"
+                f" them; the file has layers {', '.join(sorted(layers)) or 'of other names'}"
             )
         return cls._folded(tensors, [f"{stem}{i}." for i in _LINEAR_LAYERS])
 
@@ -91,7 +91,7 @@ class AffineHead:
         return cls(weight[0].float(), float(bias))
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Scores (B,) in float32 of features (B, d), differentiable. Raises ValueError for another width."""
+        """Score features (B, d) as (B,) in float32, differentiable. Raises ValueError for another width."""
         if features.ndim != 2 or features.shape[1] != len(self.weight):
             raise ValueError(
                 f"this head is for features (B, {len(self.weight)}), not {tuple(features.shape)}: give the model that"

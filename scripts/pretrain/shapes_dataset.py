@@ -14,7 +14,7 @@ from genalign.types import Prompt
 from genalign.worlds.shapes.geometry import PALETTE
 from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import render, sample_scene
-from scripts.pretrain.captions import Job, Part, draw_prompts, in_chunks, require_metadata, one_of
+from scripts.pretrain.captions import Job, Part, draw_prompts, in_chunks, one_of, require_metadata
 
 TASK_WEIGHTS = {
     "single_object": 0.1,
@@ -45,9 +45,9 @@ def captioned_scenes(count: int, seed: int, workers: int = 2) -> CaptionedScenes
 def _chunk(job: Job) -> Part:
     start, count, seed = job
     rng = np.random.default_rng((seed, start))
-    chosen = draw_prompts(prompts("iid"), TASK_WEIGHTS, count, rng)
-    scenes = [sample_scene(require_metadata(prompt), rng) for prompt in chosen]
-    return (render(scenes) * 255).round().byte().numpy(), chosen
+    drawn = draw_prompts(prompts("iid"), TASK_WEIGHTS, count, rng)
+    scenes = [sample_scene(require_metadata(prompt), rng) for prompt in drawn]
+    return (render(scenes) * 255).round().byte().numpy(), drawn
 
 
 def corrupted(prompt: Prompt, rng: np.random.Generator) -> Prompt:

@@ -24,7 +24,7 @@ import pipelines
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import RolloutInputs, rollout
 from genalign.diffusion.transitions import DPMSDE, ODE, Kernel
-from genalign.runtime.cpu import keep_freed_memory, plain_attention
+from genalign.runtime.cpu import retain_freed_memory, plain_attention
 from genalign.runtime.files import load_state, save_state, without_prefix, write_text
 from genalign.worlds.tones import prompts
 from genalign.worlds.tones.instruments import LENGTH
@@ -50,15 +50,15 @@ STEPS, PER_TASK = 50, 96  # of the measurement
 MakesClips = Callable[[Sequence[str], int], Tensor]  # (B, 1, L) of B texts, by a seed
 
 
-def spectral_loss(made: Tensor, true: Tensor) -> Tensor:
+def spectral_loss(output: Tensor, true: Tensor) -> Tensor:
     """Spectral convergence and log-magnitude L1, over three resolutions, of waveforms (B, 1, L); 1 is a full-scale
     sine's magnitude. Yamamoto et al., Parallel WaveGAN, arXiv:1910.11480, equations 4 to 6."""
-    total = made.new_zeros(())
+    total = output.new_zeros(())
     for size in WINDOWS:
-        window = torch.hann_window(size, device=made.device)
+        window = torch.hann_window(size, device=output.device)
         a, b = (
             torch.stft(wave[:, 0], size, size // 4, window=window, return_complex=True).abs() * (4 / size)
-            for wave in (made, true)
+            for wave in (output, true)
         )
         convergence = (a - b).norm() / b.norm().clamp(min=AUDIBLE)
         total = total + convergence + ((a + AUDIBLE).log() - (b + AUDIBLE).log()).abs().mean()
@@ -83,9 +83,9 @@ def train_autoencoder(work: Path, settings: Fit, device: str) -> AutoencoderOobl
         waves = crops(data, generator).to(device)
         posterior = vae.encode(waves).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        made = vae.decode(posterior.mean + posterior.std * noise).sample
+        output = vae.decode(posterior.mean + posterior.std * noise).sample
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-        return spectral_loss(made, waves) + 10 * (made - waves).abs().mean() + KL_WEIGHT * kl
+        return spectral_loss(output, waves) + 10 * (output - waves).abs().mean() + KL_WEIGHT * kl
 
     fit(vae, loss, settings, work / "autoencoder.safetensors")
     return vae.eval()
@@ -106,8 +106,8 @@ def reconstruction(vae: AutoencoderOobleck, device: str, clips: int = 300) -> fl
     """The share of new clips that the verifier accepts after the autoencoder."""
     data = captioned_clips(clips, seed=21)
     waves = data.floats(torch.arange(clips)).split(50)
-    made = torch.cat([vae.decode(vae.encode(part.to(device)).latent_dist.mode()).sample.cpu() for part in waves])
-    return strict(made, [require_metadata(prompt) for prompt in data.prompts])
+    output = torch.cat([vae.decode(vae.encode(part.to(device)).latent_dist.mode()).sample.cpu() for part in waves])
+    return strict(output, [require_metadata(prompt) for prompt in data.prompts])
 
 
 def strict(waves: Tensor, metadata: Sequence[object]) -> float:
@@ -132,10 +132,10 @@ def train_denoiser(latents: Tensor, data: CaptionedClips, work: Path, settings: 
     """v-prediction at logit-normal t; a part of the captions is wrong, and a tenth is withheld."""
     torch.manual_seed(1)
     model = TextToVelocity().to(device)
-    told = [model.tokens(captions(data, share)) for share in CORRUPTED]
+    tokens = [model.tokens(captions(data, share)) for share in CORRUPTED]
 
     def loss(step: int) -> Tensor:
-        ids, mask = told[step // settings.length]
+        ids, mask = tokens[step // settings.length]
         generator = torch.Generator().manual_seed(step)
         index = torch.randint(len(latents), (BATCH,), generator=generator)
         x0 = latents[index]
@@ -167,8 +167,8 @@ def own_sampler(folder: Path, guidance: float, device: str) -> MakesClips:
 
     def make(texts: Sequence[str], seed: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(seed)
-        made = pipeline(list(texts), num_inference_steps=STEPS, guidance_scale=guidance, generator=generator)
-        return made.audios.float().cpu()
+        output = pipeline(list(texts), num_inference_steps=STEPS, guidance_scale=guidance, generator=generator)
+        return output.audios.float().cpu()
 
     return make
 
@@ -191,9 +191,9 @@ def measure(suite: str, make: MakesClips) -> dict[str, float]:
     """Strict accuracy per task, each on noises of its own, and their mean."""
     figures = {}
     for seed, (task, group) in enumerate(prompts(suite).by_task().items()):
-        chosen = [group[i] for i in np.random.default_rng(3).integers(len(group), size=PER_TASK)]
+        drawn = [group[i] for i in np.random.default_rng(3).integers(len(group), size=PER_TASK)]
         figures[task] = strict(
-            make([prompt.text for prompt in chosen], seed), [require_metadata(prompt) for prompt in chosen]
+            make([prompt.text for prompt in drawn], seed), [require_metadata(prompt) for prompt in drawn]
         )
     return figures | {"overall": float(np.mean(list(figures.values())))}
 
@@ -226,13 +226,13 @@ def train_clap(data: CaptionedClips, work: Path, settings: Fit, device: str) -> 
         waves = data.floats(index)
         level = 10 ** (-(1.5 + 2.5 * torch.rand(CLAP_BATCH, 1, 1, generator=generator)))
         mel = log_mel((waves + level * torch.randn(waves.shape, generator=generator)).to(device))
-        told = {
+        inputs = {
             "input_ids": words.input_ids[index].to(device),
             "attention_mask": words.attention_mask[index].to(device),
         }
         with torch.autocast(device, torch.bfloat16):
-            made = model(input_features=mel, **told)
-        return contrastive(made.logits_per_audio.float(), made.logits_per_text.float(), caption[index].to(device))
+            output = model(input_features=mel, **inputs)
+        return contrastive(output.logits_per_audio.float(), output.logits_per_text.float(), caption[index].to(device))
 
     fit(model, loss, settings, work / "clap.safetensors", matrices(model))
     return model.eval().cpu()
@@ -245,10 +245,10 @@ def retrieval(model: ClapModel, data: CaptionedClips) -> float:
     rows, words = list(first.values()), tokenizer()
     hits = []
     for begin in range(0, len(rows) - 63, 64):
-        chosen = rows[begin : begin + 64]
-        told = words([data.prompts[i].text for i in chosen], padding="max_length", return_tensors="pt")
-        made = model(input_features=log_mel(data.floats(torch.tensor(chosen))), **told)
-        hits.append((made.logits_per_audio.argmax(1) == torch.arange(64)).float().mean())
+        drawn = rows[begin : begin + 64]
+        inputs = words([data.prompts[i].text for i in drawn], padding="max_length", return_tensors="pt")
+        output = model(input_features=log_mel(data.floats(torch.tensor(drawn))), **inputs)
+        hits.append((output.logits_per_audio.argmax(1) == torch.arange(64)).float().mean())
     return float(torch.stack(hits).mean())
 
 
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="of training, before it stops for now")
     options = parser.parse_args(arguments)
     if options.device == "cpu":
-        keep_freed_memory()  # for what stands around the fit, too
+        retain_freed_memory()  # for what stands around the fit, too
     try:
         STAGES[options.stage](options)
     except OutOfTimeError as error:

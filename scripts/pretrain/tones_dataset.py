@@ -12,7 +12,7 @@ from genalign.types import Prompt
 from genalign.worlds.tones.instruments import NOTES
 from genalign.worlds.tones.prompts import LOUDNESS, RELATIONS, attribution, counting, loudness, pitch, prompts, relation
 from genalign.worlds.tones.scenes import render, sample_clip
-from scripts.pretrain.captions import Job, Part, draw_prompts, in_chunks, require_metadata, one_of
+from scripts.pretrain.captions import Job, Part, draw_prompts, in_chunks, one_of, require_metadata
 
 FULL_SCALE = 32767
 TASK_WEIGHTS = {
@@ -48,9 +48,9 @@ def captioned_clips(count: int, seed: int, workers: int = 2) -> CaptionedClips:
 def _chunk(job: Job) -> Part:
     start, count, seed = job
     rng = np.random.default_rng((seed, start))
-    chosen = draw_prompts(prompts("iid"), TASK_WEIGHTS, count, rng)
-    clips = [sample_clip(require_metadata(prompt), rng) for prompt in chosen]
-    return (render(clips) * FULL_SCALE).round().short().numpy(), chosen
+    drawn = draw_prompts(prompts("iid"), TASK_WEIGHTS, count, rng)
+    clips = [sample_clip(require_metadata(prompt), rng) for prompt in drawn]
+    return (render(clips) * FULL_SCALE).round().short().numpy(), drawn
 
 
 def corrupted(prompt: Prompt, rng: np.random.Generator) -> Prompt:

@@ -15,7 +15,7 @@ RED, BLUE = Prompt("red"), Prompt("blue")
 
 
 def means(samples: torch.Tensor) -> torch.Tensor:
-    """Mean colours (B, 3), whose cosines can be told by hand."""
+    """Compute mean colors (B, 3), whose cosines are known by hand."""
     return samples.mean((2, 3))
 
 
@@ -33,7 +33,7 @@ def test_cosines_with_the_references_of_the_prompt() -> None:
     assert nearest.tolist() == pytest.approx([1, 1, 0])
 
 
-def test_a_pool_serves_every_prompt_and_is_described_once() -> None:
+def test_features_of_a_pool_are_computed_once_for_every_prompt() -> None:
     seen = []
 
     def features(samples: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,7 @@ def test_a_pool_serves_every_prompt_and_is_described_once() -> None:
     assert sorted(seen) == [2, 3, 3]
 
 
-def test_many_references_are_described_in_parts() -> None:
+def test_features_of_many_references_are_computed_in_batches() -> None:
     images = torch.rand(150, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     unit = torch.nn.functional.normalize(means(images), dim=1)
     score = ReferenceSimilarity(means, ReferencePool.of(images))(images[:1], [RED])
@@ -70,9 +70,9 @@ def test_dino_similarity_can_be_trained_on(tmp_path: Path) -> None:
     assert reward(broken, [RED] * 3).isnan().tolist() == [False, True, False]
 
 
-def test_what_has_no_reference_is_refused() -> None:
+def test_a_prompt_without_references_is_refused() -> None:
     reward = ReferenceSimilarity(means, ReferencesByPrompt.of({"red": flat((1, 0, 0))}))
     with pytest.raises(ValueError, match="no reference for the prompt 'blue'"):
         reward(flat((1, 0, 0)), [BLUE])
-    with pytest.raises(ValueError, match="one prompt per image: found 2 for 1 images"):
+    with pytest.raises(ValueError, match="one prompt per image: got 2 for 1 images"):
         reward(flat((1, 0, 0)), [RED, RED])

@@ -15,7 +15,15 @@ from transformers import (
 from genalign.evaluation.geneval.scoring import Thresholds
 from genalign.evaluation.geneval.vocabulary import OBJECTS
 from genalign.runtime.media import eight_bits
-from rewards.backbones.detectors import GroundingDino, Instance, Mask2Former, Owlv2, _caption, _likest, coco_instances
+from rewards.backbones.detectors import (
+    GroundingDino,
+    Instance,
+    Mask2Former,
+    Owlv2,
+    _best_matches,
+    _caption,
+    coco_instances,
+)
 from tests.rewards import tiny_detectors
 
 ALL = Thresholds(confidence=0.0, counting=0.0)
@@ -35,8 +43,8 @@ def images() -> torch.Tensor:
     return torch.rand(3, 3, 48, 64, generator=torch.Generator().manual_seed(0))
 
 
-def boxes(found: list[Instance]) -> list[tuple[str, tuple[float, ...]]]:
-    return sorted((item.detection.name, tuple(round(v, 2) for v in item.detection.box)) for item in found)
+def boxes(detected: list[Instance]) -> list[tuple[str, tuple[float, ...]]]:
+    return sorted((item.detection.name, tuple(round(v, 2) for v in item.detection.box)) for item in detected)
 
 
 # --- Mask2Former ------------------------------------------------------------------------------------------------------
@@ -54,17 +62,17 @@ def logits(*queries: tuple[int, float, slice, slice]) -> tuple[torch.Tensor, tor
 
 def test_instances_are_read_from_masks() -> None:
     dog, cat = (16, 0.9, slice(2, 6), slice(1, 4)), (15, 0.6, slice(0, 8), slice(5, 10))
-    found = coco_instances(*logits(dog, cat, (0, 0.2, slice(0, 2), slice(0, 2))), (8, 10), 0.3)
-    assert [item.detection.name for item in found] == ["dog", "cat"]
-    assert [item.detection.box for item in found] == [(1, 2, 4, 6), (5, 0, 10, 8)]
-    assert [item.detection.score for item in found] == pytest.approx([0.9, 0.6], abs=1e-5)
-    assert found[0].mask is not None and found[0].mask.sum() == 12
+    detected = coco_instances(*logits(dog, cat, (0, 0.2, slice(0, 2), slice(0, 2))), (8, 10), 0.3)
+    assert [item.detection.name for item in detected] == ["dog", "cat"]
+    assert [item.detection.box for item in detected] == [(1, 2, 4, 6), (5, 0, 10, 8)]
+    assert [item.detection.score for item in detected] == pytest.approx([0.9, 0.6], abs=1e-5)
+    assert detected[0].mask is not None and detected[0].mask.sum() == 12
 
 
 def test_masks_are_enlarged_to_the_image() -> None:
-    found = coco_instances(*logits((16, 0.9, slice(2, 6), slice(0, 10))), (32, 40), 0.3)
-    assert found[0].mask is not None and found[0].mask.shape == (32, 40)
-    assert found[0].detection.box == (0, 8, 40, 24)
+    detected = coco_instances(*logits((16, 0.9, slice(2, 6), slice(0, 10))), (32, 40), 0.3)
+    assert detected[0].mask is not None and detected[0].mask.shape == (32, 40)
+    assert detected[0].detection.box == (0, 8, 40, 24)
 
 
 def test_an_unsure_mask_lowers_the_score() -> None:
@@ -74,7 +82,7 @@ def test_an_unsure_mask_lowers_the_score() -> None:
     assert coco_instances(classes, masks, (8, 10), 0.61) == []
 
 
-def test_a_query_without_pixels_is_nothing() -> None:
+def test_a_query_without_pixels_is_no_instance() -> None:
     assert coco_instances(*logits((16, 0.9, slice(0, 0), slice(0, 0))), (8, 10), 0.0) == []
     assert coco_instances(*logits(), (8, 10), 0.0) == []
 
@@ -82,8 +90,8 @@ def test_a_query_without_pixels_is_nothing() -> None:
 def test_one_query_may_be_two_classes() -> None:
     classes, masks = logits((16, 0.5, slice(2, 6), slice(1, 4)))
     classes[0, 15] = classes[0, 16]
-    found = coco_instances(classes, masks, (8, 10), 0.2)
-    assert sorted(item.detection.name for item in found) == ["cat", "dog"]
+    detected = coco_instances(classes, masks, (8, 10), 0.2)
+    assert sorted(item.detection.name for item in detected) == ["cat", "dog"]
 
 
 def test_a_real_mask2former_agrees_with_its_own_postprocessing(folders: dict[str, str]) -> None:
@@ -95,26 +103,26 @@ def test_a_real_mask2former_agrees_with_its_own_postprocessing(folders: dict[str
     with torch.no_grad():
         output = network(**processor(images=list(eight_bits(images)), return_tensors="pt"))
     theirs = processor.post_process_instance_segmentation(output, threshold=0.05, return_binary_maps=True)
-    for found, expected in zip(ours, theirs, strict=True):
+    for detected, expected in zip(ours, theirs, strict=True):
         assert len(expected["segments_info"]) == 10  # as many as queries, where mmdet and we take the best 100
-        for known in expected["segments_info"]:
-            item = min(found, key=lambda item: abs(item.detection.score - known["score"]))
-            assert item.detection.score == pytest.approx(known["score"], abs=1e-5)
-            assert OBJECTS.index(item.detection.name) == known["label_id"]
-            assert item.mask is not None and torch.equal(item.mask, expected["segmentation"][known["id"]].bool())
+        for reference in expected["segments_info"]:
+            item = min(detected, key=lambda item: abs(item.detection.score - reference["score"]))
+            assert item.detection.score == pytest.approx(reference["score"], abs=1e-5)
+            assert OBJECTS.index(item.detection.name) == reference["label_id"]
+            assert item.mask is not None and torch.equal(item.mask, expected["segmentation"][reference["id"]].bool())
 
 
 def test_mask2former_does_not_depend_on_its_batches(folders: dict[str, str], images: torch.Tensor) -> None:
-    asked = [["dog"]] * 3
-    together = Mask2Former(folders["mask2former"], SOME)(images, asked)
-    alone = Mask2Former(folders["mask2former"], SOME, batch_size=1)(images, asked)
-    assert [boxes(found) for found in together] == [boxes(found) for found in alone]
-    assert {item.detection.name for found in together for item in found} == {"dog", "cat"}
-    assert all(item.mask.shape == (48, 64) for found in together for item in found)
-    assert all(item.detection.score > 0.05 for found in together for item in found)
+    names = [["dog"]] * 3
+    together = Mask2Former(folders["mask2former"], SOME)(images, names)
+    alone = Mask2Former(folders["mask2former"], SOME, batch_size=1)(images, names)
+    assert [boxes(detected) for detected in together] == [boxes(detected) for detected in alone]
+    assert {item.detection.name for detected in together for item in detected} == {"dog", "cat"}
+    assert all(item.mask.shape == (48, 64) for detected in together for item in detected)
+    assert all(item.detection.score > 0.05 for detected in together for item in detected)
 
 
-def test_mask2former_knows_coco_alone(images: torch.Tensor, tmp_path: Path) -> None:
+def test_mask2former_has_the_coco_classes_only(images: torch.Tensor, tmp_path: Path) -> None:
     assert Mask2Former().classes == OBJECTS and Owlv2().classes is None is GroundingDino().classes
     other = tiny_detectors.mask2former(tmp_path / "other", labels=20)
     with pytest.raises(ValueError, match="has 20 classes: give a COCO instance checkpoint"):
@@ -124,37 +132,39 @@ def test_mask2former_knows_coco_alone(images: torch.Tensor, tmp_path: Path) -> N
 # --- open vocabularies ------------------------------------------------------------------------------------------------
 
 
-def test_owlv2_finds_what_is_named_in_each_image(folders: dict[str, str], images: torch.Tensor) -> None:
-    asked = [["circle", "square"], ["cross"], ["circle", "square", "circle"]]
-    found = Owlv2(folders["owlv2"], ALL)(images, asked)
-    for names, items in zip(asked, found, strict=True):
-        assert items and {item.detection.name for item in items} <= set(names)
+def test_owlv2_detects_the_named_classes_of_each_image(folders: dict[str, str], images: torch.Tensor) -> None:
+    names = [["circle", "square"], ["cross"], ["circle", "square", "circle"]]
+    detected = Owlv2(folders["owlv2"], ALL)(images, names)
+    for classes, items in zip(names, detected, strict=True):
+        assert items and {item.detection.name for item in items} <= set(classes)
         for item in items:
             x1, y1, x2, y2 = item.detection.box
             assert 0 <= x1 < x2 <= 64 and 0 <= y1 < y2 <= 48 and item.mask is None
-    alone = [Owlv2(folders["owlv2"], ALL)(images[i : i + 1], asked[i : i + 1])[0] for i in range(3)]
-    assert [boxes(items) for items in found] == [boxes(items) for items in alone]
+    alone = [Owlv2(folders["owlv2"], ALL)(images[i : i + 1], names[i : i + 1])[0] for i in range(3)]
+    assert [boxes(items) for items in detected] == [boxes(items) for items in alone]
 
 
-def test_owlv2_is_the_models_own(folders: dict[str, str], images: torch.Tensor) -> None:
+def test_owlv2_agrees_with_transformers(folders: dict[str, str], images: torch.Tensor) -> None:
     processor = AutoProcessor.from_pretrained(folders["owlv2"])
     network = Owlv2ForObjectDetection.from_pretrained(folders["owlv2"]).eval()
     text = [["a photo of a circle", "a photo of a cross"]]
     with torch.no_grad():
         output = network(**processor(text=text, images=[eight_bits(images)[0]], return_tensors="pt"))
     scores = output.logits[0].sigmoid().max(-1)
-    centre = output.pred_boxes[0] * 64  # the longer side: it pads to a square
-    corners = torch.cat([centre[:, :2] - centre[:, 2:] / 2, centre[:, :2] + centre[:, 2:] / 2], 1).clamp(min=0)
+    center = output.pred_boxes[0] * 64  # the longer side: it pads to a square
+    corners = torch.cat([center[:, :2] - center[:, 2:] / 2, center[:, :2] + center[:, 2:] / 2], 1).clamp(min=0)
     corners[:, [1, 3]] = corners[:, [1, 3]].clamp(max=48)
     corners[:, [0, 2]] = corners[:, [0, 2]].clamp(max=64)
     whole = (corners[:, 0] < corners[:, 2]) & (corners[:, 1] < corners[:, 3])
-    found = Owlv2(folders["owlv2"], ALL)(images[:1], [["circle", "cross"]])[0]
-    assert [item.detection.score for item in found] == pytest.approx(scores.values[whole].tolist(), abs=1e-5)
-    assert [item.detection.name for item in found] == [("circle", "cross")[i] for i in scores.indices[whole].tolist()]
-    torch.testing.assert_close(torch.tensor([item.detection.box for item in found]), corners[whole])
+    detected = Owlv2(folders["owlv2"], ALL)(images[:1], [["circle", "cross"]])[0]
+    assert [item.detection.score for item in detected] == pytest.approx(scores.values[whole].tolist(), abs=1e-5)
+    assert [item.detection.name for item in detected] == [
+        ("circle", "cross")[i] for i in scores.indices[whole].tolist()
+    ]
+    torch.testing.assert_close(torch.tensor([item.detection.box for item in detected]), corners[whole])
 
 
-def test_names_are_found_in_the_caption(folders: dict[str, str]) -> None:
+def test_names_are_located_in_the_caption(folders: dict[str, str]) -> None:
     tokenizer = AutoProcessor.from_pretrained(folders["grounding_dino"]).tokenizer
     text, places = _caption(tokenizer, ["dog", "wine glass", "cat"])
     words = tokenizer.convert_ids_to_tokens(text["input_ids"][0].tolist())
@@ -162,16 +172,16 @@ def test_names_are_found_in_the_caption(folders: dict[str, str]) -> None:
     assert [[words[i] for i in place] for place in places] == [["dog"], ["wine", "glass"], ["cat"]]
 
 
-def test_a_box_is_of_the_likest_name() -> None:
+def test_a_box_has_the_name_it_matches_best() -> None:
     scores = torch.tensor([[0.9, 0.2], [0.4, 0.6], [0.1, 0.2]])
-    centred = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.1, 0.9, 0.4, 0.4], [0.5, 0.5, 1.0, 1.0]])
-    found = _likest(scores, centred, ["dog", "cat"], torch.zeros(1, 3, 100, 200), 0.3)
-    assert [item.detection.name for item in found] == ["dog", "cat"]
-    assert found[0].detection.box == pytest.approx((80, 30, 120, 70))
-    assert found[1].detection.box == pytest.approx((0, 70, 60, 100))
+    centered = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.1, 0.9, 0.4, 0.4], [0.5, 0.5, 1.0, 1.0]])
+    detected = _best_matches(scores, centered, ["dog", "cat"], torch.zeros(1, 3, 100, 200), 0.3)
+    assert [item.detection.name for item in detected] == ["dog", "cat"]
+    assert detected[0].detection.box == pytest.approx((80, 30, 120, 70))
+    assert detected[1].detection.box == pytest.approx((0, 70, 60, 100))
 
 
-def test_grounding_dino_is_the_models_own(folders: dict[str, str], images: torch.Tensor) -> None:
+def test_grounding_dino_agrees_with_transformers(folders: dict[str, str], images: torch.Tensor) -> None:
     processor = AutoProcessor.from_pretrained(folders["grounding_dino"])
     network = GroundingDinoForObjectDetection.from_pretrained(folders["grounding_dino"]).eval()
     inputs = processor(images=[eight_bits(images)[0]], text="dog. wine glass.", return_tensors="pt")
@@ -180,32 +190,32 @@ def test_grounding_dino_is_the_models_own(folders: dict[str, str], images: torch
     (expected,) = processor.post_process_grounded_object_detection(
         output, inputs["input_ids"], threshold=0.0, text_threshold=0.0, target_sizes=[(48, 64)]
     )
-    found = GroundingDino(folders["grounding_dino"], ALL)(images[:1], [["dog", "wine glass"]])[0]
-    assert found and {item.detection.name for item in found} <= {"dog", "wine glass"}
-    known = [tuple(round(v, 2) for v in box) for box in expected["boxes"].tolist()]
-    assert {tuple(round(v, 2) for v in item.detection.box) for item in found} <= set(known)
+    detected = GroundingDino(folders["grounding_dino"], ALL)(images[:1], [["dog", "wine glass"]])[0]
+    assert detected and {item.detection.name for item in detected} <= {"dog", "wine glass"}
+    reference = [tuple(round(v, 2) for v in box) for box in expected["boxes"].tolist()]
+    assert {tuple(round(v, 2) for v in item.detection.box) for item in detected} <= set(reference)
     logits = output.logits[0].sigmoid()
     best = torch.stack([logits[:, 1], logits[:, 3:5].amax(-1)], -1).amax(-1).tolist()
-    assert {round(item.detection.score, 4) for item in found} <= {round(score, 4) for score in best}
+    assert {round(item.detection.score, 4) for item in detected} <= {round(score, 4) for score in best}
 
 
 def test_grounding_dino_does_not_depend_on_its_batches(folders: dict[str, str], images: torch.Tensor) -> None:
-    asked = [["dog"], ["cat", "wine glass"], ["dog"]]
+    names = [["dog"], ["cat", "wine glass"], ["dog"]]
     detector = GroundingDino(folders["grounding_dino"], SOME)
-    found = detector(images, asked)
-    alone = [detector(images[i : i + 1], asked[i : i + 1])[0] for i in range(3)]
-    assert [boxes(items) for items in found] == [boxes(items) for items in alone]
-    assert {item.detection.name for item in found[0] + found[2]} <= {"dog"}
+    detected = detector(images, names)
+    alone = [detector(images[i : i + 1], names[i : i + 1])[0] for i in range(3)]
+    assert [boxes(items) for items in detected] == [boxes(items) for items in alone]
+    assert {item.detection.name for item in detected[0] + detected[2]} <= {"dog"}
 
 
 @pytest.mark.parametrize("detector", [Mask2Former, Owlv2, GroundingDino])
-def test_descriptions_have_all_that_matters(detector: type) -> None:
+def test_descriptions_hold_all_settings(detector: type) -> None:
     plain, other = detector(), detector(thresholds=Thresholds(confidence=0.123))
     assert plain.description["class"] == detector.__name__ and plain.description["model"] == plain.model
     assert other.description["thresholds"]["confidence"] == 0.123
     assert plain.description != other.description
 
 
-def test_a_detector_that_cannot_be_had_is_named(images: torch.Tensor, tmp_path: Path) -> None:
+def test_a_missing_detector_is_named(images: torch.Tensor, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"the detector .*nothing is neither a checkpoint's folder nor in the"):
         Mask2Former(str(tmp_path / "nothing"))(images, [["dog"]] * 3)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from rewards.backbones.weight_files import AffineHead, find, read_tensors
+from rewards.backbones.weight_files import AffineHead, locate, read_tensors
 
 
 class Planted:
@@ -30,8 +30,8 @@ def test_tensors_are_read_from_either_format(tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "bare.pth")
     save_file(tensors, tmp_path / "head.safetensors")
     for name in ("checkpoint.pt", "bare.pth", "head.safetensors"):
-        found = read_tensors(tmp_path / name)
-        assert set(found) == set(tensors) and all(torch.equal(found[key], tensors[key]) for key in tensors)
+        read = read_tensors(tmp_path / name)
+        assert set(read) == set(tensors) and all(torch.equal(read[key], tensors[key]) for key in tensors)
 
 
 def test_code_in_a_file_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,15 +44,15 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture
         read_tensors(tmp_path / "list.pt")
 
 
-def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *names: asked.append(names) or str(tmp_path / "x"))
-    assert find("hf://owner/repository/folder/file.pt") == tmp_path / "x"
-    assert asked == [("owner/repository", "folder/file.pt")]
+def test_local_files_and_hub_addresses_are_located(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *names: requests.append(names) or str(tmp_path / "x"))
+    assert locate("hf://owner/repository/folder/file.pt") == tmp_path / "x"
+    assert requests == [("owner/repository", "folder/file.pt")]
     with pytest.raises(ValueError, match="names no file: give hf://owner/repository/file"):
-        find("hf://owner/repository")
+        locate("hf://owner/repository")
     with pytest.raises(FileNotFoundError, match="is not a file: give a path, or hf://"):
-        find(tmp_path / "absent.pt")
+        locate(tmp_path / "absent.pt")
 
 
 def test_an_mlp_without_activations_is_one_affine_map() -> None:
@@ -65,16 +65,16 @@ def test_an_mlp_without_activations_is_one_affine_map() -> None:
     assert float(head(torch.zeros(1, 6))) == pytest.approx(head.bias)
 
 
-def test_a_linear_head_is_itself() -> None:
+def test_a_linear_head_is_read_as_it_is() -> None:
     head = AffineHead.of({"weight": torch.tensor([[3.0, 4.0]]), "bias": torch.tensor([0.5])})
     assert head(torch.tensor([[1.0, 0.0], [0.6, 0.8]])).tolist() == pytest.approx([3.5, 5.5])
 
 
 def test_heads_of_another_kind_are_refused() -> None:
     relu = {f"layers.{i}.{kind}": torch.rand(1, 1) for i in (0, 3, 6, 8, 10) for kind in ("weight", "bias")}
-    with pytest.raises(ValueError, match="nothing but dropout between them; found layers 0, 10, 3, 6, 8"):
+    with pytest.raises(ValueError, match="nothing but dropout between them; the file has layers 0, 10, 3, 6, 8"):
         AffineHead.of(relu)
-    with pytest.raises(ValueError, match="found layers of other names"):
+    with pytest.raises(ValueError, match="the file has layers of other names"):
         AffineHead.of({"fc.weight": torch.rand(1, 2)})
     with pytest.raises(ValueError, match="has one output, not 2"):
         AffineHead.of({"weight": torch.rand(2, 3), "bias": torch.rand(2)})
