@@ -1,4 +1,4 @@
-"""Search for the best sample of every prompt: ``scripts/steer.py --config scripts/configs/steer/shapes_prune_partial.yaml``."""
+"""``genalign steer``, for launchers that start a script: ``python scripts/steer.py --config FILE``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Fine-tune a model on a reward: ``python scripts/train.py --config scripts/configs/train/shapes_flow_grpo_partial.yaml``."""
+"""``genalign train``, for launchers that start a script: ``torchrun scripts/train.py --config FILE``."""
 
 import sys
 

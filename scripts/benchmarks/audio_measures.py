@@ -118,8 +118,8 @@ class OfSets:
         return [PromptRecord(name, self.metric, run.seed, "all", "the whole set", before, after, count)]
 
     def trials(self, run: Run) -> list[tuple[float, float]]:
-        made = compare_parts(self.reward, self._described(run.before), self._described(run.after), PART)
-        return list(zip(made.before, made.after, strict=True))
+        comparison = compare_parts(self.reward, self._described(run.before), self._described(run.after), PART)
+        return list(zip(comparison.before, comparison.after, strict=True))
 
     def _described(self, heard: Heard) -> Tensor:
         return torch.cat([self.features(part) for part in heard.clips.split(BATCH)])
@@ -132,15 +132,15 @@ def by_prompt(name: str, metric: str, run: Run, before: Sequence[float], after: 
         rows.setdefault((record.task, record.prompt), []).append(row)
     return [
         PromptRecord(
-            name, metric, run.seed, *asked, _mean([before[i] for i in at]), _mean([after[i] for i in at]), len(at)
+            name, metric, run.seed, *key, _mean([before[i] for i in at]), _mean([after[i] for i in at]), len(at)
         )
-        for asked, at in rows.items()
+        for key, at in rows.items()
     ]
 
 
 @torch.no_grad()
 def measures(clap: str = "tones-clap") -> dict[str, Measure]:
-    """What the runs of compare_tones.yaml are after, by name; the exemplars are others than those of training."""
+    """The targets of the runs of compare/tones_methods.yaml, on other reference clips than those of training."""
     mel, embedding = LogMelFeatures(SAMPLE_RATE), ClapFeatures(clap, SAMPLE_RATE)
     frames = extract_frame_features(revoiced(["organ"], (-32.0, -26.0), seed=1), mel)
     return {
@@ -155,22 +155,22 @@ def measures(clap: str = "tones-clap") -> dict[str, Measure]:
 
 
 @torch.no_grad()
-def rewards_row(name: str, target: Measure, runs: Sequence[Run], found: Mapping[str, Measure]) -> dict[str, Any]:
+def rewards_row(name: str, target: Measure, runs: Sequence[Run], metrics: Mapping[str, Measure]) -> dict[str, Any]:
     """A recipe's line as DRAGON's table 1 has it: how often the ``target`` is won, in the trials of all seeds, and
     every measure's means before and after."""
     before, after = zip(*(trial for run in runs for trial in target.trials(run)), strict=True)
-    means = {measure.metric: _means([measure.records("", run) for run in runs]) for measure in found.values()}
+    means = {measure.metric: _means([measure.records("", run) for run in runs]) for measure in metrics.values()}
     return {"name": name, "target": target.metric, "wins": asdict(win_test(before, after)), "rewards": means}
 
 
 def _means(by_run: Sequence[Sequence[PromptRecord]]) -> dict[str, float]:
     """The means over tasks, then over runs."""
-    made: dict[str, list[float]] = {"before": [], "after": []}
+    by_part: dict[str, list[float]] = {"before": [], "after": []}
     for records in by_run:
         tasks = {record.task for record in records}
-        for part, values in made.items():
+        for part, values in by_part.items():
             values.append(_mean([_mean([getattr(r, part) for r in records if r.task == task]) for task in tasks]))
-    return {part: _mean(values) for part, values in made.items()}
+    return {part: _mean(values) for part, values in by_part.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""The recorded trajectories of sounds that searches are compared on: a part of ``scripts/benchmarks/proofs.py audio``."""
+"""Recorded audio trajectories on which searches are compared: a part of ``proofs.py audio``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pipeline() -> Pipeline:
     return pipelines.load(assets.resolve("tones-audio"), autocast=torch.bfloat16)
 
 
-def asked(seed: int) -> list[Prompt]:
+def pool_prompts(seed: int) -> list[Prompt]:
     """The prompts of a seed's pool, as many of each task as there are, in turn."""
     return drawn_in_turn(tones.prompts(SUITES[seed]), PROMPTS, seed=0)
 
@@ -43,7 +43,7 @@ def record(work: Path, selection: Path) -> None:
     model = pipeline()
     judges = [NamedReward("selection", ScorerReward(selection)), NamedReward("strict", TonesReward("strict"))]
     for seed in SUITES:
-        for index, prompt in enumerate(asked(seed)):
+        for index, prompt in enumerate(pool_prompts(seed)):
             path = work / f"seed-{seed}" / f"{index:03d}.safetensors"
             if path.exists():
                 continue
@@ -58,4 +58,4 @@ def record(work: Path, selection: Path) -> None:
 def load(work: Path, seed: int) -> list[tuple[dict[str, Tensor], Prompt]]:
     """What ``record`` wrote of a seed's prompts."""
     paths = sorted((work / f"seed-{seed}").glob("*.safetensors"))
-    return [(load_state(path)[0], prompt) for path, prompt in zip(paths, asked(seed), strict=True)]
+    return [(load_state(path)[0], prompt) for path, prompt in zip(paths, pool_prompts(seed), strict=True)]

@@ -22,7 +22,7 @@ from genalign.search.pruning import PruneSchedule
 from genalign.types import Prompt
 from rewards.noise_aware import ScorerReward, load_scorer
 from scripts.benchmarks import audio_pool
-from scripts.benchmarks.cached import kept
+from scripts.benchmarks.cached import cached
 from scripts.benchmarks.pruning_trials import Costs, Trials, best_of
 
 BUDGETS = (4, 8, 16)  # so many finished clips' seconds
@@ -38,11 +38,18 @@ def prepare(work: Path) -> None:
     reward = work / "selection" / SCORER
     follows = [f"--rewards.selection.function.init_args.path={reward}", f"--student.init_args.start={reward}"]
     for name, config, options in (
-        ("selection", "noise_aware_tones_selection", []),
-        ("aware", "noise_aware_tones", follows),
+        ("selection", "tones_selection", []),
+        ("aware", "tones_latent", follows),
     ):
         output = work / name
-        command = ["train-noise-aware", "--config", f"scripts/configs/{config}.yaml", "--output", str(output), *options]
+        command = [
+            "train-noise-aware",
+            "--config",
+            f"scripts/configs/noise_aware/{config}.yaml",
+            "--output",
+            str(output),
+            *options,
+        ]
         if not (output / SCORER).exists() and (status := genalign(command)):
             raise SystemExit(f"{config} ended with status {status}")
 
@@ -51,18 +58,18 @@ def costs(work: Path) -> Costs:
     """Of every call in seconds, measured once: the machine should be quiet then."""
 
     def measured() -> dict[str, float]:
-        model, asked = audio_pool.pipeline(), audio_pool.asked(TUNING)[:BATCH]
-        latents, level = model.initial_noise(range(len(asked))), torch.full((len(asked),), 0.5)
+        model, prompts = audio_pool.pipeline(), audio_pool.pool_prompts(TUNING)[:BATCH]
+        latents, level = model.initial_noise(range(len(prompts))), torch.full((len(prompts),), 0.5)
         student = load_scorer(work / "aware" / SCORER).student
         calls = [
             NamedReward("selection", ScorerReward(work / "selection" / SCORER)),
             NamedReward(STUDENT, lambda _, prompts: student(latents, level, prompts)),
         ]
-        return measure_prices(model, calls, asked, Sampling(audio_pool.STEPS).grid(model), repeats=15)
+        return measure_prices(model, calls, prompts, Sampling(audio_pool.STEPS).grid(model), repeats=15)
 
-    found = kept(work / "prices.json", measured)
-    looks = {STUDENT: found[reward_call(STUDENT)]}
-    return Costs(audio_pool.STEPS, found["forward"], found["decode"], found[reward_call("selection")], looks)
+    prices = cached(work / "prices.json", measured)
+    looks = {STUDENT: prices[reward_call(STUDENT)]}
+    return Costs(audio_pool.STEPS, prices["forward"], prices["decode"], prices[reward_call("selection")], looks)
 
 
 @torch.no_grad()
@@ -74,9 +81,9 @@ def trials(work: Path, seed: int, subsets: int) -> Trials:
 
     def scored(previews: Tensor, prompt: Prompt) -> Tensor:
         """(N, L) of previews (N, L, ...) of one prompt."""
-        asked = [prompt] * len(previews)
+        prompts = [prompt] * len(previews)
         places = enumerate(levels.expand(len(previews), -1).T)
-        return torch.stack([student(previews[:, i].float(), level, asked) for i, level in places], dim=1)
+        return torch.stack([student(previews[:, i].float(), level, prompts) for i, level in places], dim=1)
 
     scores = [scored(tensors["previews"], prompt) for tensors, prompt in recorded]
     clean = [tensors["clean"] for tensors, _ in recorded]
@@ -88,9 +95,9 @@ def pruning_records(work: Path) -> list[PromptRecord]:
     prepare(work)
     prices = costs(work)
     audio_pool.record(work / "pool", work / "selection" / SCORER)
-    chosen = schedules(work, prices)
+    schedule_of = schedules(work, prices)
     tested = [seed for seed, suite in audio_pool.SUITES.items() if suite in NAMES]
-    return [record for seed in tested for record in _records(trials(work, seed, SUBSETS), seed, chosen, prices)]
+    return [record for seed in tested for record in _records(trials(work, seed, SUBSETS), seed, schedule_of, prices)]
 
 
 def schedules(work: Path, prices: Costs) -> dict[int, PruneSchedule]:
@@ -100,19 +107,26 @@ def schedules(work: Path, prices: Costs) -> dict[int, PruneSchedule]:
         tuning = trials(work, TUNING, TRIALS)
         return {budget: asdict(tuning.best(STUDENT, budget, prices)) for budget in BUDGETS}
 
-    found = kept(work / "schedules.json", tuned)
-    return {int(budget): PruneSchedule(tuple(one["steps"]), tuple(one["keep"])) for budget, one in found.items()}
+    schedules_json = cached(work / "schedules.json", tuned)
+    return {
+        int(budget): PruneSchedule(tuple(one["steps"]), tuple(one["keep"])) for budget, one in schedules_json.items()
+    }
 
 
-def _records(made: Trials, seed: int, chosen: Mapping[int, PruneSchedule], prices: Costs) -> Iterator[PromptRecord]:
-    ends, asked = made.ends, audio_pool.asked(seed)
-    before = {budget: best_of(ends, budget) for budget in chosen}
-    after = {budget: made.at(schedule, STUDENT, budget, prices) for budget, schedule in chosen.items()}
-    about = f"budgets {min(chosen)} to {max(chosen)}"
-    rows = [("", f"selection reward, {about}", 0, list(chosen)), (".strict", f"strict, {about}", 1, list(chosen))]
-    rows += [(f".at_{budget}", "selection reward", 0, [budget]) for budget in chosen]
+def _records(
+    recorded: Trials, seed: int, schedule_of: Mapping[int, PruneSchedule], prices: Costs
+) -> Iterator[PromptRecord]:
+    ends, prompts = recorded.ends, audio_pool.pool_prompts(seed)
+    before = {budget: best_of(ends, budget) for budget in schedule_of}
+    after = {budget: recorded.at(schedule, STUDENT, budget, prices) for budget, schedule in schedule_of.items()}
+    about = f"budgets {min(schedule_of)} to {max(schedule_of)}"
+    rows = [
+        ("", f"selection reward, {about}", 0, list(schedule_of)),
+        (".strict", f"strict, {about}", 1, list(schedule_of)),
+    ]
+    rows += [(f".at_{budget}", "selection reward", 0, [budget]) for budget in schedule_of]
     for suffix, metric, score, budgets in rows:
         old, new = (torch.stack([side[b][:, score] for b in budgets]).mean(0).tolist() for side in (before, after))
-        for place, prompt in enumerate(asked):
+        for place, prompt in enumerate(prompts):
             name = f"{NAMES[audio_pool.SUITES[seed]]}{suffix}"
             yield PromptRecord(name, metric, seed, prompt.task, prompt.text, old[place], new[place], SUBSETS)

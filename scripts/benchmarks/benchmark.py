@@ -1,17 +1,19 @@
-"""Speed and memory against the bare libraries: medians of repeated, interleaved runs in one process.
+"""Speed and memory compared with the bare libraries: medians of repeated, interleaved runs in one process.
 
-    python scripts/benchmarks/benchmark.py rollout    images/s of ours relative to the diffusers pipeline
-    python scripts/benchmarks/benchmark.py train      one training pass relative to forward + backward of the same transformer
-    python scripts/benchmarks/benchmark.py memory     peak memory for T and for 4 T steps
-    python scripts/benchmarks/benchmark.py dense      DenseGRPO's completions relative to as many forwards of a rollout
-    python scripts/benchmarks/benchmark.py overhead   what a search costs beside forwards, decodes and rewards
-    python scripts/benchmarks/benchmark.py methods    every method's training pass relative to Flow-GRPO's, forward by forward
-    python scripts/benchmarks/benchmark.py scale      a round's cost by group size, steps, resolution, rewards (scale_benchmark.py)
-    python scripts/benchmarks/benchmark.py search     searches at equal cost; or some of its parts (search_benchmark.py)
-    python scripts/benchmarks/benchmark.py compare    time to a score beside a plain loop; or some parts (speed_benchmark.py)
+    python scripts/benchmarks/benchmark.py PART
+
+rollout    images/s relative to the diffusers pipeline
+train      one training pass relative to forward + backward of the same transformer
+memory     peak memory for T and for 4 T steps
+dense      DenseGRPO's completions relative to as many NFE of a rollout
+overhead   cost of a search beyond NFE, decoding and rewards
+methods    every method's training pass relative to Flow-GRPO's, per NFE
+scale      cost of a round by group size, steps, resolution, rewards (scale_benchmark.py)
+search     searches at equal cost, or some of its parts (search_benchmark.py)
+compare    time to a score compared with a plain loop, or some of its parts (speed_benchmark.py)
 
 Each part writes docs/results/benchmark_PART.json, with the repeats in docs/results/raw/benchmark_PART.jsonl; search
-writes docs/results/search_shapes.json. These two keep what they made in runs/ and go on from there.
+writes docs/results/search_shapes.json. The last two save their parts in runs/ and resume from there.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from genalign.diffusion.rollout import ReplayBatch, Rollout, RolloutInputs, kern
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import ODE, FlowSDE, Kernel
 from genalign.evaluation.records import Measurement, ratios, write_results
-from genalign.runtime.cpu import keep_freed_memory
+from genalign.runtime.cpu import retain_freed_memory
 from genalign.scoring.budget import Ledger, Metered
 from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, Prune
@@ -55,7 +57,7 @@ AUTOCAST = torch.bfloat16
 
 
 def start(pipeline: SD3) -> RolloutInputs:
-    """One batch of train prompts."""
+    """The rollout inputs of one batch of train prompts."""
     texts = [prompt.text for prompt in shapes.prompts("train").prompts[:BATCH]]
     seeds = tuple(range(BATCH))
     return RolloutInputs(pipeline.encode(texts), torch.arange(BATCH), seeds, seeds)
@@ -226,9 +228,9 @@ def benchmark_methods(repeats: int) -> list[Measurement]:
         rewards = [NamedReward("red", lambda samples, prompts: samples[:, 0].flatten(1).mean(1))]
         prompts = shapes.prompts("train")
         trainer = Trainer(pipeline, policy, rewards, prompts, make(), settings, Sampling(STEPS, SIGMAS))
-        chosen = next(trainer.prompts.rounds())
-        parts = trainer._sample(0, chosen)
-        run = functools.partial(trainer._learn, 0, chosen, parts, trainer._outcome(parts, len(chosen)))
+        prompts = next(trainer.prompts.rounds())
+        parts = trainer._sample(0, prompts)
+        run = functools.partial(trainer._learn, 0, prompts, parts, trainer._outcome(parts, len(prompts)))
         before = trainer.ledger.copy()
         run()
         spent = trainer.ledger.since(before).counts
@@ -261,12 +263,12 @@ def benchmark_overhead(repeats: int) -> list[Measurement]:
     # a clock around two methods of this one instance
     pipeline.predict, pipeline.decode = timed(pipeline.predict), timed(pipeline.decode)  # type: ignore[method-assign]
     reward, measured = timed(ShapesReward("partial")), []
-    asked = shapes.prompts("val").prompts
+    validation = shapes.prompts("val").prompts
     strategies: dict[str, Strategy] = {"best_of_32": BestOfN(32), "prune_32": Prune((3, 5, 8), (0.5, 0.5, 0.5), 32)}
     for name, strategy in strategies.items():
         for turn in range(repeats + 1):
             metered, rewards = Metered(pipeline, Ledger()), [NamedReward("partial", reward)]
-            run = Run(metered, [asked[turn]], rewards, pipeline.grid(STEPS, SIGMAS), 1.0, 32, str(turn))
+            run = Run(metered, [validation[turn]], rewards, pipeline.grid(STEPS, SIGMAS), 1.0, 32, str(turn))
             spent[0], began = 0.0, time.perf_counter()
             strategy(run, Allowance())
             whole = time.perf_counter() - began
@@ -294,7 +296,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
-    keep_freed_memory()  # as the command does on a CPU
+    retain_freed_memory()  # as the command does on a CPU
     if options.part == "one-round":
         return one_round(options.steps)
     if options.part == "search":

@@ -1,4 +1,4 @@
-"""What was measured is kept, so that an interrupted measurement goes on."""
+"""Caches measurements on disk, so that an interrupted benchmark resumes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from genalign.runtime.files import write_json
 
 
-def kept(path: Path, make: Callable[[], Any]) -> Any:
+def cached(path: Path, make: Callable[[], Any]) -> Any:
     """What ``make`` gives, or gave before, as ``path`` (JSON) holds it."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

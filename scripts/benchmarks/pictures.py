@@ -49,8 +49,8 @@ def before_after(run: Path, output: Path, scale: int = 2) -> None:
     pairs = ranked(load_evaluation(run / "before"), load_evaluation(run / "after"))
     repaired = [pair for pair in reversed(pairs) if pair.difference("strict") > 0]
     tasks = list(dict.fromkeys(pair.before.task for pair in repaired))
-    chosen = [[pair for pair in repaired if pair.before.task == task][:2] for task in tasks]
-    flat = [pair for group in chosen for pair in group][:COLUMNS]
+    pairs_of = [[pair for pair in repaired if pair.before.task == task][:2] for task in tasks]
+    flat = [pair for group in pairs_of for pair in group][:COLUMNS]
     figure, axes = plt.subplots(2, len(flat), figsize=(1.5 * len(flat), 3.6), layout="constrained", squeeze=False)
     for column, pair in enumerate(flat):
         for row, (name, record) in enumerate((("before", pair.before), ("after", pair.after))):
@@ -65,15 +65,15 @@ def before_after(run: Path, output: Path, scale: int = 2) -> None:
 
 def search_curves(result: Path, output: Path) -> None:
     """The selection reward and the verifier's strict score of every search against its budget."""
-    found = json.loads(result.read_text(encoding="utf-8"))
+    result_file = json.loads(result.read_text(encoding="utf-8"))
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for place, (axis, label) in enumerate(zip(axes, ("selection reward", "strict accuracy (judge)"), strict=True)):
-        for name, by_budget in found["curves"].items():
+        for name, by_budget in result_file["curves"].items():
             dashed = "oracle" in name or "pool" in name
             means = [scores[place] for scores in by_budget.values()]
-            axis.plot(found["budgets"], means, marker=".", linestyle=":" if dashed else "-", label=name)
-        axis.set(xscale="log", xlabel="budget (images' cost)", ylabel=label, xticks=found["budgets"])
-        axis.set_xticklabels(found["budgets"])
+            axis.plot(result_file["budgets"], means, marker=".", linestyle=":" if dashed else "-", label=name)
+        axis.set(xscale="log", xlabel="budget (images' cost)", ylabel=label, xticks=result_file["budgets"])
+        axis.set_xticklabels(result_file["budgets"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
@@ -101,13 +101,13 @@ def scale(result: Path, output: Path) -> None:
 
 def speed(result: Path, output: Path) -> None:
     """Held-out accuracy against seconds of training, a line for each seed, until the target."""
-    found = json.loads(result.read_text(encoding="utf-8"))
+    result_file = json.loads(result.read_text(encoding="utf-8"))
     figure, axis = plt.subplots(figsize=(8, 3.5), layout="constrained")
-    for number, (name, curves) in enumerate(found["curves"].items()):
+    for number, (name, curves) in enumerate(result_file["curves"].items()):
         for place, curve in enumerate(curves):
             label = name.replace("_", " ") if place == 0 else None
             axis.plot(*zip(*curve, strict=True), color=f"C{number}", linewidth=1, label=label)
-    axis.axhline(found["target"], linestyle=":", color="#888888")
+    axis.axhline(result_file["target"], linestyle=":", color="#888888")
     axis.set(xlabel="seconds of training", ylabel="strict accuracy (validation)")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize=8)

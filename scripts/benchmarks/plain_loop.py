@@ -74,8 +74,8 @@ class PlainLoop:
         """Sample, score, and learn; the mean reward."""
         settings = self.settings
         order = torch.randperm(len(self.prompts), generator=self.generator)[: settings.prompts_per_round].tolist()
-        asked = [self.prompts[place] for place in order for _ in range(settings.group_size)]
-        parts = [asked[i : i + settings.batch_size] for i in range(0, len(asked), settings.batch_size)]
+        prompts = [self.prompts[place] for place in order for _ in range(settings.group_size)]
+        parts = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
         batches = [self.sample([prompt.text for prompt in part]) for part in parts]
         rewards = torch.cat([self.score(batch, part) for batch, part in zip(batches, parts, strict=True)])
         advantages = self.advantages(rewards).split(settings.batch_size)
@@ -110,13 +110,13 @@ class PlainLoop:
         return Trajectories(texts, steps, torch.stack(states, 1), torch.stack(log_probs, 1), x)
 
     @torch.no_grad()
-    def score(self, batch: Trajectories, asked: Sequence[Prompt]) -> Tensor:
-        """Rewards (B,) of its images."""
+    def score(self, batch: Trajectories, prompts: Sequence[Prompt]) -> Tensor:
+        """Decode a batch and compute its rewards (B,)."""
         config = self.pipe.vae.config
         with self._mixed_precision():
             latents = batch.final / config.scaling_factor + config.shift_factor
             images = self.pipe.vae.decode(latents, return_dict=False)[0]
-        return self.reward((images.float() / 2 + 0.5).clamp(0, 1), asked)
+        return self.reward((images.float() / 2 + 0.5).clamp(0, 1), prompts)
 
     def update(self, batches: Sequence[Trajectories], advantages: Sequence[Tensor]) -> None:
         """One optimiser step from these batches, step by step."""
@@ -155,19 +155,19 @@ class PlainLoop:
         """The transformer's output at step i."""
         timestep = (self.sigmas[i] * 1000).expand(len(x))
         with self._mixed_precision():
-            found: Tensor = self.pipe.transformer(x, *context, timestep, return_dict=False)[0]
-        return found.float()
+            velocity: Tensor = self.pipe.transformer(x, *context, timestep, return_dict=False)[0]
+        return velocity.float()
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings and pooled embeddings."""
         longest = self.pipe.tokenizer_3.model_max_length
-        asked = {"do_classifier_free_guidance": False, "max_sequence_length": longest}
-        context, _, pooled, _ = self.pipe.encode_prompt(texts, None, None, **asked)
+        options = {"do_classifier_free_guidance": False, "max_sequence_length": longest}
+        context, _, pooled, _ = self.pipe.encode_prompt(texts, None, None, **options)
         return context, pooled
 
     def _steps(self) -> range:
-        """Those that are noisy and trained."""
+        """The steps that are noisy and trained."""
         size, total = self.settings.window, len(self.settings.sigmas)
         if size is None:
             return range(total - 1)

@@ -3,7 +3,7 @@
     python scripts/benchmarks/proofs.py                 every part
     python scripts/benchmarks/proofs.py flow_grpo       one part
 
-Finished seeds are kept in runs/proofs, so that an interrupted proof goes on where it stopped.
+Finished seeds are saved in runs/proofs; an interrupted proof resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def flow_grpo(work: Path) -> None:
         records += gains("flow_grpo", "strict", "strict", seed, run)
         records += gains("flow_grpo.partial", "partial", "partial", seed, run)
     claim = "Flow-GRPO on train prompts raises strict accuracy on held-out compositions (suite comp, ODE, 10 steps)"
-    made = head(claim, "python scripts/benchmarks/proofs.py flow_grpo")
-    write_results(RESULTS, "flow_grpo_shapes", {**made, "validation_strict": watched}, records)
+    header = head(claim, "python scripts/benchmarks/proofs.py flow_grpo")
+    write_results(RESULTS, "flow_grpo_shapes", {**header, "validation_strict": watched}, records)
 
 
 def validation(run: Path) -> dict[str, float]:
@@ -63,19 +63,19 @@ def methods(work: Path) -> None:
     """Every method of the comparison raises held-out strict accuracy, at equal NFE."""
     folder = work / "methods"
     records: list[PromptRecord] = []
-    for name, runs in compared(folder, "compare_shapes").items():
+    for name, runs in compared(folder, "shapes_methods").items():
         for seed, run in runs.items():
             records += gains(name, "strict" if len(runs) > 1 else "strict, one seed", "strict", seed, run)
     claim = "Held-out strict accuracy (suite comp, ODE, 10 steps) rises under each method, at 100 000 NFE"
     standings = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    made = head(claim, "python scripts/benchmarks/proofs.py methods")
-    write_results(RESULTS, "methods_shapes", {**made, "standings": standings}, records)
+    header = head(claim, "python scripts/benchmarks/proofs.py methods")
+    write_results(RESULTS, "methods_shapes", {**header, "standings": standings}, records)
 
 
 def dragon(work: Path) -> None:
     """DRAGON on rewards of whole sets: a distance to references falls, variety rises beside accuracy."""
     frechet, vendi = (
-        compared(work / name, f"compare_{name}")[run] for name, run in (("dragon", "frechet"), ("variety", "vendi"))
+        compared(work / name, f"shapes_{name}")[run] for name, run in (("dragon", "frechet"), ("variety", "vendi"))
     )
     near = nearness(recolored(("purple",), radius=(5.5, 7.5), seed=1))  # others than those of training
     records: list[PromptRecord] = []
@@ -95,7 +95,7 @@ def dragon(work: Path) -> None:
 
 def adversarial(work: Path) -> None:
     """A reward that can be hacked, frozen and adversarial; and a style learnt from pictures alone."""
-    runs = compared(work / "adversarial", "compare_adversarial")
+    runs = compared(work / "adversarial", "shapes_adversarial")
     records: list[PromptRecord] = []
     for name in ("frozen", "adversarial"):
         for seed, run in runs[name].items():
@@ -107,16 +107,17 @@ def adversarial(work: Path) -> None:
     references = rendered("train", seed=1).images
     low, high = saturation(references.load(range(len(references)))).quantile(torch.tensor([0.05, 0.95])).tolist()
     claim = (
-        "A reward with a planted preference for saturation lowers strict accuracy when frozen and raises it when trained"
+        "A reward with a planted preference for saturation lowers strict accuracy when frozen and raises it when"
+        " trained"
         " against references; a discriminator of recolored references brings the model nearer to them"
     )
-    made = head(claim, "python scripts/benchmarks/proofs.py adversarial")
-    write_results(RESULTS, "adversarial_shapes", {**made, "reference_saturation": [low, high]}, records)
+    header = head(claim, "python scripts/benchmarks/proofs.py adversarial")
+    write_results(RESULTS, "adversarial_shapes", {**header, "reference_saturation": [low, high]}, records)
 
 
 def hacking(work: Path) -> None:
     """The alarm comes before a planted reward has cost a tenth of the strict accuracy, and never in honest runs."""
-    runs = compared(work / "hacking", "compare_hacking")
+    runs = compared(work / "hacking", "shapes_hacking")
     records: list[PromptRecord] = []
     for seed, run in runs["planted"].items():
         alarm, fall = alarm_and_fall(run)
@@ -126,11 +127,12 @@ def hacking(work: Path) -> None:
         records.append(PromptRecord("honest_alarms", "alarms", seed, "all", "the whole run", 0.0, alarms, 1))
         records += gains("honest.strict", "strict", "strict", seed, run)
     claim = (
-        "The alarm, which reads no verifier, comes before a reward with a planted preference for red has cost a tenth of"
+        "The alarm, which reads no verifier, comes before a reward with a planted preference for red has cost a tenth"
+        " of"
         " the held-out strict accuracy, and never while an honest reward raises it"
     )
-    made = head(claim, "python scripts/benchmarks/proofs.py hacking")
-    write_results(RESULTS, "hacking_shapes", made, records)
+    header = head(claim, "python scripts/benchmarks/proofs.py hacking")
+    write_results(RESULTS, "hacking_shapes", header, records)
 
 
 AUDIO_TARGETS = {
@@ -145,7 +147,7 @@ AUDIO_TARGETS = {
 
 def audio(work: Path) -> None:
     """On sounds: policy gradient and DRAGON raise strict accuracy, and DRAGON moves what its rewards of sets say."""
-    trained = compared(work / "audio", "compare_tones")
+    trained = compared(work / "audio", "tones_methods")
     records = pruning_records(work / "audio_search")
     heard, table = audio_gains(trained)
     claim = (
@@ -154,22 +156,22 @@ def audio(work: Path) -> None:
         " score while strict accuracy does not fall; noise-aware pruning finds more of its selection reward than"
         " best-of-N at equal cost in seconds"
     )
-    made = head(claim, "python scripts/benchmarks/proofs.py audio")
-    write_results(RESULTS, "audio_tones", {**made, "win_rates": table}, heard + records)
+    header = head(claim, "python scripts/benchmarks/proofs.py audio")
+    write_results(RESULTS, "audio_tones", {**header, "win_rates": table}, heard + records)
 
 
 @torch.no_grad()
 def audio_gains(trained: dict[str, dict[int, Path]]) -> tuple[list[PromptRecord], list[dict[str, Any]]]:
     """The records of every recipe's target and of an accuracy beside it, and DRAGON's table 1."""
-    found = measures()
+    metrics = measures()
     records: list[PromptRecord] = []
     table: list[dict[str, Any]] = []
     for name, target in AUDIO_TARGETS.items():
         heard = [Run.of(run, seed) for seed, run in trained[name].items()]
         beside = "partial" if target == "strict" else "strict"
         for run in heard:
-            records += found[target].records(name, run) + found[beside].records(f"{name}.{beside}", run)
-        table.append(rewards_row(name, found[target], heard, found))
+            records += metrics[target].records(name, run) + metrics[beside].records(f"{name}.{beside}", run)
+        table.append(rewards_row(name, metrics[target], heard, metrics))
     return records, table
 
 
@@ -185,17 +187,19 @@ def alarm_and_fall(run: Path) -> tuple[float, float]:
 
 def panels(run: Path) -> list[tuple[int, HackingReport]]:
     """Every look of a run, by round."""
-    return [(row["round"], HackingReport.from_list(row["reward_hacking"])) for row in metrics(run) if row["reward_hacking"]]
+    return [
+        (row["round"], HackingReport.from_list(row["reward_hacking"])) for row in metrics(run) if row["reward_hacking"]
+    ]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The rounds of a run."""
+    """The rows of metrics.jsonl of a run."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def compared(folder: Path, name: str) -> dict[str, dict[int, Path]]:
-    """The finished runs of a comparison by recipe and seed; what is missing is trained."""
-    if status := genalign(["compare", f"scripts/configs/{name}.yaml", "--output", str(folder)]):
+    """The finished runs of a comparison by recipe and seed; missing ones are trained."""
+    if status := genalign(["compare", f"scripts/configs/compare/{name}.yaml", "--output", str(folder)]):
         raise SystemExit(f"the comparison {name} ended with status {status}")
     recipes = sorted(path for path in folder.iterdir() if path.is_dir())
     return {
@@ -206,8 +210,8 @@ def compared(folder: Path, name: str) -> dict[str, dict[int, Path]]:
 
 def gains(name: str, metric: str, score: str, seed: int, run: Path) -> list[PromptRecord]:
     """The records of one score of a finished run."""
-    found = prompt_records(name, score, seed, load_evaluation(run / "before"), load_evaluation(run / "after"))
-    return [replace(record, metric=metric) for record in found]
+    records = prompt_records(name, score, seed, load_evaluation(run / "before"), load_evaluation(run / "after"))
+    return [replace(record, metric=metric) for record in records]
 
 
 PARTS = {
@@ -228,7 +232,7 @@ def train(config: str, run: Path, seed: int) -> None:
 
 
 def head(claim: str, command: str) -> dict[str, str]:
-    """What a result file says about how it was made."""
+    """The header of a result file: claim, command, machine, date and commit."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     return {
         "claim": claim,

@@ -42,11 +42,11 @@ class Costs:
 
 def schedules(levels: Sequence[int]) -> list[PruneSchedule]:
     """One to three steps of ``levels`` with equal shares."""
-    found = []
+    result = []
     for count, shares in ((1, (0.2, 0.33, 0.5)), (2, (0.33, 0.5, 0.6)), (3, (0.4, 0.5, 0.65))):
         for steps in itertools.combinations(levels, count):
-            found += [PruneSchedule(steps, (share,) * count) for share in shares]
-    return found
+            result += [PruneSchedule(steps, (share,) * count) for share in shares]
+    return result
 
 
 class Trials:
@@ -69,8 +69,8 @@ class Trials:
         trials, generator = len(self.ends) * self.subsets, torch.Generator().manual_seed(candidates)
         subset = torch.rand(trials, self.most, generator=generator).argsort(dim=1)[:, :candidates]
         places = tuple(self.levels.index(step) for step in schedule.steps)
-        found = self._pool.winners(PruneSchedule(places, schedule.keep), subset).view(len(self.ends), -1)
-        return self.ends.double().gather(1, found[..., None].expand(-1, -1, 2)).mean(1)
+        result = self._pool.winners(PruneSchedule(places, schedule.keep), subset).view(len(self.ends), -1)
+        return self.ends.double().gather(1, result[..., None].expand(-1, -1, 2)).mean(1)
 
     def at(self, schedule: PruneSchedule, way: str, budget: float, costs: Costs) -> Tensor:
         """The same of as many candidates as ``budget`` samples' cost begins."""
@@ -78,7 +78,7 @@ class Trials:
 
     def best(self, way: str, budget: float, costs: Costs) -> PruneSchedule:
         """The schedule of most reward at a budget. Raises ValueError for one that begins no candidate."""
-        possible = [found for found in schedules(self.levels) if costs.affordable(found, way, budget, self.most)]
+        possible = [result for result in schedules(self.levels) if costs.affordable(result, way, budget, self.most)]
         if not possible:
             raise ValueError(
                 f"the cost of {budget} samples begins no candidate under any schedule: give a larger budget"

@@ -27,10 +27,10 @@ def table(result: dict[str, Any]) -> str:
     heading = "value | 95% interval | repeats" if measured else "gain | 95% interval | pairs"
     lines = [f"| name | metric | {heading} |", "|---|---|---|---|---|"]
     lines += [_line(row, ".3g" if measured else "+.3f") for row in result["rows"]]
-    made = (
+    rendered = (
         f"{result['claim']}. `{result['command']}`, {result['machine']}, {result['date']}, commit {result['commit']}."
     )
-    return "\n".join([*lines, "", made, ""])
+    return "\n".join([*lines, "", rendered, ""])
 
 
 def _line(row: dict[str, Any], form: str) -> str:
@@ -46,7 +46,11 @@ def standings(result: dict[str, Any]) -> str:
     for row in result["standings"]:
         gains = [row["gain"], row["scores"]["partial"], *(row["tasks"][task] for task in tasks)]
         cells = [row["name"], str(row["seeds"]), *(f"{gain:+.3f}" for gain in gains), f"{row['kl']:.1e}"]
-        cells += [f"{row['diversity']['color']:+.3f}", f"{row['minutes']:.1f}", f"{row.get('nfe', row.get('forwards')):.0f}"]
+        cells += [
+            f"{row['diversity']['color']:+.3f}",
+            f"{row['minutes']:.1f}",
+            f"{row.get('nfe', row.get('forwards')):.0f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
@@ -63,12 +67,12 @@ def curves(result: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _share(found: dict[str, float | None] | None) -> str:
+def _share(estimate: dict[str, float | None] | None) -> str:
     """A share with its interval; empty where it was not asked for, "not reached" where the recorded pool ends first."""
-    if found is None:
+    if estimate is None:
         return ""
-    mean, low, high = ("more" if value is None else f"{value:.0%}" for value in found.values())
-    return "not reached" if found["mean"] is None else f"{mean} ({low} to {high})"
+    mean, low, high = ("more" if value is None else f"{value:.0%}" for value in estimate.values())
+    return "not reached" if estimate["mean"] is None else f"{mean} ({low} to {high})"
 
 
 def wins(result: dict[str, Any]) -> str:
@@ -91,8 +95,8 @@ def fill(text: str, results: Path) -> str:
 
     def filled(match: re.Match[str]) -> str:
         result = json.loads((results / f"{match['name']}.json").read_text(encoding="utf-8"))
-        made = {"results": table, "standings": standings, "curves": curves, "wins": wins}[match["kind"]](result)
-        return f"{match['begin']}{made}{match['end']}"
+        rendered = {"results": table, "standings": standings, "curves": curves, "wins": wins}[match["kind"]](result)
+        return f"{match['begin']}{rendered}{match['end']}"
 
     return MARKED.sub(filled, text)
 

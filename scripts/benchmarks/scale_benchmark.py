@@ -30,7 +30,7 @@ PROMPTS = 12
 
 @dataclass(frozen=True)
 class Size:
-    """One round's numbers."""
+    """The geometry of one training round."""
 
     group_size: int = 8
     steps: int = 10
@@ -48,15 +48,15 @@ GROWN: dict[str, Sequence[int]] = {
 
 def benchmark_scale(repeats: int) -> list[Measurement]:
     """Seconds of a round, each number grown alone."""
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     for name, values in GROWN.items():
         for value in values:
             size = replace(Size(), **{name: value})
-            found += [
+            measurements += [
                 Measurement(f"{name}.{value}", "seconds a round", seconds)
                 for seconds in round_seconds(size, min(repeats, 5))
             ]
-    return found
+    return measurements
 
 
 def round_seconds(size: Size, repeats: int) -> list[float]:

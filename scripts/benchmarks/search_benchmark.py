@@ -59,7 +59,7 @@ def prepare(work: Path) -> None:
         output = work / name
         if (output / "scorer.safetensors").exists():
             continue
-        config = f"scripts/configs/noise_aware_{name}.yaml"
+        config = f"scripts/configs/noise_aware/shapes_{name}.yaml"
         if status := genalign(["train-noise-aware", "--config", config, "--output", str(output)]):
             raise SystemExit(f"{config} ended with status {status}")
 
@@ -68,29 +68,29 @@ def tune(work: Path) -> None:
     """For every way and budget the schedule of most reward; for every way the one that reaches best-of-32 soonest."""
     recorded, costs = Recorded.load(work).part(TUNE), search_pool.costs(work)
     target = float(best_of(recorded.clean, BUDGETS[-1])[:, 0].mean())
-    chosen: dict[str, dict[str, object]] = {}
+    schedules_json: dict[str, dict[str, object]] = {}
     for name, way in WAYS.items():
         trials = recorded.trials(way, TRIALS)
         by_budget = {budget: trials.best(way, budget, costs) for budget in BUDGETS}
         soonest = min(schedules(LEVELS), key=lambda schedule: share(trials, schedule, way, costs, target))
-        chosen[name] = {"by_budget": {b: asdict(s) for b, s in by_budget.items()}, "soonest": asdict(soonest)}
-        print(f"{name}: {chosen[name]}", flush=True)
-    write_json(work / "schedules.json", chosen)
+        schedules_json[name] = {"by_budget": {b: asdict(s) for b, s in by_budget.items()}, "soonest": asdict(soonest)}
+        print(f"{name}: {schedules_json[name]}", flush=True)
+    write_json(work / "schedules.json", schedules_json)
 
 
 def share(trials: Trials, schedule: PruneSchedule, way: str, costs: Costs, target: float) -> float:
     """The least cost at which a schedule's mean reward reaches ``target``, as a share of best-of-32's; inf where the
     recorded candidates do not."""
     counts = range(1, SEEDS + 1)
-    found = bisect.bisect_left(counts, True, key=lambda n: float(trials.pruned(schedule, n)[:, 0].mean()) >= target)
-    return costs.pruning(schedule, way, counts[found]) / (BUDGETS[-1] * costs.sample()) if found < SEEDS else np.inf
+    values = bisect.bisect_left(counts, True, key=lambda n: float(trials.pruned(schedule, n)[:, 0].mean()) >= target)
+    return costs.pruning(schedule, way, counts[values]) / (BUDGETS[-1] * costs.sample()) if values < SEEDS else np.inf
 
 
-def chosen_schedules(work: Path, name: str) -> tuple[dict[int, PruneSchedule], PruneSchedule]:
+def load_schedules(work: Path, name: str) -> tuple[dict[int, PruneSchedule], PruneSchedule]:
     """What ``tune`` chose: by budget, and to reach best-of-32."""
-    found = json.loads((work / "schedules.json").read_text(encoding="utf-8"))[name]
-    by_budget = {int(budget): _schedule(plain) for budget, plain in found["by_budget"].items()}
-    return by_budget, _schedule(found["soonest"])
+    values = json.loads((work / "schedules.json").read_text(encoding="utf-8"))[name]
+    by_budget = {int(budget): _schedule(plain) for budget, plain in values["by_budget"].items()}
+    return by_budget, _schedule(values["soonest"])
 
 
 def _schedule(plain: Mapping[str, Sequence[float]]) -> PruneSchedule:
@@ -128,23 +128,23 @@ class Compared:
         }
 
     def _pruning(self, name: str, way: str) -> Callable[[int], Tensor]:
-        by_budget, _ = chosen_schedules(self.work, name)
+        by_budget, _ = load_schedules(self.work, name)
         trials = self.recorded.trials(way, SUBSETS)
 
         return lambda budget: trials.at(by_budget[budget], way, budget, self.costs)
 
     def cost_of_best_of_32(self, name: str) -> dict[str, float | None]:
         """The share of its cost at which pruning reaches best-of-32's reward, with a bootstrap over prompts."""
-        way, (_, schedule) = WAYS[name], chosen_schedules(self.work, name)
+        way, (_, schedule) = WAYS[name], load_schedules(self.work, name)
         counts, trials = range(1, SEEDS + 1), self.recorded.trials(way, SUBSETS)
         rewards = torch.stack([trials.pruned(schedule, n)[:, 0] for n in counts]).numpy()
         costs = np.array([self.costs.pruning(schedule, way, n) / (BUDGETS[-1] * self.costs.sample()) for n in counts])
         lead = rewards - best_of(self.recorded.clean, BUDGETS[-1])[:, 0].numpy()
         weights = np.stack([np.ones(len(self.recorded)) / len(self.recorded), *self._resampled(2000)])
         reached = lead @ weights.T >= 0
-        found = np.where(reached.any(0), costs[reached.argmax(0)], np.inf)
-        low, high = np.quantile(found[1:], [0.025, 0.975], method="nearest")
-        named = {"mean": found[0], "low": low, "high": high}
+        values = np.where(reached.any(0), costs[reached.argmax(0)], np.inf)
+        low, high = np.quantile(values[1:], [0.025, 0.975], method="nearest")
+        named = {"mean": values[0], "low": low, "high": high}
         return {key: float(value) if np.isfinite(value) else None for key, value in named.items()}
 
     def _resampled(self, times: int) -> Iterator[np.ndarray]:
@@ -161,7 +161,7 @@ def live(work: Path) -> None:
     prices["reward/noise-aware"] = prices["reward/decoded"]
     prices["reward/strict"] = 0.0  # it judges, and is not part of the search
     allowance = Allowance(Budget(cost=LIVE_BUDGET * costs.sample(), prices=prices))
-    scorer, (by_budget, _) = load_scorer(work / "decoded" / "scorer.safetensors"), chosen_schedules(work, CLAIMED[0])
+    scorer, (by_budget, _) = load_scorer(work / "decoded" / "scorer.safetensors"), load_schedules(work, CLAIMED[0])
     schedule = by_budget[LIVE_BUDGET]
     strategies: dict[str, Strategy] = {
         "best_of_n": BestOfN(),
@@ -169,13 +169,13 @@ def live(work: Path) -> None:
         "fk_steering": FKSteering(lam=10.0, stop=0.7, kernel=FlowSDE(0.7), scorer=scorer),
     }
     selection, strict = search_pool.rewards(work)
-    asked = [search_pool.prompts()[row] for row in TEST][:LIVE_PROMPTS]
+    prompts = [search_pool.prompts()[row] for row in TEST][:LIVE_PROMPTS]
     lines = []
     for seed in (None, *TUNED):
         model = search_pool.pipeline()
         if seed is not None:
             model.load_lora(Path(f"runs/proofs/methods/flow_grpo/seed-{seed}/lora"))
-        for place, prompt in enumerate(asked):
+        for place, prompt in enumerate(prompts):
             row: dict[str, object] = {"seed": seed, "prompt": prompt.text, "task": prompt.task}
             for name, strategy in strategies.items():
                 grid = Sampling(STEPS).grid(model)
@@ -188,7 +188,7 @@ def live(work: Path) -> None:
                     row["one_sample"] = both.mean(1).tolist()
                 row[name] = both[:, finished.best()[0]].tolist()
             lines.append(json.dumps(row))
-            print(f"{seed}  {place + 1}/{len(asked)}  {prompt.text}", flush=True)
+            print(f"{seed}  {place + 1}/{len(prompts)}  {prompt.text}", flush=True)
     write_text(work / "live.jsonl", "".join(f"{line}\n" for line in lines))
 
 
@@ -196,12 +196,12 @@ def publish(work: Path) -> None:
     """Everything on the test prompts, from the pool and the live searches."""
     recorded, costs = Recorded.load(work).part(TEST), search_pool.costs(work)
     compared = Compared(recorded, costs, work)
-    found = {name: {b: method(b) for b in BUDGETS} for name, method in compared.methods().items()}
-    records = [*_pool_records(recorded, found), *_live_records(work)]
+    values = {name: {b: method(b) for b in BUDGETS} for name, method in compared.methods().items()}
+    records = [*_pool_records(recorded, values), *_live_records(work)]
     by_forwards = Compared(recorded, FORWARDS_ALONE, work)
     extra = {
         "budgets": BUDGETS,
-        "curves": {name: {b: method[b].mean(0).tolist() for b in BUDGETS} for name, method in found.items()},
+        "curves": {name: {b: method[b].mean(0).tolist() for b in BUDGETS} for name, method in values.items()},
         "cost_of_best_of_32": {name: compared.cost_of_best_of_32(name) for name in WAYS},
         "forwards_of_best_of_32": {name: by_forwards.cost_of_best_of_32(name) for name in WAYS},
         "schedules": json.loads((work / "schedules.json").read_text(encoding="utf-8")),
@@ -215,28 +215,28 @@ def publish(work: Path) -> None:
     )
 
 
-def _pool_records(recorded: Recorded, found: Mapping[str, Mapping[int, Tensor]]) -> Iterator[PromptRecord]:
+def _pool_records(recorded: Recorded, values: Mapping[str, Mapping[int, Tensor]]) -> Iterator[PromptRecord]:
     """Of every method over the budgets, and of the claimed ones at each."""
-    for name in [*CLAIMED, *(name for name in found if name not in (*CLAIMED, "best_of_n"))]:
+    for name in [*CLAIMED, *(name for name in values if name not in (*CLAIMED, "best_of_n"))]:
         for score, (suffix, metric) in enumerate((("", "selection reward"), (".strict", "strict"))):
             about = f"{metric}, budgets 4 to 32"
-            yield from _records(f"{name}{suffix}", about, recorded, found, name, score, BUDGETS[1:])
+            yield from _records(f"{name}{suffix}", about, recorded, values, name, score, BUDGETS[1:])
         for budget in BUDGETS if name in CLAIMED else ():
-            yield from _records(f"{name}.at_{budget}", "selection reward", recorded, found, name, 0, (budget,))
+            yield from _records(f"{name}.at_{budget}", "selection reward", recorded, values, name, 0, (budget,))
 
 
 def _records(
     name: str,
     metric: str,
     recorded: Recorded,
-    found: Mapping[str, Mapping[int, Tensor]],
+    values: Mapping[str, Mapping[int, Tensor]],
     method: str,
     score: int,
     budgets: Sequence[int],
 ) -> list[PromptRecord]:
     """Per-prompt means over budgets: best-of-N before, the method after."""
     before, after = (
-        torch.stack([found[key][b][:, score] for b in budgets]).mean(0).tolist() for key in ("best_of_n", method)
+        torch.stack([values[key][b][:, score] for b in budgets]).mean(0).tolist() for key in ("best_of_n", method)
     )
     return [
         PromptRecord(name, metric, 0, recorded.tasks[row], recorded.texts[row], before[row], after[row], SUBSETS)

@@ -80,12 +80,12 @@ def _students(work: Path) -> dict[str, nn.Module]:
 
 def _looks(run: Run, candidates: Candidates, students: Mapping[str, nn.Module]) -> Tensor:
     """Scores (N, 3) of previews as PREVIEWS says, at every level: which of them are worth pruning at is tuned."""
-    preview, asked = candidates.preview, [run.prompts[0]] * len(candidates)
+    preview, prompts = candidates.preview, [run.prompts[0]] * len(candidates)
     assert preview is not None, "candidates that are looked at have been advanced"
     images = run.pipeline.decode(preview)
     level = run.grid.noise_share[candidates.done - 1].float().expand(len(candidates))
-    looks = [run.rewards[0](images, asked), students["decoded"](images, level, asked)]
-    return torch.stack([*looks, students["latent"](preview, level, asked)], dim=1)
+    looks = [run.rewards[0](images, prompts), students["decoded"](images, level, prompts)]
+    return torch.stack([*looks, students["latent"](preview, level, prompts)], dim=1)
 
 
 def _run(model: SD3, prompt: Prompt, judges: list[NamedReward], steps: int, index: int) -> Run:
@@ -114,13 +114,13 @@ class Recorded:
 
     @classmethod
     def load(cls, work: Path) -> Recorded:
-        """All that is there."""
-        found = [load_state(path) for path in sorted((work / "pool").glob("*.safetensors"))]
-        if len(found) < PROMPTS:
-            raise SystemExit(f"the pool has {len(found)} of {PROMPTS} prompts: run record first")
+        """Load the complete pool from disk. Exits where prompts are missing."""
+        records = [load_state(path) for path in sorted((work / "pool").glob("*.safetensors"))]
+        if len(records) < PROMPTS:
+            raise SystemExit(f"the pool has {len(records)} of {PROMPTS} prompts: run record first")
         names = ("previews", "clean", "half", "stochastic", "hashes")
-        stacked = {name: torch.stack([tensors[name] for tensors, _ in found]) for name in names}
-        texts, tasks = (tuple(meta[key] for _, meta in found) for key in ("prompt", "task"))
+        stacked = {name: torch.stack([tensors[name] for tensors, _ in records]) for name in names}
+        texts, tasks = (tuple(meta[key] for _, meta in records) for key in ("prompt", "task"))
         Pool(stacked["clean"][:, :, None], stacked.pop("hashes"))  # refuses duplicate trajectories
         return cls(**stacked, texts=texts, tasks=tasks)
 
@@ -128,7 +128,7 @@ class Recorded:
         return len(self.texts)
 
     def part(self, rows: Sequence[int]) -> Recorded:
-        """Some of the prompts."""
+        """Select the prompts of these rows."""
         index = list(rows)
         tensors = (self.previews, self.clean, self.half, self.stochastic)
         texts, tasks = (tuple(column[row] for row in index) for column in (self.texts, self.tasks))
@@ -148,11 +148,11 @@ class Recorded:
 
 def costs(work: Path) -> Costs:
     """What ``measure`` wrote, in seconds."""
-    found = json.loads((work / "prices.json").read_text(encoding="utf-8"))
-    decode, reward = found["decode"], found[reward_call("selection")]
+    prices = json.loads((work / "prices.json").read_text(encoding="utf-8"))
+    decode, reward = prices["decode"], prices[reward_call("selection")]
     looks = dict.fromkeys(("raw", "oracle"), decode + reward) | {"random": 0.0}
-    looks |= {"decoded": decode + found[reward_call("decoded")], "latent": found[reward_call("latent")]}
-    return Costs(STEPS, found["forward"], decode, reward, looks)
+    looks |= {"decoded": decode + prices[reward_call("decoded")], "latent": prices[reward_call("latent")]}
+    return Costs(STEPS, prices["forward"], decode, reward, looks)
 
 
 FORWARDS_ALONE = Costs(STEPS, 1.0, 0.0, 0.0, dict.fromkeys(("raw", "oracle", "random", "decoded", "latent"), 0.0))
@@ -160,14 +160,14 @@ FORWARDS_ALONE = Costs(STEPS, 1.0, 0.0, 0.0, dict.fromkeys(("raw", "oracle", "ra
 
 def measure(work: Path) -> None:
     """Measure what a forward, a decode, the selection reward and each student cost; on a quiet machine."""
-    model, asked = pipeline(), prompts()[:32]
-    latents, level = model.initial_noise(list(range(len(asked)))), torch.full((len(asked),), 0.5)
+    model, prompts_to_time = pipeline(), prompts()[:32]
+    latents, level = model.initial_noise(list(range(len(prompts_to_time)))), torch.full((len(prompts_to_time),), 0.5)
     decoded, latent = _students(work).values()
     calls = [
         NamedReward("selection", ScorerReward(work / "selection" / "scorer.safetensors")),
         NamedReward("decoded", lambda samples, prompts: decoded(samples, level, prompts)),
         NamedReward("latent", lambda samples, prompts: latent(latents, level, prompts)),
     ]
-    found = measure_prices(model, calls, asked, Sampling(STEPS).grid(model), repeats=15)
-    write_json(work / "prices.json", found)
-    print(json.dumps(found, indent=2))
+    prices = measure_prices(model, calls, prompts_to_time, Sampling(STEPS).grid(model), repeats=15)
+    write_json(work / "prices.json", prices)
+    print(json.dumps(prices, indent=2))

@@ -22,8 +22,8 @@ Measure = Callable[[Tensor], float]
 
 def set_records(name: str, metric: str, seed: int, run: Path, measure: Measure) -> list[PromptRecord]:
     """One figure of all images of a run before and after; a set is one record, and its interval is over seeds."""
-    (before, asked), (after, _) = evaluation_images(run / "before"), evaluation_images(run / "after")
-    return [PromptRecord(name, metric, seed, "all", "the whole set", measure(before), measure(after), len(asked))]
+    (before, prompts), (after, _) = evaluation_images(run / "before"), evaluation_images(run / "after")
+    return [PromptRecord(name, metric, seed, "all", "the whole set", measure(before), measure(after), len(prompts))]
 
 
 def nearness(references: ReferenceSamples) -> Measure:
@@ -46,8 +46,8 @@ def share(is_so: Callable[[ShapeDetection], bool]) -> Measure:
     """The share of detected shapes that are so."""
 
     def measure(images: Tensor) -> float:
-        found = [item for items in detect(images) for item in items]
-        return sum(map(is_so, found)) / max(len(found), 1)
+        objects = [item for items in detect(images) for item in items]
+        return sum(map(is_so, objects)) / max(len(objects), 1)
 
     return measure
 
@@ -63,5 +63,5 @@ def is_small(item: ShapeDetection) -> bool:
 
 
 def mean_saturation(images: Tensor) -> float:
-    """The mean over images."""
+    """The mean saturation over images, a number."""
     return float(saturation(images).mean())

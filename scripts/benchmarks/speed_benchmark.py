@@ -7,9 +7,9 @@
     python scripts/benchmarks/benchmark.py compare runs       three other seeds, each way at its best rate
     python scripts/benchmarks/benchmark.py compare publish    docs/results/benchmark_compare.json
 
-A run trains until the strict accuracy of fixed held-out images, made by the averaged weights, reaches the target; its
+A run trains until the strict accuracy of fixed held-out images of the averaged weights reaches the target; its
 time is that of sampling, scoring and learning, without evaluation, interpolated between two looks at the accuracy.
-Those that are compared take turns, round by round. What is finished is kept in runs/compare_speed.
+Those that are compared take turns, round by round. Finished parts are saved in runs/compare_speed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.shapes import ShapesReward
-from scripts.benchmarks.cached import kept
+from scripts.benchmarks.cached import cached
 from scripts.benchmarks.plain_loop import PlainLoop, PlainSettings
 from scripts.benchmarks.proofs import head
 
@@ -147,13 +147,13 @@ class Contender:
         return forgetful
 
     def strict(self) -> float:
-        """Of held-out images."""
+        """The strict accuracy of held-out images."""
         jobs = plan(shapes.prompts("val"), 96, 2)
-        asked, grid = [job.prompt for job in jobs], self.pipeline.grid(10, EVALUATION)
-        texts, seeds = [prompt.text for prompt in asked], [job.seed for job in jobs]
+        prompts, grid = [job.prompt for job in jobs], self.pipeline.grid(10, EVALUATION)
+        texts, seeds = [prompt.text for prompt in prompts], [job.seed for job in jobs]
         with self.policy.averaged():
             images = torch.cat(list(generate(self.pipeline, texts, seeds, grid, 1.0, 96)))
-        return float(ShapesReward("strict")(images, asked).mean())
+        return float(ShapesReward("strict")(images, prompts).mean())
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Work:
     def batch(self, name: str) -> int:
         """The micro-batch of the fastest rounds."""
         kind = "plain" if WAYS[name].plain else "ours"
-        seconds = kept(self.folder / f"batches/{kind}.json", lambda: round_seconds(kind))
+        seconds = cached(self.folder / f"batches/{kind}.json", lambda: round_seconds(kind))
         return min(BATCHES, key=lambda size: seconds[str(size)])
 
     def rate(self, name: str) -> float:
@@ -181,8 +181,8 @@ class Work:
             rated = {f"{rate:g}": Contender(WAYS[name], rate, TUNING_SEED, batch) for rate in RATES}
             return race(rated, RATE_LIMIT, pace=tuple(rated), patience=1)
 
-        found: dict[str, Curve] = kept(self.folder / f"rates/{name}.json", run)
-        return found
+        result: dict[str, Curve] = cached(self.folder / f"rates/{name}.json", run)
+        return result
 
     def curves(self, seed: int) -> dict[str, Curve]:
         """Of the contenders, each at its best rate."""
@@ -190,8 +190,8 @@ class Work:
         def run() -> dict[str, Curve]:
             return race({way: Contender(WAYS[way], self.rate(way), seed, self.batch(way)) for way in CONTENDERS})
 
-        found: dict[str, Curve] = kept(self.folder / f"runs/{seed}.json", run)
-        return found
+        result: dict[str, Curve] = cached(self.folder / f"runs/{seed}.json", run)
+        return result
 
     def seconds(self, name: str, seed: int) -> float:
         """To the target, or to the last look where it was not reached."""
@@ -208,8 +208,8 @@ class Work:
             raced = [Contender(way, self.rate(name), TUNING_SEED, self.batch(name)) for name, way in WAYS.items()]
             return dict(zip(WAYS, in_turn(raced, TURNS), strict=True))
 
-        found: dict[str, list[float]] = kept(self.folder / "rounds.json", run)
-        return found
+        result: dict[str, list[float]] = cached(self.folder / "rounds.json", run)
+        return result
 
 
 def race(
@@ -319,16 +319,16 @@ def costs(work: Work) -> list[Measurement]:
 
 
 def publish(work: Work) -> None:
-    chosen = {name: {"learning_rate": work.rate(name), "batch_size": work.batch(name)} for name in CONTENDERS}
+    settings_of = {name: {"learning_rate": work.rate(name), "batch_size": work.batch(name)} for name in CONTENDERS}
     claim = (
         f"Wall-clock of training to a held-out strict accuracy of {TARGET} in the shapes world: our default recipe"
         " beside a plain loop of every step, and what a round of each costs"
     )
     curves = {name: [work.curves(seed)[name] for seed in SEEDS] for name in CONTENDERS}
     tuning = {name: work.by_rate(name) for name in CONTENDERS}
-    made = head(claim, "python scripts/benchmarks/benchmark.py compare")
-    extra = {"chosen": chosen, "target": TARGET, "curves": curves, "tuning": tuning}
-    write_results(Path("docs/results"), "benchmark_compare", {**made, **extra}, [*times(work), *costs(work)])
+    header = head(claim, "python scripts/benchmarks/benchmark.py compare")
+    extra = {"chosen": settings_of, "target": TARGET, "curves": curves, "tuning": tuning}
+    write_results(Path("docs/results"), "benchmark_compare", {**header, **extra}, [*times(work), *costs(work)])
 
 
 PARTS = {"batches": batches, "rates": rates, "rounds": rounds, "runs": runs, "publish": publish}

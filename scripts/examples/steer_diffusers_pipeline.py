@@ -1,10 +1,9 @@
 """Steer a diffusers pipeline of your own, step by step.
 
-    python scripts/examples/steer_diffusers_pipeline.py                                         on the embedded model
-    python scripts/examples/steer_diffusers_pipeline.py stabilityai/stable-diffusion-xl-base-1.0 "a red cube on a blue sphere"
-    python scripts/examples/steer_diffusers_pipeline.py CHECKPOINT PROMPT CLIP                  with another CLIP as the reward
-
-Read it like a notebook: every part stands alone.
+python scripts/examples/steer_diffusers_pipeline.py                      the embedded model
+python scripts/examples/steer_diffusers_pipeline.py CHECKPOINT PROMPT    any diffusers folder or Hub id, such as
+                                                                         stabilityai/stable-diffusion-xl-base-1.0
+python scripts/examples/steer_diffusers_pipeline.py CHECKPOINT PROMPT CLIP    with another CLIP as the reward
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from genalign.search import BestOfN, FKSteering, Prune
 from pipelines import prune, steer
 from rewards.clip import ClipReward
 
-# 1. Any pipeline, as you would open it yourself.
+# 1. Any pipeline, loaded as usual.
 own = len(sys.argv) > 1
 checkpoint = sys.argv[1] if own else assets.resolve("shapes-sd3")
 prompt = sys.argv[2] if len(sys.argv) > 2 else "a red circle and a blue square"
@@ -28,8 +27,8 @@ pipe = DiffusionPipeline.from_pretrained(checkpoint)
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 pipe.set_progress_bar_config(disable=True)
 
-# 2. Any reward: images (B, 3, H, W) in [0, 1] and their prompts to (B,) scores. Here how well a CLIP model thinks that
-#    image and prompt agree.
+# 2. Any reward: images (B, 3, H, W) in [0, 1] and their prompts to (B,) scores. Here the
+#    cosine of image and prompt by a CLIP.
 reward = ClipReward(clip)
 call = {"num_inference_steps": 20, "guidance_scale": 5.0 if own else 1.0}
 
@@ -38,12 +37,12 @@ with steer(pipe, reward, BestOfN()) as baseline:
     pipe(prompt, num_images_per_prompt=8, generator=torch.Generator().manual_seed(0), **call)
 print(f"best of 8    reward {float(baseline.scores[0]):.4f}  {baseline.ledger.nfe} NFE")
 
-# 4. Feynman-Kac steering: the same eight, weighed and resampled on their way. Your code does not change.
+# 4. Feynman-Kac steering: the same eight, weighted and resampled between steps. Your code does not change.
 with steer(pipe, reward, FKSteering(particles=8, lam=20.0)) as steering:
     image = pipe(prompt, num_images_per_prompt=8, generator=torch.Generator().manual_seed(0), **call).images[0]
 print(f"FK steering  reward {float(steering.scores[0]):.4f}  {steering.ledger.nfe} NFE")
 image.save("steered.png")
 
-# 5. Pruning: sixteen begin, two finish, for about the forwards of eight.
-found = prune(pipe, prompt, reward, Prune((3, 6, 9), (0.5, 0.5, 0.5), candidates=16), **call)
-print(f"pruning      reward {float(found.scores[0]):.4f}  {found.ledger.nfe} NFE")
+# 5. Pruning: sixteen start, two finish, for about the NFE of eight.
+pruned = prune(pipe, prompt, reward, Prune((3, 6, 9), (0.5, 0.5, 0.5), candidates=16), **call)
+print(f"pruning      reward {float(pruned.scores[0]):.4f}  {pruned.ledger.nfe} NFE")

@@ -86,9 +86,9 @@ def retrieval(model: nn.Module, data: CaptionedScenes, tokenizer: object) -> flo
     rows = list(first.values())
     hits = []
     for begin in range(0, len(rows) - 63, 64):
-        chosen = rows[begin : begin + 64]
-        image = model.encode_image((data.images[chosen].float() / 255 - mean) / std, normalize=True)
-        text = model.encode_text(tokenizer([data.prompts[i].text for i in chosen]), normalize=True)
+        batch = rows[begin : begin + 64]
+        image = model.encode_image((data.images[batch].float() / 255 - mean) / std, normalize=True)
+        text = model.encode_text(tokenizer([data.prompts[i].text for i in batch]), normalize=True)
         hits.append(((image @ text.T).argmax(1) == torch.arange(64)).float().mean())
     return float(torch.stack(hits).mean())
 
@@ -121,7 +121,7 @@ library_name: open_clip
 # shapes-clip
 
 A small open_clip model (64 px ViT, causal text transformer, 128-dimensional embedding) of genalign's shapes world,
-trained from nothing by `scripts/pretrain/shapes_clip.py`: {steps} steps on {scenes} rendered scenes with honest captions.
+trained from scratch by `scripts/pretrain/shapes_clip.py`: {steps} steps on {scenes} rendered scenes with true captions.
 
     open_clip.create_model_and_transforms("local-dir:PATH")
     open_clip.get_tokenizer("local-dir:PATH")

@@ -102,13 +102,13 @@ def measure(output: Path, work: Path) -> dict[str, dict[str, float]]:
         arguments = ["--model.path", str(output), "--suite", suite, "--output", str(folder)]
         if genalign(["evaluate", "shapes", *arguments]):
             raise SystemExit(f"the evaluation of {suite} failed")
-        made = load_evaluation(folder)
-        figures[suite] = {task: estimates["strict"].mean for task, estimates in made.tasks.items()}
-        figures[suite]["overall"] = made.overall["strict"].mean
+        evaluation = load_evaluation(folder)
+        figures[suite] = {task: estimates["strict"].mean for task, estimates in evaluation.tasks.items()}
+        figures[suite]["overall"] = evaluation.overall["strict"].mean
     images = [read_image(path) for path in sorted((work / "evaluation-iid" / "images").glob("*.png"))]
-    found = [item for image in detect(torch.stack(images)) for item in image]
-    known = [item.iou for item in found if item.shape != "unknown"]
-    figures["drawing"] = {"mean template IoU": sum(known) / len(known), "known share": len(known) / len(found)}
+    objects = [item for image in detect(torch.stack(images)) for item in image]
+    ious = [item.iou for item in objects if item.shape != "unknown"]
+    figures["drawing"] = {"mean template IoU": sum(ious) / len(ious), "known share": len(ious) / len(objects)}
     return figures
 
 

@@ -313,7 +313,7 @@ pipeline_tag: text-to-audio
 # tones-audio
 
 A small text-to-audio model of tones and noise bursts, 1.5 s at 8 kHz: an ordinary `StableAudioPipeline` folder, trained
-from nothing by genalign's `scripts/pretrain/tones_audio.py` ({steps} steps of 64 clips). A part of its training captions was
+from scratch by `scripts/pretrain/tones_audio.py` ({steps} steps of 64 clips). A part of its training captions was
 drawn to be corrupted (notes swapped or replaced, relation or loudness turned round, count off by one, wherever that
 spells no held-out composition), {corrupted[0]:.0%} at first and {corrupted[1]:.0%} in the second half, so that a reward
 has something to repair.
@@ -339,7 +339,7 @@ library_name: transformers
 ---
 # tones-clap
 
-A small CLAP of genalign's tones world, trained from nothing by `scripts/pretrain/tones_audio.py clap` on {clips} rendered
+A small CLAP of the tones world, trained from scratch by `scripts/pretrain/tones_audio.py clap` on {clips} rendered
 clips with honest captions.
 
     model = ClapModel.from_pretrained("tones-clap", dtype=torch.float32)  # its file holds float16

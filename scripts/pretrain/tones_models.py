@@ -105,8 +105,8 @@ class TextToVelocity(nn.Module):
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and their mask, (N, 10) each."""
-        made = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
-        return made.input_ids, made.attention_mask
+        output = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
+        return output.input_ids, output.attention_mask
 
     def forward(self, z: Tensor, time: Tensor, ids: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
         """v = cos(pi t / 2) eps - sin(pi t / 2) x0 at z = cos(pi t / 2) x0 + sin(pi t / 2) eps.
@@ -120,8 +120,8 @@ class TextToVelocity(nn.Module):
         words = self.text_encoder(ids, attention_mask=mask).last_hidden_state
         words = self.projection_model(text_hidden_states=words).text_hidden_states * mask.unsqueeze(-1)
         span = torch.tensor([0.0, SECONDS], device=z.device).expand(len(z), 2)
-        made = self.projection_model(start_seconds=span[:, 0], end_seconds=span[:, 1])
-        seconds = [made.seconds_start_hidden_states, made.seconds_end_hidden_states]
+        output = self.projection_model(start_seconds=span[:, 0], end_seconds=span[:, 1])
+        seconds = [output.seconds_start_hidden_states, output.seconds_end_hidden_states]
         velocity: Tensor = self.transformer(
             z,
             time,

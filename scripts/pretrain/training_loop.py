@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from genalign.runtime.cpu import keep_freed_memory
+from genalign.runtime.cpu import retain_freed_memory
 from genalign.runtime.files import load_state, save_state, with_prefix, without_prefix
 from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
 
@@ -37,7 +37,7 @@ class Fit:
 
     @property
     def length(self) -> int:
-        """Steps of a cycle."""
+        """The number of steps of one cycle."""
         return self.steps // self.cycles
 
 
@@ -56,7 +56,7 @@ def fit(
         OutOfTimeError: when ``settings.minutes`` are over before ``settings.steps``.
     """
     if all(parameter.device.type == "cpu" for parameter in model.parameters()):
-        keep_freed_memory()
+        retain_freed_memory()
     deadline = monotonic() + 60 * settings.minutes if settings.minutes else float("inf")
     optimizers = _optimizers(model, settings, matrices)
     average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -106,8 +106,8 @@ def contrastive(rows: Tensor, columns: Tensor, captions: Tensor) -> Tensor:
 
 
 def _optimizers(model: nn.Module, settings: Fit, matrices: tuple[nn.Parameter, ...]) -> list[torch.optim.Optimizer]:
-    chosen = {id(parameter) for parameter in matrices} if settings.muon else set()
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    by_muon = {id(parameter) for parameter in matrices} if settings.muon else set()
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in by_muon]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     ]
