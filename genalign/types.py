@@ -35,6 +35,13 @@ class PromptSet:
     name: str
     prompts: tuple[Prompt, ...]
 
+    @classmethod
+    def of(cls, prompts: PromptSet | Sequence[str | Prompt]) -> PromptSet:
+        """Turn a list of texts or prompts into a set named "prompts"; a set is returned as it is."""
+        if isinstance(prompts, PromptSet):
+            return prompts
+        return cls("prompts", tuple(Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts))
+
     def __len__(self) -> int:
         return len(self.prompts)
 

@@ -7,6 +7,7 @@ from typing import Unpack
 
 import torch
 
+from genalign import assets
 from pipelines.ace_step import AceStep
 from pipelines.base import DiffusersPipeline, Options
 from pipelines.checkpoint_files import pipeline_class
@@ -32,11 +33,12 @@ FAMILIES: tuple[type[DiffusersPipeline], ...] = (
 def load(
     path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **options: Unpack[Options]
 ) -> DiffusersPipeline:
-    """Open a diffusers folder or Hub id of any family, recognised by its model_index.json.
+    """Open an embedded model, a diffusers folder or a Hub id of any family, recognized by its model_index.json.
 
-    Raises ``FileNotFoundError`` or ``ValueError`` saying what is there instead.
+    Raises ``FileNotFoundError`` or ``ValueError`` that name what is there instead.
     """
-    return family_of(path_or_id).load(path_or_id, dtype=dtype, **options)
+    source = assets.resolve(str(path_or_id))
+    return family_of(source).load(source, dtype=dtype, **options)
 
 
 def family_of(path_or_id: str | Path) -> type[DiffusersPipeline]:

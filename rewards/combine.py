@@ -69,10 +69,10 @@ class Product:
     rewards: Sequence[Callable]  # type: ignore[type-arg]
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B,). Raises ValueError for a negative score: two of them would make a good one."""
+        """Scores (B,). Raises ValueError for a negative score: the product of two would be positive."""
         scores = _scores(self.rewards, samples, prompts)
         if bool((scores < 0).any()):
-        """Scores (B,). Raises ValueError for a negative score: the product of two would be positive."""
+            raise ValueError(
                 "a product is for scores of 0 or more: put the others through LogSigmoidCentered and a sum"
             )
         return scores.prod(1)

@@ -37,10 +37,10 @@ from genalign.runtime.fsdp import full_tensor
 from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from genalign.runtime.state import State
 from genalign.scoring.budget import Ledger, Metered, metered_rewards, peak_memory
-from genalign.scoring.score import NamedReward, RewardMonitor
+from genalign.scoring.score import NamedReward, RewardMonitor, named
 from genalign.training.nonfinite import NonFiniteGuard, SkippedUpdate, is_out_of_memory
 from genalign.training.sampler import Sampled, Sampler
-from genalign.types import Pipeline, Prompt, PromptSet, TrainableReward
+from genalign.types import Pipeline, Prompt, PromptSet, RewardFunction, TrainableReward
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +50,9 @@ class TrainerSettings:
     """Size of a round, optimization, and limits on failures.
 
     A round samples ``prompts_per_round`` x ``group_size`` samples in batches of ``batch_size``, and makes
-    ``updates_per_round`` optimizer steps on them. A run ends after ``rounds``, or with the round that reaches ``max_nfe``
-    denoiser evaluations of single samples (guidance counts twice). The learning rate is constant, or falls linearly to
-    zero at the end of the run. "adamw8bit" keeps Adam's moments in 8 bits (bitsandbytes, an extra).
+    ``updates_per_round`` optimizer steps on them. A run ends after ``rounds``, or with the round that reaches
+    ``max_nfe`` denoiser evaluations of single samples (guidance counts twice). The learning rate is constant, or falls
+    linearly to zero at the end of the run. "adamw8bit" keeps Adam's moments in 8 bits (bitsandbytes, an extra).
 
     A run stops if more than ``max_failed_fraction`` of a round's samples could not be scored, and after
     ``max_skipped_updates`` consecutive updates that were skipped because their gradient was not finite. If memory runs
@@ -110,8 +110,9 @@ class TrainerSettings:
         batches = self.prompts_per_round * self.group_size // (self.batch_size * self.updates_per_round)
         if batches % world_size:
             raise ValueError(
-                f"an update's {batches} batches of {self.batch_size} samples do not divide among {world_size} processes:"
-                " change training.batch_size, prompts_per_round or updates_per_round, or the number of processes"
+                f"an update's {batches} batches of {self.batch_size} samples do not divide among {world_size}"
+                " processes: change training.batch_size, prompts_per_round or updates_per_round, or the number of"
+                " processes"
             )
 
     def progress(self, rounds: int, nfe: int) -> float:
@@ -153,7 +154,7 @@ class RoundResult:
     seconds: float
 
     def as_dict(self) -> dict[str, object]:
-        """The row of ``metrics.jsonl``; null stands for what is not finite, and what depends on the machine is apart."""
+        """The row of ``metrics.jsonl``: null for what is not finite; what depends on the machine is apart."""
         row: dict[str, object] = {
             name: (value if not isinstance(value, float) or math.isfinite(value) else None)
             for name, value in vars(self).items()
@@ -177,8 +178,8 @@ class Trainer:
     Args:
         pipeline: The model.
         policy: Its trainable weights.
-        rewards: Rewards with their weights; those of weight 0 are only reported.
-        prompts: The prompts to train on.
+        rewards: A reward function, functions by name, or rewards with weights; those of weight 0 are only reported.
+        prompts: The prompts to train on, as a set or a list of texts.
         recipe: The method.
         settings: Size of a round, optimization, limits.
         sampling: Steps and guidance of the rollouts.
@@ -192,13 +193,14 @@ class Trainer:
         self,
         pipeline: Pipeline,
         policy: Policy,
-        rewards: Sequence[NamedReward],
-        prompts: PromptSet,
+        rewards: RewardFunction | NamedReward | Mapping[str, RewardFunction] | Sequence[NamedReward],
+        prompts: PromptSet | Sequence[str | Prompt],
         recipe: Recipe,
-        settings: TrainerSettings,
-        sampling: Sampling,
+        settings: TrainerSettings = TrainerSettings(),
+        sampling: Sampling = Sampling(),
         suspects: Path | None = None,
     ) -> None:
+        rewards, prompts = named(rewards), PromptSet.of(prompts)
         self.ledger, self.processes = Ledger(), policy.processes
         settings.require_shares(self.processes.world_size)
         self.pipeline, self.policy, self.recipe = Metered(pipeline, self.ledger), policy, recipe
@@ -276,7 +278,7 @@ class Trainer:
         return scores
 
     def _update_rewards(self, batches: Sequence[Sampled], prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Train the trainable rewards on the samples of all ranks, on every rank; their metrics as ``reward/metric``."""
+        """Train the trainable rewards on the samples of all ranks; their metrics, as ``reward/metric``."""
         if not self.trainable:
             return {}
         samples = self.processes.interleaved(torch.cat([b.samples for b in batches]), self.settings.batch_size)
@@ -343,7 +345,7 @@ class Trainer:
         context = UpdateContext(
             self.pipeline, self.policy, self.grid, self.recipe.kernel, self.sampling.guidance, self.old, sums
         )
-        credits, groups = self.recipe.credit(scores).split(size), scores.group.split(size)
+        credits, groups = torch.split(self.recipe.credit(scores), size), torch.split(scores.group, size)
         numbers = list(self.processes.indices(len(credits)))  # of this rank's batches among those of all ranks
         per_update = len(sampled) // self.settings.updates_per_round
         for update in range(self.settings.updates_per_round):

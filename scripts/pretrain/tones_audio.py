@@ -24,7 +24,7 @@ import pipelines
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import RolloutInputs, rollout
 from genalign.diffusion.transitions import DPMSDE, ODE, Kernel
-from genalign.runtime.cpu import retain_freed_memory, plain_attention
+from genalign.runtime.cpu import plain_attention, retain_freed_memory
 from genalign.runtime.files import load_state, save_state, without_prefix, write_text
 from genalign.worlds.tones import prompts
 from genalign.worlds.tones.instruments import LENGTH
