@@ -1,7 +1,7 @@
-"""Credit: from scores and groups to advantages.
+"""Advantages from scores and groups.
 
 Scores are float and a group is a long tensor of the same length that says which prompt each sample answers, in any
-order; groups may differ in size. NaN means that a score is missing. Arithmetic is in float64, results are float32.
+order; groups may differ in size. A NaN score is missing. Arithmetic is in float64, results are float32.
 """
 
 from __future__ import annotations
@@ -31,11 +31,20 @@ def group_advantages(
     clip: float | None = 5.0,
     least_std: float = 0.0,
 ) -> Tensor:
-    """(score - mean of its group) / (std + epsilon), clipped to +-clip: (B,). GRPO (arXiv 2402.03300, section 4.1.2).
+    """GRPO's advantages A = (score - mean of its group) / (std + epsilon), clipped to +-clip: (B,).
 
-    ``std`` is that of the sample's group or, as in Flow-GRPO's code, of all scores at once; ``ddof`` 0 or 1 is what its
-    count is reduced by, and it is not taken below ``least_std``. A NaN score is left out of the statistics and gets 0;
-    so does, exactly, every sample of a group with fewer than two scores or without spread.
+    arXiv 2402.03300, section 4.1.2; Flow-GRPO, arXiv 2505.05470, section 3. A NaN score is left out of the statistics
+    and gets 0; so does, exactly, every sample of a group with fewer than two scores or without spread.
+
+    Args:
+        scores: (B,).
+        group: (B,) prompt indices.
+        epsilon: Added to the standard deviation.
+        ddof: 0 or 1, subtracted from the count in the standard deviation.
+        std: "group" for the standard deviation of the sample's group, "global" for that of all scores at once, as in
+            Flow-GRPO's code.
+        clip: The largest absolute advantage; None for no limit.
+        least_std: The lower bound of the standard deviation.
     """
     if std not in ("group", "global"):
         raise ValueError(f'std must be "group" or "global", not {std!r}')
@@ -50,7 +59,7 @@ def group_advantages(
 
 
 def step_gains(scores: Tensor) -> Tensor:
-    """What every step added: (B, S) or (B, S, K) from scores (B, S + 1) or (B, S + 1, K) of the states around them.
+    """Gains (B, S) or (B, S, K) of every step, from scores (B, S + 1) or (B, S + 1, K) of the states around them.
 
     The reward difference of DenseGRPO (arXiv 2601.20218, eq. 7); gains sum to the last minus the first score.
     """
@@ -60,18 +69,27 @@ def step_gains(scores: Tensor) -> Tensor:
 
 
 def stepwise_advantages(gains: Tensor, group: Tensor, floor: float = 0.01, clip: float | None = 5.0) -> Tensor:
-    """Each step's gains (B, S) normalised within the group: (B, S) (arXiv 2601.20218, eq. 8).
+    """DenseGRPO's advantages (B, S): each step's gains normalized within the group (arXiv 2601.20218, eq. 8).
 
-    The standard deviation of a step is not taken below ``floor`` times that of the samples' summed gains over all
-    groups, and a group whose gains of a step differ by no more than rounding errors (1e-5 of it) gets exactly 0. The
-    paper does neither: a late step that changes nothing would have its noise made into advantages of 1. NaN and groups
-    without spread as in ``group_advantages``.
+    A group whose gains of a step differ by no more than rounding errors gets exactly 0. Neither this nor the floor is
+    in the paper, where a late step that changes nothing has its noise amplified to advantages of 1. NaN and groups
+    without spread are treated as in ``group_advantages``.
+
+    Args:
+        gains: (B, S).
+        group: (B,) prompt indices.
+        floor: The lower bound of a step's standard deviation, in units of that of the samples' summed gains.
+        clip: The largest absolute advantage; None for no limit.
     """
     if gains.ndim != 2 or not floor >= 0:
         raise ValueError(f"gains must be (B, S) and floor 0 or more, not {tuple(gains.shape)} and {floor}")
     spread = float(_global_std(gains.sum(1), ddof=0))
-    resolved = [_resolved(column, group, _STEP_RESOLUTION * spread) for column in gains.unbind(1)]
-    return torch.stack([group_advantages(g, group, clip=clip, least_std=floor * spread) for g in resolved], dim=1)
+    columns = []
+    for column in gains.unbind(1):
+        groups = _group_statistics(column, group, ddof=0)
+        resolved = torch.where(groups.std[groups.index] > _STEP_RESOLUTION * spread, column, math.nan)
+        columns.append(group_advantages(resolved, group, clip=clip, least_std=floor * spread))
+    return torch.stack(columns, dim=1)
 
 
 def gdpo(
@@ -82,15 +100,22 @@ def gdpo(
     ddof: int = 0,
     clip: float | None = 5.0,
 ) -> Tensor:
-    """GDPO (arXiv 2601.05242): every reward normalised within its group, then their weighted sum over the whole batch,
-    clipped to +-clip: (B,).
+    """GDPO (arXiv 2601.05242): each reward normalized within its group, their weighted sum over the batch: (B,).
 
     A NaN adds nothing, and a sample without any score does not count; it gets 0. So does, exactly, a sample whose
     every reward is without spread in its group.
+
+    Args:
+        scores_BK: (B, K).
+        group: (B,) prompt indices.
+        weights: (K,) of the rewards.
+        epsilon: Added to standard deviations.
+        ddof: 0 or 1, subtracted from the count in standard deviations.
+        clip: The largest absolute advantage; None for no limit.
     """
     weight = _weights(scores_BK, weights)
-    normalised = _normalised_columns(scores_BK, group, epsilon, ddof)
-    total = (normalised * weight).sum(1)
+    normalized = _normalized_columns(scores_BK, group, epsilon, ddof)
+    total = (normalized * weight).sum(1)
     scale = _global_std(torch.where(scores_BK.isnan().all(dim=1), math.nan, total), ddof) + epsilon
     # No mean to subtract: every reward's advantages already sum to 0 within every group.
     advantages = torch.where(total == 0, 0.0, total / scale)
@@ -98,8 +123,17 @@ def gdpo(
 
 
 def ngrpo(scores: Tensor, group: Tensor, best: float = 1.0, epsilon: float = 1e-6, clip: float | None = 5.0) -> Tensor:
-    """NGRPO (arXiv 2509.18851): z-scores (B,) with one virtual sample of the ``best`` possible score in each group, so
-    that a group that failed altogether is pushed away from instead of ignored. NaN as in ``group_advantages``."""
+    """NGRPO (arXiv 2509.18851): z-scores (B,) with one virtual sample of the best possible score in each group.
+
+    A group that failed altogether is pushed away from instead of ignored. NaN is treated as in ``group_advantages``.
+
+    Args:
+        scores: (B,).
+        group: (B,) prompt indices.
+        best: The best possible score.
+        epsilon: Added to the standard deviation.
+        clip: The largest absolute advantage; None for no limit.
+    """
     _require_grouped(scores, group)
     keys = torch.unique(group)
     joined = torch.cat([scores, scores.new_full((len(keys),), best)])
@@ -126,12 +160,12 @@ def correlation_weighted(scores_BK: Tensor, group: Tensor, temperature: float = 
     """CMO (arXiv 2603.18528): z-scores of K rewards summed with weights softmax((1 - b) / temperature), (B,), not
     yet whitened over the batch.
 
-    b is a reward's mean correlation with the others in the group (1 for one without spread), so that what conflicts
-    with them counts more. A group with a missing score sums its z-scores unweighted, the missing ones as 0, and a
-    single reward is only normalised.
+    b is a reward's mean correlation with the others in the group (1 for one without spread), so that a reward that
+    conflicts with them counts more. A group with a missing score sums its z-scores unweighted, missing ones as 0, and a
+    single reward is only normalized.
     """
     _require_table(scores_BK)
-    z = _normalised_columns(scores_BK, group, epsilon=0.0, ddof=0)
+    z = _normalized_columns(scores_BK, group, epsilon=0.0, ddof=0)
     advantages = z.sum(1)
     missing = scores_BK.isnan().any(dim=1)
     for key in torch.unique(group):
@@ -148,28 +182,17 @@ def _agreement(z: Tensor) -> Tensor:
     return torch.where(correlation.diagonal() > 0, others, 1.0)
 
 
-def _normalised_columns(scores_BK: Tensor, group: Tensor, epsilon: float, ddof: int) -> Tensor:
+def _normalized_columns(scores_BK: Tensor, group: Tensor, epsilon: float, ddof: int) -> Tensor:
     """Each reward's group advantages, unclipped: (B, K) float64."""
     columns = [group_advantages(scores, group, epsilon, ddof, clip=None) for scores in scores_BK.unbind(1)]
     return torch.stack(columns, dim=1).double()
 
 
-def win_rates(wins: Tensor) -> Tensor:
-    """Pref-GRPO's scores (arXiv 2508.20751), (G,): each sample's share of won comparisons with the others of its group.
-
-    ``wins`` (G, G) holds 1 where the row's sample beat the column's, 0 where it lost, and NaN for a tie or an answer
-    that could not be read, which counts half; the diagonal is not looked at.
-    """
-    if wins.ndim != 2 or wins.shape[0] != wins.shape[1] or len(wins) < 2:
-        raise ValueError(f"wins must be (G, G) with G > 1, not {tuple(wins.shape)}")
-    decided = wins.nan_to_num(0.5)
-    return (decided.sum(1) - decided.diagonal()) / (len(wins) - 1)
-
-
 def leave_one_out(scores: Tensor, group: Tensor) -> Tensor:
-    """A score minus the mean of the others of its group (B,): RLOO (arXiv 2402.14740).
+    """RLOO (arXiv 2402.14740): a score minus the mean of the others of its group (B,).
 
-    In units of the score, unclipped. 0 for a NaN and in a group with fewer than two scores or without spread.
+    The result is in units of the score, unclipped. It is 0 for a NaN and in a group with fewer than two scores or
+    without spread.
     """
     groups = _group_statistics(scores, group, ddof=0)
     count = torch.bincount(groups.index[~scores.isnan()], minlength=len(groups.mean))[groups.index]
@@ -179,7 +202,7 @@ def leave_one_out(scores: Tensor, group: Tensor) -> Tensor:
 
 
 def zero_std_share(scores: Tensor, group: Tensor) -> float:
-    """The share of groups that teach nothing: without spread, or with fewer than two scores."""
+    """The fraction of groups without a gradient: without spread, or with fewer than two scores."""
     return 1.0 - float(_group_statistics(scores, group, ddof=0).live.double().mean())
 
 
@@ -208,12 +231,6 @@ def _group_statistics(scores: Tensor, group: Tensor, ddof: int) -> _GroupStatist
     std = (total(deviation * deviation) / (count - ddof).clamp(min=1)).sqrt()
     size = (total(values * values) / count.clamp(min=1)).sqrt()
     return _GroupStatistics(mean, std, live=(count >= 2) & (std > _RELATIVE_RESOLUTION * size), index=index)
-
-
-def _resolved(gains: Tensor, group: Tensor, resolution: float) -> Tensor:
-    """The gains (B,) with NaN for those of groups whose standard deviation is not above ``resolution``."""
-    groups = _group_statistics(gains, group, ddof=0)
-    return torch.where(groups.std[groups.index] > resolution, gains, math.nan)
 
 
 def _global_std(scores: Tensor, ddof: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the loop hands to a training method: a round's outcome to be credited, and batches to learn from.
+"""Interfaces between the training loop and a training method: scores in, credit and gradients out.
 
 B = P prompts x G samples, S stored steps, K rewards.
 """
@@ -18,16 +18,16 @@ from genalign.diffusion.policy import Policy, WeightSnapshot
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep, Rollout, replay
 from genalign.diffusion.transitions import Kernel
 from genalign.scoring.combine import combine
-from genalign.types import Conditioning, Grid, NoiseLevel, Pipeline
+from genalign.types import Grid, Pipeline
 
 
 @dataclass(frozen=True)
 class RoundScores:
-    """What a round's samples were worth.
+    """The scores of a round's samples.
 
     ``scores`` (B, K) and their ``weights`` (K,), by prompt index ``group`` (B,). ``stepwise`` (B, S + 1, K) scores the
-    ODE completions from before the first stored step to after the last, where the recipe asks for them, and
-    ``features`` (B, d) describes the samples, likewise.
+    ODE completions from before the first stored step to after the last, and ``features`` (B, d) describes the samples;
+    both are None unless the recipe asks for them.
     """
 
     scores: Tensor
@@ -43,14 +43,14 @@ class RoundScores:
 
 
 class Credit(Protocol):
-    """From a round's outcome to what each sample (B,), or each of its stored steps (B, S), is credited with."""
+    """A rule that credits each sample (B,), or each of its stored steps (B, S), for the scores of a round."""
 
-    def __call__(self, outcome: RoundScores) -> Tensor: ...
+    def __call__(self, scores: RoundScores, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class UpdateBatch:
-    """Samples of whole groups that are learnt from together. ``on_policy``: the current weights sampled them."""
+    """Samples of whole groups for one update. ``on_policy``: the current weights sampled them."""
 
     rollout: Rollout
     credit: Tensor
@@ -61,10 +61,10 @@ class UpdateBatch:
         return len(self.credit)
 
     def split(self, size: int) -> Iterator[UpdateBatch]:
-        """Consecutive parts of at most ``size`` samples."""
+        """Split into consecutive parts of at most ``size`` samples."""
         parts = (self.rollout.split(size), torch.split(self.credit, size), torch.split(self.group, size))
-        for sampled, credit, group in zip(*parts, strict=True):
-            yield UpdateBatch(sampled, credit, group, self.on_policy)
+        for rollout, credit, group in zip(*parts, strict=True):
+            yield UpdateBatch(rollout, credit, group, self.on_policy)
 
     @property
     def step_credit(self) -> Tensor:
@@ -74,8 +74,10 @@ class UpdateBatch:
 
 @dataclass
 class MetricSums:
-    """What is logged about a round: sums over its micro-batches, by name, of means weighted by their sizes; updates
-    that were ``skipped`` are in none."""
+    """Sums of a round's metrics over its micro-batches, by name, with their element counts.
+
+    ``log_ratio_max`` is a maximum over on-policy samples. ``skipped`` updates are part of no sum.
+    """
 
     values: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
@@ -83,23 +85,23 @@ class MetricSums:
     skipped: int = 0
 
     def add(self, name: str, values: Tensor) -> None:
-        """Take in the elements of ``values``."""
-        found = values.detach()
-        self.values[name] = self.values.get(name, 0.0) + float(found.sum())
-        self.sizes[name] = self.sizes.get(name, 0) + found.numel()
+        """Add every element of ``values`` to the sum of ``name``."""
+        values = values.detach()
+        self.values[name] = self.values.get(name, 0.0) + float(values.sum())
+        self.sizes[name] = self.sizes.get(name, 0) + values.numel()
 
     def snapshot(self) -> MetricSums:
-        """As they are now."""
+        """A copy of the current sums, for ``rollback``."""
         return MetricSums(dict(self.values), dict(self.sizes), self.log_ratio_max, self.skipped)
 
     def rollback(self, earlier: MetricSums) -> None:
-        """To a copy."""
+        """Restore the sums of a ``snapshot``."""
         self.values, self.sizes = dict(earlier.values), dict(earlier.sizes)
         self.log_ratio_max, self.skipped = earlier.log_ratio_max, earlier.skipped
 
     @classmethod
     def merge(cls, parts: Sequence[Mapping[str, Any]]) -> MetricSums:
-        """Those of several processes, each as ``vars`` shows it; all skip the same updates."""
+        """Add up the sums of several ranks, each as ``vars`` returns it; all ranks skip the same updates."""
         total = cls(log_ratio_max=max(part["log_ratio_max"] for part in parts), skipped=parts[0]["skipped"])
         for part in parts:
             for name, value in part["values"].items():
@@ -108,17 +110,17 @@ class MetricSums:
         return total
 
     def mean(self, name: str) -> float:
-        """The mean of what was added under ``name``; NaN for nothing."""
+        """The mean of the elements of ``name``; NaN without any."""
         return self.values[name] / self.sizes[name] if self.sizes.get(name) else math.nan
 
     def means(self) -> dict[str, float]:
-        """All means."""
+        """The means of all metrics, by name."""
         return {name: self.mean(name) for name in self.values}
 
 
 @dataclass(frozen=True)
 class UpdateContext:
-    """The model and the sampler as they are now."""
+    """The model, the sampler and the metrics of an update. ``old`` are the weights that sample, where they lag."""
 
     pipeline: Pipeline
     policy: Policy
@@ -128,27 +130,23 @@ class UpdateContext:
     old: WeightSnapshot | None
     metrics: MetricSums
 
-    def replay_batches(self, live: Tensor) -> list[ReplayBatch]:
-        """Batches of the pairs (B, S) bool that have a part in a loss; of all, where the network is divided among
-        processes, which must run it equally often."""
-        return ReplayBatch.batches(torch.ones_like(live) if self.policy.sharded else live)
+    def replay_batches(self, mask: Tensor) -> list[ReplayBatch]:
+        """Batch the pairs (B, S) bool that take part in a loss; with a sharded network batch all pairs, since its ranks
+        must run it equally often."""
+        return ReplayBatch.batches(torch.ones_like(mask) if self.policy.sharded else mask)
 
     def replay(self, batch: UpdateBatch, pairs: ReplayBatch) -> ReplayedStep:
-        """Stored transitions under the current weights; differentiable."""
+        """Run stored transitions under the current weights; differentiable."""
         return replay(self.pipeline, batch.rollout, self.grid, self.kernel, pairs, self.guidance)
 
     def reference_replay(self, batch: UpdateBatch, pairs: ReplayBatch) -> ReplayedStep:
-        """The same under the weights that training started from."""
+        """Run stored transitions under the reference policy, without gradients."""
         with torch.no_grad(), self.policy.reference():
             return self.replay(batch, pairs)
 
-    def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning) -> Tensor:
-        """The network's output under the current weights; differentiable."""
-        return self.pipeline.predict(x, level, conditioning, self.guidance)
-
     @contextlib.contextmanager
     def old_policy(self) -> Iterator[None]:
-        """The weights that sample, where the recipe lets them lag behind the current ones."""
+        """Run the network with the lagging weights that sample, without gradients, within the context."""
         if self.old is None:
             raise ValueError("this objective needs an old policy: give the recipe a lag")
         with torch.no_grad(), self.policy.using(self.old):
@@ -156,48 +154,48 @@ class UpdateContext:
 
 
 Unit = Literal["sample", "group", "batch"]
-"""What a loss ties together, and a micro-batch must not part."""
+"""The samples that a loss ties together, which a micro-batch must not separate."""
 
 
 class Objective(Protocol):
-    """How credit becomes a gradient. An update's loss is a mean of terms; a micro-batch holds some of them."""
+    """A rule from credit to gradients. The loss of an update is a mean of terms; a micro-batch holds some of them."""
 
     @property
     def unit(self) -> Unit:
-        """What it ties together."""
+        """The samples that the loss ties together."""
 
     @property
     def clip_range(self) -> float | None:
-        """Where on-policy log-ratios above 2% of it hint at a disagreement between sampling and training."""
+        """The clip range of ratios; on-policy log-ratios above 2 % of it hint at a sampling mismatch."""
 
     def terms(self, batch: UpdateBatch) -> int:
-        """How many terms of the mean are in ``batch``."""
+        """The number of terms of the mean in ``batch``."""
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
-        """Add the gradient of ``scale`` times the sum of the batch's terms; ``seed`` is for what it draws."""
+        """Add the gradient of ``scale`` times the sum of the batch's terms; ``seed`` draws its noise."""
 
 
 @runtime_checkable
 class KLRegularized(Protocol):
-    """An objective that can pull the policy towards the one that training started from."""
+    """An objective with a penalty on the distance from the reference policy."""
 
-    def with_stronger_kl(self, least: float) -> Objective:
-        """With twice the pull, of weight ``least`` or more."""
+    def with_stronger_kl(self, minimum: float) -> Objective:
+        """Double the weight of the penalty, to ``minimum`` or more."""
 
 
-def with_stronger_kl(objective: Objective, least: float) -> Objective:
-    """With twice the pull, of weight ``least`` or more. ValueError for an objective that has none."""
+def with_stronger_kl(objective: Objective, minimum: float) -> Objective:
+    """Double the weight of an objective's KL penalty, to ``minimum`` or more. ValueError where it cannot have one."""
     if not isinstance(objective, KLRegularized):
         raise ValueError(
             f"{type(objective).__name__} has no distance from the reference policy to weigh: leave raise_kl out, or"
             " choose a recipe with kl or anchor"
         )
-    return objective.with_stronger_kl(least)
+    return objective.with_stronger_kl(minimum)
 
 
 def half_micro_batch(size: int, unit: Unit, group_size: int) -> int | None:
-    """At most half of a micro-batch's ``size``, which parts no ``unit``; None where that leaves nothing."""
+    """At most half of a micro-batch's ``size``, without separating a ``unit``; None where that leaves nothing."""
     if unit == "batch":
         return None
-    whole = group_size if unit == "group" else 1
-    return size // 2 // whole * whole or None
+    multiple = group_size if unit == "group" else 1
+    return size // 2 // multiple * multiple or None

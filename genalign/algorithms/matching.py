@@ -19,10 +19,10 @@ from genalign.types import NoiseLevel, Path
 
 @dataclass(frozen=True)
 class NoisedSamples:
-    """Samples on their way to noise, x = alpha x0 + sigma eps, all (B, ...), with the network's ``target`` there.
+    """Final samples noised to random levels, x = alpha x0 + sigma eps, all (B, ...), with the network's ``target``.
 
-    ``prediction`` is the current policy's and carries the gradient; ``reference`` and ``old`` are those of the policy
-    that training started from and of the one that samples, where the loss asks for them.
+    ``prediction`` is the current policy's, with a gradient; ``reference`` and ``old`` are those of the reference policy
+    and of the policy that samples (the current one, detached, unless the recipe has a lag).
     """
 
     path: Path
@@ -35,13 +35,13 @@ class NoisedSamples:
     old: Tensor
 
     def where(self, rows: Tensor) -> NoisedSamples:
-        """Those samples (N,) long alone."""
+        """Select the samples ``rows`` (N,) long."""
         level = NoiseLevel(self.level.timestep[rows], self.level.alpha[rows], self.level.sigma[rows])
         parts = (self.target, self.prediction, self.reference, self.old)
         return NoisedSamples(self.path, self.x0[rows], self.x[rows], level, *(part[rows] for part in parts))
 
     def clean(self, prediction: Tensor) -> Tensor:
-        """The clean samples (B, ...) that a prediction points to."""
+        """The clean samples (B, ...) that a prediction implies."""
         return self.path.x0(self.x, prediction, self.level)
 
     @property
@@ -51,12 +51,12 @@ class NoisedSamples:
 
     @property
     def reference_error(self) -> Tensor:
-        """The reference policy's."""
+        """The reference policy's mean squared error (B,)."""
         return mean_square(self.reference, self.target)
 
     @property
     def old_error(self) -> Tensor:
-        """The sampling policy's."""
+        """The sampling policy's mean squared error (B,)."""
         return mean_square(self.old, self.target)
 
 
@@ -65,21 +65,22 @@ class MatchingLoss(Protocol):
 
     @property
     def unit(self) -> Unit:
-        """What it ties together."""
+        """The samples that the loss ties together."""
 
     def used(self, credit: Tensor) -> Tensor:
-        """Which samples (B,) bool it learns from; the others have no part in it."""
+        """Mask (B,) bool of the samples that are part of the loss."""
 
     def terms(self, credit: Tensor, group: Tensor) -> int:
-        """N, from the credit alone."""
+        """The number N of terms, from the credit alone."""
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class MatchingObjective:
-    """A mean over samples, or pairs of them, and over ``draws`` noise levels of ``loss``, plus ``anchor`` times the
-    mean squared distance of the prediction from the reference policy's.
+    """The objective of the matching family: the mean of a loss over samples, or pairs, and ``draws`` noise levels.
+
+    ``anchor`` times the mean squared distance of the prediction from the reference policy's is added.
 
     Noise levels are stratified over ``low`` to ``high`` of the path's range. All samples of a prompt share the level
     and the noise of a draw, so that comparisons within a prompt are of the samples alone. Predictions are made without
@@ -101,30 +102,36 @@ class MatchingObjective:
 
     @property
     def unit(self) -> Unit:
-        """That of the loss."""
         return self.loss.unit
 
     @property
     def clip_range(self) -> float | None:
-        """None: there is no ratio of transitions."""
         return None
 
-    def with_stronger_kl(self, least: float) -> MatchingObjective:
-        """With twice ``anchor``, ``least`` or more."""
-        return replace(self, anchor=max(2 * self.anchor, least))
+    def with_stronger_kl(self, minimum: float) -> MatchingObjective:
+        return replace(self, anchor=max(2 * self.anchor, minimum))
 
     def terms(self, batch: UpdateBatch) -> int:
-        """Terms of the loss, for every draw."""
+        """Count the terms of the loss over all draws."""
         return self.draws * self.loss.terms(batch.credit, batch.group)
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
-        """Some draws after the other. Only samples that are learnt from go through the network, unless there is an
-        anchor."""
+        """Predict the samples that are part of the loss, or all with an anchor, and accumulate their gradients.
+
+        Args:
+            context: The model and the sampler.
+            batch: The samples.
+            scale: The factor of the sum of losses.
+            seed: The seed of noise levels and noises.
+        """
         used = self.loss.used(batch.credit)
         rows = (used | bool(self.anchor)).nonzero()[:, 0]
         if not len(rows) and context.policy.sharded:
-            self._idle(context, batch, seed)
-        group, learnt = batch.group[rows], used[rows].nonzero()[:, 0]
+            # A sharded network takes all ranks: run it as often as a rank with samples does.
+            for draw in range(self.draws):
+                noised = self._noised(context, batch, torch.zeros(1, dtype=torch.long), range(draw, draw + 1), seed)
+                torch.autograd.backward(0.0 * noised.prediction.sum())
+        group, in_loss = batch.group[rows], used[rows].nonzero()[:, 0]
         for draws in self._together(context, len(batch), len(rows)):
             noised = self._noised(context, batch, rows, draws, seed)
             device = noised.x.device
@@ -132,29 +139,23 @@ class MatchingObjective:
             context.metrics.add("kl", distance)
             total = self.anchor * distance.sum()
             for place in range(len(draws)):
-                part = noised.where((place * len(rows) + learnt).to(device))
-                losses = self.loss(part, batch.credit[rows[learnt]].to(device), group[learnt].to(device))
+                part = noised.where((place * len(rows) + in_loss).to(device))
+                losses = self.loss(part, batch.credit[rows[in_loss]].to(device), group[in_loss].to(device))
                 context.metrics.add("loss", losses)
                 total = total + losses.sum()
             torch.autograd.backward(total * scale)
 
     def _together(self, context: UpdateContext, size: int, rows: int) -> Iterator[range]:
-        """The draws, as many together as fill a micro-batch of ``size`` with their ``rows``: small batches cost more a
-        sample. One by one where processes must run the network equally often."""
+        """Batch the draws so that their ``rows`` fill a micro-batch of ``size``, as small batches cost more a sample;
+        one by one with a sharded network, which ranks must run equally often."""
         count = 1 if context.policy.sharded else size // max(1, rows)
         for first in range(0, self.draws if rows else 0, count):
             yield range(first, min(first + count, self.draws))
 
-    def _idle(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> None:
-        """Run the network as often as a process that has samples to learn from: divided, it takes all processes."""
-        for draw in range(self.draws):
-            noised = self._noised(context, batch, torch.zeros(1, dtype=torch.long), range(draw, draw + 1), seed)
-            torch.autograd.backward(0.0 * noised.prediction.sum())
-
     def _noised(
         self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, draws: range, seed: int
     ) -> NoisedSamples:
-        """The samples ``rows`` (N,) of every draw, draw after draw: (draws * N, ...)."""
+        """Noise the samples ``rows`` (N,) of every draw, draw after draw: (draws * N, ...)."""
         drawn = [(draw, derived_seed(seed, draw, group)) for draw in draws for group in batch.group[rows].tolist()]
         rows, seeds = rows.repeat(len(draws)), [one for _, one in drawn]
         x0 = batch.rollout.final[rows]
@@ -176,14 +177,30 @@ class MatchingObjective:
         return NoisedSamples(path, x0, x, level, target, prediction, reference, sampling)
 
     def _places(self, drawn: Sequence[tuple[int, int]]) -> Tensor:
-        """Where on the path (N,), of draws and seeds: uniform in the draw's stratum, equal for equal seeds."""
+        """Positions on the path (N,), of draws and seeds: uniform in the draw's stratum, equal for equal seeds."""
         place = torch.tensor([draw + seed / 2**63 for draw, seed in drawn], dtype=torch.float64)
         return self.low + (self.high - self.low) * place / self.draws
 
 
 @dataclass(frozen=True)
-class DPOLoss:
-    """Diffusion-DPO on pairs of one prompt: the k-th sample of positive credit against the k-th of negative credit."""
+class _CreditedSamples:
+    """The parts that most matching losses share: a term is a sample with credit."""
+
+    @property
+    def unit(self) -> Unit:
+        return "sample"
+
+    def used(self, credit: Tensor) -> Tensor:
+        return credit != 0
+
+    def terms(self, credit: Tensor, group: Tensor) -> int:
+        return int(self.used(credit).sum())
+
+
+@dataclass(frozen=True)
+class DPOLoss(_CreditedSamples):
+    """Diffusion-DPO (arXiv 2311.12908, eq. 14) on pairs of one prompt: the k-th sample of positive credit against the
+    k-th of negative credit. A term is a pair."""
 
     beta: float
 
@@ -193,16 +210,10 @@ class DPOLoss:
 
     @property
     def unit(self) -> Unit:
-        """A group: pairs are of one prompt."""
         return "group"
 
-    def used(self, credit: Tensor) -> Tensor:
-        """Those with credit."""
-        return credit != 0
-
     def terms(self, credit: Tensor, group: Tensor) -> int:
-        """Pairs."""
-        return len(sign_pairs(credit, group).winners)
+        return len(sign_pairs(credit, group))
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         pairs = sign_pairs(credit, group)
@@ -212,48 +223,30 @@ class DPOLoss:
 
 
 @dataclass(frozen=True)
-class KTOLoss:
-    """Diffusion-KTO: samples of positive credit are wanted, those of negative credit are not."""
+class KTOLoss(_CreditedSamples):
+    """Diffusion-KTO (arXiv 2404.04465, eq. 9): samples of positive credit are desirable, those of negative credit not.
+    The mean gain of the batch is the baseline."""
 
     beta: float
 
     @property
     def unit(self) -> Unit:
-        """The batch, whose mean gain is the baseline."""
         return "batch"
-
-    def used(self, credit: Tensor) -> Tensor:
-        """Those with credit."""
-        return credit != 0
-
-    def terms(self, credit: Tensor, group: Tensor) -> int:
-        """As many."""
-        return int(self.used(credit).sum())
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         return kto_loss(noised.error, noised.reference_error, credit > 0, self.beta)
 
 
 @dataclass(frozen=True)
-class NFTLoss:
-    """DiffusionNFT (arXiv 2509.16117): samples of positive advantage are matched, those of negative advantage pushed
-    away from, both relative to the policy that sampled them."""
+class NFTLoss(_CreditedSamples):
+    """DiffusionNFT (arXiv 2509.16117, eq. 5): samples of positive advantage are matched, those of negative advantage
+    pushed away from, relative to the policy that sampled them; those without hold the policy where it is."""
 
     beta: float = 1.0
     largest_advantage: float = 5.0
 
-    @property
-    def unit(self) -> Unit:
-        """A sample."""
-        return "sample"
-
     def used(self, credit: Tensor) -> Tensor:
-        """All: those without advantage hold the policy where it is."""
         return torch.ones_like(credit, dtype=torch.bool)
-
-    def terms(self, credit: Tensor, group: Tensor) -> int:
-        """As many."""
-        return len(credit)
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         limit = self.largest_advantage
@@ -263,26 +256,13 @@ class NFTLoss:
 
 
 @dataclass(frozen=True)
-class AWMLoss:
-    """AWM (arXiv 2509.25050): the advantage times a clipped ratio of what stands in for log-probabilities, with the
-    sampling policy's as the other."""
+class AWMLoss(_CreditedSamples):
+    """AWM (arXiv 2509.25050): the advantage times a clipped ratio to the sampling policy of surrogates of
+    log-probabilities."""
 
     clip_range: float = 1.0
     power: float = 0.25
     largest_advantage: float = 5.0
-
-    @property
-    def unit(self) -> Unit:
-        """A sample."""
-        return "sample"
-
-    def used(self, credit: Tensor) -> Tensor:
-        """Those with credit."""
-        return credit != 0
-
-    def terms(self, credit: Tensor, group: Tensor) -> int:
-        """As many."""
-        return int(self.used(credit).sum())
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         sigma = noised.level.sigma.expand(len(credit))
@@ -294,29 +274,19 @@ class AWMLoss:
 
 
 @dataclass(frozen=True)
-class RewardWeightedLoss:
-    """Matching weighted by credit of 0 or more: reward-weighted regression (arXiv 2501.13918), or fine-tuning on chosen
-    samples."""
-
-    @property
-    def unit(self) -> Unit:
-        """A sample."""
-        return "sample"
+class RewardWeightedLoss(_CreditedSamples):
+    """Matching weighted by credit of 0 or more: reward-weighted regression (arXiv 2501.13918), or rejection-sampling
+    fine-tuning."""
 
     def used(self, credit: Tensor) -> Tensor:
-        """Those with credit."""
         return credit > 0
-
-    def terms(self, credit: Tensor, group: Tensor) -> int:
-        """As many."""
-        return int(self.used(credit).sum())
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         return credit * noised.error
 
 
 def sign_pairs(credit: Tensor, group: Tensor) -> PreferencePairs:
-    """The k-th sample of positive with the k-th of negative credit of each group; what has no partner is left out."""
+    """Pair the k-th sample of positive with the k-th of negative credit of each group; unpaired ones are left out."""
     winners, losers = [group.new_zeros(0)], [group.new_zeros(0)]
     for key in torch.unique(group):
         positive, negative = ((group == key) & (credit * sign > 0) for sign in (1, -1))

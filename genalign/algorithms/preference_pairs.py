@@ -33,6 +33,13 @@ class PreferencePairs:
     def __len__(self) -> int:
         return len(self.winners)
 
+    def signs(self, samples: int) -> Tensor:
+        """+1 for winners, -1 for losers and 0 for the rest of the batch, (samples,) float32."""
+        signs = torch.zeros(samples)
+        signs[self.winners] = 1.0
+        signs[self.losers] = -1.0
+        return signs
+
 
 @dataclass(frozen=True)
 class MatchedHalves:
@@ -49,16 +56,20 @@ class MatchedHalves:
 
     def where(self, usable: Tensor) -> MatchedHalves:
         """The pairs whose two samples are ``usable`` (B,) bool."""
-        kept = usable[self.first] & usable[self.second]
-        return MatchedHalves(self.first[kept], self.second[kept])
+        both = usable[self.first] & usable[self.second]
+        return MatchedHalves(self.first[both], self.second[both])
 
 
 def best_and_worst_pairs(scores: Tensor, group: Tensor, tolerance: float = 0.0, pairs: int = 1) -> PreferencePairs:
-    """The best and the worst sample of every prompt, for scores (B,) and prompt indices ``group`` (B,) long; with more
-    ``pairs`` also the second best and the second worst, and so on.
+    """Pair the best with the worst sample of every prompt, the second best with the second worst, and so on.
 
-    A pair is left out where its two differ by no more than ``tolerance``, and NaN scores are; so M may be 0. Of equal
-    scores the first counts.
+    NaN scores are left out, so M may be 0. Of equal scores the first counts.
+
+    Args:
+        scores: (B,).
+        group: (B,) long, prompt indices.
+        tolerance: A pair that differs by no more is left out.
+        pairs: The number of pairs per prompt.
     """
     if scores.shape != group.shape:
         raise ValueError(f"scores and group must both be (B,), not {tuple(scores.shape)} and {tuple(group.shape)}")
@@ -80,7 +91,7 @@ def best_and_worst_pairs(scores: Tensor, group: Tensor, tolerance: float = 0.0, 
 
 
 def paired_halves(group: Tensor) -> MatchedHalves:
-    """The first and the second half of every prompt's samples, for prompt indices ``group`` (B,) long in any order.
+    """Split every prompt's samples into a first and a second half, for prompt indices ``group`` (B,) long.
 
     A prompt's samples keep their order; of an odd number, the last is left out. ValueError where no prompt has two.
     """
@@ -96,9 +107,9 @@ def paired_halves(group: Tensor) -> MatchedHalves:
 
 @dataclass(frozen=True)
 class SetSplit:
-    """How n pairs were divided: D+ holds the second of pair i where ``from_second[i]`` (n,), else the first.
+    """A division of n pairs: D+ holds the second of pair i where ``from_second[i]`` (n,), else the first.
 
-    ``first`` and ``second`` are the rewards of the sets that came in, ``plus`` and ``minus`` those of D+ and D-.
+    ``first`` and ``second`` are the rewards of the two sets before any swap, ``plus`` and ``minus`` those of D+ and D-.
     """
 
     from_second: Tensor
@@ -107,14 +118,13 @@ class SetSplit:
     plus: float
     minus: float
 
-    def demonstrations(self, halves: MatchedHalves) -> PreferencePairs:
-        """The division as indices into the batch that ``halves`` points into."""
+    def pairs(self, halves: MatchedHalves) -> PreferencePairs:
+        """The pairs as indices into the batch that ``halves`` indexes."""
         if len(halves) != len(self.from_second):
             raise ValueError(f"divided {len(self.from_second)} pairs, got indices of {len(halves)}")
-        mine = self.from_second.to(halves.first.device)
-        return PreferencePairs(
-            torch.where(mine, halves.second, halves.first), torch.where(mine, halves.first, halves.second)
-        )
+        swap = self.from_second.to(halves.first.device)
+        first, second = halves.first, halves.second
+        return PreferencePairs(torch.where(swap, second, first), torch.where(swap, first, second))
 
 
 def greedy_swap(

@@ -1,4 +1,4 @@
-"""Which steps of a grid a round samples with noise and trains."""
+"""Schedules of the steps that a round samples with noise and trains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 
 class StepSchedule(Protocol):
-    """From the steps that can be trained to those that this round trains, the same on every process.
+    """A rule that chooses the steps of a round among the ``usable`` of ``total`` steps, the same on every rank.
 
     Raises ValueError where there are too few of them.
     """
@@ -20,7 +20,7 @@ class StepSchedule(Protocol):
 
 @dataclass(frozen=True)
 class NoSteps:
-    """None: the method learns from final samples alone, and sampling is deterministic."""
+    """No trained step: the method learns from final samples alone, and sampling is deterministic."""
 
     def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
         return ()
@@ -31,7 +31,7 @@ class AllSteps:
     """Every step that can be trained."""
 
     def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
-        return _some(usable)
+        return _require_some(usable)
 
 
 @dataclass(frozen=True)
@@ -76,32 +76,12 @@ class SlidingWindow:
 
     def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
         windows = _windows(usable, self.size, total)[:: self.stride]
-        stays = [_stay(self.rounds_each, self.decay, place) for place in range(len(windows))]
-        left = round_index % sum(stays)
-        for window, stay in zip(windows, stays, strict=True):
-            if left < stay:
-                return window
-            left -= stay
-        raise AssertionError("a round lies within one turn of the window")
+        rounds = [max(1, math.ceil(self.rounds_each * math.exp(-self.decay * n))) for n in range(len(windows))]
+        cycle = [window for window, count in zip(windows, rounds, strict=True) for _ in range(count)]
+        return cycle[round_index % len(cycle)]
 
 
-@dataclass(frozen=True)
-class RandomSteps:
-    """``count`` steps drawn without replacement each round."""
-
-    count: int
-
-    def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
-        if not 1 <= self.count <= len(usable):
-            raise ValueError(f"{self.count} random steps were asked for, but {len(usable)} of {total} can be trained")
-        return tuple(sorted(random.Random(f"{seed}/{round_index}").sample(list(usable), self.count)))
-
-
-def _stay(rounds: int, decay: float, place: int) -> int:
-    return max(1, math.ceil(rounds * math.exp(-decay * place)))
-
-
-def _some(usable: Sequence[int]) -> tuple[int, ...]:
+def _require_some(usable: Sequence[int]) -> tuple[int, ...]:
     if not usable:
         raise ValueError(
             "the kernel has no trainable step on this grid: a trajectory objective needs a stochastic kernel, such as"
@@ -112,7 +92,7 @@ def _some(usable: Sequence[int]) -> tuple[int, ...]:
 
 def _windows(usable: Sequence[int], size: int, total: int) -> list[tuple[int, ...]]:
     """All runs of ``size`` consecutive trainable steps."""
-    runs = [tuple(range(i, i + size)) for i in _some(usable)]
+    runs = [tuple(range(i, i + size)) for i in _require_some(usable)]
     windows = [run for run in runs if set(run) <= set(usable)]
     if not windows:
         raise ValueError(

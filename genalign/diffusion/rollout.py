@@ -19,7 +19,7 @@ _MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighboring seeds land
 @dataclass(frozen=True)
 class RolloutInputs:
     """The conditioning and the seeds of B trajectories. ``prompt`` (B,) long indexes the rows of ``conditioning``;
-    ``noise_seeds`` draw the initial latents and ``step_seeds`` the noise of stochastic steps, one of each per sample."""
+    ``noise_seeds`` draw the initial latents and ``step_seeds`` the noise of stochastic steps, one each per sample."""
 
     conditioning: Conditioning
     prompt: Tensor

@@ -14,7 +14,6 @@ from genalign.algorithms.advantages import (
     ngrpo,
     step_gains,
     stepwise_advantages,
-    win_rates,
     zero_std_share,
 )
 from genalign.scoring.combine import combine
@@ -184,15 +183,6 @@ def test_a_missing_score_is_not_a_score_of_minus_one() -> None:
     assert bool(advantages.isfinite().all()) and advantages[0] == pytest.approx(-math.sqrt(1.5), abs=1e-6)
 
 
-def test_win_rates_by_hand() -> None:
-    nan = math.nan
-    wins = torch.tensor([[nan, 1.0, 1.0], [0.0, nan, nan], [0.0, nan, nan]])
-    assert win_rates(wins).tolist() == pytest.approx([1.0, 0.25, 0.25])
-    assert float(win_rates(wins).sum()) == pytest.approx(1.5)  # as many as there are pairs, over G - 1
-    with pytest.raises(ValueError, match=r"wins must be \(G, G\)"):
-        win_rates(torch.zeros(3, 2))
-
-
 def test_leave_one_out_by_hand() -> None:
     scores = torch.tensor([1.0, 2.0, 6.0, math.nan, 5.0])
     advantages = leave_one_out(scores, torch.tensor([0, 0, 0, 0, 1]))
@@ -209,7 +199,7 @@ def test_worked_numbers_of_step_gains() -> None:
         step_gains(scores[:, :1])
 
 
-def test_each_step_is_normalised_within_its_group() -> None:
+def test_each_step_is_normalized_within_its_group() -> None:
     gains = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     advantages = stepwise_advantages(gains, group)

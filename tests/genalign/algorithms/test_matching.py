@@ -19,10 +19,10 @@ from pipelines import SD3
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Weighted matching, which keeps what it was shown."""
+class RecordingLoss:
+    """Weighted matching that records its noised samples."""
 
-    shown: list[NoisedSamples] = field(default_factory=list)
+    noised_batches: list[NoisedSamples] = field(default_factory=list)
 
     def used(self, credit: Tensor) -> Tensor:
         return torch.ones_like(credit, dtype=torch.bool)
@@ -31,7 +31,7 @@ class Seen:
         return len(credit)
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
-        self.shown.append(noised)
+        self.noised_batches.append(noised)
         return credit * noised.error
 
 
@@ -51,10 +51,10 @@ def _batch(context: UpdateContext) -> UpdateBatch:
 
 
 def test_a_group_shares_level_and_noise(tiny: SD3) -> None:
-    context, loss = _context(tiny), Seen()
+    context, loss = _context(tiny), RecordingLoss()
     MatchingObjective(loss, draws=2).backward(context, _batch(context), 1.0, seed=3)
-    first, second = loss.shown
-    for noised in loss.shown:
+    first, second = loss.noised_batches
+    for noised in loss.noised_batches:
         sigma = noised.level.sigma
         assert sigma[0] == sigma[1] != sigma[2] == sigma[3]
         eps = (noised.x - noised.level.alpha.view(-1, 1, 1, 1) * noised.x0) / sigma.view(-1, 1, 1, 1)
@@ -65,10 +65,10 @@ def test_a_group_shares_level_and_noise(tiny: SD3) -> None:
 
 
 def test_only_the_current_prediction_carries_a_gradient(tiny: SD3) -> None:
-    context, loss = _context(tiny, lagging=True), Seen()
+    context, loss = _context(tiny, lagging=True), RecordingLoss()
     batch = _batch(context)
     MatchingObjective(loss, draws=1, old=True).backward(context, batch, 1.0, seed=3)
-    (noised,) = loss.shown
+    (noised,) = loss.noised_batches
     assert noised.prediction.requires_grad and not noised.reference.requires_grad and not noised.old.requires_grad
     torch.testing.assert_close(noised.old, noised.reference)  # the old policy is the one that training started from
     assert not torch.allclose(noised.old, noised.prediction.detach())
@@ -77,11 +77,11 @@ def test_only_the_current_prediction_carries_a_gradient(tiny: SD3) -> None:
 
 
 def test_the_same_seed_draws_the_same(tiny: SD3) -> None:
-    context, loss = _context(tiny), Seen()
+    context, loss = _context(tiny), RecordingLoss()
     batch = _batch(context)
     for seed in (3, 3, 4):
         MatchingObjective(loss, draws=1).backward(context, batch, 1.0, seed)
-    a, b, c = (noised.x for noised in loss.shown)
+    a, b, c = (noised.x for noised in loss.noised_batches)
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
@@ -111,10 +111,10 @@ def test_draws_of_few_samples_go_through_the_network_together(tiny: SD3, monkeyp
     def gradient() -> Tensor:
         sizes.clear()
         objective.backward(context, batch, 1.0, 0)
-        found = torch.cat([p.grad.flatten() for p in context.policy.parameters if p.grad is not None])
+        gradient_vector = torch.cat([p.grad.flatten() for p in context.policy.parameters if p.grad is not None])
         for parameter in context.policy.parameters:
             parameter.grad = None
-        return found
+        return gradient_vector
 
     together = gradient()
     assert sizes == [4, 4, 2, 2]  # reference and policy, two draws and one
@@ -127,11 +127,11 @@ def test_draws_of_few_samples_go_through_the_network_together(tiny: SD3, monkeyp
 def test_an_old_policy_must_exist(tiny: SD3) -> None:
     context = _context(tiny)
     with pytest.raises(ValueError, match="needs an old policy: give the recipe a lag"):
-        MatchingObjective(Seen(), old=True).backward(context, _batch(context), 1.0, 0)
+        MatchingObjective(RecordingLoss(), old=True).backward(context, _batch(context), 1.0, 0)
 
 
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="draws must be at least 1"):
-        MatchingObjective(Seen(), draws=0)
+        MatchingObjective(RecordingLoss(), draws=0)
     with pytest.raises(ValueError, match="ascending fractions"):
-        MatchingObjective(Seen(), low=0.9, high=0.1)
+        MatchingObjective(RecordingLoss(), low=0.9, high=0.1)

@@ -39,7 +39,7 @@ def mean_reward(features: Tensor) -> float:
     return float(features.mean())
 
 
-def test_elementwise_takes_the_best_and_the_worst_of_a_prompt() -> None:
+def test_best_and_worst_pairs_take_the_best_and_the_worst_of_a_prompt() -> None:
     scores = torch.tensor([0.1, 5.0, 0.9, 2.0, 0.5, 2.0, math.nan, 7.0, math.nan, 3.0, math.nan])
     group = torch.tensor([4, 1, 4, 2, 4, 2, 1, 1, 3, 3, 3])
     pairs = best_and_worst_pairs(scores, group)  # prompt 2 is tied, prompt 3 has one score
@@ -60,7 +60,7 @@ def test_several_pairs_of_a_prompt_meet_from_both_ends() -> None:
         best_and_worst_pairs(scores, group, pairs=0)
 
 
-def test_elementwise_refuses() -> None:
+def test_best_and_worst_pairs_check_their_input() -> None:
     group = torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match=r"must both be \(B,\)"):
         best_and_worst_pairs(torch.zeros(3), group)
@@ -103,7 +103,7 @@ def test_the_order_of_table_5(criterion: Criterion, seed: int) -> None:
 
     split = greedy_swap(first, second, Frechet(reference), criterion, seed=seed)
     batch, halves = torch.cat([first, second]), MatchedHalves(torch.arange(64), torch.arange(64, 128))
-    by_set = batch[split.demonstrations(halves).winners]
+    by_set = batch[split.pairs(halves).winners]
     by_sample = batch[best_and_worst_pairs(-own_distance(batch), torch.arange(64).repeat(2)).winners]
     start = min(frechet_distance(first, reference), frechet_distance(second, reference))
     assert frechet_distance(by_set, reference) < frechet_distance(by_sample, reference) < start
@@ -154,10 +154,10 @@ def test_the_better_set_comes_first() -> None:
     first, second = torch.zeros(3, 2), torch.ones(3, 2)
     split = greedy_swap(first, second, mean_reward)
     assert (split.from_second.tolist(), split.plus, split.minus) == ([True] * 3, 1.0, 0.0)
-    pairs = split.demonstrations(MatchedHalves(torch.tensor([4, 0, 2]), torch.tensor([1, 3, 5])))
+    pairs = split.pairs(MatchedHalves(torch.tensor([4, 0, 2]), torch.tensor([1, 3, 5])))
     assert (pairs.winners.tolist(), pairs.losers.tolist()) == ([1, 3, 5], [4, 0, 2])
     with pytest.raises(ValueError, match="divided 3 pairs, got indices of 2"):
-        split.demonstrations(MatchedHalves(torch.tensor([0, 1]), torch.tensor([2, 3])))
+        split.pairs(MatchedHalves(torch.tensor([0, 1]), torch.tensor([2, 3])))
 
 
 def test_greedy_swap_refuses() -> None:

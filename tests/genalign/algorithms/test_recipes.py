@@ -67,7 +67,7 @@ def _train(folder: Path, recipe: Recipe, rounds: int, rate: float) -> list[Round
 
 
 def green_set(features: Tensor) -> float:
-    """What the samples' own rewards, redness, must win against."""
+    """A set reward that conflicts with the samples' own reward, redness."""
     return float(features[:, 1].mean())
 
 
@@ -99,8 +99,8 @@ def test_the_reward_rises(tiny_folder: Path, name: str) -> None:
     assert results[-1].kl > 0 and bool(torch.tensor([result.loss for result in results]).isfinite().all())
 
 
-class _Recorded(Trainer):
-    """Keeps the gradient of every update, and follows it: Adam makes steps of rounding errors."""
+class _RecordingTrainer(Trainer):
+    """A trainer that records the gradient of every update; SGD, since Adam amplifies rounding errors."""
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
@@ -114,18 +114,20 @@ class _Recorded(Trainer):
 
 
 def _gradients(folder: Path, recipe: Recipe) -> tuple[list[Tensor], int]:
-    """Those of two updates, where the samples of one prompt in four differ in reward, and the forwards they took."""
+    """The gradients of two updates, where the samples of one prompt differ in reward, and the NFE of the round."""
     tiny = SD3.load(folder)
     settings = TrainerSettings(rounds=1, prompts_per_round=8, group_size=4, batch_size=16)
     prompts = PromptSet("eight", tuple(Prompt(f"{count} circles") for count in range(8)))
-    only = NamedReward("red", lambda samples, asked: redness(samples, asked) * _of_one_prompt(asked))
-    trainer = _Recorded(tiny, Policy(tiny.denoiser, Lora(rank=4), seed=0), [only], prompts, recipe, settings, SAMPLING)
+    only = NamedReward("red", lambda samples, prompts: redness(samples, prompts) * _of_one_prompt(prompts))
+    trainer = _RecordingTrainer(
+        tiny, Policy(tiny.denoiser, Lora(rank=4), seed=0), [only], prompts, recipe, settings, SAMPLING
+    )
     (result,) = trainer.rounds()
     return trainer.gradients, result.nfe
 
 
-def _of_one_prompt(asked: Sequence[Prompt]) -> Tensor:
-    return torch.tensor([float(prompt == asked[0]) for prompt in asked])
+def _of_one_prompt(prompts: Sequence[Prompt]) -> Tensor:
+    return torch.tensor([float(prompt == prompts[0]) for prompt in prompts])
 
 
 def _all(self: object, credit: Tensor, *group: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ WITHOUT_SKIPPING = ("awm", "dragon with kto", "nft", "dragon with a set reward",
 @pytest.mark.parametrize(
     "name", ["flow_grpo", "awm without anchor", *(name for name in RECIPES if name not in WITHOUT_SKIPPING)]
 )
-def test_what_has_no_part_in_the_loss_is_skipped_and_the_gradient_stays(
+def test_samples_outside_the_loss_are_skipped_without_changing_the_gradient(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     more = {"flow_grpo": lambda: flow_grpo(KERNEL, clip_range=1e-2), "awm without anchor": lambda: awm(anchor=0.0)}
@@ -155,7 +157,7 @@ def test_what_has_no_part_in_the_loss_is_skipped_and_the_gradient_stays(
         assert theirs.norm() > 0 and (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def test_a_distance_from_the_reference_is_taken_of_all(tiny_folder: Path) -> None:
+def test_a_kl_penalty_replays_all_samples(tiny_folder: Path) -> None:
     _, few = _gradients(tiny_folder, flow_grpo(KERNEL))
     _, many = _gradients(tiny_folder, flow_grpo(KERNEL, kl=0.1))
     steps, samples = 3, 32
@@ -176,12 +178,12 @@ def test_dense_credit_costs_its_completions(tiny_folder: Path) -> None:
 
 
 def test_an_old_policy_samples_where_there_is_a_lag(tiny_folder: Path) -> None:
-    kept = _train(tiny_folder, nft(lag=Lag(slope=1.0, limit=1.0)), rounds=6, rate=3e-2)
+    results = _train(tiny_folder, nft(lag=Lag(slope=1.0, limit=1.0)), rounds=6, rate=3e-2)
     # With a decay of min(i, 1), the policy that samples takes the weights after round 0 and keeps them.
-    assert kept[-1].log_ratio_max == 0.0 and kept[-1].kl > 0
+    assert results[-1].log_ratio_max == 0.0 and results[-1].kl > 0
 
 
-def test_credit_that_needs_more_than_scores_says_so(tiny_folder: Path) -> None:
+def test_credit_without_completions_or_features_is_an_error(tiny_folder: Path) -> None:
     with pytest.raises(ValueError, match="give the recipe a completion"):
         _train(tiny_folder, replace(dense_grpo(KERNEL), completion=None), 1, 1e-3)
     with pytest.raises(ValueError, match="give the recipe a feature function"):

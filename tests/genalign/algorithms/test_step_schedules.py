@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from genalign.algorithms.step_schedules import AllSteps, NoSteps, RandomSteps, RandomWindow, SlidingWindow
+from genalign.algorithms.step_schedules import AllSteps, NoSteps, RandomWindow, SlidingWindow
 
 USABLE = (0, 1, 2, 3, 4)
 
@@ -35,15 +35,7 @@ def test_a_decaying_window_stays_less_at_later_steps() -> None:
     assert steps == [0, 0, 0, 0, 1, 1, 2, 3, 4]
 
 
-def test_random_steps_differ_by_round_and_not_by_process() -> None:
-    drawn = {RandomSteps(2)(USABLE, 6, index, 0) for index in range(200)}
-    assert len(drawn) == 10
-    assert RandomSteps(2)(USABLE, 6, 7, 0) == RandomSteps(2)(USABLE, 6, 7, 0)
-
-
 def test_impossible_schedules() -> None:
-    with pytest.raises(ValueError, match="6 random steps were asked for, but 5 of 6 can be trained"):
-        RandomSteps(6)(USABLE, 6, 0, 0)
     with pytest.raises(ValueError, match="needs a stochastic kernel"):
         AllSteps()((), 6, 0, 0)
     with pytest.raises(ValueError, match="only steps"):

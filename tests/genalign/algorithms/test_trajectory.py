@@ -38,10 +38,10 @@ def _batch(context: UpdateContext, first: bool = True) -> UpdateBatch:
 
 
 def _gradients(context: UpdateContext) -> list[Tensor]:
-    found = [parameter.grad.clone() for parameter in context.policy.parameters if parameter.grad is not None]
+    gradients = [parameter.grad.clone() for parameter in context.policy.parameters if parameter.grad is not None]
     for parameter in context.policy.parameters:
         parameter.grad = None
-    return found
+    return gradients
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def _cost(pipeline: SD3, sampled: Rollout, grid: Grid, guidance: float = 1.0, co
 def test_each_state_is_completed_by_the_ode(tiny: SD3, guidance: float) -> None:
     grid = tiny.grid(5, SIGMAS)
     sampled = _sampled(tiny, grid, (1, 2, 3), shared=False, guidance=guidance)
-    made = complete(tiny, sampled, grid, guidance)
+    completed = complete(tiny, sampled, grid, guidance)
     conditioning = sampled.inputs.conditioning[sampled.inputs.prompt]
     for stored, index in enumerate(sampled.steps):
         x = sampled.x[:, stored]
@@ -48,18 +48,18 @@ def test_each_state_is_completed_by_the_ode(tiny: SD3, guidance: float) -> None:
             step = grid[i]
             velocity = tiny.predict(x, step, conditioning, guidance)
             x = x + float(step.sigma_next - step.sigma) * velocity
-        torch.testing.assert_close(made[:, stored], x, rtol=0, atol=2e-5)
+        torch.testing.assert_close(completed[:, stored], x, rtol=0, atol=2e-5)
 
 
 def test_without_noise_every_completion_is_the_sample(tiny: SD3) -> None:
     grid = tiny.grid(5, SIGMAS)
     sampled = rollout(tiny, _start(tiny, False), grid, [ODE()] * 5, 1.0, store=(0, 1, 2))
-    made = complete(tiny, sampled, grid, 1.0)
-    torch.testing.assert_close(made, sampled.final[:, None].expand_as(made), rtol=0, atol=2e-5)
+    completed = complete(tiny, sampled, grid, 1.0)
+    torch.testing.assert_close(completed, sampled.final[:, None].expand_as(completed), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_cost_is_that_of_the_formula(tiny: SD3, guidance: float) -> None:
+def test_cost_follows_the_formula(tiny: SD3, guidance: float) -> None:
     grid = tiny.grid(10, [1 - i / 10 for i in range(10)])
     sampled = _sampled(tiny, grid, tuple(range(9)), shared=False, guidance=guidance)
     per_sample = sum(10 - 1 - i for i in range(9))
@@ -71,9 +71,9 @@ def test_a_shared_state_is_completed_once(tiny: SD3) -> None:
     grid = tiny.grid(5, SIGMAS)
     sampled = _sampled(tiny, grid, (1, 2), shared=True)
     assert _cost(tiny, sampled, grid) == 2 * 3 + 4 * 2
-    made = complete(tiny, sampled, grid, 1.0)
-    assert torch.equal(made[0, 0], made[1, 0])
-    assert not torch.allclose(made[0, 1], made[1, 1])
+    completed = complete(tiny, sampled, grid, 1.0)
+    assert torch.equal(completed[0, 0], completed[1, 0])
+    assert not torch.allclose(completed[0, 1], completed[1, 1])
 
 
 def test_fewer_steps_cost_less_and_one_costs_nothing(tiny: SD3, caplog: pytest.LogCaptureFixture) -> None:
@@ -81,11 +81,11 @@ def test_fewer_steps_cost_less_and_one_costs_nothing(tiny: SD3, caplog: pytest.L
     sampled = _sampled(tiny, grid, (0, 1), shared=False)
     assert _cost(tiny, sampled, grid, completion=Completion(2)) == 4 * 2
     with caplog.at_level(logging.WARNING):
-        made = complete(tiny, sampled, grid, 1.0, Completion(1))
+        completed = complete(tiny, sampled, grid, 1.0, Completion(1))
     assert "worse than Flow-GRPO" in caplog.text
     assert _cost(tiny, sampled, grid, completion=Completion(1)) == 0
     expected = sampled.x[:, 1] - float(grid[1].sigma) * sampled.prediction[:, 1]
-    torch.testing.assert_close(made[:, 1], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(completed[:, 1], expected, rtol=0, atol=1e-5)
 
 
 def test_stops_are_the_grid_that_is_left() -> None:

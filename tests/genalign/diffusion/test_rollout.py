@@ -45,8 +45,8 @@ def test_pairs_of_several_steps_are_replayed_alike(tiny: SD3, guidance: float) -
     live = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
     parts = ReplayBatch.batches(live)
     assert [(len(part.rows), part.count) for part in parts] == [(6, 6), (6, 1)]
-    kept = torch.cat([torch.stack(part.index, dim=1) for part in parts])
-    assert sorted(kept.tolist()) == live.nonzero().tolist()
+    pairs_seen = torch.cat([torch.stack(part.index, dim=1) for part in parts])
+    assert sorted(pairs_seen.tolist()) == live.nonzero().tolist()
     for pairs in parts:
         again = replay(tiny, sampled, grid, kernel, pairs, guidance)
         # a sample's place in the batch may decide which way of adding up it meets
