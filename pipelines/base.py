@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from genalign.diffusion.lora import ADAPTER, PEFT_CONFIG, merge, put_on_saved
+from genalign.diffusion.lora import ADAPTER, PEFT_CONFIG, load_lora, merge_lora
 from genalign.diffusion.paths import GaussianPath
 from genalign.runtime.files import write_json
 from genalign.runtime.memory_options import Memory
@@ -257,6 +257,15 @@ class DiffusersPipeline(ABC):
                 del self._cache[text]
         self._cache |= latest
 
+    @contextlib.contextmanager
+    def separate_encoding(self) -> Iterator[None]:
+        """Encode texts without a trace: later, each is encoded in the batch in which it would have been without this."""
+        batches, cache = dict(self._batches), dict(self._cache)
+        try:
+            yield
+        finally:
+            self._batches, self._cache = batches, cache
+
     @torch.no_grad()
     def _encode_batch(self, texts: list[str]) -> None:
         with lent(self._text_encoders, self.device, self.memory.offload):
@@ -342,7 +351,7 @@ class DiffusersPipeline(ABC):
         """Write the network with its adapter, where it wears one, in its weights, or the ``whole`` pipeline so.
         It has no adapter afterwards."""
         if self._worn:
-            merge(self.denoiser)
+            merge_lora(self.denoiser)
             self._worn = False
         (self.pipe if whole else self.pipe.components[self.trained]).save_pretrained(directory)
 
@@ -361,7 +370,7 @@ class DiffusersPipeline(ABC):
         if known and json.loads(base.read_text())["fingerprint"] != self.fingerprint:
             raise ValueError(f"the adapter in {source} was trained on another base checkpoint than this one")
         if (folder / PEFT_CONFIG).is_file():
-            put_on_saved(self.denoiser, folder)
+            load_lora(self.denoiser, folder)
         else:
             self._load_published(source)
         self._worn = True

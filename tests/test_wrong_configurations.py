@@ -150,11 +150,11 @@ TABLE = [
           "decode_batch must be at least 1 sample, not 0"),
     # what does not go together
     Wrong("group of one", (*TRAIN, "--training.group_size", "1"),
-          "group_size is 1: a group needs at least 2 samples to be compared"),
+          "group_size is 1: a group needs at least 2 samples to compare"),
     Wrong("divided groups", (*TRAIN, "--training.batch_size", "3"),
           "batch_size 3 must be a multiple of group_size 2, so that groups stay whole: try 2"),
     Wrong("uneven updates", (*TRAIN, "--training.prompts_per_round", "3"),
-          "prompts_per_round 3 x group_size 2 = 6 images do not divide into 2 updates of batches of 2: change one of"
+          "prompts_per_round 3 x group_size 2 = 6 samples do not divide into 2 updates of batches of 2: change one of"
           " them"),
     Wrong("kernel without noise", (*PLAN, "--recipe.kernel", "ODE"),
           "ODE(): the kernel has no trainable step on this grid: a trajectory objective needs a stochastic kernel, such"

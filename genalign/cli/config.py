@@ -29,6 +29,7 @@ from genalign.training.checkpointing import Checkpointing
 from genalign.training.noise_calibration import Calibration
 from genalign.training.nonfinite import DivergedError
 from genalign.training.reward_hacking import Actions, Limits
+from genalign.training.sample_grid import SampleGrid
 from genalign.training.trainer import TrainerSettings
 
 set_parsing_settings(subclasses_enabled=[Recipe, Kernel], instantiate_subclass_spec_in_any=False)
@@ -104,9 +105,11 @@ class BeforeAfter(Amount):
 
 @dataclass(frozen=True)
 class Hacking(Amount):
-    """What is watched for signs that the reward is being exploited, every ``every`` rounds, 0 for never: see
-    ``genalign.training.reward_hacking``. ``rewards`` are not trained on; ``features`` give variety and drift; ``shown`` are functions
-    of a set of images and their prompts that only report."""
+    """The monitor of reward hacking, every ``every`` rounds, 0 for never: see ``genalign.training.reward_hacking``.
+
+    ``rewards`` are not trained on; ``features`` give variety and drift; ``diagnostics`` are functions of a set of
+    samples and their prompts that are only reported.
+    """
 
     samples_per_task: int = 16
     seeds: int = 2
@@ -114,14 +117,16 @@ class Hacking(Amount):
     every: int = 0
     rewards: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]  # as RewardChoice.function
     features: Callable | None = None  # type: ignore[type-arg]  # as RewardChoice.function
-    shown: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]  # as RewardChoice.function
+    diagnostics: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]  # as RewardChoice.function
     limits: Limits = field(default_factory=Limits)
     on_red: Actions = field(default_factory=Actions)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.seeds < 2 or self.samples_per_task < 2:
-            raise ValueError("reward_hacking.seeds and reward_hacking.samples_per_task must be at least 2, to tell variety")
+            raise ValueError(
+                "reward_hacking.seeds and reward_hacking.samples_per_task must be at least 2, to tell variety"
+            )
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,7 @@ class Train:
     held_out: HeldOut = field(default_factory=HeldOut)
     reward_hacking: Hacking = field(default_factory=Hacking)
     before_after: BeforeAfter | None = field(default_factory=BeforeAfter)
+    sample_grid: SampleGrid = field(default_factory=SampleGrid)
     trackers: list[Literal["tensorboard", "wandb", "trackio", "swanlab"]] = field(default_factory=list)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
 
@@ -152,8 +158,12 @@ class Train:
         _require_rewards(self.rewards)
         if all(reward.weight == 0 for reward in self.rewards.values()):
             raise ValueError("every reward has weight 0: nothing would be trained; give one a weight")
-        if trained := [name for name in self.reward_hacking.rewards if self.rewards.get(name, RewardChoice(max, 0)).weight]:
-            raise ValueError(f"reward_hacking.rewards.{trained[0]} is trained on, and would see nothing: name another reward")
+        if trained := [
+            name for name in self.reward_hacking.rewards if name in self.rewards and self.rewards[name].weight
+        ]:
+            raise ValueError(
+                f"reward_hacking.rewards.{trained[0]} is trained on, and would see nothing: name another reward"
+            )
 
     def watched(self) -> list[HeldOut | Hacking | BeforeAfter]:
         """What is evaluated before, while and after training."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -45,6 +46,9 @@ class Checkpoint(Pipeline, WeightStore, Protocol):
 
     def encode_together(self, batches: Sequence[Sequence[str]]) -> None:
         """Once one of these texts is needed, encode it in its batch."""
+
+    def separate_encoding(self) -> AbstractContextManager[None]:
+        """Encode texts, within the context, without an effect on the batches in which texts are encoded later."""
 
     def load_lora(self, source: str | Path) -> None:
         """Put on an adapter, from a folder, a file or the Hub."""

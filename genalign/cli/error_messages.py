@@ -15,6 +15,13 @@ _KINDS = {
     "dict": "settings by name",
 }
 RENAMED_SETTINGS = {
+    "training.failed_share": "training.max_failed_fraction",
+    "training.skipped_updates": "training.max_skipped_updates",
+    "training.out_of_memory": "training.on_out_of_memory",
+    "training.overlap": "training.overlap_scoring",
+    "averaging": "ema_decay",
+    "hacking": "reward_hacking",
+    "hacking.shown": "reward_hacking.diagnostics",
     "training.max_forwards": "training.max_nfe",
     "budget.forwards": "budget.nfe",
     "held_out.images_per_task": "held_out.samples_per_task",

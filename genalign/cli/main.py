@@ -22,7 +22,7 @@ from genalign.cli.plan import plan_command
 from genalign.cli.reward import reward_command, serve_command
 from genalign.cli.steer import prices_command, steer_command, train_noise_aware_command
 from genalign.cli.train import demo_command, train_command
-from genalign.runtime.cpu import keep_freed_memory
+from genalign.runtime.cpu import retain_freed_memory
 from genalign.training.memory_estimate import Outline
 from pipelines.base import Options
 from pipelines.checkpoint_files import require_weights
@@ -41,7 +41,7 @@ def load_model(model: config.Model) -> Checkpoint:
     disable_transformers_bars()
     config.require_device(model.device)
     if model.device == "cpu":
-        keep_freed_memory()
+        retain_freed_memory()
     return pipelines.load(assets.resolve(model.path), dtype=config.dtype(model.dtype), **_options(model))
 
 
@@ -105,6 +105,7 @@ COMMANDS: dict[str, Callable[[Outside, Sequence[str]], int]] = {
 def main(arguments: Sequence[str]) -> int:
     """Run one command, which comes first; bad input is told in one line on standard error, with exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("genalign").setLevel(logging.INFO)  # a line a round where there is no terminal
     name, *rest = arguments
     if name not in COMMANDS:
         print(f"error: no command {name!r}; {nearest(name, list(COMMANDS))}", file=sys.stderr)

@@ -47,7 +47,7 @@ def estimate(settings: config.Train, outline: Outline, stored: int) -> Estimate:
     parts, source = tuple(outline.parts), settings.init_lora
     if source is not None and settings.lora is None:
         raise ValueError("init_lora needs lora: give it any, its rank and layers are the adapter's own")
-    new = sum(p.numel() for p in Policy(outline.pipeline.denoiser, settings.lora, settings.averaging).parameters)
+    new = sum(p.numel() for p in Policy(outline.pipeline.denoiser, settings.lora, settings.ema_decay).parameters)
     trained = (adapter_numbers(Path(source)) if source else None) or new
     return Estimate(held(outline, parts, trained, _training(settings, stored)), parts, trained)
 
@@ -98,7 +98,7 @@ def advice(outside: Outside, settings: config.Train) -> str:
         found = [f"{name} ({gibibytes(peak)})" for name, peak in reliefs(outside, settings, stored).items()]
     except (*config.REFUSED, RuntimeError):  # such as no memory for this, either
         here, found = "no estimate", [name for name, _ in lighter(settings)]
-    tried = "; ".join([*found, "--training.out_of_memory halve"])
+    tried = "; ".join([*found, "--training.on_out_of_memory halve"])
     return f"`genalign plan` puts these settings at {here}, without rewards; less is held with {tried}"
 
 

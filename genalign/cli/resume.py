@@ -1,4 +1,4 @@
-"""``genalign train --resume``: which run goes on, whether it may, and what is kept of it beside the loop's own."""
+"""``genalign train --resume``: finds the run and its checkpoint, and checks that settings and inputs are the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from genalign.cli.context import Checkpoint as Model
+from genalign.cli.context import Checkpoint
 from genalign.runtime.state import State
 from genalign.training.checkpointing import Checkpoints, RunCheckpoint
 from genalign.training.run import RunFolder
@@ -17,6 +17,7 @@ from genalign.training.run import RunFolder
 MAY_CHANGE = (
     "output",
     "trackers",
+    "sample_grid",
     "checkpoint",
     "training.rounds",
     "training.max_nfe",
@@ -26,54 +27,59 @@ MAY_CHANGE = (
     "model.memory.checkpointing",
     "model.memory.offload",
 )
-"""Settings that a resumed run may have other values of."""
+"""Settings that may change when a run is resumed."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """The arguments of a training without ``--resume``, and whether that was among them."""
+class TrainRequest:
+    """The arguments of a training without ``--resume``, and whether ``--resume`` was among them."""
 
     arguments: list[str]
     resume: bool
 
 
-def requested(arguments: Sequence[str]) -> Request:
-    """``--resume RUN`` stands for that run's configuration and output; ``--resume`` alone goes on with a run in the
-    output, if there is one. Raises FileNotFoundError for a RUN that is none."""
+def requested(arguments: Sequence[str]) -> TrainRequest:
+    """Take ``--resume`` out of the arguments of ``genalign train``.
+
+    ``--resume RUN`` stands for that run's configuration and output; ``--resume`` alone resumes the run in the output,
+    if there is one. Raises FileNotFoundError if RUN holds no run, and ValueError for a run of genalign 0.1.0.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?", const="")
-    found, rest = parser.parse_known_args(list(arguments))
-    if not found.resume:
-        return Request(rest, found.resume is not None)
-    run = Path(found.resume)
+    parsed, rest = parser.parse_known_args(list(arguments))
+    if not parsed.resume:
+        return TrainRequest(rest, parsed.resume is not None)
+    run = Path(parsed.resume)
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} holds no run to resume: give the output folder of a training")
-    return Request(["--config", str(run / "config.json"), *rest, "--output", str(run)], True)
+    RunFolder(run).require_resumable()
+    return TrainRequest(["--config", str(run / "config.json"), *rest, "--output", str(run)], True)
 
 
 def checkpoint_in(folder: RunFolder, checkpoints: Checkpoints, config: Mapping[str, Any]) -> RunCheckpoint | None:
-    """Where the run in ``folder`` goes on; None where none has begun.
+    """The checkpoint that the run in ``folder`` resumes from; None if there is no run.
 
-    Raises ValueError for a run with other settings, and for one without a checkpoint that is whole.
+    Raises ValueError for a run with other settings, of genalign 0.1.0, or without an intact checkpoint.
     """
+    folder.require_resumable()
     checkpoint = checkpoints.latest()
     if checkpoint is not None:
         require_same(folder.config(), config)
     elif (folder.path / "metrics.jsonl").exists():
-        raise ValueError(f"the run in {folder.path} has no checkpoint to go on from: choose another output")
+        raise ValueError(f"the run in {folder.path} has no checkpoint to resume from: choose another output")
     return checkpoint
 
 
-def require_same(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def require_same(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
     """Raise ValueError, naming them, for settings that differ and are not in ``MAY_CHANGE``."""
-    old, new = dict(_flat(stored)), dict(_flat(asked))
-    changed = [
+    old, new = dict(_flat(stored)), dict(_flat(requested))
+    changes = [
         f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
         for name in sorted(old | new)
         if old.get(name) != new.get(name) and not any(f"{name}.".startswith(f"{free}.") for free in MAY_CHANGE)
     ]
-    if changed:
-        raise ValueError(f"a resumed run keeps its settings, but {'; '.join(changed)}: choose another output")
+    if changes:
+        raise ValueError(f"a resumed run keeps its settings, but {'; '.join(changes)}: choose another output")
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -86,47 +92,47 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
 
 @dataclass(frozen=True)
 class InputFingerprint:
-    """Hashes of the model's weights and of the prompts that a run is of."""
+    """Hashes of the model's weights and of the prompts."""
 
     model: str
     prompts: str
 
     def state(self) -> State:
-        """Both."""
+        """The hashes."""
         return State({}, asdict(self))
 
     def restore(self, state: State) -> None:
-        """Nothing to put back. Raises ValueError for others."""
+        """Raise ValueError if the hashes differ; there is nothing to restore."""
         for name, value in asdict(self).items():
             if state.numbers[name] != value:
-                raise ValueError(f"{name} is not what the run began with: put it back, or choose another output")
+                raise ValueError(f"{name} is not what the run began with: restore it, or choose another output")
 
 
 @dataclass(frozen=True)
 class EncoderCache:
-    """The batches that ``model`` encoded texts in."""
+    """The batches in which ``model`` encoded texts, on which the last bits of the embeddings depend."""
 
-    model: Model
+    model: Checkpoint
 
     def state(self) -> State:
-        """All of them."""
+        """The texts of all batches."""
         return State({}, {"batches": self.model.encoded})
 
     def restore(self, state: State) -> None:
-        """Encode them so again, one by one as they are needed."""
+        """Encode texts in the same batches, once they are needed."""
         self.model.encode_together(state.numbers["batches"])
 
 
 @dataclass
 class TrackerRun:
-    """Under which name experiment trackers know a run; 21 characters, as SwanLab once asked for."""
+    """The id of a run on the servers of experiment trackers: 21 characters, SwanLab's limit."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:21])
 
     def state(self) -> State:
-        """The name."""
+        """The id."""
         return State({}, {"id": self.id})
 
     def restore(self, state: State) -> None:
-        """Go by that name again."""
+        """Continue with the id of the resumed run."""
         self.id = state.numbers["id"]

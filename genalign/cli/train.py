@@ -22,6 +22,7 @@ from genalign.cli.memory import advice
 from genalign.cli.resume import EncoderCache, InputFingerprint, TrackerRun, checkpoint_in, requested
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import generate
+from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import Evaluation, load_evaluation, plan, suite_hash
 from genalign.evaluation.paired import gain, task_gains
 from genalign.evaluation.report import write_report
@@ -32,37 +33,39 @@ from genalign.runtime.fsdp import Sharding, sharding_from_environment
 from genalign.runtime.state import Generators, PerRankState, Stateful
 from genalign.scoring.score import NamedReward, probe
 from genalign.scoring.score_log import Journal
-from genalign.training.checkpointing import Checkpoints, CheckpointWriter, RunCheckpoint
+from genalign.training.checkpointing import Checkpoints, CheckpointWriter
 from genalign.training.nonfinite import is_out_of_memory
-from genalign.training.reward_hacking import Guard, Measures, PanelSnapshot
-from genalign.training.run import RunFolder, train
+from genalign.training.reward_hacking import HackingGuard, PanelMeasures, PanelSnapshot
+from genalign.training.run import RoundMonitors, RunFolder, train
+from genalign.training.sample_grid import SampleGridWriter
 from genalign.training.trainer import Trainer
-from genalign.types import PromptSet
+from genalign.types import Prompt, PromptSet
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, or for this user or file
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, or for this user or file
 
 
 def train_command(outside: Outside, arguments: Sequence[str]) -> int:
     """``genalign train``."""
-    asked = requested(arguments)
-    settings, plain = config.parse(config.Train, asked.arguments, "train")
+    request = requested(arguments)
+    settings, plain = config.parse(config.Train, request.arguments, "train")
+    resume_hint = f"Resume with: genalign train --resume {settings.output}"
     try:
         with process_group(os.environ) as processes:
-            return run_training(outside, settings, plain, asked.resume, processes)
+            return run_training(outside, settings, plain, request.resume, processes)
     except ProcessGroupError as error:
-        print(f"error: {error}. All that was finished can be gone on from by --resume", file=sys.stderr)
+        print(f"error: Training stopped: {error}. {resume_hint}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _DISK_FULL:
             raise
-        told = f"make room, then genalign train --resume {settings.output}"
-        print(f"error: {error}. The last checkpoint is whole: {told}", file=sys.stderr)
+        print(f"error: Training stopped: {error}. Free some disk space. {resume_hint}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if isinstance(error, config.REFUSED) or not is_out_of_memory(error):
             raise
-        found = str(error).splitlines()[0]
-    print(f"error: out of memory: {found}\n{advice(outside, settings)}", file=sys.stderr)
+        message = str(error).splitlines()[0]
+    # outside the handler, whose traceback holds the memory
+    print(f"error: out of memory: {message}\n{advice(outside, settings)}", file=sys.stderr)
     return 1
 
 
@@ -73,108 +76,120 @@ def run_training(
     resume: bool = False,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> int:
-    """Evaluate, train, evaluate again, and write the report; with ``resume`` from where the run in ``output`` is."""
+    """Evaluate, train, evaluate again, and write the report.
+
+    Args:
+        outside: The pipelines and rewards.
+        settings: The configuration.
+        plain: The same as plain JSON.
+        resume: Continue the run in ``settings.output``, if there is one.
+        processes: The ranks of the run.
+
+    Returns:
+        The exit status: 130 after Ctrl-C, else 0.
+    """
+    # Refuse what would fail later, before anything is loaded
     prompts, sharding = prompt_set(settings.prompts), _sharding(settings, processes)
-    _require(settings, processes)
-    folder = RunFolder(Path(settings.output), processes)
-    checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint.keep, processes)
-    checkpoint = _checkpoint(folder, checkpoints, plain, resume)
-    pipeline, rewards = outside.load(settings.model), named_rewards(settings.rewards)
-    _probe(settings, pipeline, rewards, prompts)
-    journal, tracked = Journal(), TrackerRun()
-    policy = _policy(settings, pipeline, processes, sharding)
-    trainer = _trainer(settings, pipeline, policy, journal.kept(rewards), prompts)
-    guard = _guard(settings, pipeline, policy)
-    inputs = InputFingerprint(pipeline.fingerprint, suite_hash(prompts))
-    parts = _parts(trainer, guard, inputs, EncoderCache(pipeline), tracked)
-    keeper = CheckpointWriter(checkpoints, parts, journal, settings.checkpoint.every)
-    tested = _before_after(outside, settings, pipeline, rewards, processes)
-    if checkpoint is None:
-        before = _begin(folder, plain, pipeline, guard, tested)
-        keeper.begin()
-    else:
-        keeper.resume(checkpoint)
-        folder.resume(plain, checkpoint.rounds)
-        before = load_evaluation(folder.path / "before") if tested else None
-    watch = _watcher(outside, settings, pipeline, policy)
-    loggers = trackers(settings.trackers, folder.path, tracked.id)
-    if not train(trainer, folder, pipeline, keeper, watch, settings.held_out.every, loggers, guard):
-        if processes.is_main:
-            told = f"interrupted: everything so far is in {folder.path}"
-            print(f"{told}; go on by genalign train --resume {folder.path}")
-        return 130
-    _conclude(folder, pipeline, policy, tested, before)
-    return 0
-
-
-def _checkpoint(
-    folder: RunFolder, checkpoints: Checkpoints, plain: Mapping[str, Any], resume: bool
-) -> RunCheckpoint | None:
-    """Where to go on; None for a run that begins. Raises FileExistsError for one that has begun and is not resumed."""
-    found = checkpoint_in(folder, checkpoints, plain) if resume else None
-    if found is None:
-        folder.require_unused()
-    folder.processes.barrier()  # until all have looked, before one writes
-    return found
-
-
-def _require(settings: config.Train, processes: ProcessGroup) -> None:
-    """Raise ValueError, or FileNotFoundError, for what would fail later."""
     settings.training.require_shares(processes.world_size)
     require_trackers(settings.trackers)
     for watched in settings.watched():
         prompt_set(watched.prompts)
+    folder = RunFolder(Path(settings.output), processes)
+    checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint.keep, processes)
+    checkpoint = checkpoint_in(folder, checkpoints, plain) if resume else None
+    if checkpoint is None:
+        folder.require_unused()
+    processes.barrier()  # every rank has looked before one writes
+
+    # Load the model and the rewards, and try them on two samples
+    pipeline, rewards = outside.load(settings.model), named_rewards(settings.rewards)
+    require_rate(settings, pipeline.sample_rate)
+    samples = _generate(pipeline, prompts.prompts[:2], [0] * len(prompts.prompts[:2]), settings.sampling, 2)
+    probe(rewards, samples, prompts.prompts[:2])
+
+    # Assemble the run
+    policy = _policy(settings, pipeline, processes, sharding)
+    journal, tracker_run = Journal(), TrackerRun()
+    trainer = _trainer(settings, pipeline, policy, journal.kept(rewards), prompts)
+    guard = _guard(settings, pipeline, policy)
+    parts: dict[str, Stateful] = {
+        "inputs": InputFingerprint(pipeline.fingerprint, suite_hash(prompts)),
+        "trainer": trainer,
+        "texts": EncoderCache(pipeline),
+        "tracker": tracker_run,
+        **({"guard": guard} if guard else {}),
+        "generators": PerRankState(Generators(), processes),
+    }
+    writer = CheckpointWriter(checkpoints, parts, journal, settings.checkpoint.every)
+    before_after = _before_after(outside, settings, pipeline, rewards, processes)
+
+    # Begin: measure the untrained model; or resume from the checkpoint
+    before: Evaluation | None = None
+    if checkpoint is None:
+        if guard:
+            guard.begin()
+        folder.begin(plain)
+        before = before_after.take(pipeline, folder.path / "before") if before_after else None
+        writer.begin()
+    else:
+        writer.resume(checkpoint)
+        folder.resume(plain, checkpoint.rounds)
+        before = load_evaluation(folder.path / "before") if before_after else None
+
+    monitors = RoundMonitors(
+        _held_out(outside, settings, pipeline, policy),
+        settings.held_out.every,
+        guard,
+        _sample_grid(settings, pipeline, policy, prompts),
+    )
+    loggers = trackers(settings.trackers, folder.path, tracker_run.id)
+    if not train(trainer, folder, pipeline, writer, monitors, loggers):
+        if processes.is_main:
+            print(
+                f"Training stopped at round {trainer.rounds_done}: interrupted."
+                f" Resume with: genalign train --resume {folder.path}"
+            )
+        return 130
+
+    # Evaluate the trained model, and write the report
+    if before_after and before:
+        with policy.averaged():
+            after = before_after.take(pipeline, folder.path / "after")
+        if processes.is_main:
+            gains = {name: estimate.as_dict() for name, estimate in gain(before, after).items()}
+            write_json(folder.path / "gain.json", gains)
+            print_table(before, after)
+    if processes.is_main:
+        print(f"report: {write_report(folder.path)}")
+    return 0
 
 
 def _sharding(settings: config.Train, processes: ProcessGroup) -> Sharding | None:
-    """What the launcher asked for. Raises ValueError where it cannot be had with these settings."""
+    """The launcher's FSDP settings. Raises ValueError if the training settings do not work with them."""
     sharding = sharding_from_environment(os.environ, processes.world_size)
-    refused = {
+    conflicts = {
         "lora null: train an adapter": settings.lora is None,
         "training.optimizer adamw8bit: choose adamw": settings.training.optimizer != "adamw",
-        "training.on_out_of_memory halve: processes would part ways": settings.training.on_out_of_memory == "halve",
+        "training.on_out_of_memory halve: ranks would diverge": settings.training.on_out_of_memory == "halve",
     }
-    if sharding and any(refused.values()):
-        found = "; ".join(name for name, wrong in refused.items() if wrong)
-        raise ValueError(f"a network that FSDP divides cannot be trained with {found}")
+    if sharding and any(conflicts.values()):
+        names = "; ".join(name for name, conflict in conflicts.items() if conflict)
+        raise ValueError(f"a network that FSDP divides cannot be trained with {names}")
     return sharding
 
 
-def _conclude(
-    folder: RunFolder, pipeline: Checkpoint, policy: Policy, tested: Exam | None, before: Evaluation | None
-) -> None:
-    """Evaluate what was trained, and write the report."""
-    if tested and before:
-        with policy.averaged():
-            after = tested.take(pipeline, folder.path / "after")
-        if folder.processes.is_main:
-            _write_gain(before, after, folder.path)
-    if folder.processes.is_main:
-        print(f"report: {write_report(folder.path)}")
-
-
-def _begin(
-    folder: RunFolder, plain: Mapping[str, Any], pipeline: Checkpoint, guard: Guard | None, tested: Exam | None
-) -> Evaluation | None:
-    """Everything that is read of the untrained model."""
-    if guard:
-        guard.begin()
-    folder.begin(plain)
-    return tested.take(pipeline, folder.path / "before") if tested else None
-
-
-def _parts(
-    trainer: Trainer, guard: Guard | None, inputs: InputFingerprint, texts: EncoderCache, tracked: TrackerRun
-) -> dict[str, Stateful]:
-    """All that a run goes on from, by name."""
-    parts: dict[str, Stateful] = {"inputs": inputs, "trainer": trainer, "texts": texts, "tracker": tracked}
-    return parts | ({"guard": guard} if guard else {}) | {"generators": PerRankState(Generators(), trainer.processes)}
+def _policy(settings: config.Train, pipeline: Checkpoint, processes: ProcessGroup, sharding: Sharding | None) -> Policy:
+    """The trainable weights, with the adapter ``init_lora`` if there is one."""
+    if settings.init_lora is not None:
+        pipeline.load_lora(settings.init_lora)
+    has_adapter, seed = settings.init_lora is not None, settings.training.seed
+    return Policy(pipeline.denoiser, settings.lora, settings.ema_decay, seed, has_adapter, processes, sharding)
 
 
 def _trainer(
     settings: config.Train, pipeline: Checkpoint, policy: Policy, rewards: Sequence[NamedReward], prompts: PromptSet
 ) -> Trainer:
-    """The loop. Raises ValueError where the guard could not do with it what it is told to."""
+    """The training loop. Raises ValueError if ``raise_kl`` is set for a recipe without a KL."""
     suspects, rank = Path(settings.output) / "suspects", policy.processes.rank
     trainer = Trainer(
         pipeline,
@@ -191,41 +206,17 @@ def _trainer(
     return trainer
 
 
-def _policy(settings: config.Train, pipeline: Checkpoint, processes: ProcessGroup, sharding: Sharding | None) -> Policy:
-    """What is trained, starting from a published adapter where one is named."""
-    if settings.init_lora is not None:
-        pipeline.load_lora(settings.init_lora)
-    has_adapter, seed = settings.init_lora is not None, settings.training.seed
-    return Policy(pipeline.denoiser, settings.lora, settings.ema_decay, seed, has_adapter, processes, sharding)
-
-
-def require_trackers(names: Sequence[str]) -> None:
-    """Raise ValueError for one that is not installed: accelerate would leave it out."""
-    for name in names:
-        if find_spec(name) is None:
-            raise ValueError(f"trackers names {name}, which is not installed: pip install {name}")
-
-
-def trackers(names: Sequence[str], folder: Path, run: str) -> list[Any]:
-    """Experiment trackers, through accelerate; those on servers know a resumed run by the id ``run``."""
-    if not names:
-        return []
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(log_with=list(names), project_dir=str(folder))
-    known = {"id": run, "resume": "allow"}
-    asked = {"wandb": known, "swanlab": known, "trackio": {"name": run, "resume": "allow"}}
-    accelerator.init_trackers("genalign", init_kwargs={name: asked[name] for name in names if name in asked})
-    return list(accelerator.trackers)
-
-
-def _probe(settings: config.Train, pipeline: Checkpoint, rewards: Sequence[NamedReward], prompts: PromptSet) -> None:
-    """Two samples of the untrained model through every reward, before anything is written."""
-    require_rate(settings, pipeline.sample_rate)
-    chosen = prompts.prompts[:2]
-    texts, sampling = [prompt.text for prompt in chosen], settings.sampling
-    images = next(generate(pipeline, texts, [0] * len(texts), sampling.grid(pipeline), sampling.guidance, len(texts)))
-    probe(rewards, images, chosen)
+def _generate(
+    pipeline: Checkpoint,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    batch_size: int,
+) -> Tensor:
+    """Generate one sample per prompt and seed, without noise after the first level."""
+    texts = [prompt.text for prompt in prompts]
+    grid = sampling.grid(pipeline)
+    return torch.cat(list(generate(pipeline, texts, seeds, grid, sampling.guidance, batch_size)))
 
 
 def _before_after(
@@ -235,6 +226,7 @@ def _before_after(
     rewards: Sequence[NamedReward],
     processes: ProcessGroup,
 ) -> Exam | None:
+    """The evaluation before and after training, if there is one."""
     chosen = settings.before_after
     if chosen is None:
         return None
@@ -243,50 +235,84 @@ def _before_after(
     return exam(pipeline, settings.model, sampling, chosen, chosen.prompts, scorers, processes)
 
 
-def _watcher(
+def _held_out(
     outside: Outside, settings: config.Train, pipeline: Checkpoint, policy: Policy
 ) -> Callable[[], dict[str, Estimate]] | None:
-    chosen = settings.held_out
-    if not chosen.every:
+    """The evaluation of held-out prompts during training, if there is one."""
+    held_out = settings.held_out
+    if not held_out.every:
         return None
     sampling = settings.evaluation or settings.sampling
-    scorers = outside.judges(chosen.prompts, chosen.scorers)
-    watched = exam(pipeline, settings.model, sampling, chosen, chosen.prompts, scorers, policy.processes)
+    scorers = outside.judges(held_out.prompts, held_out.scorers)
+    held_out_exam = exam(pipeline, settings.model, sampling, held_out, held_out.prompts, scorers, policy.processes)
 
-    def watch() -> dict[str, Estimate]:
+    def evaluate() -> dict[str, Estimate]:
         with policy.averaged():
-            return watched.take(pipeline).overall
+            return held_out_exam.take(pipeline).overall
 
-    return watch
+    return evaluate
 
 
-def _guard(settings: config.Train, pipeline: Checkpoint, policy: Policy) -> Guard | None:
-    chosen = settings.reward_hacking
-    if not chosen.every:
+def _guard(settings: config.Train, pipeline: Checkpoint, policy: Policy) -> HackingGuard | None:
+    """The monitor of reward hacking, if there is one."""
+    hacking = settings.reward_hacking
+    if not hacking.every:
         return None
     sampling = settings.evaluation or settings.sampling
-    grid = sampling.grid(pipeline)
-    jobs = plan(prompt_set(chosen.prompts), chosen.samples_per_task, chosen.seeds)
+    jobs = plan(prompt_set(hacking.prompts), hacking.samples_per_task, hacking.seeds)
     prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
-    texts = [prompt.text for prompt in prompts]
-    measures = Measures(chosen.rewards, chosen.features, chosen.shown)
+    measures = PanelMeasures(hacking.rewards, hacking.features, hacking.diagnostics)
 
-    def look() -> PanelSnapshot:
-        """Of the first process: a reward need not say the same in all."""
-        found: dict[str, Tensor] = {}
+    def snapshot() -> PanelSnapshot:
+        """Measured on the main rank, since a reward may return something else on others."""
+        tensors: dict[str, Tensor] = {}
         if policy.processes.is_main or policy.sharded:
             with policy.averaged():
-                made = list(generate(pipeline, texts, seeds, grid, sampling.guidance, chosen.batch_size))
-            found = measures(torch.cat(made), prompts).tensors() if policy.processes.is_main else {}
-        return PanelSnapshot.from_tensors(policy.processes.broadcast(found))
+                samples = _generate(pipeline, prompts, seeds, sampling, hacking.batch_size)
+            tensors = measures(samples, prompts).tensors() if policy.processes.is_main else {}
+        return PanelSnapshot.from_tensors(policy.processes.broadcast(tensors))
 
-    return Guard(look, tuple(chosen.rewards), chosen.limits, chosen.on_red, chosen.every)
+    return HackingGuard(snapshot, tuple(hacking.rewards), hacking.limits, hacking.on_red, hacking.every)
 
 
-def _write_gain(before: Evaluation, after: Evaluation, folder: Path) -> None:
-    gains = gain(before, after)
-    write_json(folder / "gain.json", {name: estimate.as_dict() for name, estimate in gains.items()})
-    print_table(before, after)
+def _sample_grid(
+    settings: config.Train, pipeline: Checkpoint, policy: Policy, prompts: PromptSet
+) -> SampleGridWriter | None:
+    """The writer of samples of evenly spaced training prompts, if there is one."""
+    every, count = settings.sample_grid.every, min(settings.sample_grid.count, len(prompts))
+    if not every:
+        return None
+    chosen = [prompts.prompts[number * len(prompts) // count] for number in range(count)]
+    sampling = settings.evaluation or settings.sampling
+
+    def sample() -> Tensor | None:
+        if not (policy.processes.is_main or policy.sharded):
+            return None
+        with policy.averaged(), pipeline.separate_encoding():
+            samples = _generate(pipeline, chosen, range(count), sampling, settings.training.batch_size)
+        return samples if policy.processes.is_main else None
+
+    return SampleGridWriter(sample, pipeline.sample_rate, every)
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError for a tracker that is not installed: accelerate would ignore it."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ValueError(f"trackers names {name}, which is not installed: pip install {name}")
+
+
+def trackers(names: Sequence[str], folder: Path, run: str) -> list[Any]:
+    """Experiment trackers, through accelerate; on servers, a resumed run continues the one with the id ``run``."""
+    if not names:
+        return []
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=list(names), project_dir=str(folder))
+    by_id, by_name = {"id": run, "resume": "allow"}, {"name": run, "resume": "allow"}
+    options = {"wandb": by_id, "swanlab": by_id, "trackio": by_name}
+    accelerator.init_trackers("genalign", init_kwargs={name: options[name] for name in names if name in options})
+    return list(accelerator.trackers)
 
 
 def print_table(before: Evaluation, after: Evaluation) -> None:

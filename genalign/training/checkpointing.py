@@ -1,7 +1,8 @@
-"""Checkpoints that a run goes on from: numbered, checked, written beside and renamed; the last few are kept.
+"""Checkpoints to resume a run from: numbered, checksummed, written beside and renamed; the last few are retained.
 
 ``checkpoints/round-000012/`` holds state.safetensors and state.json, manifest.json with the size and SHA-256 of both,
-and, while it is the newest, scores.jsonl (see ``genalign.scoring.score_log``), or scores-1.jsonl and so on of further processes.
+and, while it is the newest, scores.jsonl (see ``genalign.scoring.score_log``), or scores-1.jsonl and so on of further
+ranks.
 ``checkpoints/latest`` is a link to the newest.
 """
 
@@ -28,12 +29,12 @@ from genalign.scoring.score_log import Journal
 logger = logging.getLogger(__name__)
 FORMAT = 1
 _TENSORS, _NUMBERS, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
-_PART = ".part"  # what such a name ends in is unfinished, or on its way out
+_PART = ".part"  # the suffix of folders that are unfinished, or being removed
 
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """A checkpoint after every ``every`` rounds, of which the last ``keep`` stay."""
+    """Settings: a checkpoint every ``every`` rounds, of which the last ``keep`` are retained."""
 
     every: int = 1
     keep: int = 2
@@ -45,36 +46,38 @@ class Checkpointing:
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint that is not as it was written."""
+    """A checkpoint whose files are not as they were written."""
 
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """One that is whole."""
+    """An intact checkpoint of a run, and the number of rounds before it."""
 
     path: Path
     rounds: int
 
     def restore(self, parts: Mapping[str, Stateful]) -> None:
-        """Put ``parts`` back to where they were."""
+        """Restore the state of ``parts``, by name."""
         tensors, _ = load_state(self.path / _TENSORS)
-        written = json.loads((self.path / _NUMBERS).read_text(encoding="utf-8"))
-        ordered = {name: tensors[name] for name in written["tensors"]}
+        numbers = json.loads((self.path / _NUMBERS).read_text(encoding="utf-8"))
+        ordered = {name: tensors[name] for name in numbers["tensors"]}
         for name, part in parts.items():
-            part.restore(State(without_prefix(f"{name}.", ordered), written["parts"][name]))
+            part.restore(State(without_prefix(f"{name}.", ordered), numbers["parts"][name]))
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Those in ``folder``, of which saving keeps the last ``keep``; the first of the ``processes`` writes them."""
+    """The checkpoints in ``folder``; saving retains the last ``keep``. The main rank writes them."""
 
     folder: Path
     keep: int = 2
     processes: ProcessGroup = SINGLE_PROCESS
 
     def save(self, rounds: int, parts: Mapping[str, Stateful]) -> Path:
-        """Write the state of ``parts`` after so many rounds. Raises OSError where that fails, in every process: the
-        others are as they were."""
+        """Write the state of ``parts`` after ``rounds`` rounds; the path of the checkpoint.
+
+        Raises OSError on every rank if writing fails; earlier checkpoints stay intact.
+        """
         path = self.folder / f"round-{rounds:06d}"
         states = {name: part.state() for name, part in parts.items()}
         failed: list[Any] | None = None
@@ -88,7 +91,8 @@ class Checkpoints:
         return path
 
     def _save(self, path: Path, rounds: int, states: Mapping[str, State]) -> None:
-        self._sweep()
+        for unfinished in self.folder.glob(f"round-*{_PART}"):  # left by a killed process
+            shutil.rmtree(unfinished, ignore_errors=True)
         beside = path.with_name(path.name + _PART)
         try:
             _write(beside, rounds, states)
@@ -102,37 +106,36 @@ class Checkpoints:
         self._prune(path)
 
     def latest(self) -> RunCheckpoint | None:
-        """The newest that is whole, with a warning for each that is not; None for none at all.
+        """The newest intact checkpoint, with a warning for each newer one that is damaged; None if there are none.
 
-        Raises DamagedCheckpointError where there are some and all are damaged.
+        Raises DamagedCheckpointError if all are damaged.
         """
         damage: list[str] = []
         for path in reversed(self._all()):
             try:
-                found = _checked(path)
+                checkpoint = _verify(path)
             except DamagedCheckpointError as error:
                 damage.append(str(error))
                 continue
-            for told in damage:
-                logger.warning("%s: going on from %s", told, path.name)
+            for problem in damage:
+                logger.warning("%s: resuming from %s", problem, path.name)
             if self.processes.is_main:
                 self._point(path)
-            return found
+            return checkpoint
         if damage:
-            raise DamagedCheckpointError(f"no checkpoint to go on from: {'; '.join(damage)}")
+            raise DamagedCheckpointError(f"no checkpoint to resume from: {'; '.join(damage)}")
         return None
 
     def scores(self, since: RunCheckpoint) -> list[Path]:
-        """Where scores may be that were given since a checkpoint."""
+        """Score logs written since a checkpoint."""
         places = [path for path in self._all() if path.name >= since.path.name]
         return [scores for path in places for scores in sorted(path.glob("scores*.jsonl"))]
 
     def own_scores(self, path: Path) -> Path:
-        """Where this process keeps those that are given after the checkpoint at ``path``."""
+        """This rank's score log of the rounds after the checkpoint at ``path``."""
         return path / (f"scores-{self.processes.rank}.jsonl" if self.processes.rank else "scores.jsonl")
 
     def _all(self) -> list[Path]:
-        """Oldest first."""
         return sorted(path for path in self.folder.glob("round-*") if path.suffix != _PART)
 
     def _point(self, path: Path) -> None:
@@ -143,20 +146,15 @@ class Checkpoints:
             os.replace(link, self.folder / "latest")
 
     def _prune(self, saved: Path) -> None:
-        """Remove those before the last ``keep``, and later ones that an earlier process had damaged."""
+        """Remove checkpoints before the last ``keep``, and damaged ones after ``saved``."""
         places = self._all()
         until = places.index(saved) + 1
         for path in [*places[: max(0, until - self.keep)], *places[until:]]:
             _discard(path)
 
-    def _sweep(self) -> None:
-        """Remove what a killed process left unfinished."""
-        for path in self.folder.glob(f"round-*{_PART}"):
-            shutil.rmtree(path, ignore_errors=True)
-
 
 def _write(beside: Path, rounds: int, states: Mapping[str, State]) -> None:
-    """A whole checkpoint, on the disk itself."""
+    """Write all files of a checkpoint, and flush them to the disk."""
     tensors: dict[str, Tensor] = {}
     for name, state in states.items():
         tensors |= with_prefix(f"{name}.", state.tensors)
@@ -174,15 +172,15 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _checked(path: Path) -> RunCheckpoint:
-    """Raises DamagedCheckpointError, saying what is wrong with it."""
+def _verify(path: Path) -> RunCheckpoint:
+    """Compare a checkpoint with its manifest. Raises DamagedCheckpointError with the problem."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        rounds, files, written = int(manifest["rounds"]), dict(manifest["files"]), int(manifest["format"])
+        rounds, files, file_format = int(manifest["rounds"]), dict(manifest["files"]), int(manifest["format"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{path} is damaged: {_MANIFEST} cannot be read ({error})") from None
-    if written > FORMAT:
-        raise DamagedCheckpointError(f"{path} was written by a later genalign (format {written}): update this one")
+    if file_format > FORMAT:
+        raise DamagedCheckpointError(f"{path} was written by a later genalign (format {file_format}): update this one")
     for name in (_TENSORS, _NUMBERS):
         if not (path / name).is_file():
             raise DamagedCheckpointError(f"{path} is damaged: {name} is missing")
@@ -192,7 +190,7 @@ def _checked(path: Path) -> RunCheckpoint:
 
 
 def _discard(path: Path) -> None:
-    """Remove a folder, if it is there, so that no half of it is ever taken for a whole."""
+    """Remove a folder if it exists, under another name first, so that half of it is never taken for a checkpoint."""
     if not path.exists():
         return
     doomed = path.with_name(f"{path.name}.old{_PART}")
@@ -202,7 +200,7 @@ def _discard(path: Path) -> None:
 
 @dataclass(frozen=True)
 class CheckpointWriter:
-    """Saves ``parts`` as a run goes on, and starts the journal of its scores anew each time."""
+    """Saves ``parts`` during a run, and starts a new score log with each checkpoint."""
 
     checkpoints: Checkpoints
     parts: Mapping[str, Stateful]
@@ -210,22 +208,22 @@ class CheckpointWriter:
     every: int = 1
 
     def begin(self) -> None:
-        """Before the first round. Raises OSError where it cannot be written."""
+        """Save before the first round. Raises OSError if that fails."""
         self.journal.begin(self.checkpoints.own_scores(self.checkpoints.save(0, self.parts)))
 
     def resume(self, checkpoint: RunCheckpoint) -> None:
-        """From ``checkpoint`` on."""
+        """Restore ``checkpoint``, and replay the scores that were logged since."""
         checkpoint.restore(self.parts)
         self.journal.replay(self.checkpoints.scores(checkpoint))
         self.journal.begin(self.checkpoints.own_scores(checkpoint.path))
 
     def after(self, rounds: int, last: bool) -> None:
-        """After so many rounds, if a checkpoint is due; one that cannot be written is told in a warning."""
+        """Save after ``rounds`` rounds if a checkpoint is due; a warning if that fails."""
         if rounds % self.every and not last:
             return
         try:
             path = self.checkpoints.save(rounds, self.parts)
         except OSError as error:
-            logger.warning("no checkpoint after round %d, the one before is still there: %s", rounds, error)
+            logger.warning("Round %d: no checkpoint could be written, the previous one is intact: %s", rounds, error)
         else:
             self.journal.begin(self.checkpoints.own_scores(path))

@@ -1,4 +1,4 @@
-"""A run folder: metrics, progress, adapters, evaluations before and after, and a clean end on Ctrl-C."""
+"""A run on disk: its folder, its rounds with everything that is logged between them, and a clean end on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from genalign.scoring.budget import peak_memory
 from genalign.scoring.score import RewardError
 from genalign.training.checkpointing import CheckpointWriter
 from genalign.training.nonfinite import DivergedError
-from genalign.training.reward_hacking import Guard, HackingReport, due
+from genalign.training.reward_hacking import HackingGuard, HackingReport, due
 from genalign.training.sample_grid import SampleGridWriter
 from genalign.training.trainer import RoundResult, Trainer
 
@@ -46,7 +46,7 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "genal
 
 
 class WeightStore(Protocol):
-    """A pipeline that can write what was trained, an adapter or the whole network, in its family's own format."""
+    """A pipeline that can write the trained adapter, or the whole network, in its family's own format."""
 
     def save_lora(self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None: ...
 
@@ -79,8 +79,8 @@ class RunFolder:
         """Raise FileExistsError if the path holds a run, or is a file."""
         if (self.path / "metrics.jsonl").exists():
             raise FileExistsError(
-                f"{self.path} holds a run already: resume it (genalign train --resume {self.path}), choose another output,"
-                " or remove it"
+                f"{self.path} holds a run already: resume it (genalign train --resume {self.path}), choose another"
+                " output, or remove it"
             )
         if self.path.is_file():
             raise FileExistsError(f"{self.path} is a file: output must be a folder")
@@ -135,7 +135,9 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         if len(lines) < rounds:
-            raise ValueError(f"{path} has {len(lines)} rounds, but the checkpoint was written after {rounds}: restore the file")
+            raise ValueError(
+                f"{path} has {len(lines)} rounds, but the checkpoint was written after {rounds}: restore the file"
+            )
         write_text(path, "".join(lines[:rounds]))
 
     def save(self, policy: Policy, pipeline: WeightStore) -> None:
@@ -199,7 +201,7 @@ class RoundMonitors:
 
     evaluate_held_out: Callable[[], Mapping[str, Estimate]] | None = None
     held_out_every: int = 0
-    guard: Guard | None = None
+    guard: HackingGuard | None = None
     sample_grid: SampleGridWriter | None = None
 
     def observe(self, result: RoundResult, rounds: int, last: bool, run: Path) -> RoundObservation:
@@ -214,7 +216,7 @@ class RoundMonitors:
 
 @dataclass(frozen=True)
 class RoundObservation:
-    """Held-out estimates, the reward-hacking report and the files of the sample grid after a round, where they were due."""
+    """Held-out estimates, the reward-hacking report and the files of the sample grid after a round, if due."""
 
     held_out: Mapping[str, Estimate] | None
     report: HackingReport | None
@@ -223,7 +225,9 @@ class RoundObservation:
     def as_dict(self) -> dict[str, Any]:
         """The observation's part of the row in metrics.jsonl."""
         return {
-            "held_out": {name: estimate.as_dict() for name, estimate in self.held_out.items()} if self.held_out else None,
+            "held_out": {name: estimate.as_dict() for name, estimate in self.held_out.items()}
+            if self.held_out
+            else None,
             "reward_hacking": self.report.as_list() if self.report else None,
             "sample_grid": list(self.samples) or None,
         }
@@ -376,7 +380,8 @@ class RoundDisplay:
         left = elapsed * max(0.0, 1 - progress) / (progress - self._start_progress)
         scores = ", ".join(f"{name} {score:.3f}" for name, score in result.rewards.items())
         logger.info(
-            "round %d/%d: reward %.3f (%s), held-out %s, KL %.3g, clip fraction %.3f, NFE %d, %s, ETA %s, memory %.1f GiB",
+            "round %d/%d: reward %.3f (%s), held-out %s, KL %.3g, clip fraction %.3f, NFE %d, %s, ETA %s,"
+            " memory %.1f GiB",
             result.round + 1,
             self._settings.rounds,
             result.reward,

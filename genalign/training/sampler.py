@@ -38,8 +38,11 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Makes and scores ``group_size`` samples of every prompt, in batches of ``batch_size``. With ``overlap``, a batch
-    is decoded and scored in a thread while the next one is sampled; one of the two is in memory beside the other."""
+    """Samples and scores ``group_size`` samples of every prompt, in batches of ``batch_size``.
+
+    With ``overlap_scoring``, a batch is decoded and scored in a thread while the next one is sampled: then two batches
+    are in memory.
+    """
 
     pipeline: Pipeline
     rewards: Sequence[NamedReward]
@@ -52,58 +55,74 @@ class Sampler:
     def __call__(
         self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str, share: RankShare = ALL_RANKS
     ) -> Iterator[Sampled]:
-        """Batch by batch, those of a ``share``; every noise is drawn from ``name``, which no two rounds share."""
-        calls = self._made(recipe, steps, prompts, name, share)
-        yield from in_a_thread(calls) if self.overlap_scoring else (call() for call in calls)
+        """Yield the batches of a round.
+
+        Args:
+            recipe: The method: its kernel, and whether samples of a prompt share their first noise.
+            steps: The steps to store.
+            prompts: The prompts of the round.
+            name: The seed of every noise; no two rounds share it.
+            share: The batches of this rank.
+        """
+        scoring = self._sample(recipe, steps, prompts, name, share)
+        yield from in_thread(scoring) if self.overlap_scoring else (score_batch() for score_batch in scoring)
+
+    def inputs(self, recipe: Recipe, prompts: Sequence[Prompt], name: str) -> RolloutInputs:
+        """The conditioning and noise seeds of a round's samples, group by group."""
+        members = [(p, g) for p in range(len(prompts)) for g in range(self.group_size)]
+        return RolloutInputs(
+            self.pipeline.encode([prompt.text for prompt in prompts]),
+            torch.tensor([p for p, _ in members]),
+            tuple(derived_seed(name, p, "x", 0 if recipe.shared_noise else g) for p, g in members),
+            tuple(derived_seed(name, p, "w", g) for p, g in members),
+        )
 
     @torch.no_grad()
-    def _made(
+    def _sample(
         self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str, share: RankShare
     ) -> Iterator[Callable[[], Sampled]]:
-        """What the denoiser has to do, and the rest of a batch to be called."""
+        """Run the denoiser batch by batch, and yield a call that decodes and scores the batch."""
         kernels = kernel_per_step(recipe.kernel, steps, len(self.grid))
-        parts = list(self._start(recipe, prompts, name).split(self.batch_size))
-        for part in (parts[number] for number in share.indices(len(parts))):
-            sampled = rollout(self.pipeline, part, self.grid, kernels, self.guidance, store=steps)
-            ends: tuple[Tensor, ...] = ()
+        batches = list(self.inputs(recipe, prompts, name).split(self.batch_size))
+        for batch in (batches[number] for number in share.indices(len(batches))):
+            trajectories = rollout(self.pipeline, batch, self.grid, kernels, self.guidance, store=steps)
+            completions: tuple[Tensor, ...] = ()
             if recipe.completion is not None:
-                ends = complete(self.pipeline, sampled, self.grid, self.guidance, recipe.completion).unbind(1)
-            yield partial(self._scored, recipe, sampled, ends, [prompts[row] for row in part.prompt.tolist()])
-
-    def _start(self, recipe: Recipe, prompts: Sequence[Prompt], name: str) -> RolloutInputs:
-        members = [(p, g) for p in range(len(prompts)) for g in range(self.group_size)]
-        noise = [derived_seed(name, p, "x", 0 if recipe.shared_noise else g) for p, g in members]
-        steps = [derived_seed(name, p, "w", g) for p, g in members]
-        conditioning = self.pipeline.encode([prompt.text for prompt in prompts])
-        return RolloutInputs(conditioning, torch.tensor([p for p, _ in members]), tuple(noise), tuple(steps))
+                latents = complete(self.pipeline, trajectories, self.grid, self.guidance, recipe.completion)
+                completions = latents.unbind(1)
+            repeated = [prompts[row] for row in batch.prompt.tolist()]
+            yield partial(self._decode_and_score, recipe, trajectories, completions, repeated)
 
     @torch.no_grad()
-    def _scored(self, recipe: Recipe, sampled: Rollout, ends: Sequence[Tensor], prompts: Sequence[Prompt]) -> Sampled:
-        decoded = self.pipeline.decode(sampled.final)
-        finite = sampled.finite() & rows_are_finite(decoded)
-        samples, scores = _shown(decoded), self._scores(decoded, prompts)
+    def _decode_and_score(
+        self, recipe: Recipe, trajectories: Rollout, completions: Sequence[Tensor], prompts: Sequence[Prompt]
+    ) -> Sampled:
+        """Score the final samples of a batch, and the ``completions`` (B, ...) of its stored steps."""
+        decoded = self.pipeline.decode(trajectories.final)
+        finite = trajectories.finite() & rows_are_finite(decoded)
+        samples, scores = blank_nonfinite(decoded), self._scores(decoded, prompts)
         scores[~finite.cpu()] = torch.nan
         features = recipe.features(samples).float().cpu() if recipe.features else None
-        kept = sampled if finite.all() else sampled.zero_rows(~finite)
-        columns = [self._scores(self.pipeline.decode(x0), prompts) for x0 in ends]
+        columns = [self._scores(self.pipeline.decode(x0), prompts) for x0 in completions]
         stepwise = torch.stack([*columns, scores], dim=1) if columns else None
-        return Sampled(kept, samples, scores, stepwise, features)
+        replayable = trajectories if finite.all() else trajectories.zero_rows(~finite)
+        return Sampled(replayable, samples, scores, stepwise, features)
 
     def _scores(self, decoded: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B, K), NaN for samples that are not finite."""
-        scores = score(self.rewards, _shown(decoded), prompts)
+        scores = score(self.rewards, blank_nonfinite(decoded), prompts)
         scores[~rows_are_finite(decoded).cpu()] = torch.nan
         return scores
 
 
-def _shown(decoded: Tensor) -> Tensor:
-    """Samples (B, ...) with black or silence for those that are not finite: one NaN must not cost a batch's scores."""
+def blank_nonfinite(decoded: Tensor) -> Tensor:
+    """Replace samples (B, ...) that are not finite by zeros: one NaN must not cost the scores of a batch."""
     finite = rows_are_finite(decoded)
     return decoded if finite.all() else decoded.index_fill(0, (~finite).nonzero()[:, 0], 0)
 
 
-def in_a_thread(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What each of the calls returns, in their order: one runs while the next is being prepared, on as many cores."""
+def in_thread(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Yield the results of ``calls`` in order; each runs in a thread while the next one is prepared."""
     with ThreadPoolExecutor(1, "genalign-score", torch.set_num_threads, (torch.get_num_threads(),)) as thread:
         running: Future[T] | None = None
         for call in calls:

@@ -139,7 +139,7 @@ def watched(opened: SD3, case: Case, processes: ProcessGroup = SINGLE_PROCESS, s
     trainer.sampler = sampler  # type: ignore[assignment]  # it is called as one is
     trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.gradients(optimizer))
     for result in trainer.rounds():
-        row = result.metrics()
+        row = result.as_dict()
         row.pop("machine")
         seen.rows.append(row)
     seen.tensors |= {f"head.{n}": t for r in trainer.trainable.values() for n, t in r.tensors().items()}

@@ -116,7 +116,7 @@ def watched(rows: Sequence[Row]) -> Watched | None:
     if not panels:
         return None
     drawn = [_signal(rows, signal) for signal in panels[-1][1].signals]
-    return Watched(panels[-1][1].light, _alarms(panels), tuple(drawn))
+    return Watched(panels[-1][1].status, _alarms(panels), tuple(drawn))
 
 
 def _alarms(panels: Sequence[tuple[int, HackingReport]]) -> str:
@@ -134,4 +134,4 @@ def _signal(rows: Sequence[Row], last: Signal) -> Chart:
         return _point(Estimate(**found[0]["shift"])) if found else None
 
     caption = f"{number(last.before)} before training, {number(last.now)} now"
-    return replace(_chart(rows, last.name, caption, Axis("shift", number), read), light=last.light or "")
+    return replace(_chart(rows, last.name, caption, Axis("shift", number), read), light=last.status or "")

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from genalign.cli.main import COMMANDS, main
 from genalign.evaluation.evaluate import Record
 from genalign.evaluation.folder import BatchFolder
 from genalign.runtime.files import load_state
+from genalign.training.run import flat_numbers, format_rate
 
 REWARDS = """
 import torch
@@ -107,14 +112,111 @@ def test_a_network_trained_whole_is_saved_whole(config: Path, tmp_path: Path) ->
     assert any(not torch.equal(current, average) for current, average in pairs)
 
 
+def _rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+WATCHED = ["--reward_hacking.every", "1", "--reward_hacking.samples_per_task", "2", "--sample_grid.every", "1"]
+
+
 def test_tensorboard_gets_every_number(config: Path, tmp_path: Path) -> None:
-    assert main(["train", "--config", str(config), "--trackers", "[tensorboard]", "--before_after", "null"]) == 0
+    arguments = ["--trackers", "[tensorboard]", "--before_after", "null", *WATCHED, "--sample_grid.count", "3"]
+    assert main(["train", "--config", str(config), *arguments]) == 0
     events = EventAccumulator(str(tmp_path / "run" / "genalign"))
     events.Reload()
-    rewards = [event.value for event in events.Scalars("reward")]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert rewards == pytest.approx([row["reward"] for row in rows])
-    assert "held_out/strict" in events.Tags()["scalars"]
+    tags = set(events.Tags()["scalars"])
+    rows = _rows(tmp_path / "run")
+    for step, row in enumerate(rows):
+        for name, value in _leaves(row):
+            if "reward_hacking" not in name:  # a list; below
+                tag = "/".join(part for part in name if part != "mean")
+                assert events.Scalars(tag)[step].value == pytest.approx(value, rel=1e-6), tag
+        for shift in row["reward_hacking"]:
+            tag = f"reward_hacking/{shift['name']}"
+            assert events.Scalars(tag)[step].value == pytest.approx(shift["shift"]["mean"], rel=1e-6)
+    assert {"rewards/red", "calls/decode", "learning_rate", "held_out/strict", "machine/seconds"} <= tags
+    assert [image.step for image in events.Images("samples")] == [0, 1]
+
+
+def _leaves(value: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, (*name, key))
+    elif isinstance(value, int | float):
+        yield name, value
+
+
+def test_numbers_of_a_row_are_flat_for_trackers() -> None:
+    estimate = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    row = {
+        "reward": 1.0,
+        "kl": None,
+        "metrics": {"d/loss": 2.0},
+        "held_out": {"strict": estimate},
+        "sample_grid": ["a"],
+    }
+    row |= {"reward_hacking": [{"name": "grid", "before": 0.0, "shift": estimate, "status": "green"}]}
+    assert flat_numbers(row) == {
+        "reward": 1.0,
+        "metrics/d/loss": 2.0,
+        **{
+            f"held_out/strict{end}": value
+            for end, value in zip(("", "/low", "/high", "/n"), estimate.values(), strict=True)
+        },
+        **{
+            f"reward_hacking/grid{end}": value
+            for end, value in zip(("", "/low", "/high", "/n"), estimate.values(), strict=True)
+        },
+    }
+
+
+def test_a_sample_grid_changes_nothing_of_the_training(config: Path, tmp_path: Path) -> None:
+    def trained(name: str, *arguments: str) -> list[dict[str, Any]]:
+        run = ["--config", str(config), "--before_after", "null", "--output", str(tmp_path / name)]
+        assert main(["train", *run, *arguments]) == 0
+        return _rows(tmp_path / name)
+
+    plain = trained("plain")
+    rows = trained("grid", "--sample_grid.every", "1", "--sample_grid.count", "5")
+    assert [row.pop("sample_grid") for row in rows] == [["samples/round-000001.png"], ["samples/round-000002.png"]]
+    for row in (*plain, *rows):
+        row.pop("machine")
+        row.pop("sample_grid", None)
+    assert rows == plain
+    paths = [tmp_path / name / "checkpoints" / "latest" / "state.safetensors" for name in ("plain", "grid")]
+    (one, _), (two, _) = map(load_state, paths)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    with Image.open(tmp_path / "grid" / "samples" / "round-000001.png") as image:
+        assert image.width > image.height  # three columns, two rows
+
+
+def test_without_a_terminal_every_round_is_a_log_line(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["train", "--config", str(config), "--before_after", "null"]) == 0
+    lines = [record.message for record in caplog.records if record.levelno == logging.INFO]
+    assert len(lines) == 2
+    number = r"[-\d.e]+"
+    assert re.fullmatch(
+        rf"round 2/2: reward {number} \(red {number}\), held-out {number}, KL \S+, clip fraction {number}, NFE \d+,"
+        rf" {number} (samples/s|s/sample), ETA 0:00:00, memory {number} GiB",
+        lines[1],
+    ), lines[1]
+    assert format_rate(12.34) == "12.3 samples/s" and format_rate(0.05) == "20.0 s/sample"
+
+
+def test_a_run_of_the_first_version_is_not_resumed(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "environment.json").write_text('{"genalign": "0.1.0"}')
+    (run / "config.json").write_text('{"recipe": {"class_path": "genalign.recipes.flow_grpo"}}')
+    (run / "metrics.jsonl").write_text("{}\n")
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    for arguments in (["--resume", str(run)], ["--config", str(config), "--resume"]):
+        error = _error(capsys, "train", *arguments)
+        assert f"{run} was made by genalign 0.1.0 and cannot be resumed by this version" in error
+        assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
 
 
 def test_evaluation_of_a_run_equals_its_after(config: Path, tiny_folder: Path, tmp_path: Path) -> None:
@@ -170,16 +272,16 @@ def test_ctrl_c_ends_with_a_checkpoint(config: Path, tmp_path: Path, capsys: pyt
     assert main(["train", "--config", str(config), *arguments, *geometry]) == 130
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
     assert (tmp_path / "run" / "checkpoints" / "round-000001" / "state.safetensors").is_file()
-    assert "interrupted: everything so far is in" in capsys.readouterr().out
+    assert "Training stopped at round 1: interrupted. Resume with: genalign train --resume" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is before
 
 
 BAD = [
     (["--recipe.windw", "3"], "unknown setting 'windw': did you mean 'window'?"),
     (["--training.group_sise", "3"], "unknown setting 'training.group_sise': did you mean 'training.group_size'?"),
-    (["--training.group_size", "1"], "group_size is 1: a group needs at least 2 samples to be compared"),
+    (["--training.group_size", "1"], "group_size is 1: a group needs at least 2 samples to compare"),
     (["--training.batch_size", "3"], "batch_size 3 must be a multiple of group_size 2"),
-    (["--training.prompts_per_round", "3"], "3 x group_size 2 = 6 images do not divide into 2 updates of batches of 2"),
+    (["--training.prompts_per_round", "3"], "3 x group_size 2 = 6 samples do not divide into 2 updates of batches of 2"),
     (["--recipe.kernel", "ODE"], "needs a stochastic kernel, such as FlowSDE, CPS or DPMSDE"),
     (["--rewards.red.function", "outside_rewards.shapeless"], "reward 'red' returned shape () for 2 samples"),
     (["--rewards.red.function", "outside_rewards.nothing"], "outside_rewards"),

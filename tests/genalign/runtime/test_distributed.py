@@ -292,7 +292,7 @@ def test_one_process_where_two_were_asked_of_accelerate_is_told(caplog: pytest.L
 
 def test_batches_that_do_not_divide_are_refused() -> None:
     TrainerSettings(prompts_per_round=8, group_size=2, batch_size=4).require_shares(2)
-    with pytest.raises(ValueError, match="an update's 2 batches of 4 images do not divide among 3 processes"):
+    with pytest.raises(ValueError, match="an update's 2 batches of 4 samples do not divide among 3 processes"):
         TrainerSettings(prompts_per_round=8, group_size=2, batch_size=4).require_shares(3)
 
 

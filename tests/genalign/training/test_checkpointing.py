@@ -25,26 +25,26 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from genalign.algorithms import recipes
 from genalign.algorithms.credit import NormalizedSum
 from genalign.algorithms.recipes import Lag, Recipe
-from genalign.cli.resume import Texts, requested, require_same
+from genalign.cli.resume import EncoderCache, requested, require_same
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
-from genalign.metrics.frechet import vendi
+from genalign.metrics.vendi import vendi_score
 from genalign.runtime.files import load_state
 from genalign.runtime.state import Generators, State, Stateful
 from genalign.scoring.score import NamedReward
 from genalign.scoring.score_log import Journal
-from genalign.training.checkpointing import Checkpoints, DamagedCheckpointError, Keeper
-from genalign.training.reward_hacking import Actions, Guard, Limits, Looks, Measures
-from genalign.training.trainer import Settings, Trainer
+from genalign.training.checkpointing import Checkpoints, CheckpointWriter, DamagedCheckpointError
+from genalign.training.reward_hacking import Actions, HackingGuard, Limits, PanelMeasures, PanelSnapshot
+from genalign.training.trainer import Trainer, TrainerSettings
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3, AceStep
 from pipelines.base import DiffusersPipeline
-from rewards.adversarial import AdversarialReward, Learning, PatchWeights
-from rewards.backbones.reference_images import Pool
+from rewards.adversarial import AdversarialReward, DiscriminatorSettings, PatchWeights
+from rewards.backbones.reference_images import ReferencePool
 from tests.pipelines.tiny_checkpoints import FAMILIES
 
 PROMPTS = PromptSet("five", tuple(Prompt(f"{number} circles", {"n": number}) for number in range(5)))
-SETTINGS = Settings(
+SETTINGS = TrainerSettings(
     rounds=3,
     prompts_per_round=2,
     group_size=2,
@@ -89,8 +89,8 @@ class Samples:
 
 
 def adversarial(shape: Sequence[int]) -> list[NamedReward]:
-    pool = Pool(Samples(shape))
-    learning = Learning(steps_per_update=2, batch_size=4, replay=6, learning_rate=1e-2)
+    pool = ReferencePool(Samples(shape))
+    learning = DiscriminatorSettings(steps_per_update=2, batch_size=4, replay=6, learning_rate=1e-2)
     return [
         NamedReward("adversary", AdversarialReward(channels, pool, weights=PatchWeights(1.0, 0.0), learning=learning))
     ]
@@ -106,10 +106,10 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
     "adv_grpo": lambda: recipes.adv_grpo(window=1),
     "prdp": lambda: recipes.prdp(window=1),
     "dragon": lambda: recipes.dragon(anchor=0.1),
-    "dragon_set": lambda: recipes.dragon_set(vendi, channels, quality=0.5),
+    "dragon_set": lambda: recipes.dragon_set(vendi_score, channels, quality=0.5),
     "nft": lambda: recipes.nft(lag=Lag(slope=0.3)),
     "awm": recipes.awm,
-    "credited": lambda: recipes.credited(recipes.flow_grpo(window=1), NormalizedSum()),
+    "with_credit": lambda: recipes.with_credit(recipes.flow_grpo(window=1), NormalizedSum()),
 }
 
 
@@ -134,17 +134,17 @@ class Session:
         self.trainer = Trainer(self.pipeline, policy, journal.kept(scored), PROMPTS, recipe, SETTINGS, SAMPLING)
         parts: dict[str, Stateful] = {
             "trainer": self.trainer,
-            "texts": Texts(self.pipeline),
+            "texts": EncoderCache(self.pipeline),
             "generators": Generators(),
         }
-        self.keeper = Keeper(Checkpoints(folder), parts, journal)
+        self.keeper = CheckpointWriter(Checkpoints(folder), parts, journal)
         self.rows = folder.with_suffix(".jsonl")
 
     def go(self, until: int, raise_kl: float | None = None) -> list[str]:
         """The rows of rounds up to ``until``, which a file beside the checkpoints has, too."""
         rows = []
         for result in self.trainer.rounds():
-            row = result.metrics()
+            row = result.as_dict()
             row.pop("machine")
             rows.append(json.dumps(row))
             with self.rows.open("a", encoding="utf-8") as file:
@@ -350,12 +350,12 @@ def test_a_damaged_one_is_told_and_the_one_before_is_taken(
     checkpoints = _saved(tmp_path, 1, 2)
     damage(tmp_path / "round-000002")
     assert _value(checkpoints) == 1
-    assert message in caplog.text and "going on from round-000001" in caplog.text
+    assert message in caplog.text and "resuming from round-000001" in caplog.text
     checkpoints.save(2, {"part": Part(20)})  # the round is had again
     assert _value(checkpoints) == 20
     for path in tmp_path.glob("round-*"):
         damage(path)
-    with pytest.raises(DamagedCheckpointError, match=r"no checkpoint to go on from: .*round-000002 is damaged.*000001"):
+    with pytest.raises(DamagedCheckpointError, match=r"no checkpoint to resume from: .*round-000002 is damaged.*000001"):
         checkpoints.latest()
 
 
@@ -388,13 +388,13 @@ def test_no_room_for_a_checkpoint_leaves_the_one_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, small_files: Callable[[int], None], room: int
 ) -> None:
     journal, part = Journal(), Part(1)
-    keeper = Keeper(Checkpoints(tmp_path), {"part": part}, journal)
+    keeper = CheckpointWriter(Checkpoints(tmp_path), {"part": part}, journal)
     keeper.begin()
     part.value = 2
     small_files(room)
     keeper.after(1, last=False)
     small_files(resource.RLIM_INFINITY)
-    assert "no checkpoint after round 1, the one before is still there" in caplog.text
+    assert "Round 1: no checkpoint could be written, the previous one is intact" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "round-000000"]
     assert _value(keeper.checkpoints) == 1
     keeper.after(2, last=False)
@@ -456,15 +456,15 @@ def test_failures_are_asked_again(tmp_path: Path) -> None:
 def test_a_guard_goes_on(tmp_path: Path) -> None:
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     prompts = [prompt for prompt in PROMPTS.prompts[:3] for _ in range(2)]
-    measures = Measures({"red": redness}, channels, {"mean": lambda images, _: float(images.mean())})
+    measures = PanelMeasures({"red": redness}, channels, {"mean": lambda images, _: float(images.mean())})
 
-    def guard(*looks: Looks) -> Guard:
-        return Guard(iter(looks).__next__, ("red",), Limits(), Actions(keep_best=True), every=1)
+    def guard(*looks: PanelSnapshot) -> HackingGuard:
+        return HackingGuard(iter(looks).__next__, ("red",), Limits(), Actions(keep_best=True), every=1)
 
     shifted = measures(images * 1.001, prompts)
     first = guard(measures(images, prompts), shifted, shifted)
     first.begin()
-    seen = first.panel(1, False, 0.1)
+    seen = first.report(1, False, 0.1)
     assert seen is not None and first.is_best(seen)
     first.stopped = True
     checkpoints = Checkpoints(tmp_path)
@@ -473,7 +473,7 @@ def test_a_guard_goes_on(tmp_path: Path) -> None:
     found = checkpoints.latest()
     assert found is not None
     found.restore({"guard": second})
-    assert second.stopped and second.panel(2, False, 0.1) == first.panel(2, False, 0.1)
+    assert second.stopped and second.report(2, False, 0.1) == first.report(2, False, 0.1)
     assert not second.is_best(seen)
 
 

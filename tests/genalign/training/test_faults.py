@@ -23,10 +23,10 @@ from torch import Tensor
 
 from genalign import assets
 from genalign.algorithms import recipes
-from genalign.algorithms.interfaces import Objective, Unit, UpdateBatch, UpdateContext, halved
-from genalign.algorithms.matching import UnpairedPreference
+from genalign.algorithms.interfaces import Objective, Unit, UpdateBatch, UpdateContext, half_micro_batch
+from genalign.algorithms.matching import KTOLoss
 from genalign.algorithms.recipes import Lag, Recipe
-from genalign.algorithms.trajectory import Surrogate
+from genalign.algorithms.trajectory import PolicyGradient
 from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import generate
@@ -35,7 +35,7 @@ from genalign.diffusion.transitions import FlowSDE
 from genalign.runtime.state import State
 from genalign.scoring.score import NamedReward, RewardError
 from genalign.training.nonfinite import DivergedError, is_out_of_memory
-from genalign.training.trainer import RoundResult, Settings, Trainer
+from genalign.training.trainer import RoundResult, Trainer, TrainerSettings
 from genalign.types import Prompt, PromptSet, RewardFunction
 from genalign.worlds import shapes
 from pipelines import SD3
@@ -44,8 +44,14 @@ from rewards.remote.remote_reward import RemoteReward
 from rewards.shapes import ShapesReward
 from tests.http_servers import INFO, free_port, serving
 
-SETTINGS = Settings(
-    rounds=3, prompts_per_round=4, group_size=4, batch_size=4, updates_per_round=2, learning_rate=3e-3, failed_share=0.3
+SETTINGS = TrainerSettings(
+    rounds=3,
+    prompts_per_round=4,
+    group_size=4,
+    batch_size=4,
+    updates_per_round=2,
+    learning_rate=3e-3,
+    max_failed_fraction=0.3,
 )
 SAMPLING = Sampling(num_steps=4, sigmas=(1.0, 0.75, 0.5, 0.25))
 PROMPTS = PromptSet("some", shapes.prompts("train").prompts[:8])
@@ -65,7 +71,7 @@ class Run:
         self,
         opened: SD3,
         reward: NamedReward | RewardFunction = verifier,
-        settings: Settings = SETTINGS,
+        settings: TrainerSettings = SETTINGS,
         recipe: Recipe = RECIPE,
         suspects: Path | None = None,
     ) -> None:
@@ -328,7 +334,7 @@ def test_an_update_that_is_not_finite_is_left_out_and_kept(opened: SD3, clean: R
     spoiling(run, range(5, 6))
     run.finished()
     assert [result.skipped_updates for result in run.results] == [0, 1, 0]
-    assert run.results[1].metrics()["skipped_updates"] == 1 and run.results[1].metrics()["grad_norm"] is not None
+    assert run.results[1].as_dict()["skipped_updates"] == 1 and run.results[1].as_dict()["grad_norm"] is not None
     assert_within_noise(run, Run(opened, settings=ONE_BATCH).finished())
     path = tmp_path / "suspects" / "round-000001-update-1.safetensors"
     tensors, about = load_file(path), json.loads(path.with_suffix(".json").read_text())
@@ -341,7 +347,7 @@ def test_updates_that_are_never_finite_end_the_run(opened: SD3, tmp_path: Path) 
     before = run.weights()
     spoiling(run, range(1000))
     with pytest.raises(
-        DivergedError, match=r"5 updates in a row .* not finite \(training\.skipped_updates\), see .*\.saf"
+        DivergedError, match=r"5 updates in a row .* not finite \(training\.max_skipped_updates\), see .*\.saf"
     ):
         run.finished()
     assert torch.equal(run.weights(), before)
@@ -355,7 +361,7 @@ def test_a_disk_without_room_for_a_suspect_is_no_reason_to_stop(
     run = Run(opened, settings=replace(ONE_BATCH, rounds=1), suspects=tmp_path / "suspects")
     spoiling(run, range(1))
     run.finished()
-    assert "this update is left out, and could not be kept" in caplog.text
+    assert "was skipped: gradient norm nan, loss 0.0, and its tensors could not be written" in caplog.text
 
 
 def starved(run: Run, most: int) -> list[int]:
@@ -374,11 +380,11 @@ def starved(run: Run, most: int) -> list[int]:
 def test_out_of_memory_halves_the_micro_batch_and_not_the_run(
     opened: SD3, clean: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = Run(opened, settings=replace(SETTINGS, out_of_memory="halve"))
+    run = Run(opened, settings=replace(SETTINGS, on_out_of_memory="halve"))
     tried = starved(run, 2)
     run.finished()
     assert tried[:5] == [4, 2, 2, 2, 2] and set(tried[1:]) == {2}
-    assert "out of memory with 4 samples at a time: going on with 2" in caplog.text
+    assert "Out of memory with micro-batches of 4: continuing with 2" in caplog.text
     assert run.trainer.state().numbers["micro_batch"] == 2
     moved = (clean.weights() - Run(opened).weights()).norm()
     assert float((run.weights() - clean.weights()).norm() / moved) < 0.05  # rounding, through Adam's first steps
@@ -386,8 +392,8 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_run(
 
 
 def test_out_of_memory_stops_unless_told_otherwise_and_where_nothing_is_left_to_halve(opened: SD3) -> None:
-    for most, out_of_memory in ((2, "stop"), (0, "halve")):
-        run = Run(opened, settings=replace(SETTINGS, out_of_memory=out_of_memory))
+    for most, on_out_of_memory in ((2, "stop"), (0, "halve")):
+        run = Run(opened, settings=replace(SETTINGS, on_out_of_memory=on_out_of_memory))
         starved(run, most)
         with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
             run.finished()
@@ -396,14 +402,14 @@ def test_out_of_memory_stops_unless_told_otherwise_and_where_nothing_is_left_to_
 def test_the_command_tells_what_would_hold_less(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    backward = Surrogate.backward
+    backward = PolicyGradient.backward
 
-    def full(objective: Surrogate, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
-        if batch.sampled.final.ndim == 4:  # and not the stand-in that calls are counted with
+    def full(objective: PolicyGradient, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
+        if batch.rollout.final.ndim == 4:  # and not the stand-in that calls are counted with
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nand a page of figures")
         backward(objective, context, batch, scale, seed)
 
-    monkeypatch.setattr("genalign.algorithms.trajectory.Surrogate.backward", full)
+    monkeypatch.setattr("genalign.algorithms.trajectory.ClippedSurrogate.backward", full)
     settings = {
         "output": str(tmp_path / "run"),
         "model": {"path": str(tiny_folder)},
@@ -420,13 +426,13 @@ def test_the_command_tells_what_would_hold_less(
     assert "error: out of memory: CUDA out of memory. Tried to allocate 20.00 GiB\n`genalign plan` puts these" in told
     figure = r"\(\d+\.\d{3} GiB\)"
     less = rf"--model\.memory\.checkpointing true {figure}; --model\.memory\.offload true {figure};"
-    assert re.search(rf"{less} --training\.batch_size 2 {figure}; --training\.out_of_memory halve", told), told
+    assert re.search(rf"{less} --training\.batch_size 2 {figure}; --training\.on_out_of_memory halve", told), told
     assert main(["plan", "--config", str(tmp_path / "run.json"), "--output", str(tmp_path / "other")]) == 0
     assert "--training.batch_size 2" in capsys.readouterr().out
 
 
 def test_another_error_is_no_lack_of_memory(opened: SD3) -> None:
-    run = Run(opened, settings=replace(SETTINGS, out_of_memory="halve"))
+    run = Run(opened, settings=replace(SETTINGS, on_out_of_memory="halve"))
 
     def broken(batch: UpdateBatch) -> None:
         raise RuntimeError("shapes differ")
@@ -469,16 +475,20 @@ def test_the_gradient_of_parts_is_that_of_the_whole(opened: SD3, name: str) -> N
 
 
 def test_what_may_be_halved() -> None:
-    assert [halved(8, "sample", 4), halved(1, "sample", 4)] == [4, None]
-    assert [halved(12, "group", 4), halved(8, "group", 4), halved(4, "group", 4)] == [4, 4, None]
-    assert UnpairedPreference(1.0).unit == "batch" and halved(8, "batch", 4) is None
+    assert [half_micro_batch(8, "sample", 4), half_micro_batch(1, "sample", 4)] == [4, None]
+    assert [half_micro_batch(12, "group", 4), half_micro_batch(8, "group", 4), half_micro_batch(4, "group", 4)] == [
+        4,
+        4,
+        None,
+    ]
+    assert KTOLoss(1.0).unit == "batch" and half_micro_batch(8, "batch", 4) is None
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"failed_share": 1.5}, r"training\.failed_share must be a share in \[0, 1\], not 1\.5"),
-        ({"skipped_updates": 0}, r"training\.skipped_updates must be at least 1, not 0"),
+        ({"max_failed_fraction": 1.5}, r"training\.max_failed_fraction must be in \[0, 1\], not 1\.5"),
+        ({"max_skipped_updates": 0}, r"training\.max_skipped_updates must be at least 1, not 0"),
     ],
 )
 def test_impossible_limits(settings: dict[str, float], message: str) -> None:

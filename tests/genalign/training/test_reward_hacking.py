@@ -21,14 +21,14 @@ from genalign.metrics.image import grid_energy, high_frequency, saturation
 from genalign.metrics.intervals import Estimate
 from genalign.training.reward_hacking import (
     Actions,
-    Guard,
+    HackingGuard,
     HackingReport,
     Limit,
     Limits,
-    Measures,
+    PanelMeasures,
     PanelSnapshot,
     Signal,
-    panel,
+    compare_snapshots,
 )
 from genalign.types import Prompt
 from tests.genalign.cli.test_main import config
@@ -53,12 +53,12 @@ def brightness(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return images.flatten(1).mean(1)
 
 
-MEASURES = Measures({"bright": brightness}, colors, {"blue": lambda images, prompts: float(images[:, 2].mean())})
+MEASURES = PanelMeasures({"bright": brightness}, colors, {"blue": lambda images, prompts: float(images[:, 2].mean())})
 
 
 def lights(spoilt: Tensor) -> dict[str, str | None]:
     before, now = MEASURES(scenes(), PROMPTS), MEASURES(spoilt, PROMPTS)
-    return {signal.name: signal.light for signal in panel(before, now, 0.1, Limits()).signals}
+    return {signal.name: signal.status for signal in compare_snapshots(before, now, 0.1, Limits()).signals}
 
 
 def test_what_did_not_change_is_green_and_shown_figures_have_no_light() -> None:
@@ -136,21 +136,23 @@ def test_failed_scores_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
         def failing(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
             return brightness(images, prompts).where(torch.arange(48) < scored, torch.nan)
 
-        measures = Measures({"bright": failing})
+        measures = PanelMeasures({"bright": failing})
         before, now = measures(scenes(), PROMPTS), measures(scenes() - 0.1, PROMPTS)
-        return {signal.name: signal.light for signal in panel(before, now, 0.0, Limits()).signals}.get("bright")
+        return {signal.name: signal.status for signal in compare_snapshots(before, now, 0.0, Limits()).signals}.get(
+            "bright"
+        )
 
     assert seen(20) == "red" and seen(4) is None
-    assert "bright could not be read of any two prompts" in caplog.text
+    assert "bright is finite for fewer than two prompts" in caplog.text
 
 
 def test_a_panel_is_plain_json_and_comes_back() -> None:
     before = MEASURES(scenes(), PROMPTS)
-    seen = panel(before, MEASURES(_noisy(scenes()), PROMPTS), float("nan"), Limits())
+    seen = compare_snapshots(before, MEASURES(_noisy(scenes()), PROMPTS), float("nan"), Limits())
     again = HackingReport.from_list(json.loads(json.dumps(seen.as_list(), allow_nan=False)))
     assert again == seen
     with pytest.raises(ValueError, match="different prompts"):
-        panel(before, MEASURES(scenes(), PROMPTS[1:] + PROMPTS[:1]), 0.0, Limits())
+        compare_snapshots(before, MEASURES(scenes(), PROMPTS[1:] + PROMPTS[:1]), 0.0, Limits())
 
 
 @pytest.mark.parametrize(
@@ -165,14 +167,14 @@ def test_a_panel_is_plain_json_and_comes_back() -> None:
     ],
 )
 def test_the_whole_interval_must_lie_beyond_a_limit(shift: Estimate, side: str, light: str) -> None:
-    assert Limit(0.4, 0.8).light(shift, side) == light  # type: ignore[arg-type]
+    assert Limit(0.4, 0.8).status(shift, side) == light  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="amber <= red"):
         Limit(0.8, 0.4)
 
 
-def _guard(looks: Sequence[PanelSnapshot], actions: Actions) -> Guard:
+def _guard(looks: Sequence[PanelSnapshot], actions: Actions) -> HackingGuard:
     it = iter(looks)
-    guard = Guard(lambda: next(it), ("bright",), Limits(), actions, every=2)
+    guard = HackingGuard(lambda: next(it), ("bright",), Limits(), actions, every=2)
     guard.begin()
     return guard
 
@@ -180,16 +182,16 @@ def _guard(looks: Sequence[PanelSnapshot], actions: Actions) -> Guard:
 def test_a_guard_looks_when_it_is_due_and_says_what_it_saw(caplog: pytest.LogCaptureFixture) -> None:
     fine, spoilt = MEASURES(scenes(), PROMPTS), MEASURES(scenes() - 0.1, PROMPTS)
     guard = _guard([fine, fine, spoilt, fine], Actions())
-    looks = [guard.panel(done, done == 3, 0.0) for done in (1, 2, 3)]
-    assert [seen.light if seen else None for seen in looks] == ["green", "red", "green"]
+    looks = [guard.report(done, done == 3, 0.0) for done in (1, 2, 3)]
+    assert [seen.status if seen else None for seen in looks] == ["green", "red", "green"]
     (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert line.startswith("round 2: the reward may be exploited: red: bright 0.498 -> 0.398")
+    assert line.startswith("Round 2: the reward may be exploited: red: bright 0.498 -> 0.398")
 
 
 def test_an_amber_light_is_an_alarm_too() -> None:
     amber = Signal("grid", 0.0, 0.3, Estimate(0.3, 0.28, 0.32, 9), "amber")
     red = Signal("clip", 0.5, 0.2, Estimate(-0.5, -0.6, -0.4, 9), "red")
-    green = replace(amber, light="green")
+    green = replace(amber, status="green")
     assert HackingReport((green,)).alarm == ""
     assert HackingReport((green, amber)).alarm == "amber: grid 0 -> 0.3 (shift +0.30)"
     assert HackingReport((amber, red)).alarm == "red: clip 0.5 -> 0.2 (shift -0.50); amber: grid 0 -> 0.3 (shift +0.30)"
@@ -200,10 +202,10 @@ def test_the_best_look_is_kept_and_never_a_red_one() -> None:
     grids = _gridded(base) + 0.2
     looks = [MEASURES(images, PROMPTS) for images in (base, base + 0.01, base, base + 0.02, grids)]
     guard = _guard(looks, Actions(keep_best=True))
-    seen = [guard.panel(2, False, 0.0) for _ in range(4)]
+    seen = [guard.report(2, False, 0.0) for _ in range(4)]
     assert [guard.is_best(panel) for panel in seen if panel] == [True, False, True, False]
     with pytest.raises(ValueError, match=r"name one in reward_hacking\.rewards"):
-        Guard(lambda: looks[0], (), Limits(), Actions(keep_best=True), 2)
+        HackingGuard(lambda: looks[0], (), Limits(), Actions(keep_best=True), 2)
 
 
 def test_the_pull_doubles_from_the_least() -> None:
@@ -219,7 +221,7 @@ reward_hacking:
   every: 1
   samples_per_task: 2
   rewards: {{green: {{class_path: outside_rewards.Channel}}}}
-  shown: {{cells: genalign.worlds.shapes.diversity.cell_entropy}}
+  diagnostics: {{cells: genalign.worlds.shapes.diversity.cell_entropy}}
   limits: {{statistics: {{amber: {limit}, red: {limit}}}}}
   on_red: {{stop: true, keep_best: true, raise_kl: 0.1}}
 """
@@ -242,7 +244,10 @@ def test_a_red_light_stops_a_run_which_still_ends_in_order(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("reward_hacking: {every: 1, seeds: 1}", "reward_hacking.seeds and reward_hacking.samples_per_task must be at least 2"),
+        (
+            "reward_hacking: {every: 1, seeds: 1}",
+            "reward_hacking.seeds and reward_hacking.samples_per_task must be at least 2",
+        ),
         (
             "reward_hacking: {every: 1, rewards: {red: outside_rewards.redness}}",
             "reward_hacking.rewards.red is trained on, and would see nothing: name another reward",
@@ -262,15 +267,19 @@ def test_what_cannot_be_watched_is_refused(
 def test_limits_can_be_replaced() -> None:
     before, now = MEASURES(scenes(), PROMPTS), MEASURES(_noisy(scenes()), PROMPTS)
     calm = replace(Limits(), statistics=Limit(1e6, 1e6))
-    assert [s.light for s in panel(before, now, 0.0, calm).signals if s.name == "high frequencies"] == ["green"]
+    assert [s.status for s in compare_snapshots(before, now, 0.0, calm).signals if s.name == "high frequencies"] == [
+        "green"
+    ]
 
 
 def test_the_settings_in_the_docs_are_accepted_and_its_limits_are_the_defaults(config: Path) -> None:
-    page = (ROOT / "docs" / "reward_hacking.md").read_text()
+    page = (ROOT / "docs" / "hacking.md").read_text()
     (shown,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     config.write_text(f"{config.read_text()}\n{shown}")
     settings, plain = parse(Train, ["--config", str(config)], "train")
-    assert settings.reward_hacking.every == 5 and settings.reward_hacking.on_red == Actions(raise_kl=0.01, keep_best=True)
+    assert settings.reward_hacking.every == 5 and settings.reward_hacking.on_red == Actions(
+        raise_kl=0.01, keep_best=True
+    )
     rows = re.findall(r"\| ([\d.]+, [\d.]+) \|", page)
     limits = [limit for limit in plain["reward_hacking"]["limits"].values() if limit]
     assert rows == [f"{limit['amber']:g}, {limit['red']:g}" for limit in limits]
@@ -297,7 +306,7 @@ def sounds() -> Tensor:
 def test_sounds_have_statistics_of_their_own(spoilt: object, red: set[str]) -> None:
     assert callable(spoilt)
     torch.manual_seed(0)
-    measures = Measures()
-    found = panel(measures(sounds(), PROMPTS), measures(spoilt(sounds()), PROMPTS), 0.1, Limits())
+    measures = PanelMeasures()
+    found = compare_snapshots(measures(sounds(), PROMPTS), measures(spoilt(sounds()), PROMPTS), 0.1, Limits())
     assert {signal.name for signal in found.signals} == {"level", "crest", "high frequencies", "KL"}
-    assert {signal.name for signal in found.signals if signal.light == "red"} == red
+    assert {signal.name for signal in found.signals if signal.status == "red"} == red

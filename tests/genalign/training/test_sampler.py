@@ -16,12 +16,14 @@ from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.score import NamedReward
-from genalign.training.sampler import in_a_thread
-from genalign.training.trainer import RoundResult, Settings, Trainer
+from genalign.training.sampler import in_thread
+from genalign.training.trainer import RoundResult, Trainer, TrainerSettings
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
 
-SETTINGS = Settings(rounds=2, prompts_per_round=4, group_size=4, batch_size=4, updates_per_round=2, learning_rate=1e-2)
+SETTINGS = TrainerSettings(
+    rounds=2, prompts_per_round=4, group_size=4, batch_size=4, updates_per_round=2, learning_rate=1e-2
+)
 PROMPTS = PromptSet("four", tuple(Prompt(text) for text in ("a circle", "two squares", "a square", "two circles")))
 
 
@@ -29,19 +31,21 @@ def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return samples[:, 0].flatten(1).mean(1) - samples[:, 1:].flatten(1).mean(1)
 
 
-def _trainer(folder: Path, reward: Callable[..., Tensor], overlap: bool, recipe: Recipe | None = None) -> Trainer:
+def _trainer(
+    folder: Path, reward: Callable[..., Tensor], overlap_scoring: bool, recipe: Recipe | None = None
+) -> Trainer:
     tiny = SD3.load(folder)
     policy = Policy(tiny.denoiser, Lora(rank=4, alpha=8), seed=0)
     sampling = Sampling(num_steps=4, sigmas=(1.0, 0.75, 0.5, 0.25))
-    settings = replace(SETTINGS, overlap=overlap)
+    settings = replace(SETTINGS, overlap_scoring=overlap_scoring)
     recipe = recipe or flow_grpo(FlowSDE(0.9), clip_range=1e-2)
     return Trainer(tiny, policy, [NamedReward("red", reward)], PROMPTS, recipe, settings, sampling)
 
 
 @pytest.mark.parametrize("make", [flow_grpo, dense_grpo])
 def test_overlap_changes_nothing(tiny_folder: Path, make: Callable[..., Recipe]) -> None:
-    def trained(overlap: bool) -> tuple[list[RoundResult], list[Tensor]]:
-        trainer = _trainer(tiny_folder, redness, overlap, make(FlowSDE(0.9), clip_range=1e-2))
+    def trained(overlap_scoring: bool) -> tuple[list[RoundResult], list[Tensor]]:
+        trainer = _trainer(tiny_folder, redness, overlap_scoring, make(FlowSDE(0.9), clip_range=1e-2))
         return [replace(result, seconds=0.0) for result in trainer.rounds()], trainer.policy.parameters
 
     (apart, weights), (aside, others) = trained(False), trained(True)
@@ -56,7 +60,7 @@ def test_a_batch_is_scored_while_the_next_is_sampled(tiny_folder: Path) -> None:
         scored.append(sampled_next.wait(60))
         return redness(samples, prompts)
 
-    trainer = _trainer(tiny_folder, patient, overlap=True)
+    trainer = _trainer(tiny_folder, patient, overlap_scoring=True)
     predict = trainer.pipeline.predict
     calls: list[int] = []
 
@@ -76,7 +80,7 @@ def test_the_thread_ends_with_a_reward_that_raises(tiny_folder: Path) -> None:
         return torch.zeros(1)
 
     with pytest.raises(RuntimeError, match="returned shape"):
-        next(_trainer(tiny_folder, wrong, overlap=True).rounds())
+        next(_trainer(tiny_folder, wrong, overlap_scoring=True).rounds())
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("genalign-score")]
 
 
@@ -88,7 +92,7 @@ def test_calls_run_in_order_and_one_ahead() -> None:
             seen.append(f"prepared {number}")
             yield lambda number=number: number  # type: ignore[misc]  # a default that binds
 
-    for number in in_a_thread(calls()):
+    for number in in_thread(calls()):
         seen.append(f"got {number}")
     assert seen == ["prepared 0", "prepared 1", "got 0", "prepared 2", "got 1", "got 2"]
-    assert list(in_a_thread(iter(()))) == []
+    assert list(in_thread(iter(()))) == []

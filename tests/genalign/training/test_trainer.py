@@ -69,7 +69,7 @@ def test_equal_scores_leave_the_weights_alone(tiny: SD3) -> None:
     trainer = _trainer(tiny, NamedReward("one", constant), flow_grpo())
     before = _weights(trainer)
     result = next(trainer.rounds())
-    assert result.zero_std_share == 1.0 and math.isnan(result.loss) and result.metrics()["loss"] is None
+    assert result.zero_std_share == 1.0 and math.isnan(result.loss) and result.as_dict()["loss"] is None
     assert "forward backward" not in result.calls  # nothing was replayed
     for old, new in zip(before, _weights(trainer), strict=True):
         assert torch.equal(old, new)
@@ -89,7 +89,7 @@ def test_samples_that_could_not_be_scored_are_left_out(tiny: SD3) -> None:
 
     result = next(_trainer(tiny, NamedReward("r", sometimes), flow_grpo(window=1), TOLERANT).rounds())
     assert result.failed_rewards == 2  # one of each batch of four
-    assert result.metrics()["reward"] is not None
+    assert result.as_dict()["reward"] is not None
 
 
 @pytest.mark.parametrize("recipe", [flow_grpo(window=1), prdp(window=1), awm()], ids=["flow_grpo", "prdp", "awm"])
@@ -153,11 +153,11 @@ def test_impossible_recipes(tiny: SD3) -> None:
 
 
 def test_impossible_geometry() -> None:
-    with pytest.raises(ValueError, match="group_size is 1: a group needs at least 2 samples to be compared"):
+    with pytest.raises(ValueError, match="group_size is 1: a group needs at least 2 samples to compare"):
         TrainerSettings(group_size=1)
     with pytest.raises(ValueError, match=r"batch_size 96 must be a multiple of group_size 10, .* try 90"):
         TrainerSettings(group_size=10, batch_size=96)
-    message = r"prompts_per_round 3 x group_size 8 = 24 images do not divide into 2 updates of batches of 8"
+    message = r"prompts_per_round 3 x group_size 8 = 24 samples do not divide into 2 updates of batches of 8"
     with pytest.raises(ValueError, match=message):
         TrainerSettings(prompts_per_round=3, group_size=8, batch_size=8)
     with pytest.raises(ValueError, match=r"sampling\.sigmas has 2 values for 10 steps: give one per step"):
