@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from genalign.metrics.frechet import Gaussian, as_features, gaussian_distance
 from genalign.metrics.mmd import GaussianKernel, MMDToReference, median_distance, polynomial_kernel
 from genalign.metrics.vendi import vendi_score
 from genalign.types import Prompt
-from rewards.backbones.encoders import require_patches
+from rewards.backbones.encoders import AnyCallable, require_patches
 
 _CMMD_BANDWIDTH, _CMMD_SCALE = 10.0, 1000.0
 _KAD_SCALE = 100.0
@@ -38,12 +38,12 @@ class FrechetReward:
 
 
 class FrameFrechetReward:
-    """Minus the Frechet distance of all frames of a set of clips to a reference set of frames (m, d): FAD as its tools
-    compute it.
+    """Minus the Frechet distance of all frames of a set of clips to a reference set of frames (m, d).
 
-    Features are (n, f d), the f frames of a clip in one row: ``rewards.backbones.audio_features.FrameFeatures``. A
-    frame counts as a sample, so that one clip has a distance, too; frames of one clip are alike, so that many
-    clips tell more than many frames. Raises ValueError for m or n f below 2.
+    This is FAD as its tools compute it. Features are (n, f d), the f frames of a clip in one row:
+    ``rewards.backbones.audio_features.FrameFeatures``. A frame counts as a sample, so that one clip has a distance,
+    too; frames of one clip are alike, so that many clips tell more than many frames. Raises ValueError for m or n f
+    below 2.
     """
 
     def __init__(self, reference: Tensor) -> None:
@@ -123,14 +123,14 @@ class VendiReward:
 
 @dataclass(frozen=True, eq=False)
 class PerSampleFrechetReward:
-    """Minus the Frechet distance of each sample's own patches or frames to a reference set of them (m, d): per-clip
-    FAD, a reward of single samples.
+    """Minus the Frechet distance of each sample's own patches or frames to a reference set of them (m, d).
 
+    This is per-clip FAD, a reward of single samples.
     ``encoder`` is any ``rewards.backbones.encoders.PatchFeatures``; ``reference`` for clips comes from
     ``rewards.backbones.audio_features.extract_frame_features`` with the same encoder. See ``per_sample_frechet``.
     """
 
-    encoder: Callable  # type: ignore[type-arg]  # bare: configurations name any PatchFeatures
+    encoder: AnyCallable
     reference: Tensor
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.types import Prompt
+from rewards.backbones.encoders import AnyCallable
 from rewards.backbones.reference_images import References
 
 _BATCH = 64
@@ -27,7 +28,7 @@ class ReferenceSimilarity:
     the CPU.
     """
 
-    features: Callable  # type: ignore[type-arg]  # bare: configurations name any FeatureFunction
+    features: AnyCallable
     references: References
     over: Literal["mean", "nearest"] = "mean"
     _cache: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)

@@ -15,7 +15,7 @@ _TAILS = (50 * (1 - LEVEL), 50 * (1 + LEVEL))
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % confidence interval, from ``n`` images, seeds or trials."""
+    """A mean with its 95 % confidence interval, from ``n`` samples, seeds or trials."""
 
     mean: float
     low: float
@@ -28,7 +28,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class WinRate:
-    """``rate`` counts a tie as half a win; ``ties`` is their share; ``p_value`` is of the sign test without them."""
+    """A win rate that counts a tie as half a win, the fraction of ``ties``, and a sign test's ``p_value`` without."""
 
     rate: Estimate
     ties: float
@@ -56,15 +56,17 @@ class WinTest:
 def bootstrap_mean(
     values_by_task: Mapping[str, Sequence[float]], n_images: int, resamples: int = 2000, seed: int = 0
 ) -> Estimate:
-    """The unweighted mean over tasks of the mean over prompts (GenEval's overall), by a percentile bootstrap.
+    """Estimate the unweighted mean over tasks of the mean over prompts (GenEval's overall) by a percentile bootstrap.
 
-    A value is one prompt's mean over its images, so that images of one prompt count as one draw; prompts are resampled
+    A value is one prompt's mean over its samples, so that a prompt's samples count as one draw; prompts are resampled
     within their task. Per-prompt differences make the interval a paired one. It is too narrow for a task of very few
     prompts, by a factor of about sqrt((n - 1) / n) for n prompts, and has no width for a task of one.
 
     Args:
         values_by_task: finite values, one per prompt, of every task.
-        n_images: what to report as ``n``.
+        n_images: ``n`` of the estimate.
+        resamples: draws of the bootstrap.
+        seed: of the bootstrap.
 
     Raises:
         ValueError: there is no task, or a task has no values or a value that is not finite.
@@ -81,13 +83,13 @@ def bootstrap_mean(
 def _resampled_means(
     values: npt.NDArray[np.float64], resamples: int, rng: np.random.Generator
 ) -> npt.NDArray[np.float64]:
-    """Means (resamples,) of draws with replacement."""
+    """Compute the means (resamples,) of draws with replacement."""
     means: npt.NDArray[np.float64] = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)
     return means
 
 
 def t_interval(values: Sequence[float]) -> Estimate:
-    """The mean over independent repetitions, such as training seeds, with Student's interval.
+    """Estimate the mean over independent repetitions, such as training seeds, with Student's interval.
 
     Raises:
         ValueError: fewer than two values, or one that is not finite.
@@ -101,8 +103,9 @@ def t_interval(values: Sequence[float]) -> Estimate:
 
 
 def median_interval(values: Sequence[float]) -> Estimate:
-    """The median of repeated measurements with its exact interval from order statistics (95 % or a little more); of
-    fewer than six, which cannot give one, their range.
+    """Estimate the median of repeated measurements, with its exact interval from order statistics.
+
+    The interval has 95 % or a little more; of fewer than six values, which cannot give one, it is their range.
 
     Raises:
         ValueError: no value, or one that is not finite.
@@ -113,7 +116,7 @@ def median_interval(values: Sequence[float]) -> Estimate:
 
 
 def wilson(successes: float, n: int) -> Estimate:
-    """A proportion with Wilson's score interval (Wilson 1927); half successes are allowed.
+    """Estimate a proportion with Wilson's score interval (Wilson 1927); half successes are allowed.
 
     Raises:
         ValueError: no trial, or more successes than trials.
@@ -122,13 +125,13 @@ def wilson(successes: float, n: int) -> Estimate:
         raise ValueError(f"{successes} successes in {n} trials is no proportion: need n >= 1 and 0 <= successes <= n")
     z = float(stats.norm.ppf((1 + LEVEL) / 2))
     p, scale = successes / n, 1 + z * z / n
-    centre = (p + z * z / (2 * n)) / scale
+    center = (p + z * z / (2 * n)) / scale
     reach = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / scale
-    return Estimate(p, max(0.0, min(p, centre - reach)), min(1.0, max(p, centre + reach)), n)
+    return Estimate(p, max(0.0, min(p, center - reach)), min(1.0, max(p, center + reach)), n)
 
 
 def wider(a: Estimate, b: Estimate) -> Estimate:
-    """What covers both intervals of one mean, say over prompts and over seeds; ``n`` is that of ``a``.
+    """Join two intervals of one mean, such as over prompts and over seeds, into one; ``n`` is of ``a``.
 
     Raises:
         ValueError: the means differ.
@@ -139,7 +142,7 @@ def wider(a: Estimate, b: Estimate) -> Estimate:
 
 
 def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
-    """How often ``after`` beats ``before`` in pairs, a tie as half; Wilson's interval, for pairs that are independent.
+    """Estimate how often ``after`` beats ``before``, a tie as half, with Wilson's interval for independent pairs.
 
     Where several pairs share a prompt, pass the per-prompt means.
 
@@ -153,12 +156,12 @@ def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
 
 
 def win_test(before: Sequence[float], after: Sequence[float]) -> WinTest:
-    """How often ``after`` beats ``before`` in pairs that are independent; raises ValueError as ``win_rate``."""
-    return counted_win_test(*_outcomes(before, after))
+    """Test whether ``after`` beats ``before`` in independent pairs. Raises ValueError as ``win_rate`` does."""
+    return win_test_from_counts(*_outcomes(before, after))
 
 
-def counted_win_test(wins: int, losses: int, ties: int = 0) -> WinTest:
-    """The same of counted trials. Raises ValueError for none."""
+def win_test_from_counts(wins: int, losses: int, ties: int = 0) -> WinTest:
+    """Test whether trials are won more often than lost, from their counts. Raises ValueError for no trials."""
     n, decided = wins + losses + ties, wins + losses
     if n < 1 or min(wins, losses, ties) < 0:
         raise ValueError(f"{wins} wins, {losses} losses and {ties} ties are no trials: count one or more")
@@ -169,7 +172,7 @@ def counted_win_test(wins: int, losses: int, ties: int = 0) -> WinTest:
 
 
 def _outcomes(before: Sequence[float], after: Sequence[float]) -> tuple[int, int, int]:
-    """Wins of ``after``, its losses, and ties."""
+    """Count the wins of ``after``, its losses, and ties."""
     if len(before) != len(after):
         raise ValueError(f"a win rate needs pairs: got {len(before)} values before and {len(after)} after")
     difference = _checked(after, "after") - _checked(before, "before")
@@ -178,10 +181,10 @@ def _outcomes(before: Sequence[float], after: Sequence[float]) -> tuple[int, int
 
 
 def _checked(values: Sequence[float], what: str) -> npt.NDArray[np.float64]:
-    """``values`` as a float64 vector, refused where it is empty or not finite."""
+    """Convert ``values`` to a float64 vector. Raises ValueError for no values, or values that are not finite."""
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"{what} has no values: leave it out, or score at least one image of it")
+        raise ValueError(f"{what} has no values: leave it out, or score at least one sample of it")
     if not np.isfinite(array).all():
         raise ValueError(f"{what} has values that are not finite: drop failed scores before averaging")
     return array

@@ -7,7 +7,6 @@ Each is a feature function (B, C, L) -> (B, d) with a method ``features`` that a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from genalign.runtime.waveforms import as_heard, mel_decibels
 from rewards.backbones.clap_encoder import load_clap
-from rewards.backbones.encoders import Features, require_patches
+from rewards.backbones.encoders import AnyCallable, Features, require_patches
 from rewards.backbones.reference_images import ReferenceSamples
 
 _LOWEST_HZ = 50.0
@@ -97,7 +96,7 @@ class FrameFeatures:
     ``encoder`` is any ``rewards.backbones.encoders.PatchFeatures``.
     """
 
-    encoder: Callable  # type: ignore[type-arg]  # bare: configurations name any PatchFeatures
+    encoder: AnyCallable  # any PatchFeatures
 
     def __call__(self, samples: Tensor) -> Tensor:
         """Compute rows (B, n d) of waveforms (B, C, L); differentiable."""
@@ -107,7 +106,7 @@ class FrameFeatures:
 @torch.no_grad()
 def extract_frame_features(
     clips: ReferenceSamples,
-    encoder: Callable,  # type: ignore[type-arg]  # as above
+    encoder: AnyCallable,
 ) -> Tensor:
     """Extract features (m, d) of all frames of ``clips``, which may differ in length: the reference set of a FAD.
 

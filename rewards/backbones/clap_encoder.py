@@ -84,13 +84,17 @@ class ClapEncoder(DualEncoder):
         self._context = min(self._tokenizer.model_max_length, text.max_position_embeddings - text.pad_token_id - 1)
 
     def forward(self, waveforms: Tensor, rate: int) -> Tensor:
-        """Compute unit embeddings (B, d) of waveforms (B, C, L) at ``rate`` Hz, the mean over a long clip's windows;
-        differentiable."""
+        """Compute unit embeddings (B, d) of waveforms (B, C, L) at ``rate`` Hz; differentiable.
+
+        The embedding of a long clip is the mean over its windows.
+        """
         return self.features(waveforms, rate).global_
 
     def features(self, waveforms: Tensor, rate: int) -> Features:
-        """Compute the embeddings of ``forward``, and unit embeddings of the frames (B, n, d): the last layer's tokens,
-        averaged over frequency and projected. Frames of padding are left out."""
+        """Compute the embeddings of ``forward``, and unit embeddings of the frames (B, n, d).
+
+        Frames are the last layer's tokens, averaged over frequency and projected. Frames of padding are left out.
+        """
         clips = self._clips(waveforms, rate)
         whole, frames = self.embed_spectra(self.windows(clips))
         unpadded = math.ceil(frames.shape[2] * min(1.0, clips.shape[1] / self.windows.length))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,11 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+AnyCallable = Callable  # type: ignore[type-arg]  # bare, so that a configuration may give any callable
+
 
 @dataclass(frozen=True)
 class Features:
-    """Features of a batch: ``global_`` (B, d) of whole samples, and ``patches`` (B, n, d) of their parts: an image's
-    patches in reading order, or the frames of a clip in order of time."""
+    """Features ``global_`` (B, d) of whole samples, and ``patches`` (B, n, d) of their parts.
+
+    Parts are an image's patches in reading order, or a clip's frames in order of time.
+    """
 
     global_: Tensor
     patches: Tensor
@@ -56,16 +60,21 @@ class DualEncoder(nn.Module, ABC):
 
     @torch.no_grad()
     def text(self, texts: Sequence[str]) -> Tensor:
-        """Compute unit embeddings (B, d), float32. Each distinct text is encoded once, and alone: in a batch its last
-        bits would depend on the others, and on which of them were cached."""
+        """Compute unit embeddings (B, d), float32.
+
+        Each distinct text is encoded once, and alone: in a batch its last bits would depend on the others, and on which
+        of them were cached.
+        """
         for text in dict.fromkeys(texts):
             if text not in self._texts:
                 self._texts[text] = F.normalize(self._encode([text])[0], dim=-1).cpu()
         return torch.stack([self._texts[text] for text in texts]).to(self.device)
 
     def reference(self, texts: Sequence[str]) -> Tensor:
-        """Compute unit embeddings (m, d) of a reference set in words. Raises ValueError for fewer than 2 texts, which
-        have no covariance."""
+        """Compute unit embeddings (m, d) of a reference set in words.
+
+        Raises ValueError for fewer than 2 texts, which have no covariance.
+        """
         if len(texts) < 2:
             raise ValueError(f"a reference set in words needs 2 texts or more, got {len(texts)}")
         return self.text(texts)

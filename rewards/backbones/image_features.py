@@ -6,7 +6,7 @@ Features of sound are in ``rewards.backbones.audio_features``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewards.backbones.clip_encoder import ImagePreprocessor, load_clip
-from rewards.backbones.encoders import Features
+from rewards.backbones.encoders import AnyCallable, Features
 from rewards.backbones.reference_images import ReferenceSamples
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -77,7 +77,7 @@ class Dinov2Features:
 @torch.no_grad()
 def extract_features(
     images: ReferenceSamples,
-    features: Callable,  # type: ignore[type-arg]  # bare: configurations name any FeatureFunction
+    features: AnyCallable,
     batch_size: int = 64,
 ) -> Tensor:
     """Extract features (m, d) of all ``images`` or clips: a reference set for ``rewards.set_rewards``.

@@ -17,8 +17,10 @@ AUDIO = FileKind("audio", "WAV or FLAC", AUDIO_SUFFIXES)
 
 
 class AudioTensor:
-    """Waveforms (N, C, L) in [-1, 1] held in memory. Raises ValueError for another shape, N = 0, or samples that are
-    not finite; TypeError for integers."""
+    """Waveforms (N, C, L) in [-1, 1] in memory.
+
+    Raises ValueError for another shape, N = 0, or values that are not finite; TypeError for integers.
+    """
 
     def __init__(self, waveforms: Tensor) -> None:
         self._waveforms = require_waveforms(waveforms).detach().cpu()

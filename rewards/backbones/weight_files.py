@@ -66,8 +66,10 @@ class AffineHead:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], prefix: str = "") -> AffineHead:
-        """Read a linear layer at ``prefix``, or fold the five of an MLP without activations at prefix + "layers." into
-        one, in float64. Raises ValueError for other layers: an MLP with activations cannot be folded."""
+        """Read a linear layer at ``prefix``, or fold an MLP of five without activations at prefix + "layers." into one.
+
+        Folding is in float64. Raises ValueError for other layers: an MLP with activations cannot be folded.
+        """
         if f"{prefix}weight" in tensors:
             return cls._folded(tensors, [prefix])
         stem = f"{prefix}layers."

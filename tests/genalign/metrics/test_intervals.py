@@ -4,12 +4,12 @@ import pytest
 from genalign.metrics.intervals import (
     Estimate,
     bootstrap_mean,
-    counted_win_test,
     t_interval,
     wider,
     wilson,
     win_rate,
     win_test,
+    win_test_from_counts,
 )
 
 
@@ -118,7 +118,7 @@ def test_win_rate_needs_pairs():
 )
 def test_win_tests_are_those_of_the_paper(wins, rate, low, p_value, above_half):
     """DRAGON's listening tests of 420 votes each, to the digits that are printed."""
-    found = counted_win_test(wins, 420 - wins)
+    found = win_test_from_counts(wins, 420 - wins)
     assert (found.rate, found.low) == pytest.approx((rate, low), abs=5e-5)
     assert found.p_value == pytest.approx(p_value, rel=4e-3)
     assert found.above_half == pytest.approx(above_half, abs=5e-7)
@@ -128,7 +128,7 @@ def test_win_tests_leave_ties_to_the_rate():
     found = win_test([0, 0, 1, 1, 1], [1, 1, 0, 1, 1])
     assert (found.wins, found.losses, found.ties, found.rate) == (2, 1, 2, 0.6)
     assert found.p_value == pytest.approx(0.5) and found.above_half == pytest.approx(11 / 16)
-    even = counted_win_test(0, 0, 3)
+    even = win_test_from_counts(0, 0, 3)
     assert (even.rate, even.low, even.p_value, even.above_half) == (0.5, 0.0, 1.0, 0.5)
     with pytest.raises(ValueError, match="no trials"):
-        counted_win_test(0, 0, 0)
+        win_test_from_counts(0, 0, 0)
