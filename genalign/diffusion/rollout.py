@@ -145,10 +145,10 @@ def rollout(
         x = x_next
     final = x if branch < len(grid) else x[origin]
     if stored:
-        fields: list[Tensor] = [torch.stack(tensors, dim=1) for tensors in zip(*stored, strict=True)]
+        states, nexts, means, outputs = (torch.stack(tensors, dim=1) for tensors in zip(*stored, strict=True))
     else:
-        fields = [final.new_empty(len(final), 0, *final.shape[1:]) for _ in range(4)]
-    return Rollout(inputs, tuple(sorted(store)), *fields, final)
+        states, nexts, means, outputs = (final.new_empty(len(final), 0, *final.shape[1:]) for _ in range(4))
+    return Rollout(inputs, tuple(sorted(store)), states, nexts, means, outputs, final)
 
 
 def unique_starts(inputs: RolloutInputs) -> tuple[Tensor, Tensor]:

@@ -296,7 +296,7 @@ def test_batches_that_do_not_divide_are_refused() -> None:
         TrainerSettings(prompts_per_round=8, group_size=2, batch_size=4).require_shares(3)
 
 
-def test_readings_of_several_processes_are_one() -> None:
+def test_metric_sums_of_several_ranks_are_merged() -> None:
     one, two = MetricSums(log_ratio_max=0.5), MetricSums(log_ratio_max=0.1)
     one.add("loss", torch.tensor([1.0, 2.0]))
     two.add("kl", torch.tensor([4.0]))
