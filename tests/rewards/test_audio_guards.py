@@ -1,4 +1,4 @@
-"""Guards of sound as rewards."""
+"""Guards against degenerate clips, as rewards."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ def test_shares() -> None:
 @pytest.mark.parametrize("guard", [LevelWithin(), unclipped, sounding])
 def test_guards_keep_to_the_contract(guard: RewardFunction) -> None:
     gradient = isinstance(guard, LevelWithin)
-    failed = [found for found in check(guard, Probe(clips(), PROMPTS), Expected(gradient=gradient)) if not found.passed]
-    assert [found.name for found in failed if found.passed is False] == []
+    failed = [
+        result for result in check(guard, Probe(clips(), PROMPTS), Expected(gradient=gradient)) if not result.passed
+    ]
+    assert [result.name for result in failed if result.passed is False] == []
 
 
 def test_silence_does_not_pass_a_gate() -> None:

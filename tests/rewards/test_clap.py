@@ -44,18 +44,18 @@ def theirs(folder: Path, waves: torch.Tensor) -> torch.Tensor:
     """The embeddings of transformers' own processor and model, clip by clip."""
     processor, model = ClapProcessor.from_pretrained(folder), ClapModel.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        found = []
+        result = []
         for wave in waves[:, 0].numpy():
-            told = processor(audio=wave, sampling_rate=RATE, return_tensors="pt")
-            told["is_longer"] = torch.zeros_like(torch.as_tensor(told["is_longer"]), dtype=torch.bool)
-            found.append(model.eval().get_audio_features(told["input_features"].float(), told["is_longer"]))
-        return torch.cat([one.pooler_output for one in found])
+            inputs = processor(audio=wave, sampling_rate=RATE, return_tensors="pt")
+            inputs["is_longer"] = torch.zeros_like(torch.as_tensor(inputs["is_longer"]), dtype=torch.bool)
+            result.append(model.eval().get_audio_features(inputs["input_features"].float(), inputs["is_longer"]))
+        return torch.cat([one.pooler_output for one in result])
 
 
 @pytest.mark.parametrize("length", [WINDOW, 5000], ids=["whole", "short"])
 @pytest.mark.parametrize("padding", ["repeatpad", "repeat", "pad"])
 @pytest.mark.parametrize("truncation", ["rand_trunc", "fusion"])
-def test_embeddings_are_those_of_transformers(tmp_path: Path, length: int, padding: str, truncation: str) -> None:
+def test_embeddings_agree_with_transformers(tmp_path: Path, length: int, padding: str, truncation: str) -> None:
     write_clap(tmp_path, padding=padding, truncation=truncation)
     with torch.no_grad():
         ours = load_clap(str(tmp_path))(noise(length), RATE)
@@ -63,12 +63,12 @@ def test_embeddings_are_those_of_transformers(tmp_path: Path, length: int, paddi
     assert (ours[0] - ours[1]).abs().max() > 3e-3
 
 
-def test_texts_are_those_of_transformers(folder: Path) -> None:
+def test_text_embeddings_agree_with_transformers(folder: Path) -> None:
     texts = [prompt.text for prompt in PROMPTS]
     processor, model = ClapProcessor.from_pretrained(folder), ClapModel.from_pretrained(folder, dtype=torch.float32)
-    told = processor(text=texts, padding=True, return_tensors="pt")
+    inputs = processor(text=texts, padding=True, return_tensors="pt")
     with torch.no_grad():
-        expected = model.eval().get_text_features(told["input_ids"], told["attention_mask"]).pooler_output
+        expected = model.eval().get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
     torch.testing.assert_close(load_clap(str(folder)).text(texts), expected, rtol=0, atol=1e-5)
     long = " ".join(["sine"] * 100)
     assert load_clap(str(folder)).text([long]).isfinite().all()
@@ -88,21 +88,21 @@ def test_the_reward_is_the_cosine(folder: Path) -> None:
 def test_the_contract_of_rewards_holds(folder: Path) -> None:
     probe = Probe(noise(WINDOW), PROMPTS)
     checks = list(check(ClapReward(str(folder), RATE), probe, Expected(gradient=True)))
-    assert [found for found in checks if found.passed is False] == []
+    assert [result for result in checks if result.passed is False] == []
 
 
-def test_other_rates_and_channels_are_heard_with_a_message(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_rates_and_channels_are_converted_with_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     warn_once.cache_clear()
     stereo = noise(8000, channels=2)
     with caplog.at_level(logging.WARNING), torch.no_grad():
-        found = load_clap(str(folder))(stereo, 8000)
+        result = load_clap(str(folder))(stereo, 8000)
         expected = load_clap(str(folder))(resample(stereo.mean(1, keepdim=True), 8000, RATE), RATE)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
     assert "hears one channel: the mean of 2 is taken" in caplog.text
     assert "waveforms at 8000 Hz are resampled, and nothing above 4000 Hz is heard" in caplog.text
 
 
-def test_a_short_clip_is_filled_up_with_a_message(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_short_clip_is_padded_with_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         short = load_clap(str(folder)).features(noise(4000), RATE)
@@ -113,16 +113,16 @@ def test_a_short_clip_is_filled_up_with_a_message(folder: Path, caplog: pytest.L
 
 def test_a_long_clip_is_heard_to_its_end(folder: Path) -> None:
     encoder, long = load_clap(str(folder)), noise(2 * WINDOW + 8000)
-    found = encoder.features(long, RATE)
+    result = encoder.features(long, RATE)
     starts = (0, (WINDOW + 8000) // 2, WINDOW + 8000)
     parts = [encoder.features(long[..., start : start + WINDOW], RATE) for start in starts]
     mean = torch.nn.functional.normalize(torch.stack([part.global_ for part in parts]).mean(0), dim=-1)
-    torch.testing.assert_close(found.global_, mean, rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.patches, torch.cat([part.patches for part in parts], 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(result.global_, mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(result.patches, torch.cat([part.patches for part in parts], 1), rtol=0, atol=1e-5)
 
 
 def test_frames_follow_time(folder: Path) -> None:
-    """What changes at the end of a clip changes its last frames most."""
+    """A change at the end of a clip changes its last frames most."""
     features, wave = ClapFeatures(str(folder), RATE), noise(WINDOW, count=1)
     changed = wave.clone()
     changed[..., -1500:] = 0
@@ -151,7 +151,7 @@ def test_silence_is_scored_alike_wherever_it_comes_from(folder: Path) -> None:
     assert scores.isfinite().all() and scores[0] == scores[1]
 
 
-def test_the_worlds_own_encoder_is_opened(tmp_path: Path) -> None:
+def test_the_embedded_encoder_is_opened(tmp_path: Path) -> None:
     """The format that scripts/pretrain/tones_audio.py writes: half precision, windows of a clip's length."""
     torch.manual_seed(0)
     assemble_clap(build_clap(), tmp_path)
@@ -171,7 +171,7 @@ def test_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
         ClapReward(str(tmp_path), RATE)(noise(WINDOW), PROMPTS)
 
 
-def test_what_is_no_waveform_is_refused(folder: Path) -> None:
+def test_samples_that_are_not_waveforms_are_refused(folder: Path) -> None:
     reward = ClapReward(str(folder), RATE)
     with pytest.raises(ValueError, match=r"waveforms must be \(B, C, L\)"):
         reward(noise(WINDOW)[:, 0], PROMPTS)

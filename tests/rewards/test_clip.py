@@ -85,7 +85,7 @@ def test_the_right_prompt_scores_higher(images: torch.Tensor) -> None:
     assert (right > wrong + 0.3).all()
 
 
-def test_the_cosine_is_open_clips_own(images: torch.Tensor) -> None:
+def test_the_cosine_agrees_with_open_clip(images: torch.Tensor) -> None:
     name = f"local-dir:{assets.resolve('shapes-clip')}"
     model, _, transform = open_clip.create_model_and_transforms(name)
     model.eval()
@@ -97,15 +97,15 @@ def test_the_cosine_is_open_clips_own(images: torch.Tensor) -> None:
     torch.testing.assert_close(ClipReward("shapes-clip")(exact, PROMPTS), (image * text).sum(1), rtol=0, atol=1e-5)
 
 
-def test_the_cosine_is_transformers_own(transformers_folder: Path) -> None:
+def test_the_cosine_agrees_with_transformers(transformers_folder: Path) -> None:
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     texts = ["a photo of a red circle", "two squares"]
     model = CLIPModel.from_pretrained(transformers_folder).eval()
     tokens = AutoTokenizer.from_pretrained(transformers_folder)(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
-        found = model(tokens.input_ids, (images - 0.4) / 0.3, tokens.attention_mask)
+        result = model(tokens.input_ids, (images - 0.4) / 0.3, tokens.attention_mask)
     ours = ClipReward(str(transformers_folder))(images, [Prompt(text) for text in texts])
-    torch.testing.assert_close(ours, (found.image_embeds * found.text_embeds).sum(1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, (result.image_embeds * result.text_embeds).sum(1), rtol=0, atol=1e-6)
     assert load_clip(str(transformers_folder)).logit_scale == pytest.approx(float(model.logit_scale.detach().exp()))
 
 
@@ -139,7 +139,7 @@ def test_a_text_is_encoded_once(transformers_folder: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("height", "width"), [(90, 61), (40, 70), (32, 32)])
-def test_preparation_follows_pillow(height: int, width: int) -> None:
+def test_preprocessing_follows_pillow(height: int, width: int) -> None:
     image = smooth(height, width)
     config = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     theirs = CLIPImageProcessorPil(**config, image_mean=[0.4] * 3, image_std=[0.3] * 3)(image, return_tensors="pt")

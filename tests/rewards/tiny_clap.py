@@ -47,7 +47,7 @@ def write_clap(folder: Path, **extractor: Any) -> Path:
     norm.running_mean.fill_(-30.0)
     norm.running_var.fill_(400.0)
     model.half().save_pretrained(folder)
-    chosen = {"truncation": "rand_trunc", "padding": "repeatpad"} | extractor
+    settings = {"truncation": "rand_trunc", "padding": "repeatpad"} | extractor
     features = ClapFeatureExtractor(
         feature_size=32,
         sampling_rate=RATE,
@@ -56,7 +56,7 @@ def write_clap(folder: Path, **extractor: Any) -> Path:
         fft_window_size=512,
         frequency_min=50,
         frequency_max=8000,
-        **chosen,
+        **settings,
     )
     ClapProcessor(features, words).save_pretrained(folder)
     return folder

@@ -46,33 +46,33 @@ def by_scipy(x: torch.Tensor, y: torch.Tensor) -> float:
 def test_a_tone_lights_its_band() -> None:
     """The loudest band of a sine rises with its frequency, and its level is heard in dB."""
     waves = torch.stack([torch.from_numpy(tone(PITCHED["sine"], hz, 0.0, 8000))[None].float() for hz in NOTES.values()])
-    found = LogMelFeatures(RATE).features(0.1 * waves)
-    bands = found.patches[:, 20].argmax(1).tolist()
+    result = LogMelFeatures(RATE).features(0.1 * waves)
+    bands = result.patches[:, 20].argmax(1).tolist()
     assert bands == sorted(bands) and len(set(bands)) == len(NOTES)
-    louder = LogMelFeatures(RATE).features(0.2 * waves).patches[:, 20].amax(1) - found.patches[:, 20].amax(1)
+    louder = LogMelFeatures(RATE).features(0.2 * waves).patches[:, 20].amax(1) - result.patches[:, 20].amax(1)
     torch.testing.assert_close(louder, torch.full((10,), 20 * math.log10(2)), rtol=0, atol=1e-3)
 
 
 def test_clips_and_frames(organs: torch.Tensor) -> None:
-    found = ENCODER.features(organs)
+    result = ENCODER.features(organs)
     assert isinstance(ENCODER, PatchFeatures)
-    assert found.patches.shape == (40, 12000 // 128 + 1, 20)
-    torch.testing.assert_close(found.global_[:, :20], found.patches.mean(1))
-    torch.testing.assert_close(ENCODER(organs), found.global_)
-    torch.testing.assert_close(ENCODER(organs.repeat(1, 2, 1)), found.global_)
-    torch.testing.assert_close(FrameFeatures(ENCODER)(organs), found.patches.flatten(1))
+    assert result.patches.shape == (40, 12000 // 128 + 1, 20)
+    torch.testing.assert_close(result.global_[:, :20], result.patches.mean(1))
+    torch.testing.assert_close(ENCODER(organs), result.global_)
+    torch.testing.assert_close(ENCODER(organs.repeat(1, 2, 1)), result.global_)
+    torch.testing.assert_close(FrameFeatures(ENCODER)(organs), result.patches.flatten(1))
     leaf = torch.zeros(1, 1, 4000).requires_grad_()
     ENCODER(leaf).sum().backward()
     assert leaf.grad is not None and bool(leaf.grad.isfinite().all())
 
 
-def test_fad_is_that_of_scipy(organs: torch.Tensor, noises: torch.Tensor) -> None:
+def test_fad_agrees_with_scipy(organs: torch.Tensor, noises: torch.Tensor) -> None:
     hiss = 0.01 * torch.randn(organs.shape, generator=torch.Generator().manual_seed(0))  # silence has no full rank
     organs, noises = organs + hiss, noises + hiss.flip(2)
     reference = extract_frame_features(AudioTensor(noises), ENCODER)
     frames = ENCODER.features(organs).patches.flatten(0, 1)
-    found = -FrameFrechetReward(reference)(FrameFeatures(ENCODER)(organs))
-    assert found == pytest.approx(by_scipy(frames, reference), rel=1e-6)
+    result = -FrameFrechetReward(reference)(FrameFeatures(ENCODER)(organs))
+    assert result == pytest.approx(by_scipy(frames, reference), rel=1e-6)
     clips = LogMelFeatures(RATE, mels=6)
     whole = -FrechetReward(extract_features(AudioTensor(noises), clips))(clips(organs))
     assert whole == pytest.approx(by_scipy(clips(organs), clips(noises)), rel=1e-6)
@@ -159,7 +159,7 @@ def test_failed_clips_are_nan_and_no_others(organs: torch.Tensor) -> None:
         VendiReward()(ENCODER(waves))
 
 
-def test_what_cannot_be_a_reference_is_refused(organs: torch.Tensor) -> None:
+def test_bad_references_and_encoders_are_refused(organs: torch.Tensor) -> None:
     with pytest.raises(
         ValueError, match=r"needs 2 samples or more, got 1: one has no covariance.*extract_frame_features"
     ):
@@ -174,7 +174,7 @@ def test_what_cannot_be_a_reference_is_refused(organs: torch.Tensor) -> None:
         PerSampleFrechetReward(lambda samples: samples, torch.zeros(3, 2))
 
 
-def test_kad_is_a_hundred_times_the_discrepancy() -> None:
+def test_kad_is_a_hundred_times_the_mmd() -> None:
     x, y = torch.randn(7, 3, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64) + 1
     bandwidth = float(torch.pdist(y).median())
 
@@ -189,7 +189,7 @@ def test_kad_is_a_hundred_times_the_discrepancy() -> None:
     assert KADReward(y)(x) == pytest.approx(-expected, rel=1e-6)
 
 
-def test_exemplars_are_as_asked_for() -> None:
+def test_exemplars_have_the_given_timbre_and_level() -> None:
     quiet = revoiced(["organ"], level=(-40.0, -38.0), count=12)
     loud = revoiced(["organ"], level=(-14.0, -12.0), count=12)
     level = [ENCODER.features(clips.load(range(12))).patches.amax((1, 2)) for clips in (quiet, loud)]

@@ -37,10 +37,10 @@ def images(size: int, count: int = 2) -> torch.Tensor:
 
 def test_clip_features_are_the_embedding_and_projected_patches() -> None:
     features = ClipFeatures("shapes-clip")
-    found = features.features(images(64))
+    result = features.features(images(64))
     assert isinstance(features, PatchFeatures)
-    assert found.global_.shape == (2, 128) and found.patches.shape == (2, 64, 128)
-    torch.testing.assert_close(found.global_, features(images(64)))
+    assert result.global_.shape == (2, 128) and result.patches.shape == (2, 64, 128)
+    torch.testing.assert_close(result.global_, features(images(64)))
 
 
 def test_clip_patches_take_the_path_of_the_class_token() -> None:
@@ -48,9 +48,9 @@ def test_clip_patches_take_the_path_of_the_class_token() -> None:
     model.visual.output_tokens = True
     with torch.no_grad():
         pooled, tokens = model.visual(load_clip("shapes-clip").prepare(images(64)))
-        found = ClipFeatures("shapes-clip").features(images(64))
-    torch.testing.assert_close(found.global_, pooled, rtol=0, atol=1e-4)
-    torch.testing.assert_close(found.patches, tokens @ model.visual.proj, rtol=0, atol=1e-4)
+        result = ClipFeatures("shapes-clip").features(images(64))
+    torch.testing.assert_close(result.global_, pooled, rtol=0, atol=1e-4)
+    torch.testing.assert_close(result.patches, tokens @ model.visual.proj, rtol=0, atol=1e-4)
 
 
 def test_transformers_clip_patches(tmp_path: Path) -> None:
@@ -63,23 +63,23 @@ def test_transformers_clip_patches(tmp_path: Path) -> None:
     CLIPImageProcessor(
         size={"height": 16, "width": 16}, do_center_crop=False, image_mean=[0.0] * 3, image_std=[1.0] * 3
     ).save_pretrained(tmp_path / "processor")
-    found = ClipFeatures(str(tmp_path / "weights"), str(tmp_path / "processor")).features(images(16))
+    result = ClipFeatures(str(tmp_path / "weights"), str(tmp_path / "processor")).features(images(16))
     with torch.no_grad():
         seen = model.vision_model(images(16))
         last = model.visual_projection(model.vision_model.post_layernorm(seen.last_hidden_state))
-    torch.testing.assert_close(found.global_, last[:, 0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(found.patches, last[:, 1:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(result.global_, last[:, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(result.patches, last[:, 1:], rtol=0, atol=1e-6)
 
 
-def test_dinov2_is_transformers_own(dinov2_folder: Path) -> None:
+def test_dinov2_agrees_with_transformers(dinov2_folder: Path) -> None:
     features = Dinov2Features(str(dinov2_folder))
-    found = features.features(images(28))
+    result = features.features(images(28))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
         tokens = Dinov2Model.from_pretrained(dinov2_folder).eval()((images(28) - mean) / std).last_hidden_state
     assert isinstance(features, PatchFeatures)
-    torch.testing.assert_close(torch.cat([found.global_[:, None], found.patches], dim=1), tokens)
-    torch.testing.assert_close(features(images(28)), found.global_)
+    torch.testing.assert_close(torch.cat([result.global_[:, None], result.patches], dim=1), tokens)
+    torch.testing.assert_close(features(images(28)), result.global_)
 
 
 def test_dinov2_takes_any_image_at_any_multiple_of_its_patch(dinov2_folder: Path) -> None:
@@ -124,12 +124,12 @@ def test_patches_need_a_vision_transformer(tmp_path: Path) -> None:
 def test_reference_sets_of_images_and_of_words() -> None:
     pictures = images(64, 5)
     features = ClipFeatures("shapes-clip", unit=True)
-    made = extract_features(ImageTensor(pictures), features, batch_size=2)
-    torch.testing.assert_close(made, features(pictures), rtol=0, atol=1e-5)
-    torch.testing.assert_close(made.norm(dim=1), torch.ones(5), rtol=0, atol=1e-5)
+    features_of_all = extract_features(ImageTensor(pictures), features, batch_size=2)
+    torch.testing.assert_close(features_of_all, features(pictures), rtol=0, atol=1e-5)
+    torch.testing.assert_close(features_of_all.norm(dim=1), torch.ones(5), rtol=0, atol=1e-5)
     words = extract_text_features(["a red circle", "a blue square", "three rings"], "shapes-clip")
     torch.testing.assert_close(words.norm(dim=1), torch.ones(3), rtol=0, atol=1e-5)
-    assert FrechetReward(words)(made) < 0
+    assert FrechetReward(words)(features_of_all) < 0
     scene = render([sample_scene(colors("circle", "red").metadata, np.random.default_rng(0))])
     assert (features(scene) @ words.T).argmax() == 0
     with pytest.raises(ValueError, match="in words needs 2 texts or more, got 1"):

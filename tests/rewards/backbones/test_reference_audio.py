@@ -36,13 +36,13 @@ def test_wav_and_flac_are_read(tmp_path: Path) -> None:
     assert loaded.shape == (2, 1, 8000) and loaded.dtype == torch.float32
     expected = torch.from_numpy(0.5 * np.sin(2 * math.pi * 440 * np.arange(8000) / 8000)).float()
     torch.testing.assert_close(loaded[0, 0], expected, rtol=0, atol=1e-4)
-    found = read_waveform(tmp_path / "b.wav")
-    assert found.sample_rate == 8000 and torch.equal(found.waveform, loaded[0])
+    result = read_waveform(tmp_path / "b.wav")
+    assert result.sample_rate == 8000 and torch.equal(result.waveform, loaded[0])
     drawn = ReferencePool(clips).draw([Prompt("x")] * 3, torch.Generator().manual_seed(0))
     assert drawn.shape == (3, 1, 8000)
 
 
-def test_stereo_and_other_rates_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_stereo_and_other_rates_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     warn_once.cache_clear()
     write(tmp_path / "a.wav")
     write(tmp_path / "b.wav", rate=44100, channels=2)
@@ -53,7 +53,7 @@ def test_stereo_and_other_rates_are_told(tmp_path: Path, caplog: pytest.LogCaptu
     assert "hears 8000 Hz: waveforms at 44100 Hz are resampled" in caplog.text
 
 
-def test_a_silent_reference_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_silent_reference_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     warn_once.cache_clear()
     soundfile.write(tmp_path / "a.wav", np.zeros(4000), 8000)
     with caplog.at_level(logging.WARNING):
@@ -61,7 +61,7 @@ def test_a_silent_reference_is_told(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert f"the reference {tmp_path / 'a.wav'} is silent" in caplog.text
 
 
-def test_lengths(tmp_path: Path) -> None:
+def test_clips_of_different_lengths_need_seconds(tmp_path: Path) -> None:
     write(tmp_path / "a.wav", seconds=1.0)
     write(tmp_path / "b.wav", seconds=0.5)
     clips = AudioFolder(tmp_path, 8000)
@@ -85,7 +85,7 @@ def test_a_folder_with_one_file(tmp_path: Path) -> None:
     assert len(extract_frame_features(clips, encoder)) == 63
 
 
-def test_folders_that_hold_something_else(tmp_path: Path) -> None:
+def test_folders_with_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a folder: give the folder of the reference audio"):
         AudioFolder(tmp_path / "none", 8000)
     with pytest.raises(ValueError, match="has no audio: put WAV or FLAC references there"):

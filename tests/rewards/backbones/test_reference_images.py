@@ -18,7 +18,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def flat(*levels: float) -> torch.Tensor:
-    """One image of each grey level."""
+    """Build one image of each gray level."""
     return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
 
 
@@ -97,7 +97,7 @@ def test_different_sizes_need_a_size(tmp_path: Path) -> None:
     assert ReferencePool.read(tmp_path, size=(5, 7)).images.load([0, 1]).shape == (2, 3, 5, 7)
 
 
-def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         ReferencePool.read(tmp_path / "absent")
     with pytest.raises(ValueError, match="has no images: put PNG or JPEG"):
