@@ -98,7 +98,7 @@ class InputFingerprint:
     prompts: str
 
     def state(self) -> State:
-        """The hashes."""
+        """The hashes, to be compared on resuming."""
         return State({}, asdict(self))
 
     def restore(self, state: State) -> None:
@@ -115,7 +115,7 @@ class EncoderCache:
     model: Checkpoint
 
     def state(self) -> State:
-        """The texts of all batches."""
+        """The texts of all batches, in order."""
         return State({}, {"batches": self.model.encoded})
 
     def restore(self, state: State) -> None:
@@ -130,7 +130,7 @@ class TrackerRun:
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:21])
 
     def state(self) -> State:
-        """The id."""
+        """The id, for the trackers of a resumed run."""
         return State({}, {"id": self.id})
 
     def restore(self, state: State) -> None:

@@ -32,7 +32,7 @@ from genalign.runtime.files import write_json
 from genalign.runtime.fsdp import Sharding, sharding_from_environment
 from genalign.runtime.state import Generators, PerRankState, Stateful
 from genalign.scoring.score import NamedReward, probe
-from genalign.scoring.score_log import Journal
+from genalign.scoring.score_log import ScoreLog
 from genalign.training.checkpointing import Checkpoints, CheckpointWriter
 from genalign.training.nonfinite import is_out_of_memory
 from genalign.training.reward_hacking import HackingGuard, PanelMeasures, PanelSnapshot
@@ -109,8 +109,8 @@ def run_training(
 
     # Assemble the run
     policy = _policy(settings, pipeline, processes, sharding)
-    journal, tracker_run = Journal(), TrackerRun()
-    trainer = _trainer(settings, pipeline, policy, journal.kept(rewards), prompts)
+    score_log, tracker_run = ScoreLog(), TrackerRun()
+    trainer = _trainer(settings, pipeline, policy, score_log.logged(rewards), prompts)
     guard = _guard(settings, pipeline, policy)
     parts: dict[str, Stateful] = {
         "inputs": InputFingerprint(pipeline.fingerprint, suite_hash(prompts)),
@@ -120,7 +120,7 @@ def run_training(
         **({"guard": guard} if guard else {}),
         "generators": PerRankState(Generators(), processes),
     }
-    writer = CheckpointWriter(checkpoints, parts, journal, settings.checkpoint.every)
+    writer = CheckpointWriter(checkpoints, parts, score_log, settings.checkpoint.every)
     before_after = _before_after(outside, settings, pipeline, rewards, processes)
 
     # Begin: measure the untrained model; or resume from the checkpoint
@@ -227,12 +227,12 @@ def _before_after(
     processes: ProcessGroup,
 ) -> Exam | None:
     """The evaluation before and after training, if there is one."""
-    chosen = settings.before_after
-    if chosen is None:
+    amount = settings.before_after
+    if amount is None:
         return None
-    scorers = outside.judges(chosen.prompts, {reward.name: reward for reward in rewards})
+    scorers = outside.judges(amount.prompts, {reward.name: reward for reward in rewards})
     sampling = settings.evaluation or settings.sampling
-    return exam(pipeline, settings.model, sampling, chosen, chosen.prompts, scorers, processes)
+    return exam(pipeline, settings.model, sampling, amount, amount.prompts, scorers, processes)
 
 
 def _held_out(
@@ -282,14 +282,14 @@ def _sample_grid(
     every, count = settings.sample_grid.every, min(settings.sample_grid.count, len(prompts))
     if not every:
         return None
-    chosen = [prompts.prompts[number * len(prompts) // count] for number in range(count)]
+    selection = [prompts.prompts[number * len(prompts) // count] for number in range(count)]
     sampling = settings.evaluation or settings.sampling
 
     def sample() -> Tensor | None:
         if not (policy.processes.is_main or policy.sharded):
             return None
         with policy.averaged(), pipeline.separate_encoding():
-            samples = _generate(pipeline, chosen, range(count), sampling, settings.training.batch_size)
+            samples = _generate(pipeline, selection, range(count), sampling, settings.training.batch_size)
         return samples if policy.processes.is_main else None
 
     return SampleGridWriter(sample, pipeline.sample_rate, every)

@@ -101,10 +101,10 @@ def calibrated(path: str) -> CalibratedSDE:
     """The kernel that ``genalign calibrate`` wrote to ``path``."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no calibration in {path}: make one by genalign calibrate --output {path}")
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    stored = json.loads(Path(path).read_text(encoding="utf-8"))
     try:
         return CalibratedSDE(
-            tuple(found["levels"]), tuple(found["sigmas"]), float(found["guidance"]), tuple(found["rewards"])
+            tuple(stored["levels"]), tuple(stored["sigmas"]), float(stored["guidance"]), tuple(stored["rewards"])
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a calibration: make one by genalign calibrate") from error

@@ -215,7 +215,7 @@ def test_a_full_disk_ends_a_run_with_a_message_and_a_whole_checkpoint(
     with monkeypatch.context() as patched:
         patched.setattr("genalign.training.run.RunFolder.append", full)
         assert main.main(["train", "--config", str(config), "--before_after", "null"]) == 1
-    assert f"make room, then genalign train --resume {run}" in capfd.readouterr().err
+    assert f"Free some disk space. Resume with: genalign train --resume {run}" in capfd.readouterr().err
     assert _require_resumable(run) == 1
     assert main.main(["train", "--resume", str(run)]) == 0
     assert [row["round"] for row in _rows(run)] == [0, 1, 2]
