@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from genalign.algorithms.recipes import nft as nft
     from genalign.algorithms.recipes import prdp as prdp
     from genalign.algorithms.recipes import tempflow_grpo as tempflow_grpo
+    from genalign.algorithms.recipes import with_credit as with_credit
     from genalign.diffusion.policy import Lora as Lora
     from genalign.diffusion.policy import Policy as Policy
     from genalign.diffusion.sampling import Sampling as Sampling
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from genalign.search import DNO as DNO
     from genalign.search import Beam as Beam
     from genalign.search import BestOfN as BestOfN
-    from genalign.search import Doob as Doob
+    from genalign.search import DoobGuide as DoobGuide
     from genalign.search import Evolution as Evolution
     from genalign.search import FKSteering as FKSteering
     from genalign.search import Prune as Prune
@@ -54,13 +55,13 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "genalign.algorithms.recipes": "Recipe adv_grpo awm ddpo dense_grpo dragon dragon_set flow_grpo guard_grpo mix_grpo"
-    " nft prdp tempflow_grpo",
+    " nft prdp tempflow_grpo with_credit",
     "genalign.diffusion.policy": "Lora Policy",
     "genalign.diffusion.sampling": "Sampling",
     "genalign.diffusion.transitions": "CPS DDIM DPMSDE ODE CalibratedSDE DanceSDE FlowSDE",
     "genalign.scoring.budget": "Budget",
     "genalign.scoring.score": "NamedReward",
-    "genalign.search": "DNO Beam BestOfN Doob Evolution FKSteering Prune ReNO RewardGradient ZeroOrder",
+    "genalign.search": "DNO Beam BestOfN DoobGuide Evolution FKSteering Prune ReNO RewardGradient ZeroOrder",
     "genalign.training.noise_calibration": "calibrated",
     "genalign.training.trainer": "RoundResult Trainer TrainerSettings",
     "genalign.types": "Prompt PromptSet",

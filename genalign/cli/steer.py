@@ -16,7 +16,7 @@ from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import write_json
 from genalign.runtime.media import writer
 from genalign.scoring.budget import Ledger, Metered, measure_prices, metered_rewards
-from genalign.search.engine import Run
+from genalign.search.engine import SearchRun
 from genalign.search.folder import SearchFolder
 from genalign.search.noise_aware import (
     Decoding,
@@ -29,7 +29,7 @@ from genalign.search.noise_aware import (
     record,
     validate,
 )
-from genalign.search.run_search import Result, search
+from genalign.search.run_search import SearchResult, search
 from genalign.types import Pipeline, Prompt
 
 
@@ -44,7 +44,7 @@ def steer_command(outside: Outside, arguments: Sequence[str]) -> int:
     if left := sum(not folder.done(index) for index in range(len(asked))):
         print(f"{left} of {len(asked)} prompts are left to other processes; if there are none, start it again")
         return 0
-    with folder.claims.alone():
+    with folder.claims.exclusive():
         folder.conclude()
         print(f"report: {write_search(folder.path)}")
     return 0
@@ -58,7 +58,7 @@ def _search_share(
     rewards, strategy, budget = named_rewards(settings.rewards), settings.strategy, settings.budget
     require_rate(settings, pipeline.sample_rate)
 
-    def find(index: int) -> Result:
+    def find(index: int) -> SearchResult:
         seed = derived_seed(settings.seed, index)
         sampling, size = settings.sampling, settings.batch_size
         return search(pipeline, [asked[index]], rewards, strategy, budget, sampling, size, seed)
@@ -69,7 +69,7 @@ def _search_share(
     early = find(left[0]) if left and not folder.begun(plain) else None  # what cannot be made leaves nothing behind
     folder.begin(plain)
     for index in left:
-        with folder.claims.claimed(index) as held:
+        with folder.claims.try_claim(index) as held:
             if not held or folder.done(index):
                 continue
             result = early if early and index == left[0] else find(index)
@@ -127,7 +127,7 @@ def _recorded(settings: config.TrainNoiseAware, pipeline: Pipeline, source: str,
     for first in range(0, len(chosen), together):
         some, name = chosen[first : first + together], f"{settings.seed}/{source}/{first}"
         grid, guidance = settings.sampling.grid(pipeline), settings.sampling.guidance
-        run = Run(Metered(pipeline, ledger), some, rewards, grid, guidance, settings.batch_size, name)
+        run = SearchRun(Metered(pipeline, ledger), some, rewards, grid, guidance, settings.batch_size, name)
         part = record(run, settings.count, settings.steps)
         made = part if made is None else made.joined(part)
         print(f"recorded {min(first + together, len(chosen))}/{len(chosen)} prompts of {source}", end="\r", flush=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from genalign.diffusion.transitions import DDIM, Kernel, trainable_steps
-from genalign.search.engine import Candidates, Finished, Run
+from genalign.search.engine import Particles, ScoredParticles, SearchRun
 from genalign.search.ranking import top
-from genalign.search.strategy import Allowance, PreviewScorer, chosen_scorer, score_bill, walk_bill
+from genalign.search.strategy import PreviewScorer, PromptBudget, score_bill, scorer_or_default, walk_bill
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Beam:
             raise ValueError(f"chains and proposals must be at least 1, not {self.chains} and {self.proposals}")
 
     @torch.no_grad()
-    def __call__(self, run: Run, allowance: Allowance) -> Finished:
+    def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
         if not trainable_steps(self.kernel, run.grid):
             raise ValueError(f"{self.kernel} adds no noise: all proposals would be equal; use DDIM(1.0), or Prune")
         proposals = allowance.largest(self.proposals, lambda n: self.bill(run, n), "proposals")
@@ -43,20 +43,20 @@ class Beam:
             chains, prediction = self._step(run, chains, prediction, proposals)
         return run.finish(run.move(chains, prediction, self.kernel))
 
-    def _step(self, run: Run, chains: Candidates, prediction: Tensor, proposals: int) -> tuple[Candidates, Tensor]:
+    def _step(self, run: SearchRun, chains: Particles, prediction: Tensor, proposals: int) -> tuple[Particles, Tensor]:
         """The best proposals of every prompt, and the network's output for them."""
         tried = run.branch(chains, proposals)
         tried = run.move(tried, prediction.repeat_interleave(proposals, dim=0), self.kernel)
         following = run.batched(tried, run.predict)
         preview = run.pipeline.path.x0(tried.x, following, run.grid[tried.done])
         tried = replace(tried, preview=preview)
-        scores = chosen_scorer(self.scorer)(run, tried)
+        scores = scorer_or_default(self.scorer)(run, tried)
         run.note(tried, scores)
         chosen = top(scores, tried.prompt, self.chains)
         return run.keep(tried, chosen), following[chosen]
 
-    def bill(self, run: Run, proposals: int) -> Counter[str]:
+    def bill(self, run: SearchRun, proposals: int) -> Counter[str]:
         """What one prompt costs."""
         tried = (run.steps - 1) * self.chains * proposals
-        scored = chosen_scorer(self.scorer).bill(run, tried) + score_bill(run, self.chains)
+        scored = scorer_or_default(self.scorer).bill(run, tried) + score_bill(run, self.chains)
         return walk_bill(run, self.chains + tried, 1) + scored

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from genalign.diffusion.transitions import ODE, Kernel
-from genalign.search.engine import Finished, Run
-from genalign.search.strategy import Allowance, score_bill, walk_bill
+from genalign.search.engine import ScoredParticles, SearchRun
+from genalign.search.strategy import PromptBudget, score_bill, walk_bill
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class BestOfN:
     candidates: int | None = None
     kernel: Kernel = ODE()  # noqa: RUF009  # kernels are frozen
 
-    def __call__(self, run: Run, allowance: Allowance) -> Finished:
+    def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
         count = allowance.largest(self.candidates, lambda n: self.bill(run, n), "candidates")
         return run.finish(run.advance(run.start(count), run.steps, self.kernel))
 
-    def bill(self, run: Run, candidates: int) -> Counter[str]:
+    def bill(self, run: SearchRun, candidates: int) -> Counter[str]:
         """What one prompt costs."""
         return walk_bill(run, candidates, run.steps) + score_bill(run, candidates)

@@ -23,7 +23,7 @@ from genalign.types import Grid, Prompt
 
 
 @dataclass(frozen=True)
-class Candidates:
+class Particles:
     """N candidates that are ``done`` steps on their way.
 
     ``noise`` (N, ...) are their initial latents, ``x`` (N, ...) those of now, and ``preview`` (N, ...) the clean
@@ -43,7 +43,7 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.prompt)
 
-    def rows(self, index: Tensor) -> Candidates:
+    def rows(self, index: Tensor) -> Particles:
         """Those of ``index`` (M,) long, in its order."""
         chosen = index.tolist()
         return replace(
@@ -56,13 +56,13 @@ class Candidates:
             preview=None if self.preview is None else self.preview[index],
         )
 
-    def split(self, size: int) -> Iterator[Candidates]:
+    def split(self, size: int) -> Iterator[Particles]:
         """Parts of at most ``size``."""
         for first in range(0, len(self), size):
             yield self.rows(torch.arange(first, min(first + size, len(self))))
 
 
-def joined(parts: Sequence[Candidates]) -> Candidates:
+def joined(parts: Sequence[Particles]) -> Particles:
     """Candidates that are equally far, together."""
     previews = [part.preview for part in parts if part.preview is not None]
     return replace(
@@ -77,20 +77,20 @@ def joined(parts: Sequence[Candidates]) -> Candidates:
 
 
 @dataclass(frozen=True)
-class Finished:
+class ScoredParticles:
     """Candidates at their end, with their decoded ``samples`` (N, ...) and their ``scores`` (N, K)."""
 
-    candidates: Candidates
+    candidates: Particles
     samples: Tensor
     scores: Tensor
 
-    def rows(self, index: Tensor) -> Finished:
+    def rows(self, index: Tensor) -> ScoredParticles:
         """Those of ``index`` (M,) long, in its order."""
-        return Finished(self.candidates.rows(index), self.samples[index], self.scores[index])
+        return ScoredParticles(self.candidates.rows(index), self.samples[index], self.scores[index])
 
-    def joined(self, other: Finished) -> Finished:
+    def joined(self, other: ScoredParticles) -> ScoredParticles:
         """These, then those of ``other``."""
-        return Finished(
+        return ScoredParticles(
             joined([self.candidates, other.candidates]),
             torch.cat([self.samples, other.samples]),
             torch.cat([self.scores, other.scores]),
@@ -101,7 +101,7 @@ class Finished:
         return top(self.scores, self.candidates.prompt, count)
 
 
-class Run:
+class SearchRun:
     """A search over P prompts that are worked on together.
 
     What moves, decodes and scores candidates goes through here, so that the ledger and the lineage miss nothing.
@@ -137,36 +137,36 @@ class Run:
         """From noise to a sample."""
         return len(self.grid)
 
-    def start(self, count: int, first: int = 0) -> Candidates:
+    def start(self, count: int, first: int = 0) -> Particles:
         """``count`` new candidates of every prompt, prompt by prompt: the ``first``-th and those after it of the seeds
         that belong to (run, prompt). Candidate j is the same alone and among others."""
         places = [(p, j) for p in range(len(self.prompts)) for j in range(first, first + count)]
         noise = self.pipeline.initial_noise([derived_seed(self.seed, p, "x", j) for p, j in places])
         return self.begin(noise, [p for p, _ in places], [derived_seed(self.seed, p, "w", j) for p, j in places])
 
-    def begin(self, noise: Tensor, prompts: Sequence[int], step_seeds: Sequence[int]) -> Candidates:
+    def begin(self, noise: Tensor, prompts: Sequence[int], step_seeds: Sequence[int]) -> Particles:
         """New candidates from initial latents (N, ...)."""
-        names = self.lineage.born(prompts, [None] * len(prompts), 0)
-        return Candidates(torch.tensor(prompts), names, tuple(step_seeds), noise.cpu(), noise.cpu(), None, 0)
+        names = self.lineage.add(prompts, [None] * len(prompts), 0)
+        return Particles(torch.tensor(prompts), names, tuple(step_seeds), noise.cpu(), noise.cpu(), None, 0)
 
     @torch.no_grad()
-    def advance(self, candidates: Candidates, to: int, kernel: Kernel = ODE()) -> Candidates:  # noqa: B008  # frozen
+    def advance(self, candidates: Particles, to: int, kernel: Kernel = ODE()) -> Particles:  # noqa: B008  # frozen
         """Move on until ``to`` steps are done: (to - done) forwards each, twice that under guidance."""
         if to <= candidates.done:
             raise ValueError(f"candidates that have done {candidates.done} steps cannot advance to {to}")
         return joined([self._walk(part, to, kernel) for part in candidates.split(self.batch_size)])
 
-    def _walk(self, part: Candidates, to: int, kernel: Kernel) -> Candidates:
+    def _walk(self, part: Particles, to: int, kernel: Kernel) -> Particles:
         while part.done < to:
             part = self.move(part, self.predict(part), kernel)
         return part
 
-    def predict(self, part: Candidates) -> Tensor:
+    def predict(self, part: Particles) -> Tensor:
         """The network's output (N, ...) for candidates that fit in one batch: a forward each."""
         step = self.grid[part.done]
         return self.pipeline.predict(part.x, step, self.conditioning[part.prompt], self.guidance).cpu()
 
-    def move(self, part: Candidates, prediction: Tensor, kernel: Kernel, shift: Tensor | float = 0.0) -> Candidates:
+    def move(self, part: Particles, prediction: Tensor, kernel: Kernel, shift: Tensor | float = 0.0) -> Particles:
         """One step by a prediction, its mean moved by ``shift`` (N, ...)."""
         step = self.grid[part.done]
         move = transition(self.pipeline.path, kernel, part.x, prediction, step)
@@ -177,26 +177,26 @@ class Run:
         preview = x if done == self.steps else self.pipeline.path.x0(part.x, prediction, step)
         return replace(part, x=x, preview=preview, done=done)
 
-    def batched(self, candidates: Candidates, work: Callable[[Candidates], Tensor]) -> Tensor:
+    def batched(self, candidates: Particles, work: Callable[[Particles], Tensor]) -> Tensor:
         """The results of ``work`` on batches, put together."""
         return torch.cat([work(part) for part in candidates.split(self.batch_size)])
 
     @torch.no_grad()
-    def decoded_scores(self, candidates: Candidates) -> Tensor:
+    def decoded_scores(self, candidates: Particles) -> Tensor:
         """The rewards (N, K) of decoded previews, NaN where one failed: a decode and a call of each reward for each."""
         return torch.cat([scores for _, scores in self._scored(candidates)])
 
     @torch.no_grad()
-    def finish(self, candidates: Candidates) -> Finished:
+    def finish(self, candidates: Particles) -> ScoredParticles:
         """Take the steps that are left by the ODE, decode and score."""
         ended = candidates if candidates.done == self.steps else self.advance(candidates, self.steps)
         parts = list(self._scored(ended))
-        self.lineage.ended(ended.names, self.steps)
+        self.lineage.close(ended.names, self.steps)
         samples, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         self.note(ended, scores)
-        return Finished(ended, samples, scores)
+        return ScoredParticles(ended, samples, scores)
 
-    def _scored(self, candidates: Candidates) -> Iterator[tuple[Tensor, Tensor]]:
+    def _scored(self, candidates: Particles) -> Iterator[tuple[Tensor, Tensor]]:
         for part in candidates.split(self.batch_size):
             if part.preview is None:
                 raise ValueError("candidates have no preview before their first step: advance them")
@@ -208,28 +208,28 @@ class Run:
         """The rewards' weighted sum (N,) of scores (N, K)."""
         return combine(scores, [reward.weight for reward in self.rewards])
 
-    def note(self, candidates: Candidates, scores: Tensor) -> None:
+    def note(self, candidates: Particles, scores: Tensor) -> None:
         """Remember scores (N, K) in the lineage."""
-        self.lineage.scored(candidates.names, candidates.done, scores.tolist())
+        self.lineage.record_scores(candidates.names, candidates.done, scores.tolist())
 
-    def keep(self, candidates: Candidates, index: Tensor) -> Candidates:
+    def keep(self, candidates: Particles, index: Tensor) -> Particles:
         """Go on with those of ``index`` (M,) alone."""
         kept = candidates.rows(index)
         alive = set(kept.names)
-        self.lineage.ended([name for name in candidates.names if name not in alive], candidates.done)
+        self.lineage.close([name for name in candidates.names if name not in alive], candidates.done)
         return kept
 
-    def copy(self, candidates: Candidates, ancestors: Tensor) -> Candidates:
+    def copy(self, candidates: Particles, ancestors: Tensor) -> Particles:
         """Candidate i becomes one of ``ancestors[i]`` (M,); each goes on with the noise of its own place."""
         chosen = candidates.rows(ancestors)
-        self.lineage.ended(candidates.names, candidates.done)
-        names = self.lineage.born(chosen.prompt.tolist(), chosen.names, candidates.done)
+        self.lineage.close(candidates.names, candidates.done)
+        names = self.lineage.add(chosen.prompt.tolist(), chosen.names, candidates.done)
         return replace(chosen, names=names, step_seeds=candidates.step_seeds)
 
-    def branch(self, candidates: Candidates, count: int) -> Candidates:
+    def branch(self, candidates: Particles, count: int) -> Particles:
         """``count`` copies of every candidate side by side, each with noise of its own from here on."""
         copies = candidates.rows(torch.arange(len(candidates)).repeat_interleave(count))
-        self.lineage.ended(candidates.names, candidates.done)
-        names = self.lineage.born(copies.prompt.tolist(), copies.names, candidates.done)
+        self.lineage.close(candidates.names, candidates.done)
+        names = self.lineage.add(copies.prompt.tolist(), copies.names, candidates.done)
         seeds = tuple(derived_seed(self.seed, "branch", name) for name in names)
         return replace(copies, names=names, step_seeds=seeds)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from genalign.diffusion.rollout import step_noise
 from genalign.diffusion.transitions import Kernel
-from genalign.search.engine import Candidates, Finished, Run, joined
+from genalign.search.engine import Particles, ScoredParticles, SearchRun, joined
 from genalign.search.guidance import Guide, guided_log_ratio
 from genalign.search.smc import FKSettings, FKState, require_stochastic
-from genalign.search.strategy import Allowance, PreviewScorer, chosen_scorer, score_bill, walk_bill
+from genalign.search.strategy import PreviewScorer, PromptBudget, score_bill, scorer_or_default, walk_bill
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,19 @@ class FKSteering(FKSettings):
     scorer: PreviewScorer | None = None
     guide: Guide | None = None
 
-    def __call__(self, run: Run, allowance: Allowance) -> Finished:
+    def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
         count = allowance.largest(self.particles, lambda n: self.bill(run, n), "particles")
         finished, state = self.steered(run, count)
         return finished.rows(state.choose())
 
-    def steered(self, run: Run, count: int) -> tuple[Finished, FKState]:
+    def steered(self, run: SearchRun, count: int) -> tuple[ScoredParticles, FKState]:
         """All of the ``count`` particles of each prompt at their end, and their weights."""
         kernel, particles = self._kernel(run), run.start(count)
         state = FKState(self, particles.prompt, run.steps, run.seed)
         *early, last = self.scoring_steps(run.steps)
         for step in early:
             particles, ratio = self._advance(run, particles, step + 1, kernel)
-            scores = chosen_scorer(self.scorer)(run, particles)
+            scores = scorer_or_default(self.scorer)(run, particles)
             run.note(particles, scores)
             state.weigh(run.combined(scores), step, ratio)
             if (ancestors := state.resample()) is not None:
@@ -46,13 +46,15 @@ class FKSteering(FKSettings):
         state.weigh(run.combined(finished.scores), last, ratio)
         return finished, state
 
-    def _kernel(self, run: Run) -> Kernel:
+    def _kernel(self, run: SearchRun) -> Kernel:
         if self.kernel is None:
             raise ValueError("a search moves by a kernel of its own: name one, such as DDIM(1.0)")
         require_stochastic(self.kernel, run.grid)
         return self.kernel
 
-    def _advance(self, run: Run, particles: Candidates, to: int, kernel: Kernel) -> tuple[Candidates, Tensor | None]:
+    def _advance(
+        self, run: SearchRun, particles: Particles, to: int, kernel: Kernel
+    ) -> tuple[Particles, Tensor | None]:
         """The particles at ``to``, and log p - log q (N,) of the guided moves."""
         if self.guide is None:
             return run.advance(particles, to, kernel), None
@@ -60,7 +62,9 @@ class FKSteering(FKSettings):
         return joined([part for part, _ in parts]), torch.cat([ratio for _, ratio in parts])
 
     @torch.no_grad()
-    def _guided(self, run: Run, part: Candidates, to: int, kernel: Kernel, guide: Guide) -> tuple[Candidates, Tensor]:
+    def _guided(
+        self, run: SearchRun, part: Particles, to: int, kernel: Kernel, guide: Guide
+    ) -> tuple[Particles, Tensor]:
         total = torch.zeros(len(part), dtype=torch.float64)
         while part.done < to:
             std = float(kernel(run.grid[part.done]).s)
@@ -73,15 +77,15 @@ class FKSteering(FKSettings):
             part = run.move(part, prediction, kernel, shift)
         return part, total
 
-    def bill(self, run: Run, particles: int) -> Counter[str]:
+    def bill(self, run: SearchRun, particles: int) -> Counter[str]:
         """What one prompt costs."""
         scored = len(self.scoring_steps(run.steps)) - 1
         total = score_bill(run, particles)
         for _ in range(scored):
-            total += chosen_scorer(self.scorer).bill(run, particles)
+            total += scorer_or_default(self.scorer).bill(run, particles)
         return total + self._walk_bill(run, particles)
 
-    def _walk_bill(self, run: Run, particles: int) -> Counter[str]:
+    def _walk_bill(self, run: SearchRun, particles: int) -> Counter[str]:
         if self.guide is None:
             return walk_bill(run, particles, run.steps)
         noisy = sum(float(self._kernel(run)(run.grid[i]).s) > 0 for i in range(run.steps))

@@ -18,7 +18,7 @@ from typing import Any
 from genalign.runtime.file_locks import Claims
 from genalign.runtime.files import write_json, write_text
 from genalign.runtime.media import Writer, write_samples
-from genalign.search.run_search import Result
+from genalign.search.run_search import SearchResult
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class SearchFolder:
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Make the folder, or go on in one of the same search. Raises FileExistsError for another."""
-        with self.claims.alone():
+        with self.claims.exclusive():
             if not self.begun(config):
                 write_json(self.path / "config.json", config)
 
@@ -54,7 +54,9 @@ class SearchFolder:
         """Whether a prompt is finished."""
         return self._row(index).is_file()
 
-    def add(self, index: int, prompt: str, names: Sequence[str], result: Result, write: Writer = write_samples) -> None:
+    def add(
+        self, index: int, prompt: str, names: Sequence[str], result: SearchResult, write: Writer = write_samples
+    ) -> None:
         """The result of one prompt: its files first, its row last."""
         (image,) = write(result.samples, self.path, index)
         write_json(self.path / "lineage" / f"{index:05d}.json", {"chosen": result.chosen[0], "lives": result.lineage})

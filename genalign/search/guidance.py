@@ -18,16 +18,16 @@ from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.diffusion.transitions import Kernel, transition
 from genalign.scoring.budget import DECODE, FORWARD, backward, reward_call
 from genalign.scoring.score import score
-from genalign.search.engine import Candidates, Run
+from genalign.search.engine import Particles, SearchRun
 
 
 class Guide(Protocol):
     """Pushes moves towards reward."""
 
-    def __call__(self, run: Run, part: Candidates, kernel: Kernel, lam: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, run: SearchRun, part: Particles, kernel: Kernel, lam: float) -> tuple[Tensor, Tensor]:
         """The network's output at the candidates, which fit in one batch, and g for a target of exp(lam reward)."""
 
-    def bill(self, run: Run, candidates: int) -> Counter[str]:
+    def bill(self, run: SearchRun, candidates: int) -> Counter[str]:
         """What one guided move of so many costs, its forward included."""
 
 
@@ -39,7 +39,7 @@ class RewardGradient:
     scale: float = 1.0
 
     @torch.enable_grad()
-    def __call__(self, run: Run, part: Candidates, kernel: Kernel, lam: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, run: SearchRun, part: Particles, kernel: Kernel, lam: float) -> tuple[Tensor, Tensor]:
         x = part.x.detach().clone().requires_grad_(True)
         step = run.grid[part.done]
         prediction = run.pipeline.predict(x, step, run.conditioning[part.prompt], run.guidance)
@@ -47,17 +47,17 @@ class RewardGradient:
         asked = [run.prompts[p] for p in part.prompt.tolist()]
         total = sum(reward.weight * reward(samples, asked).sum() for reward in run.rewards)
         if not isinstance(total, Tensor) or not total.requires_grad:
-            raise ValueError("the rewards give no gradient to guide by: use Doob, which needs none, or no guide")
+            raise ValueError("the rewards give no gradient to guide by: use DoobGuide, which needs none, or no guide")
         (gradient,) = torch.autograd.grad(total, x)
         return prediction.detach().cpu(), self.scale * lam * gradient.nan_to_num(0.0).cpu()
 
-    def bill(self, run: Run, candidates: int) -> Counter[str]:
+    def bill(self, run: SearchRun, candidates: int) -> Counter[str]:
         """A forward, a decode and the rewards, each with its backward."""
         return _with_backwards(run, candidates, candidates)
 
 
 @dataclass(frozen=True)
-class Doob:
+class DoobGuide:
     """Doob's h-transform by samples of the next state (DOIT, arXiv 2602.16198), for any reward.
 
     ``proposals`` next states, in antithetic pairs, have their clean estimates from the network's output here; with
@@ -73,7 +73,7 @@ class Doob:
         if self.proposals < 2 or self.proposals % 2 or not self.tau > 0:
             raise ValueError(f"proposals must be even, 2 or more, and tau positive, not {self}")
 
-    def __call__(self, run: Run, part: Candidates, kernel: Kernel, lam: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, run: SearchRun, part: Particles, kernel: Kernel, lam: float) -> tuple[Tensor, Tensor]:
         step = run.grid[part.done]
         with torch.enable_grad():
             x = part.x.detach().clone().requires_grad_(True)
@@ -83,7 +83,7 @@ class Doob:
             (gradient,) = torch.autograd.grad((move.mean * direction).sum(), x)
         return prediction.detach().cpu(), self.gamma * gradient.cpu()
 
-    def _direction(self, run: Run, part: Candidates, mean: Tensor, prediction: Tensor, kernel: Kernel) -> Tensor:
+    def _direction(self, run: SearchRun, part: Particles, mean: Tensor, prediction: Tensor, kernel: Kernel) -> Tensor:
         """v / s (N, ...)."""
         step = run.grid[part.done]
         std = float(kernel(step).s)
@@ -96,11 +96,11 @@ class Doob:
         weights = torch.softmax((known - known.mean(0)) / (spread * self.tau), dim=0).to(mean)
         return (weights.view(*weights.shape, *[1] * (mean.ndim - 1)) * noises).sum(0) / std
 
-    def _noise(self, run: Run, part: Candidates, number: int, like: Tensor) -> Tensor:
+    def _noise(self, run: SearchRun, part: Particles, number: int, like: Tensor) -> Tensor:
         return seeded_noise([derived_seed(seed, "doob", part.done, number) for seed in part.step_seeds], like)
 
     @torch.no_grad()
-    def _scores(self, run: Run, part: Candidates, following: Tensor, eps: Tensor) -> Tensor:
+    def _scores(self, run: SearchRun, part: Particles, following: Tensor, eps: Tensor) -> Tensor:
         """The rewards' weighted sum (N,) of the clean estimates of next states."""
         step = run.grid[part.done]
         clean = (following - float(step.sigma_next) * eps) / float(step.alpha_next)
@@ -108,7 +108,7 @@ class Doob:
         scores = score(run.rewards, samples, [run.prompts[p] for p in part.prompt.tolist()])
         return run.combined(scores)
 
-    def bill(self, run: Run, candidates: int) -> Counter[str]:
+    def bill(self, run: SearchRun, candidates: int) -> Counter[str]:
         """A forward with its backward, and a decode and the rewards for every proposal."""
         forwards = candidates * (2 if run.guidance > 1 else 1)
         scored = {DECODE: candidates * self.proposals}
@@ -116,7 +116,7 @@ class Doob:
         return Counter({FORWARD: forwards, backward(FORWARD): forwards} | scored)
 
 
-def _with_backwards(run: Run, candidates: int, scored: int) -> Counter[str]:
+def _with_backwards(run: SearchRun, candidates: int, scored: int) -> Counter[str]:
     calls = {FORWARD: candidates * (2 if run.guidance > 1 else 1), DECODE: scored}
     calls |= {reward_call(reward.name): scored for reward in run.rewards}
     return Counter(calls | {backward(call): count for call, count in calls.items()})

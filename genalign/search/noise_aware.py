@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from genalign.diffusion.noise import derived_seed
 from genalign.runtime.files import load_state, save_state
 from genalign.scoring.budget import DECODE, reward_call
-from genalign.search.engine import Candidates, Finished, Run
+from genalign.search.engine import Particles, ScoredParticles, SearchRun
 from genalign.types import Prompt
 
 Look = Callable[[Tensor], Tensor]
@@ -92,7 +92,7 @@ class Recording:
 
 
 @torch.no_grad()
-def watched(run: Run, count: int, steps: Sequence[int]) -> tuple[Tensor, Finished]:
+def watched(run: SearchRun, count: int, steps: Sequence[int]) -> tuple[Tensor, ScoredParticles]:
     """Sample ``count`` candidates of every prompt of a run by the ODE: their previews (M, S, ...) float16 of network
     evaluations ``steps`` (ascending, from 0), and their ends."""
     candidates, previews = run.start(count), []
@@ -103,7 +103,7 @@ def watched(run: Run, count: int, steps: Sequence[int]) -> tuple[Tensor, Finishe
     return torch.stack(previews, dim=1), run.finish(candidates)
 
 
-def record(run: Run, count: int, steps: Sequence[int]) -> Recording:
+def record(run: SearchRun, count: int, steps: Sequence[int]) -> Recording:
     """What ``watched`` sees, with the reward of the ends. Candidates whose reward failed are left out."""
     previews, finished = watched(run, count, steps)
     clean = run.combined(finished.scores)
@@ -272,12 +272,12 @@ class NoiseAware:
         return looks
 
     @torch.no_grad()
-    def __call__(self, run: Run, candidates: Candidates) -> Tensor:
+    def __call__(self, run: SearchRun, candidates: Particles) -> Tensor:
         sigma = float(run.grid.noise_share[candidates.done - 1])
         self.check(sigma)
         return torch.cat([self._scores(run, part, sigma) for part in candidates.split(run.batch_size)])[:, None]
 
-    def _scores(self, run: Run, part: Candidates, sigma: float) -> Tensor:
+    def _scores(self, run: SearchRun, part: Particles, sigma: float) -> Tensor:
         assert part.preview is not None, "candidates that are scored have been advanced"
         run.bill(reward_call("noise-aware"), len(part))
         seen = run.pipeline.decode(part.preview) if self.on == "samples" else part.preview
@@ -297,7 +297,7 @@ class NoiseAware:
                 f" {self.least_tau:.2f}: prune later, or train it on more trajectories"
             )
 
-    def bill(self, run: Run, candidates: int) -> Counter[str]:
+    def bill(self, run: SearchRun, candidates: int) -> Counter[str]:
         """A call of the student for each, and a decode where it looks at samples."""
         decodes = {DECODE: candidates} if self.on == "samples" else {}
         return Counter({reward_call("noise-aware"): candidates} | decodes)

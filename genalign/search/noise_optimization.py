@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.diffusion.transitions import DDIM, ODE, Kernel, transition
 from genalign.scoring.budget import DECODE, FORWARD, backward, reward_call
-from genalign.search.engine import Finished, Run
-from genalign.search.strategy import Allowance, Strategy
+from genalign.search.engine import ScoredParticles, SearchRun
+from genalign.search.strategy import PromptBudget, Strategy
 
 
 @dataclass(frozen=True)
-class NoiseOptimisation(ABC):
+class NoiseOptimization(ABC):
     """Gradient steps on a sample's noises, each of unit variance; the best sample of all iterations is returned.
 
     ``iterations`` None makes as many as the budget has. ``begin``, such as ``Prune``, finds the noise to start from,
@@ -50,7 +50,7 @@ class NoiseOptimisation(ABC):
     def penalty(self, noises: Tensor) -> Tensor:
         """What keeps ``noises`` (P, M, ...) like noise: (P,), added to minus the reward."""
 
-    def __call__(self, run: Run, allowance: Allowance) -> Finished:
+    def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
         initial = self._initial(run, allowance)
         iterations = allowance.after(run).largest(self.iterations, lambda n: self.bill(run, n), "iterations")
         unit = initial / _first_level(run)
@@ -68,17 +68,17 @@ class NoiseOptimisation(ABC):
         assert found is not None, "there is at least one iteration"
         return found
 
-    def _initial(self, run: Run, allowance: Allowance) -> Tensor:
+    def _initial(self, run: SearchRun, allowance: PromptBudget) -> Tensor:
         """Noise (P, ...) to start from."""
         if self.begin is None:
             return run.start(1).noise
         first = self.begin(run, allowance.part(self.share))
         return first.candidates.noise[first.best()]
 
-    def _stochastic(self, run: Run) -> list[int]:
+    def _stochastic(self, run: SearchRun) -> list[int]:
         return [i for i in range(run.steps) if float(self.kernel(run.grid[i]).s) > 0]
 
-    def _step_noises(self, run: Run, like: Tensor) -> Tensor:
+    def _step_noises(self, run: SearchRun, like: Tensor) -> Tensor:
         """(P, M - 1, ...)."""
         steps = self._stochastic(run)
         rows = [
@@ -86,7 +86,7 @@ class NoiseOptimisation(ABC):
         ]
         return torch.stack(rows) if rows else like.new_empty(len(like), 0, *like.shape[1:])
 
-    def _sampled(self, run: Run, noises: Tensor) -> tuple[Finished, Tensor]:
+    def _sampled(self, run: SearchRun, noises: Tensor) -> tuple[ScoredParticles, Tensor]:
         """Samples as candidates of their own, and their scores (P, K) with a gradient."""
         prompts = list(range(len(run.prompts)))
         x, noisy = noises[:, 0] * _first_level(run), self._stochastic(run)
@@ -105,16 +105,16 @@ class NoiseOptimisation(ABC):
         latents = x.detach().cpu()
         ended = replace(begun, x=latents, preview=latents, done=run.steps)
         run.note(ended, scores.detach().cpu())
-        run.lineage.ended(ended.names, run.steps)
-        return Finished(ended, samples.detach().cpu(), scores.detach().cpu()), scores
+        run.lineage.close(ended.names, run.steps)
+        return ScoredParticles(ended, samples.detach().cpu(), scores.detach().cpu()), scores
 
-    def _move(self, run: Run, x: Tensor, noise: Tensor | None, index: int) -> Tensor:
+    def _move(self, run: SearchRun, x: Tensor, noise: Tensor | None, index: int) -> Tensor:
         step = run.grid[index]
         prediction = run.pipeline.predict(x, step, run.conditioning, run.guidance)
         move = transition(run.pipeline.path, self.kernel, x.to(prediction.device), prediction, step)
         return move.mean if noise is None else move.sample(noise.to(prediction.device))
 
-    def bill(self, run: Run, iterations: int) -> Counter[str]:
+    def bill(self, run: SearchRun, iterations: int) -> Counter[str]:
         """What one prompt costs, without what ``begin`` does; the last iteration has no gradient."""
         calls = Counter({FORWARD: run.steps * (2 if run.guidance > 1 else 1), DECODE: 1})
         calls.update({reward_call(reward.name): 1 for reward in run.rewards})
@@ -127,12 +127,12 @@ class NoiseOptimisation(ABC):
         return +total
 
 
-def _first_level(run: Run) -> float:
+def _first_level(run: SearchRun) -> float:
     """The spread of initial latents: 1, but on a path whose noise goes beyond (``EDMPath``)."""
     return max(1.0, float(run.grid.sigma[0]))
 
 
-def _better(found: Finished | None, tried: Finished) -> Finished:
+def _better(found: ScoredParticles | None, tried: ScoredParticles) -> ScoredParticles:
     if found is None:
         return tried
     both = found.joined(tried)
@@ -146,7 +146,7 @@ def _clipped(gradient: Tensor, limit: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ReNO(NoiseOptimisation):
+class ReNO(NoiseOptimization):
     """Reward-based noise optimisation (ReNO, arXiv 2406.04312): SGD with Nesterov momentum on the initial noise of a
     model of one or a few steps, with the negative log density of the noise's length, ``norm_weight`` times
     |e|^2 / 2 - (d - 1) log |e|, which is least at |e|^2 = d - 1."""
@@ -172,7 +172,7 @@ class ReNO(NoiseOptimisation):
 
 
 @dataclass(frozen=True)
-class DNO(NoiseOptimisation):
+class DNO(NoiseOptimization):
     """Direct noise optimisation (arXiv 2405.18881): AdamW on all noises of a stochastic sampler.
 
     ``gamma`` weighs the log probability that noise would have the mean and the covariance that were found, over

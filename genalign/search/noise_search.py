@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from genalign.diffusion.noise import derived_seed, seeded_noise
-from genalign.search.engine import Candidates, Finished, Run, joined
-from genalign.search.strategy import Allowance, score_bill, walk_bill
+from genalign.search.engine import Particles, ScoredParticles, SearchRun, joined
+from genalign.search.strategy import PromptBudget, score_bill, walk_bill
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ZeroOrder:
         if self.neighbours < 1 or not -1 < self.theta < 1:
             raise ValueError(f"neighbours must be at least 1 and theta in (-1, 1), not {self}")
 
-    def __call__(self, run: Run, allowance: Allowance) -> Finished:
+    def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
         rounds = allowance.largest(self.rounds, lambda n: self.bill(run, n), "rounds")
         found = run.finish(run.start(1))
         prompts = [p for p in range(len(run.prompts)) for _ in range(self.neighbours)]
@@ -43,11 +43,11 @@ class ZeroOrder:
             found = found.rows(found.best())
         return found
 
-    def _around(self, run: Run, centre: Tensor, prompt: int, number: int) -> Tensor:
+    def _around(self, run: SearchRun, centre: Tensor, prompt: int, number: int) -> Tensor:
         seeds = [derived_seed(run.seed, prompt, "neighbour", number, k) for k in range(self.neighbours)]
         return neighbours_of(centre, seeded_noise(seeds, centre[None]), self.theta)
 
-    def bill(self, run: Run, rounds: int) -> Counter[str]:
+    def bill(self, run: SearchRun, rounds: int) -> Counter[str]:
         """What one prompt costs."""
         count = 1 + rounds * self.neighbours
         return walk_bill(run, count, run.steps) + score_bill(run, count)
@@ -88,7 +88,7 @@ class Evolution:
                 f"sizes and elites must be at least 1, elites at most the first size, strength in (0, 1], not {self}"
             )
 
-    def __call__(self, run: Run, allowance: Allowance) -> Finished:
+    def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
         if self.starts[-1] >= run.steps:
             raise ValueError(f"generation at step {self.starts[-1]} is past the end of {run.steps} steps")
         allowance.largest(1, lambda n: self.bill(run), "evolutions")
@@ -101,14 +101,16 @@ class Evolution:
             found = found.joined(tried)
         return found
 
-    def _complete(self, run: Run, begun: Candidates, generation: int) -> tuple[Mapping[int, Candidates], Finished]:
+    def _complete(
+        self, run: SearchRun, begun: Particles, generation: int
+    ) -> tuple[Mapping[int, Particles], ScoredParticles]:
         """Candidates at the starts of later generations, and at their end."""
         states = {}
         for later in range(generation + 1, len(self.starts)):
             begun = states[later] = run.advance(begun, self.starts[later])
         return states, run.finish(begun)
 
-    def _children(self, run: Run, parents: Candidates, generation: int) -> Candidates:
+    def _children(self, run: SearchRun, parents: Particles, generation: int) -> Particles:
         """``sizes[generation]`` of every prompt, from its parents in turn."""
         level = run.grid[parents.done]
         turns = [
@@ -118,12 +120,12 @@ class Evolution:
         chosen = parents.rows(torch.cat(turns))
         assert chosen.preview is not None, "only the first generation begins without a preview"
         eps = (chosen.x - float(level.alpha) * chosen.preview) / float(level.sigma)
-        names = run.lineage.born(chosen.prompt.tolist(), chosen.names, chosen.done)
+        names = run.lineage.add(chosen.prompt.tolist(), chosen.names, chosen.done)
         z = seeded_noise([derived_seed(run.seed, "mutation", name) for name in names], chosen.x)
         renewed = (1 - self.strength**2) ** 0.5 * eps + self.strength * z
         return replace(chosen, names=names, x=float(level.alpha) * chosen.preview + float(level.sigma) * renewed)
 
-    def bill(self, run: Run) -> Counter[str]:
+    def bill(self, run: SearchRun) -> Counter[str]:
         """What one prompt costs."""
         total: Counter[str] = Counter()
         for start, size in zip(self.starts, self.sizes, strict=True):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genalign.search.engine import Candidates, Finished, Run
+from genalign.search.engine import Particles, ScoredParticles, SearchRun
 from genalign.search.ranking import top
-from genalign.search.strategy import Allowance, PreviewScorer, chosen_scorer, score_bill, walk_bill
+from genalign.search.strategy import PreviewScorer, PromptBudget, score_bill, scorer_or_default, walk_bill
 
 
 @dataclass(frozen=True)
@@ -68,29 +68,29 @@ class Prune:
         """Steps and shares, checked."""
         return PruneSchedule(tuple(self.steps), tuple(self.keep))
 
-    def __call__(self, run: Run, allowance: Allowance) -> Finished:
+    def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
         self.schedule.check(run.steps)
         count = allowance.largest(self.candidates, lambda n: self.bill(run, n), "candidates")
         return run.finish(self.survivors(run, count))
 
-    def survivors(self, run: Run, count: int) -> Candidates:
+    def survivors(self, run: SearchRun, count: int) -> Particles:
         """Of ``count`` candidates of each prompt, those that no step gave up, on their way."""
         alive = run.start(count)
         for step, left in zip(self.steps, self.schedule.counts(count)[1:], strict=True):
             alive = run.advance(alive, step + 1)
-            scores = chosen_scorer(self.scorer)(run, alive)
+            scores = scorer_or_default(self.scorer)(run, alive)
             run.note(alive, scores)
             alive = run.keep(alive, top(scores, alive.prompt, left))
         return alive
 
-    def bill(self, run: Run, candidates: int) -> Counter[str]:
+    def bill(self, run: SearchRun, candidates: int) -> Counter[str]:
         """What one prompt costs, by the counts that are really alive."""
         counts = self.schedule.counts(candidates)
         done = [0, *(step + 1 for step in self.steps), run.steps]
         total: Counter[str] = Counter()
         for alive, begin, end in zip(counts, done, done[1:], strict=False):
             total += walk_bill(run, alive, end - begin)
-            total += chosen_scorer(self.scorer).bill(run, alive) if end < run.steps else score_bill(run, alive)
+            total += scorer_or_default(self.scorer).bill(run, alive) if end < run.steps else score_bill(run, alive)
         return total
 
 
@@ -135,12 +135,7 @@ class Pool:
         return alive.flatten()[chosen].view(len(alive), count)
 
 
-def expected_best(values: Tensor, count: int) -> Tensor:
-    """The exact expected maximum (P,) of ``count`` values drawn without replacement from (P, N)."""
-    return values.double().sort(dim=1).values @ chosen_probabilities(values.shape[1], count)
-
-
-def chosen_probabilities(total: int, count: int) -> Tensor:
+def maximum_probabilities(total: int, count: int) -> Tensor:
     """How likely each of ``total`` values, the lowest first, is the largest of ``count`` drawn without replacement:
     C(i - 1, count - 1) / C(total, count) for the i-th, (total,) float64. ValueError for more than there are."""
     if not 1 <= count <= total:

@@ -1,6 +1,6 @@
 """Resampling: K particles are replaced by K of themselves, particle k on average by K W_k of them.
 
-W (K,) are normalised weights. All schemes are unbiased, E[offspring of k] = K W_k; they differ in the noise that they
+W (K,) are normalized weights. All schemes are unbiased, E[offspring of k] = K W_k; they differ in the noise that they
 add. Ancestors say which particle each place is taken by.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Resampler = Callable[[Tensor, torch.Generator], Tensor]
-"""From normalised weights (K,) float64 on the CPU to ancestors (K,) long. Raises ValueError for other weights."""
+"""From normalized weights (K,) float64 on the CPU to ancestors (K,) long. Raises ValueError for other weights."""
 
 ResamplerName = Literal["multinomial", "stratified", "systematic", "residual", "ssp"]
 
@@ -23,7 +23,7 @@ _RESOLUTION = 1e-9
 _BELOW_ONE = 1 - 2.0**-53
 
 
-def normalised(log_weights: Tensor) -> Tensor:
+def normalized_weights(log_weights: Tensor) -> Tensor:
     """The weights (K,) float64 on the CPU, of sum 1, from their logarithms (K,) up to a constant.
 
     NaN counts as -inf, which is weight 0; where nothing has any weight, all are equal. Raises ValueError for +inf.
@@ -40,7 +40,7 @@ def normalised(log_weights: Tensor) -> Tensor:
 
 def effective_size(log_weights: Tensor) -> float:
     """How many equal particles the weights are worth, 1 / sum W^2, from 1 to K."""
-    return 1 / float(normalised(log_weights).square().sum())
+    return 1 / float(normalized_weights(log_weights).square().sum())
 
 
 def multinomial(weights: Tensor, generator: torch.Generator) -> Tensor:
@@ -103,7 +103,7 @@ RESAMPLERS: dict[ResamplerName, Resampler] = {
 
 def _inverse(weights: Tensor, points: Tensor) -> Tensor:
     """The particles in whose share of the cumulative weights (K,) the points (M,) of [0, 1) lie; none of weight 0."""
-    _require_normalised(weights)
+    _require_normalized(weights)
     cumulative = weights.cumsum(0)
     return torch.searchsorted(cumulative / cumulative[-1], points.clamp(max=_BELOW_ONE), right=True)
 
@@ -114,7 +114,7 @@ def _strata(places: Tensor) -> Tensor:
 
 def _parts(weights: Tensor) -> tuple[Tensor, Tensor]:
     """The whole parts (K,) long of K W, and what is beyond them, (K,) float64."""
-    _require_normalised(weights)
+    _require_normalized(weights)
     expected = len(weights) * weights
     whole = (expected + _RESOLUTION).floor()
     return whole.long(), (expected - whole).clamp(min=0)
@@ -124,7 +124,9 @@ def _repeated(offspring: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(offspring)), offspring)
 
 
-def _require_normalised(weights: Tensor) -> None:
+def _require_normalized(weights: Tensor) -> None:
     valid = weights.ndim == 1 and len(weights) > 0 and weights.dtype == torch.float64
     if not valid or not bool((weights >= 0).all()) or abs(float(weights.sum()) - 1) > 1e-6:
-        raise ValueError("weights must be (K,) float64, none negative or NaN, of sum 1: use normalised(log_weights)")
+        raise ValueError(
+            "weights must be (K,) float64, none negative or NaN, of sum 1: use normalized_weights(log_weights)"
+        )

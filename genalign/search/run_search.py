@@ -15,19 +15,19 @@ from torch import Tensor
 from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Budget, Ledger, Metered, measure_prices, metered_rewards, peak_memory
 from genalign.scoring.score import NamedReward, RewardError, named, probe
-from genalign.search.engine import Run
-from genalign.search.strategy import Allowance, Strategy
+from genalign.search.engine import SearchRun
+from genalign.search.strategy import PromptBudget, Strategy
 from genalign.types import Grid, Pipeline, Prompt, RewardFunction
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Result:
+class SearchResult:
     """The best sample of each of P prompts.
 
     ``samples`` (P, ...) as the pipeline decodes them, ``scores`` (P, K) by the rewards, ``lineage`` of every candidate
-    (see ``lineage.Life``) with the best one's number for each prompt in ``chosen``, the ``ledger`` of what was spent,
+    (see ``lineage.Node``) with the best one's number for each prompt in ``chosen``, the ``ledger`` of what was spent,
     with ``seconds`` of wall-clock and ``peak_memory`` in bytes (see ``budget.peak_memory``), and the ``budget``, with
     the prices it was planned by.
     """
@@ -55,10 +55,10 @@ def search(
     reward: RewardFunction | Mapping[str, RewardFunction] | Sequence[NamedReward],
     strategy: Strategy,
     budget: Budget | None = None,
-    sampling: Sampling = Sampling(),  # noqa: B008  # it is frozen
+    sampling: Sampling = Sampling(),  # it is frozen
     batch_size: int = 32,
     seed: int | str = 0,
-) -> Result:
+) -> SearchResult:
     """Search for a good sample of every prompt.
 
     Several rewards, by name, count by the sum of their ranks among a prompt's candidates; where one figure is needed
@@ -75,16 +75,16 @@ def search(
     if budget is not None and budget.seconds is not None and budget.prices is None:
         prices = measure_prices(pipeline, rewards, [asked[0]] * batch_size, grid, sampling.guidance)
         budget = replace(budget, prices=prices)
-    parts: list[Result] = []
+    parts: list[SearchResult] = []
     for place, prompt in enumerate(asked):
         ledger, name = Ledger(), f"{seed}/{place}"
         metered = metered_rewards(rewards, ledger)
-        run = Run(Metered(pipeline, ledger), [prompt], metered, grid, sampling.guidance, batch_size, name)
-        parts.append(_searched(run, strategy, Allowance(budget)))
+        run = SearchRun(Metered(pipeline, ledger), [prompt], metered, grid, sampling.guidance, batch_size, name)
+        parts.append(_searched(run, strategy, PromptBudget(budget)))
     return _together(parts)
 
 
-def _together(parts: Sequence[Result]) -> Result:
+def _together(parts: Sequence[SearchResult]) -> SearchResult:
     """The results of single prompts as one: candidates are numbered on, and prompts count from 0."""
     lineage: list[dict[str, Any]] = []
     chosen: list[int] = []
@@ -92,9 +92,9 @@ def _together(parts: Sequence[Result]) -> Result:
     for place, part in enumerate(parts):
         first = len(lineage)
         chosen += [first + name for name in part.chosen]
-        for life in part.lineage:
-            parent = None if life["parent"] is None else first + life["parent"]
-            lineage.append({**life, "prompt": place, "parent": parent})
+        for node in part.lineage:
+            parent = None if node["parent"] is None else first + node["parent"]
+            lineage.append({**node, "prompt": place, "parent": parent})
         calls.update(part.ledger.counts)
     return replace(
         parts[0],
@@ -115,14 +115,14 @@ def _listed(prompts: str | Sequence[str | Prompt]) -> Sequence[str | Prompt]:
     return listed
 
 
-def _searched(run: Run, strategy: Strategy, allowance: Allowance) -> Result:
+def _searched(run: SearchRun, strategy: Strategy, allowance: PromptBudget) -> SearchResult:
     """One prompt."""
     began = time.perf_counter()
     finished = strategy(run, allowance)
     found = finished.rows(finished.best())
     if bool(found.scores.isnan().any()):
         logger.warning("the best sample of %r could not be scored by every reward", run.prompts[0].text)
-    return Result(
+    return SearchResult(
         samples=found.samples,
         scores=found.scores,
         lineage=run.lineage.as_list(),

@@ -19,7 +19,7 @@ from torch import Tensor
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.transitions import DDIM, Kernel
 from genalign.search.ranking import best
-from genalign.search.resampling import RESAMPLERS, ResamplerName, effective_size, normalised
+from genalign.search.resampling import RESAMPLERS, ResamplerName, effective_size, normalized_weights
 from genalign.types import Grid
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ class FKState:
         for place in worn:
             members = self.members[place]
             draw = RESAMPLERS[self.settings.resampler]
-            ancestors[members] = members[draw(normalised(self.log_weights[members]), self._generators[place])]
+            ancestors[members] = members[draw(normalized_weights(self.log_weights[members]), self._generators[place])]
             self._log_evidence[place] += self._log_mean_weight(members)
             self._log_w[members] = 0.0
         self._follow(ancestors)
@@ -189,7 +189,7 @@ class FKState:
         if self.settings.terminal == "argmax":
             return best(self._scores, self.group, 1)
         draws = [
-            members[torch.multinomial(normalised(self.log_weights[members]), 1, generator=generator)]
+            members[torch.multinomial(normalized_weights(self.log_weights[members]), 1, generator=generator)]
             for members, generator in zip(self.members, self._generators, strict=True)
         ]
         return torch.cat(draws)

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from genalign.scoring.budget import DECODE, FORWARD, Budget, Ledger, reward_call
-from genalign.search.engine import Candidates, Finished, Run
+from genalign.search.engine import Particles, ScoredParticles, SearchRun
 
 
 class Strategy(Protocol):
@@ -19,11 +19,11 @@ class Strategy(Protocol):
     It spends no more than ``allowance`` for each prompt. Raises ValueError where that does not even make one sample.
     """
 
-    def __call__(self, run: Run, allowance: Allowance) -> Finished: ...
+    def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles: ...
 
 
 @dataclass(frozen=True)
-class Allowance:
+class PromptBudget:
     """What each prompt of a run may cost; without a ``budget`` there is no limit, and every strategy must say itself
     how much it does."""
 
@@ -33,18 +33,18 @@ class Allowance:
         """Whether these calls, of one prompt, fit in the budget."""
         return self.budget is None or self.budget.spent(Ledger(calls)) <= self.budget.limit * (1 + 1e-9)
 
-    def part(self, share: float) -> Allowance:
+    def part(self, share: float) -> PromptBudget:
         """This share of it."""
-        return self if self.budget is None else Allowance(self.budget.of(self.budget.limit * share))
+        return self if self.budget is None else PromptBudget(self.budget.of(self.budget.limit * share))
 
-    def after(self, run: Run) -> Allowance:
+    def after(self, run: SearchRun) -> PromptBudget:
         """What the run has left for each prompt. Raises ValueError where that is nothing."""
         if self.budget is None:
             return self
         left = self.budget.limit - self.budget.spent(run.spent) / len(run.prompts)
         if left <= 0:
             raise ValueError(f"nothing is left of a budget of {self.budget.limit:.4g} for each prompt: raise it")
-        return Allowance(self.budget.of(left))
+        return PromptBudget(self.budget.of(left))
 
     def largest(self, wanted: int | None, bill: Callable[[int], Counter[str]], what: str) -> int:
         """``wanted``, checked, or the largest count whose ``bill`` the budget affords; bills must not fall.
@@ -83,10 +83,10 @@ def _last(affordable: Callable[[int], bool]) -> int:
 class PreviewScorer(Protocol):
     """Scores of candidates on their way; those of one step are comparable among themselves alone."""
 
-    def __call__(self, run: Run, candidates: Candidates) -> Tensor:
+    def __call__(self, run: SearchRun, candidates: Particles) -> Tensor:
         """(N, K), NaN where one failed."""
 
-    def bill(self, run: Run, candidates: int) -> Counter[str]:
+    def bill(self, run: SearchRun, candidates: int) -> Counter[str]:
         """What scoring so many costs."""
 
 
@@ -94,24 +94,24 @@ class PreviewScorer(Protocol):
 class DecodedRewards:
     """The run's own rewards of decoded previews."""
 
-    def __call__(self, run: Run, candidates: Candidates) -> Tensor:
+    def __call__(self, run: SearchRun, candidates: Particles) -> Tensor:
         return run.decoded_scores(candidates)
 
-    def bill(self, run: Run, candidates: int) -> Counter[str]:
+    def bill(self, run: SearchRun, candidates: int) -> Counter[str]:
         """A decode and a call of every reward for each."""
         return score_bill(run, candidates)
 
 
-def chosen_scorer(scorer: PreviewScorer | None) -> PreviewScorer:
+def scorer_or_default(scorer: PreviewScorer | None) -> PreviewScorer:
     """``scorer``, or for None the run's own rewards: a configuration cannot replace a default that is a dataclass."""
     return scorer or DecodedRewards()
 
 
-def walk_bill(run: Run, candidates: int, steps: int) -> Counter[str]:
+def walk_bill(run: SearchRun, candidates: int, steps: int) -> Counter[str]:
     """What moving candidates by ``steps`` costs."""
     return Counter({FORWARD: candidates * steps * (2 if run.guidance > 1 else 1)})
 
 
-def score_bill(run: Run, candidates: int) -> Counter[str]:
+def score_bill(run: SearchRun, candidates: int) -> Counter[str]:
     """What decoding and scoring candidates costs."""
     return Counter({DECODE: candidates} | {reward_call(reward.name): candidates for reward in run.rewards})

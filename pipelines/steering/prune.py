@@ -25,7 +25,7 @@ from pipelines.steering.steer import billed, network_of, sizes_seen
 
 @dataclass(frozen=True)
 class Pruned:
-    """What the schedule left: ``samples`` (M, ...) as ``pipelines.steering.decode`` makes them, best first, their ``scores``
+    """Result of pruning: decoded ``samples`` (M, ...), best first (see ``pipelines.steering.decode``), their ``scores``
     (M, K), the ``lineage`` of all candidates and the ``ledger``."""
 
     samples: Tensor
@@ -80,7 +80,7 @@ class _Work:
     def run(self, strategy: Prune, count: int) -> Pruned:
         """All parts."""
         generators = [torch.Generator().manual_seed(derived_seed(self.seed, j)) for j in range(count)]
-        names = self.lineage.born([0] * count, [None] * count, 0)
+        names = self.lineage.add([0] * count, [None] * count, 0)
         part: FirstPart | None = None
         for step, left in zip(strategy.steps, strategy.schedule.counts(count)[1:], strict=True):
             arguments = self._arguments(generators)
@@ -91,7 +91,7 @@ class _Work:
             scores, _ = self._scored(part.x0, names, step + 1)
             rows = _best(scores, left)
             kept = tuple(names[i] for i in rows.tolist())
-            self.lineage.ended([name for name in names if name not in kept], step + 1)
+            self.lineage.close([name for name in names if name not in kept], step + 1)
             part, names, generators = part.rows(rows), kept, [generators[i] for i in rows.tolist()]
         return self._finished(part, names, generators)
 
@@ -100,7 +100,7 @@ class _Work:
         made = self.pipe(**arguments) if part is None else second_part(self.pipe, part, **arguments)
         total = len(self.pipe.scheduler.timesteps)
         scores, samples = self._scored(made[0], names, total)
-        self.lineage.ended(names, total)
+        self.lineage.close(names, total)
         order = _best(scores, len(names))
         return Pruned(samples[order], scores[order], self.lineage, self.ledger)
 
@@ -116,7 +116,7 @@ class _Work:
         size = self.sizes[-1] if self.sizes else None
         samples = self.decode(latents) if self.decode else decode_latents(self.pipe, latents, size)
         scores = score(self.rewards, samples, [self.prompt] * len(latents))
-        self.lineage.scored(names, done, scores.tolist())
+        self.lineage.record_scores(names, done, scores.tolist())
         return scores, samples
 
 

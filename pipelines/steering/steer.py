@@ -138,7 +138,7 @@ class _Call:
             require_noise(self.strategy.kernel, grid_of(self.pipe.scheduler))
         self.group = torch.arange(len(self.prompts)).repeat_interleave(particles)
         self.steering.lineage = Lineage()
-        self.names = self.steering.lineage.born(self.group.tolist(), [None] * samples, 0)
+        self.names = self.steering.lineage.add(self.group.tolist(), [None] * samples, 0)
         self.state = (
             FKState(self.strategy, self.group, total, self.seed) if isinstance(self.strategy, FKSteering) else None
         )
@@ -158,13 +158,13 @@ class _Call:
             return x
         gather_history(self.pipe.scheduler, ancestors)
         lineage, parents = self.steering.lineage, [self.names[i] for i in ancestors.tolist()]
-        lineage.ended(self.names, move.index + 1)
-        self.names = lineage.born(self.group.tolist(), parents, move.index + 1)
+        lineage.close(self.names, move.index + 1)
+        self.names = lineage.add(self.group.tolist(), parents, move.index + 1)
         return x[ancestors.to(x.device)]
 
     def _end(self, x: Tensor, total: int) -> Tensor:
         scores = self._scored(x, total)
-        self.steering.lineage.ended(self.names, total)
+        self.steering.lineage.close(self.names, total)
         if self.state is None:
             chosen = top(scores, self.group, 1)
         else:
@@ -183,7 +183,7 @@ class _Call:
         samples = self._decode(latents) if self._decode else decode_latents(self.pipe, latents, size)
         assert self.prompts is not None, "a call begins with its prompts"
         scores = score(self.rewards, samples, [self.prompts[p] for p in self.group.tolist()])
-        self.steering.lineage.scored(self.names, done, scores.tolist())
+        self.steering.lineage.record_scores(self.names, done, scores.tolist())
         return scores
 
 

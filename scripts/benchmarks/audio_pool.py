@@ -15,7 +15,7 @@ from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import load_state, save_state
 from genalign.scoring.budget import Ledger, Metered
 from genalign.scoring.score import NamedReward
-from genalign.search.engine import Run
+from genalign.search.engine import SearchRun
 from genalign.search.noise_aware import watched
 from genalign.types import Pipeline, Prompt
 from genalign.worlds import tones
@@ -48,7 +48,7 @@ def record(work: Path, selection: Path) -> None:
             if path.exists():
                 continue
             grid, name = Sampling(STEPS).grid(model), str(derived_seed(seed, "pool", index))
-            run = Run(Metered(model, Ledger()), [prompt], judges, grid, 1.0, CANDIDATES, name)
+            run = SearchRun(Metered(model, Ledger()), [prompt], judges, grid, 1.0, CANDIDATES, name)
             previews, finished = watched(run, CANDIDATES, LEVELS)
             tensors = {"previews": previews, "clean": finished.scores}
             save_state(path, tensors, {"prompt": prompt.text, "task": prompt.task})

@@ -42,8 +42,8 @@ from genalign.runtime.cpu import retain_freed_memory
 from genalign.scoring.budget import Ledger, Metered
 from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, Prune
-from genalign.search.engine import Run
-from genalign.search.strategy import Allowance, Strategy
+from genalign.search.engine import SearchRun
+from genalign.search.strategy import PromptBudget, Strategy
 from genalign.training.trainer import Trainer, TrainerSettings
 from genalign.worlds import shapes
 from pipelines import SD3
@@ -268,9 +268,9 @@ def benchmark_overhead(repeats: int) -> list[Measurement]:
     for name, strategy in strategies.items():
         for turn in range(repeats + 1):
             metered, rewards = Metered(pipeline, Ledger()), [NamedReward("partial", reward)]
-            run = Run(metered, [validation[turn]], rewards, pipeline.grid(STEPS, SIGMAS), 1.0, 32, str(turn))
+            run = SearchRun(metered, [validation[turn]], rewards, pipeline.grid(STEPS, SIGMAS), 1.0, 32, str(turn))
             spent[0], began = 0.0, time.perf_counter()
-            strategy(run, Allowance())
+            strategy(run, PromptBudget())
             whole = time.perf_counter() - began
             if turn:
                 measured.append(Measurement(f"search.{name}", "overhead, a share of wall-clock", 1 - spent[0] / whole))

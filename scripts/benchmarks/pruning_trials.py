@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genalign.search.pruning import Pool, PruneSchedule, chosen_probabilities
+from genalign.search.pruning import Pool, PruneSchedule, maximum_probabilities
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,6 @@ def best_of(ends: Tensor, count: int) -> Tensor:
     """The exact expected clean scores (P, 2) of best-of-``count`` of ``ends`` (P, N, 2), by the selection reward."""
     order = ends[:, :, 0].argsort(dim=1)
     ranked = ends.double().gather(1, order[:, :, None].expand_as(ends))
-    chances = chosen_probabilities(ends.shape[1], min(count, ends.shape[1]))
+    chances = maximum_probabilities(ends.shape[1], min(count, ends.shape[1]))
     expected: Tensor = torch.einsum("pns,n->ps", ranked, chances)
     return expected

@@ -30,9 +30,9 @@ from genalign.evaluation.records import PromptRecord, write_results
 from genalign.runtime.files import write_json, write_text
 from genalign.scoring.budget import Budget, Ledger, Metered
 from genalign.search import BestOfN, FKSteering, Prune
-from genalign.search.engine import Run
+from genalign.search.engine import SearchRun
 from genalign.search.pruning import PruneSchedule
-from genalign.search.strategy import Allowance, Strategy
+from genalign.search.strategy import PromptBudget, Strategy
 from rewards.noise_aware import load_scorer
 from scripts.benchmarks import search_pool
 from scripts.benchmarks.proofs import RESULTS, head
@@ -160,7 +160,7 @@ def live(work: Path) -> None:
     costs, prices = search_pool.costs(work), json.loads((work / "prices.json").read_text(encoding="utf-8"))
     prices["reward/noise-aware"] = prices["reward/decoded"]
     prices["reward/strict"] = 0.0  # it judges, and is not part of the search
-    allowance = Allowance(Budget(cost=LIVE_BUDGET * costs.sample(), prices=prices))
+    allowance = PromptBudget(Budget(cost=LIVE_BUDGET * costs.sample(), prices=prices))
     scorer, (by_budget, _) = load_scorer(work / "decoded" / "scorer.safetensors"), load_schedules(work, CLAIMED[0])
     schedule = by_budget[LIVE_BUDGET]
     strategies: dict[str, Strategy] = {
@@ -179,7 +179,7 @@ def live(work: Path) -> None:
             row: dict[str, object] = {"seed": seed, "prompt": prompt.text, "task": prompt.task}
             for name, strategy in strategies.items():
                 grid = Sampling(STEPS).grid(model)
-                run = Run(Metered(model, Ledger()), [prompt], [selection], grid, 1.0, SEEDS, f"live/{place}")
+                run = SearchRun(Metered(model, Ledger()), [prompt], [selection], grid, 1.0, SEEDS, f"live/{place}")
                 finished = strategy(run, allowance)
                 both = torch.stack(
                     [finished.scores[:, 0], strict.function(finished.samples, [prompt] * len(finished.samples))]

@@ -18,7 +18,7 @@ from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import load_state, save_state, write_json
 from genalign.scoring.budget import Ledger, Metered, measure_prices, reward_call
 from genalign.scoring.score import NamedReward
-from genalign.search.engine import Candidates, Run
+from genalign.search.engine import Particles, SearchRun
 from genalign.search.pruning import Pool
 from genalign.types import Prompt
 from genalign.worlds import shapes
@@ -78,7 +78,7 @@ def _students(work: Path) -> dict[str, nn.Module]:
     return {name: load_scorer(work / name / "scorer.safetensors").student for name in ("decoded", "latent")}
 
 
-def _looks(run: Run, candidates: Candidates, students: Mapping[str, nn.Module]) -> Tensor:
+def _looks(run: SearchRun, candidates: Particles, students: Mapping[str, nn.Module]) -> Tensor:
     """Scores (N, 3) of previews as PREVIEWS says, at every level: which of them are worth pruning at is tuned."""
     preview, prompts = candidates.preview, [run.prompts[0]] * len(candidates)
     assert preview is not None, "candidates that are looked at have been advanced"
@@ -88,11 +88,13 @@ def _looks(run: Run, candidates: Candidates, students: Mapping[str, nn.Module]) 
     return torch.stack([*looks, students["latent"](preview, level, prompts)], dim=1)
 
 
-def _run(model: SD3, prompt: Prompt, judges: list[NamedReward], steps: int, index: int) -> Run:
-    return Run(Metered(model, Ledger()), [prompt], judges, Sampling(steps).grid(model), 1.0, SEEDS, f"pool/{index}")
+def _run(model: SD3, prompt: Prompt, judges: list[NamedReward], steps: int, index: int) -> SearchRun:
+    return SearchRun(
+        Metered(model, Ledger()), [prompt], judges, Sampling(steps).grid(model), 1.0, SEEDS, f"pool/{index}"
+    )
 
 
-def _hashes(candidates: Candidates) -> Tensor:
+def _hashes(candidates: Particles) -> Tensor:
     digests = [hashlib.blake2b(x.numpy().tobytes(), digest_size=8).digest() for x in candidates.x]
     return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
 

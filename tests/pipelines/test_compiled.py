@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genalign.diffusion.policy import Lora, Policy
-from genalign.diffusion.rollout import ReplayBatch, Rollout, RolloutInputs, replay, rollout, windowed
+from genalign.diffusion.rollout import ReplayBatch, Rollout, RolloutInputs, kernel_per_step, replay, rollout
 from genalign.diffusion.transitions import FlowSDE
 from pipelines import SD3
 
@@ -24,7 +24,7 @@ KERNEL = FlowSDE(0.7)
 
 def _made(tiny: SD3) -> Rollout:
     start = RolloutInputs(tiny.encode(["a circle"]), torch.zeros(4, dtype=torch.long), (1, 2, 3, 4), (5, 6, 7, 8))
-    return rollout(tiny, start, tiny.grid(3), windowed(KERNEL, (0, 1), 3), 1.0, (0, 1))
+    return rollout(tiny, start, tiny.grid(3), kernel_per_step(KERNEL, (0, 1), 3), 1.0, (0, 1))
 
 
 def _gradient(tiny: SD3, policy: Policy, sampled: Rollout) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,10 @@ from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import DDIM, ODE, FlowSDE
 from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward
-from genalign.search import BestOfN, Budget, Doob, FKSteering, RewardGradient, search
-from genalign.search.engine import Run
+from genalign.search import BestOfN, Budget, DoobGuide, FKSteering, RewardGradient, search
+from genalign.search.engine import SearchRun
 from genalign.search.guidance import Guide, guided_log_ratio
-from genalign.search.strategy import Allowance
+from genalign.search.strategy import PromptBudget
 from genalign.types import Conditioning, Grid, NoiseLevel, Prompt
 from pipelines import SD3
 
@@ -65,18 +65,18 @@ def first(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("guide", [None, RewardGradient(), Doob(4)], ids=["no guide", "gradient", "doob"])
+@pytest.mark.parametrize("guide", [None, RewardGradient(), DoobGuide(4)], ids=["no guide", "gradient", "doob"])
 def test_the_bill_is_what_was_done(tiny: SD3, guide: Guide | None, guidance: float) -> None:
     ledger = Ledger()
     rewards = [NamedReward("red", metered_reward("red", redness, ledger))]
     asked = [Prompt(text) for text in PROMPTS]
-    run = Run(Metered(tiny, ledger), asked, rewards, SAMPLING.grid(tiny), guidance, 4, "0")
+    run = SearchRun(Metered(tiny, ledger), asked, rewards, SAMPLING.grid(tiny), guidance, 4, "0")
     true: Counter[str] = Counter()
     tiny.denoiser.register_forward_hook(
         lambda module, given, keywords, output: true.update(forward=len(keywords["hidden_states"])), with_kwargs=True
     )
     strategy = FKSteering(3, lam=5.0, guide=guide)
-    finished = strategy(run, Allowance())
+    finished = strategy(run, PromptBudget())
     assert run.spent.nfe == true["forward"]
     assert run.spent.counts == {call: 2 * count for call, count in strategy.bill(run, 3).items()}
     assert finished.candidates.prompt.tolist() == [0, 1]  # prompts never exchange particles
@@ -91,12 +91,14 @@ def test_steering_finds_more_than_a_sample_and_argmax_is_best_of_its_particles(t
     torch.testing.assert_close(nothing.scores, plain.scores, rtol=0, atol=1e-5)  # lam 0 weighs all alike
 
 
-@pytest.mark.parametrize("guide", [None, RewardGradient(), RewardGradient(0.5), Doob(8, tau=1.0, gamma=0.5)], ids=repr)
+@pytest.mark.parametrize(
+    "guide", [None, RewardGradient(), RewardGradient(0.5), DoobGuide(8, tau=1.0, gamma=0.5)], ids=repr
+)
 def test_guides_change_the_proposal_and_not_the_target(guide: Guide | None) -> None:
     """N(0, s^2) tilted by exp(x) has mean s^2, however its particles were pushed."""
     pipeline: Any = Gauss(1)
     grid = pipeline.grid(20)
-    run = Run(Metered(pipeline, Ledger()), [Prompt("")], [NamedReward("first", first)], grid, 1.0, 4000, "0")
+    run = SearchRun(Metered(pipeline, Ledger()), [Prompt("")], [NamedReward("first", first)], grid, 1.0, 4000, "0")
     finished, state = FKSteering(4000, 1.0, guide=guide).steered(run, 4000)
     weights = torch.softmax(state.log_weights, dim=0)
     # 4000 particles of deviation 0.9, of which a third or more count: 0.025 is one standard error
@@ -141,6 +143,6 @@ def test_impossible_steering(tiny: SD3) -> None:
         search(tiny, PROMPTS, redness, FKSteering(4, kernel=ODE()), sampling=SAMPLING)
     with pytest.raises(ValueError, match="moves by a kernel of its own"):
         search(tiny, PROMPTS, redness, FKSteering(4, kernel=None), sampling=SAMPLING)
-    with pytest.raises(ValueError, match="use Doob, which needs none"):
+    with pytest.raises(ValueError, match="use DoobGuide, which needs none"):
         strategy = FKSteering(2, kernel=FlowSDE(0.7), guide=RewardGradient())
         search(tiny, PROMPTS, lambda samples, prompts: redness(samples, prompts).detach(), strategy, sampling=SAMPLING)

@@ -14,7 +14,7 @@ from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward
 from genalign.search import Prune, search
-from genalign.search.engine import Run
+from genalign.search.engine import SearchRun
 from genalign.search.noise_aware import (
     Distillation,
     NoiseAware,
@@ -66,7 +66,7 @@ def _blurred(count: int, seed: int) -> Recording:
 def test_a_recording_is_of_whole_trajectories(tiny: SD3, tmp_path: Path) -> None:
     ledger = Ledger()
     rewards = [NamedReward("red", metered_reward("red", redness, ledger))]
-    run = Run(Metered(tiny, ledger), PROMPTS, rewards, SAMPLING.grid(tiny), 1.0, 4, "0")
+    run = SearchRun(Metered(tiny, ledger), PROMPTS, rewards, SAMPLING.grid(tiny), 1.0, 4, "0")
     made = record(run, 3, (0, 2, 4))
     assert made.previews.shape == (6, 3, 4, 16, 16) and made.sigmas.tolist() == pytest.approx([1.0, 0.6, 0.2])
     assert ledger.counts == {"forward": 6 * 5, "decode": 6, "reward/red": 6}

@@ -15,9 +15,9 @@ from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Budget, Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward
 from genalign.search import DNO, Prune, ReNO, search
-from genalign.search.engine import Run
-from genalign.search.noise_optimization import NoiseOptimisation, noise_log_probability
-from genalign.search.strategy import Allowance
+from genalign.search.engine import SearchRun
+from genalign.search.noise_optimization import NoiseOptimization, noise_log_probability
+from genalign.search.strategy import PromptBudget
 from genalign.types import Prompt
 from pipelines import SD3
 
@@ -30,22 +30,22 @@ def grey(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return -(samples - 0.5).square().flatten(1).mean(1)
 
 
-def _run(tiny: SD3) -> Run:
+def _run(tiny: SD3) -> SearchRun:
     ledger = Ledger()
     rewards = [NamedReward("grey", metered_reward("grey", grey, ledger))]
-    return Run(Metered(tiny, ledger), [Prompt(text) for text in PROMPTS], rewards, FEW.grid(tiny), 1.0, 8, "0")
+    return SearchRun(Metered(tiny, ledger), [Prompt(text) for text in PROMPTS], rewards, FEW.grid(tiny), 1.0, 8, "0")
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("strategy", [ReNO(4), DNO(4)], ids=["reno", "dno"])
-def test_the_bill_is_what_was_done(tiny: SD3, strategy: NoiseOptimisation, recompute: bool) -> None:
+def test_the_bill_is_what_was_done(tiny: SD3, strategy: NoiseOptimization, recompute: bool) -> None:
     run, chosen = _run(tiny), replace(strategy, recompute=recompute)
-    chosen(run, Allowance())
+    chosen(run, PromptBudget())
     assert run.spent.counts == {call: 2 * count for call, count in chosen.bill(run, 4).items()}  # two prompts
 
 
 @pytest.mark.parametrize("strategy", [ReNO(1, 100.0, norm_weight=0.0), DNO(1, 0.1)], ids=["reno", "dno"])
-def test_gradients_raise_the_reward(tiny: SD3, strategy: NoiseOptimisation) -> None:
+def test_gradients_raise_the_reward(tiny: SD3, strategy: NoiseOptimization) -> None:
     first = search(tiny, PROMPTS, grey, strategy, sampling=FEW).scores
     last = search(tiny, PROMPTS, grey, replace(strategy, iterations=20), sampling=FEW).scores
     assert bool((last > first + 1e-4).all())

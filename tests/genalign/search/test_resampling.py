@@ -9,7 +9,7 @@ from genalign.search.resampling import (
     Resampler,
     effective_size,
     multinomial,
-    normalised,
+    normalized_weights,
     residual,
     ssp,
     stratified,
@@ -53,7 +53,7 @@ def test_offspring_are_unbiased(resampler: Resampler) -> None:
 @pytest.mark.parametrize("resampler", [systematic, ssp])
 @pytest.mark.parametrize("size", [2, 3, 8, 1001])
 def test_systematic_and_ssp_round_up_or_down(resampler: Resampler, size: int) -> None:
-    weights = normalised(2 * torch.randn(size, generator=generator(1)))
+    weights = normalized_weights(2 * torch.randn(size, generator=generator(1)))
     counts, expected = offspring(resampler, weights, 200), size * weights
     assert bool(((counts == expected.floor()) | (counts == expected.ceil())).all())
 
@@ -107,35 +107,35 @@ def test_a_seed_gives_the_same_ancestors(resampler: Resampler) -> None:
 
 @EVERY
 def test_weights_of_very_different_size(resampler: Resampler) -> None:
-    weights = normalised(torch.tensor([-1e4, 0.0, -1e4, -5000.0, 0.0, -math.inf]))
+    weights = normalized_weights(torch.tensor([-1e4, 0.0, -1e4, -5000.0, 0.0, -math.inf]))
     assert weights.tolist() == [0.0, 0.5, 0.0, 0.0, 0.5, 0.0]
     assert set(resampler(weights, generator()).tolist()) <= {1, 4}
-    assert set(resampler(normalised(torch.linspace(-1e4, 0, 100)), generator()).tolist()) == {99}
+    assert set(resampler(normalized_weights(torch.linspace(-1e4, 0, 100)), generator()).tolist()) == {99}
 
 
 @EVERY
 def test_weights_are_checked(resampler: Resampler) -> None:
     wrong = [[0.5, 0.6], [1.5, -0.5], [math.nan, 1.0], []]
     for weights in [*map(weights_of, wrong), torch.tensor([0.5, 0.5]), weights_of([1.0])[None]]:
-        with pytest.raises(ValueError, match="use normalised"):
+        with pytest.raises(ValueError, match="use normalized_weights"):
             resampler(weights, generator())
 
 
 def test_normalised_by_hand() -> None:
-    weights = normalised(torch.tensor([0.0, math.log(3.0)]))
+    weights = normalized_weights(torch.tensor([0.0, math.log(3.0)]))
     assert weights.tolist() == pytest.approx([0.25, 0.75]) and weights.dtype == torch.float64
-    far = normalised(torch.tensor([-1e4, -1e4 + 1.0], dtype=torch.float64))
+    far = normalized_weights(torch.tensor([-1e4, -1e4 + 1.0], dtype=torch.float64))
     assert far.tolist() == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)])
 
 
 def test_what_has_no_weight() -> None:
-    assert normalised(torch.tensor([math.nan, 0.0, -math.inf])).tolist() == [0.0, 1.0, 0.0]
+    assert normalized_weights(torch.tensor([math.nan, 0.0, -math.inf])).tolist() == [0.0, 1.0, 0.0]
     for nothing in ([-math.inf] * 4, [math.nan] * 4, [-math.inf, math.nan] * 2):
-        assert normalised(torch.tensor(nothing)).tolist() == [0.25] * 4
+        assert normalized_weights(torch.tensor(nothing)).tolist() == [0.25] * 4
     with pytest.raises(ValueError, match=r"\+inf"):
-        normalised(torch.tensor([0.0, math.inf]))
+        normalized_weights(torch.tensor([0.0, math.inf]))
     with pytest.raises(ValueError, match=r"must be \(K,\)"):
-        normalised(torch.zeros(2, 2))
+        normalized_weights(torch.zeros(2, 2))
 
 
 def test_effective_size_by_hand() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genalign.diffusion.paths import FlowPath
 from genalign.diffusion.transitions import CPS, DDIM, ODE, FlowSDE, transition
-from genalign.search.resampling import RESAMPLERS, ResamplerName, normalised
+from genalign.search.resampling import RESAMPLERS, ResamplerName, normalized_weights
 from genalign.search.smc import FKSettings, FKState, Potential, require_stochastic
 from genalign.types import Grid
 
@@ -67,7 +67,7 @@ def moments(settings: FKSettings) -> Moment:
     rows = []
     for seed in SEEDS:
         x, state = toy_run(settings, PARTICLES, seed)
-        weights = normalised(state.log_weights)
+        weights = normalized_weights(state.log_weights)
         mean = (weights * x).sum()
         rows.append(torch.stack([mean, (weights * (x - mean) ** 2).sum().sqrt(), state.log_evidence[0]]))
     return Moment(*torch.stack(rows).mean(0).tolist())
@@ -113,7 +113,9 @@ def test_tempering_reaches_the_tilted_gaussian() -> None:
 def test_without_strength_nothing_is_steered(potential: Potential) -> None:
     for ess in (EVERY_TIME, SOMETIMES):
         x, state = toy_run(replace(TOY, lam=0.0, potential=potential, ess=ess), 20_000, seed=0)
-        assert torch.equal(normalised(state.log_weights), torch.full((20_000,), 1 / 20_000, dtype=torch.float64))
+        assert torch.equal(
+            normalized_weights(state.log_weights), torch.full((20_000,), 1 / 20_000, dtype=torch.float64)
+        )
         assert state.log_evidence.tolist() == pytest.approx([0.0], abs=1e-9)
         assert float(x.mean()) == pytest.approx(0, abs=0.03) and float(x.std()) == pytest.approx(0.923, abs=0.02)
 
@@ -124,7 +126,9 @@ def test_a_constant_in_the_reward_changes_nothing(potential: Potential) -> None:
         settings = replace(TOY, potential=potential, ess=ess)
         (x, state), (moved, other) = (toy_run(settings, 200, seed=1, shift=shift) for shift in (0.0, -8.0))
         torch.testing.assert_close(moved, x)
-        torch.testing.assert_close(normalised(other.log_weights), normalised(state.log_weights), rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(
+            normalized_weights(other.log_weights), normalized_weights(state.log_weights), rtol=1e-4, atol=1e-9
+        )
 
 
 def state_of(scores: int = 3, total: int = 10, **settings: Any) -> FKState:

@@ -17,11 +17,11 @@ from genalign.diffusion.transitions import DDIM, ODE
 from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward, RewardError
 from genalign.search import Beam, BestOfN, Budget, Evolution, Prune, ZeroOrder, search
-from genalign.search.engine import Candidates, Run
+from genalign.search.engine import Particles, SearchRun
 from genalign.search.noise_search import neighbours_of
-from genalign.search.pruning import Pool, PruneSchedule, expected_best
+from genalign.search.pruning import Pool, PruneSchedule, maximum_probabilities
 from genalign.search.ranking import best, merit
-from genalign.search.strategy import Allowance, Strategy
+from genalign.search.strategy import PromptBudget, Strategy
 from genalign.types import Prompt
 from pipelines import SD3
 
@@ -45,11 +45,11 @@ def blueness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return samples[:, 2].flatten(1).mean(1) - samples[:, :2].flatten(1).mean(1)
 
 
-def _run(tiny: SD3, guidance: float = 1.0, batch_size: int = 4) -> Run:
+def _run(tiny: SD3, guidance: float = 1.0, batch_size: int = 4) -> SearchRun:
     ledger = Ledger()
     rewards = [NamedReward("red", metered_reward("red", redness, ledger))]
     asked = [Prompt(text) for text in PROMPTS]
-    return Run(Metered(tiny, ledger), asked, rewards, SAMPLING.grid(tiny), guidance, batch_size, "0")
+    return SearchRun(Metered(tiny, ledger), asked, rewards, SAMPLING.grid(tiny), guidance, batch_size, "0")
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
@@ -61,7 +61,7 @@ def test_the_bill_is_what_the_model_did(tiny: SD3, name: str, guidance: float) -
         lambda module, given, keywords, output: true.update(forward=len(keywords["hidden_states"])), with_kwargs=True
     )
     strategy = make()
-    finished = strategy(run, Allowance())
+    finished = strategy(run, PromptBudget())
     assert run.spent.nfe == true["forward"]
     assert run.spent.counts == {call: 2 * count for call, count in strategy.bill(run, *size).items()}  # two prompts
     assert set(finished.candidates.prompt.tolist()) == {0, 1}
@@ -79,10 +79,10 @@ def test_budgets_are_kept_and_nearly_used(tiny: SD3, strategy: Strategy, nfe: in
 
 def test_pruning_with_perfect_previews_is_best_of_n(tiny: SD3) -> None:
     class Oracle:
-        def __call__(self, run: Run, candidates: Candidates) -> Tensor:
+        def __call__(self, run: SearchRun, candidates: Particles) -> Tensor:
             return run.decoded_scores(run.advance(candidates, run.steps))
 
-        def bill(self, run: Run, candidates: int) -> Counter[str]:
+        def bill(self, run: SearchRun, candidates: int) -> Counter[str]:
             return Counter()
 
     everything = search(tiny, PROMPTS, redness, BestOfN(7), sampling=SAMPLING)
@@ -102,16 +102,16 @@ def test_keeping_all_costs_only_the_scores(tiny: SD3) -> None:
 def test_a_candidate_is_the_same_alone_and_among_others(tiny: SD3) -> None:
     many = search(tiny, PROMPTS[0], redness, BestOfN(6, DDIM(1.0)), sampling=SAMPLING, batch_size=4)
     rewards, asked = [NamedReward("red", redness)], [Prompt(PROMPTS[0])]
-    run = Run(Metered(tiny, Ledger()), asked, rewards, SAMPLING.grid(tiny), 1.0, 1, "0/0")
+    run = SearchRun(Metered(tiny, Ledger()), asked, rewards, SAMPLING.grid(tiny), 1.0, 1, "0/0")
     alone = run.finish(run.advance(run.start(1, first=many.chosen[0]), 5, DDIM(1.0)))
     torch.testing.assert_close(alone.samples, many.samples, rtol=0, atol=1e-4)
 
 
 def test_prompts_do_not_compete(tiny: SD3) -> None:
     run = _run(tiny)
-    finished = Prune((1,), (0.5,), 4)(run, Allowance())
+    finished = Prune((1,), (0.5,), 4)(run, PromptBudget())
     assert finished.candidates.prompt.tolist() == [0, 0, 1, 1]
-    assert Counter(life.prompt for life in run.lineage.lives if life.ended == 2) == {0: 2, 1: 2}
+    assert Counter(node.prompt for node in run.lineage.nodes if node.end_step == 2) == {0: 2, 1: 2}
 
 
 def test_more_search_finds_more(tiny: SD3) -> None:
@@ -125,11 +125,11 @@ def test_more_search_finds_more(tiny: SD3) -> None:
 def test_the_lineage_tells_what_became_of_everybody(tiny: SD3) -> None:
     result = search(tiny, PROMPTS, redness, Prune((0, 2), (0.5, 0.5), 8), sampling=SAMPLING)
     assert len(result.lineage) == 16
-    assert Counter(life["ended"] for life in result.lineage) == {1: 8, 3: 4, 5: 4}
+    assert Counter(node["ended"] for node in result.lineage) == {1: 8, 3: 4, 5: 4}
     for place, name in enumerate(result.chosen):
-        life = result.lineage[name]
-        assert life["prompt"] == place and [step for step, _ in life["scores"]] == [1, 3, 5]
-        assert life["scores"][-1][1] == pytest.approx(result.scores[place].tolist())
+        node = result.lineage[name]
+        assert node["prompt"] == place and [step for step, _ in node["scores"]] == [1, 3, 5]
+        assert node["scores"][-1][1] == pytest.approx(result.scores[place].tolist())
 
 
 def test_several_rewards_count_by_ranks(tiny: SD3) -> None:
@@ -168,14 +168,14 @@ def test_shares_are_rounded_up() -> None:
     assert PruneSchedule((1, 2), (0.1, 0.1)).counts(1) == (1, 1, 1)
 
 
-def test_the_expected_best_of_a_pool() -> None:
+def test_maximum_probabilities_give_the_exact_expected_maximum() -> None:
     values = torch.randn(3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for count in (1, 3, 7):
         brute = [[max(subset) for subset in itertools.combinations(row, count)] for row in values.tolist()]
         expected = torch.tensor([sum(found) / len(found) for found in brute], dtype=torch.float64)
-        torch.testing.assert_close(expected_best(values, count), expected)
+        torch.testing.assert_close(values.sort(dim=1).values @ maximum_probabilities(7, count), expected)
     with pytest.raises(ValueError, match="count must be 1 to 7"):
-        expected_best(values, 8)
+        maximum_probabilities(7, 8)
 
 
 def test_a_pool_simulates_pruning() -> None:

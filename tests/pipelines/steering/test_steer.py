@@ -60,8 +60,8 @@ def test_particles_of_a_users_pipeline_are_weighed_and_resampled(name: str) -> N
     images = decode_latents(family.pipe, steered, (8, 8))
     torch.testing.assert_close(loudness(images, []), steering.scores[:, 0], rtol=0, atol=1e-5)
     assert int(steering.scores[:, 0].argmax()) == 0  # the chosen one comes first
-    copies = [life for life in steering.lineage.lives if life.parent is not None]
-    assert copies and len({life.parent for life in copies}) < len(copies)
+    copies = [node for node in steering.lineage.nodes if node.parent is not None]
+    assert copies and len({node.parent for node in copies}) < len(copies)
 
 
 def test_without_potentials_nothing_but_the_order_changes() -> None:
@@ -79,15 +79,15 @@ def test_prompts_never_exchange_particles() -> None:
     strategy = replace(FK, particles=2)
     with steer(family.pipe, loudness, strategy, prompts=["noise", "silence"]) as steering:
         family.run(range(4))
-    for life in steering.lineage.lives:
-        assert life.parent is None or steering.lineage.lives[life.parent].prompt == life.prompt
+    for node in steering.lineage.nodes:
+        assert node.parent is None or steering.lineage.nodes[node.parent].prompt == node.prompt
 
 
 def test_a_stochastic_scheduler_keeps_its_moves() -> None:
     family = sd15().on(EulerAncestralDiscreteScheduler)
     with steer(family.pipe, loudness, replace(FK, kernel=None), prompts=["noise"]) as steering:
         family.run(range(PARTICLES))
-    assert any(life.parent is not None for life in steering.lineage.lives)
+    assert any(node.parent is not None for node in steering.lineage.nodes)
 
 
 def test_the_users_code_is_unchanged(tiny_folder: object) -> None:
@@ -159,10 +159,10 @@ def test_a_users_pipeline_is_pruned_in_parts(make: Callable[[], Family]) -> None
     assert found.scores[0] >= found.scores[1]
     assert found.ledger.nfe == family.nfe * (8 * 1 + 4 * 2 + 2 * (STEPS - 3))
     assert found.ledger.decodes == 8 + 4 + 2
-    ended = [life.ended for life in found.lineage.lives]
+    ended = [node.end_step for node in found.lineage.nodes]
     assert sorted(ended) == [1] * 4 + [3] * 2 + [STEPS] * 2
-    winner = max(found.lineage.lives, key=lambda life: (life.ended, life.scores[-1][1]))
-    alone = found.lineage.lives.index(winner)
+    winner = max(found.lineage.nodes, key=lambda node: (node.end_step, node.scores[-1][1]))
+    alone = found.lineage.nodes.index(winner)
     generator = torch.Generator().manual_seed(derived_seed(3, alone))
     latents = family.pipe(**call, generator=[generator], output_type="latent", return_dict=False)[0]
     whole = decode_latents(family.pipe, latents, (8, 8))
