@@ -13,8 +13,7 @@ from genalign.types import Prompt, PromptSet
 
 
 def drawn_in_turn(prompts: PromptSet, count: int, seed: int) -> list[Prompt]:
-    """``count`` distinct prompts, or all where there are fewer: one of every task in turn, each task's in a seeded
-    order."""
+    """Return up to ``count`` distinct prompts: one of every task in turn, each task's in a seeded order."""
     rng = np.random.default_rng(seed)
     tasks = [[group[i] for i in rng.permutation(len(group))] for group in prompts.by_task().values()]
     turns = itertools.zip_longest(*tasks)
@@ -23,8 +22,8 @@ def drawn_in_turn(prompts: PromptSet, count: int, seed: int) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class PromptSampler:
-    """``count`` distinct prompts per round, in a seeded order that meets every prompt of a task before any again, and
-    the tasks in turn, so that small tasks are met as often as large ones."""
+    """Samples ``count`` distinct prompts per round in a seeded order: the tasks in turn, so that small tasks come as
+    often as large ones, and every prompt of a task before any again."""
 
     prompts: PromptSet
     count: int
@@ -38,15 +37,15 @@ class PromptSampler:
             )
 
     def rounds(self) -> Iterator[tuple[Prompt, ...]]:
-        """Endless rounds of ``count`` prompts."""
+        """Yield rounds of ``count`` prompts without end."""
         decks = [_deck(prompts, f"{self.seed}/{task}") for task, prompts in sorted(self.prompts.by_task().items())]
         stream = (next(deck) for _ in iter(int, 1) for deck in decks)
         while True:
-            chosen: dict[str, Prompt] = {}
-            while len(chosen) < self.count:
+            distinct: dict[str, Prompt] = {}
+            while len(distinct) < self.count:
                 prompt = next(stream)
-                chosen.setdefault(prompt.text, prompt)
-            yield tuple(chosen.values())
+                distinct.setdefault(prompt.text, prompt)
+            yield tuple(distinct.values())
 
 
 def _deck(prompts: tuple[Prompt, ...], seed: str) -> Iterator[Prompt]:

@@ -1,4 +1,4 @@
-"""The records that the packages exchange, and the protocols that they meet by. Imports torch only.
+"""The records and protocols that the packages share. Imports torch only.
 
 Shapes: B = P prompts x G samples per prompt, T steps, S stored transitions, K rewards.
 """
@@ -46,14 +46,14 @@ class PromptSet:
         return len(self.prompts)
 
     def by_task(self) -> dict[str, tuple[Prompt, ...]]:
-        """Prompts grouped by task, tasks in order of first appearance."""
+        """Group the prompts by task, in order of first appearance."""
         tasks: dict[str, list[Prompt]] = {}
         for prompt in self.prompts:
             tasks.setdefault(prompt.task, []).append(prompt)
         return {task: tuple(prompts) for task, prompts in tasks.items()}
 
     def of_tasks(self, tasks: Sequence[str]) -> PromptSet:
-        """The prompts of these tasks, under the same name. Raises ValueError for a task without prompts."""
+        """Select the prompts of some tasks, under the same name. Raises ValueError for a task without prompts."""
         if unknown := set(tasks) - set(self.by_task()):
             raise ValueError(
                 f"{self.name} has no task {', '.join(sorted(unknown))}: choose from {', '.join(self.by_task())}"
@@ -63,7 +63,7 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """A point on a path: what the network is told, and the marginal x = alpha x0 + sigma eps.
+    """A point on a path: the network's timestep, and the marginal x = alpha x0 + sigma eps.
 
     Every field is a float64 tensor of shape () or (B,).
     """
@@ -75,7 +75,7 @@ class NoiseLevel:
 
 @dataclass(frozen=True)
 class NoiseStep(NoiseLevel):
-    """One move along a grid, from (alpha, sigma) to (alpha_next, sigma_next); ``index`` is its place 0..T-1 (long)."""
+    """One step of a sampling grid, from (alpha, sigma) to (alpha_next, sigma_next); ``index`` is 0..T-1 (long)."""
 
     index: Tensor
     alpha_next: Tensor
@@ -84,7 +84,7 @@ class NoiseStep(NoiseLevel):
 
 @dataclass(frozen=True)
 class Grid:
-    """T moves. ``timestep`` is (T,), ``alpha`` and ``sigma`` are (T + 1,), all float64, sigma descending."""
+    """A sampling grid of T steps: ``timestep`` (T,), ``alpha`` and ``sigma`` (T + 1,), float64, sigma descending."""
 
     timestep: Tensor
     alpha: Tensor
@@ -99,7 +99,7 @@ class Grid:
         return self.sigma / (self.alpha + self.sigma)
 
     def __getitem__(self, index: int | Tensor) -> NoiseStep:
-        """The move ``index``, or a batch of moves for a long tensor of shape (B,)."""
+        """Return the step ``index``, or a batch of steps for a long tensor (B,)."""
         i = torch.as_tensor(index)
         if int(i.min()) < 0 or int(i.max()) >= len(self):
             raise IndexError(f"step {index} is outside this grid of {len(self)} steps")
@@ -108,7 +108,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a pipeline's encoders made of P prompts: named tensors whose first dimension is P."""
+    """Text conditioning of P prompts: the encoders' outputs by name, whose first dimension is P."""
 
     tensors: Mapping[str, Tensor]
 
@@ -116,7 +116,7 @@ class Conditioning:
         return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, index: slice | Tensor) -> Conditioning:
-        """The rows of ``index``, on the device they are on."""
+        """Select the rows ``index``, on their device."""
         return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
 
 
@@ -133,7 +133,7 @@ class Path(Protocol):
 
 
 class Pipeline(Protocol):
-    """A diffusion or flow model as the loops see it; implementations are in ``pipelines``."""
+    """A diffusion or flow model for sampling and training; implementations are in ``pipelines``."""
 
     @property
     def path(self) -> Path:
@@ -144,22 +144,22 @@ class Pipeline(Protocol):
         """The network that is trained."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Text conditioning, computed once per distinct prompt and cached; rows in the order of ``prompts``."""
+        """Encode texts, once per distinct prompt and cached; rows in the order of ``prompts``."""
 
     def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
-        """The sampling grid of the checkpoint's scheduler, or the given sigmas (a final 0 is appended)."""
+        """Return the sampling grid of the checkpoint's scheduler, or of explicit sigmas (a final 0 is appended)."""
 
     def level(self, u: Tensor) -> NoiseLevel:
-        """Noise levels for training at u in [0, 1] (B,)."""
+        """Return noise levels for training at u in [0, 1] (B,)."""
 
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
-        """Latents at the first noise level, one seed per sample, drawn on the CPU in float32."""
+        """Draw latents at the first noise level, one seed per sample, on the CPU in float32."""
 
     def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
-        """The network's output at ``level.timestep`` in float32, classifier-free guidance inside where guidance > 1."""
+        """Return the network's output at ``level.timestep`` in float32; classifier-free guidance if guidance > 1."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] or waveforms (B, C, L) in [-1, 1]; differentiable."""
+        """Decode latents to images (B, 3, H, W) in [0, 1] or waveforms (B, C, L) in [-1, 1]; differentiable."""
 
 
 @runtime_checkable
@@ -167,12 +167,12 @@ class Reward(Protocol):
     """Scores samples one by one; higher is better, NaN where a sample could not be scored."""
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) for samples (B, ...)."""
+        """Return scores (B,) of samples (B, ...)."""
 
 
 RewardFunction = Callable[[Tensor, Sequence[Prompt]], Tensor]
 PairwiseReward = Callable[[Tensor, Tensor, Sequence[Prompt]], Tensor]
-"""Probabilities (B,) that a sample of the first batch is better than that of the second; NaN where it cannot tell."""
+"""Probabilities (B,) that a sample of the first batch is better than that of the second; NaN where undecided."""
 
 SetReward = Callable[[Tensor], float]
 """A score of a whole set of samples from their features (n, d); higher is better. ValueError for too few samples."""
@@ -185,18 +185,18 @@ FeatureFunction = Callable[[Tensor], Tensor]
 class TrainableReward(Protocol):
     """A reward that is trained along with the generator, such as a discriminator.
 
-    Its weights stand still while a round is scored; ``update`` is called once after it and may change them.
+    Its weights are constant while a round is scored; ``update`` is called once after the round and may change them.
     """
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) by the weights of the last update."""
+        """Return scores (B,) with the weights of the last update."""
 
     def update(self, samples: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, float]:
-        """Learn from a round's generated samples (B, ...); named readings for the log. Where several processes train,
-        each is given all samples of the round, and must learn the same of them."""
+        """Train on a round's generated samples (B, ...) and return metrics for the log. In a distributed run every rank
+        gets all samples of the round, and must make the same update."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that the future depends on, for a checkpoint."""
+        """Return the state to save in a checkpoint."""
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what ``tensors()`` gave."""
+        """Restore a result of ``tensors()``."""

@@ -15,17 +15,17 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from genalign.scoring.protocol import Info
+from genalign.scoring.protocol import ServerInfo
 from genalign.scoring.server import build_app, listen, server
 from genalign.types import RewardFunction
 
-INFO = Info("grey", "1", max_batch=8, max_bytes=2**20, max_pixels=2**16)
+INFO = ServerInfo("grey", "1", max_batch=8, max_bytes=2**20, max_pixels=2**16)
 
 
 @contextlib.contextmanager
 def serving(
     reward: RewardFunction,
-    info: Info = INFO,
+    info: ServerInfo = INFO,
     token: str | None = None,
     port: int = 0,
     max_requests: int = 16,

@@ -180,7 +180,7 @@ def _carried_out(work: Work, share: RankShare, protocol: Protocol, subject: Subj
     if left := work.left():
         print(f"{left} of {count} prompts are left to other processes; if there are none, start it again")
         return 0
-    with work.folder.claims.alone():
+    with work.folder.claims.exclusive():
         work.folder.finish(protocol, count)
         _conclude(work.folder.path, against)
     return 0

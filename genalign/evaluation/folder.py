@@ -78,7 +78,7 @@ class EvaluationFolder:
 
     def begin(self, found: Mapping[str, Any]) -> None:
         """Make the folder, or go on in one of the same ``manifest``. FileExistsError for one of another."""
-        with self.claims.alone():
+        with self.claims.exclusive():
             known = self.manifest()
             if known is None:
                 write_json(self.path / MANIFEST, found)

@@ -1,4 +1,4 @@
-"""What makes computing on a CPU faster: the C library's allocator, and the kernel of attention."""
+"""Faster computing on a CPU: the allocator of the C library, and the attention kernel."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
 _LARGEST = 2**30  # bytes
 
 
-def keep_freed_memory() -> bool:
-    """Keep what is freed, up to 1 GiB at once, for the next tensors; whether the C library can.
+def retain_freed_memory() -> bool:
+    """Make malloc retain freed blocks up to 1 GiB for the next tensors; return whether the C library supports it.
 
-    glibc gives blocks of more than 32 MiB back to the system, which hands them out again page by page, which takes a
-    good part of a training's time. The process then holds on to the most that it ever used. Settings in the
+    By default glibc returns blocks of more than 32 MiB to the system, and gets them back page by page, which takes a
+    good part of the training time. With this the process retains its peak memory. Settings in the
     environment (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_, GLIBC_TUNABLES) are left as they are.
     """
     if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
@@ -29,6 +29,9 @@ def keep_freed_memory() -> bool:
 
 
 def plain_attention(device: torch.device) -> AbstractContextManager[None]:
-    """Attention without the flash kernel, on a CPU; elsewhere nothing changes. In bfloat16 that kernel's gradient takes
-    half of a training step of transformers with small heads; with heads of 64 either is as fast."""
+    """Use attention without the flash kernel on a CPU; a null context on other devices.
+
+    In bfloat16 the flash kernel's backward pass takes half of a training step of transformers with small heads; with
+    heads of 64 both are as fast.
+    """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()

@@ -157,7 +157,7 @@ def process_group(
     if share.world_size == 1:
         if "ACCELERATE_USE_CPU" in variables and "MASTER_ADDR" in variables and "RANK" not in variables:
             logger.warning(
-                "accelerate starts one process on a CPU, however many it is asked for: start them by torchrun"
+                "accelerate starts a single process on a CPU, whatever its configuration: use torchrun instead"
             )
         yield SINGLE_PROCESS
         return

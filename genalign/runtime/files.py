@@ -1,4 +1,4 @@
-"""Tensors and JSON on disk, written beside and renamed, so that a file is whole or absent. No pickle."""
+"""Atomic writes of text, JSON and tensors: to a temporary file, then renamed. No pickle."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from torch import Tensor
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` in one rename."""
+    """Write ``text`` to ``path`` atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON; NaN is refused, since JSON has none."""
+    """Write ``value`` as indented JSON, atomically. Raises ValueError for NaN."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write named tensors and a JSON-able ``meta`` into one safetensors file."""
+    """Write named tensors and JSON values ``meta`` into one safetensors file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + ".part")
     contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with disk_errors():
-        save_file(contiguous, beside, metadata={"meta": json.dumps(dict(meta))})
-    os.replace(beside, path)
+        save_file(contiguous, temporary, metadata={"meta": json.dumps(dict(meta))})
+    os.replace(temporary, path)
 
 
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
-    """A failed write of a safetensors file as the OSError that it is, such as that of a full disk."""
+    """Turn a failed write of a safetensors file into an OSError, such as for a full disk."""
     try:
         yield
     except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(found[1]) if found else errno.EIO, str(error)) from error
+        match = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(match[1]) if match else errno.EIO, str(error)) from error
 
 
 def sync(path: Path) -> None:
-    """Have the system put a file, or the names in a folder, on the disk itself."""
+    """Flush a file, or the entries of a folder, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,7 +59,7 @@ def sync(path: Path) -> None:
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and ``meta`` of ``save_state``."""
+    """Read the tensors and ``meta`` that ``save_state`` wrote."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         meta = json.loads((file.metadata() or {}).get("meta", "{}"))
@@ -67,10 +67,10 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, named ``prefix + name``."""
+    """Add ``prefix`` to the names of tensors."""
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those tensors whose names start with ``prefix``, without it."""
+    """Select the tensors whose names start with ``prefix``, and remove it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

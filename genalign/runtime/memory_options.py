@@ -1,4 +1,4 @@
-"""What trades speed for memory when a checkpoint is opened."""
+"""Options that trade speed for memory when a checkpoint is opened."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 class Memory:
     """``offload``: text encoders and VAE are on the device only while they are used. ``checkpointing``: the denoiser's
     activations are computed again in the backward pass. ``tiling``: the VAE decodes large images in tiles.
-    ``decode_batch``: how many samples are decoded at once; None for all that are asked for. ``quantization`` of the
+    ``decode_batch``: the number of samples that are decoded at once; None for all. ``quantization`` of the
     frozen denoiser under a LoRA: "nf4" by bitsandbytes, "int8" by torchao, both extras."""
 
     offload: bool = False

@@ -1,4 +1,4 @@
-"""Waveforms (B, C, L) in [-1, 1]: their channels, rates and mel spectra; differentiable."""
+"""Waveforms (B, C, L) in [-1, 1]: mixing, resampling and mel spectra, all differentiable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LEAST_POWER = 1e-10  # -100 dB
 
 
 def require_waveforms(waveforms: Tensor) -> Tensor:
-    """``waveforms`` in float32. Raises ValueError for another shape than (B, C, L), TypeError for integers."""
+    """Return ``waveforms`` in float32. Raises ValueError for another shape than (B, C, L), TypeError for integers."""
     if waveforms.ndim != 3 or not waveforms.shape[1] or not waveforms.shape[2]:
         raise ValueError(f"waveforms must be (B, C, L) in [-1, 1], not a tensor of shape {tuple(waveforms.shape)}")
     if not waveforms.is_floating_point():
@@ -27,50 +27,50 @@ def require_waveforms(waveforms: Tensor) -> Tensor:
     return waveforms.float()
 
 
-def as_heard(waveforms: Tensor, rate: int, wanted: int, listener: str) -> Tensor:
-    """Waveforms (B, C, L) at ``rate`` Hz as one channel (B, L') at ``wanted`` Hz.
+def as_heard(waveforms: Tensor, rate: int, target_rate: int, listener: str) -> Tensor:
+    """Mix waveforms (B, C, L) at ``rate`` Hz to one channel (B, L') at ``target_rate`` Hz.
 
-    Where that mixes channels or resamples, a line in the log says so, once for each ``listener`` and rate.
+    Logs one warning for each ``listener`` and rate if that mixes channels or resamples.
     """
     waveforms = require_waveforms(waveforms)
     if waveforms.shape[1] > 1:
         warn_once(f"{listener} hears one channel: the mean of {waveforms.shape[1]} is taken")
-    if rate != wanted:
-        lost = f"nothing above {min(rate, wanted) / 2:g} Hz is heard"
-        warn_once(f"{listener} hears {wanted} Hz: waveforms at {rate} Hz are resampled, and {lost}")
-    return resample(waveforms.mean(1), rate, wanted)
+    if rate != target_rate:
+        lost = f"nothing above {min(rate, target_rate) / 2:g} Hz is heard"
+        warn_once(f"{listener} hears {target_rate} Hz: waveforms at {rate} Hz are resampled, and {lost}")
+    return resample(waveforms.mean(1), rate, target_rate)
 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """A warning in the log, the first time."""
+    """Log a warning the first time that it is passed."""
     logger.warning(message)
 
 
-def resample(waveforms: Tensor, rate: int, wanted: int) -> Tensor:
-    """Waveforms (..., L) at ``rate`` Hz as (..., ceil(L wanted / rate)) at ``wanted`` Hz, zero beyond their ends.
+def resample(waveforms: Tensor, rate: int, target_rate: int) -> Tensor:
+    """Resample waveforms (..., L) from ``rate`` Hz to (..., ceil(L target_rate / rate)), zero beyond their ends.
 
     Band-limited interpolation by a sinc with a Kaiser window (J. O. Smith, Digital Audio Resampling), with the settings
     that FAD tools use: 64 zero crossings, rolloff 0.9476, beta 14.77. Raises ValueError for a rate below 1.
     """
-    if rate < 1 or wanted < 1:
-        raise ValueError(f"a sample rate must be a positive number of Hz, not {rate} and {wanted}")
-    if rate == wanted:
+    if rate < 1 or target_rate < 1:
+        raise ValueError(f"a sample rate must be a positive number of Hz, not {rate} and {target_rate}")
+    if rate == target_rate:
         return waveforms
-    common = math.gcd(rate, wanted)
-    down, up = rate // common, wanted // common
+    common = math.gcd(rate, target_rate)
+    down, up = rate // common, target_rate // common
     kernel = _interpolation(down, up).to(waveforms)
     reach = (kernel.shape[-1] - down) // 2
     length = waveforms.shape[-1]
     padded = F.pad(waveforms.reshape(-1, 1, length), (reach, reach + down))
     blocks = F.conv1d(padded, kernel, stride=down)  # (n, up, blocks): each of down samples makes up of them
-    made = blocks.transpose(1, 2).flatten(1)[:, : -(-length * up // down)]
-    return made.reshape(*waveforms.shape[:-1], -1)
+    resampled = blocks.transpose(1, 2).flatten(1)[:, : -(-length * up // down)]
+    return resampled.reshape(*waveforms.shape[:-1], -1)
 
 
 @functools.cache
 def _interpolation(down: int, up: int) -> Tensor:
-    """(up, 1, down + 2 reach): row p makes the sample at p down / up of each block of ``down`` samples."""
+    """Return kernels (up, 1, down + 2 reach): row p computes the sample at p down / up of each ``down`` samples."""
     cutoff = _ROLLOFF * min(1.0, up / down)
     reach = math.ceil(_ZEROS / cutoff)
     taps = torch.arange(-reach, down + reach, dtype=torch.float64)
@@ -82,10 +82,16 @@ def _interpolation(down: int, up: int) -> Tensor:
 
 
 def mel_decibels(waveforms: Tensor, filters: Tensor, window: int, hop: int) -> Tensor:
-    """Mel spectra in dB, (B, frames, mels), of waveforms (B, L): Hann windows of ``window`` samples, ``hop`` apart, the
-    first centred on the first sample; ``filters`` are (window // 2 + 1, mels). Nothing is below -100 dB.
+    """Compute mel spectra in dB, (B, frames, mels), of waveforms (B, L), of at least -100 dB.
 
-    Raises ValueError for clips that are shorter than a window.
+    Args:
+        waveforms: One channel each, (B, L).
+        filters: Mel filters (window // 2 + 1, mels).
+        window: The length of the Hann window in samples; the first is centered on the first sample.
+        hop: The distance of two windows in samples.
+
+    Raises:
+        ValueError: the clips are shorter than a window.
     """
     if waveforms.shape[-1] < window:
         raise ValueError(

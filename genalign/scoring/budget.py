@@ -1,4 +1,4 @@
-"""What sampling, training and search cost: a ledger of calls, what each is worth, and a limit on the sum."""
+"""The cost of sampling, training and search: a ledger of calls, prices per call, and a budget."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ FORWARD, DECODE = "forward", "decode"
 
 
 def reward_call(name: str) -> str:
-    """The ledger's name for scoring one sample by a reward."""
+    """Return the ledger's name for scoring one sample by a reward."""
     return f"reward/{name}"
 
 
 def backward(call: str) -> str:
-    """The ledger's name for differentiating a call."""
+    """Return the ledger's name for the backward pass of a call."""
     return f"{call} backward"
 
 
@@ -38,20 +38,20 @@ class Ledger:
 
     @property
     def nfe(self) -> int:
-        """Denoiser evaluations of single samples, guidance twice."""
+        """The number of denoiser evaluations (NFE) of single samples; guidance counts twice."""
         return self.counts[FORWARD]
 
     @property
     def decodes(self) -> int:
-        """Decoded samples."""
+        """The number of decoded samples."""
         return self.counts[DECODE]
 
     def bill(self, call: str, samples: int) -> None:
-        """Count a call."""
+        """Count one call on ``samples`` samples."""
         self.counts[call] += samples
 
-    def watch(self, call: str, samples: int, result: Tensor) -> Tensor:
-        """``result``, whose call is billed as differentiated once a gradient reaches it."""
+    def bill_with_backward(self, call: str, samples: int, result: Tensor) -> Tensor:
+        """Return ``result``; a gradient that reaches it later is billed as a backward call."""
         if isinstance(result, Tensor) and result.requires_grad:
             bill = functools.partial(self._bill_backward, call, samples)
             result.register_hook(bill)  # type: ignore[no-untyped-call]  # torch has not typed it
@@ -61,23 +61,22 @@ class Ledger:
         self.bill(backward(call), samples)
 
     def cost(self, prices: Mapping[str, float]) -> float:
-        """Seconds, or whatever the prices are in. Raises ValueError for a call without a price."""
+        """Sum the prices of all calls, in the unit of ``prices``. Raises ValueError for a call without a price."""
         if missing := [call for call, count in self.counts.items() if count and call not in prices]:
-            raise ValueError(f"no price for {', '.join(sorted(missing))}: measure it by genalign prices")
+            raise ValueError(f"no price for {', '.join(sorted(missing))}: measure it with: genalign prices")
         return sum(count * prices[call] for call, count in self.counts.items() if count)
 
     def since(self, earlier: Ledger) -> Ledger:
-        """What came after ``earlier``, a copy of this ledger."""
+        """Return the calls since ``earlier``, a copy of this ledger."""
         return Ledger(Counter({call: n - earlier.counts[call] for call, n in self.counts.items()}))
 
     def add(self, bills: Iterable[Mapping[str, int]], before: Ledger) -> None:
-        """Count what several processes were billed since ``before``, this one's own included."""
+        """Set the counts to ``before`` plus the bills of all ranks since then, this rank's included."""
         self.counts = Counter(before.counts)
         for bill in bills:
             self.counts.update(bill)
 
     def copy(self) -> Ledger:
-        """As it is now."""
         return Ledger(Counter(self.counts))
 
 
@@ -94,26 +93,25 @@ class Metered:
         """The network's output; twice the samples under guidance."""
         samples = len(x) * (2 if guidance > 1 else 1)
         self.ledger.bill(FORWARD, samples)
-        return self.ledger.watch(FORWARD, samples, self.pipeline.predict(x, level, conditioning, guidance))
+        return self.ledger.bill_with_backward(FORWARD, samples, self.pipeline.predict(x, level, conditioning, guidance))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decoded samples."""
         self.ledger.bill(DECODE, len(latents))
-        return self.ledger.watch(DECODE, len(latents), self.pipeline.decode(latents))
+        return self.ledger.bill_with_backward(DECODE, len(latents), self.pipeline.decode(latents))
 
 
 def metered_reward(name: str, function: RewardFunction, ledger: Ledger) -> RewardFunction:
-    """The reward, billed to ``ledger`` whether or not it succeeds."""
+    """Wrap a reward so that each call is billed to ``ledger``, also one that fails."""
 
     def call(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         ledger.bill(reward_call(name), len(samples))
-        return ledger.watch(reward_call(name), len(samples), function(samples, prompts))
+        return ledger.bill_with_backward(reward_call(name), len(samples), function(samples, prompts))
 
     return call
 
 
 def metered_rewards(rewards: Sequence[NamedReward], ledger: Ledger) -> list[NamedReward]:
-    """Several, under the same names and weights."""
+    """Wrap several rewards, under the same names and weights."""
     return [replace(reward, function=metered_reward(reward.name, reward.function, ledger)) for reward in rewards]
 
 
@@ -137,17 +135,17 @@ class Budget:
 
     @property
     def limit(self) -> float:
-        """How much a prompt may cost."""
+        """The limit for one prompt, in this budget's unit."""
         return next(limit for limit in (self.nfe, self.cost, self.seconds) if limit is not None)
 
     def of(self, limit: float) -> Budget:
-        """The same budget with another limit."""
+        """Return this budget with another limit."""
         if self.nfe is not None:
             return replace(self, nfe=limit)
         return replace(self, cost=limit) if self.cost is not None else replace(self, seconds=limit)
 
     def spent(self, ledger: Ledger) -> float:
-        """A ledger in this budget's unit. Raises ValueError for a call without a price."""
+        """Convert a ledger to this budget's unit. Raises ValueError for a call without a price."""
         if self.nfe is not None:
             return ledger.nfe + 2 * ledger.counts[backward(FORWARD)]
         if self.prices is None:
@@ -156,7 +154,7 @@ class Budget:
 
 
 def peak_memory() -> int:
-    """The most memory that was held so far, in bytes: of the CUDA device where there is one, else the process's own."""
+    """Return the peak memory so far in bytes: of the CUDA device if there is one, else of the process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

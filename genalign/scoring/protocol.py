@@ -1,23 +1,23 @@
-"""What travels between a reward server and its clients: JSON, PNG and WAV in one multipart body. No pickle.
+"""The messages between a reward server and its clients: JSON, with samples as PNG or WAV in base64. No pickle.
 
-``POST /v1/score`` carries ``multipart/form-data`` with a part ``meta`` (JSON: schema, request_id, deadline_ms, prompts)
-and one part per prompt: ``image.0``, ``image.1``, ... (8-bit RGB PNG) or ``audio.0``, ... (float32 or 16-bit WAV). The
-reply is JSON with one score or null per sample: JSON has no NaN, and no number stands for a failure.
+``POST /v1/score`` carries the schema, request_id, deadline_ms, media ("image" or "audio"), prompts, and one sample per
+prompt: 8-bit RGB PNG, or float32 or 16-bit WAV. The reply has one score or null per sample: JSON has no NaN, and no
+number stands for a failure.
 
 A change that an older side would misread takes a new ``SCHEMA``; either side refuses a schema that is not its own.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
 import io
 import json
 import math
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from email.message import Message
-from email.parser import BytesHeaderParser
 from typing import Any, Literal
 
 import numpy as np
@@ -27,15 +27,15 @@ from torch import Tensor
 
 from genalign.types import Prompt
 
-SCHEMA = 1
-LONGEST_DEADLINE = 3600.0
+SCHEMA = 2
+MAX_DEADLINE = 3600.0  # seconds
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 Media = Literal["image", "audio"]
 
 
 class WireError(ValueError):
-    """A message that does not keep to the protocol, or a sample that cannot be read; ``code`` is for programs."""
+    """A message that breaks the protocol, or a sample that cannot be read; ``code`` is for programs."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -43,8 +43,8 @@ class WireError(ValueError):
 
 
 @dataclass(frozen=True)
-class Info:
-    """What a server scores, and how much of it at once. ``sample_rate`` in Hz is None where it scores images."""
+class ServerInfo:
+    """What a server scores, and its limits for one request. ``sample_rate`` in Hz is None if it scores images."""
 
     name: str
     version: str
@@ -57,25 +57,25 @@ class Info:
 
     @property
     def media(self) -> Media:
-        """What kind of sample it scores."""
+        """The medium of the samples that it scores."""
         return "image" if self.sample_rate is None else "audio"
 
     def to_json(self) -> bytes:
-        """As ``GET /v1/info`` answers."""
+        """Return the body of the answer to ``GET /v1/info``."""
         return _dumped(asdict(self))
 
 
 @dataclass(frozen=True)
-class ItemError:
-    """Why one sample has no score; ``code`` is for programs."""
+class SampleError:
+    """The reason why one sample has no score; ``code`` is for programs."""
 
     code: str
     message: str
 
 
 @dataclass(frozen=True)
-class Request:
-    """``samples`` are encoded, one per prompt. ``deadline`` is how many seconds the client will wait."""
+class ScoreRequest:
+    """Encoded ``samples``, one per prompt. ``deadline`` is the number of seconds that the client will wait."""
 
     request_id: str
     deadline: float
@@ -83,35 +83,44 @@ class Request:
     media: Media
     samples: tuple[bytes, ...]
 
-    def pack(self) -> tuple[str, bytes]:
-        """Content type and body. Raises ValueError for metadata that JSON cannot hold."""
-        meta = {
-            "schema": SCHEMA,
-            "request_id": self.request_id,
-            "deadline_ms": max(1, round(self.deadline * 1000)),
-            "prompts": [prompt_json(prompt) for prompt in self.prompts],
-        }
-        named = {f"{self.media}.{index}": sample for index, sample in enumerate(self.samples)}
-        return pack_parts({"meta": _dumped(meta)} | named)
+    def to_json(self) -> bytes:
+        """Return the body of ``POST /v1/score``. Raises ValueError for metadata that JSON cannot hold."""
+        return _dumped(
+            {
+                "schema": SCHEMA,
+                "request_id": self.request_id,
+                "deadline_ms": max(1, round(self.deadline * 1000)),
+                "media": self.media,
+                "prompts": [prompt_json(prompt) for prompt in self.prompts],
+                "samples": [base64.b64encode(sample).decode() for sample in self.samples],
+            }
+        )
+
+    def digest(self) -> bytes:
+        """Return a hash of the prompts and samples."""
+        digest = hashlib.sha256(json.dumps([prompt_json(prompt) for prompt in self.prompts]).encode())
+        for sample in self.samples:
+            digest.update(hashlib.sha256(sample).digest())
+        return digest.digest()
 
 
 @dataclass(frozen=True)
-class Reply:
-    """One score or None per sample, and why it is None; ``seconds`` is the time spent on the server."""
+class ScoreReply:
+    """One score or None per sample, with the reason for None; ``seconds`` is the time spent on the server."""
 
     request_id: str
     version: str
     scores: tuple[float | None, ...]
-    errors: tuple[ItemError | None, ...]
+    errors: tuple[SampleError | None, ...]
     seconds: float
 
     def to_json(self) -> bytes:
-        """As ``POST /v1/score`` answers."""
+        """Return the body of the answer to ``POST /v1/score``."""
         return _dumped({"schema": SCHEMA, **asdict(self)})
 
 
 def prompt_json(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as it travels. Raises ValueError for metadata that JSON cannot hold."""
+    """Convert a prompt to JSON values. Raises ValueError for metadata that JSON cannot hold."""
     plain = {"text": prompt.text, "metadata": None if prompt.metadata is None else dict(prompt.metadata)}
     try:
         _dumped(plain)
@@ -120,13 +129,13 @@ def prompt_json(prompt: Prompt) -> dict[str, Any]:
     return plain
 
 
-def unpack_info(body: bytes) -> Info:
-    """The answer of ``GET /v1/info``. Raises WireError for another schema, or another service's answer."""
-    found = _object(body)
-    _same_schema(found)
-    names = Info.__dataclass_fields__
+def unpack_info(body: bytes) -> ServerInfo:
+    """Read the answer to ``GET /v1/info``. Raises WireError for another schema, or another service's answer."""
+    fields = _object(body)
+    _same_schema(fields)
+    names = ServerInfo.__dataclass_fields__
     try:
-        info = Info(**{name: value for name, value in found.items() if name in names})
+        info = ServerInfo(**{name: value for name, value in fields.items() if name in names})
         counts = (info.max_batch, info.max_bytes, info.max_pixels)
         if not all(isinstance(count, int) and count > 0 for count in counts) or info.higher_is_better is not True:
             raise TypeError("its limits are not positive integers, or lower is better")
@@ -135,92 +144,63 @@ def unpack_info(body: bytes) -> Info:
     return info
 
 
-def unpack_request(content_type: str, body: bytes) -> Request:
-    """A request from its content type and body. Raises WireError."""
-    parts = unpack_parts(content_type, body)
-    if "meta" not in parts:
-        raise WireError("malformed", "the part named meta is missing")
-    request_id, deadline, prompts = _meta(parts.pop("meta"))
-    media: Media = "audio" if "audio.0" in parts else "image"
-    names = [f"{media}.{index}" for index in range(len(prompts))]
-    if set(names) != set(parts):
-        raise WireError("count", f"{len(prompts)} prompts need the parts {media}.0 to {names[-1]}, and no others")
-    seconds = min(deadline / 1000, LONGEST_DEADLINE)
-    samples = tuple(parts[name] for name in names)
-    return Request(request_id, seconds, tuple(_prompt(value) for value in prompts), media, samples)
+def unpack_request(body: bytes) -> ScoreRequest:
+    """Read the body of ``POST /v1/score``. Raises WireError."""
+    fields = _object(body)
+    _require_envelope(fields)
+    prompts, samples = fields.get("prompts"), fields.get("samples")
+    if not isinstance(prompts, list) or not prompts or not isinstance(samples, list):
+        raise WireError("malformed", "prompts and samples must be lists with one entry per sample")
+    if len(prompts) != len(samples):
+        raise WireError("count", f"{len(prompts)} prompts need as many samples, not {len(samples)}")
+    return ScoreRequest(
+        fields["request_id"],
+        min(fields["deadline_ms"] / 1000, MAX_DEADLINE),
+        tuple(map(_prompt, prompts)),
+        fields["media"],
+        tuple(map(_content, samples)),
+    )
 
 
-def _meta(part: bytes) -> tuple[str, int, list[Any]]:
-    """The id of a request, its deadline in milliseconds, and its prompts, one or more."""
-    meta = _object(part)
-    _same_schema(meta)
-    if unknown := set(meta) - {"schema", "request_id", "deadline_ms", "prompts"}:
-        raise WireError("unknown_field", f"meta has unknown fields: {', '.join(sorted(unknown))}")
-    request_id, deadline, prompts = meta.get("request_id"), meta.get("deadline_ms"), meta.get("prompts")
+def _require_envelope(fields: Mapping[str, Any]) -> None:
+    """Raise WireError if anything of a request but its prompts and samples is wrong."""
+    _same_schema(fields)
+    if unknown := set(fields) - {"schema", "request_id", "deadline_ms", "media", "prompts", "samples"}:
+        raise WireError("unknown_field", f"the request has unknown fields: {', '.join(sorted(unknown))}")
+    request_id, deadline = fields.get("request_id"), fields.get("deadline_ms")
     if not isinstance(request_id, str) or not _IDENTIFIER.fullmatch(request_id):
         raise WireError("malformed", "request_id must be 1 to 64 letters, digits, - or _")
     if not isinstance(deadline, int) or isinstance(deadline, bool) or deadline <= 0:
         raise WireError("malformed", "deadline_ms must be a positive integer")
-    if not isinstance(prompts, list) or not prompts:
-        raise WireError("malformed", "prompts must be a list with one entry per sample")
-    return request_id, deadline, prompts
+    if fields.get("media") not in ("image", "audio"):
+        raise WireError("media_type", 'media must be "image" or "audio"')
 
 
-def unpack_reply(body: bytes, request_id: str, count: int) -> Reply:
-    """The reply to a request of ``count`` samples. Raises WireError where it is not one."""
-    found = _object(body)
-    _same_schema(found)
-    scores, errors = found.get("scores"), found.get("errors")
+def unpack_reply(body: bytes, request_id: str, count: int) -> ScoreReply:
+    """Read the reply to a request of ``count`` samples. Raises WireError for anything else."""
+    fields = _object(body)
+    _same_schema(fields)
+    scores, errors = fields.get("scores"), fields.get("errors")
     if not isinstance(scores, list) or not isinstance(errors, list) or not len(scores) == len(errors) == count:
         raise WireError("malformed", f"the reply does not hold {count} scores and errors")
-    if found.get("request_id") != request_id:
+    if fields.get("request_id") != request_id:
         raise WireError("malformed", "the reply belongs to another request")
     try:
-        return Reply(
+        return ScoreReply(
             request_id,
-            str(found["version"]),
+            str(fields["version"]),
             tuple(_score(value) for value in scores),
-            tuple(None if value is None else ItemError(str(value["code"]), str(value["message"])) for value in errors),
-            float(found["seconds"]),
+            tuple(
+                None if value is None else SampleError(str(value["code"]), str(value["message"])) for value in errors
+            ),
+            float(fields["seconds"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise WireError("malformed", f"the reply cannot be read: {type(error).__name__}: {error}") from None
 
 
-def pack_parts(parts: Mapping[str, bytes]) -> tuple[str, bytes]:
-    """Named parts as multipart/form-data (RFC 7578): content type and body."""
-    boundary = uuid.uuid4().hex
-    body = io.BytesIO()
-    for name, content in parts.items():
-        body.write(f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode())
-        body.write(content)
-        body.write(b"\r\n")
-    body.write(f"--{boundary}--\r\n".encode())
-    return f"multipart/form-data; boundary={boundary}", body.getvalue()
-
-
-def unpack_parts(content_type: str, body: bytes) -> dict[str, bytes]:
-    """Parts by name. Raises WireError for what is not multipart/form-data, or has a name twice."""
-    header = Message()
-    header["content-type"] = content_type
-    boundary = header.get_boundary()
-    if header.get_content_type() != "multipart/form-data" or not boundary:
-        raise WireError("media_type", "send multipart/form-data with a boundary")
-    first, *middle = (b"\r\n" + body).split(b"\r\n--" + boundary.encode("ascii", "replace"))
-    if first.strip() or not middle or not middle[-1].startswith(b"--"):
-        raise WireError("malformed", "the multipart body does not begin or end with its boundary")
-    parts: dict[str, bytes] = {}
-    for part in middle[:-1]:
-        head, separator, content = part.partition(b"\r\n\r\n")
-        name = BytesHeaderParser().parsebytes(head.lstrip()).get_param("name", header="content-disposition")
-        if not separator or not isinstance(name, str) or name in parts:
-            raise WireError("malformed", "a part has no name of its own")
-        parts[name] = content
-    return parts
-
-
 def encode_image(image: Tensor) -> bytes:
-    """An image (3, H, W) in [0, 1] as PNG, rounded to 8 bits and otherwise lossless."""
+    """Encode an image (3, H, W) in [0, 1] as PNG, rounded to 8 bits and otherwise lossless."""
     pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=1)
@@ -228,7 +208,7 @@ def encode_image(image: Tensor) -> bytes:
 
 
 def decode_image(content: bytes, max_pixels: int) -> Tensor:
-    """An image (3, H, W) in [0, 1] from an 8-bit RGB PNG. Raises WireError; the size is judged before decoding."""
+    """Decode an 8-bit RGB PNG to (3, H, W) in [0, 1]. Raises WireError; the size is checked before decoding."""
     try:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as file:
             if file.width * file.height > max_pixels:
@@ -244,7 +224,7 @@ def decode_image(content: bytes, max_pixels: int) -> Tensor:
 
 
 def encode_audio(waveform: Tensor, sample_rate: int) -> bytes:
-    """A waveform (C, L) at ``sample_rate`` Hz as 32-bit float WAV, lossless."""
+    """Encode a waveform (C, L) at ``sample_rate`` Hz as 32-bit float WAV, lossless."""
     from scipy.io import wavfile
 
     buffer = io.BytesIO()
@@ -253,7 +233,7 @@ def encode_audio(waveform: Tensor, sample_rate: int) -> bytes:
 
 
 def decode_audio(content: bytes, sample_rate: int) -> Tensor:
-    """A waveform (C, L) from WAV of float32 or 16-bit samples. Raises WireError, also for another rate in Hz."""
+    """Decode a float32 or 16-bit WAV to (C, L). Raises WireError, also for a rate other than ``sample_rate`` Hz."""
     from scipy.io import wavfile
 
     try:
@@ -268,8 +248,9 @@ def decode_audio(content: bytes, sample_rate: int) -> Tensor:
     return torch.from_numpy(np.atleast_2d(scaled.T).copy())
 
 
-def packed(sizes: Sequence[int], max_items: int, max_bytes: int) -> list[list[int]]:
-    """Indices of ``sizes`` in order, in lists of at most ``max_items`` and, but for single ones, ``max_bytes``."""
+def batched_by_size(sizes: Sequence[int], max_items: int, max_bytes: int) -> list[list[int]]:
+    """Split the indices of ``sizes`` in order into lists of at most ``max_items`` and ``max_bytes``; a larger item
+    gets a list of its own."""
     lists: list[list[int]] = []
     total = 0
     for index, size in enumerate(sizes):
@@ -279,6 +260,13 @@ def packed(sizes: Sequence[int], max_items: int, max_bytes: int) -> list[list[in
         lists[-1].append(index)
         total += size
     return lists
+
+
+def _content(value: Any) -> bytes:
+    try:
+        return base64.b64decode(value, validate=True)
+    except (TypeError, ValueError, binascii.Error):
+        raise WireError("malformed", "each sample must be base64 text") from None
 
 
 def _prompt(value: Any) -> Prompt:
@@ -298,22 +286,22 @@ def _score(value: Any) -> float | None:
     return float(value)
 
 
-def _same_schema(found: Mapping[str, Any]) -> None:
-    if found.get("schema") != SCHEMA:
+def _same_schema(fields: Mapping[str, Any]) -> None:
+    if fields.get("schema") != SCHEMA:
         raise WireError(
             "schema",
-            f"this side speaks schema {SCHEMA}, the other {found.get('schema')!r}: use one version of genalign",
+            f"this side speaks schema {SCHEMA}, the other {fields.get('schema')!r}: use one version of genalign",
         )
 
 
 def _object(body: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(body, parse_constant=_refused)
+        fields = json.loads(body, parse_constant=_refused)
     except (ValueError, RecursionError):
         raise WireError("malformed", "this is not JSON") from None
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise WireError("malformed", "this is not a JSON object")
-    return found
+    return fields
 
 
 def _refused(name: str) -> float:

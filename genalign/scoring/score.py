@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 class NamedReward:
     """A reward function with the name it is reported under and its weight in the sum; weight 0 only reports.
 
-    ``score_batch``: how many samples are scored at once, for large networks; None for all that are asked for. A reward
-    of groups, such as ``rewards.pairwise.WinRate``, must see them whole: leave it None there. ``timeout``: after so
-    many seconds a call has failed, and goes on in a thread that is left behind; None waits for any call.
+    ``score_batch``: the number of samples that are scored at once, for large networks; None for all. A reward
+    of groups, such as ``rewards.pairwise.WinRateReward``, must see them whole: leave it None there. A call that takes
+    longer than ``timeout`` seconds has failed, and goes on in an abandoned thread; None waits for any call.
     """
 
     name: str
@@ -41,10 +41,10 @@ class NamedReward:
         """Scores (B,), with a gradient where the function has one. Raises RewardError for another shape, and whatever
         the function raises."""
         parts = self.parts(samples, prompts)
-        return torch.cat([_of_shape(self.name, self.function(part, asked), len(part)) for part, asked in parts])
+        return torch.cat([_of_shape(self.name, self.function(part, texts), len(part)) for part, texts in parts])
 
     def parts(self, samples: Tensor, prompts: Sequence[Prompt]) -> Iterator[tuple[Tensor, Sequence[Prompt]]]:
-        """Samples and prompts in order, ``score_batch`` at a time."""
+        """Yield samples and prompts in order, ``score_batch`` at a time."""
         size = self.score_batch or len(samples)
         for place, part in enumerate(torch.split(samples, size)):
             yield part, prompts[place * size : place * size + len(part)]
@@ -53,7 +53,7 @@ class NamedReward:
 def named(
     reward: RewardFunction | NamedReward | Mapping[str, RewardFunction] | Sequence[NamedReward],
 ) -> Sequence[NamedReward]:
-    """One function as "reward", functions by name, or what is named already."""
+    """Name one function "reward", or functions by their keys; named rewards are returned as they are."""
     if isinstance(reward, NamedReward):
         return [reward]
     if isinstance(reward, Mapping):
@@ -69,8 +69,8 @@ class RewardError(RuntimeError):
 def score(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """Scores (B, K) in float32 on the CPU; NaN where a reward fails, or returns what is not finite.
 
-    One that raises, or does not answer in time, is asked once more. If it raises again, and has a ``score_batch``,
-    which says that samples may be parted, its halves are asked: a sample that it cannot bear costs its own score alone.
+    A reward that raises or times out is called once more. If it raises again and has a ``score_batch``, so that its
+    batches may be split, the halves are scored: a sample on which it fails loses only its own score.
 
     Raises RewardError for a result that is not of shape (B,): that is a bug in the reward, not a failure.
     """
@@ -80,25 +80,25 @@ def score(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
 
 def _scored(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     try:
-        found = _called(reward, samples, prompts)
+        result = _called(reward, samples, prompts)
     except Exception as error:  # whatever a user's reward raises must not lose the run
-        logger.warning("reward %r raised %s: %s; it is asked again", reward.name, type(error).__name__, error)
+        logger.warning("reward %r raised %s: %s; calling it again", reward.name, type(error).__name__, error)
         return _scored_again(reward, samples, prompts)
-    return _known(reward.name, found, len(samples))
+    return _finite_or_nan(reward.name, result, len(samples))
 
 
 def _scored_again(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     count = len(samples)
     try:
-        found = _called(reward, samples, prompts)
+        result = _called(reward, samples, prompts)
     except Exception as error:
         if reward.score_batch is None or count == 1 or isinstance(error, TimeoutError):
-            told = "reward %r raised %s: %s; %d scores are NaN"
-            logger.warning(told, reward.name, type(error).__name__, error, count)
+            message = "reward %r raised %s: %s; %d scores are NaN"
+            logger.warning(message, reward.name, type(error).__name__, error, count)
             return torch.full((count,), torch.nan)
         first, second = slice(count // 2), slice(count // 2, None)
         return torch.cat([_scored_again(reward, samples[half], prompts[half]) for half in (first, second)])
-    return _known(reward.name, found, count)
+    return _finite_or_nan(reward.name, result, count)
 
 
 def _called(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> object:
@@ -108,7 +108,7 @@ def _called(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> 
 
 
 def _within(seconds: float, call: Callable[[], object]) -> object:
-    """What ``call`` gives. Raises TimeoutError where that takes longer: no thread can be ended from outside."""
+    """Return the result of ``call`` from a thread. Raises TimeoutError after ``seconds``; the thread goes on."""
     answer: Future[object] = Future()
 
     def work() -> None:
@@ -120,13 +120,13 @@ def _within(seconds: float, call: Callable[[], object]) -> object:
 
     threading.Thread(target=work, name="genalign-reward", daemon=True).start()
     if not wait([answer], seconds).done:
-        raise TimeoutError(f"no answer within {seconds:g} s")
+        raise TimeoutError(f"no scores within {seconds:g} s")
     return answer.result()
 
 
-def _known(name: str, found: object, count: int) -> Tensor:
-    """Scores (count,) in float32 on the CPU, NaN for what is not finite."""
-    scores = _of_shape(name, found, count).detach().float().cpu()
+def _finite_or_nan(name: str, result: object, count: int) -> Tensor:
+    """Convert scores to (count,) in float32 on the CPU, NaN where they are not finite."""
+    scores = _of_shape(name, result, count).detach().float().cpu()
     return torch.where(scores.isfinite(), scores, torch.nan)
 
 
@@ -162,9 +162,9 @@ def probe(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
 
 @dataclass
 class RewardMonitor:
-    """Stops a run whose rewards fail, or teach nothing, for too long; ``silent`` counts the last rounds that taught
-    nothing. ``max_failed_fraction`` of a round's samples may lack a score: those that a reward fails on are seldom any, so
-    that a policy trained on the others alone learns to make it fail."""
+    """Stops a run whose rewards fail, or give no signal, for too long; ``silent`` counts the latest rounds in which all
+    groups had equal scores. At most ``max_failed_fraction`` of a round's samples may lack a score: failures depend on
+    the sample, so that a policy trained on the others alone learns to provoke them."""
 
     max_failed_fraction: float = 0.05
     silent_rounds: int = 20
@@ -172,7 +172,7 @@ class RewardMonitor:
     silent: int = 0
 
     def compare(self, rewards: Sequence[NamedReward], scores_BK: Tensor) -> None:
-        """Warn where, in the weighted sum, one reward's spread drowns another's; to be asked once."""
+        """Warn if one reward's spread exceeds another's by far in the weighted sum; meant to be called once."""
         spreads = {
             reward.name: abs(reward.weight) * float(column[~column.isnan()].std(correction=0))
             for reward, column in zip(rewards, scores_BK.unbind(1), strict=True)
@@ -193,13 +193,13 @@ class RewardMonitor:
             )
 
     def see(self, scores_BK: Tensor, silent: bool) -> None:
-        """Look at one round. Raises RewardError past a limit, and warns on the first silent round."""
+        """Check the scores of one round. Raises RewardError past a limit, and warns on the first silent round."""
         failed = float(scores_BK.isnan().any(dim=1).float().mean())
         if failed > self.max_failed_fraction:
             raise RewardError(
                 f"{failed:.0%} of this round's samples could not be scored (training.max_failed_fraction is"
-                f" {self.max_failed_fraction:.0%}): see the warnings above for what the reward raised, mend it, and go on from"
-                " the last checkpoint"
+                f" {self.max_failed_fraction:.0%}): fix the cause in the warnings above, then resume from the last"
+                " checkpoint"
             )
         self.silent = self.silent + 1 if silent else 0
         if self.silent == 1:

@@ -1,20 +1,18 @@
 """A reward behind HTTP, for a model that needs another environment or machine than the training. Extra: serve.
 
-``GET /healthz``, ``GET /readyz``, ``GET /v1/info`` and ``POST /v1/score``; see ``genalign.scoring.protocol`` for what travels and
-``rewards.remote.remote_reward`` for the client. One thread calls the reward, and before all others with a sample of no meaning, so
-that weights are open once it is ready. What cannot be scored is null with a reason, sample by sample. Answers: 400,
-413, 415 and 422 say that the request is wrong, 401 that the token is; 408, 429, 503 and 504 that it may be sent again,
-with the same request_id, which is then scored once.
+``GET /healthz``, ``GET /readyz``, ``GET /v1/info`` and ``POST /v1/score``: ``genalign.scoring.protocol`` defines the
+messages, ``rewards.remote.remote_reward`` is the client. One thread calls the reward, first with a placeholder, so that
+weights are loaded before the server is ready. A sample that cannot be scored is null with a reason. Status 400, 413,
+415 and 422 mean that the request is wrong, 401 that the token is; after 408, 429, 503 and 504 it may be sent again with
+the same request_id, which is scored only once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import hmac
 import ipaddress
-import json
 import socket
 import time
 from collections import OrderedDict
@@ -30,16 +28,16 @@ from starlette.routing import Route
 from torch import Tensor
 
 from genalign.scoring import protocol
-from genalign.scoring.protocol import Info, ItemError
-from genalign.scoring.server_worker import DRAIN_SECONDS, Job, Scored, Worker
+from genalign.scoring.protocol import SampleError, ServerInfo
+from genalign.scoring.server_worker import DRAIN_SECONDS, Scored, ScoringJob, Worker
 from genalign.types import RewardFunction
 
-_REMEMBERED = 256  # finished requests whose answers are kept for a client that asks again
+_MAX_CACHED_JOBS = 256  # finished requests whose answers are retained for a client that sends them again
 _UPLOAD_SECONDS = 60.0
 
 
 class Refusal(Exception):
-    """A request that is not scored: its status, a code for programs, and what to do instead."""
+    """A refused request: HTTP status, a code for programs, and a message that says what to do instead."""
 
     def __init__(self, status: int, code: str, message: str, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -47,48 +45,52 @@ class Refusal(Exception):
 
 
 class Service:
-    """The handlers of a reward server. ``max_requests`` are taken in at a time; ``token`` None asks for none."""
+    """The handlers of a reward server for up to ``max_requests`` requests at a time; ``token`` None needs no token."""
 
-    def __init__(self, worker: Worker, info: Info, token: str | None, max_requests: int) -> None:
+    def __init__(self, worker: Worker, info: ServerInfo, token: str | None, max_requests: int) -> None:
         self.worker = worker
         self._info, self._token, self._max_requests = info, token, max_requests
-        self._inside = 0
-        self._jobs: OrderedDict[str, tuple[bytes, Job]] = OrderedDict()
+        self._active = 0
+        self._jobs: OrderedDict[str, tuple[bytes, ScoringJob]] = OrderedDict()
 
     async def health(self, request: Request) -> Response:
-        """The process is alive."""
+        """Answer as long as the process is alive."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """Scores are being given."""
+        """Answer once the reward is loaded."""
         self._require_ready()
         return JSONResponse({"status": "ok"})
 
     async def info(self, request: Request) -> Response:
-        """What is scored here."""
+        """Describe the reward and its limits."""
         self._authorize(request)
         return Response(self._info.to_json(), media_type="application/json")
 
     async def score(self, request: Request) -> Response:
-        """Score a request's samples, once for each request_id."""
+        """Score a request's samples, once per request_id."""
         started = time.monotonic()
         self._authorize(request)
         self._require_ready()
-        with self._place():
+        with self._admitted():
             body = await self._body(request)
-            asked = protocol.unpack_request(request.headers.get("content-type", ""), body)
-            job = await self._job(asked, started + asked.deadline)
-            scored = await self._answer(job, started + asked.deadline)
+            if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+                raise protocol.WireError("media_type", "send application/json")
+            score_request = protocol.unpack_request(body)
+            deadline = started + score_request.deadline
+            scored = await self._answer(await self._job(score_request, deadline), deadline)
         scores = tuple(item.score for item in scored)
         errors = tuple(item.error for item in scored)
-        reply = protocol.Reply(asked.request_id, self._info.version, scores, errors, time.monotonic() - started)
+        reply = protocol.ScoreReply(
+            score_request.request_id, self._info.version, scores, errors, time.monotonic() - started
+        )
         return Response(reply.to_json(), media_type="application/json")
 
     def _authorize(self, request: Request) -> None:
         if self._token is None:
             return
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token.encode()):
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), self._token.encode()):
             raise Refusal(401, "token", "this server needs its bearer token: set it in the client's environment")
 
     def _require_ready(self) -> None:
@@ -96,15 +98,15 @@ class Service:
             raise Refusal(503, state, f"this server is {state}: try again", retry_after=1)
 
     @contextlib.contextmanager
-    def _place(self) -> Iterator[None]:
-        """One of the places inside, before anything of the body is read: memory is bounded by them."""
-        if self._inside >= self._max_requests:
-            raise Refusal(429, "busy", f"{self._inside} requests are being scored: try again", retry_after=1)
-        self._inside += 1
+    def _admitted(self) -> Iterator[None]:
+        """Count a request against ``max_requests`` before its body is read, which bounds the memory."""
+        if self._active >= self._max_requests:
+            raise Refusal(429, "busy", f"{self._active} requests are being scored: try again", retry_after=1)
+        self._active += 1
         try:
             yield
         finally:
-            self._inside -= 1
+            self._active -= 1
 
     async def _body(self, request: Request) -> bytes:
         limit = self._info.max_bytes
@@ -125,26 +127,28 @@ class Service:
             raise Refusal(408, "gone", "the client left before its body arrived") from None
         return b"".join(chunks)
 
-    async def _job(self, asked: protocol.Request, deadline: float) -> Job:
-        """The queued, running or finished job of this request_id, else a new one."""
-        digest = _digest(asked)
-        if known := self._known(asked.request_id, digest, deadline):
-            return known
-        if asked.media != self._info.media:
-            raise Refusal(415, "media_type", f"this server scores {self._info.media}, not {asked.media}")
-        if len(asked.samples) > self._info.max_batch:
-            raise Refusal(422, "count", f"{len(asked.samples)} samples are more than max_batch {self._info.max_batch}")
-        samples = await run_in_threadpool(_decoded, asked.samples, self._info)
-        if known := self._known(asked.request_id, digest, deadline):  # it came again while this one was decoded
-            return known
-        job = Job(asked.request_id, samples, asked.prompts, deadline)
-        self._jobs[asked.request_id] = digest, job
-        if len(self._jobs) > _REMEMBERED:
+    async def _job(self, score_request: protocol.ScoreRequest, deadline: float) -> ScoringJob:
+        """Return the queued, running or finished job of this request_id, or queue a new one."""
+        digest = score_request.digest()
+        if job := self._existing(score_request.request_id, digest, deadline):
+            return job
+        if score_request.media != self._info.media:
+            raise Refusal(415, "media_type", f"this server scores {self._info.media}, not {score_request.media}")
+        if len(score_request.samples) > self._info.max_batch:
+            raise Refusal(
+                422, "count", f"{len(score_request.samples)} samples are more than max_batch {self._info.max_batch}"
+            )
+        samples = await run_in_threadpool(_decoded, score_request.samples, self._info)
+        if job := self._existing(score_request.request_id, digest, deadline):  # sent again while this one was decoded
+            return job
+        job = ScoringJob(score_request.request_id, samples, score_request.prompts, deadline)
+        self._jobs[score_request.request_id] = digest, job
+        if len(self._jobs) > _MAX_CACHED_JOBS:
             self._jobs.popitem(last=False)
         self.worker.submit(job)
         return job
 
-    def _known(self, request_id: str, digest: bytes, deadline: float) -> Job | None:
+    def _existing(self, request_id: str, digest: bytes, deadline: float) -> ScoringJob | None:
         old, job = self._jobs.get(request_id, (None, None))
         if job is None or (job.answer.done() and job.answer.result() is None):
             return None
@@ -153,26 +157,19 @@ class Service:
         job.deadline = max(job.deadline, deadline)
         return job
 
-    async def _answer(self, job: Job, deadline: float) -> list[Scored]:
+    async def _answer(self, job: ScoringJob, deadline: float) -> list[Scored]:
         waiting = asyncio.shield(asyncio.wrap_future(job.answer))
         try:
             scored = await asyncio.wait_for(waiting, max(0.0, deadline - time.monotonic()))
         except TimeoutError:
             scored = None
         if scored is None:
-            raise Refusal(504, "deadline", "the deadline passed first: ask again with the same request_id")
+            raise Refusal(504, "deadline", "the deadline passed first: send the request again with the same request_id")
         return scored
 
 
-def _digest(asked: protocol.Request) -> bytes:
-    digest = hashlib.sha256(json.dumps([protocol.prompt_json(prompt) for prompt in asked.prompts]).encode())
-    for sample in asked.samples:
-        digest.update(hashlib.sha256(sample).digest())
-    return digest.digest()
-
-
-def _decoded(samples: Sequence[bytes], info: Info) -> list[Tensor | ItemError]:
-    decoded: list[Tensor | ItemError] = []
+def _decoded(samples: Sequence[bytes], info: ServerInfo) -> list[Tensor | SampleError]:
+    decoded: list[Tensor | SampleError] = []
     for content in samples:
         try:
             if info.sample_rate is None:
@@ -180,7 +177,7 @@ def _decoded(samples: Sequence[bytes], info: Info) -> list[Tensor | ItemError]:
             else:
                 decoded.append(protocol.decode_audio(content, info.sample_rate))
         except protocol.WireError as error:
-            decoded.append(ItemError(error.code, str(error)))
+            decoded.append(SampleError(error.code, str(error)))
     return decoded
 
 
@@ -196,14 +193,14 @@ def _malformed(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": {"code": error.code, "message": str(error)}}, status)
 
 
-def meaningless(info: Info) -> Tensor:
-    """A grey image (3, 64, 64), or a second of silence (1, L), to try a reward with."""
+def placeholder(info: ServerInfo) -> Tensor:
+    """Return a gray image (3, 64, 64), or one second of silence (1, L), to load a reward with."""
     return torch.full((3, 64, 64), 0.5) if info.sample_rate is None else torch.zeros(1, info.sample_rate)
 
 
 def build_app(
     reward: RewardFunction,
-    info: Info,
+    info: ServerInfo,
     token: str | None = None,
     max_requests: int = 16,
     device: str = "cpu",
@@ -231,7 +228,7 @@ def build_app(
 
 
 def require_safe(host: str, token: str | None, variable: str) -> None:
-    """Raises ValueError for an address that other machines reach, without a token in the environment."""
+    """Raise ValueError for an address that other machines can reach, if no token is set in the environment."""
     loopback = host == "localhost"
     with contextlib.suppress(ValueError):
         loopback = loopback or ipaddress.ip_address(host).is_loopback
@@ -240,7 +237,7 @@ def require_safe(host: str, token: str | None, variable: str) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket on ``host``; port 0 takes a free one. Raises ValueError where it is taken."""
+    """Open a socket on ``host``; port 0 takes a free one. Raises ValueError if the port is taken."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -250,7 +247,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def server(app: Starlette) -> uvicorn.Server:
-    """A uvicorn server for ``app``; idle connections stay open longer than the client keeps them."""
+    """Create a uvicorn server for ``app`` whose idle connections stay open longer than the client's."""
     return uvicorn.Server(
         uvicorn.Config(
             app,

@@ -1,4 +1,4 @@
-"""The thread of a reward server that calls the reward: requests gather, are scored together, and fail one by one."""
+"""The thread of a reward server that calls the reward: it batches requests, and isolates samples that fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from genalign.scoring.protocol import ItemError
+from genalign.scoring.protocol import SampleError
 from genalign.types import Prompt, RewardFunction
 
 logger = logging.getLogger(__name__)
@@ -24,28 +24,28 @@ DRAIN_SECONDS = 30
 
 @dataclass(frozen=True)
 class Scored:
-    """One sample's score, or None and why."""
+    """One sample's score, or None and the reason."""
 
     score: float | None
-    error: ItemError | None = None
+    error: SampleError | None = None
 
 
 @dataclass(eq=False)
-class Job:
-    """A request in the queue: ``samples`` are decoded, or say why not. ``deadline`` is by the monotonic clock, and its
-    answer is None where that has passed before its turn."""
+class ScoringJob:
+    """A queued request with decoded ``samples``, or the reason why one could not be decoded. ``deadline`` is on the
+    monotonic clock; the answer is None if it passed before the job's turn."""
 
     request_id: str
-    samples: Sequence[Tensor | ItemError]
+    samples: Sequence[Tensor | SampleError]
     prompts: Sequence[Prompt]
     deadline: float
     answer: Future[list[Scored] | None] = field(default_factory=Future)
 
 
 def score_each(reward: RewardFunction, samples: Tensor, prompts: Sequence[Prompt], name: str) -> list[Scored]:
-    """Scores of samples (B, ...); where the reward raises, halves are tried, so that one bad sample costs but its own.
+    """Score samples (B, ...); if the reward raises, score the halves, so that one bad sample loses only its own score.
 
-    Details of what was raised go to the log under ``name``, not to the client.
+    Exceptions are logged under ``name`` on the server; the client sees only their type.
     """
     try:
         with torch.no_grad():
@@ -57,7 +57,7 @@ def score_each(reward: RewardFunction, samples: Tensor, prompts: Sequence[Prompt
     except Exception as error:  # a user's reward may raise anything
         if len(samples) == 1:
             logger.warning("request %s: the reward raised %s: %s", name, type(error).__name__, error)
-            reason = ItemError("reward_failed", f"the reward raised {type(error).__name__}: see the server's log")
+            reason = SampleError("reward_failed", f"the reward raised {type(error).__name__}: see the server's log")
             return [Scored(None, reason)]
     half = len(samples) // 2
     left = score_each(reward, samples[:half], prompts[:half], name)
@@ -67,35 +67,35 @@ def score_each(reward: RewardFunction, samples: Tensor, prompts: Sequence[Prompt
 def _scored(score: float) -> Scored:
     if abs(score) < float("inf"):
         return Scored(float(score))
-    return Scored(None, ItemError("unscorable", f"the reward gave {score}"))
+    return Scored(None, SampleError("unscorable", f"the reward gave {score}"))
 
 
 class Worker:
-    """The one thread that calls the reward, on ``device``. Requests that have gathered meanwhile are scored together,
-    those of one shape at a time and at most ``max_batch`` samples: nothing waits for others to come. ``first`` is a
-    sample (C, ...) that is scored before any other, to open what the reward opens at its first call."""
+    """The one thread that calls the reward, on ``device``. Requests queued at the same time are scored together,
+    one shape and at most ``max_batch`` samples at a time; no request waits for others to come. ``first`` is a sample
+    (C, ...) that is scored before any other, so that the reward loads its weights."""
 
     def __init__(
         self, reward: RewardFunction, max_batch: int, device: str = "cpu", first: Tensor | None = None
     ) -> None:
         self._reward, self._max_batch, self._device, self._first = reward, max_batch, device, first
         self._loaded = first is None
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[ScoringJob | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="genalign-reward", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Queue a request; ``job.answer`` is set later."""
+    def submit(self, job: ScoringJob) -> None:
+        """Queue a request; the worker sets ``job.answer`` later."""
         self._queue.put(job)
 
     def state(self) -> Literal["loading", "ready", "stopping"]:
-        """Whether it does not score yet, scores, or does no longer."""
+        """Return whether the reward is still loading, ready, or stopped."""
         if not self._thread.is_alive():
             return "stopping"
         return "ready" if self._loaded else "loading"
 
     def close(self) -> None:
-        """Finish what is queued, and end."""
+        """Score all queued requests, then stop the thread."""
         self._queue.put(None)
         self._thread.join(DRAIN_SECONDS)
 
@@ -107,7 +107,7 @@ class Worker:
 
     def _run(self) -> None:
         self._load()
-        while jobs := self._gathered():
+        while jobs := self._next_batch():
             due = [job for job in jobs if job.deadline > time.monotonic()]
             for job in jobs:
                 if job not in due:
@@ -117,11 +117,11 @@ class Worker:
             except Exception:  # the thread must outlive whatever happens to one batch
                 logger.exception("requests %s", " ".join(job.request_id for job in due))
                 for job in due:
-                    error = ItemError("server_failed", "the server failed: see its log")
+                    error = SampleError("server_failed", "the server failed: see its log")
                     job.answer.set_result([Scored(None, error)] * len(job.prompts))
 
-    def _gathered(self) -> list[Job]:
-        """The next request, and those behind it that fit into its batch; none at the end."""
+    def _next_batch(self) -> list[ScoringJob]:
+        """Return the next request and those behind it, up to ``max_batch`` samples; empty when closed."""
         job = self._queue.get()
         jobs = [] if job is None else [job]
         while jobs and sum(len(job.samples) for job in jobs) < self._max_batch and not self._queue.empty():
@@ -132,7 +132,7 @@ class Worker:
             jobs.append(following)
         return jobs
 
-    def _score(self, jobs: Sequence[Job]) -> None:
+    def _score(self, jobs: Sequence[ScoringJob]) -> None:
         results = [[_unread(sample) for sample in job.samples] for job in jobs]
         for rows in self._batches(jobs):
             samples = torch.stack([tensor for _, _, tensor in rows]).to(self._device)
@@ -144,8 +144,8 @@ class Worker:
             job.samples = ()  # it is remembered for its answer alone
             job.answer.set_result(result)
 
-    def _batches(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, int, Tensor]]]:
-        """(job, sample, tensor) of the same shape, at most ``max_batch`` at a time."""
+    def _batches(self, jobs: Sequence[ScoringJob]) -> Iterator[list[tuple[int, int, Tensor]]]:
+        """Yield (job, sample, tensor) triples of one shape, at most ``max_batch`` at a time."""
         shapes: dict[torch.Size, list[tuple[int, int, Tensor]]] = {}
         for j, job in enumerate(jobs):
             for i, sample in enumerate(job.samples):
@@ -156,5 +156,5 @@ class Worker:
                 yield rows[first : first + self._max_batch]
 
 
-def _unread(sample: Tensor | ItemError) -> Scored:
-    return Scored(None, sample if isinstance(sample, ItemError) else None)
+def _unread(sample: Tensor | SampleError) -> Scored:
+    return Scored(None, sample if isinstance(sample, SampleError) else None)

@@ -24,7 +24,7 @@ from torch import Tensor
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from genalign.runtime.files import load_state, save_state, sync, with_prefix, without_prefix, write_json
 from genalign.runtime.state import State, Stateful
-from genalign.scoring.score_log import Journal
+from genalign.scoring.score_log import ScoreLog
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
@@ -204,18 +204,18 @@ class CheckpointWriter:
 
     checkpoints: Checkpoints
     parts: Mapping[str, Stateful]
-    journal: Journal
+    score_log: ScoreLog
     every: int = 1
 
     def begin(self) -> None:
         """Save before the first round. Raises OSError if that fails."""
-        self.journal.begin(self.checkpoints.own_scores(self.checkpoints.save(0, self.parts)))
+        self.score_log.record_to(self.checkpoints.own_scores(self.checkpoints.save(0, self.parts)))
 
     def resume(self, checkpoint: RunCheckpoint) -> None:
         """Restore ``checkpoint``, and replay the scores that were logged since."""
         checkpoint.restore(self.parts)
-        self.journal.replay(self.checkpoints.scores(checkpoint))
-        self.journal.begin(self.checkpoints.own_scores(checkpoint.path))
+        self.score_log.load(self.checkpoints.scores(checkpoint))
+        self.score_log.record_to(self.checkpoints.own_scores(checkpoint.path))
 
     def after(self, rounds: int, last: bool) -> None:
         """Save after ``rounds`` rounds if a checkpoint is due; a warning if that fails."""
@@ -226,4 +226,4 @@ class CheckpointWriter:
         except OSError as error:
             logger.warning("Round %d: no checkpoint could be written, the previous one is intact: %s", rounds, error)
         else:
-            self.journal.begin(self.checkpoints.own_scores(path))
+            self.score_log.record_to(self.checkpoints.own_scores(path))

@@ -1,4 +1,4 @@
-"""One HTTP client for rewards that are elsewhere: what is tried again, for how long, and what is told when it ends.
+"""One HTTP client for rewards that are elsewhere: which requests are sent again, for how long, and the final errors.
 
 Tried again, with the same body: dropped connections, timeouts, 408, 425, 429, 502, 503 and 504 until the deadline, 500
 twice. The pauses grow, at random up to ``Patience.longest_pause`` ("full jitter"), and are never shorter than the
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-_AGAIN = {408, 425, 429, 502, 503, 504}
+_RETRIED_STATUSES = {408, 425, 429, 502, 503, 504}
 _LARGEST_ANSWER = 2**26
 _FAULTS = 2
 
 
 class RemoteError(RuntimeError):
-    """A server that was not, or could not be, asked."""
+    """A server could not be reached, or refused a request."""
 
 
 class Refused(RemoteError):
@@ -58,8 +58,7 @@ class Unavailable(RemoteError):
 class Patience:
     """Seconds. ``deadline`` is for one call of a reward with everything that is tried again in it, long enough for a
     server that is gone for some minutes, ``timeout`` for one answer, ``connect`` for one connection. At most
-    ``retries`` are made in a row without any success in between, and after ``breaker`` requests in a row that ended
-    without an answer the others of the call are not sent."""
+    ``retries`` are made in a row, over all requests of the call, without any success in between."""
 
     deadline: float = 900.0
     timeout: float = 60.0
@@ -67,12 +66,11 @@ class Patience:
     first_pause: float = 0.5
     longest_pause: float = 30.0
     retries: int = 100
-    breaker: int = 3
 
 
 @dataclass(frozen=True)
-class _Again:
-    """Why a request should be sent once more, and how many seconds from now at the earliest."""
+class _Retry:
+    """The reason to send a request again, and the seconds to wait at least."""
 
     reason: str
     pause: float = 0.0
@@ -89,7 +87,7 @@ class HttpClient:
         httpx = _httpx()
         self._url, self._patience = url.rstrip("/"), patience
         self._end = time.monotonic() + patience.deadline
-        self._retries, self._failed_in_row = patience.retries, 0
+        self._retries = patience.retries
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._jitter = random.SystemRandom()  # the user's seeds are not disturbed
         self._http = httpx.Client(
@@ -107,88 +105,81 @@ class HttpClient:
 
     @property
     def remaining(self) -> float:
-        """Seconds until the deadline."""
+        """The number of seconds until the deadline."""
         return self._end - time.monotonic()
 
-    @property
-    def tripped(self) -> bool:
-        """Whether so many requests in a row had no answer that no more are sent."""
-        return self._failed_in_row >= self._patience.breaker
-
     def get(self, path: str) -> bytes:
-        """The body of the answer to GET. Raises RemoteError."""
-        return self._send("GET", path, b"", "")
+        """Send GET and return the body of the answer. Raises RemoteError."""
+        return self._send("GET", path, b"")
 
-    def post(self, path: str, body: bytes, content_type: str) -> bytes:
-        """The body of the answer to POST. Raises RemoteError."""
-        return self._send("POST", path, body, content_type)
+    def post(self, path: str, body: bytes) -> bytes:
+        """Send JSON by POST and return the body of the answer. Raises RemoteError."""
+        return self._send("POST", path, body)
 
     def post_json(self, path: str, value: Any) -> Any:
-        """JSON for JSON. Raises RemoteError, and Refused for an answer that is not JSON."""
-        answer = self.post(path, json.dumps(value, allow_nan=False).encode(), "application/json")
+        """Send JSON and return the JSON of the answer. Raises RemoteError, and Refused if the answer is not JSON."""
+        answer = self.post(path, json.dumps(value, allow_nan=False).encode())
         try:
             return json.loads(answer)
         except (ValueError, RecursionError):
             raise Refused(200, f"{self._url}{path} did not answer with JSON: is this the right address?") from None
 
-    def _send(self, method: str, path: str, body: bytes, content_type: str) -> bytes:
+    def _send(self, method: str, path: str, body: bytes) -> bytes:
         faults = attempt = 0
         while True:
-            if self.tripped or self._stopped.is_set():
-                raise Unavailable(f"{self._url} was given up after {self._failed_in_row} requests without an answer")
-            answer = self._once(method, path, body, content_type)
+            if self._stopped.is_set():
+                raise Unavailable(f"{self._url}{path} was not sent: another request of this call failed")
+            answer = self._once(method, path, body)
             if isinstance(answer, bytes):
-                self._failed_in_row, self._retries = 0, self._patience.retries
+                self._retries = self._patience.retries
                 return answer
             faults += answer.fault
             if faults > _FAULTS:
-                self._failed_in_row = 0  # it does answer
                 raise Faulty(f"{self._url}{path} {answer.reason}, {faults} times: see the server's log")
             self._pause(answer, attempt)
             attempt += 1
-            if self.remaining <= 0:  # the pause took longer than was meant
+            if self.remaining <= 0:  # the pause took longer than planned
                 self._pause(answer, attempt)
 
-    def _once(self, method: str, path: str, body: bytes, content_type: str) -> bytes | _Again:
+    def _once(self, method: str, path: str, body: bytes) -> bytes | _Retry:
         httpx = _httpx()
         left = self.remaining
         if left <= 0:
-            return _Again("was not asked in time")
+            return _Retry("was not reached in time")
         limits = httpx.Timeout(min(left, self._patience.timeout), connect=min(left, self._patience.connect))
-        headers = {"Content-Type": content_type} if content_type else {}
+        headers = {"Content-Type": "application/json"} if body else {}
         try:
             with self._http.stream(method, self._url + path, content=body, headers=headers, timeout=limits) as response:
                 return self._read(response, path)
         except httpx.TransportError as error:
-            return _Again(f"cannot be reached ({type(error).__name__}: {error})")
+            return _Retry(f"cannot be reached ({type(error).__name__}: {error})")
         except (httpx.InvalidURL, httpx.DecodingError) as error:
             raise Refused(0, f"{self._url}{path}: {error}") from None
 
-    def _read(self, response: httpx.Response, path: str) -> bytes | _Again:
+    def _read(self, response: httpx.Response, path: str) -> bytes | _Retry:
         content = bytearray()
         for chunk in response.iter_bytes():
             content += chunk
             if len(content) > _LARGEST_ANSWER:
                 raise Refused(response.status_code, f"{self._url}{path} answered with over {_LARGEST_ANSWER} bytes")
             if self.remaining <= 0:
-                return _Again("did not finish its answer in time")
+                return _Retry("did not finish its answer in time")
         if response.is_success:
             return bytes(content)
-        told = f"answered {response.status_code} {_told(bytes(content))}".rstrip()
-        if response.status_code in _AGAIN:
-            return _Again(told, _seconds(response.headers.get("retry-after")))
+        message = f"answered {response.status_code} {_error_message(bytes(content))}".rstrip()
+        if response.status_code in _RETRIED_STATUSES:
+            return _Retry(message, _seconds(response.headers.get("retry-after")))
         if response.status_code == 500:
-            return _Again(told, fault=True)
-        raise Refused(response.status_code, f"{self._url}{path} {told}")
+            return _Retry(message, fault=True)
+        raise Refused(response.status_code, f"{self._url}{path} {message}")
 
-    def _pause(self, answer: _Again, attempt: int) -> None:
-        """Wait before the next attempt. Raises Unavailable where there is to be none."""
+    def _pause(self, answer: _Retry, attempt: int) -> None:
+        """Wait before the next attempt. Raises Unavailable if no time or retries are left."""
         longest = min(self._patience.longest_pause, self._patience.first_pause * 2.0 ** min(attempt, 30))
         pause = max(answer.pause, self._jitter.uniform(0, longest))
         with self._lock:
             self._retries -= 1
             if self._retries < 0 or pause >= self.remaining:
-                self._failed_in_row += 1
                 raise Unavailable(
                     f"{self._url} {answer.reason}; given up after {attempt + 1} attempts of at most"
                     f" {self._patience.deadline:g} s"
@@ -211,21 +202,21 @@ class HttpClient:
 def require_address(url: str) -> None:
     """Raise ValueError for a URL that is not plainly http(s)://host/path: what else is in one ends up in the files of a
     run and in messages, and a password or a key must not."""
-    found = urlsplit(url)
-    if found.username or found.password or found.query or found.fragment:
-        where = f"{found.scheme}://{found.hostname}"
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        where = f"{parts.scheme}://{parts.hostname}"
         raise ValueError(f"the address of {where} holds a name, a password or a query: give keys by the environment")
-    if found.scheme not in ("http", "https") or not found.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url!r} is no address of a server: give one such as http://127.0.0.1:8000")
 
 
-def token_of(variable: str) -> str | None:
-    """A token from the environment: never from a file that is kept with a run, or a command line."""
+def read_token(variable: str) -> str | None:
+    """Read a token from the environment: it must not be in a file of the run, or on a command line."""
     return os.environ.get(variable) or None
 
 
 def data_url(png: bytes) -> str:
-    """A PNG as a data URL."""
+    """Return a PNG image as a data URL."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
@@ -256,12 +247,12 @@ def _seconds(retry_after: str | None) -> float:
     return 0.0
 
 
-def _told(content: bytes) -> str:
+def _error_message(content: bytes) -> str:
     """The message of an error's JSON body, as genalign and OpenAI write it, else the beginning of the body."""
     text = content[:300].decode("utf-8", "replace").strip()
     with suppress(ValueError, RecursionError):
-        found = json.loads(content)
-        error = found.get("error") if isinstance(found, dict) else None
+        body = json.loads(content)
+        error = body.get("error") if isinstance(body, dict) else None
         if isinstance(error, dict):
             return f"({error.get('code')}: {str(error.get('message'))[:300]})"
     return f"({text})" if text else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -15,8 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from genalign.runtime.media import medium_of
 from genalign.scoring import protocol
-from genalign.scoring.protocol import Info, ItemError
+from genalign.scoring.protocol import SampleError, ServerInfo
 from genalign.types import Prompt
 from rewards.remote.http_client import (
     Faulty,
@@ -25,8 +25,8 @@ from rewards.remote.http_client import (
     Refused,
     RemoteError,
     Unavailable,
+    read_token,
     require_address,
-    token_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -34,22 +34,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Item:
-    """A sample as it travels, with the key under which its score is kept."""
+    """An encoded sample, with the key under which its score is cached."""
 
     content: bytes
     prompt: Prompt
     key: bytes
 
 
-_Outcome = float | ItemError
+_Outcome = float | SampleError
 
 
 @dataclass
-class _Memory:
-    """What is known from earlier calls."""
+class _Cache:
+    """The server's info and the scores cached from earlier calls."""
 
-    info: Info | None = None
-    resting_until: float = 0.0
+    info: ServerInfo | None = None
     scores: OrderedDict[bytes, float] = field(default_factory=OrderedDict)
 
 
@@ -60,9 +59,9 @@ class RemoteReward:
 
     ``token_variable`` names the environment variable that holds the server's token, if it wants one. At most
     ``concurrency`` requests of ``batch_size`` samples are under way. ``version`` refuses a server of any other, so that
-    all machines of a run are scored by the same one. Scores of the last ``cache`` samples are kept: set 0 for a reward
-    that is meant to vary. A sample that could not be scored is NaN and told in a warning; with ``failures`` "raise" it
-    raises RemoteError.
+    all machines of a run are scored by the same one. The last ``cache`` scores are cached: set 0 for a reward
+    that is meant to vary. A sample that could not be scored is NaN, with a warning; with ``failures`` "raise" it raises
+    RemoteError.
     """
 
     url: str
@@ -73,7 +72,7 @@ class RemoteReward:
     cache: int = 4096
     failures: Literal["nan", "raise"] = "nan"
     patience: Patience = field(default_factory=Patience)
-    _memory: _Memory = field(default_factory=_Memory, init=False, repr=False, compare=False)
+    _cache: _Cache = field(default_factory=_Cache, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_address(self.url)
@@ -87,72 +86,73 @@ class RemoteReward:
         kind of sample; and, at the first call, where there is none.
         """
         if len(samples) != len(prompts):
-            raise ValueError(f"there must be one prompt per sample: found {len(prompts)} for {len(samples)}")
-        if samples.ndim not in (3, 4):
-            raise ValueError(f"samples must be (B, 3, H, W) or (B, C, L), not {tuple(samples.shape)}")
-        with HttpClient(self.url, token_of(self.token_variable), self.patience) as client:
-            outcomes = self._outcomes(client, samples, prompts)
-        self._report([outcome for outcome in outcomes if isinstance(outcome, ItemError)], len(samples))
-        return torch.tensor([torch.nan if isinstance(outcome, ItemError) else outcome for outcome in outcomes])
+            raise ValueError(f"there must be one prompt per sample, not {len(prompts)} for {len(samples)}")
+        media = medium_of(samples).name
+        with HttpClient(self.url, read_token(self.token_variable), self.patience) as client:
+            outcomes = self._outcomes(client, samples, media, prompts)
+        self._report([outcome for outcome in outcomes if isinstance(outcome, SampleError)], len(samples))
+        return torch.tensor([torch.nan if isinstance(outcome, SampleError) else outcome for outcome in outcomes])
 
-    def _outcomes(self, client: HttpClient, samples: Tensor, prompts: Sequence[Prompt]) -> list[_Outcome]:
+    def _outcomes(self, client: HttpClient, samples: Tensor, media: str, prompts: Sequence[Prompt]) -> list[_Outcome]:
         info = self._info(client)
-        if info.media != ("image" if samples.ndim == 4 else "audio"):
-            raise RemoteError(f"{self.url} scores {info.media}, not a batch of shape {tuple(samples.shape)}")
+        if info.media != media:
+            raise RemoteError(f"{self.url} scores {info.media}, not {media} samples of shape {tuple(samples.shape)}")
         pairs = list(zip(samples.detach().cpu(), prompts, strict=True))
         items = client.in_parallel(lambda pair: _encoded(*pair, info), pairs, self.concurrency)
-        outcomes: list[_Outcome | None] = [item if isinstance(item, ItemError) else self._kept(item) for item in items]
-        asked = {index: item for index, item in enumerate(items) if isinstance(item, _Item) and outcomes[index] is None}
-        for index, outcome in zip(asked, self._asked(client, info, list(asked.values())), strict=True):
+        outcomes: list[_Outcome | None] = [
+            item if isinstance(item, SampleError) else self._cached(item) for item in items
+        ]
+        missing = {
+            index: item for index, item in enumerate(items) if isinstance(item, _Item) and outcomes[index] is None
+        }
+        for index, outcome in zip(missing, self._score_remotely(client, info, list(missing.values())), strict=True):
             outcomes[index] = outcome
-            if not isinstance(outcome, ItemError):
-                self._keep(asked[index], outcome)
+            if not isinstance(outcome, SampleError):
+                self._store(missing[index], outcome)
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def _info(self, client: HttpClient) -> Info:
-        if self._memory.info is None:
+    def _info(self, client: HttpClient) -> ServerInfo:
+        if self._cache.info is None:
             try:
-                self._memory.info = protocol.unpack_info(client.get("/v1/info"))
+                self._cache.info = protocol.unpack_info(client.get("/v1/info"))
             except protocol.WireError as error:
                 raise RemoteError(f"{self.url}: {error}") from None
-        info = self._memory.info
+        info = self._cache.info
         if self.version is not None and info.version != self.version:
-            raise RemoteError(f"{self.url} serves {info.name} {info.version}, and version {self.version} is asked for")
+            raise RemoteError(
+                f"{self.url} serves {info.name} {info.version}, but this reward needs version {self.version}"
+            )
         return info
 
-    def _asked(self, client: HttpClient, info: Info, items: Sequence[_Item]) -> list[_Outcome]:
-        """What the server makes of ``items``, in their order."""
-        if time.monotonic() < self._memory.resting_until:
-            return [ItemError("unavailable", "the server did not answer a moment ago")] * len(items)
-        sizes = [len(item.content) + len(json.dumps(protocol.prompt_json(item.prompt))) + 256 for item in items]
-        batches = protocol.packed(sizes, min(self.batch_size, info.max_batch), info.max_bytes - 1024)
+    def _score_remotely(self, client: HttpClient, info: ServerInfo, items: Sequence[_Item]) -> list[_Outcome]:
+        """Send ``items`` in batches; their scores or errors in order."""
+        sizes = [len(item.content) * 4 // 3 + len(json.dumps(protocol.prompt_json(item.prompt))) + 16 for item in items]
+        batches = protocol.batched_by_size(sizes, min(self.batch_size, info.max_batch), info.max_bytes - 1024)
         parts = [[items[index] for index in batch] for batch in batches]
-        found = client.in_parallel(lambda part: self._scored(client, info, part), parts, self.concurrency)
-        if client.tripped:
-            self._memory.resting_until = time.monotonic() + self.patience.longest_pause
-        return [outcome for outcomes in found for outcome in outcomes]
+        results = client.in_parallel(lambda part: self._scored(client, info, part), parts, self.concurrency)
+        return [outcome for outcomes in results for outcome in outcomes]
 
-    def _scored(self, client: HttpClient, info: Info, items: Sequence[_Item]) -> list[_Outcome]:
-        """One request; where the server fails over it, or finds it too large, its halves."""
+    def _scored(self, client: HttpClient, info: ServerInfo, items: Sequence[_Item]) -> list[_Outcome]:
+        """Send one request; if the server fails on it or finds it too large, send its halves."""
         try:
             return self._request(client, info, items)
         except Unavailable as error:
-            return [ItemError("unavailable", str(error))] * len(items)
+            return [SampleError("unavailable", str(error))] * len(items)
         except (Faulty, Refused) as error:
             if isinstance(error, Refused) and error.status != 413:
                 raise
             if len(items) == 1:
-                return [ItemError("too_large" if isinstance(error, Refused) else "server_error", str(error))]
+                return [SampleError("too_large" if isinstance(error, Refused) else "server_error", str(error))]
         half = len(items) // 2
         return self._scored(client, info, items[:half]) + self._scored(client, info, items[half:])
 
-    def _request(self, client: HttpClient, info: Info, items: Sequence[_Item]) -> list[_Outcome]:
+    def _request(self, client: HttpClient, info: ServerInfo, items: Sequence[_Item]) -> list[_Outcome]:
         request_id = uuid.uuid4().hex  # the same for every attempt, so that it is scored once
         wait = max(0.001, min(client.remaining, self.patience.timeout))
         prompts, contents = tuple(item.prompt for item in items), tuple(item.content for item in items)
-        kind, body = protocol.Request(request_id, wait, prompts, info.media, contents).pack()
+        body = protocol.ScoreRequest(request_id, wait, prompts, info.media, contents).to_json()
         try:
-            reply = protocol.unpack_reply(client.post("/v1/score", body, kind), request_id, len(items))
+            reply = protocol.unpack_reply(client.post("/v1/score", body), request_id, len(items))
         except protocol.WireError as error:
             raise Refused(200, f"{self.url}: {error}") from None
         if reply.version != info.version:
@@ -161,34 +161,34 @@ class RemoteReward:
                 " one run"
             )
         return [
-            score if score is not None else error or ItemError("unscorable", "no score")
+            score if score is not None else error or SampleError("unscorable", "no score")
             for score, error in zip(reply.scores, reply.errors, strict=True)
         ]
 
-    def _kept(self, item: _Item) -> float | None:
-        if item.key not in self._memory.scores:
+    def _cached(self, item: _Item) -> float | None:
+        if item.key not in self._cache.scores:
             return None
-        self._memory.scores.move_to_end(item.key)
-        return self._memory.scores[item.key]
+        self._cache.scores.move_to_end(item.key)
+        return self._cache.scores[item.key]
 
-    def _keep(self, item: _Item, score: float) -> None:
-        self._memory.scores[item.key] = score
-        while len(self._memory.scores) > self.cache:
-            self._memory.scores.popitem(last=False)
+    def _store(self, item: _Item, score: float) -> None:
+        self._cache.scores[item.key] = score
+        while len(self._cache.scores) > self.cache:
+            self._cache.scores.popitem(last=False)
 
-    def _report(self, errors: Sequence[ItemError], count: int) -> None:
+    def _report(self, errors: Sequence[SampleError], count: int) -> None:
         if not errors:
             return
         counts = ", ".join(f"{number} {code}" for code, number in Counter(error.code for error in errors).items())
-        told = f"{self.url} scored {count - len(errors)} of {count} samples ({counts}): {errors[0].message}"
+        message = f"{self.url} scored {count - len(errors)} of {count} samples ({counts}): {errors[0].message}"
         if self.failures == "raise":
-            raise RemoteError(told)
-        logger.warning("%s; the others are NaN", told)
+            raise RemoteError(message)
+        logger.warning("%s; the others are NaN", message)
 
 
-def _encoded(sample: Tensor, prompt: Prompt, info: Info) -> _Item | ItemError:
+def _encoded(sample: Tensor, prompt: Prompt, info: ServerInfo) -> _Item | SampleError:
     if not bool(sample.isfinite().all()):
-        return ItemError("not_finite", "the sample has values that are not finite")
+        return SampleError("not_finite", "the sample has values that are not finite")
     rate = info.sample_rate
     content = protocol.encode_image(sample) if rate is None else protocol.encode_audio(sample, rate)
     text = json.dumps([info.version, protocol.prompt_json(prompt)], sort_keys=True)

@@ -26,7 +26,7 @@ from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_g
 from genalign.runtime.fsdp import Sharding, full_tensor
 from genalign.runtime.state import Generators, PerRankState
 from genalign.scoring.score import NamedReward
-from genalign.scoring.score_log import Journal
+from genalign.scoring.score_log import ScoreLog
 from genalign.training.checkpointing import Checkpoints, CheckpointWriter
 from genalign.training.sampler import Sampled
 from genalign.training.trainer import Trainer, TrainerSettings
@@ -119,15 +119,15 @@ class Seen:
         path.with_suffix(".json").write_text(json.dumps(self.rows))
 
 
-def _trainer(opened: SD3, case: Case, processes: ProcessGroup, sharding: Sharding | None, journal: Journal) -> Trainer:
+def _trainer(opened: SD3, case: Case, processes: ProcessGroup, sharding: Sharding | None, score_log: ScoreLog) -> Trainer:
     pipeline, reward = copy.deepcopy(opened), NamedReward("one", case.reward())
     policy = Policy(pipeline.denoiser, Lora(rank=2), processes=processes, sharding=sharding)
-    return Trainer(pipeline, policy, journal.kept([reward]), PROMPTS, case.recipe, SETTINGS, SAMPLING)
+    return Trainer(pipeline, policy, score_log.logged([reward]), PROMPTS, case.recipe, SETTINGS, SAMPLING)
 
 
 def watched(opened: SD3, case: Case, processes: ProcessGroup = SINGLE_PROCESS, sharding: Sharding | None = None) -> Seen:
     """Two rounds."""
-    trainer, seen = _trainer(opened, case, processes, sharding, Journal()), Seen()
+    trainer, seen = _trainer(opened, case, processes, sharding, ScoreLog()), Seen()
     make = trainer.sampler
 
     def sampler(*arguments: Any) -> list[Sampled]:
@@ -149,15 +149,15 @@ def watched(opened: SD3, case: Case, processes: ProcessGroup = SINGLE_PROCESS, s
 def _session(
     opened: SD3, folder: Path, processes: ProcessGroup, sharding: Sharding | None
 ) -> tuple[Trainer, CheckpointWriter]:
-    journal = Journal()
+    score_log = ScoreLog()
     case = Case(recipes.nft(lag=Lag(slope=0.3)), lambda: careless)
-    trainer = _trainer(opened, case, processes, sharding, journal)
+    trainer = _trainer(opened, case, processes, sharding, score_log)
     parts = {
         "trainer": trainer,
         "texts": EncoderCache(trainer.pipeline.pipeline),
         "generators": PerRankState(Generators(), processes),
     }
-    return trainer, CheckpointWriter(Checkpoints(folder, processes=processes), parts, journal)
+    return trainer, CheckpointWriter(Checkpoints(folder, processes=processes), parts, score_log)
 
 
 def _go(trainer: Trainer, keeper: CheckpointWriter, rounds: int) -> None:

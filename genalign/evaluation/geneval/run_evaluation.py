@@ -93,7 +93,7 @@ class Work:
         if todo:
             self.source.warm_up(self.prompts.prompts[0])
         for index in todo:
-            with self.folder.claims.claimed(index) as held:
+            with self.folder.claims.try_claim(index) as held:
                 if not held or self.folder.done(index):
                     continue
                 self.folder.write(index, self._row(index))

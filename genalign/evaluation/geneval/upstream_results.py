@@ -116,7 +116,7 @@ def rescored(folder: Path, results: Sequence[Result]) -> Path:
     target.begin(manifest(protocol, source.subject()))
     for row in rescored_rows:
         target.write(row["index"], row)
-    with target.claims.alone():
+    with target.claims.exclusive():
         target.finish(protocol, len(rows))
     return target.path
 

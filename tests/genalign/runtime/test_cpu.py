@@ -13,8 +13,8 @@ from genalign.runtime import cpu
 
 FAULTS = """
 import resource, sys, torch
-from genalign.runtime.cpu import keep_freed_memory
-assert keep_freed_memory() is (sys.argv[1] == "kept")
+from genalign.runtime.cpu import retain_freed_memory
+assert retain_freed_memory() is (sys.argv[1] == "kept")
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
@@ -39,7 +39,7 @@ def test_freed_memory_is_used_again() -> None:
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu.sys, "platform", "darwin")
-    assert not cpu.keep_freed_memory()
+    assert not cpu.retain_freed_memory()
 
 
 def test_attention_is_plain_on_a_cpu_alone() -> None:

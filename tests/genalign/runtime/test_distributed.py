@@ -287,7 +287,7 @@ def test_shares_are_whole_and_equal_in_step() -> None:
 
 def test_one_process_where_two_were_asked_of_accelerate_is_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), process_group({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}):
-        assert "start them by torchrun" in caplog.text
+        assert "use torchrun instead" in caplog.text
 
 
 def test_batches_that_do_not_divide_are_refused() -> None:

@@ -86,7 +86,7 @@ def test_gradients_of_decodes_and_rewards_are_billed(tiny: SD3) -> None:
 def test_cost_by_prices() -> None:
     ledger = Ledger(Counter({"forward": 10, "decode": 2, "reward/red": 0}))
     assert ledger.cost({"forward": 0.5, "decode": 2.0}) == 9.0
-    with pytest.raises(ValueError, match="no price for decode: measure it by genalign prices"):
+    with pytest.raises(ValueError, match="no price for decode: measure it with: genalign prices"):
         ledger.cost({"forward": 1.0})
     earlier = ledger.copy()
     ledger.bill("forward", 3)

@@ -14,91 +14,62 @@ from PIL import Image
 from scipy.io import wavfile
 
 from genalign.scoring import protocol
-from genalign.scoring.protocol import ItemError, WireError
+from genalign.scoring.protocol import SampleError, WireError
 from genalign.types import Prompt
 from tests.packages import folder_of
 
-REQUEST = protocol.Request(
+REQUEST = protocol.ScoreRequest(
     "r-1", 2.5, (Prompt("one", {"count": [1]}), Prompt("two")), "image", (b"\r\n--\r\n\x00", b"")
 )
 
 
-def meta(**changes: object) -> bytes:
-    plain = {"schema": 1, "request_id": "r", "deadline_ms": 5, "prompts": [{"text": "a"}]}
-    return json.dumps({**plain, **changes}).encode()
-
-
-def unpacked(parts: dict[str, bytes]) -> protocol.Request:
-    return protocol.unpack_request(*protocol.pack_parts(parts))
+def message(**changes: object) -> bytes:
+    plain = {"schema": 2, "request_id": "r", "deadline_ms": 5, "media": "image", "prompts": [{"text": "a"}]}
+    return json.dumps({**plain, "samples": [""], **changes}).encode()
 
 
 def test_a_request_is_read_as_it_was_written() -> None:
-    assert protocol.unpack_request(*REQUEST.pack()) == REQUEST
+    assert protocol.unpack_request(REQUEST.to_json()) == REQUEST
 
 
 def test_a_reply_is_read_as_it_was_written() -> None:
-    reply = protocol.Reply("r-1", "v", (0.1, None), (None, ItemError("unscorable", "why")), 0.25)
+    reply = protocol.ScoreReply("r-1", "v", (0.1, None), (None, SampleError("unscorable", "why")), 0.25)
     assert protocol.unpack_reply(reply.to_json(), "r-1", 2) == reply
     with pytest.raises(WireError, match="belongs to another request"):
         protocol.unpack_reply(reply.to_json(), "r-2", 2)
     with pytest.raises(ValueError, match="JSON compliant"):
-        protocol.Reply("r-1", "v", (float("nan"),), (None,), 0.25).to_json()
-
-
-def test_any_bytes_pass_through_multipart() -> None:
-    parts = {f"part.{n}": bytes(np.random.default_rng(n).integers(0, 256, n * 7, np.uint8)) for n in range(20)}
-    parts["tricky"] = b"--x\r\n\r\n--x--\r\n"
-    assert protocol.unpack_parts(*protocol.pack_parts(parts)) == parts
+        protocol.ScoreReply("r-1", "v", (float("nan"),), (None,), 0.25).to_json()
 
 
 BAD = [
-    ({"image.0": b""}, "malformed", "meta is missing"),
-    ({"meta": b"{"}, "malformed", "not JSON"),
-    ({"meta": b"[1]"}, "malformed", "not a JSON object"),
-    ({"meta": b"[" * 100_000}, "malformed", "not JSON"),
-    ({"meta": b'{"schema": 1, "deadline_ms": NaN}'}, "malformed", "not JSON"),
-    ({"meta": meta(schema=2)}, "schema", "the other 2: use one version"),
-    ({"meta": meta(want_components=True)}, "unknown_field", "want_components"),
-    ({"meta": meta(request_id="a\nb")}, "malformed", "request_id"),
-    ({"meta": meta(request_id="x" * 65)}, "malformed", "request_id"),
-    ({"meta": meta(deadline_ms=0)}, "malformed", "deadline_ms"),
-    ({"meta": meta(deadline_ms=True)}, "malformed", "deadline_ms"),
-    ({"meta": meta(prompts=[])}, "malformed", "prompts must be a list"),
-    ({"meta": meta(prompts=["a"]), "image.0": b""}, "malformed", 'object with "text"'),
-    ({"meta": meta(prompts=[{"text": "a", "metadata": 3}]), "image.0": b""}, "malformed", "an object or null"),
-    ({"meta": meta()}, "count", "need the parts image.0 to image.0"),
-    ({"meta": meta(), "image.0": b"", "image.1": b""}, "count", "and no others"),
-    ({"meta": meta(), "audio.0": b"", "image.0": b""}, "count", "audio.0 to audio.0"),
+    (b"{", "malformed", "not JSON"),
+    (b"[1]", "malformed", "not a JSON object"),
+    (b"[" * 100_000, "malformed", "not JSON"),
+    (b"\x80\x04K*.", "malformed", "not JSON"),
+    (b'{"schema": 2, "deadline_ms": NaN}', "malformed", "not JSON"),
+    (message(schema=1), "schema", "the other 1: use one version"),
+    (message(want_components=True), "unknown_field", "want_components"),
+    (message(request_id="a\nb"), "malformed", "request_id"),
+    (message(request_id="x" * 65), "malformed", "request_id"),
+    (message(deadline_ms=0), "malformed", "deadline_ms"),
+    (message(deadline_ms=True), "malformed", "deadline_ms"),
+    (message(media="video"), "media_type", "image"),
+    (message(prompts=[]), "malformed", "must be lists"),
+    (message(samples="QQ=="), "malformed", "must be lists"),
+    (message(prompts=["a"]), "malformed", 'object with "text"'),
+    (message(prompts=[{"text": "a", "metadata": 3}]), "malformed", "an object or null"),
+    (message(samples=[]), "count", "1 prompts need as many samples, not 0"),
+    (message(samples=["", ""]), "count", "not 2"),
+    (message(samples=["*"]), "malformed", "base64"),
+    (message(samples=[1]), "malformed", "base64"),
 ]
 
 
-@pytest.mark.parametrize(("parts", "code", "message"), BAD, ids=[f"{code}-{n}" for n, (_, code, _) in enumerate(BAD)])
-def test_a_request_that_breaks_the_protocol_is_refused(parts: dict[str, bytes], code: str, message: str) -> None:
-    with pytest.raises(WireError, match=message) as raised:
-        unpacked(parts)
+@pytest.mark.parametrize(("body", "code", "pattern"), BAD, ids=[f"{code}-{n}" for n, (_, code, _) in enumerate(BAD)])
+def test_a_request_that_breaks_the_protocol_is_refused(body: bytes, code: str, pattern: str) -> None:
+    with pytest.raises(WireError, match=pattern) as raised:
+        protocol.unpack_request(body)
     assert raised.value.code == code
-
-
-@pytest.mark.parametrize(
-    ("kind", "body"),
-    [
-        ("application/json", b"{}"),
-        ("multipart/form-data", b""),
-        ("multipart/form-data; boundary=x", b""),
-        ("multipart/form-data; boundary=x", b"--x\r\n\r\nno name\r\n--x--\r\n"),
-        ("multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\ncut off'),
-        ("multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="a"\r\n--x--\r\n'),
-    ],
-)
-def test_what_is_not_multipart_is_refused(kind: str, body: bytes) -> None:
-    with pytest.raises(WireError):
-        protocol.unpack_parts(kind, body)
-
-
-def test_a_name_twice_is_refused() -> None:
-    kind, body = protocol.pack_parts({"aa": b"1", "ab": b"2"})
-    with pytest.raises(WireError, match="name of its own"):
-        protocol.unpack_parts(kind, body.replace(b'"ab"', b'"aa"'))
 
 
 def test_images_travel_as_8_bits() -> None:
@@ -169,9 +140,9 @@ def test_what_is_not_such_a_wav_is_refused() -> None:
 
 
 def test_batches_are_cut_by_number_and_size() -> None:
-    assert protocol.packed([1, 1, 1, 1, 1], 2, 100) == [[0, 1], [2, 3], [4]]
-    assert protocol.packed([5, 5, 99, 5, 5], 10, 10) == [[0, 1], [2], [3, 4]]
-    assert protocol.packed([], 2, 2) == []
+    assert protocol.batched_by_size([1, 1, 1, 1, 1], 2, 100) == [[0, 1], [2, 3], [4]]
+    assert protocol.batched_by_size([5, 5, 99, 5, 5], 10, 10) == [[0, 1], [2], [3, 4]]
+    assert protocol.batched_by_size([], 2, 2) == []
 
 
 def test_nothing_here_can_run_what_it_receives() -> None:

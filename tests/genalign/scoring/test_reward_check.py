@@ -104,17 +104,17 @@ PLANTED: list[tuple[RewardFunction, Expected, str, str]] = [
     (normalised, Expected(), "batches", "no statistics of the batch"),
     (squeezed, Expected(), "batches", "keep the batch dimension"),
     (noisy, Expected(), "determinism", "eval mode"),
-    (half_detached, Expected(), "gradient", "find what is detached"),
-    (blind, Expected(prompts=True), "prompts", "read the prompt"),
-    (in_place, Expected(), "inputs", "work on a copy"),
-    (leaking, Expected(), "torch state", "use torch.no_grad()"),
-    (retyping, Expected(), "torch state", "set no defaults"),
+    (half_detached, Expected(), "gradient", "look for what is detached"),
+    (blind, Expected(prompts=True), "sensitivity", "read the prompt"),
+    (in_place, Expected(), "side effects", "work on a copy"),
+    (leaking, Expected(), "side effects", "use torch.no_grad()"),
+    (retyping, Expected(), "side effects", "set no defaults"),
     (zero_for_nan, Expected(), "unscorable", "return NaN"),
     (raising_for_nan, Expected(), "unscorable", "return NaN"),
     (spoilt_by_nan, Expected(), "unscorable", "score the others"),
-    (constant, Expected(), "variation", "every sample scores the same"),
-    (nothing, Expected(), "variation", "what it needs of a prompt"),
-    (rough, Expected(degradation=True), "degradation", "quality should cost"),
+    (constant, Expected(), "sensitivity", "scores that vary"),
+    (nothing, Expected(), "sensitivity", "needs of a prompt"),
+    (rough, Expected(degradation=True), "degradation", "quality raise the score"),
 ]
 
 
@@ -126,7 +126,7 @@ def test_a_good_reward_passes(probe: Probe) -> None:
     checks = {found.name: found for found in check(good, probe, Expected(gradient=True))}
     assert failed(list(checks.values())) == []
     noted = {name for name, found in checks.items() if found.passed is None}
-    assert noted == {"prompts", "degradation", "8 bits", "throughput"}
+    assert noted == {"degradation"}
     assert all(found.measured for found in checks.values())
 
 
@@ -186,7 +186,6 @@ def test_waveforms_are_checked_too() -> None:
 
     checks = list(check(smoothness, Probe(waves, prompts), Expected(gradient=True)))
     assert failed(checks) == []
-    assert "8 bits" not in [found.name for found in checks]
 
 
 def test_a_probe_must_tell_samples_apart(probe: Probe) -> None:

@@ -35,7 +35,7 @@ def test_failures_are_nan_and_never_zero(caplog: pytest.LogCaptureFixture) -> No
     torch.testing.assert_close(scores[:, 0], IMAGES.flatten(1).mean(1))
     assert bool(scores[:, 1].isnan().all())
     assert scores[:, 2].isnan().tolist() == [False, True, True, False]
-    assert "reward 'b' raised ConnectionError: server gone; it is asked again" in caplog.text
+    assert "reward 'b' raised ConnectionError: server gone; calling it again" in caplog.text
     assert "reward 'b' raised ConnectionError: server gone; 4 scores are NaN" in caplog.text
 
 
@@ -135,7 +135,7 @@ def test_a_call_that_hangs_has_failed(caplog: pytest.LogCaptureFixture) -> None:
     answer.set()
     assert found.isnan().tolist() == [True, True, False, False]
     assert calls == [False, False, False]  # the halves of what hangs are not asked
-    assert "reward 'slow' raised TimeoutError: no answer within 0.05 s; 2 scores are NaN" in caplog.text
+    assert "reward 'slow' raised TimeoutError: no scores within 0.05 s; 2 scores are NaN" in caplog.text
     with pytest.raises(ValueError, match="timeout of reward 'x' must be positive, in seconds, not 0"):
         NamedReward("x", brightness, timeout=0)
 
@@ -165,7 +165,7 @@ def test_scales_apart_are_told(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_too_many_failures_stop_the_run() -> None:
     scores = torch.tensor([[1.0], [torch.nan], [torch.nan], [torch.nan]])
-    message = r"75% of this round's samples could not be scored \(training\.max_failed_fraction is 5%\): .* go on from"
+    message = r"75% of this round's samples could not be scored \(training\.max_failed_fraction is 5%\): .* resume from"
     with pytest.raises(RewardError, match=message):
         RewardMonitor().see(scores, silent=False)
     RewardMonitor(max_failed_fraction=0.75).see(scores, silent=False)

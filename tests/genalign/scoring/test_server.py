@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from genalign.scoring import protocol
-from genalign.scoring.server import listen, meaningless, require_safe
+from genalign.scoring.server import listen, placeholder, require_safe
 from genalign.scoring.server_worker import score_each
 from genalign.types import Prompt
 from tests.http_servers import INFO, Answer, serving
@@ -59,14 +59,13 @@ def call(url: str, method: str, path: str, body: bytes | Iterator[bytes] = b"", 
         there.close()
 
 
-def request(levels: Sequence[float], name: str = "r", deadline: float = 20) -> protocol.Request:
+def request(levels: Sequence[float], name: str = "r", deadline: float = 20) -> protocol.ScoreRequest:
     images = tuple(protocol.encode_image(torch.full((3, 4, 4), level)) for level in levels)
-    return protocol.Request(name, deadline, tuple(Prompt("grey") for _ in levels), "image", images)
+    return protocol.ScoreRequest(name, deadline, tuple(Prompt("grey") for _ in levels), "image", images)
 
 
-def post(url: str, asked: protocol.Request, **headers: str) -> Answer:
-    kind, body = asked.pack()
-    return call(url, "POST", "/v1/score", body, Content_Type=kind, **headers)
+def post(url: str, asked: protocol.ScoreRequest, **headers: str) -> Answer:
+    return call(url, "POST", "/v1/score", asked.to_json(), Content_Type="application/json", **headers)
 
 
 def code(answer: Answer) -> str:
@@ -91,7 +90,7 @@ def test_scores_come_as_json_with_null_for_what_has_none(url: str) -> None:
 
 def test_images_of_different_sizes_are_scored(url: str) -> None:
     samples = tuple(protocol.encode_image(torch.full((3, side, 4), side / 255)) for side in (3, 9, 3, 5))
-    mixed = protocol.Request("mixed", 20, (Prompt("x"),) * 4, "image", samples)
+    mixed = protocol.ScoreRequest("mixed", 20, (Prompt("x"),) * 4, "image", samples)
     reply = protocol.unpack_reply(post(url, mixed).body, "mixed", 4)
     assert [round((score or 0) * 255) for score in reply.scores] == [3, 9, 3, 5]
 
@@ -99,12 +98,12 @@ def test_images_of_different_sizes_are_scored(url: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "body", "status", "expected"),
     [
-        ("application/json", b"{}", 415, "media_type"),
+        ("multipart/form-data; boundary=x", b"{}", 415, "media_type"),
         ("application/octet-stream", b"\x80\x04K*.", 415, "media_type"),
-        ("multipart/form-data; boundary=x", b"nothing", 400, "malformed"),
-        (*protocol.pack_parts({"meta": b"{}"}), 400, "schema"),
+        ("application/json", b"nothing", 400, "malformed"),
+        ("application/json; charset=utf-8", b"{}", 400, "schema"),
     ],
-    ids=["json", "pickle", "no parts", "too few parts"],
+    ids=["multipart", "pickle", "no JSON", "no schema"],
 )
 def test_what_is_no_request_is_refused(url: str, kind: str, body: bytes, status: int, expected: str) -> None:
     answer = call(url, "POST", "/v1/score", body, Content_Type=kind)
@@ -114,7 +113,7 @@ def test_what_is_no_request_is_refused(url: str, kind: str, body: bytes, status:
 def test_too_many_or_other_samples_are_refused(url: str) -> None:
     answer = post(url, request([0.5] * 9, "many"))
     assert (answer.status, code(answer)) == (422, "count")
-    audio = protocol.Request("a", 5, (Prompt("x"),), "audio", (protocol.encode_audio(torch.zeros(1, 4), 8000),))
+    audio = protocol.ScoreRequest("a", 5, (Prompt("x"),), "audio", (protocol.encode_audio(torch.zeros(1, 4), 8000),))
     answer = post(url, audio)
     assert (answer.status, code(answer)) == (415, "media_type")
 
@@ -195,7 +194,7 @@ def test_more_requests_than_places_are_sent_away() -> None:
 
 def test_it_is_ready_when_the_reward_has_been_tried() -> None:
     reward = Gated()
-    with serving(reward, first=meaningless(INFO)) as url:
+    with serving(reward, first=placeholder(INFO)) as url:
         assert reward.entered.wait(20)
         assert call(url, "GET", "/healthz").status == call(url, "GET", "/v1/info").status == 200
         loading = [call(url, "GET", "/readyz"), post(url, request([0.1]))]
@@ -214,7 +213,7 @@ def test_a_reward_that_fails_on_what_has_no_meaning_is_served_and_told(caplog: p
             raise ValueError("no metadata")
         return brightness(samples, prompts)
 
-    with serving(needy, first=meaningless(replace(INFO, sample_rate=100))) as url:
+    with serving(needy, first=placeholder(replace(INFO, sample_rate=100))) as url:
         while call(url, "GET", "/readyz").status != 200:
             time.sleep(0.01)
     assert "request at the start, of a sample without meaning or metadata: the reward raised ValueError" in caplog.text

@@ -32,7 +32,7 @@ from genalign.metrics.vendi import vendi_score
 from genalign.runtime.files import load_state
 from genalign.runtime.state import Generators, State, Stateful
 from genalign.scoring.score import NamedReward
-from genalign.scoring.score_log import Journal
+from genalign.scoring.score_log import ScoreLog
 from genalign.training.checkpointing import Checkpoints, CheckpointWriter, DamagedCheckpointError
 from genalign.training.reward_hacking import Actions, HackingGuard, Limits, PanelMeasures, PanelSnapshot
 from genalign.training.trainer import Trainer, TrainerSettings
@@ -130,14 +130,14 @@ class Session:
     ) -> None:
         self.pipeline = copy.deepcopy(tiny)
         policy = Policy(self.pipeline.denoiser, lora)
-        journal = Journal()
-        self.trainer = Trainer(self.pipeline, policy, journal.kept(scored), PROMPTS, recipe, SETTINGS, SAMPLING)
+        score_log = ScoreLog()
+        self.trainer = Trainer(self.pipeline, policy, score_log.logged(scored), PROMPTS, recipe, SETTINGS, SAMPLING)
         parts: dict[str, Stateful] = {
             "trainer": self.trainer,
             "texts": EncoderCache(self.pipeline),
             "generators": Generators(),
         }
-        self.keeper = CheckpointWriter(Checkpoints(folder), parts, journal)
+        self.keeper = CheckpointWriter(Checkpoints(folder), parts, score_log)
         self.rows = folder.with_suffix(".jsonl")
 
     def go(self, until: int, raise_kl: float | None = None) -> list[str]:
@@ -387,8 +387,8 @@ def small_files() -> Iterator[Callable[[int], None]]:
 def test_no_room_for_a_checkpoint_leaves_the_one_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, small_files: Callable[[int], None], room: int
 ) -> None:
-    journal, part = Journal(), Part(1)
-    keeper = CheckpointWriter(Checkpoints(tmp_path), {"part": part}, journal)
+    score_log, part = ScoreLog(), Part(1)
+    keeper = CheckpointWriter(Checkpoints(tmp_path), {"part": part}, score_log)
     keeper.begin()
     part.value = 2
     small_files(room)
@@ -443,10 +443,10 @@ def test_failures_are_asked_again(tmp_path: Path) -> None:
     samples, prompts = torch.rand(2, 3, 4, 4), PROMPTS.prompts[:2]
 
     def asked() -> list[float]:
-        journal = Journal()
-        journal.replay([tmp_path / "scores.jsonl"])
-        journal.begin(tmp_path / "scores.jsonl")
-        (kept,) = journal.kept([NamedReward("flaky", lambda *_: next(answers))])
+        score_log = ScoreLog()
+        score_log.load([tmp_path / "scores.jsonl"])
+        score_log.record_to(tmp_path / "scores.jsonl")
+        (kept,) = score_log.logged([NamedReward("flaky", lambda *_: next(answers))])
         return kept(samples, prompts).tolist()
 
     assert np.isnan(asked()[1])

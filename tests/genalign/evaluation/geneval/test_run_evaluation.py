@@ -175,7 +175,7 @@ def test_a_killed_process_leaves_nothing_half_done(perfect: Path, tmp_path: Path
 
 def test_a_prompt_that_another_holds_is_left_to_it(tmp_path: Path) -> None:
     first, second = work(tmp_path), work(tmp_path)
-    with first.folder.claims.claimed(3) as held, second.folder.claims.claimed(3) as also_held:
+    with first.folder.claims.try_claim(3) as held, second.folder.claims.try_claim(3) as also_held:
         assert (held, also_held) == (True, False)
         assert 3 not in list(second.do(RankShare()))
     assert second.left() == 1
