@@ -72,6 +72,6 @@ class SearchFolder:
         write_json(self._row(index), row)
 
     def conclude(self) -> None:
-        """Put the rows of all finished prompts together. Call it ``claims.alone``."""
+        """Put the rows of all finished prompts together. Call it within ``claims.exclusive()``."""
         rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self._row(0).parent.glob("*.json"))]
         write_text(self.path / "scores.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
