@@ -138,6 +138,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("mine", "first"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.json").write_text(json.dumps(yaml.safe_load(demo.read_text())))
+    (shown,) = re.findall(r"```yaml\n(.*?)```", PAGES[Path("README.md")], re.DOTALL)
+    (tmp_path / "pickscore.yaml").write_text(shown)
+    (tmp_path / "prompts.txt").write_text("a circle\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
