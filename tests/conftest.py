@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipelines import SD3
-from scripts.pretrain.shapes_models import TextToVelocity, assemble, build_vae
+from scripts.pretrain.shapes_models import ShapesTextToImage, assemble, build_vae
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ordinary StableDiffusion3Pipeline folder: two blocks of width 64, random weights, 64 x 64 images."""
     torch.manual_seed(0)
     folder: Path = tmp_path_factory.mktemp("tiny") / "sd3"
-    model = TextToVelocity(layers=2, width=64)
+    model = ShapesTextToImage(layers=2, width=64)
     for parameter in model.transformer.parameters():  # the output layers start at zero, which would hide mistakes
         torch.nn.init.normal_(parameter, std=0.05)
     assemble(model, build_vae(), folder)

@@ -25,7 +25,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class DiscriminatorStatus:
+class RecipeSummary:
     """What a recipe came to, over its seeds: the gain of the main score on held-out prompts with its 95 % interval (of
     one seed: over prompts alone), the gain of every score and task, and means of what it cost. ``kl`` is that of the
     last rounds from the base; ``diversity`` is after minus before, where it can be read."""
@@ -43,7 +43,7 @@ class DiscriminatorStatus:
     nfe: float
 
 
-def standings(contenders: Sequence[Contender], diversity: DiversityOf) -> list[DiscriminatorStatus]:
+def standings(contenders: Sequence[Contender], diversity: DiversityOf) -> list[RecipeSummary]:
     """Read every recipe's runs, by the scores that all of them have; the main one is the first. Raises ValueError for
     a recipe without runs, and where the recipes have no score in common."""
     for contender in contenders:
@@ -71,11 +71,11 @@ def _standing(
     evaluations: Mapping[int, tuple[Evaluation, Evaluation]],
     scores: Sequence[str],
     diversity: DiversityOf,
-) -> DiscriminatorStatus:
+) -> RecipeSummary:
     records = {score: _records(contender.name, score, evaluations) for score in scores}
     main = claim(records[scores[0]])
     rounds = [_rows(run) for run in contender.runs.values()]
-    return DiscriminatorStatus(
+    return RecipeSummary(
         name=contender.name,
         seeds=len(contender.runs),
         gain=main.mean,
@@ -127,7 +127,7 @@ def _mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed)
 
 
-def write_standings(path: Path, standings: Sequence[DiscriminatorStatus]) -> None:
+def write_standings(path: Path, standings: Sequence[RecipeSummary]) -> None:
     """As JSON, best first; a diversity that could not be read is null."""
     ordered = [asdict(found) for found in sorted(standings, key=lambda found: -found.gain)]
     for found in ordered:

@@ -43,7 +43,7 @@ class Heard:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainedRun:
     """A training by ``seed``: the same prompts and noises before and after."""
 
     seed: int
@@ -51,7 +51,7 @@ class Run:
     after: Heard
 
     @classmethod
-    def of(cls, folder: Path, seed: int) -> Run:
+    def of(cls, folder: Path, seed: int) -> TrainedRun:
         """A finished one. Raises ValueError where the two evaluations are not of the same prompts and noises."""
         run = cls(seed, Heard.of(folder / "before"), Heard.of(folder / "after"))
         if [record.key for record in run.before.records] != [record.key for record in run.after.records]:
@@ -65,22 +65,22 @@ class Measure(Protocol):
     @property
     def metric(self) -> str: ...
 
-    def records(self, name: str, run: Run) -> list[PromptRecord]: ...
+    def records(self, name: str, run: TrainedRun) -> list[PromptRecord]: ...
 
-    def trials(self, run: Run) -> list[tuple[float, float]]: ...
+    def trials(self, run: TrainedRun) -> list[tuple[float, float]]: ...
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedMeasure:
     """A score that the evaluations hold; a prompt's mean is a trial."""
 
     metric: str
 
-    def records(self, name: str, run: Run) -> list[PromptRecord]:
+    def records(self, name: str, run: TrainedRun) -> list[PromptRecord]:
         before, after = ([record.scores[self.metric] for record in side.records] for side in (run.before, run.after))
         return by_prompt(name, self.metric, run, before, after)
 
-    def trials(self, run: Run) -> list[tuple[float, float]]:
+    def trials(self, run: TrainedRun) -> list[tuple[float, float]]:
         return [(record.before, record.after) for record in self.records("", run)]
 
 
@@ -91,10 +91,10 @@ class OfClips:
     metric: str
     reward: RewardFunction
 
-    def records(self, name: str, run: Run) -> list[PromptRecord]:
+    def records(self, name: str, run: TrainedRun) -> list[PromptRecord]:
         return by_prompt(name, self.metric, run, self._scores(run.before), self._scores(run.after))
 
-    def trials(self, run: Run) -> list[tuple[float, float]]:
+    def trials(self, run: TrainedRun) -> list[tuple[float, float]]:
         return [(record.before, record.after) for record in self.records("", run)]
 
     def _scores(self, heard: Heard) -> list[float]:
@@ -112,12 +112,12 @@ class OfSets:
     features: FeatureFunction
     reward: SetReward
 
-    def records(self, name: str, run: Run) -> list[PromptRecord]:
+    def records(self, name: str, run: TrainedRun) -> list[PromptRecord]:
         before, after = (self.reward(self._described(heard)) for heard in (run.before, run.after))
         count = len(run.before.records)
         return [PromptRecord(name, self.metric, run.seed, "all", "the whole set", before, after, count)]
 
-    def trials(self, run: Run) -> list[tuple[float, float]]:
+    def trials(self, run: TrainedRun) -> list[tuple[float, float]]:
         comparison = compare_parts(self.reward, self._described(run.before), self._described(run.after), PART)
         return list(zip(comparison.before, comparison.after, strict=True))
 
@@ -125,7 +125,9 @@ class OfSets:
         return torch.cat([self.features(part) for part in heard.clips.split(BATCH)])
 
 
-def by_prompt(name: str, metric: str, run: Run, before: Sequence[float], after: Sequence[float]) -> list[PromptRecord]:
+def by_prompt(
+    name: str, metric: str, run: TrainedRun, before: Sequence[float], after: Sequence[float]
+) -> list[PromptRecord]:
     """The scores of all clips as one record a prompt."""
     rows: dict[tuple[str, str], list[int]] = {}
     for row, record in enumerate(run.before.records):
@@ -144,8 +146,8 @@ def measures(clap: str = "tones-clap") -> dict[str, Measure]:
     mel, embedding = LogMelFeatures(SAMPLE_RATE), ClapFeatures(clap, SAMPLE_RATE)
     frames = extract_frame_features(revoiced(["organ"], (-32.0, -26.0), seed=1), mel)
     return {
-        "strict": Recorded("strict"),
-        "partial": Recorded("partial"),
+        "strict": RecordedMeasure("strict"),
+        "partial": RecordedMeasure("partial"),
         "fad": OfSets("less FAD", FrameFeatures(mel), FrameFrechetReward(frames)),
         "clip_fad": OfClips("less FAD by clip", PerSampleFrechetReward(mel, frames)),
         "text": OfSets("less distance to words", embedding, FrechetReward(worded(["organ"], clap))),
@@ -155,7 +157,9 @@ def measures(clap: str = "tones-clap") -> dict[str, Measure]:
 
 
 @torch.no_grad()
-def rewards_row(name: str, target: Measure, runs: Sequence[Run], metrics: Mapping[str, Measure]) -> dict[str, Any]:
+def rewards_row(
+    name: str, target: Measure, runs: Sequence[TrainedRun], metrics: Mapping[str, Measure]
+) -> dict[str, Any]:
     """A recipe's line as DRAGON's table 1 has it: how often the ``target`` is won, in the trials of all seeds, and
     every measure's means before and after."""
     before, after = zip(*(trial for run in runs for trial in target.trials(run)), strict=True)

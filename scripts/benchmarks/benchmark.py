@@ -305,7 +305,7 @@ def main() -> None:
         return None
     if options.part == "compare":
         for part in options.some or speed_benchmark.PARTS:
-            speed_benchmark.PARTS[part](speed_benchmark.Work(Path("runs/compare_speed")))
+            speed_benchmark.PARTS[part](speed_benchmark.Workspace(Path("runs/compare_speed")))
         return None
     measured = PARTS[options.part](options.repeats)
     claim, command = f"Speed and memory: {options.part}", f"python scripts/benchmarks/benchmark.py {options.part}"

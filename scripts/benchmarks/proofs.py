@@ -27,7 +27,7 @@ from genalign.evaluation.records import PromptRecord, prompt_records, write_resu
 from genalign.metrics.image import saturation
 from genalign.training.reward_hacking import HackingReport
 from rewards.shapes import recolored, rendered
-from scripts.benchmarks.audio_measures import Run, measures, rewards_row
+from scripts.benchmarks.audio_measures import TrainedRun, measures, rewards_row
 from scripts.benchmarks.audio_search import pruning_records
 from scripts.benchmarks.set_measures import is_purple, is_small, mean_saturation, nearness, set_records, share, variety
 
@@ -167,7 +167,7 @@ def audio_gains(trained: dict[str, dict[int, Path]]) -> tuple[list[PromptRecord]
     records: list[PromptRecord] = []
     table: list[dict[str, Any]] = []
     for name, target in AUDIO_TARGETS.items():
-        heard = [Run.of(run, seed) for seed, run in trained[name].items()]
+        heard = [TrainedRun.of(run, seed) for seed, run in trained[name].items()]
         beside = "partial" if target == "strict" else "strict"
         for run in heard:
             records += metrics[target].records(name, run) + metrics[beside].records(f"{name}.{beside}", run)

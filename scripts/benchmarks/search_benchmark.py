@@ -37,7 +37,7 @@ from rewards.noise_aware import load_scorer
 from scripts.benchmarks import search_pool
 from scripts.benchmarks.proofs import RESULTS, head
 from scripts.benchmarks.pruning_trials import Costs, Trials, best_of, schedules
-from scripts.benchmarks.search_pool import FORWARDS_ALONE, LEVELS, PROMPTS, SEEDS, STEPS, Recorded
+from scripts.benchmarks.search_pool import FORWARDS_ALONE, LEVELS, PROMPTS, SEEDS, STEPS, RecordedPool
 
 BUDGETS = (2, 4, 8, 16, 32)
 WAYS = {
@@ -66,7 +66,7 @@ def prepare(work: Path) -> None:
 
 def tune(work: Path) -> None:
     """For every way and budget the schedule of most reward; for every way the one that reaches best-of-32 soonest."""
-    recorded, costs = Recorded.load(work).part(TUNE), search_pool.costs(work)
+    recorded, costs = RecordedPool.load(work).part(TUNE), search_pool.costs(work)
     target = float(best_of(recorded.clean, BUDGETS[-1])[:, 0].mean())
     schedules_json: dict[str, dict[str, object]] = {}
     for name, way in WAYS.items():
@@ -101,7 +101,7 @@ def _schedule(plain: Mapping[str, Sequence[float]]) -> PruneSchedule:
 class Compared:
     """Methods at every budget on the test prompts, each (P, 2)."""
 
-    recorded: Recorded
+    recorded: RecordedPool
     costs: Costs
     work: Path
 
@@ -194,7 +194,7 @@ def live(work: Path) -> None:
 
 def publish(work: Path) -> None:
     """Everything on the test prompts, from the pool and the live searches."""
-    recorded, costs = Recorded.load(work).part(TEST), search_pool.costs(work)
+    recorded, costs = RecordedPool.load(work).part(TEST), search_pool.costs(work)
     compared = Compared(recorded, costs, work)
     values = {name: {b: method(b) for b in BUDGETS} for name, method in compared.methods().items()}
     records = [*_pool_records(recorded, values), *_live_records(work)]
@@ -215,7 +215,7 @@ def publish(work: Path) -> None:
     )
 
 
-def _pool_records(recorded: Recorded, values: Mapping[str, Mapping[int, Tensor]]) -> Iterator[PromptRecord]:
+def _pool_records(recorded: RecordedPool, values: Mapping[str, Mapping[int, Tensor]]) -> Iterator[PromptRecord]:
     """Of every method over the budgets, and of the claimed ones at each."""
     for name in [*CLAIMED, *(name for name in values if name not in (*CLAIMED, "best_of_n"))]:
         for score, (suffix, metric) in enumerate((("", "selection reward"), (".strict", "strict"))):
@@ -228,7 +228,7 @@ def _pool_records(recorded: Recorded, values: Mapping[str, Mapping[int, Tensor]]
 def _records(
     name: str,
     metric: str,
-    recorded: Recorded,
+    recorded: RecordedPool,
     values: Mapping[str, Mapping[int, Tensor]],
     method: str,
     score: int,

@@ -100,7 +100,7 @@ def _hashes(candidates: Particles) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedPool:
     """The pool of P prompts x N seeds.
 
     ``previews`` (P, N, L, 3) are scored as PREVIEWS says; ``clean``, ``half`` and ``stochastic`` (P, N, 2) are the ends
@@ -115,7 +115,7 @@ class Recorded:
     tasks: tuple[str, ...]
 
     @classmethod
-    def load(cls, work: Path) -> Recorded:
+    def load(cls, work: Path) -> RecordedPool:
         """Load the complete pool from disk. Exits where prompts are missing."""
         records = [load_state(path) for path in sorted((work / "pool").glob("*.safetensors"))]
         if len(records) < PROMPTS:
@@ -129,12 +129,12 @@ class Recorded:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def part(self, rows: Sequence[int]) -> Recorded:
+    def part(self, rows: Sequence[int]) -> RecordedPool:
         """Select the prompts of these rows."""
         index = list(rows)
         tensors = (self.previews, self.clean, self.half, self.stochastic)
         texts, tasks = (tuple(column[row] for row in index) for column in (self.texts, self.tasks))
-        return Recorded(*(tensor[index] for tensor in tensors), texts, tasks)
+        return RecordedPool(*(tensor[index] for tensor in tensors), texts, tasks)
 
     def trials(self, way: str, subsets: int) -> Trials:
         """Pruning by previews that are scored in one way."""

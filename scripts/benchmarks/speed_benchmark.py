@@ -92,7 +92,7 @@ def recipe(way: Way) -> Recipe:
     return flow_grpo(kernel, window, 0.125, CLIP, std="global", shared_noise=shared_noise)
 
 
-class Contender:
+class SpeedContender:
     """A policy in training; every call makes a round, ``seconds`` add up."""
 
     def __init__(self, way: Way, rate: float, seed: int, batch: int = 96) -> None:
@@ -157,7 +157,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workspace:
     """The folder that keeps what was measured."""
 
     folder: Path
@@ -178,7 +178,7 @@ class Work:
 
         def run() -> dict[str, Curve]:
             batch = self.batch(name)
-            rated = {f"{rate:g}": Contender(WAYS[name], rate, TUNING_SEED, batch) for rate in RATES}
+            rated = {f"{rate:g}": SpeedContender(WAYS[name], rate, TUNING_SEED, batch) for rate in RATES}
             return race(rated, RATE_LIMIT, pace=tuple(rated), patience=1)
 
         result: dict[str, Curve] = cached(self.folder / f"rates/{name}.json", run)
@@ -188,7 +188,7 @@ class Work:
         """Of the contenders, each at its best rate."""
 
         def run() -> dict[str, Curve]:
-            return race({way: Contender(WAYS[way], self.rate(way), seed, self.batch(way)) for way in CONTENDERS})
+            return race({way: SpeedContender(WAYS[way], self.rate(way), seed, self.batch(way)) for way in CONTENDERS})
 
         result: dict[str, Curve] = cached(self.folder / f"runs/{seed}.json", run)
         return result
@@ -205,7 +205,7 @@ class Work:
         """Seconds of rounds of every way."""
 
         def run() -> dict[str, list[float]]:
-            raced = [Contender(way, self.rate(name), TUNING_SEED, self.batch(name)) for name, way in WAYS.items()]
+            raced = [SpeedContender(way, self.rate(name), TUNING_SEED, self.batch(name)) for name, way in WAYS.items()]
             return dict(zip(WAYS, in_turn(raced, TURNS), strict=True))
 
         result: dict[str, list[float]] = cached(self.folder / "rounds.json", run)
@@ -213,7 +213,7 @@ class Work:
 
 
 def race(
-    contenders: Mapping[str, Contender],
+    contenders: Mapping[str, SpeedContender],
     limit: float = LIMIT,
     pace: Sequence[str] = ("ours",),
     patience: float = PATIENCE,
@@ -252,11 +252,11 @@ def level(curve: Curve) -> float:
 
 def round_seconds(kind: str) -> dict[str, float]:
     """By micro-batch, the median of three rounds after one, in turn."""
-    columns = in_turn([Contender(WAYS[kind], RATES[0], TUNING_SEED, size) for size in BATCHES], 3)
+    columns = in_turn([SpeedContender(WAYS[kind], RATES[0], TUNING_SEED, size) for size in BATCHES], 3)
     return {str(size): statistics.median(column) for size, column in zip(BATCHES, columns, strict=True)}
 
 
-def in_turn(contenders: list[Contender], turns: int) -> list[list[float]]:
+def in_turn(contenders: list[SpeedContender], turns: int) -> list[list[float]]:
     """Seconds of each one's rounds, after one round that does not count."""
     ends: list[list[float]] = [[] for _ in contenders]
     for _ in range(turns + 1):
@@ -266,28 +266,28 @@ def in_turn(contenders: list[Contender], turns: int) -> list[list[float]]:
     return [[after - before for before, after in pairwise(column)] for column in ends]
 
 
-def batches(work: Work) -> None:
+def batches(work: Workspace) -> None:
     for name in ("plain", "ours"):
         print(name, "fastest with batches of", work.batch(name))
 
 
-def rates(work: Work) -> None:
+def rates(work: Workspace) -> None:
     for name in CONTENDERS:
         print(name, "fastest with a rate of", work.rate(name))
 
 
-def rounds(work: Work) -> None:
+def rounds(work: Workspace) -> None:
     for name, seconds in work.rounds().items():
         print(name, round(statistics.median(seconds), 1), "s a round")
 
 
-def runs(work: Work) -> None:
+def runs(work: Workspace) -> None:
     for seed in SEEDS:
         for name in CONTENDERS:
             print(name, seed, round(work.seconds(name, seed)), "s", flush=True)
 
 
-def times(work: Work) -> list[Measurement]:
+def times(work: Workspace) -> list[Measurement]:
     """Seconds of those that do not arrive are a bound."""
     measured: list[Measurement] = []
     for name in CONTENDERS:
@@ -298,18 +298,18 @@ def times(work: Work) -> list[Measurement]:
     return measured
 
 
-def _speedup(work: Work, name: str) -> list[Measurement]:
+def _speedup(work: Workspace, name: str) -> list[Measurement]:
     """A seed on which ours does not arrive counts as a speedup of 0."""
     ours = [work.seconds("ours", seed) if work.arrived("ours", seed) else math.inf for seed in SEEDS]
     each = [work.seconds(name, seed) for seed in SEEDS]
     return ratios(f"speedup.{name}", f"its seconds over ours{_bound(work, name, 'ours')}", each, ours)
 
 
-def _bound(work: Work, *names: str) -> str:
+def _bound(work: Workspace, *names: str) -> str:
     return "" if all(work.arrived(name, seed) for name in names for seed in SEEDS) else ", at least"
 
 
-def costs(work: Work) -> list[Measurement]:
+def costs(work: Workspace) -> list[Measurement]:
     """What a round of each way takes beside ours."""
     by_round = work.rounds()
     measured: list[Measurement] = []
@@ -318,7 +318,7 @@ def costs(work: Work) -> list[Measurement]:
     return measured
 
 
-def publish(work: Work) -> None:
+def publish(work: Workspace) -> None:
     settings_of = {name: {"learning_rate": work.rate(name), "batch_size": work.batch(name)} for name in CONTENDERS}
     claim = (
         f"Wall-clock of training to a held-out strict accuracy of {TARGET} in the shapes world: our default recipe"

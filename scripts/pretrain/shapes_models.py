@@ -69,7 +69,7 @@ def build_transformer(layers: int = 6, width: int = 128) -> SD3Transformer2DMode
     )
 
 
-class TextToVelocity(nn.Module):
+class ShapesTextToImage(nn.Module):
     """The three text encoders and the transformer, wired as ``StableDiffusion3Pipeline`` wires them."""
 
     def __init__(self, layers: int = 6, width: int = 128) -> None:
@@ -106,7 +106,7 @@ class TextToVelocity(nn.Module):
         )
 
 
-def assemble(model: TextToVelocity, vae: AutoencoderKL, output: Path) -> None:
+def assemble(model: ShapesTextToImage, vae: AutoencoderKL, output: Path) -> None:
     """Write an ordinary pipeline folder; transformer and VAE in float16, text encoders in float32."""
     pipeline = StableDiffusion3Pipeline(
         transformer=model.transformer.half(),

@@ -21,7 +21,7 @@ from genalign.runtime.files import write_text
 from genalign.runtime.media import read_image
 from genalign.worlds.shapes.detection import detect
 from scripts.pretrain.shapes_dataset import CaptionedScenes, captioned_scenes, corrupted
-from scripts.pretrain.shapes_models import TextToVelocity, assemble, build_vae
+from scripts.pretrain.shapes_models import ShapesTextToImage, assemble, build_vae
 from scripts.pretrain.shapes_tokenizers import CLIP_LENGTH, T5_LENGTH
 from scripts.pretrain.training_loop import Fit, fit
 
@@ -68,10 +68,12 @@ def encode_latents(vae: AutoencoderKL, data: CaptionedScenes, device: str) -> Te
     return (latents - shift) * scale
 
 
-def train_transformer(data: CaptionedScenes, latents: Tensor, work: Path, settings: Fit, device: str) -> TextToVelocity:
+def train_transformer(
+    data: CaptionedScenes, latents: Tensor, work: Path, settings: Fit, device: str
+) -> ShapesTextToImage:
     """Flow matching with logit-normal noise levels; a part of the captions is wrong, and a tenth is empty."""
     torch.manual_seed(1)
-    model = TextToVelocity().to(device)
+    model = ShapesTextToImage().to(device)
     rng = np.random.default_rng(2)
     captions = [corrupted(prompt, rng) if rng.random() < CORRUPTED else prompt for prompt in data.prompts]
     clip_ids, t5_ids = model.tokens([caption.text for caption in captions])

@@ -32,7 +32,7 @@ from genalign.worlds.tones.verifier import verify
 from scripts.pretrain.captions import require_metadata
 from scripts.pretrain.tones_clap import assemble_clap, build_clap, log_mel, matrices
 from scripts.pretrain.tones_dataset import CaptionedClips, captioned_clips, corrupted
-from scripts.pretrain.tones_models import HOP, TextToVelocity, assemble, build_vae, scale_latents, tokenizer
+from scripts.pretrain.tones_models import HOP, TonesTextToAudio, assemble, build_vae, scale_latents, tokenizer
 from scripts.pretrain.training_loop import Fit, OutOfTimeError, contrastive, fit
 
 AUTOENCODER = Fit(steps=8000, learning_rate=1e-3)
@@ -128,10 +128,10 @@ def encode_latents(vae: AutoencoderOobleck, data: CaptionedClips, file: Path, de
     return latents * scale.view(1, -1, 1)
 
 
-def train_denoiser(latents: Tensor, data: CaptionedClips, work: Path, settings: Fit, device: str) -> TextToVelocity:
+def train_denoiser(latents: Tensor, data: CaptionedClips, work: Path, settings: Fit, device: str) -> TonesTextToAudio:
     """v-prediction at logit-normal t; a part of the captions is wrong, and a tenth is withheld."""
     torch.manual_seed(1)
-    model = TextToVelocity().to(device)
+    model = TonesTextToAudio().to(device)
     tokens = [model.tokens(captions(data, share)) for share in CORRUPTED]
 
     def loss(step: int) -> Tensor:

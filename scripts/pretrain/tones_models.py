@@ -93,7 +93,7 @@ def build_scheduler() -> CosineDPMSolverMultistepScheduler:
     return CosineDPMSolverMultistepScheduler(sigma_min=0.03, sigma_max=30.0, sigma_data=1.0)
 
 
-class TextToVelocity(nn.Module):
+class TonesTextToAudio(nn.Module):
     """Text encoder, projection and transformer, wired as ``StableAudioPipeline`` wires them."""
 
     def __init__(self, layers: int = 6, width: int = WIDTH) -> None:
@@ -138,7 +138,7 @@ class TextToVelocity(nn.Module):
         return tuple(parameter for parameter in self.transformer.transformer_blocks.parameters() if parameter.ndim == 2)
 
 
-def assemble(model: TextToVelocity, vae: AutoencoderOobleck, output: Path) -> None:
+def assemble(model: TonesTextToAudio, vae: AutoencoderOobleck, output: Path) -> None:
     """Write an ordinary pipeline folder; transformer in float16, the rest in float32."""
     pipeline = StableAudioPipeline(
         vae=vae,

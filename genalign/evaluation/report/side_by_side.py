@@ -9,7 +9,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from genalign.evaluation.compare_runs import DiscriminatorStatus
+from genalign.evaluation.compare_runs import RecipeSummary
 from genalign.evaluation.report.curves import whisker
 from genalign.evaluation.report.html import page
 from genalign.evaluation.report.words import count, duration, interval, mood, plain, signed
@@ -30,7 +30,7 @@ class _Line:
     cells: tuple[str, ...]
 
 
-def write_comparison(path: Path, standings: Sequence[DiscriminatorStatus]) -> None:
+def write_comparison(path: Path, standings: Sequence[RecipeSummary]) -> None:
     """One offline HTML page, best recipe first."""
     ordered = sorted(standings, key=lambda found: -found.gain)
     main = next(iter(ordered[0].scores))
@@ -42,7 +42,7 @@ def write_comparison(path: Path, standings: Sequence[DiscriminatorStatus]) -> No
     write_text(path, text)
 
 
-def _line(found: DiscriminatorStatus, main: str, limits: tuple[float, float]) -> _Line:
+def _line(found: RecipeSummary, main: str, limits: tuple[float, float]) -> _Line:
     estimate = Estimate(found.gain, found.low, found.high, found.seeds)
     values = [signed(score, value) for score, value in found.scores.items() if score != main]
     values += [signed(main, value) for value in found.tasks.values()]
@@ -57,7 +57,7 @@ def _difference(value: float) -> str:
     return f"{value:+.3f}" if math.isfinite(value) else "not seen"
 
 
-def _columns(found: DiscriminatorStatus) -> list[str]:
+def _columns(found: RecipeSummary) -> list[str]:
     """Headings, in the order of a line's cells."""
     scores = [plain(score) for score in list(found.scores)[1:]]
     diversity = [f"diversity: {plain(name)}" for name in found.diversity]

@@ -28,7 +28,7 @@ from rewards.clap import ClapReward
 from rewards.combine import Gate
 from rewards.set_rewards import PerSampleFrechetReward, VendiReward
 from rewards.tones import TonesReward
-from scripts.pretrain.tones_models import TextToVelocity, assemble, build_vae
+from scripts.pretrain.tones_models import ShapesTextToImage, assemble, build_vae
 from tests.packages import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model of the embedded one's kind."""
     folder: Path = tmp_path_factory.mktemp("tones-audio") / "model"
     torch.manual_seed(0)
-    assemble(TextToVelocity(layers=1, width=64), build_vae(), folder)
+    assemble(ShapesTextToImage(layers=1, width=64), build_vae(), folder)
     return folder
 
 

@@ -83,4 +83,4 @@ def test_a_run_of_other_prompts_after_than_before_is_refused(run: Path) -> None:
     lines = (run / "after" / "records.jsonl").read_text().splitlines()
     (run / "after" / "records.jsonl").write_text("\n".join(lines[1:]) + "\n")
     with pytest.raises(ValueError, match="was evaluated on other prompts or noises after training than before"):
-        audio_measures.Run.of(run, 71)
+        audio_measures.TrainedRun.of(run, 71)

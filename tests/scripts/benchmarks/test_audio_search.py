@@ -13,7 +13,7 @@ from genalign.search.noise_aware import NoiseAware, Quality
 from rewards.noise_aware import ClapLatentScorer, ClapScorer, save_scorer
 from scripts.benchmarks import audio_pool, audio_search
 from scripts.benchmarks.pruning_trials import best_of
-from scripts.pretrain.tones_models import TextToVelocity, assemble, build_vae
+from scripts.pretrain.tones_models import TonesTextToAudio, assemble, build_vae
 from tests.rewards.tiny_clap import write_clap
 
 
@@ -22,7 +22,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """scripts/benchmarks/audio_search.py with random models, small pools and small budgets."""
     torch.manual_seed(0)
     folders = {"tones-clap": write_clap(tmp_path / "clap"), "tones-audio": tmp_path / "audio"}
-    assemble(TextToVelocity(layers=1), build_vae(), folders["tones-audio"])
+    assemble(TonesTextToAudio(layers=1), build_vae(), folders["tones-audio"])
     monkeypatch.setattr(assets, "resolve", lambda name: str(folders.get(name, name)))
     clap = str(folders["tones-clap"])
     students = {"selection": ClapScorer(clap, 8000, hidden=8), "aware": ClapLatentScorer(clap, 8000, 8, 4, 1, 8)}

@@ -18,7 +18,7 @@ from scripts.benchmarks.speed_benchmark import (
     TUNING_SEED,
     WAYS,
     Way,
-    Work,
+    Workspace,
     race,
     reached,
 )
@@ -75,7 +75,7 @@ def test_the_best_rate_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(speed_benchmark, "Contender", contender)
     monkeypatch.setattr(speed_benchmark, "round_seconds", lambda kind: {"24": 3.0, "48": 1.0, "96": 2.0})
-    work = Work(tmp_path)
+    work = Workspace(tmp_path)
     assert work.batch("ours") == 48
     assert [work.rate("ours_every_step"), work.rate("ours")] == [RATES[2]] * 2
     assert raced == list(RATES)
@@ -86,18 +86,18 @@ def test_where_none_arrives_the_nearest_rate_is_taken(tmp_path: Path, monkeypatc
     made = [_Scripted(RATE_LIMIT / 4, [next(levels)]) for _ in RATES]
     monkeypatch.setattr(speed_benchmark, "Contender", lambda *_: made.pop(0))
     monkeypatch.setattr(speed_benchmark, "round_seconds", lambda kind: dict.fromkeys(("24", "48", "96"), 1.0))
-    assert Work(tmp_path).rate("plain") == RATES[1]
+    assert Workspace(tmp_path).rate("plain") == RATES[1]
 
 
 def _published(curves: dict[str, list[list[float]]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Values by name and metric, of three equal seeds."""
-    monkeypatch.setattr(Work, "batch", lambda *_: 96)
-    monkeypatch.setattr(Work, "by_rate", lambda *_: {f"{rate:g}": [[0.0, 0.3], [60.0, 0.4]] for rate in RATES})
-    monkeypatch.setattr(Work, "curves", lambda *_: curves)
-    monkeypatch.setattr(Work, "rounds", lambda *_: {name: [12.0 + place] for place, name in enumerate(WAYS)})
+    monkeypatch.setattr(Workspace, "batch", lambda *_: 96)
+    monkeypatch.setattr(Workspace, "by_rate", lambda *_: {f"{rate:g}": [[0.0, 0.3], [60.0, 0.4]] for rate in RATES})
+    monkeypatch.setattr(Workspace, "curves", lambda *_: curves)
+    monkeypatch.setattr(Workspace, "rounds", lambda *_: {name: [12.0 + place] for place, name in enumerate(WAYS)})
     written: list[Measurement] = []
     monkeypatch.setattr(speed_benchmark, "write_results", lambda folder, stem, head, measured: written.extend(measured))
-    speed_benchmark.publish(Work(folder))
+    speed_benchmark.publish(Workspace(folder))
     return {f"{row.name}: {row.metric}": row.value for row in written}
 
 

@@ -22,7 +22,7 @@ from scripts.pretrain.tones_models import (
     FRAMES,
     LATENT_CHANNELS,
     T5_LENGTH,
-    TextToVelocity,
+    TonesTextToAudio,
     assemble,
     build_vae,
     scale_latents,
@@ -80,7 +80,7 @@ def test_vanilla_diffusers_opens_the_folder_and_sees_the_same_network(tmp_path: 
     from diffusers import StableAudioPipeline
 
     torch.manual_seed(0)
-    model = TextToVelocity(layers=2, width=64)
+    model = TonesTextToAudio(layers=2, width=64)
     model.transformer.half().float()  # as it is stored
     assemble(model, build_vae(), tmp_path)
     pipeline = StableAudioPipeline.from_pretrained(tmp_path)
@@ -99,7 +99,7 @@ def test_vanilla_diffusers_opens_the_folder_and_sees_the_same_network(tmp_path: 
 
 def test_words_that_are_withheld_do_not_matter() -> None:
     torch.manual_seed(0)
-    model = TextToVelocity(layers=1, width=64)
+    model = TonesTextToAudio(layers=1, width=64)
     z, time = torch.randn(1, LATENT_CHANNELS, FRAMES), torch.tensor([0.4])
     told, untold = torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
     one, other = (model.tokens([text]) for text in TEXTS[:2])
