@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from genalign.cli.config import Train, parse
-from genalign.runtime.fsdp import Sharding, asked_for
+from genalign.runtime.fsdp import Sharding, sharding_from_environment
 from tests.packages import ROOT
 
 CONFIGS = ROOT / "scripts" / "configs"
@@ -42,8 +42,8 @@ def test_what_was_never_run_says_so(name: str) -> None:
 ACCELERATE = {
     "ddp": (8, None),
     "two_nodes": (16, None),
-    "fsdp2": (8, Sharding(8, again=True)),
-    "zero2": (8, Sharding(8, again=False)),
+    "fsdp2": (8, Sharding(8, reshard_after_forward=True)),
+    "zero2": (8, Sharding(8, reshard_after_forward=False)),
 }
 
 
@@ -57,4 +57,4 @@ def test_what_accelerate_hands_on(name: str) -> None:
     assert asked.multi_gpu or asked.use_fsdp
     processes, sharding = ACCELERATE[name]
     assert asked.num_processes == processes
-    assert asked_for(prepare_multi_gpu_env(asked), processes) == sharding
+    assert sharding_from_environment(prepare_multi_gpu_env(asked), processes) == sharding

@@ -210,7 +210,7 @@ TABLE = [
     Wrong("unknown class", (*SHAPES, "--prompts", "class.jsonl"),
           f"{FIRST}'heart' is not one of this world's shapes: circle, square, triangle, cross, ring, moon"),
     Wrong("unknown colour", (*SHAPES, "--prompts", "color.jsonl"),
-          f"{FIRST}'mauve' is not one of this world's colours: red, orange, yellow, green, blue, purple, pink, brown,"
+          f"{FIRST}'mauve' is not one of this world's colors: red, orange, yellow, green, blue, purple, pink, brown,"
           " black, white"),
     Wrong("held-out prompts", (*TRAIN, "--held_out.every", "1", "--held_out.prompts", "none.txt"),
           "no prompt file none.txt: give a .txt (one prompt a line) or a GenEval .jsonl file"),
@@ -261,7 +261,7 @@ TABLE = [
           (*TRAIN, "--recipe.kernel", "genalign.training.noise_calibration.calibrated", "--recipe.kernel.path", "none.json"),
           "no calibration in none.json: make one by genalign calibrate --output none.json"),
     # folders that commands read and write
-    Wrong("output is a file", (*TRAIN, "--output", "mine.py"), "mine.py is a file: output is a folder to make"),
+    Wrong("output is a file", (*TRAIN, "--output", "mine.py"), "mine.py is a file: output must be a folder"),
     Wrong("no run to export", ("export", "--run", "none", "--output", "exported"),
           "none has no config.json: give the output folder of a training run"),
     Wrong("no run to report", ("report", "none"),
@@ -355,5 +355,6 @@ def test_a_used_output_is_refused_before_the_model_is_opened(
 ) -> None:
     (tmp_path / "metrics.jsonl").touch()
     assert main([*TRAIN, "--output", str(tmp_path), "--model.path", "nowhere"]) == 2
-    expected = f"error: {tmp_path} holds a run already: choose another output, or remove it\n"
+    choices = f"resume it (genalign train --resume {tmp_path}), choose another output, or remove it"
+    expected = f"error: {tmp_path} holds a run already: {choices}\n"
     assert capsys.readouterr().err == expected

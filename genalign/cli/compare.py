@@ -15,7 +15,7 @@ from genalign.prompts import PromptSampler
 from genalign.runtime.files import write_json
 from genalign.training.noise_calibration import calibrate, save_kernel
 from genalign.training.sampler import Sampler
-from genalign.worlds.shapes.diversity import evaluation_diversity
+from genalign.worlds.registry import diversity_of
 
 
 def calibrate_command(outside: Outside, arguments: Sequence[str]) -> int:
@@ -53,7 +53,7 @@ def compare_command(outside: Outside, arguments: Sequence[str]) -> int:
         Contender(name, {seed: output / name / f"seed-{seed}" for other, seed in settings.jobs() if other == name})
         for name in settings.runs
     ]
-    found = standings(contenders, evaluation_diversity)
+    found = standings(contenders, diversity_of)
     write_standings(output / "comparison.json", found)
     write_comparison(output / "comparison.html", found)
     print(f"comparison: {output / 'comparison.html'}")

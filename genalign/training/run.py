@@ -328,7 +328,7 @@ def log_images(tracker: Tracker, run: Path, names: Sequence[str], step: int) -> 
     paths = [run / name for name in names if name.endswith(".png")]
     if not paths or not isinstance(tracker, ImageTracker):
         return
-    images = np.stack([np.asarray(Image.open(path)) for path in paths])  # (N, H, W, 3)
+    images = np.stack([np.asarray(Image.open(path, formats=["PNG"])) for path in paths])  # (N, H, W, 3)
     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
     tracker.log_images({"samples": images}, step=step, **layout)
 

@@ -14,6 +14,7 @@ from genalign.runtime.media import read_image
 from genalign.types import Metadata, Prompt, PromptSet
 from genalign.worlds import shapes, tones
 from genalign.worlds.grammar import SUITES
+from genalign.worlds.shapes.diversity import evaluation_diversity
 from genalign.worlds.tones.recordings import read_clip
 
 
@@ -23,7 +24,7 @@ class World:
 
     ``prompts`` gives the prompts of a split, ``render`` samples (B, ...) that match their metadata, ``read`` a sample
     (...) from a file. ``verifier`` is the version of its verifier, ``sample_rate`` that of its clips in Hz, None for
-    images.
+    images. ``diversity`` measures the samples of an evaluation's folder; None where the world has no such measure.
     """
 
     name: str
@@ -32,6 +33,7 @@ class World:
     prompts: Callable[[str], PromptSet]
     render: Callable[[Sequence[Metadata], np.random.Generator], Tensor]
     read: Callable[[Path], Tensor]
+    diversity: Callable[[Path], dict[str, float]] | None = None
 
     def prompt(self, text: str) -> Prompt:
         """Look up the prompt of any split with this text. Raises ValueError if there is none."""
@@ -48,9 +50,15 @@ def _by_text(world: World) -> Mapping[str, Prompt]:
 
 
 WORLDS: Mapping[str, World] = {
-    "shapes": World("shapes", shapes.VERIFIER_VERSION, None, shapes.prompts, shapes.render_metadata, read_image),
+    "shapes": World("shapes", shapes.VERIFIER_VERSION, None, shapes.prompts, shapes.render_metadata, read_image, evaluation_diversity),
     "tones": World("tones", tones.VERIFIER_VERSION, tones.SAMPLE_RATE, tones.prompts, tones.render_metadata, read_clip),
 }
+
+
+def diversity_of(folder: Path) -> dict[str, float]:
+    """Measure the diversity of an evaluation's samples by the world that they are of; empty where none measures it."""
+    measures = (world.diversity(folder) for world in WORLDS.values() if world.diversity)
+    return next((measure for measure in measures if measure), {})
 
 
 def world_of(source: str) -> World | None:

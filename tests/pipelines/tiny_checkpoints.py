@@ -52,7 +52,7 @@ from transformers import (
 from pipelines import SD3, SDXL, AceStep, Flux, QwenImage, Sana, StableAudio, StableDiffusion
 from pipelines.base import DiffusersPipeline
 from pipelines.flows import pack, unpack
-from scripts.pretrain.shapes_models import TextToVelocity, build_t5, build_text_encoder, build_vae
+from scripts.pretrain.shapes_models import ShapesTextToImage, build_t5, build_text_encoder, build_vae
 from scripts.pretrain.shapes_tokenizers import clip_tokenizer, t5_tokenizer
 
 _LATENT_DIFFUSION: dict[str, Any] = {
@@ -133,7 +133,7 @@ def _unet(context: int, **options: Any) -> UNet2DConditionModel:
 
 
 def sd3() -> DiffusionPipeline:
-    model = TextToVelocity(layers=2, width=64)
+    model = ShapesTextToImage(layers=2, width=64)
     return StableDiffusion3Pipeline(
         model.transformer,
         FlowMatchEulerDiscreteScheduler(shift=3.0),

@@ -28,7 +28,7 @@ from rewards.clap import ClapReward
 from rewards.combine import Gate
 from rewards.set_rewards import PerSampleFrechetReward, VendiReward
 from rewards.tones import TonesReward
-from scripts.pretrain.tones_models import ShapesTextToImage, assemble, build_vae
+from scripts.pretrain.tones_models import TonesTextToAudio, assemble, build_vae
 from tests.packages import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model of the embedded one's kind."""
     folder: Path = tmp_path_factory.mktemp("tones-audio") / "model"
     torch.manual_seed(0)
-    assemble(ShapesTextToImage(layers=1, width=64), build_vae(), folder)
+    assemble(TonesTextToAudio(layers=1, width=64), build_vae(), folder)
     return folder
 
 
@@ -149,7 +149,7 @@ def test_folders_that_cannot_be_judged(tmp_path: Path, capsys: pytest.CaptureFix
     listing = folder / "prompts.jsonl"
     for line, message in (
         ('{"file_name": "0.wav"}', 'line 1: expected an object with "file_name" and "prompt"'),
-        ('{"file_name": "0.wav", "prompt": "a bell"}', "'a bell' is no prompt of the tones world"),
+        ('{"file_name": "0.wav", "prompt": "a bell"}', "'a bell' is not a prompt of the tones world"),
         ('{"file_name": "../0.wav", "prompt": "a sine tone"}', "leads out of"),
         ('{"file_name": "1.wav", "prompt": "a sine tone"}', "there is no"),
         ("", "there is no sample to judge: list one or more"),

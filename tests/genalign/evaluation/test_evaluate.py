@@ -146,7 +146,7 @@ def test_noise_seed_is_fixed_by_content():
 
 
 def test_protocol_hash_is_stable():
-    assert PROTOCOL.hash == "bcb8652948447323"
+    assert PROTOCOL.hash == "f4e1cb1c3376909e"
     assert Protocol.from_dict(json.loads(json.dumps(PROTOCOL.as_dict()))) == PROTOCOL
     assert replace(PROTOCOL, guidance=4).hash == PROTOCOL.hash
     assert replace(PROTOCOL, sigmas=(1.0, 0.5 + 1e-15, 0.0)).hash == PROTOCOL.hash

@@ -409,7 +409,7 @@ def test_the_command_tells_what_would_hold_less(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nand a page of figures")
         backward(objective, context, batch, scale, seed)
 
-    monkeypatch.setattr("genalign.algorithms.trajectory.ClippedSurrogate.backward", full)
+    monkeypatch.setattr("genalign.algorithms.trajectory.PolicyGradient.backward", full)
     settings = {
         "output": str(tmp_path / "run"),
         "model": {"path": str(tiny_folder)},

@@ -73,7 +73,7 @@ def test_the_best_rate_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raced.append(rate)
         return _Scripted(needed[rate] * LOOK, [0.3, TARGET] if len(raced) == 1 else [TARGET])
 
-    monkeypatch.setattr(speed_benchmark, "Contender", contender)
+    monkeypatch.setattr(speed_benchmark, "SpeedContender", contender)
     monkeypatch.setattr(speed_benchmark, "round_seconds", lambda kind: {"24": 3.0, "48": 1.0, "96": 2.0})
     work = Workspace(tmp_path)
     assert work.batch("ours") == 48
@@ -84,7 +84,7 @@ def test_the_best_rate_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_where_none_arrives_the_nearest_rate_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     levels = iter([0.38, 0.42, 0.40, 0.30])
     made = [_Scripted(RATE_LIMIT / 4, [next(levels)]) for _ in RATES]
-    monkeypatch.setattr(speed_benchmark, "Contender", lambda *_: made.pop(0))
+    monkeypatch.setattr(speed_benchmark, "SpeedContender", lambda *_: made.pop(0))
     monkeypatch.setattr(speed_benchmark, "round_seconds", lambda kind: dict.fromkeys(("24", "48", "96"), 1.0))
     assert Workspace(tmp_path).rate("plain") == RATES[1]
 

@@ -10,8 +10,8 @@ from genalign.evaluation.geneval.boxes import relations
 from genalign.evaluation.geneval.metadata import Clause, Request
 from genalign.evaluation.geneval.scoring import Detection, Thresholds, kept, overlap, upstream_partial, verdict
 from genalign.worlds.shapes.prompts import prompts
-from genalign.worlds.shapes.verifier import Detection as Shape
-from genalign.worlds.shapes.verifier import judge
+from genalign.worlds.shapes.detection import ShapeDetection
+from genalign.worlds.shapes.verifier import verify_detections
 
 LEFT, RIGHT, MIDDLE = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (1.0, 1.0, 11.0, 11.0)
 
@@ -178,7 +178,7 @@ def test_a_colour_that_matters_must_be_known() -> None:
 # --- against the shapes world's own verifier --------------------------------------------------------------------------
 
 
-def _scattered(rng: random.Random, metadata) -> list[Shape]:
+def _scattered(rng: random.Random, metadata) -> list[ShapeDetection]:
     """Objects near what is asked for: right, missing, doubled, of another colour, in other places."""
     found = []
     for clause in metadata["include"]:
@@ -186,7 +186,7 @@ def _scattered(rng: random.Random, metadata) -> list[Shape]:
             x, y = rng.uniform(0, 40), rng.uniform(0, 40)
             color = clause.get("color", "red") if rng.random() < 0.8 else "blue"
             box = (x, y, x + rng.uniform(8, 24), y + rng.uniform(8, 24))
-            found.append(Shape(clause["class"], color, box, rng.random(), 0.0, 100.0))
+            found.append(ShapeDetection(clause["class"], color, box, rng.random(), 0.0, 100.0))
     return found
 
 
@@ -196,7 +196,7 @@ def test_the_verifier_of_the_shapes_world_agrees() -> None:
     for prompt in rng.sample(prompts("iid").prompts, 400) * 3:
         shapes = _scattered(rng, prompt.metadata)
         ours = verdict([Detection(s.shape, s.box, s.iou, s.color) for s in shapes], Request.of(prompt))
-        theirs = judge(shapes, prompt.metadata)
+        theirs = verify_detections(shapes, prompt.metadata)
         assert ours.relaxed == theirs.relaxed
         assert sorted(ours.criteria) == sorted(theirs.criteria[:-1])  # the last is "clean", which GenEval lacks
         verdicts.append((ours.strict, ours.relaxed))
