@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from genalign.cli.error_messages import RENAMED_SETTINGS
 from genalign.cli.main import main
 from tests.pipelines.tiny_checkpoints import FAMILIES
 
@@ -244,7 +247,7 @@ TABLE = [
           " by model.distilled_guidance"),
     Wrong("distilled guidance on another", (*PLAN, "--model.distilled_guidance", "3.5"),
           "this model has no guidance distilled into it: leave distilled_guidance out"),
-    Wrong("VAE in float16", (*MODEL, "{sd15}", "--model.dtype", "float16", "--recipe", "genalign.algorithms.recipes.ddpo"),
+    Wrong("VAE in float16", (*MODEL, "{sd15}", "--model.dtype", "float16", "--recipe", "genalign.ddpo"),
           "the VAE overflowed in float16: open the model in bfloat16, or in float32 with autocast"),
     Wrong("height", (*PLAN, "--model.height", "60"), "height and width must be multiples of 8 for this model, not 60"),
     Wrong("negative height", (*PLAN, "--model.height", "-64"),
@@ -258,7 +261,7 @@ TABLE = [
     Wrong("no adapter to steer", (*SEARCH, "genalign.search.BestOfN", "--lora", "none"),
           "no LoRA none: give the lora/ folder of a run, a .safetensors file or a Hub id"),
     Wrong("no calibration",
-          (*TRAIN, "--recipe.kernel", "genalign.training.noise_calibration.calibrated", "--recipe.kernel.path", "none.json"),
+          (*TRAIN, "--recipe.kernel", "genalign.calibrated", "--recipe.kernel.path", "none.json"),
           "no calibration in none.json: make one by genalign calibrate --output none.json"),
     # folders that commands read and write
     Wrong("output is a file", (*TRAIN, "--output", "mine.py"), "mine.py is a file: output must be a folder"),
@@ -358,3 +361,42 @@ def test_a_used_output_is_refused_before_the_model_is_opened(
     choices = f"resume it (genalign train --resume {tmp_path}), choose another output, or remove it"
     expected = f"error: {tmp_path} holds a run already: {choices}\n"
     assert capsys.readouterr().err == expected
+
+
+RENAMED = {
+    "a recipe": ("--recipe", "genalign.recipes.flow_grpo", "genalign.flow_grpo"),
+    "a kernel": ("--recipe.kernel", "genalign.dynamics.FlowSDE", "genalign.FlowSDE"),
+    "a reward": ("--rewards.judge.function", "rewards.judges.GradedJudge", "rewards.remote.vlm_judges.GradedJudge"),
+    "a set reward": ("--rewards.set.function", "rewards.sets.FrechetTo", "rewards.set_rewards.FrechetReward"),
+}
+
+
+@pytest.mark.parametrize("case", RENAMED)
+def test_an_import_path_of_0_1_0_is_refused_with_its_new_name(
+    case: str, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option, old, new = RENAMED[case]
+    recipe = [] if option == "--recipe" else ["--recipe", "genalign.flow_grpo"]
+    assert main([*TRAIN[:1], "--output", "runs/x", *recipe, option, old]) == 2
+    assert f"{old} was renamed in genalign 0.2.0: write {new}\n" in capsys.readouterr().err
+    assert not (work / "runs").exists()
+
+
+def test_every_renamed_path_leads_to_something() -> None:
+    table = files("genalign.cli").joinpath("renamed_paths.txt").read_text(encoding="utf-8").splitlines()
+    for line in table[1:]:
+        module, _, name = line.split()[1].rpartition(".")
+        if not hasattr(importlib.import_module(module), name):
+            assert importlib.util.find_spec(line.split()[1]), line
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_SETTINGS.items())
+def test_a_setting_of_0_1_0_is_refused_with_its_new_name(
+    old: str, new: str, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "steer" if old.startswith("budget") else "train"
+    assert main([command, "--output", "runs/x", f"--{old}", "1"]) == 2
+    error = capsys.readouterr().err
+    names = (new, *new.split("."))  # the whole setting, or the part of it that was renamed
+    assert any(f"was renamed in genalign 0.2.0: write {name!r}\n" in error for name in names)
+    assert not (work / "runs").exists()

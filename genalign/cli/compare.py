@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from genalign.cli import config
-from genalign.cli.context import Outside, named_rewards, prompt_set
+from genalign.cli.context import CommandContext, named_rewards, prompt_set
 from genalign.cli.train import train_command
 from genalign.evaluation.compare_runs import Contender, standings, write_standings
 from genalign.evaluation.report import write_comparison, write_report
@@ -18,10 +18,10 @@ from genalign.training.sampler import Sampler
 from genalign.worlds.registry import diversity_of
 
 
-def calibrate_command(outside: Outside, arguments: Sequence[str]) -> int:
+def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign calibrate``."""
     settings, _ = config.parse(config.Calibrate, arguments, "calibrate")
-    pipeline, training = outside.load(settings.model), settings.training
+    pipeline, training = context.load(settings.model), settings.training
     sampler = Sampler(
         pipeline,
         named_rewards(settings.rewards),
@@ -39,7 +39,7 @@ def calibrate_command(outside: Outside, arguments: Sequence[str]) -> int:
     return 0
 
 
-def compare_command(outside: Outside, arguments: Sequence[str]) -> int:
+def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign compare``; finished runs are kept, so that it goes on where it stopped."""
     if not arguments or arguments[0].startswith("-"):
         raise ValueError("give the comparison's file: genalign compare scripts/configs/compare/shapes_methods.yaml")
@@ -48,7 +48,7 @@ def compare_command(outside: Outside, arguments: Sequence[str]) -> int:
     output = Path(settings.output)
     for name, seed in settings.jobs():
         if not (output / name / f"seed-{seed}" / "gain.json").exists():
-            _compared_run(outside, output / name, source.parent / settings.base, plain["runs"][name], seed)
+            _compared_run(context, output / name, source.parent / settings.base, plain["runs"][name], seed)
     contenders = [
         Contender(name, {seed: output / name / f"seed-{seed}" for other, seed in settings.jobs() if other == name})
         for name in settings.runs
@@ -60,16 +60,16 @@ def compare_command(outside: Outside, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _compared_run(outside: Outside, folder: Path, base: Path, own: Mapping[str, Any], seed: int) -> None:
+def _compared_run(context: CommandContext, folder: Path, base: Path, own: Mapping[str, Any], seed: int) -> None:
     """One training by ``base`` with its ``own`` settings; one that was interrupted goes on."""
     run = folder / f"seed-{seed}"
     write_json(folder / "settings.json", own)
     arguments = ["--config", str(base), "--config", str(folder / "settings.json")]
-    if status := train_command(outside, [*arguments, "--output", str(run), "--training.seed", str(seed), "--resume"]):
+    if status := train_command(context, [*arguments, "--output", str(run), "--training.seed", str(seed), "--resume"]):
         raise SystemExit(status)
 
 
-def report_command(outside: Outside, arguments: Sequence[str]) -> int:
+def report_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign report RUN``."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise ValueError("give one run folder: genalign report runs/demo")

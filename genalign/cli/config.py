@@ -8,6 +8,7 @@ import re
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -339,7 +340,9 @@ def parse(settings: type[Any], arguments: Sequence[str], command: str) -> tuple[
 
     Raises ConfigurationError; ``--help`` and ``--print_config`` exit.
     """
-    parser = ArgumentParser(prog=f"genalign {command}", description=settings.__doc__, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"genalign {command}", description=settings.__doc__, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="a YAML file with any of the settings below")
     parser.add_class_arguments(settings, None)
     try:
@@ -348,7 +351,9 @@ def parse(settings: type[Any], arguments: Sequence[str], command: str) -> tuple[
         values = parser.instantiate(parsed)
         return settings(**{name: values[name] for name in settings.__dataclass_fields__}), plain
     except (ArgumentError, ValueError, TypeError) as error:
-        raise ConfigurationError(explain(str(error), _keys(parser))) from error
+        files = [Path(word) for word in arguments if word.endswith((".yaml", ".yml", ".json"))]
+        source = "\n".join([*arguments, *(path.read_text("utf-8", "replace") for path in files if path.is_file())])
+        raise ConfigurationError(explain(str(error), _keys(parser), source)) from error
 
 
 def model_of(plain: Mapping[str, Any]) -> Model:

@@ -61,11 +61,13 @@ class Checkpoint(Pipeline, WeightStore, Protocol):
 
 
 @dataclass(frozen=True)
-class Outside:
-    """What commands take from ``pipelines`` and ``rewards``, which the core does not import: ``genalign.cli.main`` hands it
-    to them. ``load`` opens a model, ``outline`` all of it but its weights, and ``require`` raises ValueError where this
-    machine cannot; ``scorers`` judge each world, ``save_scorer`` writes a noise-aware reward,
-    ``geneval`` is the judge of GenEval evaluations that name no other."""
+class CommandContext:
+    """What commands need of ``pipelines`` and ``rewards``, which genalign does not import; filled by ``cli.main``.
+
+    ``load`` opens a model, ``outline`` one without weights, and ``require`` raises ValueError where this machine cannot
+    run it. ``scorers`` are the verifier's scores of each world, ``save_scorer`` writes a noise-aware reward, and
+    ``geneval`` is the detector-based judge of GenEval evaluations that name no other.
+    """
 
     load: Callable[[config.Model], Checkpoint]
     outline: Callable[[config.Model], Outline]
@@ -117,20 +119,20 @@ def _inside(part: object) -> Iterable[tuple[str, object]]:
     return vars(part).items() if is_dataclass(part) and not isinstance(part, type) else ()
 
 
-def adapted(outside: Outside, model: config.Model, lora: str | None) -> Checkpoint:
+def adapted(context: CommandContext, model: config.Model, lora: str | None) -> Checkpoint:
     """A model with its adapter."""
-    pipeline = outside.load(model)
+    pipeline = context.load(model)
     if lora:
         pipeline.load_lora(lora)
     return pipeline
 
 
 def opened(
-    outside: Outside, model: config.Model, lora: str | None, plain: Mapping[str, object]
+    context: CommandContext, model: config.Model, lora: str | None, plain: Mapping[str, object]
 ) -> tuple[Checkpoint, Subject]:
     """A model with its adapter, and what an evaluation of it is of; ``plain`` are the model's settings as written."""
     lora_hash = adapter_hash(Path(lora)) if lora else None
-    pipeline = adapted(outside, model, lora)
+    pipeline = adapted(context, model, lora)
     shown = {name: value for name, value in plain.items() if name != "device"}
     return pipeline, Subject(shown, pipeline.fingerprint, lora, lora_hash)
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+
+import genalign
 
 _KINDS = {
     "int": "a whole number",
@@ -26,9 +30,30 @@ RENAMED_SETTINGS = {
     "budget.forwards": "budget.nfe",
     "held_out.images_per_task": "held_out.samples_per_task",
     "before_after.images_per_task": "before_after.samples_per_task",
+    "reward_hacking.images_per_task": "reward_hacking.samples_per_task",
     "images_per_task": "samples_per_task",
 }
 """Settings of version 0.1.0 and their names now."""
+
+
+@cache
+def _renamed_paths() -> Mapping[str, str]:
+    lines = files("genalign.cli").joinpath("renamed_paths.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split() for line in lines if not line.startswith("#"))
+
+
+def renamed_path(path: str) -> str | None:
+    """The name now of an import path of version 0.1.0, short where it is public; None for any other path."""
+    table, module, rest = _renamed_paths(), path, ""
+    while module and module not in table:
+        module, _, last = module.rpartition(".")
+        rest = f".{last}{rest}"
+    if not module:
+        return None
+    now = table[module] + rest
+    name = now.rpartition(".")[2]
+    public = name in genalign.__all__ and now.startswith("genalign.") and rest.count(".") <= 1
+    return f"genalign.{name}" if public else now
 
 
 def nearest(unknown: str, known: Sequence[str]) -> str:
@@ -37,11 +62,20 @@ def nearest(unknown: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else "see --help for what there is"
 
 
-def explain(message: str, keys: Sequence[str]) -> str:
-    """``message`` of jsonargparse with the settings that it is about, and the nearest of ``keys`` for an unknown one.
-    What a configuration's own checks say is left as it is."""
+def explain(message: str, keys: Sequence[str], source: str = "") -> str:
+    """Turn a message of jsonargparse into one line that says what to write.
+
+    Names the nearest of ``keys`` for an unknown setting, and the new name of an import path of version 0.1.0 that
+    ``source``, the arguments and the configuration file, holds. Messages of a configuration's own checks are kept.
+    """
     if found := re.search(r"Option '([\w.]+)' is not accepted|unrecognized arguments: --([\w.]+)", message, re.I):
         return _unknown(found[1] or found[2], keys)
+    if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'|No module named '([\w.]+)'", message):
+        missing_path = missing[3] or f"{missing[1]}.{missing[2]}"
+        paths = re.findall(rf"(?<![\w.]){re.escape(missing_path)}(?:\.\w+)*", f"{message}\n{source}")
+        for path in sorted([*paths, missing_path], key=len, reverse=True):
+            if now := renamed_path(path):
+                return f"{path} was renamed in genalign 0.2.0: write {now}"
     where = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
     for pattern, say in _CAUSES:
         if found := re.search(pattern, message, re.DOTALL):
@@ -50,6 +84,11 @@ def explain(message: str, keys: Sequence[str]) -> str:
 
 
 def _unknown(name: str, keys: Sequence[str]) -> str:
+    for old, now in sorted(RENAMED_SETTINGS.items(), key=lambda pair: -len(pair[0])):
+        if name == old or name.startswith(f"{old}."):
+            return f"setting {old!r} was renamed in genalign 0.2.0: write {now!r}"
+        if name == old.rpartition(".")[2] and now not in keys:
+            return f"setting {name!r} was renamed in genalign 0.2.0: write {now.rpartition('.')[2]!r}"
     if not difflib.get_close_matches(name, keys, 1):
         name = name.rsplit(".", 1)[-1]
         keys = [key.rsplit(".", 1)[-1] for key in keys]

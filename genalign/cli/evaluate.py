@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genalign.cli import config
-from genalign.cli.context import Checkpoint, Outside, opened, own_share, print_estimates, prompt_set
+from genalign.cli.context import Checkpoint, CommandContext, opened, own_share, print_estimates, prompt_set
 from genalign.cli.evaluate_geneval import compare_geneval_command, geneval_command, images_command, original_command
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import Evaluation, Job, Kept, Protocol, evaluate, judge, plan, suite_hash
@@ -82,49 +82,51 @@ def _medium(sample_rate: int | None) -> str:
     return "images" if sample_rate is None else f"waveforms at {sample_rate} Hz"
 
 
-def evaluate_command(outside: Outside, arguments: Sequence[str]) -> int:
+def evaluate_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign evaluate shapes | tones | geneval | geneval-images | geneval-original | geneval-compare``."""
     match arguments:
         case ["geneval", *rest]:
-            return geneval_command(outside, rest)
+            return geneval_command(context, rest)
         case ["geneval-images", *rest]:
-            return images_command(outside, rest)
+            return images_command(context, rest)
         case ["geneval-compare", *rest]:
             return compare_geneval_command(rest)
         case ["geneval-original", *rest]:
             return original_command(rest)
         case ["shapes", *rest]:
-            return _evaluate_world(outside, WORLDS["shapes"], config.EvaluateShapes, rest)
+            return _evaluate_world(context, WORLDS["shapes"], config.EvaluateShapes, rest)
         case ["tones", *rest]:
-            return _evaluate_world(outside, WORLDS["tones"], config.EvaluateTones, rest)
+            return _evaluate_world(context, WORLDS["tones"], config.EvaluateTones, rest)
     raise ValueError("name the world: genalign evaluate shapes --output DIR, or genalign evaluate tones, or geneval")
 
 
-def _evaluate_world(outside: Outside, world: World, kind: type[config.EvaluateShapes], arguments: Sequence[str]) -> int:
+def _evaluate_world(
+    context: CommandContext, world: World, kind: type[config.EvaluateShapes], arguments: Sequence[str]
+) -> int:
     settings, plain = config.parse(kind, arguments, f"evaluate {world.name}")
     if settings.samples is None:
         own_share(os.environ)
         with process_group(os.environ) as processes:
-            made = _in_processes(outside, world, settings, plain["model"], processes)
+            made = _in_processes(context, world, settings, plain["model"], processes)
             if processes.is_main:
                 print_estimates(made)
         return 0
-    made = _of_folder(world, Path(settings.samples), outside.scorers[world.name])
+    made = _of_folder(world, Path(settings.samples), context.scorers[world.name])
     made.save(Path(settings.output))
     print_estimates(made)
     return 0
 
 
 def _in_processes(
-    outside: Outside,
+    context: CommandContext,
     world: World,
     settings: config.EvaluateShapes,
     plain: Mapping[str, object],
     processes: ProcessGroup,
 ) -> Evaluation:
-    pipeline, subject = opened(outside, settings.model, settings.lora, plain)
+    pipeline, subject = opened(context, settings.model, settings.lora, plain)
     source = f"{world.name}:{settings.suite}"
-    scorers = outside.scorers[world.name]
+    scorers = context.scorers[world.name]
     asked = exam(pipeline, settings.model, settings.sampling, settings, source, scorers, processes)
     folder = BatchFolder(Path(settings.output))
     folder.begin(manifest(asked.protocol, subject))

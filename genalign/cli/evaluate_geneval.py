@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from genalign.cli import config
-from genalign.cli.context import Checkpoint, Outside, opened, own_share, print_estimates
+from genalign.cli.context import Checkpoint, CommandContext, opened, own_share, print_estimates
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import Evaluation, Protocol, suite_hash
 from genalign.evaluation.folder import Subject, content_hash, manifest
@@ -81,14 +81,14 @@ class GenEvalCompare:
     against: str
 
 
-def geneval_command(outside: Outside, arguments: Sequence[str]) -> int:
+def geneval_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign evaluate geneval``."""
     settings, plain = config.parse(EvaluateGenEval, arguments, "evaluate geneval")
     prompts = some(read_prompts(Path(settings.prompts)), settings.per_task)
-    judge = settings.judge or outside.geneval
+    judge = settings.judge or context.geneval
     judge.check(prompts.prompts)
     share = own_share(os.environ)
-    pipeline, subject = opened(outside, settings.model, settings.lora, plain["model"])
+    pipeline, subject = opened(context, settings.model, settings.lora, plain["model"])
     sampling, folder = settings.sampling, GenEvalFolder(Path(settings.output))
     grid = sampling.grid(pipeline)
     source = Generated(pipeline, grid, sampling.guidance, settings.seeds, settings.batch_size, folder.path)
@@ -96,13 +96,13 @@ def geneval_command(outside: Outside, arguments: Sequence[str]) -> int:
     return _carried_out(Work(source, prompts, judge, folder), share, protocol, subject, settings.against)
 
 
-def images_command(outside: Outside, arguments: Sequence[str]) -> int:
+def images_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign evaluate geneval-images``."""
     settings, _ = config.parse(GenEvalImages, arguments, "evaluate geneval-images")
     root, folder = Path(settings.images), GenEvalFolder(Path(settings.output))
     groups = _by_prompt(read_samples(root))
     prompts = PromptSet("images", tuple(Prompt(group[0].metadata["prompt"], group[0].metadata) for group in groups))
-    judge = settings.judge or outside.geneval
+    judge = settings.judge or context.geneval
     judge.check(prompts.prompts)
     share = own_share(os.environ)
     files = [sample.path for group in groups for sample in group]

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genalign.cli import config
-from genalign.cli.context import Outside
+from genalign.cli.context import CommandContext
 from genalign.cli.model_card import model_card
 from genalign.runtime.files import write_text
 
 
-def export_command(outside: Outside, arguments: Sequence[str]) -> int:
+def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign export``: what a run trained, as others take it, with a model card."""
     settings, _ = config.parse(config.Export, arguments, "export")
     run, output = Path(settings.run), Path(settings.output)
@@ -28,7 +28,7 @@ def export_command(outside: Outside, arguments: Sequence[str]) -> int:
             raise ValueError(f"{run} trained the whole network: export it with --form merged or pipeline")
         shutil.copytree(adapter, output)
     else:
-        pipeline = outside.load(config.model_of(json.loads((run / "config.json").read_text(encoding="utf-8"))))
+        pipeline = context.load(config.model_of(json.loads((run / "config.json").read_text(encoding="utf-8"))))
         if adapter.is_dir():
             pipeline.load_lora(adapter)
         else:

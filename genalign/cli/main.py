@@ -14,7 +14,7 @@ import pipelines
 from genalign import assets
 from genalign.cli import config
 from genalign.cli.compare import calibrate_command, compare_command, report_command
-from genalign.cli.context import Checkpoint, Outside, import_from_here
+from genalign.cli.context import Checkpoint, CommandContext, import_from_here
 from genalign.cli.error_messages import nearest
 from genalign.cli.evaluate import evaluate_command
 from genalign.cli.export import export_command
@@ -73,7 +73,7 @@ def _options(model: config.Model) -> Options:
     )
 
 
-OUTSIDE = Outside(
+CONTEXT = CommandContext(
     load_model,
     outline_model,
     require_model,
@@ -85,7 +85,7 @@ OUTSIDE = Outside(
     GenEvalJudge(),
 )
 
-COMMANDS: dict[str, Callable[[Outside, Sequence[str]], int]] = {
+COMMANDS: dict[str, Callable[[CommandContext, Sequence[str]], int]] = {
     "train": train_command,
     "evaluate": evaluate_command,
     "plan": plan_command,
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     import_from_here()
     try:
-        return COMMANDS[name](OUTSIDE, rest)
+        return COMMANDS[name](CONTEXT, rest)
     except config.REFUSED as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

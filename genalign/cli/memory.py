@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from genalign.cli import config
-from genalign.cli.context import Outside, named_rewards, prompt_set
+from genalign.cli.context import CommandContext, named_rewards, prompt_set
 from genalign.diffusion.policy import Policy
 from genalign.training.dry_run import Counted, Levels, count
 from genalign.training.memory_estimate import Held, Outline, Part, Training, adapter_numbers, held
@@ -82,20 +82,20 @@ def lighter(settings: config.Train) -> Iterator[tuple[str, config.Train]]:
         yield f"--training.batch_size {smaller[-1]}", replace(settings, training=less)
 
 
-def reliefs(outside: Outside, settings: config.Train, stored: int) -> Mapping[str, float]:
+def reliefs(context: CommandContext, settings: config.Train, stored: int) -> Mapping[str, float]:
     """The peak in bytes with each of ``lighter``'s arguments."""
     return {
-        arguments: estimate(other, outside.outline(other.model), stored).peak for arguments, other in lighter(settings)
+        arguments: estimate(other, context.outline(other.model), stored).peak for arguments, other in lighter(settings)
     }
 
 
-def advice(outside: Outside, settings: config.Train) -> str:
+def advice(context: CommandContext, settings: config.Train) -> str:
     """What to try where memory ran out, with the peaks that ``genalign plan`` estimates."""
     try:
-        outline = outside.outline(settings.model)
+        outline = context.outline(settings.model)
         stored = counted(settings, outline, prompt_set(settings.prompts)).stored
         here = gibibytes(estimate(settings, outline, stored).peak)
-        found = [f"{name} ({gibibytes(peak)})" for name, peak in reliefs(outside, settings, stored).items()]
+        found = [f"{name} ({gibibytes(peak)})" for name, peak in reliefs(context, settings, stored).items()]
     except (*config.REFUSED, RuntimeError):  # such as no memory for this, either
         here, found = "no estimate", [name for name, _ in lighter(settings)]
     tried = "; ".join([*found, "--training.on_out_of_memory halve"])

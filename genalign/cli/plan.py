@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from genalign.cli import config
-from genalign.cli.context import Outside, prompt_set, require_rate
+from genalign.cli.context import CommandContext, prompt_set, require_rate
 from genalign.cli.memory import counted as count
 from genalign.cli.memory import estimate, reliefs
 from genalign.cli.train import require_trackers
@@ -58,15 +58,15 @@ class Refusals:
             return None
 
 
-def plan_command(outside: Outside, arguments: Sequence[str]) -> int:
+def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign plan``; the exit status is 2 where training would be refused, with every reason on standard error."""
     settings, plain = config.parse(Plan, arguments, "plan")
     refusals, console = Refusals(), Console()
     refusals.attempt(lambda: RunFolder(Path(settings.output)).require_unused())
-    refusals.attempt(lambda: outside.require(settings.model))
+    refusals.attempt(lambda: context.require(settings.model))
     refusals.attempt(lambda: adam(settings.training))
     refusals.attempt(lambda: require_trackers(settings.trackers))
-    outline = refusals.attempt(lambda: outside.outline(settings.model))
+    outline = refusals.attempt(lambda: context.outline(settings.model))
     if outline is not None:
         refusals.attempt(lambda: require_rate(settings, outline.pipeline.sample_rate))
     counted = refusals.attempt(lambda: count(settings, outline, _prompts(settings, refusals)))
@@ -75,7 +75,7 @@ def plan_command(outside: Outside, arguments: Sequence[str]) -> int:
         console.print(_geometry(settings, counted), _calls(counted, watched))
         _print_time(console, settings, counted, watched, refusals)
     if outline is not None and counted is not None:
-        refusals.attempt(lambda: _print_memory(console, outside, settings, outline, counted))
+        refusals.attempt(lambda: _print_memory(console, context, settings, outline, counted))
     _print_weights_of_rewards(console, plain["rewards"], refusals)
     for message in refusals.messages:
         print(f"error: {message}", file=sys.stderr)
@@ -179,10 +179,12 @@ def _read_prices(path: Path) -> dict[str, float]:
         raise ValueError(f"{path} is no file of prices: write one by genalign prices --output {path}") from None
 
 
-def _print_memory(console: Console, outside: Outside, settings: Plan, outline: Outline, counted: Counted) -> None:
+def _print_memory(
+    console: Console, context: CommandContext, settings: Plan, outline: Outline, counted: Counted
+) -> None:
     found = estimate(settings, outline, counted.stored)
     console.print(_networks(found.parts, found.trained, settings))
-    console.print(_memory(found.held), _reliefs(reliefs(outside, settings, counted.stored)), *FORMULAS, sep="\n")
+    console.print(_memory(found.held), _reliefs(reliefs(context, settings, counted.stored)), *FORMULAS, sep="\n")
 
 
 def _reliefs(peaks: Mapping[str, float]) -> Table:

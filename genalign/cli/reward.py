@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from genalign.cli import config
-from genalign.cli.context import Outside, prompt_set, require_rate
+from genalign.cli.context import CommandContext, prompt_set, require_rate
 from genalign.runtime.media import AUDIO_SUFFIXES, inside, read_image, read_waveform
 from genalign.runtime.prompt_files import read_listing
 from genalign.scoring import protocol
@@ -67,7 +67,7 @@ class RewardCheck:
     expected: Expected = field(default_factory=Expected)
 
 
-def serve_command(outside: Outside, arguments: Sequence[str]) -> int:
+def serve_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign serve MODULE:CLASS``, until it is interrupted."""
     settings, plain = config.parse(Serve, _by_name(arguments, "serve"), "serve")
     require_rate({"reward": settings.reward}, settings.sample_rate)
@@ -97,7 +97,7 @@ def serve_command(outside: Outside, arguments: Sequence[str]) -> int:
     return 0
 
 
-def reward_command(outside: Outside, arguments: Sequence[str]) -> int:
+def reward_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign reward check MODULE:CLASS``; the exit status is 1 where a check fails."""
     if not arguments or arguments[0] != "check":
         raise ValueError("say what to do with it: genalign reward check MODULE:CLASS")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from genalign.cli import config
-from genalign.cli.context import Outside, adapted, named_rewards, own_share, prompt_set, require_rate
+from genalign.cli.context import CommandContext, adapted, named_rewards, own_share, prompt_set, require_rate
 from genalign.diffusion.noise import derived_seed
 from genalign.evaluation.report import write_search
 from genalign.prompts import drawn_in_turn
@@ -33,14 +33,14 @@ from genalign.search.run_search import SearchResult, search
 from genalign.types import Pipeline, Prompt
 
 
-def steer_command(outside: Outside, arguments: Sequence[str]) -> int:
+def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign steer``; finished prompts are kept, so that it goes on where it stopped, and several processes, as
     torchrun or accelerate start them, share the prompts."""
     settings, plain = config.parse(config.Steer, arguments, "steer")
     asked = prompt_set(settings.prompts).prompts[: settings.limit]
     folder, plain = SearchFolder(Path(settings.output)), {**plain, "limit": None}
     folder.begun(plain)
-    _search_share(outside, settings, plain, folder, asked)
+    _search_share(context, settings, plain, folder, asked)
     if left := sum(not folder.done(index) for index in range(len(asked))):
         print(f"{left} of {len(asked)} prompts are left to other processes; if there are none, start it again")
         return 0
@@ -51,10 +51,14 @@ def steer_command(outside: Outside, arguments: Sequence[str]) -> int:
 
 
 def _search_share(
-    outside: Outside, settings: config.Steer, plain: Mapping[str, Any], folder: SearchFolder, asked: Sequence[Prompt]
+    context: CommandContext,
+    settings: config.Steer,
+    plain: Mapping[str, Any],
+    folder: SearchFolder,
+    asked: Sequence[Prompt],
 ) -> None:
     """Every prompt of this process's share that is not finished, but for those that another process holds."""
-    share, pipeline = own_share(os.environ), adapted(outside, settings.model, settings.lora)
+    share, pipeline = own_share(os.environ), adapted(context, settings.model, settings.lora)
     rewards, strategy, budget = named_rewards(settings.rewards), settings.strategy, settings.budget
     require_rate(settings, pipeline.sample_rate)
 
@@ -78,10 +82,10 @@ def _search_share(
         print(f"{index + 1}/{len(asked)}  {found}  {result.ledger.nfe} NFE  {asked[index].text}", flush=True)
 
 
-def prices_command(outside: Outside, arguments: Sequence[str]) -> int:
+def prices_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign prices``."""
     settings, _ = config.parse(config.Prices, arguments, "prices")
-    pipeline = outside.load(settings.model)
+    pipeline = context.load(settings.model)
     rewards = named_rewards(settings.rewards)
     known = prompt_set(settings.prompts).prompts
     prompts = [known[i % len(known)] for i in range(settings.batch_size)]
@@ -93,10 +97,10 @@ def prices_command(outside: Outside, arguments: Sequence[str]) -> int:
     return 0
 
 
-def train_noise_aware_command(outside: Outside, arguments: Sequence[str]) -> int:
+def train_noise_aware_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign train-noise-aware``; recordings are kept, so that another student can be trained on them."""
     settings, plain = config.parse(config.TrainNoiseAware, arguments, "train-noise-aware")
-    folder, pipeline = Path(settings.output), outside.load(settings.model)
+    folder, pipeline = Path(settings.output), context.load(settings.model)
     write_json(folder / "config.json", plain)
     student = settings.student.to(settings.model.device)
     look: Look = pipeline.decode if student.on == "samples" else as_they_are
@@ -111,7 +115,7 @@ def train_noise_aware_command(outside: Outside, arguments: Sequence[str]) -> int
     for found in qualities:
         print(f"level {found.sigma:.3f}  tau {found.tau:.3f}  top quarter {found.top:.3f}  gap {found.gap:.4f}")
     mean, std = float(train.clean.mean()), float(train.clean.std())
-    outside.save_scorer(folder / "scorer.safetensors", NoiseAware(student, tuple(qualities), mean, std))
+    context.save_scorer(folder / "scorer.safetensors", NoiseAware(student, tuple(qualities), mean, std))
     print(f"scorer: {folder / 'scorer.safetensors'}")
     return 0
 

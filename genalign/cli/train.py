@@ -16,7 +16,7 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import with_stronger_kl
 from genalign.cli import config
-from genalign.cli.context import Checkpoint, Outside, named_rewards, prompt_set, require_rate
+from genalign.cli.context import Checkpoint, CommandContext, named_rewards, prompt_set, require_rate
 from genalign.cli.evaluate import Exam, exam
 from genalign.cli.memory import advice
 from genalign.cli.resume import EncoderCache, InputFingerprint, TrackerRun, checkpoint_in, requested
@@ -44,14 +44,14 @@ from genalign.types import Prompt, PromptSet
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, or for this user or file
 
 
-def train_command(outside: Outside, arguments: Sequence[str]) -> int:
+def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign train``."""
     request = requested(arguments)
     settings, plain = config.parse(config.Train, request.arguments, "train")
     resume_hint = f"Resume with: genalign train --resume {settings.output}"
     try:
         with process_group(os.environ) as processes:
-            return run_training(outside, settings, plain, request.resume, processes)
+            return run_training(context, settings, plain, request.resume, processes)
     except ProcessGroupError as error:
         print(f"error: Training stopped: {error}. {resume_hint}", file=sys.stderr)
         return 1
@@ -65,12 +65,12 @@ def train_command(outside: Outside, arguments: Sequence[str]) -> int:
             raise
         message = str(error).splitlines()[0]
     # outside the handler, whose traceback holds the memory
-    print(f"error: out of memory: {message}\n{advice(outside, settings)}", file=sys.stderr)
+    print(f"error: out of memory: {message}\n{advice(context, settings)}", file=sys.stderr)
     return 1
 
 
 def run_training(
-    outside: Outside,
+    context: CommandContext,
     settings: config.Train,
     plain: Mapping[str, Any],
     resume: bool = False,
@@ -102,7 +102,7 @@ def run_training(
     processes.barrier()  # every rank has looked before one writes
 
     # Load the model and the rewards, and try them on two samples
-    pipeline, rewards = outside.load(settings.model), named_rewards(settings.rewards)
+    pipeline, rewards = context.load(settings.model), named_rewards(settings.rewards)
     require_rate(settings, pipeline.sample_rate)
     samples = _generate(pipeline, prompts.prompts[:2], [0] * len(prompts.prompts[:2]), settings.sampling, 2)
     probe(rewards, samples, prompts.prompts[:2])
@@ -121,7 +121,7 @@ def run_training(
         "generators": PerRankState(Generators(), processes),
     }
     writer = CheckpointWriter(checkpoints, parts, score_log, settings.checkpoint.every)
-    before_after = _before_after(outside, settings, pipeline, rewards, processes)
+    before_after = _before_after(context, settings, pipeline, rewards, processes)
 
     # Begin: measure the untrained model; or resume from the checkpoint
     before: Evaluation | None = None
@@ -137,7 +137,7 @@ def run_training(
         before = load_evaluation(folder.path / "before") if before_after else None
 
     monitors = RoundMonitors(
-        _held_out(outside, settings, pipeline, policy),
+        _held_out(context, settings, pipeline, policy),
         settings.held_out.every,
         guard,
         _sample_grid(settings, pipeline, policy, prompts),
@@ -220,7 +220,7 @@ def _generate(
 
 
 def _before_after(
-    outside: Outside,
+    context: CommandContext,
     settings: config.Train,
     pipeline: Checkpoint,
     rewards: Sequence[NamedReward],
@@ -230,20 +230,20 @@ def _before_after(
     amount = settings.before_after
     if amount is None:
         return None
-    scorers = outside.judges(amount.prompts, {reward.name: reward for reward in rewards})
+    scorers = context.judges(amount.prompts, {reward.name: reward for reward in rewards})
     sampling = settings.evaluation or settings.sampling
     return exam(pipeline, settings.model, sampling, amount, amount.prompts, scorers, processes)
 
 
 def _held_out(
-    outside: Outside, settings: config.Train, pipeline: Checkpoint, policy: Policy
+    context: CommandContext, settings: config.Train, pipeline: Checkpoint, policy: Policy
 ) -> Callable[[], dict[str, Estimate]] | None:
     """The evaluation of held-out prompts during training, if there is one."""
     held_out = settings.held_out
     if not held_out.every:
         return None
     sampling = settings.evaluation or settings.sampling
-    scorers = outside.judges(held_out.prompts, held_out.scorers)
+    scorers = context.judges(held_out.prompts, held_out.scorers)
     held_out_exam = exam(pipeline, settings.model, sampling, held_out, held_out.prompts, scorers, policy.processes)
 
     def evaluate() -> dict[str, Estimate]:
@@ -338,11 +338,11 @@ def print_table(before: Evaluation, after: Evaluation) -> None:
 _DEMOS = {"shapes": "demo.yaml", "tones": "demo-tones.yaml"}
 
 
-def demo_command(outside: Outside, arguments: Sequence[str]) -> int:
+def demo_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign demo [shapes | tones]``: training of an embedded model, with the shipped configuration."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     world, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in _DEMOS else ("shapes", arguments)
     if rest and not rest[0].startswith("-"):
         raise ValueError(f"there is no demo of {rest[0]!r}: choose from {', '.join(_DEMOS)}")
     shipped = str(files("genalign.assets").joinpath(_DEMOS[world]))
-    return train_command(outside, ["--config", shipped, *rest])
+    return train_command(context, ["--config", shipped, *rest])
