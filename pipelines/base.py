@@ -36,9 +36,9 @@ class Options(TypedDict, total=False):
 
     ``height`` and ``width`` of images are in pixels, and ``seconds`` are how long audio lasts, the checkpoint's own by
     default; ``max_sequence_length`` is the number of text tokens where the family lets one choose; ``autocast`` runs
-    the denoiser and the VAE under mixed precision of that dtype; ``distilled_guidance`` is what a network with guidance
-    distilled into it is told; ``compiled`` runs the denoiser by ``torch.compile``; see ``genalign.runtime.memory_options.Memory`` for
-    the rest.
+    the denoiser and the VAE under mixed precision of that dtype; ``distilled_guidance`` is the guidance scale given
+    to a guidance-distilled network; ``compiled`` runs the denoiser with ``torch.compile``; see
+    ``genalign.runtime.memory_options.Memory`` for the rest.
     """
 
     device: str
@@ -259,7 +259,7 @@ class DiffusersPipeline(ABC):
 
     @contextlib.contextmanager
     def separate_encoding(self) -> Iterator[None]:
-        """Encode texts without a trace: later, each is encoded in the batch in which it would have been without this."""
+        """Encode texts without a trace: the batches in which texts are encoded later stay as without it."""
         batches, cache = dict(self._batches), dict(self._cache)
         try:
             yield

@@ -31,7 +31,7 @@ class Unopened:
 
 @dataclass(frozen=True)
 class Outline:
-    """A wrapped pipeline whose networks have shapes and no values; see ``genalign.training.memory_estimate.Outline``."""
+    """A pipeline whose networks have shapes and no values; see ``genalign.training.memory_estimate.Outline``."""
 
     pipeline: DiffusersPipeline
     folder: Path

@@ -39,10 +39,10 @@ class Colours(Protocol):
 
 @dataclass(frozen=True)
 class ClipColours:
-    """CLIP's zero-shot choice among ten colours, by the mean embedding of GenEval's three templates.
+    """CLIP's zero-shot choice among ten colors, by the mean embedding of GenEval's three templates.
 
-    ``model`` and ``processor`` are those of ``rewards.backbones.clip_encoder.load_clip``; the default has the weights of GenEval's
-    ViT-L-14, which the original runs in half precision and on crops resized by Pillow.
+    ``model`` and ``processor`` are as in ``rewards.backbones.clip_encoder.load_clip``; the default has the weights of
+    GenEval's ViT-L-14, which the original runs in half precision and on crops resized by Pillow.
     """
 
     model: str = "openai/clip-vit-large-patch14"
@@ -172,8 +172,8 @@ def _looked_at(detections: Sequence[Detection], request: Request) -> list[int]:
 @dataclass(frozen=True)
 class GenEvalReward:
     """``partial`` credit in [0, 1], or 1.0 for what is ``strict``-ly right, or right by GenEval's own ``relaxed`` rule,
-    else 0.0 (``genalign.evaluation.geneval.scoring.Verdict``); ``upstream_partial`` is Flow-GRPO's own partial credit, with its
-    faults, to compare with its curves. ``detector`` and ``colours`` are those of ``GenEvalJudge``."""
+    else 0.0 (``genalign.evaluation.geneval.scoring.Verdict``). ``upstream_partial`` is Flow-GRPO's own partial credit,
+    with its faults, for comparison with its curves. ``detector`` and ``colours`` are as in ``GenEvalJudge``."""
 
     score: Literal["partial", "strict", "relaxed", "upstream_partial"] = "partial"
     detector: Detector | None = None

@@ -14,7 +14,7 @@ from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import Scene, jittered, render, sample_scene
 from genalign.worlds.shapes.verifier import verify
 from rewards.backbones.reference_images import ImageTensor, ReferencesByPrompt
-from rewards.backbones.world_verifier import Score, sample_metadata_by_task, require_metadata, scores
+from rewards.backbones.world_verifier import Score, require_metadata, sample_metadata_by_task, scores
 
 
 @dataclass(frozen=True)

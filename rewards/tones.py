@@ -15,7 +15,7 @@ from genalign.worlds.tones.scenes import Clip, Event, render, sample_clip
 from genalign.worlds.tones.verifier import verify
 from rewards.backbones.audio_features import extract_text_features
 from rewards.backbones.reference_audio import AudioTensor
-from rewards.backbones.world_verifier import Score, sample_metadata_by_task, require_metadata, scores
+from rewards.backbones.world_verifier import Score, require_metadata, sample_metadata_by_task, scores
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Evaluation of a pipeline on a prompt set, written down image by image: ``genalign.evaluation.paired`` compares two of them."""
+"""Evaluation of a pipeline on a prompt set, recorded sample by sample.
+
+Two evaluations are compared by ``genalign.evaluation.paired``.
+"""
 
 from __future__ import annotations
 
@@ -300,7 +303,9 @@ def judge(
 
 def _together(own: Mapping[int, Sequence[Record]], processes: ProcessGroup) -> tuple[Record, ...]:
     """The records of all processes in order."""
-    told = processes.all_gather_object([[number, [record_as_dict(record) for record in rows]] for number, rows in own.items()])
+    told = processes.all_gather_object(
+        [[number, [record_as_dict(record) for record in rows]] for number, rows in own.items()]
+    )
     batches = sorted((batch for said in told for batch in said), key=lambda batch: batch[0])
     return tuple(record_from_dict(row) for _, rows in batches for row in rows)
 

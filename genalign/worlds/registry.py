@@ -50,7 +50,15 @@ def _by_text(world: World) -> Mapping[str, Prompt]:
 
 
 WORLDS: Mapping[str, World] = {
-    "shapes": World("shapes", shapes.VERIFIER_VERSION, None, shapes.prompts, shapes.render_metadata, read_image, evaluation_diversity),
+    "shapes": World(
+        "shapes",
+        shapes.VERIFIER_VERSION,
+        None,
+        shapes.prompts,
+        shapes.render_metadata,
+        read_image,
+        evaluation_diversity,
+    ),
     "tones": World("tones", tones.VERIFIER_VERSION, tones.SAMPLE_RATE, tones.prompts, tones.render_metadata, read_clip),
 }
 

@@ -119,13 +119,17 @@ class Seen:
         path.with_suffix(".json").write_text(json.dumps(self.rows))
 
 
-def _trainer(opened: SD3, case: Case, processes: ProcessGroup, sharding: Sharding | None, score_log: ScoreLog) -> Trainer:
+def _trainer(
+    opened: SD3, case: Case, processes: ProcessGroup, sharding: Sharding | None, score_log: ScoreLog
+) -> Trainer:
     pipeline, reward = copy.deepcopy(opened), NamedReward("one", case.reward())
     policy = Policy(pipeline.denoiser, Lora(rank=2), processes=processes, sharding=sharding)
     return Trainer(pipeline, policy, score_log.logged([reward]), PROMPTS, case.recipe, SETTINGS, SAMPLING)
 
 
-def watched(opened: SD3, case: Case, processes: ProcessGroup = SINGLE_PROCESS, sharding: Sharding | None = None) -> Seen:
+def watched(
+    opened: SD3, case: Case, processes: ProcessGroup = SINGLE_PROCESS, sharding: Sharding | None = None
+) -> Seen:
     """Two rounds."""
     trainer, seen = _trainer(opened, case, processes, sharding, ScoreLog()), Seen()
     make = trainer.sampler

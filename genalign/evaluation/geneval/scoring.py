@@ -1,6 +1,6 @@
-"""GenEval's verdict on detected objects (Ghosh et al., arXiv:2310.11513), and its stricter and partial forms.
+"""GenEval's rules on detected objects (Ghosh et al., arXiv:2310.11513), and their stricter and partial forms.
 
-Pure functions of boxes, scores and colours; what detects them is in ``rewards.backbones.detectors``. ``relaxed`` is GenEval's own
+Pure functions of boxes, scores and colors; detectors are in ``rewards.backbones.detectors``. ``relaxed`` is GenEval's own
 rule, ``strict`` that of Flow-GRPO's reward (arXiv:2505.05470), ``partial`` its partial credit without the faults that
 ``upstream_partial`` reproduces.
 """

@@ -112,7 +112,9 @@ def _point(estimate: Estimate) -> Point:
 
 def watched(rows: Sequence[Row]) -> Watched | None:
     """The panels of a run; None where there are none."""
-    panels = [(row["round"], HackingReport.from_list(row["reward_hacking"])) for row in rows if row.get("reward_hacking")]
+    panels = [
+        (row["round"], HackingReport.from_list(row["reward_hacking"])) for row in rows if row.get("reward_hacking")
+    ]
     if not panels:
         return None
     drawn = [_signal(rows, signal) for signal in panels[-1][1].signals]

@@ -27,7 +27,8 @@ from tests.rewards import tiny_detectors
 SECONDS = 1.0  # that the judge takes, so that a process is killed at work
 JUDGE = (
     "{class_path: rewards.geneval.GenEvalJudge, init_args: {"
-    "detector: {class_path: tests.genalign.evaluation.geneval.shapes_judge.ShapesDetector, init_args: {seconds: SECONDS}},"
+    "detector: {class_path: tests.genalign.evaluation.geneval.shapes_judge.ShapesDetector,"
+    " init_args: {seconds: SECONDS}},"
     " colours: tests.genalign.evaluation.geneval.shapes_judge.PaletteColours}}"
 )
 
@@ -143,7 +144,8 @@ def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> str:
     detector = tiny_detectors.mask2former(folder / "mask2former")
     thresholds = "{confidence: 0.2, counting: 0.25}"
     return (
-        "{class_path: rewards.geneval.GenEvalJudge, init_args: {detector: {class_path: rewards.backbones.detectors.Mask2Former,"
+        "{class_path: rewards.geneval.GenEvalJudge, init_args: {detector:"
+        " {class_path: rewards.backbones.detectors.Mask2Former,"
         f" init_args: {{model: {detector}, thresholds: {thresholds}}}}}, colours: {{class_path:"
         f" rewards.geneval.ClipColours, init_args: {{model: {tiny_detectors.clip(folder / 'clip')}}}}}}}}}"
     )

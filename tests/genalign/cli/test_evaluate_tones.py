@@ -214,7 +214,8 @@ def test_training_hears_its_model_at_its_rate(
     ]
     told = error(capsys, command, *asked, "--reward_hacking.rewards", f"{{clap: {reward}}}")
     assert (
-        "reward_hacking.rewards.clap takes waveforms at 44100 Hz, but they come at 8000: set its sample_rate to 8000" in told
+        "reward_hacking.rewards.clap takes waveforms at 44100 Hz, but they come at 8000: set its sample_rate to 8000"
+        in told
     )
     assert not (tmp_path / "x").exists()
 

@@ -281,7 +281,10 @@ BAD = [
     (["--training.group_sise", "3"], "unknown setting 'training.group_sise': did you mean 'training.group_size'?"),
     (["--training.group_size", "1"], "group_size is 1: a group needs at least 2 samples to compare"),
     (["--training.batch_size", "3"], "batch_size 3 must be a multiple of group_size 2"),
-    (["--training.prompts_per_round", "3"], "3 x group_size 2 = 6 samples do not divide into 2 updates of batches of 2"),
+    (
+        ["--training.prompts_per_round", "3"],
+        "3 x group_size 2 = 6 samples do not divide into 2 updates of batches of 2",
+    ),
     (["--recipe.kernel", "ODE"], "needs a stochastic kernel, such as FlowSDE, CPS or DPMSDE"),
     (["--rewards.red.function", "outside_rewards.shapeless"], "reward 'red' returned shape () for 2 samples"),
     (["--rewards.red.function", "outside_rewards.nothing"], "outside_rewards"),

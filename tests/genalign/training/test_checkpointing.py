@@ -355,7 +355,9 @@ def test_a_damaged_one_is_told_and_the_one_before_is_taken(
     assert _value(checkpoints) == 20
     for path in tmp_path.glob("round-*"):
         damage(path)
-    with pytest.raises(DamagedCheckpointError, match=r"no checkpoint to resume from: .*round-000002 is damaged.*000001"):
+    with pytest.raises(
+        DamagedCheckpointError, match=r"no checkpoint to resume from: .*round-000002 is damaged.*000001"
+    ):
         checkpoints.latest()
 
 

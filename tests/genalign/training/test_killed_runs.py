@@ -56,7 +56,8 @@ def train(arguments, moment=None, seconds=None):
     if moment is not None:
         for name in ("save_state", "write_json", "sync", "_discard"):
             _deadly(checkpointing, name, moment)
-        for module, name in ((checkpointing.os, "rename"), (checkpointing.os, "replace"), (checkpointing.shutil, "rmtree")):
+        os, shutil = checkpointing.os, checkpointing.shutil
+        for module, name in ((os, "rename"), (os, "replace"), (shutil, "rmtree")):
             _deadly(module, name, moment)
     if seconds is not None:
         timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))

@@ -9,8 +9,8 @@ import pytest
 from genalign.evaluation.geneval.boxes import relations
 from genalign.evaluation.geneval.metadata import Clause, Request
 from genalign.evaluation.geneval.scoring import Detection, Thresholds, kept, overlap, upstream_partial, verdict
-from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.detection import ShapeDetection
+from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.verifier import verify_detections
 
 LEFT, RIGHT, MIDDLE = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (1.0, 1.0, 11.0, 11.0)
