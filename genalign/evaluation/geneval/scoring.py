@@ -1,8 +1,8 @@
 """GenEval's rules on detected objects (Ghosh et al., arXiv:2310.11513), and their stricter and partial forms.
 
-Pure functions of boxes, scores and colors; detectors are in ``rewards.backbones.detectors``. ``relaxed`` is GenEval's own
-rule, ``strict`` that of Flow-GRPO's reward (arXiv:2505.05470), ``partial`` its partial credit without the faults that
-``upstream_partial`` reproduces.
+Pure functions of boxes, scores and colors; detectors are in ``rewards.backbones.detectors``. ``relaxed`` is GenEval's
+own rule, ``strict`` that of Flow-GRPO's reward (arXiv:2505.05470), ``partial`` its partial credit without the faults
+that ``upstream_partial`` reproduces.
 """
 
 from __future__ import annotations

@@ -56,9 +56,9 @@ def train(arguments, moment=None, seconds=None):
     if moment is not None:
         for name in ("save_state", "write_json", "sync", "_discard"):
             _deadly(checkpointing, name, moment)
-        os, shutil = checkpointing.os, checkpointing.shutil
-        for module, name in ((os, "rename"), (os, "replace"), (shutil, "rmtree")):
-            _deadly(module, name, moment)
+        for name in ("rename", "replace"):
+            _deadly(checkpointing.os, name, moment)
+        _deadly(checkpointing.shutil, "rmtree", moment)
     if seconds is not None:
         timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
         timer.daemon = True
