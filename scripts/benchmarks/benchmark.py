@@ -119,7 +119,7 @@ def benchmark_train(repeats: int) -> list[Measurement]:
     trainer = Trainer(pipeline, policy, rewards, shapes.prompts("train"), recipe, settings, sampling)
     prompts = next(trainer.prompts.rounds())
     parts = trainer._sample(0, prompts)
-    outcome = trainer._outcome(parts, len(prompts))
+    outcome = trainer._gather_scores(parts, len(prompts))
     sampled = parts[0].rollout
     inputs = [bare_inputs(trainer, sampled, stored) for stored in range(len(sampled.steps))]
 
@@ -230,7 +230,7 @@ def benchmark_methods(repeats: int) -> list[Measurement]:
         trainer = Trainer(pipeline, policy, rewards, prompts, make(), settings, Sampling(STEPS, SIGMAS))
         prompts = next(trainer.prompts.rounds())
         parts = trainer._sample(0, prompts)
-        run = functools.partial(trainer._learn, 0, prompts, parts, trainer._outcome(parts, len(prompts)))
+        run = functools.partial(trainer._learn, 0, prompts, parts, trainer._gather_scores(parts, len(prompts)))
         before = trainer.ledger.copy()
         run()
         spent = trainer.ledger.since(before).counts

@@ -205,15 +205,15 @@ def test_one_step_of_training_lowers_the_loss(
     made = RECIPES[recipe](_kernel(ours))
     trainer = Trainer(ours, policy, rewards, prompts, made, settings, Sampling(STEPS))
     parts = trainer._sample(0, prompts.prompts)
-    outcome = trainer._outcome(parts, len(PROMPTS))
+    outcome = trainer._gather_scores(parts, len(PROMPTS))
     batch = UpdateBatch(parts[0].rollout, made.credit(outcome), outcome.group, False)
     weights: list[Tensor] = []
     with monkeypatch.context() as patch:
-        patch.setattr(losses, "_normalised_error", functools.partial(_by_own_size, weights))
+        patch.setattr(losses, "_normalized_error", functools.partial(_by_own_size, weights))
         before = _readings(trainer, batch)
     assert before.log_ratio_max == 0.0
     trainer._learn(0, prompts.prompts, parts, outcome)
-    monkeypatch.setattr(losses, "_normalised_error", functools.partial(_by_first_size, iter(weights)))
+    monkeypatch.setattr(losses, "_normalized_error", functools.partial(_by_first_size, iter(weights)))
     assert _readings(trainer, batch).mean("loss") < before.mean("loss")
 
 
