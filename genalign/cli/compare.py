@@ -14,6 +14,7 @@ from genalign.evaluation.report import write_comparison, write_report
 from genalign.prompts import PromptSampler
 from genalign.runtime.files import write_json
 from genalign.training.noise_calibration import calibrate, save_kernel
+from genalign.training.run import RunFolder
 from genalign.training.sampler import Sampler
 from genalign.worlds.registry import diversity_of
 
@@ -73,5 +74,7 @@ def report_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign report RUN``."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise ValueError("give one run folder: genalign report runs/demo")
-    print(write_report(Path(arguments[0])))
+    folder = Path(arguments[0])
+    RunFolder(folder).require_format()
+    print(write_report(folder))
     return 0

@@ -11,6 +11,7 @@ from genalign.cli import config
 from genalign.cli.context import CommandContext
 from genalign.cli.model_card import model_card
 from genalign.runtime.files import write_text
+from genalign.training.run import RunFolder
 
 
 def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
@@ -19,6 +20,7 @@ def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
     run, output = Path(settings.run), Path(settings.output)
     if output.exists():
         raise FileExistsError(f"{output} is there already: choose another output, or remove it")
+    RunFolder(run).require_format()
     card = model_card(run, settings.form, output.name)
     adapter, whole = run / "lora", run / "denoiser"
     if not adapter.is_dir() and not whole.is_dir():

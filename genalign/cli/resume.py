@@ -52,7 +52,7 @@ def requested(arguments: Sequence[str]) -> TrainRequest:
     run = Path(parsed.resume)
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} holds no run to resume: give the output folder of a training")
-    RunFolder(run).require_resumable()
+    RunFolder(run).require_format()
     return TrainRequest(["--config", str(run / "config.json"), *rest, "--output", str(run)], True)
 
 
@@ -61,7 +61,7 @@ def checkpoint_in(folder: RunFolder, checkpoints: Checkpoints, config: Mapping[s
 
     Raises ValueError for a run with other settings, of genalign 0.1.0, or without an intact checkpoint.
     """
-    folder.require_resumable()
+    folder.require_format()
     checkpoint = checkpoints.latest()
     if checkpoint is not None:
         require_same(folder.config(), config)

@@ -85,13 +85,14 @@ class RunFolder:
         if self.path.is_file():
             raise FileExistsError(f"{self.path} is a file: output must be a folder")
 
-    def require_resumable(self) -> None:
-        """Raise ValueError if genalign 0.1.0 wrote this run: its settings and import paths have other names."""
+    def require_format(self) -> None:
+        """Raise ValueError for a run of genalign 0.1.0, whose settings, records and import paths have other names."""
         path = self.path / "environment.json"
-        if path.is_file() and "run_format" not in (made_with := json.loads(path.read_text(encoding="utf-8"))):
+        environment = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if "genalign" in environment and "run_format" not in environment:
             raise ValueError(
-                f"{self.path} was made by genalign {made_with.get('genalign', '0.1.0')} and cannot be resumed by this"
-                " version (0.2.0 or later): finish it with the version that made it, or start a new run"
+                f"{self.path} was made by genalign {environment['genalign']}, whose runs this version cannot read: use"
+                " the version that made it, or start a new run"
             )
 
     def begin(self, config: Mapping[str, Any]) -> None:

@@ -203,7 +203,7 @@ def test_without_a_terminal_every_round_is_a_log_line(config: Path, caplog: pyte
     assert format_rate(12.34) == "12.3 samples/s" and format_rate(0.05) == "20.0 s/sample"
 
 
-def test_a_run_of_the_first_version_is_not_resumed(
+def test_a_run_of_the_first_version_is_refused_and_left_as_it_is(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -212,9 +212,11 @@ def test_a_run_of_the_first_version_is_not_resumed(
     (run / "config.json").write_text('{"recipe": {"class_path": "genalign.recipes.flow_grpo"}}')
     (run / "metrics.jsonl").write_text("{}\n")
     before = {path: path.read_bytes() for path in run.iterdir()}
-    for arguments in (["--resume", str(run)], ["--config", str(config), "--resume"]):
-        error = _error(capsys, "train", *arguments)
-        assert f"{run} was made by genalign 0.1.0 and cannot be resumed by this version" in error
+    export = ["export", "--run", str(run), "--output", str(tmp_path / "exported")]
+    resumed = (["train", "--resume", str(run)], ["train", "--config", str(config), "--resume"])
+    for arguments in (*resumed, ["report", str(run)], export):
+        error = _error(capsys, *arguments)
+        assert f"{run} was made by genalign 0.1.0, whose runs this version cannot read" in error
         assert error.count("\n") == 1
     assert {path: path.read_bytes() for path in run.iterdir()} == before
 
