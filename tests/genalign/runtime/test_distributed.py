@@ -148,7 +148,7 @@ def test_a_divided_network_learns_what_a_whole_one_does(
         assert [key for key in own if not torch.equal(tensors[key], expected.tensors[key])] == []
         _require_same_update(tensors, expected.tensors)
         billed = (
-            ("forwards", "calls") if name == "seldom matched" else ()
+            ("nfe", "calls") if name == "seldom matched" else ()
         )  # also for processes that keep others company
         for found, row, tolerance in zip(rows, expected.rows, (1e-5, 2e-2), strict=True):
             _require_same_row(found | {key: row[key] for key in billed}, row, tolerance)
