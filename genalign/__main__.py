@@ -7,24 +7,24 @@ import sys
 USAGE = """usage: genalign COMMAND ...
 
   train     --config FILE [--key value ...]       fine-tune a model on a reward
-  train     --resume RUN                          go on with a run that was interrupted or killed
-  plan      --config FILE [--key value ...]       what training would do, hold and refuse; reads no weights
-  evaluate  shapes --output DIR [--lora DIR ...]  measure a model in the shapes world, or --samples of another program
+  train     --resume RUN                          resume a run that was interrupted or killed
+  plan      --config FILE [--key value ...]       check a configuration, estimate memory and cost; loads no weights
+  evaluate  shapes --output DIR [--lora DIR ...]  evaluate a model in the shapes world, or --samples of another program
   evaluate  tones --output DIR [--lora DIR ...]   the same in the tones world
-  evaluate  geneval --output DIR --prompts FILE   measure it on GenEval's prompts; any number of processes
-  evaluate  geneval-images --output DIR --images DIR       images that another program made of them
-  evaluate  geneval-original --output DIR --results FILE   an evaluation's images by GenEval's own results
-  evaluate  geneval-compare --output DIR --against DIR     two finished evaluations, in pairs
-  calibrate --config FILE --output FILE.json       find the noise level that each sampling step bears
-  compare   FILE                                   train several recipes at equal budget, and set them side by side
-  steer     --config FILE [--key value ...]       search for the best sample of every prompt
-  prices    --output FILE.json                    measure what forwards, decodes and rewards cost here
-  train-noise-aware --config FILE                 teach a reward to score previews
-  serve     MODULE:CLASS [--args.key value ...]   a reward behind HTTP, for rewards.remote.remote_reward.RemoteReward
-  reward check MODULE:CLASS [--args.key value ...]   whether a reward keeps to what every reward must
-  export    --run RUN --output DIR                write what a run trained as a LoRA, a network or a pipeline
+  evaluate  geneval --output DIR --prompts FILE   evaluate on GenEval's prompts, in any number of processes
+  evaluate  geneval-images --output DIR --images DIR       images of another program
+  evaluate  geneval-original --output DIR --results FILE   an evaluation's images by results of GenEval's own script
+  evaluate  geneval-compare --output DIR --against DIR     compare two finished evaluations in pairs
+  calibrate --config FILE --output FILE.json       tune the noise level of each sampling step
+  compare   FILE                                   train several recipes at equal budget and compare them
+  steer     --config FILE [--key value ...]       search for the best sample of each prompt
+  prices    --output FILE.json                    measure the cost of NFE, decoding and rewards on this machine
+  train-noise-aware --config FILE                 train a reward to score noisy previews
+  serve     MODULE:CLASS [--args.key value ...]   serve a reward over HTTP, for rewards.remote.RemoteReward
+  reward check MODULE:CLASS [--args.key value ...]   test a reward against the reward contract
+  export    --run RUN --output DIR                export a run's weights as a LoRA, a merged network or a pipeline
   report    RUN                                   write RUN/report.html
-  demo      [shapes | tones] [--output DIR]       watch an embedded model learn, in minutes
+  demo      [shapes | tones] [--output DIR]       train an embedded model in minutes
 
 genalign COMMAND --help lists the settings of a command."""
 
