@@ -30,7 +30,7 @@ class Unopened:
 
 
 @dataclass(frozen=True)
-class Outline:
+class MetaPipeline:
     """A pipeline whose networks have shapes and no values; see ``genalign.training.memory_estimate.Outline``."""
 
     pipeline: DiffusersPipeline
@@ -71,7 +71,7 @@ class Outline:
         return self.pipeline._blank(count, *self.pipeline.latent_shape)
 
 
-def outline(path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **options: Unpack[Options]) -> Outline:
+def outline(path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **options: Unpack[Options]) -> MetaPipeline:
     """Of a folder or Hub id, of which only configuration files are read. Raises as ``pipelines.load``."""
     family = family_of(path_or_id)
     require_components(path_or_id)
@@ -84,7 +84,7 @@ def outline(path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **opt
             nn.Module.to(part, "meta", dtype)
     memory = options.get("memory", Memory())
     bare: Options = {**options, "device": "meta", "autocast": None, "memory": Memory(tiling=memory.tiling)}
-    return Outline(family(pipe, **bare), local_folder(path_or_id), memory)
+    return MetaPipeline(family(pipe, **bare), local_folder(path_or_id), memory)
 
 
 def _component(path_or_id: str | Path, name: str, library: str | None, kind: str | None) -> Any:

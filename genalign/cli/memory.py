@@ -17,7 +17,7 @@ _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes by what they are, the networks, and how many numbers are ``trained``."""
 
     held: Held
@@ -41,7 +41,7 @@ def counted(settings: config.Train, outline: Outline | None, prompts: PromptSet)
     return count(levels, rewards, prompts, settings.recipe, settings.training, sampling.guidance)
 
 
-def estimate(settings: config.Train, outline: Outline, stored: int) -> Estimate:
+def estimate(settings: config.Train, outline: Outline, stored: int) -> MemoryEstimate:
     """Of the settings that ``outline`` was opened with, which wears the adapter from then on; ``stored`` is that of
     ``Counted``. Raises ValueError for an adapter to begin with and none to train."""
     parts, source = tuple(outline.parts), settings.init_lora
@@ -49,7 +49,7 @@ def estimate(settings: config.Train, outline: Outline, stored: int) -> Estimate:
         raise ValueError("init_lora needs lora: give it any, its rank and layers are the adapter's own")
     new = sum(p.numel() for p in Policy(outline.pipeline.denoiser, settings.lora, settings.ema_decay).parameters)
     trained = (adapter_numbers(Path(source)) if source else None) or new
-    return Estimate(held(outline, parts, trained, _training(settings, stored)), parts, trained)
+    return MemoryEstimate(held(outline, parts, trained, _training(settings, stored)), parts, trained)
 
 
 def _training(settings: config.Train, stored: int) -> Training:

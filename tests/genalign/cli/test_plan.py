@@ -24,7 +24,7 @@ from genalign.training.trainer import Trainer, TrainerSettings
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
-from pipelines.meta_device import Outline, outline
+from pipelines.meta_device import MetaPipeline, outline
 from tests.packages import ROOT
 
 CONFIGS = ROOT / "scripts" / "configs"
@@ -107,10 +107,10 @@ def test_what_a_prediction_keeps_is_what_a_real_one_keeps(tiny_folder: Path, tin
     made = outline(tiny_folder)
     Policy(made.pipeline.denoiser, Lora(2, 4))
     Policy(tiny.denoiser, Lora(2, 4))
-    real = Outline(tiny, tiny_folder, Memory())
+    real = MetaPipeline(tiny, tiny_folder, Memory())
     assert made.kept(3, 1.0) == real.kept(3, 1.0) and made.kept(3, 2.0) == real.kept(6, 1.0)
     assert made.decoding(3) == real.decoding(3)
-    checkpointing = Outline(made.pipeline, tiny_folder, Memory(checkpointing=True))
+    checkpointing = MetaPipeline(made.pipeline, tiny_folder, Memory(checkpointing=True))
     assert checkpointing.kept(3, 1.0) < made.kept(3, 1.0)
 
 
