@@ -79,7 +79,7 @@ def run_training(
     """Evaluate, train, evaluate again, and write the report.
 
     Args:
-        outside: The pipelines and rewards.
+        context: The pipelines and rewards.
         settings: The configuration.
         plain: The same as plain JSON.
         resume: Continue the run in ``settings.output``, if there is one.
@@ -90,10 +90,7 @@ def run_training(
     """
     # Refuse what would fail later, before anything is loaded
     prompts, sharding = prompt_set(settings.prompts), _sharding(settings, processes)
-    settings.training.require_shares(processes.world_size)
-    require_trackers(settings.trackers)
-    for watched in settings.watched():
-        prompt_set(watched.prompts)
+    _require_usable(settings, processes)
     folder = RunFolder(Path(settings.output), processes)
     checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint.keep, processes)
     checkpoint = checkpoint_in(folder, checkpoints, plain) if resume else None
@@ -162,6 +159,14 @@ def run_training(
     if processes.is_main:
         print(f"report: {write_report(folder.path)}")
     return 0
+
+
+def _require_usable(settings: config.Train, processes: ProcessGroup) -> None:
+    """Raise ValueError, or FileNotFoundError, for batches, trackers or prompts that would fail only later."""
+    settings.training.require_shares(processes.world_size)
+    require_trackers(settings.trackers)
+    for watched in settings.watched():
+        prompt_set(watched.prompts)
 
 
 def _sharding(settings: config.Train, processes: ProcessGroup) -> Sharding | None:

@@ -147,9 +147,7 @@ def test_a_divided_network_learns_what_a_whole_one_does(
         own = _named(tensors, "batch.")
         assert [key for key in own if not torch.equal(tensors[key], expected.tensors[key])] == []
         _require_same_update(tensors, expected.tensors)
-        billed = (
-            ("nfe", "calls") if name == "seldom matched" else ()
-        )  # also for processes that keep others company
+        billed = ("nfe", "calls") if name == "seldom matched" else ()  # also for processes that keep others company
         for found, row, tolerance in zip(rows, expected.rows, (1e-5, 2e-2), strict=True):
             _require_same_row(found | {key: row[key] for key in billed}, row, tolerance)
 
