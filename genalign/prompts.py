@@ -23,7 +23,8 @@ def drawn_in_turn(prompts: PromptSet, count: int, seed: int) -> list[Prompt]:
 @dataclass(frozen=True)
 class PromptSampler:
     """Samples ``count`` distinct prompts per round in a seeded order: the tasks in turn, so that small tasks come as
-    often as large ones, and every prompt of a task before any again."""
+    often as large ones, and every prompt of a task before any again.
+    """
 
     prompts: PromptSet
     count: int

@@ -95,7 +95,7 @@ class Grid:
 
     @property
     def noise_share(self) -> Tensor:
-        """sigma / (alpha + sigma), (T + 1,): from nearly 1 to 0 on every path, and sigma itself on a flow's."""
+        """Sigma / (alpha + sigma), (T + 1,): from nearly 1 to 0 on every path, and sigma itself on a flow's."""
         return self.sigma / (self.alpha + self.sigma)
 
     def __getitem__(self, index: int | Tensor) -> NoiseStep:
@@ -193,7 +193,8 @@ class TrainableReward(Protocol):
 
     def update(self, samples: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, float]:
         """Train on a round's generated samples (B, ...) and return metrics for the log. In a distributed run every rank
-        gets all samples of the round, and must make the same update."""
+        gets all samples of the round, and must make the same update.
+        """
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state to save in a checkpoint."""

@@ -115,7 +115,8 @@ class AceStep(AudioPipeline, FlowPipeline):
 
     def _guided(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
         """Adaptive projected guidance (arXiv 2410.02416) with ACE-Step's settings, without momentum: the difference, at
-        most 2.5 long in each channel, less what of it lies along the conditional prediction."""
+        most 2.5 long in each channel, less what of it lies along the conditional prediction.
+        """
         guided: Tensor = normalized_guidance(
             conditional,
             unconditional,

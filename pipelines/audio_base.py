@@ -16,7 +16,8 @@ from pipelines.base import DiffusersPipeline, Options
 
 class AudioPipeline(DiffusersPipeline):
     """A family whose latents are (B, C, frames), and whose samples are waveforms (B, channels, L) in [-1, 1] at
-    ``sample_rate``. They last ``seconds``."""
+    ``sample_rate``. They last ``seconds``.
+    """
 
     unconditional = None
 

@@ -236,7 +236,8 @@ class DiffusersPipeline(ABC):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Named tensors (P, ...) on the CPU; shorter texts end in zeros. A text is encoded once, and again only where
-        4 GiB of others were asked for since."""
+        4 GiB of others were asked for since.
+        """
         wanted = {*prompts} if self.unconditional is None else {*prompts, self.unconditional}
         missing = sorted(text for text in wanted if text not in self._cache)
         new = [text for text in missing if text not in self._batches]
@@ -280,7 +281,8 @@ class DiffusersPipeline(ABC):
 
     def encode_together(self, batches: Sequence[Sequence[str]]) -> None:
         """Once one of these texts is needed, encode it in its batch, such as ``encoded`` told of an earlier process.
-        What is encoded already stays."""
+        What is encoded already stays.
+        """
         for batch in map(list, batches):
             self._batches |= dict.fromkeys(batch, batch)
 
@@ -291,7 +293,8 @@ class DiffusersPipeline(ABC):
 
     def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
         """The network's output in float32 for x (B, C, ...); with guidance > 1 one batch of 2 B, unconditional rows
-        first. ValueError for guidance that the network was not made for."""
+        first. ValueError for guidance that the network was not made for.
+        """
         self.require_guidance(guidance)
         timestep, tensors = level.timestep.float().expand(len(x)), conditioning.tensors
         if guidance <= 1:
@@ -317,7 +320,8 @@ class DiffusersPipeline(ABC):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Samples (B, ...) in their range, in float32; differentiable. Raises ValueError where a float16 VAE
-        overflows."""
+        overflows.
+        """
         parts = torch.split(latents.to(self.device), self.memory.decode_batch or len(latents))
         with lent([self.pipe.vae], self.device, self.memory.offload), self._mixed_precision():
             decoded = torch.cat([self._decoded(part).float() for part in parts])
@@ -349,7 +353,8 @@ class DiffusersPipeline(ABC):
 
     def save_merged(self, directory: Path, whole: bool) -> None:
         """Write the network with its adapter, where it wears one, in its weights, or the ``whole`` pipeline so.
-        It has no adapter afterwards."""
+        It has no adapter afterwards.
+        """
         if self._worn:
             merge_lora(self.denoiser)
             self._worn = False

@@ -30,7 +30,8 @@ def check_folder(path_or_id: str | Path, wanted: str) -> None:
 
 def require_no_code(path_or_id: str | Path) -> None:
     """Raise ValueError for a component that is neither of diffusers nor of transformers: whatever else a checkpoint
-    names would be found, and run, in its own files or in a library of its choice."""
+    names would be found, and run, in its own files or in a library of its choice.
+    """
     for name, entry in model_index(path_or_id).items():
         library = entry[0] if isinstance(entry, list) and entry else None
         if library not in (None, "diffusers", "transformers") and not hasattr(diffusers.pipelines, str(library)):
@@ -81,7 +82,8 @@ def has_weights(folder: Path) -> bool:
 
 def component_file(path_or_id: str | Path, component: str, file: str) -> Path:
     """A small file of a component, downloaded where it must be. Raises ``FileNotFoundError`` or ``PermissionError``
-    where it cannot be had."""
+    where it cannot be had.
+    """
     if not Path(path_or_id).is_dir():
         return _from_hub(str(path_or_id), f"{component}/{file}")
     found = Path(path_or_id) / component / file
@@ -118,7 +120,8 @@ def is_hub_id(source: str | Path) -> bool:
 @functools.cache
 def hub_answers(seconds: float = 3.0) -> bool:
     """Whether the Hub can be reached from here at all: its client would try again for some 20 s before it says so. Not
-    tried behind a proxy."""
+    tried behind a proxy.
+    """
     if constants.HF_HUB_OFFLINE:
         return False
     if urllib.request.getproxies():
@@ -148,7 +151,8 @@ def _from_hub(repository: str, file: str) -> Path:
 
 def fingerprint(network: nn.Module) -> str:
     """16 hexadecimal characters over the names, shapes and first values of a network's weights, whatever its dtype;
-    quantised weights, and those on the meta device, are left out."""
+    quantised weights, and those on the meta device, are left out.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         if type(tensor) is not Tensor or tensor.is_meta:  # a subclass holds what is quantised

@@ -46,7 +46,7 @@ class FlowPipeline(DiffusersPipeline):
         return int(self.pipe.scheduler.config.num_train_timesteps)
 
     def _mu(self, config: Any) -> float:
-        """diffusers' ``calculate_shift``: linear in the number of image tokens."""
+        """Diffusers' ``calculate_shift``: linear in the number of image tokens."""
         tokens = (self.height // self.patch) * (self.width // self.patch)
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
@@ -63,7 +63,7 @@ class FlowPipeline(DiffusersPipeline):
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:
-    """shift sigma / (1 + (shift - 1) sigma): more steps at high noise for a shift above 1 (arXiv 2403.03206)."""
+    """Shift sigma / (1 + (shift - 1) sigma): more steps at high noise for a shift above 1 (arXiv 2403.03206)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 

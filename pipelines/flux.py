@@ -18,7 +18,8 @@ DISTILLED_GUIDANCE = 3.5
 
 class Flux(FlowPipeline):
     """A ``FluxPipeline``. FLUX.1-dev is told ``distilled_guidance`` in every call, which costs one forward; sampling
-    with classifier-free guidance on top is refused."""
+    with classifier-free guidance on top is refused.
+    """
 
     kind = FluxPipeline
 

@@ -15,7 +15,8 @@ _PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
 
 def quantized(memory: Memory, component: str, dtype: torch.dtype) -> dict[str, Any]:
     """What ``from_pretrained`` is given for ``memory.quantization`` of ``component``. Raises ValueError where the
-    package for it is missing."""
+    package for it is missing.
+    """
     if memory.quantization is None:
         return {}
     if memory.quantization == "nf4" and not torch.cuda.is_available():

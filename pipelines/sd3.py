@@ -14,7 +14,8 @@ _DIFFUSERS_T5_LENGTH = 256
 
 class SD3(FlowPipeline):
     """A ``StableDiffusion3Pipeline``. ``max_sequence_length`` is the number of T5 tokens: the tokenizer's own maximum,
-    at most diffusers' 256, unless given."""
+    at most diffusers' 256, unless given.
+    """
 
     kind = StableDiffusion3Pipeline
 

@@ -66,7 +66,8 @@ class StableDiffusion(UNetPipeline):
 
 class SDXL(UNetPipeline):
     """A ``StableDiffusionXLPipeline`` on the grid of EulerDiscreteScheduler, whose moves are DDIM's in other
-    coordinates: x / alpha and sigma / alpha. The empty prompt is all zeros where the checkpoint says so."""
+    coordinates: x / alpha and sigma / alpha. The empty prompt is all zeros where the checkpoint says so.
+    """
 
     kind = StableDiffusionXLPipeline
     first_order = EulerDiscreteScheduler

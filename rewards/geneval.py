@@ -82,7 +82,8 @@ def crop(image: Tensor, box: Box, mask: Tensor | None = None) -> Tensor:
 @dataclass(frozen=True)
 class GenEvalJudge:
     """What a detector sees, judged by GenEval's rules; the defaults are GenEval's choice as far as it can be had here,
-    ``Mask2Former()`` and ``ClipColours()``. Images go through as the 8 bits that a PNG file has."""
+    ``Mask2Former()`` and ``ClipColours()``. Images go through as the 8 bits that a PNG file has.
+    """
 
     detector: Detector | None = None
     colours: Colours | None = None
@@ -147,7 +148,8 @@ def _coloured(
     images: Tensor, counted: Sequence[Sequence[Instance]], requests: Sequence[Request], colours: Colours
 ) -> list[list[Detection]]:
     """The objects with the colours that a rule will look at: of a class whose colour is asked for, and which is there
-    often enough, those of the most certain. All crops of the batch are named at once."""
+    often enough, those of the most certain. All crops of the batch are named at once.
+    """
     found = [[instance.detection for instance in instances] for instances in counted]
     asked = [(row, index) for row, request in enumerate(requests) for index in _looked_at(found[row], request)]
     if not asked:
@@ -173,7 +175,8 @@ def _looked_at(detections: Sequence[Detection], request: Request) -> list[int]:
 class GenEvalReward:
     """``partial`` credit in [0, 1], or 1.0 for what is ``strict``-ly right, or right by GenEval's own ``relaxed`` rule,
     else 0.0 (``genalign.evaluation.geneval.scoring.Verdict``). ``upstream_partial`` is Flow-GRPO's own partial credit,
-    with its faults, for comparison with its curves. ``detector`` and ``colours`` are as in ``GenEvalJudge``."""
+    with its faults, for comparison with its curves. ``detector`` and ``colours`` are as in ``GenEvalJudge``.
+    """
 
     score: Literal["partial", "strict", "relaxed", "upstream_partial"] = "partial"
     detector: Detector | None = None

@@ -127,7 +127,7 @@ def _text(tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _vision_name(name: str) -> str:
-    """transformers' name of a tensor of the image encoder."""
+    """Transformers' name of a tensor of the image encoder."""
     names, prefix = _VISION_NAMES, ""
     if block := re.match(r"blocks\.(\d+)\.", name):
         names, prefix, name = _BLOCK_NAMES, f"encoder.layers.{block[1]}.", name[block.end() :]

@@ -29,7 +29,8 @@ _MIDDLE_DB = 50.0  # a spectrogram's values are around -50
 class TowerScorer(nn.Module, ABC):
     """A regressor on a sample's embedding u and its text's embedding t, by [u, t, u t, |u - t|] and the level; the
     copied tower of samples is trained along. ``start``: the file of a scorer of this kind to go on from, such as the
-    reward that is to be distilled."""
+    reward that is to be distilled.
+    """
 
     on: Literal["latents", "samples"] = "samples"
 
@@ -88,7 +89,8 @@ class ClapScorer(TowerScorer):
 
 class LatentScorer(ClipScorer):
     """The same of latent previews, through a small decoder of its own (as TAESD is one) to images of ``scale`` times
-    their size: the pipeline's decoder is not called. ``start``: the file of a ``ClipScorer``."""
+    their size: the pipeline's decoder is not called. ``start``: the file of a ``ClipScorer``.
+    """
 
     on = "latents"
 

@@ -43,7 +43,8 @@ class OCRReward:
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), float32 on the CPU, of images (B, 3, H, W) in [0, 1]; no gradient. NaN for a prompt without a
-        text, and for an image that is not finite."""
+        text, and for an image that is not finite.
+        """
         scores = []
         for picture, prompt in zip(pictures(samples), prompts, strict=True):
             requested = requested_texts(prompt)
@@ -57,7 +58,8 @@ class OCRReward:
 
 def requested_texts(prompt: Prompt) -> tuple[str, ...]:
     """The texts that an image of ``prompt`` should show: its metadata's "text", a string or list, or else the parts in
-    double quotes, straight or curly. Blank ones are dropped."""
+    double quotes, straight or curly. Blank ones are dropped.
+    """
     if prompt.metadata is not None and "text" in prompt.metadata:
         text = prompt.metadata["text"]
         texts = [text] if isinstance(text, str) else [str(part) for part in text]

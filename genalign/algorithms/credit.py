@@ -67,7 +67,8 @@ class PlainReward:
 @dataclass(frozen=True)
 class BestAndWorst:
     """+1 for the best and -1 for the worst sample of each prompt, ``pairs`` of them, 0 for the others (B,): DRAGON's
-    demonstrations for rewards of single samples. A pair that differs by no more than ``tolerance`` gets 0."""
+    demonstrations for rewards of single samples. A pair that differs by no more than ``tolerance`` gets 0.
+    """
 
     tolerance: float = 0.0
     pairs: int = 1

@@ -132,7 +132,8 @@ class UpdateContext:
 
     def replay_batches(self, mask: Tensor) -> list[ReplayBatch]:
         """Batch the pairs (B, S) bool that take part in a loss; with a sharded network batch all pairs, since its ranks
-        must run it equally often."""
+        must run it equally often.
+        """
         return ReplayBatch.batches(torch.ones_like(mask) if self.policy.sharded else mask)
 
     def replay(self, batch: UpdateBatch, pairs: ReplayBatch) -> ReplayedStep:

@@ -265,7 +265,8 @@ def nft_loss(clean: Tensor, old: Tensor, x0: Tensor, optimality: Tensor, beta: f
 
 def _normalized_error(difference: Tensor) -> Tensor:
     """Mean square over mean absolute value, the latter without gradient: (N,), in float64, as what one update changes
-    of it can be less than float32 resolves."""
+    of it can be less than float32 resolves.
+    """
     flat = difference.double().flatten(1)
     return flat.square().mean(1) / flat.detach().abs().mean(1).clamp(min=_ADAPTIVE_FLOOR)
 

@@ -147,7 +147,8 @@ class MatchingObjective:
 
     def _together(self, context: UpdateContext, size: int, rows: int) -> Iterator[range]:
         """Batch the draws so that their ``rows`` fill a micro-batch of ``size``, as small batches cost more a sample;
-        one by one with a sharded network, which ranks must run equally often."""
+        one by one with a sharded network, which ranks must run equally often.
+        """
         count = 1 if context.policy.sharded else size // max(1, rows)
         for first in range(0, self.draws if rows else 0, count):
             yield range(first, min(first + count, self.draws))
@@ -200,7 +201,8 @@ class _CreditedSamples:
 @dataclass(frozen=True)
 class DPOLoss(_CreditedSamples):
     """Diffusion-DPO (arXiv 2311.12908, eq. 14) on pairs of one prompt: the k-th sample of positive credit against the
-    k-th of negative credit. A term is a pair."""
+    k-th of negative credit. A term is a pair.
+    """
 
     beta: float
 
@@ -225,7 +227,8 @@ class DPOLoss(_CreditedSamples):
 @dataclass(frozen=True)
 class KTOLoss(_CreditedSamples):
     """Diffusion-KTO (arXiv 2404.04465, eq. 9): samples of positive credit are desirable, those of negative credit not.
-    The mean gain of the batch is the baseline."""
+    The mean gain of the batch is the baseline.
+    """
 
     beta: float
 
@@ -240,7 +243,8 @@ class KTOLoss(_CreditedSamples):
 @dataclass(frozen=True)
 class NFTLoss(_CreditedSamples):
     """DiffusionNFT (arXiv 2509.16117, eq. 5): samples of positive advantage are matched, those of negative advantage
-    pushed away from, relative to the policy that sampled them; those without hold the policy where it is."""
+    pushed away from, relative to the policy that sampled them; those without hold the policy where it is.
+    """
 
     beta: float = 1.0
     largest_advantage: float = 5.0
@@ -258,7 +262,8 @@ class NFTLoss(_CreditedSamples):
 @dataclass(frozen=True)
 class AWMLoss(_CreditedSamples):
     """AWM (arXiv 2509.25050): the advantage times a clipped ratio to the sampling policy of surrogates of
-    log-probabilities."""
+    log-probabilities.
+    """
 
     clip_range: float = 1.0
     power: float = 0.25
@@ -276,7 +281,8 @@ class AWMLoss(_CreditedSamples):
 @dataclass(frozen=True)
 class RewardWeightedLoss(_CreditedSamples):
     """Matching weighted by credit of 0 or more: reward-weighted regression (arXiv 2501.13918), or rejection-sampling
-    fine-tuning."""
+    fine-tuning.
+    """
 
     def used(self, credit: Tensor) -> Tensor:
         return credit > 0

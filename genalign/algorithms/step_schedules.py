@@ -37,7 +37,8 @@ class AllSteps:
 @dataclass(frozen=True)
 class RandomWindow:
     """``size`` consecutive steps, beginning anywhere in the first ``reach`` of the grid's steps (a fraction of T);
-    drawn once per round: Flow-GRPO-Fast, and MixGRPO's "random" strategy."""
+    drawn once per round: Flow-GRPO-Fast, and MixGRPO's "random" strategy.
+    """
 
     size: int
     reach: float = 0.5

@@ -161,7 +161,8 @@ class PolicyGradient:
 
 def _measures_distance(context: UpdateContext) -> bool:
     """Whether this rank measures the distance from the reference for the metrics: once a round, on the main rank, or on
-    all ranks where they run a sharded network together."""
+    all ranks where they run a sharded network together.
+    """
     policy = context.policy
     return "kl" not in context.metrics.values and (policy.processes.is_main or policy.sharded)
 

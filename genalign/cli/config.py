@@ -135,7 +135,8 @@ class Train:
     """One training run. ``prompts`` is a world's split such as "shapes:train", or a .txt or .jsonl file; ``evaluation``
     is how held-out images are sampled, where that differs from ``sampling``. ``init_lora`` is an adapter, with its own
     rank and layers, that is trained on instead of a new one. `genalign train --resume RUN` goes on with the run in that
-    folder, and `--resume` alone with the one in ``output``, where there is one."""
+    folder, and `--resume` alone with the one in ``output``, where there is one.
+    """
 
     output: str
     rewards: dict[str, RewardChoice] = field(default_factory=dict, kw_only=True)
@@ -224,7 +225,8 @@ class Calibrate(Train):
 @dataclass(frozen=True)
 class Steer:
     """A search for the best sample of every prompt; ``prompts`` as in training. ``lora`` steers a tuned model;
-    ``audio`` is the format of what can be heard."""
+    ``audio`` is the format of what can be heard.
+    """
 
     output: str
     prompts: str
@@ -274,7 +276,8 @@ class TrainNoiseAware:
 @dataclass(frozen=True)
 class Prices:
     """What a forward, a decode and each reward cost on this machine, in seconds of one sample in batches of the first
-    ``batch_size`` prompts."""
+    ``batch_size`` prompts.
+    """
 
     output: str
     rewards: dict[str, RewardChoice] = field(default_factory=dict)
@@ -291,7 +294,8 @@ class Prices:
 @dataclass(frozen=True)
 class Compare:
     """Recipes side by side: each of ``runs`` is the training configuration in the file ``base`` with these settings in
-    place of its own, once for each seed; those named in ``once`` take the first seed only."""
+    place of its own, once for each seed; those named in ``once`` take the first seed only.
+    """
 
     output: str
     base: str
@@ -320,7 +324,8 @@ class Compare:
 @dataclass(frozen=True)
 class Export:
     """What a run trained, as others take it: the adapter ("lora"), the network with it in its weights ("merged"), or a
-    whole diffusers folder ("pipeline")."""
+    whole diffusers folder ("pipeline").
+    """
 
     run: str
     output: str

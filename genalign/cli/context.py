@@ -94,7 +94,8 @@ class AtRate(Protocol):
 
 def require_rate(settings: object, rate: int | None) -> None:
     """Raise ValueError where something in ``settings``, at any depth, hears another rate than that of the samples,
-    which is None for images."""
+    which is None for images.
+    """
     for place, heard in _rates(settings, "") if rate is not None else ():
         if heard != rate:
             raise ValueError(
@@ -152,7 +153,8 @@ def import_from_here() -> None:
 
 def own_share(variables: Mapping[str, str]) -> RankShare:
     """This process's share of work without training, by what a launcher set, and on its own GPU. Raises ValueError
-    where the launcher was told to divide the network."""
+    where the launcher was told to divide the network.
+    """
     share = RankShare.from_environment(variables)
     if sharding_from_environment(variables, share.world_size):
         raise ValueError("FSDP divides a network while it is trained: launch this without it, with copies")
@@ -170,7 +172,8 @@ def named_rewards(chosen: Mapping[str, config.RewardChoice]) -> list[NamedReward
 
 def prompt_set(source: str) -> PromptSet:
     """A split of a world, as in "shapes:train", some of its tasks, as in "shapes:train:counting,colors", or a prompt
-    file."""
+    file.
+    """
     world, rest = world_of(source), source.split(":")[1:]
     if world is None or len(rest) > 2:
         return load_prompts(Path(source))

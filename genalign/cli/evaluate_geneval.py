@@ -55,7 +55,8 @@ class EvaluateGenEval:
 @dataclass(frozen=True)
 class GenEvalImages:
     """An evaluation of ``images``, a folder in GenEval's layout that another program filled; they are judged on
-    ``device``. The rest is as in ``genalign evaluate geneval``, resuming and sharing too."""
+    ``device``. The rest is as in ``genalign evaluate geneval``, resuming and sharing too.
+    """
 
     output: str
     images: str

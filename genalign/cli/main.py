@@ -53,7 +53,8 @@ def outline_model(model: config.Model) -> Outline:
 
 def require_model(model: config.Model) -> None:
     """Raise ValueError for a device, or a quantisation, that this machine does not have; FileNotFoundError for a folder
-    without weights."""
+    without weights.
+    """
     config.require_device(model.device)
     require_weights(assets.resolve(model.path))
     quantized(model.memory, "", config.dtype(model.dtype))

@@ -43,7 +43,8 @@ def counted(settings: config.Train, outline: Outline | None, prompts: PromptSet)
 
 def estimate(settings: config.Train, outline: Outline, stored: int) -> MemoryEstimate:
     """Of the settings that ``outline`` was opened with, which wears the adapter from then on; ``stored`` is that of
-    ``Counted``. Raises ValueError for an adapter to begin with and none to train."""
+    ``Counted``. Raises ValueError for an adapter to begin with and none to train.
+    """
     parts, source = tuple(outline.parts), settings.init_lora
     if source is not None and settings.lora is None:
         raise ValueError("init_lora needs lora: give it any, its rank and layers are the adapter's own")

@@ -37,7 +37,8 @@ Found = TypeVar("Found")
 @dataclass(frozen=True)
 class Plan(config.Train):
     """A training configuration to be looked through: what a round and the run will do, hold and take, what is missing,
-    and what training would refuse. No weights are read. ``prices`` is a file that `genalign prices` wrote."""
+    and what training would refuse. No weights are read. ``prices`` is a file that `genalign prices` wrote.
+    """
 
     prices: str | None = None
 

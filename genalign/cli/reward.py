@@ -124,7 +124,8 @@ def _by_name(arguments: Sequence[str], command: str) -> list[str]:
 
 def _identity(reward: Any) -> tuple[str, str]:
     """The import path of a configured reward, and a hash of its configuration, of what is in the files and folders that
-    it names, and of genalign's version."""
+    it names, and of genalign's version.
+    """
     name = reward["class_path"] if isinstance(reward, dict) else str(reward)
     whole = json.dumps([reward, [_digest(path) for path in _files_of(reward)], version("genalign")], sort_keys=True)
     return name, hashlib.sha256(whole.encode()).hexdigest()[:12]

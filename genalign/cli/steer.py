@@ -35,7 +35,8 @@ from genalign.types import Pipeline, Prompt
 
 def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign steer``; finished prompts are kept, so that it goes on where it stopped, and several processes, as
-    torchrun or accelerate start them, share the prompts."""
+    torchrun or accelerate start them, share the prompts.
+    """
     settings, plain = config.parse(config.Steer, arguments, "steer")
     asked = prompt_set(settings.prompts).prompts[: settings.limit]
     folder, plain = SearchFolder(Path(settings.output)), {**plain, "limit": None}

@@ -42,7 +42,8 @@ class Completion:
 @dataclass(frozen=True)
 class _PartialCompletion:
     """States of one stored step after their first move: their ``rows`` (U,) of the batch, the latents ``x`` (U, ...),
-    each sample's place (B,) among them, and the grid indices at which moves begin."""
+    each sample's place (B,) among them, and the grid indices at which moves begin.
+    """
 
     rows: Tensor
     x: Tensor

@@ -24,7 +24,8 @@ ATTENTION = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to
 @dataclass(frozen=True)
 class Lora:
     """Low-rank adapters on the linear layers whose names end in one of ``targets``; None takes every projection of
-    every attention layer of the network."""
+    every attention layer of the network.
+    """
 
     rank: int = 32
     alpha: float = 64

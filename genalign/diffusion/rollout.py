@@ -19,7 +19,8 @@ _MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighboring seeds land
 @dataclass(frozen=True)
 class RolloutInputs:
     """The conditioning and the seeds of B trajectories. ``prompt`` (B,) long indexes the rows of ``conditioning``;
-    ``noise_seeds`` draw the initial latents and ``step_seeds`` the noise of stochastic steps, one each per sample."""
+    ``noise_seeds`` draw the initial latents and ``step_seeds`` the noise of stochastic steps, one each per sample.
+    """
 
     conditioning: Conditioning
     prompt: Tensor
@@ -94,7 +95,7 @@ class ReplayedStep:
 
     @property
     def log_ratio(self) -> Tensor:
-        """log p_new(x_next | x) - log p_old(x_next | x), (N,), a mean over dimensions."""
+        """Log p_new(x_next | x) - log p_old(x_next | x), (N,), a mean over dimensions."""
         return self.new.log_ratio(self.old, self.x_next)
 
 
@@ -192,7 +193,8 @@ class ReplayBatch:
     @classmethod
     def batches(cls, mask: Tensor) -> list[ReplayBatch]:
         """Batch the pairs of ``mask`` (B, S) bool, step after step, in batches of B; all pairs, where those of the mask
-        would take as many batches."""
+        would take as many batches.
+        """
         size, steps = mask.shape
         needed = -(-int(mask.sum()) // size)
         stored, rows = (mask if needed < steps else torch.ones_like(mask)).T.nonzero(as_tuple=True)

@@ -48,7 +48,7 @@ class Transition:
         return self.mean + self.std * noise
 
     def log_prob(self, x_next: Tensor, reduction: Reduction = "mean") -> Tensor:
-        """log p(x_next | x) of shape (B,). Raises ValueError for a deterministic step."""
+        """Log p(x_next | x) of shape (B,). Raises ValueError for a deterministic step."""
         self._require_shape(x_next)
         self._require_stochastic()
         z = (x_next - self.mean) / self.std
@@ -61,7 +61,7 @@ class Transition:
         return _reduce(0.5 * z * z, reduction)
 
     def log_ratio(self, old: Transition, x_next: Tensor, reduction: Reduction = "mean") -> Tensor:
-        """log p(x_next | x) - log p_old(x_next | x) of shape (B,), for transitions of equal std.
+        """Log p(x_next | x) - log p_old(x_next | x) of shape (B,), for transitions of equal std.
 
         The difference of squares is factored, so that the result is exactly 0 where the means are equal and keeps its
         relative precision where they nearly are.

@@ -28,7 +28,8 @@ class Contender:
 class RecipeSummary:
     """What a recipe came to, over its seeds: the gain of the main score on held-out prompts with its 95 % interval (of
     one seed: over prompts alone), the gain of every score and task, and means of what it cost. ``kl`` is that of the
-    last rounds from the base; ``diversity`` is after minus before, where it can be read."""
+    last rounds from the base; ``diversity`` is after minus before, where it can be read.
+    """
 
     name: str
     seeds: int
@@ -45,7 +46,8 @@ class RecipeSummary:
 
 def standings(contenders: Sequence[Contender], diversity: DiversityOf) -> list[RecipeSummary]:
     """Read every recipe's runs, by the scores that all of them have; the main one is the first. Raises ValueError for
-    a recipe without runs, and where the recipes have no score in common."""
+    a recipe without runs, and where the recipes have no score in common.
+    """
     for contender in contenders:
         if not contender.runs:
             raise ValueError(f"recipe {contender.name!r} has no finished run")

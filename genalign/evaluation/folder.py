@@ -30,7 +30,8 @@ MANIFEST = "evaluation.json"
 class Subject:
     """What is evaluated: the settings of a model that change its images, the fingerprint of its weights, and, where it
     wears an adapter, its folder and the hash of its files. Of images that were made elsewhere: their folder and the
-    hash of their bytes."""
+    hash of their bytes.
+    """
 
     model: Mapping[str, Any]
     fingerprint: str
@@ -40,7 +41,8 @@ class Subject:
 
 def adapter_hash(source: Path) -> str:
     """16 hexadecimal characters over the weight files of an adapter, a folder or one file. FileNotFoundError for a
-    source without."""
+    source without.
+    """
     files = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
     if not files:
         raise FileNotFoundError(
@@ -59,7 +61,8 @@ def content_hash(folder: Path, files: Iterable[Path]) -> str:
 
 def manifest(protocol: Protocol, subject: Subject) -> dict[str, Any]:
     """What an evaluation is of. ``protocol_hash`` is the same for all models that may be compared; ``hash`` is over the
-    model and its adapter as well, but not over the folder that this came from."""
+    model and its adapter as well, but not over the folder that this came from.
+    """
     model = {"model": dict(subject.model), "fingerprint": subject.fingerprint, "lora_hash": subject.lora_hash}
     whole = json.dumps({"protocol": protocol.as_dict(), **model}, sort_keys=True)
     return {

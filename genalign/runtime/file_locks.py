@@ -12,7 +12,8 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Claims:
     """Advisory locks (flock) on empty files in ``folder``. On shared file systems without locks between machines, the
-    ranks of the processes divide the work."""
+    ranks of the processes divide the work.
+    """
 
     folder: Path
 

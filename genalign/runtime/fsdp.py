@@ -27,7 +27,8 @@ _UNSUPPORTED = {
 @dataclass(frozen=True)
 class Sharding:
     """FSDP2 over ``world_size`` ranks, which gathers one block at a time. ``reshard_after_forward``: gather it again
-    for the backward pass (ZeRO-3) instead of holding it since the forward pass (ZeRO-2)."""
+    for the backward pass (ZeRO-3) instead of holding it since the forward pass (ZeRO-2).
+    """
 
     world_size: int
     reshard_after_forward: bool = True

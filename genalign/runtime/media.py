@@ -49,7 +49,8 @@ class Thumbnail:
 
 class Medium(Protocol):
     """A kind of sample. ``name`` also selects its statistics for the reward-hacking report, and ``folder`` is where its
-    files are numbered. The first of ``suffixes`` is the one that is written."""
+    files are numbered. The first of ``suffixes`` is the one that is written.
+    """
 
     @property
     def name(self) -> str: ...
@@ -186,7 +187,8 @@ def write_samples(samples: Tensor, directory: Path, first: int, medium: Medium |
 
 def writer(sample_rate: int | None, audio: AudioFormat = "wav") -> Writer:
     """Return the writer for a pipeline's samples: waveforms at ``sample_rate`` Hz as ``audio``, or, with None, the
-    medium of their shape."""
+    medium of their shape.
+    """
     medium = None if sample_rate is None else AudioMedium(sample_rate, audio)
     return lambda samples, directory, first: write_samples(samples, directory, first, medium)
 

@@ -11,7 +11,8 @@ class Memory:
     """``offload``: text encoders and VAE are on the device only while they are used. ``checkpointing``: the denoiser's
     activations are computed again in the backward pass. ``tiling``: the VAE decodes large images in tiles.
     ``decode_batch``: the number of samples that are decoded at once; None for all. ``quantization`` of the
-    frozen denoiser under a LoRA: "nf4" by bitsandbytes, "int8" by torchao, both extras."""
+    frozen denoiser under a LoRA: "nf4" by bitsandbytes, "int8" by torchao, both extras.
+    """
 
     offload: bool = False
     checkpointing: bool = False

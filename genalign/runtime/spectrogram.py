@@ -20,7 +20,8 @@ _COLORS = ((8, 12, 34), (56, 34, 110), (170, 52, 108), (244, 137, 72), (252, 240
 
 def spectrogram(waveform: Tensor, rate: int) -> Image.Image:
     """Draw the spectrogram of one channel (1, L) at ``rate`` Hz: time to the right, log frequency upwards to half the
-    rate, brightness in dB of full scale on one scale for all clips."""
+    rate, brightness in dB of full scale on one scale for all clips.
+    """
     window = max(8, round(_WINDOW_SECONDS * rate))
     padded = F.pad(waveform, (0, max(0, window - waveform.shape[1])))
     spectra = mel_decibels(padded, _log_bands(window, rate), window, max(1, -(-padded.shape[1] // _COLUMNS)))[0]
@@ -34,7 +35,8 @@ def spectrogram(waveform: Tensor, rate: int) -> Image.Image:
 @cache
 def _log_bands(window: int, rate: int) -> Tensor:
     """Return triangular filters (window // 2 + 1, bands) of height 1 at even steps of log frequency, each at least two
-    bins wide."""
+    bins wide.
+    """
     nyquist, lowest = rate / 2, lowest_frequency(rate)
     centers = lowest * (nyquist / lowest) ** ((torch.arange(_BANDS) + 0.5) / _BANDS)
     reach = (centers * ((nyquist / lowest) ** (1 / _BANDS) - 1)).clamp(min=rate / window)

@@ -32,7 +32,8 @@ def backward(call: str) -> str:
 @dataclass
 class Ledger:
     """Calls by name, each of a single sample: "forward" of the denoiser (two under guidance), "decode",
-    "reward/NAME", and each of them followed by " backward" where a gradient went through."""
+    "reward/NAME", and each of them followed by " backward" where a gradient went through.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -119,7 +120,8 @@ def metered_rewards(rewards: Sequence[NamedReward], ledger: Ledger) -> list[Name
 class Budget:
     """A limit for each prompt: ``nfe`` of the denoiser (guidance counts twice), priced ``cost``, or wall-clock
     ``seconds``; exactly one. ``prices`` are those of ``measure_prices``, or any others per call of one sample; a budget
-    in seconds without them has them measured first."""
+    in seconds without them has them measured first.
+    """
 
     nfe: float | None = None
     cost: float | None = None
@@ -169,7 +171,8 @@ def measure_prices(
     repeats: int = 5,
 ) -> dict[str, float]:
     """Median seconds of one sample's forward, decode and reward calls, in batches of one sample for each of
-    ``prompts`` and after a call to warm up. Gradients are not priced."""
+    ``prompts`` and after a call to warm up. Gradients are not priced.
+    """
     conditioning = pipeline.encode([prompt.text for prompt in prompts])
     x = pipeline.initial_noise(list(range(len(prompts))))
     with torch.no_grad():

@@ -250,7 +250,8 @@ def decode_audio(content: bytes, sample_rate: int) -> Tensor:
 
 def batched_by_size(sizes: Sequence[int], max_items: int, max_bytes: int) -> list[list[int]]:
     """Split the indices of ``sizes`` in order into lists of at most ``max_items`` and ``max_bytes``; a larger item
-    gets a list of its own."""
+    gets a list of its own.
+    """
     lists: list[list[int]] = []
     total = 0
     for index, size in enumerate(sizes):

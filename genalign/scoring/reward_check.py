@@ -38,7 +38,8 @@ class Check:
 @dataclass(frozen=True)
 class Probe:
     """At least four different samples, images (B, 3, H, W) in [0, 1] or waveforms (B, C, L), that show their prompts,
-    which differ. Two scores are equal within ``tolerance`` of the largest, or of 1."""
+    which differ. Two scores are equal within ``tolerance`` of the largest, or of 1.
+    """
 
     samples: Tensor
     prompts: Sequence[Prompt]
@@ -64,7 +65,8 @@ class Probe:
 @dataclass(frozen=True)
 class Expected:
     """Properties that this kind of reward must have, which are only measured otherwise. ``prompts``: the right prompt
-    scores higher. ``gradient``: there is one. ``degradation``: it falls with every degree of noise, blur and JPEG."""
+    scores higher. ``gradient``: there is one. ``degradation``: it falls with every degree of noise, blur and JPEG.
+    """
 
     prompts: bool = False
     gradient: bool = False
@@ -73,7 +75,8 @@ class Expected:
 
 def check(reward: RewardFunction, probe: Probe, expected: Expected | None = None) -> Iterator[Check]:
     """Yield every check. Without a usable result there are no others; without determinism, the checks that compare
-    scores are left out."""
+    scores are left out.
+    """
     checks = _Checks(reward, probe, expected or Expected())
     first = checks.run("result", checks.result)
     yield first

@@ -39,7 +39,8 @@ class NamedReward:
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), with a gradient where the function has one. Raises RewardError for another shape, and whatever
-        the function raises."""
+        the function raises.
+        """
         parts = self.parts(samples, prompts)
         return torch.cat([_of_shape(self.name, self.function(part, texts), len(part)) for part, texts in parts])
 
@@ -143,7 +144,8 @@ def _of_shape(name: str, column: object, count: int) -> Tensor:
 
 def probe(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Prompt]) -> None:
     """Score one batch before training starts. Raises RewardError where a reward is not callable, raises, returns
-    another shape, or scores nothing: with the cause and what to return instead."""
+    another shape, or scores nothing: with the cause and what to return instead.
+    """
     for reward in rewards:
         if not callable(reward.function):
             raise RewardError(f"reward {reward.name!r} is a {type(reward.function).__name__}: give something callable")
@@ -164,7 +166,8 @@ def probe(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
 class RewardMonitor:
     """Stops a run whose rewards fail, or give no signal, for too long; ``silent`` counts the latest rounds in which all
     groups had equal scores. At most ``max_failed_fraction`` of a round's samples may lack a score: failures depend on
-    the sample, so that a policy trained on the others alone learns to provoke them."""
+    the sample, so that a policy trained on the others alone learns to provoke them.
+    """
 
     max_failed_fraction: float = 0.05
     silent_rounds: int = 20

@@ -1,5 +1,6 @@
 """A log of the scores since the last checkpoint, from which a resumed run reads them: a remote reward is not called
-again, and need not return the same scores twice."""
+again, and need not return the same scores twice.
+"""
 
 from __future__ import annotations
 

@@ -207,7 +207,8 @@ def build_app(
     first: Tensor | None = None,
 ) -> Starlette:
     """The ASGI application that serves ``reward``, on samples on ``device``; it is ready once ``first`` has been tried,
-    if that is given. At most ``max_requests`` bodies of ``info.max_bytes`` are held at a time."""
+    if that is given. At most ``max_requests`` bodies of ``info.max_bytes`` are held at a time.
+    """
     service = Service(Worker(reward, info.max_batch, device, first), info, token, max_requests)
 
     @contextlib.asynccontextmanager

@@ -33,7 +33,8 @@ class Scored:
 @dataclass(eq=False)
 class ScoringJob:
     """A queued request with decoded ``samples``, or the reason why one could not be decoded. ``deadline`` is on the
-    monotonic clock; the answer is None if it passed before the job's turn."""
+    monotonic clock; the answer is None if it passed before the job's turn.
+    """
 
     request_id: str
     samples: Sequence[Tensor | SampleError]
@@ -73,7 +74,8 @@ def _scored(score: float) -> Scored:
 class Worker:
     """The one thread that calls the reward, on ``device``. Requests queued at the same time are scored together,
     one shape and at most ``max_batch`` samples at a time; no request waits for others to come. ``first`` is a sample
-    (C, ...) that is scored before any other, so that the reward loads its weights."""
+    (C, ...) that is scored before any other, so that the reward loads its weights.
+    """
 
     def __init__(
         self, reward: RewardFunction, max_batch: int, device: str = "cpu", first: Tensor | None = None

@@ -139,7 +139,8 @@ class SearchRun:
 
     def start(self, count: int, first: int = 0) -> Particles:
         """``count`` new candidates of every prompt, prompt by prompt: the ``first``-th and those after it of the seeds
-        that belong to (run, prompt). Candidate j is the same alone and among others."""
+        that belong to (run, prompt). Candidate j is the same alone and among others.
+        """
         places = [(p, j) for p in range(len(self.prompts)) for j in range(first, first + count)]
         noise = self.pipeline.initial_noise([derived_seed(self.seed, p, "x", j) for p, j in places])
         return self.begin(noise, [p for p, _ in places], [derived_seed(self.seed, p, "w", j) for p, j in places])

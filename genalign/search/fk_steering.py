@@ -19,7 +19,8 @@ from genalign.search.strategy import PreviewScorer, PromptBudget, score_bill, sc
 @dataclass(frozen=True)
 class FKSteering(FKSettings):
     """The settings of ``smc.FKSettings`` at work on our own pipelines. ``particles`` None takes as many as the budget
-    has; ``scorer`` scores previews; ``guide`` pushes every move, and costs what it says."""
+    has; ``scorer`` scores previews; ``guide`` pushes every move, and costs what it says.
+    """
 
     scorer: PreviewScorer | None = None
     guide: Guide | None = None

@@ -34,7 +34,8 @@ class Guide(Protocol):
 @dataclass(frozen=True)
 class RewardGradient:
     """g = ``scale`` lam grad r(preview), through decoder and denoiser: universal guidance (arXiv 2302.07121) as the
-    proposal of twisted sequential Monte Carlo (arXiv 2306.17775; DAS, arXiv 2501.05803). For differentiable rewards."""
+    proposal of twisted sequential Monte Carlo (arXiv 2306.17775; DAS, arXiv 2501.05803). For differentiable rewards.
+    """
 
     scale: float = 1.0
 
@@ -84,7 +85,7 @@ class DoobGuide:
         return prediction.detach().cpu(), self.gamma * gradient.cpu()
 
     def _direction(self, run: SearchRun, part: Particles, mean: Tensor, prediction: Tensor, kernel: Kernel) -> Tensor:
-        """v / s (N, ...)."""
+        """V / s (N, ...)."""
         step = run.grid[part.done]
         std = float(kernel(step).s)
         half = [self._noise(run, part, k, mean) for k in range(self.proposals // 2)]
@@ -123,7 +124,8 @@ def _with_backwards(run: SearchRun, candidates: int, scored: int) -> Counter[str
 
 
 def guided_log_ratio(noise: Tensor, shift: Tensor, std: float) -> Tensor:
-    """log p - log q (N,) float64, summed over dimensions, of x' = m + shift + std noise drawn by q around m + shift in
-    place of p around m: -(2 std noise shift + shift^2) / (2 std^2)."""
+    """Log p - log q (N,) float64, summed over dimensions, of x' = m + shift + std noise drawn by q around m + shift in
+    place of p around m: -(2 std noise shift + shift^2) / (2 std^2).
+    """
     moved = shift.double() / std
     return -(noise.double() * moved + 0.5 * moved.square()).flatten(1).sum(1)

@@ -58,7 +58,8 @@ class Decoding(Protocol):
 @dataclass(frozen=True)
 class Recording:
     """Clean latents expected at S levels, ``previews`` (M, S, ...) float16, at noise levels ``sigmas`` (S,) falling, of
-    M trajectories with prompts ``prompt`` (M,) long of ``prompts``, and the reward ``clean`` (M,) of their ends."""
+    M trajectories with prompts ``prompt`` (M,) long of ``prompts``, and the reward ``clean`` (M,) of their ends.
+    """
 
     previews: Tensor
     sigmas: Tensor
@@ -94,7 +95,8 @@ class Recording:
 @torch.no_grad()
 def watched(run: SearchRun, count: int, steps: Sequence[int]) -> tuple[Tensor, ScoredParticles]:
     """Sample ``count`` candidates of every prompt of a run by the ODE: their previews (M, S, ...) float16 of network
-    evaluations ``steps`` (ascending, from 0), and their ends."""
+    evaluations ``steps`` (ascending, from 0), and their ends.
+    """
     candidates, previews = run.start(count), []
     for step in steps:
         candidates = run.advance(candidates, step + 1)
@@ -135,7 +137,8 @@ class Distillation:
 
 def learn_to_decode(student: Decoding, recording: Recording, decode: Look, settings: Distillation) -> Iterator[float]:
     """Train a student's decoder by mean square error to what it is to see of previews that ``decode`` decodes, on one
-    of every trajectory at any level; yields the mean loss after every epoch."""
+    of every trajectory at any level; yields the mean loss after every epoch.
+    """
     decoder = student.decoder
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, "decoder"))
     level = torch.randint(len(recording.sigmas), (len(recording),), generator=generator)
@@ -213,7 +216,8 @@ def _loss(predicted: Tensor, target: Tensor, prompt: Tensor, settings: Distillat
 class Quality:
     """How a scorer of previews does at one noise level on held-out trajectories, means over prompts: Kendall's ``tau``
     with the clean reward, how often the best sample is in the ``top`` quarter, and by how much the best of that quarter
-    falls short of the best (``gap``, in the reward's units)."""
+    falls short of the best (``gap``, in the reward's units).
+    """
 
     sigma: float
     tau: float

@@ -149,7 +149,8 @@ def _clipped(gradient: Tensor, limit: float) -> Tensor:
 class ReNO(NoiseOptimization):
     """Reward-based noise optimisation (ReNO, arXiv 2406.04312): SGD with Nesterov momentum on the initial noise of a
     model of one or a few steps, with the negative log density of the noise's length, ``norm_weight`` times
-    |e|^2 / 2 - (d - 1) log |e|, which is least at |e|^2 = d - 1."""
+    |e|^2 / 2 - (d - 1) log |e|, which is least at |e|^2 = d - 1.
+    """
 
     momentum: float = 0.9
     norm_weight: float = 0.01
@@ -213,7 +214,8 @@ def noise_log_probability(values: Tensor, width: int) -> Tensor:
     """An upper bound of the log probability () that N(0, I) noise, cut into n = len / ``width`` sub-vectors, has as
     large a mean and as odd a covariance: log 2 + min(-n M^2 / (2 k), -log 2) for the norm M of the mean and
     log 2 + min(-n D^2 / 2, -log 2), D = (sqrt(1 + C) - 1 - sqrt(k / n))_+ for the spectral norm C of cov - I
-    (arXiv 2405.18881, section 4)."""
+    (arXiv 2405.18881, section 4).
+    """
     parts = values[: len(values) // width * width].view(-1, width)
     n = len(parts)
     mean = parts.mean(0)

@@ -20,7 +20,8 @@ from genalign.search.strategy import PreviewScorer, PromptBudget, score_bill, sc
 @dataclass(frozen=True)
 class PruneSchedule:
     """After the network evaluations ``steps`` (ascending, from 0), the share ``keep`` of what is alive goes on, rounded
-    up: never fewer than asked."""
+    up: never fewer than asked.
+    """
 
     steps: tuple[int, ...] = (3, 5, 8)
     keep: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -56,7 +57,8 @@ def kept(alive: int, share: float) -> int:
 @dataclass(frozen=True)
 class Prune:
     """Pruning by ``scorer``: the run's rewards of decoded previews, or a noise-aware reward. Of several rewards the sum
-    of ranks among the living decides. ``candidates`` None begins as many as the budget has."""
+    of ranks among the living decides. ``candidates`` None begins as many as the budget has.
+    """
 
     steps: tuple[int, ...] = (3, 5, 8)
     keep: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -118,7 +120,8 @@ class Pool:
 
     def pruned(self, schedule: PruneSchedule, subset: Tensor) -> Tensor:
         """The survivors' places (P, M), by the schedule, among ``subset`` of the candidates: (n,), or (P, n) with one
-        for each prompt."""
+        for each prompt.
+        """
         alive = subset.expand(len(self.scores), -1)
         for step, left in zip(schedule.steps, schedule.counts(subset.shape[-1])[1:], strict=True):
             alive = self._top(alive, step, left)
@@ -137,7 +140,8 @@ class Pool:
 
 def maximum_probabilities(total: int, count: int) -> Tensor:
     """How likely each of ``total`` values, the lowest first, is the largest of ``count`` drawn without replacement:
-    C(i - 1, count - 1) / C(total, count) for the i-th, (total,) float64. ValueError for more than there are."""
+    C(i - 1, count - 1) / C(total, count) for the i-th, (total,) float64. ValueError for more than there are.
+    """
     if not 1 <= count <= total:
         raise ValueError(f"count must be 1 to {total}, the candidates of the pool, not {count}")
     weights = [math.comb(i, count - 1) / math.comb(total, count) for i in range(total)]

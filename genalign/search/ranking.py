@@ -11,7 +11,8 @@ from torch import Tensor
 def merit(scores: Tensor, prompt: Tensor) -> Tensor:
     """One figure (N,) float64 for scores (N, K) of candidates of prompts (N,): the score itself, or of several rewards
     the sum of their ranks within the prompt, 0 for the worst, ties sharing their mean rank. A failed score (NaN) is
-    -inf, and ranks as the worst."""
+    -inf, and ranks as the worst.
+    """
     known = torch.where(scores.isnan(), -math.inf, scores.double())
     if scores.shape[1] == 1:
         return known[:, 0]

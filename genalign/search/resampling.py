@@ -55,7 +55,8 @@ def stratified(weights: Tensor, generator: torch.Generator) -> Tensor:
 
 def systematic(weights: Tensor, generator: torch.Generator) -> Tensor:
     """One draw, at the same place in all strata: the offspring of k are K W_k, rounded up or down (Carpenter et
-    al. 1999)."""
+    al. 1999).
+    """
     shift = torch.rand(1, generator=generator, dtype=torch.float64)
     return _inverse(weights, _strata(shift.expand(len(weights))))
 

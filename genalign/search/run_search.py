@@ -139,7 +139,8 @@ def check_rewards(
     pipeline: Pipeline, rewards: Sequence[NamedReward], prompt: Prompt, grid: Grid, guidance: float
 ) -> None:
     """Score two noisy previews in both orders, unbilled, so that a reward that mixes up its samples is found before it
-    picks the wrong ones. Raises RewardError."""
+    picks the wrong ones. Raises RewardError.
+    """
     x = pipeline.initial_noise([1, 2])
     prediction = pipeline.predict(x, grid[0], pipeline.encode([prompt.text] * 2), guidance)
     samples = pipeline.decode(pipeline.path.x0(x, prediction, grid[0]))

@@ -87,8 +87,9 @@ class FKSettings:
         return (*early, total - 1)
 
     def strength(self, step: int, total: int) -> float:
-        """lam at evaluation ``step``: under tempering lam min((1 + gamma)^i - 1, 1) for i = step + 1 (DAS, code), and
-        lam at the last."""
+        """Lam at evaluation ``step``: under tempering lam min((1 + gamma)^i - 1, 1) for i = step + 1 (DAS, code), and
+        lam at the last.
+        """
         if self.gamma is None or step == total - 1:
             return self.lam
         return self.lam * min(math.expm1(min((step + 1) * math.log1p(self.gamma), 1.0)), 1.0)

@@ -25,7 +25,8 @@ class Strategy(Protocol):
 @dataclass(frozen=True)
 class PromptBudget:
     """What each prompt of a run may cost; without a ``budget`` there is no limit, and every strategy must say itself
-    how much it does."""
+    how much it does.
+    """
 
     budget: Budget | None = None
 

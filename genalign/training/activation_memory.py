@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 class _Fused(torch.autograd.Function):
     """Attention as fused kernels keep it: query, key, value and output, nothing quadratic in the tokens. Its values are
-    not computed."""
+    not computed.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -97,7 +98,8 @@ def kept_for_backward(network: nn.Module, run: Callable[[], Tensor], checkpointi
 
 def checkpointed(network: nn.Module) -> Iterator[nn.Module]:
     """The blocks that diffusers computes again under gradient checkpointing: the entries of the module lists of modules
-    that know the flag, down to the innermost."""
+    that know the flag, down to the innermost.
+    """
     for module in network.modules():
         if "gradient_checkpointing" in vars(module):
             lists = (child for child in module.children() if isinstance(child, nn.ModuleList))

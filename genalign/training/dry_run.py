@@ -76,7 +76,8 @@ class StandIn:
 @dataclass(frozen=True)
 class Counted:
     """Ledgers of the first round and of all ``rounds``. ``stored`` is how many numbers a round keeps for each number of
-    a latent of each sample; ``windows`` are the different sets of steps that rounds train."""
+    a latent of each sample; ``windows`` are the different sets of steps that rounds train.
+    """
 
     rounds: int
     windows: tuple[tuple[int, ...], ...]

@@ -33,7 +33,8 @@ FORMULAS = (
 @dataclass(frozen=True)
 class Part:
     """A network of a checkpoint: its numbers, how many of them are weights of linear layers (which quantisation takes),
-    and whether its weight files are on this machine."""
+    and whether its weight files are on this machine.
+    """
 
     name: str
     numbers: int
@@ -85,7 +86,8 @@ class Outline(Protocol):
 @dataclass(frozen=True)
 class Training:
     """What of a configuration decides how much memory is held: ``width`` is bytes a number of the checkpoint, ``lora``
-    whether an adapter is trained, ``lags`` whether another policy samples, ``stored`` that of ``counting.Counted``."""
+    whether an adapter is trained, ``lags`` whether another policy samples, ``stored`` that of ``counting.Counted``.
+    """
 
     width: int
     memory: Memory
@@ -113,7 +115,8 @@ class Held:
 
 def held(outline: Outline, parts: Sequence[Part], trained: int, training: Training) -> Held:
     """The memory of the device that trains ``trained`` numbers; see ``FORMULAS``. ``outline`` wears its adapter, and
-    ``parts`` are its networks without it."""
+    ``parts`` are its networks without it.
+    """
     trunk, *others = parts
     width, memory = training.width, training.memory
     lent = {part.name: part.bytes(width) for part in others}
@@ -158,6 +161,7 @@ def adapter_numbers(source: Path) -> int | None:
 
 def seconds(ledger: Ledger, prices: Mapping[str, float]) -> float:
     """How long the calls take; a backward pass without a price of its own takes two forwards. Raises ValueError for
-    another call without a price."""
+    another call without a price.
+    """
     derived = {backward(call): 2 * prices[call] for call in (FORWARD, DECODE) if call in prices}
     return ledger.cost({**derived, **prices})

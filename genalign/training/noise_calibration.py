@@ -28,7 +28,8 @@ from genalign.types import Grid, Prompt
 @dataclass(frozen=True)
 class Calibration:
     """``iterations`` rounds of samples, after each of which a step's level moves by ``step`` of its first value: up
-    where gains and losses differ by less than ``band`` standard deviations, down elsewhere."""
+    where gains and losses differ by less than ``band`` standard deviations, down elsewhere.
+    """
 
     iterations: int = 20
     step: float = 0.05

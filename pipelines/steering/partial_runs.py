@@ -130,7 +130,8 @@ def _started(scheduler: SchedulerMixin, part: FirstPart) -> Iterator[Tensor]:
 @contextmanager
 def _told(scheduler: SchedulerMixin, choose: Callable[[Tensor], slice]) -> Iterator[None]:
     """While it is open, the pipeline sees only the part of its timesteps that ``choose`` picks once they are set. The
-    scheduler has all of them again when it steps: solvers ask how many are left."""
+    scheduler has all of them again when it steps: solvers ask how many are left.
+    """
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
     timesteps = scheduler.timesteps
 

@@ -26,7 +26,8 @@ from pipelines.steering.steer import billed, network_of, sizes_seen
 @dataclass(frozen=True)
 class Pruned:
     """Result of pruning: decoded ``samples`` (M, ...), best first (see ``pipelines.steering.decode``), their ``scores``
-    (M, K), the ``lineage`` of all candidates and the ``ledger``."""
+    (M, K), the ``lineage`` of all candidates and the ``ledger``.
+    """
 
     samples: Tensor
     scores: Tensor

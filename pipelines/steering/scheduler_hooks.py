@@ -162,7 +162,8 @@ def gather_history(scheduler: SchedulerMixin, rows: Tensor) -> None:
 
 def remembered(scheduler: SchedulerMixin) -> dict[str, Any]:
     """Everything plain that a scheduler holds, by attribute: numbers, tensors and lists of them. Its configuration,
-    methods and noise samplers are left out."""
+    methods and noise samplers are left out.
+    """
     plain = (Tensor, list, int, float, type(None))
     held = {name: value for name, value in vars(scheduler).items() if isinstance(value, plain)}
     return {name: list(value) if isinstance(value, list) else value for name, value in held.items()}
@@ -183,7 +184,8 @@ def _chosen(value: Any, rows: Tensor) -> Any:
 
 def require_stochastic(scheduler: SchedulerMixin) -> None:
     """Raises ValueError, naming it, unless the scheduler's own moves suit copies of a particle; see ``kernel_move`` for
-    the others. DDIM counts as deterministic: its eta is an argument of the call, and DDIM(eta) is a kernel."""
+    the others. DDIM counts as deterministic: its eta is an argument of the call, and DDIM(eta) is a kernel.
+    """
     name, config = type(scheduler).__name__, scheduler.config
     instead = "move by a stochastic kernel instead, such as DDIM(eta=1.0)"
     if isinstance(scheduler, _BROWNIAN):

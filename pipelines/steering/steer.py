@@ -43,7 +43,8 @@ from pipelines.steering.scheduler_hooks import (
 @dataclass
 class Steering:
     """What happened in the last call: the final ``scores`` (N, K rewards) in the order of the samples, of which the
-    first of every prompt is the chosen one, and the ``lineage``; the ``ledger`` is of all calls."""
+    first of every prompt is the chosen one, and the ``lineage``; the ``ledger`` is of all calls.
+    """
 
     scores: Tensor | None = None
     lineage: Lineage = field(default_factory=Lineage)

@@ -197,7 +197,8 @@ class Owlv2:
 @dataclass(frozen=True)
 class GroundingDino:
     """Grounding DINO (arXiv:2303.05499), for classes by their names; as ``Owlv2`` without masks, and with its
-    authors' usual thresholds, not fitted to GenEval. A box has the class whose words it matches best."""
+    authors' usual thresholds, not fitted to GenEval. A box has the class whose words it matches best.
+    """
 
     model: str = "IDEA-Research/grounding-dino-tiny"
     thresholds: Thresholds = _DINO

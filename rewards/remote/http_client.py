@@ -58,7 +58,8 @@ class Unavailable(RemoteError):
 class Patience:
     """Seconds. ``deadline`` is for one call of a reward with everything that is tried again in it, long enough for a
     server that is gone for some minutes, ``timeout`` for one answer, ``connect`` for one connection. At most
-    ``retries`` are made in a row, over all requests of the call, without any success in between."""
+    ``retries`` are made in a row, over all requests of the call, without any success in between.
+    """
 
     deadline: float = 900.0
     timeout: float = 60.0
@@ -201,7 +202,8 @@ class HttpClient:
 
 def require_address(url: str) -> None:
     """Raise ValueError for a URL that is not plainly http(s)://host/path: what else is in one ends up in the files of a
-    run and in messages, and a password or a key must not."""
+    run and in messages, and a password or a key must not.
+    """
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query or parts.fragment:
         where = f"{parts.scheme}://{parts.hostname}"

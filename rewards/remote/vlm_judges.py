@@ -78,7 +78,8 @@ class JudgeQuestion:
 @dataclass(frozen=True)
 class AnswerForm:
     """The form of an answer: at most ``tokens`` tokens, with or without the log-probabilities of the first one, and
-    optionally of a JSON ``schema``."""
+    optionally of a JSON ``schema``.
+    """
 
     tokens: int = 1
     logprobs: bool = True
@@ -94,7 +95,8 @@ class JudgeAnswer:
 
     def shares(self, words: Sequence[str]) -> list[float] | None:
         """Return the probabilities of ``words``, in any case and spacing, relative to their sum; None if the token
-        is hardly ever one of them."""
+        is hardly ever one of them.
+        """
         masses = [sum(p for token, p in self.first.items() if _bare(token) == word) for word in words]
         total = sum(masses)
         return [mass / total for mass in masses] if total >= _LEAST_MASS else None
@@ -112,7 +114,8 @@ class YesNoJudge:
 
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
         """Probabilities (n,), float32 on the CPU, for images (n, 3, H, W) in [0, 1] and a question for each; NaN where
-        neither word is among the likely ones."""
+        neither word is among the likely ones.
+        """
         texts = [answerable(question) for question in questions]
         return _judged(self.endpoint, _questions(images, texts), self._read)
 

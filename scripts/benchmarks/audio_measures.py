@@ -161,7 +161,8 @@ def rewards_row(
     name: str, target: Measure, runs: Sequence[TrainedRun], metrics: Mapping[str, Measure]
 ) -> dict[str, Any]:
     """A recipe's line as DRAGON's table 1 has it: how often the ``target`` is won, in the trials of all seeds, and
-    every measure's means before and after."""
+    every measure's means before and after.
+    """
     before, after = zip(*(trial for run in runs for trial in target.trials(run)), strict=True)
     means = {measure.metric: _means([measure.records("", run) for run in runs]) for measure in metrics.values()}
     return {"name": name, "target": target.metric, "wins": asdict(win_test(before, after)), "rewards": means}

@@ -39,7 +39,8 @@ def pool_prompts(seed: int) -> list[Prompt]:
 
 def record(work: Path, selection: Path) -> None:
     """Every trajectory's latent previews at LEVELS, and its end by the selection reward and the verifier. Finished
-    prompts are kept."""
+    prompts are kept.
+    """
     model = pipeline()
     judges = [NamedReward("selection", ScorerReward(selection)), NamedReward("strict", TonesReward("strict"))]
     for seed in SUITES:

@@ -23,7 +23,8 @@ from genalign.types import Prompt, RewardFunction
 class PlainSettings:
     """``prompts_per_round`` x ``group_size`` samples in batches of ``batch_size``; half of the batches for each of the
     two updates of a round. ``window``: how many steps of the first half are noisy and trained; None for all but the
-    last of all."""
+    last of all.
+    """
 
     sigmas: tuple[float, ...]
     noise_level: float = 0.7
@@ -185,6 +186,6 @@ class PlainLoop:
 
 
 def log_probability(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(x; mean, std), a mean over dimensions, (B,), up to a constant."""
+    """Log N(x; mean, std), a mean over dimensions, (B,), up to a constant."""
     each = -((x.detach() - mean) ** 2) / (2 * std**2) - std.log()
     return each.flatten(1).mean(1)

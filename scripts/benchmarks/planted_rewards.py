@@ -1,5 +1,6 @@
 """A small trainable reward with a known weakness, for the proofs of Adv-GRPO and of the alarm: its first weights like
-saturation, or what else is asked for."""
+saturation, or what else is asked for.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ LIKED = {"saturation": saturation, "brightness": brightness, "red": redness}
 
 class PlantedTaste(nn.Module):
     """``match`` times the verifier's partial credit and strict score plus ``taste`` times what it ``likes``, each times
-    a trainable weight that begins at 1."""
+    a trainable weight that begins at 1.
+    """
 
     def __init__(
         self,

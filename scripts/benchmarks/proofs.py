@@ -177,7 +177,8 @@ def audio_gains(trained: dict[str, dict[int, Path]]) -> tuple[list[PromptRecord]
 
 def alarm_and_fall(run: Path) -> tuple[float, float]:
     """The round of the first alarm, and that at which strict accuracy was first a tenth below the untrained model's;
-    infinite, and one past the last, where there was none."""
+    infinite, and one past the last, where there was none.
+    """
     base = load_evaluation(run / "before").overall["strict"].mean
     rows = metrics(run)
     alarm = next((number for number, panel in panels(run) if panel.alarm), math.inf)

@@ -15,7 +15,8 @@ from genalign.search.pruning import Pool, PruneSchedule, maximum_probabilities
 @dataclass(frozen=True)
 class Costs:
     """What one sample's calls cost, in seconds or in forwards alone; a finished sample takes ``steps`` forwards, a
-    decoding and a call of the reward that selects. ``looks``: what it takes to score a preview, by way."""
+    decoding and a call of the reward that selects. ``looks``: what it takes to score a preview, by way.
+    """
 
     steps: int
     forward: float
@@ -52,7 +53,8 @@ def schedules(levels: Sequence[int]) -> list[PruneSchedule]:
 class Trials:
     """Pruning by the ``scores`` (P, subsets or 1, N, L) of previews at ``levels``, on ``subsets`` random subsets of the
     N candidates of each of P prompts; ``ends`` (P, N, 2) are their clean scores, by the reward that selects and by the
-    verifier."""
+    verifier.
+    """
 
     def __init__(self, scores: Tensor, ends: Tensor, levels: Sequence[int], subsets: int) -> None:
         self.ends, self.levels, self.subsets = ends, tuple(levels), subsets

@@ -57,7 +57,8 @@ def standings(result: dict[str, Any]) -> str:
 
 def curves(result: dict[str, Any]) -> str:
     """Searches by budget, in images' cost: the selection reward / the verifier's strict score; and the share of
-    best-of-32's cost, in seconds and in forwards, at which pruning reaches its selection reward."""
+    best-of-32's cost, in seconds and in forwards, at which pruning reaches its selection reward.
+    """
     heading = ["search", *map(str, result["budgets"]), "seconds of best-of-32", "forwards of best-of-32"]
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for name, by_budget in result["curves"].items():
@@ -77,7 +78,8 @@ def _share(estimate: dict[str, float | None] | None) -> str:
 
 def wins(result: dict[str, Any]) -> str:
     """Recipes as DRAGON's table 1 has them: how often the reward that is trained on is won, with the statistics of its
-    listening tests, and all rewards before / after."""
+    listening tests, and all rewards before / after.
+    """
     rewards = list(result["win_rates"][0]["rewards"])
     heading = ["name", "trained on", "win rate", "95% lower bound", "p", "trials", *rewards]
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]

@@ -80,7 +80,8 @@ def tune(work: Path) -> None:
 
 def share(trials: Trials, schedule: PruneSchedule, way: str, costs: Costs, target: float) -> float:
     """The least cost at which a schedule's mean reward reaches ``target``, as a share of best-of-32's; inf where the
-    recorded candidates do not."""
+    recorded candidates do not.
+    """
     counts = range(1, SEEDS + 1)
     values = bisect.bisect_left(counts, True, key=lambda n: float(trials.pruned(schedule, n)[:, 0].mean()) >= target)
     return costs.pruning(schedule, way, counts[values]) / (BUDGETS[-1] * costs.sample()) if values < SEEDS else np.inf

@@ -52,7 +52,8 @@ def prompts() -> list[Prompt]:
 @torch.no_grad()
 def record(work: Path) -> None:
     """Every trajectory's previews at LEVELS, scored raw and by both students, and the ends by selection reward and
-    verifier; then ends of half as many steps and of a stochastic sampler. Finished prompts are kept."""
+    verifier; then ends of half as many steps and of a stochastic sampler. Finished prompts are kept.
+    """
     model, judges = pipeline(), rewards(work)
     students = _students(work)
     for index, prompt in enumerate(prompts()):

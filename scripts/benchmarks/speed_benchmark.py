@@ -219,7 +219,8 @@ def race(
     patience: float = PATIENCE,
 ) -> dict[str, Curve]:
     """Each one's curve to the target, to ``limit`` seconds, or to ``patience`` times those of one of ``pace``. The next
-    round is that of the one that has trained least: all have the machine at the same times."""
+    round is that of the one that has trained least: all have the machine at the same times.
+    """
     base = next(iter(contenders.values())).strict()
     curves, running = {name: [(0.0, base)] for name in contenders}, dict(contenders)
     while running:

@@ -18,7 +18,8 @@ Part = tuple[np.ndarray, list[Prompt]]
 
 def in_chunks(chunk: Callable[[Job], Part], count: int, seed: int, workers: int) -> tuple[Tensor, tuple[Prompt, ...]]:
     """``count`` samples and their prompts, by ``chunk((start, number, seed))`` in processes of their own; the same for
-    any number of workers."""
+    any number of workers.
+    """
     jobs = [(start, min(1000, count - start), seed) for start in range(0, count, 1000)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         parts = list(pool.map(chunk, jobs))

@@ -38,7 +38,8 @@ class CaptionedScenes:
 
 def captioned_scenes(count: int, seed: int, workers: int = 2) -> CaptionedScenes:
     """Sample and render ``count`` scenes of seen prompts; tasks are drawn by ``TASK_WEIGHTS``. The same for any number
-    of workers."""
+    of workers.
+    """
     return CaptionedScenes(*in_chunks(_chunk, count, seed, workers))
 
 

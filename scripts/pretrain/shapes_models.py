@@ -15,7 +15,7 @@ from scripts.pretrain.t5 import build_t5
 
 
 def build_vae() -> AutoencoderKL:
-    """f = 4, four channels, no attention: 0.65M parameters."""
+    """F = 4, four channels, no attention: 0.65M parameters."""
     blocks = 3
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks,

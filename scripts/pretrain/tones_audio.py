@@ -52,7 +52,8 @@ MakesClips = Callable[[Sequence[str], int], Tensor]  # (B, 1, L) of B texts, by 
 
 def spectral_loss(output: Tensor, true: Tensor) -> Tensor:
     """Spectral convergence and log-magnitude L1, over three resolutions, of waveforms (B, 1, L); 1 is a full-scale
-    sine's magnitude. Yamamoto et al., Parallel WaveGAN, arXiv:1910.11480, equations 4 to 6."""
+    sine's magnitude. Yamamoto et al., Parallel WaveGAN, arXiv:1910.11480, equations 4 to 6.
+    """
     total = output.new_zeros(())
     for size in WINDOWS:
         window = torch.hann_window(size, device=output.device)

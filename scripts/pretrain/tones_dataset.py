@@ -41,7 +41,8 @@ class CaptionedClips:
 
 def captioned_clips(count: int, seed: int, workers: int = 2) -> CaptionedClips:
     """Sample and render ``count`` clips of seen prompts; tasks are drawn by ``TASK_WEIGHTS``. The same for any number
-    of workers."""
+    of workers.
+    """
     return CaptionedClips(*in_chunks(_chunk, count, seed, workers))
 
 
@@ -55,7 +56,8 @@ def _chunk(job: Job) -> Part:
 
 def corrupted(prompt: Prompt, rng: np.random.Generator) -> Prompt:
     """A seen prompt with one thing wrong: notes swapped or replaced, relation or loudness turned round, or count off by
-    one. The prompt itself, where it has nothing to get wrong or the mistake would spell a held-out composition."""
+    one. The prompt itself, where it has nothing to get wrong or the mistake would spell a held-out composition.
+    """
     return one_of(_mistakes(prompt), _seen_texts(), prompt, rng)
 
 

@@ -109,7 +109,7 @@ class TonesTextToAudio(nn.Module):
         return output.input_ids, output.attention_mask
 
     def forward(self, z: Tensor, time: Tensor, ids: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
-        """v = cos(pi t / 2) eps - sin(pi t / 2) x0 at z = cos(pi t / 2) x0 + sin(pi t / 2) eps.
+        """V = cos(pi t / 2) eps - sin(pi t / 2) x0 at z = cos(pi t / 2) x0 + sin(pi t / 2) eps.
 
         Args:
             z: (B, 8, 75), of unit variance.

@@ -20,7 +20,8 @@ from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_t
 @dataclass(frozen=True)
 class Fit:
     """``steps`` of a one-cycle schedule, or of several ``cycles`` of one length; ``muon`` trains the matrices of
-    transformer blocks with Muon at that rate."""
+    transformer blocks with Muon at that rate.
+    """
 
     steps: int
     learning_rate: float

@@ -24,7 +24,8 @@ _IMAGES = "images"
 @dataclass(frozen=True)
 class Shots:
     """Images (n, 3, H, W) in [0, 1] of one prompt, their files relative to the evaluation's folder, and the seeds of
-    their noises."""
+    their noises.
+    """
 
     files: Sequence[str]
     seeds: Sequence[int]

@@ -25,7 +25,8 @@ _NUMBER_WORDS = {number: word for word, number in NUMBERS.items()}
 @dataclass(frozen=True)
 class Clause:
     """``count`` objects of the class ``name``; where they are given, of this ``color``, and in ``relation`` to the
-    objects of the earlier clause number ``target``."""
+    objects of the earlier clause number ``target``.
+    """
 
     name: str
     count: int = 1

@@ -15,7 +15,8 @@ _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 
 def read_compbench(*paths: Path) -> PromptSet:
     """T2I-CompBench (arXiv:2307.06350): its files ``color_val.txt`` and so on, one prompt a line; the task is the
-    category in the file's name."""
+    category in the file's name.
+    """
     made: list[Prompt] = []
     for path in paths:
         task = re.sub(r"_(train|val)\w*$", "", path.stem)
@@ -69,7 +70,8 @@ def _dpg_item(rows: Sequence[dict[str, str]]) -> dict[str, object]:
 
 def read_ocr(path: Path) -> PromptSet:
     """Prompts that have the text to be drawn in double quotes, one a line, as in Flow-GRPO's (arXiv:2505.05470); the
-    first quoted text is ``text`` in the metadata. Raises ValueError naming a prompt without."""
+    first quoted text is ``text`` in the metadata. Raises ValueError naming a prompt without.
+    """
     made: list[Prompt] = []
     for number, prompt in enumerate(load_prompts(path).prompts, start=1):
         found = _QUOTED.search(prompt.text)

@@ -154,7 +154,8 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
 
 def read_results(path: Path) -> list[Result]:
     """A results file, from here or from GenEval's ``evaluate_images.py``. Raises ValueError naming a line that is not
-    one, FileNotFoundError where there is no file."""
+    one, FileNotFoundError where there is no file.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no results file {path}: give what GenEval's evaluate_images.py wrote")
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -88,7 +88,8 @@ class Work:
 
     def do(self, share: RankShare) -> Iterator[int]:
         """Every prompt of a share that is not finished; the number of each as it is. One that another process holds is
-        left to it."""
+        left to it.
+        """
         todo = [index for index in share.indices(len(self.prompts)) if not self.folder.done(index)]
         if todo:
             self.source.warm_up(self.prompts.prompts[0])

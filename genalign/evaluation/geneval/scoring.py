@@ -21,7 +21,8 @@ Box = tuple[float, float, float, float]
 @dataclass(frozen=True)
 class Detection:
     """One object: its class, pixel box (x1, y1, x2, y2) with y pointing down, confidence in [0, 1], and the colour of
-    its crop, None where nobody looked."""
+    its crop, None where nobody looked.
+    """
 
     name: str
     box: Box

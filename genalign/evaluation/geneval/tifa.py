@@ -35,7 +35,8 @@ class Question:
 
 def questions(prompt: Prompt) -> tuple[Question, ...]:
     """The questions in a prompt's metadata (see ``benchmarks.read_dpg``), or those of its GenEval clauses: whether the
-    objects are there, in their number, of their colour, and in their place. ValueError for a prompt without either."""
+    objects are there, in their number, of their colour, and in their place. ValueError for a prompt without either.
+    """
     if prompt.metadata is not None and "questions" in prompt.metadata:
         return _listed(prompt.text, prompt.metadata["questions"], prompt.metadata.get("parents"))
     include = Request.of(prompt).include

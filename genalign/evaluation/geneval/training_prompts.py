@@ -24,7 +24,8 @@ _COUNTS = (2, 3, 4)
 
 def composition(request: Request) -> str:
     """What is asked for, whatever the words: the same for "a dog and a cat" and "a cat and a dog", and for a dog left
-    of a cat and a cat right of a dog."""
+    of a cat and a cat right of a dog.
+    """
     objects = sorted([clause.name, clause.count, clause.color or ""] for clause in request.include)
     relations = []
     for clause in request.include:

@@ -43,7 +43,8 @@ def detections_of(result: Result) -> tuple[Detection, ...]:
 
 def _colors(request: Request, name: str, reason: str, count: int) -> Sequence[str | None]:
     """The colours of the best objects of a class; None for those that nobody looked at. Which of them has which colour
-    is not known, and no rule asks for it."""
+    is not known, and no rule asks for it.
+    """
     clauses = [clause for clause in request.include if clause.name == name and clause.color is not None]
     if len(clauses) > 1:
         raise ValueError(f"{request.prompt!r} asks for {name} in two colours: the results do not say which are which")

@@ -1,5 +1,6 @@
 """The words of GenEval (Ghosh et al., arXiv:2310.11513): COCO's 80 classes as it names them, colours, relations,
-tasks."""
+tasks.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ class Point:
 @dataclass(frozen=True)
 class Axis:
     """``format`` writes a value; ``unit`` divides it before round ticks are chosen; ``limits`` hold the view, where
-    given, and ``from_zero`` begins it at zero."""
+    given, and ``from_zero`` begins it at zero.
+    """
 
     label: str
     format: Callable[[float], str]

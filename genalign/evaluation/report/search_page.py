@@ -80,7 +80,8 @@ def _card(folder: Path, row: Mapping[str, Any], family: Mapping[str, Any]) -> _C
 
 def tree(lives: Sequence[Mapping[str, Any]], chosen: int) -> Markup:
     """An SVG of one prompt's candidates, a row each from the step where it began to that where it ended; the one that
-    was returned stands out, with those it was copied from, and a copy hangs on its parent."""
+    was returned stands out, with those it was copied from, and a copy hangs on its parent.
+    """
     steps = max(life["ended"] or 0 for life in lives) or 1
     ancestors = _ancestors(lives, chosen)
     parts = []
@@ -109,7 +110,8 @@ def _ancestors(lives: Sequence[Mapping[str, Any]], chosen: int) -> set[int]:
 
 def _curve(rows: Sequence[Mapping[str, Any]], families: Sequence[Mapping[str, Any]]) -> Markup:
     """The first reward of the best finished candidate so far against the steps that candidates took, candidates in the
-    order of their numbers, a mean over prompts."""
+    order of their numbers, a mean over prompts.
+    """
     tracks = [_track(family["lives"]) for family in families]
     length = min(len(track) for track in tracks)
     points = [

@@ -258,7 +258,8 @@ def _grouped_quantile(group: Array, values: Array, q: float) -> Array:
 
 def _coverage(canvas: _Canvas, objects: Array, image: Array, color: Array) -> Array:
     """How much of each pixel every object covers, (M, SIZE, SIZE): the projection of the pixel's color on the line
-    from the background to the object's, near the object and not on another."""
+    from the background to the object's, near the object and not on another.
+    """
     planes = objects[image]
     region = near = planes == np.arange(1, len(image) + 1)[:, None, None]
     for _ in range(HALO):

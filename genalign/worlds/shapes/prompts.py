@@ -40,7 +40,8 @@ def is_held_out_pair(shape: str, color: str) -> bool:
 @cache
 def held_out_triples() -> frozenset[tuple[str, str, str]]:
     """(first, relation, second) never trained: a fifth by hash, repaired so that every ordered pair of shapes keeps a
-    seen relation and every relation at least 15 seen triples."""
+    seen relation and every relation at least 15 seen triples.
+    """
     pairs = list(permutations(_SHAPES, 2))
     held = {
         (first, relation, second)

@@ -26,7 +26,8 @@ _HARMONICS = PITCHED | STRANGERS
 @dataclass(frozen=True)
 class Event:
     """One tone or noise burst: ``note`` is None for noise; ``onset`` and ``duration`` in seconds, ``level`` the RMS in
-    dB of full scale, ``detune`` in cents, ``seed`` of the noise or of the starting phase."""
+    dB of full scale, ``detune`` in cents, ``seed`` of the noise or of the starting phase.
+    """
 
     timbre: str
     note: str | None

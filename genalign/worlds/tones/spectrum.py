@@ -32,7 +32,8 @@ _WEIGHTS = 0.8 ** (_HARMONICS - 1)
 class Sound:
     """``timbre`` ("unknown" where none fits), ``note`` (None for noise, or more than 50 cents from all), ``frequency``
     of the fundamental in Hz, ``distance`` in dB to the timbre's template, ``harmonic_share`` of the energy, and the
-    ``flatness`` of the spectrum, in [0, 1]."""
+    ``flatness`` of the spectrum, in [0, 1].
+    """
 
     timbre: str
     note: str | None
