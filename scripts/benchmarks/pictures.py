@@ -4,6 +4,7 @@
     python scripts/benchmarks/pictures.py docs/results/search_shapes.json docs/images  searches at equal cost
     python scripts/benchmarks/pictures.py docs/results/benchmark_scale.json docs/images  what a round costs as it grows
     python scripts/benchmarks/pictures.py docs/results/benchmark_compare.json docs/images  accuracy against seconds
+    python scripts/benchmarks/pictures.py docs/results/method_curves_shapes.json docs/images  a curve for each method
 
 Figures are read from the files that are named; nothing is measured.
 """
@@ -114,7 +115,32 @@ def speed(result: Path, output: Path) -> None:
     figure.savefig(output / "speed.png", dpi=120)
 
 
-OF_RESULTS = {"search_shapes": search_curves, "benchmark_scale": scale, "benchmark_compare": speed}
+def method_curves(result: Path, output: Path) -> None:
+    """Strict accuracy of each method against NFE beside Flow-GRPO's: training samples, and validation prompts."""
+    curves = json.loads(result.read_text(encoding="utf-8"))["curves"]
+    for name in curves:
+        figure, panels = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
+        for label, color in {"flow_grpo": "#aaaaaa", name: "#3366cc"}.items():
+            training, validation = curves[label]["training"], curves[label]["validation"]
+            panels[0].plot(*zip(*training, strict=True), color=color, label=label)
+            nfe, mean, low, high = zip(*validation, strict=True)
+            panels[1].plot(nfe, mean, marker=".", color=color, label=label)
+        panels[1].fill_between(nfe, low, high, color="#3366cc", alpha=0.2)
+        panels[0].set(xlabel="NFE", ylabel="strict accuracy", title="training samples")
+        panels[1].set(xlabel="NFE", title="validation prompts (95% interval)")
+        for axis in panels:
+            axis.grid(alpha=0.3)
+        panels[0].legend()
+        figure.savefig(output / f"curve_{name}.png", dpi=100)
+        plt.close(figure)
+
+
+OF_RESULTS = {
+    "method_curves_shapes": method_curves,
+    "search_shapes": search_curves,
+    "benchmark_scale": scale,
+    "benchmark_compare": speed,
+}
 
 
 def main() -> None:

@@ -72,6 +72,30 @@ def methods(work: Path) -> None:
     write_results(RESULTS, "methods_shapes", {**header, "standings": standings}, records)
 
 
+def method_curves(work: Path) -> None:
+    """The learning curve that each method page shows: half the budget of the comparison, one seed."""
+    records: list[PromptRecord] = []
+    curves = {}
+    for name, runs in compared(work / "method_curves", "shapes_method_curves").items():
+        for seed, run in runs.items():
+            records += gains(name, "strict", "strict", seed, run)
+            curves[name] = learning_curve(run)
+    claim = "Strict accuracy on val prompts (ODE, 10 steps) before training and after 50 000 NFE, one seed"
+    header = head(claim, "python scripts/benchmarks/proofs.py method_curves")
+    write_results(RESULTS, "method_curves_shapes", {**header, "curves": curves}, records)
+
+
+def learning_curve(run: Path) -> dict[str, list[list[float]]]:
+    """Strict accuracy against NFE: of the training samples, and of validation prompts with its interval."""
+    rows, bounds = metrics(run), ("mean", "low", "high")
+    before = load_evaluation(run / "before").overall["strict"].as_dict()
+    held_out = [(row["nfe"], row["held_out"]["strict"]) for row in rows if row["held_out"]]
+    return {
+        "training": [[row["nfe"], row["rewards"]["strict"]] for row in rows],
+        "validation": [[nfe, *(strict[bound] for bound in bounds)] for nfe, strict in [(0, before), *held_out]],
+    }
+
+
 def dragon(work: Path) -> None:
     """DRAGON on rewards of whole sets: a distance to references falls, variety rises beside accuracy."""
     frechet, vendi = (
@@ -218,6 +242,7 @@ def gains(name: str, metric: str, score: str, seed: int, run: Path) -> list[Prom
 PARTS = {
     "flow_grpo": flow_grpo,
     "methods": methods,
+    "method_curves": method_curves,
     "dragon": dragon,
     "adversarial": adversarial,
     "hacking": hacking,
