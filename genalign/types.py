@@ -14,6 +14,11 @@ from torch import Tensor, nn
 
 Metadata = Mapping[str, Any]
 
+AnyCallable = Callable  # type: ignore[type-arg]
+"""The type of a setting that takes a function or an object that is called. It has no parameters, since jsonargparse
+reads a class that is given for a ``Callable[..., Tensor]`` as a factory of tensors, and refuses it.
+"""
+
 
 @dataclass(frozen=True)
 class Prompt:

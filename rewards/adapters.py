@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genalign.types import Prompt
+from genalign.types import AnyCallable, Prompt
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Adapted:
     first element is the scores. The function may be ``async``.
     """
 
-    function: Callable  # type: ignore[type-arg]  # bare, so that a configuration can name any
+    function: AnyCallable
     images: Literal["pil", "tensor", "numpy"] = "pil"
     metadata: Literal["columns", "rows"] = "columns"
 

@@ -12,7 +12,7 @@ A sample that a member could not score has score NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 from genalign.algorithms.advantages import group_advantages
 from genalign.algorithms.interfaces import Credit, RoundScores
 from genalign.scoring.combine import combine
-from genalign.types import Prompt, RewardFunction
+from genalign.types import AnyCallable, Prompt, RewardFunction
 from rewards.backbones.clip_encoder import ClipEncoder
 from rewards.backbones.encoders import cosine
 from rewards.backbones.weight_files import read_tensors
@@ -54,7 +54,7 @@ def mean_minus_variance(scores_BK: Tensor, penalty: float = 0.5, ddof: int = 0) 
 class WeightedSum:
     """The sum of weight times score."""
 
-    rewards: Sequence[Callable]  # type: ignore[type-arg]  # bare, as below: configurations name any RewardFunction
+    rewards: Sequence[AnyCallable]
     weights: Sequence[float]
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -66,7 +66,7 @@ class WeightedSum:
 class Product:
     """The product of scores that are 0 or more, such as probabilities: one that is 0 makes it 0."""
 
-    rewards: Sequence[Callable]  # type: ignore[type-arg]
+    rewards: Sequence[AnyCallable]
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,). Raises ValueError for a negative score: the product of two would be positive."""
@@ -82,7 +82,7 @@ class Product:
 class WorstCase:
     """``worst_case`` of rewards in the same units: members of an ensemble, or each of them ``Standardized``."""
 
-    rewards: Sequence[Callable]  # type: ignore[type-arg]
+    rewards: Sequence[AnyCallable]
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,)."""
@@ -93,7 +93,7 @@ class WorstCase:
 class MeanMinusVariance:
     """``mean_minus_variance`` of rewards in the same units, as in ``WorstCase``."""
 
-    rewards: Sequence[Callable]  # type: ignore[type-arg]
+    rewards: Sequence[AnyCallable]
     penalty: float = 0.5
     ddof: int = 0
 
@@ -106,7 +106,7 @@ class MeanMinusVariance:
 class Standardized:
     """(score - mean) / std with fixed statistics: given, or taken from reference samples by ``measured``."""
 
-    reward: Callable  # type: ignore[type-arg]
+    reward: AnyCallable
     mean: float
     std: float
 
@@ -139,7 +139,7 @@ class LogSigmoidCentered:
     1 for PickScore and ImageReward, 100 for HPS and other cosines.
     """
 
-    reward: Callable  # type: ignore[type-arg]
+    reward: AnyCallable
     reference: float | Mapping[str, float]
     scale: float = 1.0
 
@@ -180,8 +180,8 @@ def reference_levels(
 class Gate:
     """The score of ``reward`` where ``condition`` scores ``threshold`` or more, else ``otherwise``."""
 
-    reward: Callable  # type: ignore[type-arg]
-    condition: Callable  # type: ignore[type-arg]
+    reward: AnyCallable
+    condition: AnyCallable
     threshold: float
     otherwise: float = 0.0
 
@@ -285,7 +285,7 @@ class EnsembleCredit:
     2312.09244). A sample that a reward could not score gets 0.
     """
 
-    pool: Callable = worst_case  # type: ignore[type-arg]
+    pool: AnyCallable = worst_case
 
     def __call__(self, outcome: RoundScores) -> Tensor:
         """Advantages (B,), as in ``genalign.algorithms.advantages.group_advantages``."""

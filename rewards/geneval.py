@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.evaluation.geneval.judge import Judgement
-from genalign.evaluation.geneval.metadata import Request
-from genalign.evaluation.geneval.scoring import Box, Detection, Thresholds, kept, upstream_partial, verdict
+from genalign.evaluation.geneval.metadata import PromptSpec
+from genalign.evaluation.geneval.scoring import Box, Detection, Thresholds, filter_detections, upstream_partial, verdict
 from genalign.evaluation.geneval.vocabulary import COLORS
 from genalign.types import Prompt
 from rewards.backbones.clip_encoder import load_clip
@@ -26,7 +26,7 @@ _GREY = 153 / 255  # #999, what surrounds a masked object
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 
-class Colours(Protocol):
+class ColorClassifier(Protocol):
     """Names the colour of an object."""
 
     @property
@@ -38,7 +38,7 @@ class Colours(Protocol):
 
 
 @dataclass(frozen=True)
-class ClipColours:
+class ClipColors:
     """CLIP's zero-shot choice among ten colors, by the mean embedding of GenEval's three templates.
 
     ``model`` and ``processor`` are as in ``rewards.backbones.clip_encoder.load_clip``; the default has the weights of
@@ -86,7 +86,7 @@ class GenEvalJudge:
     """
 
     detector: Detector | None = None
-    colours: Colours | None = None
+    colours: ColorClassifier | None = None
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -98,14 +98,14 @@ class GenEvalJudge:
         """The detector's threshold of positions."""
         return self._parts()[0].thresholds.position
 
-    def _parts(self) -> tuple[Detector, Colours]:
-        return self.detector or Mask2Former(), self.colours or ClipColours()
+    def _parts(self) -> tuple[Detector, ColorClassifier]:
+        return self.detector or Mask2Former(), self.colours or ClipColors()
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise ValueError for a prompt without GenEval metadata, or of a class that the detector cannot find."""
         detector, _ = self._parts()
         for prompt in prompts:
-            names = Request.of(prompt).names
+            names = PromptSpec.of(prompt).names
             if detector.classes is not None and (unknown := [name for name in names if name not in detector.classes]):
                 raise ValueError(
                     f"{unknown[0]!r} in {prompt.text!r} is none of the {len(detector.classes)} classes that"
@@ -125,11 +125,11 @@ class GenEvalJudge:
         judged: list[Judgement | None] = [None] * len(images)
         if rows:
             shown = images[rows].float().clamp(0, 1).mul(255).round() / 255
-            for row, found in zip(rows, self._judged(shown, [Request.of(prompts[row]) for row in rows]), strict=True):
+            for row, found in zip(rows, self._judged(shown, [PromptSpec.of(prompts[row]) for row in rows]), strict=True):
                 judged[row] = found
         return judged
 
-    def _judged(self, images: Tensor, requests: Sequence[Request]) -> list[Judgement]:
+    def _judged(self, images: Tensor, requests: Sequence[PromptSpec]) -> list[Judgement]:
         detector, colours = self._parts()
         seen = detector(images, [request.names for request in requests])
         counted = [_counted(*pair, detector.thresholds) for pair in zip(seen, requests, strict=True)]
@@ -140,12 +140,12 @@ class GenEvalJudge:
         ]
 
 
-def _counted(instances: Sequence[Instance], request: Request, thresholds: Thresholds) -> list[Instance]:
-    return [instances[i] for i in kept([instance.detection for instance in instances], request.tag, thresholds)]
+def _counted(instances: Sequence[Instance], request: PromptSpec, thresholds: Thresholds) -> list[Instance]:
+    return [instances[i] for i in filter_detections([instance.detection for instance in instances], request.tag, thresholds)]
 
 
 def _coloured(
-    images: Tensor, counted: Sequence[Sequence[Instance]], requests: Sequence[Request], colours: Colours
+    images: Tensor, counted: Sequence[Sequence[Instance]], requests: Sequence[PromptSpec], colours: ColorClassifier
 ) -> list[list[Detection]]:
     """The objects with the colours that a rule will look at: of a class whose colour is asked for, and which is there
     often enough, those of the most certain. All crops of the batch are named at once.
@@ -161,7 +161,7 @@ def _coloured(
     return found
 
 
-def _looked_at(detections: Sequence[Detection], request: Request) -> list[int]:
+def _looked_at(detections: Sequence[Detection], request: PromptSpec) -> list[int]:
     """Indices of the objects whose colour matters; within a class they are in order of certainty."""
     chosen: set[int] = set()
     for clause in request.include:
@@ -180,7 +180,7 @@ class GenEvalReward:
 
     score: Literal["partial", "strict", "relaxed", "upstream_partial"] = "partial"
     detector: Detector | None = None
-    colours: Colours | None = None
+    colours: ColorClassifier | None = None
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), float32 on the CPU, of images (B, 3, H, W) in [0, 1]; NaN for an image that is not finite."""
@@ -199,4 +199,4 @@ class GenEvalReward:
             case "relaxed":
                 return float(judgement.verdict.relaxed)
             case "upstream_partial":
-                return upstream_partial(judgement.detections, Request.of(prompt), judge.position)
+                return upstream_partial(judgement.detections, PromptSpec.of(prompt), judge.position)

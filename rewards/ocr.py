@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genalign.types import Prompt
+from genalign.types import AnyCallable, Prompt
 from rewards.backbones.pixels import pictures
 
 Reader = Callable[[Image.Image], str]
@@ -39,7 +39,7 @@ class OCRReward:
     For several texts it is the mean. Flow-GRPO (arXiv 2505.05470) takes the first one only.
     """
 
-    reader: Callable = rapidocr  # type: ignore[type-arg]  # bare: configurations name any Reader
+    reader: AnyCallable = rapidocr
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), float32 on the CPU, of images (B, 3, H, W) in [0, 1]; no gradient. NaN for a prompt without a

@@ -6,13 +6,13 @@ a function of two batches and their prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from genalign.types import Prompt
+from genalign.types import AnyCallable, Prompt
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class BradleyTerry:
     ``scale`` brings its scores to logits of a preference: 1 for PickScore and ImageReward, 100 for HPS.
     """
 
-    reward: Callable  # type: ignore[type-arg]  # bare, as below: configurations name any RewardFunction
+    reward: AnyCallable
     scale: float = 1.0
 
     def __call__(self, left: Tensor, right: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -40,7 +40,7 @@ class WinRateReward:
     that is queried in both orders answers twice as many questions.
     """
 
-    preference: Callable  # type: ignore[type-arg]  # bare: any PairwiseReward
+    preference: AnyCallable
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores (B,), float32 on the CPU, of samples (B, ...); NaN for a sample without a comparison."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from genalign.metrics.frechet import Gaussian, as_features, gaussian_distance
 from genalign.metrics.mmd import GaussianKernel, MMDToReference, median_distance, polynomial_kernel
 from genalign.metrics.vendi import vendi_score
-from genalign.types import Prompt
-from rewards.backbones.encoders import AnyCallable, require_patches
+from genalign.types import AnyCallable, Prompt
+from rewards.backbones.encoders import require_patches
 
 _CMMD_BANDWIDTH, _CMMD_SCALE = 10.0, 1000.0
 _KAD_SCALE = 100.0

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genalign.types import Prompt
-from rewards.backbones.encoders import AnyCallable
+from genalign.types import AnyCallable, Prompt
 from rewards.backbones.reference_images import References
 
 _BATCH = 64

@@ -8,7 +8,7 @@ your own. For several questions per prompt see ``genalign.evaluation.geneval.tif
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genalign.types import Prompt
+from genalign.types import AnyCallable, Prompt
 from rewards.backbones.pixels import pictures
 
 Answer = Literal["yes", "no"]
@@ -39,7 +39,7 @@ class QuestionReward:
     "no", looks at the image alone, against hacking of other rewards (arXiv 2601.03468).
     """
 
-    judge: Callable  # type: ignore[type-arg]  # bare: configurations name any QuestionJudge
+    judge: AnyCallable
     question: str = VQASCORE
     answer: Answer = "yes"
 

@@ -6,7 +6,6 @@ To read one down to its formula: ``flow_grpo`` here, ``PolicyGradient`` in ``tra
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,10 +32,9 @@ from genalign.algorithms.trajectory import (
 )
 from genalign.diffusion.completion import Completion
 from genalign.diffusion.transitions import CPS, DDIM, ODE, FlowSDE, Kernel, trainable_steps
-from genalign.types import FeatureFunction, Grid
+from genalign.types import AnyCallable, FeatureFunction, Grid
 
 Std = Literal["group", "global"]
-AnyCallable = Callable  # type: ignore[type-arg]  # bare, so that a configuration may give any callable
 
 
 @dataclass(frozen=True)

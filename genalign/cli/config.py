@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from genalign.training.nonfinite import DivergedError
 from genalign.training.reward_hacking import Actions, Limits
 from genalign.training.sample_grid import SampleGrid
 from genalign.training.trainer import TrainerSettings
+from genalign.types import AnyCallable
 
 set_parsing_settings(subclasses_enabled=[Recipe, Kernel], instantiate_subclass_spec_in_any=False)
 
@@ -68,7 +69,7 @@ class RewardChoice:
     ``timeout``: seconds after which a call has failed; None for never.
     """
 
-    function: Callable  # type: ignore[type-arg]  # bare: any callable is taken, and tried on a first batch
+    function: AnyCallable
     weight: float = 1.0
     score_batch: int | None = None
     timeout: float | None = None
@@ -94,7 +95,7 @@ class HeldOut(Amount):
     seeds: int = 1
     prompts: str = "shapes:val"
     every: int = 10
-    scorers: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]  # as RewardChoice.function
+    scorers: dict[str, AnyCallable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ class Hacking(Amount):
     seeds: int = 2
     prompts: str = "shapes:val"
     every: int = 0
-    rewards: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]  # as RewardChoice.function
-    features: Callable | None = None  # type: ignore[type-arg]  # as RewardChoice.function
-    diagnostics: dict[str, Callable] = field(default_factory=dict)  # type: ignore[type-arg]  # as RewardChoice.function
+    rewards: dict[str, AnyCallable] = field(default_factory=dict)
+    features: AnyCallable | None = None
+    diagnostics: dict[str, AnyCallable] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     on_red: Actions = field(default_factory=Actions)
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from genalign.runtime.media import AUDIO_SUFFIXES, inside, read_image, read_wave
 from genalign.runtime.prompt_files import read_listing
 from genalign.scoring import protocol
 from genalign.scoring.reward_check import Check, Expected, Probe, check
-from genalign.types import Prompt, PromptSet
+from genalign.types import AnyCallable, Prompt, PromptSet
 from genalign.worlds.registry import World, world_of
 
 
@@ -36,7 +36,7 @@ class Serve:
     that clients must send; an address that other machines reach needs one.
     """
 
-    reward: Callable  # type: ignore[type-arg]  # bare, as config.RewardChoice.function
+    reward: AnyCallable
     host: str = "127.0.0.1"
     port: int = 8321
     token_variable: str = "GENALIGN_TOKEN"
@@ -58,7 +58,7 @@ class RewardCheck:
     FLAC files with a prompts.jsonl: {"file_name": ..., "prompt": ...} and metadata. ``size`` in pixels resizes images.
     """
 
-    reward: Callable  # type: ignore[type-arg]  # bare, as config.RewardChoice.function
+    reward: AnyCallable
     samples: str = "shapes:val"
     count: int = 8
     size: int | None = None

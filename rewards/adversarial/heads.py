@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from genalign.types import FeatureFunction, Prompt
+from genalign.types import AnyCallable, FeatureFunction, Prompt
 from rewards.adversarial.adversary import Adversary, DiscriminatorSettings, PatchWeights
 from rewards.adversarial.update_rules import Ratio, UpdateRule
 from rewards.backbones.encoders import PatchFeatures
@@ -64,7 +64,7 @@ class AdversarialReward(Adversary):
 
     def __init__(
         self,
-        features: Callable,  # type: ignore[type-arg]  # bare: configurations name any FeatureFunction or PatchFeatures
+        features: AnyCallable,
         references: References,
         head: nn.Module | None = None,
         weights: PatchWeights = PatchWeights(),

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from genalign.runtime.waveforms import as_heard, mel_decibels
+from genalign.types import AnyCallable
 from rewards.backbones.clap_encoder import load_clap
-from rewards.backbones.encoders import AnyCallable, Features, require_patches
+from rewards.backbones.encoders import Features, require_patches
 from rewards.backbones.reference_images import ReferenceSamples
 
 _LOWEST_HZ = 50.0
@@ -96,7 +97,7 @@ class FrameFeatures:
     ``encoder`` is any ``rewards.backbones.encoders.PatchFeatures``.
     """
 
-    encoder: AnyCallable  # any PatchFeatures
+    encoder: AnyCallable
 
     def __call__(self, samples: Tensor) -> Tensor:
         """Compute rows (B, n d) of waveforms (B, C, L); differentiable."""

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genalign.types import AnyCallable
 from rewards.backbones.clip_encoder import ImagePreprocessor, load_clip
-from rewards.backbones.encoders import AnyCallable, Features
+from rewards.backbones.encoders import Features
 from rewards.backbones.reference_images import ReferenceSamples
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

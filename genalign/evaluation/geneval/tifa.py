@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from genalign.evaluation.geneval.grammar import NUMBERS, with_article
-from genalign.evaluation.geneval.metadata import Clause, Request
-from genalign.evaluation.geneval.vocabulary import several
-from genalign.types import Prompt
+from genalign.evaluation.geneval.metadata import Clause, PromptSpec
+from genalign.evaluation.geneval.vocabulary import natural_plural
+from genalign.types import AnyCallable, Prompt
 
 QuestionJudge = Callable[[Tensor, Sequence[str]], Tensor]
 """Probabilities (B,) of the answer "yes" for images (B, 3, H, W) in [0, 1] and a question for each."""
@@ -39,7 +39,7 @@ def questions(prompt: Prompt) -> tuple[Question, ...]:
     """
     if prompt.metadata is not None and "questions" in prompt.metadata:
         return _listed(prompt.text, prompt.metadata["questions"], prompt.metadata.get("parents"))
-    include = Request.of(prompt).include
+    include = PromptSpec.of(prompt).include
     made = [_presence(clause) for clause in include]
     for index, clause in enumerate(include):
         verb = "Is" if clause.count == 1 else "Are"
@@ -66,11 +66,11 @@ def _presence(clause: Clause) -> Question:
     if clause.count == 1:
         return Question(f"Is there {with_article(clause.name)} in the image?")
     number = _WORDS.get(clause.count, str(clause.count))
-    return Question(f"Are there exactly {number} {several(clause.name)} in the image?")
+    return Question(f"Are there exactly {number} {natural_plural(clause.name)} in the image?")
 
 
 def _the(clause: Clause) -> str:
-    return f"the {clause.name if clause.count == 1 else several(clause.name)}"
+    return f"the {clause.name if clause.count == 1 else natural_plural(clause.name)}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class TifaReward:
     answer counts as 0 if one that it rests on is below that probability, as in DPG-Bench.
     """
 
-    judge: Callable  # type: ignore[type-arg]  # bare: so that a configuration can name any
+    judge: AnyCallable
     mean: Literal["arithmetic", "geometric"] = "arithmetic"
     gate: float | None = None
 
