@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -49,6 +52,24 @@ def merge_lora(network: nn.Module) -> None:
 
 def save_peft(directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
     """Write an adapter folder that ``peft.PeftModel.from_pretrained`` reads."""
-    config.save_pretrained(str(directory))
+    ordered = copy.copy(config)  # PEFT keeps sets of names, whose order differs between processes
+    vars(ordered).update({key: sorted(value) for key, value in vars(config).items() if isinstance(value, set)})
+    ordered.save_pretrained(str(directory))
     tensors = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, directory / PEFT_WEIGHTS, metadata={"format": "pt"})
+
+
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file by name, so that equal weights give equal bytes.
+
+    safetensors writes several entries of metadata, such as those of diffusers' adapters, in random order.
+    """
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+    os.replace(temporary, path)

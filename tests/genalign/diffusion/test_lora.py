@@ -1,0 +1,54 @@
+"""Files of adapters: equal weights give equal bytes, in every process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from genalign.diffusion.lora import sort_metadata
+from genalign.evaluation.folder import adapter_hash
+from tests.packages import ROOT
+
+SAVE_BOTH = """
+import sys
+from pathlib import Path
+from genalign.diffusion.lora import save_peft
+from genalign.diffusion.policy import Lora, Policy
+from pipelines import SD3
+
+model, folder = SD3.load(sys.argv[1]), Path(sys.argv[2])
+policy = Policy(model.denoiser, Lora(2, 4))
+model.save_lora(folder / "lora", policy.adapter_state(), policy.config)
+save_peft(folder / "peft", policy.adapter_state(), policy.config)
+"""
+
+
+def test_two_processes_write_the_same_adapter_files(tiny_folder: Path, tmp_path: Path) -> None:
+    contents = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        command = [sys.executable, "-c", SAVE_BOTH, str(tiny_folder), str(folder)]
+        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed})
+        contents.append({str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.*") if p.is_file()})
+    assert contents[0] == contents[1]
+    assert adapter_hash(tmp_path / "1" / "lora") == adapter_hash(tmp_path / "2" / "lora")
+
+
+@pytest.mark.parametrize("attempt", range(4))  # the order of unsorted metadata is drawn anew for every file
+def test_sorted_metadata_leaves_the_tensors_as_they_are(tmp_path: Path, attempt: int) -> None:
+    file, metadata = tmp_path / "weights.safetensors", {name: f"the value of {name}" for name in "cabé"}
+    tensors = {"one": torch.arange(6.0).reshape(2, 3), "two": torch.ones(1, dtype=torch.bfloat16)}
+    save_file(tensors, file, metadata=metadata)
+    sort_metadata(file)
+    places = [file.read_bytes().index(f'"{name}":'.encode()) for name in sorted(metadata)]
+    assert places == sorted(places)
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == metadata
+        assert all(torch.equal(opened.get_tensor(name), tensor) for name, tensor in tensors.items())
