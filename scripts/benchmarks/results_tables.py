@@ -41,7 +41,7 @@ def _line(row: dict[str, Any], form: str) -> str:
 def standings(result: dict[str, Any]) -> str:
     """The runs of a comparison, the best first, with what else was read off them."""
     tasks = list(result["standings"][0]["tasks"])
-    heading = ["name", "seeds", "strict", "partial", *tasks, "KL", "colour entropy", "minutes", "forwards"]
+    heading = ["name", "seeds", "strict", "partial", *tasks, "KL", "color entropy", "minutes", "NFE"]
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for row in result["standings"]:
         gains = [row["gain"], row["scores"]["partial"], *(row["tasks"][task] for task in tasks)]
@@ -57,9 +57,9 @@ def standings(result: dict[str, Any]) -> str:
 
 def curves(result: dict[str, Any]) -> str:
     """Searches by budget, in images' cost: the selection reward / the verifier's strict score; and the share of
-    best-of-32's cost, in seconds and in forwards, at which pruning reaches its selection reward.
+    best-of-32's cost, in seconds and in NFE, at which pruning reaches its selection reward.
     """
-    heading = ["search", *map(str, result["budgets"]), "seconds of best-of-32", "forwards of best-of-32"]
+    heading = ["search", *map(str, result["budgets"]), "seconds of best-of-32", "NFE of best-of-32"]
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for name, by_budget in result["curves"].items():
         cells = [f"{selection:.3f} / {strict:.3f}" for selection, strict in by_budget.values()]
