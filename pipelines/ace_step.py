@@ -48,15 +48,15 @@ class AceStep(AudioPipeline, FlowPipeline):
         if guidance > 1 and self.pipe.is_turbo:
             raise ValueError(f"guidance is distilled into this turbo model: set sampling.guidance to 1, not {guidance}")
 
-    def longest_text(self, count: int) -> dict[str, Tensor]:
+    def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """The caption's tokens and one of timbre; the few of the empty lyrics are left out."""
-        context = self._blank(count, self.max_sequence_length + 1, self.pipe.condition_encoder.config.hidden_size)
+        context = self.zeros(count, self.max_sequence_length + 1, self.pipe.condition_encoder.config.hidden_size)
         return {"context": context, "mask": torch.ones(context.shape[:2], dtype=torch.long)}
 
     def _native_seconds(self) -> float:
         return _SECONDS
 
-    def _longest_text(self) -> int:
+    def _default_max_tokens(self) -> int:
         return _CAPTION_LENGTH
 
     def _own_sigmas(self, num_steps: int) -> list[float] | None:
@@ -66,7 +66,7 @@ class AceStep(AudioPipeline, FlowPipeline):
     def _shift(self) -> float:
         return _SHIFT
 
-    def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
+    def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         rows = [self._encoded_one(text) for text in texts]
         return {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
 
@@ -92,7 +92,7 @@ class AceStep(AudioPipeline, FlowPipeline):
         nothing = self.pipe.condition_encoder.null_condition_emb.detach().to(tensors["context"])
         return {**tensors, "context": nothing.expand_as(tensors["context"])}
 
-    def _network(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Samples whose texts have one length at a time."""
         lengths = tensors["mask"].sum(1)
         parts = {int(length): (lengths == length).nonzero()[:, 0].to(x.device) for length in torch.unique(lengths)}
@@ -113,7 +113,7 @@ class AceStep(AudioPipeline, FlowPipeline):
         )[0]
         return velocity.transpose(1, 2)
 
-    def _guided(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
+    def _guide(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
         """Adaptive projected guidance (arXiv 2410.02416) with ACE-Step's settings, without momentum: the difference, at
         most 2.5 long in each channel, less what of it lies along the conditional prediction.
         """
@@ -128,7 +128,7 @@ class AceStep(AudioPipeline, FlowPipeline):
         )
         return guided
 
-    def _finished(self, decoded: Tensor) -> Tensor:
+    def _postprocess(self, decoded: Tensor) -> Tensor:
         return at_one_loudness(decoded)
 
 

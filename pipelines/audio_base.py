@@ -71,7 +71,7 @@ class AudioPipeline(DiffusersPipeline):
         """Samples of a waveform for each frame of its latents."""
         return int(self.pipe.vae.hop_length)
 
-    def _decoded(self, latents: Tensor) -> Tensor:
+    def run_vae(self, latents: Tensor) -> Tensor:
         """Waveforms (B, channels, L) as the autoencoder makes them, of no certain range."""
         waveforms: Tensor = self.pipe.vae.decode(latents.to(self._vae_dtype), return_dict=False)[0]
         return waveforms

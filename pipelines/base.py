@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from genalign.diffusion.lora import ADAPTER, PEFT_CONFIG, load_lora, merge_lora
+from genalign.diffusion.lora import ADAPTER, PEFT_CONFIG, load_lora, merge_lora, sort_metadata
 from genalign.diffusion.paths import GaussianPath
 from genalign.runtime.files import write_json
 from genalign.runtime.memory_options import Memory
@@ -62,7 +62,7 @@ class DiffusersPipeline(ABC):
 
     kind: ClassVar[type[DiffusionPipeline]]
     first_order: ClassVar[type[SchedulerMixin]]  # whose noise levels are taken, whatever solver a checkpoint ships
-    trained: ClassVar[str] = "transformer"  # the component that is
+    denoiser_name: ClassVar[str] = "transformer"  # the component that is
     patch: ClassVar[int] = 2  # latent pixels side by side that the network takes as one
     unconditional: ClassVar[str | None] = ""  # the prompt that guidance leads away from, where it is one
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -73,12 +73,12 @@ class DiffusersPipeline(ABC):
         self.autocast = options.get("autocast")
         self.memory = options.get("memory", Memory())
         self._take_size(options)
-        self.max_sequence_length = options.get("max_sequence_length") or self._longest_text()
+        self.max_sequence_length = options.get("max_sequence_length") or self._default_max_tokens()
         self.distilled_guidance = options.get("distilled_guidance")
         if self.distilled_guidance is not None and not self.is_distilled:
             raise ValueError("this model has no guidance distilled into it: leave distilled_guidance out")
         self.fingerprint = fingerprint(self.denoiser)
-        self._worn = False
+        self._has_adapter = False
         self._cache: dict[str, dict[str, Tensor]] = {}
         self._batches: dict[str, list[str]] = {}
         self._prepare()
@@ -92,7 +92,7 @@ class DiffusersPipeline(ABC):
         if not self.memory.offload:
             self.pipe.to(self.device)
         if self.memory.checkpointing:
-            self.pipe.components[self.trained].enable_gradient_checkpointing()
+            self.pipe.components[self.denoiser_name].enable_gradient_checkpointing()
         if self.memory.tiling:
             self.pipe.vae.enable_tiling()
 
@@ -100,7 +100,7 @@ class DiffusersPipeline(ABC):
     def load(cls, path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **options: Unpack[Options]) -> Self:
         """Open a folder or a Hub id. Raises ``FileNotFoundError`` or ``ValueError`` saying what is there instead."""
         check_folder(path_or_id, cls.kind.__name__)
-        extra = quantized(options.get("memory", Memory()), cls.trained, dtype)
+        extra = quantized(options.get("memory", Memory()), cls.denoiser_name, dtype)
         pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, **extra)
         if not isinstance(pipe.scheduler, cls.first_order) or pipe.scheduler.config.get("solver_order", 1) > 1:
             told = "%s ships %s; here it is sampled by first-order steps on the grid of %s"
@@ -123,19 +123,21 @@ class DiffusersPipeline(ABC):
         """Noise levels for training at u in [0, 1] (B,)."""
 
     @abstractmethod
-    def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
+    def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Named tensors (P, ...) that the network is conditioned on; the text encoders are on the device."""
 
     @abstractmethod
-    def _network(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The network's output (B, C, h, w) for latents, timesteps (B,) and conditioning, all on the device."""
+    def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Call the denoiser once, without guidance or casts: latents x (B, C, ...), timesteps (B,) and conditioning
+        (B, ...) on the device to the network's output (B, C, ...).
+        """
 
-    def _guided(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
+    def _guide(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
         """Classifier-free guidance (arXiv 2207.12598)."""
         return unconditional + guidance * (conditional - unconditional)
 
-    def _decoded(self, latents: Tensor) -> Tensor:
-        """What the autoencoder makes of latents, such as images (B, 3, H, W) in [-1, 1]."""
+    def run_vae(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, C, ...) with the VAE, without casts or postprocessing: images (B, 3, H, W) in [-1, 1]."""
         config = self.pipe.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0  # not every autoencoder's config has one
         images: Tensor = self.pipe.vae.decode(
@@ -143,15 +145,15 @@ class DiffusersPipeline(ABC):
         )[0]
         return images
 
-    def _finished(self, decoded: Tensor) -> Tensor:
+    def _postprocess(self, decoded: Tensor) -> Tensor:
         """Samples in their range, such as images in [0, 1]."""
         return (decoded / 2 + 0.5).clamp(0, 1)
 
-    def _native_size(self) -> int:
+    def _default_size(self) -> int:
         """The side in latent pixels that the checkpoint was made for."""
-        return int(self.pipe.components[self.trained].config.sample_size)
+        return int(self.pipe.components[self.denoiser_name].config.sample_size)
 
-    def _longest_text(self) -> int:
+    def _default_max_tokens(self) -> int:
         """The number of text tokens unless the user chooses."""
         return int(self.pipe.tokenizer.model_max_length)
 
@@ -163,29 +165,32 @@ class DiffusersPipeline(ABC):
     def require_guidance(self, guidance: float) -> None:  # noqa: B027  # most networks take any
         """Raise ValueError for classifier-free guidance that the network was not made for."""
 
-    def longest_text(self, count: int) -> dict[str, Tensor]:
-        """What ``count`` texts of the greatest length are encoded as, without values: for estimates."""
-        return {"context": self._blank(count, self.max_sequence_length, self._config.cross_attention_dim)}
+    def longest_conditioning(self, count: int) -> dict[str, Tensor]:
+        """Conditioning of ``count`` prompts of the greatest length, with shapes as ``encode`` returns and zero values:
+        inputs of memory estimates.
+        """
+        return {"context": self.zeros(count, self.max_sequence_length, self._config.cross_attention_dim)}
 
-    def _blank(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, device=self.device, dtype=self.pipe.components[self.trained].dtype)
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros of ``shape`` on the pipeline's device, in the denoiser's dtype."""
+        return torch.zeros(shape, device=self.device, dtype=self.pipe.components[self.denoiser_name].dtype)
 
     @property
     def _config(self) -> Any:
-        return self.pipe.components[self.trained].config
+        return self.pipe.components[self.denoiser_name].config
 
     # what all share
 
     @property
     def denoiser(self) -> nn.Module:
         """The network that is trained."""
-        network: nn.Module = self.pipe.components[self.trained]
+        network: nn.Module = self.pipe.components[self.denoiser_name]
         return network
 
     @property
     def latent_channels(self) -> int:
         """C of its latents."""
-        return int(self.pipe.components[self.trained].config.in_channels)
+        return int(self.pipe.components[self.denoiser_name].config.in_channels)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -227,7 +232,7 @@ class DiffusersPipeline(ABC):
     def _latent_size(self, pixels: int | None) -> int:
         factor = int(self.pipe.vae_scale_factor)
         if pixels is None:
-            return self._native_size()
+            return self._default_size()
         if pixels < 1 or pixels % (factor * self.patch):
             raise ValueError(
                 f"height and width must be multiples of {factor * self.patch} for this model, not {pixels}"
@@ -270,7 +275,7 @@ class DiffusersPipeline(ABC):
     @torch.no_grad()
     def _encode_batch(self, texts: list[str]) -> None:
         with lent(self._text_encoders, self.device, self.memory.offload):
-            tensors = {name: tensor.cpu() for name, tensor in self._encoded(texts).items()}
+            tensors = {name: tensor.cpu() for name, tensor in self._encode_texts(texts).items()}
         for row, text in enumerate(texts):
             self._cache[text] = {name: tensor[row].clone() for name, tensor in tensors.items()}  # freed one by one
 
@@ -301,7 +306,7 @@ class DiffusersPipeline(ABC):
             return self._output(x, timestep, tensors)
         both = _beside(self._away(tensors), tensors)
         unconditional, conditional = self._output(torch.cat([x, x]), torch.cat([timestep, timestep]), both).chunk(2)
-        return self._guided(unconditional, conditional, guidance)
+        return self._guide(unconditional, conditional, guidance)
 
     def _away(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What guidance leads away from, a row for each row of ``tensors`` (B, ...)."""
@@ -310,13 +315,13 @@ class DiffusersPipeline(ABC):
         return {name: row[name].expand(len(tensor), *row[name].shape) for name, tensor in tensors.items()}
 
     def _output(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        dtype = self.pipe.components[self.trained].dtype
+        dtype = self.pipe.components[self.denoiser_name].dtype
         moved = {
             name: tensor.to(self.device, dtype if tensor.is_floating_point() else None)
             for name, tensor in tensors.items()
         }
         with self._mixed_precision():
-            return self._network(x.to(self.device, dtype), timestep.to(self.device), moved).float()
+            return self.run_denoiser(x.to(self.device, dtype), timestep.to(self.device), moved).float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Samples (B, ...) in their range, in float32; differentiable. Raises ValueError where a float16 VAE
@@ -324,18 +329,22 @@ class DiffusersPipeline(ABC):
         """
         parts = torch.split(latents.to(self.device), self.memory.decode_batch or len(latents))
         with lent([self.pipe.vae], self.device, self.memory.offload), self._mixed_precision():
-            decoded = torch.cat([self._decoded(part).float() for part in parts])
+            decoded = torch.cat([self.run_vae(part).float() for part in parts])
         if self._vae_dtype == torch.float16 and not bool(decoded.isfinite().all()):
             raise ValueError("the VAE overflowed in float16: open the model in bfloat16, or in float32 with autocast")
-        return self._finished(decoded)
+        return self._postprocess(decoded)
 
     def save_lora(self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
         """Write an adapter as the pipeline's ``load_lora_weights`` expects it, rank and alpha included."""
         metadata = {
             name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()
         }
-        layers = {f"{self.trained}_lora_layers": dict(state), f"{self.trained}_lora_adapter_metadata": metadata}
+        layers = {
+            f"{self.denoiser_name}_lora_layers": dict(state),
+            f"{self.denoiser_name}_lora_adapter_metadata": metadata,
+        }
         type(self.pipe).save_lora_weights(directory, **layers)
+        sort_metadata(directory / "pytorch_lora_weights.safetensors")
         self._save_base(directory)
 
     def _save_base(self, directory: Path) -> None:
@@ -344,21 +353,21 @@ class DiffusersPipeline(ABC):
 
     def save_denoiser(self, directory: Path) -> None:
         """Write the network as diffusers opens it."""
-        self.pipe.components[self.trained].save_pretrained(directory)
+        self.pipe.components[self.denoiser_name].save_pretrained(directory)
 
     def load_denoiser(self, directory: Path) -> None:
         """Take the weights that ``save_denoiser`` wrote."""
-        network = self.pipe.components[self.trained]
+        network = self.pipe.components[self.denoiser_name]
         network.load_state_dict(type(network).from_pretrained(directory).state_dict())
 
     def save_merged(self, directory: Path, whole: bool) -> None:
         """Write the network with its adapter, where it wears one, in its weights, or the ``whole`` pipeline so.
         It has no adapter afterwards.
         """
-        if self._worn:
+        if self._has_adapter:
             merge_lora(self.denoiser)
-            self._worn = False
-        (self.pipe if whole else self.pipe.components[self.trained]).save_pretrained(directory)
+            self._has_adapter = False
+        (self.pipe if whole else self.pipe.components[self.denoiser_name]).save_pretrained(directory)
 
     def load_lora(self, source: str | Path) -> None:
         """Put on an adapter that ``save_lora``, diffusers or PEFT wrote: a folder, a .safetensors file, or a Hub id.
@@ -378,7 +387,7 @@ class DiffusersPipeline(ABC):
             load_lora(self.denoiser, folder)
         else:
             self._load_published(source)
-        self._worn = True
+        self._has_adapter = True
 
     def _load_published(self, source: str | Path) -> None:
         self.pipe.load_lora_weights(source, adapter_name=ADAPTER, use_safetensors=True)

@@ -28,26 +28,26 @@ class Flux(FlowPipeline):
         """C of its latents; the network takes four times as many."""
         return super().latent_channels // 4
 
-    def _native_size(self) -> int:
+    def _default_size(self) -> int:
         return int(self.pipe.default_sample_size)
 
-    def _longest_text(self) -> int:
+    def _default_max_tokens(self) -> int:
         return _T5_LENGTH
 
     def _own_sigmas(self, num_steps: int) -> list[float] | None:
         return [float(sigma) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
 
-    def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
+    def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         context, pooled, _ = self.pipe.encode_prompt(
             texts, None, device=self.device, max_sequence_length=self.max_sequence_length
         )
         return {"context": context, "pooled": pooled}
 
-    def longest_text(self, count: int) -> dict[str, Tensor]:
+    def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """As every family."""
         config = self._config
-        context = self._blank(count, self.max_sequence_length, config.joint_attention_dim)
-        return {"context": context, "pooled": self._blank(count, config.pooled_projection_dim)}
+        context = self.zeros(count, self.max_sequence_length, config.joint_attention_dim)
+        return {"context": context, "pooled": self.zeros(count, config.pooled_projection_dim)}
 
     def require_guidance(self, guidance: float) -> None:
         """A guidance-distilled network takes none."""
@@ -62,7 +62,7 @@ class Flux(FlowPipeline):
         """Whether guidance is an input of the network."""
         return bool(self.pipe.transformer.config.guidance_embeds)
 
-    def _network(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         told = self.distilled_guidance or DISTILLED_GUIDANCE
         guidance = torch.full((len(x),), told, device=x.device) if self.is_distilled else None
         tokens = self.denoiser(

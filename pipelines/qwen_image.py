@@ -25,27 +25,27 @@ class QwenImage(FlowPipeline):
         """C of its latents; the network takes four times as many."""
         return super().latent_channels // 4
 
-    def _native_size(self) -> int:
+    def _default_size(self) -> int:
         return int(self.pipe.default_sample_size)
 
-    def _longest_text(self) -> int:
+    def _default_max_tokens(self) -> int:
         return _LONGEST
 
     def _own_sigmas(self, num_steps: int) -> list[float] | None:
         return [float(sigma) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
 
-    def longest_text(self, count: int) -> dict[str, Tensor]:
+    def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """As every family; nothing is masked."""
-        context = self._blank(count, self.max_sequence_length, self._config.joint_attention_dim)
+        context = self.zeros(count, self.max_sequence_length, self._config.joint_attention_dim)
         return {"context": context, "mask": torch.ones(context.shape[:2], dtype=torch.long)}
 
-    def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
+    def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         context, mask = self.pipe.encode_prompt(texts, self.device, max_sequence_length=self.max_sequence_length)
         if mask is None:  # all are equally long
             mask = torch.ones(context.shape[:2], dtype=torch.long, device=context.device)
         return {"context": context, "mask": mask}
 
-    def _network(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         tokens = self.denoiser(
             hidden_states=pack(x),
             timestep=timestep / 1000,
@@ -56,13 +56,13 @@ class QwenImage(FlowPipeline):
         )[0]
         return unpack(tokens, self.height, self.width)
 
-    def _guided(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
+    def _guide(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
         """Guidance at the conditional prediction's norm in every token."""
-        wanted, away = pack(conditional), pack(super()._guided(unconditional, conditional, guidance))
+        wanted, away = pack(conditional), pack(super()._guide(unconditional, conditional, guidance))
         kept = away * (wanted.norm(dim=-1, keepdim=True) / away.norm(dim=-1, keepdim=True))
         return unpack(kept, self.height, self.width)
 
-    def _decoded(self, latents: Tensor) -> Tensor:
+    def run_vae(self, latents: Tensor) -> Tensor:
         config = self.pipe.vae.config
         mean, std = (
             latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)

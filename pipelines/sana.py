@@ -27,15 +27,15 @@ class Sana(FlowPipeline):
             config, shift=config.get("flow_shift", config.get("shift", 1.0))
         )
 
-    def _longest_text(self) -> int:
+    def _default_max_tokens(self) -> int:
         return _GEMMA_LENGTH
 
-    def longest_text(self, count: int) -> dict[str, Tensor]:
+    def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """As every family."""
-        context = self._blank(count, self.max_sequence_length, self._config.caption_channels)
+        context = self.zeros(count, self.max_sequence_length, self._config.caption_channels)
         return {"context": context, "mask": torch.ones(context.shape[:2], dtype=torch.long, device=self.device)}
 
-    def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
+    def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """The empty prompt is encoded without the instruction that goes before the others, as diffusers does it."""
         rows = [self._encoded_one(text) for text in texts]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
@@ -50,7 +50,7 @@ class Sana(FlowPipeline):
         )
         return {"context": context, "mask": mask}
 
-    def _network(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         velocity: Tensor = self.denoiser(
             x,
             encoder_hidden_states=tensors["context"],

@@ -19,17 +19,17 @@ class SD3(FlowPipeline):
 
     kind = StableDiffusion3Pipeline
 
-    def _longest_text(self) -> int:
+    def _default_max_tokens(self) -> int:
         tokenizer = self.pipe.tokenizer_3
         return _DIFFUSERS_T5_LENGTH if tokenizer is None else min(_DIFFUSERS_T5_LENGTH, int(tokenizer.model_max_length))
 
-    def longest_text(self, count: int) -> dict[str, Tensor]:
+    def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """CLIP's tokens, then T5's."""
         tokens, config = self.pipe.tokenizer.model_max_length + self.max_sequence_length, self._config
-        context = self._blank(count, tokens, config.joint_attention_dim)
-        return {"context": context, "pooled": self._blank(count, config.pooled_projection_dim)}
+        context = self.zeros(count, tokens, config.joint_attention_dim)
+        return {"context": context, "pooled": self.zeros(count, config.pooled_projection_dim)}
 
-    def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
+    def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         context, _, pooled, _ = self.pipe.encode_prompt(
             texts,
             None,
@@ -40,7 +40,7 @@ class SD3(FlowPipeline):
         )
         return {"context": context, "pooled": pooled}
 
-    def _network(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         velocity: Tensor = self.denoiser(
             hidden_states=x,
             timestep=timestep,

@@ -78,11 +78,11 @@ class StableAudio(AudioPipeline):
         save_peft(directory, state, config)
         self._save_base(directory)
 
-    def longest_text(self, count: int) -> dict[str, Tensor]:
+    def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """The text's tokens and those of the duration."""
         tokens = self.max_sequence_length + _DURATION_TOKENS
-        context = self._blank(count, tokens, self._config.cross_attention_input_dim)
-        return {"context": context, "seconds": self._blank(count, 1, self._config.global_states_input_dim)}
+        context = self.zeros(count, tokens, self._config.cross_attention_input_dim)
+        return {"context": context, "seconds": self.zeros(count, 1, self._config.global_states_input_dim)}
 
     @property
     def frames(self) -> int:
@@ -101,7 +101,7 @@ class StableAudio(AudioPipeline):
     def _longest_seconds(self) -> float:
         return self.frames * self._hop / self.sample_rate
 
-    def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
+    def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         text = self.pipe.encode_prompt(texts, self.device, do_classifier_free_guidance=False)
         begin, end = self.pipe.encode_duration(0.0, self.seconds, self.device, False, len(texts))
         return {"context": torch.cat([text, begin, end], dim=1), "seconds": torch.cat([begin, end], dim=2)}
@@ -109,7 +109,7 @@ class StableAudio(AudioPipeline):
     def _away(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {**tensors, "context": torch.zeros_like(tensors["context"])}
 
-    def _network(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         places = get_1d_rotary_pos_embed(
             self.pipe.rotary_embed_dim, self.frames + 1, use_real=True, repeat_interleave_real=False
         )
@@ -123,7 +123,7 @@ class StableAudio(AudioPipeline):
         )[0]
         return output
 
-    def _finished(self, decoded: Tensor) -> Tensor:
+    def _postprocess(self, decoded: Tensor) -> Tensor:
         return decoded[..., : self.sample_shape[1]].clamp(-1, 1)
 
     def _prepare(self) -> None:

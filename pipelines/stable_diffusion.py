@@ -17,7 +17,7 @@ from pipelines.base import DiffusersPipeline
 class UNetPipeline(DiffusersPipeline):
     """A family on x = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1, told integer timesteps of its training."""
 
-    trained = "unet"
+    denoiser_name = "unet"
     patch = 1
 
     @property
@@ -55,11 +55,11 @@ class StableDiffusion(UNetPipeline):
         alpha_squared = torch.cat([scheduler.alphas_cumprod.double()[scheduler.timesteps], last])
         return Grid(scheduler.timesteps.double(), alpha_squared.sqrt(), (1 - alpha_squared).sqrt())
 
-    def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
+    def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         context, _ = self.pipe.encode_prompt(texts, self.device, 1, do_classifier_free_guidance=False)
         return {"context": context}
 
-    def _network(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         output: Tensor = self.denoiser(x, timestep, encoder_hidden_states=tensors["context"], return_dict=False)[0]
         return output
 
@@ -81,13 +81,13 @@ class SDXL(UNetPipeline):
         alpha = (1 + ratio**2).rsqrt()
         return Grid(scheduler.timesteps.double(), alpha, ratio * alpha)
 
-    def longest_text(self, count: int) -> dict[str, Tensor]:
+    def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """As every family; the pooled text is what the network takes beside six numbers of sizes."""
         config = self._config
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        return {**super().longest_text(count), "pooled": self._blank(count, pooled)}
+        return {**super().longest_conditioning(count), "pooled": self.zeros(count, pooled)}
 
-    def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
+    def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         context, _, pooled, _ = self.pipe.encode_prompt(
             texts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -96,7 +96,7 @@ class SDXL(UNetPipeline):
             told = torch.ones_like(told)
         return {"context": context * told[:, None, None], "pooled": pooled * told[:, None]}
 
-    def _network(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         size = torch.tensor([*self.resolution, 0, 0, *self.resolution], device=x.device, dtype=x.dtype)
         output: Tensor = self.denoiser(
             x,

@@ -132,7 +132,7 @@ def test_a_lora_goes_through_diffusers_unchanged(family: str, folder_of: Callabl
     ours.save_lora(tmp_path, policy.adapter_state(), policy.config)  # type: ignore[arg-type]  # it has one
     vanilla = FAMILIES[family].ours.kind.from_pretrained(folder_of(family))
     vanilla.load_lora_weights(tmp_path)
-    loaded = get_peft_model_state_dict(vanilla.components[ours.trained], adapter_name="default_0")
+    loaded = get_peft_model_state_dict(vanilla.components[ours.denoiser_name], adapter_name="default_0")
     assert loaded.keys() == policy.adapter_state().keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in policy.adapter_state().items())
     theirs = type(ours)(vanilla, **_sizes(family))
