@@ -1,4 +1,4 @@
-"""What the documentation shows does what it says."""
+"""Commands, configurations and code in the documentation work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ REWARDS = (METHODS.parent / "rewards.md").read_text()
 AUDIO = (METHODS.parent / "audio.md").read_text()
 
 
-def test_the_added_method_trains(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_method_of_the_add_a_method_page_trains(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (code,) = re.findall(r"```python\n(# my_methods\.py\n.*?)```", (METHODS / "add_a_method.md").read_text(), re.DOTALL)
     functions = code[code.index("def ranks") :]
     assert len([line for line in functions.splitlines() if line.strip()]) < 20
@@ -34,15 +36,15 @@ def test_the_added_method_trains(tmp_path: Path, tiny_folder: Path, monkeypatch:
     monkeypatch.syspath_prepend(str(tmp_path))
     small = ["--training.rounds", "1", "--training.prompts_per_round", "2", "--training.group_size", "4"]
     small += ["--training.batch_size", "4", "--before_after", "null", "--held_out.every", "0", "--lora.rank", "2"]
-    chosen = ["--recipe", "my_methods.rank_grpo", "--recipe.window", "3", "--model.path", str(tiny_folder)]
+    method = ["--recipe", "my_methods.rank_grpo", "--recipe.window", "3", "--model.path", str(tiny_folder)]
     try:
-        assert main(["demo", "--output", str(tmp_path / "run"), *chosen, *small]) == 0
+        assert main(["demo", "--output", str(tmp_path / "run"), *method, *small]) == 0
     finally:
         sys.modules.pop("my_methods", None)
     assert (tmp_path / "run" / "lora").is_dir()
 
 
-def test_the_own_reward_keeps_to_the_contract(
+def test_reward_of_the_rewards_page_passes_reward_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (code,) = re.findall(r"```python\n(# my_scores\.py\n.*?)```", REWARDS, re.DOTALL)
@@ -57,7 +59,7 @@ def test_the_own_reward_keeps_to_the_contract(
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", REWARDS + AUDIO, re.DOTALL))
-def test_shown_configurations_are_taken(tmp_path: Path, block: str) -> None:
+def test_configurations_parse(tmp_path: Path, block: str) -> None:
     whole = {"rewards": {"size": {"function": "rewards.jpeg.compressibility"}}, "output": "runs/x"}
     whole |= {"recipe": {"class_path": "genalign.algorithms.recipes.flow_grpo"}, **yaml.safe_load(block)}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
@@ -65,7 +67,7 @@ def test_shown_configurations_are_taken(tmp_path: Path, block: str) -> None:
     assert set(settings.rewards) == set(whole["rewards"])
 
 
-def test_named_objects_are_there() -> None:
+def test_named_objects_exist() -> None:
     names = set(re.findall(r"`((?:rewards|genalign)\.[a-z_.]+\.[A-Za-z]\w+)", REWARDS + AUDIO))
     names |= {f"rewards.combine.{name}" for name in re.findall(r"^\| `(\w+)\(", REWARDS, re.MULTILINE)}
     assert len(names) > 30
@@ -85,20 +87,20 @@ def _pages(entry: Any) -> Iterator[str]:
 
 def test_every_page_is_in_the_navigation() -> None:
     listed = list(_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
-    there = {path.relative_to("docs").as_posix() for path in PAGES if path.is_relative_to("docs")}
-    assert set(listed) == there and len(listed) == len(there)
+    pages = {path.relative_to("docs").as_posix() for path in PAGES if path.is_relative_to("docs")}
+    assert set(listed) == pages and len(listed) == len(pages)
 
 
-def test_every_result_is_on_the_page_of_results() -> None:
-    shown = set(re.findall(r"<!-- results:(\w+) -->", PAGES[Path("docs/results.md")]))
-    assert shown == {path.stem for path in (ROOT / "docs" / "results").glob("*.json")}
+def test_every_result_is_on_the_results_page() -> None:
+    tables = set(re.findall(r"<!-- results:(\w+) -->", PAGES[Path("docs/results.md")]))
+    assert tables == {path.stem for path in (ROOT / "docs" / "results").glob("*.json")}
 
 
 def _code() -> list[str]:
     return [block for page in PAGES.values() for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
 
 
-def test_shown_code_compiles_and_imports_what_is_there() -> None:
+def test_code_compiles_and_its_imports_exist() -> None:
     blocks = _code()
     assert len(blocks) > 10
     for block in blocks:
@@ -111,11 +113,11 @@ def test_shown_code_compiles_and_imports_what_is_there() -> None:
 
 
 class ParsedError(Exception):
-    """The settings of a command were taken."""
+    """The settings of a command were parsed."""
 
 
 def _commands() -> list[str]:
-    """Every command line in the pages, options in brackets included; files and folders of the reader's by ours."""
+    """Every command line of the pages, with optional arguments; the reader's own files are replaced by the demo's."""
     pages = [re.sub(r"\\\n +", "", page) for page in PAGES.values()]
     lines = {line for page in pages for line in re.findall(r"^(?: {4})?genalign (\S.*)$", page, re.MULTILINE)}
     own = re.compile(r"(?<=--config )(FILE|mine\.yaml)")
@@ -126,7 +128,7 @@ def _commands() -> list[str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory with shipped configurations, the modules that pages write, and the runs that they name."""
+    """A working directory with the shipped configurations, and the modules and runs that the pages name."""
     demo = folder_of("genalign") / "assets" / "demo.yaml"
     shutil.copytree(ROOT / "scripts" / "configs", tmp_path / "scripts" / "configs")
     (tmp_path / "genalign" / "assets").mkdir(parents=True)
@@ -138,8 +140,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("mine", "first"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.json").write_text(json.dumps(yaml.safe_load(demo.read_text())))
-    (shown,) = re.findall(r"```yaml\n(.*?)```", PAGES[Path("README.md")], re.DOTALL)
-    (tmp_path / "pickscore.yaml").write_text(shown)
+    (pickscore,) = re.findall(r"```yaml\n(.*?)```", PAGES[Path("README.md")], re.DOTALL)
+    (tmp_path / "pickscore.yaml").write_text(pickscore)
     (tmp_path / "prompts.txt").write_text("a circle\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -150,7 +152,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.usefixtures("checkout")
 @pytest.mark.parametrize("line", [line for line in _commands() if not line.startswith("report ")])
-def test_shown_commands_are_taken(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parse = config.parse
 
     def parsed(settings: type[Any], arguments: Sequence[str], command: str) -> Never:

@@ -1,4 +1,4 @@
-"""Imports go one way: between the packages, and between the rooms of genalign, which stand on floors."""
+"""Packages, and the subpackages of genalign, import in one direction only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OUTSIDE_THE_ORDER = {"__init__.py", "__main__.py"}  # directly in genalign/
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Dotted names of the modules that a file imports, wherever in it."""
+    """The dotted names that a file imports, at module level and inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -77,7 +77,7 @@ def test_rooms_import_downwards_only() -> None:
     assert wrong == []
 
 
-def test_only_commands_rewards_and_scripts_know_the_worlds() -> None:
+def test_only_commands_rewards_and_scripts_import_worlds() -> None:
     wrong = [
         f"{path} imports {name}"
         for package in ("genalign", "pipelines")

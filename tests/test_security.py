@@ -1,4 +1,4 @@
-"""What must never happen, whatever a file, a prompt or a server says: code that runs, files elsewhere, secrets told."""
+"""Untrusted files, prompts and servers never execute code, write outside their folder, or leak secrets."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from tests.packages import folder_of
 
 PACKAGES = ("genalign", "pipelines", "rewards", "scripts")
 
-# --- the tree ---------------------------------------------------------------------------------------------------------
+# --- source code
 
-RUNS_CODE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-CALLS = {
+UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+UNSAFE_CALLS = {
     "eval": "evaluates text",
     "exec": "runs text",
     "__import__": "imports by a text",
@@ -47,8 +47,8 @@ CALLS = {
     "yaml.unsafe_load": "makes objects: use yaml.safe_load",
     "tempfile.mktemp": "names a file that another may make",
 }
-KEYWORDS = {"shell": True, "trust_remote_code": True, "allow_pickle": True, "verify": False, "autoescape": False}
-NEEDED = {
+UNSAFE_KEYWORDS = {"shell": True, "trust_remote_code": True, "allow_pickle": True, "verify": False, "autoescape": False}
+REQUIRED_KEYWORDS = {
     "torch.load": ("weights_only", True),
     "Image.open": ("formats", None),
     "Environment": ("autoescape", True),
@@ -56,7 +56,7 @@ NEEDED = {
 
 
 def _name(node: ast.expr) -> str:
-    """A dotted name, which begins with a dot where it is of a value that has none."""
+    """The dotted name of an expression; it begins with a dot if the expression starts with a call or a literal."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.insert(0, node.attr)
@@ -64,42 +64,44 @@ def _name(node: ast.expr) -> str:
     return ".".join([node.id if isinstance(node, ast.Name) else "", *parts])
 
 
-def _imported(node: ast.AST) -> Iterator[str]:
+def _unsafe_imports(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Import):
-        yield from (f"imports {alias.name}" for alias in node.names if alias.name.split(".")[0] in RUNS_CODE)
-    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in RUNS_CODE:
+        yield from (f"imports {alias.name}" for alias in node.names if alias.name.split(".")[0] in UNSAFE_MODULES)
+    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in UNSAFE_MODULES:
         yield from (f"imports {alias.name}" for alias in node.names if alias.name != "UnpicklingError")
 
 
-def _called(node: ast.AST) -> Iterator[str]:
+def _unsafe_calls(node: ast.AST) -> Iterator[str]:
     if not isinstance(node, ast.Call):
         return
-    name, given = _name(node.func), {word.arg: word.value for word in node.keywords}
-    if name in CALLS:
-        yield f"{name} {CALLS[name]}"
-    for word, value in given.items():
-        if word in KEYWORDS and not (isinstance(value, ast.Constant) and value.value is not KEYWORDS[word]):
+    name, keywords = _name(node.func), {word.arg: word.value for word in node.keywords}
+    if name in UNSAFE_CALLS:
+        yield f"{name} {UNSAFE_CALLS[name]}"
+    for word, value in keywords.items():
+        if word in UNSAFE_KEYWORDS and not (
+            isinstance(value, ast.Constant) and value.value is not UNSAFE_KEYWORDS[word]
+        ):
             yield f"{name} has {word}={ast.unparse(value)}"
-    if name in NEEDED:
-        word, wanted = NEEDED[name]
-        found = given.get(word)
-        if found is None or (wanted is not None and not (isinstance(found, ast.Constant) and found.value is wanted)):
+    if name in REQUIRED_KEYWORDS:
+        word, wanted = REQUIRED_KEYWORDS[name]
+        value = keywords.get(word)
+        if value is None or (wanted is not None and not (isinstance(value, ast.Constant) and value.value is wanted)):
             yield f"{name} needs {word}={wanted or '...'}"
 
 
-def wrongs(source: str) -> list[str]:
-    """What of a module's text is not allowed here."""
-    return [told for node in ast.walk(ast.parse(source)) for told in (*_imported(node), *_called(node))]
+def violations(source: str) -> list[str]:
+    """List the unsafe imports and calls of a module's source."""
+    return [line for node in ast.walk(ast.parse(source)) for line in (*_unsafe_imports(node), *_unsafe_calls(node))]
 
 
-def test_nothing_in_the_tree_runs_what_it_reads() -> None:
-    found = {
-        path: told
+def test_no_module_can_execute_untrusted_data() -> None:
+    unsafe = {
+        path: lines
         for package in PACKAGES
         for path in sorted(folder_of(package).rglob("*.py"))
-        if (told := wrongs(path.read_text(encoding="utf-8")))
+        if (lines := violations(path.read_text(encoding="utf-8")))
     }
-    assert found == {}
+    assert unsafe == {}
 
 
 @pytest.mark.parametrize(
@@ -122,19 +124,19 @@ def test_nothing_in_the_tree_runs_what_it_reads() -> None:
         "httpx.Client(verify=False)",
     ],
 )
-def test_the_search_would_find(source: str) -> None:
-    assert wrongs(source)
+def test_unsafe_source_is_detected(source: str) -> None:
+    assert violations(source)
 
 
-def test_the_search_lets_pass() -> None:
-    assert wrongs("from pickle import UnpicklingError\ntorch.load(path, weights_only=True)\nmodel.eval()") == []
+def test_safe_source_passes() -> None:
+    assert violations("from pickle import UnpicklingError\ntorch.load(path, weights_only=True)\nmodel.eval()") == []
 
 
-# --- files that are read ----------------------------------------------------------------------------------------------
+# --- input files ----------------------------------------------------------------------------------------------
 
 
 def _bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that says how large it is."""
+    """A PNG of a few bytes whose header claims a large image."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -144,7 +146,7 @@ def _bomb(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
-def test_an_image_is_not_decoded_before_its_size_is_known(tmp_path: Path, side: int) -> None:
+def test_image_size_is_checked_before_decoding(tmp_path: Path, side: int) -> None:
     (tmp_path / "bomb.png").write_bytes(_bomb(side, side))
     with pytest.raises(
         ValueError, match=r"bomb\.png (has 9000 x 9000 pixels, over 67108864|cannot be read as an image)"
@@ -152,13 +154,13 @@ def test_an_image_is_not_decoded_before_its_size_is_known(tmp_path: Path, side: 
         read_image(tmp_path / "bomb.png")
 
 
-def test_an_image_of_another_kind_is_not_opened(tmp_path: Path) -> None:
+def test_image_of_another_format_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png", "GIF")
     with pytest.raises(ValueError, match=r"x\.png cannot be read as an image"):
         read_image(tmp_path / "x.png")
 
 
-def test_a_recording_is_not_decoded_before_its_length_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_audio_length_is_checked_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     soundfile = pytest.importorskip("soundfile")
     soundfile.write(tmp_path / "long.wav", np.zeros((600, 2), np.float32), 8000)
     assert media.read_waveform(tmp_path / "long.wav").waveform.shape == (2, 600)
@@ -168,27 +170,27 @@ def test_a_recording_is_not_decoded_before_its_length_is_known(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "/etc/passwd", "..", "./../x"])
-def test_a_name_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+def test_path_outside_its_folder_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="leads out of"):
         inside(tmp_path, name)
 
 
-def test_a_name_within_its_folder_is_taken(tmp_path: Path) -> None:
+def test_path_inside_its_folder_is_accepted(tmp_path: Path) -> None:
     assert inside(tmp_path, "a/b.png") == tmp_path / "a" / "b.png"
     assert inside(tmp_path, "a/../..b.png") == tmp_path / "..b.png"
 
 
-def test_samples_to_check_a_reward_on_are_in_their_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reward_check_reads_no_sample_outside_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     (tmp_path / "samples").mkdir()
     line = json.dumps({"file_name": "../secret.png", "prompt": "x"})
     (tmp_path / "samples" / "prompts.jsonl").write_text(f"{line}\n")
-    asked = ["reward", "check", "rewards.jpeg:compressibility", "--samples", str(tmp_path / "samples")]
-    assert main(asked) == 2
+    arguments = ["reward", "check", "rewards.jpeg:compressibility", "--samples", str(tmp_path / "samples")]
+    assert main(arguments) == 2
     assert "'../secret.png' leads out of" in capsys.readouterr().err
 
 
-def test_a_comparison_s_runs_are_in_its_folder() -> None:
+def test_comparison_run_names_stay_in_its_folder() -> None:
     for name in ("../x", "/x", "..", "a/b", ""):
         with pytest.raises(ValueError, match="runs has a name that is no folder's"):
             Compare("out", "base.yaml", {name: {}}, [0])
@@ -196,7 +198,7 @@ def test_a_comparison_s_runs_are_in_its_folder() -> None:
 
 
 @pytest.mark.parametrize("library", ["evil", "os", "builtins", "transformers.models"])
-def test_a_checkpoint_s_own_code_is_not_run(tiny_folder: Path, tmp_path: Path, library: str) -> None:
+def test_code_inside_a_checkpoint_is_not_run(tiny_folder: Path, tmp_path: Path, library: str) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
     index = json.loads((folder / "model_index.json").read_text())
@@ -208,7 +210,7 @@ def test_a_checkpoint_s_own_code_is_not_run(tiny_folder: Path, tmp_path: Path, l
     assert not (tmp_path / "was-run").exists()
 
 
-# --- files that are written, and secrets ------------------------------------------------------------------------------
+# --- output files and secrets ------------------------------------------------------------------------------
 
 EVIL = "../../evil"
 HOSTILE = [
@@ -230,7 +232,7 @@ def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 
 @pytest.fixture
 def assert_only_in(tmp_path: Path) -> Callable[[Path], None]:
-    """Whether nothing but a folder, below a few others so that ".." leads somewhere, was written into."""
+    """Check that files were written only into one folder, which is nested so that ".." leads to an existing one."""
 
     def check(folder: Path) -> None:
         outside = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(folder)]
@@ -241,7 +243,7 @@ def assert_only_in(tmp_path: Path) -> Callable[[Path], None]:
 
 
 @pytest.mark.slow
-def test_runs_on_hostile_prompts_stay_in_their_folders_and_tell_no_secret(
+def test_hostile_prompts_write_only_into_the_output_folder_and_leak_no_secret(
     tiny_folder: Path,
     tmp_path: Path,
     assert_only_in: Callable[[Path], None],
@@ -277,7 +279,7 @@ def test_runs_on_hostile_prompts_stay_in_their_folders_and_tell_no_secret(
         }
         (tmp_path / "run.json").write_text(json.dumps(settings))
         assert main(["train", "--config", str(tmp_path / "run.json")]) == 0
-        search = ["steer", "--output", str(output / "found"), "--model.path", str(tiny_folder), "--prompts", prompts]
+        search = ["steer", "--output", str(output / "steered"), "--model.path", str(tiny_folder), "--prompts", prompts]
         search += ["--rewards.red.function", "rewards.jpeg.compressibility"]
         search += ["--strategy", "genalign.search.BestOfN", "--strategy.candidates", "2", "--sampling.num_steps", "2"]
         assert main([*search, "--limit", "2"]) == 0
@@ -287,15 +289,15 @@ def test_runs_on_hostile_prompts_stay_in_their_folders_and_tell_no_secret(
     assert names == ["00000/samples/0000.png"]
     assert_only_in(output)
     written = b"".join(path.read_bytes() for path in output.rglob("*") if path.is_file())
-    told = caplog.text + "".join(capsys.readouterr())
+    printed = caplog.text + "".join(capsys.readouterr())
     for secret in SECRETS.values():
-        assert secret.encode() not in written and secret not in told
+        assert secret.encode() not in written and secret not in printed
     for page in output.rglob("report.html"):
         assert "<script" not in page.read_text() and "49 $(" not in page.read_text()
 
 
-def test_metadata_names_no_file_of_a_folder_of_images(tmp_path: Path) -> None:
-    """What GenEval's layout is read by is its numbers."""
+def test_metadata_cannot_choose_file_names(tmp_path: Path) -> None:
+    """Folders and files in GenEval's layout are named by numbers alone."""
     metadata = {**HOSTILE[0], "tag": "single_object", "include": [{"class": "bench", "count": 1}]}
     write_samples(tmp_path / "images", 3, Prompt(metadata["prompt"], metadata), torch.rand(1, 3, 8, 8))
     (sample,) = read_samples(tmp_path / "images")
@@ -313,13 +315,13 @@ def test_metadata_names_no_file_of_a_folder_of_images(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("make", [RemoteReward, lambda url: Endpoint(url, "model")], ids=["remote", "judge"])
-def test_an_address_holds_no_secret(url: str, make: Callable[[str], object]) -> None:
-    with pytest.raises(ValueError, match="holds a name, a password or a query: give keys by the environment") as told:
+def test_url_with_a_secret_is_refused(url: str, make: Callable[[str], object]) -> None:
+    with pytest.raises(ValueError, match="holds a name, a password or a query: give keys by the environment") as error:
         make(url)
-    assert "hunter2" not in str(told.value)
+    assert "hunter2" not in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/x", "host:8000", "http://"])
-def test_an_address_is_one_of_http(url: str) -> None:
+def test_url_must_be_http(url: str) -> None:
     with pytest.raises(ValueError, match=r"is no address of a server: give one such as http://127\.0\.0\.1:8000"):
         RemoteReward(url)
