@@ -13,3 +13,6 @@ from genalign.search.noise_search import ZeroOrder as ZeroOrder
 from genalign.search.pruning import Prune as Prune
 from genalign.search.run_search import SearchResult as SearchResult
 from genalign.search.run_search import search as search
+from genalign.search.stepwise import Selection as Selection
+from genalign.search.stepwise import Stepwise as Stepwise
+from genalign.search.stepwise import StepwiseCall as StepwiseCall

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -19,7 +18,9 @@ from torch import Tensor
 
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.transitions import DDIM, ODE
-from genalign.search import BestOfN, FKSteering, Prune, RewardGradient
+from genalign.search import BestOfN, FKSteering, Prune, ReNO, RewardGradient, Selection, Stepwise
+from genalign.search.ranking import best_per_prompt
+from genalign.search.stepwise import StepwiseStrategy
 from genalign.types import Prompt
 from pipelines import SD3, prune, steer
 from pipelines.steering.decode import decode_latents
@@ -107,35 +108,70 @@ def test_the_users_code_is_unchanged(tiny_folder: object) -> None:
     assert SD3.load(str(tiny_folder)).pipe.scheduler.step  # the class is untouched
 
 
-def test_what_cannot_be_steered_is_refused() -> None:
+class KeepBest(Selection):
+    """Fills a prompt's places with copies of the particle whose preview scores best."""
+
+    def select(self, step: int, scores: Tensor) -> Tensor:
+        return best_per_prompt(scores, self.call.prompt, 1)[self.call.prompt]
+
+
+class Greedy:
+    """A strategy that this repository does not have."""
+
+    selection: type[Selection] = KeepBest
+
+    def stepwise(self) -> Stepwise:
+        return Stepwise(kernel=DDIM(1.0), scoring_steps=lambda total: range(1, total - 1), selection=self.selection)
+
+
+def test_a_new_stepwise_strategy_steers_without_a_change_of_this_package() -> None:
     family = sd15()
-    with (
-        pytest.raises(ValueError, match="DDIMScheduler is deterministic"),
-        steer(family.pipe, loudness, replace(FK, kernel=None), prompts=["noise"]),
-    ):
-        pass
-    with (
-        pytest.raises(ValueError, match="call the pipeline with num_images_per_prompt=4"),
-        steer(family.pipe, loudness, FK, prompts=["noise"]),
-    ):
-        family.run(range(3))
-    with pytest.raises(ValueError, match="give steer prompts="), steer(family.pipe, loudness, FK):
-        family.run(range(PARTICLES))
-    assert isinstance(family.pipe.scheduler, DDIMScheduler) and "step" not in vars(family.pipe.scheduler)
-    with (
-        pytest.raises(ValueError, match="moves without noise"),
-        steer(family.pipe, loudness, replace(FK, kernel=ODE()), prompts=["noise"]),
-    ):
-        family.run(range(PARTICLES))
+    with steer(family.pipe, loudness, Greedy(), prompts=["noise", "silence"]) as steering:
+        family.run(range(4))
+    lineage, scores = steering.lineage, steering.scores
+    assert scores is not None and scores[0] >= scores[1] and scores[2] >= scores[3]
+    for done in (2, 3):
+        for prompt in (0, 1):
+            before = [node for node in lineage.nodes if node.prompt == prompt and node.end_step == done]
+            best = max(before, key=lambda node: node.scores[-1][1])
+            copies = [node for node in lineage.nodes if node.prompt == prompt and node.start_step == done]
+            assert [node.parent for node in copies] == [lineage.nodes.index(best)] * 2
+    assert steering.ledger.decodes == 4 * 3
 
 
-def test_what_only_a_search_can_do_is_not_ignored() -> None:
-    pipe = sd15().pipe
-    with pytest.raises(ValueError, match="keeps the scheduler's moves"), steer(pipe, loudness, BestOfN(4, DDIM(1.0))):
-        pass
-    guided = replace(FK, guide=RewardGradient())
-    with pytest.raises(ValueError, match=r"for those use genalign\.search"), steer(pipe, loudness, guided):
-        pass
+def test_a_selection_across_prompts_is_refused() -> None:
+    class Mixed(Selection):
+        def select(self, step: int, scores: Tensor) -> Tensor:
+            return torch.zeros(len(scores), dtype=torch.long)
+
+    family, strategy = sd15(), Greedy()
+    strategy.selection = Mixed
+    with (
+        pytest.raises(ValueError, match=r"Mixed\.select must return one particle of the same prompt"),
+        steer(family.pipe, loudness, strategy, prompts=["noise", "silence"]),
+    ):
+        family.run(range(4))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "prompts", "count", "message"),
+    [
+        (replace(FK, kernel=None), ["noise"], 4, "DDIMScheduler is deterministic"),
+        (replace(FK, kernel=ODE()), ["noise"], 4, "moves without noise"),
+        (FK, ["noise"], 3, "call the pipeline with num_images_per_prompt=4"),
+        (FK, None, 4, "give steer prompts="),
+        (BestOfN(4, DDIM(1.0)), ["noise"], 4, "keeps the scheduler's moves"),
+        (replace(FK, guide=RewardGradient()), ["noise"], 4, "leave out scorer and guide"),
+        (ReNO(), ["noise"], 4, "ReNO cannot steer a pipeline of your own"),
+    ],
+)
+def test_what_cannot_be_steered_is_refused(
+    strategy: StepwiseStrategy, prompts: list[str] | None, count: int, message: str
+) -> None:
+    family = sd15()
+    with pytest.raises((ValueError, TypeError), match=message), steer(family.pipe, loudness, strategy, prompts=prompts):
+        family.run(range(count))
+    assert "step" not in vars(family.pipe.scheduler)
 
 
 def sounds() -> Family:

@@ -1,0 +1,89 @@
+"""Scores and costs of the calls of a diffusers pipeline of the user's own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from genalign.scoring.budget import DECODE, FORWARD, Ledger, metered_rewards
+from genalign.scoring.score import NamedReward, named, score
+from genalign.search.lineage import Lineage
+from genalign.types import Prompt, RewardFunction
+from pipelines.steering.decode import Decode, decode_latents
+from pipelines.steering.scheduler_hooks import replaced
+
+Rewards = RewardFunction | Mapping[str, RewardFunction] | Sequence[NamedReward]
+"""One reward, or several by name."""
+
+
+class LatentScorer:
+    """Decodes and scores the latents of a pipeline; bills all its calls in ``ledger`` and scores in ``lineage``."""
+
+    def __init__(self, pipe: DiffusionPipeline, reward: Rewards, decode: Decode | None) -> None:
+        self.pipe, self.decode = pipe, decode
+        self.ledger, self.lineage = Ledger(), Lineage()
+        self.rewards = metered_rewards(named(reward), self.ledger)
+        self._size: tuple[int, int] | None = None
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Bill every evaluation of the denoiser, and note the size of the images, until the end of the context.
+
+        Raises ValueError for a pipeline without a transformer or a unet.
+        """
+        network: nn.Module | None = getattr(self.pipe, "transformer", None) or getattr(self.pipe, "unet", None)
+        if network is None:
+            raise ValueError(f"{type(self.pipe).__name__} has neither a transformer nor a unet: it cannot be steered")
+
+        def bill(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "sample"]
+            self.ledger.bill(FORWARD, len(x))
+
+        def note_size(arguments: Mapping[str, Any]) -> None:
+            if "height" in arguments and "width" in arguments:
+                self._size = int(arguments["height"]), int(arguments["width"])
+
+        handle = network.register_forward_pre_hook(bill, with_kwargs=True)
+        try:
+            with replaced(self.pipe, "prepare_latents", observed(self.pipe.prepare_latents, note_size)):
+                yield
+        finally:
+            handle.remove()
+
+    def __call__(
+        self, latents: Tensor, prompts: Sequence[Prompt], nodes: Sequence[int], steps_done: int
+    ) -> tuple[Tensor, Tensor]:
+        """Decode and score latents.
+
+        Args:
+            latents: Latents (N, ...) as the scheduler has them.
+            prompts: The prompt of each.
+            nodes: The number of each in the lineage.
+            steps_done: The number of steps that they have done.
+
+        Returns:
+            The scores (N, K rewards), NaN where one failed, and the samples (N, ...).
+        """
+        self.ledger.bill(DECODE, len(latents))
+        samples = self.decode(latents) if self.decode else decode_latents(self.pipe, latents, self._size)
+        scores = score(self.rewards, samples, prompts)
+        self.lineage.record_scores(nodes, steps_done, scores.tolist())
+        return scores, samples
+
+
+def observed(method: Callable[..., Any], note: Callable[[Mapping[str, Any]], None]) -> Callable[..., Any]:
+    """Wrap a method so that ``note`` sees the arguments of every call, by name."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        note(signature.bind(*args, **kwargs).arguments)
+        return method(*args, **kwargs)
+
+    return wrapper
