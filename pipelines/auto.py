@@ -1,4 +1,4 @@
-"""Which wrapper a checkpoint needs."""
+"""Opening a checkpoint with the wrapper of its family."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ def load(
 ) -> DiffusersPipeline:
     """Open an embedded model, a diffusers folder or a Hub id of any family, recognized by its model_index.json.
 
-    Raises ``FileNotFoundError`` or ``ValueError`` that name what is there instead.
+    Raises FileNotFoundError if there is none, or ValueError for another kind of folder or checkpoint.
     """
     source = assets.resolve(str(path_or_id))
     return family_of(source).load(source, dtype=dtype, **options)
 
 
 def family_of(path_or_id: str | Path) -> type[DiffusersPipeline]:
-    """The wrapper of a checkpoint. Raises as ``load``."""
-    found = pipeline_class(path_or_id)
-    for family in FAMILIES:
-        if family.kind.__name__ == found:
-            return family
-    known = ", ".join(family.kind.__name__ for family in FAMILIES)
-    raise ValueError(f"{path_or_id} holds a {found}, which is no family known here: they are {known}")
+    """Return the wrapper class of a checkpoint. Raises as ``load`` does."""
+    families = {family.kind.__name__: family for family in FAMILIES}
+    name = pipeline_class(path_or_id)
+    if name not in families:
+        raise ValueError(
+            f"{path_or_id} holds a {name}, which genalign has no wrapper for: use one of {', '.join(families)}"
+        )
+    return families[name]

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint before anything large is read."""
+"""Checks of a checkpoint before any large file is read."""
 
 from __future__ import annotations
 
@@ -19,108 +19,103 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from torch import Tensor, nn
 
 
-def check_folder(path_or_id: str | Path, wanted: str) -> None:
-    """Raise unless ``path_or_id`` is a diffusers folder or a reachable Hub id of the pipeline class ``wanted``."""
-    if (found := pipeline_class(path_or_id)) != wanted:
-        raise ValueError(f"{path_or_id} holds a {found}, not a {wanted}: use the pipeline of that family")
+def check_folder(path_or_id: str | Path, expected_class: str) -> None:
+    """Check that a path is a complete diffusers folder, or a reachable Hub id, of a pipeline class.
+
+    Raises ValueError for another class or for code of its own, FileNotFoundError for missing files.
+    """
+    if (name := pipeline_class(path_or_id)) != expected_class:
+        raise ValueError(f"{path_or_id} holds a {name}, not a {expected_class}: use the pipeline of that family")
     require_components(path_or_id)
     require_weights(path_or_id)
-    require_no_code(path_or_id)
 
-
-def require_no_code(path_or_id: str | Path) -> None:
-    """Raise ValueError for a component that is neither of diffusers nor of transformers: whatever else a checkpoint
-    names would be found, and run, in its own files or in a library of its choice.
-    """
-    for name, entry in model_index(path_or_id).items():
+    # A component of any other library would be run from the checkpoint's own files, or from a library of its choice
+    for component, entry in model_index(path_or_id).items():
         library = entry[0] if isinstance(entry, list) and entry else None
         if library not in (None, "diffusers", "transformers") and not hasattr(diffusers.pipelines, str(library)):
             raise ValueError(
-                f"{path_or_id} takes its {name} from {library!r}, code that is not of diffusers or transformers: it is"
-                " not run here"
+                f"{path_or_id} takes its {component} from {library!r}, which genalign does not run: only components of"
+                " diffusers and transformers are loaded"
             )
 
 
 def pipeline_class(path_or_id: str | Path) -> str:
-    """The diffusers class that a checkpoint names."""
+    """Return the name of the diffusers class of a checkpoint."""
     name: str = model_index(path_or_id).get("_class_name", "no pipeline")
     return name
 
 
 def model_index(path_or_id: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: a component's entry is its library and class, or two nulls."""
-    index: dict[str, Any] = json.loads(_model_index(path_or_id).read_text())
+    """Read model_index.json, in which the entry of a component is its library and its class, or two nulls.
+
+    Raises ValueError or FileNotFoundError for a path or an id without this file, PermissionError for a gated model.
+    """
+    folder = Path(path_or_id)
+    file = folder / "model_index.json"
+    if folder.is_dir() and not file.is_file():
+        raise ValueError(f"{folder} has no model_index.json: give the folder that save_pretrained wrote")
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give the diffusers folder (with model_index.json) or a Hub id")
+    if not folder.exists():
+        if not is_hub_id(path_or_id):
+            raise FileNotFoundError(f"{path_or_id} is neither a folder nor a Hub id (owner/name)")
+        file = _download(str(path_or_id), "model_index.json")
+    index: dict[str, Any] = json.loads(file.read_text())
     return index
 
 
 def require_components(path_or_id: str | Path) -> None:
-    """Raise FileNotFoundError where a folder lacks a component that its model_index.json names."""
-    if not Path(path_or_id).is_dir():
+    """Raise FileNotFoundError if a folder lacks a component that its model_index.json names."""
+    folder = Path(path_or_id)
+    if not folder.is_dir():
         return
-    named = [name for name, entry in model_index(path_or_id).items() if isinstance(entry, list) and None not in entry]
-    if lacking := [name for name in named if not (Path(path_or_id) / name).is_dir()]:
+    names = [name for name, entry in model_index(folder).items() if isinstance(entry, list) and None not in entry]
+    if missing := [f"{name}/" for name in names if not (folder / name).is_dir()]:
         raise FileNotFoundError(
-            f"{path_or_id} lacks {', '.join(f'{name}/' for name in lacking)}, which its model_index.json names: copy"
-            " the whole folder that save_pretrained wrote"
+            f"{path_or_id} lacks {', '.join(missing)}, which its model_index.json names: copy the whole folder that"
+            " save_pretrained wrote"
         )
 
 
 def require_weights(path_or_id: str | Path) -> None:
-    """Raise FileNotFoundError where a network of a folder has a configuration and no weights."""
-    configured = [file.parent for file in Path(path_or_id).glob("*/config.json")]
-    if empty := [folder.name for folder in configured if not has_weights(folder)]:
+    """Raise FileNotFoundError if a network of a folder has a configuration and no weights."""
+    folders = [file.parent for file in Path(path_or_id).glob("*/config.json")]
+    empty = [
+        f"{folder.name}/"
+        for folder in folders
+        if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
+    ]
+    if empty:
         raise FileNotFoundError(
-            f"{path_or_id} has no weights in {', '.join(f'{name}/' for name in sorted(empty))}: copy the .safetensors"
-            " files too"
+            f"{path_or_id} has no weights in {', '.join(sorted(empty))}: copy the .safetensors files too"
         )
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a component's folder has weight files."""
-    return any(file.suffix in (".safetensors", ".bin") for file in folder.glob("*"))
 
 
 def component_file(path_or_id: str | Path, component: str, file: str) -> Path:
-    """A small file of a component, downloaded where it must be. Raises ``FileNotFoundError`` or ``PermissionError``
-    where it cannot be had.
+    """Return the path of a small file of a component, downloaded from the Hub if need be.
+
+    Raises FileNotFoundError or PermissionError if it is not there.
     """
     if not Path(path_or_id).is_dir():
-        return _from_hub(str(path_or_id), f"{component}/{file}")
-    found = Path(path_or_id) / component / file
-    if not found.is_file():
+        return _download(str(path_or_id), f"{component}/{file}")
+    path = Path(path_or_id) / component / file
+    if not path.is_file():
         raise FileNotFoundError(
             f"{path_or_id} lacks {component}/{file}: copy the whole folder that save_pretrained wrote"
         )
-    return found
-
-
-def local_folder(path_or_id: str | Path) -> Path:
-    """Where the files of a checkpoint are, as far as they were downloaded."""
-    return _model_index(path_or_id).parent
-
-
-def _model_index(path_or_id: str | Path) -> Path:
-    folder = Path(path_or_id)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{folder} has no model_index.json: give the folder that save_pretrained wrote")
-        return folder / "model_index.json"
-    if folder.exists():
-        raise ValueError(f"{folder} is a file: give the diffusers folder (with model_index.json) or a Hub id")
-    if not is_hub_id(path_or_id):
-        raise FileNotFoundError(f"{path_or_id} is neither a folder nor a Hub id (owner/name)")
-    return _from_hub(str(path_or_id), "model_index.json")
+    return path
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Whether it reads owner/name."""
+    """Return whether a text has the form owner/name."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None
 
 
 @functools.cache
 def hub_answers(seconds: float = 3.0) -> bool:
-    """Whether the Hub can be reached from here at all: its client would try again for some 20 s before it says so. Not
-    tried behind a proxy.
+    """Return whether a connection to the Hub can be opened, whose client would otherwise retry for some 20 seconds.
+
+    Behind a proxy the answer is yes without a trial.
     """
     if constants.HF_HUB_OFFLINE:
         return False
@@ -134,7 +129,8 @@ def hub_answers(seconds: float = 3.0) -> bool:
     return True
 
 
-def _from_hub(repository: str, file: str) -> Path:
+def _download(repository: str, file: str) -> Path:
+    """Download a file of a Hub repository into the local cache, or find it there."""
     try:
         return Path(hf_hub_download(repository, file, local_files_only=not hub_answers()))
     except GatedRepoError:
@@ -150,12 +146,13 @@ def _from_hub(repository: str, file: str) -> Path:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """16 hexadecimal characters over the names, shapes and first values of a network's weights, whatever its dtype;
-    quantised weights, and those on the meta device, are left out.
+    """Hash the names, shapes and first values of a network's weights to 16 hexadecimal characters.
+
+    The dtype does not matter. Quantized weights, and weights on the meta device, are left out.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
-        if type(tensor) is not Tensor or tensor.is_meta:  # a subclass holds what is quantised
+        if type(tensor) is not Tensor or tensor.is_meta:  # quantized weights are of a subclass
             continue
         first = tensor.detach().flatten()[:256].to("cpu", torch.float32).half()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + first.numpy().tobytes())

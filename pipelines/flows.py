@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
@@ -16,50 +17,75 @@ from pipelines.base import DiffusersPipeline
 
 
 class FlowPipeline(DiffusersPipeline):
-    """A family whose network predicts the velocity eps - x0 and is told sigma, mostly as 1000 sigma."""
+    """A family whose network predicts the velocity eps - x0 from x and a multiple of sigma, mostly 1000 sigma."""
 
     path = FlowPath()
     first_order = FlowMatchEulerDiscreteScheduler
 
-    def _scheduler(self) -> Any:
-        """The family's first-order scheduler, from the checkpoint's own configuration."""
-        return FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
+    @property
+    def scheduler_options(self) -> dict[str, Any]:
+        """Settings of the first-order scheduler that differ from the checkpoint's own."""
+        return {}
 
-    def _own_sigmas(self, num_steps: int) -> list[float] | None:
-        """What the diffusers pipeline gives its scheduler where the user gives nothing; None for nothing."""
+    def default_sigmas(self, num_steps: int) -> list[float] | None:
+        """Return the sigmas that the diffusers pipeline passes to its scheduler by default; None if it passes none."""
         return None
 
+    @property
+    def shift(self) -> float:
+        """The ratio of noise to signal to which the scheduler shifts sigma = 1/2; see ``shifted``."""
+        config = self._scheduler().config
+        return math.exp(self._mu(config)) if config.use_dynamic_shifting else float(config.shift)
+
     def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
-        """The checkpoint's scheduler's grid for ``num_steps``, or exactly the given T ``sigmas`` and a final 0."""
+        """Return the scheduler's grid for ``num_steps``, or the grid of exactly T ``sigmas`` and a final 0."""
         if sigmas is not None:
             sigma = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
-            return Grid(timestep=sigma[:-1] * self._told, alpha=1 - sigma, sigma=sigma)
+            return Grid(timestep=sigma[:-1] * self._timestep_scale, alpha=1 - sigma, sigma=sigma)
         scheduler = self._scheduler()
         mu = self._mu(scheduler.config) if scheduler.config.use_dynamic_shifting else None
-        scheduler.set_timesteps(num_steps, sigmas=self._own_sigmas(num_steps), mu=mu)
+        scheduler.set_timesteps(num_steps, sigmas=self.default_sigmas(num_steps), mu=mu)
         sigma = scheduler.sigmas.double()
         return Grid(timestep=scheduler.timesteps.double(), alpha=1 - sigma, sigma=sigma)
 
+    def level(self, u: Tensor) -> NoiseLevel:
+        """Return noise levels for training at u in [0, 1] (B,), shifted as the grid of the scheduler is."""
+        sigma = shifted(u.double(), self.shift)
+        return NoiseLevel(timestep=sigma * self._timestep_scale, alpha=1 - sigma, sigma=sigma)
+
     @property
-    def _told(self) -> int:
-        """What the network is told at sigma = 1."""
+    def _timestep_scale(self) -> int:
+        """The network's timestep at sigma = 1."""
         return int(self.pipe.scheduler.config.num_train_timesteps)
 
+    def _scheduler(self) -> Any:
+        return FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config, **self.scheduler_options)
+
     def _mu(self, config: Any) -> float:
-        """Diffusers' ``calculate_shift``: linear in the number of image tokens."""
+        """Return mu of diffusers' ``calculate_shift``, which is linear in the number of image tokens."""
         tokens = (self.height // self.patch) * (self.width // self.patch)
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
 
-    def level(self, u: Tensor) -> NoiseLevel:
-        """Noise levels for training at u in [0, 1] (B,), moved by the scheduler's shift as its grid is."""
-        sigma = shifted(u.double(), self._shift())
-        return NoiseLevel(timestep=sigma * self._told, alpha=1 - sigma, sigma=sigma)
 
-    def _shift(self) -> float:
-        """How many times more noise than signal there is at sigma = 1/2 of an unshifted grid."""
-        config = self._scheduler().config
-        return math.exp(self._mu(config)) if config.use_dynamic_shifting else float(config.shift)
+class PackedFlowPipeline(FlowPipeline):
+    """A family whose network takes patches of two by two latent pixels as tokens, and 512 tokens of text."""
+
+    text_tokens = 512
+
+    @property
+    def latent_channels(self) -> int:
+        """The number C of channels of the latents; the network takes four times as many."""
+        return super().latent_channels // 4
+
+    @property
+    def latent_side(self) -> int:
+        """The side of the checkpoint's images in latent pixels."""
+        return int(self.pipe.default_sample_size)
+
+    def default_sigmas(self, num_steps: int) -> list[float]:
+        """Return T sigmas at equal distances, from 1 to 1 / T."""
+        return [float(sigma) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:
@@ -68,14 +94,14 @@ def shifted(sigma: Tensor, shift: float) -> Tensor:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) as tokens (B, h/2 * w/2, 4 C) of two by two, as FLUX and Qwen-Image take them."""
+    """Pack latents (B, C, h, w) into tokens (B, h/2 * w/2, 4 C) of two by two latent pixels."""
     batch, channels, height, width = latents.shape
     patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(batch, (height // 2) * (width // 2), 4 * channels)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The latents (B, C, h, w) that ``pack`` was given."""
+    """Invert ``pack``: tokens to latents (B, C, height, width)."""
     batch, _, channels = tokens.shape
     patches = tokens.view(batch, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(batch, channels // 4, height, width)

@@ -1,4 +1,4 @@
-"""A quantised base under a LoRA, by diffusers' own configuration."""
+"""Quantization of the base under a LoRA, by diffusers' own configuration."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from genalign.runtime.memory_options import Memory
 _PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
 
 
-def quantized(memory: Memory, component: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What ``from_pretrained`` is given for ``memory.quantization`` of ``component``. Raises ValueError where the
-    package for it is missing.
+def quantization_arguments(memory: Memory, component: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` that quantize ``component`` as ``memory.quantization`` says.
+
+    Raises ValueError if the package for it is not installed, or for "nf4" without a CUDA device.
     """
     if memory.quantization is None:
         return {}
@@ -24,15 +25,14 @@ def quantized(memory: Memory, component: str, dtype: torch.dtype) -> dict[str, A
     package = _PACKAGES[memory.quantization]
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"quantization {memory.quantization!r} needs {package}: pip install 'genalign[memory]'")
-    return {"quantization_config": PipelineQuantizationConfig(quant_mapping={component: _config(memory, dtype)})}
-
-
-def _config(memory: Memory, dtype: torch.dtype) -> Any:
+    config: Any
     if memory.quantization == "nf4":
         from diffusers import BitsAndBytesConfig
 
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    from diffusers import TorchAoConfig
-    from torchao.quantization import Int8WeightOnlyConfig
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    else:
+        from diffusers import TorchAoConfig
+        from torchao.quantization import Int8WeightOnlyConfig
 
-    return TorchAoConfig(Int8WeightOnlyConfig())
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+    return {"quantization_config": PipelineQuantizationConfig(quant_mapping={component: config})}

@@ -7,50 +7,53 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+from diffusers import SanaPipeline
 from torch import Tensor
 
 from pipelines.flows import FlowPipeline
 
-_GEMMA_LENGTH = 300
-
 
 class Sana(FlowPipeline):
-    """A ``SanaPipeline``. Its checkpoints ship DPM++ 2M; here their shift moves the first-order grid."""
+    """A ``SanaPipeline``.
+
+    Its checkpoints ship DPM++ 2M; genalign applies the shift of that scheduler to the first-order grid.
+    """
 
     kind = SanaPipeline
     patch = 1
+    text_tokens = 300
 
-    def _scheduler(self) -> Any:
+    @property
+    def scheduler_options(self) -> dict[str, Any]:
+        """The shift of the checkpoint's scheduler, under the name of the first-order scheduler."""
         config = self.pipe.scheduler.config
-        return FlowMatchEulerDiscreteScheduler.from_config(
-            config, shift=config.get("flow_shift", config.get("shift", 1.0))
-        )
-
-    def _default_max_tokens(self) -> int:
-        return _GEMMA_LENGTH
+        return {"shift": config.get("flow_shift", config.get("shift", 1.0))}
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
-        """As every family."""
+        """Return zeros for texts of the greatest length, of which no token is masked."""
         context = self.zeros(count, self.max_sequence_length, self._config.caption_channels)
         return {"context": context, "mask": torch.ones(context.shape[:2], dtype=torch.long, device=self.device)}
 
-    def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """The empty prompt is encoded without the instruction that goes before the others, as diffusers does it."""
-        rows = [self._encoded_one(text) for text in texts]
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Encode texts (P, tokens, d), with masks (P, tokens).
 
-    def _encoded_one(self, text: str) -> dict[str, Tensor]:
-        context, mask, *_ = self.pipe.encode_prompt(
-            [text],
-            do_classifier_free_guidance=False,
-            device=self.device,
-            max_sequence_length=self.max_sequence_length,
-            complex_human_instruction=_instruction() if text else None,
-        )
-        return {"context": context, "mask": mask}
+        As in diffusers, the prompts follow an instruction, but the empty prompt does not.
+        """
+        instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+        rows = [
+            self.pipe.encode_prompt(
+                [text],
+                do_classifier_free_guidance=False,
+                device=self.device,
+                max_sequence_length=self.max_sequence_length,
+                complex_human_instruction=instruction if text else None,
+            )
+            for text in texts
+        ]
+        return {"context": torch.cat([row[0] for row in rows]), "mask": torch.cat([row[1] for row in rows])}
 
     def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Predict the velocity (B, C, h, w)."""
         velocity: Tensor = self.denoiser(
             x,
             encoder_hidden_states=tensors["context"],
@@ -59,9 +62,3 @@ class Sana(FlowPipeline):
             return_dict=False,
         )[0]
         return velocity
-
-
-def _instruction() -> list[str]:
-    """The words that diffusers puts before a prompt."""
-    words: list[str] = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
-    return words

@@ -13,23 +13,24 @@ _DIFFUSERS_T5_LENGTH = 256
 
 
 class SD3(FlowPipeline):
-    """A ``StableDiffusion3Pipeline``. ``max_sequence_length`` is the number of T5 tokens: the tokenizer's own maximum,
-    at most diffusers' 256, unless given.
-    """
+    """A ``StableDiffusion3Pipeline``; ``max_sequence_length`` is the number of T5 tokens."""
 
     kind = StableDiffusion3Pipeline
 
-    def _default_max_tokens(self) -> int:
+    @property
+    def text_tokens(self) -> int:
+        """The number of T5 tokens by default: the tokenizer's own maximum, at most diffusers' 256."""
         tokenizer = self.pipe.tokenizer_3
         return _DIFFUSERS_T5_LENGTH if tokenizer is None else min(_DIFFUSERS_T5_LENGTH, int(tokenizer.model_max_length))
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
-        """CLIP's tokens, then T5's."""
-        tokens, config = self.pipe.tokenizer.model_max_length + self.max_sequence_length, self._config
-        context = self.zeros(count, tokens, config.joint_attention_dim)
-        return {"context": context, "pooled": self.zeros(count, config.pooled_projection_dim)}
+        """Return zeros for CLIP's tokens and T5's together, and for CLIP's pooled text."""
+        tokens = self.pipe.tokenizer.model_max_length + self.max_sequence_length
+        context = self.zeros(count, tokens, self._config.joint_attention_dim)
+        return {"context": context, "pooled": self.zeros(count, self._config.pooled_projection_dim)}
 
-    def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Encode texts by CLIP and T5 (P, tokens, d), and pooled by CLIP (P, d)."""
         context, _, pooled, _ = self.pipe.encode_prompt(
             texts,
             None,
@@ -41,6 +42,7 @@ class SD3(FlowPipeline):
         return {"context": context, "pooled": pooled}
 
     def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Predict the velocity (B, C, h, w)."""
         velocity: Tensor = self.denoiser(
             hidden_states=x,
             timestep=timestep,

@@ -15,29 +15,37 @@ from pipelines.base import DiffusersPipeline
 
 
 class UNetPipeline(DiffusersPipeline):
-    """A family on x = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1, told integer timesteps of its training."""
+    """A family on x = alpha x0 + sigma eps, alpha^2 + sigma^2 = 1, whose network takes integer training timesteps."""
 
     denoiser_name = "unet"
     patch = 1
 
     @property
     def path(self) -> VPPath:
-        """By what the checkpoint's scheduler says the network predicts."""
+        """The variance preserving path, with the prediction type of the checkpoint's scheduler."""
         return VPPath(self.pipe.scheduler.config.prediction_type)
 
-    def _require_no_sigmas(self, sigmas: Sequence[float] | None) -> None:
+    def _scheduler(self, num_steps: int, sigmas: Sequence[float] | None) -> Any:
+        """Return the first-order scheduler with its timesteps set. Raises ValueError for explicit ``sigmas``."""
         if sigmas is not None:
             raise ValueError(
-                "this family's network knows whole timesteps alone, so that noise levels cannot be chosen freely: give"
-                " sampling.num_steps without sampling.sigmas"
+                "the network of this family takes integer timesteps alone, so that noise levels cannot be set freely:"
+                " give sampling.num_steps without sampling.sigmas"
             )
+        scheduler: Any = self.first_order.from_config(self.pipe.scheduler.config)
+        scheduler.set_timesteps(num_steps)
+        return scheduler
 
     def level(self, u: Tensor) -> NoiseLevel:
-        """The noise level of the timestep nearest to u in [0, 1] (B,) of the training range."""
-        cumulated = DDIMScheduler.from_config(self.pipe.scheduler.config).alphas_cumprod.double()
-        timestep = (u.double().cpu() * (len(cumulated) - 1)).round().long()
-        alpha_squared = cumulated[timestep].to(u.device)
+        """Return the noise level of the training timestep nearest to u in [0, 1] (B,)."""
+        alphas_squared = DDIMScheduler.from_config(self.pipe.scheduler.config).alphas_cumprod.double()
+        timestep = (u.double().cpu() * (len(alphas_squared) - 1)).round().long()
+        alpha_squared = alphas_squared[timestep].to(u.device)
         return NoiseLevel(timestep.double().to(u.device), alpha_squared.sqrt(), (1 - alpha_squared).sqrt())
+
+    def longest_conditioning(self, count: int) -> dict[str, Tensor]:
+        """Return zeros for texts of the greatest length."""
+        return {"context": self.zeros(count, self.max_sequence_length, self._config.cross_attention_dim)}
 
 
 class StableDiffusion(UNetPipeline):
@@ -47,56 +55,58 @@ class StableDiffusion(UNetPipeline):
     first_order = DDIMScheduler
 
     def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
-        """DDIM's timesteps, and the noise level that its last step goes to."""
-        self._require_no_sigmas(sigmas)
-        scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
-        scheduler.set_timesteps(num_steps)
+        """Return the timesteps of DDIM, and the noise level at which its last step ends."""
+        scheduler = self._scheduler(num_steps, sigmas)
         last = scheduler.final_alpha_cumprod.double().reshape(1)
         alpha_squared = torch.cat([scheduler.alphas_cumprod.double()[scheduler.timesteps], last])
         return Grid(scheduler.timesteps.double(), alpha_squared.sqrt(), (1 - alpha_squared).sqrt())
 
-    def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Encode texts by CLIP (P, tokens, d)."""
         context, _ = self.pipe.encode_prompt(texts, self.device, 1, do_classifier_free_guidance=False)
         return {"context": context}
 
     def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Predict noise or v (B, C, h, w)."""
         output: Tensor = self.denoiser(x, timestep, encoder_hidden_states=tensors["context"], return_dict=False)[0]
         return output
 
 
 class SDXL(UNetPipeline):
-    """A ``StableDiffusionXLPipeline`` on the grid of EulerDiscreteScheduler, whose moves are DDIM's in other
-    coordinates: x / alpha and sigma / alpha. The empty prompt is all zeros where the checkpoint says so.
+    """A ``StableDiffusionXLPipeline`` on the grid of EulerDiscreteScheduler.
+
+    Euler's moves are DDIM's in other coordinates: x / alpha and sigma / alpha. The embeddings of the empty prompt are
+    zeros if the checkpoint's configuration says so.
     """
 
     kind = StableDiffusionXLPipeline
     first_order = EulerDiscreteScheduler
 
     def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
-        """The Euler scheduler's timesteps and levels; the last is without noise."""
-        self._require_no_sigmas(sigmas)
-        scheduler: Any = EulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
-        scheduler.set_timesteps(num_steps)
+        """Return the timesteps and noise levels of the Euler scheduler; the last level has no noise."""
+        scheduler = self._scheduler(num_steps, sigmas)
         ratio = scheduler.sigmas.double()
         alpha = (1 + ratio**2).rsqrt()
         return Grid(scheduler.timesteps.double(), alpha, ratio * alpha)
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
-        """As every family; the pooled text is what the network takes beside six numbers of sizes."""
-        config = self._config
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        """Return zeros for texts of the greatest length, and for the pooled text."""
+        # the network's additional input is the pooled text and six numbers of sizes, embedded
+        pooled = self._config.projection_class_embeddings_input_dim - 6 * self._config.addition_time_embed_dim
         return {**super().longest_conditioning(count), "pooled": self.zeros(count, pooled)}
 
-    def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+    def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Encode texts by two CLIPs (P, tokens, d), and pooled by the second (P, d)."""
         context, _, pooled, _ = self.pipe.encode_prompt(
             texts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        told = torch.tensor([bool(text) for text in texts], device=context.device)
+        nonzero = torch.tensor([bool(text) for text in texts], device=context.device)
         if not self.pipe.config.force_zeros_for_empty_prompt:
-            told = torch.ones_like(told)
-        return {"context": context * told[:, None, None], "pooled": pooled * told[:, None]}
+            nonzero = torch.ones_like(nonzero)
+        return {"context": context * nonzero[:, None, None], "pooled": pooled * nonzero[:, None]}
 
     def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Predict noise (B, C, h, w), for images of the size of the samples, not cropped."""
         size = torch.tensor([*self.resolution, 0, 0, *self.resolution], device=x.device, dtype=x.dtype)
         output: Tensor = self.denoiser(
             x,

@@ -205,7 +205,7 @@ def test_code_inside_a_checkpoint_is_not_run(tiny_folder: Path, tmp_path: Path, 
     index["scheduler"] = [library, "Evil"]
     (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "scheduler" / "evil.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\nclass Evil: pass\n")
-    with pytest.raises(ValueError, match=f"takes its scheduler from '{library}', code that is not of diffusers"):
+    with pytest.raises(ValueError, match=f"takes its scheduler from '{library}', which genalign does not run"):
         SD3.load(folder)
     assert not (tmp_path / "was-run").exists()
 

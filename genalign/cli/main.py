@@ -27,7 +27,7 @@ from genalign.training.memory_estimate import Outline
 from pipelines.base import Options
 from pipelines.checkpoint_files import require_weights
 from pipelines.meta_device import outline
-from pipelines.quantization import quantized
+from pipelines.quantization import quantization_arguments
 from rewards.backbones.world_verifier import SCORES
 from rewards.geneval import GenEvalJudge
 from rewards.noise_aware import save_scorer
@@ -57,7 +57,7 @@ def require_model(model: config.Model) -> None:
     """
     config.require_device(model.device)
     require_weights(assets.resolve(model.path))
-    quantized(model.memory, "", config.dtype(model.dtype))
+    quantization_arguments(model.memory, "", config.dtype(model.dtype))
 
 
 def _options(model: config.Model) -> Options:

@@ -1,13 +1,13 @@
-"""A run of an unmodified diffusers pipeline in two parts: many samples begin, those that are chosen go on.
+"""Runs of an unmodified diffusers pipeline in parts: many samples begin, and a selection of them continues.
 
-The pipeline is told of a part of its timesteps only and runs through it as always: nothing is broken off, and any
-family works whose pipeline steps a scheduler. N samples.
+The pipeline sees only a part of its timesteps and runs through it as always. So no run is broken off, and any family
+works whose pipeline steps a scheduler. N samples.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,132 +16,130 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
-from pipelines.steering.scheduler_hooks import Move, chosen, patched_step, remembered, replaced
+from pipelines.steering.scheduler_hooks import Move, patched_step, replaced, scheduler_state, select_rows
 
-_BY_NUMBER = ("skip_guidance_layers", "control_guidance_start", "control_guidance_end")
+_DEPENDENT_ON_STEP = ("skip_guidance_layers", "control_guidance_start", "control_guidance_end")
 _ROUNDINGS = 8
 
 
 @dataclass(frozen=True)
 class FirstPart:
-    """N samples after ``done`` evaluations of the network.
+    """N samples after ``done`` evaluations of the network for each.
 
-    ``latents`` (N, ...) are where they are, in the scheduler's scale, and ``x0`` (N, ...) the clean latents expected at
-    the last evaluation; ``memory`` is the scheduler's state by attribute, with what it remembers of earlier steps.
+    ``latents`` (N, ...) are in the scheduler's scale, ``x0`` (N, ...) are the clean latents predicted by the last
+    evaluation, and ``state`` is the scheduler's by attribute, with its history of earlier steps.
     """
 
     done: int
     latents: Tensor
     x0: Tensor
-    memory: dict[str, Any]
+    state: dict[str, Any]
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def rows(self, rows: Tensor) -> FirstPart:
-        """The samples of ``rows`` (M,), long, in this order."""
-        picked = rows.to(self.latents.device)
-        return replace(self, latents=self.latents[picked], x0=self.x0[picked], memory=chosen(self.memory, rows))
+        """Select the samples ``rows`` (M,) long, in this order."""
+        index = rows.to(self.latents.device)
+        return replace(self, latents=self.latents[index], x0=self.x0[index], state=select_rows(self.state, rows))
+
+    def restore(self, scheduler: SchedulerMixin) -> None:
+        """Set the scheduler's state to copies of this one, since it adds to some tensors in place."""
+        vars(scheduler).update(select_rows(self.state, torch.arange(len(self))))
 
 
 def first_part(pipe: DiffusionPipeline, steps: int, **call: Any) -> FirstPart:
-    """Run ``pipe(**call)`` for the first ``steps`` evaluations of the network at each sample (twice that many with
-    guidance) and no further; the output type is always "latent".
+    """Run ``pipe(**call)`` for the first ``steps`` evaluations of the network; the output type is always "latent".
 
     Raises ValueError unless 1 <= steps < all, and for a call whose guidance depends on the number of the step.
     """
-    _check(call)
-    return _until(pipe, steps, functools.partial(_beginning, steps), call)
+    return _run_until(pipe, None, steps, call)
 
 
 def next_part(pipe: DiffusionPipeline, part: FirstPart, steps: int, **call: Any) -> FirstPart:
-    """Go on with the N samples of ``part`` until ``steps`` evaluations in all are done; else as ``second_part``."""
-    _check(call)
+    """Continue the N samples of ``part`` until ``steps`` evaluations in all are done, as ``second_part`` does."""
     if not part.done < steps:
-        raise ValueError(f"{part.done} evaluations are done: steps must be more, not {steps}")
-
-    def middle(timesteps: Tensor) -> slice:
-        return slice(_resumed(pipe.scheduler, part, timesteps).start, _beginning(steps, timesteps).stop)
-
-    with _started(pipe.scheduler, part) as latents:
-        return _until(pipe, steps, middle, {**call, "latents": latents})
+        raise ValueError(f"the samples have done {part.done} steps already: steps must be more, not {steps}")
+    return _run_until(pipe, part, steps, call)
 
 
 def second_part(pipe: DiffusionPipeline, part: FirstPart, **call: Any) -> Any:
-    """The output of ``pipe(**call)`` for the evaluations that are left to the N samples of ``part``.
+    """Run ``pipe(**call)`` for the evaluations that are left to the N samples of ``part``, and return its output.
 
-    ``call`` is that of the first part, with the prompts (or embeddings) and the generators of those N samples, in their
-    order. Equals the unbroken run to rounding where noise comes from one generator for each sample: pass on those that
-    the first part has used. Callbacks count the steps from 0 again. Raises ValueError for a call with another schedule,
-    and for a pipeline that does not start from the latents that it is given.
+    The result equals the unbroken run up to rounding, if noise comes from one generator for each sample. Callbacks
+    count the steps from 0 again.
+
+    Args:
+        pipe: The pipeline.
+        part: The samples to continue.
+        **call: The arguments of the first part, with the prompts (or embeddings) and the generators of these N
+            samples, in their order; the generators are those that the first part has used.
+
+    Raises:
+        ValueError: A call with another schedule than the first part's, or a pipeline that does not start from the
+            latents that it is called with.
     """
-    _check(call)
-    with (
-        _started(pipe.scheduler, part) as latents,
-        _told(pipe.scheduler, functools.partial(_resumed, pipe.scheduler, part)),
-    ):
-        return pipe(**call, latents=latents)
+    return _run(pipe, part, None, call)[0]
 
 
-def _until(pipe: DiffusionPipeline, steps: int, choose: Callable[[Tensor], slice], call: dict[str, Any]) -> FirstPart:
-    last: list[Move] = []
+def _run_until(pipe: DiffusionPipeline, part: FirstPart | None, steps: int, call: dict[str, Any]) -> FirstPart:
+    """Run the pipeline from the end of ``part``, or from noise, until ``steps`` evaluations are done."""
+    _, last = _run(pipe, part, steps, {**call, "output_type": "latent"})
+    if last.index + 1 != steps:
+        raise ValueError(
+            f"the pipeline stopped after {last.index + 1} steps instead of {steps}: leave out the arguments that"
+            " shorten its schedule, such as denoising_end"
+        )
+    return FirstPart(steps, last.x_next, last.x0, scheduler_state(pipe.scheduler))
+
+
+def _run(pipe: DiffusionPipeline, part: FirstPart | None, stop: int | None, call: dict[str, Any]) -> tuple[Any, Move]:
+    """Call the pipeline for the steps from the end of ``part`` to ``stop``, and return its output and last step."""
+    if refused := [name for name in _DEPENDENT_ON_STEP if call.get(name) is not None]:
+        raise ValueError(
+            f"{', '.join(refused)} depends on the number of the step, which a run in parts does not preserve: leave it"
+            " out"
+        )
+    moves: list[Move] = []
 
     def note(move: Move) -> None:
-        last[:] = [move]
+        moves[:] = [move]
+        if part is not None and move.index == part.done:
+            rounding = _ROUNDINGS * torch.finfo(part.latents.dtype).eps * part.latents.abs().max()
+            if part.latents.shape != move.x.shape or bool((part.latents - move.x).abs().max() > rounding):
+                raise ValueError("the pipeline changes the latents that it is called with: it cannot be run in parts")
 
-    with _told(pipe.scheduler, choose), patched_step(pipe.scheduler, note):
-        pipe(**{**call, "output_type": "latent"})
-    (move,) = last
-    if move.index + 1 != steps:
-        raise ValueError(f"the pipeline ended after {move.index + 1} steps, not {steps}: it shortens its schedule")
-    return FirstPart(steps, move.x_next, move.x0, remembered(pipe.scheduler))
-
-
-def _beginning(steps: int, timesteps: Tensor) -> slice:
-    if not 1 <= steps < len(timesteps):
-        raise ValueError(f"this call evaluates the network {len(timesteps)} times: steps cannot be {steps}")
-    return slice(0, steps)
-
-
-def _resumed(scheduler: SchedulerMixin, part: FirstPart, timesteps: Tensor) -> slice:
-    """Where ``part`` goes on, with what the scheduler remembered put back."""
-    if not torch.equal(timesteps, part.memory["timesteps"]):
-        raise ValueError(
-            "this call has another schedule than the first part: give it the same number of steps and size"
-        )
-    vars(scheduler).update(_copied(part))
-    return slice(part.done, None)
+    if part is not None:
+        part.restore(pipe.scheduler)
+        scale = getattr(pipe.scheduler, "init_noise_sigma", 1.0)  # pipelines multiply by it; flow schedulers have none
+        call = {**call, "latents": part.latents / scale}
+    with _limited_timesteps(pipe.scheduler, part, stop), patched_step(pipe.scheduler, note):
+        output = pipe(**call)
+    return output, moves[-1]
 
 
 @contextmanager
-def _started(scheduler: SchedulerMixin, part: FirstPart) -> Iterator[Tensor]:
-    """The latents to call the pipeline with, whose first step is then checked to start from them."""
+def _limited_timesteps(scheduler: SchedulerMixin, part: FirstPart | None, stop: int | None) -> Iterator[None]:
+    """Show the pipeline only the timesteps from the end of ``part`` to ``stop``, right after the scheduler sets them.
 
-    def check_start(move: Move) -> None:
-        if move.index == part.done:
-            _require_start(part.latents, move.x)
-
-    vars(scheduler).update(_copied(part))
-    scale = getattr(scheduler, "init_noise_sigma", 1.0)  # flow schedulers have none, and no pipeline multiplies by it
-    with patched_step(scheduler, check_start):
-        yield part.latents / scale
-
-
-@contextmanager
-def _told(scheduler: SchedulerMixin, choose: Callable[[Tensor], slice]) -> Iterator[None]:
-    """While it is open, the pipeline sees only the part of its timesteps that ``choose`` picks once they are set. The
-    scheduler has all of them again when it steps: solvers ask how many are left.
+    Whenever the scheduler steps it has all of them again, since solvers ask how many are left.
     """
-    set_timesteps, step = scheduler.set_timesteps, scheduler.step
-    timesteps = scheduler.timesteps
+    set_timesteps, step, timesteps = scheduler.set_timesteps, scheduler.step, scheduler.timesteps
 
     @functools.wraps(set_timesteps)
     def set_part(*args: Any, **kwargs: Any) -> None:
         nonlocal timesteps
         set_timesteps(*args, **kwargs)
         timesteps = scheduler.timesteps
-        part = choose(timesteps)
-        scheduler.timesteps = timesteps[part]
+        if stop is not None and not 1 <= stop < len(timesteps):
+            raise ValueError(f"steps must be 1 to {len(timesteps) - 1} for a part of this call, not {stop}")
+        if part is not None:
+            if not torch.equal(timesteps, part.state["timesteps"]):
+                raise ValueError(
+                    "this call has another schedule than the first part: give it the same number of steps and size"
+                )
+            part.restore(scheduler)
+        scheduler.timesteps = timesteps[part.done if part else 0 : stop]
 
     @functools.wraps(step)
     def step_of_all(*args: Any, **kwargs: Any) -> Any:
@@ -150,20 +148,3 @@ def _told(scheduler: SchedulerMixin, choose: Callable[[Tensor], slice]) -> Itera
 
     with replaced(scheduler, "set_timesteps", set_part), replaced(scheduler, "step", step_of_all):
         yield
-
-
-def _copied(part: FirstPart) -> dict[str, Any]:
-    """The scheduler's state in tensors of its own, some of which it would add to in place."""
-    return chosen(part.memory, torch.arange(len(part)))
-
-
-def _check(call: dict[str, Any]) -> None:
-    if given := [name for name in _BY_NUMBER if call.get(name) is not None]:
-        raise ValueError(f"{', '.join(given)} depends on the number of the step, which a part of a run does not know")
-
-
-def _require_start(given: Tensor, taken: Tensor) -> None:
-    same = given.shape == taken.shape
-    rounding = _ROUNDINGS * torch.finfo(given.dtype).eps
-    if not same or bool((given - taken).abs().max() > rounding * given.abs().max()):
-        raise ValueError("the pipeline changes the latents that it is given: it cannot be run in two parts")

@@ -1,7 +1,7 @@
-"""Hooks into unmodified diffusers pipelines: every step of the scheduler is seen and, where wanted, replaced.
+"""Hooks into unmodified diffusers pipelines, to observe or replace every step of the scheduler.
 
-A hook shadows a method on the scheduler's instance, so that the pipeline that owns it needs no change. B samples, T
-timesteps, which are as many as the network's evaluations of one sample (without guidance).
+A hook shadows a method on the scheduler's instance, so that the pipeline needs no change. B samples, T timesteps: one
+for each evaluation of the network (guidance not counted).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _DISCRETE = (DDIMScheduler, DDPMScheduler, PNDMScheduler)
 _SCALED_BY_SIGMA = (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler)
 _SOLVERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler, SASolverScheduler)
 _EDM = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler, CosineDPMSolverMultistepScheduler)
-_KNOWN = (FlowMatchEulerDiscreteScheduler, *_DISCRETE, *_SCALED_BY_SIGMA, *_SOLVERS, *_EDM)
+_SUPPORTED = (FlowMatchEulerDiscreteScheduler, *_DISCRETE, *_SCALED_BY_SIGMA, *_SOLVERS, *_EDM)
 
 _BROWNIAN = (CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler)
 _STOCHASTIC = (
@@ -59,9 +59,8 @@ _STOCHASTIC = (
 class Move:
     """One step of a scheduler, at ``scheduler.timesteps[index]``.
 
-    ``x`` (B, ...) are the latents before it and ``x_next`` those after it, both in the scheduler's own scale;
-    ``prediction`` is the network's output at x, guidance included, and ``x0`` the clean latents that it implies, in
-    float32 or x's float64.
+    The latents ``x`` (B, ...) before it and ``x_next`` after it are in the scheduler's own scale. ``prediction`` is the
+    network's output at x, guidance included, and ``x0`` the clean latents predicted by it, in float32 or x's float64.
     """
 
     index: int
@@ -74,19 +73,19 @@ class Move:
 
 @contextmanager
 def patched_step(scheduler: SchedulerMixin, on_step: Callable[[Move], Tensor | None]) -> Iterator[None]:
-    """While it is open, every step of ``scheduler`` is shown to ``on_step``; a tensor that it returns takes the place
-    of the next latents, in their dtype.
+    """Call ``on_step`` after every step of the scheduler within the context.
 
-    Where ``on_step`` returns None, the pipeline's samples are those of an unpatched run, bit for bit. Patches nest: the
-    inner one sees what the outer one made of a step. Raises ValueError for a replacement of another shape, for a
-    pipeline that copies its scheduler, and, at the end, where no step was made.
+    A tensor that it returns replaces the next latents, in their dtype; if it always returns None, the samples are
+    bit-identical to an unpatched run. Patches nest: the inner one sees the latents that the outer one returned. Raises
+    ValueError for a replacement of another shape, for a pipeline that copies its scheduler, and at the end if no step
+    was made.
     """
     step = scheduler.step
     signature = inspect.signature(step)
     steps = 0
 
     @functools.wraps(step)  # keeps the signature, in which pipelines look for eta and generator
-    def seen(*args: Any, **kwargs: Any) -> Any:
+    def observed_step(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
         steps += 1
         call = signature.bind(*args, **kwargs)
@@ -96,21 +95,32 @@ def patched_step(scheduler: SchedulerMixin, on_step: Callable[[Move], Tensor | N
         move = _move(scheduler, call.arguments, output)
         replacement = on_step(move)
         if replacement is not None:
-            output.prev_sample = _fitting(replacement, move.x_next)
+            if replacement.shape != move.x_next.shape:
+                raise ValueError(
+                    f"the latents are {tuple(move.x_next.shape)}, and on_step returned {tuple(replacement.shape)}: a"
+                    " run keeps its batch; use pipelines.steering.partial_runs to continue with fewer samples"
+                )
+            output.prev_sample = replacement.to(move.x_next)
         return output.to_tuple() if as_tuple else output
 
-    with replaced(scheduler, "step", seen), replaced(scheduler, "__deepcopy__", _refuse_copy):
+    def refuse_copy(memo: object) -> None:
+        raise ValueError(
+            "the pipeline copies its scheduler, and the copy would step through the original's hook: this pipeline"
+            " cannot be hooked"
+        )
+
+    with replaced(scheduler, "step", observed_step), replaced(scheduler, "__deepcopy__", refuse_copy):
         yield
     if not steps:
         raise ValueError(
-            f"no step was made by the {type(scheduler).__name__} that is hooked: hook the scheduler that the pipeline"
-            " has when it is called"
+            f"the {type(scheduler).__name__} that is hooked made no step: hook the scheduler that the pipeline has when"
+            " it is called"
         )
 
 
 @contextmanager
 def replaced(instance: object, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """``method`` in the place of a method of one instance, until the end or an exception."""
+    """Replace a method of one instance within the context."""
     own = name in vars(instance)
     before = vars(instance).get(name)
     setattr(instance, name, method)
@@ -124,110 +134,105 @@ def replaced(instance: object, name: str, method: Callable[..., Any]) -> Iterato
 
 
 def grid_of(scheduler: SchedulerMixin) -> Grid:
-    """The noise levels of the steps on the path of the network: what kernels and rewards are given.
+    """Return the noise levels of the scheduler's steps on the path of the network, for kernels.
 
-    The next level is that of the next timestep. (A DDIMScheduler whose timesteps are unequal distances apart itself
-    moves to other levels than it tells the network.) Raises ValueError for a scheduler whose levels are not known here.
+    Each step ends at the level of the next timestep; a DDIMScheduler with unequal distances of timesteps itself moves
+    to other levels than the network's next timestep says. Raises ValueError for an unsupported scheduler.
     """
     return _levels(scheduler).grid
 
 
 def kernel_move(scheduler: SchedulerMixin, kernel: Kernel, move: Move, noise: Tensor) -> Tensor:
-    """The next latents (B, ...) by ``kernel`` in place of the scheduler's rule, from the same prediction and to the
-    level of the next timestep, with standard normal ``noise`` (B, ...); in the scheduler's scale and x_next's dtype.
+    """Compute the next latents (B, ...) by ``kernel`` from a step's prediction, in place of the scheduler's rule.
 
-    The second of two evaluations at one level, as PNDM makes them, moves nothing. Raises ValueError for a scheduler
-    that clips its predictions, or whose levels are not known here.
+    Args:
+        scheduler: The scheduler, in the state after the step.
+        kernel: The transition, to the noise level of the next timestep. The second of two evaluations at one level,
+            as PNDM makes them, moves nothing.
+        move: The step of the scheduler.
+        noise: Standard normal noise (B, ...).
+
+    Returns:
+        Latents in the scheduler's scale and the dtype of ``move.x_next``.
+
+    Raises:
+        ValueError: The scheduler clips its predictions, or is not supported.
     """
     if any(scheduler.config.get(option, False) for option in ("clip_sample", "thresholding")):
         raise ValueError(
-            f"this {type(scheduler).__name__} clips its predictions, which kernels do not: make it with"
+            f"this {type(scheduler).__name__} clips its predictions, and kernels do not: create it with"
             " clip_sample=False and thresholding=False"
         )
     levels = _levels(scheduler)
     step = levels.grid[move.index]
     if bool(step.sigma == step.sigma_next):
         return move.x
-    moved = transition(levels.path, kernel, levels.on_path(move.x, move.index), move.prediction, step).sample(noise)
-    return (moved * expand(levels.scale[move.index + 1], moved)).to(move.x_next.dtype)
+    x = move.x / expand(levels.scale[move.index], move.x)
+    x_next = transition(levels.path, kernel, x, move.prediction, step).sample(noise)
+    return (x_next * expand(levels.scale[move.index + 1], x_next)).to(move.x_next.dtype)
 
 
 def gather_history(scheduler: SchedulerMixin, rows: Tensor) -> None:
-    """Sample i of what ``scheduler`` remembers of earlier steps becomes that of ``rows[i]`` (long, (M,)).
+    """Replace sample i in the scheduler's history of earlier steps by sample ``rows[i]``, for ``rows`` (M,) long.
 
-    To be called with every permutation or choice of the latents; a scheduler without a memory is left as it is.
+    Call it with every permutation or selection of the latents; a scheduler without a history does not change.
     """
-    vars(scheduler).update(chosen(remembered(scheduler), rows))
+    vars(scheduler).update(select_rows(scheduler_state(scheduler), rows))
 
 
-def remembered(scheduler: SchedulerMixin) -> dict[str, Any]:
-    """Everything plain that a scheduler holds, by attribute: numbers, tensors and lists of them. Its configuration,
-    methods and noise samplers are left out.
+def scheduler_state(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """Return the plain attributes of a scheduler by name: numbers, tensors and lists of them.
+
+    The configuration, methods and noise samplers are left out.
     """
     plain = (Tensor, list, int, float, type(None))
-    held = {name: value for name, value in vars(scheduler).items() if isinstance(value, plain)}
-    return {name: list(value) if isinstance(value, list) else value for name, value in held.items()}
+    attributes = {name: value for name, value in vars(scheduler).items() if isinstance(value, plain)}
+    return {name: list(value) if isinstance(value, list) else value for name, value in attributes.items()}
 
 
-def chosen(memory: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-    """The ``rows`` of all tensors of samples; what is of the schedule (tensors of less than two dimensions) is kept."""
-    return {name: _chosen(value, rows) for name, value in memory.items()}
+def select_rows(state: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Select ``rows`` (M,) long of every tensor of samples; tensors of less than two dimensions are schedules."""
 
+    def select(value: Any) -> Any:
+        if isinstance(value, list):
+            return [select(part) for part in value]
+        if isinstance(value, Tensor) and value.ndim >= 2:
+            return value[rows.to(value.device)]
+        return value
 
-def _chosen(value: Any, rows: Tensor) -> Any:
-    if isinstance(value, list):
-        return [_chosen(part, rows) for part in value]
-    if isinstance(value, Tensor) and value.ndim >= 2:
-        return value[rows.to(value.device)]
-    return value
+    return {name: select(value) for name, value in state.items()}
 
 
 def require_stochastic(scheduler: SchedulerMixin) -> None:
-    """Raises ValueError, naming it, unless the scheduler's own moves suit copies of a particle; see ``kernel_move`` for
-    the others. DDIM counts as deterministic: its eta is an argument of the call, and DDIM(eta) is a kernel.
+    """Raise ValueError unless the scheduler draws fresh noise at each step, so that copies of a particle diverge.
+
+    DDIM counts as deterministic: its eta is an argument of the call, and DDIM(eta) is a kernel for ``kernel_move``.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    instead = "move by a stochastic kernel instead, such as DDIM(eta=1.0)"
+    instead = "set a stochastic kernel in its place, such as DDIM(eta=1.0)"
     if isinstance(scheduler, _BROWNIAN):
-        raise ValueError(f"the noise of {name} is one Brownian tree of the whole run, not fresh at a step: {instead}")
+        raise ValueError(
+            f"{name} draws its noise from one Brownian tree for the whole run, not at each step: {instead}"
+        )
     solves_sde = str(config.get("algorithm_type", "")).startswith("sde-")
     if not (isinstance(scheduler, _STOCHASTIC) or solves_sde or config.get("stochastic_sampling", False)):
         raise ValueError(f"{name} is deterministic, so that copies of a particle would stay equal: {instead}")
 
 
 def _move(scheduler: SchedulerMixin, call: dict[str, Any], output: Any) -> Move:
+    """Describe the step that the scheduler has just made, from its arguments and its output."""
     x, prediction, timestep = call["sample"], call["model_output"], call["timestep"]
-    index = _index(scheduler, timestep)
-    clean = output.get("pred_original_sample", output.get("denoised"))
-    if clean is None:
-        levels = _levels(scheduler)
-        clean = levels.path.x0(levels.on_path(x, index), prediction, levels.grid[index])
-    return Move(index, torch.as_tensor(timestep), x, prediction, promote(clean)[0], output.prev_sample)
-
-
-def _index(scheduler: SchedulerMixin, timestep: Any) -> int:
-    """The place in ``scheduler.timesteps`` of the step just made."""
     if isinstance(scheduler, PNDMScheduler):
-        return int(scheduler.counter) - 1
-    if hasattr(scheduler, "step_index"):
-        return int(scheduler.step_index) - 1
-    return int((scheduler.timesteps == timestep).nonzero()[0, 0])
-
-
-def _fitting(replacement: Tensor, x_next: Tensor) -> Tensor:
-    if replacement.shape != x_next.shape:
-        raise ValueError(
-            f"the latents are {tuple(x_next.shape)}, and on_step returned {tuple(replacement.shape)}: a run keeps its"
-            " batch; pipelines.steering.partial_runs goes on with fewer"
-        )
-    return replacement.to(x_next)
-
-
-def _refuse_copy(memo: object) -> None:
-    raise ValueError(
-        "the pipeline copies its scheduler, and the copy would step through the original's hook: this pipeline cannot"
-        " be hooked"
-    )
+        index = int(scheduler.counter) - 1
+    elif hasattr(scheduler, "step_index"):
+        index = int(scheduler.step_index) - 1
+    else:
+        index = int((scheduler.timesteps == timestep).nonzero()[0, 0])
+    x0 = output.get("pred_original_sample", output.get("denoised"))
+    if x0 is None:
+        levels = _levels(scheduler)
+        x0 = levels.path.x0(x / expand(levels.scale[index], x), prediction, levels.grid[index])
+    return Move(index, torch.as_tensor(timestep), x, prediction, promote(x0)[0], output.prev_sample)
 
 
 @dataclass(frozen=True)
@@ -238,49 +243,49 @@ class _Levels:
     grid: Grid
     scale: Tensor
 
-    def on_path(self, x: Tensor, index: int) -> Tensor:
-        """The scheduler's latents (B, ...) before step ``index`` in the scale of the path."""
-        return x / expand(self.scale[index], x)
-
 
 def _levels(scheduler: SchedulerMixin) -> _Levels:
+    """Find the path and the noise levels of a scheduler. Raises ValueError for an unsupported one."""
+    config = scheduler.config
+    if not isinstance(scheduler, _SUPPORTED) or config.get("invert_sigmas", False):
+        supported = ", ".join(sorted(kind.__name__ for kind in _SUPPORTED))
+        raise ValueError(
+            f"the noise levels of this {type(scheduler).__name__} cannot be derived: use one of {supported}"
+        )
+
+    # alpha^2 of each timestep from the table of training levels, and the scheduler's own after the last
     if isinstance(scheduler, _DISCRETE):
-        return _discrete_levels(scheduler)
-    if not isinstance(scheduler, _KNOWN) or scheduler.config.get("invert_sigmas", False):
-        known = ", ".join(sorted(kind.__name__ for kind in _KNOWN))
-        raise ValueError(f"the noise levels of this {type(scheduler).__name__} are not known here: use one of {known}")
-    sigma, config = scheduler.sigmas.cpu().double(), scheduler.config
-    one = torch.ones_like(sigma)
+        last = scheduler.one if isinstance(scheduler, DDPMScheduler) else scheduler.final_alpha_cumprod
+        table = scheduler.alphas_cumprod.cpu().double()
+        square = torch.cat([table[scheduler.timesteps.cpu().long()], last.cpu().double().reshape(1)])
+        grid = Grid(scheduler.timesteps.cpu().double(), square.sqrt(), (1 - square).sqrt())
+        return _Levels(VPPath(config.prediction_type), grid, torch.ones_like(square))
+
+    # The others list sigma; of a variance preserving path it is the ratio of noise to signal
+    sigma = scheduler.sigmas.cpu().double()
+    alpha = scale = torch.ones_like(sigma)
+    path: GaussianPath
     if isinstance(scheduler, _EDM):
-        return _on_grid(scheduler, EDMPath(config.sigma_data, config.prediction_type), one, sigma, one)
-    if _is_flow(scheduler):
-        return _on_grid(scheduler, FlowPath(), 1 - sigma, sigma, one)
-    kind: Any = "sample" if config.prediction_type == "original_sample" else config.prediction_type
-    alpha = (1 + sigma * sigma).rsqrt()
-    scale = 1 / alpha if isinstance(scheduler, _SCALED_BY_SIGMA) else one
-    return _on_grid(scheduler, VPPath(kind), alpha, sigma * alpha, scale)
-
-
-def _on_grid(scheduler: SchedulerMixin, path: GaussianPath, alpha: Tensor, sigma: Tensor, scale: Tensor) -> _Levels:
+        path = EDMPath(config.sigma_data, config.prediction_type)
+    elif _is_flow(scheduler):
+        path, alpha = FlowPath(), 1 - sigma
+    else:
+        kind: Any = "sample" if config.prediction_type == "original_sample" else config.prediction_type
+        path, alpha = VPPath(kind), (1 + sigma * sigma).rsqrt()
+        sigma = sigma * alpha
+        if isinstance(scheduler, _SCALED_BY_SIGMA):
+            scale = 1 / alpha
     return _Levels(path, Grid(scheduler.timesteps.cpu().double(), alpha, sigma), scale)
 
 
-def _discrete_levels(scheduler: SchedulerMixin) -> _Levels:
-    """alpha^2 of the timesteps from the table of training levels, and after the last one what the scheduler has."""
-    last = scheduler.one if isinstance(scheduler, DDPMScheduler) else scheduler.final_alpha_cumprod
-    table = scheduler.alphas_cumprod.cpu().double()
-    square = torch.cat([table[scheduler.timesteps.cpu().long()], last.cpu().double().reshape(1)])
-    path = VPPath(scheduler.config.prediction_type)
-    return _on_grid(scheduler, path, square.sqrt(), (1 - square).sqrt(), torch.ones_like(square))
-
-
 def _is_flow(scheduler: SchedulerMixin) -> bool:
+    """Return whether the scheduler's path is a flow. Raises ValueError for settings that contradict each other."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return True
     predicts_flow = bool(scheduler.config.prediction_type == "flow_prediction")
     if predicts_flow != bool(scheduler.config.get("use_flow_sigmas", False)):
         raise ValueError(
             f"this {type(scheduler).__name__} has prediction_type {scheduler.config.prediction_type!r} and"
-            f" use_flow_sigmas {not predicts_flow}, which no path has: set both for a flow, or neither"
+            f" use_flow_sigmas {not predicts_flow}, which contradict each other: set both for a flow, or neither"
         )
     return predicts_flow

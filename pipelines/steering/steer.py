@@ -115,6 +115,7 @@ class _SteeredCalls:
         self.scorer, self.plan, self.seed = scorer, plan, seed
         self.scheduler = scorer.pipe.scheduler
         self.steering = Steering(ledger=scorer.ledger)
+        self.nodes: tuple[int, ...] = ()
         self.prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts or ()]
 
     def note_prompt(self, arguments: Mapping[str, Any]) -> None:

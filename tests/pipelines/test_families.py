@@ -15,9 +15,10 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 import pipelines
-from genalign.algorithms import losses
+from genalign.algorithms import matching_losses
 from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
-from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
+from genalign.algorithms.matching_recipes import dragon, nft
+from genalign.algorithms.recipes import Recipe, dense_grpo, flow_grpo, prdp
 from genalign.diffusion.lora import save_peft
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.policy import Lora, Policy
@@ -28,7 +29,8 @@ from genalign.runtime.memory_options import Memory
 from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, FKSteering, Prune, search
 from genalign.search.strategy import Strategy
-from genalign.training.trainer import Trainer, TrainerSettings
+from genalign.training.settings import TrainerSettings
+from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines.base import DiffusersPipeline
 from pipelines.flows import FlowPipeline
@@ -204,16 +206,16 @@ def test_one_step_of_training_lowers_the_loss(
     rewards = [NamedReward("bright", brightness)]
     made = RECIPES[recipe](_kernel(ours))
     trainer = Trainer(ours, policy, rewards, prompts, made, settings, Sampling(STEPS))
-    parts = trainer._sample(0, prompts.prompts)
-    outcome = trainer._gather_scores(parts, len(PROMPTS))
+    parts = trainer.sample(0, prompts.prompts)
+    outcome = trainer.gather_scores(parts, len(PROMPTS))
     batch = UpdateBatch(parts[0].rollout, made.credit(outcome), outcome.group, False)
     weights: list[Tensor] = []
     with monkeypatch.context() as patch:
-        patch.setattr(losses, "_normalized_error", functools.partial(_by_own_size, weights))
+        patch.setattr(matching_losses, "_normalized_error", functools.partial(_by_own_size, weights))
         before = _readings(trainer, batch)
     assert before.log_ratio_max == 0.0
-    trainer._learn(0, prompts.prompts, parts, outcome)
-    monkeypatch.setattr(losses, "_normalized_error", functools.partial(_by_first_size, iter(weights)))
+    trainer.learn(0, prompts.prompts, parts, outcome)
+    monkeypatch.setattr(matching_losses, "_normalized_error", functools.partial(_by_first_size, iter(weights)))
     assert _readings(trainer, batch).mean("loss") < before.mean("loss")
 
 
@@ -229,7 +231,7 @@ def _by_first_size(weights: Iterator[Tensor], difference: Tensor) -> Tensor:
 
 
 def _readings(trainer: Trainer, batch: UpdateBatch) -> MetricSums:
-    """Of the loss on what ``_learn`` sees first."""
+    """Of the loss on what ``learn`` sees first."""
     metrics = MetricSums()
     context = UpdateContext(
         trainer.pipeline, trainer.policy, trainer.grid, trainer.recipe.kernel, 1.0, trainer.old, metrics
@@ -261,7 +263,7 @@ def test_another_solver_is_named(
     }.get(family)
     lines = [record.message for record in caplog.records if record.name == "pipelines.base"]
     assert len(lines) == (1 if shipped else 0)
-    assert all(f"ships {shipped}; here it is sampled by first-order steps on" in line for line in lines)
+    assert all(f"comes with {shipped}. Genalign samples by first-order steps instead" in line for line in lines)
 
 
 def test_memory_options_work_together(family: str, folder_of: Callable[[str], Path]) -> None:
@@ -316,13 +318,13 @@ def test_guidance_on_a_distilled_network_is_refused(folder_of: Callable[[str], P
 
 
 def test_free_noise_levels_need_a_flow(folder_of: Callable[[str], Path]) -> None:
-    with pytest.raises(ValueError, match="knows whole timesteps alone"):
+    with pytest.raises(ValueError, match="takes integer timesteps alone"):
         _open("sd15", folder_of("sd15")).grid(2, [1.0, 0.5])
 
 
 def test_an_unknown_family_is_named(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
-    with pytest.raises(ValueError, match=r"holds a KandinskyPipeline, which is no family known here: they are Stable"):
+    with pytest.raises(ValueError, match=r"KandinskyPipeline, which genalign has no wrapper for: use one of Stable"):
         pipelines.load(tmp_path)
 
 

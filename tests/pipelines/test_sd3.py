@@ -74,10 +74,10 @@ def test_texts_asked_for_longest_ago_are_encoded_again(tiny_folder: Path, monkey
     """Where there is no room for all: in the batch they were first encoded in, to the same bits."""
     tiny = SD3.load(tiny_folder)
     encoded: list[list[str]] = []
-    encode = tiny._encode_texts
-    monkeypatch.setattr(tiny, "_encode_texts", lambda texts: encoded.append(list(texts)) or encode(texts))
+    encode = tiny.encode_texts
+    monkeypatch.setattr(tiny, "encode_texts", lambda texts: encoded.append(list(texts)) or encode(texts))
     first, kept = tiny.encode([*PROMPTS, "a third"]), tiny.encode(PROMPTS[:1])
-    monkeypatch.setattr(base, "_CACHED_BYTES", 3 * sum(row[0].nbytes for row in first.tensors.values()))
+    monkeypatch.setattr(base, "_CACHE_BYTES", 3 * sum(row[0].nbytes for row in first.tensors.values()))
     tiny.encode(["a fourth"])  # beside it the unconditional text, and the latest of the others, have room
     assert torch.equal(tiny.encode(PROMPTS[:1]).tensors["context"], kept.tensors["context"]) and len(encoded) == 2
     again = tiny.encode([*PROMPTS, "a third"])

@@ -173,7 +173,7 @@ def test_copied_and_idle_schedulers_are_refused() -> None:
     ):
         copy.deepcopy(scheduler)
     with (
-        pytest.raises(ValueError, match="no step was made by the FlowMatchEulerDiscreteScheduler"),
+        pytest.raises(ValueError, match="the FlowMatchEulerDiscreteScheduler that is hooked made no step"),
         patched_step(scheduler, lambda move: None),
     ):
         pass
@@ -181,7 +181,7 @@ def test_copied_and_idle_schedulers_are_refused() -> None:
 
 
 def test_an_unknown_scheduler_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="the noise levels of this TCDScheduler are not known here: use one of Cosine"):
+    with pytest.raises(ValueError, match="the noise levels of this TCDScheduler cannot be derived: use one of Cosine"):
         _observed(sd15().on(TCDScheduler, clip_sample=False))
 
 
@@ -202,7 +202,7 @@ def test_deterministic_schedulers_cannot_be_resampled(scheduler: SchedulerMixin,
 @pytest.mark.parametrize("kind", [CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler])
 def test_brownian_schedulers_cannot_be_resampled(kind: type[SchedulerMixin]) -> None:
     pytest.importorskip("torchsde", reason="diffusers makes these schedulers only with torchsde")
-    with pytest.raises(ValueError, match=f"the noise of {kind.__name__} is one Brownian tree"):
+    with pytest.raises(ValueError, match=f"{kind.__name__} draws its noise from one Brownian tree"):
         require_stochastic(kind())
 
 
@@ -329,7 +329,7 @@ def test_pndm_moves_once_for_its_two_evaluations_of_one_level() -> None:
 def test_clipping_is_refused() -> None:
     scheduler = DDIMScheduler()
     (move, *_) = _steps(scheduler)
-    with pytest.raises(ValueError, match="make it with clip_sample=False"):
+    with pytest.raises(ValueError, match="create it with clip_sample=False"):
         kernel_move(scheduler, ODE(), move, move.x)
 
 
