@@ -1,4 +1,4 @@
-"""Students for noise-aware rewards: small networks that score previews at any noise level, and their files."""
+"""Noise-aware rewards: small networks that score previews at any noise level, and their files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genalign.runtime.files import load_state, save_state
-from genalign.search.noise_aware import NoiseAware, Quality
+from genalign.search.noise_aware import LevelQuality, NoiseAware
 from genalign.types import Prompt
 from rewards.backbones.clap_encoder import ClapEncoder, load_clap
 from rewards.backbones.clip_encoder import load_clip
@@ -27,17 +27,19 @@ _MIDDLE_DB = 50.0  # a spectrogram's values are around -50
 
 
 class TowerScorer(nn.Module, ABC):
-    """A regressor on a sample's embedding u and its text's embedding t, by [u, t, u t, |u - t|] and the level; the
-    copied tower of samples is trained along. ``start``: the file of a scorer of this kind to go on from, such as the
-    reward that is to be distilled.
+    """A regressor on [u, t, u t, |u - t|] of a sample's embedding u and its prompt's embedding t, and the noise level.
+
+    The tower that embeds samples is a copy of the encoder's and is trained along. ``start`` is the file of a scorer of
+    this kind to initialize from, such as the reward to distill.
     """
 
-    on: Literal["latents", "samples"] = "samples"
+    input_kind: Literal["latents", "samples"] = "samples"
 
     def __init__(self, hidden: int, start: str | None, arguments: dict[str, Any]) -> None:
         super().__init__()
         self.arguments = {**arguments, "hidden": hidden}
-        self.tower = _copied(self.shared())
+        # A trainable copy in float32, in evaluation mode: no dropout, and CLAP's batch statistics stay as they are.
+        self.tower = copy.deepcopy(self.shared()).float().requires_grad_(True).eval()
         width = self.shared().text(["a"]).shape[1]
         self.read = nn.Sequential(nn.Linear(4 * width + _LEVEL_WIDTH, hidden), nn.GELU(), nn.Linear(hidden, 1))
         if start is not None:
@@ -45,24 +47,23 @@ class TowerScorer(nn.Module, ABC):
 
     @abstractmethod
     def shared(self) -> DualEncoder:
-        """The encoder that the tower is a copy of; its texts are embedded by it."""
+        """Return the pretrained encoder, which embeds the prompts and of which the tower is a copy."""
 
     def embed(self, samples: Tensor) -> Tensor:
-        """Embeddings (B, d) by the tower."""
+        """Embed samples (B, ...) with the tower, as (B, d)."""
         embeddings: Tensor = self.tower(samples)
         return embeddings
 
     def forward(self, previews: Tensor, sigma: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) of samples (B, ...) at noise levels (B,)."""
-        seen = F.normalize(self.embed(previews), dim=-1)
-        text = self.shared().text([prompt.text for prompt in prompts]).to(seen)
-        pair = torch.cat([seen, text, seen * text, (seen - text).abs(), level_features(sigma)], dim=1)
-        scores: Tensor = self.read(pair).squeeze(-1)
+        """Score samples (B, ...) at noise levels (B,), as (B,)."""
+        u = F.normalize(self.embed(previews), dim=-1)
+        t = self.shared().text([prompt.text for prompt in prompts]).to(u)
+        scores: Tensor = self.read(torch.cat([u, t, u * t, (u - t).abs(), level_features(sigma)], dim=1)).squeeze(-1)
         return scores
 
 
 class ClipScorer(TowerScorer):
-    """Of images (B, 3, H, W) in [0, 1], by the CLIP ``model`` of ``load_clip``."""
+    """A scorer of images (B, 3, H, W) in [0, 1], with the CLIP ``model`` of ``load_clip``."""
 
     def __init__(self, model: str, hidden: int = 256, start: str | None = None) -> None:
         self._model = model
@@ -73,7 +74,7 @@ class ClipScorer(TowerScorer):
 
 
 class ClapScorer(TowerScorer):
-    """Of waveforms (B, C, L) in [-1, 1] at ``sample_rate`` Hz, by the CLAP ``model`` of ``load_clap``."""
+    """A scorer of waveforms (B, C, L) in [-1, 1] at ``sample_rate`` Hz, with the CLAP ``model`` of ``load_clap``."""
 
     def __init__(self, model: str, sample_rate: int, hidden: int = 256, start: str | None = None) -> None:
         self._model, self.sample_rate = model, sample_rate
@@ -88,11 +89,13 @@ class ClapScorer(TowerScorer):
 
 
 class LatentScorer(ClipScorer):
-    """The same of latent previews, through a small decoder of its own (as TAESD is one) to images of ``scale`` times
-    their size: the pipeline's decoder is not called. ``start``: the file of a ``ClipScorer``.
+    """A scorer of image latents, which it decodes with a small decoder of its own, similar to TAESD.
+
+    The pipeline's decoder is not called. The decoded images have ``scale`` times the latents' size. ``start`` is the
+    file of a ``ClipScorer``.
     """
 
-    on = "latents"
+    input_kind = "latents"
 
     def __init__(
         self,
@@ -110,8 +113,8 @@ class LatentScorer(ClipScorer):
         last = nn.Conv2d(width, 3 * scale**2, 3, padding=1)
         self.decoder = nn.Sequential(*_convolutions(nn.Conv2d, widths), last, nn.PixelShuffle(scale), nn.Sigmoid())
 
-    def seen(self, samples: Tensor) -> Tensor:
-        """What the decoder is to make: the images."""
+    def decoder_target(self, samples: Tensor) -> Tensor:
+        """Return the target of the decoder for decoded ``samples``: the images themselves."""
         return samples
 
     def embed(self, samples: Tensor) -> Tensor:
@@ -119,13 +122,13 @@ class LatentScorer(ClipScorer):
 
 
 class ClapLatentScorer(ClapScorer):
-    """Of latent previews (B, channels, n) of clips, through a small decoder of its own to the spectrogram that CLAP
-    hears: neither the pipeline's decoder nor a waveform is made. ``start``: the file of a ``ClapScorer``.
+    """A scorer of audio latents (B, channels, n), which it decodes to CLAP's spectrogram with its own small decoder.
 
-    For clips that are as long as CLAP's window.
+    Neither the pipeline's decoder nor a waveform is computed. The clips must be as long as CLAP's window, and ``start``
+    is the file of a ``ClapScorer``.
     """
 
-    on = "latents"
+    input_kind = "latents"
 
     def __init__(
         self,
@@ -144,14 +147,14 @@ class ClapLatentScorer(ClapScorer):
             channels, width, depth, windows.length // windows.hop + 1, windows.filters.shape[1]
         )
 
-    def seen(self, samples: Tensor) -> Tensor:
-        """What the decoder is to make: the clips' spectrograms. Raises ValueError for clips of another length."""
+    def decoder_target(self, samples: Tensor) -> Tensor:
+        """Return the target of the decoder: the clips' spectrograms. Raises ValueError for clips of another length."""
         windows = self.encoder.windows
-        seconds, heard = samples.shape[-1] / self.sample_rate, windows.length / windows.rate
-        if abs(seconds - heard) > windows.hop / windows.rate:
+        seconds, window = samples.shape[-1] / self.sample_rate, windows.length / windows.rate
+        if abs(seconds - window) > windows.hop / windows.rate:
             raise ValueError(
-                f"a ClapLatentScorer hears one window of {heard:g} s, and the model makes clips of {seconds:g} s: use a"
-                " ClapScorer, which hears decoded previews of any length"
+                f"a ClapLatentScorer takes clips of {window:g} s, and the model generates {seconds:g} s: use a"
+                " ClapScorer, which takes decoded previews of any length"
             )
         return self.encoder.spectra(samples, self.sample_rate)
 
@@ -160,12 +163,12 @@ class ClapLatentScorer(ClapScorer):
 
     @property
     def encoder(self) -> ClapEncoder:
-        """The trained tower."""
+        """The tower of samples, which is trained."""
         return cast(ClapEncoder, self.tower)
 
 
 class SpectraDecoder(nn.Module):
-    """From latents (B, channels, n) to one window's log-mel spectrogram (B, 1, 1, frames, mels) in dB."""
+    """A decoder from latents (B, channels, n) to one log-mel spectrogram (B, 1, 1, frames, mels) in dB."""
 
     def __init__(self, channels: int, width: int, depth: int, frames: int, mels: int) -> None:
         super().__init__()
@@ -182,19 +185,19 @@ class SpectraDecoder(nn.Module):
 
 
 def _convolutions(kind: type[nn.Module], widths: Sequence[int]) -> list[nn.Module]:
-    """Convolutions of three, each with its activation."""
+    """Stack convolutions with kernels of 3, each followed by its activation."""
     return [layer for pair in itertools.pairwise(widths) for layer in (kind(*pair, 3, padding=1), nn.SiLU())]
 
 
 def level_features(sigma: Tensor) -> Tensor:
-    """Sines and cosines (B, 32) of noise levels (B,), at frequencies from 1 to 64 per unit."""
+    """Compute sines and cosines (B, 32) of noise levels (B,), at frequencies from 1 to 64 per unit."""
     rates = torch.exp(torch.linspace(0, math.log(64), _LEVEL_WIDTH // 2, device=sigma.device))
     angles = 2 * math.pi * sigma.float()[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def save_scorer(path: Path, scorer: NoiseAware) -> None:
-    """Write a scorer whose student is one of this file's."""
+    """Write a scorer whose student is a class of this module to a safetensors file."""
     student = scorer.student
     meta = {
         "student": type(student).__name__,
@@ -207,36 +210,30 @@ def save_scorer(path: Path, scorer: NoiseAware) -> None:
 
 
 def load_scorer(path: str | Path, least_tau: float = 0.1) -> NoiseAware:
-    """What ``save_scorer`` wrote. Raises ValueError for another file."""
+    """Read a file of ``save_scorer``. Raises ValueError for another file."""
     tensors, meta = load_state(Path(path))
     kinds = {kind.__name__: kind for kind in (ClipScorer, ClapScorer, LatentScorer, ClapLatentScorer)}
     if meta.get("student") not in kinds:
-        raise ValueError(f"{path} is not a noise-aware reward: make one by genalign train-noise-aware")
+        raise ValueError(f"{path} is not a noise-aware reward: train one with genalign train-noise-aware")
     student = kinds[meta["student"]](**meta["arguments"])
     student.load_state_dict(tensors)
-    qualities = tuple(Quality(**found) for found in meta["qualities"])
+    qualities = tuple(LevelQuality(**quality) for quality in meta["qualities"])
     return NoiseAware(student.eval(), qualities, meta["mean"], meta["std"], least_tau)
 
 
 class ScorerReward:
-    """A scorer of samples as a reward of clean ones: at the lowest level that it was validated at."""
+    """A noise-aware scorer as a reward of clean samples, at the lowest noise level that it was validated at."""
 
     def __init__(self, path: str | Path) -> None:
         self.scorer = load_scorer(path)
-        if self.scorer.on != "samples":
+        if self.scorer.input_kind != "samples":
             raise ValueError(
-                f"{path} scores latents, and a reward is given samples: use one that was trained on samples"
+                f"{path} scores latents, but rewards take samples: use a scorer that was trained on samples"
             )
-        self.level = min(found.sigma for found in self.scorer.qualities)
+        self.level = min(quality.sigma for quality in self.scorer.qualities)
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,), differentiable; NaN where a sample has NaN."""
+        """Score samples as (B,), differentiably; NaN where a sample has NaN."""
         level = torch.full((len(samples),), self.level, device=samples.device)
         scores: Tensor = self.scorer.student.to(samples.device)(samples, level, prompts)
         return self.scorer.mean + self.scorer.std * scores
-
-
-def _copied(shared: nn.Module) -> nn.Module:
-    """A trainable copy of an encoder, in float32; dropout stays off, and statistics of batches (CLAP's) as they are."""
-    tower = copy.deepcopy(shared)
-    return tower.float().requires_grad_(True).eval()

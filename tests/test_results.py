@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from genalign.evaluation.records import Measurement, PromptRecord, claim, median_row, read_records, rows_of
+from genalign.evaluation.records import PromptRecord, gain_row
+from scripts.benchmarks.published_results import Measurement, median_row, read_records, result_rows
 from tests.packages import ROOT
 
 RESULTS = ROOT / "docs" / "results"
@@ -19,15 +20,15 @@ REQUIRED = {
 }
 
 
-def test_what_must_be_published_is() -> None:
+def test_required_results_are_published() -> None:
     assert REQUIRED.keys() <= {path.stem for path in (RESULTS / "raw").glob("*.jsonl")}
 
 
 @pytest.mark.parametrize("path", sorted((RESULTS / "raw").glob("*.jsonl")), ids=lambda path: path.stem)
-def test_rows_follow_from_the_records(path: Path) -> None:
+def test_published_rows_are_recomputed_from_records(path: Path) -> None:
     published = {row["name"]: row for row in json.loads((RESULTS / f"{path.stem}.json").read_text())["rows"]}
     assert REQUIRED.get(path.stem, set()) <= published.keys()
-    recomputed = rows_of(read_records(path))
+    recomputed = result_rows(read_records(path))
     assert {row.name for row in recomputed} == published.keys()
     for row in recomputed:
         for name, value in vars(row).items():
@@ -38,20 +39,20 @@ def _record(seed: int, task: str, prompt: str, before: float, after: float) -> P
     return PromptRecord("m", "strict", seed, task, prompt, before, after, 4)
 
 
-def test_a_claim_by_hand() -> None:
+def test_gain_row_matches_hand_computed_numbers() -> None:
     records = [
         _record(seed, task, prompt, 0.0, gain + 0.01 * seed)
         for seed in (0, 1, 2)
         for task, prompt, gain in (("a", "p", 0.1), ("a", "q", 0.3), ("b", "r", 0.4))
     ]
-    row = claim(records)
+    row = gain_row(records)
     assert row.mean == pytest.approx((0.2 + 0.4) / 2 + 0.01)
     assert row.n == 36
     # over seeds: 0.30, 0.31, 0.32 -> +-4.303 * 0.01 / sqrt(3); over prompts: task a is 0.11, 0.21 or 0.31
     assert row.high - row.mean == pytest.approx(0.05, abs=0.001)
 
 
-def test_a_median_by_hand() -> None:
+def test_median_row_matches_hand_computed_numbers() -> None:
     values = [1.0, 5.0, 2.0, 4.0, 3.0, 7.0, 6.0]
     row = median_row([Measurement("speed", "images/s", value) for value in values])
     assert (row.mean, row.low, row.high, row.n) == (4.0, 1.0, 7.0, 7)  # of 7, the range covers 98 %, the next 87 %
@@ -59,7 +60,7 @@ def test_a_median_by_hand() -> None:
     assert (many.low, many.high) == (4.0, 12.0)  # P(X <= 3) = 0.0176 for 15 fair coins
 
 
-def test_names_are_not_mixed() -> None:
+def test_gain_row_refuses_records_of_two_names() -> None:
     other = PromptRecord("n", "strict", 0, "a", "p", 0.0, 1.0, 4)
-    with pytest.raises(ValueError, match="a claim is about one name and one metric"):
-        claim([_record(0, "a", "p", 0.0, 1.0), other])
+    with pytest.raises(ValueError, match="a gain is computed for one name and one metric"):
+        gain_row([_record(0, "a", "p", 0.0, 1.0), other])

@@ -1,4 +1,4 @@
-"""``genalign evaluate``, and the exams that training sits before and after."""
+"""``genalign evaluate``, and the evaluations before, during and after training."""
 
 from __future__ import annotations
 
@@ -8,10 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genalign.cli import config
-from genalign.cli.context import Checkpoint, CommandContext, opened, own_share, print_estimates, prompt_set
+from genalign.cli.context import (
+    Checkpoint,
+    CommandContext,
+    load_with_identity,
+    print_estimates,
+    prompt_set,
+    rank_share,
+)
 from genalign.cli.evaluate_geneval import compare_geneval_command, geneval_command, images_command, original_command
 from genalign.diffusion.sampling import Sampling
-from genalign.evaluation.evaluate import Evaluation, Job, Kept, Protocol, evaluate, judge, plan, suite_hash
+from genalign.evaluation.evaluate import (
+    BatchStore,
+    Evaluation,
+    EvaluationProtocol,
+    SampleSpec,
+    evaluate,
+    evaluate_files,
+    plan_samples,
+    suite_hash,
+)
 from genalign.evaluation.folder import BatchFolder, manifest
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from genalign.runtime.media import Writer, inside, writer
@@ -21,30 +37,21 @@ from genalign.worlds.registry import WORLDS, World, world_of
 
 
 @dataclass(frozen=True)
-class Exam:
-    """What is to be made and scored, and how."""
+class Evaluator:
+    """A fixed set of prompts, seeds and scorers that a pipeline is evaluated on, such as before and after training."""
 
-    jobs: tuple[Job, ...]
+    specs: tuple[SampleSpec, ...]
     scorers: Mapping[str, RewardFunction]
-    protocol: Protocol
+    protocol: EvaluationProtocol
     write: Writer
     processes: ProcessGroup = SINGLE_PROCESS
 
-    def take(self, pipeline: Pipeline, output: Path | None = None, kept: Kept | None = None) -> Evaluation:
-        """Evaluate the pipeline as it is now, but for the batches that are ``kept``."""
-        return evaluate(
-            pipeline,
-            self.jobs,
-            self.scorers,
-            self.protocol,
-            output,
-            write=self.write,
-            processes=self.processes,
-            kept=kept,
-        )
+    def evaluate(self, pipeline: Pipeline, output: Path | None = None, batches: BatchStore | None = None) -> Evaluation:
+        """Evaluate the pipeline in its present state, except for the finished ``batches``."""
+        return evaluate(pipeline, self.specs, self.scorers, self.protocol, output, self.write, self.processes, batches)
 
 
-def exam(
+def build_evaluator(
     pipeline: Checkpoint,
     model: config.Model,
     sampling: Sampling,
@@ -52,16 +59,31 @@ def exam(
     source: str,
     scorers: Mapping[str, RewardFunction],
     processes: ProcessGroup = SINGLE_PROCESS,
-) -> Exam:
-    """``amount`` of samples of the prompts that ``source`` names, a share of them for each of the ``processes``.
+) -> Evaluator:
+    """Build the evaluation of a model on some prompts.
 
-    Raises ValueError where the prompts are of a world whose verifier takes other samples than this model's.
+    Args:
+        pipeline: The loaded model.
+        model: Its settings.
+        sampling: Steps and guidance.
+        amount: How many samples per task and noises per prompt, and the batch size.
+        source: The prompts: a split of a world or a prompt file.
+        scorers: Functions that score the samples, by name.
+        processes: Ranks that share the samples.
+
+    Raises:
+        ValueError: the prompts are of a world whose verifier takes another medium than this model generates.
     """
     prompts, world = prompt_set(source), world_of(source)
     if world and world.sample_rate != pipeline.sample_rate:
-        taken, made = _medium(world.sample_rate), _medium(pipeline.sample_rate)
-        raise ValueError(f"the verifier of {source!r} takes {taken}, but this model makes {made}: choose other prompts")
-    protocol = Protocol(
+        expected, actual = (
+            "images" if rate is None else f"waveforms at {rate} Hz"
+            for rate in (world.sample_rate, pipeline.sample_rate)
+        )
+        raise ValueError(
+            f"the verifier of {source!r} takes {expected}, but this model makes {actual}: choose other prompts"
+        )
+    protocol = EvaluationProtocol(
         suite=prompts.name,
         suite_hash=suite_hash(prompts),
         guidance=sampling.guidance,
@@ -74,12 +96,8 @@ def exam(
         samples_per_task=amount.samples_per_task,
         verifier=world.verifier if world else "none",
     )
-    jobs = plan(prompts, amount.samples_per_task, amount.seeds)
-    return Exam(jobs, scorers, protocol, writer(pipeline.sample_rate), processes)
-
-
-def _medium(sample_rate: int | None) -> str:
-    return "images" if sample_rate is None else f"waveforms at {sample_rate} Hz"
+    specs = plan_samples(prompts, amount.samples_per_task, amount.seeds)
+    return Evaluator(specs, scorers, protocol, writer(pipeline.sample_rate), processes)
 
 
 def evaluate_command(context: CommandContext, arguments: Sequence[str]) -> int:
@@ -103,37 +121,27 @@ def evaluate_command(context: CommandContext, arguments: Sequence[str]) -> int:
 def _evaluate_world(
     context: CommandContext, world: World, kind: type[config.EvaluateShapes], arguments: Sequence[str]
 ) -> int:
+    """Evaluate the samples of a model, or those in a folder that another program filled, on a world's prompts."""
     settings, plain = config.parse(kind, arguments, f"evaluate {world.name}")
-    if settings.samples is None:
-        own_share(os.environ)
-        with process_group(os.environ) as processes:
-            made = _in_processes(context, world, settings, plain["model"], processes)
-            if processes.is_main:
-                print_estimates(made)
+    output, scorers = Path(settings.output), context.scorers[world.name]
+    if settings.samples is not None:
+        samples = Path(settings.samples)
+        files = {name: world.prompt(prompt.text) for name, prompt in read_listing(samples).items()}
+        evaluation = evaluate_files(
+            files, lambda name: world.read(inside(samples, name)), scorers, samples.name, world.verifier
+        )
+        evaluation.save(output)
+        print_estimates(evaluation)
         return 0
-    made = _of_folder(world, Path(settings.samples), context.scorers[world.name])
-    made.save(Path(settings.output))
-    print_estimates(made)
+
+    rank_share(os.environ)
+    with process_group(os.environ) as processes:
+        pipeline, identity = load_with_identity(context, settings.model, settings.lora, plain["model"])
+        source = f"{world.name}:{settings.suite}"
+        evaluator = build_evaluator(pipeline, settings.model, settings.sampling, settings, source, scorers, processes)
+        folder = BatchFolder(output)
+        folder.begin(manifest(evaluator.protocol, identity))
+        evaluation = evaluator.evaluate(pipeline, output, folder)
+        if processes.is_main:
+            print_estimates(evaluation)
     return 0
-
-
-def _in_processes(
-    context: CommandContext,
-    world: World,
-    settings: config.EvaluateShapes,
-    plain: Mapping[str, object],
-    processes: ProcessGroup,
-) -> Evaluation:
-    pipeline, subject = opened(context, settings.model, settings.lora, plain)
-    source = f"{world.name}:{settings.suite}"
-    scorers = context.scorers[world.name]
-    asked = exam(pipeline, settings.model, settings.sampling, settings, source, scorers, processes)
-    folder = BatchFolder(Path(settings.output))
-    folder.begin(manifest(asked.protocol, subject))
-    return asked.take(pipeline, folder.path, folder)
-
-
-def _of_folder(world: World, folder: Path, scorers: Mapping[str, RewardFunction]) -> Evaluation:
-    """The samples of a folder that another program filled; their prompts are the world's own, metadata and all."""
-    files = {name: world.prompt(prompt.text) for name, prompt in read_listing(folder).items()}
-    return judge(files, lambda name: world.read(inside(folder, name)), scorers, folder.name, world.verifier)

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from genalign.cli import config
-from genalign.cli.context import Checkpoint, CommandContext, opened, own_share, print_estimates
+from genalign.cli.context import CommandContext, load_with_identity, print_estimates, rank_share
 from genalign.diffusion.sampling import Sampling
-from genalign.evaluation.evaluate import Evaluation, Protocol, suite_hash
-from genalign.evaluation.folder import Subject, content_hash, manifest
-from genalign.evaluation.geneval.compare_models import compared, finished
-from genalign.evaluation.geneval.image_sources import Existing, Generated
+from genalign.evaluation.evaluate import EvaluationProtocol, suite_hash
+from genalign.evaluation.folder import ModelIdentity, content_hash, manifest
+from genalign.evaluation.geneval.compare_models import compare_models, load_finished
+from genalign.evaluation.geneval.image_sources import FolderImages, PipelineImages
 from genalign.evaluation.geneval.judge import Judge
-from genalign.evaluation.geneval.result_files import Sample, read_prompts, read_results, read_samples
-from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, Work, verifier
-from genalign.evaluation.geneval.upstream_results import rescored
+from genalign.evaluation.geneval.result_files import SampleFile, read_prompts, read_results, read_samples
+from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, GenEvalRun, verifier_description
+from genalign.evaluation.geneval.upstream_results import rescore
 from genalign.evaluation.paired import check_protocols
 from genalign.evaluation.report import write_geneval
 from genalign.runtime.distributed import RankShare
@@ -28,16 +28,26 @@ from genalign.types import Prompt, PromptSet
 
 @dataclass(frozen=True)
 class EvaluateGenEval:
-    """An evaluation on a GenEval prompt file, each prompt with ``seeds`` noises in batches of ``batch_size``.
+    """An evaluation of a model on a GenEval prompt file.
 
-    ``per_task`` takes that many prompts of every task in place of all. ``judge`` says what is in an image, by default
-    Mask2Former and CLIP. ``against`` is the output of another model's evaluation to compare with. Several processes,
-    as torchrun or accelerate start them, share the prompts; started again, it goes on where it stopped.
+    Processes started by torchrun or accelerate share the prompts; run the command again to resume.
+
+    Args:
+        output: Folder of the evaluation.
+        prompts: GenEval's evaluation_metadata.jsonl, or a file of the same format.
+        model: The generator.
+        lora: An adapter of the model: the lora/ folder of a run, a .safetensors file or a Hub id.
+        sampling: Sampling settings.
+        seeds: Initial noises of each prompt.
+        batch_size: Images generated and judged at once.
+        per_task: Number of prompts of every task; null takes all.
+        judge: Decides what is in an image; null is Mask2Former with CLIP.
+        against: Output of another model's evaluation to compare with.
     """
 
     output: str
     prompts: str
-    model: config.Model = field(default_factory=config.Model)
+    model: config.Model
     lora: str | None = None
     sampling: Sampling = field(default_factory=lambda: Sampling(40, guidance=4.5))
     seeds: int = 4
@@ -54,8 +64,14 @@ class EvaluateGenEval:
 
 @dataclass(frozen=True)
 class GenEvalImages:
-    """An evaluation of ``images``, a folder in GenEval's layout that another program filled; they are judged on
-    ``device``. The rest is as in ``genalign evaluate geneval``, resuming and sharing too.
+    """An evaluation of images from another program, with the same resuming and sharing as for a model.
+
+    Args:
+        output: Folder of the evaluation.
+        images: Folder of the images in GenEval's layout.
+        device: Torch device of the judge.
+        judge: Decides what is in an image; null is Mask2Former with CLIP.
+        against: Output of another evaluation to compare with.
     """
 
     output: str
@@ -67,7 +83,13 @@ class GenEvalImages:
 
 @dataclass(frozen=True)
 class GenEvalOriginal:
-    """A finished evaluation, ``output``, by the results that GenEval's own evaluate_images.py made of its images."""
+    """The images of a finished evaluation, scored by the results of GenEval's own evaluate_images.py.
+
+    Args:
+        output: Folder of the finished evaluation.
+        results: The results file that evaluate_images.py wrote for its images.
+        against: Output of another evaluation to compare with.
+    """
 
     output: str
     results: str
@@ -76,7 +98,12 @@ class GenEvalOriginal:
 
 @dataclass(frozen=True)
 class GenEvalCompare:
-    """Two finished evaluations by one protocol: ``output``, whose report is written anew, after minus ``against``."""
+    """A comparison of two finished evaluations with equal protocols.
+
+    Args:
+        output: Folder of the later model's evaluation, in which the report is written.
+        against: Folder of the earlier model's evaluation.
+    """
 
     output: str
     against: str
@@ -85,65 +112,77 @@ class GenEvalCompare:
 def geneval_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign evaluate geneval``."""
     settings, plain = config.parse(EvaluateGenEval, arguments, "evaluate geneval")
-    prompts = some(read_prompts(Path(settings.prompts)), settings.per_task)
+    prompts = subset_per_task(read_prompts(Path(settings.prompts)), settings.per_task)
     judge = settings.judge or context.geneval
     judge.check(prompts.prompts)
-    share = own_share(os.environ)
-    pipeline, subject = opened(context, settings.model, settings.lora, plain["model"])
+    share = rank_share(os.environ)
+    pipeline, identity = load_with_identity(context, settings.model, settings.lora, plain["model"])
     sampling, folder = settings.sampling, GenEvalFolder(Path(settings.output))
     grid = sampling.grid(pipeline)
-    source = Generated(pipeline, grid, sampling.guidance, settings.seeds, settings.batch_size, folder.path)
-    protocol = _protocol(pipeline, settings, tuple(grid.sigma.tolist()), prompts, judge)
-    return _carried_out(Work(source, prompts, judge, folder), share, protocol, subject, settings.against)
+    protocol = EvaluationProtocol(
+        suite=prompts.name,
+        suite_hash=suite_hash(prompts),
+        guidance=sampling.guidance,
+        sigmas=tuple(grid.sigma.tolist()),
+        kernel="ODE()",
+        dtype=settings.model.autocast or settings.model.dtype,
+        batch_size=settings.batch_size,
+        resolution=pipeline.resolution,
+        seeds=settings.seeds,
+        samples_per_task=settings.seeds * max(len(group) for group in prompts.by_task().values()),
+        verifier=verifier_description(judge),
+    )
+    source = PipelineImages(pipeline, grid, sampling.guidance, settings.seeds, settings.batch_size, folder.path)
+    return _evaluate(GenEvalRun(source, prompts, judge, folder), share, protocol, identity, settings.against)
 
 
 def images_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign evaluate geneval-images``."""
     settings, _ = config.parse(GenEvalImages, arguments, "evaluate geneval-images")
     root, folder = Path(settings.images), GenEvalFolder(Path(settings.output))
-    groups = _by_prompt(read_samples(root))
+    groups = _group_by_prompt(read_samples(root))
     prompts = PromptSet("images", tuple(Prompt(group[0].metadata["prompt"], group[0].metadata) for group in groups))
     judge = settings.judge or context.geneval
     judge.check(prompts.prompts)
-    share = own_share(os.environ)
+    share = rank_share(os.environ)
     files = [sample.path for group in groups for sample in group]
-    subject = Subject({"images": settings.images}, content_hash(root, files))
-    work = Work(Existing(groups, folder.path, settings.device), prompts, judge, folder)
-    protocol = Protocol.elsewhere(prompts, [len(group) for group in groups], verifier(judge))
-    return _carried_out(work, share, protocol, subject, settings.against)
+    identity = ModelIdentity({"images": settings.images}, content_hash(root, files))
+    counts = [len(group) for group in groups]
+    protocol = EvaluationProtocol.for_external_samples(prompts, counts, verifier_description(judge))
+    source = FolderImages(groups, folder.path, settings.device)
+    return _evaluate(GenEvalRun(source, prompts, judge, folder), share, protocol, identity, settings.against)
 
 
 def original_command(arguments: Sequence[str]) -> int:
     """``genalign evaluate geneval-original``."""
     settings, _ = config.parse(GenEvalOriginal, arguments, "evaluate geneval-original")
-    made = rescored(Path(settings.output), read_results(Path(settings.results)))
-    _conclude(made, settings.against)
+    _report(rescore(Path(settings.output), read_results(Path(settings.results))), settings.against)
     return 0
 
 
 def compare_geneval_command(arguments: Sequence[str]) -> int:
     """``genalign evaluate geneval-compare``."""
     settings, _ = config.parse(GenEvalCompare, arguments, "evaluate geneval-compare")
-    _conclude(Path(settings.output), settings.against)
+    _report(Path(settings.output), settings.against)
     return 0
 
 
-def some(prompts: PromptSet, per_task: int | None) -> PromptSet:
-    """The distinct prompts of a set; of every task the ``per_task`` with the lowest hash, in the order of the set."""
+def subset_per_task(prompts: PromptSet, per_task: int | None) -> PromptSet:
+    """Select the ``per_task`` distinct prompts of every task with the lowest hash of their text, in the set's order."""
     distinct = {prompt.text: prompt for prompt in prompts.prompts}
-    chosen: set[str] = set()
+    subset: set[str] = set()
     for group in PromptSet(prompts.name, tuple(distinct.values())).by_task().values():
         texts = [prompt.text for prompt in group]
-        chosen.update(sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())[:per_task])
-    return PromptSet(prompts.name, tuple(prompt for text, prompt in distinct.items() if text in chosen))
+        subset.update(sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())[:per_task])
+    return PromptSet(prompts.name, tuple(prompt for text, prompt in distinct.items() if text in subset))
 
 
-def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """The samples of each prompt. Raises ValueError for a prompt that has two folders."""
-    groups: dict[int, list[Sample]] = {}
+def _group_by_prompt(samples: Sequence[SampleFile]) -> list[list[SampleFile]]:
+    """Group samples by prompt. Raises ValueError for a prompt that has two folders."""
+    groups: dict[int, list[SampleFile]] = {}
     for sample in samples:
         groups.setdefault(sample.index, []).append(sample)
-    seen: dict[str, Sample] = {}
+    seen: dict[str, SampleFile] = {}
     for first, *_ in groups.values():
         if (other := seen.setdefault(first.metadata["prompt"], first)) is not first:
             raise ValueError(
@@ -152,59 +191,38 @@ def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
     return list(groups.values())
 
 
-def _protocol(
-    pipeline: Checkpoint, settings: EvaluateGenEval, sigmas: tuple[float, ...], prompts: PromptSet, judge: Judge
-) -> Protocol:
-    return Protocol(
-        suite=prompts.name,
-        suite_hash=suite_hash(prompts),
-        guidance=settings.sampling.guidance,
-        sigmas=sigmas,
-        kernel="ODE()",
-        dtype=settings.model.autocast or settings.model.dtype,
-        batch_size=settings.batch_size,
-        resolution=pipeline.resolution,
-        seeds=settings.seeds,
-        samples_per_task=settings.seeds * max(len(group) for group in prompts.by_task().values()),
-        verifier=verifier(judge),
-    )
-
-
-def _carried_out(work: Work, share: RankShare, protocol: Protocol, subject: Subject, against: str | None) -> int:
-    """Do this process's ``share``, and conclude if nothing is left of any."""
+def _evaluate(
+    run: GenEvalRun, share: RankShare, protocol: EvaluationProtocol, identity: ModelIdentity, against: str | None
+) -> int:
+    """Evaluate this process's ``share`` of the prompts; the process that finishes the last one writes the report."""
     if against:
-        check_protocols(finished(Path(against)).protocol, protocol)
-    count = len(work.prompts)
-    work.folder.begin(manifest(protocol, subject))
-    for index in work.do(share):
-        print(f"{index + 1}/{count}  {work.prompts.prompts[index].text}", flush=True)
-    if left := work.left():
-        print(f"{left} of {count} prompts are left to other processes; if there are none, start it again")
+        check_protocols(load_finished(Path(against)).protocol, protocol)
+    count = len(run.prompts)
+    run.folder.begin(manifest(protocol, identity))
+    for index in run.run(share):
+        print(f"{index + 1}/{count}  {run.prompts.prompts[index].text}", flush=True)
+    if left := run.num_unfinished():
+        print(f"{left} of {count} prompts are left to other processes; if none is running, start this command again")
         return 0
-    with work.folder.claims.exclusive():
-        work.folder.finish(protocol, count)
-        _conclude(work.folder.path, against)
+    with run.folder.claims.exclusive():
+        run.folder.finish(protocol, count)
+        _report(run.folder.path, against)
     return 0
 
 
-def _conclude(folder: Path, against: str | None) -> None:
-    """Print the summary, compare, and write the report of a finished evaluation."""
-    evaluation = finished(folder)
+def _report(folder: Path, against: str | None) -> None:
+    """Print the summary of a finished evaluation and its gain over another one, and write comparison and report."""
+    evaluation = load_finished(folder)
     print((folder / "summary.txt").read_text(encoding="utf-8"))
     print_estimates(evaluation)
     other = Path(against) if against else None
     if other is not None:
-        _compare(folder, evaluation, other)
+        comparison = compare_models(load_finished(other), evaluation)
+        write_json(folder / "comparison.json", {"against": str(other), **comparison.as_dict()})
+        for name, gain in comparison.gain.items():
+            wins = comparison.wins[name]
+            print(
+                f"{name} against {other.name}: {gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}), prompts won"
+                f" {wins.rate.mean:.1%} ({wins.rate.low:.1%} to {wins.rate.high:.1%}), ties {wins.ties:.1%} as half"
+            )
     print(f"report: {write_geneval(folder, other)}")
-
-
-def _compare(folder: Path, after: Evaluation, other: Path) -> None:
-    """Print gains and win rates, and write them to comparison.json."""
-    found = compared(finished(other), after)
-    write_json(folder / "comparison.json", {"against": str(other), **found.as_dict()})
-    for name, gain in found.gain.items():
-        rate = found.wins[name].rate
-        print(
-            f"{name} against {other.name}: {gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}), prompts won"
-            f" {rate.mean:.1%} ({rate.low:.1%} to {rate.high:.1%}), ties {found.wins[name].ties:.1%} as half"
-        )

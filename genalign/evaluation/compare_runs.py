@@ -1,4 +1,4 @@
-"""Several recipes side by side: finished runs read from their folders, summarised over seeds."""
+"""Comparison of recipes: finished training runs, read from their folders and summarized over seeds."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from genalign.evaluation.evaluate import Evaluation, load_evaluation
-from genalign.evaluation.records import PromptRecord, claim, prompt_records
+from genalign.evaluation.records import gain_row, mean, prompt_records
 from genalign.runtime.files import write_json
 
-DiversityOf = Callable[[Path], Mapping[str, float]]
+DiversityFunction = Callable[[Path], Mapping[str, float]]
+"""Measures the diversity of the samples in an evaluation's folder, by name; empty for samples of another world."""
+
+_LATE_ROUNDS = 5  # rounds at the end of a run over which its KL is averaged
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One recipe's finished runs, seed by seed."""
+class RecipeRuns:
+    """The folders of one recipe's finished runs, by training seed."""
 
     name: str
     runs: Mapping[int, Path]
@@ -26,9 +28,12 @@ class Contender:
 
 @dataclass(frozen=True)
 class RecipeSummary:
-    """What a recipe came to, over its seeds: the gain of the main score on held-out prompts with its 95 % interval (of
-    one seed: over prompts alone), the gain of every score and task, and means of what it cost. ``kl`` is that of the
-    last rounds from the base; ``diversity`` is after minus before, where it can be read.
+    """A recipe's results over its seeds.
+
+    ``gain`` is the main score's gain on the evaluated prompts, with its 95 % interval ``low`` to ``high`` (over prompts
+    alone for a single seed); ``scores`` and ``tasks`` are the gains of every score and task. ``kl`` is the mean
+    divergence from the base model in the last rounds, ``diversity`` is after minus before, and ``minutes`` and ``nfe``
+    are mean costs of a run.
     """
 
     name: str
@@ -44,94 +49,80 @@ class RecipeSummary:
     nfe: float
 
 
-def standings(contenders: Sequence[Contender], diversity: DiversityOf) -> list[RecipeSummary]:
-    """Read every recipe's runs, by the scores that all of them have; the main one is the first. Raises ValueError for
-    a recipe without runs, and where the recipes have no score in common.
+def summarize_recipes(recipes: Sequence[RecipeRuns], diversity: DiversityFunction) -> list[RecipeSummary]:
+    """Summarize every recipe by the scores that all runs have, of which the first is the main one.
+
+    Raises ValueError for a recipe without runs, or if the runs have no score in common.
     """
-    for contender in contenders:
-        if not contender.runs:
-            raise ValueError(f"recipe {contender.name!r} has no finished run")
-    pairs = [{seed: _pair(run) for seed, run in contender.runs.items()} for contender in contenders]
-    scores = _common_scores([side for evaluations in pairs for pair in evaluations.values() for side in pair])
+    for recipe in recipes:
+        if not recipe.runs:
+            raise ValueError(f"recipe {recipe.name!r} has no finished run")
+    evaluations = [
+        {seed: (load_evaluation(run / "before"), load_evaluation(run / "after")) for seed, run in recipe.runs.items()}
+        for recipe in recipes
+    ]
+    first, *others = (side.score_names for by_seed in evaluations for pair in by_seed.values() for side in pair)
+    scores = [name for name in first if all(name in names for names in others)]
+    if not scores:
+        raise ValueError(
+            "the recipes have no score in common: give each a reward of the same name (with weight 0 it only reports)"
+        )
     return [
-        _standing(contender, evaluations, scores, diversity)
-        for contender, evaluations in zip(contenders, pairs, strict=True)
+        _summarize(recipe, by_seed, scores, diversity) for recipe, by_seed in zip(recipes, evaluations, strict=True)
     ]
 
 
-def _common_scores(evaluations: Sequence[Evaluation]) -> list[str]:
-    first, *others = (evaluation.score_names for evaluation in evaluations)
-    if scores := [name for name in first if all(name in names for names in others)]:
-        return scores
-    raise ValueError(
-        "the recipes have no score in common: give each a reward of the same name (with weight 0 it only reports)"
-    )
-
-
-def _standing(
-    contender: Contender,
+def _summarize(
+    recipe: RecipeRuns,
     evaluations: Mapping[int, tuple[Evaluation, Evaluation]],
     scores: Sequence[str],
-    diversity: DiversityOf,
+    diversity: DiversityFunction,
 ) -> RecipeSummary:
-    records = {score: _records(contender.name, score, evaluations) for score in scores}
-    main = claim(records[scores[0]])
-    rounds = [_rows(run) for run in contender.runs.values()]
+    records = {
+        score: [
+            record for seed, pair in evaluations.items() for record in prompt_records(recipe.name, score, seed, *pair)
+        ]
+        for score in scores
+    }
+    gains = {score: gain_row(rows) for score, rows in records.items()}
+    tasks: dict[str, list[float]] = {}
+    for record in records[scores[0]]:
+        tasks.setdefault(record.task, []).append(record.after - record.before)
+
+    spreads = []
+    for run in recipe.runs.values():
+        before, after = diversity(run / "before"), diversity(run / "after")
+        spreads.append({name: after[name] - before[name] for name in before})
+
+    main = gains[scores[0]]
     return RecipeSummary(
-        name=contender.name,
-        seeds=len(contender.runs),
+        name=recipe.name,
+        seeds=len(recipe.runs),
         gain=main.mean,
         low=main.low,
         high=main.high,
-        scores={score: claim(found).mean for score, found in records.items()},
-        tasks=_task_gains(records[scores[0]]),
-        kl=_mean([_late_kl(rows) for rows in rounds]),
-        diversity=_diversity_gain(contender.runs.values(), diversity),
-        minutes=_mean([rows[-1]["machine"]["seconds"] / 60 for rows in rounds]),
-        nfe=_mean([rows[-1]["nfe"] for rows in rounds]),
+        scores={score: row.mean for score, row in gains.items()},
+        tasks={task: mean(values) for task, values in tasks.items()},
+        diversity={name: mean(spread[name] for spread in spreads) for name in spreads[0]},
+        **_mean_costs(recipe.runs.values()),
     )
 
 
-def _diversity_gain(runs: Iterable[Path], diversity: DiversityOf) -> dict[str, float]:
-    spread = [_difference(diversity(run / "before"), diversity(run / "after")) for run in runs]
-    return {name: _mean([found[name] for found in spread]) for name in spread[0]}
+def _mean_costs(runs: Iterable[Path]) -> dict[str, float]:
+    """Average the KL of the last rounds, the minutes and the NFE over the metrics of finished runs."""
+    kl, minutes, nfe = [], [], []
+    for run in runs:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        kl.append(mean(row["kl"] or 0.0 for row in rows[-_LATE_ROUNDS:]))
+        minutes.append(rows[-1]["machine"]["seconds"] / 60)
+        nfe.append(rows[-1]["nfe"])
+    return {"kl": mean(kl), "minutes": mean(minutes), "nfe": mean(nfe)}
 
 
-def _pair(run: Path) -> tuple[Evaluation, Evaluation]:
-    return load_evaluation(run / "before"), load_evaluation(run / "after")
-
-
-def _records(name: str, score: str, pairs: Mapping[int, tuple[Evaluation, Evaluation]]) -> list[PromptRecord]:
-    return [record for seed, pair in pairs.items() for record in prompt_records(name, score, seed, *pair)]
-
-
-def _task_gains(records: Sequence[PromptRecord]) -> dict[str, float]:
-    tasks: dict[str, list[float]] = {}
-    for record in records:
-        tasks.setdefault(record.task, []).append(record.after - record.before)
-    return {task: _mean(gains) for task, gains in tasks.items()}
-
-
-def _rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def _late_kl(rows: Sequence[Mapping[str, Any]]) -> float:
-    return _mean([row["kl"] or 0.0 for row in rows[-5:]])
-
-
-def _difference(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    return {name: after[name] - before[name] for name in before}
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
-
-
-def write_standings(path: Path, standings: Sequence[RecipeSummary]) -> None:
-    """As JSON, best first; a diversity that could not be read is null."""
-    ordered = [asdict(found) for found in sorted(standings, key=lambda found: -found.gain)]
-    for found in ordered:
-        found["diversity"] = {name: v if math.isfinite(v) else None for name, v in found["diversity"].items()}
-    write_json(path, ordered)
+def write_recipe_summaries(path: Path, summaries: Sequence[RecipeSummary]) -> None:
+    """Write the summaries as JSON, best first; a diversity that is not finite becomes null."""
+    rows = [asdict(summary) for summary in sorted(summaries, key=lambda summary: -summary.gain)]
+    for row in rows:
+        row["diversity"] = {name: v if math.isfinite(v) else None for name, v in row["diversity"].items()}
+    write_json(path, rows)

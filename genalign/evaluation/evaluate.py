@@ -11,8 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-from typing import Protocol as TypingProtocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,18 +23,18 @@ from genalign.runtime.files import write_json, write_text
 from genalign.runtime.media import Writer, write_samples
 from genalign.types import Grid, Pipeline, Prompt, PromptSet, RewardFunction
 
-ELSEWHERE = "made elsewhere"
-"""The kernel in the protocol of samples whose making is not known."""
+EXTERNAL = "made elsewhere"
+"""The kernel and dtype in the protocol of samples that another program generated."""
 
-_BATCH = 32  # of samples that are read
+_FILE_BATCH = 32  # samples read and scored at once by evaluate_files
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """How a number was made, without the model: equal protocols make numbers comparable.
+class EvaluationProtocol:
+    """The settings of an evaluation except the model: scores are comparable if their protocols are equal.
 
     ``sigmas`` are the grid's T + 1 noise levels with the final 0; ``resolution`` is (height, width) in pixels, or
-    the length (L,) of audio in samples; ``seeds`` is the least number of noises per prompt.
+    the length (L,) of audio in samples; ``seeds`` is the least number of initial noises per prompt.
     """
 
     suite: str
@@ -51,7 +50,7 @@ class Protocol:
     verifier: str
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON holds them, sigmas to nine decimals, so that the hash is the same on every machine."""
+        """Convert to JSON types, with sigmas rounded to nine decimals, so that every machine gets the same hash."""
         canonical = {
             "guidance": float(self.guidance),
             "sigmas": [round(float(sigma), 9) for sigma in self.sigmas],
@@ -60,13 +59,13 @@ class Protocol:
         return asdict(self) | canonical
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Protocol:
-        """The inverse of ``as_dict``; an unknown field is an error."""
+    def from_dict(cls, value: Mapping[str, Any]) -> EvaluationProtocol:
+        """Restore a protocol from ``as_dict``; an unknown field is an error."""
         return cls(**{**value, "sigmas": tuple(value["sigmas"]), "resolution": tuple(value["resolution"])})
 
     @classmethod
-    def elsewhere(cls, prompts: PromptSet, counts: Sequence[int], verifier: str) -> Protocol:
-        """What is known of samples that another program made, so many of each of ``prompts``."""
+    def for_external_samples(cls, prompts: PromptSet, counts: Sequence[int], verifier: str) -> EvaluationProtocol:
+        """Describe samples from another program, whose settings are unknown; ``counts`` are samples per prompt."""
         tasks: dict[str, int] = {}
         for prompt, count in zip(prompts.prompts, counts, strict=True):
             tasks[prompt.task] = tasks.get(prompt.task, 0) + count
@@ -75,8 +74,8 @@ class Protocol:
             suite_hash=suite_hash(prompts),
             guidance=0.0,
             sigmas=(),
-            kernel=ELSEWHERE,
-            dtype=ELSEWHERE,
+            kernel=EXTERNAL,
+            dtype=EXTERNAL,
             batch_size=0,
             resolution=(),
             seeds=min(counts),
@@ -87,12 +86,12 @@ class Protocol:
     @property
     def hash(self) -> str:
         """16 hexadecimal characters over every field."""
-        return _fingerprint(self.as_dict())
+        return _json_hash(self.as_dict())
 
 
 @dataclass(frozen=True)
-class Job:
-    """One image to make: the noise number ``sample`` of a prompt."""
+class SampleSpec:
+    """One sample to generate: a prompt and the index ``sample`` of its initial noise."""
 
     prompt: Prompt
     sample: int
@@ -103,8 +102,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Record:
-    """One image that was made and scored. ``image`` is relative to the evaluation's folder; a failed score is NaN."""
+class SampleRecord:
+    """One sample with its scores. ``image`` is its file relative to the evaluation's folder; a failed score is NaN."""
 
     prompt: str
     task: str
@@ -115,21 +114,21 @@ class Record:
 
     @property
     def key(self) -> tuple[str, str, int, int]:
-        """What the same image has in another evaluation."""
+        """The same for the sample of this prompt and noise in every evaluation."""
         return self.task, self.prompt, self.sample, self.seed
 
 
-class Kept(TypingProtocol):
-    """The finished batches of an evaluation."""
+class BatchStore(Protocol):
+    """Storage for the records of finished batches, so that an interrupted evaluation can resume."""
 
-    def read(self, number: int) -> Sequence[Record] | None: ...
+    def read(self, number: int) -> Sequence[SampleRecord] | None: ...
 
-    def add(self, number: int, records: Sequence[Record]) -> None: ...
+    def add(self, number: int, records: Sequence[SampleRecord]) -> None: ...
 
 
 @dataclass(frozen=True)
-class Value:
-    """A number of one sample."""
+class SampleValue:
+    """One number per sample, such as a score or a gain, with the sample's task and prompt."""
 
     task: str
     prompt: str
@@ -138,10 +137,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every image of an evaluation; the estimates are made from them."""
+    """The records of all samples under one protocol; estimates are computed from them."""
 
-    protocol: Protocol
-    records: tuple[Record, ...]
+    protocol: EvaluationProtocol
+    records: tuple[SampleRecord, ...]
 
     @property
     def score_names(self) -> tuple[str, ...]:
@@ -155,163 +154,173 @@ class Evaluation:
     @property
     def tasks(self) -> dict[str, dict[str, Estimate]]:
         """The mean of each score in each task, tasks in order of first appearance."""
-        return by_task({name: self._values(name) for name in self.score_names})
+        return estimate_tasks({name: self._values(name) for name in self.score_names})
 
     @property
     def failed(self) -> int:
-        """Images that at least one scorer could not score."""
+        """The number of samples that at least one scorer could not score."""
         return sum(not all(map(math.isfinite, record.scores.values())) for record in self.records)
 
     def summary(self) -> dict[str, Any]:
-        """Protocol, estimates and failures, ready for JSON; ``n`` counts the images that were scored.
+        """Return protocol, estimates and the number of failures as JSON types; ``n`` counts successful scores.
 
         Raises:
-            ValueError: a score failed on every image of a task.
+            ValueError: a score failed on every sample of a task.
         """
         return {
             "protocol": self.protocol.as_dict(),
             "protocol_hash": self.protocol.hash,
             "suite": self.protocol.suite,
-            "overall": _as_dicts(self.overall),
-            "tasks": {task: _as_dicts(estimates) for task, estimates in self.tasks.items()},
+            "overall": {name: value.as_dict() for name, value in self.overall.items()},
+            "tasks": {task: {name: v.as_dict() for name, v in row.items()} for task, row in self.tasks.items()},
             "failed": self.failed,
         }
 
     def save(self, directory: Path) -> None:
-        """Write records.jsonl, then summary.json; the images are there already."""
+        """Write records.jsonl, then summary.json, beside the samples."""
         lines = [json.dumps(record_as_dict(record), allow_nan=False) for record in self.records]
         write_text(directory / "records.jsonl", "".join(f"{line}\n" for line in lines))
         write_json(directory / "summary.json", self.summary())
 
-    def _values(self, name: str) -> list[Value]:
-        return [Value(record.task, record.prompt, record.scores[name]) for record in self.records]
+    def _values(self, name: str) -> list[SampleValue]:
+        return [SampleValue(record.task, record.prompt, record.scores[name]) for record in self.records]
 
 
 def load_evaluation(directory: Path) -> Evaluation:
-    """What ``Evaluation.save`` wrote."""
+    """Read the files that ``Evaluation.save`` wrote."""
     protocol = json.loads((directory / "summary.json").read_text(encoding="utf-8"))["protocol"]
     lines = (directory / "records.jsonl").read_text(encoding="utf-8").splitlines()
-    return Evaluation(Protocol.from_dict(protocol), tuple(record_from_dict(json.loads(line)) for line in lines))
+    records = tuple(record_from_dict(json.loads(line)) for line in lines)
+    return Evaluation(EvaluationProtocol.from_dict(protocol), records)
 
 
 def suite_hash(prompts: PromptSet) -> str:
     """16 hexadecimal characters over the texts and their metadata, in order."""
-    return _fingerprint([[prompt.text, prompt.metadata] for prompt in prompts.prompts])
+    return _json_hash([[prompt.text, prompt.metadata] for prompt in prompts.prompts])
+
+
+def _json_hash(value: Any) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def noise_seed(text: str, sample: int) -> int:
-    """The seed below 2**63 of a prompt's noise number ``sample``, from its content alone: the same in every batch."""
+    """Derive the seed below 2**63 of a prompt's initial noise ``sample`` from both alone, whatever the batch."""
     return int.from_bytes(hashlib.sha256(f"{text}\0{sample}".encode()).digest()[:8]) >> 1
 
 
-def plan(prompts: PromptSet, samples_per_task: int, seeds: int) -> tuple[Job, ...]:
-    """At least ``samples_per_task`` images of every task, from as many prompts as ``seeds`` noises of each allow.
+def plan_samples(prompts: PromptSet, samples_per_task: int, seeds: int) -> tuple[SampleSpec, ...]:
+    """Select at least ``samples_per_task`` samples of every task, with about ``seeds`` noises per prompt.
 
     The prompts of a task are those with the lowest hash of their text, in the order of the set; a repeated text counts
-    once. A task with few prompts gets more noises of each.
+    once. A task with few prompts gets more noises per prompt.
     """
     if samples_per_task < 1 or seeds < 1:
         raise ValueError(f"samples_per_task and seeds must be at least 1, got {samples_per_task} and {seeds}")
-    return tuple(
-        Job(prompt, sample)
-        for group in prompts.by_task().values()
-        for prompt, count in _chosen(group, samples_per_task, seeds)
-        for sample in range(count)
-    )
-
-
-def _chosen(prompts: Sequence[Prompt], images: int, seeds: int) -> list[tuple[Prompt, int]]:
-    """Some prompts of a task, and how many noises each of them gets."""
-    distinct = {prompt.text: prompt for prompt in prompts}
-    used = min(len(distinct), math.ceil(images / seeds))
-    lowest = set(sorted(distinct, key=lambda text: hashlib.sha256(text.encode()).digest())[:used])
-    return [(prompt, math.ceil(images / used)) for text, prompt in distinct.items() if text in lowest]
+    specs: list[SampleSpec] = []
+    for group in prompts.by_task().values():
+        distinct = {prompt.text: prompt for prompt in group}
+        num_prompts = min(len(distinct), math.ceil(samples_per_task / seeds))
+        lowest = set(sorted(distinct, key=lambda text: hashlib.sha256(text.encode()).digest())[:num_prompts])
+        noises = range(math.ceil(samples_per_task / num_prompts))
+        specs += [SampleSpec(prompt, n) for text, prompt in distinct.items() if text in lowest for n in noises]
+    return tuple(specs)
 
 
 def evaluate(
     pipeline: Pipeline,
-    jobs: Sequence[Job],
+    specs: Sequence[SampleSpec],
     scorers: Mapping[str, RewardFunction],
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     output: Path | None = None,
     write: Writer = write_samples,
     processes: ProcessGroup = SINGLE_PROCESS,
-    kept: Kept | None = None,
+    batches: BatchStore | None = None,
 ) -> Evaluation:
-    """Make and score the images of ``jobs`` by the deterministic sampler, as ``protocol`` says.
+    """Generate the samples of ``specs`` with the deterministic sampler and score them.
 
     Args:
-        scorers: named functions of samples (B, ...) and their prompts; the first one ranks first where pairs are
-            compared.
-        output: where given, samples go there as they are made, by ``write``, and at the end the evaluation is saved.
-        processes: share the batches, and all get the whole; ``output`` is a folder that they all see.
-        kept: batches that are finished, of the same model, jobs, scorers and protocol; each new one is added.
+        pipeline: The model in its present state.
+        specs: Prompts and noise indices, as from ``plan_samples``.
+        scorers: Functions of samples (B, ...) and their B prompts, by name; comparisons sort by the first one.
+        protocol: Noise levels, guidance and batch size to sample with; it is saved with the results.
+        output: A folder, visible to all ranks, for the samples and at the end the evaluation; None saves nothing.
+        write: Writes a batch of samples into ``output``.
+        processes: Ranks that share the batches; each returns the whole evaluation.
+        batches: Store to resume from, for the same model, specs, scorers and protocol; new batches are added.
 
     Raises:
-        ValueError: no job or scorer, a pipeline that samples on other noise levels than the protocol's, or a score that
-            is not of shape (B,).
+        ValueError: no sample or scorer, a pipeline that samples on other noise levels than the protocol's, or a score
+            whose shape is not (B,).
     """
-    if not jobs or not scorers:
-        raise ValueError("an evaluation needs at least one job and one scorer")
-    texts, seeds = [job.prompt.text for job in jobs], [job.seed for job in jobs]
-    grid, size = _grid(pipeline, protocol), protocol.batch_size
-    numbers = processes.indices(math.ceil(len(jobs) / size))
-    own = _finished(numbers, kept)
-    todo = sorted(set(numbers) - own.keys())
-    batches = generate(pipeline, texts, seeds, grid, protocol.guidance, size, processes, done=own.keys())
-    for number, samples in zip(todo, batches, strict=True):
-        batch = jobs[number * size : number * size + len(samples)]
-        images = write(samples, output, number * size) if output else [None] * len(samples)
-        own[number] = _records(batch, images, samples, scorers)
-        if kept:
-            kept.add(number, own[number])
-    evaluation = Evaluation(protocol, _together(own, processes))
+    if not specs or not scorers:
+        raise ValueError("an evaluation needs at least one sample and one scorer")
+    grid, size = _protocol_grid(pipeline, protocol), protocol.batch_size
+    texts, seeds = [spec.prompt.text for spec in specs], [spec.seed for spec in specs]
+
+    # Resume with the batches that this rank has finished before, and generate the others.
+    numbers = processes.indices(math.ceil(len(specs) / size))
+    records = {number: rows for number in numbers if batches and (rows := batches.read(number))}
+    remaining = sorted(set(numbers) - records.keys())
+    samples_in_batches = generate(pipeline, texts, seeds, grid, protocol.guidance, size, processes, done=set(records))
+    for number, samples in zip(remaining, samples_in_batches, strict=True):
+        start = number * size
+        images = write(samples, output, start) if output else [None] * len(samples)
+        records[number] = _score_batch(specs[start : start + len(samples)], images, samples, scorers)
+        if batches:
+            batches.add(number, records[number])
+
+    evaluation = Evaluation(protocol, _gather_records(records, processes))
     if output and processes.is_main:
         evaluation.save(output)
     return evaluation
 
 
-def _finished(numbers: Iterable[int], kept: Kept | None) -> dict[int, Sequence[Record]]:
-    return {number: found for number in numbers if kept and (found := kept.read(number))}
-
-
-def judge(
+def evaluate_files(
     files: Mapping[str, Prompt],
     read: Callable[[str], Tensor],
     scorers: Mapping[str, RewardFunction],
     suite: str,
     verifier: str,
 ) -> Evaluation:
-    """Score samples that another program made: ``read`` gives that of each of ``files``, all of one shape.
+    """Score samples that another program generated.
 
-    A sample's number among those of its prompt stands for its noise, which is unknown. Raises ValueError where there is
-    no file.
+    The noises are unknown, so a sample's position among the samples of its prompt stands for its noise index.
+
+    Args:
+        files: Prompts by file name.
+        read: Returns the sample of a file name; all have one shape.
+        scorers: Functions of samples (B, ...) and their B prompts, by name.
+        suite: Name of the prompt set in the protocol.
+        verifier: Name of the verifier in the protocol.
+
+    Raises:
+        ValueError: there is no file.
     """
     if not files:
-        raise ValueError("there is no sample to judge: list one or more")
-    jobs, seen = [], dict[str, int]()
+        raise ValueError("there is no sample to evaluate: list one or more")
+    specs, counts = [], dict[str, int]()
     for prompt in files.values():
-        jobs.append(Job(prompt, seen.setdefault(prompt.text, 0)))
-        seen[prompt.text] += 1
+        specs.append(SampleSpec(prompt, counts.setdefault(prompt.text, 0)))
+        counts[prompt.text] += 1
+    records: list[SampleRecord] = []
+    for start in range(0, len(specs), _FILE_BATCH):
+        part, names = specs[start : start + _FILE_BATCH], list(files)[start : start + _FILE_BATCH]
+        records += _score_batch(part, names, torch.stack([read(name) for name in names]), scorers)
     prompts = PromptSet(suite, tuple({prompt.text: prompt for prompt in files.values()}.values()))
-    records: list[Record] = []
-    for start in range(0, len(jobs), _BATCH):
-        names, part = list(files)[start : start + _BATCH], jobs[start : start + _BATCH]
-        records += _records(part, names, torch.stack([read(name) for name in names]), scorers)
-    return Evaluation(Protocol.elsewhere(prompts, list(seen.values()), verifier), tuple(records))
+    protocol = EvaluationProtocol.for_external_samples(prompts, list(counts.values()), verifier)
+    return Evaluation(protocol, tuple(records))
 
 
-def _together(own: Mapping[int, Sequence[Record]], processes: ProcessGroup) -> tuple[Record, ...]:
-    """The records of all processes in order."""
-    told = processes.all_gather_object(
-        [[number, [record_as_dict(record) for record in rows]] for number, rows in own.items()]
-    )
-    batches = sorted((batch for said in told for batch in said), key=lambda batch: batch[0])
-    return tuple(record_from_dict(row) for _, rows in batches for row in rows)
+def _gather_records(records: Mapping[int, Sequence[SampleRecord]], processes: ProcessGroup) -> tuple[SampleRecord, ...]:
+    """Gather the batches of all ranks, and return their records in order."""
+    own = [[number, [record_as_dict(record) for record in rows]] for number, rows in records.items()]
+    batches = [batch for rank in processes.all_gather_object(own) for batch in rank]
+    return tuple(record_from_dict(row) for _, rows in sorted(batches, key=lambda batch: batch[0]) for row in rows)
 
 
-def _grid(pipeline: Pipeline, protocol: Protocol) -> Grid:
-    """The pipeline's grid on the protocol's sigmas; one that the pipeline shifted is refused."""
+def _protocol_grid(pipeline: Pipeline, protocol: EvaluationProtocol) -> Grid:
+    """Return the pipeline's grid on the protocol's sigmas; raise ValueError if the pipeline shifts them again."""
     grid = pipeline.grid(len(protocol.sigmas) - 1, protocol.sigmas[:-1])
     expected = torch.tensor(protocol.sigmas, dtype=torch.float64)
     if grid.sigma.shape != expected.shape or not torch.allclose(grid.sigma, expected, rtol=0, atol=1e-6):
@@ -323,32 +332,28 @@ def _grid(pipeline: Pipeline, protocol: Protocol) -> Grid:
 
 
 @torch.no_grad()
-def _scores(
-    scorers: Mapping[str, RewardFunction], samples: Tensor, prompts: Sequence[Prompt]
-) -> list[dict[str, float]]:
-    """The scores of each sample; one that is not finite counts as failed."""
+def _score_batch(
+    specs: Sequence[SampleSpec],
+    images: Sequence[str | None],
+    samples: Tensor,
+    scorers: Mapping[str, RewardFunction],
+) -> list[SampleRecord]:
+    """Score samples (B, ...) of ``specs``, saved as the files ``images``; scores that are not finite become NaN."""
     columns: dict[str, list[float]] = {}
     for name, scorer in scorers.items():
-        column = scorer(samples, prompts)
+        column = scorer(samples, [spec.prompt for spec in specs])
         if column.shape != (len(samples),):
             raise ValueError(f"scorer {name!r} must return shape ({len(samples)},), got {tuple(column.shape)}")
         columns[name] = [value if math.isfinite(value) else math.nan for value in column.tolist()]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _records(
-    jobs: Sequence[Job], images: Sequence[str | None], samples: Tensor, scorers: Mapping[str, RewardFunction]
-) -> list[Record]:
-    """The scored samples of a batch."""
-    scores = _scores(scorers, samples, [job.prompt for job in jobs])
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return [
-        Record(job.prompt.text, job.prompt.task, job.sample, job.seed, image, row)
-        for job, image, row in zip(jobs, images, scores, strict=True)
+        SampleRecord(spec.prompt.text, spec.prompt.task, spec.sample, spec.seed, image, row)
+        for spec, image, row in zip(specs, images, rows, strict=True)
     ]
 
 
-def by_task(values: Mapping[str, Sequence[Value]]) -> dict[str, dict[str, Estimate]]:
-    """Estimates of each score within each task."""
+def estimate_tasks(values: Mapping[str, Sequence[SampleValue]]) -> dict[str, dict[str, Estimate]]:
+    """Estimate the mean of each named score within each task."""
     tasks = dict.fromkeys(value.task for column in values.values() for value in column)
     return {
         task: {name: estimate(value for value in column if value.task == task) for name, column in values.items()}
@@ -356,8 +361,8 @@ def by_task(values: Mapping[str, Sequence[Value]]) -> dict[str, dict[str, Estima
     }
 
 
-def estimate(values: Iterable[Value]) -> Estimate:
-    """The mean over tasks of per-prompt means, failed values left out."""
+def estimate(values: Iterable[SampleValue]) -> Estimate:
+    """Estimate the mean over tasks of the mean over prompts; values that are not finite are left out."""
     finite: dict[str, dict[str, list[float]]] = {}
     for item in values:
         prompts = finite.setdefault(item.task, {})
@@ -367,22 +372,13 @@ def estimate(values: Iterable[Value]) -> Estimate:
     return bootstrap_mean(means, sum(len(v) for prompts in finite.values() for v in prompts.values()))
 
 
-def _as_dicts(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
-    return {name: estimate.as_dict() for name, estimate in estimates.items()}
-
-
-def record_as_dict(record: Record) -> dict[str, Any]:
-    """Ready for JSON: null for a failed score."""
+def record_as_dict(record: SampleRecord) -> dict[str, Any]:
+    """Convert a record to JSON types, with null for a failed score."""
     scores = {name: value if math.isfinite(value) else None for name, value in record.scores.items()}
     return asdict(record) | {"scores": scores}
 
 
-def record_from_dict(value: Mapping[str, Any]) -> Record:
-    """The inverse."""
+def record_from_dict(value: Mapping[str, Any]) -> SampleRecord:
+    """Restore a record from ``record_as_dict``."""
     scores = {name: math.nan if score is None else float(score) for name, score in value["scores"].items()}
-    return Record(**{**value, "scores": scores})
-
-
-def _fingerprint(value: Any) -> str:
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return SampleRecord(**{**value, "scores": scores})

@@ -1,12 +1,12 @@
-"""Folders of evaluations that go on where a kill stopped them.
+"""Folders of evaluations that resume after an interruption.
 
     OUTPUT/evaluation.json            protocol, model and their hashes
     OUTPUT/locks/...                  empty; locked by the process that works on a piece
 
-and, batch by batch, of evaluations in a world:
+and, in evaluations that are saved batch by batch:
 
     OUTPUT/images/... or audio/...    the samples
-    OUTPUT/batches/00017.json         the records of batch 17: written last, so that they are whole or absent
+    OUTPUT/batches/00017.json         the records of batch 17, written after its samples and atomically
     OUTPUT/records.jsonl, summary.json      when all batches are done
 """
 
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from genalign.evaluation.evaluate import Protocol, Record, record_as_dict, record_from_dict
+from genalign.evaluation.evaluate import EvaluationProtocol, SampleRecord, record_as_dict, record_from_dict
 from genalign.runtime.file_locks import Claims
 from genalign.runtime.files import write_json
 
@@ -27,10 +27,10 @@ MANIFEST = "evaluation.json"
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is evaluated: the settings of a model that change its images, the fingerprint of its weights, and, where it
-    wears an adapter, its folder and the hash of its files. Of images that were made elsewhere: their folder and the
-    hash of their bytes.
+class ModelIdentity:
+    """The evaluated model: the settings that change its samples, a hash of its weights, its adapter and a hash of that.
+
+    For images from another program, ``model`` names their folder and ``fingerprint`` is a hash of their bytes.
     """
 
     model: Mapping[str, Any]
@@ -40,8 +40,9 @@ class Subject:
 
 
 def adapter_hash(source: Path) -> str:
-    """16 hexadecimal characters over the weight files of an adapter, a folder or one file. FileNotFoundError for a
-    source without.
+    """16 hexadecimal characters over the weight files of an adapter, which is a folder or one file.
+
+    Raises FileNotFoundError if there is no weight file.
     """
     files = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
     if not files:
@@ -59,71 +60,73 @@ def content_hash(folder: Path, files: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def manifest(protocol: Protocol, subject: Subject) -> dict[str, Any]:
-    """What an evaluation is of. ``protocol_hash`` is the same for all models that may be compared; ``hash`` is over the
-    model and its adapter as well, but not over the folder that this came from.
+def manifest(protocol: EvaluationProtocol, identity: ModelIdentity) -> dict[str, Any]:
+    """Describe an evaluation for evaluation.json.
+
+    Models may be compared if their ``protocol_hash`` is equal; ``hash`` covers the model and its adapter as well, but
+    not the adapter's path.
     """
-    model = {"model": dict(subject.model), "fingerprint": subject.fingerprint, "lora_hash": subject.lora_hash}
-    whole = json.dumps({"protocol": protocol.as_dict(), **model}, sort_keys=True)
+    model = {"model": dict(identity.model), "fingerprint": identity.fingerprint, "lora_hash": identity.lora_hash}
+    content = json.dumps({"protocol": protocol.as_dict(), **model}, sort_keys=True)
     return {
-        "hash": hashlib.sha256(whole.encode()).hexdigest()[:16],
+        "hash": hashlib.sha256(content.encode()).hexdigest()[:16],
         "protocol_hash": protocol.hash,
-        "subject": asdict(subject),
+        "subject": asdict(identity),
         "protocol": protocol.as_dict(),
     }
 
 
 @dataclass(frozen=True)
 class EvaluationFolder:
-    """Where an evaluation is kept."""
+    """The output folder of one evaluation, with its manifest and locks."""
 
     path: Path
 
-    def begin(self, found: Mapping[str, Any]) -> None:
-        """Make the folder, or go on in one of the same ``manifest``. FileExistsError for one of another."""
+    def begin(self, new: Mapping[str, Any]) -> None:
+        """Create the folder, or resume one with the same ``manifest``. Raises FileExistsError for another manifest."""
         with self.claims.exclusive():
-            known = self.manifest()
-            if known is None:
-                write_json(self.path / MANIFEST, found)
-            elif known["hash"] != found["hash"]:
-                differing = ", ".join(_differences(known, json.loads(json.dumps(found))))
+            old = self.manifest()
+            if old is None:
+                write_json(self.path / MANIFEST, new)
+            elif old["hash"] != new["hash"]:
+                differing = ", ".join(_differing_settings(old, json.loads(json.dumps(new))))
                 raise FileExistsError(
                     f"{self.path} holds an evaluation with other settings ({differing}): choose another output, or"
                     " remove it"
                 )
 
     def manifest(self) -> dict[str, Any] | None:
-        """What was begun here; None for nothing."""
+        """Read the manifest of the evaluation that this folder holds, if any."""
         path = self.path / MANIFEST
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
     @property
     def claims(self) -> Claims:
-        """Who works on what."""
+        """The locks that keep processes from working on the same piece."""
         return Claims(self.path / "locks")
 
 
 @dataclass(frozen=True)
 class BatchFolder(EvaluationFolder):
-    """Where an evaluation is kept batch by batch; the batches of two processes are never the same."""
+    """The output folder of an evaluation that is saved batch by batch; each batch belongs to one rank."""
 
-    def _file(self, number: int) -> Path:
-        return self.path / "batches" / f"{number:05d}.json"
-
-    def read(self, number: int) -> list[Record] | None:
-        """The records of a finished batch; None for one that is not."""
-        path = self._file(number)
+    def read(self, number: int) -> list[SampleRecord] | None:
+        """Read the records of a batch; None for an unfinished batch."""
+        path = self._batch_file(number)
         return [record_from_dict(row) for row in json.loads(path.read_text("utf-8"))] if path.is_file() else None
 
-    def add(self, number: int, records: Sequence[Record]) -> None:
-        """Finish a batch whose samples are there."""
-        write_json(self._file(number), [record_as_dict(record) for record in records])
+    def add(self, number: int, records: Sequence[SampleRecord]) -> None:
+        """Mark a batch as finished by writing its records; its samples must be on disk."""
+        write_json(self._batch_file(number), [record_as_dict(record) for record in records])
+
+    def _batch_file(self, number: int) -> Path:
+        return self.path / "batches" / f"{number:05d}.json"
 
 
-def _differences(known: Any, found: Any, name: str = "") -> list[str]:
-    """The settings in which two manifests differ, as "protocol.guidance"; hashes of both are left out."""
-    if not (isinstance(known, dict) and isinstance(found, dict)):
-        return [] if known == found else [name.removeprefix("subject.")]
-    keys = [key for key in dict.fromkeys((*known, *found)) if key not in ("hash", "protocol_hash", "lora")]
+def _differing_settings(old: Any, new: Any, name: str = "") -> list[str]:
+    """Name the settings in which two manifests differ, such as "protocol.guidance", except hashes of both."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [name.removeprefix("subject.")]
+    keys = [key for key in dict.fromkeys((*old, *new)) if key not in ("hash", "protocol_hash", "lora")]
     prefix = f"{name}." if name else ""
-    return [line for key in keys for line in _differences(known.get(key), found.get(key), f"{prefix}{key}")]
+    return [line for key in keys for line in _differing_settings(old.get(key), new.get(key), f"{prefix}{key}")]

@@ -20,55 +20,55 @@ from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import render, sample_scene
 from genalign.worlds.shapes.verifier import verify
 from rewards.backbones.detectors import Instance, Mask2Former, Owlv2
-from rewards.geneval import ClipColours, GenEvalJudge, GenEvalReward, crop
-from tests.genalign.evaluation.geneval.shapes_judge import PaletteColours, ShapesDetector
+from rewards.geneval import ClipColors, GenEvalJudge, GenEvalReward, crop
+from tests.genalign.evaluation.geneval.shapes_judge import PaletteColors, ShapesDetector
 from tests.rewards import tiny_detectors
 
 PROMPTS = [single_object("circle"), counting("square", "two"), color_attr("ring", "red", "cross", "blue")]
 PROMPTS += [position("moon", "left of", "triangle"), colors("cross", "green")]
 
 
-def drawn(asked: list[Prompt], seed: int = 5) -> torch.Tensor:
-    rng = np.random.default_rng(seed)
-    return render([sample_scene(prompt.metadata, rng) for prompt in asked])
+def draw(scenes: list[Prompt]) -> torch.Tensor:
+    rng = np.random.default_rng(5)
+    return render([sample_scene(prompt.metadata, rng) for prompt in scenes])
 
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
-    return drawn(PROMPTS)
+    return draw(PROMPTS)
 
 
 def shapes_reward(score: str) -> GenEvalReward:
-    return GenEvalReward(score, ShapesDetector(), PaletteColours())
+    return GenEvalReward(score, ShapesDetector(), PaletteColors())
 
 
-# --- the whole path on real pictures ----------------------------------------------------------------------------------
+# --- the reward on rendered scenes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("score", ["partial", "strict", "relaxed"])
-def test_truth_scores_one(images: torch.Tensor, score: str) -> None:
+def test_correct_images_score_one(images: torch.Tensor, score: str) -> None:
     reward: Reward = shapes_reward(score)
     scores = reward(images, PROMPTS)
     assert isinstance(reward, Reward) and scores.dtype == torch.float32
     assert scores.tolist() == [1] * len(PROMPTS)
 
 
-def test_verdicts_are_those_of_the_worlds_verifier() -> None:
-    asked = [prompt for group in prompts("iid").by_task().values() for prompt in group[::17][:12]]
-    shown = drawn([*asked[3:], *asked[:3]])
-    judged = GenEvalJudge(ShapesDetector(), PaletteColours())(shown, asked)
-    for found, theirs in zip(judged, verify(shown, [prompt.metadata for prompt in asked]), strict=True):
-        assert found is not None and found.verdict.relaxed == theirs.relaxed
-        assert sorted(found.verdict.criteria) == sorted(theirs.criteria[:-1])  # the last is "clean"
+def test_scores_agree_with_the_verifier_of_the_world() -> None:
+    required = [prompt for group in prompts("iid").by_task().values() for prompt in group[::17][:12]]
+    images = draw([*required[3:], *required[:3]])
+    scores = GenEvalJudge(ShapesDetector(), PaletteColors())(images, required)
+    for ours, theirs in zip(scores, verify(images, [prompt.metadata for prompt in required]), strict=True):
+        assert ours is not None and ours.relaxed == theirs.relaxed
+        assert sorted(ours.criteria) == sorted(theirs.criteria[:-1])  # the last is "clean"
 
 
-def test_surplus_is_relaxed_but_not_strict(images: torch.Tensor) -> None:
+def test_surplus_objects_pass_relaxed_but_not_strict(images: torch.Tensor) -> None:
     assert shapes_reward("relaxed")(images[1:2], [single_object("square")]).tolist() == [1]
     assert shapes_reward("strict")(images[1:2], [single_object("square")]).tolist() == [0]
     assert shapes_reward("partial")(images[1:2], [counting("square", "four")]).tolist() == [0.5]
 
 
-def test_failed_samples_are_nan(images: torch.Tensor) -> None:
+def test_images_that_are_not_finite_score_nan(images: torch.Tensor) -> None:
     broken = images.clone()
     broken[1, 0, 0, 0] = torch.nan
     assert shapes_reward("partial")(broken, PROMPTS).isnan().tolist() == [False, True, False, False, False]
@@ -76,70 +76,70 @@ def test_failed_samples_are_nan(images: torch.Tensor) -> None:
     assert shapes_reward("partial")(broken[1:2], PROMPTS[1:2]).isnan().tolist() == [True]
 
 
-def test_what_it_cannot_judge_is_refused(images: torch.Tensor) -> None:
+def test_invalid_prompts_and_shapes_are_refused(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="'a red dog' has no metadata: GenEval needs its tag"):
         shapes_reward("strict")(images[:1], [Prompt("a red dog")])
     with pytest.raises(ValueError, match=r"must be \(B, 3, H, W\) with B = 5 prompts, not \(2, 3, 64, 64\)"):
         shapes_reward("strict")(images[:2], PROMPTS)
 
 
-def test_an_unknown_class_is_refused_before_anything_is_opened() -> None:
+def test_an_unknown_class_is_refused_before_a_network_is_loaded() -> None:
     names = ("dog", "elf")
-    asked = [Prompt("", {"tag": "x", "include": [{"class": name, "count": 1}], "prompt": ""}) for name in names]
-    with pytest.raises(ValueError, match="'elf' in '' is none of the 80 classes that Mask2Former finds: use Owlv2"):
-        GenEvalJudge(Mask2Former("no/such-model")).check(asked)
-    GenEvalJudge(Owlv2("no/such-model")).check(asked)
-    with pytest.raises(ValueError, match="'dog' in '' is none of the 6 classes that ShapesDetector finds"):
-        shapes_reward("strict")(torch.rand(1, 3, 8, 8), asked[:1])
+    unknown = [Prompt("", {"tag": "x", "include": [{"class": name, "count": 1}], "prompt": ""}) for name in names]
+    with pytest.raises(ValueError, match="'elf' in '' is none of the 80 classes that Mask2Former detects: use Owlv2"):
+        GenEvalJudge(Mask2Former("no/such-model")).check(unknown)
+    GenEvalJudge(Owlv2("no/such-model")).check(unknown)
+    with pytest.raises(ValueError, match="'dog' in '' is none of the 6 classes that ShapesDetector detects"):
+        shapes_reward("strict")(torch.rand(1, 3, 8, 8), unknown[:1])
 
 
-def test_upstreams_partial_credit_keeps_its_faults(images: torch.Tensor) -> None:
-    """A relation the wrong way round gives 3 / 4, and four objects for one -2."""
+def test_upstream_partial_reproduces_the_faults_of_flow_grpo(images: torch.Tensor) -> None:
+    """A mirrored relation scores 3 / 4, and four objects in place of one score -2."""
     mirrored = [position("triangle", "left of", "moon")]
     assert shapes_reward("upstream_partial")(images[3:4], mirrored).tolist() == [0.75]
     assert shapes_reward("partial")(images[3:4], mirrored).tolist() == pytest.approx([2 / 3])
-    many = drawn([counting("square", "four")])
+    many = draw([counting("square", "four")])
     assert shapes_reward("upstream_partial")(many, [single_object("square")]).tolist() == [-2]
     assert shapes_reward("upstream_partial")(images, PROMPTS).tolist() == [1] * len(PROMPTS)
 
 
-class Recorded:
-    """A detector of given objects, and colours that remember what they were shown."""
+class FakeNetworks:
+    """A detector that returns fixed objects, and a color classifier that records its crops."""
 
     description: dict[str, object] = {}  # noqa: RUF012
 
     def __init__(self, *detections: Detection, mask: torch.Tensor | None = None) -> None:
-        self.thresholds, self.classes, self.shown = Thresholds(), None, []
+        self.thresholds, self.classes, self.crops = Thresholds(), None, []
         self.instances = [Instance(detection, mask) for detection in detections]
 
     def __call__(self, images, names):
         if images[0].ndim == 3 and not isinstance(images, list):
             return [self.instances for _ in images]
-        self.shown += list(zip([tuple(image.shape[1:]) for image in images], names, strict=True))
+        self.crops += list(zip([tuple(image.shape[1:]) for image in images], names, strict=True))
         return ["red"] * len(images)
 
 
-def test_only_colours_that_matter_are_looked_at() -> None:
+def test_only_colors_that_a_rule_needs_are_classified() -> None:
     car = [Detection("car", (0, 0, 4 + i, 5), score) for i, score in enumerate((0.5, 0.9, 0.29))]
-    detector = Recorded(*car, Detection("dog", (0, 0, 9, 9), 0.9))
+    networks = FakeNetworks(*car, Detection("dog", (0, 0, 9, 9), 0.9))
     prompt = Prompt("", {"tag": "colors", "include": [{"class": "car", "count": 1, "color": "red"}], "prompt": ""})
-    (judged,) = GenEvalJudge(detector, detector)(torch.rand(1, 3, 10, 10), [prompt])
-    assert detector.shown == [((5, 5), "car")]  # the most certain alone
-    assert [(item.name, item.score, item.color) for item in judged.detections] == [
+    (score,) = GenEvalJudge(networks, networks)(torch.rand(1, 3, 10, 10), [prompt])
+    assert networks.crops == [((5, 5), "car")]  # only the most confident one
+    assert [(item.name, item.score, item.color) for item in score.detections] == [
         ("car", 0.9, "red"),
         ("car", 0.5, None),
         ("dog", 0.9, None),
     ]
-    missing = Recorded(car[2])
-    assert not GenEvalJudge(missing, missing)(torch.rand(1, 3, 10, 10), [prompt])[0].verdict.relaxed
-    assert missing.shown == []
+    unsure = FakeNetworks(car[2])
+    assert not GenEvalJudge(unsure, unsure)(torch.rand(1, 3, 10, 10), [prompt])[0].relaxed
+    assert unsure.crops == []
 
 
-# --- crops and colours ------------------------------------------------------------------------------------------------
+# --- crops and colors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("box", [(2.0, 3.0, 9.0, 8.0), (1.5, 2.5, 7.5, 6.51), (0.0, 0.0, 12.0, 10.0)])
-def test_crops_are_pillows(box: tuple[float, float, float, float]) -> None:
+def test_crops_match_pillow(box: tuple[float, float, float, float]) -> None:
     rng = np.random.default_rng(0)
     pixels, mask = rng.integers(0, 256, (10, 12, 3), dtype=np.uint8), rng.random((10, 12)) < 0.5
     picture = Image.fromarray(pixels)
@@ -151,31 +151,30 @@ def test_crops_are_pillows(box: tuple[float, float, float, float]) -> None:
     assert torch.equal(crop(image, box), torch.from_numpy(np.array(picture.crop(box))).permute(2, 0, 1).float() / 255)
 
 
-def test_a_crop_has_at_least_a_pixel() -> None:
+def test_a_crop_has_at_least_one_pixel() -> None:
     assert crop(torch.rand(3, 8, 8), (7.9, 7.9, 8.0, 8.0)).shape == (3, 1, 1)
     assert crop(torch.rand(3, 8, 8), (3.2, 3.2, 3.3, 3.3)).shape == (3, 1, 1)
 
 
-def test_the_classifier_is_open_clips_own() -> None:
+def test_the_classifier_matches_open_clip() -> None:
     name = f"local-dir:{assets.resolve('shapes-clip')}"
     model, _, _ = open_clip.create_model_and_transforms(name)
     templates = [lambda c: f"a photo of a {c} ring", lambda c: f"a photo of a {c}-colored ring"]
     templates.append(lambda c: f"a photo of a {c} object")
     theirs = open_clip.build_zero_shot_classifier(model.eval(), open_clip.get_tokenizer(name), COLORS, templates)
-    torch.testing.assert_close(ClipColours("shapes-clip")._classifier("ring"), theirs.T, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ClipColors("shapes-clip")._classifier("ring"), theirs.T, rtol=0, atol=1e-5)
 
 
-def test_a_trained_clip_names_colours() -> None:
-    """The embedded CLIP has learnt captions of whole scenes; one object on grey is close enough to them."""
-    asked = [colors(shape, color) for shape in ("circle", "square", "cross") for color in COLORS]
-    shown = drawn(asked)
-    instances = ShapesDetector()(shown, [[]] * len(asked))
-    crops = [crop(image, found[0].detection.box, found[0].mask) for image, found in zip(shown, instances, strict=True)]
-    names = [found[0].detection.name for found in instances]
-    told = ClipColours("shapes-clip")(crops, names)
-    right = [told == prompt.metadata["include"][0]["color"] for told, prompt in zip(told, asked, strict=True)]
-    assert PaletteColours()(crops, names) == [prompt.metadata["include"][0]["color"] for prompt in asked]
-    assert sum(right) / len(right) >= 0.5  # a tenth by chance
+def test_a_trained_clip_classifies_colors() -> None:
+    """The embedded CLIP was trained on captions of whole scenes; one object on grey is close enough to them."""
+    expected = [color for _ in range(3) for color in COLORS]
+    images = draw([colors(shape, color) for shape in ("circle", "square", "cross") for color in COLORS])
+    objects = [instances[0] for instances in ShapesDetector()(images, [[]] * len(images))]
+    crops = [crop(image, item.detection.box, item.mask) for image, item in zip(images, objects, strict=True)]
+    names = [item.detection.name for item in objects]
+    assert PaletteColors()(crops, names) == expected
+    right = [a == b for a, b in zip(ClipColors("shapes-clip")(crops, names), expected, strict=True)]
+    assert sum(right) / len(right) >= 0.5  # 0.1 by chance
 
 
 # --- real networks ----------------------------------------------------------------------------------------------------
@@ -191,19 +190,19 @@ def test_mask2former_and_clip_judge_together(tiny_clip: str, tmp_path: Path) -> 
     include = [{"class": "dog", "count": 1, "color": "red"}, {"class": "cat", "count": 1, "color": "blue"}]
     prompt = Prompt("two", {"tag": "color_attr", "include": include, "prompt": "two"})
     images = torch.rand(4, 3, 48, 64, generator=torch.Generator().manual_seed(3))
-    judge = GenEvalJudge(detector, ClipColours(tiny_clip))
-    judged = judge(images, [prompt] * 4)
-    found = [found for found in judged if found is not None]
-    assert len(found) == 4 and all(item.detections for item in found)
-    for item in found:
-        best = {name: next(d for d in item.detections if d.name == name) for name in {d.name for d in item.detections}}
-        assert all(detection.color in COLORS for detection in best.values())
-        assert not item.verdict.reason.startswith("expected dog>=1")
-    reward = GenEvalReward("partial", detector, ClipColours(tiny_clip))
-    assert reward(images, [prompt] * 4).tolist() == pytest.approx([item.verdict.partial for item in found])
+    judge = GenEvalJudge(detector, ClipColors(tiny_clip))
+    scores = [score for score in judge(images, [prompt] * 4) if score is not None]
+    assert len(scores) == 4 and all(score.detections for score in scores)
+    for score in scores:
+        for name in {item.name for item in score.detections}:
+            best = next(item for item in score.detections if item.name == name)
+            assert best.color in COLORS
+        assert not score.reason.startswith("expected dog>=1")
+    reward = GenEvalReward("partial", detector, ClipColors(tiny_clip))
+    assert reward(images, [prompt] * 4).tolist() == pytest.approx([score.partial for score in scores])
 
 
-def test_the_description_names_detector_thresholds_and_colours() -> None:
+def test_the_description_names_detector_thresholds_and_colors() -> None:
     plain = GenEvalJudge().description
     json.dumps(plain)
     assert plain["detector"]["model"] == "facebook/mask2former-swin-small-coco-instance"
@@ -214,19 +213,20 @@ def test_the_description_names_detector_thresholds_and_colours() -> None:
         "max_overlap": 1.0,
         "position": 0.1,
     }
-    assert plain["colours"]["model"] == "openai/clip-vit-large-patch14"
-    assert GenEvalJudge(colours=ClipColours("other")).description != plain
+    assert plain["colours"]["model"] == "openai/clip-vit-large-patch14"  # the spelling in protocols of 0.1.0
+    assert plain["colours"]["class"] == "ClipColours"
+    assert GenEvalJudge(colors=ClipColors("other")).description != plain
 
 
-def test_configurations_name_detectors() -> None:
+def test_detectors_are_configurable() -> None:
     detector = "{class_path: rewards.backbones.detectors.Owlv2, init_args: {thresholds: {confidence: 0.4}}}"
-    chosen = f"{{class_path: rewards.geneval.GenEvalReward, init_args: {{score: strict, detector: {detector}}}}}"
-    parsed, plain = config.parse(config.RewardChoice, ["--function", chosen], "test")
-    others = Owlv2().thresholds  # a detector's own, where a configuration gives some
-    assert parsed.function == GenEvalReward("strict", Owlv2(thresholds=replace(others, confidence=0.4)))
+    function = f"{{class_path: rewards.geneval.GenEvalReward, init_args: {{score: strict, detector: {detector}}}}}"
+    parsed, plain = config.parse(config.RewardChoice, ["--function", function], "test")
+    thresholds = replace(Owlv2().thresholds, confidence=0.4)  # the others are the detector's defaults
+    assert parsed.function == GenEvalReward("strict", Owlv2(thresholds=thresholds))
     assert plain["function"]["init_args"]["detector"]["init_args"]["thresholds"]["counting"] == 0.3
 
 
-def test_nothing_is_opened_before_the_first_call() -> None:
+def test_no_network_is_loaded_before_the_first_call() -> None:
     assert GenEvalReward("strict").detector is None
     assert Mask2Former("no/such-model").model == "no/such-model"

@@ -1,4 +1,4 @@
-"""Where the images of a GenEval evaluation come from: a pipeline, or a folder that another program filled."""
+"""Sources of the images of a GenEval evaluation: a pipeline, or a folder that another program filled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genalign.diffusion.rollout import generate
 from genalign.evaluation.evaluate import noise_seed
-from genalign.evaluation.geneval.result_files import Sample, write_samples
+from genalign.evaluation.geneval.result_files import SampleFile, write_samples
 from genalign.runtime.media import read_image
 from genalign.types import Grid, Pipeline, Prompt
 
@@ -22,29 +22,27 @@ _IMAGES = "images"
 
 
 @dataclass(frozen=True)
-class Shots:
-    """Images (n, 3, H, W) in [0, 1] of one prompt, their files relative to the evaluation's folder, and the seeds of
-    their noises.
-    """
+class PromptImages:
+    """Images (n, 3, H, W) in [0, 1] of one prompt, with n seeds and n ``files`` relative to the evaluation's folder."""
 
     files: Sequence[str]
     seeds: Sequence[int]
     images: Tensor
 
 
-class Source(Protocol):
-    """The images of every prompt."""
+class ImageSource(Protocol):
+    """A source of all images of each prompt."""
 
     def warm_up(self, prompt: Prompt) -> None:
-        """Called once, with the first prompt of all, before images are asked for."""
+        """Prepare the source with the first prompt of the whole set, on every process, before the first image."""
 
-    def __call__(self, index: int, prompt: Prompt) -> Iterator[Shots]:
-        """All images of prompt number ``index``, in parts; those that are given lie on the disk."""
+    def __call__(self, index: int, prompt: Prompt) -> Iterator[PromptImages]:
+        """Yield all images of prompt number ``index`` in batches, each after its files are written."""
 
 
 @dataclass(frozen=True)
-class Generated:
-    """Images that a pipeline makes of ``seeds`` noises of each prompt, in the evaluation's ``folder``."""
+class PipelineImages:
+    """Images from a pipeline for ``seeds`` noises of each prompt, written into the evaluation's ``folder``."""
 
     pipeline: Pipeline
     grid: Grid
@@ -54,36 +52,36 @@ class Generated:
     folder: Path
 
     def warm_up(self, prompt: Prompt) -> None:
-        """What a pipeline encodes along with its first prompt, such as the empty one, is then alike everywhere."""
+        """Encode the first prompt, so that every process encodes the empty prompt in the same batch with it."""
         self.pipeline.encode([prompt.text])
 
-    def __call__(self, index: int, prompt: Prompt) -> Iterator[Shots]:
+    def __call__(self, index: int, prompt: Prompt) -> Iterator[PromptImages]:
         seeds = [noise_seed(prompt.text, sample) for sample in range(self.seeds)]
         texts, first = [prompt.text] * self.seeds, 0
         for images in generate(self.pipeline, texts, seeds, self.grid, self.guidance, self.batch_size):
             names = write_samples(self.folder / _IMAGES, index, prompt, images, first)
-            yield Shots([f"{_IMAGES}/{name}" for name in names], seeds[first : first + len(images)], images)
+            yield PromptImages([f"{_IMAGES}/{name}" for name in names], seeds[first : first + len(images)], images)
             first += len(images)
 
 
 @dataclass(frozen=True)
-class Existing:
-    """Images that were made elsewhere, by prompt; the number of one stands for its noise, which is unknown.
+class FolderImages:
+    """Images from another program, listed by prompt; an image's number stands for its unknown seed.
 
-    ``folder`` is the evaluation's. Images of one prompt that differ in size are judged apart.
+    ``folder`` is the evaluation's. Images of one prompt that differ in size are judged in separate batches.
     """
 
-    samples: Sequence[Sequence[Sample]]
+    samples: Sequence[Sequence[SampleFile]]
     folder: Path
     device: str
 
     def warm_up(self, prompt: Prompt) -> None:
-        """There is nothing to do."""
+        """Do nothing, since no network runs."""
 
-    def __call__(self, index: int, prompt: Prompt) -> Iterator[Shots]:
-        """Raises ValueError for a damaged image."""
-        read = [(sample, read_image(sample.path)) for sample in self.samples[index]]
-        for _, alike in groupby(read, key=lambda pair: pair[1].shape):
-            samples, images = zip(*alike, strict=True)
+    def __call__(self, index: int, prompt: Prompt) -> Iterator[PromptImages]:
+        """Read the images of a prompt. Raises ValueError for a damaged file."""
+        images_by_file = [(sample, read_image(sample.path)) for sample in self.samples[index]]
+        for _, group in groupby(images_by_file, key=lambda item: item[1].shape):
+            samples, images = zip(*group, strict=True)
             files = [os.path.relpath(sample.path, self.folder) for sample in samples]
-            yield Shots(files, [sample.number for sample in samples], torch.stack(images).to(self.device))
+            yield PromptImages(files, [sample.number for sample in samples], torch.stack(images).to(self.device))

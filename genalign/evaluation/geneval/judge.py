@@ -1,34 +1,25 @@
-"""Who says what is in an image: the seam between the evaluation and the detectors of ``rewards``."""
+"""The interface between a GenEval evaluation and the detectors in ``rewards``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from genalign.evaluation.geneval.scoring import Detection, Verdict
+from genalign.evaluation.geneval.scoring import GenEvalScore
 from genalign.types import Prompt
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """The verdict on one image, and the detections that it rests on."""
-
-    verdict: Verdict
-    detections: tuple[Detection, ...]
-
-
 class Judge(Protocol):
-    """Judges images by the GenEval metadata of their prompts."""
+    """Scores images by the GenEval metadata of their prompts."""
 
     @property
     def description(self) -> Mapping[str, Any]:
-        """Everything that its verdicts depend on, ready for JSON: equal descriptions make numbers comparable."""
+        """All settings that affect the scores, as JSON types: equal descriptions make scores comparable."""
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise ValueError for a prompt that it cannot judge, before images are made of any."""
+        """Raise ValueError for a prompt that cannot be judged, before any image is generated."""
 
-    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Judgement | None]:
-        """A judgement for each image (B, 3, H, W) in [0, 1]; None for one that cannot be judged, such as NaN."""
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> list[GenEvalScore | None]:
+        """Score each image (B, 3, H, W) in [0, 1]; None for an image that cannot be judged, such as NaN."""

@@ -1,4 +1,4 @@
-"""What a prompt asks for: GenEval's metadata as a record, and the prompt that its grammar makes of it."""
+"""GenEval's prompt metadata as a dataclass, and the prompt that its grammar spells for it."""
 
 from __future__ import annotations
 
@@ -6,26 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from genalign.evaluation.geneval.grammar import (
-    NUMBERS,
-    color_attr,
-    colors,
-    counting,
-    position,
-    single_object,
-    two_object,
-)
+from genalign.evaluation.geneval import grammar
 from genalign.evaluation.geneval.vocabulary import COLORS, RELATIONS, TASKS
 from genalign.types import Metadata, Prompt
 
 OPENING = "a photo of"
-_NUMBER_WORDS = {number: word for word, number in NUMBERS.items()}
+_NUMBER_WORDS = {number: word for word, number in grammar.NUMBERS.items()}
 
 
 @dataclass(frozen=True)
 class Clause:
-    """``count`` objects of the class ``name``; where they are given, of this ``color``, and in ``relation`` to the
-    objects of the earlier clause number ``target``.
+    """``count`` objects of the class ``name``, optionally of one ``color``.
+
+    If ``relation`` is set, they are in this relation to the objects of the earlier clause number ``target``.
     """
 
     name: str
@@ -34,115 +27,111 @@ class Clause:
     relation: str | None = None
     target: int | None = None
 
+    def as_metadata(self) -> dict[str, Any]:
+        """Convert to GenEval's metadata."""
+        metadata: dict[str, Any] = {"class": self.name, "count": self.count}
+        if self.color is not None:
+            metadata["color"] = self.color
+        if self.relation is not None:
+            metadata["position"] = [self.relation, self.target]
+        return metadata
+
 
 @dataclass(frozen=True)
-class Request:
-    """All of ``include``, and none of ``exclude``; ``tag`` is the task."""
+class PromptSpec:
+    """The content that a prompt requires: all of ``include`` and none of ``exclude``; ``tag`` is the task."""
 
     tag: str
     include: tuple[Clause, ...]
-    exclude: tuple[Clause, ...]
-    prompt: str
+    exclude: tuple[Clause, ...] = ()
+    prompt: str = ""
 
     @classmethod
-    def of(cls, prompt: Prompt) -> Request:
-        """The request in a prompt's metadata. Raises ValueError for a prompt without, or one that is not GenEval's."""
+    def from_prompt(cls, prompt: Prompt) -> PromptSpec:
+        """Parse a prompt's metadata. Raises ValueError if there is none, or if it is not GenEval's."""
         if prompt.metadata is None:
             raise ValueError(f"the prompt {prompt.text!r} has no metadata: GenEval needs its tag and include clauses")
-        return cls.parse(prompt.metadata)
+        return cls.from_metadata(prompt.metadata)
 
     @classmethod
-    def parse(cls, metadata: Metadata) -> Request:
-        """Metadata as ``json.loads`` gives it. Raises ValueError naming the field that cannot be used."""
+    def from_metadata(cls, metadata: Metadata) -> PromptSpec:
+        """Parse metadata as ``json.loads`` returns it. Raises ValueError that names an invalid field."""
         text = metadata.get("prompt")
         for key, kind in (("tag", str), ("include", (list, tuple)), ("prompt", str)):
             if not isinstance(metadata.get(key), kind):
                 raise ValueError(f"the metadata of {text!r} lacks {key!r}: GenEval has tag, include and prompt")
         if not metadata["include"]:
-            raise ValueError(f"the metadata of {text!r} asks for nothing: include must have a clause")
-        excluded = metadata.get("exclude", ())
-        if not isinstance(excluded, list | tuple):
+            raise ValueError(f"the metadata of {text!r} has an empty include: list at least one clause")
+        if not isinstance(metadata.get("exclude", ()), list | tuple):
             raise ValueError(f"the metadata of {text!r} has an exclude that is no list: leave it out, or list clauses")
-        include = tuple(_clause(text, index, clause) for index, clause in enumerate(metadata["include"]))
-        exclude = tuple(_clause(text, 0, clause) for clause in excluded)
+        include = tuple(_parse_clause(text, index, clause) for index, clause in enumerate(metadata["include"]))
+        exclude = tuple(_parse_clause(text, 0, clause) for clause in metadata.get("exclude", ()))
         return cls(str(metadata["tag"]), include, exclude, str(text))
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The classes that it speaks of, in order, each once."""
+    def classes(self) -> tuple[str, ...]:
+        """The distinct object classes of all clauses, in order."""
         return tuple(dict.fromkeys(clause.name for clause in self.include + self.exclude))
 
-    def metadata(self) -> dict[str, Any]:
-        """What ``parse`` reads, with the keys in GenEval's order."""
-        found: dict[str, Any] = {"tag": self.tag, "include": [_as_dict(clause) for clause in self.include]}
+    def as_metadata(self) -> dict[str, Any]:
+        """Convert to the metadata that ``from_metadata`` parses, with the keys in GenEval's order."""
+        metadata: dict[str, Any] = {"tag": self.tag, "include": [clause.as_metadata() for clause in self.include]}
         if self.exclude:
-            found["exclude"] = [_as_dict(clause) for clause in self.exclude]
-        return found | {"prompt": self.prompt}
+            metadata["exclude"] = [clause.as_metadata() for clause in self.exclude]
+        return metadata | {"prompt": self.prompt}
+
+    def to_prompt(self, opening: str = OPENING) -> Prompt:
+        """Spell the prompt by GenEval's grammar from tag and clauses, after ``opening``.
+
+        Raises ValueError for clauses that the task does not have.
+        """
+        try:
+            prompt = self._spell()
+            assert prompt.metadata is not None, "the grammar gives metadata"
+            if PromptSpec.from_metadata(prompt.metadata).include != self.include:
+                raise ValueError("its prompt says something else")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"the clauses of {self.prompt!r} do not fit the task {self.tag}") from error
+        text = f"{opening} {prompt.text}"
+        return Prompt(text, {**prompt.metadata, "prompt": text})
+
+    def _spell(self) -> Prompt:
+        include = self.include
+        match self.tag:
+            case "single_object":
+                return grammar.single_object(include[0].name)
+            case "two_object":
+                return grammar.two_object(include[0].name, include[1].name)
+            case "counting":
+                return grammar.counting(include[0].name, _NUMBER_WORDS[include[0].count])
+            case "colors":
+                return grammar.colors(include[0].name, str(include[0].color))
+            case "position":
+                return grammar.position(include[1].name, str(include[1].relation), include[0].name)
+            case "color_attr":
+                first, second = include[:2]
+                return grammar.color_attr(first.name, str(first.color), second.name, str(second.color))
+        raise ValueError(f"{self.tag!r} is not a task of GenEval: {', '.join(TASKS)}")
 
 
-def _clause(text: str | None, index: int, value: Any) -> Clause:
-    """The clause number ``index``, whose relation may be to an earlier one."""
+def _parse_clause(text: str | None, index: int, value: Any) -> Clause:
+    """Parse clause number ``index``, which may refer to an earlier one."""
 
-    def refuse(what: str) -> ValueError:
-        return ValueError(f"the metadata of {text!r} has the clause {value}: {what}")
+    def invalid(problem: str) -> ValueError:
+        return ValueError(f"the metadata of {text!r} has the clause {value}: {problem}")
 
     if not isinstance(value, Mapping):
-        raise refuse("it must be an object with a class and a count")
+        raise invalid("it must be an object with a class and a count")
     if unknown := set(value) - {"class", "count", "color", "position"}:
-        raise refuse(f"there is no {', '.join(sorted(unknown))} in GenEval")
+        raise invalid(f"there is no {', '.join(sorted(unknown))} in GenEval")
     name, count, color = value.get("class"), value.get("count"), value.get("color")
     if not isinstance(name, str) or type(count) is not int or count < 1:  # True is no count
-        raise refuse("it needs a class and a count of at least 1")
+        raise invalid("it needs a class and a count of at least 1")
     if color is not None and color not in COLORS:
-        raise refuse(f"the color must be one of {', '.join(COLORS)}")
+        raise invalid(f"the color must be one of {', '.join(COLORS)}")
     if "position" not in value:
         return Clause(name, count, color)
     match value["position"]:
         case [str(relation), int(target)] if relation in RELATIONS and 0 <= target < index:
             return Clause(name, count, color, relation, target)
-    raise refuse(f"position must be one of {', '.join(RELATIONS)} and the number of an earlier clause")
-
-
-def _as_dict(clause: Clause) -> dict[str, Any]:
-    found: dict[str, Any] = {"class": clause.name, "count": clause.count}
-    if clause.color is not None:
-        found["color"] = clause.color
-    if clause.relation is not None:
-        found["position"] = [clause.relation, clause.target]
-    return found
-
-
-def written(request: Request, opening: str = OPENING) -> Prompt:
-    """The prompt that GenEval's grammar makes of a request's tag and clauses, after ``opening``.
-
-    It is the grammar of the shapes world (``worlds.shapes.prompts``) with other nouns. Raises ValueError for clauses
-    that its task does not have.
-    """
-    try:
-        made = _made(request)
-        assert made.metadata is not None, "the grammar gives metadata"
-        if Request.parse(made.metadata).include != request.include:
-            raise ValueError("its prompt says something else")
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"the clauses of {request.prompt!r} are not those of the task {request.tag}") from error
-    text = f"{opening} {made.text}"
-    return Prompt(text, {**made.metadata, "prompt": text})
-
-
-def _made(request: Request) -> Prompt:
-    include = request.include
-    match request.tag:
-        case "single_object":
-            return single_object(include[0].name)
-        case "two_object":
-            return two_object(include[0].name, include[1].name)
-        case "counting":
-            return counting(include[0].name, _NUMBER_WORDS[include[0].count])
-        case "colors":
-            return colors(include[0].name, str(include[0].color))
-        case "position":
-            return position(include[1].name, str(include[1].relation), include[0].name)
-        case "color_attr":
-            first, second = include[:2]
-            return color_attr(first.name, str(first.color), second.name, str(second.color))
-    raise ValueError(f"{request.tag!r} is not a task of GenEval: {', '.join(TASKS)}")
+    raise invalid(f"position must be one of {', '.join(RELATIONS)} and the number of an earlier clause")

@@ -1,10 +1,9 @@
-"""Readers of other benchmarks' prompt files, which are not in this package, into prompt sets."""
+"""Readers for the prompt files of other benchmarks, which this package does not contain."""
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from genalign.runtime.prompt_files import load_prompts
@@ -14,68 +13,69 @@ _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 
 
 def read_compbench(*paths: Path) -> PromptSet:
-    """T2I-CompBench (arXiv:2307.06350): its files ``color_val.txt`` and so on, one prompt a line; the task is the
-    category in the file's name.
+    """Read files of T2I-CompBench (arXiv:2307.06350) such as ``color_val.txt``, with one prompt per line.
+
+    The task is the category in the file's name.
     """
-    made: list[Prompt] = []
+    prompts: list[Prompt] = []
     for path in paths:
         task = re.sub(r"_(train|val)\w*$", "", path.stem)
-        made += [Prompt(prompt.text, {"tag": task, "prompt": prompt.text}) for prompt in load_prompts(path).prompts]
-    return PromptSet("t2i-compbench", tuple(made))
+        prompts += [Prompt(prompt.text, {"tag": task, "prompt": prompt.text}) for prompt in load_prompts(path).prompts]
+    return PromptSet("t2i-compbench", tuple(prompts))
 
 
 def read_dpg(folder: Path, questions: Path | None = None) -> PromptSet:
-    """DPG-Bench (ELLA, arXiv:2403.05135): its folder of prompts, one a ``.txt`` file.
+    """Read DPG-Bench (ELLA, arXiv:2403.05135) from its folder of prompts, one ``.txt`` file each.
 
-    ``questions`` is its table (dpg_bench.csv), which gives ``questions`` in the metadata and, in the same order, their
-    ``categories`` and as ``parents`` the places of those that must be true before each can be. Its own script leaves
-    the table's first row out; here it is asked as well.
+    ``questions`` is its table dpg_bench.csv. The metadata then has ``questions``, ``categories`` and ``parents``: for
+    each question its category, and the indices of the questions whose answer must be yes before it counts. DPG-Bench's
+    own script skips the table's first row; it is included here.
 
     Raises FileNotFoundError for a folder without prompts, ValueError for a table that does not fit.
     """
-    found = sorted(folder.glob("*.txt"))
-    if not found:
+    paths = sorted(folder.glob("*.txt"))
+    if not paths:
         raise FileNotFoundError(f"{folder} has no .txt files: give DPG-Bench's folder of prompts")
-    table = {} if questions is None else _dpg_questions(questions)
-    if questions is not None and (missing := [path.stem for path in found if path.stem not in table]):
+    table = {} if questions is None else _read_dpg_questions(questions)
+    if questions is not None and (missing := [path.stem for path in paths if path.stem not in table]):
         raise ValueError(f"{questions} has no questions for {missing[0]} and {len(missing) - 1} others of {folder}")
-    made = []
-    for path in found:
+    prompts = []
+    for path in paths:
         text = path.read_text(encoding="utf-8").strip()
-        made.append(Prompt(text, {"tag": "dpg", "item": path.stem, **table.get(path.stem, {}), "prompt": text}))
-    return PromptSet("dpg-bench", tuple(made))
+        prompts.append(Prompt(text, {"tag": "dpg", "item": path.stem, **table.get(path.stem, {}), "prompt": text}))
+    return PromptSet("dpg-bench", tuple(prompts))
 
 
-def _dpg_questions(path: Path) -> dict[str, dict[str, object]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+def _read_dpg_questions(path: Path) -> dict[str, dict[str, object]]:
+    """Read the questions of each item, with the numbers of propositions replaced by indices."""
     items: dict[str, list[dict[str, str]]] = {}
+    table: dict[str, dict[str, object]] = {}
     try:
-        for row in rows:
-            items.setdefault(row["item_id"], []).append(row)
-        return {item: _dpg_item(asked) for item, asked in items.items()}
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                items.setdefault(row["item_id"], []).append(row)
+        for item, rows in items.items():
+            index = {int(row["proposition_id"]): i for i, row in enumerate(rows)}
+            parents = [[int(number) for number in row["dependency"].split(",")] for row in rows]
+            table[item] = {
+                "questions": [row["question_natural_language"] for row in rows],
+                "categories": [row["category_broad"] for row in rows],
+                "parents": [[index[number] for number in numbers if number != 0] for numbers in parents],
+            }
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is not DPG-Bench's table of questions: {error!r}") from None
-
-
-def _dpg_item(rows: Sequence[dict[str, str]]) -> dict[str, object]:
-    place = {int(row["proposition_id"]): index for index, row in enumerate(rows)}
-    needed = [[int(number) for number in row["dependency"].split(",")] for row in rows]
-    return {
-        "questions": [row["question_natural_language"] for row in rows],
-        "categories": [row["category_broad"] for row in rows],
-        "parents": [[place[number] for number in numbers if number != 0] for numbers in needed],
-    }
+    return table
 
 
 def read_ocr(path: Path) -> PromptSet:
-    """Prompts that have the text to be drawn in double quotes, one a line, as in Flow-GRPO's (arXiv:2505.05470); the
-    first quoted text is ``text`` in the metadata. Raises ValueError naming a prompt without.
+    """Read prompts that quote the text to draw, one per line, such as Flow-GRPO's (arXiv:2505.05470).
+
+    The first text in double quotes becomes ``text`` in the metadata. Raises ValueError for a prompt without quotes.
     """
-    made: list[Prompt] = []
+    prompts: list[Prompt] = []
     for number, prompt in enumerate(load_prompts(path).prompts, start=1):
-        found = _QUOTED.search(prompt.text)
-        if found is None:
+        match = _QUOTED.search(prompt.text)
+        if match is None:
             raise ValueError(f"{path}, prompt {number}: no text in double quotes to be drawn in {prompt.text!r}")
-        made.append(Prompt(prompt.text, {"tag": "ocr", "text": found[1] or found[2], "prompt": prompt.text}))
-    return PromptSet(path.stem, tuple(made))
+        prompts.append(Prompt(prompt.text, {"tag": "ocr", "text": match[1] or match[2], "prompt": prompt.text}))
+    return PromptSet(path.stem, tuple(prompts))

@@ -1,28 +1,24 @@
 """GenEval's rules on detected objects (Ghosh et al., arXiv:2310.11513), and their stricter and partial forms.
 
 Pure functions of boxes, scores and colors; detectors are in ``rewards.backbones.detectors``. ``relaxed`` is GenEval's
-own rule, ``strict`` that of Flow-GRPO's reward (arXiv:2505.05470), ``partial`` its partial credit without the faults
-that ``upstream_partial`` reproduces.
+own rule, ``strict`` the rule of Flow-GRPO's reward (arXiv:2505.05470), and ``partial`` its partial credit without the
+faults that ``upstream_partial`` reproduces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
-from genalign.evaluation.geneval.boxes import relations
-from genalign.evaluation.geneval.metadata import Clause, Request
+from genalign.evaluation.geneval.boxes import Box, relations
+from genalign.evaluation.geneval.metadata import Clause, PromptSpec
 from genalign.evaluation.geneval.vocabulary import COLORS
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One object: its class, pixel box (x1, y1, x2, y2) with y pointing down, confidence in [0, 1], and the colour of
-    its crop, None where nobody looked.
-    """
+    """One object: its class, box in pixels, confidence in [0, 1], and color, which is None unless a rule needs it."""
 
     name: str
     box: Box
@@ -32,11 +28,11 @@ class Detection:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Which detections count; the defaults are GenEval's.
+    """Thresholds that decide which detections count; the defaults are GenEval's.
 
-    Those with a score above ``confidence``, above ``counting`` in the counting task; of a class the best
-    ``max_objects``, of which a box is dropped that overlaps a better one by ``max_overlap`` (1 is never). ``position``
-    is the share of their summed sizes by which two boxes' distance shrinks before it is a relation.
+    Detections must score above ``confidence``, or above ``counting`` in the counting task. The best ``max_objects`` of
+    a class count, except boxes that overlap a better one by ``max_overlap`` or more (1 excludes none). ``position`` is
+    the fraction of their summed sizes by which the distance of two boxes shrinks before it is a relation.
     """
 
     confidence: float = 0.3
@@ -45,19 +41,20 @@ class Thresholds:
     max_overlap: float = 1.0
     position: float = 0.1
 
-    def of(self, tag: str) -> float:
-        """The score that a detection must exceed in a task."""
+    def min_score(self, tag: str) -> float:
+        """Return the score that a detection must exceed in a task."""
         return self.counting if tag == "counting" else self.confidence
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether an image shows what its prompt asks for.
+class GenEvalScore:
+    """How well an image matches its prompt.
 
-    ``relaxed``: GenEval's ``correct``, which looks at the ``count`` most certain objects of each class and overlooks
-    others unless ``exclude`` names them; ``reason`` is its text, empty where nothing is wrong. ``strict``: exactly the
-    counts asked for, all of the right colour and in the right relation. ``partial``: the mean of ``criteria``, each in
-    [0, 1], named "count", "color" and "position", once per clause that asks for it.
+    ``relaxed`` is GenEval's ``correct``: it checks the ``count`` most confident objects of each class and ignores
+    others unless ``exclude`` names them; ``reason`` is its explanation, empty for a correct image. ``strict`` requires
+    exactly the right counts, all in the right color and relation. ``partial`` is the mean of ``criteria``, each in
+    [0, 1]: a "count" per clause, and a "color" and "position" per clause that has one. ``detections`` are the objects
+    that were scored.
     """
 
     strict: bool
@@ -65,31 +62,27 @@ class Verdict:
     partial: float
     reason: str
     criteria: tuple[tuple[str, float], ...]
+    detections: tuple[Detection, ...] = field(compare=False)
 
 
-def kept(detections: Sequence[Detection], tag: str, thresholds: Thresholds) -> list[int]:
-    """Indices of the detections that count in the task ``tag``, class by class, the most certain first."""
-    chosen: list[int] = []
+def filter_detections(detections: Sequence[Detection], tag: str, thresholds: Thresholds) -> list[int]:
+    """Return the indices of the detections that count in the task ``tag``, by class and descending confidence."""
+    counted: list[int] = []
     for name in dict.fromkeys(detection.name for detection in detections):
-        sure = [i for i, found in enumerate(detections) if found.name == name and found.score > thresholds.of(tag)]
-        ordered = sorted(sure, key=lambda i: -detections[i].score)[: thresholds.max_objects]
-        chosen += _apart(detections, ordered, thresholds.max_overlap)
-    return chosen
-
-
-def _apart(detections: Sequence[Detection], ordered: Sequence[int], max_overlap: float) -> list[int]:
-    """Those of ``ordered`` that overlap no earlier one that is kept by ``max_overlap``."""
-    if max_overlap == 1:
-        return list(ordered)
-    chosen: list[int] = []
-    for i in ordered:
-        if all(overlap(detections[i].box, detections[better].box) < max_overlap for better in chosen):
-            chosen.append(i)
-    return chosen
+        confident = [
+            i for i, item in enumerate(detections) if item.name == name and item.score > thresholds.min_score(tag)
+        ]
+        best: list[int] = []
+        for i in sorted(confident, key=lambda i: -detections[i].score)[: thresholds.max_objects]:
+            overlaps = (overlap(detections[i].box, detections[j].box) for j in best)
+            if thresholds.max_overlap == 1 or all(value < thresholds.max_overlap for value in overlaps):
+                best.append(i)
+        counted += best
+    return counted
 
 
 def overlap(a: Box, b: Box) -> float:
-    """Intersection over union by GenEval's convention, that a box holds its last pixel."""
+    """Return the intersection over union by GenEval's convention, in which a box includes its last pixel."""
     common = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
     union = _area(a) + _area(b) - common
     return common / union if union else 0.0
@@ -99,59 +92,62 @@ def _area(box: Box) -> float:
     return max(box[2] - box[0] + 1, 0) * max(box[3] - box[1] + 1, 0)
 
 
-def verdict(detections: Sequence[Detection], request: Request, position: float = Thresholds.position) -> Verdict:
-    """Judge the detections that count (see ``kept``) by a request.
+def score_detections(
+    detections: Sequence[Detection], spec: PromptSpec, position: float = Thresholds.position
+) -> GenEvalScore:
+    """Score the detections that count (see ``filter_detections``) against a prompt's clauses.
 
-    With n asked for and m found of a clause's class: count = max(0, 1 - |n - m| / n); color = the share of the right
-    colour and position = the share of (object, target) pairs in the relation, both 0 where a count that they rest on is
-    wrong.
+    With n required and m detected objects of a clause's class: count = max(0, 1 - |n - m| / n); color is the fraction
+    of objects in the right color and position the fraction of (object, target) pairs in the relation, both 0 if a count
+    that they depend on is wrong.
 
-    Raises ValueError where a colour that the rule looks at is None.
+    Raises ValueError if the color that a rule needs is None.
     """
-    found = [_of(detections, clause) for clause in request.include]
-    failures = _failures(request, detections, position)
-    criteria = _criteria(request.include, found, position)
-    surplus = any(len(_of(detections, clause)) >= clause.count for clause in request.exclude)
-    return Verdict(
+    failures = _failures(spec, detections, position)
+    criteria = _criteria(spec.include, detections, position)
+    surplus = any(len(_of_class(detections, clause)) >= clause.count for clause in spec.exclude)
+    return GenEvalScore(
         strict=all(value == 1 for _, value in criteria) and not surplus,
         relaxed=not failures,
         partial=sum(value for _, value in criteria) / len(criteria),
         reason="\n".join(failures),
         criteria=tuple(criteria),
+        detections=tuple(detections),
     )
 
 
-def _of(detections: Sequence[Detection], clause: Clause) -> list[Detection]:
-    """The objects of a clause's class, the most certain first."""
-    return sorted((found for found in detections if found.name == clause.name), key=lambda found: -found.score)
+def _of_class(detections: Sequence[Detection], clause: Clause) -> list[Detection]:
+    """Select the objects of a clause's class by descending confidence."""
+    return sorted((item for item in detections if item.name == clause.name), key=lambda item: -item.score)
 
 
 def _colors(objects: Sequence[Detection]) -> list[str]:
-    for found in objects:
-        if found.color is None:
-            raise ValueError(f"the colour of the {found.name} at {found.box} is asked for: classify its crop first")
-    return [str(found.color) for found in objects]
+    for item in objects:
+        if item.color is None:
+            raise ValueError(f"the color of the {item.name} at {item.box} is unknown: classify its crop first")
+    return [str(item.color) for item in objects]
 
 
 def _wrong_pair(
     objects: Sequence[Detection], targets: Sequence[Detection], relation: str, margin: float
 ) -> frozenset[str] | None:
-    """How the first pair stands that is not in ``relation``; None where all are."""
-    stands = (relations(a.box, b.box, margin) for a, b in product(objects, targets))
-    return next((true for true in stands if relation not in true), None)
+    """Return the relations of the first pair that lacks ``relation``; None if all pairs have it."""
+    actual = (relations(a.box, b.box, margin) for a, b in product(objects, targets))
+    return next((names for names in actual if relation not in names), None)
 
 
-def _failures(request: Request, detections: Sequence[Detection], margin: float) -> list[str]:
-    """Why GenEval calls an image wrong, in its own words."""
+def _failures(spec: PromptSpec, detections: Sequence[Detection], margin: float) -> list[str]:
+    """Explain why GenEval's rule rejects an image, in GenEval's own words; empty for a correct image."""
     reasons: list[str] = []
     groups: list[list[Detection] | None] = []
-    for clause in request.include:
-        objects = _of(detections, clause)[: clause.count]
+    for clause in spec.include:
+        objects = _of_class(detections, clause)[: clause.count]
         reason = _failure(clause, objects, groups, margin)
         groups.append(objects if reason is None else None)
-        reasons += [reason] if reason is not None else []
-    for clause in request.exclude:
-        if (m := len(_of(detections, clause))) >= clause.count:
+        if reason is not None:
+            reasons.append(reason)
+    for clause in spec.exclude:
+        if (m := len(_of_class(detections, clause))) >= clause.count:
             reasons.append(f"expected {clause.name}<{clause.count}, found {m}")
     return reasons
 
@@ -159,58 +155,55 @@ def _failures(request: Request, detections: Sequence[Detection], margin: float) 
 def _failure(
     clause: Clause, objects: Sequence[Detection], groups: Sequence[Sequence[Detection] | None], margin: float
 ) -> str | None:
+    """Explain why ``objects`` violate a clause; ``groups`` are the objects of earlier clauses, None if these failed."""
     if len(objects) < clause.count:
         return f"expected {clause.name}>={clause.count}, found {len(objects)}"
     if clause.color is not None:
         colors = _colors(objects)
         if (right := colors.count(clause.color)) < clause.count:
-            all_found = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
-            asked = f"expected {clause.color} {clause.name}>={clause.count}"
-            return f"{asked}, found {right} {clause.color}; and {all_found}"
+            counts = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
+            return f"expected {clause.color} {clause.name}>={clause.count}, found {right} {clause.color}; and {counts}"
     if clause.relation is None or clause.target is None:
         return None
     targets = groups[clause.target]
     if targets is None:
         return f"no target for {clause.name} to be {clause.relation}"
-    true = _wrong_pair(objects, targets, clause.relation, margin)
-    if true is None:
+    actual = _wrong_pair(objects, targets, clause.relation, margin)
+    if actual is None:
         return None
-    return f"expected {clause.name} {clause.relation} target, found {' and '.join(sorted(true))} target"
+    return f"expected {clause.name} {clause.relation} target, found {' and '.join(sorted(actual))} target"
 
 
-def _criteria(
-    include: Sequence[Clause], found: Sequence[Sequence[Detection]], margin: float
-) -> list[tuple[str, float]]:
+def _criteria(include: Sequence[Clause], detections: Sequence[Detection], margin: float) -> list[tuple[str, float]]:
+    """Compute the partial credits of all clauses."""
     criteria: list[tuple[str, float]] = []
-    for clause, objects in zip(include, found, strict=True):
+    for clause in include:
+        objects = _of_class(detections, clause)
         exact = len(objects) == clause.count
         criteria.append(("count", max(0.0, 1 - abs(clause.count - len(objects)) / clause.count)))
         if clause.color is not None:
             criteria.append(("color", _colors(objects).count(clause.color) / clause.count if exact else 0.0))
         if clause.relation is not None and clause.target is not None:
-            targets = found[clause.target]
+            targets = _of_class(detections, include[clause.target])
+            pairs = list(product(objects, targets))
+            related = sum(clause.relation in relations(a.box, b.box, margin) for a, b in pairs)
             exact = exact and len(targets) == include[clause.target].count
-            criteria.append(("position", _share(objects, targets, clause.relation, margin) if exact else 0.0))
+            criteria.append(("position", related / len(pairs) if exact else 0.0))
     return criteria
 
 
-def _share(objects: Sequence[Detection], targets: Sequence[Detection], relation: str, margin: float) -> float:
-    pairs = list(product(objects, targets))
-    return sum(relation in relations(a.box, b.box, margin) for a, b in pairs) / len(pairs)
+def upstream_partial(detections: Sequence[Detection], spec: PromptSpec, position: float = Thresholds.position) -> float:
+    """Compute Flow-GRPO's partial credit as its reward server does, to compare with its curves.
 
-
-def upstream_partial(detections: Sequence[Detection], request: Request, position: float = Thresholds.position) -> float:
-    """Flow-GRPO's partial credit as its reward server computes it, to compare with its curves.
-
-    Unlike ``Verdict.partial``, it falls below 0 where many more objects are found than asked for, and gives an image of
-    the right objects in the wrong relation 3 / 4.
+    Unlike ``GenEvalScore.partial``, it falls below 0 for many surplus objects, and is 3 / 4 for an image of the right
+    objects in the wrong relation.
     """
     entries: list[float] = []
     groups: list[Sequence[Detection] | None] = []
-    for clause in request.include:
-        objects = _of(detections, clause)
-        made, matched = _upstream_entries(clause, objects, groups, position)
-        entries += made
+    for clause in spec.include:
+        objects = _of_class(detections, clause)
+        clause_entries, matched = _upstream_entries(clause, objects, groups, position)
+        entries += clause_entries
         groups.append(objects if matched else None)
     return sum(entries) / len(entries)
 
@@ -218,6 +211,7 @@ def upstream_partial(detections: Sequence[Detection], request: Request, position
 def _upstream_entries(
     clause: Clause, objects: Sequence[Detection], groups: Sequence[Sequence[Detection] | None], margin: float
 ) -> tuple[list[float], bool]:
+    """Compute the entries that one clause adds to Flow-GRPO's mean, and whether later clauses may refer to it."""
     entries = [1 - abs(clause.count - len(objects)) / clause.count]
     if len(objects) != clause.count:
         return entries + [0.0] * (clause.color is not None or clause.relation is not None), False

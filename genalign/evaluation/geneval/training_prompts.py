@@ -1,4 +1,4 @@
-"""Prompts in GenEval's manner for training: compositions of its classes and colours that it does not ask for itself."""
+"""Training prompts in GenEval's grammar: compositions of its classes and colors that its own prompts do not contain."""
 
 from __future__ import annotations
 
@@ -10,49 +10,42 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from genalign.evaluation.geneval.metadata import Clause, Request, written
+from genalign.evaluation.geneval.metadata import Clause, PromptSpec
 from genalign.evaluation.geneval.vocabulary import COLORS, OBJECTS, RELATIONS
 from genalign.types import Prompt, PromptSet
 
 OPENINGS = ("a photo of", "a picture of", "an image showing", "a snapshot of")
 TASKS = ("two_object", "counting", "colors", "position", "color_attr")
-"""The tasks that have compositions to train on: GenEval asks for every single object itself."""
+"""The tasks with compositions to train on: GenEval's own prompts contain every single object."""
 
 _MIRRORED = {"right of": "left of", "below": "above"}
 _COUNTS = (2, 3, 4)
 
 
-def composition(request: Request) -> str:
-    """What is asked for, whatever the words: the same for "a dog and a cat" and "a cat and a dog", and for a dog left
-    of a cat and a cat right of a dog.
+def composition(spec: PromptSpec) -> str:
+    """Return the content of a prompt in a canonical form that does not depend on its wording.
+
+    It is the same for "a dog and a cat" and "a cat and a dog", and for a dog left of a cat and a cat right of a dog.
     """
-    objects = sorted([clause.name, clause.count, clause.color or ""] for clause in request.include)
+    objects = sorted([clause.name, clause.count, clause.color or ""] for clause in spec.include)
     relations = []
-    for clause in request.include:
+    for clause in spec.include:
         if clause.relation is not None and clause.target is not None:
-            pair = [clause.name, request.include[clause.target].name]
+            pair = [clause.name, spec.include[clause.target].name]
             mirrored = clause.relation in _MIRRORED
             relations.append([_MIRRORED.get(clause.relation, clause.relation), *(pair[::-1] if mirrored else pair)])
     return json.dumps([objects, sorted(relations)])
 
 
-def composition_hash(request: Request) -> str:
+def composition_hash(spec: PromptSpec) -> str:
     """Eight hexadecimal characters of a composition."""
-    return hashlib.sha256(composition(request).encode()).hexdigest()[:8]
+    return hashlib.sha256(composition(spec).encode()).hexdigest()[:8]
 
 
 @cache
-def official() -> frozenset[str]:
-    """The ``composition_hash`` of GenEval's 553 prompts, which are not in this package themselves."""
+def official_compositions() -> frozenset[str]:
+    """Read the ``composition_hash`` of GenEval's 553 prompts, which this package does not contain themselves."""
     return frozenset(files("genalign.assets").joinpath("geneval-compositions.txt").read_text().split())
-
-
-@dataclass(frozen=True)
-class _Space:
-    """``size`` compositions of a task; ``make`` is number 0..size-1 of them."""
-
-    size: int
-    make: Callable[[int], Request]
 
 
 def training_prompts(
@@ -64,72 +57,90 @@ def training_prompts(
     openings: Sequence[str] = OPENINGS,
     held_out: Iterable[Prompt] = (),
 ) -> PromptSet:
-    """Up to ``per_task`` prompts of each of ``TASKS``, all of other compositions; fewer where there are no more.
+    """Draw prompts of distinct compositions, none of which a prompt of GenEval has.
 
-    None has the composition of a prompt of GenEval, nor of one ``held_out``. People have no colour, as in GenEval.
-    Leave some ``objects`` out to see how a model does on unseen ones. The same for the same seed.
+    As in GenEval, people have no color.
 
-    Raises ValueError for a colour that GenEval lacks, an amount below 1, or a task without a composition that may be
-    used.
+    Args:
+        per_task: Prompts of each of ``TASKS``, or by task; a task with fewer compositions gets all of them.
+        seed: Seed of the draws.
+        objects: Classes to combine. Leave some out to measure generalization to unseen ones.
+        colors: Colors to combine.
+        openings: Phrases of which each prompt starts with one, at random.
+        held_out: Prompts whose compositions are left out as well.
+
+    Raises:
+        ValueError: a color that GenEval lacks, an amount below 1, or a task without a composition to train on.
     """
-    wanted = per_task if isinstance(per_task, Mapping) else dict.fromkeys(TASKS, per_task)
-    if few := [tag for tag, count in wanted.items() if count < 1]:
-        raise ValueError(f"ask for at least 1 prompt of {few[0]}, or leave the task out")
-    if beyond := [color for color in colors if color not in COLORS]:
-        raise ValueError(f"{beyond[0]!r} is not a colour of GenEval: choose from {', '.join(COLORS)}")
-    barred = official() | {composition_hash(Request.of(prompt)) for prompt in held_out}
-    spaces = _spaces(objects, colors)
-    if unknown := set(wanted) - set(spaces):
+    counts = per_task if isinstance(per_task, Mapping) else dict.fromkeys(TASKS, per_task)
+    for task, count in counts.items():
+        if count < 1:
+            raise ValueError(f"ask for at least 1 prompt of {task}, or leave the task out")
+    for color in colors:
+        if color not in COLORS:
+            raise ValueError(f"{color!r} is not a color of GenEval: choose from {', '.join(COLORS)}")
+    spaces = _composition_spaces(objects, colors)
+    if unknown := set(counts) - set(spaces):
         raise ValueError(f"no task {', '.join(sorted(unknown))} to train on: choose from {', '.join(spaces)}")
-    made: list[Prompt] = []
-    for tag, count in wanted.items():
-        rng = random.Random(f"{seed}/{tag}")
-        found = list(_drawn(spaces[tag], count, barred, openings, rng))
-        if not found:
-            raise ValueError(f"there is no {tag} composition to train on: give more objects or colours")
-        made += found
-    return PromptSet("geneval-train", tuple(made))
+
+    excluded = official_compositions() | {composition_hash(PromptSpec.from_prompt(prompt)) for prompt in held_out}
+    prompts: list[Prompt] = []
+    for task, count in counts.items():
+        drawn = list(_draw(spaces[task], count, excluded, openings, random.Random(f"{seed}/{task}")))
+        if not drawn:
+            raise ValueError(f"there is no {task} composition to train on: give more objects or colors")
+        prompts += drawn
+    return PromptSet("geneval-train", tuple(prompts))
 
 
-def _drawn(
-    space: _Space, count: int, barred: frozenset[str], openings: Sequence[str], rng: random.Random
+@dataclass(frozen=True)
+class _Space:
+    """All compositions of a task; ``build`` returns number 0..size-1."""
+
+    size: int
+    build: Callable[[int], PromptSpec]
+
+
+def _draw(
+    space: _Space, count: int, excluded: frozenset[str], openings: Sequence[str], rng: random.Random
 ) -> Iterator[Prompt]:
-    """Up to ``count`` prompts of distinct compositions, in random order."""
-    seen, tried = set(barred), set[int]()
+    """Draw up to ``count`` prompts of distinct compositions, in random order."""
+    seen, tried = set(excluded), set[int]()
     while count > 0 and len(tried) < space.size:
         number = rng.randrange(space.size)
         if number in tried:
             continue
         tried.add(number)
-        request = space.make(number)
-        if (found := composition_hash(request)) not in seen:
-            seen.add(found)
+        spec = space.build(number)
+        if (key := composition_hash(spec)) not in seen:
+            seen.add(key)
             count -= 1
-            yield written(request, rng.choice(openings))
+            yield spec.to_prompt(rng.choice(openings))
 
 
-def _spaces(objects: Sequence[str], colors: Sequence[str]) -> dict[str, _Space]:
+def _composition_spaces(objects: Sequence[str], colors: Sequence[str]) -> dict[str, _Space]:
     things = [name for name in objects if name != "person"]
     n, t, c, r = len(objects), len(things), len(colors), len(RELATIONS)
 
-    def two_object(number: int) -> Request:
-        first, second = _pair(objects, number)
-        return _request("two_object", Clause(first), Clause(second))
+    def two_object(number: int) -> PromptSpec:
+        first, second = _ordered_pair(objects, number)
+        return PromptSpec("two_object", (Clause(first), Clause(second)))
 
-    def counting(number: int) -> Request:
+    def counting(number: int) -> PromptSpec:
         name, count = objects[number // len(_COUNTS)], _COUNTS[number % len(_COUNTS)]
-        return Request("counting", (Clause(name, count),), (Clause(name, count + 1),), "")
+        return PromptSpec("counting", (Clause(name, count),), (Clause(name, count + 1),))
 
-    def one_color(number: int) -> Request:
-        return _request("colors", Clause(things[number // c], color=colors[number % c]))
+    def one_color(number: int) -> PromptSpec:
+        return PromptSpec("colors", (Clause(things[number // c], color=colors[number % c]),))
 
-    def position(number: int) -> Request:
-        first, second = _pair(objects, number // r)
-        return _request("position", Clause(second), Clause(first, relation=RELATIONS[number % r], target=0))
+    def position(number: int) -> PromptSpec:
+        first, second = _ordered_pair(objects, number // r)
+        return PromptSpec("position", (Clause(second), Clause(first, relation=RELATIONS[number % r], target=0)))
 
-    def color_attr(number: int) -> Request:
-        pair, shades = _pair(things, number // (c * (c - 1))), _pair(colors, number % (c * (c - 1)))
-        return _request("color_attr", *(Clause(name, color=color) for name, color in zip(pair, shades, strict=True)))
+    def color_attr(number: int) -> PromptSpec:
+        names = _ordered_pair(things, number // (c * (c - 1)))
+        shades = _ordered_pair(colors, number % (c * (c - 1)))
+        return PromptSpec("color_attr", (Clause(names[0], color=shades[0]), Clause(names[1], color=shades[1])))
 
     return {
         "two_object": _Space(n * (n - 1), two_object),
@@ -140,11 +151,7 @@ def _spaces(objects: Sequence[str], colors: Sequence[str]) -> dict[str, _Space]:
     }
 
 
-def _request(tag: str, *include: Clause) -> Request:
-    return Request(tag, include, (), "")
-
-
-def _pair(items: Sequence[str], number: int) -> tuple[str, str]:
-    """Number 0..n(n-1)-1 of the ordered pairs of different items."""
+def _ordered_pair(items: Sequence[str], number: int) -> tuple[str, str]:
+    """Return number 0..n(n-1)-1 of the ordered pairs of distinct items."""
     first, second = divmod(number, len(items) - 1)
     return items[first], items[second + (second >= first)]

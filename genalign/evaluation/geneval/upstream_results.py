@@ -1,7 +1,7 @@
-"""The original's own outputs in place of a detector: what GenEval's ``evaluate_images.py`` found and said.
+"""Results of GenEval's own ``evaluate_images.py`` in place of a detector.
 
-Its results name boxes and scores but no colours. Its reasons give the colours wherever a rule looks at them: a colour
-clause that is right says nothing, and one that is wrong counts the colours of the objects it looked at.
+They contain boxes and scores but no colors. The reasons imply the colors that a rule depends on: a satisfied color
+clause has no reason, and a violated one counts the colors of the objects that were checked.
 """
 
 from __future__ import annotations
@@ -13,124 +13,121 @@ from pathlib import Path
 from typing import Any
 
 from genalign.evaluation.folder import manifest
-from genalign.evaluation.geneval.compare_models import finished
-from genalign.evaluation.geneval.judge import Judgement
-from genalign.evaluation.geneval.metadata import Clause, Request
-from genalign.evaluation.geneval.result_files import Result
+from genalign.evaluation.geneval.compare_models import load_finished
+from genalign.evaluation.geneval.metadata import PromptSpec
+from genalign.evaluation.geneval.result_files import ImageResult
 from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, prompt_row, sample_row
-from genalign.evaluation.geneval.scoring import Detection, Verdict, verdict
+from genalign.evaluation.geneval.scoring import Detection, GenEvalScore, score_detections
 from genalign.types import Prompt
 
 VERIFIER = "GenEval's evaluate_images.py"
-"""Who judged, in the protocol of an evaluation by the original's results."""
+"""The verifier in the protocol of an evaluation by the original's results."""
 
-_PART = re.compile(r"(\d+) (\w+)")
+_COLOR_COUNT = re.compile(r"(\d+) (\w+)")
 
 
-def detections_of(result: Result) -> tuple[Detection, ...]:
-    """The objects of an image, the most certain of each class first, with the colours that the results imply.
+def result_detections(result: ImageResult) -> tuple[Detection, ...]:
+    """Return the objects of an image, the most confident of each class first, with the colors that the results imply.
 
-    Raises ValueError for a reason that cannot be read.
+    Raises ValueError for a reason that cannot be parsed.
     """
-    request = Request.parse(result.metadata)
-    found: list[Detection] = []
+    spec = PromptSpec.from_metadata(result.metadata)
+    detections: list[Detection] = []
     for name, boxes in result.details.items():
-        objects = [Detection(name, (x1, y1, x2, y2), score) for x1, y1, x2, y2, score in boxes]
-        colors = _colors(request, name, result.reason, len(objects))
-        found += [replace(item, color=color) for item, color in zip(objects, colors, strict=True)]
-    return tuple(found)
+        colors = _implied_colors(spec, name, result.reason, len(boxes))
+        detections += [
+            Detection(name, (x1, y1, x2, y2), score, color)
+            for (x1, y1, x2, y2, score), color in zip(boxes, colors, strict=True)
+        ]
+    return tuple(detections)
 
 
-def _colors(request: Request, name: str, reason: str, count: int) -> Sequence[str | None]:
-    """The colours of the best objects of a class; None for those that nobody looked at. Which of them has which colour
-    is not known, and no rule asks for it.
+def _implied_colors(spec: PromptSpec, name: str, reason: str, count: int) -> Sequence[str | None]:
+    """Return the colors of the ``count`` objects of a class, best first; None for objects that no rule checked.
+
+    Their order among the checked objects is unknown, and no rule depends on it.
     """
-    clauses = [clause for clause in request.include if clause.name == name and clause.color is not None]
+    clauses = [clause for clause in spec.include if clause.name == name and clause.color is not None]
     if len(clauses) > 1:
-        raise ValueError(f"{request.prompt!r} asks for {name} in two colours: the results do not say which are which")
+        raise ValueError(f"{spec.prompt!r} asks for {name} in two colors: the results do not say which is which")
     if not clauses or count < clauses[0].count:
         return [None] * count
-    looked = _looked_at(clauses[0], reason)
-    return [*looked, *[None] * (count - len(looked))]
+    clause = clauses[0]
+    start = f"expected {clause.color} {name}>={clause.count}, found "
+    colors = [str(clause.color)] * clause.count
+    if line := next((line for line in reason.splitlines() if line.startswith(start)), None):
+        counts = _COLOR_COUNT.findall(line.partition("; and ")[2])
+        colors = [color for number, color in counts for _ in range(int(number))]
+        if len(colors) != clause.count:
+            raise ValueError(f"the reason {line!r} does not count {clause.count} colors: is it GenEval's?")
+    return [*colors, *[None] * (count - len(colors))]
 
 
-def _looked_at(clause: Clause, reason: str) -> list[str]:
-    """The colours of the ``count`` objects that a colour clause was judged by."""
-    start = f"expected {clause.color} {clause.name}>={clause.count}, found "
-    lines = [line for line in reason.splitlines() if line.startswith(start)]
-    if not lines:
-        return [str(clause.color)] * clause.count
-    _, _, parts = lines[0].partition("; and ")
-    colors = [color for number, color in _PART.findall(parts) for _ in range(int(number))]
-    if len(colors) != clause.count:
-        raise ValueError(f"the reason {lines[0]!r} does not count {clause.count} colours: is it GenEval's?")
-    return colors
+def result_score(result: ImageResult) -> GenEvalScore:
+    """Score an image that the original judged, with the original's ``correct`` as ``relaxed``.
 
-
-def verdict_of(result: Result) -> Verdict:
-    """The verdict on an image that the original judged, with its own ``correct`` as ``relaxed``.
-
-    ``strict`` and ``partial`` follow from its boxes and colours. Raises ValueError where these contradict ``correct``,
-    as they do for results made with another position_threshold.
+    ``strict`` and ``partial`` follow from its boxes and colors. Raises ValueError if they contradict ``correct``, as
+    they do for results made with another position_threshold.
     """
-    found = verdict(detections_of(result), Request.parse(result.metadata))
-    if found.relaxed != result.correct:
-        said, ours = ("correct", "wrong") if result.correct else ("wrong", "correct")
+    score = score_detections(result_detections(result), PromptSpec.from_metadata(result.metadata))
+    if score.relaxed != result.correct:
+        theirs, ours = ("correct", "wrong") if result.correct else ("wrong", "correct")
         raise ValueError(
-            f"{result.filename} is {said} by the results and {ours} by its boxes: were they made with other options"
+            f"{result.filename} is {theirs} by the results and {ours} by its boxes: were they made with other options"
             " than GenEval's defaults?"
         )
-    return replace(found, reason=result.reason)
+    return replace(score, reason=result.reason)
 
 
-def by_sample(results: Sequence[Result]) -> Mapping[tuple[int, int], Result]:
-    """Results by the numbers of prompt and image in their file names, as in ".../00017/samples/0003.png".
+def results_by_image(results: Sequence[ImageResult]) -> Mapping[tuple[int, int], ImageResult]:
+    """Index results by the numbers of prompt and image in their file names, such as ".../00017/samples/0003.png".
 
-    Raises ValueError for another name, or for two results of one image.
+    Raises ValueError for another file name, or for two results of one image.
     """
-    found: dict[tuple[int, int], Result] = {}
+    indexed: dict[tuple[int, int], ImageResult] = {}
     for result in results:
-        if (key := _numbers(result.filename)) in found:
-            raise ValueError(f"there are two results for {result.filename}: give those of one run")
-        found[key] = result
-    return found
+        if (key := _image_key(result.filename)) in indexed:
+            raise ValueError(f"there are two results for {result.filename}: give the results of one run")
+        indexed[key] = result
+    return indexed
 
 
-def _numbers(name: str) -> tuple[int, int]:
-    """Those of prompt and image in a file's name."""
+def _image_key(name: str) -> tuple[int, int]:
+    """Parse the numbers of prompt and image from a file name."""
     match = re.search(r"(\d+)/samples/(\d+)\.png$", name)
     if match is None:
         raise ValueError(f"{name!r} is no image of GenEval's layout: .../NNNNN/samples/NNNN.png")
     return int(match[1]), int(match[2])
 
 
-def rescored(folder: Path, results: Sequence[Result]) -> Path:
-    """Another evaluation of the same images, by the original's results, in the folder ``original`` of a finished one.
+def rescore(folder: Path, results: Sequence[ImageResult]) -> Path:
+    """Score the images of a finished evaluation by the original's results, in its subfolder ``original``.
 
-    Raises ValueError for an image without a result, or a result of other metadata than its prompt's; FileNotFoundError
-    where there is no finished evaluation.
+    Raises ValueError for an image without a result, or a result whose metadata is not its prompt's; FileNotFoundError
+    if there is no finished evaluation.
     """
-    protocol = replace(finished(folder).protocol, verifier=VERIFIER)
+    protocol = replace(load_finished(folder).protocol, verifier=VERIFIER)
     source, target = GenEvalFolder(folder), GenEvalFolder(folder / "original")
-    found, rows = by_sample(results), source.rows(len(list((folder / "prompts").glob("*.json"))))
-    rescored_rows = [_rescored_row(row, found) for row in rows]
-    target.begin(manifest(protocol, source.subject()))
-    for row in rescored_rows:
+    rows = source.rows(len(list((folder / "prompts").glob("*.json"))))
+    indexed = results_by_image(results)
+    new_rows = [_rescore_row(row, indexed) for row in rows]
+
+    target.begin(manifest(protocol, source.identity()))
+    for row in new_rows:
         target.write(row["index"], row)
     with target.claims.exclusive():
         target.finish(protocol, len(rows))
     return target.path
 
 
-def _rescored_row(row: Mapping[str, Any], results: Mapping[tuple[int, int], Result]) -> dict[str, Any]:
+def _rescore_row(row: Mapping[str, Any], results: Mapping[tuple[int, int], ImageResult]) -> dict[str, Any]:
     prompt = Prompt(row["prompt"], row["metadata"])
     samples: list[dict[str, Any]] = []
     for sample in row["samples"]:
-        result = results.get(_numbers(sample["image"]))
+        result = results.get(_image_key(sample["image"]))
         if result is None:
-            raise ValueError(f"the results have no {sample['image']}: judge all of its folder")
-        if Request.parse(result.metadata) != Request.of(prompt):
-            raise ValueError(f"{result.filename} was judged as {result.prompt!r}, but it is of {prompt.text!r}")
-        judged = Judgement(verdict_of(result), detections_of(result))
-        samples.append(sample_row(f"../{sample['image']}", sample["seed"], judged))
+            raise ValueError(f"the results have no {sample['image']}: run evaluate_images.py on the whole folder")
+        if PromptSpec.from_metadata(result.metadata) != PromptSpec.from_prompt(prompt):
+            raise ValueError(f"{result.filename} was judged as {result.prompt!r}, but its prompt is {prompt.text!r}")
+        samples.append(sample_row(f"../{sample['image']}", sample["seed"], result_score(result)))
     return prompt_row(row["index"], prompt, samples)

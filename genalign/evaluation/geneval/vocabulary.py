@@ -1,6 +1,4 @@
-"""The words of GenEval (Ghosh et al., arXiv:2310.11513): COCO's 80 classes as it names them, colours, relations,
-tasks.
-"""
+"""GenEval's vocabulary (Ghosh et al., arXiv:2310.11513): COCO's 80 classes, colors, relations and tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, ove
 book, clock, vase, scissors, teddy bear, hair drier, toothbrush
 """
 OBJECTS = tuple(" ".join(name.split()) for name in _OBJECTS.split(","))
-"""The classes in COCO's order, which is that of a detector's 80 outputs; GenEval renames COCO's mouse, remote and
+"""The classes in COCO's order, the order of a detector's 80 outputs; GenEval renames COCO's mouse, remote and
 keyboard."""
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -31,8 +29,8 @@ _IRREGULAR = {
 }
 
 
-def several(name: str) -> str:
-    """The plural in good English, for a reader; GenEval's own prompts say "sheeps" (``shapes.prompts.plural``)."""
+def natural_plural(name: str) -> str:
+    """Return the plural in correct English; GenEval's own prompts say "sheeps" (``grammar.plural``)."""
     if name in _IRREGULAR:
         return _IRREGULAR[name]
     return name + ("es" if name.endswith(("s", "sh", "ch", "x")) else "s")

@@ -1,4 +1,4 @@
-"""``genalign evaluate geneval`` on the tiny pipeline, in one process and in several that are killed."""
+"""``genalign evaluate geneval`` on the tiny pipeline, in one process and in several with one killed."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ import torch
 
 from genalign.cli.main import main
 from genalign.evaluation.evaluate import load_evaluation
-from genalign.evaluation.geneval.metadata import Clause, Request, written
+from genalign.evaluation.geneval.metadata import Clause, PromptSpec
 from genalign.evaluation.geneval.result_files import read_results, read_samples, write_prompts, write_samples
 from genalign.types import PromptSet
 from genalign.worlds import shapes
 from tests.packages import ROOT
 from tests.rewards import tiny_detectors
 
-SECONDS = 1.0  # that the judge takes, so that a process is killed at work
+SECONDS = 1.0  # per batch of the judge, so that a process is killed during its work
 JUDGE = (
     "{class_path: rewards.geneval.GenEvalJudge, init_args: {"
     "detector: {class_path: tests.genalign.evaluation.geneval.shapes_judge.ShapesDetector,"
     " init_args: {seconds: SECONDS}},"
-    " colours: tests.genalign.evaluation.geneval.shapes_judge.PaletteColours}}"
+    " colors: tests.genalign.evaluation.geneval.shapes_judge.PaletteColors}}"
 )
 
 
 @pytest.fixture(scope="module")
 def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two prompts of every task."""
+    """Write two prompts of every task."""
     path: Path = tmp_path_factory.mktemp("prompts") / "twelve.jsonl"
     tasks = shapes.prompts("iid").by_task().values()
     write_prompts(path, PromptSet("twelve", tuple(prompt for prompts in tasks for prompt in prompts[:2])))
@@ -43,24 +43,17 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _arguments(prompts: Path, model: Path | str, output: Path, seconds: float = 0.0) -> list[str]:
-    sampling = [
-        "--sampling.num_steps",
-        "4",
-        "--sampling.sigmas",
-        "[1.0, 0.75, 0.5, 0.25]",
-        "--sampling.guidance",
-        "1.0",
-    ]
     settings = ["--prompts", str(prompts), "--model.path", str(model), "--output", str(output), "--seeds", "2"]
-    return ["evaluate", "geneval", *settings, *sampling, "--judge", JUDGE.replace("SECONDS", str(seconds))]
+    sampling = "--sampling.num_steps 4 --sampling.sigmas [1.0,0.75,0.5,0.25] --sampling.guidance 1.0"
+    return ["evaluate", "geneval", *settings, *sampling.split(), "--judge", JUDGE.replace("SECONDS", str(seconds))]
 
 
 def _contents(path: Path) -> dict[str, bytes]:
-    kept = [file for file in path.rglob("*") if file.is_file() and file.name != "report.html"]
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in kept}
+    files = [file for file in path.rglob("*") if file.is_file() and file.name != "report.html"]
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
-def test_an_evaluation_is_made_compared_and_rescored(
+def test_a_model_is_evaluated_compared_and_rescored(
     tiny_folder: Path, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny, trained = tmp_path / "tiny", tmp_path / "trained"
@@ -69,9 +62,9 @@ def test_an_evaluation_is_made_compared_and_rescored(
     assert "12/12" in printed and "Overall score (avg. over tasks)" in printed and "relaxed 0." in printed
     manifest = json.loads((tiny / "evaluation.json").read_text())
     assert manifest["protocol"]["suite"] == "twelve" and manifest["protocol"]["seeds"] == 2
-    assert json.loads(manifest["protocol"]["verifier"])["colours"] == {"class": "PaletteColours"}
+    assert json.loads(manifest["protocol"]["verifier"])["colours"] == {"class": "PaletteColors"}
     before = _contents(tiny)
-    assert main(_arguments(prompt_file, tiny_folder, tiny)) == 0  # nothing is left to do
+    assert main(_arguments(prompt_file, tiny_folder, tiny)) == 0  # all prompts are finished
     assert _contents(tiny) == before and "12/12" not in capsys.readouterr().out
 
     assert main([*_arguments(prompt_file, "shapes-sd3", trained), "--against", str(tiny)]) == 0
@@ -91,84 +84,84 @@ def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-def test_what_cannot_go_on_says_why(
+def test_other_settings_in_the_same_output_are_refused(
     tiny_folder: Path, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = _arguments(prompt_file, tiny_folder, tmp_path / "made")
-    few = [*asked, "--per_task", "1"]
+    command = _arguments(prompt_file, tiny_folder, tmp_path / "output")
+    few = [*command, "--per_task", "1"]
     assert main(few) == 0
-    rows = [json.loads(path.read_text()) for path in sorted((tmp_path / "made" / "prompts").glob("*.json"))]
+    rows = [json.loads(path.read_text()) for path in sorted((tmp_path / "output" / "prompts").glob("*.json"))]
     assert len({row["metadata"]["tag"] for row in rows}) == len(rows) == 6
     differing = "evaluation with other settings (protocol.suite_hash, protocol.samples_per_task)"
-    assert differing in _error(capsys, *asked)
+    assert differing in _error(capsys, *command)
     assert "(protocol.seeds, protocol.samples_per_task)" in _error(capsys, *few, "--seeds", "3")
     assert "(model.path, fingerprint)" in _error(capsys, *few, "--model.path", "shapes-sd3")
-    assert "per_task must be at least 1" in _error(capsys, *asked, "--per_task", "0")
+    assert "per_task must be at least 1" in _error(capsys, *command, "--per_task", "0")
     (tmp_path / "plain.txt").write_text("a bench\n")
-    refused = _arguments(tmp_path / "plain.txt", tiny_folder, tmp_path / "x")
-    assert "'a bench' has no metadata" in _error(capsys, *refused)
+    plain = _arguments(tmp_path / "plain.txt", tiny_folder, tmp_path / "x")
+    assert "'a bench' has no metadata" in _error(capsys, *plain)
     assert "name the world" in _error(capsys, "evaluate", "genevel")
 
 
-def test_what_cannot_end_well_is_not_begun(
+def test_invalid_settings_are_refused_before_any_file_is_written(
     tiny_folder: Path, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new = tmp_path / "new"
-    asked = _arguments(prompt_file, tiny_folder, new)
-    assert "nowhere has no finished evaluation" in _error(capsys, *asked, "--against", str(tmp_path / "nowhere"))
+    command = _arguments(prompt_file, tiny_folder, new)
+    assert "nowhere has no finished evaluation" in _error(capsys, *command, "--against", str(tmp_path / "nowhere"))
     few = [*_arguments(prompt_file, tiny_folder, tmp_path / "few"), "--per_task", "1"]
     assert main(few) == 0
-    differing = _error(capsys, *asked, "--against", str(tmp_path / "few"))
+    differing = _error(capsys, *command, "--against", str(tmp_path / "few"))
     assert "different protocols cannot be compared: suite_hash is" in differing
     unicorn = {"tag": "single_object", "include": [{"class": "unicorn", "count": 1}], "prompt": "a photo of a unicorn"}
     (tmp_path / "unicorn.jsonl").write_text(json.dumps(unicorn) + "\n")
     unknown = _error(capsys, *_arguments(tmp_path / "unicorn.jsonl", "no/such-model", new))
     assert "'unicorn' in 'a photo of a unicorn' is none of the 6 classes" in unknown
-    assert "no/such.safetensors has no .safetensors file" in _error(capsys, *asked, "--lora", "no/such.safetensors")
+    assert "no/such.safetensors has no .safetensors file" in _error(capsys, *command, "--lora", "no/such.safetensors")
     assert not new.exists()
 
 
-# --- images that were made elsewhere ----------------------------------------------------------------------------------
+# --- images from another program --------------------------------------------------------------------------------------
 
 DOGS = (
-    written(Request("two_object", (Clause("dog"), Clause("cat")), (), "")),
-    written(Request("colors", (Clause("dog", 1, "red"),), (), "")),
-    written(Request("counting", (Clause("dog", 3),), (Clause("dog", 4),), "")),
+    PromptSpec("two_object", (Clause("dog"), Clause("cat"))).to_prompt(),
+    PromptSpec("colors", (Clause("dog", 1, "red"),)).to_prompt(),
+    PromptSpec("counting", (Clause("dog", 3),), (Clause("dog", 4),)).to_prompt(),
 )
 
 
 @pytest.fixture(scope="module")
 def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """GenEval's judge with a real Mask2Former that sees dogs and cats, and a real CLIP, both tiny and random."""
+    """Configure GenEval's judge with tiny random networks: a Mask2Former for dogs and cats, and a CLIP."""
     folder = tmp_path_factory.mktemp("judge")
     detector = tiny_detectors.mask2former(folder / "mask2former")
     thresholds = "{confidence: 0.2, counting: 0.25}"
     return (
         "{class_path: rewards.geneval.GenEvalJudge, init_args: {detector:"
         " {class_path: rewards.backbones.detectors.Mask2Former,"
-        f" init_args: {{model: {detector}, thresholds: {thresholds}}}}}, colours: {{class_path:"
+        f" init_args: {{model: {detector}, thresholds: {thresholds}}}}}, colors: {{class_path:"
         f" rewards.geneval.ClipColours, init_args: {{model: {tiny_detectors.clip(folder / 'clip')}}}}}}}}}"
     )
 
 
-def _filled(folder: Path, seed: int) -> Path:
-    """Images of the prompts about dogs, in GenEval's layout."""
+def _write_images(folder: Path, seed: int) -> Path:
+    """Write random images for the prompts about dogs, in GenEval's layout."""
     generator = torch.Generator().manual_seed(seed)
     for index, prompt in enumerate(DOGS):
         write_samples(folder, index, prompt, torch.rand(2, 3, 48, 64, generator=generator))
     return folder
 
 
-def test_real_networks_judge_a_folder_to_the_report(
+def test_a_folder_is_judged_by_networks_and_compared(
     tiny_judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def asked(name: str) -> list[str]:
-        made = ["--output", str(tmp_path / name), "--images", str(tmp_path / f"{name}-images")]
-        return ["evaluate", "geneval-images", *made, "--judge", tiny_judge]
+    def command(name: str) -> list[str]:
+        folders = ["--output", str(tmp_path / name), "--images", str(tmp_path / f"{name}-images")]
+        return ["evaluate", "geneval-images", *folders, "--judge", tiny_judge]
 
-    images = _filled(tmp_path / "one-images", 1)
-    _filled(tmp_path / "two-images", 2)
-    assert main(asked("one")) == 0
+    images = _write_images(tmp_path / "one-images", 1)
+    _write_images(tmp_path / "two-images", 2)
+    assert main(command("one")) == 0
     assert "Total images: 6\nTotal prompts: 3\n" in capsys.readouterr().out
     results = read_results(tmp_path / "one" / "results.jsonl")
     assert [(tmp_path / "one" / result.filename).resolve() for result in results] == [
@@ -179,7 +172,7 @@ def test_real_networks_judge_a_folder_to_the_report(
     assert any("found 0 red; and 1 " in result.reason or result.correct for result in results[2:4])
     assert "Mask2Former" in (tmp_path / "one" / "report.html").read_text()
 
-    assert main([*asked("two"), "--against", str(tmp_path / "one")]) == 0
+    assert main([*command("two"), "--against", str(tmp_path / "one")]) == 0
     assert "images of the same number, whose noises are not known" in (tmp_path / "two" / "report.html").read_text()
     first = json.loads((tmp_path / "two" / "comparison.json").read_text())
     capsys.readouterr()
@@ -191,41 +184,48 @@ def test_real_networks_judge_a_folder_to_the_report(
     assert "no finished evaluation" in _error(capsys, *compare[:3], str(tmp_path / "none"), *compare[4:])
 
     write_samples(images, 1, DOGS[1], torch.zeros(1, 3, 48, 64), first=1)
-    assert "other settings (fingerprint)" in _error(capsys, *asked("one"))
+    assert "other settings (fingerprint)" in _error(capsys, *command("one"))
 
 
-def test_folders_that_cannot_be_judged_say_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["evaluate", "geneval-images", "--judge", JUDGE.replace("SECONDS", "0.0"), "--output", str(tmp_path / "x")]
+def test_invalid_image_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "evaluate",
+        "geneval-images",
+        "--judge",
+        JUDGE.replace("SECONDS", "0.0"),
+        "--output",
+        str(tmp_path / "x"),
+    ]
     images = tmp_path / "images"
-    asked += ["--images", str(images)]
-    assert "images has no images at NNNNN/samples" in _error(capsys, *asked)
-    _filled(images, 1)
-    assert "'dog' in 'a photo of a dog and a cat' is none of the 6 classes" in _error(capsys, *asked)
+    command += ["--images", str(images)]
+    assert "images has no images at NNNNN/samples" in _error(capsys, *command)
+    _write_images(images, 1)
+    assert "'dog' in 'a photo of a dog and a cat' is none of the 6 classes" in _error(capsys, *command)
     shutil.rmtree(images)
     circle = shapes.prompts("iid").prompts[0]
     write_samples(images, 0, circle, torch.rand(2, 3, 64, 64))
     write_samples(images, 7, circle, torch.rand(2, 3, 64, 64))
-    assert "are of the same prompt: put its images into one folder" in _error(capsys, *asked)
+    assert "are of the same prompt: put its images into one folder" in _error(capsys, *command)
     shutil.rmtree(images / "00007")
     (images / "00000" / "samples" / "0001.png").write_bytes(b"\x89PNG")
-    assert "0001.png cannot be read as an image" in _error(capsys, *asked)
+    assert "0001.png cannot be read as an image" in _error(capsys, *command)
     assert not (tmp_path / "x" / "summary.json").exists()
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def _started(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
+def _start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
     environment: Mapping[str, str] = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, "-m", "genalign", *arguments]
     return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
-def _all_done(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """What each printed, once all have ended well."""
-    printed = [process.communicate(timeout=1800)[0] for process in processes]
+def _wait(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """Wait until all processes have succeeded, and return their output."""
+    outputs = [process.communicate(timeout=1800)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes)
-    return printed
+    return outputs
 
 
 def _wait_for(folder: Path, rows: int) -> None:
@@ -236,27 +236,28 @@ def _wait_for(folder: Path, rows: int) -> None:
 
 
 @pytest.mark.slow
-def test_processes_share_and_go_on_after_a_kill(tiny_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
-    """Two processes, one of which is killed, then two without ranks that share the rest by locks alone, leave the bytes
-    of one that nobody disturbs."""
+def test_processes_share_the_prompts_and_resume_after_a_kill(
+    tiny_folder: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    """Two ranks, one of them killed, and then two processes that share the rest by locks write the bytes of one."""
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    _all_done([_started(_arguments(prompt_file, tiny_folder, alone, SECONDS))])
+    _wait([_start(_arguments(prompt_file, tiny_folder, alone, SECONDS))])
 
-    asked = _arguments(prompt_file, tiny_folder, shared, SECONDS)
-    killed, other = (_started(asked, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1))
+    command = _arguments(prompt_file, tiny_folder, shared, SECONDS)
+    killed, other = (_start(command, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1))
     _wait_for(shared, 1)
     while not (shared / "prompts" / "00000.json").exists():
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=60)
-    _all_done([other])
-    kept = {path: path.stat().st_mtime_ns for path in shared.glob("prompts/*.json")}
-    assert {int(path.stem) for path in kept} >= {0, *range(1, 12, 2)} and len(kept) < 12
+    _wait([other])
+    done = {path: path.stat().st_mtime_ns for path in shared.glob("prompts/*.json")}
+    assert {int(path.stem) for path in done} >= {0, *range(1, 12, 2)} and len(done) < 12
     assert not (shared / "summary.json").exists()
 
-    printed = _all_done([_started(asked) for _ in range(2)])
-    made = [line for text in printed for line in text.splitlines() if "/12  " in line]
-    assert len(made) == len(set(made)) == 12 - len(kept)
-    assert all(path.stat().st_mtime_ns == time_made for path, time_made in kept.items())
-    assert any("Overall score" in text for text in printed)
+    outputs = _wait([_start(command) for _ in range(2)])
+    lines = [line for text in outputs for line in text.splitlines() if "/12  " in line]
+    assert len(lines) == len(set(lines)) == 12 - len(done)
+    assert all(path.stat().st_mtime_ns == modified for path, modified in done.items())
+    assert any("Overall score" in text for text in outputs)
     assert _contents(shared) == _contents(alone)

@@ -1,4 +1,4 @@
-"""genalign evaluate tones: a model's clips, a folder of another program's, and what is wrong with such folders."""
+"""``genalign evaluate tones`` on a model and on folders from another program, and other commands on tones."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from genalign import assets
-from genalign.algorithms.recipes import dragon_set
+from genalign.algorithms.matching_recipes import dragon_set
 from genalign.cli.context import prompt_set, require_rate
 from genalign.cli.main import main
-from genalign.evaluation.evaluate import ELSEWHERE, load_evaluation
+from genalign.evaluation.evaluate import EXTERNAL, Evaluation, load_evaluation
 from genalign.runtime.waveforms import resample, warn_once
 from genalign.worlds import tones
 from genalign.worlds.registry import WORLDS, world_of
@@ -38,7 +38,7 @@ TASKS = {"single_tone", "two_tone", "counting", "pitch", "relation", "attributio
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model of the embedded one's kind."""
+    """Build a tiny random model with the architecture of the embedded one."""
     folder: Path = tmp_path_factory.mktemp("tones-audio") / "model"
     torch.manual_seed(0)
     assemble(TonesTextToAudio(layers=1, width=64), build_vae(), folder)
@@ -50,17 +50,22 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-def rendered(per_task: int, wrong: int = 0) -> tuple[list[str], Tensor]:
-    """Texts of every task and clips that show them, but for the first ``wrong`` of each, which show another task's."""
-    groups = list(tones.prompts("comp").by_task().values())
-    chosen = [group[i] for group in groups for i in range(per_task)]
-    shown = list(chosen)
-    for place in range(len(chosen)):
-        if place % per_task < wrong:
-            shown[place] = chosen[(place + per_task) % len(chosen)]
-    rng = np.random.default_rng(0)
-    clips = WORLDS["tones"].render([prompt.metadata or {} for prompt in shown], rng)
-    return [prompt.text for prompt in chosen], clips
+def render(per_task: int, wrong: int = 0) -> tuple[list[str], Tensor]:
+    """Return texts of every task with their clips; the first ``wrong`` of each task have the next task's clips."""
+    prompts = [group[i] for group in tones.prompts("comp").by_task().values() for i in range(per_task)]
+    heard = [
+        prompts[(place + per_task) % len(prompts)] if place % per_task < wrong else prompt
+        for place, prompt in enumerate(prompts)
+    ]
+    clips = WORLDS["tones"].render([prompt.metadata or {} for prompt in heard], np.random.default_rng(0))
+    return [prompt.text for prompt in prompts], clips
+
+
+def evaluate(tmp_path: Path) -> Evaluation:
+    """Evaluate the clips in a folder from another program."""
+    folders = ["--samples", str(tmp_path / "clips"), "--output", str(tmp_path / "out")]
+    assert main(["evaluate", "tones", *folders]) == 0
+    return load_evaluation(tmp_path / "out")
 
 
 def write(folder: Path, texts: list[str], clips: Tensor, rate: int = 8000, suffix: str = "wav") -> None:
@@ -72,7 +77,7 @@ def write(folder: Path, texts: list[str], clips: Tensor, rate: int = 8000, suffi
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
 
 
-def test_prompts_of_the_tones_world_are_named_like_those_of_shapes() -> None:
+def test_prompt_sources_of_the_tones_world() -> None:
     assert prompt_set("tones:comp") == tones.prompts("comp")
     assert set(prompt_set("tones:train:counting,pitch").by_task()) == {"counting", "pitch"}
     assert set(prompt_set("tones:iid").by_task()) == TASKS
@@ -80,52 +85,50 @@ def test_prompts_of_the_tones_world_are_named_like_those_of_shapes() -> None:
         prompt_set("tones:nope")
     with pytest.raises(ValueError, match="has no task colors: choose from single_tone"):
         prompt_set("tones:iid:colors")
-    found = world_of("tones:val")
-    assert found is not None and found.verifier == "tones-1" and world_of("tones.txt") is None
+    world = world_of("tones:val")
+    assert world is not None and world.verifier == "tones-1" and world_of("tones.txt") is None
 
 
 def test_a_model_is_evaluated(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     arguments = ["--model.path", str(model), "--output", str(output), "--suite", "len", "--sampling.num_steps", "2"]
     assert main(["evaluate", "tones", *arguments, "--samples_per_task", "2", "--seeds", "1"]) == 0
-    made = load_evaluation(output)
-    assert made.protocol.verifier == "tones-1" and made.protocol.suite == "len" and len(made.records) == 2
-    assert made.score_names == ("strict", "partial", "relaxed")
+    evaluation = load_evaluation(output)
+    assert (evaluation.protocol.verifier, evaluation.protocol.suite) == ("tones-1", "len")
+    assert evaluation.score_names == ("strict", "partial", "relaxed") and len(evaluation.records) == 2
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1].startswith("overall") and printed[0].startswith("counting")
     assert "strict 0.000 (0.000 to 0.000)" in printed[-1]
-    clip, rate = soundfile.read(output / str(made.records[0].image))
+    clip, rate = soundfile.read(output / str(evaluation.records[0].image))
     assert rate == 8000 and clip.shape == (12000,)
 
 
-def test_a_folder_of_another_program_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    texts, clips = rendered(per_task=2, wrong=1)
+def test_clips_from_another_program_are_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts, clips = render(per_task=2, wrong=1)
     write(tmp_path / "clips", texts, clips)
-    arguments = ["evaluate", "tones", "--samples", str(tmp_path / "clips"), "--output", str(tmp_path / "out")]
-    assert main(arguments) == 0
-    made = load_evaluation(tmp_path / "out")
-    assert made.protocol.kernel == ELSEWHERE and made.protocol.suite == "clips"
-    by_task = {task: estimates["strict"].mean for task, estimates in made.tasks.items()}
-    assert set(by_task) == set(tones.prompts("comp").by_task()) and set(by_task.values()) == {0.5}
+    evaluation = evaluate(tmp_path)
+    assert evaluation.protocol.kernel == EXTERNAL and evaluation.protocol.suite == "clips"
+    strict = {task: estimates["strict"].mean for task, estimates in evaluation.tasks.items()}
+    assert strict == dict.fromkeys(tones.prompts("comp").by_task(), 0.5)
     assert "overall       strict 0.500 (" in capsys.readouterr().out
-    assert [record.sample for record in made.records] == [0] * len(texts)
+    assert [record.sample for record in evaluation.records] == [0] * len(texts)
 
 
-def test_other_rates_channels_and_lengths_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A FLAC at 44.1 kHz in stereo, and clips that end early, are judged right."""
-    texts, clips = rendered(per_task=1)
+def test_other_rates_channels_and_lengths_are_converted_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stereo FLAC files at 44.1 kHz that end early get full scores."""
+    texts, clips = render(per_task=1)
     early = clips[:, :, : int(clips.abs().amax((0, 1)).nonzero()[-1]) + 1]
     upsampled = resample(early, 8000, 44100).repeat(1, 2, 1)
     write(tmp_path / "clips", texts, upsampled, rate=44100, suffix="flac")
     warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        main(["evaluate", "tones", "--samples", str(tmp_path / "clips"), "--output", str(tmp_path / "out")])
-    made = load_evaluation(tmp_path / "out")
-    assert made.overall["strict"].mean == 1.0
+        assert evaluate(tmp_path).overall["strict"].mean == 1.0
     assert "waveforms at 44100 Hz are resampled" in caplog.text and "the mean of 2 is taken" in caplog.text
 
 
-def test_a_short_clip_is_ended_with_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_short_clip_is_padded_with_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     warn_once.cache_clear()
     soundfile.write(tmp_path / "a.wav", np.full(4000, 0.1), 8000)
     with caplog.at_level(logging.WARNING):
@@ -134,17 +137,16 @@ def test_a_short_clip_is_ended_with_silence(tmp_path: Path, caplog: pytest.LogCa
     assert "clips of the tones world last 1.5 s: shorter ones" in caplog.text
 
 
-def test_silence_is_judged_as_nothing(tmp_path: Path) -> None:
+def test_silence_scores_zero(tmp_path: Path) -> None:
     write(tmp_path / "clips", ["a sine tone", "a noise burst"], torch.zeros(2, 1, 12000))
-    assert main(["evaluate", "tones", "--samples", str(tmp_path / "clips"), "--output", str(tmp_path / "out")]) == 0
-    made = load_evaluation(tmp_path / "out")
-    assert made.overall["partial"].mean == 0 and made.failed == 0
+    evaluation = evaluate(tmp_path)
+    assert evaluation.overall["partial"].mean == 0 and evaluation.failed == 0
 
 
-def test_folders_that_cannot_be_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, output = tmp_path / "clips", str(tmp_path / "out")
-    told = ["evaluate", "tones", "--samples", str(folder), "--output", output]
-    assert "prompts.jsonl is missing: write a line with file_name and prompt for each sample" in error(capsys, *told)
+    command = ["evaluate", "tones", "--samples", str(folder), "--output", output]
+    assert "prompts.jsonl is missing: write a line with file_name and prompt for each sample" in error(capsys, *command)
     write(folder, ["a sine tone"], torch.zeros(1, 1, 12000))
     listing = folder / "prompts.jsonl"
     for line, message in (
@@ -152,21 +154,21 @@ def test_folders_that_cannot_be_judged(tmp_path: Path, capsys: pytest.CaptureFix
         ('{"file_name": "0.wav", "prompt": "a bell"}', "'a bell' is not a prompt of the tones world"),
         ('{"file_name": "../0.wav", "prompt": "a sine tone"}', "leads out of"),
         ('{"file_name": "1.wav", "prompt": "a sine tone"}', "there is no"),
-        ("", "there is no sample to judge: list one or more"),
+        ("", "there is no sample to evaluate: list one or more"),
     ):
         listing.write_text(line + "\n")
-        assert message in error(capsys, *told)
+        assert message in error(capsys, *command)
     listing.write_text('{"file_name": "0.wav", "prompt": "a sine tone"}\n')
     soundfile.write(folder / "0.wav", np.zeros(16000), 8000)
-    assert "lasts 2.00 s: clips of the tones world last 1.5 s; cut it" in error(capsys, *told)
+    assert "lasts 2.00 s: clips of the tones world last 1.5 s; cut it" in error(capsys, *command)
     broken = np.zeros(12000, np.float32)
     broken[5] = np.nan
     soundfile.write(folder / "0.wav", broken, 8000, subtype="FLOAT")
-    assert "0.wav holds NaN or infinite samples: leave it out" in error(capsys, *told)
+    assert "0.wav holds NaN or infinite samples: leave it out" in error(capsys, *command)
     assert not Path(output).exists()
 
 
-def test_folders_of_images_are_judged_by_the_shapes_world(tmp_path: Path) -> None:
+def test_images_from_another_program_are_evaluated_in_the_shapes_world(tmp_path: Path) -> None:
     world = WORLDS["shapes"]
     prompts = world.prompts("iid").prompts[:3]
     images = world.render([prompt.metadata or {} for prompt in prompts], np.random.default_rng(0))
@@ -181,12 +183,12 @@ def test_folders_of_images_are_judged_by_the_shapes_world(tmp_path: Path) -> Non
     assert load_evaluation(tmp_path / "out").overall["strict"].mean == 1.0
 
 
-def test_whatever_hears_another_rate_is_refused() -> None:
-    heard = {"clap": ClapReward("tones-clap", 48000)}
+def test_rewards_and_features_of_another_sample_rate_are_refused() -> None:
+    clap = {"clap": ClapReward("tones-clap", 48000)}
     with pytest.raises(ValueError, match=r"^clap takes waveforms at 48000 Hz, but they come at 8000: set its sample_r"):
-        require_rate(heard, 8000)
-    require_rate({**heard, "level": LevelWithin()}, 48000)
-    require_rate(heard, None)  # of images
+        require_rate(clap, 8000)
+    require_rate({**clap, "level": LevelWithin()}, 48000)
+    require_rate(clap, None)  # for images
     with pytest.raises(ValueError, match=r"^partial takes waveforms at 8000 Hz, but they come at 16000"):
         require_rate({"partial": TonesReward()}, 16000)
     gated = Gate(LevelWithin(), PerSampleFrechetReward(LogMelFeatures(8000, mels=8), torch.randn(9, 8)), 0.0)
@@ -200,23 +202,14 @@ def test_whatever_hears_another_rate_is_refused() -> None:
 
 
 @pytest.mark.parametrize("command", ["train", "plan"])
-def test_training_hears_its_model_at_its_rate(
+def test_training_refuses_rewards_of_another_sample_rate(
     command: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reward = "{class_path: rewards.clap.ClapReward, init_args: {model: tones-clap, sample_rate: 44100}}"
-    asked = [
-        "--config",
-        str(CONFIGS / "compare" / "base_tones.yaml"),
-        "--model.path",
-        str(model),
-        "--output",
-        str(tmp_path / "x"),
-    ]
-    told = error(capsys, command, *asked, "--reward_hacking.rewards", f"{{clap: {reward}}}")
-    assert (
-        "reward_hacking.rewards.clap takes waveforms at 44100 Hz, but they come at 8000: set its sample_rate to 8000"
-        in told
-    )
+    base = ["--config", str(CONFIGS / "compare" / "base_tones.yaml"), "--output", str(tmp_path / "x")]
+    settings = [*base, "--model.path", str(model), "--reward_hacking.rewards", f"{{clap: {reward}}}"]
+    message = "reward_hacking.rewards.clap takes waveforms at 44100 Hz, but they come at 8000: set its sample_rate to"
+    assert message in error(capsys, command, *settings)
     assert not (tmp_path / "x").exists()
 
 
@@ -224,19 +217,19 @@ def test_a_model_of_another_medium_is_refused(
     model: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["--samples_per_task", "1", "--seeds", "1", "--output", str(tmp_path / "out")]
-    told = error(capsys, "evaluate", "tones", "--model.path", str(tiny_folder), *small)
-    assert "the verifier of 'tones:comp' takes waveforms at 8000 Hz, but this model makes images" in told
-    told = error(capsys, "evaluate", "shapes", "--model.path", str(model), "--sampling.sigmas", "null", *small)
-    assert "the verifier of 'shapes:comp' takes images, but this model makes waveforms at 8000 Hz" in told
+    message = error(capsys, "evaluate", "tones", "--model.path", str(tiny_folder), *small)
+    assert "the verifier of 'tones:comp' takes waveforms at 8000 Hz, but this model makes images" in message
+    message = error(capsys, "evaluate", "shapes", "--model.path", str(model), "--sampling.sigmas", "null", *small)
+    assert "the verifier of 'shapes:comp' takes images, but this model makes waveforms at 8000 Hz" in message
 
 
-def test_an_embedded_model_that_is_not_there_says_how_to_make_it(
+def test_the_error_for_a_missing_embedded_model_says_how_to_make_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(assets, "names", lambda: ["shapes-clip", "shapes-sd3"])
     for command in (["evaluate", "tones"], ["demo", "tones"]):
-        told = error(capsys, *command, "--output", str(tmp_path / "out"))
-        assert "the embedded model tones-audio is not in this installation: make it with python scripts/" in told
+        message = error(capsys, *command, "--output", str(tmp_path / "out"))
+        assert "the embedded model tones-audio is not in this installation: make it with python scripts/" in message
     with pytest.raises(FileNotFoundError, match=r"tones_audio\.py clap in a checkout of the repository"):
         assets.resolve("tones-clap")
     assert not (tmp_path / "out").exists()
@@ -245,32 +238,15 @@ def test_an_embedded_model_that_is_not_there_says_how_to_make_it(
     assert assets.resolve("tones-clap") == "tones-clap"
 
 
-def test_the_demo_of_sounds_trains_any_such_model(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    small = ["--training.rounds", "1", "--training.prompts_per_round", "2", "--training.group_size", "2"]
-    small += [
-        "--training.batch_size",
-        "4",
-        "--training.updates_per_round",
-        "1",
-        "--lora.rank",
-        "2",
-        "--held_out.every",
-        "0",
-    ]
-    small += [
-        "--before_after.samples_per_task",
-        "1",
-        "--before_after.seeds",
-        "1",
-        "--before_after.prompts",
-        "tones:comp",
-    ]
-    assert main(["demo", "tones", "--output", str(tmp_path / "run"), "--model.path", str(model), *small]) == 0
-    made = load_evaluation(tmp_path / "run" / "after")
-    assert made.protocol.verifier == "tones-1" and len(made.records) == len(tones.prompts("comp").by_task())
-    assert made.score_names == ("strict", "partial", "relaxed", "organ") and made.overall["organ"].mean < 0
+def test_the_tones_demo_trains_a_model(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = "--training.rounds 1 --training.prompts_per_round 2 --training.group_size 2 --training.batch_size 4"
+    small += " --training.updates_per_round 1 --lora.rank 2 --held_out.every 0"
+    small += " --before_after.samples_per_task 1 --before_after.seeds 1 --before_after.prompts tones:comp"
+    arguments = ["--output", str(tmp_path / "run"), "--model.path", str(model), *small.split()]
+    assert main(["demo", "tones", *arguments]) == 0
+    after = load_evaluation(tmp_path / "run" / "after")
+    assert after.protocol.verifier == "tones-1" and len(after.records) == len(tones.prompts("comp").by_task())
+    assert after.score_names == ("strict", "partial", "relaxed", "organ") and after.overall["organ"].mean < 0
     assert "overall: organ" in capsys.readouterr().out
     assert (tmp_path / "run" / "lora").is_dir() and "tones-1" in (tmp_path / "run" / "report.html").read_text()
     assert evaluation_diversity(tmp_path / "run" / "after") == {}
@@ -283,13 +259,12 @@ def test_rewards_are_checked_on_rendered_clips(capsys: pytest.CaptureFixture[str
     assert "every check passed" in capsys.readouterr().out
 
 
-def test_rewards_are_not_checked_on_clips_of_another_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    texts, clips = rendered(per_task=1)
+def test_reward_commands_refuse_another_sample_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts, clips = render(per_task=1)
     write(tmp_path / "clips", texts, clips, rate=16000)
-    told = error(capsys, "reward", "check", "rewards.tones:TonesReward", "--samples", str(tmp_path / "clips"))
-    assert "reward takes waveforms at 8000 Hz, but they come at 16000" in told
+    check = ["reward", "check", "rewards.tones:TonesReward", "--samples", str(tmp_path / "clips")]
+    assert "reward takes waveforms at 8000 Hz, but they come at 16000" in error(capsys, *check)
     soundfile.write(tmp_path / "clips" / "1.wav", clips[1, 0].numpy(), 8000)
-    told = error(capsys, "reward", "check", "rewards.tones:TonesReward", "--samples", str(tmp_path / "clips"))
-    assert "differ in size or sample rate" in told
-    told = error(capsys, "serve", "rewards.tones:TonesReward", "--sample_rate", "44100")
-    assert "reward takes waveforms at 8000 Hz, but they come at 44100" in told
+    assert "differ in size or sample rate" in error(capsys, *check)
+    message = error(capsys, "serve", "rewards.tones:TonesReward", "--sample_rate", "44100")
+    assert "reward takes waveforms at 8000 Hz, but they come at 44100" in message

@@ -1,4 +1,4 @@
-"""Thousands of prompts, searched or evaluated by processes that are killed now and then: each once, none left out."""
+"""Processes that share thousands of prompts process each of them once, although some of the processes are killed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.packages import ROOT
 PROCESSES, KILLS = 3, 8
 
 SEARCH = """
-output: {folder}/made
+output: {folder}/output
 model: {{path: {model}}}
 prompts: {folder}/prompts.txt
 rewards: {{red: {{function: redness.redness}}}}
-strategy: {{class_path: genalign.search.BestOfN}}
+strategy: {{class_path: genalign.BestOfN}}
 budget: {{nfe: 4}}
 sampling: {{num_steps: 2, sigmas: [1.0, 0.5]}}
 """
@@ -32,7 +32,7 @@ def redness(samples, prompts):
     return samples[:, 0].flatten(1).mean(1)
 """
 EVALUATION = """
-output: {folder}/made
+output: {folder}/output
 model: {{path: {model}}}
 prompts: {folder}/prompts.jsonl
 seeds: 1
@@ -41,12 +41,12 @@ judge:
   class_path: rewards.geneval.GenEvalJudge
   init_args:
     detector: {{class_path: tests.genalign.evaluation.geneval.shapes_judge.ShapesDetector}}
-    colours: tests.genalign.evaluation.geneval.shapes_judge.PaletteColours
+    colors: tests.genalign.evaluation.geneval.shapes_judge.PaletteColors
 """
 
 
 class Workers:
-    """Processes that are started by hand on one command; ``printed`` has what all of them have said."""
+    """Processes of one command without ranks, whose output goes to files."""
 
     def __init__(self, folder: Path, command: Sequence[str]) -> None:
         self.folder, self.started = folder, 0
@@ -54,38 +54,38 @@ class Workers:
         self.running: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        told = {**os.environ, "PYTHONPATH": f"{self.folder}:{ROOT}", "OMP_NUM_THREADS": "1"}
-        with (self.folder / f"printed-{self.started}.txt").open("wb") as printed:
-            self.running.append(subprocess.Popen(self.command, env=told, stdout=printed, cwd=self.folder))
+        environment = {**os.environ, "PYTHONPATH": f"{self.folder}:{ROOT}", "OMP_NUM_THREADS": "1"}
+        with (self.folder / f"output-{self.started}.txt").open("wb") as output:
+            self.running.append(subprocess.Popen(self.command, env=environment, stdout=output, cwd=self.folder))
         self.started += 1
 
     def kill(self) -> None:
-        """The one that has run for longest."""
+        """Kill the oldest process."""
         process = self.running.pop(0)
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL
 
-    def end(self) -> None:
+    def wait(self) -> None:
         assert [process.wait(1800) for process in self.running] == [0] * len(self.running)
 
-    def printed(self) -> list[str]:
-        files = [self.folder / f"printed-{number}.txt" for number in range(self.started)]
+    def output_lines(self) -> list[str]:
+        files = [self.folder / f"output-{number}.txt" for number in range(self.started)]
         return [line for file in files for line in file.read_text().splitlines()]
 
 
-def _killed_now_and_then(folder: Path, command: Sequence[str], count: int) -> None:
-    """Processes make ``count`` prompts; none says twice that it made one."""
+def _run_with_kills(folder: Path, command: Sequence[str], count: int) -> None:
+    """Run a command on ``count`` prompts with several kills, and check that no prompt is reported twice."""
     workers = Workers(folder, command)
     for _ in range(PROCESSES):
         workers.start()
     for kill in range(1, KILLS + 1):
-        _wait_for(folder / "made" / "prompts", kill * count // (KILLS + 1))
+        _wait_for(folder / "output" / "prompts", kill * count // (KILLS + 1))
         workers.kill()
         workers.start()
-    workers.end()
-    said = [line.split("/")[0] for line in workers.printed() if f"/{count}  " in line]
-    assert len(said) == len(set(said)) and count - KILLS <= len(said) <= count  # a kill may come before a line
-    assert not [path for path in (folder / "made").rglob("*") if path.suffix == ".part"]
+    workers.wait()
+    indices = [line.split("/")[0] for line in workers.output_lines() if f"/{count}  " in line]
+    assert len(indices) == len(set(indices)) and count - KILLS <= len(indices) <= count  # a kill may precede a line
+    assert not [path for path in (folder / "output").rglob("*") if path.suffix == ".part"]
 
 
 def _wait_for(prompts: Path, rows: int) -> None:
@@ -97,27 +97,27 @@ def _wait_for(prompts: Path, rows: int) -> None:
 
 @pytest.mark.slow
 def test_every_prompt_is_searched_once_after_kills(tiny_folder: Path, tmp_path: Path) -> None:
-    count, made = 10_000, tmp_path / "made"
+    count, output = 10_000, tmp_path / "output"
     texts = [f"{number} red circles" for number in range(count)]
     (tmp_path / "prompts.txt").write_text("\n".join(texts))
     (tmp_path / "redness.py").write_text(REDNESS)
     (tmp_path / "search.yaml").write_text(SEARCH.format(folder=tmp_path, model=tiny_folder))
-    _killed_now_and_then(tmp_path, ["steer", "--config", str(tmp_path / "search.yaml")], count)
+    _run_with_kills(tmp_path, ["steer", "--config", str(tmp_path / "search.yaml")], count)
 
-    rows = [json.loads(line) for line in (made / "scores.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
     assert [(row["index"], row["prompt"]) for row in rows] == list(enumerate(texts))
-    assert {made / row["image"] for row in rows} == {path for path in made.rglob("*.png") if path.is_file()}
+    assert {output / row["image"] for row in rows} == {path for path in output.rglob("*.png") if path.is_file()}
 
 
 @pytest.mark.slow
 def test_every_prompt_is_evaluated_once_after_kills(tiny_folder: Path, tmp_path: Path) -> None:
-    count, made = 1_000, tmp_path / "made"
+    count, output = 1_000, tmp_path / "output"
     circle = {"tag": "single_object", "include": [{"class": "circle", "count": 1}]}
     texts = [f"circle number {number}" for number in range(count)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({**circle, "prompt": text}) for text in texts))
     (tmp_path / "evaluation.yaml").write_text(EVALUATION.format(folder=tmp_path, model=tiny_folder))
-    _killed_now_and_then(tmp_path, ["evaluate", "geneval", "--config", str(tmp_path / "evaluation.yaml")], count)
+    _run_with_kills(tmp_path, ["evaluate", "geneval", "--config", str(tmp_path / "evaluation.yaml")], count)
 
-    assert [record.prompt for record in load_evaluation(made).records] == texts
-    images = sorted(path.relative_to(made / "images").as_posix() for path in made.rglob("*.png"))
+    assert [record.prompt for record in load_evaluation(output).records] == texts
+    images = sorted(path.relative_to(output / "images").as_posix() for path in output.rglob("*.png"))
     assert images == [f"{number:05d}/samples/0000.png" for number in range(count)]

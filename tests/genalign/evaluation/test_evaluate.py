@@ -13,20 +13,20 @@ from genalign.diffusion.paths import FlowPath
 from genalign.diffusion.transitions import ODE
 from genalign.evaluation.evaluate import (
     Evaluation,
-    Job,
-    Protocol,
-    Record,
+    EvaluationProtocol,
+    SampleRecord,
+    SampleSpec,
     evaluate,
     load_evaluation,
     noise_seed,
-    plan,
+    plan_samples,
     suite_hash,
 )
 from genalign.evaluation.folder import BatchFolder
-from genalign.evaluation.paired import gain, ranked, task_gains, worst
+from genalign.evaluation.paired import gain, pairs_by_gain, task_gains
 from genalign.types import Conditioning, Grid, Prompt, PromptSet
 
-PROTOCOL = Protocol(
+PROTOCOL = EvaluationProtocol(
     suite="iid",
     suite_hash="0123456789abcdef",
     guidance=4.0,
@@ -55,25 +55,28 @@ OTHER_FIELDS = {
 
 
 def prompt_set(**tasks):
-    """A set of that many prompts of each task."""
+    """Build a set with the given number of prompts of each task."""
     prompts = [
         Prompt(f"{task} {index}", {"tag": task, "prompt": f"{task} {index}"})
         for task, count in tasks.items()
         for index in range(count)
     ]
-    return PromptSet("made", tuple(prompts))
+    return PromptSet("some", tuple(prompts))
+
+
+SPECS = plan_samples(prompt_set(a=2, b=2), 4, 2)
 
 
 def record(task, prompt, sample, image=None, **scores):
-    return Record(prompt, task, sample, noise_seed(prompt, sample), image, scores)
+    return SampleRecord(prompt, task, sample, noise_seed(prompt, sample), image, scores)
 
 
 @dataclass
 class StillPipeline:
-    """A flow that never moves: the image of a seed has the one grey value that its noise has."""
+    """A flow with zero velocity: a seed's image has the grey value of its noise."""
 
     sigmas: tuple[float, ...] = (1.0, 0.5, 0.0)
-    asked: list[tuple[int, float]] = field(default_factory=list)
+    calls: list[tuple[int, float]] = field(default_factory=list)
     path: FlowPath = field(default_factory=FlowPath)
     denoiser: nn.Module = field(default_factory=nn.Identity)
 
@@ -92,7 +95,7 @@ class StillPipeline:
         return torch.tensor([grey(seed) for seed in seeds])[:, None]
 
     def predict(self, x, level, conditioning, guidance):
-        self.asked.append((len(x), guidance))
+        self.calls.append((len(x), guidance))
         return torch.zeros_like(x)
 
     def decode(self, latents):
@@ -111,31 +114,29 @@ def strict(samples, prompts):
     return (brightness(samples, prompts) > 0.5).float()
 
 
-# --- the plan and the seeds -------------------------------------------------------------------------------------------
+# --- sample specs and seeds -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("prompts", "used", "each"), [(6, 6, 16), (18, 18, 6), (964, 32, 3), (32, 32, 3), (33, 32, 3), (1, 1, 96)]
 )
-def test_plan_uses_as_many_prompts_as_seeds_allow(prompts, used, each):
-    counts = Counter(job.prompt.text for job in plan(prompt_set(a=prompts), samples_per_task=96, seeds=3))
-    assert len(counts) == used
-    assert set(counts.values()) == {each}
+def test_plan_spreads_samples_over_prompts(prompts, used, each):
+    specs = plan_samples(prompt_set(a=prompts), samples_per_task=96, seeds=3)
+    counts = Counter(spec.prompt.text for spec in specs)
+    assert len(counts) == used and set(counts.values()) == {each}
 
 
-def test_plan_does_not_depend_on_the_order_or_on_repetition():
+def test_plan_does_not_depend_on_order_or_repetition():
     prompts = prompt_set(a=50, b=3)
-    shuffled = PromptSet("made", prompts.prompts[::-1] + prompts.prompts[:5])
-    assert {job.seed for job in plan(shuffled, 12, 2)} == {job.seed for job in plan(prompts, 12, 2)}
-    assert len(plan(shuffled, 12, 2)) == 24
-
-
-def test_plan_refuses_nothing():
+    shuffled = PromptSet("some", prompts.prompts[::-1] + prompts.prompts[:5])
+    specs = plan_samples(shuffled, 12, 2)
+    assert len(specs) == 24
+    assert {spec.seed for spec in specs} == {spec.seed for spec in plan_samples(prompts, 12, 2)}
     with pytest.raises(ValueError, match="at least 1"):
-        plan(prompt_set(a=2), 0, 3)
+        plan_samples(prompts, 0, 3)
 
 
-def test_noise_seed_is_fixed_by_content():
+def test_noise_seed_depends_on_prompt_and_index_alone():
     assert noise_seed("a circle", 0) == 6748360023691882601
     seeds = {noise_seed(text, sample) for text in ("a circle", "a circle1", "") for sample in range(200)}
     assert len(seeds) == 600
@@ -147,21 +148,17 @@ def test_noise_seed_is_fixed_by_content():
 
 def test_protocol_hash_is_stable():
     assert PROTOCOL.hash == "f4e1cb1c3376909e"
-    assert Protocol.from_dict(json.loads(json.dumps(PROTOCOL.as_dict()))) == PROTOCOL
+    assert EvaluationProtocol.from_dict(json.loads(json.dumps(PROTOCOL.as_dict()))) == PROTOCOL
     assert replace(PROTOCOL, guidance=4).hash == PROTOCOL.hash
     assert replace(PROTOCOL, sigmas=(1.0, 0.5 + 1e-15, 0.0)).hash == PROTOCOL.hash
 
 
-@pytest.mark.parametrize(("field", "value"), OTHER_FIELDS.items())
-def test_protocol_hash_depends_on_every_field(field, value):
-    assert replace(PROTOCOL, **{field: value}).hash != PROTOCOL.hash
-
-
-def test_every_field_is_covered():
+def test_protocol_hash_depends_on_every_field():
     assert set(PROTOCOL.as_dict()) == set(OTHER_FIELDS)
+    assert PROTOCOL.hash not in {replace(PROTOCOL, **{name: value}).hash for name, value in OTHER_FIELDS.items()}
 
 
-def test_suite_hash_sees_texts_metadata_and_order():
+def test_suite_hash_depends_on_texts_metadata_and_order():
     prompts = prompt_set(a=3)
     changed = replace(prompts.prompts[0], metadata={"tag": "a", "prompt": "a 0", "include": []})
     others = [prompts.prompts[::-1], prompts.prompts[:2], (changed, *prompts.prompts[1:])]
@@ -170,29 +167,25 @@ def test_suite_hash_sees_texts_metadata_and_order():
     assert suite_hash(prompt_set(a=3)) == suite_hash(prompts)
 
 
-# --- evaluating -------------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def test_evaluate_scores_every_job_in_order(tmp_path):
-    jobs = plan(prompt_set(a=2, b=2), 4, 2)
+def test_evaluate_scores_every_sample_in_order(tmp_path):
     pipeline = StillPipeline()
-    scorers = {"strict": strict, "brightness": brightness}
-    result = evaluate(pipeline, jobs, scorers, PROTOCOL, tmp_path)
-    assert pipeline.asked == [(size, 4.0) for size in (3, 3, 2) for _ in range(2)]
-    assert [r.key for r in result.records] == [(j.prompt.task, j.prompt.text, j.sample, j.seed) for j in jobs]
-    for index, made in enumerate(result.records):
-        assert made.scores["brightness"] == pytest.approx(grey(made.seed), abs=1e-6)
-        assert made.scores["strict"] == float(grey(made.seed) > 0.5)
-        assert made.image == f"images/{index:05d}.png"
-        pixels = np.asarray(Image.open(tmp_path / made.image))
-        assert pixels.shape == (4, 4, 3)
-        assert (pixels == round(grey(made.seed) * 255)).all()
+    result = evaluate(pipeline, SPECS, {"strict": strict, "brightness": brightness}, PROTOCOL, tmp_path)
+    assert pipeline.calls == [(size, 4.0) for size in (3, 3, 2) for _ in range(2)]
+    assert [r.key for r in result.records] == [(s.prompt.task, s.prompt.text, s.sample, s.seed) for s in SPECS]
+    for index, sample in enumerate(result.records):
+        value = grey(sample.seed)
+        assert sample.scores == {"strict": float(value > 0.5), "brightness": pytest.approx(value, abs=1e-6)}
+        assert sample.image == f"images/{index:05d}.png"
+        pixels = np.asarray(Image.open(tmp_path / sample.image))
+        assert pixels.shape == (4, 4, 3) and (pixels == round(value * 255)).all()
 
 
-def test_an_evaluation_goes_on_where_it_stopped(tmp_path):
-    jobs, kept = plan(prompt_set(a=2, b=2), 4, 2), BatchFolder(tmp_path)
-    whole = evaluate(StillPipeline(), jobs, {"b": brightness}, PROTOCOL, tmp_path / "whole")
-    calls = []
+def test_an_interrupted_evaluation_resumes_with_the_unfinished_batches(tmp_path):
+    batches, calls = BatchFolder(tmp_path), []
+    whole = evaluate(StillPipeline(), SPECS, {"b": brightness}, PROTOCOL, tmp_path / "whole")
 
     def failing(samples, prompts):
         calls.append(len(samples))
@@ -201,22 +194,21 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path):
         return brightness(samples, prompts)
 
     with pytest.raises(RuntimeError, match="the power went"):
-        evaluate(StillPipeline(), jobs, {"b": failing}, PROTOCOL, tmp_path, kept=kept)
+        evaluate(StillPipeline(), SPECS, {"b": failing}, PROTOCOL, tmp_path, batches=batches)
     again = StillPipeline()
-    assert evaluate(again, jobs, {"b": brightness}, PROTOCOL, tmp_path, kept=kept) == whole
-    assert again.asked == [(2, 4.0)] * 2  # the last batch alone
+    assert evaluate(again, SPECS, {"b": brightness}, PROTOCOL, tmp_path, batches=batches) == whole
+    assert again.calls == [(2, 4.0)] * 2  # the last batch alone
     assert load_evaluation(tmp_path) == whole
 
 
-def test_before_and_after_share_noise_whatever_the_batch():
-    jobs = plan(prompt_set(a=2, b=2), 4, 2)
-    whole = evaluate(StillPipeline(), jobs, {"b": brightness}, PROTOCOL)
-    parts = evaluate(StillPipeline(), jobs[::-1], {"b": brightness}, replace(PROTOCOL, batch_size=2))
+def test_noise_does_not_depend_on_the_batch():
+    whole = evaluate(StillPipeline(), SPECS, {"b": brightness}, PROTOCOL)
+    parts = evaluate(StillPipeline(), SPECS[::-1], {"b": brightness}, replace(PROTOCOL, batch_size=2))
     assert {r.key: r.scores for r in whole.records} == {r.key: r.scores for r in parts.records}
 
 
-def test_saved_evaluation_loads_as_it_was(tmp_path):
-    result = evaluate(StillPipeline(), plan(prompt_set(a=2), 4, 2), {"strict": strict}, PROTOCOL, tmp_path)
+def test_an_evaluation_survives_a_round_trip(tmp_path):
+    result = evaluate(StillPipeline(), SPECS, {"strict": strict}, PROTOCOL, tmp_path)
     assert load_evaluation(tmp_path) == result
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary) == ["protocol", "protocol_hash", "suite", "overall", "tasks", "failed"]
@@ -224,42 +216,40 @@ def test_saved_evaluation_loads_as_it_was(tmp_path):
     assert list(summary["tasks"]["a"]["strict"]) == ["mean", "low", "high", "n"]
 
 
-def test_failed_scores_are_counted_and_kept_out(tmp_path):
-    jobs = plan(prompt_set(a=2), 4, 2)
-
+def test_failed_scores_are_counted_and_left_out(tmp_path):
     def failing(samples, prompts):
         scores = torch.ones(len(samples))
         scores[0] = math.nan
         return scores
 
     protocol = replace(PROTOCOL, batch_size=4)
-    result = evaluate(StillPipeline(), jobs, {"strict": failing}, protocol, tmp_path)
+    result = evaluate(StillPipeline(), SPECS[:4], {"strict": failing}, protocol, tmp_path)
     assert (result.failed, result.overall["strict"].mean, result.overall["strict"].n) == (1, 1.0, 3)
     assert math.isnan(load_evaluation(tmp_path).records[0].scores["strict"])
     assert result.summary()["failed"] == 1
 
 
-def test_a_task_without_any_score_is_an_error_that_keeps_the_records(tmp_path):
-    jobs = plan(prompt_set(a=2), 4, 2)
+def test_a_task_without_scores_is_an_error_after_the_records_are_saved(tmp_path):
+    failing = {"s": lambda samples, prompts: samples[:, 0, 0, 0] * math.nan}
     with pytest.raises(ValueError, match="task 'a' has no values"):
-        evaluate(StillPipeline(), jobs, {"s": lambda samples, _: samples[:, 0, 0, 0] * math.nan}, PROTOCOL, tmp_path)
+        evaluate(StillPipeline(), SPECS[:4], failing, PROTOCOL, tmp_path)
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 4
 
 
-def test_evaluate_refuses():
-    jobs = [Job(Prompt("a"), 0)]
-    with pytest.raises(ValueError, match="at least one job"):
+def test_evaluate_refuses_invalid_arguments():
+    specs = [SampleSpec(Prompt("a"), 0)]
+    with pytest.raises(ValueError, match="at least one sample"):
         evaluate(StillPipeline(), [], {"s": strict}, PROTOCOL)
     with pytest.raises(ValueError, match=r"the protocol says \[1.0, 0.5, 0.0\]"):
-        evaluate(StillPipeline(sigmas=(1.0, 0.75, 0.0)), jobs, {"s": strict}, PROTOCOL)
+        evaluate(StillPipeline(sigmas=(1.0, 0.75, 0.0)), specs, {"s": strict}, PROTOCOL)
     with pytest.raises(ValueError, match="scorer 's' must return shape"):
-        evaluate(StillPipeline(), jobs, {"s": lambda samples, prompts: samples}, PROTOCOL)
+        evaluate(StillPipeline(), specs, {"s": lambda samples, prompts: samples}, PROTOCOL)
 
 
 # --- estimates --------------------------------------------------------------------------------------------------------
 
 
-def test_mean_over_tasks_of_means_over_prompts():
+def test_overall_is_the_mean_over_tasks_of_means_over_prompts():
     """Task a: prompts at 1/2 and 1, so 3/4. Task b: 1/3. Overall 13/24, by hand."""
     records = (
         record("a", "p", 0, s=1.0),
@@ -274,11 +264,11 @@ def test_mean_over_tasks_of_means_over_prompts():
     assert (evaluation.overall["s"].n, evaluation.tasks["b"]["s"].n) == (6, 3)
 
 
-# --- comparing --------------------------------------------------------------------------------------------------------
+# --- comparison -------------------------------------------------------------------------------------------------------
 
 
 def noisy_prompts(shift):
-    """Prompts of very different difficulty, each better by ``shift``."""
+    """Build an evaluation of prompts of very different difficulty, with ``shift`` added to every score."""
     return Evaluation(
         PROTOCOL,
         tuple(record("a", f"p{index}", sample, s=index / 40 + shift) for index in range(40) for sample in range(2)),
@@ -286,7 +276,7 @@ def noisy_prompts(shift):
 
 
 def test_gain_is_paired():
-    """A constant gain is known exactly, though each mean alone is not."""
+    """A constant gain has an interval of zero width, though each mean alone has a wide one."""
     before, after = noisy_prompts(0.0), noisy_prompts(0.1)
     estimate = gain(before, after)["s"]
     assert (estimate.mean, estimate.low, estimate.high) == pytest.approx((0.1, 0.1, 0.1))
@@ -294,20 +284,17 @@ def test_gain_is_paired():
     assert before.overall["s"].high - before.overall["s"].low > 0.1
     assert task_gains(before, after)["a"]["s"] == estimate
 
-
-def test_gain_pairs_by_content_not_by_position():
-    before = noisy_prompts(0.0)
-    after = replace(noisy_prompts(0.1), records=noisy_prompts(0.1).records[::-1])
-    assert gain(before, after)["s"].low == pytest.approx(0.1)
+    reversed_after = replace(after, records=after.records[::-1])
+    assert gain(before, reversed_after)["s"].low == pytest.approx(0.1)
 
 
-def test_gain_drops_pairs_of_which_one_failed():
+def test_gain_leaves_out_pairs_with_a_failed_score():
     before = Evaluation(PROTOCOL, (record("a", "p", 0, s=math.nan), record("a", "p", 1, s=0.0)))
     after = Evaluation(PROTOCOL, (record("a", "p", 0, s=1.0), record("a", "p", 1, s=0.5)))
     assert (gain(before, after)["s"].mean, gain(before, after)["s"].n) == (0.5, 1)
 
 
-def test_gain_refuses_other_protocols_by_name_and_value():
+def test_gain_refuses_different_protocols_by_name_and_value():
     before = noisy_prompts(0.0)
     after = replace(before, protocol=replace(PROTOCOL, guidance=1.0, dtype="bfloat16"))
     with pytest.raises(ValueError, match="cannot be compared") as error:
@@ -317,18 +304,18 @@ def test_gain_refuses_other_protocols_by_name_and_value():
     assert "kernel" not in str(error.value)
 
 
-def test_gain_refuses_other_images():
+def test_gain_refuses_different_samples():
     before = noisy_prompts(0.0)
-    with pytest.raises(ValueError, match=r"1 images have no partner .* 'p39' \(a\), sample 1"):
+    with pytest.raises(ValueError, match=r"1 samples are in only one of .* 'p39' \(a\), sample 1"):
         gain(before, replace(before, records=before.records[:-1]))
 
 
 def test_worst_regressions_come_first():
-    def made(**scores):
+    def evaluation(**scores):
         return Evaluation(PROTOCOL, tuple(record("a", name, 0, strict=s, partial=p) for name, (s, p) in scores.items()))
 
-    before = made(kept=(1.0, 1.0), lost=(1.0, 1.0), lost_more=(1.0, 1.0), won=(0.0, 0.5), unscored=(1.0, 1.0))
-    after = made(kept=(1.0, 1.0), lost=(0.0, 0.8), lost_more=(0.0, 0.2), won=(1.0, 1.0), unscored=(math.nan, 0.0))
-    assert [pair.before.prompt for pair in ranked(before, after)] == ["lost_more", "lost", "kept", "won"]
-    (pair,) = worst(before, after, 1)
-    assert (pair.before.prompt, pair.difference("strict"), pair.difference("partial")) == ("lost_more", -1.0, -0.8)
+    before = evaluation(same=(1.0, 1.0), lost=(1.0, 1.0), lost_more=(1.0, 1.0), won=(0.0, 0.5), unscored=(1.0, 1.0))
+    after = evaluation(same=(1.0, 1.0), lost=(0.0, 0.8), lost_more=(0.0, 0.2), won=(1.0, 1.0), unscored=(math.nan, 0.0))
+    pairs = pairs_by_gain(before, after)
+    assert [pair.before.prompt for pair in pairs] == ["lost_more", "lost", "same", "won"]
+    assert (pairs[0].difference("strict"), pairs[0].difference("partial")) == (-1.0, -0.8)

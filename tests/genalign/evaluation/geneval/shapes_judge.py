@@ -1,4 +1,4 @@
-"""GenEval in the shapes world: an exact detector, exact colours, and a generator that draws what it is asked for."""
+"""GenEval in the shapes world: an exact detector, exact colors, and a pipeline that draws scenes of its prompts."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ SIGMAS = (1.0, 0.5, 0.0)
 
 @dataclass(frozen=True)
 class ShapesDetector:
-    """The world's own detector, whose score is the fit of the best template; masks are what is not background. It
-    takes ``seconds`` for a batch."""
+    """The shapes world's detector, with template fit as score and the foreground as mask; a batch takes ``seconds``."""
 
     thresholds: Thresholds = field(default_factory=lambda: Thresholds(counting=0.3))
     seconds: float = 0.0
@@ -41,20 +40,17 @@ class ShapesDetector:
 
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
         time.sleep(self.seconds)
+        background = images[:, :, 0].median(2).values[:, :, None, None]
+        masks = (images - background).abs().amax(1) > 0.1
         return [
-            [Instance(Detection(item.shape, item.box, item.iou), _foreground(image)) for item in found]
-            for image, found in zip(images, detect(images), strict=True)
+            [Instance(Detection(item.shape, item.box, item.iou), mask) for item in objects]
+            for mask, objects in zip(masks, detect(images), strict=True)
         ]
 
 
-def _foreground(image: Tensor) -> Tensor:
-    background = image[:, 0].median(1).values[:, None, None]
-    return (image - background).abs().amax(0) > 0.1
-
-
 @dataclass(frozen=True)
-class PaletteColours:
-    """The palette's colour nearest to the median of what is not grey."""
+class PaletteColors:
+    """Classifies a crop as the palette's color nearest to the median of its pixels that are not grey."""
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -68,12 +64,12 @@ class PaletteColours:
 
 
 class DrawingPipeline:
-    """A flow that never moves: the image of a noise is a scene of its prompt, or, for the share 1 - ``skill`` of all
-    noises, one of another prompt."""
+    """A flow with zero velocity: each noise decodes to a scene of its prompt, or, with probability 1 - ``skill``, of
+    another prompt. The image of noise number ``broken`` is NaN."""
 
     def __init__(self, prompts: Sequence[Prompt], seeds: int, skill: float = 1.0, broken: int | None = None) -> None:
-        self.path, self.denoiser, self.drawn = FlowPath(), nn.Identity(), 0
-        self.asked = [(p, noise_seed(prompt.text, s)) for p, prompt in enumerate(prompts) for s in range(seeds)]
+        self.path, self.denoiser, self.num_drawn = FlowPath(), nn.Identity(), 0
+        self.noises = [(p, noise_seed(prompt.text, s)) for p, prompt in enumerate(prompts) for s in range(seeds)]
         self.prompts, self.skill, self.broken = prompts, skill, broken
         self.encoded: list[list[str]] = []
 
@@ -89,17 +85,17 @@ class DrawingPipeline:
         raise NotImplementedError
 
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
-        place = {seed: number for number, (_, seed) in enumerate(self.asked)}
+        place = {seed: number for number, (_, seed) in enumerate(self.noises)}
         return torch.tensor([float(place[seed]) for seed in seeds])[:, None]
 
     def predict(self, x: Tensor, level: Any, conditioning: Conditioning, guidance: float) -> Tensor:
         return torch.zeros_like(x)
 
     def decode(self, latents: Tensor) -> Tensor:
-        self.drawn += len(latents)
+        self.num_drawn += len(latents)
         scenes = []
         for number in latents[:, 0].long().tolist():
-            index, seed = self.asked[number]
+            index, seed = self.noises[number]
             other = seed % 1000 >= 1000 * self.skill
             prompt = self.prompts[(index + other * 7) % len(self.prompts)]
             scenes.append(sample_scene(prompt.metadata, np.random.default_rng(seed)))

@@ -1,4 +1,4 @@
-"""What docs/geneval.md shows is there, and does what it says."""
+"""Commands, configurations and code in docs/geneval.md are valid."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGE = (ROOT / "docs" / "geneval.md").read_text(encoding="utf-8")
 COMMANDS = {"geneval": EvaluateGenEval, "geneval-images": GenEvalImages, "geneval-original": GenEvalOriginal}
 
 
-def test_commands_are_understood() -> None:
+def test_commands_are_parsed() -> None:
     lines = re.findall(r"^    genalign evaluate (.*)$", PAGE, re.MULTILINE)
     parsed = [config.parse(COMMANDS[name], rest, name)[0] for name, *rest in map(shlex.split, lines)]
     assert {type(settings) for settings in parsed} == set(COMMANDS.values())
@@ -31,8 +31,8 @@ def test_commands_are_understood() -> None:
 
 def test_the_reward_is_configured() -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    chosen = yaml.safe_load(block)["rewards"]["geneval"]["function"]
-    parsed, _ = config.parse(config.RewardChoice, ["--function", str(chosen)], "test")
+    function = yaml.safe_load(block)["rewards"]["geneval"]["function"]
+    parsed, _ = config.parse(config.RewardChoice, ["--function", str(function)], "test")
     assert parsed.function == GenEvalReward("partial")
 
 
@@ -40,11 +40,5 @@ def test_training_prompts_are_written(tmp_path: Path, monkeypatch: pytest.Monkey
     (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(block, {})
-    tasks = read_prompts(tmp_path / "train.jsonl").by_task()
-    assert {task: len(prompts) for task, prompts in tasks.items()} == {
-        "position": 2000,
-        "counting": 160,
-        "color_attr": 1500,
-        "colors": 400,
-        "two_object": 400,
-    }
+    counts = {task: len(prompts) for task, prompts in read_prompts(tmp_path / "train.jsonl").by_task().items()}
+    assert counts == {"position": 2000, "counting": 160, "color_attr": 1500, "colors": 400, "two_object": 400}

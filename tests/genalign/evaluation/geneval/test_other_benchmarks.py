@@ -17,12 +17,12 @@ TABLE = """
 """
 
 
-def test_compbench_by_category(tmp_path: Path) -> None:
+def test_compbench_files_become_tasks(tmp_path: Path) -> None:
     (tmp_path / "color_val.txt").write_text("a red bench and a blue bowl\n\na blue bench and a red bowl\n")
     (tmp_path / "3d_spatial_val.txt").write_text("a cat in front of a dog\n")
     (tmp_path / "color_val_seen.txt").write_text("a green cup\n")
-    found = read_compbench(*(tmp_path / f"{name}.txt" for name in ("color_val", "3d_spatial_val", "color_val_seen")))
-    assert [(prompt.task, prompt.text) for prompt in found.prompts] == [
+    paths = [tmp_path / f"{name}.txt" for name in ("color_val", "3d_spatial_val", "color_val_seen")]
+    assert [(prompt.task, prompt.text) for prompt in read_compbench(*paths).prompts] == [
         ("color", "a red bench and a blue bowl"),
         ("color", "a blue bench and a red bowl"),
         ("3d_spatial", "a cat in front of a dog"),
@@ -41,7 +41,7 @@ def dpg(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_dpg_prompts_and_their_questions(dpg: Path) -> None:
+def test_dpg_prompts_have_their_questions(dpg: Path) -> None:
     plain = read_dpg(dpg / "prompts")
     assert {prompt.text for prompt in plain.prompts} == {"A dog, barking.", "a red cat on a mat"}
     cat, dog = read_dpg(dpg / "prompts", dpg / "table.csv").prompts
@@ -54,7 +54,7 @@ def test_dpg_prompts_and_their_questions(dpg: Path) -> None:
     ]
 
 
-def test_dpg_files_that_do_not_fit_are_refused(dpg: Path) -> None:
+def test_invalid_dpg_files_are_refused(dpg: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no \.txt files"):
         read_dpg(dpg)
     (dpg / "prompts" / "11.txt").write_text("a bird")
@@ -65,13 +65,12 @@ def test_dpg_files_that_do_not_fit_are_refused(dpg: Path) -> None:
         read_dpg(dpg / "prompts", dpg / "table.csv")
 
 
-def test_ocr_prompts_have_their_text(tmp_path: Path) -> None:
+def test_ocr_prompts_have_the_quoted_text(tmp_path: Path) -> None:
     path = tmp_path / "signs.txt"
     path.write_text('A shop with the sign "Open Late" above "Closed"\nA wall that says “Hello”\n', encoding="utf-8")
-    found = read_ocr(path)
-    assert found.name == "signs"
-    assert [prompt.metadata["text"] for prompt in found.prompts] == ["Open Late", "Hello"]
-    assert found.prompts[0].task == "ocr"
+    signs = read_ocr(path)
+    assert signs.name == "signs" and signs.prompts[0].task == "ocr"
+    assert [prompt.metadata["text"] for prompt in signs.prompts] == ["Open Late", "Hello"]
     path.write_text("a wall\n")
     with pytest.raises(ValueError, match=r"signs\.txt, prompt 1: no text in double quotes"):
         read_ocr(path)

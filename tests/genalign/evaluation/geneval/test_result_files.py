@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from genalign.evaluation.geneval.metadata import Clause, Request, written
+from genalign.evaluation.geneval.metadata import Clause, PromptSpec
 from genalign.evaluation.geneval.result_files import (
-    Result,
+    ImageResult,
     read_results,
     read_samples,
     sample_name,
@@ -23,37 +23,37 @@ from genalign.evaluation.geneval.scoring import Detection
 from genalign.runtime.media import read_image
 from genalign.types import Prompt, PromptSet
 
-BENCH = written(Request("single_object", (Clause("bench"),), (), ""))
-TWO = written(Request("two_object", (Clause("dog"), Clause("cat")), (), ""))
+BENCH = PromptSpec("single_object", (Clause("bench"),)).to_prompt()
+TWO = PromptSpec("two_object", (Clause("dog"), Clause("cat"))).to_prompt()
 
 
 def grey(value: float, count: int = 2) -> torch.Tensor:
     return torch.full((count, 3, 4, 6), value)
 
 
-def test_images_are_written_where_geneval_looks(tmp_path: Path) -> None:
+def test_images_are_written_in_the_layout_of_geneval(tmp_path: Path) -> None:
     names = write_samples(tmp_path, 17, TWO, grey(0.2))
     assert names == ["00017/samples/0000.png", "00017/samples/0001.png"]
     assert json.loads((tmp_path / "00017" / "metadata.jsonl").read_text()) == TWO.metadata
-    assert read_image(tmp_path / names[1]).shape == (3, 4, 6)
     assert torch.equal(read_image(tmp_path / names[0]), torch.full((3, 4, 6), 51 / 255))
     assert write_samples(tmp_path, 17, TWO, grey(0.4, 1), first=2) == [sample_name(17, 2)]
 
 
-def test_folders_of_either_naming_are_read(tmp_path: Path) -> None:
+def test_samples_are_listed_by_number_whatever_its_digits(tmp_path: Path) -> None:
     write_samples(tmp_path, 3, TWO, grey(0.2))
     write_samples(tmp_path, 0, BENCH, grey(0.4, 1))
-    (tmp_path / "00003" / "samples" / "0001.png").rename(tmp_path / "00003" / "samples" / "00001.png")
+    samples = tmp_path / "00003" / "samples"
+    (samples / "0001.png").rename(samples / "00001.png")
+    (samples / "first.png").touch()
     (tmp_path / "00003" / "grid.png").touch()
-    (tmp_path / "00003" / "samples" / "first.png").touch()
     (tmp_path / "notes").mkdir()
-    found = read_samples(tmp_path)
-    assert [(sample.index, sample.number, sample.path.name) for sample in found] == [
+    listed = read_samples(tmp_path)
+    assert [(sample.index, sample.number, sample.path.name) for sample in listed] == [
         (0, 0, "0000.png"),
         (3, 0, "0000.png"),
         (3, 1, "00001.png"),
     ]
-    assert found[1].metadata == TWO.metadata
+    assert listed[1].metadata == TWO.metadata
 
 
 def test_folders_without_images_or_metadata_are_refused(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_folders_without_images_or_metadata_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no .*00000/metadata\.jsonl: write the prompt's line"):
         read_samples(tmp_path)
     (tmp_path / "00000" / "metadata.jsonl").write_text(json.dumps(BENCH.metadata))
-    with pytest.raises(FileNotFoundError, match=r"00000/samples has no images: make them, or remove"):
+    with pytest.raises(FileNotFoundError, match=r"00000/samples has no images: generate them, or remove"):
         read_samples(tmp_path)
 
 
@@ -77,7 +77,7 @@ def test_damaged_metadata_names_its_file(tmp_path: Path, text: str) -> None:
         read_samples(tmp_path)
 
 
-def test_an_image_is_there_once(tmp_path: Path) -> None:
+def test_two_images_of_one_number_are_refused(tmp_path: Path) -> None:
     write_samples(tmp_path, 4, TWO, grey(0.2))
     shutil.copy(tmp_path / "00004" / "samples" / "0001.png", tmp_path / "00004" / "samples" / "00001.png")
     with pytest.raises(ValueError, match="are the same image of the same prompt: remove one"):
@@ -93,28 +93,28 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
             read_image(tmp_path / name)
 
 
-def test_images_are_turned_as_their_camera_was(tmp_path: Path) -> None:
+def test_images_are_rotated_by_their_exif_orientation(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # a quarter turn
     Image.new("RGBA", (6, 4)).save(tmp_path / "turned.png", exif=exif)
     assert read_image(tmp_path / "turned.png").shape == (3, 6, 4)
 
 
-def test_prompts_without_metadata_keep_their_text(tmp_path: Path) -> None:
+def test_prompts_without_metadata_are_written_as_text(tmp_path: Path) -> None:
     write_prompts(tmp_path / "some.jsonl", PromptSet("some", (Prompt("a bench"), BENCH)))
-    assert [json.loads(line) for line in (tmp_path / "some.jsonl").read_text().splitlines()] == [
-        {"prompt": "a bench"},
-        BENCH.metadata,
-    ]
+    rows = [json.loads(line) for line in (tmp_path / "some.jsonl").read_text().splitlines()]
+    assert rows == [{"prompt": "a bench"}, BENCH.metadata]
 
 
-def _result(prompt: Prompt, correct: bool, number: int = 0) -> Result:
+def _result(prompt: Prompt, correct: bool, number: int = 0) -> ImageResult:
     cat = Detection("cat", (1.0, 2.0, 3.5, 4.0), 0.75)
-    return Result.of(sample_name(0, number), prompt, correct, "" if correct else "expected dog>=1, found 0", [cat])
+    reason = "" if correct else "expected dog>=1, found 0"
+    return ImageResult.from_detections(sample_name(0, number), prompt, correct, reason, [cat])
 
 
-def test_results_are_written_and_read(tmp_path: Path) -> None:
-    results = [_result(TWO, False), _result(BENCH, True)]
+def test_results_survive_a_round_trip(tmp_path: Path) -> None:
+    extended = Prompt(TWO.text, {**(TWO.metadata or {}), "source": "mine"})  # keys of other programs are retained
+    results = [_result(TWO, False), _result(BENCH, True), _result(extended, True)]
     write_results(tmp_path / "results.jsonl", results)
     row = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])
     assert list(row) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
@@ -123,60 +123,52 @@ def test_results_are_written_and_read(tmp_path: Path) -> None:
     assert read_results(tmp_path / "results.jsonl") == results
 
 
-def test_results_of_pandas_are_read(tmp_path: Path) -> None:
-    """The original's writer escapes slashes and leaves no spaces."""
-    row = json.dumps(_result(TWO, True).row(), separators=(",", ":")).replace("/", r"\/")
+def test_results_written_by_pandas_are_read(tmp_path: Path) -> None:
+    """The original's writer escapes slashes and omits spaces."""
+    row = json.dumps(_result(TWO, True).as_row(), separators=(",", ":")).replace("/", r"\/")
     (tmp_path / "results.jsonl").write_text(row + "\n")
     assert read_results(tmp_path / "results.jsonl") == [_result(TWO, True)]
 
 
-def test_results_keep_all_of_the_metadata(tmp_path: Path) -> None:
-    """The original writes what is in metadata.jsonl, whoever put more into it."""
-    more = Prompt(TWO.text, {**(TWO.metadata or {}), "source": "mine"})
-    write_results(tmp_path / "results.jsonl", [_result(more, True)])
-    (found,) = read_results(tmp_path / "results.jsonl")
-    assert found.metadata == more.metadata
-
-
 @pytest.mark.parametrize("details", ["[]", "{", '{"cat": [[1, 2, 3, 4]]}', '{"cat": 3}', '{"cat": [["a", 1, 2, 3]]}'])
-def test_boxes_that_are_none_name_their_line(tmp_path: Path, details: str) -> None:
-    row = _result(TWO, True).row() | {"details": details}
+def test_invalid_boxes_name_their_line(tmp_path: Path, details: str) -> None:
+    row = _result(TWO, True).as_row() | {"details": details}
     (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=r"results\.jsonl, line 1: not a result of GenEval"):
         read_results(tmp_path / "results.jsonl")
 
 
-def test_damaged_results_name_their_line(tmp_path: Path) -> None:
+def test_invalid_results_name_their_line(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     write_results(path, [_result(TWO, True)])
     path.write_text(path.read_text() + '{"filename": "x"}\n')
     with pytest.raises(ValueError, match=r"results\.jsonl, line 2: not a result of GenEval"):
         read_results(path)
-    with pytest.raises(FileNotFoundError, match=r"give what GenEval's evaluate_images\.py wrote"):
+    with pytest.raises(FileNotFoundError, match=r"give the one that GenEval's evaluate_images\.py wrote"):
         read_results(tmp_path / "none.jsonl")
 
 
-def test_the_summary_is_the_officials() -> None:
+SUMMARY = """
+Summary
+=======
+Total images: 6
+Total prompts: 3
+% correct images: 50.00%
+% correct prompts: 66.67%
+
+Task breakdown
+==============
+two_object       = 25.00% (1 / 4)
+single_object    = 100.00% (2 / 2)
+
+Overall score (avg. over tasks): 0.62500
+"""
+
+
+def test_summary_matches_the_original() -> None:
     results = [_result(TWO, correct, n) for n, correct in enumerate((True, False, False))]
     results += [_result(BENCH, True), _result(BENCH, True, 1)]
-    other = written(Request("two_object", (Clause("dog"), Clause("bus")), (), ""))
-    results += [_result(other, False)]
-    assert summary(results) == "\n".join(
-        [
-            "Summary",
-            "=======",
-            "Total images: 6",
-            "Total prompts: 3",
-            "% correct images: 50.00%",
-            "% correct prompts: 66.67%",
-            "",
-            "Task breakdown",
-            "==============",
-            "two_object       = 25.00% (1 / 4)",
-            "single_object    = 100.00% (2 / 2)",
-            "",
-            "Overall score (avg. over tasks): 0.62500",
-        ]
-    )
+    results += [_result(PromptSpec("two_object", (Clause("dog"), Clause("bus"))).to_prompt(), False)]
+    assert summary(results) == SUMMARY.strip()
     with pytest.raises(ValueError, match="no results to sum up"):
         summary([])
