@@ -20,14 +20,14 @@ class AudioPipeline(DiffusersPipeline):
     unconditional = None
 
     @property
-    @abstractmethod
-    def default_seconds(self) -> float:
-        """The duration of samples in seconds by default."""
-
-    @property
     def max_seconds(self) -> float:
         """The longest duration in seconds that the network can generate."""
         return math.inf
+
+    @property
+    def default_seconds(self) -> float:
+        """The duration of samples in seconds by default."""
+        return self.max_seconds
 
     @property
     @abstractmethod

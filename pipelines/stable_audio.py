@@ -93,11 +93,6 @@ class StableAudio(AudioPipeline):
         return self.frames * int(self.pipe.vae.hop_length) / self.sample_rate
 
     @property
-    def default_seconds(self) -> float:
-        """The longest possible duration in seconds."""
-        return self.max_seconds
-
-    @property
     def sample_shape(self) -> tuple[int, ...]:
         """The shape (channels, L) of a waveform that is cut to ``seconds``."""
         channels, length = super().sample_shape

@@ -23,7 +23,7 @@ _ROUNDINGS = 8
 
 
 @dataclass(frozen=True)
-class FirstPart:
+class PartialRun:
     """N samples after ``done`` evaluations of the network for each.
 
     ``latents`` (N, ...) are in the scheduler's scale, ``x0`` (N, ...) are the clean latents predicted by the last
@@ -38,7 +38,7 @@ class FirstPart:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def rows(self, rows: Tensor) -> FirstPart:
+    def rows(self, rows: Tensor) -> PartialRun:
         """Select the samples ``rows`` (M,) long, in this order."""
         index = rows.to(self.latents.device)
         return replace(self, latents=self.latents[index], x0=self.x0[index], state=select_rows(self.state, rows))
@@ -48,52 +48,42 @@ class FirstPart:
         vars(scheduler).update(select_rows(self.state, torch.arange(len(self))))
 
 
-def first_part(pipe: DiffusionPipeline, steps: int, **call: Any) -> FirstPart:
-    """Run ``pipe(**call)`` for the first ``steps`` evaluations of the network; the output type is always "latent".
-
-    Raises ValueError unless 1 <= steps < all, and for a call whose guidance depends on the number of the step.
-    """
-    return _run_until(pipe, None, steps, call)
-
-
-def next_part(pipe: DiffusionPipeline, part: FirstPart, steps: int, **call: Any) -> FirstPart:
-    """Continue the N samples of ``part`` until ``steps`` evaluations in all are done, as ``second_part`` does."""
-    if not part.done < steps:
-        raise ValueError(f"the samples have done {part.done} steps already: steps must be more, not {steps}")
-    return _run_until(pipe, part, steps, call)
-
-
-def second_part(pipe: DiffusionPipeline, part: FirstPart, **call: Any) -> Any:
-    """Run ``pipe(**call)`` for the evaluations that are left to the N samples of ``part``, and return its output.
-
-    The result equals the unbroken run up to rounding, if noise comes from one generator for each sample. Callbacks
-    count the steps from 0 again.
+def run_part(pipe: DiffusionPipeline, part: PartialRun | None, steps: int, **call: Any) -> PartialRun:
+    """Run ``pipe(**call)`` from noise, or from the end of ``part``, for some of its evaluations of the network.
 
     Args:
         pipe: The pipeline.
-        part: The samples to continue.
-        **call: The arguments of the first part, with the prompts (or embeddings) and the generators of these N
-            samples, in their order; the generators are those that the first part has used.
+        part: The N samples to continue, if any.
+        steps: The number of evaluations of the network in all; those of ``part`` < steps < those of the whole call.
+        **call: The arguments of the whole call, for these N samples: prompts or embeddings, and generators, in their
+            order. The output type is always "latent".
 
     Raises:
-        ValueError: A call with another schedule than the first part's, or a pipeline that does not start from the
-            latents that it is called with.
+        ValueError: Another number of steps, a call whose guidance depends on the number of the step, another schedule
+            than that of ``part``, or a pipeline that does not start from the latents that it is called with.
     """
-    return _run(pipe, part, None, call)[0]
-
-
-def _run_until(pipe: DiffusionPipeline, part: FirstPart | None, steps: int, call: dict[str, Any]) -> FirstPart:
-    """Run the pipeline from the end of ``part``, or from noise, until ``steps`` evaluations are done."""
+    done = 0 if part is None else part.done
+    if steps <= done:
+        raise ValueError(f"steps must be more than the {done} that are done, not {steps}")
     _, last = _run(pipe, part, steps, {**call, "output_type": "latent"})
     if last.index + 1 != steps:
         raise ValueError(
             f"the pipeline stopped after {last.index + 1} steps instead of {steps}: leave out the arguments that"
             " shorten its schedule, such as denoising_end"
         )
-    return FirstPart(steps, last.x_next, last.x0, scheduler_state(pipe.scheduler))
+    return PartialRun(steps, last.x_next, last.x0, scheduler_state(pipe.scheduler))
 
 
-def _run(pipe: DiffusionPipeline, part: FirstPart | None, stop: int | None, call: dict[str, Any]) -> tuple[Any, Move]:
+def run_rest(pipe: DiffusionPipeline, part: PartialRun | None, **call: Any) -> Any:
+    """Run ``pipe(**call)`` for the evaluations that are left to the samples of ``part``, and return its output.
+
+    The output equals the unbroken run up to rounding, if noise comes from one generator for each sample; pass on the
+    generators that ``run_part`` has used. Callbacks count the steps from 0 again. Raises as ``run_part`` does.
+    """
+    return _run(pipe, part, None, call)[0]
+
+
+def _run(pipe: DiffusionPipeline, part: PartialRun | None, stop: int | None, call: dict[str, Any]) -> tuple[Any, Move]:
     """Call the pipeline for the steps from the end of ``part`` to ``stop``, and return its output and last step."""
     if refused := [name for name in _DEPENDENT_ON_STEP if call.get(name) is not None]:
         raise ValueError(
@@ -119,7 +109,7 @@ def _run(pipe: DiffusionPipeline, part: FirstPart | None, stop: int | None, call
 
 
 @contextmanager
-def _limited_timesteps(scheduler: SchedulerMixin, part: FirstPart | None, stop: int | None) -> Iterator[None]:
+def _limited_timesteps(scheduler: SchedulerMixin, part: PartialRun | None, stop: int | None) -> Iterator[None]:
     """Show the pipeline only the timesteps from the end of ``part`` to ``stop``, right after the scheduler sets them.
 
     Whenever the scheduler steps it has all of them again, since solvers ask how many are left.
@@ -136,7 +126,7 @@ def _limited_timesteps(scheduler: SchedulerMixin, part: FirstPart | None, stop: 
         if part is not None:
             if not torch.equal(timesteps, part.state["timesteps"]):
                 raise ValueError(
-                    "this call has another schedule than the first part: give it the same number of steps and size"
+                    "this call has another schedule than the part before: give it the same number of steps and size"
                 )
             part.restore(scheduler)
         scheduler.timesteps = timesteps[part.done if part else 0 : stop]

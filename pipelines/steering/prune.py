@@ -17,7 +17,7 @@ from genalign.search.ranking import best_per_prompt
 from genalign.types import Prompt
 from pipelines.steering.decode import Decode
 from pipelines.steering.latent_scores import LatentScorer, Rewards
-from pipelines.steering.partial_runs import FirstPart, first_part, next_part, second_part
+from pipelines.steering.partial_runs import PartialRun, run_part, run_rest
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,11 @@ def prune(
     count = strategy.candidates
     generators = [torch.Generator().manual_seed(derived_seed(seed, j)) for j in range(count)]
     nodes = list(scorer.lineage.add([0] * count, [None] * count, 0))
-    part: FirstPart | None = None
+    part: PartialRun | None = None
     with scorer.observing():
         for step, alive in zip(strategy.steps, strategy.schedule.counts(count)[1:], strict=True):
             # All candidates that are left do the steps until the next pruning
-            arguments = _repeated(call, prompt, generators)
-            if part is None:
-                part = first_part(pipe, step + 1, **arguments)
-            else:
-                part = next_part(pipe, part, step + 1, **arguments)
+            part = run_part(pipe, part, step + 1, **_repeated(call, prompt, generators))
 
             # The best previews go on
             scores, _ = scorer(part.x0, [prompt] * len(nodes), nodes, step + 1)
@@ -84,7 +80,7 @@ def prune(
 
         # The survivors finish, best first
         arguments = {**_repeated(call, prompt, generators), "output_type": "latent", "return_dict": False}
-        output = pipe(**arguments) if part is None else second_part(pipe, part, **arguments)
+        output = run_rest(pipe, part, **arguments)
         total = len(pipe.scheduler.timesteps)
         scores, samples = scorer(output[0], [prompt] * len(nodes), nodes, total)
         scorer.lineage.close(nodes, total)

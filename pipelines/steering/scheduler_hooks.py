@@ -13,45 +13,37 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    CosineDPMSolverMultistepScheduler,
-    DDIMScheduler,
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSDEScheduler,
-    EDMDPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    LCMScheduler,
-    PNDMScheduler,
-    SASolverScheduler,
-    SchedulerMixin,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler, SchedulerMixin
 from torch import Tensor
 
 from genalign.diffusion.paths import EDMPath, FlowPath, GaussianPath, VPPath, expand, promote
 from genalign.diffusion.transitions import Kernel, transition
 from genalign.types import Grid
 
-_DISCRETE = (DDIMScheduler, DDPMScheduler, PNDMScheduler)
-_SCALED_BY_SIGMA = (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler)
-_SOLVERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler, SASolverScheduler)
-_EDM = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler, CosineDPMSolverMultistepScheduler)
+_DISCRETE = (diffusers.DDIMScheduler, DDPMScheduler, PNDMScheduler)
+_SCALED_BY_SIGMA = (diffusers.EulerDiscreteScheduler, diffusers.EulerAncestralDiscreteScheduler)
+_SOLVERS = (
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.UniPCMultistepScheduler,
+    diffusers.DEISMultistepScheduler,
+    diffusers.SASolverScheduler,
+)
+_EDM = (
+    diffusers.EDMEulerScheduler,
+    diffusers.EDMDPMSolverMultistepScheduler,
+    diffusers.CosineDPMSolverMultistepScheduler,
+)
 _SUPPORTED = (FlowMatchEulerDiscreteScheduler, *_DISCRETE, *_SCALED_BY_SIGMA, *_SOLVERS, *_EDM)
 
-_BROWNIAN = (CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler)
+_BROWNIAN = (diffusers.CosineDPMSolverMultistepScheduler, diffusers.DPMSolverSDEScheduler)
 _STOCHASTIC = (
     DDPMScheduler,
-    EulerAncestralDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    LCMScheduler,
-    SASolverScheduler,
+    diffusers.EulerAncestralDiscreteScheduler,
+    diffusers.KDPM2AncestralDiscreteScheduler,
+    diffusers.LCMScheduler,
+    diffusers.SASolverScheduler,
 )
 
 

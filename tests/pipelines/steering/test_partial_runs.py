@@ -1,4 +1,4 @@
-"""Runs in two parts against unbroken ones."""
+"""Runs in parts against unbroken runs."""
 
 from __future__ import annotations
 
@@ -24,50 +24,50 @@ from diffusers import (
 from torch import Tensor
 
 from pipelines import SD3
-from pipelines.steering.partial_runs import FirstPart, first_part, second_part
+from pipelines.steering.partial_runs import PartialRun, run_part, run_rest
 from pipelines.steering.scheduler_hooks import Move, patched_step
 from tests.pipelines.tiny_pipelines import FAMILIES, STEPS, Family, counted, flux, fresh, sd15, stable_audio
 
-# What numpy 2 says of the tensors that diffusers itself hands to it.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
-ALL, KEPT = (0, 1, 2, 3), (3, 1)
+ALL, SELECTED = (0, 1, 2, 3), (3, 1)
 
 
-def _two_parts(family: Family, steps: int, **extra: Any) -> tuple[FirstPart, Tensor]:
-    """The first part of all and the final latents of those kept."""
-    generators = fresh(ALL)
-    part = first_part(family.pipe, steps, **family.call(ALL, generators), **extra)
-    chosen = part.rows(torch.tensor(KEPT))
-    call = family.call(KEPT, [generators[row] for row in KEPT])
-    final = second_part(family.pipe, chosen, **call, **extra, output_type="latent", return_dict=False)[0]
-    return part, final
+def _in_parts(family: Family, *stops: int, **extra: Any) -> tuple[PartialRun, Tensor]:
+    """The run of all samples until the last of ``stops``, and the final latents of those selected there."""
+    generators, part = fresh(ALL), None
+    for steps in stops:
+        part = run_part(family.pipe, part, steps, **family.call(ALL, generators), **extra)
+    assert part is not None
+    call = family.call(SELECTED, [generators[row] for row in SELECTED])
+    selected = part.rows(torch.tensor(SELECTED))
+    return part, run_rest(family.pipe, selected, **call, **extra, output_type="latent", return_dict=False)[0]
 
 
-def _error(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).abs().max() / expected.abs().max())
+def _assert_close(got: Tensor, expected: Tensor, relative: float = 1e-6) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=relative * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_two_parts_equal_the_whole(name: str, steps: int) -> None:
+@pytest.mark.parametrize("stops", [(1,), (2,), (3,), (1, 3)])
+def test_parts_equal_the_whole(name: str, stops: tuple[int, ...]) -> None:
     family = FAMILIES[name]()
-    whole = family.run(ALL)
+    whole, steps = family.run(ALL), stops[-1]
     with counted(family) as batches:
-        part, final = _two_parts(family, steps)
-    assert _error(final, whole[list(KEPT)]) < 1e-6
-    assert sum(batches) == family.nfe * (steps * len(ALL) + (STEPS - steps) * len(KEPT))
+        part, final = _in_parts(family, *stops)
+    _assert_close(final, whole[list(SELECTED)])
+    assert sum(batches) == family.nfe * (steps * len(ALL) + (STEPS - steps) * len(SELECTED))
     assert len(part) == len(ALL) and part.done == steps
     assert not {"step", "set_timesteps", "__deepcopy__"} & set(vars(family.pipe.scheduler))
 
 
-@pytest.mark.parametrize("extra", [{}, {"eta": 1.0}])
-def test_ddim_is_exact_for_all_rows(extra: dict[str, float]) -> None:
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_is_exact_for_all_rows(eta: float) -> None:
     family, generators = sd15(), fresh(ALL)
-    whole = family.run(ALL, **extra)
-    part = first_part(family.pipe, 2, **family.call(ALL, generators), **extra)
+    whole = family.run(ALL, eta=eta)
+    part = run_part(family.pipe, None, 2, **family.call(ALL, generators), eta=eta)
     call = family.call(ALL, generators)
-    assert torch.equal(second_part(family.pipe, part, **call, **extra, output_type="latent").images, whole)
+    assert torch.equal(run_rest(family.pipe, part, **call, eta=eta, output_type="latent").images, whole)
 
 
 @pytest.mark.parametrize(
@@ -87,28 +87,24 @@ def test_ddim_is_exact_for_all_rows(extra: dict[str, float]) -> None:
     ],
 )
 @pytest.mark.parametrize("steps", [1, 3])
-def test_two_parts_equal_the_whole_on_other_schedulers(
+def test_parts_equal_the_whole_on_other_schedulers(
     kind: type[SchedulerMixin], options: dict[str, Any], steps: int
 ) -> None:
     family = sd15().on(kind, **options)
     whole = family.run(ALL)
     # Heun's last step divides by a small sigma the rounding of the scale that the pipeline multiplies by.
-    assert _error(_two_parts(family, steps)[1], whole[list(KEPT)]) < 3e-6
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_two_parts_of_stable_audio() -> None:
-    family = stable_audio(scheduler=EDMDPMSolverMultistepScheduler(sigma_min=0.3, sigma_max=500.0, sigma_data=1.0))
-    whole = family.run(ALL)
-    assert _error(_two_parts(family, 2)[1], whole[list(KEPT)]) < 1e-6
+    _assert_close(_in_parts(family, steps)[1], whole[list(SELECTED)], 3e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ignore:Should have t")
-def test_two_parts_of_stable_audio_on_its_own_scheduler() -> None:
-    pytest.importorskip("torchsde", reason="CosineDPMSolverMultistepScheduler draws its noise with torchsde")
-    family = stable_audio()
+@pytest.mark.parametrize("own_scheduler", [False, True])
+def test_parts_of_stable_audio(own_scheduler: bool) -> None:
+    if own_scheduler:
+        pytest.importorskip("torchsde", reason="CosineDPMSolverMultistepScheduler draws its noise with torchsde")
+    edm = EDMDPMSolverMultistepScheduler(sigma_min=0.3, sigma_max=500.0, sigma_data=1.0)
+    family = stable_audio(scheduler=None if own_scheduler else edm)
     whole = family.run(ALL)
-    assert _error(_two_parts(family, 2)[1], whole[list(KEPT)]) < 1e-6
+    _assert_close(_in_parts(family, 2)[1], whole[list(SELECTED)])
 
 
 def test_prompts_as_text_and_images_as_output(tiny: SD3) -> None:
@@ -117,88 +113,74 @@ def test_prompts_as_text_and_images_as_output(tiny: SD3) -> None:
     texts = ["a red circle", "a blue square", "an orange ring"]
     call = {"num_inference_steps": 4, "max_sequence_length": tiny.max_sequence_length, "output_type": "pt"}
     whole = pipe(texts, generator=fresh(range(3)), **call).images
-    part = first_part(pipe, 2, prompt=texts, generator=fresh(range(3)), **call).rows(torch.tensor([2, 0]))
-    images = second_part(pipe, part, prompt=[texts[2], texts[0]], **call).images
-    assert _error(images, whole[[2, 0]]) < 1e-5
+    part = run_part(pipe, None, 2, prompt=texts, generator=fresh(range(3)), **call).rows(torch.tensor([2, 0]))
+    _assert_close(run_rest(pipe, part, prompt=[texts[2], texts[0]], **call).images, whole[[2, 0]], 1e-5)
 
 
 def test_several_images_of_one_prompt() -> None:
     family = flux(count=1)
     call = {**family.call([0], fresh(ALL)), "num_images_per_prompt": 4, "output_type": "latent"}
     whole = family.pipe(**call).images
-    part = first_part(family.pipe, 2, **{**call, "generator": fresh(ALL)}).rows(torch.tensor(KEPT))
-    final = second_part(family.pipe, part, **{**call, "generator": None, "num_images_per_prompt": 2}).images
-    assert _error(final, whole[list(KEPT)]) < 1e-6
+    part = run_part(family.pipe, None, 2, **{**call, "generator": fresh(ALL)}).rows(torch.tensor(SELECTED))
+    final = run_rest(family.pipe, part, **{**call, "generator": None, "num_images_per_prompt": 2}).images
+    _assert_close(final, whole[list(SELECTED)])
 
 
-def test_the_previews_are_those_of_the_whole_run() -> None:
+def test_previews_equal_those_of_the_whole_run() -> None:
     family = sd15()
     moves: list[Move] = []
     with patched_step(family.pipe.scheduler, lambda move: moves.append(move)):
         family.run(ALL)
-    part = first_part(family.pipe, 2, **family.call(ALL))
+    part = run_part(family.pipe, None, 2, **family.call(ALL))
     assert torch.equal(part.x0, moves[1].x0) and torch.equal(part.latents, moves[1].x_next)
 
 
-def test_an_outer_hook_sees_the_numbers_of_the_whole_run() -> None:
-    for family in (sd15(), flux()):
-        seen: list[int] = []
-        with patched_step(family.pipe.scheduler, lambda move, seen=seen: seen.append(move.index)):
-            _two_parts(family, 1)
-        assert seen == [0, 1, 2, 3]
+@pytest.mark.parametrize("build", [sd15, flux])
+def test_an_outer_hook_sees_the_step_numbers_of_the_whole_run(build: Callable[[], Family]) -> None:
+    family, steps = build(), []
+    with patched_step(family.pipe.scheduler, lambda move: steps.append(move.index)):
+        _in_parts(family, 1)
+    assert steps == [0, 1, 2, 3]
 
 
 def test_a_part_can_be_used_twice_and_after_other_runs() -> None:
     family = sd15().on(DPMSolverMultistepScheduler)
-    part = first_part(family.pipe, 2, **family.call(ALL))
-    first = second_part(family.pipe, part, **family.call(ALL), output_type="latent").images
+    part = run_part(family.pipe, None, 2, **family.call(ALL))
+    first = run_rest(family.pipe, part, **family.call(ALL), output_type="latent").images
     family.run((1,))
-    assert torch.equal(second_part(family.pipe, part, **family.call(ALL), output_type="latent").images, first)
+    assert torch.equal(run_rest(family.pipe, part, **family.call(ALL), output_type="latent").images, first)
 
 
-@pytest.mark.parametrize("steps", [0, 4, 5])
-def test_an_impossible_number_of_steps(steps: int) -> None:
-    family = flux()
-    with pytest.raises(ValueError, match=f"steps must be 1 to 3 for a part of this call, not {steps}"):
-        first_part(family.pipe, steps, **family.call(ALL))
+@pytest.mark.parametrize(
+    ("name", "done", "steps", "extra", "message"),
+    [
+        ("flux", 0, 0, {}, "steps must be more than the 0 that are done, not 0"),
+        ("flux", 2, 2, {}, "steps must be more than the 2 that are done, not 2"),
+        ("flux", 0, 4, {}, "steps must be 1 to 3 for a part of this call, not 4"),
+        ("flux", 2, 3, {"num_inference_steps": 5}, "another schedule than the part before"),
+        ("sd3", 0, 2, {"skip_guidance_layers": [0]}, "skip_guidance_layers depends on the number of the step"),
+        ("sd3", 2, 3, {"skip_guidance_layers": [0]}, "skip_guidance_layers depends on the number of the step"),
+        ("sdxl", 0, 3, {"denoising_end": 0.3}, "stopped after 1 steps instead of 3"),
+    ],
+)
+def test_impossible_parts_are_refused(name: str, done: int, steps: int, extra: dict[str, Any], message: str) -> None:
+    family = FAMILIES[name]()
+    part = run_part(family.pipe, None, done, **family.call(ALL)) if done else None
+    with pytest.raises(ValueError, match=message):
+        run_part(family.pipe, part, steps, **{**family.call(ALL), **extra})
     assert "step" not in vars(family.pipe.scheduler)
-
-
-def test_another_schedule_is_refused() -> None:
-    family = flux()
-    part = first_part(family.pipe, 2, **family.call(ALL))
-    with pytest.raises(ValueError, match="another schedule than the first part"):
-        second_part(family.pipe, part, **{**family.call(ALL), "num_inference_steps": 5})
-
-
-def test_guidance_by_the_number_of_the_step_is_refused() -> None:
-    family = FAMILIES["sd3"]()
-    for run in (lambda **call: first_part(family.pipe, 2, **call), _second_of(family)):
-        with pytest.raises(ValueError, match="skip_guidance_layers depends on the number of the step"):
-            run(**family.call(ALL), skip_guidance_layers=[0])
-
-
-def _second_of(family: Family) -> Callable[..., Any]:
-    part = first_part(family.pipe, 2, **family.call(ALL))
-    return lambda **call: second_part(family.pipe, part, **call)
 
 
 def test_a_pipeline_that_changes_its_latents_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     family = flux()
-    part = first_part(family.pipe, 2, **family.call(ALL))
+    part = run_part(family.pipe, None, 2, **family.call(ALL))
     prepare = family.pipe.prepare_latents
     monkeypatch.setattr(family.pipe, "prepare_latents", lambda *args: (2 * prepare(*args)[0], prepare(*args)[1]))
     with pytest.raises(ValueError, match="cannot be run in parts"):
-        second_part(family.pipe, part, **family.call(ALL))
+        run_rest(family.pipe, part, **family.call(ALL))
 
 
-def test_a_schedule_that_the_pipeline_shortens_is_refused() -> None:
-    family = FAMILIES["sdxl"]()
-    with pytest.raises(ValueError, match="stopped after 1 steps instead of 3"):
-        first_part(family.pipe, 3, **family.call(ALL), denoising_end=0.3)
-
-
-def test_ddim_options_of_the_call_are_kept() -> None:
+def test_ddim_options_of_the_call_are_preserved() -> None:
     family = sd15().on(DDIMScheduler, clip_sample=False)
     whole = family.run(ALL, eta=0.5)
-    assert _error(_two_parts(family, 2, eta=0.5)[1], whole[list(KEPT)]) < 1e-6
+    _assert_close(_in_parts(family, 2, eta=0.5)[1], whole[list(SELECTED)])
