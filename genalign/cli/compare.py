@@ -1,26 +1,28 @@
-"""``genalign calibrate``, ``genalign compare`` and ``genalign report``."""
+"""The commands ``calibrate``, ``compare`` and ``report``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from genalign.cli import config
 from genalign.cli.context import CommandContext, named_rewards, prompt_set
 from genalign.cli.train import train_command
-from genalign.evaluation.compare_runs import Contender, standings, write_standings
+from genalign.evaluation.compare_runs import RecipeRuns, summarize_recipes, write_recipe_summaries
 from genalign.evaluation.report import write_comparison, write_report
 from genalign.prompts import PromptSampler
 from genalign.runtime.files import write_json
 from genalign.training.noise_calibration import calibrate, save_kernel
-from genalign.training.run import RunFolder
+from genalign.training.run_folder import RunFolder
 from genalign.training.sampler import Sampler
 from genalign.worlds.registry import diversity_of
 
+REPORT_USAGE = "usage: genalign report RUN: write RUN/report.html, for example genalign report runs/demo"
+COMPARE_USAGE = "usage: genalign compare FILE [--SETTING VALUE ...]: train and compare the recipes of a YAML file"
+
 
 def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """``genalign calibrate``."""
+    """Find the noise level of each sampling step, and write a kernel that uses them."""
     settings, _ = config.parse(config.Calibrate, arguments, "calibrate")
     pipeline, training = context.load(settings.model), settings.training
     sampler = Sampler(
@@ -41,40 +43,53 @@ def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
 
 def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """``genalign compare``; finished runs are kept, so that it goes on where it stopped."""
+    """Train every recipe of a comparison file with every seed, and write a page that compares them.
+
+    Finished runs are not repeated, and interrupted ones are resumed.
+    """
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(COMPARE_USAGE)
+        return 0
     if not arguments or arguments[0].startswith("-"):
         raise ValueError("give the comparison's file: genalign compare scripts/configs/compare/shapes_methods.yaml")
     source = Path(arguments[0])
     settings, plain = config.parse(config.Compare, ["--config", str(source), *arguments[1:]], "compare")
     output = Path(settings.output)
-    for name, seed in settings.jobs():
-        if not (output / name / f"seed-{seed}" / "gain.json").exists():
-            _compared_run(context, output / name, source.parent / settings.base, plain["runs"][name], seed)
-    contenders = [
-        Contender(name, {seed: output / name / f"seed-{seed}" for other, seed in settings.jobs() if other == name})
+    jobs = settings.jobs()
+
+    # Train
+    for number, (name, seed) in enumerate(jobs, start=1):
+        run, own = output / name / f"seed-{seed}", output / name / "settings.json"
+        print(f"run {number}/{len(jobs)}: {run}", flush=True)
+        if (run / "gain.json").exists():
+            continue
+        write_json(own, plain["runs"][name])
+        training = ["--config", str(source.parent / settings.base), "--config", str(own), "--output", str(run)]
+        if status := train_command(context, [*training, "--training.seed", str(seed), "--resume"]):
+            raise SystemExit(status)
+
+    # Compare
+    recipes = [
+        RecipeRuns(name, {seed: output / name / f"seed-{seed}" for other, seed in jobs if other == name})
         for name in settings.runs
     ]
-    found = standings(contenders, diversity_of)
-    write_standings(output / "comparison.json", found)
-    write_comparison(output / "comparison.html", found)
+    summaries = summarize_recipes(recipes, diversity_of)
+    write_recipe_summaries(output / "comparison.json", summaries)
+    write_comparison(output / "comparison.html", summaries)
+    for summary in sorted(summaries, key=lambda summary: -summary.gain):
+        print(f"{summary.name:24s} gain {summary.gain:+.3f} ({summary.low:+.3f} to {summary.high:+.3f})")
     print(f"comparison: {output / 'comparison.html'}")
     return 0
 
 
-def _compared_run(context: CommandContext, folder: Path, base: Path, own: Mapping[str, Any], seed: int) -> None:
-    """One training by ``base`` with its ``own`` settings; one that was interrupted goes on."""
-    run = folder / f"seed-{seed}"
-    write_json(folder / "settings.json", own)
-    arguments = ["--config", str(base), "--config", str(folder / "settings.json")]
-    if status := train_command(context, [*arguments, "--output", str(run), "--training.seed", str(seed), "--resume"]):
-        raise SystemExit(status)
-
-
 def report_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """``genalign report RUN``."""
+    """Write the report of a run, finished or not."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(REPORT_USAGE)
+        return 0
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise ValueError("give one run folder: genalign report runs/demo")
     folder = Path(arguments[0])
     RunFolder(folder).require_format()
-    print(write_report(folder))
+    print(f"report: {write_report(folder)}")
     return 0

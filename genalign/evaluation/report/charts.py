@@ -1,139 +1,165 @@
-"""The training curves of a run, each against rounds, time and NFE."""
+"""Charts of every number in the rows of a run, in sections."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
 from genalign.evaluation.report.curves import Axis, Point, line_chart
-from genalign.evaluation.report.reading import Row
-from genalign.evaluation.report.words import SHARES, count, number, percent
-from genalign.metrics.intervals import Estimate
-from genalign.training.reward_hacking import HackingReport, Signal
+from genalign.evaluation.report.reading import Row, rounds_done
+from genalign.evaluation.report.words import SHARES, call_words, count, memory_size, number, percent, plain
+from genalign.training.reward_hacking import HackingReport
+from genalign.training.trackers import flat_numbers
 
-_REWARD = Axis("reward", number)
-_KL = Axis("KL", number, from_zero=True)
-_SHARE = Axis("share", percent, limits=(0.0, 1.0), from_zero=True)
+_CAPTIONS = {
+    "reward": ("Training reward", "weighted mean of all rewards in each round"),
+    "reward_std": ("Spread of the reward", "standard deviation over the samples of a round"),
+    "kl": ("KL to the reference", "how far the policy has moved"),
+    "clip_fraction": ("Clip fraction", "updates cut off by the clip range"),
+    "zero_std_share": ("Groups without signal", "all samples of a prompt scored the same"),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "loss": ("Loss", "of the policy"),
+    "log_ratio_max": ("Largest log-ratio", "of a round's first update; 0 in exact arithmetic"),
+    "failed_rewards": ("Failed rewards", "samples of a round that a reward could not score"),
+    "skipped_updates": ("Skipped updates", "gradient was not finite"),
+    "learning_rate": ("Learning rate", ""),
+    "nfe": ("NFE", "denoiser evaluations of single samples, from the start"),
+    "samples": ("Samples", "generated for training, from the start"),
+    "machine/seconds": ("Training time", "seconds, from the start"),
+    "machine/samples_per_second": ("Samples per second", "mean from the start"),
+    "machine/peak_memory_bytes": ("Peak memory", "highest so far"),
+}
+"""Title and caption of the numbers that every method records."""
 
+_GROUP_CAPTIONS = {
+    "held_out": ("Held-out {}", "samples of held-out prompts, with 95 % interval"),
+    "rewards": ("Reward {}", "mean of each round, unweighted"),
+    "reward_hacking": ("{}", "shift from the untrained model"),
+    "metrics": ("{}", "recorded by the method or by a trained reward"),
+    "calls": ("{}", "calls on single samples, from the start"),
+}
 
-@dataclass(frozen=True)
-class View:
-    """A chart against one of the horizontal axes, "round", "time" or "nfe"."""
-
-    axis: str
-    svg: Markup
+_SECTIONS = {
+    "Scores": ("held_out", "reward", "rewards"),
+    "Policy": ("kl", "clip_fraction", "zero_std_share"),
+    "Reward hacking": ("reward_hacking",),
+    "Optimization": (
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "log_ratio_max",
+        "reward_std",
+        "failed_rewards",
+        "skipped_updates",
+    ),
+    "Method": ("metrics",),
+    "Cost": ("nfe", "samples", "calls", "machine"),
+}
+_HACKING, _REST = "Reward hacking", "Optimization"
+_OPEN = ("Scores", "Policy", _HACKING)  # against rounds, time and NFE; the others are folded, and against rounds only
 
 
 @dataclass(frozen=True)
 class Chart:
-    """``light`` is that of a signal's last reading, "" for none."""
+    """One number over a run, against "round" and, if it is important, "time" and "nfe".
+
+    ``status`` is the last status of a reward-hacking signal, or empty.
+    """
 
     title: str
     caption: str
-    views: tuple[View, ...]
-    light: str = ""
+    views: Mapping[str, Markup]
+    status: str = ""
 
 
 @dataclass(frozen=True)
-class Watched:
-    """What was watched for signs of an exploited reward: the last light, in words, and a chart of every signal."""
+class ChartSection:
+    """Charts that belong together; folded ones are opened by a click."""
 
-    light: str
-    words: str
+    title: str
     charts: tuple[Chart, ...]
+    folded: bool
+    status: str = ""
 
 
-def charts(rows: Sequence[Row]) -> list[Chart]:
-    """The curves that have at least one value."""
-    score = next((next(iter(row["held_out"])) for row in rows if row.get("held_out")), "")
-    drawn = [
-        _chart(
-            rows,
-            "Held-out score",
-            "samples of prompts kept out of training, with 95 % interval",
-            Axis(f"{score} score", percent, limits=(0.0, 1.0)) if score in SHARES else Axis(score, number),
-            _held_out(score),
-        ),
-        _chart(rows, "Training reward", "mean of each round", _REWARD, _column("reward")),
-        _chart(rows, "KL to the reference", "how far the policy has moved", _KL, _column("kl")),
-        _chart(rows, "Clip fraction", "updates cut off by the clip range", _SHARE, _column("clip_fraction")),
-        _chart(rows, "Zero-spread groups", "equal rewards, nothing to learn", _SHARE, _column("zero_std_share")),
-    ]
-    return [chart for chart in drawn if chart.views]
-
-
-def _chart(rows: Sequence[Row], title: str, caption: str, axis: Axis, read: Callable[[Row], Point | None]) -> Chart:
-    """``read`` makes a point of a row, or None where the row has no value; its x is then set for each view."""
-    found = [(row, point) for row in rows if (point := read(row)) is not None]
-    if not found:
-        return Chart(title, caption, ())
-    views = []
-    for name, horizontal, at in _horizontal_axes(rows):
-        points = [Point(at(row), point.y, point.low, point.high) for row, point in found]
-        views.append(View(name, line_chart(points, horizontal, axis, title)))
-    return Chart(title, caption, tuple(views))
-
-
-def _horizontal_axes(rows: Sequence[Row]) -> list[tuple[str, Axis, Callable[[Row], float]]]:
-    unit, name = _time_unit(rows[-1]["machine"]["seconds"])
+def chart_sections(rows: Sequence[Row]) -> list[ChartSection]:
+    """Draw every number of the rows; sections without a number are left out."""
+    titles = {group: title for title, groups in _SECTIONS.items() for group in groups}
+    ranks = {group: rank for rank, group in enumerate(titles)}
+    reports = [HackingReport.from_list(row["reward_hacking"]) for row in rows if row.get("reward_hacking")]
+    signals = {f"reward_hacking/{signal.name}": signal for signal in reports[-1].signals} if reports else {}
+    charts: dict[str, list[Chart]] = {title: [] for title in _SECTIONS}
+    series = _series(rows)
+    for name in sorted(series, key=lambda name: ranks.get(name.partition("/")[0], len(ranks))):
+        title = titles.get(name.partition("/")[0], _REST)
+        chart = _chart(rows, name, series[name], axes=3 if title in _OPEN else 1)
+        if signal := signals.get(name):
+            caption = f"shift; {number(signal.before)} before training, {number(signal.now)} now"
+            chart = replace(chart, caption=caption, status=signal.status or "")
+        charts[title].append(chart)
+    statuses = {_HACKING: reports[-1].status} if reports else {}
     return [
-        ("round", Axis("rounds", count), lambda row: float(row["round"])),
-        ("time", Axis(name, number, unit), lambda row: float(row["machine"]["seconds"])),
+        ChartSection(title, tuple(drawn), title not in _OPEN, statuses.get(title, ""))
+        for title, drawn in charts.items()
+        if drawn
+    ]
+
+
+def _series(rows: Sequence[Row]) -> dict[str, dict[int, Point]]:
+    """Every number of the rows by name, as points by the number of their row; an estimate brings its interval."""
+    series: dict[str, dict[int, Point]] = {}
+    for index, row in enumerate(rows):
+        numbers = flat_numbers(row)
+        estimates = {name.removesuffix("/low") for name in numbers if name.endswith("/low")}
+        parts = {f"{name}/{part}" for name in estimates for part in ("low", "high", "n")}
+        for name, value in numbers.items():
+            if name not in {"round", "calls/forward"} | parts:  # calls/forward is NFE
+                interval = (numbers[f"{name}/low"], numbers[f"{name}/high"]) if name in estimates else None
+                series.setdefault(name, {})[index] = Point(0.0, value, interval)
+    return series
+
+
+def _chart(rows: Sequence[Row], name: str, points: Mapping[int, Point], axes: int) -> Chart:
+    """Draw one number against rounds or, with ``axes`` 3, against rounds, training time and NFE.
+
+    Args:
+        rows: All rows of the run.
+        name: The name of the number, as in "rewards/ocr".
+        points: Its values by the index of their row.
+        axes: The number of horizontal axes.
+    """
+    group, _, rest = name.partition("/")
+    title, caption = _CAPTIONS.get(name) or _GROUP_CAPTIONS.get(group, ("{}", ""))
+    title = title.format(call_words(rest) if group == "calls" else plain(rest or name))
+    views = {}
+    for key, x_axis, at in _x_axes(rows)[:axes]:
+        placed = [Point(at(rows[index]), point.y, point.interval) for index, point in points.items()]
+        views[key] = line_chart(placed, x_axis, _y_axis(name), title)
+    return Chart(title, caption, views)
+
+
+def _y_axis(name: str) -> Axis:
+    group, last = name.partition("/")[0], name.rpartition("/")[2]
+    if group in ("held_out", "rewards") and last in SHARES:
+        return Axis("score", percent, limits=(0.0, 1.0))
+    if last.endswith(("_fraction", "_share")):
+        return Axis("share", percent, limits=(0.0, 1.0), from_zero=True)
+    if last.endswith("_bytes"):
+        return Axis("memory", memory_size, from_zero=True)
+    if group in (*_SECTIONS["Cost"], "failed_rewards", "skipped_updates"):
+        return Axis("", count, from_zero=True)
+    return Axis("shift" if group == "reward_hacking" else "", number, from_zero=name == "kl")
+
+
+def _x_axes(rows: Sequence[Row]) -> list[tuple[str, Axis, Callable[[Row], float]]]:
+    """The horizontal axes: rounds, training time in a unit that suits the length of the run, and NFE."""
+    seconds = rows[-1]["machine"]["seconds"]
+    units = [(2 * 3600, 3600.0, "hours"), (2 * 60, 60.0, "minutes"), (0, 1.0, "seconds")]
+    unit, label = next((unit, label) for least, unit, label in units if seconds >= least)
+    return [
+        ("round", Axis("rounds", count, whole=True), rounds_done),
+        ("time", Axis(label, number, unit), lambda row: float(row["machine"]["seconds"])),
         ("nfe", Axis("NFE", count), lambda row: float(row["nfe"])),
     ]
-
-
-def _time_unit(seconds: float) -> tuple[float, str]:
-    if seconds >= 2 * 3600:
-        return 3600.0, "hours"
-    return (60.0, "minutes") if seconds >= 2 * 60 else (1.0, "seconds")
-
-
-def _column(name: str) -> Callable[[Row], Point | None]:
-    def read(row: Row) -> Point | None:
-        value = row.get(name)
-        return None if value is None else Point(0.0, value)
-
-    return read
-
-
-def _held_out(score: str) -> Callable[[Row], Point | None]:
-    def read(row: Row) -> Point | None:
-        return _point(Estimate(**row["held_out"][score])) if row.get("held_out") else None
-
-    return read
-
-
-def _point(estimate: Estimate) -> Point:
-    return Point(0.0, estimate.mean, estimate.low, estimate.high)
-
-
-def watched(rows: Sequence[Row]) -> Watched | None:
-    """The panels of a run; None where there are none."""
-    panels = [
-        (row["round"], HackingReport.from_list(row["reward_hacking"])) for row in rows if row.get("reward_hacking")
-    ]
-    if not panels:
-        return None
-    drawn = [_signal(rows, signal) for signal in panels[-1][1].signals]
-    return Watched(panels[-1][1].status, _alarms(panels), tuple(drawn))
-
-
-def _alarms(panels: Sequence[tuple[int, HackingReport]]) -> str:
-    alarms = [(number, panel.alarm) for number, panel in panels if panel.alarm]
-    if not alarms:
-        return "No sign that the reward is exploited."
-    number, first = alarms[0]
-    seen = f"alarm in {len(alarms)} of {len(panels)} looks, first in round {number}"
-    return f"The reward may be exploited: {seen}: {first}"
-
-
-def _signal(rows: Sequence[Row], last: Signal) -> Chart:
-    def read(row: Row) -> Point | None:
-        found = [item for item in row.get("reward_hacking") or () if item["name"] == last.name]
-        return _point(Estimate(**found[0]["shift"])) if found else None
-
-    caption = f"{number(last.before)} before training, {number(last.now)} now"
-    return replace(_chart(rows, last.name, caption, Axis("shift", number), read), light=last.status or "")

@@ -1,42 +1,60 @@
-"""A run folder as the report sees it: whatever is there, and notes on what is not."""
+"""A run folder as the report reads it, with sentences on the parts that are missing."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from genalign.evaluation.evaluate import Evaluation, load_evaluation
-from genalign.evaluation.paired import Pair, gain, ranked, task_gains
+from genalign.evaluation.paired import SamplePair, gain, pairs_by_gain, task_gains
 from genalign.metrics.intervals import Estimate
 
 Row = Mapping[str, Any]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """After minus before: by score, by task and score, and pair by pair with the worst regression first."""
+    """After minus before: the mean over tasks of each score, each task, and all pairs, worst regression first."""
 
-    gain: Mapping[str, Estimate]
+    overall: Mapping[str, Estimate]
     tasks: Mapping[str, Mapping[str, Estimate]]
-    pairs: tuple[Pair, ...]
+    pairs: tuple[SamplePair, ...]
 
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run folder; a part that is absent is empty or None, and ``notes`` says so."""
+    """The parts of a run folder; a part that is absent is empty or None.
+
+    ``incomparable`` says why two evaluations have no comparison.
+    """
 
     folder: Path
     rows: tuple[Row, ...]
-    config: Any
-    environment: Any
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
     before: Evaluation | None
     after: Evaluation | None
     comparison: Comparison | None
-    notes: tuple[str, ...]
+    incomparable: str = ""
+
+    @property
+    def unfinished(self) -> str:
+        """How many of the configured rounds are recorded if the run did not reach its end; else empty."""
+        settings = self.config.get("training", {})
+        planned, last = settings.get("rounds"), self.rows[-1] if self.rows else None
+        if self.after or planned is None or (last and rounds_done(last) >= planned):
+            return ""
+        if last and settings.get("max_nfe") and last["nfe"] >= settings["max_nfe"]:
+            return ""
+        return f"{rounds_done(last) if last else 0} of {planned} rounds"
+
+
+def rounds_done(row: Row) -> int:
+    """The number of rounds after which a row was recorded; rows count from 0."""
+    return int(row["round"]) + 1
 
 
 def read_run(folder: Path) -> Run:
@@ -47,54 +65,35 @@ def read_run(folder: Path) -> Run:
             gain.json, ``{score: {mean, low, high, n}}``, which replaces the overall gain computed from the evaluations.
 
     Raises:
-        FileNotFoundError: the folder does not exist.
+        FileNotFoundError: the folder does not exist, or holds no part of a run.
         json.JSONDecodeError: a file is damaged, other than in the last line of metrics.jsonl.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a run folder: give the output directory of a training")
-    notes: list[str] = []
-    before = _part(folder / "before" / "summary.json", _read_evaluation, notes, "No evaluation before training.")
-    after = _part(
-        folder / "after" / "summary.json",
-        _read_evaluation,
-        notes,
-        "No evaluation after training: the run was interrupted or is still under way.",
+    parts = ("config.json", "metrics.jsonl", "before/summary.json", "after/summary.json")
+    if not any((folder / part).is_file() for part in parts):
+        raise FileNotFoundError(
+            f"{folder} is not a run folder: it has no config.json. Give the output of genalign train"
+        )
+    before, after = (
+        load_evaluation(folder / name) if (folder / name / "summary.json").is_file() else None
+        for name in ("before", "after")
     )
-    rows = _part(folder / "metrics.jsonl", _read_rows, notes, "No training metrics (metrics.jsonl).") or ()
-    config = _part(folder / "config.json", _read_json, notes, "No configuration (config.json).")
-    environment = _part(folder / "environment.json", _read_json, notes, "No environment (environment.json).")
-    comparison = _compare(folder, before, after, notes) if before and after else None
-    return Run(folder, rows, config, environment, before, after, comparison, tuple(notes))
+    rows: tuple[Row, ...] = ()
+    if (folder / "metrics.jsonl").is_file():
+        # the last line has no end if the run was interrupted while it was written
+        *lines, _ = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+        rows = tuple(json.loads(line) for line in lines if line.strip())
+    comparison, incomparable = None, ""
+    if before and after:
+        stored = {name: Estimate(**value) for name, value in _read_json(folder / "gain.json").items()}
+        try:
+            pairs = pairs_by_gain(before, after)
+            comparison = Comparison(gain(before, after) | stored, task_gains(before, after), pairs)
+        except ValueError as error:
+            incomparable = str(error)
+    config, environment = _read_json(folder / "config.json"), _read_json(folder / "environment.json")
+    return Run(folder, rows, config, environment, before, after, comparison, incomparable)
 
 
-def _part(path: Path, read: Callable[[Path], T], notes: list[str], missing: str) -> T | None:
-    if path.exists():
-        return read(path)
-    notes.append(missing)
-    return None
-
-
-def _read_evaluation(summary: Path) -> Evaluation:
-    return load_evaluation(summary.parent)
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _read_rows(path: Path) -> tuple[Row, ...]:
-    """The rounds; a last line without its end, cut off by an interruption, is dropped."""
-    *lines, _cut_off = path.read_text(encoding="utf-8").split("\n")
-    return tuple(json.loads(line) for line in lines if line.strip())
-
-
-def _compare(folder: Path, before: Evaluation, after: Evaluation, notes: list[str]) -> Comparison | None:
-    """None, with the reason in ``notes``, where the two cannot be compared."""
-    try:
-        gains = gain(before, after)
-    except ValueError as error:
-        notes.append(f"Before and after are shown without a gain: {error}.")
-        return None
-    stored = _part(folder / "gain.json", _read_json, [], "") or {}
-    gains |= {name: Estimate(**estimate) for name, estimate in stored.items()}
-    return Comparison(gains, task_gains(before, after), ranked(before, after))
+def _read_json(path: Path) -> Mapping[str, Any]:
+    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content

@@ -1,16 +1,29 @@
-"""Thumbnails of saved samples on a page, as many as fit."""
+"""Saved samples on a page: thumbnails, as many as fit, and the sample grids of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
 
-from genalign.runtime.media import Thumbnail, medium_of_file
+from genalign.evaluation.report.reading import Row, rounds_done
+from genalign.runtime.media import Thumbnail, data_uri, medium_of_file, opened_image
 
-LIST_BYTES = 1_400_000  # of the samples of one list, as base64: two lists and the charts stay under 5 MB
+LIST_BYTES = 1_400_000  # of the samples of one list, as base64
+GRID_SIDE = 640  # pixels of a picture of several samples
+GRID_ROUNDS, CLIP_ROUNDS, CLIPS = 6, 3, 4  # grids of images; grids of clips, and the clips of each
 
 Card = TypeVar("Card")
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """The samples of fixed prompts and noise after a number of rounds: one picture of a grid, or several clips."""
+
+    rounds: int
+    samples: tuple[Thumbnail, ...]
 
 
 def thumbnail(folder: Path, name: str | None) -> Thumbnail:
@@ -33,3 +46,34 @@ def fitting(cards: Iterable[Card], samples: Callable[[Card], Sequence[Thumbnail]
             break
         selected.append(card)
     return selected
+
+
+def samples_over_rounds(folder: Path, rows: Sequence[Row]) -> list[SampleRow]:
+    """The sample grids of the first round, the last and some in between; if they do not fit, fewer in between."""
+    grids = [row for row in rows if row.get("sample_grid") and (folder / row["sample_grid"][0]).is_file()]
+    if not grids:
+        return []
+    limit = GRID_ROUNDS if grids[0]["sample_grid"][0].endswith(".png") else CLIP_ROUNDS
+    steps = max(1, min(limit, len(grids)) - 1)
+    indices = sorted({round(step * (len(grids) - 1) / steps) for step in range(steps + 1)})
+    by_importance = [indices[-1], *indices[:-1]]
+    cards = (
+        SampleRow(rounds_done(grids[i]), tuple(_drawn(folder, name) for name in grids[i]["sample_grid"][:CLIPS]))
+        for i in by_importance
+    )
+    return sorted(fitting(cards, lambda card: card.samples), key=lambda card: card.rounds)
+
+
+def _drawn(folder: Path, name: str) -> Thumbnail:
+    """Draw a grid larger than a thumbnail of one image: as it is, or reduced to ``GRID_SIDE`` pixels."""
+    path = folder / name
+    if path.suffix != ".png" or not path.is_file():
+        return thumbnail(folder, name)
+    with opened_image(path) as image:
+        if max(image.size) <= GRID_SIDE:
+            return Thumbnail(data_uri("image/png", path.read_bytes()))
+        small = image.convert("RGB")
+    small.thumbnail((GRID_SIDE, GRID_SIDE))
+    buffer = BytesIO()
+    small.save(buffer, "WEBP", quality=90)
+    return Thumbnail(data_uri("image/webp", buffer.getvalue()))

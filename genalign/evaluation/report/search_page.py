@@ -1,4 +1,4 @@
-"""The page about a search: what was found, what it cost, and how candidates came and went."""
+"""The page about a search: its scores, its cost, and how candidates were copied and pruned."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from markupsafe import Markup
 from genalign.evaluation.report.curves import Axis, Point, line_chart
 from genalign.evaluation.report.html import page
 from genalign.evaluation.report.samples import fitting, thumbnail
-from genalign.evaluation.report.words import count, duration, number, plain
+from genalign.evaluation.report.summary import Fact
+from genalign.evaluation.report.words import call_words, count, duration, number, plain
 from genalign.runtime.files import write_text
 from genalign.runtime.media import Thumbnail
 
-_SHOWN = 24
-_WIDTH, _ROW = 220.0, 7.0
+_MAX_CARDS = 24
+_WIDTH, _ROW = 220.0, 7.0  # of a tree, and of one candidate in it, in pixels
+Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class _Card:
+class _PromptCard:
     """One prompt's sample, and the tree of its candidates."""
 
     prompt: str
@@ -34,101 +36,98 @@ class _Card:
 
 
 def write_search(folder: Path) -> Path:
-    """Write ``report.html`` into a search's folder; its path. Raises FileNotFoundError where nothing is finished."""
-    rows = _rows(folder)
+    """Write ``report.html`` into a search's folder, and return its path.
+
+    Raises FileNotFoundError if no prompt is finished.
+    """
+    path = folder / "scores.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = sorted(map(json.loads, lines), key=lambda row: int(row["index"]))
     if not rows:
         raise FileNotFoundError(f"{folder} has no finished prompt")
-    families = [json.loads((folder / "lineage" / f"{row['index']:05d}.json").read_text("utf-8")) for row in rows]
-    cards = (_card(folder, row, family) for row, family in zip(rows[:_SHOWN], families, strict=False))
-    path = folder / "report.html"
+    lineages = [json.loads((folder / "lineage" / f"{row['index']:05d}.json").read_text("utf-8")) for row in rows]
+    cards = (
+        _PromptCard(
+            prompt=row["prompt"],
+            sample=thumbnail(folder, row["image"]),
+            scores=", ".join(f"{plain(k)} {'failed' if v is None else number(v)}" for k, v in row["scores"].items()),
+            tree=tree(lineage["lives"], lineage["chosen"]),
+        )
+        for row, lineage in zip(rows[:_MAX_CARDS], lineages, strict=False)
+    )
     text = page("search.html.j2").render(
         name=folder.resolve().name,
         facts=_facts(rows),
-        curve=_curve(rows, families),
+        curve=_curve(next(iter(rows[0]["scores"])), [lineage["lives"] for lineage in lineages]),
         cards=fitting(cards, lambda card: (card.sample,)),
         prompts=len(rows),
     )
-    write_text(path, text)
-    return path
+    write_text(folder / "report.html", text)
+    return folder / "report.html"
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "scores.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return sorted((json.loads(line) for line in lines), key=lambda row: int(row["index"]))
-
-
-def _facts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Means over prompts of the scores and of what was billed, and the time."""
-    scores = [(plain(name), number(_mean([row["scores"][name] for row in rows]))) for name in rows[0]["scores"]]
-    calls: Counter[str] = Counter()
+def _facts(rows: Sequence[Json]) -> list[Fact]:
+    """Mean scores, failed ones left out, mean calls of a prompt, and the time of all prompts."""
+    facts, calls = [], Counter[str]()
+    for name in rows[0]["scores"]:
+        values = [row["scores"][name] for row in rows if row["scores"][name] is not None]
+        facts.append(Fact(plain(name), number(math.fsum(values) / len(values)) if values else "failed"))
     for row in rows:
         calls.update(row["calls"])
-    billed = [(f"{plain(call)} a prompt", count(total / len(rows))) for call, total in sorted(calls.items())]
-    return [*scores, *billed, ("time", duration(sum(row["seconds"] for row in rows)))]
+    facts += [Fact(f"{call_words(call)} per prompt", count(n / len(rows))) for call, n in sorted(calls.items())]
+    return [*facts, Fact("time", duration(sum(row["seconds"] for row in rows)))]
 
 
-def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else math.nan
+def tree(candidates: Sequence[Json], returned: int) -> Markup:
+    """Draw the candidates of one prompt, a row each from its first step to its last; a copy hangs on its parent.
 
-
-def _card(folder: Path, row: Mapping[str, Any], family: Mapping[str, Any]) -> _Card:
-    scores = ", ".join(f"{plain(name)} {'failed' if v is None else number(v)}" for name, v in row["scores"].items())
-    return _Card(row["prompt"], thumbnail(folder, row["image"]), scores, tree(family["lives"], family["chosen"]))
-
-
-def tree(lives: Sequence[Mapping[str, Any]], chosen: int) -> Markup:
-    """An SVG of one prompt's candidates, a row each from the step where it began to that where it ended; the one that
-    was returned stands out, with those it was copied from, and a copy hangs on its parent.
+    The candidate that was ``returned`` and its ancestors stand out.
     """
-    steps = max(life["ended"] or 0 for life in lives) or 1
-    ancestors = _ancestors(lives, chosen)
-    parts = []
-    for row, life in enumerate(lives):
-        y, kind = _ROW * (row + 0.5), "kept" if row in ancestors else "gone"
-        x1, x2 = (_WIDTH * at / steps for at in (life["born"], life["ended"] or life["born"]))
-        if life["parent"] is not None:
-            parts.append(_line(kind, x1, x1, _ROW * (life["parent"] + 0.5), y))
-        parts.append(_line(kind, x1, x2, y, y))
-    size = f"0 0 {_WIDTH:.0f} {_ROW * len(lives):.0f}"
-    label = f"{len(lives)} candidates over {steps} steps"
-    return Markup(f'<svg class="tree" viewBox="{size}" role="img" aria-label="{label}">{"".join(parts)}</svg>')
+    steps = max(candidate["ended"] or 0 for candidate in candidates) or 1
+    lineage, number = set[int](), returned
+    while number is not None:
+        lineage.add(number)
+        number = candidates[number]["parent"]
+    lines = []
+    for row, candidate in enumerate(candidates):
+        y, kind = _ROW * (row + 0.5), "returned" if row in lineage else "pruned"
+        x1, x2 = (_WIDTH * at / steps for at in (candidate["born"], candidate["ended"] or candidate["born"]))
+        if candidate["parent"] is not None:
+            lines.append((kind, x1, x1, _ROW * (candidate["parent"] + 0.5), y))
+        lines.append((kind, x1, x2, y, y))
+    body = "".join(
+        f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
+        for kind, x1, x2, y1, y2 in lines
+    )
+    size = f"0 0 {_WIDTH:.0f} {_ROW * len(candidates):.0f}"
+    label = f"{len(candidates)} candidates over {steps} steps"
+    return Markup(f'<svg class="tree" viewBox="{size}" role="img" aria-label="{label}">{body}</svg>')
 
 
-def _line(kind: str, x1: float, x2: float, y1: float, y2: float) -> str:
-    return f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
+def _curve(reward: str, prompts: Sequence[Sequence[Json]]) -> Markup:
+    """Draw the best first reward so far, a mean over prompts, against the steps spent on a prompt.
 
-
-def _ancestors(lives: Sequence[Mapping[str, Any]], chosen: int) -> set[int]:
-    found, at = set(), chosen
-    while at is not None:
-        found.add(at)
-        at = lives[at]["parent"]
-    return found
-
-
-def _curve(rows: Sequence[Mapping[str, Any]], families: Sequence[Mapping[str, Any]]) -> Markup:
-    """The first reward of the best finished candidate so far against the steps that candidates took, candidates in the
-    order of their numbers, a mean over prompts.
+    Candidates count in the order of their numbers; the curve starts when every prompt has a finished one.
     """
-    tracks = [_track(family["lives"]) for family in families]
-    length = min(len(track) for track in tracks)
-    points = [
-        Point(_mean([track[i][0] for track in tracks]), _mean([track[i][1] for track in tracks])) for i in range(length)
-    ]
-    known = [point for point in points if math.isfinite(point.y)]
-    reward = next(iter(rows[0]["scores"]))
-    return line_chart(known, Axis("steps of candidates", count), Axis(plain(reward), number), "Best so far")
+    tracks = [_best_so_far(candidates) for candidates in prompts]
+    points = []
+    for steps in sorted({spent for track in tracks for spent, _ in track}):
+        best = [max((score for spent, score in track if spent <= steps), default=-math.inf) for track in tracks]
+        points.append(Point(steps, math.fsum(best) / len(best)))
+    finite = [point for point in points if math.isfinite(point.y)]
+    if not finite:
+        return Markup()
+    return line_chart(finite, Axis("steps of candidates", count), Axis(plain(reward), number), "Best so far")
 
 
-def _track(lives: Sequence[Mapping[str, Any]]) -> list[tuple[float, float | None]]:
-    steps = max(life["ended"] or 0 for life in lives)
-    spent, best, track = 0.0, None, []
-    for life in lives:
-        spent += (life["ended"] or life["born"]) - life["born"]
-        if life["ended"] == steps and life["scores"] and life["scores"][-1][1][0] is not None:
-            score = float(life["scores"][-1][1][0])
-            best = score if best is None else max(best, score)
+def _best_so_far(candidates: Sequence[Json]) -> list[tuple[int, float]]:
+    """After each candidate, the steps that were spent and the best score so far, minus infinity without one."""
+    last = max(candidate["ended"] or 0 for candidate in candidates)
+    spent, best, track = 0, -math.inf, []
+    for candidate in candidates:
+        spent += (candidate["ended"] or candidate["born"]) - candidate["born"]
+        scores = candidate["scores"]
+        if candidate["ended"] == last and scores and scores[-1][1][0] is not None:
+            best = max(best, float(scores[-1][1][0]))
         track.append((spent, best))
     return track

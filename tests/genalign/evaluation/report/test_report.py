@@ -13,73 +13,78 @@ import torch
 from markupsafe import Markup
 from PIL import Image
 
-from genalign.evaluation.evaluate import Evaluation, Protocol, Record
-from genalign.evaluation.paired import gain
+from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord
 from genalign.evaluation.report import write_report
 from genalign.evaluation.report.curves import Axis, Point, binned, line_chart, ticks, whisker
 from genalign.evaluation.report.reading import read_run
-from genalign.evaluation.report.samples import thumbnail
+from genalign.evaluation.report.samples import samples_over_rounds, thumbnail
 from genalign.evaluation.report.sections import flattened
-from genalign.evaluation.report.words import count, duration, signed
+from genalign.evaluation.report.words import call_words, count, duration, signed
 from genalign.metrics.intervals import Estimate
 from genalign.runtime.media import Thumbnail, writer
 from genalign.runtime.spectrogram import spectrogram
 
-PROTOCOL = Protocol("iid", "0" * 16, 4.0, (1.0, 0.5, 0.0), "ODE()", "float32", 16, (64, 64), 3, 96, "test 1")
+PROTOCOL = EvaluationProtocol("iid", "0" * 16, 4.0, (1.0, 0.5, 0.0), "ODE()", "float32", 16, (64, 64), 3, 96, "test 1")
 HOSTILE = """"><script>alert('x')</script><img src=x onerror=alert(1)> {{ 7 * 7 }} & a 'circle'"""
 
 
-def evaluation(folder, scores, prompt="a circle", size=64, protocol=PROTOCOL):
-    """Saved evaluation of one task with an image of noise for every (strict, partial)."""
+def evaluation(folder, scores, size=64, protocol=PROTOCOL):
+    """Saved evaluation of one task with an image of noise for every (strict, partial), three images of a prompt."""
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     records = []
     for index, (strict, partial) in enumerate(scores):
         name = f"images/{index:05d}.png"
         Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(folder / name)
-        records.append(
-            Record(f"{prompt} {index // 3}", "color_attr", index, index, name, {"strict": strict, "partial": partial})
-        )
-    result = Evaluation(protocol, tuple(records))
-    result.save(folder)
-    return result
+        values = {"strict": strict, "partial": partial}
+        records.append(SampleRecord(f"a circle {index // 3}", "color_attr", index, index, name, values))
+    Evaluation(protocol, tuple(records)).save(folder)
 
 
-def rows(rounds):
+def rows(rounds, **changes):
+    """Rows of metrics.jsonl; a change is a value, or a function of the round."""
     held_out = {"strict": {"mean": 0.4, "low": 0.35, "high": 0.45, "n": 96}}
-    return [
-        {
+    recorded = []
+    for index in range(rounds):
+        row = {
             "round": index,
             "reward": 0.5 + index / 1000,
             "reward_std": 0.2,
-            "kl": None if index == 2 else index / 100,
+            "rewards": {"ocr": 0.5 + index / 10, "style/a": 0.5 - index / 10},
+            "kl": None if index == 1 else index / 100,
             "clip_fraction": 0.1,
             "zero_std_share": 0.25,
             "grad_norm": 1.0,
             "loss": 0.1,
             "log_ratio_max": 0.2,
-            "failed_rewards": 1,
-            "samples": index * 96,
-            "nfe": index * 960,
-            "held_out": held_out if index % 2 else None,
-            "machine": {"seconds": index * 90.0, "samples_per_second": 2.0, "peak_memory_bytes": 2_500_000_000},
+            "failed_rewards": 0,
+            "skipped_updates": 0,
+            "learning_rate": 3e-4,
+            "metrics": {"anchor": {"weight": 0.7}, "critic/accuracy": 0.9},
+            "samples": (index + 1) * 96,
+            "nfe": (index + 1) * 960,
+            "calls": {"forward": (index + 1) * 960, "reward/ocr": (index + 1) * 96, "forward backward": 5},
+            "held_out": held_out if index % 2 == 0 else None,
+            "machine": {"seconds": (index + 1) * 90.0, "samples_per_second": 2.0, "peak_memory_bytes": 2_500_000_000},
         }
-        for index in range(1, rounds + 1)
-    ]
+        recorded.append(row | {name: value(index) if callable(value) else value for name, value in changes.items()})
+    return recorded
 
 
-def write_rows(run, made):
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+def write_rows(run, recorded):
+    run.mkdir(exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in recorded))
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A finished run: of nine images one gets worse, four get better."""
+    """A finished run of 24 prompts: one image of 72 gets worse, 40 get better."""
     write_rows(tmp_path, rows(5))
-    (tmp_path / "config.json").write_text(json.dumps({"optim": {"lr": 0.0003, "betas": [0.9, 0.99]}, "recipe": "x"}))
-    (tmp_path / "environment.json").write_text(json.dumps({"torch": "2.14.1"}))
-    evaluation(tmp_path / "before", [(1.0, 1.0), *[(0.0, 0.5)] * 8])
-    evaluation(tmp_path / "after", [(0.0, 0.25), *[(1.0, 1.0)] * 4, *[(0.0, 0.5)] * 4])
+    config = {"optim": {"betas": [0.9, 0.99]}, "training": {"rounds": 5}, "before_after": {}, "held_out": {"every": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "environment.json").write_text(json.dumps({"torch": "2.14.1", "accelerator": None, "cores": 2}))
+    evaluation(tmp_path / "before", [(1.0, 1.0), *[(0.0, 0.5)] * 71])
+    evaluation(tmp_path / "after", [(0.0, 0.25), *[(1.0, 1.0)] * 40, *[(0.0, 0.5)] * 31])
     return tmp_path
 
 
@@ -90,61 +95,200 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.addresses, self.words, self.open = [], [], [], []
+        self.tags, self.addresses, self.labels, self.words, self.open = [], [], [], [], []
         self.feed(text)
         self.close()
+        assert not self.open
 
     def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
         self.tags.append(tag)
-        self.addresses += [value for name, value in attributes if name in ("src", "href")]
-        assert not [name for name, _ in attributes if name.startswith("on")]
+        self.labels.append(values.get("aria-label"))
+        self.addresses += [values[name] for name in ("src", "href") if name in values]
+        assert not [name for name in values if name.startswith("on")]
         if tag not in self.VOID:
-            self.open.append(tag)
+            self.open.append((tag, values.get("id")))
 
     def handle_startendtag(self, tag, attributes):
         self.handle_starttag(tag, attributes)
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
+        if self.open and self.open[-1][0] != "style":
+            self.words.append((data, [name for _, name in self.open]))
+
+    def within(self, name=None):
+        """The text of the element with an id, or of the page."""
+        return re.sub(
+            r"\s+", " ", " ".join(data for data, names in self.words if name is None or name in names)
+        ).strip()
 
     @property
     def text(self):
-        return re.sub(r"\s+", " ", " ".join(self.words))
+        return self.within()
 
 
 def page(run):
-    parsed = Page(write_report(run).read_text(encoding="utf-8"))
-    assert not parsed.open
-    return parsed
+    return Page(write_report(run).read_text(encoding="utf-8"))
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the first screen -------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_tells_before_after_and_gain(run):
-    text = page(run).text
-    assert "Strict score on iid" in text
-    assert "11.1 % → 44.4 %" in text
-    difference = gain(read_run(run).before, read_run(run).after)["strict"]
-    assert f"+33.3 points: {'a clear improvement' if difference.low > 0 else 'no clear change'}" in text
-    assert f"95 % interval of the gain {signed('strict', difference.low)} to" in text
-    assert "color attr" in text
-    assert "optim.betas [0.9, 0.99]" in text
-    assert "torch 2.14.1" in text
-    assert PROTOCOL.hash in text
+def test_a_finished_run_says_what_it_gained(run):
+    parsed = page(run)
+    worked = parsed.within("worked")
+    gain = read_run(run).comparison.overall["strict"]
+    assert gain.low > 0
+    interval = f"{signed('strict', gain.low)} to {signed('strict', gain.high)} points, from 72 pairs of 24 prompts"
+    assert (
+        f"Strict score on iid: 1.4 % → 55.6 %, +54.2 points: a clear improvement (95 % interval of the gain {interval}"
+    )
+    assert "Partial score on iid" in worked and "Held-out strict score: 40.0 % → 40.0 %, no clear change" in worked
+    assert "Training reward: 0.5 → 0.504" in worked
+    assert "missing" not in worked and "not finished" not in parsed.text
+    assert "color attr" in parsed.text and "optim.betas [0.9, 0.99]" in parsed.text and "torch 2.14.1" in parsed.text
+    assert PROTOCOL.hash in parsed.text
+
+
+def test_a_gain_over_few_prompts_has_no_verdict(tmp_path):
+    evaluation(tmp_path / "before", [(0.0, 0.5)] * 9)
+    evaluation(tmp_path / "after", [(1.0, 0.5)] * 9)
+    assert "+100.0 points: too few prompts for a verdict (under 20)" in page(tmp_path).within("worked")
+
+
+def test_a_stored_gain_replaces_the_overall_one(run):
+    (run / "gain.json").write_text(json.dumps({"strict": Estimate(1 / 3, -0.2, 0.8, 9).as_dict()}))
+    worked = page(run).within("worked")
+    assert "+33.3 points: no clear change" in worked and "\N{MINUS SIGN}20.0 to +80.0" in worked
+
+
+def test_a_run_without_any_evaluation_is_judged_by_its_rewards(tmp_path):
+    write_rows(tmp_path, rows(20, held_out=None, metrics={}, reward=lambda index: index / 20))
+    (tmp_path / "config.json").write_text(json.dumps({"before_after": None, "held_out": {"every": 0}}))
+    parsed = page(tmp_path)
+    assert "Training reward: 0.075 → 0.875, a clear rise (mean of the first and last 4 rounds" in parsed.within(
+        "worked"
+    )
+    assert "before and after training (before_after is null): no gain is measured" in parsed.within("worked")
+    assert "No held-out prompts were evaluated during training (held_out.every is 0)" in parsed.within("worked")
+    assert "Reward style/a: 0.35 → \N{MINUS SIGN}1.25, a clear fall" in parsed.within("worse")
+    assert "Reward ocr" not in parsed.within("worse")
+
+
+def test_the_sum_of_rewards_is_not_compared_over_rounds_while_one_of_them_is_trained(tmp_path):
+    write_rows(tmp_path, rows(20, rewards=lambda index: {"ocr": index / 20, "critic": -index}))
+    parsed = page(tmp_path)
+    assert "Training reward" not in parsed.within("worked") and "Reward ocr" in parsed.within("worked")
+    assert "critic" not in parsed.within("worked") + parsed.within("worse")
+
+
+def signal(name, mean, status):
+    shift = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 9}
+    return {"name": name, "before": 0.5, "now": 0.5 + mean, "shift": shift, "status": status}
+
+
+def test_everything_that_got_worse_is_listed(run):
+    report = [signal("saturation", 0.9, "red"), signal("grid", 0.0, "green"), signal("entropy", 0.1, None)]
+    changes = {"failed_rewards": 2, "skipped_updates": 1, "clip_fraction": 0.7, "zero_std_share": 0.6}
+    falling = (
+        {"strict": {"mean": 0.4, "low": 0.35, "high": 0.45, "n": 96}},
+        {"strict": {"mean": 0.2, "low": 0.15, "high": 0.25, "n": 96}},
+    )
+    recorded = rows(
+        5, **changes, held_out=lambda index: falling[index > 2], reward_hacking=lambda i: report if i > 2 else None
+    )
+    write_rows(run, recorded)
+    config = json.loads((run / "config.json").read_text())
+    limits = {"reward_hacking": {"limits": {"kl": {"amber": 0.02, "red": 1.0}}}}
+    (run / "config.json").write_text(json.dumps(config | limits))
+    better, worse = (run / "before").rename(run / "other"), (run / "after").rename(run / "before")
+    better.rename(run / "after")
+    parsed = page(run)
+    worse = parsed.within("worse")
+    for sentence in (
+        "Strict score on iid: 55.6 % → 1.4 %, \N{MINUS SIGN}54.2 points: a clear regression",
+        "Held-out strict score: 40.0 % → 20.0 %, a clear fall",
+        "Strict score of task color attr: \N{MINUS SIGN}54.2 points",
+        "The reward may be exploited: red: saturation 0.5 -> 1.4 (shift +0.90).",
+        "2 of 2 checks raised an alarm, the first after round 4.",
+        "Rewards failed on 10 of 480 samples (2.08 %).",
+        "5 updates were skipped: their gradient was not finite.",
+        "Clip fraction is 70 % in the last rounds, above 50 %",
+        "Groups without signal is 60 % in the last rounds",
+        "KL to the reference is 0.04 in the last rounds, above 0.02",
+    ):
+        assert sentence in worse
+    assert "Nothing got clearly worse" not in worse
+    statuses = [text for text in parsed.text.split() if text in ("red", "green")]
+    assert statuses.count("green") == 1 and statuses.count("red") == 2  # of the section and of its signals
+
+
+def test_checks_that_pass_are_named(run):
+    worse = page(run).within("worse")
+    assert "Nothing got clearly worse. Lowest gain of a task: color attr, strict score +54.2 points" in worse
+    assert "Reward hacking was not monitored" in worse and "No reward failed, and no update was skipped." in worse
+    assert "In the last rounds: clip fraction 10 %, groups without signal 25 %, KL to the reference 0.04." in worse
+    write_rows(run, rows(5, reward_hacking=[signal("grid", 0.0, "green")]))
+    assert "The last check for reward hacking is green; 0 of 5 checks raised an alarm." in page(run).within("worse")
+
+
+def test_the_cost_is_a_list_of_numbers(run):
+    assert page(run).within("cost") == (
+        "What did it cost? training time 7 min 30 s time per round 1 min 30 s rounds 5 samples 480 NFE 4.8k "
+        "calls of reward ocr 480 backward passes of the denoiser 5 peak memory 2.5 GB evaluation samples 144 "
+        "device 2 CPU cores"
+    )
+
+
+def test_an_interrupted_run_has_a_report(run):
+    (run / "after" / "summary.json").unlink()
+    config = json.loads((run / "config.json").read_text()) | {"training": {"rounds": 35, "max_nfe": None}}
+    (run / "config.json").write_text(json.dumps(config))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 6, "rew')
+    parsed = page(run)
+    worked = parsed.within("worked")
+    assert "The run is not finished: 5 of 35 rounds are recorded." in worked and f"--resume {run}" in worked
+    assert "The evaluation after training is missing: the gain is not known yet." in worked
+    assert "not finished: 5 of 35 rounds" in parsed.text and "not measured" in parsed.text
+    assert "Worst regressions" not in parsed.text
+    (run / "config.json").write_text(json.dumps(config | {"training": {"rounds": 35, "max_nfe": 4800}}))
+    assert "not finished" not in page(run).text
+
+
+def test_a_run_that_just_began_has_a_report(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"training": {"rounds": 9}}))
+    text = page(tmp_path).text
+    assert "Nothing is measured yet" in text and "No training round is recorded yet." in text
+    assert "0 of 9 rounds are recorded" in text and "no cost is recorded" in text
+
+
+def test_a_folder_that_is_no_run_is_an_error(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(FileNotFoundError, match="is not a run folder"):
+            write_report(folder)
+
+
+def test_different_protocols_are_shown_but_not_compared(run):
+    saved = read_run(run).after
+    replace(saved, protocol=replace(PROTOCOL, guidance=1.0)).save(run / "after")
+    parsed = page(run)
+    assert "shown without a gain" in parsed.within("worked") and "guidance is 4.0 before and 1.0" in parsed.text
+    assert "points" not in parsed.text and "55.6 %" in parsed.text
+
+
+# --- the rest of the page ---------------------------------------------------------------------------------------------
 
 
 def test_pairs_that_changed_most_are_shown_with_their_scores(run):
     parsed = page(run)
     _, regressions, improvements = re.split("Worst regressions|Best improvements", parsed.text)
-    assert "strict 1 → 0 partial 1 → 0.25" in regressions
-    assert regressions.count("strict") == 1
-    assert improvements.count("strict 0 → 1") == 4
-    assert parsed.tags.count("img") == 2 * 5
+    assert "strict 1 → 0 partial 1 → 0.25" in regressions and regressions.count("strict") == 1
+    assert improvements.count("strict 0 → 1") == 12
+    assert parsed.tags.count("img") == 2 * 13
 
 
 def test_the_page_loads_nothing(run):
@@ -155,34 +299,45 @@ def test_the_page_loads_nothing(run):
 
 
 def test_hostile_text_is_escaped(run):
-    for name, score in (("before", (1.0, 1.0)), ("after", (0.0, 0.0))):
-        target = run / name
-        saved = Evaluation(
-            replace(PROTOCOL, suite=HOSTILE), (Record(HOSTILE, HOSTILE, 0, 0, None, {HOSTILE: score[0]}),)
-        )
-        saved.save(target)
+    protocol = replace(PROTOCOL, suite=HOSTILE)
+    for name, score in (("before", 1.0), ("after", 0.0)):
+        Evaluation(protocol, (SampleRecord(HOSTILE, HOSTILE, 0, 0, None, {HOSTILE: score}),)).save(run / name)
     (run / "config.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    numbers = {HOSTILE: 0.5}
+    write_rows(run, rows(2, rewards=numbers, metrics=numbers, calls={f"reward/{HOSTILE}": 3}))
     parsed = page(run)
     assert not {"script", "img"} & set(parsed.tags)
-    assert parsed.text.count("<script>alert('x')</script>") >= 5
+    assert parsed.text.count("<script>alert('x')</script>") >= 8
     assert "{{ 7 * 7 }}" in parsed.text
 
 
-def test_curves_are_drawn_against_each_axis(run):
-    text = (write_report(run)).read_text()
+def test_every_number_of_a_row_has_a_curve(run):
+    write_rows(run, rows(5, reward_hacking=[signal("grid", 0.0, "green")], new_number=3))
+    labels = [label for label in page(run).labels if label]
     for axis in ("rounds", "minutes", "NFE"):
-        assert f'aria-label="Held-out score against {axis}"' in text
-        assert f'aria-label="KL to the reference against {axis}"' in text
-    assert text.count('class="chart"') == 5 * 3
+        for title in ("Held-out strict", "Training reward", "Reward ocr", "Reward style/a", "KL to the reference"):
+            assert f"{title} against {axis}" in labels
+        assert f"grid against {axis}" in labels
+    for title in (
+        *("Learning rate", "Loss", "Gradient norm", "Largest log-ratio", "Spread of the reward", "Failed rewards"),
+        *("Skipped updates", "anchor/weight", "critic/accuracy", "NFE", "Samples", "calls of reward ocr", "new number"),
+        *("backward passes of the denoiser", "Training time", "Samples per second", "Peak memory"),
+    ):
+        assert labels.count(f"{title} against rounds") == 1 and f"{title} against minutes" not in labels
+    text = (run / "report.html").read_text()
     assert "40 % (35 % to 45 %) at 3 rounds" in text
+    before, folded = text.index("Reward ocr against rounds"), text.index('<details class="more">')
+    assert before < folded < text.index("Learning rate against rounds")
 
 
-def test_size_with_many_images_stays_below_5_mb(tmp_path):
-    write_rows(tmp_path, rows(2000))
+def test_size_of_a_long_run_with_many_images_stays_small(tmp_path):
+    write_rows(tmp_path, rows(5000))
     evaluation(tmp_path / "before", [(index % 2, 0.5) for index in range(480)])
     evaluation(tmp_path / "after", [(1 - index % 2, 0.5) for index in range(480)])
     path = write_report(tmp_path)
-    assert path.stat().st_size < 5_000_000
+    assert path.stat().st_size < 3_000_000
+    longest = max(re.findall(r'<polyline class="raw" points="([^"]*)"', path.read_text()), key=len)
+    assert 300 < len(longest.split()) <= 400
     assert page(tmp_path).tags.count("img") == 2 * 2 * 12
 
 
@@ -193,29 +348,77 @@ def test_large_images_are_reduced_and_rationed(tmp_path):
     assert 0 < page(tmp_path).tags.count("img") < 48
 
 
+# --- samples over rounds ----------------------------------------------------------------------------------------------
+
+
+def decoded(uri):
+    return base64.b64decode(uri.partition(",")[2])
+
+
+def test_sample_grids_stand_side_by_side_from_the_first_round_to_the_last(tmp_path):
+    (tmp_path / "samples").mkdir()
+    names = [f"samples/round-{done:06d}.png" for done in range(1, 21)]
+    for index, name in enumerate(names):
+        size = 1300 if index == 19 else 90
+        Image.new("RGB", (size, size), (10 * index, 0, 0)).save(tmp_path / name)
+    write_rows(tmp_path, rows(20, sample_grid=lambda index: [names[index]]))
+    parsed = page(tmp_path)
+    assert re.findall(r"after (\d+) round", parsed.within("samples")) == ["1", "5", "9", "12", "16", "20"]
+    images = [
+        Image.open(BytesIO(decoded(address))) for address in parsed.addresses if address.startswith("data:image/")
+    ]
+    assert [image.size for image in images] == [(90, 90)] * 5 + [(640, 640)]
+    assert abs(images[-1].convert("RGB").getpixel((5, 5))[0] - 190) < 4
+    assert decoded(parsed.addresses[1]) == (tmp_path / names[0]).read_bytes()  # after the page's icon
+
+
+def test_sample_grids_of_clips_are_players(tmp_path):
+    (tmp_path / "samples").mkdir()
+    names = [[f"samples/round-{done:06d}-{clip:02d}.wav" for clip in range(6)] for done in range(1, 6)]
+    for name in (name for grid in names for name in grid):
+        soundfile.write(tmp_path / name, np.zeros(4000), 8000)
+    write_rows(tmp_path, rows(5, sample_grid=lambda index: names[index]))
+    parsed = page(tmp_path)
+    assert re.findall(r"after (\d+) round", parsed.within("samples")) == ["1", "3", "5"]
+    assert parsed.tags.count("audio") == 3 * 4
+    for name in names[4]:
+        (tmp_path / name).unlink()
+    assert "after 5 rounds" not in page(tmp_path).text
+
+
+def test_the_last_grid_stays_where_not_all_fit(tmp_path, monkeypatch):
+    (tmp_path / "samples").mkdir()
+    rng, names = np.random.default_rng(0), [f"samples/{index}.png" for index in range(4)]
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / name)
+    monkeypatch.setattr("genalign.evaluation.report.samples.LIST_BYTES", 40_000)
+    grids = samples_over_rounds(tmp_path, rows(4, sample_grid=lambda index: [names[index]]))
+    assert [row.rounds for row in grids] == [1, 4]
+    assert samples_over_rounds(tmp_path, rows(4)) == []
+
+
 # --- clips ------------------------------------------------------------------------------------------------------------
 
 
 def clips(folder, scores, waveforms, rate=8000):
     """Saved evaluation with a WAV file for every score, of ``waveforms`` in turn."""
-    chosen = waveforms[torch.arange(len(scores)) % len(waveforms)]
-    names = writer(rate)(chosen, folder, 0)
+    in_turn = waveforms[torch.arange(len(scores)) % len(waveforms)]
+    names = writer(rate)(in_turn, folder, 0)
     records = [
-        Record(f"{HOSTILE} {i}", "pitch", i, i, name, {"strict": score})
+        SampleRecord(f"{HOSTILE} {i}", "pitch", i, i, name, {"strict": score})
         for i, (name, score) in enumerate(zip(names, scores, strict=True))
     ]
     protocol = replace(PROTOCOL, resolution=(waveforms.shape[2],), verifier="tones-1")
     Evaluation(protocol, tuple(records)).save(folder)
 
 
-def heard(uri):
-    kind, content = uri.split(",")
-    assert kind == "data:audio/flac;base64"
-    samples, rate = soundfile.read(BytesIO(base64.b64decode(content)), always_2d=True, dtype="float32")
+def played(uri):
+    assert uri.startswith("data:audio/flac;base64,")
+    samples, rate = soundfile.read(BytesIO(decoded(uri)), always_2d=True, dtype="float32")
     return torch.from_numpy(samples.T.copy()), rate
 
 
-def test_clips_are_played_and_seen_before_and_after(tmp_path):
+def test_clips_are_played_and_drawn_before_and_after(tmp_path):
     waves = tones([440.0, 880.0])
     clips(tmp_path / "before", [0.0, 1.0, 0.0], waves[:1])
     clips(tmp_path / "after", [1.0, 0.0, 0.0], waves[1:])
@@ -227,9 +430,9 @@ def test_clips_are_played_and_seen_before_and_after(tmp_path):
     assert "1.5 s, 50 to 4000 Hz" in parsed.text
     sounds = [address for address in parsed.addresses if address.startswith("data:audio")]
     for sound, wave in zip(sounds[:2], waves, strict=True):
-        found, rate = heard(sound)
+        waveform, rate = played(sound)
         assert rate == 8000
-        torch.testing.assert_close(found, wave, rtol=0, atol=1e-4)
+        torch.testing.assert_close(waveform, wave, rtol=0, atol=1e-4)
 
 
 def tones(frequencies, seconds=1.5, rate=8000):
@@ -246,24 +449,24 @@ def test_a_tone_is_a_line_at_the_logarithm_of_its_frequency(frequency):
     assert abs(picture[:, columns // 2].argmax() - line) <= 1
     quieter = np.asarray(spectrogram(0.1 * tones([frequency])[0], 8000))
     change = int(picture.max()) - int(quieter.max())
-    assert change == pytest.approx(20 / 80 * 255, abs=2)  # 20 dB of the 80 that the colours span
+    assert change == pytest.approx(20 / 80 * 255, abs=2)  # 20 dB of the 80 that the colors span
     assert np.asarray(spectrogram(torch.zeros(1, 12000), 8000)).max() == 0
 
 
-def test_a_long_recording_is_played_in_part_and_seen_whole(tmp_path):
+def test_a_long_recording_is_played_in_part_and_drawn_whole(tmp_path):
     stereo = torch.cat([tones([440.0], 9.0, 44100), torch.zeros(1, 1, 9 * 44100)], 1)
     (name,) = writer(44100)(stereo, tmp_path, 0)
-    made = thumbnail(tmp_path, name)
-    found, rate = heard(made.sound)
-    assert rate == 16000 and found.shape == (1, 6 * 16000)
-    torch.testing.assert_close(found[:, 200:-200], tones([440.0], 6.0, 16000)[0, :, 200:-200] / 2, rtol=0, atol=1e-3)
-    assert made.note == "the first 6 of 9 s, 50 to 22050 Hz" and made.picture.startswith("data:image/png;base64,")
+    drawn = thumbnail(tmp_path, name)
+    waveform, rate = played(drawn.sound)
+    assert rate == 16000 and waveform.shape == (1, 6 * 16000)
+    torch.testing.assert_close(waveform[:, 200:-200], tones([440.0], 6.0, 16000)[0, :, 200:-200] / 2, rtol=0, atol=1e-3)
+    assert drawn.note == "the first 6 of 9 s, 50 to 22050 Hz" and drawn.picture.startswith("data:image/png;base64,")
 
 
-def test_clips_of_any_length_and_rate_are_shown(tmp_path):
+def test_clips_of_any_length_and_rate_are_drawn(tmp_path):
     for rate, length in ((16, 40), (8000, 3), (48000, 100)):
         (name,) = writer(rate)(torch.zeros(1, 1, length), tmp_path, 0)
-        assert heard(thumbnail(tmp_path, name).sound)[0].shape[1] >= 1
+        assert played(thumbnail(tmp_path, name).sound)[0].shape[1] >= 1
     assert thumbnail(tmp_path, "audio/9.wav") == thumbnail(tmp_path, None) == Thumbnail()
     (tmp_path / "audio" / "00000.wav").write_bytes(b"RIFF")
     with pytest.raises(ValueError, match=r"expected audio \(WAV or FLAC\), but .*00000\.wav cannot be read"):
@@ -276,48 +479,6 @@ def test_size_with_many_clips_stays_below_5_mb(tmp_path):
     clips(tmp_path / "after", [1 - index % 2 for index in range(24)], noise, 16000)
     assert write_report(tmp_path).stat().st_size < 3_000_000
     assert 0 < page(tmp_path).tags.count("audio") < 48
-
-
-# --- runs with parts missing ------------------------------------------------------------------------------------------
-
-
-def test_an_interrupted_run_has_a_report(run):
-    (run / "after" / "summary.json").unlink()
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"round": 6, "rew')
-    text = page(run).text
-    assert "from round 1 to round 5; the run is not finished" in text
-    assert "40.0 % → 40.0 %" in text
-    assert "interrupted or is still under way" in text
-    assert "not measured" in text
-    assert "Worst regressions" not in text
-
-
-def test_an_empty_folder_has_a_report(tmp_path):
-    text = page(tmp_path).text
-    assert "nothing recorded yet" in text
-    assert "No training metrics" in text
-
-
-def test_no_folder_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="not a run folder"):
-        write_report(tmp_path / "absent")
-
-
-def test_different_protocols_are_shown_but_not_compared(run, tmp_path):
-    saved = read_run(run).after
-    replace(saved, protocol=replace(PROTOCOL, guidance=1.0)).save(run / "after")
-    text = page(run).text
-    assert "guidance is 4.0 before and 1.0 after" in text
-    assert "not comparable" in text
-    assert "points" not in text
-
-
-def test_a_stored_gain_replaces_the_overall_one(run):
-    (run / "gain.json").write_text(json.dumps({"strict": Estimate(1 / 3, -0.2, 0.8, 9).as_dict()}))
-    text = page(run).text
-    assert "+33.3 points: no clear change" in text
-    assert "\N{MINUS SIGN}20.0 to +80.0" in text
 
 
 # --- charts -----------------------------------------------------------------------------------------------------------
@@ -341,15 +502,15 @@ def test_ticks_need_a_range():
         ticks(1.0, 1.0, 5)
 
 
-def test_binning_averages_neighbours():
+def test_binning_averages_neighbors():
     assert binned([Point(x, 2 * x) for x in range(5)], 3) == [Point(0.5, 1), Point(2.5, 5), Point(4, 8)]
-    points = [Point(0, 1, 0.5, 1.5)]
+    points = [Point(0, 1, (0.5, 1.5))]
     assert binned(points, 3) == points
 
 
 @pytest.mark.parametrize("values", [[0.5], [0.0, 0.0, 0.0], [1.0, 1.0], [-3.0, 2.0]])
 def test_charts_stay_in_their_frame(values):
-    svg = line_chart([Point(x, y) for x, y in enumerate(values)], Axis("x", str), Axis("y", str), "made")
+    svg = line_chart([Point(x, y) for x, y in enumerate(values)], Axis("x", str), Axis("y", str), "title")
     heights = [float(y) for y in re.findall(r'cy="([-\d.]+)"', svg)]
     assert len(heights) == 2 * len(values)
     assert all(20 <= height <= 216 for height in heights)
@@ -361,7 +522,7 @@ def test_a_chart_escapes_its_labels_and_needs_points():
     assert "<b>" not in svg
     assert "<script>" not in svg
     with pytest.raises(ValueError, match="no points"):
-        line_chart([], Axis("x", str), Axis("y", str), "made")
+        line_chart([], Axis("x", str), Axis("y", str), "title")
 
 
 @pytest.mark.parametrize(("low", "high", "sign"), [(0.1, 0.3, "up"), (-0.3, -0.1, "down"), (-0.1, 0.1, "even")])
@@ -376,11 +537,13 @@ def test_whisker_marks_what_the_interval_says(low, high, sign):
 
 def test_numbers_in_words():
     assert [count(value) for value in (7, 999, 1000, 999_999, 1_234_567)] == ["7", "999", "1k", "1M", "1.23M"]
-    assert [duration(value) for value in (0.4, 59.7, 61, 3725)] == ["0 s", "1 min 0 s", "1 min 1 s", "1 h 2 min"]
+    assert [duration(value) for value in (0.4, 59.7, 61, 3725)] == ["0.4 s", "1 min 0 s", "1 min 1 s", "1 h 2 min"]
+    calls = [call_words(call) for call in ("forward", "decode backward", "reward/my_ocr", "reward/x backward")]
+    assert calls == ["NFE", "backward passes of the decoder", "calls of reward my ocr", "backward passes of reward x"]
     assert (signed("strict", -0.0123), signed("aesthetic", 0.5)) == ("\N{MINUS SIGN}1.2", "+0.5")
 
 
 def test_flattened_json():
     facts = flattened({"a": {"b": None, "c": [1, {"d": "é"}]}, "e": "text"})
     assert [(fact.label, fact.value) for fact in facts] == [("a.b", "null"), ("a.c", '[1, {"d": "é"}]'), ("e", "text")]
-    assert flattened(None) == []
+    assert flattened({}) == []

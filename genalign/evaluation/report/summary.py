@@ -1,0 +1,271 @@
+"""The first screen of a run's report: did it work, what got worse, and what did it cost."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from genalign.evaluation.evaluate import Evaluation
+from genalign.evaluation.report.reading import Comparison, Row, Run, rounds_done
+from genalign.evaluation.report.words import (
+    SHARES,
+    Mood,
+    call_words,
+    count,
+    duration,
+    interval,
+    memory_size,
+    mood,
+    number,
+    percent,
+    plain,
+    scored,
+    signed,
+)
+from genalign.metrics.intervals import Estimate, t_interval
+from genalign.training.reward_hacking import HackingReport
+
+MIN_PROMPTS = 20  # below this number a bootstrap over prompts covers too rarely for a verdict
+_MAX_SHARE = 0.5  # of clipped updates and of groups without signal, above which a round teaches little
+_GAINS = {"up": "a clear improvement", "down": "a clear regression", "even": "no clear change"}
+_TRENDS = {"up": "a clear rise", "down": "a clear fall", "even": "no clear change"}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A label and its value, as one line of a list."""
+
+    label: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A sentence of the first screen; its mood says whether it is good news."""
+
+    text: str
+    mood: Mood = "even"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One measure at its start and at its end, as the headline and the statements write it."""
+
+    title: str
+    start: str
+    end: str
+    verdict: str
+    detail: str
+    mood: Mood
+
+    @property
+    def statement(self) -> Statement:
+        """The whole change as one sentence."""
+        return Statement(f"{self.title}: {self.start} → {self.end}, {self.verdict} ({self.detail}).", self.mood)
+
+
+def main_score(names: Collection[str]) -> str:
+    """The score that ranks first: strict accuracy if it is measured, else the first one."""
+    return "strict" if "strict" in names else next(iter(names))
+
+
+def did_it_work(run: Run) -> list[Change]:
+    """The change of every score and of the training reward, the most telling one first."""
+    changes = []
+    if run.before and run.after and run.comparison:
+        main = main_score(run.comparison.overall)
+        scores = sorted(run.comparison.overall, key=lambda name: name != main)
+        changes += [_gain(score, run.before, run.after, run.comparison) for score in scores]
+    held_out = [row for row in run.rows if row.get("held_out")]
+    if len(held_out) > 1:
+        span = f"round {rounds_done(held_out[0])} to {rounds_done(held_out[-1])}"
+        for score, last in held_out[-1]["held_out"].items():
+            if first := held_out[0]["held_out"].get(score):
+                start, end = Estimate(**first), Estimate(**last)
+                changes.append(_trend(f"Held-out {plain(score)} score", score, start, end, span))
+    # the values of a reward that is trained along are not comparable over rounds
+    sums = _reward_trends(run.rows, lambda row: {"": row["reward"]})
+    return changes + (_untrained_trends(run.rows) if _trained_rewards(run.rows) else sums)
+
+
+def got_worse(run: Run) -> list[Statement]:
+    """Everything that fell, failed or left its range, then the checks that passed."""
+    changes = list(dict.fromkeys([*did_it_work(run), *_untrained_trends(run.rows)]))
+    worse = [change.statement for change in changes if change.mood == "down"]
+    passed = []
+    if run.comparison:
+        worse += _task_losses(run.comparison)
+        main = main_score(run.comparison.overall)
+        task, gain = min(((t, s[main]) for t, s in run.comparison.tasks.items()), key=lambda item: item[1].mean)
+        passed.append(Statement(f"Lowest gain of a task: {plain(task)}, {main} score {_signed_gain(main, gain)}."))
+    if run.rows:
+        checks = [_hacking(run.rows), *_failures(run.rows), *_ranges(run)]
+        worse += [check for check in checks if check.mood == "down"]
+        passed += [check for check in checks if check.mood != "down"]
+    nothing = Statement("Nothing got clearly worse." if changes else "Nothing is measured yet.")
+    return (worse or [nothing]) + passed
+
+
+def cost(run: Run) -> list[Fact]:
+    """The resources that training used so far."""
+    if not run.rows:
+        return []
+    last, machine = run.rows[-1], run.rows[-1]["machine"]
+    accelerator, cores = run.environment.get("accelerator"), run.environment.get("cores")
+    facts = [
+        Fact("training time", duration(machine["seconds"])),
+        Fact("time per round", duration(machine["seconds"] / len(run.rows))),
+        Fact("rounds", count(len(run.rows))),
+        Fact("samples", count(last["samples"])),
+        Fact("NFE", count(last["nfe"])),
+        *(Fact(call_words(call), count(n)) for call, n in last.get("calls", {}).items() if call != "forward"),
+        Fact("peak memory", memory_size(machine["peak_memory_bytes"])),
+    ]
+    if evaluated := sum(len(part.records) for part in (run.before, run.after) if part):
+        facts.append(Fact("evaluation samples", count(evaluated)))
+    if accelerator or cores:
+        facts.append(Fact("device", accelerator or f"{cores} CPU cores"))
+    return facts
+
+
+def missing(run: Run) -> list[str]:
+    """A sentence on each part that the run does not have, and why, if its configuration says so."""
+    off = " (before_after is null)" if run.config.get("before_after", "") is None else ""
+    never = " (held_out.every is 0)" if run.config.get("held_out", {}).get("every") == 0 else ""
+    evaluations = {
+        (False, False): f"The model was not evaluated before and after training{off}: no gain is measured.",
+        (True, False): "The evaluation after training is missing: the gain is not known yet.",
+        (False, True): "The evaluation before training is missing: the gain is not known.",
+    }
+    sentences = {
+        "No training round is recorded yet.": not run.rows,
+        f"The run is not finished: {run.unfinished} are recorded. It was interrupted or stopped, or is still running. "
+        f"Resume an interrupted run with: genalign train --resume {run.folder}": run.unfinished,
+        evaluations.get((bool(run.before), bool(run.after)), ""): True,
+        f"Before and after are shown without a gain: {run.incomparable}.": run.incomparable,
+        f"No held-out prompts were evaluated during training{never}.": not any(r.get("held_out") for r in run.rows),
+    }
+    return [sentence for sentence, applies in sentences.items() if sentence and applies]
+
+
+def _gain(score: str, before: Evaluation, after: Evaluation, comparison: Comparison) -> Change:
+    """The paired gain of one score, without a verdict if there are few prompts."""
+    gain, unit = comparison.overall[score], " points" if score in SHARES else ""
+    prompts = len({(pair.before.task, pair.before.prompt) for pair in comparison.pairs})
+    feeling = mood(gain.low, gain.high) if prompts >= MIN_PROMPTS else "even"
+    verdict = _GAINS[feeling] if prompts >= MIN_PROMPTS else f"too few prompts for a verdict (under {MIN_PROMPTS})"
+    return Change(
+        f"{plain(score).capitalize()} score on {before.protocol.suite}",
+        scored(score, before.overall[score].mean),
+        scored(score, after.overall[score].mean),
+        f"{signed(score, gain.mean)}{unit}: {verdict}",
+        f"95 % interval of the gain {interval(score, gain, signed)}{unit}, from {gain.n} pairs of {prompts} prompts",
+        feeling,
+    )
+
+
+def _trend(title: str, score: str, start: Estimate, end: Estimate, span: str) -> Change:
+    """The change of a measure during training: clear if its intervals at the start and at the end do not overlap."""
+    feeling = mood(end.low - start.high, end.high - start.low)
+    detail = f"{span}; 95 % intervals {interval(score, start, scored)} and {interval(score, end, scored)}"
+    return Change(title, scored(score, start.mean), scored(score, end.mean), _TRENDS[feeling], detail, feeling)
+
+
+def _reward_trends(rows: Sequence[Row], read: Callable[[Row], dict[str, float | None]]) -> list[Change]:
+    """The changes of rewards by name, "" for their sum, from the first fifth of the rounds to the last."""
+    size, changes = max(2, len(rows) // 5), []
+    for name in read(rows[-1]) if rows else ():
+        values = [value for row in rows if (value := read(row).get(name)) is not None]
+        title = f"Reward {plain(name)}" if name else "Training reward"
+        if len(values) >= 2 * size:
+            start, end = t_interval(values[:size]), t_interval(values[-size:])
+            span = f"mean of the first and last {size} rounds"
+            changes.append(_trend(title, name, start, end, span))
+        elif values:
+            detail = "too few rounds for an interval"
+            changes.append(
+                Change(title, scored(name, values[0]), scored(name, values[-1]), "no verdict", detail, "even")
+            )
+    return changes
+
+
+def _untrained_trends(rows: Sequence[Row]) -> list[Change]:
+    trained = _trained_rewards(rows)
+    return _reward_trends(rows, lambda row: {k: v for k, v in row.get("rewards", {}).items() if k not in trained})
+
+
+def _trained_rewards(rows: Sequence[Row]) -> set[str]:
+    """The rewards that record metrics of their own, which are those that are trained along."""
+    last = rows[-1] if rows else {}
+    metrics = tuple(last.get("metrics", {}))
+    return {name for name in last.get("rewards", {}) if any(metric.startswith(f"{name}/") for metric in metrics)}
+
+
+def _task_losses(comparison: Comparison) -> list[Statement]:
+    """The tasks of enough prompts in which the gain of a score is below zero with its whole interval."""
+    prompts = Counter(task for task, _ in {(pair.before.task, pair.before.prompt) for pair in comparison.pairs})
+    return [
+        Statement(f"{plain(name).capitalize()} score of task {plain(task)}: {_signed_gain(name, gain)}.", "down")
+        for task, scores in comparison.tasks.items()
+        for name, gain in scores.items()
+        if gain.high < 0 and prompts[task] >= MIN_PROMPTS
+    ]
+
+
+def _signed_gain(score: str, gain: Estimate) -> str:
+    return f"{signed(score, gain.mean)}{' points' if score in SHARES else ''} ({interval(score, gain, signed)})"
+
+
+def _hacking(rows: Sequence[Row]) -> Statement:
+    """The status of the last reward-hacking report."""
+    checks = [
+        (rounds_done(row), HackingReport.from_list(row["reward_hacking"])) for row in rows if row.get("reward_hacking")
+    ]
+    if not checks:
+        return Statement("Reward hacking was not monitored (reward_hacking.every is 0).")
+    alarms = [done for done, report in checks if report.alarm]
+    history = f"{len(alarms)} of {len(checks)} checks raised an alarm"
+    if alarms:
+        history += f", the first after round {alarms[0]}"
+    if alarm := checks[-1][1].alarm:
+        return Statement(f"The reward may be exploited: {alarm}. {history.capitalize()}.", "down")
+    return Statement(f"The last check for reward hacking is green; {history}.")
+
+
+def _failures(rows: Sequence[Row]) -> list[Statement]:
+    """The rewards that failed and the updates that were skipped, over all rounds."""
+    failed = sum(row.get("failed_rewards", 0) for row in rows)
+    skipped = sum(row.get("skipped_updates", 0) for row in rows)
+    statements = []
+    if failed:
+        share = percent(failed / rows[-1]["samples"])
+        statements.append(Statement(f"Rewards failed on {failed} of {rows[-1]['samples']} samples ({share}).", "down"))
+    if skipped:
+        statements.append(Statement(f"{skipped} updates were skipped: their gradient was not finite.", "down"))
+    return statements or [Statement("No reward failed, and no update was skipped.")]
+
+
+def _ranges(run: Run) -> list[Statement]:
+    """Clip fraction, groups without signal and KL in the last tenth of the rounds, against their limits."""
+    limit = ((run.config.get("reward_hacking") or {}).get("limits") or {}).get("kl") or {}
+    checks = [
+        ("clip_fraction", "clip fraction", percent, _MAX_SHARE, "lower training.learning_rate"),
+        ("zero_std_share", "groups without signal", percent, _MAX_SHARE, "use prompts or rewards that differ more"),
+        ("kl", "KL to the reference", number, limit.get("amber", math.inf), "raise the method's kl weight"),
+    ]
+    statements, unremarkable = list[Statement](), []
+    for key, label, write, most, advice in checks:
+        values = [row[key] for row in run.rows[-max(1, len(run.rows) // 10) :] if row.get(key) is not None]
+        if not values:
+            continue
+        mean = math.fsum(values) / len(values)
+        if mean > most:
+            text = f"{label[0].upper()}{label[1:]} is {write(mean)} in the last rounds, above {write(most)}: {advice}."
+            statements.append(Statement(text, "down"))
+        else:
+            unremarkable.append(f"{label} {write(mean)}")
+    if unremarkable:
+        statements.append(Statement(f"In the last rounds: {', '.join(unremarkable)}."))
+    return statements
