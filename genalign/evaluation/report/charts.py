@@ -11,7 +11,7 @@ from genalign.evaluation.report.curves import Axis, Point, line_chart
 from genalign.evaluation.report.reading import Row, rounds_done
 from genalign.evaluation.report.words import SHARES, call_words, count, memory_size, number, percent, plain
 from genalign.training.reward_hacking import HackingReport
-from genalign.training.trackers import flat_numbers
+from genalign.training.round_log import flat_numbers
 
 _CAPTIONS = {
     "reward": ("Training reward", "weighted mean of all rewards in each round"),
@@ -42,36 +42,38 @@ _GROUP_CAPTIONS = {
 }
 
 _SECTIONS = {
-    "Scores": ("held_out", "reward", "rewards"),
-    "Policy": ("kl", "clip_fraction", "zero_std_share"),
-    "Reward hacking": ("reward_hacking",),
-    "Optimization": (
-        "loss",
-        "grad_norm",
-        "learning_rate",
-        "log_ratio_max",
-        "reward_std",
-        "failed_rewards",
-        "skipped_updates",
-    ),
-    "Method": ("metrics",),
-    "Cost": ("nfe", "samples", "calls", "machine"),
+    "held_out": "Scores",
+    "reward": "Scores",
+    "rewards": "Scores",
+    "kl": "Policy",
+    "clip_fraction": "Policy",
+    "zero_std_share": "Policy",
+    "reward_hacking": "Reward hacking",
+    "loss": "Optimization",
+    "grad_norm": "Optimization",
+    "learning_rate": "Optimization",
+    "metrics": "Method",
+    "nfe": "Cost",
+    "samples": "Cost",
+    "calls": "Cost",
+    "machine": "Cost",
 }
-_HACKING, _REST = "Reward hacking", "Optimization"
-_OPEN = ("Scores", "Policy", _HACKING)  # against rounds, time and NFE; the others are folded, and against rounds only
+"""Section of each number, in the order of the page; all others are in "Optimization"."""
+
+_OPEN = ("Scores", "Policy", "Reward hacking")  # and against time and NFE too; the other sections are folded
 
 
 @dataclass(frozen=True)
 class Chart:
     """One number over a run, against "round" and, if it is important, "time" and "nfe".
 
-    ``status`` is the last status of a reward-hacking signal, or empty.
+    ``status`` is the last status of a reward-hacking signal.
     """
 
     title: str
     caption: str
     views: Mapping[str, Markup]
-    status: str = ""
+    status: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,27 +83,25 @@ class ChartSection:
     title: str
     charts: tuple[Chart, ...]
     folded: bool
-    status: str = ""
+    status: str | None = None
 
 
 def chart_sections(rows: Sequence[Row]) -> list[ChartSection]:
     """Draw every number of the rows; sections without a number are left out."""
-    titles = {group: title for title, groups in _SECTIONS.items() for group in groups}
-    ranks = {group: rank for rank, group in enumerate(titles)}
     reports = [HackingReport.from_list(row["reward_hacking"]) for row in rows if row.get("reward_hacking")]
     signals = {f"reward_hacking/{signal.name}": signal for signal in reports[-1].signals} if reports else {}
-    charts: dict[str, list[Chart]] = {title: [] for title in _SECTIONS}
-    series = _series(rows)
-    for name in sorted(series, key=lambda name: ranks.get(name.partition("/")[0], len(ranks))):
-        title = titles.get(name.partition("/")[0], _REST)
+    charts: dict[str, list[Chart]] = {title: [] for title in _SECTIONS.values()}
+    series, order = _series(rows), {group: rank for rank, group in enumerate(_SECTIONS)}
+    for name in sorted(series, key=lambda name: order.get(_group(name), len(order))):
+        title = _SECTIONS.get(_group(name), "Optimization")
         chart = _chart(rows, name, series[name], axes=3 if title in _OPEN else 1)
         if signal := signals.get(name):
             caption = f"shift; {number(signal.before)} before training, {number(signal.now)} now"
-            chart = replace(chart, caption=caption, status=signal.status or "")
+            chart = replace(chart, caption=caption, status=signal.status)
         charts[title].append(chart)
-    statuses = {_HACKING: reports[-1].status} if reports else {}
+    statuses = {"Reward hacking": reports[-1].status} if reports else {}
     return [
-        ChartSection(title, tuple(drawn), title not in _OPEN, statuses.get(title, ""))
+        ChartSection(title, tuple(drawn), title not in _OPEN, statuses.get(title))
         for title, drawn in charts.items()
         if drawn
     ]
@@ -112,7 +112,7 @@ def _series(rows: Sequence[Row]) -> dict[str, dict[int, Point]]:
     series: dict[str, dict[int, Point]] = {}
     for index, row in enumerate(rows):
         numbers = flat_numbers(row)
-        estimates = {name.removesuffix("/low") for name in numbers if name.endswith("/low")}
+        estimates = {name for name in numbers if {f"{name}/low", f"{name}/high"} <= numbers.keys()}
         parts = {f"{name}/{part}" for name in estimates for part in ("low", "high", "n")}
         for name, value in numbers.items():
             if name not in {"round", "calls/forward"} | parts:  # calls/forward is NFE
@@ -140,15 +140,19 @@ def _chart(rows: Sequence[Row], name: str, points: Mapping[int, Point], axes: in
     return Chart(title, caption, views)
 
 
+def _group(name: str) -> str:
+    return name.partition("/")[0]
+
+
 def _y_axis(name: str) -> Axis:
-    group, last = name.partition("/")[0], name.rpartition("/")[2]
+    group, last = _group(name), name.rpartition("/")[2]
     if group in ("held_out", "rewards") and last in SHARES:
         return Axis("score", percent, limits=(0.0, 1.0))
     if last.endswith(("_fraction", "_share")):
         return Axis("share", percent, limits=(0.0, 1.0), from_zero=True)
     if last.endswith("_bytes"):
         return Axis("memory", memory_size, from_zero=True)
-    if group in (*_SECTIONS["Cost"], "failed_rewards", "skipped_updates"):
+    if _SECTIONS.get(group) == "Cost" or group in ("failed_rewards", "skipped_updates"):
         return Axis("", count, from_zero=True)
     return Axis("shift" if group == "reward_hacking" else "", number, from_zero=name == "kl")
 

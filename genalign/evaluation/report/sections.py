@@ -29,7 +29,6 @@ class TableRow:
     """A task before and after; an estimate is None if it was not measured."""
 
     task: str
-    n: int
     before: Estimate | None
     after: Estimate | None
     gain: Estimate | None
@@ -65,13 +64,13 @@ def tables(
     result: dict[str, list[TableRow]] = {}
     for score in sorted(measured.score_names, key=lambda name: name != main):
         gains = [estimates[score] for estimates in columns[2].values() if score in estimates]
-        limits = min((gain.low for gain in gains), default=0.0), max((gain.high for gain in gains), default=0.0)
+        bounds = [bound for gain in gains for bound in (gain.low, gain.high)]
+        limits = min(bounds, default=0.0), max(bounds, default=0.0)
         result[score] = []
         for task in (*measured.tasks, OVERALL):
             old, new, gain = (column.get(task, {}).get(score) for column in columns)
-            n = next((estimate.n for estimate in (old, new, gain) if estimate), 0)
             drawn = whisker(gain, limits, f"gain {signed(score, gain.mean)}") if gain else Markup()
-            result[score].append(TableRow(task, n, old, new, gain, drawn))
+            result[score].append(TableRow(task, old, new, gain, drawn))
     return result
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from genalign.evaluation.evaluate import Evaluation
@@ -85,27 +85,25 @@ def did_it_work(run: Run) -> list[Change]:
             if first := held_out[0]["held_out"].get(score):
                 start, end = Estimate(**first), Estimate(**last)
                 changes.append(_trend(f"Held-out {plain(score)} score", score, start, end, span))
-    # the values of a reward that is trained along are not comparable over rounds
-    sums = _reward_trends(run.rows, lambda row: {"": row["reward"]})
-    return changes + (_untrained_trends(run.rows) if _trained_rewards(run.rows) else sums)
+    rewards = _reward_changes(run.rows)
+    return changes + ([change for change in rewards if change.title == "Training reward"] or rewards)
 
 
 def got_worse(run: Run) -> list[Statement]:
     """Everything that fell, failed or left its range, then the checks that passed."""
-    changes = list(dict.fromkeys([*did_it_work(run), *_untrained_trends(run.rows)]))
-    worse = [change.statement for change in changes if change.mood == "down"]
-    passed = []
+    changes = dict.fromkeys([*did_it_work(run), *_reward_changes(run.rows)])
+    statements = [change.statement for change in changes if change.mood == "down"]
     if run.comparison:
-        worse += _task_losses(run.comparison)
+        statements += _task_losses(run.comparison)
         main = main_score(run.comparison.overall)
         task, gain = min(((t, s[main]) for t, s in run.comparison.tasks.items()), key=lambda item: item[1].mean)
-        passed.append(Statement(f"Lowest gain of a task: {plain(task)}, {main} score {_signed_gain(main, gain)}."))
+        statements.append(Statement(f"Lowest gain of a task: {plain(task)}, {main} score {_signed_gain(main, gain)}."))
     if run.rows:
-        checks = [_hacking(run.rows), *_failures(run.rows), *_ranges(run)]
-        worse += [check for check in checks if check.mood == "down"]
-        passed += [check for check in checks if check.mood != "down"]
-    nothing = Statement("Nothing got clearly worse." if changes else "Nothing is measured yet.")
-    return (worse or [nothing]) + passed
+        statements += [_hacking(run.rows), *_failures(run.rows), *_ranges(run)]
+    statements.sort(key=lambda statement: statement.mood != "down")
+    if not statements or statements[0].mood != "down":
+        statements.insert(0, Statement("Nothing got clearly worse." if changes else "Nothing is measured yet."))
+    return statements
 
 
 def cost(run: Run) -> list[Fact]:
@@ -173,34 +171,28 @@ def _trend(title: str, score: str, start: Estimate, end: Estimate, span: str) ->
     return Change(title, scored(score, start.mean), scored(score, end.mean), _TRENDS[feeling], detail, feeling)
 
 
-def _reward_trends(rows: Sequence[Row], read: Callable[[Row], dict[str, float | None]]) -> list[Change]:
-    """The changes of rewards by name, "" for their sum, from the first fifth of the rounds to the last."""
-    size, changes = max(2, len(rows) // 5), []
-    for name in read(rows[-1]) if rows else ():
-        values = [value for row in rows if (value := read(row).get(name)) is not None]
-        title = f"Reward {plain(name)}" if name else "Training reward"
-        if len(values) >= 2 * size:
-            start, end = t_interval(values[:size]), t_interval(values[-size:])
-            span = f"mean of the first and last {size} rounds"
-            changes.append(_trend(title, name, start, end, span))
-        elif values:
-            detail = "too few rounds for an interval"
-            changes.append(
-                Change(title, scored(name, values[0]), scored(name, values[-1]), "no verdict", detail, "even")
-            )
-    return changes
+def _reward_changes(rows: Sequence[Row]) -> list[Change]:
+    """The changes of the training reward and of each reward, from the first fifth of the rounds to the last.
 
-
-def _untrained_trends(rows: Sequence[Row]) -> list[Change]:
-    trained = _trained_rewards(rows)
-    return _reward_trends(rows, lambda row: {k: v for k, v in row.get("rewards", {}).items() if k not in trained})
-
-
-def _trained_rewards(rows: Sequence[Row]) -> set[str]:
-    """The rewards that record metrics of their own, which are those that are trained along."""
+    The scores of a reward that is trained along are not comparable over rounds: it and the sum are left out. Such a
+    reward records metrics of its own.
+    """
     last = rows[-1] if rows else {}
     metrics = tuple(last.get("metrics", {}))
-    return {name for name in last.get("rewards", {}) if any(metric.startswith(f"{name}/") for metric in metrics)}
+    names = [n for n in last.get("rewards", {}) if not any(metric.startswith(f"{n}/") for metric in metrics)]
+    series = {f"Reward {plain(name)}": (name, [row["rewards"].get(name) for row in rows]) for name in names}
+    if len(names) == len(last.get("rewards", {})):
+        series = {"Training reward": ("", [row["reward"] for row in rows]), **series}
+    size, changes = max(2, len(rows) // 5), []
+    for title, (name, column) in series.items():
+        values = [value for value in column if value is not None]
+        if len(values) >= 2 * size:
+            span = f"mean of the first and last {size} rounds"
+            changes.append(_trend(title, name, t_interval(values[:size]), t_interval(values[-size:]), span))
+        elif values:
+            start, end = scored(name, values[0]), scored(name, values[-1])
+            changes.append(Change(title, start, end, "no verdict", "too few rounds for an interval", "even"))
+    return changes
 
 
 def _task_losses(comparison: Comparison) -> list[Statement]:
