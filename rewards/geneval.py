@@ -159,16 +159,15 @@ def _classify_colors(
     crops of the batch are classified at once.
     """
     detections = [[instance.detection for instance in instances] for instances in counted]
-    places: list[tuple[int, int]] = []
+    needed: set[tuple[int, int]] = set()
     for row, spec in enumerate(specs):
-        needed: set[int] = set()
         for clause in spec.include:
-            of_class = [index for index, item in enumerate(detections[row]) if item.name == clause.name]
+            of_class = [(row, index) for index, item in enumerate(detections[row]) if item.name == clause.name]
             if clause.color is not None and len(of_class) >= clause.count:
                 needed.update(of_class[: clause.count])  # detections of a class are in order of confidence
-        places += [(row, index) for index in sorted(needed)]
-    if not places:
+    if not needed:
         return detections
+    places = sorted(needed)
     crops = [crop(images[row], detections[row][index].box, counted[row][index].mask) for row, index in places]
     colors = classifier(crops, [detections[row][index].name for row, index in places])
     for (row, index), color in zip(places, colors, strict=True):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from genalign.cli import config
 from genalign.cli.context import CommandContext, load_with_identity, print_estimates, rank_share
 from genalign.diffusion.sampling import Sampling
-from genalign.evaluation.evaluate import EvaluationProtocol, suite_hash
+from genalign.evaluation.evaluate import EvaluationProtocol, select_prompts, suite_hash
 from genalign.evaluation.folder import ModelIdentity, content_hash, manifest
 from genalign.evaluation.geneval.compare_models import compare_models, load_finished
 from genalign.evaluation.geneval.image_sources import FolderImages, PipelineImages
@@ -168,26 +167,23 @@ def compare_geneval_command(arguments: Sequence[str]) -> int:
 
 
 def subset_per_task(prompts: PromptSet, per_task: int | None) -> PromptSet:
-    """Select the ``per_task`` distinct prompts of every task with the lowest hash of their text, in the set's order."""
-    distinct = {prompt.text: prompt for prompt in prompts.prompts}
-    subset: set[str] = set()
-    for group in PromptSet(prompts.name, tuple(distinct.values())).by_task().values():
-        texts = [prompt.text for prompt in group]
-        subset.update(sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())[:per_task])
-    return PromptSet(prompts.name, tuple(prompt for text, prompt in distinct.items() if text in subset))
+    """Select ``per_task`` distinct prompts of every task, or all distinct prompts, in the order of the set."""
+    distinct = PromptSet(prompts.name, tuple({prompt.text: prompt for prompt in prompts.prompts}.values()))
+    if per_task is None:
+        return distinct
+    subset = {prompt.text for group in distinct.by_task().values() for prompt in select_prompts(group, per_task)}
+    return PromptSet(prompts.name, tuple(prompt for prompt in distinct.prompts if prompt.text in subset))
 
 
 def _group_by_prompt(samples: Sequence[SampleFile]) -> list[list[SampleFile]]:
     """Group samples by prompt. Raises ValueError for a prompt that has two folders."""
-    groups: dict[int, list[SampleFile]] = {}
+    groups: dict[str, list[SampleFile]] = {}
     for sample in samples:
-        groups.setdefault(sample.index, []).append(sample)
-    seen: dict[str, SampleFile] = {}
-    for first, *_ in groups.values():
-        if (other := seen.setdefault(first.metadata["prompt"], first)) is not first:
-            raise ValueError(
-                f"{other.path.parent} and {first.path.parent} are of the same prompt: put its images into one folder"
-            )
+        group = groups.setdefault(sample.metadata["prompt"], [])
+        group.append(sample)
+        if sample.index != group[0].index:
+            one, other = group[0].path.parent, sample.path.parent
+            raise ValueError(f"{one} and {other} are of the same prompt: put its images into one folder")
     return list(groups.values())
 
 
@@ -218,7 +214,7 @@ def _report(folder: Path, against: str | None) -> None:
     other = Path(against) if against else None
     if other is not None:
         comparison = compare_models(load_finished(other), evaluation)
-        write_json(folder / "comparison.json", {"against": str(other), **comparison.as_dict()})
+        write_json(folder / "comparison.json", {"against": str(other), **asdict(comparison)})
         for name, gain in comparison.gain.items():
             wins = comparison.wins[name]
             print(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,15 +127,6 @@ class BatchStore(Protocol):
 
 
 @dataclass(frozen=True)
-class SampleValue:
-    """One number per sample, such as a score or a gain, with the sample's task and prompt."""
-
-    task: str
-    prompt: str
-    value: float
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """The records of all samples under one protocol; estimates are computed from them."""
 
@@ -149,12 +140,15 @@ class Evaluation:
     @property
     def overall(self) -> dict[str, Estimate]:
         """The mean over tasks of each score."""
-        return {name: estimate(self._values(name)) for name in self.score_names}
+        return {name: _estimate(self.records, name) for name in self.score_names}
 
     @property
     def tasks(self) -> dict[str, dict[str, Estimate]]:
         """The mean of each score in each task, tasks in order of first appearance."""
-        return estimate_tasks({name: self._values(name) for name in self.score_names})
+        tasks: dict[str, list[SampleRecord]] = {}
+        for record in self.records:
+            tasks.setdefault(record.task, []).append(record)
+        return {task: {name: _estimate(rows, name) for name in self.score_names} for task, rows in tasks.items()}
 
     @property
     def failed(self) -> int:
@@ -182,8 +176,16 @@ class Evaluation:
         write_text(directory / "records.jsonl", "".join(f"{line}\n" for line in lines))
         write_json(directory / "summary.json", self.summary())
 
-    def _values(self, name: str) -> list[SampleValue]:
-        return [SampleValue(record.task, record.prompt, record.scores[name]) for record in self.records]
+
+def _estimate(records: Sequence[SampleRecord], name: str) -> Estimate:
+    """Estimate the mean over tasks of the mean over prompts of a score; scores that are not finite are left out."""
+    finite: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        prompts = finite.setdefault(record.task, {})
+        if math.isfinite(record.scores[name]):
+            prompts.setdefault(record.prompt, []).append(record.scores[name])
+    means = {task: [math.fsum(v) / len(v) for v in prompts.values()] for task, prompts in finite.items()}
+    return bootstrap_mean(means, sum(len(v) for prompts in finite.values() for v in prompts.values()))
 
 
 def load_evaluation(directory: Path) -> Evaluation:
@@ -212,19 +214,23 @@ def noise_seed(text: str, sample: int) -> int:
 def plan_samples(prompts: PromptSet, samples_per_task: int, seeds: int) -> tuple[SampleSpec, ...]:
     """Select at least ``samples_per_task`` samples of every task, with about ``seeds`` noises per prompt.
 
-    The prompts of a task are those with the lowest hash of their text, in the order of the set; a repeated text counts
-    once. A task with few prompts gets more noises per prompt.
+    A task with few prompts gets more noises per prompt.
     """
     if samples_per_task < 1 or seeds < 1:
         raise ValueError(f"samples_per_task and seeds must be at least 1, got {samples_per_task} and {seeds}")
     specs: list[SampleSpec] = []
     for group in prompts.by_task().values():
-        distinct = {prompt.text: prompt for prompt in group}
-        num_prompts = min(len(distinct), math.ceil(samples_per_task / seeds))
-        lowest = set(sorted(distinct, key=lambda text: hashlib.sha256(text.encode()).digest())[:num_prompts])
-        noises = range(math.ceil(samples_per_task / num_prompts))
-        specs += [SampleSpec(prompt, n) for text, prompt in distinct.items() if text in lowest for n in noises]
+        subset = select_prompts(group, math.ceil(samples_per_task / seeds))
+        noises = range(math.ceil(samples_per_task / len(subset)))
+        specs += [SampleSpec(prompt, noise) for prompt in subset for noise in noises]
     return tuple(specs)
+
+
+def select_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Select at most ``count`` distinct prompts, those with the lowest hash of their text, in the order of the list."""
+    distinct = {prompt.text: prompt for prompt in prompts}
+    lowest = set(sorted(distinct, key=lambda text: hashlib.sha256(text.encode()).digest())[:count])
+    return [prompt for text, prompt in distinct.items() if text in lowest]
 
 
 def evaluate(
@@ -350,26 +356,6 @@ def _score_batch(
         SampleRecord(spec.prompt.text, spec.prompt.task, spec.sample, spec.seed, image, row)
         for spec, image, row in zip(specs, images, rows, strict=True)
     ]
-
-
-def estimate_tasks(values: Mapping[str, Sequence[SampleValue]]) -> dict[str, dict[str, Estimate]]:
-    """Estimate the mean of each named score within each task."""
-    tasks = dict.fromkeys(value.task for column in values.values() for value in column)
-    return {
-        task: {name: estimate(value for value in column if value.task == task) for name, column in values.items()}
-        for task in tasks
-    }
-
-
-def estimate(values: Iterable[SampleValue]) -> Estimate:
-    """Estimate the mean over tasks of the mean over prompts; values that are not finite are left out."""
-    finite: dict[str, dict[str, list[float]]] = {}
-    for item in values:
-        prompts = finite.setdefault(item.task, {})
-        if math.isfinite(item.value):
-            prompts.setdefault(item.prompt, []).append(item.value)
-    means = {task: [math.fsum(v) / len(v) for v in prompts.values()] for task, prompts in finite.items()}
-    return bootstrap_mean(means, sum(len(v) for prompts in finite.values() for v in prompts.values()))
 
 
 def record_as_dict(record: SampleRecord) -> dict[str, Any]:

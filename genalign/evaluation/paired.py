@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
-from genalign.evaluation.evaluate import (
-    Evaluation,
-    EvaluationProtocol,
-    SampleRecord,
-    SampleValue,
-    estimate,
-    estimate_tasks,
-)
+from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord
 from genalign.metrics.intervals import Estimate
 
 
@@ -64,12 +57,12 @@ def gain(before: Evaluation, after: Evaluation) -> dict[str, Estimate]:
     Raises:
         ValueError: the protocols differ, or the samples are not of the same prompts and noises.
     """
-    return {name: estimate(values) for name, values in _gains(before, after).items()}
+    return _differences(before, after).overall
 
 
 def task_gains(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Estimate]]:
     """Estimate each score's mean gain within each task, paired by prompt and noise."""
-    return estimate_tasks(_gains(before, after))
+    return _differences(before, after).tasks
 
 
 def pairs_by_gain(before: Evaluation, after: Evaluation) -> tuple[SamplePair, ...]:
@@ -80,12 +73,11 @@ def pairs_by_gain(before: Evaluation, after: Evaluation) -> tuple[SamplePair, ..
     return tuple(pair for _, pair in sorted(finite, key=lambda item: item[0]))
 
 
-def _gains(before: Evaluation, after: Evaluation) -> dict[str, list[SampleValue]]:
-    matched = pairs(before, after)
-    return {
-        name: [SampleValue(pair.before.task, pair.before.prompt, pair.difference(name)) for pair in matched]
-        for name in shared_scores(before, after)
-    }
+def _differences(before: Evaluation, after: Evaluation) -> Evaluation:
+    """Replace the scores of the samples by their differences, after minus before."""
+    names = shared_scores(before, after)
+    scores = [(pair.before, {name: pair.difference(name) for name in names}) for pair in pairs(before, after)]
+    return replace(before, records=tuple(replace(record, scores=row) for record, row in scores))
 
 
 def shared_scores(before: Evaluation, after: Evaluation) -> list[str]:

@@ -42,9 +42,6 @@ def shapes_reward(score: str) -> GenEvalReward:
     return GenEvalReward(score, ShapesDetector(), PaletteColors())
 
 
-# --- the reward on rendered scenes ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("score", ["partial", "strict", "relaxed"])
 def test_correct_images_score_one(images: torch.Tensor, score: str) -> None:
     reward: Reward = shapes_reward(score)
@@ -135,9 +132,6 @@ def test_only_colors_that_a_rule_needs_are_classified() -> None:
     assert unsure.crops == []
 
 
-# --- crops and colors -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("box", [(2.0, 3.0, 9.0, 8.0), (1.5, 2.5, 7.5, 6.51), (0.0, 0.0, 12.0, 10.0)])
 def test_crops_match_pillow(box: tuple[float, float, float, float]) -> None:
     rng = np.random.default_rng(0)
@@ -177,9 +171,6 @@ def test_a_trained_clip_classifies_colors() -> None:
     assert sum(right) / len(right) >= 0.5  # 0.1 by chance
 
 
-# --- real networks ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_detectors.clip(tmp_path_factory.mktemp("clip"))
@@ -206,13 +197,7 @@ def test_the_description_names_detector_thresholds_and_colors() -> None:
     plain = GenEvalJudge().description
     json.dumps(plain)
     assert plain["detector"]["model"] == "facebook/mask2former-swin-small-coco-instance"
-    assert plain["detector"]["thresholds"] == {
-        "confidence": 0.3,
-        "counting": 0.9,
-        "max_objects": 16,
-        "max_overlap": 1.0,
-        "position": 0.1,
-    }
+    assert plain["detector"]["thresholds"] == vars(Thresholds(0.3, 0.9, 16, 1.0, 0.1))
     assert plain["colours"]["model"] == "openai/clip-vit-large-patch14"  # the spelling in protocols of 0.1.0
     assert plain["colours"]["class"] == "ClipColours"
     assert GenEvalJudge(colors=ClipColors("other")).description != plain

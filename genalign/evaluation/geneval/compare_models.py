@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from genalign.evaluation.evaluate import Evaluation, load_evaluation
 from genalign.evaluation.paired import SamplePair, gain, pairs, shared_scores, task_gains
@@ -20,10 +19,6 @@ class ModelComparison:
     gain: Mapping[str, Estimate]
     tasks: Mapping[str, Mapping[str, Estimate]]
     wins: Mapping[str, WinRate]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Convert to nested dictionaries for JSON."""
-        return asdict(self)
 
 
 def load_finished(folder: Path) -> Evaluation:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from genalign.types import Metadata, Prompt
 
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5}
+NUMBER_WORDS = {number: word for word, number in NUMBERS.items()}
 
 
 def with_article(noun: str) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from genalign.evaluation.geneval import grammar
-from genalign.evaluation.geneval.vocabulary import COLORS, RELATIONS, TASKS
+from genalign.evaluation.geneval.vocabulary import COLORS, RELATIONS
 from genalign.types import Metadata, Prompt
 
 OPENING = "a photo of"
-_NUMBER_WORDS = {number: word for word, number in grammar.NUMBERS.items()}
 
 
 @dataclass(frozen=True)
@@ -86,32 +85,14 @@ class PromptSpec:
         Raises ValueError for clauses that the task does not have.
         """
         try:
-            prompt = self._spell()
+            prompt = _GRAMMAR[self.tag](*self.include)
             assert prompt.metadata is not None, "the grammar gives metadata"
             if PromptSpec.from_metadata(prompt.metadata).include != self.include:
                 raise ValueError("its prompt says something else")
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the clauses of {self.prompt!r} do not fit the task {self.tag}") from error
         text = f"{opening} {prompt.text}"
         return Prompt(text, {**prompt.metadata, "prompt": text})
-
-    def _spell(self) -> Prompt:
-        include = self.include
-        match self.tag:
-            case "single_object":
-                return grammar.single_object(include[0].name)
-            case "two_object":
-                return grammar.two_object(include[0].name, include[1].name)
-            case "counting":
-                return grammar.counting(include[0].name, _NUMBER_WORDS[include[0].count])
-            case "colors":
-                return grammar.colors(include[0].name, str(include[0].color))
-            case "position":
-                return grammar.position(include[1].name, str(include[1].relation), include[0].name)
-            case "color_attr":
-                first, second = include[:2]
-                return grammar.color_attr(first.name, str(first.color), second.name, str(second.color))
-        raise ValueError(f"{self.tag!r} is not a task of GenEval: {', '.join(TASKS)}")
 
 
 def _parse_clause(text: str | None, index: int, value: Any) -> Clause:
@@ -135,3 +116,14 @@ def _parse_clause(text: str | None, index: int, value: Any) -> Clause:
         case [str(relation), int(target)] if relation in RELATIONS and 0 <= target < index:
             return Clause(name, count, color, relation, target)
     raise invalid(f"position must be one of {', '.join(RELATIONS)} and the number of an earlier clause")
+
+
+_GRAMMAR: Mapping[str, Callable[..., Prompt]] = {
+    "single_object": lambda a: grammar.single_object(a.name),
+    "two_object": lambda a, b: grammar.two_object(a.name, b.name),
+    "counting": lambda a: grammar.counting(a.name, grammar.NUMBER_WORDS[a.count]),
+    "colors": lambda a: grammar.colors(a.name, str(a.color)),
+    "position": lambda target, a: grammar.position(a.name, str(a.relation), target.name),
+    "color_attr": lambda a, b: grammar.color_attr(a.name, str(a.color), b.name, str(b.color)),
+}
+"""The prompt of the include clauses, by task."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord
-from genalign.evaluation.folder import MANIFEST, EvaluationFolder, ModelIdentity
+from genalign.evaluation.folder import EvaluationFolder
 from genalign.evaluation.geneval.image_sources import ImageSource
 from genalign.evaluation.geneval.judge import Judge
 from genalign.evaluation.geneval.result_files import ImageResult, summary, write_results
@@ -29,8 +29,6 @@ from genalign.evaluation.geneval.scoring import Detection, GenEvalScore
 from genalign.runtime.distributed import RankShare
 from genalign.runtime.files import write_json, write_text
 from genalign.types import Prompt, PromptSet
-
-SCORES = ("relaxed", "strict", "partial")
 
 
 def verifier_description(judge: Judge) -> str:
@@ -41,13 +39,6 @@ def verifier_description(judge: Judge) -> str:
 @dataclass(frozen=True)
 class GenEvalFolder(EvaluationFolder):
     """The output folder of an evaluation on GenEval's prompts, with one file of scores per prompt."""
-
-    def identity(self) -> ModelIdentity:
-        """Read which model is evaluated here. Raises FileNotFoundError for a folder without an evaluation."""
-        manifest = self.manifest()
-        if manifest is None:
-            raise FileNotFoundError(f"{self.path} has no {MANIFEST}: give the output of genalign evaluate geneval")
-        return ModelIdentity(**manifest["subject"])
 
     def is_done(self, index: int) -> bool:
         """Whether a prompt is finished."""
@@ -127,6 +118,6 @@ def sample_row(file: str, seed: int, score: GenEvalScore | None) -> dict[str, An
     """Convert an image's scores to JSON types, with null for an image that could not be judged."""
     row: dict[str, Any] = {"image": file, "seed": seed}
     if score is None:
-        return row | {"scores": dict.fromkeys(SCORES), "reason": "", "detections": []}
+        return row | {"scores": {"relaxed": None, "strict": None, "partial": None}, "reason": "", "detections": []}
     scores = {"relaxed": float(score.relaxed), "strict": float(score.strict), "partial": score.partial}
     return row | {"scores": scores, "reason": score.reason, "detections": [asdict(item) for item in score.detections]}

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from genalign.evaluation.geneval.grammar import NUMBERS, with_article
+from genalign.evaluation.geneval.grammar import NUMBER_WORDS, with_article
 from genalign.evaluation.geneval.metadata import Clause, PromptSpec
 from genalign.evaluation.geneval.vocabulary import natural_plural
 from genalign.types import AnyCallable, Prompt
@@ -21,7 +21,6 @@ from genalign.types import AnyCallable, Prompt
 QuestionJudge = Callable[[Tensor, Sequence[str]], Tensor]
 """Returns probabilities (B,) of the answer "yes" for images (B, 3, H, W) in [0, 1] and one question per image."""
 
-_WORDS = {number: word for word, number in NUMBERS.items()}
 _PLACES = {"left of": "to the left of", "right of": "to the right of"}
 
 
@@ -43,9 +42,11 @@ def questions(prompt: Prompt) -> tuple[Question, ...]:
         return _metadata_questions(prompt.text, prompt.metadata["questions"], prompt.metadata.get("parents"))
     include, result = PromptSpec.from_prompt(prompt).include, []
     for clause in include:
-        number = _WORDS.get(clause.count, str(clause.count))
-        one, many = with_article(clause.name), f"exactly {number} {natural_plural(clause.name)}"
-        result.append(Question(f"{'Is there ' + one if clause.count == 1 else 'Are there ' + many} in the image?"))
+        if clause.count == 1:
+            result.append(Question(f"Is there {with_article(clause.name)} in the image?"))
+        else:
+            number = NUMBER_WORDS.get(clause.count, clause.count)
+            result.append(Question(f"Are there exactly {number} {natural_plural(clause.name)} in the image?"))
     for index, clause in enumerate(include):
         verb = "Is" if clause.count == 1 else "Are"
         if clause.color is not None:

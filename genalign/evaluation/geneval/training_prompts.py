@@ -53,8 +53,6 @@ def training_prompts(
     seed: int = 0,
     *,
     objects: Sequence[str] = OBJECTS,
-    colors: Sequence[str] = COLORS,
-    openings: Sequence[str] = OPENINGS,
     held_out: Iterable[Prompt] = (),
 ) -> PromptSet:
     """Draw prompts of distinct compositions, none of which a prompt of GenEval has.
@@ -65,30 +63,25 @@ def training_prompts(
         per_task: Prompts of each of ``TASKS``, or by task; a task with fewer compositions gets all of them.
         seed: Seed of the draws.
         objects: Classes to combine. Leave some out to measure generalization to unseen ones.
-        colors: Colors to combine.
-        openings: Phrases of which each prompt starts with one, at random.
         held_out: Prompts whose compositions are left out as well.
 
     Raises:
-        ValueError: a color that GenEval lacks, an amount below 1, or a task without a composition to train on.
+        ValueError: an amount below 1, or a task without a composition to train on.
     """
     counts = per_task if isinstance(per_task, Mapping) else dict.fromkeys(TASKS, per_task)
     for task, count in counts.items():
         if count < 1:
             raise ValueError(f"ask for at least 1 prompt of {task}, or leave the task out")
-    for color in colors:
-        if color not in COLORS:
-            raise ValueError(f"{color!r} is not a color of GenEval: choose from {', '.join(COLORS)}")
-    spaces = _composition_spaces(objects, colors)
+    spaces = _composition_spaces(objects)
     if unknown := set(counts) - set(spaces):
         raise ValueError(f"no task {', '.join(sorted(unknown))} to train on: choose from {', '.join(spaces)}")
 
     excluded = official_compositions() | {composition_hash(PromptSpec.from_prompt(prompt)) for prompt in held_out}
     prompts: list[Prompt] = []
     for task, count in counts.items():
-        drawn = list(_draw(spaces[task], count, excluded, openings, random.Random(f"{seed}/{task}")))
+        drawn = list(_draw(spaces[task], count, excluded, random.Random(f"{seed}/{task}")))
         if not drawn:
-            raise ValueError(f"there is no {task} composition to train on: give more objects or colors")
+            raise ValueError(f"there is no {task} composition to train on: give more objects")
         prompts += drawn
     return PromptSet("geneval-train", tuple(prompts))
 
@@ -101,10 +94,8 @@ class _Space:
     build: Callable[[int], PromptSpec]
 
 
-def _draw(
-    space: _Space, count: int, excluded: frozenset[str], openings: Sequence[str], rng: random.Random
-) -> Iterator[Prompt]:
-    """Draw up to ``count`` prompts of distinct compositions, in random order."""
+def _draw(space: _Space, count: int, excluded: frozenset[str], rng: random.Random) -> Iterator[Prompt]:
+    """Draw up to ``count`` prompts of distinct compositions, in random order and after random ``OPENINGS``."""
     seen, tried = set(excluded), set[int]()
     while count > 0 and len(tried) < space.size:
         number = rng.randrange(space.size)
@@ -115,12 +106,12 @@ def _draw(
         if (key := composition_hash(spec)) not in seen:
             seen.add(key)
             count -= 1
-            yield spec.to_prompt(rng.choice(openings))
+            yield spec.to_prompt(rng.choice(OPENINGS))
 
 
-def _composition_spaces(objects: Sequence[str], colors: Sequence[str]) -> dict[str, _Space]:
+def _composition_spaces(objects: Sequence[str]) -> dict[str, _Space]:
     things = [name for name in objects if name != "person"]
-    n, t, c, r = len(objects), len(things), len(colors), len(RELATIONS)
+    n, t, c, r = len(objects), len(things), len(COLORS), len(RELATIONS)
 
     def two_object(number: int) -> PromptSpec:
         first, second = _ordered_pair(objects, number)
@@ -131,7 +122,7 @@ def _composition_spaces(objects: Sequence[str], colors: Sequence[str]) -> dict[s
         return PromptSpec("counting", (Clause(name, count),), (Clause(name, count + 1),))
 
     def one_color(number: int) -> PromptSpec:
-        return PromptSpec("colors", (Clause(things[number // c], color=colors[number % c]),))
+        return PromptSpec("colors", (Clause(things[number // c], color=COLORS[number % c]),))
 
     def position(number: int) -> PromptSpec:
         first, second = _ordered_pair(objects, number // r)
@@ -139,7 +130,7 @@ def _composition_spaces(objects: Sequence[str], colors: Sequence[str]) -> dict[s
 
     def color_attr(number: int) -> PromptSpec:
         names = _ordered_pair(things, number // (c * (c - 1)))
-        shades = _ordered_pair(colors, number % (c * (c - 1)))
+        shades = _ordered_pair(COLORS, number % (c * (c - 1)))
         return PromptSpec("color_attr", (Clause(names[0], color=shades[0]), Clause(names[1], color=shades[1])))
 
     return {

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from genalign.evaluation.folder import manifest
+from genalign.evaluation.folder import ModelIdentity, manifest
 from genalign.evaluation.geneval.compare_models import load_finished
 from genalign.evaluation.geneval.metadata import PromptSpec
 from genalign.evaluation.geneval.result_files import ImageResult
@@ -112,7 +112,9 @@ def rescore(folder: Path, results: Sequence[ImageResult]) -> Path:
     indexed = results_by_image(results)
     new_rows = [_rescore_row(row, indexed) for row in rows]
 
-    target.begin(manifest(protocol, source.identity()))
+    old = source.manifest()
+    assert old is not None, "a finished evaluation has a manifest"
+    target.begin(manifest(protocol, ModelIdentity(**old["subject"])))
     for row in new_rows:
         target.write(row["index"], row)
     with target.claims.exclusive():

@@ -1,15 +1,9 @@
-"""``genalign evaluate geneval`` on the tiny pipeline, in one process and in several with one killed."""
+"""``genalign evaluate geneval`` and its relatives on the tiny pipeline, in one process."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -21,14 +15,11 @@ from genalign.evaluation.geneval.metadata import Clause, PromptSpec
 from genalign.evaluation.geneval.result_files import read_results, read_samples, write_prompts, write_samples
 from genalign.types import PromptSet
 from genalign.worlds import shapes
-from tests.packages import ROOT
 from tests.rewards import tiny_detectors
 
-SECONDS = 1.0  # per batch of the judge, so that a process is killed during its work
 JUDGE = (
     "{class_path: rewards.geneval.GenEvalJudge, init_args: {"
-    "detector: {class_path: tests.genalign.evaluation.geneval.shapes_judge.ShapesDetector,"
-    " init_args: {seconds: SECONDS}},"
+    "detector: {class_path: tests.genalign.evaluation.geneval.shapes_judge.ShapesDetector},"
     " colors: tests.genalign.evaluation.geneval.shapes_judge.PaletteColors}}"
 )
 
@@ -42,10 +33,10 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _arguments(prompts: Path, model: Path | str, output: Path, seconds: float = 0.0) -> list[str]:
+def _arguments(prompts: Path, model: Path | str, output: Path) -> list[str]:
     settings = ["--prompts", str(prompts), "--model.path", str(model), "--output", str(output), "--seeds", "2"]
     sampling = "--sampling.num_steps 4 --sampling.sigmas [1.0,0.75,0.5,0.25] --sampling.guidance 1.0"
-    return ["evaluate", "geneval", *settings, *sampling.split(), "--judge", JUDGE.replace("SECONDS", str(seconds))]
+    return ["evaluate", "geneval", *settings, *sampling.split(), "--judge", JUDGE]
 
 
 def _contents(path: Path) -> dict[str, bytes]:
@@ -121,8 +112,6 @@ def test_invalid_settings_are_refused_before_any_file_is_written(
     assert not new.exists()
 
 
-# --- images from another program --------------------------------------------------------------------------------------
-
 DOGS = (
     PromptSpec("two_object", (Clause("dog"), Clause("cat"))).to_prompt(),
     PromptSpec("colors", (Clause("dog", 1, "red"),)).to_prompt(),
@@ -140,7 +129,7 @@ def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> str:
         "{class_path: rewards.geneval.GenEvalJudge, init_args: {detector:"
         " {class_path: rewards.backbones.detectors.Mask2Former,"
         f" init_args: {{model: {detector}, thresholds: {thresholds}}}}}, colors: {{class_path:"
-        f" rewards.geneval.ClipColours, init_args: {{model: {tiny_detectors.clip(folder / 'clip')}}}}}}}}}"
+        f" rewards.geneval.ClipColors, init_args: {{model: {tiny_detectors.clip(folder / 'clip')}}}}}}}}}"
     )
 
 
@@ -188,16 +177,8 @@ def test_a_folder_is_judged_by_networks_and_compared(
 
 
 def test_invalid_image_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [
-        "evaluate",
-        "geneval-images",
-        "--judge",
-        JUDGE.replace("SECONDS", "0.0"),
-        "--output",
-        str(tmp_path / "x"),
-    ]
-    images = tmp_path / "images"
-    command += ["--images", str(images)]
+    images, output = tmp_path / "images", tmp_path / "output"
+    command = ["evaluate", "geneval-images", "--judge", JUDGE, "--output", str(output), "--images", str(images)]
     assert "images has no images at NNNNN/samples" in _error(capsys, *command)
     _write_images(images, 1)
     assert "'dog' in 'a photo of a dog and a cat' is none of the 6 classes" in _error(capsys, *command)
@@ -209,55 +190,4 @@ def test_invalid_image_folders_are_refused(tmp_path: Path, capsys: pytest.Captur
     shutil.rmtree(images / "00007")
     (images / "00000" / "samples" / "0001.png").write_bytes(b"\x89PNG")
     assert "0001.png cannot be read as an image" in _error(capsys, *command)
-    assert not (tmp_path / "x" / "summary.json").exists()
-
-
-# --- processes --------------------------------------------------------------------------------------------------------
-
-
-def _start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
-    environment: Mapping[str, str] = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
-    command = [sys.executable, "-m", "genalign", *arguments]
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
-
-def _wait(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """Wait until all processes have succeeded, and return their output."""
-    outputs = [process.communicate(timeout=1800)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes)
-    return outputs
-
-
-def _wait_for(folder: Path, rows: int) -> None:
-    limit = time.monotonic() + 1800
-    while len(list(folder.glob("prompts/*.json"))) < rows:
-        assert time.monotonic() < limit, "no prompt was finished in time"
-        time.sleep(0.01)
-
-
-@pytest.mark.slow
-def test_processes_share_the_prompts_and_resume_after_a_kill(
-    tiny_folder: Path, prompt_file: Path, tmp_path: Path
-) -> None:
-    """Two ranks, one of them killed, and then two processes that share the rest by locks write the bytes of one."""
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    _wait([_start(_arguments(prompt_file, tiny_folder, alone, SECONDS))])
-
-    command = _arguments(prompt_file, tiny_folder, shared, SECONDS)
-    killed, other = (_start(command, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1))
-    _wait_for(shared, 1)
-    while not (shared / "prompts" / "00000.json").exists():
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate(timeout=60)
-    _wait([other])
-    done = {path: path.stat().st_mtime_ns for path in shared.glob("prompts/*.json")}
-    assert {int(path.stem) for path in done} >= {0, *range(1, 12, 2)} and len(done) < 12
-    assert not (shared / "summary.json").exists()
-
-    outputs = _wait([_start(command) for _ in range(2)])
-    lines = [line for text in outputs for line in text.splitlines() if "/12  " in line]
-    assert len(lines) == len(set(lines)) == 12 - len(done)
-    assert all(path.stat().st_mtime_ns == modified for path, modified in done.items())
-    assert any("Overall score" in text for text in outputs)
-    assert _contents(shared) == _contents(alone)
+    assert not (output / "summary.json").exists()

@@ -184,21 +184,19 @@ def test_images_from_another_program_are_evaluated_in_the_shapes_world(tmp_path:
 
 
 def test_rewards_and_features_of_another_sample_rate_are_refused() -> None:
-    clap = {"clap": ClapReward("tones-clap", 48000)}
-    with pytest.raises(ValueError, match=r"^clap takes waveforms at 48000 Hz, but they come at 8000: set its sample_r"):
-        require_rate(clap, 8000)
-    require_rate({**clap, "level": LevelWithin()}, 48000)
-    require_rate(clap, None)  # for images
-    with pytest.raises(ValueError, match=r"^partial takes waveforms at 8000 Hz, but they come at 16000"):
-        require_rate({"partial": TonesReward()}, 16000)
+    clap = ClapReward("tones-clap", 48000)
+    require_rate({"clap": clap, "level": LevelWithin()}, 48000)
+    require_rate({"clap": clap}, None)  # for images
     gated = Gate(LevelWithin(), PerSampleFrechetReward(LogMelFeatures(8000, mels=8), torch.randn(9, 8)), 0.0)
-    with pytest.raises(ValueError, match=r"^quiet\.condition\.encoder takes waveforms at 8000 Hz"):
-        require_rate({"quiet": gated}, 44100)
     recipe = dragon_set(VendiReward(), FrameFeatures(LogMelFeatures(16000)))
-    with pytest.raises(
-        ValueError, match=r"^recipe\.features\.encoder takes waveforms at 16000 Hz, but they come at 8000"
+    for settings, rate, message in (
+        ({"clap": clap}, 8000, r"^clap takes waveforms at 48000 Hz, but they come at 8000: set its sample_r"),
+        ({"partial": TonesReward()}, 16000, r"^partial takes waveforms at 8000 Hz, but they come at 16000"),
+        ({"quiet": gated}, 44100, r"^quiet\.condition\.encoder takes waveforms at 8000 Hz"),
+        ({"recipe": recipe}, 8000, r"^recipe\.features\.encoder takes waveforms at 16000 Hz, but they come at 8000"),
     ):
-        require_rate({"recipe": recipe}, 8000)
+        with pytest.raises(ValueError, match=message):
+            require_rate(settings, rate)
 
 
 @pytest.mark.parametrize("command", ["train", "plan"])

@@ -1,4 +1,4 @@
-"""Processes that share thousands of prompts process each of them once, although some of the processes are killed."""
+"""Processes that share prompts process each of them once, although some of the processes are killed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from genalign.evaluation.evaluate import load_evaluation
+from genalign.evaluation.geneval.result_files import write_prompts
+from genalign.types import PromptSet
+from genalign.worlds import shapes
 from tests.packages import ROOT
 
 PROCESSES, KILLS = 3, 8
@@ -40,21 +43,23 @@ sampling: {{num_steps: 2, sigmas: [1.0, 0.5], guidance: 1.0}}
 judge:
   class_path: rewards.geneval.GenEvalJudge
   init_args:
-    detector: {{class_path: tests.genalign.evaluation.geneval.shapes_judge.ShapesDetector}}
+    detector:
+      class_path: tests.genalign.evaluation.geneval.shapes_judge.ShapesDetector
+      init_args: {{seconds: {seconds}}}
     colors: tests.genalign.evaluation.geneval.shapes_judge.PaletteColors
 """
 
 
 class Workers:
-    """Processes of one command without ranks, whose output goes to files."""
+    """Processes of one command, whose output goes to files in ``folder``."""
 
     def __init__(self, folder: Path, command: Sequence[str]) -> None:
         self.folder, self.started = folder, 0
         self.command = [sys.executable, "-m", "genalign", *command]
         self.running: list[subprocess.Popen[bytes]] = []
 
-    def start(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": f"{self.folder}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    def start(self, **variables: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": f"{self.folder}:{ROOT}", "OMP_NUM_THREADS": "1", **variables}
         with (self.folder / f"output-{self.started}.txt").open("wb") as output:
             self.running.append(subprocess.Popen(self.command, env=environment, stdout=output, cwd=self.folder))
         self.started += 1
@@ -67,10 +72,13 @@ class Workers:
 
     def wait(self) -> None:
         assert [process.wait(1800) for process in self.running] == [0] * len(self.running)
+        self.running.clear()
 
-    def output_lines(self) -> list[str]:
-        files = [self.folder / f"output-{number}.txt" for number in range(self.started)]
-        return [line for file in files for line in file.read_text().splitlines()]
+    def reported(self, count: int, first: int = 0) -> list[str]:
+        """Return the indices of the prompts, out of ``count``, that the processes from ``first`` on reported."""
+        files = [self.folder / f"output-{number}.txt" for number in range(first, self.started)]
+        lines = [line for file in files for line in file.read_text().splitlines()]
+        return [line.split("/")[0] for line in lines if f"/{count}  " in line]
 
 
 def _run_with_kills(folder: Path, command: Sequence[str], count: int) -> None:
@@ -83,16 +91,16 @@ def _run_with_kills(folder: Path, command: Sequence[str], count: int) -> None:
         workers.kill()
         workers.start()
     workers.wait()
-    indices = [line.split("/")[0] for line in workers.output_lines() if f"/{count}  " in line]
+    indices = workers.reported(count)
     assert len(indices) == len(set(indices)) and count - KILLS <= len(indices) <= count  # a kill may precede a line
     assert not [path for path in (folder / "output").rglob("*") if path.suffix == ".part"]
 
 
-def _wait_for(prompts: Path, rows: int) -> None:
+def _wait_for(prompts: Path, rows: int, pattern: str = "*.json") -> None:
     limit = time.monotonic() + 1800
-    while len(list(prompts.glob("*.json"))) < rows:
+    while len(list(prompts.glob(pattern))) < rows:
         assert time.monotonic() < limit, "no prompts were finished in time"
-        time.sleep(0.1)
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -115,9 +123,46 @@ def test_every_prompt_is_evaluated_once_after_kills(tiny_folder: Path, tmp_path:
     circle = {"tag": "single_object", "include": [{"class": "circle", "count": 1}]}
     texts = [f"circle number {number}" for number in range(count)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({**circle, "prompt": text}) for text in texts))
-    (tmp_path / "evaluation.yaml").write_text(EVALUATION.format(folder=tmp_path, model=tiny_folder))
+    (tmp_path / "evaluation.yaml").write_text(EVALUATION.format(folder=tmp_path, model=tiny_folder, seconds=0.0))
     _run_with_kills(tmp_path, ["evaluate", "geneval", "--config", str(tmp_path / "evaluation.yaml")], count)
 
     assert [record.prompt for record in load_evaluation(output).records] == texts
     images = sorted(path.relative_to(output / "images").as_posix() for path in output.rglob("*.png"))
     assert images == [f"{number:05d}/samples/0000.png" for number in range(count)]
+
+
+@pytest.mark.slow
+def test_ranks_share_the_prompts_and_resume_after_a_kill(tiny_folder: Path, tmp_path: Path) -> None:
+    """Two ranks, one of them killed, and then two processes that share the rest by locks write the bytes of one."""
+    tasks = shapes.prompts("iid").by_task().values()
+    twelve = PromptSet("twelve", tuple(prompt for prompts in tasks for prompt in prompts[:2]))
+    write_prompts(tmp_path / "prompts.jsonl", twelve)
+    (tmp_path / "evaluation.yaml").write_text(EVALUATION.format(folder=tmp_path, model=tiny_folder, seconds=1.0))
+    command = ["evaluate", "geneval", "--config", str(tmp_path / "evaluation.yaml"), "--seeds", "2", "--output"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    single = Workers(tmp_path, [*command, str(alone)])
+    single.start()
+    single.wait()
+
+    workers = Workers(tmp_path, [*command, str(shared)])
+    for rank in ("0", "1"):
+        workers.start(RANK=rank, WORLD_SIZE="2")
+    _wait_for(shared / "prompts", 1, "00000.json")
+    workers.kill()
+    workers.wait()
+    done = {path: path.stat().st_mtime_ns for path in shared.glob("prompts/*.json")}
+    assert {int(path.stem) for path in done} >= {0, *range(1, 12, 2)} and len(done) < 12
+    assert not (shared / "summary.json").exists()
+
+    for _ in range(2):
+        workers.start()
+    workers.wait()
+    indices = workers.reported(12, first=2)
+    assert len(indices) == len(set(indices)) == 12 - len(done)
+    assert all(path.stat().st_mtime_ns == modified for path, modified in done.items())
+    contents = [
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (alone, shared)
+    ]
+    assert contents[0].pop(Path("report.html")) and contents[1].pop(Path("report.html"))
+    assert contents[0] == contents[1]

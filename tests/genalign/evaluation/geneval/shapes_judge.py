@@ -9,18 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from genalign.diffusion.paths import FlowPath
 from genalign.evaluation.evaluate import noise_seed
 from genalign.evaluation.geneval.scoring import Detection, Thresholds
-from genalign.types import Conditioning, Grid, Prompt
+from genalign.types import Prompt
 from genalign.worlds.shapes.geometry import PALETTE, SHAPES
 from genalign.worlds.shapes.scenes import render, sample_scene
 from genalign.worlds.shapes.verifier import detect
 from rewards.backbones.detectors import Instance, describe
-
-SIGMAS = (1.0, 0.5, 0.0)
+from tests.genalign.evaluation.still_pipeline import StillPipeline
 
 
 @dataclass(frozen=True)
@@ -63,33 +61,20 @@ class PaletteColors:
         return [list(PALETTE)[index] for index in nearest]
 
 
-class DrawingPipeline:
-    """A flow with zero velocity: each noise decodes to a scene of its prompt, or, with probability 1 - ``skill``, of
-    another prompt. The image of noise number ``broken`` is NaN."""
+class DrawingPipeline(StillPipeline):
+    """A pipeline whose images are scenes of their prompts or, with probability 1 - ``skill``, of another prompt.
+
+    The image of noise number ``broken`` is NaN.
+    """
 
     def __init__(self, prompts: Sequence[Prompt], seeds: int, skill: float = 1.0, broken: int | None = None) -> None:
-        self.path, self.denoiser, self.num_drawn = FlowPath(), nn.Identity(), 0
+        super().__init__()
         self.noises = [(p, noise_seed(prompt.text, s)) for p, prompt in enumerate(prompts) for s in range(seeds)]
-        self.prompts, self.skill, self.broken = prompts, skill, broken
-        self.encoded: list[list[str]] = []
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        self.encoded.append(list(prompts))
-        return Conditioning({"length": torch.tensor([len(text) for text in prompts])})
-
-    def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
-        sigma = torch.tensor(SIGMAS, dtype=torch.float64)
-        return Grid(sigma[:-1] * 1000, 1 - sigma, sigma)
-
-    def level(self, u: Tensor) -> Any:
-        raise NotImplementedError
+        self.prompts, self.skill, self.broken, self.num_drawn = prompts, skill, broken, 0
 
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
         place = {seed: number for number, (_, seed) in enumerate(self.noises)}
         return torch.tensor([float(place[seed]) for seed in seeds])[:, None]
-
-    def predict(self, x: Tensor, level: Any, conditioning: Conditioning, guidance: float) -> Tensor:
-        return torch.zeros_like(x)
 
     def decode(self, latents: Tensor) -> Tensor:
         self.num_drawn += len(latents)

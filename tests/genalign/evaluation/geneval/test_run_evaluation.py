@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +33,7 @@ from genalign.types import Prompt, PromptSet
 from genalign.worlds import shapes
 from genalign.worlds.shapes.verifier import verify
 from rewards.geneval import GenEvalJudge
-from tests.genalign.evaluation.geneval.shapes_judge import SIGMAS, DrawingPipeline, PaletteColors, ShapesDetector
+from tests.genalign.evaluation.geneval.shapes_judge import DrawingPipeline, PaletteColors, ShapesDetector
 
 JUDGE = GenEvalJudge(ShapesDetector(), PaletteColors())
 SEEDS = 3
@@ -46,7 +46,7 @@ PROTOCOL = EvaluationProtocol(
     suite=PROMPTS.name,
     suite_hash=suite_hash(PROMPTS),
     guidance=1.0,
-    sigmas=SIGMAS,
+    sigmas=(1.0, 0.5, 0.0),
     kernel="ODE()",
     dtype="float32",
     batch_size=2,
@@ -101,9 +101,6 @@ def mediocre(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-
 def test_correct_images_score_one(perfect: Path) -> None:
     evaluation = load_evaluation(perfect)
     assert len(evaluation.records) == SEEDS * len(PROMPTS) and evaluation.failed == 0
@@ -119,9 +116,6 @@ def test_scores_agree_with_the_verifier_of_the_world(mediocre: Path) -> None:
         assert record.scores["relaxed"] == expected.relaxed
         assert record.scores["partial"] == pytest.approx(math.fsum(criteria) / len(criteria))
     assert 0.2 < evaluation.overall["relaxed"].mean < 0.9
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_folder_results_and_summary_have_the_format_of_geneval(mediocre: Path) -> None:
@@ -150,9 +144,6 @@ def test_nan_images_are_counted_and_left_out(tmp_path: Path) -> None:
     assert evaluation.overall["relaxed"].n == SEEDS * len(PROMPTS) - 1
     assert len(read_results(tmp_path / "results.jsonl")) == SEEDS * len(PROMPTS) - 1
     assert "<dt>not judged</dt><dd>1</dd>" in write_geneval(tmp_path).read_text()
-
-
-# --- sharing and resuming ---------------------------------------------------------------------------------------------
 
 
 def test_any_number_of_ranks_writes_the_same_bytes(perfect: Path, tmp_path: Path) -> None:
@@ -233,9 +224,6 @@ def test_manifest_hash_depends_on_the_adapter_and_protocol_hash_on_the_judge(tmp
     assert other["protocol_hash"] != base["protocol_hash"]
 
 
-# --- comparison and report --------------------------------------------------------------------------------------------
-
-
 def test_models_are_compared_in_pairs(perfect: Path, mediocre: Path) -> None:
     before, after = load_evaluation(mediocre), load_evaluation(perfect)
     comparison = compare_models(before, after)
@@ -246,7 +234,7 @@ def test_models_are_compared_in_pairs(perfect: Path, mediocre: Path) -> None:
     assert wins.ties == pytest.approx(1 - len(lost) / len(PROMPTS))
     assert wins.rate.mean == pytest.approx((len(lost) + (len(PROMPTS) - len(lost)) / 2) / len(PROMPTS))
     assert wins.p_value == pytest.approx(2 * 0.5 ** len(lost))
-    json.dumps(comparison.as_dict(), allow_nan=False)
+    json.dumps(asdict(comparison), allow_nan=False)
 
 
 def test_a_task_without_scores_is_named(perfect: Path) -> None:
@@ -291,9 +279,6 @@ def test_the_report_escapes_prompts(tmp_path: Path) -> None:
     assert "<script" not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;&gt;=1, found 0") == 1
 
 
-# --- the original's results -------------------------------------------------------------------------------------------
-
-
 def test_rescoring_uses_the_results_of_the_original(mediocre: Path, tmp_path: Path) -> None:
     """Our own results file stands for the one that evaluate_images.py writes for the same folder."""
     results = read_results(mediocre / "results.jsonl")
@@ -325,9 +310,6 @@ def test_an_unfinished_evaluation_is_not_rescored(mediocre: Path, tmp_path: Path
     with pytest.raises(FileNotFoundError, match="has no finished evaluation"):
         rescore(tmp_path, results)
     assert not (tmp_path / "original").exists()
-
-
-# --- images from another program --------------------------------------------------------------------------------------
 
 
 def test_external_images_are_judged_in_place(mediocre: Path, tmp_path: Path) -> None:

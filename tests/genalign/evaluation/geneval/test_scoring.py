@@ -35,9 +35,6 @@ CAT_LEFT_OF_DOG = spec(Clause("dog"), Clause("cat", relation="left of", target=0
 RED_CAR = spec(Clause("car", 1, "red"))
 
 
-# --- boxes ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
     [
@@ -67,9 +64,6 @@ def test_overlap_includes_the_last_pixel() -> None:
     assert overlap((5, 5, 3, 3), (5, 5, 3, 3)) == 0
 
 
-# --- which detections count -------------------------------------------------------------------------------------------
-
-
 def test_detections_above_the_threshold_are_sorted_by_class_and_score() -> None:
     cats = [item("cat", score=score) for score in (0.3, 0.95, 0.31, 0.9, 0.91)]
     detections = [*cats, item("dog", score=0.5)]
@@ -95,9 +89,6 @@ def test_max_overlap_drops_boxes_that_overlap_a_better_one() -> None:
 def test_a_dropped_box_drops_no_other_box() -> None:
     row = [item("cat", (4.0 * i, 0.0, 4.0 * i + 9, 9.0), score=0.9 - i / 10) for i in range(3)]
     assert filter_detections(row, "colors", Thresholds(max_overlap=0.4)) == [0, 2]
-
-
-# --- scores by hand ---------------------------------------------------------------------------------------------------
 
 
 def test_relaxed_ignores_surplus_objects_and_strict_does_not() -> None:
@@ -176,9 +167,6 @@ def test_a_missing_color_is_an_error_only_where_a_rule_needs_it() -> None:
     with pytest.raises(ValueError, match=r"the color of the car at .* is unknown: classify its crop first"):
         score_detections([item("car")], RED_CAR)
     assert not score_detections([], RED_CAR).relaxed
-
-
-# --- against the shapes world's own verifier --------------------------------------------------------------------------
 
 
 def _scattered(rng: random.Random, metadata) -> list[ShapeDetection]:

@@ -81,9 +81,8 @@ def test_the_geometric_mean_is_zero_after_one_no() -> None:
 def test_gate_zeroes_answers_whose_parent_is_no() -> None:
     group = [Question("a"), Question("b", (0,)), Question("c", (1,)), Question("d", (0, 1))]
     answers = torch.tensor([0.2, 0.9, 0.8, 0.7])
-    torch.testing.assert_close(
-        gate_answers(answers, group, 0.5), torch.tensor([0.2, 0.0, 0.8, 0.0])
-    )  # b itself was a yes before gating
+    # c counts, since the answer to b was a yes before gating
+    torch.testing.assert_close(gate_answers(answers, group, 0.5), torch.tensor([0.2, 0.0, 0.8, 0.0]))
     scores = TifaReward(lambda images, texts: torch.tensor([0.9, 0.1, 0.8]), gate=0.5)(IMAGES[:1], [PLACE])
     torch.testing.assert_close(scores, torch.tensor([1.0 / 3]))
 
@@ -104,9 +103,6 @@ def test_reward_and_judge_are_configurable() -> None:
     judge = '{"class_path": "rewards.vqa.YesNoModel", "init_args": {"model": "somewhere"}}'
     reward = f'{{"class_path": "genalign.evaluation.geneval.tifa.TifaReward", "init_args": {{"judge": {judge}}}}}'
     required = ["--output", "x", "--model.path", "shapes-sd3", "--prompts", "prompts.txt"]
-    settings, _ = parse(
-        Train,
-        [*required, "--recipe", "genalign.flow_grpo", "--rewards.tifa.function", reward],
-        "train",
-    )
+    arguments = [*required, "--recipe", "genalign.flow_grpo", "--rewards.tifa.function", reward]
+    settings, _ = parse(Train, arguments, "train")
     assert isinstance(settings.rewards["tifa"].function, TifaReward)

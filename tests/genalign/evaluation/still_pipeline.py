@@ -1,0 +1,37 @@
+"""A pipeline without a network, for tests of evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genalign.diffusion.paths import FlowPath
+from genalign.types import Conditioning, Grid
+
+
+class StillPipeline:
+    """A flow with zero velocity, whose sample is its initial noise; a subclass draws noises and decodes them."""
+
+    def __init__(self, sigmas: tuple[float, ...] = (1.0, 0.5, 0.0)) -> None:
+        self.path, self.denoiser, self.sigmas = FlowPath(), nn.Identity(), sigmas
+        self.encoded: list[list[str]] = []
+        self.calls: list[tuple[int, float]] = []
+        """Batch size and guidance of every network evaluation."""
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        self.encoded.append(list(prompts))
+        return Conditioning({"length": torch.tensor([len(text) for text in prompts])})
+
+    def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
+        sigma = torch.tensor(self.sigmas, dtype=torch.float64)
+        return Grid(sigma[:-1] * 1000, 1 - sigma, sigma)
+
+    def level(self, u: Tensor) -> Any:
+        raise NotImplementedError
+
+    def predict(self, x: Tensor, level: Any, conditioning: Conditioning, guidance: float) -> Tensor:
+        self.calls.append((len(x), guidance))
+        return torch.zeros_like(x)
