@@ -1,8 +1,11 @@
-"""The command ``genalign``. Help answers at once: torch and the model libraries are imported for a command alone."""
+"""The command ``genalign``. Help is quick: only commands import torch and the model libraries."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+
+from genalign.cli.error_messages import shadowed_package
 
 USAGE = """usage: genalign COMMAND ...
 
@@ -29,14 +32,18 @@ USAGE = """usage: genalign COMMAND ...
 genalign COMMAND --help lists the settings of a command."""
 
 
-def main() -> int:
-    """Run the command that the process was given; its exit status."""
-    if sys.argv[1:2] in ([], ["-h"], ["--help"]):
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that ``arguments`` starts with, by default those of the process, and return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0
+    if message := shadowed_package():
+        print(f"error: {message}", file=sys.stderr)
+        return 2
     from genalign.cli.main import main as run  # takes seconds
 
-    return run(sys.argv[1:])
+    return run(arguments)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def test_reward_of_the_rewards_page_passes_reward_check(
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", REWARDS + AUDIO, re.DOTALL))
 def test_configurations_parse(tmp_path: Path, block: str) -> None:
     whole = {"rewards": {"size": {"function": "rewards.jpeg.compressibility"}}, "output": "runs/x"}
-    whole |= {"recipe": {"class_path": "genalign.algorithms.recipes.flow_grpo"}, **yaml.safe_load(block)}
+    whole |= {"model": {"path": "shapes-sd3"}, "prompts": "prompts.txt"}
+    whole |= {"recipe": {"class_path": "genalign.flow_grpo"}, **yaml.safe_load(block)}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
     settings, _ = config.parse(config.Train, ["--config", str(tmp_path / "run.yaml")], "train")
     assert set(settings.rewards) == set(whole["rewards"])

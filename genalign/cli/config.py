@@ -1,18 +1,18 @@
-"""Typed configuration of a run, its parser, and messages that say what to write instead."""
+"""The settings of every command, and their parser."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import re
-from argparse import ArgumentError
+from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 from torch import nn
 
 from genalign.algorithms.recipes import Recipe, flow_grpo
@@ -31,7 +31,7 @@ from genalign.training.noise_calibration import Calibration
 from genalign.training.nonfinite import DivergedError
 from genalign.training.reward_hacking import Actions, Limits
 from genalign.training.sample_grid import SampleGrid
-from genalign.training.trainer import TrainerSettings
+from genalign.training.settings import TrainerSettings
 from genalign.types import AnyCallable
 
 set_parsing_settings(subclasses_enabled=[Recipe, Kernel], instantiate_subclass_spec_in_any=False)
@@ -42,13 +42,24 @@ LINEAR_TEN = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint: an embedded one by name, a diffusers folder, or a Hub id. ``autocast`` is mixed precision.
+    """The generator: which checkpoint is loaded, and how.
 
-    ``compiled``: the denoiser runs by torch.compile, which takes minutes at the start and for every new batch size;
-    sampling and training then round differently, so that the first log-ratios are not exactly 0.
+    Args:
+        path: A diffusers folder, a Hub id (owner/name), or an embedded model (shapes-sd3, tones-audio).
+        dtype: Precision of the weights.
+        autocast: Precision of autocast (mixed precision); null runs in ``dtype``.
+        device: A torch device: cpu, cuda, cuda:1 or mps.
+        height: Height of the images in pixels; null takes the checkpoint's own.
+        width: Width of the images in pixels; null takes the checkpoint's own.
+        seconds: Length of the audio clips; null takes the checkpoint's own.
+        max_sequence_length: Maximum number of text tokens, for families that let it be set.
+        distilled_guidance: Guidance scale that a guidance-distilled model (FLUX.1-dev) receives as an input.
+        compiled: Run the denoiser through torch.compile. Compilation takes minutes at the start and for every new batch
+            size; sampling and training then round differently, so that the first log-ratios are not exactly 0.
+        memory: Options that hold less memory.
     """
 
-    path: str = "shapes-sd3"
+    path: str
     dtype: Precision = "float32"
     autocast: Precision | None = None
     device: str = "cpu"
@@ -63,10 +74,13 @@ class Model:
 
 @dataclass(frozen=True)
 class RewardChoice:
-    """A function or callable class by its import path, and its weight in the sum; weight 0 only reports.
+    """A reward and how it is called.
 
-    ``score_batch``: how many samples are scored at once, for large networks; None for all that are asked for.
-    ``timeout``: seconds after which a call has failed; None for never.
+    Args:
+        function: Import path of a function, or of a class whose objects are called, as in rewards.clip.ClipReward.
+        weight: Weight in the sum of rewards; 0 only reports the score.
+        score_batch: Number of samples that are scored in one call; null scores a batch at once.
+        timeout: Seconds after which a call has failed; null waits forever.
     """
 
     function: AnyCallable
@@ -77,7 +91,13 @@ class RewardChoice:
 
 @dataclass(frozen=True)
 class Amount:
-    """How many images of each task, from at least ``seeds`` noises of each prompt."""
+    """The size of an evaluation.
+
+    Args:
+        samples_per_task: Number of samples of each task.
+        seeds: Smallest number of initial noises per prompt.
+        batch_size: Number of samples that are generated at once.
+    """
 
     samples_per_task: int = 96
     seeds: int = 3
@@ -89,33 +109,49 @@ class Amount:
 
 @dataclass(frozen=True)
 class HeldOut(Amount):
-    """What is watched while training: ``scorers`` on ``prompts`` every ``every`` rounds, 0 for never."""
+    """An evaluation on held-out prompts during training.
+
+    Args:
+        prompts: Held-out prompts, a file or a split of a world; required if ``every`` is set.
+        every: Number of rounds between two evaluations; 0 turns them off.
+        scorers: Rewards by name, in addition to the verifier of the prompts' world.
+    """
 
     samples_per_task: int = 32
     seeds: int = 1
-    prompts: str = "shapes:val"
-    every: int = 10
+    prompts: str = ""
+    every: int = 0
     scorers: dict[str, AnyCallable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class BeforeAfter(Amount):
-    """Prompts evaluated before and after training with the same noises."""
+    """An evaluation before and after training, with the same prompts and noises.
 
-    prompts: str = "shapes:comp"
+    Args:
+        prompts: A prompt file, or a split of a world.
+    """
+
+    prompts: str = field(kw_only=True)
 
 
 @dataclass(frozen=True)
 class Hacking(Amount):
-    """The monitor of reward hacking, every ``every`` rounds, 0 for never: see ``genalign.training.reward_hacking``.
+    """The monitor of reward hacking (``genalign.training.reward_hacking``).
 
-    ``rewards`` are not trained on; ``features`` give variety and drift; ``diagnostics`` are functions of a set of
-    samples and their prompts that are only reported.
+    Args:
+        prompts: Prompts of the monitor, a file or a split of a world; required if ``every`` is set.
+        every: Number of rounds between two reports; 0 turns them off.
+        rewards: Rewards by name that are not trained on.
+        features: A feature extractor for the variety of the samples and their drift.
+        diagnostics: Functions of a set of samples and its prompts, which are only reported.
+        limits: Limits of the signals, from which a report is amber or red.
+        on_red: Reaction to a red report.
     """
 
     samples_per_task: int = 16
     seeds: int = 2
-    prompts: str = "shapes:val"
+    prompts: str = ""
     every: int = 0
     rewards: dict[str, AnyCallable] = field(default_factory=dict)
     features: AnyCallable | None = None
@@ -127,23 +163,42 @@ class Hacking(Amount):
         super().__post_init__()
         if self.seeds < 2 or self.samples_per_task < 2:
             raise ValueError(
-                "reward_hacking.seeds and reward_hacking.samples_per_task must be at least 2, to tell variety"
+                "reward_hacking.seeds and reward_hacking.samples_per_task must be at least 2, to measure variety"
             )
 
 
 @dataclass(frozen=True)
 class Train:
-    """One training run. ``prompts`` is a world's split such as "shapes:train", or a .txt or .jsonl file; ``evaluation``
-    is how held-out images are sampled, where that differs from ``sampling``. ``init_lora`` is an adapter, with its own
-    rank and layers, that is trained on instead of a new one. `genalign train --resume RUN` goes on with the run in that
-    folder, and `--resume` alone with the one in ``output``, where there is one.
+    """A training run.
+
+    `genalign train --resume RUN` continues the run in that folder, and `--resume` alone the run in ``output``.
+
+    Args:
+        output: Folder of the run.
+        model: The generator.
+        prompts: Training prompts: a .txt file with one per line, a GenEval .jsonl file, or a split of a world, as in
+            shapes:train.
+        recipe: Training method, as in genalign.flow_grpo.
+        rewards: Rewards by name.
+        sampling: Sampling of the training samples.
+        evaluation: Sampling of all evaluations; null takes ``sampling``.
+        training: Geometry of a round, optimizer, and reaction to faults.
+        lora: The adapter that is trained; null trains the whole network.
+        init_lora: An adapter to continue from, with its own rank and layers, in place of a new one.
+        ema_decay: Decay of the exponential moving average of the weights, which is evaluated and exported.
+        held_out: Evaluations on held-out prompts during training.
+        reward_hacking: Monitor of reward hacking.
+        before_after: Evaluation before and after training; null for none.
+        sample_grid: Pictures of what the model generates during training.
+        trackers: Experiment trackers that receive the metrics.
+        checkpoint: Checkpoints of the run.
     """
 
     output: str
-    rewards: dict[str, RewardChoice] = field(default_factory=dict, kw_only=True)
+    model: Model
+    prompts: str
     recipe: Recipe
-    model: Model = field(default_factory=Model)
-    prompts: str = "shapes:train"
+    rewards: dict[str, RewardChoice] = field(default_factory=dict)
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Sampling | None = None
     training: TrainerSettings = field(default_factory=TrainerSettings)
@@ -152,26 +207,31 @@ class Train:
     ema_decay: float = 0.9
     held_out: HeldOut = field(default_factory=HeldOut)
     reward_hacking: Hacking = field(default_factory=Hacking)
-    before_after: BeforeAfter | None = field(default_factory=BeforeAfter)
+    before_after: BeforeAfter | None = None
     sample_grid: SampleGrid = field(default_factory=SampleGrid)
     trackers: list[Literal["tensorboard", "wandb", "trackio", "swanlab"]] = field(default_factory=list)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
 
     def __post_init__(self) -> None:
         _require_rewards(self.rewards)
-        if all(reward.weight == 0 for reward in self.rewards.values()):
+        weighted = [name for name, reward in self.rewards.items() if reward.weight]
+        if not weighted:
             raise ValueError("every reward has weight 0: nothing would be trained; give one a weight")
-        if trained := [
-            name for name in self.reward_hacking.rewards if name in self.rewards and self.rewards[name].weight
-        ]:
+        if trained := [name for name in self.reward_hacking.rewards if name in weighted]:
             raise ValueError(
                 f"reward_hacking.rewards.{trained[0]} is trained on, and would see nothing: name another reward"
             )
+        for name, panel in (("held_out", self.held_out), ("reward_hacking", self.reward_hacking)):
+            if panel.every and not panel.prompts:
+                raise ValueError(
+                    f"{name}.prompts is missing, since {name}.every is {panel.every}: name the prompts, e.g."
+                    f" --{name}.prompts shapes:val or --{name}.prompts prompts.txt"
+                )
 
-    def watched(self) -> list[HeldOut | Hacking | BeforeAfter]:
-        """What is evaluated before, while and after training."""
-        looks = [chosen for chosen in (self.held_out, self.reward_hacking) if chosen.every]
-        return [*looks, *([self.before_after] if self.before_after else [])]
+    def evaluation_prompts(self) -> list[str]:
+        """List the prompt sources of all evaluations before, during and after training."""
+        panels = [panel.prompts for panel in (self.held_out, self.reward_hacking) if panel.every]
+        return [*panels, self.before_after.prompts] if self.before_after else panels
 
 
 def _require_positive(settings: object, *names: str) -> None:
@@ -190,15 +250,21 @@ def _require_rewards(rewards: Mapping[str, RewardChoice]) -> None:
 
 @dataclass(frozen=True)
 class EvaluateShapes(Amount):
-    """An evaluation of a model in the shapes world.
+    """An evaluation of a model, or of samples on disk, in the shapes world.
 
-    ``samples`` is a folder that another program filled, to be judged in place of a model's: files anywhere in it, and a
-    prompts.jsonl with a line {"file_name": ..., "prompt": ...} for each.
+    Args:
+        output: Folder of the evaluation.
+        samples: A folder of images from another program, which are evaluated in place of a model's. They may lie
+            anywhere in it, beside a prompts.jsonl with a line {"file_name": ..., "prompt": ...} for each.
+        model: The generator.
+        lora: An adapter of the model: the lora/ folder of a run, a .safetensors file or a Hub id.
+        suite: Split of the world's prompts.
+        sampling: Sampling settings.
     """
 
     output: str = field(kw_only=True)
     samples: str | None = None
-    model: Model = field(default_factory=Model)
+    model: Model = field(default_factory=lambda: Model("shapes-sd3"))
     lora: str | None = None
     suite: Literal["val", "iid", "comp", "len"] = "comp"
     sampling: Sampling = field(default_factory=lambda: Sampling(sigmas=LINEAR_TEN))
@@ -206,10 +272,13 @@ class EvaluateShapes(Amount):
 
 @dataclass(frozen=True)
 class EvaluateTones(EvaluateShapes):
-    """An evaluation of a model in the tones world.
+    """An evaluation of a model, or of clips on disk, in the tones world.
 
-    ``samples`` is a folder of WAV and FLAC files that another program made, to be judged in place of a model's, and a
-    prompts.jsonl with a line {"file_name": ..., "prompt": ...} for each.
+    Args:
+        samples: A folder of WAV and FLAC files from another program, which are evaluated in place of a model's, with a
+            prompts.jsonl that has a line {"file_name": ..., "prompt": ...} for each.
+        model: The generator.
+        sampling: Sampling settings.
     """
 
     model: Model = field(default_factory=lambda: Model("tones-audio"))
@@ -218,23 +287,41 @@ class EvaluateTones(EvaluateShapes):
 
 @dataclass(frozen=True)
 class Calibrate(Train):
-    """A training configuration whose noise levels are to be found; ``output`` is the JSON file to write."""
+    """A training configuration for which the noise level of each sampling step is calibrated.
+
+    Args:
+        output: JSON file to write.
+        calibration: Settings of the calibration.
+    """
 
     calibration: Calibration = field(default_factory=Calibration)
 
 
 @dataclass(frozen=True)
 class Steer:
-    """A search for the best sample of every prompt; ``prompts`` as in training. ``lora`` steers a tuned model;
-    ``audio`` is the format of what can be heard.
+    """A search for the best sample of every prompt.
+
+    Args:
+        output: Folder of the samples and the report.
+        model: The generator.
+        prompts: Prompts, as in training.
+        strategy: Search strategy, as in genalign.BestOfN.
+        rewards: Rewards by name; the search maximizes their weighted sum.
+        budget: Limit of NFE, cost or seconds per prompt.
+        lora: An adapter of the model.
+        sampling: Sampling settings.
+        batch_size: Largest number of samples in one call of the network.
+        seed: Seed of all noises.
+        limit: Number of prompts that are searched, from the first; null for all.
+        audio: File format of audio clips.
     """
 
     output: str
+    model: Model
     prompts: str
-    rewards: dict[str, RewardChoice] = field(default_factory=dict, kw_only=True)
     strategy: Strategy
+    rewards: dict[str, RewardChoice] = field(default_factory=dict)
     budget: Budget | None = None
-    model: Model = field(default_factory=Model)
     lora: str | None = None
     sampling: Sampling = field(default_factory=lambda: Sampling(20))
     batch_size: int = 32
@@ -249,18 +336,30 @@ class Steer:
 
 @dataclass(frozen=True)
 class TrainNoiseAware:
-    """A student that learns to tell from previews what the ``rewards`` will say of the clean sample.
+    """Training of a network that predicts rewards of the clean sample from noisy previews of it.
 
-    ``count`` trajectories of every one of the first ``limit`` prompts are recorded at the network evaluations
-    ``steps``, and as many of ``held_out`` prompts to validate on.
+    Args:
+        output: Folder of the recordings and the trained network.
+        model: The generator whose trajectories are recorded.
+        prompts: Prompts of the recorded trajectories.
+        held_out: Prompts of the trajectories for validation.
+        student: The network that is trained, as in rewards.noise_aware.ClipScorer.
+        rewards: Rewards by name; their weighted sum is predicted.
+        sampling: Sampling settings.
+        steps: Network evaluations at which a trajectory is recorded.
+        count: Number of trajectories of each prompt.
+        limit: Number of prompts.
+        distillation: Optimizer settings.
+        batch_size: Number of samples in one batch.
+        seed: Seed of all noises.
     """
 
     output: str
-    rewards: dict[str, RewardChoice] = field(default_factory=dict, kw_only=True)
+    model: Model
+    prompts: str
+    held_out: str
     student: nn.Module
-    prompts: str = "shapes:train"
-    held_out: str = "shapes:val"
-    model: Model = field(default_factory=Model)
+    rewards: dict[str, RewardChoice] = field(default_factory=dict)
     sampling: Sampling = field(default_factory=lambda: Sampling(20))
     steps: tuple[int, ...] = (2, 4, 6, 8, 10, 13, 16)
     count: int = 8
@@ -276,15 +375,23 @@ class TrainNoiseAware:
 
 @dataclass(frozen=True)
 class Prices:
-    """What a forward, a decode and each reward cost on this machine, in seconds of one sample in batches of the first
-    ``batch_size`` prompts.
+    """A measurement of what NFE, decoding and each reward cost on this machine, in seconds per sample.
+
+    Args:
+        output: JSON file to write.
+        model: The generator.
+        prompts: Prompts, as in training; the first ``batch_size`` are used.
+        rewards: Rewards by name.
+        sampling: Sampling settings.
+        batch_size: Number of samples in one batch.
+        repeats: Number of measurements, of which the median counts.
     """
 
     output: str
+    model: Model
+    prompts: str
     rewards: dict[str, RewardChoice] = field(default_factory=dict)
-    model: Model = field(default_factory=Model)
     sampling: Sampling = field(default_factory=lambda: Sampling(20))
-    prompts: str = "shapes:val"
     batch_size: int = 32
     repeats: int = 5
 
@@ -294,8 +401,14 @@ class Prices:
 
 @dataclass(frozen=True)
 class Compare:
-    """Recipes side by side: each of ``runs`` is the training configuration in the file ``base`` with these settings in
-    place of its own, once for each seed; those named in ``once`` take the first seed only.
+    """Recipes side by side: each is trained on the base configuration, with settings of its own and with every seed.
+
+    Args:
+        output: Folder of all runs and of the comparison.
+        base: A training configuration, relative to the file of the comparison.
+        runs: The settings of each run that replace those of the base, by the name of the run.
+        seeds: Seeds of the training runs.
+        once: Names of runs that are trained with the first seed only.
     """
 
     output: str
@@ -313,7 +426,7 @@ class Compare:
             raise ValueError(f"once names {', '.join(sorted(unknown))}, which runs does not have")
 
     def jobs(self) -> list[tuple[str, int]]:
-        """Every (run, seed), seed by seed, so that an unfinished comparison is an even one."""
+        """List every (run, seed), seed by seed, so that an unfinished comparison has as many seeds of each run."""
         return [
             (name, seed)
             for place, seed in enumerate(self.seeds)
@@ -324,8 +437,13 @@ class Compare:
 
 @dataclass(frozen=True)
 class Export:
-    """What a run trained, as others take it: the adapter ("lora"), the network with it in its weights ("merged"), or a
-    whole diffusers folder ("pipeline").
+    """An export of the weights of a run, with a model card.
+
+    Args:
+        run: Folder of the run.
+        output: Folder to write.
+        form: "lora" is the adapter alone, "merged" the network with the adapter in its weights, "pipeline" a whole
+            diffusers folder.
     """
 
     run: str
@@ -333,56 +451,65 @@ class Export:
     form: Literal["lora", "merged", "pipeline"] = "lora"
 
 
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Formatter that keeps the lines of the settings' docstrings."""
+
+
 class ConfigurationError(ValueError):
     """A configuration that cannot be used; the message says what to write instead."""
 
 
-REFUSED = (ValueError, FileNotFoundError, FileExistsError, PermissionError, RewardError, DivergedError)
-"""What bad input raises; the message is for the one who wrote it."""
+INPUT_ERRORS = (ValueError, FileNotFoundError, FileExistsError, PermissionError, RewardError, DivergedError)
+"""Errors that wrong input raises: commands print their message in one line, without a traceback."""
 
 
 def parse(settings: type[Any], arguments: Sequence[str], command: str) -> tuple[Any, dict[str, Any]]:
-    """An instance of the dataclass ``settings`` from ``--config`` files and overrides, and the same as plain JSON.
+    """Build an instance of the dataclass ``settings`` from ``--config`` files and command-line overrides.
 
-    Raises ConfigurationError; ``--help`` and ``--print_config`` exit.
+    ``--help`` and ``--print_config`` print and exit.
+
+    Args:
+        settings: The dataclass.
+        arguments: The words after the command.
+        command: The name of the command, for the help text.
+
+    Returns:
+        The instance, and all settings as plain JSON.
+
+    Raises:
+        ConfigurationError: The arguments are not a valid configuration.
     """
     parser = ArgumentParser(
-        prog=f"genalign {command}", description=settings.__doc__, exit_on_error=False, allow_abbrev=False
+        prog=f"genalign {command}",
+        description=inspect.cleandoc(settings.__doc__ or ""),
+        formatter_class=_HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file with any of the settings below")
     parser.add_class_arguments(settings, None)
     try:
         parsed = parser.parse_args(list(arguments))
-        plain = _plain(parser, parsed)
+        plain = json.loads(parser.dump(parsed, format="json", skip_unset=False))
+        plain.pop("config", None)
         values = parser.instantiate(parsed)
         return settings(**{name: values[name] for name in settings.__dataclass_fields__}), plain
     except (ArgumentError, ValueError, TypeError) as error:
         files = [Path(word) for word in arguments if word.endswith((".yaml", ".yml", ".json"))]
         source = "\n".join([*arguments, *(path.read_text("utf-8", "replace") for path in files if path.is_file())])
-        raise ConfigurationError(explain(str(error), _keys(parser), source)) from error
+        keys = [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
+        keys += [f"rewards.{name}" for name in RewardChoice.__dataclass_fields__]
+        keys += [f"recipe.{name}" for name in inspect.signature(flow_grpo).parameters]
+        raise ConfigurationError(explain(str(error), keys, source)) from error
 
 
 def model_of(plain: Mapping[str, Any]) -> Model:
-    """The model of a run's config.json."""
-    found = dict(plain["model"])
-    return Model(**{**found, "memory": Memory(**found.get("memory", {}))})
-
-
-def _plain(parser: ArgumentParser, parsed: Namespace) -> dict[str, Any]:
-    text: str = parser.dump(parsed, format="json", skip_unset=False)
-    plain: dict[str, Any] = json.loads(text)
-    plain.pop("config", None)
-    return plain
-
-
-def _keys(parser: ArgumentParser) -> list[str]:
-    known = [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
-    of_rewards = [f"rewards.{name}" for name in RewardChoice.__dataclass_fields__]
-    return known + of_rewards + [f"recipe.{name}" for name in inspect.signature(flow_grpo).parameters]
+    """Read the model from the config.json of a run."""
+    return Model(**{**plain["model"], "memory": Memory(**plain["model"].get("memory", {}))})
 
 
 def require_device(name: str) -> None:
-    """Raise ValueError for a name that torch does not know, or a CUDA device that is not here."""
+    """Raise ValueError if torch does not know the device ``name``, or this machine has no such CUDA device."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -392,8 +519,3 @@ def require_device(name: str) -> None:
             f"model.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here: give"
             " --model.device cpu, or install the torch of your GPU"
         )
-
-
-def dtype(name: Precision) -> torch.dtype:
-    """The torch dtype of a configured precision."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

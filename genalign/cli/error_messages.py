@@ -1,23 +1,32 @@
-"""The parser's complaints in one line: what is wrong, where, and what to write."""
+"""Messages for wrong configurations: what is wrong, where, and what to write, in one line."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 
 import genalign
 
-_KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "a text",
-    "dict": "settings by name",
+_OWN_PACKAGES = ("pipelines", "rewards")
+_EXAMPLES = {
+    "output": "runs/mine",
+    "model.path": "shapes-sd3 or stabilityai/stable-diffusion-3.5-medium",
+    "prompts": "prompts.txt or shapes:train",
+    "held_out": "held_out.txt or shapes:val",
+    "before_after.prompts": "prompts.txt or shapes:comp",
+    "recipe": "genalign.flow_grpo",
+    "strategy": "genalign.BestOfN",
+    "student": "rewards.noise_aware.ClipScorer",
+    "run": "runs/mine",
 }
+"""Values of required settings."""
+
 RENAMED_SETTINGS = {
     "training.failed_share": "training.max_failed_fraction",
     "training.skipped_updates": "training.max_skipped_updates",
@@ -32,19 +41,17 @@ RENAMED_SETTINGS = {
     "before_after.images_per_task": "before_after.samples_per_task",
     "reward_hacking.images_per_task": "reward_hacking.samples_per_task",
     "images_per_task": "samples_per_task",
+    "colours": "colors",
 }
 """Settings of version 0.1.0 and their names now."""
 
 
 @cache
-def _renamed_paths() -> Mapping[str, str]:
-    lines = files("genalign.cli").joinpath("renamed_paths.txt").read_text(encoding="utf-8").splitlines()
-    return dict(line.split() for line in lines if not line.startswith("#"))
-
-
 def renamed_path(path: str) -> str | None:
-    """The name now of an import path of version 0.1.0, short where it is public; None for any other path."""
-    table, module, rest = _renamed_paths(), path, ""
+    """Look up the name now of an import path of version 0.1.0, short if it is public; None for any other path."""
+    lines = files("genalign.cli").joinpath("renamed_paths.txt").read_text(encoding="utf-8").splitlines()
+    table = dict(line.split() for line in lines if not line.startswith("#"))
+    module, rest = path, ""
     while module and module not in table:
         module, _, last = module.rpartition(".")
         rest = f".{last}{rest}"
@@ -56,34 +63,59 @@ def renamed_path(path: str) -> str | None:
     return f"genalign.{name}" if public else now
 
 
-def nearest(unknown: str, known: Sequence[str]) -> str:
-    """A question after the nearest known name, or where to find them all."""
-    near = difflib.get_close_matches(unknown, known, 1)
-    return f"did you mean {near[0]!r}?" if near else "see --help for what there is"
+def did_you_mean(unknown: str, names: Sequence[str], otherwise: str = "") -> str:
+    """End a message with the one of ``names`` that is spelled most like ``unknown``, or with ``otherwise``."""
+    near = difflib.get_close_matches(unknown, names, 1)
+    return f": did you mean {near[0]!r}?" if near else otherwise
+
+
+def shadowed_package() -> str | None:
+    """Describe a file that would be imported in place of genalign's package ``pipelines`` or ``rewards``, if any."""
+    for name in _OWN_PACKAGES:
+        spec, own = find_spec(name), Path(genalign.__file__).parents[1] / name
+        if spec and spec.origin and not Path(spec.origin).samefile(own / "__init__.py"):
+            return (
+                f"{spec.origin} is imported as {name!r} in place of genalign's package {own}: rename it, e.g. to"
+                f" my_{name}, or run genalign in another folder"
+            )
+    return None
 
 
 def explain(message: str, keys: Sequence[str], source: str = "") -> str:
     """Turn a message of jsonargparse into one line that says what to write.
 
-    Names the nearest of ``keys`` for an unknown setting, and the new name of an import path of version 0.1.0 that
-    ``source``, the arguments and the configuration file, holds. Messages of a configuration's own checks are kept.
+    Args:
+        message: The message.
+        keys: All settings of the command, to find the one that a misspelled setting is nearest to.
+        source: The arguments and the text of the configuration files, to find renamed import paths in.
+
+    Returns:
+        The line; messages of a configuration's own checks are unchanged.
     """
-    if found := re.search(r"Option '([\w.]+)' is not accepted|unrecognized arguments: --([\w.]+)", message, re.I):
-        return _unknown(found[1] or found[2], keys)
-    if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'|No module named '([\w.]+)'", message):
-        missing_path = missing[3] or f"{missing[1]}.{missing[2]}"
-        paths = re.findall(rf"(?<![\w.]){re.escape(missing_path)}(?:\.\w+)*", f"{message}\n{source}")
-        for path in sorted([*paths, missing_path], key=len, reverse=True):
-            if now := renamed_path(path):
-                return f"{path} was renamed in genalign 0.2.0: write {now}"
-    where = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
-    for pattern, say in _CAUSES:
-        if found := re.search(pattern, message, re.DOTALL):
-            return f"{where}: {say(found)}" if where and where != "config" else say(found)
-    return message
+    if match := re.search(r"(?:Option '|unrecognized arguments: --)([\w.]+)", message):
+        return _unknown_setting(match[1], keys)
+    if message.startswith("Unexpected config"):
+        return "the configuration must be settings by name, as in output: runs/mine"
+    place = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+    where = f"{place}: " if place else ""
+    if match := re.search(r"the following arguments are required: ([\w.]+(?:, [\w.]+)*)", message):
+        return _missing(match[1].rstrip("."), place, message[: match.start()], message[match.end() :])
+    if match := re.search(r"(?:No module named|module) '([\w.]+)'(?: has no attribute '(\w+)')?", message):
+        return where + _not_importable(match[1], match[2], f"{message}\n{source}")
+    if match := re.search(r"Expected a dot import path string: (\S+)", message):
+        near = difflib.get_close_matches(match[1], genalign.__all__, 1)
+        advice = f"did you mean 'genalign.{near[0]}'?" if near else "write its module too"
+        return f"{where}{match[1]!r} is no import path: {advice}"
+    if match := re.search(r"typing\.Literal\[(.*?)\].*(?:Got|Given) value: ([^\s:]+?)(?:\. Got|\n|$)", message, re.S):
+        names = re.findall(r"'([^']*)'", match[1])
+        return f"{where}{match[2]!r} is none of {', '.join(names)}{did_you_mean(match[2], names)}"
+    # The innermost complaint; for a setting that may be null, the first one and the value
+    if match := re.search(r"Errors:\s+- (.+?)\n\s+- .*Given value: (.*)", message, re.S):
+        return f"{where}{match[1]}. Got value: {match[2]}" if match[1].startswith("Expected") else match[1]
+    return where + re.sub(r"""Parser key "[\w.]+":|Problem with given class_path '[\w.]+':|\s+""", " ", message).strip()
 
 
-def _unknown(name: str, keys: Sequence[str]) -> str:
+def _unknown_setting(name: str, keys: Sequence[str]) -> str:
     for old, now in sorted(RENAMED_SETTINGS.items(), key=lambda pair: -len(pair[0])):
         if name == old or name.startswith(f"{old}."):
             return f"setting {old!r} was renamed in genalign 0.2.0: write {now!r}"
@@ -92,66 +124,36 @@ def _unknown(name: str, keys: Sequence[str]) -> str:
     if not difflib.get_close_matches(name, keys, 1):
         name = name.rsplit(".", 1)[-1]
         keys = [key.rsplit(".", 1)[-1] for key in keys]
-    return f"unknown setting {name!r}: {nearest(name, keys)}"
+    return f"unknown setting {name!r}{did_you_mean(name, keys, ': see --help for all')}"
 
 
-def _no_choice(found: re.Match[str]) -> str:
-    choices = re.findall(r"'([^']*)'|(None)", found[1])
-    names = [name or "null" for name, _ in choices]
-    near = difflib.get_close_matches(found[2], names, 1)
-    return f"{found[2]!r} is none of {', '.join(names)}" + (f": did you mean {near[0]!r}?" if near else "")
+def _missing(names: str, place: str, before: str, after: str) -> str:
+    """Name the missing settings of a command, or the missing arguments of a class that a setting names."""
+    classes = re.findall(r"^.*?Namespace\(class_path='([\w.]+)'", after) or re.findall(r"class_path '([\w.]+)'", before)
+    if classes and not classes[-1].startswith("genalign.cli."):
+        return f"{place}: {classes[-1]} needs {names}: write {'them' if ',' in names else 'it'} under init_args"
+    settings = [f"{place}.{name}" if place else name for name in names.split(", ")]
+    examples = ", ".join(f"--{name} {_EXAMPLES.get(name, '...')}" for name in settings)
+    verb, them = ("is", "it") if len(settings) == 1 else ("are", "them")
+    return f"{', '.join(settings)} {verb} missing: set {them} in the file of --config or as arguments, e.g. {examples}"
 
 
-def _no_attribute(found: re.Match[str]) -> str:
-    known = [name for name in vars(importlib.import_module(found[1])) if not name.startswith("_")]
-    near = difflib.get_close_matches(found[2], known, 1)
-    return f"{found[1]} has no {found[2]}" + (f": did you mean {near[0]!r}?" if near else "")
-
-
-def _needs(found: re.Match[str]) -> str:
-    return f"{found[2]} needs {found[1]}: give each under init_args"
-
-
-def _own_check(found: re.Match[str]) -> str:
-    return found[1]
-
-
-_CAUSES: Sequence[tuple[str, Callable[[re.Match[str]], str]]] = (
-    (r"File does not exist: '(.+?)'", lambda found: f"no configuration file {found[1]}: --config takes a YAML file"),
-    (
-        r"Problems parsing config: (.*?)\n.*line (\d+)",
-        lambda found: f"the configuration is not YAML, at line {found[2]}: {found[1]}",
-    ),
-    (r"^Unexpected config", lambda found: "the configuration must be settings by name, as in output: runs/mine"),
-    (r"the following arguments are required: ([\w, ]+)\. Got value: Namespace\(class_path='([\w.]+)'", _needs),
-    (
-        r"the following arguments are required: (.+)",
-        lambda found: f"{found[1]} must be given, in the file of --config or as --{found[1].split(',')[0]}",
-    ),
-    (r"typing\.Literal\[(.*?)\].*(?:Got|Given) value: ([^\s:]+?)(?:\. Got|\n|$)", _no_choice),
-    (
-        r"Expected a <class '(\w+)'>\. Got value: (\S+)",
-        lambda found: f"expected {_KINDS.get(found[1], found[1])}, not {found[2]!r}",
-    ),
-    (r"module '([\w.]+)' has no attribute '(\w+)'", _no_attribute),
-    (
-        r"No module named '([\w.]+)'",
-        lambda found: f"no module {found[1]}: it must be installed, or be in the working directory",
-    ),
-    (
-        r"Unexpected import object (.+?)\. Got value: ([\w.]+)",
-        lambda found: f"{found[2]} is {found[1]}: name a function, or a class whose objects can be called",
-    ),
-    (
-        r"Expected a dot import path string: (\S+)",
-        lambda found: (
-            f"{found[1]!r} is no import path: name its module too, as in genalign.algorithms.recipes.flow_grpo"
-        ),
-    ),
-    (
-        r"Import path ([\w.]+) does not correspond to a subclass of (\w+)",
-        lambda found: f"{found[1]} is no {found[2]}, nor a function that says it makes one",
-    ),
-    (r"Errors:\n\s+- (?!Expected)(.+?)\n", _own_check),
-    (r'Parser key "[\w.]+":\s+(?!Problem)(?!Does not)(.+)$', lambda found: re.sub(r"\s+", " ", found[1])),
-)
+def _not_importable(module: str, name: str | None, text: str) -> str:
+    """Say what to write for an import path of 0.1.0, one that a package of genalign hides, or a misspelled one."""
+    path = f"{module}.{name}" if name else module
+    longer = re.findall(rf"(?<![\w.]){re.escape(path)}(?:\.\w+)*", text)
+    for old in sorted([*longer, path], key=len, reverse=True):
+        if now := renamed_path(old):
+            return f"{old} was renamed in genalign 0.2.0: write {now}"
+    problem = f"{module} has no {name}" if name else f"no module {module}"
+    package = module.split(".")[0]
+    own, other = Path(genalign.__file__).parents[1] / package, Path.cwd() / package
+    if package in _OWN_PACKAGES and other.is_dir() and not other.samefile(own):
+        return (
+            f"{problem}: {package!r} was imported from {own}, genalign's own package, and not from {other}: rename"
+            f" that folder, e.g. to my_{package}, or run genalign in {Path.cwd().parent} and write"
+            f" {Path.cwd().name}.{path}"
+        )
+    if name is None:
+        return f"{problem}: it must be installed, or be in the working directory"
+    return problem + did_you_mean(name, dir(importlib.import_module(module)))

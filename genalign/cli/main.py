@@ -1,4 +1,4 @@
-"""The one place where the core, the pipelines and the rewards are put together, for the commands to work with."""
+"""The composition root: joins genalign, the pipelines and the rewards, and dispatches the commands."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
@@ -15,7 +16,7 @@ from genalign import assets
 from genalign.cli import config
 from genalign.cli.compare import calibrate_command, compare_command, report_command
 from genalign.cli.context import Checkpoint, CommandContext, import_from_here
-from genalign.cli.error_messages import nearest
+from genalign.cli.error_messages import did_you_mean
 from genalign.cli.evaluate import evaluate_command
 from genalign.cli.export import export_command
 from genalign.cli.plan import plan_command
@@ -36,34 +37,32 @@ from rewards.tones import TonesReward
 
 
 def load_model(model: config.Model) -> Checkpoint:
-    """The pipeline that a configuration names, opened without the libraries' own progress bars."""
+    """Load the pipeline that a configuration names, without the progress bars of diffusers and transformers."""
     disable_diffusers_bars()
     disable_transformers_bars()
     config.require_device(model.device)
     if model.device == "cpu":
         retain_freed_memory()
-    return pipelines.load(assets.resolve(model.path), dtype=config.dtype(model.dtype), **_options(model))
+    return pipelines.load(assets.resolve(model.path), dtype=getattr(torch, model.dtype), **_options(model))
 
 
 def outline_model(model: config.Model) -> Outline:
-    """The same without its weights."""
+    """Open the pipeline that a configuration names without its weights."""
     options = _options(replace(model, compiled=False))  # nothing is computed
-    return outline(assets.resolve(model.path), dtype=config.dtype(model.dtype), **options)
+    return outline(assets.resolve(model.path), dtype=getattr(torch, model.dtype), **options)
 
 
 def require_model(model: config.Model) -> None:
-    """Raise ValueError for a device, or a quantisation, that this machine does not have; FileNotFoundError for a folder
-    without weights.
-    """
+    """Raise ValueError for a device or quantization that is not available, FileNotFoundError for missing weights."""
     config.require_device(model.device)
     require_weights(assets.resolve(model.path))
-    quantization_arguments(model.memory, "", config.dtype(model.dtype))
+    quantization_arguments(model.memory, "", getattr(torch, model.dtype))
 
 
 def _options(model: config.Model) -> Options:
     return Options(
         device=model.device,
-        autocast=config.dtype(model.autocast) if model.autocast else None,
+        autocast=getattr(torch, model.autocast) if model.autocast else None,
         height=model.height,
         width=model.width,
         seconds=model.seconds,
@@ -104,16 +103,18 @@ COMMANDS: dict[str, Callable[[CommandContext, Sequence[str]], int]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one command, which comes first; bad input is told in one line on standard error, with exit status 2."""
+    """Run the command that ``arguments`` starts with; wrong input is one line on standard error and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("genalign").setLevel(logging.INFO)  # a line a round where there is no terminal
+    logging.getLogger("genalign").setLevel(logging.INFO)  # one line per round, without a terminal
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"error: no command {name!r}; {nearest(name, list(COMMANDS))}", file=sys.stderr)
+        print(
+            f"error: no command {name!r}{did_you_mean(name, list(COMMANDS), ': see --help for all')}", file=sys.stderr
+        )
         return 2
     import_from_here()
     try:
         return COMMANDS[name](CONTEXT, rest)
-    except config.REFUSED as error:
+    except config.INPUT_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

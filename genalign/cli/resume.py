@@ -1,4 +1,4 @@
-"""``genalign train --resume``: finds the run and its checkpoint, and checks that settings and inputs are the same."""
+"""``genalign train --resume``: find the run and its checkpoint, and check that settings and inputs are unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from genalign.cli.context import Checkpoint
 from genalign.runtime.state import State
 from genalign.training.checkpointing import Checkpoints, RunCheckpoint
-from genalign.training.run import RunFolder
+from genalign.training.run_folder import RunFolder
 
 MAY_CHANGE = (
     "output",
@@ -32,17 +32,17 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """The arguments of a training without ``--resume``, and whether ``--resume`` was among them."""
+    """The arguments of `genalign train` without ``--resume``, and whether to resume."""
 
     arguments: list[str]
     resume: bool
 
 
-def requested(arguments: Sequence[str]) -> TrainRequest:
+def train_request(arguments: Sequence[str]) -> TrainRequest:
     """Take ``--resume`` out of the arguments of ``genalign train``.
 
-    ``--resume RUN`` stands for that run's configuration and output; ``--resume`` alone resumes the run in the output,
-    if there is one. Raises FileNotFoundError if RUN holds no run, and ValueError for a run of genalign 0.1.0.
+    ``--resume RUN`` becomes that run's configuration and output; ``--resume`` alone resumes the run in the output, if
+    there is one. Raises FileNotFoundError if RUN holds no run, and ValueError for a run of genalign 0.1.0.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?", const="")
@@ -57,7 +57,7 @@ def requested(arguments: Sequence[str]) -> TrainRequest:
 
 
 def checkpoint_in(folder: RunFolder, checkpoints: Checkpoints, config: Mapping[str, Any]) -> RunCheckpoint | None:
-    """The checkpoint that the run in ``folder`` resumes from; None if there is no run.
+    """Find the checkpoint from which the run in ``folder`` resumes; None if there is no run.
 
     Raises ValueError for a run with other settings, of genalign 0.1.0, or without an intact checkpoint.
     """
@@ -71,12 +71,12 @@ def checkpoint_in(folder: RunFolder, checkpoints: Checkpoints, config: Mapping[s
 
 
 def require_same(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming them, for settings that differ and are not in ``MAY_CHANGE``."""
+    """Raise ValueError that names every setting that differs and is not in ``MAY_CHANGE``."""
     old, new = dict(_flat(stored)), dict(_flat(requested))
     changes = [
         f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
         for name in sorted(old | new)
-        if old.get(name) != new.get(name) and not any(f"{name}.".startswith(f"{free}.") for free in MAY_CHANGE)
+        if old.get(name) != new.get(name) and not f"{name}.".startswith(tuple(f"{free}." for free in MAY_CHANGE))
     ]
     if changes:
         raise ValueError(f"a resumed run keeps its settings, but {'; '.join(changes)}: choose another output")
@@ -98,7 +98,7 @@ class InputFingerprint:
     prompts: str
 
     def state(self) -> State:
-        """The hashes, to be compared on resuming."""
+        """Store the hashes in the checkpoint."""
         return State({}, asdict(self))
 
     def restore(self, state: State) -> None:
@@ -110,16 +110,16 @@ class InputFingerprint:
 
 @dataclass(frozen=True)
 class EncoderCache:
-    """The batches in which ``model`` encoded texts, on which the last bits of the embeddings depend."""
+    """The batches in which ``model`` encoded texts: the last bits of the embeddings depend on them."""
 
     model: Checkpoint
 
     def state(self) -> State:
-        """The texts of all batches, in order."""
+        """Store the texts of all batches, in order."""
         return State({}, {"batches": self.model.encoded})
 
     def restore(self, state: State) -> None:
-        """Encode texts in the same batches, once they are needed."""
+        """Make the model encode the texts in the same batches, when they are needed."""
         self.model.encode_together(state.numbers["batches"])
 
 
@@ -130,9 +130,9 @@ class TrackerRun:
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:21])
 
     def state(self) -> State:
-        """The id, for the trackers of a resumed run."""
+        """Store the id in the checkpoint."""
         return State({}, {"id": self.id})
 
     def restore(self, state: State) -> None:
-        """Continue with the id of the resumed run."""
+        """Take the id of the run that is resumed."""
         self.id = state.numbers["id"]

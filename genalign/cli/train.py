@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,14 +16,13 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import with_stronger_kl
 from genalign.cli import config
-from genalign.cli.context import Checkpoint, CommandContext, named_rewards, prompt_set, require_rate
-from genalign.cli.evaluate import Exam, exam
-from genalign.cli.memory import advice
-from genalign.cli.resume import EncoderCache, InputFingerprint, TrackerRun, checkpoint_in, requested
+from genalign.cli.context import CommandContext, named_rewards, prompt_set, require_rate
+from genalign.cli.evaluate import Evaluator, build_evaluator
+from genalign.cli.resume import EncoderCache, InputFingerprint, TrackerRun, checkpoint_in, train_request
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import generate
 from genalign.diffusion.sampling import Sampling
-from genalign.evaluation.evaluate import Evaluation, load_evaluation, plan, suite_hash
+from genalign.evaluation.evaluate import Evaluation, load_evaluation, plan_samples, suite_hash
 from genalign.evaluation.paired import gain, task_gains
 from genalign.evaluation.report import write_report
 from genalign.metrics.intervals import Estimate
@@ -31,41 +30,44 @@ from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, ProcessGr
 from genalign.runtime.files import write_json
 from genalign.runtime.fsdp import Sharding, sharding_from_environment
 from genalign.runtime.state import Generators, PerRankState, Stateful
-from genalign.scoring.score import NamedReward, probe
+from genalign.scoring.score import probe
 from genalign.scoring.score_log import ScoreLog
 from genalign.training.checkpointing import Checkpoints, CheckpointWriter
 from genalign.training.nonfinite import is_out_of_memory
-from genalign.training.reward_hacking import HackingGuard, PanelMeasures, PanelSnapshot
-from genalign.training.run import RoundMonitors, RunFolder, train
+from genalign.training.panel import PanelMeasures, PanelSnapshot
+from genalign.training.reward_hacking import HackingGuard
+from genalign.training.run import RoundMonitors, train
+from genalign.training.run_folder import RunFolder
 from genalign.training.sample_grid import SampleGridWriter
 from genalign.training.trainer import Trainer
-from genalign.types import Prompt, PromptSet
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, or for this user or file
+from genalign.types import Prompt, PromptSet, RewardFunction
 
 
 def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """``genalign train``."""
-    request = requested(arguments)
+    """Run ``genalign train``, and say how to resume a run that fails."""
+    request = train_request(arguments)
     settings, plain = config.parse(config.Train, request.arguments, "train")
-    resume_hint = f"Resume with: genalign train --resume {settings.output}"
     try:
         with process_group(os.environ) as processes:
             return run_training(context, settings, plain, request.resume, processes)
     except ProcessGroupError as error:
-        print(f"error: Training stopped: {error}. {resume_hint}", file=sys.stderr)
-        return 1
+        reason = str(error)
     except OSError as error:
-        if error.errno not in _DISK_FULL:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"error: Training stopped: {error}. Free some disk space. {resume_hint}", file=sys.stderr)
-        return 1
+        reason = f"{error}. Free some disk space"
     except RuntimeError as error:
-        if isinstance(error, config.REFUSED) or not is_out_of_memory(error):
+        if isinstance(error, config.INPUT_ERRORS) or not is_out_of_memory(error):
             raise
-        message = str(error).splitlines()[0]
-    # outside the handler, whose traceback holds the memory
-    print(f"error: out of memory: {message}\n{advice(context, settings)}", file=sys.stderr)
+        # Arguments under which the same training needs less memory
+        training, memory = settings.training, settings.model.memory
+        options = [f"--model.memory.{name} true" for name in ("checkpointing", "offload") if not getattr(memory, name)]
+        per_update = training.prompts_per_round * training.group_size // training.updates_per_round
+        sizes = range(training.batch_size - training.group_size, 0, -training.group_size)
+        options += ["--training.on_out_of_memory halve"]
+        options += [f"(in a new run) --training.batch_size {size}" for size in sizes if per_update % size == 0][:1]
+        reason = f"{str(error).splitlines()[0].rstrip('.')}. Less memory is needed with {' or '.join(options)}"
+    print(f"error: Training stopped: {reason}. Resume with: genalign train --resume {settings.output}", file=sys.stderr)
     return 1
 
 
@@ -81,7 +83,7 @@ def run_training(
     Args:
         context: The pipelines and rewards.
         settings: The configuration.
-        plain: The same as plain JSON.
+        plain: The configuration as plain JSON.
         resume: Continue the run in ``settings.output``, if there is one.
         processes: The ranks of the run.
 
@@ -89,88 +91,191 @@ def run_training(
         The exit status: 130 after Ctrl-C, else 0.
     """
     # Refuse what would fail later, before anything is loaded
+    settings.training.require_shares(processes.world_size)
+    require_trackers(settings.trackers)
     prompts, sharding = prompt_set(settings.prompts), _sharding(settings, processes)
-    _require_usable(settings, processes)
+    for source in settings.evaluation_prompts():
+        prompt_set(source)
     folder = RunFolder(Path(settings.output), processes)
     checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint.keep, processes)
     checkpoint = checkpoint_in(folder, checkpoints, plain) if resume else None
     if checkpoint is None:
         folder.require_unused()
-    processes.barrier()  # every rank has looked before one writes
+    processes.barrier()  # no rank writes before every rank has checked
 
-    # Load the model and the rewards, and try them on two samples
-    pipeline, rewards = context.load(settings.model), named_rewards(settings.rewards)
-    require_rate(settings, pipeline.sample_rate)
-    samples = _generate(pipeline, prompts.prompts[:2], [0] * len(prompts.prompts[:2]), settings.sampling, 2)
-    probe(rewards, samples, prompts.prompts[:2])
-
-    # Assemble the run
-    policy = _policy(settings, pipeline, processes, sharding)
-    score_log, tracker_run = ScoreLog(), TrackerRun()
-    trainer = _trainer(settings, pipeline, policy, score_log.logged(rewards), prompts)
-    guard = _guard(settings, pipeline, policy)
+    # Assemble the run, then measure the untrained model or restore the checkpoint
+    run = TrainingRun(context, settings, prompts, folder, sharding)
+    tracker_run = TrackerRun()
     parts: dict[str, Stateful] = {
-        "inputs": InputFingerprint(pipeline.fingerprint, suite_hash(prompts)),
-        "trainer": trainer,
-        "texts": EncoderCache(pipeline),
+        "inputs": InputFingerprint(run.pipeline.fingerprint, suite_hash(prompts)),
+        "trainer": run.trainer,
+        "texts": EncoderCache(run.pipeline),
         "tracker": tracker_run,
-        **({"guard": guard} if guard else {}),
+        **({"guard": run.guard} if run.guard else {}),
         "generators": PerRankState(Generators(), processes),
     }
-    writer = CheckpointWriter(checkpoints, parts, score_log, settings.checkpoint.every)
-    before_after = _before_after(context, settings, pipeline, rewards, processes)
-
-    # Begin: measure the untrained model; or resume from the checkpoint
-    before: Evaluation | None = None
+    writer = CheckpointWriter(checkpoints, parts, run.score_log, settings.checkpoint.every)
     if checkpoint is None:
-        if guard:
-            guard.begin()
+        if run.guard:
+            run.guard.begin()
         folder.begin(plain)
-        before = before_after.take(pipeline, folder.path / "before") if before_after else None
+        run.evaluate_before()
         writer.begin()
     else:
         writer.resume(checkpoint)
         folder.resume(plain, checkpoint.rounds)
-        before = load_evaluation(folder.path / "before") if before_after else None
 
-    monitors = RoundMonitors(
-        _held_out(context, settings, pipeline, policy),
-        settings.held_out.every,
-        guard,
-        _sample_grid(settings, pipeline, policy, prompts),
-    )
+    # Train; Ctrl-C ends the run after a round
     loggers = trackers(settings.trackers, folder.path, tracker_run.id)
-    if not train(trainer, folder, pipeline, writer, monitors, loggers):
+    if not train(run.trainer, folder, run.pipeline, writer, run.monitors(), loggers):
         if processes.is_main:
             print(
-                f"Training stopped at round {trainer.rounds_done}: interrupted."
+                f"Training stopped at round {run.trainer.rounds_done}: interrupted."
                 f" Resume with: genalign train --resume {folder.path}"
             )
         return 130
 
     # Evaluate the trained model, and write the report
-    if before_after and before:
-        with policy.averaged():
-            after = before_after.take(pipeline, folder.path / "after")
-        if processes.is_main:
-            gains = {name: estimate.as_dict() for name, estimate in gain(before, after).items()}
-            write_json(folder.path / "gain.json", gains)
-            print_table(before, after)
+    run.evaluate_after()
     if processes.is_main:
         print(f"report: {write_report(folder.path)}")
     return 0
 
 
-def _require_usable(settings: config.Train, processes: ProcessGroup) -> None:
-    """Raise ValueError, or FileNotFoundError, for batches, trackers or prompts that would fail only later."""
-    settings.training.require_shares(processes.world_size)
-    require_trackers(settings.trackers)
-    for watched in settings.watched():
-        prompt_set(watched.prompts)
+class TrainingRun:
+    """The model, rewards and trainer of a run, and the measurements before, during and after training.
+
+    Args:
+        context: The pipelines and rewards.
+        settings: The configuration.
+        prompts: The training prompts.
+        folder: The folder of the run.
+        sharding: FSDP settings; None for a copy of the network on every rank.
+
+    Raises:
+        ValueError: The model, the rewards and the settings do not go together.
+    """
+
+    def __init__(
+        self,
+        context: CommandContext,
+        settings: config.Train,
+        prompts: PromptSet,
+        folder: RunFolder,
+        sharding: Sharding | None,
+    ) -> None:
+        self.context, self.settings, self.prompts = context, settings, prompts
+        self.folder, self.processes = folder, folder.processes
+        self.sampling = settings.evaluation or settings.sampling  # of everything but the training samples
+
+        # Load the model and the rewards, and try them on two samples
+        self.pipeline, rewards = context.load(settings.model), named_rewards(settings.rewards)
+        require_rate(settings, self.pipeline.sample_rate)
+        first = prompts.prompts[:2]
+        probe(rewards, self._generate(first, [0] * len(first), settings.sampling, 2), first)
+
+        # Prepare the trained weights (a new adapter, the adapter init_lora, or the whole network) and the trainer
+        if settings.init_lora is not None:
+            self.pipeline.load_lora(settings.init_lora)
+        seed, has_adapter = settings.training.seed, settings.init_lora is not None
+        self.policy = Policy(
+            self.pipeline.denoiser, settings.lora, settings.ema_decay, seed, has_adapter, self.processes, sharding
+        )
+        self.score_log, suspects = ScoreLog(), folder.path / "suspects"
+        self.trainer = Trainer(
+            self.pipeline,
+            self.policy,
+            self.score_log.logged(rewards),
+            prompts,
+            settings.recipe,
+            settings.training,
+            settings.sampling,
+            suspects / f"process-{self.processes.rank}" if self.processes.rank else suspects,
+        )
+
+        # Prepare the measurements
+        hacking, held_out, before_after = settings.reward_hacking, settings.held_out, settings.before_after
+        if hacking.on_red.raise_kl is not None:
+            with_stronger_kl(settings.recipe.objective, hacking.on_red.raise_kl)  # refuses an objective without a KL
+        self.guard: HackingGuard | None = None
+        if hacking.every:
+            self.hacking_jobs = plan_samples(prompt_set(hacking.prompts), hacking.samples_per_task, hacking.seeds)
+            names = tuple(hacking.rewards)
+            self.guard = HackingGuard(self.hacking_snapshot, names, hacking.limits, hacking.on_red, hacking.every)
+        self.held_out = self._evaluator(held_out, held_out.scorers) if held_out.every else None
+        own = {reward.name: reward for reward in rewards}
+        self.before_after = self._evaluator(before_after, own) if before_after else None
+
+    def monitors(self) -> RoundMonitors:
+        """Collect what is measured during training."""
+        grid, held_out = self.settings.sample_grid, self.settings.held_out
+        writer = SampleGridWriter(self.sample_grid, self.pipeline.sample_rate, grid.every) if grid.every else None
+        return RoundMonitors(self.evaluate_held_out if self.held_out else None, held_out.every, self.guard, writer)
+
+    def evaluate_held_out(self) -> dict[str, Estimate]:
+        """Score the averaged weights on held-out prompts."""
+        assert self.held_out is not None, "held_out.every is set"
+        with self.policy.averaged():
+            return self.held_out.evaluate(self.pipeline).overall
+
+    def evaluate_before(self) -> None:
+        """Evaluate the untrained model, if configured, into the folder before/."""
+        if self.before_after:
+            self.before_after.evaluate(self.pipeline, self.folder.path / "before")
+
+    def evaluate_after(self) -> None:
+        """Evaluate the averaged weights, if configured, into the folder after/, and write and print the gains."""
+        if self.before_after is None:
+            return
+        with self.policy.averaged():
+            after = self.before_after.evaluate(self.pipeline, self.folder.path / "after")
+        if self.processes.is_main:
+            before = load_evaluation(self.folder.path / "before")
+            gains = {name: estimate.as_dict() for name, estimate in gain(before, after).items()}
+            write_json(self.folder.path / "gain.json", gains)
+            print_table(before, after)
+
+    def hacking_snapshot(self) -> PanelSnapshot:
+        """Measure the averaged weights for the monitor of reward hacking.
+
+        The main rank measures for all, since a reward may return something else on another.
+        """
+        tensors: dict[str, Tensor] = {}
+        if self.processes.is_main or self.policy.sharded:
+            hacking, prompts = self.settings.reward_hacking, [job.prompt for job in self.hacking_jobs]
+            with self.policy.averaged():
+                seeds = [job.seed for job in self.hacking_jobs]
+                samples = self._generate(prompts, seeds, self.sampling, hacking.batch_size)
+            if self.processes.is_main:
+                measures = PanelMeasures(hacking.rewards, hacking.features, hacking.diagnostics)
+                tensors = measures(samples, prompts).tensors()
+        return PanelSnapshot.from_tensors(self.processes.broadcast(tensors))
+
+    def sample_grid(self) -> Tensor | None:
+        """Generate samples of evenly spaced training prompts; None on ranks that do not write them."""
+        if not (self.processes.is_main or self.policy.sharded):
+            return None
+        count = min(self.settings.sample_grid.count, len(self.prompts))
+        prompts = [self.prompts.prompts[number * len(self.prompts) // count] for number in range(count)]
+        with self.policy.averaged(), self.pipeline.separate_encoding():
+            samples = self._generate(prompts, range(count), self.sampling, self.settings.training.batch_size)
+        return samples if self.processes.is_main else None
+
+    def _generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, batch_size: int) -> Tensor:
+        """Generate one sample per prompt and seed, without noise after the first level."""
+        texts, grid = [prompt.text for prompt in prompts], sampling.grid(self.pipeline)
+        return torch.cat(list(generate(self.pipeline, texts, seeds, grid, sampling.guidance, batch_size)))
+
+    def _evaluator(
+        self, amount: config.HeldOut | config.BeforeAfter, scorers: Mapping[str, RewardFunction]
+    ) -> Evaluator:
+        scorers = self.context.scorers_for(amount.prompts, scorers)
+        model, processes = self.settings.model, self.processes
+        return build_evaluator(self.pipeline, model, self.sampling, amount, amount.prompts, scorers, processes)
 
 
 def _sharding(settings: config.Train, processes: ProcessGroup) -> Sharding | None:
-    """The launcher's FSDP settings. Raises ValueError if the training settings do not work with them."""
+    """Read the launcher's FSDP settings. Raises ValueError if the training settings do not work with them."""
     sharding = sharding_from_environment(os.environ, processes.world_size)
     conflicts = {
         "lora null: train an adapter": settings.lora is None,
@@ -179,125 +284,8 @@ def _sharding(settings: config.Train, processes: ProcessGroup) -> Sharding | Non
     }
     if sharding and any(conflicts.values()):
         names = "; ".join(name for name, conflict in conflicts.items() if conflict)
-        raise ValueError(f"a network that FSDP divides cannot be trained with {names}")
+        raise ValueError(f"FSDP cannot train a sharded network with {names}")
     return sharding
-
-
-def _policy(settings: config.Train, pipeline: Checkpoint, processes: ProcessGroup, sharding: Sharding | None) -> Policy:
-    """The trainable weights, with the adapter ``init_lora`` if there is one."""
-    if settings.init_lora is not None:
-        pipeline.load_lora(settings.init_lora)
-    has_adapter, seed = settings.init_lora is not None, settings.training.seed
-    return Policy(pipeline.denoiser, settings.lora, settings.ema_decay, seed, has_adapter, processes, sharding)
-
-
-def _trainer(
-    settings: config.Train, pipeline: Checkpoint, policy: Policy, rewards: Sequence[NamedReward], prompts: PromptSet
-) -> Trainer:
-    """The training loop. Raises ValueError if ``raise_kl`` is set for a recipe without a KL."""
-    suspects, rank = Path(settings.output) / "suspects", policy.processes.rank
-    trainer = Trainer(
-        pipeline,
-        policy,
-        rewards,
-        prompts,
-        settings.recipe,
-        settings.training,
-        settings.sampling,
-        suspects / f"process-{rank}" if rank else suspects,
-    )
-    if settings.reward_hacking.on_red.raise_kl is not None:
-        with_stronger_kl(settings.recipe.objective, settings.reward_hacking.on_red.raise_kl)
-    return trainer
-
-
-def _generate(
-    pipeline: Checkpoint,
-    prompts: Sequence[Prompt],
-    seeds: Sequence[int],
-    sampling: Sampling,
-    batch_size: int,
-) -> Tensor:
-    """Generate one sample per prompt and seed, without noise after the first level."""
-    texts = [prompt.text for prompt in prompts]
-    grid = sampling.grid(pipeline)
-    return torch.cat(list(generate(pipeline, texts, seeds, grid, sampling.guidance, batch_size)))
-
-
-def _before_after(
-    context: CommandContext,
-    settings: config.Train,
-    pipeline: Checkpoint,
-    rewards: Sequence[NamedReward],
-    processes: ProcessGroup,
-) -> Exam | None:
-    """The evaluation before and after training, if there is one."""
-    amount = settings.before_after
-    if amount is None:
-        return None
-    scorers = context.judges(amount.prompts, {reward.name: reward for reward in rewards})
-    sampling = settings.evaluation or settings.sampling
-    return exam(pipeline, settings.model, sampling, amount, amount.prompts, scorers, processes)
-
-
-def _held_out(
-    context: CommandContext, settings: config.Train, pipeline: Checkpoint, policy: Policy
-) -> Callable[[], dict[str, Estimate]] | None:
-    """The evaluation of held-out prompts during training, if there is one."""
-    held_out = settings.held_out
-    if not held_out.every:
-        return None
-    sampling = settings.evaluation or settings.sampling
-    scorers = context.judges(held_out.prompts, held_out.scorers)
-    held_out_exam = exam(pipeline, settings.model, sampling, held_out, held_out.prompts, scorers, policy.processes)
-
-    def evaluate() -> dict[str, Estimate]:
-        with policy.averaged():
-            return held_out_exam.take(pipeline).overall
-
-    return evaluate
-
-
-def _guard(settings: config.Train, pipeline: Checkpoint, policy: Policy) -> HackingGuard | None:
-    """The monitor of reward hacking, if there is one."""
-    hacking = settings.reward_hacking
-    if not hacking.every:
-        return None
-    sampling = settings.evaluation or settings.sampling
-    jobs = plan(prompt_set(hacking.prompts), hacking.samples_per_task, hacking.seeds)
-    prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
-    measures = PanelMeasures(hacking.rewards, hacking.features, hacking.diagnostics)
-
-    def snapshot() -> PanelSnapshot:
-        """Measured on the main rank, since a reward may return something else on others."""
-        tensors: dict[str, Tensor] = {}
-        if policy.processes.is_main or policy.sharded:
-            with policy.averaged():
-                samples = _generate(pipeline, prompts, seeds, sampling, hacking.batch_size)
-            tensors = measures(samples, prompts).tensors() if policy.processes.is_main else {}
-        return PanelSnapshot.from_tensors(policy.processes.broadcast(tensors))
-
-    return HackingGuard(snapshot, tuple(hacking.rewards), hacking.limits, hacking.on_red, hacking.every)
-
-
-def _sample_grid(
-    settings: config.Train, pipeline: Checkpoint, policy: Policy, prompts: PromptSet
-) -> SampleGridWriter | None:
-    """The writer of samples of evenly spaced training prompts, if there is one."""
-    every, count = settings.sample_grid.every, min(settings.sample_grid.count, len(prompts))
-    if not every:
-        return None
-    selection = [prompts.prompts[number * len(prompts) // count] for number in range(count)]
-    sampling = settings.evaluation or settings.sampling
-
-    def sample() -> Tensor | None:
-        if not (policy.processes.is_main or policy.sharded):
-            return None
-        with policy.averaged(), pipeline.separate_encoding():
-            samples = _generate(pipeline, selection, range(count), sampling, settings.training.batch_size)
-        return samples if policy.processes.is_main else None
-
-    return SampleGridWriter(sample, pipeline.sample_rate, every)
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -308,7 +296,7 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 def trackers(names: Sequence[str], folder: Path, run: str) -> list[Any]:
-    """Experiment trackers, through accelerate; on servers, a resumed run continues the one with the id ``run``."""
+    """Open experiment trackers through accelerate; a resumed run continues the one with the id ``run`` on a server."""
     if not names:
         return []
     from accelerate import Accelerator
@@ -321,22 +309,23 @@ def trackers(names: Sequence[str], folder: Path, run: str) -> list[Any]:
 
 
 def print_table(before: Evaluation, after: Evaluation) -> None:
-    """Before, after and gain with intervals: of the first score by task, of every score overall."""
+    """Print before, after and gain with intervals: the first score by task, and every score overall."""
     from rich.console import Console
     from rich.table import Table
 
     first = before.score_names[0]
+    rows = [
+        (task, before.tasks[task][first], after.tasks[task][first], gains[first])
+        for task, gains in task_gains(before, after).items()
+    ]
+    rows += [
+        ("overall" if score == first else f"overall: {score}", before.overall[score], after.overall[score], difference)
+        for score, difference in gain(before, after).items()
+    ]
     table = Table("task", "before", "after", "gain (95% interval)", title=f"{before.protocol.suite}: {first}")
-
-    def add(name: str, old: Estimate, new: Estimate, difference: Estimate) -> None:
+    for name, old, new, difference in rows:
         interval = f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
         table.add_row(name, f"{old.mean:.3f}", f"{new.mean:.3f}", interval)
-
-    for task, gains in task_gains(before, after).items():
-        add(task, before.tasks[task][first], after.tasks[task][first], gains[first])
-    for score, difference in gain(before, after).items():
-        label = "overall" if score == first else f"overall: {score}"
-        add(label, before.overall[score], after.overall[score], difference)
     Console().print(table)
 
 
@@ -344,7 +333,7 @@ _DEMOS = {"shapes": "demo.yaml", "tones": "demo-tones.yaml"}
 
 
 def demo_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """``genalign demo [shapes | tones]``: training of an embedded model, with the shipped configuration."""
+    """Run ``genalign demo [shapes | tones]``: training of an embedded model with a shipped configuration."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     world, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in _DEMOS else ("shapes", arguments)
     if rest and not rest[0].startswith("-"):

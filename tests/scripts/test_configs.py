@@ -1,4 +1,4 @@
-"""Every shipped configuration parses."""
+"""Shipped configurations parse, say whether they were run, and are what accelerate launches."""
 
 from __future__ import annotations
 
@@ -6,32 +6,42 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from genalign import assets
 from genalign.cli.config import Compare, ConfigurationError, Steer, Train, TrainNoiseAware, parse
+from genalign.runtime.fsdp import Sharding, sharding_from_environment
 from tests.packages import ROOT, folder_of
 from tests.rewards.tiny_clap import write_clap
 
-SHIPPED = sorted((ROOT / "scripts" / "configs").glob("*/*.yaml"))
-COMPARISONS = [path for path in SHIPPED if path.parent.name == "compare" and not path.stem.startswith("base_")]
-SEARCHES = {"steer": Steer, "noise_aware": TrainNoiseAware}
-CONFIGS = [path for path in SHIPPED if path.parent.name == "train" or path.stem.startswith("base_")]
-
-
+CONFIGS = ROOT / "scripts" / "configs"
 DEMOS = sorted((folder_of("genalign") / "assets").glob("demo*.yaml"))
+LARGE = [path for path in sorted((CONFIGS / "train").glob("*.yaml")) if not path.stem.startswith("shapes_")]
+EMBEDDED = [*DEMOS, CONFIGS / "train" / "shapes_flow_grpo_partial.yaml", *sorted(CONFIGS.glob("compare/base_*.yaml"))]
+COMPARISONS = [path for path in sorted(CONFIGS.glob("compare/*.yaml")) if not path.stem.startswith("base_")]
+SEARCHES = {"steer": Steer, "noise_aware": TrainNoiseAware}
 
 
-@pytest.mark.parametrize("path", [*CONFIGS, *DEMOS], ids=lambda path: path.stem)
-def test_configurations_parse(path: Path) -> None:
+@pytest.mark.parametrize("path", [*EMBEDDED, *LARGE], ids=lambda path: path.stem)
+def test_training_configurations_parse(path: Path) -> None:
     reward = ["--rewards.mine.function", "rewards.shapes.ShapesReward"]
     settings, plain = parse(Train, ["--config", str(path), *reward], "train")
-    assert settings.rewards["mine"].weight == 1.0
-    assert plain["recipe"]["class_path"].startswith("genalign.algorithms.recipes.")
+    written = yaml.safe_load(path.read_text())
+    assert settings.rewards["mine"].weight == 1.0 and set(settings.rewards) == {"mine", *written["rewards"]}
+    assert plain["model"]["path"] == written["model"]["path"]
+    assert plain["recipe"]["class_path"] == f"genalign.{written['recipe']['class_path'].split('.')[-1]}"
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_a_configuration_of_a_large_model_has_nothing_of_a_world_and_says_that_it_was_not_run(path: Path) -> None:
+    text = path.read_text()
+    assert any("NOT RUN" in line and "Sized for" in line for line in text.splitlines()[:3])
+    assert "shapes" not in text and "tones" not in text and "before_after" not in text and "held_out" not in text
 
 
 @pytest.fixture
 def any_clap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny random CLAP stands in for the embedded one, which need not be there for a configuration to be sound."""
+    """Replace the embedded CLAP, which need not be there, by a tiny random one."""
     folder, resolve = write_clap(tmp_path / "clap"), assets.resolve
     monkeypatch.setattr(assets, "resolve", lambda name: str(folder) if name == "tones-clap" else resolve(name))
 
@@ -39,23 +49,23 @@ def any_clap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("any_clap")
 @pytest.mark.parametrize("kind", SEARCHES)
 def test_searches_parse(kind: str) -> None:
-    found = [path for path in SHIPPED if path.parent.name == kind]
-    assert found
-    for path in found:
+    paths = sorted((CONFIGS / kind).glob("*.yaml"))
+    assert paths
+    for path in paths:
         if "runs/" in path.read_text().split("model:")[1]:
-            continue  # a student of a reward that is trained before it
+            continue  # a student of a reward that is trained first
         settings, _ = parse(SEARCHES[kind], ["--config", str(path)], kind)
         assert settings.rewards
 
 
-def _compared() -> list[tuple[Path, str]]:
-    made = [(path, parse(Compare, ["--config", str(path)], "compare")[0]) for path in COMPARISONS]
-    return [(path, name) for path, comparison in made for name in comparison.runs]
+def _runs() -> list[tuple[Path, str]]:
+    comparisons = [(path, parse(Compare, ["--config", str(path)], "compare")[0]) for path in COMPARISONS]
+    return [(path, name) for path, comparison in comparisons for name in comparison.runs]
 
 
 @pytest.mark.usefixtures("any_clap")
-@pytest.mark.parametrize(("path", "name"), _compared())
-def test_what_a_comparison_compares_parses(
+@pytest.mark.parametrize(("path", "name"), _runs())
+def test_every_run_of_a_comparison_parses(
     path: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -67,15 +77,39 @@ def test_what_a_comparison_compares_parses(
 
 
 @pytest.mark.parametrize(
-    ("kind", "required"),
-    [
-        (Train, ["--recipe", "genalign.algorithms.recipes.flow_grpo"]),
-        (Steer, ["--prompts", "p.txt", "--strategy", "genalign.search.BestOfN"]),
-    ],
+    ("kind", "method"), [(Train, ["--recipe", "genalign.flow_grpo"]), (Steer, ["--strategy", "genalign.BestOfN"])]
 )
-def test_rewards_are_named_on_the_command_line(kind: type, required: list[str]) -> None:
-    reward = ["--rewards.mine.function", "rewards.shapes.ShapesReward"]
-    settings, _ = parse(kind, ["--output", "x", *required, *reward], "t")
+def test_required_settings_suffice_on_the_command_line(kind: type, method: list[str]) -> None:
+    required = ["--output", "x", "--model.path", "shapes-sd3", "--prompts", "p.txt", *method]
+    settings, _ = parse(kind, [*required, "--rewards.mine.function", "rewards.shapes.ShapesReward"], "t")
     assert list(settings.rewards) == ["mine"]
     with pytest.raises(ConfigurationError, match="rewards is empty: name at least one"):
-        parse(kind, ["--output", "x", *required], "t")
+        parse(kind, required, "t")
+
+
+def test_evaluations_are_off_by_default() -> None:
+    required = ["--output", "x", "--model.path", "m", "--prompts", "p.txt", "--recipe", "genalign.nft"]
+    settings, _ = parse(Train, [*required, "--rewards.mine.function", "rewards.jpeg.compressibility"], "train")
+    assert settings.evaluation_prompts() == [] and settings.before_after is None
+    assert settings.held_out.every == settings.reward_hacking.every == 0
+
+
+ACCELERATE = {
+    "ddp": (8, None),
+    "two_nodes": (16, None),
+    "fsdp2": (8, Sharding(8, reshard_after_forward=True)),
+    "zero2": (8, Sharding(8, reshard_after_forward=False)),
+}
+
+
+@pytest.mark.parametrize("name", ACCELERATE)
+def test_accelerate_passes_on_the_settings_of_a_launcher_file(name: str) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    config = str(CONFIGS / "accelerate" / f"{name}.yaml")
+    launch, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", config, "train.py"]))
+    assert launch.multi_gpu or launch.use_fsdp
+    processes, sharding = ACCELERATE[name]
+    assert launch.num_processes == processes
+    assert sharding_from_environment(prepare_multi_gpu_env(launch), processes) == sharding

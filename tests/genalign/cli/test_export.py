@@ -1,4 +1,4 @@
-"""What a run trained, taken out of its folder."""
+"""Export of the weights of a run, as a LoRA, a merged network or a pipeline, with a model card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ESTIMATE = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 12}
 
 @pytest.fixture
 def run(tiny: SD3, tiny_folder: Path, tmp_path: Path) -> Path:
-    """A run folder as training leaves it, with an adapter that matters."""
+    """Write a run folder as training does, with an adapter that changes predictions."""
     policy = Policy(tiny.denoiser, Lora(rank=4))
     for parameter in policy.parameters:
         torch.nn.init.normal_(parameter, std=0.1)
@@ -28,7 +28,7 @@ def run(tiny: SD3, tiny_folder: Path, tmp_path: Path) -> Path:
     reward = {"class_path": "rewards.shapes.ShapesReward", "init_args": {"score": "strict"}}
     settings = {
         "model": {"path": str(tiny_folder)},
-        "recipe": {"class_path": "genalign.algorithms.recipes.flow_grpo", "init_args": {"window": 2}},
+        "recipe": {"class_path": "genalign.flow_grpo", "init_args": {"window": 2}},
         "rewards": {"strict": {"function": reward, "weight": 1.0}},
         **{name: {} for name in ("prompts", "sampling", "training", "lora")},
     }
@@ -48,7 +48,7 @@ def _export(run: Path, form: str) -> Path:
     return output
 
 
-def _assert_like(tiny: SD3, other: SD3) -> None:
+def _assert_same_predictions(tiny: SD3, other: SD3) -> None:
     x, conditioning, step = tiny.initial_noise([1, 2]), tiny.encode(PROMPTS), tiny.grid(4)[1]
     with torch.no_grad():
         tuned, exported = (model.predict(x, step, conditioning, 1.0) for model in (tiny, other))
@@ -57,34 +57,34 @@ def _assert_like(tiny: SD3, other: SD3) -> None:
 
 def test_a_pipeline_has_the_adapter_in_its_weights(tiny: SD3, run: Path) -> None:
     output = _export(run, "pipeline")
-    _assert_like(tiny, SD3.load(output))
+    _assert_same_predictions(tiny, SD3.load(output))
     assert not (output / "lora").exists()
 
 
-def test_a_merged_network_opens_by_its_class(tiny: SD3, tiny_folder: Path, run: Path) -> None:
+def test_a_merged_network_loads_by_its_class(tiny: SD3, tiny_folder: Path, run: Path) -> None:
     network = SD3Transformer2DModel.from_pretrained(_export(run, "merged"))
-    _assert_like(tiny, SD3(DiffusionPipeline.from_pretrained(tiny_folder, transformer=network)))
+    _assert_same_predictions(tiny, SD3(DiffusionPipeline.from_pretrained(tiny_folder, transformer=network)))
 
 
 def test_a_lora_is_exported_with_a_card(tiny: SD3, tiny_folder: Path, run: Path) -> None:
     output = _export(run, "lora")
     other = SD3.load(tiny_folder)
     other.load_lora(output)
-    _assert_like(tiny, other)
+    _assert_same_predictions(tiny, other)
     card = (output / "README.md").read_text()
     assert card.startswith(f"---\nbase_model: {tiny_folder}\nbase_model_relation: adapter\n")
     assert "| strict | 1 | `ShapesReward(score=strict)` |" in card and "flow_grpo(window=2)" in card
     assert "| strict | 0.500 | 0.500 | +0.500 (+0.400 to +0.600) | 12 |" in card and "Protocol abc: suite comp." in card
 
 
-def test_a_network_trained_whole_has_no_lora(
+def test_a_whole_trained_network_has_no_lora_to_export(
     tiny: SD3, tiny_folder: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "lora").rename(run / "elsewhere")
     merged = run.parent / "tuned"
     arguments = ["export", "--run", str(run), "--output", str(merged)]
     assert main([*arguments, "--form", "merged"]) == 2
-    assert "has neither lora/ nor denoiser/: it did not end a round" in capsys.readouterr().err
+    assert "has neither lora/ nor denoiser/: training did not finish a round" in capsys.readouterr().err
     changed = SD3.load(tiny_folder)
     with torch.no_grad():
         for parameter in changed.denoiser.parameters():
@@ -93,11 +93,11 @@ def test_a_network_trained_whole_has_no_lora(
     assert main(arguments) == 2
     assert "trained the whole network: export it with --form merged or pipeline" in capsys.readouterr().err
     assert main([*arguments, "--form", "pipeline"]) == 0
-    _assert_like(changed, SD3.load(merged))
+    _assert_same_predictions(changed, SD3.load(merged))
     assert main([*arguments, "--form", "pipeline"]) == 2
-    assert "is there already: choose another output" in capsys.readouterr().err
+    assert "exists: choose another output" in capsys.readouterr().err
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--run", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "has no config.json: give the output folder of a training run" in capsys.readouterr().err

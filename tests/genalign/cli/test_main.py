@@ -1,4 +1,4 @@
-"""The command, end to end on the tiny pipeline, with a reward from a file outside the repository."""
+"""genalign train, evaluate and report, end to end on the tiny pipeline, with a reward from outside the repository."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from genalign.cli.main import COMMANDS, main
-from genalign.evaluation.evaluate import Record
+from genalign.evaluation.evaluate import SampleRecord
 from genalign.evaluation.folder import BatchFolder
 from genalign.runtime.files import load_state
-from genalign.training.run import flat_numbers, format_rate
+from genalign.training.round_log import flat_numbers, format_rate
 
 REWARDS = """
 import torch
@@ -37,14 +37,11 @@ class Channel:
     def __call__(self, samples, prompts):
         return samples[:, self.channel].flatten(1).mean(1)
 
-def shapeless(samples, prompts):
-    return samples.mean()
-
 pressed = []
 
 def interrupting(samples, prompts):
     import os, signal
-    if len(samples) > 2 and not pressed:  # not in the probe, and once: twice stops at once
+    if len(samples) > 2 and not pressed:  # after the probe, and once: the second Ctrl-C stops at once
         pressed.append(True)
         os.kill(os.getpid(), signal.SIGINT)
     return samples[:, 0].flatten(1).mean(1)
@@ -53,15 +50,16 @@ def interrupting(samples, prompts):
 CONFIG = """
 output: {output}
 model: {{path: {model}}}
+prompts: "shapes:train"
 recipe:
-  class_path: genalign.algorithms.recipes.flow_grpo
+  class_path: genalign.flow_grpo
   init_args: {{window: 1}}
 rewards:
   red: {{function: outside_rewards.redness}}
 sampling: {{num_steps: 3, sigmas: [1.0, 0.6, 0.3]}}
 training: {{rounds: 2, prompts_per_round: 2, group_size: 2, batch_size: 2, updates_per_round: 2}}
 lora: {{rank: 2}}
-held_out: {{every: 1, samples_per_task: 1}}
+held_out: {{every: 1, prompts: "shapes:val", samples_per_task: 1}}
 before_after: {{prompts: "shapes:len", samples_per_task: 2, seeds: 1, batch_size: 6}}
 """
 
@@ -81,7 +79,9 @@ def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-def test_a_run_leaves_everything_behind(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_writes_metrics_weights_evaluations_and_a_report(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     second = "rewards.green={function: {class_path: outside_rewards.Channel, init_args: {channel: 1}}, weight: 0.5}"
     assert main(["train", "--config", str(config), f"--{second}"]) == 0
     run = tmp_path / "run"
@@ -100,7 +100,7 @@ def test_a_run_leaves_everything_behind(config: Path, tmp_path: Path, capsys: py
     assert main(["report", str(run)]) == 0
 
 
-def test_a_network_trained_whole_is_saved_whole(config: Path, tmp_path: Path) -> None:
+def test_training_without_lora_saves_the_whole_network(config: Path, tmp_path: Path) -> None:
     short = ["--lora", "null", "--training.rounds", "1", "--before_after", "null", "--held_out.every", "0"]
     assert main(["train", "--config", str(config), *short]) == 0
     run = tmp_path / "run"
@@ -116,11 +116,20 @@ def _rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-WATCHED = ["--reward_hacking.every", "1", "--reward_hacking.samples_per_task", "2", "--sample_grid.every", "1"]
+MONITOR = ["--reward_hacking.every", "1", "--reward_hacking.prompts", "shapes:val"]
 
 
-def test_tensorboard_gets_every_number(config: Path, tmp_path: Path) -> None:
-    arguments = ["--trackers", "[tensorboard]", "--before_after", "null", *WATCHED, "--sample_grid.count", "3"]
+def test_tensorboard_receives_every_metric(config: Path, tmp_path: Path) -> None:
+    arguments = [
+        "--trackers",
+        "[tensorboard]",
+        "--before_after",
+        "null",
+        *MONITOR,
+        "--reward_hacking.samples_per_task",
+        "2",
+    ]
+    arguments += ["--sample_grid.every", "1", "--sample_grid.count", "3"]
     assert main(["train", "--config", str(config), *arguments]) == 0
     events = EventAccumulator(str(tmp_path / "run" / "genalign"))
     events.Reload()
@@ -146,31 +155,18 @@ def _leaves(value: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
         yield name, value
 
 
-def test_numbers_of_a_row_are_flat_for_trackers() -> None:
+def test_trackers_receive_flat_metrics() -> None:
     estimate = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
-    row = {
-        "reward": 1.0,
-        "kl": None,
-        "metrics": {"d/loss": 2.0},
-        "held_out": {"strict": estimate},
-        "sample_grid": ["a"],
-    }
+    row = {"reward": 1.0, "kl": None, "metrics": {"d/loss": 2.0}, "held_out": {"strict": estimate}}
+    row |= {"sample_grid": ["a"]}
     row |= {"reward_hacking": [{"name": "grid", "before": 0.0, "shift": estimate, "status": "green"}]}
-    assert flat_numbers(row) == {
-        "reward": 1.0,
-        "metrics/d/loss": 2.0,
-        **{
-            f"held_out/strict{end}": value
-            for end, value in zip(("", "/low", "/high", "/n"), estimate.values(), strict=True)
-        },
-        **{
-            f"reward_hacking/grid{end}": value
-            for end, value in zip(("", "/low", "/high", "/n"), estimate.values(), strict=True)
-        },
-    }
+    ends = {"": 0.5, "/low": 0.4, "/high": 0.6, "/n": 9}
+    names = ("held_out/strict", "reward_hacking/grid")
+    estimates = {f"{name}{end}": value for name in names for end, value in ends.items()}
+    assert flat_numbers(row) == {"reward": 1.0, "metrics/d/loss": 2.0, **estimates}
 
 
-def test_a_sample_grid_changes_nothing_of_the_training(config: Path, tmp_path: Path) -> None:
+def test_a_sample_grid_does_not_change_the_training(config: Path, tmp_path: Path) -> None:
     def trained(name: str, *arguments: str) -> list[dict[str, Any]]:
         run = ["--config", str(config), "--before_after", "null", "--output", str(tmp_path / name)]
         assert main(["train", *run, *arguments]) == 0
@@ -190,7 +186,7 @@ def test_a_sample_grid_changes_nothing_of_the_training(config: Path, tmp_path: P
         assert image.width > image.height  # three columns, two rows
 
 
-def test_without_a_terminal_every_round_is_a_log_line(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_round_is_a_log_line_without_a_terminal(config: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert main(["train", "--config", str(config), "--before_after", "null"]) == 0
     lines = [record.message for record in caplog.records if record.levelno == logging.INFO]
     assert len(lines) == 2
@@ -203,7 +199,7 @@ def test_without_a_terminal_every_round_is_a_log_line(config: Path, caplog: pyte
     assert format_rate(12.34) == "12.3 samples/s" and format_rate(0.05) == "20.0 s/sample"
 
 
-def test_a_run_of_the_first_version_is_refused_and_left_as_it_is(
+def test_a_run_of_0_1_0_is_refused_and_left_unchanged(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -221,7 +217,7 @@ def test_a_run_of_the_first_version_is_refused_and_left_as_it_is(
     assert {path: path.read_bytes() for path in run.iterdir()} == before
 
 
-def test_evaluation_of_a_run_equals_its_after(config: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_evaluating_a_run_gives_the_evaluation_after_training(config: Path, tiny_folder: Path, tmp_path: Path) -> None:
     assert main(["train", "--config", str(config)]) == 0
     arguments = ["--model.path", str(tiny_folder), "--lora", str(tmp_path / "run" / "lora"), "--suite", "len"]
     arguments += ["--seeds", "1", "--samples_per_task", "2", "--batch_size", "6", "--output", str(tmp_path / "again")]
@@ -233,16 +229,16 @@ def test_evaluation_of_a_run_equals_its_after(config: Path, tiny_folder: Path, t
     assert after == again
 
 
-def test_a_killed_evaluation_goes_on(
+def test_an_interrupted_evaluation_continues(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["evaluate", "shapes", "--model.path", str(tiny_folder), "--suite", "len", "--seeds", "1"]
     arguments += ["--samples_per_task", "5", "--batch_size", "2", "--sampling.num_steps", "3"]
     arguments += ["--sampling.sigmas", "[1.0, 0.6, 0.3]", "--output"]
     assert main([*arguments, str(tmp_path / "whole")]) == 0
-    add, asked = BatchFolder.add, BatchFolder.read
+    add, read = BatchFolder.add, BatchFolder.read
 
-    def dying(folder: BatchFolder, number: int, records: Sequence[Record]) -> None:
+    def dying(folder: BatchFolder, number: int, records: Sequence[SampleRecord]) -> None:
         if number == 1:
             raise KeyboardInterrupt
         add(folder, number, records)
@@ -251,23 +247,23 @@ def test_a_killed_evaluation_goes_on(
         patched.setattr(BatchFolder, "add", dying)
         main([*arguments, str(tmp_path / "part")])
     assert not (tmp_path / "part" / "summary.json").exists()
-    found: list[bool] = []
+    hits: list[bool] = []
 
-    def watched(folder: BatchFolder, number: int) -> list[Record] | None:
-        records = asked(folder, number)
-        found.append(records is not None)
+    def recording(folder: BatchFolder, number: int) -> list[SampleRecord] | None:
+        records = read(folder, number)
+        hits.append(records is not None)
         return records
 
-    monkeypatch.setattr(BatchFolder, "read", watched)
+    monkeypatch.setattr(BatchFolder, "read", recording)
     assert main([*arguments, str(tmp_path / "part")]) == 0
-    assert found == [True, False, False]
+    assert hits == [True, False, False]
     for name in ("records.jsonl", "summary.json", "images/00004.png"):
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert main([*arguments, str(tmp_path / "part"), "--sampling.guidance", "2"]) == 2
     assert "holds an evaluation with other settings (protocol.guidance): choose another" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_with_a_checkpoint(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_ends_a_run_with_a_checkpoint(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT)
     arguments = ["--rewards.red.function", "outside_rewards.interrupting", "--training.rounds", "9"]
     geometry = ["--training.group_size", "4", "--training.batch_size", "4"]
@@ -278,50 +274,8 @@ def test_ctrl_c_ends_with_a_checkpoint(config: Path, tmp_path: Path, capsys: pyt
     assert signal.getsignal(signal.SIGINT) is before
 
 
-BAD = [
-    (["--recipe.windw", "3"], "unknown setting 'windw': did you mean 'window'?"),
-    (["--training.group_sise", "3"], "unknown setting 'training.group_sise': did you mean 'training.group_size'?"),
-    (["--training.group_size", "1"], "group_size is 1: a group needs at least 2 samples to compare"),
-    (["--training.batch_size", "3"], "batch_size 3 must be a multiple of group_size 2"),
-    (
-        ["--training.prompts_per_round", "3"],
-        "3 x group_size 2 = 6 samples do not divide into 2 updates of batches of 2",
-    ),
-    (["--recipe.kernel", "ODE"], "needs a stochastic kernel, such as FlowSDE, CPS or DPMSDE"),
-    (["--rewards.red.function", "outside_rewards.shapeless"], "reward 'red' returned shape () for 2 samples"),
-    (["--rewards.red.function", "outside_rewards.nothing"], "outside_rewards"),
-    (["--rewards.red.weight", "0"], "every reward has weight 0"),
-    (["--model.path", "nowhere"], "is neither a folder nor a Hub id (owner/name)"),
-    (["--prompts", "shapes:nope"], "unknown suite 'nope': choose one of train, val, iid, comp, len"),
-    (["--prompts", "missing.txt"], "no prompt file missing.txt"),
-    (["--lora.targets", '["nope"]'], "this network has no layer named nope: change lora.targets"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
-def test_bad_configurations_say_what_to_write(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    assert message in _error(capsys, "train", "--config", str(config), *arguments)
-    assert not (tmp_path / "run").exists()
-
-
-def test_prompts_without_metadata_for_a_reward_that_needs_it(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "mine.txt").write_text("a circle\na square\n")
-    arguments = ["--prompts", str(tmp_path / "mine.txt"), "--rewards.red.function", "rewards.shapes.ShapesReward"]
-    assert "metadata" in _error(capsys, "train", "--config", str(config), *arguments)
-
-
-def test_help_names_every_command_and_waits_for_no_model_library() -> None:
+def test_help_names_every_command_without_importing_torch() -> None:
     code = "import sys; from genalign.__main__ import main; main(); print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert [name for name in COMMANDS if f"\n  {name} " not in answer] == []
     assert answer.endswith("\nFalse\n")
-
-
-def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no command 'trian'; did you mean 'train'?" in _error(capsys, "trian")
-    assert "is not a run folder" in _error(capsys, "report", "no-such-run")
-    assert "name the world: genalign evaluate shapes" in _error(capsys, "evaluate")
