@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictors: how people rated images, read off CLIP-L/14's image embedding."""
+"""LAION's aesthetic predictors: people's ratings of images, predicted from CLIP-L/14's image embedding."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AestheticReward:
     processor: str | None = None
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) of images (B, 3, H, W) in [0, 1], differentiable in the images; NaN where an image has NaN.
+        """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable in the images; NaN where an image has NaN.
 
         Raises ValueError for a head that cannot be folded, or of another width than the embedding.
         """

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.algorithms.advantages import group_advantages
-from genalign.algorithms.interfaces import Credit, RoundScores
+from genalign.algorithms.interfaces import RoundScores
 from genalign.scoring.combine import combine
 from genalign.types import AnyCallable, Prompt, RewardFunction
 from rewards.backbones.clip_encoder import ClipEncoder
@@ -34,18 +34,17 @@ _DIRECTION = "direction"
 
 
 def worst_case(scores_BK: Tensor) -> Tensor:
-    """The least of K scores, (B,): worst-case optimization (arXiv 2310.02743)."""
-    return _table(scores_BK).amin(1)
+    """Take the least of K scores, (B,): worst-case optimization (arXiv 2310.02743)."""
+    return scores_BK.amin(1)
 
 
 def mean_minus_variance(scores_BK: Tensor, penalty: float = 0.5, ddof: int = 0) -> Tensor:
-    """The mean of K scores less ``penalty`` times their variance, (B,): uncertainty-weighted optimization (arXiv
-    2310.02743).
+    """Subtract ``penalty`` times the variance of K scores from their mean, (B,).
 
-    Its authors take a penalty of 0.5 and ddof 0 to choose the best of n, and 0.1 and ddof 1 to train. Raises ValueError
-    for K not above ddof.
+    This is uncertainty-weighted optimization (arXiv 2310.02743). Its authors take a penalty of 0.5 and ddof 0 to choose
+    the best of n, and 0.1 and ddof 1 to train. Raises ValueError for K not above ddof.
     """
-    if _table(scores_BK).shape[1] <= ddof:
+    if scores_BK.shape[1] <= ddof:
         raise ValueError(f"a variance with ddof {ddof} needs more than {ddof} scores, not {scores_BK.shape[1]}")
     return scores_BK.mean(1) - penalty * scores_BK.var(1, correction=ddof)
 
@@ -58,7 +57,6 @@ class WeightedSum:
     weights: Sequence[float]
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,)."""
         return combine(_scores(self.rewards, samples, prompts), self.weights)
 
 
@@ -69,12 +67,10 @@ class Product:
     rewards: Sequence[AnyCallable]
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,). Raises ValueError for a negative score: the product of two would be positive."""
+        """Score samples as (B,). Raises ValueError for a negative score: the product of two would be positive."""
         scores = _scores(self.rewards, samples, prompts)
         if bool((scores < 0).any()):
-            raise ValueError(
-                "a product is for scores of 0 or more: put the others through LogSigmoidCentered and a sum"
-            )
+            raise ValueError("a product needs scores of 0 or more: put the others through LogSigmoidCentered and a sum")
         return scores.prod(1)
 
 
@@ -85,7 +81,6 @@ class WorstCase:
     rewards: Sequence[AnyCallable]
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,)."""
         return worst_case(_scores(self.rewards, samples, prompts))
 
 
@@ -98,7 +93,6 @@ class MeanMinusVariance:
     ddof: int = 0
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,)."""
         return mean_minus_variance(_scores(self.rewards, samples, prompts), self.penalty, self.ddof)
 
 
@@ -116,27 +110,26 @@ class Standardized:
 
     @classmethod
     def measured(cls, reward: RewardFunction, samples: Tensor, prompts: Sequence[Prompt]) -> Standardized:
-        """Take the statistics from these samples, without unscored ones. Raises ValueError for equal scores."""
-        scores = _detached(reward, samples, prompts)
+        """Measure the statistics on these samples, without unscored ones. Raises ValueError for equal scores."""
+        with torch.no_grad():
+            scores = reward(samples, prompts).float().cpu()
         scores = scores[scores.isfinite()]
         if len(scores) < 2:
             raise ValueError(f"needs scores of at least 2 samples, got {len(scores)}: measure on more")
         return cls(reward, float(scores.mean()), float(scores.std(correction=0)))
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,)."""
         scores: Tensor = (self.reward(samples, prompts) - self.mean) / self.std
         return scores
 
 
 @dataclass(frozen=True)
 class LogSigmoidCentered:
-    """log sigmoid(scale (score - reference)), at most 0: beyond the reference there is little more to gain (arXiv
-    2402.00742).
+    """Log sigmoid(scale (score - reference)), at most 0: above the reference there is little left to gain.
 
-    The sum over rewards is the log-probability that a sample is good by all of them. ``reference`` is one for all
-    prompts, or by their text, as ``reference_levels`` finds them. ``scale`` brings the score to logits of a preference:
-    1 for PickScore and ImageReward, 100 for HPS and other cosines.
+    The sum over rewards is the log-probability that a sample is good by all of them (arXiv 2402.00742). ``reference``
+    is one level for all prompts, or a level by the text of each, as ``reference_levels`` measures them. ``scale`` turns
+    the score into the logit of a preference: 1 for PickScore and ImageReward, 100 for HPS and other cosines.
     """
 
     reward: AnyCallable
@@ -144,7 +137,7 @@ class LogSigmoidCentered:
     scale: float = 1.0
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,). Raises ValueError for a prompt without a reference level."""
+        """Score samples as (B,). Raises ValueError for a prompt without a reference level."""
         scores: Tensor = self.reward(samples, prompts)
         if not isinstance(self.reference, Mapping):
             return F.logsigmoid(self.scale * (scores - self.reference))
@@ -155,24 +148,28 @@ class LogSigmoidCentered:
         return F.logsigmoid(self.scale * (scores - levels))
 
 
+@torch.no_grad()
 def reference_levels(
     reward: RewardFunction, samples: Tensor, prompts: Sequence[Prompt], deviations: float = 1.0364
 ) -> dict[str, float]:
-    """For every prompt's text, the mean score of its samples plus ``deviations`` standard deviations (ddof 0).
+    """Measure the level of each prompt's text: mean score plus ``deviations`` standard deviations (ddof 0).
 
-    For samples of the model before training; 1.0364 is the 85th percentile of a normal distribution. Raises ValueError
-    for a prompt without a score.
+    Args:
+        reward: the reward.
+        samples: samples (B, ...) of the model before training.
+        prompts: their prompts.
+        deviations: 1.0364 is the 85th percentile of a normal distribution.
+
+    Raises:
+        ValueError: no sample of a prompt could be scored.
     """
-    by_text: dict[str, list[float]] = {prompt.text: [] for prompt in prompts}
-    for prompt, score in zip(prompts, _detached(reward, samples, prompts).tolist(), strict=True):
-        by_text[prompt.text].append(score)
-    levels = {}
-    for text, values in by_text.items():
-        scores = torch.tensor(values)
-        scores = scores[scores.isfinite()]
-        if not len(scores):
+    scores, levels = reward(samples, prompts).float().cpu(), {}
+    for text in dict.fromkeys(prompt.text for prompt in prompts):
+        own = scores[[prompt.text == text for prompt in prompts]]
+        own = own[own.isfinite()]
+        if not len(own):
             raise ValueError(f"no sample of {text!r} could be scored: sample it again")
-        levels[text] = float(scores.mean() + deviations * scores.std(correction=0))
+        levels[text] = float(own.mean() + deviations * own.std(correction=0))
     return levels
 
 
@@ -186,7 +183,7 @@ class Gate:
     otherwise: float = 0.0
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B,); NaN where the condition could not be scored, and where the reward could not and the gate is open."""
+        """Score samples as (B,); NaN where the condition has no score, or the gate is open and the reward has none."""
         score, condition = _scores([self.reward, self.condition], samples, prompts).unbind(1)
         gated = torch.where(condition >= self.threshold, score, self.otherwise)
         return torch.where(condition.isnan(), torch.nan, gated)
@@ -201,11 +198,10 @@ class DualEncoderReward(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DirectionalCorrection:
-    """D2-Align's guided reward (arXiv 2512.24146, eq. 6 to 9): the cosine of the image with a text embedding that is
-    moved along ``direction`` (d,), which has learnt what the reward overrates.
+    """The cosine of an image with its prompt's embedding, moved away from what the reward overrates.
 
-    With ``learned_direction`` of the model's samples before training, fixed from then on. ``direction`` may be the file
-    that ``save_direction`` wrote.
+    This is D2-Align's guided reward (arXiv 2512.24146, eq. 6 to 9). ``direction`` (d,) is learned on the model's
+    samples before training, by ``learned_direction``, and then fixed; it may be the file that ``save_direction`` wrote.
     """
 
     base: DualEncoderReward
@@ -213,7 +209,7 @@ class DirectionalCorrection:
     omega: float = 1.5
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) of images (B, 3, H, W) in [0, 1], differentiable; NaN where an image has NaN."""
+        """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable; NaN where an image has NaN."""
         image, text = embedded(self.base, samples, prompts)
         return cosine(image, guided_text(text, self._direction.to(text), self.omega))
 
@@ -228,13 +224,13 @@ class DirectionalCorrection:
 
 
 def embedded(base: DualEncoderReward, samples: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-    """Unit embeddings (B, d) of images and of their prompts."""
+    """Compute unit embeddings (B, d) of images, and of their prompts."""
     encoder = base.encoder(samples.device)
     return F.normalize(encoder(samples), dim=-1), encoder.text([prompt.text for prompt in prompts])
 
 
 def guided_text(text: Tensor, direction: Tensor, omega: float) -> Tensor:
-    """e- + omega (e+ - e-) for e+- = the unit vectors along text +- direction; (B, d), not of length 1."""
+    """Compute e- + omega (e+ - e-), where e+ and e- are the unit vectors along text +- direction; (B, d)."""
     plus, minus = F.normalize(text + direction, dim=-1), F.normalize(text - direction, dim=-1)
     return minus + omega * (plus - minus)
 
@@ -248,10 +244,21 @@ def learned_direction(
     batch_size: int = 32,
     seed: int = 0,
 ) -> Tensor:
-    """The direction (d,) that raises the guided reward of a frozen model's samples most (arXiv 2512.24146, stage 1).
+    """Learn the direction (d,) that raises the guided reward of a frozen model's samples most.
 
-    ``image`` and ``text`` are their embeddings (n, d), by ``embedded``. AdamW from 0 with weight decay 1e-4 and
-    gradients of length 0.1 at most, as published; there the effect was stable after 2000 steps.
+    This is stage 1 of arXiv 2512.24146: AdamW from 0, with weight decay 1e-4 and gradients clipped to length 0.1.
+
+    Args:
+        image: embeddings (n, d) of samples, by ``embedded``.
+        text: embeddings (n, d) of their prompts.
+        omega: the factor of ``guided_text``.
+        steps: optimizer steps; the published effect was stable after 2000.
+        learning_rate: of AdamW.
+        batch_size: pairs in a step.
+        seed: of the batches.
+
+    Raises:
+        ValueError: the embeddings do not match.
     """
     if image.shape != text.shape or image.ndim != 2:
         raise ValueError(f"embeddings must be (n, d) and (n, d), not {tuple(image.shape)} and {tuple(text.shape)}")
@@ -270,7 +277,7 @@ def learned_direction(
 
 
 def save_direction(path: str | Path, direction: Tensor) -> None:
-    """Write a direction (d,) as safetensors."""
+    """Write a direction (d,) to a safetensors file."""
     from safetensors.torch import save_file
 
     save_file({_DIRECTION: direction.detach().cpu().contiguous()}, Path(path))
@@ -278,41 +285,42 @@ def save_direction(path: str | Path, direction: Tensor) -> None:
 
 @dataclass(frozen=True)
 class EnsembleCredit:
-    """The rewards of non-zero weight, each normalized within its group, then ``pool``-ed and normalized again: (B,).
+    """Credit by an ensemble: each reward normalized within its group, all of them pooled, and normalized again.
 
-    ``pool`` is ``worst_case``, ``mean_minus_variance`` or any function from (B, K) to (B,). Rewards of preferences are
-    only known up to a constant per prompt, so that a minimum of them without that would mean nothing (arXiv
-    2312.09244). A sample that a reward could not score gets 0.
+    ``pool`` is ``worst_case``, ``mean_minus_variance`` or any function from (B, K) to (B,), over the rewards of
+    non-zero weight. Preference rewards are defined up to a constant per prompt, so that without the first normalization
+    a minimum of them would mean nothing (arXiv 2312.09244). A sample that a reward could not score gets 0.
     """
 
     pool: AnyCallable = worst_case
 
     def __call__(self, outcome: RoundScores) -> Tensor:
-        """Advantages (B,), as in ``genalign.algorithms.advantages.group_advantages``."""
+        """Compute advantages (B,), as in ``genalign.algorithms.advantages.group_advantages``."""
         return group_advantages(self.pool(_normalized_members(outcome)), outcome.group)
 
 
 @dataclass(frozen=True)
 class UncertaintyDiscount:
-    """``credit`` times exp(-strength U) for U = the standard deviation of a sample's rewards of non-zero weight, each
-    normalized within its group: what they disagree about teaches less (Ctrl-U, arXiv 2410.11236).
+    """``credit`` times exp(-strength U): a sample about which the rewards disagree teaches less.
 
-    It is the credit that shrinks and not the reward, as a bad reward would grow. Meant for rewards that ought to agree.
+    U is the standard deviation of a sample's rewards of non-zero weight, each normalized within its group (Ctrl-U,
+    arXiv 2410.11236). The credit shrinks and not the reward, because a negative reward would grow. Meant for rewards
+    that ought to agree. ``credit`` is any ``genalign.algorithms.interfaces.Credit``.
     """
 
-    credit: Credit
+    credit: AnyCallable
     strength: float = 1.0
 
     def __call__(self, outcome: RoundScores) -> Tensor:
-        """(B,) or (B, S), as ``credit`` has it; 0 where a reward is missing."""
+        """Compute the discounted credit, (B,) or (B, S); 0 where a reward has no score."""
         disagreement = _normalized_members(outcome).std(1, correction=0)
         factor = torch.exp(-self.strength * disagreement).nan_to_num(0.0)
-        credit = self.credit(outcome)
+        credit: Tensor = self.credit(outcome)
         return credit * factor.to(credit.device).view(-1, *[1] * (credit.ndim - 1))
 
 
 def _normalized_members(outcome: RoundScores) -> Tensor:
-    """The scores (B, K') of non-zero weight, normalized within their group; NaN where one is missing."""
+    """Normalize the K' rewards of non-zero weight within their groups, (B, K'); NaN where a score is missing."""
     columns = [
         torch.where(scores.isnan(), torch.nan, group_advantages(scores, outcome.group, clip=None))
         for scores, weight in zip(outcome.scores.unbind(1), outcome.weights, strict=True)
@@ -324,18 +332,7 @@ def _normalized_members(outcome: RoundScores) -> Tensor:
 
 
 def _scores(rewards: Sequence[RewardFunction], samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """(B, K) in float32, where the samples are."""
+    """Score samples by all rewards as (B, K), float32 on the samples' device."""
     if not rewards:
         raise ValueError("there are no rewards to combine: give at least one")
     return torch.stack([reward(samples, prompts).to(samples.device).float() for reward in rewards], 1)
-
-
-@torch.no_grad()
-def _detached(reward: RewardFunction, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return reward(samples, prompts).float().cpu()
-
-
-def _table(scores_BK: Tensor) -> Tensor:
-    if scores_BK.ndim != 2 or not scores_BK.shape[1]:
-        raise ValueError(f"scores must be (B, K) with K > 0, not {tuple(scores_BK.shape)}")
-    return scores_BK

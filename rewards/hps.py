@@ -29,7 +29,7 @@ class HPSReward:
     architecture: str = "ViT-H-14"
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) of images (B, 3, H, W) in [0, 1], differentiable in the images; NaN where an image has NaN."""
+        """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable in the images; NaN where an image has NaN."""
         encoder = self.encoder(samples.device)
         return cosine(encoder(samples), encoder.text([prompt.text for prompt in prompts]))
 
@@ -42,10 +42,6 @@ class HPSReward:
 def _opened(weights: str, architecture: str) -> OpenClipEncoder:
     import open_clip
 
-    model = open_clip.create_model(
-        architecture,
-        pretrained=str(locate(weights)),
-        force_preprocess_cfg={"resize_mode": "longest"},
-        weights_only=True,
-    )
+    path, padded = str(locate(weights)), {"resize_mode": "longest"}
+    model = open_clip.create_model(architecture, path, force_preprocess_cfg=padded, weights_only=True)
     return OpenClipEncoder(model, architecture)

@@ -1,4 +1,4 @@
-"""ImageReward (arXiv 2304.05977): a BLIP that people's rankings of images were taught to.
+"""ImageReward (arXiv 2304.05977): a BLIP trained on people's rankings of images.
 
 The published checkpoint is opened by transformers' own BLIP modules, whose layers are the same under other names. Code
 and weights of ImageReward are under Apache-2.0; this file was written from its published layout.
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from genalign.runtime.files import without_prefix
 from genalign.types import Prompt
 from rewards.backbones.clip_encoder import ImagePreprocessor
 from rewards.backbones.weight_files import AffineHead, read_tensors
@@ -47,7 +48,7 @@ class ImageReward:
     tokenizer: str = "google-bert/bert-base-uncased"
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) of images (B, 3, H, W) in [0, 1], differentiable in the images; NaN where an image has NaN.
+        """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable in the images; NaN where an image has NaN.
 
         Raises ValueError for another checkpoint than ImageReward's.
         """
@@ -57,6 +58,8 @@ class ImageReward:
 
 
 class _Scorer(nn.Module):
+    """The published network: BLIP's encoders, and a head on the text's first token."""
+
     def __init__(self, tensors: Mapping[str, Tensor], tokenizer: Any) -> None:
         super().__init__()
         self.vision, self.text = _vision(tensors), _text(tensors)
@@ -67,13 +70,12 @@ class _Scorer(nn.Module):
 
     def forward(self, images: Tensor, texts: list[str]) -> Tensor:
         if len(images) != len(texts):
-            raise ValueError(f"there must be one prompt per image: found {len(texts)} for {len(images)} images")
-        seen = self.vision(self._prepare(images)).last_hidden_state
-        tokens = self._tokenizer(
-            texts, padding="max_length", truncation=True, max_length=_LENGTH, return_tensors="pt"
-        ).to(images.device)
-        read = self.text(tokens.input_ids, tokens.attention_mask, encoder_hidden_states=seen).last_hidden_state
-        return (self._head(read[:, 0]) - _MEAN) / _STD
+            raise ValueError(f"there must be one prompt per image, not {len(texts)} for {len(images)} images")
+        vision = self.vision(self._prepare(images)).last_hidden_state
+        padding = {"padding": "max_length", "truncation": True, "max_length": _LENGTH}
+        tokens = self._tokenizer(texts, return_tensors="pt", **padding).to(images.device)
+        text = self.text(tokens.input_ids, tokens.attention_mask, encoder_hidden_states=vision).last_hidden_state
+        return (self._head(text[:, 0]) - _MEAN) / _STD
 
 
 @functools.cache
@@ -87,58 +89,49 @@ def _opened(weights: str, tokenizer: str) -> _Scorer:
     return _Scorer(tensors, BertTokenizer.from_pretrained(tokenizer))
 
 
-def _vision(tensors: Mapping[str, Tensor]) -> Any:
-    """The image encoder, of the sizes that the tensors have."""
+def _vision(checkpoint: Mapping[str, Tensor]) -> Any:
+    """Build the image encoder, of the sizes that the tensors have."""
     from transformers import BlipVisionConfig, BlipVisionModel
 
-    found = {_vision_name(name): value for name, value in _below(tensors, _VISION).items()}
-    width, _, patch, _ = found["embeddings.patch_embedding.weight"].shape
-    side = math.isqrt(found["embeddings.position_embedding"].shape[1] - 1)
+    tensors = {}
+    for name, tensor in without_prefix(_VISION, checkpoint).items():  # under transformers' names
+        names, prefix = _VISION_NAMES, ""
+        if block := re.match(r"blocks\.(\d+)\.", name):
+            names, prefix, name = _BLOCK_NAMES, f"encoder.layers.{block[1]}.", name[block.end() :]
+        module, dot, kind = name.rpartition(".")
+        tensors[prefix + (names.get(name) or names.get(module, module) + dot + kind)] = tensor
+    width, _, patch, _ = tensors["embeddings.patch_embedding.weight"].shape
+    side = math.isqrt(tensors["embeddings.position_embedding"].shape[1] - 1)
     config = BlipVisionConfig(
         hidden_size=width,
-        intermediate_size=len(found["encoder.layers.0.mlp.fc1.weight"]),
-        num_hidden_layers=_depth(found, "encoder.layers."),
+        intermediate_size=len(tensors["encoder.layers.0.mlp.fc1.weight"]),
+        num_hidden_layers=_depth(tensors, "encoder.layers."),
         num_attention_heads=width // _HEAD_WIDTH,
         image_size=side * patch,
         patch_size=patch,
         layer_norm_eps=1e-6,
     )
-    return _loaded(BlipVisionModel(config), found)
+    return _loaded(BlipVisionModel(config), tensors)
 
 
-def _text(tensors: Mapping[str, Tensor]) -> Any:
-    """The text encoder, which looks at the image in every layer; its names are transformers' own."""
+def _text(checkpoint: Mapping[str, Tensor]) -> Any:
+    """Build the text encoder, which attends to the image in every layer; its names are transformers' own."""
     from transformers import BlipTextConfig, BlipTextModel
 
-    found = _below(tensors, _TEXT)
-    found.pop("embeddings.position_ids", None)
-    vocabulary, width = found["embeddings.word_embeddings.weight"].shape
+    tensors = without_prefix(_TEXT, checkpoint)
+    tensors.pop("embeddings.position_ids", None)
+    vocabulary, width = tensors["embeddings.word_embeddings.weight"].shape
     config = BlipTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        encoder_hidden_size=found["encoder.layer.0.crossattention.self.key.weight"].shape[1],
-        intermediate_size=len(found["encoder.layer.0.intermediate.dense.weight"]),
-        num_hidden_layers=_depth(found, "encoder.layer."),
+        encoder_hidden_size=tensors["encoder.layer.0.crossattention.self.key.weight"].shape[1],
+        intermediate_size=len(tensors["encoder.layer.0.intermediate.dense.weight"]),
+        num_hidden_layers=_depth(tensors, "encoder.layer."),
         num_attention_heads=width // _HEAD_WIDTH,
-        max_position_embeddings=len(found["embeddings.position_embeddings.weight"]),
+        max_position_embeddings=len(tensors["embeddings.position_embeddings.weight"]),
         layer_norm_eps=1e-12,
     )
-    return _loaded(BlipTextModel(config, add_pooling_layer=False), found)
-
-
-def _vision_name(name: str) -> str:
-    """Transformers' name of a tensor of the image encoder."""
-    names, prefix = _VISION_NAMES, ""
-    if block := re.match(r"blocks\.(\d+)\.", name):
-        names, prefix, name = _BLOCK_NAMES, f"encoder.layers.{block[1]}.", name[block.end() :]
-    module, dot, kind = name.rpartition(".")
-    if name in names:
-        return prefix + names[name]
-    return prefix + names.get(module, module) + dot + kind
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return _loaded(BlipTextModel(config, add_pooling_layer=False), tensors)
 
 
 def _depth(tensors: Mapping[str, Tensor], prefix: str) -> int:

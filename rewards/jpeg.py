@@ -14,7 +14,7 @@ from rewards.backbones.pixels import pictures
 
 
 def incompressibility(samples: Tensor, prompts: Sequence[Prompt], quality: int = 95) -> Tensor:
-    """The size in kB (1000 bytes) of images (B, 3, H, W) in [0, 1] as JPEG of ``quality``: (B,) float32 on the CPU.
+    """Measure images (B, 3, H, W) in [0, 1] as JPEG of ``quality``, in kB (1000 bytes): (B,) float32 on the CPU.
 
     Pillow encodes them, and versions of it may differ by some bytes. Prompts are ignored. NaN for an image that is not
     finite; no gradient.
@@ -29,5 +29,5 @@ def incompressibility(samples: Tensor, prompts: Sequence[Prompt], quality: int =
 
 
 def compressibility(samples: Tensor, prompts: Sequence[Prompt], quality: int = 95) -> Tensor:
-    """The negative size as JPEG, -``incompressibility``: (B,)."""
+    """Return minus the size as JPEG, -``incompressibility``: (B,)."""
     return -incompressibility(samples, prompts, quality)

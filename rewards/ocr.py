@@ -23,7 +23,7 @@ _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 
 
 def rapidocr(picture: Image.Image, least_confidence: float = 0.5) -> str:
-    """Read the lines of a picture with PP-OCR, from top to bottom, without those of low confidence; a ``Reader``.
+    """Read the lines of a picture with PP-OCR, from top to bottom, and drop lines of low confidence; a ``Reader``.
 
     Uses the package rapidocr (``pip install 'genalign[ocr]'``), whose wheel has the weights (Apache-2.0), on the CPU.
     Raises ModuleNotFoundError where it is not installed.
@@ -34,16 +34,18 @@ def rapidocr(picture: Image.Image, least_confidence: float = 0.5) -> str:
 
 @dataclass(frozen=True)
 class OCRReward:
-    """``edit_similarity`` of the text in an image to the text in its prompt, in [0, 1]; see ``requested_texts``.
+    """The ``edit_similarity`` of the text in an image to the text in its prompt, in [0, 1]; see ``requested_texts``.
 
-    For several texts it is the mean. Flow-GRPO (arXiv 2505.05470) takes the first one only.
+    For several texts it is the mean. Flow-GRPO (arXiv 2505.05470) takes the first one only. ``reader`` is any
+    ``Reader``.
     """
 
     reader: AnyCallable = rapidocr
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,), float32 on the CPU, of images (B, 3, H, W) in [0, 1]; no gradient. NaN for a prompt without a
-        text, and for an image that is not finite.
+        """Score images (B, 3, H, W) in [0, 1] as (B,), float32 on the CPU, without a gradient.
+
+        NaN for a prompt that requests no text, and for an image that is not finite.
         """
         scores = []
         for picture, prompt in zip(pictures(samples), prompts, strict=True):
@@ -57,8 +59,9 @@ class OCRReward:
 
 
 def requested_texts(prompt: Prompt) -> tuple[str, ...]:
-    """The texts that an image of ``prompt`` should show: its metadata's "text", a string or list, or else the parts in
-    double quotes, straight or curly. Blank ones are dropped.
+    """Return the texts that an image of ``prompt`` should show, without blank ones.
+
+    They are its metadata's "text", a string or list, or else the parts in double quotes, straight or curly.
     """
     if prompt.metadata is not None and "text" in prompt.metadata:
         text = prompt.metadata["text"]
@@ -69,8 +72,10 @@ def requested_texts(prompt: Prompt) -> tuple[str, ...]:
 
 
 def edit_similarity(written: str, requested: str) -> float:
-    """1 - d / n, in [0, 1], for the n letters of ``requested`` and the edit distance d, at most n; 1 where ``written``
-    contains ``requested``. Case and white space are ignored (Flow-GRPO, arXiv 2505.05470). ValueError for n = 0.
+    """Compute 1 - d / n, in [0, 1], for the n letters of ``requested`` and the edit distance d, at most n.
+
+    It is 1 where ``written`` contains ``requested``. Case and white space are ignored (Flow-GRPO, arXiv 2505.05470).
+    Raises ValueError for n = 0.
     """
     text, target = ("".join(string.lower().split()) for string in (written, requested))
     if not target:
@@ -81,7 +86,7 @@ def edit_similarity(written: str, requested: str) -> float:
 
 
 def edit_distance(first: str, second: str) -> int:
-    """The smallest number of letters to insert, delete or replace (Levenshtein, 1966)."""
+    """Count the fewest letters to insert, delete or replace (Levenshtein, 1966)."""
     row = list(range(len(second) + 1))
     for i, letter in enumerate(first, start=1):
         diagonal, row[0] = row[0], i

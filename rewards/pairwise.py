@@ -19,21 +19,21 @@ from genalign.types import AnyCallable, Prompt
 class BradleyTerry:
     """P(left is better) = sigmoid(scale (score of left - score of right)), by a reward of single samples.
 
-    ``scale`` brings its scores to logits of a preference: 1 for PickScore and ImageReward, 100 for HPS.
+    ``scale`` turns its scores into logits of a preference: 1 for PickScore and ImageReward, 100 for HPS.
     """
 
     reward: AnyCallable
     scale: float = 1.0
 
     def __call__(self, left: Tensor, right: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Preferences (B,) in [0, 1], differentiable where the reward is; NaN where either side has no score."""
+        """Compute preferences (B,) in [0, 1], differentiable where the reward is; NaN where a side has no score."""
         preferred: Tensor = torch.sigmoid(self.scale * (self.reward(left, prompts) - self.reward(right, prompts)))
         return preferred
 
 
 @dataclass(frozen=True)
 class WinRateReward:
-    """The share of the other samples of its prompt that a sample beats, in [0, 1] (Pref-GRPO, arXiv 2508.20751).
+    """The fraction of the other samples of its prompt that a sample beats, in [0, 1] (Pref-GRPO, arXiv 2508.20751).
 
     A group is all samples of a call that share one ``Prompt`` object, as a round's samples of a prompt do. A single
     sample has no score, so a reward server cannot serve this reward. G samples need G (G - 1) / 2 comparisons; a judge
@@ -43,7 +43,7 @@ class WinRateReward:
     preference: AnyCallable
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,), float32 on the CPU, of samples (B, ...); NaN for a sample without a comparison."""
+        """Score samples (B, ...) as (B,), float32 on the CPU; NaN for a sample without a comparison."""
         count = len(prompts)
         pairs = [(i, j) for i in range(count) for j in range(i + 1, count) if prompts[i] is prompts[j]]
         if not pairs:

@@ -15,9 +15,10 @@ from rewards.backbones.encoders import cosine
 
 @dataclass(frozen=True)
 class PickScoreReward:
-    """exp(logit scale) times the cosine of image and text, as the model card has it: mostly 18 to 24.
+    """The cosine of image and text times exp(logit scale), as on the model card: mostly 18 to 24.
 
-    It is on a logit scale: softmax over the scores of images of one prompt is the probability of each to be preferred.
+    It is on a logit scale: a softmax over the scores of images of one prompt is the probability of each to be
+    preferred.
     Flow-GRPO and others divide by 26: give it the weight 1 / 26. ``model`` and ``processor`` are as in
     ``rewards.backbones.clip_encoder.load_clip``; the model is loaded at the first call and then follows the samples'
     device. Texts longer than the model's context are truncated.
@@ -27,7 +28,7 @@ class PickScoreReward:
     processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,) of images (B, 3, H, W) in [0, 1], differentiable in the images; NaN where an image has NaN."""
+        """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable in the images; NaN where an image has NaN."""
         encoder = self.encoder(samples.device)
         return encoder.logit_scale * cosine(encoder(samples), encoder.text([prompt.text for prompt in prompts]))
 

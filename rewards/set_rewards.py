@@ -37,7 +37,7 @@ class FrechetReward:
         return -gaussian_distance(Gaussian.fit(features), self.gaussian)
 
 
-class FrameFrechetReward:
+class FrameFrechetReward(FrechetReward):
     """Minus the Frechet distance of all frames of a set of clips to a reference set of frames (m, d).
 
     This is FAD as its tools compute it. Features are (n, f d), the f frames of a clip in one row:
@@ -45,9 +45,6 @@ class FrameFrechetReward:
     too; frames of one clip are alike, so that many clips tell more than many frames. Raises ValueError for m or n f
     below 2.
     """
-
-    def __init__(self, reference: Tensor) -> None:
-        self.gaussian = Gaussian.fit(reference)
 
     def __call__(self, features: Tensor) -> float:
         """Score a set of clips (n, f d), 0 at best."""
@@ -57,7 +54,7 @@ class FrameFrechetReward:
         frames = rows.view(-1, width)
         if len(frames) < 2:
             raise ValueError("one clip of one frame has no covariance: score more clips, or longer ones")
-        return -gaussian_distance(Gaussian.fit(frames), self.gaussian)
+        return super().__call__(frames)
 
 
 class KIDReward:
@@ -71,7 +68,6 @@ class KIDReward:
         self._mmd = MMDToReference(reference, polynomial_kernel)
 
     def __call__(self, features: Tensor) -> float:
-        """Score a set (n, d)."""
         return -self._mmd.unbiased(features)
 
 
@@ -88,7 +84,6 @@ class KADReward:
         self._mmd = MMDToReference(reference, GaussianKernel(median_distance(reference)))
 
     def __call__(self, features: Tensor) -> float:
-        """Score a set (n, d)."""
         return -_KAD_SCALE * self._mmd.unbiased(features)
 
 
@@ -125,9 +120,9 @@ class VendiReward:
 class PerSampleFrechetReward:
     """Minus the Frechet distance of each sample's own patches or frames to a reference set of them (m, d).
 
-    This is per-clip FAD, a reward of single samples.
-    ``encoder`` is any ``rewards.backbones.encoders.PatchFeatures``; ``reference`` for clips comes from
-    ``rewards.backbones.audio_features.extract_frame_features`` with the same encoder. See ``per_sample_frechet``.
+    This is per-clip FAD, a reward of single samples. ``encoder`` is any ``rewards.backbones.encoders.PatchFeatures``;
+    ``reference`` for clips comes from ``rewards.backbones.audio_features.extract_frame_features`` with the same
+    encoder. See ``per_sample_frechet``.
     """
 
     encoder: AnyCallable
@@ -161,8 +156,9 @@ def per_sample_frechet(tokens: Tensor, reference: Gaussian) -> Tensor:
             f"a Frechet distance needs at least 2 frames of each sample, got {tokens.shape[1]}: one frame has no"
             " covariance. Give longer clips, or an encoder with more frames"
         )
+    finite = tokens.isfinite().flatten(1).all(1).tolist()
     rewards = [
-        -gaussian_distance(Gaussian.fit(sample), reference) if bool(sample.isfinite().all()) else math.nan
-        for sample in tokens
+        -gaussian_distance(Gaussian.fit(sample), reference) if whole else math.nan
+        for sample, whole in zip(tokens, finite, strict=True)
     ]
     return torch.tensor(rewards, dtype=torch.float32, device=tokens.device)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +18,16 @@ _BATCH = 64
 
 @dataclass(frozen=True, eq=False)
 class ReferenceSimilarity:
-    """The cosine of an image's features with its references', in [-1, 1]: the mean, or the greatest ``over`` "nearest".
+    """The cosine of an image's features with those of its references, in [-1, 1].
 
-    With ``rewards.backbones.image_features.Dinov2Features`` this is the DINO similarity that Adv-GRPO reports
-    (arXiv 2511.20256).
-    ``features`` is any FeatureFunction; ``references`` are ``ReferencesByPrompt`` or a ``ReferencePool`` of
-    ``rewards.backbones.reference_images``. Features of a reference are computed once, when first needed, and cached on
-    the CPU.
+    It is the mean over the references. With ``rewards.backbones.image_features.Dinov2Features`` this is the DINO
+    similarity that Adv-GRPO reports (arXiv 2511.20256). ``features`` is any FeatureFunction; ``references`` are
+    ``ReferencesByPrompt`` or a ``ReferencePool`` of ``rewards.backbones.reference_images``. Features of a reference are
+    computed once, at the first need, and cached on the CPU.
     """
 
     features: AnyCallable
     references: References
-    over: Literal["mean", "nearest"] = "mean"
-    _cache: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable in the images; NaN where an image has NaN.
@@ -40,10 +37,14 @@ class ReferenceSimilarity:
         rows = [tuple(self.references.rows(prompt)) for prompt in prompts]
         features = F.normalize(self.features(samples).float(), dim=-1)
         if len(features) != len(rows):
-            raise ValueError(f"there must be one prompt per image: got {len(rows)} for {len(features)} images")
+            raise ValueError(f"there must be one prompt per image, not {len(rows)} for {len(features)} images")
         references = {numbers: self._reference_features(numbers, samples.device) for numbers in dict.fromkeys(rows)}
         cosines = [references[numbers] @ feature for numbers, feature in zip(rows, features, strict=True)]
-        return torch.stack([values.mean() if self.over == "mean" else values.amax() for values in cosines])
+        return torch.stack([values.mean() for values in cosines])
+
+    @functools.cached_property
+    def _cache(self) -> dict[int, Tensor]:
+        return {}
 
     @torch.no_grad()
     def _reference_features(self, rows: Sequence[int], device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from genalign.types import Prompt
 from genalign.worlds.tones.instruments import NOISE, NOTES, SAMPLE_RATE, TIMBRES
 from genalign.worlds.tones.prompts import prompts
-from genalign.worlds.tones.scenes import Clip, Event, render, sample_clip
+from genalign.worlds.tones.scenes import Clip, render, sample_clip
 from genalign.worlds.tones.verifier import verify
 from rewards.backbones.audio_features import extract_text_features
 from rewards.backbones.reference_audio import AudioTensor
@@ -30,7 +30,7 @@ class TonesReward:
         return SAMPLE_RATE
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,), float32 on the CPU, of waveforms (B, 1, 12000) at 8 kHz; NaN for one with NaN samples."""
+        """Score waveforms (B, 1, 12000) at 8 kHz as (B,), float32 on the CPU; NaN for one with NaN."""
         return scores(verify, self.score, samples, prompts)
 
 
@@ -41,24 +41,38 @@ def revoiced(
     suite: str = "train",
     seed: int = 0,
 ) -> AudioTensor:
-    """``count`` rendered clips of a split's prompts, drawn by task and then by prompt, whose events all have one of
-    these ``timbres`` and, where it is given, a ``level`` in this range of dB of full scale: a sound to transfer, such
-    as quiet organ tones.
+    """Render clips whose events all have one of these timbres: a sound to transfer, such as quiet organ tones.
 
-    ValueError for a timbre that is not of this world.
+    Args:
+        timbres: of this world.
+        level: the range of an event's level in dB of full scale; None leaves it.
+        count: how many clips, drawn by task and then by prompt.
+        suite: the split of the prompts.
+        seed: of all draws.
+
+    Raises:
+        ValueError: a timbre is not of this world.
     """
     _require_timbres(timbres)
     rng = np.random.default_rng(seed)
     clips = [sample_clip(metadata, rng) for metadata in sample_metadata_by_task(prompts(suite), count, rng)]
-    voiced = [Clip(tuple(_revoiced(event, timbres, level, rng) for event in clip.events)) for clip in clips]
+    voiced = []
+    for clip in clips:
+        events = []
+        for event in clip.events:
+            timbre = timbres[int(rng.integers(len(timbres)))]
+            note = None if timbre == NOISE else event.note or list(NOTES)[rng.integers(len(NOTES))]
+            loudness = event.level if level is None else float(rng.uniform(*level))
+            events.append(replace(event, timbre=timbre, note=note, level=loudness))
+        voiced.append(Clip(tuple(events)))
     return AudioTensor(render(voiced))
 
 
 def worded(timbres: Sequence[str], model: str, suite: str = "train") -> Tensor:
-    """CLAP's embeddings (m, d) of the texts of a split's prompts that name no other than these ``timbres``: exemplars
-    in words, for ``rewards.backbones.audio_features.ClapFeatures(model, ...)``.
+    """Embed, by CLAP, the texts of a split's prompts that name no other than these timbres, (m, d).
 
-    ValueError for a timbre that is not of this world, or timbres of which fewer than 2 prompts speak.
+    They are exemplars in words, for ``rewards.backbones.audio_features.ClapFeatures(model, ...)``. Raises ValueError
+    for a timbre that is not of this world, or timbres that fewer than 2 prompts name.
     """
     _require_timbres(timbres)
     texts = [
@@ -72,12 +86,3 @@ def worded(timbres: Sequence[str], model: str, suite: str = "train") -> Tensor:
 def _require_timbres(timbres: Sequence[str]) -> None:
     if unknown := set(timbres) - set(TIMBRES):
         raise ValueError(f"no timbre {', '.join(sorted(unknown))} in this world: choose from {', '.join(TIMBRES)}")
-
-
-def _revoiced(
-    event: Event, timbres: Sequence[str], level: tuple[float, float] | None, rng: np.random.Generator
-) -> Event:
-    timbre = timbres[int(rng.integers(len(timbres)))]
-    note = None if timbre == NOISE else event.note or list(NOTES)[rng.integers(len(NOTES))]
-    loudness = event.level if level is None else float(rng.uniform(*level))
-    return replace(event, timbre=timbre, note=note, level=loudness)

@@ -32,7 +32,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class QuestionReward:
-    """The probability, in [0, 1], that a judge gives to ``answer``, the right one to ``question``.
+    """The probability, in [0, 1], that a judge gives to ``answer``, the right answer to ``question``.
 
     ``{prompt}`` in the question is replaced by the prompt, with double quotes turned into single ones, so that it
     cannot end the quotation. The default is VQAScore's question (arXiv 2404.01291). ``ARTIFACTS``, with the answer
@@ -48,12 +48,12 @@ class QuestionReward:
             raise ValueError(f"the answer must be yes or no, not {self.answer!r}: rephrase the question")
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,), float32 on the CPU, of images (B, 3, H, W) in [0, 1]; NaN where there was no answer.
+        """Score images (B, 3, H, W) in [0, 1] as (B,), float32 on the CPU; NaN where there was no answer.
 
         Raises ValueError where the judge returns another shape, or no probabilities.
         """
         if len(samples) != len(prompts):
-            raise ValueError(f"there must be one prompt per image: found {len(prompts)} for {len(samples)} images")
+            raise ValueError(f"there must be one prompt per image, not {len(prompts)} for {len(samples)} images")
         texts = [self.question.replace("{prompt}", prompt.text.replace('"', "'")) for prompt in prompts]
         answers: Tensor = self.judge(samples, texts)
         if answers.shape != (len(texts),):
@@ -87,9 +87,9 @@ class YesNoModel:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
-        """Probabilities (n,) in float32 for images (n, 3, H, W) in [0, 1]; NaN, too, for one that is not finite."""
+        """Answer questions (n) about images (n, 3, H, W) in [0, 1] as (n,) in float32; NaN for an image with NaN."""
         if len(images) != len(questions):
-            raise ValueError(f"there must be one question per image: found {len(questions)} for {len(images)} images")
+            raise ValueError(f"there must be one question per image, not {len(questions)} for {len(images)} images")
         loaded, texts = _load(self.model, self.dtype), [answerable(question) for question in questions]
         loaded.network.to(images.device)
         answers = torch.full((len(images),), torch.nan)
@@ -114,12 +114,12 @@ class _LoadedModel:
     no_tokens: list[int]
 
     def length(self, question: str) -> int:
-        """The number of tokens of a chat with this question, without its image."""
+        """Count the tokens of a chat with this question, without its image."""
         text = self.processor.apply_chat_template(_chat(question, {}), add_generation_prompt=True, tokenize=False)
         return len(self.processor.tokenizer(text).input_ids)
 
     def yes(self, images: Sequence[Image.Image], questions: Sequence[str], least_mass: float) -> Tensor:
-        """P(yes) (n,) for images of one size and questions of one length."""
+        """Compute P(yes) (n,) for images of one size and questions of one length."""
         chats = [_chat(question, {"image": picture}) for picture, question in zip(images, questions, strict=True)]
         inputs = self.processor.apply_chat_template(
             chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -133,7 +133,7 @@ class _LoadedModel:
 
 
 def _chat(question: str, image: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A chat of one user message: an image and a question about it."""
+    """Build a chat of one user message: an image and a question about it."""
     return [{"role": "user", "content": [{"type": "image", **image}, {"type": "text", "text": question}]}]
 
 
@@ -145,14 +145,10 @@ def _load(model: str, dtype: str) -> _LoadedModel:
     if not processor.chat_template:
         raise ValueError(f"{model} has no chat template: put a chat_template.jinja into its folder")
     network = AutoModelForImageTextToText.from_pretrained(model, dtype=_DTYPES[dtype])
-    yes, no = (_single_tokens(model, processor.tokenizer, _WORDS[answer]) for answer in ("yes", "no"))
-    return _LoadedModel(network.requires_grad_(False).eval(), processor, yes, no)
-
-
-def _single_tokens(model: str, tokenizer: Any, words: Sequence[str]) -> list[int]:
-    """The token ids of those words that are a single token, without duplicates."""
-    encoded = [tokenizer.encode(word, add_special_tokens=False) for word in words]
-    tokens = sorted({ids[0] for ids in encoded if len(ids) == 1} - {tokenizer.unk_token_id})
-    if not tokens:
-        raise ValueError(f"the tokenizer of {model} has no single token for {words[0]!r}: use another model")
-    return tokens
+    tokens: dict[Answer, list[int]] = {}
+    for answer, words in _WORDS.items():  # the words that are a single token
+        encoded = [processor.tokenizer.encode(word, add_special_tokens=False) for word in words]
+        tokens[answer] = sorted({ids[0] for ids in encoded if len(ids) == 1} - {processor.tokenizer.unk_token_id})
+        if not tokens[answer]:
+            raise ValueError(f"the tokenizer of {model} has no single token for {answer!r}: use another model")
+    return _LoadedModel(network.requires_grad_(False).eval(), processor, tokens["yes"], tokens["no"])

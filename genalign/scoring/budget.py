@@ -31,8 +31,10 @@ def backward(call: str) -> str:
 
 @dataclass
 class Ledger:
-    """Calls by name, each of a single sample: "forward" of the denoiser (two under guidance), "decode",
-    "reward/NAME", and each of them followed by " backward" where a gradient went through.
+    """The number of calls by name, on single samples.
+
+    The names are "forward" of the denoiser (two calls under guidance), "decode" and "reward/NAME", and each of them
+    followed by " backward" where a gradient went through.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -54,12 +56,9 @@ class Ledger:
     def bill_with_backward(self, call: str, samples: int, result: Tensor) -> Tensor:
         """Return ``result``; a gradient that reaches it later is billed as a backward call."""
         if isinstance(result, Tensor) and result.requires_grad:
-            bill = functools.partial(self._bill_backward, call, samples)
-            result.register_hook(bill)  # type: ignore[no-untyped-call]  # torch has not typed it
+            hook = lambda gradient: self.bill(backward(call), samples)  # noqa: E731
+            result.register_hook(hook)  # type: ignore[no-untyped-call]  # torch has not typed it
         return result
-
-    def _bill_backward(self, call: str, samples: int, gradient: Tensor) -> None:
-        self.bill(backward(call), samples)
 
     def cost(self, prices: Mapping[str, float]) -> float:
         """Sum the prices of all calls, in the unit of ``prices``. Raises ValueError for a call without a price."""
@@ -91,7 +90,7 @@ class Metered:
         self.initial_noise = pipeline.initial_noise
 
     def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
-        """The network's output; twice the samples under guidance."""
+        """Return the network's output, and bill each sample once, or twice under guidance."""
         samples = len(x) * (2 if guidance > 1 else 1)
         self.ledger.bill(FORWARD, samples)
         return self.ledger.bill_with_backward(FORWARD, samples, self.pipeline.predict(x, level, conditioning, guidance))
@@ -118,9 +117,11 @@ def metered_rewards(rewards: Sequence[NamedReward], ledger: Ledger) -> list[Name
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit for each prompt: ``nfe`` of the denoiser (guidance counts twice), priced ``cost``, or wall-clock
-    ``seconds``; exactly one. ``prices`` are those of ``measure_prices``, or any others per call of one sample; a budget
-    in seconds without them has them measured first.
+    """A limit for each prompt, in exactly one unit.
+
+    The unit is ``nfe`` of the denoiser (guidance counts twice), priced ``cost``, or wall-clock ``seconds``. ``prices``
+    are per call on one sample, from ``measure_prices`` or your own; for a budget in seconds without them they are
+    measured first.
     """
 
     nfe: float | None = None
@@ -133,7 +134,9 @@ class Budget:
         if len(limits) != 1 or not limits[0] > 0:
             raise ValueError(f"give one positive limit, nfe, cost or seconds, not {self}")
         if self.cost is not None and self.prices is None:
-            raise ValueError("a budget in priced cost needs prices: those of genalign prices, or your own")
+            raise ValueError(
+                "a budget in priced cost needs prices: give those that genalign prices prints, or your own"
+            )
 
     @property
     def limit(self) -> float:
@@ -170,30 +173,37 @@ def measure_prices(
     guidance: float = 1.0,
     repeats: int = 5,
 ) -> dict[str, float]:
-    """Median seconds of one sample's forward, decode and reward calls, in batches of one sample for each of
-    ``prompts`` and after a call to warm up. Gradients are not priced.
+    """Measure the median seconds of one sample's forward, decode and reward calls, after a call to warm up.
+
+    Gradients are not priced.
+
+    Args:
+        pipeline: the model.
+        rewards: the rewards to price.
+        prompts: a batch has one sample for each of them.
+        grid: its first step is priced.
+        guidance: classifier-free guidance, which doubles the evaluations above 1.
+        repeats: how many calls the median is of.
     """
     conditioning = pipeline.encode([prompt.text for prompt in prompts])
     x = pipeline.initial_noise(list(range(len(prompts))))
+    prices = {}
     with torch.no_grad():
         samples = pipeline.decode(x)
-        timed: dict[str, Callable[[], Tensor]] = {
+        calls: dict[str, Callable[[], Tensor]] = {
             FORWARD: lambda: pipeline.predict(x, grid[0], conditioning, guidance),
             DECODE: lambda: pipeline.decode(x),
         }
         for reward in rewards:
-            timed[reward_call(reward.name)] = functools.partial(reward, samples, prompts)
-        seconds = {call: _median_seconds(run, repeats) for call, run in timed.items()}
-    evaluations = {FORWARD: len(x) * (2 if guidance > 1 else 1)}
-    return {call: took / evaluations.get(call, len(x)) for call, took in seconds.items()}
-
-
-def _median_seconds(run: Callable[[], Tensor], repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        result = run()
-        if result.is_cuda:
-            torch.cuda.synchronize(result.device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+            calls[reward_call(reward.name)] = functools.partial(reward, samples, prompts)
+        for name, call in calls.items():
+            times = []
+            for _ in range(repeats + 1):
+                started = time.perf_counter()
+                result = call()
+                if result.is_cuda:
+                    torch.cuda.synchronize(result.device)
+                times.append(time.perf_counter() - started)
+            evaluations = len(x) * (2 if name == FORWARD and guidance > 1 else 1)
+            prices[name] = statistics.median(times[1:]) / evaluations
+    return prices

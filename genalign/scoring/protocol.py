@@ -10,9 +10,10 @@ A change that an older side would misread takes a new ``SCHEMA``; either side re
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import hashlib
 import io
+import ipaddress
 import json
 import math
 import re
@@ -25,6 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from genalign.runtime.media import eight_bits
 from genalign.types import Prompt
 
 SCHEMA = 2
@@ -52,7 +54,6 @@ class ServerInfo:
     max_bytes: int
     max_pixels: int
     sample_rate: int | None = None
-    higher_is_better: bool = True
     schema: int = SCHEMA
 
     @property
@@ -67,7 +68,7 @@ class ServerInfo:
 
 @dataclass(frozen=True)
 class SampleError:
-    """The reason why one sample has no score; ``code`` is for programs."""
+    """The reason why one sample has no score; ``code`` is for programs, ``message`` for people."""
 
     code: str
     message: str
@@ -104,19 +105,25 @@ class ScoreRequest:
         return digest.digest()
 
 
+Outcome = float | SampleError
+"""The score of a sample, or the reason why it has none."""
+
+
 @dataclass(frozen=True)
 class ScoreReply:
-    """One score or None per sample, with the reason for None; ``seconds`` is the time spent on the server."""
+    """The outcome of each sample, by a reward of this ``version``; ``seconds`` is the time spent on the server."""
 
     request_id: str
     version: str
-    scores: tuple[float | None, ...]
-    errors: tuple[SampleError | None, ...]
+    outcomes: tuple[Outcome, ...]
     seconds: float
 
     def to_json(self) -> bytes:
         """Return the body of the answer to ``POST /v1/score``."""
-        return _dumped({"schema": SCHEMA, **asdict(self)})
+        rows = [(None, asdict(row)) if isinstance(row, SampleError) else (row, None) for row in self.outcomes]
+        scores, errors = zip(*rows, strict=True)
+        head = {"schema": SCHEMA, "request_id": self.request_id, "version": self.version}
+        return _dumped({**head, "scores": scores, "errors": errors, "seconds": self.seconds})
 
 
 def prompt_json(prompt: Prompt) -> dict[str, Any]:
@@ -132,13 +139,11 @@ def prompt_json(prompt: Prompt) -> dict[str, Any]:
 def unpack_info(body: bytes) -> ServerInfo:
     """Read the answer to ``GET /v1/info``. Raises WireError for another schema, or another service's answer."""
     fields = _object(body)
-    _same_schema(fields)
-    names = ServerInfo.__dataclass_fields__
     try:
-        info = ServerInfo(**{name: value for name, value in fields.items() if name in names})
+        info = ServerInfo(**{name: value for name, value in fields.items() if name in ServerInfo.__dataclass_fields__})
         counts = (info.max_batch, info.max_bytes, info.max_pixels)
-        if not all(isinstance(count, int) and count > 0 for count in counts) or info.higher_is_better is not True:
-            raise TypeError("its limits are not positive integers, or lower is better")
+        if not all(isinstance(count, int) and count > 0 for count in counts):
+            raise TypeError("its limits are not positive integers")
     except TypeError as error:
         raise WireError("malformed", f"this is not a genalign reward server: {error}") from None
     return info
@@ -147,63 +152,54 @@ def unpack_info(body: bytes) -> ServerInfo:
 def unpack_request(body: bytes) -> ScoreRequest:
     """Read the body of ``POST /v1/score``. Raises WireError."""
     fields = _object(body)
-    _require_envelope(fields)
+    if unknown := set(fields) - {"schema", "request_id", "deadline_ms", "media", "prompts", "samples"}:
+        raise WireError("unknown_field", f"the request has unknown fields: {', '.join(sorted(unknown))}")
+    request_id, deadline, media = (fields.get(name) for name in ("request_id", "deadline_ms", "media"))
+    if not isinstance(request_id, str) or not _IDENTIFIER.fullmatch(request_id):
+        raise WireError("malformed", "request_id must be 1 to 64 letters, digits, - or _")
+    if type(deadline) is not int or deadline <= 0:
+        raise WireError("malformed", "deadline_ms must be a positive integer")
+    if media not in ("image", "audio"):
+        raise WireError("media_type", 'media must be "image" or "audio"')
     prompts, samples = fields.get("prompts"), fields.get("samples")
     if not isinstance(prompts, list) or not prompts or not isinstance(samples, list):
         raise WireError("malformed", "prompts and samples must be lists with one entry per sample")
     if len(prompts) != len(samples):
         raise WireError("count", f"{len(prompts)} prompts need as many samples, not {len(samples)}")
-    return ScoreRequest(
-        fields["request_id"],
-        min(fields["deadline_ms"] / 1000, MAX_DEADLINE),
-        tuple(map(_prompt, prompts)),
-        fields["media"],
-        tuple(map(_content, samples)),
-    )
-
-
-def _require_envelope(fields: Mapping[str, Any]) -> None:
-    """Raise WireError if anything of a request but its prompts and samples is wrong."""
-    _same_schema(fields)
-    if unknown := set(fields) - {"schema", "request_id", "deadline_ms", "media", "prompts", "samples"}:
-        raise WireError("unknown_field", f"the request has unknown fields: {', '.join(sorted(unknown))}")
-    request_id, deadline = fields.get("request_id"), fields.get("deadline_ms")
-    if not isinstance(request_id, str) or not _IDENTIFIER.fullmatch(request_id):
-        raise WireError("malformed", "request_id must be 1 to 64 letters, digits, - or _")
-    if not isinstance(deadline, int) or isinstance(deadline, bool) or deadline <= 0:
-        raise WireError("malformed", "deadline_ms must be a positive integer")
-    if fields.get("media") not in ("image", "audio"):
-        raise WireError("media_type", 'media must be "image" or "audio"')
+    try:
+        contents = tuple(base64.b64decode(sample, validate=True) for sample in samples)
+    except (TypeError, ValueError):
+        raise WireError("malformed", "each sample must be base64 text") from None
+    return ScoreRequest(request_id, min(deadline / 1000, MAX_DEADLINE), tuple(map(_prompt, prompts)), media, contents)
 
 
 def unpack_reply(body: bytes, request_id: str, count: int) -> ScoreReply:
     """Read the reply to a request of ``count`` samples. Raises WireError for anything else."""
     fields = _object(body)
-    _same_schema(fields)
     scores, errors = fields.get("scores"), fields.get("errors")
     if not isinstance(scores, list) or not isinstance(errors, list) or not len(scores) == len(errors) == count:
         raise WireError("malformed", f"the reply does not hold {count} scores and errors")
     if fields.get("request_id") != request_id:
         raise WireError("malformed", "the reply belongs to another request")
+    outcomes: list[Outcome] = []
     try:
-        return ScoreReply(
-            request_id,
-            str(fields["version"]),
-            tuple(_score(value) for value in scores),
-            tuple(
-                None if value is None else SampleError(str(value["code"]), str(value["message"])) for value in errors
-            ),
-            float(fields["seconds"]),
-        )
+        for score, error in zip(scores, errors, strict=True):
+            if score is None:
+                error = error or {"code": "unscorable", "message": "no score"}
+                outcomes.append(SampleError(str(error["code"]), str(error["message"])))
+            elif isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score):
+                outcomes.append(float(score))
+            else:
+                raise ValueError(f"{score!r} is not a score")
+        return ScoreReply(request_id, str(fields["version"]), tuple(outcomes), float(fields["seconds"]))
     except (KeyError, TypeError, ValueError) as error:
         raise WireError("malformed", f"the reply cannot be read: {type(error).__name__}: {error}") from None
 
 
 def encode_image(image: Tensor) -> bytes:
     """Encode an image (3, H, W) in [0, 1] as PNG, rounded to 8 bits and otherwise lossless."""
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=1)
+    Image.fromarray(eight_bits(image).permute(1, 2, 0).cpu().numpy()).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
@@ -248,9 +244,17 @@ def decode_audio(content: bytes, sample_rate: int) -> Tensor:
     return torch.from_numpy(np.atleast_2d(scaled.T).copy())
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether an address or a host name is this machine's own."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
 def batched_by_size(sizes: Sequence[int], max_items: int, max_bytes: int) -> list[list[int]]:
-    """Split the indices of ``sizes`` in order into lists of at most ``max_items`` and ``max_bytes``; a larger item
-    gets a list of its own.
+    """Split the indices of ``sizes`` in order into lists of at most ``max_items`` and ``max_bytes``.
+
+    An item that is larger by itself gets a list of its own.
     """
     lists: list[list[int]] = []
     total = 0
@@ -263,13 +267,6 @@ def batched_by_size(sizes: Sequence[int], max_items: int, max_bytes: int) -> lis
     return lists
 
 
-def _content(value: Any) -> bytes:
-    try:
-        return base64.b64decode(value, validate=True)
-    except (TypeError, ValueError, binascii.Error):
-        raise WireError("malformed", "each sample must be base64 text") from None
-
-
 def _prompt(value: Any) -> Prompt:
     if not isinstance(value, dict) or set(value) - {"text", "metadata"} or not isinstance(value.get("text"), str):
         raise WireError("malformed", 'each prompt must be an object with "text" and, if it has any, "metadata"')
@@ -279,34 +276,21 @@ def _prompt(value: Any) -> Prompt:
     return Prompt(value["text"], metadata)
 
 
-def _score(value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is not a score")
-    return float(value)
-
-
-def _same_schema(fields: Mapping[str, Any]) -> None:
-    if fields.get("schema") != SCHEMA:
-        raise WireError(
-            "schema",
-            f"this side speaks schema {SCHEMA}, the other {fields.get('schema')!r}: use one version of genalign",
-        )
-
-
 def _object(body: bytes) -> dict[str, Any]:
+    """Read a JSON object of this protocol's schema, without NaN and infinities."""
+
+    def refuse(name: str) -> float:
+        raise ValueError(f"JSON has no {name}")
+
     try:
-        fields = json.loads(body, parse_constant=_refused)
+        fields = json.loads(body, parse_constant=refuse)
     except (ValueError, RecursionError):
         raise WireError("malformed", "this is not JSON") from None
     if not isinstance(fields, dict):
         raise WireError("malformed", "this is not a JSON object")
+    if (schema := fields.get("schema")) != SCHEMA:
+        raise WireError("schema", f"this side speaks schema {SCHEMA}, the other {schema!r}: use one genalign version")
     return fields
-
-
-def _refused(name: str) -> float:
-    raise ValueError(f"JSON has no {name}")
 
 
 def _dumped(value: Mapping[str, Any]) -> bytes:

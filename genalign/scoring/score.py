@@ -38,8 +38,9 @@ class NamedReward:
             raise ValueError(f"timeout of reward {self.name!r} must be positive, in seconds, not {self.timeout}")
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,), with a gradient where the function has one. Raises RewardError for another shape, and whatever
-        the function raises.
+        """Score samples as (B,), with a gradient where the function has one.
+
+        Raises RewardError for another shape, and whatever the function raises.
         """
         parts = self.parts(samples, prompts)
         return torch.cat([_of_shape(self.name, self.function(part, texts), len(part)) for part, texts in parts])
@@ -68,48 +69,40 @@ class RewardError(RuntimeError):
 
 @torch.no_grad()
 def score(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """Scores (B, K) in float32 on the CPU; NaN where a reward fails, or returns what is not finite.
+    """Score samples by K rewards as (B, K), float32 on the CPU; NaN where a reward fails or a score is not finite.
 
     A reward that raises or times out is called once more. If it raises again and has a ``score_batch``, so that its
     batches may be split, the halves are scored: a sample on which it fails loses only its own score.
 
     Raises RewardError for a result that is not of shape (B,): that is a bug in the reward, not a failure.
     """
-    columns = [[_scored(reward, *part) for part in reward.parts(samples, prompts)] for reward in rewards]
+    columns = [[_score_part(reward, *part) for part in reward.parts(samples, prompts)] for reward in rewards]
     return torch.stack([torch.cat(column) for column in columns], dim=1)
 
 
-def _scored(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    try:
-        result = _called(reward, samples, prompts)
-    except Exception as error:  # whatever a user's reward raises must not lose the run
-        logger.warning("reward %r raised %s: %s; calling it again", reward.name, type(error).__name__, error)
-        return _scored_again(reward, samples, prompts)
-    return _finite_or_nan(reward.name, result, len(samples))
-
-
-def _scored_again(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+def _score_part(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt], retries: int = 1) -> Tensor:
+    """Score one batch as (B,), float32 on the CPU; NaN where a score is not finite, or the last retry failed."""
     count = len(samples)
     try:
-        result = _called(reward, samples, prompts)
-    except Exception as error:
+        result = _call_within(reward.timeout, lambda: reward.function(samples, prompts))
+    except Exception as error:  # whatever a user's reward raises must not lose the run
+        failure = f"reward {reward.name!r} raised {type(error).__name__}: {error}"
+        if retries:
+            logger.warning("%s; calling it again", failure)
+            return _score_part(reward, samples, prompts, retries - 1)
         if reward.score_batch is None or count == 1 or isinstance(error, TimeoutError):
-            message = "reward %r raised %s: %s; %d scores are NaN"
-            logger.warning(message, reward.name, type(error).__name__, error, count)
+            logger.warning("%s; %d scores are NaN", failure, count)
             return torch.full((count,), torch.nan)
-        first, second = slice(count // 2), slice(count // 2, None)
-        return torch.cat([_scored_again(reward, samples[half], prompts[half]) for half in (first, second)])
-    return _finite_or_nan(reward.name, result, count)
+        halves = slice(count // 2), slice(count // 2, None)
+        return torch.cat([_score_part(reward, samples[half], prompts[half], retries=0) for half in halves])
+    scores = _of_shape(reward.name, result, count).detach().float().cpu()
+    return torch.where(scores.isfinite(), scores, torch.nan)
 
 
-def _called(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt]) -> object:
-    if reward.timeout is None:
-        return reward.function(samples, prompts)
-    return _within(reward.timeout, lambda: reward.function(samples, prompts))
-
-
-def _within(seconds: float, call: Callable[[], object]) -> object:
-    """Return the result of ``call`` from a thread. Raises TimeoutError after ``seconds``; the thread goes on."""
+def _call_within(seconds: float | None, call: Callable[[], object]) -> object:
+    """Return the result of ``call``. Raises TimeoutError after ``seconds``; its thread goes on then."""
+    if seconds is None:
+        return call()
     answer: Future[object] = Future()
 
     def work() -> None:
@@ -125,12 +118,6 @@ def _within(seconds: float, call: Callable[[], object]) -> object:
     return answer.result()
 
 
-def _finite_or_nan(name: str, result: object, count: int) -> Tensor:
-    """Convert scores to (count,) in float32 on the CPU, NaN where they are not finite."""
-    scores = _of_shape(name, result, count).detach().float().cpu()
-    return torch.where(scores.isfinite(), scores, torch.nan)
-
-
 def _of_shape(name: str, column: object, count: int) -> Tensor:
     if not isinstance(column, Tensor):
         raise RewardError(f"reward {name!r} returned {type(column).__name__}: return a tensor of shape (B,)")
@@ -143,8 +130,10 @@ def _of_shape(name: str, column: object, count: int) -> Tensor:
 
 
 def probe(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Prompt]) -> None:
-    """Score one batch before training starts. Raises RewardError where a reward is not callable, raises, returns
-    another shape, or scores nothing: with the cause and what to return instead.
+    """Score one batch before training starts, to find a broken reward early.
+
+    Raises RewardError, with the cause and what to return instead, where a reward is not callable, raises, returns
+    another shape, or scores nothing.
     """
     for reward in rewards:
         if not callable(reward.function):
@@ -155,18 +144,19 @@ def probe(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
         except RewardError:
             raise
         except Exception as error:
-            raise RewardError(
-                f"reward {reward.name!r} raised {type(error).__name__} on a first batch: {error}"
-            ) from error
+            failure = f"reward {reward.name!r} raised {type(error).__name__} on a first batch: {error}"
+            raise RewardError(failure) from error
         if not bool(scores.isfinite().any()):
             raise RewardError(f"reward {reward.name!r} scored none of {len(samples)} first samples: all are NaN")
 
 
 @dataclass
 class RewardMonitor:
-    """Stops a run whose rewards fail, or give no signal, for too long; ``silent`` counts the latest rounds in which all
-    groups had equal scores. At most ``max_failed_fraction`` of a round's samples may lack a score: failures depend on
-    the sample, so that a policy trained on the others alone learns to provoke them.
+    """Stops a run whose rewards fail, or give no signal, for too long.
+
+    At most ``max_failed_fraction`` of a round's samples may lack a score: failures depend on the sample, so that a
+    policy trained on the others alone learns to provoke them. ``silent`` counts the latest rounds in which all groups
+    had equal scores; a run stops at ``silent_rounds``.
     """
 
     max_failed_fraction: float = 0.05
@@ -185,14 +175,10 @@ class RewardMonitor:
         if len(moving) < 2:
             return
         large, small = max(moving, key=moving.__getitem__), min(moving, key=moving.__getitem__)
-        ratio = moving[large] / moving[small]
-        if ratio > self.largest_ratio:
+        if (ratio := moving[large] / moving[small]) > self.largest_ratio:
             logger.warning(
-                "in the weighted sum, reward %r varies %.0f times as much as %r, which will hardly count: lower the"
-                " weight of the former, or normalise each reward by itself (credit.NormalizedSum)",
-                large,
-                ratio,
-                small,
+                f"in the weighted sum, reward {large!r} varies {ratio:.0f} times as much as {small!r}, which will"
+                " hardly count: lower the first weight, or normalize each reward by itself (credit.NormalizedSum)"
             )
 
     def see(self, scores_BK: Tensor, silent: bool) -> None:

@@ -1,5 +1,6 @@
-"""A log of the scores since the last checkpoint, from which a resumed run reads them: a remote reward is not called
-again, and need not return the same scores twice.
+"""A log of the scores since the last checkpoint, which a resumed run reads in place of calling the rewards.
+
+A remote reward is not called again, and need not return the same scores twice.
 """
 
 from __future__ import annotations
@@ -59,33 +60,26 @@ class ScoreLog:
         def call(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
             if self._path is None or samples.requires_grad:
                 return function(samples, prompts)
-            key = _key(name, samples, prompts)
+            described = [name, list(samples.shape), [[prompt.text, prompt.metadata] for prompt in prompts]]
+            digest = hashlib.blake2b(json.dumps(described, sort_keys=True, default=str).encode(), digest_size=16)
+            digest.update(samples.detach().float().cpu().contiguous().numpy().tobytes())
+            key = digest.hexdigest()
             if self._loaded.get(key):
                 return torch.tensor(self._loaded[key].popleft())
             before = Generators().position()
             scores = function(samples, prompts)
-            if Generators().position() == before:
-                self._append(key, scores)
+            if Generators().position() == before and isinstance(scores, Tensor) and bool(scores.isfinite().all()):
+                self._append({"key": key, "scores": scores.detach().float().cpu().tolist()})
             return scores
 
         return call
 
-    def _append(self, key: str, scores: object) -> None:
-        if self._path is None or not isinstance(scores, Tensor) or not bool(scores.isfinite().all()):
+    def _append(self, line: dict[str, object]) -> None:
+        if self._path is None:
             return
-        line = json.dumps({"key": key, "scores": scores.detach().float().cpu().tolist()})
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"\n{line}\n")  # after an incomplete line of a killed process
+                file.write(f"\n{json.dumps(line)}\n")  # after an incomplete line of a killed process
         except OSError as error:
-            logger.warning(
-                "scores are not logged until the next checkpoint, since the log cannot be written: %s", error
-            )
+            logger.warning("the log of scores cannot be written (%s): none until the next checkpoint", error)
             self._path = None
-
-
-def _key(name: str, samples: Tensor, prompts: Sequence[Prompt]) -> str:
-    call = [name, list(samples.shape), [[prompt.text, prompt.metadata] for prompt in prompts]]
-    digest = hashlib.blake2b(json.dumps(call, sort_keys=True, default=str).encode(), digest_size=16)
-    digest.update(samples.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -12,11 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 
 import torch
 import uvicorn
@@ -28,8 +27,8 @@ from starlette.routing import Route
 from torch import Tensor
 
 from genalign.scoring import protocol
-from genalign.scoring.protocol import SampleError, ServerInfo
-from genalign.scoring.server_worker import DRAIN_SECONDS, Scored, ScoringJob, Worker
+from genalign.scoring.protocol import SampleError, ServerInfo, WireError
+from genalign.scoring.server_worker import DRAIN_SECONDS, ScoringJob, Worker
 from genalign.types import RewardFunction
 
 _MAX_CACHED_JOBS = 256  # finished requests whose answers are retained for a client that sends them again
@@ -75,15 +74,19 @@ class Service:
         with self._admitted():
             body = await self._body(request)
             if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-                raise protocol.WireError("media_type", "send application/json")
+                raise WireError("media_type", "send application/json")
             score_request = protocol.unpack_request(body)
             deadline = started + score_request.deadline
-            scored = await self._answer(await self._job(score_request, deadline), deadline)
-        scores = tuple(item.score for item in scored)
-        errors = tuple(item.error for item in scored)
-        reply = protocol.ScoreReply(
-            score_request.request_id, self._info.version, scores, errors, time.monotonic() - started
-        )
+            job = await self._job(score_request, deadline)
+            try:
+                answer = asyncio.shield(asyncio.wrap_future(job.answer))
+                outcomes = await asyncio.wait_for(answer, max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                outcomes = None
+        if outcomes is None:
+            raise Refusal(504, "deadline", "the deadline passed first: send the request again with the same request_id")
+        seconds = time.monotonic() - started
+        reply = protocol.ScoreReply(score_request.request_id, self._info.version, tuple(outcomes), seconds)
         return Response(reply.to_json(), media_type="application/json")
 
     def _authorize(self, request: Request) -> None:
@@ -134,11 +137,10 @@ class Service:
             return job
         if score_request.media != self._info.media:
             raise Refusal(415, "media_type", f"this server scores {self._info.media}, not {score_request.media}")
-        if len(score_request.samples) > self._info.max_batch:
-            raise Refusal(
-                422, "count", f"{len(score_request.samples)} samples are more than max_batch {self._info.max_batch}"
-            )
-        samples = await run_in_threadpool(_decoded, score_request.samples, self._info)
+        count, most = len(score_request.samples), self._info.max_batch
+        if count > most:
+            raise Refusal(422, "count", f"{count} samples are more than max_batch {most}: send fewer at a time")
+        samples = await run_in_threadpool(lambda: [_decode(content, self._info) for content in score_request.samples])
         if job := self._existing(score_request.request_id, digest, deadline):  # sent again while this one was decoded
             return job
         job = ScoringJob(score_request.request_id, samples, score_request.prompts, deadline)
@@ -157,40 +159,23 @@ class Service:
         job.deadline = max(job.deadline, deadline)
         return job
 
-    async def _answer(self, job: ScoringJob, deadline: float) -> list[Scored]:
-        waiting = asyncio.shield(asyncio.wrap_future(job.answer))
-        try:
-            scored = await asyncio.wait_for(waiting, max(0.0, deadline - time.monotonic()))
-        except TimeoutError:
-            scored = None
-        if scored is None:
-            raise Refusal(504, "deadline", "the deadline passed first: send the request again with the same request_id")
-        return scored
+
+def _decode(content: bytes, info: ServerInfo) -> Tensor | SampleError:
+    try:
+        if info.sample_rate is None:
+            return protocol.decode_image(content, info.max_pixels)
+        return protocol.decode_audio(content, info.sample_rate)
+    except WireError as error:
+        return SampleError(error.code, str(error))
 
 
-def _decoded(samples: Sequence[bytes], info: ServerInfo) -> list[Tensor | SampleError]:
-    decoded: list[Tensor | SampleError] = []
-    for content in samples:
-        try:
-            if info.sample_rate is None:
-                decoded.append(protocol.decode_image(content, info.max_pixels))
-            else:
-                decoded.append(protocol.decode_audio(content, info.sample_rate))
-        except protocol.WireError as error:
-            decoded.append(SampleError(error.code, str(error)))
-    return decoded
-
-
-def _refused(request: Request, error: Exception) -> Response:
+def _answer_refusal(request: Request, error: Exception) -> Response:
+    """Answer a request that was refused, or that breaks the protocol, with the reason as JSON."""
+    if isinstance(error, WireError):
+        error = Refusal({"media_type": 415, "count": 422}.get(error.code, 400), error.code, str(error))
     assert isinstance(error, Refusal)
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     return JSONResponse({"error": {"code": error.code, "message": str(error)}}, error.status, headers)
-
-
-def _malformed(request: Request, error: Exception) -> Response:
-    assert isinstance(error, protocol.WireError)
-    status = {"media_type": 415, "count": 422}.get(error.code, 400)
-    return JSONResponse({"error": {"code": error.code, "message": str(error)}}, status)
 
 
 def placeholder(info: ServerInfo) -> Tensor:
@@ -206,8 +191,15 @@ def build_app(
     device: str = "cpu",
     first: Tensor | None = None,
 ) -> Starlette:
-    """The ASGI application that serves ``reward``, on samples on ``device``; it is ready once ``first`` has been tried,
-    if that is given. At most ``max_requests`` bodies of ``info.max_bytes`` are held at a time.
+    """Build the ASGI application that serves ``reward``.
+
+    Args:
+        reward: the reward to call.
+        info: its name, version, kind of sample, and limits of a request.
+        token: the bearer token that clients must send; None needs none.
+        max_requests: how many bodies, of ``info.max_bytes`` at most, are held at a time.
+        device: where the samples are when the reward is called.
+        first: a sample to score before the server is ready, so that weights are loaded.
     """
     service = Service(Worker(reward, info.max_batch, device, first), info, token, max_requests)
 
@@ -223,17 +215,14 @@ def build_app(
             Route("/v1/info", service.info),
             Route("/v1/score", service.score, methods=["POST"]),
         ],
-        exception_handlers={Refusal: _refused, protocol.WireError: _malformed},
+        exception_handlers={Refusal: _answer_refusal, WireError: _answer_refusal},
         lifespan=lifespan,
     )
 
 
 def require_safe(host: str, token: str | None, variable: str) -> None:
     """Raise ValueError for an address that other machines can reach, if no token is set in the environment."""
-    loopback = host == "localhost"
-    with contextlib.suppress(ValueError):
-        loopback = loopback or ipaddress.ip_address(host).is_loopback
-    if not loopback and not token:
+    if not protocol.is_loopback(host) and not token:
         raise ValueError(f"{host} can be reached by others: set a token in the environment variable {variable}")
 
 
@@ -242,20 +231,12 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise ValueError(
-            f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port"
-        ) from None
+        reason = f"cannot listen on {host}:{port} ({error.strerror})"
+        raise ValueError(f"{reason}: choose another --host or --port") from None
 
 
 def server(app: Starlette) -> uvicorn.Server:
     """Create a uvicorn server for ``app`` whose idle connections stay open longer than the client's."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-        )
-    )
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=75)
+    config.timeout_graceful_shutdown = DRAIN_SECONDS
+    return uvicorn.Server(config)

@@ -5,42 +5,11 @@ of its parameters that require a gradient to tell references from generated samp
 No gradient of the generator flows through it during training: samples arrive detached.
 """
 
-from rewards.adversarial.adversary import (
-    Adversary,
-    DiscriminatorSettings,
-    LossName,
-    PatchWeights,
-    ScoringWeights,
-    Weighting,
-    adversarial_loss,
-    pair_accuracy,
-    single,
-)
-from rewards.adversarial.heads import AdversarialReward, HeadScorer, mlp_head
-from rewards.adversarial.replay_buffer import ReplayBuffer, SampleBatch
-from rewards.adversarial.tuned_clip import TunedClip, TunedClipReward
-from rewards.adversarial.update_rules import AccuracyBand, DiscriminatorStatus, Overtake, Ratio, UpdateRule
-
-__all__ = [
-    "AccuracyBand",
-    "AdversarialReward",
-    "Adversary",
-    "DiscriminatorSettings",
-    "DiscriminatorStatus",
-    "HeadScorer",
-    "LossName",
-    "Overtake",
-    "PatchWeights",
-    "Ratio",
-    "ReplayBuffer",
-    "SampleBatch",
-    "ScoringWeights",
-    "TunedClip",
-    "TunedClipReward",
-    "UpdateRule",
-    "Weighting",
-    "adversarial_loss",
-    "mlp_head",
-    "pair_accuracy",
-    "single",
-]
+from rewards.adversarial.adversary import Adversary as Adversary
+from rewards.adversarial.adversary import DiscriminatorSettings as DiscriminatorSettings
+from rewards.adversarial.adversary import PatchWeights as PatchWeights
+from rewards.adversarial.heads import AdversarialReward as AdversarialReward
+from rewards.adversarial.tuned_clip import TunedClipReward as TunedClipReward
+from rewards.adversarial.update_rules import AccuracyBand as AccuracyBand
+from rewards.adversarial.update_rules import Overtake as Overtake
+from rewards.adversarial.update_rules import Ratio as Ratio

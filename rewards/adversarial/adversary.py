@@ -27,7 +27,7 @@ from rewards.backbones.reference_images import References
 logger = logging.getLogger(__name__)
 
 
-LossName = Literal["hinge", "bce", "bt_pairwise"]
+LossName = Literal["hinge", "bt_pairwise"]
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,14 @@ class DiscriminatorSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.loss not in ("hinge", "bce", "bt_pairwise"):
-            raise ValueError(f'loss must be "hinge", "bce" or "bt_pairwise", not {self.loss!r}')
+        if self.loss not in ("hinge", "bt_pairwise"):
+            raise ValueError(f'loss must be "hinge" or "bt_pairwise", not {self.loss!r}')
         if self.steps_per_update < 1 or self.batch_size < 1 or self.replay < 0 or not self.learning_rate > 0:
             raise ValueError(
-                "steps_per_update and batch_size must be at least 1, replay at least 0 and learning_rate positive, not"
-                f" {self.steps_per_update}, {self.batch_size}, {self.replay} and {self.learning_rate}"
+                f"steps_per_update and batch_size must be at least 1, replay at least 0, learning_rate positive: {self}"
             )
         if not 0 < self.fresh <= 1:
-            raise ValueError(f"fresh is the share of this round's samples in (0, 1], not {self.fresh}")
+            raise ValueError(f"fresh is the fraction of this round's samples in (0, 1], not {self.fresh}")
 
 
 @dataclass(frozen=True)
@@ -115,11 +114,7 @@ class Adversary:
         return self.snapshot.version
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,), float32, by the snapshot; NaN where a sample has NaN."""
-        return self.score(samples, prompts)
-
-    def score(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """The weighted logits (B,) of the snapshot, differentiable in the samples."""
+        """Score samples by the snapshot's weighted logits (B,), float32, differentiable; NaN where one has NaN."""
         batch = SampleBatch(samples, tuple(prompts))
         self._follow(samples.device)
         logits = torch.cat([self._logits(part, self.snapshot.weights) for part in self._parts(batch)])
@@ -140,14 +135,14 @@ class Adversary:
         updated = self.update_rule(status)
         if updated:
             for _ in range(self.learning.steps_per_update):
-                self._step(self._with_replayed(batch, generator), generator)
+                self._step(self._mixed_with_replay(batch, generator), generator)
             self.snapshot = ScoringWeights(self.version + 1, _copies(self.trained))
         self.replay.push(batch)
         self._rounds, self._training = self._rounds + 1, updated
         return self._metrics(status, updated)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Trained weights, snapshot, optimizer state, replay and counters (seeds derive from them) of a checkpoint."""
+        """Return trained weights, snapshot, optimizer state, replay, and the counters that seeds derive from."""
         counters = torch.tensor([self.version, self._rounds, int(self._training)])
         return (
             {"counters": counters}
@@ -173,7 +168,7 @@ class Adversary:
         self.replay.load_tensors(without_prefix("replay.", tensors))
 
     def _logits(self, batch: SampleBatch, weights: Mapping[str, Tensor]) -> Tensor:
-        """Logits (B, m) in float32 by ``weights``."""
+        """Compute logits (B, m) in float32 by ``weights``."""
         samples = batch.samples.to(self._device())
         logits: Tensor = functional_call(self.scorer, dict(weights), (samples, batch.prompts)).float()
         if logits.ndim not in (1, 2) or len(logits) != len(batch):
@@ -189,7 +184,7 @@ class Adversary:
         return self.weighting(logits.shape[1], generator).to(logits.device)
 
     def _pairs(self, batch: SampleBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Logits (B, m) of references of the same prompts, and of the generated samples, by the current weights."""
+        """Compute logits (B, m) of references of the same prompts, and of the samples, by the trained weights."""
         real = SampleBatch(self.references.draw(batch.prompts, generator), batch.prompts)
         return self._logits(real, self.trained), self._logits(batch, self.trained)
 
@@ -207,7 +202,7 @@ class Adversary:
         return DiscriminatorStatus(self._rounds, generated, reference, accuracy, loss, self._training)
 
     def _losses(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The weighted loss (B,) of each pair."""
+        """Compute the weighted loss (B,) of each pair."""
         return adversarial_loss(self.learning.loss, self.scale * real, self.scale * fake) @ self._weights(real)
 
     @torch.enable_grad()
@@ -222,7 +217,7 @@ class Adversary:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _with_replayed(self, batch: SampleBatch, generator: torch.Generator) -> SampleBatch:
+    def _mixed_with_replay(self, batch: SampleBatch, generator: torch.Generator) -> SampleBatch:
         """Draw samples of this round and replayed ones, each in random order."""
         count = min(self.learning.batch_size, len(batch))
         old = self.replay.draw(min(count - 1, round((1 - self.learning.fresh) * count)), generator)
@@ -242,23 +237,16 @@ class Adversary:
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # puts its slots where the parameters are
 
     def _metrics(self, status: DiscriminatorStatus, updated: bool) -> dict[str, float]:
+        """Name the metrics of an update, and warn of a loss that no longer teaches."""
         saturated = self.learning.loss == "hinge" and status.loss == 0
         if saturated:
             logger.warning(
                 "the discriminator satisfies every margin: there is nothing for it to learn, and samples of equal score"
                 " are skipped; lower learning_rate or steps_per_update, or train it within AccuracyBand()"
             )
-        return {
-            "accuracy": status.accuracy,
-            "generated": status.generated,
-            "reference": status.reference,
-            "gap": status.gap,
-            "loss": status.loss,
-            "updated": float(updated),
-            "saturated": float(saturated),
-            "replay": float(len(self.replay)),
-            "version": float(self.version),
-        }
+        measured = {name: getattr(status, name) for name in ("accuracy", "generated", "reference", "gap", "loss")}
+        counts = {"updated": updated, "saturated": saturated, "replay": len(self.replay), "version": self.version}
+        return measured | {name: float(value) for name, value in counts.items()}
 
 
 def _copies(tensors: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:
@@ -280,42 +268,31 @@ def _average_over_ranks(tensors: Sequence[Tensor]) -> None:
 
 
 def adversarial_loss(name: LossName, real: Tensor, fake: Tensor) -> Tensor:
-    """The loss of each pair of logits, elementwise, for ``real`` and ``fake`` of one shape.
+    """Compute the loss of each pair of logits, elementwise, for ``real`` and ``fake`` of one shape.
 
-    "hinge": relu(1 - real) + relu(1 + fake) (Adv-GRPO, eqs. 12-14). "bce": -log sigmoid(real) - log(1 -
-    sigmoid(fake)) (eq. 6). "bt_pairwise": -log sigmoid(real - fake), Bradley-Terry on pairs of one prompt.
+    "hinge": relu(1 - real) + relu(1 + fake) (Adv-GRPO, eqs. 12-14). "bt_pairwise": -log sigmoid(real - fake),
+    Bradley-Terry on pairs of one prompt.
     """
-    _require_pairs(real, fake)
-    match name:
-        case "hinge":
-            return F.relu(1 - real) + F.relu(1 + fake)
-        case "bce":
-            return F.softplus(-real) + F.softplus(fake)
-        case "bt_pairwise":
-            return F.softplus(fake - real)
+    if real.shape != fake.shape:
+        raise ValueError(f"logits come in pairs: real is {tuple(real.shape)}, fake is {tuple(fake.shape)}")
+    return F.relu(1 - real) + F.relu(1 + fake) if name == "hinge" else F.softplus(fake - real)
 
 
 def pair_accuracy(name: LossName, real: Tensor, fake: Tensor) -> Tensor:
-    """The accuracy of each pair's scores, elementwise in [0, 1]; a tie is wrong.
+    """Compute the accuracy of each pair's scores, elementwise in [0, 1]; a tie is wrong.
 
-    For "bt_pairwise" whether real > fake, for the others the mean of real > 0 and fake < 0.
+    For "bt_pairwise" it is whether real > fake, for "hinge" the mean of real > 0 and fake < 0.
     """
-    _require_pairs(real, fake)
     if name == "bt_pairwise":
         return (real > fake).float()
     return ((real > 0).float() + (fake < 0).float()) / 2
-
-
-def _require_pairs(real: Tensor, fake: Tensor) -> None:
-    if real.shape != fake.shape:
-        raise ValueError(f"logits come in pairs: real is {tuple(real.shape)}, fake is {tuple(fake.shape)}")
 
 
 class Weighting(Protocol):
     """Weights of the m logits of a sample in its score and its loss."""
 
     def __call__(self, width: int, generator: torch.Generator) -> Tensor:
-        """Weights (width,), 0 for an unused logit; ``generator`` is the same for all calls of one snapshot."""
+        """Return weights (width,), 0 for an unused logit; ``generator`` is equal in all calls of one snapshot."""
 
 
 def single(width: int, generator: torch.Generator) -> Tensor:
@@ -339,15 +316,13 @@ class PatchWeights:
 
     def __post_init__(self) -> None:
         if min(self.global_weight, self.local_weight) < 0 or self.global_weight + self.local_weight <= 0:
-            raise ValueError(
-                "global_weight and local_weight must not be negative, nor both 0, but are"
-                f" {self.global_weight} and {self.local_weight}"
-            )
+            weights = f"{self.global_weight} and {self.local_weight}"
+            raise ValueError(f"global_weight and local_weight must not be negative, nor both 0, but are {weights}")
         if self.n_patches < 1:
             raise ValueError(f"n_patches must be at least 1, not {self.n_patches}; local_weight=0 leaves patches out")
 
     def __call__(self, width: int, generator: torch.Generator) -> Tensor:
-        """Weights of 1 + n logits, the image's first. Raises ValueError for fewer patches than ``n_patches``."""
+        """Weigh 1 + n logits, the image's first. Raises ValueError for fewer patches than ``n_patches``."""
         weights = torch.zeros(width)
         weights[0] = self.global_weight
         if self.local_weight:

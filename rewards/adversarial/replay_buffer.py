@@ -38,9 +38,7 @@ class SampleBatch:
         """Drop samples with NaN or infinity. Raises ValueError if none remains."""
         finite = self.samples.isfinite().flatten(1).all(1).nonzero().flatten().tolist()
         if not finite:
-            raise ValueError(
-                "no sample of this round is finite: the generator has diverged, or decodes in half precision"
-            )
+            raise ValueError("no sample of this round is finite: the model has diverged, or decodes in half precision")
         return self if len(finite) == len(self) else self.rows(finite)
 
 
@@ -58,13 +56,12 @@ class ReplayBuffer:
         """Append samples and drop the oldest. Raises ValueError for samples of another shape."""
         if self.capacity == 0:
             return
-        arrived = SampleBatch(batch.samples.detach().to("cpu", torch.float16), batch.prompts)
-        if self.stored is not None and self.stored.samples.shape[1:] != arrived.samples.shape[1:]:
-            raise ValueError(
-                f"samples were {tuple(self.stored.samples.shape[1:])} and are now {tuple(arrived.samples.shape[1:])}:"
-                " use one size per run"
-            )
-        joined = arrived if self.stored is None else self.stored.joined(arrived)
+        joined = SampleBatch(batch.samples.detach().to("cpu", torch.float16), batch.prompts)
+        if self.stored is not None:
+            old, new = (tuple(samples.shape[1:]) for samples in (self.stored.samples, joined.samples))
+            if old != new:
+                raise ValueError(f"samples were {old} and are now {new}: use one size per run")
+            joined = self.stored.joined(joined)
         self.stored = joined.rows(range(max(0, len(joined) - self.capacity), len(joined)))
 
     def draw(self, count: int, generator: torch.Generator) -> SampleBatch | None:
@@ -75,7 +72,7 @@ class ReplayBuffer:
         return SampleBatch(drawn.samples.float(), drawn.prompts)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Samples, and prompts as UTF-8 JSON, for a checkpoint; empty if nothing is stored."""
+        """Return samples, and prompts as UTF-8 JSON, for a checkpoint; empty if nothing is stored."""
         if self.stored is None:
             return {}
         rows = [{"text": prompt.text, "metadata": prompt.metadata} for prompt in self.stored.prompts]

@@ -31,12 +31,10 @@ class TunedClip(nn.Module):
         trainable = {id(parameter) for parameter in self.encoder.blocks[-blocks:].parameters()}
         parameters = {name: p for name, p in self.encoder.named_parameters() if id(p) in trainable}
         self._names = tuple(parameters)
-        self.copies = nn.ParameterList(
-            nn.Parameter(parameter.detach().clone().float()) for parameter in parameters.values()
-        )
+        self.copies = nn.ParameterList(nn.Parameter(p.detach().clone().float()) for p in parameters.values())
 
     def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Cosines (B,) of images (B, 3, H, W) in [0, 1] and their prompts."""
+        """Compute cosines (B,) of images (B, 3, H, W) in [0, 1] and their prompts."""
         weights = dict(zip(self._names, self.copies, strict=True))
         embedding: Tensor = functional_call(self.encoder, weights, (images,))
         return cosine(embedding, self.encoder.text([prompt.text for prompt in prompts]))

@@ -23,7 +23,7 @@ class DiscriminatorStatus:
 
     @property
     def gap(self) -> float:
-        """Mean score of generated samples minus that of references."""
+        """The mean score of generated samples minus the mean score of references."""
         return self.generated - self.reference
 
 
@@ -55,10 +55,7 @@ class Ratio:
 
     def __post_init__(self) -> None:
         if self.discriminator < 1 or self.generator < 0:
-            raise ValueError(
-                f"a ratio of {self.discriminator} to {self.generator} rounds is not possible: discriminator must be at"
-                " least 1 and generator at least 0"
-            )
+            raise ValueError(f"discriminator must be at least 1 round and generator at least 0, not {self}")
 
     def __call__(self, status: DiscriminatorStatus) -> bool:
         return status.round % (self.discriminator + self.generator) < self.discriminator

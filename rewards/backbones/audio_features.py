@@ -44,9 +44,9 @@ class ClapFeatures:
 
 @dataclass(frozen=True)
 class LogMelFeatures:
-    """Mel spectra in dB, without weights: ``mels`` bands from 50 Hz to half of ``sample_rate``, Hann windows of
-    ``window`` seconds every ``hop``. A clip's features are every band's mean and standard deviation over its frames.
+    """Mel spectra in dB: the mean and the standard deviation of every band over the frames of a clip.
 
+    There are ``mels`` bands from 50 Hz to half of ``sample_rate``, in Hann windows of ``window`` seconds every ``hop``.
     They tell timbre, pitch and level apart, but no meaning. With a ``floor`` in dB levels are counted from there, and
     lower ones as 0: silence is the origin, so that metrics by direction, such as
     ``rewards.set_rewards.VendiReward``, compare spectra.
@@ -105,10 +105,7 @@ class FrameFeatures:
 
 
 @torch.no_grad()
-def extract_frame_features(
-    clips: ReferenceSamples,
-    encoder: AnyCallable,
-) -> Tensor:
+def extract_frame_features(clips: ReferenceSamples, encoder: AnyCallable) -> Tensor:
     """Extract features (m, d) of all frames of ``clips``, which may differ in length: the reference set of a FAD.
 
     Raises ValueError for fewer than 2 frames, which have no covariance.
@@ -116,7 +113,7 @@ def extract_frame_features(
     frame_encoder = require_patches(encoder)
     frames = torch.cat([frame_encoder.features(clips.load([row])).patches[0] for row in range(len(clips))])
     if len(frames) < 2:
-        raise ValueError("the references have 1 frame in all, and no covariance: give longer clips, or more of them")
+        raise ValueError("the references have 1 frame in all, which has no covariance: give longer clips, or more")
     return frames
 
 
@@ -126,4 +123,6 @@ def extract_text_features(texts: list[str], model: str) -> Tensor:
     Texts and sounds lie apart in CLAP's space, so that a distance between them falls without reaching 0. Raises
     ValueError for fewer than 2 texts, which have no covariance.
     """
-    return load_clap(model).reference(texts)
+    if len(texts) < 2:
+        raise ValueError(f"a reference set in words needs 2 texts or more, got {len(texts)}")
+    return load_clap(model).text(texts)

@@ -122,7 +122,7 @@ class ClapEncoder(DualEncoder):
             warn_once(f"CLAP {self._name} hears {seconds:g} s: shorter clips are filled up ({self.windows.padding})")
         return clips
 
-    def _encode(self, texts: list[str]) -> Tensor:
+    def encode_texts(self, texts: list[str]) -> Tensor:
         return projected_text(self.model, self._tokenizer, texts, self._context)
 
 

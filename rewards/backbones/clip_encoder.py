@@ -98,29 +98,27 @@ class OpenClipEncoder(ClipEncoder):
     def __init__(self, model: Any, name: str) -> None:
         import open_clip
 
-        super().__init__(
-            model, _open_clip_preparation(model.visual.preprocess_cfg), float(model.logit_scale.detach().exp())
+        config = model.visual.preprocess_cfg
+        size: int | Sequence[int] = config["size"]
+        fits: dict[str, Literal["crop", "pad", "squash"]] = {"shortest": "crop", "longest": "pad", "squash": "squash"}
+        prepare = ImagePreprocessor(
+            (size, size) if isinstance(size, int) else (size[0], size[1]),
+            tuple(config["mean"]),
+            tuple(config["std"]),
+            fits[config["resize_mode"]],
+            "bilinear" if config["interpolation"] == "bilinear" else "bicubic",
         )
+        super().__init__(model, prepare, float(model.logit_scale.detach().exp()))
         self._tokenizer = open_clip.get_tokenizer(name)
         self._is_transformer = isinstance(model.visual, open_clip.transformer.VisionTransformer)
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> OpenClipEncoder:
-        """Load a folder that open_clip's push_to_hf_hub wrote."""
-        import open_clip
-
-        name = f"local-dir:{folder}"
-        return cls(open_clip.create_model(name), name)
 
     def forward(self, images: Tensor) -> Tensor:
         embedding: Tensor = self.model.encode_image(self.prepare(images))  # type: ignore[operator]  # a submodule
         return embedding
 
     def features(self, images: Tensor) -> Features:
-        tower = self._vision_transformer()
-        output = tower.forward_intermediates(
-            self.prepare(images), indices=1, normalize_intermediates=True, output_fmt="NLC"
-        )
+        tower, prepared = self._vision_transformer(), self.prepare(images)
+        output = tower.forward_intermediates(prepared, indices=1, normalize_intermediates=True, output_fmt="NLC")
         patches = output["image_intermediates"][0]
         return Features(output["image_features"], patches if tower.proj is None else patches @ tower.proj)
 
@@ -129,7 +127,7 @@ class OpenClipEncoder(ClipEncoder):
         blocks: nn.ModuleList = self._vision_transformer().transformer.resblocks
         return blocks
 
-    def _encode(self, texts: list[str]) -> Tensor:
+    def encode_texts(self, texts: list[str]) -> Tensor:
         embedding: Tensor = self.model.encode_text(self._tokenizer(texts).to(self.device))  # type: ignore[operator]
         return embedding
 
@@ -152,7 +150,14 @@ class TransformersClipEncoder(ClipEncoder):
         if config.model_type != "clip":
             raise ValueError(f"{model} is a {config.model_type} checkpoint, not CLIP: give a CLIP folder or Hub id")
         network = CLIPModel.from_pretrained(model, dtype=torch.float32)
-        prepare = _transformers_preparation(AutoImageProcessor.from_pretrained(processor))
+        images = AutoImageProcessor.from_pretrained(processor)  # its resampling is bicubic for every CLIP
+        size = images.crop_size if images.do_center_crop else images.size
+        prepare = ImagePreprocessor(
+            (int(size["height"]), int(size["width"])),
+            tuple(images.image_mean),
+            tuple(images.image_std),
+            "crop" if images.do_center_crop else "squash",
+        )
         super().__init__(network, prepare, float(network.logit_scale.detach().exp()))
         self._tokenizer = AutoTokenizer.from_pretrained(processor)
         self._context = int(config.text_config.max_position_embeddings)
@@ -174,7 +179,7 @@ class TransformersClipEncoder(ClipEncoder):
         blocks: nn.ModuleList = network.vision_model.encoder.layers
         return blocks
 
-    def _encode(self, texts: list[str]) -> Tensor:
+    def encode_texts(self, texts: list[str]) -> Tensor:
         return projected_text(self.model, self._tokenizer, texts, self._context)
 
 
@@ -194,34 +199,13 @@ def _opened(model: str, processor: str | None) -> ClipEncoder:
     if (path / "open_clip_config.json").is_file():
         if processor is not None:
             raise ValueError(f"{path} is an open_clip folder, which holds its own tokenizer: leave processor out")
-        return OpenClipEncoder.from_folder(path)
+        import open_clip
+
+        name = f"local-dir:{path}"
+        return OpenClipEncoder(open_clip.create_model(name), name)
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(
             f"{path} has neither an open_clip_config.json nor a config.json: give the folder that open_clip's"
             " push_to_hf_hub or CLIPModel.save_pretrained wrote"
         )
     return TransformersClipEncoder(model, processor or model)
-
-
-def _open_clip_preparation(config: dict[str, Any]) -> ImagePreprocessor:
-    size: int | Sequence[int] = config["size"]
-    fits: dict[str, Literal["crop", "pad", "squash"]] = {"shortest": "crop", "longest": "pad", "squash": "squash"}
-    return ImagePreprocessor(
-        size=(size, size) if isinstance(size, int) else (size[0], size[1]),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        fit=fits[config["resize_mode"]],
-        interpolation="bilinear" if config["interpolation"] == "bilinear" else "bicubic",
-    )
-
-
-def _transformers_preparation(processor: Any) -> ImagePreprocessor:
-    """Read the size and normalization of an image processor; its resampling is bicubic for every CLIP."""
-    crop = bool(processor.do_center_crop)
-    size = processor.crop_size if crop else processor.size
-    return ImagePreprocessor(
-        size=(int(size["height"]), int(size["width"])),
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-        fit="crop" if crop else "squash",
-    )

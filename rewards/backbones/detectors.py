@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from genalign.evaluation.geneval.grammar import with_article
-from genalign.evaluation.geneval.scoring import Box, Detection, Thresholds
+from genalign.evaluation.geneval.scoring import Detection, Thresholds
 from genalign.evaluation.geneval.vocabulary import OBJECTS
 from genalign.runtime.media import eight_bits
 
@@ -60,10 +60,6 @@ def describe(part: Any) -> dict[str, Any]:
     return {"class": type(part).__name__, **asdict(part)}
 
 
-def _lowest(thresholds: Thresholds) -> float:
-    return min(thresholds.confidence, thresholds.counting)
-
-
 @functools.cache
 def _opened(model: str, auto: str) -> tuple[Any, Any]:
     """Open a checkpoint's frozen network by transformers' class ``auto``, and its processor, once per process.
@@ -85,26 +81,42 @@ def _opened(model: str, auto: str) -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True)
-class Mask2Former:
-    """Mask2Former with Swin-S on COCO's 80 classes, the architecture and the thresholds of GenEval's detector.
+class TransformersDetector:
+    """The settings that the detectors of this module share; ``model`` is a checkpoint's folder or Hub id."""
 
-    It differs from the original in its weights (those of the paper's authors, where mmdet trained its own), in resizing
-    with antialiasing to multiples of 32 pixels where mmdet pads, and in one interpolation of the masks where mmdet has
-    two. Scores and the choice of instances are mmdet's: the best 100 of all queries and classes, class probability
-    times the mean probability of the mask. ``model`` is a folder or Hub id.
-    """
-
-    model: str = "facebook/mask2former-swin-small-coco-instance"
+    model: str
     thresholds: Thresholds = _GENEVAL
     batch_size: int = 8
 
     @property
     def classes(self) -> Sequence[str] | None:
-        return OBJECTS
+        return None
 
     @property
     def description(self) -> Mapping[str, Any]:
         return describe(self)
+
+    @property
+    def lowest(self) -> float:
+        """The score that an object must exceed to be detected."""
+        return min(self.thresholds.confidence, self.thresholds.counting)
+
+
+@dataclass(frozen=True)
+class Mask2Former(TransformersDetector):
+    """Mask2Former with Swin-S on COCO's 80 classes, the architecture and the thresholds of GenEval's detector.
+
+    It differs from the original in its weights (those of the paper's authors, where mmdet trained its own), in resizing
+    with antialiasing to multiples of 32 pixels where mmdet pads, and in one interpolation of the masks where mmdet has
+    two. Scores and the choice of instances are mmdet's: the best 100 of all queries and classes, class probability
+    times the mean probability of the mask.
+    """
+
+    model: str = "facebook/mask2former-swin-small-coco-instance"
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        return OBJECTS
 
     @torch.no_grad()
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
@@ -118,7 +130,7 @@ class Mask2Former:
             pixels = processor(images=list(part), return_tensors="pt")["pixel_values"]
             output = network(pixel_values=pixels.to(images.device))
             outputs = zip(output.class_queries_logits, output.masks_queries_logits, strict=True)
-            detected += [coco_instances(*logits, images.shape[-2:], _lowest(self.thresholds)) for logits in outputs]
+            detected += [coco_instances(*logits, images.shape[-2:], self.lowest) for logits in outputs]
         return detected
 
 
@@ -139,23 +151,17 @@ def coco_instances(classes: Tensor, masks: Tensor, size: Sequence[int], lowest: 
     logits = interpolate(masks[index // len(OBJECTS)][None], tuple(size), mode="bilinear", align_corners=False)[0]
     covered = logits > 0
     inside = (logits.sigmoid() * covered).flatten(1).sum(1) / (covered.flatten(1).sum(1) + 1e-6)
-    final = (best[: len(index)] * inside).tolist()
-    labels = (index % len(OBJECTS)).tolist()
-    return [
-        Instance(Detection(OBJECTS[labels[i]], _extent(covered[i]), final[i]), covered[i])
-        for i in range(len(index))
-        if final[i] > lowest
-    ]
-
-
-def _extent(mask: Tensor) -> Box:
-    """Compute the half-open box of a mask that covers at least one pixel."""
-    rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+    instances = []
+    for score, label, mask in zip((best[: len(index)] * inside).tolist(), index % len(OBJECTS), covered, strict=True):
+        if score > lowest:  # then the mask covers at least one pixel; its box is half open
+            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+            box = float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+            instances.append(Instance(Detection(OBJECTS[int(label)], box, score), mask))
+    return instances
 
 
 @dataclass(frozen=True)
-class Owlv2:
+class Owlv2(TransformersDetector):
     """OWLv2 (arXiv:2306.09683), which detects classes by their names, beyond COCO's.
 
     It gives boxes without masks, so that colors are judged with their surroundings, and its scores are on another scale
@@ -165,15 +171,6 @@ class Owlv2:
 
     model: str = "google/owlv2-base-patch16-ensemble"
     thresholds: Thresholds = _OWL
-    batch_size: int = 8
-
-    @property
-    def classes(self) -> Sequence[str] | None:
-        return None
-
-    @property
-    def description(self) -> Mapping[str, Any]:
-        return describe(self)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
@@ -185,9 +182,8 @@ class Owlv2:
             queries = [f"a photo of {with_article(name)}" for name in classes]
             inputs = processor(text=[queries] * len(part), images=list(part), truncation=True, return_tensors="pt")
             output = network(**inputs.to(images.device))
-            results = processor.post_process_grounded_object_detection(
-                output, threshold=_lowest(self.thresholds), target_sizes=[tuple(part.shape[-2:])] * len(part)
-            )
+            sizes = [tuple(part.shape[-2:])] * len(part)
+            results = processor.post_process_grounded_object_detection(output, self.lowest, sizes)
             named = [[classes[label] for label in item["labels"].tolist()] for item in results]
             return [_boxes(item["boxes"], item["scores"], n, part) for item, n in zip(results, named, strict=True)]
 
@@ -195,22 +191,14 @@ class Owlv2:
 
 
 @dataclass(frozen=True)
-class GroundingDino:
-    """Grounding DINO (arXiv:2303.05499), for classes by their names; as ``Owlv2`` without masks, and with its
-    authors' usual thresholds, not fitted to GenEval. A box has the class whose words it matches best.
+class GroundingDino(TransformersDetector):
+    """Grounding DINO (arXiv:2303.05499), which detects classes by their names, without masks as ``Owlv2``.
+
+    The thresholds are its authors' usual ones, not fitted to GenEval. A box has the class whose words it matches best.
     """
 
     model: str = "IDEA-Research/grounding-dino-tiny"
     thresholds: Thresholds = _DINO
-    batch_size: int = 8
-
-    @property
-    def classes(self) -> Sequence[str] | None:
-        return None
-
-    @property
-    def description(self) -> Mapping[str, Any]:
-        return describe(self)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
@@ -225,10 +213,8 @@ class GroundingDino:
             inputs = {key: value.to(images.device) for key, value in (*pixels.items(), *words.items())}
             output = network(**inputs)
             scores = torch.stack([output.logits[..., place].sigmoid().amax(-1) for place in tokens], dim=-1)
-            return [
-                _best_matches(s, b, classes, part, _lowest(self.thresholds))
-                for s, b in zip(scores, output.pred_boxes, strict=True)
-            ]
+            matches = zip(scores, output.pred_boxes, strict=True)
+            return [_best_matches(score, boxes, classes, part, self.lowest) for score, boxes in matches]
 
         return _by_names(eight_bits(images), names, self.batch_size, detect)
 

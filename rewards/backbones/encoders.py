@@ -31,7 +31,7 @@ class PatchFeatures(Protocol):
         """Compute global features (B, d) of samples (B, ...)."""
 
     def features(self, samples: Tensor) -> Features:
-        """Compute global features and those of the parts in one pass."""
+        """Compute the global features and the features of the parts in one pass."""
 
 
 def require_patches(encoder: object) -> PatchFeatures:
@@ -53,7 +53,7 @@ class DualEncoder(nn.Module, ABC):
         self._texts: dict[str, Tensor] = {}
 
     @abstractmethod
-    def _encode(self, texts: list[str]) -> Tensor:
+    def encode_texts(self, texts: list[str]) -> Tensor:
         """Compute projected embeddings (n, d) of texts, cut to the context length."""
 
     @torch.no_grad()
@@ -65,17 +65,8 @@ class DualEncoder(nn.Module, ABC):
         """
         for text in dict.fromkeys(texts):
             if text not in self._texts:
-                self._texts[text] = F.normalize(self._encode([text])[0], dim=-1).cpu()
+                self._texts[text] = F.normalize(self.encode_texts([text])[0], dim=-1).cpu()
         return torch.stack([self._texts[text] for text in texts]).to(self.device)
-
-    def reference(self, texts: Sequence[str]) -> Tensor:
-        """Compute unit embeddings (m, d) of a reference set in words.
-
-        Raises ValueError for fewer than 2 texts, which have no covariance.
-        """
-        if len(texts) < 2:
-            raise ValueError(f"a reference set in words needs 2 texts or more, got {len(texts)}")
-        return self.text(texts)
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +92,6 @@ def projected_text(network: Any, tokenizer: Any, texts: list[str], context: int)
 def cosine(left: Tensor, right: Tensor) -> Tensor:
     """Compute the cosines (B,) of matching rows of two (B, d) in float32."""
     if left.shape != right.shape or left.ndim != 2:
-        raise ValueError(
-            f"there must be one prompt per sample: got embeddings {tuple(left.shape)} and {tuple(right.shape)}"
-        )
+        shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
+        raise ValueError(f"there must be one prompt per sample: got embeddings {shapes}")
     return F.cosine_similarity(left.float(), right.float(), dim=-1)

@@ -6,7 +6,6 @@ Features of sound are in ``rewards.backbones.audio_features``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,19 +67,14 @@ class Dinov2Features:
         network = _load_dinov2(self.model).to(samples.device)
         size, patch = self.size or int(network.config.image_size), int(network.config.patch_size)
         if size % patch:
-            raise ValueError(
-                f"size {size} is not a multiple of the patch size {patch}: try {max(1, size // patch) * patch}"
-            )
+            nearest = max(1, size // patch) * patch
+            raise ValueError(f"size {size} is not a multiple of the patch size {patch}: try {nearest}")
         tokens = network(ImagePreprocessor((size, size), *_IMAGENET)(samples)).last_hidden_state
         return Features(tokens[:, 0], tokens[:, 1:])
 
 
 @torch.no_grad()
-def extract_features(
-    images: ReferenceSamples,
-    features: AnyCallable,
-    batch_size: int = 64,
-) -> Tensor:
+def extract_features(images: ReferenceSamples, features: AnyCallable, batch_size: int = 64) -> Tensor:
     """Extract features (m, d) of all ``images`` or clips: a reference set for ``rewards.set_rewards``.
 
     They are a folder (``reference_images.ImageFolder``, ``reference_audio.AudioFolder``) or tensors, such as the
@@ -93,17 +87,7 @@ def extract_features(
             " the frames of one long clip (rewards.backbones.audio_features.extract_frame_features)"
         )
     rows = range(len(images))
-    parts = [features(images.load(rows[i : i + batch_size])) for i in range(0, len(rows), batch_size)]
-    return torch.cat(parts)
-
-
-def extract_text_features(texts: Sequence[str], model: str, processor: str | None = None) -> Tensor:
-    """Compute CLIP's unit text embeddings (m, d): a reference set in words, for ``ClipFeatures(model, unit=True)``.
-
-    Texts and images lie apart in CLIP's space, so that a distance between them falls without reaching 0. Raises
-    ValueError for fewer than 2 texts, which have no covariance.
-    """
-    return load_clip(model, processor).reference(texts)
+    return torch.cat([features(images.load(rows[i : i + batch_size])) for i in range(0, len(rows), batch_size)])
 
 
 @functools.cache

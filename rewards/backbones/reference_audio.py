@@ -58,30 +58,24 @@ class AudioFolder:
         Raises ValueError for a file that is unreadable, not finite or shorter than ``seconds``, and for clips of
         different lengths.
         """
-        clips = [self._read(row) for row in rows]
-        for row, clip in zip(rows, clips, strict=True):
-            if clip.shape != clips[0].shape:
-                seconds = [len(one[0, 0]) / self.sample_rate for one in (clips[0], clip)]
+        clips: list[Tensor] = []
+        for path in (self.folder / self.names[row] for row in rows):
+            recording, reader = read_waveform(path), f"the reader of {self.folder}"
+            clip = as_heard(recording.waveform[None], recording.sample_rate, self.sample_rate, reader)
+            if bool((clip.abs() < SILENT).all()):
+                warn_once(f"the reference {path} is silent")
+            if self.seconds is not None:
+                length, duration = round(self.seconds * self.sample_rate), clip.shape[1] / self.sample_rate
+                if clip.shape[1] < length:
+                    raise ValueError(
+                        f"{path} lasts {duration:.2f} s, less than seconds={self.seconds:g}: lower it, or leave it out"
+                    )
+                clip = clip[:, :length]
+            if clips and clip.shape != clips[0].shape:
+                first, other = (len(one[0]) / self.sample_rate for one in (clips[0], clip))
                 raise ValueError(
-                    f"the references in {self.folder} have different lengths ({seconds[0]:.2f} s, but"
-                    f" {self.names[row]} {seconds[1]:.2f} s): give seconds="
+                    f"the references in {self.folder} have different lengths ({first:.2f} s, but {path.name}"
+                    f" {other:.2f} s): give seconds="
                 )
-        return torch.cat(clips)
-
-    def _read(self, row: int) -> Tensor:
-        path = self.folder / self.names[row]
-        recording = read_waveform(path)
-        clip = as_heard(
-            recording.waveform[None], recording.sample_rate, self.sample_rate, f"the reader of {self.folder}"
-        )
-        if bool((clip.abs() < SILENT).all()):
-            warn_once(f"the reference {path} is silent")
-        if self.seconds is None:
-            return clip[None]
-        length = round(self.seconds * self.sample_rate)
-        if clip.shape[1] < length:
-            duration = clip.shape[1] / self.sample_rate
-            raise ValueError(
-                f"{path} lasts {duration:.2f} s, less than seconds={self.seconds:g}: lower it, or leave it out"
-            )
-        return clip[None, :, :length]
+            clips.append(clip)
+        return torch.stack(clips)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from genalign.runtime.media import read_image
 from genalign.runtime.prompt_files import read_listing
 from genalign.types import Prompt
 from rewards.backbones.clip_encoder import resize
@@ -59,10 +58,8 @@ class ImageTensor:
 
     def __init__(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(
-                f"reference images must be floats (N, 3, H, W) in [0, 1], not {images.dtype} of shape"
-                f" {tuple(images.shape)}"
-            )
+            kind = f"{images.dtype} of shape {tuple(images.shape)}"
+            raise ValueError(f"reference images must be floats (N, 3, H, W) in [0, 1], not {kind}")
         if not len(images):
             raise ValueError("there are no reference images: give at least one")
         self._images = images.detach().float().cpu()
@@ -91,16 +88,16 @@ class ImageFolder:
 
     def load(self, rows: Sequence[int]) -> Tensor:
         """Load the images (n, 3, H, W) of ``rows``. Raises ValueError for an unreadable file or different sizes."""
-        images = [_read_image(self.folder / self.names[row]) for row in rows]
+        images = [read_image(self.folder / self.names[row])[None] for row in rows]
         if self.size is not None:
             images = [resize(image, self.size) for image in images]
-        for row, image in zip(rows, images, strict=True):
-            if image.shape != images[0].shape:
-                height, width = images[0].shape[-2:]
-                raise ValueError(
-                    f"the references in {self.folder} have different sizes ({self.names[row]} is not {width} x"
-                    f" {height}): give size=(height, width)"
-                )
+        (height, width), other = images[0].shape[-2:], [image.shape != images[0].shape for image in images]
+        if any(other):
+            name = self.names[rows[other.index(True)]]
+            raise ValueError(
+                f"the references in {self.folder} have different sizes ({name} is not {width} x {height}): give"
+                " size=(height, width)"
+            )
         return torch.cat(images)
 
 
@@ -109,16 +106,6 @@ class ReferencePool:
     """References for any prompt: a style, or a distribution (Adv-GRPO, arXiv 2511.20256, section 4.5)."""
 
     images: ReferenceSamples
-
-    @classmethod
-    def of(cls, images: Tensor) -> ReferencePool:
-        """Build a pool of images (N, 3, H, W) in [0, 1] in memory."""
-        return cls(ImageTensor(images))
-
-    @classmethod
-    def read(cls, folder: str | Path, size: tuple[int, int] | None = None) -> ReferencePool:
-        """Build a pool of all images of a folder; see ``ImageFolder``."""
-        return cls(ImageFolder(folder, size))
 
     def rows(self, prompt: Prompt) -> Sequence[int]:
         """Return the numbers of all references."""
@@ -145,36 +132,22 @@ class ReferencesByPrompt:
         self._rows = {text: tuple(numbers) for text, numbers in rows.items()}
 
     @classmethod
-    def of(cls, images: Mapping[str, Tensor]) -> ReferencesByPrompt:
-        """Build references from images (n, 3, H, W) in [0, 1] for each text, all of one size."""
-        if not images:
-            raise ValueError("there are no reference images: give at least one")
-        texts = [text for text, batch in images.items() for _ in range(len(batch))]
-        return cls(ImageTensor(torch.cat(list(images.values()))), texts)
-
-    @classmethod
-    def read(
-        cls, folder: str | Path, size: tuple[int, int] | None = None, prompts: Mapping[str, str] | None = None
-    ) -> ReferencesByPrompt:
+    def read(cls, folder: str | Path, size: tuple[int, int] | None = None) -> ReferencesByPrompt:
         """Read the images of a folder (see ``ImageFolder``) with their prompts.
 
-        ``prompts`` gives the text for each file name relative to the folder. Without it they are read from the
-        folder's prompts.jsonl, one object a line: {"file_name": "a/1.png", "prompt": "a red circle"}.
+        The folder's prompts.jsonl has one object a line: {"file_name": "a/1.png", "prompt": "a red circle"}.
         """
         images = ImageFolder(folder, size)
-        if prompts is None:
-            try:
-                prompts = {name: prompt.text for name, prompt in read_listing(images.folder).items()}
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{error}, give prompts=, or use ReferencePool") from None
-        without = [name for name in images.names if name not in prompts]
-        if without:
+        try:
+            prompts = {name: prompt.text for name, prompt in read_listing(images.folder).items()}
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}, or use ReferencePool, which needs no prompts") from None
+        if without := [name for name in images.names if name not in prompts]:
             raise ValueError(
                 f"{len(without)} images in {images.folder} have no prompt, such as {without[0]}: name them in"
                 f" {_PROMPTS}, or use ReferencePool, which needs no prompts"
             )
-        absent = sorted(set(prompts) - set(images.names))
-        if absent:
+        if absent := sorted(set(prompts) - set(images.names)):
             raise ValueError(
                 f"{len(absent)} files that have a prompt are not in {images.folder}, such as {absent[0]}: add them, or"
                 " remove their prompts"
@@ -185,8 +158,8 @@ class ReferencesByPrompt:
         """Return the numbers of the references of ``prompt``. Raises ValueError where there are none."""
         if prompt.text not in self._rows:
             raise ValueError(
-                f"there is no reference for the prompt {prompt.text!r}: add images of it, or compare with references"
-                " of any prompt by ReferencePool in place of ReferencesByPrompt"
+                f"there is no reference for the prompt {prompt.text!r}: add images of it, or use ReferencePool, which"
+                " takes references of any prompt"
             )
         return self._rows[prompt.text]
 
@@ -212,13 +185,3 @@ def file_names(folder: Path, kind: FileKind) -> tuple[str, ...]:
     if not files:
         raise ValueError(f"{folder} has no {kind.name}: put {kind.formats} references there")
     return tuple(path.as_posix() for path in files)
-
-
-def _read_image(path: Path) -> Tensor:
-    """Read one image (1, 3, H, W) in [0, 1]."""
-    try:
-        with Image.open(path, formats=("PNG", "JPEG")) as file:
-            pixels = np.array(file.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"expected an image (PNG or JPEG), but {path} cannot be read as one: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255

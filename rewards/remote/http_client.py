@@ -8,12 +8,12 @@ server's Retry-After. Every other answer but 2xx is final. Extra: remote (httpx)
 from __future__ import annotations
 
 import base64
-import ipaddress
 import json
 import os
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,6 +22,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
+
+from genalign.scoring.protocol import SampleError, is_loopback
 
 if TYPE_CHECKING:
     import httpx
@@ -56,9 +58,11 @@ class Unavailable(RemoteError):
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds. ``deadline`` is for one call of a reward with everything that is tried again in it, long enough for a
-    server that is gone for some minutes, ``timeout`` for one answer, ``connect`` for one connection. At most
-    ``retries`` are made in a row, over all requests of the call, without any success in between.
+    """How long to wait for a server, in seconds, and how often to try again.
+
+    ``deadline`` is for one call of a reward with all its retries, long enough for a server that is gone for some
+    minutes; ``timeout`` is for one answer and ``connect`` for one connection. At most ``retries`` are made in a row,
+    over all requests of the call, without any success in between.
     """
 
     deadline: float = 900.0
@@ -93,7 +97,7 @@ class HttpClient:
         self._jitter = random.SystemRandom()  # the user's seeds are not disturbed
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},
-            trust_env=not _is_loopback(url),
+            trust_env=not is_loopback(urlsplit(url).hostname or ""),
             limits=httpx.Limits(max_connections=None, keepalive_expiry=30),
         )
 
@@ -189,7 +193,7 @@ class HttpClient:
             raise Unavailable(f"{self._url} {answer.reason}; stopped")
 
     def in_parallel(self, function: Callable[[T], R], items: Sequence[T], workers: int) -> list[R]:
-        """``function`` of every item, in their order, ``workers`` at a time; what it raises, or Ctrl-C, stops all."""
+        """Map ``function`` over items in order, ``workers`` at a time; an exception or Ctrl-C stops all."""
         pool = ThreadPoolExecutor(max_workers=max(1, min(workers, len(items))))
         try:
             return list(pool.map(function, items))
@@ -201,8 +205,9 @@ class HttpClient:
 
 
 def require_address(url: str) -> None:
-    """Raise ValueError for a URL that is not plainly http(s)://host/path: what else is in one ends up in the files of a
-    run and in messages, and a password or a key must not.
+    """Raise ValueError for a URL that is not plainly http(s)://host/path.
+
+    A URL ends up in the files of a run and in messages, and a password or a key must not.
     """
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query or parts.fragment:
@@ -215,6 +220,12 @@ def require_address(url: str) -> None:
 def read_token(variable: str) -> str | None:
     """Read a token from the environment: it must not be in a file of the run, or on a command line."""
     return os.environ.get(variable) or None
+
+
+def describe_errors(errors: Sequence[SampleError], count: int) -> str:
+    """Say how many of ``count`` samples have an outcome, why others have none, and the first error's message."""
+    counts = ", ".join(f"{number} {code}" for code, number in Counter(error.code for error in errors).items())
+    return f"{count - len(errors)} of {count} samples ({counts}): {errors[0].message}"
 
 
 def data_url(png: bytes) -> str:
@@ -230,15 +241,8 @@ def _httpx() -> Any:
     return httpx
 
 
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
 def _seconds(retry_after: str | None) -> float:
-    """Retry-After as seconds from now: a number of them or a date (RFC 9110, 10.2.3); 0 for none or nonsense."""
+    """Read Retry-After, a number of seconds or a date (RFC 9110, 10.2.3), as seconds from now; 0 if unreadable."""
     if not retry_after:
         return 0.0
     with suppress(ValueError):
@@ -250,7 +254,7 @@ def _seconds(retry_after: str | None) -> float:
 
 
 def _error_message(content: bytes) -> str:
-    """The message of an error's JSON body, as genalign and OpenAI write it, else the beginning of the body."""
+    """Return the message of an error's JSON body, as genalign and OpenAI write it, else the start of the body."""
     text = content[:300].decode("utf-8", "replace").strip()
     with suppress(ValueError, RecursionError):
         body = json.loads(content)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import uuid
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from genalign.runtime.media import medium_of
 from genalign.scoring import protocol
-from genalign.scoring.protocol import SampleError, ServerInfo
+from genalign.scoring.protocol import Outcome, SampleError, ServerInfo, prompt_json
 from genalign.types import Prompt
 from rewards.remote.http_client import (
     Faulty,
@@ -25,6 +26,7 @@ from rewards.remote.http_client import (
     Refused,
     RemoteError,
     Unavailable,
+    describe_errors,
     read_token,
     require_address,
 )
@@ -41,9 +43,6 @@ class _Item:
     key: bytes
 
 
-_Outcome = float | SampleError
-
-
 @dataclass
 class _Cache:
     """The server's info and the scores cached from earlier calls."""
@@ -54,14 +53,13 @@ class _Cache:
 
 @dataclass(frozen=True)
 class RemoteReward:
-    """The scores of the server at ``url``, such as http://127.0.0.1:8000. Images travel as 8-bit PNG, waveforms at the
-    server's sample rate as float WAV.
+    """The scores of the server at ``url``, such as http://127.0.0.1:8000.
 
-    ``token_variable`` names the environment variable that holds the server's token, if it wants one. At most
-    ``concurrency`` requests of ``batch_size`` samples are under way. ``version`` refuses a server of any other, so that
-    all machines of a run are scored by the same one. The last ``cache`` scores are cached: set 0 for a reward
-    that is meant to vary. A sample that could not be scored is NaN, with a warning; with ``failures`` "raise" it raises
-    RemoteError.
+    Images travel as 8-bit PNG, waveforms at the server's sample rate as float WAV. The environment variable
+    ``token_variable`` holds the server's token, if it needs one. At most ``concurrency`` requests of ``batch_size``
+    samples are under way. With a ``version``, a server of any other version is refused, so that all machines of a run
+    are scored by the same one. The last ``cache`` scores are cached: set 0 for a reward that is meant to vary. A sample
+    that could not be scored is NaN, with a warning; with ``failures`` "raise" it raises RemoteError.
     """
 
     url: str
@@ -80,7 +78,7 @@ class RemoteReward:
             raise ValueError("batch_size and concurrency must be at least 1")
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B,), float32 on the CPU, of images (B, 3, H, W) in [0, 1] or waveforms (B, C, L).
+        """Score images (B, 3, H, W) in [0, 1] or waveforms (B, C, L) as (B,), float32 on the CPU.
 
         Raises RemoteError where the server refuses what no retry would change: the token, the version, the schema, the
         kind of sample; and, at the first call, where there is none.
@@ -93,23 +91,35 @@ class RemoteReward:
         self._report([outcome for outcome in outcomes if isinstance(outcome, SampleError)], len(samples))
         return torch.tensor([torch.nan if isinstance(outcome, SampleError) else outcome for outcome in outcomes])
 
-    def _outcomes(self, client: HttpClient, samples: Tensor, media: str, prompts: Sequence[Prompt]) -> list[_Outcome]:
-        info = self._info(client)
+    def _outcomes(self, client: HttpClient, samples: Tensor, media: str, prompts: Sequence[Prompt]) -> list[Outcome]:
+        """Return the outcome of each sample, from the cache or from the server."""
+        info, scores = self._info(client), self._cache.scores
         if info.media != media:
             raise RemoteError(f"{self.url} scores {info.media}, not {media} samples of shape {tuple(samples.shape)}")
         pairs = list(zip(samples.detach().cpu(), prompts, strict=True))
-        items = client.in_parallel(lambda pair: _encoded(*pair, info), pairs, self.concurrency)
-        outcomes: list[_Outcome | None] = [
-            item if isinstance(item, SampleError) else self._cached(item) for item in items
-        ]
-        missing = {
-            index: item for index, item in enumerate(items) if isinstance(item, _Item) and outcomes[index] is None
-        }
-        for index, outcome in zip(missing, self._score_remotely(client, info, list(missing.values())), strict=True):
+        items = client.in_parallel(lambda pair: _encode(*pair, info), pairs, self.concurrency)
+        outcomes: dict[int, Outcome] = {}
+        missing: list[tuple[int, _Item]] = []
+        for index, item in enumerate(items):
+            if isinstance(item, SampleError):
+                outcomes[index] = item
+            elif item.key in scores:
+                scores.move_to_end(item.key)
+                outcomes[index] = scores[item.key]
+            else:
+                missing.append((index, item))
+        # Send what is missing in batches, and cache its scores.
+        sizes = [len(item.content) * 4 // 3 + len(json.dumps(prompt_json(item.prompt))) + 16 for _, item in missing]
+        batches = protocol.batched_by_size(sizes, min(self.batch_size, info.max_batch), info.max_bytes - 1024)
+        parts = [[missing[place][1] for place in batch] for batch in batches]
+        results = client.in_parallel(lambda part: self._scored(client, info, part), parts, self.concurrency)
+        for (index, item), outcome in zip(missing, itertools.chain.from_iterable(results), strict=True):
             outcomes[index] = outcome
             if not isinstance(outcome, SampleError):
-                self._store(missing[index], outcome)
-        return [outcome for outcome in outcomes if outcome is not None]
+                scores[item.key] = outcome
+        while len(scores) > self.cache:
+            scores.popitem(last=False)
+        return [outcomes[index] for index in range(len(items))]
 
     def _info(self, client: HttpClient) -> ServerInfo:
         if self._cache.info is None:
@@ -119,20 +129,11 @@ class RemoteReward:
                 raise RemoteError(f"{self.url}: {error}") from None
         info = self._cache.info
         if self.version is not None and info.version != self.version:
-            raise RemoteError(
-                f"{self.url} serves {info.name} {info.version}, but this reward needs version {self.version}"
-            )
+            served = f"{self.url} serves {info.name} {info.version}"
+            raise RemoteError(f"{served}, but this reward needs version {self.version}")
         return info
 
-    def _score_remotely(self, client: HttpClient, info: ServerInfo, items: Sequence[_Item]) -> list[_Outcome]:
-        """Send ``items`` in batches; their scores or errors in order."""
-        sizes = [len(item.content) * 4 // 3 + len(json.dumps(protocol.prompt_json(item.prompt))) + 16 for item in items]
-        batches = protocol.batched_by_size(sizes, min(self.batch_size, info.max_batch), info.max_bytes - 1024)
-        parts = [[items[index] for index in batch] for batch in batches]
-        results = client.in_parallel(lambda part: self._scored(client, info, part), parts, self.concurrency)
-        return [outcome for outcomes in results for outcome in outcomes]
-
-    def _scored(self, client: HttpClient, info: ServerInfo, items: Sequence[_Item]) -> list[_Outcome]:
+    def _scored(self, client: HttpClient, info: ServerInfo, items: Sequence[_Item]) -> list[Outcome]:
         """Send one request; if the server fails on it or finds it too large, send its halves."""
         try:
             return self._request(client, info, items)
@@ -146,7 +147,8 @@ class RemoteReward:
         half = len(items) // 2
         return self._scored(client, info, items[:half]) + self._scored(client, info, items[half:])
 
-    def _request(self, client: HttpClient, info: ServerInfo, items: Sequence[_Item]) -> list[_Outcome]:
+    def _request(self, client: HttpClient, info: ServerInfo, items: Sequence[_Item]) -> list[Outcome]:
+        """Send one request and return the outcome of each of its samples."""
         request_id = uuid.uuid4().hex  # the same for every attempt, so that it is scored once
         wait = max(0.001, min(client.remaining, self.patience.timeout))
         prompts, contents = tuple(item.prompt for item in items), tuple(item.content for item in items)
@@ -156,40 +158,23 @@ class RemoteReward:
         except protocol.WireError as error:
             raise Refused(200, f"{self.url}: {error}") from None
         if reply.version != info.version:
-            raise RemoteError(
-                f"{self.url} was version {info.version} and is now {reply.version}: their scores must not be mixed in"
-                " one run"
-            )
-        return [
-            score if score is not None else error or SampleError("unscorable", "no score")
-            for score, error in zip(reply.scores, reply.errors, strict=True)
-        ]
-
-    def _cached(self, item: _Item) -> float | None:
-        if item.key not in self._cache.scores:
-            return None
-        self._cache.scores.move_to_end(item.key)
-        return self._cache.scores[item.key]
-
-    def _store(self, item: _Item, score: float) -> None:
-        self._cache.scores[item.key] = score
-        while len(self._cache.scores) > self.cache:
-            self._cache.scores.popitem(last=False)
+            versions = f"was version {info.version} and is now {reply.version}"
+            raise RemoteError(f"{self.url} {versions}: their scores must not be mixed in one run")
+        return list(reply.outcomes)
 
     def _report(self, errors: Sequence[SampleError], count: int) -> None:
         if not errors:
             return
-        counts = ", ".join(f"{number} {code}" for code, number in Counter(error.code for error in errors).items())
-        message = f"{self.url} scored {count - len(errors)} of {count} samples ({counts}): {errors[0].message}"
+        message = f"{self.url} scored {describe_errors(errors, count)}"
         if self.failures == "raise":
             raise RemoteError(message)
         logger.warning("%s; the others are NaN", message)
 
 
-def _encoded(sample: Tensor, prompt: Prompt, info: ServerInfo) -> _Item | SampleError:
+def _encode(sample: Tensor, prompt: Prompt, info: ServerInfo) -> _Item | SampleError:
     if not bool(sample.isfinite().all()):
         return SampleError("not_finite", "the sample has values that are not finite")
     rate = info.sample_rate
     content = protocol.encode_image(sample) if rate is None else protocol.encode_audio(sample, rate)
-    text = json.dumps([info.version, protocol.prompt_json(prompt)], sort_keys=True)
+    text = json.dumps([info.version, prompt_json(prompt)], sort_keys=True)
     return _Item(content, prompt, hashlib.sha256(text.encode() + b"\0" + content).digest())

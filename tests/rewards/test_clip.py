@@ -130,8 +130,8 @@ def test_a_broken_image_is_nan_alone(images: torch.Tensor) -> None:
 
 def test_a_text_is_encoded_once(transformers_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load_clip(str(transformers_folder))
-    encode, seen = encoder._encode, []
-    monkeypatch.setattr(encoder, "_encode", lambda texts: seen.append(texts) or encode(texts))
+    encode, seen = encoder.encode_texts, []
+    monkeypatch.setattr(encoder, "encode_texts", lambda texts: seen.append(texts) or encode(texts))
     reward = ClipReward(str(transformers_folder))
     for texts in (["one ring", "one cross", "one ring"], ["one cross", "one star"]):
         reward(torch.rand(len(texts), 3, 32, 32), [Prompt(text) for text in texts])

@@ -76,7 +76,7 @@ def test_the_variance_is_taken_off_and_not_the_deviation() -> None:
 
 
 def test_a_product_of_negative_scores_is_refused() -> None:
-    with pytest.raises(ValueError, match="a product is for scores of 0 or more"):
+    with pytest.raises(ValueError, match="a product needs scores of 0 or more"):
         Product([A, gives(-1.0, 1.0, 1.0)])(SAMPLES, PROMPTS)
     with pytest.raises(ValueError, match="no rewards to combine"):
         WorstCase([])(SAMPLES, PROMPTS)

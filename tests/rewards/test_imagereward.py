@@ -154,7 +154,7 @@ def test_a_score_stands_alone_and_can_be_trained_on(reward: ImageReward) -> None
     broken[1, 0, 0, 0] = torch.nan
     assert reward(broken, PROMPTS).isnan().tolist() == [False, True, False]
     assert reward(torch.rand(1, 3, 40, 56), PROMPTS[:1]).shape == (1,)
-    with pytest.raises(ValueError, match="one prompt per image: found 2 for 3 images"):
+    with pytest.raises(ValueError, match="one prompt per image, not 2 for 3 images"):
         reward(images(), PROMPTS[:2])
 
 

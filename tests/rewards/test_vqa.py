@@ -156,7 +156,7 @@ def test_what_cannot_be_answered_is_nan(llava: Path) -> None:
     broken[1, 0, 0, 0] = torch.nan
     assert YesNoModel(str(llava))(broken, QUESTIONS).isnan().tolist() == [False, True, False, False, False]
     assert YesNoModel(str(llava), least_mass=1.0)(images(), QUESTIONS).isnan().all()
-    with pytest.raises(ValueError, match="one question per image: found 4 for 5 images"):
+    with pytest.raises(ValueError, match="one question per image, not 4 for 5 images"):
         YesNoModel(str(llava))(images(), QUESTIONS[:4])
 
 
@@ -232,5 +232,5 @@ def test_judges_and_answers_are_checked() -> None:
         QuestionReward(lambda images, questions: torch.tensor([0.5, 1.5]))(levels(0, 1), prompts)
     with pytest.raises(ValueError, match="must be yes or no, not 'two': rephrase the question"):
         QuestionReward(Brightness(), "How many?", "two")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="one prompt per image: found 2 for 1 images"):
+    with pytest.raises(ValueError, match="one prompt per image, not 2 for 1 images"):
         QuestionReward(Brightness())(levels(1), prompts)

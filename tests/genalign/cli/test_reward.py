@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from genalign.cli.main import main
-from genalign.cli.reward import _identity
+from genalign.cli.reward import reward_version
 from genalign.scoring import protocol
 from genalign.types import Prompt
 from rewards.remote.http_client import Patience
@@ -46,6 +46,8 @@ def counted(images, prompts, **metadata):
     return [float(len(prompt)) for prompt in prompts]
 """
 
+SHAPES = ["--samples", "shapes:val"]
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -57,21 +59,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_a_reward_is_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["reward", "check", "outside_scores:redness", "--expected.gradient", "true"]) == 0
+    assert main(["reward", "check", "outside_scores:redness", "--expected.gradient", "true", *SHAPES]) == 0
     assert "every check passed" in capsys.readouterr().out
-    assert main(["reward", "check", "outside_scores:Channel", "--args.channel", "1"]) == 0
+    channel = ["reward", "check", "outside_scores:Channel", "--args.channel", "1", *SHAPES]
+    assert main(channel) == 0
     capsys.readouterr()
-    assert main(["reward", "check", "outside_scores:Channel", "--args.channel", "1", "--args.flipped", "true"]) == 1
+    assert main([*channel, "--args.flipped", "true"]) == 1
     printed = capsys.readouterr().out
     assert "failed: order" in printed and "return the scores" in printed
 
 
 def test_other_ways_to_name_a_reward(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = "{class_path: outside_scores.Channel, init_args: {channel: 2}}"
-    assert main(["reward", "check", "--reward", whole, "--count", "4", "--size", "32"]) == 0
-    (folder / "check.yaml").write_text("reward: {class_path: outside_scores.Channel, init_args: {channel: 2}}")
+    assert main(["reward", "check", "--reward", whole, "--count", "4", "--size", "32", *SHAPES]) == 0
+    (folder / "check.yaml").write_text(f"reward: {whole}\nsamples: shapes:val\n")
     assert main(["reward", "check", "--config", "check.yaml", "--count", "4"]) == 0
-    adapted = ["rewards.adapters:Adapted", "--args.function", "outside_scores.counted"]
+    adapted = ["rewards.adapters:Adapted", "--args.function", "outside_scores.counted", *SHAPES]
     assert main(["reward", "check", *adapted, "--expected.prompts", "true"]) == 1
     assert "failed: sensitivity" in capsys.readouterr().out
 
@@ -99,7 +102,8 @@ BAD = [
     (["serve"], "name the reward: genalign serve"),
     (["reward", "check", "outside_scores:nothing"], " has no "),
     (["reward", "check", "outside_scores:Channel", "--args.chanel", "1"], "unknown setting 'chanel'"),
-    (["reward", "check", "outside_scores:redness", "--count", "2"], "at least 4 images"),
+    (["reward", "check", "outside_scores:redness"], "name the samples to score: --samples FOLDER"),
+    (["reward", "check", "outside_scores:redness", *SHAPES, "--count", "2"], "at least 4 images"),
     (["reward", "check", "outside_scores:redness", "--samples", "nowhere"], "write a line with file_name and prompt"),
     (
         ["serve", "outside_scores:redness", "--host", "0.0.0.0"],
@@ -110,7 +114,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
-def test_bad_input_is_told_in_a_line(
+def test_bad_input_gets_a_one_line_message(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -122,40 +126,39 @@ def test_bad_input_is_told_in_a_line(
     assert message in capsys.readouterr().err
 
 
-def test_a_version_is_of_what_is_in_the_files(folder: Path) -> None:
+def test_a_version_depends_on_the_content_of_the_files(folder: Path) -> None:
     weights = folder / "model" / "weights.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"one")
     other = folder / "head.pt"
     other.write_bytes(b"x")
     setting = {"class_path": "outside_scores.Channel", "init_args": {"model": "model", "parts": [{"head": "head.pt"}]}}
-    name, first = _identity(setting)
-    assert name == "outside_scores.Channel" and _identity(setting) == (name, first)
+    name, first = reward_version(setting)
+    assert name == "outside_scores.Channel" and reward_version(setting) == (name, first)
     weights.write_bytes(b"two")
-    second = _identity(setting)[1]
+    second = reward_version(setting)[1]
     other.write_bytes(b"y")
-    third = _identity(setting)[1]
-    renamed = _identity({**setting, "init_args": {"model": "elsewhere"}})[1]
+    third = reward_version(setting)[1]
+    renamed = reward_version({**setting, "init_args": {"model": "elsewhere"}})[1]
     assert len({first, second, third, renamed}) == 4
-    assert _identity("outside_scores.redness")[0] == "outside_scores.redness"
-    _identity({"class_path": "judges.Judge", "init_args": {"question": "a question " * 500}})
+    assert reward_version("outside_scores.redness")[0] == "outside_scores.redness"
+    reward_version({"class_path": "judges.Judge", "init_args": {"question": "a question " * 500}})
 
 
 @pytest.mark.slow
 def test_a_served_reward_is_used_and_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = ROOT
-    environment = {**os.environ, "PYTHONPATH": str(root), "GENALIGN_TOKEN": "s3cret", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GENALIGN_TOKEN": "s3cret", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "genalign", "serve", "outside_scores:Channel", "--args.channel", "1"]
     process = subprocess.Popen(
         [*command, "--port", "0"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None
-        told = process.stdout.readline()
-        assert told.startswith("serving outside_scores.Channel ")
+        line = process.stdout.readline()
+        assert line.startswith("serving outside_scores.Channel ")
         monkeypatch.setenv("GENALIGN_TOKEN", "s3cret")
         samples = torch.rand(6, 3, 4, 4).mul(255).round().div(255)
-        reward = RemoteReward(told.split(" at ")[1].strip(), version=told.split()[2], patience=Patience(timeout=300))
+        reward = RemoteReward(line.split(" at ")[1].strip(), version=line.split()[2], patience=Patience(timeout=300))
         scores = reward(samples, [Prompt(f"p{n}") for n in range(6)])
         torch.testing.assert_close(scores, samples[:, 1].flatten(1).mean(1), atol=1e-6, rtol=0)
         process.send_signal(signal.SIGINT)

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
+from genalign.algorithms.matching_recipes import dragon, nft
+from genalign.algorithms.recipes import Recipe, dense_grpo, flow_grpo, prdp
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward
-from genalign.training.trainer import Trainer, TrainerSettings
+from genalign.training.settings import TrainerSettings
+from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
 

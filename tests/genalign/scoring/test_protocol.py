@@ -33,12 +33,12 @@ def test_a_request_is_read_as_it_was_written() -> None:
 
 
 def test_a_reply_is_read_as_it_was_written() -> None:
-    reply = protocol.ScoreReply("r-1", "v", (0.1, None), (None, SampleError("unscorable", "why")), 0.25)
+    reply = protocol.ScoreReply("r-1", "v", (0.1, SampleError("unscorable", "why")), 0.25)
     assert protocol.unpack_reply(reply.to_json(), "r-1", 2) == reply
     with pytest.raises(WireError, match="belongs to another request"):
         protocol.unpack_reply(reply.to_json(), "r-2", 2)
     with pytest.raises(ValueError, match="JSON compliant"):
-        protocol.ScoreReply("r-1", "v", (float("nan"),), (None,), 0.25).to_json()
+        protocol.ScoreReply("r-1", "v", (float("nan"),), 0.25).to_json()
 
 
 BAD = [
@@ -47,7 +47,7 @@ BAD = [
     (b"[" * 100_000, "malformed", "not JSON"),
     (b"\x80\x04K*.", "malformed", "not JSON"),
     (b'{"schema": 2, "deadline_ms": NaN}', "malformed", "not JSON"),
-    (message(schema=1), "schema", "the other 1: use one version"),
+    (message(schema=1), "schema", "the other 1: use one genalign version"),
     (message(want_components=True), "unknown_field", "want_components"),
     (message(request_id="a\nb"), "malformed", "request_id"),
     (message(request_id="x" * 65), "malformed", "request_id"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.cli.reward import RewardCheck, _samples
+from genalign.cli.reward import RewardCheck, load_samples
 from genalign.scoring.reward_check import Check, Expected, Probe, check
 from genalign.types import Prompt, RewardFunction
 from rewards.clip import ClipReward
@@ -18,8 +18,8 @@ from rewards.shapes import ShapesReward
 
 @pytest.fixture(scope="module")
 def probe() -> Probe:
-    made = _samples(RewardCheck(lambda: None))
-    return Probe(made.values, made.prompts)
+    samples, prompts, _ = load_samples(RewardCheck(lambda: None, "shapes:val"))
+    return Probe(samples, prompts)
 
 
 def weights(prompts: Sequence[Prompt]) -> Tensor:
@@ -105,7 +105,7 @@ PLANTED: list[tuple[RewardFunction, Expected, str, str]] = [
     (squeezed, Expected(), "batches", "keep the batch dimension"),
     (noisy, Expected(), "determinism", "eval mode"),
     (half_detached, Expected(), "gradient", "look for what is detached"),
-    (blind, Expected(prompts=True), "sensitivity", "read the prompt"),
+    (blind, Expected(prompts=True), "sensitivity", "higher for the right prompt"),
     (in_place, Expected(), "side effects", "work on a copy"),
     (leaking, Expected(), "side effects", "use torch.no_grad()"),
     (retyping, Expected(), "side effects", "set no defaults"),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from genalign.scoring import protocol
+from genalign.scoring.protocol import SampleError
 from genalign.scoring.server import listen, placeholder, require_safe
 from genalign.scoring.server_worker import score_each
 from genalign.types import Prompt
@@ -84,15 +85,16 @@ def test_scores_come_as_json_with_null_for_what_has_none(url: str) -> None:
     broken = replace(asked, prompts=(*asked.prompts, Prompt("x")), samples=(*asked.samples, b"GIF89a"))
     answer = post(url, broken)
     reply = protocol.unpack_reply(answer.body, "r", 3)
-    assert answer.status == 200 and reply.scores == (0.0, 1.0, None) and reply.version == "1"
-    assert [error and error.code for error in reply.errors] == [None, None, "undecodable"]
+    *scores, error = reply.outcomes
+    assert answer.status == 200 and scores == [0.0, 1.0] and reply.version == "1"
+    assert isinstance(error, SampleError) and error.code == "undecodable"
 
 
 def test_images_of_different_sizes_are_scored(url: str) -> None:
     samples = tuple(protocol.encode_image(torch.full((3, side, 4), side / 255)) for side in (3, 9, 3, 5))
     mixed = protocol.ScoreRequest("mixed", 20, (Prompt("x"),) * 4, "image", samples)
     reply = protocol.unpack_reply(post(url, mixed).body, "mixed", 4)
-    assert [round((score or 0) * 255) for score in reply.scores] == [3, 9, 3, 5]
+    assert reply.outcomes == pytest.approx([3 / 255, 9 / 255, 3 / 255, 5 / 255], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +163,9 @@ def test_a_deadline_that_passes_is_told_and_can_be_asked_again() -> None:
         assert post(url, request([0.6], "waiting", deadline=0.1)).status == 504  # behind the first, never scored
         reward.gate.set()
         reply = protocol.unpack_reply(post(url, request([0.2])).body, "r", 1)
-        assert reply.scores == (pytest.approx(0.2, abs=0.002),)
+        assert reply.outcomes == (pytest.approx(0.2, abs=0.002),)
         again = protocol.unpack_reply(post(url, request([0.6], "waiting")).body, "waiting", 1)
-        assert again.scores == (pytest.approx(0.6, abs=0.002),)
+        assert again.outcomes == (pytest.approx(0.6, abs=0.002),)
     assert reward.batches == [1, 1]
 
 
@@ -240,14 +242,14 @@ def test_a_bad_sample_costs_a_few_calls() -> None:
 
     samples = torch.arange(16.0).view(16, 1, 1, 1)
     scored = score_each(poisoned, samples, [Prompt("x")] * 16, "name")
-    assert [item.score for item in scored] == [None if n == 9 else float(n) for n in range(16)]
-    assert len(calls) == 9 and scored[9].error is not None and scored[9].error.code == "reward_failed"
+    assert scored[:9] + scored[10:] == [float(n) for n in range(16) if n != 9]
+    assert len(calls) == 9 and isinstance(scored[9], SampleError) and scored[9].code == "reward_failed"
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(4, 1), torch.tensor(0.0), [0.0] * 4, torch.full((4,), torch.nan)])
 def test_what_is_no_score_is_null(wrong: object) -> None:
     scored = score_each(lambda samples, prompts: wrong, torch.rand(4, 3, 2, 2), [Prompt("x")] * 4, "name")  # type: ignore[arg-type,return-value]
-    assert [item.score for item in scored] == [None] * 4 and all(item.error for item in scored)
+    assert len(scored) == 4 and all(isinstance(outcome, SampleError) for outcome in scored)
 
 
 def test_only_loopback_goes_without_a_token() -> None:

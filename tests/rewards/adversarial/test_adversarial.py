@@ -15,26 +15,15 @@ from torch import Tensor, nn
 
 from genalign.runtime.files import load_state, save_state
 from genalign.types import Prompt, TrainableReward
-from rewards.adversarial import (
-    AccuracyBand,
-    AdversarialReward,
-    Adversary,
-    DiscriminatorSettings,
-    DiscriminatorStatus,
-    Overtake,
-    PatchWeights,
-    Ratio,
-    ReplayBuffer,
-    SampleBatch,
-    TunedClip,
-    TunedClipReward,
-    adversarial_loss,
-    mlp_head,
-    pair_accuracy,
-)
+from rewards.adversarial import AccuracyBand, AdversarialReward, Adversary, Overtake, PatchWeights, Ratio
+from rewards.adversarial.adversary import DiscriminatorSettings, adversarial_loss, pair_accuracy
+from rewards.adversarial.heads import mlp_head
+from rewards.adversarial.replay_buffer import ReplayBuffer, SampleBatch
+from rewards.adversarial.tuned_clip import TunedClip, TunedClipReward
+from rewards.adversarial.update_rules import DiscriminatorStatus
 from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.encoders import Features
-from rewards.backbones.reference_images import ReferencePool, ReferencesByPrompt
+from rewards.backbones.reference_images import ImageTensor, ReferencePool, ReferencesByPrompt
 from rewards.clip import ClipReward
 from tests.packages import ROOT
 
@@ -65,7 +54,7 @@ class Pixels:
         return Features(pixels.mean(1), pixels)
 
 
-REFERENCES = ReferencePool.of(noise(40, 0.7, 0))
+REFERENCES = ReferencePool(ImageTensor(noise(40, 0.7, 0)))
 FAKES, PROMPTS = noise(20, 0.3, 1), [RED, BLUE] * 10
 GLOBAL = PatchWeights(1.0, 0.0)
 LOCAL = PatchWeights(n_patches=5)
@@ -82,17 +71,15 @@ def status(**changes: float) -> DiscriminatorStatus:
 def test_losses_by_hand() -> None:
     real, fake = torch.tensor([0.5, 2.0]), torch.tensor([0.5, -3.0])
     assert adversarial_loss("hinge", real, fake).tolist() == [0.5 + 1.5, 0.0]
-    bce = -real.sigmoid().log() - (1 - fake.sigmoid()).log()
-    torch.testing.assert_close(adversarial_loss("bce", real, fake), bce)
-    chosen = -torch.stack([real, fake]).softmax(0)[0].log()
-    torch.testing.assert_close(adversarial_loss("bt_pairwise", real, fake), chosen)
+    preferred = -torch.stack([real, fake]).softmax(0)[0].log()
+    torch.testing.assert_close(adversarial_loss("bt_pairwise", real, fake), preferred)
     assert pair_accuracy("hinge", real, fake).tolist() == [0.5, 1.0]
     assert pair_accuracy("bt_pairwise", real, fake).tolist() == [0.0, 1.0]
     with pytest.raises(ValueError, match="come in pairs"):
-        adversarial_loss("bce", real, fake[:1])
+        adversarial_loss("hinge", real, fake[:1])
 
 
-@pytest.mark.parametrize("loss", ["hinge", "bce", "bt_pairwise"])
+@pytest.mark.parametrize("loss", ["hinge", "bt_pairwise"])
 def test_learns_to_tell_references_from_samples(loss: str) -> None:
     trained = reward(replace(FAST, loss=loss))
     assert isinstance(trained, TrainableReward)
@@ -156,12 +143,12 @@ def test_a_refused_update_changes_no_score() -> None:
 
 
 def test_patches_are_fixed_by_the_snapshot_and_the_seed() -> None:
-    def chosen(seed: int) -> list[int]:
+    def patches(seed: int) -> list[int]:
         return LOCAL(17, torch.Generator().manual_seed(seed)).nonzero().flatten().tolist()
 
     weights = LOCAL(17, torch.Generator().manual_seed(0))
     assert weights[0] == pytest.approx(0.7) and weights.sum() == pytest.approx(1.0)
-    assert len(chosen(0)) == 6 and chosen(0) == chosen(0) != chosen(1)
+    assert len(patches(0)) == 6 and patches(0) == patches(0) != patches(1)
     trained = reward()
     assert torch.equal(trained(FAKES, PROMPTS), trained(FAKES, PROMPTS))
     assert torch.equal(trained(FAKES, PROMPTS), reward()(FAKES, PROMPTS))
@@ -186,26 +173,6 @@ def test_the_paper_weights_stand_in_score_and_loss() -> None:
     by_term = adversarial_loss("hinge", real, logits)
     expected = 0.7 * by_term[:, 0] + 0.3 * by_term[:, picked].mean(1)
     torch.testing.assert_close(trained._losses(real, logits), expected, rtol=0, atol=1e-6)
-
-
-def test_outputs() -> None:
-    references = ReferencesByPrompt.of({RED.text: noise(3, 0.7, 3), BLUE.text: noise(2, 0.1, 4)})
-    made = {
-        output: AdversarialReward(flat, references, weights=GLOBAL, output=output, learning=FAST)
-        for output in ("logit", "sigmoid", "logit_minus_reference")
-    }
-    logit = made["logit"](FAKES, PROMPTS)
-    torch.testing.assert_close(made["sigmoid"](FAKES, PROMPTS), logit.sigmoid())
-    minus = made["logit_minus_reference"]
-    for _ in range(2):
-        means = [
-            minus.score(references.images.load(references.rows(p)), [p] * n).mean() for p, n in ((RED, 3), (BLUE, 2))
-        ]
-        expected = minus.score(FAKES, PROMPTS) - torch.stack(means).repeat(10)
-        torch.testing.assert_close(minus(FAKES, PROMPTS), expected, rtol=0, atol=1e-6)
-        minus.update(FAKES, PROMPTS)
-    with pytest.raises(ValueError, match="output must be"):
-        AdversarialReward(flat, references, weights=GLOBAL, output="probability")
 
 
 def test_replay_is_first_in_first_out() -> None:
@@ -239,34 +206,34 @@ def test_replay_keeps_prompts_through_tensors() -> None:
 def test_a_step_mixes_fresh_and_old_samples() -> None:
     trained = reward(replace(FAST, fresh=0.75), update_rule=NEVER)
     fresh = SampleBatch(torch.full((20, 3, 4, 4), 0.75), tuple(PROMPTS))
-    assert len(trained._with_replayed(fresh, torch.Generator())) == 16
+    assert len(trained._mixed_with_replay(fresh, torch.Generator())) == 16
     trained.update(torch.full((20, 3, 4, 4), 0.25), PROMPTS)
-    mixed = trained._with_replayed(fresh, torch.Generator())
+    mixed = trained._mixed_with_replay(fresh, torch.Generator())
     assert len(mixed) == 16 and (mixed.samples[:, 0, 0, 0] == 0.75).sum() == 12
     assert (mixed.samples[:, 0, 0, 0] == 0.25).sum() == 4
-    assert trained._with_replayed(fresh.rows([0]), torch.Generator()).samples.mean() == 0.75
+    assert trained._mixed_with_replay(fresh.rows([0]), torch.Generator()).samples.mean() == 0.75
 
 
 def test_bfloat16_features_leave_a_moving_float32_head() -> None:
     learning = replace(FAST, learning_rate=1e-5)
     head = mlp_head(48, 32).to(torch.bfloat16)
-    made = AdversarialReward(
+    trained = AdversarialReward(
         lambda images: flat(images).to(torch.bfloat16), REFERENCES, head, GLOBAL, learning=learning
     )
-    before = {name: tensor.clone() for name, tensor in made.snapshot.weights.items()}
-    made.update(FAKES, PROMPTS)
-    assert made(FAKES, PROMPTS).dtype == torch.float32
-    assert all(tensor.dtype == torch.float32 for tensor in made.snapshot.weights.values())
-    slots = [value for state in made.optimizer.state.values() for value in state.values()]
+    before = {name: tensor.clone() for name, tensor in trained.snapshot.weights.items()}
+    trained.update(FAKES, PROMPTS)
+    assert trained(FAKES, PROMPTS).dtype == torch.float32
+    assert all(tensor.dtype == torch.float32 for tensor in trained.snapshot.weights.values())
+    slots = [value for state in trained.optimizer.state.values() for value in state.values()]
     assert slots and all(slot.dtype == torch.float32 for slot in slots)
-    moved = (made.snapshot.weights["head.0.weight"] - before["head.0.weight"]).abs()
+    moved = (trained.snapshot.weights["head.0.weight"] - before["head.0.weight"]).abs()
     assert (moved > 1e-6).float().mean() > 0.9
     assert head[0].weight.dtype == torch.bfloat16  # the caller's head is left alone
 
 
 def test_resume_is_exact(tmp_path: Path) -> None:
     rounds = [noise(20, 0.3 + 0.02 * i, 10 + i) for i in range(6)]
-    learning = replace(FAST, loss="bce")
+    learning = replace(FAST, loss="bt_pairwise")
     whole = reward(learning, update_rule=Ratio(2, 1))
     metrics = [whole.update(samples, PROMPTS) for samples in rounds]
     first = reward(learning, update_rule=Ratio(2, 1))
@@ -313,11 +280,11 @@ def test_saturation_is_told(caplog: pytest.LogCaptureFixture) -> None:
         def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
             return self.gain * (images.flatten(1).mean(1) - 0.5)
 
-    made = Adversary(Level(), REFERENCES, Ratio(), FAST)
-    assert made.update(FAKES, PROMPTS)["saturated"] == 1
+    trained = Adversary(Level(), REFERENCES, Ratio(), FAST)
+    assert trained.update(FAKES, PROMPTS)["saturated"] == 1
     assert "satisfies every margin" in caplog.text and "AccuracyBand" in caplog.text
-    assert made.snapshot.weights["gain"] == 50
-    assert made.update(noise(20, 0.5, 3), PROMPTS)["saturated"] == 0
+    assert trained.snapshot.weights["gain"] == 50
+    assert trained.update(noise(20, 0.5, 3), PROMPTS)["saturated"] == 0
 
 
 def test_any_module_can_be_trained() -> None:
@@ -333,41 +300,41 @@ def test_any_module_can_be_trained() -> None:
             return self.frozen * images[:, 0].flatten(1).std(1) + self.taste * images.flatten(1).mean(1)
 
     hacked = noise(20, 0.95, 5)
-    made = Adversary(Hackable(), REFERENCES, Overtake(), replace(FAST, loss="bt_pairwise", learning_rate=0.05))
-    first = made.update(hacked, PROMPTS)
+    trained = Adversary(Hackable(), REFERENCES, Overtake(), replace(FAST, loss="bt_pairwise", learning_rate=0.05))
+    first = trained.update(hacked, PROMPTS)
     for _ in range(20):
-        last = made.update(hacked, PROMPTS)
+        last = trained.update(hacked, PROMPTS)
     assert first["gap"] > 0.3 and last["updated"] == 0 and last["gap"] <= 0
-    assert set(made.snapshot.weights) == {"taste"} and made.snapshot.weights["taste"] < 0.5
+    assert set(trained.snapshot.weights) == {"taste"} and trained.snapshot.weights["taste"] < 0.5
 
 
 def test_features_that_are_a_module_are_not_trained() -> None:
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 8))
     before = backbone[1].weight.detach().clone()
-    made = AdversarialReward(backbone, REFERENCES, weights=GLOBAL, learning=FAST)
-    made.update(FAKES, PROMPTS)
+    trained = AdversarialReward(backbone, REFERENCES, weights=GLOBAL, learning=FAST)
+    trained.update(FAKES, PROMPTS)
     assert torch.equal(backbone[1].weight, before) and backbone[1].weight.grad is None
-    assert all(name.startswith("head.") for name in made.snapshot.weights)
+    assert all(name.startswith("head.") for name in trained.snapshot.weights)
 
 
 def test_scores_are_differentiable_in_the_samples() -> None:
     leaf = FAKES.clone().requires_grad_(True)
-    made = reward()
-    made(leaf, PROMPTS).sum().backward()
+    trained = reward()
+    trained(leaf, PROMPTS).sum().backward()
     assert leaf.grad is not None and (leaf.grad.flatten(1).abs().sum(1) > 0).all()
-    assert all(parameter.grad is None for parameter in made.scorer.parameters())
+    assert all(parameter.grad is None for parameter in trained.scorer.parameters())
 
 
 def test_broken_samples_score_nan_and_are_not_learnt() -> None:
     broken = FAKES.clone()
     broken[3, 0, 0, 0] = torch.nan
-    made = reward()
-    assert made(broken, PROMPTS).isnan().nonzero().flatten().tolist() == [3]
-    metrics = made.update(broken, PROMPTS)
+    trained = reward()
+    assert trained(broken, PROMPTS).isnan().nonzero().flatten().tolist() == [3]
+    metrics = trained.update(broken, PROMPTS)
     assert all(math.isfinite(value) for value in metrics.values()) and metrics["replay"] == 19
-    assert all(tensor.isfinite().all() for tensor in made.snapshot.weights.values())
+    assert all(tensor.isfinite().all() for tensor in trained.snapshot.weights.values())
     with pytest.raises(ValueError, match="no sample of this round is finite"):
-        made.update(torch.full_like(FAKES, torch.nan), PROMPTS)
+        trained.update(torch.full_like(FAKES, torch.nan), PROMPTS)
 
 
 def test_misfits_are_refused_at_once() -> None:
@@ -375,7 +342,7 @@ def test_misfits_are_refused_at_once() -> None:
         AdversarialReward(flat, REFERENCES)
     with pytest.raises(ValueError, match="n_patches is 64, but the features have 16 patches"):
         AdversarialReward(Pixels(), REFERENCES)
-    with pytest.raises(ValueError, match=r"the head made \(1, 1, 2\) .* one output"):
+    with pytest.raises(ValueError, match=r"the head maps features \(1, 1, 48\) to \(1, 1, 2\).* one output"):
         AdversarialReward(flat, REFERENCES, nn.Linear(48, 2), GLOBAL)
     with pytest.raises(ValueError, match=r"features must be \(B, d\)"):
         AdversarialReward(lambda images: images, REFERENCES, weights=GLOBAL)
@@ -407,7 +374,7 @@ def test_scorers_of_a_wrong_shape_are_refused() -> None:
     ("changes", "message"),
     [
         ({"loss": "wasserstein"}, "loss must be"),
-        ({"fresh": 0.0}, "fresh is the share"),
+        ({"fresh": 0.0}, "fresh is the fraction"),
         ({"steps_per_update": 0}, "steps_per_update and batch_size must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate positive"),
     ],
@@ -425,33 +392,38 @@ def test_patch_weights_are_checked() -> None:
 
 
 CLIP_PROMPTS = [Prompt("red circle"), Prompt("blue ring")] * 2
-CLIP_REFERENCES = ReferencesByPrompt.of({"red circle": noise(2, 0.7, 6), "blue ring": noise(2, 0.7, 7)})
+CLIP_REFERENCES = ReferencesByPrompt(
+    ImageTensor(torch.cat([noise(2, 0.7, 6), noise(2, 0.7, 7)])), ["red circle"] * 2 + ["blue ring"] * 2
+)
 CLIP_FAKES = noise(4, 0.3, 8)
 TUNING = DiscriminatorSettings(loss="bt_pairwise", learning_rate=1e-3, steps_per_update=3, batch_size=8, replay=8)
 
 
 def test_tuned_clip_starts_as_clip_and_learns_to_prefer_references() -> None:
-    made, plain = TunedClipReward("shapes-clip", CLIP_REFERENCES, 2, None, Ratio(), TUNING), ClipReward("shapes-clip")
+    trained, plain = (
+        TunedClipReward("shapes-clip", CLIP_REFERENCES, 2, None, Ratio(), TUNING),
+        ClipReward("shapes-clip"),
+    )
     start = plain(CLIP_FAKES, CLIP_PROMPTS)
-    torch.testing.assert_close(made(CLIP_FAKES, CLIP_PROMPTS), start, rtol=0, atol=1e-6)
-    metrics = [made.update(CLIP_FAKES, CLIP_PROMPTS) for _ in range(3)]
+    torch.testing.assert_close(trained(CLIP_FAKES, CLIP_PROMPTS), start, rtol=0, atol=1e-6)
+    metrics = [trained.update(CLIP_FAKES, CLIP_PROMPTS) for _ in range(3)]
     assert metrics[-1]["gap"] < metrics[0]["gap"] - 0.05 and metrics[-1]["loss"] < metrics[0]["loss"]
     assert torch.equal(plain(CLIP_FAKES, CLIP_PROMPTS), start)  # the shared model is untouched
     blocks = load_clip("shapes-clip").blocks
-    assert len(made.snapshot.weights) == sum(len(list(block.parameters())) for block in blocks[-2:])
+    assert len(trained.snapshot.weights) == sum(len(list(block.parameters())) for block in blocks[-2:])
 
 
 def test_tuned_clip_trains_on_overtaking_only() -> None:
-    made = TunedClipReward("shapes-clip", CLIP_REFERENCES, 1, learning=replace(TUNING, steps_per_update=1))
-    metrics = [made.update(samples, CLIP_PROMPTS) for samples in (CLIP_FAKES, noise(4, 0.5, 9))]
+    trained = TunedClipReward("shapes-clip", CLIP_REFERENCES, 1, learning=replace(TUNING, steps_per_update=1))
+    metrics = [trained.update(samples, CLIP_PROMPTS) for samples in (CLIP_FAKES, noise(4, 0.5, 9))]
     assert [r["updated"] for r in metrics] == [float(r["gap"] > 0) for r in metrics]
 
 
 def test_tuned_clip_resumes_exactly() -> None:
-    def made() -> TunedClipReward:
+    def trained() -> TunedClipReward:
         return TunedClipReward("shapes-clip", CLIP_REFERENCES, 1, None, Ratio(), replace(TUNING, steps_per_update=1))
 
-    whole, second = made(), made()
+    whole, second = trained(), trained()
     whole.update(CLIP_FAKES, CLIP_PROMPTS)
     second.load_tensors(whole.tensors())
     assert whole.update(CLIP_FAKES, CLIP_PROMPTS) == second.update(CLIP_FAKES, CLIP_PROMPTS)
@@ -470,14 +442,14 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from genalign.types import Prompt
 from rewards.adversarial import AdversarialReward, DiscriminatorSettings, PatchWeights
-from rewards.backbones.reference_images import ReferencePool
+from rewards.backbones.reference_images import ImageTensor, ReferencePool
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 learning = DiscriminatorSettings(learning_rate=1e-2, steps_per_update=3, batch_size=8, replay=0)
 reward = AdversarialReward(
     lambda x: x.flatten(1),
-    ReferencePool.of(torch.full((1, 3, 2, 2), 0.9)),
+    ReferencePool(ImageTensor(torch.full((1, 3, 2, 2), 0.9))),
     weights=PatchWeights(1.0, 0.0),
     learning=learning,
 )
@@ -498,7 +470,7 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
         list(pool.map(run, range(2)))
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     learning = DiscriminatorSettings(learning_rate=1e-2, steps_per_update=3, batch_size=8, replay=0)
-    references = ReferencePool.of(torch.full((1, 3, 2, 2), 0.9))
+    references = ReferencePool(ImageTensor(torch.full((1, 3, 2, 2), 0.9)))
     alone = AdversarialReward(flat, references, weights=GLOBAL, learning=learning)
     metrics = alone.update(torch.linspace(0, 0.5, 8 * 12).view(8, 3, 2, 2), [Prompt("")] * 8)
     for name, tensor in alone.snapshot.weights.items():

@@ -28,16 +28,24 @@ def write(folder: Path, names: dict[str, int], size: tuple[int, int] = (6, 4)) -
         Image.new("RGB", size, (grey,) * 3).save(folder / name)
 
 
-def test_by_prompt_draws_only_of_the_prompt() -> None:
-    references = ReferencesByPrompt.of({RED.text: flat(0.1, 0.2), BLUE.text: flat(0.9)})
+def by_prompt(levels: dict[str, tuple[float, ...]]) -> ReferencesByPrompt:
+    """Build one reference of each gray level for each text."""
+    images = ImageTensor(flat(*[level for texts in levels.values() for level in texts]))
+    return ReferencesByPrompt(images, [text for text, texts in levels.items() for _ in texts])
+
+
+def test_references_by_prompt_draw_only_those_of_the_prompt() -> None:
+    references = by_prompt({RED.text: (0.1, 0.2), BLUE.text: (0.9,)})
     drawn = references.draw([RED, BLUE] * 50, seeded())[:, 0, 0, 0]
     assert {round(v, 3) for v in drawn[::2].tolist()} == {0.1, 0.2}
     assert {round(v, 3) for v in drawn[1::2].tolist()} == {0.9}
     assert references.images.load(references.rows(RED)).shape == (2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"no reference for the prompt 'a blue ring'.* or use ReferencePool"):
+        by_prompt({RED.text: (0.5,)}).draw([RED, BLUE], seeded())
 
 
-def test_pool_draws_any_for_any_prompt() -> None:
-    pool = ReferencePool.of(flat(0.1, 0.2, 0.3))
+def test_a_pool_draws_any_reference_for_any_prompt() -> None:
+    pool = ReferencePool(ImageTensor(flat(0.1, 0.2, 0.3)))
     drawn = pool.draw([RED] * 60, seeded())
     assert drawn.shape == (60, 3, 4, 4)
     assert len(drawn[:, 0, 0, 0].unique()) == 3
@@ -45,16 +53,11 @@ def test_pool_draws_any_for_any_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [ReferencePool.of(flat(0.1, 0.2, 0.3)), ReferencesByPrompt.of({RED.text: flat(0.1, 0.2, 0.3)})]
+    "references", [ReferencePool(ImageTensor(flat(0.1, 0.2, 0.3))), by_prompt({RED.text: (0.1, 0.2, 0.3)})]
 )
-def test_draws_follow_the_generator(kind: ReferencePool | ReferencesByPrompt) -> None:
-    first, again, other = (kind.draw([RED] * 30, seeded(seed)) for seed in (1, 1, 2))
+def test_draws_follow_the_generator(references: ReferencePool | ReferencesByPrompt) -> None:
+    first, again, other = (references.draw([RED] * 30, seeded(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
-
-
-def test_a_prompt_without_references_is_named() -> None:
-    with pytest.raises(ValueError, match=r"no reference for the prompt 'a blue ring'.* by ReferencePool"):
-        ReferencesByPrompt.of({RED.text: flat(0.5)}).draw([RED, BLUE], seeded())
 
 
 def test_a_folder_with_substructure_and_prompts(tmp_path: Path) -> None:
@@ -70,14 +73,15 @@ def test_a_folder_with_substructure_and_prompts(tmp_path: Path) -> None:
     assert ImageFolder(tmp_path).names == ("blue/1.jpeg", "red/1.png", "red/2.JPG")
 
 
-def test_a_mapping_may_give_the_prompts(tmp_path: Path) -> None:
+def test_images_and_prompts_must_match(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": 51, "b.png": 204})
-    references = ReferencesByPrompt.read(tmp_path, prompts={"a.png": RED.text, "b.png": BLUE.text})
-    assert references.draw([BLUE, RED], seeded())[:, 0, 0, 0].tolist() == pytest.approx([0.8, 0.2])
+    row = {name: json.dumps({"file_name": f"{name}.png", "prompt": RED.text}) for name in "abc"}
+    (tmp_path / "prompts.jsonl").write_text(row["a"])
     with pytest.raises(ValueError, match=r"1 images .* have no prompt, such as b\.png.*ReferencePool"):
-        ReferencesByPrompt.read(tmp_path, prompts={"a.png": RED.text})
+        ReferencesByPrompt.read(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text("\n".join(row.values()))
     with pytest.raises(ValueError, match=r"1 files that have a prompt are not in .*, such as c\.png"):
-        ReferencesByPrompt.read(tmp_path, prompts={"a.png": RED.text, "b.png": BLUE.text, "c.png": RED.text})
+        ReferencesByPrompt.read(tmp_path)
 
 
 def test_missing_or_broken_prompts_are_explained(tmp_path: Path) -> None:
@@ -93,32 +97,37 @@ def test_different_sizes_need_a_size(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": 51})
     write(tmp_path, {"b.png": 51}, size=(8, 8))
     with pytest.raises(ValueError, match=r"different sizes \(b\.png is not 6 x 4\): give size="):
-        ReferencePool.read(tmp_path).images.load([0, 1])
-    assert ReferencePool.read(tmp_path, size=(5, 7)).images.load([0, 1]).shape == (2, 3, 5, 7)
+        ImageFolder(tmp_path).load([0, 1])
+    assert ImageFolder(tmp_path, size=(5, 7)).load([0, 1]).shape == (2, 3, 5, 7)
 
 
 def test_files_that_are_not_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a folder"):
-        ReferencePool.read(tmp_path / "absent")
+        ImageFolder(tmp_path / "absent")
     with pytest.raises(ValueError, match="has no images: put PNG or JPEG"):
-        ReferencePool.read(tmp_path)
+        ImageFolder(tmp_path)
     (tmp_path / "fake.png").write_text("not an image")
-    with pytest.raises(ValueError, match=r"expected an image \(PNG or JPEG\), but .*fake\.png cannot be read"):
-        ReferencePool.read(tmp_path).draw([RED], seeded())
+    with pytest.raises(ValueError, match=r"fake\.png cannot be read as an image"):
+        ImageFolder(tmp_path).load([0])
     (tmp_path / "sound.wav").write_bytes(b"RIFF")
     (tmp_path / "song.mp3").write_bytes(b"ID3")
     with pytest.raises(ValueError, match=r"expected images \(PNG or JPEG\) in .*, found song\.mp3 and 1 more"):
-        ReferencePool.read(tmp_path)
+        ImageFolder(tmp_path)
 
 
-def test_tensors_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"must be floats \(N, 3, H, W\) in \[0, 1\], not torch\.uint8"):
-        ReferencePool.of(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"of shape \(2, 1, 400\)"):
-        ReferencePool.of(torch.zeros(2, 1, 400))
-    with pytest.raises(ValueError, match="no reference images"):
-        ReferencePool.of(torch.zeros(0, 3, 4, 4))
-    with pytest.raises(ValueError, match="no reference images"):
-        ReferencesByPrompt.of({})
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), r"must be floats \(N, 3, H, W\) in \[0, 1\], not torch\.uint8"),
+        (torch.zeros(2, 1, 400), r"of shape \(2, 1, 400\)"),
+        (torch.zeros(0, 3, 4, 4), "no reference images"),
+    ],
+)
+def test_tensors_are_checked(images: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageTensor(images)
+
+
+def test_every_reference_needs_a_prompt() -> None:
     with pytest.raises(ValueError, match="2 reference images have 1 prompts"):
         ReferencesByPrompt(ImageTensor(flat(0.1, 0.2)), ["one"])
