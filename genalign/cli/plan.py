@@ -1,250 +1,116 @@
-"""``genalign plan``: a training run looked through before any weights are read."""
+"""``genalign plan``: the geometry, calls and memory of a training run, and what would be refused, without weights."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
+import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
-from huggingface_hub import constants
-from huggingface_hub.file_download import repo_folder_name
 from rich.console import Console
 from rich.table import Table
 
 from genalign.cli import config
-from genalign.cli.context import CommandContext, prompt_set, require_rate
-from genalign.cli.memory import counted as count
-from genalign.cli.memory import estimate, reliefs
+from genalign.cli.context import CommandContext, named_rewards, prompt_set, require_rate
 from genalign.cli.train import require_trackers
-from genalign.evaluation.evaluate import plan as jobs
-from genalign.scoring.budget import DECODE, FORWARD, Ledger
-from genalign.training.dry_run import Counted
-from genalign.training.memory_estimate import FORMULAS, Held, Outline, Part, seconds
-from genalign.training.reward_hacking import due
-from genalign.training.run import RunFolder
-from genalign.training.trainer import adam
+from genalign.diffusion.policy import Lora, Policy
+from genalign.training.dry_run import DryRun, ToyPipeline, dry_run
+from genalign.training.memory_estimate import Outline, estimate_memory
+from genalign.training.run_folder import RunFolder
+from genalign.training.settings import optimizer_class
 from genalign.types import Prompt, PromptSet
-
-_WEIGHTS_OF_REWARDS = {"model", "processor", "tokenizer", "weights"}
-Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class Plan(config.Train):
-    """A training configuration to be looked through: what a round and the run will do, hold and take, what is missing,
-    and what training would refuse. No weights are read. ``prices`` is a file that `genalign prices` wrote.
-    """
-
-    prices: str | None = None
-
-
-@dataclass
-class Refusals:
-    """What training would refuse, in its own words."""
-
-    messages: list[str] = field(default_factory=list)
-
-    def attempt(self, step: Callable[[], Found]) -> Found | None:
-        """What ``step`` gives; None, and its message, where it is refused."""
-        try:
-            return step()
-        except config.REFUSED as error:
-            if str(error) not in self.messages:
-                self.messages.append(str(error))
-            return None
 
 
 def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """``genalign plan``; the exit status is 2 where training would be refused, with every reason on standard error."""
-    settings, plain = config.parse(Plan, arguments, "plan")
-    refusals, console = Refusals(), Console()
-    refusals.attempt(lambda: RunFolder(Path(settings.output)).require_unused())
-    refusals.attempt(lambda: context.require(settings.model))
-    refusals.attempt(lambda: adam(settings.training))
-    refusals.attempt(lambda: require_trackers(settings.trackers))
-    outline = refusals.attempt(lambda: context.outline(settings.model))
-    if outline is not None:
-        refusals.attempt(lambda: require_rate(settings, outline.pipeline.sample_rate))
-    counted = refusals.attempt(lambda: count(settings, outline, _prompts(settings, refusals)))
-    if counted is not None:
-        watched = refusals.attempt(lambda: _watched(settings, counted.rounds)) or {}
-        console.print(_geometry(settings, counted), _calls(counted, watched))
-        _print_time(console, settings, counted, watched, refusals)
-    if outline is not None and counted is not None:
-        refusals.attempt(lambda: _print_memory(console, context, settings, outline, counted))
-    _print_weights_of_rewards(console, plain["rewards"], refusals)
-    for message in refusals.messages:
-        print(f"error: {message}", file=sys.stderr)
-    return 2 if refusals.messages else 0
+    """Run ``genalign plan``: exit status 2 if training would be refused, with every reason on standard error."""
+    settings, _ = config.parse(config.Train, arguments, "plan")
+    training, sampling = settings.training, settings.sampling
+    reasons: dict[str, None] = {}
+
+    @contextlib.contextmanager
+    def collecting() -> Iterator[None]:
+        try:
+            yield
+        except config.INPUT_ERRORS as error:
+            reasons[str(error)] = None
+
+    # Refuse what this machine cannot run
+    with collecting():
+        RunFolder(Path(settings.output)).require_unused()
+    with collecting():
+        context.require(settings.model)
+    with collecting():
+        optimizer_class(training)
+    with collecting():
+        require_trackers(settings.trackers)
+    for source in settings.evaluation_prompts():
+        with collecting():
+            prompt_set(source)
+
+    # Count the calls; without the checkpoint or the prompts, on placeholders
+    prompts = PromptSet("prompts", tuple(Prompt(str(number)) for number in range(training.prompts_per_round)))
+    with collecting():
+        prompts = prompt_set(settings.prompts)
+    outline: Outline | None = None
+    with collecting():
+        outline = context.outline(settings.model)
+        require_rate(settings, outline.pipeline.sample_rate)
+        outline.pipeline.require_guidance(sampling.guidance)
+    with collecting():
+        toy = ToyPipeline.like(outline.pipeline, sampling) if outline else ToyPipeline.flow(sampling.num_steps)
+        rewards = named_rewards(settings.rewards)
+        result = dry_run(toy, rewards, prompts, settings.recipe, training, sampling.guidance)
+        _print_calls(settings, outline, result)
+        if outline is not None:
+            _print_memory(settings, outline, result.stored)
+
+    for reason in reasons:
+        print(f"error: {reason}", file=sys.stderr)
+    return 2 if reasons else 0
 
 
-def _prompts(settings: Plan, refusals: Refusals) -> PromptSet:
-    """The prompts, or as many stand-ins as a round needs."""
-    stand_ins = PromptSet("prompts", tuple(Prompt(str(i)) for i in range(settings.training.prompts_per_round)))
-    return refusals.attempt(lambda: prompt_set(settings.prompts)) or stand_ins
-
-
-def _watched(settings: Plan, rounds: int) -> dict[str, Ledger]:
-    """What is made for evaluations beside training, by their names; none of it is in the run's own bill."""
-    alarms = _looks(rounds, settings.reward_hacking.every)
-    asked: list[tuple[str, config.HeldOut | config.Hacking | config.BeforeAfter | None, int]] = [
-        ("held_out", settings.held_out, _looks(rounds, settings.held_out.every)),
-        ("reward_hacking", settings.reward_hacking, alarms and alarms + 1),  # and one before training
-        ("before_after", settings.before_after, 2),
-    ]
-    sampling = settings.evaluation or settings.sampling
-    evaluations = sampling.num_steps * (2 if sampling.guidance > 1 else 1)
-    made = {}
-    for name, chosen, times in asked:
-        if chosen is None or not times:
-            continue
-        images = times * len(jobs(prompt_set(chosen.prompts), chosen.samples_per_task, chosen.seeds))
-        made[name] = Ledger()
-        made[name].bill(FORWARD, images * evaluations)
-        made[name].bill(DECODE, images)
-    return made
-
-
-def _looks(rounds: int, every: int) -> int:
-    """After how many of the rounds a look is due; 0 for never."""
-    return sum(due(done, every, done == rounds) for done in range(1, rounds + 1)) if every else 0
-
-
-def _geometry(settings: Plan, counted: Counted) -> Table:
-    chosen = settings.training
-    images = chosen.prompts_per_round * chosen.group_size
-    batches = images // chosen.batch_size
-    table = Table("geometry", "", title=f"plan of {settings.output}", title_justify="left")
-    table.add_row("images a round", f"{chosen.prompts_per_round} prompts x {chosen.group_size} = {images}")
-    table.add_row(
-        "batches a round", f"{batches} of {chosen.batch_size}, {batches // chosen.updates_per_round} an update"
+def _print_calls(settings: config.Train, outline: Outline | None, result: DryRun) -> None:
+    """Print the sizes of a round and of the run, and the calls of single samples."""
+    training, windows = settings.training, result.windows
+    samples = training.prompts_per_round * training.group_size
+    batches = samples // training.batch_size
+    window_sizes = "/".join(str(size) for size in sorted({len(window) for window in windows}))
+    _print_table(
+        ("geometry", ""),
+        {
+            "sample": " x ".join(map(str, outline.pipeline.sample_shape)) if outline else "no checkpoint",
+            "latents": " x ".join(map(str, outline.pipeline.latent_shape)) if outline else "no checkpoint",
+            "samples a round": f"{training.prompts_per_round} prompts x {training.group_size} = {samples}",
+            "batches a round": f"{batches} of {training.batch_size}",
+            "optimizer steps a round": f"{training.updates_per_round}",
+            "trained steps": f"{window_sizes} of {settings.sampling.num_steps}, {len(windows)} different windows",
+            "rounds": f"{result.rounds} of {training.rounds}",
+            "samples": f"{result.rounds * samples:,}",
+            "optimizer steps": f"{result.rounds * training.updates_per_round:,}",
+        },
     )
-    table.add_row("optimiser steps a round", str(chosen.updates_per_round))
-    table.add_row("rounds", f"{counted.rounds}{' (max_nfe)' if counted.rounds < chosen.rounds else ''}")
-    table.add_row("optimiser steps", f"{counted.rounds * chosen.updates_per_round:,}")
-    table.add_row("images", f"{counted.rounds * images:,}")
-    table.add_row("trained steps", _windows(counted, settings.sampling.num_steps))
-    return table
+    counts = result.total.counts
+    rows = {call: f"{result.first.counts[call]:,} a round, {counts[call]:,} in all" for call in sorted(counts)}
+    _print_table(("calls of single samples", "without evaluations"), rows)
 
 
-def _windows(counted: Counted, total: int) -> str:
-    sizes = {len(window) for window in counted.windows}
-    if sizes == {0}:
-        return "none: final samples are noised anew"
-    shown = "/".join(str(size) for size in sorted(sizes))
-    return f"{shown} of {total}" + (f", {len(counted.windows)} windows" if len(counted.windows) > 1 else "")
+def _print_memory(settings: config.Train, outline: Outline, stored: int) -> None:
+    """Print the sizes of the networks and the memory estimate."""
+    lora = settings.lora or (Lora() if settings.init_lora else None)  # init_lora may have another rank
+    policy = Policy(outline.pipeline.denoiser, lora, settings.ema_decay)
+    memory = estimate_memory(outline, policy, settings.recipe, settings.training, settings.sampling.guidance, stored)
+    counts = {network.name: network.parameters for network in outline.networks}
+    counts["trained"] = sum(parameter.numel() for parameter in policy.parameters)
+    _print_table(("network", "million parameters"), {name: f"{count / 1e6:,.3f}" for name, count in counts.items()})
+    sizes = {f"always: {name}": size for name, size in memory.always.items()}
+    sizes |= {f"{phase}: {name}": size for phase, extra in memory.phases.items() for name, size in extra.items()}
+    sizes |= {f"sum while {phase}": size for phase, size in memory.peaks.items()}
+    rows = {name: f"{size / 2**30:,.3f}" for name, size in sizes.items()}
+    _print_table(("estimated memory, without rewards' networks", "GiB"), rows)
 
 
-def _calls(counted: Counted, watched: Mapping[str, Ledger]) -> Table:
-    """Calls of single samples by name; guidance counts twice."""
-    table = Table("calls of single samples", "first round", "whole run")
-    for call in sorted(counted.total.counts):
-        table.add_row(call, f"{counted.first.counts[call]:,}", f"{counted.total.counts[call]:,}")
-    for name, ledger in watched.items():
-        table.add_row(f"{name}: forward", "", f"{ledger.nfe:,}")
-        table.add_row(f"{name}: decode", "", f"{ledger.decodes:,}")
-    return table
-
-
-def _print_time(
-    console: Console, settings: Plan, counted: Counted, watched: Mapping[str, Ledger], refusals: Refusals
-) -> None:
-    source = settings.prices
-    if source is None:
-        console.print("time: not estimated; measure with `genalign prices --output prices.json` and give --prices")
-        return
-    prices = refusals.attempt(lambda: _read_prices(Path(source)))
-    if prices is None:
-        return
-    taken = refusals.attempt(
-        lambda: (seconds(counted.total, prices), sum(seconds(ledger, prices) for ledger in watched.values()))
-    )
-    if taken is not None:
-        console.print(
-            f"time: {taken[0] / 60:,.1f} min of training and {taken[1] / 60:,.1f} min of evaluations at the prices of"
-            f" {source}, without optimiser steps; a backward pass is taken as two forwards"
-        )
-
-
-def _read_prices(path: Path) -> dict[str, float]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no prices in {path}: write them by genalign prices --output {path}")
-    try:
-        return {str(call): float(price) for call, price in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"{path} is no file of prices: write one by genalign prices --output {path}") from None
-
-
-def _print_memory(
-    console: Console, context: CommandContext, settings: Plan, outline: Outline, counted: Counted
-) -> None:
-    found = estimate(settings, outline, counted.stored)
-    console.print(_networks(found.parts, found.trained, settings))
-    console.print(_memory(found.held), _reliefs(reliefs(context, settings, counted.stored)), *FORMULAS, sep="\n")
-
-
-def _reliefs(peaks: Mapping[str, float]) -> Table:
-    table = Table("to hold less", "largest sum, GiB")
-    for arguments, peak in peaks.items():
-        table.add_row(arguments, f"{peak / 2**30:,.3f}")
-    return table
-
-
-def _networks(parts: Sequence[Part], trained: int, settings: Plan) -> Table:
-    table = Table("network", "millions", "weights")
-    for part in parts:
-        table.add_row(part.name, f"{part.numbers / 1e6:,.3f}", "here" if part.present else "not here: downloaded first")
-    what = (
-        "the whole network"
-        if settings.lora is None
-        else f"LoRA {settings.init_lora or f'of rank {settings.lora.rank}'}"
-    )
-    table.add_row("trained", f"{trained / 1e6:,.3f}", what)
-    return table
-
-
-def _memory(found: Held) -> Table:
-    table = Table("estimate of memory", "GiB")
-    rows = [(f"always: {name}", size) for name, size in found.always.items()]
-    rows += [(f"{phase}: {name}", size) for phase, extra in found.phases.items() for name, size in extra.items()]
-    rows += [(f"sum while {phase}", size) for phase, size in found.peaks().items()]
-    for name, size in rows:
-        table.add_row(name, f"{size / 2**30:,.3f}")
-    return table
-
-
-def _print_weights_of_rewards(console: Console, rewards: Mapping[str, Any], refusals: Refusals) -> None:
-    for repository in sorted(set(_repositories(rewards))):
-        if _is_cached(repository):
-            continue
-        console.print(f"rewards: {repository} is not in the local cache; it is downloaded at the first call")
-        if constants.HF_HUB_OFFLINE:
-            refusals.messages.append(
-                f"{repository} is not in the local cache, and HF_HUB_OFFLINE is set: while online, run `hf download"
-                f" {repository}`"
-            )
-
-
-def _repositories(found: Any, key: str = "") -> Iterator[str]:
-    """Hub ids among the settings of rewards that name weights, and addresses hf://owner/repository/file."""
-    if isinstance(found, dict):
-        for name, value in found.items():
-            yield from _repositories(value, name)
-    elif isinstance(found, list):
-        for value in found:
-            yield from _repositories(value, key)
-    elif isinstance(found, str) and not os.path.exists(found):
-        named = r"([\w.-]+/[\w.-]+)"
-        address = re.match(f"hf://{named}/", found) or (key in _WEIGHTS_OF_REWARDS and re.fullmatch(named, found))
-        if address:
-            yield address[1]
-
-
-def _is_cached(repository: str) -> bool:
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
-    return (folder / "snapshots").is_dir()
+def _print_table(titles: tuple[str, str], rows: Mapping[str, str]) -> None:
+    table = Table(*titles)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)

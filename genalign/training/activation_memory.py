@@ -1,9 +1,10 @@
-"""What a network's passes hold in memory, measured by running them on torch's meta device: shapes without values."""
+"""The memory that a network's passes need, measured by running them on torch's meta device: shapes without values."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,10 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-class _Fused(torch.autograd.Function):
-    """Attention as fused kernels keep it: query, key, value and output, nothing quadratic in the tokens. Its values are
-    not computed.
-    """
+class _FusedAttentionFunction(torch.autograd.Function):
+    """Attention that saves what fused kernels save: query, key, value, output. Its values are not computed."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -23,109 +22,84 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, output)
         return output
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _fused(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
-    attended: Tensor = _Fused.apply(query, key, value)
-    return attended
-
 
 class FusedAttention(TorchFunctionMode):
-    """Within it, ``scaled_dot_product_attention`` keeps what fused kernels keep; the meta device has none of them."""
+    """A context in which ``scaled_dot_product_attention`` saves what fused kernels save; the meta device has none."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        called = _fused if func is F.scaled_dot_product_attention else func
-        return called(*args, **(kwargs or {}))
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs or {})
+        return _FusedAttentionFunction.apply(named["query"], named["key"], named["value"])
 
 
-@dataclass
-class _Tally:
-    """Bytes by storage: of what is kept, and of what is kept inside the block that is running."""
+def saved_activations(network: nn.Module, run: Callable[[], Tensor], checkpointing: bool) -> int:
+    """Bytes that autograd saves during ``run``, a forward pass of ``network``: each storage once, without weights.
 
-    own: set[int]
-    kept: dict[int, int] = field(default_factory=dict)
-    inside: dict[int, int] | None = None
-    largest: int = 0
+    With ``checkpointing`` this is the peak of the backward pass: the inputs of all checkpointed blocks, everything
+    saved outside of them, and everything saved within the largest of them.
+    """
+    weights = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
+    outside: dict[int, int] = {}  # bytes by storage
+    blocks: list[dict[int, int]] = [{}]
+    saving = outside
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Autograd keeps a tensor."""
-        self._add(self.kept if self.inside is None else self.inside, tensor)
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saving[storage._cdata] = storage.nbytes()
         return tensor
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A checkpointed block begins: its inputs are kept."""
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal saving
         for tensor in _tensors([*args, *kwargs.values()]):
-            self._add(self.kept, tensor)
-        self.inside = {}
+            save(tensor)
+        saving = {}
+        blocks.append(saving)
 
-    def leave(self, module: nn.Module, args: object, output: object) -> None:
-        """It ends: the rest is forgotten, and computed again when its turn comes."""
-        self.largest = max(self.largest, sum((self.inside or {}).values()))
-        self.inside = None
+    def leave(module: nn.Module, args: object, output: object) -> None:
+        nonlocal saving
+        saving = outside
 
-    def _add(self, where: dict[int, int], tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.own:
-            where[storage._cdata] = storage.nbytes()
-
-
-def kept_for_backward(network: nn.Module, run: Callable[[], Tensor], checkpointing: bool) -> int:
-    """Bytes that autograd keeps of ``run``, a pass through ``network``: every saved storage once, weights left out.
-
-    With ``checkpointing`` what it keeps at most: the inputs of all checkpointed blocks, what is saved outside of them,
-    and what is saved within the largest of them.
-    """
-    tally = _Tally({tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())})
-    blocks = list(checkpointed(network)) if checkpointing else []
-    handles = [block.register_forward_pre_hook(tally.enter, with_kwargs=True) for block in blocks]
-    handles += [block.register_forward_hook(tally.leave) for block in blocks]
-    try:
-        with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(tally.keep, lambda tensor: tensor):
-            output = run()  # held until the sum is taken: a freed storage's identity can come again
-        total = sum(tally.kept.values()) + tally.largest
+    with contextlib.ExitStack() as hooks:
+        for block in checkpointed_blocks(network) if checkpointing else ():
+            hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(leave))
+        with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            output = run()  # alive until the sum is taken: the address of a freed storage may be used again
+        total = sum(outside.values()) + max(sum(inside.values()) for inside in blocks)
         del output
         return total
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def checkpointed(network: nn.Module) -> Iterator[nn.Module]:
-    """The blocks that diffusers computes again under gradient checkpointing: the entries of the module lists of modules
-    that know the flag, down to the innermost.
+def checkpointed_blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """The blocks that diffusers recomputes under gradient checkpointing, down to the innermost.
+
+    They are the entries of the module lists of every module that has the flag ``gradient_checkpointing``.
     """
     for module in network.modules():
         if "gradient_checkpointing" in vars(module):
-            lists = (child for child in module.children() if isinstance(child, nn.ModuleList))
-            yield from (block for entries in lists for block in entries if not _knows_the_flag(block))
-
-
-def _knows_the_flag(block: nn.Module) -> bool:
-    return any("gradient_checkpointing" in vars(module) for module in block.modules())
+            for block in itertools.chain(*(child for child in module.children() if isinstance(child, nn.ModuleList))):
+                if not any("gradient_checkpointing" in vars(inner) for inner in block.modules()):
+                    yield block
 
 
 @torch.no_grad()
 def largest_layer(network: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Bytes of the input and the output of the layer of ``network`` for which ``run`` has most of them."""
-    found = [0]
+    """The most bytes that the input and output of one layer of ``network`` take during ``run``."""
+    sizes = [0]
 
     def measure(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found.append(sum(tensor.nbytes for tensor in _tensors([*args, output])))
+        sizes.append(sum(tensor.nbytes for tensor in _tensors([*args, output])))
 
-    handles = [layer.register_forward_hook(measure) for layer in network.modules() if not list(layer.children())]
-    try:
-        with FusedAttention():
-            run()
-        return max(found)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, FusedAttention():
+        for layer in network.modules():
+            if not list(layer.children()):
+                hooks.enter_context(layer.register_forward_hook(measure))
+        run()
+    return max(sizes)
 
 
 def _tensors(values: Sequence[object]) -> list[Tensor]:

@@ -1,9 +1,8 @@
-"""Checkpoints to resume a run from: numbered, checksummed, written beside and renamed; the last few are retained.
+"""Checkpoints to resume a run from: numbered, checksummed, written atomically; the last few are retained.
 
-``checkpoints/round-000012/`` holds state.safetensors and state.json, manifest.json with the size and SHA-256 of both,
-and, while it is the newest, scores.jsonl (see ``genalign.scoring.score_log``), or scores-1.jsonl and so on of further
-ranks.
-``checkpoints/latest`` is a link to the newest.
+``checkpoints/round-000012/`` holds state.safetensors, state.json, and manifest.json with the size and SHA-256 of both.
+The newest also has scores.jsonl, the score log of the rounds after it (``genalign.scoring.score_log``); further ranks
+write scores-1.jsonl and so on. ``checkpoints/latest`` is a link to the newest.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _PART = ".part"  # the suffix of folders that are unfinished, or being removed
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """Settings: a checkpoint every ``every`` rounds, of which the last ``keep`` are retained."""
+    """Settings: write a checkpoint every ``every`` rounds, and retain the last ``keep``."""
 
     every: int = 1
     keep: int = 2
@@ -46,12 +45,12 @@ class Checkpointing:
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint whose files are not as they were written."""
+    """A checkpoint with files that are missing or do not match their checksums."""
 
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """An intact checkpoint of a run, and the number of rounds before it."""
+    """An intact checkpoint of a run after ``rounds`` rounds."""
 
     path: Path
     rounds: int
@@ -67,14 +66,14 @@ class RunCheckpoint:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints in ``folder``; saving retains the last ``keep``. The main rank writes them."""
+    """The checkpoints in ``folder``, of which saving retains the last ``keep``. The main rank writes them."""
 
     folder: Path
     keep: int = 2
     processes: ProcessGroup = SINGLE_PROCESS
 
     def save(self, rounds: int, parts: Mapping[str, Stateful]) -> Path:
-        """Write the state of ``parts`` after ``rounds`` rounds; the path of the checkpoint.
+        """Write the state of ``parts`` after ``rounds`` rounds, and return the path of the checkpoint.
 
         Raises OSError on every rank if writing fails; earlier checkpoints stay intact.
         """
@@ -91,22 +90,28 @@ class Checkpoints:
         return path
 
     def _save(self, path: Path, rounds: int, states: Mapping[str, State]) -> None:
+        """Write a checkpoint beside its place and rename it, so that it is complete or absent."""
         for unfinished in self.folder.glob(f"round-*{_PART}"):  # left by a killed process
             shutil.rmtree(unfinished, ignore_errors=True)
         beside = path.with_name(path.name + _PART)
         try:
             _write(beside, rounds, states)
-            _discard(path)  # one that was damaged
+            _discard(path)  # a damaged checkpoint of the same round
             os.rename(beside, path)
         except OSError:
             shutil.rmtree(beside, ignore_errors=True)
             raise
         sync(self.folder)
         self._point(path)
-        self._prune(path)
+
+        # Remove checkpoints before the last ``keep``, and damaged ones of later rounds
+        paths = self._all()
+        end = paths.index(path) + 1
+        for old in [*paths[: max(0, end - self.keep)], *paths[end:]]:
+            _discard(old)
 
     def latest(self) -> RunCheckpoint | None:
-        """The newest intact checkpoint, with a warning for each newer one that is damaged; None if there are none.
+        """Return the newest intact checkpoint, with a warning for each damaged newer one; None if there are none.
 
         Raises DamagedCheckpointError if all are damaged.
         """
@@ -127,12 +132,12 @@ class Checkpoints:
         return None
 
     def scores(self, since: RunCheckpoint) -> list[Path]:
-        """Score logs written since a checkpoint."""
-        places = [path for path in self._all() if path.name >= since.path.name]
-        return [scores for path in places for scores in sorted(path.glob("scores*.jsonl"))]
+        """List the score logs that were written since a checkpoint."""
+        paths = [path for path in self._all() if path.name >= since.path.name]
+        return [scores for path in paths for scores in sorted(path.glob("scores*.jsonl"))]
 
     def own_scores(self, path: Path) -> Path:
-        """This rank's score log of the rounds after the checkpoint at ``path``."""
+        """Return the path of this rank's score log of the rounds after the checkpoint at ``path``."""
         return path / (f"scores-{self.processes.rank}.jsonl" if self.processes.rank else "scores.jsonl")
 
     def _all(self) -> list[Path]:
@@ -145,13 +150,6 @@ class Checkpoints:
             link.symlink_to(path.name)
             os.replace(link, self.folder / "latest")
 
-    def _prune(self, saved: Path) -> None:
-        """Remove checkpoints before the last ``keep``, and damaged ones after ``saved``."""
-        places = self._all()
-        until = places.index(saved) + 1
-        for path in [*places[: max(0, until - self.keep)], *places[until:]]:
-            _discard(path)
-
 
 def _write(beside: Path, rounds: int, states: Mapping[str, State]) -> None:
     """Write all files of a checkpoint, and flush them to the disk."""
@@ -160,7 +158,7 @@ def _write(beside: Path, rounds: int, states: Mapping[str, State]) -> None:
         tensors |= with_prefix(f"{name}.", state.tensors)
     save_state(beside / _TENSORS, tensors, {})
     parts = {name: state.numbers for name, state in states.items()}
-    write_json(beside / _NUMBERS, {"parts": parts, "tensors": list(tensors)})  # whose order safetensors does not keep
+    write_json(beside / _NUMBERS, {"parts": parts, "tensors": list(tensors)})  # safetensors loses their order
     files = {name: _fingerprint(beside / name) for name in (_TENSORS, _NUMBERS)}
     write_json(beside / _MANIFEST, {"format": FORMAT, "rounds": rounds, "files": files})
     for path in (*beside.iterdir(), beside):
@@ -173,7 +171,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _verify(path: Path) -> RunCheckpoint:
-    """Compare a checkpoint with its manifest. Raises DamagedCheckpointError with the problem."""
+    """Compare a checkpoint with its manifest. Raises DamagedCheckpointError if they differ."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         rounds, files, file_format = int(manifest["rounds"]), dict(manifest["files"]), int(manifest["format"])
@@ -185,12 +183,12 @@ def _verify(path: Path) -> RunCheckpoint:
         if not (path / name).is_file():
             raise DamagedCheckpointError(f"{path} is damaged: {name} is missing")
         if _fingerprint(path / name) != files.get(name):
-            raise DamagedCheckpointError(f"{path} is damaged: {name} does not have the checksum it was written with")
+            raise DamagedCheckpointError(f"{path} is damaged: {name} does not match its checksum")
     return RunCheckpoint(path, rounds)
 
 
 def _discard(path: Path) -> None:
-    """Remove a folder if it exists, under another name first, so that half of it is never taken for a checkpoint."""
+    """Rename a folder, if it exists, and then remove it, so that half of it is never taken for a checkpoint."""
     if not path.exists():
         return
     doomed = path.with_name(f"{path.name}.old{_PART}")
@@ -200,7 +198,7 @@ def _discard(path: Path) -> None:
 
 @dataclass(frozen=True)
 class CheckpointWriter:
-    """Saves ``parts`` during a run, and starts a new score log with each checkpoint."""
+    """Saves the state of ``parts`` during a run, and starts a new score log with each checkpoint."""
 
     checkpoints: Checkpoints
     parts: Mapping[str, Stateful]
@@ -208,17 +206,17 @@ class CheckpointWriter:
     every: int = 1
 
     def begin(self) -> None:
-        """Save before the first round. Raises OSError if that fails."""
+        """Save a checkpoint before the first round. Raises OSError if that fails."""
         self.score_log.record_to(self.checkpoints.own_scores(self.checkpoints.save(0, self.parts)))
 
     def resume(self, checkpoint: RunCheckpoint) -> None:
-        """Restore ``checkpoint``, and replay the scores that were logged since."""
+        """Restore ``checkpoint``, and load the scores that were logged since."""
         checkpoint.restore(self.parts)
         self.score_log.load(self.checkpoints.scores(checkpoint))
         self.score_log.record_to(self.checkpoints.own_scores(checkpoint.path))
 
     def after(self, rounds: int, last: bool) -> None:
-        """Save after ``rounds`` rounds if a checkpoint is due; a warning if that fails."""
+        """Save a checkpoint after ``rounds`` rounds if one is due, and log a warning if that fails."""
         if rounds % self.every and not last:
             return
         try:

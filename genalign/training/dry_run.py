@@ -1,12 +1,13 @@
-"""What a training run will call, counted by the run itself: the real loop on a stand-in of one number a sample."""
+"""The calls of a training run, counted by running its real loop on a toy pipeline whose samples are one number."""
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,64 +20,54 @@ from genalign.diffusion.policy import Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Ledger
 from genalign.scoring.score import NamedReward
-from genalign.training.trainer import Trainer, TrainerSettings
-from genalign.types import Conditioning, Grid, NoiseLevel, Path, Pipeline, Prompt, PromptSet
+from genalign.training.settings import TrainerSettings
+from genalign.training.trainer import Trainer
+from genalign.types import Conditioning, Grid, NoiseLevel, Path, Pipeline, PromptSet
 
 
-@dataclass(frozen=True)
-class Levels:
-    """What of a checkpoint decides how often its network is called: its path, its grid and its training levels."""
+class ToyPipeline:
+    """A pipeline on a real path and grid, whose latents and samples are one number, (B, 1)."""
 
-    path: Path
-    grid: Grid
-    level: Callable[[Tensor], NoiseLevel]
-
-    @classmethod
-    def of(cls, pipeline: Pipeline, sampling: Sampling) -> Levels:
-        """Those of a pipeline, which may be without values."""
-        return cls(pipeline.path, sampling.grid(pipeline), pipeline.level)
-
-    @classmethod
-    def straight(cls, num_steps: int) -> Levels:
-        """A flow on equal steps, for a checkpoint that is not known."""
-        sigma = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-        return cls(FlowPath(), Grid(1000 * sigma[:-1], 1 - sigma, sigma), lambda u: NoiseLevel(1000 * u, 1 - u, u))
-
-
-class StandIn:
-    """A pipeline whose samples are one number, and whose network is a multiplication."""
-
-    def __init__(self, levels: Levels) -> None:
-        self.path, self.level, self._grid = levels.path, levels.level, levels.grid
+    def __init__(self, path: Path, grid: Grid, level: Callable[[Tensor], NoiseLevel]) -> None:
+        self.path, self.level, self.steps = path, level, grid
         self.denoiser: nn.Module = nn.Linear(1, 1, bias=False)
         nn.init.constant_(self.denoiser.weight, 0.1)
 
+    @classmethod
+    def like(cls, pipeline: Pipeline, sampling: Sampling) -> Self:
+        """Take path, grid and training levels from a pipeline, which may be on the meta device."""
+        return cls(pipeline.path, sampling.grid(pipeline), pipeline.level)
+
+    @classmethod
+    def flow(cls, num_steps: int) -> Self:
+        """Take a flow on equal steps, for a checkpoint that could not be opened."""
+        sigma = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        grid = Grid(1000 * sigma[:-1], 1 - sigma, sigma)
+        return cls(FlowPath(), grid, lambda u: NoiseLevel(1000 * u, 1 - u, u))
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """One zero for each prompt."""
         return Conditioning({"text": torch.zeros(len(prompts), 1)})
 
     def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
-        """The one that it was made with."""
-        return self._grid
+        return self.steps
 
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
-        """(B, 1)."""
         return seeded_noise(seeds, torch.empty(1, 1))
 
     def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
-        """A tenth of x (B, 1)."""
         output: Tensor = self.denoiser(x)
         return output
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The latents."""
         return latents
 
 
 @dataclass(frozen=True)
-class Counted:
-    """Ledgers of the first round and of all ``rounds``. ``stored`` is how many numbers a round keeps for each number of
-    a latent of each sample; ``windows`` are the different sets of steps that rounds train.
+class DryRun:
+    """The calls of the ``first`` round and of all ``rounds``.
+
+    ``windows`` are the different sets of trained steps, and ``stored`` the tensors of a latent's size that a round
+    stores for each sample.
     """
 
     rounds: int
@@ -86,81 +77,58 @@ class Counted:
     stored: int
 
 
-def count(
-    levels: Levels,
+def dry_run(
+    toy: ToyPipeline,
     rewards: Sequence[NamedReward],
     prompts: PromptSet,
     recipe: Recipe,
     settings: TrainerSettings,
     guidance: float,
-) -> Counted:
-    """Every call of a run, provided that no two rewards are equal where a method looks at which is larger.
+) -> DryRun:
+    """Count every call of a run, for methods whose calls depend on scores under the assumption that no two are equal.
 
-    A round of each set of trained steps is run with the real ``Trainer``, on stand-ins for the network, the rewards and
-    set features; the others repeat it. Raises ValueError where the recipe, the kernel or the settings are refused.
+    A round of each set of trained steps is run by the real ``Trainer``; the other rounds repeat it.
+
+    Args:
+        toy: The pipeline to run on.
+        rewards: The rewards, of which only names and weights are used.
+        prompts: The prompts of the run, or as many others.
+        recipe: The method.
+        settings: Size and number of rounds.
+        guidance: The guidance scale; above 1 a prediction is billed twice.
+
+    Raises:
+        ValueError: The recipe, its kernel and the settings do not fit together.
     """
-    total = Counter[str]()
-    windows: dict[tuple[int, ...], tuple[Ledger, int]] = {}
-    order: list[tuple[int, ...]] = []
-    for index in range(settings.rounds):
-        if settings.progress(index, total["forward"]) >= 1:
-            break
-        order.append(recipe.steps(levels.grid, index, settings.seed))
-        if order[-1] not in windows:
-            windows[order[-1]] = _round(levels, rewards, prompts, _on(recipe, order[-1]), settings, guidance)
-        total.update(windows[order[-1]][0].counts)
-    stored = max(numbers for _, numbers in windows.values())
-    return Counted(len(order), tuple(windows), windows[order[0]][0], Ledger(total), stored)
+    # Replace whatever needs weights: rewards, features of samples, and the reward of a set of features
+    rewards = [replace(r, function=lambda samples, _: samples[:, 0], weight=float(r.weight != 0)) for r in rewards]
+    if recipe.features:
+        recipe = replace(recipe, features=lambda samples: samples)
+    if isinstance(recipe.credit, SetContrast):
+        recipe = replace(recipe, credit=replace(recipe.credit, reward=lambda features: float(features.mean())))
+    one_round = replace(settings, rounds=1, max_nfe=None, optimizer="adamw")
+    sampling = Sampling(len(toy.steps), guidance=guidance)
 
-
-def _on(recipe: Recipe, steps: tuple[int, ...]) -> Recipe:
-    """The recipe on these steps in every round, with a set reward that needs no network."""
-    credit = replace(recipe.credit, reward=_middle) if isinstance(recipe.credit, SetContrast) else recipe.credit
-    features = _flat if recipe.features else None
-    return replace(recipe, schedule=lambda *_: steps, credit=credit, features=features)
-
-
-def _round(
-    levels: Levels,
-    rewards: Sequence[NamedReward],
-    prompts: PromptSet,
-    recipe: Recipe,
-    settings: TrainerSettings,
-    guidance: float,
-) -> tuple[Ledger, int]:
-    """What one round calls, and how many numbers it stores for a sample."""
-    pipeline = StandIn(levels)
-    named = [replace(reward, function=_number, weight=float(reward.weight != 0)) for reward in rewards]
-    once = replace(settings, rounds=1, max_nfe=None, optimizer="adamw")
-    sampling = Sampling(len(levels.grid), guidance=guidance)
-    with _silence():
-        trainer = Trainer(pipeline, Policy(pipeline.denoiser, None), named, prompts, recipe, once, sampling)
-        next(trainer.rounds())
-        ledger = trainer.ledger.copy()
-        asked = next(trainer.prompts.rounds())
-        part = next(trainer.sampler(recipe, recipe.steps(levels.grid, 0, 0), asked, "stored"))
-    kept = [value for value in vars(part.rollout).values() if isinstance(value, Tensor)]
-    return ledger, sum(tensor.numel() for tensor in kept) // len(part.samples)
-
-
-def _number(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return samples[:, 0]
-
-
-def _middle(features: Tensor) -> float:
-    return float(features.mean())
-
-
-def _flat(samples: Tensor) -> Tensor:
-    return samples
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """No warnings about the learning of a stand-in."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    total, order = Counter[str](), list[tuple[int, ...]]()
+    rounds: dict[tuple[int, ...], tuple[Ledger, int]] = {}
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # about how the toy learns
     try:
-        yield
+        for index in range(settings.rounds):
+            if settings.progress(index, total["forward"]) >= 1:
+                break
+            order.append(steps := recipe.steps(toy.steps, index, settings.seed))
+            if steps not in rounds:
+                fixed, pipeline = replace(recipe, schedule=lambda *_, steps=steps: steps), copy.deepcopy(toy)
+                trainer = Trainer(
+                    pipeline, Policy(pipeline.denoiser, None), rewards, prompts, fixed, one_round, sampling
+                )
+                next(trainer.rounds())
+                calls = trainer.ledger.copy()
+                batch = next(trainer.sampler(fixed, steps, next(trainer.prompts.rounds()), "stored"))
+                stored = sum(value.numel() for value in vars(batch.rollout).values() if isinstance(value, Tensor))
+                rounds[steps] = calls, stored // len(batch.samples)
+            total.update(rounds[steps][0].counts)
     finally:
-        logging.disable(before)
+        logging.disable(disabled)
+    return DryRun(len(order), tuple(rounds), rounds[order[0]][0], Ledger(total), max(n for _, n in rounds.values()))

@@ -1,167 +1,137 @@
-"""What a training run will hold in memory and how long it will take, before any weights are read."""
+"""The GPU memory of a training run, estimated from shapes before any weights are read. Checked on no GPU yet."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from safetensors import safe_open
+import torch
+from torch import Tensor
 
-from genalign.diffusion.lora import PEFT_WEIGHTS
+from genalign.algorithms.recipes import Recipe
+from genalign.diffusion.policy import Policy
 from genalign.runtime.memory_options import Memory
-from genalign.scoring.budget import DECODE, FORWARD, Ledger, backward
+from genalign.training.activation_memory import largest_layer, saved_activations
+from genalign.training.settings import TrainerSettings
 from genalign.types import Pipeline
 
-_NF4 = 0.5 + 4 / 64  # four bits a number, and a float32 for every 64 of them
-_QUANTIZED = {"nf4": _NF4, "int8": 1.0}
-_MOMENTS = {"adamw": 8, "adamw8bit": 2}
-FORMULAS = (
-    "networks: numbers x bytes of the precision; quantised linear weights nf4 0.5625, int8 1 byte",
-    "each trained number: float32 weight (in a LoRA) 4, gradient 4, moments 8 or in 8 bits 2, average 4;"
-    " first weights 4 where the whole network is trained; sampling policy 4 where it lags",
-    "kept for the backward pass: every tensor that autograd saves in one prediction for a batch, traced on the meta"
-    " device with fused attention; with checkpointing the blocks' inputs and the largest block; without autocast",
-    "a round: float32 of each sample's stored states, moves, predictions and latents, and of its decoded image",
-    "decoding: three times the decoder's largest layer (input and output) for decode_batch samples",
-    "not counted: rewards' own networks, temporary tensors, the allocator's unused share",
-)
+_QUANTIZED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes per number; nf4 has a float32 for every 64 numbers
+_MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes per number
+
+
+class MetaPipeline(Pipeline, Protocol):
+    """A diffusers pipeline whose networks may be on the meta device, with shapes and no values."""
+
+    pipe: Any
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def sample_rate(self) -> int | None: ...
+
+    def require_guidance(self, guidance: float) -> None: ...
+
+    def longest_conditioning(self, count: int) -> Mapping[str, Tensor]: ...
+
+    def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor: ...
+
+    def run_vae(self, latents: Tensor) -> Tensor: ...
+
+    def zeros(self, *shape: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class Part:
-    """A network of a checkpoint: its numbers, how many of them are weights of linear layers (which quantisation takes),
-    and whether its weight files are on this machine.
-    """
+class NetworkSize:
+    """The parameter count of a network, and how many of them quantization takes: the weights of linear layers."""
 
     name: str
-    numbers: int
+    parameters: int
     linear: int
-    present: bool
-
-    def bytes(self, width: float, quantization: str | None = None) -> float:
-        """In memory, at ``width`` bytes a number."""
-        linear = self.linear * (_QUANTIZED[quantization] if quantization else width)
-        return (self.numbers - self.linear) * width + linear
-
-
-class Blank(Pipeline, Protocol):
-    """A wrapped pipeline whose networks have shapes and no values."""
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """Of one sample: (3, H, W) of an image, (channels, L) of audio."""
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Of one sample."""
-
-    @property
-    def sample_rate(self) -> int | None:
-        """Audio samples a second; None for images."""
-
-    def require_guidance(self, guidance: float) -> None:
-        """Raise ValueError for guidance that the network was not made for."""
-
-
-class Outline(Protocol):
-    """A checkpoint without its weights."""
-
-    @property
-    def pipeline(self) -> Blank: ...
-
-    @property
-    def parts(self) -> Sequence[Part]:
-        """Its networks, the one that is trained first."""
-
-    def kept(self, samples: int, guidance: float) -> int:
-        """Bytes that autograd keeps of one prediction for ``samples``."""
-
-    def decoding(self, samples: int) -> int:
-        """Bytes of the input and the output of the decoder's largest layer for ``samples``."""
 
 
 @dataclass(frozen=True)
-class Training:
-    """What of a configuration decides how much memory is held: ``width`` is bytes a number of the checkpoint, ``lora``
-    whether an adapter is trained, ``lags`` whether another policy samples, ``stored`` that of ``counting.Counted``.
+class Outline:
+    """A checkpoint opened without its weights.
+
+    Args:
+        pipeline: The pipeline; an adapter may be injected into its denoiser.
+        networks: The sizes of its networks without an adapter, the denoiser first.
+        memory: The options that trade speed for memory.
+        width: Bytes per number in the checkpoint's dtype.
     """
 
-    width: int
+    pipeline: MetaPipeline
+    networks: Sequence[NetworkSize]
     memory: Memory
-    optimizer: str
-    lora: bool
-    lags: bool
-    guidance: float
-    batch_size: int
-    images: int
-    stored: int
+    width: int
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes by what they are: held ``always``, and besides them while a phase lasts."""
+class MemoryEstimate:
+    """Bytes by name: held during the whole run (``always``), and in addition during each phase of a round."""
 
     always: Mapping[str, float]
     phases: Mapping[str, Mapping[str, float]]
 
+    @property
     def peaks(self) -> dict[str, float]:
-        """Bytes held in each phase."""
+        """The total bytes in each phase."""
         base = sum(self.always.values())
         return {phase: base + sum(extra.values()) for phase, extra in self.phases.items()}
 
 
-def held(outline: Outline, parts: Sequence[Part], trained: int, training: Training) -> Held:
-    """The memory of the device that trains ``trained`` numbers; see ``FORMULAS``. ``outline`` wears its adapter, and
-    ``parts`` are its networks without it.
-    """
-    trunk, *others = parts
-    width, memory = training.width, training.memory
-    lent = {part.name: part.bytes(width) for part in others}
-    texts = {name: size for name, size in lent.items() if name.startswith("text_encoder")}
-    vae = {name: size for name, size in lent.items() if name == "vae"}
-    trunk_bytes = trunk.bytes(width, memory.quantization) if training.lora else 4.0 * trunk.numbers
-    batch = {"round": _round_bytes(outline, training)}
-    decoded = memory.decode_batch or training.batch_size
-    always = {trunk.name: trunk_bytes, "trained": trained * _bytes_per_trained(training)}
-    return Held(
-        always if memory.offload else always | lent,
-        {
-            "encoding": texts if memory.offload else {},
-            "decoding": (vae if memory.offload else {}) | batch | {"layers": 3.0 * outline.decoding(decoded)},
-            "learning": batch | {"kept": float(outline.kept(training.batch_size, training.guidance))},
-        },
+def prediction_activations(outline: Outline, samples: int, guidance: float) -> int:
+    """Bytes that autograd saves in one prediction for ``samples``, twice as many under guidance."""
+    pipeline, rows = outline.pipeline, samples * (2 if guidance > 1 else 1)
+    x, conditioning = pipeline.zeros(rows, *pipeline.latent_shape), pipeline.longest_conditioning(rows)
+    timestep = torch.zeros(rows, device=x.device)
+    return saved_activations(
+        pipeline.denoiser, lambda: pipeline.run_denoiser(x, timestep, conditioning), outline.memory.checkpointing
     )
 
 
-def _bytes_per_trained(training: Training) -> int:
-    gradient, average, moments = 4, 4, _MOMENTS[training.optimizer]
-    weight_or_first = 4  # a LoRA's own weights, or the copy of the network's that training started from
-    return gradient + average + moments + weight_or_first + 4 * training.lags
+def estimate_memory(
+    outline: Outline, policy: Policy, recipe: Recipe, settings: TrainerSettings, guidance: float, stored: int
+) -> MemoryEstimate:
+    """Estimate the memory of the training device; rewards' networks and temporary tensors are not counted.
 
-
-def _round_bytes(outline: Outline, training: Training) -> float:
-    latent, sample = (math.prod(shape) for shape in (outline.pipeline.latent_shape, outline.pipeline.sample_shape))
-    return 4.0 * training.images * (training.stored * latent + sample)
-
-
-def adapter_numbers(source: Path) -> int | None:
-    """The numbers of a LoRA on this machine, by the head of its file; None where there is none."""
-    names = ("pytorch_lora_weights.safetensors", PEFT_WEIGHTS)
-    file = next((path for path in (source, *(source / name for name in names)) if path.is_file()), None)
-    if file is None:
-        return None
-    with safe_open(file, framework="pt") as opened:
-        shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118  # no mapping
-    total: int = sum(math.prod(shape) for shape in shapes)
-    return total
-
-
-def seconds(ledger: Ledger, prices: Mapping[str, float]) -> float:
-    """How long the calls take; a backward pass without a price of its own takes two forwards. Raises ValueError for
-    another call without a price.
+    Args:
+        outline: The checkpoint.
+        policy: The policy of its denoiser, with the adapter if there is one.
+        recipe: The method, which may sample with a copy of the trained weights.
+        settings: Batch size, samples in a round and the optimizer.
+        guidance: The guidance scale; above 1 the network sees twice the samples.
+        stored: Stored tensors of a latent's size for each sample, as ``dry_run`` counts them.
     """
-    derived = {backward(call): 2 * prices[call] for call in (FORWARD, DECODE) if call in prices}
-    return ledger.cost({**derived, **prices})
+    pipeline, memory, width = outline.pipeline, outline.memory, outline.width
+    denoiser, *others = outline.networks
+    frozen = {network.name: float(network.parameters * width) for network in others}
+    if policy.config is not None:  # an adapter is trained
+        linear_width = _QUANTIZED[memory.quantization] if memory.quantization else width
+        weights = (denoiser.parameters - denoiser.linear) * width + denoiser.linear * linear_width
+    else:
+        weights = 4.0 * denoiser.parameters  # float32
+
+    # Per trained number: gradient, moving average, the adapter's weight or else the first weight, moments, old policy
+    per_trained = 4 + 4 + 4 + _MOMENTS[settings.optimizer] + 4 * (recipe.lag is not None)
+    trained = sum(parameter.numel() for parameter in policy.parameters)
+    always = {denoiser.name: float(weights), "trained weights and optimizer": float(trained * per_trained)}
+    always |= {} if memory.offload else frozen
+    moved = frozen if memory.offload else {}
+
+    # A round: float32 of every sample's stored latents, and of its decoded image or audio
+    per_sample = stored * math.prod(pipeline.latent_shape) + math.prod(pipeline.sample_shape)
+    samples = {"samples": 4.0 * settings.prompts_per_round * settings.group_size * per_sample}
+    latents = pipeline.zeros(memory.decode_batch or settings.batch_size, *pipeline.latent_shape)
+    layers = 3.0 * largest_layer(pipeline.pipe.vae, lambda: pipeline.run_vae(latents))
+    activations = float(prediction_activations(outline, settings.batch_size, guidance))
+    encoders = {name: size for name, size in moved.items() if name.startswith("text_encoder")}
+    vae = {name: size for name, size in moved.items() if name == "vae"}
+    decoding, learning = vae | samples | {"decoder layers": layers}, samples | {"activations": activations}
+    return MemoryEstimate(always, {"encoding": encoders, "decoding": decoding, "learning": learning})

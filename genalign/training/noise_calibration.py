@@ -1,9 +1,9 @@
-"""How much noise each step bears: DenseGRPO's reward-aware calibration (arXiv 2601.20218, algorithm 1).
+"""Noise levels per step by DenseGRPO's reward-aware calibration (arXiv 2601.20218, algorithm 1).
 
-The paper leaves open how many trajectories, how many iterations, what counts as balanced for other numbers, and any
-bound; what is chosen here: the band is in standard deviations of the difference of the two counts, so that it does not
-shrink as more trajectories are sampled; a level moves by a share of its first value and stays within ``bounds`` of it;
-gains of exactly 0 count as neither; and the result is the mean over the second half of the iterations.
+The paper leaves some choices open. Here the band within which gains and losses count as balanced is in standard
+deviations of the difference of the two counts, so that it does not shrink as more trajectories are sampled; a level
+moves by a fraction of its first value and stays within ``bounds`` of it; gains of exactly 0 count as neither; and the
+result is the mean over the second half of the iterations.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from genalign.types import Grid, Prompt
 
 @dataclass(frozen=True)
 class Calibration:
-    """``iterations`` rounds of samples, after each of which a step's level moves by ``step`` of its first value: up
-    where gains and losses differ by less than ``band`` standard deviations, down elsewhere.
+    """Settings: the noise level of every step moves after each of ``iterations`` rounds of samples.
+
+    It moves by ``step`` of its first value: up if the numbers of gains and losses differ by less than ``band`` standard
+    deviations, down otherwise. It stays within ``bounds`` times its first value.
     """
 
     iterations: int = 20
@@ -45,7 +47,7 @@ class Calibration:
 
 
 def initial_levels(grid: Grid, noise_level: float = 0.7) -> Tensor:
-    """The noise rates (T,) of ``FlowSDE(noise_level)``, float64."""
+    """Return the noise rates (T,) of ``FlowSDE(noise_level)``, float64."""
     step = grid[torch.arange(len(grid))]
     return FlowSDE(noise_level)(step).s / (step.sigma - step.sigma_next).sqrt()
 
@@ -56,56 +58,56 @@ def calibrate(
     rounds: Iterator[Sequence[Prompt]],
     settings: Calibration = Calibration(),
 ) -> Iterator[CalibratedSDE]:
-    """The kernel after every iteration; the last is the result.
+    """Yield the kernel after every iteration; the last is the result.
 
     Each iteration samples one round of prompts with noise at every trainable step, and counts for each step the
-    samples whose completed reward it raised and those whose reward it lowered.
+    samples whose completed reward it raised or lowered.
+
+    Args:
+        sampler: The sampler of the rounds.
+        recipe: The method whose kernel is calibrated.
+        rounds: The prompts of each round.
+        settings: Iterations, step size and bounds.
     """
     first = initial_levels(sampler.grid)
-    levels, seen = first, []
+    levels, seen, weights = first, [], [reward.weight for reward in sampler.rewards]
     names = tuple(reward.name for reward in sampler.rewards if reward.weight)
     sigmas = tuple(sampler.grid.sigma.tolist())
     for iteration, prompts in zip(range(settings.iterations), rounds, strict=False):
         kernel = CalibratedSDE(tuple(levels.tolist()), sigmas, sampler.guidance, names)
         steps = trainable_steps(kernel, sampler.grid)
-        gains = _gains(sampler, replace(recipe, kernel=kernel, completion=Completion()), steps, prompts, iteration)
+
+        # Combined reward gains (N, S) of every sample at every step
+        noisy = replace(recipe, kernel=kernel, completion=Completion())
+        batches = sampler(noisy, steps, prompts, f"calibration/{iteration}")
+        scores = torch.cat([batch.stepwise for batch in batches if batch.stepwise is not None])
+        gains = combine(scores.flatten(0, 1), weights).view(scores.shape[:2]).diff(dim=1)
+
+        # Up if gains and losses balance, down if they do not, and no move without any
+        up, down = (gains > 0).sum(0).double(), (gains < 0).sum(0).double()
+        balanced = (up - down).abs() < settings.band * (up + down).sqrt()
+        direction = torch.where(balanced, 1.0, -1.0).double() * (up + down > 0)
         moved = levels.clone()
-        moved[list(steps)] += settings.step * first[list(steps)] * _directions(gains, settings.band)
+        moved[list(steps)] += settings.step * first[list(steps)] * direction
         levels = moved.clamp(first * settings.bounds[0], first * settings.bounds[1])
         seen.append(levels)
         mean = torch.stack(seen[len(seen) // 2 :]).mean(0)
         yield replace(kernel, levels=tuple(mean.tolist()))
 
 
-def _gains(sampler: Sampler, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], iteration: int) -> Tensor:
-    """Combined reward gains (N, S) of every sample at every step."""
-    weights = [reward.weight for reward in sampler.rewards]
-    stepwise = [part.stepwise for part in sampler(recipe, steps, prompts, f"calibration/{iteration}")]
-    scores = torch.cat([scores for scores in stepwise if scores is not None])
-    combined = combine(scores.flatten(0, 1), weights).view(scores.shape[:2])
-    return combined.diff(dim=1)
-
-
-def _directions(gains: Tensor, band: float) -> Tensor:
-    """+1 (S,) for the steps where gains and losses balance, -1 where they do not, 0 where there are none; float64."""
-    up, down = (gains > 0).sum(0).double(), (gains < 0).sum(0).double()
-    balanced = (up - down).abs() < band * (up + down).sqrt()
-    return torch.where(balanced, 1.0, -1.0).double() * (up + down > 0)
-
-
 def save_kernel(kernel: CalibratedSDE, path: Path) -> None:
-    """Write the levels with the circumstances they hold for, as JSON."""
+    """Write the levels as JSON, with the grid, guidance and rewards that they hold for."""
     write_json(path, asdict(kernel))
 
 
 def calibrated(path: str) -> CalibratedSDE:
-    """The kernel that ``genalign calibrate`` wrote to ``path``."""
+    """Read the kernel that ``genalign calibrate`` wrote to ``path``."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no calibration in {path}: make one by genalign calibrate --output {path}")
+        raise FileNotFoundError(f"no calibration in {path}: write one with genalign calibrate --output {path}")
     stored = json.loads(Path(path).read_text(encoding="utf-8"))
     try:
         return CalibratedSDE(
             tuple(stored["levels"]), tuple(stored["sigmas"]), float(stored["guidance"]), tuple(stored["rewards"])
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a calibration: make one by genalign calibrate") from error
+        raise ValueError(f"{path} is not a calibration: write one with genalign calibrate") from error

@@ -1,4 +1,4 @@
-"""Failures of an update: a gradient that is not finite, and memory that runs out."""
+"""Failures of an update: gradients that are not finite, and memory that runs out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import UpdateBatch
-from genalign.runtime.files import save_state, write_json
+from genalign.runtime.files import save_state, with_prefix, write_json
 from genalign.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ class DivergedError(RuntimeError):
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch raised ``error`` because memory ran out, on any device."""
+    """Return whether torch raised ``error`` because memory ran out, on any device."""
     message = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or any(words in message for words in _OUT_OF_MEMORY)
 
@@ -33,12 +33,12 @@ class SkippedUpdate:
     """An update whose gradient was not finite.
 
     Args:
-        round: The round.
-        update: The update of the round.
-        grad_norm: The norm of the gradient.
-        loss: The sum of the round's losses.
-        batches: The batches of the update.
-        prompts: The prompts of the round.
+        round: Index of the round.
+        update: Index of the update in the round.
+        grad_norm: Norm of the gradient.
+        loss: Sum of the losses of the round so far.
+        batches: Batches of the update.
+        prompts: Prompts of the round.
     """
 
     round: int
@@ -49,23 +49,15 @@ class SkippedUpdate:
     prompts: Sequence[Prompt]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the batches, named as in "batch.0.prediction"."""
-        return {
-            f"batch.{number}.{name}": tensor
-            for number, batch in enumerate(self.batches)
-            for name, tensor in {
-                "x": batch.rollout.x,
-                "x_next": batch.rollout.x_next,
-                "mean": batch.rollout.mean,
-                "prediction": batch.rollout.prediction,
-                "final": batch.rollout.final,
-                "credit": batch.credit,
-                "group": batch.group,
-            }.items()
-        }
+        """Return the tensors of the batches, with names such as "batch.0.prediction"."""
+        tensors = {}
+        for number, batch in enumerate(self.batches):
+            named = {name: getattr(batch.rollout, name) for name in ("x", "x_next", "mean", "prediction", "final")}
+            tensors |= with_prefix(f"batch.{number}.", named | {"credit": batch.credit, "group": batch.group})
+        return tensors
 
     def as_dict(self) -> dict[str, object]:
-        """Everything else, for JSON, with the names of the tensors that are not finite."""
+        """Return everything else for JSON, with the names of the tensors that are not finite."""
         batches = [
             {
                 "steps": list(batch.rollout.steps),
@@ -87,7 +79,7 @@ class SkippedUpdate:
 
 @dataclass
 class NonFiniteGuard:
-    """Counts consecutive skipped updates, and stops the run after ``max_in_row`` of them.
+    """A counter of consecutive skipped updates, which stops the run after ``max_in_row`` of them.
 
     The first ``max_written`` of a rank are written to ``folder``, as round-000012-update-0.safetensors and .json.
     """
@@ -99,7 +91,7 @@ class NonFiniteGuard:
     written: list[Path] = field(default_factory=list)
 
     def skip(self, update: SkippedUpdate) -> None:
-        """Count and report a skipped update. Raises DivergedError if there were too many in a row."""
+        """Count, log and write a skipped update. Raises DivergedError after too many in a row."""
         self.in_row += 1
         where = f", see {self.written[-1]}" if self.written else ""
         if self.folder is not None and len(self.written) < self.max_written:

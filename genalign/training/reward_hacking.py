@@ -1,11 +1,9 @@
-"""Reward hacking made visible: what a reward does not measure, watched on fixed prompts and noises during training.
+"""The reward-hacking report: changes of the samples that the trained reward does not measure.
 
 Every sample is compared with the one that the untrained model generated from the same prompt and noise. Statistics of
-images or sounds, and rewards that are not trained on, are measured in standard deviations of the untrained samples;
-variety (Vendi scores, arXiv 2210.02410) relative to the untrained model's; and drift relative to the distance between
-two samples of one prompt. So the same limits serve every model and reward. No verifier and no prompt is read here.
-
-From top to bottom: limits, the report and its signals, snapshots of samples, their comparison, and the guard that acts.
+images or audio, and rewards that are not trained on, shift in standard deviations of the untrained samples; variety
+(Vendi scores, arXiv 2210.02410) relative to the untrained model's; and drift relative to the distance between two
+samples of one prompt. So the same limits serve every model and reward.
 """
 
 from __future__ import annotations
@@ -13,51 +11,26 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from genalign.metrics import audio, image
 from genalign.metrics.intervals import Estimate, t_interval
 from genalign.metrics.vendi import vendi_score
-from genalign.runtime.files import with_prefix, without_prefix
-from genalign.runtime.media import medium_of
 from genalign.runtime.state import State
-from genalign.runtime.waveforms import warn_once
-from genalign.types import FeatureFunction, Prompt, RewardFunction
+from genalign.training.panel import PanelSnapshot
+from genalign.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 Status = Literal["green", "amber", "red"]
 Side = Literal["either", "fall", "rise"]
-Statistics = Mapping[str, Callable[[Tensor], Tensor]]
-STATISTICS: dict[str, Statistics] = {
-    "image": {
-        "saturation": image.saturation,
-        "high frequencies": image.high_frequency,
-        "grid": image.grid_energy,
-    },
-    "audio": {"level": audio.level, "crest": audio.crest, "high frequencies": audio.high_frequency},
-}
-"""Statistics (B,) of samples (B, ...) by the name of their medium; add an entry for a medium of your own."""
-
-
-def statistics_of(samples: Tensor) -> Statistics:
-    """Return the statistics of the samples' medium; none, with a warning, for a medium that has no entry."""
-    medium = medium_of(samples)
-    if medium.name not in STATISTICS:
-        warn_once(
-            f"reward-hacking report: no statistics are registered for the medium {medium.name!r}; add them to"
-            " genalign.training.reward_hacking.STATISTICS"
-        )
-    return STATISTICS.get(medium.name, {})
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The shifts from which a signal is amber, and red; the shift's whole 95% interval must lie beyond them."""
+    """The shifts beyond which a signal is amber, or red; the whole 95% interval must lie beyond them."""
 
     amber: float
     red: float
@@ -67,21 +40,23 @@ class Limit:
             raise ValueError(f"limits must satisfy 0 < amber <= red, not {self.amber} and {self.red}")
 
     def status(self, shift: Estimate, side: Side) -> Status:
-        """The status of a shift, of which one side, or either, is bad."""
+        """Return the status of a shift whose rise, fall, or either is bad."""
         excess = {"fall": -shift.high, "rise": shift.low, "either": max(shift.low, -shift.high)}[side]
         return "red" if excess >= self.red else "amber" if excess >= self.amber else "green"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of all signals.
+    """The limits of all signals; the defaults were set on planted rewards and honest runs (docs/hacking.md).
 
-    ``statistics`` and held-out ``rewards`` are in standard deviations of the untrained samples, variety in fractions of
-    the untrained model's, ``drift`` in distances between two samples of a prompt, ``drift_without_gain`` in the same
-    less the mean shift of the held-out rewards, and ``kl`` in the training's own units (None: no status).
-
-    The defaults were set in the shapes world on planted rewards for brightness and saturation, and on honest runs:
-    docs/hacking.md.
+    Args:
+        statistics: Statistics of the samples, in standard deviations of the untrained samples.
+        rewards: Held-out rewards, in the same.
+        variety_within: Variety within a prompt, in fractions of the untrained model's.
+        variety_across: Variety of all samples, in the same.
+        drift: Drift of features, in mean distances between two untrained samples of a prompt.
+        drift_without_gain: The same, less the mean shift of the held-out rewards.
+        kl: The KL to the untrained policy in the training's own units; None gives it no status.
     """
 
     statistics: Limit = Limit(0.25, 0.45)
@@ -95,7 +70,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Signal:
-    """A measurement of the untrained model and of the current one, their shift, and its status if it has a limit."""
+    """A measurement of the untrained model and the current one, with their shift and its status if it has a limit."""
 
     name: str
     before: float
@@ -109,7 +84,7 @@ class Signal:
 
 @dataclass(frozen=True)
 class HackingReport:
-    """All signals after a round."""
+    """The signals of a comparison with the untrained model."""
 
     signals: tuple[Signal, ...]
 
@@ -121,7 +96,7 @@ class HackingReport:
 
     @property
     def alarm(self) -> str:
-        """The red signals, then the amber ones, in words; empty if there are none."""
+        """The red signals, then the amber ones, as text; empty if there are none."""
         parts = []
         for status in ("red", "amber"):
             if signals := [str(signal) for signal in self.signals if signal.status == status]:
@@ -129,92 +104,21 @@ class HackingReport:
         return "; ".join(parts)
 
     def as_list(self) -> list[dict[str, Any]]:
-        """The report as metrics.jsonl holds it."""
+        """Return the report as metrics.jsonl has it."""
         return [asdict(signal) for signal in self.signals]
 
     @classmethod
     def from_list(cls, rows: Sequence[Mapping[str, Any]]) -> HackingReport:
-        """Read what ``as_list`` returned."""
+        """Restore a report from its ``as_list()``."""
         return cls(tuple(Signal(**{**row, "shift": Estimate(**row["shift"])}) for row in rows))
 
 
-@dataclass(frozen=True)
-class PanelSnapshot:
-    """Measurements of N samples of fixed prompts and noises.
-
-    Args:
-        group: The number of each sample's prompt (N,).
-        statistics: Statistics of the samples, (N,) each.
-        rewards: Held-out scores, (N,) each.
-        features: Features (N, d) of length 1, if there are any.
-        diagnostics: Numbers about the whole set, which are only reported.
-    """
-
-    group: Tensor
-    statistics: Mapping[str, Tensor]
-    rewards: Mapping[str, Tensor]
-    features: Tensor | None
-    diagnostics: Mapping[str, float]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All measurements as tensors by name."""
-        diagnostics = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.diagnostics.items()}
-        return (
-            {"group": self.group}
-            | with_prefix("statistics.", self.statistics)
-            | with_prefix("rewards.", self.rewards)
-            | ({} if self.features is None else {"features": self.features})
-            | with_prefix("diagnostics.", diagnostics)
-        )
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PanelSnapshot:
-        """Read what ``tensors`` returned."""
-        return cls(
-            tensors["group"],
-            without_prefix("statistics.", tensors),
-            without_prefix("rewards.", tensors),
-            tensors.get("features"),
-            {name: float(value) for name, value in without_prefix("diagnostics.", tensors).items()},
-        )
-
-    def by_prompt(self, values: Tensor) -> list[Tensor]:
-        """Split ``values`` (N, ...) by prompt."""
-        return [values[self.group == number] for number in range(int(self.group.max()) + 1)]
-
-
-@dataclass(frozen=True)
-class PanelMeasures:
-    """The measures that a snapshot takes of samples.
-
-    ``rewards`` are held out: none of them is trained on. ``features`` give variety and drift, if there are any.
-    ``diagnostics`` are numbers about the whole set that have no limit, such as a verifier's entropy.
-    """
-
-    rewards: Mapping[str, RewardFunction] = field(default_factory=dict)
-    features: FeatureFunction | None = None
-    diagnostics: Mapping[str, Callable[[Tensor, Sequence[Prompt]], float]] = field(default_factory=dict)
-
-    @torch.no_grad()
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> PanelSnapshot:
-        """Measure images (N, 3, H, W) in [0, 1] or waveforms (N, C, L) in [-1, 1]."""
-        statistics = statistics_of(samples)
-        texts = list(dict.fromkeys(prompt.text for prompt in prompts))
-        return PanelSnapshot(
-            torch.tensor([texts.index(prompt.text) for prompt in prompts]),
-            {name: measure(samples).double().cpu() for name, measure in statistics.items()},
-            {name: reward(samples, prompts).double().cpu() for name, reward in self.rewards.items()},
-            None if self.features is None else F.normalize(self.features(samples).double().cpu(), dim=-1),
-            {name: measure(samples, prompts) for name, measure in self.diagnostics.items()},
-        )
-
-
 def compare_snapshots(before: PanelSnapshot, now: PanelSnapshot, kl: float, limits: Limits) -> HackingReport:
-    """The shift of every measurement from ``before`` to ``now``, and the training's KL if it is finite.
+    """Compute the shift of every measurement from ``before`` to ``now``, and report the training's KL if it is finite.
 
     Args:
         before: The snapshot of the untrained model.
-        now: The snapshot of the current one, of the same prompts and noises.
+        now: The snapshot of the current model, with the same prompts and noises.
         kl: The KL to the untrained policy in the last round.
         limits: The limits of the signals.
 
@@ -236,7 +140,7 @@ def compare_snapshots(before: PanelSnapshot, now: PanelSnapshot, kl: float, limi
 
 
 def _sample_signals(before: PanelSnapshot, now: PanelSnapshot, limits: Limits) -> Iterator[Signal]:
-    """Shifts of statistics and held-out rewards, sample by sample."""
+    """Yield the shifts of statistics and held-out rewards, which compare sample by sample."""
     kinds: tuple[tuple[Mapping[str, Tensor], Mapping[str, Tensor], Limit, Side], ...] = (
         (before.statistics, now.statistics, limits.statistics, "either"),
         (before.rewards, now.rewards, limits.rewards, "fall"),
@@ -244,16 +148,16 @@ def _sample_signals(before: PanelSnapshot, now: PanelSnapshot, limits: Limits) -
     for old, new, limit, side in kinds:
         for name, values in old.items():
             shift = _mean_over_prompts(before.by_prompt(_standardized_shift(values, new[name])))
-            if shift is not None:
-                yield Signal(name, _finite_mean(values), _finite_mean(new[name]), shift, limit.status(shift, side))
-            else:
+            if shift is None:
                 logger.warning("%s is finite for fewer than two prompts, and has no status this time", name)
+                continue
+            yield Signal(name, _finite_mean(values), _finite_mean(new[name]), shift, limit.status(shift, side))
 
 
 def _feature_signals(
     before: PanelSnapshot, now: PanelSnapshot, old: Tensor, new: Tensor, limits: Limits
 ) -> Iterator[Signal]:
-    """Variety and drift of the features ``old`` and ``new`` (N, d)."""
+    """Yield the shifts of variety, and the drift, of the features ``old`` and ``new`` (N, d)."""
     groups = before.by_prompt(old), before.by_prompt(new)
     within = torch.tensor([[vendi_score(rows) for rows in side] for side in groups], dtype=torch.float64)
     first, last = within.mean(1).tolist()
@@ -278,12 +182,12 @@ def _feature_signals(
 
 
 def _standardized_shift(old: Tensor, new: Tensor) -> Tensor:
-    """Differences (N,) in standard deviations of ``old``."""
+    """Return the differences (N,) in standard deviations of ``old``."""
     return (new - old) / old[old.isfinite()].std().clamp(min=1e-12)
 
 
 def _mean_over_prompts(values: Sequence[Tensor]) -> Estimate | None:
-    """The mean of the prompts' means of finite values; None if fewer than two prompts have any."""
+    """Estimate the mean over prompts of the means of finite values; None if fewer than two prompts have any."""
     finite = [rows[rows.isfinite()] for rows in values]
     means = [float(rows.mean()) for rows in finite if len(rows)]
     return t_interval(means) if len(means) > 1 else None
@@ -301,9 +205,11 @@ def _finite_mean(values: Tensor) -> float:
 class Actions:
     """The reaction to a red report, besides the warning in the log.
 
-    ``stop`` ends the run. ``raise_kl`` doubles the weight of the KL to the reference policy, and raises it to that
-    value if it is below. ``keep_best`` writes the weights with the best mean shift of the held-out rewards, among
-    reports that are not red, to the folder ``best``.
+    Args:
+        stop: End the run.
+        raise_kl: Double the weight of the KL to the reference policy, and raise it to this value if it is below.
+        keep_best: Write the weights with the best mean shift of the held-out rewards to ``best/``, leaving out red
+            reports.
     """
 
     stop: bool = False
@@ -315,23 +221,15 @@ class Actions:
             raise ValueError(f"raise_kl must be a positive weight, not {self.raise_kl}")
 
 
-class KLWeighted(Protocol):
-    """A training run whose KL weight can be raised between rounds."""
-
-    rounds_done: int
-
-    def raise_kl(self, least: float) -> None: ...
-
-
 def due(rounds: int, every: int, last: bool) -> bool:
-    """Whether something that happens every ``every`` rounds is due: also after the first round and the last."""
+    """Return whether an action of every ``every`` rounds is due; it also is after the first round and the last."""
     return rounds == 1 or rounds % every == 0 or last
 
 
 class HackingGuard:
-    """Compares the current model with the untrained one, and acts on a red report.
+    """The comparison of the current model with the untrained one during a run, and the reaction to a red report.
 
-    ``begin`` takes the snapshot of the untrained model. ``stopped`` tells whether a red report has ended the run.
+    ``begin()`` takes the snapshot of the untrained model. ``stopped`` is set once a red report ends the run.
 
     Args:
         snapshot: Take a snapshot with the current weights.
@@ -367,7 +265,7 @@ class HackingGuard:
         self._before = self._snapshot()
 
     def report(self, rounds: int, last: bool, kl: float) -> HackingReport | None:
-        """The report after ``rounds`` rounds, if one is due; a warning for an alarm."""
+        """Return the report after ``rounds`` rounds, if one is due, and log a warning for an alarm."""
         if not due(rounds, self.every, last):
             return None
         if self._before is None:
@@ -377,17 +275,15 @@ class HackingGuard:
             logger.warning("Round %d: the reward may be exploited: %s", rounds, report.alarm)
         return report
 
-    def is_best(self, report: HackingReport) -> bool:
-        """Whether ``keep_best`` asks to write the current weights."""
-        if not self.actions.keep_best or report.status == "red":
-            return False
-        shifts = [signal.shift.mean for signal in report.signals if signal.name in self._rewards]
-        score = sum(shifts) / len(shifts) if shifts else -math.inf
-        better, self._best = score > self._best, max(score, self._best)
-        return better
-
-    def react(self, trainer: KLWeighted) -> None:
-        """Do what ``actions`` says about a red report."""
+    def react(self, report: HackingReport, trainer: Trainer, save_best: Callable[[], None]) -> None:
+        """Act on a red report as ``actions`` says; ``save_best`` writes the current weights as the best so far."""
+        if report.status != "red":
+            shifts = [signal.shift.mean for signal in report.signals if signal.name in self._rewards]
+            score = sum(shifts) / len(shifts) if shifts else -math.inf
+            if self.actions.keep_best and score > self._best:
+                self._best = score
+                save_best()
+            return
         if self.actions.raise_kl is not None:
             trainer.raise_kl(self.actions.raise_kl)
         if self.actions.stop:

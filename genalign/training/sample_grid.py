@@ -1,4 +1,4 @@
-"""Samples of fixed prompts and noises, written every few rounds: a picture of what training does to the model."""
+"""Samples of fixed prompts and noises that a run writes every few rounds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SampleGrid:
 
 @dataclass(frozen=True)
 class SampleGridWriter:
-    """Writes samples to RUN/samples: round-000012.png for images, round-000012-00.wav and so on for clips.
+    """A writer of samples to RUN/samples: round-000012.png for images, round-000012-00.wav and so on for clips.
 
     Args:
         sample: Generate the samples (N, ...) with the current weights; None on ranks that do not write.
@@ -42,7 +42,7 @@ class SampleGridWriter:
     every: int
 
     def after(self, rounds: int, last: bool, run: Path) -> list[str]:
-        """Write a grid if one is due after ``rounds`` rounds; the names of its files, relative to ``run``."""
+        """Write a grid if one is due after ``rounds`` rounds; return its file names, relative to ``run``."""
         samples = self.sample() if due(rounds, self.every, last) else None
         if samples is None:
             return []

@@ -1,4 +1,4 @@
-"""A round of samples: prompts to trajectories, decoded samples and scores.
+"""The samples of a round: from prompts to trajectories, decoded samples and scores.
 
 B = P prompts x G samples, S stored steps, K rewards.
 """
@@ -26,8 +26,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """One batch of a round: its trajectories, decoded samples (B, ...), and scores as in ``RoundScores``."""
+class SampledBatch:
+    """A batch of a round: trajectories, decoded samples (B, ...), and scores as in ``RoundScores``."""
 
     rollout: Rollout
     samples: Tensor
@@ -38,10 +38,10 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples and scores ``group_size`` samples of every prompt, in batches of ``batch_size``.
+    """A callable that samples and scores ``group_size`` samples of every prompt, in batches of ``batch_size``.
 
-    With ``overlap_scoring``, a batch is decoded and scored in a thread while the next one is sampled: then two batches
-    are in memory.
+    With ``overlap_scoring``, a batch is decoded and scored in a thread while the next one is sampled, so that two
+    batches are in memory.
     """
 
     pipeline: Pipeline
@@ -54,21 +54,21 @@ class Sampler:
 
     def __call__(
         self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str, share: RankShare = ALL_RANKS
-    ) -> Iterator[Sampled]:
+    ) -> Iterator[SampledBatch]:
         """Yield the batches of a round.
 
         Args:
             recipe: The method: its kernel, and whether samples of a prompt share their first noise.
             steps: The steps to store.
             prompts: The prompts of the round.
-            name: The seed of every noise; no two rounds share it.
-            share: The batches of this rank.
+            name: The seed of all noise, different in every round.
+            share: This rank's share of the batches.
         """
         scoring = self._sample(recipe, steps, prompts, name, share)
         yield from in_thread(scoring) if self.overlap_scoring else (score_batch() for score_batch in scoring)
 
     def inputs(self, recipe: Recipe, prompts: Sequence[Prompt], name: str) -> RolloutInputs:
-        """The conditioning and noise seeds of a round's samples, group by group."""
+        """Return the conditioning and noise seeds of a round's samples, group by group."""
         members = [(p, g) for p in range(len(prompts)) for g in range(self.group_size)]
         return RolloutInputs(
             self.pipeline.encode([prompt.text for prompt in prompts]),
@@ -80,7 +80,7 @@ class Sampler:
     @torch.no_grad()
     def _sample(
         self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str, share: RankShare
-    ) -> Iterator[Callable[[], Sampled]]:
+    ) -> Iterator[Callable[[], SampledBatch]]:
         """Run the denoiser batch by batch, and yield a call that decodes and scores the batch."""
         kernels = kernel_per_step(recipe.kernel, steps, len(self.grid))
         batches = list(self.inputs(recipe, prompts, name).split(self.batch_size))
@@ -96,7 +96,7 @@ class Sampler:
     @torch.no_grad()
     def _decode_and_score(
         self, recipe: Recipe, trajectories: Rollout, completions: Sequence[Tensor], prompts: Sequence[Prompt]
-    ) -> Sampled:
+    ) -> SampledBatch:
         """Score the final samples of a batch, and the ``completions`` (B, ...) of its stored steps."""
         decoded = self.pipeline.decode(trajectories.final)
         finite = trajectories.finite() & rows_are_finite(decoded)
@@ -106,10 +106,10 @@ class Sampler:
         columns = [self._scores(self.pipeline.decode(x0), prompts) for x0 in completions]
         stepwise = torch.stack([*columns, scores], dim=1) if columns else None
         replayable = trajectories if finite.all() else trajectories.zero_rows(~finite)
-        return Sampled(replayable, samples, scores, stepwise, features)
+        return SampledBatch(replayable, samples, scores, stepwise, features)
 
     def _scores(self, decoded: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores (B, K), NaN for samples that are not finite."""
+        """Score decoded samples (B, ...); scores (B, K) are NaN for samples that are not finite."""
         scores = score(self.rewards, blank_nonfinite(decoded), prompts)
         scores[~rows_are_finite(decoded).cpu()] = torch.nan
         return scores

@@ -10,10 +10,9 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,89 +38,11 @@ from genalign.runtime.state import State
 from genalign.scoring.budget import Ledger, Metered, metered_rewards, peak_memory
 from genalign.scoring.score import NamedReward, RewardMonitor, named
 from genalign.training.nonfinite import NonFiniteGuard, SkippedUpdate, is_out_of_memory
-from genalign.training.sampler import Sampled, Sampler
+from genalign.training.sampler import SampledBatch, Sampler
+from genalign.training.settings import TrainerSettings, optimizer_class
 from genalign.types import Pipeline, Prompt, PromptSet, RewardFunction, TrainableReward
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainerSettings:
-    """Size of a round, optimization, and limits on failures.
-
-    A round samples ``prompts_per_round`` x ``group_size`` samples in batches of ``batch_size``, and makes
-    ``updates_per_round`` optimizer steps on them. A run ends after ``rounds``, or with the round that reaches
-    ``max_nfe`` denoiser evaluations of single samples (guidance counts twice). The learning rate is constant, or falls
-    linearly to zero at the end of the run. "adamw8bit" keeps Adam's moments in 8 bits (bitsandbytes, an extra).
-
-    A run stops if more than ``max_failed_fraction`` of a round's samples could not be scored, and after
-    ``max_skipped_updates`` consecutive updates that were skipped because their gradient was not finite. If memory runs
-    out in an update, the run stops ("stop"), or continues with smaller micro-batches ("halve"), which changes gradients
-    by rounding only.
-
-    With ``overlap_scoring``, a batch is decoded and scored in a thread while the next one is sampled, for rewards that
-    wait for something else, such as a server. Results are the same; one more batch is in memory.
-    """
-
-    rounds: int = 100
-    max_nfe: int | None = None
-    prompts_per_round: int = 16
-    group_size: int = 12
-    batch_size: int = 96
-    updates_per_round: int = 2
-    learning_rate: float = 3e-4
-    learning_rate_schedule: Literal["constant", "linear"] = "constant"
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    max_failed_fraction: float = 0.05
-    max_skipped_updates: int = 5
-    on_out_of_memory: Literal["stop", "halve"] = "stop"
-    overlap_scoring: bool = True
-
-    def __post_init__(self) -> None:
-        counts = ("rounds", "max_nfe", "prompts_per_round", "batch_size", "updates_per_round", "max_skipped_updates")
-        for name in counts:
-            value = vars(self)[name]
-            if value is not None and value < 1:
-                raise ValueError(f"training.{name} must be at least 1, not {value}")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not vars(self)[name] > 0:
-                raise ValueError(f"training.{name} must be positive, not {vars(self)[name]}")
-        if not 0 <= self.max_failed_fraction <= 1:
-            raise ValueError(f"training.max_failed_fraction must be in [0, 1], not {self.max_failed_fraction}")
-        if self.group_size < 2:
-            raise ValueError(f"group_size is {self.group_size}: a group needs at least 2 samples to compare")
-        if self.batch_size % self.group_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} must be a multiple of group_size {self.group_size}, so that groups stay"
-                f" whole: try {self.group_size * max(1, self.batch_size // self.group_size)}"
-            )
-        samples = self.prompts_per_round * self.group_size
-        if samples % (self.batch_size * self.updates_per_round):
-            raise ValueError(
-                f"prompts_per_round {self.prompts_per_round} x group_size {self.group_size} = {samples} samples do not"
-                f" divide into {self.updates_per_round} updates of batches of {self.batch_size}: change one of them"
-            )
-
-    def require_shares(self, world_size: int) -> None:
-        """Raise ValueError if the batches of an update do not divide among ``world_size`` ranks."""
-        batches = self.prompts_per_round * self.group_size // (self.batch_size * self.updates_per_round)
-        if batches % world_size:
-            raise ValueError(
-                f"an update's {batches} batches of {self.batch_size} samples do not divide among {world_size}"
-                " processes: change training.batch_size, prompts_per_round or updates_per_round, or the number of"
-                " processes"
-            )
-
-    def progress(self, rounds: int, nfe: int) -> float:
-        """The fraction of the run that is complete after ``rounds`` and ``nfe``; 1 or more at its end."""
-        return max(rounds / self.rounds, nfe / self.max_nfe if self.max_nfe else 0.0)
-
-    def rate(self, progress: float) -> float:
-        """The learning rate at a fraction of the run."""
-        return self.learning_rate * (1 - progress if self.learning_rate_schedule == "linear" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -154,7 +75,7 @@ class RoundResult:
     seconds: float
 
     def as_dict(self) -> dict[str, object]:
-        """The row of ``metrics.jsonl``: null for what is not finite; what depends on the machine is apart."""
+        """Return the row of metrics.jsonl, with null for values that are not finite and the machine's figures apart."""
         row: dict[str, object] = {
             name: (value if not isinstance(value, float) or math.isfinite(value) else None)
             for name, value in vars(self).items()
@@ -171,14 +92,12 @@ class RoundResult:
 
 
 class Trainer:
-    """The training of a policy.
-
-    ``rounds()`` yields after every round; between two rounds the policy may be evaluated or saved.
+    """The loop that trains a policy: ``rounds()`` yields after every round, when it may be evaluated or saved.
 
     Args:
         pipeline: The model.
         policy: Its trainable weights.
-        rewards: A reward function, functions by name, or rewards with weights; those of weight 0 are only reported.
+        rewards: A reward function, functions by name, or rewards with weights; weight 0 only reports.
         prompts: The prompts to train on, as a set or a list of texts.
         recipe: The method.
         settings: Size of a round, optimization, limits.
@@ -220,7 +139,7 @@ class Trainer:
         recipe.steps(self.grid, 0, settings.seed)  # refuse an impossible recipe before any compute
         self.prompts = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
         rate, decay = settings.learning_rate, settings.weight_decay
-        self.optimizer = adam(settings)(policy.parameters, lr=rate, weight_decay=decay)
+        self.optimizer = optimizer_class(settings)(policy.parameters, lr=rate, weight_decay=decay)
         self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
         self.old = WeightSnapshot(policy.parameters) if recipe.lag else None
         self.monitor = RewardMonitor(settings.max_failed_fraction)
@@ -232,7 +151,7 @@ class Trainer:
         self.seconds = 0.0
 
     def rounds(self) -> Iterator[RoundResult]:
-        """Train the rounds that are left, one by one."""
+        """Train the remaining rounds, and yield the result of each."""
         for index, prompts in itertools.islice(enumerate(self.prompts.rounds()), self.rounds_done, None):
             progress = self.settings.progress(index, self.ledger.nfe)
             if progress >= 1:
@@ -240,10 +159,10 @@ class Trainer:
             start, billed = time.perf_counter(), self.ledger.copy()
             for parameters in self.optimizer.param_groups:
                 parameters["lr"] = self.settings.rate(progress)
-            batches = self._sample(index, prompts)
-            scores = self._gather_scores(batches, len(prompts))
+            batches = self.sample(index, prompts)
+            scores = self.gather_scores(batches, len(prompts))
             reward_metrics = self._update_rewards(batches, prompts)
-            sums = self._learn(index, prompts, batches, scores)
+            sums = self.learn(index, prompts, batches, scores)
             if self.old is not None and self.recipe.lag is not None:
                 self.old.update(self.policy.parameters, self.recipe.lag.decay(index))
             self.ledger.add(self.processes.all_gather_object(self.ledger.since(billed).counts), billed)
@@ -252,14 +171,14 @@ class Trainer:
             self.seconds += time.perf_counter() - start
             yield self._result(index, scores, sums, reward_metrics)
 
-    def _sample(self, index: int, prompts: Sequence[Prompt]) -> list[Sampled]:
-        """Sample and score this rank's batches of a round, with the old policy if the recipe has one."""
+    def sample(self, index: int, prompts: Sequence[Prompt]) -> list[SampledBatch]:
+        """Sample and score this rank's batches of round ``index``, with the old policy if the recipe has one."""
         steps = self.recipe.steps(self.grid, index, self.settings.seed)
         with contextlib.nullcontext() if self.old is None else self.policy.using(self.old):
             return list(self.sampler(self.recipe, steps, prompts, f"{self.settings.seed}/{index}", self.processes))
 
-    def _gather_scores(self, batches: Sequence[Sampled], prompts: int) -> RoundScores:
-        """Gather the scores of all ranks' batches, and check them."""
+    def gather_scores(self, batches: Sequence[SampledBatch], prompts: int) -> RoundScores:
+        """Gather the scores of all ranks' batches in the order of the round, and check them."""
 
         def gather(columns: Sequence[Tensor | None]) -> Tensor | None:
             tensors = [column for column in columns if column is not None]
@@ -277,8 +196,8 @@ class Trainer:
         self.monitor.see(scores.scores, zero_std_share(scores.combined, scores.group) == 1.0)
         return scores
 
-    def _update_rewards(self, batches: Sequence[Sampled], prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Train the trainable rewards on the samples of all ranks; their metrics, as ``reward/metric``."""
+    def _update_rewards(self, batches: Sequence[SampledBatch], prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Train the trainable rewards on the samples of all ranks; return their metrics as ``reward/metric``."""
         if not self.trainable:
             return {}
         samples = self.processes.interleaved(torch.cat([b.samples for b in batches]), self.settings.batch_size)
@@ -289,51 +208,10 @@ class Trainer:
             for metric, value in reward.update(samples, repeated).items()
         }
 
-    def raise_kl(self, least: float) -> None:
-        """Double the weight of the KL to the untrained policy, and raise it to ``least`` if it is below."""
-        self.recipe = replace(self.recipe, objective=with_stronger_kl(self.recipe.objective, least))
-        self.kl_floors.append(least)
-
-    def state(self) -> State:
-        """Everything that later rounds depend on and that does not follow from the seed and the round."""
-        tensors = self.policy.tensors() | with_prefix("optimizer.", optimizer_tensors(self.optimizer))
-        if self.old is not None:
-            tensors |= with_prefix("old.", self.old.state_dict())
-        for place, reward in enumerate(self.trainable.values()):
-            tensors |= with_prefix(f"reward.{place}.", reward.tensors())
-        numbers = {
-            "rounds": self.rounds_done,
-            "updates": self.policy.updates,
-            "samples": self.samples,
-            "seconds": self.seconds,
-            "calls": dict(self.ledger.counts),
-            "silent_rounds": self.monitor.silent,
-            "skipped_updates": self.nonfinite.in_row,
-            "micro_batch": self.micro_batch,
-            "raised_kl": list(self.kl_floors),
-        }
-        return State(tensors, numbers)
-
-    def restore(self, state: State) -> None:
-        """Restore the state of ``state()`` in a new trainer with the same settings."""
-        numbers = state.numbers
-        self.policy.load_tensors(state.tensors, numbers["updates"])
-        load_optimizer_tensors(self.optimizer, without_prefix("optimizer.", state.tensors))
-        if self.old is not None:
-            self.old.load_state_dict(without_prefix("old.", state.tensors))
-        for place, reward in enumerate(self.trainable.values()):
-            reward.load_tensors(without_prefix(f"reward.{place}.", state.tensors))
-        for least in numbers["raised_kl"]:
-            self.raise_kl(least)
-        self.rounds_done, self.samples, self.seconds = numbers["rounds"], numbers["samples"], numbers["seconds"]
-        self.monitor.silent, self.nonfinite.in_row = numbers["silent_rounds"], numbers["skipped_updates"]
-        self.micro_batch = numbers["micro_batch"]
-        self.ledger.counts.update(numbers["calls"])
-
-    def _learn(
-        self, index: int, prompts: Sequence[Prompt], sampled: Sequence[Sampled], scores: RoundScores
+    def learn(
+        self, index: int, prompts: Sequence[Prompt], sampled: Sequence[SampledBatch], scores: RoundScores
     ) -> MetricSums:
-        """Make the optimizer steps of a round: each learns from the next part of the round's batches, on all ranks.
+        """Make the optimizer steps of a round, each on the next part of the round's batches.
 
         Args:
             index: The round.
@@ -346,11 +224,13 @@ class Trainer:
             self.pipeline, self.policy, self.grid, self.recipe.kernel, self.sampling.guidance, self.old, sums
         )
         credits, groups = torch.split(self.recipe.credit(scores), size), torch.split(scores.group, size)
-        numbers = list(self.processes.indices(len(credits)))  # of this rank's batches among those of all ranks
+        numbers = list(self.processes.indices(len(credits)))  # of this rank's batches among all
         per_update = len(sampled) // self.settings.updates_per_round
         for update in range(self.settings.updates_per_round):
             part = slice(update * per_update, (update + 1) * per_update)
             on_policy = update == 0 and self.old is None
+
+            # Pair this rank's batches with their credit, and accumulate the gradient of the mean loss on all ranks
             batches = [
                 UpdateBatch(batch.rollout, credits[number], groups[number], on_policy)
                 for batch, number in zip(sampled[part], numbers[part], strict=True)
@@ -361,14 +241,20 @@ class Trainer:
             self.policy.sum_gradients()
             norm = full_tensor(nn.utils.clip_grad_norm_(self.policy.parameters, self.settings.max_grad_norm))
             loss = sum(self.processes.all_gather_object(sums.values.get("loss", 0.0)))
+
+            # Make the optimizer step, or skip an update that is not finite
             if bool(norm.isfinite()) and math.isfinite(loss):
                 sums.add("grad_norm", norm.reshape(1))
-                self._step(terms)
+                self.nonfinite.in_row = 0
+                if terms:  # without terms there is no gradient, but moments and weight decay would act
+                    self.optimizer.step()
+                    self.policy.update_average()
             else:
-                self.optimizer.zero_grad()
                 sums.rollback(before)
                 sums.skipped += 1
                 self.nonfinite.skip(SkippedUpdate(index, update, float(norm), loss, batches, prompts))
+            self.optimizer.zero_grad()
+
         self.micro_batch = min(self.processes.all_gather_object(self.micro_batch))
         sums = MetricSums.merge(self.processes.all_gather_object(vars(sums)))
         clip_range = self.recipe.objective.clip_range
@@ -384,7 +270,7 @@ class Trainer:
         return sums
 
     def _accumulate(self, context: UpdateContext, batches: Sequence[UpdateBatch], seeds: Sequence[int]) -> int:
-        """Accumulate this rank's part of the gradient of an update's mean loss; the number of its terms on all ranks.
+        """Accumulate this rank's part of the gradient of an update's mean loss; return the terms of all ranks.
 
         If memory runs out and ``on_out_of_memory`` is "halve", start again with a smaller micro-batch.
         """
@@ -406,14 +292,6 @@ class Trainer:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             context.metrics.rollback(before)
-
-    def _step(self, terms: int) -> None:
-        """Make an optimizer step, unless the loss has no terms: moments and weight decay would act on it."""
-        self.nonfinite.in_row = 0
-        if terms:
-            self.optimizer.step()
-            self.policy.update_average()
-        self.optimizer.zero_grad()
 
     def _result(
         self, index: int, scores: RoundScores, sums: MetricSums, reward_metrics: Mapping[str, float]
@@ -442,14 +320,43 @@ class Trainer:
             seconds=self.seconds,
         )
 
+    def raise_kl(self, least: float) -> None:
+        """Double the weight of the KL to the untrained policy, and raise it to ``least`` if it is below."""
+        self.recipe = replace(self.recipe, objective=with_stronger_kl(self.recipe.objective, least))
+        self.kl_floors.append(least)
 
-def adam(settings: TrainerSettings) -> Callable[..., torch.optim.Optimizer]:
-    """The optimizer's class. Raises ValueError if bitsandbytes is missing for "adamw8bit"."""
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise ValueError("training.optimizer 'adamw8bit' needs bitsandbytes: pip install 'genalign[memory]'") from None
-    optimizer: type[torch.optim.Optimizer] = AdamW8bit
-    return optimizer
+    def state(self) -> State:
+        """Return the state that later rounds depend on, except for what follows from the seed and the round."""
+        tensors = self.policy.tensors() | with_prefix("optimizer.", optimizer_tensors(self.optimizer))
+        if self.old is not None:
+            tensors |= with_prefix("old.", self.old.state_dict())
+        for place, reward in enumerate(self.trainable.values()):
+            tensors |= with_prefix(f"reward.{place}.", reward.tensors())
+        numbers = {
+            "rounds": self.rounds_done,
+            "updates": self.policy.updates,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "calls": dict(self.ledger.counts),
+            "silent_rounds": self.monitor.silent,
+            "skipped_updates": self.nonfinite.in_row,
+            "micro_batch": self.micro_batch,
+            "raised_kl": list(self.kl_floors),
+        }
+        return State(tensors, numbers)
+
+    def restore(self, state: State) -> None:
+        """Restore a ``state()`` in a new trainer with the same settings."""
+        numbers = state.numbers
+        self.policy.load_tensors(state.tensors, numbers["updates"])
+        load_optimizer_tensors(self.optimizer, without_prefix("optimizer.", state.tensors))
+        if self.old is not None:
+            self.old.load_state_dict(without_prefix("old.", state.tensors))
+        for place, reward in enumerate(self.trainable.values()):
+            reward.load_tensors(without_prefix(f"reward.{place}.", state.tensors))
+        for least in numbers["raised_kl"]:
+            self.raise_kl(least)
+        self.rounds_done, self.samples, self.seconds = numbers["rounds"], numbers["samples"], numbers["seconds"]
+        self.monitor.silent, self.nonfinite.in_row = numbers["silent_rounds"], numbers["skipped_updates"]
+        self.micro_batch = numbers["micro_batch"]
+        self.ledger.counts.update(numbers["calls"])

@@ -31,25 +31,27 @@ from pathlib import Path
 import torch
 
 from genalign import assets
-from genalign.algorithms.recipes import Recipe, awm, dense_grpo, dragon, flow_grpo, nft, prdp
+from genalign.algorithms.matching_recipes import awm, dragon, nft
+from genalign.algorithms.recipes import Recipe, dense_grpo, flow_grpo, prdp
 from genalign.diffusion.completion import complete
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import ReplayBatch, Rollout, RolloutInputs, kernel_per_step, replay, rollout
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import ODE, FlowSDE, Kernel
-from genalign.evaluation.records import Measurement, ratios, write_results
 from genalign.runtime.cpu import retain_freed_memory
 from genalign.scoring.budget import Ledger, Metered
 from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, Prune
 from genalign.search.engine import SearchRun
 from genalign.search.strategy import PromptBudget, Strategy
-from genalign.training.trainer import Trainer, TrainerSettings
+from genalign.training.settings import TrainerSettings
+from genalign.training.trainer import Trainer
 from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.shapes import ShapesReward
 from scripts.benchmarks import scale_benchmark, search_benchmark, speed_benchmark
 from scripts.benchmarks.proofs import head
+from scripts.benchmarks.published_results import Measurement, ratios, write_results
 
 BATCH, STEPS = 96, 10
 SIGMAS = tuple(1 - i / STEPS for i in range(STEPS))
@@ -118,8 +120,8 @@ def benchmark_train(repeats: int) -> list[Measurement]:
     sampling = Sampling(STEPS, SIGMAS)
     trainer = Trainer(pipeline, policy, rewards, shapes.prompts("train"), recipe, settings, sampling)
     prompts = next(trainer.prompts.rounds())
-    parts = trainer._sample(0, prompts)
-    outcome = trainer._gather_scores(parts, len(prompts))
+    parts = trainer.sample(0, prompts)
+    outcome = trainer.gather_scores(parts, len(prompts))
     sampled = parts[0].rollout
     inputs = [bare_inputs(trainer, sampled, stored) for stored in range(len(sampled.steps))]
 
@@ -135,7 +137,7 @@ def benchmark_train(repeats: int) -> list[Measurement]:
         with torch.no_grad(), policy.reference():
             replay(pipeline, sampled, trainer.grid, recipe.kernel, ReplayBatch.of_step(0, BATCH), 1.0)
 
-    whole, base, apart = interleaved([lambda: trainer._learn(0, prompts, parts, outcome), bare, reference], repeats)
+    whole, base, apart = interleaved([lambda: trainer.learn(0, prompts, parts, outcome), bare, reference], repeats)
     passes = [a - b for a, b in zip(whole, apart, strict=True)]
     return [
         *ratios("training_pass", "time relative to bare forward + backward", passes, base),
@@ -229,8 +231,8 @@ def benchmark_methods(repeats: int) -> list[Measurement]:
         prompts = shapes.prompts("train")
         trainer = Trainer(pipeline, policy, rewards, prompts, make(), settings, Sampling(STEPS, SIGMAS))
         prompts = next(trainer.prompts.rounds())
-        parts = trainer._sample(0, prompts)
-        run = functools.partial(trainer._learn, 0, prompts, parts, trainer._gather_scores(parts, len(prompts)))
+        parts = trainer.sample(0, prompts)
+        run = functools.partial(trainer.learn, 0, prompts, parts, trainer.gather_scores(parts, len(prompts)))
         before = trainer.ledger.copy()
         run()
         spent = trainer.ledger.since(before).counts

@@ -26,7 +26,7 @@ from genalign.cli import main
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, RankShare, process_group
 from genalign.runtime.files import load_state
 from genalign.runtime.fsdp import Sharding, require_sharded, sharding_from_environment
-from genalign.training.trainer import TrainerSettings
+from genalign.training.settings import TrainerSettings
 from pipelines import SD3
 from tests.genalign import ranks
 
@@ -64,11 +64,11 @@ def opened(tiny_folder: Path) -> SD3:
 
 
 @pytest.fixture(scope="module")
-def alone(opened: SD3) -> Iterator[Mapping[str, ranks.Seen]]:
+def alone(opened: SD3) -> Iterator[Mapping[str, ranks.Recording]]:
     """The same in one process, on one core as each of the two: the number of cores alone moves the last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield {name: ranks.watched(opened, case) for name, case in ranks.CASES.items()}
+    yield {name: ranks.recorded(opened, case) for name, case in ranks.CASES.items()}
     torch.set_num_threads(before)
 
 
@@ -105,7 +105,7 @@ def _require_same_row(found: Mapping[str, Any], expected: Mapping[str, Any], tol
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ranks.CASES)
-def test_two_processes_do_what_one_does(both: Path, alone: Mapping[str, ranks.Seen], name: str) -> None:
+def test_two_processes_do_what_one_does(both: Path, alone: Mapping[str, ranks.Recording], name: str) -> None:
     expected, found = alone[name], _of(both, name)
     for rank, (tensors, _) in enumerate(found):
         own = _named(tensors, "batch.")
@@ -130,7 +130,7 @@ def test_survivors_were_uneven(both: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_adversarial_head_is_that_of_one_process(both: Path, alone: Mapping[str, ranks.Seen]) -> None:
+def test_an_adversarial_head_is_that_of_one_process(both: Path, alone: Mapping[str, ranks.Recording]) -> None:
     found = _of(both, "adversarial")[0][1][0]["metrics"]
     assert found == pytest.approx(alone["adversarial"].rows[0]["metrics"], rel=1e-6)
     assert found["one/version"] == 1
@@ -140,7 +140,7 @@ def test_an_adversarial_head_is_that_of_one_process(both: Path, alone: Mapping[s
 @pytest.mark.parametrize("kept", ["thrice", "twice"])  # how often a block is made whole: for reference and both passes
 @pytest.mark.parametrize("name", ranks.SHARDED)
 def test_a_divided_network_learns_what_a_whole_one_does(
-    both: Path, alone: Mapping[str, ranks.Seen], name: str, kept: str
+    both: Path, alone: Mapping[str, ranks.Recording], name: str, kept: str
 ) -> None:
     expected = alone[name]
     for tensors, rows in _of(both, f"{name}.{kept}"):
@@ -207,13 +207,13 @@ def redness(samples, prompts):
 CONFIG = """
 output: {output}
 model: {{path: {model}}}
+prompts: "shapes:train"
 recipe: {{class_path: genalign.algorithms.recipes.flow_grpo, init_args: {{window: 1}}}}
 rewards: {{red: {{function: victim_rank.redness}}}}
 sampling: {{num_steps: 2, sigmas: [1.0, 0.5]}}
 training: {{rounds: 3, prompts_per_round: 4, group_size: 2, batch_size: 2, learning_rate: 0.01}}
 lora: {{rank: 2}}
-held_out: {{every: 2, samples_per_task: 1}}
-before_after: null
+held_out: {{every: 2, prompts: "shapes:val", samples_per_task: 1}}
 """
 
 

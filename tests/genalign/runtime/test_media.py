@@ -15,7 +15,7 @@ from genalign.evaluation.report.samples import thumbnail
 from genalign.runtime import media
 from genalign.runtime.media import ImageMedium, Thumbnail, data_uri, eight_bits, medium_of, register_medium, writer
 from genalign.runtime.waveforms import warn_once
-from genalign.training.reward_hacking import STATISTICS, PanelMeasures
+from genalign.training.panel import STATISTICS, PanelMeasures
 from genalign.types import Prompt
 
 
@@ -43,7 +43,7 @@ class Frames:
 @pytest.fixture
 def frames(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     monkeypatch.setattr(media, "_MEDIA", list(media._MEDIA))
-    monkeypatch.setattr("genalign.training.reward_hacking.STATISTICS", dict(STATISTICS))
+    monkeypatch.setattr("genalign.training.panel.STATISTICS", dict(STATISTICS))
     register_medium(Frames())
     return torch.rand(2, 3, 3, 4, 5, generator=torch.Generator().manual_seed(0))
 
@@ -64,9 +64,9 @@ def test_a_medium_without_statistics_gives_one_line(frames: Tensor, caplog: pyte
 
 
 def test_statistics_of_a_medium_are_registered_by_its_name(frames: Tensor) -> None:
-    from genalign.training import reward_hacking
+    from genalign.training import panel
 
-    reward_hacking.STATISTICS["frames"] = {"motion": lambda samples: samples.diff(dim=1).abs().flatten(1).mean(1)}
+    panel.STATISTICS["frames"] = {"motion": lambda samples: samples.diff(dim=1).abs().flatten(1).mean(1)}
     assert PanelMeasures()(frames, [Prompt("a wave")] * 2).statistics["motion"].shape == (2,)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genalign.training.activation_memory import FusedAttention, checkpointed, kept_for_backward, largest_layer
+from genalign.training.activation_memory import FusedAttention, checkpointed_blocks, largest_layer, saved_activations
 
 
 class Blocks(nn.Module):
@@ -24,37 +24,30 @@ class Blocks(nn.Module):
 
 
 def test_every_saved_tensor_counts_once_and_weights_do_not() -> None:
-    network = Blocks().to("meta")
-    x = torch.empty(4, 8, device="meta")
+    real, meta = Blocks(), Blocks().to("meta")
     one = 4 * 8 * 4
-    # each block saves its input (of the linear layer) and tanh's output
-    assert kept_for_backward(network, lambda: network(x), False) == 4 * one
-    # checkpointed, the two inputs, and within the largest block its own tanh; the input is kept but once
-    assert kept_for_backward(network, lambda: network(x), True) == 2 * one + 2 * one
-    assert list(checkpointed(network)) == list(network.blocks)
-
-
-def test_a_trace_is_the_same_with_and_without_values() -> None:
-    networks, sizes = [Blocks(), Blocks().to("meta")], []
-    for network, device in zip(networks, ("cpu", "meta"), strict=True):
+    for network, device in ((real, "cpu"), (meta, "meta")):
         x = torch.zeros(4, 8, device=device)
-        sizes.append(kept_for_backward(network, lambda network=network, x=x: network(x), False))
-    assert sizes[0] == sizes[1]
+        # each block saves its input (of the linear layer) and tanh's output
+        assert saved_activations(network, lambda network=network, x=x: network(x), False) == 4 * one
+    # checkpointed, the two inputs, and within the largest block its own tanh; the input is saved only once
+    assert saved_activations(meta, lambda: meta(x), True) == 2 * one + 2 * one
+    assert list(checkpointed_blocks(meta)) == list(meta.blocks)
 
 
-def test_attention_keeps_nothing_quadratic() -> None:
+def test_attention_saves_nothing_quadratic() -> None:
     query = torch.empty(2, 3, 1000, 4, device="meta", requires_grad=True)
     key, value = torch.empty(2, 2, 3, 500, 4, device="meta")
 
     def attend() -> Tensor:
         return F.scaled_dot_product_attention(query, key=key, value=value)
 
-    kept = kept_for_backward(nn.Identity(), attend, False)
-    assert kept == 4 * 2 * 3 * 4 * (1000 + 2 * 500 + 1000)  # key and value are halves of one storage
+    saved = saved_activations(nn.Identity(), attend, False)
+    assert saved == 4 * 2 * 3 * 4 * (1000 + 2 * 500 + 1000)  # key and value are halves of one storage
     with FusedAttention():
         assert attend().shape == (2, 3, 1000, 4)
 
 
-def test_the_largest_layer_is_that_of_most_input_and_output() -> None:
+def test_the_largest_layer_has_the_most_input_and_output() -> None:
     network = nn.Sequential(nn.Linear(2, 100), nn.Linear(100, 3)).to("meta")
     assert largest_layer(network, lambda: network(torch.empty(5, 2, device="meta"))) == 4 * 5 * 103

@@ -203,7 +203,7 @@ def test_the_kl_weight_doubles_from_a_minimum() -> None:
     once = with_stronger_kl(flow_grpo().objective, 0.01)
     assert once.kl == 0.01 and with_stronger_kl(once, 0.01).kl == 0.02
     assert with_stronger_kl(dragon().objective, 0.5).anchor == 0.5
-    with pytest.raises(ValueError, match="has no distance from the reference policy"):
+    with pytest.raises(ValueError, match="has no penalty on the distance from the reference policy"):
         with_stronger_kl(prdp().objective, 0.01)
 
 

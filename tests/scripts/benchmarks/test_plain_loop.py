@@ -16,7 +16,8 @@ from genalign.diffusion.rollout import RolloutInputs, step_noise
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.score import NamedReward
-from genalign.training.trainer import Trainer, TrainerSettings
+from genalign.training.settings import TrainerSettings
+from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
 from scripts.benchmarks.plain_loop import PlainLoop, PlainSettings
@@ -62,7 +63,7 @@ def test_its_first_update_equals_ours_with_the_same_switches(tiny_folder: Path) 
     trainer = Trainer(ours, policy, rewards, PROMPTS, recipe, settings, Sampling(4, SIGMAS))
     trainer.optimizer = _Seen(policy.parameters)  # type: ignore[assignment]
     asked = next(trainer.prompts.rounds())
-    parts = trainer._sample(0, asked)
+    parts = trainer.sample(0, asked)
     (result,) = trainer.rounds()
 
     theirs = SD3.load(tiny_folder)

@@ -1,0 +1,140 @@
+"""The log of a run's rounds: in the terminal, in log lines, and in experiment trackers."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from genalign.metrics.intervals import Estimate
+from genalign.scoring.budget import peak_memory
+from genalign.training.trainer import RoundResult, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class RoundDisplay:
+    """A progress bar in a terminal; elsewhere (nohup, SLURM, CI) one log line a round."""
+
+    def __init__(self, trainer: Trainer, is_main: bool) -> None:
+        self._settings, self._is_main = trainer.settings, is_main
+        self._held_out, self._start = "-", time.monotonic()
+        self._start_progress = trainer.settings.progress(trainer.rounds_done, trainer.ledger.nfe)
+        console = Console()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("reward {task.fields[reward]:.3f}  held-out {task.fields[held_out]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (is_main and console.is_terminal),
+        )
+        self._task = self._bar.add_task(
+            "training",
+            total=trainer.settings.rounds,
+            completed=trainer.rounds_done,
+            reward=math.nan,
+            held_out="-",
+            rate="",
+        )
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def show(self, result: RoundResult, held_out: Mapping[str, Estimate] | None) -> None:
+        """Show the metrics of a round, and the first score of the latest evaluation of held-out prompts."""
+        if held_out:
+            self._held_out = f"{next(iter(held_out.values())).mean:.3f}"
+        rate = format_rate(result.samples / result.seconds)
+        self._bar.update(self._task, advance=1, reward=result.reward, held_out=self._held_out, rate=rate)
+        if not self._is_main or not self._bar.disable:
+            return
+        progress = self._settings.progress(result.round + 1, result.nfe)
+        elapsed = time.monotonic() - self._start
+        left = elapsed * max(0.0, 1 - progress) / (progress - self._start_progress)
+        scores = ", ".join(f"{name} {score:.3f}" for name, score in result.rewards.items())
+        logger.info(
+            "round %d/%d: reward %.3f (%s), held-out %s, KL %.3g, clip fraction %.3f, NFE %d, %s, ETA %s,"
+            " memory %.1f GiB",
+            result.round + 1,
+            self._settings.rounds,
+            result.reward,
+            scores,
+            self._held_out,
+            result.kl,
+            result.clip_fraction,
+            result.nfe,
+            rate,
+            timedelta(seconds=round(left)),
+            peak_memory() / 2**30,
+        )
+
+
+def format_rate(samples_per_second: float) -> str:
+    """Format a rate in samples per second, or, below 1, in seconds per sample."""
+    if samples_per_second >= 1:
+        return f"{samples_per_second:.1f} samples/s"
+    return f"{1 / samples_per_second:.1f} s/sample"
+
+
+class Tracker(Protocol):
+    """An experiment tracker of accelerate."""
+
+    name: str
+
+    def log(self, values: Mapping[str, Any], step: int | None = None) -> None: ...
+
+
+@runtime_checkable
+class ImageTracker(Tracker, Protocol):
+    """An experiment tracker that takes images (N, H, W, 3) in 8 bits."""
+
+    def log_images(self, values: Mapping[str, Any], step: int | None = None, **options: Any) -> None: ...
+
+
+def flat_numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """Flatten the numbers of a row of metrics.jsonl, with names such as ``rewards/ocr``.
+
+    An estimate is ``held_out/NAME``, its interval ``held_out/NAME/low`` and ``/high``; a signal of the reward-hacking
+    report is the shift ``reward_hacking/NAME``.
+    """
+    shifts = {signal["name"]: signal["shift"] for signal in row.get("reward_hacking") or ()}
+    numbers: dict[str, float] = {}
+
+    def add(name: str, value: object) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                is_estimate = {"mean", "low", "high"} <= value.keys()
+                add(name if is_estimate and key == "mean" else f"{name}/{key}", inner)
+        elif isinstance(value, int | float) and math.isfinite(value):
+            numbers[name] = value
+
+    for name, value in (dict(row) | {"reward_hacking": shifts}).items():
+        add(name, value)
+    return numbers
+
+
+def log_round(trackers: Sequence[Tracker], step: int, row: Mapping[str, Any], samples: Sequence[Path]) -> None:
+    """Send the numbers of a row of metrics.jsonl, and PNG files among ``samples``, to the trackers that take them."""
+    paths = [path for path in samples if path.suffix == ".png"]
+    for tracker in trackers:
+        tracker.log(flat_numbers(row), step=step)
+        if paths and isinstance(tracker, ImageTracker):
+            images = np.stack([np.asarray(Image.open(path, formats=["PNG"])) for path in paths])  # (N, H, W, 3)
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": images}, step=step, **layout)

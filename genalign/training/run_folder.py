@@ -1,0 +1,133 @@
+"""The folder of a run: configuration, environment, metrics and weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from genalign.diffusion.lora import save_peft
+from genalign.diffusion.policy import Policy
+from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from genalign.runtime.files import disk_errors, write_json, write_text
+
+logger = logging.getLogger(__name__)
+RUN_FORMAT = 2
+"""The format of a run's folder: 2 since genalign 0.2.0; folders of genalign 0.1.0 name none in environment.json."""
+_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "genalign")
+
+
+class WeightStore(Protocol):
+    """A pipeline that can write the trained adapter, or the whole network, in its family's own format."""
+
+    def save_lora(self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None: ...
+
+    def save_denoiser(self, directory: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run: its configuration, environment, metrics and weights. The main rank writes it."""
+
+    path: Path
+    processes: ProcessGroup = SINGLE_PROCESS
+
+    def require_unused(self) -> None:
+        """Raise FileExistsError if the path holds a run, or is a file."""
+        if (self.path / "metrics.jsonl").exists():
+            raise FileExistsError(
+                f"{self.path} holds a run already: resume it (genalign train --resume {self.path}), choose another"
+                " output, or remove it"
+            )
+        if self.path.is_file():
+            raise FileExistsError(f"{self.path} is a file: output must be a folder")
+
+    def require_format(self) -> None:
+        """Raise ValueError for a run of genalign 0.1.0, whose settings, records and import paths have other names."""
+        path = self.path / "environment.json"
+        environment = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if "genalign" in environment and "run_format" not in environment:
+            raise ValueError(
+                f"{self.path} was made by genalign {environment['genalign']}, whose runs this version cannot read: use"
+                " the version that made it, or start a new run"
+            )
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Write config.json and environment.json. Raises FileExistsError for a used folder."""
+        self.require_unused()
+        if self.processes.is_main:
+            write_json(self.path / "config.json", config)
+            write_json(self.path / "environment.json", environment(self.processes.world_size))
+
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        return config
+
+    def resume(self, config: Mapping[str, Any], rounds: int) -> None:
+        """Return to the state after ``rounds`` rounds, with ``config`` from there on, and warn if the machine differs.
+
+        Raises ValueError if metrics.jsonl has fewer rounds.
+        """
+        if not self.processes.is_main:
+            return
+        before = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        now = environment(self.processes.world_size)
+        changes = [f"{name} was {before.get(name)} and is {now[name]}" for name in now if before.get(name) != now[name]]
+        if changes:
+            logger.warning("The results may differ from those of an uninterrupted run: %s", ", ".join(changes))
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        if len(lines) < rounds:
+            raise ValueError(
+                f"{path} has {len(lines)} rounds, but the checkpoint was written after {rounds}: restore the file"
+            )
+        write_text(path, "".join(lines[:rounds]))
+        write_json(self.path / "config.json", config)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl and flush it to the disk."""
+        if not self.processes.is_main:
+            return
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save(self, policy: Policy, pipeline: WeightStore) -> None:
+        """Write the averaged weights: lora/ (diffusers) and peft/, or, if the whole network was trained, denoiser/.
+
+        Under FSDP every rank must call this.
+        """
+        with disk_errors(), policy.averaged():
+            if policy.config is None:
+                if self.processes.is_main:
+                    pipeline.save_denoiser(self.path / "denoiser")
+                return
+            state = policy.adapter_state()
+            if self.processes.is_main:
+                pipeline.save_lora(self.path / "lora", state, policy.config)
+                save_peft(self.path / "peft", state, policy.config)
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """Return the versions and sizes that a result may depend on, and nothing that names the machine."""
+    return {
+        "run_format": RUN_FORMAT,
+        "processes": world_size,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    } | {name: version(name) for name in _LIBRARIES}

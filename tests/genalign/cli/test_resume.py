@@ -1,0 +1,46 @@
+"""What a resumed run may change, and how texts are encoded again."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from genalign.cli.resume import require_same, train_request
+from pipelines import SD3
+
+
+def test_texts_are_encoded_in_the_same_batches_again(tiny: SD3) -> None:
+    first, second = tiny, copy.deepcopy(tiny)
+    first.encode(["a", "b", "c"])
+    first.encode(["d"])
+    second.encode_together(first.encoded)
+    expected = first.encode(["b", "d"]).tensors
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in second.encode(["b", "d"]).tensors.items())
+    assert sorted(second.encoded) == sorted(first.encoded) == [["", "a", "b", "c"], ["d"]]
+
+
+def test_a_resumed_run_keeps_its_settings() -> None:
+    stored: dict[str, Any] = {"output": "a", "training": {"rounds": 2, "seed": 0}, "checkpoint": {"every": 1}}
+    free = {"output": "b", "training": {"rounds": 9, "seed": 0}, "checkpoint": {"every": 5}}
+    require_same(stored, free)
+    with pytest.raises(ValueError, match=r"training\.seed was 0 and is 1: choose another output"):
+        require_same(stored, stored | {"training": {"rounds": 2, "seed": 1}})
+    with pytest.raises(ValueError, match=r"lora\.rank was None and is 4; training\.seed was 0 and is None"):
+        require_same(stored, stored | {"training": {"rounds": 2}, "lora": {"rank": 4}})
+
+
+def test_forms_of_resume(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert train_request(["--config", "x"]) == replace(train_request([]), arguments=["--config", "x"])
+    assert not train_request([]).resume
+    assert train_request(["--config", "x", "--resume"]).resume and train_request(["--resume", "--config", "x"]).resume
+    named = train_request(["--resume", str(tmp_path), "--training.rounds", "9"])
+    expected = ["--config", str(tmp_path / "config.json"), "--training.rounds", "9", "--output", str(tmp_path)]
+    assert named.resume and named.arguments == expected
+    with pytest.raises(FileNotFoundError, match="nowhere holds no run to resume"):
+        train_request(["--resume=nowhere"])
