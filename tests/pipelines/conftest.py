@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.pipelines.tiny_checkpoints import FAMILIES
+from tests.pipelines.tiny_checkpoints import FAMILIES, FolderOf
 
 
 @pytest.fixture(scope="session")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
     """The checkpoint of a family, built once."""
 
     @functools.cache

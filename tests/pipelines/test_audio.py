@@ -1,4 +1,4 @@
-"""Audio families: Stable Audio's sampler against diffusers with the same noises, and what only audio has."""
+"""The audio families: Stable Audio's sampler against diffusers with the same noises, and waveforms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from pipelines import AceStep, StableAudio, steer
 from pipelines.base import DiffusersPipeline
 from pipelines.meta_device import outline
 from pipelines.steering.decode import decode_latents
+from tests.pipelines.tiny_checkpoints import FolderOf
 
 # torch's older weight_norm in diffusers' AutoencoderOobleck, torchsde at the ends of its interval, numpy 2
 pytestmark = [
@@ -47,17 +48,17 @@ SECONDS = 3.0
 
 
 @pytest.fixture
-def stable_audio(folder_of: Callable[[str], Path]) -> StableAudio:
+def stable_audio(folder_of: FolderOf) -> StableAudio:
     return StableAudio.load(folder_of("stable_audio"), seconds=SECONDS)
 
 
 @pytest.fixture
-def ace_step(folder_of: Callable[[str], Path]) -> AceStep:
+def ace_step(folder_of: FolderOf) -> AceStep:
     return AceStep.load(folder_of("ace_step"), seconds=SECONDS)
 
 
 @pytest.mark.parametrize("family", ["stable_audio", "ace_step"])
-def test_opening_says_nothing_of_how_weights_are_normalised(family: str, folder_of: Callable[[str], Path]) -> None:
+def test_opening_does_not_warn_of_weight_norm(family: str, folder_of: FolderOf) -> None:
     folder = folder_of(family)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -66,7 +67,7 @@ def test_opening_says_nothing_of_how_weights_are_normalised(family: str, folder_
 
 
 class RecordingScheduler(CosineDPMSolverMultistepScheduler):  # type: ignore[misc]  # untyped
-    """The scheduler itself, which also keeps its noises."""
+    """The scheduler with a record of its noises."""
 
     noises: list[Tensor]
 
@@ -77,7 +78,7 @@ class RecordingScheduler(CosineDPMSolverMultistepScheduler):  # type: ignore[mis
 
 
 class Euler(EDMEulerScheduler):  # type: ignore[misc]  # untyped
-    """The deterministic scheduler of EDM, told the noise level as Stable Audio is."""
+    """The deterministic scheduler of EDM, with the timesteps of Stable Audio's network."""
 
     def precondition_noise(self, sigma: Tensor) -> Tensor:
         return sigma.atan() * 2 / math.pi
@@ -107,35 +108,33 @@ def _ours(pipeline: DiffusersPipeline, kernel: Kernel, guidance: float) -> Rollo
     return rollout(pipeline, start, pipeline.grid(STEPS), kernels, guidance, store=range(STEPS))
 
 
-def _assert_equal(pipeline: StableAudio, made: Rollout, latents: list[Tensor], waveforms: Tensor) -> None:
+def _assert_equal(pipeline: StableAudio, ours: Rollout, latents: list[Tensor], waveforms: Tensor) -> None:
     for i, theirs in enumerate(latents):
-        torch.testing.assert_close(made.x_next[:, i], theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
-    torch.testing.assert_close(pipeline.decode(made.final), waveforms.clamp(-1, 1), rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours.x_next[:, i], theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+    torch.testing.assert_close(pipeline.decode(ours.final), waveforms.clamp(-1, 1), rtol=0, atol=1e-4)
 
 
 def _unit_noise(pipeline: StableAudio) -> Tensor:
-    """The pipeline of diffusers scales it itself."""
+    """Initial noise without its scale, which the pipeline of diffusers multiplies by."""
     return pipeline.initial_noise([1, 2]) / pipeline.pipe.scheduler.init_noise_sigma
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_sde_rollout_is_the_first_order_sampler_of_diffusers_with_its_noises(
-    stable_audio: StableAudio, folder_of: Callable[[str], Path], guidance: float, monkeypatch: pytest.MonkeyPatch
+    stable_audio: StableAudio, folder_of: FolderOf, guidance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler = RecordingScheduler(solver_order=1)
     scheduler.noises = []
     latents, waveforms = _vanilla(folder_of("stable_audio"), scheduler, _unit_noise(stable_audio), guidance)
     monkeypatch.setattr("genalign.diffusion.rollout.step_noise", lambda seeds, step, like: scheduler.noises[step])
-    made = _ours(stable_audio, DPMSDE(), guidance)
+    ours = _ours(stable_audio, DPMSDE(), guidance)
     assert len(scheduler.noises) == STEPS and float(latents[0].std()) > 50
-    assert made.x.dtype == made.x_next.dtype == made.mean.dtype == torch.float32
-    _assert_equal(stable_audio, made, latents, waveforms)
+    assert ours.x.dtype == ours.x_next.dtype == ours.mean.dtype == torch.float32
+    _assert_equal(stable_audio, ours, latents, waveforms)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_the_ode_is_the_euler_sampler_of_edm(
-    stable_audio: StableAudio, folder_of: Callable[[str], Path], guidance: float
-) -> None:
+def test_the_ode_is_the_euler_sampler_of_edm(stable_audio: StableAudio, folder_of: FolderOf, guidance: float) -> None:
     options = {"sigma_min": 0.3, "sigma_max": 500.0, "sigma_data": 1.0, "sigma_schedule": "exponential"}
     scheduler = Euler(prediction_type="v_prediction", **options)
     latents, waveforms = _vanilla(folder_of("stable_audio"), scheduler, _unit_noise(stable_audio), guidance)
@@ -147,9 +146,9 @@ def test_noise_levels_of_stable_audio_open(stable_audio: StableAudio) -> None:
     assert grid.sigma.tolist() == pytest.approx([500, 78.254, 12.247, 1.9168, 0.3, 0], rel=1e-4)
     assert stable_audio.path == EDMPath(1.0, "v_prediction") and bool((grid.alpha == 1).all())
     assert trainable_steps(DPMSDE(), grid) == (0, 1, 2, 3)
-    asked = stable_audio.grid(2, [500.0, 2.0])
-    assert asked.timestep[1].item() == pytest.approx(0.7048327647, abs=1e-9)
-    assert asked.sigma.tolist() == [500.0, 2.0, 0.0]
+    explicit = stable_audio.grid(2, [500.0, 2.0])
+    assert explicit.timestep[1].item() == pytest.approx(0.7048327647, abs=1e-9)
+    assert explicit.sigma.tolist() == [500.0, 2.0, 0.0]
     again = stable_audio.grid(5, grid.sigma[:-1].tolist())
     torch.testing.assert_close(again.timestep, grid.timestep, rtol=0, atol=1e-7)
     with pytest.raises(ValueError, match="must begin at this model's sigma_max, 500, not 80"):
@@ -165,27 +164,27 @@ def test_the_network_sees_latents_of_unit_variance(stable_audio: StableAudio) ->
     torch.testing.assert_close(seen[0], x * 0.4472135955)
 
 
-def test_the_share_of_noise_is_known_on_every_path(stable_audio: StableAudio, ace_step: AceStep) -> None:
-    found = stable_audio.grid(STEPS).noise_share
-    assert found[0].item() == pytest.approx(500 / 501) and found[3].item() == pytest.approx(1.9168 / 2.9168, rel=1e-4)
+def test_the_share_of_noise_on_every_path(stable_audio: StableAudio, ace_step: AceStep) -> None:
+    share = stable_audio.grid(STEPS).noise_share
+    assert share[0].item() == pytest.approx(500 / 501) and share[3].item() == pytest.approx(1.9168 / 2.9168, rel=1e-4)
     flow = ace_step.grid(STEPS)
     torch.testing.assert_close(flow.noise_share, flow.sigma)
 
 
-def test_training_levels_are_even_in_what_the_network_is_told(stable_audio: StableAudio) -> None:
+def test_training_levels_are_even_in_the_timestep(stable_audio: StableAudio) -> None:
     level = stable_audio.level(torch.tensor([0.0, 0.5, 1.0]))
     assert level.sigma.tolist() == pytest.approx([0.3, (level.timestep[1] * math.pi / 2).tan().item(), 500], rel=1e-9)
     assert level.timestep[1].item() == pytest.approx((level.timestep[0] + level.timestep[2]).item() / 2)
 
 
 @pytest.mark.parametrize("family", ["stable_audio", "ace_step"])
-def test_ratios_are_one_before_training(family: str, folder_of: Callable[[str], Path]) -> None:
+def test_ratios_are_one_before_training(family: str, folder_of: FolderOf) -> None:
     pipeline = pipelines.load(folder_of(family), seconds=SECONDS)
     Policy(pipeline.denoiser, Lora(rank=4))
     kernel = DPMSDE() if family == "stable_audio" else FlowSDE(0.7)
-    made = _ours(pipeline, kernel, 3.0)
+    ours = _ours(pipeline, kernel, 3.0)
     for stored in range(STEPS - 1):
-        again = replay(pipeline, made, pipeline.grid(STEPS), kernel, ReplayBatch.of_step(stored, 2), 3.0)
+        again = replay(pipeline, ours, pipeline.grid(STEPS), kernel, ReplayBatch.of_step(stored, 2), 3.0)
         assert torch.equal(again.log_ratio, torch.zeros(2))
 
 
@@ -204,7 +203,7 @@ def test_noise_optimisation_starts_from_noise_of_the_first_level(stable_audio: S
     assert spreads[0] == pytest.approx(1.0, abs=0.3)
 
 
-def test_what_is_kept_of_a_clip(folder_of: Callable[[str], Path]) -> None:
+def test_a_clip_is_cut_to_its_duration(folder_of: FolderOf) -> None:
     whole, part = (StableAudio.load(folder_of("stable_audio"), seconds=seconds) for seconds in (None, 1.5))
     assert whole.sample_shape == (2, 64) and part.sample_shape == (2, 24) and part.resolution == (24,)
     latents = torch.randn(1, *part.latent_shape)
@@ -238,22 +237,28 @@ def test_ace_step_has_one_loudness_and_its_own_levels(ace_step: AceStep) -> None
 def test_a_turbo_model_takes_no_guidance(ace_step: AceStep) -> None:
     ace_step.pipe.is_turbo = True
     with pytest.raises(ValueError, match=r"distilled into this turbo model: set sampling\.guidance to 1, not 4"):
-        ace_step.predict(ace_step.initial_noise([1]), ace_step.grid(2)[0], ace_step.encode(PROMPTS[:1]), 4.0)
+        ace_step.require_guidance(4.0)
 
 
-def test_sizes_of_the_other_medium_are_refused(folder_of: Callable[[str], Path]) -> None:
-    with pytest.raises(ValueError, match="makes audio: leave height and width out, and give seconds"):
-        pipelines.load(folder_of("stable_audio"), height=64)
-    with pytest.raises(ValueError, match="makes images: leave seconds out, and give height and width"):
-        pipelines.load(folder_of("sd3"), seconds=1.0)
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("stable_audio", {"height": 64}, "makes audio: leave height and width out, and give seconds"),
+        ("sd3", {"seconds": 1.0}, "makes images: leave seconds out, and give height and width"),
+    ],
+)
+def test_sizes_of_the_other_medium_are_refused(
+    family: str, options: dict[str, Any], message: str, folder_of: FolderOf
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipelines.load(folder_of(family), **options)
 
 
-def test_an_adapter_of_another_kind_is_refused(stable_audio: StableAudio, tmp_path: Path) -> None:
+def test_an_adapter_of_another_network_or_format_is_refused(
+    stable_audio: StableAudio, ace_step: AceStep, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="is not an adapter in the format of PEFT, and diffusers has no loader for"):
         stable_audio.load_lora(tmp_path)
-
-
-def test_an_adapter_of_another_network_is_refused(stable_audio: StableAudio, ace_step: AceStep, tmp_path: Path) -> None:
     policy = Policy(stable_audio.denoiser, Lora(rank=2))
     assert policy.config is not None
     stable_audio.save_lora(tmp_path, policy.adapter_state(), policy.config)
@@ -265,7 +270,7 @@ def test_an_adapter_of_another_network_is_refused(stable_audio: StableAudio, ace
 
 
 @pytest.mark.parametrize("family", ["stable_audio", "ace_step"])
-def test_an_outline_has_the_shapes_of_the_checkpoint(family: str, folder_of: Callable[[str], Path]) -> None:
+def test_an_outline_has_the_shapes_of_the_checkpoint(family: str, folder_of: FolderOf) -> None:
     meta, real = outline(folder_of(family), seconds=SECONDS), pipelines.load(folder_of(family), seconds=SECONDS)
     assert meta.pipeline.latent_shape == real.latent_shape and meta.pipeline.sample_shape == real.sample_shape
     names = [network.name for network in meta.networks]
@@ -277,25 +282,18 @@ def test_an_outline_has_the_shapes_of_the_checkpoint(family: str, folder_of: Cal
     assert estimate.phases["decoding"]["decoder layers"] > 0
 
 
-def test_waveforms_are_written_at_their_rate(stable_audio: StableAudio, tmp_path: Path) -> None:
-    samples = torch.rand(2, 2, 48) * 2 - 1
-    names = writer(stable_audio.sample_rate)(samples, tmp_path, 7)
-    assert names == ["audio/00007.wav", "audio/00008.wav"]
-    found, rate = soundfile.read(tmp_path / names[1], dtype="float32")
-    assert rate == stable_audio.sample_rate == 16
-    torch.testing.assert_close(torch.tensor(found.T), samples[1], rtol=0, atol=1 / 32767)
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_waveforms_are_written_at_their_rate_and_nan_as_silence(tmp_path: Path, suffix: str) -> None:
+    samples = torch.rand(2, 2, 4800) * 2 - 1
+    samples[1, 0, 100] = math.nan
+    names = writer(44100, suffix)(samples, tmp_path, 7)
+    assert names == [f"audio/00007.{suffix}", f"audio/00008.{suffix}"]
+    assert soundfile.info(tmp_path / names[1]).format == suffix.upper()
+    audio = read_waveform(tmp_path / names[1])
+    assert audio.sample_rate == 44100
+    torch.testing.assert_close(audio.waveform, samples[1].nan_to_num(), rtol=0, atol=1 / 32767)
     with pytest.raises(ValueError, match="are not of the medium 'audio'"):
         writer(16)(samples[None], tmp_path, 0)
-
-
-def test_waveforms_are_written_as_flac_too_and_nan_is_silence(tmp_path: Path) -> None:
-    samples = torch.rand(1, 2, 4800) * 2 - 1
-    samples[0, 0, 100] = math.nan
-    names = writer(44100, "flac")(samples, tmp_path, 3)
-    assert names == ["audio/00003.flac"] and soundfile.info(tmp_path / names[0]).format == "FLAC"
-    found = read_waveform(tmp_path / names[0])
-    assert found.sample_rate == 44100
-    torch.testing.assert_close(found.waveform, samples[0].nan_to_num(), rtol=0, atol=1 / 32767)
 
 
 def loudness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -303,7 +301,7 @@ def loudness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 
 
 @pytest.mark.parametrize("audio", ["wav", "flac"])
-def test_steer_writes_what_can_be_heard(audio: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_steer_writes_audio_and_a_page_that_plays_it(audio: str, folder_of: FolderOf, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     settings = {
         "output": str(tmp_path / "found"),
@@ -315,14 +313,14 @@ def test_steer_writes_what_can_be_heard(audio: str, folder_of: Callable[[str], P
     }
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
     assert main(["steer", "--config", str(tmp_path / "config.yaml"), "--audio", audio]) == 0
-    found, rate = soundfile.read(tmp_path / "found" / "audio" / f"00001.{audio}")
-    assert found.shape == (48, 2) and rate == 16
+    waveform, rate = soundfile.read(tmp_path / "found" / "audio" / f"00001.{audio}")
+    assert waveform.shape == (48, 2) and rate == 16
     page = (tmp_path / "found" / "report.html").read_text()
     assert page.count('<audio controls preload="metadata" src="data:audio/flac;base64,') == len(PROMPTS)
 
 
-def test_a_prompt_without_words_is_not_what_guidance_leads_away_from(stable_audio: StableAudio) -> None:
-    """diffusers gives zeros for no negative prompt, and encodes an empty one."""
+def test_guidance_does_not_lead_away_from_the_empty_prompt(stable_audio: StableAudio) -> None:
+    """diffusers takes zeros without a negative prompt, but encodes an empty one."""
     empty = stable_audio.encode([""]).tensors
     assert bool(empty["context"].any())
     away = stable_audio.unconditional_tensors(empty)
@@ -331,14 +329,11 @@ def test_a_prompt_without_words_is_not_what_guidance_leads_away_from(stable_audi
 
 def test_steer_decodes_as_the_wrapper_does(ace_step: AceStep) -> None:
     latents = torch.randn(2, *ace_step.latent_shape, generator=torch.Generator().manual_seed(0))
-    made = decode_latents(ace_step.pipe, latents.transpose(1, 2))  # diffusers has frames before channels
-    torch.testing.assert_close(made, ace_step.decode(latents))
+    ours = decode_latents(ace_step.pipe, latents.transpose(1, 2))  # diffusers has frames before channels
+    torch.testing.assert_close(ours, ace_step.decode(latents))
 
 
 def test_momentum_in_guidance_is_not_resampled(ace_step: AceStep) -> None:
-    particles, context = (
-        FKSteering(2, lam=1.0),
-        pytest.raises(ValueError, match=r"AceStepPipeline guides with a momentum"),
-    )
-    with context, steer(ace_step.pipe, lambda samples, prompts: samples.flatten(1).mean(1), particles):
+    message = r"AceStepPipeline guides with a momentum"
+    with pytest.raises(ValueError, match=message), steer(ace_step.pipe, loudness, FKSteering(2, lam=1.0)):
         pass

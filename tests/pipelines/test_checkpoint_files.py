@@ -1,4 +1,4 @@
-"""The Hub, which may be away."""
+"""The Hub, which may be out of reach."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.http_servers import free_port
 
 
 @pytest.fixture(autouse=True)
-def asked_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No answer is remembered, and no proxy set."""
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget answers of the Hub, and unset proxies."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -22,13 +22,13 @@ pytestmark = [
 KERNEL = FlowSDE(0.7)
 
 
-def _made(tiny: SD3) -> Rollout:
+def _sample(tiny: SD3) -> Rollout:
     start = RolloutInputs(tiny.encode(["a circle"]), torch.zeros(4, dtype=torch.long), (1, 2, 3, 4), (5, 6, 7, 8))
     return rollout(tiny, start, tiny.grid(3), kernel_per_step(KERNEL, (0, 1), 3), 1.0, (0, 1))
 
 
 def _gradient(tiny: SD3, policy: Policy, sampled: Rollout) -> tuple[Tensor, Tensor]:
-    """Of log-ratios, at weights that have moved, and these before that."""
+    """Log-ratios before the weights move, and the gradient of their sum afterwards."""
     first = replay(tiny, sampled, tiny.grid(3), KERNEL, ReplayBatch.of_step(1, 4), 1.0).log_ratio.detach()
     for parameter in policy.parameters:
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -40,16 +40,16 @@ def _gradient(tiny: SD3, policy: Policy, sampled: Rollout) -> tuple[Tensor, Tens
 def test_it_samples_and_learns_as_the_plain_one(tiny_folder: Path) -> None:
     plain, fast = SD3.load(tiny_folder), SD3.load(tiny_folder, compiled=True)
     policies = [Policy(tiny.denoiser, Lora(rank=2, alpha=4)) for tiny in (plain, fast)]
-    sampled = _made(plain)
-    compiled = _made(fast)
+    sampled = _sample(plain)
+    compiled = _sample(fast)
     assert fast.denoiser._compiled_call_impl is not None
     torch.testing.assert_close(compiled.final, sampled.final, rtol=0, atol=1e-4)
-    (_, expected), (ratios, found) = (
-        _gradient(tiny, policy, made)
-        for tiny, policy, made in zip((plain, fast), policies, (sampled, compiled), strict=True)
+    (_, expected), (ratios, gradient) = (
+        _gradient(tiny, policy, samples)
+        for tiny, policy, samples in zip((plain, fast), policies, (sampled, compiled), strict=True)
     )
     assert float(ratios.abs().max()) < 1e-5
-    assert float((found - expected).norm()) < 1e-3 * float(expected.norm())
+    assert float((gradient - expected).norm()) < 1e-3 * float(expected.norm())
     with torch.no_grad(), policies[1].reference():
         base = replay(fast, compiled, fast.grid(3), KERNEL, ReplayBatch.of_step(1, 4), 1.0)
     assert float(base.log_ratio.abs().max()) < 1e-5

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines.base import DiffusersPipeline
 from pipelines.flows import FlowPipeline
-from tests.pipelines.tiny_checkpoints import FAMILIES, Family
+from tests.pipelines.tiny_checkpoints import FAMILIES, Family, FolderOf
 
 # What diffusers itself does: its EulerDiscreteScheduler turns a tensor into an array in a way that numpy 2 deprecates,
 # and its AutoencoderOobleck uses torch's older weight_norm.
@@ -65,10 +64,10 @@ def _sizes(family: str) -> dict[str, Any]:
 
 def _diffusers(family: Family, folder: Path, noise: Tensor, guidance: float) -> list[Tensor]:
     """The latents after every step of the diffusers pipeline, and its samples."""
-    if family.alone:
-        each = [_called(family, folder, noise[i : i + 1], guidance, [PROMPTS[i]]) for i in range(len(PROMPTS))]
-        return [torch.cat(parts) for parts in zip(*each, strict=True)]
-    return _called(family, folder, noise, guidance, PROMPTS)
+    if not family.alone:
+        return _called(family, folder, noise, guidance, PROMPTS)
+    each = [_called(family, folder, noise[i : i + 1], guidance, PROMPTS[i : i + 1]) for i in range(len(PROMPTS))]
+    return [torch.cat(parts) for parts in zip(*each, strict=True)]
 
 
 def _called(family: Family, folder: Path, noise: Tensor, guidance: float, prompts: list[str]) -> list[Tensor]:
@@ -97,7 +96,7 @@ def _called(family: Family, folder: Path, noise: Tensor, guidance: float, prompt
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "stable_audio"])  # it has no ODE: test_audio
 def test_the_ode_equals_diffusers(
-    family: str, folder_of: Callable[[str], Path], guidance: float, monkeypatch: pytest.MonkeyPatch
+    family: str, folder_of: FolderOf, guidance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_momentum(monkeypatch)
     folder, spec = folder_of(family), FAMILIES[family]
@@ -105,13 +104,13 @@ def test_the_ode_equals_diffusers(
     used = 1.0 if ours.is_distilled else guidance
     start = RolloutInputs(ours.encode(PROMPTS), torch.arange(2), (1, 2), (1, 2))
     grid = ours.grid(STEPS)
-    made = rollout(ours, start, grid, [ODE()] * STEPS, used, store=range(STEPS))
+    sampled = rollout(ours, start, grid, [ODE()] * STEPS, used, store=range(STEPS))
     *latents, samples = _diffusers(spec, folder, spec.noise(ours.initial_noise([1, 2])), guidance)
     for i, theirs in enumerate(latents):
-        expected = spec.latents(theirs, made.final, float(grid.alpha[i + 1]))
-        torch.testing.assert_close(made.x_next[:, i], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        expected = spec.latents(theirs, sampled.final, float(grid.alpha[i + 1]))
+        torch.testing.assert_close(sampled.x_next[:, i], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     with torch.no_grad():
-        torch.testing.assert_close(ours.decode(made.final), samples, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours.decode(sampled.final), samples, rtol=0, atol=1e-4)
 
 
 def without_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +127,7 @@ def _policy(pipeline: DiffusersPipeline) -> Policy:
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "stable_audio"])  # diffusers has no loader
-def test_a_lora_goes_through_diffusers_unchanged(family: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_lora_goes_through_diffusers_unchanged(family: str, folder_of: FolderOf, tmp_path: Path) -> None:
     ours = _open(family, folder_of(family))
     policy = _policy(ours)
     ours.save_lora(tmp_path, policy.adapter_state(), policy.config)  # type: ignore[arg-type]  # it has one
@@ -149,9 +148,7 @@ def test_a_lora_goes_through_diffusers_unchanged(family: str, folder_of: Callabl
 
 
 @pytest.mark.parametrize("family", ["sd3", "stable_audio", "ace_step"])
-def test_an_adapter_goes_through_peft_and_into_the_weights(
-    family: str, folder_of: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_an_adapter_goes_through_peft_and_into_the_weights(family: str, folder_of: FolderOf, tmp_path: Path) -> None:
     ours, again = _open(family, folder_of(family)), _open(family, folder_of(family))
     policy = _policy(ours)
     x, conditioning, step = ours.initial_noise([1, 2]), ours.encode(PROMPTS), ours.grid(STEPS)[1]
@@ -197,97 +194,88 @@ def _kernel(pipeline: DiffusersPipeline) -> Kernel:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_one_step_of_training_lowers_the_loss(
-    family: str, recipe: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    family: str, recipe: str, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = _open(family, folder_of(family))
     rate = 1e-3 if isinstance(ours, FlowPipeline) else 3e-3  # little of the tiny UNets is attention
     settings = TrainerSettings(prompts_per_round=2, group_size=4, batch_size=8, updates_per_round=1, learning_rate=rate)
-    policy, prompts = Policy(ours.denoiser, Lora(rank=4)), PromptSet("two", tuple(map(Prompt, PROMPTS)))
-    rewards = [NamedReward("bright", brightness)]
-    made = RECIPES[recipe](_kernel(ours))
-    trainer = Trainer(ours, policy, rewards, prompts, made, settings, Sampling(STEPS))
+    policy, prompts = Policy(ours.denoiser, Lora(rank=4)), PromptSet.of(PROMPTS)
+    rewards, own = [NamedReward("bright", brightness)], RECIPES[recipe](_kernel(ours))
+    trainer = Trainer(ours, policy, rewards, prompts, own, settings, Sampling(STEPS))
     parts = trainer.sample(0, prompts.prompts)
     outcome = trainer.gather_scores(parts, len(PROMPTS))
-    batch = UpdateBatch(parts[0].rollout, made.credit(outcome), outcome.group, False)
-    weights: list[Tensor] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(matching_losses, "_normalized_error", functools.partial(_by_own_size, weights))
-        before = _readings(trainer, batch)
+    batch = UpdateBatch(parts[0].rollout, own.credit(outcome), outcome.group, False)
+    sizes: list[Tensor] = []
+
+    def by_own_size(difference: Tensor) -> Tensor:
+        sizes.append(difference.double().flatten(1).detach().abs().mean(1))
+        return difference.double().flatten(1).square().mean(1) / sizes[-1]
+
+    def by_first_size(difference: Tensor) -> Tensor:
+        return difference.double().flatten(1).square().mean(1) / sizes.pop(0)
+
+    # NFT divides its errors by sizes that change in training; its steps descend the errors divided by the first sizes
+    monkeypatch.setattr(matching_losses, "_normalized_error", by_own_size)
+    before = _metrics(trainer, batch)
     assert before.log_ratio_max == 0.0
+    monkeypatch.undo()
     trainer.learn(0, prompts.prompts, parts, outcome)
-    monkeypatch.setattr(matching_losses, "_normalized_error", functools.partial(_by_first_size, iter(weights)))
-    assert _readings(trainer, batch).mean("loss") < before.mean("loss")
+    monkeypatch.setattr(matching_losses, "_normalized_error", by_first_size)
+    assert _metrics(trainer, batch).mean("loss") < before.mean("loss")
 
 
-def _by_own_size(weights: list[Tensor], difference: Tensor) -> Tensor:
-    """NFT's errors, the sizes that they are divided by kept in ``weights``."""
-    weights.append(difference.double().flatten(1).detach().abs().mean(1))
-    return difference.double().flatten(1).square().mean(1) / weights[-1]
-
-
-def _by_first_size(weights: Iterator[Tensor], difference: Tensor) -> Tensor:
-    """Divided by the sizes before training: what a step descends, while NFT's own value may rise with its weights."""
-    return difference.double().flatten(1).square().mean(1) / next(weights)
-
-
-def _readings(trainer: Trainer, batch: UpdateBatch) -> MetricSums:
-    """Of the loss on what ``learn`` sees first."""
+def _metrics(trainer: Trainer, batch: UpdateBatch) -> MetricSums:
+    """The metrics of the first batch of ``learn``, without an update."""
     metrics = MetricSums()
     context = UpdateContext(
         trainer.pipeline, trainer.policy, trainer.grid, trainer.recipe.kernel, 1.0, trainer.old, metrics
     )
-    seed = derived_seed(trainer.settings.seed, 0, "l", 0)
-    trainer.recipe.objective.backward(context, batch, 1.0, seed)
+    trainer.recipe.objective.backward(context, batch, 1.0, derived_seed(trainer.settings.seed, 0, "l", 0))
     for parameter in trainer.policy.parameters:
         parameter.grad = None
     return metrics
 
 
 @pytest.mark.parametrize("strategy", [BestOfN(3), Prune((0, 1), (0.5, 0.5), 4), "fk"], ids=str)
-def test_searches_run(family: str, strategy: Strategy | str, folder_of: Callable[[str], Path]) -> None:
+def test_searches_run(family: str, strategy: Strategy | str, folder_of: FolderOf) -> None:
     ours = _open(family, folder_of(family))
-    asked = FKSteering(particles=3, kernel=_kernel(ours)) if isinstance(strategy, str) else strategy
-    result = search(ours, PROMPTS, brightness, asked, sampling=Sampling(STEPS))
+    own = FKSteering(particles=3, kernel=_kernel(ours)) if isinstance(strategy, str) else strategy
+    result = search(ours, PROMPTS, brightness, own, sampling=Sampling(STEPS))
     assert result.samples.shape == (2, *ours.sample_shape)
     assert torch.equal(result.scores[:, 0], brightness(result.samples, []))
 
 
-def test_another_solver_is_named(
-    family: str, folder_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+def test_the_log_names_the_scheduler_that_is_not_used(
+    family: str, folder_of: FolderOf, caplog: pytest.LogCaptureFixture
 ) -> None:
     _open(family, folder_of(family))
-    shipped = {
-        "sd15": "PNDMScheduler",
-        "sana": "DPMSolverMultistepScheduler",
-        "stable_audio": "CosineDPMSolverMultistepScheduler",
-    }.get(family)
+    others = {"sd15": "PNDM", "sana": "DPMSolverMultistep", "stable_audio": "CosineDPMSolverMultistep"}
+    shipped = others.get(family)
     lines = [record.message for record in caplog.records if record.name == "pipelines.base"]
     assert len(lines) == (1 if shipped else 0)
-    assert all(f"comes with {shipped}. Genalign samples by first-order steps instead" in line for line in lines)
+    assert all(
+        f"comes with {shipped}Scheduler. Genalign samples by first-order steps instead" in line for line in lines
+    )
 
 
-def test_memory_options_work_together(family: str, folder_of: Callable[[str], Path]) -> None:
+def test_memory_options_work_together(family: str, folder_of: FolderOf) -> None:
     plain = _open(family, folder_of(family))
     memory = Memory(offload=True, checkpointing=True, decode_batch=1)
     lean = _open(family, folder_of(family), memory=memory)
     x, conditioning, step = plain.initial_noise([1, 2]), plain.encode(PROMPTS), plain.grid(STEPS)[1]
     assert all(torch.equal(tensor, conditioning.tensors[name]) for name, tensor in lean.encode(PROMPTS).tensors.items())
     policies = _policy(plain), _policy(lean)
-    calls = [0, 0]
-    for i, pipeline in enumerate((plain, lean)):
-        layer = next(module for name, module in pipeline.denoiser.named_modules() if name.endswith("to_q"))
-        layer.register_forward_hook(functools.partial(_count, calls, i))
+    calls: list[str] = []
+    for name, pipeline in (("plain", plain), ("lean", lean)):
+        layer = next(module for path, module in pipeline.denoiser.named_modules() if path.endswith("to_q"))
+        layer.register_forward_hook(lambda *args, name=name: calls.append(name))
         pipeline.predict(x, step, conditioning, 1.0).square().sum().backward()
     gradients = [torch.cat([_gradient(parameter).flatten() for parameter in policy.parameters]) for policy in policies]
-    assert calls[1] == 2 * calls[0] > 0  # activations were computed again
+    assert calls.count("lean") == 2 * calls.count("plain") > 0  # activations were computed again
     torch.testing.assert_close(gradients[0], gradients[1])
     with torch.no_grad():
         latents = x / x.std()
         torch.testing.assert_close(plain.decode(latents), lean.decode(latents))
-
-
-def _count(calls: list[int], place: int, *rest: object) -> None:
-    calls[place] += 1
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -296,7 +284,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_trains_a_float32_lora(family: str, dtype: torch.dtype, folder_of: Callable[[str], Path]) -> None:
+def test_low_precision_trains_a_float32_lora(family: str, dtype: torch.dtype, folder_of: FolderOf) -> None:
     ours = _open(family, folder_of(family), dtype=dtype)
     policy = _policy(ours)
     assert {parameter.dtype for parameter in policy.parameters} == {torch.float32}
@@ -308,7 +296,7 @@ def test_low_precision_trains_a_float32_lora(family: str, dtype: torch.dtype, fo
     assert all(bool(gradient.isfinite().all()) for gradient in gradients) and any(map(torch.any, gradients))
 
 
-def test_guidance_on_a_distilled_network_is_refused(folder_of: Callable[[str], Path]) -> None:
+def test_guidance_on_a_distilled_network_is_refused(folder_of: FolderOf) -> None:
     ours = _open("flux", folder_of("flux"), distilled_guidance=2.0)
     x, step = ours.initial_noise([1]), ours.grid(STEPS)[0]
     with pytest.raises(ValueError, match=r"guidance distilled into it: set sampling\.guidance to 1, not 4"):
@@ -317,7 +305,7 @@ def test_guidance_on_a_distilled_network_is_refused(folder_of: Callable[[str], P
         _open("sdxl", folder_of("sdxl"), distilled_guidance=2.0)
 
 
-def test_free_noise_levels_need_a_flow(folder_of: Callable[[str], Path]) -> None:
+def test_free_noise_levels_need_a_flow(folder_of: FolderOf) -> None:
     with pytest.raises(ValueError, match="takes integer timesteps alone"):
         _open("sd15", folder_of("sd15")).grid(2, [1.0, 0.5])
 
@@ -328,7 +316,7 @@ def test_an_unknown_family_is_named(tmp_path: Path) -> None:
         pipelines.load(tmp_path)
 
 
-def test_training_goes_on_from_a_published_lora(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_training_goes_on_from_a_published_lora(folder_of: FolderOf, tmp_path: Path) -> None:
     first, second = _open("sd3", folder_of("sd3")), _open("sd3", folder_of("sd3"))
     old = _policy(first)
     first.save_lora(tmp_path, old.adapter_state(), old.config)  # type: ignore[arg-type]  # it has one
@@ -342,6 +330,6 @@ def test_training_goes_on_from_a_published_lora(folder_of: Callable[[str], Path]
         assert torch.equal(first.predict(x, step, conditioning, 1.0), second.predict(x, step, conditioning, 1.0))
 
 
-def test_an_adapter_that_is_nowhere_is_refused(folder_of: Callable[[str], Path]) -> None:
+def test_an_adapter_that_is_nowhere_is_refused(folder_of: FolderOf) -> None:
     with pytest.raises(FileNotFoundError, match=r"no LoRA nowhere: give the lora/ folder of a run"):
         _open("sd3", folder_of("sd3")).load_lora("nowhere")

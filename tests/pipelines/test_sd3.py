@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline, UNet2DModel
+from peft import PeftModel
 
 from genalign.diffusion.lora import save_peft
 from genalign.diffusion.policy import Lora, Policy
@@ -17,10 +18,6 @@ from pipelines import SD3, base
 
 PROMPTS = ["a red circle", "an orange ring and a blue square"]
 SIGMAS = [1.0, 0.75, 0.5, 0.25]
-
-
-def _start(pipeline: SD3, seeds: tuple[int, ...] = (1, 2)) -> RolloutInputs:
-    return RolloutInputs(pipeline.encode(PROMPTS), torch.arange(2), seeds, seeds)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -44,22 +41,20 @@ def test_ode_rollout_equals_diffusers_step_by_step(tiny: SD3, tiny_folder: Path,
         callback_on_step_end=note,
     ).images
     grid = tiny.grid(len(SIGMAS), SIGMAS)
-    ours = rollout(tiny, _start(tiny), grid, [ODE()] * 4, guidance, store=range(4))
+    start = RolloutInputs(tiny.encode(PROMPTS), torch.arange(2), (1, 2), (1, 2))
+    ours = rollout(tiny, start, grid, [ODE()] * 4, guidance, store=range(4))
     for i, latents in enumerate(seen):
         torch.testing.assert_close(ours.x_next[:, i], latents, rtol=0, atol=1e-5 * float(latents.abs().max()))
     with torch.no_grad():
         torch.testing.assert_close(tiny.decode(ours.final), images, rtol=0, atol=1e-4)
 
 
-def test_default_grid_is_the_schedulers(tiny: SD3) -> None:
-    grid = tiny.grid(10)
-    tiny.pipe.scheduler.set_timesteps(10)
-    torch.testing.assert_close(grid.sigma.float(), tiny.pipe.scheduler.sigmas)
-    torch.testing.assert_close(grid.timestep.float(), tiny.pipe.scheduler.timesteps)
+def test_the_grid_is_the_schedulers_or_the_explicit_sigmas(tiny: SD3) -> None:
+    grid, scheduler = tiny.grid(10), tiny.pipe.scheduler
+    scheduler.set_timesteps(10)
+    torch.testing.assert_close(grid.sigma.float(), scheduler.sigmas)
+    torch.testing.assert_close(grid.timestep.float(), scheduler.timesteps)
     assert float(grid.sigma[-2]) == pytest.approx(0.001, abs=1e-6)
-
-
-def test_explicit_sigmas_are_used_as_they_are(tiny: SD3) -> None:
     assert tiny.grid(4, SIGMAS).sigma.tolist() == [*SIGMAS, 0.0]
 
 
@@ -70,18 +65,19 @@ def test_encoding_is_cached_and_keeps_order(tiny: SD3) -> None:
     assert again.tensors["context"].shape[1] == 12 + 8
 
 
-def test_texts_asked_for_longest_ago_are_encoded_again(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no room for all: in the batch they were first encoded in, to the same bits."""
+def test_embeddings_dropped_from_the_cache_are_computed_again_to_the_same_bits(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny = SD3.load(tiny_folder)
-    encoded: list[list[str]] = []
+    batches: list[list[str]] = []
     encode = tiny.encode_texts
-    monkeypatch.setattr(tiny, "encode_texts", lambda texts: encoded.append(list(texts)) or encode(texts))
-    first, kept = tiny.encode([*PROMPTS, "a third"]), tiny.encode(PROMPTS[:1])
+    monkeypatch.setattr(tiny, "encode_texts", lambda texts: batches.append(list(texts)) or encode(texts))
+    first, one = tiny.encode([*PROMPTS, "a third"]), tiny.encode(PROMPTS[:1])
     monkeypatch.setattr(base, "_CACHE_BYTES", 3 * sum(row[0].nbytes for row in first.tensors.values()))
-    tiny.encode(["a fourth"])  # beside it the unconditional text, and the latest of the others, have room
-    assert torch.equal(tiny.encode(PROMPTS[:1]).tensors["context"], kept.tensors["context"]) and len(encoded) == 2
+    tiny.encode(["a fourth"])  # there is room for it, for the unconditional text and for the latest of the others
+    assert torch.equal(tiny.encode(PROMPTS[:1]).tensors["context"], one.tensors["context"]) and len(batches) == 2
     again = tiny.encode([*PROMPTS, "a third"])
-    assert encoded == [sorted({*PROMPTS, "a third", ""}), ["a fourth"], encoded[0]]
+    assert batches == [sorted({*PROMPTS, "a third", ""}), ["a fourth"], batches[0]]
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in first.tensors.items())
 
 
@@ -103,46 +99,34 @@ def test_offloading_changes_nothing(tiny: SD3, tiny_folder: Path) -> None:
     assert torch.equal(tiny.decode(noise), offloaded.decode(noise))
 
 
-@pytest.mark.parametrize("alpha", [4, 10])
-def test_lora_round_trip_through_diffusers_is_bit_equal(
-    tiny: SD3, tiny_folder: Path, tmp_path: Path, alpha: float
-) -> None:
+def _policy(tiny: SD3, alpha: float) -> Policy:
     policy = Policy(tiny.denoiser, Lora(rank=4, alpha=alpha))
     for i, parameter in enumerate(policy.parameters):
-        torch.manual_seed(i)
-        torch.nn.init.normal_(parameter, std=0.1)
-    tiny.save_lora(tmp_path / "lora", policy.adapter_state(), policy.config)  # type: ignore[arg-type]
-    vanilla = StableDiffusion3Pipeline.from_pretrained(tiny_folder)
-    vanilla.load_lora_weights(tmp_path / "lora")
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(i))
+    return policy
+
+
+@pytest.mark.parametrize(("loader", "alpha"), [("diffusers", 4), ("diffusers", 10), ("peft", 8)])
+def test_a_lora_round_trip_is_bit_equal(
+    tiny: SD3, tiny_folder: Path, tmp_path: Path, loader: str, alpha: float
+) -> None:
+    policy = _policy(tiny, alpha)
+    assert policy.config is not None
+    if loader == "diffusers":
+        tiny.save_lora(tmp_path, policy.adapter_state(), policy.config)
+        vanilla = StableDiffusion3Pipeline.from_pretrained(tiny_folder)
+        vanilla.load_lora_weights(tmp_path)
+        other = vanilla.transformer
+    else:
+        save_peft(tmp_path, policy.adapter_state(), policy.config)
+        other = PeftModel.from_pretrained(SD3.load(tiny_folder).denoiser, str(tmp_path))
     context = tiny.encode(PROMPTS).tensors
-    inputs = {
-        "hidden_states": tiny.initial_noise([1, 2]),
-        "timestep": torch.tensor([500.0, 250.0]),
-        "encoder_hidden_states": context["context"],
-        "pooled_projections": context["pooled"],
-    }
+    inputs = tiny.initial_noise([1, 2]), context["context"], context["pooled"], torch.tensor([500.0, 250.0])
     with torch.no_grad():
-        ours, theirs = tiny.denoiser(**inputs).sample, vanilla.transformer(**inputs).sample
+        ours, theirs = tiny.denoiser(*inputs).sample, other(*inputs).sample
         with policy.reference():
-            base = tiny.denoiser(**inputs).sample
-    assert torch.equal(ours, theirs)
-    assert not torch.allclose(ours, base)
-
-
-def test_peft_folder_round_trip(tiny: SD3, tiny_folder: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-
-    policy = Policy(tiny.denoiser, Lora(rank=4, alpha=8))
-    for parameter in policy.parameters:
-        torch.nn.init.normal_(parameter, std=0.1)
-    save_peft(tmp_path / "peft", policy.adapter_state(), policy.config)  # type: ignore[arg-type]
-    other = PeftModel.from_pretrained(SD3.load(tiny_folder).denoiser, str(tmp_path / "peft"))
-    context = tiny.encode(PROMPTS).tensors
-    noise, timestep = tiny.initial_noise([1, 2]), torch.tensor([500.0, 250.0])
-    with torch.no_grad():
-        ours = tiny.denoiser(noise, context["context"], context["pooled"], timestep).sample
-        theirs = other(noise, context["context"], context["pooled"], timestep).sample
-    assert torch.equal(ours, theirs)
+            without = tiny.denoiser(*inputs).sample
+    assert torch.equal(ours, theirs) and not torch.allclose(ours, without)
 
 
 def test_an_adapter_of_another_base_is_refused(tiny: SD3, tiny_folder: Path, tmp_path: Path) -> None:
@@ -155,15 +139,18 @@ def test_an_adapter_of_another_base_is_refused(tiny: SD3, tiny_folder: Path, tmp
         SD3(other).load_lora(tmp_path)
 
 
-def test_bad_paths(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no model_index\.json: give the folder that save_pretrained wrote"):
-        SD3.load(tmp_path)
-    file = tmp_path / "model.safetensors"
-    file.touch()
-    with pytest.raises(ValueError, match="is a file: give the diffusers folder"):
-        SD3.load(file)
-    with pytest.raises(FileNotFoundError, match=r"is neither a folder nor a Hub id \(owner/name\)"):
-        SD3.load("no/such/folder/here")
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("", ValueError, r"has no model_index\.json: give the folder that save_pretrained wrote"),
+        ("model.safetensors", ValueError, "is a file: give the diffusers folder"),
+        ("no/such/folder/here", FileNotFoundError, r"is neither a folder nor a Hub id \(owner/name\)"),
+    ],
+)
+def test_wrong_paths_are_refused(tmp_path: Path, path: str, error: type[Exception], message: str) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(error, match=message):
+        SD3.load(tmp_path / path)
 
 
 def test_another_family_is_refused(tmp_path: Path) -> None:

@@ -2,52 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AceStepConditionEncoder,
-    AceStepPipeline,
-    AceStepTransformer1DModel,
-    AutoencoderDC,
-    AutoencoderKL,
-    AutoencoderKLQwenImage,
-    AutoencoderOobleck,
-    CosineDPMSolverMultistepScheduler,
-    DDIMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    PNDMScheduler,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-    SanaPipeline,
-    SanaTransformer2DModel,
-    StableAudioDiTModel,
-    StableAudioPipeline,
-    StableAudioProjectionModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+import transformers
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    Gemma2Config,
-    Gemma2Model,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3Config,
-    Qwen3Model,
-)
 
 from pipelines import SD3, SDXL, AceStep, Flux, QwenImage, Sana, StableAudio, StableDiffusion
 from pipelines.base import DiffusersPipeline
@@ -102,8 +67,8 @@ class Family:
         return folder
 
 
-def _kl(channels: int, **options: Any) -> AutoencoderKL:
-    return AutoencoderKL(
+def _kl(channels: int, **options: Any) -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -114,12 +79,13 @@ def _kl(channels: int, **options: Any) -> AutoencoderKL:
     )
 
 
-def _clip_text() -> CLIPTextModel:
-    return CLIPTextModel(build_text_encoder(clip_tokenizer()).config)
+def _clip_text() -> transformers.CLIPTextModel:
+    return transformers.CLIPTextModel(build_text_encoder(clip_tokenizer()).config)
 
 
-def _unet(context: int, **options: Any) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
+def unet(context: int, **options: Any) -> diffusers.UNet2DConditionModel:
+    """A UNet with two levels for latents (B, 4, 8, 8) and texts of width ``context``."""
+    return diffusers.UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
         layers_per_block=1,
@@ -132,11 +98,65 @@ def _unet(context: int, **options: Any) -> UNet2DConditionModel:
     )
 
 
+def unet_xl(context: int, pooled: int) -> diffusers.UNet2DConditionModel:
+    """The same, with SDXL's additional input of ``pooled`` numbers and six sizes."""
+    return unet(
+        context,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=pooled + 6 * 4,
+    )
+
+
+def flux_transformer(context: int, pooled: int) -> diffusers.FluxTransformer2DModel:
+    """A guidance-distilled network for packed latents of four channels."""
+    return diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=context,
+        pooled_projection_dim=pooled,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+
+
+def audio_transformer() -> diffusers.StableAudioDiTModel:
+    """Stable Audio's network, for 16 frames and texts of width 16."""
+    return diffusers.StableAudioDiTModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_attention_heads=1,
+        cross_attention_dim=16,
+        cross_attention_input_dim=16,
+        global_states_input_dim=32,
+        time_proj_dim=8,
+    )
+
+
+def oobleck() -> diffusers.AutoencoderOobleck:
+    """An autoencoder of stereo at 16 Hz, with four audio samples a frame."""
+    return diffusers.AutoencoderOobleck(
+        encoder_hidden_size=8,
+        downsampling_ratios=[2, 2],
+        channel_multiples=[1, 1],
+        decoder_channels=4,
+        decoder_input_channels=4,
+        sampling_rate=16,
+    )
+
+
 def sd3() -> DiffusionPipeline:
     model = ShapesTextToImage(layers=2, width=64)
-    return StableDiffusion3Pipeline(
+    return diffusers.StableDiffusion3Pipeline(
         model.transformer,
-        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         build_vae(),
         model.text_encoder,
         model.clip_tokenizer,
@@ -148,56 +168,40 @@ def sd3() -> DiffusionPipeline:
 
 
 def flux() -> DiffusionPipeline:
-    network = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=128,
-        pooled_projection_dim=64,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     tokenizer = t5_tokenizer()
     t5 = build_t5(len(tokenizer))
-    return FluxPipeline(scheduler, _kl(4, shift_factor=0.1), _clip_text(), clip_tokenizer(), t5, tokenizer, network)
+    return diffusers.FluxPipeline(
+        scheduler, _kl(4, shift_factor=0.1), _clip_text(), clip_tokenizer(), t5, tokenizer, flux_transformer(128, 64)
+    )
 
 
 def sd15() -> DiffusionPipeline:
-    scheduler = PNDMScheduler(**_LATENT_DIFFUSION, skip_prk_steps=True, set_alpha_to_one=False)
+    scheduler = diffusers.PNDMScheduler(**_LATENT_DIFFUSION, skip_prk_steps=True, set_alpha_to_one=False)
     scheduler.register_to_config(clip_sample=False)  # not PNDM's, and in the file of the published checkpoints
-    return StableDiffusionPipeline(
-        _kl(4), _clip_text(), clip_tokenizer(), _unet(64), scheduler, None, None, requires_safety_checker=False
+    return diffusers.StableDiffusionPipeline(
+        _kl(4), _clip_text(), clip_tokenizer(), unet(64), scheduler, None, None, requires_safety_checker=False
     )
 
 
 def sd21() -> DiffusionPipeline:
     pipe = sd15()
-    pipe.scheduler = DDIMScheduler(
+    pipe.scheduler = diffusers.DDIMScheduler(
         **_LATENT_DIFFUSION, set_alpha_to_one=False, clip_sample=False, prediction_type="v_prediction"
     )
     return pipe
 
 
 def sdxl() -> DiffusionPipeline:
-    unet = _unet(
-        128,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=64 + 6 * 4,
-    )
-    scheduler = EulerDiscreteScheduler(**_LATENT_DIFFUSION, timestep_spacing="leading")
-    projected = CLIPTextModelWithProjection(build_text_encoder(clip_tokenizer()).config)
-    return StableDiffusionXLPipeline(
-        _kl(4), _clip_text(), projected, clip_tokenizer(), clip_tokenizer(), unet, scheduler, add_watermarker=False
-    )
+    scheduler = diffusers.EulerDiscreteScheduler(**_LATENT_DIFFUSION, timestep_spacing="leading")
+    projected = transformers.CLIPTextModelWithProjection(build_text_encoder(clip_tokenizer()).config)
+    texts = _clip_text(), projected, clip_tokenizer(), clip_tokenizer()
+    return diffusers.StableDiffusionXLPipeline(_kl(4), *texts, unet_xl(128, 64), scheduler, add_watermarker=False)
 
 
 def sana() -> DiffusionPipeline:
     tokenizer = t5_tokenizer()
-    gemma = Gemma2Config(
+    gemma = transformers.Gemma2Config(
         vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=32,
@@ -206,7 +210,7 @@ def sana() -> DiffusionPipeline:
         num_key_value_heads=1,
         head_dim=8,
     )
-    network = SanaTransformer2DModel(
+    network = diffusers.SanaTransformer2DModel(
         in_channels=4,
         out_channels=4,
         num_layers=1,
@@ -218,7 +222,7 @@ def sana() -> DiffusionPipeline:
         caption_channels=16,
         sample_size=32,
     )
-    vae = AutoencoderDC(
+    vae = diffusers.AutoencoderDC(
         in_channels=3,
         latent_channels=4,
         attention_head_dim=2,
@@ -232,8 +236,10 @@ def sana() -> DiffusionPipeline:
         decoder_layers_per_block=(1, 1),
         scaling_factor=0.41407,
     )
-    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return SanaPipeline(tokenizer, Gemma2Model(gemma), vae, network, scheduler)
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return diffusers.SanaPipeline(tokenizer, transformers.Gemma2Model(gemma), vae, network, scheduler)
 
 
 def qwen_image() -> DiffusionPipeline:
@@ -255,8 +261,10 @@ def qwen_image() -> DiffusionPipeline:
         "out_hidden_size": 16,
         "fullatt_block_indexes": [0],
     }
-    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
-    network = QwenImageTransformer2DModel(
+    encoder = transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    )
+    network = diffusers.QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
         out_channels=4,
@@ -266,7 +274,7 @@ def qwen_image() -> DiffusionPipeline:
         joint_attention_dim=16,
         axes_dims_rope=(4, 6, 6),
     )
-    vae = AutoencoderKLQwenImage(
+    vae = diffusers.AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,
         dim_mult=[1, 2],
@@ -275,55 +283,30 @@ def qwen_image() -> DiffusionPipeline:
         latents_mean=[0.1] * 4,
         latents_std=[1.5] * 4,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     )
-    return QwenImagePipeline(scheduler, vae, encoder, tokenizer, network)
-
-
-def _oobleck() -> AutoencoderOobleck:
-    """Stereo at 16 Hz, four samples a frame."""
-    return AutoencoderOobleck(
-        encoder_hidden_size=8,
-        downsampling_ratios=[2, 2],
-        channel_multiples=[1, 1],
-        decoder_channels=4,
-        decoder_input_channels=4,
-        sampling_rate=16,
-    )
+    return diffusers.QwenImagePipeline(scheduler, vae, encoder, tokenizer, network)
 
 
 def stable_audio() -> DiffusionPipeline:
-    """Clips of 4 s at most."""
+    """Stable Audio for clips of 4 s at most."""
     tokenizer = t5_tokenizer()
-    network = StableAudioDiTModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        num_key_value_attention_heads=1,
-        cross_attention_dim=16,
-        cross_attention_input_dim=16,
-        global_states_input_dim=32,
-        time_proj_dim=8,
-    )
     t5 = build_t5(len(tokenizer))
-    projection = StableAudioProjectionModel(t5.config.d_model, 16, min_value=0, max_value=8)
-    scheduler = CosineDPMSolverMultistepScheduler()
-    return StableAudioPipeline(_oobleck(), t5, projection, tokenizer, network, scheduler)
+    projection = diffusers.StableAudioProjectionModel(t5.config.d_model, 16, min_value=0, max_value=8)
+    scheduler = diffusers.CosineDPMSolverMultistepScheduler()
+    return diffusers.StableAudioPipeline(oobleck(), t5, projection, tokenizer, audio_transformer(), scheduler)
 
 
 def ace_step() -> DiffusionPipeline:
     tokenizer = t5_tokenizer()
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4}
     widths = {"hidden_size": 16, "intermediate_size": 32}
-    text = Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=1, **widths, **heads)
-    network = AceStepTransformer1DModel(
+    text = transformers.Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=1, **widths, **heads)
+    network = diffusers.AceStepTransformer1DModel(
         num_hidden_layers=2, in_channels=12, audio_acoustic_hidden_dim=4, **widths, **heads
     )
-    conditions = AceStepConditionEncoder(
+    conditions = diffusers.AceStepConditionEncoder(
         text_hidden_dim=16,
         timbre_hidden_dim=4,
         num_lyric_encoder_hidden_layers=1,
@@ -332,28 +315,14 @@ def ace_step() -> DiffusionPipeline:
         **heads,
     )
     nn.init.normal_(conditions.silence_latent)
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)
-    return AceStepPipeline(_oobleck(), Qwen3Model(text), tokenizer, network, conditions, scheduler)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)
+    return diffusers.AceStepPipeline(
+        oobleck(), transformers.Qwen3Model(text), tokenizer, network, conditions, scheduler
+    )
 
 
-def _flow(config: Any) -> Any:
-    return FlowMatchEulerDiscreteScheduler.from_config(config)
-
-
-def _flow_of_solver(config: Any) -> Any:
-    return FlowMatchEulerDiscreteScheduler.from_config(config, shift=config["flow_shift"])
-
-
-def _ddim(config: Any) -> Any:
-    return DDIMScheduler.from_config(config)
-
-
-def _euler(config: Any) -> Any:
-    return EulerDiscreteScheduler.from_config(config)
-
-
-def _first_order(config: Any) -> Any:
-    return CosineDPMSolverMultistepScheduler.from_config(config, solver_order=1)
+_flow = diffusers.FlowMatchEulerDiscreteScheduler.from_config
+_ddim = diffusers.DDIMScheduler.from_config
 
 
 def _classic(guidance: float) -> dict[str, Any]:
@@ -364,6 +333,9 @@ def _negative(guidance: float) -> dict[str, Any]:
     return {"true_cfg_scale": guidance, "negative_prompt": [" ", " "]}
 
 
+FolderOf = Callable[[str], Path]
+"""The fixture ``folder_of``: from a family's name to the folder of its checkpoint."""
+
 _SIZE = {"height": 16, "width": 16}
 FAMILIES: dict[str, Family] = {
     "sd3": Family(sd3, SD3, _flow, _classic, {"max_sequence_length": 8}),
@@ -372,15 +344,21 @@ FAMILIES: dict[str, Family] = {
     ),
     "sd15": Family(sd15, StableDiffusion, _ddim, _classic, {}),
     "sd21": Family(sd21, StableDiffusion, _ddim, _classic, {}),
-    "sdxl": Family(sdxl, SDXL, _euler, _classic, {}, scaled=True),
+    "sdxl": Family(sdxl, SDXL, diffusers.EulerDiscreteScheduler.from_config, _classic, {}, scaled=True),
     "sana": Family(
         sana,
         Sana,
-        _flow_of_solver,
+        lambda config: _flow(config, shift=config["flow_shift"]),
         _classic,
         {"max_sequence_length": 8, "use_resolution_binning": False, "height": 32, "width": 32},
     ),
     "qwen_image": Family(qwen_image, QwenImage, _flow, _negative, {"max_sequence_length": 32, **_SIZE}, packed=True),
-    "stable_audio": Family(stable_audio, StableAudio, _first_order, _classic, {"audio_end_in_s": 3.0}),
+    "stable_audio": Family(
+        stable_audio,
+        StableAudio,
+        functools.partial(diffusers.CosineDPMSolverMultistepScheduler.from_config, solver_order=1),
+        _classic,
+        {"audio_end_in_s": 3.0},
+    ),
     "ace_step": Family(ace_step, AceStep, _flow, _classic, {"audio_duration": 3.1}, frames_first=True, alone=True),
 }

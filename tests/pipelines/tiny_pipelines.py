@@ -7,27 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderOobleck,
-    CosineDPMSolverMultistepScheduler,
-    DDIMScheduler,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SchedulerMixin,
-    SD3Transformer2DModel,
-    StableAudioDiTModel,
-    StableAudioPipeline,
-    StableAudioProjectionModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
+
+from tests.pipelines.tiny_checkpoints import audio_transformer, flux_transformer, oobleck, unet, unet_xl
 
 Pick = Sequence[int]
 STEPS = 4
@@ -89,23 +74,9 @@ def _embeddings(count: int, **widths: int) -> dict[str, Tensor]:
     }
 
 
-def _vae(channels: int = 4) -> AutoencoderKL:
-    return AutoencoderKL(
+def _vae(channels: int = 4) -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(
         block_out_channels=(4,), norm_num_groups=2, latent_channels=channels, mid_block_add_attention=False
-    )
-
-
-def _unet(**options: Any) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2,
-        norm_num_groups=2,
-        cross_attention_dim=_WIDTH,
-        **options,
     )
 
 
@@ -123,31 +94,27 @@ def _finish(
 
 def sd15(count: int = 4) -> Family:
     """Stable Diffusion 1.5 with guidance, on DDIM."""
-    unet = _unet()
-    pipe = StableDiffusionPipeline(
-        _vae(), None, None, unet, DDIMScheduler(**_DDIM), None, None, requires_safety_checker=False
+    network, scheduler = unet(_WIDTH), diffusers.DDIMScheduler(**_DDIM)
+    pipe = diffusers.StableDiffusionPipeline(
+        _vae(), None, None, network, scheduler, None, None, requires_safety_checker=False
     )
     samples = _embeddings(count, prompt_embeds=_WIDTH, negative_prompt_embeds=_WIDTH)
-    return _finish(pipe, unet, samples, {"guidance_scale": 3.0}, nfe=2)
+    return _finish(pipe, network, samples, {"guidance_scale": 3.0}, nfe=2)
 
 
 def sdxl(count: int = 4) -> Family:
     """SDXL without guidance, on DDIM."""
-    unet = _unet(
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=_WIDTH + 6 * 4,
-    )
-    pipe = StableDiffusionXLPipeline(
-        _vae(), None, None, None, None, unet, DDIMScheduler(**_DDIM), add_watermarker=False
+    network, scheduler = unet_xl(_WIDTH, _WIDTH), diffusers.DDIMScheduler(**_DDIM)
+    pipe = diffusers.StableDiffusionXLPipeline(
+        _vae(), None, None, None, None, network, scheduler, add_watermarker=False
     )
     samples = _embeddings(count, prompt_embeds=_WIDTH, pooled_prompt_embeds=-_WIDTH)
-    return _finish(pipe, unet, samples, {"guidance_scale": 1.0}, nfe=1)
+    return _finish(pipe, network, samples, {"guidance_scale": 1.0}, nfe=1)
 
 
 def sd3(count: int = 4) -> Family:
     """Stable Diffusion 3 with guidance."""
-    network = SD3Transformer2DModel(
+    network = diffusers.SD3Transformer2DModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
@@ -159,8 +126,8 @@ def sd3(count: int = 4) -> Family:
         pooled_projection_dim=_WIDTH,
         pos_embed_max_size=4,
     )
-    pipe = StableDiffusion3Pipeline(
-        network, FlowMatchEulerDiscreteScheduler(shift=3.0), _vae(), None, None, None, None, None, None
+    pipe = diffusers.StableDiffusion3Pipeline(
+        network, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), _vae(), None, None, None, None, None, None
     )
     samples = _embeddings(
         count,
@@ -174,49 +141,18 @@ def sd3(count: int = 4) -> Family:
 
 def flux(count: int = 4) -> Family:
     """FLUX with distilled guidance and a shift that depends on the image's size."""
-    network = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=1,
-        joint_attention_dim=_WIDTH,
-        pooled_projection_dim=_WIDTH,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    pipe = FluxPipeline(scheduler, _vae(), None, None, None, None, network)
+    network = flux_transformer(_WIDTH, _WIDTH)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe = diffusers.FluxPipeline(scheduler, _vae(), None, None, None, None, network)
     samples = _embeddings(count, prompt_embeds=_WIDTH, pooled_prompt_embeds=-_WIDTH)
     return _finish(pipe, network, samples, {"height": 8, "width": 8}, nfe=1)
 
 
 def stable_audio(count: int = 4, scheduler: SchedulerMixin | None = None) -> Family:
-    """Stable Audio with guidance; on its own CosineDPMSolverMultistepScheduler, which needs torchsde, unless given."""
-    network = StableAudioDiTModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        num_key_value_attention_heads=1,
-        cross_attention_dim=_WIDTH,
-        cross_attention_input_dim=_WIDTH,
-        global_states_input_dim=2 * _WIDTH,
-        time_proj_dim=8,
-    )
-    vae = AutoencoderOobleck(
-        encoder_hidden_size=4,
-        downsampling_ratios=[2, 2],
-        channel_multiples=[1, 1],
-        decoder_channels=4,
-        decoder_input_channels=4,
-        sampling_rate=16,
-    )
-    projection = StableAudioProjectionModel(_WIDTH, _WIDTH, 0, 4)
-    used = scheduler or CosineDPMSolverMultistepScheduler()
-    pipe = StableAudioPipeline(vae, None, projection, None, network, used)
+    """Stable Audio with guidance; on its own CosineDPMSolverMultistepScheduler, which needs torchsde, by default."""
+    network, projection = audio_transformer(), diffusers.StableAudioProjectionModel(_WIDTH, _WIDTH, 0, 4)
+    used = scheduler or diffusers.CosineDPMSolverMultistepScheduler()
+    pipe = diffusers.StableAudioPipeline(oobleck(), None, projection, None, network, used)
     samples = _embeddings(count, prompt_embeds=_WIDTH, negative_prompt_embeds=_WIDTH)
     return _finish(pipe, network, samples, {"guidance_scale": 3.0}, nfe=2)
 

@@ -1,34 +1,23 @@
-"""Hooks against unpatched diffusers, and kernels in the place of its schedulers' own rules."""
+"""Hooks against unpatched diffusers, and kernels in place of its schedulers' own rules."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
-    CosineDPMSolverMultistepScheduler,
     DDIMScheduler,
-    DDPMScheduler,
-    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
-    DPMSolverSDEScheduler,
-    EDMDPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LCMScheduler,
-    PNDMScheduler,
-    SASolverScheduler,
     SchedulerMixin,
-    TCDScheduler,
-    UniPCMultistepScheduler,
 )
 from torch import Tensor
 
@@ -43,13 +32,11 @@ from pipelines.steering.scheduler_hooks import (
 )
 from tests.pipelines.tiny_pipelines import FAMILIES, STEPS, Family, counted, flux, sd3, sd15
 
-# What numpy 2 says of the tensors that diffusers itself hands to it.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
 ALL = (0, 1, 2)
 VP = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 UNCLIPPED = {**VP, "clip_sample": False}
-Schedule = Callable[[], SchedulerMixin]
 
 
 def _observed(
@@ -66,38 +53,35 @@ def _observed(
     return final, moves
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_watching_changes_nothing(name: str) -> None:
-    family = FAMILIES[name]()
-    expected = family.run(ALL)
-    with counted(family) as batches:
-        final, moves = _observed(family)
-    assert torch.equal(final, expected)
-    assert [move.index for move in moves] == list(range(STEPS))
-    assert sum(batches) == len(ALL) * family.nfe * STEPS
-    assert all(torch.equal(before.x_next, after.x) for before, after in itertools.pairwise(moves))
-    assert torch.equal(moves[-1].x_next, final)
+SCHEDULERS: list[tuple[type[SchedulerMixin], dict[str, Any]]] = [
+    (EulerDiscreteScheduler, {}),
+    (diffusers.EulerAncestralDiscreteScheduler, {}),
+    (DPMSolverMultistepScheduler, {}),
+    (diffusers.UniPCMultistepScheduler, {}),
+    (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
+    (diffusers.HeunDiscreteScheduler, {}),
+    (diffusers.LCMScheduler, {}),
+]
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    "build",
     [
-        (EulerDiscreteScheduler, {}),
-        (EulerAncestralDiscreteScheduler, {}),
-        (DPMSolverMultistepScheduler, {}),
-        (UniPCMultistepScheduler, {}),
-        (PNDMScheduler, {"skip_prk_steps": True}),
-        (HeunDiscreteScheduler, {}),
-        (LCMScheduler, {}),
+        *FAMILIES.values(),
+        *(lambda kind=kind, options=options: sd15().on(kind, **options) for kind, options in SCHEDULERS),
     ],
 )
-def test_watching_other_schedulers_changes_nothing(kind: type[SchedulerMixin], options: dict[str, Any]) -> None:
-    family = sd15().on(kind, **options)
+def test_observing_changes_nothing(build: Callable[[], Family]) -> None:
+    family = build()
     expected = family.run(ALL)
-    final, moves = _observed(family)
-    assert torch.equal(final, expected)
-    assert [move.index for move in moves] == list(range(len(family.pipe.scheduler.timesteps)))
-    assert all(torch.equal(move.timestep, family.pipe.scheduler.timesteps[move.index]) for move in moves)
+    with counted(family) as batches:
+        final, moves = _observed(family)
+    timesteps = family.pipe.scheduler.timesteps
+    assert torch.equal(final, expected) and torch.equal(moves[-1].x_next, final)
+    assert [move.index for move in moves] == list(range(len(timesteps)))
+    assert sum(batches) == len(ALL) * family.nfe * len(timesteps)
+    assert all(torch.equal(move.timestep, timesteps[move.index]) for move in moves)
+    assert all(torch.equal(before.x_next, after.x) for before, after in itertools.pairwise(moves))
 
 
 @pytest.mark.parametrize("build", [flux, sd3])
@@ -106,7 +90,9 @@ def test_the_last_preview_of_a_flow_is_the_result(build: Callable[[], Family]) -
     assert torch.equal(moves[-1].x0, final)
 
 
-@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, SASolverScheduler])
+@pytest.mark.parametrize(
+    "kind", [DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler, diffusers.SASolverScheduler]
+)
 def test_the_preview_of_a_solver_is_its_own(kind: type[SchedulerMixin]) -> None:
     family = sd15().on(kind)
 
@@ -182,39 +168,32 @@ def test_copied_and_idle_schedulers_are_refused() -> None:
 
 def test_an_unknown_scheduler_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="the noise levels of this TCDScheduler cannot be derived: use one of Cosine"):
-        _observed(sd15().on(TCDScheduler, clip_sample=False))
+        _observed(sd15().on(diffusers.TCDScheduler, clip_sample=False))
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "message"),
+    ("kind", "options", "message"),
     [
-        (DDIMScheduler(), "DDIMScheduler is deterministic"),
-        (EulerDiscreteScheduler(), "EulerDiscreteScheduler is deterministic"),
-        (DPMSolverMultistepScheduler(), "DPMSolverMultistepScheduler is deterministic"),
-        (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler is deterministic"),
+        (DDIMScheduler, {}, "DDIMScheduler is deterministic"),
+        (EulerDiscreteScheduler, {}, "EulerDiscreteScheduler is deterministic"),
+        (DPMSolverMultistepScheduler, {}, "DPMSolverMultistepScheduler is deterministic"),
+        (FlowMatchEulerDiscreteScheduler, {}, "FlowMatchEulerDiscreteScheduler is deterministic"),
+        (diffusers.CosineDPMSolverMultistepScheduler, {}, "draws its noise from one Brownian tree"),
+        (diffusers.DPMSolverSDEScheduler, {}, "draws its noise from one Brownian tree"),
+        (diffusers.DDPMScheduler, {}, None),
+        (diffusers.EulerAncestralDiscreteScheduler, {}, None),
+        (diffusers.LCMScheduler, {}, None),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, None),
+        (FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}, None),
     ],
 )
-def test_deterministic_schedulers_cannot_be_resampled(scheduler: SchedulerMixin, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        require_stochastic(scheduler)
-
-
-@pytest.mark.parametrize("kind", [CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler])
-def test_brownian_schedulers_cannot_be_resampled(kind: type[SchedulerMixin]) -> None:
-    pytest.importorskip("torchsde", reason="diffusers makes these schedulers only with torchsde")
-    with pytest.raises(ValueError, match=f"{kind.__name__} draws its noise from one Brownian tree"):
-        require_stochastic(kind())
-
-
-def test_stochastic_schedulers_can_be_resampled() -> None:
-    for scheduler in (
-        DDPMScheduler(),
-        EulerAncestralDiscreteScheduler(),
-        LCMScheduler(),
-        DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
-        FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
-    ):
-        require_stochastic(scheduler)
+def test_only_fresh_noise_can_be_resampled(
+    kind: type[SchedulerMixin], options: dict[str, Any], message: str | None
+) -> None:
+    if message is not None and "Brownian" in message:
+        pytest.importorskip("torchsde", reason="diffusers makes these schedulers only with torchsde")
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        require_stochastic(kind(**options))
 
 
 def _steps(scheduler: SchedulerMixin, count: int = 5, **call: Any) -> list[Move]:
@@ -242,8 +221,8 @@ def _assert_close(got: Tensor, expected: Tensor, relative: float) -> None:
         lambda kind: EulerDiscreteScheduler(**VP, prediction_type=kind),
         lambda kind: EulerDiscreteScheduler(**VP, prediction_type=kind, use_karras_sigmas=True),
         lambda kind: DPMSolverMultistepScheduler(**VP, prediction_type=kind, solver_order=1),
-        lambda kind: EDMEulerScheduler(prediction_type=kind),
-        lambda kind: EDMDPMSolverMultistepScheduler(prediction_type=kind, solver_order=1),
+        lambda kind: diffusers.EDMEulerScheduler(prediction_type=kind),
+        lambda kind: diffusers.EDMDPMSolverMultistepScheduler(prediction_type=kind, solver_order=1),
         lambda kind: FlowMatchEulerDiscreteScheduler(shift=3.0),
         lambda kind: DPMSolverMultistepScheduler(
             use_flow_sigmas=True, prediction_type="flow_prediction", solver_order=1, flow_shift=3.0
@@ -256,33 +235,32 @@ def test_the_ode_equals_the_first_order_scheduler(build: Callable[[str], Schedul
         _assert_close(kernel_move(scheduler, ODE(), move, torch.zeros_like(move.x)), move.x_next, 1e-5)
 
 
-@pytest.mark.parametrize("eta", [0.4, 1.0])
-def test_ddim_equals_the_ddim_scheduler(eta: float) -> None:
-    scheduler = DDIMScheduler(**UNCLIPPED, set_alpha_to_one=False, steps_offset=1)
-    noise = torch.randn(2, 3, 4, 4)
-    for move in _steps(scheduler, eta=eta, variance_noise=noise):
-        _assert_close(kernel_move(scheduler, DDIM(eta), move, noise), move.x_next, 1e-5)
-
-
 @pytest.mark.parametrize(
-    "scheduler",
-    [DDPMScheduler(**UNCLIPPED), DPMSolverMultistepScheduler(**VP, algorithm_type="sde-dpmsolver++", solver_order=1)],
+    ("kind", "options", "kernel", "call"),
+    [
+        (DDIMScheduler, {**UNCLIPPED, "set_alpha_to_one": False, "steps_offset": 1}, DDIM(0.4), {"eta": 0.4}),
+        (DDIMScheduler, {**UNCLIPPED, "set_alpha_to_one": False, "steps_offset": 1}, DDIM(1.0), {"eta": 1.0}),
+        (diffusers.EulerAncestralDiscreteScheduler, VP, DDIM(1.0), {}),
+        (diffusers.DDPMScheduler, UNCLIPPED, DPMSDE(), {}),
+        (DPMSolverMultistepScheduler, {**VP, "algorithm_type": "sde-dpmsolver++", "solver_order": 1}, DPMSDE(), {}),
+    ],
 )
-def test_dpm_sde_equals_the_ancestral_schedulers(scheduler: SchedulerMixin, monkeypatch: pytest.MonkeyPatch) -> None:
-    noise = torch.randn(2, 3, 4, 4)
-    for module in ("scheduling_ddpm", "scheduling_dpmsolver_multistep"):
-        monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *args, **kwargs: noise)
-    for move in _steps(scheduler)[:-1]:  # DDPMScheduler puts a little noise on its result, where the kernel has none
-        _assert_close(kernel_move(scheduler, DPMSDE(), move, noise), move.x_next, 1e-5)
-
-
-def test_the_ancestral_euler_scheduler_is_ddim(monkeypatch: pytest.MonkeyPatch) -> None:
-    noise = torch.randn(2, 3, 4, 4)
-    module = "diffusers.schedulers.scheduling_euler_ancestral_discrete"
-    monkeypatch.setattr(f"{module}.randn_tensor", lambda *args, **kwargs: noise)
-    scheduler = EulerAncestralDiscreteScheduler(**VP)
-    for move in _steps(scheduler):
-        _assert_close(kernel_move(scheduler, DDIM(1.0), move, noise), move.x_next, 1e-5)
+def test_kernels_equal_the_stochastic_schedulers(
+    kind: type[SchedulerMixin],
+    options: dict[str, Any],
+    kernel: Kernel,
+    call: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler, noise = kind(**options), torch.randn(2, 3, 4, 4)
+    for module in ("ddim", "ddpm", "dpmsolver_multistep", "euler_ancestral_discrete"):
+        name = f"diffusers.schedulers.scheduling_{module}.randn_tensor"
+        monkeypatch.setattr(name, lambda *args, **kwargs: noise)
+    moves = _steps(scheduler, **call)
+    if isinstance(scheduler, diffusers.DDPMScheduler):
+        moves = moves[:-1]  # it puts a little noise on its result, where the kernel has none
+    for move in moves:
+        _assert_close(kernel_move(scheduler, kernel, move, noise), move.x_next, 1e-5)
 
 
 def test_levels_of_the_families() -> None:
@@ -297,7 +275,7 @@ def test_levels_of_the_families() -> None:
         expected = scheduler.alphas_cumprod[int(scheduler.timesteps[2])]
         assert float(step.alpha**2) == pytest.approx(float(expected), rel=1e-5)
         assert float(step.alpha**2 + step.sigma**2) == pytest.approx(1)
-    edm = EDMEulerScheduler()
+    edm = diffusers.EDMEulerScheduler()
     edm.set_timesteps(4)
     assert float(grid_of(edm)[0].alpha) == 1 and float(grid_of(edm)[0].sigma) == pytest.approx(80.0)
 
@@ -319,7 +297,7 @@ def test_a_kernel_drives_a_pipeline(build: Callable[[], Family], kernel: Kernel)
 
 def test_pndm_moves_once_for_its_two_evaluations_of_one_level() -> None:
     plain = sd15().run(ALL)
-    family = sd15().on(PNDMScheduler, skip_prk_steps=True)
+    family = sd15().on(diffusers.PNDMScheduler, skip_prk_steps=True)
     scheduler = family.pipe.scheduler
     final, moves = _observed(family, lambda move: kernel_move(scheduler, ODE(), move, torch.zeros_like(move.x)))
     assert len(moves) == STEPS + 1
@@ -359,9 +337,9 @@ def _resampled(family: Family, rows: Tensor, history: bool) -> Tensor:
         (DDIMScheduler, {"clip_sample": False}, False),
         (DPMSolverMultistepScheduler, {}, True),
         (DPMSolverMultistepScheduler, {"solver_order": 3}, True),
-        (UniPCMultistepScheduler, {}, True),
-        (DEISMultistepScheduler, {}, True),
-        (PNDMScheduler, {"skip_prk_steps": True}, True),
+        (diffusers.UniPCMultistepScheduler, {}, True),
+        (diffusers.DEISMultistepScheduler, {}, True),
+        (diffusers.PNDMScheduler, {"skip_prk_steps": True}, True),
     ],
 )
 def test_a_history_is_gathered_with_the_latents(

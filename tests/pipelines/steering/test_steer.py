@@ -190,19 +190,19 @@ def test_a_users_pipeline_is_pruned_in_parts(make: Callable[[], Family]) -> None
     family = make()
     call = {**family.shared, **{key: tensor[:1] for key, tensor in family.samples.items()}}
     call |= {"num_inference_steps": STEPS}
-    found = prune(family.pipe, "noise", loudness, Prune((0, 2), (0.5, 0.5), 8), seed=3, **call)
-    assert found.samples.shape[0] == 2 and found.scores.shape == (2, 1)
-    assert found.scores[0] >= found.scores[1]
-    assert found.ledger.nfe == family.nfe * (8 * 1 + 4 * 2 + 2 * (STEPS - 3))
-    assert found.ledger.decodes == 8 + 4 + 2
-    ended = [node.end_step for node in found.lineage.nodes]
+    pruned = prune(family.pipe, "noise", loudness, Prune((0, 2), (0.5, 0.5), 8), seed=3, **call)
+    assert pruned.samples.shape[0] == 2 and pruned.scores.shape == (2, 1)
+    assert pruned.scores[0] >= pruned.scores[1]
+    assert pruned.ledger.nfe == family.nfe * (8 * 1 + 4 * 2 + 2 * (STEPS - 3))
+    assert pruned.ledger.decodes == 8 + 4 + 2
+    ended = [node.end_step for node in pruned.lineage.nodes]
     assert sorted(ended) == [1] * 4 + [3] * 2 + [STEPS] * 2
-    winner = max(found.lineage.nodes, key=lambda node: (node.end_step, node.scores[-1][1]))
-    alone = found.lineage.nodes.index(winner)
+    winner = max(pruned.lineage.nodes, key=lambda node: (node.end_step, node.scores[-1][1]))
+    alone = pruned.lineage.nodes.index(winner)
     generator = torch.Generator().manual_seed(derived_seed(3, alone))
     latents = family.pipe(**call, generator=[generator], output_type="latent", return_dict=False)[0]
     whole = decode_latents(family.pipe, latents, (8, 8))
-    torch.testing.assert_close(whole[0], found.samples[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(whole[0], pruned.samples[0], rtol=0, atol=1e-4)
 
 
 def test_pruning_needs_a_number_of_candidates() -> None:
