@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import itertools
 from collections.abc import Callable
@@ -146,13 +147,11 @@ def test_patches_nest() -> None:
     assert "step" not in vars(family.pipe.scheduler)
 
 
-def test_another_shape_is_refused() -> None:
+def test_other_shapes_and_copied_and_idle_schedulers_are_refused() -> None:
+    family = flux()
+    scheduler = family.pipe.scheduler
     with pytest.raises(ValueError, match="a run keeps its batch"):
-        _observed(flux(), lambda move: move.x_next[:1])
-
-
-def test_copied_and_idle_schedulers_are_refused() -> None:
-    scheduler = flux().pipe.scheduler
+        _observed(family, lambda move: move.x_next[:1])
     with (
         pytest.raises(ValueError, match="the pipeline copies its scheduler"),
         patched_step(scheduler, lambda move: None),
@@ -318,21 +317,8 @@ def test_a_flow_prediction_without_flow_levels_is_refused() -> None:
         grid_of(scheduler)[0]
 
 
-def _resampled(family: Family, rows: Tensor, history: bool) -> Tensor:
-    """The result where the samples become those of ``rows`` after the second step."""
-
-    def resample(move: Move) -> Tensor | None:
-        if move.index != 1:
-            return None
-        if history:
-            gather_history(family.pipe.scheduler, rows)
-        return move.x_next[rows]
-
-    return _observed(family, resample)[0]
-
-
 @pytest.mark.parametrize(
-    ("kind", "options", "remembers"),
+    ("kind", "options", "has_history"),
     [
         (DDIMScheduler, {"clip_sample": False}, False),
         (DPMSolverMultistepScheduler, {}, True),
@@ -343,13 +329,19 @@ def _resampled(family: Family, rows: Tensor, history: bool) -> Tensor:
     ],
 )
 def test_a_history_is_gathered_with_the_latents(
-    kind: type[SchedulerMixin], options: dict[str, Any], remembers: bool
+    kind: type[SchedulerMixin], options: dict[str, Any], has_history: bool
 ) -> None:
-    """Samples of one prompt go on as those that they became, and only with the history do they."""
+    """Copied samples of one prompt continue as their originals, and only with the history."""
     family = sd15().on(kind, **options)
     for name, tensor in family.samples.items():
         family.samples[name] = tensor[:1].expand_as(tensor)
     plain, rows = family.run(ALL), torch.tensor([2, 2, 0])
-    _assert_close(_resampled(family, rows, history=True), plain[rows], 1e-6)
-    without = _resampled(family, rows, history=False)
-    assert (float((without - plain[rows]).abs().max()) > 0.01) == remembers
+
+    def resample(move: Move, history: bool) -> Tensor | None:
+        if move.index == 1 and history:
+            gather_history(family.pipe.scheduler, rows)
+        return move.x_next[rows] if move.index == 1 else None
+
+    with_history, without = (_observed(family, functools.partial(resample, history=flag))[0] for flag in (True, False))
+    _assert_close(with_history, plain[rows], 1e-6)
+    assert (float((without - plain[rows]).abs().max()) > 0.01) == has_history
