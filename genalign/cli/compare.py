@@ -38,7 +38,7 @@ def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
         levels = " ".join(f"{level:.2f}" for level in kernel.levels)
         print(f"{number}/{settings.calibration.iterations}  noise levels {levels}", flush=True)
         save_kernel(kernel, Path(settings.output))
-    print(f"use it as recipe.kernel: genalign.training.noise_calibration.calibrated, path: {settings.output}")
+    print(f"Train with it: --recipe.kernel genalign.calibrated --recipe.kernel.path {settings.output}")
     return 0
 
 

@@ -94,10 +94,11 @@ def _against(folder: Path, after: Evaluation, other: Path | None) -> dict[str, A
         return dict.fromkeys(("against", "pairing", "tables", "win_rates", "regressions", "improvements"))
     before = load_finished(other)
     comparison, pairs = compare_models(before, after), pairs_by_gain(before, after)
+    tables = sections.tables(before, after, Comparison(comparison.gain, comparison.tasks, pairs))
     return {
         "against": other.resolve().name,
         "pairing": _BY_NUMBER if after.protocol.kernel == EXTERNAL else _BY_NOISE,
-        "tables": sections.tables(before, after, Comparison(comparison.gain, comparison.tasks, pairs)),
+        "tables": {"relaxed": tables.pop("relaxed"), **tables},  # the score of the headline comes first
         "win_rates": _win_rates(comparison),
         "regressions": sections.regressions(pairs, other, folder),
         "improvements": sections.improvements(pairs, other, folder),

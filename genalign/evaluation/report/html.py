@@ -31,6 +31,7 @@ def write_report(folder: Path) -> Path:
     pairs = run.comparison.pairs if run.comparison else ()
     measured, changes = run.before or run.after, summary.did_it_work(run)
     protocol = {"hash": measured.protocol.hash, **measured.protocol.as_dict()} if measured else {}
+    details = {"Evaluation protocol": protocol, "Configuration": run.config, "Environment": run.environment}
     text = page("report.html.j2").render(
         name=folder.resolve().name,
         unfinished=run.unfinished,
@@ -44,11 +45,7 @@ def write_report(folder: Path) -> Path:
         pairs=len(pairs),
         regressions=sections.regressions(pairs, folder / "before", folder / "after"),
         improvements=sections.improvements(pairs, folder / "before", folder / "after"),
-        details={
-            "Evaluation protocol": sections.flattened(protocol),
-            "Configuration": sections.flattened(run.config),
-            "Environment": sections.flattened(run.environment),
-        },
+        details={title: sections.flattened(content) for title, content in details.items() if content},
     )
     path = folder / "report.html"
     write_text(path, text)

@@ -183,7 +183,7 @@ def _reward_changes(rows: Sequence[Row]) -> list[Change]:
     series = {f"Reward {plain(name)}": (name, [row["rewards"].get(name) for row in rows]) for name in names}
     if len(names) == len(last.get("rewards", {})):
         series = {"Training reward": ("", [row["reward"] for row in rows]), **series}
-    size, changes = max(2, len(rows) // 5), []
+    size, changes = max(3, len(rows) // 5), []
     for title, (name, column) in series.items():
         values = [value for value in column if value is not None]
         if len(values) >= 2 * size:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from genalign.cli.config import Compare
 from genalign.cli.main import main
-from genalign.evaluation.compare_runs import Contender, standings
-from genalign.evaluation.evaluate import Evaluation, Protocol, Record
+from genalign.evaluation.compare_runs import RecipeRuns, summarize_recipes
+from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord
 
 BASE = """
 output: {folder}/never
 model: {{path: {model}}}
-recipe: {{class_path: genalign.algorithms.recipes.flow_grpo, init_args: {{window: 1}}}}
+prompts: "shapes:train"
+recipe: {{class_path: genalign.flow_grpo, init_args: {{window: 1}}}}
 rewards:
   partial: {{function: {{class_path: rewards.shapes.ShapesReward, init_args: {{score: partial}}}}}}
 sampling: {{num_steps: 3, sigmas: [1.0, 0.6, 0.3]}}
 training:
   {{rounds: 50, max_nfe: 60, prompts_per_round: 2, group_size: 2, batch_size: 4, updates_per_round: 1}}
 lora: {{rank: 2}}
-held_out: {{every: 0}}
 before_after: {{prompts: "shapes:len", samples_per_task: 2, seeds: 1, batch_size: 6}}
 """
 
@@ -34,7 +35,7 @@ once: [dense]
 runs:
   flow: {{training: {{learning_rate: 1.0e-3}}}}
   dense:
-    recipe: {{class_path: genalign.algorithms.recipes.dense_grpo, init_args: {{window: 1}}}}
+    recipe: {{class_path: genalign.dense_grpo, init_args: {{window: 1}}}}
     rewards: {{own: {{function: {{class_path: rewards.shapes.ShapesReward, init_args: {{score: partial}}}}}}}}
 """
 
@@ -47,50 +48,56 @@ def source(tiny_folder: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_comparison_is_written_and_goes_on(source: Path, tmp_path: Path) -> None:
+def test_a_comparison_is_written_and_resumed(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(source)]) == 0
     folder = tmp_path / "compared"
-    recipes = {found["name"]: found for found in json.loads((folder / "comparison.json").read_text())}
+    output = capsys.readouterr().out
+    assert f"run 3/3: {folder / 'flow' / 'seed-4'}" in output and re.search(r"^dense +gain [+-]0\.\d+ \(", output, re.M)
+    recipes = {recipe["name"]: recipe for recipe in json.loads((folder / "comparison.json").read_text())}
     assert recipes["flow"]["seeds"] == 2 and recipes["dense"]["seeds"] == 1
-    for found in recipes.values():
-        assert found["low"] <= found["gain"] <= found["high"] and 60 <= found["nfe"] < 120
-        assert set(found["scores"]) == {"strict", "partial", "relaxed"}  # those that both have
-        assert set(found["diversity"]) == {"color", "cell"}
+    for recipe in recipes.values():
+        assert recipe["low"] <= recipe["gain"] <= recipe["high"] and 60 <= recipe["nfe"] < 120
+        assert set(recipe["scores"]) == {"strict", "partial", "relaxed"}  # the scores that both recipes have
+        assert set(recipe["diversity"]) == {"color", "cell"}
     page = (folder / "comparison.html").read_text()
     assert "flow" in page and "dense" in page and "http:" not in page and "https:" not in page
-    kept = (folder / "flow" / "seed-3" / "gain.json").stat().st_mtime_ns
+    written = (folder / "flow" / "seed-3" / "gain.json").stat().st_mtime_ns
     (folder / "flow" / "seed-4" / "gain.json").unlink()
     assert main(["compare", str(source)]) == 0
-    assert (folder / "flow" / "seed-3" / "gain.json").stat().st_mtime_ns == kept
+    assert (folder / "flow" / "seed-3" / "gain.json").stat().st_mtime_ns == written
     assert (folder / "flow" / "seed-4" / "gain.json").is_file()
 
 
 def test_recipes_without_a_common_score_are_refused(tmp_path: Path) -> None:
-    protocol = Protocol("p", "0", 1.0, (1.0,), "ODE()", "float32", 1, (64, 64), 1, 1, "none")
+    protocol = EvaluationProtocol("p", "0", 1.0, (1.0,), "ODE()", "float32", 1, (64, 64), 1, 1, "none")
     for name in ("red", "blue"):
         for when in ("before", "after"):
-            record = Record("a prompt", "all", 0, 0, "0.png", {name: 0.5})
-            (tmp_path / name / when).mkdir(parents=True)
+            record = SampleRecord("a prompt", "all", 0, 0, "0.png", {name: 0.5})
             Evaluation(protocol, (record,)).save(tmp_path / name / when)
-    contenders = [Contender(name, {0: tmp_path / name}) for name in ("red", "blue")]
+    recipes = [RecipeRuns(name, {0: tmp_path / name}) for name in ("red", "blue")]
     with pytest.raises(ValueError, match="no score in common: give each a reward of the same name"):
-        standings(contenders, lambda _: {})
+        summarize_recipes(recipes, lambda _: {})
     with pytest.raises(ValueError, match="recipe 'none' has no finished run"):
-        standings([Contender("none", {})], lambda _: {})
+        summarize_recipes([RecipeRuns("none", {})], lambda _: {})
 
 
 def test_a_calibration_is_written_and_used(source: Path, tmp_path: Path) -> None:
-    base, made = str(tmp_path / "base.yaml"), tmp_path / "psi.json"
-    short = ["--calibration.iterations", "2", "--output", str(made)]
+    base, levels = str(tmp_path / "base.yaml"), tmp_path / "levels.json"
+    short = ["--calibration.iterations", "2", "--output", str(levels)]
     assert main(["calibrate", "--config", base, *short]) == 0
-    assert len(json.loads(made.read_text())["levels"]) == 3
-    kernel = (
-        f"--recipe.kernel={{class_path: genalign.training.noise_calibration.calibrated, init_args: {{path: {made}}}}}"
-    )
+    assert len(json.loads(levels.read_text())["levels"]) == 3
+    kernel = f"--recipe.kernel={{class_path: genalign.calibrated, init_args: {{path: {levels}}}}}"
     run = ["--output", str(tmp_path / "run"), "--before_after", "null", "--training.rounds", "1"]
     assert main(["train", "--config", base, kernel, *run]) == 0
     other = ["--sampling.sigmas", "[1.0, 0.5, 0.3]", "--output", str(tmp_path / "other")]
     assert main(["train", "--config", base, kernel, *other]) == 2
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_help_is_printed(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"usage: genalign {command}" in capsys.readouterr().out
+    assert main([command]) == 2
 
 
 def test_impossible_comparisons() -> None:
