@@ -23,19 +23,11 @@ from tests.packages import folder_of
 from tests.pipelines.tiny_checkpoints import FAMILIES
 
 MINE = """
-import torch
-
 def redness(samples, prompts):
     return samples[:, 0].flatten(1).mean(1)
 
 def shapeless(samples, prompts):
     return samples.mean()
-
-def listed(samples, prompts):
-    return [0.0] * len(samples)
-
-def blind(samples, prompts):
-    return torch.full((len(samples),), torch.nan)
 
 def broken(samples, prompts):
     raise KeyError("color")
@@ -50,15 +42,11 @@ class Needs:
         return samples.flatten(1).mean(1)
 """
 CLASS = {"prompt": "a heart", "tag": "single_object", "include": [{"class": "heart", "count": 1}]}
-COLOR = {"prompt": "a circle", "tag": "colors", "include": [{"class": "circle", "count": 1, "color": "mauve"}]}
 FILES = {
     "mine.py": MINE,
     "mine.txt": "a circle\na square\n",
-    "empty.txt": "\n",
     "broken.jsonl": '{"prompt": "x"}\nno JSON\n',
-    "textless.jsonl": '{"text": "x"}\n',
     "class.jsonl": "".join(json.dumps({**CLASS, "prompt": f"heart {i}"}) + "\n" for i in range(2)),
-    "color.jsonl": "".join(json.dumps({**COLOR, "prompt": f"circle {i}"}) + "\n" for i in range(2)),
     "broken.yaml": "a: [1,\n",
     "list.yaml": "- a\n",
 }
@@ -153,7 +141,6 @@ TABLE = [
     Wrong("no number or null", (*TRAIN, "--model.height", "tall"),
           "model.height: Expected a <class 'int'>. Got value: tall"),
     Wrong("no rounds", (*TRAIN, "--training.rounds", "0"), "training.rounds must be at least 1, not 0"),
-    Wrong("no batch", (*TRAIN, "--training.batch_size", "0"), "training.batch_size must be at least 1, not 0"),
     Wrong("rate", (*TRAIN, "--training.learning_rate", "-1"), "training.learning_rate must be positive, not -1.0"),
     Wrong("rank", (*TRAIN, "--lora.rank", "0"), "LoRA rank must be at least 1, not 0"),
     Wrong("ema_decay", (*TRAIN, "--ema_decay", "1.5"), "ema_decay must be in [0, 1), not 1.5"),
@@ -162,16 +149,12 @@ TABLE = [
           "sampling.guidance must be 1 for none, or more, not -1.0"),
     Wrong("sigmas", (*TRAIN, "--sampling.sigmas", "[0.3,0.6,1.0]"),
           "sampling.sigmas must fall from the first to a last above 0, not [0.3, 0.6, 1.0]"),
-    Wrong("count of sigmas", (*TRAIN, "--sampling.sigmas", "[1.0,0.5]"),
-          "sampling.sigmas has 2 values for 3 steps: give one per step, without the final 0"),
     Wrong("clip range", (*TRAIN, "--recipe.clip_range", "-1"), "clip_range must be in (0, 1), not -1.0"),
     Wrong("window", (*TRAIN, "--recipe.window", "0"),
           "recipe.window must be at least 1 step, not 0; null trains every step"),
     Wrong("draws", (*TRAIN, "--recipe", "genalign.awm", "--recipe.draws", "0"),
           "draws must be at least 1 noise level per update, not 0"),
     Wrong("batches of an evaluation", (*EVALUATE, "--batch_size", "0"), "batch_size must be at least 1, not 0"),
-    Wrong("batches of prices", (*PRICES, "--batch_size", "0"),
-          "batch_size must be at least 1, not 0"),
     Wrong("decode batch", (*TRAIN, "--model.memory.decode_batch", "0"),
           "decode_batch must be at least 1 sample, not 0"),
     # what does not go together
@@ -215,8 +198,6 @@ TABLE = [
           "rewards.function.score: 'exact' is none of partial, strict, relaxed"),
     Wrong("one score for all", (*REWARD, "mine.shapeless"),
           "reward 'red' returned shape () for 2 samples: return one score per sample, a tensor of shape (2,)"),
-    Wrong("list", (*REWARD, "mine.listed"), "reward 'red' returned list: return a tensor of shape (B,)"),
-    Wrong("all NaN", (*REWARD, "mine.blind"), "reward 'red' scored none of 2 first samples: all are NaN"),
     Wrong("reward raises", (*REWARD, "mine.broken"), "reward 'red' raised KeyError on a first batch: 'color'"),
     # prompts
     Wrong("unknown split", (*TRAIN, "--prompts", "shapes:nope"),
@@ -225,20 +206,14 @@ TABLE = [
           "train has no task countin: choose from single_object, two_object, counting, colors, position, color_attr"),
     Wrong("no prompts", (*PLAN, "--prompts", "none.txt"),
           "no prompt file none.txt: give a .txt (one prompt a line) or a GenEval .jsonl file"),
-    Wrong("empty prompts", (*TRAIN, "--prompts", "empty.txt"), "empty.txt holds no prompts: write one a line"),
     Wrong("broken prompts", (*TRAIN, "--prompts", "broken.jsonl"),
           "broken.jsonl, line 2: not JSON (Expecting value: line 1 column 1 (char 0))"),
-    Wrong("textless prompts", (*TRAIN, "--prompts", "textless.jsonl"),
-          'textless.jsonl, line 1: each line must be an object with a text under "prompt"'),
     Wrong("few prompts", (*PLAN, "--prompts", "mine.txt", "--training.prompts_per_round", "4"),
           "prompts_per_round is 4, but the prompt set 'mine' has 2: choose a number between 1 and that"),
     Wrong("no metadata", (*SHAPES, "--prompts", "mine.txt"),
           f"{FIRST}the prompt 'a circle' has no metadata: this reward needs GenEval metadata"),
     Wrong("unknown class", (*SHAPES, "--prompts", "class.jsonl"),
           f"{FIRST}'heart' is not one of this world's shapes: circle, square, triangle, cross, ring, moon"),
-    Wrong("unknown color", (*SHAPES, "--prompts", "color.jsonl"),
-          f"{FIRST}'mauve' is not one of this world's colors: red, orange, yellow, green, blue, purple, pink, brown,"
-          " black, white"),
     Wrong("held-out prompts", (*TRAIN, "--held_out.every", "1", "--held_out.prompts", "none.txt"),
           "no prompt file none.txt: give a .txt (one prompt a line) or a GenEval .jsonl file"),
     # checkpoints
@@ -274,12 +249,9 @@ TABLE = [
     Wrong("VAE in float16", (*MODEL, "{sd15}", "--model.dtype", "float16", "--recipe", "genalign.ddpo"),
           "the VAE overflowed in float16: open the model in bfloat16, or in float32 with autocast"),
     Wrong("height", (*PLAN, "--model.height", "60"), "height and width must be multiples of 8 for this model, not 60"),
-    Wrong("negative height", (*PLAN, "--model.height", "-64"),
-          "height and width must be multiples of 8 for this model, not -64"),
     Wrong("device", (*PLAN, "--model.device", "tpu0"),
           "model.device 'tpu0' is no device: give cpu, cuda, cuda:1 or mps"),
-    *(Wrong(f"layers to {command[0]}", (*command, "--lora.targets", "[nope]"),
-            "this network has no layer named nope: change lora.targets") for command in (TRAIN, PLAN)),
+    Wrong("layers", (*TRAIN, "--lora.targets", "[nope]"), "this network has no layer named nope: change lora.targets"),
     Wrong("no adapter", (*TRAIN, "--init_lora", "none"),
           "no LoRA none: give the lora/ folder of a run, a .safetensors file or a Hub id"),
     Wrong("no adapter to steer", (*SEARCH, "genalign.BestOfN", "--lora", "none"),
@@ -407,16 +379,15 @@ def test_every_renamed_path_exists_now() -> None:
             assert importlib.util.find_spec(line.split()[1]), line
 
 
+@pytest.mark.parametrize("section", ["", "training.", "hacking."])
 @pytest.mark.parametrize(("old", "new"), RENAMED_SETTINGS.items())
 def test_a_setting_of_0_1_0_is_refused_with_its_new_name(
-    old: str, new: str, work: Path, capsys: pytest.CaptureFixture[str]
+    old: str, new: str, section: str, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = "steer" if old.startswith("budget") else "train"
-    assert main([command, "--output", "runs/x", f"--{old}", "1"]) == 2
-    error = capsys.readouterr().err
-    names = (new, *new.split("."))  # the whole setting, or the part of it that was renamed
-    assert any(f"was renamed in genalign 0.2.0: write {name!r}\n" in error for name in names)
-    assert not (work / "runs").exists()
+    assert main(["train", "--output", "runs/x", f"--{section}{old}", "1"]) == 2
+    now = section.replace("hacking", "reward_hacking") + new
+    expected = f"error: setting '{section}{old}' was renamed in genalign 0.2.0: write {now!r}\n"
+    assert capsys.readouterr().err == expected and not (work / "runs").exists()
 
 
 SHADOWS = {

@@ -28,22 +28,19 @@ _EXAMPLES = {
 """Values of required settings."""
 
 RENAMED_SETTINGS = {
-    "training.failed_share": "training.max_failed_fraction",
-    "training.skipped_updates": "training.max_skipped_updates",
-    "training.out_of_memory": "training.on_out_of_memory",
-    "training.overlap": "training.overlap_scoring",
     "averaging": "ema_decay",
-    "hacking": "reward_hacking",
-    "hacking.shown": "reward_hacking.diagnostics",
-    "training.max_forwards": "training.max_nfe",
-    "budget.forwards": "budget.nfe",
-    "held_out.images_per_task": "held_out.samples_per_task",
-    "before_after.images_per_task": "before_after.samples_per_task",
-    "reward_hacking.images_per_task": "reward_hacking.samples_per_task",
-    "images_per_task": "samples_per_task",
     "colours": "colors",
+    "failed_share": "max_failed_fraction",
+    "forwards": "nfe",
+    "hacking": "reward_hacking",
+    "images_per_task": "samples_per_task",
+    "max_forwards": "max_nfe",
+    "out_of_memory": "on_out_of_memory",
+    "overlap": "overlap_scoring",
+    "shown": "diagnostics",
+    "skipped_updates": "max_skipped_updates",
 }
-"""Settings of version 0.1.0 and their names now."""
+"""Parts of the names of settings in version 0.1.0, and the same parts now."""
 
 
 @cache
@@ -116,11 +113,9 @@ def explain(message: str, keys: Sequence[str], source: str = "") -> str:
 
 
 def _unknown_setting(name: str, keys: Sequence[str]) -> str:
-    for old, now in sorted(RENAMED_SETTINGS.items(), key=lambda pair: -len(pair[0])):
-        if name == old or name.startswith(f"{old}."):
-            return f"setting {old!r} was renamed in genalign 0.2.0: write {now!r}"
-        if name == old.rpartition(".")[2] and now not in keys:
-            return f"setting {name!r} was renamed in genalign 0.2.0: write {now.rpartition('.')[2]!r}"
+    now = ".".join(RENAMED_SETTINGS.get(part, part) for part in name.split("."))
+    if now != name:
+        return f"setting {name!r} was renamed in genalign 0.2.0: write {now!r}"
     if not difflib.get_close_matches(name, keys, 1):
         name = name.rsplit(".", 1)[-1]
         keys = [key.rsplit(".", 1)[-1] for key in keys]
