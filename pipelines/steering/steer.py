@@ -76,8 +76,9 @@ def steer(
     """
     if not isinstance(strategy, StepwiseStrategy):
         raise TypeError(
-            f"{type(strategy).__name__} cannot steer a pipeline of your own, since it does more than select particles"
-            " by their scores: take FKSteering or BestOfN, or run it on a genalign pipeline with genalign.search.search"
+            f"{type(strategy).__name__} cannot steer a pipeline of your own, since it has no stepwise method: take"
+            " FKSteering or BestOfN (Prune with pipelines.prune), or search on a genalign pipeline by"
+            " genalign.search.search"
         )
     plan = strategy.stepwise()
     if plan.scoring_steps is not None:
