@@ -40,7 +40,7 @@ class Adapted:
         Raises ValueError for any other result than B numbers.
         """
         texts, rows = [prompt.text for prompt in prompts], [dict(prompt.metadata or {}) for prompt in prompts]
-        images = self._images(samples)
+        images = self._convert(samples)
         if self.metadata == "rows":
             result = self.function(images, texts, rows)
         else:
@@ -55,7 +55,8 @@ class Adapted:
         scores = _scores(result[0] if isinstance(result, tuple) else result, len(samples))
         return scores.masked_fill(~samples.isfinite().flatten(1).all(1).to(scores.device), torch.nan)
 
-    def _images(self, samples: Tensor) -> Any:
+    def _convert(self, samples: Tensor) -> Any:
+        """Convert images (B, 3, H, W) in [0, 1] to the function's form."""
         if self.images == "tensor":
             return samples
         if samples.ndim != 4 or samples.shape[1] != 3:

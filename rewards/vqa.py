@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from genalign.types import AnyCallable, Prompt
@@ -90,55 +89,35 @@ class YesNoModel:
         """Answer questions (n) about images (n, 3, H, W) in [0, 1] as (n,) in float32; NaN for an image with NaN."""
         if len(images) != len(questions):
             raise ValueError(f"there must be one question per image, not {len(questions)} for {len(images)} images")
-        loaded, texts = _load(self.model, self.dtype), [answerable(question) for question in questions]
-        loaded.network.to(images.device)
-        answers = torch.full((len(images),), torch.nan)
+        network, processor, tokens = _load(self.model, self.dtype)
+        network.to(images.device)
         finite = {row: picture for row, picture in enumerate(pictures(images)) if picture is not None}
-        lengths = {row: loaded.length(texts[row]) for row in finite}
-        for length in sorted(set(lengths.values())):
-            same_length = [row for row in finite if lengths[row] == length]
-            for begin in range(0, len(same_length), self.batch_size):
-                rows = same_length[begin : begin + self.batch_size]
-                batch = [finite[row] for row in rows], [texts[row] for row in rows]
-                answers[rows] = loaded.yes(*batch, self.least_mass).cpu()
+        chats: dict[int, list[dict[str, Any]]] = {}
+        by_length: dict[int, list[int]] = {}  # rows by the number of tokens of their question
+        for row, picture in finite.items():
+            text = {"type": "text", "text": answerable(questions[row])}
+            chats[row] = [{"role": "user", "content": [{"type": "image", "image": picture}, text]}]
+            without = [{"role": "user", "content": [{"type": "image"}, text]}]
+            template = processor.apply_chat_template(without, add_generation_prompt=True, tokenize=False)
+            by_length.setdefault(len(processor.tokenizer(template).input_ids), []).append(row)
+        answers = torch.full((len(images),), torch.nan)
+        size = self.batch_size
+        batches = [rows[i : i + size] for _, rows in sorted(by_length.items()) for i in range(0, len(rows), size)]
+        for rows in batches:
+            batch, options = [chats[row] for row in rows], {"return_dict": True, "return_tensors": "pt"}
+            inputs = processor.apply_chat_template(batch, add_generation_prompt=True, tokenize=True, **options)
+            inputs = inputs.to(network.device, network.dtype)
+            options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+            output = network.generate(**inputs, max_new_tokens=1, **options)
+            probabilities = output.logits[0].float().softmax(-1)
+            yes, no = (probabilities[:, tokens[answer]].sum(1) for answer in _WORDS)
+            answers[rows] = torch.where(yes + no >= self.least_mass, yes / (yes + no), torch.nan).cpu()
         return answers.to(images.device)
 
 
-@dataclass(frozen=True)
-class _LoadedModel:
-    """A vision-language model with its processor and the token ids of yes and no."""
-
-    network: Any
-    processor: Any
-    yes_tokens: list[int]
-    no_tokens: list[int]
-
-    def length(self, question: str) -> int:
-        """Count the tokens of a chat with this question, without its image."""
-        text = self.processor.apply_chat_template(_chat(question, {}), add_generation_prompt=True, tokenize=False)
-        return len(self.processor.tokenizer(text).input_ids)
-
-    def yes(self, images: Sequence[Image.Image], questions: Sequence[str], least_mass: float) -> Tensor:
-        """Compute P(yes) (n,) for images of one size and questions of one length."""
-        chats = [_chat(question, {"image": picture}) for picture, question in zip(images, questions, strict=True)]
-        inputs = self.processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(self.network.device, self.network.dtype)
-        output = self.network.generate(
-            **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
-        probabilities = output.logits[0].float().softmax(-1)
-        yes, no = (probabilities[:, tokens].sum(1) for tokens in (self.yes_tokens, self.no_tokens))
-        return torch.where(yes + no >= least_mass, yes / (yes + no), torch.nan)
-
-
-def _chat(question: str, image: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Build a chat of one user message: an image and a question about it."""
-    return [{"role": "user", "content": [{"type": "image", **image}, {"type": "text", "text": question}]}]
-
-
 @functools.cache
-def _load(model: str, dtype: str) -> _LoadedModel:
+def _load(model: str, dtype: str) -> tuple[Any, Any, dict[Answer, list[int]]]:
+    """Load a model, its processor, and the token ids of yes and no."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(model)
@@ -151,4 +130,4 @@ def _load(model: str, dtype: str) -> _LoadedModel:
         tokens[answer] = sorted({ids[0] for ids in encoded if len(ids) == 1} - {processor.tokenizer.unk_token_id})
         if not tokens[answer]:
             raise ValueError(f"the tokenizer of {model} has no single token for {answer!r}: use another model")
-    return _LoadedModel(network.requires_grad_(False).eval(), processor, tokens["yes"], tokens["no"])
+    return network.requires_grad_(False).eval(), processor, tokens

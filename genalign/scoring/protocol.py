@@ -154,7 +154,7 @@ def unpack_request(body: bytes) -> ScoreRequest:
     fields = _object(body)
     if unknown := set(fields) - {"schema", "request_id", "deadline_ms", "media", "prompts", "samples"}:
         raise WireError("unknown_field", f"the request has unknown fields: {', '.join(sorted(unknown))}")
-    request_id, deadline, media = (fields.get(name) for name in ("request_id", "deadline_ms", "media"))
+    request_id, deadline, media = fields.get("request_id"), fields.get("deadline_ms"), fields.get("media")
     if not isinstance(request_id, str) or not _IDENTIFIER.fullmatch(request_id):
         raise WireError("malformed", "request_id must be 1 to 64 letters, digits, - or _")
     if type(deadline) is not int or deadline <= 0:
@@ -166,11 +166,8 @@ def unpack_request(body: bytes) -> ScoreRequest:
         raise WireError("malformed", "prompts and samples must be lists with one entry per sample")
     if len(prompts) != len(samples):
         raise WireError("count", f"{len(prompts)} prompts need as many samples, not {len(samples)}")
-    try:
-        contents = tuple(base64.b64decode(sample, validate=True) for sample in samples)
-    except (TypeError, ValueError):
-        raise WireError("malformed", "each sample must be base64 text") from None
-    return ScoreRequest(request_id, min(deadline / 1000, MAX_DEADLINE), tuple(map(_prompt, prompts)), media, contents)
+    contents, deadline = tuple(map(_content, samples)), min(deadline / 1000, MAX_DEADLINE)
+    return ScoreRequest(request_id, deadline, tuple(map(_prompt, prompts)), media, contents)
 
 
 def unpack_reply(body: bytes, request_id: str, count: int) -> ScoreReply:
@@ -265,6 +262,14 @@ def batched_by_size(sizes: Sequence[int], max_items: int, max_bytes: int) -> lis
         lists[-1].append(index)
         total += size
     return lists
+
+
+def _content(value: Any) -> bytes:
+    """Decode the base64 text of a sample. Raises WireError for anything else."""
+    try:
+        return base64.b64decode(value, validate=True)
+    except (TypeError, ValueError):
+        raise WireError("malformed", "each sample must be base64 text") from None
 
 
 def _prompt(value: Any) -> Prompt:

@@ -134,14 +134,14 @@ class Worker:
                     outcomes[j, i] = sample
                 else:
                     shapes.setdefault(sample.shape, []).append((j, i, sample))
-        size = self._max_batch
-        batches = [rows[first : first + size] for rows in shapes.values() for first in range(0, len(rows), size)]
-        for rows in batches:
-            samples = torch.stack([tensor for _, _, tensor in rows]).to(self._device)
-            prompts = [jobs[j].prompts[i] for j, i, _ in rows]
-            names = " ".join(dict.fromkeys(jobs[j].request_id for j, _, _ in rows))
-            for (j, i, _), outcome in zip(rows, score_each(self._reward, samples, prompts, names), strict=True):
-                outcomes[j, i] = outcome
+        for rows in shapes.values():
+            for first in range(0, len(rows), self._max_batch):
+                j_part, i_part, tensors = zip(*rows[first : first + self._max_batch], strict=True)
+                samples = torch.stack(tensors).to(self._device)
+                prompts = [jobs[j].prompts[i] for j, i in zip(j_part, i_part, strict=True)]
+                names = " ".join(dict.fromkeys(jobs[j].request_id for j in j_part))
+                scored = score_each(self._reward, samples, prompts, names)
+                outcomes |= zip(zip(j_part, i_part, strict=True), scored, strict=True)
         for j, job in enumerate(jobs):
             job.samples = ()  # the server remembers a job for its answer alone
             job.answer.set_result([outcomes[j, i] for i in range(len(job.prompts))])

@@ -139,7 +139,15 @@ class Adversary:
             self.snapshot = ScoringWeights(self.version + 1, _copies(self.trained))
         self.replay.push(batch)
         self._rounds, self._training = self._rounds + 1, updated
-        return self._metrics(status, updated)
+        saturated = self.learning.loss == "hinge" and status.loss == 0
+        if saturated:
+            logger.warning(
+                "the discriminator satisfies every margin: there is nothing for it to learn, and samples of equal score"
+                " are skipped; lower learning_rate or steps_per_update, or train it within AccuracyBand()"
+            )
+        measured = {name: getattr(status, name) for name in ("accuracy", "generated", "reference", "gap", "loss")}
+        counts = {"updated": updated, "saturated": saturated, "replay": len(self.replay), "version": self.version}
+        return measured | {name: float(value) for name, value in counts.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return trained weights, snapshot, optimizer state, replay, and the counters that seeds derive from."""
@@ -235,18 +243,6 @@ class Adversary:
         self.scorer.to(device)
         self.snapshot = ScoringWeights(self.version, _copies(self.snapshot.weights, device))
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # puts its slots where the parameters are
-
-    def _metrics(self, status: DiscriminatorStatus, updated: bool) -> dict[str, float]:
-        """Name the metrics of an update, and warn of a loss that no longer teaches."""
-        saturated = self.learning.loss == "hinge" and status.loss == 0
-        if saturated:
-            logger.warning(
-                "the discriminator satisfies every margin: there is nothing for it to learn, and samples of equal score"
-                " are skipped; lower learning_rate or steps_per_update, or train it within AccuracyBand()"
-            )
-        measured = {name: getattr(status, name) for name in ("accuracy", "generated", "reference", "gap", "loss")}
-        counts = {"updated": updated, "saturated": saturated, "replay": len(self.replay), "version": self.version}
-        return measured | {name: float(value) for name, value in counts.items()}
 
 
 def _copies(tensors: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:

@@ -37,19 +37,6 @@ class SpectrogramWindows:
     fft: int
     hop: int
 
-    @classmethod
-    def from_extractor(cls, extractor: Any) -> SpectrogramWindows:
-        """Read the settings of a ClapFeatureExtractor; that of a checkpoint with fusion has another mel scale."""
-        filters = extractor.mel_filters if extractor.truncation == "fusion" else extractor.mel_filters_slaney
-        return cls(
-            int(extractor.sampling_rate),
-            int(extractor.nb_max_samples),
-            extractor.padding,
-            torch.from_numpy(filters).float(),
-            int(extractor.fft_window_size),
-            int(extractor.hop_length),
-        )
-
     def __call__(self, clips: Tensor) -> Tensor:
         """Compute spectrograms (B, windows, 1, frames, mels) of clips (B, L), differentiable."""
         length = clips.shape[1]
@@ -78,7 +65,16 @@ class ClapEncoder(DualEncoder):
             raise ValueError(f"{model} is a {config.model_type} checkpoint, not CLAP: give a CLAP folder or Hub id")
         super().__init__(ClapModel.from_pretrained(model, dtype=torch.float32))
         processor = ClapProcessor.from_pretrained(model)
-        self.windows = SpectrogramWindows.from_extractor(processor.feature_extractor)
+        extractor = processor.feature_extractor  # with fusion a checkpoint has another mel scale
+        filters = extractor.mel_filters if extractor.truncation == "fusion" else extractor.mel_filters_slaney
+        self.windows = SpectrogramWindows(
+            int(extractor.sampling_rate),
+            int(extractor.nb_max_samples),
+            extractor.padding,
+            torch.from_numpy(filters).float(),
+            int(extractor.fft_window_size),
+            int(extractor.hop_length),
+        )
         self._name, self._tokenizer = Path(model).name, processor.tokenizer
         text = config.text_config
         self._context = min(self._tokenizer.model_max_length, text.max_position_embeddings - text.pad_token_id - 1)

@@ -40,27 +40,24 @@ class ImagePreprocessor:
         """Prepare images (B, 3, H, W) in [0, 1] as float32 (B, 3, *size). Raises ValueError for another shape."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W) in [0, 1], not a tensor of shape {tuple(images.shape)}")
-        images = resize(images.float(), self._resized_size(images), self.interpolation)
-        # Cut or pad with zeros, evenly on both sides.
-        extra_height, extra_width = self.size[0] - images.shape[-2], self.size[1] - images.shape[-1]
-        top, left = int(extra_height / 2), int(extra_width / 2)
-        images = F.pad(images, (left, extra_width - left, top, extra_height - top))
-        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return (images - mean) / std
-
-    def _resized_size(self, images: Tensor) -> tuple[int, int]:
-        """Compute the size of images after resizing, before they are cut or padded to ``size``."""
         (height, width), (target_height, target_width) = images.shape[-2:], self.size
         ratios = target_height / height, target_width / width
         match self.fit:
             case "squash":
-                return self.size
+                size = self.size
             case "crop":
                 scale = max(ratios)
-                return max(target_height, int(height * scale)), max(target_width, int(width * scale))
+                size = max(target_height, int(height * scale)), max(target_width, int(width * scale))
             case "pad":
                 scale = min(ratios)
-                return max(1, round(height * scale)), max(1, round(width * scale))
+                size = max(1, round(height * scale)), max(1, round(width * scale))
+        images = resize(images.float(), size, self.interpolation)
+        # Cut or pad with zeros, evenly on both sides.
+        extra_height, extra_width = target_height - size[0], target_width - size[1]
+        top, left = int(extra_height / 2), int(extra_width / 2)
+        images = F.pad(images, (left, extra_width - left, top, extra_height - top))
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
 
 
 def resize(images: Tensor, size: tuple[int, int], interpolation: Interpolation = "bicubic") -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -70,24 +70,20 @@ class AffineHead:
 
         Folding is in float64. Raises ValueError for other layers: an MLP with activations cannot be folded.
         """
-        if f"{prefix}weight" in tensors:
-            return cls._folded(tensors, [prefix])
-        stem = f"{prefix}layers."
-        layers = {name.removeprefix(stem).split(".")[0] for name in tensors if name.startswith(stem)}
-        if layers != {str(i) for i in _LINEAR_LAYERS}:
-            raise ValueError(
-                f"expected {prefix}weight, or linear layers {stem}{_LINEAR_LAYERS} with nothing but dropout between"
-                f" them; the file has layers {', '.join(sorted(layers)) or 'of other names'}"
-            )
-        return cls._folded(tensors, [f"{stem}{i}." for i in _LINEAR_LAYERS])
-
-    @classmethod
-    def _folded(cls, tensors: Mapping[str, Tensor], layers: Sequence[str]) -> AffineHead:
-        last, *before = reversed(layers)
+        layers, stem = [prefix], f"{prefix}layers."
+        if f"{prefix}weight" not in tensors:
+            layers = [f"{stem}{i}." for i in _LINEAR_LAYERS]
+            present = {name.removeprefix(stem).split(".")[0] for name in tensors if name.startswith(stem)}
+            if present != {str(i) for i in _LINEAR_LAYERS}:
+                raise ValueError(
+                    f"expected {prefix}weight, or linear layers {stem}{_LINEAR_LAYERS} with nothing but dropout between"
+                    f" them; the file has layers {', '.join(sorted(present)) or 'of other names'}"
+                )
+        *before, last = layers
         weight, bias = (tensors[f"{last}{name}"].double() for name in ("weight", "bias"))
         if len(weight) != 1:
             raise ValueError(f"a head of scores has one output, not {len(weight)}")
-        for layer in before:
+        for layer in reversed(before):
             bias = bias + weight @ tensors[f"{layer}bias"].double()
             weight = weight @ tensors[f"{layer}weight"].double()
         return cls(weight[0].float(), float(bias))

@@ -130,6 +130,7 @@ class HttpClient:
             raise Refused(200, f"{self._url}{path} did not answer with JSON: is this the right address?") from None
 
     def _send(self, method: str, path: str, body: bytes) -> bytes:
+        """Send a request until it is answered. Raises Unavailable if no time or retries are left."""
         faults = attempt = 0
         while True:
             if self._stopped.is_set():
@@ -141,10 +142,18 @@ class HttpClient:
             faults += answer.fault
             if faults > _FAULTS:
                 raise Faulty(f"{self._url}{path} {answer.reason}, {faults} times: see the server's log")
-            self._pause(answer, attempt)
+            # Wait before the next attempt.
+            longest = min(self._patience.longest_pause, self._patience.first_pause * 2.0 ** min(attempt, 30))
+            pause = max(answer.pause, self._jitter.uniform(0, longest))
             attempt += 1
-            if self.remaining <= 0:  # the pause took longer than planned
-                self._pause(answer, attempt)
+            with self._lock:
+                self._retries -= 1
+                spent = self._retries < 0 or pause >= self.remaining
+            if not spent and self._stopped.wait(pause):
+                raise Unavailable(f"{self._url} {answer.reason}; stopped")
+            if spent or self.remaining <= 0:  # or the pause took longer than planned
+                limits = f"{attempt} attempts of at most {self._patience.deadline:g} s"
+                raise Unavailable(f"{self._url} {answer.reason}; given up after {limits}")
 
     def _once(self, method: str, path: str, body: bytes) -> bytes | _Retry:
         httpx = _httpx()
@@ -171,26 +180,19 @@ class HttpClient:
                 return _Retry("did not finish its answer in time")
         if response.is_success:
             return bytes(content)
-        message = f"answered {response.status_code} {_error_message(bytes(content))}".rstrip()
+        # The message of an error's JSON body, as genalign and OpenAI write it, else the start of the body.
+        text = content[:300].decode("utf-8", "replace").strip()
+        with suppress(ValueError, RecursionError):
+            body = json.loads(content)
+            error = body.get("error") if isinstance(body, dict) else None
+            if isinstance(error, dict):
+                text = f"{error.get('code')}: {str(error.get('message'))[:300]}"
+        message = f"answered {response.status_code}" + (f" ({text})" if text else "")
         if response.status_code in _RETRIED_STATUSES:
             return _Retry(message, _seconds(response.headers.get("retry-after")))
         if response.status_code == 500:
             return _Retry(message, fault=True)
         raise Refused(response.status_code, f"{self._url}{path} {message}")
-
-    def _pause(self, answer: _Retry, attempt: int) -> None:
-        """Wait before the next attempt. Raises Unavailable if no time or retries are left."""
-        longest = min(self._patience.longest_pause, self._patience.first_pause * 2.0 ** min(attempt, 30))
-        pause = max(answer.pause, self._jitter.uniform(0, longest))
-        with self._lock:
-            self._retries -= 1
-            if self._retries < 0 or pause >= self.remaining:
-                raise Unavailable(
-                    f"{self._url} {answer.reason}; given up after {attempt + 1} attempts of at most"
-                    f" {self._patience.deadline:g} s"
-                )
-        if self._stopped.wait(pause):
-            raise Unavailable(f"{self._url} {answer.reason}; stopped")
 
     def in_parallel(self, function: Callable[[T], R], items: Sequence[T], workers: int) -> list[R]:
         """Map ``function`` over items in order, ``workers`` at a time; an exception or Ctrl-C stops all."""
@@ -251,14 +253,3 @@ def _seconds(retry_after: str | None) -> float:
         date = parsedate_to_datetime(retry_after)
         return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - datetime.now(UTC).timestamp())
     return 0.0
-
-
-def _error_message(content: bytes) -> str:
-    """Return the message of an error's JSON body, as genalign and OpenAI write it, else the start of the body."""
-    text = content[:300].decode("utf-8", "replace").strip()
-    with suppress(ValueError, RecursionError):
-        body = json.loads(content)
-        error = body.get("error") if isinstance(body, dict) else None
-        if isinstance(error, dict):
-            return f"({error.get('code')}: {str(error.get('message'))[:300]})"
-    return f"({text})" if text else ""

@@ -88,7 +88,11 @@ class RemoteReward:
         media = medium_of(samples).name
         with HttpClient(self.url, read_token(self.token_variable), self.patience) as client:
             outcomes = self._outcomes(client, samples, media, prompts)
-        self._report([outcome for outcome in outcomes if isinstance(outcome, SampleError)], len(samples))
+        if errors := [outcome for outcome in outcomes if isinstance(outcome, SampleError)]:
+            message = f"{self.url} scored {describe_errors(errors, len(samples))}"
+            if self.failures == "raise":
+                raise RemoteError(message)
+            logger.warning("%s; the others are NaN", message)
         return torch.tensor([torch.nan if isinstance(outcome, SampleError) else outcome for outcome in outcomes])
 
     def _outcomes(self, client: HttpClient, samples: Tensor, media: str, prompts: Sequence[Prompt]) -> list[Outcome]:
@@ -135,20 +139,6 @@ class RemoteReward:
 
     def _scored(self, client: HttpClient, info: ServerInfo, items: Sequence[_Item]) -> list[Outcome]:
         """Send one request; if the server fails on it or finds it too large, send its halves."""
-        try:
-            return self._request(client, info, items)
-        except Unavailable as error:
-            return [SampleError("unavailable", str(error))] * len(items)
-        except (Faulty, Refused) as error:
-            if isinstance(error, Refused) and error.status != 413:
-                raise
-            if len(items) == 1:
-                return [SampleError("too_large" if isinstance(error, Refused) else "server_error", str(error))]
-        half = len(items) // 2
-        return self._scored(client, info, items[:half]) + self._scored(client, info, items[half:])
-
-    def _request(self, client: HttpClient, info: ServerInfo, items: Sequence[_Item]) -> list[Outcome]:
-        """Send one request and return the outcome of each of its samples."""
         request_id = uuid.uuid4().hex  # the same for every attempt, so that it is scored once
         wait = max(0.001, min(client.remaining, self.patience.timeout))
         prompts, contents = tuple(item.prompt for item in items), tuple(item.content for item in items)
@@ -157,18 +147,19 @@ class RemoteReward:
             reply = protocol.unpack_reply(client.post("/v1/score", body), request_id, len(items))
         except protocol.WireError as error:
             raise Refused(200, f"{self.url}: {error}") from None
+        except Unavailable as error:
+            return [SampleError("unavailable", str(error))] * len(items)
+        except (Faulty, Refused) as error:
+            if isinstance(error, Refused) and error.status != 413:
+                raise
+            if len(items) == 1:
+                return [SampleError("too_large" if isinstance(error, Refused) else "server_error", str(error))]
+            half = len(items) // 2
+            return self._scored(client, info, items[:half]) + self._scored(client, info, items[half:])
         if reply.version != info.version:
             versions = f"was version {info.version} and is now {reply.version}"
             raise RemoteError(f"{self.url} {versions}: their scores must not be mixed in one run")
         return list(reply.outcomes)
-
-    def _report(self, errors: Sequence[SampleError], count: int) -> None:
-        if not errors:
-            return
-        message = f"{self.url} scored {describe_errors(errors, count)}"
-        if self.failures == "raise":
-            raise RemoteError(message)
-        logger.warning("%s; the others are NaN", message)
 
 
 def _encode(sample: Tensor, prompt: Prompt, info: ServerInfo) -> _Item | SampleError:

@@ -306,33 +306,23 @@ def _outcome(
         return content
     body = {"messages": [{"role": "user", "content": content}], **fields}
     try:
-        answer = _parse(client.post_json("/chat/completions", body), logprobs)
+        choice = client.post_json("/chat/completions", body)["choices"][0]
+        text = str(choice["message"].get("content") or "")
+        first: dict[str, float] = {}
+        if logprobs:
+            tokens = (choice.get("logprobs") or {}).get("content")
+            if not tokens:
+                message = "the server gives no log-probabilities: use WrittenJudge, or another server"
+                return SampleError("no_logprobs", message)
+            first = {str(top["token"]): math.exp(float(top["logprob"])) for top in tokens[0]["top_logprobs"]}
     except Refused as error:
         if error.status not in _OWN_FAULT:
             raise
         return SampleError("refused", str(error))
     except (Faulty, Unavailable) as error:
         return SampleError("unavailable", str(error))
-    if isinstance(answer, SampleError):
-        return answer
-    if (value := read(answer)) is not None:
-        return value
-    reason = f"an answer that begins {answer.text[:40]!r} cannot be read; does the model think first?"
-    return SampleError("unreadable", reason)
-
-
-def _parse(completion: Any, logprobs: bool) -> JudgeAnswer | SampleError:
-    """Read the first choice of a chat completion."""
-    try:
-        choice = completion["choices"][0]
-        text = str(choice["message"].get("content") or "")
-        if not logprobs:
-            return JudgeAnswer(text, {})
-        tokens = (choice.get("logprobs") or {}).get("content")
-        if not tokens:
-            message = "the server gives no log-probabilities: use WrittenJudge, or another server"
-            return SampleError("no_logprobs", message)
-        tops = tokens[0]["top_logprobs"]
-        return JudgeAnswer(text, {str(top["token"]): math.exp(float(top["logprob"])) for top in tops})
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         return SampleError("malformed", f"this is not a chat completion ({type(error).__name__}: {error})")
+    if (value := read(JudgeAnswer(text, first))) is not None:
+        return value
+    return SampleError("unreadable", f"an answer that begins {text[:40]!r} cannot be read; does the model think first?")
