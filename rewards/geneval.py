@@ -28,7 +28,7 @@ from genalign.types import Prompt
 from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.detectors import Detector, Instance, Mask2Former, describe
 
-_GREY = 153 / 255  # #999, the background of a masked object
+_GRAY = 153 / 255  # #999, the background of a masked object
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 
@@ -75,14 +75,14 @@ class ClipColors:
 
 
 def crop(image: Tensor, box: Box, mask: Tensor | None = None) -> Tensor:
-    """Cut a box of at least one pixel from an image (3, H, W), and paint it grey where a mask (H, W) is false.
+    """Cut a box of at least one pixel from an image (3, H, W), and paint it gray where a mask (H, W) is false.
 
     The box is rounded to whole pixels as Pillow does, halves to even.
     """
     height, width = image.shape[-2:]
     x1, y1 = min(max(round(box[0]), 0), width - 1), min(max(round(box[1]), 0), height - 1)
     x2, y2 = min(max(round(box[2]), x1 + 1), width), min(max(round(box[3]), y1 + 1), height)
-    masked = image if mask is None else torch.where(mask, image, _GREY)
+    masked = image if mask is None else torch.where(mask, image, _GRAY)
     return masked[:, y1:y2, x1:x2]
 
 

@@ -47,7 +47,7 @@ class TowerScorer(nn.Module, ABC):
 
     @abstractmethod
     def shared(self) -> DualEncoder:
-        """Return the pretrained encoder, which embeds the prompts and of which the tower is a copy."""
+        """Return the pretrained encoder that embeds the prompts; the tower is a copy of it."""
 
     def embed(self, samples: Tensor) -> Tensor:
         """Embed samples (B, ...) with the tower, as (B, d)."""

@@ -137,8 +137,8 @@ def test_crops_match_pillow(box: tuple[float, float, float, float]) -> None:
     rng = np.random.default_rng(0)
     pixels, mask = rng.integers(0, 256, (10, 12, 3), dtype=np.uint8), rng.random((10, 12)) < 0.5
     picture = Image.fromarray(pixels)
-    grey = Image.new("RGB", picture.size, color="#999")
-    theirs = Image.composite(picture, grey, Image.fromarray(mask)).crop(box)
+    gray = Image.new("RGB", picture.size, color="#999")
+    theirs = Image.composite(picture, gray, Image.fromarray(mask)).crop(box)
     image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
     ours = crop(image, box, torch.from_numpy(mask))
     assert torch.equal(ours, torch.from_numpy(np.array(theirs)).permute(2, 0, 1).float() / 255)
@@ -160,7 +160,7 @@ def test_the_classifier_matches_open_clip() -> None:
 
 
 def test_a_trained_clip_classifies_colors() -> None:
-    """The embedded CLIP was trained on captions of whole scenes; one object on grey is close enough to them."""
+    """The embedded CLIP was trained on captions of whole scenes; one object on gray is close enough to them."""
     expected = [color for _ in range(3) for color in COLORS]
     images = draw([colors(shape, color) for shape in ("circle", "square", "cross") for color in COLORS])
     objects = [instances[0] for instances in ShapesDetector()(images, [[]] * len(images))]
@@ -210,8 +210,3 @@ def test_detectors_are_configurable() -> None:
     thresholds = replace(Owlv2().thresholds, confidence=0.4)  # the others are the detector's defaults
     assert parsed.function == GenEvalReward("strict", Owlv2(thresholds=thresholds))
     assert plain["function"]["init_args"]["detector"]["init_args"]["thresholds"]["counting"] == 0.3
-
-
-def test_no_network_is_loaded_before_the_first_call() -> None:
-    assert GenEvalReward("strict").detector is None
-    assert Mask2Former("no/such-model").model == "no/such-model"

@@ -55,7 +55,7 @@ def training_prompts(
     objects: Sequence[str] = OBJECTS,
     held_out: Iterable[Prompt] = (),
 ) -> PromptSet:
-    """Draw prompts of distinct compositions, none of which a prompt of GenEval has.
+    """Draw prompts of distinct compositions that no prompt of GenEval has.
 
     As in GenEval, people have no color.
 

@@ -53,11 +53,11 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def render(per_task: int, wrong: int = 0) -> tuple[list[str], Tensor]:
     """Return texts of every task with their clips; the first ``wrong`` of each task have the next task's clips."""
     prompts = [group[i] for group in tones.prompts("comp").by_task().values() for i in range(per_task)]
-    heard = [
+    sources = [
         prompts[(place + per_task) % len(prompts)] if place % per_task < wrong else prompt
         for place, prompt in enumerate(prompts)
     ]
-    clips = WORLDS["tones"].render([prompt.metadata or {} for prompt in heard], np.random.default_rng(0))
+    clips = WORLDS["tones"].render([prompt.metadata or {} for prompt in sources], np.random.default_rng(0))
     return [prompt.text for prompt in prompts], clips
 
 

@@ -57,17 +57,17 @@ def record(task, prompt, sample, image=None, **scores):
     return SampleRecord(prompt, task, sample, noise_seed(prompt, sample), image, scores)
 
 
-class GreyPipeline(StillPipeline):
-    """A pipeline whose images have the grey value of their noise."""
+class GrayPipeline(StillPipeline):
+    """A pipeline whose images have the gray value of their noise."""
 
     def initial_noise(self, seeds):
-        return torch.tensor([grey(seed) for seed in seeds])[:, None]
+        return torch.tensor([gray(seed) for seed in seeds])[:, None]
 
     def decode(self, latents):
         return latents[:, :, None, None].expand(-1, 3, 4, 4)
 
 
-def grey(seed):
+def gray(seed):
     return (seed % 97) / 97
 
 
@@ -128,12 +128,12 @@ def test_suite_hash_depends_on_texts_metadata_and_order():
 
 
 def test_evaluate_scores_every_sample_in_order(tmp_path):
-    pipeline = GreyPipeline()
+    pipeline = GrayPipeline()
     result = evaluate(pipeline, SPECS, {"strict": strict, "brightness": brightness}, PROTOCOL, tmp_path)
     assert pipeline.calls == [(size, 4.0) for size in (3, 3, 2) for _ in range(2)]
     assert [r.key for r in result.records] == [(s.prompt.task, s.prompt.text, s.sample, s.seed) for s in SPECS]
     for index, sample in enumerate(result.records):
-        value = grey(sample.seed)
+        value = gray(sample.seed)
         assert sample.scores == {"strict": float(value > 0.5), "brightness": pytest.approx(value, abs=1e-6)}
         assert sample.image == f"images/{index:05d}.png"
         pixels = np.asarray(Image.open(tmp_path / sample.image))
@@ -142,7 +142,7 @@ def test_evaluate_scores_every_sample_in_order(tmp_path):
 
 def test_an_interrupted_evaluation_resumes_with_the_unfinished_batches(tmp_path):
     batches, calls = BatchFolder(tmp_path), []
-    whole = evaluate(GreyPipeline(), SPECS, {"b": brightness}, PROTOCOL, tmp_path / "whole")
+    whole = evaluate(GrayPipeline(), SPECS, {"b": brightness}, PROTOCOL, tmp_path / "whole")
 
     def failing(samples, prompts):
         calls.append(len(samples))
@@ -151,21 +151,21 @@ def test_an_interrupted_evaluation_resumes_with_the_unfinished_batches(tmp_path)
         return brightness(samples, prompts)
 
     with pytest.raises(RuntimeError, match="the power went"):
-        evaluate(GreyPipeline(), SPECS, {"b": failing}, PROTOCOL, tmp_path, batches=batches)
-    again = GreyPipeline()
+        evaluate(GrayPipeline(), SPECS, {"b": failing}, PROTOCOL, tmp_path, batches=batches)
+    again = GrayPipeline()
     assert evaluate(again, SPECS, {"b": brightness}, PROTOCOL, tmp_path, batches=batches) == whole
     assert again.calls == [(2, 4.0)] * 2  # the last batch alone
     assert load_evaluation(tmp_path) == whole
 
 
 def test_noise_does_not_depend_on_the_batch():
-    whole = evaluate(GreyPipeline(), SPECS, {"b": brightness}, PROTOCOL)
-    parts = evaluate(GreyPipeline(), SPECS[::-1], {"b": brightness}, replace(PROTOCOL, batch_size=2))
+    whole = evaluate(GrayPipeline(), SPECS, {"b": brightness}, PROTOCOL)
+    parts = evaluate(GrayPipeline(), SPECS[::-1], {"b": brightness}, replace(PROTOCOL, batch_size=2))
     assert {r.key: r.scores for r in whole.records} == {r.key: r.scores for r in parts.records}
 
 
 def test_an_evaluation_survives_a_round_trip(tmp_path):
-    result = evaluate(GreyPipeline(), SPECS, {"strict": strict}, PROTOCOL, tmp_path)
+    result = evaluate(GrayPipeline(), SPECS, {"strict": strict}, PROTOCOL, tmp_path)
     assert load_evaluation(tmp_path) == result
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary) == ["protocol", "protocol_hash", "suite", "overall", "tasks", "failed"]
@@ -180,7 +180,7 @@ def test_failed_scores_are_counted_and_left_out(tmp_path):
         return scores
 
     protocol = replace(PROTOCOL, batch_size=4)
-    result = evaluate(GreyPipeline(), SPECS[:4], {"strict": failing}, protocol, tmp_path)
+    result = evaluate(GrayPipeline(), SPECS[:4], {"strict": failing}, protocol, tmp_path)
     assert (result.failed, result.overall["strict"].mean, result.overall["strict"].n) == (1, 1.0, 3)
     assert math.isnan(load_evaluation(tmp_path).records[0].scores["strict"])
     assert result.summary()["failed"] == 1
@@ -189,18 +189,18 @@ def test_failed_scores_are_counted_and_left_out(tmp_path):
 def test_a_task_without_scores_is_an_error_after_the_records_are_saved(tmp_path):
     failing = {"s": lambda samples, prompts: samples[:, 0, 0, 0] * math.nan}
     with pytest.raises(ValueError, match="task 'a' has no values"):
-        evaluate(GreyPipeline(), SPECS[:4], failing, PROTOCOL, tmp_path)
+        evaluate(GrayPipeline(), SPECS[:4], failing, PROTOCOL, tmp_path)
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 4
 
 
 def test_evaluate_refuses_invalid_arguments():
     specs = [SampleSpec(Prompt("a"), 0)]
     with pytest.raises(ValueError, match="at least one sample"):
-        evaluate(GreyPipeline(), [], {"s": strict}, PROTOCOL)
+        evaluate(GrayPipeline(), [], {"s": strict}, PROTOCOL)
     with pytest.raises(ValueError, match=r"the protocol says \[1.0, 0.5, 0.0\]"):
-        evaluate(GreyPipeline(sigmas=(1.0, 0.75, 0.0)), specs, {"s": strict}, PROTOCOL)
+        evaluate(GrayPipeline(sigmas=(1.0, 0.75, 0.0)), specs, {"s": strict}, PROTOCOL)
     with pytest.raises(ValueError, match="scorer 's' must return shape"):
-        evaluate(GreyPipeline(), specs, {"s": lambda samples, prompts: samples}, PROTOCOL)
+        evaluate(GrayPipeline(), specs, {"s": lambda samples, prompts: samples}, PROTOCOL)
 
 
 def test_overall_is_the_mean_over_tasks_of_means_over_prompts():

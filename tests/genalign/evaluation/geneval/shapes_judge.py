@@ -48,7 +48,7 @@ class ShapesDetector:
 
 @dataclass(frozen=True)
 class PaletteColors:
-    """Classifies a crop as the palette's color nearest to the median of its pixels that are not grey."""
+    """Classifies a crop as the palette's color nearest to the median of its pixels that are not gray."""
 
     @property
     def description(self) -> Mapping[str, Any]:

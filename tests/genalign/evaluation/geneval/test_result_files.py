@@ -27,21 +27,21 @@ BENCH = PromptSpec("single_object", (Clause("bench"),)).to_prompt()
 TWO = PromptSpec("two_object", (Clause("dog"), Clause("cat"))).to_prompt()
 
 
-def grey(value: float, count: int = 2) -> torch.Tensor:
+def gray(value: float, count: int = 2) -> torch.Tensor:
     return torch.full((count, 3, 4, 6), value)
 
 
 def test_images_are_written_in_the_layout_of_geneval(tmp_path: Path) -> None:
-    names = write_samples(tmp_path, 17, TWO, grey(0.2))
+    names = write_samples(tmp_path, 17, TWO, gray(0.2))
     assert names == ["00017/samples/0000.png", "00017/samples/0001.png"]
     assert json.loads((tmp_path / "00017" / "metadata.jsonl").read_text()) == TWO.metadata
     assert torch.equal(read_image(tmp_path / names[0]), torch.full((3, 4, 6), 51 / 255))
-    assert write_samples(tmp_path, 17, TWO, grey(0.4, 1), first=2) == [sample_name(17, 2)]
+    assert write_samples(tmp_path, 17, TWO, gray(0.4, 1), first=2) == [sample_name(17, 2)]
 
 
 def test_samples_are_listed_by_number_whatever_its_digits(tmp_path: Path) -> None:
-    write_samples(tmp_path, 3, TWO, grey(0.2))
-    write_samples(tmp_path, 0, BENCH, grey(0.4, 1))
+    write_samples(tmp_path, 3, TWO, gray(0.2))
+    write_samples(tmp_path, 0, BENCH, gray(0.4, 1))
     samples = tmp_path / "00003" / "samples"
     (samples / "0001.png").rename(samples / "00001.png")
     (samples / "first.png").touch()
@@ -71,14 +71,14 @@ def test_folders_without_images_or_metadata_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"bench"', "null", '{"tag": "colors", "prompt": "a bench"}'])
 def test_damaged_metadata_names_its_file(tmp_path: Path, text: str) -> None:
-    write_samples(tmp_path, 4, TWO, grey(0.2))
+    write_samples(tmp_path, 4, TWO, gray(0.2))
     (tmp_path / "00004" / "metadata.jsonl").write_text(text)
     with pytest.raises(ValueError, match=r"00004/metadata\.jsonl is not a line of GenEval's prompt file"):
         read_samples(tmp_path)
 
 
 def test_two_images_of_one_number_are_refused(tmp_path: Path) -> None:
-    write_samples(tmp_path, 4, TWO, grey(0.2))
+    write_samples(tmp_path, 4, TWO, gray(0.2))
     shutil.copy(tmp_path / "00004" / "samples" / "0001.png", tmp_path / "00004" / "samples" / "00001.png")
     with pytest.raises(ValueError, match="are the same image of the same prompt: remove one"):
         read_samples(tmp_path)
@@ -130,20 +130,18 @@ def test_results_written_by_pandas_are_read(tmp_path: Path) -> None:
     assert read_results(tmp_path / "results.jsonl") == [_result(TWO, True)]
 
 
-@pytest.mark.parametrize("details", ["[]", "{", '{"cat": [[1, 2, 3, 4]]}', '{"cat": 3}', '{"cat": [["a", 1, 2, 3]]}'])
-def test_invalid_boxes_name_their_line(tmp_path: Path, details: str) -> None:
-    row = _result(TWO, True).as_row() | {"details": details}
-    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=r"results\.jsonl, line 1: not a result of GenEval"):
-        read_results(tmp_path / "results.jsonl")
-
-
-def test_invalid_results_name_their_line(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    write_results(path, [_result(TWO, True)])
-    path.write_text(path.read_text() + '{"filename": "x"}\n')
+@pytest.mark.parametrize(
+    "details", ["[]", "{", '{"cat": [[1, 2, 3, 4]]}', '{"cat": 3}', '{"cat": [["a", 1, 2, 3]]}', None]
+)
+def test_invalid_results_name_their_line(tmp_path: Path, details: str | None) -> None:
+    valid, path = _result(TWO, True).as_row(), tmp_path / "results.jsonl"
+    invalid = {"filename": "x"} if details is None else valid | {"details": details}
+    path.write_text(f"{json.dumps(valid)}\n{json.dumps(invalid)}\n")
     with pytest.raises(ValueError, match=r"results\.jsonl, line 2: not a result of GenEval"):
         read_results(path)
+
+
+def test_a_missing_results_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"give the one that GenEval's evaluate_images\.py wrote"):
         read_results(tmp_path / "none.jsonl")
 
