@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from genalign.evaluation.evaluate import Record, load_evaluation
+from genalign.evaluation.evaluate import SampleRecord, load_evaluation
 from genalign.evaluation.records import PromptRecord
 from genalign.metrics.intervals import win_test
 from genalign.metrics.set_tests import compare_parts
@@ -31,7 +31,7 @@ BATCH = 64  # clips that are heard at once
 class Heard:
     """An evaluation: its records (N), and their clips (N, 1, L)."""
 
-    records: tuple[Record, ...]
+    records: tuple[SampleRecord, ...]
     clips: Tensor
 
     @classmethod

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 from genalign.evaluation.evaluate import load_evaluation
-from genalign.evaluation.paired import ranked
+from genalign.evaluation.paired import pairs_by_gain
 
 COLUMNS = 8
 SECONDS = (1, 2, 5, 10, 20)
@@ -47,7 +47,7 @@ def learning_curve(run: Path, output: Path) -> None:
 
 def before_after(run: Path, output: Path, scale: int = 2) -> None:
     """Pairs from the same noise whose strict score changed: what was repaired above, what was broken below."""
-    pairs = ranked(load_evaluation(run / "before"), load_evaluation(run / "after"))
+    pairs = pairs_by_gain(load_evaluation(run / "before"), load_evaluation(run / "after"))
     repaired = [pair for pair in reversed(pairs) if pair.difference("strict") > 0]
     tasks = list(dict.fromkeys(pair.before.task for pair in repaired))
     pairs_of = [[pair for pair in repaired if pair.before.task == task][:2] for task in tasks]

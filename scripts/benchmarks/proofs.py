@@ -23,12 +23,13 @@ import torch
 
 from genalign.cli.main import main as genalign
 from genalign.evaluation.evaluate import load_evaluation
-from genalign.evaluation.records import PromptRecord, prompt_records, write_results
+from genalign.evaluation.records import PromptRecord, prompt_records
 from genalign.metrics.image import saturation
 from genalign.training.reward_hacking import HackingReport
 from rewards.shapes import recolored, rendered
 from scripts.benchmarks.audio_measures import TrainedRun, measures, rewards_row
 from scripts.benchmarks.audio_search import pruning_records
+from scripts.benchmarks.published_results import write_results
 from scripts.benchmarks.set_measures import is_purple, is_small, mean_saturation, nearness, set_records, share, variety
 
 SEEDS = (11, 12, 13)  # settings were chosen on seeds 0, 1, 100 and 101

@@ -18,12 +18,13 @@ from genalign.algorithms.recipes import flow_grpo
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
-from genalign.evaluation.records import Measurement
 from genalign.scoring.score import NamedReward
-from genalign.training.trainer import Trainer, TrainerSettings
+from genalign.training.settings import TrainerSettings
+from genalign.training.trainer import Trainer
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
+from scripts.benchmarks.published_results import Measurement
 
 PROMPTS = 12
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from genalign.cli.main import main as genalign
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
-from genalign.evaluation.records import PromptRecord, write_results
+from genalign.evaluation.records import PromptRecord
 from genalign.runtime.files import write_json, write_text
 from genalign.scoring.budget import Budget, Ledger, Metered
 from genalign.search import BestOfN, FKSteering, Prune
@@ -37,6 +37,7 @@ from rewards.noise_aware import load_scorer
 from scripts.benchmarks import search_pool
 from scripts.benchmarks.proofs import RESULTS, head
 from scripts.benchmarks.pruning_trials import Costs, Trials, best_of, schedules
+from scripts.benchmarks.published_results import write_results
 from scripts.benchmarks.search_pool import FORWARDS_ALONE, LEVELS, PROMPTS, SEEDS, STEPS, RecordedPool
 
 BUDGETS = (2, 4, 8, 16, 32)

@@ -30,10 +30,10 @@ from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import generate
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
-from genalign.evaluation.evaluate import plan
-from genalign.evaluation.records import Measurement, ratios, write_results
+from genalign.evaluation.evaluate import plan_samples
 from genalign.scoring.score import NamedReward
-from genalign.training.trainer import Trainer, TrainerSettings
+from genalign.training.settings import TrainerSettings
+from genalign.training.trainer import Trainer
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
@@ -41,6 +41,7 @@ from rewards.shapes import ShapesReward
 from scripts.benchmarks.cached import cached
 from scripts.benchmarks.plain_loop import PlainLoop, PlainSettings
 from scripts.benchmarks.proofs import head
+from scripts.benchmarks.published_results import Measurement, ratios, write_results
 
 SIGMAS = tuple(1 - i / 8 for i in range(8))
 EVALUATION = tuple(1 - i / 10 for i in range(10))
@@ -148,7 +149,7 @@ class SpeedContender:
 
     def strict(self) -> float:
         """The strict accuracy of held-out images."""
-        jobs = plan(shapes.prompts("val"), 96, 2)
+        jobs = plan_samples(shapes.prompts("val"), 96, 2)
         prompts, grid = [job.prompt for job in jobs], self.pipeline.grid(10, EVALUATION)
         texts, seeds = [prompt.text for prompt in prompts], [job.seed for job in jobs]
         with self.policy.averaged():

@@ -10,17 +10,17 @@ import pytest
 from torch import Tensor
 
 from genalign import assets
-from genalign.evaluation.evaluate import Evaluation, Protocol, Record, noise_seed
-from genalign.evaluation.records import read_records, rows_of
+from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord, noise_seed
 from genalign.runtime.media import writer
 from genalign.types import Prompt
 from genalign.worlds.registry import WORLDS
 from rewards.tones import revoiced
 from scripts.benchmarks import audio_measures, proofs
+from scripts.benchmarks.published_results import read_records, result_rows
 from scripts.benchmarks.results_tables import fill
 from tests.rewards.tiny_clap import write_clap
 
-PROTOCOL = Protocol("comp", "0" * 16, 1.0, (30.0, 0.0), "ODE()", "float32", 16, (12000,), 1, 4, "tones-1")
+PROTOCOL = EvaluationProtocol("comp", "0" * 16, 1.0, (30.0, 0.0), "ODE()", "float32", 16, (12000,), 1, 4, "tones-1")
 NAMES = ("ddpo", "dragon_instance", "dragon_fad", "dragon_fad_clip", "dragon_text", "vendi")
 
 
@@ -28,7 +28,7 @@ def _evaluated(folder: Path, prompts: list[Prompt], clips: Tensor, strict: float
     names = writer(8000)(clips, folder, 0)
     scores = {"strict": strict, "partial": strict / 2, "relaxed": strict}
     records = [
-        Record(prompt.text, prompt.task, 0, noise_seed(prompt.text, 0), name, scores)
+        SampleRecord(prompt.text, prompt.task, 0, noise_seed(prompt.text, 0), name, scores)
         for prompt, name in zip(prompts, names, strict=True)
     ]
     Evaluation(PROTOCOL, tuple(records)).save(folder)
@@ -64,7 +64,7 @@ def test_what_moved_is_seen_and_published(run: Path, tmp_path: Path, monkeypatch
     assert set(rows) == {*NAMES, *(f"{name}.strict" for name in NAMES[2:]), "ddpo.partial", "dragon_instance.partial"}
     assert rows["ddpo"]["mean"] == -1 and rows["ddpo.partial"]["mean"] == -0.5
     assert rows["dragon_fad"]["mean"] > 0 and rows["dragon_fad_clip"]["low"] > 0
-    assert [vars(row) for row in rows_of(read_records(tmp_path / "raw" / "audio_tones.jsonl"))] == made["rows"]
+    assert [vars(row) for row in result_rows(read_records(tmp_path / "raw" / "audio_tones.jsonl"))] == made["rows"]
 
     lines = {line["name"]: line for line in made["win_rates"]}
     lost, won, by_set = (lines[name]["wins"] for name in ("ddpo", "dragon_fad_clip", "dragon_fad"))

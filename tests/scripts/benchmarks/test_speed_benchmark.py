@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from genalign.evaluation.records import Measurement
 from scripts.benchmarks import speed_benchmark
+from scripts.benchmarks.published_results import Measurement
 from scripts.benchmarks.speed_benchmark import (
     CONTENDERS,
     LOOK,
