@@ -1,7 +1,7 @@
 """Advantages from scores and groups.
 
-Scores are float and a group is a long tensor of the same length that says which prompt each sample answers, in any
-order; groups may differ in size. A NaN score is missing. Arithmetic is in float64, results are float32.
+B counts samples, K rewards, S stored steps and P groups. ``group`` (B,) long is the prompt index of each sample, in any
+order; groups may differ in size. A NaN score is missing. Arithmetic is in float64; results are float32.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from genalign.scoring.combine import _weights
+from genalign.scoring.combine import weights_of_columns
 
-# Scores are float32: what differs by less than this share of their size does not differ.
-_RELATIVE_RESOLUTION = 1e-7
-# A step's gain is a difference of scores: rounding leaves this share of their spread.
-_STEP_RESOLUTION = 1e-5
+Std = Literal["group", "global"]
+"""The standard deviation that advantages are divided by: of the sample's own group, or of all scores."""
+
+_RELATIVE_RESOLUTION = 1e-7  # scores are float32: a smaller relative spread is rounding
+_STEP_RESOLUTION = 1e-5  # a step's gain is a difference of scores: a smaller fraction of their spread is rounding
 
 
 def group_advantages(
@@ -27,24 +28,27 @@ def group_advantages(
     group: Tensor,
     epsilon: float = 1e-4,
     ddof: int = 0,
-    std: Literal["group", "global"] = "group",
+    std: Std = "group",
     clip: float | None = 5.0,
     least_std: float = 0.0,
 ) -> Tensor:
-    """GRPO's advantages A = (score - mean of its group) / (std + epsilon), clipped to +-clip: (B,).
+    """GRPO's advantages A = (score - mean of its group) / (std + epsilon), clipped to +-clip.
 
-    arXiv 2402.03300, section 4.1.2; Flow-GRPO, arXiv 2505.05470, section 3. A NaN score is left out of the statistics
-    and gets 0; so does, exactly, every sample of a group with fewer than two scores or without spread.
+    See arXiv 2402.03300, section 4.1.2, and Flow-GRPO, arXiv 2505.05470, section 3. A NaN score is left out of the
+    statistics and gets exactly 0, and so does every sample of a group with fewer than two scores or without spread.
 
     Args:
-        scores: (B,).
-        group: (B,) prompt indices.
-        epsilon: Added to the standard deviation.
-        ddof: 0 or 1, subtracted from the count in the standard deviation.
-        std: "group" for the standard deviation of the sample's group, "global" for that of all scores at once, as in
-            Flow-GRPO's code.
+        scores: Scores (B,).
+        group: Prompt indices (B,).
+        epsilon: The number added to the standard deviation.
+        ddof: The number subtracted from the count in the standard deviation, 0 or 1.
+        std: "group" divides by the standard deviation of the sample's group, "global", as in Flow-GRPO's code, by the
+            standard deviation of all scores.
         clip: The largest absolute advantage; None for no limit.
         least_std: The lower bound of the standard deviation.
+
+    Returns:
+        Advantages (B,).
     """
     if std not in ("group", "global"):
         raise ValueError(f'std must be "group" or "global", not {std!r}')
@@ -59,9 +63,10 @@ def group_advantages(
 
 
 def step_gains(scores: Tensor) -> Tensor:
-    """Gains (B, S) or (B, S, K) of every step, from scores (B, S + 1) or (B, S + 1, K) of the states around them.
+    """Differences of the scores before and after each step, DenseGRPO's step rewards (arXiv 2601.20218, eq. 7).
 
-    The reward difference of DenseGRPO (arXiv 2601.20218, eq. 7); gains sum to the last minus the first score.
+    Scores (B, S + 1) give gains (B, S), and scores (B, S + 1, K) gains (B, S, K). Gains sum to the last minus the first
+    score.
     """
     if scores.ndim not in (2, 3) or scores.shape[1] < 2:
         raise ValueError(f"scores must be (B, S + 1) or (B, S + 1, K) with S > 0, not {tuple(scores.shape)}")
@@ -69,17 +74,21 @@ def step_gains(scores: Tensor) -> Tensor:
 
 
 def stepwise_advantages(gains: Tensor, group: Tensor, floor: float = 0.01, clip: float | None = 5.0) -> Tensor:
-    """DenseGRPO's advantages (B, S): each step's gains normalized within the group (arXiv 2601.20218, eq. 8).
+    """DenseGRPO's advantages: the gains of each step, normalized within the group (arXiv 2601.20218, eq. 8).
 
-    A group whose gains of a step differ by no more than rounding errors gets exactly 0. Neither this nor the floor is
-    in the paper, where a late step that changes nothing has its noise amplified to advantages of 1. NaN and groups
+    Two rules are not in the paper, where the noise of a late step that changes nothing is amplified to advantages of 1:
+    the floor, and exactly 0 for a group whose gains of a step differ by no more than rounding errors. NaN and groups
     without spread are treated as in ``group_advantages``.
 
     Args:
-        gains: (B, S).
-        group: (B,) prompt indices.
-        floor: The lower bound of a step's standard deviation, in units of that of the samples' summed gains.
+        gains: Gains (B, S).
+        group: Prompt indices (B,).
+        floor: The lower bound of a step's standard deviation, relative to the standard deviation of the gains that are
+            summed over steps.
         clip: The largest absolute advantage; None for no limit.
+
+    Returns:
+        Advantages (B, S).
     """
     if gains.ndim != 2 or not floor >= 0:
         raise ValueError(f"gains must be (B, S) and floor 0 or more, not {tuple(gains.shape)} and {floor}")
@@ -92,47 +101,43 @@ def stepwise_advantages(gains: Tensor, group: Tensor, floor: float = 0.01, clip:
     return torch.stack(columns, dim=1)
 
 
-def gdpo(
-    scores_BK: Tensor,
-    group: Tensor,
-    weights: Sequence[float],
-    epsilon: float = 1e-4,
-    ddof: int = 0,
-    clip: float | None = 5.0,
-) -> Tensor:
-    """GDPO (arXiv 2601.05242): each reward normalized within its group, their weighted sum over the batch: (B,).
+def gdpo(scores_BK: Tensor, group: Tensor, weights: Sequence[float], epsilon: float = 1e-4) -> Tensor:
+    """GDPO's advantages (arXiv 2601.05242): each reward normalized within its group, summed and normalized again.
 
-    A NaN adds nothing, and a sample without any score does not count; it gets 0. So does, exactly, a sample whose
-    every reward is without spread in its group.
+    The weighted sum is divided by its standard deviation over the batch, and clipped to +-5. A NaN adds nothing. A
+    sample without any score is not counted and gets 0; so does, exactly, a sample whose rewards all lack spread in its
+    group.
 
     Args:
-        scores_BK: (B, K).
-        group: (B,) prompt indices.
-        weights: (K,) of the rewards.
-        epsilon: Added to standard deviations.
-        ddof: 0 or 1, subtracted from the count in standard deviations.
-        clip: The largest absolute advantage; None for no limit.
+        scores_BK: Scores (B, K).
+        group: Prompt indices (B,).
+        weights: The weights (K,) of the rewards.
+        epsilon: The number added to standard deviations.
+
+    Returns:
+        Advantages (B,).
     """
-    weight = _weights(scores_BK, weights)
-    normalized = _normalized_columns(scores_BK, group, epsilon, ddof)
-    total = (normalized * weight).sum(1)
-    scale = _global_std(torch.where(scores_BK.isnan().all(dim=1), math.nan, total), ddof) + epsilon
-    # No mean to subtract: every reward's advantages already sum to 0 within every group.
-    advantages = torch.where(total == 0, 0.0, total / scale)
-    return (advantages if clip is None else advantages.clamp(-clip, clip)).float()
+    weight = weights_of_columns(scores_BK, weights)
+    total = (_normalized_columns(scores_BK, group, epsilon) * weight).sum(1)
+    scale = _global_std(torch.where(scores_BK.isnan().all(dim=1), math.nan, total), ddof=0) + epsilon
+    # There is no mean to subtract: the advantages of each reward sum to 0 within every group.
+    return torch.where(total == 0, 0.0, total / scale).clamp(-5.0, 5.0).float()
 
 
 def ngrpo(scores: Tensor, group: Tensor, best: float = 1.0, epsilon: float = 1e-6, clip: float | None = 5.0) -> Tensor:
-    """NGRPO (arXiv 2509.18851): z-scores (B,) with one virtual sample of the best possible score in each group.
+    """NGRPO's advantages (arXiv 2509.18851): z-scores with a virtual sample of the best possible score in each group.
 
-    A group that failed altogether is pushed away from instead of ignored. NaN is treated as in ``group_advantages``.
+    A group whose samples all failed gets negative advantages instead of 0. NaN is treated as in ``group_advantages``.
 
     Args:
-        scores: (B,).
-        group: (B,) prompt indices.
+        scores: Scores (B,).
+        group: Prompt indices (B,).
         best: The best possible score.
-        epsilon: Added to the standard deviation.
+        epsilon: The number added to the standard deviation.
         clip: The largest absolute advantage; None for no limit.
+
+    Returns:
+        Advantages (B,).
     """
     _require_grouped(scores, group)
     keys = torch.unique(group)
@@ -141,9 +146,13 @@ def ngrpo(scores: Tensor, group: Tensor, best: float = 1.0, epsilon: float = 1e-
 
 
 def log_tamed(scores_BK: Tensor, epsilon: float = 0.0) -> Tensor:
-    """PaCo-GRPO's rewards (arXiv 2512.04784): log(1 + R) for those whose std over mean, h, is above the mean of h.
+    """PaCo-GRPO's tamed rewards (B, K) (arXiv 2512.04784): log(1 + R) for the rewards with the largest relative spread.
 
-    ValueError for a reward to be tamed of -1 or less. A reward whose mean is not positive has no such h and is left.
+    The relative spread h of a reward is std / (mean + ``epsilon``) over the batch; rewards whose h is above the mean h
+    are tamed. A reward whose mean is not positive has h = 0 and stays as it is.
+
+    Raises:
+        ValueError: A reward to be tamed has a score of -1 or less.
     """
     _require_table(scores_BK)
     values = scores_BK.double()
@@ -157,42 +166,37 @@ def log_tamed(scores_BK: Tensor, epsilon: float = 0.0) -> Tensor:
 
 
 def correlation_weighted(scores_BK: Tensor, group: Tensor, temperature: float = 0.5) -> Tensor:
-    """CMO (arXiv 2603.18528): z-scores of K rewards summed with weights softmax((1 - b) / temperature), (B,), not
-    yet whitened over the batch.
+    """CMO's advantages (arXiv 2603.18528): z-scores of K rewards summed with weights softmax((1 - b) / temperature).
 
-    b is a reward's mean correlation with the others in the group (1 for one without spread), so that a reward that
-    conflicts with them counts more. A group with a missing score sums its z-scores unweighted, missing ones as 0, and a
-    single reward is only normalized.
+    b is the mean correlation of a reward with the others in the group (1 for a reward without spread), so that a reward
+    in conflict with the others counts more. Where a group lacks a score, its z-scores are summed without weights, and
+    missing ones count as 0. A single reward is only normalized. Returns (B,), not yet whitened over the batch.
     """
     _require_table(scores_BK)
-    z = _normalized_columns(scores_BK, group, epsilon=0.0, ddof=0)
+    z = _normalized_columns(scores_BK, group, epsilon=0.0)
     advantages = z.sum(1)
     missing = scores_BK.isnan().any(dim=1)
     for key in torch.unique(group):
         rows = group == key
         if z.shape[1] > 1 and not bool(missing[rows].any()):
-            advantages[rows] = z[rows] @ torch.softmax((1 - _agreement(z[rows])) / temperature, dim=0)
+            correlation = z[rows].T @ z[rows] / len(z[rows])
+            others = (correlation.sum(1) - 1) / (z.shape[1] - 1)
+            agreement = torch.where(correlation.diagonal() > 0, others, 1.0)
+            advantages[rows] = z[rows] @ torch.softmax((1 - agreement) / temperature, dim=0)
     return advantages.float()
 
 
-def _agreement(z: Tensor) -> Tensor:
-    """The mean correlation (K,) of every column of z-scores (G, K) with the others; 1 for a column of zeros."""
-    correlation = z.T @ z / len(z)
-    others = (correlation.sum(1) - 1) / (z.shape[1] - 1)
-    return torch.where(correlation.diagonal() > 0, others, 1.0)
-
-
-def _normalized_columns(scores_BK: Tensor, group: Tensor, epsilon: float, ddof: int) -> Tensor:
-    """Each reward's group advantages, unclipped: (B, K) float64."""
-    columns = [group_advantages(scores, group, epsilon, ddof, clip=None) for scores in scores_BK.unbind(1)]
+def _normalized_columns(scores_BK: Tensor, group: Tensor, epsilon: float) -> Tensor:
+    """Group advantages of each reward, unclipped: (B, K) float64."""
+    columns = [group_advantages(scores, group, epsilon, clip=None) for scores in scores_BK.unbind(1)]
     return torch.stack(columns, dim=1).double()
 
 
 def leave_one_out(scores: Tensor, group: Tensor) -> Tensor:
-    """RLOO (arXiv 2402.14740): a score minus the mean of the others of its group (B,).
+    """RLOO's advantages (B,) (arXiv 2402.14740): a score minus the mean of the other scores of its group.
 
-    The result is in units of the score, unclipped. It is 0 for a NaN and in a group with fewer than two scores or
-    without spread.
+    They are in units of the score and unclipped; 0 for a NaN, and in a group with fewer than two scores or without
+    spread.
     """
     groups = _group_statistics(scores, group, ddof=0)
     count = torch.bincount(groups.index[~scores.isnan()], minlength=len(groups.mean))[groups.index]
@@ -202,13 +206,13 @@ def leave_one_out(scores: Tensor, group: Tensor) -> Tensor:
 
 
 def zero_std_share(scores: Tensor, group: Tensor) -> float:
-    """The fraction of groups without a gradient: without spread, or with fewer than two scores."""
+    """Fraction of the groups that give no gradient: without spread, or with fewer than two scores."""
     return 1.0 - float(_group_statistics(scores, group, ddof=0).live.double().mean())
 
 
 @dataclass(frozen=True)
 class _GroupStatistics:
-    """Per group (P,) mean, std and whether it has spread; ``index`` (B,) is the group that each sample is in."""
+    """Statistics (P,) of the groups, ``live`` where a group has spread; ``index`` (B,) maps samples to groups."""
 
     mean: Tensor
     std: Tensor

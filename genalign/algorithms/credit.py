@@ -1,21 +1,15 @@
-"""Credit of each sample, or of each of its steps, from the scores of a round."""
+"""Credits: rules from the scores of a round to the credit of each sample (B,), or of each stored step (B, S)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from genalign.algorithms.advantages import gdpo, group_advantages, step_gains, stepwise_advantages
+from genalign.algorithms.advantages import Std, gdpo, group_advantages, step_gains, stepwise_advantages
 from genalign.algorithms.interfaces import RoundScores
-from genalign.algorithms.preference_pairs import (
-    Criterion,
-    best_and_worst_pairs,
-    greedy_swap,
-    paired_halves,
-)
+from genalign.algorithms.preference_pairs import Criterion, best_and_worst_pairs, greedy_swap, paired_halves
 from genalign.metrics.set_metric import with_quality
 from genalign.scoring.combine import combine
 from genalign.types import SetReward
@@ -23,9 +17,9 @@ from genalign.types import SetReward
 
 @dataclass(frozen=True)
 class GroupRelative:
-    """The weighted sum of the rewards, normalized within the group: GRPO's advantages (B,)."""
+    """GRPO's advantages (B,): the weighted sum of the rewards, normalized within the group."""
 
-    std: Literal["group", "global"] = "group"
+    std: Std = "group"
 
     def __call__(self, scores: RoundScores) -> Tensor:
         return group_advantages(scores.combined, scores.group, std=self.std)
@@ -33,7 +27,7 @@ class GroupRelative:
 
 @dataclass(frozen=True)
 class NormalizedSum:
-    """Each reward normalized within the group before they are summed: GDPO's advantages (B,)."""
+    """GDPO's advantages (B,): each reward normalized within the group before they are summed."""
 
     def __call__(self, scores: RoundScores) -> Tensor:
         return gdpo(scores.scores, scores.group, scores.weights)
@@ -41,16 +35,16 @@ class NormalizedSum:
 
 @dataclass(frozen=True)
 class RewardGain:
-    """Gains of each step in the reward of its ODE completion, normalized in the group: DenseGRPO's advantages (B, S).
+    """DenseGRPO's advantages (B, S): each step's gain in the reward of the ODE completion, normalized in the group.
 
-    ``floor`` is the lower bound of the standard deviation of a step's gains, in units of that of the rewards.
+    ``floor`` is the lower bound of the standard deviation of a step's gains, see ``advantages.stepwise_advantages``.
     """
 
     floor: float
 
     def __call__(self, scores: RoundScores) -> Tensor:
         if scores.stepwise is None:
-            raise ValueError("step-wise gains need scores of completions: give the recipe a completion")
+            raise ValueError("RewardGain needs scores of every stored state: give the recipe a completion")
         samples, boundaries, rewards = scores.stepwise.shape
         combined = combine(scores.stepwise.reshape(-1, rewards), scores.weights).view(samples, boundaries)
         return stepwise_advantages(step_gains(combined), scores.group, self.floor)
@@ -58,7 +52,7 @@ class RewardGain:
 
 @dataclass(frozen=True)
 class PlainReward:
-    """The weighted sum of the rewards (B,), not normalized."""
+    """Weighted sum (B,) of the rewards, not normalized."""
 
     def __call__(self, scores: RoundScores) -> Tensor:
         return scores.combined
@@ -66,8 +60,10 @@ class PlainReward:
 
 @dataclass(frozen=True)
 class BestAndWorst:
-    """+1 for the best and -1 for the worst sample of each prompt, ``pairs`` of them, 0 for the others (B,): DRAGON's
-    demonstrations for rewards of single samples. A pair that differs by no more than ``tolerance`` gets 0.
+    """DRAGON's demonstrations for rewards of single samples, (B,): +1 for the best and -1 for the worst of a prompt.
+
+    ``pairs`` samples of each prompt get +1 and as many -1; all others, and pairs whose rewards differ by no more than
+    ``tolerance``, get 0.
     """
 
     tolerance: float = 0.0
@@ -80,11 +76,16 @@ class BestAndWorst:
 
 @dataclass(frozen=True)
 class SetContrast:
-    """+1 for the samples of the set D+ and -1 for those of D- (B,): DRAGON's demonstrations for rewards of whole sets.
+    """DRAGON's demonstrations for rewards of whole sets, (B,): +1 for samples of the set D+, -1 for samples of D-.
 
-    D+ and D- hold the same prompts and swap members until their ``reward`` differs most, see ``greedy_swap``.
-    ``quality`` > 0 adds that much of the samples' own rewards, each of the two in units of the difference that swaps
-    can make. A pair with a sample that is not finite, or has no reward of its own where ``quality`` counts, gets 0.
+    D+ and D- have the same prompts and swap members until their rewards differ, see ``preference_pairs.greedy_swap``.
+    A pair with features that are not finite gets 0; with ``quality`` also a pair without a reward of its own.
+
+    Attributes:
+        reward: The reward of a set of features (n, d).
+        criterion: The quantity that a swap must raise.
+        passes: The largest number of passes over all pairs.
+        quality: The weight of the samples' own rewards, see ``metrics.set_metric.with_quality``; 0 ignores them.
     """
 
     reward: SetReward
@@ -94,12 +95,12 @@ class SetContrast:
 
     def __call__(self, scores: RoundScores) -> Tensor:
         if scores.features is None:
-            raise ValueError("a set reward needs features of the samples: give the recipe a feature function")
+            raise ValueError("SetContrast needs features of the samples: give the recipe a feature function")
         features = scores.features
         if self.quality:
             features = torch.cat([features, scores.combined.to(features)[:, None]], 1)
         halves = paired_halves(scores.group).where(features.isfinite().all(1))
         first, second = features[halves.first], features[halves.second]
         reward = with_quality(self.reward, self.quality, first, second) if self.quality else self.reward
-        split = greedy_swap(first, second, reward, self.criterion, self.passes)
-        return split.pairs(halves).signs(len(scores.group))
+        from_second = greedy_swap(first, second, reward, self.criterion, self.passes)
+        return halves.pairs(from_second).signs(len(scores.group))

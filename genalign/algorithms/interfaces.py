@@ -1,11 +1,12 @@
 """Interfaces between the training loop and a training method: scores in, credit and gradients out.
 
-B = P prompts x G samples, S stored steps, K rewards.
+B counts the samples of a round or batch (P prompts x G samples per prompt), S stored steps, K rewards.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from genalign.algorithms.losses import clip_fraction
 from genalign.diffusion.policy import Policy, WeightSnapshot
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep, Rollout, replay
 from genalign.diffusion.transitions import Kernel
@@ -25,9 +27,13 @@ from genalign.types import Grid, Pipeline
 class RoundScores:
     """The scores of a round's samples.
 
-    ``scores`` (B, K) and their ``weights`` (K,), by prompt index ``group`` (B,). ``stepwise`` (B, S + 1, K) scores the
-    ODE completions from before the first stored step to after the last, and ``features`` (B, d) describes the samples;
-    both are None unless the recipe asks for them.
+    Attributes:
+        scores: Scores (B, K); NaN where a reward failed.
+        weights: The weights (K,) of the rewards.
+        group: The prompt index (B,) long of each sample.
+        stepwise: Scores (B, S + 1, K) of the ODE completions of the states before the first stored step, between stored
+            steps, and after the last; None without a ``completion`` of the recipe.
+        features: Features (B, d) of the samples; None without ``features`` of the recipe.
     """
 
     scores: Tensor
@@ -38,19 +44,22 @@ class RoundScores:
 
     @property
     def combined(self) -> Tensor:
-        """The weighted sum (B,) of the rewards."""
+        """Weighted sum (B,) of the rewards."""
         return combine(self.scores, self.weights)
 
 
 class Credit(Protocol):
-    """A rule that credits each sample (B,), or each of its stored steps (B, S), for the scores of a round."""
+    """A rule from the scores of a round to the credit of each sample (B,), or of each of its stored steps (B, S)."""
 
     def __call__(self, scores: RoundScores, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class UpdateBatch:
-    """Samples of whole groups for one update. ``on_policy``: the current weights sampled them."""
+    """The samples of one update: whole groups, with their credit (B,) or (B, S) and prompt index ``group`` (B,).
+
+    ``on_policy`` says that the current weights sampled them.
+    """
 
     rollout: Rollout
     credit: Tensor
@@ -68,15 +77,16 @@ class UpdateBatch:
 
     @property
     def step_credit(self) -> Tensor:
-        """The credit (B, S) of every stored step."""
+        """Credit (B, S) of every stored step; a sample's own credit holds for all of its steps."""
         return self.credit if self.credit.ndim == 2 else self.credit[:, None].expand(-1, len(self.rollout.steps))
 
 
 @dataclass
 class MetricSums:
-    """Sums of a round's metrics over its micro-batches, by name, with their element counts.
+    """Sums of a round's metrics over its micro-batches, by name, with the numbers of their elements.
 
-    ``log_ratio_max`` is a maximum over on-policy samples. ``skipped`` updates are part of no sum.
+    ``log_ratio_max`` is the largest |log-ratio| of on-policy samples. ``skipped`` counts the updates that were left
+    out because of values that are not finite; they are part of no sum.
     """
 
     values: dict[str, float] = field(default_factory=dict)
@@ -91,17 +101,16 @@ class MetricSums:
         self.sizes[name] = self.sizes.get(name, 0) + values.numel()
 
     def snapshot(self) -> MetricSums:
-        """A copy of the current sums, for ``rollback``."""
-        return MetricSums(dict(self.values), dict(self.sizes), self.log_ratio_max, self.skipped)
+        """Copy the current sums, for ``rollback``."""
+        return copy.deepcopy(self)
 
     def rollback(self, earlier: MetricSums) -> None:
         """Restore the sums of a ``snapshot``."""
-        self.values, self.sizes = dict(earlier.values), dict(earlier.sizes)
-        self.log_ratio_max, self.skipped = earlier.log_ratio_max, earlier.skipped
+        vars(self).update(copy.deepcopy(vars(earlier)))
 
     @classmethod
     def merge(cls, parts: Sequence[Mapping[str, Any]]) -> MetricSums:
-        """Add up the sums of several ranks, each as ``vars`` returns it; all ranks skip the same updates."""
+        """Add up the sums of several ranks, each as a dictionary of the fields; all ranks skip the same updates."""
         total = cls(log_ratio_max=max(part["log_ratio_max"] for part in parts), skipped=parts[0]["skipped"])
         for part in parts:
             for name, value in part["values"].items():
@@ -110,17 +119,20 @@ class MetricSums:
         return total
 
     def mean(self, name: str) -> float:
-        """The mean of the elements of ``name``; NaN without any."""
+        """Return the mean of the elements of ``name``; NaN if there are none."""
         return self.values[name] / self.sizes[name] if self.sizes.get(name) else math.nan
 
     def means(self) -> dict[str, float]:
-        """The means of all metrics, by name."""
+        """Return the means of all metrics, by name."""
         return {name: self.mean(name) for name in self.values}
 
 
 @dataclass(frozen=True)
 class UpdateContext:
-    """The model, the sampler and the metrics of an update. ``old`` are the weights that sample, where they lag."""
+    """The model, the sampler and the metrics of an update.
+
+    ``old`` holds the sampling weights of a recipe with a lag, and is None without one.
+    """
 
     pipeline: Pipeline
     policy: Policy
@@ -131,35 +143,47 @@ class UpdateContext:
     metrics: MetricSums
 
     def replay_batches(self, mask: Tensor) -> list[ReplayBatch]:
-        """Batch the pairs (B, S) bool that take part in a loss; with a sharded network batch all pairs, since its ranks
-        must run it equally often.
+        """Batch the stored transitions that a mask (B, S) bool selects.
+
+        With a sharded network all transitions are batched: its ranks must run it equally often.
         """
         return ReplayBatch.batches(torch.ones_like(mask) if self.policy.sharded else mask)
 
     def replay(self, batch: UpdateBatch, pairs: ReplayBatch) -> ReplayedStep:
-        """Run stored transitions under the current weights; differentiable."""
+        """Replay stored transitions under the current weights; differentiable."""
         return replay(self.pipeline, batch.rollout, self.grid, self.kernel, pairs, self.guidance)
 
     def reference_replay(self, batch: UpdateBatch, pairs: ReplayBatch) -> ReplayedStep:
-        """Run stored transitions under the reference policy, without gradients."""
+        """Replay stored transitions under the reference policy, without gradients."""
         with torch.no_grad(), self.policy.reference():
             return self.replay(batch, pairs)
 
+    def add_ratio_metrics(self, batch: UpdateBatch, replayed: ReplayedStep, clip_range: float | None) -> None:
+        """Add the clip fraction and, on-policy, the largest |log-ratio| of replayed transitions to the metrics."""
+        log_ratio = replayed.log_ratio.detach()
+        if clip_range is not None:
+            self.metrics.add("clip_fraction", clip_fraction(log_ratio, clip_range).reshape(1))
+        if batch.on_policy:
+            self.metrics.log_ratio_max = max(self.metrics.log_ratio_max, float(log_ratio.abs().max()))
+
     @contextlib.contextmanager
     def old_policy(self) -> Iterator[None]:
-        """Run the network with the lagging weights that sample, without gradients, within the context."""
+        """Run the network with the lagging sampling weights, without gradients, within the context."""
         if self.old is None:
-            raise ValueError("this objective needs an old policy: give the recipe a lag")
+            raise ValueError("this objective needs the lagging sampling weights: give the recipe a lag")
         with torch.no_grad(), self.policy.using(self.old):
             yield
 
 
 Unit = Literal["sample", "group", "batch"]
-"""The samples that a loss ties together, which a micro-batch must not separate."""
+"""The samples that a loss ties together: a micro-batch must not separate them."""
 
 
 class Objective(Protocol):
-    """A rule from credit to gradients. The loss of an update is a mean of terms; a micro-batch holds some of them."""
+    """A rule from credit to gradients.
+
+    The loss of an update is a mean of terms, some of which are in each micro-batch.
+    """
 
     @property
     def unit(self) -> Unit:
@@ -167,13 +191,19 @@ class Objective(Protocol):
 
     @property
     def clip_range(self) -> float | None:
-        """The clip range of ratios; on-policy log-ratios above 2 % of it hint at a sampling mismatch."""
+        """The clip range of ratios, or None.
+
+        On-policy log-ratios above 2 % of it hint at a mismatch between sampling and replay.
+        """
 
     def terms(self, batch: UpdateBatch) -> int:
-        """The number of terms of the mean in ``batch``."""
+        """Count the terms of the mean in ``batch``."""
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
-        """Add the gradient of ``scale`` times the sum of the batch's terms; ``seed`` draws its noise."""
+        """Accumulate the gradient of ``scale`` times the sum of the batch's terms.
+
+        All noise of the loss is drawn from ``seed``.
+        """
 
 
 @runtime_checkable
@@ -181,21 +211,25 @@ class KLRegularized(Protocol):
     """An objective with a penalty on the distance from the reference policy."""
 
     def with_stronger_kl(self, minimum: float) -> Objective:
-        """Double the weight of the penalty, to ``minimum`` or more."""
+        """Return the objective with twice the weight of the penalty, and at least ``minimum``."""
 
 
 def with_stronger_kl(objective: Objective, minimum: float) -> Objective:
-    """Double the weight of an objective's KL penalty, to ``minimum`` or more. ValueError where it cannot have one."""
+    """Return an objective with twice the weight of its KL penalty, and at least ``minimum``.
+
+    Raises:
+        ValueError: The objective has no such penalty.
+    """
     if not isinstance(objective, KLRegularized):
         raise ValueError(
-            f"{type(objective).__name__} has no distance from the reference policy to weigh: leave raise_kl out, or"
-            " choose a recipe with kl or anchor"
+            f"{type(objective).__name__} has no penalty on the distance from the reference policy: leave raise_kl out,"
+            " or choose a recipe with kl or anchor"
         )
     return objective.with_stronger_kl(minimum)
 
 
 def half_micro_batch(size: int, unit: Unit, group_size: int) -> int | None:
-    """At most half of a micro-batch's ``size``, without separating a ``unit``; None where that leaves nothing."""
+    """Return the largest size of at most half a micro-batch that separates no ``unit``; None if there is none."""
     if unit == "batch":
         return None
     multiple = group_size if unit == "group" else 1

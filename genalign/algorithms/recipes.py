@@ -1,7 +1,8 @@
-"""Recipes: named algorithms, each a short composition of a kernel, a step schedule, a credit and an objective.
+"""Recipes: named training methods, each a short composition of a kernel, a step schedule, a credit and an objective.
 
-To read one down to its formula: ``flow_grpo`` here, ``PolicyGradient`` in ``trajectory``, ``clipped_surrogate`` in
-``losses``, ``group_advantages`` in ``advantages``, ``diffusion.transitions`` (the kernel and its density).
+Here are the recipes of the trajectory family, which learn from stored sampling steps; ``matching_recipes`` holds those
+that learn from final samples. To read Flow-GRPO down to its formula, follow ``flow_grpo`` in this module,
+``PolicyGradient`` in ``trajectory``, ``clipped_surrogate`` in ``losses`` and ``FlowSDE`` in ``diffusion.transitions``.
 """
 
 from __future__ import annotations
@@ -9,42 +10,44 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from genalign.algorithms.credit import BestAndWorst, GroupRelative, PlainReward, RewardGain, SetContrast
+from genalign.algorithms.advantages import Std
+from genalign.algorithms.coupled import CoupledObjective, PRDPLoss
+from genalign.algorithms.credit import GroupRelative, PlainReward, RewardGain
 from genalign.algorithms.interfaces import Credit, Objective
 from genalign.algorithms.losses import KLForm
-from genalign.algorithms.matching import (
-    AWMLoss,
-    DPOLoss,
-    KTOLoss,
-    MatchingLoss,
-    MatchingObjective,
-    NFTLoss,
-)
-from genalign.algorithms.preference_pairs import Criterion
-from genalign.algorithms.step_schedules import AllSteps, NoSteps, RandomWindow, SlidingWindow, StepSchedule
-from genalign.algorithms.trajectory import (
-    ClippedSurrogate,
-    CoupledObjective,
-    GuardedSurrogate,
-    PolicyGradient,
-    PRDPLoss,
-    noise_weighted,
-)
+from genalign.algorithms.step_schedules import AllSteps, RandomWindow, SlidingWindow, StepSchedule
+from genalign.algorithms.trajectory import ClippedSurrogate, GuardedSurrogate, PolicyGradient, noise_weighted
 from genalign.diffusion.completion import Completion
-from genalign.diffusion.transitions import CPS, DDIM, ODE, FlowSDE, Kernel, trainable_steps
+from genalign.diffusion.transitions import CPS, DDIM, FlowSDE, Kernel, trainable_steps
 from genalign.types import AnyCallable, FeatureFunction, Grid
 
-Std = Literal["group", "global"]
+
+@dataclass(frozen=True)
+class Lag:
+    """Exponential averaging of the sampling weights: after round i they keep a fraction min(slope * i, limit)."""
+
+    slope: float = 0.001
+    limit: float = 0.5
+
+    def decay(self, round_index: int) -> float:
+        """Return the fraction of the old sampling weights that is kept after a round."""
+        return min(self.slope * round_index, self.limit)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A training method.
 
-    ``schedule`` chooses the steps that a round samples by ``kernel`` and stores; the others are deterministic.
-    ``shared_noise``: one initial noise per group of samples. ``completion`` requests scores of every stored state's ODE
-    completion and ``features`` features of the samples, for credit that needs them. With a ``lag`` the policy that
-    samples trails the one that is trained.
+    Attributes:
+        kernel: The stochastic sampler of the scheduled steps; all other steps follow the ODE.
+        schedule: The choice of the steps that a round samples with ``kernel``, stores and trains.
+        shared_noise: Whether all samples of a group start from the same initial noise.
+        credit: The rule from the scores of a round to advantages of samples (B,) or steps (B, S).
+        objective: The rule from advantages to gradients.
+        completion: How stored states are completed to clean samples and scored, for credit per step; None for no
+            scores per step.
+        features: The feature function of the samples, for credit from set rewards; None for no features.
+        lag: The lag of the sampling weights behind the trained ones; None samples with the trained weights.
     """
 
     kernel: Kernel
@@ -57,27 +60,19 @@ class Recipe:
     lag: Lag | None = None
 
     def steps(self, grid: Grid, round_index: int, seed: int) -> tuple[int, ...]:
-        """The steps that a round trains. Raises ValueError where the grid has none for the kernel or the schedule."""
+        """Choose the grid indices of the steps to train in a round.
+
+        Raises:
+            ValueError: The grid has too few steps that the kernel can train.
+        """
         try:
             return self.schedule(trainable_steps(self.kernel, grid), len(grid), round_index, seed)
         except ValueError as error:
             raise ValueError(f"{self.kernel}: {error}") from error
 
 
-@dataclass(frozen=True)
-class Lag:
-    """A sampling policy that trails the trained one, with decay min(``slope`` i, ``limit``) after round i."""
-
-    slope: float = 0.001
-    limit: float = 0.5
-
-    def decay(self, round_index: int) -> float:
-        """The fraction of the old weights that remains after a round."""
-        return min(self.slope * round_index, self.limit)
-
-
 def with_credit(recipe: Recipe, credit: AnyCallable) -> Recipe:
-    """Replace the credit of a recipe, by ``credit.NormalizedSum`` or ``rewards.combine.EnsembleCredit`` for example."""
+    """Replace the credit of a recipe, for example by ``credit.NormalizedSum`` or ``rewards.combine.EnsembleCredit``."""
     return replace(recipe, credit=credit)
 
 
@@ -91,19 +86,20 @@ def flow_grpo(
     std: Std = "group",
     shared_noise: bool = True,
 ) -> Recipe:
-    """Flow-GRPO (arXiv 2505.05470, sections 4.1-4.2): group-normalized rewards, a clipped surrogate on SDE steps.
+    """Flow-GRPO (arXiv 2505.05470, sections 4.1-4.2): PPO's clipped surrogate on SDE steps, with group advantages.
 
-    The default choice: stable for any reward, without gradients through it. Left out: rewards per step.
+    The default choice: it is stable, works with any reward, and needs no gradient of the reward.
 
     Args:
         kernel: The stochastic sampler (eq. 9).
-        window: Steps to train per round, the others are sampled by the ODE (Flow-GRPO-Fast); None trains all.
-        window_reach: The fraction of the grid that a window begins in.
-        clip_range: The range of the ratio of new to old density.
-        kl: The weight of the distance from the reference policy, against reward hacking.
+        window: The number of consecutive steps to train per round, as in Flow-GRPO-Fast; None trains all steps.
+        window_reach: The fraction of the grid in which the window may begin.
+        clip_range: The clip range e of the ratio of new to old density.
+        kl: The weight of the distance from the reference policy, which limits reward hacking.
         kl_form: The form of this distance, see ``losses.kl_penalty``.
-        std: The standard deviation of advantages: of the group, or "global" as in the published code.
-        shared_noise: One initial noise per group.
+        std: Whether advantages are divided by the "group" or, as in the published code, by the "global" standard
+            deviation.
+        shared_noise: Whether all samples of a group start from the same initial noise.
     """
     return Recipe(
         kernel=kernel,
@@ -124,24 +120,25 @@ def dense_grpo(
     floor: float = 0.01,
     shared_noise: bool = True,
 ) -> Recipe:
-    """DenseGRPO (arXiv 2601.20218, section 4): each step is credited with its gain in reward, normalized in the group.
+    """DenseGRPO (arXiv 2601.20218, section 4): Flow-GRPO with an advantage for each step.
 
-    The gain is that of the ODE's sample from the latent after the step over that from the latent before it. Use it
-    where the reward is cheap next to the network and one score per trajectory learns slowly. Its calibrated noise is a
-    kernel: ``genalign.training.noise_calibration.calibrated``.
+    The gain of a step is the reward of the ODE's sample from the latent after the step minus the reward of its sample
+    from the latent before. Use it where the reward is cheap compared with the network, and one score per trajectory
+    learns slowly. The paper's calibrated noise is the kernel ``genalign.training.noise_calibration.calibrated``.
 
     Args:
         kernel: The stochastic sampler.
-        window: Steps to train per round; None trains all.
-        window_reach: The fraction of the grid that a window begins in.
-        clip_range: The range of the ratio of new to old density.
+        window: The number of consecutive steps to train per round; None trains all steps.
+        window_reach: The fraction of the grid in which the window may begin.
+        clip_range: The clip range of the ratio of new to old density.
         kl: The weight of the distance from the reference policy.
-        completion_steps: ODE steps per completion; None takes all remaining steps of the grid.
-        floor: The lower bound of a step's spread, not in the paper: see ``advantages.stepwise_advantages``.
-        shared_noise: One initial noise per group.
+        completion_steps: ODE steps from each latent to its sample; None takes all remaining steps of the grid.
+        floor: The lower bound of the standard deviation of a step's gains (not in the paper), see
+            ``advantages.stepwise_advantages``.
+        shared_noise: Whether all samples of a group start from the same initial noise.
     """
-    plain = flow_grpo(kernel, window, window_reach, clip_range, kl, shared_noise=shared_noise)
-    return replace(plain, credit=RewardGain(floor), completion=Completion(completion_steps))
+    base = flow_grpo(kernel, window, window_reach, clip_range, kl, shared_noise=shared_noise)
+    return replace(base, credit=RewardGain(floor), completion=Completion(completion_steps))
 
 
 def guard_grpo(
@@ -153,17 +150,17 @@ def guard_grpo(
 ) -> Recipe:
     """GRPO-Guard (arXiv 2510.22319, eq. 8): Flow-GRPO with normalized log-ratios and equalized steps.
 
-    Use it where Flow-GRPO over-optimizes: one clip range then holds for both signs of the advantage and all steps.
+    Use it where Flow-GRPO over-optimizes: here one clip range suits both signs of the advantage and all steps.
 
     Args:
         kernel: The stochastic sampler.
-        window: Steps to train per round; None trains all.
-        window_reach: The fraction of the grid that a window begins in.
-        clip_range: The range of the normalized ratio, smaller than Flow-GRPO's.
-        std: The standard deviation of advantages.
+        window: The number of consecutive steps to train per round; None trains all steps.
+        window_reach: The fraction of the grid in which the window may begin.
+        clip_range: The clip range of the normalized ratio, smaller than Flow-GRPO's.
+        std: Whether advantages are divided by the "group" or the "global" standard deviation.
     """
-    plain = flow_grpo(kernel, window, window_reach, std=std)
-    return replace(plain, objective=PolicyGradient(GuardedSurrogate(clip_range)))
+    base = flow_grpo(kernel, window, window_reach, std=std)
+    return replace(base, objective=PolicyGradient(GuardedSurrogate(clip_range)))
 
 
 def mix_grpo(
@@ -176,15 +173,15 @@ def mix_grpo(
 ) -> Recipe:
     """MixGRPO (arXiv 2507.21802, section 3.3): Flow-GRPO with a window that slides from the first steps to the last.
 
-    Use it to train few steps per round, the early ones, which decide the composition, first.
+    Use it to train few steps per round, and the early steps, which decide the composition, first.
 
     Args:
         kernel: The stochastic sampler within the window.
-        window: Steps to train per round.
-        rounds_each: Rounds at each position of the window.
-        stride: Steps between positions.
-        decay: The decay of the rounds at later positions; 0 for none.
-        clip_range: The range of the ratio of new to old density.
+        window: The number of consecutive steps to train per round.
+        rounds_each: The number of rounds at each position of the window.
+        stride: The number of steps between two positions.
+        decay: The rate at which later positions get fewer rounds; 0 gives all positions the same number.
+        clip_range: The clip range of the ratio of new to old density.
     """
     return replace(flow_grpo(kernel, clip_range=clip_range), schedule=SlidingWindow(window, rounds_each, stride, decay))
 
@@ -194,25 +191,25 @@ def tempflow_grpo(
     clip_range: float = 1e-4,
     completion_steps: int | None = None,
 ) -> Recipe:
-    """The noise-aware weights of TempFlow-GRPO (arXiv 2508.04324, section 4.2, eq. 8) on step-wise gains.
+    """TempFlow-GRPO's noise-aware weights (arXiv 2508.04324, section 4.2, eq. 8) on DenseGRPO's advantages per step.
 
-    Use it where late steps, which change little, should count less. Left out: branching from the deterministic
-    trajectory at every step.
+    Use it where late steps, which change little, should count less. The paper's branching from the deterministic
+    trajectory at every step is not implemented. The arguments are those of ``dense_grpo``.
     """
-    dense = dense_grpo(kernel, clip_range=clip_range, completion_steps=completion_steps)
-    return replace(dense, objective=PolicyGradient(ClippedSurrogate(clip_range), weights=noise_weighted))
+    base = dense_grpo(kernel, clip_range=clip_range, completion_steps=completion_steps)
+    return replace(base, objective=PolicyGradient(ClippedSurrogate(clip_range), weights=noise_weighted))
 
 
 def ddpo(eta: float = 1.0, clip_range: float = 1e-4, window: int | None = None, window_reach: float = 0.5) -> Recipe:
-    """DDPO (arXiv 2305.13301, section 4.3): the clipped surrogate on DDIM steps, with a noise per sample.
+    """DDPO (arXiv 2305.13301, section 4.3): the clipped surrogate on DDIM steps, with its own noise for each sample.
 
-    For diffusion models such as SD 1.5 and SDXL: it works on any path and prediction type.
+    For diffusion models such as SD 1.5 and SDXL: it works with any path and prediction type.
 
     Args:
         eta: The stochasticity of DDIM, in [0, 1].
-        clip_range: The range of the ratio of new to old density.
-        window: Steps to train per round; None trains all.
-        window_reach: The fraction of the grid that a window begins in.
+        clip_range: The clip range of the ratio of new to old density.
+        window: The number of consecutive steps to train per round; None trains all steps.
+        window_reach: The fraction of the grid in which the window may begin.
     """
     return flow_grpo(DDIM(eta), window, window_reach, clip_range, shared_noise=False)
 
@@ -224,16 +221,16 @@ def adv_grpo(
     clip_range: float = 1e-5,
     std: Std = "global",
 ) -> Recipe:
-    """The generator of Adv-GRPO (arXiv 2511.20256): Flow-GRPO on two steps by CPS.
+    """Adv-GRPO (arXiv 2511.20256): Flow-GRPO of the generator, on two CPS steps per round.
 
-    Use it with a discriminator as the reward: name one of ``rewards.adversarial``, which learns after every round.
+    Use it with a discriminator from ``rewards.adversarial`` as the reward, which is trained after every round.
 
     Args:
         kernel: The stochastic sampler within the window.
-        window: Steps to train per round.
-        window_reach: The fraction of the grid that a window begins in.
-        clip_range: The range of the ratio of new to old density.
-        std: The standard deviation of advantages.
+        window: The number of consecutive steps to train per round.
+        window_reach: The fraction of the grid in which the window may begin.
+        clip_range: The clip range of the ratio of new to old density.
+        std: Whether advantages are divided by the "group" or the "global" standard deviation.
     """
     return flow_grpo(kernel, window, window_reach, clip_range, std=std)
 
@@ -247,112 +244,18 @@ def prdp(
     steps: Literal["mean", "sum"] = "mean",
     shared_noise: bool = True,
 ) -> Recipe:
-    """PRDP (arXiv 2402.08714, eq. 14-21): differences of log-ratios regress on differences of rewards.
+    """PRDP (arXiv 2402.08714, eq. 14-21): regression of log-ratio differences on reward differences.
 
-    All pairs of a prompt's samples take part. Use it for large prompt sets, where policy gradients are unstable.
+    Every pair of a prompt's samples takes part. Use it for large prompt sets, where policy gradients are unstable.
 
     Args:
         kernel: The stochastic sampler.
-        window: Steps to train per round; None trains all.
-        window_reach: The fraction of the grid that a window begins in.
+        window: The number of consecutive steps to train per round; None trains all steps.
+        window_reach: The fraction of the grid in which the window may begin.
         beta: The strength of the KL constraint to the reference policy.
-        clip_range: The range of a step's log-ratio around that of the sampling policy.
-        steps: The reduction of log-ratios over steps, see ``losses.prdp_loss``.
-        shared_noise: One initial noise per group.
+        clip_range: The range of a step's log-ratio around the log-ratio of the sampling policy.
+        steps: The reduction of log-ratios over steps, see ``coupled.prdp_loss``.
+        shared_noise: Whether all samples of a group start from the same initial noise.
     """
-    plain = flow_grpo(kernel, window, window_reach, shared_noise=shared_noise)
-    return replace(plain, credit=PlainReward(), objective=CoupledObjective(PRDPLoss(beta, clip_range, steps)))
-
-
-def matching(credit: Credit, objective: MatchingObjective, lag: Lag | None = None) -> Recipe:
-    """A recipe of the matching family: ODE samples from a noise each, and losses on forward-process errors."""
-    return Recipe(ODE(), NoSteps(), shared_noise=False, credit=credit, objective=objective, lag=lag)
-
-
-def dragon(
-    loss: Literal["dpo", "kto"] = "dpo",
-    beta: float = 100.0,
-    draws: int = 2,
-    tolerance: float = 0.0,
-    pairs: int = 1,
-    anchor: float = 0.0,
-    low: float = 0.02,
-) -> Recipe:
-    """DRAGON (arXiv 2504.15217) for rewards of single samples: the best of each prompt's samples against the worst.
-
-    With "dpo" this is online Diffusion-DPO. Use it for rewards that only rank, or for samplers without densities.
-
-    Args:
-        loss: Diffusion-DPO on pairs, or Diffusion-KTO without them.
-        beta: The strength of the loss.
-        draws: Noise levels per sample and update.
-        tolerance: A pair whose rewards differ by no more is left out.
-        pairs: Pairs per prompt: the best and the worst, the second best and the second worst, and so on.
-        anchor: The weight of the distance from the reference policy.
-        low: The least noise level, a fraction of the path's range: the content of a prompt is decided at high ones.
-    """
-    return matching(
-        BestAndWorst(tolerance, pairs), MatchingObjective(_preference_loss(loss, beta), draws, low, anchor=anchor)
-    )
-
-
-def dragon_set(
-    reward: AnyCallable,
-    features: AnyCallable,
-    criterion: Criterion = "plus",
-    quality: float = 0.0,
-    loss: Literal["dpo", "kto"] = "dpo",
-    beta: float = 100.0,
-    draws: int = 2,
-    anchor: float = 0.0,
-) -> Recipe:
-    """DRAGON (arXiv 2504.15217) for rewards of whole sets, such as a Frechet distance or the Vendi score.
-
-    Two sets of a round's samples swap members until the reward tells them apart. Use it to match a distribution or to
-    raise diversity.
-
-    Args:
-        reward: The ``SetReward`` of features (n, d).
-        features: The ``FeatureFunction`` of samples (B, ...).
-        criterion: What a swap must raise, see ``preference_pairs.greedy_swap``.
-        quality: The weight of the samples' own rewards.
-        loss: Diffusion-DPO on pairs, or Diffusion-KTO without them.
-        beta: The strength of the loss.
-        draws: Noise levels per sample and update.
-        anchor: The weight of the distance from the reference policy.
-    """
-    objective = MatchingObjective(_preference_loss(loss, beta), draws, anchor=anchor)
-    return replace(matching(SetContrast(reward, criterion, quality=quality), objective), features=features)
-
-
-def nft(
-    beta: float = 1.0,
-    draws: int = 2,
-    anchor: float = 1e-4,
-    std: Std = "global",
-    lag: Lag = Lag(),
-) -> Recipe:
-    """DiffusionNFT (arXiv 2509.16117, eq. 5), sampling by a policy that lags behind.
-
-    Use it for fast training with any sampler: no step is stored or replayed.
-
-    Args:
-        beta: The guidance strength.
-        draws: Noise levels per sample and update.
-        anchor: The weight of the distance from the reference policy.
-        std: The standard deviation of advantages.
-        lag: The lag of the sampling policy.
-    """
-    return matching(GroupRelative(std), MatchingObjective(NFTLoss(beta), draws, anchor=anchor, old=True), lag)
-
-
-def awm(draws: int = 2, anchor: float = 1e-3, std: Std = "global") -> Recipe:
-    """Advantage-weighted matching (arXiv 2509.25050): the flow-matching loss weighted by advantages.
-
-    Use it as the plainest policy gradient without densities. Left out: the second anchor, to an average of the weights.
-    """
-    return matching(GroupRelative(std), MatchingObjective(AWMLoss(), draws, anchor=anchor))
-
-
-def _preference_loss(loss: Literal["dpo", "kto"], beta: float) -> MatchingLoss:
-    return DPOLoss(beta) if loss == "dpo" else KTOLoss(beta)
+    base = flow_grpo(kernel, window, window_reach, shared_noise=shared_noise)
+    return replace(base, credit=PlainReward(), objective=CoupledObjective(PRDPLoss(beta, clip_range, steps)))

@@ -1,4 +1,4 @@
-"""Schedules of the steps that a round samples with noise and trains."""
+"""Step schedules: which steps a round samples with noise, stores and trains."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ from typing import Protocol
 
 
 class StepSchedule(Protocol):
-    """A rule that chooses the steps of a round among the ``usable`` of ``total`` steps, the same on every rank.
+    """A rule that chooses the steps of a round, the same on every rank, from the trainable steps of a grid.
 
-    Raises ValueError where there are too few of them.
+    Args:
+        usable: The grid indices of the steps that can be trained.
+        total: The number of steps T of the grid.
+        round_index: The number of the round, from 0.
+        seed: The seed of the run.
+
+    Raises:
+        ValueError: Too few steps can be trained.
     """
 
     def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]: ...
@@ -20,7 +27,7 @@ class StepSchedule(Protocol):
 
 @dataclass(frozen=True)
 class NoSteps:
-    """No trained step: the method learns from final samples alone, and sampling is deterministic."""
+    """No step: the method learns from final samples alone, and sampling is deterministic."""
 
     def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
         return ()
@@ -28,7 +35,7 @@ class NoSteps:
 
 @dataclass(frozen=True)
 class AllSteps:
-    """Every step that can be trained."""
+    """Every trainable step of the grid."""
 
     def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
         return _require_some(usable)
@@ -36,8 +43,9 @@ class AllSteps:
 
 @dataclass(frozen=True)
 class RandomWindow:
-    """``size`` consecutive steps, beginning anywhere in the first ``reach`` of the grid's steps (a fraction of T);
-    drawn once per round: Flow-GRPO-Fast, and MixGRPO's "random" strategy.
+    """A window of ``size`` consecutive steps at random, as in Flow-GRPO-Fast and MixGRPO's "random" strategy.
+
+    It is drawn once per round and begins within the fraction ``reach`` of the grid's steps.
     """
 
     size: int
@@ -57,11 +65,11 @@ class RandomWindow:
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """``size`` consecutive steps that move on by ``stride`` every ``rounds_each`` rounds, and begin again at the end:
-    MixGRPO's "progressive" strategy (arXiv 2507.21802, section 3.3).
+    """A window of ``size`` consecutive steps that slides over the grid, MixGRPO's "progressive" strategy.
 
-    With ``decay`` > 0 it is "decay": the window stays for ceil(rounds_each exp(-decay n)) rounds at its n-th place,
-    since early steps decide more than late ones.
+    See arXiv 2507.21802, section 3.3. The window moves by ``stride`` steps every ``rounds_each`` rounds and starts over
+    at the end. With ``decay`` > 0, MixGRPO's "decay" strategy, it stays ceil(rounds_each exp(-decay n)) rounds at its
+    n-th position, since early steps decide more than late steps.
     """
 
     size: int
@@ -92,7 +100,7 @@ def _require_some(usable: Sequence[int]) -> tuple[int, ...]:
 
 
 def _windows(usable: Sequence[int], size: int, total: int) -> list[tuple[int, ...]]:
-    """All runs of ``size`` consecutive trainable steps."""
+    """Return all windows of ``size`` consecutive trainable steps."""
     runs = [tuple(range(i, i + size)) for i in _require_some(usable)]
     windows = [run for run in runs if set(run) <= set(usable)]
     if not windows:

@@ -1,14 +1,14 @@
-"""The trajectory family: objectives on log-ratios of stored transitions.
+"""The objective of the GRPO family: a loss on the log-ratios of stored transitions, averaged over samples and steps.
 
-Stored transitions are replayed in batches of as many as there are samples, so that memory holds the graph of one step,
-however many are stored. Transitions that are not part of the loss are not replayed.
+Stored transitions are replayed in batches of as many transitions as the update has samples, so that memory holds the
+graph of one network call, whatever the number of stored steps. Transitions without credit are not replayed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,16 +16,12 @@ from torch import Tensor
 from genalign.algorithms.interfaces import Unit, UpdateBatch, UpdateContext
 from genalign.algorithms.losses import (
     KLForm,
-    clip_fraction,
     clipped_surrogate,
     dppo_mask,
     guarded_log_ratio,
     kl_penalty,
     noise_weights,
-    prdp_loss,
     require_clip_range,
-    untied,
-    untied_groups,
 )
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep
 from genalign.diffusion.transitions import Kernel
@@ -33,7 +29,7 @@ from genalign.types import Grid
 
 
 class StepLoss(Protocol):
-    """The loss (N,) of N replayed transitions, from their credit (N,)."""
+    """A loss (N,) of N replayed transitions, from their credit (N,)."""
 
     @property
     def clip_range(self) -> float | None: ...
@@ -42,14 +38,14 @@ class StepLoss(Protocol):
 
 
 class StepWeights(Protocol):
-    """Weights (S,) of the losses of the stored steps."""
+    """A rule for the weights (S,) of the losses of the stored steps."""
 
     def __call__(self, kernel: Kernel, grid: Grid, steps: Sequence[int]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class ClippedSurrogate:
-    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), the loss of Flow-GRPO."""
+    """PPO's clipped surrogate, the loss of Flow-GRPO: see ``losses.clipped_surrogate``."""
 
     clip_range: float
 
@@ -61,13 +57,8 @@ class ClippedSurrogate:
 
 
 @dataclass(frozen=True)
-class GuardedSurrogate:
-    """GRPO-Guard (arXiv 2510.22319): the clipped surrogate on normalized log-ratios, divided by sigma - sigma_next."""
-
-    clip_range: float
-
-    def __post_init__(self) -> None:
-        require_clip_range(self.clip_range)
+class GuardedSurrogate(ClippedSurrogate):
+    """GRPO-Guard (arXiv 2510.22319): the clipped surrogate of ``losses.guarded_log_ratio`` over the step size."""
 
     def __call__(self, replayed: ReplayedStep, credit: Tensor) -> Tensor:
         log_ratio = guarded_log_ratio(replayed.new, replayed.old, replayed.x_next)
@@ -77,7 +68,7 @@ class GuardedSurrogate:
 
 @dataclass(frozen=True)
 class MaskedSurrogate:
-    """Flow-DPPO (arXiv 2606.11025): no clipping; steps beyond ``limit`` in KL that would move further are left out."""
+    """Flow-DPPO (arXiv 2606.11025): the unclipped surrogate -A r of the transitions in ``losses.dppo_mask``."""
 
     limit: float = 1e-5
     clip_range: float | None = None
@@ -89,16 +80,19 @@ class MaskedSurrogate:
 
 
 def noise_weighted(kernel: Kernel, grid: Grid, steps: Sequence[int]) -> Tensor:
-    """TempFlow-GRPO's ``StepWeights``: each step weighted by its noise, with mean 1 over the trained steps."""
+    """Weight each step by its noise, with mean 1 over the trained steps: TempFlow-GRPO's ``StepWeights``, (S,)."""
     return noise_weights(kernel(grid[torch.tensor(steps)]).s)
 
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """The objective of the GRPO family: the mean of a loss over samples and stored steps, plus a KL penalty.
+    """The mean of a loss over samples and stored steps that have credit, plus a KL penalty.
 
-    Each step's ``loss`` is multiplied by its weight, and ``kl`` times the distance from the reference policy is added.
-    Samples without credit do not count in the mean.
+    Attributes:
+        loss: The loss of a transition.
+        kl: The weight of the distance from the reference policy, which is added to the loss; 0 for none.
+        kl_form: The form of this distance, see ``losses.kl_penalty``.
+        weights: The weights of the steps' losses; None weights all steps by 1.
     """
 
     loss: StepLoss
@@ -118,142 +112,45 @@ class PolicyGradient:
         return replace(self, kl=max(2 * self.kl, minimum))
 
     def terms(self, batch: UpdateBatch) -> int:
-        """Count the pairs of a sample and a stored step that have credit."""
+        """Count the transitions that have credit."""
         return int((batch.step_credit != 0).sum())
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
-        """Replay the pairs with credit, or all pairs under a KL penalty, and accumulate their gradients.
+        """Replay the transitions with credit, or all transitions under a KL penalty, and accumulate their gradients.
 
-        The distance from the reference policy is a metric too: without a penalty, one replay a round measures it.
+        The distance from the reference policy is also a metric. Without a penalty it is measured on the first batch of
+        a round only: by the main rank, or by all ranks if they run a sharded network together.
 
         Args:
-            context: The model and the sampler.
-            batch: The samples.
-            scale: The factor of the sum of losses.
-            seed: Not used, since replay draws no noise.
+            context: The model, the sampler and the metrics.
+            batch: B samples with S stored transitions each.
+            scale: The factor of the summed losses.
+            seed: Unused, since replay draws no noise.
         """
-        steps, credit = batch.rollout.steps, batch.step_credit
+        steps, credit, policy = batch.rollout.steps, batch.step_credit, context.policy
         weights = self.weights(context.kernel, context.grid, steps) if self.weights else torch.ones(len(steps))
-        parts = context.replay_batches((credit != 0) | bool(self.kl))
-        if not parts and _measures_distance(context):
+        batches = context.replay_batches((credit != 0) | bool(self.kl))
+        unmeasured = "kl" not in context.metrics.values and (policy.processes.is_main or policy.sharded)
+        if not batches and unmeasured:
             with torch.no_grad():
                 pairs = ReplayBatch.of_step(0, len(batch))
                 self._distance(context, batch, pairs, context.replay(batch, pairs))
-        for pairs in parts:
+        for pairs in batches:
             replayed = context.replay(batch, pairs)
             losses = self.loss(replayed, credit[pairs.index].to(replayed.x_next.device))
             losses = weights[pairs.index[1]].to(losses) * losses
-            if self.kl or _measures_distance(context):
+            if self.kl or unmeasured:
                 losses = losses + self.kl * self._distance(context, batch, pairs, replayed)
+                unmeasured = False
             torch.autograd.backward(losses.sum() * scale)
             context.metrics.add("loss", losses)
-            _add_ratio_metrics(context, batch, replayed, self.clip_range)
+            context.add_ratio_metrics(batch, replayed, self.clip_range)
 
     def _distance(
         self, context: UpdateContext, batch: UpdateBatch, pairs: ReplayBatch, replayed: ReplayedStep
     ) -> Tensor:
-        """The distance (N,) from the reference policy, which is added to the metrics."""
+        """Distance (N,) of replayed transitions from the reference policy, which is also added to the metrics."""
         base = context.reference_replay(batch, pairs)
         distance = kl_penalty(self.kl_form, replayed.new, base.new, replayed.prediction, base.prediction, replayed.step)
         context.metrics.add("kl", distance)
         return distance
-
-
-def _measures_distance(context: UpdateContext) -> bool:
-    """Whether this rank measures the distance from the reference for the metrics: once a round, on the main rank, or on
-    all ranks where they run a sharded network together.
-    """
-    policy = context.policy
-    return "kl" not in context.metrics.values and (policy.processes.is_main or policy.sharded)
-
-
-def _add_ratio_metrics(
-    context: UpdateContext, batch: UpdateBatch, replayed: ReplayedStep, clip_range: float | None
-) -> None:
-    log_ratio = replayed.log_ratio.detach()
-    if clip_range is not None:
-        context.metrics.add("clip_fraction", clip_fraction(log_ratio, clip_range).reshape(1))
-    if batch.on_policy:
-        context.metrics.log_ratio_max = max(context.metrics.log_ratio_max, float(log_ratio.abs().max()))
-
-
-class CoupledLoss(Protocol):
-    """A loss () over all samples and steps of a batch at once, a sum over ``terms`` of one prompt each.
-
-    It takes the log-ratios (B, S) to the reference policy under the current and the sampling weights, the credit (B,)
-    and the prompt index (B,). It depends on the samples ``used`` (B,) bool alone; log-ratios of the others may be 0.
-    """
-
-    @property
-    def clip_range(self) -> float | None: ...
-
-    def terms(self, credit: Tensor, group: Tensor) -> int: ...
-
-    def used(self, credit: Tensor, group: Tensor) -> Tensor: ...
-
-    def __call__(self, log_ratios: Tensor, old_log_ratios: Tensor, credit: Tensor, group: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class PRDPLoss:
-    """PRDP (arXiv 2402.08714): differences of log-ratios regress on those of rewards; a term is a prompt."""
-
-    beta: float
-    clip_range: float
-    steps: Literal["mean", "sum"] = "mean"
-
-    def __post_init__(self) -> None:
-        require_clip_range(self.clip_range)
-
-    def terms(self, credit: Tensor, group: Tensor) -> int:
-        return untied_groups(credit, group)
-
-    def used(self, credit: Tensor, group: Tensor) -> Tensor:
-        return untied(credit, group)
-
-    def __call__(self, log_ratios: Tensor, old_log_ratios: Tensor, credit: Tensor, group: Tensor) -> Tensor:
-        return prdp_loss(log_ratios, old_log_ratios, credit, group, self.beta, self.clip_range, self.steps)
-
-
-@dataclass(frozen=True)
-class CoupledObjective:
-    """The objective of a loss that ties a trajectory's steps and a group's samples together, in two passes.
-
-    The first pass evaluates every log-ratio without a graph, which gives the loss and its derivative for each of them;
-    the second replays step by step and adds that multiple of its gradient. The sum is the exact gradient, and memory
-    does not grow with the number of steps. (The derivative of a log-ratio does not depend on what it is a ratio to, so
-    that the second pass needs no reference.)
-    """
-
-    loss: CoupledLoss
-
-    @property
-    def unit(self) -> Unit:
-        return "group"
-
-    @property
-    def clip_range(self) -> float | None:
-        return self.loss.clip_range
-
-    def terms(self, batch: UpdateBatch) -> int:
-        return self.loss.terms(batch.credit, batch.group)
-
-    def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
-        used = self.loss.used(batch.credit, batch.group)[:, None].expand(-1, len(batch.rollout.steps))
-        parts = context.replay_batches(used)
-        old, current = batch.rollout.x.new_zeros(2, len(batch), len(batch.rollout.steps))
-        with torch.no_grad():
-            for pairs in parts:
-                base = context.reference_replay(batch, pairs)
-                old[pairs.index] = base.old.log_ratio(base.new, base.x_next)
-                new = base.old if batch.on_policy else context.replay(batch, pairs).new
-                current[pairs.index] = new.log_ratio(base.new, base.x_next)
-                context.metrics.add("kl", new.kl(base.new))
-        current.requires_grad_(True)
-        loss = self.loss(current, old, batch.credit.to(current.device), batch.group.to(current.device))
-        (slopes,) = torch.autograd.grad(loss, current)
-        context.metrics.add("loss", loss.reshape(1))
-        for pairs in parts:
-            replayed = context.replay(batch, pairs)
-            torch.autograd.backward(scale * (slopes[pairs.index] * replayed.log_ratio).sum())
-            _add_ratio_metrics(context, batch, replayed, self.clip_range)

@@ -135,8 +135,6 @@ def columns(*rewards: list[float]) -> Tensor:
 
 def test_worked_numbers_of_gdpo() -> None:
     scores = columns(FIRST, SECOND)
-    sample = gdpo(scores, one_group(4), [1.0, 1.0], epsilon=1e-4, ddof=1)
-    assert sample.tolist() == pytest.approx([-0.72657684, -0.49060588, -0.25463493, 1.47181764], abs=1e-6)
     population = gdpo(scores, one_group(4), [1.0, 1.0], epsilon=1e-6)
     assert population.tolist() == pytest.approx([-0.83890298, -0.56654175, -0.29418052, 1.69962525], abs=1e-6)
 
@@ -261,7 +259,6 @@ def test_variants_with_a_z_score_are_clipped() -> None:
     scores = torch.zeros(101)
     scores[0] = 1.0
     assert gdpo(scores[:, None], one_group(101), [1.0]).max() == ngrpo(scores, one_group(101)).max() == 5.0
-    assert gdpo(scores[:, None], one_group(101), [1.0], clip=None).max() > 9
     assert ngrpo(scores, one_group(101), clip=None).max() > 7
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
-from genalign.algorithms.matching import DPOLoss, KTOLoss, MatchingObjective, NoisedSamples
+from genalign.algorithms.matching import MatchingObjective, NoisedSamples
+from genalign.algorithms.matching_losses import DPOLoss, KTOLoss
 from genalign.diffusion.policy import Lora, Policy, WeightSnapshot
 from genalign.diffusion.rollout import RolloutInputs, rollout
 from genalign.diffusion.transitions import ODE
@@ -118,7 +119,7 @@ def test_draws_of_few_samples_go_through_the_network_together(tiny: SD3, monkeyp
 
     together = gradient()
     assert sizes == [4, 4, 2, 2]  # reference and policy, two draws and one
-    monkeypatch.setattr(MatchingObjective, "_together", lambda *_: (range(draw, draw + 1) for draw in range(3)))
+    context.policy.sharded = True  # whose ranks take the draws one by one
     alone = gradient()
     assert sizes == [2] * 6
     assert float((together - alone).norm()) < 1e-5 * float(alone.norm())
@@ -126,7 +127,7 @@ def test_draws_of_few_samples_go_through_the_network_together(tiny: SD3, monkeyp
 
 def test_an_old_policy_must_exist(tiny: SD3) -> None:
     context = _context(tiny)
-    with pytest.raises(ValueError, match="needs an old policy: give the recipe a lag"):
+    with pytest.raises(ValueError, match="needs the lagging sampling weights: give the recipe a lag"):
         MatchingObjective(RecordingLoss(), old=True).backward(context, _batch(context), 1.0, 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,37 +12,45 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.credit import NormalizedSum
-from genalign.algorithms.matching import AWMLoss, DPOLoss, MatchingObjective, RewardWeightedLoss
+from genalign.algorithms.credit import GroupRelative, NormalizedSum
+from genalign.algorithms.matching import MatchingObjective
+from genalign.algorithms.matching_losses import AWMLoss, DPOLoss, RewardWeightedLoss
+from genalign.algorithms.matching_recipes import awm, dragon, dragon_set, matching, nft
 from genalign.algorithms.recipes import (
     Lag,
     Recipe,
     adv_grpo,
-    awm,
     ddpo,
     dense_grpo,
-    dragon,
-    dragon_set,
     flow_grpo,
     guard_grpo,
-    matching,
     mix_grpo,
-    nft,
     prdp,
     tempflow_grpo,
 )
+from genalign.algorithms.step_schedules import RandomWindow
+from genalign.algorithms.trajectory import MaskedSurrogate, PolicyGradient, noise_weighted
+from genalign.cli.config import Train, parse
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import ReplayBatch
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.score import NamedReward
-from genalign.training.trainer import RoundResult, Trainer, TrainerSettings
+from genalign.training.round_result import RoundResult
+from genalign.training.settings import TrainerSettings
+from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
 
 PROMPTS = PromptSet("two", (Prompt("a circle"), Prompt("two squares")))
 SAMPLING = Sampling(num_steps=4, sigmas=(1.0, 0.75, 0.5, 0.25))
 KERNEL = FlowSDE(0.9)
+CREDIT, LOSSES, SCHEDULES, TRAJECTORY = (
+    f"genalign.algorithms.{module}" for module in ("credit", "matching_losses", "step_schedules", "trajectory")
+)
+REST_OF_A_RUN = {"output": "run", "model": {"path": "tiny"}, "prompts": "shapes:train"} | {
+    "rewards": {"saturation": {"function": "genalign.metrics.image.saturation"}}
+}
 
 
 def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -99,31 +108,23 @@ def test_the_reward_rises(tiny_folder: Path, name: str) -> None:
     assert results[-1].kl > 0 and bool(torch.tensor([result.loss for result in results]).isfinite().all())
 
 
-class _RecordingTrainer(Trainer):
-    """A trainer that records the gradient of every update; SGD, since Adam amplifies rounding errors."""
-
-    def __init__(self, *parts: Any) -> None:
-        super().__init__(*parts)
-        self.gradients: list[Tensor] = []
-        self.optimizer = torch.optim.SGD(self.policy.parameters)
-
-    def _step(self, terms: int) -> None:
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.policy.parameters]
-        self.gradients.append(torch.cat([part.flatten() for part in parts]))
-        super()._step(terms)
-
-
 def _gradients(folder: Path, recipe: Recipe) -> tuple[list[Tensor], int]:
     """The gradients of two updates, where the samples of one prompt differ in reward, and the NFE of the round."""
     tiny = SD3.load(folder)
     settings = TrainerSettings(rounds=1, prompts_per_round=8, group_size=4, batch_size=16)
     prompts = PromptSet("eight", tuple(Prompt(f"{count} circles") for count in range(8)))
     only = NamedReward("red", lambda samples, prompts: redness(samples, prompts) * _of_one_prompt(prompts))
-    trainer = _RecordingTrainer(
-        tiny, Policy(tiny.denoiser, Lora(rank=4), seed=0), [only], prompts, recipe, settings, SAMPLING
-    )
+    policy, gradients = Policy(tiny.denoiser, Lora(rank=4), seed=0), list[Tensor]()
+    trainer = Trainer(tiny, policy, [only], prompts, recipe, settings, SAMPLING)
+    trainer.optimizer = torch.optim.SGD(policy.parameters)  # Adam amplifies rounding errors
+
+    def record(*_: Any) -> None:
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters]
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+
+    trainer.optimizer.register_step_pre_hook(record)
     (result,) = trainer.rounds()
-    return trainer.gradients, result.nfe
+    return gradients, result.nfe
 
 
 def _of_one_prompt(prompts: Sequence[Prompt]) -> Tensor:
@@ -188,3 +189,53 @@ def test_credit_without_completions_or_features_is_an_error(tiny_folder: Path) -
         _train(tiny_folder, replace(dense_grpo(KERNEL), completion=None), 1, 1e-3)
     with pytest.raises(ValueError, match="give the recipe a feature function"):
         _train(tiny_folder, replace(dragon_set(red_set, color), features=None), 1, 1e-3)
+
+
+COMPOSED = {
+    "a matching recipe": (
+        {
+            "class_path": "genalign.algorithms.matching_recipes.matching",
+            "init_args": {
+                "credit": {"class_path": f"{CREDIT}.GroupRelative", "init_args": {"std": "global"}},
+                "objective": {"loss": {"class_path": f"{LOSSES}.DPOLoss", "init_args": {"beta": 3.0}}, "draws": 1},
+                "lag": {"slope": 0.1},
+            },
+        },
+        matching(GroupRelative("global"), MatchingObjective(DPOLoss(3.0), draws=1), Lag(0.1)),
+    ),
+    "a plain recipe": (
+        {
+            "class_path": "genalign.Recipe",
+            "init_args": {
+                "kernel": {"class_path": "genalign.FlowSDE", "init_args": {"noise_level": 0.9}},
+                "schedule": {"class_path": f"{SCHEDULES}.RandomWindow", "init_args": {"size": 2}},
+                "shared_noise": True,
+                "credit": {"class_path": f"{CREDIT}.NormalizedSum"},
+                "objective": {
+                    "class_path": f"{TRAJECTORY}.PolicyGradient",
+                    "init_args": {
+                        "loss": {"class_path": f"{TRAJECTORY}.MaskedSurrogate", "init_args": {"limit": 0.001}},
+                        "weights": f"{TRAJECTORY}.noise_weighted",
+                    },
+                },
+            },
+        },
+        Recipe(
+            KERNEL,
+            RandomWindow(2),
+            True,
+            NormalizedSum(),
+            PolicyGradient(MaskedSurrogate(0.001), weights=noise_weighted),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_configuration_composes_a_recipe_of_parts(tmp_path: Path, name: str) -> None:
+    written, expected = COMPOSED[name]
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": written, **REST_OF_A_RUN}))
+    settings, plain = parse(Train, ["--config", str(tmp_path / "run.json")], "train")
+    assert settings.recipe == expected
+    (tmp_path / "again.json").write_text(json.dumps(plain))  # as a run saves it, to be resumed
+    assert parse(Train, ["--config", str(tmp_path / "again.json")], "train")[0].recipe == expected
