@@ -76,10 +76,8 @@ def build_evaluator(
     """
     prompts, world = prompt_set(source), world_of(source)
     if world and world.sample_rate != pipeline.sample_rate:
-        expected, actual = (
-            "images" if rate is None else f"waveforms at {rate} Hz"
-            for rate in (world.sample_rate, pipeline.sample_rate)
-        )
+        rates = world.sample_rate, pipeline.sample_rate
+        expected, actual = ("images" if rate is None else f"waveforms at {rate} Hz" for rate in rates)
         raise ValueError(
             f"the verifier of {source!r} takes {expected}, but this model makes {actual}: choose other prompts"
         )

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from genalign.evaluation.evaluate import Evaluation, load_evaluation
-from genalign.evaluation.records import gain_row, mean, prompt_records
+from genalign.evaluation.records import PromptRecord, gain_row, mean, prompt_records
 from genalign.runtime.files import write_json
 
 DiversityFunction = Callable[[Path], Mapping[str, float]]
@@ -78,12 +78,10 @@ def _summarize(
     scores: Sequence[str],
     diversity: DiversityFunction,
 ) -> RecipeSummary:
-    records = {
-        score: [
-            record for seed, pair in evaluations.items() for record in prompt_records(recipe.name, score, seed, *pair)
-        ]
-        for score in scores
-    }
+    records: dict[str, list[PromptRecord]] = {score: [] for score in scores}
+    for score in scores:
+        for seed, pair in evaluations.items():
+            records[score] += prompt_records(recipe.name, score, seed, *pair)
     gains = {score: gain_row(rows) for score, rows in records.items()}
     tasks: dict[str, list[float]] = {}
     for record in records[scores[0]]:

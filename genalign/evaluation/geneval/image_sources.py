@@ -18,8 +18,6 @@ from genalign.evaluation.geneval.result_files import SampleFile, write_samples
 from genalign.runtime.media import read_image
 from genalign.types import Grid, Pipeline, Prompt
 
-_IMAGES = "images"
-
 
 @dataclass(frozen=True)
 class PromptImages:
@@ -59,8 +57,8 @@ class PipelineImages:
         seeds = [noise_seed(prompt.text, sample) for sample in range(self.seeds)]
         texts, first = [prompt.text] * self.seeds, 0
         for images in generate(self.pipeline, texts, seeds, self.grid, self.guidance, self.batch_size):
-            names = write_samples(self.folder / _IMAGES, index, prompt, images, first)
-            yield PromptImages([f"{_IMAGES}/{name}" for name in names], seeds[first : first + len(images)], images)
+            names = write_samples(self.folder / "images", index, prompt, images, first)
+            yield PromptImages([f"images/{name}" for name in names], seeds[first : first + len(images)], images)
             first += len(images)
 
 

@@ -91,12 +91,8 @@ def read_samples(folder: Path) -> list[SampleFile]:
     Raises FileNotFoundError for a folder that is missing or has no images, and for a prompt without metadata or
     images; ValueError for metadata that is not JSON, or two images of one number.
     """
-    samples = [
-        sample
-        for path in sorted(folder.glob("*"))
-        if path.is_dir() and path.name.isdecimal()
-        for sample in _prompt_samples(path)
-    ]
+    folders = [path for path in sorted(folder.glob("*")) if path.is_dir() and path.name.isdecimal()]
+    samples = [sample for path in folders for sample in _prompt_samples(path)]
     if not samples:
         raise FileNotFoundError(f"{folder} has no images at NNNNN/samples/NNNN.png, which is GenEval's layout")
     samples.sort(key=lambda sample: (sample.index, sample.number))

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from PIL import Image
 from torch import Tensor
 
 from genalign import assets
@@ -18,6 +17,7 @@ from genalign.algorithms.matching_recipes import dragon_set
 from genalign.cli.context import prompt_set, require_rate
 from genalign.cli.main import main
 from genalign.evaluation.evaluate import EXTERNAL, Evaluation, load_evaluation
+from genalign.runtime.media import save_images
 from genalign.runtime.waveforms import resample, warn_once
 from genalign.worlds import tones
 from genalign.worlds.registry import WORLDS, world_of
@@ -61,20 +61,25 @@ def render(per_task: int, wrong: int = 0) -> tuple[list[str], Tensor]:
     return [prompt.text for prompt in prompts], clips
 
 
-def evaluate(tmp_path: Path) -> Evaluation:
-    """Evaluate the clips in a folder from another program."""
-    folders = ["--samples", str(tmp_path / "clips"), "--output", str(tmp_path / "out")]
-    assert main(["evaluate", "tones", *folders]) == 0
+def evaluate(tmp_path: Path, world: str = "tones") -> Evaluation:
+    """Evaluate the samples in a folder from another program."""
+    folders = ["--samples", str(tmp_path / "samples"), "--output", str(tmp_path / "out")]
+    assert main(["evaluate", world, *folders]) == 0
     return load_evaluation(tmp_path / "out")
 
 
-def write(folder: Path, texts: list[str], clips: Tensor, rate: int = 8000, suffix: str = "wav") -> None:
+def write_listing(folder: Path, texts: list[str], suffix: str) -> list[Path]:
+    """Create a folder with the prompts.jsonl of files numbered from 0, and return their paths."""
     folder.mkdir()
     names = [f"{number}.{suffix}" for number in range(len(texts))]
-    for name, clip in zip(names, clips.numpy(), strict=True):
-        soundfile.write(folder / name, clip.T, rate, subtype="PCM_16")
     rows = [json.dumps({"file_name": name, "prompt": text}) for name, text in zip(names, texts, strict=True)]
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    return [folder / name for name in names]
+
+
+def write(folder: Path, texts: list[str], clips: Tensor, rate: int = 8000, suffix: str = "wav") -> None:
+    for path, clip in zip(write_listing(folder, texts, suffix), clips.numpy(), strict=True):
+        soundfile.write(path, clip.T, rate, subtype="PCM_16")
 
 
 def test_prompt_sources_of_the_tones_world() -> None:
@@ -105,9 +110,9 @@ def test_a_model_is_evaluated(model: Path, tmp_path: Path, capsys: pytest.Captur
 
 def test_clips_from_another_program_are_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts, clips = render(per_task=2, wrong=1)
-    write(tmp_path / "clips", texts, clips)
+    write(tmp_path / "samples", texts, clips)
     evaluation = evaluate(tmp_path)
-    assert evaluation.protocol.kernel == EXTERNAL and evaluation.protocol.suite == "clips"
+    assert evaluation.protocol.kernel == EXTERNAL and evaluation.protocol.suite == "samples"
     strict = {task: estimates["strict"].mean for task, estimates in evaluation.tasks.items()}
     assert strict == dict.fromkeys(tones.prompts("comp").by_task(), 0.5)
     assert "overall       strict 0.500 (" in capsys.readouterr().out
@@ -121,7 +126,7 @@ def test_other_rates_channels_and_lengths_are_converted_with_a_warning(
     texts, clips = render(per_task=1)
     early = clips[:, :, : int(clips.abs().amax((0, 1)).nonzero()[-1]) + 1]
     upsampled = resample(early, 8000, 44100).repeat(1, 2, 1)
-    write(tmp_path / "clips", texts, upsampled, rate=44100, suffix="flac")
+    write(tmp_path / "samples", texts, upsampled, rate=44100, suffix="flac")
     warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert evaluate(tmp_path).overall["strict"].mean == 1.0
@@ -138,13 +143,13 @@ def test_a_short_clip_is_padded_with_silence(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_silence_scores_zero(tmp_path: Path) -> None:
-    write(tmp_path / "clips", ["a sine tone", "a noise burst"], torch.zeros(2, 1, 12000))
+    write(tmp_path / "samples", ["a sine tone", "a noise burst"], torch.zeros(2, 1, 12000))
     evaluation = evaluate(tmp_path)
     assert evaluation.overall["partial"].mean == 0 and evaluation.failed == 0
 
 
 def test_invalid_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, output = tmp_path / "clips", str(tmp_path / "out")
+    folder, output = tmp_path / "samples", str(tmp_path / "out")
     command = ["evaluate", "tones", "--samples", str(folder), "--output", output]
     assert "prompts.jsonl is missing: write a line with file_name and prompt for each sample" in error(capsys, *command)
     write(folder, ["a sine tone"], torch.zeros(1, 1, 12000))
@@ -172,15 +177,8 @@ def test_images_from_another_program_are_evaluated_in_the_shapes_world(tmp_path:
     world = WORLDS["shapes"]
     prompts = world.prompts("iid").prompts[:3]
     images = world.render([prompt.metadata or {} for prompt in prompts], np.random.default_rng(0))
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number, image in enumerate(images):
-        pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    rows = [json.dumps({"file_name": f"{n}.png", "prompt": prompt.text}) for n, prompt in enumerate(prompts)]
-    (folder / "prompts.jsonl").write_text("\n".join(rows))
-    assert main(["evaluate", "shapes", "--samples", str(folder), "--output", str(tmp_path / "out")]) == 0
-    assert load_evaluation(tmp_path / "out").overall["strict"].mean == 1.0
+    save_images(images, write_listing(tmp_path / "samples", [prompt.text for prompt in prompts], "png"))
+    assert evaluate(tmp_path, "shapes").overall["strict"].mean == 1.0
 
 
 def test_rewards_and_features_of_another_sample_rate_are_refused() -> None:
@@ -259,10 +257,10 @@ def test_rewards_are_checked_on_rendered_clips(capsys: pytest.CaptureFixture[str
 
 def test_reward_commands_refuse_another_sample_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts, clips = render(per_task=1)
-    write(tmp_path / "clips", texts, clips, rate=16000)
-    check = ["reward", "check", "rewards.tones:TonesReward", "--samples", str(tmp_path / "clips")]
+    write(tmp_path / "samples", texts, clips, rate=16000)
+    check = ["reward", "check", "rewards.tones:TonesReward", "--samples", str(tmp_path / "samples")]
     assert "reward takes waveforms at 8000 Hz, but they come at 16000" in error(capsys, *check)
-    soundfile.write(tmp_path / "clips" / "1.wav", clips[1, 0].numpy(), 8000)
+    soundfile.write(tmp_path / "samples" / "1.wav", clips[1, 0].numpy(), 8000)
     assert "differ in size or sample rate" in error(capsys, *check)
     message = error(capsys, "serve", "rewards.tones:TonesReward", "--sample_rate", "44100")
     assert "reward takes waveforms at 8000 Hz, but they come at 44100" in message

@@ -1,4 +1,4 @@
-"""A pipeline without a network, for tests of evaluations."""
+"""A protocol and a pipeline without a network, for tests of evaluations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from genalign.diffusion.paths import FlowPath
+from genalign.evaluation.evaluate import EvaluationProtocol
 from genalign.types import Conditioning, Grid
+
+PROTOCOL = EvaluationProtocol(
+    suite="iid",
+    suite_hash="0123456789abcdef",
+    guidance=4.0,
+    sigmas=(1.0, 0.5, 0.0),
+    kernel="ODE()",
+    dtype="float32",
+    batch_size=3,
+    resolution=(4, 4),
+    seeds=2,
+    samples_per_task=4,
+    verifier="test 1",
+)
 
 
 class StillPipeline:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from genalign.diffusion.transitions import ODE
 from genalign.evaluation.evaluate import (
     Evaluation,
     EvaluationProtocol,
@@ -23,21 +22,7 @@ from genalign.evaluation.evaluate import (
 from genalign.evaluation.folder import BatchFolder
 from genalign.evaluation.paired import gain, pairs_by_gain, task_gains
 from genalign.types import Prompt, PromptSet
-from tests.genalign.evaluation.still_pipeline import StillPipeline
-
-PROTOCOL = EvaluationProtocol(
-    suite="iid",
-    suite_hash="0123456789abcdef",
-    guidance=4.0,
-    sigmas=(1.0, 0.5, 0.0),
-    kernel=str(ODE()),
-    dtype="float32",
-    batch_size=3,
-    resolution=(4, 4),
-    seeds=2,
-    samples_per_task=4,
-    verifier="test 1",
-)
+from tests.genalign.evaluation.still_pipeline import PROTOCOL, StillPipeline
 
 
 def prompt_set(**tasks):

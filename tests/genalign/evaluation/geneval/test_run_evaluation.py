@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, load_evaluation, suite_hash
+from genalign.evaluation.evaluate import Evaluation, load_evaluation
 from genalign.evaluation.folder import ModelIdentity, adapter_hash, manifest
 from genalign.evaluation.geneval.compare_models import compare_models
 from genalign.evaluation.geneval.image_sources import FolderImages, PipelineImages
@@ -34,6 +34,7 @@ from genalign.worlds import shapes
 from genalign.worlds.shapes.verifier import verify
 from rewards.geneval import GenEvalJudge
 from tests.genalign.evaluation.geneval.shapes_judge import DrawingPipeline, PaletteColors, ShapesDetector
+from tests.genalign.evaluation.still_pipeline import PROTOCOL as STILL_PROTOCOL
 
 JUDGE = GenEvalJudge(ShapesDetector(), PaletteColors())
 SEEDS = 3
@@ -42,19 +43,7 @@ PROMPTS = PromptSet(
     "drawn",
     tuple(prompt for group in shapes.prompts("iid").by_task().values() for prompt in group[:: len(group) // 4][:4]),
 )
-PROTOCOL = EvaluationProtocol(
-    suite=PROMPTS.name,
-    suite_hash=suite_hash(PROMPTS),
-    guidance=1.0,
-    sigmas=(1.0, 0.5, 0.0),
-    kernel="ODE()",
-    dtype="float32",
-    batch_size=2,
-    resolution=(64, 64),
-    seeds=SEEDS,
-    samples_per_task=0,
-    verifier=verifier_description(JUDGE),
-)
+PROTOCOL = replace(STILL_PROTOCOL, suite="drawn", batch_size=2, seeds=SEEDS, verifier=verifier_description(JUDGE))
 
 
 def start_run(path: Path, skill: float = 1.0, broken: int | None = None) -> GenEvalRun:
