@@ -1,4 +1,4 @@
-"""A run folder as the report reads it, with sentences on the parts that are missing."""
+"""The parts of a run folder that a report is made from."""
 
 from __future__ import annotations
 
@@ -70,9 +70,8 @@ def read_run(folder: Path) -> Run:
     """
     parts = ("config.json", "metrics.jsonl", "before/summary.json", "after/summary.json")
     if not any((folder / part).is_file() for part in parts):
-        raise FileNotFoundError(
-            f"{folder} is not a run folder: it has no config.json. Give the output of genalign train"
-        )
+        message = "is not a run folder: it has no config.json. Give the output of genalign train"
+        raise FileNotFoundError(f"{folder} {message}")
     before, after = (
         load_evaluation(folder / name) if (folder / name / "summary.json").is_file() else None
         for name in ("before", "after")
