@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from genalign.search import RewardGradient as RewardGradient
     from genalign.search import ZeroOrder as ZeroOrder
     from genalign.training.noise_calibration import calibrated as calibrated
+    from genalign.training.round_result import RoundResult as RoundResult
     from genalign.training.settings import TrainerSettings as TrainerSettings
-    from genalign.training.trainer import RoundResult as RoundResult
     from genalign.training.trainer import Trainer as Trainer
     from genalign.types import Prompt as Prompt
     from genalign.types import PromptSet as PromptSet
@@ -64,8 +64,9 @@ _PUBLIC = {
     "genalign.scoring.score": "NamedReward",
     "genalign.search": "DNO Beam BestOfN DoobGuide Evolution FKSteering Prune ReNO RewardGradient ZeroOrder",
     "genalign.training.noise_calibration": "calibrated",
+    "genalign.training.round_result": "RoundResult",
     "genalign.training.settings": "TrainerSettings",
-    "genalign.training.trainer": "RoundResult Trainer",
+    "genalign.training.trainer": "Trainer",
     "genalign.types": "Prompt PromptSet",
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}

@@ -78,19 +78,22 @@ def _print_calls(settings: config.Train, outline: Outline | None, result: DryRun
     _print_table(
         ("geometry", ""),
         {
-            "sample": " x ".join(map(str, outline.pipeline.sample_shape)) if outline else "no checkpoint",
-            "latents": " x ".join(map(str, outline.pipeline.latent_shape)) if outline else "no checkpoint",
+            "shape of a sample": " x ".join(map(str, outline.pipeline.sample_shape)) if outline else "no checkpoint",
+            "shape of its latents": " x ".join(map(str, outline.pipeline.latent_shape)) if outline else "no checkpoint",
             "samples a round": f"{training.prompts_per_round} prompts x {training.group_size} = {samples}",
             "batches a round": f"{batches} of {training.batch_size}",
             "optimizer steps a round": f"{training.updates_per_round}",
-            "trained steps": f"{window_sizes} of {settings.sampling.num_steps}, {len(windows)} different windows",
+            "trained steps a round": f"{window_sizes} of {settings.sampling.num_steps}",
+            "different sets of them": f"{len(windows)}",
             "rounds": f"{result.rounds} of {training.rounds}",
             "samples": f"{result.rounds * samples:,}",
             "optimizer steps": f"{result.rounds * training.updates_per_round:,}",
         },
     )
     counts = result.total.counts
-    rows = {call: f"{result.first.counts[call]:,} a round, {counts[call]:,} in all" for call in sorted(counts)}
+    rows = {
+        call: f"{result.first.counts[call]:,} in the first round, {counts[call]:,} in all" for call in sorted(counts)
+    }
     _print_table(("calls of single samples", "without evaluations"), rows)
 
 

@@ -50,7 +50,7 @@ class SkippedUpdate:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the batches, with names such as "batch.0.prediction"."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for number, batch in enumerate(self.batches):
             named = {name: getattr(batch.rollout, name) for name in ("x", "x_next", "mean", "prediction", "final")}
             tensors |= with_prefix(f"batch.{number}.", named | {"credit": batch.credit, "group": batch.group})

@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from genalign.metrics.intervals import Estimate
 from genalign.scoring.budget import peak_memory
-from genalign.training.trainer import RoundResult, Trainer
+from genalign.training.round_result import RoundResult
+from genalign.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -129,9 +130,19 @@ def flat_numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def log_round(trackers: Sequence[Tracker], step: int, row: Mapping[str, Any], samples: Sequence[Path]) -> None:
-    """Send the numbers of a row of metrics.jsonl, and PNG files among ``samples``, to the trackers that take them."""
-    paths = [path for path in samples if path.suffix == ".png"]
+def log_round(
+    trackers: Sequence[Tracker], step: int, row: Mapping[str, Any], folder: Path, samples: Sequence[str]
+) -> None:
+    """Log a round in experiment trackers.
+
+    Args:
+        trackers: The trackers.
+        step: The index of the round.
+        row: The round's row of metrics.jsonl, of which the numbers are logged.
+        folder: The run's folder.
+        samples: Files of a sample grid in that folder; trackers that take images log the PNG files.
+    """
+    paths = [folder / name for name in samples if name.endswith(".png")]
     for tracker in trackers:
         tracker.log(flat_numbers(row), step=step)
         if paths and isinstance(tracker, ImageTracker):

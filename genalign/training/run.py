@@ -16,9 +16,10 @@ from genalign.training.checkpointing import CheckpointWriter
 from genalign.training.nonfinite import DivergedError
 from genalign.training.reward_hacking import HackingGuard, HackingReport, due
 from genalign.training.round_log import RoundDisplay, Tracker, log_round
+from genalign.training.round_result import RoundResult
 from genalign.training.run_folder import RunFolder, WeightStore
 from genalign.training.sample_grid import SampleGridWriter
-from genalign.training.trainer import RoundResult, Trainer
+from genalign.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,11 @@ class RoundMonitors:
         samples = self.sample_grid.after(rounds, last, run) if self.sample_grid else []
         return RoundObservation(held_out, report, samples)
 
+    def react(self, observation: RoundObservation, trainer: Trainer, save_best: Callable[[], None]) -> None:
+        """Let the guard act on its report; ``save_best`` writes the current weights as the best so far."""
+        if self.guard and observation.report:
+            self.guard.react(observation.report, trainer, save_best)
+
 
 def train(
     trainer: Trainer,
@@ -129,12 +135,11 @@ def train(
                 observation = monitors.observe(result, rounds, last, folder.path)
                 row = result.as_dict() | observation.as_dict()
                 folder.append(row)
-                log_round(trackers, result.round, row, [folder.path / name for name in observation.samples])
+                log_round(trackers, result.round, row, folder.path, observation.samples)
                 display.show(result, observation.held_out)
 
                 # React to reward hacking, save, and end early after a red report or Ctrl-C
-                if monitors.guard and observation.report:
-                    monitors.guard.react(observation.report, trainer, lambda: best.save(policy, pipeline))
+                monitors.react(observation, trainer, lambda: best.save(policy, pipeline))
                 interrupted = trainer.processes.any_rank(ctrl_c())
                 stopping = interrupted or monitors.stopped
                 checkpoints.after(rounds, last or stopping)

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,60 +35,15 @@ from genalign.runtime.files import with_prefix, without_prefix
 from genalign.runtime.fsdp import full_tensor
 from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from genalign.runtime.state import State
-from genalign.scoring.budget import Ledger, Metered, metered_rewards, peak_memory
+from genalign.scoring.budget import Ledger, Metered, metered_rewards
 from genalign.scoring.score import NamedReward, RewardMonitor, named
 from genalign.training.nonfinite import NonFiniteGuard, SkippedUpdate, is_out_of_memory
+from genalign.training.round_result import RoundResult
 from genalign.training.sampler import SampledBatch, Sampler
 from genalign.training.settings import TrainerSettings, optimizer_class
 from genalign.types import Pipeline, Prompt, PromptSet, RewardFunction, TrainableReward
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RoundResult:
-    """The metrics of one round.
-
-    ``log_ratio_max`` is the largest |log-ratio| of the round's first update, 0 in exact arithmetic. Updates that were
-    skipped because their gradient was not finite (``skipped_updates``) are in no mean. ``metrics`` come from the method
-    and from rewards that are trained along. ``samples``, ``nfe`` (denoiser evaluations of single samples), ``calls``
-    (everything billed, see ``budget.Ledger``) and ``seconds`` count from the start of the run.
-    """
-
-    round: int
-    reward: float
-    reward_std: float
-    rewards: dict[str, float]
-    kl: float
-    clip_fraction: float
-    zero_std_share: float
-    grad_norm: float
-    loss: float
-    log_ratio_max: float
-    failed_rewards: int
-    skipped_updates: int
-    learning_rate: float
-    metrics: dict[str, float]
-    samples: int
-    nfe: int
-    calls: dict[str, int]
-    seconds: float
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the row of metrics.jsonl, with null for values that are not finite and the machine's figures apart."""
-        row: dict[str, object] = {
-            name: (value if not isinstance(value, float) or math.isfinite(value) else None)
-            for name, value in vars(self).items()
-            if name != "seconds"
-        }
-        for name in ("rewards", "metrics"):
-            row[name] = {key: value if math.isfinite(value) else None for key, value in vars(self)[name].items()}
-        machine = {
-            "seconds": self.seconds,
-            "samples_per_second": self.samples / self.seconds if self.seconds else 0.0,
-            "peak_memory_bytes": peak_memory(),
-        }
-        return row | {"machine": machine}
 
 
 class Trainer:

@@ -33,8 +33,9 @@ from genalign.diffusion.transitions import FlowSDE
 from genalign.runtime.state import State
 from genalign.scoring.score import NamedReward, RewardError
 from genalign.training.nonfinite import DivergedError, is_out_of_memory
+from genalign.training.round_result import RoundResult
 from genalign.training.settings import TrainerSettings
-from genalign.training.trainer import RoundResult, Trainer
+from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet, RewardFunction
 from genalign.worlds import shapes
 from pipelines import SD3

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from genalign.algorithms.recipes import Recipe, dense_grpo, flow_grpo
 from genalign.diffusion.transitions import FlowSDE
-from genalign.training.trainer import RoundResult, Trainer
+from genalign.training.round_result import RoundResult
+from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet, RewardFunction
 from pipelines import SD3
 from tests.genalign.training.toy_runs import SETTINGS, redness, toy_trainer

@@ -17,8 +17,8 @@ from genalign.diffusion.rollout import Rollout, rollout
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import CPS, ODE, FlowSDE, Kernel
 from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from genalign.training.round_result import RoundResult
 from genalign.training.settings import TrainerSettings
-from genalign.training.trainer import RoundResult
 from pipelines import SD3
 from tests.genalign.training.toy_runs import SAMPLING, SETTINGS, toy_trainer, weights
 

@@ -1,0 +1,54 @@
+"""The metrics of one training round."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from genalign.scoring.budget import peak_memory
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """The metrics of one round.
+
+    ``log_ratio_max`` is the largest |log-ratio| of the round's first update, 0 in exact arithmetic. Updates that were
+    skipped because their gradient was not finite (``skipped_updates``) are in no mean. ``metrics`` come from the method
+    and from rewards that are trained along. ``samples``, ``nfe`` (denoiser evaluations of single samples), ``calls``
+    (everything billed, see ``budget.Ledger``) and ``seconds`` count from the start of the run.
+    """
+
+    round: int
+    reward: float
+    reward_std: float
+    rewards: dict[str, float]
+    kl: float
+    clip_fraction: float
+    zero_std_share: float
+    grad_norm: float
+    loss: float
+    log_ratio_max: float
+    failed_rewards: int
+    skipped_updates: int
+    learning_rate: float
+    metrics: dict[str, float]
+    samples: int
+    nfe: int
+    calls: dict[str, int]
+    seconds: float
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the row of metrics.jsonl, with null for values that are not finite and the machine's figures apart."""
+        row: dict[str, object] = {
+            name: (value if not isinstance(value, float) or math.isfinite(value) else None)
+            for name, value in vars(self).items()
+            if name != "seconds"
+        }
+        for name in ("rewards", "metrics"):
+            row[name] = {key: value if math.isfinite(value) else None for key, value in vars(self)[name].items()}
+        machine = {
+            "seconds": self.seconds,
+            "samples_per_second": self.samples / self.seconds if self.seconds else 0.0,
+            "peak_memory_bytes": peak_memory(),
+        }
+        return row | {"machine": machine}
