@@ -24,7 +24,7 @@ USAGE = """usage: genalign COMMAND ...
   prices    --output FILE.json                    measure the cost of NFE, decoding and rewards on this machine
   train-noise-aware --config FILE                 train a reward to score noisy previews
   serve     MODULE:CLASS [--args.key value ...]   serve a reward over HTTP, for rewards.remote.RemoteReward
-  reward check MODULE:CLASS [--args.key value ...]   test a reward against the reward contract
+  reward check MODULE:CLASS --samples SOURCE      test a reward against the reward contract
   export    --run RUN --output DIR                export a run's weights as a LoRA, a merged network or a pipeline
   report    RUN                                   write RUN/report.html
   demo      [shapes | tones] [--output DIR]       train an embedded model in minutes

@@ -1,0 +1,64 @@
+"""The combinations that docs/rewards.md lists, from the YAML of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from genalign.algorithms.interfaces import RoundScores
+from genalign.cli import config
+from genalign.types import Prompt
+from rewards.combine import save_direction
+
+SIZE, RED = (
+    "rewards.jpeg.compressibility",
+    {"class_path": "rewards.clip.ClipReward", "init_args": {"model": "shapes-clip"}},
+)
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    "WeightedSum": {"rewards": [SIZE, RED], "weights": [1.0, 2.0]},
+    "Product": {"rewards": ["rewards.jpeg.incompressibility"]},
+    "WorstCase": {"rewards": [SIZE, RED]},
+    "MeanMinusVariance": {"rewards": [SIZE, RED], "penalty": 0.1, "ddof": 1},
+    "Standardized": {"reward": RED, "mean": 0.2, "std": 0.1},
+    "LogSigmoidCentered": {"reward": RED, "reference": 0.2, "scale": 100.0},
+    "Gate": {"reward": RED, "condition": SIZE, "threshold": -1.0},
+    "DirectionalCorrection": {"base": RED, "direction": "direction.safetensors"},
+}
+
+
+def parse(folder: Path, run: dict[str, Any]) -> config.Train:
+    plain = {"model": {"path": "shapes-sd3"}, "prompts": "shapes:train", "output": "runs/x"}
+    plain |= {"recipe": {"class_path": "genalign.flow_grpo"}, "rewards": {"size": {"function": SIZE}}}
+    (folder / "run.yaml").write_text(yaml.safe_dump(plain | run))
+    return config.parse(config.Train, ["--config", str(folder / "run.yaml")], "train")[0]
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_combinations_of_rewards_are_configured(tmp_path: Path, name: str) -> None:
+    function = {"class_path": f"rewards.combine.{name}", "init_args": COMBINATIONS[name]}
+    if name == "DirectionalCorrection":
+        save_direction(tmp_path / "direction.safetensors", torch.ones(128))
+        function["init_args"] = {"base": RED, "direction": str(tmp_path / "direction.safetensors")}
+    reward = parse(tmp_path, {"rewards": {"r": {"function": function}}}).rewards["r"].function
+    assert reward(torch.rand(2, 3, 64, 64), [Prompt("a red circle")] * 2).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("EnsembleCredit", {}),
+        ("EnsembleCredit", {"pool": "rewards.combine.mean_minus_variance"}),
+        ("UncertaintyDiscount", {"credit": {"class_path": "rewards.combine.EnsembleCredit"}, "strength": 2.0}),
+        ("UncertaintyDiscount", {"credit": {"class_path": "genalign.algorithms.credit.GroupRelative"}}),
+    ],
+)
+def test_credits_of_ensembles_are_configured(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
+    credit = {"class_path": f"rewards.combine.{name}", "init_args": arguments}
+    recipe = {"recipe": {"class_path": "genalign.flow_grpo"}, "credit": credit}
+    settings = parse(tmp_path, {"recipe": {"class_path": "genalign.with_credit", "init_args": recipe}})
+    scores = RoundScores(torch.rand(8, 2), (1.0, 1.0), torch.arange(8) // 4)
+    assert settings.recipe.credit(scores).shape == (8,)
