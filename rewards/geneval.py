@@ -99,13 +99,9 @@ class GenEvalJudge:
 
     @property
     def description(self) -> Mapping[str, Any]:
+        """Rules, detector and color classifier, with the key "colours" that earlier protocols have."""
         detector, colors = self._parts()
         return {"rules": "geneval-1", "detector": dict(detector.description), "colours": dict(colors.description)}
-
-    @property
-    def position(self) -> float:
-        """The detector's threshold of positions."""
-        return self._parts()[0].thresholds.position
 
     def _parts(self) -> tuple[Detector, ColorClassifier]:
         return self.detector or Mask2Former(), self.colors or ClipColors()
@@ -190,13 +186,15 @@ class GenEvalReward:
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1]: (B,) float32 on the CPU, NaN for an image that is not finite."""
-        judge = GenEvalJudge(self.detector, self.colors)
+        detector = self.detector or Mask2Former()
+        scores = GenEvalJudge(detector, self.colors)(samples, prompts)
         values = []
-        for score, prompt in zip(judge(samples, prompts), prompts, strict=True):
+        for score, prompt in zip(scores, prompts, strict=True):
             if score is None:
                 values.append(math.nan)
             elif self.score == "upstream_partial":
-                values.append(upstream_partial(score.detections, PromptSpec.from_prompt(prompt), judge.position))
+                spec, margin = PromptSpec.from_prompt(prompt), detector.thresholds.position
+                values.append(upstream_partial(score.detections, spec, margin))
             else:
                 values.append({"partial": score.partial, "strict": score.strict, "relaxed": score.relaxed}[self.score])
         return torch.tensor(values, dtype=torch.float32)
