@@ -272,7 +272,7 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path):
             write_report(folder)
 
 
-def test_different_protocols_are_shown_but_not_compared(run):
+def test_different_protocols_are_not_compared(run):
     saved = read_run(run).after
     replace(saved, protocol=replace(PROTOCOL, guidance=1.0)).save(run / "after")
     parsed = page(run)
@@ -283,7 +283,7 @@ def test_different_protocols_are_shown_but_not_compared(run):
 # --- the rest of the page ---------------------------------------------------------------------------------------------
 
 
-def test_pairs_that_changed_most_are_shown_with_their_scores(run):
+def test_cards_of_the_largest_changes_have_their_scores(run):
     parsed = page(run)
     _, regressions, improvements = re.split("Worst regressions|Best improvements", parsed.text)
     assert "strict 1 → 0 partial 1 → 0.25" in regressions and regressions.count("strict") == 1
