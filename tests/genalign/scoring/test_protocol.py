@@ -28,11 +28,8 @@ def message(**changes: object) -> bytes:
     return json.dumps({**plain, "samples": [""], **changes}).encode()
 
 
-def test_a_request_is_read_as_it_was_written() -> None:
+def test_requests_and_replies_are_read_as_they_were_written() -> None:
     assert protocol.unpack_request(REQUEST.to_json()) == REQUEST
-
-
-def test_a_reply_is_read_as_it_was_written() -> None:
     reply = protocol.ScoreReply("r-1", "v", (0.1, SampleError("unscorable", "why")), 0.25)
     assert protocol.unpack_reply(reply.to_json(), "r-1", 2) == reply
     with pytest.raises(WireError, match="belongs to another request"):
@@ -146,11 +143,8 @@ def test_batches_are_cut_by_number_and_size() -> None:
 
 
 def test_nothing_here_can_run_what_it_receives() -> None:
-    server = ("protocol.py", "server.py", "server_worker.py")
-    client = ("remote_reward.py", "http_client.py", "vlm_judges.py")
-    for path in [folder_of("genalign") / "scoring" / name for name in server] + [
-        folder_of("rewards") / "remote" / name for name in client
-    ]:
+    paths = [folder_of("genalign") / "scoring" / f"{name}.py" for name in ("protocol", "server", "server_worker")]
+    for path in [*paths, *(folder_of("rewards") / "remote").glob("*.py")]:
         source = path.read_text(encoding="utf-8")
         for word in ("import pickle", "torch.load", "np.load", "eval(", "exec(", "yaml", "subprocess", "os.system"):
             assert word not in source, f"{path} has {word}"

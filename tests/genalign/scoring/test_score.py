@@ -28,6 +28,12 @@ def half(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return torch.tensor([1.0, torch.nan, torch.inf, 0.0])
 
 
+def refuses_dark(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    if bool((samples == 0).flatten(1).all(1).any()):
+        raise ValueError("too dark")
+    return brightness(samples, prompts)
+
+
 def test_failures_are_nan_and_never_zero(caplog: pytest.LogCaptureFixture) -> None:
     rewards = [NamedReward("a", brightness), NamedReward("b", raising), NamedReward("c", half)]
     scores = score(rewards, IMAGES, PROMPTS)
@@ -80,18 +86,6 @@ def test_parts_keep_the_gradient() -> None:
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
-def test_a_part_that_fails_costs_its_own_scores_alone() -> None:
-    def refuses_dark(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        if bool((samples == 0).all()):
-            raise ConnectionError("server gone")
-        return brightness(samples, prompts)
-
-    samples = IMAGES.clone()
-    samples[2] = 0
-    found = score([NamedReward("r", refuses_dark, score_batch=1)], samples, PROMPTS)
-    assert found[:, 0].isnan().tolist() == [False, False, True, False]
-
-
 def test_what_raises_once_costs_nothing() -> None:
     calls: list[int] = []
 
@@ -105,19 +99,14 @@ def test_what_raises_once_costs_nothing() -> None:
     assert calls == [4, 4]
 
 
-@pytest.mark.parametrize(("score_batch", "lost"), [(None, [0, 1, 2, 3]), (4, [2])])
-def test_a_sample_that_cannot_be_borne_costs_its_own_score_where_samples_may_be_parted(
+@pytest.mark.parametrize(("score_batch", "lost"), [(None, [0, 1, 2, 3]), (1, [2]), (4, [2])])
+def test_a_failing_sample_loses_its_own_score_alone_where_batches_may_be_split(
     score_batch: int | None, lost: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuses_dark(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        if bool((samples == 0).flatten(1).all(1).any()):
-            raise ValueError("too dark")
-        return brightness(samples, prompts)
-
     samples = IMAGES.clone()
     samples[2] = 0
-    found = score([NamedReward("r", refuses_dark, score_batch=score_batch)], samples, PROMPTS)[:, 0]
-    assert found.isnan().nonzero()[:, 0].tolist() == lost
+    scores = score([NamedReward("r", refuses_dark, score_batch=score_batch)], samples, PROMPTS)[:, 0]
+    assert scores.isnan().nonzero()[:, 0].tolist() == lost
     assert f"reward 'r' raised ValueError: too dark; {len(lost)} scores are NaN" in caplog.text
 
 
@@ -131,10 +120,10 @@ def test_a_call_that_hangs_has_failed(caplog: pytest.LogCaptureFixture) -> None:
         return brightness(samples, prompts)
 
     reward = NamedReward("slow", hanging, score_batch=2, timeout=0.05)
-    found = score([reward], IMAGES, PROMPTS)[:, 0]
+    scores = score([reward], IMAGES, PROMPTS)[:, 0]
     answer.set()
-    assert found.isnan().tolist() == [True, True, False, False]
-    assert calls == [False, False, False]  # the halves of what hangs are not asked
+    assert scores.isnan().tolist() == [True, True, False, False]
+    assert calls == [False, False, False]  # a call that hangs is not split
     assert "reward 'slow' raised TimeoutError: no scores within 0.05 s; 2 scores are NaN" in caplog.text
     with pytest.raises(ValueError, match="timeout of reward 'x' must be positive, in seconds, not 0"):
         NamedReward("x", brightness, timeout=0)
@@ -147,14 +136,14 @@ def test_parts_are_checked() -> None:
         NamedReward("x", brightness, score_batch=0)
 
 
-def test_names_are_kept_or_given() -> None:
+def test_rewards_are_named() -> None:
     reward = NamedReward("mine", brightness, 2.0, 3)
     assert named(reward) == [reward] == named([reward])
-    assert [found.name for found in named({"a": brightness, "b": half})] == ["a", "b"]
+    assert [one.name for one in named({"a": brightness, "b": half})] == ["a", "b"]
     assert named(brightness) == [NamedReward("reward", brightness)]
 
 
-def test_scales_apart_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_rewards_of_very_different_spread_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     scores = torch.tensor([[0.0, 100.0, 5.0], [1.0, 200.0, 5.0], [torch.nan, 0.0, 5.0]])
     rewards = [NamedReward("small", brightness), NamedReward("large", brightness), NamedReward("still", brightness)]
     RewardMonitor().compare([rewards[0], NamedReward("large", brightness, 0.01), rewards[2]], scores)
@@ -171,18 +160,15 @@ def test_too_many_failures_stop_the_run() -> None:
     RewardMonitor(max_failed_fraction=0.75).see(scores, silent=False)
 
 
-def test_silence_warns_once_and_then_stops(caplog: pytest.LogCaptureFixture) -> None:
-    watch, scores = RewardMonitor(silent_rounds=3), torch.ones(4, 1)
-    watch.see(scores, silent=True)
-    watch.see(scores, silent=True)
+def test_rounds_without_signal_warn_once_and_then_stop(caplog: pytest.LogCaptureFixture) -> None:
+    scores = torch.ones(4, 1)
+    monitor = RewardMonitor(silent_rounds=2)
+    for silent in (True, False, True, False):  # a round with signal starts the count again
+        monitor.see(scores, silent)
+    caplog.clear()
+    monitor = RewardMonitor(silent_rounds=3)
+    monitor.see(scores, silent=True)
+    monitor.see(scores, silent=True)
     assert caplog.text.count("nothing to learn from") == 1
-    with pytest.raises(
-        RewardError, match="for 3 rounds every group had equal scores: use a reward with partial credit"
-    ):
-        watch.see(scores, silent=True)
-
-
-def test_a_live_round_ends_the_silence() -> None:
-    watch, scores = RewardMonitor(silent_rounds=2), torch.ones(4, 1)
-    for silent in (True, False, True, False):
-        watch.see(scores, silent)
+    with pytest.raises(RewardError, match="for 3 rounds every group had equal scores: use a reward with partial"):
+        monitor.see(scores, silent=True)

@@ -73,7 +73,7 @@ def code(answer: Answer) -> str:
     return json.loads(answer.body)["error"]["code"]
 
 
-def test_it_says_what_it_is(url: str) -> None:
+def test_info_and_health(url: str) -> None:
     assert protocol.unpack_info(call(url, "GET", "/v1/info").body) == INFO
     assert call(url, "GET", "/healthz").status == call(url, "GET", "/readyz").status == 200
     assert call(url, "GET", "/v1/score").status == 405
@@ -107,7 +107,7 @@ def test_images_of_different_sizes_are_scored(url: str) -> None:
     ],
     ids=["multipart", "pickle", "no JSON", "no schema"],
 )
-def test_what_is_no_request_is_refused(url: str, kind: str, body: bytes, status: int, expected: str) -> None:
+def test_malformed_requests_are_refused(url: str, kind: str, body: bytes, status: int, expected: str) -> None:
     answer = call(url, "POST", "/v1/score", body, Content_Type=kind)
     assert (answer.status, code(answer)) == (status, expected)
 
@@ -120,12 +120,9 @@ def test_too_many_or_other_samples_are_refused(url: str) -> None:
     assert (answer.status, code(answer)) == (415, "media_type")
 
 
-def test_oversize_bodies_are_refused_before_they_are_held(url: str) -> None:
+def test_oversize_bodies_are_refused_before_they_are_held_with_or_without_a_length(url: str) -> None:
     answer = call(url, "POST", "/v1/score", b"x" * (INFO.max_bytes + 1))
     assert (answer.status, code(answer)) == (413, "too_large")
-
-
-def test_a_body_without_a_length_is_cut_off_at_the_limit(url: str) -> None:
     host, port = urlsplit(url).hostname or "", urlsplit(url).port or 0
     with socket.create_connection((host, port), timeout=20) as sock:
         sock.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -135,7 +132,7 @@ def test_a_body_without_a_length_is_cut_off_at_the_limit(url: str) -> None:
         assert b"413" in sock.recv(100)
 
 
-def test_a_token_is_asked_for_before_the_body_is_read() -> None:
+def test_the_token_is_checked_before_the_body_is_read() -> None:
     with serving(brightness, token="s3cret") as url:
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"}):
             assert call(url, "GET", "/v1/info", **header).status == 401
@@ -155,7 +152,7 @@ def test_a_request_id_is_scored_once_and_for_one_request() -> None:
         assert (other.status, code(other)) == (422, "request_id")
 
 
-def test_a_deadline_that_passes_is_told_and_can_be_asked_again() -> None:
+def test_a_request_past_its_deadline_can_be_sent_again() -> None:
     reward = Gated()
     with serving(reward) as url:
         answer = post(url, request([0.2], deadline=0.1))
@@ -169,7 +166,7 @@ def test_a_deadline_that_passes_is_told_and_can_be_asked_again() -> None:
     assert reward.batches == [1, 1]
 
 
-def test_what_gathers_is_scored_together() -> None:
+def test_waiting_requests_are_scored_together() -> None:
     reward = Gated()
     with serving(reward) as url, ThreadPoolExecutor(8) as threads:
         first = threads.submit(post, url, request([0.1], "first"))
@@ -194,7 +191,7 @@ def test_more_requests_than_places_are_sent_away() -> None:
         assert first.result().status == 200
 
 
-def test_it_is_ready_when_the_reward_has_been_tried() -> None:
+def test_the_server_is_ready_once_the_reward_has_scored_a_placeholder() -> None:
     reward = Gated()
     with serving(reward, first=placeholder(INFO)) as url:
         assert reward.entered.wait(20)
@@ -209,7 +206,7 @@ def test_it_is_ready_when_the_reward_has_been_tried() -> None:
     assert reward.batches == [1, 1]
 
 
-def test_a_reward_that_fails_on_what_has_no_meaning_is_served_and_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_reward_that_fails_on_the_placeholder_is_served_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     def needy(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         if any(prompt.metadata is None for prompt in prompts):
             raise ValueError("no metadata")
@@ -247,7 +244,7 @@ def test_a_bad_sample_costs_a_few_calls() -> None:
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(4, 1), torch.tensor(0.0), [0.0] * 4, torch.full((4,), torch.nan)])
-def test_what_is_no_score_is_null(wrong: object) -> None:
+def test_an_invalid_score_is_null(wrong: object) -> None:
     scored = score_each(lambda samples, prompts: wrong, torch.rand(4, 3, 2, 2), [Prompt("x")] * 4, "name")  # type: ignore[arg-type,return-value]
     assert len(scored) == 4 and all(isinstance(outcome, SampleError) for outcome in scored)
 
@@ -261,7 +258,7 @@ def test_only_loopback_goes_without_a_token() -> None:
             require_safe(host, None, "T")
 
 
-def test_a_port_that_is_taken_is_told() -> None:
+def test_a_busy_port_is_refused_with_advice() -> None:
     taken = pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1:\d+ .*choose another --host or --port")
     with listen("127.0.0.1", 0) as sock, taken:
         listen("127.0.0.1", sock.getsockname()[1])

@@ -127,10 +127,10 @@ def test_what_is_not_finite_does_not_travel() -> None:
     assert reward.scored == 2
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_passing_failures_are_asked_again(status: int) -> None:
+@pytest.mark.parametrize("fault", [Answer(408), Answer(429), Answer(500), Answer(502), Answer(503), Answer(drop=True)])
+def test_passing_failures_are_retried(fault: Answer) -> None:
     with serving(Grey()) as url:
-        faults = Faults(url, [Answer(status), None, Answer(status), Answer(status)])
+        faults = Faults(url, [fault, None, fault, fault])
         with stub(faults) as faulty:
             assert ask(faulty, *range(10), concurrency=1) == list(range(10))
     assert len(faults.seen) == 6
@@ -140,11 +140,6 @@ def test_a_busy_server_that_scores_now_and_then_is_not_given_up() -> None:
     with serving(Grey()) as url, stub(Faults(url, [Answer(429), None] * 8)) as busy:
         patience = replace(QUICK, retries=1)
         assert ask(busy, *range(8), batch_size=1, concurrency=1, patience=patience) == list(range(8))
-
-
-def test_dropped_connections_are_asked_again() -> None:
-    with serving(Grey()) as url, stub(Faults(url, [Answer(drop=True)] * 4)) as faulty:
-        assert ask(faulty, *range(10)) == list(range(10))
 
 
 def test_retry_after_is_waited_for() -> None:
@@ -211,17 +206,16 @@ def test_a_server_that_is_still_loading_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"<html>hello</html>", b'{"schema": 2}', b'{"schema": 2, "name": "x", "version": "1", "max_batch": 0}']
+    ("body", "message"),
+    [
+        (b"<html>hello</html>", "this is not"),
+        (b'{"schema": 2}', "this is not"),
+        (b'{"schema": 2, "name": "x", "version": "1", "max_batch": 0}', "this is not"),
+        (replace(INFO, schema=3).to_json(), "this side speaks schema 2, the other 3"),
+    ],
 )
-def test_another_service_is_an_error(body: bytes) -> None:
-    with stub(lambda seen: Answer(200, body)) as url, pytest.raises(RemoteError, match="this is not"):
-        ask(url, 1)
-
-
-def test_another_schema_is_an_error() -> None:
-    newer = replace(INFO, schema=3).to_json()
-    refused = pytest.raises(RemoteError, match="this side speaks schema 2, the other 3")
-    with stub(lambda seen: Answer(200, newer)) as url, refused:
+def test_another_service_or_schema_is_an_error(body: bytes, message: str) -> None:
+    with stub(lambda seen: Answer(200, body)) as url, pytest.raises(RemoteError, match=message):
         ask(url, 1)
 
 
@@ -272,6 +266,8 @@ def test_large_batches_are_split_and_an_oversize_sample_is_nan(caplog: pytest.Lo
         scores = RemoteReward(url, patience=QUICK)(noisy, named(6))
         assert scores.isnan().tolist() == [True, True, False, True, True, True]
     assert "(5 too_large)" in caplog.text
+    with serving(Grey(), replace(INFO, max_pixels=63)) as url:
+        assert ask(url, 1) == [-1]
 
 
 def test_a_proxy_with_a_smaller_limit_is_found_out() -> None:
@@ -282,11 +278,6 @@ def test_a_proxy_with_a_smaller_limit_is_found_out() -> None:
 
         with stub(limited) as proxy:
             assert ask(proxy, *range(8), batch_size=8) == list(range(8))
-
-
-def test_more_pixels_than_allowed_are_nan() -> None:
-    with serving(Grey(), replace(INFO, max_pixels=63)) as url:
-        assert ask(url, 1) == [-1]
 
 
 def test_a_restart_in_the_middle_of_a_round_loses_nothing() -> None:
