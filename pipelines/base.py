@@ -22,7 +22,7 @@ from genalign.runtime.files import write_json
 from genalign.runtime.memory_options import Memory
 from genalign.types import Conditioning, Grid, NoiseLevel
 from pipelines.checkpoint_files import check_folder, fingerprint, is_hub_id
-from pipelines.quantization import quantization_arguments
+from pipelines.low_memory import on_device, quantization_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class DiffusersPipeline(ABC):
     """A diffusers pipeline as encode / predict / decode (``genalign.types.Pipeline``).
 
     A family defines how its prompts are encoded, how its network is called, and its noise levels. Samples are images
-    with latents (B, C, h, w), also if the network takes them in patches; ``pipelines.audio_base`` has those of audio.
+    with latents (B, C, h, w), also if the network takes them in patches; for audio see ``pipelines.audio_base``.
     """
 
     kind: ClassVar[type[DiffusionPipeline]]
@@ -83,6 +83,7 @@ class DiffusersPipeline(ABC):
         self._batches: dict[str, list[str]] = {}  # the batch in which a text is encoded
 
         # Freeze all networks, and move them according to the memory options
+        self._text_encoders = [encoder for name in self.encoders if (encoder := pipe.components.get(name)) is not None]
         for module in (self.denoiser, self.pipe.vae, *self._text_encoders):
             module.requires_grad_(False).eval()
         self.denoiser.to(self.device)
@@ -102,16 +103,9 @@ class DiffusersPipeline(ABC):
         extra = quantization_arguments(options.get("memory", Memory()), cls.denoiser_name, dtype)
         pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, **extra)
         if not isinstance(pipe.scheduler, cls.first_order) or pipe.scheduler.config.get("solver_order", 1) > 1:
-            logger.warning(
-                "%s comes with %s. Genalign samples by first-order steps instead, at the noise levels of %s; compare"
-                " its samples with first-order samplers only.",
-                path_or_id,
-                type(pipe.scheduler).__name__,
-                cls.first_order.__name__,
-            )
+            message = "%s comes with %s. Genalign samples by first-order steps instead, at the noise levels of %s."
+            logger.warning(message, path_or_id, type(pipe.scheduler).__name__, cls.first_order.__name__)
         return cls(pipe, **options)
-
-    # Defined by each family
 
     @property
     @abstractmethod
@@ -182,7 +176,7 @@ class DiffusersPipeline(ABC):
         return int(self._config.sample_size)
 
     def _set_size(self, options: Options) -> None:
-        """Set ``height`` and ``width`` of the latents, from those of images in pixels."""
+        """Set ``height`` and ``width`` of the latents from the size of images in pixels."""
         if options.get("seconds") is not None:
             raise ValueError("this model makes images: leave seconds out, and give height and width")
         factor = int(self.pipe.vae_scale_factor)
@@ -193,8 +187,6 @@ class DiffusersPipeline(ABC):
         self.height = self.latent_side if height is None else height // factor
         self.width = self.latent_side if width is None else width // factor
 
-    # Shared by all families
-
     @property
     def denoiser(self) -> nn.Module:
         """The network that predicts noise, velocity or clean latents, and is trained."""
@@ -204,11 +196,6 @@ class DiffusersPipeline(ABC):
     @property
     def _config(self) -> Any:
         return self.pipe.components[self.denoiser_name].config
-
-    @property
-    def _text_encoders(self) -> list[nn.Module]:
-        components = (self.pipe.components.get(name) for name in self.encoders)
-        return [encoder for encoder in components if encoder is not None]
 
     @property
     def latent_channels(self) -> int:
@@ -360,10 +347,8 @@ class DiffusersPipeline(ABC):
         if self.lora_in_diffusers:
             settings = config.to_dict()
             metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-            layers = {
-                f"{self.denoiser_name}_lora_layers": dict(state),
-                f"{self.denoiser_name}_lora_adapter_metadata": metadata,
-            }
+            name = self.denoiser_name
+            layers = {f"{name}_lora_layers": dict(state), f"{name}_lora_adapter_metadata": metadata}
             type(self.pipe).save_lora_weights(directory, **layers)
             sort_metadata(directory / "pytorch_lora_weights.safetensors")
         else:
@@ -411,18 +396,3 @@ class DiffusersPipeline(ABC):
             merge_lora(self.denoiser)
             self._has_adapter = False
         (self.pipe if whole else self.pipe.components[self.denoiser_name]).save_pretrained(directory)
-
-
-@contextlib.contextmanager
-def on_device(modules: Sequence[nn.Module], device: torch.device, offload: bool) -> Iterator[None]:
-    """Move modules to ``device`` within the context, and back to the CPU afterwards, if ``offload``."""
-    if not offload:
-        yield
-        return
-    for module in modules:
-        module.to(device)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.to("cpu")

@@ -17,8 +17,8 @@ DISTILLED_GUIDANCE = 3.5
 class Flux(PackedFlowPipeline):
     """A ``FluxPipeline``.
 
-    The network of FLUX.1-dev takes ``distilled_guidance`` as an input, at one NFE, and refuses classifier-free guidance
-    on top; that of FLUX.1-schnell takes no guidance.
+    The network of FLUX.1-dev takes ``distilled_guidance`` as an input, at one NFE, and classifier-free guidance on top
+    is refused; the network of FLUX.1-schnell takes no guidance.
     """
 
     kind = FluxPipeline

@@ -28,7 +28,7 @@ from genalign.training.memory_estimate import Outline
 from pipelines.base import Options
 from pipelines.checkpoint_files import require_weights
 from pipelines.meta_device import outline
-from pipelines.quantization import quantization_arguments
+from pipelines.low_memory import quantization_arguments
 from rewards.backbones.world_verifier import SCORES
 from rewards.geneval import GenEvalJudge
 from rewards.noise_aware import save_scorer

@@ -54,13 +54,13 @@ def run_part(pipe: DiffusionPipeline, part: PartialRun | None, steps: int, **cal
     Args:
         pipe: The pipeline.
         part: The N samples to continue, if any.
-        steps: The number of evaluations of the network in all; those of ``part`` < steps < those of the whole call.
+        steps: The total number of evaluations of the network after this part, less than the whole call has.
         **call: The arguments of the whole call, for these N samples: prompts or embeddings, and generators, in their
             order. The output type is always "latent".
 
     Raises:
         ValueError: Another number of steps, a call whose guidance depends on the number of the step, another schedule
-            than that of ``part``, or a pipeline that does not start from the latents that it is called with.
+            than ``part`` has, or a pipeline that does not start from the latents that it is called with.
     """
     done = 0 if part is None else part.done
     if steps <= done:

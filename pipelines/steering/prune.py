@@ -71,7 +71,7 @@ def prune(
             # All candidates that are left do the steps until the next pruning
             part = run_part(pipe, part, step + 1, **_repeated(call, prompt, generators))
 
-            # The best previews go on
+            # The candidates with the best previews continue
             scores, _ = scorer(part.x0, [prompt] * len(nodes), nodes, step + 1)
             rows = best_per_prompt(scores, torch.zeros(len(nodes), dtype=torch.long), alive)
             survivors = [nodes[i] for i in rows.tolist()]

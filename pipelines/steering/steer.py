@@ -1,4 +1,4 @@
-"""Steering of a diffusers pipeline of the user's own, whose code stays as it is.
+"""Steering of a diffusers pipeline of the user's own, without a change of its code.
 
 N samples in a call, K of each of P prompts side by side, as ``num_images_per_prompt=K`` makes them.
 """
@@ -57,7 +57,7 @@ def steer(
     """Steer every call of ``pipe`` within the context.
 
     A call samples ``num_images_per_prompt`` particles of each prompt. At the steps that the strategy names, their
-    previews are decoded and scored, and the strategy selects which go on. The sample that it chooses for a prompt
+    previews are decoded and scored, and the strategy selects which continue. The sample that it chooses for a prompt
     becomes the prompt's first.
 
     Args:
@@ -94,7 +94,7 @@ def steer(
 
 
 def _require_resampling(pipe: DiffusionPipeline, plan: Stepwise) -> None:
-    """Raise ValueError where a particle that is replaced by a copy of another would not go on as that one does."""
+    """Raise ValueError if the pipeline or its scheduler does not suit copies of particles."""
     if getattr(getattr(pipe, "transformer", None), "is_cache_enabled", False):
         raise ValueError(
             "the transformer caches residuals of its samples, which resampling would mix up: call"
@@ -144,7 +144,7 @@ class _SteeredCalls:
             self.steering.scores = scores[order]
             return x[order.to(x.device)]
 
-        # A step at which the strategy selects: places go on from the particles that it returns
+        # A step at which the strategy selects: each place continues from the particle that it names
         if move.index not in self.scoring_steps:
             return x
         sources = self.selection.select(move.index, self._score(move.x0, done))

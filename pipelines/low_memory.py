@@ -1,12 +1,15 @@
-"""Quantization of the base under a LoRA, by diffusers' own configuration."""
+"""The memory options of a pipeline: a quantized base under a LoRA, and networks that wait on the CPU."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.quantizers import PipelineQuantizationConfig
+from torch import nn
 
 from genalign.runtime.memory_options import Memory
 
@@ -36,3 +39,16 @@ def quantization_arguments(memory: Memory, component: str, dtype: torch.dtype) -
 
         config = TorchAoConfig(Int8WeightOnlyConfig())
     return {"quantization_config": PipelineQuantizationConfig(quant_mapping={component: config})}
+
+
+@contextmanager
+def on_device(modules: Sequence[nn.Module], device: torch.device, offload: bool) -> Iterator[None]:
+    """Move modules to ``device`` within the context, and back to the CPU afterwards, if ``offload``."""
+    moved = modules if offload else ()
+    for module in moved:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module in moved:
+            module.to("cpu")
