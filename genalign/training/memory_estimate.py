@@ -57,13 +57,9 @@ class NetworkSize:
 
 @dataclass(frozen=True)
 class Outline:
-    """A checkpoint opened without its weights.
+    """A checkpoint opened without its weights, at ``width`` bytes per number.
 
-    Args:
-        pipeline: The pipeline; an adapter may be injected into its denoiser.
-        networks: The sizes of its networks without an adapter, the denoiser first.
-        memory: The options that trade speed for memory.
-        width: Bytes per number in the checkpoint's dtype.
+    ``networks`` are the sizes of its networks without an adapter, the denoiser first.
     """
 
     pipeline: MetaPipeline
