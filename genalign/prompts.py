@@ -22,8 +22,10 @@ def drawn_in_turn(prompts: PromptSet, count: int, seed: int) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class PromptSampler:
-    """Samples ``count`` distinct prompts per round in a seeded order: the tasks in turn, so that small tasks come as
-    often as large ones, and every prompt of a task before any again.
+    """A seeded order of prompts for training, ``count`` distinct ones per round.
+
+    The tasks take turns, so that small tasks come as often as large ones; within a task every prompt comes once before
+    any comes again.
     """
 
     prompts: PromptSet
@@ -39,7 +41,13 @@ class PromptSampler:
 
     def rounds(self) -> Iterator[tuple[Prompt, ...]]:
         """Yield rounds of ``count`` prompts without end."""
-        decks = [_deck(prompts, f"{self.seed}/{task}") for task, prompts in sorted(self.prompts.by_task().items())]
+
+        def shuffled(prompts: tuple[Prompt, ...], seed: str) -> Iterator[Prompt]:
+            rng = random.Random(seed)
+            while True:
+                yield from rng.sample(prompts, len(prompts))
+
+        decks = [shuffled(prompts, f"{self.seed}/{task}") for task, prompts in sorted(self.prompts.by_task().items())]
         stream = (next(deck) for _ in iter(int, 1) for deck in decks)
         while True:
             distinct: dict[str, Prompt] = {}
@@ -47,9 +55,3 @@ class PromptSampler:
                 prompt = next(stream)
                 distinct.setdefault(prompt.text, prompt)
             yield tuple(distinct.values())
-
-
-def _deck(prompts: tuple[Prompt, ...], seed: str) -> Iterator[Prompt]:
-    rng = random.Random(seed)
-    while True:
-        yield from rng.sample(prompts, len(prompts))

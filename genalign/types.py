@@ -146,7 +146,7 @@ class Pipeline(Protocol):
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that is trained."""
+        """The trained network, a transformer or UNet."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode texts, once per distinct prompt and cached; rows in the order of ``prompts``."""
@@ -197,8 +197,9 @@ class TrainableReward(Protocol):
         """Return scores (B,) with the weights of the last update."""
 
     def update(self, samples: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, float]:
-        """Train on a round's generated samples (B, ...) and return metrics for the log. In a distributed run every rank
-        gets all samples of the round, and must make the same update.
+        """Train on a round's generated samples (B, ...) and return metrics for the log.
+
+        In a distributed run every rank gets all samples of the round, and must make the same update.
         """
 
     def tensors(self) -> dict[str, Tensor]:

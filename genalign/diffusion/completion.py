@@ -41,14 +41,17 @@ class Completion:
 
 @dataclass(frozen=True)
 class _PartialCompletion:
-    """States of one stored step after their first move: their ``rows`` (U,) of the batch, the latents ``x`` (U, ...),
-    each sample's place (B,) among them, and the grid indices at which moves begin.
+    """The U distinct states of a stored step, after their first move.
+
+    Attributes:
+        rows: The row (U,) of the batch that each state is taken from.
+        x: Latents (U, ...).
+        origin: The index (B,) of each sample's state.
     """
 
     rows: Tensor
     x: Tensor
     origin: Tensor
-    stops: tuple[int, ...]
 
 
 @torch.no_grad()
@@ -59,10 +62,10 @@ def complete(
     guidance: float,
     completion: Completion = Completion(),
 ) -> Tensor:
-    """Complete the state before each stored step of a rollout by the ODE.
+    """Complete the state before each stored step of a rollout to a clean latent, by the ODE.
 
-    The first move reuses the rollout's own prediction, and a state that a group shares is completed once. Moves that
-    begin at one grid index go through the network together, in batches no larger than the rollout's.
+    The first move reuses the prediction of the rollout, and a state that a group shares is completed once. Moves that
+    begin at the same grid index go through the network together, in batches no larger than the rollout's.
 
     Args:
         pipeline: The model that sampled the rollout.
@@ -76,21 +79,24 @@ def complete(
     """
     size, total = len(sampled.final), len(grid)
     every = torch.arange(size)
-    parts = []
+    # First moves, from the stored states
+    parts: list[_PartialCompletion] = []
+    stops_of: list[tuple[int, ...]] = []
     for stored, index in enumerate(sampled.steps):
         stops = completion.stops(index, total)
         rows, origin = unique_starts(sampled.inputs) if stored == 0 else (every, every)
         step = _moves(grid, index, [stops] * len(rows))
         move = transition(pipeline.path, ODE(), sampled.x[rows, stored], sampled.prediction[rows, stored], step)
-        parts.append(_PartialCompletion(rows, move.mean, origin, stops))
+        parts.append(_PartialCompletion(rows, move.mean, origin))
+        stops_of += [stops] * len(rows)
 
+    # Further moves, of the states of all stored steps together
     rows = torch.cat([part.rows for part in parts])
     x = torch.cat([part.x for part in parts])
-    stops_of = [part.stops for part in parts for _ in part.rows.tolist()]
     conditioning = sampled.inputs.conditioning[sampled.inputs.prompt[rows]]
     for index in range(min(sampled.steps) + 1, total):
         moving = torch.tensor([i for i, stops in enumerate(stops_of) if index in stops[1:]], dtype=torch.long)
-        for part in torch.split(moving, size) if len(moving) else ():
+        for part in torch.split(moving, size)[: len(moving)]:  # an empty tensor would be split into one empty part
             step = _moves(grid, index, [stops_of[i] for i in part.tolist()])
             prediction = pipeline.predict(x[part], step, conditioning[part], guidance)
             x[part] = transition(pipeline.path, ODE(), x[part], prediction, step).mean
@@ -99,7 +105,7 @@ def complete(
 
 
 def _moves(grid: Grid, index: int, stops: list[tuple[int, ...]]) -> NoiseStep:
-    """The moves from grid ``index`` to the next of each sample's ``stops``, or to the end."""
+    """Return the moves (N,) from grid ``index`` to the next of each sample's ``stops``, or to the end of the grid."""
     after = torch.tensor([next((stop for stop in sample if stop > index), len(grid)) for sample in stops])
     here = grid[torch.full_like(after, index)]
     return NoiseStep(here.timestep, here.alpha, here.sigma, here.index, grid.alpha[after], grid.sigma[after])

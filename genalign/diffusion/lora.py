@@ -21,9 +21,10 @@ _PREFIX = "base_model.model."
 
 
 def inject_lora(network: nn.Module, config: LoraConfig, state: Mapping[str, Tensor] | None = None) -> None:
-    """Add the adapter ADAPTER to ``network``, with the weights ``state`` under PEFT's names, or with new ones.
+    """Add the adapter ADAPTER to ``network``, with the weights ``state`` under PEFT's names, or with new weights.
 
-    Raises ValueError where ``state`` does not hold exactly the weights of such an adapter.
+    Raises:
+        ValueError: ``state`` does not hold exactly the weights of such an adapter.
     """
     inject_adapter_in_model(config, network, adapter_name=ADAPTER)
     if state is None:
@@ -36,7 +37,7 @@ def inject_lora(network: nn.Module, config: LoraConfig, state: Mapping[str, Tens
 
 
 def load_lora(network: nn.Module, folder: Path) -> None:
-    """Inject the adapter of a PEFT folder. Raises ValueError where it was trained on another network."""
+    """Inject the adapter of a PEFT folder. Raises ValueError if it was trained on another network."""
     state = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(folder / PEFT_WEIGHTS).items()}
     inject_lora(network, LoraConfig.from_pretrained(str(folder)), state)
 

@@ -1,4 +1,4 @@
-"""Gaussian paths x = alpha x0 + sigma eps, and conversions of what a network predicts along them.
+"""Gaussian paths x = alpha x0 + sigma eps, and conversions between network predictions, clean latents and noise.
 
 Every conversion is a weighted sum of two latents. The weights are computed in float64 and cast once, to the latent's
 dtype: float64 stays float64, everything else is computed and returned in float32.
@@ -29,7 +29,7 @@ class LatentWeights:
 
 @dataclass(frozen=True)
 class Conversion:
-    """At one level: x0 and eps as sums of (x, prediction), and the prediction as a sum of (x0, eps)."""
+    """The weights at a level: x0 and eps as sums of (x, prediction), and the prediction as a sum of (x0, eps)."""
 
     x0: LatentWeights
     eps: LatentWeights
@@ -37,47 +37,50 @@ class Conversion:
 
 
 class GaussianPath(ABC):
-    """x = alpha x0 + sigma eps with a network whose output is linear in (x0, eps).
+    """The path x = alpha x0 + sigma eps of a network whose output is linear in (x0, eps).
 
-    Latents are (B, ...) and a level's tensors () or (B,). Every method raises ValueError for a level off the path, for
-    latents of unequal shape, and for a quantity that is not determined there (a division by alpha = 0 or sigma = 0).
+    Latents are (B, ...) and the tensors of a level () or (B,).
+
+    Raises:
+        ValueError: In every method, if a level is not on the path, latents differ in shape, or the result is not
+            determined at the level (a division by alpha = 0 or sigma = 0).
     """
 
     @abstractmethod
     def conversion(self, level: NoiseLevel) -> Conversion:
-        """The weights at ``level``; not finite where a quantity is not determined there."""
+        """Return the weights at ``level``; they are not finite for a quantity that is not determined there."""
 
     @final
     def x0(self, x: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor:
-        """The clean latent (B, ...) that ``prediction`` implies."""
+        """Compute the clean latent (B, ...) that ``prediction`` implies."""
         return _blend(self.conversion(level).x0, x, prediction, "x0")
 
     @final
     def eps(self, x: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor:
-        """The noise (B, ...) that ``prediction`` implies."""
+        """Compute the noise (B, ...) that ``prediction`` implies."""
         return _blend(self.conversion(level).eps, x, prediction, "eps")
 
     @final
     def score(self, x: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor:
-        """The gradient of the log marginal at x, -eps / sigma (B, ...); needs sigma > 0."""
+        """Compute the gradient of the log marginal at x, -eps / sigma (B, ...); sigma must be positive."""
         eps = self.conversion(level).eps
         return _blend(LatentWeights(-eps.first / level.sigma, -eps.second / level.sigma), x, prediction, "score")
 
     @final
     def prediction(self, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
-        """The network's training target (B, ...) for a clean latent and its noise."""
+        """Compute the network's training target (B, ...) for a clean latent and its noise."""
         return _blend(self.conversion(level).prediction, x0, eps, "prediction")
 
     @final
     def add_noise(self, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
-        """The noised latent x = alpha x0 + sigma eps (B, ...)."""
+        """Compute the noised latent x = alpha x0 + sigma eps (B, ...)."""
         return _blend(LatentWeights(level.alpha, level.sigma), x0, eps, "x")
 
 
 @final
 @dataclass(frozen=True)
 class FlowPath(GaussianPath):
-    """Rectified flow, alpha = 1 - sigma, prediction v = eps - x0 (arXiv 2209.03003; the sign of diffusers and SD3)."""
+    """Rectified flow: alpha = 1 - sigma, prediction v = eps - x0 (arXiv 2209.03003; the sign of diffusers and SD3)."""
 
     def conversion(self, level: NoiseLevel) -> Conversion:
         _require_on_path(level.alpha + level.sigma - 1, "alpha = 1 - sigma")
@@ -92,7 +95,7 @@ class FlowPath(GaussianPath):
 @final
 @dataclass(frozen=True)
 class VPPath(GaussianPath):
-    """Variance preserving, alpha^2 + sigma^2 = 1 (DDPM, arXiv 2006.11239; v: arXiv 2202.00512, appendix D)."""
+    """The variance-preserving path, alpha^2 + sigma^2 = 1 (arXiv 2006.11239; v: arXiv 2202.00512, appendix D)."""
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
 
@@ -116,7 +119,7 @@ class VPPath(GaussianPath):
 @final
 @dataclass(frozen=True)
 class EDMPath(GaussianPath):
-    """Variance exploding with preconditioning, alpha = 1 (arXiv 2206.00364, table 1).
+    """The variance-exploding path with preconditioning, alpha = 1 (arXiv 2206.00364, table 1).
 
     The prediction is the network's raw output F, x0 = c_skip x + c_out F with c_skip = sigma_data^2 / r^2,
     c_out = -+ sigma sigma_data / r and r^2 = sigma^2 + sigma_data^2; "v_prediction" has the minus, "epsilon" the plus.
@@ -159,7 +162,7 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast the tensors to the dtype of their arithmetic: float64 where one of them is float64, else float32."""
+    """Cast the tensors to the dtype of their arithmetic: float64 if one of them is float64, else float32."""
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
     return tuple(tensor.to(dtype) for tensor in tensors)
 
@@ -169,7 +172,7 @@ def _blend(weights: LatentWeights, first: Tensor, second: Tensor, name: str) -> 
         raise ValueError(f"latents must have one shape, not {tuple(first.shape)} and {tuple(second.shape)}")
     if not bool((weights.first.isfinite() & weights.second.isfinite()).all()):
         raise ValueError(
-            f"{name} is not determined by the prediction at this level, where alpha or sigma is 0; "
+            f"{name} is not determined by the prediction at this level, where alpha or sigma is 0: "
             "leave the level out, or use a network that predicts v"
         )
     first, second = promote(first, second)
@@ -178,4 +181,4 @@ def _blend(weights: LatentWeights, first: Tensor, second: Tensor, name: str) -> 
 
 def _require_on_path(residual: Tensor, equation: str) -> None:
     if not bool((residual.abs() <= _ON_PATH_TOLERANCE).all()):
-        raise ValueError(f"this level is not on the path {equation}; take levels from the pipeline that owns the path")
+        raise ValueError(f"this level is not on the path {equation}: take levels from the pipeline that owns the path")

@@ -18,13 +18,14 @@ from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from genalign.runtime.fsdp import Sharding, full_tensor, require_sharded, reshard, shard_like, swapped_weights
 
 ATTENTION = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
-"""The names that diffusers gives to the projections of attention layers, those of a joint layer's text included."""
+"""The names in diffusers of the projections of attention layers, including the text projections of joint layers."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on the linear layers whose names end in one of ``targets``; None takes every projection of
-    every attention layer of the network.
+    """Low-rank adapters on the linear layers whose names end in one of ``targets``.
+
+    ``targets`` None takes all projections of all attention layers of the network.
     """
 
     rank: int = 32
@@ -55,12 +56,12 @@ class WeightSnapshot:
 
     @torch.no_grad()
     def update(self, parameters: Sequence[nn.Parameter], decay: float = 0.0) -> None:
-        """Move towards ``parameters``: decay 0 copies, decay near 1 averages slowly."""
+        """Move towards ``parameters``: decay 0 copies them, decay near 1 averages slowly."""
         for tensor, parameter in zip(self.tensors, parameters, strict=True):
             tensor.lerp_(parameter.detach(), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights by index, gathered from all ranks where they are sharded."""
+        """Return the weights by index, gathered from all ranks if they are sharded."""
         return {str(index): full_tensor(tensor) for index, tensor in enumerate(self.tensors)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -76,13 +77,13 @@ class Policy:
     Trainable weights are float32 whatever the network's dtype.
 
     Args:
-        denoiser: The network; everything but the trainable weights is frozen.
-        lora: The adapter to train, drawn from ``seed``; None trains every weight.
-        ema_decay: The decay of the weights' exponential moving average per optimizer step.
-        seed: The seed of a new adapter.
-        has_adapter: The network has an adapter named ADAPTER already, which is trained on.
+        denoiser: The network; all weights but the trainable ones are frozen.
+        lora: The adapter to train; None trains every weight.
+        ema_decay: The decay, per optimizer step, of the exponential moving average of the weights.
+        seed: The seed of the weights of a new adapter.
+        has_adapter: Whether the network already has an adapter named ADAPTER to train further.
         processes: The process group, whose ranks train the same policy on different samples.
-        sharding: FSDP over these ranks, which then run the network, and read its weights, together.
+        sharding: FSDP over these ranks, which then run the network and read its weights together.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Policy:
         self.updates = 0
         self.config: LoraConfig | None = None
         if lora and not has_adapter:
-            _inject_new(denoiser, lora, seed)
+            _inject_new_lora(denoiser, lora, seed)
         if lora or has_adapter:
             self.config = cast(LoraConfig, cast(Any, denoiser).peft_config[ADAPTER])
         else:
@@ -113,8 +114,8 @@ class Policy:
                 parameter.requires_grad_(True)
         self.sharded = sharding is not None
         if sharding:
-            sharding.apply(denoiser)
-        self.parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+            sharding.apply(denoiser)  # which replaces the parameters
+        self.parameters = list(filter(lambda parameter: parameter.requires_grad, denoiser.parameters()))
         if sharding:
             require_sharded(self.parameters)
         self.average = WeightSnapshot(self.parameters)
@@ -155,11 +156,11 @@ class Policy:
                 parameter.data = tensor
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Run the network with the moving average of the weights, within the context: to evaluate and to save."""
+        """Run the network with the moving average of the weights, within the context, to evaluate or save it."""
         return self.using(self.average)
 
     def update_average(self) -> None:
-        """Update the moving average, after every optimizer step; its decay is smaller in the first steps."""
+        """Update the moving average after an optimizer step; its decay is smaller in the first steps."""
         self.updates += 1
         if self.sharded:
             reshard(self.denoiser)
@@ -183,12 +184,12 @@ class Policy:
             gradient.mul_(processes.world_size)
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """The current adapter under PEFT's names."""
+        """Return the current adapter under PEFT's names."""
         state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
         return {name: full_tensor(tensor) for name, tensor in state.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Current and averaged weights by index, for a checkpoint of the run."""
+        """Return the current and the averaged weights by index, for a checkpoint of the run."""
         current = {f"current.{i}": full_tensor(parameter.detach()) for i, parameter in enumerate(self.parameters)}
         return current | {f"average.{i}": full_tensor(tensor) for i, tensor in enumerate(self.average.tensors)}
 
@@ -203,8 +204,8 @@ class Policy:
         self.updates = updates
 
 
-def _inject_new(denoiser: nn.Module, lora: Lora, seed: int) -> None:
-    """Add new adapters; B starts at zero, so that training starts at the reference."""
+def _inject_new_lora(denoiser: nn.Module, lora: Lora, seed: int) -> None:
+    """Add a new adapter, drawn from ``seed``; B starts at zero, so that training starts at the reference policy."""
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

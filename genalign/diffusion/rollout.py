@@ -18,8 +18,13 @@ _MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighboring seeds land
 
 @dataclass(frozen=True)
 class RolloutInputs:
-    """The conditioning and the seeds of B trajectories. ``prompt`` (B,) long indexes the rows of ``conditioning``;
-    ``noise_seeds`` draw the initial latents and ``step_seeds`` the noise of stochastic steps, one each per sample.
+    """The conditioning and the seeds of B trajectories.
+
+    Attributes:
+        conditioning: The text conditioning of the prompts.
+        prompt: The row (B,) long of ``conditioning`` of each sample.
+        noise_seeds: The seeds (B) of the initial latents.
+        step_seeds: The seeds (B) of the noise of stochastic steps.
     """
 
     conditioning: Conditioning
@@ -44,10 +49,16 @@ class RolloutInputs:
 
 @dataclass(frozen=True)
 class Rollout:
-    """B trajectories with the transitions to be trained.
+    """B trajectories with S stored transitions each, for training; all tensors are float32.
 
-    ``x``, ``x_next``, ``mean`` and ``prediction`` (B, S, ...) float32 are states, the sampling policy's transition
-    means and the network's outputs at the grid's ``steps`` (S); ``final`` (B, ...) are the latents at sigma = 0.
+    Attributes:
+        inputs: The conditioning and the seeds.
+        steps: The grid indices (S) of the stored steps.
+        x: States (B, S, ...) before the stored steps.
+        x_next: States (B, S, ...) after the stored steps.
+        mean: Means (B, S, ...) of the transitions under the sampling policy.
+        prediction: Network outputs (B, S, ...) under the sampling policy.
+        final: Clean latents (B, ...), at sigma = 0.
     """
 
     inputs: RolloutInputs
@@ -69,12 +80,12 @@ class Rollout:
         return rows_are_finite(self.final)
 
     def zero_rows(self, rows: Tensor) -> Rollout:
-        """Zero the tensors of the samples ``rows`` (B,) bool: in a gradient, NaN times no credit would be NaN."""
+        """Zero the tensors of the samples ``rows`` (B,) bool: NaN times a credit of 0 would be a gradient of NaN."""
         index = rows.nonzero()[:, 0]
         return Rollout(self.inputs, self.steps, *(t.clone().index_fill_(0, index, 0) for t in self._tensors()))
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        """The fields with one row per sample, in their order."""
+        """Return the fields with one row per sample, in their order."""
         return self.x, self.x_next, self.mean, self.prediction, self.final
 
 
@@ -85,7 +96,7 @@ def rows_are_finite(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ReplayedStep:
-    """Stored transitions of N samples under the current weights (``new``) and under those that sampled (``old``)."""
+    """N stored transitions under the current weights (``new``) and under the sampling weights (``old``)."""
 
     new: Transition
     old: Transition
@@ -115,8 +126,8 @@ def rollout(
 ) -> Rollout:
     """Sample B trajectories and store the transitions to be trained.
 
-    Samples of one prompt that share their initial noise are one sample until the first stochastic step, and are
-    computed once until there.
+    Samples of a prompt that share their initial noise are equal until the first stochastic step, and are computed only
+    once until there.
 
     Args:
         pipeline: The model.
@@ -128,8 +139,9 @@ def rollout(
     """
     if len(kernels) != len(grid):
         raise ValueError(f"one kernel per step: the grid has {len(grid)} steps, got {len(kernels)} kernels")
+    # Distinct initial latents, and the step at which equal samples part
     stochastic = [bool(kernel(grid[i]).s > 0) for i, kernel in enumerate(kernels)]
-    branch = stochastic.index(True) if any(stochastic) else len(grid)
+    branch = [*stochastic, True].index(True)
     rows, origin = unique_starts(inputs)
     x = pipeline.initial_noise([inputs.noise_seeds[row] for row in rows])
     conditioning = inputs.conditioning[inputs.prompt[rows]]
@@ -153,7 +165,7 @@ def rollout(
 
 
 def unique_starts(inputs: RolloutInputs) -> tuple[Tensor, Tensor]:
-    """Rows (U,) of the first sample of each (prompt, noise seed), and each sample's index (B,) among them."""
+    """Return the rows (U,) of the first sample of each (prompt, noise seed), and each sample's index (B,) in them."""
     first: dict[tuple[int, int], int] = {}
     keys = list(zip(inputs.prompt.tolist(), inputs.noise_seeds, strict=True))
     for row, key in enumerate(keys):
@@ -163,17 +175,21 @@ def unique_starts(inputs: RolloutInputs) -> tuple[Tensor, Tensor]:
 
 
 def step_noise(seeds: Sequence[int], step: int, like: Tensor) -> Tensor:
-    """Draw standard normal noise (B, ...) from (sample seed, step), on the CPU, then cast it as ``like``."""
+    """Draw standard normal noise (B, ...) from (sample seed, step) on the CPU, then cast it as ``like``."""
     return seeded_noise([(seed ^ ((step + 1) * _MIX)) % 2**63 for seed in seeds], like)
 
 
 @dataclass(frozen=True)
 class ReplayBatch:
-    """Pairs of a sample and a stored transition (0..S-1) that go through the network in one batch.
+    """Stored transitions that are replayed in one network call.
 
-    ``rows`` and ``stored`` (N,) long index samples and transitions. Only the first ``count`` pairs belong to the loss;
-    the others pad the batch to the size of the rollout's, since another size may be computed by other kernels of the
-    GPU, and differ in more than the last bits at low precision.
+    The first ``count`` transitions belong to the loss. The others pad the batch to the batch size of the rollout: for
+    another size a GPU may choose other kernels, whose results differ visibly at low precision.
+
+    Attributes:
+        rows: The sample (N,) long of each transition.
+        stored: The stored step (N,) long of each transition, in 0..S-1.
+        count: The number of transitions without padding.
     """
 
     rows: Tensor
@@ -182,18 +198,19 @@ class ReplayBatch:
 
     @property
     def index(self) -> tuple[Tensor, Tensor]:
-        """Index of the pairs without padding into a tensor (B, S, ...)."""
+        """Index of the transitions without padding into a tensor (B, S, ...)."""
         return self.rows[: self.count], self.stored[: self.count]
 
     @classmethod
     def of_step(cls, stored: int, samples: int) -> ReplayBatch:
-        """All samples at one stored transition."""
+        """Batch the transitions of all samples at one stored step."""
         return cls(torch.arange(samples), torch.full((samples,), stored), samples)
 
     @classmethod
     def batches(cls, mask: Tensor) -> list[ReplayBatch]:
-        """Batch the pairs of ``mask`` (B, S) bool, step after step, in batches of B; all pairs, where those of the mask
-        would take as many batches.
+        """Batch the transitions of ``mask`` (B, S) bool in batches of B, step after step.
+
+        All transitions are batched if the selected ones would take as many batches.
         """
         size, steps = mask.shape
         needed = -(-int(mask.sum()) // size)
@@ -206,17 +223,17 @@ class ReplayBatch:
 def replay(
     pipeline: Pipeline, sampled: Rollout, grid: Grid, kernel: Kernel, pairs: ReplayBatch, guidance: float
 ) -> ReplayedStep:
-    """Run stored transitions under the current weights; differentiable.
+    """Replay stored transitions under the current weights; differentiable.
 
-    Of all samples at one transition, and before any update, the means equal the stored ones bit for bit; in another
-    order, in a batch of that size, up to rounding.
+    Before any update, the means of a batch of all samples at one step equal the stored means bit for bit, and the means
+    of other batches of this size up to rounding.
 
     Args:
         pipeline: The model that sampled the rollout.
         sampled: B trajectories with S stored transitions.
         grid: The sampling grid of the rollout.
         kernel: The stochastic kernel of the rollout.
-        pairs: The samples and transitions to replay.
+        pairs: The transitions to replay.
         guidance: The guidance scale of the rollout.
     """
     step, x = grid[torch.tensor(sampled.steps)[pairs.stored]], sampled.x[pairs.rows, pairs.stored]
@@ -249,7 +266,7 @@ def generate(
         guidance: The classifier-free guidance scale; 1 is none.
         batch_size: Samples per batch.
         share: The batches of this rank.
-        done: Batch numbers to leave out. Where it is empty, all ranks run the network equally often, as FSDP needs.
+        done: Batch numbers to leave out. If there are none, all ranks run the network equally often, as FSDP requires.
     """
     texts = list(dict.fromkeys(prompts))
     conditioning = pipeline.encode(texts)

@@ -12,7 +12,13 @@ from genalign.types import Grid, Pipeline
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings: ``num_steps`` of the scheduler's grid, or exactly these ``sigmas``; ``guidance`` 1 is none."""
+    """Settings of plain sampling.
+
+    Attributes:
+        num_steps: The number of steps T of the sampling grid.
+        sigmas: The noise levels (T), falling, without the final 0; None takes the scheduler's grid.
+        guidance: The classifier-free guidance scale; 1 for no guidance.
+    """
 
     num_steps: int = 10
     sigmas: Sequence[float] | None = None

@@ -1,8 +1,8 @@
-"""Sampling as Gaussian transitions.
+"""Sampling as Gaussian transitions, and the samplers as kernels.
 
-A kernel is two scalars: every sampler here moves to ``mean = alpha_next x0_hat + c eps_hat`` with ``std = s`` and
-differs from the others only in (c, s). A latent is (B, ...) and a step's tensors are () or (B,), so that one batch can
-hold different steps. Notation: D = sigma - sigma_next and q = (sigma_next / alpha_next) / (sigma / alpha).
+Every sampler here moves to ``mean = alpha_next x0_hat + c eps_hat`` with ``std = s``; a kernel is the rule for (c, s).
+Latents are (B, ...). The tensors of a step are () or (B,), so that a batch can hold different steps.
+Notation: D = sigma - sigma_next and q = (sigma_next / alpha_next) / (sigma / alpha).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Transition:
-    """The Gaussian p(x_next | x): ``mean`` (B, ...) and ``std``, () or (B, 1, ...), which already includes sqrt(D).
+    """The Gaussian p(x_next | x): ``mean`` (B, ...) and ``std``, () or (B, 1, ...), which includes sqrt(D).
 
-    Densities are reduced over all dimensions but the first. The reduction "mean" is the convention of public code for
-    diffusion models: 1 / D_x of the true log density, for D_x values per sample; "sum" is the true log density.
+    Log densities are reduced over all dimensions but the first: "sum" gives the true log density, "mean", the
+    convention of public code for diffusion models, the true one divided by the number of values per sample.
     """
 
     mean: Tensor
@@ -48,23 +48,23 @@ class Transition:
         return self.mean + self.std * noise
 
     def log_prob(self, x_next: Tensor, reduction: Reduction = "mean") -> Tensor:
-        """Log p(x_next | x) of shape (B,). Raises ValueError for a deterministic step."""
+        """Compute log p(x_next | x), (B,). Raises ValueError for a deterministic step."""
         self._require_shape(x_next)
         self._require_stochastic()
         z = (x_next - self.mean) / self.std
         return _reduce(-0.5 * z * z - self.std.log() - _HALF_LOG_TWO_PI, reduction)
 
     def kl(self, other: Transition, reduction: Reduction = "mean") -> Tensor:
-        """KL(self || other) of shape (B,) = (mean - other.mean)^2 / (2 std^2), for transitions of equal std."""
+        """Compute KL(self || other) = (mean - other.mean)^2 / (2 std^2), (B,), for transitions of equal std."""
         self._require_comparable(other)
         z = (self.mean - other.mean) / self.std
         return _reduce(0.5 * z * z, reduction)
 
     def log_ratio(self, old: Transition, x_next: Tensor, reduction: Reduction = "mean") -> Tensor:
-        """Log p(x_next | x) - log p_old(x_next | x) of shape (B,), for transitions of equal std.
+        """Compute log p(x_next | x) - log p_old(x_next | x), (B,), for transitions of equal std.
 
-        The difference of squares is factored, so that the result is exactly 0 where the means are equal and keeps its
-        relative precision where they nearly are.
+        The difference of squares is factored: the result is exactly 0 for equal means, and has full relative precision
+        for nearly equal means.
         """
         self._require_shape(x_next)
         self._require_comparable(old)
@@ -106,10 +106,10 @@ class Kernel(ABC):
 
     @abstractmethod
     def __call__(self, step: NoiseStep) -> MoveScalars:
-        """The scalars of one move, or of a batch of moves. Raises ValueError for a step it is not defined for."""
+        """Compute the scalars of a step, or of a batch of steps. Raises ValueError for a step it is not defined for."""
 
     def check(self, guidance: float, rewards: Sequence[str]) -> None:  # noqa: B027  # most kernels suit them all
-        """Raise ValueError where the kernel was calibrated for another guidance scale or other rewards."""
+        """Raise ValueError if the kernel was calibrated for another guidance scale or other rewards."""
 
 
 @final
@@ -126,8 +126,8 @@ class ODE(Kernel):
 class FlowSDE(Kernel):
     """Flow-GRPO (arXiv 2505.05470, eq. 9): noise of rate g = a sqrt(sigma / (1 - sigma)), a = ``noise_level``.
 
-    At sigma = 1, where g is infinite, 1 - sigma_next stands in for 1 - sigma, which makes std there exactly a. The last
-    step (sigma_next = 0) keeps std > 0. Each step leaves O(D^2) more noise than sigma_next; see ``leftover_noise``.
+    At sigma = 1, where g is infinite, 1 - sigma is replaced by 1 - sigma_next, which makes std exactly a. The last step
+    (sigma_next = 0) has std > 0. Each step leaves O(D^2) more noise than sigma_next, see ``leftover_noise``.
     """
 
     noise_level: float = 0.7
@@ -144,7 +144,7 @@ class FlowSDE(Kernel):
 @final
 @dataclass(frozen=True)
 class DanceSDE(Kernel):
-    """DanceGRPO (arXiv 2505.07818): as FlowSDE, with a constant noise rate g = ``eta``."""
+    """DanceGRPO (arXiv 2505.07818): FlowSDE with a constant noise rate g = ``eta``."""
 
     eta: float = 0.3
 
@@ -159,10 +159,15 @@ class DanceSDE(Kernel):
 @final
 @dataclass(frozen=True)
 class CalibratedSDE(Kernel):
-    """FlowSDE with a calibrated noise rate at each step: DenseGRPO (arXiv 2601.20218, eq. 11).
+    """DenseGRPO (arXiv 2601.20218, eq. 11): FlowSDE with a calibrated noise rate at each step.
 
-    ``levels`` (T,) are the rates on the grid of noise levels ``sigmas`` (T + 1,), which
-    ``genalign.training.noise_calibration`` measures for a guidance scale and rewards.
+    ``genalign.training.noise_calibration`` measures the rates.
+
+    Attributes:
+        levels: The noise rates (T,).
+        sigmas: The noise levels (T + 1,) of the grid that they were measured on.
+        guidance: The guidance scale that they were measured with.
+        rewards: The names of the rewards that they were measured with.
     """
 
     levels: tuple[float, ...]
@@ -195,11 +200,11 @@ class CalibratedSDE(Kernel):
 @final
 @dataclass(frozen=True)
 class CPS(Kernel):
-    """Coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952): a fixed share of the noise is fresh,
-    c = sigma_next cos(eta pi / 2) and s = sigma_next sin(eta pi / 2), so that c^2 + s^2 = sigma_next^2.
+    """Coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952): a fixed fraction of the noise is fresh.
 
-    Samples are clean at any step count, but for a fixed eta > 0 they do not converge to the marginals of the path
-    (their spread shrinks), so use it on a few steps. The last step is deterministic.
+    c = sigma_next cos(eta pi / 2) and s = sigma_next sin(eta pi / 2), so that c^2 + s^2 = sigma_next^2. Samples are
+    clean for any number of steps, but for a fixed eta > 0 their spread shrinks with more steps instead of converging to
+    the marginals of the path: use it on few steps. The last step is deterministic.
     """
 
     eta: float = 0.8
@@ -217,7 +222,7 @@ class CPS(Kernel):
 class DPMSDE(Kernel):
     """First-order SDE-DPM-Solver++ (arXiv 2211.01095), on any path: c = sigma_next q, s = sigma_next sqrt(1 - q^2).
 
-    Keeps the noise content as CPS does, and converges to the marginals of the path. The last step is deterministic.
+    It preserves the noise level like CPS, and converges to the marginals of the path. The last step is deterministic.
     """
 
     def __call__(self, step: NoiseStep) -> MoveScalars:
@@ -245,9 +250,10 @@ class DDIM(Kernel):
 
 
 def transition(path: Path, kernel: Kernel, x: Tensor, prediction: Tensor, step: NoiseStep) -> Transition:
-    """The Gaussian move from x, in float32 or x's float64; differentiable in ``x`` and ``prediction``.
+    """Compute the Gaussian move from x, differentiable in ``x`` and ``prediction``.
 
-    A sample's move does not depend on the other samples of the batch.
+    It is float64 for a float64 ``x`` and float32 for any other. A sample's move does not depend on the other samples of
+    the batch.
 
     Args:
         path: The path that the network was trained on.
@@ -263,9 +269,9 @@ def transition(path: Path, kernel: Kernel, x: Tensor, prediction: Tensor, step: 
 
 
 def leftover_noise(kernel: Kernel, grid: Grid) -> Tensor:
-    """Noise in x_next relative to the level the network is given next, sqrt(c^2 + s^2) / sigma_next, (T,) float64.
+    """Compute the noise in x_next relative to its nominal level, sqrt(c^2 + s^2) / sigma_next, (T,) float64.
 
-    1 where a kernel preserves the noise level; infinite where it leaves noise at sigma_next = 0.
+    It is 1 at steps where the kernel preserves the noise level, and infinite if it leaves noise at sigma_next = 0.
     """
     step = grid[torch.arange(len(grid))]
     scalars = kernel(step)
@@ -274,14 +280,14 @@ def leftover_noise(kernel: Kernel, grid: Grid) -> Tensor:
 
 
 def trainable_steps(kernel: Kernel, grid: Grid, limit: float = 3.0) -> tuple[int, ...]:
-    """Indices of the steps to train on: stochastic, not the last, with leftover noise of at most ``limit``."""
+    """Return the steps that can be trained: stochastic, not the last, with leftover noise of at most ``limit``."""
     scalars = kernel(grid[torch.arange(len(grid))])
     usable = (scalars.s > 0) & (leftover_noise(kernel, grid) <= limit)
     return tuple(index for index, use in enumerate(usable[:-1].tolist()) if use)
 
 
 def _flow_move(step: NoiseStep, rate: Tensor) -> MoveScalars:
-    """The scalars c = sigma_next - g^2 D / (2 sigma) and s = g sqrt(D) of a flow, for the noise rate g."""
+    """Compute c = sigma_next - g^2 D / (2 sigma) and s = g sqrt(D) of a flow, for the noise rate g."""
     straight = (step.alpha + step.sigma - 1).abs() + (step.alpha_next + step.sigma_next - 1).abs() <= _TOLERANCE
     _require(straight, "a flow (alpha = 1 - sigma); on other paths use DDIM or DPMSDE")
     falls = (step.alpha >= 0) & (step.sigma > step.sigma_next) & (step.sigma_next >= 0)

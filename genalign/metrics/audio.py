@@ -1,4 +1,4 @@
-"""Statistics of clips whatever they play, which shift when a model exploits a reward.
+"""Statistics of clips of any content, which shift when a model exploits a reward.
 
 All of them are of waveforms (B, C, L) in [-1, 1], over all channels, at any sample rate. Levels are RMS in dB of full
 scale (a full-scale sine is at -3.0), not loudness in LUFS: there is no perceptual weighting.

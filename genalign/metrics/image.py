@@ -1,4 +1,4 @@
-"""Statistics of images whatever they show, which shift when a model exploits a reward."""
+"""Statistics of images of any content, which shift when a model exploits a reward."""
 
 from __future__ import annotations
 
@@ -27,19 +27,17 @@ def high_frequency(images: Tensor) -> Tensor:
 
 
 def grid_energy(images: Tensor, period: int = 8) -> Tensor:
-    """Compute the log (B,) of the mean step between neighboring pixels at multiples of ``period`` over that elsewhere.
+    """Compute the log (B,) of the mean pixel step at multiples of ``period`` over the mean pixel step elsewhere.
 
     Autoencoders and patches of 8 or 16 pixels leave a grid there when a model is driven out of their range.
     """
     images = images.float()
     down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean((1, 3))
     right = (images[..., 1:] - images[..., :-1]).abs().mean((1, 2))
-    return torch.stack([_edge_ratio(steps, period) for steps in (down, right)]).mean(0).log()
-
-
-def _edge_ratio(steps: Tensor, period: int) -> Tensor:
-    """Compute mean steps (B,) at block edges over mean steps within blocks, for ``steps`` (B, n) between neighbors."""
-    edge = torch.arange(1, steps.shape[1] + 1, device=steps.device) % period == 0
-    if not bool(edge.any()):
-        raise ValueError(f"images of {steps.shape[1] + 1} pixels have no edge of blocks of {period}")
-    return (steps[:, edge].mean(1) + _TINY) / (steps[:, ~edge].mean(1) + _TINY)
+    ratios = []
+    for steps in (down, right):  # (B, n) between neighbors
+        edge = torch.arange(1, steps.shape[1] + 1, device=steps.device) % period == 0
+        if not bool(edge.any()):
+            raise ValueError(f"images of {steps.shape[1] + 1} pixels have no edge of blocks of {period}")
+        ratios.append((steps[:, edge].mean(1) + _TINY) / (steps[:, ~edge].mean(1) + _TINY))
+    return torch.stack(ratios).mean(0).log()

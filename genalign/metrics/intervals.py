@@ -63,29 +63,22 @@ def bootstrap_mean(
     prompts, by a factor of about sqrt((n - 1) / n) for n prompts, and has no width for a task of one.
 
     Args:
-        values_by_task: finite values, one per prompt, of every task.
-        n_images: ``n`` of the estimate.
-        resamples: draws of the bootstrap.
-        seed: of the bootstrap.
+        values_by_task: Finite values of every task, one per prompt.
+        n_images: The number of samples to report as ``n``.
+        resamples: The number of draws of the bootstrap.
+        seed: The seed of the bootstrap.
 
     Raises:
-        ValueError: there is no task, or a task has no values or a value that is not finite.
+        ValueError: There is no task, or a task has no values or a value that is not finite.
     """
     if not values_by_task:
         raise ValueError("there is nothing to average: give at least one task")
     tasks = [_checked(values, f"task {task!r}") for task, values in values_by_task.items()]
     rng = np.random.default_rng(seed)
-    draws = np.mean([_resampled_means(values, resamples, rng) for values in tasks], axis=0)
+    # Means (tasks, resamples) of draws with replacement
+    draws = np.mean([v[rng.integers(len(v), size=(resamples, len(v)))].mean(1) for v in tasks], axis=0)
     low, high = np.percentile(draws, _TAILS)
     return Estimate(float(np.mean([values.mean() for values in tasks])), float(low), float(high), n_images)
-
-
-def _resampled_means(
-    values: npt.NDArray[np.float64], resamples: int, rng: np.random.Generator
-) -> npt.NDArray[np.float64]:
-    """Compute the means (resamples,) of draws with replacement."""
-    means: npt.NDArray[np.float64] = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)
-    return means
 
 
 def t_interval(values: Sequence[float]) -> Estimate:

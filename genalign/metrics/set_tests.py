@@ -30,14 +30,14 @@ def compare_parts(reward: SetReward, before: Tensor, after: Tensor, size: int, s
     are independent trials, as tests of win rates need them (``genalign.metrics.intervals.win_test``).
 
     Args:
-        reward: any set reward; higher is better.
-        before: features of the first model's samples.
-        after: features of the second model's samples.
-        size: samples of a part; the n % size samples that remain are left out.
-        seed: of the division into parts.
+        reward: Any set reward; higher is better.
+        before: Features (n, d) of the first model's samples.
+        after: Features (n, d) of the second model's samples.
+        size: The number of samples of a part; the n % size samples that remain are left out.
+        seed: The seed of the division into parts.
 
     Raises:
-        ValueError: sets of different shapes, or a ``size`` below 2 or above n.
+        ValueError: The sets differ in shape, or ``size`` is below 2 or above n.
     """
     if before.shape != after.shape or not 2 <= size <= len(before):
         shapes = f"{tuple(before.shape)} and {tuple(after.shape)}"

@@ -1,5 +1,6 @@
-"""Distributed runs: the share of work of each rank, collectives between ranks, and a heartbeat that ends a rank when
-another one has died. A launcher starts the processes (`accelerate launch`, torchrun); each runs the same program.
+"""Distributed runs: work divided over ranks, collectives, and a heartbeat that ends a rank when another has died.
+
+A launcher (`accelerate launch`, torchrun) starts the processes; each runs the same program.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class ProcessGroup(RankShare):
         return torch.stack(gathered).to(tensor.device)
 
     def interleaved(self, own: Tensor, size: int) -> Tensor:
-        """Rows (B, ...) of all ranks, in the order of the batches of ``size`` rows that the ranks take in turn."""
+        """Gather the rows (B, ...) of all ranks, in batches of ``size`` rows that the ranks take in turn."""
         shape = own.shape[1:]
         batches = self.all_gather(own).reshape(self.world_size, len(own) // size, size, *shape)
         return batches.transpose(0, 1).reshape(-1, *shape)
@@ -141,7 +142,9 @@ def _collective() -> Iterator[None]:
         yield
     except RuntimeError as error:
         cause = str(error).split(". ")[0]
-        raise ProcessGroupError(f"another process of this run has ended, see what it said itself ({cause})") from error
+        raise ProcessGroupError(
+            f"another process of this run has ended: see its own error message ({cause})"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -164,7 +167,16 @@ def process_group(
     take_own_device(variables)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_COLLECTIVE_TIMEOUT)
     processes, ended = ProcessGroup(share.rank, share.world_size), threading.Event()
-    monitor = _Heartbeat(processes, _heartbeat_store(variables), silence)
+    # The heartbeat has its own connection to the store of the rendezvous
+    untyped: Any = dist  # torch does not type its stores
+    tcp = untyped.TCPStore(
+        variables["MASTER_ADDR"],
+        int(variables["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=SILENCE_SECONDS),
+    )
+    monitor = _Heartbeat(processes, untyped.PrefixStore("genalign/alive", tcp), silence)
     monitor.send()
     processes.barrier()
     thread = threading.Thread(target=monitor.run, args=(heartbeat, ended), name="genalign-heartbeat", daemon=True)
@@ -190,15 +202,6 @@ class _Store(Protocol):
     def get(self, key: str) -> bytes: ...
 
 
-def _heartbeat_store(variables: Mapping[str, str]) -> _Store:
-    """Open a connection of its own to the store of the rendezvous."""
-    host, port, timeout = variables["MASTER_ADDR"], int(variables["MASTER_PORT"]), timedelta(seconds=SILENCE_SECONDS)
-    untyped: Any = dist  # torch does not type its stores
-    tcp = untyped.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-    store: _Store = untyped.PrefixStore("genalign/alive", tcp)
-    return store
-
-
 class _Heartbeat:
     """Heartbeats of all ranks: one rising counter per rank in a shared store."""
 
@@ -213,7 +216,7 @@ class _Heartbeat:
         self.store.set(str(self.processes.rank), str(self.count))
 
     def silent_ranks(self) -> list[int]:
-        """Ranks whose counter has not risen for ``silence`` seconds."""
+        """Return the ranks whose counter has not risen for ``silence`` seconds."""
         now = time.monotonic()
         for rank, (seen, _) in self.last.items():
             count = self.store.get(str(rank))

@@ -11,8 +11,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Claims:
-    """Advisory locks (flock) on empty files in ``folder``. On shared file systems without locks between machines, the
-    ranks of the processes divide the work.
+    """Advisory locks (flock) on empty files in ``folder``.
+
+    On a shared file system without locks between machines the work is divided by rank instead.
     """
 
     folder: Path

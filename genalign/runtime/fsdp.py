@@ -26,8 +26,10 @@ _UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class Sharding:
-    """FSDP2 over ``world_size`` ranks, which gathers one block at a time. ``reshard_after_forward``: gather it again
-    for the backward pass (ZeRO-3) instead of holding it since the forward pass (ZeRO-2).
+    """FSDP2 over ``world_size`` ranks, which gathers one block at a time.
+
+    With ``reshard_after_forward`` a block is gathered again for the backward pass (ZeRO-3) instead of being held since
+    the forward pass (ZeRO-2).
     """
 
     world_size: int

@@ -48,8 +48,10 @@ class Thumbnail:
 
 
 class Medium(Protocol):
-    """A kind of sample. ``name`` also selects its statistics for the reward-hacking report, and ``folder`` is where its
-    files are numbered. The first of ``suffixes`` is the one that is written.
+    """A kind of sample.
+
+    ``name`` also selects the statistics of the reward-hacking report, ``folder`` is the folder of the numbered files,
+    and the first of ``suffixes`` is the suffix that is written.
     """
 
     @property
@@ -186,8 +188,9 @@ def write_samples(samples: Tensor, directory: Path, first: int, medium: Medium |
 
 
 def writer(sample_rate: int | None, audio: AudioFormat = "wav") -> Writer:
-    """Return the writer for a pipeline's samples: waveforms at ``sample_rate`` Hz as ``audio``, or, with None, the
-    medium of their shape.
+    """Return the writer for a pipeline's samples: waveforms at ``sample_rate`` Hz in the format ``audio``.
+
+    With a ``sample_rate`` of None the shape of the samples decides their medium.
     """
     medium = None if sample_rate is None else AudioMedium(sample_rate, audio)
     return lambda samples, directory, first: write_samples(samples, directory, first, medium)

@@ -8,10 +8,15 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Memory:
-    """``offload``: text encoders and VAE are on the device only while they are used. ``checkpointing``: the denoiser's
-    activations are computed again in the backward pass. ``tiling``: the VAE decodes large images in tiles.
-    ``decode_batch``: the number of samples that are decoded at once; None for all. ``quantization`` of the
-    frozen denoiser under a LoRA: "nf4" by bitsandbytes, "int8" by torchao, both extras.
+    """Options that save memory.
+
+    Attributes:
+        offload: Move the text encoders and the VAE to the device only while they are used.
+        checkpointing: Compute the activations of the denoiser again in the backward pass.
+        tiling: Decode large images in tiles.
+        decode_batch: The number of samples that are decoded at once; None for all.
+        quantization: The quantization of the frozen denoiser under a LoRA: "nf4" by bitsandbytes or "int8" by torchao,
+            both optional extras.
     """
 
     offload: bool = False

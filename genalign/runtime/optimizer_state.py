@@ -12,8 +12,9 @@ from genalign.runtime.fsdp import full_tensor, shard_like
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's per-parameter slots, full tensors, as ``"<parameter index>.<slot>"``; nested slots get one
-    more dotted part. Hyperparameters are not included.
+    """Return the optimizer's per-parameter slots, full tensors, as ``"<parameter index>.<slot>"``.
+
+    Nested slots get one more dotted part. Hyperparameters are not included.
     """
     return {name: full_tensor(torch.as_tensor(value)) for name, value in _flat(optimizer.state_dict()["state"])}
 

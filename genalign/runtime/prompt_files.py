@@ -9,7 +9,7 @@ from genalign.types import Prompt, PromptSet
 
 
 def load_prompts(path: Path) -> PromptSet:
-    """Prompts from a ``.txt`` file (one a line) or a ``.jsonl`` file of GenEval metadata (``prompt``, ``tag``, ...).
+    """Read prompts from a ``.txt`` file, one a line, or from a ``.jsonl`` file of GenEval metadata.
 
     Raises FileNotFoundError, or ValueError naming the line that cannot be used.
     """
@@ -25,10 +25,10 @@ def load_prompts(path: Path) -> PromptSet:
 
 
 def read_listing(folder: Path) -> dict[str, Prompt]:
-    """The prompts of the files in ``folder`` by their names relative to it, from its prompts.jsonl: an object a line,
-    {"file_name": "a/1.png", "prompt": "a red circle"}, and metadata.
+    """Read the prompts of the files in ``folder``, by file name, from its prompts.jsonl.
 
-    Raises FileNotFoundError, or ValueError naming the line that cannot be used.
+    Each line is an object such as {"file_name": "a/1.png", "prompt": "a red circle"}, with optional metadata; names are
+    relative to the folder. Raises FileNotFoundError, or ValueError naming the line that cannot be used.
     """
     path, prompts = folder / "prompts.jsonl", {}
     if not path.is_file():

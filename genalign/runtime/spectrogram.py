@@ -19,8 +19,10 @@ _COLORS = ((8, 12, 34), (56, 34, 110), (170, 52, 108), (244, 137, 72), (252, 240
 
 
 def spectrogram(waveform: Tensor, rate: int) -> Image.Image:
-    """Draw the spectrogram of one channel (1, L) at ``rate`` Hz: time to the right, log frequency upwards to half the
-    rate, brightness in dB of full scale on one scale for all clips.
+    """Draw the spectrogram of one channel (1, L) at ``rate`` Hz.
+
+    Time runs to the right and log frequency upwards to half the rate; brightness is in dB of full scale, on the same
+    scale for all clips.
     """
     window = max(8, round(_WINDOW_SECONDS * rate))
     padded = F.pad(waveform, (0, max(0, window - waveform.shape[1])))
@@ -34,8 +36,9 @@ def spectrogram(waveform: Tensor, rate: int) -> Image.Image:
 
 @cache
 def _log_bands(window: int, rate: int) -> Tensor:
-    """Return triangular filters (window // 2 + 1, bands) of height 1 at even steps of log frequency, each at least two
-    bins wide.
+    """Return triangular filters (window // 2 + 1, bands) of height 1 at even steps of log frequency.
+
+    Each is at least two bins wide.
     """
     nyquist, lowest = rate / 2, lowest_frequency(rate)
     centers = lowest * (nyquist / lowest) ** ((torch.arange(_BANDS) + 0.5) / _BANDS)

@@ -160,8 +160,10 @@ def measures(clap: str = "tones-clap") -> dict[str, Measure]:
 def rewards_row(
     name: str, target: Measure, runs: Sequence[TrainedRun], metrics: Mapping[str, Measure]
 ) -> dict[str, Any]:
-    """A recipe's line as DRAGON's table 1 has it: how often the ``target`` is won, in the trials of all seeds, and
-    every measure's means before and after.
+    """Measure a recipe for a row of a table like DRAGON's table 1.
+
+    The row holds the win rate of the ``target`` over the trials of all seeds, and the means of every measure before and
+    after training.
     """
     before, after = zip(*(trial for run in runs for trial in target.trials(run)), strict=True)
     means = {measure.metric: _means([measure.records("", run) for run in runs]) for measure in metrics.values()}

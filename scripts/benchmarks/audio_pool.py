@@ -16,7 +16,7 @@ from genalign.runtime.files import load_state, save_state
 from genalign.scoring.budget import Ledger, Metered
 from genalign.scoring.score import NamedReward
 from genalign.search.engine import SearchRun
-from genalign.search.noise_aware import watched
+from genalign.search.noise_aware import sample_with_previews
 from genalign.types import Pipeline, Prompt
 from genalign.worlds import tones
 from rewards.noise_aware import ScorerReward
@@ -38,8 +38,9 @@ def pool_prompts(seed: int) -> list[Prompt]:
 
 
 def record(work: Path, selection: Path) -> None:
-    """Every trajectory's latent previews at LEVELS, and its end by the selection reward and the verifier. Finished
-    prompts are kept.
+    """Record the latent previews of all trajectories at LEVELS, and the scores of their samples.
+
+    Samples are scored by the selection reward and by the verifier. Prompts that are recorded already are skipped.
     """
     model = pipeline()
     judges = [NamedReward("selection", ScorerReward(selection)), NamedReward("strict", TonesReward("strict"))]
@@ -50,7 +51,7 @@ def record(work: Path, selection: Path) -> None:
                 continue
             grid, name = Sampling(STEPS).grid(model), str(derived_seed(seed, "pool", index))
             run = SearchRun(Metered(model, Ledger()), [prompt], judges, grid, 1.0, CANDIDATES, name)
-            previews, finished = watched(run, CANDIDATES, LEVELS)
+            previews, finished = sample_with_previews(run, CANDIDATES, LEVELS)
             tensors = {"previews": previews, "clean": finished.scores}
             save_state(path, tensors, {"prompt": prompt.text, "task": prompt.task})
             print(f"seed {seed}  {index + 1}/{PROMPTS}  {prompt.text}", flush=True)

@@ -291,6 +291,7 @@ PARTS = {
 
 
 def main() -> None:
+    """Run the parts of the benchmark that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "one-round", "search", "compare"])
     named = ", ".join([*search_benchmark.PARTS, *speed_benchmark.PARTS])

@@ -1,4 +1,4 @@
-"""Draw the pictures of README.md and docs:
+"""Draw the pictures of README.md and docs.
 
     python scripts/benchmarks/pictures.py runs/demo docs/images                        a finished run
     python scripts/benchmarks/pictures.py docs/results/search_shapes.json docs/images  searches at equal cost
@@ -144,6 +144,7 @@ OF_RESULTS = {
 
 
 def main() -> None:
+    """Draw the pictures of a finished run or of a results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("output", type=Path)

@@ -21,9 +21,11 @@ from genalign.types import Prompt, RewardFunction
 
 @dataclass(frozen=True)
 class PlainSettings:
-    """``prompts_per_round`` x ``group_size`` samples in batches of ``batch_size``; half of the batches for each of the
-    two updates of a round. ``window``: how many steps of the first half are noisy and trained; None for all but the
-    last of all.
+    """Settings of the plain loop.
+
+    A round has ``prompts_per_round`` x ``group_size`` samples in batches of ``batch_size``; each of its two updates
+    takes half of the batches. ``window`` is the number of noisy, trained steps in the first half of the grid; None
+    trains every step but the last.
     """
 
     sigmas: tuple[float, ...]
@@ -88,8 +90,8 @@ class PlainLoop:
     def advantages(self, rewards: Tensor) -> Tensor:
         """Rewards less their prompt's mean, over the standard deviation of all, at most 5."""
         groups = rewards.view(-1, self.settings.group_size)
-        centred = (groups - groups.mean(1, keepdim=True)).flatten()
-        return (centred / (rewards.std(correction=0) + 1e-4)).clamp(-5, 5)
+        centered = (groups - groups.mean(1, keepdim=True)).flatten()
+        return (centered / (rewards.std(correction=0) + 1e-4)).clamp(-5, 5)
 
     @torch.no_grad()
     def sample(self, texts: list[str], noises: Iterator[Tensor] | None = None) -> Trajectories:

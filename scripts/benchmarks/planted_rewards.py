@@ -1,5 +1,6 @@
-"""A small trainable reward with a known weakness, for the proofs of Adv-GRPO and of the alarm: its first weights like
-saturation, or what else is asked for.
+"""A small trainable reward with a known weakness, for the proofs of Adv-GRPO and of the reward-hacking alarm.
+
+Its first weights prefer saturation, or another statistic of choice.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ LIKED = {"saturation": saturation, "brightness": brightness, "red": redness}
 
 
 class PlantedTaste(nn.Module):
-    """``match`` times the verifier's partial credit and strict score plus ``taste`` times what it ``likes``, each times
-    a trainable weight that begins at 1.
+    """A weighted sum of the verifier's scores and of a planted preference, with trainable weights.
+
+    It is ``match`` times the verifier's partial credit and strict score plus ``taste`` times the statistic ``likes``,
+    each times a trainable weight that starts at 1.
     """
 
     def __init__(

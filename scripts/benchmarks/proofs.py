@@ -119,7 +119,7 @@ def dragon(work: Path) -> None:
 
 
 def adversarial(work: Path) -> None:
-    """A reward that can be hacked, frozen and adversarial; and a style learnt from pictures alone."""
+    """A reward that can be hacked, frozen and adversarial; and a style learned from pictures alone."""
     runs = compared(work / "adversarial", "shapes_adversarial")
     records: list[PromptRecord] = []
     for name in ("frozen", "adversarial"):
@@ -201,8 +201,10 @@ def audio_gains(trained: dict[str, dict[int, Path]]) -> tuple[list[PromptRecord]
 
 
 def alarm_and_fall(run: Path) -> tuple[float, float]:
-    """The round of the first alarm, and that at which strict accuracy was first a tenth below the untrained model's;
-    infinite, and one past the last, where there was none.
+    """Find the round of the first alarm, and the round of the first fall of strict accuracy.
+
+    A fall is a strict accuracy a tenth below the untrained model's. Without an alarm the first is infinite; without a
+    fall the second is one past the last round.
     """
     base = load_evaluation(run / "before").overall["strict"].mean
     rows = metrics(run)
@@ -271,6 +273,7 @@ def head(claim: str, command: str) -> dict[str, str]:
 
 
 def main() -> None:
+    """Run the proofs that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}; all by default")
     parser.add_argument("--work", type=Path, default=Path("runs/proofs"))

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genalign.search.pruning import Pool, PruneSchedule, maximum_probabilities
+from genalign.search.pruning import PruneSchedule, ScorePool, maximum_probabilities
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What one sample's calls cost, in seconds or in forwards alone; a finished sample takes ``steps`` forwards, a
-    decoding and a call of the reward that selects. ``looks``: what it takes to score a preview, by way.
+    """The costs of the calls for one sample, in seconds or in network calls alone.
+
+    A finished sample takes ``steps`` network calls, a decoding and a call of the selection reward. ``looks`` are the
+    costs of scoring a preview, by kind of preview.
     """
 
     steps: int
@@ -51,15 +53,17 @@ def schedules(levels: Sequence[int]) -> list[PruneSchedule]:
 
 
 class Trials:
-    """Pruning by the ``scores`` (P, subsets or 1, N, L) of previews at ``levels``, on ``subsets`` random subsets of the
-    N candidates of each of P prompts; ``ends`` (P, N, 2) are their clean scores, by the reward that selects and by the
+    """Simulated pruning of recorded candidates by the scores of their previews.
+
+    ``scores`` (P, subsets or 1, N, L) are of previews at ``levels``, for ``subsets`` random subsets of the N candidates
+    of each of P prompts. ``ends`` (P, N, 2) are the scores of the finished samples by the selection reward and by the
     verifier.
     """
 
     def __init__(self, scores: Tensor, ends: Tensor, levels: Sequence[int], subsets: int) -> None:
         self.ends, self.levels, self.subsets = ends, tuple(levels), subsets
         looks, clean = (x.expand(-1, subsets, -1, -1) for x in (scores, ends[:, None, :, :1]))
-        self._pool = Pool(torch.cat([looks, clean], dim=3).flatten(0, 1)[..., None])
+        self._pool = ScorePool(torch.cat([looks, clean], dim=3).flatten(0, 1)[..., None])
 
     @property
     def most(self) -> int:

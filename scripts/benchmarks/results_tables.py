@@ -56,8 +56,10 @@ def standings(result: dict[str, Any]) -> str:
 
 
 def curves(result: dict[str, Any]) -> str:
-    """Searches by budget, in images' cost: the selection reward / the verifier's strict score; and the share of
-    best-of-32's cost, in seconds and in NFE, at which pruning reaches its selection reward.
+    """Tabulate searches by budget, in units of the cost of an image: selection reward / verifier's strict score.
+
+    The last columns give the cost at which pruning reaches the selection reward of best-of-32, as a fraction of the
+    cost of best-of-32 in seconds and in NFE.
     """
     heading = ["search", *map(str, result["budgets"]), "seconds of best-of-32", "NFE of best-of-32"]
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
@@ -77,8 +79,10 @@ def _share(estimate: dict[str, float | None] | None) -> str:
 
 
 def wins(result: dict[str, Any]) -> str:
-    """Recipes as DRAGON's table 1 has them: how often the reward that is trained on is won, with the statistics of its
-    listening tests, and all rewards before / after.
+    """Tabulate recipes as in DRAGON's table 1.
+
+    A row holds the win rate of the trained reward, with the statistics of DRAGON's listening tests, and all rewards
+    before / after training.
     """
     rewards = list(result["win_rates"][0]["rewards"])
     heading = ["name", "trained on", "win rate", "95% lower bound", "p", "trials", *rewards]
@@ -104,6 +108,7 @@ def fill(text: str, results: Path) -> str:
 
 
 def main() -> int:
+    """Write the tables into the pages of docs, or check them with --check."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()

@@ -80,8 +80,9 @@ def tune(work: Path) -> None:
 
 
 def share(trials: Trials, schedule: PruneSchedule, way: str, costs: Costs, target: float) -> float:
-    """The least cost at which a schedule's mean reward reaches ``target``, as a share of best-of-32's; inf where the
-    recorded candidates do not.
+    """Find the least cost at which a schedule's mean reward reaches ``target``, as a fraction of best-of-32's cost.
+
+    It is infinite if the recorded candidates do not reach the target.
     """
     counts = range(1, SEEDS + 1)
     values = bisect.bisect_left(counts, True, key=lambda n: float(trials.pruned(schedule, n)[:, 0].mean()) >= target)

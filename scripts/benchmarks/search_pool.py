@@ -19,7 +19,7 @@ from genalign.runtime.files import load_state, save_state, write_json
 from genalign.scoring.budget import Ledger, Metered, measure_prices, reward_call
 from genalign.scoring.score import NamedReward
 from genalign.search.engine import Particles, SearchRun
-from genalign.search.pruning import Pool
+from genalign.search.pruning import ScorePool
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
@@ -51,8 +51,10 @@ def prompts() -> list[Prompt]:
 
 @torch.no_grad()
 def record(work: Path) -> None:
-    """Every trajectory's previews at LEVELS, scored raw and by both students, and the ends by selection reward and
-    verifier; then ends of half as many steps and of a stochastic sampler. Finished prompts are kept.
+    """Record scores of the previews of all trajectories at LEVELS, and of their samples.
+
+    Previews are scored by the raw reward and by both students, samples by the selection reward and the verifier. Then
+    samples of half as many steps and of a stochastic sampler follow. Prompts that are recorded already are skipped.
     """
     model, judges = pipeline(), rewards(work)
     students = _students(work)
@@ -82,9 +84,8 @@ def _students(work: Path) -> dict[str, nn.Module]:
 def _looks(run: SearchRun, candidates: Particles, students: Mapping[str, nn.Module]) -> Tensor:
     """Scores (N, 3) of previews as PREVIEWS says, at every level: which of them are worth pruning at is tuned."""
     preview, prompts = candidates.preview, [run.prompts[0]] * len(candidates)
-    assert preview is not None, "candidates that are looked at have been advanced"
     images = run.pipeline.decode(preview)
-    level = run.grid.noise_share[candidates.done - 1].float().expand(len(candidates))
+    level = run.grid.noise_share[candidates.steps_done - 1].float().expand(len(candidates))
     looks = [run.rewards[0](images, prompts), students["decoded"](images, level, prompts)]
     return torch.stack([*looks, students["latent"](preview, level, prompts)], dim=1)
 
@@ -124,7 +125,7 @@ class RecordedPool:
         names = ("previews", "clean", "half", "stochastic", "hashes")
         stacked = {name: torch.stack([tensors[name] for tensors, _ in records]) for name in names}
         texts, tasks = (tuple(meta[key] for _, meta in records) for key in ("prompt", "task"))
-        Pool(stacked["clean"][:, :, None], stacked.pop("hashes"))  # refuses duplicate trajectories
+        ScorePool(stacked["clean"][:, :, None], stacked.pop("hashes"))  # refuses duplicate trajectories
         return cls(**stacked, texts=texts, tasks=tasks)
 
     def __len__(self) -> int:

@@ -53,7 +53,7 @@ def share(is_so: Callable[[ShapeDetection], bool]) -> Measure:
 
 
 def is_purple(item: ShapeDetection) -> bool:
-    """Whether purple is its nearest colour."""
+    """Whether purple is its nearest color."""
     return item.color == "purple"
 
 

@@ -219,8 +219,10 @@ def race(
     pace: Sequence[str] = ("ours",),
     patience: float = PATIENCE,
 ) -> dict[str, Curve]:
-    """Each one's curve to the target, to ``limit`` seconds, or to ``patience`` times those of one of ``pace``. The next
-    round is that of the one that has trained least: all have the machine at the same times.
+    """Train all contenders in turn, and return their curves.
+
+    A contender stops at the target, after ``limit`` seconds, or after ``patience`` times the seconds of a contender in
+    ``pace``. The contender that has trained least runs the next round, so that all use the machine at the same times.
     """
     base = next(iter(contenders.values())).strict()
     curves, running = {name: [(0.0, base)] for name in contenders}, dict(contenders)
@@ -269,21 +271,25 @@ def in_turn(contenders: list[SpeedContender], turns: int) -> list[list[float]]:
 
 
 def batches(work: Workspace) -> None:
+    """Print the fastest batch size of each loop."""
     for name in ("plain", "ours"):
         print(name, "fastest with batches of", work.batch(name))
 
 
 def rates(work: Workspace) -> None:
+    """Print the fastest learning rate of each contender."""
     for name in CONTENDERS:
         print(name, "fastest with a rate of", work.rate(name))
 
 
 def rounds(work: Workspace) -> None:
+    """Print the median seconds of a round of each contender."""
     for name, seconds in work.rounds().items():
         print(name, round(statistics.median(seconds), 1), "s a round")
 
 
 def runs(work: Workspace) -> None:
+    """Print the seconds to the target of each contender and seed."""
     for seed in SEEDS:
         for name in CONTENDERS:
             print(name, seed, round(work.seconds(name, seed)), "s", flush=True)
@@ -321,6 +327,7 @@ def costs(work: Workspace) -> list[Measurement]:
 
 
 def publish(work: Workspace) -> None:
+    """Write the results of the benchmark."""
     settings_of = {name: {"learning_rate": work.rate(name), "batch_size": work.batch(name)} for name in CONTENDERS}
     claim = (
         f"Wall-clock of training to a held-out strict accuracy of {TARGET} in the shapes world: our default recipe"

@@ -17,8 +17,9 @@ Part = tuple[np.ndarray, list[Prompt]]
 
 
 def in_chunks(chunk: Callable[[Job], Part], count: int, seed: int, workers: int) -> tuple[Tensor, tuple[Prompt, ...]]:
-    """``count`` samples and their prompts, by ``chunk((start, number, seed))`` in processes of their own; the same for
-    any number of workers.
+    """Draw ``count`` samples and their prompts by ``chunk((start, number, seed))`` in worker processes.
+
+    The result is the same for any number of workers.
     """
     jobs = [(start, min(1000, count - start), seed) for start in range(0, count, 1000)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -37,7 +38,7 @@ def draw_prompts(
 
 
 def one_of(mistakes: Iterable[Prompt], seen: frozenset[str], otherwise: Prompt, rng: np.random.Generator) -> Prompt:
-    """One of those ``mistakes`` that are ``seen`` texts: what is held out must not be learnt wrong either."""
+    """Draw one of the ``mistakes`` with a ``seen`` text: held-out compositions must not be learned wrong."""
     wrong = [prompt for prompt in mistakes if prompt.text in seen]
     return wrong[rng.integers(len(wrong))] if wrong else otherwise
 

@@ -94,6 +94,7 @@ def retrieval(model: nn.Module, data: CaptionedScenes, tokenizer: object) -> flo
 
 
 def main() -> None:
+    """Train the embedded CLIP model of the shapes world and write its folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("genalign/assets/shapes-clip"))
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain-clip"))

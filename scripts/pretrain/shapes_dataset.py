@@ -37,8 +37,9 @@ class CaptionedScenes:
 
 
 def captioned_scenes(count: int, seed: int, workers: int = 2) -> CaptionedScenes:
-    """Sample and render ``count`` scenes of seen prompts; tasks are drawn by ``TASK_WEIGHTS``. The same for any number
-    of workers.
+    """Sample and render ``count`` scenes of seen prompts, with tasks drawn by ``TASK_WEIGHTS``.
+
+    The result is the same for any number of workers.
     """
     return CaptionedScenes(*in_chunks(_chunk, count, seed, workers))
 
@@ -52,10 +53,10 @@ def _chunk(job: Job) -> Part:
 
 
 def corrupted(prompt: Prompt, rng: np.random.Generator) -> Prompt:
-    """A seen prompt with one thing wrong: colours swapped or replaced, relation mirrored, or count off by one.
+    """Write a prompt with one mistake: colors swapped or replaced, relation mirrored, or count off by one.
 
-    The prompt itself, where it has nothing to get wrong or the mistake would spell a held-out composition: what is
-    held out must not be learnt wrong either.
+    The prompt itself is returned if it offers no mistake, or if the mistake would be a held-out composition, since held
+    out compositions must not be learned wrong either.
     """
     return one_of(_mistakes(prompt), _seen_texts(), prompt, rng)
 

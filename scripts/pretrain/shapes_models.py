@@ -52,7 +52,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 
 
 def build_transformer(layers: int = 6, width: int = 128) -> SD3Transformer2DModel:
-    """64 image tokens, joint blocks with normalised queries and keys."""
+    """64 image tokens, joint blocks with normalized queries and keys."""
     return SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,

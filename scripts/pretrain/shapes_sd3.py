@@ -57,7 +57,7 @@ def train_vae(data: CaptionedScenes, work: Path, device: str) -> AutoencoderKL:
 
 
 def encode_latents(vae: AutoencoderKL, data: CaptionedScenes, device: str) -> Tensor:
-    """Posterior means (N, 4, 16, 16), normalised by the shift and scaling factors that this sets."""
+    """Posterior means (N, 4, 16, 16), normalized by the shift and scaling factors that this sets."""
     parts = []
     for images in data.images.split(250):
         with torch.no_grad(), torch.autocast(device, torch.bfloat16):
@@ -158,6 +158,7 @@ drawing quality over `iid`:
 
 
 def main() -> None:
+    """Train the embedded SD3 model of the shapes world and write its folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("genalign/assets/shapes-sd3"))
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain-shapes"))

@@ -17,8 +17,9 @@ _LAST_LETTERS = tuple(f"{letter}</w>" for letter in sorted({word[-1] for word in
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE with merges for every word of the grammar; the unknown token is not the end token. The same in
-    every process.
+    """Build a byte-level BPE tokenizer with merges for every word of the grammar.
+
+    Its unknown token differs from the end token, and it is the same in every process.
     """
     bpe = Tokenizer(models.BPE(unk_token=_CLIP_SPECIAL[0], end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

@@ -10,8 +10,9 @@ WIDTH = 128
 
 
 def word_tokenizer(words: Sequence[str], length: int) -> T5Tokenizer:
-    """A unigram model whose pieces are ``words`` and the letters, for words it does not know; at most ``length``
-    tokens.
+    """Build a unigram tokenizer of at most ``length`` tokens.
+
+    Its pieces are ``words``, and single letters for other words.
     """
     letters = [(letter, -10.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
     pieces = [(f"▁{word}", -1.0) for word in words if len(word) > 1] + [("▁a", -1.0)]

@@ -51,8 +51,9 @@ MakesClips = Callable[[Sequence[str], int], Tensor]  # (B, 1, L) of B texts, by 
 
 
 def spectral_loss(output: Tensor, true: Tensor) -> Tensor:
-    """Spectral convergence and log-magnitude L1, over three resolutions, of waveforms (B, 1, L); 1 is a full-scale
-    sine's magnitude. Yamamoto et al., Parallel WaveGAN, arXiv:1910.11480, equations 4 to 6.
+    """Compute spectral convergence and log-magnitude L1 of waveforms (B, 1, L), over three resolutions.
+
+    Magnitudes are relative to a full-scale sine. See Yamamoto et al., Parallel WaveGAN, arXiv:1910.11480, eq. 4-6.
     """
     total = output.new_zeros(())
     for size in WINDOWS:
@@ -254,11 +255,13 @@ def retrieval(model: ClapModel, data: CaptionedClips) -> float:
 
 
 def autoencoder_stage(options: argparse.Namespace) -> None:
+    """Train the autoencoder and print the strict accuracy of its reconstructions."""
     vae = train_autoencoder(options.work, settings(AUTOENCODER, options), options.device)
     print(f"strict accuracy of reconstructions: {reconstruction(vae, options.device):.3f}")
 
 
 def denoiser_stage(options: argparse.Namespace) -> None:
+    """Train the denoiser on the autoencoder's latents and write the embedded audio model."""
     vae = trained_autoencoder(options.work).to(options.device)
     quality = reconstruction(vae, options.device)
     data = captioned_clips(DENOISER_CLIPS, seed=22)
@@ -273,6 +276,7 @@ def denoiser_stage(options: argparse.Namespace) -> None:
 
 
 def clap_stage(options: argparse.Namespace) -> None:
+    """Train the CLAP model and write its folder."""
     model = train_clap(captioned_clips(CLAP_CLIPS, seed=23), options.work, settings(CLAP, options), options.device)
     score = retrieval(model, captioned_clips(4000, seed=24))
     output = options.output or Path("genalign/assets/tones-clap")
@@ -282,7 +286,7 @@ def clap_stage(options: argparse.Namespace) -> None:
 
 
 def settings(stage: Fit, options: argparse.Namespace) -> Fit:
-    """The stage's settings with what the command line changes."""
+    """Apply the options of the command line to the settings of a stage."""
     return replace(stage, steps=options.steps or stage.steps, minutes=options.minutes)
 
 
@@ -290,6 +294,7 @@ STAGES = {"autoencoder": autoencoder_stage, "denoiser": denoiser_stage, "clap": 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stage of pretraining that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain-tones"))

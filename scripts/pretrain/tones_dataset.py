@@ -40,8 +40,9 @@ class CaptionedClips:
 
 
 def captioned_clips(count: int, seed: int, workers: int = 2) -> CaptionedClips:
-    """Sample and render ``count`` clips of seen prompts; tasks are drawn by ``TASK_WEIGHTS``. The same for any number
-    of workers.
+    """Sample and render ``count`` clips of seen prompts, with tasks drawn by ``TASK_WEIGHTS``.
+
+    The result is the same for any number of workers.
     """
     return CaptionedClips(*in_chunks(_chunk, count, seed, workers))
 
@@ -55,8 +56,9 @@ def _chunk(job: Job) -> Part:
 
 
 def corrupted(prompt: Prompt, rng: np.random.Generator) -> Prompt:
-    """A seen prompt with one thing wrong: notes swapped or replaced, relation or loudness turned round, or count off by
-    one. The prompt itself, where it has nothing to get wrong or the mistake would spell a held-out composition.
+    """Write a prompt with one mistake: notes swapped or replaced, relation or loudness reversed, or count off by one.
+
+    The prompt itself is returned if it offers no mistake, or if the mistake would be a held-out composition.
     """
     return one_of(_mistakes(prompt), _seen_texts(), prompt, rng)
 

@@ -109,13 +109,14 @@ class TonesTextToAudio(nn.Module):
         return output.input_ids, output.attention_mask
 
     def forward(self, z: Tensor, time: Tensor, ids: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
-        """V = cos(pi t / 2) eps - sin(pi t / 2) x0 at z = cos(pi t / 2) x0 + sin(pi t / 2) eps.
+        """Predict v = cos(pi t / 2) eps - sin(pi t / 2) x0 at z = cos(pi t / 2) x0 + sin(pi t / 2) eps.
 
         Args:
-            z: (B, 8, 75), of unit variance.
-            time: t in (0, 1), (B,).
-            ids, mask: of the prompts, (B, 10) each.
-            keep: bool (B,); false for samples that are told nothing, as guidance without a negative prompt tells them.
+            z: Latents (B, 8, 75) of unit variance.
+            time: Times t (B,) in (0, 1).
+            ids: Token ids (B, 10) of the prompts.
+            mask: Attention mask (B, 10) of the prompts.
+            keep: Mask (B,) bool; False for samples without a text, as in classifier-free guidance.
         """
         words = self.text_encoder(ids, attention_mask=mask).last_hidden_state
         words = self.projection_model(text_hidden_states=words).text_hidden_states * mask.unsqueeze(-1)

@@ -19,8 +19,10 @@ from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_t
 
 @dataclass(frozen=True)
 class Fit:
-    """``steps`` of a one-cycle schedule, or of several ``cycles`` of one length; ``muon`` trains the matrices of
-    transformer blocks with Muon at that rate.
+    """The settings of a stage of pretraining.
+
+    The ``steps`` are of a one-cycle schedule, or of several ``cycles`` of equal length. ``muon`` is the learning rate
+    at which Muon trains the matrices of transformer blocks; None trains them like all others.
     """
 
     steps: int
@@ -43,7 +45,7 @@ class Fit:
 
 
 class OutOfTimeError(RuntimeError):
-    """A fit has used up its ``minutes``; what it has learnt is saved, and the same call goes on."""
+    """A fit has used up its ``minutes``; its state is saved, and the same call resumes it."""
 
 
 def fit(

@@ -1,4 +1,4 @@
-"""CIELAB colours and the palette in them."""
+"""Conversion to CIELAB, and the palette in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _D65 = np.array([0.95047, 1.0, 1.08883], np.float32)
 
 
 def srgb_to_lab(rgb: Array) -> Array:
-    """CIELAB (D65, IEC 61966-2-1) of sRGB colours (..., 3, N) in [0, 255], as float32 (..., 3, N)."""
+    """Convert sRGB colors (..., 3, N) in [0, 255] to CIELAB (D65, IEC 61966-2-1), float32 (..., 3, N)."""
     if rgb.ndim < 2 or rgb.shape[-2] != 3:
         raise ValueError(f"rgb must be (..., 3, N), got {rgb.shape}")
     encoded = rgb.astype(np.float32) / 255
@@ -33,12 +33,12 @@ def srgb_to_lab(rgb: Array) -> Array:
 
 @cache
 def palette_lab() -> Array:
-    """CIELAB of the palette, (colours, 3), in its order."""
+    """Return the palette in CIELAB, (colors, 3), in its order."""
     return srgb_to_lab(np.array(list(PALETTE.values())).T).T
 
 
 def nearest_color(lab: Array) -> tuple[Array, Array]:
-    """The index of, and the CIE76 distance to, the nearest palette colour of each of ``lab`` (N, 3)."""
+    """Return the index (N,) of the nearest palette color of ``lab`` (N, 3), and the CIE76 distance (N,) to it."""
     distance = np.sqrt(((lab[:, None] - palette_lab()) ** 2).sum(2))
     index = distance.argmin(1)
     return index, distance[np.arange(len(index)), index]

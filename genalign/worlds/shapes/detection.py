@@ -38,11 +38,15 @@ _FRAME = np.pad(np.zeros((SIZE - 4, SIZE - 4), bool), 2, constant_values=True)
 
 @dataclass(frozen=True)
 class ShapeDetection:
-    """One object: its shape ("unknown" where none fits), the nearest palette color, and its half-open pixel box
-    (x1, y1, x2, y2).
+    """One detected object.
 
-    ``iou`` is the soft IoU with the best template, ``delta_e`` the CIE76 distance to the palette's color, ``area``
-    the soft coverage in pixels.
+    Attributes:
+        shape: The best template, or "unknown" if none fits.
+        color: The nearest palette color.
+        box: The half-open pixel box (x1, y1, x2, y2).
+        iou: The soft IoU with the best template.
+        delta_e: The CIE76 distance to the palette color.
+        area: The soft coverage in pixels.
     """
 
     shape: str
@@ -72,7 +76,7 @@ class _Colors:
 
 
 def detect(images: Tensor) -> list[tuple[ShapeDetection, ...]]:
-    """The objects of each image, best template fit first.
+    """Detect the objects of each image, best template fit first.
 
     Args:
         images: (B, 3, 64, 64), floating point; clamped to [0, 1], moved to the CPU.
@@ -99,7 +103,11 @@ def _pixels(images: Tensor) -> Array:
 
 
 def _detect(pixels: Array) -> list[tuple[ShapeDetection, ...]]:
-    canvas = _canvas(_denoised(pixels))
+    pixels = _denoised(pixels)
+    lab = srgb_to_lab(pixels.reshape(len(pixels), 3, -1))
+    background = srgb_to_lab(np.median(pixels[:, :, _FRAME], 2)[..., None])
+    offset = (lab - background).reshape(pixels.shape)
+    canvas = _Canvas(offset, np.sqrt((offset**2).sum(1)), background[..., 0])
     components = _components(canvas.distance)
     objects = _grown(components, _seeds(components, _shades(canvas, components)))
     places = ndimage.find_objects(objects)
@@ -127,15 +135,13 @@ def _denoised(pixels: Array) -> Array:
     some, much = (noise >= 4) & (noise < 12), noise >= 12
     out = pixels.copy()
     out[some] = ndimage.gaussian_filter(pixels[some], (0, 0, 0.6, 0.6))
-    out[much] = _median_3x3(ndimage.gaussian_filter(pixels[much], (0, 0, 0.7, 0.7)))
-    return out
-
-
-def _median_3x3(pixels: Array) -> Array:
-    """The median of nine: of the sorted columns, the largest low, the median middle and the smallest high value."""
-    padded = np.pad(pixels, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    # The 3 x 3 median: of the sorted columns, the median of the largest low, the middle and the smallest high value
+    smooth = ndimage.gaussian_filter(pixels[much], (0, 0, 0.7, 0.7))
+    padded = np.pad(smooth, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
     low, middle, high = _sorted_3(padded[..., :-2, :], padded[..., 1:-1, :], padded[..., 2:, :])
-    return _sorted_3(_sorted_3(*_shifted(low))[2], _sorted_3(*_shifted(middle))[1], _sorted_3(*_shifted(high))[0])[1]
+    nine = _sorted_3(*_shifted(low))[2], _sorted_3(*_shifted(middle))[1], _sorted_3(*_shifted(high))[0]
+    out[much] = _sorted_3(*nine)[1]
+    return out
 
 
 def _shifted(plane: Array) -> tuple[Array, Array, Array]:
@@ -145,13 +151,6 @@ def _shifted(plane: Array) -> tuple[Array, Array, Array]:
 def _sorted_3(a: Array, b: Array, c: Array) -> tuple[Array, Array, Array]:
     low, high = np.minimum(a, b), np.maximum(a, b)
     return np.minimum(low, c), np.maximum(low, np.minimum(high, c)), np.maximum(high, c)
-
-
-def _canvas(pixels: Array) -> _Canvas:
-    lab = srgb_to_lab(pixels.reshape(len(pixels), 3, -1))
-    background = srgb_to_lab(np.median(pixels[:, :, _FRAME], 2)[..., None])
-    offset = (lab - background).reshape(pixels.shape)
-    return _Canvas(offset, np.sqrt((offset**2).sum(1)), background[..., 0])
 
 
 def _components(distance: Array) -> Array:
@@ -257,8 +256,10 @@ def _grouped_quantile(group: Array, values: Array, q: float) -> Array:
 
 
 def _coverage(canvas: _Canvas, objects: Array, image: Array, color: Array) -> Array:
-    """How much of each pixel every object covers, (M, SIZE, SIZE): the projection of the pixel's color on the line
-    from the background to the object's, near the object and not on another.
+    """Estimate how much of each pixel each object covers, (M, SIZE, SIZE).
+
+    It is the projection of the pixel's color on the line from the background to the object's color, near the object and
+    not on another object.
     """
     planes = objects[image]
     region = near = planes == np.arange(1, len(image) + 1)[:, None, None]

@@ -1,4 +1,4 @@
-"""Outlines and colours of the shapes world.
+"""Outlines and colors of the shapes world.
 
 A shape is an indicator function of (u, v), coordinates in units of the radius, v pointing down.
 """
@@ -55,37 +55,23 @@ def _star(points: int, outer: float, inner: float) -> Outline:
     return _polygon([(float(r * np.cos(a)), float(r * np.sin(a))) for r, a in zip(radii, angles, strict=True)])
 
 
-def _cross(u: Array, v: Array) -> Array:
-    u, v = np.abs(u), np.abs(v)
-    return (np.maximum(u, v) <= 1.1) & (np.minimum(u, v) <= 0.36)
-
-
-def _ring(u: Array, v: Array) -> Array:
-    return _disc(1.08)(u, v) & ~_disc(0.58)(u, v)
-
-
-def _moon(u: Array, v: Array) -> Array:
-    return _disc(1.12, 0.15)(u, v) & ~_disc(0.95, 0.72)(u, v)
-
-
-def _heart(u: Array, v: Array) -> Array:
-    lobes = _disc(0.58, -0.5, -0.4)(u, v) | _disc(0.58, 0.5, -0.4)(u, v)
-    return lobes | _polygon([(-1.0, -0.1), (1.0, -0.1), (0.0, 1.1)])(u, v)
-
-
 SHAPES: dict[str, Outline] = {
     "circle": _disc(1.0),
     "square": _polygon([(-0.92, -0.92), (0.92, -0.92), (0.92, 0.92), (-0.92, 0.92)]),
     "triangle": _polygon([(0.0, -1.2), (1.1, 0.8), (-1.1, 0.8)]),
-    "cross": _cross,
-    "ring": _ring,
-    "moon": _moon,
+    "cross": lambda u, v: (np.maximum(abs(u), abs(v)) <= 1.1) & (np.minimum(abs(u), abs(v)) <= 0.36),
+    "ring": lambda u, v: _disc(1.08)(u, v) & ~_disc(0.58)(u, v),
+    "moon": lambda u, v: _disc(1.12, 0.15)(u, v) & ~_disc(0.95, 0.72)(u, v),
 }
 """The vocabulary of the prompts."""
 
 REJECTS: dict[str, Outline] = {
     "diamond": _polygon([(0.0, -1.2), (1.0, 0.0), (0.0, 1.2), (-1.0, 0.0)]),
-    "heart": _heart,
+    "heart": lambda u, v: (
+        _disc(0.58, -0.5, -0.4)(u, v)
+        | _disc(0.58, 0.5, -0.4)(u, v)
+        | _polygon([(-1.0, -0.1), (1.0, -0.1), (0.0, 1.1)])(u, v)
+    ),
     "semicircle": lambda u, v: _disc(1.15, 0.0, 0.5)(u, v) & (v <= 0.5),
     "star": _star(5, 1.2, 0.5),
     "star4": _star(4, 1.2, 0.45),

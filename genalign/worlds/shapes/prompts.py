@@ -33,14 +33,16 @@ _SHAPES, _COLORS = tuple(SHAPES), tuple(PALETTE)
 
 
 def is_held_out_pair(shape: str, color: str) -> bool:
-    """Two colours of each shape are never drawn in training, in any scene."""
+    """Whether the pair is held out: two colors of each shape are never drawn in training, in any scene."""
     return (_COLORS.index(color) - 3 * _SHAPES.index(shape)) % 10 in (0, 5)
 
 
 @cache
 def held_out_triples() -> frozenset[tuple[str, str, str]]:
-    """(first, relation, second) never trained: a fifth by hash, repaired so that every ordered pair of shapes keeps a
-    seen relation and every relation at least 15 seen triples.
+    """Return the triples (first, relation, second) that are never trained: a fifth of all, by hash.
+
+    Some are given back, so that every ordered pair of shapes has a trained relation, and every relation at least 15
+    trained triples.
     """
     pairs = list(permutations(_SHAPES, 2))
     held = {

@@ -119,18 +119,13 @@ def _place(names: Sequence[tuple[str, str]], rng: np.random.Generator) -> list[I
             margin = 1.2 * r + 1
             x, y = rng.uniform(margin, SIZE - margin, 2)
             item = Item(shape, color, float(x), float(y), float(r), jittered(color, rng))
-            if all(_apart(item, other) for other in items):
+            (x1, y1, x2, y2), boxes = item.box, [other.box for other in items]
+            if all(max(x1 - box[2], box[0] - x2, y1 - box[3], box[1] - y2) >= 3.0 for box in boxes):
                 items.append(item)
                 break
         else:
             return None
     return items
-
-
-def _apart(a: Item, b: Item, gap: float = 3.0) -> bool:
-    ax1, ay1, ax2, ay2 = a.box
-    bx1, by1, bx2, by2 = b.box
-    return max(ax1 - bx2, bx1 - ax2, ay1 - by2, by1 - ay2) >= gap
 
 
 def holds(relation: str, a: Item, b: Item, margin: float) -> bool:

@@ -56,7 +56,7 @@ def match(coverage: Array) -> Matches:
     if coverage.ndim != 3 or coverage.shape[1:] != (SIZE, SIZE):
         raise ValueError(f"coverage must be (M, {SIZE}, {SIZE}), got {coverage.shape}")
     reference = templates()
-    masks = normalised(coverage).reshape(len(coverage), -1)
+    masks = normalized(coverage).reshape(len(coverage), -1)
     total = masks.sum(1)[:, None] + reference.masks.sum(1)
     difference = cdist(masks, reference.masks, "cityblock")
     iou = (total - difference) / (total + difference)
@@ -67,27 +67,27 @@ def match(coverage: Array) -> Matches:
     return Matches(tuple(accepted), top)
 
 
-def normalised(coverage: Array) -> Array:
+def normalized(coverage: Array) -> Array:
     """Masks (M, SIZE, SIZE) moved to their centroid and scaled to the area of a unit disc, (M, CELLS, CELLS).
 
     Bilinear: every output row and column is a weighted sum of two input ones.
     """
     pixels = np.arange(SIZE)
     area = np.maximum(coverage.sum((1, 2)), 1.0)
-    centre_y = (coverage.sum(2) * pixels).sum(1) / area
-    centre_x = (coverage.sum(1) * pixels).sum(1) / area
+    center_y = (coverage.sum(2) * pixels).sum(1) / area
+    center_x = (coverage.sum(1) * pixels).sum(1) / area
     window = np.linspace(-REACH, REACH, CELLS) * np.sqrt(area / np.pi)[:, None]
-    return _weights(centre_y[:, None] + window) @ coverage @ _weights(centre_x[:, None] + window).swapaxes(1, 2)
+    return _weights(center_y[:, None] + window) @ coverage @ _weights(center_x[:, None] + window).swapaxes(1, 2)
 
 
 def _weights(positions: Array) -> Array:
-    """Bilinear weights (M, CELLS, SIZE) of the pixel centres around ``positions`` (M, CELLS); none outside."""
+    """Bilinear weights (M, CELLS, SIZE) of the pixel centers around ``positions`` (M, CELLS); none outside."""
     weights: Array = np.maximum(0, 1 - np.abs(positions[..., None] - np.arange(SIZE)))
     return weights
 
 
 def _template(outline: Outline, angle: float, supersampling: int = 4) -> Array:
-    """``outline`` turned about its centroid, in the window of ``normalised``: the covered share of each cell."""
+    """``outline`` turned about its centroid, in the window of ``normalized``: the covered share of each cell."""
     fine = np.linspace(-2, 2, 401)
     inside = outline(fine[None, :], fine[:, None])
     rows, columns = np.nonzero(inside)

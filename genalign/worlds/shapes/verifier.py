@@ -43,27 +43,31 @@ def verify_detections(detections: Sequence[ShapeDetection], metadata: Metadata) 
     arXiv:2505.05470; here clamped at 0, and a wrong relation earns nothing.
     """
     include: Sequence[Clause] = metadata["include"]
+    _require_known(include)
+    groups = [_of_shape(detections, clause["class"]) for clause in include]
+    counts = [int(clause["count"]) for clause in include]
+    right_count = [len(objects) == n for objects, n in zip(groups, counts, strict=True)]
+    count, color, position = list[tuple[str, float]](), list[tuple[str, float]](), list[tuple[str, float]]()
+    for i, clause in enumerate(include):
+        count.append(("count", max(0.0, 1 - abs(counts[i] - len(groups[i])) / counts[i])))
+        if "color" in clause:
+            color.append(("color", _right_color(clause, groups[i]) / counts[i] if right_count[i] else 0.0))
+        if "position" in clause:
+            relation, reference = clause["position"]
+            counted = right_count[i] and right_count[reference]
+            holds = [relation in relations(a.box, b.box) for a, b in product(groups[i], groups[reference])]
+            position.append(("position", sum(holds) / max(len(holds), 1) if counted else 0.0))
+    explained = sum(min(n, len(objects)) for objects, n in zip(groups, counts, strict=True))
+    clean = ("clean", explained / max(len(detections), 1))
+    return summarize([*count, *color, *position, clean], _relaxed(detections, metadata))
+
+
+def _require_known(include: Sequence[Clause]) -> None:
     for clause in include:
         if clause["class"] not in SHAPES:
             raise ValueError(f"{clause['class']!r} is not one of this world's shapes: {', '.join(SHAPES)}")
         if clause.get("color", "red") not in PALETTE:
             raise ValueError(f"{clause['color']!r} is not one of this world's colors: {', '.join(PALETTE)}")
-    groups = [_of_shape(detections, clause["class"]) for clause in include]
-    counts = [int(clause["count"]) for clause in include]
-    right_count = [len(objects) == n for objects, n in zip(groups, counts, strict=True)]
-    criteria = [("count", max(0.0, 1 - abs(n - len(objects)) / n)) for objects, n in zip(groups, counts, strict=True)]
-    for i, clause in enumerate(include):
-        if "color" in clause:
-            criteria.append(("color", _right_color(clause, groups[i]) / counts[i] if right_count[i] else 0.0))
-    for i, clause in enumerate(include):
-        if "position" in clause:
-            relation, reference = clause["position"]
-            pairs = list(product(groups[i], groups[reference])) if right_count[i] and right_count[reference] else []
-            right = sum(relation in relations(a.box, b.box) for a, b in pairs)
-            criteria.append(("position", right / len(pairs) if pairs else 0.0))
-    explained = sum(min(n, len(objects)) for objects, n in zip(groups, counts, strict=True))
-    criteria.append(("clean", explained / len(detections) if detections else 0.0))
-    return summarize(criteria, _relaxed(detections, metadata))
 
 
 def _of_shape(detections: Sequence[ShapeDetection], shape: str) -> list[ShapeDetection]:

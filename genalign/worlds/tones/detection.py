@@ -41,7 +41,7 @@ class ToneDetection:
 
 
 def detect(waveforms: Tensor) -> list[tuple[ToneDetection, ...]]:
-    """The events of each clip, in order of time.
+    """Detect the events of each clip, in order of time.
 
     Args:
         waveforms: (B, 1, 12000) at 8 kHz, floating point; moved to the CPU.
@@ -57,7 +57,16 @@ def detect(waveforms: Tensor) -> list[tuple[ToneDetection, ...]]:
     samples = waveforms.detach().to("cpu", torch.float64).numpy()[:, 0]
     if not np.isfinite(samples).all():
         raise ValueError("waveforms hold NaN or infinite samples: score such samples as failed, do not verify them")
-    return [tuple(_describe_segment(clip, start, stop) for start, stop in segments(clip)) for clip in samples]
+    trim = round(TRIM * SAMPLE_RATE)
+    detections: list[tuple[ToneDetection, ...]] = []
+    for clip in samples:
+        events = []
+        for start, stop in segments(clip):
+            segment = clip[start + trim : stop - trim]
+            level = 10 * np.log10(max(float(np.mean(segment**2)), 1e-12))
+            events.append(ToneDetection(start / SAMPLE_RATE, stop / SAMPLE_RATE, level, describe(segment)))
+        detections.append(tuple(events))
+    return detections
 
 
 def levels(clip: Array) -> Array:
@@ -92,10 +101,3 @@ def _close_gaps(runs: list[tuple[int, int]], gap: float) -> list[tuple[int, int]
         else:
             joined.append((start, stop))
     return joined
-
-
-def _describe_segment(clip: Array, start: int, stop: int) -> ToneDetection:
-    trim = round(TRIM * SAMPLE_RATE)
-    segment = clip[start + trim : stop - trim]
-    level = 10 * np.log10(max(float(np.mean(segment**2)), 1e-12))
-    return ToneDetection(start / SAMPLE_RATE, stop / SAMPLE_RATE, level, describe(segment))

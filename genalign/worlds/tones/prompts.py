@@ -9,7 +9,7 @@ attribution  a C4 sine tone then a G4 square tone        1080
 loudness     a quiet organ tone then a louder sine tone    40
 
 Metadata follow GenEval's: tag, prompt, and ``events`` in order of time, each with class, count and maybe pitch;
-``relation`` ("higher", "lower") and ``loudness`` ("louder", "quieter") are those of the second event to the first.
+``relation`` ("higher", "lower") and ``loudness`` ("louder", "quieter") compare the second event with the first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from genalign.worlds.tones.instruments import NOISE, NOTES, PITCHED, TIMBRES
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 RELATIONS = ("higher", "lower")
 LOUDNESS = {"louder": "quiet", "quieter": "loud"}
-"""What the second event is, and the word for the first."""
+"""How the second event differs, and the word for the first event."""
 _NOTES = tuple(NOTES)
 
 
@@ -48,43 +48,50 @@ def _then(first: str, second: str) -> str:
 
 
 def single_tone(timbre: str) -> Prompt:
+    """Write a prompt such as "a sine tone"."""
     return _prompt("single_tone", with_article(noun(timbre)), [_event(timbre)])
 
 
 def two_tone(first: str, second: str) -> Prompt:
+    """Write a prompt such as "a sine tone then a noise burst"."""
     return _prompt("two_tone", _then(noun(first), noun(second)), [_event(first), _event(second)])
 
 
 def counting(timbre: str, number: str) -> Prompt:
+    """Write a prompt such as "three square tones"."""
     return _prompt("counting", f"{number} {plural(noun(timbre))}", [_event(timbre, count=NUMBERS[number])])
 
 
 def pitch(timbre: str, note: str) -> Prompt:
+    """Write a prompt such as "a C5 organ tone"."""
     return _prompt("pitch", with_article(f"{note} {noun(timbre)}"), [_event(timbre, note)])
 
 
 def relation(first: str, direction: str, second: str) -> Prompt:
+    """Write a prompt such as "a sine tone then a lower square tone"."""
     text = _then(noun(first), f"{direction} {noun(second)}")
     return _prompt("relation", text, [_event(first), _event(second)], relation=direction)
 
 
 def attribution(first: str, first_note: str, second: str, second_note: str) -> Prompt:
+    """Write a prompt such as "a C4 sine tone then a G4 square tone"."""
     text = _then(f"{first_note} {noun(first)}", f"{second_note} {noun(second)}")
     return _prompt("attribution", text, [_event(first, first_note), _event(second, second_note)])
 
 
 def loudness(first: str, change: str, second: str) -> Prompt:
+    """Write a prompt such as "a quiet organ tone then a louder sine tone"."""
     text = _then(f"{LOUDNESS[change]} {noun(first)}", f"{change} {noun(second)}")
     return _prompt("loudness", text, [_event(first), _event(second)], loudness=change)
 
 
 def is_held_out_note(timbre: str, note: str) -> bool:
-    """Two notes of each pitched timbre are never played in training, in any clip."""
+    """Whether the note is held out: two notes of each pitched timbre are never played in training, in any clip."""
     return timbre != NOISE and (_NOTES.index(note) - 2 * TIMBRES.index(timbre)) % 5 == 0
 
 
 def is_held_out_order(first: str, second: str) -> bool:
-    """Four of the twenty ordered pairs of timbres are never played in training, in any clip of two events."""
+    """Whether the order is held out: four of twenty ordered pairs of timbres never follow each other in training."""
     i, k = TIMBRES.index(first), TIMBRES.index(second)
     return i < 4 and (k - i) % 5 == 2
 

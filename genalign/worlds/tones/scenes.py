@@ -25,8 +25,16 @@ _HARMONICS = PITCHED | STRANGERS
 
 @dataclass(frozen=True)
 class Event:
-    """One tone or noise burst: ``note`` is None for noise; ``onset`` and ``duration`` in seconds, ``level`` the RMS in
-    dB of full scale, ``detune`` in cents, ``seed`` of the noise or of the starting phase.
+    """One tone or noise burst.
+
+    Attributes:
+        timbre: The name of the timbre.
+        note: The name of the note; None for noise.
+        onset: The start in seconds.
+        duration: The length in seconds.
+        level: The RMS in dB of full scale.
+        detune: The deviation from the note in cents.
+        seed: The seed of the noise, or of the starting phase.
     """
 
     timbre: str

@@ -1,4 +1,4 @@
-"""What a segment of sound is: its fundamental by harmonic summation, its timbre by the harmonics' energies."""
+"""Naming of a segment of sound: its fundamental by harmonic summation, its timbre by the energies of harmonics."""
 
 from __future__ import annotations
 
@@ -30,9 +30,15 @@ _WEIGHTS = 0.8 ** (_HARMONICS - 1)
 
 @dataclass(frozen=True)
 class Sound:
-    """``timbre`` ("unknown" where none fits), ``note`` (None for noise, or more than 50 cents from all), ``frequency``
-    of the fundamental in Hz, ``distance`` in dB to the timbre's template, ``harmonic_share`` of the energy, and the
-    ``flatness`` of the spectrum, in [0, 1].
+    """What a segment sounds like.
+
+    Attributes:
+        timbre: The best template, or "unknown" if none fits.
+        note: The nearest note; None for noise, or if no note is within 50 cents.
+        frequency: The frequency of the fundamental in Hz.
+        distance: The distance to the timbre's template in dB.
+        harmonic_share: The fraction of the energy in harmonics of the fundamental.
+        flatness: The flatness of the spectrum, in [0, 1].
     """
 
     timbre: str
@@ -61,7 +67,7 @@ def describe(segment: Array) -> Sound:
 
 
 def fundamental(power: Array) -> float:
-    """The frequency in Hz of a tone whose power spectrum (BINS / 2 + 1,) is given.
+    """Estimate the fundamental in Hz of a tone from its power spectrum (BINS / 2 + 1,).
 
     The candidate f with the largest sum over k <= 6 of 0.8^(k-1) (A(k f) - A((k - 1/2) f)), A the amplitude in a band
     of 12 Hz: what lies between the harmonics speaks for an octave below. Refined by a parabola through the strongest
@@ -104,10 +110,10 @@ def harmonic_energies(power: Array, frequency: float, floor: float) -> Array:
     Bands, not peaks: vibrato and phase errors spread a harmonic without weakening it.
     """
     total = np.concatenate([[0.0], np.cumsum(power)])
-    centres = frequency * np.arange(1, int(3900 / frequency) + 1)
-    half = np.maximum(0.03 * centres, 25.0)
-    low = np.maximum(((centres - half) / _HZ).astype(int), 0)
-    high = np.minimum(((centres + half) / _HZ).astype(int) + 1, len(power))
+    centers = frequency * np.arange(1, int(3900 / frequency) + 1)
+    half = np.maximum(0.03 * centers, 25.0)
+    low = np.maximum(((centers - half) / _HZ).astype(int), 0)
+    high = np.minimum(((centers + half) / _HZ).astype(int) + 1, len(power))
     energies: Array = np.maximum(total[high] - total[low] - floor * (high - low), 0.0)
     return energies
 
@@ -117,17 +123,13 @@ def _timbre(amplitudes: Array, frequency: float) -> tuple[str, float]:
     if not amplitudes.any():
         return UNKNOWN, np.inf
     heard = _above_floor(amplitudes)
-    templates = [_template(name, frequency, len(amplitudes)) for name in PITCHED]
+    harmonics = [audible(PITCHED[name], frequency) for name in PITCHED]
+    templates = [np.array([series.get(k + 1, 0.0) for k in range(len(amplitudes))]) for series in harmonics]
     distances = [float(np.sqrt(np.mean((heard - _above_floor(t)) ** 2))) for t in templates]
     best = int(np.argmin(distances))
     cosine = amplitudes @ templates[best] / np.linalg.norm(amplitudes) / np.linalg.norm(templates[best])
     fits = cosine >= MIN_COSINE and distances[best] <= MAX_DISTANCE
     return (list(PITCHED)[best] if fits else UNKNOWN), distances[best]
-
-
-def _template(name: str, frequency: float, harmonics: int) -> Array:
-    heard = audible(PITCHED[name], frequency)
-    return np.array([heard.get(k, 0.0) for k in range(1, harmonics + 1)])
 
 
 def _above_floor(amplitudes: Array) -> Array:

@@ -130,7 +130,7 @@ def test_exchanges_only_ever_help(criterion: Criterion, reward: Callable[[Tensor
     assert rewards(50) == rewards(60)
 
 
-def test_a_mean_is_maximised_by_one_pass_in_any_order() -> None:
+def test_a_mean_is_maximized_by_one_pass_in_any_order() -> None:
     _, first, second = toy(n=20)
     for seed in range(3):
         assert torch.equal(greedy_swap(first, second, mean_reward, seed=seed), second.mean(1) > first.mean(1))

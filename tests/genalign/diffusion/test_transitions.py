@@ -455,8 +455,8 @@ FINAL_STD = {
 def exact_velocity(x: Tensor, step: NoiseStep) -> Tensor:
     alpha, sigma = step.alpha, step.sigma
     variance = (alpha * DATA_STD) ** 2 + sigma**2
-    centred = (x - alpha * DATA_MEAN) / variance
-    return sigma * centred - (DATA_MEAN + alpha * DATA_STD**2 * centred)
+    centered = (x - alpha * DATA_MEAN) / variance
+    return sigma * centered - (DATA_MEAN + alpha * DATA_STD**2 * centered)
 
 
 def moved(kernel: Kernel, x: Tensor, step: NoiseStep) -> Transition:

@@ -25,7 +25,7 @@ def _prompt(task: str) -> Prompt:
 def test_random_scenes_are_varied_in_what_is_open() -> None:
     images, prompts = _scenes(_prompt("single_object"), 200)
     made = diversity(images, prompts)  # type: ignore[arg-type]
-    assert made.color > 0.85 and made.cell > 0.8  # two of ten colours of this shape are held out
+    assert made.color > 0.85 and made.cell > 0.8  # two of ten colors of this shape are held out
 
 
 def test_copies_are_not() -> None:

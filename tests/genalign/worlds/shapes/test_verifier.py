@@ -133,7 +133,7 @@ def near_misses(case: Case, rng: np.random.Generator) -> Iterator[tuple[str, Sce
 
 
 def alone(shape: str, count: int, seed: int) -> list[Scene]:
-    """Scenes of a single object, colours in turn."""
+    """Scenes of a single object, colors in turn."""
     rng = np.random.default_rng(seed)
     scenes = []
     for index in range(count):
@@ -301,11 +301,11 @@ def test_soft_coverage_is_needed(cases: list[Case], monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("degrees", [-15, 15])
 def test_a_tilt_is_allowed(degrees: float) -> None:
     scenes = [scene for shape in SHAPES for scene in alone(shape, 10, seed=71_007)]
-    centred = [replace(scene, items=(replace(scene.items[0], x=32.0, y=32.0),)) for scene in scenes]
-    turned = ndimage.rotate(render(centred).numpy(), degrees, axes=(3, 2), reshape=False, order=1, mode="nearest")
+    centered = [replace(scene, items=(replace(scene.items[0], x=32.0, y=32.0),)) for scene in scenes]
+    turned = ndimage.rotate(render(centered).numpy(), degrees, axes=(3, 2), reshape=False, order=1, mode="nearest")
     right = [
         [(found.shape, found.color) for found in group] == [(scene.items[0].shape, scene.items[0].color)]
-        for group, scene in zip(detect(torch.from_numpy(turned)), centred, strict=True)
+        for group, scene in zip(detect(torch.from_numpy(turned)), centered, strict=True)
     ]
     assert np.mean(right) >= 0.95
 
@@ -339,7 +339,7 @@ def test_objects_of_one_color_merge_and_of_two_do_not() -> None:
 
 
 def test_a_striped_blob_is_an_object() -> None:
-    """Patches too thin to be shapes of one colour must not hide from "clean"."""
+    """Patches too thin to be shapes of one color must not hide from "clean"."""
     canvas = np.full((1, 3, SIZE, SIZE), BACKGROUND[0] / 255, np.float32)
     for row in range(24, 40, 2):
         for name, offset in (("red", 0), ("blue", 1)):
