@@ -265,5 +265,6 @@ def _as_jpeg(images: Tensor, quality: int) -> Tensor:
     for pixels in eight_bits(images).permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-        read.append(torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
+        with Image.open(file, formats=("JPEG",)) as compressed:
+            read.append(torch.from_numpy(np.array(compressed)).permute(2, 0, 1))
     return torch.stack(read).to(images) / 255

@@ -29,23 +29,8 @@ from rewards.backbones.pixels import pictures
 from rewards.vqa import ARTIFACTS, QuestionReward, YesNoModel, answerable
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<image>"]
-WORDS = [
-    *SPECIAL,
-    "yes",
-    "no",
-    "Yes",
-    "No",
-    "is",
-    "there",
-    "a",
-    "red",
-    "circle",
-    "two",
-    "squares",
-    "?",
-    "USER:",
-    "BOT:",
-]
+QUESTION = ["is", "there", "a", "red", "circle", "two", "squares", "?"]
+WORDS = [*SPECIAL, "yes", "no", "Yes", "No", *QUESTION, "USER:", "BOT:"]
 TEMPLATE = (
     "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}"
     "{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}BOT:"
@@ -53,7 +38,7 @@ TEMPLATE = (
 
 
 def words_tokenizer(words: Sequence[str], images: Sequence[str]) -> PreTrainedTokenizerFast:
-    """One token for each word, of which ``images`` are what an image is put into."""
+    """Build a tokenizer with one token for each word; ``images`` are the words that stand for an image."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
