@@ -139,7 +139,7 @@ def test_an_adversarial_head_is_that_of_one_process(both: Path, alone: Mapping[s
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", ["thrice", "twice"])  # how often a block is made whole: for reference and both passes
 @pytest.mark.parametrize("name", ranks.SHARDED)
-def test_a_divided_network_learns_what_a_whole_one_does(
+def test_a_sharded_network_trains_like_an_unsharded_one(
     both: Path, alone: Mapping[str, ranks.Recording], name: str, kept: str
 ) -> None:
     expected = alone[name]
@@ -154,7 +154,7 @@ def test_a_divided_network_learns_what_a_whole_one_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["copies", "divided"])
-def test_two_processes_go_on_exactly(both: Path, kind: str) -> None:
+def test_two_processes_resume_exactly(both: Path, kind: str) -> None:
     paths = [both / kind / run / "latest" for run in ("unbroken", "broken")]
     first, second = (load_state(path / "state.safetensors")[0] for path in paths)
     assert first.keys() == second.keys()
@@ -166,7 +166,7 @@ def test_two_processes_go_on_exactly(both: Path, kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_divided_networks_adapter_is_put_on(both: Path, tiny: SD3) -> None:
+def test_the_adapter_of_a_sharded_network_loads(both: Path, tiny: SD3) -> None:
     tiny.load_lora(both / "lora")
     names = [name for name, _ in tiny.denoiser.named_parameters() if "lora_" in name]
     assert len(names) == len(load_file(both / "lora" / "pytorch_lora_weights.safetensors")) > 0
@@ -219,7 +219,7 @@ held_out: {{every: 2, prompts: "shapes:val", samples_per_task: 1}}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("death", "told"), [(signal.SIGKILL, "another process"), (signal.SIGSTOP, "has been silent")])
-def test_none_outlives_another(
+def test_a_rank_ends_when_another_has_ended(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: signal.Signals, told: str
 ) -> None:
     (tmp_path / "victim_rank.py").write_text(VICTIM)
@@ -283,7 +283,7 @@ def test_shares_are_whole_and_equal_in_step() -> None:
         ProcessGroup(2, 2)
 
 
-def test_one_process_where_two_were_asked_of_accelerate_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_single_process_under_accelerate_logs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), process_group({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}):
         assert "use torchrun instead" in caplog.text
 
@@ -306,7 +306,7 @@ def test_metric_sums_of_several_ranks_are_merged() -> None:
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def test_what_accelerate_is_told_about_fsdp() -> None:
+def test_fsdp_settings_of_accelerate() -> None:
     assert (
         sharding_from_environment({}, 2) is None
         and sharding_from_environment({"ACCELERATE_MIXED_PRECISION": "no"}, 1) is None
@@ -329,12 +329,12 @@ def test_what_accelerate_is_told_about_fsdp() -> None:
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, 2, "set model.autocast"),
     ],
 )
-def test_what_accelerate_cannot_be_told(variables: dict[str, str], processes: int, message: str) -> None:
+def test_unsupported_settings_of_accelerate_are_refused(variables: dict[str, str], processes: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sharding_from_environment(variables, processes)
 
 
-def test_a_run_that_did_not_get_fsdp_stops() -> None:
+def test_a_run_whose_weights_are_not_sharded_stops() -> None:
     with pytest.raises(ValueError, match="FSDP is configured, but 1 of 1 trained tensors are not sharded"):
         require_sharded([torch.zeros(2)])
 
