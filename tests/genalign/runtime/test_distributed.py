@@ -329,7 +329,7 @@ def test_fsdp_settings_of_accelerate() -> None:
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, 2, "set model.autocast"),
     ],
 )
-def test_unsupported_settings_of_accelerate_are_refused(variables: dict[str, str], processes: int, message: str) -> None:
+def test_unsupported_accelerate_settings_are_refused(variables: dict[str, str], processes: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sharding_from_environment(variables, processes)
 
