@@ -27,8 +27,8 @@ from genalign.runtime.cpu import retain_freed_memory
 from genalign.training.memory_estimate import Outline
 from pipelines.base import Options
 from pipelines.checkpoint_files import require_weights
-from pipelines.meta_device import outline
 from pipelines.low_memory import quantization_arguments
+from pipelines.meta_device import outline
 from rewards.backbones.world_verifier import SCORES
 from rewards.geneval import GenEvalJudge
 from rewards.noise_aware import save_scorer
