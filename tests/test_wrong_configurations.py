@@ -177,7 +177,8 @@ TABLE = [
           "give one positive limit, nfe, cost or seconds, not Budget(nfe=50.0, cost=None, seconds=3.0,"
           " prices=None)"),
     Wrong("small budget", (*SEARCH, "genalign.BestOfN", "--budget.nfe", "5"),
-          "1 candidates cost 20 for each prompt, and the budget is 5: raise it, or take fewer or fewer steps"),
+          "candidates=1 costs 20 for each prompt, but the budget is 5: raise the budget, or take fewer candidates or"
+          " fewer steps"),
     # rewards
     Wrong("no rewards", (*TRAIN, "--rewards", "{{}}"),
           "rewards is empty: name at least one, as in --rewards.strict.function rewards.shapes.ShapesReward"),

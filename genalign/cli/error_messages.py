@@ -29,14 +29,17 @@ _EXAMPLES = {
 
 RENAMED_SETTINGS = {
     "averaging": "ema_decay",
+    "begin": "initial_search",
     "colours": "colors",
     "failed_share": "max_failed_fraction",
     "forwards": "nfe",
     "hacking": "reward_hacking",
     "images_per_task": "samples_per_task",
     "max_forwards": "max_nfe",
+    "neighbours": "neighbors",
     "out_of_memory": "on_out_of_memory",
     "overlap": "overlap_scoring",
+    "share": "initial_share",
     "shown": "diagnostics",
     "skipped_updates": "max_skipped_updates",
 }

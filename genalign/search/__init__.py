@@ -1,4 +1,4 @@
-"""Better samples from a finished model: search at inference time, with an honest bill."""
+"""Search at inference time: better samples from a finished model within a counted budget."""
 
 from genalign.scoring.budget import Budget as Budget
 from genalign.search.beam import Beam as Beam

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from genalign.diffusion.transitions import ODE, Kernel
 from genalign.search.engine import ScoredParticles, SearchRun
-from genalign.search.strategy import PromptBudget, score_bill, walk_bill
+from genalign.search.stepwise import Stepwise
+from genalign.search.strategy import PromptBudget
 
 
 @dataclass(frozen=True)
 class BestOfN:
-    """``candidates`` complete samples of every prompt, by the ODE or any kernel; as many as the budget has for None."""
+    """Samples ``candidates`` times for every prompt by ``kernel``; None for as many as the budget pays for."""
 
     candidates: int | None = None
     kernel: Kernel = ODE()  # noqa: RUF009  # kernels are frozen
 
     def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
-        count = allowance.largest(self.candidates, lambda n: self.bill(run, n), "candidates")
+        count = allowance.largest(run, self.candidates, lambda n: replace(self, candidates=n), "candidates")
         return run.finish(run.advance(run.start(count), run.steps, self.kernel))
 
-    def bill(self, run: SearchRun, candidates: int) -> Counter[str]:
-        """What one prompt costs."""
-        return walk_bill(run, candidates, run.steps) + score_bill(run, candidates)
+    def stepwise(self) -> Stepwise:
+        """Describe the strategy to ``pipelines.steer``. Raises ValueError for a kernel other than the ODE."""
+        if self.kernel != ODE():
+            raise ValueError(
+                "best-of-N keeps the scheduler's moves: give the pipeline another scheduler instead of a kernel"
+            )
+        return Stepwise(self.candidates)

@@ -1,6 +1,6 @@
-"""What every strategy works with: candidates on their way from noise to samples, moved in batches, scored and billed.
+"""The operations that strategies are made of: candidates are moved from noise to samples, decoded, scored and counted.
 
-N candidates, K rewards.
+Shapes: N candidates, P prompts, K rewards.
 """
 
 from __future__ import annotations
@@ -14,98 +14,109 @@ from torch import Tensor
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import step_noise
 from genalign.diffusion.transitions import ODE, Kernel, transition
-from genalign.scoring.budget import Ledger, Metered
+from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.combine import combine
 from genalign.scoring.score import NamedReward, score
 from genalign.search.lineage import Lineage
-from genalign.search.ranking import top
-from genalign.types import Grid, Prompt
+from genalign.search.ranking import best_per_prompt
+from genalign.types import Grid, Prompt, RewardFunction
 
 
 @dataclass(frozen=True)
 class Particles:
-    """N candidates that are ``done`` steps on their way.
+    """N candidates after the same number of sampling steps; all tensors are on the CPU.
 
-    ``noise`` (N, ...) are their initial latents, ``x`` (N, ...) those of now, and ``preview`` (N, ...) the clean
-    latents expected at the last evaluated step, which at the end are x itself; None before the first step. All are kept
-    on the CPU. ``prompt`` (N,) long is the place of their prompt, ``names`` are their numbers in the lineage,
-    ``step_seeds`` draw the noise of their steps.
+    Attributes:
+        prompt: Index (N,) long of each candidate's prompt.
+        ids: Number of each candidate in the lineage.
+        step_seeds: Seed of the noise of each candidate's stochastic steps.
+        noise: Initial latents (N, ...).
+        x: Current latents (N, ...).
+        preview: Clean latents (N, ...) predicted at the last step; before the first step and after the last one, ``x``.
+        steps_done: Number of sampling steps taken.
     """
 
     prompt: Tensor
-    names: tuple[int, ...]
+    ids: tuple[int, ...]
     step_seeds: tuple[int, ...]
     noise: Tensor
     x: Tensor
-    preview: Tensor | None
-    done: int
+    preview: Tensor
+    steps_done: int
 
     def __len__(self) -> int:
         return len(self.prompt)
 
     def rows(self, index: Tensor) -> Particles:
-        """Those of ``index`` (M,) long, in its order."""
-        chosen = index.tolist()
+        """Select the candidates ``index`` (M,) long, in this order."""
+        places = index.tolist()
         return replace(
             self,
             prompt=self.prompt[index],
-            names=tuple(self.names[i] for i in chosen),
-            step_seeds=tuple(self.step_seeds[i] for i in chosen),
+            ids=tuple(self.ids[i] for i in places),
+            step_seeds=tuple(self.step_seeds[i] for i in places),
             noise=self.noise[index],
             x=self.x[index],
-            preview=None if self.preview is None else self.preview[index],
+            preview=self.preview[index],
         )
 
     def split(self, size: int) -> Iterator[Particles]:
-        """Parts of at most ``size``."""
+        """Yield batches of at most ``size`` candidates."""
         for first in range(0, len(self), size):
             yield self.rows(torch.arange(first, min(first + size, len(self))))
 
 
-def joined(parts: Sequence[Particles]) -> Particles:
-    """Candidates that are equally far, together."""
-    previews = [part.preview for part in parts if part.preview is not None]
+def concatenate(parts: Sequence[Particles]) -> Particles:
+    """Concatenate candidates after the same number of steps."""
     return replace(
         parts[0],
         prompt=torch.cat([part.prompt for part in parts]),
-        names=tuple(name for part in parts for name in part.names),
+        ids=tuple(number for part in parts for number in part.ids),
         step_seeds=tuple(seed for part in parts for seed in part.step_seeds),
         noise=torch.cat([part.noise for part in parts]),
         x=torch.cat([part.x for part in parts]),
-        preview=torch.cat(previews) if len(previews) == len(parts) else None,
+        preview=torch.cat([part.preview for part in parts]),
     )
 
 
 @dataclass(frozen=True)
 class ScoredParticles:
-    """Candidates at their end, with their decoded ``samples`` (N, ...) and their ``scores`` (N, K)."""
+    """Candidates after the last step, with their decoded ``samples`` (N, ...) and ``scores`` (N, K)."""
 
     candidates: Particles
     samples: Tensor
     scores: Tensor
 
     def rows(self, index: Tensor) -> ScoredParticles:
-        """Those of ``index`` (M,) long, in its order."""
+        """Select the candidates ``index`` (M,) long, in this order."""
         return ScoredParticles(self.candidates.rows(index), self.samples[index], self.scores[index])
 
-    def joined(self, other: ScoredParticles) -> ScoredParticles:
-        """These, then those of ``other``."""
+    def extend(self, other: ScoredParticles) -> ScoredParticles:
+        """Return these candidates followed by ``other``."""
         return ScoredParticles(
-            joined([self.candidates, other.candidates]),
+            concatenate([self.candidates, other.candidates]),
             torch.cat([self.samples, other.samples]),
             torch.cat([self.scores, other.scores]),
         )
 
     def best(self, count: int = 1) -> Tensor:
-        """The rows of the ``count`` best of every prompt; of several rewards, by the sum of ranks."""
-        return top(self.scores, self.candidates.prompt, count)
+        """Return the rows of the ``count`` best candidates of every prompt; several rewards count by their rank sum."""
+        return best_per_prompt(self.scores, self.candidates.prompt, count)
 
 
 class SearchRun:
-    """A search over P prompts that are worked on together.
+    """One search over P prompts: it moves, decodes and scores candidates, counts the calls and records the lineage.
 
-    What moves, decodes and scores candidates goes through here, so that the ledger and the lineage miss nothing.
-    ``rewards`` are billed by whoever made them (``budget.metered_reward``).
+    Strategies, guides and preview scorers reach the networks through a run only, so that no call goes uncounted.
+
+    Args:
+        pipeline: The model; its ledger counts the calls of denoiser and decoder.
+        prompts: The prompts, whose candidates go through the networks together.
+        rewards: Rewards that count their own calls (``budget.metered_rewards``).
+        grid: The sampling steps.
+        guidance: Scale of classifier-free guidance; 1 is none.
+        batch_size: Largest number of candidates in a call.
+        seed: Name that all random numbers of this search are derived from.
     """
 
     def __init__(
@@ -120,117 +131,127 @@ class SearchRun:
     ) -> None:
         self.pipeline, self.prompts, self.rewards = pipeline, tuple(prompts), tuple(rewards)
         self.grid, self.guidance, self.batch_size, self.seed = grid, guidance, batch_size, seed
-        self.lineage, self._begun = Lineage(), pipeline.ledger.copy()
+        self.lineage, self._start = Lineage(), pipeline.ledger.copy()
         self.conditioning = pipeline.encode([prompt.text for prompt in prompts])
 
     @property
     def spent(self) -> Ledger:
-        """What this run has cost so far."""
-        return self.pipeline.ledger.since(self._begun)
-
-    def bill(self, call: str, samples: int) -> None:
-        """Count what does not go through the pipeline or the rewards."""
-        self.pipeline.ledger.bill(call, samples)
+        """The calls of this run so far."""
+        return self.pipeline.ledger.since(self._start)
 
     @property
     def steps(self) -> int:
-        """From noise to a sample."""
+        """The number of sampling steps."""
         return len(self.grid)
 
+    def metered(self, name: str, function: RewardFunction) -> RewardFunction:
+        """Wrap a scoring network that is not one of the rewards, so that its calls are counted as "reward/NAME"."""
+        return metered_reward(name, function, self.pipeline.ledger)
+
     def start(self, count: int, first: int = 0) -> Particles:
-        """``count`` new candidates of every prompt, prompt by prompt: the ``first``-th and those after it of the seeds
-        that belong to (run, prompt). Candidate j is the same alone and among others.
+        """Return ``count`` new candidates of every prompt, ordered by prompt.
+
+        Candidate j of a prompt has the same seeds whatever the number of candidates; ``first`` is the least j.
         """
         places = [(p, j) for p in range(len(self.prompts)) for j in range(first, first + count)]
         noise = self.pipeline.initial_noise([derived_seed(self.seed, p, "x", j) for p, j in places])
-        return self.begin(noise, [p for p, _ in places], [derived_seed(self.seed, p, "w", j) for p, j in places])
+        return self.start_from(noise, [p for p, _ in places], [derived_seed(self.seed, p, "w", j) for p, j in places])
 
-    def begin(self, noise: Tensor, prompts: Sequence[int], step_seeds: Sequence[int]) -> Particles:
-        """New candidates from initial latents (N, ...)."""
-        names = self.lineage.add(prompts, [None] * len(prompts), 0)
-        return Particles(torch.tensor(prompts), names, tuple(step_seeds), noise.cpu(), noise.cpu(), None, 0)
+    def start_from(self, noise: Tensor, prompts: Sequence[int], step_seeds: Sequence[int]) -> Particles:
+        """Return new candidates with the initial latents ``noise`` (N, ...)."""
+        ids, noise = self.lineage.add(prompts, [None] * len(prompts), 0), noise.cpu()
+        return Particles(torch.tensor(prompts), ids, tuple(step_seeds), noise, noise, noise, 0)
 
     @torch.no_grad()
     def advance(self, candidates: Particles, to: int, kernel: Kernel = ODE()) -> Particles:  # noqa: B008  # frozen
-        """Move on until ``to`` steps are done: (to - done) forwards each, twice that under guidance."""
-        if to <= candidates.done:
-            raise ValueError(f"candidates that have done {candidates.done} steps cannot advance to {to}")
-        return joined([self._walk(part, to, kernel) for part in candidates.split(self.batch_size)])
+        """Move candidates until ``to`` steps are done, which costs one NFE a step, or two under guidance."""
+        if to <= candidates.steps_done:
+            raise ValueError(f"candidates after {candidates.steps_done} steps cannot advance to step {to}")
+        parts = []
+        for part in candidates.split(self.batch_size):
+            while part.steps_done < to:
+                part = self.move(part, self.predict(part), kernel)
+            parts.append(part)
+        return concatenate(parts)
 
-    def _walk(self, part: Particles, to: int, kernel: Kernel) -> Particles:
-        while part.done < to:
-            part = self.move(part, self.predict(part), kernel)
-        return part
+    def predict(self, batch: Particles) -> Tensor:
+        """Return the network's output (N, ...) for candidates that fit into one batch."""
+        step = self.grid[batch.steps_done]
+        return self.pipeline.predict(batch.x, step, self.conditioning[batch.prompt], self.guidance).cpu()
 
-    def predict(self, part: Particles) -> Tensor:
-        """The network's output (N, ...) for candidates that fit in one batch: a forward each."""
-        step = self.grid[part.done]
-        return self.pipeline.predict(part.x, step, self.conditioning[part.prompt], self.guidance).cpu()
+    def move(self, candidates: Particles, prediction: Tensor, kernel: Kernel, shift: Tensor | float = 0.0) -> Particles:
+        """Take one step with the network's output ``prediction`` (N, ...).
 
-    def move(self, part: Particles, prediction: Tensor, kernel: Kernel, shift: Tensor | float = 0.0) -> Particles:
-        """One step by a prediction, its mean moved by ``shift`` (N, ...)."""
-        step = self.grid[part.done]
-        move = transition(self.pipeline.path, kernel, part.x, prediction, step)
+        Args:
+            candidates: The candidates before the step.
+            prediction: The network's output for them.
+            kernel: The rule of the move.
+            shift: Added to the mean of the move, (N, ...).
+        """
+        step = self.grid[candidates.steps_done]
+        move = transition(self.pipeline.path, kernel, candidates.x, prediction, step)
         x = move.mean + shift
         if float(move.std.max()) > 0:
-            x = x + move.std * step_noise(part.step_seeds, part.done, part.x)
-        done = part.done + 1
-        preview = x if done == self.steps else self.pipeline.path.x0(part.x, prediction, step)
-        return replace(part, x=x, preview=preview, done=done)
+            x = x + move.std * step_noise(candidates.step_seeds, candidates.steps_done, candidates.x)
+        done = candidates.steps_done + 1
+        preview = x if done == self.steps else self.pipeline.path.x0(candidates.x, prediction, step)
+        return replace(candidates, x=x, preview=preview, steps_done=done)
 
-    def batched(self, candidates: Particles, work: Callable[[Particles], Tensor]) -> Tensor:
-        """The results of ``work`` on batches, put together."""
-        return torch.cat([work(part) for part in candidates.split(self.batch_size)])
+    def in_batches(self, candidates: Particles, function: Callable[[Particles], Tensor]) -> Tensor:
+        """Concatenate the results of ``function`` on batches of candidates."""
+        return torch.cat([function(part) for part in candidates.split(self.batch_size)])
 
     @torch.no_grad()
     def decoded_scores(self, candidates: Particles) -> Tensor:
-        """The rewards (N, K) of decoded previews, NaN where one failed: a decode and a call of each reward for each."""
-        return torch.cat([scores for _, scores in self._scored(candidates)])
+        """Return the rewards (N, K) of decoded previews, NaN where one failed."""
+        return self.in_batches(candidates, lambda part: self._decode_and_score(part)[1])
 
     @torch.no_grad()
     def finish(self, candidates: Particles) -> ScoredParticles:
-        """Take the steps that are left by the ODE, decode and score."""
-        ended = candidates if candidates.done == self.steps else self.advance(candidates, self.steps)
-        parts = list(self._scored(ended))
-        self.lineage.close(ended.names, self.steps)
+        """Take the remaining steps by the ODE, decode and score."""
+        if candidates.steps_done < self.steps:
+            candidates = self.advance(candidates, self.steps)
+        parts = [self._decode_and_score(part) for part in candidates.split(self.batch_size)]
         samples, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        self.note(ended, scores)
-        return ScoredParticles(ended, samples, scores)
+        self.lineage.close(candidates.ids, self.steps)
+        self.record_scores(candidates, scores)
+        return ScoredParticles(candidates, samples, scores)
 
-    def _scored(self, candidates: Particles) -> Iterator[tuple[Tensor, Tensor]]:
-        for part in candidates.split(self.batch_size):
-            if part.preview is None:
-                raise ValueError("candidates have no preview before their first step: advance them")
-            samples = self.pipeline.decode(part.preview)
-            asked = [self.prompts[p] for p in part.prompt.tolist()]
-            yield samples.cpu(), score(self.rewards, samples, asked)
+    def _decode_and_score(self, batch: Particles) -> tuple[Tensor, Tensor]:
+        if batch.steps_done == 0:
+            raise ValueError("candidates have no preview before their first step: advance them first")
+        samples = self.pipeline.decode(batch.preview)
+        return samples.cpu(), score(self.rewards, samples, self.prompts_of(batch))
 
-    def combined(self, scores: Tensor) -> Tensor:
-        """The rewards' weighted sum (N,) of scores (N, K)."""
+    def prompts_of(self, candidates: Particles) -> list[Prompt]:
+        """Return the prompt of each candidate."""
+        return [self.prompts[p] for p in candidates.prompt.tolist()]
+
+    def weighted_sum(self, scores: Tensor) -> Tensor:
+        """Return the weighted sum (N,) of the rewards' scores (N, K)."""
         return combine(scores, [reward.weight for reward in self.rewards])
 
-    def note(self, candidates: Particles, scores: Tensor) -> None:
-        """Remember scores (N, K) in the lineage."""
-        self.lineage.record_scores(candidates.names, candidates.done, scores.tolist())
+    def record_scores(self, candidates: Particles, scores: Tensor) -> None:
+        """Add scores (N, K) to the lineage."""
+        self.lineage.record_scores(candidates.ids, candidates.steps_done, scores.tolist())
 
     def keep(self, candidates: Particles, index: Tensor) -> Particles:
-        """Go on with those of ``index`` (M,) alone."""
-        kept = candidates.rows(index)
-        alive = set(kept.names)
-        self.lineage.close([name for name in candidates.names if name not in alive], candidates.done)
-        return kept
+        """Select the candidates ``index`` (M,) long and close the others in the lineage."""
+        survivors = candidates.rows(index)
+        closed = set(candidates.ids) - set(survivors.ids)
+        self.lineage.close(sorted(closed), candidates.steps_done)
+        return survivors
 
-    def copy(self, candidates: Particles, ancestors: Tensor) -> Particles:
-        """Candidate i becomes one of ``ancestors[i]`` (M,); each goes on with the noise of its own place."""
-        chosen = candidates.rows(ancestors)
-        self.lineage.close(candidates.names, candidates.done)
-        names = self.lineage.add(chosen.prompt.tolist(), chosen.names, candidates.done)
-        return replace(chosen, names=names, step_seeds=candidates.step_seeds)
+    def resample(self, candidates: Particles, ancestors: Tensor) -> Particles:
+        """Replace candidate i by a copy of candidate ``ancestors[i]`` that keeps the step seed of place i."""
+        copies = candidates.rows(ancestors)
+        self.lineage.close(candidates.ids, candidates.steps_done)
+        ids = self.lineage.add(copies.prompt.tolist(), copies.ids, candidates.steps_done)
+        return replace(copies, ids=ids, step_seeds=candidates.step_seeds)
 
     def branch(self, candidates: Particles, count: int) -> Particles:
-        """``count`` copies of every candidate side by side, each with noise of its own from here on."""
+        """Replace every candidate by ``count`` adjacent copies with step seeds of their own."""
         copies = candidates.rows(torch.arange(len(candidates)).repeat_interleave(count))
-        self.lineage.close(candidates.names, candidates.done)
-        names = self.lineage.add(copies.prompt.tolist(), copies.names, candidates.done)
-        seeds = tuple(derived_seed(self.seed, "branch", name) for name in names)
-        return replace(copies, names=names, step_seeds=seeds)
+        self.lineage.close(candidates.ids, candidates.steps_done)
+        ids = self.lineage.add(copies.prompt.tolist(), copies.ids, candidates.steps_done)
+        return replace(copies, ids=ids, step_seeds=tuple(derived_seed(self.seed, "branch", number) for number in ids))

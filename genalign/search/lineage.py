@@ -1,4 +1,4 @@
-"""The candidates of a search as trees: where each was copied from, its scores, and the step at which it ended."""
+"""The candidates of a search as trees: parent, scores, first and last step of each."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from typing import Any
 class Node:
     """One candidate of a search.
 
-    ``parent`` is the number of the candidate that it was copied from, ``start_step`` and ``end_step`` count the steps
-    done when it was added and closed, ``scores`` holds (steps done, one value per reward).
+    Attributes:
+        prompt: Index of its prompt.
+        parent: Number of the candidate that it was copied from; None for new noise.
+        start_step: Number of steps done when it was added.
+        scores: Pairs of the number of steps done and the scores then, one for each reward.
+        end_step: Number of steps done when it was dropped or finished; None before.
     """
 
     prompt: int
@@ -23,7 +27,7 @@ class Node:
     end_step: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form, in which the score of a failed reward is null."""
+        """Return the candidate as JSON, in which a failed score is null."""
         scores = [[step, [value if math.isfinite(value) else None for value in values]] for step, values in self.scores]
         return {
             "prompt": self.prompt,
@@ -46,16 +50,16 @@ class Lineage:
         self.nodes += [Node(prompt, parent, step) for prompt, parent in zip(prompts, parents, strict=True)]
         return tuple(range(first, len(self.nodes)))
 
-    def record_scores(self, names: Sequence[int], step: int, scores: Sequence[Sequence[float]]) -> None:
+    def record_scores(self, ids: Sequence[int], step: int, scores: Sequence[Sequence[float]]) -> None:
         """Record the scores of candidates that have done ``step`` steps, one row of values for each."""
-        for name, values in zip(names, scores, strict=True):
-            self.nodes[name].scores.append((step, tuple(values)))
+        for number, values in zip(ids, scores, strict=True):
+            self.nodes[number].scores.append((step, tuple(values)))
 
-    def close(self, names: Sequence[int], step: int) -> None:
+    def close(self, ids: Sequence[int], step: int) -> None:
         """Mark candidates as pruned or finished after ``step`` steps."""
-        for name in names:
-            self.nodes[name].end_step = step
+        for number in ids:
+            self.nodes[number].end_step = step
 
     def as_list(self) -> list[dict[str, Any]]:
-        """JSON form of all candidates, in the order of their numbers."""
+        """Return all candidates as JSON, in the order of their numbers."""
         return [node.as_dict() for node in self.nodes]

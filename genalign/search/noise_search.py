@@ -1,11 +1,10 @@
-"""Searches over noise by complete samples: the neighbourhood of the best noise, and evolution.
+"""Searches over noise by complete samples: zero-order search around the best noise, and evolution.
 
 Scores are of finished samples, so that any reward serves, and every step may be deterministic.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -13,66 +12,62 @@ import torch
 from torch import Tensor
 
 from genalign.diffusion.noise import derived_seed, seeded_noise
-from genalign.search.engine import Particles, ScoredParticles, SearchRun, joined
-from genalign.search.strategy import PromptBudget, score_bill, walk_bill
+from genalign.search.engine import Particles, ScoredParticles, SearchRun, concatenate
+from genalign.search.strategy import PromptBudget
 
 
 @dataclass(frozen=True)
 class ZeroOrder:
-    """Zero-order search (arXiv 2501.09732, section 4.1): every round tries ``neighbours`` of the best noise so far, at
-    cosine ``theta`` to it and of the same length. Without ``rounds`` it goes on while the budget lasts.
+    """Zero-order search (arXiv 2501.09732, section 4.1).
 
-    Public code begins anew where no neighbour is better; here the next round draws other neighbours.
+    Every one of ``rounds`` samples from ``neighbors`` of the best noise so far, at cosine ``theta`` to it and of the
+    same length. ``rounds`` None makes as many as the budget pays for. Public code restarts if no neighbor is better;
+    here the next round draws other neighbors.
     """
 
     rounds: int | None = None
-    neighbours: int = 4
+    neighbors: int = 4
     theta: float = 0.95
 
     def __post_init__(self) -> None:
-        if self.neighbours < 1 or not -1 < self.theta < 1:
-            raise ValueError(f"neighbours must be at least 1 and theta in (-1, 1), not {self}")
+        if self.neighbors < 1 or not -1 < self.theta < 1:
+            raise ValueError(f"neighbors must be at least 1 and theta in (-1, 1), not {self}")
 
     def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
-        rounds = allowance.largest(self.rounds, lambda n: self.bill(run, n), "rounds")
-        found = run.finish(run.start(1))
-        prompts = [p for p in range(len(run.prompts)) for _ in range(self.neighbours)]
+        rounds = allowance.largest(run, self.rounds, lambda n: replace(self, rounds=n), "rounds")
+        best = run.finish(run.start(1))
+        prompts = [p for p in range(len(run.prompts)) for _ in range(self.neighbors)]
         for number in range(rounds):
-            tried = torch.cat([self._around(run, pivot, p, number) for p, pivot in enumerate(found.candidates.noise)])
-            found = found.joined(run.finish(run.begin(tried, prompts, [0] * len(prompts))))
-            found = found.rows(found.best())
-        return found
-
-    def _around(self, run: SearchRun, centre: Tensor, prompt: int, number: int) -> Tensor:
-        seeds = [derived_seed(run.seed, prompt, "neighbour", number, k) for k in range(self.neighbours)]
-        return neighbours_of(centre, seeded_noise(seeds, centre[None]), self.theta)
-
-    def bill(self, run: SearchRun, rounds: int) -> Counter[str]:
-        """What one prompt costs."""
-        count = 1 + rounds * self.neighbours
-        return walk_bill(run, count, run.steps) + score_bill(run, count)
+            tried = []
+            for p, center in enumerate(best.candidates.noise):
+                seeds = [derived_seed(run.seed, p, "neighbour", number, k) for k in range(self.neighbors)]
+                tried.append(neighbors_of(center, seeded_noise(seeds, center[None]), self.theta))
+            finished = run.finish(run.start_from(torch.cat(tried), prompts, [0] * len(prompts)))
+            everything = best.extend(finished)
+            best = everything.rows(everything.best())
+        return best
 
 
-def neighbours_of(centre: Tensor, noise: Tensor, theta: float) -> Tensor:
-    """Vectors (n, ...) of the length of ``centre`` (...), at cosine ``theta`` to it, in the directions of ``noise``."""
-    flat, drawn = centre.double().flatten(), noise.double().flatten(1)
+def neighbors_of(center: Tensor, noise: Tensor, theta: float) -> Tensor:
+    """Turn ``center`` (...) towards each row of ``noise`` (n, ...) by an angle of cosine ``theta``, at equal length."""
+    flat, directions = center.double().flatten(), noise.double().flatten(1)
     length = flat.norm()
     unit = flat / length
-    across = drawn - (drawn @ unit)[:, None] * unit
+    across = directions - (directions @ unit)[:, None] * unit
     across = across / across.norm(dim=1, keepdim=True)
     mixed = length * (theta * unit + (1 - theta * theta) ** 0.5 * across)
-    neighbours: Tensor = mixed.view_as(noise).to(centre)
-    return neighbours
+    neighbors: Tensor = mixed.view_as(noise).to(center)
+    return neighbors
 
 
 @dataclass(frozen=True)
 class Evolution:
-    """Evolutionary search (EvoSearch, arXiv 2505.17618): generation g begins at step ``starts[g]`` with ``sizes[g]``
-    children of each prompt's ``elites`` best trajectories so far, the first from fresh noise.
+    """Evolutionary search (EvoSearch, arXiv 2505.17618).
 
-    A child has its parent's state there with the noise in it renewed: x = alpha x0 + sigma eps, where eps becomes
-    sqrt(1 - strength^2) eps + strength z. The paper adds z times the sampler's standard deviation instead, which at
-    the first step is the same. Parents are taken in turn, best first.
+    Generation g starts at step ``starts[g]`` with ``sizes[g]`` children of each prompt's ``elites`` best trajectories
+    so far; the first generation starts from fresh noise. A child has the state of its parent at that step, with new
+    noise: x = alpha x0 + sigma eps, where eps becomes sqrt(1 - strength^2) eps + strength z. The paper adds z times the
+    sampler's standard deviation instead, which is the same at the first step. Parents take turns, the best first.
     """
 
     starts: tuple[int, ...] = (0, 2, 4)
@@ -91,43 +86,35 @@ class Evolution:
     def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
         if self.starts[-1] >= run.steps:
             raise ValueError(f"generation at step {self.starts[-1]} is past the end of {run.steps} steps")
-        allowance.largest(1, lambda n: self.bill(run), "evolutions")
-        states, found = self._complete(run, run.start(self.sizes[0]), 0)
+        allowance.largest(run, 1, lambda _: self, "evolutions")
+        states, everything = self._complete(run, run.start(self.sizes[0]), 0)
         for generation in range(1, len(self.starts)):
-            parents = found.best(self.elites)
-            children = self._children(run, states[generation].rows(parents), generation)
-            born, tried = self._complete(run, children, generation)
-            states = {g: joined([states[g], born[g]]) for g in born}
-            found = found.joined(tried)
-        return found
+            parents = states[generation].rows(everything.best(self.elites))
+            children, finished = self._complete(run, self._mutate(run, parents, generation), generation)
+            states = {g: concatenate([states[g], children[g]]) for g in children}
+            everything = everything.extend(finished)
+        return everything
 
     def _complete(
-        self, run: SearchRun, begun: Particles, generation: int
+        self, run: SearchRun, candidates: Particles, generation: int
     ) -> tuple[Mapping[int, Particles], ScoredParticles]:
-        """Candidates at the starts of later generations, and at their end."""
+        """Return the candidates at the start of each later generation, and at their end."""
         states = {}
         for later in range(generation + 1, len(self.starts)):
-            begun = states[later] = run.advance(begun, self.starts[later])
-        return states, run.finish(begun)
+            candidates = states[later] = run.advance(candidates, self.starts[later])
+        return states, run.finish(candidates)
 
-    def _children(self, run: SearchRun, parents: Particles, generation: int) -> Particles:
-        """``sizes[generation]`` of every prompt, from its parents in turn."""
-        level = run.grid[parents.done]
+    def _mutate(self, run: SearchRun, parents: Particles, generation: int) -> Particles:
+        """Return ``sizes[generation]`` children of every prompt, from its parents in turn."""
         turns = [
             (parents.prompt == p).nonzero()[:, 0][torch.arange(self.sizes[generation]) % self.elites]
             for p in range(len(run.prompts))
         ]
-        chosen = parents.rows(torch.cat(turns))
-        assert chosen.preview is not None, "only the first generation begins without a preview"
-        eps = (chosen.x - float(level.alpha) * chosen.preview) / float(level.sigma)
-        names = run.lineage.add(chosen.prompt.tolist(), chosen.names, chosen.done)
-        z = seeded_noise([derived_seed(run.seed, "mutation", name) for name in names], chosen.x)
-        renewed = (1 - self.strength**2) ** 0.5 * eps + self.strength * z
-        return replace(chosen, names=names, x=float(level.alpha) * chosen.preview + float(level.sigma) * renewed)
-
-    def bill(self, run: SearchRun) -> Counter[str]:
-        """What one prompt costs."""
-        total: Counter[str] = Counter()
-        for start, size in zip(self.starts, self.sizes, strict=True):
-            total += walk_bill(run, size, run.steps - start) + score_bill(run, size)
-        return total
+        copies = parents.rows(torch.cat(turns))
+        ids = run.lineage.add(copies.prompt.tolist(), copies.ids, copies.steps_done)
+        z = seeded_noise([derived_seed(run.seed, "mutation", number) for number in ids], copies.x)
+        level = run.grid[copies.steps_done]
+        alpha, sigma = float(level.alpha), float(level.sigma)
+        eps = (copies.x - alpha * copies.preview) / sigma
+        mutated = (1 - self.strength**2) ** 0.5 * eps + self.strength * z
+        return replace(copies, ids=ids, x=alpha * copies.preview + sigma * mutated)

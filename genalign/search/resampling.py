@@ -1,7 +1,7 @@
-"""Resampling: K particles are replaced by K of themselves, particle k on average by K W_k of them.
+"""Resampling: K particles are replaced by K copies of particles, on average K W_k copies of particle k.
 
-W (K,) are normalized weights. All schemes are unbiased, E[offspring of k] = K W_k; they differ in the noise that they
-add. Ancestors say which particle each place is taken by.
+W (K,) are normalized weights. All schemes are unbiased, E[copies of k] = K W_k, and differ in the noise that they add.
+``ancestors`` (K,) are the particles that the places get copies of.
 """
 
 from __future__ import annotations
@@ -14,58 +14,56 @@ import torch
 from torch import Tensor
 
 Resampler = Callable[[Tensor, torch.Generator], Tensor]
-"""From normalized weights (K,) float64 on the CPU to ancestors (K,) long. Raises ValueError for other weights."""
+"""Draws ancestors (K,) long by normalized weights (K,) float64 on the CPU. Raises ValueError for other weights."""
 
 ResamplerName = Literal["multinomial", "stratified", "systematic", "residual", "ssp"]
 
-# Below this, what K W_k is above or below a whole number is a rounding error.
+# Distances of K W_k from a whole number below this are rounding errors.
 _RESOLUTION = 1e-9
 _BELOW_ONE = 1 - 2.0**-53
 
 
 def normalized_weights(log_weights: Tensor) -> Tensor:
-    """The weights (K,) float64 on the CPU, of sum 1, from their logarithms (K,) up to a constant.
+    """Return weights (K,) float64 of sum 1 on the CPU from log weights (K,), which may lack a constant.
 
-    NaN counts as -inf, which is weight 0; where nothing has any weight, all are equal. Raises ValueError for +inf.
+    NaN counts as -inf, which is weight 0; if all weights are 0, they become equal. Raises ValueError for +inf.
     """
     if log_weights.ndim != 1 or len(log_weights) == 0:
         raise ValueError(f"log weights must be (K,) with K > 0, not {tuple(log_weights.shape)}")
-    known = log_weights.detach().cpu().double()
-    known = torch.where(known.isnan(), -math.inf, known)
-    top = known.max()
+    values = log_weights.detach().cpu().double()
+    values = torch.where(values.isnan(), -math.inf, values)
+    top = values.max()
     if top == math.inf:
         raise ValueError("a log weight is +inf: no other particle would count; look for a division by 0 before it")
-    return torch.softmax(known, dim=0) if top > -math.inf else torch.full_like(known, 1 / len(known))
+    return torch.softmax(values, dim=0) if top > -math.inf else torch.full_like(values, 1 / len(values))
 
 
 def effective_size(log_weights: Tensor) -> float:
-    """How many equal particles the weights are worth, 1 / sum W^2, from 1 to K."""
+    """Return the effective number of particles, 1 / sum W^2, from 1 to K."""
     return 1 / float(normalized_weights(log_weights).square().sum())
 
 
 def multinomial(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """K independent draws."""
+    """Draw K ancestors independently."""
     return _inverse(weights, torch.rand(len(weights), generator=generator, dtype=torch.float64))
 
 
 def stratified(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """One draw in each of K equal strata of the cumulative weights (Kitagawa 1996)."""
-    return _inverse(weights, _strata(torch.rand(len(weights), generator=generator, dtype=torch.float64)))
+    """Draw one ancestor in each of K equal strata of the cumulative weights (Kitagawa 1996)."""
+    return _inverse(weights, _points(torch.rand(len(weights), generator=generator, dtype=torch.float64)))
 
 
 def systematic(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """One draw, at the same place in all strata: the offspring of k are K W_k, rounded up or down (Carpenter et
-    al. 1999).
-    """
+    """Draw ancestors at the same place in all strata: K W_k copies of k, rounded up or down (Carpenter et al. 1999)."""
     shift = torch.rand(1, generator=generator, dtype=torch.float64)
-    return _inverse(weights, _strata(shift.expand(len(weights))))
+    return _inverse(weights, _points(shift.expand(len(weights))))
 
 
 def residual(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """As many offspring as the whole part of K W_k, the others by multinomial draws (Liu and Chen 1998)."""
+    """Make floor(K W_k) copies of k, and draw the other ancestors independently (Liu and Chen 1998)."""
     whole, rest = _parts(weights)
     left = len(weights) - int(whole.sum())
-    certain = _repeated(whole)
+    certain = _ancestors_of(whole)
     if left == 0:
         return certain
     drawn = _inverse(rest / rest.sum(), torch.rand(left, generator=generator, dtype=torch.float64))
@@ -73,11 +71,10 @@ def residual(weights: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def ssp(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Srinivasan sampling process (Gerber, Chopin and Whiteley 2019, arXiv 1707.01845): the offspring of k are K W_k,
-    rounded up or down, and negatively associated.
+    """Draw ancestors by the Srinivasan sampling process (Gerber, Chopin and Whiteley 2019, arXiv 1707.01845).
 
-    Two particles share the sum of what they have beyond whole offspring, so that one of them is settled at 0 or 1 and
-    the mean of neither changes; the other goes on to meet the next particle.
+    K W_k copies of k are made, rounded up or down, with negative association. Two particles pool the fractional parts
+    of K W_k, so that one of them gets 0 or 1 and the mean of neither changes; the other meets the next particle.
     """
     whole, rest = _parts(weights)
     beyond = rest.tolist()
@@ -90,7 +87,7 @@ def ssp(weights: Tensor, generator: torch.Generator) -> Tensor:
         gains, gives = (unsettled, other) if keeps else (other, unsettled)
         beyond[gains], beyond[gives] = min(both, 1.0), max(both - 1, 0.0)
         unsettled = gains if both < 1 else gives
-    return _repeated(whole + torch.tensor(beyond, dtype=torch.float64).round().long())
+    return _ancestors_of(whole + torch.tensor(beyond, dtype=torch.float64).round().long())
 
 
 RESAMPLERS: dict[ResamplerName, Resampler] = {
@@ -103,26 +100,26 @@ RESAMPLERS: dict[ResamplerName, Resampler] = {
 
 
 def _inverse(weights: Tensor, points: Tensor) -> Tensor:
-    """The particles in whose share of the cumulative weights (K,) the points (M,) of [0, 1) lie; none of weight 0."""
+    """Invert the cumulative weights at points (M,) of [0, 1); a particle of weight 0 is never drawn."""
     _require_normalized(weights)
     cumulative = weights.cumsum(0)
     return torch.searchsorted(cumulative / cumulative[-1], points.clamp(max=_BELOW_ONE), right=True)
 
 
-def _strata(places: Tensor) -> Tensor:
+def _points(places: Tensor) -> Tensor:
     return (torch.arange(len(places)) + places) / len(places)
 
 
 def _parts(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole parts (K,) long of K W, and what is beyond them, (K,) float64."""
+    """Split K W into whole parts (K,) long and fractional parts (K,) float64."""
     _require_normalized(weights)
     expected = len(weights) * weights
     whole = (expected + _RESOLUTION).floor()
     return whole.long(), (expected - whole).clamp(min=0)
 
 
-def _repeated(offspring: Tensor) -> Tensor:
-    return torch.repeat_interleave(torch.arange(len(offspring)), offspring)
+def _ancestors_of(copies: Tensor) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(copies)), copies)
 
 
 def _require_normalized(weights: Tensor) -> None:

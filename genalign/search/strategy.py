@@ -1,118 +1,111 @@
-"""What a strategy is, and what it may spend."""
+"""The interface of strategies, and the budget that they plan with."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from genalign.scoring.budget import DECODE, FORWARD, Budget, Ledger, reward_call
+from genalign.scoring.budget import Budget, Ledger
+from genalign.search.counting import CountingRun
 from genalign.search.engine import Particles, ScoredParticles, SearchRun
 
 
 class Strategy(Protocol):
-    """How candidates of every prompt of a run become finished ones; the best of them are returned.
+    """A search: turns noise into finished candidates of every prompt of a run, the best of which are returned.
 
-    It spends no more than ``allowance`` for each prompt. Raises ValueError where that does not even make one sample.
+    It spends at most ``allowance`` on each prompt, and raises ValueError if that does not pay for one sample. Without
+    a budget, the strategy's own settings say how many candidates it makes.
     """
 
     def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles: ...
 
 
+def count_calls(run: SearchRun, strategy: Strategy) -> Ledger:
+    """Count the calls of ``strategy`` for one prompt of ``run`` without making them, by running it on a twin.
+
+    All scores of the twin are equal. The strategies of this package make the same calls whatever the scores: pruning
+    keeps fixed numbers of candidates, and resampling copies them without a call. A strategy whose calls depend on the
+    scores must make the most of them where scores are equal, or it may overdraw a budget.
+    """
+    twin = CountingRun(run)
+    strategy(twin, PromptBudget())
+    return twin.spent
+
+
 @dataclass(frozen=True)
 class PromptBudget:
-    """What each prompt of a run may cost; without a ``budget`` there is no limit, and every strategy must say itself
-    how much it does.
-    """
+    """The limit for each prompt of a run; without a ``budget`` there is none."""
 
     budget: Budget | None = None
 
-    def affords(self, calls: Counter[str]) -> bool:
-        """Whether these calls, of one prompt, fit in the budget."""
-        return self.budget is None or self.budget.spent(Ledger(calls)) <= self.budget.limit * (1 + 1e-9)
-
-    def part(self, share: float) -> PromptBudget:
-        """This share of it."""
+    def fraction(self, share: float) -> PromptBudget:
+        """Return ``share`` of this budget."""
         return self if self.budget is None else PromptBudget(self.budget.of(self.budget.limit * share))
 
-    def after(self, run: SearchRun) -> PromptBudget:
-        """What the run has left for each prompt. Raises ValueError where that is nothing."""
+    def remaining(self, run: SearchRun) -> PromptBudget:
+        """Return the budget less the mean cost of a prompt so far. Raises ValueError if nothing is left."""
         if self.budget is None:
             return self
         left = self.budget.limit - self.budget.spent(run.spent) / len(run.prompts)
         if left <= 0:
-            raise ValueError(f"nothing is left of a budget of {self.budget.limit:.4g} for each prompt: raise it")
+            raise ValueError(
+                f"nothing is left of the budget of {self.budget.limit:.4g} for each prompt: raise the budget"
+            )
         return PromptBudget(self.budget.of(left))
 
-    def largest(self, wanted: int | None, bill: Callable[[int], Counter[str]], what: str) -> int:
-        """``wanted``, checked, or the largest count whose ``bill`` the budget affords; bills must not fall.
+    def largest(self, run: SearchRun, size: int | None, sized: Callable[[int], Strategy], unit: str) -> int:
+        """Return ``size`` if the budget pays for it, or for None the largest size that the budget pays for.
 
-        Raises ValueError for neither a count nor a budget, or where the count, or a single one, costs too much.
+        Args:
+            run: The run to plan for; its networks are not called.
+            size: The size in the strategy's settings.
+            sized: Returns the strategy at a size; the cost must not fall with the size.
+            unit: The setting that is the size, for messages.
+
+        Raises:
+            ValueError: There is neither a size nor a budget, or the size, or a size of 1, costs more than the budget.
         """
-        if wanted is None and self.budget is None:
-            raise ValueError(f"say how many {what}, or give a budget")
-        if not self.affords(bill(wanted or 1)):
-            raise ValueError(self._too_little(wanted or 1, bill(wanted or 1), what))
-        if wanted is not None:
-            return wanted
-        return _last(lambda count: self.affords(bill(count)))
+        if self.budget is None:
+            if size is None:
+                raise ValueError(f"say how many {unit}, or give a budget")
+            return size
+        budget, limit = self.budget, self.budget.limit * (1 + 1e-9)  # sums of prices are rounded
 
-    def _too_little(self, count: int, calls: Counter[str], what: str) -> str:
-        assert self.budget is not None, "without a budget everything is affordable"
-        needed = self.budget.spent(Ledger(calls))
-        return (
-            f"{count} {what} cost {needed:.4g} for each prompt, and the budget is {self.budget.limit:.4g}: raise it, or"
-            " take fewer or fewer steps"
-        )
+        def cost(count: int) -> float:
+            return budget.spent(count_calls(run, sized(count)))
 
-
-def _last(affordable: Callable[[int], bool]) -> int:
-    """The last of the counts 1, 2, ... that are affordable; the first one is."""
-    low = 1
-    while affordable(2 * low):
-        low *= 2
-    high = 2 * low
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if affordable(middle) else (low, middle)
-    return low
+        if cost(size or 1) > limit:
+            raise ValueError(
+                f"{unit}={size or 1} costs {cost(size or 1):.4g} for each prompt, but the budget is {budget.limit:.4g}:"
+                f" raise the budget, or take fewer {unit} or fewer steps"
+            )
+        if size is not None:
+            return size
+        low, high = 1, 2
+        while cost(high) <= limit:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if cost(middle) <= limit else (low, middle)
+        return low
 
 
 class PreviewScorer(Protocol):
-    """Scores of candidates on their way; those of one step are comparable among themselves alone."""
+    """Scores candidates on their way; scores of different steps need not be comparable.
+
+    It decodes by ``run.pipeline.decode`` and wraps a network of its own by ``run.metered``: a run that only counts
+    (``count_calls``) has previews without values, which no network can score.
+    """
 
     def __call__(self, run: SearchRun, candidates: Particles) -> Tensor:
-        """(N, K), NaN where one failed."""
-
-    def bill(self, run: SearchRun, candidates: int) -> Counter[str]:
-        """What scoring so many costs."""
+        """Return scores (N, K) of the previews, NaN where one failed."""
 
 
-@dataclass(frozen=True)
-class DecodedRewards:
-    """The run's own rewards of decoded previews."""
-
-    def __call__(self, run: SearchRun, candidates: Particles) -> Tensor:
-        return run.decoded_scores(candidates)
-
-    def bill(self, run: SearchRun, candidates: int) -> Counter[str]:
-        """A decode and a call of every reward for each."""
-        return score_bill(run, candidates)
-
-
-def scorer_or_default(scorer: PreviewScorer | None) -> PreviewScorer:
-    """``scorer``, or for None the run's own rewards: a configuration cannot replace a default that is a dataclass."""
-    return scorer or DecodedRewards()
-
-
-def walk_bill(run: SearchRun, candidates: int, steps: int) -> Counter[str]:
-    """What moving candidates by ``steps`` costs."""
-    return Counter({FORWARD: candidates * steps * (2 if run.guidance > 1 else 1)})
-
-
-def score_bill(run: SearchRun, candidates: int) -> Counter[str]:
-    """What decoding and scoring candidates costs."""
-    return Counter({DECODE: candidates} | {reward_call(reward.name): candidates for reward in run.rewards})
+def score_previews(run: SearchRun, candidates: Particles, scorer: PreviewScorer | None) -> Tensor:
+    """Return the scores (N, K) of previews by ``scorer``, or by the run's rewards; they enter the lineage."""
+    scores = scorer(run, candidates) if scorer else run.decoded_scores(candidates)
+    run.record_scores(candidates, scores)
+    return scores

@@ -92,7 +92,7 @@ def test_processes_share_a_search(
 
 def test_prices_are_measured(tiny_folder: Path, tmp_path: Path) -> None:
     reward = "--rewards.partial.function=rewards.shapes.ShapesReward"
-    small = ["--batch_size", "2", "--repeats", "1", "--sampling.num_steps", "3"]
+    small = ["--prompts", "shapes:val", "--batch_size", "2", "--repeats", "1", "--sampling.num_steps", "3"]
     path = tmp_path / "prices.json"
     assert main(["prices", "--output", str(path), "--model.path", str(tiny_folder), reward, *small]) == 0
     prices = json.loads(path.read_text())

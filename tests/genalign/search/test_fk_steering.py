@@ -1,4 +1,4 @@
-"""Feynman-Kac steering on pipelines: the bill, the weights of guided moves, and what is refused."""
+"""Feynman-Kac steering on pipelines: the cost, the weights of guided moves, and what is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, Budget, DoobGuide, FKSteering, RewardGradient, search
 from genalign.search.engine import SearchRun
 from genalign.search.guidance import Guide, guided_log_ratio
-from genalign.search.strategy import PromptBudget
+from genalign.search.strategy import PromptBudget, count_calls
 from genalign.types import Conditioning, Grid, NoiseLevel, Prompt
 from pipelines import SD3
 
@@ -66,7 +66,7 @@ def first(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("guide", [None, RewardGradient(), DoobGuide(4)], ids=["no guide", "gradient", "doob"])
-def test_the_bill_is_what_was_done(tiny: SD3, guide: Guide | None, guidance: float) -> None:
+def test_the_planned_calls_are_the_calls_made(tiny: SD3, guide: Guide | None, guidance: float) -> None:
     ledger = Ledger()
     rewards = [NamedReward("red", metered_reward("red", redness, ledger))]
     asked = [Prompt(text) for text in PROMPTS]
@@ -78,7 +78,7 @@ def test_the_bill_is_what_was_done(tiny: SD3, guide: Guide | None, guidance: flo
     strategy = FKSteering(3, lam=5.0, guide=guide)
     finished = strategy(run, PromptBudget())
     assert run.spent.nfe == true["forward"]
-    assert run.spent.counts == {call: 2 * count for call, count in strategy.bill(run, 3).items()}
+    assert run.spent.counts == {call: 2 * count for call, count in count_calls(run, strategy).counts.items()}
     assert finished.candidates.prompt.tolist() == [0, 1]  # prompts never exchange particles
 
 
@@ -141,7 +141,7 @@ def test_budgets_choose_the_particles(tiny: SD3) -> None:
 def test_impossible_steering(tiny: SD3) -> None:
     with pytest.raises(ValueError, match="moves without noise"):
         search(tiny, PROMPTS, redness, FKSteering(4, kernel=ODE()), sampling=SAMPLING)
-    with pytest.raises(ValueError, match="moves by a kernel of its own"):
+    with pytest.raises(ValueError, match="needs a kernel to move particles by"):
         search(tiny, PROMPTS, redness, FKSteering(4, kernel=None), sampling=SAMPLING)
     with pytest.raises(ValueError, match="use DoobGuide, which needs none"):
         strategy = FKSteering(2, kernel=FlowSDE(0.7), guide=RewardGradient())

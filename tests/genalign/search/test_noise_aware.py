@@ -1,4 +1,4 @@
-"""Recording, distilling and validating noise-aware rewards on the tiny pipeline and on toys."""
+"""PreviewDataset, distilling and validating noise-aware rewards on the tiny pipeline and on toys."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from genalign.search import Prune, search
 from genalign.search.engine import SearchRun
 from genalign.search.noise_aware import (
     Distillation,
+    LevelQuality,
     NoiseAware,
-    Quality,
-    Recording,
-    as_they_are,
-    distil,
-    learn_to_decode,
-    quality,
-    record,
+    PreviewDataset,
+    distill,
+    identity,
+    ranking_quality,
+    record_previews,
+    train_decoder,
     validate,
 )
 from genalign.types import Prompt
@@ -41,7 +41,7 @@ def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 class Linear(nn.Module):
     """Means of the latents' channels, and the level."""
 
-    on = "latents"
+    input_kind = "latents"
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Linear(nn.Module):
         return scores
 
 
-def _blurred(count: int, seed: int) -> Recording:
+def _blurred(count: int, seed: int) -> PreviewDataset:
     """Scalars as latents, 2 x 2 of one value, under the more noise the higher the level."""
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.arange(8).repeat_interleave(count)
@@ -60,22 +60,22 @@ def _blurred(count: int, seed: int) -> Recording:
     sigmas = torch.tensor([0.9, 0.5, 0.1])
     noise = torch.randn(8 * count, 3, 1, 2, 2, generator=generator)
     previews = -clean.view(-1, 1, 1, 1, 1) + 2 * sigmas.view(1, 3, 1, 1, 1) * noise
-    return Recording(previews.half(), sigmas, prompt, clean, tuple(Prompt(str(p)) for p in range(8)))
+    return PreviewDataset(previews.half(), sigmas, prompt, clean, tuple(Prompt(str(p)) for p in range(8)))
 
 
 def test_a_recording_is_of_whole_trajectories(tiny: SD3, tmp_path: Path) -> None:
     ledger = Ledger()
     rewards = [NamedReward("red", metered_reward("red", redness, ledger))]
     run = SearchRun(Metered(tiny, ledger), PROMPTS, rewards, SAMPLING.grid(tiny), 1.0, 4, "0")
-    made = record(run, 3, (0, 2, 4))
+    made = record_previews(run, 3, (0, 2, 4))
     assert made.previews.shape == (6, 3, 4, 16, 16) and made.sigmas.tolist() == pytest.approx([1.0, 0.6, 0.2])
     assert ledger.counts == {"forward": 6 * 5, "decode": 6, "reward/red": 6}
     ends = redness(tiny.decode(made.previews[:, -1].float()), PROMPTS).detach()
     torch.testing.assert_close(ends, made.clean, rtol=0, atol=1e-2)  # the last preview is the sample, in half precision
     made.save(tmp_path / "recording.safetensors")
-    again = Recording.load(tmp_path / "recording.safetensors")
+    again = PreviewDataset.load(tmp_path / "recording.safetensors")
     assert torch.equal(again.previews, made.previews) and again.prompts == made.prompts
-    assert len(made.joined(again)) == 12 and made.joined(again).prompt.max() == 3
+    assert len(made.extend(again)) == 12 and made.extend(again).prompt.max() == 3
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Small:
 
     decoder: nn.Module
 
-    def seen(self, samples: Tensor) -> Tensor:
+    def decoder_target(self, samples: Tensor) -> Tensor:
         return 1 - samples
 
 
@@ -92,7 +92,7 @@ def test_a_small_decoder_learns_what_the_large_one_makes() -> None:
     recording, student = _blurred(64, 0), Small(nn.Sequential(nn.Conv2d(1, 3, 1), nn.Sigmoid()))
     settings = Distillation(decoder_epochs=30, decoder_learning_rate=0.02)
     losses = list(
-        learn_to_decode(student, recording, lambda latents: (2 * latents).sigmoid().expand(-1, 3, -1, -1), settings)
+        train_decoder(student, recording, lambda latents: (2 * latents).sigmoid().expand(-1, 3, -1, -1), settings)
     )
     assert len(losses) == 30 and losses[-1] < 0.02 * losses[0]
 
@@ -100,9 +100,9 @@ def test_a_small_decoder_learns_what_the_large_one_makes() -> None:
 def test_distilling_ranks_better_at_the_noisiest_level() -> None:
     student, held_out = Linear(1), _blurred(32, 1)
     nn.init.zeros_(student.read.weight)
-    before = validate(student, held_out, as_they_are)
-    stages = list(distil(student, _blurred(32, 0), as_they_are, Distillation(epochs=8, learning_rate=3e-2)))
-    after = validate(student, held_out, as_they_are)
+    before = validate(student, held_out, identity)
+    stages = list(distill(student, _blurred(32, 0), identity, Distillation(epochs=8, learning_rate=3e-2)))
+    after = validate(student, held_out, identity)
     assert [levels for levels, _ in stages] == [1] * 8 + [2] * 8 + [3] * 8
     assert before[0].tau == 0.0 and after[0].tau > 0.3 and after[-1].tau > 0.7
     assert after[-1].top > after[0].top and after[-1].gap < after[0].gap
@@ -110,15 +110,15 @@ def test_distilling_ranks_better_at_the_noisiest_level() -> None:
 
 def test_quality_by_hand() -> None:
     clean, prompt = torch.tensor([1.0, 2.0, 3.0, 4.0, 7.0, 7.0]), torch.tensor([0, 0, 0, 0, 1, 1])
-    assert quality(clean, clean, prompt, 0.5) == Quality(0.5, 1.0, 1.0, 0.0)
-    assert quality(-clean, clean, prompt, 0.5) == Quality(0.5, -1.0, 0.0, 3.0)
-    assert quality(torch.zeros(6), clean, prompt, 0.5).tau == 0.0
+    assert ranking_quality(clean, clean, prompt, 0.5) == LevelQuality(0.5, 1.0, 1.0, 0.0)
+    assert ranking_quality(-clean, clean, prompt, 0.5) == LevelQuality(0.5, -1.0, 0.0, 3.0)
+    assert ranking_quality(torch.zeros(6), clean, prompt, 0.5).tau == 0.0
     with pytest.raises(ValueError, match="no prompt has two samples of different reward"):
-        quality(clean[4:], clean[4:], prompt[4:], 0.5)
+        ranking_quality(clean[4:], clean[4:], prompt[4:], 0.5)
 
 
 def test_levels_that_rank_badly_are_refused(tiny: SD3) -> None:
-    qualities = (Quality(0.8, 0.05, 0.3, 1.0), Quality(0.6, 0.6, 0.9, 0.1))
+    qualities = (LevelQuality(0.8, 0.05, 0.3, 1.0), LevelQuality(0.6, 0.6, 0.9, 0.1))
     scorer = NoiseAware(Linear(4), qualities, mean=2.0, std=3.0)
 
     def prune(step: int) -> None:
@@ -132,7 +132,7 @@ def test_levels_that_rank_badly_are_refused(tiny: SD3) -> None:
 
 
 def test_a_scorer_of_latents_decodes_nothing(tiny: SD3) -> None:
-    scorer = NoiseAware(Linear(4), (Quality(0.6, 0.6, 0.9, 0.1),))
+    scorer = NoiseAware(Linear(4), (LevelQuality(0.6, 0.6, 0.9, 0.1),))
     strategy = Prune((2,), (0.5,), 4, scorer)
     result = search(tiny, PROMPTS, redness, strategy, sampling=SAMPLING)
     assert result.ledger.counts == {

@@ -17,7 +17,7 @@ from genalign.scoring.score import NamedReward
 from genalign.search import DNO, Prune, ReNO, search
 from genalign.search.engine import SearchRun
 from genalign.search.noise_optimization import NoiseOptimization, noise_log_probability
-from genalign.search.strategy import PromptBudget
+from genalign.search.strategy import PromptBudget, count_calls
 from genalign.types import Prompt
 from pipelines import SD3
 
@@ -38,10 +38,12 @@ def _run(tiny: SD3) -> SearchRun:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("strategy", [ReNO(4), DNO(4)], ids=["reno", "dno"])
-def test_the_bill_is_what_was_done(tiny: SD3, strategy: NoiseOptimization, recompute: bool) -> None:
+def test_the_planned_calls_are_the_calls_made(tiny: SD3, strategy: NoiseOptimization, recompute: bool) -> None:
     run, chosen = _run(tiny), replace(strategy, recompute=recompute)
     chosen(run, PromptBudget())
-    assert run.spent.counts == {call: 2 * count for call, count in chosen.bill(run, 4).items()}  # two prompts
+    assert run.spent.counts == {
+        call: 2 * count for call, count in count_calls(run, chosen).counts.items()
+    }  # two prompts
 
 
 @pytest.mark.parametrize("strategy", [ReNO(1, 100.0, norm_weight=0.0), DNO(1, 0.1)], ids=["reno", "dno"])
@@ -58,7 +60,7 @@ def test_recomputing_changes_nothing(tiny: SD3) -> None:
 
 def test_pruning_then_optimising_shares_the_budget(tiny: SD3) -> None:
     prune = Prune((0,), (0.5,))
-    result = search(tiny, PROMPTS, grey, ReNO(begin=prune, learning_rate=0.5), Budget(nfe=60), FEW)
+    result = search(tiny, PROMPTS, grey, ReNO(initial_search=prune, learning_rate=0.5), Budget(nfe=60), FEW)
     spent = Counter(result.ledger.counts)
     assert spent["forward"] + 2 * spent["forward backward"] <= 2 * 60 and spent["forward backward"] > 0
     alone = search(tiny, PROMPTS, grey, prune, Budget(nfe=30), FEW)
@@ -87,5 +89,5 @@ def test_the_penalty_of_unlikely_noise_is_flat_where_noise_is_likely() -> None:
 
 
 def test_rewards_without_a_gradient_are_refused(tiny: SD3) -> None:
-    with pytest.raises(ValueError, match="give no gradient: noise optimisation needs one; use ZeroOrder or Evolution"):
+    with pytest.raises(ValueError, match="give no gradient: noise optimization needs one; use ZeroOrder or Evolution"):
         search(tiny, PROMPTS, lambda samples, prompts: grey(samples, prompts).detach(), ReNO(2), sampling=FEW)

@@ -32,11 +32,10 @@ GRID, PATH = flow_grid(STEPS), FlowPath()
 
 @dataclass(frozen=True)
 class Moment:
-    """Weighted moments of the samples, and the log evidence, averaged over runs."""
+    """Weighted moments of the samples, averaged over runs."""
 
     mean: float
     sd: float
-    evidence: float
 
 
 def prediction(x: Tensor, step: int) -> Tensor:
@@ -69,7 +68,7 @@ def moments(settings: FKSettings) -> Moment:
         x, state = toy_run(settings, PARTICLES, seed)
         weights = normalized_weights(state.log_weights)
         mean = (weights * x).sum()
-        rows.append(torch.stack([mean, (weights * (x - mean) ** 2).sum().sqrt(), state.log_evidence[0]]))
+        rows.append(torch.stack([mean, (weights * (x - mean) ** 2).sum().sqrt()]))
     return Moment(*torch.stack(rows).mean(0).tolist())
 
 
@@ -102,7 +101,6 @@ def test_resamplers_reach_the_tilted_gaussian(resampler: ResamplerName) -> None:
 def _require_tilted(settings: FKSettings) -> None:
     found = moments(settings)
     assert found.mean == pytest.approx(0.854, abs=0.01) and found.sd == pytest.approx(0.923, abs=0.01)
-    assert found.evidence == pytest.approx(exact_sd() ** 2 / 2, abs=0.01)  # log E[exp(x)]
 
 
 def test_tempering_reaches_the_tilted_gaussian() -> None:
@@ -116,7 +114,6 @@ def test_without_strength_nothing_is_steered(potential: Potential) -> None:
         assert torch.equal(
             normalized_weights(state.log_weights), torch.full((20_000,), 1 / 20_000, dtype=torch.float64)
         )
-        assert state.log_evidence.tolist() == pytest.approx([0.0], abs=1e-9)
         assert float(x.mean()) == pytest.approx(0, abs=0.03) and float(x.std()) == pytest.approx(0.923, abs=0.02)
 
 
@@ -155,7 +152,6 @@ def test_weights_by_hand(potential: Potential, first: list[float], second: list[
     assert state.log_weights.tolist() == pytest.approx(second)
     state.weigh(torch.tensor([-1.0, 0.5, 3.0]), 9)
     assert state.log_weights.tolist() == pytest.approx([-2.0, 1.0, 6.0])  # lam r(x0)
-    assert float(state.log_evidence) == pytest.approx(math.log((math.exp(-2) + math.exp(1) + math.exp(6)) / 3))
 
 
 @pytest.mark.parametrize("potential", ["difference", "max", "sum"])
@@ -163,11 +159,9 @@ def test_copies_inherit_their_ancestors_potentials(potential: Potential) -> None
     state = state_of(lam=2.0, potential=potential, ess=None, resampler="multinomial")
     previews, final = torch.tensor([0.1, 0.3, 0.2]), torch.tensor([1.0, 2.0, 3.0])
     state.weigh(previews, 4)
-    evidence = float(state.log_evidence)
-    assert evidence == pytest.approx(math.log(float((2 * previews).exp().mean())))
     ancestors = state.resample()
     assert ancestors is not None
-    assert state.log_weights.tolist() == [0.0] * 3 and float(state.log_evidence) == pytest.approx(evidence)
+    assert state.log_weights.tolist() == [0.0] * 3
     state.weigh(final, 9)
     assert state.log_weights.tolist() == pytest.approx((2 * final - 2 * previews[ancestors]).tolist())
 
@@ -194,21 +188,16 @@ def test_prompts_never_exchange_particles() -> None:
             ancestors = state.resample()
             assert ancestors is not None and ancestors.dtype == torch.long
             assert torch.equal(group[ancestors], group)
-        assert torch.equal(group[state.origins], group)
-        assert bool((state.unique_ancestors() <= torch.tensor([3, 4])).all())
 
 
 def test_a_prompt_is_resampled_by_its_own_weights() -> None:
     group = torch.tensor([0, 1, 0, 1, 0, 1])
     state = FKState(FKSettings(lam=1.0), group, 10, seed=0)
     state.weigh(torch.tensor([0.0, 0.0, 0.1, 20.0, 0.2, 0.0]), 3)
-    assert state.effective_sizes()[0] > 2.9 and state.effective_sizes()[1] == pytest.approx(1.0)
     ancestors = state.resample()
     assert ancestors is not None and ancestors.tolist() == [0, 3, 2, 3, 4, 3]
     assert state.log_weights.tolist() == pytest.approx([0.0, 0.0, 0.1, 0.0, 0.2, 0.0])
-    assert state.unique_ancestors().tolist() == [3, 1]
     assert state.resample() is None
-    assert state.log_evidence[1] == pytest.approx(20 - math.log(3), abs=1e-6)
 
 
 def test_a_prompt_is_resampled_alike_alone_and_beside_others() -> None:
@@ -227,10 +216,10 @@ def test_a_failed_score_weighs_nothing_until_the_next(caplog: pytest.LogCaptureF
     state = state_of(lam=2.0)
     with caplog.at_level(logging.WARNING):
         state.weigh(torch.tensor([1.0, math.nan, 2.0]), 2)
-    assert "1 of 3 scores at step 2 are not finite" in caplog.text and state.failures == 1
+    assert "1 of 3 scores at step 2 are not finite" in caplog.text
     assert state.log_weights.tolist() == [2.0, -math.inf, 4.0]
     state.weigh(torch.tensor([1.0, 3.0, math.inf]), 4)
-    assert state.log_weights.tolist() == [2.0, 6.0, -math.inf] and state.failures == 2
+    assert state.log_weights.tolist() == [2.0, 6.0, -math.inf]
 
 
 @pytest.mark.parametrize("potential", ["difference", "max", "sum"])
@@ -248,12 +237,11 @@ def test_a_failed_particle_has_no_offspring(potential: Potential) -> None:
 def test_a_step_whose_every_score_failed_does_not_count(potential: Potential) -> None:
     state, other = state_of(lam=2.0, potential=potential), state_of(lam=2.0, potential=potential)
     state.weigh(torch.full((3,), math.nan), 1)
-    assert state.effective_sizes().tolist() == pytest.approx([3.0]) and state.resample() is None
+    assert state.resample() is None
     for either in (state, other):
         either.weigh(torch.tensor([1.0, math.nan, 2.0]), 2)
     state.weigh(torch.full((3,), -math.inf), 4)
-    assert torch.equal(state.log_weights, other.log_weights) and torch.equal(state.log_evidence, other.log_evidence)
-    assert state.failures == 7
+    assert torch.equal(state.log_weights, other.log_weights)
 
 
 def test_the_best_sample_is_chosen_by_its_reward_alone() -> None:

@@ -18,22 +18,22 @@ from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward, RewardError
 from genalign.search import Beam, BestOfN, Budget, Evolution, Prune, ZeroOrder, search
 from genalign.search.engine import Particles, SearchRun
-from genalign.search.noise_search import neighbours_of
-from genalign.search.pruning import Pool, PruneSchedule, maximum_probabilities
-from genalign.search.ranking import best, merit
-from genalign.search.strategy import PromptBudget, Strategy
+from genalign.search.noise_search import neighbors_of
+from genalign.search.pruning import PruneSchedule, ScorePool, maximum_probabilities
+from genalign.search.ranking import largest_per_prompt, ranking_values
+from genalign.search.strategy import PromptBudget, Strategy, count_calls
 from genalign.types import Prompt
 from pipelines import SD3
 
 SAMPLING = Sampling(num_steps=5, sigmas=(1.0, 0.8, 0.6, 0.4, 0.2))
 PROMPTS = ("a circle", "two squares")
-STRATEGIES: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
-    "best of n": (lambda: BestOfN(5), (5,)),
-    "best of n by a stochastic kernel": (lambda: BestOfN(5, DDIM(1.0)), (5,)),
-    "beam": (lambda: Beam(2, 3), (3,)),
-    "pruning": (lambda: Prune((0, 2), (0.5, 0.5), 6), (6,)),
-    "zero-order": (lambda: ZeroOrder(2, 3), (2,)),
-    "evolution": (lambda: Evolution((0, 1, 3), (4, 3, 2), 2), ()),
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "best of n": lambda: BestOfN(5),
+    "best of n by a stochastic kernel": lambda: BestOfN(5, DDIM(1.0)),
+    "beam": lambda: Beam(2, 3),
+    "pruning": lambda: Prune((0, 2), (0.5, 0.5), 6),
+    "zero-order": lambda: ZeroOrder(2, 3),
+    "evolution": lambda: Evolution((0, 1, 3), (4, 3, 2), 2),
 }
 
 
@@ -54,8 +54,8 @@ def _run(tiny: SD3, guidance: float = 1.0, batch_size: int = 4) -> SearchRun:
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_the_bill_is_what_the_model_did(tiny: SD3, name: str, guidance: float) -> None:
-    run, (make, size) = _run(tiny, guidance), STRATEGIES[name]
+def test_the_planned_calls_are_the_calls_of_the_model(tiny: SD3, name: str, guidance: float) -> None:
+    run, make = _run(tiny, guidance), STRATEGIES[name]
     true: Counter[str] = Counter()
     tiny.denoiser.register_forward_hook(
         lambda module, given, keywords, output: true.update(forward=len(keywords["hidden_states"])), with_kwargs=True
@@ -63,12 +63,14 @@ def test_the_bill_is_what_the_model_did(tiny: SD3, name: str, guidance: float) -
     strategy = make()
     finished = strategy(run, PromptBudget())
     assert run.spent.nfe == true["forward"]
-    assert run.spent.counts == {call: 2 * count for call, count in strategy.bill(run, *size).items()}  # two prompts
+    assert run.spent.counts == {
+        call: 2 * count for call, count in count_calls(run, strategy).counts.items()
+    }  # two prompts
     assert set(finished.candidates.prompt.tolist()) == {0, 1}
     assert torch.equal(finished.scores[:, 0], redness(finished.samples, []))
 
 
-@pytest.mark.parametrize("strategy", [BestOfN(), Prune((1, 2), (0.5, 0.5)), ZeroOrder(neighbours=2)], ids=repr)
+@pytest.mark.parametrize("strategy", [BestOfN(), Prune((1, 2), (0.5, 0.5)), ZeroOrder(neighbors=2)], ids=repr)
 @pytest.mark.parametrize("nfe", [30, 57, 100])
 def test_budgets_are_kept_and_nearly_used(tiny: SD3, strategy: Strategy, nfe: int) -> None:
     result = search(tiny, list(PROMPTS), redness, strategy, Budget(nfe=nfe), SAMPLING, batch_size=8)
@@ -82,13 +84,10 @@ def test_pruning_with_perfect_previews_is_best_of_n(tiny: SD3) -> None:
         def __call__(self, run: SearchRun, candidates: Particles) -> Tensor:
             return run.decoded_scores(run.advance(candidates, run.steps))
 
-        def bill(self, run: SearchRun, candidates: int) -> Counter[str]:
-            return Counter()
-
     everything = search(tiny, PROMPTS, redness, BestOfN(7), sampling=SAMPLING)
     pruned = search(tiny, PROMPTS, redness, Prune((1, 2), (0.4, 0.4), 7, Oracle()), sampling=SAMPLING)
     torch.testing.assert_close(pruned.scores, everything.scores, rtol=0, atol=1e-5)
-    assert pruned.chosen == everything.chosen
+    assert pruned.winners == everything.winners
 
 
 def test_keeping_all_costs_only_the_scores(tiny: SD3) -> None:
@@ -103,7 +102,7 @@ def test_a_candidate_is_the_same_alone_and_among_others(tiny: SD3) -> None:
     many = search(tiny, PROMPTS[0], redness, BestOfN(6, DDIM(1.0)), sampling=SAMPLING, batch_size=4)
     rewards, asked = [NamedReward("red", redness)], [Prompt(PROMPTS[0])]
     run = SearchRun(Metered(tiny, Ledger()), asked, rewards, SAMPLING.grid(tiny), 1.0, 1, "0/0")
-    alone = run.finish(run.advance(run.start(1, first=many.chosen[0]), 5, DDIM(1.0)))
+    alone = run.finish(run.advance(run.start(1, first=many.winners[0]), 5, DDIM(1.0)))
     torch.testing.assert_close(alone.samples, many.samples, rtol=0, atol=1e-4)
 
 
@@ -126,7 +125,7 @@ def test_the_lineage_tells_what_became_of_everybody(tiny: SD3) -> None:
     result = search(tiny, PROMPTS, redness, Prune((0, 2), (0.5, 0.5), 8), sampling=SAMPLING)
     assert len(result.lineage) == 16
     assert Counter(node["ended"] for node in result.lineage) == {1: 8, 3: 4, 5: 4}
-    for place, name in enumerate(result.chosen):
+    for place, name in enumerate(result.winners):
         node = result.lineage[name]
         assert node["prompt"] == place and [step for step, _ in node["scores"]] == [1, 3, 5]
         assert node["scores"][-1][1] == pytest.approx(result.scores[place].tolist())
@@ -138,14 +137,14 @@ def test_several_rewards_count_by_ranks(tiny: SD3) -> None:
     assert result.scores.shape == (2, 2)
     scores = torch.tensor([[1.0, 100.0], [2.0, 0.0], [3.0, 50.0], [math.nan, 200.0]])
     same = torch.zeros(4, dtype=torch.long)
-    assert merit(scores, same).tolist() == [1 + 2, 2 + 0, 3 + 1, 0 + 3]
-    assert best(torch.tensor([1.0, 2.0, 2.0, -math.inf]), same, 3).tolist() == [1, 2, 0]
+    assert ranking_values(scores, same).tolist() == [1 + 2, 2 + 0, 3 + 1, 0 + 3]
+    assert largest_per_prompt(torch.tensor([1.0, 2.0, 2.0, -math.inf]), same, 3).tolist() == [1, 2, 0]
 
 
-def test_neighbours_keep_length_and_angle() -> None:
+def test_neighbors_keep_length_and_angle() -> None:
     generator = torch.Generator().manual_seed(0)
     centre = torch.randn(4, 8, 8, generator=generator, dtype=torch.float64)
-    made = neighbours_of(centre, torch.randn(5, 4, 8, 8, generator=generator, dtype=torch.float64), 0.95)
+    made = neighbors_of(centre, torch.randn(5, 4, 8, 8, generator=generator, dtype=torch.float64), 0.95)
     flat, others = centre.flatten(), made.flatten(1)
     torch.testing.assert_close(others.norm(dim=1), flat.norm().expand(5), rtol=1e-12, atol=0)
     cosines = others @ flat / (others.norm(dim=1) * flat.norm())
@@ -180,7 +179,7 @@ def test_maximum_probabilities_give_the_exact_expected_maximum() -> None:
 
 def test_a_pool_simulates_pruning() -> None:
     clean = torch.randn(4, 16, 1, 1, generator=torch.Generator().manual_seed(2))
-    pool = Pool(clean.expand(4, 16, 6, 1))
+    pool = ScorePool(clean.expand(4, 16, 6, 1))
     schedule, subset = PruneSchedule((1, 3), (0.5, 0.25)), torch.arange(10)
     assert torch.equal(pool.winners(schedule, subset), clean[:, :10, 0, 0].argmax(1))
     assert pool.pruned(schedule, subset).shape == (4, 2)
@@ -188,18 +187,18 @@ def test_a_pool_simulates_pruning() -> None:
     expected = [2 * prompt + int(clean[prompt, 2 * prompt : 2 * prompt + 6].argmax()) for prompt in range(4)]
     assert pool.winners(schedule, apart).tolist() == expected
     with pytest.raises(ValueError, match="prompt 1 has 2 distinct trajectories among 3: drop the duplicates"):
-        Pool(torch.zeros(2, 3, 2, 1), torch.tensor([[1, 2, 3], [1, 1, 2]]))
+        ScorePool(torch.zeros(2, 3, 2, 1), torch.tensor([[1, 2, 3], [1, 1, 2]]))
 
 
 IMPOSSIBLE: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "no count": (lambda: {"strategy": BestOfN()}, "say how many candidates, or give a budget"),
     "too little": (
         lambda: {"strategy": BestOfN(), "budget": Budget(nfe=3)},
-        r"1 candidates cost 5 .* budget is 3: raise it",
+        r"candidates=1 costs 5 .* budget is 3: raise the budget",
     ),
     "too many": (
         lambda: {"strategy": BestOfN(9), "budget": Budget(nfe=30)},
-        r"9 candidates cost 45 .* budget is 30",
+        r"candidates=9 costs 45 .* budget is 30",
     ),
     "past the end": (lambda: {"strategy": Prune((1, 4), (0.5, 0.5), 4)}, "step 4 is past the end: of 5 steps, 0 to 3"),
     "descending": (lambda: {"strategy": Prune((2, 1), (0.5, 0.5), 4)}, "steps must ascend"),
