@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 from argparse import ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -362,7 +362,7 @@ class TrainNoiseAware:
     model: Model
     prompts: str
     held_out: str
-    student: nn.Module
+    student: Callable[[], nn.Module]
     rewards: dict[str, RewardChoice] = field(default_factory=dict)
     sampling: Sampling = field(default_factory=lambda: Sampling(20))
     steps: tuple[int, ...] = (2, 4, 6, 8, 10, 13, 16)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from genalign.cli import config
 from genalign.cli.context import CommandContext, load_with_lora, named_rewards, prompt_set, rank_share, require_rate
 from genalign.diffusion.noise import derived_seed
@@ -107,7 +109,9 @@ def train_noise_aware_command(context: CommandContext, arguments: Sequence[str])
     settings, plain = config.parse(config.TrainNoiseAware, arguments, "train-noise-aware")
     folder, pipeline = Path(settings.output), context.load(settings.model)
     write_json(folder / "config.json", plain)
-    student = settings.student.to(settings.model.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(settings.seed, "student"))
+        student = settings.student().to(settings.model.device)
     transform: PreviewTransform = pipeline.decode if student.input_kind == "samples" else identity
     train = _preview_dataset(settings, pipeline, settings.prompts, folder / "train.safetensors")
     held_out = _preview_dataset(settings, pipeline, settings.held_out, folder / "held_out.safetensors")

@@ -76,9 +76,9 @@ def test_processes_share_a_search(
         for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
             divided.setenv(name, value)
         assert main(config) == 2
-    assert not found.exists() and "launch this without it" in capsys.readouterr().err
+    assert not found.exists() and "launch this command without FSDP" in capsys.readouterr().err
     assert main(config) == 0
-    assert "2 of 4 prompts are left to other processes" in capsys.readouterr().out
+    assert "2 of 4 prompts are unfinished" in capsys.readouterr().out
     assert [path.name for path in sorted((found / "prompts").iterdir())] == ["00001.json", "00003.json"]
     monkeypatch.setenv("RANK", "0")
     with Claims(found / "locks").try_claim(2):  # by a process that was started beside
@@ -115,3 +115,15 @@ def test_a_student_is_trained_kept_and_used(tiny_folder: Path, tmp_path: Path, s
     assert main(steer) == 0
     (first, _) = (json.loads(line) for line in (tmp_path / "found" / "scores.jsonl").read_text().splitlines())
     assert first["calls"]["reward/noise-aware"] > 0
+
+
+def test_one_seed_gives_one_student(tiny_folder: Path, tmp_path: Path) -> None:
+    student = "ClipScorer\n  init_args: {model: shapes-clip, hidden: 16}"
+    weights = []
+    for seed in (0, 0, 1):
+        folder = tmp_path / str(len(weights))
+        folder.mkdir()
+        config = _config(folder, AWARE, model=tiny_folder, student=student)
+        assert main(["train-noise-aware", "--config", config, "--seed", str(seed)]) == 0
+        weights.append((folder / "aware" / "scorer.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
