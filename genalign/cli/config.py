@@ -34,11 +34,7 @@ from genalign.training.sample_grid import SampleGrid
 from genalign.training.settings import TrainerSettings
 from genalign.types import AnyCallable
 
-# Tensors are no settings: with their subclasses, jsonargparse would take each protocol that returns a tensor, such as
-# ``Credit``, for a factory of tensors.
-set_parsing_settings(
-    subclasses_enabled=[Recipe, Kernel], subclasses_disabled=[torch.Tensor], instantiate_subclass_spec_in_any=False
-)
+set_parsing_settings(subclasses_enabled=[Recipe, Kernel], instantiate_subclass_spec_in_any=False)
 
 Precision = Literal["float32", "bfloat16", "float16"]
 LINEAR_TEN = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -496,9 +492,7 @@ def parse(settings: type[Any], arguments: Sequence[str], command: str) -> tuple[
         parsed = parser.parse_args(list(arguments))
         plain = json.loads(parser.dump(parsed, format="json", skip_unset=False))
         plain.pop("config", None)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(plain.get("seed", 0))  # the initial weights of a network that the settings build
-            values = parser.instantiate(parsed)
+        values = parser.instantiate(parsed)
         return settings(**{name: values[name] for name in settings.__dataclass_fields__}), plain
     except (ArgumentError, ValueError, TypeError) as error:
         files = [Path(word) for word in arguments if word.endswith((".yaml", ".yml", ".json"))]

@@ -116,9 +116,9 @@ def speed(result: Path, output: Path) -> None:
 
 
 def method_curves(result: Path, output: Path) -> None:
-    """Strict accuracy of each method against NFE beside Flow-GRPO's: training samples, and validation prompts."""
+    """Strict accuracy against NFE of each method beside Flow-GRPO: training samples, and validation prompts."""
     curves = json.loads(result.read_text(encoding="utf-8"))["curves"]
-    for name in curves:
+    for name in curves.keys() - {"flow_grpo"}:
         figure, panels = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
         for label, color in {"flow_grpo": "#aaaaaa", name: "#3366cc"}.items():
             training, validation = curves[label]["training"], curves[label]["validation"]

@@ -38,7 +38,18 @@ with tempfile.TemporaryDirectory() as folder:
     small += ["--training.batch_size", "4", "--before_after", "null", "--held_out.every", "0"]
     assert main(["demo", "--output", f"{folder}/run", *small]) == 0
     pipe.load_lora_weights(f"{folder}/run/lora")
-    steer = ["--model.path", "shapes-sd3", "--prompts", "shapes:val:position", "--limit", "1", "--sampling.num_steps", "4", "--budget.nfe", "12"]
+    steer = [
+        "--model.path",
+        "shapes-sd3",
+        "--prompts",
+        "shapes:val:position",
+        "--limit",
+        "1",
+        "--sampling.num_steps",
+        "4",
+        "--budget.nfe",
+        "12",
+    ]
     steer += ["--rewards.partial.function", "rewards.shapes.ShapesReward", "--strategy", "genalign.BestOfN"]
     assert main(["steer", "--output", f"{folder}/found", *steer]) == 0
     assert (Path(folder) / "found" / "report.html").is_file()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.credit import GroupRelative, NormalizedSum
+from genalign.algorithms.credit import NormalizedSum
 from genalign.algorithms.matching import MatchingObjective
 from genalign.algorithms.matching_losses import AWMLoss, DPOLoss, RewardWeightedLoss
 from genalign.algorithms.matching_recipes import awm, dragon, dragon_set, matching, nft
@@ -28,9 +27,6 @@ from genalign.algorithms.recipes import (
     prdp,
     tempflow_grpo,
 )
-from genalign.algorithms.step_schedules import RandomWindow
-from genalign.algorithms.trajectory import MaskedSurrogate, PolicyGradient, noise_weighted
-from genalign.cli.config import Train, parse
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import ReplayBatch
 from genalign.diffusion.sampling import Sampling
@@ -45,12 +41,6 @@ from pipelines import SD3
 PROMPTS = PromptSet("two", (Prompt("a circle"), Prompt("two squares")))
 SAMPLING = Sampling(num_steps=4, sigmas=(1.0, 0.75, 0.5, 0.25))
 KERNEL = FlowSDE(0.9)
-CREDIT, LOSSES, SCHEDULES, TRAJECTORY = (
-    f"genalign.algorithms.{module}" for module in ("credit", "matching_losses", "step_schedules", "trajectory")
-)
-REST_OF_A_RUN = {"output": "run", "model": {"path": "tiny"}, "prompts": "shapes:train"} | {
-    "rewards": {"saturation": {"function": "genalign.metrics.image.saturation"}}
-}
 
 
 def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -189,53 +179,3 @@ def test_credit_without_completions_or_features_is_an_error(tiny_folder: Path) -
         _train(tiny_folder, replace(dense_grpo(KERNEL), completion=None), 1, 1e-3)
     with pytest.raises(ValueError, match="give the recipe a feature function"):
         _train(tiny_folder, replace(dragon_set(red_set, color), features=None), 1, 1e-3)
-
-
-COMPOSED = {
-    "a matching recipe": (
-        {
-            "class_path": "genalign.algorithms.matching_recipes.matching",
-            "init_args": {
-                "credit": {"class_path": f"{CREDIT}.GroupRelative", "init_args": {"std": "global"}},
-                "objective": {"loss": {"class_path": f"{LOSSES}.DPOLoss", "init_args": {"beta": 3.0}}, "draws": 1},
-                "lag": {"slope": 0.1},
-            },
-        },
-        matching(GroupRelative("global"), MatchingObjective(DPOLoss(3.0), draws=1), Lag(0.1)),
-    ),
-    "a plain recipe": (
-        {
-            "class_path": "genalign.Recipe",
-            "init_args": {
-                "kernel": {"class_path": "genalign.FlowSDE", "init_args": {"noise_level": 0.9}},
-                "schedule": {"class_path": f"{SCHEDULES}.RandomWindow", "init_args": {"size": 2}},
-                "shared_noise": True,
-                "credit": {"class_path": f"{CREDIT}.NormalizedSum"},
-                "objective": {
-                    "class_path": f"{TRAJECTORY}.PolicyGradient",
-                    "init_args": {
-                        "loss": {"class_path": f"{TRAJECTORY}.MaskedSurrogate", "init_args": {"limit": 0.001}},
-                        "weights": f"{TRAJECTORY}.noise_weighted",
-                    },
-                },
-            },
-        },
-        Recipe(
-            KERNEL,
-            RandomWindow(2),
-            True,
-            NormalizedSum(),
-            PolicyGradient(MaskedSurrogate(0.001), weights=noise_weighted),
-        ),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", COMPOSED)
-def test_a_configuration_composes_a_recipe_of_parts(tmp_path: Path, name: str) -> None:
-    written, expected = COMPOSED[name]
-    (tmp_path / "run.json").write_text(json.dumps({"recipe": written, **REST_OF_A_RUN}))
-    settings, plain = parse(Train, ["--config", str(tmp_path / "run.json")], "train")
-    assert settings.recipe == expected
-    (tmp_path / "again.json").write_text(json.dumps(plain))  # as a run saves it, to be resumed
-    assert parse(Train, ["--config", str(tmp_path / "again.json")], "train")[0].recipe == expected

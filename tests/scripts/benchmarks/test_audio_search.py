@@ -28,7 +28,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     students = {"selection": ClapScorer(clap, 8000, hidden=8), "aware": ClapLatentScorer(clap, 8000, 8, 4, 1, 8)}
     for name, student in students.items():
         (tmp_path / "work" / name).mkdir(parents=True)
-        save_scorer(tmp_path / "work" / name / "scorer.safetensors", NoiseAware(student, (LevelQuality(0.5, 0.5, 0.5, 0),)))
+        save_scorer(
+            tmp_path / "work" / name / "scorer.safetensors", NoiseAware(student, (LevelQuality(0.5, 0.5, 0.5, 0),))
+        )
     suites = {100: "val", 1: "comp", 2: "iid"}
     for key, value in {"STEPS": 3, "LEVELS": (0, 1), "CANDIDATES": 4, "PROMPTS": 3, "SUITES": suites}.items():
         monkeypatch.setattr(audio_pool, key, value)
