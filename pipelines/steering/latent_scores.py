@@ -22,8 +22,8 @@ Rewards = RewardFunction | Mapping[str, RewardFunction] | Sequence[NamedReward]
 """One reward, or several by name."""
 
 
-class LatentScorer:
-    """Decodes and scores the latents of a pipeline; bills all its calls in ``ledger`` and scores in ``lineage``."""
+class PipelineScorer:
+    """Decodes and scores the latents of a diffusers pipeline, and counts its calls in ``ledger``."""
 
     def __init__(self, pipe: DiffusionPipeline, reward: Rewards, decode: Decode | None) -> None:
         self.pipe, self.decode = pipe, decode
@@ -33,7 +33,7 @@ class LatentScorer:
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Bill every evaluation of the denoiser, and note the size of the images, until the end of the context.
+        """Count the NFE of the denoiser, and note the size of the images, within the context.
 
         Raises ValueError for a pipeline without a transformer or a unet.
         """

@@ -16,7 +16,7 @@ from genalign.search.pruning import Prune
 from genalign.search.ranking import best_per_prompt
 from genalign.types import Prompt
 from pipelines.steering.decode import Decode
-from pipelines.steering.latent_scores import LatentScorer, Rewards
+from pipelines.steering.latent_scores import PipelineScorer, Rewards
 from pipelines.steering.partial_runs import PartialRun, run_part, run_rest
 
 
@@ -61,7 +61,7 @@ def prune(
     if strategy.candidates is None or strategy.scorer is not None:
         raise ValueError("prune needs Prune(candidates=...), and scores decoded previews by the rewards alone")
     prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
-    scorer = LatentScorer(pipe, reward, decode)
+    scorer = PipelineScorer(pipe, reward, decode)
     count = strategy.candidates
     generators = [torch.Generator().manual_seed(derived_seed(seed, j)) for j in range(count)]
     nodes = list(scorer.lineage.add([0] * count, [None] * count, 0))

@@ -21,7 +21,7 @@ from genalign.search.smc import require_stochastic as require_stochastic_kernel
 from genalign.search.stepwise import Stepwise, StepwiseCall, StepwiseStrategy
 from genalign.types import Prompt
 from pipelines.steering.decode import Decode
-from pipelines.steering.latent_scores import LatentScorer, Rewards, observed
+from pipelines.steering.latent_scores import PipelineScorer, Rewards, observed
 from pipelines.steering.scheduler_hooks import (
     Move,
     gather_history,
@@ -83,7 +83,7 @@ def steer(
     plan = strategy.stepwise()
     if plan.scoring_steps is not None:
         _require_resampling(pipe, plan)
-    scorer = LatentScorer(pipe, reward, decode)
+    scorer = PipelineScorer(pipe, reward, decode)
     calls = _SteeredCalls(scorer, plan, prompts, seed)
     with ExitStack() as stack:
         if prompts is None and hasattr(pipe, "encode_prompt"):
@@ -112,7 +112,7 @@ def _require_resampling(pipe: DiffusionPipeline, plan: Stepwise) -> None:
 class _SteeredCalls:
     """The calls of a pipeline within one ``steer``, step by step."""
 
-    def __init__(self, scorer: LatentScorer, plan: Stepwise, prompts: Sequence[str | Prompt] | None, seed: int) -> None:
+    def __init__(self, scorer: PipelineScorer, plan: Stepwise, prompts: Sequence[str | Prompt] | None, seed: int) -> None:
         self.scorer, self.plan, self.seed = scorer, plan, seed
         self.scheduler = scorer.pipe.scheduler
         self.steering = Steering(ledger=scorer.ledger)
