@@ -112,7 +112,9 @@ def _require_resampling(pipe: DiffusionPipeline, plan: Stepwise) -> None:
 class _SteeredCalls:
     """The calls of a pipeline within one ``steer``, step by step."""
 
-    def __init__(self, scorer: PipelineScorer, plan: Stepwise, prompts: Sequence[str | Prompt] | None, seed: int) -> None:
+    def __init__(
+        self, scorer: PipelineScorer, plan: Stepwise, prompts: Sequence[str | Prompt] | None, seed: int
+    ) -> None:
         self.scorer, self.plan, self.seed = scorer, plan, seed
         self.scheduler = scorer.pipe.scheduler
         self.steering = Steering(ledger=scorer.ledger)
