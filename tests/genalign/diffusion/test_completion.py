@@ -9,7 +9,7 @@ import torch
 
 from genalign.diffusion.completion import Completion, complete
 from genalign.diffusion.rollout import Rollout, RolloutInputs, kernel_per_step, rollout
-from genalign.diffusion.transitions import ODE, FlowSDE
+from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.budget import Ledger, Metered
 from genalign.types import Grid
 from pipelines import SD3
@@ -49,13 +49,6 @@ def test_each_state_is_completed_by_the_ode(tiny: SD3, guidance: float) -> None:
             velocity = tiny.predict(x, step, conditioning, guidance)
             x = x + float(step.sigma_next - step.sigma) * velocity
         torch.testing.assert_close(completed[:, stored], x, rtol=0, atol=2e-5)
-
-
-def test_without_noise_every_completion_is_the_sample(tiny: SD3) -> None:
-    grid = tiny.grid(5, SIGMAS)
-    sampled = rollout(tiny, _start(tiny, False), grid, [ODE()] * 5, 1.0, store=(0, 1, 2))
-    completed = complete(tiny, sampled, grid, 1.0)
-    torch.testing.assert_close(completed, sampled.final[:, None].expand_as(completed), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

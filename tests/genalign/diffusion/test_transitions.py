@@ -16,7 +16,6 @@ from genalign.diffusion.transitions import (
     DanceSDE,
     FlowSDE,
     Kernel,
-    Reduction,
     Transition,
     leftover_noise,
     trainable_steps,
@@ -81,48 +80,31 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+X, V = randn(2, 3), randn(2, 3, seed=1)
 VP_STEP = step_between((0.3**0.5, 0.7**0.5), (0.6**0.5, 0.4**0.5))
+FLOW_STEP = flow_step(0.8, 0.6)
 EDM_STEP = step_between((1.0, 500.0), (1.0, 78.254))
+EDM_12 = step_between((1.0, 2.0), (1.0, 1.0))
 FIXTURES = [
-    pytest.param(FlowPath(), FlowSDE(0.7), flow_step(0.8, 0.6), 0.4522, 0.6260990337, -0.4506979871, id="flow"),
-    pytest.param(FlowPath(), CPS(0.8), flow_step(0.8, 0.6), 0.3775804865, 0.5706339098, -0.3659842745, id="cps"),
-    pytest.param(FlowPath(), DanceSDE(0.3), flow_step(0.8, 0.6), 0.55505, 0.1341640786, 0.7832114912, id="dance"),
-    pytest.param(FlowPath(), DPMSDE(), flow_step(0.8, 0.6), 0.395, 0.5562148865, None, id="dpm"),
-    pytest.param(VPPath("epsilon"), DDIM(1.0), VP_STEP, 0.9606530576, 0.5345224838, -0.7488985031, id="ddim-epsilon"),
-    pytest.param(VPPath("v_prediction"), DDIM(1.0), VP_STEP, 0.4924264056, 0.5345224838, -0.2957070488, id="ddim-v"),
+    pytest.param(FlowPath(), FlowSDE(0.7), FLOW_STEP, 0.4522, 0.6260990337, id="flow"),
+    pytest.param(FlowPath(), FlowSDE(0.7), euler_grid(10, 3.0)[0], 0.3894612069, 0.7, id="first step"),
+    pytest.param(FlowPath(), CPS(0.8), FLOW_STEP, 0.3775804865, 0.5706339098, id="cps"),
+    pytest.param(FlowPath(), DanceSDE(0.3), FLOW_STEP, 0.55505, 0.1341640786, id="dance"),
+    pytest.param(FlowPath(), DPMSDE(), FLOW_STEP, 0.395, 0.5562148865, id="dpm"),
+    pytest.param(VPPath("epsilon"), DDIM(1.0), VP_STEP, 0.9606530576, 0.5345224838, id="ddim-epsilon"),
+    pytest.param(VPPath("v_prediction"), DDIM(1.0), VP_STEP, 0.4924264056, 0.5345224838, id="ddim-v"),
 ]
 
 
-@pytest.mark.parametrize(("path", "kernel", "step", "mean", "std", "log_prob"), FIXTURES)
-def test_worked_numbers(
-    path: GaussianPath, kernel: Kernel, step: NoiseStep, mean: float, std: float, log_prob: float | None
-) -> None:
-    x, prediction, x_next = full(0.5), full(-0.3), full(0.45)
-    move = transition(path, kernel, x, prediction, step)
-    assert move.mean.item() == pytest.approx(mean, abs=1e-9)
-    assert move.std.item() == pytest.approx(std, abs=1e-9)
-    if log_prob is not None:
-        assert move.log_prob(x_next).item() == pytest.approx(log_prob, abs=1e-9)
+@pytest.mark.parametrize(("path", "kernel", "step", "mean", "std"), FIXTURES)
+def test_worked_numbers(path: GaussianPath, kernel: Kernel, step: NoiseStep, mean: float, std: float) -> None:
+    move = transition(path, kernel, full(0.5), full(-0.3), step)
+    assert (move.mean.item(), move.std.item()) == pytest.approx((mean, std), abs=1e-9)
 
 
 def test_worked_numbers_of_edm() -> None:
-    move = transition(EDMPath(), DPMSDE(), full(1.5), full(0.3), step_between((1.0, 2.0), (1.0, 1.0)))
-    assert move.mean.item() == pytest.approx(0.3987538820, abs=1e-9)
-    assert move.std.item() == pytest.approx(0.8660254038, abs=1e-9)
-
-
-def test_worked_numbers_of_the_first_step() -> None:
-    move = transition(FlowPath(), FlowSDE(0.7), full(0.5), full(-0.3), euler_grid(10, 3.0)[0])
-    assert move.mean.item() == pytest.approx(0.389461, abs=1e-6)
-    assert move.std.item() == pytest.approx(0.7, abs=1e-12)
-
-
-def test_constant_share_that_makes_cps_the_first_order_solver() -> None:
-    step = flow_step(0.8, 0.6)
-    shares = CPS(0.7552854129)(step), DPMSDE()(step), DDIM(1.0)(step)
-    for name in ("c", "s"):
-        values = [float(getattr(share, name)) for share in shares]
-        assert values == pytest.approx([values[0]] * 3, abs=1e-9)
+    move = transition(EDMPath(), DPMSDE(), full(1.5), full(0.3), EDM_12)
+    assert (move.mean.item(), move.std.item()) == pytest.approx((0.3987538820, 0.8660254038), abs=1e-9)
 
 
 @pytest.mark.parametrize("index", range(10))
@@ -154,19 +136,16 @@ def test_flow_sde_is_the_published_update(sigmas: tuple[float, float]) -> None:
 
 
 def test_dance_sde_is_the_published_update() -> None:
-    x, v = randn(2, 3), randn(2, 3, seed=1)
     sigma, dt, eta = 0.8, -0.2, 0.3
-    score = -(x - (1 - sigma) * (x - sigma * v)) / sigma**2
-    move = transition(FlowPath(), DanceSDE(eta), x, v, flow_step(0.8, 0.6))
-    torch.testing.assert_close(move.mean, x + v * dt - 0.5 * eta**2 * score * dt, rtol=1e-12, atol=1e-12)
+    score = -(X - (1 - sigma) * (X - sigma * V)) / sigma**2
+    move = transition(FlowPath(), DanceSDE(eta), X, V, FLOW_STEP)
+    torch.testing.assert_close(move.mean, X + V * dt - 0.5 * eta**2 * score * dt, rtol=1e-12, atol=1e-12)
 
 
 def test_ode_is_euler_and_ddim_without_noise() -> None:
-    x, v = randn(2, 3), randn(2, 3, seed=1)
-    step = flow_step(0.8, 0.6)
-    move = transition(FlowPath(), ODE(), x, v, step)
-    torch.testing.assert_close(move.mean, x + v * (0.6 - 0.8), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(move.mean, transition(FlowPath(), DDIM(0.0), x, v, step).mean)
+    move = transition(FlowPath(), ODE(), X, V, FLOW_STEP)
+    torch.testing.assert_close(move.mean, X + V * (0.6 - 0.8), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(move.mean, transition(FlowPath(), DDIM(0.0), X, V, FLOW_STEP).mean)
     assert torch.equal(move.sample(randn(2, 3, seed=2)), move.mean)
 
 
@@ -179,22 +158,12 @@ def test_cps_and_ddim_preserve_the_noise_level(eta: float, steps: NoiseStep) -> 
         torch.testing.assert_close(content, steps.sigma_next, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("sigmas", [(0.9, 0.7), (0.5, 0.45), (0.27805, 0.00893)])
-def test_excess_noise_of_the_flow_sde_is_of_second_order(sigmas: tuple[float, float]) -> None:
-    sigma, sigma_next = sigmas
-    scalars, drop = FlowSDE(0.7)(flow_step(*sigmas)), sigma - sigma_next
-    rate = 0.49 * sigma / (1 - sigma)
-    excess = drop**2 * (rate / sigma) * (1 + rate / (4 * sigma))
-    assert (scalars.c**2 + scalars.s**2).item() == pytest.approx(sigma_next**2 + excess, rel=1e-12)
-
-
 def test_std_of_the_last_step() -> None:
     last = flow_step(0.2, 0.0)
     assert FlowSDE(0.7)(last).s.item() == pytest.approx(0.7 * math.sqrt(0.2 / 0.8) * math.sqrt(0.2), rel=1e-12)
     assert DanceSDE(0.3)(last).s.item() == pytest.approx(0.3 * math.sqrt(0.2), rel=1e-12)
     for kernel in (ODE(), CPS(), DPMSDE(), DDIM()):
-        assert kernel(last).s.item() == 0.0
-        assert kernel(last).c.item() == 0.0
+        assert kernel(last).s.item() == kernel(last).c.item() == 0.0
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -212,10 +181,10 @@ def test_a_batch_of_mixed_steps_is_bitwise_its_samples(kernel: Kernel, dtype: to
 
 
 def test_half_precision_outputs_move_in_float32() -> None:
-    x, v = randn(2, 3).float(), randn(2, 3, seed=1).bfloat16()
-    move = transition(FlowPath(), FlowSDE(), x, v, flow_step(0.8, 0.6))
+    x, v = X.float(), V.bfloat16()
+    move = transition(FlowPath(), FlowSDE(), x, v, FLOW_STEP)
     assert move.mean.dtype == move.std.dtype == torch.float32
-    assert torch.equal(move.mean, transition(FlowPath(), FlowSDE(), x, v.float(), flow_step(0.8, 0.6)).mean)
+    assert torch.equal(move.mean, transition(FlowPath(), FlowSDE(), x, v.float(), FLOW_STEP).mean)
 
 
 # Densities
@@ -240,8 +209,6 @@ def test_densities_agree_with_torch_distributions() -> None:
     torch.testing.assert_close(new.log_prob(x_next, "sum"), log_prob.sum((1, 2)), rtol=1e-12, atol=1e-12)
     kl = kl_divergence(as_normal(new), as_normal(old)).sum((1, 2))
     torch.testing.assert_close(new.kl(old, "sum"), kl, rtol=1e-12, atol=1e-12)
-    for density in (new.log_prob(x_next), new.kl(old), new.log_ratio(old, x_next)):
-        assert density.shape == (3,)
     torch.testing.assert_close(new.log_prob(x_next), new.log_prob(x_next, "sum") / 8)
     torch.testing.assert_close(new.kl(old), new.kl(old, "sum") / 8)
     torch.testing.assert_close(new.log_ratio(old, x_next), new.log_ratio(old, x_next, "sum") / 8)
@@ -249,11 +216,8 @@ def test_densities_agree_with_torch_distributions() -> None:
 
 def test_log_ratio_is_the_difference_of_log_probs() -> None:
     new, old, x_next = moves()
-    reductions: tuple[Reduction, ...] = ("mean", "sum")
-    for reduction in reductions:
-        difference = new.log_prob(x_next, reduction) - old.log_prob(x_next, reduction)
-        ratio = new.log_ratio(old, x_next, reduction)
-        torch.testing.assert_close(ratio, difference, rtol=1e-9, atol=1e-12)
+    difference = new.log_prob(x_next) - old.log_prob(x_next)
+    torch.testing.assert_close(new.log_ratio(old, x_next), difference, rtol=1e-9, atol=1e-12)
 
 
 def test_log_ratio_of_equal_means_is_exactly_zero_and_small_ones_keep_their_precision() -> None:
@@ -276,57 +240,24 @@ def test_worked_log_ratio_and_kl() -> None:
 
 
 def test_the_gradient_moves_the_mean_towards_the_sample() -> None:
-    step = flow_step(0.8, 0.6)
-    x, v, x_next = randn(2, 3), randn(2, 3, seed=1).requires_grad_(), randn(2, 3, seed=2)
-    move = transition(FlowPath(), FlowSDE(0.7), x, v, step)
+    v, x_next = V.clone().requires_grad_(), randn(2, 3, seed=2)
+    move = transition(FlowPath(), FlowSDE(0.7), X, v, FLOW_STEP)
     old = Transition(move.mean.detach(), move.std)
-    (ascent,) = torch.autograd.grad(move.log_ratio(old, x_next, "sum").sum(), v)
-    (of_log_prob,) = torch.autograd.grad(
-        transition(FlowPath(), FlowSDE(0.7), x, v, step).log_prob(x_next, "sum").sum(), v
-    )
-    torch.testing.assert_close(ascent, of_log_prob)
-    moved = transition(FlowPath(), FlowSDE(0.7), x, (v + 1e-3 * ascent).detach(), step)
+    (ascent,) = torch.autograd.grad(move.log_ratio(old, x_next, "sum").sum(), v, retain_graph=True)
+    torch.testing.assert_close(ascent, torch.autograd.grad(move.log_prob(x_next, "sum").sum(), v)[0])
+    moved = transition(FlowPath(), FlowSDE(0.7), X, V + 1e-3 * ascent, FLOW_STEP)
     assert bool(((moved.mean - x_next).abs() < (move.mean - x_next).abs()).all())
 
 
-def test_the_score_of_a_sample_has_mean_zero_and_the_stated_variance() -> None:
-    count, size, std = 100_000, 3, 0.4
-    mean = randn(1, size).expand(count, size).clone().requires_grad_()
-    move = Transition(mean, scalar(std))
-    (score,) = torch.autograd.grad(move.log_prob(move.sample(randn(count, size, seed=1)).detach()).sum(), mean)
-    deviation = 1 / (std * size)
-    assert float(score.mean(0).abs().max()) < 5 * deviation / math.sqrt(count)
-    torch.testing.assert_close(score.var(0), torch.full((size,), deviation**2).double(), rtol=0.03, atol=0)
-
-
-def test_importance_weights_average_to_one() -> None:
-    count, size = 200_000, 4
-    old = Transition(randn(1, size).expand(count, size), scalar(0.5))
-    new = Transition(old.mean + 0.1, old.std)
-    weights = new.log_ratio(old, old.sample(randn(count, size, seed=1)), "sum").exp()
-    assert float(weights.mean()) == pytest.approx(1.0, abs=5 * float(weights.std()) / math.sqrt(count))
-
-
-@pytest.mark.parametrize("kernel", [ODE(), CPS(0.0), DDIM(0.0), CPS(0.8)])
-def test_a_deterministic_step_has_no_density(kernel: Kernel) -> None:
-    step = flow_step(0.1, 0.0) if kernel == CPS(0.8) else flow_step(0.8, 0.6)
-    x, v = randn(2, 3), randn(2, 3, seed=1)
-    move = transition(FlowPath(), kernel, x, v, step)
-    questions: list[Callable[[], Tensor]] = [
-        lambda: move.log_prob(x),
-        lambda: move.kl(move),
-        lambda: move.log_ratio(move, x),
-    ]
-    for question in questions:
+@pytest.mark.parametrize(
+    ("kernel", "step"),
+    [(ODE(), FLOW_STEP), (CPS(0.0), FLOW_STEP), (DDIM(0.0), FLOW_STEP), (CPS(), linear_grid(10)[torch.tensor([2, 9])])],
+)
+def test_a_deterministic_step_of_a_sample_has_no_density(kernel: Kernel, step: NoiseStep) -> None:
+    move = transition(FlowPath(), kernel, X, V, step)
+    for density in (lambda: move.log_prob(X), lambda: move.kl(move), lambda: move.log_ratio(move, X)):
         with pytest.raises(ValueError, match="train only stochastic steps"):
-            question()
-
-
-def test_one_deterministic_sample_spoils_the_batch() -> None:
-    x, v = randn(2, 3), randn(2, 3, seed=1)
-    move = transition(FlowPath(), CPS(), x, v, linear_grid(10)[torch.tensor([2, 9])])
-    with pytest.raises(ValueError, match="train only stochastic steps"):
-        move.log_prob(x)
+            density()
 
 
 def test_invalid_questions_are_errors() -> None:
@@ -348,7 +279,7 @@ def test_invalid_questions_are_errors() -> None:
 
 @pytest.mark.parametrize("kernel", [FlowSDE(), DanceSDE()])
 def test_flow_kernels_refuse_other_paths_and_levels(kernel: Kernel) -> None:
-    for step in (VP_STEP, step_between((1.0, 2.0), (1.0, 1.0))):
+    for step in (VP_STEP, EDM_12):
         with pytest.raises(ValueError, match="alpha = 1 - sigma"):
             kernel(step)
     for sigmas in ((0.5, 0.6), (0.5, 0.5), (1.2, 0.9), (0.1, -0.1)):
@@ -366,18 +297,13 @@ def test_first_order_kernels_refuse_undefined_ratios(kernel: Kernel) -> None:
         kernel(flow_step(0.5, 0.6))
 
 
-@pytest.mark.parametrize("make", [CPS, DDIM])
-@pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
-def test_share_of_noise_is_in_the_unit_interval(make: Callable[[float], Kernel], eta: float) -> None:
-    with pytest.raises(ValueError, match="eta"):
-        make(eta)
-
-
-@pytest.mark.parametrize("make", [FlowSDE, DanceSDE])
-@pytest.mark.parametrize("level", [0.0, -1.0, math.nan])
-def test_noise_rates_are_positive(make: Callable[[float], Kernel], level: float) -> None:
-    with pytest.raises(ValueError, match="positive"):
-        make(level)
+@pytest.mark.parametrize("value", [-0.1, math.nan])
+def test_shares_of_noise_are_in_the_unit_interval_and_rates_positive(value: float) -> None:
+    makes: list[Callable[[float], Kernel]] = [CPS, DDIM, FlowSDE, DanceSDE]
+    for make, limit in zip(makes, (1.1, 1.1, 0.0, 0.0), strict=True):
+        for wrong in (value, limit):
+            with pytest.raises(ValueError, match=r"(eta|noise_level) must be"):
+                make(wrong)
 
 
 # Which steps can be trained
@@ -405,14 +331,10 @@ def test_trainable_steps_of_the_default_grids(shift: float) -> None:
         assert trainable_steps(kernel, grid) == ()
 
 
-def edm_grid(steps: int) -> Grid:
-    """Stable Audio's: from 500 to 0.3 in equal factors, then 0."""
-    sigma = torch.cat([torch.logspace(math.log10(500), math.log10(0.3), steps).double(), torch.zeros(1).double()])
-    return Grid(timestep=sigma[:-1], alpha=torch.ones_like(sigma), sigma=sigma)
-
-
 def test_the_first_order_solver_keeps_the_noise_level_of_edm() -> None:
-    grid = edm_grid(5)
+    """Stable Audio's grid: from 500 to 0.3 in equal factors, then 0."""
+    sigma = torch.cat([torch.logspace(math.log10(500), math.log10(0.3), 5).double(), torch.zeros(1).double()])
+    grid = Grid(timestep=sigma[:-1], alpha=torch.ones_like(sigma), sigma=sigma)
     for kernel in (ODE(), DPMSDE(), DDIM(0.3)):
         torch.testing.assert_close(leftover_noise(kernel, grid), torch.ones(5, dtype=torch.float64))
     assert trainable_steps(DPMSDE(), grid) == (0, 1, 2, 3)
@@ -421,20 +343,16 @@ def test_the_first_order_solver_keeps_the_noise_level_of_edm() -> None:
 @pytest.mark.parametrize("kernel", [ODE(), DPMSDE()])
 def test_edm_is_vp_in_other_units(kernel: Kernel) -> None:
     """With sigma_data = 1: x / r and F are x and v there, r^2 = sigma^2 + 1."""
-    x, output, x_next = randn(2, 3), randn(2, 3, seed=1), randn(2, 3, seed=2)
+    x_next = randn(2, 3, seed=2)
     r, r_next = (1 + 4.0) ** 0.5, (1 + 1.0) ** 0.5
     scaled = step_between((1 / r, 2 / r), (1 / r_next, 1 / r_next))
-    theirs = transition(VPPath("v_prediction"), kernel, x / r, output, scaled)
-    ours = transition(EDMPath(), kernel, x, output, step_between((1.0, 2.0), (1.0, 1.0)))
+    theirs = transition(VPPath("v_prediction"), kernel, X / r, V, scaled)
+    ours = transition(EDMPath(), kernel, X, V, EDM_12)
     torch.testing.assert_close(ours.mean, theirs.mean * r_next)
     if kernel == DPMSDE():
         shifted = Transition(ours.mean + 0.01, ours.std), Transition(theirs.mean + 0.01 / r_next, theirs.std)
         ratios = shifted[0].log_ratio(ours, x_next), shifted[1].log_ratio(theirs, x_next / r_next)
         torch.testing.assert_close(*ratios)
-
-
-def test_penultimate_sigmas_of_the_default_grid() -> None:
-    assert euler_grid(10, 1.0).sigma[-3:].tolist() == pytest.approx([0.112, 0.001, 0.0], abs=1e-12)
 
 
 # Marginals. For data N(2, .5^2) the exact velocity is affine in x, so is every move, and the law of the last sample
@@ -482,15 +400,6 @@ def test_spread_of_gaussian_data(kernel: Kernel, steps: int) -> None:
     assert mean == pytest.approx(DATA_MEAN, abs=1e-6)
 
 
-@pytest.mark.parametrize("kernel", [ODE(), FlowSDE(0.3), FlowSDE(0.7), DanceSDE(0.3), DPMSDE()])
-def test_consistent_kernels_converge_to_the_data(kernel: Kernel) -> None:
-    assert final_law(kernel, 400)[1] == pytest.approx(DATA_STD, abs=0.005)
-
-
-def test_cps_does_not_converge() -> None:
-    assert final_law(CPS(0.8), 400)[1] < 0.82 * DATA_STD
-
-
 @pytest.mark.parametrize("kernel", [FlowSDE(0.7), DPMSDE()])
 def test_simulation_agrees_with_the_propagated_law(kernel: Kernel) -> None:
     generator, grid = torch.Generator().manual_seed(0), linear_grid(10)
@@ -500,11 +409,3 @@ def test_simulation_agrees_with_the_propagated_law(kernel: Kernel) -> None:
     mean, std = final_law(kernel, 10)
     assert x.mean().item() == pytest.approx(mean, abs=0.005)
     assert x.std().item() == pytest.approx(std, abs=0.004)
-
-
-@pytest.mark.parametrize("kernel", [CPS(0.8), DPMSDE()])
-def test_point_mass_data_keeps_the_noise_level(kernel: Kernel) -> None:
-    noise, x0, step = randn(100_000, 1), 1.3, flow_step(0.8, 0.6)
-    x = 0.2 * x0 + 0.8 * noise
-    x_next = transition(FlowPath(), kernel, x, noise - x0, step).sample(randn(100_000, 1, seed=1))
-    assert (x_next - 0.4 * x0).std().item() == pytest.approx(0.6, abs=0.006)

@@ -28,34 +28,18 @@ def weights(prompts: Sequence[Prompt]) -> Tensor:
     return torch.stack([torch.rand(3, 1, 1, generator=generator) for generator in generators])
 
 
+def mean(samples: Tensor) -> Tensor:
+    return samples.flatten(1).mean(1)
+
+
 def good(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """Differentiable, prompted, NaN for NaN."""
-    return (samples.square() * weights(prompts)).flatten(1).mean(1)
+    return mean(samples.square() * weights(prompts))
 
 
-def reversed_(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return good(samples, prompts).flip(0)
-
-
-def normalised(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+def normalized(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     scores = good(samples, prompts)
     return scores - scores.nanmean()
-
-
-def squeezed(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return good(samples, prompts).squeeze()
-
-
-def noisy(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return good(samples, prompts) + 0.1 * torch.randn(len(samples))
-
-
-def half_detached(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return good(samples, prompts) + samples.detach()[:, 1].flatten(1).mean(1)
-
-
-def in_place(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return good(samples.mul_(0.5), prompts)
 
 
 def leaking(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -69,53 +53,29 @@ def retyping(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return good(samples, prompts)
 
 
-def zero_for_nan(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return good(samples.nan_to_num(), prompts)
-
-
 def raising_for_nan(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     if bool(samples.isnan().any()):
         raise ValueError("NaN")
     return good(samples, prompts)
 
 
-def spoilt_by_nan(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return good(samples, prompts) + 0 * samples.detach().sum()
-
-
-def constant(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return 0.5 + 0 * good(samples, prompts)
-
-
-def nothing(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return torch.full((len(samples),), torch.nan)
-
-
-def blind(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return samples.flatten(1).mean(1)
-
-
-def rough(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return samples.flatten(1).std(1)
-
-
-PLANTED: list[tuple[RewardFunction, Expected, str, str]] = [
-    (reversed_, Expected(), "order", "in the order of the samples"),
-    (normalised, Expected(), "batches", "no statistics of the batch"),
-    (squeezed, Expected(), "batches", "keep the batch dimension"),
-    (noisy, Expected(), "determinism", "eval mode"),
-    (half_detached, Expected(), "gradient", "look for what is detached"),
-    (blind, Expected(prompts=True), "sensitivity", "higher for the right prompt"),
-    (in_place, Expected(), "side effects", "work on a copy"),
-    (leaking, Expected(), "side effects", "use torch.no_grad()"),
-    (retyping, Expected(), "side effects", "set no defaults"),
-    (zero_for_nan, Expected(), "unscorable", "return NaN"),
-    (raising_for_nan, Expected(), "unscorable", "return NaN"),
-    (spoilt_by_nan, Expected(), "unscorable", "score the others"),
-    (constant, Expected(), "sensitivity", "scores that vary"),
-    (nothing, Expected(), "sensitivity", "needs of a prompt"),
-    (rough, Expected(degradation=True), "degradation", "quality raise the score"),
-]
+PLANTED: dict[str, tuple[RewardFunction, Expected, str, str]] = {
+    "reversed": (lambda x, p: good(x, p).flip(0), Expected(), "order", "in the order of the samples"),
+    "normalized": (normalized, Expected(), "batches", "no statistics of the batch"),
+    "squeezed": (lambda x, p: good(x, p).squeeze(), Expected(), "batches", "keep the batch dimension"),
+    "noisy": (lambda x, p: good(x, p) + 0.1 * torch.randn(len(x)), Expected(), "determinism", "eval mode"),
+    "half detached": (lambda x, p: good(x, p) + mean(x.detach()), Expected(), "gradient", "look for what is detached"),
+    "blind": (lambda x, p: mean(x), Expected(prompts=True), "sensitivity", "higher for the right prompt"),
+    "in place": (lambda x, p: good(x.mul_(0.5), p), Expected(), "side effects", "work on a copy"),
+    "leaking": (leaking, Expected(), "side effects", "use torch.no_grad()"),
+    "retyping": (retyping, Expected(), "side effects", "set no defaults"),
+    "zero for NaN": (lambda x, p: good(x.nan_to_num(), p), Expected(), "unscorable", "return NaN"),
+    "raising for NaN": (raising_for_nan, Expected(), "unscorable", "return NaN"),
+    "spoiled by NaN": (lambda x, p: good(x, p) + 0 * x.detach().sum(), Expected(), "unscorable", "score the others"),
+    "constant": (lambda x, p: 0.5 + 0 * good(x, p), Expected(), "sensitivity", "scores that vary"),
+    "nothing": (lambda x, p: torch.full((len(x),), torch.nan), Expected(), "sensitivity", "needs of a prompt"),
+    "rough": (lambda x, p: x.flatten(1).std(1), Expected(degradation=True), "degradation", "quality raise the score"),
+}
 
 
 def failed(checks: Sequence[Check]) -> list[str]:
@@ -128,7 +88,7 @@ def test_a_good_reward_passes(probe: Probe) -> None:
     assert [one.name for one in checks if one.passed is None] == ["degradation"]
 
 
-@pytest.mark.parametrize(("reward", "expected", "name", "advice"), PLANTED, ids=[bad.__name__ for bad, *_ in PLANTED])
+@pytest.mark.parametrize(("reward", "expected", "name", "advice"), PLANTED.values(), ids=PLANTED)
 def test_a_planted_fault_is_found_and_nothing_else(
     probe: Probe, reward: RewardFunction, expected: Expected, name: str, advice: str
 ) -> None:
@@ -144,20 +104,13 @@ def test_a_planted_fault_is_found_and_nothing_else(
         (lambda n: torch.zeros(n, 1), "float32 of shape (8, 1) for 8 samples"),
         (lambda n: torch.zeros(n, dtype=torch.long), "int64 of shape (8,)"),
         (lambda n: torch.full((n,), torch.inf), "8 infinite"),
+        (lambda n: {}[n], "raised KeyError: 8"),
     ],
 )
 def test_without_a_result_there_are_no_other_checks(probe: Probe, returned, measured: str) -> None:
     (only,) = check(lambda samples, prompts: returned(len(samples)), probe)
     assert (only.name, only.passed) == ("result", False)
     assert measured in only.measured and "(B,)" in only.advice
-
-
-def test_a_reward_that_raises_fails(probe: Probe) -> None:
-    def raising(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        raise KeyError("answer")
-
-    (only,) = check(raising, probe)
-    assert only.passed is False and "raised KeyError: 'answer'" in only.measured
 
 
 def test_the_verifier_passes(probe: Probe) -> None:
@@ -176,7 +129,7 @@ def test_waveforms_are_checked_too() -> None:
     prompts = [Prompt(f"a tone of {hertz} Hz") for hertz in (110, 220, 330, 440, 550)]
 
     def smoothness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        return -samples.diff(dim=-1).square().flatten(1).mean(1)
+        return -mean(samples.diff(dim=-1).square())
 
     checks = list(check(smoothness, Probe(waves, prompts), Expected(gradient=True)))
     assert failed(checks) == []

@@ -49,6 +49,8 @@ def test_a_wrong_shape_is_refused() -> None:
     message = r"reward 'x' returned shape \(4, 1\) for 4 samples: return one score per sample, a tensor of shape \(4,\)"
     with pytest.raises(RewardError, match=message):
         score([NamedReward("x", lambda samples, prompts: torch.zeros(4, 1))], IMAGES, PROMPTS)
+    with pytest.raises(RewardError, match=r"reward 'x' returned shape \(\) for 1 samples"):
+        score([NamedReward("x", lambda samples, prompts: samples.mean(), score_batch=1)], IMAGES, PROMPTS)
     with pytest.raises(RewardError, match=r"reward 'x' returned list: return a tensor of shape \(B,\)"):
         score([NamedReward("x", lambda samples, prompts: [0.0] * 4)], IMAGES, PROMPTS)  # type: ignore[arg-type,return-value]
 
@@ -125,13 +127,11 @@ def test_a_call_that_hangs_has_failed(caplog: pytest.LogCaptureFixture) -> None:
     assert scores.isnan().tolist() == [True, True, False, False]
     assert calls == [False, False, False]  # a call that hangs is not split
     assert "reward 'slow' raised TimeoutError: no scores within 0.05 s; 2 scores are NaN" in caplog.text
+
+
+def test_settings_of_a_reward_are_checked() -> None:
     with pytest.raises(ValueError, match="timeout of reward 'x' must be positive, in seconds, not 0"):
         NamedReward("x", brightness, timeout=0)
-
-
-def test_parts_are_checked() -> None:
-    with pytest.raises(RewardError, match=r"reward 'x' returned shape \(\) for 1 samples"):
-        score([NamedReward("x", lambda samples, prompts: samples.mean(), score_batch=1)], IMAGES, PROMPTS)
     with pytest.raises(ValueError, match="score_batch of reward 'x' must be at least 1 sample, not 0"):
         NamedReward("x", brightness, score_batch=0)
 
