@@ -9,14 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
 from genalign.algorithms.matching import MatchingObjective, NoisedSamples
 from genalign.algorithms.matching_losses import DPOLoss, KTOLoss
-from genalign.diffusion.policy import Lora, Policy, WeightSnapshot
-from genalign.diffusion.rollout import RolloutInputs, rollout
 from genalign.diffusion.transitions import ODE
-from genalign.scoring.budget import Ledger, Metered
 from pipelines import SD3
+from tests.genalign.algorithms.updates import update_batch, update_context
 
 
 @dataclass(frozen=True)
@@ -36,24 +33,9 @@ class RecordingLoss:
         return credit * noised.error
 
 
-def _context(tiny: SD3, lagging: bool = False) -> UpdateContext:
-    policy = Policy(tiny.denoiser, Lora(rank=2, alpha=4))
-    old = WeightSnapshot(policy.parameters) if lagging else None
-    for parameter in policy.parameters:
-        torch.nn.init.normal_(parameter, std=0.05)
-    return UpdateContext(Metered(tiny, Ledger()), policy, tiny.grid(3, [1.0, 0.7, 0.3]), ODE(), 1.0, old, MetricSums())
-
-
-def _batch(context: UpdateContext) -> UpdateBatch:
-    conditioning = context.pipeline.encode(["a circle", "two squares"])
-    start = RolloutInputs(conditioning, torch.tensor([0, 0, 1, 1]), (1, 2, 3, 4), (5, 6, 7, 8))
-    sampled = rollout(context.pipeline.pipeline, start, context.grid, [ODE()] * 3, 1.0)
-    return UpdateBatch(sampled, torch.tensor([1.0, -1.0, 0.5, 0.0]), start.prompt, True)
-
-
 def test_a_group_shares_level_and_noise(tiny: SD3) -> None:
-    context, loss = _context(tiny), RecordingLoss()
-    MatchingObjective(loss, draws=2).backward(context, _batch(context), 1.0, seed=3)
+    context, loss = update_context(tiny, ODE()), RecordingLoss()
+    MatchingObjective(loss, draws=2).backward(context, update_batch(context), 1.0, seed=3)
     first, second = loss.noised_batches
     for noised in loss.noised_batches:
         sigma = noised.level.sigma
@@ -66,8 +48,8 @@ def test_a_group_shares_level_and_noise(tiny: SD3) -> None:
 
 
 def test_only_the_current_prediction_carries_a_gradient(tiny: SD3) -> None:
-    context, loss = _context(tiny, lagging=True), RecordingLoss()
-    batch = _batch(context)
+    context, loss = update_context(tiny, ODE(), lagging=True), RecordingLoss()
+    batch = update_batch(context)
     MatchingObjective(loss, draws=1, old=True).backward(context, batch, 1.0, seed=3)
     (noised,) = loss.noised_batches
     assert noised.prediction.requires_grad and not noised.reference.requires_grad and not noised.old.requires_grad
@@ -78,8 +60,8 @@ def test_only_the_current_prediction_carries_a_gradient(tiny: SD3) -> None:
 
 
 def test_the_same_seed_draws_the_same(tiny: SD3) -> None:
-    context, loss = _context(tiny), RecordingLoss()
-    batch = _batch(context)
+    context, loss = update_context(tiny, ODE()), RecordingLoss()
+    batch = update_batch(context)
     for seed in (3, 3, 4):
         MatchingObjective(loss, draws=1).backward(context, batch, 1.0, seed)
     a, b, c = (noised.x for noised in loss.noised_batches)
@@ -87,8 +69,8 @@ def test_the_same_seed_draws_the_same(tiny: SD3) -> None:
 
 
 def test_samples_without_credit_cost_nothing(tiny: SD3) -> None:
-    context = _context(tiny)
-    batch = _batch(context)
+    context = update_context(tiny, ODE())
+    batch = update_batch(context)
     MatchingObjective(KTOLoss(100.0), draws=2).backward(context, batch, 1.0, 0)
     assert context.pipeline.ledger.nfe == 2 * 2 * 3  # draws, policy and reference, samples with credit
     nothing = replace(batch, credit=torch.zeros(4))
@@ -97,8 +79,8 @@ def test_samples_without_credit_cost_nothing(tiny: SD3) -> None:
 
 
 def test_draws_of_few_samples_go_through_the_network_together(tiny: SD3, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = _context(tiny)
-    batch = replace(_batch(context), credit=torch.tensor([1.0, -1.0, 0.0, 0.0]))
+    context = update_context(tiny, ODE())
+    batch = replace(update_batch(context), credit=torch.tensor([1.0, -1.0, 0.0, 0.0]))
     sizes: list[int] = []
     predict = context.pipeline.predict
 
@@ -126,9 +108,9 @@ def test_draws_of_few_samples_go_through_the_network_together(tiny: SD3, monkeyp
 
 
 def test_an_old_policy_must_exist(tiny: SD3) -> None:
-    context = _context(tiny)
+    context = update_context(tiny, ODE())
     with pytest.raises(ValueError, match="needs the lagging sampling weights: give the recipe a lag"):
-        MatchingObjective(RecordingLoss(), old=True).backward(context, _batch(context), 1.0, 0)
+        MatchingObjective(RecordingLoss(), old=True).backward(context, update_batch(context), 1.0, 0)
 
 
 def test_settings_are_checked() -> None:

@@ -71,18 +71,6 @@ def test_nft_on_policy_is_advantage_weighted_matching(beta: float) -> None:
     torch.testing.assert_close(slope, expected)
 
 
-def test_nft_without_advantage_holds_the_old_policy() -> None:
-    x0, eps, old = randn(3, 5, seed=0), randn(3, 5, seed=1), randn(3, 5, seed=2)
-    sigma = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
-    x = (1 - sigma[:, None]) * x0 + sigma[:, None] * eps
-    half = torch.full((3,), 0.5, dtype=torch.float64)
-    velocity = old.clone().requires_grad_(True)
-    (slope,) = torch.autograd.grad(
-        nft_loss(x - sigma[:, None] * velocity, x - sigma[:, None] * old, x0, half, 1.0).sum(), velocity
-    )
-    torch.testing.assert_close(slope, torch.zeros_like(slope))
-
-
 def test_nft_matches_clean_samples_by_the_velocity() -> None:
     x0, eps, v = randn(3, 5, seed=0), randn(3, 5, seed=1), randn(3, 5, seed=2)
     sigma = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)

@@ -103,9 +103,12 @@ def _gradients(folder: Path, recipe: Recipe) -> tuple[list[Tensor], int]:
     tiny = SD3.load(folder)
     settings = TrainerSettings(rounds=1, prompts_per_round=8, group_size=4, batch_size=16)
     prompts = PromptSet("eight", tuple(Prompt(f"{count} circles") for count in range(8)))
-    only = NamedReward("red", lambda samples, prompts: redness(samples, prompts) * _of_one_prompt(prompts))
+
+    def of_one_prompt(samples: Tensor, texts: Sequence[Prompt]) -> Tensor:
+        return redness(samples, texts) * torch.tensor([float(text == texts[0]) for text in texts])
+
     policy, gradients = Policy(tiny.denoiser, Lora(rank=4), seed=0), list[Tensor]()
-    trainer = Trainer(tiny, policy, [only], prompts, recipe, settings, SAMPLING)
+    trainer = Trainer(tiny, policy, [NamedReward("red", of_one_prompt)], prompts, recipe, settings, SAMPLING)
     trainer.optimizer = torch.optim.SGD(policy.parameters)  # Adam amplifies rounding errors
 
     def record(*_: Any) -> None:
@@ -115,10 +118,6 @@ def _gradients(folder: Path, recipe: Recipe) -> tuple[list[Tensor], int]:
     trainer.optimizer.register_step_pre_hook(record)
     (result,) = trainer.rounds()
     return gradients, result.nfe
-
-
-def _of_one_prompt(prompts: Sequence[Prompt]) -> Tensor:
-    return torch.tensor([float(prompt == prompts[0]) for prompt in prompts])
 
 
 def _all(self: object, credit: Tensor, *group: Tensor) -> Tensor:
@@ -160,12 +159,6 @@ def test_weighted_matching_is_a_recipe_of_one_line(tiny_folder: Path) -> None:
         lambda outcome: (outcome.combined > outcome.combined.median()).float(), MatchingObjective(RewardWeightedLoss())
     )
     assert len(_train(tiny_folder, recipe, rounds=1, rate=1e-3)) == 1
-
-
-def test_dense_credit_costs_its_completions(tiny_folder: Path) -> None:
-    dense, plain = (_train(tiny_folder, r, 1, 1e-3)[0] for r in (dense_grpo(KERNEL), flow_grpo(KERNEL)))
-    shared, own = 2 * 3, 16 * (2 + 1)  # one completion per group from the shared noise, then one per sample
-    assert dense.nfe - plain.nfe == shared + own
 
 
 def test_an_old_policy_samples_where_there_is_a_lag(tiny_folder: Path) -> None:

@@ -9,34 +9,15 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.coupled import CoupledObjective
-from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
+from genalign.algorithms.interfaces import UpdateBatch, UpdateContext
 from genalign.algorithms.trajectory import ClippedSurrogate, MaskedSurrogate, PolicyGradient
-from genalign.diffusion.policy import Lora, Policy
-from genalign.diffusion.rollout import ReplayBatch, ReplayedStep, RolloutInputs, kernel_per_step, rollout
+from genalign.diffusion.rollout import ReplayBatch, ReplayedStep
 from genalign.diffusion.transitions import FlowSDE, Transition
-from genalign.scoring.budget import Ledger, Metered
 from genalign.types import Grid
 from pipelines import SD3
+from tests.genalign.algorithms.updates import update_batch, update_context
 
-KERNEL = FlowSDE(0.7)
 STEPS = (0, 1, 2)
-
-
-def _context(tiny: SD3) -> UpdateContext:
-    policy = Policy(tiny.denoiser, Lora(rank=2, alpha=4))
-    for parameter in policy.parameters:  # B starts at zero, where the current policy would be the reference
-        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
-    return UpdateContext(
-        Metered(tiny, Ledger()), policy, tiny.grid(4, [1.0, 0.75, 0.5, 0.25]), KERNEL, 1.0, None, MetricSums()
-    )
-
-
-def _batch(context: UpdateContext, first: bool = True) -> UpdateBatch:
-    conditioning = context.pipeline.encode(["a circle", "two squares"])
-    start = RolloutInputs(conditioning, torch.tensor([0, 0, 1, 1]), (1, 2, 3, 4), (5, 6, 7, 8))
-    kernels = kernel_per_step(KERNEL, STEPS, 4)
-    sampled = rollout(context.pipeline.pipeline, start, context.grid, kernels, 1.0, STEPS)
-    return UpdateBatch(sampled, torch.tensor([1.0, -1.0, 0.5, 0.0]), start.prompt, first)
 
 
 def _gradients(context: UpdateContext) -> list[Tensor]:
@@ -63,10 +44,10 @@ class Squared:
         return ((sums[:, None] - sums[None, :]) - (credit[:, None] - credit[None, :])).square().sum()
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_two_passes_equal_naive_automatic_differentiation(tiny: SD3, first: bool) -> None:
-    context = _context(tiny)
-    batch = _batch(context, first)
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_two_passes_equal_naive_automatic_differentiation(tiny: SD3, on_policy: bool) -> None:
+    context = update_context(tiny, FlowSDE(0.7))
+    batch = update_batch(context, STEPS, on_policy)
     CoupledObjective(Squared()).backward(context, batch, scale=0.5, seed=0)
     ours = _gradients(context)
     ratios = []
@@ -84,8 +65,8 @@ def test_two_passes_equal_naive_automatic_differentiation(tiny: SD3, first: bool
 
 
 def test_on_policy_the_first_pass_needs_no_forward_of_the_current_weights(tiny: SD3) -> None:
-    context = _context(tiny)
-    batch = _batch(context)
+    context = update_context(tiny, FlowSDE(0.7))
+    batch = update_batch(context, STEPS)
     CoupledObjective(Squared()).backward(context, batch, 1.0, 0)
     assert context.pipeline.ledger.nfe == 4 * 3 * 2  # the reference, and the pass with a graph
     assert context.metrics.log_ratio_max == 0.0
@@ -94,15 +75,15 @@ def test_on_policy_the_first_pass_needs_no_forward_of_the_current_weights(tiny: 
 
 
 def test_a_surrogate_counts_samples_with_credit(tiny: SD3) -> None:
-    batch = _batch(_context(tiny))
+    batch = update_batch(update_context(tiny, FlowSDE(0.7)), STEPS)
     assert PolicyGradient(ClippedSurrogate(1e-3)).terms(batch) == 3 * 3
     stepwise = torch.tensor([[0.0, 0.5, 1.0]] + [[0.0, 0.0, 0.0]] * 3)
     assert PolicyGradient(ClippedSurrogate(1e-3)).terms(UpdateBatch(batch.rollout, stepwise, batch.group, True)) == 2
 
 
 def test_steps_may_have_credit_and_weight_of_their_own(tiny: SD3) -> None:
-    context = _context(tiny)
-    batch = _batch(context)
+    context = update_context(tiny, FlowSDE(0.7))
+    batch = update_batch(context, STEPS)
     same = batch.credit[:, None].expand(-1, 3)
     surrogate = PolicyGradient(ClippedSurrogate(1e-3))
     surrogate.backward(context, batch, 1.0, 0)

@@ -115,13 +115,17 @@ def test_what_is_not_a_small_rgb_png_is_refused(content: bytes, code: str) -> No
     assert raised.value.code == code
 
 
+def wav(rate: int, samples: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    wavfile.write(buffer, rate, samples)
+    return buffer.getvalue()
+
+
 def test_waveforms_travel_without_loss() -> None:
     for channels in (1, 2):
         waveform = torch.randn(channels, 300) * 3
         assert torch.equal(protocol.decode_audio(protocol.encode_audio(waveform, 44100), 44100), waveform)
-    buffer = io.BytesIO()
-    wavfile.write(buffer, 8000, np.array([0, 16384, -32768], np.int16))
-    assert protocol.decode_audio(buffer.getvalue(), 8000).tolist() == [[0.0, 0.5, -1.0]]
+    assert protocol.decode_audio(wav(8000, np.array([0, 16384, -32768], np.int16)), 8000).tolist() == [[0.0, 0.5, -1.0]]
 
 
 def test_what_is_not_such_a_wav_is_refused() -> None:
@@ -130,10 +134,8 @@ def test_what_is_not_such_a_wav_is_refused() -> None:
     for content in (b"", b"RIFF\0\0\0\0WAVE", b"ID3"):
         with pytest.raises(WireError, match="not a WAV"):
             protocol.decode_audio(content, 16000)
-    buffer = io.BytesIO()
-    wavfile.write(buffer, 16000, np.zeros(4, np.uint8))
     with pytest.raises(WireError, match="send float32 or 16 bits"):
-        protocol.decode_audio(buffer.getvalue(), 16000)
+        protocol.decode_audio(wav(16000, np.zeros(4, np.uint8)), 16000)
 
 
 def test_batches_are_cut_by_number_and_size() -> None:
