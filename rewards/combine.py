@@ -24,7 +24,7 @@ from torch import Tensor
 
 from genalign.algorithms.advantages import group_advantages
 from genalign.algorithms.interfaces import RoundScores
-from genalign.scoring.combine import combine
+from genalign.scoring.score import combine
 from genalign.types import AnyCallable, Prompt, RewardFunction
 from rewards.backbones.clip_encoder import ClipEncoder
 from rewards.backbones.encoders import cosine

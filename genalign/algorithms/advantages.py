@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from genalign.scoring.combine import weights_of_columns
+from genalign.scoring.score import weights_of_columns
 
 Std = Literal["group", "global"]
 """The standard deviation that advantages are divided by: of the sample's own group, or of all scores."""
@@ -60,17 +60,6 @@ def group_advantages(
     counted = groups.live[groups.index] & ~scores.isnan()
     advantages = torch.where(counted, advantages, 0.0)
     return (advantages if clip is None else advantages.clamp(-clip, clip)).float()
-
-
-def step_gains(scores: Tensor) -> Tensor:
-    """Differences of the scores before and after each step, DenseGRPO's step rewards (arXiv 2601.20218, eq. 7).
-
-    Scores (B, S + 1) give gains (B, S), and scores (B, S + 1, K) gains (B, S, K). Gains sum to the last minus the first
-    score.
-    """
-    if scores.ndim not in (2, 3) or scores.shape[1] < 2:
-        raise ValueError(f"scores must be (B, S + 1) or (B, S + 1, K) with S > 0, not {tuple(scores.shape)}")
-    return scores.diff(dim=1)
 
 
 def stepwise_advantages(gains: Tensor, group: Tensor, floor: float = 0.01, clip: float | None = 5.0) -> Tensor:

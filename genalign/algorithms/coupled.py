@@ -6,13 +6,13 @@ B counts samples and S stored steps of a batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import Unit, UpdateBatch, UpdateContext
-from genalign.algorithms.losses import require_clip_range
+from genalign.algorithms.losses import require_clip_range, require_per_sample
 
 
 def prdp_loss(
@@ -51,7 +51,7 @@ def prdp_loss(
     if log_ratios.ndim != 2 or log_ratios.shape != old_log_ratios.shape:
         shapes = f"{tuple(log_ratios.shape)} and {tuple(old_log_ratios.shape)}"
         raise ValueError(f"log_ratios and old_log_ratios must both be (B, S), not {shapes}")
-    _require_rewards(rewards, group, len(log_ratios))
+    require_per_sample(len(log_ratios), rewards=rewards, group=group)
     if not beta > 0 or not clip_range > 0:
         raise ValueError(f"beta and clip_range must be positive, not {beta} and {clip_range}")
     if steps not in ("mean", "sum"):
@@ -68,27 +68,12 @@ def prdp_loss(
     return total
 
 
-def untied(rewards: Tensor, group: Tensor) -> Tensor:
-    """Mask (B,) bool of the samples with a pair in ``prdp_loss``: their prompt has a sample of another reward."""
-    _require_rewards(rewards, group, len(rewards))
-    mask = torch.zeros_like(group, dtype=torch.bool)
-    for key in torch.unique(group):
-        mask[torch.cat(_untied_pairs(rewards, group == key))] = True
-    return mask
-
-
 def _untied_pairs(rewards: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of the better and of the worse sample of every pair of members; NaN forms no pair."""
     rows = member.nonzero()[:, 0]
     better = rewards[rows][:, None] > rewards[rows][None, :]
     first, second = better.nonzero(as_tuple=True)
     return rows[first], rows[second]
-
-
-def _require_rewards(rewards: Tensor, group: Tensor, size: int) -> None:
-    for name, tensor in (("rewards", rewards), ("group", group)):
-        if tensor.shape != (size,):
-            raise ValueError(f"{name} must be ({size},), one entry per sample, not {tuple(tensor.shape)}")
 
 
 class CoupledLoss(Protocol):
@@ -120,10 +105,15 @@ class PRDPLoss:
         require_clip_range(self.clip_range)
 
     def terms(self, credit: Tensor, group: Tensor) -> int:
-        return len(torch.unique(group[untied(credit, group)]))
+        return len(torch.unique(group[self.used(credit, group)]))
 
     def used(self, credit: Tensor, group: Tensor) -> Tensor:
-        return untied(credit, group)
+        """Mask (B,) bool of the samples with a pair: their prompt has a sample of another reward."""
+        require_per_sample(len(group), rewards=credit)
+        mask = torch.zeros_like(group, dtype=torch.bool)
+        for key in torch.unique(group):
+            mask[torch.cat(_untied_pairs(credit, group == key))] = True
+        return mask
 
     def __call__(self, log_ratios: Tensor, old_log_ratios: Tensor, credit: Tensor, group: Tensor) -> Tensor:
         return prdp_loss(log_ratios, old_log_ratios, credit, group, self.beta, self.clip_range, self.steps)
@@ -138,11 +128,8 @@ class CoupledObjective:
     log-ratio has the same gradient for any fixed denominator.
     """
 
+    unit: ClassVar[Unit] = "group"
     loss: CoupledLoss
-
-    @property
-    def unit(self) -> Unit:
-        return "group"
 
     @property
     def clip_range(self) -> float | None:

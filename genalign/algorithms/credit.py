@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genalign.algorithms.advantages import Std, gdpo, group_advantages, step_gains, stepwise_advantages
+from genalign.algorithms.advantages import Std, gdpo, group_advantages, stepwise_advantages
 from genalign.algorithms.interfaces import RoundScores
 from genalign.algorithms.preference_pairs import Criterion, best_and_worst_pairs, greedy_swap, paired_halves
 from genalign.metrics.set_metric import with_quality
-from genalign.scoring.combine import combine
+from genalign.scoring.score import combine
 from genalign.types import SetReward
 
 
@@ -37,6 +37,8 @@ class NormalizedSum:
 class RewardGain:
     """DenseGRPO's advantages (B, S): each step's gain in the reward of the ODE completion, normalized in the group.
 
+    A gain is the score after a step minus the score before it (arXiv 2601.20218, eq. 7).
+
     ``floor`` is the lower bound of the standard deviation of a step's gains, see ``advantages.stepwise_advantages``.
     """
 
@@ -47,7 +49,7 @@ class RewardGain:
             raise ValueError("RewardGain needs scores of every stored state: give the recipe a completion")
         samples, boundaries, rewards = scores.stepwise.shape
         combined = combine(scores.stepwise.reshape(-1, rewards), scores.weights).view(samples, boundaries)
-        return stepwise_advantages(step_gains(combined), scores.group, self.floor)
+        return stepwise_advantages(combined.diff(dim=1), scores.group, self.floor)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from genalign.algorithms.losses import clip_fraction
 from genalign.diffusion.policy import Policy, WeightSnapshot
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep, Rollout, replay
 from genalign.diffusion.transitions import Kernel
-from genalign.scoring.combine import combine
+from genalign.scoring.score import combine
 from genalign.types import Grid, Pipeline
 
 

@@ -33,7 +33,7 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) 
     Returns:
         The loss (N,).
     """
-    _require_pairs(log_ratio, advantages)
+    require_per_sample(len(log_ratio), log_ratio=log_ratio, advantages=advantages)
     low, high = _log_bounds(clip_range)
     pessimistic = torch.where(advantages >= 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
     return -advantages * pessimistic.exp()
@@ -69,21 +69,10 @@ def dppo_mask(log_ratio: Tensor, kl: Tensor, advantages: Tensor, limit: float) -
         advantages: A (N,).
         limit: The trust region, in KL.
     """
-    _require_pairs(log_ratio, advantages)
-    _require_pairs(kl, advantages)
+    require_per_sample(len(log_ratio), log_ratio=log_ratio, kl=kl, advantages=advantages)
     # Compare the signs: the product of log_ratio and advantages could underflow.
     away = ((log_ratio > 0) & (advantages > 0)) | ((log_ratio < 0) & (advantages < 0))
     return ~((kl > limit) & away)
-
-
-def noise_weights(std: Tensor) -> Tensor:
-    """TempFlow-GRPO's weights of the trained steps, std / mean(std) (arXiv 2508.04324, eq. 8).
-
-    ``std`` (S,) is the standard deviation of each step, which includes sqrt(D). Returns (S,).
-    """
-    if std.ndim != 1 or not bool((std > 0).all()):
-        raise ValueError(f"std must be (S,) and positive, for stochastic steps only, not {std.tolist()}")
-    return std / std.mean()
 
 
 def kl_penalty(
@@ -115,11 +104,9 @@ def kl_penalty(
     Raises:
         ValueError: ``form`` is unknown, or needs a density that a deterministic step does not have.
     """
-    if form == "exact":
-        return current.kl(reference)
-    if form == "no_dt":
+    if form in ("exact", "no_dt"):
         exact = current.kl(reference)
-        return exact * (step.sigma - step.sigma_next).to(exact.dtype).to(exact.device)
+        return exact if form == "exact" else exact * (step.sigma - step.sigma_next).to(exact.dtype).to(exact.device)
     if form == "x":
         return mean_square(current.mean, reference.mean)
     if form == "v":
@@ -146,7 +133,8 @@ def _log_bounds(clip_range: float) -> tuple[float, float]:
     return math.log1p(-clip_range), math.log1p(clip_range)
 
 
-def _require_pairs(log_ratio: Tensor, advantages: Tensor) -> None:
-    if log_ratio.ndim != 1 or log_ratio.shape != advantages.shape:
-        shapes = f"{tuple(log_ratio.shape)} and {tuple(advantages.shape)}"
-        raise ValueError(f"log_ratio and advantages must both be (N,), not {shapes}")
+def require_per_sample(count: int, **tensors: Tensor) -> None:
+    """Raise ValueError for a tensor that is not of shape (count,)."""
+    for name, tensor in tensors.items():
+        if tensor.shape != (count,):
+            raise ValueError(f"{name} must be ({count},), one entry per sample, not {tuple(tensor.shape)}")

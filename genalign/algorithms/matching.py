@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -54,16 +54,6 @@ class NoisedSamples:
         """Mean squared error (N,) of the current policy."""
         return mean_square(self.prediction, self.target)
 
-    @property
-    def reference_error(self) -> Tensor:
-        """Mean squared error (N,) of the reference policy."""
-        return mean_square(self.reference, self.target)
-
-    @property
-    def old_error(self) -> Tensor:
-        """Mean squared error (N,) of the sampling policy."""
-        return mean_square(self.old, self.target)
-
 
 class MatchingLoss(Protocol):
     """The terms (N,) of a mean over an update, from noised samples, their credit (B,) and prompt index (B,)."""
@@ -98,6 +88,7 @@ class MatchingObjective:
         old: Whether the loss needs the predictions of a lagging sampling policy, which the recipe's ``lag`` keeps.
     """
 
+    clip_range: ClassVar[float | None] = None
     loss: MatchingLoss
     draws: int = 2
     low: float = 0.02
@@ -114,10 +105,6 @@ class MatchingObjective:
     @property
     def unit(self) -> Unit:
         return self.loss.unit
-
-    @property
-    def clip_range(self) -> float | None:
-        return None
 
     def with_stronger_kl(self, minimum: float) -> MatchingObjective:
         return replace(self, anchor=max(2 * self.anchor, minimum))

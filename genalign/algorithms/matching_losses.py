@@ -7,12 +7,14 @@ terms of a loss and B the samples of a batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.algorithms.interfaces import Unit
+from genalign.algorithms.losses import mean_square, require_per_sample
 from genalign.algorithms.matching import NoisedSamples
 from genalign.algorithms.preference_pairs import PreferencePairs
 from genalign.diffusion.paths import expand
@@ -36,7 +38,7 @@ def dpo_loss(better: Tensor, better_reference: Tensor, worse: Tensor, worse_refe
     Returns:
         The loss (N,).
     """
-    _require_per_sample(
+    require_per_sample(
         len(better), better=better, better_reference=better_reference, worse=worse, worse_reference=worse_reference
     )
     inside: Tensor = -0.5 * beta * ((better - better_reference) - (worse - worse_reference))
@@ -57,7 +59,7 @@ def kto_loss(errors: Tensor, reference_errors: Tensor, desirable: Tensor, beta: 
     Returns:
         The loss (N,).
     """
-    _require_per_sample(len(errors), errors=errors, reference_errors=reference_errors, desirable=desirable)
+    require_per_sample(len(errors), errors=errors, reference_errors=reference_errors, desirable=desirable)
     if desirable.dtype != torch.bool:
         raise TypeError(f"desirable must be bool, not {desirable.dtype}: compare the credit with a threshold")
     gain = reference_errors - errors
@@ -83,7 +85,7 @@ def nft_loss(clean: Tensor, old: Tensor, x0: Tensor, optimality: Tensor, beta: f
     Returns:
         The loss (N,) in float64.
     """
-    _require_per_sample(len(x0), optimality=optimality)
+    require_per_sample(len(x0), optimality=optimality)
     if not clean.shape == old.shape == x0.shape:
         shapes = [tuple(tensor.shape) for tensor in (clean, old, x0)]
         raise ValueError(f"clean, old and x0 must have one shape, not {shapes}")
@@ -109,7 +111,7 @@ def awm_log_probability(errors: Tensor, sigma: Tensor, power: float = 0.25) -> T
     It is -((e + 1e-10)^p - 1e-10^p) sigma / p for errors e (N,), noise levels ``sigma`` (N,) and p = ``power``, and its
     gradient is -sigma (e + 1e-10)^(p - 1) times the gradient of e. Returns (N,).
     """
-    _require_per_sample(len(errors), errors=errors, sigma=sigma)
+    require_per_sample(len(errors), errors=errors, sigma=sigma)
     tiny = 1e-10
     lifted: Tensor = (errors + tiny).pow(power) - tiny**power
     return -lifted * expand(sigma, errors) / power
@@ -119,9 +121,7 @@ def awm_log_probability(errors: Tensor, sigma: Tensor, power: float = 0.25) -> T
 class _CreditedSamples:
     """The default parts of a matching loss: every sample with credit is a term of its own."""
 
-    @property
-    def unit(self) -> Unit:
-        return "sample"
+    unit: ClassVar[Unit] = "sample"
 
     def used(self, credit: Tensor) -> Tensor:
         return credit != 0
@@ -134,22 +134,19 @@ class _CreditedSamples:
 class DPOLoss(_CreditedSamples):
     """Diffusion-DPO on the pairs of ``sign_pairs``, see ``dpo_loss``; a term is a pair."""
 
+    unit: ClassVar[Unit] = "group"
     beta: float
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
             raise ValueError(f"beta must be positive, not {self.beta}")
 
-    @property
-    def unit(self) -> Unit:
-        return "group"
-
     def terms(self, credit: Tensor, group: Tensor) -> int:
         return len(sign_pairs(credit, group))
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         pairs = sign_pairs(credit, group)
-        errors, reference = noised.error, noised.reference_error
+        errors, reference = noised.error, mean_square(noised.reference, noised.target)
         better, worse = pairs.winners, pairs.losers
         return dpo_loss(errors[better], reference[better], errors[worse], reference[worse], self.beta)
 
@@ -158,14 +155,11 @@ class DPOLoss(_CreditedSamples):
 class KTOLoss(_CreditedSamples):
     """Diffusion-KTO, see ``kto_loss``: samples of positive credit are desirable, samples of negative credit are not."""
 
+    unit: ClassVar[Unit] = "batch"
     beta: float
 
-    @property
-    def unit(self) -> Unit:
-        return "batch"
-
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
-        return kto_loss(noised.error, noised.reference_error, credit > 0, self.beta)
+        return kto_loss(noised.error, mean_square(noised.reference, noised.target), credit > 0, self.beta)
 
 
 @dataclass(frozen=True)
@@ -199,7 +193,8 @@ class AWMLoss(_CreditedSamples):
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         sigma = noised.level.sigma.expand(len(credit))
-        new, old = (awm_log_probability(e, sigma, self.power) for e in (noised.error, noised.old_error.detach()))
+        new = awm_log_probability(noised.error, sigma, self.power)
+        old = awm_log_probability(mean_square(noised.old, noised.target).detach(), sigma, self.power)
         limit = self.largest_advantage
         ratio, advantage = (new - old).exp(), credit.clamp(-limit, limit) / limit
         clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
@@ -226,9 +221,3 @@ def sign_pairs(credit: Tensor, group: Tensor) -> PreferencePairs:
         winners.append(positive.nonzero()[:count, 0])
         losers.append(negative.nonzero()[:count, 0])
     return PreferencePairs(torch.cat(winners), torch.cat(losers))
-
-
-def _require_per_sample(count: int, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.shape != (count,):
-            raise ValueError(f"{name} must be ({count},), one entry per sample, not {tuple(tensor.shape)}")

@@ -52,9 +52,6 @@ class MatchedHalves:
     def __post_init__(self) -> None:
         _require_indices(self.first, self.second)
 
-    def __len__(self) -> int:
-        return len(self.first)
-
     def where(self, usable: Tensor) -> MatchedHalves:
         """Select the pairs whose two samples are both ``usable`` (B,) bool."""
         both = usable[self.first] & usable[self.second]
@@ -140,7 +137,11 @@ def greedy_swap(
     Raises:
         ValueError: There are fewer than 2 pairs, or the reward of one of the two sets is not finite.
     """
-    _require_paired_features(first, second)
+    if first.ndim != 2 or first.shape != second.shape:
+        shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
+        raise ValueError(f"features must be (n, d) of paired samples, not {shapes}")
+    if len(first) < 2:
+        raise ValueError(f"a set reward needs 2 pairs of samples or more, got {len(first)}: sample more prompts")
     if criterion not in ("plus", "gap") or passes < 1:
         raise ValueError(f'criterion must be "plus" or "gap" and passes 1 or more, not {criterion!r} and {passes}')
     sets = torch.stack([first.detach().cpu().double(), second.detach().cpu().double()])
@@ -168,14 +169,6 @@ def greedy_swap(
         if torch.equal(from_second, before):
             break
     return from_second
-
-
-def _require_paired_features(first: Tensor, second: Tensor) -> None:
-    if first.ndim != 2 or first.shape != second.shape:
-        shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
-        raise ValueError(f"features must be (n, d) of paired samples, not {shapes}")
-    if len(first) < 2:
-        raise ValueError(f"a set reward needs 2 pairs of samples or more, got {len(first)}: sample more prompts")
 
 
 def _members(group: Tensor) -> list[Tensor]:

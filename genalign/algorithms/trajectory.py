@@ -6,9 +6,9 @@ graph of one network call, whatever the number of stored steps. Transitions with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from genalign.algorithms.losses import (
     dppo_mask,
     guarded_log_ratio,
     kl_penalty,
-    noise_weights,
     require_clip_range,
 )
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep
@@ -37,10 +36,8 @@ class StepLoss(Protocol):
     def __call__(self, replayed: ReplayedStep, credit: Tensor) -> Tensor: ...
 
 
-class StepWeights(Protocol):
-    """A rule for the weights (S,) of the losses of the stored steps."""
-
-    def __call__(self, kernel: Kernel, grid: Grid, steps: Sequence[int]) -> Tensor: ...
+StepWeights = Callable[[Kernel, Grid, Sequence[int]], Tensor]
+"""A rule for the weights (S,) of the losses of the stored steps."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,9 @@ class MaskedSurrogate:
 
 
 def noise_weighted(kernel: Kernel, grid: Grid, steps: Sequence[int]) -> Tensor:
-    """Weight each step by its noise, with mean 1 over the trained steps: TempFlow-GRPO's ``StepWeights``, (S,)."""
-    return noise_weights(kernel(grid[torch.tensor(steps)]).s)
+    """TempFlow-GRPO's weights (S,) of the trained steps, std / mean(std) (arXiv 2508.04324, eq. 8)."""
+    std = kernel(grid[torch.tensor(steps)]).s
+    return std / std.mean()
 
 
 @dataclass(frozen=True)
@@ -95,14 +93,11 @@ class PolicyGradient:
         weights: The weights of the steps' losses; None weights all steps by 1.
     """
 
+    unit: ClassVar[Unit] = "sample"
     loss: StepLoss
     kl: float = 0.0
     kl_form: KLForm = "exact"
     weights: StepWeights | None = None
-
-    @property
-    def unit(self) -> Unit:
-        return "sample"
 
     @property
     def clip_range(self) -> float | None:

@@ -39,21 +39,6 @@ class Completion:
         return tuple(first + left * k // count for k in range(count))
 
 
-@dataclass(frozen=True)
-class _PartialCompletion:
-    """The U distinct states of a stored step, after their first move.
-
-    Attributes:
-        rows: The row (U,) of the batch that each state is taken from.
-        x: Latents (U, ...).
-        origin: The index (B,) of each sample's state.
-    """
-
-    rows: Tensor
-    x: Tensor
-    origin: Tensor
-
-
 @torch.no_grad()
 def complete(
     pipeline: Pipeline,
@@ -80,28 +65,29 @@ def complete(
     size, total = len(sampled.final), len(grid)
     every = torch.arange(size)
     # First moves, from the stored states
-    parts: list[_PartialCompletion] = []
+    row_parts, x_parts, origins = list[Tensor](), list[Tensor](), list[Tensor]()
     stops_of: list[tuple[int, ...]] = []
     for stored, index in enumerate(sampled.steps):
         stops = completion.stops(index, total)
         rows, origin = unique_starts(sampled.inputs) if stored == 0 else (every, every)
         step = _moves(grid, index, [stops] * len(rows))
         move = transition(pipeline.path, ODE(), sampled.x[rows, stored], sampled.prediction[rows, stored], step)
-        parts.append(_PartialCompletion(rows, move.mean, origin))
+        row_parts.append(rows)
+        x_parts.append(move.mean)
+        origins.append(origin)  # the index (B,) of each sample's state
         stops_of += [stops] * len(rows)
 
     # Further moves, of the states of all stored steps together
-    rows = torch.cat([part.rows for part in parts])
-    x = torch.cat([part.x for part in parts])
-    conditioning = sampled.inputs.conditioning[sampled.inputs.prompt[rows]]
+    x = torch.cat(x_parts)
+    conditioning = sampled.inputs.conditioning[sampled.inputs.prompt[torch.cat(row_parts)]]
     for index in range(min(sampled.steps) + 1, total):
         moving = torch.tensor([i for i, stops in enumerate(stops_of) if index in stops[1:]], dtype=torch.long)
         for part in torch.split(moving, size)[: len(moving)]:  # an empty tensor would be split into one empty part
             step = _moves(grid, index, [stops_of[i] for i in part.tolist()])
             prediction = pipeline.predict(x[part], step, conditioning[part], guidance)
             x[part] = transition(pipeline.path, ODE(), x[part], prediction, step).mean
-    clean = torch.split(x, [len(part.rows) for part in parts])
-    return torch.stack([latents[part.origin] for latents, part in zip(clean, parts, strict=True)], 1)
+    clean = torch.split(x, [len(part) for part in x_parts])
+    return torch.stack([latents[origin] for latents, origin in zip(clean, origins, strict=True)], 1)
 
 
 def _moves(grid: Grid, index: int, stops: list[tuple[int, ...]]) -> NoiseStep:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import reduce
-from typing import Literal, final
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,12 +19,8 @@ from genalign.types import NoiseLevel
 _ON_PATH_TOLERANCE = 1e-5
 
 
-@dataclass(frozen=True)
-class LatentWeights:
-    """Weights of a sum of two latents, float64 of shape () or (B,)."""
-
-    first: Tensor
-    second: Tensor
+LatentWeights = tuple[Tensor, Tensor]
+"""Weights of a sum of two latents, float64 of shape () or (B,)."""
 
 
 @dataclass(frozen=True)
@@ -50,34 +46,23 @@ class GaussianPath(ABC):
     def conversion(self, level: NoiseLevel) -> Conversion:
         """Return the weights at ``level``; they are not finite for a quantity that is not determined there."""
 
-    @final
     def x0(self, x: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor:
         """Compute the clean latent (B, ...) that ``prediction`` implies."""
         return _blend(self.conversion(level).x0, x, prediction, "x0")
 
-    @final
     def eps(self, x: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor:
         """Compute the noise (B, ...) that ``prediction`` implies."""
         return _blend(self.conversion(level).eps, x, prediction, "eps")
 
-    @final
-    def score(self, x: Tensor, prediction: Tensor, level: NoiseLevel) -> Tensor:
-        """Compute the gradient of the log marginal at x, -eps / sigma (B, ...); sigma must be positive."""
-        eps = self.conversion(level).eps
-        return _blend(LatentWeights(-eps.first / level.sigma, -eps.second / level.sigma), x, prediction, "score")
-
-    @final
     def prediction(self, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
         """Compute the network's training target (B, ...) for a clean latent and its noise."""
         return _blend(self.conversion(level).prediction, x0, eps, "prediction")
 
-    @final
     def add_noise(self, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
         """Compute the noised latent x = alpha x0 + sigma eps (B, ...)."""
-        return _blend(LatentWeights(level.alpha, level.sigma), x0, eps, "x")
+        return _blend((level.alpha, level.sigma), x0, eps, "x")
 
 
-@final
 @dataclass(frozen=True)
 class FlowPath(GaussianPath):
     """Rectified flow: alpha = 1 - sigma, prediction v = eps - x0 (arXiv 2209.03003; the sign of diffusers and SD3)."""
@@ -85,14 +70,9 @@ class FlowPath(GaussianPath):
     def conversion(self, level: NoiseLevel) -> Conversion:
         _require_on_path(level.alpha + level.sigma - 1, "alpha = 1 - sigma")
         one = torch.ones_like(level.sigma)
-        return Conversion(
-            x0=LatentWeights(one, -level.sigma),
-            eps=LatentWeights(one, level.alpha),
-            prediction=LatentWeights(-one, one),
-        )
+        return Conversion(x0=(one, -level.sigma), eps=(one, level.alpha), prediction=(-one, one))
 
 
-@final
 @dataclass(frozen=True)
 class VPPath(GaussianPath):
     """The variance-preserving path, alpha^2 + sigma^2 = 1 (arXiv 2006.11239; v: arXiv 2202.00512, appendix D)."""
@@ -108,15 +88,12 @@ class VPPath(GaussianPath):
         _require_on_path(alpha * alpha + sigma * sigma - 1, "alpha^2 + sigma^2 = 1")
         one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
         if self.prediction_type == "epsilon":
-            x0, eps, prediction = (1 / alpha, -sigma / alpha), (zero, one), (zero, one)
-        elif self.prediction_type == "sample":
-            x0, eps, prediction = (zero, one), (1 / sigma, -alpha / sigma), (one, zero)
-        else:
-            x0, eps, prediction = (alpha, -sigma), (sigma, alpha), (-sigma, alpha)
-        return Conversion(LatentWeights(*x0), LatentWeights(*eps), LatentWeights(*prediction))
+            return Conversion(x0=(1 / alpha, -sigma / alpha), eps=(zero, one), prediction=(zero, one))
+        if self.prediction_type == "sample":
+            return Conversion(x0=(zero, one), eps=(1 / sigma, -alpha / sigma), prediction=(one, zero))
+        return Conversion(x0=(alpha, -sigma), eps=(sigma, alpha), prediction=(-sigma, alpha))
 
 
-@final
 @dataclass(frozen=True)
 class EDMPath(GaussianPath):
     """The variance-exploding path with preconditioning, alpha = 1 (arXiv 2206.00364, table 1).
@@ -141,9 +118,9 @@ class EDMPath(GaussianPath):
         variance = sigma * sigma + data * data
         slope = sign * data / variance.sqrt()
         return Conversion(
-            x0=LatentWeights(data * data / variance, -slope * sigma),
-            eps=LatentWeights(sigma / variance, slope),
-            prediction=LatentWeights(-slope * sigma / (data * data), slope),
+            x0=(data * data / variance, -slope * sigma),
+            eps=(sigma / variance, slope),
+            prediction=(-slope * sigma / (data * data), slope),
         )
 
 
@@ -152,13 +129,11 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
 
     The result is float64 for a float64 latent and float32 for any other. Raises ValueError for another shape.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if coefficient.ndim == 0:
-        return coefficient.to(dtype).to(x.device)
-    if coefficient.shape != x.shape[:1]:
+    if coefficient.ndim and coefficient.shape != x.shape[:1]:
         raise ValueError(f"a coefficient must be () or ({len(x)},) for this latent, not {tuple(coefficient.shape)}")
     # The cast comes before the move: some devices have no float64.
-    return coefficient.to(dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+    cast = coefficient.to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
+    return cast.reshape(-1, *[1] * (x.ndim - 1)) if cast.ndim else cast
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -170,13 +145,14 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _blend(weights: LatentWeights, first: Tensor, second: Tensor, name: str) -> Tensor:
     if first.shape != second.shape:
         raise ValueError(f"latents must have one shape, not {tuple(first.shape)} and {tuple(second.shape)}")
-    if not bool((weights.first.isfinite() & weights.second.isfinite()).all()):
+    of_first, of_second = weights
+    if not bool((of_first.isfinite() & of_second.isfinite()).all()):
         raise ValueError(
             f"{name} is not determined by the prediction at this level, where alpha or sigma is 0: "
             "leave the level out, or use a network that predicts v"
         )
     first, second = promote(first, second)
-    return expand(weights.first, first) * first + expand(weights.second, first) * second
+    return expand(of_first, first) * first + expand(of_second, first) * second
 
 
 def _require_on_path(residual: Tensor, equation: str) -> None:

@@ -103,7 +103,13 @@ class Policy:
         self.updates = 0
         self.config: LoraConfig | None = None
         if lora and not has_adapter:
-            _inject_new_lora(denoiser, lora, seed)
+            targets = list(lora.target_modules(denoiser))
+            config = LoraConfig(
+                r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights="gaussian"
+            )
+            with torch.random.fork_rng():  # B starts at zero, so that training starts at the reference policy
+                torch.manual_seed(seed)
+                inject_lora(denoiser, config)
         if lora or has_adapter:
             self.config = cast(LoraConfig, cast(Any, denoiser).peft_config[ADAPTER])
         else:
@@ -202,16 +208,3 @@ class Policy:
         if self.sharded:
             reshard(self.denoiser)
         self.updates = updates
-
-
-def _inject_new_lora(denoiser: nn.Module, lora: Lora, seed: int) -> None:
-    """Add a new adapter, drawn from ``seed``; B starts at zero, so that training starts at the reference policy."""
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=list(lora.target_modules(denoiser)),
-        init_lora_weights="gaussian",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        inject_lora(denoiser, config)

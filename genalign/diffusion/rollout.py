@@ -75,10 +75,6 @@ class Rollout:
             rows = slice(place * size, place * size + len(inputs))
             yield Rollout(inputs, self.steps, *(tensor[rows] for tensor in self._tensors()))
 
-    def finite(self) -> Tensor:
-        """Mask (B,) bool of the samples whose final latents are finite."""
-        return rows_are_finite(self.final)
-
     def zero_rows(self, rows: Tensor) -> Rollout:
         """Zero the tensors of the samples ``rows`` (B,) bool: NaN times a credit of 0 would be a gradient of NaN."""
         index = rows.nonzero()[:, 0]
@@ -166,12 +162,10 @@ def rollout(
 
 def unique_starts(inputs: RolloutInputs) -> tuple[Tensor, Tensor]:
     """Return the rows (U,) of the first sample of each (prompt, noise seed), and each sample's index (B,) in them."""
-    first: dict[tuple[int, int], int] = {}
-    keys = list(zip(inputs.prompt.tolist(), inputs.noise_seeds, strict=True))
-    for row, key in enumerate(keys):
-        first.setdefault(key, row)
-    place = {key: i for i, key in enumerate(first)}
-    return torch.tensor(list(first.values())), torch.tensor([place[key] for key in keys])
+    place: dict[tuple[int, int], int] = {}
+    keys = zip(inputs.prompt.tolist(), inputs.noise_seeds, strict=True)
+    origin = [place.setdefault(key, len(place)) for key in keys]
+    return torch.tensor([origin.index(i) for i in range(len(place))]), torch.tensor(origin)
 
 
 def step_noise(seeds: Sequence[int], step: int, like: Tensor) -> Tensor:

@@ -11,15 +11,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from genalign.diffusion.paths import expand
 from genalign.types import Grid, NoiseStep, Path
-
-Reduction = Literal["mean", "sum"]
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 _TOLERANCE = 1e-5
@@ -29,8 +26,8 @@ _TOLERANCE = 1e-5
 class Transition:
     """The Gaussian p(x_next | x): ``mean`` (B, ...) and ``std``, () or (B, 1, ...), which includes sqrt(D).
 
-    Log densities are reduced over all dimensions but the first: "sum" gives the true log density, "mean", the
-    convention of public code for diffusion models, the true one divided by the number of values per sample.
+    Log densities are means over all dimensions but the first, the convention of public code for diffusion models: the
+    true ones divided by the number of values per sample.
     """
 
     mean: Tensor
@@ -47,20 +44,20 @@ class Transition:
         self._require_shape(noise)
         return self.mean + self.std * noise
 
-    def log_prob(self, x_next: Tensor, reduction: Reduction = "mean") -> Tensor:
-        """Compute log p(x_next | x), (B,). Raises ValueError for a deterministic step."""
+    def log_prob(self, x_next: Tensor) -> Tensor:
+        """Compute log p(x_next | x) per value, (B,). Raises ValueError for a deterministic step."""
         self._require_shape(x_next)
         self._require_stochastic()
         z = (x_next - self.mean) / self.std
-        return _reduce(-0.5 * z * z - self.std.log() - _HALF_LOG_TWO_PI, reduction)
+        return (-0.5 * z * z - self.std.log() - _HALF_LOG_TWO_PI).flatten(1).mean(1)
 
-    def kl(self, other: Transition, reduction: Reduction = "mean") -> Tensor:
+    def kl(self, other: Transition) -> Tensor:
         """Compute KL(self || other) = (mean - other.mean)^2 / (2 std^2), (B,), for transitions of equal std."""
         self._require_comparable(other)
         z = (self.mean - other.mean) / self.std
-        return _reduce(0.5 * z * z, reduction)
+        return (0.5 * z * z).flatten(1).mean(1)
 
-    def log_ratio(self, old: Transition, x_next: Tensor, reduction: Reduction = "mean") -> Tensor:
+    def log_ratio(self, old: Transition, x_next: Tensor) -> Tensor:
         """Compute log p(x_next | x) - log p_old(x_next | x), (B,), for transitions of equal std.
 
         The difference of squares is factored: the result is exactly 0 for equal means, and has full relative precision
@@ -69,7 +66,7 @@ class Transition:
         self._require_shape(x_next)
         self._require_comparable(old)
         shift = (self.mean - old.mean) / self.std
-        return _reduce(0.5 * shift * ((x_next - self.mean) + (x_next - old.mean)) / self.std, reduction)
+        return (0.5 * shift * ((x_next - self.mean) + (x_next - old.mean)) / self.std).flatten(1).mean(1)
 
     def _require_shape(self, x_next: Tensor) -> None:
         if x_next.shape != self.mean.shape:
@@ -84,13 +81,6 @@ class Transition:
         self._require_stochastic()
         if bool((self.std != other.std).any()):
             raise ValueError("the two transitions have different std; compare the same kernel on the same step")
-
-
-def _reduce(values: Tensor, reduction: Reduction) -> Tensor:
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}')
-    flat = values.flatten(1)
-    return flat.mean(1) if reduction == "mean" else flat.sum(1)
 
 
 @dataclass(frozen=True)
@@ -112,7 +102,6 @@ class Kernel(ABC):
         """Raise ValueError if the kernel was calibrated for another guidance scale or other rewards."""
 
 
-@final
 @dataclass(frozen=True)
 class ODE(Kernel):
     """The deterministic move along the predicted x0 and eps: Euler on a flow, DDIM with eta = 0 on any path."""
@@ -121,7 +110,6 @@ class ODE(Kernel):
         return MoveScalars(step.sigma_next, torch.zeros_like(step.sigma_next))
 
 
-@final
 @dataclass(frozen=True)
 class FlowSDE(Kernel):
     """Flow-GRPO (arXiv 2505.05470, eq. 9): noise of rate g = a sqrt(sigma / (1 - sigma)), a = ``noise_level``.
@@ -141,7 +129,6 @@ class FlowSDE(Kernel):
         return _flow_move(step, self.noise_level * (step.sigma / alpha).sqrt())
 
 
-@final
 @dataclass(frozen=True)
 class DanceSDE(Kernel):
     """DanceGRPO (arXiv 2505.07818): FlowSDE with a constant noise rate g = ``eta``."""
@@ -156,7 +143,6 @@ class DanceSDE(Kernel):
         return _flow_move(step, torch.full_like(step.sigma, self.eta))
 
 
-@final
 @dataclass(frozen=True)
 class CalibratedSDE(Kernel):
     """DenseGRPO (arXiv 2601.20218, eq. 11): FlowSDE with a calibrated noise rate at each step.
@@ -197,7 +183,6 @@ class CalibratedSDE(Kernel):
             )
 
 
-@final
 @dataclass(frozen=True)
 class CPS(Kernel):
     """Coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952): a fixed fraction of the noise is fresh.
@@ -217,7 +202,6 @@ class CPS(Kernel):
         return MoveScalars(step.sigma_next * math.cos(angle), step.sigma_next * math.sin(angle))
 
 
-@final
 @dataclass(frozen=True)
 class DPMSDE(Kernel):
     """First-order SDE-DPM-Solver++ (arXiv 2211.01095), on any path: c = sigma_next q, s = sigma_next sqrt(1 - q^2).
@@ -229,7 +213,6 @@ class DPMSDE(Kernel):
         return DDIM(eta=1.0)(step)
 
 
-@final
 @dataclass(frozen=True)
 class DDIM(Kernel):
     """DDIM (arXiv 2010.02502, eq. 16), on any path: s = eta sigma_next sqrt(1 - q^2), c = sqrt(sigma_next^2 - s^2)."""

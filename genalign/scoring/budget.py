@@ -44,11 +44,6 @@ class Ledger:
         """The number of denoiser evaluations (NFE) of single samples; guidance counts twice."""
         return self.counts[FORWARD]
 
-    @property
-    def decodes(self) -> int:
-        """The number of decoded samples."""
-        return self.counts[DECODE]
-
     def bill(self, call: str, samples: int) -> None:
         """Count one call on ``samples`` samples."""
         self.counts[call] += samples

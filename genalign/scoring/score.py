@@ -161,7 +161,6 @@ class RewardMonitor:
 
     max_failed_fraction: float = 0.05
     silent_rounds: int = 20
-    largest_ratio: float = 20.0
     silent: int = 0
 
     def compare(self, rewards: Sequence[NamedReward], scores_BK: Tensor) -> None:
@@ -175,7 +174,7 @@ class RewardMonitor:
         if len(moving) < 2:
             return
         large, small = max(moving, key=moving.__getitem__), min(moving, key=moving.__getitem__)
-        if (ratio := moving[large] / moving[small]) > self.largest_ratio:
+        if (ratio := moving[large] / moving[small]) > 20:
             logger.warning(
                 f"in the weighted sum, reward {large!r} varies {ratio:.0f} times as much as {small!r}, which will"
                 " hardly count: lower the first weight, or normalize each reward by itself (credit.NormalizedSum)"
@@ -198,3 +197,23 @@ class RewardMonitor:
                 f"for {self.silent} rounds every group had equal scores: use a reward with partial credit, larger"
                 " groups or more noise"
             )
+
+
+def combine(scores_BK: Tensor, weights: Sequence[float]) -> Tensor:
+    """Compute the weighted sum (B,) of K rewards; NaN where a reward of non-zero weight is NaN.
+
+    A reward of weight 0 is only reported: it changes nothing, NaN or not.
+    """
+    weight = weights_of_columns(scores_BK, weights)
+    used = weight != 0
+    return (scores_BK.double()[:, used] * weight[used]).sum(1).float()
+
+
+def weights_of_columns(scores_BK: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return the weights (K,) of K rewards in float64. Raises ValueError unless there is a finite one for each."""
+    if scores_BK.ndim != 2 or scores_BK.shape[1] != len(weights):
+        raise ValueError(f"scores must be (B, K) with one weight per column, not {tuple(scores_BK.shape)}, {weights}")
+    weight = torch.tensor(weights, dtype=torch.float64, device=scores_BK.device)
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"weights must be finite, not {weights}")
+    return weight

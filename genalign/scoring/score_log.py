@@ -69,17 +69,13 @@ class ScoreLog:
             before = Generators().position()
             scores = function(samples, prompts)
             if Generators().position() == before and isinstance(scores, Tensor) and bool(scores.isfinite().all()):
-                self._append({"key": key, "scores": scores.detach().float().cpu().tolist()})
+                line = json.dumps({"key": key, "scores": scores.detach().float().cpu().tolist()})
+                try:
+                    with self._path.open("a", encoding="utf-8") as file:
+                        file.write(f"\n{line}\n")  # after an incomplete line of a killed process
+                except OSError as error:
+                    logger.warning("the log of scores cannot be written (%s): none until the next checkpoint", error)
+                    self._path = None
             return scores
 
         return call
-
-    def _append(self, line: dict[str, object]) -> None:
-        if self._path is None:
-            return
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps(line)}\n")  # after an incomplete line of a killed process
-        except OSError as error:
-            logger.warning("the log of scores cannot be written (%s): none until the next checkpoint", error)
-            self._path = None

@@ -15,8 +15,7 @@ from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import step_noise
 from genalign.diffusion.transitions import ODE, Kernel, transition
 from genalign.scoring.budget import Ledger, Metered, metered_reward
-from genalign.scoring.combine import combine
-from genalign.scoring.score import NamedReward, score
+from genalign.scoring.score import NamedReward, combine, score
 from genalign.search.lineage import Lineage
 from genalign.search.ranking import best_per_prompt
 from genalign.types import Grid, Prompt, RewardFunction

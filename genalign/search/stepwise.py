@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from genalign.diffusion.transitions import Kernel
-from genalign.scoring.combine import combine
+from genalign.scoring.score import combine
 from genalign.search.ranking import best_per_prompt
 
 

@@ -20,7 +20,7 @@ from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.completion import Completion
 from genalign.diffusion.transitions import CalibratedSDE, FlowSDE, trainable_steps
 from genalign.runtime.files import write_json
-from genalign.scoring.combine import combine
+from genalign.scoring.score import combine
 from genalign.training.sampler import Sampler
 from genalign.types import Grid, Prompt
 

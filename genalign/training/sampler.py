@@ -99,7 +99,7 @@ class Sampler:
     ) -> SampledBatch:
         """Score the final samples of a batch, and the ``completions`` (B, ...) of its stored steps."""
         decoded = self.pipeline.decode(trajectories.final)
-        finite = trajectories.finite() & rows_are_finite(decoded)
+        finite = rows_are_finite(trajectories.final) & rows_are_finite(decoded)
         samples, scores = blank_nonfinite(decoded), self._scores(decoded, prompts)
         scores[~finite.cpu()] = torch.nan
         features = recipe.features(samples).float().cpu() if recipe.features else None

@@ -13,11 +13,10 @@ from genalign.algorithms.advantages import (
     leave_one_out,
     log_tamed,
     ngrpo,
-    step_gains,
     stepwise_advantages,
     zero_std_share,
 )
-from genalign.scoring.combine import combine
+from genalign.scoring.score import combine
 
 FIRST, SECOND = [1.0, 2.0, 3.0, 6.0], [0.1, 0.1, 0.1, 0.3]
 GRPO = [-1.06898783, -0.53449391, 0.0, 1.60348174]
@@ -105,28 +104,30 @@ def columns(*rewards: list[float]) -> Tensor:
     return torch.tensor(rewards).T
 
 
-def test_worked_numbers_of_gdpo() -> None:
-    scores = columns(FIRST, SECOND)
-    population = gdpo(scores, one_group(4), [1.0, 1.0], epsilon=1e-6)
-    assert population.tolist() == pytest.approx([-0.83890298, -0.56654175, -0.29418052, 1.69962525], abs=1e-6)
+ONE, RISING = one_group(4), columns(FIRST, [2.0, 4.0, 6.0, 12.0], [3.0, 1.0, 2.0, 0.0])
+WORKED = {
+    "gdpo": (gdpo(columns(FIRST, SECOND), ONE, [1, 1], 1e-6), [-0.83890298, -0.56654175, -0.29418052, 1.69962525]),
+    "ngrpo, none good": (ngrpo(torch.zeros(4), ONE), [-0.4472126] * 4),
+    "ngrpo, one good": (ngrpo(torch.eye(4)[0], ONE), [1.09544312, -0.73029541, -0.73029541, -0.73029541]),
+    "ngrpo, all good": (ngrpo(torch.ones(4), ONE), [0.0] * 4),
+    "correlation": (correlation_weighted(RISING, ONE), [0.75903594, -0.46831406, 0.33913281, -0.62985469]),
+    "correlation of one": (correlation_weighted(RISING[:, :1], ONE), [-1.06904497, -0.53452248, 0.0, 1.60356745]),
+    "leave one out": (
+        leave_one_out(torch.tensor([1.0, 2.0, 6.0, math.nan, 5.0]), torch.tensor([0, 0, 0, 0, 1])),
+        [1 - 4.0, 2 - 3.5, 6 - 1.5, 0.0, 0.0],
+    ),
+}
+
+
+@pytest.mark.parametrize(("advantages", "expected"), WORKED.values(), ids=WORKED)
+def test_worked_numbers_of_the_variants(advantages: Tensor, expected: list[float]) -> None:
+    assert advantages.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_gdpo_leaves_out_what_is_missing() -> None:
     scores = columns([*FIRST, math.nan, 9.0], [*SECOND, math.nan, math.nan])
     advantages = gdpo(scores, one_group(6), [1.0, 1.0])
     assert advantages[4] == 0.0 and bool(advantages.isfinite().all()) and advantages[5] > 0
-
-
-@pytest.mark.parametrize(
-    ("scores", "expected"),
-    [
-        ([0.0] * 4, [-0.4472126] * 4),
-        ([1.0, 0.0, 0.0, 0.0], [1.09544312, -0.73029541, -0.73029541, -0.73029541]),
-        ([1.0] * 4, [0.0] * 4),
-    ],
-)
-def test_worked_numbers_of_ngrpo(scores: list[float], expected: list[float]) -> None:
-    assert ngrpo(torch.tensor(scores), one_group(4)).tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_worked_numbers_of_log_taming() -> None:
@@ -139,34 +140,10 @@ def test_worked_numbers_of_log_taming() -> None:
         log_tamed(columns([-1.0, 5.0, 1.0], [1.0, 1.0, 1.0]))
 
 
-def test_worked_numbers_of_correlation_weighting() -> None:
-    scores = columns(FIRST, [2.0, 4.0, 6.0, 12.0], [3.0, 1.0, 2.0, 0.0])
-    advantages = correlation_weighted(scores, one_group(4))
-    assert advantages.tolist() == pytest.approx([0.75903594, -0.46831406, 0.33913281, -0.62985469], abs=1e-6)
-    alone = correlation_weighted(scores[:, :1], one_group(4))
-    assert alone.tolist() == pytest.approx(group_advantages(scores[:, 0], one_group(4), epsilon=0.0).tolist(), abs=1e-6)
-
-
 def test_a_missing_score_is_not_a_score_of_minus_one() -> None:
     scores = columns([math.nan, 0.0, 1.0], [-1.0, 0.0, 1.0])
     advantages = correlation_weighted(scores, one_group(3))
     assert bool(advantages.isfinite().all()) and advantages[0] == pytest.approx(-math.sqrt(1.5), abs=1e-6)
-
-
-def test_leave_one_out_by_hand() -> None:
-    scores = torch.tensor([1.0, 2.0, 6.0, math.nan, 5.0])
-    advantages = leave_one_out(scores, torch.tensor([0, 0, 0, 0, 1]))
-    assert advantages.tolist() == pytest.approx([1 - 4.0, 2 - 3.5, 6 - 1.5, 0.0, 0.0])
-
-
-def test_worked_numbers_of_step_gains() -> None:
-    scores = torch.tensor([[0.2, 0.25, 0.2, 0.5], [0.2, 0.3, 0.45, 0.4]])
-    gains = step_gains(scores)
-    torch.testing.assert_close(gains, torch.tensor([[0.05, -0.05, 0.3], [0.1, 0.15, -0.05]]))
-    torch.testing.assert_close(gains.sum(1), torch.tensor([0.3, 0.2]))
-    assert torch.equal(step_gains(scores[..., None].expand(-1, -1, 2))[..., 1], gains)
-    with pytest.raises(ValueError, match=r"\(B, S \+ 1\)"):
-        step_gains(scores[:, :1])
 
 
 def test_each_step_is_normalized_within_its_group() -> None:
@@ -188,7 +165,7 @@ def test_a_step_below_the_resolution_of_the_scores_gets_exactly_zero() -> None:
     before = torch.rand(6, 1, generator=torch.Generator().manual_seed(0)) / 2 + 0.3
     middle = before.roll(1, 0)
     rounding = torch.tensor([[1.0], [0.0], [-1.0], [1.0], [-1.0], [0.0]]) * 2.0**-23
-    gains = step_gains(torch.cat([before, middle, middle + rounding], dim=1))
+    gains = torch.cat([before, middle, middle + rounding], dim=1).diff(dim=1)
     for floor in (0.0, 0.01):
         advantages = stepwise_advantages(gains, one_group(6), floor)
         assert torch.equal(advantages[:, 1], torch.zeros(6)) and bool((advantages[:, 0] != 0).all())
@@ -241,25 +218,25 @@ def test_conflicting_rewards_count_more_and_a_dead_one_least() -> None:
     assert bool((advantages.diff() < 0).all())  # the one that falls outweighs the two that rise
 
 
-FOUR, PAIRS, ZERO = torch.tensor(FIRST), torch.rand(4, 2), one_group(4)
+FOUR, PAIRS = torch.tensor(FIRST), torch.rand(4, 2)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: group_advantages(FOUR, ZERO[:2]), "scores and group"),
-        (lambda: zero_std_share(FOUR[:, None], ZERO), "scores and group"),
-        (lambda: group_advantages(FOUR, ZERO.float()), "prompt indices"),
-        (lambda: group_advantages(torch.tensor([1.0, math.inf]), ZERO[:2]), "infinite"),
-        (lambda: group_advantages(FOUR, ZERO, ddof=2), "ddof"),
-        (lambda: group_advantages(FOUR, ZERO, std="batch"), "std must be"),  # type: ignore[arg-type]
+        (lambda: group_advantages(FOUR, ONE[:2]), "scores and group"),
+        (lambda: zero_std_share(FOUR[:, None], ONE), "scores and group"),
+        (lambda: group_advantages(FOUR, ONE.float()), "prompt indices"),
+        (lambda: group_advantages(torch.tensor([1.0, math.inf]), ONE[:2]), "infinite"),
+        (lambda: group_advantages(FOUR, ONE, ddof=2), "ddof"),
+        (lambda: group_advantages(FOUR, ONE, std="batch"), "std must be"),  # type: ignore[arg-type]
         (lambda: combine(PAIRS, [1.0]), "one weight per column"),
         (lambda: combine(PAIRS, [math.nan, 1.0]), "finite"),
-        (lambda: gdpo(PAIRS, ZERO, [1.0, 1.0, 1.0]), "one weight per column"),
+        (lambda: gdpo(PAIRS, ONE, [1.0, 1.0, 1.0]), "one weight per column"),
         (lambda: log_tamed(FOUR), r"scores must be \(B, K\)"),
-        (lambda: correlation_weighted(FOUR, ZERO), r"scores must be \(B, K\)"),
-        (lambda: correlation_weighted(PAIRS, ZERO[:3]), "scores and group"),
-        (lambda: stepwise_advantages(FOUR, ZERO), r"gains must be \(B, S\)"),
+        (lambda: correlation_weighted(FOUR, ONE), r"scores must be \(B, K\)"),
+        (lambda: correlation_weighted(PAIRS, ONE[:3]), "scores and group"),
+        (lambda: stepwise_advantages(FOUR, ONE), r"gains must be \(B, S\)"),
     ],
 )
 def test_inputs_are_checked(call: Callable[[], object], message: str) -> None:

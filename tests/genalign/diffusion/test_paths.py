@@ -45,7 +45,6 @@ def test_a_training_target_gives_its_pair_back(path: GaussianPath, at: NoiseLeve
     torch.testing.assert_close(x, expand(at.alpha, x) * x0 + sigma * eps)
     torch.testing.assert_close(path.x0(x, prediction, at), x0, rtol=0, atol=1e-11)
     torch.testing.assert_close(path.eps(x, prediction, at), eps, rtol=0, atol=1e-11)
-    torch.testing.assert_close(path.score(x, prediction, at), -eps / sigma, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize(("path", "at"), PATHS)
@@ -59,7 +58,7 @@ def test_any_output_is_consistent_with_its_latent(path: GaussianPath, at: NoiseL
 @pytest.mark.parametrize(("path", "at"), PATHS)
 def test_float32_is_close_to_float64(path: GaussianPath, at: NoiseLevel) -> None:
     x, output = pair()
-    for convert in (path.x0, path.eps, path.score, path.prediction):
+    for convert in (path.x0, path.eps, path.prediction):
         single = convert(x.float(), output.float(), at)
         assert single.dtype == torch.float32
         torch.testing.assert_close(single.double(), convert(x, output, at), rtol=1e-5, atol=1e-4)
@@ -110,9 +109,6 @@ def test_what_is_not_determined_is_an_error(off: tuple[float, float]) -> None:
     x, output = pair()
     at = level(*off)
     if off[1] == 0.0:
-        for path in (FlowPath(), VPPath("epsilon"), VPPath("v_prediction"), EDMPath()):
-            with pytest.raises(ValueError, match="score is not determined"):
-                path.score(x, output, at)
         with pytest.raises(ValueError, match="eps is not determined"):
             VPPath("sample").eps(x, output, at)
     else:

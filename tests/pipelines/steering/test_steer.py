@@ -59,7 +59,7 @@ def test_particles_of_a_users_pipeline_are_weighed_and_resampled(name: str) -> N
     assert "step" not in vars(family.pipe.scheduler)
     assert steering.scores is not None and steering.scores.shape == (PARTICLES, 1)
     assert steering.ledger.nfe == STEPS * PARTICLES * family.nfe
-    assert steering.ledger.decodes == PARTICLES * len(FK.scoring_steps(STEPS))
+    assert steering.ledger.counts["decode"] == PARTICLES * len(FK.scoring_steps(STEPS))
     samples = decode_latents(family.pipe, steered, (8, 8))
     torch.testing.assert_close(loudness(samples, []), steering.scores[:, 0], rtol=0, atol=1e-5)
     assert int(steering.scores[:, 0].argmax()) == 0  # the sample that is chosen comes first
@@ -130,7 +130,7 @@ def test_a_new_stepwise_strategy_steers_without_a_change_of_this_package() -> No
             best = max(before, key=lambda node: node.scores[-1][1])
             copies = [node for node in lineage.nodes if node.prompt == prompt and node.start_step == done]
             assert [node.parent for node in copies] == [lineage.nodes.index(best)] * 2
-    assert steering.ledger.decodes == 4 * 3
+    assert steering.ledger.counts["decode"] == 4 * 3
 
 
 def test_a_selection_across_prompts_is_refused() -> None:
@@ -177,7 +177,7 @@ def test_a_users_pipeline_is_pruned_in_parts(name: str) -> None:
     assert pruned.samples.shape[0] == 2 and pruned.scores.shape == (2, 1)
     assert pruned.scores[0] >= pruned.scores[1]
     assert pruned.ledger.nfe == family.nfe * (8 * 1 + 4 * 2 + 2 * (STEPS - 3))
-    assert pruned.ledger.decodes == 8 + 4 + 2
+    assert pruned.ledger.counts["decode"] == 8 + 4 + 2
     assert sorted(node.end_step or 0 for node in pruned.lineage.nodes) == [1] * 4 + [3] * 2 + [STEPS] * 2
     winner = max(pruned.lineage.nodes, key=lambda node: (node.end_step, node.scores[-1][1]))
     alone = pruned.lineage.nodes.index(winner)
