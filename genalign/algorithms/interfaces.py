@@ -5,7 +5,6 @@ B counts the samples of a round or batch (P prompts x G samples per prompt), S s
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -165,14 +164,6 @@ class UpdateContext:
             self.metrics.add("clip_fraction", clip_fraction(log_ratio, clip_range).reshape(1))
         if batch.on_policy:
             self.metrics.log_ratio_max = max(self.metrics.log_ratio_max, float(log_ratio.abs().max()))
-
-    @contextlib.contextmanager
-    def old_policy(self) -> Iterator[None]:
-        """Run the network with the lagging sampling weights, without gradients, within the context."""
-        if self.old is None:
-            raise ValueError("this objective needs the lagging sampling weights: give the recipe a lag")
-        with torch.no_grad(), self.policy.using(self.old):
-            yield
 
 
 Unit = Literal["sample", "group", "batch"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
@@ -167,9 +166,12 @@ class MatchingObjective:
 
         with torch.no_grad(), context.policy.reference():
             reference = predict()
-        with context.old_policy() if self.old else contextlib.nullcontext():
-            old = predict().detach() if self.old else None
+        old = None
+        if self.old:
+            if context.old is None:
+                raise ValueError("this objective needs the lagging sampling weights: give the recipe a lag")
+            with torch.no_grad(), context.policy.using(context.old):
+                old = predict()
         prediction = predict()
-        return NoisedSamples(
-            path, x0, x, level, target, prediction, reference, prediction.detach() if old is None else old
-        )
+        old = prediction.detach() if old is None else old
+        return NoisedSamples(path, x0, x, level, target, prediction, reference, old)

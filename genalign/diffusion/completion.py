@@ -41,11 +41,7 @@ class Completion:
 
 @torch.no_grad()
 def complete(
-    pipeline: Pipeline,
-    sampled: Rollout,
-    grid: Grid,
-    guidance: float,
-    completion: Completion = Completion(),
+    pipeline: Pipeline, sampled: Rollout, grid: Grid, guidance: float, completion: Completion = Completion()
 ) -> Tensor:
     """Complete the state before each stored step of a rollout to a clean latent, by the ODE.
 
