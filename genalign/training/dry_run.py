@@ -119,7 +119,8 @@ def dry_run(
                 break
             order.append(steps := recipe.steps(toy.steps, index, settings.seed))
             if steps not in rounds:
-                fixed, pipeline = replace(recipe, schedule=lambda *_, steps=steps: steps), copy.deepcopy(toy)
+                fixed, pipeline = replace(recipe, schedule=lambda *_, steps=steps: steps), copy.copy(toy)
+                pipeline.denoiser = copy.deepcopy(toy.denoiser)  # ``level`` may be a method of a whole pipeline
                 trainer = Trainer(
                     pipeline, Policy(pipeline.denoiser, None), rewards, prompts, fixed, one_round, sampling
                 )
