@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -194,18 +194,10 @@ def take_own_device(variables: Mapping[str, str]) -> None:
         torch.cuda.set_device(int(variables["LOCAL_RANK"]))
 
 
-class _Store(Protocol):
-    """The two methods of torch's key-value store that the heartbeat needs."""
-
-    def set(self, key: str, value: str) -> None: ...
-
-    def get(self, key: str) -> bytes: ...
-
-
 class _Heartbeat:
     """Heartbeats of all ranks: one rising counter per rank in a shared store."""
 
-    def __init__(self, processes: ProcessGroup, store: _Store, silence: float) -> None:
+    def __init__(self, processes: ProcessGroup, store: Any, silence: float) -> None:
         self.processes, self.store, self.silence = processes, store, silence
         self.count = 0
         self.last = dict.fromkeys(range(processes.world_size), (b"", time.monotonic()))

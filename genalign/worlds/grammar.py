@@ -34,7 +34,6 @@ def split(suite: str, grammar: Iterable[tuple[Prompt, bool]], longer: Iterable[P
     return PromptSet(suite, tuple(prompts))
 
 
-def fingerprint(prompts: Callable[[str], PromptSet]) -> str:
-    """Hash every split to 16 hexadecimal characters, to store with anything trained or measured on them."""
-    lines = [f"{suite}\t{prompt.text}" for suite in SUITES for prompt in prompts(suite).prompts]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+def vocabulary(prompts: Callable[[str], PromptSet]) -> list[str]:
+    """Every word of the prompts of all splits, sorted."""
+    return sorted({word for suite in SUITES for prompt in prompts(suite).prompts for word in prompt.text.split()})

@@ -7,13 +7,14 @@ import json
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from genalign.worlds.shapes.prompts import prompts, vocabulary
+from genalign.worlds.grammar import vocabulary
+from genalign.worlds.shapes.prompts import prompts
 from scripts.pretrain.t5 import word_tokenizer
 
 CLIP_LENGTH = 12
 T5_LENGTH = 8
 _CLIP_SPECIAL = ("<|unk|>", "<|pad|>", "<|startoftext|>", "<|endoftext|>")
-_LAST_LETTERS = tuple(f"{letter}</w>" for letter in sorted({word[-1] for word in vocabulary()}))
+_LAST_LETTERS = tuple(f"{letter}</w>" for letter in sorted({word[-1] for word in vocabulary(prompts)}))
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -50,4 +51,4 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 def t5_tokenizer() -> T5Tokenizer:
     """A unigram model whose pieces are the words of the grammar and the letters, for words it does not know."""
-    return word_tokenizer(vocabulary(), T5_LENGTH)
+    return word_tokenizer(vocabulary(prompts), T5_LENGTH)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import remove_weight_norm, weight_norm
 from transformers import T5Tokenizer
 
+from genalign.worlds import tones
+from genalign.worlds.grammar import vocabulary
 from genalign.worlds.tones.instruments import LENGTH, SAMPLE_RATE
-from genalign.worlds.tones.prompts import vocabulary
 from scripts.pretrain.t5 import WIDTH, build_t5, word_tokenizer
 
 T5_LENGTH = 10
@@ -32,7 +33,7 @@ SECONDS = LENGTH / SAMPLE_RATE
 
 def tokenizer() -> T5Tokenizer:
     """One token for every word of the grammar."""
-    return word_tokenizer(vocabulary(), T5_LENGTH)
+    return word_tokenizer(vocabulary(tones.prompts), T5_LENGTH)
 
 
 def build_vae() -> AutoencoderOobleck:

@@ -26,7 +26,7 @@ from genalign.evaluation.geneval.grammar import (
 from genalign.evaluation.geneval.vocabulary import RELATIONS as RELATIONS
 from genalign.types import Prompt, PromptSet
 from genalign.worlds.grammar import SUITES as SUITES
-from genalign.worlds.grammar import digest, fingerprint, split
+from genalign.worlds.grammar import digest, split
 from genalign.worlds.shapes.geometry import PALETTE, SHAPES
 
 _SHAPES, _COLORS = tuple(SHAPES), tuple(PALETTE)
@@ -80,14 +80,3 @@ def _all_prompts() -> Iterable[tuple[Prompt, bool]]:
 def prompts(suite: str) -> PromptSet:
     """The prompts of a split, as ``grammar.split`` defines it; "len" is five of a kind."""
     return split(suite, _all_prompts(), [counting(shape, "five") for shape in _SHAPES])
-
-
-def vocabulary() -> list[str]:
-    """Every word that the grammar can write, sorted."""
-    words = {word for prompt, _ in _all_prompts() for word in prompt.text.split()}
-    return sorted(words | {"five"})
-
-
-def manifest_hash() -> str:
-    """A fingerprint of the splits, to be stored with anything trained or measured on them."""
-    return fingerprint(prompts)

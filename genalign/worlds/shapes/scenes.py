@@ -97,7 +97,7 @@ def sample_scene(metadata: Metadata, rng: np.random.Generator, hold_out: bool = 
             names.append((shape, color))
     relation = next((clause["position"][0] for clause in metadata["include"] if "position" in clause), None)
     items = _place(names, rng)
-    while items is None or not (relation is None or holds(relation, items[1], items[0], RELATION_MARGIN)):
+    while items is None or (relation and relation not in relations(items[1].box, items[0].box, RELATION_MARGIN)):
         items = _place(names, rng)
     order = rng.permutation(len(items))
     background = tuple(float(c + d) for c, d in zip(BACKGROUND, np.full(3, rng.uniform(-6, 6)), strict=True))
@@ -126,8 +126,3 @@ def _place(names: Sequence[tuple[str, str]], rng: np.random.Generator) -> list[I
         else:
             return None
     return items
-
-
-def holds(relation: str, a: Item, b: Item, margin: float) -> bool:
-    """Whether ``a`` stands in ``relation`` to ``b`` by GenEval's rule with the given shrinkage ``margin``."""
-    return relation in relations(a.box, b.box, margin)

@@ -21,14 +21,6 @@ BLURS = (0.0, 0.08, 0.16)  # standard deviation, in the window's units
 
 
 @dataclass(frozen=True)
-class Templates:
-    """K masks (K, CELLS * CELLS) and the shape that each shows."""
-
-    masks: Array
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Matches:
     """The best template of M masks: its name ("unknown" for a reject or a poor fit) and its soft IoU."""
 
@@ -37,15 +29,15 @@ class Matches:
 
 
 @cache
-def templates() -> Templates:
-    """Every known shape and reject, turned and blurred."""
+def templates() -> tuple[Array, list[str]]:
+    """Every known shape and reject, turned and blurred: K masks (K, CELLS * CELLS), and the shape that each shows."""
     masks, names = [], []
     for (name, outline), angle in product((SHAPES | REJECTS).items(), ANGLES):
         sharp = _template(outline, np.deg2rad(angle))
         for blur in BLURS:
             masks.append(gaussian_filter(sharp, blur * (CELLS - 1) / (2 * REACH), mode="constant").ravel())
             names.append(name)
-    return Templates(np.stack(masks), tuple(names))
+    return np.stack(masks), names
 
 
 def match(coverage: Array) -> Matches:
@@ -55,14 +47,14 @@ def match(coverage: Array) -> Matches:
     """
     if coverage.ndim != 3 or coverage.shape[1:] != (SIZE, SIZE):
         raise ValueError(f"coverage must be (M, {SIZE}, {SIZE}), got {coverage.shape}")
-    reference = templates()
+    reference, shapes = templates()
     masks = normalized(coverage).reshape(len(coverage), -1)
-    total = masks.sum(1)[:, None] + reference.masks.sum(1)
-    difference = cdist(masks, reference.masks, "cityblock")
+    total = masks.sum(1)[:, None] + reference.sum(1)
+    difference = cdist(masks, reference, "cityblock")
     iou = (total - difference) / (total + difference)
     best = iou.argmax(1)
     top = iou[np.arange(len(iou)), best]
-    names = [reference.names[k] for k in best]
+    names = [shapes[k] for k in best]
     accepted = [name if name in SHAPES and fit >= MIN_IOU else UNKNOWN for name, fit in zip(names, top, strict=True)]
     return Matches(tuple(accepted), top)
 

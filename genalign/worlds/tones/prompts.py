@@ -20,7 +20,7 @@ from itertools import permutations, product
 
 from genalign.evaluation.geneval.grammar import plural, with_article
 from genalign.types import Metadata, Prompt, PromptSet
-from genalign.worlds.grammar import fingerprint, split
+from genalign.worlds.grammar import split
 from genalign.worlds.tones.instruments import NOISE, NOTES, PITCHED, TIMBRES
 
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
@@ -119,14 +119,3 @@ def _all_prompts() -> Iterable[tuple[Prompt, bool]]:
 def prompts(suite: str) -> PromptSet:
     """The prompts of a split, as ``grammar.split`` defines it; "len" is six of a kind."""
     return split(suite, _all_prompts(), [counting(timbre, "six") for timbre in TIMBRES])
-
-
-def vocabulary() -> list[str]:
-    """Every word that the grammar can write, sorted."""
-    words = {word for prompt, _ in _all_prompts() for word in prompt.text.split()}
-    return sorted(words | {"six"})
-
-
-def manifest_hash() -> str:
-    """A fingerprint of the splits, to be stored with anything trained or measured on them."""
-    return fingerprint(prompts)

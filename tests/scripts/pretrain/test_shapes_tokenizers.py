@@ -10,7 +10,7 @@ import pytest
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from genalign.worlds import shapes
-from genalign.worlds.shapes.prompts import vocabulary
+from genalign.worlds.grammar import vocabulary
 from scripts.pretrain.shapes_tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
 
 MADE = [(clip_tokenizer, CLIPTokenizer, CLIP_LENGTH), (t5_tokenizer, T5Tokenizer, T5_LENGTH)]
@@ -19,7 +19,7 @@ MADE = [(clip_tokenizer, CLIPTokenizer, CLIP_LENGTH), (t5_tokenizer, T5Tokenizer
 @pytest.mark.parametrize(("make", "kind", "length"), MADE)
 def test_words_are_tokens_and_prompts_fit(make, kind, length: int, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     tokenizer = make()
-    assert [word for word in vocabulary() if len(tokenizer.tokenize(word)) != 1] == []
+    assert [word for word in vocabulary(shapes.prompts) if len(tokenizer.tokenize(word)) != 1] == []
     texts = [prompt.text for suite in shapes.SUITES for prompt in shapes.prompts(suite).prompts]
     assert max(len(ids) for ids in tokenizer(texts).input_ids) <= length
     tokenizer.save_pretrained(tmp_path)

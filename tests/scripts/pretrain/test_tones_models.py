@@ -10,8 +10,8 @@ import torch
 from transformers import ClapModel, ClapProcessor
 
 from genalign.worlds import tones
+from genalign.worlds.grammar import vocabulary
 from genalign.worlds.tones.instruments import LENGTH
-from genalign.worlds.tones.prompts import vocabulary
 from genalign.worlds.tones.verifier import verify
 from scripts.pretrain import tones_dataset
 from scripts.pretrain.captions import require_metadata
@@ -46,7 +46,7 @@ def waves(count: int = 4) -> torch.Tensor:
 
 def test_words_are_tokens_and_prompts_fit() -> None:
     words = tokenizer()
-    assert [word for word in vocabulary() if len(words.tokenize(word)) != 1] == []
+    assert [word for word in vocabulary(tones.prompts) if len(words.tokenize(word)) != 1] == []
     texts = [prompt.text for suite in tones.SUITES for prompt in tones.prompts(suite).prompts]
     assert max(len(ids) for ids in words(texts).input_ids) == T5_LENGTH
     assert words.unk_token_id not in {token for ids in words(texts).input_ids for token in ids}
