@@ -324,12 +324,11 @@ def test_a_wrong_configuration_gets_its_exact_message(
     assert sorted(work.rglob("*")) == before
 
 
+NUMBER = ("--rewards.red.function", "mine.number")
 COMMANDS = [
-    ("train", "--config", "run.json", "--rewards.red.function", "mine.number"),
-    ("plan", "--config", "run.json", "--rewards.red.function", "mine.number"),
-    ("calibrate", "--config", "run.json", "--rewards.red.function", "mine.number"),
-    (*STEER, "--strategy", "genalign.BestOfN", "--rewards.red.function", "mine.number"),
-    (*PRICES, "--rewards.red.function", "mine.number"),
+    *((command, "--config", "run.json", *NUMBER) for command in ("train", "plan", "calibrate")),
+    (*STEER, "--strategy", "genalign.BestOfN", *NUMBER),
+    (*PRICES, *NUMBER),
     ("serve", "mine:number"),
     ("reward", "check", "mine:number"),
 ]
@@ -416,15 +415,8 @@ def test_a_package_of_the_same_name_as_ours_is_explained(case: str, tmp_path: Pa
     (tmp_path / "rewards" / "__init__.py").touch()
     (tmp_path / "rewards" / "mine.py").write_text("def redness(samples, prompts): ...")
     arguments = ["--output", "run", "--prompts", "p.txt", "--model.path", "m", "--recipe", "genalign.flow_grpo"]
-    command = [
-        sys.executable,
-        *options,
-        "genalign",
-        "plan",
-        *arguments,
-        "--rewards.red.function",
-        "rewards.mine.redness",
-    ]
+    arguments += ["--rewards.red.function", "rewards.mine.redness"]
+    command = [sys.executable, *options, "genalign", "plan", *arguments]
     environment = {**os.environ, **{name: value.format(**places) for name, value in variables.items()}}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and result.stderr.count("\n") == 1

@@ -79,19 +79,24 @@ def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
+def _rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_a_run_writes_metrics_weights_evaluations_and_a_report(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     second = "rewards.green={function: {class_path: outside_rewards.Channel, init_args: {channel: 1}}, weight: 0.5}"
     assert main(["train", "--config", str(config), f"--{second}"]) == 0
     run = tmp_path / "run"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = _rows(run)
     assert [row["round"] for row in rows] == [0, 1]
     assert set(rows[0]["rewards"]) == {"red", "green"}
     assert set(rows[0]["held_out"]) == {"strict", "partial", "relaxed"}
-    for name in ("config.json", "environment.json", "gain.json", "report.html", "checkpoints/latest/state.safetensors"):
-        assert (run / name).is_file(), name
-    for name in ("lora/pytorch_lora_weights.safetensors", "peft/adapter_model.safetensors", "before/summary.json"):
+    files = (
+        "config.json environment.json gain.json report.html checkpoints/latest/state.safetensors before/summary.json"
+    )
+    for name in (*files.split(), "lora/pytorch_lora_weights.safetensors", "peft/adapter_model.safetensors"):
         assert (run / name).is_file(), name
     assert json.loads((run / "config.json").read_text())["training"]["rounds"] == 2
     assert set(json.loads((run / "gain.json").read_text())["strict"]) == {"mean", "low", "high", "n"}
@@ -112,24 +117,10 @@ def test_training_without_lora_saves_the_whole_network(config: Path, tmp_path: P
     assert any(not torch.equal(current, average) for current, average in pairs)
 
 
-def _rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-MONITOR = ["--reward_hacking.every", "1", "--reward_hacking.prompts", "shapes:val"]
-
-
 def test_tensorboard_receives_every_metric(config: Path, tmp_path: Path) -> None:
-    arguments = [
-        "--trackers",
-        "[tensorboard]",
-        "--before_after",
-        "null",
-        *MONITOR,
-        "--reward_hacking.samples_per_task",
-        "2",
-    ]
-    arguments += ["--sample_grid.every", "1", "--sample_grid.count", "3"]
+    monitor = "--reward_hacking.every 1 --reward_hacking.prompts shapes:val --reward_hacking.samples_per_task 2"
+    grid = "--trackers [tensorboard] --before_after null --sample_grid.every 1 --sample_grid.count 3"
+    arguments = [*monitor.split(), *grid.split()]
     assert main(["train", "--config", str(config), *arguments]) == 0
     events = EventAccumulator(str(tmp_path / "run" / "genalign"))
     events.Reload()

@@ -17,6 +17,7 @@ from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.geneval.result_files import write_prompts
 from genalign.types import PromptSet
 from genalign.worlds import shapes
+from tests.genalign.evaluation.geneval.test_run_evaluation import assert_same_files
 from tests.packages import ROOT
 
 PROCESSES, KILLS = 3, 8
@@ -160,9 +161,4 @@ def test_ranks_share_the_prompts_and_resume_after_a_kill(tiny_folder: Path, tmp_
     indices = workers.reported(12, first=2)
     assert len(indices) == len(set(indices)) == 12 - len(done)
     assert all(path.stat().st_mtime_ns == modified for path, modified in done.items())
-    contents = [
-        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-        for root in (alone, shared)
-    ]
-    assert contents[0].pop(Path("report.html")) and contents[1].pop(Path("report.html"))
-    assert contents[0] == contents[1]
+    assert_same_files(alone, shared)

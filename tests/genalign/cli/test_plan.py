@@ -126,11 +126,8 @@ def test_missing_weight_files_are_refused_and_memory_is_estimated(
     assert "sum while learning" in printed.out
 
 
-NETWORKS = (
-    NetworkSize("transformer", 1000, 600),
-    NetworkSize("vae", 100, 0),
-    NetworkSize("text_encoder", 50, 0),
-)
+SIZES = {"transformer": (1000, 600), "vae": (100, 0), "text_encoder": (50, 0)}
+NETWORKS = tuple(NetworkSize(name, *sizes) for name, sizes in SIZES.items())
 
 
 def test_memory_by_hand(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,16 +168,15 @@ def test_the_command_prints_all_and_reads_no_weights(
     assert list(tmp_path.iterdir()) == []
 
 
-HUB_MODELS = (
-    "train/sd35_medium_flow_grpo_geneval",
-    "train/sd35_medium_flow_grpo_ocr",
-    "train/flux_dev_flow_grpo_pickscore",
-    "train/sdxl_flow_grpo_pickscore",
-    "train/sd15_flow_grpo_aesthetic",
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sd35_medium_flow_grpo_ocr",
+        "flux_dev_flow_grpo_pickscore",
+        "sdxl_flow_grpo_pickscore",
+        "sd15_flow_grpo_aesthetic",
+    ],
 )
-
-
-@pytest.mark.parametrize("name", HUB_MODELS)
 def test_calls_are_counted_without_the_checkpoint(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +186,7 @@ def test_calls_are_counted_without_the_checkpoint(
     monkeypatch.setattr("pipelines.checkpoint_files._download", gated)
     monkeypatch.chdir(tmp_path)
     small = ["--training.prompts_per_round", "4", "--training.rounds", "3", "--training.updates_per_round", "1"]
-    assert main(["plan", "--config", str(CONFIGS / f"{name}.yaml"), *small]) == 2
+    assert main(["plan", "--config", str(CONFIGS / "train" / f"{name}.yaml"), *small]) == 2
     printed = capsys.readouterr()
     assert "forward backward" in printed.out and "is gated" in printed.err and "no prompt file" in printed.err
     assert list(tmp_path.iterdir()) == []

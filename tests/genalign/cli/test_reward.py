@@ -105,21 +105,15 @@ BAD = [
     (["reward", "check", "outside_scores:redness"], "name the samples to score: --samples FOLDER"),
     (["reward", "check", "outside_scores:redness", *SHAPES, "--count", "2"], "at least 4 images"),
     (["reward", "check", "outside_scores:redness", "--samples", "nowhere"], "write a line with file_name and prompt"),
-    (
-        ["serve", "outside_scores:redness", "--host", "0.0.0.0"],
-        "set a token in the environment variable GENALIGN_TOKEN",
-    ),
+    (["serve", "outside_scores:redness", "--host", "0.0.0.0"], "set a token in the environment variable"),
     (["serve", "outside_scores:redness", "--prot", "1"], "unknown setting 'prot': did you mean 'port'?"),
 ]
 
 
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
 def test_bad_input_gets_a_one_line_message(
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    message: str,
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GENALIGN_TOKEN", raising=False)
     assert main(arguments) == 2

@@ -12,25 +12,14 @@ from genalign.diffusion.paths import FlowPath
 from genalign.evaluation.evaluate import EvaluationProtocol
 from genalign.types import Conditioning, Grid
 
-PROTOCOL = EvaluationProtocol(
-    suite="iid",
-    suite_hash="0123456789abcdef",
-    guidance=4.0,
-    sigmas=(1.0, 0.5, 0.0),
-    kernel="ODE()",
-    dtype="float32",
-    batch_size=3,
-    resolution=(4, 4),
-    seeds=2,
-    samples_per_task=4,
-    verifier="test 1",
-)
+SIGMAS = (1.0, 0.5, 0.0)
+PROTOCOL = EvaluationProtocol("iid", "0123456789abcdef", 4.0, SIGMAS, "ODE()", "float32", 3, (4, 4), 2, 4, "test 1")
 
 
 class StillPipeline:
     """A flow with zero velocity, whose sample is its initial noise; a subclass draws noises and decodes them."""
 
-    def __init__(self, sigmas: tuple[float, ...] = (1.0, 0.5, 0.0)) -> None:
+    def __init__(self, sigmas: tuple[float, ...] = SIGMAS) -> None:
         self.path, self.denoiser, self.sigmas = FlowPath(), nn.Identity(), sigmas
         self.encoded: list[list[str]] = []
         self.calls: list[tuple[int, float]] = []

@@ -190,13 +190,9 @@ def test_evaluate_refuses_invalid_arguments():
 
 def test_overall_is_the_mean_over_tasks_of_means_over_prompts():
     """Task a: prompts at 1/2 and 1, so 3/4. Task b: 1/3. Overall 13/24, by hand."""
-    records = (
-        record("a", "p", 0, s=1.0),
-        record("a", "p", 1, s=0.0),
-        record("a", "q", 0, s=1.0),
-        *(record("b", "r", sample, s=float(sample == 0)) for sample in range(3)),
-    )
-    evaluation = Evaluation(PROTOCOL, records)
+    values = {"ap": (1.0, 0.0), "aq": (1.0,), "br": (1.0, 0.0, 0.0)}
+    records = [record(*key, number, s=value) for key, each in values.items() for number, value in enumerate(each)]
+    evaluation = Evaluation(PROTOCOL, tuple(records))
     assert evaluation.overall["s"].mean == pytest.approx(13 / 24)
     assert evaluation.tasks["a"]["s"].mean == pytest.approx(3 / 4)
     assert evaluation.tasks["b"]["s"].mean == pytest.approx(1 / 3)
@@ -205,10 +201,8 @@ def test_overall_is_the_mean_over_tasks_of_means_over_prompts():
 
 def noisy_prompts(shift):
     """Build an evaluation of prompts of very different difficulty, with ``shift`` added to every score."""
-    return Evaluation(
-        PROTOCOL,
-        tuple(record("a", f"p{index}", sample, s=index / 40 + shift) for index in range(40) for sample in range(2)),
-    )
+    records = [record("a", f"p{index}", sample, s=index / 40 + shift) for index in range(40) for sample in range(2)]
+    return Evaluation(PROTOCOL, tuple(records))
 
 
 def test_gain_is_paired():

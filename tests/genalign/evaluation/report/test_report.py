@@ -49,17 +49,10 @@ def rows(rounds, **changes):
         row = {
             "round": index,
             "reward": 0.5 + index / 1000,
-            "reward_std": 0.2,
             "rewards": {"ocr": 0.5 + index / 10, "style/a": 0.5 - index / 10},
             "kl": None if index == 1 else index / 100,
-            "clip_fraction": 0.1,
-            "zero_std_share": 0.25,
-            "grad_norm": 1.0,
-            "loss": 0.1,
-            "log_ratio_max": 0.2,
-            "failed_rewards": 0,
-            "skipped_updates": 0,
-            "learning_rate": 3e-4,
+            **{"reward_std": 0.2, "clip_fraction": 0.1, "zero_std_share": 0.25, "grad_norm": 1.0, "loss": 0.1},
+            **{"log_ratio_max": 0.2, "failed_rewards": 0, "skipped_updates": 0, "learning_rate": 3e-4},
             "metrics": {"anchor": {"weight": 0.7}, "critic/accuracy": 0.9},
             "samples": (index + 1) * 96,
             "nfe": (index + 1) * 960,
@@ -121,9 +114,7 @@ class Page(HTMLParser):
 
     def within(self, name=None):
         """The text of the element with an id, or of the page."""
-        return re.sub(
-            r"\s+", " ", " ".join(data for data, names in self.words if name is None or name in names)
-        ).strip()
+        return " ".join(" ".join(data for data, names in self.words if name is None or name in names).split())
 
     @property
     def text(self):
@@ -143,9 +134,7 @@ def test_a_finished_run_says_what_it_gained(run):
     gain = read_run(run).comparison.overall["strict"]
     assert gain.low > 0
     interval = f"{signed('strict', gain.low)} to {signed('strict', gain.high)} points, from 72 pairs of 24 prompts"
-    assert (
-        f"Strict score on iid: 1.4 % → 55.6 %, +54.2 points: a clear improvement (95 % interval of the gain {interval}"
-    )
+    assert f"+54.2 points: a clear improvement (95 % interval of the gain {interval}" in worked
     assert "Partial score on iid" in worked and "Held-out strict score: 40.0 % → 40.0 %, no clear change" in worked
     assert "Training reward: 0.5 → 0.504" in worked
     assert "missing" not in worked and "not finished" not in parsed.text
@@ -169,11 +158,10 @@ def test_a_run_without_any_evaluation_is_judged_by_its_rewards(tmp_path):
     write_rows(tmp_path, rows(20, held_out=None, metrics={}, reward=lambda index: index / 20))
     (tmp_path / "config.json").write_text(json.dumps({"before_after": None, "held_out": {"every": 0}}))
     parsed = page(tmp_path)
-    assert "Training reward: 0.075 → 0.875, a clear rise (mean of the first and last 4 rounds" in parsed.within(
-        "worked"
-    )
-    assert "before and after training (before_after is null): no gain is measured" in parsed.within("worked")
-    assert "No held-out prompts were evaluated during training (held_out.every is 0)" in parsed.within("worked")
+    worked = parsed.within("worked")
+    assert "Training reward: 0.075 → 0.875, a clear rise (mean of the first and last 4 rounds" in worked
+    assert "before and after training (before_after is null): no gain is measured" in worked
+    assert "No held-out prompts were evaluated during training (held_out.every is 0)" in worked
     assert "Reward style/a: 0.35 → \N{MINUS SIGN}1.25, a clear fall" in parsed.within("worse")
     assert "Reward ocr" not in parsed.within("worse")
 
@@ -193,14 +181,11 @@ def signal(name, mean, status):
 def test_everything_that_got_worse_is_listed(run):
     report = [signal("saturation", 0.9, "red"), signal("grid", 0.0, "green"), signal("entropy", 0.1, None)]
     changes = {"failed_rewards": 2, "skipped_updates": 1, "clip_fraction": 0.7, "zero_std_share": 0.6}
-    falling = (
-        {"strict": {"mean": 0.4, "low": 0.35, "high": 0.45, "n": 96}},
-        {"strict": {"mean": 0.2, "low": 0.15, "high": 0.25, "n": 96}},
-    )
-    recorded = rows(
-        5, **changes, held_out=lambda index: falling[index > 2], reward_hacking=lambda i: report if i > 2 else None
-    )
-    write_rows(run, recorded)
+    changes["held_out"] = lambda i: {
+        "strict": Estimate(*((0.2, 0.15, 0.25) if i > 2 else (0.4, 0.35, 0.45)), 96).as_dict()
+    }
+    changes["reward_hacking"] = lambda i: report if i > 2 else None
+    write_rows(run, rows(5, **changes))
     config = json.loads((run / "config.json").read_text())
     limits = {"reward_hacking": {"limits": {"kl": {"amber": 0.02, "red": 1.0}}}}
     (run / "config.json").write_text(json.dumps(config | limits))
