@@ -70,9 +70,6 @@ def test_t_interval_by_hand():
     reach = 4.302653 * 2 / 3**0.5
     assert (estimate.mean, estimate.n) == (4.0, 3)
     assert (estimate.low, estimate.high) == pytest.approx((4 - reach, 4 + reach), rel=1e-6)
-
-
-def test_t_interval_needs_two_seeds():
     with pytest.raises(ValueError, match="at least two"):
         t_interval([0.5])
 
@@ -105,9 +102,6 @@ def test_win_rate_counts_ties_as_half():
     assert (result.rate.low, result.rate.high) == (wilson(2.5, 4).low, wilson(2.5, 4).high)
     assert win_rate([0] * 6, [1] * 6).p_value == pytest.approx(2 / 64)
     assert win_rate([1, 1], [1, 1]).p_value == 1.0
-
-
-def test_win_rate_needs_pairs():
     with pytest.raises(ValueError, match="needs pairs"):
         win_rate([1.0], [1.0, 2.0])
 

@@ -264,14 +264,10 @@ def test_one_process_is_itself() -> None:
     with process_group({}) as processes:
         assert processes == SINGLE_PROCESS and processes.is_main
     rows = torch.arange(6).view(3, 2)
-    assert torch.equal(SINGLE_PROCESS.all_gather(rows), rows[None]) and torch.equal(
-        SINGLE_PROCESS.interleaved(rows, 1), rows
-    )
-    assert (
-        SINGLE_PROCESS.all_gather_object({"a": 1}) == [{"a": 1}]
-        and SINGLE_PROCESS.any_rank(True)
-        and not SINGLE_PROCESS.any_rank(False)
-    )
+    assert torch.equal(SINGLE_PROCESS.all_gather(rows), rows[None])
+    assert torch.equal(SINGLE_PROCESS.interleaved(rows, 1), rows)
+    assert SINGLE_PROCESS.all_gather_object({"a": 1}) == [{"a": 1}]
+    assert [SINGLE_PROCESS.any_rank(flag) for flag in (True, False)] == [True, False]
     assert torch.equal(SINGLE_PROCESS.broadcast({"rows": rows})["rows"], rows)
 
 
@@ -306,17 +302,18 @@ def test_metric_sums_of_several_ranks_are_merged() -> None:
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def test_fsdp_settings_of_accelerate() -> None:
-    assert (
-        sharding_from_environment({}, 2) is None
-        and sharding_from_environment({"ACCELERATE_MIXED_PRECISION": "no"}, 1) is None
-    )
-    assert sharding_from_environment(FSDP, 2) == Sharding(2) and sharding_from_environment(FSDP, 4) == Sharding(
-        4, reshard_after_forward=True
-    )
-    assert sharding_from_environment(FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, 2) == Sharding(
-        2, reshard_after_forward=False
-    )
+@pytest.mark.parametrize(
+    ("variables", "processes", "expected"),
+    [
+        ({}, 2, None),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, 1, None),
+        (FSDP, 2, Sharding(2)),
+        (FSDP, 4, Sharding(4, reshard_after_forward=True)),
+        (FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, 2, Sharding(2, reshard_after_forward=False)),
+    ],
+)
+def test_fsdp_settings_of_accelerate(variables: dict[str, str], processes: int, expected: Sharding | None) -> None:
+    assert sharding_from_environment(variables, processes) == expected
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,7 @@ def test_the_pace_ends_the_race_and_the_limit_a_run(patience: int) -> None:
     first = _Scripted(LOOK, [TARGET])
     raced = {"quick": quick, "slow": slow, "first": first}
     curves = race(raced, pace=["quick"], patience=patience)  # type: ignore[arg-type] # stand-ins
-    assert (
-        first.rounds == 1 and quick.rounds == 2 and slow.rounds == 4 * patience and reached(curves["slow"]) == math.inf
-    )
+    assert (first.rounds, quick.rounds, slow.rounds) == (1, 2, 4 * patience) and reached(curves["slow"]) == math.inf
     never = _Scripted(100, [0.3])
     race({"never": never}, limit=400)  # type: ignore[dict-item] # a stand-in
     assert never.rounds == 4

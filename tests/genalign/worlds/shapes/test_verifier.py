@@ -14,6 +14,7 @@ from torch import Tensor
 
 from genalign.evaluation.geneval.boxes import relations
 from genalign.evaluation.geneval.grammar import color_attr, colors, counting, position, single_object, two_object
+from genalign.metrics.intervals import wilson
 from genalign.types import Metadata
 from genalign.worlds.shapes import detection, template_matching
 from genalign.worlds.shapes.geometry import BACKGROUND, PALETTE, REJECTS, SHAPES, SIZE, STRANGERS, Array
@@ -153,12 +154,6 @@ def strict_rate(cases: list[Case], corruption: Corruption) -> float:
     return float(np.mean([verification.strict for verification in verifications(cases, corruption)]))
 
 
-def wilson_upper(successes: int, total: int, z: float = 1.96) -> float:
-    share = successes / total
-    spread = z * np.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return float((share + z**2 / (2 * total) + spread) / (1 + z**2 / total))
-
-
 @pytest.fixture(scope="module")
 def cases() -> list[Case]:
     return true_cases(per_task=60, seed=71_001)
@@ -203,7 +198,7 @@ def test_near_misses_are_refused_and_score_less(
     near = verifications([case for _, _, case in misses], corruption)
     accepted = [kind for (_, kind, _), verification in zip(misses, near, strict=True) if verification.strict]
     assert accepted == []
-    assert wilson_upper(len(accepted), len(misses)) <= 0.01
+    assert wilson(len(accepted), len(misses)).high <= 0.01
     ranked = [
         truth[index].partial > verification.partial for (index, _, _), verification in zip(misses, near, strict=True)
     ]
@@ -314,13 +309,8 @@ def test_a_tilt_is_allowed(degrees: float) -> None:
 def test_five_small_objects_are_counted(shape: str) -> None:
     rng = np.random.default_rng(71_008)
     places = [(12, 14), (32, 14), (52, 14), (22, 44), (44, 44)]
-    five = [
-        Case(
-            Scene(tuple(Item(shape, color, x, y, 6.5, jittered(color, rng)) for x, y in places)),
-            counting(shape, "five").metadata,
-        )
-        for color in PALETTE
-    ]
+    scenes = [Scene(tuple(Item(shape, color, x, y, 6.5, jittered(color, rng)) for x, y in places)) for color in PALETTE]
+    five = [Case(scene, counting(shape, "five").metadata) for scene in scenes]
     assert strict_rate(five, untouched) == 1
     assert strict_rate(five, blurred) >= 0.9
 
