@@ -171,6 +171,7 @@ def test_the_command_prints_all_and_reads_no_weights(
 @pytest.mark.parametrize(
     "name",
     [
+        "sd35_medium_flow_grpo_geneval",
         "sd35_medium_flow_grpo_ocr",
         "flux_dev_flow_grpo_pickscore",
         "sdxl_flow_grpo_pickscore",
