@@ -38,6 +38,8 @@ class TowerScorer(nn.Module, ABC):
     def __init__(self, hidden: int, start: str | None, arguments: dict[str, Any]) -> None:
         super().__init__()
         self.arguments = {**arguments, "hidden": hidden}
+        with torch.random.fork_rng(devices=[]):  # the first opening of an encoder draws random numbers, later ones none
+            self.shared()
         # A trainable copy in float32, in evaluation mode: no dropout, and CLAP's batch statistics stay as they are.
         self.tower = copy.deepcopy(self.shared()).float().requires_grad_(True).eval()
         width = self.shared().text(["a"]).shape[1]

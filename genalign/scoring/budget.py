@@ -16,7 +16,7 @@ from torch import Tensor
 from genalign.scoring.score import NamedReward
 from genalign.types import Conditioning, Grid, NoiseLevel, Pipeline, Prompt, RewardFunction
 
-FORWARD, DECODE = "forward", "decode"
+NFE, DECODE = "nfe", "decode"
 
 
 def reward_call(name: str) -> str:
@@ -33,7 +33,7 @@ def backward(call: str) -> str:
 class Ledger:
     """The number of calls by name, on single samples.
 
-    The names are "forward" of the denoiser (two calls under guidance), "decode" and "reward/NAME", and each of them
+    The names are "nfe" of the denoiser (two under guidance), "decode" and "reward/NAME", and each of them
     followed by " backward" where a gradient went through.
     """
 
@@ -42,7 +42,7 @@ class Ledger:
     @property
     def nfe(self) -> int:
         """The number of denoiser evaluations (NFE) of single samples; guidance counts twice."""
-        return self.counts[FORWARD]
+        return self.counts[NFE]
 
     def bill(self, call: str, samples: int) -> None:
         """Count one call on ``samples`` samples."""
@@ -87,8 +87,8 @@ class Metered:
     def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
         """Return the network's output, and bill each sample once, or twice under guidance."""
         samples = len(x) * (2 if guidance > 1 else 1)
-        self.ledger.bill(FORWARD, samples)
-        return self.ledger.bill_with_backward(FORWARD, samples, self.pipeline.predict(x, level, conditioning, guidance))
+        self.ledger.bill(NFE, samples)
+        return self.ledger.bill_with_backward(NFE, samples, self.pipeline.predict(x, level, conditioning, guidance))
 
     def decode(self, latents: Tensor) -> Tensor:
         self.ledger.bill(DECODE, len(latents))
@@ -147,7 +147,7 @@ class Budget:
     def spent(self, ledger: Ledger) -> float:
         """Convert a ledger to this budget's unit. Raises ValueError for a call without a price."""
         if self.nfe is not None:
-            return ledger.nfe + 2 * ledger.counts[backward(FORWARD)]
+            return ledger.nfe + 2 * ledger.counts[backward(NFE)]
         if self.prices is None:
             raise ValueError("this budget has no prices yet: measure them")
         return ledger.cost(self.prices)
@@ -186,7 +186,7 @@ def measure_prices(
     with torch.no_grad():
         samples = pipeline.decode(x)
         calls: dict[str, Callable[[], Tensor]] = {
-            FORWARD: lambda: pipeline.predict(x, grid[0], conditioning, guidance),
+            NFE: lambda: pipeline.predict(x, grid[0], conditioning, guidance),
             DECODE: lambda: pipeline.decode(x),
         }
         for reward in rewards:
@@ -199,6 +199,6 @@ def measure_prices(
                 if result.is_cuda:
                     torch.cuda.synchronize(result.device)
                 times.append(time.perf_counter() - started)
-            evaluations = len(x) * (2 if name == FORWARD and guidance > 1 else 1)
+            evaluations = len(x) * (2 if name == NFE and guidance > 1 else 1)
             prices[name] = statistics.median(times[1:]) / evaluations
     return prices

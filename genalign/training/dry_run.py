@@ -115,7 +115,7 @@ def dry_run(
     logging.disable(logging.WARNING)  # about how the toy learns
     try:
         for index in range(settings.rounds):
-            if settings.progress(index, total["forward"]) >= 1:
+            if settings.progress(index, total["nfe"]) >= 1:
                 break
             order.append(steps := recipe.steps(toy.steps, index, settings.seed))
             if steps not in rounds:

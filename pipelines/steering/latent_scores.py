@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from genalign.scoring.budget import DECODE, FORWARD, Ledger, metered_rewards
+from genalign.scoring.budget import DECODE, NFE, Ledger, metered_rewards
 from genalign.scoring.score import NamedReward, named, score
 from genalign.search.lineage import Lineage
 from genalign.types import Prompt, RewardFunction
@@ -43,7 +43,7 @@ class PipelineScorer:
 
         def bill(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "sample"]
-            self.ledger.bill(FORWARD, len(x))
+            self.ledger.bill(NFE, len(x))
 
         def note_size(arguments: Mapping[str, Any]) -> None:
             if "height" in arguments and "width" in arguments:

@@ -69,7 +69,7 @@ def costs(work: Path) -> Costs:
 
     prices = cached(work / "prices.json", measured)
     looks = {STUDENT: prices[reward_call(STUDENT)]}
-    return Costs(audio_pool.STEPS, prices["forward"], prices["decode"], prices[reward_call("selection")], looks)
+    return Costs(audio_pool.STEPS, prices["nfe"], prices["decode"], prices[reward_call("selection")], looks)
 
 
 @torch.no_grad()

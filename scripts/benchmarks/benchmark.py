@@ -237,7 +237,7 @@ def benchmark_methods(repeats: int) -> list[Measurement]:
         run()
         spent = trainer.ledger.since(before).counts
         passes.append(run)
-        work.append(spent["forward"] + 2 * spent["forward backward"])
+        work.append(spent["nfe"] + 2 * spent["nfe backward"])
     seconds = interleaved(passes, repeats)
     each = [[second / count for second in column] for column, count in zip(seconds, work, strict=True)]
     metric = "seconds a forward of the training pass, relative to flow_grpo"

@@ -156,7 +156,7 @@ def costs(work: Path) -> Costs:
     decode, reward = prices["decode"], prices[reward_call("selection")]
     looks = dict.fromkeys(("raw", "oracle"), decode + reward) | {"random": 0.0}
     looks |= {"decoded": decode + prices[reward_call("decoded")], "latent": prices[reward_call("latent")]}
-    return Costs(STEPS, prices["forward"], decode, reward, looks)
+    return Costs(STEPS, prices["nfe"], decode, reward, looks)
 
 
 FORWARDS_ALONE = Costs(STEPS, 1.0, 0.0, 0.0, dict.fromkeys(("raw", "oracle", "random", "decoded", "latent"), 0.0))

@@ -115,7 +115,7 @@ def _series(rows: Sequence[Row]) -> dict[str, dict[int, Point]]:
         estimates = {name for name in numbers if {f"{name}/low", f"{name}/high"} <= numbers.keys()}
         parts = {f"{name}/{part}" for name in estimates for part in ("low", "high", "n")}
         for name, value in numbers.items():
-            if name not in {"round", "calls/forward"} | parts:  # calls/forward is NFE
+            if name not in {"round", "calls/nfe"} | parts:  # calls/nfe is the row's nfe
                 interval = (numbers[f"{name}/low"], numbers[f"{name}/high"]) if name in estimates else None
                 series.setdefault(name, {})[index] = Point(0.0, value, interval)
     return series

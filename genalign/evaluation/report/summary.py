@@ -118,7 +118,7 @@ def cost(run: Run) -> list[Fact]:
         Fact("rounds", count(len(run.rows))),
         Fact("samples", count(last["samples"])),
         Fact("NFE", count(last["nfe"])),
-        *(Fact(call_words(call), count(n)) for call, n in last.get("calls", {}).items() if call != "forward"),
+        *(Fact(call_words(call), count(n)) for call, n in last.get("calls", {}).items() if call != "nfe"),
         Fact("peak memory", memory_size(machine["peak_memory_bytes"])),
     ]
     if evaluated := sum(len(part.records) for part in (run.before, run.after) if part):

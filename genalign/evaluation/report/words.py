@@ -52,13 +52,13 @@ def plain(name: str) -> str:
 
 
 def call_words(call: str) -> str:
-    """The ledger's name of a call in words: "forward" is "NFE", the evaluations of the denoiser."""
+    """The ledger's name of a call in words: "nfe" is "NFE", the evaluations of the denoiser."""
     name, backward, _ = call.partition(" backward")
     kind, _, reward = name.partition("/")
     if backward:
-        target = {"forward": "the denoiser", "decode": "the decoder"}.get(kind, f"reward {plain(reward)}")
+        target = {"nfe": "the denoiser", "decode": "the decoder"}.get(kind, f"reward {plain(reward)}")
         return f"backward passes of {target}"
-    return {"forward": "NFE", "decode": "decoded samples"}.get(kind, f"calls of reward {plain(reward)}")
+    return {"nfe": "NFE", "decode": "decoded samples"}.get(kind, f"calls of reward {plain(reward)}")
 
 
 def scored(score: str, value: float) -> str:

@@ -163,7 +163,7 @@ def test_the_command_prints_all_and_reads_no_weights(
     plain = ["--config", str(CONFIGS / "train" / "shapes_flow_grpo_partial.yaml"), "--model.path", str(tiny_folder)]
     assert main(["plan", *plain, "--training.rounds", "2"]) == 0
     printed = capsys.readouterr().out
-    for words in ("24 prompts x 8 = 192", "3 x 64 x 64", "forward backward", "transformer", "sum while learning"):
+    for words in ("24 prompts x 8 = 192", "3 x 64 x 64", "nfe backward", "transformer", "sum while learning"):
         assert words in printed, words
     assert list(tmp_path.iterdir()) == []
 
@@ -189,5 +189,5 @@ def test_calls_are_counted_without_the_checkpoint(
     small = ["--training.prompts_per_round", "4", "--training.rounds", "3", "--training.updates_per_round", "1"]
     assert main(["plan", "--config", str(CONFIGS / "train" / f"{name}.yaml"), *small]) == 2
     printed = capsys.readouterr()
-    assert "forward backward" in printed.out and "is gated" in printed.err and "no prompt file" in printed.err
+    assert "nfe backward" in printed.out and "is gated" in printed.err and "no prompt file" in printed.err
     assert list(tmp_path.iterdir()) == []

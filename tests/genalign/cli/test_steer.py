@@ -49,7 +49,7 @@ def test_a_search_is_written_and_goes_on(tiny_folder: Path, tmp_path: Path) -> N
     found = tmp_path / "found"
     rows = [json.loads(line) for line in (found / "scores.jsonl").read_text().splitlines()]
     assert [row["index"] for row in rows] == [0, 1]
-    assert all(row["calls"]["forward"] <= 12 and (found / row["image"]).is_file() for row in rows)
+    assert all(row["calls"]["nfe"] <= 12 and (found / row["image"]).is_file() for row in rows)
     (found / "prompts" / "00001.json").unlink()  # as an interruption would leave it
     (found / "scores.jsonl").unlink()
     kept = (found / "prompts" / "00000.json").stat().st_mtime_ns
@@ -96,7 +96,7 @@ def test_prices_are_measured(tiny_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "prices.json"
     assert main(["prices", "--output", str(path), "--model.path", str(tiny_folder), reward, *small]) == 0
     prices = json.loads(path.read_text())
-    assert set(prices) == {"forward", "decode", "reward/partial"} and min(prices.values()) > 0
+    assert set(prices) == {"nfe", "decode", "reward/partial"} and min(prices.values()) > 0
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def test_training_bills_what_the_model_did(tiny: SD3, name: str, guidance: float
     recipe: Recipe = RECIPES[name]
     trainer = Trainer(tiny, policy, [NamedReward("red", reward)], PROMPTS, recipe, SETTINGS, sampling)
     (*_, last) = trainer.rounds()
-    assert last.calls["forward"] == last.nfe == true["forward"]
-    assert last.calls["forward backward"] == true["backward"]
+    assert last.calls["nfe"] == last.nfe == true["forward"]
+    assert last.calls["nfe backward"] == true["backward"]
     assert last.calls["decode"] == true["decode"]
     assert last.calls["reward/red"] == sum(scored)
 
@@ -86,12 +86,12 @@ def test_gradients_of_decodes_and_rewards_are_billed(tiny: SD3) -> None:
 
 
 def test_cost_by_prices() -> None:
-    ledger = Ledger(Counter({"forward": 10, "decode": 2, "reward/red": 0}))
-    assert ledger.cost({"forward": 0.5, "decode": 2.0}) == 9.0
+    ledger = Ledger(Counter({"nfe": 10, "decode": 2, "reward/red": 0}))
+    assert ledger.cost({"nfe": 0.5, "decode": 2.0}) == 9.0
     with pytest.raises(ValueError, match="no price for decode: measure it with: genalign prices"):
-        ledger.cost({"forward": 1.0})
+        ledger.cost({"nfe": 1.0})
     earlier = ledger.copy()
-    ledger.bill("forward", 3)
+    ledger.bill("nfe", 3)
     assert ledger.since(earlier).nfe == 3 and earlier.nfe == 10
 
 

@@ -69,7 +69,7 @@ def test_a_recording_is_of_whole_trajectories(tiny: SD3, tmp_path: Path) -> None
     run = SearchRun(Metered(tiny, ledger), PROMPTS, rewards, SAMPLING.grid(tiny), 1.0, 4, "0")
     made = record_previews(run, 3, (0, 2, 4))
     assert made.previews.shape == (6, 3, 4, 16, 16) and made.sigmas.tolist() == pytest.approx([1.0, 0.6, 0.2])
-    assert ledger.counts == {"forward": 6 * 5, "decode": 6, "reward/red": 6}
+    assert ledger.counts == {"nfe": 6 * 5, "decode": 6, "reward/red": 6}
     ends = redness(tiny.decode(made.previews[:, -1].float()), PROMPTS).detach()
     torch.testing.assert_close(ends, made.clean, rtol=0, atol=1e-2)  # the last preview is the sample, in half precision
     made.save(tmp_path / "recording.safetensors")
@@ -136,7 +136,7 @@ def test_a_scorer_of_latents_decodes_nothing(tiny: SD3) -> None:
     strategy = Prune((2,), (0.5,), 4, scorer)
     result = search(tiny, PROMPTS, redness, strategy, sampling=SAMPLING)
     assert result.ledger.counts == {
-        "forward": 2 * (4 * 3 + 2 * 2),
+        "nfe": 2 * (4 * 3 + 2 * 2),
         "reward/noise-aware": 2 * 4,
         "decode": 2 * 2,
         "reward/reward": 2 * 2,

@@ -62,7 +62,7 @@ def test_pruning_then_optimising_shares_the_budget(tiny: SD3) -> None:
     prune = Prune((0,), (0.5,))
     result = search(tiny, PROMPTS, grey, ReNO(initial_search=prune, learning_rate=0.5), Budget(nfe=60), FEW)
     spent = Counter(result.ledger.counts)
-    assert spent["forward"] + 2 * spent["forward backward"] <= 2 * 60 and spent["forward backward"] > 0
+    assert spent["nfe"] + 2 * spent["nfe backward"] <= 2 * 60 and spent["nfe backward"] > 0
     alone = search(tiny, PROMPTS, grey, prune, Budget(nfe=30), FEW)
     assert bool((result.scores >= alone.scores - 1e-6).all())
 

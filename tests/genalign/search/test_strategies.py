@@ -95,7 +95,7 @@ def test_keeping_all_costs_only_the_scores(tiny: SD3) -> None:
     kept = search(tiny, PROMPTS, redness, Prune((1, 3), (1.0, 1.0), 4), sampling=SAMPLING)
     assert torch.equal(kept.samples, everything.samples)
     extra = kept.ledger.since(everything.ledger).counts
-    assert extra == {"forward": 0, "decode": 2 * 2 * 4, "reward/reward": 2 * 2 * 4}
+    assert extra == {"nfe": 0, "decode": 2 * 2 * 4, "reward/reward": 2 * 2 * 4}
 
 
 def test_a_candidate_is_the_same_alone_and_among_others(tiny: SD3) -> None:
@@ -237,7 +237,7 @@ def test_failed_scores_lose(tiny: SD3) -> None:
 def test_budgets_in_seconds_measure_prices_first(tiny: SD3) -> None:
     result = search(tiny, PROMPTS[0], redness, BestOfN(), Budget(seconds=0.5), SAMPLING, batch_size=2)
     assert result.budget is not None and result.budget.prices is not None
-    assert set(result.budget.prices) == {"forward", "decode", "reward/reward"}
+    assert set(result.budget.prices) == {"nfe", "decode", "reward/reward"}
     assert result.unused >= 0 and len(result.lineage) > 1
     with pytest.raises(ValueError, match="give one positive limit"):
         Budget(nfe=3, seconds=1)

@@ -36,7 +36,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(audio_pool, key, value)
     for key, value in {"BUDGETS": (2, 3), "SUBSETS": 2, "TRIALS": 2, "BATCH": 2}.items():
         monkeypatch.setattr(audio_search, key, value)
-    prices = {"forward": 1.0, "decode": 2.0, "reward/selection": 0.5, "reward/noise-aware": 0.25}
+    prices = {"nfe": 1.0, "decode": 2.0, "reward/selection": 0.5, "reward/noise-aware": 0.25}
     (tmp_path / "work" / "prices.json").write_text(json.dumps(prices))
     return tmp_path / "work"
 

@@ -26,7 +26,7 @@ def test_the_best_reward_so_far_never_falls(tmp_path):
     for index, candidates in enumerate(lineages):
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / f"{index}.png")
         (tmp_path / "lineage" / f"{index:05d}.json").write_text(json.dumps({"chosen": 2, "lives": candidates}))
-        calls = {"forward": 12, "decode": 3, "reward/ocr": 3}
+        calls = {"nfe": 12, "decode": 3, "reward/ocr": 3}
         row = {"index": index, "prompt": "a dog", "scores": {"ocr": 0.5}, "image": f"{index}.png"}
         lines.append(json.dumps(row | {"calls": calls, "seconds": 3.0}))
     (tmp_path / "scores.jsonl").write_text("\n".join(lines))

@@ -56,7 +56,7 @@ def rows(rounds, **changes):
             "metrics": {"anchor": {"weight": 0.7}, "critic/accuracy": 0.9},
             "samples": (index + 1) * 96,
             "nfe": (index + 1) * 960,
-            "calls": {"forward": (index + 1) * 960, "reward/ocr": (index + 1) * 96, "forward backward": 5},
+            "calls": {"nfe": (index + 1) * 960, "reward/ocr": (index + 1) * 96, "nfe backward": 5},
             "held_out": held_out if index % 2 == 0 else None,
             "machine": {"seconds": (index + 1) * 90.0, "samples_per_second": 2.0, "peak_memory_bytes": 2_500_000_000},
         }
@@ -517,7 +517,7 @@ def test_whisker_marks_what_the_interval_says(low, high, sign):
 def test_numbers_in_words():
     assert [count(value) for value in (7, 999, 1000, 999_999, 1_234_567)] == ["7", "999", "1k", "1M", "1.23M"]
     assert [duration(value) for value in (0.4, 59.7, 61, 3725)] == ["0.4 s", "1 min 0 s", "1 min 1 s", "1 h 2 min"]
-    calls = [call_words(call) for call in ("forward", "decode backward", "reward/my_ocr", "reward/x backward")]
+    calls = [call_words(call) for call in ("nfe", "decode backward", "reward/my_ocr", "reward/x backward")]
     assert calls == ["NFE", "backward passes of the decoder", "calls of reward my ocr", "backward passes of reward x"]
     assert (signed("strict", -0.0123), signed("aesthetic", 0.5)) == ("\N{MINUS SIGN}1.2", "+0.5")
 
