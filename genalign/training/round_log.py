@@ -69,21 +69,17 @@ class RoundDisplay:
         elapsed = time.monotonic() - self._start
         left = elapsed * max(0.0, 1 - progress) / (progress - self._start_progress)
         scores = ", ".join(f"{name} {score:.3f}" for name, score in result.rewards.items())
-        logger.info(
-            "round %d/%d: reward %.3f (%s), held-out %s, KL %.3g, clip fraction %.3f, NFE %d, %s, ETA %s,"
-            " memory %.1f GiB",
-            result.round + 1,
-            self._settings.rounds,
-            result.reward,
-            scores,
-            self._held_out,
-            result.kl,
-            result.clip_fraction,
-            result.nfe,
+        parts = [
+            f"reward {result.reward:.3f} ({scores})",
+            f"held-out {self._held_out}" if self._held_out != "-" else "",
+            f"KL {result.kl:.3g}",
+            f"clip fraction {result.clip_fraction:.3f}" if not math.isnan(result.clip_fraction) else "",
+            f"NFE {result.nfe}",
             rate,
-            timedelta(seconds=round(left)),
-            peak_memory() / 2**30,
-        )
+            f"ETA {timedelta(seconds=round(left))}",
+            f"memory {peak_memory() / 2**30:.1f} GiB",
+        ]
+        logger.info("round %d/%d: %s", result.round + 1, self._settings.rounds, ", ".join(filter(None, parts)))
 
 
 def format_rate(samples_per_second: float) -> str:

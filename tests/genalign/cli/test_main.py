@@ -190,6 +190,13 @@ def test_every_round_is_a_log_line_without_a_terminal(config: Path, caplog: pyte
     assert format_rate(12.34) == "12.3 samples/s" and format_rate(0.05) == "20.0 s/sample"
 
 
+def test_round_line_leaves_out_what_a_run_does_not_measure(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    matching = ["--recipe", "genalign.nft", "--before_after", "null", "--held_out.every", "0"]
+    assert main(["train", "--config", str(config), *matching]) == 0
+    lines = [record.message for record in caplog.records if record.levelno == logging.INFO]
+    assert re.search(r"^round 2/2: reward [-\d.]+ \(red [-\d.]+\), KL \S+, NFE \d+, ", lines[1]), lines[1]
+
+
 def test_a_run_of_0_1_0_is_refused_and_left_unchanged(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
