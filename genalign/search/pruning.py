@@ -8,9 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from genalign.search.engine import ScoredParticles, SearchRun
 from genalign.search.ranking import best_per_prompt
 from genalign.search.strategy import PreviewScorer, PromptBudget, score_previews
@@ -52,81 +49,22 @@ class PruneSchedule:
 
 
 @dataclass(frozen=True)
-class Prune:
+class Prune(PruneSchedule):
     """Pruning by the run's rewards of decoded previews, or by ``scorer``, such as a noise-aware reward.
 
-    See ``PruneSchedule`` for ``steps`` and ``keep``. Several rewards count by the sum of ranks among the candidates
-    left. ``candidates`` None starts as many as the budget pays for.
+    Several rewards count by the sum of ranks among the candidates left. ``candidates`` None starts as many as the
+    budget pays for.
     """
 
-    steps: tuple[int, ...] = (3, 5, 8)
-    keep: tuple[float, ...] = (0.5, 0.5, 0.5)
     candidates: int | None = None
     scorer: PreviewScorer | None = None
 
-    @property
-    def schedule(self) -> PruneSchedule:
-        """The schedule; raises ValueError for impossible steps or fractions."""
-        return PruneSchedule(tuple(self.steps), tuple(self.keep))
-
     def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
-        self.schedule.check(run.steps)
+        self.check(run.steps)
         count = allowance.largest(run, self.candidates, lambda n: replace(self, candidates=n), "candidates")
         alive = run.start(count)
-        for step, left in zip(self.steps, self.schedule.counts(count)[1:], strict=True):
+        for step, left in zip(self.steps, self.counts(count)[1:], strict=True):
             alive = run.advance(alive, step + 1)
             scores = score_previews(run, alive, self.scorer)
             alive = run.keep(alive, best_per_prompt(scores, alive.prompt, left))
         return run.finish(alive)
-
-
-@dataclass(frozen=True)
-class ScorePool:
-    """Scores (P, N, S, K) of P prompts x N candidates at S steps, to try schedules without sampling again.
-
-    The last step is the clean sample. ``hashes`` (P, N) identify trajectories. Raises ValueError for another shape, or
-    for duplicate trajectories, which would make N candidates look like more.
-    """
-
-    scores: Tensor
-    hashes: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.scores.ndim != 4:
-            raise ValueError(f"a pool's scores are (P, N, S, K), not {tuple(self.scores.shape)}")
-        for place, row in enumerate(self.hashes if self.hashes is not None else ()):
-            if (distinct := len(torch.unique(row))) < len(row):
-                raise ValueError(
-                    f"prompt {place} has {distinct} distinct trajectories among {len(row)}: drop the duplicates, or"
-                    " sample them with other seeds"
-                )
-
-    def pruned(self, schedule: PruneSchedule, subset: Tensor) -> Tensor:
-        """Return the survivors (P, M) of the schedule among ``subset``: (n,) candidates, or (P, n) of each prompt."""
-        alive = subset.expand(len(self.scores), -1)
-        for step, left in zip(schedule.steps, schedule.counts(subset.shape[-1])[1:], strict=True):
-            alive = self._best(alive, step, left)
-        return alive
-
-    def winners(self, schedule: PruneSchedule, subset: Tensor) -> Tensor:
-        """Return the survivor (P,) of the best clean score."""
-        return self._best(self.pruned(schedule, subset), -1, 1)[:, 0]
-
-    def _best(self, alive: Tensor, step: int, count: int) -> Tensor:
-        """Return the ``count`` best of ``alive`` (P, n) by the scores of a step."""
-        prompt = torch.arange(len(alive))[:, None]
-        scores = self.scores[prompt, alive, step].flatten(0, 1)
-        rows = best_per_prompt(scores, prompt.expand_as(alive).flatten(), count)
-        return alive.flatten()[rows].view(len(alive), count)
-
-
-def maximum_probabilities(total: int, count: int) -> Tensor:
-    """Return the probability (total,) float64 of each value, lowest first, to be the largest of ``count`` draws.
-
-    Draws are without replacement: C(i - 1, count - 1) / C(total, count) for the i-th value. Raises ValueError unless
-    ``count`` is 1 to ``total``.
-    """
-    if not 1 <= count <= total:
-        raise ValueError(f"count must be 1 to {total}, the candidates of the pool, not {count}")
-    weights = [math.comb(i, count - 1) / math.comb(total, count) for i in range(total)]
-    return torch.tensor(weights, dtype=torch.float64)

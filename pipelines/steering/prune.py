@@ -67,7 +67,7 @@ def prune(
     nodes = list(scorer.lineage.add([0] * count, [None] * count, 0))
     part: PartialRun | None = None
     with scorer.observing():
-        for step, alive in zip(strategy.steps, strategy.schedule.counts(count)[1:], strict=True):
+        for step, alive in zip(strategy.steps, strategy.counts(count)[1:], strict=True):
             # All candidates that are left do the steps until the next pruning
             part = run_part(pipe, part, step + 1, **_repeated(call, prompt, generators))
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from genalign.search.pruning import PruneSchedule, ScorePool, maximum_probabilities
+from genalign.search.pruning import PruneSchedule
+from genalign.search.ranking import best_per_prompt
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,46 @@ def schedules(levels: Sequence[int]) -> list[PruneSchedule]:
     return result
 
 
+@dataclass(frozen=True)
+class ScorePool:
+    """Scores (P, N, S, K) of P prompts x N candidates at S steps, to try schedules without sampling again.
+
+    The last step is the clean sample. ``hashes`` (P, N) identify trajectories. Raises ValueError for another shape, or
+    for duplicate trajectories, which would make N candidates look like more.
+    """
+
+    scores: Tensor
+    hashes: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.scores.ndim != 4:
+            raise ValueError(f"a pool's scores are (P, N, S, K), not {tuple(self.scores.shape)}")
+        for place, row in enumerate(self.hashes if self.hashes is not None else ()):
+            if (distinct := len(torch.unique(row))) < len(row):
+                raise ValueError(
+                    f"prompt {place} has {distinct} distinct trajectories among {len(row)}: drop the duplicates, or"
+                    " sample them with other seeds"
+                )
+
+    def pruned(self, schedule: PruneSchedule, subset: Tensor) -> Tensor:
+        """Return the survivors (P, M) of the schedule among ``subset``: (n,) candidates, or (P, n) of each prompt."""
+        alive = subset.expand(len(self.scores), -1)
+        for step, left in zip(schedule.steps, schedule.counts(subset.shape[-1])[1:], strict=True):
+            alive = self._best(alive, step, left)
+        return alive
+
+    def winners(self, schedule: PruneSchedule, subset: Tensor) -> Tensor:
+        """Return the survivor (P,) of the best clean score."""
+        return self._best(self.pruned(schedule, subset), -1, 1)[:, 0]
+
+    def _best(self, alive: Tensor, step: int, count: int) -> Tensor:
+        """Return the ``count`` best of ``alive`` (P, n) by the scores of a step."""
+        prompt = torch.arange(len(alive))[:, None]
+        scores = self.scores[prompt, alive, step].flatten(0, 1)
+        rows = best_per_prompt(scores, prompt.expand_as(alive).flatten(), count)
+        return alive.flatten()[rows].view(len(alive), count)
+
+
 class Trials:
     """Simulated pruning of recorded candidates by the scores of their previews.
 
@@ -90,6 +132,18 @@ class Trials:
                 f"the cost of {budget} samples begins no candidate under any schedule: give a larger budget"
             )
         return max(possible, key=lambda schedule: float(self.at(schedule, way, budget, costs)[:, 0].mean()))
+
+
+def maximum_probabilities(total: int, count: int) -> Tensor:
+    """Return the probability (total,) float64 of each value, lowest first, to be the largest of ``count`` draws.
+
+    Draws are without replacement: C(i - 1, count - 1) / C(total, count) for the i-th value. Raises ValueError unless
+    ``count`` is 1 to ``total``.
+    """
+    if not 1 <= count <= total:
+        raise ValueError(f"count must be 1 to {total}, the candidates of the pool, not {count}")
+    weights = [math.comb(i, count - 1) / math.comb(total, count) for i in range(total)]
+    return torch.tensor(weights, dtype=torch.float64)
 
 
 def best_of(ends: Tensor, count: int) -> Tensor:

@@ -19,13 +19,12 @@ from genalign.runtime.files import load_state, save_state, write_json
 from genalign.scoring.budget import Ledger, Metered, measure_prices, reward_call
 from genalign.scoring.score import NamedReward
 from genalign.search.engine import Particles, SearchRun
-from genalign.search.pruning import ScorePool
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.noise_aware import ScorerReward, load_scorer
 from rewards.shapes import ShapesReward
-from scripts.benchmarks.pruning_trials import Costs, Trials
+from scripts.benchmarks.pruning_trials import Costs, ScorePool, Trials
 
 STEPS, SEEDS, PROMPTS = 20, 64, 200
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14)

@@ -43,7 +43,7 @@ def _config(folder: Path, text: str, **values: object) -> str:
     return str(path)
 
 
-def test_a_search_is_written_and_goes_on(tiny_folder: Path, tmp_path: Path) -> None:
+def test_steer_writes_results_and_resumes(tiny_folder: Path, tmp_path: Path) -> None:
     config = ["steer", "--config", _config(tmp_path, STEER, model=tiny_folder)]
     assert main(config) == 0
     found = tmp_path / "found"
@@ -65,7 +65,7 @@ def test_a_search_is_written_and_goes_on(tiny_folder: Path, tmp_path: Path) -> N
     assert main([*config, "--budget.nfe", "20"]) == 2  # another search
 
 
-def test_processes_share_a_search(
+def test_steer_ranks_share_prompts(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, found = ["steer", "--config", _config(tmp_path, STEER, model=tiny_folder)], tmp_path / "found"
@@ -90,7 +90,7 @@ def test_processes_share_a_search(
     assert [row["index"] for row in rows] == [0, 1, 2, 3]
 
 
-def test_prices_are_measured(tiny_folder: Path, tmp_path: Path) -> None:
+def test_prices_writes_json(tiny_folder: Path, tmp_path: Path) -> None:
     reward = "--rewards.partial.function=rewards.shapes.ShapesReward"
     small = ["--prompts", "shapes:val", "--batch_size", "2", "--repeats", "1", "--sampling.num_steps", "3"]
     path = tmp_path / "prices.json"
@@ -107,7 +107,7 @@ def test_prices_are_measured(tiny_folder: Path, tmp_path: Path) -> None:
     ],
     ids=["latents", "samples"],
 )
-def test_a_student_is_trained_kept_and_used(tiny_folder: Path, tmp_path: Path, student: str) -> None:
+def test_train_noise_aware_then_steer(tiny_folder: Path, tmp_path: Path, student: str) -> None:
     assert main(["train-noise-aware", "--config", _config(tmp_path, AWARE, model=tiny_folder, student=student)]) == 0
     made = tmp_path / "aware" / "scorer.safetensors"
     scorer = f"{{class_path: rewards.noise_aware.load_scorer, init_args: {{path: {made}, least_tau: -1.0}}}}"
@@ -117,7 +117,7 @@ def test_a_student_is_trained_kept_and_used(tiny_folder: Path, tmp_path: Path, s
     assert first["calls"]["reward/noise-aware"] > 0
 
 
-def test_one_seed_gives_one_student(tiny_folder: Path, tmp_path: Path) -> None:
+def test_train_noise_aware_is_deterministic(tiny_folder: Path, tmp_path: Path) -> None:
     student = "ClipScorer\n  init_args: {model: shapes-clip, hidden: 16}"
     weights = []
     for seed in (0, 0, 1):

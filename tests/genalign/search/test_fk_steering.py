@@ -66,7 +66,7 @@ def first(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("guide", [None, RewardGradient(), DoobGuide(4)], ids=["no guide", "gradient", "doob"])
-def test_the_planned_calls_are_the_calls_made(tiny: SD3, guide: Guide | None, guidance: float) -> None:
+def test_ledger_equals_count(tiny: SD3, guide: Guide | None, guidance: float) -> None:
     ledger = Ledger()
     rewards = [NamedReward("red", metered_reward("red", redness, ledger))]
     asked = [Prompt(text) for text in PROMPTS]
@@ -82,7 +82,7 @@ def test_the_planned_calls_are_the_calls_made(tiny: SD3, guide: Guide | None, gu
     assert finished.candidates.prompt.tolist() == [0, 1]  # prompts never exchange particles
 
 
-def test_steering_finds_more_than_a_sample_and_argmax_is_best_of_its_particles(tiny: SD3) -> None:
+def test_steering_beats_one_sample_and_lam_0_equals_best_of_n(tiny: SD3) -> None:
     plain = search(tiny, PROMPTS, redness, BestOfN(8, DDIM(1.0)), sampling=SAMPLING)
     steered = search(tiny, PROMPTS, redness, FKSteering(8, lam=200.0), sampling=SAMPLING)
     single = search(tiny, PROMPTS, redness, BestOfN(1, DDIM(1.0)), sampling=SAMPLING)
@@ -94,7 +94,7 @@ def test_steering_finds_more_than_a_sample_and_argmax_is_best_of_its_particles(t
 @pytest.mark.parametrize(
     "guide", [None, RewardGradient(), RewardGradient(0.5), DoobGuide(8, tau=1.0, gamma=0.5)], ids=repr
 )
-def test_guides_change_the_proposal_and_not_the_target(guide: Guide | None) -> None:
+def test_guide_leaves_target_unchanged(guide: Guide | None) -> None:
     """N(0, s^2) tilted by exp(x) has mean s^2, however its particles were pushed."""
     pipeline: Any = Gauss(1)
     grid = pipeline.grid(20)
@@ -118,7 +118,7 @@ def _spread(grid: Grid) -> float:
     return math.sqrt(variance)
 
 
-def test_the_ratio_of_guided_moves_by_hand() -> None:
+def test_guided_log_ratio_values() -> None:
     noise, shift, std = torch.randn(5, 2, 3), torch.randn(5, 2, 3), 0.7
     x = shift + std * noise
     p, q = torch.distributions.Normal(0.0, std), torch.distributions.Normal(shift, std)
@@ -126,19 +126,19 @@ def test_the_ratio_of_guided_moves_by_hand() -> None:
     torch.testing.assert_close(guided_log_ratio(noise, shift, std).float(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_guide_pushes_towards_reward(tiny: SD3) -> None:
+def test_guide_raises_reward(tiny: SD3) -> None:
     strategy = FKSteering(2, lam=200.0)
     plain = search(tiny, PROMPTS, redness, strategy, sampling=SAMPLING).scores.mean()
     guided = search(tiny, PROMPTS, redness, replace(strategy, guide=RewardGradient(20.0)), sampling=SAMPLING).scores
     assert guided.mean() > plain
 
 
-def test_budgets_choose_the_particles(tiny: SD3) -> None:
+def test_budget_sets_particle_count(tiny: SD3) -> None:
     result = search(tiny, PROMPTS[0], redness, FKSteering(None), Budget(nfe=40), SAMPLING)
     assert result.ledger.nfe == 6 * 6  # six particles of six steps
 
 
-def test_impossible_steering(tiny: SD3) -> None:
+def test_invalid_steering_is_refused(tiny: SD3) -> None:
     with pytest.raises(ValueError, match="moves without noise"):
         search(tiny, PROMPTS, redness, FKSteering(4, kernel=ODE()), sampling=SAMPLING)
     with pytest.raises(ValueError, match="needs a kernel to move particles by"):

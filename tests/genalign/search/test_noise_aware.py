@@ -63,7 +63,7 @@ def _blurred(count: int, seed: int) -> PreviewDataset:
     return PreviewDataset(previews.half(), sigmas, prompt, clean, tuple(Prompt(str(p)) for p in range(8)))
 
 
-def test_a_recording_is_of_whole_trajectories(tiny: SD3, tmp_path: Path) -> None:
+def test_previews_match_trajectories(tiny: SD3, tmp_path: Path) -> None:
     ledger = Ledger()
     rewards = [NamedReward("red", metered_reward("red", redness, ledger))]
     run = SearchRun(Metered(tiny, ledger), PROMPTS, rewards, SAMPLING.grid(tiny), 1.0, 4, "0")
@@ -88,7 +88,7 @@ class Small:
         return 1 - samples
 
 
-def test_a_small_decoder_learns_what_the_large_one_makes() -> None:
+def test_train_decoder_fits_decoded_samples() -> None:
     recording, student = _blurred(64, 0), Small(nn.Sequential(nn.Conv2d(1, 3, 1), nn.Sigmoid()))
     settings = Distillation(decoder_epochs=30, decoder_learning_rate=0.02)
     losses = list(
@@ -97,7 +97,7 @@ def test_a_small_decoder_learns_what_the_large_one_makes() -> None:
     assert len(losses) == 30 and losses[-1] < 0.02 * losses[0]
 
 
-def test_distilling_ranks_better_at_the_noisiest_level() -> None:
+def test_distillation_improves_ranking_at_noisiest_level() -> None:
     student, held_out = Linear(1), _blurred(32, 1)
     nn.init.zeros_(student.read.weight)
     before = validate(student, held_out, identity)
@@ -108,7 +108,7 @@ def test_distilling_ranks_better_at_the_noisiest_level() -> None:
     assert after[-1].top > after[0].top and after[-1].gap < after[0].gap
 
 
-def test_quality_by_hand() -> None:
+def test_ranking_quality_values() -> None:
     clean, prompt = torch.tensor([1.0, 2.0, 3.0, 4.0, 7.0, 7.0]), torch.tensor([0, 0, 0, 0, 1, 1])
     assert ranking_quality(clean, clean, prompt, 0.5) == LevelQuality(0.5, 1.0, 1.0, 0.0)
     assert ranking_quality(-clean, clean, prompt, 0.5) == LevelQuality(0.5, -1.0, 0.0, 3.0)
@@ -117,7 +117,7 @@ def test_quality_by_hand() -> None:
         ranking_quality(clean[4:], clean[4:], prompt[4:], 0.5)
 
 
-def test_levels_that_rank_badly_are_refused(tiny: SD3) -> None:
+def test_noise_level_below_least_tau_is_refused(tiny: SD3) -> None:
     qualities = (LevelQuality(0.8, 0.05, 0.3, 1.0), LevelQuality(0.6, 0.6, 0.9, 0.1))
     scorer = NoiseAware(Linear(4), qualities, mean=2.0, std=3.0)
 
@@ -131,7 +131,7 @@ def test_levels_that_rank_badly_are_refused(tiny: SD3) -> None:
         prune(3)
 
 
-def test_a_scorer_of_latents_decodes_nothing(tiny: SD3) -> None:
+def test_latent_scorer_does_not_decode(tiny: SD3) -> None:
     scorer = NoiseAware(Linear(4), (LevelQuality(0.6, 0.6, 0.9, 0.1),))
     strategy = Prune((2,), (0.5,), 4, scorer)
     result = search(tiny, PROMPTS, redness, strategy, sampling=SAMPLING)

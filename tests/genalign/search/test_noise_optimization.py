@@ -37,8 +37,12 @@ def _run(tiny: SD3) -> SearchRun:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("strategy", [ReNO(4), DNO(4)], ids=["reno", "dno"])
-def test_the_planned_calls_are_the_calls_made(tiny: SD3, strategy: NoiseOptimization, recompute: bool) -> None:
+@pytest.mark.parametrize(
+    "strategy",
+    [ReNO(4), DNO(4), ReNO(3, initial_search=Prune((0,), (0.5,), 4))],
+    ids=["reno", "dno", "reno after pruning"],
+)
+def test_ledger_equals_count(tiny: SD3, strategy: NoiseOptimization, recompute: bool) -> None:
     run, chosen = _run(tiny), replace(strategy, recompute=recompute)
     chosen(run, PromptBudget())
     assert run.spent.counts == {
@@ -53,12 +57,12 @@ def test_gradients_raise_the_reward(tiny: SD3, strategy: NoiseOptimization) -> N
     assert bool((last > first + 1e-4).all())
 
 
-def test_recomputing_changes_nothing(tiny: SD3) -> None:
+def test_recompute_gives_same_samples(tiny: SD3) -> None:
     kept, again = (search(tiny, PROMPTS[0], grey, ReNO(3, recompute=r), sampling=FEW) for r in (False, True))
     torch.testing.assert_close(kept.samples, again.samples, rtol=0, atol=1e-5)
 
 
-def test_pruning_then_optimising_shares_the_budget(tiny: SD3) -> None:
+def test_initial_search_shares_budget(tiny: SD3) -> None:
     prune = Prune((0,), (0.5,))
     result = search(tiny, PROMPTS, grey, ReNO(initial_search=prune, learning_rate=0.5), Budget(nfe=60), FEW)
     spent = Counter(result.ledger.counts)
@@ -67,7 +71,7 @@ def test_pruning_then_optimising_shares_the_budget(tiny: SD3) -> None:
     assert bool((result.scores >= alone.scores - 1e-6).all())
 
 
-def test_the_length_settles_where_noise_has_it(tiny: SD3) -> None:
+def test_reno_penalty_restores_noise_norm(tiny: SD3) -> None:
     noises = 3 * torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     strategy = ReNO(norm_weight=1.0)
     variable = noises.requires_grad_(True)
@@ -78,7 +82,7 @@ def test_the_length_settles_where_noise_has_it(tiny: SD3) -> None:
     torch.testing.assert_close(lengths, torch.full((2,), math.sqrt(4 * 16 * 16 - 1)), rtol=1e-3, atol=0)
 
 
-def test_the_penalty_of_unlikely_noise_is_flat_where_noise_is_likely() -> None:
+def test_noise_log_probability_is_flat_for_gaussian_noise() -> None:
     noise = torch.randn(4096, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     log_probability = noise_log_probability(noise, 16)
     assert float(log_probability.detach()) == pytest.approx(0.0, abs=1e-6)  # two bounds of 1
@@ -88,6 +92,6 @@ def test_the_penalty_of_unlikely_noise_is_flat_where_noise_is_likely() -> None:
     assert float(noise_log_probability(3 * noise.detach(), 16)) < -50
 
 
-def test_rewards_without_a_gradient_are_refused(tiny: SD3) -> None:
+def test_reward_without_gradient_is_refused(tiny: SD3) -> None:
     with pytest.raises(ValueError, match="give no gradient: noise optimization needs one; use ZeroOrder or Evolution"):
         search(tiny, PROMPTS, lambda samples, prompts: grey(samples, prompts).detach(), ReNO(2), sampling=FEW)

@@ -58,12 +58,12 @@ def test_systematic_and_ssp_round_up_or_down(resampler: Resampler, size: int) ->
     assert bool(((counts == expected.floor()) | (counts == expected.ceil())).all())
 
 
-def test_residual_never_takes_less_than_the_whole_part() -> None:
+def test_residual_keeps_integer_part() -> None:
     weights = weights_of(WEIGHTS)
     assert bool((offspring(residual, weights, 200) >= (8 * weights).floor()).all())
 
 
-def test_the_schemes_add_less_and_less_noise() -> None:
+def test_variance_order_of_resamplers() -> None:
     weights = weights_of([0.4, 0.3, 0.2, 0.1])
     place = torch.arange(4).double()
     noise = [float((offspring(scheme, weights, 1000) @ place).var()) for scheme in (multinomial, residual, systematic)]
@@ -72,7 +72,7 @@ def test_the_schemes_add_less_and_less_noise() -> None:
         assert float((offspring(scheme, weights, 1000) @ place).var()) < noise[0] / 1.5
 
 
-def test_ssp_rounds_particles_against_each_other() -> None:
+def test_ssp_offspring_are_negatively_correlated() -> None:
     # The first two meet first, so that the sum of their offspring, 0.6 + 1.4, never varies.
     counts = offspring(ssp, weights_of([0.15, 0.35, 0.3, 0.2]), 1000)
     covariance = torch.cov(counts.T)
@@ -81,7 +81,7 @@ def test_ssp_rounds_particles_against_each_other() -> None:
 
 
 @EVERY
-def test_one_particle_takes_all(resampler: Resampler) -> None:
+def test_single_positive_weight_takes_all(resampler: Resampler) -> None:
     for place in (0, 3, 6):
         weights = torch.zeros(7, dtype=torch.float64)
         weights[place] = 1.0
@@ -91,14 +91,14 @@ def test_one_particle_takes_all(resampler: Resampler) -> None:
 
 @pytest.mark.parametrize("resampler", [stratified, systematic, residual, ssp])
 @pytest.mark.parametrize("size", [3, 49, 1000])
-def test_equal_particles_are_all_kept(resampler: Resampler, size: int) -> None:
+def test_equal_weights_keep_all(resampler: Resampler, size: int) -> None:
     # 49 x (1 / 49) is below 1 in float64.
     equal = torch.full((size,), 1 / size, dtype=torch.float64)
     assert torch.equal(resampler(equal, generator()), torch.arange(size))
 
 
 @EVERY
-def test_a_seed_gives_the_same_ancestors(resampler: Resampler) -> None:
+def test_seed_determines_ancestors(resampler: Resampler) -> None:
     weights = weights_of(WEIGHTS)
     assert torch.equal(resampler(weights, generator(3)), resampler(weights, generator(3)))
     ancestors = resampler(weights, generator(3))
@@ -106,7 +106,7 @@ def test_a_seed_gives_the_same_ancestors(resampler: Resampler) -> None:
 
 
 @EVERY
-def test_weights_of_very_different_size(resampler: Resampler) -> None:
+def test_extreme_log_weights(resampler: Resampler) -> None:
     weights = normalized_weights(torch.tensor([-1e4, 0.0, -1e4, -5000.0, 0.0, -math.inf]))
     assert weights.tolist() == [0.0, 0.5, 0.0, 0.0, 0.5, 0.0]
     assert set(resampler(weights, generator()).tolist()) <= {1, 4}
@@ -114,21 +114,21 @@ def test_weights_of_very_different_size(resampler: Resampler) -> None:
 
 
 @EVERY
-def test_weights_are_checked(resampler: Resampler) -> None:
+def test_invalid_weights_are_refused(resampler: Resampler) -> None:
     wrong = [[0.5, 0.6], [1.5, -0.5], [math.nan, 1.0], []]
     for weights in [*map(weights_of, wrong), torch.tensor([0.5, 0.5]), weights_of([1.0])[None]]:
         with pytest.raises(ValueError, match="use normalized_weights"):
             resampler(weights, generator())
 
 
-def test_normalised_by_hand() -> None:
+def test_normalized_weights_values() -> None:
     weights = normalized_weights(torch.tensor([0.0, math.log(3.0)]))
     assert weights.tolist() == pytest.approx([0.25, 0.75]) and weights.dtype == torch.float64
     far = normalized_weights(torch.tensor([-1e4, -1e4 + 1.0], dtype=torch.float64))
     assert far.tolist() == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)])
 
 
-def test_what_has_no_weight() -> None:
+def test_normalized_weights_of_nan_and_inf() -> None:
     assert normalized_weights(torch.tensor([math.nan, 0.0, -math.inf])).tolist() == [0.0, 1.0, 0.0]
     for nothing in ([-math.inf] * 4, [math.nan] * 4, [-math.inf, math.nan] * 2):
         assert normalized_weights(torch.tensor(nothing)).tolist() == [0.25] * 4
@@ -138,7 +138,7 @@ def test_what_has_no_weight() -> None:
         normalized_weights(torch.zeros(2, 2))
 
 
-def test_effective_size_by_hand() -> None:
+def test_effective_size_values() -> None:
     assert effective_size(torch.full((5,), -1e4)) == pytest.approx(5.0)
     assert effective_size(torch.tensor([0.0, -1e4, -math.inf])) == pytest.approx(1.0)
     assert effective_size(torch.tensor([0.0, math.log(3.0)])) == pytest.approx(1.6)

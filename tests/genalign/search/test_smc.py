@@ -82,7 +82,7 @@ def exact_sd() -> float:
     return math.sqrt(variance)
 
 
-def test_the_toys_own_samples() -> None:
+def test_unsteered_toy_is_gaussian() -> None:
     assert exact_sd() == pytest.approx(0.9239, abs=5e-5)
     assert TOY.scoring_steps(STEPS) == SCORED
 
@@ -108,7 +108,7 @@ def test_tempering_reaches_the_tilted_gaussian() -> None:
 
 
 @pytest.mark.parametrize("potential", ["difference", "max", "sum"])
-def test_without_strength_nothing_is_steered(potential: Potential) -> None:
+def test_lam_0_does_not_steer(potential: Potential) -> None:
     for ess in (EVERY_TIME, SOMETIMES):
         x, state = toy_run(replace(TOY, lam=0.0, potential=potential, ess=ess), 20_000, seed=0)
         assert torch.equal(
@@ -118,7 +118,7 @@ def test_without_strength_nothing_is_steered(potential: Potential) -> None:
 
 
 @pytest.mark.parametrize("potential", ["difference", "max", "sum"])
-def test_a_constant_in_the_reward_changes_nothing(potential: Potential) -> None:
+def test_reward_offset_changes_nothing(potential: Potential) -> None:
     for ess in (EVERY_TIME, SOMETIMES):
         settings = replace(TOY, potential=potential, ess=ess)
         (x, state), (moved, other) = (toy_run(settings, 200, seed=1, shift=shift) for shift in (0.0, -8.0))
@@ -144,7 +144,7 @@ def relative(state: FKState) -> list[float]:
         ("sum", [2.0, 6.0, -2.0], [2.0 + 6.0, 6.0 + 8.0, -2.0 - 2.0]),
     ],
 )
-def test_weights_by_hand(potential: Potential, first: list[float], second: list[float]) -> None:
+def test_weight_values(potential: Potential, first: list[float], second: list[float]) -> None:
     state = state_of(lam=2.0, potential=potential)
     state.weigh(torch.tensor([1.0, 3.0, -1.0]), 2)
     assert state.log_weights.tolist() == pytest.approx(first)
@@ -155,7 +155,7 @@ def test_weights_by_hand(potential: Potential, first: list[float], second: list[
 
 
 @pytest.mark.parametrize("potential", ["difference", "max", "sum"])
-def test_copies_inherit_their_ancestors_potentials(potential: Potential) -> None:
+def test_copies_inherit_potentials(potential: Potential) -> None:
     state = state_of(lam=2.0, potential=potential, ess=None, resampler="multinomial")
     previews, final = torch.tensor([0.1, 0.3, 0.2]), torch.tensor([1.0, 2.0, 3.0])
     state.weigh(previews, 4)
@@ -166,7 +166,7 @@ def test_copies_inherit_their_ancestors_potentials(potential: Potential) -> None
     assert state.log_weights.tolist() == pytest.approx((2 * final - 2 * previews[ancestors]).tolist())
 
 
-def test_a_proposals_ratio_is_added() -> None:
+def test_proposal_log_ratio_is_added() -> None:
     state = state_of(lam=2.0)
     state.weigh(torch.tensor([1.0, 3.0, -1.0]), 2, log_ratio=torch.tensor([0.5, -1.0, 0.0]))
     assert state.log_weights.tolist() == pytest.approx([2.5, 5.0, -2.0])
@@ -178,7 +178,7 @@ def test_a_proposals_ratio_is_added() -> None:
         state_of().weigh(torch.zeros(3), 2, log_ratio=torch.zeros(2))
 
 
-def test_prompts_never_exchange_particles() -> None:
+def test_resampling_stays_within_prompt() -> None:
     group = torch.tensor([5, 2, 5, 2, 2, 5, 5])
     source = torch.Generator().manual_seed(0)
     for resampler in RESAMPLERS:
@@ -190,7 +190,7 @@ def test_prompts_never_exchange_particles() -> None:
             assert torch.equal(group[ancestors], group)
 
 
-def test_a_prompt_is_resampled_by_its_own_weights() -> None:
+def test_effective_size_is_per_prompt() -> None:
     group = torch.tensor([0, 1, 0, 1, 0, 1])
     state = FKState(FKSettings(lam=1.0), group, 10, seed=0)
     state.weigh(torch.tensor([0.0, 0.0, 0.1, 20.0, 0.2, 0.0]), 3)
@@ -200,7 +200,7 @@ def test_a_prompt_is_resampled_by_its_own_weights() -> None:
     assert state.resample() is None
 
 
-def test_a_prompt_is_resampled_alike_alone_and_beside_others() -> None:
+def test_resampling_does_not_depend_on_other_prompts() -> None:
     scores = torch.randn(16, generator=torch.Generator().manual_seed(0))
     settings = FKSettings(lam=1.0, ess=None, resampler="multinomial")
     both = FKState(settings, torch.tensor([0] * 8 + [1] * 8), 10, seed=4)
@@ -212,7 +212,7 @@ def test_a_prompt_is_resampled_alike_alone_and_beside_others() -> None:
     assert torch.equal(together[8:] - 8, apart) and not torch.equal(together[:8], apart)
 
 
-def test_a_failed_score_weighs_nothing_until_the_next(caplog: pytest.LogCaptureFixture) -> None:
+def test_nan_score_has_no_weight_until_next_score(caplog: pytest.LogCaptureFixture) -> None:
     state = state_of(lam=2.0)
     with caplog.at_level(logging.WARNING):
         state.weigh(torch.tensor([1.0, math.nan, 2.0]), 2)
@@ -223,7 +223,7 @@ def test_a_failed_score_weighs_nothing_until_the_next(caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("potential", ["difference", "max", "sum"])
-def test_a_failed_particle_has_no_offspring(potential: Potential) -> None:
+def test_nan_particle_has_no_offspring(potential: Potential) -> None:
     state = state_of(lam=0.1, potential=potential, ess=None)
     state.weigh(torch.tensor([1.0, math.nan, 2.0]), 2)
     ancestors = state.resample()
@@ -234,7 +234,7 @@ def test_a_failed_particle_has_no_offspring(potential: Potential) -> None:
 
 
 @pytest.mark.parametrize("potential", ["difference", "max", "sum"])
-def test_a_step_whose_every_score_failed_does_not_count(potential: Potential) -> None:
+def test_step_with_all_nan_scores_is_ignored(potential: Potential) -> None:
     state, other = state_of(lam=2.0, potential=potential), state_of(lam=2.0, potential=potential)
     state.weigh(torch.full((3,), math.nan), 1)
     assert state.resample() is None
@@ -244,7 +244,7 @@ def test_a_step_whose_every_score_failed_does_not_count(potential: Potential) ->
     assert torch.equal(state.log_weights, other.log_weights)
 
 
-def test_the_best_sample_is_chosen_by_its_reward_alone() -> None:
+def test_argmax_selects_by_reward_alone() -> None:
     group = torch.tensor([1, 0, 1, 0, 1])
     state = FKState(FKSettings(lam=2.0), group, 10, seed=0)
     state.weigh(torch.tensor([9.0, 0.0, 0.0, 9.0, 0.0]), 2)
@@ -255,7 +255,7 @@ def test_the_best_sample_is_chosen_by_its_reward_alone() -> None:
     assert state.choose().tolist() == [1, 2]
 
 
-def test_a_sample_is_drawn_by_its_weight() -> None:
+def test_final_sample_is_drawn_by_weight() -> None:
     size = 3000
     group, final = torch.arange(size).repeat_interleave(3), torch.tensor([0.0, math.log(3.0), -math.inf]).repeat(size)
     state = FKState(FKSettings(lam=1.0, terminal="weighted"), group, 10, seed=0)
@@ -278,7 +278,7 @@ def test_scoring_steps() -> None:
         FKSettings().scoring_steps(2)
 
 
-def test_strength_is_tempered_up_to_the_last_step() -> None:
+def test_lam_is_tempered_up_to_last_step() -> None:
     assert FKSettings(lam=10.0).strength(3, 100) == 10.0
     tempered = FKSettings(lam=10.0, gamma=0.008)
     assert tempered.strength(0, 100) == pytest.approx(0.08)
@@ -292,7 +292,7 @@ def test_strength_is_tempered_up_to_the_last_step() -> None:
     assert relative(state) == pytest.approx([0.0, -20.0, -10.0])
 
 
-def test_a_kernel_without_noise_is_refused() -> None:
+def test_deterministic_kernel_is_refused() -> None:
     for kernel in (ODE(), DDIM(0.0), CPS(0.0)):
         with pytest.raises(ValueError, match=r"stay identical.*DDIM\(1.0\), or Prune"):
             require_stochastic(kernel, GRID)
@@ -317,12 +317,12 @@ def test_a_kernel_without_noise_is_refused() -> None:
         ({"gamma": 0.0}, "gamma"),
     ],
 )
-def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FKSettings(**settings)
 
 
-def test_inputs_are_checked() -> None:
+def test_invalid_inputs_are_refused() -> None:
     for group in (torch.zeros(3), torch.zeros(0, dtype=torch.long), torch.zeros(2, 2, dtype=torch.long)):
         with pytest.raises(ValueError, match="prompt indices"):
             FKState(FKSettings(), group, 10, seed=0)

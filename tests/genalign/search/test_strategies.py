@@ -19,7 +19,7 @@ from genalign.scoring.score import NamedReward, RewardError
 from genalign.search import Beam, BestOfN, Budget, Evolution, Prune, ZeroOrder, search
 from genalign.search.engine import Particles, SearchRun
 from genalign.search.noise_search import neighbors_of
-from genalign.search.pruning import PruneSchedule, ScorePool, maximum_probabilities
+from genalign.search.pruning import PruneSchedule
 from genalign.search.ranking import largest_per_prompt, ranking_values
 from genalign.search.strategy import PromptBudget, Strategy, count_calls
 from genalign.types import Prompt
@@ -54,7 +54,7 @@ def _run(tiny: SD3, guidance: float = 1.0, batch_size: int = 4) -> SearchRun:
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_the_planned_calls_are_the_calls_of_the_model(tiny: SD3, name: str, guidance: float) -> None:
+def test_ledger_equals_count_and_model_calls(tiny: SD3, name: str, guidance: float) -> None:
     run, make = _run(tiny, guidance), STRATEGIES[name]
     true: Counter[str] = Counter()
     tiny.denoiser.register_forward_hook(
@@ -72,14 +72,14 @@ def test_the_planned_calls_are_the_calls_of_the_model(tiny: SD3, name: str, guid
 
 @pytest.mark.parametrize("strategy", [BestOfN(), Prune((1, 2), (0.5, 0.5)), ZeroOrder(neighbors=2)], ids=repr)
 @pytest.mark.parametrize("nfe", [30, 57, 100])
-def test_budgets_are_kept_and_nearly_used(tiny: SD3, strategy: Strategy, nfe: int) -> None:
+def test_budget_limits_nfe(tiny: SD3, strategy: Strategy, nfe: int) -> None:
     result = search(tiny, list(PROMPTS), redness, strategy, Budget(nfe=nfe), SAMPLING, batch_size=8)
     assert result.ledger.nfe <= 2 * nfe
     assert 0 <= result.unused < 2 * 5  # less than a round of the zero-order search
     assert result.samples.shape[:2] == (2, 3) and result.scores.shape == (2, 1)
 
 
-def test_pruning_with_perfect_previews_is_best_of_n(tiny: SD3) -> None:
+def test_prune_with_oracle_scorer_equals_best_of_n(tiny: SD3) -> None:
     class Oracle:
         def __call__(self, run: SearchRun, candidates: Particles) -> Tensor:
             return run.decoded_scores(run.advance(candidates, run.steps))
@@ -90,7 +90,7 @@ def test_pruning_with_perfect_previews_is_best_of_n(tiny: SD3) -> None:
     assert pruned.winners == everything.winners
 
 
-def test_keeping_all_costs_only_the_scores(tiny: SD3) -> None:
+def test_prune_that_keeps_all_adds_only_scoring_calls(tiny: SD3) -> None:
     everything = search(tiny, PROMPTS, redness, BestOfN(4), sampling=SAMPLING)
     kept = search(tiny, PROMPTS, redness, Prune((1, 3), (1.0, 1.0), 4), sampling=SAMPLING)
     assert torch.equal(kept.samples, everything.samples)
@@ -98,7 +98,7 @@ def test_keeping_all_costs_only_the_scores(tiny: SD3) -> None:
     assert extra == {"nfe": 0, "decode": 2 * 2 * 4, "reward/reward": 2 * 2 * 4}
 
 
-def test_a_candidate_is_the_same_alone_and_among_others(tiny: SD3) -> None:
+def test_sample_does_not_depend_on_batch(tiny: SD3) -> None:
     many = search(tiny, PROMPTS[0], redness, BestOfN(6, DDIM(1.0)), sampling=SAMPLING, batch_size=4)
     rewards, asked = [NamedReward("red", redness)], [Prompt(PROMPTS[0])]
     run = SearchRun(Metered(tiny, Ledger()), asked, rewards, SAMPLING.grid(tiny), 1.0, 1, "0/0")
@@ -106,14 +106,14 @@ def test_a_candidate_is_the_same_alone_and_among_others(tiny: SD3) -> None:
     torch.testing.assert_close(alone.samples, many.samples, rtol=0, atol=1e-4)
 
 
-def test_prompts_do_not_compete(tiny: SD3) -> None:
+def test_prune_ranks_within_each_prompt(tiny: SD3) -> None:
     run = _run(tiny)
     finished = Prune((1,), (0.5,), 4)(run, PromptBudget())
     assert finished.candidates.prompt.tolist() == [0, 0, 1, 1]
     assert Counter(node.prompt for node in run.lineage.nodes if node.end_step == 2) == {0: 2, 1: 2}
 
 
-def test_more_search_finds_more(tiny: SD3) -> None:
+def test_search_raises_mean_score(tiny: SD3) -> None:
     single = search(tiny, PROMPTS, redness, BestOfN(1), sampling=SAMPLING).scores
     strategies: list[Strategy] = [BestOfN(12), Prune((2,), (0.5,), 12), ZeroOrder(3, 4)]
     strategies += [Evolution((0, 1), (6, 6)), Beam(2, 4)]
@@ -121,7 +121,7 @@ def test_more_search_finds_more(tiny: SD3) -> None:
         assert search(tiny, PROMPTS, redness, strategy, sampling=SAMPLING).scores.mean() > single.mean()
 
 
-def test_the_lineage_tells_what_became_of_everybody(tiny: SD3) -> None:
+def test_lineage_records_scores_and_last_steps(tiny: SD3) -> None:
     result = search(tiny, PROMPTS, redness, Prune((0, 2), (0.5, 0.5), 8), sampling=SAMPLING)
     assert len(result.lineage) == 16
     assert Counter(node["ended"] for node in result.lineage) == {1: 8, 3: 4, 5: 4}
@@ -131,7 +131,7 @@ def test_the_lineage_tells_what_became_of_everybody(tiny: SD3) -> None:
         assert node["scores"][-1][1] == pytest.approx(result.scores[place].tolist())
 
 
-def test_several_rewards_count_by_ranks(tiny: SD3) -> None:
+def test_several_rewards_are_ranked_by_rank_sum(tiny: SD3) -> None:
     rewards = {"red": redness, "blue": blueness}
     result = search(tiny, PROMPTS, rewards, Prune((1,), (0.5,), 6), sampling=SAMPLING)
     assert result.scores.shape == (2, 2)
@@ -141,7 +141,7 @@ def test_several_rewards_count_by_ranks(tiny: SD3) -> None:
     assert largest_per_prompt(torch.tensor([1.0, 2.0, 2.0, -math.inf]), same, 3).tolist() == [1, 2, 0]
 
 
-def test_neighbors_keep_length_and_angle() -> None:
+def test_neighbors_have_length_and_angle() -> None:
     generator = torch.Generator().manual_seed(0)
     centre = torch.randn(4, 8, 8, generator=generator, dtype=torch.float64)
     made = neighbors_of(centre, torch.randn(5, 4, 8, 8, generator=generator, dtype=torch.float64), 0.95)
@@ -151,7 +151,7 @@ def test_neighbors_keep_length_and_angle() -> None:
     torch.testing.assert_close(cosines, torch.full((5,), 0.95, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-def test_the_corrected_cost_of_the_published_schedule() -> None:
+def test_cost_of_published_schedule() -> None:
     """x = 9.9, y = 1.2, 20 steps: 61.764 by the nfe that a preview takes (public code bills 51.864)."""
     candidates = 1_000_000
     alive = [count / candidates for count in PruneSchedule((2, 6, 11), (0.4, 0.4, 0.5)).counts(candidates)]
@@ -160,34 +160,11 @@ def test_the_corrected_cost_of_the_published_schedule() -> None:
     assert cost == pytest.approx(61.764, abs=1e-3)
 
 
-def test_shares_are_rounded_up() -> None:
+def test_prune_counts_round_up() -> None:
     assert PruneSchedule((1,), (0.4,)).counts(3) == (3, 2)
     assert PruneSchedule((1,), (0.5,)).counts(5) == (5, 3)
     assert PruneSchedule((1,), (0.3,)).counts(10) == (10, 3)
     assert PruneSchedule((1, 2), (0.1, 0.1)).counts(1) == (1, 1, 1)
-
-
-def test_maximum_probabilities_give_the_exact_expected_maximum() -> None:
-    values = torch.randn(3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for count in (1, 3, 7):
-        brute = [[max(subset) for subset in itertools.combinations(row, count)] for row in values.tolist()]
-        expected = torch.tensor([sum(found) / len(found) for found in brute], dtype=torch.float64)
-        torch.testing.assert_close(values.sort(dim=1).values @ maximum_probabilities(7, count), expected)
-    with pytest.raises(ValueError, match="count must be 1 to 7"):
-        maximum_probabilities(7, 8)
-
-
-def test_a_pool_simulates_pruning() -> None:
-    clean = torch.randn(4, 16, 1, 1, generator=torch.Generator().manual_seed(2))
-    pool = ScorePool(clean.expand(4, 16, 6, 1))
-    schedule, subset = PruneSchedule((1, 3), (0.5, 0.25)), torch.arange(10)
-    assert torch.equal(pool.winners(schedule, subset), clean[:, :10, 0, 0].argmax(1))
-    assert pool.pruned(schedule, subset).shape == (4, 2)
-    apart = torch.stack([torch.arange(6) + 2 * prompt for prompt in range(4)])
-    expected = [2 * prompt + int(clean[prompt, 2 * prompt : 2 * prompt + 6].argmax()) for prompt in range(4)]
-    assert pool.winners(schedule, apart).tolist() == expected
-    with pytest.raises(ValueError, match="prompt 1 has 2 distinct trajectories among 3: drop the duplicates"):
-        ScorePool(torch.zeros(2, 3, 2, 1), torch.tensor([[1, 2, 3], [1, 1, 2]]))
 
 
 IMPOSSIBLE: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
@@ -209,14 +186,14 @@ IMPOSSIBLE: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_impossible_searches(tiny: SD3, case: str) -> None:
+def test_invalid_search_is_refused(tiny: SD3, case: str) -> None:
     changed, message = IMPOSSIBLE[case]
     usual = {"pipeline": tiny, "prompts": PROMPTS, "reward": redness, "sampling": SAMPLING}
     with pytest.raises(ValueError, match=message):
         search(**{**usual, **changed()})
 
 
-def test_rewards_that_mix_up_samples_are_refused(tiny: SD3) -> None:
+def test_reward_that_reorders_samples_is_refused(tiny: SD3) -> None:
     def sorting(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         return redness(samples, prompts).sort().values
 
@@ -226,7 +203,7 @@ def test_rewards_that_mix_up_samples_are_refused(tiny: SD3) -> None:
         search(tiny, PROMPTS, lambda samples, prompts: redness(samples, prompts)[:1], BestOfN(2), sampling=SAMPLING)
 
 
-def test_failed_scores_lose(tiny: SD3) -> None:
+def test_nan_scores_rank_last(tiny: SD3) -> None:
     def moody(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         scores = redness(samples, prompts)
         return torch.where(scores > scores.mean(), math.nan, scores) if len(scores) > 2 else scores
@@ -234,7 +211,7 @@ def test_failed_scores_lose(tiny: SD3) -> None:
     assert search(tiny, PROMPTS, moody, BestOfN(6), sampling=SAMPLING).scores.isfinite().all()
 
 
-def test_budgets_in_seconds_measure_prices_first(tiny: SD3) -> None:
+def test_budget_in_seconds_measures_prices(tiny: SD3) -> None:
     result = search(tiny, PROMPTS[0], redness, BestOfN(), Budget(seconds=0.5), SAMPLING, batch_size=2)
     assert result.budget is not None and result.budget.prices is not None
     assert set(result.budget.prices) == {"nfe", "decode", "reward/reward"}

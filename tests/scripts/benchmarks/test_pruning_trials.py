@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from genalign.search.pruning import PruneSchedule
-from scripts.benchmarks.pruning_trials import Costs, Trials, best_of, schedules
+from scripts.benchmarks.pruning_trials import Costs, ScorePool, Trials, best_of, maximum_probabilities, schedules
 
 COSTS = Costs(10, 1.0, 2.0, 3.0, {"dear": 4.0, "free": 0.0})
 HALF = PruneSchedule((3,), (0.5,))
@@ -42,3 +44,26 @@ def test_best_of_more_than_there_are_is_the_best() -> None:
     ends = torch.rand(3, 5, 2)
     torch.testing.assert_close(best_of(ends, 9)[:, 0], ends[:, :, 0].double().amax(1))
     assert best_of(ends, 1)[:, 1].tolist() == pytest.approx(ends[:, :, 1].mean(1).tolist())
+
+
+def test_maximum_probabilities_give_the_exact_expected_maximum() -> None:
+    values = torch.randn(3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for count in (1, 3, 7):
+        brute = [[max(subset) for subset in itertools.combinations(row, count)] for row in values.tolist()]
+        expected = torch.tensor([sum(found) / len(found) for found in brute], dtype=torch.float64)
+        torch.testing.assert_close(values.sort(dim=1).values @ maximum_probabilities(7, count), expected)
+    with pytest.raises(ValueError, match="count must be 1 to 7"):
+        maximum_probabilities(7, 8)
+
+
+def test_a_pool_simulates_pruning() -> None:
+    clean = torch.randn(4, 16, 1, 1, generator=torch.Generator().manual_seed(2))
+    pool = ScorePool(clean.expand(4, 16, 6, 1))
+    schedule, subset = PruneSchedule((1, 3), (0.5, 0.25)), torch.arange(10)
+    assert torch.equal(pool.winners(schedule, subset), clean[:, :10, 0, 0].argmax(1))
+    assert pool.pruned(schedule, subset).shape == (4, 2)
+    apart = torch.stack([torch.arange(6) + 2 * prompt for prompt in range(4)])
+    expected = [2 * prompt + int(clean[prompt, 2 * prompt : 2 * prompt + 6].argmax()) for prompt in range(4)]
+    assert pool.winners(schedule, apart).tolist() == expected
+    with pytest.raises(ValueError, match="prompt 1 has 2 distinct trajectories among 3: drop the duplicates"):
+        ScorePool(torch.zeros(2, 3, 2, 1), torch.tensor([[1, 2, 3], [1, 1, 2]]))
