@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 Metadata = Mapping[str, Any]
 
-AnyCallable = Callable  # type: ignore[type-arg]
+AnyCallable = Callable  # type: ignore[type-arg]  # bare, for the reason below
 """The type of a setting that takes a function or an object that is called. It has no parameters, since jsonargparse
 reads a class that is given for a ``Callable[..., Tensor]`` as a factory of tensors, and refuses it.
 """

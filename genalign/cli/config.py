@@ -90,7 +90,7 @@ class RewardChoice:
 
 
 @dataclass(frozen=True)
-class Amount:
+class EvaluationSize:
     """The size of an evaluation.
 
     Args:
@@ -108,7 +108,7 @@ class Amount:
 
 
 @dataclass(frozen=True)
-class HeldOut(Amount):
+class HeldOut(EvaluationSize):
     """An evaluation on held-out prompts during training.
 
     Args:
@@ -125,7 +125,7 @@ class HeldOut(Amount):
 
 
 @dataclass(frozen=True)
-class BeforeAfter(Amount):
+class BeforeAfter(EvaluationSize):
     """An evaluation before and after training, with the same prompts and noises.
 
     Args:
@@ -136,7 +136,7 @@ class BeforeAfter(Amount):
 
 
 @dataclass(frozen=True)
-class Hacking(Amount):
+class Hacking(EvaluationSize):
     """The monitor of reward hacking (``genalign.training.reward_hacking``).
 
     Args:
@@ -249,7 +249,7 @@ def _require_rewards(rewards: Mapping[str, RewardChoice]) -> None:
 
 
 @dataclass(frozen=True)
-class EvaluateShapes(Amount):
+class EvaluateShapes(EvaluationSize):
     """An evaluation of a model, or of samples on disk, in the shapes world.
 
     Args:

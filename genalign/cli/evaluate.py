@@ -55,7 +55,7 @@ def build_evaluator(
     pipeline: Checkpoint,
     model: config.Model,
     sampling: Sampling,
-    amount: config.Amount,
+    size: config.EvaluationSize,
     source: str,
     scorers: Mapping[str, RewardFunction],
     processes: ProcessGroup = SINGLE_PROCESS,
@@ -66,7 +66,7 @@ def build_evaluator(
         pipeline: The loaded model.
         model: Its settings.
         sampling: Steps and guidance.
-        amount: How many samples per task and noises per prompt, and the batch size.
+        size: How many samples per task and noises per prompt, and the batch size.
         source: The prompts: a split of a world or a prompt file.
         scorers: Functions that score the samples, by name.
         processes: Ranks that share the samples.
@@ -88,13 +88,13 @@ def build_evaluator(
         sigmas=tuple(sampling.grid(pipeline).sigma.tolist()),
         kernel="ODE()",
         dtype=model.autocast or model.dtype,
-        batch_size=amount.batch_size,
+        batch_size=size.batch_size,
         resolution=pipeline.resolution,
-        seeds=amount.seeds,
-        samples_per_task=amount.samples_per_task,
+        seeds=size.seeds,
+        samples_per_task=size.samples_per_task,
         verifier=world.verifier if world else "none",
     )
-    specs = plan_samples(prompts, amount.samples_per_task, amount.seeds)
+    specs = plan_samples(prompts, size.samples_per_task, size.seeds)
     return Evaluator(specs, scorers, protocol, writer(pipeline.sample_rate), processes)
 
 

@@ -110,7 +110,7 @@ class OpenClipEncoder(ClipEncoder):
         self._is_transformer = isinstance(model.visual, open_clip.transformer.VisionTransformer)
 
     def forward(self, images: Tensor) -> Tensor:
-        embedding: Tensor = self.model.encode_image(self.prepare(images))  # type: ignore[operator]  # a submodule
+        embedding: Tensor = self.model.encode_image(self.prepare(images))  # type: ignore[operator]  # typed as a submodule
         return embedding
 
     def features(self, images: Tensor) -> Features:
@@ -125,7 +125,8 @@ class OpenClipEncoder(ClipEncoder):
         return blocks
 
     def encode_texts(self, texts: list[str]) -> Tensor:
-        embedding: Tensor = self.model.encode_text(self._tokenizer(texts).to(self.device))  # type: ignore[operator]
+        tokens = self._tokenizer(texts).to(self.device)
+        embedding: Tensor = self.model.encode_text(tokens)  # type: ignore[operator]  # typed as a submodule
         return embedding
 
     def _vision_transformer(self) -> Any:

@@ -263,7 +263,7 @@ def benchmark_overhead(repeats: int) -> list[Measurement]:
 
     pipeline = SD3.load(assets.resolve("shapes-sd3"), autocast=AUTOCAST)
     # a clock around two methods of this one instance
-    pipeline.predict, pipeline.decode = timed(pipeline.predict), timed(pipeline.decode)  # type: ignore[method-assign]
+    pipeline.predict, pipeline.decode = timed(pipeline.predict), timed(pipeline.decode)
     reward, measured = timed(ShapesReward("partial")), []
     validation = shapes.prompts("val").prompts
     strategies: dict[str, Strategy] = {"best_of_32": BestOfN(32), "prune_32": Prune((3, 5, 8), (0.5, 0.5, 0.5), 32)}

@@ -66,7 +66,7 @@ def test_opening_does_not_warn_of_weight_norm(family: str, folder_of: FolderOf) 
     assert not [warning for warning in seen if "weight_norm" in str(warning.message)]
 
 
-class RecordingScheduler(CosineDPMSolverMultistepScheduler):  # type: ignore[misc]  # untyped
+class RecordingScheduler(CosineDPMSolverMultistepScheduler):  # untyped
     """The scheduler with a record of its noises."""
 
     noises: list[Tensor]
@@ -77,7 +77,7 @@ class RecordingScheduler(CosineDPMSolverMultistepScheduler):  # type: ignore[mis
         return updated
 
 
-class Euler(EDMEulerScheduler):  # type: ignore[misc]  # untyped
+class Euler(EDMEulerScheduler):  # untyped
     """The deterministic scheduler of EDM, with the timesteps of Stable Audio's network."""
 
     def precondition_noise(self, sigma: Tensor) -> Tensor:

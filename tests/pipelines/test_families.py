@@ -130,7 +130,7 @@ def _policy(pipeline: DiffusersPipeline) -> Policy:
 def test_a_lora_goes_through_diffusers_unchanged(family: str, folder_of: FolderOf, tmp_path: Path) -> None:
     ours = _open(family, folder_of(family))
     policy = _policy(ours)
-    ours.save_lora(tmp_path, policy.adapter_state(), policy.config)  # type: ignore[arg-type]  # it has one
+    ours.save_lora(tmp_path, policy.adapter_state(), policy.config)  # it has one
     vanilla = FAMILIES[family].ours.kind.from_pretrained(folder_of(family))
     vanilla.load_lora_weights(tmp_path)
     loaded = get_peft_model_state_dict(vanilla.components[ours.denoiser_name], adapter_name="default_0")
@@ -319,7 +319,7 @@ def test_an_unknown_family_is_named(tmp_path: Path) -> None:
 def test_training_goes_on_from_a_published_lora(folder_of: FolderOf, tmp_path: Path) -> None:
     first, second = _open("sd3", folder_of("sd3")), _open("sd3", folder_of("sd3"))
     old = _policy(first)
-    first.save_lora(tmp_path, old.adapter_state(), old.config)  # type: ignore[arg-type]  # it has one
+    first.save_lora(tmp_path, old.adapter_state(), old.config)  # it has one
     second.load_lora(tmp_path)
     new = Policy(second.denoiser, None, has_adapter=True)
     assert new.config is not None and (new.config.r, new.config.lora_alpha) == (4, 6)

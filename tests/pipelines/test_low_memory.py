@@ -27,7 +27,7 @@ def test_a_lora_is_trained_on_an_int8_base(tiny: SD3, tiny_folder: Path, tmp_pat
         rounded, exact = (pipeline.predict(x, step, conditioning, 1.0) for pipeline in (small, tiny))
     error = float((rounded - exact).norm() / exact.norm())
     assert 0 < error < 0.02  # 8 bits of weights
-    small.save_lora(tmp_path, policy.adapter_state(), policy.config)  # type: ignore[arg-type]  # it has one
+    small.save_lora(tmp_path, policy.adapter_state(), policy.config)  # it has one
     tiny.load_lora(tmp_path)
 
 

@@ -46,7 +46,7 @@ def test_a_scorer_survives_a_round_trip(clap: str, tmp_path: Path) -> None:
     expected = 3.0 + 2.0 * student(_clips(), torch.full((2,), 0.2), PROMPTS)
     torch.testing.assert_close(ScorerReward(path)(_clips(), PROMPTS), expected)
     started = ClapScorer(clap, RATE, hidden=8, start=str(path))
-    assert torch.equal(started.read[0].weight, student.read[0].weight)  # type: ignore[arg-type]  # of a Sequential
+    assert torch.equal(started.read[0].weight, student.read[0].weight)  # of a Sequential
 
 
 def test_a_latent_scorer_uses_its_own_decoder(clap: str, tmp_path: Path) -> None:
@@ -54,14 +54,14 @@ def test_a_latent_scorer_uses_its_own_decoder(clap: str, tmp_path: Path) -> None
     of_clips, path = ClapScorer(clap, RATE, hidden=8), tmp_path / "scorer.safetensors"
     save_scorer(path, NoiseAware(of_clips, (LevelQuality(0.2, 0.5, 0.5, 0.0),)))
     student = ClapLatentScorer(clap, RATE, channels=3, width=4, depth=1, hidden=8, start=str(path))
-    assert torch.equal(student.read[0].weight, of_clips.read[0].weight)  # type: ignore[arg-type]  # of a Sequential
+    assert torch.equal(student.read[0].weight, of_clips.read[0].weight)  # of a Sequential
     save_scorer(path, NoiseAware(student, (LevelQuality(0.2, 0.5, 0.5, 0.0),)))
     with pytest.raises(ValueError, match="scores latents, but rewards take samples"):
         ScorerReward(path)
     latents, level = torch.randn(2, 3, 20), torch.tensor([0.9, 0.1])
     spectra = student.decoder_target(_clips())
     assert student.decoder(latents).shape == spectra.shape
-    student.decoder.forward = lambda latents: spectra  # type: ignore[method-assign]  # an exact decoder
+    student.decoder.forward = lambda latents: spectra  # an exact decoder
     torch.testing.assert_close(student(latents, level, PROMPTS), of_clips(_clips(), level, PROMPTS))
     with pytest.raises(ValueError, match="takes clips of 1 s, and the model generates 2 s: use a ClapScorer"):
         student.decoder_target(torch.zeros(2, 1, 2 * RATE))

@@ -216,6 +216,6 @@ def test_judges_and_answers_are_checked() -> None:
     with pytest.raises(ValueError, match=r"must return probabilities of yes, in \[0, 1\]"):
         QuestionReward(lambda images, questions: torch.tensor([0.5, 1.5]))(levels(0, 1), prompts)
     with pytest.raises(ValueError, match="must be yes or no, not 'two': rephrase the question"):
-        QuestionReward(Brightness(), "How many?", "two")  # type: ignore[arg-type]
+        QuestionReward(Brightness(), "How many?", "two")
     with pytest.raises(ValueError, match="one prompt per image, not 2 for 1 images"):
         QuestionReward(Brightness())(levels(1), prompts)

@@ -49,11 +49,6 @@ def diversity(images: Tensor, prompts: Sequence[Prompt]) -> Diversity:
     return Diversity(_entropy(colors, len(PALETTE)), _entropy(cells, _CELLS**2))
 
 
-def color_entropy(images: Tensor, prompts: Sequence[Prompt]) -> float:
-    """The ``color`` of ``diversity``, as a diagnostic of the reward-hacking monitor."""
-    return diversity(images, prompts).color
-
-
 def cell_entropy(images: Tensor, prompts: Sequence[Prompt]) -> float:
     """The ``cell`` of ``diversity``, as a diagnostic of the reward-hacking monitor."""
     return diversity(images, prompts).cell

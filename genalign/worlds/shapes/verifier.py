@@ -43,7 +43,7 @@ def verify_detections(detections: Sequence[ShapeDetection], metadata: Metadata) 
     arXiv:2505.05470; here clamped at 0, and a wrong relation earns nothing.
     """
     include: Sequence[Clause] = metadata["include"]
-    _require_known(include)
+    _require_vocabulary(include)
     groups = [_of_shape(detections, clause["class"]) for clause in include]
     counts = [int(clause["count"]) for clause in include]
     right_count = [len(objects) == n for objects, n in zip(groups, counts, strict=True)]
@@ -62,7 +62,7 @@ def verify_detections(detections: Sequence[ShapeDetection], metadata: Metadata) 
     return summarize([*count, *color, *position, clean], _relaxed(detections, metadata))
 
 
-def _require_known(include: Sequence[Clause]) -> None:
+def _require_vocabulary(include: Sequence[Clause]) -> None:
     for clause in include:
         if clause["class"] not in SHAPES:
             raise ValueError(f"{clause['class']!r} is not one of this world's shapes: {', '.join(SHAPES)}")

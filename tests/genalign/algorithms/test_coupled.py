@@ -39,7 +39,7 @@ REWARDS = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
     ],
 )
 def test_worked_numbers_of_prdp(steps: str, clip_range: float, expected: float) -> None:
-    loss = prdp_loss(CURRENT - REFERENCE, OLD - REFERENCE, REWARDS, ONE, 2.0, clip_range, steps)  # type: ignore[arg-type]
+    loss = prdp_loss(CURRENT - REFERENCE, OLD - REFERENCE, REWARDS, ONE, 2.0, clip_range, steps)
     assert float(loss) == pytest.approx(expected, abs=1e-9)
 
 

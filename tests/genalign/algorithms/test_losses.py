@@ -120,7 +120,7 @@ def test_inputs_are_checked() -> None:
         with pytest.raises(ValueError, match="clip_range"):
             clip_fraction(torch.zeros(3), clip_range)
     with pytest.raises(ValueError, match="form must be"):
-        penalty("k3", ODE(), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))  # type: ignore[arg-type]
+        penalty("k3", ODE(), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
     move = Transition(torch.zeros(2, 3), torch.ones(()))
     with pytest.raises(ValueError, match="equal shapes"):
         kl_penalty("v", move, move, torch.zeros(2, 3), torch.zeros(2, 1), two_steps())

@@ -152,7 +152,7 @@ LONG, FIRST, SECOND = torch.zeros(2, dtype=torch.long), *toy(n=4)[1:]
         (lambda: greedy_swap(FIRST[:1], SECOND[:1], mean_reward), "2 pairs of samples or more, got 1"),
         (lambda: greedy_swap(FIRST, SECOND[:3], mean_reward), "paired samples"),
         (lambda: greedy_swap(FIRST, SECOND, mean_reward, passes=0), "passes 1 or more"),
-        (lambda: greedy_swap(FIRST, SECOND, mean_reward, "minus"), "criterion"),  # type: ignore[arg-type]
+        (lambda: greedy_swap(FIRST, SECOND, mean_reward, "minus"), "criterion"),
         (lambda: greedy_swap(FIRST, SECOND, lambda features: math.nan), "not finite"),
     ],
 )

@@ -24,7 +24,7 @@ def run(tiny: SD3, tiny_folder: Path, tmp_path: Path) -> Path:
     for parameter in policy.parameters:
         torch.nn.init.normal_(parameter, std=0.1)
     folder = tmp_path / "run"
-    tiny.save_lora(folder / "lora", policy.adapter_state(), policy.config)  # type: ignore[arg-type]  # it has one
+    tiny.save_lora(folder / "lora", policy.adapter_state(), policy.config)  # it has one
     reward = {"class_path": "rewards.shapes.ShapesReward", "init_args": {"score": "strict"}}
     settings = {
         "model": {"path": str(tiny_folder)},

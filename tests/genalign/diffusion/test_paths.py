@@ -131,9 +131,9 @@ def test_shapes_and_parameters_are_checked() -> None:
     with pytest.raises(ValueError, match="coefficient must be"):
         FlowPath().x0(x, output, level([0.5], [0.5]))
     with pytest.raises(ValueError, match="prediction_type"):
-        VPPath("velocity")  # type: ignore[arg-type]
+        VPPath("velocity")
     with pytest.raises(ValueError, match="prediction_type"):
-        EDMPath(1.0, "sample")  # type: ignore[arg-type]
+        EDMPath(1.0, "sample")
     with pytest.raises(ValueError, match="sigma_data"):
         EDMPath(0.0)
 

@@ -205,7 +205,7 @@ def as_normal(move: Transition) -> Normal:
 
 def test_densities_agree_with_torch_distributions() -> None:
     new, old, x_next = moves()
-    log_prob: Tensor = as_normal(new).log_prob(x_next)  # type: ignore[no-untyped-call]
+    log_prob: Tensor = as_normal(new).log_prob(x_next)
     torch.testing.assert_close(new.log_prob(x_next), log_prob.mean((1, 2)), rtol=1e-12, atol=1e-12)
     kl = kl_divergence(as_normal(new), as_normal(old)).mean((1, 2))
     torch.testing.assert_close(new.kl(old), kl, rtol=1e-12, atol=1e-12)

@@ -225,7 +225,7 @@ def test_a_rank_ends_when_another_has_ended(
     (tmp_path / "victim_rank.py").write_text(VICTIM)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "run.yaml").write_text(CONFIG.format(output=tmp_path / "run", model=tiny_folder))
-    import victim_rank  # type: ignore[import-not-found]  # what was written above
+    import victim_rank  # what was written above
 
     context, arguments = _context(), ["train", "--config", str(tmp_path / "run.yaml")]
 

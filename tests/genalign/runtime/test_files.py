@@ -25,7 +25,7 @@ def test_a_resumed_optimiser_goes_on_as_the_first(kind: type[torch.optim.Optimiz
     def fresh() -> tuple[nn.Linear, torch.optim.Optimizer]:
         torch.manual_seed(0)
         layer = nn.Linear(3, 2, bias=False)
-        return layer, kind(layer.parameters(), lr=0.1)  # type: ignore[call-arg]
+        return layer, kind(layer.parameters(), lr=0.1)
 
     def step(layer: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
         layer(torch.ones(1, 3)).square().sum().backward()

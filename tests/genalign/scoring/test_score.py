@@ -52,7 +52,7 @@ def test_a_wrong_shape_is_refused() -> None:
     with pytest.raises(RewardError, match=r"reward 'x' returned shape \(\) for 1 samples"):
         score([NamedReward("x", lambda samples, prompts: samples.mean(), score_batch=1)], IMAGES, PROMPTS)
     with pytest.raises(RewardError, match=r"reward 'x' returned list: return a tensor of shape \(B,\)"):
-        score([NamedReward("x", lambda samples, prompts: [0.0] * 4)], IMAGES, PROMPTS)  # type: ignore[arg-type,return-value]
+        score([NamedReward("x", lambda samples, prompts: [0.0] * 4)], IMAGES, PROMPTS)
 
 
 def test_the_probe_says_what_is_wrong() -> None:
@@ -62,7 +62,7 @@ def test_the_probe_says_what_is_wrong() -> None:
     with pytest.raises(RewardError, match="reward 'n' scored none of 4 first samples: all are NaN"):
         probe([NamedReward("n", lambda samples, prompts: torch.full((4,), torch.nan))], IMAGES, PROMPTS)
     with pytest.raises(RewardError, match="reward 'i' is a int: give something callable"):
-        probe([NamedReward("i", 3)], IMAGES, PROMPTS)  # type: ignore[arg-type]
+        probe([NamedReward("i", 3)], IMAGES, PROMPTS)
 
 
 @pytest.mark.parametrize("score_batch", [None, 1, 3, 4, 9])

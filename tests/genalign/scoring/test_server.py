@@ -231,7 +231,7 @@ def test_a_bad_sample_costs_a_few_calls() -> None:
 
 @pytest.mark.parametrize("wrong", [torch.zeros(4, 1), torch.tensor(0.0), [0.0] * 4, torch.full((4,), torch.nan)])
 def test_an_invalid_score_is_null(wrong: object) -> None:
-    scored = score_each(lambda samples, prompts: wrong, torch.rand(4, 3, 2, 2), [Prompt("x")] * 4, "name")  # type: ignore[arg-type,return-value]
+    scored = score_each(lambda samples, prompts: wrong, torch.rand(4, 3, 2, 2), [Prompt("x")] * 4, "name")
     assert len(scored) == 4 and all(isinstance(outcome, SampleError) for outcome in scored)
 
 

@@ -61,7 +61,7 @@ def test_its_first_update_equals_ours_with_the_same_switches(tiny_folder: Path) 
     settings = TrainerSettings(rounds=1, updates_per_round=2, max_grad_norm=1e9, **shape)
     rewards = [NamedReward("red", redness)]
     trainer = Trainer(ours, policy, rewards, PROMPTS, recipe, settings, Sampling(4, SIGMAS))
-    trainer.optimizer = _Seen(policy.parameters)  # type: ignore[assignment]
+    trainer.optimizer = _Seen(policy.parameters)
     asked = next(trainer.prompts.rounds())
     parts = trainer.sample(0, asked)
     (result,) = trainer.rounds()
@@ -71,7 +71,7 @@ def test_its_first_update_equals_ours_with_the_same_switches(tiny_folder: Path) 
     plain = PlainSettings(SIGMAS, noise_level=0.9, max_grad_norm=1e9, **shape)
     loop = PlainLoop(theirs.pipe, parameters, redness, PROMPTS.prompts, plain)
     seen = _Seen(parameters)
-    loop.optimizer = seen  # type: ignore[assignment]
+    loop.optimizer = seen
     texts = [prompt.text for prompt in asked for _ in range(4)]
     starts = trainer.sampler.inputs(recipe, asked, "0/0").split(8)
     batches = [loop.sample(texts[i : i + 8], _noises(start, ours)) for i, start in zip((0, 8), starts, strict=True)]
@@ -84,7 +84,7 @@ def test_its_first_update_equals_ours_with_the_same_switches(tiny_folder: Path) 
         batch.states = torch.cat([part.rollout.x[:, :1], part.rollout.x_next], dim=1)
         batch.log_probs = loop.log_probs(batch)
         loop.update([batch], [advantage])
-    for mine, found in zip(trainer.optimizer.gradients, seen.gradients, strict=True):  # type: ignore[attr-defined]
+    for mine, found in zip(trainer.optimizer.gradients, seen.gradients, strict=True):
         assert mine.norm() > 0 and (mine - found).norm() <= 1e-6 * mine.norm()
 
 

@@ -41,7 +41,7 @@ class _Scripted:
 
 def test_looks_are_as_far_apart_as_asked_and_end_at_the_target() -> None:
     quick, slow = _Scripted(LOOK / 3, [0.3, TARGET - 0.05, TARGET + 0.05, 0.9]), _Scripted(2 * LOOK, [0.35, TARGET])
-    curves = race({"quick": quick, "slow": slow})  # type: ignore[dict-item] # stand-ins
+    curves = race({"quick": quick, "slow": slow})  # stand-ins
     assert curves["quick"] == [
         (0.0, 0.3),
         (pytest.approx(LOOK), TARGET - 0.05),
@@ -56,10 +56,10 @@ def test_the_pace_ends_the_race_and_the_limit_a_run(patience: int) -> None:
     quick, slow = _Scripted(LOOK, [0.3, 0.3, TARGET]), _Scripted(LOOK / 2, [0.3])
     first = _Scripted(LOOK, [TARGET])
     raced = {"quick": quick, "slow": slow, "first": first}
-    curves = race(raced, pace=["quick"], patience=patience)  # type: ignore[arg-type] # stand-ins
+    curves = race(raced, pace=["quick"], patience=patience)  # stand-ins
     assert (first.rounds, quick.rounds, slow.rounds) == (1, 2, 4 * patience) and reached(curves["slow"]) == math.inf
     never = _Scripted(100, [0.3])
-    race({"never": never}, limit=400)  # type: ignore[dict-item] # a stand-in
+    race({"never": never}, limit=400)  # a stand-in
     assert never.rounds == 4
 
 

@@ -17,7 +17,7 @@ MADE = [(clip_tokenizer, CLIPTokenizer, CLIP_LENGTH), (t5_tokenizer, T5Tokenizer
 
 
 @pytest.mark.parametrize(("make", "kind", "length"), MADE)
-def test_words_are_tokens_and_prompts_fit(make, kind, length: int, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_words_are_tokens_and_prompts_fit(make, kind, length: int, tmp_path: Path) -> None:
     tokenizer = make()
     assert [word for word in vocabulary(shapes.prompts) if len(tokenizer.tokenize(word)) != 1] == []
     texts = [prompt.text for suite in shapes.SUITES for prompt in shapes.prompts(suite).prompts]

@@ -24,16 +24,16 @@ def _prompt(task: str) -> Prompt:
 
 def test_random_scenes_are_varied_in_what_is_open() -> None:
     images, prompts = _scenes(_prompt("single_object"), 200)
-    made = diversity(images, prompts)  # type: ignore[arg-type]
+    made = diversity(images, prompts)
     assert made.color > 0.85 and made.cell > 0.8  # two of ten colors of this shape are held out
 
 
 def test_copies_are_not() -> None:
     images, prompts = _scenes(_prompt("single_object"), 1)
-    made = diversity(images.expand(50, -1, -1, -1), prompts * 50)  # type: ignore[attr-defined]
+    made = diversity(images.expand(50, -1, -1, -1), prompts * 50)
     assert made.color == pytest.approx(0) and made.cell == pytest.approx(0)
 
 
 def test_what_the_prompt_names_does_not_count() -> None:
     images, prompts = _scenes(_prompt("colors"), 50)
-    assert math.isnan(diversity(images, prompts).color)  # type: ignore[arg-type]
+    assert math.isnan(diversity(images, prompts).color)
