@@ -10,19 +10,21 @@ from typing import Protocol
 
 
 class StepSchedule(Protocol):
-    """A rule that chooses the steps of a round, the same on every rank, from the trainable steps of a grid.
+    """A rule that chooses the steps of a round, the same on every rank, from the trainable steps of a grid."""
 
-    Args:
-        usable: The grid indices of the steps that can be trained.
-        total: The number of steps T of the grid.
-        round_index: The number of the round, from 0.
-        seed: The seed of the run.
+    def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
+        """Choose the steps.
 
-    Raises:
-        ValueError: Too few steps can be trained.
-    """
+        Args:
+            usable: The grid indices of the steps that can be trained.
+            total: The number of steps T of the grid.
+            round_index: The number of the round, from 0.
+            seed: The seed of the run.
 
-    def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]: ...
+        Raises:
+            ValueError: Too few steps can be trained.
+        """
+        ...
 
 
 @dataclass(frozen=True)
