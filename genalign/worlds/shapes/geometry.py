@@ -77,10 +77,3 @@ REJECTS: dict[str, Outline] = {
     "star4": _star(4, 1.2, 0.45),
 }
 """Shapes that the verifier knows in order to refuse them."""
-
-STRANGERS: dict[str, Outline] = {
-    "hourglass": _polygon([(-0.9, -1.1), (0.9, -1.1), (-0.9, 1.1), (0.9, 1.1)]),
-    "ell": lambda u, v: (np.maximum(np.abs(u), np.abs(v)) <= 1.0) & ((u <= -0.3) | (v >= 0.3)),
-    "bar": lambda u, v: (np.abs(u) <= 1.2) & (np.abs(v) <= 0.35),
-}
-"""Shapes that nothing but the tests draws."""

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from genalign.evaluation.geneval.boxes import relations
 from genalign.types import Metadata
-from genalign.worlds.shapes.geometry import BACKGROUND, PALETTE, REJECTS, SHAPES, SIZE, STRANGERS, Array
+from genalign.worlds.shapes.geometry import BACKGROUND, PALETTE, REJECTS, SHAPES, SIZE, Array
 from genalign.worlds.shapes.prompts import is_held_out_pair
 
 SUPERSAMPLING = 4
-OUTLINES = SHAPES | REJECTS | STRANGERS
+OUTLINES = SHAPES | REJECTS
 RELATION_MARGIN = 0.18  # stricter than the verifier's 0.1
 _RADII = ((8.0, 12.0), (8.0, 12.0), (8.0, 11.0), (8.0, 10.0), (6.5, 9.0), (6.0, 8.0))  # for one to six items
 

@@ -31,14 +31,6 @@ class ToneDetection:
     level: float
     sound: Sound
 
-    @property
-    def timbre(self) -> str:
-        return self.sound.timbre
-
-    @property
-    def note(self) -> str | None:
-        return self.sound.note
-
 
 def detect(waveforms: Tensor) -> list[tuple[ToneDetection, ...]]:
     """Detect the events of each clip, in order of time.

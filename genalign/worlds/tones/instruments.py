@@ -48,13 +48,6 @@ NOISE = "noise"
 TIMBRES = (*PITCHED, NOISE)
 """The vocabulary of the prompts."""
 
-STRANGERS: dict[str, Harmonics] = {
-    "hollow": {1: 0.1, 2: 1.0, 3: 1.0, 4: 0.1, 5: 1.0},
-    "buzz": dict.fromkeys(range(3, MAX_HARMONIC + 1), 1.0),
-    "nasal": {1: 0.05, 3: 1.0, 4: 1.0},
-}
-"""Timbres that nothing but the tests draws."""
-
 
 def audible(harmonics: Harmonics, frequency: float) -> dict[int, float]:
     """Those harmonics of a tone at ``frequency`` Hz that lie below the band limit."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genalign.types import Metadata
-from genalign.worlds.tones.instruments import LENGTH, NOISE, NOTES, PITCHED, SAMPLE_RATE, STRANGERS, Array, tone
+from genalign.worlds.tones.instruments import LENGTH, NOISE, NOTES, PITCHED, SAMPLE_RATE, Array, tone
 from genalign.worlds.tones.prompts import is_held_out_note
 
 RAMP = 0.012  # seconds of a raised cosine at either end of an event
@@ -20,7 +20,6 @@ DURATION = (0.12, 0.5)  # seconds
 LEVEL = (-20.0, -12.0)  # RMS in dB of full scale
 CONTRAST = (8.0, 12.0)  # dB between a quiet and a loud event; the verifier asks for 6
 DETUNE = 8.0  # cents
-_HARMONICS = PITCHED | STRANGERS
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def waveform(event: Event) -> Array:
         steady /= np.sqrt(np.mean(steady**2))
     else:
         frequency = NOTES[event.note] * 2 ** (event.detune / 1200)
-        steady = tone(_HARMONICS[event.timbre], frequency, float(rng.uniform(0, 2 * np.pi)), samples)
+        steady = tone(PITCHED[event.timbre], frequency, float(rng.uniform(0, 2 * np.pi)), samples)
     steady *= 10 ** (event.level / 20)
     ramp = round(RAMP * SAMPLE_RATE)
     rise = 0.5 - 0.5 * np.cos(np.pi * (np.arange(ramp) + 0.5) / ramp)

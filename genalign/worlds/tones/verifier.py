@@ -45,7 +45,9 @@ def verify_detections(detections: Sequence[ToneDetection], metadata: Metadata) -
         if clause.get("pitch", "A4") not in NOTES:
             raise ValueError(f"{clause['pitch']!r} is not one of this world's notes: {', '.join(NOTES)}")
     n, m = len(clauses), len(detections)
-    common = _common_length([clause["class"] for clause in clauses], [detection.timbre for detection in detections])
+    common = _common_length(
+        [clause["class"] for clause in clauses], [detection.sound.timbre for detection in detections]
+    )
     criteria = [("count", max(0.0, 1 - abs(n - m) / n) * common / max(m, 1)), ("kind", common / max(n, m))]
     return summarize(criteria + _details(detections, clauses, metadata), _relaxed(detections, clauses, metadata))
 
@@ -81,14 +83,14 @@ def _details(
 
 
 def _in_place(detections: Sequence[ToneDetection], clauses: Sequence[Metadata]) -> bool:
-    return [detection.timbre for detection in detections] == [clause["class"] for clause in clauses]
+    return [detection.sound.timbre for detection in detections] == [clause["class"] for clause in clauses]
 
 
 def _note(detections: Sequence[ToneDetection], clauses: Sequence[Metadata]) -> float:
     if len(detections) != len(clauses):
         return 0.0
     right = [
-        (clause["class"], clause["pitch"]) == (detection.timbre, detection.note)
+        (clause["class"], clause["pitch"]) == (detection.sound.timbre, detection.sound.note)
         for detection, clause in zip(detections, clauses, strict=True)
         if "pitch" in clause
     ]
@@ -97,7 +99,7 @@ def _note(detections: Sequence[ToneDetection], clauses: Sequence[Metadata]) -> f
 
 def _relaxed(detections: Sequence[ToneDetection], clauses: Sequence[Metadata], metadata: Metadata) -> bool:
     """Whether a subsequence of the events matches the prompt."""
-    timbres = [detection.timbre for detection in detections]
+    timbres = [detection.sound.timbre for detection in detections]
     if any(clause["count"] > 1 and timbres.count(clause["class"]) > clause["count"] for clause in metadata["events"]):
         return False
     return any(
