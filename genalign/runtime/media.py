@@ -20,10 +20,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from genalign.runtime.spectrogram import lowest_frequency, spectrogram
-from genalign.runtime.waveforms import resample
+from genalign.runtime.waveforms import resample, warn_once
 
 MAX_PIXELS = 2**26  # of an image that is read; one of 8192 x 8192
 MAX_AUDIO_SAMPLES = 2**28  # of all channels of a file: 1 GiB in float32, 46 minutes in stereo at 48 kHz
+MAX_PEAK = 4.0  # of a float file's samples: 12 dB above full scale; integers that were written as floats are far above
 LONGEST_SIDE = 256  # pixels of a thumbnail
 PLAYED_SECONDS, PLAYED_RATE = 6.0, 16000  # of a clip's player, at most, of one channel
 AudioFormat = Literal["wav", "flac"]
@@ -94,7 +95,7 @@ class ImageMedium:
 
     def thumbnail(self, path: Path) -> Thumbnail:
         with opened_image(path) as file:
-            image = file.convert("RGB")
+            image = _rgb(file, path)
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         return Thumbnail(data_uri("image/png", _png(image, optimize=True)))
 
@@ -211,22 +212,40 @@ def eight_bits(images: Tensor) -> Tensor:
 def opened_image(path: Path) -> Iterator[Image.Image]:
     """Open a PNG, JPEG or WebP file without decoding its pixels.
 
-    Raises ValueError for a file that is damaged, of another kind, or over ``MAX_PIXELS``.
+    Raises FileNotFoundError, and ValueError for a file that is damaged, of another kind, or over ``MAX_PIXELS``.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError(f"{path} has {file.width} x {file.height} pixels, over {MAX_PIXELS}: make it smaller")
             yield file
     except _UNREADABLE as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}): make it again") from error
+        raise ValueError(f"{path} cannot be read as PNG, JPEG or WebP ({error}): save it anew as PNG") from error
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image (3, H, W) in [0, 1], rotated by its EXIF data. Raises ValueError as ``opened_image``."""
+    """Read an image (3, H, W) in [0, 1], rotated by its EXIF data, transparent parts on white, 16-bit gray as 8-bit.
+
+    Transparency is logged. Raises FileNotFoundError, and ValueError as ``opened_image``.
+    """
     with opened_image(path) as file:
-        pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
+        pixels = np.array(_rgb(file, path))
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def _rgb(file: Image.Image, path: Path) -> Image.Image:
+    """Decode an opened image as ``read_image`` describes."""
+    image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    if image.getextrema()[3][0] < 255:  # the smallest alpha
+        warn_once(f"transparent parts of images are put on white, as in {path.parent}")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -254,10 +273,10 @@ def encode_audio(clip: Waveform, audio: AudioFormat) -> bytes:
 
 
 def read_waveform(path: Path) -> Waveform:
-    """Read a WAV or FLAC file.
+    """Read a WAV or FLAC file. Samples of a float file beyond [-1, 1] are clipped, with a line in the log.
 
     Raises FileNotFoundError, and ValueError for a file that cannot be read, is empty or holds samples that are not
-    finite, or if soundfile is missing.
+    finite or far beyond [-1, 1], or if soundfile is missing.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
@@ -274,7 +293,12 @@ def read_waveform(path: Path) -> Waveform:
         raise ValueError(f"{path} has no samples: leave it out")
     if not bool(waveform.isfinite().all()):
         raise ValueError(f"{path} holds NaN or infinite samples: leave it out, or write it anew")
-    return Waveform(waveform, int(rate))
+    peak = float(waveform.abs().max())
+    if peak > MAX_PEAK:
+        raise ValueError(f"{path} holds samples up to {peak:.6g}, not in [-1, 1]: divide 16-bit values by 32768")
+    if peak > 1:
+        warn_once(f"samples beyond [-1, 1] are clipped, as in {path.parent}")
+    return Waveform(waveform.clamp(-1, 1), int(rate))
 
 
 def write_waveform(path: Path, waveform: Tensor, sample_rate: int) -> None:

@@ -1,27 +1,46 @@
-"""Read prompts from .txt and .jsonl files, and the prompts.jsonl that lists the samples of a folder."""
+"""Read prompts from text files and tables, and the prompts.jsonl that lists the samples of a folder."""
 
 from __future__ import annotations
 
-import json
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from genalign.runtime.text_files import numbered_lines, parse_json, read_text
 from genalign.types import Prompt, PromptSet
+
+COLUMNS = ("prompt", "text", "caption")
+"""The names that a table's column of prompts may have, in order of preference."""
+
+Rows = Iterator[tuple[str, Any]]  # where a row stands, for messages, and the row: a text, or an object
 
 
 def load_prompts(path: Path) -> PromptSet:
-    """Read prompts from a ``.txt`` file, one a line, or from a ``.jsonl`` file of GenEval metadata.
+    """Read the prompts of a file, whose suffix says what it is.
 
-    Raises FileNotFoundError, or ValueError naming the line that cannot be used.
+    .txt            one prompt a line, as it is written; blank lines are skipped
+    .jsonl .ndjson  one object a line, such as GenEval's metadata
+    .json           a list of objects or of texts
+    .csv .tsv       a table with a header
+    .parquet        a table; needs pyarrow
+
+    The prompt of an object or a row stands under "prompt", "text" or "caption", the first of them that it has; the
+    other entries are its metadata, without those that are null. A cell of a text table that holds a JSON list or object
+    is read as such.
+
+    Raises FileNotFoundError, and ValueError for an unknown suffix, or naming the line that cannot be used.
     """
+    suffix = path.suffix.lower()
     if not path.is_file():
-        raise FileNotFoundError(f"no prompt file {path}: give a .txt (one prompt a line) or a GenEval .jsonl file")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line]
-    if not numbered:
+        raise FileNotFoundError(f"no prompt file {path}: give one of {', '.join(_KINDS)}")
+    if suffix not in _KINDS:
+        raise ValueError(f"{path} is no kind of prompt file: give one of {', '.join(_KINDS)}")
+    prompts = tuple(_prompt(where, row) for where, row in _KINDS[suffix](path))
+    if not prompts:
         raise ValueError(f"{path} holds no prompts: write one a line")
-    if path.suffix == ".jsonl":
-        return PromptSet(path.stem, tuple(_from_json(path, number, line) for number, line in numbered))
-    return PromptSet(path.stem, tuple(Prompt(line) for _, line in numbered))
+    return PromptSet(path.stem, prompts)
 
 
 def read_listing(folder: Path) -> dict[str, Prompt]:
@@ -30,27 +49,106 @@ def read_listing(folder: Path) -> dict[str, Prompt]:
     Each line is an object such as {"file_name": "a/1.png", "prompt": "a red circle"}, with optional metadata; names are
     relative to the folder. Raises FileNotFoundError, or ValueError naming the line that cannot be used.
     """
-    path, prompts = folder / "prompts.jsonl", {}
+    path, prompts = folder / "prompts.jsonl", dict[str, Prompt]()
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: write a line with file_name and prompt for each sample")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompts[str(row["file_name"])] = Prompt(str(row["prompt"]), row)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}, line {number}: expected an object with "file_name" and "prompt", found {line[:80]!r}'
-            ) from error
+    for where, row in _json_lines(path):
+        name = row.get("file_name") if isinstance(row, dict) else None
+        if not isinstance(name, str) or not isinstance(row.get("prompt"), str):
+            raise ValueError(f'{where}: expected an object with "file_name" and "prompt", found {str(row)[:80]!r}')
+        if "\\" in name:
+            raise ValueError(f"{where}: write {name!r} with forward slashes, {name.replace(chr(92), '/')!r}")
+        if name in prompts and prompts[name].text != row["prompt"]:
+            raise ValueError(f"{where}: {name} is listed with two prompts: keep one of the lines")
+        prompts[name] = _prompt(where, row)
     return prompts
 
 
-def _from_json(path: Path, number: int, line: str) -> Prompt:
+def _text_lines(path: Path) -> Rows:
+    return ((f"{path}, line {number}", line) for number, line in numbered_lines(path))
+
+
+def _json_lines(path: Path) -> Rows:
+    for number, line in numbered_lines(path):
+        where = f"{path}, line {number}"
+        yield where, parse_json(line, where)
+
+
+def _json_list(path: Path) -> Rows:
+    content = parse_json(read_text(path), str(path))
+    if not isinstance(content, list):
+        raise ValueError(f"{path} is not a JSON list: write [...] of texts or objects, or give a .jsonl file")
+    for number, item in enumerate(content, start=1):
+        yield f"{path}, item {number}", item
+
+
+def _table(delimiter: str) -> Callable[[Path], Rows]:
+    def rows(path: Path) -> Rows:
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+        header = reader.fieldnames or ()
+        if not set(header) & set(COLUMNS):
+            raise ValueError(
+                f"{path} has no column of prompts (its first line is {', '.join(header)}): name one of the columns"
+                f" {' or '.join(COLUMNS)}, or give a .txt file with a prompt a line"
+            )
+        try:
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise ValueError(f"{where}: not as many cells as the header has: quote cells that hold commas")
+                yield where, {name: _cell(value) for name, value in row.items() if value != ""}
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+
+    return rows
+
+
+def _cell(value: str) -> Any:
+    if value[:1] not in ("[", "{"):
+        return value
     try:
-        metadata = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
-        raise ValueError(f'{path}, line {number}: each line must be an object with a text under "prompt"')
-    return Prompt(metadata["prompt"], metadata)
+        return parse_json(value, "cell")
+    except ValueError:
+        return value
+
+
+def _parquet(path: Path) -> Rows:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError:
+        raise ValueError(f"reading {path} needs pyarrow: pip install 'genalign[parquet]'") from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} cannot be read as parquet ({error}): write it again") from None
+    return ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+_KINDS: Mapping[str, Callable[[Path], Rows]] = {
+    ".txt": _text_lines,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_list,
+    ".csv": _table(","),
+    ".tsv": _table("\t"),
+    ".parquet": _parquet,
+}
+
+
+def _prompt(where: str, row: Any) -> Prompt:
+    """Turn a row into a prompt. Raises ValueError where it has no text."""
+    text = row
+    if isinstance(row, Mapping):
+        text = next((row[name] for name in COLUMNS if row.get(name) is not None), None)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'{where}: expected a text, or an object with a text under "prompt", found {str(row)[:80]!r}')
+    if isinstance(row, str):
+        return Prompt(text.strip())
+    return Prompt(text.strip(), {**_without_nulls(row), "prompt": text.strip()})
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop the entries that are null, which tables of other programs write where an object has none."""
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -41,8 +41,8 @@ class AudioFolder:
     """WAV and FLAC files anywhere under ``folder``, read when needed, as one channel at ``sample_rate`` Hz.
 
     Mixing and resampling are logged. ``seconds`` cuts every clip to its beginning. ``names`` are relative to the folder
-    and sorted; hidden files and prompts.jsonl are left out. Raises ValueError for a folder without audio or with other
-    files, FileNotFoundError for a missing folder.
+    and sorted; hidden files and folders and prompts.jsonl are left out. Raises ValueError for a folder without audio or
+    with other files, FileNotFoundError for a missing folder.
     """
 
     def __init__(self, folder: str | Path, sample_rate: int, seconds: float | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from genalign.runtime.media import read_image
+from genalign.runtime.media import ImageMedium, read_image
 from genalign.runtime.prompt_files import read_listing
 from genalign.types import Prompt
 from rewards.backbones.clip_encoder import resize
@@ -36,7 +36,7 @@ class FileKind:
     suffixes: frozenset[str]
 
 
-IMAGES = FileKind("images", "PNG or JPEG", frozenset({".png", ".jpg", ".jpeg"}))
+IMAGES = FileKind("images", "PNG, JPEG or WebP", frozenset(ImageMedium.suffixes))
 
 
 class References(Protocol):
@@ -73,10 +73,11 @@ class ImageTensor:
 
 
 class ImageFolder:
-    """PNG and JPEG files anywhere under ``folder``, read when needed and resized to ``size`` (height, width) if given.
+    """PNG, JPEG and WebP files anywhere under ``folder``, read when needed.
 
-    ``names`` are relative to the folder and sorted; hidden files and prompts.jsonl are left out. Raises ValueError for
-    a folder without images or with other files, FileNotFoundError for a missing folder.
+    They are resized to ``size`` (height, width) if given. ``names`` are relative to the folder and sorted; hidden files
+    and folders and prompts.jsonl are left out. Raises ValueError for a folder without images or with other files,
+    FileNotFoundError for a missing folder.
     """
 
     def __init__(self, folder: str | Path, size: tuple[int, int] | None = None) -> None:
@@ -175,7 +176,7 @@ def file_names(folder: Path, kind: FileKind) -> tuple[str, ...]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give the folder of the reference {kind.name}")
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    files = [path for path in paths if path.name != _PROMPTS and not path.name.startswith(".")]
+    files = [path for path in paths if path.name != _PROMPTS and not any(part.startswith(".") for part in path.parts)]
     other = [path for path in files if path.suffix.lower() not in kind.suffixes]
     if other:
         more = f" and {len(other) - 1} more files of another kind" if len(other) > 1 else ""

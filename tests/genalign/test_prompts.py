@@ -1,44 +1,15 @@
-"""Prompt files and the order of training."""
+"""The order in which prompts are trained."""
 
 from __future__ import annotations
 
 from collections import Counter
 from itertools import islice
-from pathlib import Path
 
 import pytest
 
 from genalign.prompts import PromptSampler
-from genalign.runtime.prompt_files import load_prompts
 from genalign.types import Prompt, PromptSet
 from genalign.worlds import shapes
-
-
-def test_text_files(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("a cat\n\n  a dog \n")
-    loaded = load_prompts(tmp_path / "mine.txt")
-    assert loaded.name == "mine" and [prompt.text for prompt in loaded.prompts] == ["a cat", "a dog"]
-    assert loaded.prompts[0].task == "all"
-
-
-def test_geneval_files(tmp_path: Path) -> None:
-    (tmp_path / "g.jsonl").write_text('{"tag": "counting", "include": [], "prompt": "two cats"}\n')
-    (prompt,) = load_prompts(tmp_path / "g.jsonl").prompts
-    assert prompt.text == "two cats" and prompt.task == "counting"
-
-
-def test_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no prompt file .*none\.txt: give a \.txt \(one prompt a line\)"):
-        load_prompts(tmp_path / "none.txt")
-    (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(ValueError, match="holds no prompts: write one a line"):
-        load_prompts(tmp_path / "empty.txt")
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\nnot json\n')
-    with pytest.raises(ValueError, match="line 2: not JSON"):
-        load_prompts(tmp_path / "bad.jsonl")
-    (tmp_path / "worse.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(ValueError, match='line 1: each line must be an object with a text under "prompt"'):
-        load_prompts(tmp_path / "worse.jsonl")
 
 
 def test_tasks_are_met_in_turn() -> None:

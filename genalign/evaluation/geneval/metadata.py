@@ -106,6 +106,8 @@ def _parse_clause(text: str | None, index: int, value: Any) -> Clause:
     if unknown := set(value) - {"class", "count", "color", "position"}:
         raise invalid(f"there is no {', '.join(sorted(unknown))} in GenEval")
     name, count, color = value.get("class"), value.get("count"), value.get("color")
+    if isinstance(count, float) and count.is_integer():  # as pandas writes a column that has nulls
+        count = int(count)
     if not isinstance(name, str) or type(count) is not int or count < 1:  # True is no count
         raise invalid("it needs a class and a count of at least 1")
     if color is not None and color not in COLORS:

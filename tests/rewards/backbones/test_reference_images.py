@@ -104,14 +104,14 @@ def test_different_sizes_need_a_size(tmp_path: Path) -> None:
 def test_files_that_are_not_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         ImageFolder(tmp_path / "absent")
-    with pytest.raises(ValueError, match="has no images: put PNG or JPEG"):
+    with pytest.raises(ValueError, match="has no images: put PNG, JPEG or WebP"):
         ImageFolder(tmp_path)
     (tmp_path / "fake.png").write_text("not an image")
-    with pytest.raises(ValueError, match=r"fake\.png cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"fake\.png cannot be read as PNG, JPEG or WebP"):
         ImageFolder(tmp_path).load([0])
     (tmp_path / "sound.wav").write_bytes(b"RIFF")
     (tmp_path / "song.mp3").write_bytes(b"ID3")
-    with pytest.raises(ValueError, match=r"expected images \(PNG or JPEG\) in .*, found song\.mp3 and 1 more"):
+    with pytest.raises(ValueError, match=r"expected images \(PNG, JPEG or WebP\) in .*, found song\.mp3 and 1 more"):
         ImageFolder(tmp_path)
 
 

@@ -1,0 +1,146 @@
+"""Prompt files of every kind, encoding and line end: read whole, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from genalign.evaluation.geneval.metadata import PromptSpec
+from genalign.runtime.prompt_files import load_prompts, read_listing
+
+PROMPTS = ["a red circle", "two, blue squares", 'a "quoted" moon', "a line\u2028separator \x85 within"]
+GENEVAL = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": "a photo of two dogs"}
+
+
+def _read(path: Path, content: str | bytes) -> list[str]:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return [prompt.text for prompt in load_prompts(path).prompts]
+
+
+def _csv(delimiter: str = ",") -> str:
+    quoted = ('"' + prompt.replace('"', '""') + '"' for prompt in PROMPTS)
+    return "\n".join([f"id{delimiter}prompt", *(f"{i}{delimiter}{text}" for i, text in enumerate(quoted))])
+
+
+CONTENTS = {
+    "p.txt": "\n".join(PROMPTS),
+    "p.jsonl": "\n".join(json.dumps({"prompt": text}, ensure_ascii=False) for text in PROMPTS),
+    "UPPER.JSONL": "\n".join(json.dumps({"text": text}) for text in PROMPTS),
+    "p.ndjson": "\n".join(json.dumps({"caption": text, "prompt": None}) for text in PROMPTS),
+    "objects.json": json.dumps([{"prompt": text} for text in PROMPTS], indent=1),
+    "texts.json": json.dumps(PROMPTS),
+    "p.csv": _csv(),
+    "p.tsv": _csv("\t"),
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", CONTENTS)
+def test_every_kind_of_file_in_every_encoding_gives_the_same_prompts(
+    name: str, end: str, encoding: str, tmp_path: Path
+) -> None:
+    content = CONTENTS[name].replace("\n", end) + end + end
+    assert _read(tmp_path / name, content.encode(encoding)) == PROMPTS
+
+
+def test_parquet_rows_are_read_without_their_nulls(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table, parquet
+
+    clauses = [
+        {"class": "dog", "count": 1.0, "color": None, "position": None},
+        {"class": "cat", "count": 1.0, "color": None, "position": ["left of", "0"]},
+    ]
+    rows = [
+        {**GENEVAL, "exclude": None, "include": [{**clause, "position": None} for clause in clauses]},
+        {"prompt": "a plain text", "tag": None, "include": None, "exclude": None},
+    ]
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "p.parquet")
+    first, second = load_prompts(tmp_path / "p.parquet").prompts
+    assert PromptSpec.from_prompt(first).include[0].count == 1 and "exclude" not in (first.metadata or {})
+    assert (second.text, second.task) == ("a plain text", "all")
+    (tmp_path / "half.parquet").write_bytes((tmp_path / "p.parquet").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"half\.parquet cannot be read as parquet"):
+        load_prompts(tmp_path / "half.parquet")
+
+
+def test_cells_of_a_table_are_metadata(tmp_path: Path) -> None:
+    include = json.dumps(GENEVAL["include"]).replace('"', '""')
+    content = f'prompt,tag,include,note\na photo of two dogs,counting,"{include}",[not json\n'
+    (tmp_path / "p.csv").write_text(content)
+    (prompt,) = load_prompts(tmp_path / "p.csv").prompts
+    assert prompt.metadata == {**GENEVAL, "note": "[not json"}
+    assert PromptSpec.from_prompt(prompt) == PromptSpec.from_metadata(GENEVAL)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.yaml", "a", r"is no kind of prompt file: give one of \.txt, \.jsonl"),
+        ("p.txt.gz", "a", "is no kind of prompt file"),
+        ("p", "a", "is no kind of prompt file"),
+        ("p.txt", "\n \n", "holds no prompts"),
+        ("p.txt", b"a caf\xe9\n", r"p\.txt is not UTF-8 \(byte 0xe9 at position 5\): save it as UTF-8"),
+        ("p.jsonl", '{"prompt": "a"}\nnot json\n', "line 2: not JSON"),
+        ("p.jsonl", '{"name": "a"}\n', 'line 1: expected a text, or an object with a text under "prompt"'),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": null}\n', "line 2: expected a text"),
+        ("p.jsonl", "[1]\n", "line 1: expected a text"),
+        ("p.json", '{"prompt": "a"}', "is not a JSON list"),
+        ("p.json", '["a", 3]', "item 2: expected a text"),
+        ("p.csv", "a red circle\ntwo squares\n", r"has no column of prompts \(its first line is a red circle\)"),
+        ("p.csv", "prompt,tag\na, b, c\n", "line 2: not as many cells as the header"),
+        ("p.csv", "prompt,tag\na\n", "line 2: not as many cells as the header"),
+        ("p.csv", "prompt,tag\n,x\n", "line 2: expected a text"),
+    ],
+)
+def test_other_files_are_refused_in_one_line(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        _read(tmp_path / name, content)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no prompt file .*none\.txt: give one of \.txt"):
+        load_prompts(tmp_path / "none.txt")
+
+
+TEXTS = st.lists(
+    st.text(min_size=1).map(str.strip).filter(lambda text: text and not set(text) & set("\r\n")), min_size=1
+)
+
+
+@given(texts=TEXTS, encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+def test_texts_are_read_as_they_were_written(texts: list[str], encoding: str, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("prompts")
+    assert _read(folder / "p.txt", "\n".join(texts).encode(encoding)) == texts
+    assert _read(folder / "p.json", json.dumps(texts, ensure_ascii=False).encode(encoding)) == texts
+
+
+def _listing(folder: Path, *rows: object) -> dict[str, str]:
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
+    return {name: prompt.text for name, prompt in read_listing(folder).items()}
+
+
+def test_a_listing_names_the_prompt_of_each_file(tmp_path: Path) -> None:
+    one, again = {"file_name": "a/1.png", "prompt": "a circle"}, {"file_name": "2.png", "prompt": "a circle"}
+    assert _listing(tmp_path, one, again, one) == {"a/1.png": "a circle", "2.png": "a circle"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"file_name": "a/1.png", "prompt": "a square"}, "line 2: a/1.png is listed with two prompts"),
+        ({"file_name": "b.png", "prompt": None}, 'line 2: expected an object with "file_name" and "prompt"'),
+        ({"file_name": 1, "prompt": "a"}, 'line 2: expected an object with "file_name" and "prompt"'),
+        (["a/1.png"], 'line 2: expected an object with "file_name" and "prompt"'),
+        ({"file_name": "a\\2.png", "prompt": "a"}, r"with forward slashes, 'a/2\.png'"),
+    ],
+)
+def test_a_listing_that_is_not_clear_is_refused(row: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        _listing(tmp_path, {"file_name": "a/1.png", "prompt": "a circle"}, row)
