@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
 LEVEL = 0.95
-_TAILS = (50 * (1 - LEVEL), 50 * (1 + LEVEL))
+_TAIL = (1 - LEVEL) / 2
+
+Kind = Literal["score", "share", "share difference"]
+"""What is averaged: scores; shares, the means of zeros and ones; or differences of paired shares, in [-1, 1]."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % confidence interval, from ``n`` samples, seeds or trials."""
+    """A mean with its 95 % confidence interval, from ``n`` independent units: prompts, seeds or trials.
+
+    ``low`` and ``high`` are None where no interval would cover the truth as often as it says.
+    """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         return asdict(self)
 
 
@@ -53,32 +60,89 @@ class WinTest:
     above_half: float
 
 
-def bootstrap_mean(
-    values_by_task: Mapping[str, Sequence[float]], n_images: int, resamples: int = 2000, seed: int = 0
-) -> Estimate:
-    """Estimate the unweighted mean over tasks of the mean over prompts (GenEval's overall) by a percentile bootstrap.
+def mean_over_tasks(values_by_task: Mapping[str, Sequence[float]], kind: Kind) -> Estimate:
+    """Estimate the unweighted mean over tasks of the mean over prompts (GenEval's overall).
 
-    A value is one prompt's mean over its samples, so that a prompt's samples count as one draw; prompts are resampled
-    within their task. Per-prompt differences make the interval a paired one. It is too narrow for a task of very few
-    prompts, by a factor of about sqrt((n - 1) / n) for n prompts, and has no width for a task of one.
+    A value is one prompt's mean over its samples, so that a prompt's samples count as one draw. The interval depends on
+    what the values are, by ``kind``:
+
+    score             Student's, with Welch and Satterthwaite's degrees of freedom over the tasks; None where a task has
+                      one prompt, whose spread is unknown
+    share             Clopper and Pearson's exact interval of a share of K^2 / sum(1 / n_k) trials, for n_k prompts in
+                      each of K tasks: as many as give one proportion the variance of the mean over tasks
+    share difference  Zou and Donner's combination (Statistics in Medicine 27, 2008) of the same intervals of the share
+                      of prompts that improved and of those that got worse, with their multinomial correlation
 
     Args:
         values_by_task: Finite values of every task, one per prompt.
-        n_images: The number of samples to report as ``n``.
-        resamples: The number of draws of the bootstrap.
-        seed: The seed of the bootstrap.
+        kind: What the values are.
+
+    Returns:
+        The mean with its interval, and the number of prompts.
 
     Raises:
-        ValueError: There is no task, or a task has no values or a value that is not finite.
+        ValueError: There is no task, or a task has no values or a value that is not finite or possible.
     """
     if not values_by_task:
         raise ValueError("there is nothing to average: give at least one task")
     tasks = [_checked(values, f"task {task!r}") for task, values in values_by_task.items()]
-    rng = np.random.default_rng(seed)
-    # Means (tasks, resamples) of draws with replacement
-    draws = np.mean([v[rng.integers(len(v), size=(resamples, len(v)))].mean(1) for v in tasks], axis=0)
-    low, high = np.percentile(draws, _TAILS)
-    return Estimate(float(np.mean([values.mean() for values in tasks])), float(low), float(high), n_images)
+    if kind == "score":
+        return _score_mean(tasks)
+    least = 0 if kind == "share" else -1
+    if any(values.min() < least or values.max() > 1 for values in tasks):
+        raise ValueError(f"a {kind} is in [{least}, 1]: average such values as scores")
+    trials = len(tasks) ** 2 / sum(1 / len(values) for values in tasks)
+    n = sum(map(len, tasks))
+    if kind == "share":
+        mean = float(np.mean([values.mean() for values in tasks]))
+        return Estimate(mean, *_share_limits(mean, trials), n)
+    better, worse = (float(np.mean([(sign * values).clip(0).mean() for values in tasks])) for sign in (1, -1))
+    return Estimate(better - worse, *_difference_limits(better, worse, trials), n)
+
+
+def _score_mean(tasks: Sequence[npt.NDArray[np.float64]]) -> Estimate:
+    mean, counts = float(np.mean([values.mean() for values in tasks])), np.array([len(values) for values in tasks])
+    if counts.min() < 2:
+        return Estimate(mean, None, None, int(counts.sum()))
+    variances = np.array([values.var(ddof=1) / len(values) for values in tasks]) / len(tasks) ** 2
+    variance = float(variances.sum())
+    freedom = variance**2 / float((variances**2 / (counts - 1)).sum()) if variance else 1.0
+    reach = float(stats.t.isf(_TAIL, freedom)) * variance**0.5
+    return Estimate(mean, mean - reach, mean + reach, int(counts.sum()))
+
+
+def share(successes: float, n: int) -> Estimate:
+    """Estimate a share with the exact interval (Clopper and Pearson 1934); half successes are allowed.
+
+    Raises:
+        ValueError: no trial, or more successes than trials.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes in {n} trials is no share: need n >= 1 and 0 <= successes <= n")
+    return Estimate(successes / n, *_share_limits(successes / n, n), n)
+
+
+def _share_limits(mean: float, trials: float) -> tuple[float, float]:
+    """Clopper and Pearson's limits of a share, also for fractions of trials."""
+    successes = mean * trials
+    failures = max(trials - successes, 0.0)
+    low = float(stats.beta.ppf(_TAIL, successes, failures + 1)) if successes > 0 else 0.0
+    high = float(stats.beta.isf(_TAIL, successes + 1, failures)) if failures > 0 else 1.0
+    return min(low, mean), max(high, mean)
+
+
+def _difference_limits(better: float, worse: float, trials: float) -> tuple[float, float]:
+    """Zou and Donner's limits of the difference of two shares of the same trials that exclude each other."""
+    mean = better - worse
+    (b_low, b_high), (w_low, w_high) = _share_limits(better, trials), _share_limits(worse, trials)
+    spread = (better * (1 - better) * worse * (1 - worse)) ** 0.5
+    correlation = -min(1.0, better * worse / spread) if spread > 0 else -1.0
+
+    def reach(a: float, b: float) -> float:
+        return float(max(a * a + b * b - 2 * correlation * a * b, 0.0) ** 0.5)
+
+    low, high = mean - reach(better - b_low, w_high - worse), mean + reach(b_high - better, worse - w_low)
+    return max(low, -1.0), min(high, 1.0)
 
 
 def t_interval(values: Sequence[float]) -> Estimate:
@@ -91,7 +155,7 @@ def t_interval(values: Sequence[float]) -> Estimate:
     if len(array) < 2:
         raise ValueError("an interval over seeds needs at least two of them, and three to be of use")
     mean, error = float(array.mean()), float(array.std(ddof=1)) / len(array) ** 0.5
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(array) - 1)) * error
+    reach = float(stats.t.isf(_TAIL, len(array) - 1)) * error
     return Estimate(mean, mean - reach, mean + reach, len(array))
 
 
@@ -104,38 +168,27 @@ def median_interval(values: Sequence[float]) -> Estimate:
         ValueError: no value, or one that is not finite.
     """
     array = np.sort(_checked(values, "the list"))
-    rank = max(0, int(stats.binom.ppf((1 - LEVEL) / 2, len(array), 0.5)) - 1)
+    rank = max(0, int(stats.binom.ppf(_TAIL, len(array), 0.5)) - 1)
     return Estimate(float(np.median(array)), float(array[rank]), float(array[-1 - rank]), len(array))
-
-
-def wilson(successes: float, n: int) -> Estimate:
-    """Estimate a proportion with Wilson's score interval (Wilson 1927); half successes are allowed.
-
-    Raises:
-        ValueError: no trial, or more successes than trials.
-    """
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes in {n} trials is no proportion: need n >= 1 and 0 <= successes <= n")
-    z = float(stats.norm.ppf((1 + LEVEL) / 2))
-    p, scale = successes / n, 1 + z * z / n
-    center = (p + z * z / (2 * n)) / scale
-    reach = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / scale
-    return Estimate(p, max(0.0, min(p, center - reach)), min(1.0, max(p, center + reach)), n)
 
 
 def wider(a: Estimate, b: Estimate) -> Estimate:
     """Join two intervals of one mean, such as over prompts and over seeds, into one; ``n`` is of ``a``.
+
+    Without one of them, the other is returned.
 
     Raises:
         ValueError: the means differ.
     """
     if not np.isclose(a.mean, b.mean, rtol=1e-6, atol=1e-9):
         raise ValueError(f"intervals of two different means, {a.mean:g} and {b.mean:g}, cannot be joined")
-    return Estimate(a.mean, min(a.low, b.low), max(a.high, b.high), a.n)
+    lows = [limit for limit in (a.low, b.low) if limit is not None]
+    highs = [limit for limit in (a.high, b.high) if limit is not None]
+    return Estimate(a.mean, min(lows, default=None), max(highs, default=None), a.n)
 
 
 def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
-    """Estimate how often ``after`` beats ``before``, a tie as half, with Wilson's interval for independent pairs.
+    """Estimate how often ``after`` beats ``before``, a tie as half, with the exact interval for independent pairs.
 
     Where several pairs share a prompt, pass the per-prompt means.
 
@@ -145,7 +198,7 @@ def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
     wins, losses, ties = _outcomes(before, after)
     n = wins + losses + ties
     p_value = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-    return WinRate(wilson(wins + ties / 2, n), ties / n, p_value)
+    return WinRate(share(wins + ties / 2, n), ties / n, p_value)
 
 
 def win_test(before: Sequence[float], after: Sequence[float]) -> WinTest:

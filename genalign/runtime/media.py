@@ -222,7 +222,7 @@ def opened_image(path: Path) -> Iterator[Image.Image]:
                 raise ValueError(f"{path} has {file.width} x {file.height} pixels, over {MAX_PIXELS}: make it smaller")
             yield file
     except _UNREADABLE as error:
-        raise ValueError(f"{path} cannot be read as PNG, JPEG or WebP ({error}): save it anew as PNG") from error
+        raise ValueError(f"{path} cannot be read as an image ({error}): save it anew as PNG, JPEG or WebP") from error
 
 
 def read_image(path: Path) -> Tensor:

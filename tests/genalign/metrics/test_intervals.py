@@ -1,67 +1,117 @@
+"""Intervals by hand, and how often they cover the truth in simulations."""
+
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from genalign.metrics.intervals import (
     Estimate,
-    bootstrap_mean,
+    mean_over_tasks,
+    share,
     t_interval,
     wider,
-    wilson,
     win_rate,
     win_test,
     win_test_from_counts,
 )
 
 
-def test_overall_weights_tasks_equally():
-    estimate = bootstrap_mean({"a": [1.0, 1.0, 0.0, 0.0], "b": [1.0]}, n_images=15)
-    assert estimate.mean == pytest.approx((0.5 + 1.0) / 2)
-    assert estimate.n == 15
-    assert estimate.as_dict() == {"mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": 15}
+def test_overall_weights_tasks_equally_and_counts_prompts():
+    estimate = mean_over_tasks({"a": [1.0, 1.0, 0.0, 0.0], "b": [1.0, 1.0]}, "score")
+    assert estimate.mean == pytest.approx((0.5 + 1.0) / 2) and estimate.n == 6
+    assert estimate.as_dict() == {"mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": 6}
 
 
-def test_resamples_stay_inside_their_task():
-    """Tasks without spread have an interval without width, however much they differ from each other."""
-    assert bootstrap_mean({"a": [0.2] * 5, "b": [0.8] * 7}, 12) == Estimate(*[pytest.approx(0.5)] * 3, 12)
+def test_a_score_of_one_task_has_students_interval():
+    """Mean 4, standard deviation 2, three prompts: 4 +- 4.302653 * 2 / sqrt(3)."""
+    estimate = mean_over_tasks({"a": [2.0, 4.0, 6.0]}, "score")
+    reach = 4.302653 * 2 / 3**0.5
+    assert (estimate.mean, estimate.low, estimate.high) == pytest.approx((4, 4 - reach, 4 + reach), rel=1e-6)
 
 
-def test_interval_of_a_fair_coin():
-    """1000 prompts, half of them right: the standard error is 0.5 / sqrt(1000)."""
-    estimate = bootstrap_mean({"a": [0.0, 1.0] * 500}, 1000)
-    reach = 1.96 * 0.5 / 1000**0.5
-    assert estimate.low == pytest.approx(0.5 - reach, abs=0.003)
-    assert estimate.high == pytest.approx(0.5 + reach, abs=0.003)
+def test_scores_without_a_known_spread_have_no_interval():
+    assert mean_over_tasks({"a": [0.5, 0.7], "b": [0.1]}, "score") == Estimate(pytest.approx(0.35), None, None, 3)
 
 
-def test_bootstrap_is_deterministic_and_depends_on_its_seed():
-    values = {"a": [0.1, 0.5, 0.7, 0.2], "b": [0.3, 0.9]}
-    assert bootstrap_mean(values, 6) == bootstrap_mean(values, 6)
-    assert bootstrap_mean(values, 6) != bootstrap_mean(values, 6, seed=1)
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (8, 10), (10, 10), (1, 1), (250, 960)])
+def test_shares_have_the_exact_interval(successes, n):
+    expected = binomtest(successes, n).proportion_ci()
+    values = [1.0] * successes + [0.0] * (n - successes)
+    for estimate in (share(successes, n), mean_over_tasks({"all": values}, "share")):
+        assert (estimate.mean, estimate.n) == (successes / n, n)
+        assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
-def test_bootstrap_covers_the_truth():
-    """Two tasks of 40 prompts of different difficulty, 3 images each: the truth is inside 95 times in 100."""
-    rng = np.random.default_rng(7)
-    inside = 0
-    for _ in range(400):
-        easy = rng.binomial(3, rng.beta(4, 2, 40)) / 3
-        hard = rng.binomial(3, rng.beta(1, 3, 40)) / 3
-        estimate = bootstrap_mean({"easy": easy.tolist(), "hard": hard.tolist()}, 240, resamples=500)
-        inside += estimate.low <= (4 / 6 + 1 / 4) / 2 <= estimate.high
-    assert 0.91 <= inside / 400 <= 0.98
+def test_a_difference_of_shares_that_has_one_sign_has_the_exact_lower_limit_of_its_share():
+    """Of ten prompts three improved and none got worse: by hand, from the limits of 3/10 and 0/10."""
+    estimate = mean_over_tasks({"all": [1.0] * 3 + [0.0] * 7}, "share difference")
+    low, high = binomtest(3, 10).proportion_ci()
+    worse = binomtest(0, 10).proportion_ci().high
+    assert estimate.mean == pytest.approx(0.3) and estimate.high == pytest.approx(high)
+    assert estimate.low == pytest.approx(0.3 - (0.3 - low + worse))
+
+
+# ------------------------------------------------------------------------------------------------------- coverage
+
+REPEATS = 1000
+STRATA = {
+    "3": (3,),
+    "6": (6,),
+    "20": (20,),
+    "200": (200,),
+    "6 x 1": (1,) * 6,
+    "6 x 5": (5,) * 6,
+    "mixed": (1, 2, 6, 3, 40),
+}
+
+
+def _covers(draws, truth, kind):
+    """The share of repeats (tasks of (repeats, prompts)) whose interval has the truth; 1 where none is printed."""
+    rows = [{str(k): task[i].tolist() for k, task in enumerate(draws)} for i in range(REPEATS)]
+    estimates = [mean_over_tasks(row, kind) for row in rows]
+    return np.mean([e.low is None or e.low - 1e-9 <= truth <= e.high + 1e-9 for e in estimates])
+
+
+@pytest.mark.parametrize("strata", STRATA)
+def test_intervals_of_scores_cover_the_truth(strata):
+    rng = np.random.default_rng(1)
+    draws = [rng.normal(k, 1 + 2 * (k % 2), (REPEATS, n)) for k, n in enumerate(STRATA[strata])]
+    assert _covers(draws, np.mean(range(len(draws))), "score") >= 0.93
+
+
+@pytest.mark.parametrize("strata", STRATA)
+@pytest.mark.parametrize("truth", [0.03, 0.5, 0.97])
+@pytest.mark.parametrize("images", [1, 4])
+def test_intervals_of_shares_cover_the_truth(strata, truth, images):
+    """Images of one prompt agree more than those of several: the chance of a prompt is drawn first."""
+    rng = np.random.default_rng(2)
+    shapes = [(REPEATS, n) for n in STRATA[strata]]
+    chances = [np.full(shape, truth) if images == 1 else rng.beta(truth, 1 - truth, shape) for shape in shapes]
+    assert _covers([rng.binomial(images, chance) / images for chance in chances], truth, "share") >= 0.93
+
+
+@pytest.mark.parametrize("strata", STRATA)
+@pytest.mark.parametrize(("better", "worse"), [(0.03, 0.0), (0.03, 0.03), (0.25, 0.25), (0.5, 0.03), (0.9, 0.05)])
+def test_intervals_of_paired_shares_cover_the_truth(strata, better, worse):
+    rng = np.random.default_rng(3)
+    chances = [better, worse, 1 - better - worse]
+    draws = [rng.choice([1.0, -1.0, 0.0], (REPEATS, n), p=chances) for n in STRATA[strata]]
+    assert _covers(draws, better - worse, "share difference") >= 0.93
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "kind", "message"),
     [
-        ({}, "at least one task"),
-        ({"a": [0.5], "counting": []}, "task 'counting' has no values"),
-        ({"a": [float("nan")]}, "task 'a' has values that are not finite"),
+        ({}, "score", "at least one task"),
+        ({"a": [0.5], "counting": []}, "share", "task 'counting' has no values"),
+        ({"a": [float("nan")]}, "score", "task 'a' has values that are not finite"),
+        ({"a": [1.5]}, "share", r"a share is in \[0, 1\]"),
+        ({"a": [-1.5]}, "share difference", r"a share difference is in \[-1, 1\]"),
     ],
 )
-def test_bootstrap_refuses(values, message):
+def test_values_that_cannot_be_averaged_are_refused(values, kind, message):
     with pytest.raises(ValueError, match=message):
-        bootstrap_mean(values, 1)
+        mean_over_tasks(values, kind)
 
 
 def test_t_interval_by_hand():
@@ -74,23 +124,16 @@ def test_t_interval_by_hand():
         t_interval([0.5])
 
 
-def test_wilson_by_hand():
-    """8 of 10, from the formula with z = 1.959964; 0 of 10 ends at z^2 / (n + z^2)."""
-    estimate = wilson(8, 10)
-    assert (estimate.mean, estimate.low, estimate.high) == pytest.approx((0.8, 0.490162, 0.943318), abs=1e-6)
-    none = wilson(0, 10)
-    assert (none.mean, none.low, none.n) == (0.0, 0.0, 10)
-    assert none.high == pytest.approx(0.277533, abs=1e-6)
-
-
 @pytest.mark.parametrize(("successes", "n"), [(0, 0), (3, 2), (-1, 2)])
-def test_wilson_refuses(successes, n):
-    with pytest.raises(ValueError, match="no proportion"):
-        wilson(successes, n)
+def test_impossible_shares_are_refused(successes, n):
+    with pytest.raises(ValueError, match="is no share"):
+        share(successes, n)
 
 
 def test_wider_covers_both():
     assert wider(Estimate(0.5, 0.4, 0.55, 96), Estimate(0.5, 0.45, 0.6, 3)) == Estimate(0.5, 0.4, 0.6, 96)
+    assert wider(Estimate(0.5, None, None, 96), Estimate(0.5, 0.45, 0.6, 3)) == Estimate(0.5, 0.45, 0.6, 96)
+    assert wider(Estimate(0.5, None, None, 96), Estimate(0.5, None, None, 3)) == Estimate(0.5, None, None, 96)
     with pytest.raises(ValueError, match="different means"):
         wider(Estimate(0.5, 0.4, 0.6, 3), Estimate(0.6, 0.5, 0.7, 3))
 
@@ -99,7 +142,7 @@ def test_win_rate_counts_ties_as_half():
     """Two wins, one loss, one tie: 2.5 of 4. The sign test has 2 of 3: two-sided p = 1."""
     result = win_rate([0, 0, 1, 1], [1, 1, 0, 1])
     assert (result.rate.mean, result.ties, result.p_value) == (0.625, 0.25, pytest.approx(1.0))
-    assert (result.rate.low, result.rate.high) == (wilson(2.5, 4).low, wilson(2.5, 4).high)
+    assert (result.rate.low, result.rate.high) == (share(2.5, 4).low, share(2.5, 4).high)
     assert win_rate([0] * 6, [1] * 6).p_value == pytest.approx(2 / 64)
     assert win_rate([1, 1], [1, 1]).p_value == 1.0
     with pytest.raises(ValueError, match="needs pairs"):

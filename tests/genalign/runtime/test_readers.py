@@ -105,8 +105,8 @@ def _bytes(content: bytes) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (_bytes(b""), "cannot be read as PNG, JPEG or WebP"),
-        (_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "cannot be read as PNG, JPEG or WebP"),
+        (_bytes(b""), "cannot be read as an image"),
+        (_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "cannot be read as an image"),
         (lambda path: Image.fromarray(RAMP).save(path, "GIF"), "save it anew as PNG"),
         (lambda path: Image.fromarray(RAMP).save(path, "TIFF"), "save it anew as PNG"),
     ],

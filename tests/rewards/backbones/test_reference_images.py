@@ -107,7 +107,7 @@ def test_files_that_are_not_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no images: put PNG, JPEG or WebP"):
         ImageFolder(tmp_path)
     (tmp_path / "fake.png").write_text("not an image")
-    with pytest.raises(ValueError, match=r"fake\.png cannot be read as PNG, JPEG or WebP"):
+    with pytest.raises(ValueError, match=r"fake\.png cannot be read as an image"):
         ImageFolder(tmp_path).load([0])
     (tmp_path / "sound.wav").write_bytes(b"RIFF")
     (tmp_path / "song.mp3").write_bytes(b"ID3")
