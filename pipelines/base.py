@@ -12,16 +12,25 @@ from typing import Any, ClassVar, Self, TypedDict, Unpack
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from genalign.diffusion.lora import ADAPTER, PEFT_CONFIG, load_lora, merge_lora, save_peft, sort_metadata
+from genalign.diffusion.lora import (
+    ADAPTER,
+    DIFFUSERS_WEIGHTS,
+    adapter_file,
+    inject_lora,
+    merge_lora,
+    save_peft,
+    sort_metadata,
+)
 from genalign.diffusion.paths import GaussianPath
 from genalign.runtime.files import write_json
 from genalign.runtime.memory_options import Memory
 from genalign.types import Conditioning, Grid, NoiseLevel
-from pipelines.checkpoint_files import check_folder, fingerprint, is_hub_id
+from pipelines.adapter_files import read_adapter
+from pipelines.checkpoint_files import check_folder, fingerprint, hub_adapter
 from pipelines.low_memory import on_device, quantization_arguments
 
 logger = logging.getLogger(__name__)
@@ -79,6 +88,7 @@ class DiffusersPipeline(ABC):
             raise ValueError("this model has no guidance distilled into it: leave distilled_guidance out")
         self.fingerprint = fingerprint(self.denoiser)
         self._has_adapter = False
+        self._text_adapters: dict[str, LoraConfig] = {}  # of text encoders, by component
         self._embeddings: dict[str, dict[str, Tensor]] = {}  # by text, the one used longest ago first
         self._batches: dict[str, list[str]] = {}  # the batch in which a text is encoded
 
@@ -342,44 +352,64 @@ class DiffusersPipeline(ABC):
     def save_lora(self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
         """Write an adapter as the pipeline's ``load_lora_weights`` expects it, with rank and alpha.
 
-        A family whose adapters diffusers does not load gets the format of PEFT.
+        Adapters on the text encoders, which are sampled with, are written too. PEFT's format is written for a family
+        whose adapters diffusers does not load, and for biases of the network, which diffusers' format has no names for.
         """
-        if self.lora_in_diffusers:
-            settings = config.to_dict()
-            metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-            name = self.denoiser_name
-            layers = {f"{name}_lora_layers": dict(state), f"{name}_lora_adapter_metadata": metadata}
+        if self.lora_in_diffusers and config.bias == "none":
+            parts: dict[str, tuple[Mapping[str, Tensor], LoraConfig]] = {self.denoiser_name: (state, config)}
+            for name, own in self._text_adapters.items():
+                parts[name] = get_peft_model_state_dict(self.pipe.components[name], adapter_name=ADAPTER), own
+            layers: dict[str, Any] = {}
+            for name, (tensors, settings) in parts.items():
+                plain = settings.to_dict().items()
+                layers[f"{name}_lora_layers"] = dict(tensors)
+                layers[f"{name}_lora_adapter_metadata"] = {k: sorted(v) if isinstance(v, set) else v for k, v in plain}
             type(self.pipe).save_lora_weights(directory, **layers)
-            sort_metadata(directory / "pytorch_lora_weights.safetensors")
+            sort_metadata(directory / DIFFUSERS_WEIGHTS)
+        elif self._text_adapters:
+            raise ValueError(
+                "the adapter's layers of the text encoders cannot be saved in PEFT's format: train without them"
+            )
         else:
             save_peft(directory, state, config)
         if self.memory.quantization is None:  # the fingerprint of a quantized network is another than the original's
             write_json(directory / _BASE_FILE, {"fingerprint": self.fingerprint})
 
     def load_lora(self, source: str | Path) -> None:
-        """Load an adapter that ``save_lora``, diffusers or PEFT wrote: a folder, a .safetensors file, or a Hub id.
+        """Put on an adapter: a run's folder, a folder or file of diffusers, PEFT, kohya or ComfyUI, or a Hub id.
 
-        Raises ValueError for an adapter of another base, FileNotFoundError for none; pickled weights are not opened.
+        Every entry of the file is used, in the denoiser and in the text encoders, or the file is refused. Raises
+        ValueError for an adapter of another base, FileNotFoundError for none; pickled weights are not opened.
         """
-        folder = Path(source)
-        if not folder.exists() and not is_hub_id(source):
-            raise FileNotFoundError(
-                f"no LoRA {source}: give the lora/ folder of a run, a .safetensors file or a Hub id"
-            )
-        base = folder / _BASE_FILE
+        path = adapter_file(source) if Path(source).exists() else hub_adapter(source)
+        base = path.parent / _BASE_FILE
         has_fingerprint = self.memory.quantization is None and base.is_file()
         if has_fingerprint and json.loads(base.read_text())["fingerprint"] != self.fingerprint:
             raise ValueError(f"the adapter in {source} was trained on another base checkpoint than this one")
-        if (folder / PEFT_CONFIG).is_file():
-            load_lora(self.denoiser, folder)
-        elif self.lora_in_diffusers:
-            self.pipe.load_lora_weights(source, adapter_name=ADAPTER, use_safetensors=True)
-        else:
-            raise ValueError(
-                f"{source} is not an adapter in the format of PEFT, and diffusers has no loader for this family: give"
-                " the lora/ folder of a run, with adapter_config.json and adapter_model.safetensors"
-            )
+        encoders = {name: encoder for name in self.encoders if (encoder := self.pipe.components.get(name)) is not None}
+        convert = self._diffusers_names if self.lora_in_diffusers else None
+        for name, adapter in read_adapter(
+            path, {self.denoiser_name: self.denoiser, **encoders}, self.denoiser_name, convert
+        ).items():
+            network = self.denoiser if name == self.denoiser_name else encoders[name]
+            config = adapter.peft_config()
+            inject_lora(network, config, adapter.state)
+            if name != self.denoiser_name:
+                network.requires_grad_(False)
+                self._text_adapters[name] = config
+            layers = sum(entry.endswith("lora_A.weight") for entry in adapter.state)
+            logger.info("the adapter %s is on %d layers of %s", path, layers, name)
         self._has_adapter = True
+
+    def _diffusers_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Convert the names of another implementation's adapter to diffusers'."""
+        kind: Any = type(self.pipe)
+        unet = {"unet_config": self.pipe.unet.config} if self.denoiser_name == "unet" else {}
+        converted = kind.lora_state_dict(dict(state), **unet)
+        if not isinstance(converted, tuple):
+            return dict(converted)
+        names, alphas = converted
+        return {**names, **{name: torch.tensor(value) for name, value in (alphas or {}).items()}}
 
     def save_denoiser(self, directory: Path) -> None:
         """Write the network's weights and configuration in the format of diffusers."""
@@ -392,7 +422,10 @@ class DiffusersPipeline(ABC):
 
     def save_merged(self, directory: Path, whole: bool) -> None:
         """Merge the adapter, if any, into the network, and write the network, or the ``whole`` pipeline."""
+        if self._text_adapters and not whole:
+            raise ValueError("the adapter has layers on the text encoders: export the whole pipeline")
         if self._has_adapter:
-            merge_lora(self.denoiser)
-            self._has_adapter = False
+            for network in (self.denoiser, *(self.pipe.components[name] for name in self._text_adapters)):
+                merge_lora(network)
+            self._has_adapter, self._text_adapters = False, {}
         (self.pipe if whole else self.pipe.components[self.denoiser_name]).save_pretrained(directory)

@@ -18,6 +18,8 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
+from genalign.diffusion.lora import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
+
 
 def check_folder(path_or_id: str | Path, expected_class: str) -> None:
     """Check that a path is a complete diffusers folder, or a reachable Hub id, of a pipeline class.
@@ -104,6 +106,17 @@ def component_file(path_or_id: str | Path, component: str, file: str) -> Path:
             f"{path_or_id} lacks {component}/{file}: copy the whole folder that save_pretrained wrote"
         )
     return path
+
+
+def hub_adapter(source: str | Path) -> Path:
+    """Download an adapter's file from the Hub, or find it in the cache. Raises FileNotFoundError if it is nowhere."""
+    if not is_hub_id(source):
+        raise FileNotFoundError(f"there is no adapter {source}: give a run's folder, a .safetensors file or a Hub id")
+    try:
+        return _download(str(source), DIFFUSERS_WEIGHTS)
+    except FileNotFoundError:
+        _download(str(source), PEFT_CONFIG)
+        return _download(str(source), PEFT_WEIGHTS)
 
 
 def is_hub_id(source: str | Path) -> bool:

@@ -11,12 +11,13 @@ from typing import Any, cast
 
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 ADAPTER = "default"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 _PREFIX = "base_model.model."
 
 
@@ -26,20 +27,49 @@ def inject_lora(network: nn.Module, config: LoraConfig, state: Mapping[str, Tens
     Raises:
         ValueError: ``state`` does not hold exactly the weights of such an adapter.
     """
-    inject_adapter_in_model(config, network, adapter_name=ADAPTER)
-    if state is None:
-        return
-    result = set_peft_model_state_dict(network, dict(state), adapter_name=ADAPTER)
-    if mismatches := [name for name in result.missing_keys if "lora_" in name] + list(result.unexpected_keys):
+    try:
+        inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+        if state is None:
+            return
+        result = set_peft_model_state_dict(network, dict(state), adapter_name=ADAPTER)
+        mismatches = [name for name in result.missing_keys if "lora_" in name] + list(result.unexpected_keys)
+    except (RuntimeError, ValueError) as error:  # PEFT's, for shapes and for targets that are not there
+        mismatches = [str(error).strip().splitlines()[-1].strip()]
+    if mismatches:
         raise ValueError(
             f"the adapter does not fit this network, at {mismatches[0]}: choose an adapter of the same base model"
         )
+    if meta := [name for name, tensor in network.named_parameters() if "lora_" in name and tensor.is_meta]:
+        raise ValueError(f"{len(meta)} weights of the adapter were not loaded, such as {meta[0]}: give the whole file")
 
 
-def load_lora(network: nn.Module, folder: Path) -> None:
-    """Inject the adapter of a PEFT folder. Raises ValueError if it was trained on another network."""
-    state = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(folder / PEFT_WEIGHTS).items()}
-    inject_lora(network, LoraConfig.from_pretrained(str(folder)), state)
+def adapter_file(source: str | Path) -> Path:
+    """Find the weight file of an adapter: a .safetensors file, a folder with one, or a folder whose lora/ has one.
+
+    Raises FileNotFoundError if there is none, ValueError for several; pickled weights are not opened.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path} is not a .safetensors file: pickled weights are not opened, convert them first")
+        return path
+    if not path.exists():
+        raise FileNotFoundError(f"there is no adapter {path}: give a run's folder, a .safetensors file or a Hub id")
+    for folder in (path, path / "lora"):
+        for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS):
+            if (folder / name).is_file():
+                return folder / name
+        files = sorted(folder.glob("*.safetensors"))
+        if len(files) == 1:
+            return files[0]
+        if files:
+            names = ", ".join(file.name for file in files[:5])
+            raise ValueError(f"{folder} has {len(files)} .safetensors files ({names}): give one of them")
+    pickles = [file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    reason = f": {pickles[0]} is pickled, which is not opened, convert it first" if pickles else ""
+    raise FileNotFoundError(
+        f"{path} has no .safetensors file of an adapter{reason or ': give a run with lora/, or the file itself'}"
+    )
 
 
 def merge_lora(network: nn.Module) -> None:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from genalign.diffusion.lora import PEFT_CONFIG, adapter_file
 from genalign.evaluation.evaluate import EvaluationProtocol, SampleRecord, record_as_dict, record_from_dict
 from genalign.runtime.file_locks import Claims
 from genalign.runtime.files import write_json
@@ -40,16 +41,13 @@ class ModelIdentity:
 
 
 def adapter_hash(source: Path) -> str:
-    """16 hexadecimal characters over the weight files of an adapter, which is a folder or one file.
+    """16 hexadecimal characters over the weight file of an adapter, and PEFT's configuration beside it.
 
-    Raises FileNotFoundError if there is no weight file.
+    Raises as ``adapter_file``.
     """
-    files = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(
-            f"{source} has no .safetensors file: give the lora/ folder of a run, or a file; download a Hub's first"
-        )
-    return content_hash(source, files)
+    path = adapter_file(source)
+    config = path.parent / PEFT_CONFIG
+    return content_hash(path.parent, [config, path] if config.is_file() else [path])
 
 
 def content_hash(folder: Path, files: Iterable[Path]) -> str:
