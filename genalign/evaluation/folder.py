@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from genalign.evaluation.evaluate import EvaluationProtocol, SampleRecord, record_as_dict, record_from_dict
-from genalign.runtime.file_locks import Claims
-from genalign.runtime.files import write_json
+from genalign.runtime.files import Claims, write_json
 
 MANIFEST = "evaluation.json"
 

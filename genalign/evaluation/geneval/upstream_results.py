@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from genalign.evaluation.folder import ModelIdentity, manifest
-from genalign.evaluation.geneval.compare_models import load_finished
 from genalign.evaluation.geneval.metadata import PromptSpec
 from genalign.evaluation.geneval.result_files import ImageResult
-from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, prompt_row, sample_row
+from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, load_finished, prompt_row, sample_row
 from genalign.evaluation.geneval.scoring import Detection, GenEvalScore, score_detections
 from genalign.types import Prompt
 

@@ -22,7 +22,7 @@ from genalign.evaluation.report.sections import flattened
 from genalign.evaluation.report.words import call_words, count, duration, number, signed
 from genalign.metrics.intervals import Estimate
 from genalign.runtime.media import Thumbnail, writer
-from genalign.runtime.spectrogram import spectrogram
+from genalign.runtime.waveforms import spectrogram
 
 PROTOCOL = EvaluationProtocol("iid", "0" * 16, 4.0, (1.0, 0.5, 0.0), "ODE()", "float32", 16, (64, 64), 3, 96, "test 1")
 HOSTILE = """"><script>alert('x')</script><img src=x onerror=alert(1)> {{ 7 * 7 }} & a 'circle'"""
@@ -523,6 +523,5 @@ def test_numbers_in_words():
 
 
 def test_flattened_json():
-    facts = flattened({"a": {"b": None, "c": [1, {"d": "é"}]}, "e": "text"})
-    assert [(fact.label, fact.value) for fact in facts] == [("a.b", "null"), ("a.c", '[1, {"d": "é"}]'), ("e", "text")]
-    assert flattened({}) == []
+    nested = {"a": {"b": None, "c": [1, {"d": "é"}]}, "e": "text"}
+    assert flattened(nested) == {"a.b": "null", "a.c": '[1, {"d": "é"}]', "e": "text"}
