@@ -17,14 +17,11 @@ from genalign.algorithms.trajectory import noise_weighted
 from genalign.diffusion.paths import FlowPath
 from genalign.diffusion.transitions import CPS, ODE, DanceSDE, FlowSDE, Kernel, Transition, transition
 from genalign.types import Grid, NoiseStep
+from tests.genalign.algorithms.updates import randn
 
 
 def gradient(loss: Tensor, of: Tensor) -> Tensor:
     return torch.autograd.grad(loss.sum(), of)[0]
-
-
-def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def two_steps() -> NoiseStep:
