@@ -41,10 +41,6 @@ class Thresholds:
     max_overlap: float = 1.0
     position: float = 0.1
 
-    def min_score(self, tag: str) -> float:
-        """Return the score that a detection must exceed in a task."""
-        return self.counting if tag == "counting" else self.confidence
-
 
 @dataclass(frozen=True)
 class GenEvalScore:
@@ -67,11 +63,10 @@ class GenEvalScore:
 
 def filter_detections(detections: Sequence[Detection], tag: str, thresholds: Thresholds) -> list[int]:
     """Return the indices of the detections that count in the task ``tag``, by class and descending confidence."""
+    least = thresholds.counting if tag == "counting" else thresholds.confidence
     counted: list[int] = []
     for name in dict.fromkeys(detection.name for detection in detections):
-        confident = [
-            i for i, item in enumerate(detections) if item.name == name and item.score > thresholds.min_score(tag)
-        ]
+        confident = [i for i, item in enumerate(detections) if item.name == name and item.score > least]
         best: list[int] = []
         for i in sorted(confident, key=lambda i: -detections[i].score)[: thresholds.max_objects]:
             overlaps = (overlap(detections[i].box, detections[j].box) for j in best)

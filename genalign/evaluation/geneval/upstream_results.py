@@ -22,8 +22,6 @@ from genalign.types import Prompt
 VERIFIER = "GenEval's evaluate_images.py"
 """The verifier in the protocol of an evaluation by the original's results."""
 
-_COLOR_COUNT = re.compile(r"(\d+) (\w+)")
-
 
 def result_detections(result: ImageResult) -> tuple[Detection, ...]:
     """Return the objects of an image, the most confident of each class first, with the colors that the results imply.
@@ -55,7 +53,7 @@ def _implied_colors(spec: PromptSpec, name: str, reason: str, count: int) -> Seq
     start = f"expected {clause.color} {name}>={clause.count}, found "
     colors = [str(clause.color)] * clause.count
     if line := next((line for line in reason.splitlines() if line.startswith(start)), None):
-        counts = _COLOR_COUNT.findall(line.partition("; and ")[2])
+        counts = re.findall(r"(\d+) (\w+)", line.partition("; and ")[2])
         colors = [color for number, color in counts for _ in range(int(number))]
         if len(colors) != clause.count:
             raise ValueError(f"the reason {line!r} does not count {clause.count} colors: is it GenEval's?")

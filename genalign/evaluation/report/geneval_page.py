@@ -56,15 +56,14 @@ def write_geneval(folder: Path, against: Path | None = None) -> Path:
 
 
 def _tiles(evaluation: Evaluation, results: Sequence[ImageResult]) -> dict[str, str]:
-    prompts: dict[str, bool] = {}
-    for result in results:
-        prompts[result.prompt] = prompts.get(result.prompt, False) or result.correct
-    correct = sum(result.correct for result in results)
+    prompts = {result.prompt for result in results}
+    correct = [result for result in results if result.correct]
+    solved = {result.prompt for result in correct}
     return {
         "images": count(len(evaluation.records)),
         "prompts": count(len(prompts)),
-        "correct images": percent(correct / max(1, len(results))),
-        "prompts with a correct image": percent(sum(prompts.values()) / max(1, len(prompts))),
+        "correct images": percent(len(correct) / max(1, len(results))),
+        "prompts with a correct image": percent(len(solved) / max(1, len(prompts))),
         "not judged": count(evaluation.failed),
     }
 

@@ -22,6 +22,8 @@ from genalign.runtime.media import Thumbnail
 
 MAX_PAIRS = 12  # on a page, of regressions and of improvements each
 OVERALL = "mean over tasks"
+PairCard = tuple[SamplePair, Thumbnail, Thumbnail]
+"""A pair of samples of one prompt and noise, and both drawn."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,6 @@ class TableRow:
     after: Estimate | None
     gain: Estimate | None
     whisker: Markup
-
-
-@dataclass(frozen=True)
-class PairCard:
-    """A pair of samples of one prompt and noise, with their thumbnails."""
-
-    pair: SamplePair
-    before: Thumbnail
-    after: Thumbnail
 
 
 def tables(
@@ -76,8 +69,8 @@ def extreme_pairs(pairs: Sequence[SamplePair], before: Path, after: Path) -> dic
     """
 
     def cards(selected: Iterable[SamplePair]) -> list[PairCard]:
-        drawn = (PairCard(p, thumbnail(before, p.before.image), thumbnail(after, p.after.image)) for p in selected)
-        return fitting(drawn, lambda card: (card.before, card.after))
+        drawn = ((p, thumbnail(before, p.before.image), thumbnail(after, p.after.image)) for p in selected)
+        return fitting(drawn, lambda card: card[1:])
 
     return {
         "regressions": cards(pair for pair in pairs[:MAX_PAIRS] if _gain(pair) < 0),
