@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genalign.evaluation.geneval.boxes import Box
 from genalign.evaluation.geneval.metadata import PromptSpec
 from genalign.evaluation.geneval.scoring import (
+    Box,
     Detection,
     GenEvalScore,
     filter_detections,

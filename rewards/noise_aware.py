@@ -228,7 +228,7 @@ class ScorerReward:
 
     def __init__(self, path: str | Path) -> None:
         self.scorer = load_scorer(path)
-        if self.scorer.input_kind != "samples":
+        if self.scorer.student.input_kind != "samples":
             raise ValueError(
                 f"{path} scores latents, but rewards take samples: use a scorer that was trained on samples"
             )

@@ -11,12 +11,18 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from genalign.algorithms.advantages import Std
-from genalign.algorithms.coupled import CoupledObjective, PRDPLoss
 from genalign.algorithms.credit import GroupRelative, PlainReward, RewardGain
 from genalign.algorithms.interfaces import Credit, Objective
 from genalign.algorithms.losses import KLForm
 from genalign.algorithms.step_schedules import AllSteps, RandomWindow, SlidingWindow, StepSchedule
-from genalign.algorithms.trajectory import ClippedSurrogate, GuardedSurrogate, PolicyGradient, noise_weighted
+from genalign.algorithms.trajectory import (
+    ClippedSurrogate,
+    CoupledObjective,
+    GuardedSurrogate,
+    PolicyGradient,
+    PRDPLoss,
+    noise_weighted,
+)
 from genalign.diffusion.completion import Completion
 from genalign.diffusion.transitions import CPS, DDIM, FlowSDE, Kernel, trainable_steps
 from genalign.types import AnyCallable, FeatureFunction, Grid
@@ -254,7 +260,7 @@ def prdp(
         window_reach: The fraction of the grid in which the window may begin.
         beta: The strength of the KL constraint to the reference policy.
         clip_range: The range of a step's log-ratio around the log-ratio of the sampling policy.
-        steps: The reduction of log-ratios over steps, see ``coupled.prdp_loss``.
+        steps: The reduction of log-ratios over steps, see ``trajectory.PRDPLoss``.
         shared_noise: Whether all samples of a group start from the same initial noise.
     """
     base = flow_grpo(kernel, window, window_reach, shared_noise=shared_noise)

@@ -1,4 +1,7 @@
-"""The objective of the GRPO family: a loss on the log-ratios of stored transitions, averaged over samples and steps.
+"""Objectives on the log-ratios of stored transitions.
+
+``PolicyGradient`` averages a loss over transitions, as the GRPO family does. ``CoupledObjective`` takes losses that tie
+the steps of a trajectory and the samples of a prompt together, such as PRDP's. B counts samples and S stored steps.
 
 Stored transitions are replayed in batches of as many transitions as the update has samples, so that memory holds the
 graph of one network call, whatever the number of stored steps. Transitions without credit are not replayed.
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +20,10 @@ from genalign.algorithms.interfaces import Unit, UpdateBatch, UpdateContext
 from genalign.algorithms.losses import (
     KLForm,
     clipped_surrogate,
-    dppo_mask,
     guarded_log_ratio,
     kl_penalty,
     require_clip_range,
+    require_per_sample,
 )
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep
 from genalign.diffusion.transitions import Kernel
@@ -61,19 +64,6 @@ class GuardedSurrogate(ClippedSurrogate):
         log_ratio = guarded_log_ratio(replayed.new, replayed.old, replayed.x_next)
         step_size = (replayed.step.sigma - replayed.step.sigma_next).to(credit)
         return clipped_surrogate(log_ratio, credit, self.clip_range) / step_size
-
-
-@dataclass(frozen=True)
-class MaskedSurrogate:
-    """Flow-DPPO (arXiv 2606.11025): the unclipped surrogate -A r of the transitions in ``losses.dppo_mask``."""
-
-    limit: float = 1e-5
-    clip_range: float | None = None
-
-    def __call__(self, replayed: ReplayedStep, credit: Tensor) -> Tensor:
-        with torch.no_grad():
-            mask = dppo_mask(replayed.log_ratio, replayed.new.kl(replayed.old), credit, self.limit)
-        return -credit * replayed.log_ratio.exp() * mask
 
 
 def noise_weighted(kernel: Kernel, grid: Grid, steps: Sequence[int]) -> Tensor:
@@ -149,3 +139,120 @@ class PolicyGradient:
         distance = kl_penalty(self.kl_form, replayed.new, base.new, replayed.prediction, base.prediction, replayed.step)
         context.metrics.add("kl", distance)
         return distance
+
+
+class CoupledLoss(Protocol):
+    """A loss () of all samples and steps of a batch at once: a sum of terms, one for each prompt that has any.
+
+    Its arguments are the log-ratios (B, S) of the current and of the sampling to the reference policy, the credit (B,)
+    and the prompt index (B,). Only the samples that ``used`` selects may change it; the log-ratios of others may be 0.
+    """
+
+    @property
+    def clip_range(self) -> float | None: ...
+
+    def terms(self, credit: Tensor, group: Tensor) -> int: ...
+
+    def used(self, credit: Tensor, group: Tensor) -> Tensor: ...
+
+    def __call__(self, log_ratios: Tensor, old_log_ratios: Tensor, credit: Tensor, group: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PRDPLoss:
+    """PRDP (arXiv 2402.08714, eq. 14-21 and appendix G): log-ratio differences regress on reward differences.
+
+    For a pair of a prompt's samples, let d be the difference of their log-ratios to the reference policy, reduced over
+    steps, and g the difference of their rewards. The loss is max((d - g / beta)^2, (d_clipped - g / beta)^2), averaged
+    over the pairs of a prompt and summed over prompts. In d_clipped, each step's log-ratio is clipped to within
+    ``clip_range`` of the sampling policy's. Pairs of equal rewards, and pairs with a reward of NaN, are left out; a
+    prompt without pairs adds 0.
+
+    Attributes:
+        beta: The strength of the KL constraint to the reference policy.
+        clip_range: The range of a step's log-ratio around the sampling policy's.
+        steps: The reduction over steps: "mean" as in the paper's listing, or "sum" as in its text. With "sum", beta
+            must be S times smaller for the same strength.
+    """
+
+    beta: float
+    clip_range: float
+    steps: Literal["mean", "sum"] = "mean"
+
+    def __post_init__(self) -> None:
+        require_clip_range(self.clip_range)
+        if not self.beta > 0:
+            raise ValueError(f"beta must be positive, not {self.beta}")
+        if self.steps not in ("mean", "sum"):
+            raise ValueError(f'steps must be "mean" or "sum", not {self.steps!r}')
+
+    def terms(self, credit: Tensor, group: Tensor) -> int:
+        return len(torch.unique(group[self.used(credit, group)]))
+
+    def used(self, credit: Tensor, group: Tensor) -> Tensor:
+        """Mask (B,) bool of the samples with a pair: their prompt has a sample of another reward."""
+        require_per_sample(len(group), rewards=credit)
+        mask = torch.zeros_like(group, dtype=torch.bool)
+        for key in torch.unique(group):
+            mask[torch.cat(_untied_pairs(credit, group == key))] = True
+        return mask
+
+    def __call__(self, log_ratios: Tensor, old_log_ratios: Tensor, credit: Tensor, group: Tensor) -> Tensor:
+        clipped = torch.clamp(log_ratios, old_log_ratios - self.clip_range, old_log_ratios + self.clip_range)
+        plain, limited = (ratio.mean(1) if self.steps == "mean" else ratio.sum(1) for ratio in (log_ratios, clipped))
+        total = log_ratios[:0].sum()  # 0 with a gradient of 0, also where the log-ratio of a left-out sample is NaN
+        for key in torch.unique(group):
+            better, worse = _untied_pairs(credit, group == key)
+            if len(better):
+                target = (credit[better] - credit[worse]).to(plain.dtype) / self.beta
+                losses = [(ratio[better] - ratio[worse] - target).square() for ratio in (plain, limited)]
+                total = total + torch.maximum(*losses).mean()
+        return total
+
+
+def _untied_pairs(rewards: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the better and of the worse sample of every pair of members; NaN forms no pair."""
+    rows = member.nonzero()[:, 0]
+    better = rewards[rows][:, None] > rewards[rows][None, :]
+    first, second = better.nonzero(as_tuple=True)
+    return rows[first], rows[second]
+
+
+@dataclass(frozen=True)
+class CoupledObjective:
+    """The exact gradient of a coupled loss, in memory that does not grow with the number of steps.
+
+    A first pass computes all log-ratios without a graph, and the derivative of the loss for each of them. A second pass
+    replays step by step and adds this derivative times the gradient of the log-ratio. It needs no reference policy: a
+    log-ratio has the same gradient for any fixed denominator.
+    """
+
+    unit: ClassVar[Unit] = "group"
+    loss: CoupledLoss
+
+    @property
+    def clip_range(self) -> float | None:
+        return self.loss.clip_range
+
+    def terms(self, batch: UpdateBatch) -> int:
+        return self.loss.terms(batch.credit, batch.group)
+
+    def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
+        used = self.loss.used(batch.credit, batch.group)[:, None].expand(-1, len(batch.rollout.steps))
+        batches = context.replay_batches(used)
+        old, current = batch.rollout.x.new_zeros(2, len(batch), len(batch.rollout.steps))
+        with torch.no_grad():
+            for pairs in batches:
+                base = context.reference_replay(batch, pairs)
+                old[pairs.index] = base.old.log_ratio(base.new, base.x_next)
+                new = base.old if batch.on_policy else context.replay(batch, pairs).new
+                current[pairs.index] = new.log_ratio(base.new, base.x_next)
+                context.metrics.add("kl", new.kl(base.new))
+        current.requires_grad_(True)
+        loss = self.loss(current, old, batch.credit.to(current.device), batch.group.to(current.device))
+        (slopes,) = torch.autograd.grad(loss, current)
+        context.metrics.add("loss", loss.reshape(1))
+        for pairs in batches:
+            replayed = context.replay(batch, pairs)
+            torch.autograd.backward(scale * (slopes[pairs.index] * replayed.log_ratio).sum())
+            context.add_ratio_metrics(batch, replayed, self.clip_range)

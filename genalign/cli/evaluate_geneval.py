@@ -12,13 +12,12 @@ from genalign.cli.context import CommandContext, load_with_identity, print_estim
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import EvaluationProtocol, select_prompts, suite_hash
 from genalign.evaluation.folder import ModelIdentity, content_hash, manifest
-from genalign.evaluation.geneval.compare_models import compare_models, load_finished
 from genalign.evaluation.geneval.image_sources import FolderImages, PipelineImages
 from genalign.evaluation.geneval.judge import Judge
 from genalign.evaluation.geneval.result_files import SampleFile, read_prompts, read_results, read_samples
-from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, GenEvalRun, verifier_description
+from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, GenEvalRun, load_finished, verifier_description
 from genalign.evaluation.geneval.upstream_results import rescore
-from genalign.evaluation.paired import check_protocols
+from genalign.evaluation.paired import check_protocols, compare_models
 from genalign.evaluation.report import write_geneval
 from genalign.runtime.distributed import RankShare
 from genalign.runtime.files import write_json

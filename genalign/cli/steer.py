@@ -15,16 +15,14 @@ from genalign.evaluation.report import write_search
 from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import write_json
 from genalign.runtime.media import writer
-from genalign.scoring.budget import Ledger, Metered, measure_prices, metered_rewards
+from genalign.scoring.budget import measure_prices
 from genalign.search.engine import SearchRun
 from genalign.search.folder import SearchFolder
 from genalign.search.noise_aware import (
     HasDecoder,
     NoiseAware,
     PreviewDataset,
-    PreviewTransform,
     distill,
-    identity,
     record_previews,
     train_decoder,
     validate,
@@ -112,15 +110,14 @@ def train_noise_aware_command(context: CommandContext, arguments: Sequence[str])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(settings.seed, "student"))
         student = settings.student().to(settings.model.device)
-    transform: PreviewTransform = pipeline.decode if student.input_kind == "samples" else identity
     train = _preview_dataset(settings, pipeline, settings.prompts, folder / "train.safetensors")
     held_out = _preview_dataset(settings, pipeline, settings.held_out, folder / "held_out.safetensors")
     if isinstance(student, HasDecoder):
         for loss in train_decoder(student, train, pipeline.decode, settings.distillation):
             print(f"decoder: loss {loss:.5f}", flush=True)
-    for levels, loss in distill(student, train, transform, settings.distillation):
+    for levels, loss in distill(student, train, pipeline.decode, settings.distillation):
         print(f"{levels}/{len(train.sigmas)} levels: loss {loss:.4f}", flush=True)
-    qualities = validate(student.eval(), held_out, transform, settings.batch_size)
+    qualities = validate(student.eval(), held_out, pipeline.decode, settings.batch_size)
     for level in qualities:
         print(f"level {level.sigma:.3f}: tau {level.tau:.3f}, top quarter {level.top:.3f}, gap {level.gap:.4f}")
     mean, std = float(train.clean.mean()), float(train.clean.std())
@@ -134,14 +131,13 @@ def _preview_dataset(settings: config.TrainNoiseAware, pipeline: Pipeline, sourc
     if path.exists():
         return PreviewDataset.load(path)
     prompts = drawn_in_turn(prompt_set(source), settings.limit, settings.seed)
-    ledger, dataset = Ledger(), None
-    rewards = metered_rewards(named_rewards(settings.rewards), ledger)
+    dataset, rewards = None, named_rewards(settings.rewards)
     per_run = max(1, settings.batch_size // settings.count)
     grid, guidance = settings.sampling.grid(pipeline), settings.sampling.guidance
     for first in range(0, len(prompts), per_run):
         name = f"{settings.seed}/{source}/{first}"
         batch = prompts[first : first + per_run]
-        run = SearchRun(Metered(pipeline, ledger), batch, rewards, grid, guidance, settings.batch_size, name)
+        run = SearchRun(pipeline, batch, rewards, grid, guidance, settings.batch_size, name)
         part = record_previews(run, settings.count, settings.steps)
         dataset = part if dataset is None else dataset.extend(part)
         done = min(first + per_run, len(prompts))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from genalign.evaluation.evaluate import Evaluation, load_evaluation
+from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.records import PromptRecord, gain_row, mean, prompt_records
 from genalign.runtime.files import write_json
 
@@ -16,14 +16,6 @@ DiversityFunction = Callable[[Path], Mapping[str, float]]
 """Measures the diversity of the samples in an evaluation's folder, by name; empty for samples of another world."""
 
 _LATE_ROUNDS = 5  # rounds at the end of a run over which its KL is averaged
-
-
-@dataclass(frozen=True)
-class RecipeRuns:
-    """The folders of one recipe's finished runs, by training seed."""
-
-    name: str
-    runs: Mapping[int, Path]
 
 
 @dataclass(frozen=True)
@@ -49,73 +41,63 @@ class RecipeSummary:
     nfe: float
 
 
-def summarize_recipes(recipes: Sequence[RecipeRuns], diversity: DiversityFunction) -> list[RecipeSummary]:
+def summarize_recipes(recipes: Mapping[str, Mapping[int, Path]], diversity: DiversityFunction) -> list[RecipeSummary]:
     """Summarize every recipe by the scores that all runs have, of which the first is the main one.
 
-    Raises ValueError for a recipe without runs, or if the runs have no score in common.
+    ``recipes`` are the folders of each recipe's finished runs, at least one, by training seed. Raises ValueError if the
+    runs have no score in common.
     """
-    for recipe in recipes:
-        if not recipe.runs:
-            raise ValueError(f"recipe {recipe.name!r} has no finished run")
-    evaluations = [
-        {seed: (load_evaluation(run / "before"), load_evaluation(run / "after")) for seed, run in recipe.runs.items()}
-        for recipe in recipes
-    ]
-    first, *others = (side.score_names for by_seed in evaluations for pair in by_seed.values() for side in pair)
+    evaluations = {
+        name: {seed: (load_evaluation(run / "before"), load_evaluation(run / "after")) for seed, run in runs.items()}
+        for name, runs in recipes.items()
+    }
+    by_run = [pair for by_seed in evaluations.values() for pair in by_seed.values()]
+    first, *others = (side.score_names for pair in by_run for side in pair)
     scores = [name for name in first if all(name in names for names in others)]
     if not scores:
         raise ValueError(
             "the recipes have no score in common: give each a reward of the same name (with weight 0 it only reports)"
         )
-    return [
-        _summarize(recipe, by_seed, scores, diversity) for recipe, by_seed in zip(recipes, evaluations, strict=True)
-    ]
+    summaries = []
+    for name, runs in recipes.items():
+        records: dict[str, list[PromptRecord]] = {
+            score: [row for seed, pair in evaluations[name].items() for row in prompt_records(name, score, seed, *pair)]
+            for score in scores
+        }
+        summaries.append(_summarize(records, list(runs.values()), diversity))
+    return summaries
 
 
 def _summarize(
-    recipe: RecipeRuns,
-    evaluations: Mapping[int, tuple[Evaluation, Evaluation]],
-    scores: Sequence[str],
-    diversity: DiversityFunction,
+    records: Mapping[str, Sequence[PromptRecord]], runs: Sequence[Path], diversity: DiversityFunction
 ) -> RecipeSummary:
-    records: dict[str, list[PromptRecord]] = {score: [] for score in scores}
-    for score in scores:
-        for seed, pair in evaluations.items():
-            records[score] += prompt_records(recipe.name, score, seed, *pair)
+    """Summarize one recipe by the records of each score, of which the first is the main one."""
     gains = {score: gain_row(rows) for score, rows in records.items()}
-    tasks: dict[str, list[float]] = {}
-    for record in records[scores[0]]:
+    main, tasks = next(iter(gains.values())), dict[str, list[float]]()
+    for record in records[main.metric]:
         tasks.setdefault(record.task, []).append(record.after - record.before)
 
-    spreads = []
-    for run in recipe.runs.values():
+    spreads, kl, minutes, nfe = [], [], [], []
+    for run in runs:
         before, after = diversity(run / "before"), diversity(run / "after")
         spreads.append({name: after[name] - before[name] for name in before})
-
-    main = gains[scores[0]]
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        kl.append(mean(row["kl"] or 0.0 for row in rows[-_LATE_ROUNDS:]))
+        minutes.append(rows[-1]["machine"]["seconds"] / 60)
+        nfe.append(rows[-1]["nfe"])
     return RecipeSummary(
-        name=recipe.name,
-        seeds=len(recipe.runs),
+        name=main.name,
+        seeds=len(runs),
         gain=main.mean,
         low=main.low,
         high=main.high,
         scores={score: row.mean for score, row in gains.items()},
         tasks={task: mean(values) for task, values in tasks.items()},
         diversity={name: mean(spread[name] for spread in spreads) for name in spreads[0]},
-        **_mean_costs(recipe.runs.values()),
+        kl=mean(kl),
+        minutes=mean(minutes),
+        nfe=mean(nfe),
     )
-
-
-def _mean_costs(runs: Iterable[Path]) -> dict[str, float]:
-    """Average the KL of the last rounds, the minutes and the NFE over the metrics of finished runs."""
-    kl, minutes, nfe = [], [], []
-    for run in runs:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        kl.append(mean(row["kl"] or 0.0 for row in rows[-_LATE_ROUNDS:]))
-        minutes.append(rows[-1]["machine"]["seconds"] / 60)
-        nfe.append(rows[-1]["nfe"])
-    return {"kl": mean(kl), "minutes": mean(minutes), "nfe": mean(nfe)}
 
 
 def write_recipe_summaries(path: Path, summaries: Sequence[RecipeSummary]) -> None:

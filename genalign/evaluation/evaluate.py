@@ -276,7 +276,12 @@ def evaluate(
         if batches:
             batches.add(number, records[number])
 
-    evaluation = Evaluation(protocol, _gather_records(records, processes))
+    # Gather the batches of all ranks, and join them in order.
+    own = [[number, [record_as_dict(record) for record in rows]] for number, rows in records.items()]
+    gathered = sorted(
+        (batch for rank in processes.all_gather_object(own) for batch in rank), key=lambda batch: batch[0]
+    )
+    evaluation = Evaluation(protocol, tuple(record_from_dict(row) for _, rows in gathered for row in rows))
     if output and processes.is_main:
         evaluation.save(output)
     return evaluation
@@ -316,13 +321,6 @@ def evaluate_files(
     prompts = PromptSet(suite, tuple({prompt.text: prompt for prompt in files.values()}.values()))
     protocol = EvaluationProtocol.for_external_samples(prompts, list(counts.values()), verifier)
     return Evaluation(protocol, tuple(records))
-
-
-def _gather_records(records: Mapping[int, Sequence[SampleRecord]], processes: ProcessGroup) -> tuple[SampleRecord, ...]:
-    """Gather the batches of all ranks, and return their records in order."""
-    own = [[number, [record_as_dict(record) for record in rows]] for number, rows in records.items()]
-    batches = [batch for rank in processes.all_gather_object(own) for batch in rank]
-    return tuple(record_from_dict(row) for _, rows in sorted(batches, key=lambda batch: batch[0]) for row in rows)
 
 
 def _protocol_grid(pipeline: Pipeline, protocol: EvaluationProtocol) -> Grid:

@@ -21,8 +21,7 @@ from typing import Any
 
 from genalign.diffusion.lora import PEFT_CONFIG, adapter_file
 from genalign.evaluation.evaluate import EvaluationProtocol, SampleRecord, record_as_dict, record_from_dict
-from genalign.runtime.file_locks import Claims
-from genalign.runtime.files import write_json
+from genalign.runtime.files import Claims, write_json
 
 MANIFEST = "evaluation.json"
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord
-from genalign.metrics.intervals import Estimate
+from genalign.metrics.intervals import Estimate, WinRate, win_rate
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,11 @@ class SamplePair:
     before: SampleRecord
     after: SampleRecord
 
-    def difference(self, score: str) -> float:
-        """Return the score after minus before; NaN where either failed."""
-        return self.after.scores[score] - self.before.scores[score]
+    @property
+    def differences(self) -> dict[str, float]:
+        """After minus before of each score that both have, in the order of ``before``; NaN where either failed."""
+        after = self.after.scores
+        return {name: after[name] - value for name, value in self.before.scores.items() if name in after}
 
 
 def pairs(before: Evaluation, after: Evaluation) -> tuple[SamplePair, ...]:
@@ -67,19 +70,47 @@ def task_gains(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Est
 
 def pairs_by_gain(before: Evaluation, after: Evaluation) -> tuple[SamplePair, ...]:
     """Sort pairs by gain, worst regression first: by the first score, then by the next; pairs with NaN are left out."""
-    names = shared_scores(before, after)
-    gains = [(tuple(pair.difference(name) for name in names), pair) for pair in pairs(before, after)]
+    gains = [(tuple(pair.differences.values()), pair) for pair in pairs(before, after)]
     finite = [item for item in gains if all(map(math.isfinite, item[0]))]
     return tuple(pair for _, pair in sorted(finite, key=lambda item: item[0]))
 
 
+@dataclass(frozen=True)
+class ModelComparison:
+    """The gain of each score, overall and by task, and how often the later model wins a prompt."""
+
+    gain: Mapping[str, Estimate]
+    tasks: Mapping[str, Mapping[str, Estimate]]
+    wins: Mapping[str, WinRate]
+
+
+def compare_models(before: Evaluation, after: Evaluation) -> ModelComparison:
+    """Compare two evaluations with bootstrap intervals over prompts within tasks, and win rates of prompt means.
+
+    Raises ValueError if their protocols, prompts or noises differ, or if a task has no pair of images that both could
+    be judged.
+    """
+    matched = pairs(before, after)
+    complete = pairs_by_gain(before, after)
+    if missing := {pair.before.task for pair in matched} - {pair.before.task for pair in complete}:
+        raise ValueError(
+            f"{len(matched) - len(complete)} of {len(matched)} pairs have an image that could not be judged, all of"
+            f" task {', '.join(sorted(missing))} among them: such images are NaN, often of a model that overflows in"
+            " float16; make them again in bfloat16 or float32"
+        )
+    differences, wins = _differences(before, after), {}
+    for name in differences.score_names:
+        prompts: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        for pair in matched:
+            if math.isfinite(pair.differences[name]):
+                scores = pair.before.scores[name], pair.after.scores[name]
+                prompts.setdefault((pair.before.task, pair.before.prompt), []).append(scores)
+        means = [[math.fsum(side) / len(side) for side in zip(*group, strict=True)] for group in prompts.values()]
+        wins[name] = win_rate(*zip(*means, strict=True))
+    return ModelComparison(differences.overall, differences.tasks, wins)
+
+
 def _differences(before: Evaluation, after: Evaluation) -> Evaluation:
     """Replace the scores of the samples by their differences, after minus before."""
-    names = shared_scores(before, after)
-    scores = [(pair.before, {name: pair.difference(name) for name in names}) for pair in pairs(before, after)]
-    return replace(before, records=tuple(replace(record, scores=row) for record, row in scores))
-
-
-def shared_scores(before: Evaluation, after: Evaluation) -> list[str]:
-    """Return the scores that both evaluations have, in the order of ``before``."""
-    return [name for name in before.score_names if name in after.score_names]
+    records = (replace(pair.before, scores=pair.differences) for pair in pairs(before, after))
+    return replace(before, records=tuple(records))

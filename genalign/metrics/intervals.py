@@ -203,18 +203,12 @@ def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
 
 def win_test(before: Sequence[float], after: Sequence[float]) -> WinTest:
     """Test whether ``after`` beats ``before`` in independent pairs. Raises ValueError as ``win_rate`` does."""
-    return win_test_from_counts(*_outcomes(before, after))
-
-
-def win_test_from_counts(wins: int, losses: int, ties: int = 0) -> WinTest:
-    """Test whether trials are won more often than lost, from their counts. Raises ValueError for no trials."""
-    n, decided = wins + losses + ties, wins + losses
-    if n < 1 or min(wins, losses, ties) < 0:
-        raise ValueError(f"{wins} wins, {losses} losses and {ties} ties are no trials: count one or more")
+    wins, losses, ties = _outcomes(before, after)
+    decided = wins + losses
     low = float(stats.beta.ppf(1 - LEVEL, wins, losses + 1)) if wins else 0.0
     p_value = float(stats.binomtest(wins, decided, alternative="greater").pvalue) if decided else 1.0
     above_half = float(stats.beta.sf(0.5, wins + 1, losses + 1))
-    return WinTest((wins + ties / 2) / n, wins, losses, ties, low, p_value, above_half)
+    return WinTest((wins + ties / 2) / (decided + ties), wins, losses, ties, low, p_value, above_half)
 
 
 def _outcomes(before: Sequence[float], after: Sequence[float]) -> tuple[int, int, int]:

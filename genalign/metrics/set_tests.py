@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from genalign.types import SetReward
 
 
-@dataclass(frozen=True)
-class SetComparison:
-    """The rewards ``before`` and ``after`` of matching parts of two sets."""
-
-    before: tuple[float, ...]
-    after: tuple[float, ...]
-
-    @property
-    def win_rate(self) -> float:
-        """The fraction of parts where ``after`` is the better one; a tie counts half."""
-        return sum((a > b) + (a == b) / 2 for b, a in zip(self.before, self.after, strict=True)) / len(self.before)
-
-
-def compare_parts(reward: SetReward, before: Tensor, after: Tensor, size: int, seed: int = 0) -> SetComparison:
+def compare_parts(
+    reward: SetReward, before: Tensor, after: Tensor, size: int, seed: int = 0
+) -> list[tuple[float, float]]:
     """Score disjoint random parts of two sets of features, both (n, d), of the same prompts in the same order.
 
     Distances and diversities depend on the size of a set, so that only parts of one size are comparable. Disjoint parts
@@ -36,6 +23,9 @@ def compare_parts(reward: SetReward, before: Tensor, after: Tensor, size: int, s
         size: The number of samples of a part; the n % size samples that remain are left out.
         seed: The seed of the division into parts.
 
+    Returns:
+        The rewards of each part, before and after.
+
     Raises:
         ValueError: The sets differ in shape, or ``size`` is below 2 or above n.
     """
@@ -44,4 +34,4 @@ def compare_parts(reward: SetReward, before: Tensor, after: Tensor, size: int, s
         raise ValueError(f"sets of {shapes} have no common parts of {size}: give equal ones, and 2 to their size")
     order = torch.randperm(len(before), generator=torch.Generator().manual_seed(seed))
     parts = order[: len(order) // size * size].view(-1, size)
-    return SetComparison(tuple(reward(before[part]) for part in parts), tuple(reward(after[part]) for part in parts))
+    return [(reward(before[part]), reward(after[part])) for part in parts]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from torch import Tensor
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import step_noise
 from genalign.diffusion.transitions import ODE, Kernel, transition
-from genalign.scoring.budget import Ledger, Metered, metered_reward
+from genalign.scoring.budget import Ledger, Metered, metered_reward, metered_rewards
 from genalign.scoring.score import NamedReward, combine, score
 from genalign.search.lineage import Lineage
 from genalign.search.ranking import best_per_prompt
-from genalign.types import Grid, Prompt, RewardFunction
+from genalign.types import Grid, Pipeline, Prompt, RewardFunction
+
+_PER_CANDIDATE = ("prompt", "ids", "step_seeds", "noise", "x", "preview")
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class Particles:
 
     Attributes:
         prompt: Index (N,) long of each candidate's prompt.
-        ids: Number of each candidate in the lineage.
-        step_seeds: Seed of the noise of each candidate's stochastic steps.
+        ids: Number (N,) long of each candidate in the lineage.
+        step_seeds: Seed (N,) long of the noise of each candidate's stochastic steps.
         noise: Initial latents (N, ...).
         x: Current latents (N, ...).
         preview: Clean latents (N, ...) predicted at the last step; before the first step and after the last one, ``x``.
@@ -36,8 +39,8 @@ class Particles:
     """
 
     prompt: Tensor
-    ids: tuple[int, ...]
-    step_seeds: tuple[int, ...]
+    ids: Tensor
+    step_seeds: Tensor
     noise: Tensor
     x: Tensor
     preview: Tensor
@@ -48,16 +51,8 @@ class Particles:
 
     def rows(self, index: Tensor) -> Particles:
         """Select the candidates ``index`` (M,) long, in this order."""
-        places = index.tolist()
-        return replace(
-            self,
-            prompt=self.prompt[index],
-            ids=tuple(self.ids[i] for i in places),
-            step_seeds=tuple(self.step_seeds[i] for i in places),
-            noise=self.noise[index],
-            x=self.x[index],
-            preview=self.preview[index],
-        )
+        selected: dict[str, Any] = {name: getattr(self, name)[index] for name in _PER_CANDIDATE}
+        return replace(self, **selected)
 
     def split(self, size: int) -> Iterator[Particles]:
         """Yield batches of at most ``size`` candidates."""
@@ -67,15 +62,8 @@ class Particles:
 
 def concatenate(parts: Sequence[Particles]) -> Particles:
     """Concatenate candidates after the same number of steps."""
-    return replace(
-        parts[0],
-        prompt=torch.cat([part.prompt for part in parts]),
-        ids=tuple(number for part in parts for number in part.ids),
-        step_seeds=tuple(seed for part in parts for seed in part.step_seeds),
-        noise=torch.cat([part.noise for part in parts]),
-        x=torch.cat([part.x for part in parts]),
-        preview=torch.cat([part.preview for part in parts]),
-    )
+    fields: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in _PER_CANDIDATE}
+    return replace(parts[0], **fields)
 
 
 @dataclass(frozen=True)
@@ -104,14 +92,16 @@ class ScoredParticles:
 
 
 class SearchRun:
-    """One search over P prompts: it moves, decodes and scores candidates, counts the calls and records the lineage.
+    """One search over P prompts: it moves, decodes and scores candidates, and records the lineage.
+
+    ``ledger`` counts the calls of denoiser, decoder and rewards.
 
     Strategies, guides and preview scorers reach the networks through a run only, so that no call goes uncounted.
 
     Args:
-        pipeline: The model; its ledger counts the calls of denoiser and decoder.
+        pipeline: The model.
         prompts: The prompts, whose candidates go through the networks together.
-        rewards: Rewards that count their own calls (``budget.metered_rewards``).
+        rewards: The rewards.
         grid: The sampling steps.
         guidance: Scale of classifier-free guidance; 1 is none.
         batch_size: Largest number of candidates in a call.
@@ -120,7 +110,7 @@ class SearchRun:
 
     def __init__(
         self,
-        pipeline: Metered,
+        pipeline: Pipeline,
         prompts: Sequence[Prompt],
         rewards: Sequence[NamedReward],
         grid: Grid,
@@ -128,15 +118,10 @@ class SearchRun:
         batch_size: int,
         seed: str,
     ) -> None:
-        self.pipeline, self.prompts, self.rewards = pipeline, tuple(prompts), tuple(rewards)
+        self.ledger, self.lineage, self.prompts = Ledger(), Lineage(), tuple(prompts)
+        self.pipeline, self.rewards = Metered(pipeline, self.ledger), metered_rewards(rewards, self.ledger)
         self.grid, self.guidance, self.batch_size, self.seed = grid, guidance, batch_size, seed
-        self.lineage, self._start = Lineage(), pipeline.ledger.copy()
         self.conditioning = pipeline.encode([prompt.text for prompt in prompts])
-
-    @property
-    def spent(self) -> Ledger:
-        """The calls of this run so far."""
-        return self.pipeline.ledger.since(self._start)
 
     @property
     def steps(self) -> int:
@@ -145,7 +130,7 @@ class SearchRun:
 
     def metered(self, name: str, function: RewardFunction) -> RewardFunction:
         """Wrap a scoring network that is not one of the rewards, so that its calls are counted as "reward/NAME"."""
-        return metered_reward(name, function, self.pipeline.ledger)
+        return metered_reward(name, function, self.ledger)
 
     def start(self, count: int, first: int = 0) -> Particles:
         """Return ``count`` new candidates of every prompt, ordered by prompt.
@@ -158,8 +143,8 @@ class SearchRun:
 
     def start_from(self, noise: Tensor, prompts: Sequence[int], step_seeds: Sequence[int]) -> Particles:
         """Return new candidates with the initial latents ``noise`` (N, ...)."""
-        ids, noise = self.lineage.add(prompts, [None] * len(prompts), 0), noise.cpu()
-        return Particles(torch.tensor(prompts), ids, tuple(step_seeds), noise, noise, noise, 0)
+        ids, noise = torch.tensor(self.lineage.add(prompts, [None] * len(prompts), 0)), noise.cpu()
+        return Particles(torch.tensor(prompts), ids, torch.tensor(step_seeds), noise, noise, noise, 0)
 
     @torch.no_grad()
     def advance(self, candidates: Particles, to: int, kernel: Kernel = ODE()) -> Particles:  # noqa: B008  # frozen
@@ -191,7 +176,7 @@ class SearchRun:
         move = transition(self.pipeline.path, kernel, candidates.x, prediction, step)
         x = move.mean + shift
         if float(move.std.max()) > 0:
-            x = x + move.std * step_noise(candidates.step_seeds, candidates.steps_done, candidates.x)
+            x = x + move.std * step_noise(candidates.step_seeds.tolist(), candidates.steps_done, candidates.x)
         done = candidates.steps_done + 1
         preview = x if done == self.steps else self.pipeline.path.x0(candidates.x, prediction, step)
         return replace(candidates, x=x, preview=preview, steps_done=done)
@@ -212,7 +197,7 @@ class SearchRun:
             candidates = self.advance(candidates, self.steps)
         parts = [self._decode_and_score(part) for part in candidates.split(self.batch_size)]
         samples, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        self.lineage.close(candidates.ids, self.steps)
+        self.lineage.close(candidates.ids.tolist(), self.steps)
         self.record_scores(candidates, scores)
         return ScoredParticles(candidates, samples, scores)
 
@@ -232,25 +217,27 @@ class SearchRun:
 
     def record_scores(self, candidates: Particles, scores: Tensor) -> None:
         """Add scores (N, K) to the lineage."""
-        self.lineage.record_scores(candidates.ids, candidates.steps_done, scores.tolist())
+        self.lineage.record_scores(candidates.ids.tolist(), candidates.steps_done, scores.tolist())
 
     def keep(self, candidates: Particles, index: Tensor) -> Particles:
         """Select the candidates ``index`` (M,) long and close the others in the lineage."""
         survivors = candidates.rows(index)
-        closed = set(candidates.ids) - set(survivors.ids)
-        self.lineage.close(sorted(closed), candidates.steps_done)
+        self.lineage.close(set(candidates.ids.tolist()) - set(survivors.ids.tolist()), candidates.steps_done)
         return survivors
 
     def resample(self, candidates: Particles, ancestors: Tensor) -> Particles:
         """Replace candidate i by a copy of candidate ``ancestors[i]`` that keeps the step seed of place i."""
-        copies = candidates.rows(ancestors)
-        self.lineage.close(candidates.ids, candidates.steps_done)
-        ids = self.lineage.add(copies.prompt.tolist(), copies.ids, candidates.steps_done)
-        return replace(copies, ids=ids, step_seeds=candidates.step_seeds)
+        self.lineage.close(candidates.ids.tolist(), candidates.steps_done)
+        return replace(self.copy(candidates.rows(ancestors)), step_seeds=candidates.step_seeds)
 
     def branch(self, candidates: Particles, count: int) -> Particles:
         """Replace every candidate by ``count`` adjacent copies with step seeds of their own."""
-        copies = candidates.rows(torch.arange(len(candidates)).repeat_interleave(count))
-        self.lineage.close(candidates.ids, candidates.steps_done)
-        ids = self.lineage.add(copies.prompt.tolist(), copies.ids, candidates.steps_done)
-        return replace(copies, ids=ids, step_seeds=tuple(derived_seed(self.seed, "branch", number) for number in ids))
+        self.lineage.close(candidates.ids.tolist(), candidates.steps_done)
+        copies = self.copy(candidates.rows(torch.arange(len(candidates)).repeat_interleave(count)))
+        seeds = [derived_seed(self.seed, "branch", number) for number in copies.ids.tolist()]
+        return replace(copies, step_seeds=torch.tensor(seeds))
+
+    def copy(self, candidates: Particles) -> Particles:
+        """Return new candidates of the lineage whose parents are ``candidates``."""
+        ids = self.lineage.add(candidates.prompt.tolist(), candidates.ids.tolist(), candidates.steps_done)
+        return replace(candidates, ids=torch.tensor(ids))

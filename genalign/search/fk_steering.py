@@ -76,7 +76,7 @@ class FKSteering(FKSettings):
                     part = run.move(part, run.predict(part), kernel)
                     continue
                 prediction, gradient = self.guide(run, part, kernel, self.strength(part.steps_done, run.steps))
-                shift, noise = std**2 * gradient, step_noise(part.step_seeds, part.steps_done, part.x)
+                shift, noise = std**2 * gradient, step_noise(part.step_seeds.tolist(), part.steps_done, part.x)
                 log_ratio += guided_log_ratio(noise, shift, std)
                 part = run.move(part, prediction, kernel, shift)
             parts.append(part)

@@ -91,7 +91,7 @@ class DoobGuide:
         eps = run.pipeline.path.eps(batch.x.to(mean), prediction, step)
         # antithetic noises, and the rewards (proposals, N) of the clean estimates of the next states
         seeds = [
-            [derived_seed(seed, "doob", batch.steps_done, k) for seed in batch.step_seeds]
+            [derived_seed(seed, "doob", batch.steps_done, k) for seed in batch.step_seeds.tolist()]
             for k in range(self.proposals // 2)
         ]
         half = torch.stack([seeded_noise(row, mean) for row in seeds])

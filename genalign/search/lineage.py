@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,17 +26,6 @@ class Node:
     scores: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)
     end_step: int | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the candidate as JSON, in which a failed score is null."""
-        scores = [[step, [value if math.isfinite(value) else None for value in values]] for step, values in self.scores]
-        return {
-            "prompt": self.prompt,
-            "parent": self.parent,
-            "born": self.start_step,
-            "scores": scores,
-            "ended": self.end_step,
-        }
-
 
 class Lineage:
     """All candidates of a search, numbered in the order in which they were added."""
@@ -55,11 +44,23 @@ class Lineage:
         for number, values in zip(ids, scores, strict=True):
             self.nodes[number].scores.append((step, tuple(values)))
 
-    def close(self, ids: Sequence[int], step: int) -> None:
+    def close(self, ids: Iterable[int], step: int) -> None:
         """Mark candidates as pruned or finished after ``step`` steps."""
         for number in ids:
             self.nodes[number].end_step = step
 
-    def as_list(self) -> list[dict[str, Any]]:
-        """Return all candidates as JSON, in the order of their numbers."""
-        return [node.as_dict() for node in self.nodes]
+    def as_list(self, first: int, prompt: int) -> list[dict[str, Any]]:
+        """Return all candidates as JSON, numbered from ``first`` and their prompts from ``prompt``.
+
+        A failed score is null.
+        """
+        return [
+            {
+                "prompt": prompt + node.prompt,
+                "parent": None if node.parent is None else first + node.parent,
+                "born": node.start_step,
+                "scores": [[step, [v if math.isfinite(v) else None for v in values]] for step, values in node.scores],
+                "ended": node.end_step,
+            }
+            for node in self.nodes
+        ]

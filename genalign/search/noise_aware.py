@@ -3,6 +3,10 @@
 A dataset holds the previews of complete trajectories with the rewards of their final samples. A student learns to
 predict the rewards from the previews, level by level. The resulting scorer refuses levels at which it ranks badly.
 
+A student is an ``nn.Module`` whose trainable parameters require a gradient. It is called with previews (B, ...), noise
+levels (B,) and prompts, and returns the expected rewards (B,) of the clean samples. Its attribute ``input_kind`` is
+"latents" or "samples", for previews as latents or decoded.
+
 M trajectories, S levels. A level is a grid's ``noise_share``: sigma on a flow's path, and in [0, 1] on all paths.
 """
 
@@ -11,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +27,8 @@ from genalign.runtime.files import load_state, save_state
 from genalign.search.engine import Particles, ScoredParticles, SearchRun
 from genalign.types import Prompt
 
-PreviewTransform = Callable[[Tensor], Tensor]
-"""Turns previews (B, ...), which are latents, into the input of a student: a pipeline's ``decode``, or ``identity``."""
-
-
-def identity(previews: Tensor) -> Tensor:
-    """Return the previews unchanged: the transform for students of latents."""
-    return previews
-
-
-class Student(Protocol):
-    """A network that scores previews: an ``nn.Module`` whose trainable parameters require a gradient."""
-
-    @property
-    def input_kind(self) -> Literal["latents", "samples"]:
-        """Whether the network takes previews as latents or decoded to samples."""
-
-    def __call__(self, previews: Tensor, sigma: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Return the expected rewards (B,) of the clean samples, for previews (B, ...) at noise levels (B,)."""
+Decode = Callable[[Tensor], Tensor]
+"""A pipeline's ``decode``, from latents (B, ...) to samples."""
 
 
 @runtime_checkable
@@ -142,7 +130,7 @@ class Distillation:
 
 
 def train_decoder(
-    student: HasDecoder, dataset: PreviewDataset, decode: PreviewTransform, settings: Distillation
+    student: HasDecoder, dataset: PreviewDataset, decode: Decode, settings: Distillation
 ) -> Iterator[float]:
     """Train a student's own decoder, and yield the mean loss after every epoch.
 
@@ -173,14 +161,14 @@ def train_decoder(
 
 
 def distill(
-    student: nn.Module, dataset: PreviewDataset, transform: PreviewTransform, settings: Distillation
+    student: nn.Module, dataset: PreviewDataset, decode: Decode, settings: Distillation
 ) -> Iterator[tuple[int, float]]:
     """Train a student, and yield the number of levels in use and the mean loss after every epoch.
 
     Args:
-        student: A ``Student``.
+        student: The network to train.
         dataset: Previews and their clean rewards.
-        transform: Turns previews into the student's input.
+        decode: The pipeline's decoder, for a student of samples.
         settings: Epochs, losses, batch size and seed.
     """
     clean, prompt = dataset.clean, dataset.prompt
@@ -196,7 +184,7 @@ def distill(
             losses = []
             for rows in torch.split(shuffled, settings.batch_size):
                 level = len(dataset.sigmas) - 1 - torch.randint(levels, (len(rows),), generator=generator)
-                loss = _loss(_predict(student, dataset, rows, level, transform), target[rows], prompt[rows], settings)
+                loss = _loss(_predict(student, dataset, rows, level, decode), target[rows], prompt[rows], settings)
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -205,11 +193,10 @@ def distill(
             yield levels, sum(losses) / len(losses)
 
 
-def _predict(
-    student: nn.Module, dataset: PreviewDataset, rows: Tensor, level: Tensor, transform: PreviewTransform
-) -> Tensor:
+def _predict(student: nn.Module, dataset: PreviewDataset, rows: Tensor, level: Tensor, decode: Decode) -> Tensor:
+    previews = dataset.previews[rows, level].float()
     with torch.no_grad():
-        inputs = transform(dataset.previews[rows, level].float())
+        inputs = decode(previews) if student.input_kind == "samples" else previews
     prompts = [dataset.prompts[p] for p in dataset.prompt[rows].tolist()]
     device = device_of(student)
     scores: Tensor = student(inputs.to(device), dataset.sigmas[level].to(device), prompts)
@@ -248,15 +235,13 @@ class LevelQuality:
 
 
 @torch.no_grad()
-def validate(
-    student: nn.Module, dataset: PreviewDataset, transform: PreviewTransform, batch_size: int = 64
-) -> list[LevelQuality]:
+def validate(student: nn.Module, dataset: PreviewDataset, decode: Decode, batch_size: int = 64) -> list[LevelQuality]:
     """Measure how well a student ranks at every level of a dataset.
 
     Args:
-        student: A ``Student``.
+        student: The network to validate.
         dataset: Held-out previews and their clean rewards.
-        transform: Turns previews into the student's input.
+        decode: The pipeline's decoder, for a student of samples.
         batch_size: Number of previews in a call of the student.
 
     Raises:
@@ -265,7 +250,7 @@ def validate(
     qualities = []
     for place, sigma in enumerate(dataset.sigmas.tolist()):
         batches = torch.split(torch.arange(len(dataset)), batch_size)
-        scores = [_predict(student, dataset, rows, torch.full_like(rows, place), transform) for rows in batches]
+        scores = [_predict(student, dataset, rows, torch.full_like(rows, place), decode) for rows in batches]
         qualities.append(ranking_quality(torch.cat(scores), dataset.clean, dataset.prompt, sigma))
     return qualities
 
@@ -306,8 +291,7 @@ class NoiseAware:
         qualities: Its validation at every level.
         mean: Mean of the rewards that it was trained on.
         std: Standard deviation of the rewards that it was trained on.
-        least_tau: Levels at which Kendall's tau is below this are refused.
-        tolerance: Levels further than this from every validated level are refused.
+        least_tau: Levels at which Kendall's tau is below this are refused, as are those that were not validated.
     """
 
     student: nn.Module
@@ -315,13 +299,6 @@ class NoiseAware:
     mean: float = 0.0
     std: float = 1.0
     least_tau: float = 0.1
-    tolerance: float = 0.03
-
-    @property
-    def input_kind(self) -> Literal["latents", "samples"]:
-        """Whether the student takes latents or decoded samples."""
-        kind: Literal["latents", "samples"] = self.student.input_kind  # type: ignore[assignment]  # nn.Module's getattr
-        return kind
 
     @torch.no_grad()
     def __call__(self, run: SearchRun, candidates: Particles) -> Tensor:
@@ -334,14 +311,14 @@ class NoiseAware:
 
         counted, scores = run.metered("noise-aware", predict), []
         for part in candidates.split(run.batch_size):
-            inputs = run.pipeline.decode(part.preview) if self.input_kind == "samples" else part.preview
+            inputs = run.pipeline.decode(part.preview) if self.student.input_kind == "samples" else part.preview
             scores.append(self.mean + self.std * counted(inputs.to(device), run.prompts_of(part)).float().cpu())
         return torch.cat(scores)[:, None]
 
     def check(self, sigma: float) -> None:
         """Raise ValueError for a noise level at which the scorer was not validated or ranks too badly."""
         nearest = min(self.qualities, key=lambda quality: abs(quality.sigma - sigma))
-        if abs(nearest.sigma - sigma) > self.tolerance:
+        if abs(nearest.sigma - sigma) > 0.03:
             levels = ", ".join(f"{quality.sigma:.2f}" for quality in self.qualities)
             raise ValueError(
                 f"this scorer was validated at noise levels {levels}, not at {sigma:.2f}: prune at one of these levels"

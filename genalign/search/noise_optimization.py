@@ -99,7 +99,7 @@ class NoiseOptimization(ABC):
         latents = x.detach().cpu()
         candidates = replace(candidates, x=latents, preview=latents, steps_done=run.steps)
         run.record_scores(candidates, scores.detach().cpu())
-        run.lineage.close(candidates.ids, run.steps)
+        run.lineage.close(candidates.ids.tolist(), run.steps)
         return ScoredParticles(candidates, samples.detach().cpu(), scores.detach().cpu()), scores
 
     def _move(self, run: SearchRun, x: Tensor, noise: Tensor | None, index: int) -> Tensor:

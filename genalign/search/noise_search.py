@@ -110,11 +110,10 @@ class Evolution:
             (parents.prompt == p).nonzero()[:, 0][torch.arange(self.sizes[generation]) % self.elites]
             for p in range(len(run.prompts))
         ]
-        copies = parents.rows(torch.cat(turns))
-        ids = run.lineage.add(copies.prompt.tolist(), copies.ids, copies.steps_done)
-        z = seeded_noise([derived_seed(run.seed, "mutation", number) for number in ids], copies.x)
+        copies = run.copy(parents.rows(torch.cat(turns)))
+        z = seeded_noise([derived_seed(run.seed, "mutation", number) for number in copies.ids.tolist()], copies.x)
         level = run.grid[copies.steps_done]
         alpha, sigma = float(level.alpha), float(level.sigma)
         eps = (copies.x - alpha * copies.preview) / sigma
         mutated = (1 - self.strength**2) ** 0.5 * eps + self.strength * z
-        return replace(copies, ids=ids, x=alpha * copies.preview + sigma * mutated)
+        return replace(copies, x=alpha * copies.preview + sigma * mutated)

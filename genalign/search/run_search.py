@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor
 
 from genalign.diffusion.sampling import Sampling
-from genalign.scoring.budget import Budget, Ledger, Metered, measure_prices, metered_rewards, peak_memory
+from genalign.scoring.budget import Budget, Ledger, measure_prices
 from genalign.scoring.score import NamedReward, RewardError, named, probe
-from genalign.search.engine import SearchRun
+from genalign.search.engine import ScoredParticles, SearchRun
 from genalign.search.strategy import PromptBudget, Strategy
-from genalign.types import Grid, Pipeline, Prompt, RewardFunction
+from genalign.types import Grid, Pipeline, Prompt, PromptSet, RewardFunction
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +28,11 @@ class SearchResult:
     Attributes:
         samples: Decoded samples (P, ...).
         scores: Their scores (P, K) by the rewards.
-        lineage: Every candidate of the search as JSON (see ``lineage.Node``).
+        lineage: Every candidate of the search as JSON (see ``lineage.Lineage.as_list``).
         winners: The number in the lineage of each prompt's best candidate.
         ledger: The calls made.
         budget: The budget, with the prices that it was planned with.
         seconds: Wall-clock seconds.
-        peak_memory: Peak memory in bytes (see ``budget.peak_memory``).
     """
 
     samples: Tensor
@@ -44,7 +42,6 @@ class SearchResult:
     ledger: Ledger
     budget: Budget | None
     seconds: float
-    peak_memory: int
 
     @property
     def unused(self) -> float:
@@ -81,64 +78,35 @@ def search(
         ValueError: No prompt, an impossible strategy, or a budget too small for one sample.
         RewardError: A reward raises, or does not return one score per sample in their order.
     """
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    if not texts:
+    each = PromptSet.of([prompts] if isinstance(prompts, str) else prompts).prompts
+    if not each:
         raise ValueError("there is no prompt to search for")
-    rewards, grid = named(reward), sampling.grid(pipeline)
-    first = Prompt(texts[0]) if isinstance(texts[0], str) else texts[0]
-    check_rewards(pipeline, rewards, first, grid, sampling.guidance)
+    rewards, grid, guidance = named(reward), sampling.grid(pipeline), sampling.guidance
+    check_rewards(pipeline, rewards, each[0], grid, guidance)
     if budget is not None and budget.seconds is not None and budget.prices is None:
-        prices = measure_prices(pipeline, rewards, [first] * batch_size, grid, sampling.guidance)
-        budget = replace(budget, prices=prices)
-    parts = []
-    for place, text in enumerate(texts):
-        prompt, ledger = Prompt(text) if isinstance(text, str) else text, Ledger()
-        metered = Metered(pipeline, ledger), metered_rewards(rewards, ledger)
-        run = SearchRun(metered[0], [prompt], metered[1], grid, sampling.guidance, batch_size, f"{seed}/{place}")
-        parts.append(_search_one(run, strategy, PromptBudget(budget)))
-    return _merge(parts)
+        budget = replace(budget, prices=measure_prices(pipeline, rewards, each[:1] * batch_size, grid, guidance))
 
-
-def _search_one(run: SearchRun, strategy: Strategy, allowance: PromptBudget) -> SearchResult:
-    """Search for the only prompt of a run."""
-    start = time.perf_counter()
-    finished = strategy(run, allowance)
-    winner = finished.rows(finished.best())
-    if bool(winner.scores.isnan().any()):
-        logger.warning("the best sample of %r could not be scored by every reward", run.prompts[0].text)
-    return SearchResult(
-        samples=winner.samples,
-        scores=winner.scores,
-        lineage=run.lineage.as_list(),
-        winners=winner.candidates.ids,
-        ledger=run.spent,
-        budget=allowance.budget,
-        seconds=time.perf_counter() - start,
-        peak_memory=peak_memory(),
-    )
-
-
-def _merge(parts: Sequence[SearchResult]) -> SearchResult:
-    """Merge the results of single prompts, with candidates numbered consecutively and prompts from 0."""
+    start, ledger = time.perf_counter(), Ledger()
+    best: list[ScoredParticles] = []
     lineage: list[dict[str, Any]] = []
     winners: list[int] = []
-    calls: Counter[str] = Counter()
-    for place, part in enumerate(parts):
-        first = len(lineage)
-        winners += [first + number for number in part.winners]
-        for node in part.lineage:
-            parent = None if node["parent"] is None else first + node["parent"]
-            lineage.append({**node, "prompt": place, "parent": parent})
-        calls.update(part.ledger.counts)
-    return replace(
-        parts[0],
-        samples=torch.cat([part.samples for part in parts]),
-        scores=torch.cat([part.scores for part in parts]),
+    for place, prompt in enumerate(each):
+        run = SearchRun(pipeline, [prompt], rewards, grid, guidance, batch_size, f"{seed}/{place}")
+        finished = strategy(run, PromptBudget(budget))
+        best.append(finished.rows(finished.best()))
+        if bool(best[-1].scores.isnan().any()):
+            logger.warning("the best sample of %r could not be scored by every reward", prompt.text)
+        winners.append(len(lineage) + int(best[-1].candidates.ids))
+        lineage += run.lineage.as_list(len(lineage), place)
+        ledger.counts.update(run.ledger.counts)
+    return SearchResult(
+        samples=torch.cat([winner.samples for winner in best]),
+        scores=torch.cat([winner.scores for winner in best]),
         lineage=lineage,
         winners=tuple(winners),
-        ledger=Ledger(calls),
-        seconds=sum(part.seconds for part in parts),
-        peak_memory=max(part.peak_memory for part in parts),
+        ledger=ledger,
+        budget=budget,
+        seconds=time.perf_counter() - start,
     )
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from genalign.scoring.budget import Budget, Ledger
-from genalign.search.counting import CountingRun
+from genalign.scoring.score import NamedReward
 from genalign.search.engine import Particles, ScoredParticles, SearchRun
+from genalign.types import Conditioning, NoiseLevel, Pipeline, Prompt, RewardFunction
 
 
 class Strategy(Protocol):
@@ -30,9 +33,49 @@ def count_calls(run: SearchRun, strategy: Strategy) -> Ledger:
     keeps fixed numbers of candidates, and resampling copies them without a call. A strategy whose calls depend on the
     scores must make the most of them where scores are equal, or it may overdraw a budget.
     """
-    twin = CountingRun(run)
+    twin = _CountingRun(run)
     strategy(twin, PromptBudget())
-    return twin.spent
+    return twin.ledger
+
+
+class _CountingRun(SearchRun):
+    """A twin of ``run`` for one of its prompts, with an empty ledger of its own.
+
+    Latents and samples have the shape (N, 0), the network and the decoder copy their inputs, and all scores are 0.
+    Gradients flow as in the real run, so that backward passes are counted too.
+    """
+
+    def __init__(self, run: SearchRun) -> None:
+        rewards = [NamedReward(reward.name, _zero_scores, reward.weight) for reward in run.rewards]
+        pipeline = _WithoutValues(run.pipeline)
+        super().__init__(pipeline, run.prompts[:1], rewards, run.grid, run.guidance, sys.maxsize, run.seed)
+
+    def metered(self, name: str, function: RewardFunction) -> RewardFunction:
+        return super().metered(name, _zero_scores)
+
+
+class _WithoutValues:
+    """A pipeline of latents (N, 0) whose network and decoder copy their inputs."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.path, self.denoiser = pipeline.path, pipeline.denoiser
+        self.grid, self.level = pipeline.grid, pipeline.level
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        return Conditioning({"text": torch.zeros(len(prompts), 0)})
+
+    def initial_noise(self, seeds: Sequence[int]) -> Tensor:
+        return torch.zeros(len(seeds), 0)
+
+    def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
+        return x.clone()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.clone()
+
+
+def _zero_scores(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return samples.flatten(1).sum(1)
 
 
 @dataclass(frozen=True)
@@ -49,7 +92,7 @@ class PromptBudget:
         """Return the budget less the mean cost of a prompt so far. Raises ValueError if nothing is left."""
         if self.budget is None:
             return self
-        left = self.budget.limit - self.budget.spent(run.spent) / len(run.prompts)
+        left = self.budget.limit - self.budget.spent(run.ledger) / len(run.prompts)
         if left <= 0:
             raise ValueError(
                 f"nothing is left of the budget of {self.budget.limit:.4g} for each prompt: raise the budget"

@@ -8,7 +8,8 @@ original's scores run it on the images and read its results (``genalign.evaluati
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ _MOST_INSTANCES = 100  # of an image, as in mmdet's configuration
 _GENEVAL = Thresholds()
 _OWL = Thresholds(confidence=0.2, counting=0.3, max_overlap=0.5)
 _DINO = Thresholds(confidence=0.35, counting=0.35, max_overlap=0.5)
+_Matches = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +163,36 @@ def coco_instances(classes: Tensor, masks: Tensor, size: Sequence[int], lowest: 
 
 
 @dataclass(frozen=True)
-class Owlv2(TransformersDetector):
+class OpenVocabularyDetector(TransformersDetector, ABC):
+    """A detector of classes by their names, beyond COCO's; it gives boxes without masks."""
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
+        """Detect objects of the classes ``names`` of their image, each as the most likely one."""
+        network, processor = _opened(self.model, "AutoModelForZeroShotObjectDetection")
+        network.to(images.device)
+        pixels = eight_bits(images)
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for row, classes in enumerate(names):
+            groups.setdefault(tuple(dict.fromkeys(classes)), []).append(row)
+        detected: list[list[Instance]] = [[] for _ in names]
+        for group, rows in groups.items():
+            for start in range(0, len(rows), self.batch_size):
+                batch = rows[start : start + self.batch_size]
+                matches = self._match(network, processor, pixels[batch], group)
+                for row, scores, labels, boxes in zip(batch, *matches, strict=True):
+                    sure = scores > self.lowest
+                    objects = [group[label] for label in labels[sure].tolist()]
+                    detected[row] = _instances(objects, scores[sure], boxes[sure], images.shape[-2:])
+        return detected
+
+    @abstractmethod
+    def _match(self, network: Any, processor: Any, images: Tensor, names: Sequence[str]) -> _Matches:
+        """Match images (B, 3, H, W) with names: scores and labels of the best names (B, n), and boxes (B, n, 4)."""
+
+
+@dataclass(frozen=True)
+class Owlv2(OpenVocabularyDetector):
     """OWLv2 (arXiv:2306.09683), which detects classes by their names, beyond COCO's.
 
     It gives boxes without masks, so that colors are judged with their surroundings, and its scores are on another scale
@@ -172,26 +203,17 @@ class Owlv2(TransformersDetector):
     model: str = "google/owlv2-base-patch16-ensemble"
     thresholds: Thresholds = _OWL
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
-        """Detect objects of the classes ``names`` of their image, each as the most likely one."""
-        network, processor = _opened(self.model, "AutoModelForZeroShotObjectDetection")
-        network.to(images.device)
-
-        def detect(part: Tensor, classes: Sequence[str]) -> list[list[Instance]]:
-            queries = [f"a photo of {with_article(name)}" for name in classes]
-            inputs = processor(text=[queries] * len(part), images=list(part), truncation=True, return_tensors="pt")
-            output = network(**inputs.to(images.device))
-            sizes = [tuple(part.shape[-2:])] * len(part)
-            results = processor.post_process_grounded_object_detection(output, self.lowest, sizes)
-            named = [[classes[label] for label in item["labels"].tolist()] for item in results]
-            return [_boxes(item["boxes"], item["scores"], n, part) for item, n in zip(results, named, strict=True)]
-
-        return _by_names(eight_bits(images), names, self.batch_size, detect)
+    def _match(self, network: Any, processor: Any, images: Tensor, names: Sequence[str]) -> _Matches:
+        queries = [f"a photo of {with_article(name)}" for name in names]
+        inputs = processor(text=[queries] * len(images), images=list(images), truncation=True, return_tensors="pt")
+        output = network(**inputs.to(images.device))
+        best, label = output.logits.max(-1)
+        side = max(images.shape[-2:])  # it pads images to squares
+        return best.sigmoid(), label, _corners(output.pred_boxes, side, side)
 
 
 @dataclass(frozen=True)
-class GroundingDino(TransformersDetector):
+class GroundingDino(OpenVocabularyDetector):
     """Grounding DINO (arXiv:2303.05499), which detects classes by their names, without masks as ``Owlv2``.
 
     The thresholds are its authors' usual ones, not fitted to GenEval. A box has the class whose words it matches best.
@@ -200,23 +222,14 @@ class GroundingDino(TransformersDetector):
     model: str = "IDEA-Research/grounding-dino-tiny"
     thresholds: Thresholds = _DINO
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
-        """Detect objects of the classes ``names`` of their image, each as the most likely one."""
-        network, processor = _opened(self.model, "AutoModelForZeroShotObjectDetection")
-        network.to(images.device)
-
-        def detect(part: Tensor, classes: Sequence[str]) -> list[list[Instance]]:
-            text, tokens = _caption(processor.tokenizer, classes)
-            pixels = processor.image_processor(images=list(part), return_tensors="pt")
-            words = {key: value.expand(len(part), -1) for key, value in text.items()}
-            inputs = {key: value.to(images.device) for key, value in (*pixels.items(), *words.items())}
-            output = network(**inputs)
-            scores = torch.stack([output.logits[..., place].sigmoid().amax(-1) for place in tokens], dim=-1)
-            matches = zip(scores, output.pred_boxes, strict=True)
-            return [_best_matches(score, boxes, classes, part, self.lowest) for score, boxes in matches]
-
-        return _by_names(eight_bits(images), names, self.batch_size, detect)
+    def _match(self, network: Any, processor: Any, images: Tensor, names: Sequence[str]) -> _Matches:
+        text, tokens = _caption(processor.tokenizer, names)
+        pixels = processor.image_processor(images=list(images), return_tensors="pt")
+        words = {key: value.expand(len(images), -1) for key, value in text.items()}
+        output = network(**{key: value.to(images.device) for key, value in (*pixels.items(), *words.items())})
+        scores = torch.stack([output.logits[..., place].sigmoid().amax(-1) for place in tokens], dim=-1)
+        height, width = images.shape[-2:]
+        return *scores.max(-1), _corners(output.pred_boxes, width, height)
 
 
 def _caption(tokenizer: Any, names: Sequence[str]) -> tuple[dict[str, Tensor], list[list[int]]]:
@@ -232,53 +245,18 @@ def _caption(tokenizer: Any, names: Sequence[str]) -> tuple[dict[str, Tensor], l
     return dict(tokens), places
 
 
-def _best_matches(
-    scores: Tensor, centered: Tensor, names: Sequence[str], image: Tensor, lowest: float
-) -> list[Instance]:
-    """Select boxes whose best score is above ``lowest``.
-
-    Args:
-        scores: of every box and name (n, names).
-        centered: centers and sizes of the boxes (n, 4), relative to the image.
-        names: of the classes.
-        image: the image (..., H, W), for its size.
-        lowest: the score that a box must exceed.
-    """
-    best, label = scores.max(-1)
-    sure = best > lowest
-    center, half = centered[sure, :2], centered[sure, 2:] / 2
-    height, width = image.shape[-2:]
-    scale = centered.new_tensor([width, height, width, height])
-    boxes = torch.cat([center - half, center + half], dim=1) * scale
-    return _boxes(boxes, best[sure], [names[i] for i in label[sure].tolist()], image)
+def _corners(boxes: Tensor, width: int, height: int) -> Tensor:
+    """Convert relative centers and sizes (..., 4) to the left, top, right and bottom in pixels (..., 4)."""
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([center - half, center + half], -1) * boxes.new_tensor([width, height, width, height])
 
 
-def _boxes(boxes: Tensor, scores: Tensor, names: Sequence[str], image: Tensor) -> list[Instance]:
-    """Turn boxes (n, 4) in pixels into instances, cut at the border of the image; boxes beyond it are left out."""
-    height, width = image.shape[-2:]
-    limits = boxes.new_tensor([width, height, width, height])
-    cut = boxes.clamp(min=0).minimum(limits).tolist()
+def _instances(names: Sequence[str], scores: Tensor, boxes: Tensor, size: Sequence[int]) -> list[Instance]:
+    """Turn boxes (n, 4) into instances, cut at the border of the image (height, width); boxes beyond it are dropped."""
+    height, width = size
+    cut = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height])).tolist()
     return [
         Instance(Detection(name, (x1, y1, x2, y2), score))
         for name, (x1, y1, x2, y2), score in zip(names, cut, scores.tolist(), strict=True)
         if x1 < x2 and y1 < y2
     ]
-
-
-def _by_names(
-    images: Tensor,
-    names: Sequence[Sequence[str]],
-    batch_size: int,
-    detect: Callable[[Tensor, Sequence[str]], list[list[Instance]]],
-) -> list[list[Instance]]:
-    """Run ``detect`` on batches of images with the same class names."""
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for row, classes in enumerate(names):
-        groups.setdefault(tuple(dict.fromkeys(classes)), []).append(row)
-    detected: list[list[Instance]] = [[] for _ in names]
-    for classes, rows in groups.items():
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            for row, instances in zip(batch, detect(images[batch], classes), strict=True):
-                detected[row] = instances
-    return detected

@@ -7,8 +7,8 @@ server's Retry-After. Every other answer but 2xx is final. Extra: remote (httpx)
 
 from __future__ import annotations
 
-import base64
 import json
+import logging
 import os
 import random
 import threading
@@ -23,10 +23,15 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from genalign.scoring.protocol import SampleError, is_loopback
+import torch
+from torch import Tensor
+
+from genalign.scoring.protocol import Outcome, SampleError, is_loopback
 
 if TYPE_CHECKING:
     import httpx
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -85,11 +90,16 @@ class _Retry:
 class HttpClient:
     """Keep-alive connections to one server, for one call of a reward; safe in threads, to be used in a ``with``.
 
-    ``token`` is sent as a bearer token. Loopback addresses are reached without the proxies of the environment.
+    The environment variable ``token_variable`` holds the bearer token, if there is one: it must not be in a file of the
+    run, or on a command line. Loopback addresses are reached without the proxies of the environment.
     """
 
-    def __init__(self, url: str, token: str | None, patience: Patience) -> None:
-        httpx = _httpx()
+    def __init__(self, url: str, token_variable: str, patience: Patience) -> None:
+        try:
+            import httpx
+        except ImportError as error:
+            raise RemoteError("httpx is missing: pip install 'genalign[remote]'") from error
+        token = os.environ.get(token_variable)
         self._url, self._patience = url.rstrip("/"), patience
         self._end = time.monotonic() + patience.deadline
         self._retries = patience.retries
@@ -113,55 +123,49 @@ class HttpClient:
         """The number of seconds until the deadline."""
         return self._end - time.monotonic()
 
-    def get(self, path: str) -> bytes:
-        """Send GET and return the body of the answer. Raises RemoteError."""
-        return self._send("GET", path, b"")
-
-    def post(self, path: str, body: bytes) -> bytes:
-        """Send JSON by POST and return the body of the answer. Raises RemoteError."""
-        return self._send("POST", path, body)
-
     def post_json(self, path: str, value: Any) -> Any:
         """Send JSON and return the JSON of the answer. Raises RemoteError, and Refused if the answer is not JSON."""
-        answer = self.post(path, json.dumps(value, allow_nan=False).encode())
+        answer = self.send(path, json.dumps(value, allow_nan=False).encode())
         try:
             return json.loads(answer)
         except (ValueError, RecursionError):
             raise Refused(200, f"{self._url}{path} did not answer with JSON: is this the right address?") from None
 
-    def _send(self, method: str, path: str, body: bytes) -> bytes:
-        """Send a request until it is answered. Raises Unavailable if no time or retries are left."""
+    def send(self, path: str, body: bytes = b"") -> bytes:
+        """Send JSON by POST, or GET without a body, until there is an answer, and return its body.
+
+        Raises RemoteError; Unavailable if no time or retries are left.
+        """
         faults = attempt = 0
-        while True:
-            if self._stopped.is_set():
-                raise Unavailable(f"{self._url}{path} was not sent: another request of this call failed")
-            answer = self._once(method, path, body)
+        while not self._stopped.is_set():
+            answer = self._once(path, body)
             if isinstance(answer, bytes):
                 self._retries = self._patience.retries
                 return answer
             faults += answer.fault
             if faults > _FAULTS:
                 raise Faulty(f"{self._url}{path} {answer.reason}, {faults} times: see the server's log")
-            # Wait before the next attempt.
             longest = min(self._patience.longest_pause, self._patience.first_pause * 2.0 ** min(attempt, 30))
             pause = max(answer.pause, self._jitter.uniform(0, longest))
             attempt += 1
             with self._lock:
                 self._retries -= 1
                 spent = self._retries < 0 or pause >= self.remaining
-            if not spent and self._stopped.wait(pause):
-                raise Unavailable(f"{self._url} {answer.reason}; stopped")
+            if not spent:
+                self._stopped.wait(pause)
             if spent or self.remaining <= 0:  # or the pause took longer than planned
                 limits = f"{attempt} attempts of at most {self._patience.deadline:g} s"
                 raise Unavailable(f"{self._url} {answer.reason}; given up after {limits}")
+        raise Unavailable(f"{self._url}{path} was not sent: another request of this call failed")
 
-    def _once(self, method: str, path: str, body: bytes) -> bytes | _Retry:
-        httpx = _httpx()
+    def _once(self, path: str, body: bytes) -> bytes | _Retry:
+        import httpx
+
         left = self.remaining
         if left <= 0:
             return _Retry("was not reached in time")
         limits = httpx.Timeout(min(left, self._patience.timeout), connect=min(left, self._patience.connect))
-        headers = {"Content-Type": "application/json"} if body else {}
+        method, headers = ("POST", {"Content-Type": "application/json"}) if body else ("GET", {})
         try:
             with self._http.stream(method, self._url + path, content=body, headers=headers, timeout=limits) as response:
                 return self._read(response, path)
@@ -219,28 +223,21 @@ def require_address(url: str) -> None:
         raise ValueError(f"{url!r} is no address of a server: give one such as http://127.0.0.1:8000")
 
 
-def read_token(variable: str) -> str | None:
-    """Read a token from the environment: it must not be in a file of the run, or on a command line."""
-    return os.environ.get(variable) or None
+def scores_or_nan(outcomes: Sequence[Outcome], scorer: str, strict: bool = False) -> Tensor:
+    """Return the scores (B,), NaN for a sample without one, with a warning: the counts, and the first error's message.
 
-
-def describe_errors(errors: Sequence[SampleError], count: int) -> str:
-    """Say how many of ``count`` samples have an outcome, why others have none, and the first error's message."""
-    counts = ", ".join(f"{number} {code}" for code, number in Counter(error.code for error in errors).items())
-    return f"{count - len(errors)} of {count} samples ({counts}): {errors[0].message}"
-
-
-def data_url(png: bytes) -> str:
-    """Return a PNG image as a data URL."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _httpx() -> Any:
-    try:
-        import httpx
-    except ImportError as error:
-        raise RemoteError("httpx is missing: pip install 'genalign[remote]'") from error
-    return httpx
+    Raises RemoteError where all were refused or, if ``strict``, where one has no score.
+    """
+    errors = [outcome for outcome in outcomes if isinstance(outcome, SampleError)]
+    if errors:
+        counts = Counter(error.code for error in errors)
+        reasons = ", ".join(f"{number} {code}" for code, number in counts.items())
+        count = len(outcomes)
+        message = f"{scorer} {count - len(errors)} of {count} samples ({reasons}): {errors[0].message}"
+        if strict or counts["refused"] == count:
+            raise RemoteError(message)
+        logger.warning("%s; the others are NaN", message)
+    return torch.tensor([torch.nan if isinstance(outcome, SampleError) else outcome for outcome in outcomes])
 
 
 def _seconds(retry_after: str | None) -> float:

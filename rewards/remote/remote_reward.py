@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
 import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from genalign.runtime.media import medium_of
@@ -26,12 +24,9 @@ from rewards.remote.http_client import (
     Refused,
     RemoteError,
     Unavailable,
-    describe_errors,
-    read_token,
     require_address,
+    scores_or_nan,
 )
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,14 +81,9 @@ class RemoteReward:
         if len(samples) != len(prompts):
             raise ValueError(f"there must be one prompt per sample, not {len(prompts)} for {len(samples)}")
         media = medium_of(samples).name
-        with HttpClient(self.url, read_token(self.token_variable), self.patience) as client:
+        with HttpClient(self.url, self.token_variable, self.patience) as client:
             outcomes = self._outcomes(client, samples, media, prompts)
-        if errors := [outcome for outcome in outcomes if isinstance(outcome, SampleError)]:
-            message = f"{self.url} scored {describe_errors(errors, len(samples))}"
-            if self.failures == "raise":
-                raise RemoteError(message)
-            logger.warning("%s; the others are NaN", message)
-        return torch.tensor([torch.nan if isinstance(outcome, SampleError) else outcome for outcome in outcomes])
+        return scores_or_nan(outcomes, f"{self.url} scored", strict=self.failures == "raise")
 
     def _outcomes(self, client: HttpClient, samples: Tensor, media: str, prompts: Sequence[Prompt]) -> list[Outcome]:
         """Return the outcome of each sample, from the cache or from the server."""
@@ -128,7 +118,7 @@ class RemoteReward:
     def _info(self, client: HttpClient) -> ServerInfo:
         if self._cache.info is None:
             try:
-                self._cache.info = protocol.unpack_info(client.get("/v1/info"))
+                self._cache.info = protocol.unpack_info(client.send("/v1/info"))
             except protocol.WireError as error:
                 raise RemoteError(f"{self.url}: {error}") from None
         info = self._cache.info
@@ -144,7 +134,7 @@ class RemoteReward:
         prompts, contents = tuple(item.prompt for item in items), tuple(item.content for item in items)
         body = protocol.ScoreRequest(request_id, wait, prompts, info.media, contents).to_json()
         try:
-            reply = protocol.unpack_reply(client.post("/v1/score", body), request_id, len(items))
+            reply = protocol.unpack_reply(client.send("/v1/score", body), request_id, len(items))
         except protocol.WireError as error:
             raise Refused(200, f"{self.url}: {error}") from None
         except Unavailable as error:

@@ -13,7 +13,6 @@ Prompts are other people's text: they are put between tags, and an answer is onl
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genalign.runtime.media import data_uri
 from genalign.scoring.protocol import Outcome, SampleError, encode_image
 from genalign.types import Prompt
 from rewards.remote.http_client import (
@@ -30,19 +30,14 @@ from rewards.remote.http_client import (
     HttpClient,
     Patience,
     Refused,
-    RemoteError,
     Unavailable,
-    data_url,
-    describe_errors,
-    read_token,
     require_address,
+    scores_or_nan,
 )
 from rewards.vqa import answerable
 
-logger = logging.getLogger(__name__)
-
-_TOP = 20
 _LEAST_MASS = 0.01  # below it the first token is something else, such as the beginning of a chain of thought
+_FIRST_TOKEN = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
 _OWN_FAULT = {400, 413, 422}  # statuses that may concern one request alone
 _CRITERIA = {
     "alignment": "the image shows all that the description says",
@@ -91,10 +86,6 @@ class JudgeAnswer:
         return sum(value * (mass / total) for value, mass in zip(values.values(), masses, strict=True))
 
 
-Content = list[dict[str, Any]]
-"""The content of a chat message: images, then a text about them."""
-
-
 @dataclass(frozen=True)
 class YesNoJudge:
     """P(yes) / (P(yes) + P(no)) of the first token that a model answers with, as of ``rewards.vqa.YesNoModel``."""
@@ -106,8 +97,8 @@ class YesNoJudge:
 
         NaN where neither word is among the likely ones.
         """
-        contents = _contents(images, [answerable(question) for question in questions])
-        return _ask(self.endpoint, contents, lambda answer: answer.expected({"yes": 1.0, "no": 0.0}))
+        texts = [answerable(question) for question in questions]
+        return _ask(self.endpoint, texts, [images], lambda answer: answer.expected({"yes": 1.0, "no": 0.0}))
 
 
 @dataclass(frozen=True)
@@ -132,8 +123,8 @@ class GradedJudge:
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1] as (B,); NaN where no grade is among the likely first tokens."""
         grades = {str(grade): float(grade - self.low) for grade in range(self.low, self.high + 1)}
-        contents = _contents(samples, _fill_in(self.question, prompts))
-        return _ask(self.endpoint, contents, lambda answer: answer.expected(grades)) / (self.high - self.low)
+        texts = _fill_in(self.question, prompts)
+        return _ask(self.endpoint, texts, [samples], lambda answer: answer.expected(grades)) / (self.high - self.low)
 
 
 @dataclass(frozen=True)
@@ -162,7 +153,7 @@ class WrittenJudge:
             grade = float(grades[-1]) if grades else math.nan
             return (grade - self.low) / (self.high - self.low) if self.low <= grade <= self.high else None
 
-        return _ask(self.endpoint, _contents(samples, _fill_in(self.question, prompts)), read, self.max_tokens)
+        return _ask(self.endpoint, _fill_in(self.question, prompts), [samples], read, max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -174,7 +165,7 @@ class RubricJudge:
     """
 
     endpoint: Endpoint
-    criteria: dict[str, str] = field(default_factory=lambda: dict(_CRITERIA))
+    criteria: dict[str, str] = field(default_factory=_CRITERIA.copy)
     question: str = "{prompt}\nGrade this image by each of these criteria, in JSON."
     low: int = 1
     high: int = 5
@@ -196,7 +187,8 @@ class RubricJudge:
             "required": list(self.criteria),
             "additionalProperties": False,
         }
-        return _ask(self.endpoint, _contents(samples, questions), self._read, self.max_tokens, schema)
+        form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+        return _ask(self.endpoint, questions, [samples], self._read, max_tokens=self.max_tokens, response_format=form)
 
     def _read(self, answer: JudgeAnswer) -> float | None:
         try:
@@ -221,11 +213,11 @@ class PairwiseJudge:
 
     def __call__(self, left: Tensor, right: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Compare two batches (B, 3, H, W) in [0, 1] as preferences (B,); NaN where either order has no answer."""
-        if left.shape[0] != right.shape[0]:
-            raise ValueError(f"there must be as many images on both sides, not {len(left)} and {len(right)}")
-        texts = _fill_in(self.question, prompts)
-        contents = [*_contents(left, texts, right), *_contents(right, texts, left)]
-        first = _ask(self.endpoint, contents, lambda answer: answer.expected({"1": 1.0, "2": 0.0}))
+        if left.shape != right.shape:
+            shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
+            raise ValueError(f"both sides must be images (B, 3, H, W) of one shape, not {shapes}")
+        texts, batches = _fill_in(self.question, prompts) * 2, [torch.cat([left, right]), torch.cat([right, left])]
+        first = _ask(self.endpoint, texts, batches, lambda answer: answer.expected({"1": 1.0, "2": 0.0}))
         return (first[: len(left)] + 1 - first[len(left) :]) / 2
 
 
@@ -236,85 +228,66 @@ def _fill_in(question: str, prompts: Sequence[Prompt]) -> list[str]:
     return [question.replace("{prompt}", f"{notice}\n<description>{text}</description>") for text in inside]
 
 
-def _contents(images: Tensor, texts: Sequence[str], others: Tensor | None = None) -> list[Content | SampleError]:
-    """Build one question per image, about the image of ``others`` as well; an error for images that are not finite."""
-    batches = [images] if others is None else [images, others]
-    for batch in batches:
-        if batch.ndim != 4 or batch.shape[:2] != (len(texts), 3):
-            raise ValueError(f"judges see images (B, 3, H, W), one per question, not {tuple(batch.shape)}")
-    contents: list[Content | SampleError] = []
-    for text, *row in zip(texts, *batches, strict=True):
-        if all(bool(image.isfinite().all()) for image in row):
-            urls = [{"type": "image_url", "image_url": {"url": data_url(encode_image(image))}} for image in row]
-            contents.append([*urls, {"type": "text", "text": text}])
-        else:
-            contents.append(SampleError("not_finite", "the image has values that are not finite"))
-    return contents
-
-
 def _ask(
     endpoint: Endpoint,
-    contents: Sequence[Content | SampleError],
+    texts: Sequence[str],
+    batches: Sequence[Tensor],
     read: Callable[[JudgeAnswer], float | None],
-    max_tokens: int | None = None,
-    schema: Mapping[str, Any] | None = None,
+    **fields: Any,
 ) -> Tensor:
     """Ask all questions, and return the values (B,) of the answers, NaN for one without a value.
 
     Args:
         endpoint: the judge.
-        contents: the questions, or the reason why one cannot be asked.
+        texts: B questions.
+        batches: batches of B images; a question is about one of each.
         read: the value of an answer; None if it has none.
-        max_tokens: the limit of a written answer; None asks for one token with its log-probabilities.
-        schema: a JSON schema of the answer.
+        fields: of the requests; without any they ask for one token with its log-probabilities.
 
     Raises:
         RemoteError: the server refused all questions.
     """
-    fields: dict[str, Any] = {"model": endpoint.model, "max_tokens": max_tokens or 1, "temperature": 0}
-    if max_tokens is None:
-        fields |= {"logprobs": True, "top_logprobs": _TOP}
-    if schema is not None:
-        json_schema = {"name": "answer", "strict": True, "schema": schema}
-        fields["response_format"] = {"type": "json_schema", "json_schema": json_schema}
+    for batch in batches:
+        if batch.ndim != 4 or batch.shape[:2] != (len(texts), 3):
+            raise ValueError(f"judges see images (B, 3, H, W), one per question, not {tuple(batch.shape)}")
+    body = {"model": endpoint.model, "temperature": 0, **(fields or _FIRST_TOKEN)}
     if endpoint.seed is not None:
-        fields["seed"] = endpoint.seed
-    with HttpClient(endpoint.url, read_token(endpoint.key_variable), endpoint.patience) as client:
-        outcomes = client.in_parallel(
-            lambda content: _outcome(client, content, {**fields, **endpoint.extra}, read, max_tokens is None),
-            contents,
-            endpoint.concurrency,
-        )
-    errors = [outcome for outcome in outcomes if isinstance(outcome, SampleError)]
-    if errors:
-        message = f"{endpoint.model} judged {describe_errors(errors, len(outcomes))}"
-        if len(errors) == len(outcomes) and all(error.code == "refused" for error in errors):
-            raise RemoteError(message)
-        logger.warning("%s; the others are NaN", message)
-    return torch.tensor([torch.nan if isinstance(outcome, SampleError) else outcome for outcome in outcomes])
+        body["seed"] = endpoint.seed
+    body |= endpoint.extra
+
+    def ask(row: tuple[Any, ...]) -> Outcome:
+        text, *images = row
+        if not all(bool(image.isfinite().all()) for image in images):
+            return SampleError("not_finite", "the image has values that are not finite")
+        urls = [data_uri("image/png", encode_image(image)) for image in images]
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+        answer = _answer(client, {"messages": messages, **body}, logprobs=not fields)
+        if isinstance(answer, SampleError):
+            return answer
+        if (value := read(answer)) is not None:
+            return value
+        begins = f"an answer that begins {answer.text[:40]!r}"
+        return SampleError("unreadable", f"{begins} cannot be read; does the model think first?")
+
+    with HttpClient(endpoint.url, endpoint.key_variable, endpoint.patience) as client:
+        outcomes = client.in_parallel(ask, list(zip(texts, *batches, strict=True)), endpoint.concurrency)
+    return scores_or_nan(outcomes, f"{endpoint.model} judged")
 
 
-def _outcome(
-    client: HttpClient,
-    content: Content | SampleError,
-    fields: Mapping[str, Any],
-    read: Callable[[JudgeAnswer], float | None],
-    logprobs: bool,
-) -> Outcome:
-    """Ask one question, with these fields in the request, and read the answer."""
-    if isinstance(content, SampleError):
-        return content
-    body = {"messages": [{"role": "user", "content": content}], **fields}
+def _answer(client: HttpClient, body: Mapping[str, Any], logprobs: bool) -> JudgeAnswer | SampleError:
+    """Send one question, and unpack the answer."""
     try:
         choice = client.post_json("/chat/completions", body)["choices"][0]
         text = str(choice["message"].get("content") or "")
-        first: dict[str, float] = {}
-        if logprobs:
-            tokens = (choice.get("logprobs") or {}).get("content")
-            if not tokens:
-                message = "the server gives no log-probabilities: use WrittenJudge, or another server"
-                return SampleError("no_logprobs", message)
-            first = {str(top["token"]): math.exp(float(top["logprob"])) for top in tokens[0]["top_logprobs"]}
+        if not logprobs:
+            return JudgeAnswer(text, {})
+        tokens = (choice.get("logprobs") or {}).get("content")
+        if not tokens:
+            message = "the server gives no log-probabilities: use WrittenJudge, or another server"
+            return SampleError("no_logprobs", message)
+        top = tokens[0]["top_logprobs"]
+        return JudgeAnswer(text, {str(one["token"]): math.exp(float(one["logprob"])) for one in top})
     except Refused as error:
         if error.status not in _OWN_FAULT:
             raise
@@ -323,6 +296,3 @@ def _outcome(
         return SampleError("unavailable", str(error))
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         return SampleError("malformed", f"this is not a chat completion ({type(error).__name__}: {error})")
-    if (value := read(JudgeAnswer(text, first))) is not None:
-        return value
-    return SampleError("unreadable", f"an answer that begins {text[:40]!r} cannot be read; does the model think first?")

@@ -118,8 +118,7 @@ class OfSets:
         return [PromptRecord(name, self.metric, run.seed, "all", "the whole set", before, after, count)]
 
     def trials(self, run: TrainedRun) -> list[tuple[float, float]]:
-        comparison = compare_parts(self.reward, self._described(run.before), self._described(run.after), PART)
-        return list(zip(comparison.before, comparison.after, strict=True))
+        return compare_parts(self.reward, self._described(run.before), self._described(run.after), PART)
 
     def _described(self, heard: Heard) -> Tensor:
         return torch.cat([self.features(part) for part in heard.clips.split(BATCH)])

@@ -13,7 +13,6 @@ from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.sampling import Sampling
 from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import load_state, save_state
-from genalign.scoring.budget import Ledger, Metered
 from genalign.scoring.score import NamedReward
 from genalign.search.engine import SearchRun
 from genalign.search.noise_aware import sample_with_previews
@@ -50,7 +49,7 @@ def record(work: Path, selection: Path) -> None:
             if path.exists():
                 continue
             grid, name = Sampling(STEPS).grid(model), str(derived_seed(seed, "pool", index))
-            run = SearchRun(Metered(model, Ledger()), [prompt], judges, grid, 1.0, CANDIDATES, name)
+            run = SearchRun(model, [prompt], judges, grid, 1.0, CANDIDATES, name)
             previews, finished = sample_with_previews(run, CANDIDATES, LEVELS)
             tensors = {"previews": previews, "clean": finished.scores}
             save_state(path, tensors, {"prompt": prompt.text, "task": prompt.task})

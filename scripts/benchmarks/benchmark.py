@@ -269,8 +269,8 @@ def benchmark_overhead(repeats: int) -> list[Measurement]:
     strategies: dict[str, Strategy] = {"best_of_32": BestOfN(32), "prune_32": Prune((3, 5, 8), (0.5, 0.5, 0.5), 32)}
     for name, strategy in strategies.items():
         for turn in range(repeats + 1):
-            metered, rewards = Metered(pipeline, Ledger()), [NamedReward("partial", reward)]
-            run = SearchRun(metered, [validation[turn]], rewards, pipeline.grid(STEPS, SIGMAS), 1.0, 32, str(turn))
+            rewards = [NamedReward("partial", reward)]
+            run = SearchRun(pipeline, [validation[turn]], rewards, pipeline.grid(STEPS, SIGMAS), 1.0, 32, str(turn))
             spent[0], began = 0.0, time.perf_counter()
             strategy(run, PromptBudget())
             whole = time.perf_counter() - began

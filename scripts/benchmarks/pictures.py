@@ -48,7 +48,7 @@ def learning_curve(run: Path, output: Path) -> None:
 def before_after(run: Path, output: Path, scale: int = 2) -> None:
     """Pairs from the same noise whose strict score changed: what was repaired above, what was broken below."""
     pairs = pairs_by_gain(load_evaluation(run / "before"), load_evaluation(run / "after"))
-    repaired = [pair for pair in reversed(pairs) if pair.difference("strict") > 0]
+    repaired = [pair for pair in reversed(pairs) if pair.differences["strict"] > 0]
     tasks = list(dict.fromkeys(pair.before.task for pair in repaired))
     pairs_of = [[pair for pair in repaired if pair.before.task == task][:2] for task in tasks]
     flat = [pair for group in pairs_of for pair in group][:COLUMNS]

@@ -28,7 +28,7 @@ from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.evaluation.records import PromptRecord
 from genalign.runtime.files import write_json, write_text
-from genalign.scoring.budget import Budget, Ledger, Metered
+from genalign.scoring.budget import Budget
 from genalign.search import BestOfN, FKSteering, Prune
 from genalign.search.engine import SearchRun
 from genalign.search.pruning import PruneSchedule
@@ -182,7 +182,7 @@ def live(work: Path) -> None:
             row: dict[str, object] = {"seed": seed, "prompt": prompt.text, "task": prompt.task}
             for name, strategy in strategies.items():
                 grid = Sampling(STEPS).grid(model)
-                run = SearchRun(Metered(model, Ledger()), [prompt], [selection], grid, 1.0, SEEDS, f"live/{place}")
+                run = SearchRun(model, [prompt], [selection], grid, 1.0, SEEDS, f"live/{place}")
                 finished = strategy(run, allowance)
                 both = torch.stack(
                     [finished.scores[:, 0], strict.function(finished.samples, [prompt] * len(finished.samples))]

@@ -16,7 +16,7 @@ from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import ODE, FlowSDE, Kernel
 from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import load_state, save_state, write_json
-from genalign.scoring.budget import Ledger, Metered, measure_prices, reward_call
+from genalign.scoring.budget import measure_prices, reward_call
 from genalign.scoring.score import NamedReward
 from genalign.search.engine import Particles, SearchRun
 from genalign.types import Prompt
@@ -90,9 +90,7 @@ def _looks(run: SearchRun, candidates: Particles, students: Mapping[str, nn.Modu
 
 
 def _run(model: SD3, prompt: Prompt, judges: list[NamedReward], steps: int, index: int) -> SearchRun:
-    return SearchRun(
-        Metered(model, Ledger()), [prompt], judges, Sampling(steps).grid(model), 1.0, SEEDS, f"pool/{index}"
-    )
+    return SearchRun(model, [prompt], judges, Sampling(steps).grid(model), 1.0, SEEDS, f"pool/{index}")
 
 
 def _hashes(candidates: Particles) -> Tensor:

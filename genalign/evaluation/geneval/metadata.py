@@ -10,8 +10,6 @@ from genalign.evaluation.geneval import grammar
 from genalign.evaluation.geneval.vocabulary import COLORS, RELATIONS
 from genalign.types import Metadata, Prompt
 
-OPENING = "a photo of"
-
 
 @dataclass(frozen=True)
 class Clause:
@@ -25,15 +23,6 @@ class Clause:
     color: str | None = None
     relation: str | None = None
     target: int | None = None
-
-    def as_metadata(self) -> dict[str, Any]:
-        """Convert to GenEval's metadata."""
-        metadata: dict[str, Any] = {"class": self.name, "count": self.count}
-        if self.color is not None:
-            metadata["color"] = self.color
-        if self.relation is not None:
-            metadata["position"] = [self.relation, self.target]
-        return metadata
 
 
 @dataclass(frozen=True)
@@ -72,14 +61,7 @@ class PromptSpec:
         """The distinct object classes of all clauses, in order."""
         return tuple(dict.fromkeys(clause.name for clause in self.include + self.exclude))
 
-    def as_metadata(self) -> dict[str, Any]:
-        """Convert to the metadata that ``from_metadata`` parses, with the keys in GenEval's order."""
-        metadata: dict[str, Any] = {"tag": self.tag, "include": [clause.as_metadata() for clause in self.include]}
-        if self.exclude:
-            metadata["exclude"] = [clause.as_metadata() for clause in self.exclude]
-        return metadata | {"prompt": self.prompt}
-
-    def to_prompt(self, opening: str = OPENING) -> Prompt:
+    def to_prompt(self, opening: str = "a photo of") -> Prompt:
         """Spell the prompt by GenEval's grammar from tag and clauses, after ``opening``.
 
         Raises ValueError for clauses that the task does not have.

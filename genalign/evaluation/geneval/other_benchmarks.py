@@ -9,8 +9,6 @@ from pathlib import Path
 from genalign.runtime.prompt_files import load_prompts
 from genalign.types import Prompt, PromptSet
 
-_QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
-
 
 def read_compbench(*paths: Path) -> PromptSet:
     """Read files of T2I-CompBench (arXiv:2307.06350) such as ``color_val.txt``, with one prompt per line.
@@ -74,7 +72,7 @@ def read_ocr(path: Path) -> PromptSet:
     """
     prompts: list[Prompt] = []
     for number, prompt in enumerate(load_prompts(path).prompts, start=1):
-        match = _QUOTED.search(prompt.text)
+        match = re.search(r'"([^"]+)"|“([^”]+)”', prompt.text)
         if match is None:
             raise ValueError(f"{path}, prompt {number}: no text in double quotes to be drawn in {prompt.text!r}")
         prompts.append(Prompt(prompt.text, {"tag": "ocr", "text": match[1] or match[2], "prompt": prompt.text}))

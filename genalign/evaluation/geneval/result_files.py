@@ -27,7 +27,6 @@ from genalign.runtime.prompt_files import load_prompts
 from genalign.types import Metadata, Prompt, PromptSet
 
 _METADATA, _SAMPLES = "metadata.jsonl", "samples"
-_IMAGE = re.compile(r"\d+\.png")
 
 
 def read_prompts(path: Path) -> PromptSet:
@@ -112,7 +111,7 @@ def _prompt_samples(folder: Path) -> list[SampleFile]:
         PromptSpec.from_metadata(metadata)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a line of GenEval's prompt file: {error}") from None
-    images = [path for path in (folder / _SAMPLES).glob("*.png") if _IMAGE.fullmatch(path.name)]
+    images = [path for path in (folder / _SAMPLES).glob("*.png") if re.fullmatch(r"\d+\.png", path.name)]
     if not images:
         raise FileNotFoundError(f"{folder / _SAMPLES} has no images: generate them, or remove {folder}")
     return [SampleFile(int(folder.name), int(path.stem), path, metadata) for path in images]

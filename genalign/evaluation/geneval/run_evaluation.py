@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord
+from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord, load_evaluation
 from genalign.evaluation.folder import EvaluationFolder
 from genalign.evaluation.geneval.image_sources import ImageSource
 from genalign.evaluation.geneval.judge import Judge
@@ -29,6 +29,13 @@ from genalign.evaluation.geneval.scoring import Detection, GenEvalScore
 from genalign.runtime.distributed import RankShare
 from genalign.runtime.files import write_json, write_text
 from genalign.types import Prompt, PromptSet
+
+
+def load_finished(folder: Path) -> Evaluation:
+    """Load the evaluation in a folder. Raises FileNotFoundError for a missing or unfinished evaluation."""
+    if not (folder / "summary.json").is_file():
+        raise FileNotFoundError(f"{folder} has no finished evaluation: run genalign evaluate geneval on it to the end")
+    return load_evaluation(folder)
 
 
 def verifier_description(judge: Judge) -> str:

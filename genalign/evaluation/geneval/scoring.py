@@ -11,9 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from genalign.evaluation.geneval.boxes import Box, relations
+import numpy as np
+
 from genalign.evaluation.geneval.metadata import Clause, PromptSpec
 from genalign.evaluation.geneval.vocabulary import COLORS
+
+Box = tuple[float, float, float, float]
+"""Corners (x1, y1, x2, y2) in pixels, with y pointing down."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,6 @@ class Thresholds:
     max_overlap: float = 1.0
     position: float = 0.1
 
-    def min_score(self, tag: str) -> float:
-        """Return the score that a detection must exceed in a task."""
-        return self.counting if tag == "counting" else self.confidence
-
 
 @dataclass(frozen=True)
 class GenEvalScore:
@@ -67,11 +67,10 @@ class GenEvalScore:
 
 def filter_detections(detections: Sequence[Detection], tag: str, thresholds: Thresholds) -> list[int]:
     """Return the indices of the detections that count in the task ``tag``, by class and descending confidence."""
+    least = thresholds.counting if tag == "counting" else thresholds.confidence
     counted: list[int] = []
     for name in dict.fromkeys(detection.name for detection in detections):
-        confident = [
-            i for i, item in enumerate(detections) if item.name == name and item.score > thresholds.min_score(tag)
-        ]
+        confident = [i for i, item in enumerate(detections) if item.name == name and item.score > least]
         best: list[int] = []
         for i in sorted(confident, key=lambda i: -detections[i].score)[: thresholds.max_objects]:
             overlaps = (overlap(detections[i].box, detections[j].box) for j in best)
@@ -79,6 +78,22 @@ def filter_detections(detections: Sequence[Detection], tag: str, thresholds: Thr
                 best.append(i)
         counted += best
     return counted
+
+
+def relations(a: Box, b: Box, margin: float = 0.1) -> frozenset[str]:
+    """Return the relations of box ``a`` to box ``b`` by GenEval's ``relative_position`` (evaluate_images.py).
+
+    The offset of the centers is shrunk by ``margin`` times the summed box sizes, then divided by its unshrunk norm;
+    a component beyond 0.5 in absolute value is a relation.
+    """
+    offset = np.array([(a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2])
+    extent = np.array([a[2] - a[0] + b[2] - b[0], a[3] - a[1] + b[3] - b[1]])
+    shrunk = np.sign(offset) * np.maximum(np.abs(offset) - margin * extent, 0)
+    if (np.abs(shrunk) < 1e-3).all():
+        return frozenset()
+    dx, dy = shrunk / np.linalg.norm(offset)
+    names = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return frozenset(name for name, true in names.items() if true)
 
 
 def overlap(a: Box, b: Box) -> float:

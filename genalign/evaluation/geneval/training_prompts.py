@@ -6,7 +6,6 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
@@ -20,6 +19,7 @@ TASKS = ("two_object", "counting", "colors", "position", "color_attr")
 
 _MIRRORED = {"right of": "left of", "below": "above"}
 _COUNTS = (2, 3, 4)
+_Space = tuple[int, Callable[[int], PromptSpec]]  # the number of a task's compositions, and each by its number
 
 
 def composition(spec: PromptSpec) -> str:
@@ -86,23 +86,16 @@ def training_prompts(
     return PromptSet("geneval-train", tuple(prompts))
 
 
-@dataclass(frozen=True)
-class _Space:
-    """All compositions of a task; ``build`` returns number 0..size-1."""
-
-    size: int
-    build: Callable[[int], PromptSpec]
-
-
 def _draw(space: _Space, count: int, excluded: frozenset[str], rng: random.Random) -> Iterator[Prompt]:
     """Draw up to ``count`` prompts of distinct compositions, in random order and after random ``OPENINGS``."""
+    size, build = space
     seen, tried = set(excluded), set[int]()
-    while count > 0 and len(tried) < space.size:
-        number = rng.randrange(space.size)
+    while count > 0 and len(tried) < size:
+        number = rng.randrange(size)
         if number in tried:
             continue
         tried.add(number)
-        spec = space.build(number)
+        spec = build(number)
         if (key := composition_hash(spec)) not in seen:
             seen.add(key)
             count -= 1
@@ -134,11 +127,11 @@ def _composition_spaces(objects: Sequence[str]) -> dict[str, _Space]:
         return PromptSpec("color_attr", (Clause(names[0], color=shades[0]), Clause(names[1], color=shades[1])))
 
     return {
-        "two_object": _Space(n * (n - 1), two_object),
-        "counting": _Space(n * len(_COUNTS), counting),
-        "colors": _Space(t * c, one_color),
-        "position": _Space(n * (n - 1) * r, position),
-        "color_attr": _Space(t * (t - 1) * c * (c - 1), color_attr),
+        "two_object": (n * (n - 1), two_object),
+        "counting": (n * len(_COUNTS), counting),
+        "colors": (t * c, one_color),
+        "position": (n * (n - 1) * r, position),
+        "color_attr": (t * (t - 1) * c * (c - 1), color_attr),
     }
 
 

@@ -13,17 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from genalign.evaluation.folder import ModelIdentity, manifest
-from genalign.evaluation.geneval.compare_models import load_finished
 from genalign.evaluation.geneval.metadata import PromptSpec
 from genalign.evaluation.geneval.result_files import ImageResult
-from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, prompt_row, sample_row
+from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, load_finished, prompt_row, sample_row
 from genalign.evaluation.geneval.scoring import Detection, GenEvalScore, score_detections
 from genalign.types import Prompt
 
 VERIFIER = "GenEval's evaluate_images.py"
 """The verifier in the protocol of an evaluation by the original's results."""
-
-_COLOR_COUNT = re.compile(r"(\d+) (\w+)")
 
 
 def result_detections(result: ImageResult) -> tuple[Detection, ...]:
@@ -56,7 +53,7 @@ def _implied_colors(spec: PromptSpec, name: str, reason: str, count: int) -> Seq
     start = f"expected {clause.color} {name}>={clause.count}, found "
     colors = [str(clause.color)] * clause.count
     if line := next((line for line in reason.splitlines() if line.startswith(start)), None):
-        counts = _COLOR_COUNT.findall(line.partition("; and ")[2])
+        counts = re.findall(r"(\d+) (\w+)", line.partition("; and ")[2])
         colors = [color for number, color in counts for _ in range(int(number))]
         if len(colors) != clause.count:
             raise ValueError(f"the reason {line!r} does not count {clause.count} colors: is it GenEval's?")

@@ -13,52 +13,32 @@ from genalign.evaluation.report.words import SHARES, call_words, count, memory_s
 from genalign.training.reward_hacking import HackingReport
 from genalign.training.round_log import flat_numbers
 
-_CAPTIONS = {
-    "reward": ("Training reward", "weighted mean of all rewards in each round"),
-    "reward_std": ("Spread of the reward", "standard deviation over the samples of a round"),
-    "kl": ("KL to the reference", "how far the policy has moved"),
-    "clip_fraction": ("Clip fraction", "updates cut off by the clip range"),
-    "zero_std_share": ("Groups without signal", "all samples of a prompt scored the same"),
-    "grad_norm": ("Gradient norm", "before clipping"),
-    "loss": ("Loss", "of the policy"),
-    "log_ratio_max": ("Largest log-ratio", "of a round's first update; 0 in exact arithmetic"),
-    "failed_rewards": ("Failed rewards", "samples of a round that a reward could not score"),
-    "skipped_updates": ("Skipped updates", "gradient was not finite"),
-    "learning_rate": ("Learning rate", ""),
-    "nfe": ("NFE", "denoiser evaluations of single samples, from the start"),
-    "samples": ("Samples", "generated for training, from the start"),
-    "machine/seconds": ("Training time", "seconds, from the start"),
-    "machine/samples_per_second": ("Samples per second", "mean from the start"),
-    "machine/peak_memory_bytes": ("Peak memory", "highest so far"),
+_CHARTS = {
+    "held_out": ("Scores", "Held-out {}", "samples of held-out prompts, with 95 % interval"),
+    "reward": ("Scores", "Training reward", "weighted mean of all rewards in each round"),
+    "rewards": ("Scores", "Reward {}", "mean of each round, unweighted"),
+    "kl": ("Policy", "KL to the reference", "how far the policy has moved"),
+    "clip_fraction": ("Policy", "Clip fraction", "updates cut off by the clip range"),
+    "zero_std_share": ("Policy", "Groups without signal", "all samples of a prompt scored the same"),
+    "reward_hacking": ("Reward hacking", "{}", "shift from the untrained model"),
+    "loss": ("Optimization", "Loss", "of the policy"),
+    "grad_norm": ("Optimization", "Gradient norm", "before clipping"),
+    "learning_rate": ("Optimization", "Learning rate", ""),
+    "reward_std": ("Optimization", "Spread of the reward", "standard deviation over the samples of a round"),
+    "log_ratio_max": ("Optimization", "Largest log-ratio", "of a round's first update; 0 in exact arithmetic"),
+    "failed_rewards": ("Optimization", "Failed rewards", "samples of a round that a reward could not score"),
+    "skipped_updates": ("Optimization", "Skipped updates", "gradient was not finite"),
+    "metrics": ("Method", "{}", "recorded by the method or by a trained reward"),
+    "nfe": ("Cost", "NFE", "denoiser evaluations of single samples, from the start"),
+    "samples": ("Cost", "Samples", "generated for training, from the start"),
+    "calls": ("Cost", "{}", "calls on single samples, from the start"),
+    "machine/seconds": ("Cost", "Training time", "seconds, from the start"),
+    "machine/samples_per_second": ("Cost", "Samples per second", "mean from the start"),
+    "machine/peak_memory_bytes": ("Cost", "Peak memory", "highest so far"),
 }
-"""Title and caption of the numbers that every method records."""
+"""Section, title and caption of each number or group of numbers, in the order of the page."""
 
-_GROUP_CAPTIONS = {
-    "held_out": ("Held-out {}", "samples of held-out prompts, with 95 % interval"),
-    "rewards": ("Reward {}", "mean of each round, unweighted"),
-    "reward_hacking": ("{}", "shift from the untrained model"),
-    "metrics": ("{}", "recorded by the method or by a trained reward"),
-    "calls": ("{}", "calls on single samples, from the start"),
-}
-
-_SECTIONS = {
-    "held_out": "Scores",
-    "reward": "Scores",
-    "rewards": "Scores",
-    "kl": "Policy",
-    "clip_fraction": "Policy",
-    "zero_std_share": "Policy",
-    "reward_hacking": "Reward hacking",
-    "loss": "Optimization",
-    "grad_norm": "Optimization",
-    "learning_rate": "Optimization",
-    "metrics": "Method",
-    "nfe": "Cost",
-    "samples": "Cost",
-    "calls": "Cost",
-    "machine": "Cost",
-}
-"""Section of each number, in the order of the page; all others are in "Optimization"."""
+_OTHER = ("Optimization", "{}", "")  # of numbers that the table does not have
 
 _OPEN = ("Scores", "Policy", "Reward hacking")  # and against time and NFE too; the other sections are folded
 
@@ -90,10 +70,10 @@ def chart_sections(rows: Sequence[Row]) -> list[ChartSection]:
     """Draw every number of the rows; sections without a number are left out."""
     reports = [HackingReport.from_list(row["reward_hacking"]) for row in rows if row.get("reward_hacking")]
     signals = {f"reward_hacking/{signal.name}": signal for signal in reports[-1].signals} if reports else {}
-    charts: dict[str, list[Chart]] = {title: [] for title in _SECTIONS.values()}
-    series, order = _series(rows), {group: rank for rank, group in enumerate(_SECTIONS)}
-    for name in sorted(series, key=lambda name: order.get(_group(name), len(order))):
-        title = _SECTIONS.get(_group(name), "Optimization")
+    charts: dict[str, list[Chart]] = {title: [] for title, _, _ in _CHARTS.values()}
+    series, order = _series(rows), [*_CHARTS, ""]
+    for name in sorted(series, key=lambda name: order.index(_key(name))):
+        title, _, _ = _CHARTS.get(_key(name), _OTHER)
         chart = _chart(rows, name, series[name], axes=3 if title in _OPEN else 1)
         if signal := signals.get(name):
             caption = f"shift; {number(signal.before)} before training, {number(signal.now)} now"
@@ -131,7 +111,7 @@ def _chart(rows: Sequence[Row], name: str, points: Mapping[int, Point], axes: in
         axes: The number of horizontal axes.
     """
     group, _, rest = name.partition("/")
-    title, caption = _CAPTIONS.get(name) or _GROUP_CAPTIONS.get(group, ("{}", ""))
+    _, title, caption = _CHARTS.get(_key(name), _OTHER)
     title = title.format(call_words(rest) if group == "calls" else plain(rest or name))
     views = {}
     for key, x_axis, at in _x_axes(rows)[:axes]:
@@ -140,19 +120,20 @@ def _chart(rows: Sequence[Row], name: str, points: Mapping[int, Point], axes: in
     return Chart(title, caption, views)
 
 
-def _group(name: str) -> str:
-    return name.partition("/")[0]
+def _key(name: str) -> str:
+    """The key of a number, such as "rewards/ocr", in the table of charts; empty if the table does not have it."""
+    return next((key for key in (name, name.partition("/")[0]) if key in _CHARTS), "")
 
 
 def _y_axis(name: str) -> Axis:
-    group, last = _group(name), name.rpartition("/")[2]
+    group, last = name.partition("/")[0], name.rpartition("/")[2]
     if group in ("held_out", "rewards") and last in SHARES:
         return Axis("score", percent, limits=(0.0, 1.0))
     if last.endswith(("_fraction", "_share")):
         return Axis("share", percent, limits=(0.0, 1.0), from_zero=True)
     if last.endswith("_bytes"):
         return Axis("memory", memory_size, from_zero=True)
-    if _SECTIONS.get(group) == "Cost" or group in ("failed_rewards", "skipped_updates"):
+    if _CHARTS.get(_key(name), _OTHER)[0] == "Cost" or group in ("failed_rewards", "skipped_updates"):
         return Axis("", count, from_zero=True)
     return Axis("shift" if group == "reward_hacking" else "", number, from_zero=name == "kl")
 

@@ -88,7 +88,7 @@ def line_chart(points: Sequence[Point], x_axis: Axis, y_axis: Axis, title: str) 
             f'<circle cx="{x(p.x):g}" cy="{y(p.y):g}" r="4"/>'
             f'<text x="{_RIGHT}" y="14">{escape(_read_out(p, x_axis, y_axis))}</text></g>'
         )
-    return _svg(WIDTH, HEIGHT, "chart", f"{title} against {x_axis.label}", "".join(parts))
+    return svg(WIDTH, HEIGHT, "chart", f"{title} against {x_axis.label}", "".join(parts))
 
 
 def whisker(estimate: Estimate, limits: tuple[float, float], label: str) -> Markup:
@@ -100,7 +100,7 @@ def whisker(estimate: Estimate, limits: tuple[float, float], label: str) -> Mark
         f'<line class="reach {sign}" x1="{x(estimate.low)}" x2="{x(estimate.high)}" y1="10" y2="10"/>'
         f'<circle class="mean {sign}" cx="{x(estimate.mean)}" cy="10" r="4.5"/>'
     )
-    return _svg(160, 20, "whisker", label, body)
+    return svg(160, 20, "whisker", label, body)
 
 
 def binned(points: Sequence[Point], limit: int) -> list[Point]:
@@ -167,7 +167,7 @@ def _pixels(points: Sequence[tuple[float, float]], x: _Scale, y: _Scale) -> str:
     return " ".join(f"{x(a):g},{y(b):g}" for a, b in points)
 
 
-def _svg(width: float, height: float, kind: str, label: str, body: str) -> Markup:
+def svg(width: float, height: float, kind: str, label: str, body: str) -> Markup:
     """Wrap a figure's body, in which every text is escaped already."""
     head = f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">'
     return Markup(f"{head}{body}</svg>")

@@ -1,18 +1,24 @@
-"""The page about a training run, and the templates of all pages."""
+"""The pages about a training run and about several recipes, and the templates of all pages."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from genalign.evaluation.compare_runs import RecipeSummary
 from genalign.evaluation.report import sections, summary, words
 from genalign.evaluation.report.charts import chart_sections
+from genalign.evaluation.report.curves import whisker
 from genalign.evaluation.report.reading import read_run
 from genalign.evaluation.report.samples import samples_over_rounds
+from genalign.metrics.intervals import Estimate
 from genalign.runtime.files import write_text
 
 _WORDS = ("count", "duration", "interval", "mood", "number", "plain", "scored", "signed")
+_EQUAL_NFE = 1.05  # the largest ratio of costs that counts as an equal budget
 
 
 def write_report(folder: Path) -> Path:
@@ -29,13 +35,14 @@ def write_report(folder: Path) -> Path:
     """
     run = read_run(folder)
     pairs = run.comparison.pairs if run.comparison else ()
-    measured, changes = run.before or run.after, summary.did_it_work(run)
+    measured = run.before or run.after
     protocol = {"hash": measured.protocol.hash, **measured.protocol.as_dict()} if measured else {}
     details = {"Evaluation protocol": protocol, "Configuration": run.config, "Environment": run.environment}
-    text = page("report.html.j2").render(
-        name=folder.resolve().name,
+    return write_page(
+        folder / "report.html",
+        "report.html.j2",
         unfinished=run.unfinished,
-        changes=changes,
+        changes=summary.did_it_work(run),
         worse=summary.got_worse(run),
         cost=summary.cost(run),
         missing=summary.missing(run),
@@ -43,17 +50,30 @@ def write_report(folder: Path) -> Path:
         samples=samples_over_rounds(folder, run.rows),
         tables=sections.tables(run.before, run.after, run.comparison),
         pairs=len(pairs),
-        regressions=sections.regressions(pairs, folder / "before", folder / "after"),
-        improvements=sections.improvements(pairs, folder / "before", folder / "after"),
         details={title: sections.flattened(content) for title, content in details.items() if content},
+        **sections.extreme_pairs(pairs, folder / "before", folder / "after"),
     )
-    path = folder / "report.html"
-    write_text(path, text)
-    return path
 
 
-def page(template: str) -> Template:
-    """Load a template of this package, which may call ``_WORDS``; it escapes values, and unknown names are errors."""
+def write_comparison(path: Path, summaries: Sequence[RecipeSummary]) -> None:
+    """Write one offline HTML page at ``path`` that compares recipes, best first."""
+    ordered = sorted(summaries, key=lambda recipe: -recipe.gain)
+    main = next(iter(ordered[0].scores))
+    limits = min(recipe.low for recipe in ordered), max(recipe.high for recipe in ordered)
+    recipes = []
+    for recipe in ordered:
+        gain = Estimate(recipe.gain, recipe.low, recipe.high, recipe.seeds)
+        recipes.append((recipe, gain, whisker(gain, limits, f"gain {words.signed(main, gain.mean)}")))
+    least, most = min(recipe.nfe for recipe in ordered), max(recipe.nfe for recipe in ordered)
+    equal, nfe = most <= _EQUAL_NFE * least, f"{words.count(least)} to {words.count(most)}"
+    write_page(path, "comparison.html.j2", main=main, recipes=recipes, equal=equal, nfe=nfe)
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Write a page from a template of this package, which may call ``_WORDS``, and return its path.
+
+    Values are escaped, and names that the template does not know are errors; ``name`` is the page's folder.
+    """
     environment = Environment(
         loader=PackageLoader("genalign", "evaluation/report"),
         autoescape=True,
@@ -61,4 +81,6 @@ def page(template: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template, globals={name: getattr(words, name) for name in _WORDS})
+    page = environment.get_template(template, globals={name: getattr(words, name) for name in _WORDS})
+    write_text(path, page.render(name=path.resolve().parent.name, **values))
+    return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
@@ -16,14 +15,6 @@ GRID_SIDE = 640  # pixels of a picture of several samples
 GRID_ROUNDS, CLIP_ROUNDS, CLIPS = 6, 3, 4  # grids of images; grids of clips, and the clips of each
 
 Card = TypeVar("Card")
-
-
-@dataclass(frozen=True)
-class SampleRow:
-    """The samples of fixed prompts and noise after a number of rounds: one picture of a grid, or several clips."""
-
-    rounds: int
-    samples: tuple[Thumbnail, ...]
 
 
 def thumbnail(folder: Path, name: str | None) -> Thumbnail:
@@ -48,20 +39,20 @@ def fitting(cards: Iterable[Card], samples: Callable[[Card], Sequence[Thumbnail]
     return selected
 
 
-def samples_over_rounds(folder: Path, rows: Sequence[Row]) -> list[SampleRow]:
-    """The sample grids of the first round, the last and some in between; if they do not fit, fewer in between."""
+def samples_over_rounds(folder: Path, rows: Sequence[Row]) -> dict[int, list[Thumbnail]]:
+    """The sample grids after the first round, the last and some in between, by the number of rounds.
+
+    A grid is one picture or several clips; if not all grids fit, there are fewer in between.
+    """
     grids = [row for row in rows if row.get("sample_grid") and (folder / row["sample_grid"][0]).is_file()]
     if not grids:
-        return []
+        return {}
     limit = GRID_ROUNDS if grids[0]["sample_grid"][0].endswith(".png") else CLIP_ROUNDS
     steps = max(1, min(limit, len(grids)) - 1)
     indices = sorted({round(step * (len(grids) - 1) / steps) for step in range(steps + 1)})
-    by_importance = [indices[-1], *indices[:-1]]
-    cards = (
-        SampleRow(rounds_done(grids[i]), tuple(_drawn(folder, name) for name in grids[i]["sample_grid"][:CLIPS]))
-        for i in by_importance
-    )
-    return sorted(fitting(cards, lambda card: card.samples), key=lambda card: card.rounds)
+    by_importance = [grids[i] for i in (indices[-1], *indices[:-1])]
+    cards = ((rounds_done(row), [_drawn(folder, name) for name in row["sample_grid"][:CLIPS]]) for row in by_importance)
+    return dict(sorted(fitting(cards, lambda card: card[1])))
 
 
 def _drawn(folder: Path, name: str) -> Thumbnail:

@@ -6,33 +6,19 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from genalign.evaluation.report.curves import Axis, Point, line_chart
-from genalign.evaluation.report.html import page
+from genalign.evaluation.report.curves import Axis, Point, line_chart, svg
+from genalign.evaluation.report.html import write_page
 from genalign.evaluation.report.samples import fitting, thumbnail
-from genalign.evaluation.report.summary import Fact
 from genalign.evaluation.report.words import call_words, count, duration, number, plain
-from genalign.runtime.files import write_text
-from genalign.runtime.media import Thumbnail
 
 _MAX_CARDS = 24
 _WIDTH, _ROW = 220.0, 7.0  # of a tree, and of one candidate in it, in pixels
 Json = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _PromptCard:
-    """One prompt's sample, and the tree of its candidates."""
-
-    prompt: str
-    sample: Thumbnail
-    scores: str
-    tree: Markup
 
 
 def write_search(folder: Path) -> Path:
@@ -47,35 +33,29 @@ def write_search(folder: Path) -> Path:
         raise FileNotFoundError(f"{folder} has no finished prompt")
     lineages = [json.loads((folder / "lineage" / f"{row['index']:05d}.json").read_text("utf-8")) for row in rows]
     cards = (
-        _PromptCard(
-            prompt=row["prompt"],
-            sample=thumbnail(folder, row["image"]),
-            scores=", ".join(f"{plain(k)} {'failed' if v is None else number(v)}" for k, v in row["scores"].items()),
-            tree=tree(lineage["lives"], lineage["chosen"]),
-        )
+        (thumbnail(folder, row["image"]), row, tree(lineage["lives"], lineage["chosen"]))
         for row, lineage in zip(rows[:_MAX_CARDS], lineages, strict=False)
     )
-    text = page("search.html.j2").render(
-        name=folder.resolve().name,
+    return write_page(
+        folder / "report.html",
+        "search.html.j2",
         facts=_facts(rows),
         curve=_curve(next(iter(rows[0]["scores"])), [lineage["lives"] for lineage in lineages]),
-        cards=fitting(cards, lambda card: (card.sample,)),
+        cards=fitting(cards, lambda card: card[:1]),
         prompts=len(rows),
     )
-    write_text(folder / "report.html", text)
-    return folder / "report.html"
 
 
-def _facts(rows: Sequence[Json]) -> list[Fact]:
+def _facts(rows: Sequence[Json]) -> dict[str, str]:
     """Mean scores, failed ones left out, mean calls of a prompt, and the time of all prompts."""
-    facts, calls = [], Counter[str]()
+    facts, calls = {}, Counter[str]()
     for name in rows[0]["scores"]:
         values = [row["scores"][name] for row in rows if row["scores"][name] is not None]
-        facts.append(Fact(plain(name), number(math.fsum(values) / len(values)) if values else "failed"))
+        facts[plain(name)] = number(math.fsum(values) / len(values)) if values else "failed"
     for row in rows:
         calls.update(row["calls"])
-    facts += [Fact(f"{call_words(call)} per prompt", count(n / len(rows))) for call, n in sorted(calls.items())]
-    return [*facts, Fact("time", duration(sum(row["seconds"] for row in rows)))]
+    facts |= {f"{call_words(call)} per prompt": count(n / len(rows)) for call, n in sorted(calls.items())}
+    return facts | {"time": duration(sum(row["seconds"] for row in rows))}
 
 
 def tree(candidates: Sequence[Json], returned: int) -> Markup:
@@ -99,9 +79,7 @@ def tree(candidates: Sequence[Json], returned: int) -> Markup:
         f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
         for kind, x1, x2, y1, y2 in lines
     )
-    size = f"0 0 {_WIDTH:.0f} {_ROW * len(candidates):.0f}"
-    label = f"{len(candidates)} candidates over {steps} steps"
-    return Markup(f'<svg class="tree" viewBox="{size}" role="img" aria-label="{label}">{body}</svg>')
+    return svg(_WIDTH, _ROW * len(candidates), "tree", f"{len(candidates)} candidates over {steps} steps", body)
 
 
 def _curve(reward: str, prompts: Sequence[Sequence[Json]]) -> Markup:

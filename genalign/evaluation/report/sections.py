@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ from genalign.evaluation.paired import SamplePair
 from genalign.evaluation.report.curves import whisker
 from genalign.evaluation.report.reading import Comparison
 from genalign.evaluation.report.samples import fitting, thumbnail
-from genalign.evaluation.report.summary import Fact, main_score
+from genalign.evaluation.report.summary import main_score
 from genalign.evaluation.report.words import signed
 from genalign.metrics.intervals import Estimate
 from genalign.runtime.media import Thumbnail
 
 MAX_PAIRS = 12  # on a page, of regressions and of improvements each
 OVERALL = "mean over tasks"
+PairCard = tuple[SamplePair, Thumbnail, Thumbnail]
+"""A pair of samples of one prompt and noise, and both drawn."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +35,6 @@ class TableRow:
     after: Estimate | None
     gain: Estimate | None
     whisker: Markup
-
-
-@dataclass(frozen=True)
-class PairCard:
-    """A pair of samples of one prompt and noise, with their thumbnails."""
-
-    pair: SamplePair
-    before: Thumbnail
-    after: Thumbnail
-
-    @property
-    def scores(self) -> list[str]:
-        """The scores that both samples have."""
-        return [name for name in self.pair.before.scores if name in self.pair.after.scores]
 
 
 def tables(
@@ -74,31 +62,31 @@ def tables(
     return result
 
 
-def regressions(pairs: Sequence[SamplePair], before: Path, after: Path) -> list[PairCard]:
-    """The first of pairs that are sorted by gain, with their samples in the folders of two evaluations."""
-    return _cards([pair for pair in pairs[:MAX_PAIRS] if _gain(pair) < 0], before, after)
+def extreme_pairs(pairs: Sequence[SamplePair], before: Path, after: Path) -> dict[str, list[PairCard]]:
+    """The first and the last of pairs that are sorted by gain, as many as fit on the page.
+
+    ``before`` and ``after`` are the folders of the two evaluations.
+    """
+
+    def cards(selected: Iterable[SamplePair]) -> list[PairCard]:
+        drawn = ((p, thumbnail(before, p.before.image), thumbnail(after, p.after.image)) for p in selected)
+        return fitting(drawn, lambda card: card[1:])
+
+    return {
+        "regressions": cards(pair for pair in pairs[:MAX_PAIRS] if _gain(pair) < 0),
+        "improvements": cards(pair for pair in pairs[: -MAX_PAIRS - 1 : -1] if _gain(pair) > 0),
+    }
 
 
-def improvements(pairs: Sequence[SamplePair], before: Path, after: Path) -> list[PairCard]:
-    """The last of pairs that are sorted by gain, best first."""
-    return _cards([pair for pair in pairs[: -MAX_PAIRS - 1 : -1] if _gain(pair) > 0], before, after)
-
-
-def flattened(value: Any, name: str = "") -> list[Fact]:
+def flattened(value: Any, name: str = "") -> dict[str, str]:
     """Write JSON as lines: nested keys are joined by dots, and lists stay on one line."""
     if isinstance(value, Mapping):
         prefix = f"{name}." if name else ""
-        return [fact for key, inner in value.items() for fact in flattened(inner, f"{prefix}{key}")]
-    return [Fact(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
+        nested = (flattened(inner, f"{prefix}{key}") for key, inner in value.items())
+        return {key: text for lines in nested for key, text in lines.items()}
+    return {name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
 
 
 def _gain(pair: SamplePair) -> float:
     """The first difference that is not zero, by which pairs are sorted."""
-    names = [name for name in pair.before.scores if name in pair.after.scores]
-    return next((difference for name in names if (difference := pair.difference(name))), 0.0)
-
-
-def _cards(pairs: Sequence[SamplePair], before: Path, after: Path) -> list[PairCard]:
-    """As many cards as fit on the page."""
-    cards = (PairCard(pair, thumbnail(before, pair.before.image), thumbnail(after, pair.after.image)) for pair in pairs)
-    return fitting(cards, lambda card: (card.before, card.after))
+    return next((difference for difference in pair.differences.values() if difference), 0.0)

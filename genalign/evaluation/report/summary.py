@@ -34,14 +34,6 @@ _TRENDS = {"up": "a clear rise", "down": "a clear fall", "even": "no clear chang
 
 
 @dataclass(frozen=True)
-class Fact:
-    """A label and its value, as one line of a list."""
-
-    label: str
-    value: str
-
-
-@dataclass(frozen=True)
 class Statement:
     """A sentence of the first screen; its mood says whether it is good news."""
 
@@ -106,25 +98,25 @@ def got_worse(run: Run) -> list[Statement]:
     return statements
 
 
-def cost(run: Run) -> list[Fact]:
-    """The resources that training used so far."""
+def cost(run: Run) -> dict[str, str]:
+    """The resources that training used so far, by name."""
     if not run.rows:
-        return []
+        return {}
     last, machine = run.rows[-1], run.rows[-1]["machine"]
     accelerator, cores = run.environment.get("accelerator"), run.environment.get("cores")
-    facts = [
-        Fact("training time", duration(machine["seconds"])),
-        Fact("time per round", duration(machine["seconds"] / len(run.rows))),
-        Fact("rounds", count(len(run.rows))),
-        Fact("samples", count(last["samples"])),
-        Fact("NFE", count(last["nfe"])),
-        *(Fact(call_words(call), count(n)) for call, n in last.get("calls", {}).items() if call != "nfe"),
-        Fact("peak memory", memory_size(machine["peak_memory_bytes"])),
-    ]
+    facts = {
+        "training time": duration(machine["seconds"]),
+        "time per round": duration(machine["seconds"] / len(run.rows)),
+        "rounds": count(len(run.rows)),
+        "samples": count(last["samples"]),
+        "NFE": count(last["nfe"]),
+        **{call_words(call): count(n) for call, n in last.get("calls", {}).items() if call != "nfe"},
+        "peak memory": memory_size(machine["peak_memory_bytes"]),
+    }
     if evaluated := sum(len(part.records) for part in (run.before, run.after) if part):
-        facts.append(Fact("evaluation samples", count(evaluated)))
+        facts["evaluation samples"] = count(evaluated)
     if accelerator or cores:
-        facts.append(Fact("device", accelerator or f"{cores} CPU cores"))
+        facts["device"] = accelerator or f"{cores} CPU cores"
     return facts
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genalign.evaluation.geneval.boxes import relations
+from genalign.evaluation.geneval.scoring import relations
 from genalign.types import Metadata
 from genalign.worlds.shapes.geometry import BACKGROUND, PALETTE, REJECTS, SHAPES, SIZE, Array
 from genalign.worlds.shapes.prompts import is_held_out_pair

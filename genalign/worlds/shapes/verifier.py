@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from genalign.evaluation.geneval.boxes import relations
+from genalign.evaluation.geneval.scoring import relations
 from genalign.types import Metadata
 from genalign.worlds.shapes.detection import ShapeDetection, detect
 from genalign.worlds.shapes.geometry import PALETTE, SHAPES

@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.matching_losses import awm_log_probability, dpo_loss, kto_loss, nft_loss
+from tests.genalign.algorithms.updates import randn
 
 THREE, TABLE = torch.zeros(3), torch.zeros(3, 2)
-
-
-def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def test_dpo_at_the_reference_and_swapped() -> None:

@@ -1,21 +1,21 @@
-"""Objectives on stored transitions, on the tiny pipeline."""
+"""Objectives on stored transitions on the tiny pipeline, and PRDP's loss against worked numbers and closed forms."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.coupled import CoupledObjective
-from genalign.algorithms.interfaces import UpdateBatch, UpdateContext
-from genalign.algorithms.trajectory import ClippedSurrogate, MaskedSurrogate, PolicyGradient
-from genalign.diffusion.rollout import ReplayBatch, ReplayedStep
-from genalign.diffusion.transitions import FlowSDE, Transition
-from genalign.types import Grid
+from genalign.algorithms.interfaces import UpdateContext
+from genalign.algorithms.trajectory import ClippedSurrogate, CoupledObjective, PolicyGradient, PRDPLoss
+from genalign.diffusion.rollout import ReplayBatch
+from genalign.diffusion.transitions import FlowSDE
 from pipelines import SD3
-from tests.genalign.algorithms.updates import update_batch, update_context
+from tests.genalign.algorithms.updates import randn, update_batch, update_context
 
 STEPS = (0, 1, 2)
 
@@ -70,48 +70,116 @@ def test_on_policy_the_first_pass_needs_no_forward_of_the_current_weights(tiny: 
     CoupledObjective(Squared()).backward(context, batch, 1.0, 0)
     assert context.pipeline.ledger.nfe == 4 * 3 * 2  # the reference, and the pass with a graph
     assert context.metrics.log_ratio_max == 0.0
-    CoupledObjective(Squared()).backward(context, UpdateBatch(batch.rollout, batch.credit, batch.group, False), 1.0, 0)
+    CoupledObjective(Squared()).backward(context, replace(batch, on_policy=False), 1.0, 0)
     assert context.pipeline.ledger.nfe == 4 * 3 * (2 + 3)
 
 
 def test_a_surrogate_counts_samples_with_credit(tiny: SD3) -> None:
-    batch = update_batch(update_context(tiny, FlowSDE(0.7)), STEPS)
-    assert PolicyGradient(ClippedSurrogate(1e-3)).terms(batch) == 3 * 3
+    batch, surrogate = update_batch(update_context(tiny, FlowSDE(0.7)), STEPS), PolicyGradient(ClippedSurrogate(1e-3))
+    assert surrogate.terms(batch) == 3 * 3
     stepwise = torch.tensor([[0.0, 0.5, 1.0]] + [[0.0, 0.0, 0.0]] * 3)
-    assert PolicyGradient(ClippedSurrogate(1e-3)).terms(UpdateBatch(batch.rollout, stepwise, batch.group, True)) == 2
+    assert surrogate.terms(replace(batch, credit=stepwise)) == 2
 
 
 def test_steps_may_have_credit_and_weight_of_their_own(tiny: SD3) -> None:
-    context = update_context(tiny, FlowSDE(0.7))
+    context, surrogate = update_context(tiny, FlowSDE(0.7)), PolicyGradient(ClippedSurrogate(1e-3))
     batch = update_batch(context, STEPS)
-    same = batch.credit[:, None].expand(-1, 3)
-    surrogate = PolicyGradient(ClippedSurrogate(1e-3))
-    surrogate.backward(context, batch, 1.0, 0)
-    expected = _gradients(context)
-    surrogate.backward(context, UpdateBatch(batch.rollout, same, batch.group, True), 1.0, 0)
-    for a, b in zip(_gradients(context), expected, strict=True):
-        assert torch.equal(a, b)
-    late = torch.zeros(4, 3)
-    late[:, 2] = batch.credit
-    surrogate.backward(context, UpdateBatch(batch.rollout, late, batch.group, True), 1.0, 0)
-    alone = _gradients(context)
-    weighted = PolicyGradient(ClippedSurrogate(1e-3), weights=lambda kernel, grid, steps: torch.tensor([0.0, 0.0, 1.0]))
-    weighted.backward(context, batch, 1.0, 0)
-    for a, b in zip(_gradients(context), alone, strict=True):
-        torch.testing.assert_close(a, b)
+    late = replace(batch, credit=batch.credit[:, None] * torch.tensor([0.0, 0.0, 1.0]))
+    weighted = replace(surrogate, weights=lambda kernel, grid, steps: torch.tensor([0.0, 0.0, 1.0]))
+    gradients = []
+    for objective, part in (
+        (surrogate, batch),
+        (surrogate, replace(batch, credit=batch.step_credit)),
+        (surrogate, late),
+        (weighted, batch),
+    ):
+        objective.backward(context, part, 1.0, 0)
+        gradients.append(torch.cat([gradient.flatten() for gradient in _gradients(context)]))
+    assert torch.equal(gradients[0], gradients[1]) and not torch.allclose(gradients[0], gradients[2])
+    torch.testing.assert_close(gradients[2], gradients[3])
 
 
-def test_a_masked_surrogate_is_the_plain_one_inside_the_trust_region() -> None:
-    """With std 1, a mean at d gives log r = d x_next - d^2 / 2, whose slope is x_next - d, and KL = d^2 / 2."""
-    x_next, credit = torch.tensor([[2.0], [2.0], [-2.0], [-2.0], [2.0]]), torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
-    moved = torch.tensor([[0.5], [0.5], [0.5], [0.5], [0.01]], requires_grad=True)
-    std = torch.ones(())
-    step = Grid(torch.ones(1), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))[torch.zeros(5, dtype=torch.long)]
-    replayed = ReplayedStep(Transition(moved, std), Transition(torch.zeros(5, 1), std), x_next, moved, step)
-    losses = MaskedSurrogate(limit=0.1)(replayed, credit)
-    inside = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])  # the first and the fourth have moved far, and would move further
-    shift = moved.detach()[:, 0]
-    ratio = (shift * x_next[:, 0] - shift**2 / 2).exp()
-    torch.testing.assert_close(losses, -credit * ratio * inside)
-    (slopes,) = torch.autograd.grad(losses.sum(), moved)
-    torch.testing.assert_close(slopes[:, 0], -credit * ratio * (x_next[:, 0] - shift) * inside)
+def group_of(size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.long)
+
+
+# Log-ratios (B, S) to the reference policy, of the current and of the sampling policy
+CURRENT = torch.tensor([[0.15, -0.15], [0.05, -0.1], [-0.1, 0.3]], dtype=torch.float64)
+OLD = torch.tensor([[0.05, -0.05], [0.1, -0.05], [-0.05, 0.1]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("steps", "clip_range", "expected"),
+    [("mean", 0.99, 0.18375), ("mean", 0.02, 0.18855), ("sum", 0.99, 0.26), ("sum", 0.02, 0.2692)],
+)
+def test_worked_numbers_of_prdp(steps: Literal["mean", "sum"], clip_range: float, expected: float) -> None:
+    loss = PRDPLoss(2.0, clip_range, steps)(CURRENT, OLD, torch.tensor([1.0, 0.5, 0.0]), group_of(3))
+    assert float(loss) == pytest.approx(expected, abs=1e-9)
+
+
+def test_ties_are_dropped() -> None:
+    loss, ratios = PRDPLoss(2.0, 0.99), CURRENT.clone().requires_grad_()
+    tied = loss(ratios, OLD, torch.tensor([1.0, 1.0, 0.0]), group_of(3))
+    assert float(tied.detach()) == pytest.approx(0.3753125, abs=1e-9)
+    nothing = loss(ratios, OLD, torch.ones(3), group_of(3))
+    assert float(nothing.detach()) == 0.0 and not bool(torch.autograd.grad(nothing, ratios)[0].any())
+    assert loss.terms(torch.tensor([1.0, 1.0, 2.0, 3.0]), torch.tensor([0, 0, 1, 1])) == 1
+
+
+def test_the_variance_identity_and_prompts_add_up() -> None:
+    ratios, rewards = randn(10, 3, seed=2), randn(10, seed=3)
+    group = torch.tensor([0] * 4 + [1] * 6)
+    expected = sum(2 * (ratios.mean(1) - rewards / 0.7)[group == key].var() for key in (0, 1))
+    assert float(PRDPLoss(0.7, 0.99)(ratios, ratios, rewards, group)) == pytest.approx(float(expected))
+
+
+def test_the_gradient_is_the_closed_form() -> None:
+    ratios, old, rewards = randn(5, 3, seed=4).requires_grad_(True), randn(5, 3, seed=5), randn(5, seed=6)
+    beta, clip = 0.8, 0.4
+    (slopes,) = torch.autograd.grad(PRDPLoss(beta, clip)(ratios, old, rewards, group_of(5)), ratios)
+    with torch.no_grad():
+        held = torch.clamp(ratios, old - clip, old + clip)
+        inside = ((ratios - old).abs() <= clip).double()
+        expected = torch.zeros(5, 3, dtype=torch.float64)
+        pairs = [(a, b) for a in range(5) for b in range(5) if rewards[a] > rewards[b]]
+        for a, b in pairs:
+            target = (rewards[a] - rewards[b]) / beta
+            plain = ratios[a].mean() - ratios[b].mean() - target
+            clipped = held[a].mean() - held[b].mean() - target
+            free = bool(plain**2 >= clipped**2)
+            for row, sign in ((a, 1), (b, -1)):
+                pull = 2 * (plain if free else clipped) / len(pairs) / 3 * sign
+                expected[row] += pull * (1.0 if free else inside[row])
+    torch.testing.assert_close(slopes, expected, rtol=0, atol=1e-10)
+
+
+def test_a_sample_that_failed_altogether_leaves_no_trace() -> None:
+    ratios, old = randn(4, 2, seed=0), randn(4, 2, seed=1)
+    ratios[1], rewards = math.nan, torch.tensor([1.0, math.nan, 0.5, 0.0])
+    keep = [0, 2, 3]
+    expected = PRDPLoss(2.0, 0.1)(ratios[keep], old[keep], rewards[keep], group_of(3))
+    ratios.requires_grad_(True)
+    loss = PRDPLoss(2.0, 0.1)(ratios, old, rewards, group_of(4))
+    (slopes,) = torch.autograd.grad(loss, ratios)
+    assert float(loss.detach()) == pytest.approx(float(expected)) and bool(slopes.isfinite().all())
+    assert not bool(slopes[1].any()) and bool(slopes[keep].any())
+
+
+def test_prdp_in_float32_with_the_published_coefficients() -> None:
+    ratios, old = 1e-4 * randn(8, 5, seed=0), 1e-4 * randn(8, 5, seed=1)
+    rewards, group = randn(8, seed=2).float(), torch.tensor([0, 1] * 4)
+    loss = PRDPLoss(3e-5, 1e-6)
+    exact, rounded = loss(ratios, old, rewards, group), loss(ratios.float(), old.float(), rewards, group)
+    assert rounded.dtype == torch.float32
+    assert float(rounded) == pytest.approx(float(exact), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((0.0, 0.1), "beta must be positive"), ((1.0, 1.0), "clip_range"), ((1.0, 0.1, "median"), "steps must be")],
+)
+def test_settings_of_prdp_are_checked(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PRDPLoss(*arguments)
+    with pytest.raises(ValueError, match=r"rewards must be \(3,\)"):
+        PRDPLoss(1.0, 0.1).used(torch.zeros(3, 2), group_of(3))

@@ -1,10 +1,11 @@
-"""An update on the tiny pipeline: its context, and a batch of four samples of two prompts."""
+"""An update on the tiny pipeline: its context, and a batch of four samples of two prompts; and seeded numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
 from genalign.diffusion.policy import Lora, Policy, WeightSnapshot
@@ -29,3 +30,7 @@ def update_batch(context: UpdateContext, steps: Sequence[int] = (), on_policy: b
     kernels = kernel_per_step(context.kernel, steps, 4)
     sampled = rollout(context.pipeline.pipeline, start, context.grid, kernels, 1.0, steps)
     return UpdateBatch(sampled, torch.tensor([1.0, -1.0, 0.5, 0.0]), start.prompt, on_policy)
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -248,4 +248,4 @@ def test_worst_regressions_come_first():
     after = evaluation(same=(1.0, 1.0), lost=(0.0, 0.8), lost_more=(0.0, 0.2), won=(1.0, 1.0), unscored=(math.nan, 0.0))
     pairs = pairs_by_gain(before, after)
     assert [pair.before.prompt for pair in pairs] == ["lost_more", "lost", "same", "won"]
-    assert (pairs[0].difference("strict"), pairs[0].difference("partial")) == (-1.0, -0.8)
+    assert pairs[0].differences == {"strict": -1.0, "partial": -0.8}

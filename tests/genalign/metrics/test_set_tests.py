@@ -15,10 +15,10 @@ def test_disjoint_parts_of_the_same_prompts_are_each_compared_once() -> None:
         scored.extend(features[:, 0].tolist())
         return float(features.sum())
 
-    comparison = compare_parts(reward, before, before + 1, 3)
-    assert len(comparison.before) == 3 and comparison.win_rate == 1
-    assert len(set(scored[:9])) == 9 and sorted(scored[9:]) == sorted(value + 1 for value in scored[:9])
-    assert compare_parts(reward, before, before, 3).win_rate == 0.5
+    pairs = compare_parts(reward, before, before + 100, 3)
+    assert [after - before for before, after in pairs] == [300.0] * 3
+    old, new = ([value for value in scored if (value >= 100) == late] for late in (False, True))
+    assert len(set(old)) == 9 and new == [value + 100 for value in old]
     for other, size in ((before[:10], 3), (before, 1), (before, 12)):
         with pytest.raises(ValueError, match=f"no common parts of {size}"):
             compare_parts(reward, before, other, size)

@@ -10,18 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genalign.diffusion.sampling import Sampling
-from genalign.scoring.budget import Ledger, Metered, metered_reward
-from genalign.scoring.score import NamedReward
 from genalign.search import Prune, search
-from genalign.search.engine import SearchRun
 from genalign.search.noise_aware import (
     Distillation,
     LevelQuality,
     NoiseAware,
     PreviewDataset,
     distill,
-    identity,
     ranking_quality,
     record_previews,
     train_decoder,
@@ -29,13 +24,7 @@ from genalign.search.noise_aware import (
 )
 from genalign.types import Prompt
 from pipelines import SD3
-
-SAMPLING = Sampling(num_steps=5, sigmas=(1.0, 0.8, 0.6, 0.4, 0.2))
-PROMPTS = (Prompt("a circle"), Prompt("two squares"))
-
-
-def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return samples[:, 0].flatten(1).mean(1) - samples[:, 1:].flatten(1).mean(1)
+from tests.genalign.search.tiny_searches import PROMPTS, SAMPLING, redness, search_run
 
 
 class Linear(nn.Module):
@@ -64,23 +53,21 @@ def _blurred(count: int, seed: int) -> PreviewDataset:
 
 
 def test_previews_match_trajectories(tiny: SD3, tmp_path: Path) -> None:
-    ledger = Ledger()
-    rewards = [NamedReward("red", metered_reward("red", redness, ledger))]
-    run = SearchRun(Metered(tiny, ledger), PROMPTS, rewards, SAMPLING.grid(tiny), 1.0, 4, "0")
-    made = record_previews(run, 3, (0, 2, 4))
-    assert made.previews.shape == (6, 3, 4, 16, 16) and made.sigmas.tolist() == pytest.approx([1.0, 0.6, 0.2])
-    assert ledger.counts == {"nfe": 6 * 5, "decode": 6, "reward/red": 6}
-    ends = redness(tiny.decode(made.previews[:, -1].float()), PROMPTS).detach()
-    torch.testing.assert_close(ends, made.clean, rtol=0, atol=1e-2)  # the last preview is the sample, in half precision
-    made.save(tmp_path / "recording.safetensors")
-    again = PreviewDataset.load(tmp_path / "recording.safetensors")
-    assert torch.equal(again.previews, made.previews) and again.prompts == made.prompts
-    assert len(made.extend(again)) == 12 and made.extend(again).prompt.max() == 3
+    run = search_run(tiny)
+    dataset = record_previews(run, 3, (0, 2, 4))
+    assert dataset.previews.shape == (6, 3, 4, 16, 16) and dataset.sigmas.tolist() == pytest.approx([1.0, 0.6, 0.2])
+    assert run.ledger.counts == {"nfe": 6 * 5, "decode": 6, "reward/red": 6}
+    ends = redness(tiny.decode(dataset.previews[:, -1].float()), []).detach()
+    torch.testing.assert_close(ends, dataset.clean, rtol=0, atol=1e-2)  # the last preview is the half precision sample
+    dataset.save(tmp_path / "previews.safetensors")
+    loaded = PreviewDataset.load(tmp_path / "previews.safetensors")
+    assert torch.equal(loaded.previews, dataset.previews) and loaded.prompts == dataset.prompts
+    assert len(dataset.extend(loaded)) == 12 and dataset.extend(loaded).prompt.max() == 3
 
 
 @dataclass
-class Small:
-    """A student's decoder, which is to make the negative of what the pipeline makes."""
+class Inverting:
+    """A student whose decoder is to make the negative of what the pipeline makes."""
 
     decoder: nn.Module
 
@@ -89,20 +76,21 @@ class Small:
 
 
 def test_train_decoder_fits_decoded_samples() -> None:
-    recording, student = _blurred(64, 0), Small(nn.Sequential(nn.Conv2d(1, 3, 1), nn.Sigmoid()))
+    def decode(latents: Tensor) -> Tensor:
+        return (2 * latents).sigmoid().expand(-1, 3, -1, -1)
+
+    student = Inverting(nn.Sequential(nn.Conv2d(1, 3, 1), nn.Sigmoid()))
     settings = Distillation(decoder_epochs=30, decoder_learning_rate=0.02)
-    losses = list(
-        train_decoder(student, recording, lambda latents: (2 * latents).sigmoid().expand(-1, 3, -1, -1), settings)
-    )
+    losses = list(train_decoder(student, _blurred(64, 0), decode, settings))
     assert len(losses) == 30 and losses[-1] < 0.02 * losses[0]
 
 
 def test_distillation_improves_ranking_at_noisiest_level() -> None:
-    student, held_out = Linear(1), _blurred(32, 1)
+    student, held_out, decode = Linear(1), _blurred(32, 1), nn.Identity()
     nn.init.zeros_(student.read.weight)
-    before = validate(student, held_out, identity)
-    stages = list(distill(student, _blurred(32, 0), identity, Distillation(epochs=8, learning_rate=3e-2)))
-    after = validate(student, held_out, identity)
+    before = validate(student, held_out, decode)
+    stages = list(distill(student, _blurred(32, 0), decode, Distillation(epochs=8, learning_rate=3e-2)))
+    after = validate(student, held_out, decode)
     assert [levels for levels, _ in stages] == [1] * 8 + [2] * 8 + [3] * 8
     assert before[0].tau == 0.0 and after[0].tau > 0.3 and after[-1].tau > 0.7
     assert after[-1].top > after[0].top and after[-1].gap < after[0].gap
@@ -134,10 +122,5 @@ def test_noise_level_below_least_tau_is_refused(tiny: SD3) -> None:
 def test_latent_scorer_does_not_decode(tiny: SD3) -> None:
     scorer = NoiseAware(Linear(4), (LevelQuality(0.6, 0.6, 0.9, 0.1),))
     strategy = Prune((2,), (0.5,), 4, scorer)
-    result = search(tiny, PROMPTS, redness, strategy, sampling=SAMPLING)
-    assert result.ledger.counts == {
-        "nfe": 2 * (4 * 3 + 2 * 2),
-        "reward/noise-aware": 2 * 4,
-        "decode": 2 * 2,
-        "reward/reward": 2 * 2,
-    }
+    counts = search(tiny, PROMPTS, redness, strategy, sampling=SAMPLING).ledger.counts
+    assert counts == {"nfe": 2 * (4 * 3 + 2 * 2), "reward/noise-aware": 2 * 4, "decode": 2 * 2, "reward/reward": 2 * 2}

@@ -12,11 +12,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import DDIM, ODE
-from genalign.scoring.budget import Ledger, Metered, metered_reward
 from genalign.scoring.score import NamedReward, RewardError
-from genalign.search import Beam, BestOfN, Budget, Evolution, Prune, ZeroOrder, search
+from genalign.search import (
+    DNO,
+    Beam,
+    BestOfN,
+    Budget,
+    DoobGuide,
+    Evolution,
+    FKSteering,
+    Prune,
+    ReNO,
+    RewardGradient,
+    ZeroOrder,
+    search,
+)
 from genalign.search.engine import Particles, SearchRun
 from genalign.search.noise_search import neighbors_of
 from genalign.search.pruning import PruneSchedule
@@ -24,48 +35,41 @@ from genalign.search.ranking import largest_per_prompt, ranking_values
 from genalign.search.strategy import PromptBudget, Strategy, count_calls
 from genalign.types import Prompt
 from pipelines import SD3
+from tests.genalign.search.tiny_searches import PROMPTS, SAMPLING, redness, search_run
 
-SAMPLING = Sampling(num_steps=5, sigmas=(1.0, 0.8, 0.6, 0.4, 0.2))
-PROMPTS = ("a circle", "two squares")
-STRATEGIES: dict[str, Callable[[], Strategy]] = {
-    "best of n": lambda: BestOfN(5),
-    "best of n by a stochastic kernel": lambda: BestOfN(5, DDIM(1.0)),
-    "beam": lambda: Beam(2, 3),
-    "pruning": lambda: Prune((0, 2), (0.5, 0.5), 6),
-    "zero-order": lambda: ZeroOrder(2, 3),
-    "evolution": lambda: Evolution((0, 1, 3), (4, 3, 2), 2),
+
+def detached(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return redness(samples, prompts).detach()
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "best of n": BestOfN(5),
+    "best of n by a stochastic kernel": BestOfN(5, DDIM(1.0)),
+    "beam": Beam(2, 3),
+    "pruning": Prune((0, 2), (0.5, 0.5), 6),
+    "zero-order": ZeroOrder(2, 3),
+    "evolution": Evolution((0, 1, 3), (4, 3, 2), 2),
+    "FK steering": FKSteering(3, lam=5.0),
+    "FK steering by gradients": FKSteering(3, lam=5.0, guide=RewardGradient()),
+    "FK steering by Doob's transform": FKSteering(3, lam=5.0, guide=DoobGuide(4)),
+    "reno": ReNO(3, recompute=True),
+    "dno": DNO(3),
+    "reno after pruning": ReNO(3, initial_search=Prune((0,), (0.5,), 4)),
 }
 
 
-def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return samples[:, 0].flatten(1).mean(1) - samples[:, 1:].flatten(1).mean(1)
-
-
-def blueness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return samples[:, 2].flatten(1).mean(1) - samples[:, :2].flatten(1).mean(1)
-
-
-def _run(tiny: SD3, guidance: float = 1.0, batch_size: int = 4) -> SearchRun:
-    ledger = Ledger()
-    rewards = [NamedReward("red", metered_reward("red", redness, ledger))]
-    asked = [Prompt(text) for text in PROMPTS]
-    return SearchRun(Metered(tiny, ledger), asked, rewards, SAMPLING.grid(tiny), guidance, batch_size, "0")
-
-
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_ledger_equals_count_and_model_calls(tiny: SD3, name: str, guidance: float) -> None:
-    run, make = _run(tiny, guidance), STRATEGIES[name]
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+def test_ledger_equals_count_and_model_calls(tiny: SD3, strategy: Strategy, guidance: float) -> None:
+    run = search_run(tiny, guidance)
     true: Counter[str] = Counter()
     tiny.denoiser.register_forward_hook(
-        lambda module, given, keywords, output: true.update(forward=len(keywords["hidden_states"])), with_kwargs=True
+        lambda module, args, keywords, output: true.update(forward=len(keywords["hidden_states"])), with_kwargs=True
     )
-    strategy = make()
     finished = strategy(run, PromptBudget())
-    assert run.spent.nfe == true["forward"]
-    assert run.spent.counts == {
-        call: 2 * count for call, count in count_calls(run, strategy).counts.items()
-    }  # two prompts
+    assert run.ledger.nfe == true["forward"]
+    counts = count_calls(run, strategy).counts  # of one of the two prompts
+    assert run.ledger.counts == {call: 2 * count for call, count in counts.items()}
     assert set(finished.candidates.prompt.tolist()) == {0, 1}
     assert torch.equal(finished.scores[:, 0], redness(finished.samples, []))
 
@@ -100,14 +104,14 @@ def test_prune_that_keeps_all_adds_only_scoring_calls(tiny: SD3) -> None:
 
 def test_sample_does_not_depend_on_batch(tiny: SD3) -> None:
     many = search(tiny, PROMPTS[0], redness, BestOfN(6, DDIM(1.0)), sampling=SAMPLING, batch_size=4)
-    rewards, asked = [NamedReward("red", redness)], [Prompt(PROMPTS[0])]
-    run = SearchRun(Metered(tiny, Ledger()), asked, rewards, SAMPLING.grid(tiny), 1.0, 1, "0/0")
+    grid, rewards = SAMPLING.grid(tiny), [NamedReward("red", redness)]
+    run = SearchRun(tiny, [Prompt(PROMPTS[0])], rewards, grid, 1.0, 1, "0/0")
     alone = run.finish(run.advance(run.start(1, first=many.winners[0]), 5, DDIM(1.0)))
     torch.testing.assert_close(alone.samples, many.samples, rtol=0, atol=1e-4)
 
 
 def test_prune_ranks_within_each_prompt(tiny: SD3) -> None:
-    run = _run(tiny)
+    run = search_run(tiny)
     finished = Prune((1,), (0.5,), 4)(run, PromptBudget())
     assert finished.candidates.prompt.tolist() == [0, 0, 1, 1]
     assert Counter(node.prompt for node in run.lineage.nodes if node.end_step == 2) == {0: 2, 1: 2}
@@ -115,9 +119,7 @@ def test_prune_ranks_within_each_prompt(tiny: SD3) -> None:
 
 def test_search_raises_mean_score(tiny: SD3) -> None:
     single = search(tiny, PROMPTS, redness, BestOfN(1), sampling=SAMPLING).scores
-    strategies: list[Strategy] = [BestOfN(12), Prune((2,), (0.5,), 12), ZeroOrder(3, 4)]
-    strategies += [Evolution((0, 1), (6, 6)), Beam(2, 4)]
-    for strategy in strategies:
+    for strategy in (BestOfN(12), Prune((2,), (0.5,), 12), ZeroOrder(3, 4), Evolution((0, 1), (6, 6)), Beam(2, 4)):
         assert search(tiny, PROMPTS, redness, strategy, sampling=SAMPLING).scores.mean() > single.mean()
 
 
@@ -132,7 +134,7 @@ def test_lineage_records_scores_and_last_steps(tiny: SD3) -> None:
 
 
 def test_several_rewards_are_ranked_by_rank_sum(tiny: SD3) -> None:
-    rewards = {"red": redness, "blue": blueness}
+    rewards = {"red": redness, "not red": lambda samples, prompts: -redness(samples, prompts)}
     result = search(tiny, PROMPTS, rewards, Prune((1,), (0.5,), 6), sampling=SAMPLING)
     assert result.scores.shape == (2, 2)
     scores = torch.tensor([[1.0, 100.0], [2.0, 0.0], [3.0, 50.0], [math.nan, 200.0]])
@@ -143,9 +145,9 @@ def test_several_rewards_are_ranked_by_rank_sum(tiny: SD3) -> None:
 
 def test_neighbors_have_length_and_angle() -> None:
     generator = torch.Generator().manual_seed(0)
-    centre = torch.randn(4, 8, 8, generator=generator, dtype=torch.float64)
-    made = neighbors_of(centre, torch.randn(5, 4, 8, 8, generator=generator, dtype=torch.float64), 0.95)
-    flat, others = centre.flatten(), made.flatten(1)
+    center = torch.randn(4, 8, 8, generator=generator, dtype=torch.float64)
+    neighbors = neighbors_of(center, torch.randn(5, 4, 8, 8, generator=generator, dtype=torch.float64), 0.95)
+    flat, others = center.flatten(), neighbors.flatten(1)
     torch.testing.assert_close(others.norm(dim=1), flat.norm().expand(5), rtol=1e-12, atol=0)
     cosines = others @ flat / (others.norm(dim=1) * flat.norm())
     torch.testing.assert_close(cosines, torch.full((5,), 0.95, dtype=torch.float64), rtol=0, atol=1e-6)
@@ -160,37 +162,38 @@ def test_cost_of_published_schedule() -> None:
     assert cost == pytest.approx(61.764, abs=1e-3)
 
 
-def test_prune_counts_round_up() -> None:
-    assert PruneSchedule((1,), (0.4,)).counts(3) == (3, 2)
-    assert PruneSchedule((1,), (0.5,)).counts(5) == (5, 3)
-    assert PruneSchedule((1,), (0.3,)).counts(10) == (10, 3)
-    assert PruneSchedule((1, 2), (0.1, 0.1)).counts(1) == (1, 1, 1)
+@pytest.mark.parametrize(
+    ("keep", "counts"), [((0.4,), (3, 2)), ((0.5,), (5, 3)), ((0.3,), (10, 3)), ((0.1, 0.1), (1, 1, 1))]
+)
+def test_prune_counts_round_up(keep: tuple[float, ...], counts: tuple[int, ...]) -> None:
+    assert PruneSchedule((1, 2)[: len(keep)], keep).counts(counts[0]) == counts
 
 
-IMPOSSIBLE: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "no count": (lambda: {"strategy": BestOfN()}, "say how many candidates, or give a budget"),
-    "too little": (
-        lambda: {"strategy": BestOfN(), "budget": Budget(nfe=3)},
-        r"candidates=1 costs 5 .* budget is 3: raise the budget",
-    ),
-    "too many": (
-        lambda: {"strategy": BestOfN(9), "budget": Budget(nfe=30)},
-        r"candidates=9 costs 45 .* budget is 30",
-    ),
-    "past the end": (lambda: {"strategy": Prune((1, 4), (0.5, 0.5), 4)}, "step 4 is past the end: of 5 steps, 0 to 3"),
-    "descending": (lambda: {"strategy": Prune((2, 1), (0.5, 0.5), 4)}, "steps must ascend"),
-    "share": (lambda: {"strategy": Prune((1,), (0.0,), 4)}, r"shares in \(0, 1\]"),
-    "no noise": (lambda: {"strategy": Beam(kernel=ODE())}, "all proposals would be equal"),
-    "no prompt": (lambda: {"prompts": [], "strategy": BestOfN(1)}, "no prompt"),
-}
-
-
-@pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_invalid_search_is_refused(tiny: SD3, case: str) -> None:
-    changed, message = IMPOSSIBLE[case]
-    usual = {"pipeline": tiny, "prompts": PROMPTS, "reward": redness, "sampling": SAMPLING}
+@pytest.mark.parametrize(
+    ("build", "changed", "message"),
+    [
+        (BestOfN, {}, "say how many candidates, or give a budget"),
+        (BestOfN, {"budget": Budget(nfe=3)}, r"candidates=1 costs 5 .* budget is 3: raise the budget"),
+        (lambda: BestOfN(9), {"budget": Budget(nfe=30)}, r"candidates=9 costs 45 .* budget is 30"),
+        (lambda: Prune((1, 4), (0.5, 0.5), 4), {}, "step 4 is past the end: of 5 steps, 0 to 3"),
+        (lambda: Prune((2, 1), (0.5, 0.5), 4), {}, "steps must ascend"),
+        (lambda: Prune((1,), (0.0,), 4), {}, r"shares in \(0, 1\]"),
+        (lambda: Beam(kernel=ODE()), {}, "all proposals would be equal"),
+        (lambda: BestOfN(1), {"prompts": []}, "no prompt"),
+        (lambda: FKSteering(4, kernel=ODE()), {}, "moves without noise"),
+        (lambda: FKSteering(4, kernel=None), {}, "needs a kernel to move particles by"),
+        (lambda: FKSteering(2, guide=RewardGradient()), {"reward": detached}, "use DoobGuide, which needs none"),
+        (lambda: ReNO(2), {"reward": detached}, "noise optimization needs one; use ZeroOrder or Evolution"),
+    ],
+)
+def test_invalid_search_is_refused(
+    tiny: SD3, build: Callable[[], Strategy], changed: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        search(**{**usual, **changed()})
+        search(
+            **{"pipeline": tiny, "prompts": PROMPTS, "reward": redness, "sampling": SAMPLING, **changed},
+            strategy=build(),
+        )
 
 
 def test_reward_that_reorders_samples_is_refused(tiny: SD3) -> None:

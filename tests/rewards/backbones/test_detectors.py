@@ -20,7 +20,6 @@ from rewards.backbones.detectors import (
     Instance,
     Mask2Former,
     Owlv2,
-    _best_matches,
     _caption,
     coco_instances,
 )
@@ -29,13 +28,14 @@ from tests.rewards import tiny_detectors
 ALL = Thresholds(confidence=0.0, counting=0.0)
 SOME = Thresholds(confidence=0.05, counting=0.1)
 NOTHING = -20.0
+KINDS = (Mask2Former, Owlv2, GroundingDino)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root: Path = tmp_path_factory.mktemp("detectors")
     makers = (tiny_detectors.mask2former, tiny_detectors.owlv2, tiny_detectors.grounding_dino)
-    return {make.__name__: make(root / make.__name__) for make in makers}
+    return {kind.__name__: make(root / kind.__name__) for kind, make in zip(KINDS, makers, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,9 @@ def test_one_query_may_be_two_classes() -> None:
 def test_a_real_mask2former_agrees_with_its_own_postprocessing(folders: dict[str, str]) -> None:
     """transformers enlarges masks to 384 x 384 alone, which is ours for images of that size."""
     images = torch.rand(2, 3, 384, 384, generator=torch.Generator().manual_seed(1))
-    ours = Mask2Former(folders["mask2former"], ALL)(images, [["dog"], ["cat"]])
-    processor = Mask2FormerImageProcessor.from_pretrained(folders["mask2former"])
-    network = Mask2FormerForUniversalSegmentation.from_pretrained(folders["mask2former"]).eval()
+    ours = Mask2Former(folders["Mask2Former"], ALL)(images, [["dog"], ["cat"]])
+    processor = Mask2FormerImageProcessor.from_pretrained(folders["Mask2Former"])
+    network = Mask2FormerForUniversalSegmentation.from_pretrained(folders["Mask2Former"]).eval()
     with torch.no_grad():
         output = network(**processor(images=list(eight_bits(images)), return_tensors="pt"))
     theirs = processor.post_process_instance_segmentation(output, threshold=0.05, return_binary_maps=True)
@@ -112,16 +112,6 @@ def test_a_real_mask2former_agrees_with_its_own_postprocessing(folders: dict[str
             assert item.mask is not None and torch.equal(item.mask, expected["segmentation"][reference["id"]].bool())
 
 
-def test_mask2former_does_not_depend_on_its_batches(folders: dict[str, str], images: torch.Tensor) -> None:
-    names = [["dog"]] * 3
-    together = Mask2Former(folders["mask2former"], SOME)(images, names)
-    alone = Mask2Former(folders["mask2former"], SOME, batch_size=1)(images, names)
-    assert [boxes(detected) for detected in together] == [boxes(detected) for detected in alone]
-    assert {item.detection.name for detected in together for item in detected} == {"dog", "cat"}
-    assert all(item.mask.shape == (48, 64) for detected in together for item in detected)
-    assert all(item.detection.score > 0.05 for detected in together for item in detected)
-
-
 def test_mask2former_has_the_coco_classes_only(images: torch.Tensor, tmp_path: Path) -> None:
     assert Mask2Former().classes == OBJECTS and Owlv2().classes is None is GroundingDino().classes
     other = tiny_detectors.mask2former(tmp_path / "other", labels=20)
@@ -132,83 +122,64 @@ def test_mask2former_has_the_coco_classes_only(images: torch.Tensor, tmp_path: P
 # --- open vocabularies ------------------------------------------------------------------------------------------------
 
 
-def test_owlv2_detects_the_named_classes_of_each_image(folders: dict[str, str], images: torch.Tensor) -> None:
-    names = [["circle", "square"], ["cross"], ["circle", "square", "circle"]]
-    detected = Owlv2(folders["owlv2"], ALL)(images, names)
-    for classes, items in zip(names, detected, strict=True):
-        assert items and {item.detection.name for item in items} <= set(classes)
-        for item in items:
-            x1, y1, x2, y2 = item.detection.box
-            assert 0 <= x1 < x2 <= 64 and 0 <= y1 < y2 <= 48 and item.mask is None
-    alone = [Owlv2(folders["owlv2"], ALL)(images[i : i + 1], names[i : i + 1])[0] for i in range(3)]
-    assert [boxes(items) for items in detected] == [boxes(items) for items in alone]
+def agree(detected: list[Instance], names: list[str], scores: torch.Tensor, boxes: torch.Tensor) -> None:
+    """Compare with the best of the scores (n, names) of boxes (n, 4), cut at the border of an image."""
+    cut = boxes.clamp(min=0).minimum(torch.tensor([64, 48, 64, 48]))
+    inside = (cut[:, :2] < cut[:, 2:]).all(1)
+    best, label = scores[inside].max(-1)
+    assert [item.detection.score for item in detected] == pytest.approx(best.tolist(), abs=1e-5)
+    assert [item.detection.name for item in detected] == [names[i] for i in label.tolist()]
+    torch.testing.assert_close(torch.tensor([item.detection.box for item in detected]), cut[inside])
 
 
 def test_owlv2_agrees_with_transformers(folders: dict[str, str], images: torch.Tensor) -> None:
-    processor = AutoProcessor.from_pretrained(folders["owlv2"])
-    network = Owlv2ForObjectDetection.from_pretrained(folders["owlv2"]).eval()
+    processor = AutoProcessor.from_pretrained(folders["Owlv2"])
+    network = Owlv2ForObjectDetection.from_pretrained(folders["Owlv2"]).eval()
     text = [["a photo of a circle", "a photo of a cross"]]
     with torch.no_grad():
         output = network(**processor(text=text, images=[eight_bits(images)[0]], return_tensors="pt"))
-    scores = output.logits[0].sigmoid().max(-1)
-    center = output.pred_boxes[0] * 64  # the longer side: it pads to a square
-    corners = torch.cat([center[:, :2] - center[:, 2:] / 2, center[:, :2] + center[:, 2:] / 2], 1).clamp(min=0)
-    corners[:, [1, 3]] = corners[:, [1, 3]].clamp(max=48)
-    corners[:, [0, 2]] = corners[:, [0, 2]].clamp(max=64)
-    whole = (corners[:, 0] < corners[:, 2]) & (corners[:, 1] < corners[:, 3])
-    detected = Owlv2(folders["owlv2"], ALL)(images[:1], [["circle", "cross"]])[0]
-    assert [item.detection.score for item in detected] == pytest.approx(scores.values[whole].tolist(), abs=1e-5)
-    assert [item.detection.name for item in detected] == [
-        ("circle", "cross")[i] for i in scores.indices[whole].tolist()
-    ]
-    torch.testing.assert_close(torch.tensor([item.detection.box for item in detected]), corners[whole])
+    (theirs,) = processor.post_process_grounded_object_detection(output, 0.0, [(48, 64)])
+    detected = Owlv2(folders["Owlv2"], ALL)(images[:1], [["circle", "cross"]])[0]
+    agree(detected, ["circle", "cross"], output.logits[0].sigmoid(), theirs["boxes"])
+
+
+def test_grounding_dino_agrees_with_transformers(folders: dict[str, str], images: torch.Tensor) -> None:
+    processor = AutoProcessor.from_pretrained(folders["GroundingDino"])
+    network = GroundingDinoForObjectDetection.from_pretrained(folders["GroundingDino"]).eval()
+    inputs = processor(images=[eight_bits(images)[0]], text="dog. wine glass.", return_tensors="pt")
+    with torch.no_grad():
+        output = network(**inputs)
+    (theirs,) = processor.post_process_grounded_object_detection(
+        output, inputs["input_ids"], threshold=0.0, text_threshold=0.0, target_sizes=[(48, 64)]
+    )
+    detected = GroundingDino(folders["GroundingDino"], ALL)(images[:1], [["dog", "wine glass"]])[0]
+    logits = output.logits[0].sigmoid()
+    scores = torch.stack([logits[:, 1], logits[:, 3:5].amax(-1)], -1)
+    agree(detected, ["dog", "wine glass"], scores, theirs["boxes"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_detections_do_not_depend_on_the_batch(kind: type, folders: dict[str, str], images: torch.Tensor) -> None:
+    names = [["dog"], ["cat", "wine glass"], ["dog", "dog"]]
+    detector = kind(folders[kind.__name__], SOME)
+    detected = detector(images, names)
+    alone = [detector(images[i : i + 1], names[i : i + 1])[0] for i in range(3)]
+    assert [boxes(items) for items in detected] == [boxes(items) for items in alone]
+    for classes, items in zip(names, detected, strict=True):
+        assert items and {item.detection.name for item in items} <= {*classes, *(detector.classes or ())}
+        assert all(item.detection.score > 0.05 for item in items)
+        assert all(item.mask.shape == (48, 64) if kind is Mask2Former else item.mask is None for item in items)
 
 
 def test_names_are_located_in_the_caption(folders: dict[str, str]) -> None:
-    tokenizer = AutoProcessor.from_pretrained(folders["grounding_dino"]).tokenizer
+    tokenizer = AutoProcessor.from_pretrained(folders["GroundingDino"]).tokenizer
     text, places = _caption(tokenizer, ["dog", "wine glass", "cat"])
     words = tokenizer.convert_ids_to_tokens(text["input_ids"][0].tolist())
     assert words == ["[CLS]", "dog", ".", "wine", "glass", ".", "cat", ".", "[SEP]"]
     assert [[words[i] for i in place] for place in places] == [["dog"], ["wine", "glass"], ["cat"]]
 
 
-def test_a_box_has_the_name_it_matches_best() -> None:
-    scores = torch.tensor([[0.9, 0.2], [0.4, 0.6], [0.1, 0.2]])
-    centered = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.1, 0.9, 0.4, 0.4], [0.5, 0.5, 1.0, 1.0]])
-    detected = _best_matches(scores, centered, ["dog", "cat"], torch.zeros(1, 3, 100, 200), 0.3)
-    assert [item.detection.name for item in detected] == ["dog", "cat"]
-    assert detected[0].detection.box == pytest.approx((80, 30, 120, 70))
-    assert detected[1].detection.box == pytest.approx((0, 70, 60, 100))
-
-
-def test_grounding_dino_agrees_with_transformers(folders: dict[str, str], images: torch.Tensor) -> None:
-    processor = AutoProcessor.from_pretrained(folders["grounding_dino"])
-    network = GroundingDinoForObjectDetection.from_pretrained(folders["grounding_dino"]).eval()
-    inputs = processor(images=[eight_bits(images)[0]], text="dog. wine glass.", return_tensors="pt")
-    with torch.no_grad():
-        output = network(**inputs)
-    (expected,) = processor.post_process_grounded_object_detection(
-        output, inputs["input_ids"], threshold=0.0, text_threshold=0.0, target_sizes=[(48, 64)]
-    )
-    detected = GroundingDino(folders["grounding_dino"], ALL)(images[:1], [["dog", "wine glass"]])[0]
-    assert detected and {item.detection.name for item in detected} <= {"dog", "wine glass"}
-    reference = [tuple(round(v, 2) for v in box) for box in expected["boxes"].tolist()]
-    assert {tuple(round(v, 2) for v in item.detection.box) for item in detected} <= set(reference)
-    logits = output.logits[0].sigmoid()
-    best = torch.stack([logits[:, 1], logits[:, 3:5].amax(-1)], -1).amax(-1).tolist()
-    assert {round(item.detection.score, 4) for item in detected} <= {round(score, 4) for score in best}
-
-
-def test_grounding_dino_does_not_depend_on_its_batches(folders: dict[str, str], images: torch.Tensor) -> None:
-    names = [["dog"], ["cat", "wine glass"], ["dog"]]
-    detector = GroundingDino(folders["grounding_dino"], SOME)
-    detected = detector(images, names)
-    alone = [detector(images[i : i + 1], names[i : i + 1])[0] for i in range(3)]
-    assert [boxes(items) for items in detected] == [boxes(items) for items in alone]
-    assert {item.detection.name for item in detected[0] + detected[2]} <= {"dog"}
-
-
-@pytest.mark.parametrize("detector", [Mask2Former, Owlv2, GroundingDino])
+@pytest.mark.parametrize("detector", KINDS)
 def test_descriptions_hold_all_settings(detector: type) -> None:
     plain, other = detector(), detector(thresholds=Thresholds(confidence=0.123))
     assert plain.description["class"] == detector.__name__ and plain.description["model"] == plain.model

@@ -103,7 +103,7 @@ def test_a_poison_item_costs_its_own_score_alone(caplog: pytest.LogCaptureFixtur
     assert (
         "scored 7 of 9 samples (2 reward_failed): the reward raised RuntimeError: see the server's log" in caplog.text
     )
-    client_side = [record.getMessage() for record in caplog.records if record.name == "rewards.remote.remote_reward"]
+    client_side = [record.getMessage() for record in caplog.records if record.name == "rewards.remote.http_client"]
     assert len(client_side) == 1 and "secret" not in client_side[0]
 
 

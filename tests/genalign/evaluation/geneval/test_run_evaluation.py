@@ -13,7 +13,6 @@ import torch
 
 from genalign.evaluation.evaluate import Evaluation, load_evaluation
 from genalign.evaluation.folder import ModelIdentity, adapter_hash, manifest
-from genalign.evaluation.geneval.compare_models import compare_models
 from genalign.evaluation.geneval.image_sources import FolderImages, PipelineImages
 from genalign.evaluation.geneval.metadata import PromptSpec
 from genalign.evaluation.geneval.result_files import read_results, read_samples, summary, write_results, write_samples
@@ -27,6 +26,7 @@ from genalign.evaluation.geneval.run_evaluation import (
 )
 from genalign.evaluation.geneval.scoring import score_detections
 from genalign.evaluation.geneval.upstream_results import rescore
+from genalign.evaluation.paired import compare_models
 from genalign.evaluation.report import write_geneval
 from genalign.runtime.media import read_image
 from genalign.types import Prompt, PromptSet

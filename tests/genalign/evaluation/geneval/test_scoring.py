@@ -6,13 +6,13 @@ import random
 
 import pytest
 
-from genalign.evaluation.geneval.boxes import relations
 from genalign.evaluation.geneval.metadata import Clause, PromptSpec
 from genalign.evaluation.geneval.scoring import (
     Detection,
     Thresholds,
     filter_detections,
     overlap,
+    relations,
     score_detections,
     upstream_partial,
 )

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from genalign.evaluation.geneval.boxes import relations
 from genalign.evaluation.geneval.grammar import (
     color_attr,
     colors,
@@ -15,6 +14,7 @@ from genalign.evaluation.geneval.grammar import (
     single_object,
     two_object,
 )
+from genalign.evaluation.geneval.scoring import relations
 from genalign.evaluation.geneval.vocabulary import RELATIONS
 from genalign.types import Metadata, Prompt
 from genalign.worlds.shapes.color import palette_lab, srgb_to_lab

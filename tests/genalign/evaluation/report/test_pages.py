@@ -1,0 +1,169 @@
+"""The pages about a search and about several recipes, texts that contain HTML on every page, and pages in a browser."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from genalign.evaluation.compare_runs import RecipeSummary
+from genalign.evaluation.geneval.result_files import ImageResult, write_results
+from genalign.evaluation.report import write_comparison, write_geneval, write_report, write_search
+from genalign.runtime.media import writer
+from tests.genalign.evaluation.report.pages import HOSTILE, PROTOCOL, Page, save
+
+CHROMIUM = shutil.which("chromium")
+
+
+def candidate(ended, score, parent=None, born=0):
+    scores = [] if score is None else [[ended, [score]]]
+    return {"prompt": 0, "parent": parent, "born": born, "scores": scores, "ended": ended}
+
+
+def search(folder, lineages, chosen, **changes):
+    """A search folder with the candidates of every prompt, and ``changes`` of the prompts' rows."""
+    (folder / "lineage").mkdir(parents=True)
+    row = {"prompt": "a dog", "scores": {"ocr": 0.5}, "image": "0.png", "seconds": 3.0}
+    row["calls"] = {"nfe": 12, "decode": 3, "reward/ocr": 3}
+    for index, candidates in enumerate(lineages):
+        (folder / "lineage" / f"{index:05d}.json").write_text(json.dumps({"chosen": chosen, "lives": candidates}))
+    rows = [json.dumps(row | {"index": index} | changes) for index in range(len(lineages))]
+    (folder / "scores.jsonl").write_text("\n".join(rows))
+    return write_search(folder)
+
+
+def test_the_best_reward_so_far_never_falls(tmp_path):
+    """The second prompt's candidates finish later, so the curve starts when both prompts have a score."""
+    first = [candidate(4, 0.9), candidate(4, 0.1), candidate(4, 0.95)]
+    second = [candidate(2, 0.8), candidate(4, None), candidate(4, 0.3, parent=0, born=2)]
+    page = search(tmp_path, [first, second], 2).read_text()
+    assert re.findall(r">([\d.]+) at (\d+) steps of candidates<", page) == [("0.6", "8"), ("0.625", "12")]
+    assert page.count('class="returned"') == 4 and page.count('class="pruned"') == 3  # a copy has two lines
+    assert "The best sample of 2 prompts ocr 0.5 decoded samples per prompt 3 NFE per prompt 12" in Page(page).text
+
+
+def test_recipes_of_unequal_cost_are_not_called_equal(tmp_path):
+    def summary(name, gain, nfe):
+        scores, diversity = {"strict": gain, "aesthetic": 1.5}, {"color": math.nan, "cell": -0.25}
+        return RecipeSummary(
+            name, 2, gain, gain - 0.1, gain + 0.1, scores, {"two": gain}, 0.01, diversity, minutes=2.0, nfe=nfe
+        )
+
+    path = tmp_path / "comparison.html"
+    write_comparison(path, [summary("slow", 0.05, 2820.0), summary("fast", 0.25, 4610.0)])
+    page = path.read_text()
+    assert page.index("fast") < page.index("slow") and "equal NFE</h1>" not in page
+    assert "a run took 2.82k to 4.61k NFE" in page and "+25.0" in page and "not measured" in page and "-0.250" in page
+    write_comparison(path, [summary("slow", 0.05, 4600.0), summary("fast", 0.25, 4610.0)])
+    assert "2 recipes at equal NFE</h1>" in path.read_text()
+
+
+# --- texts that contain HTML ------------------------------------------------------------------------------------------
+
+
+def trained(folder):
+    """The report of a training in which every text is hostile."""
+    for name, value in (("before", 0.0), ("after", 1.0)):
+        save(folder / name, {HOSTILE: value}, HOSTILE, HOSTILE, protocol=replace(PROTOCOL, suite=HOSTILE))
+    (folder / "config.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    machine = {"seconds": 9.0, "samples_per_second": 2.0, "peak_memory_bytes": 10**9}
+    row = {"round": 0, "samples": 4, "nfe": 40, "machine": machine, "calls": {f"reward/{HOSTILE}": 3}}
+    row |= {"reward": 0.5, "rewards": {HOSTILE: 0.5}, "metrics": {HOSTILE: 0.5}}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    return write_report(folder)
+
+
+def searched(folder):
+    """The page of a search in which every text is hostile."""
+    hostile = {"prompt": HOSTILE, "scores": {HOSTILE: 0.5}, "image": f"javascript:{HOSTILE}", "calls": {HOSTILE: 2}}
+    return search(folder, [[candidate(2, 0.5)]], 0, **hostile)
+
+
+def geneval(folder):
+    """The page of a GenEval evaluation against itself, whose only image is wrong and whose texts are hostile."""
+    save(folder, {"relaxed": 0.0}, HOSTILE, HOSTILE, "x.png")
+    result = ImageResult("x.png", HOSTILE, HOSTILE, False, HOSTILE, {"prompt": HOSTILE}, {HOSTILE: []})
+    write_results(folder / "results.jsonl", [result])
+    manifest = {"hash": "0", "protocol_hash": "1", "subject": {HOSTILE: HOSTILE}, "protocol": PROTOCOL.as_dict()}
+    (folder / "evaluation.json").write_text(json.dumps(manifest))
+    return write_geneval(folder, folder)
+
+
+@pytest.mark.parametrize("make", [trained, searched, geneval])
+def test_html_in_a_text_is_text(make, tmp_path):
+    page = Page(make(tmp_path / "run").read_text())
+    assert "p" in page.tags and not {"script", "img"} & set(page.tags)
+    assert page.text.count(HOSTILE) >= 2
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+def chromium(folder, *arguments):
+    """Output and console messages of a headless browser that stays off the network."""
+    if CHROMIUM is None:
+        pytest.skip("needs the program chromium (apt-get install chromium)")
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    headless = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    command = [CHROMIUM, *headless, *quiet, f"--user-data-dir={folder}/profile", "--window-size=1100,2400", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.slow
+def test_the_browser_reads_and_paints_the_report_and_complains_of_nothing(tmp_path):
+    """A report with one round and one pair: black before, white after."""
+    trained(tmp_path)
+    for name, value in (("before", 0), ("after", 255)):
+        Image.new("RGB", (64, 64), (value, value, value)).save(tmp_path / name / "0.png")
+        save(tmp_path / name, {"strict": value / 255, "partial": value / 255}, file="0.png")
+    page, picture = write_report(tmp_path).as_uri(), tmp_path / "page.png"
+    dom, complaints = chromium(tmp_path, "--dump-dom", page)
+    assert complaints == [] and "</footer>" in dom
+    chromium(tmp_path, f"--screenshot={picture}", "--hide-scrollbars", page)
+    pixels = np.asarray(Image.open(picture).convert("RGB"))
+    assert pixels.shape == (2400, 1100, 3) and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    assert (pixels == 0).all(2).sum() > 64 * 64
+
+
+@pytest.mark.slow
+def test_clips_are_decoded_and_painted(tmp_path):
+    """A page's own script, which the policy forbids, asks the players how long their clips last."""
+    wave = 0.25 * torch.sin(torch.arange(12000) * 2 * math.pi * 440 / 8000).expand(1, 1, -1)
+    for name, score in (("before", 0.0), ("after", 1.0)):
+        (file,) = writer(8000)(wave, tmp_path / name, 0)
+        save(tmp_path / name, {"strict": score}, "a tone", "pitch", file)
+    page = write_report(tmp_path)
+    _, complaints = chromium(tmp_path, "--dump-dom", page.as_uri())
+    assert complaints == []
+    script = """<script>addEventListener("load", () => { for (const one of document.querySelectorAll("audio"))
+      one.onloadedmetadata = () => document.title += " " + one.duration, one.load() })</script></head>"""
+    text = page.read_text().replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    page.write_text(text.replace("</head>", script))
+    dom, complaints = chromium(tmp_path, "--dump-dom", "--virtual-time-budget=5000", page.as_uri())
+    assert complaints == [] and re.search(r"<title>.* 1\.5 1\.5</title>", dom)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [trained, searched, geneval])
+def test_the_browser_does_not_run_html_in_a_text(make, tmp_path):
+    page = make(tmp_path / "run")
+    policy = '<meta http-equiv="Content-Security-Policy"'
+    assert policy in page.read_text()
+    page.write_text(page.read_text().replace(policy, "<meta"))  # what escapes must hold by itself
+    dom, complaints = chromium(tmp_path, "--dump-dom", page.as_uri())
+    assert complaints == [] and "<title>run</title>" not in dom
+
+
+@pytest.mark.slow
+def test_the_browser_reports_messages_and_runs_html_that_is_not_escaped(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(f"<!DOCTYPE html><title>x</title><script>console.error('a message')</script><p>{HOSTILE}")
+    dom, complaints = chromium(tmp_path, "--dump-dom", page.as_uri())
+    assert "<title>run</title>" in dom and any("a message" in line for line in complaints)
