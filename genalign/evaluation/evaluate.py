@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from genalign.diffusion.rollout import generate
-from genalign.metrics.intervals import Estimate, bootstrap_mean
+from genalign.metrics.intervals import Estimate, Kind, mean_over_tasks
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from genalign.runtime.files import write_json, write_text
 from genalign.runtime.media import Writer, write_samples
@@ -128,10 +128,14 @@ class BatchStore(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The records of all samples under one protocol; estimates are computed from them."""
+    """The records of all samples under one protocol; estimates are computed from them.
+
+    ``paired`` says that the scores are differences between two evaluations.
+    """
 
     protocol: EvaluationProtocol
     records: tuple[SampleRecord, ...]
+    paired: bool = False
 
     @property
     def score_names(self) -> tuple[str, ...]:
@@ -140,7 +144,7 @@ class Evaluation:
     @property
     def overall(self) -> dict[str, Estimate]:
         """The mean over tasks of each score."""
-        return {name: _estimate(self.records, name) for name in self.score_names}
+        return {name: self._estimate(self.records, name) for name in self.score_names}
 
     @property
     def tasks(self) -> dict[str, dict[str, Estimate]]:
@@ -148,7 +152,7 @@ class Evaluation:
         tasks: dict[str, list[SampleRecord]] = {}
         for record in self.records:
             tasks.setdefault(record.task, []).append(record)
-        return {task: {name: _estimate(rows, name) for name in self.score_names} for task, rows in tasks.items()}
+        return {task: {name: self._estimate(rows, name) for name in self.score_names} for task, rows in tasks.items()}
 
     @property
     def failed(self) -> int:
@@ -156,7 +160,7 @@ class Evaluation:
         return sum(not all(map(math.isfinite, record.scores.values())) for record in self.records)
 
     def summary(self) -> dict[str, Any]:
-        """Return protocol, estimates and the number of failures as JSON types; ``n`` counts successful scores.
+        """Return protocol, estimates and the number of failures as JSON types; ``n`` counts prompts with a score.
 
         Raises:
             ValueError: a score failed on every sample of a task.
@@ -176,16 +180,22 @@ class Evaluation:
         write_text(directory / "records.jsonl", "".join(f"{line}\n" for line in lines))
         write_json(directory / "summary.json", self.summary())
 
+    def _estimate(self, records: Sequence[SampleRecord], name: str) -> Estimate:
+        """Estimate the mean over tasks of the mean over prompts of a score; scores that are not finite are left out.
 
-def _estimate(records: Sequence[SampleRecord], name: str) -> Estimate:
-    """Estimate the mean over tasks of the mean over prompts of a score; scores that are not finite are left out."""
-    finite: dict[str, dict[str, list[float]]] = {}
-    for record in records:
-        prompts = finite.setdefault(record.task, {})
-        if math.isfinite(record.scores[name]):
-            prompts.setdefault(record.prompt, []).append(record.scores[name])
-    means = {task: [math.fsum(v) / len(v) for v in prompts.values()] for task, prompts in finite.items()}
-    return bootstrap_mean(means, sum(len(v) for prompts in finite.values() for v in prompts.values()))
+        A score that is 0 or 1 on every sample is a share.
+        """
+        finite: dict[str, dict[str, list[float]]] = {}
+        for record in records:
+            prompts = finite.setdefault(record.task, {})
+            if math.isfinite(record.scores[name]):
+                prompts.setdefault(record.prompt, []).append(record.scores[name])
+        values = {value for prompts in finite.values() for scores in prompts.values() for value in scores}
+        kind: Kind = "score"
+        if values <= ({-1, 0, 1} if self.paired else {0, 1}):
+            kind = "share difference" if self.paired else "share"
+        means = {task: [math.fsum(v) / len(v) for v in prompts.values()] for task, prompts in finite.items()}
+        return mean_over_tasks(means, kind)
 
 
 def load_evaluation(directory: Path) -> Evaluation:

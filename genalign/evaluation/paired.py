@@ -55,7 +55,7 @@ def check_protocols(before: EvaluationProtocol, after: EvaluationProtocol) -> No
 
 
 def gain(before: Evaluation, after: Evaluation) -> dict[str, Estimate]:
-    """Estimate each score's mean gain, paired by prompt and noise; ``n`` counts the pairs with both scores.
+    """Estimate each score's mean gain, paired by prompt and noise; ``n`` counts the prompts with both scores.
 
     Raises:
         ValueError: the protocols differ, or the samples are not of the same prompts and noises.
@@ -85,7 +85,7 @@ class ModelComparison:
 
 
 def compare_models(before: Evaluation, after: Evaluation) -> ModelComparison:
-    """Compare two evaluations with bootstrap intervals over prompts within tasks, and win rates of prompt means.
+    """Compare two evaluations with intervals over prompts, and win rates of prompt means.
 
     Raises ValueError if their protocols, prompts or noises differ, or if a task has no pair of images that both could
     be judged.
@@ -113,4 +113,4 @@ def compare_models(before: Evaluation, after: Evaluation) -> ModelComparison:
 def _differences(before: Evaluation, after: Evaluation) -> Evaluation:
     """Replace the scores of the samples by their differences, after minus before."""
     records = (replace(pair.before, scores=pair.differences) for pair in pairs(before, after))
-    return replace(before, records=tuple(records))
+    return replace(before, records=tuple(records), paired=True)

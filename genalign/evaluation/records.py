@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from genalign.evaluation.evaluate import Evaluation
 from genalign.evaluation.paired import pairs
-from genalign.metrics.intervals import bootstrap_mean, t_interval, wider
+from genalign.metrics.intervals import Kind, mean_over_tasks, t_interval, wider
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,10 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A mean gain, or the median of a measured quantity, with its 95 % interval from ``n`` samples or repeats."""
+    """A mean gain, or the median of a measured quantity, with its 95 % interval from ``n`` prompts or repeats.
+
+    ``low`` and ``high`` are infinite where no interval keeps its coverage (see ``Estimate``).
+    """
 
     name: str
     metric: str
@@ -65,8 +68,8 @@ def prompt_records(name: str, metric: str, seed: int, before: Evaluation, after:
 def gain_row(records: Sequence[PromptRecord]) -> ResultRow:
     """Estimate the mean gain of one (name, metric).
 
-    The interval is the wider one of a t-interval over seeds and a bootstrap over prompts, or the bootstrap for one
-    seed. Raises ValueError for records of several names or metrics.
+    The interval is the wider one of Student's over seeds and that over prompts (``mean_over_tasks``), or the latter for
+    one seed. Raises ValueError for records of several names or metrics.
     """
     if len({(record.name, record.metric) for record in records}) != 1:
         raise ValueError("a gain is computed for one name and one metric")
@@ -77,9 +80,15 @@ def gain_row(records: Sequence[PromptRecord]) -> ResultRow:
         by_seed.setdefault(record.seed, {}).setdefault(record.task, []).append(gain)
         by_prompt.setdefault(record.task, {}).setdefault(record.prompt, []).append(gain)
 
-    n = sum(record.n for record in records)
-    interval = bootstrap_mean({task: [*map(mean, prompts.values())] for task, prompts in by_prompt.items()}, n)
+    kind: Kind = "share difference" if all(map(_is_share, records)) else "score"
+    interval = mean_over_tasks({task: [*map(mean, prompts.values())] for task, prompts in by_prompt.items()}, kind)
     if len(by_seed) > 1:
         seed_gains = [mean(map(mean, by_seed[seed].values())) for seed in sorted(by_seed)]
         interval = wider(t_interval(seed_gains), interval)
-    return ResultRow(records[0].name, records[0].metric, interval.mean, interval.low, interval.high, n)
+    return ResultRow(records[0].name, records[0].metric, interval.mean, interval.low, interval.high, interval.n)
+
+
+def _is_share(record: PromptRecord) -> bool:
+    """Whether both means are of ``n`` zeros and ones."""
+    counts = (record.before * record.n, record.after * record.n)
+    return all(abs(count - round(count)) < 1e-6 and 0 <= round(count) <= record.n for count in counts)

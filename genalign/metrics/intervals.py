@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,16 +22,28 @@ Kind = Literal["score", "share", "share difference"]
 class Estimate:
     """A mean with its 95 % confidence interval, from ``n`` independent units: prompts, seeds or trials.
 
-    ``low`` and ``high`` are None where no interval would cover the truth as often as it says.
+    ``low`` and ``high`` are infinite where no narrower interval would cover the truth as often as it says.
     """
 
     mean: float
-    low: float | None
-    high: float | None
+    low: float
+    high: float
     n: int
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether there is an interval to print."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
     def as_dict(self) -> dict[str, float | None]:
-        return asdict(self)
+        """Convert to JSON types, with null for infinite limits."""
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Estimate:
+        """Restore an estimate from ``as_dict``."""
+        low, high = (-math.inf if value["low"] is None else value["low"]), value["high"]
+        return cls(value["mean"], low, math.inf if high is None else high, value["n"])
 
 
 @dataclass(frozen=True)
@@ -66,8 +79,8 @@ def mean_over_tasks(values_by_task: Mapping[str, Sequence[float]], kind: Kind) -
     A value is one prompt's mean over its samples, so that a prompt's samples count as one draw. The interval depends on
     what the values are, by ``kind``:
 
-    score             Student's, with Welch and Satterthwaite's degrees of freedom over the tasks; None where a task has
-                      one prompt, whose spread is unknown
+    score             Student's, with Welch and Satterthwaite's degrees of freedom over the tasks; infinite where a task
+                      has one prompt, whose spread is unknown
     share             Clopper and Pearson's exact interval of a share of K^2 / sum(1 / n_k) trials, for n_k prompts in
                       each of K tasks: as many as give one proportion the variance of the mean over tasks
     share difference  Zou and Donner's combination (Statistics in Medicine 27, 2008) of the same intervals of the share
@@ -103,7 +116,7 @@ def mean_over_tasks(values_by_task: Mapping[str, Sequence[float]], kind: Kind) -
 def _score_mean(tasks: Sequence[npt.NDArray[np.float64]]) -> Estimate:
     mean, counts = float(np.mean([values.mean() for values in tasks])), np.array([len(values) for values in tasks])
     if counts.min() < 2:
-        return Estimate(mean, None, None, int(counts.sum()))
+        return Estimate(mean, -math.inf, math.inf, int(counts.sum()))
     variances = np.array([values.var(ddof=1) / len(values) for values in tasks]) / len(tasks) ** 2
     variance = float(variances.sum())
     freedom = variance**2 / float((variances**2 / (counts - 1)).sum()) if variance else 1.0
@@ -175,16 +188,15 @@ def median_interval(values: Sequence[float]) -> Estimate:
 def wider(a: Estimate, b: Estimate) -> Estimate:
     """Join two intervals of one mean, such as over prompts and over seeds, into one; ``n`` is of ``a``.
 
-    Without one of them, the other is returned.
+    One without limits gives way to the other.
 
     Raises:
         ValueError: the means differ.
     """
     if not np.isclose(a.mean, b.mean, rtol=1e-6, atol=1e-9):
         raise ValueError(f"intervals of two different means, {a.mean:g} and {b.mean:g}, cannot be joined")
-    lows = [limit for limit in (a.low, b.low) if limit is not None]
-    highs = [limit for limit in (a.high, b.high) if limit is not None]
-    return Estimate(a.mean, min(lows, default=None), max(highs, default=None), a.n)
+    bounded = [estimate for estimate in (a, b) if estimate.is_bounded] or [a]
+    return Estimate(a.mean, min(e.low for e in bounded), max(e.high for e in bounded), a.n)
 
 
 def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:

@@ -110,7 +110,7 @@ class HackingReport:
     @classmethod
     def from_list(cls, rows: Sequence[Mapping[str, Any]]) -> HackingReport:
         """Restore a report from its ``as_list()``."""
-        return cls(tuple(Signal(**{**row, "shift": Estimate(**row["shift"])}) for row in rows))
+        return cls(tuple(Signal(**{**row, "shift": Estimate.from_dict(row["shift"])}) for row in rows))
 
 
 def compare_snapshots(before: PanelSnapshot, now: PanelSnapshot, kl: float, limits: Limits) -> HackingReport:

@@ -83,7 +83,7 @@ def read_run(folder: Path) -> Run:
         rows = tuple(json.loads(line) for line in lines if line.strip())
     comparison, incomparable = None, ""
     if before and after:
-        stored = {name: Estimate(**value) for name, value in _read_json(folder / "gain.json").items()}
+        stored = {name: Estimate.from_dict(value) for name, value in _read_json(folder / "gain.json").items()}
         try:
             pairs = pairs_by_gain(before, after)
             comparison = Comparison(gain(before, after) | stored, task_gains(before, after), pairs)

@@ -75,7 +75,7 @@ def did_it_work(run: Run) -> list[Change]:
         span = f"round {rounds_done(held_out[0])} to {rounds_done(held_out[-1])}"
         for score, last in held_out[-1]["held_out"].items():
             if first := held_out[0]["held_out"].get(score):
-                start, end = Estimate(**first), Estimate(**last)
+                start, end = Estimate.from_dict(first), Estimate.from_dict(last)
                 changes.append(_trend(f"Held-out {plain(score)} score", score, start, end, span))
     rewards = _reward_changes(run.rows)
     return changes + ([change for change in rewards if change.title == "Training reward"] or rewards)
