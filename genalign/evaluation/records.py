@@ -84,7 +84,7 @@ def gain_row(records: Sequence[PromptRecord]) -> ResultRow:
     interval = mean_over_tasks({task: [*map(mean, prompts.values())] for task, prompts in by_prompt.items()}, kind)
     if len(by_seed) > 1:
         seed_gains = [mean(map(mean, by_seed[seed].values())) for seed in sorted(by_seed)]
-        interval = wider(t_interval(seed_gains), interval)
+        interval = wider(interval, t_interval(seed_gains))
     return ResultRow(records[0].name, records[0].metric, interval.mean, interval.low, interval.high, interval.n)
 
 

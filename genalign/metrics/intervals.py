@@ -83,8 +83,10 @@ def mean_over_tasks(values_by_task: Mapping[str, Sequence[float]], kind: Kind) -
                       has one prompt, whose spread is unknown
     share             Clopper and Pearson's exact interval of a share of K^2 / sum(1 / n_k) trials, for n_k prompts in
                       each of K tasks: as many as give one proportion the variance of the mean over tasks
-    share difference  Zou and Donner's combination (Statistics in Medicine 27, 2008) of the same intervals of the share
-                      of prompts that improved and of those that got worse, with their multinomial correlation
+    share difference  Zou and Donner's combination (Statistics in Medicine 27, 2008) of the same intervals of the mean
+                      improvement and of the mean loss, with their multinomial correlation; where several samples share
+                      a prompt, of as many trials as explain the variance over prompts (Korn and Graubard, Survey
+                      Methodology 24, 1998)
 
     Args:
         values_by_task: Finite values of every task, one per prompt.
@@ -110,18 +112,31 @@ def mean_over_tasks(values_by_task: Mapping[str, Sequence[float]], kind: Kind) -
         mean = float(np.mean([values.mean() for values in tasks]))
         return Estimate(mean, *_share_limits(mean, trials), n)
     better, worse = (float(np.mean([(sign * values).clip(0).mean() for values in tasks])) for sign in (1, -1))
+    variance, freedom = _variance(tasks)
+    if variance > 0:  # one for a difference of -1, 0 or 1 in each prompt, and less where a prompt has a mean of several
+        explained = (better + worse - (better - worse) ** 2) / variance
+        trials = max(trials, explained * float(stats.norm.isf(_TAIL) / stats.t.isf(_TAIL, freedom)) ** 2)
     return Estimate(better - worse, *_difference_limits(better, worse, trials), n)
 
 
 def _score_mean(tasks: Sequence[npt.NDArray[np.float64]]) -> Estimate:
-    mean, counts = float(np.mean([values.mean() for values in tasks])), np.array([len(values) for values in tasks])
+    mean, n = float(np.mean([values.mean() for values in tasks])), sum(map(len, tasks))
+    variance, freedom = _variance(tasks)
+    reach = float(stats.t.isf(_TAIL, freedom)) * variance**0.5 if variance < math.inf else math.inf
+    return Estimate(mean, mean - reach, mean + reach, n)
+
+
+def _variance(tasks: Sequence[npt.NDArray[np.float64]]) -> tuple[float, float]:
+    """The variance of the mean over tasks, and its degrees of freedom (Welch and Satterthwaite).
+
+    The variance is infinite where a task has one value, and its degrees of freedom 1 where it is 0.
+    """
+    counts = np.array([len(values) for values in tasks])
     if counts.min() < 2:
-        return Estimate(mean, -math.inf, math.inf, int(counts.sum()))
+        return math.inf, 1.0
     variances = np.array([values.var(ddof=1) / len(values) for values in tasks]) / len(tasks) ** 2
-    variance = float(variances.sum())
-    freedom = variance**2 / float((variances**2 / (counts - 1)).sum()) if variance else 1.0
-    reach = float(stats.t.isf(_TAIL, freedom)) * variance**0.5
-    return Estimate(mean, mean - reach, mean + reach, int(counts.sum()))
+    total, squares = float(variances.sum()), float((variances**2 / (counts - 1)).sum())
+    return total, (total**2 / squares if squares > 0 else 1.0)
 
 
 def share(successes: float, n: int) -> Estimate:

@@ -102,6 +102,17 @@ def test_intervals_of_paired_shares_cover_the_truth(strata, better, worse):
     assert _covers(draws, better - worse, "share difference") >= 0.93
 
 
+@pytest.mark.parametrize("strata", STRATA)
+@pytest.mark.parametrize(("images", "a", "b", "gain"), [(4, 0.3, 0.3, 0.0), (4, 1, 30, 0.05), (16, 15, 15, 0.1)])
+def test_intervals_of_paired_shares_of_several_images_cover_the_truth(strata, images, a, b, gain):
+    """The chance of a prompt is drawn first; afterwards it is higher by ``gain``, at most 1."""
+    rng = np.random.default_rng(4)
+    truth = float(np.mean((rng.beta(a, b, 10**6) + gain).clip(0, 1))) - a / (a + b)
+    chances = [rng.beta(a, b, (REPEATS, n)) for n in STRATA[strata]]
+    draws = [(rng.binomial(images, (c + gain).clip(0, 1)) - rng.binomial(images, c)) / images for c in chances]
+    assert _covers(draws, truth, "share difference") >= 0.93
+
+
 @pytest.mark.parametrize(
     ("values", "kind", "message"),
     [
