@@ -33,10 +33,11 @@ class PromptSampler:
     seed: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.count <= len(self.prompts):
+        distinct = len({prompt.text for prompt in self.prompts.prompts})
+        if not 1 <= self.count <= distinct:
             raise ValueError(
-                f"prompts_per_round is {self.count}, but the prompt set {self.prompts.name!r} has {len(self.prompts)}:"
-                " choose a number between 1 and that"
+                f"prompts_per_round is {self.count}, but the prompt set {self.prompts.name!r} has {distinct} different"
+                " prompts: choose a number between 1 and that"
             )
 
     def rounds(self) -> Iterator[tuple[Prompt, ...]]:

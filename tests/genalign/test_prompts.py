@@ -28,5 +28,7 @@ def test_every_prompt_is_met_before_any_again() -> None:
 
 
 def test_more_prompts_than_there_are() -> None:
-    with pytest.raises(ValueError, match="prompts_per_round is 3, but the prompt set 'p' has 2"):
-        PromptSampler(PromptSet("p", (Prompt("a"), Prompt("b"))), 3, 0)
+    twice = PromptSet("p", (Prompt("a"), Prompt("b"), Prompt("a")))
+    with pytest.raises(ValueError, match="prompts_per_round is 3, but the prompt set 'p' has 2 different prompts"):
+        PromptSampler(twice, 3, 0)
+    assert len(next(PromptSampler(twice, 2, 0).rounds())) == 2

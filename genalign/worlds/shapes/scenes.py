@@ -16,6 +16,7 @@ from genalign.worlds.shapes.prompts import is_held_out_pair
 
 SUPERSAMPLING = 4
 OUTLINES = SHAPES | REJECTS
+_DRAWS = 1000  # of which a few are needed
 RELATION_MARGIN = 0.18  # stricter than the verifier's 0.1
 _RADII = ((8.0, 12.0), (8.0, 12.0), (8.0, 11.0), (8.0, 10.0), (6.5, 9.0), (6.0, 8.0))  # for one to six items
 
@@ -82,7 +83,7 @@ def render_metadata(metadata: Sequence[Metadata], rng: np.random.Generator) -> T
 
 
 def sample_scene(metadata: Metadata, rng: np.random.Generator, hold_out: bool = True) -> Scene:
-    """A scene for which GenEval ``metadata`` is exactly true.
+    """A scene for which GenEval ``metadata`` is exactly true. Raises ValueError where none is found in 1000 draws.
 
     ``hold_out`` keeps held-out (shape, color) pairs away from objects whose color the prompt leaves open, as every
     training scene must.
@@ -96,9 +97,16 @@ def sample_scene(metadata: Metadata, rng: np.random.Generator, hold_out: bool = 
                 color = free[rng.integers(len(free))]
             names.append((shape, color))
     relation = next((clause["position"][0] for clause in metadata["include"] if "position" in clause), None)
-    items = _place(names, rng)
-    while items is None or (relation and relation not in relations(items[1].box, items[0].box, RELATION_MARGIN)):
+    if not 1 <= len(names) <= len(_RADII) or (relation and len(names) != 2):
+        raise ValueError(
+            f"no scene has {len(names)} objects as in {metadata}: a scene has 1 to {len(_RADII)}, a relation 2"
+        )
+    for _ in range(_DRAWS):
         items = _place(names, rng)
+        if items and (not relation or relation in relations(items[1].box, items[0].box, RELATION_MARGIN)):
+            break
+    else:
+        raise ValueError(f"{_DRAWS} draws gave no scene for {metadata}: ask for fewer objects, or another relation")
     order = rng.permutation(len(items))
     background = tuple(float(c + d) for c, d in zip(BACKGROUND, np.full(3, rng.uniform(-6, 6)), strict=True))
     return Scene(tuple(items[i] for i in order), (background[0], background[1], background[2]))

@@ -20,6 +20,7 @@ DURATION = (0.12, 0.5)  # seconds
 LEVEL = (-20.0, -12.0)  # RMS in dB of full scale
 CONTRAST = (8.0, 12.0)  # dB between a quiet and a loud event; the verifier asks for 6
 DETUNE = 8.0  # cents
+_DRAWS = 1000  # of which a few are needed
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,14 @@ def render_metadata(metadata: Sequence[Metadata], rng: np.random.Generator) -> T
 
 
 def sample_clip(metadata: Metadata, rng: np.random.Generator, hold_out: bool = True) -> Clip:
-    """A clip for which ``metadata`` are exactly true.
+    """A clip for which ``metadata`` are exactly true. Raises ValueError where none is found in 1000 draws.
 
     ``hold_out`` keeps held-out notes away from tones whose pitch the prompt leaves open, as every training clip must.
     """
     clauses = [clause for clause in metadata["events"] for _ in range(clause["count"])]
+    most = int((LENGTH / SAMPLE_RATE - 2 * MARGIN + GAP) / (DURATION[0] + GAP))
+    if not 1 <= len(clauses) <= most or (metadata.keys() & {"relation", "loudness"} and len(clauses) != 2):
+        raise ValueError(f"no clip has {len(clauses)} events as in {metadata}: a clip has 1 to {most}, a comparison 2")
     notes = _notes(clauses, metadata.get("relation"), rng, hold_out)
     times = _times(len(clauses), rng)
     levels = _levels(len(clauses), metadata.get("loudness"), rng)
@@ -107,7 +111,7 @@ def _notes(
     clauses: Sequence[Metadata], relation: str | None, rng: np.random.Generator, hold_out: bool
 ) -> list[str | None]:
     """The notes of the clauses, others at random; drawn again until the second is ``relation`` than the first."""
-    while True:
+    for _ in range(_DRAWS):
         notes: list[str | None] = []
         for clause in clauses:
             timbre = clause["class"]
@@ -121,6 +125,7 @@ def _notes(
         first, second = (NOTES[note or "A4"] for note in notes)
         if second != first and (second > first) == (relation == "higher"):
             return notes
+    raise ValueError(f"{_DRAWS} draws gave no second note {relation} than the first for {clauses}: change the notes")
 
 
 def _times(count: int, rng: np.random.Generator) -> list[tuple[float, float]]:

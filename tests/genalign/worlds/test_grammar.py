@@ -1,8 +1,12 @@
 """The grammars and splits of both worlds."""
 
+import contextlib
 import hashlib
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from genalign.worlds.grammar import SUITES, vocabulary
 from genalign.worlds.registry import WORLDS
@@ -57,3 +61,38 @@ def test_the_splits_do_not_drift(world: str, expected: str) -> None:
 def test_unknown_suite(world: str) -> None:
     with pytest.raises(ValueError, match="choose one of train"):
         WORLDS[world].prompts("test")
+
+
+def _impossible(world: str) -> list[dict[str, object]]:
+    if world == "shapes":
+        square, left = {"class": "square", "count": 1}, {"class": "circle", "count": 2, "position": ["left of", 0]}
+        return [{"include": [{"class": "circle", "count": 7}]}, {"include": []}, {"include": [square, left]}]
+    low, high = ({"class": "sine", "count": 1, "pitch": note} for note in ("C4", "A5"))
+    return [
+        {"events": [{"class": "sine", "count": 8}]},
+        {"events": []},
+        {"events": [high, low], "relation": "higher"},
+        {"events": [low, low], "relation": "lower"},
+        {"events": [low], "loudness": "louder"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("world", "metadata"), [(world, metadata) for world in WORLDS for metadata in _impossible(world)]
+)
+def test_drawing_ends_for_metadata_that_nothing_fulfills(world: str, metadata: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"no scene|no clip|draws gave no"):
+        WORLDS[world].render([metadata], np.random.default_rng(0))
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_drawing_ends_for_any_metadata(data: st.DataObject) -> None:
+    """Any counts, classes, colors and relations: a sample, or one line."""
+    clause = st.fixed_dictionaries(
+        {"class": st.sampled_from(["circle", "moon"]), "count": st.integers(0, 9)},
+        optional={"color": st.sampled_from(["red", "blue"]), "position": st.just(["above", 0])},
+    )
+    metadata = {"include": data.draw(st.lists(clause, max_size=3))}
+    with contextlib.suppress(ValueError):
+        assert WORLDS["shapes"].render([metadata], np.random.default_rng(0)).shape == (1, 3, 64, 64)
