@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genalign import assets
-from rewards.backbones.encoders import DualEncoder, Features, projected_text
+from rewards.backbones.encoders import DualEncoder, Features, projected_text, read_config
 
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -110,7 +110,7 @@ class OpenClipEncoder(ClipEncoder):
         self._is_transformer = isinstance(model.visual, open_clip.transformer.VisionTransformer)
 
     def forward(self, images: Tensor) -> Tensor:
-        embedding: Tensor = self.model.encode_image(self.prepare(images))  # type: ignore[operator]  # typed as a submodule
+        embedding: Tensor = self.model.encode_image(self.prepare(images))
         return embedding
 
     def features(self, images: Tensor) -> Features:
@@ -126,7 +126,7 @@ class OpenClipEncoder(ClipEncoder):
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         tokens = self._tokenizer(texts).to(self.device)
-        embedding: Tensor = self.model.encode_text(tokens)  # type: ignore[operator]  # typed as a submodule
+        embedding: Tensor = self.model.encode_text(tokens)
         return embedding
 
     def _vision_transformer(self) -> Any:
@@ -142,11 +142,9 @@ class TransformersClipEncoder(ClipEncoder):
     """A transformers CLIP folder or Hub id; ``processor`` holds its tokenizer and image processor."""
 
     def __init__(self, model: str, processor: str) -> None:
-        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        config = AutoConfig.from_pretrained(model)
-        if config.model_type != "clip":
-            raise ValueError(f"{model} is a {config.model_type} checkpoint, not CLIP: give a CLIP folder or Hub id")
+        config = read_config(model, "CLIP")
         network = CLIPModel.from_pretrained(model, dtype=torch.float32)
         images = AutoImageProcessor.from_pretrained(processor)  # its resampling is bicubic for every CLIP
         size = images.crop_size if images.do_center_crop else images.size
@@ -161,20 +159,18 @@ class TransformersClipEncoder(ClipEncoder):
         self._context = int(config.text_config.max_position_embeddings)
 
     def forward(self, images: Tensor) -> Tensor:
-        network: Any = self.model
-        embedding: Tensor = network.visual_projection(network.vision_model(self.prepare(images)).pooler_output)
+        embedding: Tensor = self.model.visual_projection(self.model.vision_model(self.prepare(images)).pooler_output)
         return embedding
 
     def features(self, images: Tensor) -> Features:
-        network: Any = self.model
-        output = network.vision_model(self.prepare(images))
-        patches = network.vision_model.post_layernorm(output.last_hidden_state[:, 1:])
-        return Features(network.visual_projection(output.pooler_output), network.visual_projection(patches))
+        vision, project = self.model.vision_model, self.model.visual_projection
+        output = vision(self.prepare(images))
+        patches = vision.post_layernorm(output.last_hidden_state[:, 1:])
+        return Features(project(output.pooler_output), project(patches))
 
     @property
     def blocks(self) -> nn.ModuleList:
-        network: Any = self.model
-        blocks: nn.ModuleList = network.vision_model.encoder.layers
+        blocks: nn.ModuleList = self.model.vision_model.encoder.layers
         return blocks
 
     def encode_texts(self, texts: list[str]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -47,6 +48,8 @@ def require_patches(encoder: object) -> PatchFeatures:
 class DualEncoder(nn.Module, ABC):
     """A frozen encoder of texts and of samples into one space, in float32."""
 
+    model: Any
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
@@ -72,6 +75,21 @@ class DualEncoder(nn.Module, ABC):
     def device(self) -> torch.device:
         """The device that holds the weights."""
         return next(self.parameters()).device
+
+
+def read_config(model: str, kind: str) -> Any:
+    """Read the config of a transformers folder or Hub id. Raises ValueError for another kind, such as "CLIP"."""
+    from transformers import AutoConfig
+
+    if Path(model).exists() and not (Path(model) / "config.json").is_file():
+        raise ValueError(
+            f"{model} has no config.json: give the folder that save_pretrained of a {kind} model and of its processor"
+            " wrote"
+        )
+    config = AutoConfig.from_pretrained(model)
+    if config.model_type != kind.lower():
+        raise ValueError(f"{model} is a {config.model_type} checkpoint, not {kind}: give a {kind} folder or Hub id")
+    return config
 
 
 def projected_text(network: Any, tokenizer: Any, texts: list[str], context: int) -> Tensor:

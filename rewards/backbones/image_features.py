@@ -15,7 +15,7 @@ from torch import Tensor
 
 from genalign.types import AnyCallable
 from rewards.backbones.clip_encoder import ImagePreprocessor, load_clip
-from rewards.backbones.encoders import Features
+from rewards.backbones.encoders import Features, read_config
 from rewards.backbones.reference_images import ReferenceSamples
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -92,9 +92,7 @@ def extract_features(images: ReferenceSamples, features: AnyCallable, batch_size
 
 @functools.cache
 def _load_dinov2(model: str) -> Any:
-    from transformers import AutoConfig, Dinov2Model
+    from transformers import Dinov2Model
 
-    kind = AutoConfig.from_pretrained(model).model_type
-    if kind != "dinov2":
-        raise ValueError(f"{model} is a {kind} checkpoint, not DINOv2: give a DINOv2 folder or Hub id")
+    read_config(model, "DINOv2")
     return Dinov2Model.from_pretrained(model, dtype=torch.float32).requires_grad_(False).eval()
