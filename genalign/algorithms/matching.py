@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import Unit, UpdateBatch, UpdateContext
-from genalign.algorithms.losses import mean_square
+from genalign.algorithms.losses import mean_square, require_per_sample
 from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.types import NoiseLevel, Path
 
@@ -109,7 +109,8 @@ class MatchingObjective:
         return replace(self, anchor=max(2 * self.anchor, minimum))
 
     def terms(self, batch: UpdateBatch) -> int:
-        """Count the terms of the loss over all draws."""
+        """Count the terms of the loss over all draws. Raises ValueError for credit per step."""
+        require_per_sample(len(batch.group), credit=batch.credit)
         return self.draws * self.loss.terms(batch.credit, batch.group)
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:

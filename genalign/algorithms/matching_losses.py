@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.algorithms.interfaces import Unit
-from genalign.algorithms.losses import mean_square, require_per_sample
+from genalign.algorithms.losses import mean_square
 from genalign.algorithms.matching import NoisedSamples
 from genalign.algorithms.preference_pairs import PreferencePairs
 from genalign.diffusion.paths import expand
@@ -38,9 +38,6 @@ def dpo_loss(better: Tensor, better_reference: Tensor, worse: Tensor, worse_refe
     Returns:
         The loss (N,).
     """
-    require_per_sample(
-        len(better), better=better, better_reference=better_reference, worse=worse, worse_reference=worse_reference
-    )
     inside: Tensor = -0.5 * beta * ((better - better_reference) - (worse - worse_reference))
     return -F.logsigmoid(inside)
 
@@ -59,9 +56,6 @@ def kto_loss(errors: Tensor, reference_errors: Tensor, desirable: Tensor, beta: 
     Returns:
         The loss (N,).
     """
-    require_per_sample(len(errors), errors=errors, reference_errors=reference_errors, desirable=desirable)
-    if desirable.dtype != torch.bool:
-        raise TypeError(f"desirable must be bool, not {desirable.dtype}: compare the credit with a threshold")
     gain = reference_errors - errors
     baseline = gain.detach().mean().clamp(min=0) if len(gain) else gain.new_zeros(())
     sign = torch.where(desirable, 1.0, -1.0)
@@ -85,10 +79,6 @@ def nft_loss(clean: Tensor, old: Tensor, x0: Tensor, optimality: Tensor, beta: f
     Returns:
         The loss (N,) in float64.
     """
-    require_per_sample(len(x0), optimality=optimality)
-    if not clean.shape == old.shape == x0.shape:
-        shapes = [tuple(tensor.shape) for tensor in (clean, old, x0)]
-        raise ValueError(f"clean, old and x0 must have one shape, not {shapes}")
     if not beta > 0:
         raise ValueError(f"beta must be positive, not {beta}")
     positive = _normalized_error(beta * clean + (1 - beta) * old - x0)
@@ -111,7 +101,6 @@ def awm_log_probability(errors: Tensor, sigma: Tensor, power: float = 0.25) -> T
     It is -((e + 1e-10)^p - 1e-10^p) sigma / p for errors e (N,), noise levels ``sigma`` (N,) and p = ``power``, and its
     gradient is -sigma (e + 1e-10)^(p - 1) times the gradient of e. Returns (N,).
     """
-    require_per_sample(len(errors), errors=errors, sigma=sigma)
     tiny = 1e-10
     lifted: Tensor = (errors + tiny).pow(power) - tiny**power
     return -lifted * expand(sigma, errors) / power

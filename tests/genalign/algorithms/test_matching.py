@@ -107,10 +107,13 @@ def test_draws_of_few_samples_go_through_the_network_together(tiny: SD3, monkeyp
     assert float((together - alone).norm()) < 1e-5 * float(alone.norm())
 
 
-def test_an_old_policy_must_exist(tiny: SD3) -> None:
+def test_an_old_policy_must_exist_and_credit_be_per_sample(tiny: SD3) -> None:
     context = update_context(tiny, ODE())
+    batch = update_batch(context)
     with pytest.raises(ValueError, match="needs the lagging sampling weights: give the recipe a lag"):
-        MatchingObjective(RecordingLoss(), old=True).backward(context, update_batch(context), 1.0, 0)
+        MatchingObjective(RecordingLoss(), old=True).backward(context, batch, 1.0, 0)
+    with pytest.raises(ValueError, match=r"credit must be \(4,\), one entry per sample"):
+        MatchingObjective(RecordingLoss()).terms(replace(batch, credit=torch.zeros(4, 3)))
 
 
 def test_settings_are_checked() -> None:
