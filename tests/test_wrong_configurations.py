@@ -208,7 +208,7 @@ TABLE = [
     Wrong("no prompts", (*PLAN, "--prompts", "none.txt"),
           "no prompt file none.txt: give a .txt (one prompt a line) or a GenEval .jsonl file"),
     Wrong("broken prompts", (*TRAIN, "--prompts", "broken.jsonl"),
-          "broken.jsonl, line 2: not JSON (Expecting value: line 1 column 1 (char 0))"),
+          "broken.jsonl, line 2: expected an object with \"prompt\", found 'no JSON'"),
     Wrong("few prompts", (*PLAN, "--prompts", "mine.txt", "--training.prompts_per_round", "4"),
           "prompts_per_round is 4, but the prompt set 'mine' has 2: choose a number between 1 and that"),
     Wrong("no metadata", (*SHAPES, "--prompts", "mine.txt"),

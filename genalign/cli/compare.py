@@ -24,15 +24,9 @@ COMPARE_USAGE = "usage: genalign compare FILE [--SETTING VALUE ...]: train and c
 def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Find the noise level of each sampling step, and write a kernel that uses them."""
     settings, _ = config.parse(config.Calibrate, arguments, "calibrate")
-    pipeline, training = context.load(settings.model), settings.training
-    sampler = Sampler(
-        pipeline,
-        named_rewards(settings.rewards),
-        settings.sampling.grid(pipeline),
-        settings.sampling.guidance,
-        training.group_size,
-        training.batch_size,
-    )
+    pipeline, training, sampling = context.load(settings.model), settings.training, settings.sampling
+    rewards = named_rewards(settings.rewards)
+    sampler = Sampler(pipeline, rewards, sampling.grid(pipeline), sampling.guidance, training)
     rounds = PromptSampler(prompt_set(settings.prompts), training.prompts_per_round, training.seed).rounds()
     for number, kernel in enumerate(calibrate(sampler, settings.recipe, rounds, settings.calibration), start=1):
         levels = " ".join(f"{level:.2f}" for level in kernel.levels)

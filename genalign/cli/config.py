@@ -30,7 +30,7 @@ from genalign.training.checkpointing import Checkpointing
 from genalign.training.noise_calibration import Calibration
 from genalign.training.nonfinite import DivergedError
 from genalign.training.reward_hacking import Actions, Limits
-from genalign.training.sample_grid import SampleGrid
+from genalign.training.round_log import SampleGrid
 from genalign.training.settings import TrainerSettings
 from genalign.types import AnyCallable
 

@@ -36,9 +36,9 @@ from genalign.training.checkpointing import Checkpoints, CheckpointWriter
 from genalign.training.nonfinite import is_out_of_memory
 from genalign.training.panel import PanelMeasures, PanelSnapshot
 from genalign.training.reward_hacking import HackingGuard
+from genalign.training.round_log import SampleGridWriter
 from genalign.training.run import RoundMonitors, train
 from genalign.training.run_folder import RunFolder
-from genalign.training.sample_grid import SampleGridWriter
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet, RewardFunction
 

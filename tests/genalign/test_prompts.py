@@ -33,12 +33,10 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="holds no prompts: write one a line"):
         load_prompts(tmp_path / "empty.txt")
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\nnot json\n')
-    with pytest.raises(ValueError, match="line 2: not JSON"):
-        load_prompts(tmp_path / "bad.jsonl")
-    (tmp_path / "worse.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(ValueError, match='line 1: each line must be an object with a text under "prompt"'):
-        load_prompts(tmp_path / "worse.jsonl")
+    for line in ("not json", '{"text": "a"}', '{"prompt": 1}'):
+        (tmp_path / "bad.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
+        with pytest.raises(ValueError, match=f'line 2: expected an object with "prompt", found .{line}'):
+            load_prompts(tmp_path / "bad.jsonl")
 
 
 def test_tasks_are_met_in_turn() -> None:

@@ -16,7 +16,7 @@ from genalign.algorithms.recipes import Recipe, flow_grpo, prdp
 from genalign.diffusion.rollout import Rollout, rollout
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import CPS, ODE, FlowSDE, Kernel
-from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from genalign.runtime.state import load_optimizer_tensors, optimizer_tensors
 from genalign.training.round_result import RoundResult
 from genalign.training.settings import TrainerSettings
 from pipelines import SD3
