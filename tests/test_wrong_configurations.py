@@ -264,6 +264,8 @@ TABLE = [
     Wrong("output is a file", (*TRAIN, "--output", "mine.py"), "mine.py is a file: output must be a folder"),
     Wrong("no run to export", ("export", "--run", "none", "--output", "exported"),
           "none has no config.json: give the output folder of a training run"),
+    Wrong("no run named", ("report",),
+          "run is missing: set it in the file of --config or as arguments, e.g. --run runs/mine"),
     Wrong("no run to report", ("report", "none"),
           "none is not a run folder: it has no config.json. Give the output of genalign train"),
     Wrong("no GenEval prompts", (*GENEVAL, "--prompts", "mine.txt"),
