@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from genalign.algorithms import matching_recipes, recipes
+from genalign.algorithms import recipes
 from genalign.algorithms.recipes import Lag, Recipe
 from genalign.cli import main
 from genalign.cli import train as train_module
@@ -61,11 +61,11 @@ class Case:
 
 CASES: Mapping[str, Case] = {
     "trajectory": Case(recipes.flow_grpo(window=1, kl=0.01)),
-    "matching": Case(matching_recipes.nft(lag=Lag(slope=0.3))),
-    "set": Case(matching_recipes.dragon_set(vendi_score, channels, quality=0.5)),
+    "matching": Case(recipes.nft(lag=Lag(slope=0.3))),
+    "set": Case(recipes.dragon_set(vendi_score, channels, quality=0.5)),
     "adversarial": Case(recipes.adv_grpo(window=1), lambda: adversary((3, 64, 64), batch_size=6)),
     "seldom": Case(recipes.flow_grpo(window=1), lambda: seldom),
-    "seldom matched": Case(matching_recipes.awm(), lambda: seldom),
+    "seldom matched": Case(recipes.awm(), lambda: seldom),
 }
 SHARDED = ("trajectory", "matching", "seldom matched")
 
@@ -136,7 +136,7 @@ def recorded(
 
 def resumed(opened: SD3, folder: Path, processes: ProcessGroup, sharding: Sharding | None) -> None:
     """Train two rounds without interruption, and two in two sessions, each with a checkpoint at the end."""
-    case = Case(matching_recipes.nft(lag=Lag(slope=0.3)), lambda: careless)
+    case = Case(recipes.nft(lag=Lag(slope=0.3)), lambda: careless)
 
     def session(name: str, seed: int) -> Session:
         score_log = ScoreLog()

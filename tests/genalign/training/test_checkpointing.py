@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms import matching_recipes, recipes
+from genalign.algorithms import recipes
 from genalign.algorithms.credit import NormalizedSum
 from genalign.algorithms.recipes import Lag, Recipe
 from genalign.diffusion.policy import Lora, Policy
@@ -63,10 +63,10 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
     "ddpo": lambda: recipes.ddpo(window=1),
     "adv_grpo": lambda: recipes.adv_grpo(window=1),
     "prdp": lambda: recipes.prdp(window=1),
-    "dragon": lambda: matching_recipes.dragon(anchor=0.1),
-    "dragon_set": lambda: matching_recipes.dragon_set(vendi_score, channels, quality=0.5),
-    "nft": lambda: matching_recipes.nft(lag=Lag(slope=0.3)),
-    "awm": matching_recipes.awm,
+    "dragon": lambda: recipes.dragon(anchor=0.1),
+    "dragon_set": lambda: recipes.dragon_set(vendi_score, channels, quality=0.5),
+    "nft": lambda: recipes.nft(lag=Lag(slope=0.3)),
+    "awm": recipes.awm,
     "with_credit": lambda: recipes.with_credit(recipes.flow_grpo(window=1), NormalizedSum()),
 }
 
@@ -74,9 +74,8 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
 def test_the_grid_has_every_recipe() -> None:
     factories = {
         name
-        for module in (recipes, matching_recipes)
-        for name, function in inspect.getmembers(module, inspect.isfunction)
-        if function.__module__ == module.__name__ and inspect.signature(function).return_annotation == "Recipe"
+        for name, function in inspect.getmembers(recipes, inspect.isfunction)
+        if function.__module__ == recipes.__name__ and inspect.signature(function).return_annotation == "Recipe"
     }
     assert {name for name in factories if not name.startswith("_")} - {"matching"} == set(GRID)
 

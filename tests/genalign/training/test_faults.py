@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from genalign import assets
-from genalign.algorithms import matching_recipes, recipes
+from genalign.algorithms import recipes
 from genalign.algorithms.interfaces import Objective, UpdateBatch, UpdateContext, half_micro_batch
-from genalign.algorithms.matching_losses import KTOLoss
+from genalign.algorithms.matching import KTOLoss
 from genalign.algorithms.recipes import Lag, Recipe
 from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
@@ -148,9 +149,6 @@ def blind(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return scores
 
 
-# rewards
-
-
 @pytest.mark.parametrize("fault", [raising, hanging])
 def test_a_reward_that_raises_or_hangs_once_changes_nothing(opened: SD3, clean: Run, fault: RewardFunction) -> None:
     run = Run(opened, NamedReward("partial", Faulty([6], fault), timeout=5.0)).finished()
@@ -235,9 +233,6 @@ def test_an_image_that_is_not_finite_costs_its_own_score_only(opened: SD3, clean
     assert_within_noise(run, clean)
 
 
-# learning
-
-
 class Wrapped:
     """An objective with a fault after each of its backward passes."""
 
@@ -301,14 +296,17 @@ def test_a_suspect_that_cannot_be_written_does_not_stop_the_run(
     assert "was skipped: gradient norm nan, loss 0.0, and its tensors could not be written" in caplog.text
 
 
-def starve(run: Run, most: int) -> list[int]:
-    """Let memory run out for micro-batches above ``most`` samples, and return the list of sizes that were tried."""
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nand more lines")
+
+
+def limit(run: Run, most: int, error: RuntimeError = FULL) -> list[int]:
+    """Raise ``error`` for micro-batches above ``most`` samples, and return the list of sizes that were tried."""
     sizes: list[int] = []
 
     def fault(batch: UpdateBatch) -> None:
         sizes.append(len(batch))
         if len(batch) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            raise error
 
     run.spoil(fault)
     return sizes
@@ -318,7 +316,7 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_run(
     opened: SD3, clean: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Run(opened, settings=replace(SETTINGS, on_out_of_memory="halve"))
-    sizes = starve(run, 2)
+    sizes = limit(run, 2)
     run.finished()
     assert sizes[:5] == [4, 2, 2, 2, 2] and set(sizes[1:]) == {2}
     assert "Out of memory with micro-batches of 4: continuing with 2" in caplog.text
@@ -328,21 +326,24 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_run(
     assert_within_noise(run, clean)
 
 
-@pytest.mark.parametrize(("most", "on_out_of_memory"), [(2, "stop"), (0, "halve")])
-def test_out_of_memory_stops_the_run_if_nothing_may_be_halved(opened: SD3, most: int, on_out_of_memory: str) -> None:
+@pytest.mark.parametrize(
+    ("most", "on_out_of_memory", "error"),
+    [(2, "stop", FULL), (0, "halve", FULL), (2, "halve", RuntimeError("shapes differ"))],
+)
+def test_an_error_that_halving_may_not_or_cannot_avoid_stops_the_run(
+    opened: SD3, most: int, on_out_of_memory: str, error: RuntimeError
+) -> None:
     run = Run(opened, settings=replace(SETTINGS, on_out_of_memory=on_out_of_memory))
-    starve(run, most)
-    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+    limit(run, most, error)
+    with pytest.raises(RuntimeError) as raised:
         run.finished()
+    assert raised.value is error
 
 
 def test_the_command_says_which_settings_need_less_memory(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nand more lines")
-
-    monkeypatch.setattr("genalign.algorithms.trajectory.PolicyGradient.backward", full)
+    monkeypatch.setattr("genalign.algorithms.trajectory.PolicyGradient.backward", Mock(side_effect=FULL))
     training = {"rounds": 1, "prompts_per_round": 4, "batch_size": 4, "updates_per_round": 1}
     config = write_config(tmp_path / "run.json", tiny_folder, "tests.genalign.training.toy_runs.redness", training)
     assert main(["train", "--config", str(config)]) == 1
@@ -354,25 +355,13 @@ def test_the_command_says_which_settings_need_less_memory(
     )
 
 
-def test_other_errors_do_not_halve_the_micro_batch(opened: SD3) -> None:
-    run = Run(opened, settings=replace(SETTINGS, on_out_of_memory="halve"))
-
-    def broken(batch: UpdateBatch) -> None:
-        raise RuntimeError("shapes differ")
-
-    run.spoil(broken)
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        run.finished()
-    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
-
-
 DIVISIBLE = {
     "flow_grpo": (lambda: recipes.flow_grpo(FlowSDE(0.9), window=2, clip_range=1e-3, kl=0.1), 1),
     "dense_grpo": (lambda: recipes.dense_grpo(FlowSDE(0.9), window=2), 3),
     "prdp": (lambda: recipes.prdp(FlowSDE(0.9), window=2), 4),
-    "nft": (lambda: matching_recipes.nft(lag=Lag(slope=0.3)), 2),
-    "awm": (matching_recipes.awm, 3),
-    "dragon": (lambda: matching_recipes.dragon(anchor=0.1), 4),
+    "nft": (lambda: recipes.nft(lag=Lag(slope=0.3)), 2),
+    "awm": (recipes.awm, 3),
+    "dragon": (lambda: recipes.dragon(anchor=0.1), 4),
 }
 
 
@@ -398,6 +387,7 @@ def test_micro_batches_have_the_same_gradient(opened: SD3, name: str) -> None:
 
 
 def test_sizes_of_halved_micro_batches() -> None:
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
     halves = [half_micro_batch(size, "group", 4) for size in (12, 8, 4)]
     assert halves == [4, 4, None] and [half_micro_batch(size, "sample", 4) for size in (8, 1)] == [4, None]
     assert KTOLoss(1.0).unit == "batch" and half_micro_batch(8, "batch", 4) is None

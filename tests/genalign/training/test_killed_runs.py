@@ -75,7 +75,7 @@ class ChildRuns:
 
     def config(self, name: str) -> Path:
         """Write the configuration of the run ``name``."""
-        recipe = {"class_path": "genalign.algorithms.matching_recipes.nft", "init_args": {"lag": {"slope": 0.3}}}
+        recipe = {"class_path": "genalign.algorithms.recipes.nft", "init_args": {"lag": {"slope": 0.3}}}
         sizes = {"prompts": "shapes:len", "samples_per_task": 1, "seeds": 1}
         path, training = self.work / f"{name}.json", {"rounds": self.rounds}
         return write_config(path, self.model, REWARD, training, recipe=recipe, before_after=sizes)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import with_stronger_kl
-from genalign.algorithms.matching_recipes import dragon
-from genalign.algorithms.recipes import flow_grpo, prdp
+from genalign.algorithms.recipes import dragon, flow_grpo, prdp
 from genalign.cli.config import Train, parse
 from genalign.cli.main import main
 from genalign.metrics.intervals import Estimate
@@ -233,7 +232,6 @@ def test_a_red_report_stops_a_run_which_still_writes_its_report(
     ("change", "message"),
     [
         ("seeds: 1", "reward_hacking.seeds and reward_hacking.samples_per_task must be at least 2"),
-        ("rewards: {red: outside_rewards.redness}", "reward_hacking.rewards.red is trained on, and would see nothing"),
         ("prompts: 'shapes:val', on_red: {keep_best: true}", "name one in reward_hacking.rewards"),
     ],
 )
