@@ -15,7 +15,7 @@ from torch import Tensor
 
 from genalign import assets
 from genalign.runtime.waveforms import as_heard, mel_decibels, warn_once
-from rewards.backbones.encoders import DualEncoder, Features, projected_text, read_config
+from rewards.backbones.encoders import DualEncoder, Features, read_config
 
 
 class ClapEncoder(DualEncoder):
@@ -38,8 +38,8 @@ class ClapEncoder(DualEncoder):
         self.filters = torch.from_numpy(filters).float()
         self.rate, self.length = int(extractor.sampling_rate), int(extractor.nb_max_samples)
         self.fft, self.hop = int(extractor.fft_window_size), int(extractor.hop_length)
-        self._padding, self._name, self._tokenizer = extractor.padding, Path(model).name, processor.tokenizer
-        self._context = min(self._tokenizer.model_max_length, text.max_position_embeddings - text.pad_token_id - 1)
+        self._padding, self._name, self.tokenizer = extractor.padding, Path(model).name, processor.tokenizer
+        self.context = min(self.tokenizer.model_max_length, text.max_position_embeddings - text.pad_token_id - 1)
 
     def forward(self, waveforms: Tensor, rate: int) -> Tensor:
         """Compute unit embeddings (B, d) of waveforms (B, C, L) at ``rate`` Hz; differentiable.
@@ -90,9 +90,6 @@ class ClapEncoder(DualEncoder):
             windows = torch.stack([clips[:, start : start + self.length] for start in starts], 1)
         spectra = mel_decibels(windows.flatten(0, 1), self.filters, self.fft, self.hop)
         return spectra.view(*windows.shape[:2], 1, *spectra.shape[1:])
-
-    def encode_texts(self, texts: list[str]) -> Tensor:
-        return projected_text(self.model, self._tokenizer, texts, self._context)
 
 
 def load_clap(model: str) -> ClapEncoder:

@@ -6,7 +6,7 @@ open_clip and transformers are imported when a checkpoint is opened, not before.
 from __future__ import annotations
 
 import functools
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genalign import assets
-from rewards.backbones.encoders import DualEncoder, Features, projected_text, read_config
+from rewards.backbones.encoders import DualEncoder, Features, read_config
 
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -67,7 +67,7 @@ def resize(images: Tensor, size: tuple[int, int], interpolation: Interpolation =
     return F.interpolate(images, size=size, mode=interpolation, antialias=True).clamp(0, 1)
 
 
-class ClipEncoder(DualEncoder):
+class ClipEncoder(DualEncoder, ABC):
     """A frozen text and image encoder; ``forward`` is the image embedding."""
 
     def __init__(self, model: nn.Module, prepare: ImagePreprocessor, logit_scale: float) -> None:
@@ -106,7 +106,7 @@ class OpenClipEncoder(ClipEncoder):
             "bilinear" if config["interpolation"] == "bilinear" else "bicubic",
         )
         super().__init__(model, prepare, float(model.logit_scale.detach().exp()))
-        self._tokenizer = open_clip.get_tokenizer(name)
+        self.tokenizer = open_clip.get_tokenizer(name)
         self._is_transformer = isinstance(model.visual, open_clip.transformer.VisionTransformer)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class OpenClipEncoder(ClipEncoder):
         return blocks
 
     def encode_texts(self, texts: list[str]) -> Tensor:
-        tokens = self._tokenizer(texts).to(self.device)
+        tokens = self.tokenizer(texts).to(self.device)
         embedding: Tensor = self.model.encode_text(tokens)
         return embedding
 
@@ -155,8 +155,8 @@ class TransformersClipEncoder(ClipEncoder):
             "crop" if images.do_center_crop else "squash",
         )
         super().__init__(network, prepare, float(network.logit_scale.detach().exp()))
-        self._tokenizer = AutoTokenizer.from_pretrained(processor)
-        self._context = int(config.text_config.max_position_embeddings)
+        self.tokenizer = AutoTokenizer.from_pretrained(processor)
+        self.context = int(config.text_config.max_position_embeddings)
 
     def forward(self, images: Tensor) -> Tensor:
         embedding: Tensor = self.model.visual_projection(self.model.vision_model(self.prepare(images)).pooler_output)
@@ -172,9 +172,6 @@ class TransformersClipEncoder(ClipEncoder):
     def blocks(self) -> nn.ModuleList:
         blocks: nn.ModuleList = self.model.vision_model.encoder.layers
         return blocks
-
-    def encode_texts(self, texts: list[str]) -> Tensor:
-        return projected_text(self.model, self._tokenizer, texts, self._context)
 
 
 def load_clip(model: str, processor: str | None = None) -> ClipEncoder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,8 @@ class PatchFeatures(Protocol):
     """A feature function that also gives features of a sample's parts: an image's patches, a clip's frames."""
 
     def __call__(self, samples: Tensor) -> Tensor:
-        """Compute global features (B, d) of samples (B, ...)."""
+        """Compute global features (B, d) of samples (B, ...); differentiable."""
+        return self.features(samples).global_
 
     def features(self, samples: Tensor) -> Features:
         """Compute the global features and the features of the parts in one pass."""
@@ -45,19 +45,28 @@ def require_patches(encoder: object) -> PatchFeatures:
     return encoder
 
 
-class DualEncoder(nn.Module, ABC):
-    """A frozen encoder of texts and of samples into one space, in float32."""
+class DualEncoder(nn.Module):
+    """A frozen encoder of texts and of samples into one space, in float32.
+
+    Texts are encoded by ``model`` and ``tokenizer`` of transformers, and cut to ``context`` tokens.
+    """
 
     model: Any
+    tokenizer: Any
+    context: int
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self._texts: dict[str, Tensor] = {}
 
-    @abstractmethod
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Compute projected embeddings (n, d) of texts, cut to the context length."""
+        options = {"padding": True, "truncation": True, "max_length": self.context, "return_tensors": "pt"}
+        tokens = self.tokenizer(texts, **options).to(self.device)
+        pooled = self.model.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
+        embeddings: Tensor = self.model.text_projection(pooled)
+        return embeddings
 
     @torch.no_grad()
     def text(self, texts: Sequence[str]) -> Tensor:
@@ -90,21 +99,6 @@ def read_config(model: str, kind: str) -> Any:
     if config.model_type != kind.lower():
         raise ValueError(f"{model} is a {config.model_type} checkpoint, not {kind}: give a {kind} folder or Hub id")
     return config
-
-
-def projected_text(network: Any, tokenizer: Any, texts: list[str], context: int) -> Tensor:
-    """Embed texts by a transformers CLIP or CLAP as projected (n, d), each cut to ``context`` tokens.
-
-    Args:
-        network: the whole model.
-        tokenizer: its tokenizer.
-        texts: n texts.
-        context: tokens of a text at most.
-    """
-    tokens = tokenizer(texts, padding=True, truncation=True, max_length=context, return_tensors="pt").to(network.device)
-    pooled = network.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
-    embeddings: Tensor = network.text_projection(pooled)
-    return embeddings
 
 
 def cosine(left: Tensor, right: Tensor) -> Tensor:
