@@ -10,17 +10,17 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from genalign.algorithms.matching_recipes import awm as awm
-    from genalign.algorithms.matching_recipes import dragon as dragon
-    from genalign.algorithms.matching_recipes import dragon_set as dragon_set
-    from genalign.algorithms.matching_recipes import nft as nft
     from genalign.algorithms.recipes import Recipe as Recipe
     from genalign.algorithms.recipes import adv_grpo as adv_grpo
+    from genalign.algorithms.recipes import awm as awm
     from genalign.algorithms.recipes import ddpo as ddpo
     from genalign.algorithms.recipes import dense_grpo as dense_grpo
+    from genalign.algorithms.recipes import dragon as dragon
+    from genalign.algorithms.recipes import dragon_set as dragon_set
     from genalign.algorithms.recipes import flow_grpo as flow_grpo
     from genalign.algorithms.recipes import guard_grpo as guard_grpo
     from genalign.algorithms.recipes import mix_grpo as mix_grpo
+    from genalign.algorithms.recipes import nft as nft
     from genalign.algorithms.recipes import prdp as prdp
     from genalign.algorithms.recipes import tempflow_grpo as tempflow_grpo
     from genalign.algorithms.recipes import with_credit as with_credit
@@ -54,9 +54,8 @@ if TYPE_CHECKING:
     from genalign.types import PromptSet as PromptSet
 
 _PUBLIC = {
-    "genalign.algorithms.matching_recipes": "awm dragon dragon_set nft",
-    "genalign.algorithms.recipes": "Recipe adv_grpo ddpo dense_grpo flow_grpo guard_grpo mix_grpo prdp tempflow_grpo"
-    " with_credit",
+    "genalign.algorithms.recipes": "Recipe adv_grpo awm ddpo dense_grpo dragon dragon_set flow_grpo guard_grpo mix_grpo"
+    " nft prdp tempflow_grpo with_credit",
     "genalign.diffusion.policy": "Lora Policy",
     "genalign.diffusion.sampling": "Sampling",
     "genalign.diffusion.transitions": "CPS DDIM DPMSDE ODE CalibratedSDE DanceSDE FlowSDE",

@@ -69,7 +69,7 @@ class Adapter:
         rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
         return LoraConfig(
             r=int(rank),
-            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT takes fractions
+            lora_alpha=alpha,  # PEFT takes fractions
             rank_pattern={f"^{name}": other for name, other in ranks.items() if other != rank},
             alpha_pattern={f"^{name}": other for name, other in alphas.items() if other != alpha},
             target_modules=sorted(ranks),

@@ -196,5 +196,5 @@ class GenEvalReward:
                 spec, margin = PromptSpec.from_prompt(prompt), detector.thresholds.position
                 values.append(upstream_partial(score.detections, spec, margin))
             else:
-                values.append({"partial": score.partial, "strict": score.strict, "relaxed": score.relaxed}[self.score])
+                values.append(float(getattr(score, self.score)))
         return torch.tensor(values, dtype=torch.float32)

@@ -144,16 +144,14 @@ class ClapLatentScorer(ClapScorer):
     ) -> None:
         super().__init__(model, sample_rate, hidden, start)
         self.arguments |= {"channels": channels, "width": width, "depth": depth}
-        windows = load_clap(model).windows
-        self.decoder = SpectraDecoder(
-            channels, width, depth, windows.length // windows.hop + 1, windows.filters.shape[1]
-        )
+        clap = load_clap(model)
+        self.decoder = SpectraDecoder(channels, width, depth, clap.length // clap.hop + 1, clap.filters.shape[1])
 
     def decoder_target(self, samples: Tensor) -> Tensor:
         """Return the target of the decoder: the clips' spectrograms. Raises ValueError for clips of another length."""
-        windows = self.encoder.windows
-        seconds, window = samples.shape[-1] / self.sample_rate, windows.length / windows.rate
-        if abs(seconds - window) > windows.hop / windows.rate:
+        clap = self.encoder
+        seconds, window = samples.shape[-1] / self.sample_rate, clap.length / clap.rate
+        if abs(seconds - window) > clap.hop / clap.rate:
             raise ValueError(
                 f"a ClapLatentScorer takes clips of {window:g} s, and the model generates {seconds:g} s: use a"
                 " ClapScorer, which takes decoded previews of any length"

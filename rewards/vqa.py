@@ -26,7 +26,6 @@ _WORDS: Mapping[Answer, tuple[str, ...]] = {
     "yes": ("yes", "Yes", "YES", " yes", " Yes", " YES"),
     "no": ("no", "No", "NO", " no", " No", " NO"),
 }
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,11 @@ class YesNoModel:
             raise ValueError(f"there must be one question per image, not {len(questions)} for {len(images)} images")
         network, processor, tokens = _load(self.model, self.dtype)
         network.to(images.device)
-        finite = {row: picture for row, picture in enumerate(pictures(images)) if picture is not None}
         chats: dict[int, list[dict[str, Any]]] = {}
         by_length: dict[int, list[int]] = {}  # rows by the number of tokens of their question
-        for row, picture in finite.items():
+        for row, picture in enumerate(pictures(images)):
+            if picture is None:
+                continue
             text = {"type": "text", "text": answerable(questions[row])}
             chats[row] = [{"role": "user", "content": [{"type": "image", "image": picture}, text]}]
             without = [{"role": "user", "content": [{"type": "image"}, text]}]
@@ -123,7 +123,7 @@ def _load(model: str, dtype: str) -> tuple[Any, Any, dict[Answer, list[int]]]:
     processor = AutoProcessor.from_pretrained(model)
     if not processor.chat_template:
         raise ValueError(f"{model} has no chat template: put a chat_template.jinja into its folder")
-    network = AutoModelForImageTextToText.from_pretrained(model, dtype=_DTYPES[dtype])
+    network = AutoModelForImageTextToText.from_pretrained(model, dtype=getattr(torch, dtype))
     tokens: dict[Answer, list[int]] = {}
     for answer, words in _WORDS.items():  # the words that are a single token
         encoded = [processor.tokenizer.encode(word, add_special_tokens=False) for word in words]

@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Never
 
@@ -24,6 +24,7 @@ METHODS = ROOT / "docs" / "methods"
 PAGES = {path.relative_to(ROOT): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
 REWARDS = (METHODS.parent / "rewards.md").read_text()
 AUDIO = (METHODS.parent / "audio.md").read_text()
+GENEVAL = (METHODS.parent / "geneval.md").read_text()
 
 
 def test_method_of_the_add_a_method_page_trains(
@@ -58,7 +59,7 @@ def test_reward_of_the_rewards_page_passes_reward_check(
         sys.modules.pop("my_scores", None)
 
 
-@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", REWARDS + AUDIO, re.DOTALL))
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", REWARDS + AUDIO + GENEVAL, re.DOTALL))
 def test_configurations_parse(tmp_path: Path, block: str) -> None:
     whole = {"rewards": {"size": {"function": "rewards.jpeg.compressibility"}}, "output": "runs/x"}
     whole |= {"model": {"path": "shapes-sd3"}, "prompts": "prompts.txt"}
@@ -152,13 +153,13 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.usefixtures("checkout")
-@pytest.mark.parametrize("line", [line for line in _commands() if not line.startswith("report ")])
+@pytest.mark.parametrize("line", _commands())
 def test_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parse = config.parse
 
-    def parsed(settings: type[Any], arguments: Sequence[str], command: str) -> Never:
-        parse(settings, arguments, command)
-        raise ParsedError(command)
+    def parsed(*arguments: Any, **options: Any) -> Never:
+        parse(*arguments, **options)
+        raise ParsedError
 
     monkeypatch.setattr(config, "parse", parsed)
     with pytest.raises(ParsedError):

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from genalign.algorithms.advantages import Std, gdpo, group_advantages, stepwise_advantages
 from genalign.algorithms.interfaces import RoundScores
-from genalign.algorithms.preference_pairs import Criterion, best_and_worst_pairs, greedy_swap, paired_halves
+from genalign.algorithms.preference_pairs import (
+    Criterion,
+    PreferencePairs,
+    best_and_worst_pairs,
+    greedy_swap,
+    paired_halves,
+)
 from genalign.metrics.set_metric import with_quality
 from genalign.scoring.score import combine
 from genalign.types import SetReward
@@ -86,13 +92,11 @@ class SetContrast:
     Attributes:
         reward: The reward of a set of features (n, d).
         criterion: The quantity that a swap must raise.
-        passes: The largest number of passes over all pairs.
         quality: The weight of the samples' own rewards, see ``metrics.set_metric.with_quality``; 0 ignores them.
     """
 
     reward: SetReward
     criterion: Criterion = "plus"
-    passes: int = 1
     quality: float = 0.0
 
     def __call__(self, scores: RoundScores) -> Tensor:
@@ -101,8 +105,12 @@ class SetContrast:
         features = scores.features
         if self.quality:
             features = torch.cat([features, scores.combined.to(features)[:, None]], 1)
-        halves = paired_halves(scores.group).where(features.isfinite().all(1))
-        first, second = features[halves.first], features[halves.second]
-        reward = with_quality(self.reward, self.quality, first, second) if self.quality else self.reward
-        from_second = greedy_swap(first, second, reward, self.criterion, self.passes)
-        return halves.pairs(from_second).signs(len(scores.group))
+        first, second = paired_halves(scores.group)
+        finite = features.isfinite().all(1)
+        paired = finite[first] & finite[second]
+        first, second = first[paired], second[paired]
+        sets = features[first], features[second]
+        reward = with_quality(self.reward, self.quality, *sets) if self.quality else self.reward
+        swap = greedy_swap(*sets, reward, self.criterion).to(first.device)
+        pairs = PreferencePairs(torch.where(swap, second, first), torch.where(swap, first, second))
+        return pairs.signs(len(scores.group))

@@ -28,9 +28,6 @@ class PreferencePairs:
     winners: Tensor
     losers: Tensor
 
-    def __post_init__(self) -> None:
-        _require_indices(self.winners, self.losers)
-
     def __len__(self) -> int:
         return len(self.winners)
 
@@ -40,27 +37,6 @@ class PreferencePairs:
         signs[self.winners] = 1.0
         signs[self.losers] = -1.0
         return signs
-
-
-@dataclass(frozen=True)
-class MatchedHalves:
-    """Two disjoint sets of n samples, as indices (n,) long into a batch, with the same prompt at every position."""
-
-    first: Tensor
-    second: Tensor
-
-    def __post_init__(self) -> None:
-        _require_indices(self.first, self.second)
-
-    def where(self, usable: Tensor) -> MatchedHalves:
-        """Select the pairs whose two samples are both ``usable`` (B,) bool."""
-        both = usable[self.first] & usable[self.second]
-        return MatchedHalves(self.first[both], self.second[both])
-
-    def pairs(self, from_second: Tensor) -> PreferencePairs:
-        """Form the pairs in which the second sample wins where ``from_second`` (n,) bool, else the first."""
-        swap = from_second.to(self.first.device)
-        return PreferencePairs(torch.where(swap, self.second, self.first), torch.where(swap, self.first, self.second))
 
 
 def best_and_worst_pairs(scores: Tensor, group: Tensor, tolerance: float = 0.0, pairs: int = 1) -> PreferencePairs:
@@ -74,8 +50,6 @@ def best_and_worst_pairs(scores: Tensor, group: Tensor, tolerance: float = 0.0, 
         tolerance: The largest score difference at which a pair counts as tied and is left out.
         pairs: The largest number of pairs per prompt.
     """
-    if scores.shape != group.shape:
-        raise ValueError(f"scores and group must both be (B,), not {tuple(scores.shape)} and {tuple(group.shape)}")
     if not tolerance >= 0 or pairs < 1:
         raise ValueError(f"tolerance must be 0 or more and pairs 1 or more, not {tolerance} and {pairs}")
     if bool(scores.isinf().any()):
@@ -93,42 +67,36 @@ def best_and_worst_pairs(scores: Tensor, group: Tensor, tolerance: float = 0.0, 
     return PreferencePairs(torch.cat(winners), torch.cat(losers))
 
 
-def paired_halves(group: Tensor) -> MatchedHalves:
+def paired_halves(group: Tensor) -> tuple[Tensor, Tensor]:
     """Split the samples of every prompt into a first and a second half, from prompt indices ``group`` (B,) long.
 
     The samples of a prompt keep their order; of an odd number, the last is left out.
 
-    Raises:
-        ValueError: No prompt has two samples.
+    Returns:
+        Indices (n,) long of the two halves, with the same prompt at every position.
     """
-    first, second = [], []
-    for members in _members(group):
-        half = len(members) // 2
-        first.append(members[:half])
-        second.append(members[half : 2 * half])
-    if not any(len(part) for part in first):
-        raise ValueError("no prompt has two samples: sample groups of 2 or more")
-    return MatchedHalves(torch.cat(first), torch.cat(second))
+    halves = [members[: len(members) // 2 * 2].view(2, len(members) // 2) for members in _members(group)]
+    first, second = torch.cat(halves, dim=1)
+    return first, second
 
 
 def greedy_swap(
-    first: Tensor, second: Tensor, set_reward: SetReward, criterion: Criterion = "plus", passes: int = 1, seed: int = 0
+    first: Tensor, second: Tensor, set_reward: SetReward, criterion: Criterion = "plus", seed: int = 0
 ) -> Tensor:
     """Divide n pairs of samples into a set D+ of high and a set D- of low ``set_reward``.
 
-    Start with the better of the two sets as D+, visit the pairs in random order, and swap the two samples of a pair
-    where that raises the reward of D+ ("plus") or its lead over D- ("gap"), but not at a tie. Both sets keep one sample
-    of every pair. The available account of DRAGON does not state its criterion; this greedy rule gives the order of its
-    Table 5.
+    Start with the better of the two sets as D+, visit the pairs once, in random order, and swap the two samples of a
+    pair where that raises the reward of D+ ("plus") or its lead over D- ("gap"), but not at a tie. Both sets keep one
+    sample of every pair. The available account of DRAGON does not state its criterion; this greedy rule gives the order
+    of its Table 5.
 
-    A pass scores n whole sets, or 2 n with "gap".
+    This scores n whole sets, or 2 n with "gap".
 
     Args:
         first: Features (n, d) of one sample of every pair.
         second: Features (n, d) of the other sample of every pair.
         set_reward: The score of the features (n, d) of a set, in float64 on the CPU.
         criterion: The quantity that a swap must raise.
-        passes: The largest number of visits of every pair; a pass without a swap is the last.
         seed: The seed of the order of the visits.
 
     Returns:
@@ -142,8 +110,8 @@ def greedy_swap(
         raise ValueError(f"features must be (n, d) of paired samples, not {shapes}")
     if len(first) < 2:
         raise ValueError(f"a set reward needs 2 pairs of samples or more, got {len(first)}: sample more prompts")
-    if criterion not in ("plus", "gap") or passes < 1:
-        raise ValueError(f'criterion must be "plus" or "gap" and passes 1 or more, not {criterion!r} and {passes}')
+    if criterion not in ("plus", "gap"):
+        raise ValueError(f'criterion must be "plus" or "gap", not {criterion!r}')
     sets = torch.stack([first.detach().cpu().double(), second.detach().cpu().double()])
     start = [float(set_reward(features)) for features in sets]
     if not math.isfinite(sum(start)):
@@ -153,32 +121,20 @@ def greedy_swap(
     sets = sets.roll(int(second_is_better), 0)  # D+ and D-
     rewards = sorted(start, reverse=True)
     scored = 1 if criterion == "plus" else 2  # how many of the two rewards decide
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(passes):
-        before = from_second.clone()
-        for pair in torch.randperm(len(first), generator=generator).tolist():
+    for pair in torch.randperm(len(first), generator=torch.Generator().manual_seed(seed)).tolist():
+        sets[:, pair] = sets[:, pair].flip(0)
+        swapped = [float(set_reward(features)) for features in sets[:scored]]
+        gains = [new - old for new, old in zip(swapped, rewards, strict=False)]
+        round_off = _TIE * (abs(rewards[0]) + (scored - 1) * abs(rewards[1]))
+        if gains[0] - sum(gains[1:]) > round_off:
+            rewards[:scored] = swapped
+            from_second[pair] = ~from_second[pair]
+        else:
             sets[:, pair] = sets[:, pair].flip(0)
-            swapped = [float(set_reward(features)) for features in sets[:scored]]
-            gains = [new - old for new, old in zip(swapped, rewards, strict=False)]
-            round_off = _TIE * (abs(rewards[0]) + (scored - 1) * abs(rewards[1]))
-            if gains[0] - sum(gains[1:]) > round_off:
-                rewards[:scored] = swapped
-                from_second[pair] = ~from_second[pair]
-            else:
-                sets[:, pair] = sets[:, pair].flip(0)
-        if torch.equal(from_second, before):
-            break
     return from_second
 
 
 def _members(group: Tensor) -> list[Tensor]:
     """Return the indices of the samples of every prompt: prompts ascending, samples in their order."""
-    if group.ndim != 1 or group.dtype != torch.long:
-        raise TypeError(f"group must hold prompt indices (B,) of torch.long, not {tuple(group.shape)} {group.dtype}")
     sizes = torch.unique(group, return_counts=True)[1]
     return list(torch.split(torch.argsort(group, stable=True), sizes.tolist()))
-
-
-def _require_indices(one: Tensor, other: Tensor) -> None:
-    if one.ndim != 1 or one.shape != other.shape or one.dtype != torch.long or other.dtype != torch.long:
-        raise ValueError(f"indices must be two (M,) tensors of torch.long, not {one.shape} and {other.shape}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from genalign.cli import config
 from genalign.cli.context import CommandContext, named_rewards, prompt_set
 from genalign.cli.train import train_command
-from genalign.evaluation.compare_runs import RecipeRuns, summarize_recipes, write_recipe_summaries
+from genalign.evaluation.compare_runs import summarize_recipes, write_recipe_summaries
 from genalign.evaluation.report import write_comparison, write_report
 from genalign.prompts import PromptSampler
 from genalign.runtime.files import write_json
@@ -17,22 +17,13 @@ from genalign.training.run_folder import RunFolder
 from genalign.training.sampler import Sampler
 from genalign.worlds.registry import diversity_of
 
-REPORT_USAGE = "usage: genalign report RUN: write RUN/report.html, for example genalign report runs/demo"
-COMPARE_USAGE = "usage: genalign compare FILE [--SETTING VALUE ...]: train and compare the recipes of a YAML file"
-
 
 def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Find the noise level of each sampling step, and write a kernel that uses them."""
     settings, _ = config.parse(config.Calibrate, arguments, "calibrate")
-    pipeline, training = context.load(settings.model), settings.training
-    sampler = Sampler(
-        pipeline,
-        named_rewards(settings.rewards),
-        settings.sampling.grid(pipeline),
-        settings.sampling.guidance,
-        training.group_size,
-        training.batch_size,
-    )
+    pipeline, training, sampling = context.load(settings.model), settings.training, settings.sampling
+    rewards = named_rewards(settings.rewards)
+    sampler = Sampler(pipeline, rewards, sampling.grid(pipeline), sampling.guidance, training)
     rounds = PromptSampler(prompt_set(settings.prompts), training.prompts_per_round, training.seed).rounds()
     for number, kernel in enumerate(calibrate(sampler, settings.recipe, rounds, settings.calibration), start=1):
         levels = " ".join(f"{level:.2f}" for level in kernel.levels)
@@ -47,15 +38,10 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
     Finished runs are not repeated, and interrupted ones are resumed.
     """
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(COMPARE_USAGE)
-        return 0
-    if not arguments or arguments[0].startswith("-"):
+    if not arguments:
         raise ValueError("give the comparison's file: genalign compare scripts/configs/compare/shapes_methods.yaml")
-    source = Path(arguments[0])
-    settings, plain = config.parse(config.Compare, ["--config", str(source), *arguments[1:]], "compare")
-    output = Path(settings.output)
-    jobs = settings.jobs()
+    settings, plain = config.parse(config.Compare, arguments, "compare", first="config")
+    output, jobs = Path(settings.output), settings.jobs()
 
     # Train
     for number, (name, seed) in enumerate(jobs, start=1):
@@ -64,15 +50,14 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
         if (run / "gain.json").exists():
             continue
         write_json(own, plain["runs"][name])
-        training = ["--config", str(source.parent / settings.base), "--config", str(own), "--output", str(run)]
+        training = ["--config", settings.base.absolute, "--config", str(own), "--output", str(run)]
         if status := train_command(context, [*training, "--training.seed", str(seed), "--resume"]):
             raise SystemExit(status)
 
     # Compare
-    recipes = [
-        RecipeRuns(name, {seed: output / name / f"seed-{seed}" for other, seed in jobs if other == name})
-        for name in settings.runs
-    ]
+    recipes = {
+        name: {seed: output / name / f"seed-{seed}" for other, seed in jobs if other == name} for name in settings.runs
+    }
     summaries = summarize_recipes(recipes, diversity_of)
     write_recipe_summaries(output / "comparison.json", summaries)
     write_comparison(output / "comparison.html", summaries)
@@ -84,12 +69,8 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
 def report_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Write the report of a run, finished or not."""
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(REPORT_USAGE)
-        return 0
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise ValueError("give one run folder: genalign report runs/demo")
-    folder = Path(arguments[0])
+    settings, _ = config.parse(config.Report, arguments, "report", first="run")
+    folder = Path(settings.run)
     RunFolder(folder).require_format()
     print(f"report: {write_report(folder)}")
     return 0

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+from jsonargparse.typing import Path_fr
 from torch import nn
 
 from genalign.algorithms.recipes import Recipe, flow_grpo
@@ -30,7 +31,7 @@ from genalign.training.checkpointing import Checkpointing
 from genalign.training.noise_calibration import Calibration
 from genalign.training.nonfinite import DivergedError
 from genalign.training.reward_hacking import Actions, Limits
-from genalign.training.sample_grid import SampleGrid
+from genalign.training.round_log import SampleGrid
 from genalign.training.settings import TrainerSettings
 from genalign.types import AnyCallable
 
@@ -104,7 +105,7 @@ class EvaluationSize:
     batch_size: int = 96
 
     def __post_init__(self) -> None:
-        _require_positive(self, "samples_per_task", "seeds", "batch_size")
+        require_positive(self, "samples_per_task", "seeds", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -167,19 +168,36 @@ class Hacking(EvaluationSize):
             )
 
 
-@dataclass(frozen=True)
-class Train:
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """The samples that a command generates and scores.
+
+    Args:
+        output: Folder to write.
+        model: The generator.
+        prompts: A .txt file with one per line, a GenEval .jsonl file, or a split of a world, as in shapes:train.
+        rewards: Rewards by name.
+        sampling: Sampling settings.
+    """
+
+    output: str
+    model: Model
+    prompts: str
+    rewards: dict[str, RewardChoice] = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=lambda: Sampling(20))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Generation):
     """A training run.
 
     `genalign train --resume RUN` continues the run in that folder, and `--resume` alone the run in ``output``.
 
     Args:
         output: Folder of the run.
-        model: The generator.
         prompts: Training prompts: a .txt file with one per line, a GenEval .jsonl file, or a split of a world, as in
             shapes:train.
         recipe: Training method, as in genalign.flow_grpo.
-        rewards: Rewards by name.
         sampling: Sampling of the training samples.
         evaluation: Sampling of all evaluations; null takes ``sampling``.
         training: Geometry of a round, optimizer, and reaction to faults.
@@ -194,11 +212,7 @@ class Train:
         checkpoint: Checkpoints of the run.
     """
 
-    output: str
-    model: Model
-    prompts: str
     recipe: Recipe
-    rewards: dict[str, RewardChoice] = field(default_factory=dict)
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Sampling | None = None
     training: TrainerSettings = field(default_factory=TrainerSettings)
@@ -234,7 +248,8 @@ class Train:
         return [*panels, self.before_after.prompts] if self.before_after else panels
 
 
-def _require_positive(settings: object, *names: str) -> None:
+def require_positive(settings: object, *names: str) -> None:
+    """Raise ValueError for a setting of these names that is neither null nor at least 1."""
     for name in names:
         value = vars(settings)[name]
         if value is not None and value < 1:
@@ -285,7 +300,7 @@ class EvaluateTones(EvaluateShapes):
     sampling: Sampling = field(default_factory=lambda: Sampling(50))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Calibrate(Train):
     """A training configuration for which the noise level of each sampling step is calibrated.
 
@@ -297,33 +312,25 @@ class Calibrate(Train):
     calibration: Calibration = field(default_factory=Calibration)
 
 
-@dataclass(frozen=True)
-class Steer:
+@dataclass(frozen=True, kw_only=True)
+class Steer(Generation):
     """A search for the best sample of every prompt.
 
     Args:
         output: Folder of the samples and the report.
-        model: The generator.
-        prompts: Prompts, as in training.
         strategy: Search strategy, as in genalign.BestOfN.
         rewards: Rewards by name; the search maximizes their weighted sum.
         budget: Limit of NFE, cost or seconds per prompt.
         lora: An adapter of the model.
-        sampling: Sampling settings.
         batch_size: Largest number of samples in one call of the network.
         seed: Seed of all noises.
         limit: Number of prompts that are searched, from the first; null for all.
         audio: File format of audio clips.
     """
 
-    output: str
-    model: Model
-    prompts: str
     strategy: Strategy
-    rewards: dict[str, RewardChoice] = field(default_factory=dict)
     budget: Budget | None = None
     lora: str | None = None
-    sampling: Sampling = field(default_factory=lambda: Sampling(20))
     batch_size: int = 32
     seed: int = 0
     limit: int | None = None
@@ -331,11 +338,11 @@ class Steer:
 
     def __post_init__(self) -> None:
         _require_rewards(self.rewards)
-        _require_positive(self, "batch_size", "limit")
+        require_positive(self, "batch_size", "limit")
 
 
-@dataclass(frozen=True)
-class TrainNoiseAware:
+@dataclass(frozen=True, kw_only=True)
+class TrainNoiseAware(Generation):
     """Training of a network that predicts rewards of the clean sample from noisy previews of it.
 
     Args:
@@ -345,7 +352,6 @@ class TrainNoiseAware:
         held_out: Prompts of the trajectories for validation.
         student: The network that is trained, as in rewards.noise_aware.ClipScorer.
         rewards: Rewards by name; their weighted sum is predicted.
-        sampling: Sampling settings.
         steps: Network evaluations at which a trajectory is recorded.
         count: Number of trajectories of each prompt.
         limit: Number of prompts.
@@ -354,13 +360,8 @@ class TrainNoiseAware:
         seed: Seed of all noises.
     """
 
-    output: str
-    model: Model
-    prompts: str
     held_out: str
     student: Callable[[], nn.Module]
-    rewards: dict[str, RewardChoice] = field(default_factory=dict)
-    sampling: Sampling = field(default_factory=lambda: Sampling(20))
     steps: tuple[int, ...] = (2, 4, 6, 8, 10, 13, 16)
     count: int = 8
     limit: int = 512
@@ -370,33 +371,25 @@ class TrainNoiseAware:
 
     def __post_init__(self) -> None:
         _require_rewards(self.rewards)
-        _require_positive(self, "count", "limit", "batch_size")
+        require_positive(self, "count", "limit", "batch_size")
 
 
-@dataclass(frozen=True)
-class Prices:
+@dataclass(frozen=True, kw_only=True)
+class Prices(Generation):
     """A measurement of what NFE, decoding and each reward cost on this machine, in seconds per sample.
 
     Args:
         output: JSON file to write.
-        model: The generator.
         prompts: Prompts, as in training; the first ``batch_size`` are used.
-        rewards: Rewards by name.
-        sampling: Sampling settings.
         batch_size: Number of samples in one batch.
         repeats: Number of measurements, of which the median counts.
     """
 
-    output: str
-    model: Model
-    prompts: str
-    rewards: dict[str, RewardChoice] = field(default_factory=dict)
-    sampling: Sampling = field(default_factory=lambda: Sampling(20))
     batch_size: int = 32
     repeats: int = 5
 
     def __post_init__(self) -> None:
-        _require_positive(self, "batch_size", "repeats")
+        require_positive(self, "batch_size", "repeats")
 
 
 @dataclass(frozen=True)
@@ -405,14 +398,14 @@ class Compare:
 
     Args:
         output: Folder of all runs and of the comparison.
-        base: A training configuration, relative to the file of the comparison.
+        base: A training configuration; its path is relative to the file of the comparison.
         runs: The settings of each run that replace those of the base, by the name of the run.
         seeds: Seeds of the training runs.
         once: Names of runs that are trained with the first seed only.
     """
 
     output: str
-    base: str
+    base: Path_fr
     runs: dict[str, dict[str, Any]]
     seeds: list[int]
     once: list[str] = field(default_factory=list)
@@ -433,6 +426,17 @@ class Compare:
             for name in self.runs
             if place == 0 or name not in self.once
         ]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page on a run, finished or not: RUN/report.html.
+
+    Args:
+        run: Folder of the run.
+    """
+
+    run: str
 
 
 @dataclass(frozen=True)
@@ -463,7 +467,9 @@ INPUT_ERRORS = (ValueError, FileNotFoundError, FileExistsError, PermissionError,
 """Errors that wrong input raises: commands print their message in one line, without a traceback."""
 
 
-def parse(settings: type[Any], arguments: Sequence[str], command: str) -> tuple[Any, dict[str, Any]]:
+def parse(
+    settings: type[Any], arguments: Sequence[str], command: str, first: str | None = None
+) -> tuple[Any, dict[str, Any]]:
     """Build an instance of the dataclass ``settings`` from ``--config`` files and command-line overrides.
 
     ``--help`` and ``--print_config`` print and exit.
@@ -472,6 +478,7 @@ def parse(settings: type[Any], arguments: Sequence[str], command: str) -> tuple[
         settings: The dataclass.
         arguments: The words after the command.
         command: The name of the command, for the help text.
+        first: The setting that the first of ``arguments`` is for if it names none, as in ``genalign report RUN``.
 
     Returns:
         The instance, and all settings as plain JSON.
@@ -488,6 +495,8 @@ def parse(settings: type[Any], arguments: Sequence[str], command: str) -> tuple[
     )
     parser.add_argument("--config", action="config", help="a YAML file with any of the settings below")
     parser.add_class_arguments(settings, None)
+    if first and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{first}", *arguments]
     try:
         parsed = parser.parse_args(list(arguments))
         plain = json.loads(parser.dump(parsed, format="json", skip_unset=False))

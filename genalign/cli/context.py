@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from rich.console import Console
+from rich.table import Table
+
 from genalign.cli import config
-from genalign.evaluation.evaluate import Evaluation
+from genalign.diffusion.sampling import Sampling
+from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, suite_hash
 from genalign.evaluation.folder import ModelIdentity, adapter_hash
 from genalign.evaluation.geneval.judge import Judge
 from genalign.runtime.distributed import RankShare, take_own_device
@@ -152,11 +156,52 @@ def load_with_identity(
     return pipeline, ModelIdentity(settings, pipeline.fingerprint, lora, lora_hash)
 
 
+def model_protocol(
+    pipeline: Checkpoint,
+    model: config.Model,
+    sampling: Sampling,
+    size: config.EvaluationSize,
+    prompts: PromptSet,
+    verifier: str,
+) -> EvaluationProtocol:
+    """Describe the evaluation of a model.
+
+    Args:
+        pipeline: The loaded model.
+        model: Its settings.
+        sampling: Steps and guidance.
+        size: How many samples per task and noises per prompt, and the batch size.
+        prompts: The prompts.
+        verifier: The name of what scores the samples.
+    """
+    return EvaluationProtocol(
+        suite=prompts.name,
+        suite_hash=suite_hash(prompts),
+        guidance=sampling.guidance,
+        sigmas=tuple(sampling.grid(pipeline).sigma.tolist()),
+        kernel="ODE()",
+        dtype=model.autocast or model.dtype,
+        batch_size=size.batch_size,
+        resolution=pipeline.resolution,
+        seeds=size.seeds,
+        samples_per_task=size.samples_per_task,
+        verifier=verifier,
+    )
+
+
 def print_estimates(evaluation: Evaluation) -> None:
     """Print every score, of each task and overall, with its interval."""
     for task, estimates in (evaluation.tasks | {"overall": evaluation.overall}).items():
-        values = (f"{name} {value.mean:.3f} ({value.low:.3f} to {value.high:.3f})" for name, value in estimates.items())
+        values = (f"{name} {value.text('.3f')}" for name, value in estimates.items())
         print(f"{task:14s}" + "  ".join(values))
+
+
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """Print a table with a row of titles."""
+    table = Table(*titles, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def import_from_here() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from genalign.cli import config
@@ -12,43 +12,20 @@ from genalign.cli.context import (
     Checkpoint,
     CommandContext,
     load_with_identity,
+    model_protocol,
     print_estimates,
     prompt_set,
     rank_share,
 )
 from genalign.cli.evaluate_geneval import compare_geneval_command, geneval_command, images_command, original_command
 from genalign.diffusion.sampling import Sampling
-from genalign.evaluation.evaluate import (
-    BatchStore,
-    Evaluation,
-    EvaluationProtocol,
-    SampleSpec,
-    evaluate,
-    evaluate_files,
-    plan_samples,
-    suite_hash,
-)
+from genalign.evaluation.evaluate import Evaluation, evaluate, evaluate_files, plan_samples
 from genalign.evaluation.folder import BatchFolder, manifest
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_group
-from genalign.runtime.media import Writer, inside, writer
+from genalign.runtime.media import inside, writer
 from genalign.runtime.prompt_files import read_listing
-from genalign.types import Pipeline, RewardFunction
+from genalign.types import RewardFunction
 from genalign.worlds.registry import WORLDS, World, world_of
-
-
-@dataclass(frozen=True)
-class Evaluator:
-    """A fixed set of prompts, seeds and scorers that a pipeline is evaluated on, such as before and after training."""
-
-    specs: tuple[SampleSpec, ...]
-    scorers: Mapping[str, RewardFunction]
-    protocol: EvaluationProtocol
-    write: Writer
-    processes: ProcessGroup = SINGLE_PROCESS
-
-    def evaluate(self, pipeline: Pipeline, output: Path | None = None, batches: BatchStore | None = None) -> Evaluation:
-        """Evaluate the pipeline in its present state, except for the finished ``batches``."""
-        return evaluate(pipeline, self.specs, self.scorers, self.protocol, output, self.write, self.processes, batches)
 
 
 def build_evaluator(
@@ -59,8 +36,8 @@ def build_evaluator(
     source: str,
     scorers: Mapping[str, RewardFunction],
     processes: ProcessGroup = SINGLE_PROCESS,
-) -> Evaluator:
-    """Build the evaluation of a model on some prompts.
+) -> partial[Evaluation]:
+    """Bind ``evaluate`` to a model and to prompts, noises, scorers and a protocol, as before and after training.
 
     Args:
         pipeline: The loaded model.
@@ -81,21 +58,9 @@ def build_evaluator(
         raise ValueError(
             f"the verifier of {source!r} takes {expected}, but this model makes {actual}: choose other prompts"
         )
-    protocol = EvaluationProtocol(
-        suite=prompts.name,
-        suite_hash=suite_hash(prompts),
-        guidance=sampling.guidance,
-        sigmas=tuple(sampling.grid(pipeline).sigma.tolist()),
-        kernel="ODE()",
-        dtype=model.autocast or model.dtype,
-        batch_size=size.batch_size,
-        resolution=pipeline.resolution,
-        seeds=size.seeds,
-        samples_per_task=size.samples_per_task,
-        verifier=world.verifier if world else "none",
-    )
-    specs = plan_samples(prompts, size.samples_per_task, size.seeds)
-    return Evaluator(specs, scorers, protocol, writer(pipeline.sample_rate), processes)
+    protocol = model_protocol(pipeline, model, sampling, size, prompts, world.verifier if world else "none")
+    specs, write = plan_samples(prompts, size.samples_per_task, size.seeds), writer(pipeline.sample_rate)
+    return partial(evaluate, pipeline, specs, scorers, protocol=protocol, write=write, processes=processes)
 
 
 def evaluate_command(context: CommandContext, arguments: Sequence[str]) -> int:
@@ -138,8 +103,8 @@ def _evaluate_world(
         source = f"{world.name}:{settings.suite}"
         evaluator = build_evaluator(pipeline, settings.model, settings.sampling, settings, source, scorers, processes)
         folder = BatchFolder(output)
-        folder.begin(manifest(evaluator.protocol, identity))
-        evaluation = evaluator.evaluate(pipeline, output, folder)
+        folder.begin(manifest(evaluator.keywords["protocol"], identity))
+        evaluation = evaluator(output=output, batches=folder)
         if processes.is_main:
             print_estimates(evaluation)
     return 0

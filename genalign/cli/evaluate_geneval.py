@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from genalign.cli import config
-from genalign.cli.context import CommandContext, load_with_identity, print_estimates, rank_share
+from genalign.cli.context import CommandContext, load_with_identity, model_protocol, print_estimates, rank_share
 from genalign.diffusion.sampling import Sampling
-from genalign.evaluation.evaluate import EvaluationProtocol, select_prompts, suite_hash
+from genalign.evaluation.evaluate import EvaluationProtocol, select_prompts
 from genalign.evaluation.folder import ModelIdentity, content_hash, manifest
 from genalign.evaluation.geneval.image_sources import FolderImages, PipelineImages
 from genalign.evaluation.geneval.judge import Judge
@@ -55,9 +55,7 @@ class EvaluateGenEval:
     against: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("seeds", self.seeds), ("batch_size", self.batch_size), ("per_task", self.per_task)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        config.require_positive(self, "seeds", "batch_size", "per_task")
 
 
 @dataclass(frozen=True)
@@ -116,20 +114,10 @@ def geneval_command(context: CommandContext, arguments: Sequence[str]) -> int:
     share = rank_share(os.environ)
     pipeline, identity = load_with_identity(context, settings.model, settings.lora, plain["model"])
     sampling, folder = settings.sampling, GenEvalFolder(Path(settings.output))
+    samples_per_task = settings.seeds * max(len(group) for group in prompts.by_task().values())
+    size = config.EvaluationSize(samples_per_task, settings.seeds, settings.batch_size)
+    protocol = model_protocol(pipeline, settings.model, sampling, size, prompts, verifier_description(judge))
     grid = sampling.grid(pipeline)
-    protocol = EvaluationProtocol(
-        suite=prompts.name,
-        suite_hash=suite_hash(prompts),
-        guidance=sampling.guidance,
-        sigmas=tuple(grid.sigma.tolist()),
-        kernel="ODE()",
-        dtype=settings.model.autocast or settings.model.dtype,
-        batch_size=settings.batch_size,
-        resolution=pipeline.resolution,
-        seeds=settings.seeds,
-        samples_per_task=settings.seeds * max(len(group) for group in prompts.by_task().values()),
-        verifier=verifier_description(judge),
-    )
     source = PipelineImages(pipeline, grid, sampling.guidance, settings.seeds, settings.batch_size, folder.path)
     return _evaluate(GenEvalRun(source, prompts, judge, folder), share, protocol, identity, settings.against)
 
@@ -217,7 +205,7 @@ def _report(folder: Path, against: str | None) -> None:
         for name, gain in comparison.gain.items():
             wins = comparison.wins[name]
             print(
-                f"{name} against {other.name}: {gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}), prompts won"
-                f" {wins.rate.mean:.1%} ({wins.rate.low:.1%} to {wins.rate.high:.1%}), ties {wins.ties:.1%} as half"
+                f"{name} against {other.name}: {gain.text('+.3f')}, prompts won"
+                f" {wins.rate.text('.1%')}, ties {wins.ties:.1%} as half"
             )
     print(f"report: {write_geneval(folder, other)}")

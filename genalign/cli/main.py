@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
@@ -60,17 +61,9 @@ def require_model(model: config.Model) -> None:
 
 
 def _options(model: config.Model) -> Options:
-    return Options(
-        device=model.device,
-        autocast=getattr(torch, model.autocast) if model.autocast else None,
-        height=model.height,
-        width=model.width,
-        seconds=model.seconds,
-        max_sequence_length=model.max_sequence_length,
-        distilled_guidance=model.distilled_guidance,
-        compiled=model.compiled,
-        memory=model.memory,
-    )
+    options = {name: getattr(model, name) for name in Options.__annotations__}
+    autocast = getattr(torch, model.autocast) if model.autocast else None
+    return cast(Options, options | {"autocast": autocast})
 
 
 CONTEXT = CommandContext(

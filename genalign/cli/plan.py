@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from genalign.cli import config
-from genalign.cli.context import CommandContext, named_rewards, prompt_set, require_rate
+from genalign.cli.context import CommandContext, named_rewards, print_table, prompt_set, require_rate
 from genalign.cli.train import require_trackers
 from genalign.diffusion.policy import Lora, Policy
 from genalign.training.dry_run import DryRun, ToyPipeline, dry_run
@@ -35,17 +33,16 @@ def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
             reasons[str(error)] = None
 
     # Refuse what this machine cannot run
-    with collecting():
-        RunFolder(Path(settings.output)).require_unused()
-    with collecting():
-        context.require(settings.model)
-    with collecting():
-        optimizer_class(training)
-    with collecting():
-        require_trackers(settings.trackers)
-    for source in settings.evaluation_prompts():
+    requirements: list[Callable[[], object]] = [
+        RunFolder(Path(settings.output)).require_unused,
+        partial(context.require, settings.model),
+        partial(optimizer_class, training),
+        partial(require_trackers, settings.trackers),
+        *(partial(prompt_set, source) for source in settings.evaluation_prompts()),
+    ]
+    for requirement in requirements:
         with collecting():
-            prompt_set(source)
+            requirement()
 
     # Count the calls; without the checkpoint or the prompts, on placeholders
     prompts = PromptSet("prompts", tuple(Prompt(str(number)) for number in range(training.prompts_per_round)))
@@ -75,26 +72,24 @@ def _print_calls(settings: config.Train, outline: Outline | None, result: DryRun
     samples = training.prompts_per_round * training.group_size
     batches = samples // training.batch_size
     window_sizes = "/".join(str(size) for size in sorted({len(window) for window in windows}))
-    _print_table(
-        ("geometry", ""),
-        {
-            "shape of a sample": " x ".join(map(str, outline.pipeline.sample_shape)) if outline else "no checkpoint",
-            "shape of its latents": " x ".join(map(str, outline.pipeline.latent_shape)) if outline else "no checkpoint",
-            "samples a round": f"{training.prompts_per_round} prompts x {training.group_size} = {samples}",
-            "batches a round": f"{batches} of {training.batch_size}",
-            "optimizer steps a round": f"{training.updates_per_round}",
-            "trained steps a round": f"{window_sizes} of {settings.sampling.num_steps}",
-            "different sets of them": f"{len(windows)}",
-            "rounds": f"{result.rounds} of {training.rounds}",
-            "samples": f"{result.rounds * samples:,}",
-            "optimizer steps": f"{result.rounds * training.updates_per_round:,}",
-        },
-    )
+    rows = {
+        "shape of a sample": " x ".join(map(str, outline.pipeline.sample_shape)) if outline else "no checkpoint",
+        "shape of its latents": " x ".join(map(str, outline.pipeline.latent_shape)) if outline else "no checkpoint",
+        "samples a round": f"{training.prompts_per_round} prompts x {training.group_size} = {samples}",
+        "batches a round": f"{batches} of {training.batch_size}",
+        "optimizer steps a round": f"{training.updates_per_round}",
+        "trained steps a round": f"{window_sizes} of {settings.sampling.num_steps}",
+        "different sets of them": f"{len(windows)}",
+        "rounds": f"{result.rounds} of {training.rounds}",
+        "samples": f"{result.rounds * samples:,}",
+        "optimizer steps": f"{result.rounds * training.updates_per_round:,}",
+    }
+    print_table(("geometry", ""), rows.items())
     counts = result.total.counts
     rows = {
         call: f"{result.first.counts[call]:,} in the first round, {counts[call]:,} in all" for call in sorted(counts)
     }
-    _print_table(("calls of single samples", "without evaluations"), rows)
+    print_table(("calls of single samples", "without evaluations"), rows.items())
 
 
 def _print_memory(settings: config.Train, outline: Outline, stored: int) -> None:
@@ -104,16 +99,10 @@ def _print_memory(settings: config.Train, outline: Outline, stored: int) -> None
     memory = estimate_memory(outline, policy, settings.recipe, settings.training, settings.sampling.guidance, stored)
     counts = {network.name: network.parameters for network in outline.networks}
     counts["trained"] = sum(parameter.numel() for parameter in policy.parameters)
-    _print_table(("network", "million parameters"), {name: f"{count / 1e6:,.3f}" for name, count in counts.items()})
+    parameters = {name: f"{count / 1e6:,.3f}" for name, count in counts.items()}
+    print_table(("network", "million parameters"), parameters.items())
     sizes = {f"always: {name}": size for name, size in memory.always.items()}
     sizes |= {f"{phase}: {name}": size for phase, extra in memory.phases.items() for name, size in extra.items()}
     sizes |= {f"sum while {phase}": size for phase, size in memory.peaks.items()}
     rows = {name: f"{size / 2**30:,.3f}" for name, size in sizes.items()}
-    _print_table(("estimated memory, without rewards' networks", "GiB"), rows)
-
-
-def _print_table(titles: tuple[str, str], rows: Mapping[str, str]) -> None:
-    table = Table(*titles)
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table)
+    print_table(("estimated memory, without rewards' networks", "GiB"), rows.items())

@@ -30,16 +30,8 @@ MAY_CHANGE = (
 """Settings that may change when a run is resumed."""
 
 
-@dataclass(frozen=True)
-class TrainRequest:
-    """The arguments of `genalign train` without ``--resume``, and whether to resume."""
-
-    arguments: list[str]
-    resume: bool
-
-
-def train_request(arguments: Sequence[str]) -> TrainRequest:
-    """Take ``--resume`` out of the arguments of ``genalign train``.
+def train_request(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """Take ``--resume`` out of the arguments of ``genalign train``, and return whether it was among them.
 
     ``--resume RUN`` becomes that run's configuration and output; ``--resume`` alone resumes the run in the output, if
     there is one. Raises FileNotFoundError if RUN holds no run, and ValueError for a run of genalign 0.1.0.
@@ -48,12 +40,12 @@ def train_request(arguments: Sequence[str]) -> TrainRequest:
     parser.add_argument("--resume", nargs="?", const="")
     parsed, rest = parser.parse_known_args(list(arguments))
     if not parsed.resume:
-        return TrainRequest(rest, parsed.resume is not None)
+        return rest, parsed.resume is not None
     run = Path(parsed.resume)
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} holds no run to resume: give the output folder of a training")
     RunFolder(run).require_format()
-    return TrainRequest(["--config", str(run / "config.json"), *rest, "--output", str(run)], True)
+    return ["--config", str(run / "config.json"), *rest, "--output", str(run)], True
 
 
 def checkpoint_in(folder: RunFolder, checkpoints: Checkpoints, config: Mapping[str, Any]) -> RunCheckpoint | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -15,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 from genalign.cli import config
-from genalign.cli.context import CommandContext, prompt_set, require_rate
+from genalign.cli.context import CommandContext, print_table, prompt_set, require_rate
+from genalign.prompts import drawn_in_turn
 from genalign.runtime.media import AUDIO_SUFFIXES, inside, read_image, read_waveform
 from genalign.runtime.prompt_files import read_listing
 from genalign.scoring import protocol
@@ -101,9 +102,6 @@ def serve_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
 def reward_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign reward check MODULE:CLASS``; the exit status is 1 where a check fails."""
-    from rich.console import Console
-    from rich.table import Table
-
     if not arguments or arguments[0] != "check":
         raise ValueError("say what to do with it: genalign reward check MODULE:CLASS")
     settings, _ = config.parse(RewardCheck, _named_settings(arguments[1:], "reward check"), "reward check")
@@ -111,11 +109,9 @@ def reward_command(context: CommandContext, arguments: Sequence[str]) -> int:
     require_rate({"reward": settings.reward}, rate)
     probe = Probe(samples.to(settings.device), prompts, settings.tolerance)
     checks = list(check(settings.reward, probe, settings.expected))
-    table = Table("check", "", "measured", "what to do")
-    for one in checks:
-        status = {True: "passed", False: "[red]failed[/red]", None: "noted"}[one.passed]
-        table.add_row(one.name, status, one.measured.replace("[", "\\["), one.advice.replace("[", "\\["))
-    Console().print(table)
+    status = {True: "passed", False: "[red]failed[/red]", None: "noted"}
+    rows = [(one.name, status[one.passed], escape(one.measured), escape(one.advice)) for one in checks]
+    print_table(("check", "", "measured", "what to do"), rows)
     failed = [one.name for one in checks if one.passed is False]
     print(f"failed: {', '.join(failed)}" if failed else "every check passed")
     return 1 if failed else 0
@@ -167,25 +163,26 @@ def load_samples(settings: RewardCheck) -> tuple[Tensor, list[Prompt], int | Non
             " --samples shapes:val or tones:val"
         )
     world = world_of(settings.samples)
-    if world is not None:  # prompts of every task in turn, rendered
-        tasks = itertools.zip_longest(*prompt_set(settings.samples).by_task().values())
-        prompts = [prompt for row in tasks for prompt in row if prompt is not None][: settings.count]
+    if world is not None:
+        prompts = drawn_in_turn(prompt_set(settings.samples), settings.count, seed=0)
         samples = world.render([prompt.metadata or {} for prompt in prompts], np.random.default_rng(0))
         rate = world.sample_rate
     else:
-        listing = list(read_listing(Path(settings.samples)).items())[: settings.count]
-        prompts = [prompt for _, prompt in listing]
-        parts: list[tuple[Tensor, int | None]] = []
-        for path in (inside(Path(settings.samples), name) for name, _ in listing):
-            if path.suffix.lower() in AUDIO_SUFFIXES:
-                clip = read_waveform(path)
-                parts.append((clip.waveform, clip.sample_rate))
-            else:
-                parts.append((read_image(path), None))
+        folder = Path(settings.samples)
+        listing = dict(list(read_listing(folder).items())[: settings.count])
+        prompts, parts = list(listing.values()), [_read_sample(inside(folder, name)) for name in listing]
         if len({(part.shape, rate) for part, rate in parts}) != 1:
-            raise ValueError(f"the samples in {settings.samples} differ in size or sample rate, or there are none")
+            raise ValueError(f"the samples in {folder} differ in size or sample rate, or there are none")
         samples, rate = torch.stack([part for part, _ in parts]), parts[0][1]
     if settings.size and rate is None:
         side = (settings.size, settings.size)
         samples = torch.nn.functional.interpolate(samples, size=side, mode="bicubic", antialias=True).clamp(0, 1)
     return samples, prompts, rate
+
+
+def _read_sample(path: Path) -> tuple[Tensor, int | None]:
+    """Read a waveform and its sample rate in Hz, or an image and None."""
+    if path.suffix.lower() not in AUDIO_SUFFIXES:
+        return read_image(path), None
+    clip = read_waveform(path)
+    return clip.waveform, clip.sample_rate

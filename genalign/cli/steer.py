@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -40,12 +41,12 @@ def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
     settings, plain = config.parse(config.Steer, arguments, "steer")
     prompts = prompt_set(settings.prompts).prompts[: settings.limit]
     folder, plain = SearchFolder(Path(settings.output)), {**plain, "limit": None}
-    resuming = folder.holds(plain)
-    share, pipeline = rank_share(os.environ), load_with_lora(context, settings.model, settings.lora)
-    rewards = named_rewards(settings.rewards)
+    resuming, share = folder.holds(plain), rank_share(os.environ)
+    pipeline, rewards = load_with_lora(context, settings.model, settings.lora), named_rewards(settings.rewards)
     require_rate(settings, pipeline.sample_rate)
     write = writer(pipeline.sample_rate, settings.audio)
 
+    @lru_cache(1)
     def search_prompt(index: int) -> SearchResult:
         return search(
             pipeline,
@@ -60,29 +61,33 @@ def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
     # Search the first prompt before anything is written: settings that cannot work leave no folder behind
     unfinished = [index for index in share.indices(len(prompts)) if not folder.done(index)]
-    first = search_prompt(unfinished[0]) if unfinished and not resuming else None
+    if unfinished and not resuming:
+        search_prompt(unfinished[0])
     folder.begin(plain)
     for index in unfinished:
         with folder.claims.try_claim(index) as claimed:
             if not claimed or folder.done(index):
                 continue
-            result = first if first and index == unfinished[0] else search_prompt(index)
+            result = search_prompt(index)
             folder.add(index, prompts[index].text, [reward.name for reward in rewards], result, write)
         values = zip(rewards, result.scores[0].tolist(), strict=True)
         scores = "  ".join(f"{reward.name} {score:.4g}" for reward, score in values)
         print(f"{index + 1}/{len(prompts)}  {scores}  {result.ledger.nfe} NFE  {prompts[index].text}", flush=True)
+    _conclude(folder, len(prompts))
+    return 0
 
-    # The process that finishes last writes the summary
-    if remaining := sum(not folder.done(index) for index in range(len(prompts))):
+
+def _conclude(folder: SearchFolder, count: int) -> None:
+    """Write the scores of all ``count`` prompts and the report, if this process is the one that finishes last."""
+    if remaining := sum(not folder.done(index) for index in range(count)):
         print(
-            f"{remaining} of {len(prompts)} prompts are unfinished; another process may be working on them."
+            f"{remaining} of {count} prompts are unfinished; another process may be working on them."
             " If none is, run this command again."
         )
-        return 0
+        return
     with folder.claims.exclusive():
         folder.conclude()
         print(f"report: {write_search(folder.path)}")
-    return 0
 
 
 def prices_command(context: CommandContext, arguments: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import with_stronger_kl
 from genalign.cli import config
-from genalign.cli.context import CommandContext, named_rewards, prompt_set, require_rate
-from genalign.cli.evaluate import Evaluator, build_evaluator
+from genalign.cli.context import CommandContext, named_rewards, print_table, prompt_set, require_rate
+from genalign.cli.evaluate import build_evaluator
 from genalign.cli.resume import EncoderCache, InputFingerprint, TrackerRun, checkpoint_in, train_request
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import generate
@@ -36,20 +37,20 @@ from genalign.training.checkpointing import Checkpoints, CheckpointWriter
 from genalign.training.nonfinite import is_out_of_memory
 from genalign.training.panel import PanelMeasures, PanelSnapshot
 from genalign.training.reward_hacking import HackingGuard
+from genalign.training.round_log import SampleGridWriter
 from genalign.training.run import RoundMonitors, train
 from genalign.training.run_folder import RunFolder
-from genalign.training.sample_grid import SampleGridWriter
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet, RewardFunction
 
 
 def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign train``, and say how to resume a run that fails."""
-    request = train_request(arguments)
-    settings, plain = config.parse(config.Train, request.arguments, "train")
+    arguments, resume = train_request(arguments)
+    settings, plain = config.parse(config.Train, arguments, "train")
     try:
         with process_group(os.environ) as processes:
-            return run_training(context, settings, plain, request.resume, processes)
+            return run_training(context, settings, plain, resume, processes)
     except ProcessGroupError as error:
         reason = str(error)
     except OSError as error:
@@ -119,7 +120,8 @@ def run_training(
         if run.guard:
             run.guard.begin()
         folder.begin(plain)
-        run.evaluate_before()
+        if run.before_after:
+            run.before_after(output=folder.path / "before")
         writer.begin()
     else:
         writer.resume(checkpoint)
@@ -216,24 +218,19 @@ class TrainingRun:
         """Score the averaged weights on held-out prompts."""
         assert self.held_out is not None, "held_out.every is set"
         with self.policy.averaged():
-            return self.held_out.evaluate(self.pipeline).overall
-
-    def evaluate_before(self) -> None:
-        """Evaluate the untrained model, if configured, into the folder before/."""
-        if self.before_after:
-            self.before_after.evaluate(self.pipeline, self.folder.path / "before")
+            return self.held_out().overall
 
     def evaluate_after(self) -> None:
         """Evaluate the averaged weights, if configured, into the folder after/, and write and print the gains."""
         if self.before_after is None:
             return
         with self.policy.averaged():
-            after = self.before_after.evaluate(self.pipeline, self.folder.path / "after")
+            after = self.before_after(output=self.folder.path / "after")
         if self.processes.is_main:
             before = load_evaluation(self.folder.path / "before")
             gains = {name: estimate.as_dict() for name, estimate in gain(before, after).items()}
             write_json(self.folder.path / "gain.json", gains)
-            print_table(before, after)
+            print_gains(before, after)
 
     def hacking_snapshot(self) -> PanelSnapshot:
         """Measure the averaged weights for the monitor of reward hacking.
@@ -268,7 +265,7 @@ class TrainingRun:
 
     def _evaluator(
         self, amount: config.HeldOut | config.BeforeAfter, scorers: Mapping[str, RewardFunction]
-    ) -> Evaluator:
+    ) -> partial[Evaluation]:
         scorers = self.context.scorers_for(amount.prompts, scorers)
         model, processes = self.settings.model, self.processes
         return build_evaluator(self.pipeline, model, self.sampling, amount, amount.prompts, scorers, processes)
@@ -308,25 +305,19 @@ def trackers(names: Sequence[str], folder: Path, run: str) -> list[Any]:
     return list(accelerator.trackers)
 
 
-def print_table(before: Evaluation, after: Evaluation) -> None:
+def print_gains(before: Evaluation, after: Evaluation) -> None:
     """Print before, after and gain with intervals: the first score by task, and every score overall."""
-    from rich.console import Console
-    from rich.table import Table
-
     first = before.score_names[0]
-    rows = [
+    estimates = [
         (task, before.tasks[task][first], after.tasks[task][first], gains[first])
         for task, gains in task_gains(before, after).items()
     ]
-    rows += [
+    estimates += [
         ("overall" if score == first else f"overall: {score}", before.overall[score], after.overall[score], difference)
         for score, difference in gain(before, after).items()
     ]
-    table = Table("task", "before", "after", "gain (95% interval)", title=f"{before.protocol.suite}: {first}")
-    for name, old, new, difference in rows:
-        interval = f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
-        table.add_row(name, f"{old.mean:.3f}", f"{new.mean:.3f}", interval)
-    Console().print(table)
+    rows = [(name, f"{old.mean:.3f}", f"{new.mean:.3f}", gained.text("+.3f")) for name, old, new, gained in estimates]
+    print_table(("task", "before", "after", "gain (95% interval)"), rows, f"{before.protocol.suite}: {first}")
 
 
 _DEMOS = {"shapes": "demo.yaml", "tones": "demo-tones.yaml"}

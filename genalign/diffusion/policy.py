@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from genalign.diffusion.lora import ADAPTER, inject_lora
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from genalign.runtime.fsdp import Sharding, full_tensor, require_sharded, reshard, shard_like, swapped_weights
+from genalign.runtime.fsdp import Sharding, full_tensor, reshard, shard_like, swapped_weights
 
 ATTENTION = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
 """The names in diffusers of the projections of attention layers, including the text projections of joint layers."""
@@ -122,8 +122,6 @@ class Policy:
         if sharding:
             sharding.apply(denoiser)  # which replaces the parameters
         self.parameters = list(filter(lambda parameter: parameter.requires_grad, denoiser.parameters()))
-        if sharding:
-            require_sharded(self.parameters)
         self.average = WeightSnapshot(self.parameters)
         self._first = None if self.config else WeightSnapshot(self.parameters)
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from genalign.diffusion.paths import expand
 from genalign.types import Grid, NoiseStep, Path
 
-_HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 _TOLERANCE = 1e-5
 
 
@@ -26,16 +25,14 @@ _TOLERANCE = 1e-5
 class Transition:
     """The Gaussian p(x_next | x): ``mean`` (B, ...) and ``std``, () or (B, 1, ...), which includes sqrt(D).
 
-    Log densities are means over all dimensions but the first, the convention of public code for diffusion models: the
-    true ones divided by the number of values per sample.
+    Log-ratios and KL divergences are means over all dimensions but the first, the convention of public code for
+    diffusion models: the true ones divided by the number of values per sample.
     """
 
     mean: Tensor
     std: Tensor
 
     def __post_init__(self) -> None:
-        if self.mean.ndim < 2:
-            raise ValueError(f"mean must be (B, ...) with two dimensions or more, not {tuple(self.mean.shape)}")
         if self.std.ndim not in (0, self.mean.ndim):
             raise ValueError(f"std must be () or have {self.mean.ndim} dimensions, not {tuple(self.std.shape)}")
 
@@ -43,13 +40,6 @@ class Transition:
         """Sample x_next = mean + std noise, for standard normal ``noise`` of the shape of ``mean``."""
         self._require_shape(noise)
         return self.mean + self.std * noise
-
-    def log_prob(self, x_next: Tensor) -> Tensor:
-        """Compute log p(x_next | x) per value, (B,). Raises ValueError for a deterministic step."""
-        self._require_shape(x_next)
-        self._require_stochastic()
-        z = (x_next - self.mean) / self.std
-        return (-0.5 * z * z - self.std.log() - _HALF_LOG_TWO_PI).flatten(1).mean(1)
 
     def kl(self, other: Transition) -> Tensor:
         """Compute KL(self || other) = (mean - other.mean)^2 / (2 std^2), (B,), for transitions of equal std."""
@@ -72,13 +62,10 @@ class Transition:
         if x_next.shape != self.mean.shape:
             raise ValueError(f"expected a tensor of shape {tuple(self.mean.shape)}, not {tuple(x_next.shape)}")
 
-    def _require_stochastic(self) -> None:
-        if not bool((self.std > 0).all()):
-            raise ValueError("a deterministic step (std = 0) has no density; train only stochastic steps")
-
     def _require_comparable(self, other: Transition) -> None:
         self._require_shape(other.mean)
-        self._require_stochastic()
+        if not bool((self.std > 0).all()):
+            raise ValueError("a deterministic step (std = 0) has no density; train only stochastic steps")
         if bool((self.std != other.std).any()):
             raise ValueError("the two transitions have different std; compare the same kernel on the same step")
 

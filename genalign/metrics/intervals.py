@@ -35,6 +35,12 @@ class Estimate:
         """Whether there is an interval to print."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
+    def text(self, form: str) -> str:
+        """Format mean and interval by a format specification: "+0.03 (+0.01 to +0.05)" for "+.2f"."""
+        if not self.is_bounded:
+            return f"{self.mean:{form}} (no interval: a task has one prompt)"
+        return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
+
     def as_dict(self) -> dict[str, float | None]:
         """Convert to JSON types, with null for infinite limits."""
         return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}

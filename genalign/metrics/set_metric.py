@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,25 +12,10 @@ from genalign.types import SetReward
 _RANDOM_SETS = 16
 
 
-@dataclass(frozen=True)
-class SetRewardWithQuality:
-    """A weighted sum of a set reward and the mean quality of the set's members.
-
-    Rows (n, d + 1) hold a sample's features and, last, its quality.
-    """
-
-    reward: SetReward
-    reward_weight: float
-    quality_weight: float
-
-    def __call__(self, rows: Tensor) -> float:
-        """Score a set of rows (n, d + 1)."""
-        return self.reward_weight * self.reward(rows[:, :-1]) + self.quality_weight * _mean_quality(rows)
-
-
-def with_quality(reward: SetReward, weight: float, first: Tensor, second: Tensor) -> SetRewardWithQuality:
+def with_quality(reward: SetReward, weight: float, first: Tensor, second: Tensor) -> SetReward:
     """Add ``weight`` times the mean quality to ``reward``, for n pairs of samples with rows (n, d + 1) each.
 
+    A row holds a sample's features and, last, its quality; the result is a reward of sets of such rows.
     Both terms are divided by their standard deviation over random sets that take one sample of every pair, so that
     ``weight`` compares what the choice of samples can change, and not units. A term that it cannot change is left out.
     Raises ValueError for a weight or a reward that is not finite.
@@ -41,11 +25,9 @@ def with_quality(reward: SetReward, weight: float, first: Tensor, second: Tensor
     generator = torch.Generator().manual_seed(0)
     sides = torch.stack([torch.randint(2, (len(first), 1), generator=generator) for _ in range(_RANDOM_SETS)]).bool()
     sets = [torch.where(side.to(first.device), second, first) for side in sides]
-    return SetRewardWithQuality(
-        reward,
-        _inverse_deviation([reward(rows[:, :-1]) for rows in sets]),
-        weight * _inverse_deviation([_mean_quality(rows) for rows in sets]),
-    )
+    reward_weight = _inverse_deviation([reward(rows[:, :-1]) for rows in sets])
+    quality_weight = weight * _inverse_deviation([_mean_quality(rows) for rows in sets])
+    return lambda rows: reward_weight * reward(rows[:, :-1]) + quality_weight * _mean_quality(rows)
 
 
 def _mean_quality(rows: Tensor) -> float:

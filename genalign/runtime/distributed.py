@@ -6,6 +6,7 @@ A launcher (`accelerate launch`, torchrun) starts the processes; each runs the s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -176,10 +177,11 @@ def process_group(
         wait_for_workers=False,
         timeout=timedelta(seconds=SILENCE_SECONDS),
     )
-    monitor = _Heartbeat(processes, untyped.PrefixStore("genalign/alive", tcp), silence)
-    monitor.send()
-    processes.barrier()
-    thread = threading.Thread(target=monitor.run, args=(heartbeat, ended), name="genalign-heartbeat", daemon=True)
+    store = untyped.PrefixStore("genalign/alive", tcp)
+    store.set(str(share.rank), "0")
+    processes.barrier()  # then every rank has a counter
+    watching = (processes, store, heartbeat, silence, ended)
+    thread = threading.Thread(target=_heartbeat, args=watching, name="genalign-heartbeat", daemon=True)
     thread.start()
     yield processes
     processes.barrier()  # skipped after an error: the other ranks must notice that this one has ended
@@ -194,41 +196,26 @@ def take_own_device(variables: Mapping[str, str]) -> None:
         torch.cuda.set_device(int(variables["LOCAL_RANK"]))
 
 
-class _Heartbeat:
-    """Heartbeats of all ranks: one rising counter per rank in a shared store."""
-
-    def __init__(self, processes: ProcessGroup, store: Any, silence: float) -> None:
-        self.processes, self.store, self.silence = processes, store, silence
-        self.count = 0
-        self.last = dict.fromkeys(range(processes.world_size), (b"", time.monotonic()))
-
-    def send(self) -> None:
-        """Raise this rank's counter by one."""
-        self.count += 1
-        self.store.set(str(self.processes.rank), str(self.count))
-
-    def silent_ranks(self) -> list[int]:
-        """Return the ranks whose counter has not risen for ``silence`` seconds."""
-        now = time.monotonic()
-        for rank, (seen, _) in self.last.items():
-            count = self.store.get(str(rank))
-            if count != seen:
-                self.last[rank] = count, now
-        return [rank for rank, (_, when) in self.last.items() if now - when > self.silence]
-
-    def run(self, interval: float, ended: threading.Event) -> None:
-        """Send and check heartbeats until the run has ended; exit the process if another rank is dead."""
-        while not ended.wait(interval):
-            try:
-                self.send()
-                dead = self.silent_ranks()
-            except RuntimeError:  # the store ended together with rank 0, whose process holds it
-                dead = [] if ended.wait(interval) else [0]
-            if dead:
-                print(
-                    f"error: process {dead[0]} of {self.processes.world_size} has been silent for {self.silence:.0f} s:"
-                    f" process {self.processes.rank} ends, too",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(1)
+def _heartbeat(processes: ProcessGroup, store: Any, interval: float, silence: float, ended: threading.Event) -> None:
+    """Raise this rank's counter in the store and check the others until the run has ended; exit if a rank is dead."""
+    last = dict.fromkeys(range(processes.world_size), (b"", time.monotonic()))  # each rank's counter, and when it rose
+    for count in itertools.count(1):
+        if ended.wait(interval):
+            return
+        try:
+            store.set(str(processes.rank), str(count))
+            now = time.monotonic()
+            for rank, (seen, _) in last.items():
+                if (counter := store.get(str(rank))) != seen:
+                    last[rank] = counter, now
+            dead = [rank for rank, (_, rose) in last.items() if now - rose > silence]
+        except RuntimeError:  # the store ended together with rank 0, whose process holds it
+            dead = [] if ended.wait(interval) else [0]
+        if dead:
+            print(
+                f"error: process {dead[0]} of {processes.world_size} has been silent for {silence:.0f} s:"
+                f" process {processes.rank} ends, too",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)

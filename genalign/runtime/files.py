@@ -1,13 +1,16 @@
-"""Atomic writes of text, JSON and tensors: to a temporary file, then renamed. No pickle."""
+"""Atomic writes of text, JSON and tensors (to a temporary file, then renamed; no pickle), and locks on files."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +77,35 @@ def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Select the tensors whose names start with ``prefix``, and remove it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Locks by which processes share the pieces of work of one folder: flock on empty files in ``folder``.
+
+    A killed process loses its locks. On a shared file system without locks between machines the work is divided by rank
+    instead.
+    """
+
+    folder: Path
+
+    def try_claim(self, index: int) -> AbstractContextManager[bool]:
+        """Lock piece ``index`` of the work inside the context; yield False if another process has it."""
+        return _locked(self.folder / f"{index:05d}", wait=False)
+
+    def exclusive(self) -> AbstractContextManager[bool]:
+        """Wait for the lock of the whole folder, and hold it inside the context."""
+        return _locked(self.folder / "all", wait=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Yield whether this process holds the lock of a file, opened for writing as network file systems require it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            acquired = True
+        except BlockingIOError:
+            acquired = False
+        yield acquired

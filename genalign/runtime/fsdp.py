@@ -68,15 +68,6 @@ def _is_on(variables: Mapping[str, str], name: str) -> bool:
     return variables.get(name, "false").lower() in ("true", "1")
 
 
-def require_sharded(parameters: Sequence[Tensor]) -> None:
-    """Raise ValueError if any of ``parameters`` is not sharded, so that no FSDP run goes on without FSDP."""
-    unsharded = sum(not isinstance(parameter, DTensor) for parameter in parameters)
-    if unsharded:
-        raise ValueError(
-            f"FSDP is configured, but {unsharded} of {len(parameters)} trained tensors are not sharded: leave FSDP out"
-        )
-
-
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor; a collective if ``tensor`` is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""Media: how a sample is recognized, saved, read and drawn. Images are PNG files, waveforms WAV or FLAC files.
+"""Media: how a sample is recognized, saved and drawn. Images are PNG files, waveforms WAV or FLAC files.
 
 Another medium is a class with the methods of ``Medium`` in one file, passed to ``register_medium``.
 """
@@ -19,8 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from genalign.runtime.spectrogram import lowest_frequency, spectrogram
-from genalign.runtime.waveforms import resample, warn_once
+from genalign.runtime.waveforms import lowest_frequency, resample, spectrogram, warn_once
 
 MAX_PIXELS = 2**26  # of an image that is read; one of 8192 x 8192
 MAX_AUDIO_SAMPLES = 2**28  # of all channels of a file: 1 GiB in float32, 46 minutes in stereo at 48 kHz
@@ -52,7 +51,7 @@ class Medium(Protocol):
     """A kind of sample.
 
     ``name`` also selects the statistics of the reward-hacking report, ``folder`` is the folder of the numbered files,
-    and the first of ``suffixes`` is the suffix that is written.
+    the first of ``suffixes`` is the suffix that is written, and a batch (B, ...) has ``ndim`` dimensions.
     """
 
     @property
@@ -64,14 +63,11 @@ class Medium(Protocol):
     @property
     def suffixes(self) -> tuple[str, ...]: ...
 
-    def matches(self, samples: Tensor) -> bool:
-        """Whether a batch (B, ...) has this medium's number of dimensions."""
+    @property
+    def ndim(self) -> int: ...
 
     def encode(self, sample: Tensor) -> bytes:
         """Return the content of a file of one sample."""
-
-    def read(self, path: Path) -> Tensor:
-        """Read one sample. Raises ValueError for a damaged file."""
 
     def thumbnail(self, path: Path) -> Thumbnail:
         """Draw a saved sample for a page. Raises ValueError for a damaged file."""
@@ -80,18 +76,12 @@ class Medium(Protocol):
 class ImageMedium:
     """Images (B, 3, H, W) in [0, 1], saved as PNG."""
 
-    name, folder, suffixes = "image", "images", (".png", ".jpg", ".jpeg", ".webp")
-
-    def matches(self, samples: Tensor) -> bool:
-        return samples.ndim == 4
+    name, folder, suffixes, ndim = "image", "images", (".png", ".jpg", ".jpeg", ".webp"), 4
 
     def encode(self, sample: Tensor) -> bytes:
         if sample.shape[0] != 3:
             raise ValueError(f"images must be (B, 3, H, W), not (B, {', '.join(map(str, sample.shape))})")
         return _png(Image.fromarray(eight_bits(sample).permute(1, 2, 0).cpu().numpy()))
-
-    def read(self, path: Path) -> Tensor:
-        return read_image(path)
 
     def thumbnail(self, path: Path) -> Thumbnail:
         with opened_image(path) as file:
@@ -108,20 +98,19 @@ class AudioMedium:
     format: AudioFormat = "wav"
     name: str = "audio"
     folder: str = "audio"
+    ndim: int = 3
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         """The suffix that is written, then the other one."""
         return (".flac", ".wav") if self.format == "flac" else (".wav", ".flac")
 
-    def matches(self, samples: Tensor) -> bool:
-        return samples.ndim == 3
-
     def encode(self, sample: Tensor) -> bytes:
-        return encode_audio(Waveform(sample, self.sample_rate), self.format)
-
-    def read(self, path: Path) -> Tensor:
-        return read_waveform(path).waveform
+        """Return a WAV or FLAC file of a waveform (C, L); NaN is silence. Raises ValueError if soundfile is missing."""
+        samples = sample.detach().float().nan_to_num().clamp(-1, 1).cpu().numpy().T
+        buffer = BytesIO()
+        _soundfile().write(buffer, samples, self.sample_rate, subtype="PCM_16", format=self.format.upper())
+        return buffer.getvalue()
 
     def thumbnail(self, path: Path) -> Thumbnail:
         """Draw the spectrogram of the whole clip, and a player of its beginning as FLAC, whose size is small."""
@@ -129,7 +118,7 @@ class AudioMedium:
         rate, seconds = clip.sample_rate, clip.waveform.shape[1] / clip.sample_rate
         mono = clip.waveform.mean(0, keepdim=True)
         beginning, played_rate = mono[:, : round(PLAYED_SECONDS * rate)], min(rate, PLAYED_RATE)
-        sound = encode_audio(Waveform(resample(beginning, rate, played_rate), played_rate), "flac")
+        sound = AudioMedium(played_rate, "flac").encode(resample(beginning, rate, played_rate))
         part = f"the first {PLAYED_SECONDS:g} of " if seconds > PLAYED_SECONDS else ""
         note = f"{part}{seconds:.3g} s, {lowest_frequency(rate):g} to {rate / 2:g} Hz"
         picture = _png(spectrogram(mono, rate), optimize=True)
@@ -149,7 +138,7 @@ def register_medium(medium: Medium) -> None:
 def medium_of(samples: Tensor) -> Medium:
     """Return the medium of a batch (B, ...) by its shape. Raises ValueError if none matches."""
     for medium in _MEDIA:
-        if medium.matches(samples):
+        if medium.ndim == samples.ndim:
             return medium
     names = ", ".join(medium.name for medium in _MEDIA)
     raise ValueError(f"samples of shape {tuple(samples.shape)} match no medium ({names}): see register_medium")
@@ -179,7 +168,7 @@ def write_samples(samples: Tensor, directory: Path, first: int, medium: Medium |
         ValueError: ``samples`` are not of the medium, or soundfile is missing.
     """
     medium = medium or medium_of(samples)
-    if not medium.matches(samples):
+    if medium.ndim != samples.ndim:
         raise ValueError(f"samples of shape {tuple(samples.shape)} are not of the medium {medium.name!r}")
     names = [f"{medium.folder}/{first + index:05d}{medium.suffixes[0]}" for index in range(len(samples))]
     (directory / medium.folder).mkdir(parents=True, exist_ok=True)
@@ -243,7 +232,7 @@ def _rgb(file: Image.Image, path: Path) -> Image.Image:
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image.convert("RGB")
     image = image.convert("RGBA")
-    if image.getextrema()[3][0] < 255:  # the smallest alpha
+    if np.asarray(image.getchannel("A")).min() < 255:
         warn_once(f"transparent parts of images are put on white, as in {path.parent}")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
@@ -262,14 +251,6 @@ class Waveform:
 
     waveform: Tensor
     sample_rate: int
-
-
-def encode_audio(clip: Waveform, audio: AudioFormat) -> bytes:
-    """Return the bytes of a WAV or FLAC file in 16 bits; NaN is silence. Raises ValueError if soundfile is missing."""
-    samples = clip.waveform.detach().float().nan_to_num().clamp(-1, 1).cpu().numpy().T
-    buffer = BytesIO()
-    _soundfile().write(buffer, samples, clip.sample_rate, subtype="PCM_16", format=audio.upper())
-    return buffer.getvalue()
 
 
 def read_waveform(path: Path) -> Waveform:
@@ -299,12 +280,6 @@ def read_waveform(path: Path) -> Waveform:
     if peak > 1:
         warn_once(f"samples beyond [-1, 1] are clipped, as in {path.parent}")
     return Waveform(waveform.clamp(-1, 1), int(rate))
-
-
-def write_waveform(path: Path, waveform: Tensor, sample_rate: int) -> None:
-    """Write a waveform (C, L) in [-1, 1] as a WAV or FLAC file, by the suffix of ``path``."""
-    audio: AudioFormat = "flac" if path.suffix == ".flac" else "wav"
-    path.write_bytes(encode_audio(Waveform(waveform, sample_rate), audio))
 
 
 def _soundfile() -> Any:

@@ -1,9 +1,9 @@
-"""State that a resumed run restores: of each stateful part, and of the process's global random generators."""
+"""State that a resumed run restores: of stateful parts, the global random generators, and optimizers."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from genalign.runtime.distributed import ProcessGroup
+from genalign.runtime.fsdp import full_tensor, shard_like
 
 
 @dataclass(frozen=True)
@@ -84,3 +85,32 @@ class PerRankState:
         if rank < len(numbers):
             own = {name: tensor[rank].clone() for name, tensor in state.tensors.items()}  # torch takes no views
             self.part.restore(State(own, numbers[rank]))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's per-parameter slots, full tensors, as ``"<parameter index>.<slot>"``.
+
+    Nested slots get one more dotted part. Hyperparameters are not included.
+    """
+    return {name: full_tensor(torch.as_tensor(value)) for name, value in _flat(optimizer.state_dict()["state"])}
+
+
+def _flat(slots: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in slots.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        elif value is not None:
+            yield f"{before}{key}", value
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Restore the slots that ``optimizer_tensors`` returned."""
+    state: dict[int, dict[str, Any]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, tensor in tensors.items():
+        index, *inner, slot = name.split(".")
+        slots = state.setdefault(int(index), {})
+        for key in inner:
+            slots = slots.setdefault(key, {})
+        slots[slot] = shard_like(tensor, parameters[int(index)])
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -48,8 +48,10 @@ class Ledger:
         """Count one call on ``samples`` samples."""
         self.counts[call] += samples
 
-    def bill_with_backward(self, call: str, samples: int, result: Tensor) -> Tensor:
-        """Return ``result``; a gradient that reaches it later is billed as a backward call."""
+    def metered(self, call: str, samples: int, function: Callable[[], Tensor]) -> Tensor:
+        """Bill a call also if it fails, and return its result; a gradient that reaches it is billed as backward."""
+        self.bill(call, samples)
+        result = function()
         if isinstance(result, Tensor) and result.requires_grad:
             hook = lambda gradient: self.bill(backward(call), samples)  # noqa: E731
             result.register_hook(hook)  # type: ignore[no-untyped-call]  # torch has not typed it
@@ -87,22 +89,15 @@ class Metered:
     def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
         """Return the network's output, and bill each sample once, or twice under guidance."""
         samples = len(x) * (2 if guidance > 1 else 1)
-        self.ledger.bill(NFE, samples)
-        return self.ledger.bill_with_backward(NFE, samples, self.pipeline.predict(x, level, conditioning, guidance))
+        return self.ledger.metered(NFE, samples, lambda: self.pipeline.predict(x, level, conditioning, guidance))
 
     def decode(self, latents: Tensor) -> Tensor:
-        self.ledger.bill(DECODE, len(latents))
-        return self.ledger.bill_with_backward(DECODE, len(latents), self.pipeline.decode(latents))
+        return self.ledger.metered(DECODE, len(latents), lambda: self.pipeline.decode(latents))
 
 
 def metered_reward(name: str, function: RewardFunction, ledger: Ledger) -> RewardFunction:
-    """Wrap a reward so that each call is billed to ``ledger``, also one that fails."""
-
-    def call(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        ledger.bill(reward_call(name), len(samples))
-        return ledger.bill_with_backward(reward_call(name), len(samples), function(samples, prompts))
-
-    return call
+    """Wrap a reward so that each call is billed to ``ledger``."""
+    return lambda samples, prompts: ledger.metered(reward_call(name), len(samples), lambda: function(samples, prompts))
 
 
 def metered_rewards(rewards: Sequence[NamedReward], ledger: Ledger) -> list[NamedReward]:
@@ -143,6 +138,13 @@ class Budget:
         if self.nfe is not None:
             return replace(self, nfe=limit)
         return replace(self, cost=limit) if self.cost is not None else replace(self, seconds=limit)
+
+    def remaining(self, ledger: Ledger, prompts: int) -> Budget:
+        """Return this budget less the mean cost of a prompt so far. Raises ValueError if nothing is left."""
+        left = self.limit - self.spent(ledger) / prompts
+        if left <= 0:
+            raise ValueError(f"nothing is left of the budget of {self.limit:.4g} for each prompt: raise the budget")
+        return self.of(left)
 
     def spent(self, ledger: Ledger) -> float:
         """Convert a ledger to this budget's unit. Raises ValueError for a call without a price."""

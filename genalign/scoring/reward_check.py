@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,7 @@ from torch import Tensor
 from genalign.runtime.media import eight_bits, medium_of
 from genalign.types import Prompt, RewardFunction
 
-_STEPS = (0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)  # of finite differences, as parts of a sample's norm
-_GRADIENT_TOLERANCE = 0.05
-_ADVICE = {
+_ADVICE = {  # in the order of the checks
     "result": "return a float tensor (B,), one finite score or NaN for each sample (rewards.adapters takes lists)",
     "determinism": "put networks in eval mode, fix seeds and crops, judge at temperature 0; or average several calls",
     "order": "return the scores in the order of the samples",
@@ -96,30 +94,37 @@ def check(reward: RewardFunction, probe: Probe, expected: Expected | None = None
     Without a usable result there are no other checks, and without determinism none that compare scores.
     """
     checks, failed = _Checks(reward, probe, expected or Expected()), set()
-    alone = (checks.side_effects, checks.unscorable, checks.sensitivity, checks.degradation)
-    comparing = (checks.order, checks.batches, checks.gradient)
-    for measure in (checks.result, checks.determinism, *comparing, *alone):
-        if "result" in failed or ("determinism" in failed and measure in comparing):
+    for name, advice in _ADVICE.items():
+        if "result" in failed or ("determinism" in failed and name in ("order", "batches", "gradient")):
             continue
-        name, before = measure.__name__.replace("_", " "), _switches()
+        before = _switches()
         try:
-            passed, measured = measure()
+            passed, measured = getattr(checks, name.replace(" ", "_"))()
         except Exception as error:  # a user's reward may raise anything
             passed, measured = False, f"raised {type(error).__name__}: {str(error)[:200]}"
         finally:
-            torch.set_grad_enabled(before["grad mode"])
-            torch.set_default_dtype(before["default dtype"])
-            if torch.get_default_device() != before["default device"]:
-                torch.set_default_device(before["default device"])
+            for switch, value in _switches().items():
+                if value != before[switch]:
+                    _SWITCHES[switch][1](before[switch])
         failed |= {name} if passed is False else set()
-        yield Check(name, passed, measured, _ADVICE[name] if passed is False else "")
+        yield Check(name, passed, measured, advice if passed is False else "")
 
 
 _Outcome = tuple[bool | None, str]  # passed, and what was measured
+_SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "default device": (torch.get_default_device, torch.set_default_device),
+}
+
+
+def _switches() -> dict[str, Any]:
+    """Read torch's global switches, which a reward must not change."""
+    return {name: read() for name, (read, _) in _SWITCHES.items()}
 
 
 class _Checks:
-    """The checks of one reward on one probe."""
+    """The checks of one reward on one probe, by the names of their advice."""
 
     def __init__(self, reward: RewardFunction, probe: Probe, expected: Expected) -> None:
         self.reward, self.probe, self.expected = reward, probe, expected
@@ -183,7 +188,7 @@ class _Checks:
         directions = F.normalize(directions.flatten(1), dim=1, eps=1e-20).view_as(directions)
         predicted = (directions * slope).flatten(1).sum(1).double().cpu()
         error = float("inf")
-        for step in _STEPS:
+        for step in (0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4):  # as parts of the sample's norm
             length = step * float(sample.norm())
             above, below = (
                 torch.stack([self.scores(sample + sign * length * way, prompt).double().sum() for way in directions])
@@ -192,7 +197,7 @@ class _Checks:
             slopes, rounding = (above - below) / (2 * length), 4e-7 * above.abs().max() / length
             scale = torch.maximum(predicted.abs(), slopes.abs()).max().clamp_min(1e-20)
             error = min(error, float(((predicted - slopes).abs() - rounding).clamp_min(0).max() / scale))
-        return error <= _GRADIENT_TOLERANCE, f"{error:.1%} off finite differences"
+        return error <= 0.05, f"{error:.1%} off finite differences"
 
     def side_effects(self) -> _Outcome:
         """Check that the samples and torch's grad mode, default dtype and device are unchanged, in either grad mode."""
@@ -248,15 +253,6 @@ class _Checks:
             falls.append(all(after < before for before, after in itertools.pairwise(means)))
             measured.append(f"{name} {' '.join(f'{mean:.3g}' for mean in means)}{' falls' if falls[-1] else ''}")
         return all(falls) if self.expected.degradation else None, "; ".join(measured)
-
-
-def _switches() -> dict[str, Any]:
-    """Read torch's global switches, which a reward must not change."""
-    return {
-        "grad mode": torch.is_grad_enabled(),
-        "default dtype": torch.get_default_dtype(),
-        "default device": torch.get_default_device(),
-    }
 
 
 def _as_jpeg(images: Tensor, quality: int) -> Tensor:

@@ -35,12 +35,12 @@ _MAX_CACHED_JOBS = 256  # finished requests whose answers are retained for a cli
 _UPLOAD_SECONDS = 60.0
 
 
-class Refusal(Exception):
+class Refusal(WireError):
     """A refused request: HTTP status, a code for programs, and a message that says what to do instead."""
 
     def __init__(self, status: int, code: str, message: str, retry_after: int | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.retry_after = status, code, retry_after
+        super().__init__(code, message)
+        self.status, self.retry_after = status, retry_after
 
 
 class Service:
@@ -171,9 +171,9 @@ def _decode(content: bytes, info: ServerInfo) -> Tensor | SampleError:
 
 def _answer_refusal(request: Request, error: Exception) -> Response:
     """Answer a request that was refused, or that breaks the protocol, with the reason as JSON."""
-    if isinstance(error, WireError):
+    assert isinstance(error, WireError)
+    if not isinstance(error, Refusal):
         error = Refusal({"media_type": 415, "count": 422}.get(error.code, 400), error.code, str(error))
-    assert isinstance(error, Refusal)
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     return JSONResponse({"error": {"code": error.code, "message": str(error)}}, error.status, headers)
 
@@ -215,7 +215,7 @@ def build_app(
             Route("/v1/info", service.info),
             Route("/v1/score", service.score, methods=["POST"]),
         ],
-        exception_handlers={Refusal: _answer_refusal, WireError: _answer_refusal},
+        exception_handlers={WireError: _answer_refusal},
         lifespan=lifespan,
     )
 

@@ -1,8 +1,6 @@
 """Search at inference time: better samples from a finished model within a counted budget."""
 
 from genalign.scoring.budget import Budget as Budget
-from genalign.search.beam import Beam as Beam
-from genalign.search.best_of_n import BestOfN as BestOfN
 from genalign.search.fk_steering import FKSteering as FKSteering
 from genalign.search.guidance import DoobGuide as DoobGuide
 from genalign.search.guidance import RewardGradient as RewardGradient
@@ -10,6 +8,8 @@ from genalign.search.noise_optimization import DNO as DNO
 from genalign.search.noise_optimization import ReNO as ReNO
 from genalign.search.noise_search import Evolution as Evolution
 from genalign.search.noise_search import ZeroOrder as ZeroOrder
+from genalign.search.pruning import Beam as Beam
+from genalign.search.pruning import BestOfN as BestOfN
 from genalign.search.pruning import Prune as Prune
 from genalign.search.run_search import SearchResult as SearchResult
 from genalign.search.run_search import search as search

@@ -132,12 +132,12 @@ class SearchRun:
         """Wrap a scoring network that is not one of the rewards, so that its calls are counted as "reward/NAME"."""
         return metered_reward(name, function, self.ledger)
 
-    def start(self, count: int, first: int = 0) -> Particles:
+    def start(self, count: int) -> Particles:
         """Return ``count`` new candidates of every prompt, ordered by prompt.
 
-        Candidate j of a prompt has the same seeds whatever the number of candidates; ``first`` is the least j.
+        Candidate j of a prompt has the same seeds whatever the number of candidates.
         """
-        places = [(p, j) for p in range(len(self.prompts)) for j in range(first, first + count)]
+        places = [(p, j) for p in range(len(self.prompts)) for j in range(count)]
         noise = self.pipeline.initial_noise([derived_seed(self.seed, p, "x", j) for p, j in places])
         return self.start_from(noise, [p for p, _ in places], [derived_seed(self.seed, p, "w", j) for p, j in places])
 
@@ -149,8 +149,6 @@ class SearchRun:
     @torch.no_grad()
     def advance(self, candidates: Particles, to: int, kernel: Kernel = ODE()) -> Particles:  # noqa: B008  # frozen
         """Move candidates until ``to`` steps are done, which costs one NFE a step, or two under guidance."""
-        if to <= candidates.steps_done:
-            raise ValueError(f"candidates after {candidates.steps_done} steps cannot advance to step {to}")
         parts = []
         for part in candidates.split(self.batch_size):
             while part.steps_done < to:
@@ -193,8 +191,7 @@ class SearchRun:
     @torch.no_grad()
     def finish(self, candidates: Particles) -> ScoredParticles:
         """Take the remaining steps by the ODE, decode and score."""
-        if candidates.steps_done < self.steps:
-            candidates = self.advance(candidates, self.steps)
+        candidates = self.advance(candidates, self.steps)
         parts = [self._decode_and_score(part) for part in candidates.split(self.batch_size)]
         samples, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         self.lineage.close(candidates.ids.tolist(), self.steps)

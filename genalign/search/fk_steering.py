@@ -1,34 +1,117 @@
-"""Feynman-Kac steering as a strategy: particles are weighed, resampled and optionally guided."""
+"""Feynman-Kac steering (arXiv 2501.06848): sequential Monte Carlo towards p(x0) exp(lam r(x0)).
+
+K particles of each prompt are sampled together. At some steps their previews are scored, potentials G weigh them, and
+particles of little weight are replaced by copies of others. The potentials along a path multiply to exp(lam r(x0)).
+``FKState`` knows scores, steps and prompts, but no latents: its caller moves and scores N particles of P prompts, and
+copies them as the ancestors say.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import step_noise
-from genalign.diffusion.transitions import Kernel
+from genalign.diffusion.transitions import DDIM, Kernel
+from genalign.scoring.budget import Budget
 from genalign.search.engine import Particles, ScoredParticles, SearchRun, concatenate
 from genalign.search.guidance import Guide, guided_log_ratio
-from genalign.search.smc import FKSettings, FKState, require_stochastic
+from genalign.search.ranking import largest_per_prompt
+from genalign.search.resampling import RESAMPLERS, ResamplerName, effective_size, normalized_weights
 from genalign.search.stepwise import Selection, Stepwise, StepwiseCall
-from genalign.search.strategy import PreviewScorer, PromptBudget, score_previews
+from genalign.search.strategy import PreviewScorer, largest_size, score_previews
+from genalign.types import Grid
+
+logger = logging.getLogger(__name__)
+
+Potential = Literal["difference", "max", "sum"]
+Terminal = Literal["argmax", "weighted"]
 
 
 @dataclass(frozen=True)
-class FKSteering(FKSettings):
-    """Feynman-Kac steering of genalign's pipelines; see ``smc.FKSettings`` for the settings.
+class FKSteering:
+    """Feynman-Kac steering.
 
-    ``particles`` None takes as many as the budget pays for, ``scorer`` scores the previews in place of the rewards, and
-    ``guide`` shifts every stochastic move.
+    Attributes:
+        particles: Number of particles of each prompt; None for as many as the budget pays for.
+        lam: Strength of the target p(x0) exp(lam r(x0)).
+        potential: Factor of a preview with reward r: exp(lam (r - previous r)), exp(lam max) or exp(lam sum) of the
+            rewards so far. At the last step every kind makes the product exp(lam r(x0)).
+        resampler: Scheme that draws the ancestors.
+        ess: Resample a prompt when its effective number of particles is below this fraction of them; None for always.
+        start: First scoring step, as a fraction of the steps.
+        stop: Last scoring step, as a fraction of the steps.
+        every: Distance of scoring steps, as a fraction of the steps.
+        gamma: Tempers lam as DAS does (arXiv 2501.05803); None for the full lam at every step.
+        terminal: "argmax" returns the particle of the best final reward (search), "weighted" one drawn by the weights
+            (sampling).
+        kernel: The rule of the moves; None leaves them to the scheduler of a diffusers pipeline, which must draw noise.
+        scorer: Scores the previews in place of the rewards.
+        guide: Shifts every stochastic move.
     """
 
+    particles: int | None = 4
+    lam: float = 10.0
+    potential: Potential = "difference"
+    resampler: ResamplerName = "ssp"
+    ess: float | None = 0.5
+    start: float = 0.2
+    stop: float = 0.8
+    every: float = 0.2
+    gamma: float | None = None
+    terminal: Terminal = "argmax"
+    kernel: Kernel | None = DDIM(1.0)  # noqa: RUF009  # kernels are frozen
     scorer: PreviewScorer | None = None
     guide: Guide | None = None
 
-    def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
-        count = allowance.largest(run, self.particles, lambda n: replace(self, particles=n), "particles")
+    def __post_init__(self) -> None:
+        for name, choices in (("potential", Potential), ("resampler", ResamplerName), ("terminal", Terminal)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        if self.particles is not None and self.particles < 1:
+            raise ValueError(f"particles must be at least 1, or None if a budget decides, not {self.particles}")
+        if not 0 <= self.lam < math.inf:
+            raise ValueError(f"lam must be finite and 0 or more, not {self.lam}; to lower a score, negate the reward")
+        if self.ess is not None and not 0 < self.ess <= 1:
+            raise ValueError(f"ess is a share of the particles in (0, 1], or None for every time, not {self.ess}")
+        if not (0 <= self.start <= self.stop <= 1 and self.every > 0):
+            raise ValueError(
+                "start, stop and every are fractions of the steps, 0 <= start <= stop <= 1 and every > 0, not"
+                f" {self.start}, {self.stop} and {self.every}"
+            )
+        if self.gamma is not None and not self.gamma > 0:
+            raise ValueError(f"gamma must be positive, or None for the full lam at every step, not {self.gamma}")
+
+    def scoring_steps(self, total: int) -> tuple[int, ...]:
+        """Return the indices of the steps whose previews are scored, and of the last step, whose samples are scored.
+
+        The preview of the last step but one is not scored: copies made there could hardly differ any more, and under a
+        kernel without noise at the end not at all. Raises ValueError if no step is left to resample at.
+        """
+        count = math.floor((self.stop - self.start) / self.every + 1e-9) + 1
+        steps = {round((self.start + place * self.every) * total) for place in range(count)}
+        early = sorted(step for step in steps if step < total - 2)
+        if not early:
+            raise ValueError(
+                f"no preview between {self.start} and {self.stop} of {total} steps leaves its copies time to differ:"
+                " take more steps, or an earlier start"
+            )
+        return (*early, total - 1)
+
+    def strength(self, step: int, total: int) -> float:
+        """Return lam at ``step``; DAS tempers all but the last, lam min((1 + gamma)^(step + 1) - 1, 1) (its code)."""
+        if self.gamma is None or step == total - 1:
+            return self.lam
+        return self.lam * min(math.expm1(min((step + 1) * math.log1p(self.gamma), 1.0)), 1.0)
+
+    def __call__(self, run: SearchRun, budget: Budget | None) -> ScoredParticles:
+        count = largest_size(run, budget, self.particles, lambda n: replace(self, particles=n), "particles")
         finished, state = self.steered(run, count)
         return finished.rows(state.choose())
 
@@ -84,10 +167,141 @@ class FKSteering(FKSettings):
         return concatenate(parts), torch.cat(log_ratios)
 
 
+def require_stochastic(kernel: Kernel, grid: Grid) -> None:
+    """Raise ValueError for a kernel that does not draw noise at every step of the grid but the last."""
+    if not bool((kernel(grid[torch.arange(len(grid))]).s[:-1] > 0).all()):
+        raise ValueError(
+            f"{kernel} moves without noise, so that copies of a particle would stay identical and resampling could"
+            " find nothing new: use a stochastic kernel such as DDIM(1.0), or Prune, which makes no copies"
+        )
+
+
+class FKState:
+    """The weights of N particles of P prompts during one run; a new run needs a new state.
+
+    Prompts may have different numbers of particles, and never exchange any. The random numbers of a prompt depend on
+    ``seed`` and its index alone. Tensors are float64 or long, on the CPU.
+
+    Args:
+        settings: How to weigh and resample.
+        group: Index (N,) long of each particle's prompt.
+        total: Number of sampling steps.
+        seed: Seed of the resampling.
+    """
+
+    def __init__(self, settings: FKSteering, group: Tensor, total: int, seed: int | str) -> None:
+        if group.ndim != 1 or len(group) == 0 or group.dtype != torch.long:
+            raise ValueError(f"group must hold prompt indices (N,) long, N > 0, not {tuple(group.shape)} {group.dtype}")
+        self.settings, self.group, self.total = settings, group.cpu(), total
+        keys = torch.unique(self.group)
+        self.members = [(self.group == key).nonzero()[:, 0] for key in keys]
+        self._generators = [torch.Generator().manual_seed(derived_seed(seed, "resample", int(key))) for key in keys]
+        self._step = -1
+        self._scores = torch.full((len(group),), -math.inf, dtype=torch.float64)
+        self._log_w = torch.zeros_like(self._scores)  # since the prompt was last resampled
+        self._log_product = torch.zeros_like(self._scores)  # of all potentials along the path
+        self._rewards = self._scores.clone() if settings.potential == "max" else self._log_w.clone()  # max or sum
+        self._failed = torch.zeros(len(group), dtype=torch.bool)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """The log weights (N,), up to a constant of each prompt; -inf for a particle whose score failed."""
+        return torch.where(self._failed, -math.inf, self._log_w)
+
+    def weigh(self, scores: Tensor, step: int, log_ratio: Tensor | None = None) -> None:
+        """Multiply the weights by the potentials of one step.
+
+        A particle whose score is not finite has no weight until it is scored again. If all scores of a prompt failed,
+        the step does not change its weights.
+
+        Args:
+            scores: Rewards (N,) of the previews, or at the last step of the samples.
+            step: Index of the step that the previews belong to.
+            log_ratio: log p - log q (N,), summed over the moves since the last call, if they were drawn from a guided
+                q instead of the kernel's p.
+
+        Raises:
+            ValueError: Scores of another shape, a step out of order, or a ratio that is not finite.
+        """
+        if scores.shape != self.group.shape:
+            raise ValueError(f"scores must be ({len(self.group)},), one per particle, not {tuple(scores.shape)}")
+        if not self._step < step < self.total:
+            raise ValueError(
+                f"step {step} cannot be weighed after step {self._step} of {self.total}: steps ascend; make a new"
+                " FKState for a new run"
+            )
+        if log_ratio is not None:
+            log_ratio = log_ratio.detach().cpu().double()
+            if log_ratio.shape != self.group.shape or not bool(log_ratio.isfinite().all()):
+                raise ValueError(
+                    f"log_ratio must be ({len(self.group)},) and finite, not {tuple(log_ratio.shape)}: guide only moves"
+                    " that draw noise"
+                )
+            self._log_w += log_ratio
+        self._step = step
+        self._scores = scores.detach().cpu().double()
+        valid = self._scores.isfinite()
+        if count := int((~valid).sum()):
+            logger.warning("%d of %d scores at step %d are not finite: weight 0", count, len(valid), step)
+        self._scores = torch.where(valid, self._scores, -math.inf)
+        product = self._product_with(self._scores, valid)
+        self._log_w = torch.where(valid, self._log_w + product - self._log_product, self._log_w)
+        self._log_product = torch.where(valid, product, self._log_product)
+        for members in self.members:
+            if bool(valid[members].any()):
+                self._failed[members] = ~valid[members]
+
+    def _product_with(self, scores: Tensor, valid: Tensor) -> Tensor:
+        """Return the log product (N,) of all potentials up to this step."""
+        lam = self.settings.strength(self._step, self.total)
+        if self.settings.potential == "difference" or self._step == self.total - 1:
+            return lam * scores
+        both = torch.maximum(self._rewards, scores) if self.settings.potential == "max" else self._rewards + scores
+        self._rewards = torch.where(valid, both, self._rewards)
+        return self._log_product + lam * self._rewards
+
+    def resample(self) -> Tensor | None:
+        """Return the ancestor (N,) long of every particle, or None if no prompt needs resampling.
+
+        A prompt whose particles are effectively many keeps them and their weights, and no prompt is resampled after the
+        last step. The caller copies all that belongs to a particle but its source of noise, which stays with the place.
+        """
+        if self._step == self.total - 1:
+            return None
+        ancestors, changed, ess = torch.arange(len(self.group)), False, self.settings.ess
+        draw = RESAMPLERS[self.settings.resampler]
+        for members, generator in zip(self.members, self._generators, strict=True):
+            log_weights = self.log_weights[members]
+            if ess is None or effective_size(log_weights) < ess * len(members):
+                ancestors[members] = members[draw(normalized_weights(log_weights), generator)]
+                self._log_w[members], changed = 0.0, True
+        if not changed:
+            return None
+        self._scores, self._failed = self._scores[ancestors], self._failed[ancestors]
+        self._log_w, self._log_product = self._log_w[ancestors], self._log_product[ancestors]
+        self._rewards = self._rewards[ancestors]
+        return ancestors
+
+    def choose(self) -> Tensor:
+        """Return the particle (P,) long of each prompt that ``settings.terminal`` selects; of equal rewards the first.
+
+        Raises ValueError before the last step was weighed.
+        """
+        if self._step != self.total - 1:
+            raise ValueError(f"weigh the samples' own scores first, as step {self.total - 1}")
+        if self.settings.terminal == "argmax":
+            return largest_per_prompt(self._scores, self.group, 1)
+        draws = [
+            members[torch.multinomial(normalized_weights(self.log_weights[members]), 1, generator=generator)]
+            for members, generator in zip(self.members, self._generators, strict=True)
+        ]
+        return torch.cat(draws)
+
+
 class FKSelection(Selection):
     """The selections of ``FKState`` in a pipeline that the strategy does not drive."""
 
-    def __init__(self, settings: FKSettings, call: StepwiseCall) -> None:
+    def __init__(self, settings: FKSteering, call: StepwiseCall) -> None:
         super().__init__(call)
         self.state = FKState(settings, call.prompt, call.steps, call.seed)
 

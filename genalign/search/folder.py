@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from genalign.runtime.file_locks import Claims
-from genalign.runtime.files import write_json, write_text
+from genalign.runtime.files import Claims, write_json, write_text
 from genalign.runtime.media import Writer, write_samples
 from genalign.search.run_search import SearchResult
 

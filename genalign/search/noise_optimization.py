@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.diffusion.transitions import DDIM, ODE, Kernel, transition
+from genalign.scoring.budget import Budget
 from genalign.search.engine import ScoredParticles, SearchRun
-from genalign.search.strategy import PromptBudget, Strategy
+from genalign.search.strategy import Strategy, largest_size
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,15 @@ class NoiseOptimization(ABC):
     def penalty(self, noises: Tensor) -> Tensor:
         """Return the loss (P,) that keeps ``noises`` (P, M, ...) close to Gaussian noise."""
 
-    def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
+    def __call__(self, run: SearchRun, budget: Budget | None) -> ScoredParticles:
         if self.initial_search is None:
             initial = run.start(1).noise
         else:
-            first = self.initial_search(run, allowance.fraction(self.initial_share))
+            first = self.initial_search(run, budget and budget.of(budget.limit * self.initial_share))
             initial = first.candidates.noise[first.best()]
-        iterations = allowance.remaining(run).largest(
-            run, self.iterations, lambda n: replace(self, iterations=n, initial_search=None), "iterations"
-        )
+            budget = budget and budget.remaining(run.ledger, len(run.prompts))
+        alone = replace(self, initial_search=None)
+        iterations = largest_size(run, budget, self.iterations, lambda n: replace(alone, iterations=n), "iterations")
         # noises of unit variance, the initial one first
         stochastic = [i for i in range(run.steps) if float(self.kernel(run.grid[i]).s) > 0]
         seeds = [[derived_seed(run.seed, p, "step", i) for p in range(len(initial))] for i in stochastic]

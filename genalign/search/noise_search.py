@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from genalign.diffusion.noise import derived_seed, seeded_noise
+from genalign.scoring.budget import Budget
 from genalign.search.engine import Particles, ScoredParticles, SearchRun, concatenate
-from genalign.search.strategy import PromptBudget
+from genalign.search.strategy import largest_size
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class ZeroOrder:
         if self.neighbors < 1 or not -1 < self.theta < 1:
             raise ValueError(f"neighbors must be at least 1 and theta in (-1, 1), not {self}")
 
-    def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
-        rounds = allowance.largest(run, self.rounds, lambda n: replace(self, rounds=n), "rounds")
+    def __call__(self, run: SearchRun, budget: Budget | None) -> ScoredParticles:
+        rounds = largest_size(run, budget, self.rounds, lambda n: replace(self, rounds=n), "rounds")
         best = run.finish(run.start(1))
         prompts = [p for p in range(len(run.prompts)) for _ in range(self.neighbors)]
         for number in range(rounds):
@@ -83,10 +84,10 @@ class Evolution:
                 f"sizes and elites must be at least 1, elites at most the first size, strength in (0, 1], not {self}"
             )
 
-    def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
+    def __call__(self, run: SearchRun, budget: Budget | None) -> ScoredParticles:
         if self.starts[-1] >= run.steps:
             raise ValueError(f"generation at step {self.starts[-1]} is past the end of {run.steps} steps")
-        allowance.largest(run, 1, lambda _: self, "evolutions")
+        largest_size(run, budget, 1, lambda _: self, "evolutions")
         states, everything = self._complete(run, run.start(self.sizes[0]), 0)
         for generation in range(1, len(self.starts)):
             parents = states[generation].rows(everything.best(self.elites))

@@ -1,16 +1,38 @@
-"""Pruning (TTSnap, arXiv 2511.22242): many candidates start, and those with low preview scores are dropped.
-
-Pruning step s comes after the network evaluation at sigma_s: a candidate that is dropped there has cost s + 1 NFE.
-"""
+"""Strategies that keep the best of many candidates: best-of-N, pruning and beam search."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 
+import torch
+
+from genalign.diffusion.transitions import DDIM, ODE, Kernel, trainable_steps
+from genalign.scoring.budget import Budget
 from genalign.search.engine import ScoredParticles, SearchRun
 from genalign.search.ranking import best_per_prompt
-from genalign.search.strategy import PreviewScorer, PromptBudget, score_previews
+from genalign.search.stepwise import Stepwise
+from genalign.search.strategy import PreviewScorer, largest_size, score_previews
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """Samples ``candidates`` times for every prompt by ``kernel``; None for as many as the budget pays for."""
+
+    candidates: int | None = None
+    kernel: Kernel = ODE()  # noqa: RUF009  # kernels are frozen
+
+    def __call__(self, run: SearchRun, budget: Budget | None) -> ScoredParticles:
+        count = largest_size(run, budget, self.candidates, lambda n: replace(self, candidates=n), "candidates")
+        return run.finish(run.advance(run.start(count), run.steps, self.kernel))
+
+    def stepwise(self) -> Stepwise:
+        """Describe the strategy to ``pipelines.steer``. Raises ValueError for a kernel other than the ODE."""
+        if self.kernel != ODE():
+            raise ValueError(
+                "best-of-N keeps the scheduler's moves: give the pipeline another scheduler instead of a kernel"
+            )
+        return Stepwise(self.candidates)
 
 
 @dataclass(frozen=True)
@@ -32,13 +54,6 @@ class PruneSchedule:
         if any(not 0 < share <= 1 for share in self.keep):
             raise ValueError(f"keep holds shares in (0, 1], not {self.keep}")
 
-    def check(self, total: int) -> None:
-        """Raise ValueError for a step after which no network evaluation of the ``total`` could be saved."""
-        if self.steps and self.steps[-1] >= total - 1:
-            raise ValueError(
-                f"step {self.steps[-1]} is past the end: of {total} steps, 0 to {total - 2} can be pruned at"
-            )
-
     def counts(self, candidates: int) -> tuple[int, ...]:
         """Return the number of candidates at the start and after each pruning step."""
         alive = [candidates]
@@ -50,21 +65,63 @@ class PruneSchedule:
 
 @dataclass(frozen=True)
 class Prune(PruneSchedule):
-    """Pruning by the run's rewards of decoded previews, or by ``scorer``, such as a noise-aware reward.
+    """Pruning (TTSnap, arXiv 2511.22242) by the run's rewards of decoded previews, or by ``scorer``.
 
-    Several rewards count by the sum of ranks among the candidates left. ``candidates`` None starts as many as the
-    budget pays for.
+    A candidate that is dropped after the network evaluation at sigma_s has cost s + 1 NFE. Several rewards count by the
+    sum of ranks among the candidates left. ``scorer`` may be a noise-aware reward, and ``candidates`` None starts as
+    many as the budget pays for.
     """
 
     candidates: int | None = None
     scorer: PreviewScorer | None = None
 
-    def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles:
-        self.check(run.steps)
-        count = allowance.largest(run, self.candidates, lambda n: replace(self, candidates=n), "candidates")
+    def __call__(self, run: SearchRun, budget: Budget | None) -> ScoredParticles:
+        if self.steps and self.steps[-1] >= run.steps - 1:
+            raise ValueError(
+                f"step {self.steps[-1]} is past the end: of {run.steps} steps, 0 to {run.steps - 2} can be pruned at"
+            )
+        count = largest_size(run, budget, self.candidates, lambda n: replace(self, candidates=n), "candidates")
         alive = run.start(count)
         for step, left in zip(self.steps, self.counts(count)[1:], strict=True):
             alive = run.advance(alive, step + 1)
             scores = score_previews(run, alive, self.scorer)
             alive = run.keep(alive, best_per_prompt(scores, alive.prompt, left))
         return run.finish(alive)
+
+
+@dataclass(frozen=True)
+class Beam:
+    """Beam search over stochastic steps, which keeps the ``chains`` best of all proposals of a prompt at every step.
+
+    Each chain makes ``proposals`` by the stochastic ``kernel``, None for as many as the budget pays for. A proposal is
+    scored by the preview that the network predicts at its own latents. That prediction is the winner's next step, so
+    that a step costs one NFE for each proposal (public code pays one more for the winner). One chain is SVDD-PM (arXiv
+    2408.08252).
+    """
+
+    chains: int = 1
+    proposals: int | None = 4
+    kernel: Kernel = DDIM(1.0)  # noqa: RUF009  # kernels are frozen
+    scorer: PreviewScorer | None = None
+
+    def __post_init__(self) -> None:
+        if self.chains < 1 or (self.proposals is not None and self.proposals < 1):
+            raise ValueError(f"chains and proposals must be at least 1, not {self.chains} and {self.proposals}")
+
+    @torch.no_grad()
+    def __call__(self, run: SearchRun, budget: Budget | None) -> ScoredParticles:
+        if not trainable_steps(self.kernel, run.grid):
+            raise ValueError(f"{self.kernel} adds no noise: all proposals would be equal; use DDIM(1.0), or Prune")
+        count = largest_size(run, budget, self.proposals, lambda n: replace(self, proposals=n), "proposals")
+        chains = run.start(self.chains)
+        prediction = run.in_batches(chains, run.predict)
+        for _ in range(run.steps - 1):
+            proposals = run.branch(chains, count)
+            proposals = run.move(proposals, prediction.repeat_interleave(count, dim=0), self.kernel)
+            prediction = run.in_batches(proposals, run.predict)
+            preview = run.pipeline.path.x0(proposals.x, prediction, run.grid[proposals.steps_done])
+            proposals = replace(proposals, preview=preview)
+            scores = score_previews(run, proposals, self.scorer)
+            winners = best_per_prompt(scores, proposals.prompt, self.chains)
+            chains, prediction = run.keep(proposals, winners), prediction[winners]
+        return run.finish(run.move(chains, prediction, self.kernel))

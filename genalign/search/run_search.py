@@ -15,7 +15,7 @@ from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Budget, Ledger, measure_prices
 from genalign.scoring.score import NamedReward, RewardError, named, probe
 from genalign.search.engine import ScoredParticles, SearchRun
-from genalign.search.strategy import PromptBudget, Strategy
+from genalign.search.strategy import Strategy
 from genalign.types import Grid, Pipeline, Prompt, PromptSet, RewardFunction
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def search(
     winners: list[int] = []
     for place, prompt in enumerate(each):
         run = SearchRun(pipeline, [prompt], rewards, grid, guidance, batch_size, f"{seed}/{place}")
-        finished = strategy(run, PromptBudget(budget))
+        finished = strategy(run, budget)
         best.append(finished.rows(finished.best()))
         if bool(best[-1].scores.isnan().any()):
             logger.warning("the best sample of %r could not be scored by every reward", prompt.text)

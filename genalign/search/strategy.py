@@ -1,10 +1,9 @@
-"""The interface of strategies, and the budget that they plan with."""
+"""The interface of strategies, and how they plan with a budget."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,11 +18,11 @@ from genalign.types import Conditioning, NoiseLevel, Pipeline, Prompt, RewardFun
 class Strategy(Protocol):
     """A search: turns noise into finished candidates of every prompt of a run, the best of which are returned.
 
-    It spends at most ``allowance`` on each prompt, and raises ValueError if that does not pay for one sample. Without
-    a budget, the strategy's own settings say how many candidates it makes.
+    It spends at most ``budget`` on each prompt, and raises ValueError if that does not pay for one sample. Without a
+    budget, the strategy's own settings say how many candidates it makes.
     """
 
-    def __call__(self, run: SearchRun, allowance: PromptBudget) -> ScoredParticles: ...
+    def __call__(self, run: SearchRun, budget: Budget | None) -> ScoredParticles: ...
 
 
 def count_calls(run: SearchRun, strategy: Strategy) -> Ledger:
@@ -34,7 +33,7 @@ def count_calls(run: SearchRun, strategy: Strategy) -> Ledger:
     scores must make the most of them where scores are equal, or it may overdraw a budget.
     """
     twin = _CountingRun(run)
-    strategy(twin, PromptBudget())
+    strategy(twin, None)
     return twin.ledger
 
 
@@ -78,62 +77,44 @@ def _zero_scores(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return samples.flatten(1).sum(1)
 
 
-@dataclass(frozen=True)
-class PromptBudget:
-    """The limit for each prompt of a run; without a ``budget`` there is none."""
+def largest_size(
+    run: SearchRun, budget: Budget | None, size: int | None, sized: Callable[[int], Strategy], unit: str
+) -> int:
+    """Return ``size`` if the budget pays for it, or for None the largest size that the budget pays for.
 
-    budget: Budget | None = None
+    Args:
+        run: The run to plan for; its networks are not called.
+        budget: The limit for each prompt; None for no limit.
+        size: The size in the strategy's settings.
+        sized: Returns the strategy at a size; the cost must not fall with the size.
+        unit: The setting that is the size, for messages.
 
-    def fraction(self, share: float) -> PromptBudget:
-        """Return ``share`` of this budget."""
-        return self if self.budget is None else PromptBudget(self.budget.of(self.budget.limit * share))
+    Raises:
+        ValueError: There is neither a size nor a budget, or the size, or a size of 1, costs more than the budget.
+    """
+    if budget is None:
+        if size is None:
+            raise ValueError(f"say how many {unit}, or give a budget")
+        return size
+    limit = budget.limit * (1 + 1e-9)  # sums of prices are rounded
 
-    def remaining(self, run: SearchRun) -> PromptBudget:
-        """Return the budget less the mean cost of a prompt so far. Raises ValueError if nothing is left."""
-        if self.budget is None:
-            return self
-        left = self.budget.limit - self.budget.spent(run.ledger) / len(run.prompts)
-        if left <= 0:
-            raise ValueError(
-                f"nothing is left of the budget of {self.budget.limit:.4g} for each prompt: raise the budget"
-            )
-        return PromptBudget(self.budget.of(left))
+    def cost(count: int) -> float:
+        return budget.spent(count_calls(run, sized(count)))
 
-    def largest(self, run: SearchRun, size: int | None, sized: Callable[[int], Strategy], unit: str) -> int:
-        """Return ``size`` if the budget pays for it, or for None the largest size that the budget pays for.
-
-        Args:
-            run: The run to plan for; its networks are not called.
-            size: The size in the strategy's settings.
-            sized: Returns the strategy at a size; the cost must not fall with the size.
-            unit: The setting that is the size, for messages.
-
-        Raises:
-            ValueError: There is neither a size nor a budget, or the size, or a size of 1, costs more than the budget.
-        """
-        if self.budget is None:
-            if size is None:
-                raise ValueError(f"say how many {unit}, or give a budget")
-            return size
-        budget, limit = self.budget, self.budget.limit * (1 + 1e-9)  # sums of prices are rounded
-
-        def cost(count: int) -> float:
-            return budget.spent(count_calls(run, sized(count)))
-
-        if cost(size or 1) > limit:
-            raise ValueError(
-                f"{unit}={size or 1} costs {cost(size or 1):.4g} for each prompt, but the budget is {budget.limit:.4g}:"
-                f" raise the budget, or take fewer {unit} or fewer steps"
-            )
-        if size is not None:
-            return size
-        low, high = 1, 2
-        while cost(high) <= limit:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if cost(middle) <= limit else (low, middle)
-        return low
+    if cost(size or 1) > limit:
+        raise ValueError(
+            f"{unit}={size or 1} costs {cost(size or 1):.4g} for each prompt, but the budget is {budget.limit:.4g}:"
+            f" raise the budget, or take fewer {unit} or fewer steps"
+        )
+    if size is not None:
+        return size
+    low, high = 1, 2
+    while cost(high) <= limit:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) <= limit else (low, middle)
+    return low
 
 
 class PreviewScorer(Protocol):

@@ -90,12 +90,21 @@ class Checkpoints:
         return path
 
     def _save(self, path: Path, rounds: int, states: Mapping[str, State]) -> None:
-        """Write a checkpoint beside its place and rename it, so that it is complete or absent."""
+        """Write a checkpoint beside its place, flush it to the disk and rename it: it is complete or absent."""
         for unfinished in self.folder.glob(f"round-*{_PART}"):  # left by a killed process
             shutil.rmtree(unfinished, ignore_errors=True)
         beside = path.with_name(path.name + _PART)
+        tensors: dict[str, Tensor] = {}
+        for name, state in states.items():
+            tensors |= with_prefix(f"{name}.", state.tensors)
+        parts = {name: state.numbers for name, state in states.items()}
         try:
-            _write(beside, rounds, states)
+            save_state(beside / _TENSORS, tensors, {})
+            write_json(beside / _NUMBERS, {"parts": parts, "tensors": list(tensors)})  # safetensors loses their order
+            files = {name: _fingerprint(beside / name) for name in (_TENSORS, _NUMBERS)}
+            write_json(beside / _MANIFEST, {"format": FORMAT, "rounds": rounds, "files": files})
+            for written in (*beside.iterdir(), beside):
+                sync(written)
             _discard(path)  # a damaged checkpoint of the same round
             os.rename(beside, path)
         except OSError:
@@ -149,20 +158,6 @@ class Checkpoints:
             link.unlink(missing_ok=True)
             link.symlink_to(path.name)
             os.replace(link, self.folder / "latest")
-
-
-def _write(beside: Path, rounds: int, states: Mapping[str, State]) -> None:
-    """Write all files of a checkpoint, and flush them to the disk."""
-    tensors: dict[str, Tensor] = {}
-    for name, state in states.items():
-        tensors |= with_prefix(f"{name}.", state.tensors)
-    save_state(beside / _TENSORS, tensors, {})
-    parts = {name: state.numbers for name, state in states.items()}
-    write_json(beside / _NUMBERS, {"parts": parts, "tensors": list(tensors)})  # safetensors loses their order
-    files = {name: _fingerprint(beside / name) for name in (_TENSORS, _NUMBERS)}
-    write_json(beside / _MANIFEST, {"format": FORMAT, "rounds": rounds, "files": files})
-    for path in (*beside.iterdir(), beside):
-        sync(path)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

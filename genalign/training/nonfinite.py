@@ -104,14 +104,8 @@ class NonFiniteGuard:
             else:
                 self.written.append(path)
                 where = f", see {path}"
-        logger.warning(
-            "Round %d, update %d was skipped: gradient norm %s, loss %s%s",
-            update.round + 1,
-            update.update,
-            update.grad_norm,
-            update.loss,
-            where,
-        )
+        numbers = update.round + 1, update.update, update.grad_norm, update.loss, where
+        logger.warning("Round %d, update %d was skipped: gradient norm %s, loss %s%s", *numbers)
         if self.in_row >= self.max_in_row:
             raise DivergedError(
                 f"{self.in_row} updates in a row had a gradient that is not finite (training.max_skipped_updates)"

@@ -15,27 +15,11 @@ from genalign.runtime.media import medium_of
 from genalign.runtime.waveforms import warn_once
 from genalign.types import FeatureFunction, Prompt, RewardFunction
 
-Statistics = Mapping[str, Callable[[Tensor], Tensor]]
-STATISTICS: dict[str, Statistics] = {
-    "image": {
-        "saturation": image.saturation,
-        "high frequencies": image.high_frequency,
-        "grid": image.grid_energy,
-    },
+STATISTICS: dict[str, Mapping[str, Callable[[Tensor], Tensor]]] = {
+    "image": {"saturation": image.saturation, "high frequencies": image.high_frequency, "grid": image.grid_energy},
     "audio": {"level": audio.level, "crest": audio.crest, "high frequencies": audio.high_frequency},
 }
 """Statistics (B,) of samples (B, ...) by the name of their medium; add an entry for a medium of your own."""
-
-
-def statistics_of(samples: Tensor) -> Statistics:
-    """Return the statistics of the samples' medium; none, with a warning, for a medium that has no entry."""
-    medium = medium_of(samples)
-    if medium.name not in STATISTICS:
-        warn_once(
-            f"reward-hacking report: no statistics are registered for the medium {medium.name!r}; add them to"
-            " genalign.training.panel.STATISTICS"
-        )
-    return STATISTICS.get(medium.name, {})
 
 
 @dataclass(frozen=True)
@@ -100,11 +84,16 @@ class PanelMeasures:
     @torch.no_grad()
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> PanelSnapshot:
         """Measure images (N, 3, H, W) in [0, 1] or waveforms (N, C, L) in [-1, 1]."""
-        statistics = statistics_of(samples)
+        medium = medium_of(samples).name
+        if medium not in STATISTICS:
+            warn_once(
+                f"reward-hacking report: no statistics are registered for the medium {medium!r}; add them to"
+                " genalign.training.panel.STATISTICS"
+            )
         texts = list(dict.fromkeys(prompt.text for prompt in prompts))
         return PanelSnapshot(
             torch.tensor([texts.index(prompt.text) for prompt in prompts]),
-            {name: measure(samples).double().cpu() for name, measure in statistics.items()},
+            {name: measure(samples).double().cpu() for name, measure in STATISTICS.get(medium, {}).items()},
             {name: reward(samples, prompts).double().cpu() for name, reward in self.rewards.items()},
             None if self.features is None else F.normalize(self.features(samples).double().cpu(), dim=-1),
             {name: measure(samples, prompts) for name, measure in self.diagnostics.items()},

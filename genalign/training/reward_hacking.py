@@ -226,10 +226,9 @@ def due(rounds: int, every: int, last: bool) -> bool:
     return rounds == 1 or rounds % every == 0 or last
 
 
+@dataclass
 class HackingGuard:
     """The comparison of the current model with the untrained one during a run, and the reaction to a red report.
-
-    ``begin()`` takes the snapshot of the untrained model. ``stopped`` is set once a red report ends the run.
 
     Args:
         snapshot: Take a snapshot with the current weights.
@@ -237,40 +236,39 @@ class HackingGuard:
         limits: The limits of the signals.
         actions: The reaction to a red report.
         every: The number of rounds between two reports.
+        stopped: Whether a red report has ended the run.
+        before: The snapshot of the untrained model, from ``begin()``.
+        best: The best mean shift of the held-out rewards so far.
 
     Raises:
         ValueError: ``keep_best`` without a held-out reward.
     """
 
-    def __init__(
-        self,
-        snapshot: Callable[[], PanelSnapshot],
-        rewards: tuple[str, ...],
-        limits: Limits,
-        actions: Actions,
-        every: int,
-    ) -> None:
-        if actions.keep_best and not rewards:
+    snapshot: Callable[[], PanelSnapshot]
+    rewards: tuple[str, ...]
+    limits: Limits
+    actions: Actions
+    every: int
+    stopped: bool = False
+    before: PanelSnapshot | None = None
+    best: float = -math.inf
+
+    def __post_init__(self) -> None:
+        if self.actions.keep_best and not self.rewards:
             raise ValueError(
                 "reward_hacking.on_red.keep_best compares held-out rewards: name one in reward_hacking.rewards"
             )
-        self.actions, self.every = actions, every
-        self._snapshot, self._rewards, self._limits = snapshot, rewards, limits
-        self._before: PanelSnapshot | None = None
-        self._best = -math.inf
-        self.stopped = False
 
     def begin(self) -> None:
         """Take the snapshot of the untrained model."""
-        self._before = self._snapshot()
+        self.before = self.snapshot()
 
     def report(self, rounds: int, last: bool, kl: float) -> HackingReport | None:
         """Return the report after ``rounds`` rounds, if one is due, and log a warning for an alarm."""
         if not due(rounds, self.every, last):
             return None
-        if self._before is None:
-            raise ValueError("there is no snapshot of the untrained model: call begin() before training")
-        report = compare_snapshots(self._before, self._snapshot(), kl, self._limits)
+        assert self.before is not None, "begin() comes before the first report"
+        report = compare_snapshots(self.before, self.snapshot(), kl, self.limits)
         if report.alarm:
             logger.warning("Round %d: the reward may be exploited: %s", rounds, report.alarm)
         return report
@@ -278,10 +276,10 @@ class HackingGuard:
     def react(self, report: HackingReport, trainer: Trainer, save_best: Callable[[], None]) -> None:
         """Act on a red report as ``actions`` says; ``save_best`` writes the current weights as the best so far."""
         if report.status != "red":
-            shifts = [signal.shift.mean for signal in report.signals if signal.name in self._rewards]
+            shifts = [signal.shift.mean for signal in report.signals if signal.name in self.rewards]
             score = sum(shifts) / len(shifts) if shifts else -math.inf
-            if self.actions.keep_best and score > self._best:
-                self._best = score
+            if self.actions.keep_best and score > self.best:
+                self.best = score
                 save_best()
             return
         if self.actions.raise_kl is not None:
@@ -292,11 +290,11 @@ class HackingGuard:
 
     def state(self) -> State:
         """The snapshot of the untrained model, the best score so far, and whether the run has ended."""
-        tensors = self._before.tensors() if self._before else {}
-        return State(tensors, {"best": self._best if math.isfinite(self._best) else None, "stopped": self.stopped})
+        tensors = self.before.tensors() if self.before else {}
+        return State(tensors, {"best": self.best if math.isfinite(self.best) else None, "stopped": self.stopped})
 
     def restore(self, state: State) -> None:
         """Restore the state of ``state()``."""
-        self._before = PanelSnapshot.from_tensors(state.tensors)
-        self._best = -math.inf if state.numbers["best"] is None else state.numbers["best"]
+        self.before = PanelSnapshot.from_tensors(state.tensors)
+        self.best = -math.inf if state.numbers["best"] is None else state.numbers["best"]
         self.stopped = state.numbers["stopped"]

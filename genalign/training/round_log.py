@@ -1,22 +1,28 @@
-"""The log of a run's rounds: in the terminal, in log lines, and in experiment trackers."""
+"""The log of a run's rounds: in the terminal, in log lines, in experiment trackers, and in samples."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
 import numpy as np
+import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn import functional as F
 
 from genalign.metrics.intervals import Estimate
+from genalign.runtime.media import AudioMedium, save_images
 from genalign.scoring.budget import peak_memory
+from genalign.training.reward_hacking import due
 from genalign.training.round_result import RoundResult
 from genalign.training.trainer import Trainer
 
@@ -57,7 +63,7 @@ class RoundDisplay:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def show(self, result: RoundResult, held_out: Mapping[str, Estimate] | None) -> None:
+    def show(self, result: RoundResult, held_out: Mapping[str, Estimate]) -> None:
         """Show the metrics of a round, and the first score of the latest evaluation of held-out prompts."""
         if held_out:
             self._held_out = f"{next(iter(held_out.values())).mean:.3f}"
@@ -89,21 +95,6 @@ def format_rate(samples_per_second: float) -> str:
     return f"{1 / samples_per_second:.1f} s/sample"
 
 
-class Tracker(Protocol):
-    """An experiment tracker of accelerate."""
-
-    name: str
-
-    def log(self, values: Mapping[str, Any], step: int | None = None) -> None: ...
-
-
-@runtime_checkable
-class ImageTracker(Tracker, Protocol):
-    """An experiment tracker that takes images (N, H, W, 3) in 8 bits."""
-
-    def log_images(self, values: Mapping[str, Any], step: int | None = None, **options: Any) -> None: ...
-
-
 def flat_numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """Flatten the numbers of a row of metrics.jsonl, with names such as ``rewards/ocr``.
 
@@ -126,13 +117,11 @@ def flat_numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def log_round(
-    trackers: Sequence[Tracker], step: int, row: Mapping[str, Any], folder: Path, samples: Sequence[str]
-) -> None:
+def log_round(trackers: Sequence[Any], step: int, row: Mapping[str, Any], folder: Path, samples: Sequence[str]) -> None:
     """Log a round in experiment trackers.
 
     Args:
-        trackers: The trackers.
+        trackers: The trackers of accelerate.
         step: The index of the round.
         row: The round's row of metrics.jsonl, of which the numbers are logged.
         folder: The run's folder.
@@ -141,7 +130,60 @@ def log_round(
     paths = [folder / name for name in samples if name.endswith(".png")]
     for tracker in trackers:
         tracker.log(flat_numbers(row), step=step)
-        if paths and isinstance(tracker, ImageTracker):
+        if paths and hasattr(tracker, "log_images"):
             images = np.stack([np.asarray(Image.open(path, formats=["PNG"])) for path in paths])  # (N, H, W, 3)
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": images}, step=step, **layout)
+
+
+@dataclass(frozen=True)
+class SampleGrid:
+    """Settings: ``count`` samples every ``every`` rounds, and after the first and the last; 0 is off."""
+
+    every: int = 0
+    count: int = 8
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.count < 1:
+            raise ValueError(f"sample_grid needs every >= 0 and count >= 1, not {self.every} and {self.count}")
+
+
+@dataclass(frozen=True)
+class SampleGridWriter:
+    """A writer of samples to RUN/samples: round-000012.png for images, round-000012-00.wav and so on for clips.
+
+    Args:
+        sample: Generate the samples (N, ...) with the current weights; None on ranks that do not write.
+        sample_rate: The rate of waveforms in Hz; None for images.
+        every: The number of rounds between two grids.
+    """
+
+    sample: Callable[[], Tensor | None]
+    sample_rate: int | None
+    every: int
+
+    def after(self, rounds: int, last: bool, run: Path) -> list[str]:
+        """Write a grid if one is due after ``rounds`` rounds; return its file names, relative to ``run``."""
+        samples = self.sample() if due(rounds, self.every, last) else None
+        if samples is None:
+            return []
+        (run / "samples").mkdir(exist_ok=True)
+        stem = f"samples/round-{rounds:06d}"
+        if self.sample_rate is None:
+            save_images(tile(samples)[None], [run / f"{stem}.png"])
+            return [f"{stem}.png"]
+        names = [f"{stem}-{number:02d}.wav" for number in range(len(samples))]
+        for name, waveform in zip(names, samples, strict=True):
+            (run / name).write_bytes(AudioMedium(self.sample_rate).encode(waveform))
+        return names
+
+
+def tile(images: Tensor, margin: int = 2) -> Tensor:
+    """Tile images (N, 3, H, W) into one (3, rows * (H + margin), columns * (W + margin)) on white."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    framed = F.pad(images.detach().float().cpu(), (0, margin, 0, margin), value=1.0)
+    blank = torch.ones(rows * columns - len(images), *framed.shape[1:])
+    height, width = framed.shape[2:]
+    cells = torch.cat([framed, blank]).reshape(rows, columns, 3, height, width)
+    return cells.permute(2, 0, 3, 1, 4).reshape(3, rows * height, columns * width)

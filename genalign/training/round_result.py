@@ -39,16 +39,15 @@ class RoundResult:
 
     def as_dict(self) -> dict[str, object]:
         """Return the row of metrics.jsonl, with null for values that are not finite and the machine's figures apart."""
-        row: dict[str, object] = {
-            name: (value if not isinstance(value, float) or math.isfinite(value) else None)
-            for name, value in vars(self).items()
-            if name != "seconds"
-        }
-        for name in ("rewards", "metrics"):
-            row[name] = {key: value if math.isfinite(value) else None for key, value in vars(self)[name].items()}
+
+        def finite(value: object) -> object:
+            if isinstance(value, dict):
+                return {name: finite(inner) for name, inner in value.items()}
+            return value if not isinstance(value, float) or math.isfinite(value) else None
+
         machine = {
             "seconds": self.seconds,
             "samples_per_second": self.samples / self.seconds if self.seconds else 0.0,
             "peak_memory_bytes": peak_memory(),
         }
-        return row | {"machine": machine}
+        return {name: finite(value) for name, value in vars(self).items() if name != "seconds"} | {"machine": machine}

@@ -15,10 +15,9 @@ from genalign.scoring.score import RewardError
 from genalign.training.checkpointing import CheckpointWriter
 from genalign.training.nonfinite import DivergedError
 from genalign.training.reward_hacking import HackingGuard, HackingReport, due
-from genalign.training.round_log import RoundDisplay, Tracker, log_round
+from genalign.training.round_log import RoundDisplay, SampleGridWriter, log_round
 from genalign.training.round_result import RoundResult
 from genalign.training.run_folder import RunFolder, WeightStore
-from genalign.training.sample_grid import SampleGridWriter
 from genalign.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -43,24 +42,6 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 @dataclass(frozen=True)
-class RoundObservation:
-    """Held-out estimates, the reward-hacking report and the files of the sample grid after a round, if due."""
-
-    held_out: Mapping[str, Estimate] | None
-    report: HackingReport | None
-    samples: Sequence[str]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The observation's part of the row in metrics.jsonl."""
-        held_out = {name: estimate.as_dict() for name, estimate in (self.held_out or {}).items()}
-        return {
-            "held_out": held_out or None,
-            "reward_hacking": self.report.as_list() if self.report else None,
-            "sample_grid": list(self.samples) or None,
-        }
-
-
-@dataclass(frozen=True)
 class RoundMonitors:
     """Observers of the model between rounds; none of them changes the training's randomness or its NFE.
 
@@ -81,19 +62,23 @@ class RoundMonitors:
         """Whether a red report of the guard has ended the run."""
         return self.guard is not None and self.guard.stopped
 
-    def observe(self, result: RoundResult, rounds: int, last: bool, run: Path) -> RoundObservation:
-        """Make the observations that are due after ``rounds`` rounds of the run in the folder ``run``."""
-        held_out = None
+    def observe(
+        self, result: RoundResult, rounds: int, last: bool, run: Path
+    ) -> tuple[Mapping[str, Estimate], HackingReport | None, Sequence[str]]:
+        """Return held-out estimates, the reward-hacking report and the files of the sample grid, if they are due.
+
+        Args:
+            result: The result of the last round.
+            rounds: The number of rounds so far.
+            last: Whether the run ends after this round.
+            run: The folder of the run.
+        """
+        held_out: Mapping[str, Estimate] = {}
         if self.evaluate_held_out is not None and due(rounds, self.held_out_every, last):
             held_out = self.evaluate_held_out()
         report = self.guard.report(rounds, last, result.kl) if self.guard else None
         samples = self.sample_grid.after(rounds, last, run) if self.sample_grid else []
-        return RoundObservation(held_out, report, samples)
-
-    def react(self, observation: RoundObservation, trainer: Trainer, save_best: Callable[[], None]) -> None:
-        """Let the guard act on its report; ``save_best`` writes the current weights as the best so far."""
-        if self.guard and observation.report:
-            self.guard.react(observation.report, trainer, save_best)
+        return held_out, report, samples
 
 
 def train(
@@ -102,7 +87,7 @@ def train(
     pipeline: WeightStore,
     checkpoints: CheckpointWriter,
     monitors: RoundMonitors,
-    trackers: Sequence[Tracker] = (),
+    trackers: Sequence[Any] = (),
 ) -> bool:
     """Run the remaining rounds, and write the weights at the end.
 
@@ -132,14 +117,19 @@ def train(
                 last = trainer.settings.progress(rounds, result.nfe) >= 1
 
                 # Observe and log
-                observation = monitors.observe(result, rounds, last, folder.path)
-                row = result.as_dict() | observation.as_dict()
+                held_out, report, samples = monitors.observe(result, rounds, last, folder.path)
+                row = result.as_dict() | {
+                    "held_out": {name: estimate.as_dict() for name, estimate in held_out.items()} or None,
+                    "reward_hacking": report.as_list() if report else None,
+                    "sample_grid": list(samples) or None,
+                }
                 folder.append(row)
-                log_round(trackers, result.round, row, folder.path, observation.samples)
-                display.show(result, observation.held_out)
+                log_round(trackers, result.round, row, folder.path, samples)
+                display.show(result, held_out)
 
                 # React to reward hacking, save, and end early after a red report or Ctrl-C
-                monitors.react(observation, trainer, lambda: best.save(policy, pipeline))
+                if monitors.guard and report:
+                    monitors.guard.react(report, trainer, lambda: best.save(policy, pipeline))
                 interrupted = trainer.processes.any_rank(ctrl_c())
                 stopping = interrupted or monitors.stopped
                 checkpoints.after(rounds, last or stopping)

@@ -20,6 +20,7 @@ from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import Rollout, RolloutInputs, kernel_per_step, rollout, rows_are_finite
 from genalign.runtime.distributed import ALL_RANKS, RankShare
 from genalign.scoring.score import NamedReward, score
+from genalign.training.settings import TrainerSettings
 from genalign.types import Grid, Pipeline, Prompt
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class SampledBatch:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A callable that samples and scores ``group_size`` samples of every prompt, in batches of ``batch_size``.
+    """A callable that samples and scores a group of samples of every prompt, in batches, as ``settings`` say.
 
     With ``overlap_scoring``, a batch is decoded and scored in a thread while the next one is sampled, so that two
     batches are in memory.
@@ -48,9 +49,7 @@ class Sampler:
     rewards: Sequence[NamedReward]
     grid: Grid
     guidance: float
-    group_size: int
-    batch_size: int
-    overlap_scoring: bool = False
+    settings: TrainerSettings
 
     def __call__(
         self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str, share: RankShare = ALL_RANKS
@@ -65,11 +64,11 @@ class Sampler:
             share: This rank's share of the batches.
         """
         scoring = self._sample(recipe, steps, prompts, name, share)
-        yield from in_thread(scoring) if self.overlap_scoring else (score_batch() for score_batch in scoring)
+        yield from in_thread(scoring) if self.settings.overlap_scoring else (score_batch() for score_batch in scoring)
 
     def inputs(self, recipe: Recipe, prompts: Sequence[Prompt], name: str) -> RolloutInputs:
         """Return the conditioning and noise seeds of a round's samples, group by group."""
-        members = [(p, g) for p in range(len(prompts)) for g in range(self.group_size)]
+        members = [(p, g) for p in range(len(prompts)) for g in range(self.settings.group_size)]
         return RolloutInputs(
             self.pipeline.encode([prompt.text for prompt in prompts]),
             torch.tensor([p for p, _ in members]),
@@ -83,7 +82,7 @@ class Sampler:
     ) -> Iterator[Callable[[], SampledBatch]]:
         """Run the denoiser batch by batch, and yield a call that decodes and scores the batch."""
         kernels = kernel_per_step(recipe.kernel, steps, len(self.grid))
-        batches = list(self.inputs(recipe, prompts, name).split(self.batch_size))
+        batches = list(self.inputs(recipe, prompts, name).split(self.settings.batch_size))
         for batch in (batches[number] for number in share.indices(len(batches))):
             trajectories = rollout(self.pipeline, batch, self.grid, kernels, self.guidance, store=steps)
             completions: tuple[Tensor, ...] = ()

@@ -33,8 +33,7 @@ from genalign.diffusion.sampling import Sampling
 from genalign.prompts import PromptSampler
 from genalign.runtime.files import with_prefix, without_prefix
 from genalign.runtime.fsdp import full_tensor
-from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
-from genalign.runtime.state import State
+from genalign.runtime.state import State, load_optimizer_tensors, optimizer_tensors
 from genalign.scoring.budget import Ledger, Metered, metered_rewards
 from genalign.scoring.score import NamedReward, RewardMonitor, named
 from genalign.training.nonfinite import NonFiniteGuard, SkippedUpdate, is_out_of_memory
@@ -81,15 +80,7 @@ class Trainer:
         self.rewards = metered_rewards(rewards, self.ledger)
         self.settings, self.sampling = settings, sampling
         self.grid = sampling.grid(pipeline)
-        self.sampler = Sampler(
-            self.pipeline,
-            self.rewards,
-            self.grid,
-            sampling.guidance,
-            settings.group_size,
-            settings.batch_size,
-            settings.overlap_scoring,
-        )
+        self.sampler = Sampler(self.pipeline, self.rewards, self.grid, sampling.guidance, settings)
         recipe.kernel.check(sampling.guidance, [reward.name for reward in rewards if reward.weight])
         recipe.steps(self.grid, 0, settings.seed)  # refuse an impossible recipe before any compute
         self.prompts = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
@@ -134,18 +125,13 @@ class Trainer:
 
     def gather_scores(self, batches: Sequence[SampledBatch], prompts: int) -> RoundScores:
         """Gather the scores of all ranks' batches in the order of the round, and check them."""
-
-        def gather(columns: Sequence[Tensor | None]) -> Tensor | None:
-            tensors = [column for column in columns if column is not None]
-            return self.processes.interleaved(torch.cat(tensors), self.settings.batch_size) if tensors else None
-
-        scores = RoundScores(
-            scores=self.processes.interleaved(torch.cat([b.scores for b in batches]), self.settings.batch_size),
-            weights=tuple(reward.weight for reward in self.rewards),
-            group=torch.arange(prompts).repeat_interleave(self.settings.group_size),
-            stepwise=gather([batch.stepwise for batch in batches]),
-            features=gather([batch.features for batch in batches]),
-        )
+        gathered: dict[str, Tensor] = {}
+        for name in ("scores", "stepwise", "features"):
+            tensors = [tensor for batch in batches if (tensor := getattr(batch, name)) is not None]
+            if tensors:
+                gathered[name] = self.processes.interleaved(torch.cat(tensors), self.settings.batch_size)
+        group = torch.arange(prompts).repeat_interleave(self.settings.group_size)
+        scores = RoundScores(weights=tuple(reward.weight for reward in self.rewards), group=group, **gathered)
         if self.samples == 0:
             self.monitor.compare(self.rewards, scores.scores)
         self.monitor.see(scores.scores, zero_std_share(scores.combined, scores.group) == 1.0)

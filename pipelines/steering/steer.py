@@ -16,8 +16,8 @@ from torch import Tensor
 
 from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.scoring.budget import Ledger
+from genalign.search.fk_steering import require_stochastic as require_stochastic_kernel
 from genalign.search.lineage import Lineage
-from genalign.search.smc import require_stochastic as require_stochastic_kernel
 from genalign.search.stepwise import Stepwise, StepwiseCall, StepwiseStrategy
 from genalign.types import Prompt
 from pipelines.steering.decode import Decode

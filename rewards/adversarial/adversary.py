@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from genalign.runtime.files import with_prefix, without_prefix
-from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from genalign.runtime.state import load_optimizer_tensors, optimizer_tensors
 from genalign.types import Prompt
 from rewards.adversarial.replay_buffer import ReplayBuffer, SampleBatch
 from rewards.adversarial.update_rules import DiscriminatorStatus, UpdateRule

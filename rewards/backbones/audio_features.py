@@ -15,7 +15,7 @@ from torch import Tensor
 from genalign.runtime.waveforms import as_heard, mel_decibels
 from genalign.types import AnyCallable
 from rewards.backbones.clap_encoder import load_clap
-from rewards.backbones.encoders import Features, require_patches
+from rewards.backbones.encoders import Features, PatchFeatures, require_patches
 from rewards.backbones.reference_images import ReferenceSamples
 
 _LOWEST_HZ = 50.0
@@ -23,7 +23,7 @@ _TINY = 1e-4  # dB^2, for the gradient of a deviation of 0
 
 
 @dataclass(frozen=True)
-class ClapFeatures:
+class ClapFeatures(PatchFeatures):
     """CLAP's unit embedding of a clip, and of its frames.
 
     ``model`` and ``sample_rate`` are as for ``rewards.clap.ClapReward``. The model is opened at the first call, frozen,
@@ -33,17 +33,13 @@ class ClapFeatures:
     model: str
     sample_rate: int
 
-    def __call__(self, samples: Tensor) -> Tensor:
-        """Compute embeddings (B, d) of waveforms (B, C, L); differentiable."""
-        return self.features(samples).global_
-
     def features(self, samples: Tensor) -> Features:
-        """Compute embeddings (B, d) of clips and (B, n, d) of their frames."""
+        """Compute embeddings (B, d) of waveforms (B, C, L) and (B, n, d) of their frames; differentiable."""
         return load_clap(self.model).to(samples.device).features(samples, self.sample_rate)
 
 
 @dataclass(frozen=True)
-class LogMelFeatures:
+class LogMelFeatures(PatchFeatures):
     """Mel spectra in dB: the mean and the standard deviation of every band over the frames of a clip.
 
     There are ``mels`` bands from 50 Hz to half of ``sample_rate``, in Hann windows of ``window`` seconds every ``hop``.
@@ -58,12 +54,11 @@ class LogMelFeatures:
     hop: float = 0.016
     floor: float | None = None
 
-    def __call__(self, samples: Tensor) -> Tensor:
-        """Compute features (B, 2 mels) in dB of waveforms (B, C, L); differentiable."""
-        return self.features(samples).global_
-
     def features(self, samples: Tensor) -> Features:
-        """Compute features of clips (B, 2 mels) and frames (B, n, mels). Raises ValueError for clips below a window."""
+        """Compute features in dB of waveforms (B, C, L), as (B, 2 mels), and of their frames (B, n, mels).
+
+        Raises ValueError for clips shorter than a window.
+        """
         clips = as_heard(samples, self.sample_rate, self.sample_rate, "the log-mel encoder")
         window, hop = (round(seconds * self.sample_rate) for seconds in (self.window, self.hop))
         frames = mel_decibels(clips, _mel_filters(self.sample_rate, window, self.mels), window, hop)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,67 +15,31 @@ from torch import Tensor
 
 from genalign import assets
 from genalign.runtime.waveforms import as_heard, mel_decibels, warn_once
-from rewards.backbones.encoders import DualEncoder, Features, projected_text
-
-Padding = Literal["repeatpad", "repeat", "pad"]
-
-
-@dataclass(frozen=True, eq=False)
-class SpectrogramWindows:
-    """The preprocessing of a CLAP: log-mel spectrograms of windows of ``length`` samples from clips (B, L) at ``rate``.
-
-    A longer clip is covered by as few windows as possible, evenly spaced. A shorter one is padded as its checkpoint was
-    trained: by whole repetitions and then silence ("repeatpad"), repetition ("repeat"), or silence ("pad").
-    """
-
-    rate: int
-    length: int
-    padding: Padding
-    filters: Tensor
-    fft: int
-    hop: int
-
-    def __call__(self, clips: Tensor) -> Tensor:
-        """Compute spectrograms (B, windows, 1, frames, mels) of clips (B, L), differentiable."""
-        length = clips.shape[1]
-        if length < self.length:
-            times = {"repeatpad": self.length // length, "repeat": math.ceil(self.length / length), "pad": 1}
-            repeated = clips.repeat(1, times[self.padding])[:, : self.length]
-            windows = F.pad(repeated, (0, self.length - repeated.shape[1]))[:, None]
-        else:
-            starts = torch.linspace(0, length - self.length, math.ceil(length / self.length)).round().long().tolist()
-            windows = torch.stack([clips[:, start : start + self.length] for start in starts], 1)
-        spectra = mel_decibels(windows.flatten(0, 1), self.filters, self.fft, self.hop)
-        return spectra.view(*windows.shape[:2], 1, *spectra.shape[1:])
+from rewards.backbones.encoders import DualEncoder, Features, read_config
 
 
 class ClapEncoder(DualEncoder):
     """A CLAP checkpoint of transformers, a folder or Hub id, with its processor next to the weights.
 
-    Spectrograms are made in torch, so that scores have a gradient, and without the processor's random crops.
+    Spectrograms are made in torch, so that scores have a gradient, and without the processor's random crops. It hears
+    windows of ``length`` samples at ``rate`` Hz. A longer clip is covered by as few windows as possible, evenly spaced.
+    A shorter one is padded as its checkpoint was trained: by whole repetitions and then silence ("repeatpad"),
+    repetition ("repeat"), or silence ("pad").
     """
 
     def __init__(self, model: str) -> None:
-        from transformers import AutoConfig, ClapModel, ClapProcessor
+        from transformers import ClapModel, ClapProcessor
 
-        config = AutoConfig.from_pretrained(model)
-        if config.model_type != "clap":
-            raise ValueError(f"{model} is a {config.model_type} checkpoint, not CLAP: give a CLAP folder or Hub id")
+        text = read_config(model, "CLAP").text_config
         super().__init__(ClapModel.from_pretrained(model, dtype=torch.float32))
         processor = ClapProcessor.from_pretrained(model)
         extractor = processor.feature_extractor  # with fusion a checkpoint has another mel scale
         filters = extractor.mel_filters if extractor.truncation == "fusion" else extractor.mel_filters_slaney
-        self.windows = SpectrogramWindows(
-            int(extractor.sampling_rate),
-            int(extractor.nb_max_samples),
-            extractor.padding,
-            torch.from_numpy(filters).float(),
-            int(extractor.fft_window_size),
-            int(extractor.hop_length),
-        )
-        self._name, self._tokenizer = Path(model).name, processor.tokenizer
-        text = config.text_config
-        self._context = min(self._tokenizer.model_max_length, text.max_position_embeddings - text.pad_token_id - 1)
+        self.filters = torch.from_numpy(filters).float()
+        self.rate, self.length = int(extractor.sampling_rate), int(extractor.nb_max_samples)
+        self.fft, self.hop = int(extractor.fft_window_size), int(extractor.hop_length)
+        self._padding, self._name, self.tokenizer = extractor.padding, Path(model).name, processor.tokenizer
+        self.context = min(self.tokenizer.model_max_length, text.max_position_embeddings - text.pad_token_id - 1)
 
     def forward(self, waveforms: Tensor, rate: int) -> Tensor:
         """Compute unit embeddings (B, d) of waveforms (B, C, L) at ``rate`` Hz; differentiable.
@@ -92,34 +54,42 @@ class ClapEncoder(DualEncoder):
         Frames are the last layer's tokens, averaged over frequency and projected. Frames of padding are left out.
         """
         clips = self._clips(waveforms, rate)
-        whole, frames = self.embed_spectra(self.windows(clips))
-        unpadded = math.ceil(frames.shape[2] * min(1.0, clips.shape[1] / self.windows.length))
+        whole, frames = self.embed_spectra(self._spectra(clips))
+        unpadded = math.ceil(frames.shape[2] * min(1.0, clips.shape[1] / self.length))
         return Features(whole, frames[:, :, :unpadded].flatten(1, 2))
 
     def spectra(self, waveforms: Tensor, rate: int) -> Tensor:
         """Compute the network's input, log-mel spectrograms (B, windows, 1, frames, mels) in dB; differentiable."""
-        return self.windows(self._clips(waveforms, rate))
+        return self._spectra(self._clips(waveforms, rate))
 
     def embed_spectra(self, spectra: Tensor) -> tuple[Tensor, Tensor]:
         """Embed ``spectra`` (B, windows, 1, frames, mels) as unit vectors: clips (B, d), frames (B, windows, f, d)."""
-        network: Any = self.model
         flat = spectra.flatten(0, 1)
         shorter = torch.zeros(len(flat), 1, dtype=torch.bool, device=flat.device)  # no window is to be fused
-        output = network.audio_model(input_features=flat, is_longer=shorter)
+        output = self.model.audio_model(input_features=flat, is_longer=shorter)
         tokens = output.last_hidden_state.mean(2).transpose(1, 2)
-        whole, frames = (F.normalize(network.audio_projection(part), dim=-1) for part in (output.pooler_output, tokens))
-        whole, frames = (part.view(*spectra.shape[:2], *part.shape[1:]) for part in (whole, frames))
+        parts = (F.normalize(self.model.audio_projection(part), dim=-1) for part in (output.pooler_output, tokens))
+        whole, frames = (part.view(*spectra.shape[:2], *part.shape[1:]) for part in parts)
         return F.normalize(whole.mean(1), dim=-1), frames
 
     def _clips(self, waveforms: Tensor, rate: int) -> Tensor:
-        clips = as_heard(waveforms, rate, self.windows.rate, f"CLAP {self._name}")
-        if clips.shape[1] < self.windows.length:
-            seconds = self.windows.length / self.windows.rate
-            warn_once(f"CLAP {self._name} hears {seconds:g} s: shorter clips are filled up ({self.windows.padding})")
+        clips = as_heard(waveforms, rate, self.rate, f"CLAP {self._name}")
+        if clips.shape[1] < self.length:
+            seconds = self.length / self.rate
+            warn_once(f"CLAP {self._name} hears {seconds:g} s: shorter clips are filled up ({self._padding})")
         return clips
 
-    def encode_texts(self, texts: list[str]) -> Tensor:
-        return projected_text(self.model, self._tokenizer, texts, self._context)
+    def _spectra(self, clips: Tensor) -> Tensor:
+        length = clips.shape[1]
+        if length < self.length:
+            times = {"repeatpad": self.length // length, "repeat": math.ceil(self.length / length), "pad": 1}
+            repeated = clips.repeat(1, times[self._padding])[:, : self.length]
+            windows = F.pad(repeated, (0, self.length - repeated.shape[1]))[:, None]
+        else:
+            starts = torch.linspace(0, length - self.length, math.ceil(length / self.length)).round().long().tolist()
+            windows = torch.stack([clips[:, start : start + self.length] for start in starts], 1)
+        spectra = mel_decibels(windows.flatten(0, 1), self.filters, self.fft, self.hop)
+        return spectra.view(*windows.shape[:2], 1, *spectra.shape[1:])
 
 
 def load_clap(model: str) -> ClapEncoder:
@@ -131,12 +101,4 @@ def load_clap(model: str) -> ClapEncoder:
     return _opened(assets.resolve(model))
 
 
-@functools.cache
-def _opened(model: str) -> ClapEncoder:
-    path = Path(model)
-    if path.exists() and not (path / "config.json").is_file():
-        raise ValueError(
-            f"{path} has no config.json: give the folder that ClapModel.save_pretrained and"
-            " ClapProcessor.save_pretrained wrote"
-        )
-    return ClapEncoder(model)
+_opened = functools.cache(ClapEncoder)

@@ -6,7 +6,7 @@ open_clip and transformers are imported when a checkpoint is opened, not before.
 from __future__ import annotations
 
 import functools
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genalign import assets
-from rewards.backbones.encoders import DualEncoder, Features, projected_text
+from rewards.backbones.encoders import DualEncoder, Features, read_config
 
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -67,7 +67,7 @@ def resize(images: Tensor, size: tuple[int, int], interpolation: Interpolation =
     return F.interpolate(images, size=size, mode=interpolation, antialias=True).clamp(0, 1)
 
 
-class ClipEncoder(DualEncoder):
+class ClipEncoder(DualEncoder, ABC):
     """A frozen text and image encoder; ``forward`` is the image embedding."""
 
     def __init__(self, model: nn.Module, prepare: ImagePreprocessor, logit_scale: float) -> None:
@@ -106,11 +106,11 @@ class OpenClipEncoder(ClipEncoder):
             "bilinear" if config["interpolation"] == "bilinear" else "bicubic",
         )
         super().__init__(model, prepare, float(model.logit_scale.detach().exp()))
-        self._tokenizer = open_clip.get_tokenizer(name)
+        self.tokenizer = open_clip.get_tokenizer(name)
         self._is_transformer = isinstance(model.visual, open_clip.transformer.VisionTransformer)
 
     def forward(self, images: Tensor) -> Tensor:
-        embedding: Tensor = self.model.encode_image(self.prepare(images))  # type: ignore[operator]  # typed as a submodule
+        embedding: Tensor = self.model.encode_image(self.prepare(images))
         return embedding
 
     def features(self, images: Tensor) -> Features:
@@ -125,8 +125,8 @@ class OpenClipEncoder(ClipEncoder):
         return blocks
 
     def encode_texts(self, texts: list[str]) -> Tensor:
-        tokens = self._tokenizer(texts).to(self.device)
-        embedding: Tensor = self.model.encode_text(tokens)  # type: ignore[operator]  # typed as a submodule
+        tokens = self.tokenizer(texts).to(self.device)
+        embedding: Tensor = self.model.encode_text(tokens)
         return embedding
 
     def _vision_transformer(self) -> Any:
@@ -142,11 +142,9 @@ class TransformersClipEncoder(ClipEncoder):
     """A transformers CLIP folder or Hub id; ``processor`` holds its tokenizer and image processor."""
 
     def __init__(self, model: str, processor: str) -> None:
-        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        config = AutoConfig.from_pretrained(model)
-        if config.model_type != "clip":
-            raise ValueError(f"{model} is a {config.model_type} checkpoint, not CLIP: give a CLIP folder or Hub id")
+        config = read_config(model, "CLIP")
         network = CLIPModel.from_pretrained(model, dtype=torch.float32)
         images = AutoImageProcessor.from_pretrained(processor)  # its resampling is bicubic for every CLIP
         size = images.crop_size if images.do_center_crop else images.size
@@ -157,28 +155,23 @@ class TransformersClipEncoder(ClipEncoder):
             "crop" if images.do_center_crop else "squash",
         )
         super().__init__(network, prepare, float(network.logit_scale.detach().exp()))
-        self._tokenizer = AutoTokenizer.from_pretrained(processor)
-        self._context = int(config.text_config.max_position_embeddings)
+        self.tokenizer = AutoTokenizer.from_pretrained(processor)
+        self.context = int(config.text_config.max_position_embeddings)
 
     def forward(self, images: Tensor) -> Tensor:
-        network: Any = self.model
-        embedding: Tensor = network.visual_projection(network.vision_model(self.prepare(images)).pooler_output)
+        embedding: Tensor = self.model.visual_projection(self.model.vision_model(self.prepare(images)).pooler_output)
         return embedding
 
     def features(self, images: Tensor) -> Features:
-        network: Any = self.model
-        output = network.vision_model(self.prepare(images))
-        patches = network.vision_model.post_layernorm(output.last_hidden_state[:, 1:])
-        return Features(network.visual_projection(output.pooler_output), network.visual_projection(patches))
+        vision, project = self.model.vision_model, self.model.visual_projection
+        output = vision(self.prepare(images))
+        patches = vision.post_layernorm(output.last_hidden_state[:, 1:])
+        return Features(project(output.pooler_output), project(patches))
 
     @property
     def blocks(self) -> nn.ModuleList:
-        network: Any = self.model
-        blocks: nn.ModuleList = network.vision_model.encoder.layers
+        blocks: nn.ModuleList = self.model.vision_model.encoder.layers
         return blocks
-
-    def encode_texts(self, texts: list[str]) -> Tensor:
-        return projected_text(self.model, self._tokenizer, texts, self._context)
 
 
 def load_clip(model: str, processor: str | None = None) -> ClipEncoder:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -28,7 +28,8 @@ class PatchFeatures(Protocol):
     """A feature function that also gives features of a sample's parts: an image's patches, a clip's frames."""
 
     def __call__(self, samples: Tensor) -> Tensor:
-        """Compute global features (B, d) of samples (B, ...)."""
+        """Compute global features (B, d) of samples (B, ...); differentiable."""
+        return self.features(samples).global_
 
     def features(self, samples: Tensor) -> Features:
         """Compute the global features and the features of the parts in one pass."""
@@ -44,17 +45,28 @@ def require_patches(encoder: object) -> PatchFeatures:
     return encoder
 
 
-class DualEncoder(nn.Module, ABC):
-    """A frozen encoder of texts and of samples into one space, in float32."""
+class DualEncoder(nn.Module):
+    """A frozen encoder of texts and of samples into one space, in float32.
+
+    Texts are encoded by ``model`` and ``tokenizer`` of transformers, and cut to ``context`` tokens.
+    """
+
+    model: Any
+    tokenizer: Any
+    context: int
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self._texts: dict[str, Tensor] = {}
 
-    @abstractmethod
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Compute projected embeddings (n, d) of texts, cut to the context length."""
+        options = {"padding": True, "truncation": True, "max_length": self.context, "return_tensors": "pt"}
+        tokens = self.tokenizer(texts, **options).to(self.device)
+        pooled = self.model.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
+        embeddings: Tensor = self.model.text_projection(pooled)
+        return embeddings
 
     @torch.no_grad()
     def text(self, texts: Sequence[str]) -> Tensor:
@@ -74,19 +86,19 @@ class DualEncoder(nn.Module, ABC):
         return next(self.parameters()).device
 
 
-def projected_text(network: Any, tokenizer: Any, texts: list[str], context: int) -> Tensor:
-    """Embed texts by a transformers CLIP or CLAP as projected (n, d), each cut to ``context`` tokens.
+def read_config(model: str, kind: str) -> Any:
+    """Read the config of a transformers folder or Hub id. Raises ValueError for another kind, such as "CLIP"."""
+    from transformers import AutoConfig
 
-    Args:
-        network: the whole model.
-        tokenizer: its tokenizer.
-        texts: n texts.
-        context: tokens of a text at most.
-    """
-    tokens = tokenizer(texts, padding=True, truncation=True, max_length=context, return_tensors="pt").to(network.device)
-    pooled = network.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
-    embeddings: Tensor = network.text_projection(pooled)
-    return embeddings
+    if Path(model).exists() and not (Path(model) / "config.json").is_file():
+        raise ValueError(
+            f"{model} has no config.json: give the folder that save_pretrained of a {kind} model and of its processor"
+            " wrote"
+        )
+    config = AutoConfig.from_pretrained(model)
+    if config.model_type != kind.lower():
+        raise ValueError(f"{model} is a {config.model_type} checkpoint, not {kind}: give a {kind} folder or Hub id")
+    return config
 
 
 def cosine(left: Tensor, right: Tensor) -> Tensor:

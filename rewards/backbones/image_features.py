@@ -15,7 +15,7 @@ from torch import Tensor
 
 from genalign.types import AnyCallable
 from rewards.backbones.clip_encoder import ImagePreprocessor, load_clip
-from rewards.backbones.encoders import Features
+from rewards.backbones.encoders import Features, PatchFeatures, read_config
 from rewards.backbones.reference_images import ReferenceSamples
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,7 +47,7 @@ class ClipFeatures:
 
 
 @dataclass(frozen=True)
-class Dinov2Features:
+class Dinov2Features(PatchFeatures):
     """DINOv2's class and patch tokens after the final norm (Adv-GRPO, arXiv 2511.20256, section 4.3).
 
     ``model`` is a transformers folder or Hub id, such as facebook/dinov2-base. Images are resized to ``size`` pixels a
@@ -58,12 +58,8 @@ class Dinov2Features:
     model: str
     size: int | None = None
 
-    def __call__(self, samples: Tensor) -> Tensor:
-        """Compute class tokens (B, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
-        return self.features(samples).global_
-
     def features(self, samples: Tensor) -> Features:
-        """Compute class tokens (B, d) and patch tokens (B, n, d)."""
+        """Compute class tokens (B, d) and patch tokens (B, n, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
         network = _load_dinov2(self.model).to(samples.device)
         size, patch = self.size or int(network.config.image_size), int(network.config.patch_size)
         if size % patch:
@@ -92,9 +88,7 @@ def extract_features(images: ReferenceSamples, features: AnyCallable, batch_size
 
 @functools.cache
 def _load_dinov2(model: str) -> Any:
-    from transformers import AutoConfig, Dinov2Model
+    from transformers import Dinov2Model
 
-    kind = AutoConfig.from_pretrained(model).model_type
-    if kind != "dinov2":
-        raise ValueError(f"{model} is a {kind} checkpoint, not DINOv2: give a DINOv2 folder or Hub id")
+    read_config(model, "DINOv2")
     return Dinov2Model.from_pretrained(model, dtype=torch.float32).requires_grad_(False).eval()

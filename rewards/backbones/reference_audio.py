@@ -11,33 +11,22 @@ from torch import Tensor
 from genalign.metrics.audio import SILENT
 from genalign.runtime.media import AUDIO_SUFFIXES, read_waveform
 from genalign.runtime.waveforms import as_heard, require_waveforms, warn_once
-from rewards.backbones.reference_images import FileKind, file_names
-
-AUDIO = FileKind("audio", "WAV or FLAC", AUDIO_SUFFIXES)
+from rewards.backbones.reference_images import SampleFolder, SampleTensor
 
 
-class AudioTensor:
+class AudioTensor(SampleTensor):
     """Waveforms (N, C, L) in [-1, 1] in memory.
 
     Raises ValueError for another shape, N = 0, or values that are not finite; TypeError for integers.
     """
 
     def __init__(self, waveforms: Tensor) -> None:
-        self._waveforms = require_waveforms(waveforms).detach().cpu()
-        if not len(waveforms):
-            raise ValueError("there are no reference clips: give at least one")
-        if not bool(self._waveforms.isfinite().all()):
+        super().__init__(require_waveforms(waveforms), "clips")
+        if not bool(waveforms.isfinite().all()):
             raise ValueError("reference clips must be finite: leave failed samples out")
 
-    def __len__(self) -> int:
-        return len(self._waveforms)
 
-    def load(self, rows: Sequence[int]) -> Tensor:
-        """Load the clips (n, C, L) of ``rows``."""
-        return self._waveforms[list(rows)]
-
-
-class AudioFolder:
+class AudioFolder(SampleFolder):
     """WAV and FLAC files anywhere under ``folder``, read when needed, as one channel at ``sample_rate`` Hz.
 
     Mixing and resampling are logged. ``seconds`` cuts every clip to its beginning. ``names`` are relative to the folder
@@ -45,12 +34,11 @@ class AudioFolder:
     with other files, FileNotFoundError for a missing folder.
     """
 
-    def __init__(self, folder: str | Path, sample_rate: int, seconds: float | None = None) -> None:
-        self.folder, self.sample_rate, self.seconds = Path(folder), sample_rate, seconds
-        self.names = file_names(self.folder, AUDIO)
+    kind, formats, suffixes = "audio", "WAV or FLAC", AUDIO_SUFFIXES
 
-    def __len__(self) -> int:
-        return len(self.names)
+    def __init__(self, folder: str | Path, sample_rate: int, seconds: float | None = None) -> None:
+        super().__init__(folder)
+        self.sample_rate, self.seconds = sample_rate, seconds
 
     def load(self, rows: Sequence[int]) -> Tensor:
         """Load the clips (n, 1, L) of ``rows``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,18 +27,6 @@ class ReferenceSamples(Protocol):
         """Load images (n, 3, H, W) in [0, 1] or waveforms (n, C, L) in [-1, 1], float32 on the CPU."""
 
 
-@dataclass(frozen=True)
-class FileKind:
-    """A kind of reference files: its ``name`` and ``formats`` for messages, and its file ``suffixes``."""
-
-    name: str
-    formats: str
-    suffixes: frozenset[str]
-
-
-IMAGES = FileKind("images", "PNG, JPEG or WebP", frozenset(ImageMedium.suffixes))
-
-
 class References(Protocol):
     """Reference images, and which of them a sample of a prompt is compared with."""
 
@@ -53,39 +41,77 @@ class References(Protocol):
         """Draw one reference for each of B prompts, (B, 3, H, W)."""
 
 
-class ImageTensor:
+class SampleTensor:
+    """Samples (N, ...) held in memory, called ``kind`` in messages. Raises ValueError for N = 0."""
+
+    def __init__(self, samples: Tensor, kind: str) -> None:
+        if not len(samples):
+            raise ValueError(f"there are no reference {kind}: give at least one")
+        self._samples = samples.detach().float().cpu()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def load(self, rows: Sequence[int]) -> Tensor:
+        """Load the samples (n, ...) of ``rows``."""
+        return self._samples[list(rows)]
+
+
+class ImageTensor(SampleTensor):
     """Images (N, 3, H, W) in [0, 1] held in memory. Raises ValueError for another shape, integers, or N = 0."""
 
     def __init__(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             kind = f"{images.dtype} of shape {tuple(images.shape)}"
             raise ValueError(f"reference images must be floats (N, 3, H, W) in [0, 1], not {kind}")
-        if not len(images):
-            raise ValueError("there are no reference images: give at least one")
-        self._images = images.detach().float().cpu()
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def load(self, rows: Sequence[int]) -> Tensor:
-        """Load the images (n, 3, H, W) of ``rows``."""
-        return self._images[list(rows)]
+        super().__init__(images, "images")
 
 
-class ImageFolder:
-    """PNG, JPEG and WebP files anywhere under ``folder``, read when needed.
+class SampleFolder:
+    """Files anywhere under ``folder``, of one kind; ``names`` are relative to it and sorted.
 
-    They are resized to ``size`` (height, width) if given. ``names`` are relative to the folder and sorted; hidden files
-    and folders and prompts.jsonl are left out. Raises ValueError for a folder without images or with other files,
-    FileNotFoundError for a missing folder.
+    Hidden files, files in hidden folders and prompts.jsonl are left out. Raises ValueError for a folder without files
+    of this kind or with other ones, FileNotFoundError for a missing folder.
     """
 
-    def __init__(self, folder: str | Path, size: tuple[int, int] | None = None) -> None:
-        self.folder, self.size = Path(folder), size
-        self.names = file_names(self.folder, IMAGES)
+    kind: str
+    formats: str
+    suffixes: Collection[str]
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder: give the folder of the reference {self.kind}")
+        paths = sorted(path.relative_to(folder) for path in self.folder.rglob("*") if path.is_file())
+        shown = (path for path in paths if not any(part.startswith(".") for part in path.parts))
+        files = [path for path in shown if path.name != _PROMPTS]
+        other = [path for path in files if path.suffix.lower() not in self.suffixes]
+        if other:
+            more = f" and {len(other) - 1} more files of another kind" if len(other) > 1 else ""
+            raise ValueError(
+                f"expected {self.kind} ({self.formats}) in {folder}, found {other[0]}{more}: keep them elsewhere"
+            )
+        if not files:
+            raise ValueError(f"{folder} has no {self.kind}: put {self.formats} references there")
+        self.names = tuple(path.as_posix() for path in files)
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+class ImageFolder(SampleFolder):
+    """PNG, JPEG and WebP files anywhere under ``folder``, read when needed.
+
+    They are resized to ``size`` (height, width) if given. ``names`` are relative to the folder and sorted; hidden files
+    and prompts.jsonl are left out. Raises ValueError for a folder without images or with other files, FileNotFoundError
+    for a missing folder.
+    """
+
+    kind, formats, suffixes = "images", "PNG, JPEG or WebP", ImageMedium.suffixes
+
+    def __init__(self, folder: str | Path, size: tuple[int, int] | None = None) -> None:
+        super().__init__(folder)
+        self.size = size
 
     def load(self, rows: Sequence[int]) -> Tensor:
         """Load the images (n, 3, H, W) of ``rows``. Raises ValueError for an unreadable file or different sizes."""
@@ -169,20 +195,3 @@ class ReferencesByPrompt:
         choices = [self.rows(prompt) for prompt in prompts]
         drawn = torch.rand(len(choices), generator=generator, dtype=torch.float64).tolist()
         return self.images.load([rows[int(u * len(rows))] for rows, u in zip(choices, drawn, strict=True)])
-
-
-def file_names(folder: Path, kind: FileKind) -> tuple[str, ...]:
-    """List the files anywhere under ``folder``, relative to it and sorted. Raises as ``ImageFolder`` does."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: give the folder of the reference {kind.name}")
-    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    files = [path for path in paths if path.name != _PROMPTS and not any(part.startswith(".") for part in path.parts)]
-    other = [path for path in files if path.suffix.lower() not in kind.suffixes]
-    if other:
-        more = f" and {len(other) - 1} more files of another kind" if len(other) > 1 else ""
-        raise ValueError(
-            f"expected {kind.name} ({kind.formats}) in {folder}, found {other[0]}{more}: keep them elsewhere"
-        )
-    if not files:
-        raise ValueError(f"{folder} has no {kind.name}: put {kind.formats} references there")
-    return tuple(path.as_posix() for path in files)

@@ -193,7 +193,7 @@ class HttpClient:
                 text = f"{error.get('code')}: {str(error.get('message'))[:300]}"
         message = f"answered {response.status_code}" + (f" ({text})" if text else "")
         if response.status_code in _RETRIED_STATUSES:
-            return _Retry(message, _seconds(response.headers.get("retry-after")))
+            return _Retry(message, _seconds(response.headers.get("retry-after", "")))
         if response.status_code == 500:
             return _Retry(message, fault=True)
         raise Refused(response.status_code, f"{self._url}{path} {message}")
@@ -240,10 +240,8 @@ def scores_or_nan(outcomes: Sequence[Outcome], scorer: str, strict: bool = False
     return torch.tensor([torch.nan if isinstance(outcome, SampleError) else outcome for outcome in outcomes])
 
 
-def _seconds(retry_after: str | None) -> float:
+def _seconds(retry_after: str) -> float:
     """Read Retry-After, a number of seconds or a date (RFC 9110, 10.2.3), as seconds from now; 0 if unreadable."""
-    if not retry_after:
-        return 0.0
     with suppress(ValueError):
         return max(0.0, float(retry_after))
     with suppress(ValueError, TypeError):

@@ -31,8 +31,7 @@ from pathlib import Path
 import torch
 
 from genalign import assets
-from genalign.algorithms.matching_recipes import awm, dragon, nft
-from genalign.algorithms.recipes import Recipe, dense_grpo, flow_grpo, prdp
+from genalign.algorithms.recipes import Recipe, awm, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.diffusion.completion import complete
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import ReplayBatch, Rollout, RolloutInputs, kernel_per_step, replay, rollout
@@ -43,7 +42,7 @@ from genalign.scoring.budget import Ledger, Metered
 from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, Prune
 from genalign.search.engine import SearchRun
-from genalign.search.strategy import PromptBudget, Strategy
+from genalign.search.strategy import Strategy
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.worlds import shapes
@@ -272,7 +271,7 @@ def benchmark_overhead(repeats: int) -> list[Measurement]:
             rewards = [NamedReward("partial", reward)]
             run = SearchRun(pipeline, [validation[turn]], rewards, pipeline.grid(STEPS, SIGMAS), 1.0, 32, str(turn))
             spent[0], began = 0.0, time.perf_counter()
-            strategy(run, PromptBudget())
+            strategy(run, None)
             whole = time.perf_counter() - began
             if turn:
                 measured.append(Measurement(f"search.{name}", "overhead, a share of wall-clock", 1 - spent[0] / whole))

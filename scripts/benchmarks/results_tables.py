@@ -24,7 +24,7 @@ MARKED = re.compile(
 def table(result: dict[str, Any]) -> str:
     """A result file as Markdown: its rows, and how they were made."""
     measured = result["kind"] == "measurement"
-    heading = "value | 95% interval | repeats" if measured else "gain | 95% interval | pairs"
+    heading = "value | 95% interval | repeats" if measured else "gain | 95% interval | prompts"
     lines = [f"| name | metric | {heading} |", "|---|---|---|---|---|"]
     lines += [_line(row, ".3g" if measured else "+.3f") for row in result["rows"]]
     rendered = (

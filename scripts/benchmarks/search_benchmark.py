@@ -32,7 +32,7 @@ from genalign.scoring.budget import Budget
 from genalign.search import BestOfN, FKSteering, Prune
 from genalign.search.engine import SearchRun
 from genalign.search.pruning import PruneSchedule
-from genalign.search.strategy import PromptBudget, Strategy
+from genalign.search.strategy import Strategy
 from rewards.noise_aware import load_scorer
 from scripts.benchmarks import search_pool
 from scripts.benchmarks.proofs import RESULTS, head
@@ -163,7 +163,7 @@ def live(work: Path) -> None:
     costs, prices = search_pool.costs(work), json.loads((work / "prices.json").read_text(encoding="utf-8"))
     prices["reward/noise-aware"] = prices["reward/decoded"]
     prices["reward/strict"] = 0.0  # it judges, and is not part of the search
-    allowance = PromptBudget(Budget(cost=LIVE_BUDGET * costs.sample(), prices=prices))
+    budget = Budget(cost=LIVE_BUDGET * costs.sample(), prices=prices)
     scorer, (by_budget, _) = load_scorer(work / "decoded" / "scorer.safetensors"), load_schedules(work, CLAIMED[0])
     schedule = by_budget[LIVE_BUDGET]
     strategies: dict[str, Strategy] = {
@@ -183,7 +183,7 @@ def live(work: Path) -> None:
             for name, strategy in strategies.items():
                 grid = Sampling(STEPS).grid(model)
                 run = SearchRun(model, [prompt], [selection], grid, 1.0, SEEDS, f"live/{place}")
-                finished = strategy(run, allowance)
+                finished = strategy(run, budget)
                 both = torch.stack(
                     [finished.scores[:, 0], strict.function(finished.samples, [prompt] * len(finished.samples))]
                 )

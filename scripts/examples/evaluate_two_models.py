@@ -65,4 +65,4 @@ for name, adapter in {"base": [], "tuned": ["--lora", str(lora)]}.items():
 # 3. The gain of each score: a paired difference with a bootstrap interval over prompts.
 base, tuned = load_evaluation(options.output / "base"), load_evaluation(options.output / "tuned")
 for score, difference in gain(base, tuned).items():
-    print(f"{score}: {difference.mean:+.3f} (95% interval {difference.low:+.3f} to {difference.high:+.3f})")
+    print(f"{score}: {difference.text('+.3f')}, 95% interval")

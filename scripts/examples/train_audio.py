@@ -17,7 +17,7 @@ import torch
 import genalign
 import pipelines
 from genalign.diffusion.rollout import generate
-from genalign.runtime.media import write_waveform
+from genalign.runtime.media import AudioMedium
 from genalign.worlds import tones
 from rewards.tones import TonesReward
 
@@ -58,5 +58,5 @@ text = tones.prompts("comp").prompts[0].text
 with policy.averaged():
     (clips,) = generate(pipeline, [text], [0], sampling.grid(pipeline), guidance=1.0, batch_size=1)
 options.output.mkdir(parents=True, exist_ok=True)
-write_waveform(options.output / "clip.wav", clips[0], tones.SAMPLE_RATE)
+(options.output / "clip.wav").write_bytes(AudioMedium(tones.SAMPLE_RATE).encode(clips[0]))
 print(f"{text}: {options.output / 'clip.wav'}")

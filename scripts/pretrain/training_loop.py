@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from genalign.runtime.cpu import retain_freed_memory
 from genalign.runtime.files import load_state, save_state, with_prefix, without_prefix
-from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from genalign.runtime.state import load_optimizer_tensors, optimizer_tensors
 
 
 @dataclass(frozen=True)

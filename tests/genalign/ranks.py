@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,26 +19,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from genalign.algorithms import matching_recipes, recipes
+from genalign.algorithms import recipes
 from genalign.algorithms.recipes import Lag, Recipe
-from genalign.cli.resume import EncoderCache
+from genalign.cli import main
+from genalign.cli import train as train_module
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.metrics.vendi import vendi_score
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from genalign.runtime.fsdp import Sharding, full_tensor
-from genalign.runtime.state import Generators, PerRankState
 from genalign.scoring.score import NamedReward
 from genalign.scoring.score_log import ScoreLog
-from genalign.training.checkpointing import Checkpoints, CheckpointWriter
 from genalign.training.sampler import SampledBatch
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3
-from rewards.adversarial import AdversarialReward
-from rewards.backbones.reference_images import ImageTensor, ReferencePool
-from tests.genalign.training.toy_runs import adversary, channels, redness
+from tests.genalign.training.toy_runs import Session, adversary, careless, channels, redness, seed_generators
 
 PROMPTS = PromptSet("nine", tuple(Prompt(f"{number} circles", {"n": number}) for number in range(9)))
 SETTINGS = TrainerSettings(
@@ -51,16 +51,6 @@ def seldom(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return torch.where(varied, redness(samples, prompts), 0.5)
 
 
-def careless(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """A reward that draws from the global generator."""
-    return redness(samples, prompts) + 0.01 * torch.rand(len(samples))
-
-
-def adversarial() -> AdversarialReward:
-    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    return adversary(ReferencePool(ImageTensor(images)), batch_size=6)
-
-
 @dataclass(frozen=True)
 class Case:
     """A recipe and its reward."""
@@ -71,11 +61,11 @@ class Case:
 
 CASES: Mapping[str, Case] = {
     "trajectory": Case(recipes.flow_grpo(window=1, kl=0.01)),
-    "matching": Case(matching_recipes.nft(lag=Lag(slope=0.3))),
-    "set": Case(matching_recipes.dragon_set(vendi_score, channels, quality=0.5)),
-    "adversarial": Case(recipes.adv_grpo(window=1), adversarial),
+    "matching": Case(recipes.nft(lag=Lag(slope=0.3))),
+    "set": Case(recipes.dragon_set(vendi_score, channels, quality=0.5)),
+    "adversarial": Case(recipes.adv_grpo(window=1), lambda: adversary((3, 64, 64), batch_size=6)),
     "seldom": Case(recipes.flow_grpo(window=1), lambda: seldom),
-    "seldom matched": Case(matching_recipes.awm(), lambda: seldom),
+    "seldom matched": Case(recipes.awm(), lambda: seldom),
 }
 SHARDED = ("trajectory", "matching", "seldom matched")
 
@@ -144,39 +134,20 @@ def recorded(
     return recording
 
 
-def _session(
-    opened: SD3, folder: Path, processes: ProcessGroup, sharding: Sharding | None
-) -> tuple[Trainer, CheckpointWriter]:
-    score_log = ScoreLog()
-    case = Case(matching_recipes.nft(lag=Lag(slope=0.3)), lambda: careless)
-    trainer = _trainer(opened, case, processes, sharding, score_log)
-    parts = {
-        "trainer": trainer,
-        "texts": EncoderCache(trainer.pipeline.pipeline),
-        "generators": PerRankState(Generators(), processes),
-    }
-    return trainer, CheckpointWriter(Checkpoints(folder, processes=processes), parts, score_log)
-
-
-def _go(trainer: Trainer, writer: CheckpointWriter, rounds: int) -> None:
-    for _ in trainer.rounds():
-        writer.after(trainer.rounds_done, last=False)
-        if trainer.rounds_done == rounds:
-            return
-
-
 def resumed(opened: SD3, folder: Path, processes: ProcessGroup, sharding: Sharding | None) -> None:
     """Train two rounds without interruption, and two in two sessions, each with a checkpoint at the end."""
-    torch.manual_seed(processes.rank)
-    _go(*_session(opened, folder / "unbroken", processes, sharding), 2)
-    torch.manual_seed(processes.rank)
-    _go(*_session(opened, folder / "broken", processes, sharding), 1)
-    torch.manual_seed(99)
-    trainer, writer = _session(opened, folder / "broken", processes, sharding)
-    checkpoint = writer.checkpoints.latest()
-    assert checkpoint is not None and checkpoint.rounds == 1
-    writer.resume(checkpoint)
-    _go(trainer, writer, 2)
+    case = Case(recipes.nft(lag=Lag(slope=0.3)), lambda: careless)
+
+    def session(name: str, seed: int) -> Session:
+        score_log = ScoreLog()
+        seed_generators(seed)
+        return Session(folder / name, _trainer(opened, case, processes, sharding, score_log), score_log)
+
+    session("unbroken", processes.rank).go(2)
+    session("broken", processes.rank).go(1)
+    again = session("broken", 99)
+    again.resume()
+    again.go(2)
 
 
 def _adapter(opened: SD3, folder: Path, processes: ProcessGroup) -> None:
@@ -191,14 +162,19 @@ def _adapter(opened: SD3, folder: Path, processes: ProcessGroup) -> None:
         pipeline.save_lora(folder / "lora", state, policy.config)
 
 
-def work(rank: int, port: int, model: Path, folder: Path) -> None:
-    """Write everything that the tests compare, as one of two processes."""
+def become(rank: int, port: int, errors: Path) -> dict[str, str]:
+    """Make this process one of two ranks, whose standard error goes to a file; return the launcher's variables."""
     torch.set_num_threads(1)
     variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= variables
-    with (folder / f"said.{rank}").open("w") as file:
+    with errors.open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
-    with process_group(variables, 15.0, 300.0) as processes:  # on a busy machine
+    return variables
+
+
+def work(rank: int, port: int, errors: Path, model: Path, folder: Path) -> None:
+    """Write everything that the tests compare, as one of two processes."""
+    with process_group(become(rank, port, errors), 15.0, 300.0) as processes:  # on a busy machine
         opened = SD3.load(model)
         for name, case in CASES.items():
             recorded(opened, case, processes).write(folder / f"{name}.{rank}.safetensors")
@@ -209,3 +185,23 @@ def work(rank: int, port: int, model: Path, folder: Path) -> None:
         resumed(opened, folder / "copies", processes, None)
         resumed(opened, folder / "divided", processes, Sharding(2))
         _adapter(opened, folder, processes)
+
+
+reward_calls = itertools.count(1)
+death: list[signal.Signals] = []
+
+
+def deadly(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """A reward whose fourth call sends its process the signal ``death``, if there is one."""
+    if next(reward_calls) == 4:
+        for number in death:
+            os.kill(os.getpid(), number)
+    return redness(samples, prompts)
+
+
+def train(rank: int, port: int, errors: Path, arguments: Sequence[str], signals: Sequence[signal.Signals]) -> None:
+    """Train as one of two processes, which miss a heartbeat after 20 s; the second has the ``signals``."""
+    become(rank, port, errors)
+    train_module.process_group = functools.partial(process_group, heartbeat=5.0, silence=20.0)
+    death.extend(signals if rank == 1 else ())
+    raise SystemExit(main.main(["train", *arguments]))

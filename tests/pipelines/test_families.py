@@ -14,10 +14,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 import pipelines
-from genalign.algorithms import matching_losses
+from genalign.algorithms import matching
 from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
-from genalign.algorithms.matching_recipes import dragon, nft
-from genalign.algorithms.recipes import Recipe, dense_grpo, flow_grpo, prdp
+from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.diffusion.lora import save_peft
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.policy import Lora, Policy
@@ -215,12 +214,12 @@ def test_one_step_of_training_lowers_the_loss(
         return difference.double().flatten(1).square().mean(1) / sizes.pop(0)
 
     # NFT divides its errors by sizes that change in training; its steps descend the errors divided by the first sizes
-    monkeypatch.setattr(matching_losses, "_normalized_error", by_own_size)
+    monkeypatch.setattr(matching, "_normalized_error", by_own_size)
     before = _metrics(trainer, batch)
     assert before.log_ratio_max == 0.0
     monkeypatch.undo()
     trainer.learn(0, prompts.prompts, parts, outcome)
-    monkeypatch.setattr(matching_losses, "_normalized_error", by_first_size)
+    monkeypatch.setattr(matching, "_normalized_error", by_first_size)
     assert _metrics(trainer, batch).mean("loss") < before.mean("loss")
 
 

@@ -156,7 +156,7 @@ def test_the_embedded_encoder_is_opened(tmp_path: Path) -> None:
     torch.manual_seed(0)
     assemble_clap(build_clap(), tmp_path)
     encoder, clips = load_clap(str(tmp_path)), noise(12000)
-    assert encoder.windows.rate == 8000 and encoder.windows.length == 12000
+    assert encoder.rate == 8000 and encoder.length == 12000
     assert next(encoder.parameters()).dtype == torch.float32
     scores = ClapReward(str(tmp_path), 8000)(clips, PROMPTS)
     assert scores.shape == (4,) and scores.isfinite().all()
@@ -164,7 +164,7 @@ def test_the_embedded_encoder_is_opened(tmp_path: Path) -> None:
 
 
 def test_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no config\.json: give the folder that ClapModel"):
+    with pytest.raises(ValueError, match=r"has no config\.json: give the folder that save_pretrained of a CLAP model"):
         ClapReward(str(tmp_path), RATE)(noise(WINDOW), PROMPTS)
     CLIPVisionConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not CLAP: give a CLAP folder or Hub id"):

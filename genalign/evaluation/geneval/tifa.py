@@ -107,12 +107,8 @@ class TifaReward:
 
         scores = []
         for part, group in zip(torch.split(answers.clamp(0, 1), [len(group) for group in groups]), groups, strict=True):
-            part = part if self.gate is None else gate_answers(part, group, self.gate)
+            if self.gate is not None:  # by the parents' answers before gating
+                passed = [all(float(part[parent]) >= self.gate for parent in item.parents) for item in group]
+                part = part * torch.tensor(passed, dtype=part.dtype)
             scores.append(part.mean() if self.mean == "arithmetic" else part.log().mean().exp())
         return torch.stack(scores)
-
-
-def gate_answers(answers: Tensor, group: Sequence[Question], gate: float) -> Tensor:
-    """Replace answers (n,) by 0 where the answer to a parent, before gating, is below ``gate``."""
-    open_ = [all(float(answers[parent]) >= gate for parent in question.parents) for question in group]
-    return answers * torch.tensor(open_, dtype=answers.dtype)

@@ -61,13 +61,7 @@ class _Scale:
 
 
 def line_chart(points: Sequence[Point], x_axis: Axis, y_axis: Axis, title: str) -> Markup:
-    """Draw one line over its band; many points become means of neighbors over a faint line of up to 400 points.
-
-    Raises:
-        ValueError: there are no points.
-    """
-    if not points:
-        raise ValueError(f"the chart {title!r} has no points: leave it out")
+    """Draw points, at least one, as a line over its band; many become means of neighbors over a faint line."""
     x, y = _scales(points, y_axis)
     marks = binned(points, _MARKS)
     parts = [_grid(x, y, x_axis, y_axis)]
@@ -94,6 +88,8 @@ def line_chart(points: Sequence[Point], x_axis: Axis, y_axis: Axis, title: str) 
 def whisker(estimate: Estimate, limits: tuple[float, float], label: str) -> Markup:
     """Draw one interval on a line between ``limits``, with zero marked."""
     x = _Scale(min(limits[0], 0.0), max(limits[1], 0.0, limits[0] + 1e-9), 6, 154)
+    if not estimate.is_bounded:
+        estimate = Estimate(estimate.mean, *limits, estimate.n)
     sign, zero = mood(estimate.low, estimate.high), x(0)
     body = (
         f'<line class="zero" x1="{zero}" x2="{zero}" y1="0" y2="20"/>'
@@ -114,8 +110,6 @@ def binned(points: Sequence[Point], limit: int) -> list[Point]:
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """Round numbers in [low, high] that are 1, 2 or 5 times a power of ten apart; about ``count`` of them."""
-    if not low < high:
-        raise ValueError(f"ticks need a range, got {low} to {high}")
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))

@@ -12,18 +12,21 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.credit import NormalizedSum
-from genalign.algorithms.matching import MatchingObjective
-from genalign.algorithms.matching_losses import AWMLoss, DPOLoss, RewardWeightedLoss
-from genalign.algorithms.matching_recipes import awm, dragon, dragon_set, matching, nft
+from genalign.algorithms.matching import AWMLoss, DPOLoss, MatchingObjective, RewardWeightedLoss
 from genalign.algorithms.recipes import (
     Lag,
     Recipe,
     adv_grpo,
+    awm,
     ddpo,
     dense_grpo,
+    dragon,
+    dragon_set,
     flow_grpo,
     guard_grpo,
+    matching,
     mix_grpo,
+    nft,
     prdp,
     tempflow_grpo,
 )

@@ -90,13 +90,6 @@ def test_a_calibration_is_written_and_used(source: Path, tmp_path: Path) -> None
     assert main(["train", "--config", base, kernel, *other]) == 2
 
 
-@pytest.mark.parametrize("command", ["compare", "report"])
-def test_help_is_printed(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "--help"]) == 0
-    assert f"usage: genalign {command}" in capsys.readouterr().out
-    assert main([command]) == 2
-
-
 def test_impossible_comparisons() -> None:
     with pytest.raises(ValueError, match="at least one entry in runs and one in seeds"):
         Compare("out", "base.yaml", {}, [1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genalign import assets
-from genalign.algorithms.matching_recipes import dragon_set
+from genalign.algorithms.recipes import dragon_set
 from genalign.cli.context import prompt_set, require_rate
 from genalign.cli.main import main
 from genalign.evaluation.evaluate import EXTERNAL, Evaluation, load_evaluation

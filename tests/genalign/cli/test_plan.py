@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pipelines
-from genalign.algorithms.matching_recipes import dragon, nft
-from genalign.algorithms.recipes import Recipe, dense_grpo, flow_grpo, mix_grpo, prdp
+from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, mix_grpo, nft, prdp
 from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from genalign.cli.main import main
-from genalign.runtime.file_locks import Claims
+from genalign.runtime.files import Claims
 
 STEER = """
 output: {folder}/found

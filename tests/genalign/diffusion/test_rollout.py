@@ -17,38 +17,28 @@ from genalign.diffusion.rollout import (
 from genalign.diffusion.transitions import CPS, ODE, FlowSDE, Kernel
 from genalign.scoring.budget import Ledger, Metered
 from pipelines import SD3
-
-PROMPTS = ["a circle", "two squares"]
-SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2]
-
-
-def _start(pipeline: SD3, shared: bool) -> RolloutInputs:
-    noise = (1, 1, 1, 2, 2, 2) if shared else (1, 2, 3, 4, 5, 6)
-    return RolloutInputs(pipeline.encode(PROMPTS), torch.tensor([0, 0, 0, 1, 1, 1]), noise, tuple(range(10, 16)))
+from tests.genalign.diffusion.rollouts import five_steps, inputs, sample
 
 
 @pytest.mark.parametrize("kernel", [FlowSDE(0.7), CPS(0.8)])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_on_policy_log_ratio_is_exactly_zero(tiny: SD3, kernel: Kernel, guidance: float) -> None:
-    grid = tiny.grid(5, SIGMAS)
-    sampled = rollout(tiny, _start(tiny, True), grid, kernel_per_step(kernel, (1, 2), 5), guidance, store=(1, 2))
+    sampled = sample(tiny, (1, 2), True, guidance, kernel)
     for stored in range(2):
-        again = replay(tiny, sampled, grid, kernel, ReplayBatch.of_step(stored, 6), guidance)
-        ratio = again.new.log_ratio(again.old, again.x_next)
-        assert torch.equal(ratio, torch.zeros(6))
+        again = replay(tiny, sampled, five_steps(tiny), kernel, ReplayBatch.of_step(stored, 6), guidance)
+        assert torch.equal(again.log_ratio, torch.zeros(6))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_pairs_of_several_steps_are_replayed_alike(tiny: SD3, guidance: float) -> None:
-    grid, kernel = tiny.grid(5, SIGMAS), FlowSDE(0.7)
-    sampled = rollout(tiny, _start(tiny, False), grid, kernel_per_step(kernel, (1, 2, 3), 5), guidance, store=(1, 2, 3))
+    sampled = sample(tiny, (1, 2, 3), guidance=guidance)
     live = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
     parts = ReplayBatch.batches(live)
     assert [(len(part.rows), part.count) for part in parts] == [(6, 6), (6, 1)]
     pairs_seen = torch.cat([torch.stack(part.index, dim=1) for part in parts])
     assert sorted(pairs_seen.tolist()) == live.nonzero().tolist()
     for pairs in parts:
-        again = replay(tiny, sampled, grid, kernel, pairs, guidance)
+        again = replay(tiny, sampled, five_steps(tiny), FlowSDE(0.7), pairs, guidance)
         # a sample's place in the batch may decide which way of adding up it meets
         torch.testing.assert_close(again.log_ratio, torch.zeros(pairs.count), rtol=0, atol=1e-7)
         assert torch.equal(again.old.mean, sampled.mean[pairs.index])
@@ -64,27 +54,21 @@ def test_pairs_are_left_out_only_where_that_saves_a_batch() -> None:
 
 
 def test_only_the_window_is_stored(tiny: SD3) -> None:
-    grid = tiny.grid(5, SIGMAS)
-    sampled = rollout(tiny, _start(tiny, False), grid, kernel_per_step(FlowSDE(), (1, 2), 5), 1.0, store=(1, 2))
+    sampled = sample(tiny, (1, 2))
     assert sampled.steps == (1, 2)
     assert sampled.x.shape == sampled.x_next.shape == sampled.mean.shape == (6, 2, 4, 16, 16)
     assert torch.equal(sampled.x[:, 1], sampled.x_next[:, 0])
-    assert rollout(tiny, _start(tiny, False), grid, [ODE()] * 5, 1.0).x.numel() == 0
+    assert sample(tiny, ()).x.numel() == 0
 
 
 def test_the_shared_prefix_is_computed_once_and_changes_nothing(tiny: SD3) -> None:
-    grid, kernels = tiny.grid(5, SIGMAS), kernel_per_step(FlowSDE(), (2,), 5)
     metered = Metered(tiny, Ledger())
-    together = rollout(metered, _start(tiny, True), grid, kernels, 1.0, store=(2,))
+    together = sample(tiny, (2,), shared=True, metered=metered)
     assert metered.ledger.nfe == 2 * 2 + 3 * 6
     assert torch.equal(together.x[0], together.x[1]) and torch.equal(together.x[3], together.x[5])
     assert not torch.allclose(together.final[0], together.final[1])
-    start = _start(tiny, True)
-    for row in range(6):
-        part = RolloutInputs(
-            start.conditioning, start.prompt[[row]], (start.noise_seeds[row],), (start.step_seeds[row],)
-        )
-        alone = rollout(tiny, part, grid, kernels, 1.0, store=(2,))
+    for row, part in enumerate(inputs(tiny, True).split(1)):
+        alone = rollout(tiny, part, five_steps(tiny), kernel_per_step(FlowSDE(0.7), (2,), 5), 1.0)
         torch.testing.assert_close(alone.final[0], together.final[row], rtol=0, atol=1e-4)
 
 
@@ -99,14 +83,13 @@ def test_step_noise_depends_on_seed_and_step_alone() -> None:
 
 def test_lengths_are_checked(tiny: SD3) -> None:
     with pytest.raises(ValueError, match="one entry per sample"):
-        RolloutInputs(tiny.encode(PROMPTS), torch.tensor([0, 1]), (1, 2), (1,))
+        RolloutInputs(tiny.encode(["a circle"]), torch.tensor([0, 0]), (1, 2), (1,))
     with pytest.raises(ValueError, match="the grid has 5 steps, got 4 kernels"):
-        rollout(tiny, _start(tiny, False), tiny.grid(5, SIGMAS), [ODE()] * 4, 1.0)
+        rollout(tiny, inputs(tiny, False), five_steps(tiny), [ODE()] * 4, 1.0)
 
 
 def test_generate_does_not_depend_on_the_batch(tiny: SD3) -> None:
     texts = ["a circle", "two squares", "a circle"]
-    whole = torch.cat(list(generate(tiny, texts, [1, 2, 3], tiny.grid(5, SIGMAS), 1.0, 3)))
-    parts = torch.cat(list(generate(tiny, texts, [1, 2, 3], tiny.grid(5, SIGMAS), 1.0, 2)))
+    whole, parts = (torch.cat(list(generate(tiny, texts, [1, 2, 3], five_steps(tiny), 1.0, size))) for size in (3, 2))
     assert whole.shape == (3, 3, 64, 64)
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-4)

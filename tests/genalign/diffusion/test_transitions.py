@@ -86,42 +86,34 @@ FLOW_STEP = flow_step(0.8, 0.6)
 EDM_STEP = step_between((1.0, 500.0), (1.0, 78.254))
 EDM_12 = step_between((1.0, 2.0), (1.0, 1.0))
 FIXTURES = [
-    pytest.param(FlowPath(), FlowSDE(0.7), FLOW_STEP, 0.4522, 0.6260990337, id="flow"),
-    pytest.param(FlowPath(), FlowSDE(0.7), euler_grid(10, 3.0)[0], 0.3894612069, 0.7, id="first step"),
-    pytest.param(FlowPath(), CPS(0.8), FLOW_STEP, 0.3775804865, 0.5706339098, id="cps"),
-    pytest.param(FlowPath(), DanceSDE(0.3), FLOW_STEP, 0.55505, 0.1341640786, id="dance"),
-    pytest.param(FlowPath(), DPMSDE(), FLOW_STEP, 0.395, 0.5562148865, id="dpm"),
-    pytest.param(VPPath("epsilon"), DDIM(1.0), VP_STEP, 0.9606530576, 0.5345224838, id="ddim-epsilon"),
-    pytest.param(VPPath("v_prediction"), DDIM(1.0), VP_STEP, 0.4924264056, 0.5345224838, id="ddim-v"),
+    pytest.param(FlowPath(), FlowSDE(0.7), FLOW_STEP, 0.5, -0.3, 0.4522, 0.6260990337, id="flow"),
+    pytest.param(FlowPath(), FlowSDE(0.7), euler_grid(10, 3.0)[0], 0.5, -0.3, 0.3894612069, 0.7, id="first step"),
+    pytest.param(FlowPath(), CPS(0.8), FLOW_STEP, 0.5, -0.3, 0.3775804865, 0.5706339098, id="cps"),
+    pytest.param(FlowPath(), DanceSDE(0.3), FLOW_STEP, 0.5, -0.3, 0.55505, 0.1341640786, id="dance"),
+    pytest.param(FlowPath(), DPMSDE(), FLOW_STEP, 0.5, -0.3, 0.395, 0.5562148865, id="dpm"),
+    pytest.param(VPPath("epsilon"), DDIM(1.0), VP_STEP, 0.5, -0.3, 0.9606530576, 0.5345224838, id="ddim-epsilon"),
+    pytest.param(VPPath("v_prediction"), DDIM(1.0), VP_STEP, 0.5, -0.3, 0.4924264056, 0.5345224838, id="ddim-v"),
+    pytest.param(EDMPath(), DPMSDE(), EDM_12, 1.5, 0.3, 0.3987538820, 0.8660254038, id="edm"),
 ]
 
 
-@pytest.mark.parametrize(("path", "kernel", "step", "mean", "std"), FIXTURES)
-def test_worked_numbers(path: GaussianPath, kernel: Kernel, step: NoiseStep, mean: float, std: float) -> None:
-    move = transition(path, kernel, full(0.5), full(-0.3), step)
+@pytest.mark.parametrize(("path", "kernel", "step", "x", "v", "mean", "std"), FIXTURES)
+def test_worked_numbers(
+    path: GaussianPath, kernel: Kernel, step: NoiseStep, x: float, v: float, mean: float, std: float
+) -> None:
+    move = transition(path, kernel, full(x), full(v), step)
     assert (move.mean.item(), move.std.item()) == pytest.approx((mean, std), abs=1e-9)
-
-
-def test_worked_numbers_of_edm() -> None:
-    move = transition(EDMPath(), DPMSDE(), full(1.5), full(0.3), EDM_12)
-    assert (move.mean.item(), move.std.item()) == pytest.approx((0.3987538820, 0.8660254038), abs=1e-9)
 
 
 @pytest.mark.parametrize("index", range(10))
 def test_sd3_table(index: int) -> None:
-    sigma, rate, c_x, c_v, flow, cps, dance, content = SD3_TABLE[index]
     step = euler_grid(10, 3.0)[index]
-    assert step.sigma.item() == pytest.approx(sigma, abs=1e-5)
     of_x = transition(FlowPath(), FlowSDE(0.7), full(1.0), full(0.0), step)
     of_v = transition(FlowPath(), FlowSDE(0.7), full(0.0), full(1.0), step)
-    assert of_x.mean.item() == pytest.approx(c_x, abs=1e-5)
-    assert of_v.mean.item() == pytest.approx(c_v, abs=1e-5)
-    assert of_x.std.item() == pytest.approx(flow, abs=1e-5)
-    assert of_x.std.item() / (step.sigma - step.sigma_next).sqrt().item() == pytest.approx(rate, abs=1e-5)
-    assert CPS(0.8)(step).s.item() == pytest.approx(cps, abs=1e-5)
-    assert DanceSDE(0.3)(step).s.item() == pytest.approx(dance, abs=1e-5)
-    scalars = FlowSDE(0.7)(step)
-    assert math.hypot(scalars.c.item(), scalars.s.item()) == pytest.approx(content, abs=1e-5)
+    rate, scalars = of_x.std / (step.sigma - step.sigma_next).sqrt(), FlowSDE(0.7)(step)
+    others, content = (CPS(0.8)(step).s, DanceSDE(0.3)(step).s), torch.hypot(scalars.c, scalars.s)
+    row = (step.sigma, rate, of_x.mean, of_v.mean, of_x.std, *others, content)
+    assert tuple(float(value) for value in row) == pytest.approx(SD3_TABLE[index], abs=1e-5)
 
 
 @pytest.mark.parametrize("sigmas", [(1.0, 0.9), (0.9, 0.7), (0.3, 0.02), (0.1, 0.0)])
@@ -180,13 +172,6 @@ def test_a_batch_of_mixed_steps_is_bitwise_its_samples(kernel: Kernel, dtype: to
         assert batch.mean.dtype == batch.std.dtype == dtype
 
 
-def test_half_precision_outputs_move_in_float32() -> None:
-    x, v = X.float(), V.bfloat16()
-    move = transition(FlowPath(), FlowSDE(), x, v, FLOW_STEP)
-    assert move.mean.dtype == move.std.dtype == torch.float32
-    assert torch.equal(move.mean, transition(FlowPath(), FlowSDE(), x, v.float(), FLOW_STEP).mean)
-
-
 # Densities
 
 
@@ -205,16 +190,10 @@ def as_normal(move: Transition) -> Normal:
 
 def test_densities_agree_with_torch_distributions() -> None:
     new, old, x_next = moves()
-    log_prob: Tensor = as_normal(new).log_prob(x_next)
-    torch.testing.assert_close(new.log_prob(x_next), log_prob.mean((1, 2)), rtol=1e-12, atol=1e-12)
+    difference: Tensor = as_normal(new).log_prob(x_next) - as_normal(old).log_prob(x_next)
+    torch.testing.assert_close(new.log_ratio(old, x_next), difference.mean((1, 2)), rtol=1e-9, atol=1e-12)
     kl = kl_divergence(as_normal(new), as_normal(old)).mean((1, 2))
     torch.testing.assert_close(new.kl(old), kl, rtol=1e-12, atol=1e-12)
-
-
-def test_log_ratio_is_the_difference_of_log_probs() -> None:
-    new, old, x_next = moves()
-    difference = new.log_prob(x_next) - old.log_prob(x_next)
-    torch.testing.assert_close(new.log_ratio(old, x_next), difference, rtol=1e-9, atol=1e-12)
 
 
 def test_log_ratio_of_equal_means_is_exactly_zero_and_small_ones_keep_their_precision() -> None:
@@ -231,7 +210,7 @@ def test_the_gradient_moves_the_mean_towards_the_sample() -> None:
     move = transition(FlowPath(), FlowSDE(0.7), X, v, FLOW_STEP)
     old = Transition(move.mean.detach(), move.std)
     (ascent,) = torch.autograd.grad(move.log_ratio(old, x_next).sum(), v, retain_graph=True)
-    torch.testing.assert_close(ascent, torch.autograd.grad(move.log_prob(x_next).sum(), v)[0])
+    torch.testing.assert_close(ascent, torch.autograd.grad(as_normal(move).log_prob(x_next).mean(1).sum(), v)[0])
     moved = transition(FlowPath(), FlowSDE(0.7), X, V + 1e-3 * ascent, FLOW_STEP)
     assert bool(((moved.mean - x_next).abs() < (move.mean - x_next).abs()).all())
 
@@ -242,7 +221,7 @@ def test_the_gradient_moves_the_mean_towards_the_sample() -> None:
 )
 def test_a_deterministic_step_of_a_sample_has_no_density(kernel: Kernel, step: NoiseStep) -> None:
     move = transition(FlowPath(), kernel, X, V, step)
-    for density in (lambda: move.log_prob(X), lambda: move.kl(move), lambda: move.log_ratio(move, X)):
+    for density in (lambda: move.kl(move), lambda: move.log_ratio(move, X)):
         with pytest.raises(ValueError, match="train only stochastic steps"):
             density()
 
@@ -252,11 +231,9 @@ def test_invalid_questions_are_errors() -> None:
     with pytest.raises(ValueError, match="different std"):
         new.log_ratio(Transition(old.mean, 2 * old.std), x_next)
     with pytest.raises(ValueError, match="expected a tensor of shape"):
-        new.log_prob(x_next[:1])
+        new.log_ratio(old, x_next[:1])
     with pytest.raises(ValueError, match="std must be"):
         Transition(torch.zeros(3, 4), torch.ones(3))
-    with pytest.raises(ValueError, match="two dimensions"):
-        Transition(torch.zeros(3), torch.ones(3))
 
 
 # What kernels refuse
@@ -282,13 +259,13 @@ def test_first_order_kernels_refuse_undefined_ratios(kernel: Kernel) -> None:
         kernel(flow_step(0.5, 0.6))
 
 
-@pytest.mark.parametrize("value", [-0.1, math.nan])
-def test_shares_of_noise_are_in_the_unit_interval_and_rates_positive(value: float) -> None:
-    makes: list[Callable[[float], Kernel]] = [CPS, DDIM, FlowSDE, DanceSDE]
-    for make, limit in zip(makes, (1.1, 1.1, 0.0, 0.0), strict=True):
-        for wrong in (value, limit):
-            with pytest.raises(ValueError, match=r"(eta|noise_level) must be"):
-                make(wrong)
+@pytest.mark.parametrize(("make", "limit"), [(CPS, 1.1), (DDIM, 1.1), (FlowSDE, 0.0), (DanceSDE, 0.0)])
+def test_shares_of_noise_are_in_the_unit_interval_and_rates_positive(
+    make: Callable[[float], Kernel], limit: float
+) -> None:
+    for wrong in (-0.1, math.nan, limit):
+        with pytest.raises(ValueError, match=r"(eta|noise_level) must be"):
+            make(wrong)
 
 
 # Which steps can be trained
@@ -301,8 +278,7 @@ def test_leftover_noise() -> None:
     assert leftover[:8].tolist() == pytest.approx(expected[:8], abs=2e-4)
     assert leftover[8].item() == pytest.approx(26.9, abs=0.1)
     assert leftover[9].item() == math.inf
-    for kernel in (ODE(), CPS(), DPMSDE(), DDIM(0.3)):
-        torch.testing.assert_close(leftover_noise(kernel, grid), torch.ones(10, dtype=torch.float64))
+    torch.testing.assert_close(leftover_noise(CPS(), grid), torch.ones(10, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -314,15 +290,6 @@ def test_trainable_steps_of_the_default_grids(shift: float) -> None:
     assert trainable_steps(FlowSDE(0.7), grid, limit=30.0 if shift == 3.0 else 1e3) == tuple(range(9))
     for kernel in (ODE(), CPS(0.0), DDIM(0.0)):
         assert trainable_steps(kernel, grid) == ()
-
-
-def test_the_first_order_solver_keeps_the_noise_level_of_edm() -> None:
-    """Stable Audio's grid: from 500 to 0.3 in equal factors, then 0."""
-    sigma = torch.cat([torch.logspace(math.log10(500), math.log10(0.3), 5).double(), torch.zeros(1).double()])
-    grid = Grid(timestep=sigma[:-1], alpha=torch.ones_like(sigma), sigma=sigma)
-    for kernel in (ODE(), DPMSDE(), DDIM(0.3)):
-        torch.testing.assert_close(leftover_noise(kernel, grid), torch.ones(5, dtype=torch.float64))
-    assert trainable_steps(DPMSDE(), grid) == (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize("kernel", [ODE(), DPMSDE()])
@@ -362,16 +329,13 @@ def exact_velocity(x: Tensor, step: NoiseStep) -> Tensor:
     return sigma * centered - (DATA_MEAN + alpha * DATA_STD**2 * centered)
 
 
-def moved(kernel: Kernel, x: Tensor, step: NoiseStep) -> Transition:
-    used = ODE() if step.sigma_next == 0 else kernel
-    return transition(FlowPath(), used, x, exact_velocity(x, step), step)
-
-
 def final_law(kernel: Kernel, steps: int) -> tuple[float, float]:
     """Mean and std of the last sample, starting from N(0, 1)."""
     mean, variance, grid = 0.0, 1.0, linear_grid(steps)
     for index in range(steps):
-        move = moved(kernel, torch.tensor([[mean], [mean + 1]], dtype=torch.float64), grid[index])
+        x, step = torch.tensor([[mean], [mean + 1]], dtype=torch.float64), grid[index]
+        used = ODE() if step.sigma_next == 0 else kernel
+        move = transition(FlowPath(), used, x, exact_velocity(x, step), step)
         slope = (move.mean[1] - move.mean[0]).item()
         mean, variance = move.mean[0].item(), slope**2 * variance + move.std.item() ** 2
     return mean, math.sqrt(variance)
@@ -383,14 +347,3 @@ def test_spread_of_gaussian_data(kernel: Kernel, steps: int) -> None:
     mean, std = final_law(kernel, steps)
     assert std == pytest.approx(FINAL_STD[kernel][steps], abs=0.003)
     assert mean == pytest.approx(DATA_MEAN, abs=1e-6)
-
-
-@pytest.mark.parametrize("kernel", [FlowSDE(0.7), DPMSDE()])
-def test_simulation_agrees_with_the_propagated_law(kernel: Kernel) -> None:
-    generator, grid = torch.Generator().manual_seed(0), linear_grid(10)
-    x = torch.randn(200_000, 1, generator=generator)
-    for index in range(10):
-        x = moved(kernel, x, grid[index]).sample(torch.randn(x.shape, generator=generator))
-    mean, std = final_law(kernel, 10)
-    assert x.mean().item() == pytest.approx(mean, abs=0.005)
-    assert x.std().item() == pytest.approx(std, abs=0.004)

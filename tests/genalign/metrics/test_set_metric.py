@@ -25,8 +25,7 @@ FIRST, SECOND = drawn(16, 7, seed=1) + 0.5, drawn(16, 7, seed=2) + 0.5  # 6 feat
 def test_units_of_the_set_reward_do_not_matter() -> None:
     plain = with_quality(vendi_score, 2.0, FIRST, SECOND)
     other = with_quality(lambda features: 1000 * vendi_score(features) - 7, 2.0, FIRST, SECOND)
-    assert other.reward_weight == pytest.approx(plain.reward_weight / 1000)
-    assert other.quality_weight == plain.quality_weight
+    assert other(FIRST) - other(SECOND) == pytest.approx(plain(FIRST) - plain(SECOND), rel=1e-4)
     splits = [greedy_swap(FIRST, SECOND, reward) for reward in (plain, other)]
     assert torch.equal(*splits)
 
@@ -34,10 +33,10 @@ def test_units_of_the_set_reward_do_not_matter() -> None:
 def test_weights_are_relative_to_the_spread_of_random_sets() -> None:
     first, second = torch.zeros(4000, 2), torch.ones(4000, 2)
     reward = with_quality(lambda features: float(features.sum()), 3.0, first, second)
-    assert 1 / reward.reward_weight == pytest.approx(math.sqrt(4000 / 4), rel=0.4)  # binomial, of 16 draws
-    assert reward.quality_weight == pytest.approx(3.0 * 4000 * reward.reward_weight, rel=1e-5)
-    assert reward(second) == pytest.approx(4000 * reward.reward_weight + reward.quality_weight)
-    assert with_quality(lambda features: 0.1, 1.0, FIRST, SECOND).reward_weight == 0.0
+    features_alone = reward(torch.cat([second[:, :1], first[:, :1]], 1))
+    assert features_alone == pytest.approx(4000 / math.sqrt(4000 / 4), rel=0.4)  # binomial, of 16 draws
+    assert reward(second) == pytest.approx((1 + 3.0) * features_alone, rel=1e-5)
+    assert with_quality(lambda features: 0.1, 1.0, FIRST, SECOND)(torch.zeros(4, 7)) == 0.0
 
 
 def test_weights_and_rewards_must_be_finite() -> None:

@@ -6,13 +6,10 @@ import json
 import logging
 import math
 import multiprocessing
-import os
 import signal
-import socket
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from multiprocessing.context import ForkServerContext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +22,37 @@ from genalign.algorithms.interfaces import MetricSums
 from genalign.cli import main
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, RankShare, process_group
 from genalign.runtime.files import load_state
-from genalign.runtime.fsdp import Sharding, require_sharded, sharding_from_environment
+from genalign.runtime.fsdp import Sharding, sharding_from_environment
 from genalign.training.settings import TrainerSettings
 from pipelines import SD3
 from tests.genalign import ranks
+from tests.genalign.training.toy_runs import require_same_checkpoints, write_config
+from tests.http_servers import free_port
 
 
-def _port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def _context() -> ForkServerContext:
-    """Of processes that are forked from one that has imported everything."""
+def _start(target: Callable[..., None], errors: Path, *arguments: object) -> list[BaseProcess]:
+    """Start two ranks, forked from a process that has imported everything; their errors go to ``errors``/error.RANK."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["genalign.cli.main", "torch", "tests.genalign.ranks"])
-    return context
+    port = free_port()
+    own = [(rank, port, errors / f"error.{rank}") for rank in range(2)]
+    started = [context.Process(target=target, args=(*rank, *arguments)) for rank in own]
+    for process in started:
+        process.start()
+    return started
+
+
+def _require_success(started: Sequence[BaseProcess], errors: Path) -> None:
+    for process in started:
+        process.join(1800)
+    assert [process.exitcode for process in started] == [0, 0], (errors / "error.0").read_text()
 
 
 @pytest.fixture(scope="module")
 def both(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of what two processes did."""
-    folder, port = tmp_path_factory.mktemp("both"), _port()
-    context = _context()
-    started = [context.Process(target=ranks.work, args=(rank, port, tiny_folder, folder)) for rank in range(2)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(1800)
-    assert [process.exitcode for process in started] == [0, 0], (folder / "said.0").read_text()
+    """The folder of the results of two processes."""
+    folder = tmp_path_factory.mktemp("both")
+    _require_success(_start(ranks.work, folder, tiny_folder, folder), folder)
     return folder
 
 
@@ -155,14 +153,9 @@ def test_a_sharded_network_trains_like_an_unsharded_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["copies", "divided"])
 def test_two_processes_resume_exactly(both: Path, kind: str) -> None:
-    paths = [both / kind / run / "latest" for run in ("unbroken", "broken")]
-    first, second = (load_state(path / "state.safetensors")[0] for path in paths)
-    assert first.keys() == second.keys()
-    own = ("generators.python", "generators.numpy")  # seeded by the system, and drawn from by nothing here
-    assert [key for key in first if not torch.equal(first[key], second[key]) and key not in own] == []
-    assert not torch.equal(*first["generators.torch"])
-    numbers = [json.loads((path / "state.json").read_text())["parts"]["trainer"] for path in paths]
-    assert numbers[0] | {"seconds": 0} == numbers[1] | {"seconds": 0}
+    unbroken, broken = (both / kind / run / "latest" for run in ("unbroken", "broken"))
+    require_same_checkpoints(unbroken, broken)
+    assert not torch.equal(*load_state(unbroken / "state.safetensors")[0]["generators.torch"])
 
 
 @pytest.mark.slow
@@ -172,92 +165,29 @@ def test_the_adapter_of_a_sharded_network_loads(both: Path, tiny: SD3) -> None:
     assert len(names) == len(load_file(both / "lora" / "pytorch_lora_weights.safetensors")) > 0
 
 
-VICTIM = """
-import os
-import signal
-import sys
-
-from genalign.cli import main
-from genalign.runtime import distributed
-
-
-def train(rank, port, said, arguments, death, silence):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with open(said, "w") as file:
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    joined = distributed.process_group
-    from genalign.cli import train as training
-    training.process_group = lambda variables: joined(variables, silence / 4, silence)
-    if rank == 1:
-        dying.signal = death
-    raise SystemExit(main.main(arguments))
-
-
-class dying:
-    signal, calls = None, 0
-
-
-def redness(samples, prompts):
-    dying.calls += 1
-    if dying.signal is not None and dying.calls == 4:
-        os.kill(os.getpid(), dying.signal)
-    return samples[:, 0].flatten(1).mean(1)
-"""
-
-CONFIG = """
-output: {output}
-model: {{path: {model}}}
-prompts: "shapes:train"
-recipe: {{class_path: genalign.algorithms.recipes.flow_grpo, init_args: {{window: 1}}}}
-rewards: {{red: {{function: victim_rank.redness}}}}
-sampling: {{num_steps: 2, sigmas: [1.0, 0.5]}}
-training: {{rounds: 3, prompts_per_round: 4, group_size: 2, batch_size: 2, learning_rate: 0.01}}
-lora: {{rank: 2}}
-held_out: {{every: 2, prompts: "shapes:val", samples_per_task: 1}}
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("death", "told"), [(signal.SIGKILL, "another process"), (signal.SIGSTOP, "has been silent")])
-def test_a_rank_ends_when_another_has_ended(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: signal.Signals, told: str
-) -> None:
-    (tmp_path / "victim_rank.py").write_text(VICTIM)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "run.yaml").write_text(CONFIG.format(output=tmp_path / "run", model=tiny_folder))
-    import victim_rank  # what was written above
+def test_a_rank_ends_when_another_has_ended_and_the_run_resumes(tiny_folder: Path, tmp_path: Path) -> None:
+    training = {"rounds": 3, "prompts_per_round": 4}
+    config = write_config(tmp_path / "run.json", tiny_folder, "tests.genalign.ranks.deadly", training)
+    arguments, metrics = ["--config", str(config), "--resume"], tmp_path / "run" / "metrics.jsonl"
 
-    context, arguments = _context(), ["train", "--config", str(tmp_path / "run.yaml")]
+    def rounds() -> int:
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
-    def start(signal: int | None, *extra: str) -> list[Any]:
-        port = _port()
-        started = [
-            context.Process(
-                target=victim_rank.train,
-                args=(rank, port, str(tmp_path / f"said.{rank}"), [*arguments, *extra], signal, 20.0),
-            )
-            for rank in range(2)
-        ]
-        for process in started:
-            process.start()
-        return started
-
-    first, second = start(int(death))
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and first.is_alive():
-        time.sleep(0.2)
-    began = time.monotonic()
-    first.join(900)
-    assert first.exitcode == 1 and time.monotonic() - began < 60
-    assert told in (tmp_path / "said.0").read_text()
-    if death == signal.SIGSTOP:
-        os.kill(second.pid, signal.SIGKILL)
-    second.join(60)
-    again = start(None, "--resume")
-    for process in again:
-        process.join(900)
-    assert [process.exitcode for process in again] == [0, 0], (tmp_path / "said.0").read_text()
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
-    sys.modules.pop("victim_rank", None)
+    for done, (death, message) in enumerate(
+        [(signal.SIGKILL, "another process"), (signal.SIGSTOP, "has been silent")], start=1
+    ):
+        first, second = _start(ranks.train, tmp_path, arguments, [death])
+        while rounds() < done and first.is_alive():
+            time.sleep(0.2)
+        start = time.monotonic()
+        first.join(900)
+        assert first.exitcode == 1 and time.monotonic() - start < 60
+        assert message in (tmp_path / "error.0").read_text()
+        second.kill()
+        second.join(60)
+    _require_success(_start(ranks.train, tmp_path, arguments, []), tmp_path)
+    assert rounds() == 3
 
 
 def test_one_process_is_itself() -> None:
@@ -277,6 +207,9 @@ def test_shares_are_whole_and_equal_in_step() -> None:
     assert [list(share.padded_indices(4)) for share in shares] == [[0, 3], [1, 4], [2, 5]]
     with pytest.raises(ValueError, match="rank 2 of 2 processes"):
         ProcessGroup(2, 2)
+    assert RankShare.from_environment({"RANK": "2", "WORLD_SIZE": "5"}) == RankShare(2, 5)
+    with pytest.raises(ValueError, match="set both RANK and WORLD_SIZE"):
+        RankShare.from_environment({"RANK": "1"})
 
 
 def test_a_single_process_under_accelerate_logs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -331,17 +264,11 @@ def test_unsupported_accelerate_settings_are_refused(variables: dict[str, str], 
         sharding_from_environment(variables, processes)
 
 
-def test_a_run_whose_weights_are_not_sharded_stops() -> None:
-    with pytest.raises(ValueError, match="FSDP is configured, but 1 of 1 trained tensors are not sharded"):
-        require_sharded([torch.zeros(2)])
-
-
 def test_a_run_that_cannot_have_fsdp_writes_nothing(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in FSDP.items():
         monkeypatch.setenv(name, value)
-    text = CONFIG.format(output=tmp_path / "run", model=tiny_folder).replace("victim_rank", "tests.genalign.ranks")
-    (tmp_path / "run.yaml").write_text(text)
-    assert main.main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
+    config = write_config(tmp_path / "run.json", tiny_folder, "tests.genalign.ranks.redness", {"rounds": 1})
+    assert main.main(["train", "--config", str(config)]) == 2
     assert "there is one: start more" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from genalign.runtime.files import load_state, save_state, write_json
-from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from genalign.runtime.state import load_optimizer_tensors, optimizer_tensors
 
 
 def test_state_goes_round(tmp_path: Path) -> None:

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from genalign.diffusion.transitions import CPS, DDIM, ODE, FlowSDE, transition
+from genalign.search.fk_steering import FKState, FKSteering, Potential, require_stochastic
 from genalign.search.resampling import RESAMPLERS, normalized_weights
-from genalign.search.smc import FKSettings, FKState, Potential, require_stochastic
 from tests.genalign.search.tiny_searches import Gauss, exact_spread
 
 # Data N(0, 1), a flow of 50 steps, reward x, lam 1, previews scored at 9, 16, ..., 44 and the sample at 49.
 STEPS, SCORED = 50, (9, 16, 23, 30, 37, 44, 49)
-TOY = FKSettings(lam=1.0, start=0.18, stop=0.88, every=0.14, terminal="weighted")
+TOY = FKSteering(lam=1.0, start=0.18, stop=0.88, every=0.14, terminal="weighted")
 EVERY_TIME, SOMETIMES = None, 0.5
 GAUSS, GRID = Gauss(), Gauss().grid(STEPS)
 EVERY_POTENTIAL = pytest.mark.parametrize("potential", get_args(Potential))
 
 
-def toy_run(settings: FKSettings, particles: int, seed: int, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+def toy_run(settings: FKSteering, particles: int, seed: int, shift: float = 0.0) -> tuple[Tensor, Tensor]:
     """Samples (N,) of reward x + shift, and their weights (N,)."""
     source = torch.Generator().manual_seed(seed)
     state = FKState(settings, torch.zeros(particles, dtype=torch.long), STEPS, seed)
@@ -52,7 +52,7 @@ def test_unsteered_toy_is_gaussian() -> None:
         *(replace(TOY, resampler=resampler) for resampler in RESAMPLERS),
     ],
 )
-def test_steering_reaches_the_tilted_gaussian(settings: FKSettings) -> None:
+def test_steering_reaches_the_tilted_gaussian(settings: FKSteering) -> None:
     moments = []
     for seed in range(8):
         x, weights = toy_run(settings, 100_000, seed)
@@ -79,7 +79,7 @@ def test_reward_offset_changes_nothing(potential: Potential) -> None:
 
 
 def state_of(group: tuple[int, ...] = (0, 0, 0), **settings: Any) -> FKState:
-    return FKState(FKSettings(**settings), torch.tensor(group), 10, seed=0)
+    return FKState(FKSteering(**settings), torch.tensor(group), 10, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_resampling_stays_within_prompt() -> None:
     group = torch.tensor([5, 2, 5, 2, 2, 5, 5])
     source = torch.Generator().manual_seed(0)
     for resampler in RESAMPLERS:
-        state = FKState(FKSettings(lam=3.0, ess=None, resampler=resampler), group, 100, seed=0)
+        state = FKState(FKSteering(lam=3.0, ess=None, resampler=resampler), group, 100, seed=0)
         for step in range(20):
             state.weigh(torch.randn(7, generator=source) + 100 * group, step)
             ancestors = state.resample()
@@ -201,7 +201,7 @@ def test_argmax_selects_by_reward_alone() -> None:
 def test_final_sample_is_drawn_by_weight() -> None:
     size = 3000
     group, final = torch.arange(size).repeat_interleave(3), torch.tensor([0.0, math.log(3.0), -math.inf]).repeat(size)
-    state = FKState(FKSettings(lam=1.0, terminal="weighted"), group, 10, seed=0)
+    state = FKState(FKSteering(lam=1.0, terminal="weighted"), group, 10, seed=0)
     state.weigh(final, 9)
     chosen = state.choose()
     assert torch.equal(group[chosen], torch.arange(size)) and bool((chosen % 3 < 2).all())
@@ -212,17 +212,17 @@ def test_final_sample_is_drawn_by_weight() -> None:
 
 
 def test_scoring_steps() -> None:
-    assert FKSettings().scoring_steps(100) == (20, 40, 60, 80, 99)
-    assert FKSettings().scoring_steps(10) == (2, 4, 6, 9)  # 8 is the last but one
-    assert FKSettings(start=0.0, stop=1.0, every=0.01).scoring_steps(6) == (0, 1, 2, 3, 5)
-    assert FKSettings(start=0.3, stop=0.3).scoring_steps(10) == (3, 9)
+    assert FKSteering().scoring_steps(100) == (20, 40, 60, 80, 99)
+    assert FKSteering().scoring_steps(10) == (2, 4, 6, 9)  # 8 is the last but one
+    assert FKSteering(start=0.0, stop=1.0, every=0.01).scoring_steps(6) == (0, 1, 2, 3, 5)
+    assert FKSteering(start=0.3, stop=0.3).scoring_steps(10) == (3, 9)
     with pytest.raises(ValueError, match="take more steps"):
-        FKSettings().scoring_steps(2)
+        FKSteering().scoring_steps(2)
 
 
 def test_lam_is_tempered_up_to_last_step() -> None:
-    assert FKSettings(lam=10.0).strength(3, 100) == 10.0
-    tempered = FKSettings(lam=10.0, gamma=0.008)
+    assert FKSteering(lam=10.0).strength(3, 100) == 10.0
+    tempered = FKSteering(lam=10.0, gamma=0.008)
     assert tempered.strength(0, 100) == pytest.approx(0.08)
     assert tempered.strength(49, 100) == pytest.approx(10 * (1.008**50 - 1))
     assert tempered.strength(87, 100) == tempered.strength(99, 100) == 10.0
@@ -258,13 +258,13 @@ def test_deterministic_kernel_is_refused() -> None:
 )
 def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FKSettings(**settings)
+        FKSteering(**settings)
 
 
 def test_invalid_inputs_are_refused() -> None:
     for group in (torch.zeros(3), torch.zeros(0, dtype=torch.long), torch.zeros(2, 2, dtype=torch.long)):
         with pytest.raises(ValueError, match="prompt indices"):
-            FKState(FKSettings(), group, 10, seed=0)
+            FKState(FKSteering(), group, 10, seed=0)
     state = state_of()
     with pytest.raises(ValueError, match="one per particle"):
         state.weigh(torch.zeros(3, 1), 2)

@@ -32,7 +32,7 @@ from genalign.search.engine import Particles, SearchRun
 from genalign.search.noise_search import neighbors_of
 from genalign.search.pruning import PruneSchedule
 from genalign.search.ranking import largest_per_prompt, ranking_values
-from genalign.search.strategy import PromptBudget, Strategy, count_calls
+from genalign.search.strategy import Strategy, count_calls
 from genalign.types import Prompt
 from pipelines import SD3
 from tests.genalign.search.tiny_searches import PROMPTS, SAMPLING, redness, search_run
@@ -66,7 +66,7 @@ def test_ledger_equals_count_and_model_calls(tiny: SD3, strategy: Strategy, guid
     tiny.denoiser.register_forward_hook(
         lambda module, args, keywords, output: true.update(forward=len(keywords["hidden_states"])), with_kwargs=True
     )
-    finished = strategy(run, PromptBudget())
+    finished = strategy(run, None)
     assert run.ledger.nfe == true["forward"]
     counts = count_calls(run, strategy).counts  # of one of the two prompts
     assert run.ledger.counts == {call: 2 * count for call, count in counts.items()}
@@ -106,13 +106,13 @@ def test_sample_does_not_depend_on_batch(tiny: SD3) -> None:
     many = search(tiny, PROMPTS[0], redness, BestOfN(6, DDIM(1.0)), sampling=SAMPLING, batch_size=4)
     grid, rewards = SAMPLING.grid(tiny), [NamedReward("red", redness)]
     run = SearchRun(tiny, [Prompt(PROMPTS[0])], rewards, grid, 1.0, 1, "0/0")
-    alone = run.finish(run.advance(run.start(1, first=many.winners[0]), 5, DDIM(1.0)))
+    alone = run.finish(run.advance(run.start(6).rows(torch.tensor(many.winners)), 5, DDIM(1.0)))
     torch.testing.assert_close(alone.samples, many.samples, rtol=0, atol=1e-4)
 
 
 def test_prune_ranks_within_each_prompt(tiny: SD3) -> None:
     run = search_run(tiny)
-    finished = Prune((1,), (0.5,), 4)(run, PromptBudget())
+    finished = Prune((1,), (0.5,), 4)(run, None)
     assert finished.candidates.prompt.tolist() == [0, 0, 1, 1]
     assert Counter(node.prompt for node in run.lineage.nodes if node.end_step == 2) == {0: 2, 1: 2}
 

@@ -5,12 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import json
-import multiprocessing
-import os
-import random
 import resource
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,29 +13,31 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from genalign.algorithms import matching_recipes, recipes
+from genalign.algorithms import recipes
 from genalign.algorithms.credit import NormalizedSum
 from genalign.algorithms.recipes import Lag, Recipe
-from genalign.cli.resume import EncoderCache
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.metrics.vendi import vendi_score
-from genalign.runtime.files import load_state
-from genalign.runtime.state import Generators, State, Stateful
+from genalign.runtime.state import State
 from genalign.scoring.score import NamedReward
 from genalign.scoring.score_log import ScoreLog
 from genalign.training.checkpointing import Checkpoints, CheckpointWriter, DamagedCheckpointError
-from genalign.training.panel import PanelMeasures, PanelSnapshot
-from genalign.training.reward_hacking import Actions, HackingGuard, Limits
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3, AceStep
 from pipelines.base import DiffusersPipeline
-from rewards.backbones.reference_images import ReferencePool
-from tests.genalign.training.toy_runs import adversary, channels, redness
+from tests.genalign.training.toy_runs import (
+    Session,
+    adversary,
+    careless,
+    channels,
+    redness,
+    require_same_checkpoints,
+    seed_generators,
+)
 from tests.pipelines.tiny_checkpoints import FAMILIES
 
 PROMPTS = PromptSet("five", tuple(Prompt(f"{number} circles", {"n": number}) for number in range(5)))
@@ -57,25 +54,6 @@ LORA = Lora(rank=2)
 SAMPLING = Sampling(num_steps=3, sigmas=(1.0, 0.6, 0.3))
 
 
-def careless(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """A reward that draws from the global generators."""
-    noise = torch.rand(len(samples)) + random.gauss(0, 1) + float(np.random.standard_normal())
-    return redness(samples, prompts) + 0.01 * noise
-
-
-class Samples:
-    """Random reference images or clips."""
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        self.samples = torch.rand(4, *shape, generator=torch.Generator().manual_seed(1))
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def load(self, rows: Sequence[int]) -> Tensor:
-        return self.samples[list(rows)]
-
-
 GRID: Mapping[str, Callable[[], Recipe]] = {
     "flow_grpo": lambda: recipes.flow_grpo(window=1, kl=0.01),
     "dense_grpo": lambda: recipes.dense_grpo(window=1),
@@ -85,10 +63,10 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
     "ddpo": lambda: recipes.ddpo(window=1),
     "adv_grpo": lambda: recipes.adv_grpo(window=1),
     "prdp": lambda: recipes.prdp(window=1),
-    "dragon": lambda: matching_recipes.dragon(anchor=0.1),
-    "dragon_set": lambda: matching_recipes.dragon_set(vendi_score, channels, quality=0.5),
-    "nft": lambda: matching_recipes.nft(lag=Lag(slope=0.3)),
-    "awm": matching_recipes.awm,
+    "dragon": lambda: recipes.dragon(anchor=0.1),
+    "dragon_set": lambda: recipes.dragon_set(vendi_score, channels, quality=0.5),
+    "nft": lambda: recipes.nft(lag=Lag(slope=0.3)),
+    "awm": recipes.awm,
     "with_credit": lambda: recipes.with_credit(recipes.flow_grpo(window=1), NormalizedSum()),
 }
 
@@ -96,64 +74,10 @@ GRID: Mapping[str, Callable[[], Recipe]] = {
 def test_the_grid_has_every_recipe() -> None:
     factories = {
         name
-        for module in (recipes, matching_recipes)
-        for name, function in inspect.getmembers(module, inspect.isfunction)
-        if function.__module__ == module.__name__ and inspect.signature(function).return_annotation == "Recipe"
+        for name, function in inspect.getmembers(recipes, inspect.isfunction)
+        if function.__module__ == recipes.__name__ and inspect.signature(function).return_annotation == "Recipe"
     }
     assert {name for name in factories if not name.startswith("_")} - {"matching"} == set(GRID)
-
-
-class Session:
-    """The objects of a run in one process."""
-
-    def __init__(
-        self, folder: Path, tiny: DiffusersPipeline, recipe: Recipe, scored: Sequence[NamedReward], lora: Lora | None
-    ) -> None:
-        self.pipeline = copy.deepcopy(tiny)
-        policy = Policy(self.pipeline.denoiser, lora)
-        score_log = ScoreLog()
-        self.trainer = Trainer(self.pipeline, policy, score_log.logged(scored), PROMPTS, recipe, SETTINGS, SAMPLING)
-        parts: dict[str, Stateful] = {
-            "trainer": self.trainer,
-            "texts": EncoderCache(self.pipeline),
-            "generators": Generators(),
-        }
-        self.writer = CheckpointWriter(Checkpoints(folder), parts, score_log)
-        self.rows = folder.with_suffix(".jsonl")
-
-    def go(self, until: int, raise_kl: float | None = None) -> list[str]:
-        """Train until round ``until``; return the rows, which are also written to a file beside the checkpoints."""
-        rows = []
-        for result in self.trainer.rounds():
-            row = result.as_dict()
-            row.pop("machine")
-            rows.append(json.dumps(row))
-            with self.rows.open("a", encoding="utf-8") as file:
-                file.write(f"{rows[-1]}\n")
-            if raise_kl is not None and self.trainer.rounds_done == 1:
-                self.trainer.raise_kl(raise_kl)
-            self.writer.after(self.trainer.rounds_done, last=False)
-            if self.trainer.rounds_done == until:
-                break
-        return rows
-
-
-def _seed(seed: int) -> None:
-    """Seed the global generators, which differ between processes."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-
-
-def _same(one: Path, other: Path) -> None:
-    """Require two equal checkpoints, except for the seconds."""
-    first, second = (load_state(path / "state.safetensors")[0] for path in (one, other))
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    numbers = [json.loads((path / "state.json").read_text()) for path in (one, other)]
-    for number in numbers:
-        number["parts"]["trainer"].pop("seconds")
-    assert numbers[0] == numbers[1]
 
 
 @pytest.fixture(scope="module")
@@ -162,99 +86,64 @@ def opened(tiny_folder: Path) -> SD3:
     return SD3.load(tiny_folder)
 
 
-@pytest.fixture(scope="module")
-def audio_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return FAMILIES["ace_step"].save(tmp_path_factory.mktemp("audio") / "ace_step")
-
-
-def clips(folder: Path) -> AceStep:
-    """Load a tiny audio pipeline without weight norm in its decoder, which could not be copied."""
+@pytest.fixture(scope="module", params=["image", "audio"])
+def model(request: pytest.FixtureRequest, opened: SD3, tmp_path_factory: pytest.TempPathFactory) -> DiffusersPipeline:
+    if request.param == "image":
+        return opened
+    folder = FAMILIES["ace_step"].save(tmp_path_factory.mktemp("audio") / "ace_step")
     pipeline = AceStep.load(folder, seconds=1.0)
-    for module in pipeline.pipe.vae.modules():
+    for module in pipeline.pipe.vae.modules():  # which could not be copied with weight norm
         if "weight_g" in dict(module.named_parameters(recurse=False)):
             torch.nn.utils.remove_weight_norm(module)
     return pipeline
 
 
 def _session(
-    folder: Path, opened: DiffusersPipeline, recipe: Recipe, lora: Lora | None = LORA, seed: int = 0
+    folder: Path,
+    opened: DiffusersPipeline,
+    recipe: Recipe,
+    lora: Lora | None = LORA,
+    seed: int = 0,
+    rewards: Sequence[NamedReward] = (NamedReward("red", redness), NamedReward("careless", careless, 0.5)),
 ) -> Session:
     """Create the objects of a run in a process that has just started."""
-    _seed(seed)
-    scored = [NamedReward("red", redness), NamedReward("careless", careless, 0.5)]
+    seed_generators(seed)
     if recipe.kernel == recipes.adv_grpo().kernel:
-        scored = [NamedReward("adversary", adversary(ReferencePool(Samples(opened.sample_shape)), batch_size=4))]
-    return Session(folder, opened, recipe, scored, lora)
+        rewards = [NamedReward("adversary", adversary(opened.sample_shape, batch_size=4))]
+    pipeline, score_log = copy.deepcopy(opened), ScoreLog()
+    policy = Policy(pipeline.denoiser, lora)
+    trainer = Trainer(pipeline, policy, score_log.logged(rewards), PROMPTS, recipe, SETTINGS, SAMPLING)
+    return Session(folder, trainer, score_log)
 
 
-def _require_same_end(folder: Path, opened: DiffusersPipeline, recipe: Recipe, lora: Lora | None = LORA) -> None:
-    """Resume the run in ``broken`` after its first round, and require the end of the run in ``unbroken``."""
-    resumed = _session(folder / "broken", opened, recipe, lora, seed=99)
-    checkpoint = resumed.writer.checkpoints.latest()
-    assert checkpoint is not None and checkpoint.rounds == 1
-    resumed.writer.resume(checkpoint)
-    resumed.go(3)
-    assert (folder / "broken.jsonl").read_bytes() == (folder / "unbroken.jsonl").read_bytes()
-    _same(folder / "unbroken" / "latest", folder / "broken" / "latest")
-
-
-def _broken_equals_unbroken(
+def _require_exact_resume(
     folder: Path, opened: DiffusersPipeline, recipe: Recipe, lora: Lora | None = LORA, raise_kl: float | None = None
 ) -> None:
-    _session(folder / "unbroken", opened, recipe, lora).go(3, raise_kl)
-    _session(folder / "broken", opened, recipe, lora).go(1, raise_kl)
-    _require_same_end(folder, opened, recipe, lora)
+    """Interrupt a run before the first update of its second round, resume it, and require its exact end."""
+    rows = _session(folder / "unbroken", opened, recipe, lora).go(3, raise_kl)
+    broken = _session(folder / "broken", opened, recipe, lora)
 
+    def interrupt(*_: object) -> None:
+        if broken.trainer.rounds_done == 1:
+            raise KeyboardInterrupt
 
-@pytest.fixture(params=["image", "audio"])
-def model(request: pytest.FixtureRequest) -> tuple[Callable[[Path], DiffusersPipeline], Path]:
-    """A loader of a tiny pipeline, and its folder."""
-    if request.param == "image":
-        return SD3.load, request.getfixturevalue("tiny_folder")
-    return clips, request.getfixturevalue("audio_folder")
+    broken.trainer.optimizer.register_step_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        broken.go(3, raise_kl)
+    resumed = _session(folder / "broken", opened, recipe, lora, seed=99)
+    resumed.resume()
+    assert resumed.go(3) == rows[1:]
+    require_same_checkpoints(folder / "unbroken" / "latest", folder / "broken" / "latest")
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", GRID)
-def test_every_recipe_resumes_exactly(
-    name: str, model: tuple[Callable[[Path], DiffusersPipeline], Path], tmp_path: Path
-) -> None:
-    load, path = model
-    _broken_equals_unbroken(tmp_path, load(path), GRID[name]())
+def test_every_recipe_resumes_exactly(name: str, model: DiffusersPipeline, tmp_path: Path) -> None:
+    _require_exact_resume(tmp_path, model, GRID[name]())
 
 
 def test_a_whole_network_and_a_raised_kl_resume_exactly(opened: SD3, tmp_path: Path) -> None:
-    _broken_equals_unbroken(tmp_path, opened, recipes.flow_grpo(window=1), lora=None, raise_kl=0.05)
-
-
-def train_and_die(folder: Path, load: Callable[[Path], DiffusersPipeline], model: Path, name: str) -> None:
-    """Train, and kill the own process before the first update of the second round."""
-    session = _session(folder, load(model), GRID[name]())
-
-    def die(*_: object) -> None:
-        if session.trainer.rounds_done == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    register_optimizer_step_pre_hook(die)
-    session.go(3)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", GRID)
-def test_every_recipe_survives_sigkill(
-    name: str, model: tuple[Callable[[Path], DiffusersPipeline], Path], tmp_path: Path
-) -> None:
-    load, path = model
-    pipeline = load(path)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["genalign.cli.main", "torch", __name__])
-    process = context.Process(target=train_and_die, args=(tmp_path / "broken", load, path, name))
-    process.start()
-    _session(tmp_path / "unbroken", pipeline, GRID[name]()).go(3)
-    process.join(300)
-    assert process.exitcode == -signal.SIGKILL
-    _require_same_end(tmp_path, pipeline, GRID[name]())
+    _require_exact_resume(tmp_path, opened, recipes.flow_grpo(window=1), lora=None, raise_kl=0.05)
 
 
 class Part:
@@ -376,41 +265,31 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     assert _value(writer.checkpoints) == 2
 
 
-class RemoteScores:
-    """A reward that never gives the same score twice."""
-
-    def __init__(self) -> None:
-        self.batches: list[Tensor] = []
-        self.answers = itertools.count()
-        self.dies_at: int | None = None
-
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        if len(self.batches) == self.dies_at:
-            raise KeyboardInterrupt
-        self.batches.append(samples)
-        return torch.tensor([1 / (3 + next(self.answers)) for _ in samples])
-
-
 def test_scores_of_an_interrupted_round_are_not_computed_again(opened: SD3, tmp_path: Path) -> None:
-    reward = RemoteScores()
-    reward.dies_at = 3  # in the second batch of the second round
-    named = [NamedReward("remote", reward)]
-    session = Session(tmp_path, opened, recipes.flow_grpo(window=1), named, LORA)
-    session.writer.begin()
+    batches: list[Tensor] = []
+    answers = itertools.count(3)
+
+    def remote(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        batches.append(samples)
+        if len(batches) == 4:  # the second batch of the second round
+            raise KeyboardInterrupt
+        return torch.tensor([1 / next(answers) for _ in samples])  # never the same score twice
+
+    def session() -> Session:
+        return _session(tmp_path, opened, recipes.flow_grpo(window=1), rewards=[NamedReward("remote", remote)])
+
+    first = session()
+    first.writer.begin()
     with pytest.raises(KeyboardInterrupt):
-        session.go(2)
-    reward.dies_at = None
+        first.go(2)
     with (tmp_path / "round-000001" / "scores.jsonl").open("a") as file:
         file.write('\n{"key": "cut o')
-    again = Session(tmp_path, opened, recipes.flow_grpo(window=1), named, LORA)
-    checkpoint = again.writer.checkpoints.latest()
-    assert checkpoint is not None and checkpoint.rounds == 1
-    again.writer.resume(checkpoint)
+    again = session()
+    again.resume()
     (row,) = again.go(2)
-    assert len(reward.batches) == 4  # two rounds of two batches
-    assert len({samples.numpy().tobytes() for samples in reward.batches}) == 4
+    assert len(batches) == 5 and torch.equal(batches[3], batches[4])
     expected = torch.tensor([1 / (3 + place) for place in range(4, 8)]).mean()
-    assert json.loads(row)["reward"] == float(expected) and json.loads(row)["calls"]["reward/remote"] == 8
+    assert row["reward"] == float(expected) and row["calls"]["reward/remote"] == 8
 
 
 def test_failed_scores_are_computed_again(tmp_path: Path) -> None:
@@ -426,29 +305,3 @@ def test_failed_scores_are_computed_again(tmp_path: Path) -> None:
 
     assert np.isnan(scores()[1])
     assert scores() == scores() == [1.0, 2.0]
-
-
-def test_a_guard_is_restored(tmp_path: Path) -> None:
-    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    prompts = [prompt for prompt in PROMPTS.prompts[:3] for _ in range(2)]
-    measures = PanelMeasures({"red": redness}, channels, {"mean": lambda images, _: float(images.mean())})
-    saved: list[str] = []
-
-    def guard(*snapshots: PanelSnapshot) -> HackingGuard:
-        return HackingGuard(iter(snapshots).__next__, ("red",), Limits(), Actions(keep_best=True), every=1)
-
-    shifted = measures(images * 1.001, prompts)
-    first, second = guard(measures(images, prompts), shifted, shifted), guard(shifted)
-    first.begin()
-    report = first.report(1, False, 0.1)
-    assert report is not None
-    first.react(report, Part(), lambda: saved.append("first"))
-    first.stopped = True
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, {"guard": first})
-    latest = checkpoints.latest()
-    assert latest is not None
-    latest.restore({"guard": second})
-    assert second.stopped and second.report(2, False, 0.1) == first.report(2, False, 0.1)
-    second.react(report, Part(), lambda: saved.append("second"))
-    assert saved == ["first"]

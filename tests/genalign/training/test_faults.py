@@ -7,13 +7,15 @@ bit; if it costs samples, the mean scores after training are equal within two st
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,9 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from genalign import assets
-from genalign.algorithms import matching_recipes, recipes
-from genalign.algorithms.interfaces import Objective, Unit, UpdateBatch, UpdateContext, half_micro_batch
-from genalign.algorithms.matching_losses import KTOLoss
+from genalign.algorithms import recipes
+from genalign.algorithms.interfaces import Objective, UpdateBatch, UpdateContext, half_micro_batch
+from genalign.algorithms.matching import KTOLoss
 from genalign.algorithms.recipes import Lag, Recipe
 from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
@@ -42,6 +44,7 @@ from pipelines import SD3
 from rewards.remote.http_client import Patience
 from rewards.remote.remote_reward import RemoteReward
 from rewards.shapes import ShapesReward
+from tests.genalign.training.toy_runs import write_config
 from tests.http_servers import INFO, free_port, serving
 
 SETTINGS = TrainerSettings(
@@ -86,6 +89,11 @@ class Run:
         self.results = list(self.trainer.rounds())
         return self
 
+    def spoil(self, fault: Callable[[UpdateBatch], None]) -> None:
+        """Call ``fault`` after each backward pass of the objective."""
+        recipe = self.trainer.recipe
+        self.trainer.recipe = replace(recipe, objective=Wrapped(recipe.objective, fault))
+
     def weights(self) -> Tensor:
         """Return the trained weights (n,)."""
         return torch.cat([parameter.detach().flatten() for parameter in self.trainer.policy.parameters])
@@ -113,14 +121,14 @@ def assert_within_noise(run: Run, clean: Run) -> None:
 
 
 class Faulty:
-    """The verifier, with a fault in call number ``at``."""
+    """The verifier, with a fault in some of its calls, which are numbered from 1."""
 
-    def __init__(self, at: int, fault: RewardFunction) -> None:
-        self.calls, self.at, self.fault = 0, at, fault
+    def __init__(self, numbers: Sequence[int], fault: RewardFunction) -> None:
+        self.calls, self.numbers, self.fault = 0, numbers, fault
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         self.calls += 1
-        return (self.fault if self.calls == self.at else verifier)(samples, prompts)
+        return (self.fault if self.calls in self.numbers else verifier)(samples, prompts)
 
 
 release = threading.Event()
@@ -141,42 +149,22 @@ def blind(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return scores
 
 
-def equal(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    return torch.ones(len(samples))
-
-
-def constant_for_a_round(calls: list[int]) -> RewardFunction:
-    """Return the verifier, which gives equal scores in the second round."""
-
-    def reward(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        calls.append(len(samples))
-        return (equal if 4 < len(calls) <= 8 else verifier)(samples, prompts)
-
-    return reward
-
-
-# rewards
-
-
 @pytest.mark.parametrize("fault", [raising, hanging])
 def test_a_reward_that_raises_or_hangs_once_changes_nothing(opened: SD3, clean: Run, fault: RewardFunction) -> None:
-    run = Run(opened, NamedReward("partial", Faulty(6, fault), timeout=5.0)).finished()
+    run = Run(opened, NamedReward("partial", Faulty([6], fault), timeout=5.0)).finished()
     release.set()
     assert torch.equal(run.weights(), clean.weights())
     assert [result.failed_rewards for result in run.results] == [0, 0, 0]
 
 
 def test_scores_that_are_nan_or_infinite_are_left_out(opened: SD3, clean: Run) -> None:
-    run = Run(opened, Faulty(6, blind)).finished()
+    run = Run(opened, Faulty([6], blind)).finished()
     assert [result.failed_rewards for result in run.results] == [0, 2, 0]
     assert_within_noise(run, clean)
 
 
 def test_a_wrong_shape_ends_the_run_which_resumes_exactly_with_a_correct_reward(opened: SD3, clean: Run) -> None:
-    def shapeless(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        return verifier(samples, prompts).mean()
-
-    broken = Run(opened, Faulty(6, shapeless))
+    broken = Run(opened, Faulty([6], lambda samples, prompts: verifier(samples, prompts).mean()))
     states: list[State] = []
     with pytest.raises(RewardError, match=r"reward 'partial' returned shape \(\) for 4 samples: return one score per"):
         for _ in broken.trainer.rounds():
@@ -189,7 +177,8 @@ def test_a_wrong_shape_ends_the_run_which_resumes_exactly_with_a_correct_reward(
 
 def test_without_credit_a_kl_penalty_does_not_move_the_weights(opened: SD3) -> None:
     recipe = recipes.flow_grpo(FlowSDE(0.9), window=1, clip_range=1e-3, kl=10.0)
-    run = Run(opened, constant_for_a_round([]), replace(SETTINGS, rounds=2), recipe)
+    equal = Faulty(range(5, 9), lambda samples, _: torch.ones(len(samples)))  # in the second round
+    run = Run(opened, equal, replace(SETTINGS, rounds=2), recipe)
     first, second = (run.weights() for _ in run.trainer.rounds())
     assert torch.equal(first, second) and not torch.equal(first, Run(opened).weights())
 
@@ -225,66 +214,49 @@ def test_a_server_outage_of_five_minutes_changes_nothing(opened: SD3) -> None:
 
 
 def test_an_image_that_is_not_finite_costs_its_own_score_only(opened: SD3, clean: Run) -> None:
-    finite: list[bool] = []
-
     def checking(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        finite.append(bool(samples.isfinite().all()))
+        assert samples.isfinite().all()  # there is a black image in its place
         return verifier(samples, prompts)
 
     run = Run(opened, checking)
-    decode, calls = run.trainer.pipeline.decode, []
+    decode, calls = run.trainer.pipeline.decode, itertools.count(1)
 
     def overflowing(latents: Tensor) -> Tensor:
         images = decode(latents).clone()
-        calls.append(len(images))
-        if len(calls) == 6:
+        if next(calls) == 6:
             images[2, 1, 5, 5] = torch.nan
         return images
 
     run.trainer.pipeline.decode = overflowing
     run.finished()
     assert [result.failed_rewards for result in run.results] == [0, 1, 0]
-    assert all(finite)  # the reward sees a black image in its place
     assert_within_noise(run, clean)
 
 
-# learning
-
-
-@dataclass(frozen=True)
 class Wrapped:
     """An objective with a fault after each of its backward passes."""
 
-    objective: Objective
-    fault: Callable[[UpdateBatch], None]
+    clip_range = None
 
-    @property
-    def unit(self) -> Unit:
-        return self.objective.unit
-
-    @property
-    def clip_range(self) -> float | None:
-        return None
-
-    def terms(self, batch: UpdateBatch) -> int:
-        return self.objective.terms(batch)
+    def __init__(self, objective: Objective, fault: Callable[[UpdateBatch], None]) -> None:
+        self.objective, self.fault = objective, fault
+        self.unit, self.terms = objective.unit, objective.terms
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
         self.objective.backward(context, batch, scale, seed)
         self.fault(batch)
 
 
-def spoiling(run: Run, updates: range) -> None:
+def without_gradient(run: Run, updates: range) -> None:
     """Set the gradient to NaN in some of a run's updates, which have one batch each."""
-    calls: list[int] = []
+    calls = itertools.count()
 
-    def spoil(batch: UpdateBatch) -> None:
-        calls.append(len(batch))
-        if len(calls) - 1 in updates:
+    def fault(batch: UpdateBatch) -> None:
+        if next(calls) in updates:
             parameter = run.trainer.policy.parameters[0]
             parameter.grad = torch.full_like(parameter, torch.nan)
 
-    run.trainer.recipe = replace(run.trainer.recipe, objective=Wrapped(run.trainer.recipe.objective, spoil))
+    run.spoil(fault)
 
 
 ONE_BATCH = replace(SETTINGS, updates_per_round=4)
@@ -292,7 +264,7 @@ ONE_BATCH = replace(SETTINGS, updates_per_round=4)
 
 def test_an_update_that_is_not_finite_is_skipped_and_written(opened: SD3, clean: Run, tmp_path: Path) -> None:
     run = Run(opened, settings=ONE_BATCH, suspects=tmp_path / "suspects")
-    spoiling(run, range(5, 6))
+    without_gradient(run, range(5, 6))
     run.finished()
     assert [result.skipped_updates for result in run.results] == [0, 1, 0]
     assert run.results[1].as_dict()["skipped_updates"] == 1 and run.results[1].as_dict()["grad_norm"] is not None
@@ -306,7 +278,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_written(opened: SD3, clean:
 def test_updates_that_are_never_finite_end_the_run(opened: SD3, tmp_path: Path) -> None:
     run = Run(opened, settings=replace(ONE_BATCH, rounds=30), suspects=tmp_path)
     before = run.weights()
-    spoiling(run, range(1000))
+    without_gradient(run, range(1000))
     message = r"5 updates in a row .* not finite \(training\.max_skipped_updates\), see .*\.saf"
     with pytest.raises(DivergedError, match=message):
         run.finished()
@@ -319,21 +291,24 @@ def test_a_suspect_that_cannot_be_written_does_not_stop_the_run(
 ) -> None:
     (tmp_path / "suspects").write_text("a file where the folder should be")
     run = Run(opened, settings=replace(ONE_BATCH, rounds=1), suspects=tmp_path / "suspects")
-    spoiling(run, range(1))
+    without_gradient(run, range(1))
     run.finished()
     assert "was skipped: gradient norm nan, loss 0.0, and its tensors could not be written" in caplog.text
 
 
-def starved(run: Run, most: int) -> list[int]:
-    """Let memory run out for micro-batches above ``most`` samples, and return the list of sizes that were tried."""
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nand more lines")
+
+
+def limit(run: Run, most: int, error: RuntimeError = FULL) -> list[int]:
+    """Raise ``error`` for micro-batches above ``most`` samples, and return the list of sizes that were tried."""
     sizes: list[int] = []
 
-    def full(batch: UpdateBatch) -> None:
+    def fault(batch: UpdateBatch) -> None:
         sizes.append(len(batch))
         if len(batch) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            raise error
 
-    run.trainer.recipe = replace(run.trainer.recipe, objective=Wrapped(run.trainer.recipe.objective, full))
+    run.spoil(fault)
     return sizes
 
 
@@ -341,7 +316,7 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_run(
     opened: SD3, clean: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Run(opened, settings=replace(SETTINGS, on_out_of_memory="halve"))
-    sizes = starved(run, 2)
+    sizes = limit(run, 2)
     run.finished()
     assert sizes[:5] == [4, 2, 2, 2, 2] and set(sizes[1:]) == {2}
     assert "Out of memory with micro-batches of 4: continuing with 2" in caplog.text
@@ -351,32 +326,27 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_run(
     assert_within_noise(run, clean)
 
 
-@pytest.mark.parametrize(("most", "on_out_of_memory"), [(2, "stop"), (0, "halve")])
-def test_out_of_memory_stops_the_run_if_nothing_may_be_halved(opened: SD3, most: int, on_out_of_memory: str) -> None:
+@pytest.mark.parametrize(
+    ("most", "on_out_of_memory", "error"),
+    [(2, "stop", FULL), (0, "halve", FULL), (2, "halve", RuntimeError("shapes differ"))],
+)
+def test_an_error_that_halving_may_not_or_cannot_avoid_stops_the_run(
+    opened: SD3, most: int, on_out_of_memory: str, error: RuntimeError
+) -> None:
     run = Run(opened, settings=replace(SETTINGS, on_out_of_memory=on_out_of_memory))
-    starved(run, most)
-    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+    limit(run, most, error)
+    with pytest.raises(RuntimeError) as raised:
         run.finished()
+    assert raised.value is error
 
 
 def test_the_command_says_which_settings_need_less_memory(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nand more lines")
-
-    monkeypatch.setattr("genalign.algorithms.trajectory.PolicyGradient.backward", full)
-    settings = {
-        "output": str(tmp_path / "run"),
-        "model": {"path": str(tiny_folder)},
-        "prompts": "shapes:train",
-        "recipe": {"class_path": "genalign.algorithms.recipes.flow_grpo", "init_args": {"window": 1}},
-        "rewards": {"partial": {"function": {"class_path": "rewards.shapes.ShapesReward"}}},
-        "sampling": {"num_steps": 3},
-        "training": {"rounds": 1, "prompts_per_round": 4, "group_size": 2, "batch_size": 4, "updates_per_round": 1},
-    }
-    (tmp_path / "run.json").write_text(json.dumps(settings))
-    assert main(["train", "--config", str(tmp_path / "run.json")]) == 1
+    monkeypatch.setattr("genalign.algorithms.trajectory.PolicyGradient.backward", Mock(side_effect=FULL))
+    training = {"rounds": 1, "prompts_per_round": 4, "batch_size": 4, "updates_per_round": 1}
+    config = write_config(tmp_path / "run.json", tiny_folder, "tests.genalign.training.toy_runs.redness", training)
+    assert main(["train", "--config", str(config)]) == 1
     error = capsys.readouterr().err
     assert error == (
         "error: Training stopped: CUDA out of memory. Tried to allocate 20.00 GiB. Less memory is needed with"
@@ -385,25 +355,13 @@ def test_the_command_says_which_settings_need_less_memory(
     )
 
 
-def test_other_errors_do_not_halve_the_micro_batch(opened: SD3) -> None:
-    run = Run(opened, settings=replace(SETTINGS, on_out_of_memory="halve"))
-
-    def broken(batch: UpdateBatch) -> None:
-        raise RuntimeError("shapes differ")
-
-    run.trainer.recipe = replace(RECIPE, objective=Wrapped(RECIPE.objective, broken))
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        run.finished()
-    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
-
-
 DIVISIBLE = {
     "flow_grpo": (lambda: recipes.flow_grpo(FlowSDE(0.9), window=2, clip_range=1e-3, kl=0.1), 1),
     "dense_grpo": (lambda: recipes.dense_grpo(FlowSDE(0.9), window=2), 3),
     "prdp": (lambda: recipes.prdp(FlowSDE(0.9), window=2), 4),
-    "nft": (lambda: matching_recipes.nft(lag=Lag(slope=0.3)), 2),
-    "awm": (matching_recipes.awm, 3),
-    "dragon": (lambda: matching_recipes.dragon(anchor=0.1), 4),
+    "nft": (lambda: recipes.nft(lag=Lag(slope=0.3)), 2),
+    "awm": (recipes.awm, 3),
+    "dragon": (lambda: recipes.dragon(anchor=0.1), 4),
 }
 
 
@@ -429,6 +387,7 @@ def test_micro_batches_have_the_same_gradient(opened: SD3, name: str) -> None:
 
 
 def test_sizes_of_halved_micro_batches() -> None:
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
     halves = [half_micro_batch(size, "group", 4) for size in (12, 8, 4)]
     assert halves == [4, 4, None] and [half_micro_batch(size, "sample", 4) for size in (8, 1)] == [4, None]
     assert KTOLoss(1.0).unit == "batch" and half_micro_batch(8, "batch", 4) is None

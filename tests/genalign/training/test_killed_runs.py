@@ -5,12 +5,16 @@ Child processes are forked from a server that has imported everything, so that a
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
+import os
 import random
-import sys
+import shutil
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -20,71 +24,43 @@ import torch
 
 from genalign.cli import main
 from genalign.runtime.files import load_state
+from genalign.training import checkpointing
 from genalign.training.checkpointing import Checkpoints
 from genalign.training.run_folder import RunFolder
+from tests.genalign.training.toy_runs import write_config
 
-VICTIM = '''
-"""A training process that kills itself in a given call of functions that write checkpoints, or after a time."""
-import os
-import signal
-import threading
+REWARD = "tests.genalign.training.toy_runs.redness"
 
-from genalign.cli import main
-from genalign.training import checkpointing
-
-calls = 0
+CHECKPOINT_WRITERS = (
+    (checkpointing, ("save_state", "write_json", "sync", "_discard")),
+    (os, ("rename", "replace")),
+    (shutil, ("rmtree",)),
+)
 
 
-def _kill_at(module, name, moment):
-    original = getattr(module, name)
+def train(arguments: Sequence[str], moment: int | None = None, seconds: float | None = None) -> None:
+    """Train in this process, and kill it in call number ``moment`` of functions that write checkpoints, or in time."""
+    calls = itertools.count(1)
 
-    def call(*arguments, **options):
-        global calls
-        calls += 1
-        if calls == moment and name == "save_state":  # within the file
-            path = arguments[0]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"half of it")
-        if calls == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **options)
+    def killing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if next(calls) == moment:
+                if name == "save_state":  # within the file
+                    arguments[0].parent.mkdir(parents=True, exist_ok=True)
+                    arguments[0].write_bytes(b"half of it")
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
 
-    setattr(module, name, call)
+        return call
 
-
-def train(arguments, moment=None, seconds=None):
-    if moment is not None:
-        for name in ("save_state", "write_json", "sync", "_discard"):
-            _kill_at(checkpointing, name, moment)
-        for name in ("rename", "replace"):
-            _kill_at(checkpointing.os, name, moment)
-        _kill_at(checkpointing.shutil, "rmtree", moment)
+    for module, names in CHECKPOINT_WRITERS:
+        for name in names:
+            setattr(module, name, killing(name, getattr(module, name)))
     if seconds is not None:
         timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
         timer.daemon = True
         timer.start()
     raise SystemExit(main.main(arguments))
-
-
-def redness(samples, prompts):
-    return samples[:, 0].flatten(1).mean(1)
-'''
-
-CONFIG = """
-output: {output}
-model: {{path: {model}}}
-prompts: "shapes:train"
-recipe:
-  class_path: genalign.algorithms.matching_recipes.nft
-  init_args: {{lag: {{slope: 0.3}}}}
-rewards:
-  red: {{function: killed_run.redness}}
-sampling: {{num_steps: 2, sigmas: [1.0, 0.5]}}
-training: {{rounds: {rounds}, prompts_per_round: 2, group_size: 2, batch_size: 2, learning_rate: 0.01}}
-lora: {{rank: 2}}
-held_out: {{every: 2, prompts: "shapes:val", samples_per_task: 1}}
-before_after: {{prompts: "shapes:len", samples_per_task: 1, seeds: 1}}
-"""
 
 
 # The system seeds these differently in every process, and nothing here draws from them
@@ -99,15 +75,14 @@ class ChildRuns:
 
     def config(self, name: str) -> Path:
         """Write the configuration of the run ``name``."""
-        path = self.work / f"{name}.yaml"
-        path.write_text(CONFIG.format(output=self.work / name, model=self.model, rounds=self.rounds))
-        return path
+        recipe = {"class_path": "genalign.algorithms.recipes.nft", "init_args": {"lag": {"slope": 0.3}}}
+        sizes = {"prompts": "shapes:len", "samples_per_task": 1, "seeds": 1}
+        path, training = self.work / f"{name}.json", {"rounds": self.rounds}
+        return write_config(path, self.model, REWARD, training, recipe=recipe, before_after=sizes)
 
     def train(self, *arguments: str, **kill: Any) -> int:
         """Run ``genalign train`` in a child; return its exit status, -9 for SIGKILL."""
-        import killed_run  # the module that the fixture wrote
-
-        process = self.context.Process(target=killed_run.train, args=(["train", *arguments],), kwargs=kill)
+        process = self.context.Process(target=train, args=(["train", *arguments],), kwargs=kill)
         process.start()
         process.join(300)
         assert process.exitcode is not None
@@ -115,15 +90,10 @@ class ChildRuns:
 
 
 @pytest.fixture
-def runs(
-    request: pytest.FixtureRequest, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ChildRuns]:
-    (tmp_path / "killed_run.py").write_text(VICTIM)
-    monkeypatch.syspath_prepend(str(tmp_path))
+def runs(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path: Path) -> ChildRuns:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["genalign.cli.main", "torch"])
-    yield ChildRuns(context, tmp_path, tiny_folder, getattr(request, "param", 3))
-    sys.modules.pop("killed_run", None)
+    context.set_forkserver_preload(["genalign.cli.main", "torch", __name__])
+    return ChildRuns(context, tmp_path, tiny_folder, getattr(request, "param", 3))
 
 
 def _rows(run: Path) -> list[dict[str, Any]]:

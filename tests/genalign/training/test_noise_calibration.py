@@ -16,6 +16,7 @@ from genalign.diffusion.transitions import CalibratedSDE, FlowSDE, trainable_ste
 from genalign.scoring.score import NamedReward
 from genalign.training.noise_calibration import Calibration, calibrate, calibrated, initial_levels, save_kernel
 from genalign.training.sampler import Sampler
+from genalign.training.settings import TrainerSettings
 from genalign.types import Prompt
 from pipelines import SD3
 
@@ -24,7 +25,8 @@ SIGMAS = (1.0, 0.75, 0.5, 0.25)
 
 
 def _sampler(tiny: SD3, reward: NamedReward) -> Sampler:
-    return Sampler(tiny, [reward], tiny.grid(4, SIGMAS), 1.0, group_size=8, batch_size=16)
+    settings = TrainerSettings(prompts_per_round=2, group_size=8, batch_size=16, updates_per_round=1)
+    return Sampler(tiny, [reward], tiny.grid(4, SIGMAS), 1.0, settings)
 
 
 def _kernels(tiny: SD3, reward: NamedReward, iterations: int) -> list[CalibratedSDE]:

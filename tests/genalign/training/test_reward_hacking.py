@@ -6,19 +6,20 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import with_stronger_kl
-from genalign.algorithms.matching_recipes import dragon
-from genalign.algorithms.recipes import flow_grpo, prdp
+from genalign.algorithms.recipes import dragon, flow_grpo, prdp
 from genalign.cli.config import Train, parse
 from genalign.cli.main import main
 from genalign.metrics.intervals import Estimate
+from genalign.training.checkpointing import Checkpoints
 from genalign.training.panel import PanelMeasures, PanelSnapshot
 from genalign.training.reward_hacking import (
     Actions,
@@ -62,18 +63,9 @@ def statuses(altered: Tensor, limits: Limits = LIMITS) -> dict[str, str | None]:
 
 
 def test_unchanged_samples_are_green_and_diagnostics_have_no_status() -> None:
-    assert statuses(scenes()) == {
-        "saturation": "green",
-        "high frequencies": "green",
-        "grid": "green",
-        "bright": "green",
-        "variety within a prompt": "green",
-        "variety across prompts": "green",
-        "drift of features": "green",
-        "drift without gain": "green",
-        "blue": None,
-        "KL": None,
-    }
+    samples = ("saturation", "high frequencies", "grid", "bright")
+    features = ("variety within a prompt", "variety across prompts", "drift of features", "drift without gain")
+    assert statuses(scenes()) == dict.fromkeys(samples + features, "green") | {"blue": None, "KL": None}
 
 
 def _gridded(images: Tensor) -> Tensor:
@@ -86,10 +78,6 @@ def _noisy(images: Tensor) -> Tensor:
     return images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
 
 
-def _all_alike(images: Tensor) -> Tensor:
-    return 0.9 * images[:1] + 0.1 * images
-
-
 @pytest.mark.parametrize(
     ("alter", "red"),
     [
@@ -97,14 +85,13 @@ def _all_alike(images: Tensor) -> Tensor:
         (lambda images: 2.5 * images - 1.5 * images.mean(1, keepdim=True), "saturation"),
         (_noisy, "high frequencies"),
         (lambda images: images - 0.1, "bright"),
-        (_all_alike, "variety within a prompt"),
-        (_all_alike, "variety across prompts"),
-        (lambda images: 1 - images, "drift of features"),
-        (lambda images: 1 - images, "drift without gain"),
+        (lambda images: 0.9 * images[:1] + 0.1 * images, "variety within a prompt, variety across prompts"),
+        (lambda images: 1 - images, "drift of features, drift without gain"),
     ],
 )
-def test_every_alteration_turns_its_signal_red(alter: Callable[[Tensor], Tensor], red: str) -> None:
-    assert statuses(alter(scenes()))[red] == "red"
+def test_every_alteration_turns_its_signals_red(alter: Callable[[Tensor], Tensor], red: str) -> None:
+    now = statuses(alter(scenes()))
+    assert {now[name] for name in red.split(", ")} == {"red"}
 
 
 def test_a_held_out_reward_may_rise_and_limits_can_be_replaced() -> None:
@@ -135,18 +122,18 @@ def test_a_report_is_restored_from_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shift", "side", "status"),
+    ("mean", "reach", "side", "status"),
     [
-        (Estimate(0.9, 0.85, 0.95, 9), "rise", "red"),
-        (Estimate(0.9, 0.75, 1.05, 9), "rise", "amber"),
-        (Estimate(0.9, 0.35, 1.45, 9), "rise", "green"),
-        (Estimate(0.9, 0.85, 0.95, 9), "fall", "green"),
-        (Estimate(-0.9, -0.95, -0.85, 9), "fall", "red"),
-        (Estimate(-0.9, -0.95, -0.85, 9), "either", "red"),
+        (0.9, 0.05, "rise", "red"),
+        (0.9, 0.15, "rise", "amber"),
+        (0.9, 0.55, "rise", "green"),
+        (0.9, 0.05, "fall", "green"),
+        (-0.9, 0.05, "fall", "red"),
+        (-0.9, 0.05, "either", "red"),
     ],
 )
-def test_the_whole_interval_must_lie_beyond_a_limit(shift: Estimate, side: str, status: str) -> None:
-    assert Limit(0.4, 0.8).status(shift, side) == status
+def test_the_whole_interval_must_lie_beyond_a_limit(mean: float, reach: float, side: str, status: str) -> None:
+    assert Limit(0.4, 0.8).status(Estimate(mean, mean - reach, mean + reach, 9), side) == status
     with pytest.raises(ValueError, match="amber <= red"):
         Limit(0.8, 0.4)
 
@@ -175,28 +162,36 @@ def test_amber_and_red_signals_are_named_in_the_alarm() -> None:
     assert HackingReport((amber, red)).alarm == "red: clip 0.5 -> 0.2 (shift -0.50); amber: grid 0 -> 0.3 (shift +0.30)"
 
 
-@dataclass
-class KLTrainer:
-    """A trainer that records raised KL weights."""
-
-    rounds_done: int = 2
-    raised: list[float] = field(default_factory=list)
-
-    def raise_kl(self, least: float) -> None:
-        self.raised.append(least)
-
-
 def test_the_best_weights_are_saved_but_none_of_a_red_report() -> None:
-    base, trainer, saved = scenes(), KLTrainer(), []
+    base, raised, saved = scenes(), [], []
+    trainer = SimpleNamespace(rounds_done=2, raise_kl=raised.append)
     images = (base, base + 0.01, base, base + 0.02, _gridded(base) + 0.2)
     guard = _guard([MEASURES(each, PROMPTS) for each in images], Actions(keep_best=True, raise_kl=0.1, stop=True))
     for number in range(4):
         report = guard.report(2, False, 0.0)
         assert report is not None and not guard.stopped
         guard.react(report, trainer, lambda number=number: saved.append(number))
-    assert saved == [0, 2] and trainer.raised == [0.1] and guard.stopped
+    assert saved == [0, 2] and raised == [0.1] and guard.stopped
     with pytest.raises(ValueError, match=r"name one in reward_hacking\.rewards"):
         HackingGuard(lambda: MEASURES(base, PROMPTS), (), Limits(), Actions(keep_best=True), 2)
+
+
+def test_a_guard_is_restored_from_a_checkpoint(tmp_path: Path) -> None:
+    untrained, shifted = MEASURES(scenes(), PROMPTS), MEASURES(scenes() * 1.001, PROMPTS)
+    first, saved = _guard([untrained, shifted, shifted], Actions(keep_best=True)), []
+    second = HackingGuard(lambda: shifted, ("bright",), Limits(), Actions(keep_best=True), every=2)
+    report = first.report(1, False, 0.1)
+    assert report is not None
+    first.react(report, SimpleNamespace(), lambda: saved.append("first"))
+    first.stopped = True
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"guard": first})
+    latest = checkpoints.latest()
+    assert latest is not None
+    latest.restore({"guard": second})
+    assert second.stopped and second.report(2, False, 0.1) == first.report(2, False, 0.1) == report
+    second.react(report, SimpleNamespace(), lambda: saved.append("second"))
+    assert saved == ["first"]
 
 
 def test_the_kl_weight_doubles_from_a_minimum() -> None:
@@ -236,24 +231,14 @@ def test_a_red_report_stops_a_run_which_still_writes_its_report(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            "reward_hacking: {every: 1, seeds: 1}",
-            "reward_hacking.seeds and reward_hacking.samples_per_task must be at least 2",
-        ),
-        (
-            "reward_hacking: {every: 1, rewards: {red: outside_rewards.redness}}",
-            "reward_hacking.rewards.red is trained on, and would see nothing: name another reward",
-        ),
-        (
-            "reward_hacking: {every: 1, prompts: 'shapes:val', on_red: {keep_best: true}}",
-            "name one in reward_hacking.rewards",
-        ),
+        ("seeds: 1", "reward_hacking.seeds and reward_hacking.samples_per_task must be at least 2"),
+        ("prompts: 'shapes:val', on_red: {keep_best: true}", "name one in reward_hacking.rewards"),
     ],
 )
 def test_wrong_settings_are_refused(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, message: str
 ) -> None:
-    config.write_text(f"{config.read_text()}\n{change}\n")
+    config.write_text(f"{config.read_text()}\nreward_hacking: {{every: 1, {change}}}\n")
     assert main(["train", "--config", str(config)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -264,9 +249,8 @@ def test_the_settings_in_the_docs_are_accepted_and_its_limits_are_the_defaults(c
     (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     config.write_text(f"{config.read_text()}\n{example}")
     settings, plain = parse(Train, ["--config", str(config)], "train")
-    assert settings.reward_hacking.every == 5 and settings.reward_hacking.on_red == Actions(
-        raise_kl=0.01, keep_best=True
-    )
+    hacking = settings.reward_hacking
+    assert hacking.every == 5 and hacking.on_red == Actions(raise_kl=0.01, keep_best=True)
     rows = re.findall(r"\| ([\d.]+, [\d.]+) \|", page)
     limits = [limit for limit in plain["reward_hacking"]["limits"].values() if limit]
     assert rows == [f"{limit['amber']:g}, {limit['red']:g}" for limit in limits]

@@ -2,75 +2,59 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
 import pytest
+from torch import Tensor
+
+from genalign.types import Prompt
+from tests.genalign.training.toy_runs import write_config
+from tests.packages import ROOT
 
 ROUNDS, UPDATES, EVERY = 2500, 4, 50  # UPDATES in a round; the reward measures in every 50th call
 
-WITNESS = f'''
-"""A reward that measures its own process now and then."""
-import gc
-import json
-import os
-import threading
-from pathlib import Path
-
-calls = 0
+calls = itertools.count(1)
 
 
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def children():
-    tasks = Path("/proc/self/task").iterdir()
-    return sum(len((task / "children").read_text().split()) for task in tasks)
-
-
-def redness(samples, prompts):
-    global calls
-    calls += 1
-    if calls % {EVERY} == 0:
+def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """A reward that measures its own process now and then."""
+    if next(calls) % EVERY == 0:
         gc.collect()
-        files = len(os.listdir("/proc/self/fd"))
-        row = {{"bytes": resident(), "threads": threading.active_count(), "files": files, "processes": children()}}
+        row = {
+            "bytes": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+            "threads": threading.active_count(),
+            "files": len(os.listdir("/proc/self/fd")),
+            "processes": sum(
+                len((task / "children").read_text().split()) for task in Path("/proc/self/task").iterdir()
+            ),
+        }
         with open(os.environ["SOAK_METRICS"], "a") as metrics:
-            metrics.write(json.dumps(row) + "\\n")
+            metrics.write(json.dumps(row) + "\n")
     return samples[:, 0].flatten(1).mean(1)
-'''
-
-CONFIG = """
-output: {output}
-model: {{path: {model}}}
-prompts: {prompts}
-recipe: {{class_path: genalign.algorithms.recipes.flow_grpo, init_args: {{window: 1}}}}
-rewards:
-  red: {{function: witness.redness, timeout: 60}}
-sampling: {{num_steps: 2, sigmas: [1.0, 0.5]}}
-training:
-  {{rounds: {rounds}, prompts_per_round: 4, group_size: 2, batch_size: 2, updates_per_round: {updates}}}
-lora: {{rank: 2}}
-held_out: {{every: 250, prompts: "shapes:val", samples_per_task: 1}}
-checkpoint: {{every: 50}}
-"""
 
 
 @pytest.mark.slow
 def test_memory_threads_files_and_processes_do_not_grow(tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "witness.py").write_text(WITNESS)
-    config, metrics, prompts = tmp_path / "soak.yaml", tmp_path / "metrics.jsonl", tmp_path / "prompts.txt"
+    metrics, prompts = tmp_path / "metrics.jsonl", tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"{count} red circles" for count in range(100)))  # few: encoded texts are cached
-    paths = {"output": tmp_path / "run", "model": tiny_folder, "prompts": prompts}
-    config.write_text(CONFIG.format(**paths, rounds=ROUNDS, updates=UPDATES))
-    variables = {"PYTHONPATH": str(tmp_path), "SOAK_METRICS": str(metrics), "OMP_NUM_THREADS": "1"}
+    reward = {"red": {"function": f"{__name__}.redness", "timeout": 60}}
+    sections = {"prompts": str(prompts), "rewards": reward, "checkpoint": {"every": 50}}
+    held_out = {"every": 250, "prompts": "shapes:val", "samples_per_task": 1}
+    training = {"rounds": ROUNDS, "prompts_per_round": 4, "updates_per_round": UPDATES, "learning_rate": 3e-4}
+    config = write_config(tmp_path / "run.json", tiny_folder, "", training, held_out=held_out, **sections)
+    variables = {"SOAK_METRICS": str(metrics), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "genalign", "train", "--config", str(config)]
-    subprocess.run(command, env={**os.environ, **variables}, check=True, stdout=subprocess.DEVNULL, timeout=2400)
+    environment = {**os.environ, **variables}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=2400)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == ROUNDS and not any(row["skipped_updates"] for row in rows)
     measured = [json.loads(line) for line in metrics.read_text().splitlines()]

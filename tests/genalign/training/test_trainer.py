@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.matching_recipes import awm
-from genalign.algorithms.recipes import Recipe, flow_grpo, prdp
+from genalign.algorithms.recipes import Recipe, awm, flow_grpo, prdp
 from genalign.diffusion.rollout import Rollout, rollout
 from genalign.diffusion.sampling import Sampling
-from genalign.diffusion.transitions import CPS, ODE, FlowSDE, Kernel
-from genalign.runtime.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from genalign.diffusion.transitions import CPS, FlowSDE, Kernel
+from genalign.runtime.state import load_optimizer_tensors, optimizer_tensors
 from genalign.training.round_result import RoundResult
 from genalign.training.settings import TrainerSettings
 from pipelines import SD3
@@ -101,32 +100,9 @@ def test_windows_follow_from_the_seed_and_avoid_the_last_step(tiny: SD3) -> None
     assert flow_grpo().steps(grid, 0, 0) == (0, 1, 2)
 
 
-def test_impossible_recipes_are_refused(tiny: SD3) -> None:
-    grid = SAMPLING.grid(tiny)
-    with pytest.raises(ValueError, match=r"ODE.* has no trainable step .* needs a stochastic kernel, such as FlowSDE"):
-        flow_grpo(ODE()).steps(grid, 0, 0)
-    with pytest.raises(ValueError, match=r"recipe\.window is 4 steps, but only steps \[0, 1, 2\] of 4 can be trained"):
-        flow_grpo(window=4).steps(grid, 0, 0)
-    with pytest.raises(ValueError, match=r"recipe\.window must be at least 1 step, not 0; null trains every step"):
-        flow_grpo(window=0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"group_size": 1}, "group_size is 1: a group needs at least 2 samples to compare"),
-        ({"group_size": 10}, r"batch_size 96 must be a multiple of group_size 10, .* try 90"),
-        (
-            {"prompts_per_round": 3, "group_size": 8, "batch_size": 8},
-            r"prompts_per_round 3 x group_size 8 = 24 samples do not divide into 2 updates of batches of 8",
-        ),
-        ({"max_failed_fraction": 1.5}, r"training\.max_failed_fraction must be in \[0, 1\], not 1\.5"),
-        ({"max_skipped_updates": 0}, r"training\.max_skipped_updates must be at least 1, not 0"),
-    ],
-)
-def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TrainerSettings(**settings)
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"training\.max_failed_fraction must be in \[0, 1\], not 1\.5"):
+        TrainerSettings(max_failed_fraction=1.5)
     with pytest.raises(ValueError, match=r"sampling\.sigmas has 2 values for 10 steps: give one per step"):
         Sampling(sigmas=(1.0, 0.5))
 

@@ -1,15 +1,26 @@
-"""Small training runs on the tiny pipeline: rewards, settings, and a trainer of them."""
+"""Small training runs on the tiny pipeline: rewards, settings, trainers, and sessions that can be resumed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from genalign.algorithms.recipes import Recipe
+from genalign.cli.resume import EncoderCache
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
+from genalign.runtime.files import load_state
+from genalign.runtime.state import Generators, PerRankState, Stateful
 from genalign.scoring.score import NamedReward
+from genalign.scoring.score_log import ScoreLog
+from genalign.training.checkpointing import Checkpoints, CheckpointWriter
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet, RewardFunction
@@ -32,9 +43,97 @@ def channels(samples: Tensor) -> Tensor:
     return samples.flatten(2).mean(2)
 
 
-def adversary(pool: ReferencePool, batch_size: int) -> AdversarialReward:
+def careless(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """A reward that draws from the global generators."""
+    noise = torch.rand(len(samples)) + random.gauss(0, 1) + float(np.random.standard_normal())
+    return redness(samples, prompts) + 0.01 * noise
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators, which differ between processes."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+class ReferenceSamples:
+    """Four random images or clips."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.samples = torch.rand(4, *shape, generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def load(self, rows: Sequence[int]) -> Tensor:
+        return self.samples[list(rows)]
+
+
+def adversary(shape: Sequence[int], batch_size: int) -> AdversarialReward:
     learning = DiscriminatorSettings(steps_per_update=2, batch_size=batch_size, replay=6, learning_rate=1e-2)
+    pool = ReferencePool(ReferenceSamples(shape))
     return AdversarialReward(channels, pool, weights=PatchWeights(1.0, 0.0), learning=learning)
+
+
+class Session:
+    """A run's objects in one process, and its checkpoints in ``folder``."""
+
+    def __init__(self, folder: Path, trainer: Trainer, score_log: ScoreLog) -> None:
+        self.trainer = trainer
+        parts: dict[str, Stateful] = {
+            "trainer": trainer,
+            "texts": EncoderCache(trainer.pipeline.pipeline),
+            "generators": PerRankState(Generators(), trainer.processes),
+        }
+        self.writer = CheckpointWriter(Checkpoints(folder, processes=trainer.processes), parts, score_log)
+
+    def go(self, until: int, raise_kl: float | None = None) -> list[dict[str, Any]]:
+        """Train until round ``until``, with a checkpoint after each round; return the rows of metrics."""
+        rows = []
+        for result in self.trainer.rounds():
+            rows.append(result.as_dict())
+            del rows[-1]["machine"]
+            if raise_kl is not None and self.trainer.rounds_done == 1:
+                self.trainer.raise_kl(raise_kl)
+            self.writer.after(self.trainer.rounds_done, last=False)
+            if self.trainer.rounds_done == until:
+                break
+        return rows
+
+    def resume(self) -> None:
+        """Restore the checkpoint after the first round, which must be the newest."""
+        checkpoint = self.writer.checkpoints.latest()
+        assert checkpoint is not None and checkpoint.rounds == 1
+        self.writer.resume(checkpoint)
+
+
+def require_same_checkpoints(one: Path, other: Path) -> None:
+    """Require two equal checkpoints, except for the seconds."""
+    first, second = (load_state(path / "state.safetensors")[0] for path in (one, other))
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    numbers = [json.loads((path / "state.json").read_text()) for path in (one, other)]
+    for number in numbers:
+        del number["parts"]["trainer"]["seconds"]
+    assert numbers[0] == numbers[1]
+
+
+def write_config(path: Path, model: Path, reward: str, training: Mapping[str, Any], **sections: Any) -> Path:
+    """Write the configuration of a run into the folder that is named like the file ``path``."""
+    size = {"prompts_per_round": 2, "group_size": 2, "batch_size": 2, "learning_rate": 0.01}
+    settings = {
+        "output": str(path.with_suffix("")),
+        "model": {"path": str(model)},
+        "prompts": "shapes:train",
+        "recipe": {"class_path": "genalign.algorithms.recipes.flow_grpo", "init_args": {"window": 1}},
+        "rewards": {"red": {"function": reward}},
+        "sampling": {"num_steps": 2, "sigmas": [1.0, 0.5]},
+        "training": {**size, **training},
+        "lora": {"rank": 2},
+        "held_out": {"every": 2, "prompts": "shapes:val", "samples_per_task": 1},
+    }
+    path.write_text(json.dumps(settings | sections))
+    return path
 
 
 def toy_trainer(

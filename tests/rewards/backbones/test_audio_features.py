@@ -145,7 +145,7 @@ def test_demonstrations_move_towards_the_exemplars(organs: torch.Tensor, noises:
     first, second = organs[:8].clone(), noises[:8].clone()
     first[::2], second[::2] = noises[8:12], organs[8:12]
     one, other = FrameFeatures(ENCODER)(first), FrameFeatures(ENCODER)(second)
-    swapped = greedy_swap(one, other, reward, passes=2)
+    swapped = greedy_swap(one, other, reward)
     assert swapped.tolist() == [True, False] * 4
     plus, minus = torch.where(swapped[:, None], other, one), torch.where(swapped[:, None], one, other)
     assert reward(plus) > max(reward(one), reward(other)) > reward(minus)

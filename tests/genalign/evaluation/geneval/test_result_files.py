@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -47,25 +46,22 @@ def test_samples_are_listed_by_number_whatever_its_digits(tmp_path: Path) -> Non
     (samples / "first.png").touch()
     (tmp_path / "00003" / "grid.png").touch()
     (tmp_path / "notes").mkdir()
-    listed = read_samples(tmp_path)
-    assert [(sample.index, sample.number, sample.path.name) for sample in listed] == [
-        (0, 0, "0000.png"),
-        (3, 0, "0000.png"),
-        (3, 1, "00001.png"),
-    ]
-    assert listed[1].metadata == TWO.metadata
+    listed = [(sample.index, sample.number, sample.path.name) for sample in read_samples(tmp_path)]
+    assert listed == [(0, 0, "0000.png"), (3, 0, "0000.png"), (3, 1, "00001.png")]
 
 
 def test_folders_without_images_or_metadata_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no images at NNNNN/samples/NNNN\.png"):
         read_samples(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"nowhere has no images"):
-        read_samples(tmp_path / "nowhere")
     (tmp_path / "00000" / "samples").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"there is no .*00000/metadata\.jsonl: write the prompt's line"):
         read_samples(tmp_path)
     (tmp_path / "00000" / "metadata.jsonl").write_text(json.dumps(BENCH.metadata))
     with pytest.raises(FileNotFoundError, match=r"00000/samples has no images: generate them, or remove"):
+        read_samples(tmp_path)
+    for name in ("0001.png", "00001.png"):
+        (tmp_path / "00000" / "samples" / name).touch()
+    with pytest.raises(ValueError, match="are the same image of the same prompt: remove one"):
         read_samples(tmp_path)
 
 
@@ -74,13 +70,6 @@ def test_damaged_metadata_names_its_file(tmp_path: Path, text: str) -> None:
     write_samples(tmp_path, 4, TWO, gray(0.2))
     (tmp_path / "00004" / "metadata.jsonl").write_text(text)
     with pytest.raises(ValueError, match=r"00004/metadata\.jsonl is not a line of GenEval's prompt file"):
-        read_samples(tmp_path)
-
-
-def test_two_images_of_one_number_are_refused(tmp_path: Path) -> None:
-    write_samples(tmp_path, 4, TWO, gray(0.2))
-    shutil.copy(tmp_path / "00004" / "samples" / "0001.png", tmp_path / "00004" / "samples" / "00001.png")
-    with pytest.raises(ValueError, match="are the same image of the same prompt: remove one"):
         read_samples(tmp_path)
 
 
@@ -139,9 +128,6 @@ def test_invalid_results_name_their_line(tmp_path: Path, details: str | None) ->
     path.write_text(f"{json.dumps(valid)}\n{json.dumps(invalid)}\n")
     with pytest.raises(ValueError, match=r"results\.jsonl, line 2: not a result of GenEval"):
         read_results(path)
-
-
-def test_a_missing_results_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"give the one that GenEval's evaluate_images\.py wrote"):
         read_results(tmp_path / "none.jsonl")
 

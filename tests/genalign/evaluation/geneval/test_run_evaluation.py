@@ -11,25 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from genalign.evaluation.evaluate import Evaluation, load_evaluation
+from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.folder import ModelIdentity, adapter_hash, manifest
 from genalign.evaluation.geneval.image_sources import FolderImages, PipelineImages
-from genalign.evaluation.geneval.metadata import PromptSpec
 from genalign.evaluation.geneval.result_files import read_results, read_samples, summary, write_results, write_samples
-from genalign.evaluation.geneval.run_evaluation import (
-    GenEvalFolder,
-    GenEvalRun,
-    RankShare,
-    prompt_row,
-    sample_row,
-    verifier_description,
-)
-from genalign.evaluation.geneval.scoring import score_detections
+from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, GenEvalRun, verifier_description
 from genalign.evaluation.geneval.upstream_results import rescore
 from genalign.evaluation.paired import compare_models
 from genalign.evaluation.report import write_geneval
+from genalign.runtime.distributed import RankShare
 from genalign.runtime.media import read_image
-from genalign.types import Prompt, PromptSet
+from genalign.types import PromptSet
 from genalign.worlds import shapes
 from genalign.worlds.shapes.verifier import verify
 from rewards.geneval import GenEvalJudge
@@ -54,15 +46,10 @@ def start_run(path: Path, skill: float = 1.0, broken: int | None = None) -> GenE
     return GenEvalRun(source, PROMPTS, JUDGE, folder)
 
 
-def interrupted_run(path: Path, count: int) -> None:
-    steps = start_run(path).run(RankShare())
-    assert [next(steps) for _ in range(count)] == list(range(count))
-    steps.close()
-
-
-def finish(run: GenEvalRun) -> Evaluation:
+def finish(run: GenEvalRun) -> Path:
     assert list(run.run(RankShare())) == list(range(len(PROMPTS)))
-    return run.folder.finish(PROTOCOL, len(PROMPTS))
+    run.folder.finish(PROTOCOL, len(PROMPTS))
+    return run.folder.path
 
 
 def assert_same_files(path: Path, other: Path) -> None:
@@ -76,16 +63,12 @@ def assert_same_files(path: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def perfect(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path: Path = tmp_path_factory.mktemp("perfect")
-    finish(start_run(path))
-    return path
+    return finish(start_run(tmp_path_factory.mktemp("perfect")))
 
 
 @pytest.fixture(scope="module")
 def mediocre(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path: Path = tmp_path_factory.mktemp("mediocre")
-    finish(start_run(path, skill=0.6))
-    return path
+    return finish(start_run(tmp_path_factory.mktemp("mediocre"), skill=0.6))
 
 
 def test_correct_images_score_one(perfect: Path) -> None:
@@ -114,19 +97,14 @@ def test_folder_results_and_summary_have_the_format_of_geneval(mediocre: Path) -
     assert [(mediocre / result.filename) for result in results] == [sample.path for sample in samples]
     assert (mediocre / "summary.txt").read_text() == summary(results) + "\n"
     overall = float((mediocre / "summary.txt").read_text().split()[-1])
-    assert overall == pytest.approx(load_evaluation(mediocre).overall["relaxed"].mean, abs=5e-6)
-
-
-def test_every_task_has_an_interval(mediocre: Path) -> None:
-    tasks = load_evaluation(mediocre).tasks
-    assert list(tasks) == ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
-    relaxed = [estimates["relaxed"] for estimates in tasks.values()]
-    assert all(value.n == 4 * SEEDS and value.low <= value.mean for value in relaxed)
-    assert any(value.low < value.high for value in relaxed)
+    evaluation = load_evaluation(mediocre)
+    assert overall == pytest.approx(evaluation.overall["relaxed"].mean, abs=5e-6)
+    assert list(evaluation.tasks) == ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+    assert all(estimates["relaxed"].n == 4 * SEEDS for estimates in evaluation.tasks.values())
 
 
 def test_nan_images_are_counted_and_left_out(tmp_path: Path) -> None:
-    evaluation = finish(start_run(tmp_path, broken=5))
+    evaluation = load_evaluation(finish(start_run(tmp_path, broken=5)))
     assert evaluation.failed == 1 and math.isnan(evaluation.records[5].scores["relaxed"])
     assert evaluation.overall["relaxed"].n == SEEDS * len(PROMPTS) - 1
     assert len(read_results(tmp_path / "results.jsonl")) == SEEDS * len(PROMPTS) - 1
@@ -143,7 +121,9 @@ def test_any_number_of_ranks_writes_the_same_bytes(perfect: Path, tmp_path: Path
 
 
 def test_an_interrupted_run_resumes_with_the_unfinished_prompts(perfect: Path, tmp_path: Path) -> None:
-    interrupted_run(tmp_path, 4)
+    steps = start_run(tmp_path).run(RankShare())
+    assert [next(steps) for _ in range(4)] == [0, 1, 2, 3]
+    steps.close()
     (tmp_path / "images" / "00004" / "samples").mkdir(parents=True)
     (tmp_path / "images" / "00004" / "samples" / "0000.png").write_bytes(b"\x89PNG half of")
     (tmp_path / "prompts" / "00004.json.part").write_text('{"index": 4, "pro')
@@ -172,26 +152,6 @@ def test_every_process_encodes_the_same_batches(tmp_path: Path) -> None:
     next(second.run(RankShare(1, 2)))
     assert isinstance(second.source, PipelineImages)
     assert second.source.pipeline.encoded == [[PROMPTS.prompts[0].text], [PROMPTS.prompts[1].text]]
-
-
-def test_ranks_divide_the_prompts() -> None:
-    assert [list(RankShare(rank, 3).indices(8)) for rank in range(3)] == [[0, 3, 6], [1, 4, 7], [2, 5]]
-    assert RankShare.from_environment({}) == RankShare(0, 1)
-    assert RankShare.from_environment({"RANK": "2", "WORLD_SIZE": "5"}) == RankShare(2, 5)
-    with pytest.raises(ValueError, match="set both RANK and WORLD_SIZE"):
-        RankShare.from_environment({"RANK": "1"})
-    with pytest.raises(ValueError, match="rank 5 of 5 processes"):
-        RankShare(5, 5)
-
-
-def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
-    start_run(tmp_path)
-    other = replace(PROTOCOL, guidance=2.0, verifier="another judge")
-    with pytest.raises(FileExistsError, match=r"other settings \(protocol\.guidance, protocol\.verifier\)"):
-        GenEvalFolder(tmp_path).begin(manifest(other, IDENTITY))
-    tuned = replace(IDENTITY, lora="runs/a/lora", lora_hash="f" * 16)
-    with pytest.raises(FileExistsError, match=r"other settings \(lora_hash\)"):
-        GenEvalFolder(tmp_path).begin(manifest(PROTOCOL, tuned))
 
 
 def test_manifest_hash_depends_on_the_adapter_and_protocol_hash_on_the_judge(tmp_path: Path) -> None:
@@ -244,20 +204,6 @@ def test_the_report_has_scores_wrong_images_and_the_comparison(perfect: Path, me
     both = write_geneval(mediocre, perfect).read_text()
     assert "the same prompts from the same initial noise" in both
     assert f"Against {perfect.name}" in both and "Worst regressions" in both and "prompts won, relaxed" in both
-    with pytest.raises(FileNotFoundError, match="has no finished evaluation"):
-        write_geneval(mediocre, mediocre / "nowhere")
-
-
-def test_the_report_escapes_prompts(tmp_path: Path) -> None:
-    text = "<script>alert(1)</script>"
-    prompt = Prompt(text, {"tag": text, "include": [{"class": text, "count": 1}], "prompt": text})
-    folder = GenEvalFolder(tmp_path)
-    folder.begin(manifest(PROTOCOL, IDENTITY))
-    score = score_detections([], PromptSpec.from_prompt(prompt))
-    folder.write(0, prompt_row(0, prompt, [sample_row("images/00000/samples/0000.png", 1, score)]))
-    folder.finish(PROTOCOL, 1)
-    page = write_geneval(tmp_path, tmp_path).read_text()
-    assert "<script" not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;&gt;=1, found 0") == 1
 
 
 def test_rescoring_uses_the_results_of_the_original(mediocre: Path, tmp_path: Path) -> None:
@@ -282,15 +228,9 @@ def test_results_that_do_not_fit_are_refused_and_leave_no_files(mediocre: Path, 
     swapped.append(replace(results[-1], filename=results[0].filename))
     with pytest.raises(ValueError, match="was judged as"):
         rescore(folder, swapped)
-    assert not (folder / "original").exists()
-
-
-def test_an_unfinished_evaluation_is_not_rescored(mediocre: Path, tmp_path: Path) -> None:
-    interrupted_run(tmp_path, 12)
-    results = [result for result in read_results(mediocre / "results.jsonl") if result.filename < "images/00012"]
     with pytest.raises(FileNotFoundError, match="has no finished evaluation"):
         rescore(tmp_path, results)
-    assert not (tmp_path / "original").exists()
+    assert not (folder / "original").exists()
 
 
 def test_external_images_are_judged_in_place(mediocre: Path, tmp_path: Path) -> None:
@@ -324,6 +264,3 @@ def test_images_of_different_sizes_are_judged_in_separate_batches(tmp_path: Path
     batches = list(source(0, PROMPTS.prompts[0]))
     assert [(batch.seeds, batch.images.shape[-1]) for batch in batches] == [([0, 1], 8), ([2], 16), ([3], 8)]
     assert batches[1].files == ["../images/00005/samples/0002.png"]
-    (tmp_path / "images" / "00005" / "samples" / "0003.png").write_bytes(b"\x89PNG half of")
-    with pytest.raises(ValueError, match=r"0003\.png cannot be read as an image"):
-        list(source(0, PROMPTS.prompts[0]))

@@ -69,11 +69,8 @@ def test_detections_above_the_threshold_are_sorted_by_class_and_score() -> None:
     detections = [*cats, item("dog", score=0.5)]
     assert filter_detections(detections, "two_object", Thresholds()) == [1, 4, 3, 2, 5]
     assert filter_detections(detections, "counting", Thresholds()) == [1, 4]
-
-
-def test_at_most_sixteen_objects_of_a_class_count() -> None:
-    detections = [item("cat", score=0.5 + i / 100) for i in range(20)] + [item("dog")]
-    assert filter_detections(detections, "colors", Thresholds()) == [*range(19, 3, -1), 20]
+    many = [item("cat", score=0.5 + i / 100) for i in range(20)] + [item("dog")]
+    assert filter_detections(many, "colors", Thresholds()) == [*range(19, 3, -1), 20]  # 16 of a class at most
 
 
 def test_max_overlap_drops_boxes_that_overlap_a_better_one() -> None:
@@ -84,19 +81,13 @@ def test_max_overlap_drops_boxes_that_overlap_a_better_one() -> None:
     exact = overlap(LEFT, MIDDLE)
     assert filter_detections(cats[:2], "colors", Thresholds(max_overlap=exact)) == [1]
     assert filter_detections(cats[:2], "colors", Thresholds(max_overlap=exact + 1e-9)) == [1, 0]
-
-
-def test_a_dropped_box_drops_no_other_box() -> None:
     row = [item("cat", (4.0 * i, 0.0, 4.0 * i + 9, 9.0), score=0.9 - i / 10) for i in range(3)]
-    assert filter_detections(row, "colors", Thresholds(max_overlap=0.4)) == [0, 2]
+    assert filter_detections(row, "colors", Thresholds(max_overlap=0.4)) == [0, 2]  # a dropped box drops no other
 
 
-def test_relaxed_ignores_surplus_objects_and_strict_does_not() -> None:
+def test_relaxed_ignores_surplus_objects_unless_a_clause_excludes_them() -> None:
     score = score_detections([item("cat"), item("cat", RIGHT), item("cat", MIDDLE)], spec(Clause("cat", 2)))
     assert (score.relaxed, score.strict, score.partial, score.reason) == (True, False, 0.5, "")
-
-
-def test_exclude_clauses_limit_the_count() -> None:
     two_cats = spec(Clause("cat", 2), exclude=(Clause("cat", 3),))
     score = score_detections([item("cat")] * 3, two_cats)
     assert (score.relaxed, score.reason) == (False, "expected cat<3, found 3")
@@ -111,12 +102,12 @@ def test_color_is_checked_on_the_most_confident_object() -> None:
     assert score_detections(red_first, RED_CAR).relaxed
     assert score_detections(blue_first, RED_CAR).reason == "expected red car>=1, found 0 red; and 1 blue"
     assert score_detections(red_first, RED_CAR).partial == 0  # one car too many: neither count nor color
-
-
-def test_reason_lists_all_colors_in_order() -> None:
     cars = [item("car", color=color) for color in ("white", "blue", "white")]
     reason = score_detections(cars, spec(Clause("car", 3, "red"))).reason
     assert reason == "expected red car>=3, found 0 red; and 1 blue, 2 white"
+    with pytest.raises(ValueError, match=r"the color of the car at .* is unknown: classify its crop first"):
+        score_detections([item("car")], RED_CAR)
+    assert not score_detections([], RED_CAR).relaxed
 
 
 def test_position_needs_its_target() -> None:
@@ -161,12 +152,6 @@ def test_upstream_partial_averages_its_entries() -> None:
     red_cat = [item("dog", RIGHT, "red"), item("cat", LEFT, "red")]
     assert upstream_partial(red_cat, both) == pytest.approx((1 + 1 + 1 + 0) / 4)  # no entry for the position
     assert upstream_partial([item("dog", RIGHT, "red")], both) == pytest.approx((1 + 1 + 0 + 0) / 4)
-
-
-def test_a_missing_color_is_an_error_only_where_a_rule_needs_it() -> None:
-    with pytest.raises(ValueError, match=r"the color of the car at .* is unknown: classify its crop first"):
-        score_detections([item("car")], RED_CAR)
-    assert not score_detections([], RED_CAR).relaxed
 
 
 def _scattered(rng: random.Random, metadata) -> list[ShapeDetection]:

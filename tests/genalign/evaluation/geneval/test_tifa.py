@@ -6,7 +6,7 @@ from torch import Tensor
 
 from genalign.cli.config import Train, parse
 from genalign.evaluation.geneval.metadata import Clause, PromptSpec
-from genalign.evaluation.geneval.tifa import Question, TifaReward, gate_answers, questions
+from genalign.evaluation.geneval.tifa import TifaReward, questions
 from genalign.types import Prompt, Reward
 
 PLACE = PromptSpec("position", (Clause("bench"), Clause("dog", relation="left of", target=0))).to_prompt()
@@ -19,11 +19,8 @@ def texts(prompt: Prompt) -> list[str]:
 
 
 def test_clauses_become_questions() -> None:
-    assert texts(PLACE) == [
-        "Is there a bench in the image?",
-        "Is there a dog in the image?",
-        "Is the dog to the left of the bench?",
-    ]
+    assert texts(PLACE)[:2] == ["Is there a bench in the image?", "Is there a dog in the image?"]
+    assert texts(PLACE)[2:] == ["Is the dog to the left of the bench?"]
     assert texts(SHEEP) == ["Are there exactly three sheep in the image?"]
     assert texts(COLORS)[0] == "Is there an orange in the image?"
     assert texts(COLORS)[2:] == ["Is the orange blue?", "Is the bus red?"]
@@ -34,16 +31,13 @@ def test_clauses_become_questions() -> None:
         questions(Prompt("a dog"))
 
 
-@pytest.mark.parametrize("listed", [[], "Is there a dog?", [3], None, [["Is there a dog?", "yes"]]])
-def test_questions_in_metadata_must_be_texts(listed: object) -> None:
-    with pytest.raises(ValueError, match="the questions of 'a dog' must be a list of at least one text"):
-        questions(Prompt("a dog", {"questions": listed}))
-
-
-@pytest.mark.parametrize("parents", [[[]], [[], [2]], [[], [-1]]])
-def test_parents_in_metadata_must_be_indices(parents: list[list[int]]) -> None:
-    with pytest.raises(ValueError, match="must be a list with one entry for each of its 2 questions"):
-        questions(Prompt("a dog", {"questions": ["Is there a dog?", "Is it red?"], "parents": parents}))
+def test_invalid_questions_in_metadata_are_refused() -> None:
+    for texts in ([], "Is there a dog?", [3], None, [["Is there a dog?", "yes"]]):
+        with pytest.raises(ValueError, match="the questions of 'a dog' must be a list of at least one text"):
+            questions(Prompt("a dog", {"questions": texts}))
+    for parents in ([[]], [[], [2]], [[], [-1]]):
+        with pytest.raises(ValueError, match="must be a list with one entry for each of its 2 questions"):
+            questions(Prompt("a dog", {"questions": ["Is there a dog?", "Is it red?"], "parents": parents}))
 
 
 class Brightness:
@@ -79,20 +73,15 @@ def test_the_geometric_mean_is_zero_after_one_no() -> None:
 
 
 def test_gate_zeroes_answers_whose_parent_is_no() -> None:
-    group = [Question("a"), Question("b", (0,)), Question("c", (1,)), Question("d", (0, 1))]
-    answers = torch.tensor([0.2, 0.9, 0.8, 0.7])
+    prompt = Prompt("", {"questions": ["a", "b", "c", "d"], "parents": [[], [0], [1], [0, 1]]})
+    reward = TifaReward(lambda images, texts: torch.tensor([0.2, 0.9, 0.8, 0.7]), gate=0.5)
     # c counts, since the answer to b was a yes before gating
-    torch.testing.assert_close(gate_answers(answers, group, 0.5), torch.tensor([0.2, 0.0, 0.8, 0.0]))
-    scores = TifaReward(lambda images, texts: torch.tensor([0.9, 0.1, 0.8]), gate=0.5)(IMAGES[:1], [PLACE])
-    torch.testing.assert_close(scores, torch.tensor([1.0 / 3]))
+    torch.testing.assert_close(reward(IMAGES[:1], [prompt]), torch.tensor([(0.2 + 0.0 + 0.8 + 0.0) / 4]))
 
 
-def test_a_nan_answer_makes_the_score_nan() -> None:
+def test_answers_are_probabilities_or_nan() -> None:
     scores = TifaReward(lambda images, texts: torch.tensor([0.5, torch.nan]))(IMAGES[:2], [SHEEP, SHEEP])
     assert scores.isnan().tolist() == [False, True]
-
-
-def test_answers_must_be_probabilities() -> None:
     with pytest.raises(ValueError, match="they must be in"):
         TifaReward(lambda images, texts: torch.tensor([1.5]))(IMAGES[:1], [SHEEP])
     with pytest.raises(ValueError, match=r"answered \(2,\) for 1 questions"):

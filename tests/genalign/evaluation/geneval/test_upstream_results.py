@@ -38,15 +38,13 @@ def test_scores_follow_from_boxes_and_reasons_alone() -> None:
     assert len(outcomes) >= 6
 
 
-def test_colors_that_no_rule_checked_are_none() -> None:
+def test_colors_follow_from_reasons_and_are_none_where_no_rule_checked() -> None:
     cars = [Detection("car", (0, 0, 9, 9), score, "white") for score in (0.9, 0.8)]
     result = upstream_result(RED_CAR, *cars)
     assert result.reason == "expected red car>=1, found 0 red; and 1 white"
     assert [item.color for item in result_detections(result)] == ["white", None]
     assert [item.color for item in result_detections(upstream_result(PLACE, *cars))] == [None, None]
 
-
-def test_counts_of_several_colors_are_parsed() -> None:
     prompt = Prompt("cars", {"tag": "colors", "include": [{"class": "car", "count": 3, "color": "red"}], "prompt": ""})
     cars = [Detection("car", (0, 0, 9, 9), 0.9 - i / 10, color) for i, color in enumerate(("white", "red", "white"))]
     colors = [str(item.color) for item in result_detections(upstream_result(prompt, *cars))]
@@ -60,13 +58,9 @@ def test_results_that_contradict_their_boxes_are_refused() -> None:
     result = upstream_result(RED_CAR, Detection("car", (0, 0, 9, 9), 0.9, "blue"))
     with pytest.raises(ValueError, match="does not count 1 colors: is it GenEval's"):
         result_detections(replace(result, reason="expected red car>=1, found 0 red"))
-
-
-def test_one_class_in_two_colors_is_refused() -> None:
     include = [{"class": "car", "count": 1, "color": color} for color in ("red", "blue")]
-    metadata = {"tag": "color_attr", "include": include, "prompt": "two cars"}
     with pytest.raises(ValueError, match="asks for car in two colors"):
-        result_detections(ImageResult(sample_name(0, 0), "color_attr", "two cars", False, "", metadata, {"car": []}))
+        result_detections(replace(result, metadata={"tag": "color_attr", "include": include, "prompt": "two cars"}))
 
 
 def test_results_are_indexed_by_prompt_and_image() -> None:

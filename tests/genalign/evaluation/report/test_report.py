@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from markupsafe import Markup
 from PIL import Image
 
 from genalign.evaluation.evaluate import Evaluation, SampleRecord
@@ -209,12 +208,6 @@ def test_a_run_that_just_began_has_a_report(tmp_path):
     assert "0 of 9 rounds are recorded" in text and "no cost is recorded" in text
 
 
-def test_a_folder_that_is_no_run_is_an_error(tmp_path):
-    for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(FileNotFoundError, match="is not a run folder"):
-            write_report(folder)
-
-
 def test_different_protocols_are_not_compared(run):
     saved = read_run(run).after
     replace(saved, protocol=replace(PROTOCOL, guidance=1.0)).save(run / "after")
@@ -255,15 +248,12 @@ def test_every_number_of_a_row_has_a_curve(run):
     assert before < folded < text.index("Learning rate against rounds")
 
 
-def test_size_of_a_long_run_with_many_images_stays_small(tmp_path):
+def test_the_curves_of_a_long_run_stay_small(tmp_path):
     write_rows(tmp_path, rows(5000))
-    evaluation(tmp_path / "before", [(index % 2, 0.5) for index in range(480)])
-    evaluation(tmp_path / "after", [(1 - index % 2, 0.5) for index in range(480)])
     path = write_report(tmp_path)
     assert path.stat().st_size < 3_000_000
     longest = max(re.findall(r'<polyline class="raw" points="([^"]*)"', path.read_text()), key=len)
     assert 300 < len(longest.split()) <= 400
-    assert page(tmp_path).tags.count("img") == 2 * 2 * 12
 
 
 # --- samples over rounds ----------------------------------------------------------------------------------------------
@@ -436,13 +426,6 @@ def test_charts_stay_in_their_frame(values):
     heights = [float(y) for y in re.findall(r'cy="([-\d.]+)"', svg)]
     assert len(heights) == 2 * len(values)
     assert all(20 <= height <= 216 for height in heights)
-
-
-def test_a_chart_escapes_its_labels_and_needs_points():
-    svg = line_chart([Point(0, 1)], Axis("<b>", str), Axis("y", str), '"><script>')
-    assert isinstance(svg, Markup) and "<b>" not in svg and "<script>" not in svg
-    with pytest.raises(ValueError, match="no points"):
-        line_chart([], Axis("x", str), Axis("y", str), "title")
 
 
 @pytest.mark.parametrize(("low", "high", "sign"), [(0.1, 0.3, "up"), (-0.3, -0.1, "down"), (-0.1, 0.1, "even")])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genalign.runtime.media import read_waveform
-from genalign.training.sample_grid import SampleGrid, SampleGridWriter, tile
+from genalign.training.round_log import SampleGrid, SampleGridWriter, tile
 
 
 def test_images_are_tiled_row_by_row_on_white() -> None:

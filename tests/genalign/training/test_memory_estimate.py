@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genalign.training.activation_memory import FusedAttention, checkpointed_blocks, largest_layer, saved_activations
+from genalign.training.memory_estimate import FusedAttention, checkpointed_blocks, largest_layer, saved_activations
 
 
 class Blocks(nn.Module):
