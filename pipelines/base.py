@@ -82,7 +82,10 @@ class DiffusersPipeline(ABC):
         self.autocast = options.get("autocast")
         self.memory = options.get("memory", Memory())
         self._set_size(options)
-        self.max_sequence_length = options.get("max_sequence_length") or self.text_tokens
+        tokens = options.get("max_sequence_length")
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"max_sequence_length must be at least 1 text token, not {tokens}")
+        self.max_sequence_length = self.text_tokens if tokens is None else tokens
         self.distilled_guidance = options.get("distilled_guidance")
         if self.distilled_guidance is not None and not self.is_distilled:
             raise ValueError("this model has no guidance distilled into it: leave distilled_guidance out")

@@ -52,7 +52,8 @@ class Flux(PackedFlowPipeline):
         """Predict the velocity (B, C, h, w) from packed latents."""
         guidance = None
         if self.is_distilled:
-            guidance = torch.full((len(x),), self.distilled_guidance or DISTILLED_GUIDANCE, device=x.device)
+            scale = DISTILLED_GUIDANCE if self.distilled_guidance is None else self.distilled_guidance
+            guidance = torch.full((len(x),), scale, device=x.device)
         rows, columns = torch.meshgrid(torch.arange(self.height // 2), torch.arange(self.width // 2), indexing="ij")
         tokens = self.denoiser(
             hidden_states=pack(x),

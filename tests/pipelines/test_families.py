@@ -302,6 +302,12 @@ def test_guidance_on_a_distilled_network_is_refused(folder_of: FolderOf) -> None
         ours.predict(x, step, ours.encode(PROMPTS[:1]), 4.0)
     with pytest.raises(ValueError, match="no guidance distilled into it: leave distilled_guidance out"):
         _open("sdxl", folder_of("sdxl"), distilled_guidance=2.0)
+    with pytest.raises(ValueError, match="max_sequence_length must be at least 1 text token, not 0"):
+        _open("flux", folder_of("flux"), max_sequence_length=0)
+    with torch.no_grad():
+        none, default = (_open("flux", folder_of("flux"), distilled_guidance=scale) for scale in (0.0, None))
+        first, second = (pipe.predict(x, step, pipe.encode(PROMPTS[:1]), 1.0) for pipe in (none, default))
+        assert not torch.allclose(first, second, rtol=0, atol=1e-5)
 
 
 def test_free_noise_levels_need_a_flow(folder_of: FolderOf) -> None:
