@@ -128,8 +128,6 @@ def test_proposal_log_ratio_is_added() -> None:
     assert state.log_weights.tolist() == pytest.approx([0.75, -1.0, 0.0])
     with pytest.raises(ValueError, match="guide only moves that draw noise"):
         state_of().weigh(torch.zeros(3), 2, log_ratio=torch.tensor([0.0, math.inf, 0.0]))
-    with pytest.raises(ValueError, match=r"log_ratio must be \(3,\)"):
-        state_of().weigh(torch.zeros(3), 2, log_ratio=torch.zeros(2))
 
 
 def test_resampling_stays_within_prompt() -> None:
@@ -199,8 +197,6 @@ def test_step_with_all_nan_scores_is_ignored(potential: Potential) -> None:
 def test_argmax_selects_by_reward_alone() -> None:
     state = state_of((1, 0, 1, 0, 1), lam=2.0)
     state.weigh(torch.tensor([9.0, 0.0, 0.0, 9.0, 0.0]), 2)
-    with pytest.raises(ValueError, match="as step 9"):
-        state.choose()
     state.weigh(torch.tensor([math.nan, 1.0, 3.0, 1.0, 2.0]), 9)
     assert state.resample() is None
     assert state.choose().tolist() == [1, 2]
@@ -267,19 +263,6 @@ def test_deterministic_kernel_is_refused() -> None:
 def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FKSteering(**settings)
-
-
-def test_invalid_inputs_are_refused() -> None:
-    for group in (torch.zeros(3), torch.zeros(0, dtype=torch.long), torch.zeros(2, 2, dtype=torch.long)):
-        with pytest.raises(ValueError, match="prompt indices"):
-            FKState(FKSteering(), group, 10, seed=0)
-    state = state_of()
-    with pytest.raises(ValueError, match="one per particle"):
-        state.weigh(torch.zeros(3, 1), 2)
-    state.weigh(torch.zeros(3), 2)
-    for step in (2, 1, 10):
-        with pytest.raises(ValueError, match="make a new FKState"):
-            state.weigh(torch.zeros(3), step)
 
 
 def test_steering_beats_one_sample_and_lam_0_equals_best_of_n(tiny: SD3) -> None:
