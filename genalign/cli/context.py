@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -91,15 +91,6 @@ class CommandContext:
         return {**own, **{name: scorer for name, scorer in others.items() if name not in own}}
 
 
-@runtime_checkable
-class HasSampleRate(Protocol):
-    """A reward, or a part of one, that assumes a sample rate."""
-
-    @property
-    def sample_rate(self) -> int | None:
-        """Audio samples per second; None if it takes no audio."""
-
-
 def require_rate(settings: object, rate: int | None) -> None:
     """Raise ValueError if anything in ``settings``, at any depth, assumes another sample rate than ``rate``.
 
@@ -115,8 +106,9 @@ def require_rate(settings: object, rate: int | None) -> None:
 
 def _sample_rates(part: object, place: str) -> Iterator[tuple[str, int]]:
     """Yield the place and the sample rate of every part of a configuration that assumes one."""
-    if isinstance(part, HasSampleRate) and part.sample_rate is not None:
-        yield place, part.sample_rate
+    rate = getattr(part, "sample_rate", None)  # of a reward or an encoder; None if it takes no audio
+    if rate is not None:
+        yield place, rate
     inner: Mapping[Any, object] = {}
     if isinstance(part, Mapping):
         inner = part

@@ -156,9 +156,8 @@ def compare_geneval_command(arguments: Sequence[str]) -> int:
 def subset_per_task(prompts: PromptSet, per_task: int | None) -> PromptSet:
     """Select ``per_task`` distinct prompts of every task, or all distinct prompts, in the order of the set."""
     distinct = PromptSet(prompts.name, tuple({prompt.text: prompt for prompt in prompts.prompts}.values()))
-    if per_task is None:
-        return distinct
-    subset = {prompt.text for group in distinct.by_task().values() for prompt in select_prompts(group, per_task)}
+    count, groups = per_task or len(distinct), distinct.by_task().values()
+    subset = {prompt.text for group in groups for prompt in select_prompts(group, count)}
     return PromptSet(prompts.name, tuple(prompt for prompt in distinct.prompts if prompt.text in subset))
 
 
