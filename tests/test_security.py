@@ -56,15 +56,6 @@ REQUIRED_KEYWORDS = {
 }
 
 
-def _name(node: ast.expr) -> str:
-    """The dotted name of an expression; it begins with a dot if the expression starts with a call or a literal."""
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.insert(0, node.attr)
-        node = node.value
-    return ".".join([node.id if isinstance(node, ast.Name) else "", *parts])
-
-
 def _unsafe_imports(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Import):
         yield from (f"imports {alias.name}" for alias in node.names if alias.name.split(".")[0] in UNSAFE_MODULES)
@@ -75,7 +66,7 @@ def _unsafe_imports(node: ast.AST) -> Iterator[str]:
 def _unsafe_calls(node: ast.AST) -> Iterator[str]:
     if not isinstance(node, ast.Call):
         return
-    name, keywords = _name(node.func), {word.arg: word.value for word in node.keywords}
+    name, keywords = ast.unparse(node.func), {word.arg: word.value for word in node.keywords}
     if name in UNSAFE_CALLS:
         yield f"{name} {UNSAFE_CALLS[name]}"
     for word, value in keywords.items():
@@ -254,9 +245,8 @@ def test_hostile_prompts_write_only_into_the_output_folder_and_leak_no_secret(
         search += ["--strategy", "genalign.search.BestOfN", "--strategy.candidates", "2", "--sampling.num_steps", "2"]
         assert main([*search, "--limit", "2"]) == 0
     assert main(["export", "--run", str(output / "run"), "--output", str(output / "exported")]) == 0
-    assert [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(output)] == [
-        Path(prompts)
-    ]
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path for path in files if not path.is_relative_to(output)} == {Path(prompts)}
     assert not Path("/etc/evil").exists() and not list(Path.cwd().glob("evil*"))
     written = b"".join(path.read_bytes() for path in output.rglob("*") if path.is_file())
     printed = caplog.text + "".join(capsys.readouterr())

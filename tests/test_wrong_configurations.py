@@ -90,6 +90,7 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
      " --reward_hacking.prompts shapes:val or --reward_hacking.prompts prompts.txt"),
     ("no world", ("evaluate",),
      "name the world: genalign evaluate shapes --output DIR, or genalign evaluate tones, or geneval"),
+    ("no demo", ("demo", "bells"), "there is no demo of 'bells': choose from shapes, tones"),
     ("no reward", ("reward",), "say what to do with it: genalign reward check MODULE:CLASS"),
     ("no comparison", ("compare",),
      "give the comparison's file: genalign compare scripts/configs/compare/shapes_methods.yaml"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, is_dataclass
@@ -196,21 +195,15 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], title: str
     Console().print(table)
 
 
-def import_from_here() -> None:
-    """Let configurations name modules of the working directory; installed modules of the same name come first."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-
-
-def rank_share(variables: Mapping[str, str]) -> RankShare:
+def rank_share() -> RankShare:
     """Read this process's share of work without training from the launcher's variables, and take its own GPU.
 
     Raises ValueError if the launcher would shard the network with FSDP.
     """
-    share = RankShare.from_environment(variables)
-    if sharding_from_environment(variables, share.world_size):
+    share = RankShare.from_environment(os.environ)
+    if sharding_from_environment(os.environ, share.world_size):
         raise ValueError("FSDP shards a network for training alone: launch this command without FSDP, as in ddp.yaml")
-    take_own_device(variables)
+    take_own_device(os.environ)
     return share
 
 
