@@ -41,7 +41,7 @@ class AceStep(AudioPipeline, FlowPipeline):
     @property
     def frames(self) -> int:
         """The number of latent frames of ``seconds``, rounded up."""
-        return self._frames(self.seconds)
+        return math.ceil(self.seconds * float(self.pipe.latents_per_second))
 
     def default_sigmas(self, num_steps: int) -> list[float]:
         """Return T sigmas at equal distances from 1, shifted."""
@@ -64,19 +64,17 @@ class AceStep(AudioPipeline, FlowPipeline):
         Each is encoded with empty lyrics, and with silence in place of a reference recording.
         """
         contexts, masks = [], []
+        reference_frames = math.ceil(_REFERENCE_SECONDS * float(self.pipe.latents_per_second))
         for text in texts:
             caption, caption_mask, lyrics, lyrics_mask = self.pipe.encode_prompt(
                 text, "", self.device, audio_duration=self.seconds, max_text_length=self.max_sequence_length
             )
-            timbre = self._silence(_REFERENCE_SECONDS, caption)
+            timbre = self._silence(reference_frames, caption)
             first = torch.zeros(1, dtype=torch.long, device=self.device)
             context, mask = self.pipe.condition_encoder(caption, caption_mask, lyrics, lyrics_mask, timbre, first)
             contexts.append(context[0])
             masks.append(mask[0].long())
-        return {
-            "context": pad_sequence(contexts, batch_first=True),
-            "mask": pad_sequence(masks, batch_first=True),
-        }
+        return {"context": pad_sequence(contexts, batch_first=True), "mask": pad_sequence(masks, batch_first=True)}
 
     def unconditional_tensors(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the conditioning with the checkpoint's null embedding for every token."""
@@ -89,15 +87,14 @@ class AceStep(AudioPipeline, FlowPipeline):
         velocities, order = [], []
         for length in torch.unique(lengths).tolist():
             rows = (lengths == length).nonzero()[:, 0].to(x.device)
-            silence = self._silence(self.seconds, x).expand(len(rows), -1, -1)
-            velocity = self.denoiser(
+            silence = self._silence(self.frames, x).expand(len(rows), -1, -1)
+            velocity = self.call_denoiser(
                 hidden_states=x[rows].transpose(1, 2),
                 timestep=timestep[rows].to(x.dtype),
                 timestep_r=timestep[rows].to(x.dtype),
                 encoder_hidden_states=tensors["context"][rows, :length],
                 context_latents=torch.cat([silence, torch.ones_like(silence)], dim=-1),  # ones: generate all of it
-                return_dict=False,
-            )[0]
+            )
             velocities.append(velocity.transpose(1, 2))
             order.append(rows)
         return torch.cat(velocities)[torch.cat(order).argsort()]
@@ -123,13 +120,10 @@ class AceStep(AudioPipeline, FlowPipeline):
         """Normalize the loudness of waveforms."""
         return normalize_peak(decoded)
 
-    def _silence(self, seconds: float, like: Tensor) -> Tensor:
+    def _silence(self, frames: int, like: Tensor) -> Tensor:
         """Return latents (1, frames, C) of silence, with the device and dtype of ``like``."""
-        silence: Tensor = self.pipe.prepare_src_latents(like.device, like.dtype, latent_length=self._frames(seconds))[0]
+        silence: Tensor = self.pipe.prepare_src_latents(like.device, like.dtype, latent_length=frames)[0]
         return silence
-
-    def _frames(self, seconds: float) -> int:
-        return math.ceil(seconds * float(self.pipe.latents_per_second))
 
 
 def normalize_peak(waveforms: Tensor) -> Tensor:

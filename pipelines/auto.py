@@ -18,16 +18,10 @@ from pipelines.sd3 import SD3
 from pipelines.stable_audio import StableAudio
 from pipelines.stable_diffusion import SDXL, StableDiffusion
 
-FAMILIES: tuple[type[DiffusersPipeline], ...] = (
-    SD3,
-    Flux,
-    StableDiffusion,
-    SDXL,
-    Sana,
-    QwenImage,
-    StableAudio,
-    AceStep,
-)
+FAMILIES: dict[str, type[DiffusersPipeline]] = {
+    family.kind.__name__: family for family in (SD3, Flux, StableDiffusion, SDXL, Sana, QwenImage, StableAudio, AceStep)
+}
+"""The wrapper of each pipeline class of diffusers, by its name."""
 
 
 def load(
@@ -43,10 +37,9 @@ def load(
 
 def family_of(path_or_id: str | Path) -> type[DiffusersPipeline]:
     """Return the wrapper class of a checkpoint. Raises as ``load`` does."""
-    families = {family.kind.__name__: family for family in FAMILIES}
     name = pipeline_class(path_or_id)
-    if name not in families:
+    if name not in FAMILIES:
         raise ValueError(
-            f"{path_or_id} holds a {name}, which genalign has no wrapper for: use one of {', '.join(families)}"
+            f"{path_or_id} holds a {name}, which genalign has no wrapper for: use one of {', '.join(FAMILIES)}"
         )
-    return families[name]
+    return FAMILIES[name]

@@ -148,16 +148,19 @@ class DiffusersPipeline(ABC):
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return conditioning of ``count`` prompts of the greatest length with zero values, for memory estimates."""
 
+    def call_denoiser(self, *inputs: Any, **named: Any) -> Tensor:
+        """Call the denoiser by its own arguments, and return its output (B, ...)."""
+        output: Tensor = self.denoiser(*inputs, **named, return_dict=False)[0]
+        return output
+
     def apply_guidance(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
         """Combine two predictions (B, C, ...) by classifier-free guidance (arXiv 2207.12598)."""
         return unconditional + guidance * (conditional - unconditional)
 
     def run_vae(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, ...) with the VAE, without casts or postprocessing: images (B, 3, H, W) in [-1, 1]."""
-        config = self.pipe.vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0  # not every autoencoder's config has one
-        unscaled = latents / config.scaling_factor + shift
-        images: Tensor = self.pipe.vae.decode(unscaled.to(self.pipe.vae.dtype), return_dict=False)[0]
+        unscaled = unscale(latents, self.pipe.vae.config).to(self.pipe.vae.dtype)
+        images: Tensor = self.pipe.vae.decode(unscaled, return_dict=False)[0]
         return images
 
     def postprocess(self, decoded: Tensor) -> Tensor:
@@ -432,3 +435,13 @@ class DiffusersPipeline(ABC):
                 merge_lora(network)
             self._has_adapter, self._text_adapters = False, {}
         (self.pipe if whole else self.pipe.components[self.denoiser_name]).save_pretrained(directory)
+
+
+def unscale(latents: Tensor, vae_config: Any) -> Tensor:
+    """Undo the scaling of latents (B, C, ...), by statistics of each channel or by one factor and shift."""
+    mean, std = getattr(vae_config, "latents_mean", None), getattr(vae_config, "latents_std", None)
+    if mean is None or std is None:
+        return latents / float(vae_config.scaling_factor) + (getattr(vae_config, "shift_factor", None) or 0.0)
+    shape = (-1, *[1] * (latents.ndim - 2))
+    offset, spread = (torch.tensor(values).view(shape).to(latents) for values in (mean, std))
+    return latents * spread / getattr(vae_config, "scaling_factor", 1.0) + offset

@@ -22,11 +22,6 @@ class FlowPipeline(DiffusersPipeline):
     path = FlowPath()
     first_order = FlowMatchEulerDiscreteScheduler
 
-    @property
-    def scheduler_options(self) -> dict[str, Any]:
-        """Settings of the first-order scheduler that differ from the checkpoint's own."""
-        return {}
-
     def default_sigmas(self, num_steps: int) -> list[float] | None:
         """Return the sigmas that the diffusers pipeline passes to its scheduler by default; None if it passes none."""
         return None
@@ -59,7 +54,9 @@ class FlowPipeline(DiffusersPipeline):
         return int(self.pipe.scheduler.config.num_train_timesteps)
 
     def _scheduler(self) -> Any:
-        return FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config, **self.scheduler_options)
+        config = self.pipe.scheduler.config
+        shift = config.get("flow_shift", config.get("shift", 1.0))  # solvers of a higher order call it flow_shift
+        return FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
 
     def _mu(self, config: Any) -> float:
         """Return mu of diffusers' ``calculate_shift``, which is linear in the number of image tokens."""

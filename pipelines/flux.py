@@ -10,15 +10,12 @@ from torch import Tensor
 
 from pipelines.flows import PackedFlowPipeline, pack, unpack
 
-DISTILLED_GUIDANCE = 3.5
-"""The default of ``distilled_guidance``, from the model card of FLUX.1-dev."""
-
 
 class Flux(PackedFlowPipeline):
     """A ``FluxPipeline``.
 
-    The network of FLUX.1-dev takes ``distilled_guidance`` as an input, at one NFE, and classifier-free guidance on top
-    is refused; the network of FLUX.1-schnell takes no guidance.
+    The network of FLUX.1-dev takes ``distilled_guidance`` as an input, 3.5 by default, at one NFE, and classifier-free
+    guidance on top is refused; the network of FLUX.1-schnell takes no guidance.
     """
 
     kind = FluxPipeline
@@ -52,10 +49,10 @@ class Flux(PackedFlowPipeline):
         """Predict the velocity (B, C, h, w) from packed latents."""
         guidance = None
         if self.is_distilled:
-            scale = DISTILLED_GUIDANCE if self.distilled_guidance is None else self.distilled_guidance
+            scale = 3.5 if self.distilled_guidance is None else self.distilled_guidance  # FLUX.1-dev's model card
             guidance = torch.full((len(x),), scale, device=x.device)
         rows, columns = torch.meshgrid(torch.arange(self.height // 2), torch.arange(self.width // 2), indexing="ij")
-        tokens = self.denoiser(
+        tokens = self.call_denoiser(
             hidden_states=pack(x),
             timestep=timestep / 1000,
             guidance=guidance,
@@ -63,6 +60,5 @@ class Flux(PackedFlowPipeline):
             encoder_hidden_states=tensors["context"],
             txt_ids=x.new_zeros(tensors["context"].shape[1], 3),
             img_ids=torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).to(x),
-            return_dict=False,
-        )[0]
+        )
         return unpack(tokens, self.height, self.width)

@@ -8,6 +8,7 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor
 
+from pipelines.base import unscale
 from pipelines.flows import PackedFlowPipeline, pack, unpack
 
 
@@ -31,14 +32,13 @@ class QwenImage(PackedFlowPipeline):
 
     def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Predict the velocity (B, C, h, w) from packed latents."""
-        tokens = self.denoiser(
+        tokens = self.call_denoiser(
             hidden_states=pack(x),
             timestep=timestep / 1000,
             encoder_hidden_states=tensors["context"],
             encoder_hidden_states_mask=None if bool(tensors["mask"].all()) else tensors["mask"],
             img_shapes=[[(1, self.height // 2, self.width // 2)]] * len(x),
-            return_dict=False,
-        )[0]
+        )
         return unpack(tokens, self.height, self.width)
 
     def apply_guidance(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
@@ -49,10 +49,6 @@ class QwenImage(PackedFlowPipeline):
 
     def run_vae(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, h, w) as videos of one frame to images (B, 3, H, W) in [-1, 1]."""
-        config = self.pipe.vae.config
-        mean, std = (
-            latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)
-        )
-        frames = (latents * std + mean)[:, :, None].to(self.pipe.vae.dtype)
+        frames = unscale(latents, self.pipe.vae.config)[:, :, None].to(self.pipe.vae.dtype)
         images: Tensor = self.pipe.vae.decode(frames, return_dict=False)[0][:, :, 0]
         return images

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from diffusers import SanaPipeline
@@ -22,12 +21,6 @@ class Sana(FlowPipeline):
     kind = SanaPipeline
     patch = 1
     text_tokens = 300
-
-    @property
-    def scheduler_options(self) -> dict[str, Any]:
-        """The shift of the checkpoint's scheduler, under the name of the first-order scheduler."""
-        config = self.pipe.scheduler.config
-        return {"shift": config.get("flow_shift", config.get("shift", 1.0))}
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return zeros for texts of the greatest length, of which no token is masked."""
@@ -54,11 +47,9 @@ class Sana(FlowPipeline):
 
     def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Predict the velocity (B, C, h, w)."""
-        velocity: Tensor = self.denoiser(
+        return self.call_denoiser(
             x,
             encoder_hidden_states=tensors["context"],
             encoder_attention_mask=tensors["mask"],
-            timestep=timestep * self.pipe.transformer.config.timestep_scale,
-            return_dict=False,
-        )[0]
-        return velocity
+            timestep=timestep * self._config.timestep_scale,
+        )

@@ -43,11 +43,5 @@ class SD3(FlowPipeline):
 
     def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Predict the velocity (B, C, h, w)."""
-        velocity: Tensor = self.denoiser(
-            hidden_states=x,
-            timestep=timestep,
-            encoder_hidden_states=tensors["context"],
-            pooled_projections=tensors["pooled"],
-            return_dict=False,
-        )[0]
-        return velocity
+        context, pooled = tensors["context"], tensors["pooled"]
+        return self.call_denoiser(x, context, pooled_projections=pooled, timestep=timestep)

@@ -18,6 +18,7 @@ from genalign.runtime.cpu import plain_attention
 from genalign.types import Conditioning, Grid, NoiseLevel
 from pipelines.audio_base import AudioPipeline
 from pipelines.base import Options
+from pipelines.steering.scheduler_hooks import grid_of
 
 _DURATION_TOKENS = 2  # the beginning and the end of the clip, beside the text's tokens
 
@@ -56,8 +57,7 @@ class StableAudio(AudioPipeline):
         scheduler: Any = CosineDPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config)
         if sigmas is None:
             scheduler.set_timesteps(num_steps)
-            sigma = scheduler.sigmas.double()
-            return Grid(scheduler.timesteps.double(), torch.ones_like(sigma), sigma)
+            return grid_of(scheduler)
         if not math.isclose(sigmas[0], largest := scheduler.config.sigma_max, rel_tol=1e-5):
             raise ValueError(f"sampling.sigmas must begin at this model's sigma_max, {largest}, not {sigmas[0]}")
         sigma = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
@@ -119,15 +119,13 @@ class StableAudio(AudioPipeline):
         positions = get_1d_rotary_pos_embed(
             self.pipe.rotary_embed_dim, self.frames + 1, use_real=True, repeat_interleave_real=False
         )
-        output: Tensor = self.denoiser(
+        return self.call_denoiser(
             x,
             timestep,
             encoder_hidden_states=tensors["context"],
             global_hidden_states=tensors["seconds"],
             rotary_embedding=positions,
-            return_dict=False,
-        )[0]
-        return output
+        )
 
     def postprocess(self, decoded: Tensor) -> Tensor:
         """Cut waveforms to ``seconds``, and clip them to [-1, 1]."""

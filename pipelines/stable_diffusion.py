@@ -12,6 +12,7 @@ from torch import Tensor
 from genalign.diffusion.paths import VPPath
 from genalign.types import Grid, NoiseLevel
 from pipelines.base import DiffusersPipeline
+from pipelines.steering.scheduler_hooks import grid_of
 
 
 class UNetPipeline(DiffusersPipeline):
@@ -25,8 +26,8 @@ class UNetPipeline(DiffusersPipeline):
         """The variance preserving path, with the prediction type of the checkpoint's scheduler."""
         return VPPath(self.pipe.scheduler.config.prediction_type)
 
-    def _scheduler(self, num_steps: int, sigmas: Sequence[float] | None) -> Any:
-        """Return the first-order scheduler with its timesteps set. Raises ValueError for explicit ``sigmas``."""
+    def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
+        """Return the grid of the first-order scheduler. Raises ValueError for explicit ``sigmas``."""
         if sigmas is not None:
             raise ValueError(
                 "the network of this family takes integer timesteps alone, so that noise levels cannot be set freely:"
@@ -34,7 +35,7 @@ class UNetPipeline(DiffusersPipeline):
             )
         scheduler: Any = self.first_order.from_config(self.pipe.scheduler.config)
         scheduler.set_timesteps(num_steps)
-        return scheduler
+        return grid_of(scheduler)
 
     def level(self, u: Tensor) -> NoiseLevel:
         """Return the noise level of the training timestep nearest to u in [0, 1] (B,)."""
@@ -54,13 +55,6 @@ class StableDiffusion(UNetPipeline):
     kind = StableDiffusionPipeline
     first_order = DDIMScheduler
 
-    def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
-        """Return the timesteps of DDIM, and the noise level at which its last step ends."""
-        scheduler = self._scheduler(num_steps, sigmas)
-        last = scheduler.final_alpha_cumprod.double().reshape(1)
-        alpha_squared = torch.cat([scheduler.alphas_cumprod.double()[scheduler.timesteps], last])
-        return Grid(scheduler.timesteps.double(), alpha_squared.sqrt(), (1 - alpha_squared).sqrt())
-
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Encode texts by CLIP (P, tokens, d)."""
         context, _ = self.pipe.encode_prompt(texts, self.device, 1, do_classifier_free_guidance=False)
@@ -68,8 +62,7 @@ class StableDiffusion(UNetPipeline):
 
     def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Predict noise or v (B, C, h, w)."""
-        output: Tensor = self.denoiser(x, timestep, encoder_hidden_states=tensors["context"], return_dict=False)[0]
-        return output
+        return self.call_denoiser(x, timestep, encoder_hidden_states=tensors["context"])
 
 
 class SDXL(UNetPipeline):
@@ -81,13 +74,6 @@ class SDXL(UNetPipeline):
 
     kind = StableDiffusionXLPipeline
     first_order = EulerDiscreteScheduler
-
-    def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
-        """Return the timesteps and noise levels of the Euler scheduler; the last level has no noise."""
-        scheduler = self._scheduler(num_steps, sigmas)
-        ratio = scheduler.sigmas.double()
-        alpha = (1 + ratio**2).rsqrt()
-        return Grid(scheduler.timesteps.double(), alpha, ratio * alpha)
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return zeros for texts of the greatest length, and for the pooled text."""
@@ -108,11 +94,5 @@ class SDXL(UNetPipeline):
     def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Predict noise (B, C, h, w), for images of the size of the samples, not cropped."""
         size = torch.tensor([*self.resolution, 0, 0, *self.resolution], device=x.device, dtype=x.dtype)
-        output: Tensor = self.denoiser(
-            x,
-            timestep,
-            encoder_hidden_states=tensors["context"],
-            added_cond_kwargs={"text_embeds": tensors["pooled"], "time_ids": size.expand(len(x), -1)},
-            return_dict=False,
-        )[0]
-        return output
+        added = {"text_embeds": tensors["pooled"], "time_ids": size.expand(len(x), -1)}
+        return self.call_denoiser(x, timestep, encoder_hidden_states=tensors["context"], added_cond_kwargs=added)

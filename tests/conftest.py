@@ -1,12 +1,14 @@
-"""A tiny random SD3 pipeline, on disk and opened, for tests that need a real one but no good one."""
+"""A tiny random SD3 pipeline, on disk and opened, and the messages of commands."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from genalign.cli.main import main
 from pipelines import SD3
 from scripts.pretrain.shapes_models import ShapesTextToImage, assemble, build_vae
 
@@ -27,3 +29,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_folder: Path) -> SD3:
     """The tiny pipeline, freshly opened."""
     return SD3.load(tiny_folder)
+
+
+@pytest.fixture
+def error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command with arguments that are refused, and return the message."""
+
+    def run(*arguments: str) -> str:
+        assert main(list(arguments)) == 2
+        return capsys.readouterr().err
+
+    return run

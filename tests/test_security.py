@@ -9,6 +9,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from genalign.cli.config import Compare
 from genalign.cli.main import main
 from genalign.evaluation.geneval.result_files import read_samples, write_samples
 from genalign.runtime import media
@@ -26,6 +26,7 @@ from genalign.types import Prompt
 from pipelines import SD3
 from rewards.remote.remote_reward import RemoteReward
 from rewards.remote.vlm_judges import Endpoint
+from tests.genalign.training.toy_runs import write_config
 from tests.http_servers import INFO, serving
 from tests.packages import folder_of
 
@@ -55,15 +56,6 @@ REQUIRED_KEYWORDS = {
 }
 
 
-def _name(node: ast.expr) -> str:
-    """The dotted name of an expression; it begins with a dot if the expression starts with a call or a literal."""
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.insert(0, node.attr)
-        node = node.value
-    return ".".join([node.id if isinstance(node, ast.Name) else "", *parts])
-
-
 def _unsafe_imports(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Import):
         yield from (f"imports {alias.name}" for alias in node.names if alias.name.split(".")[0] in UNSAFE_MODULES)
@@ -74,7 +66,7 @@ def _unsafe_imports(node: ast.AST) -> Iterator[str]:
 def _unsafe_calls(node: ast.AST) -> Iterator[str]:
     if not isinstance(node, ast.Call):
         return
-    name, keywords = _name(node.func), {word.arg: word.value for word in node.keywords}
+    name, keywords = ast.unparse(node.func), {word.arg: word.value for word in node.keywords}
     if name in UNSAFE_CALLS:
         yield f"{name} {UNSAFE_CALLS[name]}"
     for word, value in keywords.items():
@@ -135,28 +127,33 @@ def test_safe_source_passes() -> None:
 # --- input files ----------------------------------------------------------------------------------------------
 
 
-def _bomb(width: int, height: int) -> bytes:
+def _bomb(side: int) -> bytes:
     """A PNG of a few bytes whose header claims a large image."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
-def test_image_size_is_checked_before_decoding(tmp_path: Path, side: int) -> None:
-    (tmp_path / "bomb.png").write_bytes(_bomb(side, side))
-    with pytest.raises(
-        ValueError, match=r"bomb\.png (has 9000 x 9000 pixels, over 67108864|cannot be read as an image)"
-    ):
-        read_image(tmp_path / "bomb.png")
+def _gif() -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "GIF")
+    return file.getvalue()
 
 
-def test_image_of_another_format_is_refused(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "x.png", "GIF")
-    with pytest.raises(ValueError, match=r"x\.png cannot be read as an image"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_bomb(9_000), "has 9000 x 9000 pixels, over 67108864"),
+        *((content, "cannot be read as an image") for content in (_bomb(12_000), _bomb(60_000), _gif())),
+    ],
+    ids=["large", "larger", "largest", "another format"],
+)
+def test_image_size_and_format_are_checked_before_decoding(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"x\.png {message}"):
         read_image(tmp_path / "x.png")
 
 
@@ -180,21 +177,13 @@ def test_path_inside_its_folder_is_accepted(tmp_path: Path) -> None:
     assert inside(tmp_path, "a/../..b.png") == tmp_path / "..b.png"
 
 
-def test_reward_check_reads_no_sample_outside_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reward_check_reads_no_sample_outside_its_folder(tmp_path: Path, error: Callable[..., str]) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     (tmp_path / "samples").mkdir()
     line = json.dumps({"file_name": "../secret.png", "prompt": "x"})
     (tmp_path / "samples" / "prompts.jsonl").write_text(f"{line}\n")
-    arguments = ["reward", "check", "rewards.jpeg:compressibility", "--samples", str(tmp_path / "samples")]
-    assert main(arguments) == 2
-    assert "'../secret.png' leads out of" in capsys.readouterr().err
-
-
-def test_comparison_run_names_stay_in_its_folder() -> None:
-    for name in ("../x", "/x", "..", "a/b", ""):
-        with pytest.raises(ValueError, match="runs has a name that is no folder's"):
-            Compare("out", "base.yaml", {name: {}}, [0])
-    Compare("out", "base.yaml", {"flow_grpo 2.0": {}}, [0])
+    check = ["reward", "check", "rewards.jpeg:compressibility", "--samples", str(tmp_path / "samples")]
+    assert "'../secret.png' leads out of" in error(*check)
 
 
 @pytest.mark.parametrize("library", ["evil", "os", "builtins", "transformers.models"])
@@ -230,23 +219,10 @@ def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return samples[:, 0].flatten(1).mean(1) + 0.001 * torch.arange(len(samples))
 
 
-@pytest.fixture
-def assert_only_in(tmp_path: Path) -> Callable[[Path], None]:
-    """Check that files were written only into one folder, which is nested so that ".." leads to an existing one."""
-
-    def check(folder: Path) -> None:
-        outside = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(folder)]
-        assert sorted(path.name for path in outside) == ["hostile.jsonl", "run.json"]
-        assert not Path("/etc/evil").exists() and not list(Path.cwd().glob("evil*"))
-
-    return check
-
-
 @pytest.mark.slow
 def test_hostile_prompts_write_only_into_the_output_folder_and_leak_no_secret(
     tiny_folder: Path,
     tmp_path: Path,
-    assert_only_in: Callable[[Path], None],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
@@ -255,39 +231,23 @@ def test_hostile_prompts_write_only_into_the_output_folder_and_leak_no_secret(
     for name, secret in SECRETS.items():
         monkeypatch.setenv(name, secret)
     (tmp_path / "hostile.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in HOSTILE))
-    prompts, output = str(tmp_path / "hostile.jsonl"), tmp_path / "a" / "b" / "c"
+    prompts, output = str(tmp_path / "hostile.jsonl"), tmp_path / "a" / "b" / "c"  # ".." leads to folders that exist
+    output.mkdir(parents=True)
     few = {"prompts": prompts, "samples_per_task": 2, "seeds": 1, "batch_size": 2}
     with serving(redness, INFO, token=SECRETS["GENALIGN_TOKEN"]) as url:
         remote = {"class_path": "rewards.remote.remote_reward.RemoteReward", "init_args": {"url": url}}
-        settings = {
-            "output": str(output / "run"),
-            "model": {"path": str(tiny_folder)},
-            "prompts": prompts,
-            "recipe": {"class_path": "genalign.algorithms.recipes.flow_grpo", "init_args": {"window": 1}},
-            "rewards": {"red": {"function": remote}},
-            "sampling": {"num_steps": 2, "sigmas": [1.0, 0.5]},
-            "training": {
-                "rounds": 1,
-                "prompts_per_round": 2,
-                "group_size": 2,
-                "batch_size": 4,
-                "updates_per_round": 1,
-            },
-            "lora": {"rank": 2},
-            "held_out": {**few, "every": 1, "scorers": {"red": remote}},
-            "before_after": few,
-        }
-        (tmp_path / "run.json").write_text(json.dumps(settings))
-        assert main(["train", "--config", str(tmp_path / "run.json")]) == 0
+        evaluations = {"held_out": {**few, "every": 1, "scorers": {"red": remote}}, "before_after": few}
+        training = {"rounds": 1, "batch_size": 4, "updates_per_round": 1}
+        config = write_config(output / "run.json", tiny_folder, remote, training, prompts=prompts, **evaluations)
+        assert main(["train", "--config", str(config)]) == 0
         search = ["steer", "--output", str(output / "steered"), "--model.path", str(tiny_folder), "--prompts", prompts]
         search += ["--rewards.red.function", "rewards.jpeg.compressibility"]
         search += ["--strategy", "genalign.search.BestOfN", "--strategy.candidates", "2", "--sampling.num_steps", "2"]
         assert main([*search, "--limit", "2"]) == 0
     assert main(["export", "--run", str(output / "run"), "--output", str(output / "exported")]) == 0
-    (output / "geneval").mkdir()
-    names = write_samples(output / "geneval", 0, Prompt(HOSTILE[0]["prompt"], HOSTILE[0]), torch.rand(1, 3, 8, 8))
-    assert names == ["00000/samples/0000.png"]
-    assert_only_in(output)
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path for path in files if not path.is_relative_to(output)} == {Path(prompts)}
+    assert not Path("/etc/evil").exists() and not list(Path.cwd().glob("evil*"))
     written = b"".join(path.read_bytes() for path in output.rglob("*") if path.is_file())
     printed = caplog.text + "".join(capsys.readouterr())
     for secret in SECRETS.values():

@@ -8,8 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from genalign.cli.error_messages import RENAMED_SETTINGS
-from genalign.cli.main import main
+from tests.genalign.training.toy_runs import write_config
 from tests.packages import folder_of
 from tests.pipelines.tiny_checkpoints import FAMILIES
 
@@ -50,15 +49,6 @@ FILES = {
     "broken.yaml": "a: [1,\n",
     "list.yaml": "- a\n",
 }
-CONFIG = {
-    "output": "run",
-    "prompts": "shapes:train",
-    "recipe": {"class_path": "genalign.flow_grpo", "init_args": {"window": 1}},
-    "rewards": {"red": {"function": "mine.redness"}},
-    "sampling": {"num_steps": 3},
-    "training": {"rounds": 1, "prompts_per_round": 2, "group_size": 2, "batch_size": 2, "updates_per_round": 2},
-    "lora": {"rank": 2},
-}
 TRAIN, PLAN = ("train", "--config", "run.json"), ("plan", "--config", "run.json")
 REWARD = (*TRAIN, "--rewards.red.function")
 SHAPES = (*REWARD, "rewards.shapes.ShapesReward")
@@ -72,207 +62,189 @@ FIRST = "reward 'red' raised ValueError on a first batch: "
 FAMILY_NAMES = ", ".join(family.ours.kind.__name__ for name, family in FAMILIES.items() if name != "sd21")
 
 
-@dataclass(frozen=True)
-class Wrong:
-    """Arguments, in which {name} is a checkpoint or the working directory, and the message about them."""
-
-    name: str
-    arguments: tuple[str, ...]
-    message: str
-
-
 # fmt: off
-TABLE = [
+TABLE = [  # names, arguments, in which {name} is a checkpoint or the working directory, and messages
     # the command and its files
-    Wrong("command", ("trian",), "no command 'trian': did you mean 'train'?"),
-    Wrong("no file", ("train", "--config", "none.yaml"),
-          "config: File does not exist: '{work}/none.yaml'"),
-    Wrong("no YAML", ("train", "--config", "broken.yaml"),
-          'Problems parsing config: while parsing a flow node did not find expected node content in "<unicode string>",'
-          " line 2, column 1"),
-    Wrong("no settings", ("train", "--config", "list.yaml"),
-          "the configuration must be settings by name, as in output: runs/mine"),
-    Wrong("nothing", ("train",),
-          "output, model.path, prompts, recipe are missing: set them in the file of --config or as arguments, e.g."
-          " --output runs/mine, --model.path shapes-sd3 or stabilityai/stable-diffusion-3.5-medium, --prompts"
-          " prompts.txt or shapes:train, --recipe genalign.flow_grpo"),
-    Wrong("no model", ("plan", "--output", "plan", "--prompts", "mine.txt", "--recipe", "genalign.flow_grpo"),
-          "model.path is missing: set it in the file of --config or as arguments, e.g. --model.path shapes-sd3 or"
-          " stabilityai/stable-diffusion-3.5-medium"),
-    Wrong("no prompts to compare on", (*TRAIN, "--before_after.seeds", "2"),
-          "before_after.prompts is missing: set it in the file of --config or as arguments, e.g. --before_after.prompts"
-          " prompts.txt or shapes:comp"),
-    Wrong("no held-out prompts", (*TRAIN, "--held_out.every", "5"),
-          "held_out.prompts is missing, since held_out.every is 5: name the prompts, e.g. --held_out.prompts shapes:val"
-          " or --held_out.prompts prompts.txt"),
-    Wrong("no prompts of the monitor", (*TRAIN, "--reward_hacking.every", "1"),
-          "reward_hacking.prompts is missing, since reward_hacking.every is 1: name the prompts, e.g."
-          " --reward_hacking.prompts shapes:val or --reward_hacking.prompts prompts.txt"),
-    Wrong("no world", ("evaluate",),
-          "name the world: genalign evaluate shapes --output DIR, or genalign evaluate tones, or geneval"),
-    Wrong("no reward", ("reward",), "say what to do with it: genalign reward check MODULE:CLASS"),
-    Wrong("no comparison", ("compare",),
-          "give the comparison's file: genalign compare scripts/configs/compare/shapes_methods.yaml"),
+    ("command", ("trian",), "no command 'trian': did you mean 'train'?"),
+    ("no file", ("train", "--config", "none.yaml"), "config: File does not exist: '{work}/none.yaml'"),
+    ("no YAML", ("train", "--config", "broken.yaml"),
+     'Problems parsing config: while parsing a flow node did not find expected node content in "<unicode string>",'
+     " line 2, column 1"),
+    ("no settings", ("train", "--config", "list.yaml"),
+     "the configuration must be settings by name, as in output: runs/mine"),
+    ("nothing", ("train",),
+     "output, model.path, prompts, recipe are missing: set them in the file of --config or as arguments, e.g."
+     " --output runs/mine, --model.path shapes-sd3 or stabilityai/stable-diffusion-3.5-medium, --prompts"
+     " prompts.txt or shapes:train, --recipe genalign.flow_grpo"),
+    ("no model", ("plan", "--output", "plan", "--prompts", "mine.txt", "--recipe", "genalign.flow_grpo"),
+     "model.path is missing: set it in the file of --config or as arguments, e.g. --model.path shapes-sd3 or"
+     " stabilityai/stable-diffusion-3.5-medium"),
+    ("no prompts to compare on", (*TRAIN, "--before_after.seeds", "2"),
+     "before_after.prompts is missing: set it in the file of --config or as arguments, e.g. --before_after.prompts"
+     " prompts.txt or shapes:comp"),
+    ("no held-out prompts", (*TRAIN, "--held_out.every", "5"),
+     "held_out.prompts is missing, since held_out.every is 5: name the prompts, e.g. --held_out.prompts shapes:val"
+     " or --held_out.prompts prompts.txt"),
+    ("no prompts of the monitor", (*TRAIN, "--reward_hacking.every", "1"),
+     "reward_hacking.prompts is missing, since reward_hacking.every is 1: name the prompts, e.g."
+     " --reward_hacking.prompts shapes:val or --reward_hacking.prompts prompts.txt"),
+    ("no world", ("evaluate",),
+     "name the world: genalign evaluate shapes --output DIR, or genalign evaluate tones, or geneval"),
+    ("no demo", ("demo", "bells"), "there is no demo of 'bells': choose from shapes, tones"),
+    ("no reward", ("reward",), "say what to do with it: genalign reward check MODULE:CLASS"),
+    ("no comparison", ("compare",),
+     "give the comparison's file: genalign compare scripts/configs/compare/shapes_methods.yaml"),
     # spelling
-    Wrong("section", (*TRAIN, "--modle.path", "x"), "unknown setting 'modle.path': did you mean 'model.path'?"),
-    Wrong("setting", (*TRAIN, "--training.group_sise", "3"),
-          "unknown setting 'training.group_sise': did you mean 'training.group_size'?"),
-    Wrong("argument of a recipe", (*TRAIN, "--recipe.windw", "3"), "unknown setting 'windw': did you mean 'window'?"),
-    Wrong("weight", (*TRAIN, "--rewards.red.weigth", "2"), "unknown setting 'weigth': did you mean 'weight'?"),
-    Wrong("recipe", (*TRAIN, "--recipe", "genalign.flow_grop"),
-          "recipe: genalign has no flow_grop: did you mean 'flow_grpo'?"),
-    Wrong("short recipe", (*TRAIN, "--recipe", "flow_grop"),
-          "recipe: 'flow_grop' is no import path: did you mean 'genalign.flow_grpo'?"),
-    Wrong("no path", (*TRAIN, "--recipe", "mine"),
-          "recipe: 'mine' is no import path: write its module too"),
-    Wrong("kernel in place of a recipe", (*TRAIN, "--recipe", "genalign.FlowSDE"),
-          "recipe: Import path genalign.FlowSDE does not correspond to a subclass of Recipe"),
-    Wrong("bare recipe", (*TRAIN, "--recipe", "genalign.dragon_set"),
-          "recipe: genalign.dragon_set needs reward, features: write them under init_args"),
-    Wrong("strategy", (*SEARCH, "genalign.search.BestOff"),
-          "strategy: genalign.search has no BestOff: did you mean 'BestOfN'?"),
-    Wrong("choice", (*TRAIN, "--model.autocast", "bf16"),
-          "model.autocast: 'bf16' is none of float32, bfloat16, float16: did you mean 'bfloat16'?"),
-    Wrong("form", ("export", "--run", "r", "--output", "e", "--form", "peft"),
-          "form: 'peft' is none of lora, merged, pipeline"),
+    ("section", (*TRAIN, "--modle.path", "x"), "unknown setting 'modle.path': did you mean 'model.path'?"),
+    ("setting", (*TRAIN, "--training.group_sise", "3"),
+     "unknown setting 'training.group_sise': did you mean 'training.group_size'?"),
+    ("argument of a recipe", (*TRAIN, "--recipe.windw", "3"), "unknown setting 'windw': did you mean 'window'?"),
+    ("weight", (*TRAIN, "--rewards.red.weigth", "2"), "unknown setting 'weigth': did you mean 'weight'?"),
+    ("recipe", (*TRAIN, "--recipe", "genalign.flow_grop"),
+     "recipe: genalign has no flow_grop: did you mean 'flow_grpo'?"),
+    ("short recipe", (*TRAIN, "--recipe", "flow_grop"),
+     "recipe: 'flow_grop' is no import path: did you mean 'genalign.flow_grpo'?"),
+    ("no path", (*TRAIN, "--recipe", "mine"), "recipe: 'mine' is no import path: write its module too"),
+    ("kernel in place of a recipe", (*TRAIN, "--recipe", "genalign.FlowSDE"),
+     "recipe: Import path genalign.FlowSDE does not correspond to a subclass of Recipe"),
+    ("bare recipe", (*TRAIN, "--recipe", "genalign.dragon_set"),
+     "recipe: genalign.dragon_set needs reward, features: write them under init_args"),
+    ("strategy", (*SEARCH, "genalign.search.BestOff"),
+     "strategy: genalign.search has no BestOff: did you mean 'BestOfN'?"),
+    ("choice", (*TRAIN, "--model.autocast", "bf16"),
+     "model.autocast: 'bf16' is none of float32, bfloat16, float16: did you mean 'bfloat16'?"),
+    ("form", ("export", "--run", "r", "--output", "e", "--form", "peft"),
+     "form: 'peft' is none of lora, merged, pipeline"),
     # kinds and ranges
-    Wrong("no number", (*TRAIN, "--training.rounds", "many"),
-          "training.rounds: Expected a <class 'int'>. Got value: many"),
-    Wrong("no number or null", (*TRAIN, "--model.height", "tall"),
-          "model.height: Expected a <class 'int'>. Got value: tall"),
-    Wrong("no rounds", (*TRAIN, "--training.rounds", "0"), "training.rounds must be at least 1, not 0"),
-    Wrong("rate", (*TRAIN, "--training.learning_rate", "-1"), "training.learning_rate must be positive, not -1.0"),
-    Wrong("rank", (*TRAIN, "--lora.rank", "0"), "LoRA rank must be at least 1, not 0"),
-    Wrong("ema_decay", (*TRAIN, "--ema_decay", "1.5"), "ema_decay must be in [0, 1), not 1.5"),
-    Wrong("steps", (*TRAIN, "--sampling.num_steps", "0"), "sampling.num_steps must be at least 1, not 0"),
-    Wrong("guidance", (*TRAIN, "--sampling.guidance", "-1"),
-          "sampling.guidance must be 1 for none, or more, not -1.0"),
-    Wrong("sigmas", (*TRAIN, "--sampling.sigmas", "[0.3,0.6,1.0]"),
-          "sampling.sigmas must fall from the first to a last above 0, not [0.3, 0.6, 1.0]"),
-    Wrong("clip range", (*TRAIN, "--recipe.clip_range", "-1"), "clip_range must be in (0, 1), not -1.0"),
-    Wrong("window", (*TRAIN, "--recipe.window", "0"),
-          "recipe.window must be at least 1 step, not 0; null trains every step"),
-    Wrong("draws", (*TRAIN, "--recipe", "genalign.awm", "--recipe.draws", "0"),
-          "draws must be at least 1 noise level per update, not 0"),
-    Wrong("batches of an evaluation", (*EVALUATE, "--batch_size", "0"), "batch_size must be at least 1, not 0"),
-    Wrong("decode batch", (*TRAIN, "--model.memory.decode_batch", "0"),
-          "decode_batch must be at least 1 sample, not 0"),
+    ("no number", (*TRAIN, "--training.rounds", "many"), "training.rounds: Expected a <class 'int'>. Got value: many"),
+    ("no number or null", (*TRAIN, "--model.height", "tall"),
+     "model.height: Expected a <class 'int'>. Got value: tall"),
+    ("no rounds", (*TRAIN, "--training.rounds", "0"), "training.rounds must be at least 1, not 0"),
+    ("rate", (*TRAIN, "--training.learning_rate", "-1"), "training.learning_rate must be positive, not -1.0"),
+    ("rank", (*TRAIN, "--lora.rank", "0"), "LoRA rank must be at least 1, not 0"),
+    ("ema_decay", (*TRAIN, "--ema_decay", "1.5"), "ema_decay must be in [0, 1), not 1.5"),
+    ("steps", (*TRAIN, "--sampling.num_steps", "0"), "sampling.num_steps must be at least 1, not 0"),
+    ("guidance", (*TRAIN, "--sampling.guidance", "-1"), "sampling.guidance must be 1 for none, or more, not -1.0"),
+    ("sigmas", (*TRAIN, "--sampling.sigmas", "[0.3,0.6,1.0]"),
+     "sampling.sigmas must fall from the first to a last above 0, not [0.3, 0.6, 1.0]"),
+    ("clip range", (*TRAIN, "--recipe.clip_range", "-1"), "clip_range must be in (0, 1), not -1.0"),
+    ("window", (*TRAIN, "--recipe.window", "0"),
+     "recipe.window must be at least 1 step, not 0; null trains every step"),
+    ("draws", (*TRAIN, "--recipe", "genalign.awm", "--recipe.draws", "0"),
+     "draws must be at least 1 noise level per update, not 0"),
+    ("batches of an evaluation", (*EVALUATE, "--batch_size", "0"), "batch_size must be at least 1, not 0"),
+    ("decode batch", (*TRAIN, "--model.memory.decode_batch", "0"), "decode_batch must be at least 1 sample, not 0"),
     # what does not go together
-    Wrong("group of one", (*TRAIN, "--training.group_size", "1"),
-          "group_size is 1: a group needs at least 2 samples to compare"),
-    Wrong("divided groups", (*TRAIN, "--training.batch_size", "3"),
-          "batch_size 3 must be a multiple of group_size 2, so that groups stay whole: try 2"),
-    Wrong("uneven updates", (*TRAIN, "--training.prompts_per_round", "3"),
-          "prompts_per_round 3 x group_size 2 = 6 samples do not divide into 2 updates of batches of 2: change one of"
-          " them"),
-    *(Wrong(f"kernel without noise to {command[0]}", (*command, "--recipe.kernel", "ODE"),
+    ("group of one", (*TRAIN, "--training.group_size", "1"),
+     "group_size is 1: a group needs at least 2 samples to compare"),
+    ("divided groups", (*TRAIN, "--training.batch_size", "3"),
+     "batch_size 3 must be a multiple of group_size 2, so that groups stay whole: try 2"),
+    ("uneven updates", (*TRAIN, "--training.prompts_per_round", "3"),
+     "prompts_per_round 3 x group_size 2 = 6 samples do not divide into 2 updates of batches of 2: change one of"
+     " them"),
+    *((f"kernel without noise to {command[0]}", (*command, "--recipe.kernel", "ODE"),
             "ODE(): the kernel has no trainable step on this grid: a trajectory objective needs a stochastic kernel,"
             " such as FlowSDE, CPS or DPMSDE, and more than one step") for command in (TRAIN, PLAN)),
-    Wrong("long window", (*PLAN, "--recipe.window", "9"),
-          "FlowSDE(noise_level=0.7): recipe.window is 9 steps, but only steps [0] of 3 can be trained: use a smaller"
-          " window or more sampling steps"),
-    Wrong("held-out reward that is trained", (*TRAIN, "--reward_hacking.rewards", '{{"red": "mine.redness"}}'),
-          "reward_hacking.rewards.red is trained on, and would see nothing: name another reward"),
-    Wrong("two limits", (*SEARCH, "genalign.BestOfN", "--budget.nfe", "50", "--budget.seconds", "3"),
-          "give one positive limit, nfe, cost or seconds, not Budget(nfe=50.0, cost=None, seconds=3.0,"
-          " prices=None)"),
-    Wrong("small budget", (*SEARCH, "genalign.BestOfN", "--budget.nfe", "5"),
-          "candidates=1 costs 20 for each prompt, but the budget is 5: raise the budget, or take fewer candidates or"
-          " fewer steps"),
+    ("long window", (*PLAN, "--recipe.window", "9"),
+     "FlowSDE(noise_level=0.7): recipe.window is 9 steps, but only steps [0] of 3 can be trained: use a smaller"
+     " window or more sampling steps"),
+    ("held-out reward that is trained", (*TRAIN, "--reward_hacking.rewards", '{{"red": "mine.redness"}}'),
+     "reward_hacking.rewards.red is trained on, and would see nothing: name another reward"),
+    ("two limits", (*SEARCH, "genalign.BestOfN", "--budget.nfe", "50", "--budget.seconds", "3"),
+     "give one positive limit, nfe, cost or seconds, not Budget(nfe=50.0, cost=None, seconds=3.0,"
+     " prices=None)"),
+    ("small budget", (*SEARCH, "genalign.BestOfN", "--budget.nfe", "5"),
+     "candidates=1 costs 20 for each prompt, but the budget is 5: raise the budget, or take fewer candidates or"
+     " fewer steps"),
     # rewards
-    Wrong("no rewards", (*TRAIN, "--rewards", "{{}}"),
-          "rewards is empty: name at least one, as in --rewards.strict.function rewards.shapes.ShapesReward"),
-    Wrong("weight 0", (*TRAIN, "--rewards.red.weight", "0"),
-          "every reward has weight 0: nothing would be trained; give one a weight"),
-    Wrong("no module", (*REWARD, "theirs.redness"),
-          "rewards.function: no module theirs: it must be installed, or be in the working directory"),
-    Wrong("no function", (*REWARD, "mine.rednes"), "rewards.function: mine has no rednes: did you mean 'redness'?"),
-    Wrong("no callable", (*REWARD, "mine.number"),
-          "rewards.function: Type <class 'collections.abc.Callable'> expects a function or a callable class: Unexpected"
-          " import object 3. Got value: mine.number"),
-    Wrong("missing argument", (*REWARD, "mine.Needs"),
-          "rewards.function: mine.Needs needs folder: write it under init_args"),
-    Wrong("no references", (*REWARD, "rewards.similarity.ReferenceSimilarity"),
-          "rewards.function: rewards.similarity.ReferenceSimilarity needs features, references: write them under"
-          " init_args"),
-    Wrong("unknown score", (*SHAPES, "--rewards.red.function.score", "exact"),
-          "rewards.function.score: 'exact' is none of partial, strict, relaxed"),
-    Wrong("one score for all", (*REWARD, "mine.shapeless"),
-          "reward 'red' returned shape () for 2 samples: return one score per sample, a tensor of shape (2,)"),
-    Wrong("reward raises", (*REWARD, "mine.broken"), "reward 'red' raised KeyError on a first batch: 'color'"),
+    ("no rewards", (*TRAIN, "--rewards", "{{}}"),
+     "rewards is empty: name at least one, as in --rewards.strict.function rewards.shapes.ShapesReward"),
+    ("weight 0", (*TRAIN, "--rewards.red.weight", "0"),
+     "every reward has weight 0: nothing would be trained; give one a weight"),
+    ("no module", (*REWARD, "theirs.redness"),
+     "rewards.function: no module theirs: it must be installed, or be in the working directory"),
+    ("no function", (*REWARD, "mine.rednes"), "rewards.function: mine has no rednes: did you mean 'redness'?"),
+    ("no callable", (*REWARD, "mine.number"),
+     "rewards.function: Type <class 'collections.abc.Callable'> expects a function or a callable class: Unexpected"
+     " import object 3. Got value: mine.number"),
+    ("missing argument", (*REWARD, "mine.Needs"),
+     "rewards.function: mine.Needs needs folder: write it under init_args"),
+    ("no references", (*REWARD, "rewards.similarity.ReferenceSimilarity"),
+     "rewards.function: rewards.similarity.ReferenceSimilarity needs features, references: write them under"
+     " init_args"),
+    ("unknown score", (*SHAPES, "--rewards.red.function.score", "exact"),
+     "rewards.function.score: 'exact' is none of partial, strict, relaxed"),
+    ("one score for all", (*REWARD, "mine.shapeless"),
+     "reward 'red' returned shape () for 2 samples: return one score per sample, a tensor of shape (2,)"),
+    ("reward raises", (*REWARD, "mine.broken"), "reward 'red' raised KeyError on a first batch: 'color'"),
     # prompts
-    Wrong("unknown split", (*TRAIN, "--prompts", "shapes:nope"),
-          "unknown suite 'nope': choose one of train, val, iid, comp, len"),
-    Wrong("unknown task", (*TRAIN, "--prompts", "shapes:train:countin"),
-          "train has no task countin: choose from single_object, two_object, counting, colors, position, color_attr"),
-    Wrong("no prompts", (*PLAN, "--prompts", "none.txt"),
-          "no prompt file none.txt: give a .txt (one prompt a line) or a GenEval .jsonl file"),
-    Wrong("broken prompts", (*TRAIN, "--prompts", "broken.jsonl"),
-          "broken.jsonl, line 2: expected an object with \"prompt\", found 'no JSON'"),
-    Wrong("few prompts", (*PLAN, "--prompts", "mine.txt", "--training.prompts_per_round", "4"),
-          "prompts_per_round is 4, but the prompt set 'mine' has 2: choose a number between 1 and that"),
-    Wrong("no metadata", (*SHAPES, "--prompts", "mine.txt"),
-          f"{FIRST}the prompt 'a circle' has no metadata: this reward needs GenEval metadata"),
-    Wrong("unknown class", (*SHAPES, "--prompts", "class.jsonl"),
-          f"{FIRST}'heart' is not one of this world's shapes: circle, square, triangle, cross, ring, moon"),
-    Wrong("held-out prompts", (*TRAIN, "--held_out.every", "1", "--held_out.prompts", "none.txt"),
-          "no prompt file none.txt: give a .txt (one prompt a line) or a GenEval .jsonl file"),
+    ("unknown split", (*TRAIN, "--prompts", "shapes:nope"),
+     "unknown suite 'nope': choose one of train, val, iid, comp, len"),
+    ("unknown task", (*TRAIN, "--prompts", "shapes:train:countin"),
+     "train has no task countin: choose from single_object, two_object, counting, colors, position, color_attr"),
+    ("no prompts", (*PLAN, "--prompts", "none.txt"),
+     "no prompt file none.txt: give a .txt (one prompt a line) or a GenEval .jsonl file"),
+    ("broken prompts", (*TRAIN, "--prompts", "broken.jsonl"),
+     "broken.jsonl, line 2: expected an object with \"prompt\", found 'no JSON'"),
+    ("few prompts", (*PLAN, "--prompts", "mine.txt", "--training.prompts_per_round", "4"),
+     "prompts_per_round is 4, but the prompt set 'mine' has 2: choose a number between 1 and that"),
+    ("no metadata", (*SHAPES, "--prompts", "mine.txt"),
+     f"{FIRST}the prompt 'a circle' has no metadata: this reward needs GenEval metadata"),
+    ("unknown class", (*SHAPES, "--prompts", "class.jsonl"),
+     f"{FIRST}'heart' is not one of this world's shapes: circle, square, triangle, cross, ring, moon"),
+    ("held-out prompts", (*TRAIN, "--held_out.every", "1", "--held_out.prompts", "none.txt"),
+     "no prompt file none.txt: give a .txt (one prompt a line) or a GenEval .jsonl file"),
     # checkpoints
-    Wrong("no checkpoint", (*MODEL, "nowhere"), "nowhere is neither a folder nor a Hub id (owner/name)"),
-    Wrong("file", (*MODEL, "mine.py"),
-          "mine.py is a file: give the diffusers folder (with model_index.json) or a Hub id"),
-    Wrong("no pipeline", (*MODEL, "{work}"),
-          "{work} has no model_index.json: give the folder that save_pretrained wrote"),
-    Wrong("unknown family", (*MODEL, "{other}"),
-          f"{{other}} holds a KolorsPipeline, which genalign has no wrapper for: use one of {FAMILY_NAMES}"),
-    Wrong("missing component", (*MODEL, "{half}"),
-          "{half} lacks vae/, which its model_index.json names: copy the whole folder that save_pretrained wrote"),
-    Wrong("missing weights", (*MODEL, "{bare}"),
-          "{bare} has no weights in transformer/: copy the .safetensors files too"),
-    Wrong("gated", (*PLAN, "--model.path", "gated/model"),
-          "gated/model is gated: accept its licence at https://huggingface.co/gated/model, then run `hf auth login`"),
-    Wrong("not cached", (*MODEL, "owner/model"),
-          "owner/model is not a folder here, not in the local cache, and the Hub did not give it"
-          " (LocalEntryNotFoundError): check the path, or download it once while online"),
-    Wrong("kernel of another family", (*PLAN, "--model.path", "{sd15}"),
-          "FlowSDE(noise_level=0.7): the kernel is not defined for this step: it needs a flow (alpha = 1 - sigma); on"
-          " other paths use DDIM or DPMSDE"),
-    Wrong("sigmas of another family", (*PLAN, "--model.path", "{sd15}", "--sampling.sigmas", "[1.0,0.6,0.3]"),
-          "the network of this family takes integer timesteps alone, so that noise levels cannot be set freely: give"
-          " sampling.num_steps without sampling.sigmas"),
-    Wrong("guidance on a distilled model",
-          (*PLAN, "--model.path", "{flux}", "--model.height", "16", "--model.width", "16", "--sampling.guidance",
+    ("no checkpoint", (*MODEL, "nowhere"), "nowhere is neither a folder nor a Hub id (owner/name)"),
+    ("file", (*MODEL, "mine.py"), "mine.py is a file: give the diffusers folder (with model_index.json) or a Hub id"),
+    ("no pipeline", (*MODEL, "{work}"), "{work} has no model_index.json: give the folder that save_pretrained wrote"),
+    ("unknown family", (*MODEL, "{other}"),
+     f"{{other}} holds a KolorsPipeline, which genalign has no wrapper for: use one of {FAMILY_NAMES}"),
+    ("missing component", (*MODEL, "{half}"),
+     "{half} lacks vae/, which its model_index.json names: copy the whole folder that save_pretrained wrote"),
+    ("missing weights", (*MODEL, "{bare}"), "{bare} has no weights in transformer/: copy the .safetensors files too"),
+    ("gated", (*PLAN, "--model.path", "gated/model"),
+     "gated/model is gated: accept its licence at https://huggingface.co/gated/model, then run `hf auth login`"),
+    ("not cached", (*MODEL, "owner/model"),
+     "owner/model is not a folder here, not in the local cache, and the Hub did not give it"
+     " (LocalEntryNotFoundError): check the path, or download it once while online"),
+    ("kernel of another family", (*PLAN, "--model.path", "{sd15}"),
+     "FlowSDE(noise_level=0.7): the kernel is not defined for this step: it needs a flow (alpha = 1 - sigma); on"
+     " other paths use DDIM or DPMSDE"),
+    ("sigmas of another family", (*PLAN, "--model.path", "{sd15}", "--sampling.sigmas", "[1.0,0.6,0.3]"),
+     "the network of this family takes integer timesteps alone, so that noise levels cannot be set freely: give"
+     " sampling.num_steps without sampling.sigmas"),
+    ("guidance on a distilled model",
+     (*PLAN, "--model.path", "{flux}", "--model.height", "16", "--model.width", "16", "--sampling.guidance",
            "4.5"),
-          "this model has guidance distilled into it: set sampling.guidance to 1, not 4.5, and the network's own"
-          " guidance by model.distilled_guidance"),
-    Wrong("distilled guidance on another", (*PLAN, "--model.distilled_guidance", "3.5"),
-          "this model has no guidance distilled into it: leave distilled_guidance out"),
-    Wrong("VAE in float16", (*MODEL, "{sd15}", "--model.dtype", "float16", "--recipe", "genalign.ddpo"),
-          "the VAE overflowed in float16: open the model in bfloat16, or in float32 with autocast"),
-    Wrong("height", (*PLAN, "--model.height", "60"), "height and width must be multiples of 8 for this model, not 60"),
-    Wrong("device", (*PLAN, "--model.device", "tpu0"),
-          "model.device 'tpu0' is no device: give cpu, cuda, cuda:1 or mps"),
-    Wrong("layers", (*TRAIN, "--lora.targets", "[nope]"), "this network has no layer named nope: change lora.targets"),
-    Wrong("no adapter", (*TRAIN, "--init_lora", "none"),
-          "no LoRA none: give the lora/ folder of a run, a .safetensors file or a Hub id"),
-    Wrong("no adapter to steer", (*SEARCH, "genalign.BestOfN", "--lora", "none"),
-          "no LoRA none: give the lora/ folder of a run, a .safetensors file or a Hub id"),
-    Wrong("no calibration",
-          (*TRAIN, "--recipe.kernel", "genalign.calibrated", "--recipe.kernel.path", "none.json"),
-          "no calibration in none.json: write one with genalign calibrate --output none.json"),
+     "this model has guidance distilled into it: set sampling.guidance to 1, not 4.5, and the network's own"
+     " guidance by model.distilled_guidance"),
+    ("distilled guidance on another", (*PLAN, "--model.distilled_guidance", "3.5"),
+     "this model has no guidance distilled into it: leave distilled_guidance out"),
+    ("VAE in float16", (*MODEL, "{sd15}", "--model.dtype", "float16", "--recipe", "genalign.ddpo"),
+     "the VAE overflowed in float16: open the model in bfloat16, or in float32 with autocast"),
+    ("height", (*PLAN, "--model.height", "60"), "height and width must be multiples of 8 for this model, not 60"),
+    ("device", (*PLAN, "--model.device", "tpu0"), "model.device 'tpu0' is no device: give cpu, cuda, cuda:1 or mps"),
+    ("layers", (*TRAIN, "--lora.targets", "[nope]"), "this network has no layer named nope: change lora.targets"),
+    ("no adapter", (*TRAIN, "--init_lora", "none"),
+     "no LoRA none: give the lora/ folder of a run, a .safetensors file or a Hub id"),
+    ("no adapter to steer", (*SEARCH, "genalign.BestOfN", "--lora", "none"),
+     "no LoRA none: give the lora/ folder of a run, a .safetensors file or a Hub id"),
+    ("no calibration", (*TRAIN, "--recipe.kernel", "genalign.calibrated", "--recipe.kernel.path", "none.json"),
+     "no calibration in none.json: write one with genalign calibrate --output none.json"),
     # folders that commands read and write
-    Wrong("output is a file", (*TRAIN, "--output", "mine.py"), "mine.py is a file: output must be a folder"),
-    Wrong("no run to export", ("export", "--run", "none", "--output", "exported"),
-          "none has no config.json: give the output folder of a training run"),
-    Wrong("no run named", ("report",),
-          "run is missing: set it in the file of --config or as arguments, e.g. --run runs/mine"),
-    Wrong("no run to report", ("report", "none"),
-          "none is not a run folder: it has no config.json. Give the output of genalign train"),
-    Wrong("no GenEval prompts", (*GENEVAL, "--prompts", "mine.txt"),
-          "mine.txt, prompt 1: the prompt 'a circle' has no metadata: GenEval needs its tag and include clauses"),
-    Wrong("calibration", ("calibrate", "--config", "run.json", "--calibration.iterations", "1"),
-          "a calibration needs at least 2 iterations, a step in (0, 1), a positive band and ascending positive bounds,"
-          " not Calibration(iterations=1, step=0.05, band=1.0, bounds=(0.2, 3.0))"),
+    ("output is a file", (*TRAIN, "--output", "mine.py"), "mine.py is a file: output must be a folder"),
+    ("no run to export", ("export", "--run", "none", "--output", "exported"),
+     "none has no config.json: give the output folder of a training run"),
+    ("no run named", ("report",),
+     "run is missing: set it in the file of --config or as arguments, e.g. --run runs/mine"),
+    ("no run to report", ("report", "none"),
+     "none is not a run folder: it has no config.json. Give the output of genalign train"),
+    ("no GenEval prompts", (*GENEVAL, "--prompts", "mine.txt"),
+     "mine.txt, prompt 1: the prompt 'a circle' has no metadata: GenEval needs its tag and include clauses"),
+    ("calibration", ("calibrate", "--config", "run.json", "--calibration.iterations", "1"),
+     "a calibration needs at least 2 iterations, a step in (0, 1), a positive band and ascending positive bounds,"
+     " not Calibration(iterations=1, step=0.05, band=1.0, bounds=(0.2, 3.0))"),
 ]
 # fmt: on
 
@@ -292,9 +264,11 @@ def places(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     tensors = load_file(weights)
     save_file({**tensors, "decoder.conv_out.weight": tensors["decoder.conv_out.weight"] * 1e6}, weights)
     places["work"].mkdir()
-    config = {**CONFIG, "model": {"path": str(tiny_folder)}}
-    for name, text in {**FILES, "run.json": json.dumps(config)}.items():
+    for name, text in FILES.items():
         (places["work"] / name).write_text(text)
+    sections = {"output": "run", "sampling": {"num_steps": 3}, "held_out": {}}
+    training = {"rounds": 1, "updates_per_round": 2}
+    write_config(places["work"] / "run.json", tiny_folder, "mine.redness", training, **sections)
     return places
 
 
@@ -315,14 +289,13 @@ def _no_hub(repository: str, file: str, local_files_only: bool) -> str:
     raise LocalEntryNotFoundError("offline")
 
 
-@pytest.mark.parametrize("wrong", TABLE, ids=lambda wrong: wrong.name)
+@pytest.mark.parametrize(("arguments", "message"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
 def test_a_wrong_configuration_gets_its_exact_message(
-    wrong: Wrong, places: dict[str, Path], work: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], message: str, places: dict[str, Path], work: Path, error: Callable[..., str]
 ) -> None:
     before = sorted(work.rglob("*"))
-    status = main([argument.format(**places) for argument in wrong.arguments])
-    assert capsys.readouterr().err == f"error: {wrong.message.format(**places)}\n"
-    assert status == 2
+    written = error(*(argument.format(**places) for argument in arguments))
+    assert written == f"error: {message.format(**places)}\n"
     assert sorted(work.rglob("*")) == before
 
 
@@ -338,39 +311,35 @@ COMMANDS = [
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: arguments[0])
 def test_every_command_imports_modules_of_the_working_directory(
-    arguments: tuple[str, ...], work: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], work: Path, error: Callable[..., str]
 ) -> None:
-    assert main(list(arguments)) == 2
-    assert "Unexpected import object 3. Got value: mine.number" in capsys.readouterr().err
+    assert "Unexpected import object 3. Got value: mine.number" in error(*arguments)
 
 
 def test_a_used_output_is_refused_before_the_model_is_opened(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    work: Path, tmp_path: Path, error: Callable[..., str]
 ) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    assert main([*TRAIN, "--output", str(tmp_path), "--model.path", "nowhere"]) == 2
     choices = f"resume it (genalign train --resume {tmp_path}), choose another output, or remove it"
     expected = f"error: {tmp_path} holds a run already: {choices}\n"
-    assert capsys.readouterr().err == expected
+    assert error(*TRAIN, "--output", str(tmp_path), "--model.path", "nowhere") == expected
 
 
-RENAMED = {
-    "a recipe": ("--recipe", "genalign.recipes.flow_grpo", "genalign.flow_grpo"),
-    "a kernel": ("--recipe.kernel", "genalign.dynamics.FlowSDE", "genalign.FlowSDE"),
-    "a reward": ("--rewards.judge.function", "rewards.judges.GradedJudge", "rewards.remote.vlm_judges.GradedJudge"),
-    "a set reward": ("--rewards.set.function", "rewards.sets.FrechetTo", "rewards.set_rewards.FrechetReward"),
-}
-
-
-@pytest.mark.parametrize("case", RENAMED)
+@pytest.mark.parametrize(
+    ("option", "old", "new"),
+    [
+        ("recipe", "genalign.recipes.flow_grpo", "genalign.flow_grpo"),
+        ("recipe.kernel", "genalign.dynamics.FlowSDE", "genalign.FlowSDE"),
+        ("rewards.judge.function", "rewards.judges.GradedJudge", "rewards.remote.vlm_judges.GradedJudge"),
+        ("rewards.set.function", "rewards.sets.FrechetTo", "rewards.set_rewards.FrechetReward"),
+    ],
+)
 def test_an_import_path_of_0_1_0_is_refused_with_its_new_name(
-    case: str, work: Path, capsys: pytest.CaptureFixture[str]
+    option: str, old: str, new: str, work: Path, error: Callable[..., str]
 ) -> None:
-    option, old, new = RENAMED[case]
-    recipe = [] if option == "--recipe" else ["--recipe", "genalign.flow_grpo"]
-    assert main([*TRAIN[:1], "--output", "runs/x", *recipe, option, old]) == 2
-    assert f"{old} was renamed in genalign 0.2.0: write {new}\n" in capsys.readouterr().err
-    assert not (work / "runs").exists()
+    recipe = [] if option == "recipe" else ["--recipe", "genalign.flow_grpo"]
+    message = error("train", "--output", "runs/x", *recipe, f"--{option}", old)
+    assert f"{old} was renamed in genalign 0.2.0: write {new}\n" in message and not (work / "runs").exists()
 
 
 def test_every_renamed_path_exists_now() -> None:
@@ -384,12 +353,12 @@ def test_every_renamed_path_exists_now() -> None:
 @pytest.mark.parametrize("section", ["", "training.", "hacking."])
 @pytest.mark.parametrize(("old", "new"), RENAMED_SETTINGS.items())
 def test_a_setting_of_0_1_0_is_refused_with_its_new_name(
-    old: str, new: str, section: str, work: Path, capsys: pytest.CaptureFixture[str]
+    old: str, new: str, section: str, work: Path, error: Callable[..., str]
 ) -> None:
-    assert main(["train", "--output", "runs/x", f"--{section}{old}", "1"]) == 2
     now = section.replace("hacking", "reward_hacking") + new
     expected = f"error: setting '{section}{old}' was renamed in genalign 0.2.0: write {now!r}\n"
-    assert capsys.readouterr().err == expected and not (work / "runs").exists()
+    assert error("train", "--output", "runs/x", f"--{section}{old}", "1") == expected
+    assert not (work / "runs").exists()
 
 
 SHADOWS = {

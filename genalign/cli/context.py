@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -91,15 +90,6 @@ class CommandContext:
         return {**own, **{name: scorer for name, scorer in others.items() if name not in own}}
 
 
-@runtime_checkable
-class HasSampleRate(Protocol):
-    """A reward, or a part of one, that assumes a sample rate."""
-
-    @property
-    def sample_rate(self) -> int | None:
-        """Audio samples per second; None if it takes no audio."""
-
-
 def require_rate(settings: object, rate: int | None) -> None:
     """Raise ValueError if anything in ``settings``, at any depth, assumes another sample rate than ``rate``.
 
@@ -115,8 +105,9 @@ def require_rate(settings: object, rate: int | None) -> None:
 
 def _sample_rates(part: object, place: str) -> Iterator[tuple[str, int]]:
     """Yield the place and the sample rate of every part of a configuration that assumes one."""
-    if isinstance(part, HasSampleRate) and part.sample_rate is not None:
-        yield place, part.sample_rate
+    rate = getattr(part, "sample_rate", None)  # of a reward or an encoder; None if it takes no audio
+    if rate is not None:
+        yield place, rate
     inner: Mapping[Any, object] = {}
     if isinstance(part, Mapping):
         inner = part
@@ -204,21 +195,15 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], title: str
     Console().print(table)
 
 
-def import_from_here() -> None:
-    """Let configurations name modules of the working directory; installed modules of the same name come first."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-
-
-def rank_share(variables: Mapping[str, str]) -> RankShare:
+def rank_share() -> RankShare:
     """Read this process's share of work without training from the launcher's variables, and take its own GPU.
 
     Raises ValueError if the launcher would shard the network with FSDP.
     """
-    share = RankShare.from_environment(variables)
-    if sharding_from_environment(variables, share.world_size):
+    share = RankShare.from_environment(os.environ)
+    if sharding_from_environment(os.environ, share.world_size):
         raise ValueError("FSDP shards a network for training alone: launch this command without FSDP, as in ddp.yaml")
-    take_own_device(variables)
+    take_own_device(os.environ)
     return share
 
 

@@ -97,7 +97,7 @@ def _evaluate_world(
         print_estimates(evaluation)
         return 0
 
-    rank_share(os.environ)
+    rank_share()
     with process_group(os.environ) as processes:
         pipeline, identity = load_with_identity(context, settings.model, settings.lora, plain["model"])
         source = f"{world.name}:{settings.suite}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -111,7 +110,7 @@ def geneval_command(context: CommandContext, arguments: Sequence[str]) -> int:
     prompts = subset_per_task(read_prompts(Path(settings.prompts)), settings.per_task)
     judge = settings.judge or context.geneval
     judge.check(prompts.prompts)
-    share = rank_share(os.environ)
+    share = rank_share()
     pipeline, identity = load_with_identity(context, settings.model, settings.lora, plain["model"])
     sampling, folder = settings.sampling, GenEvalFolder(Path(settings.output))
     samples_per_task = settings.seeds * max(len(group) for group in prompts.by_task().values())
@@ -130,7 +129,7 @@ def images_command(context: CommandContext, arguments: Sequence[str]) -> int:
     prompts = PromptSet("images", tuple(Prompt(group[0].metadata["prompt"], group[0].metadata) for group in groups))
     judge = settings.judge or context.geneval
     judge.check(prompts.prompts)
-    share = rank_share(os.environ)
+    share = rank_share()
     files = [sample.path for group in groups for sample in group]
     identity = ModelIdentity({"images": settings.images}, content_hash(root, files))
     counts = [len(group) for group in groups]
@@ -156,9 +155,8 @@ def compare_geneval_command(arguments: Sequence[str]) -> int:
 def subset_per_task(prompts: PromptSet, per_task: int | None) -> PromptSet:
     """Select ``per_task`` distinct prompts of every task, or all distinct prompts, in the order of the set."""
     distinct = PromptSet(prompts.name, tuple({prompt.text: prompt for prompt in prompts.prompts}.values()))
-    if per_task is None:
-        return distinct
-    subset = {prompt.text for group in distinct.by_task().values() for prompt in select_prompts(group, per_task)}
+    count, groups = per_task or len(distinct), distinct.by_task().values()
+    subset = {prompt.text for group in groups for prompt in select_prompts(group, count)}
     return PromptSet(prompts.name, tuple(prompt for prompt in distinct.prompts if prompt.text in subset))
 
 

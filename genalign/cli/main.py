@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ import pipelines
 from genalign import assets
 from genalign.cli import config
 from genalign.cli.compare import calibrate_command, compare_command, report_command
-from genalign.cli.context import Checkpoint, CommandContext, import_from_here
+from genalign.cli.context import Checkpoint, CommandContext
 from genalign.cli.error_messages import did_you_mean
 from genalign.cli.evaluate import evaluate_command
 from genalign.cli.export import export_command
@@ -105,7 +106,8 @@ def main(arguments: Sequence[str]) -> int:
             f"error: no command {name!r}{did_you_mean(name, list(COMMANDS), ': see --help for all')}", file=sys.stderr
         )
         return 2
-    import_from_here()
+    if os.getcwd() not in sys.path:  # of modules that configurations name; installed ones of the same name come first
+        sys.path.append(os.getcwd())
     try:
         return COMMANDS[name](CONTEXT, rest)
     except config.INPUT_ERRORS as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -41,7 +40,7 @@ def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
     settings, plain = config.parse(config.Steer, arguments, "steer")
     prompts = prompt_set(settings.prompts).prompts[: settings.limit]
     folder, plain = SearchFolder(Path(settings.output)), {**plain, "limit": None}
-    resuming, share = folder.holds(plain), rank_share(os.environ)
+    resuming, share = folder.holds(plain), rank_share()
     pipeline, rewards = load_with_lora(context, settings.model, settings.lora), named_rewards(settings.rewards)
     require_rate(settings, pipeline.sample_rate)
     write = writer(pipeline.sample_rate, settings.audio)

@@ -279,9 +279,8 @@ def _sharding(settings: config.Train, processes: ProcessGroup) -> Sharding | Non
         "training.optimizer adamw8bit: choose adamw": settings.training.optimizer != "adamw",
         "training.on_out_of_memory halve: ranks would diverge": settings.training.on_out_of_memory == "halve",
     }
-    if sharding and any(conflicts.values()):
-        names = "; ".join(name for name, conflict in conflicts.items() if conflict)
-        raise ValueError(f"FSDP cannot train a sharded network with {names}")
+    if sharding and (names := [name for name, conflict in conflicts.items() if conflict]):
+        raise ValueError(f"FSDP cannot train a sharded network with {'; '.join(names)}")
     return sharding
 
 

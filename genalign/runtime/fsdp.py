@@ -96,16 +96,15 @@ def swapped_weights(
     They are copied in and out, because FSDP gathers from the memory that the parameters had when they were sharded.
     """
     saved = [parameter.detach().clone() for parameter in parameters]
-    _copy(parameters, tensors)
-    reshard(network)
+
+    @torch.no_grad()
+    def load(tensors: Sequence[Tensor]) -> None:
+        for parameter, tensor in zip(parameters, tensors, strict=True):
+            parameter.data.copy_(tensor)
+        reshard(network)
+
+    load(tensors)
     try:
         yield
     finally:
-        _copy(parameters, saved)
-        reshard(network)
-
-
-@torch.no_grad()
-def _copy(parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    for parameter, tensor in zip(parameters, tensors, strict=True):
-        parameter.data.copy_(tensor)
+        load(saved)

@@ -121,7 +121,9 @@ def spectrogram(waveform: Tensor, rate: int) -> Image.Image:
     full_scale = 20 * np.log10(window / 4)  # of a sine through a Hann window
     share = ((spectra.T.flip(0) - full_scale - _QUIET) / (_LOUD - _QUIET)).clamp(0, 1)
     image = Image.fromarray(share.mul(255).round().byte().numpy(), "L")
-    image.putpalette(_palette())
+    at, stops = np.linspace(0, len(_COLORS) - 1, 256), np.arange(len(_COLORS))
+    channels = [np.interp(at, stops, channel) for channel in zip(*_COLORS, strict=True)]
+    image.putpalette(np.stack(channels, 1).round().astype(np.uint8).tobytes())
     return image
 
 
@@ -142,11 +144,3 @@ def _log_bands(window: int, rate: int) -> Tensor:
 def lowest_frequency(rate: int) -> float:
     """Return the frequency in Hz at the lower edge of a spectrogram."""
     return min(_LOWEST_HZ, rate / 16)
-
-
-@functools.cache
-def _palette() -> list[int]:
-    """RGB bytes of a palette of 256 colors, from dark to light."""
-    at, stops = np.linspace(0, len(_COLORS) - 1, 256), np.arange(len(_COLORS))
-    channels = [np.interp(at, stops, channel) for channel in zip(*_COLORS, strict=True)]
-    return [int(value) for value in np.stack(channels, 1).round().ravel()]

@@ -24,11 +24,6 @@ def reward_call(name: str) -> str:
     return f"reward/{name}"
 
 
-def backward(call: str) -> str:
-    """Return the ledger's name for the backward pass of a call."""
-    return f"{call} backward"
-
-
 @dataclass
 class Ledger:
     """The number of calls by name, on single samples.
@@ -53,7 +48,7 @@ class Ledger:
         self.bill(call, samples)
         result = function()
         if isinstance(result, Tensor) and result.requires_grad:
-            hook = lambda gradient: self.bill(backward(call), samples)  # noqa: E731
+            hook = lambda gradient: self.bill(f"{call} backward", samples)  # noqa: E731
             result.register_hook(hook)  # type: ignore[no-untyped-call]  # torch has not typed it
         return result
 
@@ -149,7 +144,7 @@ class Budget:
     def spent(self, ledger: Ledger) -> float:
         """Convert a ledger to this budget's unit. Raises ValueError for a call without a price."""
         if self.nfe is not None:
-            return ledger.nfe + 2 * ledger.counts[backward(NFE)]
+            return ledger.nfe + 2 * ledger.counts[f"{NFE} backward"]
         if self.prices is None:
             raise ValueError("this budget has no prices yet: measure them")
         return ledger.cost(self.prices)

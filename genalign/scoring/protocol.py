@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from scipy.io import wavfile
 from torch import Tensor
 
 from genalign.runtime.media import eight_bits
@@ -31,12 +32,11 @@ from genalign.types import Prompt
 
 SCHEMA = 2
 MAX_DEADLINE = 3600.0  # seconds
-_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 Media = Literal["image", "audio"]
 
 
-class WireError(ValueError):
+class WireError(Exception):
     """A message that breaks the protocol, or a sample that cannot be read; ``code`` is for programs."""
 
     def __init__(self, code: str, message: str) -> None:
@@ -155,7 +155,7 @@ def unpack_request(body: bytes) -> ScoreRequest:
     if unknown := set(fields) - {"schema", "request_id", "deadline_ms", "media", "prompts", "samples"}:
         raise WireError("unknown_field", f"the request has unknown fields: {', '.join(sorted(unknown))}")
     request_id, deadline, media = fields.get("request_id"), fields.get("deadline_ms"), fields.get("media")
-    if not isinstance(request_id, str) or not _IDENTIFIER.fullmatch(request_id):
+    if not isinstance(request_id, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", request_id):
         raise WireError("malformed", "request_id must be 1 to 64 letters, digits, - or _")
     if type(deadline) is not int or deadline <= 0:
         raise WireError("malformed", "deadline_ms must be a positive integer")
@@ -209,8 +209,6 @@ def decode_image(content: bytes, max_pixels: int) -> Tensor:
             if file.mode != "RGB":
                 raise WireError("undecodable", f"a PNG of mode {file.mode}: send 8-bit RGB")
             pixels = np.array(file)
-    except WireError:
-        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise WireError("undecodable", "this is not a PNG image") from None
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
@@ -218,8 +216,6 @@ def decode_image(content: bytes, max_pixels: int) -> Tensor:
 
 def encode_audio(waveform: Tensor, sample_rate: int) -> bytes:
     """Encode a waveform (C, L) at ``sample_rate`` Hz as 32-bit float WAV, lossless."""
-    from scipy.io import wavfile
-
     buffer = io.BytesIO()
     wavfile.write(buffer, sample_rate, waveform.detach().float().cpu().numpy().T)
     return buffer.getvalue()
@@ -227,8 +223,6 @@ def encode_audio(waveform: Tensor, sample_rate: int) -> bytes:
 
 def decode_audio(content: bytes, sample_rate: int) -> Tensor:
     """Decode a float32 or 16-bit WAV to (C, L). Raises WireError, also for a rate other than ``sample_rate`` Hz."""
-    from scipy.io import wavfile
-
     try:
         rate, data = wavfile.read(io.BytesIO(content))
     except Exception as error:  # the reader of untrusted bytes raises many kinds

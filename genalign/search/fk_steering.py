@@ -190,8 +190,6 @@ class FKState:
     """
 
     def __init__(self, settings: FKSteering, group: Tensor, total: int, seed: int | str) -> None:
-        if group.ndim != 1 or len(group) == 0 or group.dtype != torch.long:
-            raise ValueError(f"group must hold prompt indices (N,) long, N > 0, not {tuple(group.shape)} {group.dtype}")
         self.settings, self.group, self.total = settings, group.cpu(), total
         keys = torch.unique(self.group)
         self.members = [(self.group == key).nonzero()[:, 0] for key in keys]
@@ -216,28 +214,17 @@ class FKState:
 
         Args:
             scores: Rewards (N,) of the previews, or at the last step of the samples.
-            step: Index of the step that the previews belong to.
+            step: Index of the step that the previews belong to; steps ascend.
             log_ratio: log p - log q (N,), summed over the moves since the last call, if they were drawn from a guided
                 q instead of the kernel's p.
 
         Raises:
-            ValueError: Scores of another shape, a step out of order, or a ratio that is not finite.
+            ValueError: A ratio that is not finite.
         """
-        if scores.shape != self.group.shape:
-            raise ValueError(f"scores must be ({len(self.group)},), one per particle, not {tuple(scores.shape)}")
-        if not self._step < step < self.total:
-            raise ValueError(
-                f"step {step} cannot be weighed after step {self._step} of {self.total}: steps ascend; make a new"
-                " FKState for a new run"
-            )
         if log_ratio is not None:
-            log_ratio = log_ratio.detach().cpu().double()
-            if log_ratio.shape != self.group.shape or not bool(log_ratio.isfinite().all()):
-                raise ValueError(
-                    f"log_ratio must be ({len(self.group)},) and finite, not {tuple(log_ratio.shape)}: guide only moves"
-                    " that draw noise"
-                )
-            self._log_w += log_ratio
+            if not bool(log_ratio.isfinite().all()):
+                raise ValueError("log_ratio is not finite: guide only moves that draw noise, by finite gradients")
+            self._log_w += log_ratio.detach().cpu().double()
         self._step = step
         self._scores = scores.detach().cpu().double()
         valid = self._scores.isfinite()
@@ -283,12 +270,10 @@ class FKState:
         return ancestors
 
     def choose(self) -> Tensor:
-        """Return the particle (P,) long of each prompt that ``settings.terminal`` selects; of equal rewards the first.
+        """Return the particle (P,) long of each prompt that ``settings.terminal`` selects, after the last step.
 
-        Raises ValueError before the last step was weighed.
+        Of equal rewards it is the first.
         """
-        if self._step != self.total - 1:
-            raise ValueError(f"weigh the samples' own scores first, as step {self.total - 1}")
         if self.settings.terminal == "argmax":
             return largest_per_prompt(self._scores, self.group, 1)
         draws = [

@@ -148,7 +148,7 @@ def train_decoder(
         batches = torch.split(previews, settings.batch_size)
         targets = torch.cat([student.decoder_target(decode(batch)).half().cpu() for batch in batches])
     optimizer = torch.optim.AdamW(decoder.parameters(), settings.decoder_learning_rate)
-    device = device_of(decoder)
+    device = next(decoder.parameters()).device
     for _ in range(settings.decoder_epochs):
         losses = []
         for rows in torch.split(torch.randperm(len(previews), generator=generator), settings.batch_size):
@@ -198,14 +198,9 @@ def _predict(student: nn.Module, dataset: PreviewDataset, rows: Tensor, level: T
     with torch.no_grad():
         inputs = decode(previews) if student.input_kind == "samples" else previews
     prompts = [dataset.prompts[p] for p in dataset.prompt[rows].tolist()]
-    device = device_of(student)
+    device = next(student.parameters()).device
     scores: Tensor = student(inputs.to(device), dataset.sigmas[level].to(device), prompts)
     return scores.cpu()
-
-
-def device_of(student: nn.Module) -> torch.device:
-    """Return the device of a network's weights."""
-    return next(student.parameters()).device
 
 
 def _loss(prediction: Tensor, target: Tensor, prompt: Tensor, settings: Distillation) -> Tensor:
@@ -302,7 +297,8 @@ class NoiseAware:
 
     @torch.no_grad()
     def __call__(self, run: SearchRun, candidates: Particles) -> Tensor:
-        sigma, device = float(run.grid.noise_share[candidates.steps_done - 1]), device_of(self.student)
+        sigma = float(run.grid.noise_share[candidates.steps_done - 1])
+        device = next(self.student.parameters()).device
         self.check(sigma)
 
         def predict(previews: Tensor, prompts: Sequence[Prompt]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Resampler = Callable[[Tensor, torch.Generator], Tensor]
-"""Draws ancestors (K,) long by normalized weights (K,) float64 on the CPU. Raises ValueError for other weights."""
+"""Draws ancestors (K,) long by ``normalized_weights`` (K,) float64 on the CPU."""
 
 ResamplerName = Literal["multinomial", "stratified", "systematic", "residual", "ssp"]
 
@@ -28,8 +28,6 @@ def normalized_weights(log_weights: Tensor) -> Tensor:
 
     NaN counts as -inf, which is weight 0; if all weights are 0, they become equal. Raises ValueError for +inf.
     """
-    if log_weights.ndim != 1 or len(log_weights) == 0:
-        raise ValueError(f"log weights must be (K,) with K > 0, not {tuple(log_weights.shape)}")
     values = log_weights.detach().cpu().double()
     values = torch.where(values.isnan(), -math.inf, values)
     top = values.max()
@@ -101,7 +99,6 @@ RESAMPLERS: dict[ResamplerName, Resampler] = {
 
 def _inverse(weights: Tensor, points: Tensor) -> Tensor:
     """Invert the cumulative weights at points (M,) of [0, 1); a particle of weight 0 is never drawn."""
-    _require_normalized(weights)
     cumulative = weights.cumsum(0)
     return torch.searchsorted(cumulative / cumulative[-1], points.clamp(max=_BELOW_ONE), right=True)
 
@@ -112,7 +109,6 @@ def _points(places: Tensor) -> Tensor:
 
 def _parts(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Split K W into whole parts (K,) long and fractional parts (K,) float64."""
-    _require_normalized(weights)
     expected = len(weights) * weights
     whole = (expected + _RESOLUTION).floor()
     return whole.long(), (expected - whole).clamp(min=0)
@@ -120,11 +116,3 @@ def _parts(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def _ancestors_of(copies: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(copies)), copies)
-
-
-def _require_normalized(weights: Tensor) -> None:
-    valid = weights.ndim == 1 and len(weights) > 0 and weights.dtype == torch.float64
-    if not valid or not bool((weights >= 0).all()) or abs(float(weights.sum()) - 1) > 1e-6:
-        raise ValueError(
-            "weights must be (K,) float64, none negative or NaN, of sum 1: use normalized_weights(log_weights)"
-        )

@@ -41,20 +41,14 @@ class RoundDisplay:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("reward {task.fields[reward]:.3f}  held-out {task.fields[held_out]}"),
+            TextColumn("reward {task.fields[reward]}  held-out {task.fields[held_out]}"),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not (is_main and console.is_terminal),
         )
-        self._task = self._bar.add_task(
-            "training",
-            total=trainer.settings.rounds,
-            completed=trainer.rounds_done,
-            reward=math.nan,
-            held_out="-",
-            rate="",
-        )
+        fields: dict[str, Any] = {"total": trainer.settings.rounds, "completed": trainer.rounds_done}
+        self._task = self._bar.add_task("training", **fields, reward="-", held_out="-", rate="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -68,7 +62,7 @@ class RoundDisplay:
         if held_out:
             self._held_out = f"{next(iter(held_out.values())).mean:.3f}"
         rate = format_rate(result.samples / result.seconds)
-        self._bar.update(self._task, advance=1, reward=result.reward, held_out=self._held_out, rate=rate)
+        self._bar.update(self._task, advance=1, reward=f"{result.reward:.3f}", held_out=self._held_out, rate=rate)
         if not self._is_main or not self._bar.disable:
             return
         progress = self._settings.progress(result.round + 1, result.nfe)

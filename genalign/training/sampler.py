@@ -5,6 +5,7 @@ B = P prompts x G samples, S stored steps, K rewards.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -123,10 +124,6 @@ def blank_nonfinite(decoded: Tensor) -> Tensor:
 def in_thread(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
     """Yield the results of ``calls`` in order; each runs in a thread while the next one is prepared."""
     with ThreadPoolExecutor(1, "genalign-score", torch.set_num_threads, (torch.get_num_threads(),)) as thread:
-        running: Future[T] | None = None
-        for call in calls:
-            last, running = running, thread.submit(call)
-            if last is not None:
-                yield last.result()
-        if running is not None:
+        submitted = itertools.chain(map(thread.submit, calls), [Future[T]()])  # the last call has none to wait for
+        for running, _ in itertools.pairwise(submitted):
             yield running.result()

@@ -1,4 +1,4 @@
-"""Scores and costs of the calls of a diffusers pipeline of the user's own."""
+"""Decoding, scores and costs of the calls of a diffusers pipeline of the user's own."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import AceStepPipeline, DiffusionPipeline, FluxPipeline, StableAudioPipeline
 from torch import Tensor, nn
 
 from genalign.scoring.budget import DECODE, NFE, Ledger, metered_rewards
 from genalign.scoring.score import NamedReward, named, score
 from genalign.search.lineage import Lineage
 from genalign.types import Prompt, RewardFunction
-from pipelines.steering.decode import Decode, decode_latents
+from pipelines.ace_step import normalize_peak
+from pipelines.base import unscale
 from pipelines.steering.scheduler_hooks import replaced
 
 Rewards = RewardFunction | Mapping[str, RewardFunction] | Sequence[NamedReward]
 """One reward, or several by name."""
+
+Decode = Callable[[Tensor], Tensor]
+"""From latents in the scheduler's scale (N, ...) to images (N, 3, H, W) in [0, 1] or waveforms (N, C, L) in [-1, 1]."""
 
 
 class PipelineScorer:
@@ -51,7 +56,7 @@ class PipelineScorer:
 
         handle = network.register_forward_pre_hook(bill, with_kwargs=True)
         try:
-            with replaced(self.pipe, "prepare_latents", observed(self.pipe.prepare_latents, note_size)):
+            with observed(self.pipe, "prepare_latents", note_size):
                 yield
         finally:
             handle.remove()
@@ -77,8 +82,10 @@ class PipelineScorer:
         return scores, samples
 
 
-def observed(method: Callable[..., Any], note: Callable[[Mapping[str, Any]], None]) -> Callable[..., Any]:
-    """Wrap a method so that ``note`` sees the arguments of every call, by name."""
+@contextmanager
+def observed(instance: object, name: str, note: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
+    """Show ``note`` the arguments, by name, of every call of a method within the context."""
+    method = getattr(instance, name)
     signature = inspect.signature(method)
 
     @functools.wraps(method)
@@ -86,4 +93,39 @@ def observed(method: Callable[..., Any], note: Callable[[Mapping[str, Any]], Non
         note(signature.bind(*args, **kwargs).arguments)
         return method(*args, **kwargs)
 
-    return wrapper
+    with replaced(instance, name, wrapper):
+        yield
+
+
+@torch.no_grad()
+def decode_latents(pipe: DiffusionPipeline, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Decode latents (N, ...) to images (N, 3, H, W) in [0, 1] or waveforms (N, C, L) in [-1, 1], float32.
+
+    ``size`` (height, width) in pixels is needed for latents that are packed into tokens. Raises ValueError for a
+    pipeline without an autoencoder, or packed latents without a size.
+    """
+    if getattr(pipe, "vae", None) is None:
+        raise ValueError(f"{type(pipe).__name__} has no component named vae: give steer your own decode=")
+    if isinstance(pipe, StableAudioPipeline):
+        return _upcast_decode(pipe.vae, latents)
+    if isinstance(pipe, AceStepPipeline):
+        return normalize_peak(_upcast_decode(pipe.vae, latents.transpose(1, 2)))
+    if isinstance(pipe, FluxPipeline):
+        if size is None:
+            raise ValueError("FLUX packs its latents into tokens: the size of the image is needed to unpack them")
+        latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
+    return (_upcast_decode(pipe.vae, unscale(latents, pipe.vae.config)) / 2 + 0.5).clamp(0, 1)
+
+
+def _upcast_decode(vae: Any, latents: Tensor) -> Tensor:
+    """Decode unscaled latents, in float32 with an autoencoder that overflows in half precision."""
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and bool(getattr(vae.config, "force_upcast", False))
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        decoded: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
+    finally:
+        if upcast:
+            vae.to(dtype)
+    return decoded

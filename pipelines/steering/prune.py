@@ -15,8 +15,7 @@ from genalign.search.lineage import Lineage
 from genalign.search.pruning import Prune
 from genalign.search.ranking import best_per_prompt
 from genalign.types import Prompt
-from pipelines.steering.decode import Decode
-from pipelines.steering.latent_scores import PipelineScorer, Rewards
+from pipelines.steering.latent_scores import Decode, PipelineScorer, Rewards
 from pipelines.steering.partial_runs import PartialRun, run_part, run_rest
 
 
@@ -24,7 +23,8 @@ from pipelines.steering.partial_runs import PartialRun, run_part, run_rest
 class Pruned:
     """Result of pruning: decoded ``samples`` (M, ...), best first, and their ``scores`` (M, K rewards).
 
-    ``lineage`` holds all candidates, ``ledger`` the cost. See ``pipelines.steering.decode`` for the range of samples.
+    ``lineage`` holds all candidates, ``ledger`` the cost. For the range of samples see
+    ``pipelines.steering.latent_scores``.
     """
 
     samples: Tensor
@@ -49,7 +49,7 @@ def prune(
         prompt: The prompt of all candidates.
         reward: One reward, or several by name.
         strategy: The pruning steps and fractions, with a number of candidates.
-        decode: From latents to samples, in place of ``pipelines.steering.decode.decode_latents``.
+        decode: From latents to samples, in place of ``pipelines.steering.latent_scores.decode_latents``.
         seed: Seed of the candidates' generators.
         **call: Further arguments of the pipeline, for one sample: texts, such as a negative prompt, and tensors, such
             as embeddings in place of the prompt, are repeated for each candidate.

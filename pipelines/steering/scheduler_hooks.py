@@ -56,7 +56,6 @@ class Move:
     """
 
     index: int
-    timestep: Tensor
     x: Tensor
     prediction: Tensor
     x0: Tensor
@@ -113,16 +112,15 @@ def patched_step(scheduler: SchedulerMixin, on_step: Callable[[Move], Tensor | N
 @contextmanager
 def replaced(instance: object, name: str, method: Callable[..., Any]) -> Iterator[None]:
     """Replace a method of one instance within the context."""
-    own = name in vars(instance)
-    before = vars(instance).get(name)
+    own = vars(instance).get(name)
     setattr(instance, name, method)
     try:
         yield
     finally:
-        if own:
-            setattr(instance, name, before)
-        else:
+        if own is None:
             delattr(instance, name)
+        else:
+            setattr(instance, name, own)
 
 
 def grid_of(scheduler: SchedulerMixin) -> Grid:
@@ -131,7 +129,7 @@ def grid_of(scheduler: SchedulerMixin) -> Grid:
     Each step ends at the level of the next timestep; a DDIMScheduler with unequal distances of timesteps itself moves
     to other levels than the network's next timestep says. Raises ValueError for an unsupported scheduler.
     """
-    return _levels(scheduler).grid
+    return _levels(scheduler)[1]
 
 
 def kernel_move(scheduler: SchedulerMixin, kernel: Kernel, move: Move, noise: Tensor) -> Tensor:
@@ -155,13 +153,13 @@ def kernel_move(scheduler: SchedulerMixin, kernel: Kernel, move: Move, noise: Te
             f"this {type(scheduler).__name__} clips its predictions, and kernels do not: create it with"
             " clip_sample=False and thresholding=False"
         )
-    levels = _levels(scheduler)
-    step = levels.grid[move.index]
+    path, grid, scale = _levels(scheduler)
+    step = grid[move.index]
     if bool(step.sigma == step.sigma_next):
         return move.x
-    x = move.x / expand(levels.scale[move.index], move.x)
-    x_next = transition(levels.path, kernel, x, move.prediction, step).sample(noise)
-    return (x_next * expand(levels.scale[move.index + 1], x_next)).to(move.x_next.dtype)
+    x = move.x / expand(scale[move.index], move.x)
+    x_next = transition(path, kernel, x, move.prediction, step).sample(noise)
+    return (x_next * expand(scale[move.index + 1], x_next)).to(move.x_next.dtype)
 
 
 def gather_history(scheduler: SchedulerMixin, rows: Tensor) -> None:
@@ -222,22 +220,16 @@ def _move(scheduler: SchedulerMixin, call: dict[str, Any], output: Any) -> Move:
         index = int((scheduler.timesteps == timestep).nonzero()[0, 0])
     x0 = output.get("pred_original_sample", output.get("denoised"))
     if x0 is None:
-        levels = _levels(scheduler)
-        x0 = levels.path.x0(x / expand(levels.scale[index], x), prediction, levels.grid[index])
-    return Move(index, torch.as_tensor(timestep), x, prediction, promote(x0)[0], output.prev_sample)
+        path, grid, scale = _levels(scheduler)
+        x0 = path.x0(x / expand(scale[index], x), prediction, grid[index])
+    return Move(index, x, prediction, promote(x0)[0], output.prev_sample)
 
 
-@dataclass(frozen=True)
-class _Levels:
-    """A scheduler's grid of T moves on the path of its network; its latents are ``scale`` (T + 1,) times the path's."""
+def _levels(scheduler: SchedulerMixin) -> tuple[GaussianPath, Grid, Tensor]:
+    """Return the path of the network, the grid of T moves, and the scale (T + 1,) of latents, relative to the path's.
 
-    path: GaussianPath
-    grid: Grid
-    scale: Tensor
-
-
-def _levels(scheduler: SchedulerMixin) -> _Levels:
-    """Find the path and the noise levels of a scheduler. Raises ValueError for an unsupported one."""
+    Raises ValueError for an unsupported scheduler.
+    """
     config = scheduler.config
     if not isinstance(scheduler, _SUPPORTED) or config.get("invert_sigmas", False):
         supported = ", ".join(sorted(kind.__name__ for kind in _SUPPORTED))
@@ -251,7 +243,7 @@ def _levels(scheduler: SchedulerMixin) -> _Levels:
         table = scheduler.alphas_cumprod.cpu().double()
         square = torch.cat([table[scheduler.timesteps.cpu().long()], last.cpu().double().reshape(1)])
         grid = Grid(scheduler.timesteps.cpu().double(), square.sqrt(), (1 - square).sqrt())
-        return _Levels(VPPath(config.prediction_type), grid, torch.ones_like(square))
+        return VPPath(config.prediction_type), grid, torch.ones_like(square)
 
     # The others list sigma; of a variance preserving path it is the ratio of noise to signal
     sigma = scheduler.sigmas.cpu().double()
@@ -267,7 +259,7 @@ def _levels(scheduler: SchedulerMixin) -> _Levels:
         sigma = sigma * alpha
         if isinstance(scheduler, _SCALED_BY_SIGMA):
             scale = 1 / alpha
-    return _Levels(path, Grid(scheduler.timesteps.cpu().double(), alpha, sigma), scale)
+    return path, Grid(scheduler.timesteps.cpu().double(), alpha, sigma), scale
 
 
 def _is_flow(scheduler: SchedulerMixin) -> bool:

@@ -20,15 +20,13 @@ from genalign.search.fk_steering import require_stochastic as require_stochastic
 from genalign.search.lineage import Lineage
 from genalign.search.stepwise import Stepwise, StepwiseCall, StepwiseStrategy
 from genalign.types import Prompt
-from pipelines.steering.decode import Decode
-from pipelines.steering.latent_scores import PipelineScorer, Rewards, observed
+from pipelines.steering.latent_scores import Decode, PipelineScorer, Rewards, observed
 from pipelines.steering.scheduler_hooks import (
     Move,
     gather_history,
     grid_of,
     kernel_move,
     patched_step,
-    replaced,
     require_stochastic,
 )
 
@@ -66,7 +64,7 @@ def steer(
         strategy: Any strategy with a ``stepwise`` method (``genalign.search.stepwise``), such as FKSteering. Its kernel
             replaces the scheduler's moves, from the same predictions and at the same timesteps.
         prompts: The prompts of the call, for a call that is made with embeddings.
-        decode: From latents to samples, in place of ``pipelines.steering.decode.decode_latents``.
+        decode: From latents to samples, in place of ``pipelines.steering.latent_scores.decode_latents``.
         seed: Seed of the kernel's noise and of the strategy's draws.
 
     Raises:
@@ -87,7 +85,7 @@ def steer(
     calls = _SteeredCalls(scorer, plan, prompts, seed)
     with ExitStack() as stack:
         if prompts is None and hasattr(pipe, "encode_prompt"):
-            stack.enter_context(replaced(pipe, "encode_prompt", observed(pipe.encode_prompt, calls.note_prompt)))
+            stack.enter_context(observed(pipe, "encode_prompt", calls.note_prompt))
         stack.enter_context(scorer.observing())
         stack.enter_context(patched_step(pipe.scheduler, calls.on_step))
         yield calls.steering

@@ -32,7 +32,7 @@ from genalign.types import Prompt
 from pipelines import AceStep, StableAudio, steer
 from pipelines.base import DiffusersPipeline
 from pipelines.meta_device import outline
-from pipelines.steering.decode import decode_latents
+from pipelines.steering.latent_scores import decode_latents
 from tests.pipelines.tiny_checkpoints import FolderOf
 
 # torch's older weight_norm in diffusers' AutoencoderOobleck, torchsde at the ends of its interval, numpy 2

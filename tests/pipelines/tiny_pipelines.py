@@ -158,3 +158,22 @@ def stable_audio(count: int = 4, scheduler: SchedulerMixin | None = None) -> Fam
 
 
 FAMILIES: dict[str, Callable[..., Family]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+
+SCHEDULERS: list[tuple[type[SchedulerMixin], dict[str, Any]]] = [
+    (diffusers.EulerDiscreteScheduler, {}),
+    (diffusers.EulerDiscreteScheduler, {"use_karras_sigmas": True, "timestep_spacing": "leading"}),
+    (diffusers.EulerAncestralDiscreteScheduler, {}),
+    (diffusers.DPMSolverMultistepScheduler, {}),
+    (diffusers.DPMSolverMultistepScheduler, {"solver_order": 3}),
+    (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    (diffusers.UniPCMultistepScheduler, {}),
+    (diffusers.DEISMultistepScheduler, {}),
+    (diffusers.SASolverScheduler, {}),
+    (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
+    (diffusers.HeunDiscreteScheduler, {}),
+]
+
+
+def assert_close(actual: Tensor, expected: Tensor, relative: float = 1e-6) -> None:
+    """Compare tensors up to a share of the largest value."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=relative * float(expected.abs().max()))

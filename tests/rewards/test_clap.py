@@ -11,7 +11,7 @@ from transformers import ClapModel, ClapProcessor, CLIPVisionConfig
 
 from genalign.runtime.waveforms import resample, warn_once
 from genalign.scoring.reward_check import Expected, Probe, check
-from genalign.types import Prompt, Reward
+from genalign.types import Reward
 from genalign.worlds.tones.prompts import attribution, counting, pitch, single_tone
 from rewards.backbones.audio_features import ClapFeatures, extract_frame_features, extract_text_features
 from rewards.backbones.clap_encoder import load_clap
@@ -23,12 +23,8 @@ from rewards.set_rewards import FrechetReward, VendiReward
 from scripts.pretrain.tones_clap import assemble_clap, build_clap
 from tests.rewards.tiny_clap import RATE, WINDOW, write_clap
 
-PROMPTS = [
-    single_tone("sine"),
-    counting("square", "two"),
-    pitch("organ", "C5"),
-    attribution("sine", "C4", "square", "A5"),
-]
+PROMPTS = [single_tone("sine"), counting("square", "two"), pitch("organ", "C5")]
+PROMPTS += [attribution("sine", "C4", "square", "A5")]
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +171,5 @@ def test_samples_that_are_not_waveforms_are_refused(folder: Path) -> None:
     reward = ClapReward(str(folder), RATE)
     with pytest.raises(ValueError, match=r"waveforms must be \(B, C, L\)"):
         reward(noise(WINDOW)[:, 0], PROMPTS)
-    prompts = [Prompt("a sine tone"), Prompt("a noise burst")]
     with pytest.raises(TypeError, match=r"not torch\.int16"):
-        reward(torch.zeros(2, 1, WINDOW, dtype=torch.int16), prompts)
+        reward(torch.zeros(2, 1, WINDOW, dtype=torch.int16), PROMPTS[:2])

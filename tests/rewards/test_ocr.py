@@ -28,7 +28,7 @@ def written(*lines: str, size: tuple[int, int] = (256, 256), ink: str = "black",
 
 
 @pytest.mark.parametrize(
-    ("found", "wanted", "score"),
+    ("text", "requested", "score"),
     [
         ("hello", "hello", 1.0),  # exact
         ("HE\nLLO", "h ello", 1.0),  # neither case nor white space counts
@@ -40,11 +40,11 @@ def written(*lines: str, size: tuple[int, int] = (256, 256), ink: str = "black",
         ("something quite different", "hello", 0.0),  # no less than 0
     ],
 )
-def test_the_table(found: str, wanted: str, score: float) -> None:
-    assert edit_similarity(found, wanted) == pytest.approx(score)
+def test_the_similarity_of_texts(text: str, requested: str, score: float) -> None:
+    assert edit_similarity(text, requested) == pytest.approx(score)
 
 
-def test_nothing_to_look_for_is_refused() -> None:
+def test_an_empty_request_is_refused() -> None:
     with pytest.raises(ValueError, match="the requested text is empty"):
         edit_similarity("hello", "  ")
 
@@ -60,7 +60,7 @@ def test_distances_by_hand_and_by_symmetry() -> None:
         assert (edit_distance(a, b) == 0) == (a == b)
 
 
-def test_what_a_prompt_wants_written() -> None:
+def test_the_requested_texts_of_a_prompt() -> None:
     assert requested_texts(Prompt('a sign that says "Open"')) == ("Open",)
     assert requested_texts(Prompt('“Yes” on the left, "No way" on the right')) == ("Yes", "No way")
     assert requested_texts(Prompt("a dog's bowl")) == ()
@@ -70,7 +70,7 @@ def test_what_a_prompt_wants_written() -> None:
     assert requested_texts(Prompt('a "shop"', {"tag": "ocr"})) == ("shop",)
 
 
-def test_any_reader_may_be_asked_and_several_texts_are_averaged() -> None:
+def test_the_reader_is_replaceable_and_several_texts_are_averaged() -> None:
     reward = OCRReward(lambda picture: "red sing" if picture.getpixel((0, 0))[0] > 128 else "")
     assert isinstance(reward, Reward)
     images = torch.zeros(5, 3, 4, 4)
@@ -86,8 +86,8 @@ def test_any_reader_may_be_asked_and_several_texts_are_averaged() -> None:
 @needs_rapidocr
 def test_text_is_read_line_by_line() -> None:
     images = torch.cat([written("OPEN", "24 hours", ink="white", paper="navy"), written()])
-    asked = [Prompt('a sign, "open 25 hours"'), Prompt('a "sign"')]
-    assert OCRReward()(images, asked).tolist() == pytest.approx([10 / 11, 0])
+    prompts = [Prompt('a sign, "open 25 hours"'), Prompt('a "sign"')]
+    assert OCRReward()(images, prompts).tolist() == pytest.approx([10 / 11, 0])
     assert rapidocr(ocr.pictures(images)[0]) == "OPEN\n24 hours"
 
 

@@ -15,6 +15,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -27,6 +28,7 @@ from genalign.evaluation.geneval.tifa import QuestionJudge, TifaReward
 from genalign.types import Prompt, Reward
 from rewards.backbones.pixels import pictures
 from rewards.vqa import ARTIFACTS, QuestionReward, YesNoModel, answerable
+from tests.rewards.gray_images import grays, named, plain
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<image>"]
 QUESTION = ["is", "there", "a", "red", "circle", "two", "squares", "?"]
@@ -43,6 +45,14 @@ def words_tokenizer(words: Sequence[str], images: Sequence[str]) -> PreTrainedTo
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(images), **special)
+
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    """Save a model with weights so large that answers differ."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    return folder
 
 
 def save_llava(folder: Path, words: Sequence[str], template: str | None) -> Path:
@@ -63,10 +73,7 @@ def save_llava(folder: Path, words: Sequence[str], template: str | None) -> Path
     torch.manual_seed(0)
     towers = {"vision_config": vision, "text_config": text, "vision_feature_layer": -1}
     model = LlavaForConditionalGeneration(LlavaConfig(image_token_index=4, image_seq_length=4, **towers))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(folder)
-    return folder
+    return save(model, folder)
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +102,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = {f"{name}_token_id": words.index(mark) for name, mark in zip(names, marks, strict=True)}
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ids))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(folder)
-    return folder
+    return save(model, folder)
 
 
 def images(count: int = 5) -> Tensor:
@@ -118,9 +122,9 @@ def test_a_model_answers_by_the_probabilities_of_its_first_word(llava: Path) -> 
             p = model(**inputs).logits[0, -1].softmax(-1)
         yes, no = p[5] + p[7], p[6] + p[8]
         expected.append(float(yes / (yes + no)))
-    found = YesNoModel(str(llava))(images(), QUESTIONS)
-    assert found.tolist() == pytest.approx(expected, abs=1e-5)
-    assert found.std() > 0.01
+    answers = YesNoModel(str(llava))(images(), QUESTIONS)
+    assert answers.tolist() == pytest.approx(expected, abs=1e-5)
+    assert answers.std() > 0.01
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen"])
@@ -145,7 +149,7 @@ def test_what_cannot_be_answered_is_nan(llava: Path) -> None:
         YesNoModel(str(llava))(images(), QUESTIONS[:4])
 
 
-def test_models_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
+def test_models_without_a_template_or_the_words_are_refused(tmp_path: Path) -> None:
     save_llava(tmp_path / "mute", WORDS, None)
     with pytest.raises(ValueError, match="has no chat template"):
         YesNoModel(str(tmp_path / "mute"))(images(1), QUESTIONS[:1])
@@ -154,40 +158,24 @@ def test_models_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
         YesNoModel(str(tmp_path / "foreign"))(images(1), ["oui"])
 
 
-class Brightness:
-    """A judge whose answer to every question is the image's mean; it remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
-        self.asked += questions
-        return images.mean((1, 2, 3))
-
-
-def levels(*values: float) -> Tensor:
-    return torch.tensor(values)[:, None, None, None].expand(-1, 3, 2, 2)
+def brightness(images: Tensor, questions: Sequence[str]) -> Tensor:
+    return images.mean((1, 2, 3))
 
 
 def test_one_question_about_the_prompt() -> None:
-    judge = Brightness()
-    reward = QuestionReward(judge)
+    seen: list[str] = []
+
+    def judge(images: Tensor, questions: Sequence[str]) -> Tensor:
+        seen.extend(questions)
+        return brightness(images, questions)
+
+    reward, prompts = QuestionReward(judge), [Prompt("a {cat}"), Prompt('a sign that says "yes"')]
     assert isinstance(reward, Reward)
-    assert reward(levels(0.2, 0.7), [Prompt("a cat"), Prompt("a {dog}")]).tolist() == pytest.approx([0.2, 0.7])
-    assert judge.asked == [f'Does this figure show "{x}"? Please answer yes or no.' for x in ("a cat", "a {dog}")]
-
-
-def test_a_prompt_cannot_end_the_quotes_around_it() -> None:
-    judge = Brightness()
-    QuestionReward(judge)(levels(0.5), [Prompt('a sign that says "yes"')])
-    assert judge.asked == ["Does this figure show \"a sign that says 'yes'\"? Please answer yes or no."]
-
-
-def test_no_may_be_the_right_answer() -> None:
-    judge = Brightness()
-    reward = QuestionReward(judge, ARTIFACTS, "no")
-    assert reward(levels(0.2, 0.7), [Prompt("a"), Prompt("b")]).tolist() == pytest.approx([0.8, 0.3])
-    assert judge.asked == [ARTIFACTS] * 2 and "{prompt}" not in ARTIFACTS
+    assert plain(reward(grays(0.2, 0.7), prompts)) == [0.2, 0.7]
+    assert plain(QuestionReward(judge, ARTIFACTS, "no")(grays(0.2, 0.7), prompts)) == [0.8, 0.3]
+    texts = ("a {cat}", "a sign that says 'yes'")  # which cannot end the quotes around it
+    assert seen[:2] == [f'Does this figure show "{text}"? Please answer yes or no.' for text in texts]
+    assert seen[2:] == [ARTIFACTS] * 2 and "{prompt}" not in ARTIFACTS
 
 
 def test_a_question_says_how_to_answer() -> None:
@@ -204,18 +192,16 @@ def test_the_local_model_judges_several_questions_too(llava: Path) -> None:
     torch.testing.assert_close(scores, torch.stack([answers[:2].mean(), answers[2]]), rtol=0, atol=1e-5)
 
 
-def test_what_has_no_answer_is_nan() -> None:
-    reward = QuestionReward(lambda images, questions: torch.tensor([0.5, torch.nan]))
-    assert reward(levels(0, 1), [Prompt("a"), Prompt("b")]).isnan().tolist() == [False, True]
-
-
 def test_judges_and_answers_are_checked() -> None:
-    prompts = [Prompt("a"), Prompt("b")]
+    def reward(answers: list[float]) -> Tensor:
+        return QuestionReward(lambda images, questions: torch.tensor(answers))(grays(0, 1), named(2))
+
+    assert reward([0.5, torch.nan]).isnan().tolist() == [False, True]
     with pytest.raises(ValueError, match=r"returned \(1,\) for 2 questions"):
-        QuestionReward(lambda images, questions: torch.ones(1))(levels(0, 1), prompts)
+        reward([1.0])
     with pytest.raises(ValueError, match=r"must return probabilities of yes, in \[0, 1\]"):
-        QuestionReward(lambda images, questions: torch.tensor([0.5, 1.5]))(levels(0, 1), prompts)
+        reward([0.5, 1.5])
     with pytest.raises(ValueError, match="must be yes or no, not 'two': rephrase the question"):
-        QuestionReward(Brightness(), "How many?", "two")
+        QuestionReward(brightness, "How many?", "two")
     with pytest.raises(ValueError, match="one prompt per image, not 2 for 1 images"):
-        QuestionReward(Brightness())(levels(1), prompts)
+        QuestionReward(brightness)(grays(1), named(2))

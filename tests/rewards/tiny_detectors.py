@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -11,6 +12,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPTokenizer,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessor,
@@ -61,22 +63,20 @@ def mask2former(folder: Path, labels: int = 80, likely: tuple[int, ...] = (16, 1
     return str(folder)
 
 
+def _towers(tokenizer: CLIPTokenizer, context: int) -> dict[str, Any]:
+    """The configuration of a text and an image tower of width 16."""
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = tower | special | {"vocab_size": len(tokenizer), "max_position_embeddings": context}
+    return {"text_config": text, "vision_config": tower | {"image_size": 32, "patch_size": 8}}
+
+
 def owlv2(folder: Path) -> str:
     torch.manual_seed(1)
     tokenizer = clip_tokenizer()
     tokenizer.model_max_length = 24
-    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = common | {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 24,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = common | {"image_size": 32, "patch_size": 8}
-    Owlv2ForObjectDetection(Owlv2Config(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(
-        folder
-    )
+    config = Owlv2Config(**_towers(tokenizer, 24), projection_dim=16)
+    Owlv2ForObjectDetection(config).save_pretrained(folder)
     Owlv2Processor(Owlv2ImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
     return str(folder)
 
@@ -105,19 +105,12 @@ def grounding_dino(folder: Path) -> str:
     return str(folder)
 
 
-def clip(folder: Path) -> str:
+def clip(folder: Path, **processor: Any) -> str:
+    """A CLIP with its tokenizer and image processor, which has these settings."""
     tokenizer = clip_tokenizer()
-    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = common | {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 12,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = common | {"image_size": 32, "patch_size": 8}
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    CLIPModel(CLIPConfig(**_towers(tokenizer, 12), projection_dim=8)).save_pretrained(folder)
     tokenizer.save_pretrained(str(folder))
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessor(**(sizes | processor)).save_pretrained(folder)
     return str(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,24 +13,11 @@ from genalign.cli.config import Compare
 from genalign.cli.main import main
 from genalign.evaluation.compare_runs import summarize_recipes
 from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord
-
-BASE = """
-output: {folder}/never
-model: {{path: {model}}}
-prompts: "shapes:train"
-recipe: {{class_path: genalign.flow_grpo, init_args: {{window: 1}}}}
-rewards:
-  partial: {{function: {{class_path: rewards.shapes.ShapesReward, init_args: {{score: partial}}}}}}
-sampling: {{num_steps: 3, sigmas: [1.0, 0.6, 0.3]}}
-training:
-  {{rounds: 50, max_nfe: 60, prompts_per_round: 2, group_size: 2, batch_size: 4, updates_per_round: 1}}
-lora: {{rank: 2}}
-before_after: {{prompts: "shapes:len", samples_per_task: 2, seeds: 1, batch_size: 6}}
-"""
+from tests.genalign.training.toy_runs import write_config
 
 COMPARE = """
 output: {folder}/compared
-base: base.yaml
+base: base.json
 seeds: [3, 4]
 once: [dense]
 runs:
@@ -42,7 +30,12 @@ runs:
 
 @pytest.fixture
 def source(tiny_folder: Path, tmp_path: Path) -> Path:
-    (tmp_path / "base.yaml").write_text(BASE.format(folder=tmp_path, model=tiny_folder))
+    reward = {"class_path": "rewards.shapes.ShapesReward", "init_args": {"score": "partial"}}
+    training = {"rounds": 50, "max_nfe": 60, "batch_size": 4, "updates_per_round": 1}
+    sections = {"sampling": {"num_steps": 3, "sigmas": [1.0, 0.6, 0.3]}, "held_out": {}}
+    sections["before_after"] = {"prompts": "shapes:len", "samples_per_task": 2, "seeds": 1, "batch_size": 6}
+    sections["rewards"] = {"partial": {"function": reward}}
+    write_config(tmp_path / "base.json", tiny_folder, "", training, **sections)
     path = tmp_path / "compare.yaml"
     path.write_text(COMPARE.format(folder=tmp_path))
     return path
@@ -79,7 +72,7 @@ def test_recipes_without_a_common_score_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_calibration_is_written_and_used(source: Path, tmp_path: Path) -> None:
-    base, levels = str(tmp_path / "base.yaml"), tmp_path / "levels.json"
+    base, levels = str(tmp_path / "base.json"), tmp_path / "levels.json"
     short = ["--calibration.iterations", "2", "--output", str(levels)]
     assert main(["calibrate", "--config", base, *short]) == 0
     assert len(json.loads(levels.read_text())["levels"]) == 3
@@ -90,8 +83,17 @@ def test_a_calibration_is_written_and_used(source: Path, tmp_path: Path) -> None
     assert main(["train", "--config", base, kernel, *other]) == 2
 
 
-def test_impossible_comparisons() -> None:
-    with pytest.raises(ValueError, match="at least one entry in runs and one in seeds"):
-        Compare("out", "base.yaml", {}, [1])
-    with pytest.raises(ValueError, match="once names b, which runs does not have"):
-        Compare("out", "base.yaml", {"a": {}}, [1], ["b"])
+OUTSIDE = [({name: {}}, [], "runs has a name that is no folder's") for name in ("../x", "/x", "..", "a/b", "")]
+
+
+@pytest.mark.parametrize(
+    ("runs", "once", "message"),
+    [
+        *OUTSIDE,
+        ({}, [], "at least one entry in runs and one in seeds"),
+        ({"flow_grpo 2.0": {}}, ["b"], "once names b, which runs does not have"),
+    ],
+)
+def test_impossible_comparisons(runs: dict[str, Any], once: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Compare("out", "base.yaml", runs, [1], once)

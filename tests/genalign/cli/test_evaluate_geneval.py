@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,13 +71,8 @@ def test_a_model_is_evaluated_compared_and_rescored(
     assert rescored.overall == load_evaluation(trained).overall
 
 
-def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(list(arguments)) == 2
-    return capsys.readouterr().err
-
-
 def test_other_settings_in_the_same_output_are_refused(
-    tiny_folder: Path, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, prompt_file: Path, tmp_path: Path, error: Callable[..., str]
 ) -> None:
     command = _arguments(prompt_file, tiny_folder, tmp_path / "output")
     few = [*command, "--per_task", "1"]
@@ -84,31 +80,27 @@ def test_other_settings_in_the_same_output_are_refused(
     rows = [json.loads(path.read_text()) for path in sorted((tmp_path / "output" / "prompts").glob("*.json"))]
     assert len({row["metadata"]["tag"] for row in rows}) == len(rows) == 6
     differing = "evaluation with other settings (protocol.suite_hash, protocol.samples_per_task)"
-    assert differing in _error(capsys, *command)
-    assert "(protocol.seeds, protocol.samples_per_task)" in _error(capsys, *few, "--seeds", "3")
-    assert "(model.path, fingerprint)" in _error(capsys, *few, "--model.path", "shapes-sd3")
-    assert "per_task must be at least 1" in _error(capsys, *command, "--per_task", "0")
-    (tmp_path / "plain.txt").write_text("a bench\n")
-    plain = _arguments(tmp_path / "plain.txt", tiny_folder, tmp_path / "x")
-    assert "'a bench' has no metadata" in _error(capsys, *plain)
-    assert "name the world" in _error(capsys, "evaluate", "genevel")
+    assert differing in error(*command)
+    assert "(protocol.seeds, protocol.samples_per_task)" in error(*few, "--seeds", "3")
+    assert "(model.path, fingerprint)" in error(*few, "--model.path", "shapes-sd3")
+    assert "per_task must be at least 1" in error(*command, "--per_task", "0")
 
 
 def test_invalid_settings_are_refused_before_any_file_is_written(
-    tiny_folder: Path, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, prompt_file: Path, tmp_path: Path, error: Callable[..., str]
 ) -> None:
     new = tmp_path / "new"
     command = _arguments(prompt_file, tiny_folder, new)
-    assert "nowhere has no finished evaluation" in _error(capsys, *command, "--against", str(tmp_path / "nowhere"))
+    assert "nowhere has no finished evaluation" in error(*command, "--against", str(tmp_path / "nowhere"))
     few = [*_arguments(prompt_file, tiny_folder, tmp_path / "few"), "--per_task", "1"]
     assert main(few) == 0
-    differing = _error(capsys, *command, "--against", str(tmp_path / "few"))
+    differing = error(*command, "--against", str(tmp_path / "few"))
     assert "different protocols cannot be compared: suite_hash is" in differing
     unicorn = {"tag": "single_object", "include": [{"class": "unicorn", "count": 1}], "prompt": "a photo of a unicorn"}
     (tmp_path / "unicorn.jsonl").write_text(json.dumps(unicorn) + "\n")
-    unknown = _error(capsys, *_arguments(tmp_path / "unicorn.jsonl", "no/such-model", new))
+    unknown = error(*_arguments(tmp_path / "unicorn.jsonl", "no/such-model", new))
     assert "'unicorn' in 'a photo of a unicorn' is none of the 6 classes" in unknown
-    assert "no/such.safetensors has no .safetensors file" in _error(capsys, *command, "--lora", "no/such.safetensors")
+    assert "no/such.safetensors has no .safetensors file" in error(*command, "--lora", "no/such.safetensors")
     assert not new.exists()
 
 
@@ -142,7 +134,7 @@ def _write_images(folder: Path, seed: int) -> Path:
 
 
 def test_a_folder_is_judged_by_networks_and_compared(
-    tiny_judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Callable[..., str]
 ) -> None:
     def command(name: str) -> list[str]:
         folders = ["--output", str(tmp_path / name), "--images", str(tmp_path / f"{name}-images")]
@@ -170,24 +162,23 @@ def test_a_folder_is_judged_by_networks_and_compared(
     assert json.loads((tmp_path / "two" / "comparison.json").read_text()) == first
     assert "relaxed against one: " in capsys.readouterr().out
     assert set(first["tasks"]) == {"two_object", "colors", "counting"}
-    assert "no finished evaluation" in _error(capsys, *compare[:3], str(tmp_path / "none"), *compare[4:])
+    assert "no finished evaluation" in error(*compare[:3], str(tmp_path / "none"), *compare[4:])
 
     write_samples(images, 1, DOGS[1], torch.zeros(1, 3, 48, 64), first=1)
-    assert "other settings (fingerprint)" in _error(capsys, *command("one"))
+    assert "other settings (fingerprint)" in error(*command("one"))
 
 
-def test_invalid_image_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_image_folders_are_refused(tmp_path: Path, error: Callable[..., str]) -> None:
     images, output = tmp_path / "images", tmp_path / "output"
     command = ["evaluate", "geneval-images", "--judge", JUDGE, "--output", str(output), "--images", str(images)]
-    assert "images has no images at NNNNN/samples" in _error(capsys, *command)
     _write_images(images, 1)
-    assert "'dog' in 'a photo of a dog and a cat' is none of the 6 classes" in _error(capsys, *command)
+    assert "'dog' in 'a photo of a dog and a cat' is none of the 6 classes" in error(*command)
     shutil.rmtree(images)
     circle = shapes.prompts("iid").prompts[0]
     write_samples(images, 0, circle, torch.rand(2, 3, 64, 64))
     write_samples(images, 7, circle, torch.rand(2, 3, 64, 64))
-    assert "are of the same prompt: put its images into one folder" in _error(capsys, *command)
+    assert "are of the same prompt: put its images into one folder" in error(*command)
     shutil.rmtree(images / "00007")
     (images / "00000" / "samples" / "0001.png").write_bytes(b"\x89PNG")
-    assert "0001.png cannot be read as an image" in _error(capsys, *command)
+    assert "0001.png cannot be read as an image" in error(*command)
     assert not (output / "summary.json").exists()

@@ -26,14 +26,10 @@ SEARCH = """
 output: {folder}/output
 model: {{path: {model}}}
 prompts: {folder}/prompts.txt
-rewards: {{red: {{function: redness.redness}}}}
+rewards: {{red: {{function: tests.genalign.training.toy_runs.redness}}}}
 strategy: {{class_path: genalign.BestOfN}}
 budget: {{nfe: 4}}
 sampling: {{num_steps: 2, sigmas: [1.0, 0.5]}}
-"""
-REDNESS = """
-def redness(samples, prompts):
-    return samples[:, 0].flatten(1).mean(1)
 """
 EVALUATION = """
 output: {folder}/output
@@ -60,7 +56,7 @@ class Workers:
         self.running: list[subprocess.Popen[bytes]] = []
 
     def start(self, **variables: str) -> None:
-        environment = {**os.environ, "PYTHONPATH": f"{self.folder}:{ROOT}", "OMP_NUM_THREADS": "1", **variables}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
         with (self.folder / f"output-{self.started}.txt").open("wb") as output:
             self.running.append(subprocess.Popen(self.command, env=environment, stdout=output, cwd=self.folder))
         self.started += 1
@@ -109,7 +105,6 @@ def test_every_prompt_is_searched_once_after_kills(tiny_folder: Path, tmp_path: 
     count, output = 10_000, tmp_path / "output"
     texts = [f"{number} red circles" for number in range(count)]
     (tmp_path / "prompts.txt").write_text("\n".join(texts))
-    (tmp_path / "redness.py").write_text(REDNESS)
     (tmp_path / "search.yaml").write_text(SEARCH.format(folder=tmp_path, model=tiny_folder))
     _run_with_kills(tmp_path, ["steer", "--config", str(tmp_path / "search.yaml")], count)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import pipelines
 from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, mix_grpo, nft, prdp
@@ -21,13 +22,14 @@ from genalign.training.dry_run import DryRun, ToyPipeline, dry_run
 from genalign.training.memory_estimate import NetworkSize, Outline, estimate_memory, prediction_activations
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
-from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
 from pipelines.meta_device import outline
+from tests.genalign.training.toy_runs import redness
 from tests.packages import ROOT
 
 CONFIGS = ROOT / "scripts" / "configs"
+LARGE = [path for path in sorted(CONFIGS.glob("train/*.yaml")) if "shapes" not in path.stem and "own" not in path.stem]
 RECIPES = {
     "flow_grpo": flow_grpo(window=1),
     "flow_grpo with a distance": flow_grpo(kl=0.1, kl_form="exact"),
@@ -38,11 +40,6 @@ RECIPES = {
     "nft": nft(),
 }
 SETTINGS = TrainerSettings(rounds=2, prompts_per_round=4, group_size=2, batch_size=4, updates_per_round=2)
-
-
-def redness(samples: Tensor, prompts: list[Prompt]) -> Tensor:
-    """The mean of the red channel, which differs between any two images."""
-    return samples[:, 0].flatten(1).mean(1)
 
 
 REWARDS = [NamedReward("red", redness, 0.5), NamedReward("reported", redness, 0.0)]
@@ -167,26 +164,15 @@ def test_the_command_prints_all_and_reads_no_weights(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "sd35_medium_flow_grpo_geneval",
-        "sd35_medium_flow_grpo_ocr",
-        "flux_dev_flow_grpo_pickscore",
-        "sdxl_flow_grpo_pickscore",
-        "sd15_flow_grpo_aesthetic",
-    ],
-)
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
 def test_calls_are_counted_without_the_checkpoint(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gated(repository: str, file: str) -> str:
-        raise PermissionError(f"{repository} is gated")
-
+    gated = Mock(side_effect=PermissionError("it is gated"))
     monkeypatch.setattr("pipelines.checkpoint_files._download", gated)
     monkeypatch.chdir(tmp_path)
     small = ["--training.prompts_per_round", "4", "--training.rounds", "3", "--training.updates_per_round", "1"]
-    assert main(["plan", "--config", str(CONFIGS / "train" / f"{name}.yaml"), *small]) == 2
+    assert main(["plan", "--config", str(path), *small]) == 2
     printed = capsys.readouterr()
     assert "nfe backward" in printed.out and "is gated" in printed.err and "no prompt file" in printed.err
     assert list(tmp_path.iterdir()) == []

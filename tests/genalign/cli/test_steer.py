@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,11 +44,15 @@ def _config(folder: Path, text: str, **values: object) -> str:
     return str(path)
 
 
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+
+
 def test_steer_writes_results_and_resumes(tiny_folder: Path, tmp_path: Path) -> None:
     config = ["steer", "--config", _config(tmp_path, STEER, model=tiny_folder)]
     assert main(config) == 0
     found = tmp_path / "found"
-    rows = [json.loads(line) for line in (found / "scores.jsonl").read_text().splitlines()]
+    rows = _rows(found)
     assert [row["index"] for row in rows] == [0, 1]
     assert all(row["calls"]["nfe"] <= 12 and (found / row["image"]).is_file() for row in rows)
     (found / "prompts" / "00001.json").unlink()  # as an interruption would leave it
@@ -55,13 +60,13 @@ def test_steer_writes_results_and_resumes(tiny_folder: Path, tmp_path: Path) -> 
     kept = (found / "prompts" / "00000.json").stat().st_mtime_ns
     assert main(config) == 0
     assert (found / "prompts" / "00000.json").stat().st_mtime_ns == kept
-    again = [json.loads(line) for line in (found / "scores.jsonl").read_text().splitlines()]
+    again = _rows(found)
     for old, new in zip(rows, again, strict=True):
         assert {**old, "seconds": 0} == {**new, "seconds": 0}
     page = (found / "report.html").read_text()
     assert rows[0]["prompt"] in page and 'class="tree"' in page and "http:" not in page and "https:" not in page
     assert main([*config, "--limit", "3"]) == 0
-    assert len((found / "scores.jsonl").read_text().splitlines()) == 3
+    assert len(_rows(found)) == 3
     assert main([*config, "--budget.nfe", "20"]) == 2  # another search
 
 
@@ -84,9 +89,8 @@ def test_steer_ranks_share_prompts(
     with Claims(found / "locks").try_claim(2):  # by a process that was started beside
         assert main(config) == 0
     assert not (found / "report.html").exists() and not (found / "prompts" / "00002.json").exists()
-    monkeypatch.setenv("RANK", "0")
     assert main(config) == 0
-    rows = [json.loads(line) for line in (found / "scores.jsonl").read_text().splitlines()]
+    rows = _rows(found)
     assert [row["index"] for row in rows] == [0, 1, 2, 3]
 
 
@@ -113,7 +117,7 @@ def test_train_noise_aware_then_steer(tiny_folder: Path, tmp_path: Path, student
     scorer = f"{{class_path: rewards.noise_aware.load_scorer, init_args: {{path: {made}, least_tau: -1.0}}}}"
     steer = ["steer", "--config", _config(tmp_path, STEER, model=tiny_folder), f"--strategy.scorer={scorer}"]
     assert main(steer) == 0
-    (first, _) = (json.loads(line) for line in (tmp_path / "found" / "scores.jsonl").read_text().splitlines())
+    (first, _) = _rows(tmp_path / "found")
     assert first["calls"]["reward/noise-aware"] > 0
 
 

@@ -1,4 +1,4 @@
-"""What travels between a reward server and its clients, without a server."""
+"""The messages between a reward server and its clients, without a server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def message(**changes: object) -> bytes:
     return json.dumps({**plain, "samples": [""], **changes}).encode()
 
 
-def test_requests_and_replies_are_read_as_they_were_written() -> None:
+def test_requests_and_replies_survive_json() -> None:
     assert protocol.unpack_request(REQUEST.to_json()) == REQUEST
     reply = protocol.ScoreReply("r-1", "v", (0.1, SampleError("unscorable", "why")), 0.25)
     assert protocol.unpack_reply(reply.to_json(), "r-1", 2) == reply
@@ -38,18 +38,14 @@ def test_requests_and_replies_are_read_as_they_were_written() -> None:
         protocol.ScoreReply("r-1", "v", (float("nan"),), 0.25).to_json()
 
 
+NOT_JSON = [b"{", b"[" * 100_000, b"\x80\x04K*.", b'{"schema": 2, "deadline_ms": NaN}']
 BAD = [
-    (b"{", "malformed", "not JSON"),
+    *((body, "malformed", "not JSON") for body in NOT_JSON),
     (b"[1]", "malformed", "not a JSON object"),
-    (b"[" * 100_000, "malformed", "not JSON"),
-    (b"\x80\x04K*.", "malformed", "not JSON"),
-    (b'{"schema": 2, "deadline_ms": NaN}', "malformed", "not JSON"),
     (message(schema=1), "schema", "the other 1: use one genalign version"),
     (message(want_components=True), "unknown_field", "want_components"),
-    (message(request_id="a\nb"), "malformed", "request_id"),
-    (message(request_id="x" * 65), "malformed", "request_id"),
-    (message(deadline_ms=0), "malformed", "deadline_ms"),
-    (message(deadline_ms=True), "malformed", "deadline_ms"),
+    *((message(request_id=name), "malformed", "request_id") for name in ("a\nb", "x" * 65)),
+    *((message(deadline_ms=value), "malformed", "deadline_ms") for value in (0, True)),
     (message(media="video"), "media_type", "image"),
     (message(prompts=[]), "malformed", "must be lists"),
     (message(samples="QQ=="), "malformed", "must be lists"),
@@ -57,13 +53,12 @@ BAD = [
     (message(prompts=[{"text": "a", "metadata": 3}]), "malformed", "an object or null"),
     (message(samples=[]), "count", "1 prompts need as many samples, not 0"),
     (message(samples=["", ""]), "count", "not 2"),
-    (message(samples=["*"]), "malformed", "base64"),
-    (message(samples=[1]), "malformed", "base64"),
+    *((message(samples=[sample]), "malformed", "base64") for sample in ("*", 1)),
 ]
 
 
 @pytest.mark.parametrize(("body", "code", "pattern"), BAD, ids=[f"{code}-{n}" for n, (_, code, _) in enumerate(BAD)])
-def test_a_request_that_breaks_the_protocol_is_refused(body: bytes, code: str, pattern: str) -> None:
+def test_request_that_breaks_the_protocol_is_refused(body: bytes, code: str, pattern: str) -> None:
     with pytest.raises(WireError, match=pattern) as raised:
         protocol.unpack_request(body)
     assert raised.value.code == code
@@ -78,38 +73,36 @@ def test_images_travel_as_8_bits() -> None:
     assert protocol.decode_image(protocol.encode_image(beyond), 35)[0, 0].tolist() == [0.0, 1.0]
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that says it is large."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    rows = zlib.compress(b"\0" * 100)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+def bomb(side: int) -> bytes:
+    """A PNG of a few bytes that claims to be large."""
+    header, rows = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), zlib.compress(b"\0" * 100)
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")):
+        png += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return png
 
 
-def other(form: str, mode: str = "RGB") -> bytes:
+def encoded(form: str, mode: str = "RGB") -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, (4, 4)).save(buffer, form)
     return buffer.getvalue()
 
 
+UNDECODABLE = [
+    encoded("PNG")[:-24],
+    encoded("JPEG"),
+    encoded("TIFF"),
+    encoded("PNG", "RGBA"),
+    bomb(10**4),
+    bomb(2**31 - 1),
+]
+
+
 @pytest.mark.parametrize(
     ("content", "code"),
-    [
-        (b"", "undecodable"),
-        (b"\x89PNG\r\n\x1a\n", "undecodable"),
-        (other("PNG")[:-24], "undecodable"),
-        (bomb(300, 300), "too_large"),
-        (bomb(10_000, 10_000), "undecodable"),
-        (bomb(2**31 - 1, 2**31 - 1), "undecodable"),
-        (other("JPEG"), "undecodable"),
-        (other("TIFF"), "undecodable"),
-        (other("PNG", "RGBA"), "undecodable"),
-    ],
+    [(bomb(300), "too_large"), *((content, "undecodable") for content in (b"", b"\x89PNG\r\n\x1a\n", *UNDECODABLE))],
 )
-def test_what_is_not_a_small_rgb_png_is_refused(content: bytes, code: str) -> None:
+def test_only_a_small_rgb_png_is_decoded(content: bytes, code: str) -> None:
     with pytest.raises(WireError) as raised:
         protocol.decode_image(content, 256 * 256)
     assert raised.value.code == code
@@ -128,7 +121,7 @@ def test_waveforms_travel_without_loss() -> None:
     assert protocol.decode_audio(wav(8000, np.array([0, 16384, -32768], np.int16)), 8000).tolist() == [[0.0, 0.5, -1.0]]
 
 
-def test_what_is_not_such_a_wav_is_refused() -> None:
+def test_only_a_wav_of_the_sample_rate_is_decoded() -> None:
     with pytest.raises(WireError, match="a waveform of 44100 Hz: this server scores 16000 Hz"):
         protocol.decode_audio(protocol.encode_audio(torch.zeros(1, 9), 44100), 16000)
     for content in (b"", b"RIFF\0\0\0\0WAVE", b"ID3"):
@@ -144,7 +137,7 @@ def test_batches_are_cut_by_number_and_size() -> None:
     assert protocol.batched_by_size([], 2, 2) == []
 
 
-def test_nothing_here_can_run_what_it_receives() -> None:
+def test_no_module_can_execute_what_it_receives() -> None:
     paths = [folder_of("genalign") / "scoring" / f"{name}.py" for name in ("protocol", "server", "server_worker")]
     for path in [*paths, *(folder_of("rewards") / "remote").glob("*.py")]:
         source = path.read_text(encoding="utf-8")

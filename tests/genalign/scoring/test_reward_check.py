@@ -1,8 +1,8 @@
-"""Planted bad rewards: each fails the check that names its fault, and no other."""
+"""Faulty rewards: each fails the check that names its fault, and no other."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -59,7 +59,7 @@ def raising_for_nan(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return good(samples, prompts)
 
 
-PLANTED: dict[str, tuple[RewardFunction, Expected, str, str]] = {
+FAULTY: dict[str, tuple[RewardFunction, Expected, str, str]] = {
     "reversed": (lambda x, p: good(x, p).flip(0), Expected(), "order", "in the order of the samples"),
     "normalized": (normalized, Expected(), "batches", "no statistics of the batch"),
     "squeezed": (lambda x, p: good(x, p).squeeze(), Expected(), "batches", "keep the batch dimension"),
@@ -78,18 +78,18 @@ PLANTED: dict[str, tuple[RewardFunction, Expected, str, str]] = {
 }
 
 
-def failed(checks: Sequence[Check]) -> list[str]:
+def failed(checks: Iterable[Check]) -> list[str]:
     return [one.name for one in checks if one.passed is False]
 
 
-def test_a_good_reward_passes(probe: Probe) -> None:
+def test_good_reward_passes(probe: Probe) -> None:
     checks = list(check(good, probe, Expected(gradient=True)))
     assert failed(checks) == [] and all(one.measured for one in checks)
     assert [one.name for one in checks if one.passed is None] == ["degradation"]
 
 
-@pytest.mark.parametrize(("reward", "expected", "name", "advice"), PLANTED.values(), ids=PLANTED)
-def test_a_planted_fault_is_found_and_nothing_else(
+@pytest.mark.parametrize(("reward", "expected", "name", "advice"), FAULTY.values(), ids=FAULTY)
+def test_fault_fails_its_own_check_alone(
     probe: Probe, reward: RewardFunction, expected: Expected, name: str, advice: str
 ) -> None:
     (failure,) = [one for one in check(reward, probe, expected) if one.passed is False]
@@ -107,35 +107,31 @@ def test_a_planted_fault_is_found_and_nothing_else(
         (lambda n: {}[n], "raised KeyError: 8"),
     ],
 )
-def test_without_a_result_there_are_no_other_checks(probe: Probe, returned, measured: str) -> None:
+def test_unusable_result_ends_the_checks(probe: Probe, returned, measured: str) -> None:
     (only,) = check(lambda samples, prompts: returned(len(samples)), probe)
     assert (only.name, only.passed) == ("result", False)
     assert measured in only.measured and "(B,)" in only.advice
 
 
-def test_the_verifier_passes(probe: Probe) -> None:
-    verifier = list(check(ShapesReward("partial"), probe, Expected(prompts=True)))
-    assert failed(verifier) == [] and "none reaches the sample" in [one.measured for one in verifier]
+def test_shapes_verifier_passes(probe: Probe) -> None:
+    checks = list(check(ShapesReward("partial"), probe, Expected(prompts=True)))
+    assert failed(checks) == [] and "none reaches the sample" in [one.measured for one in checks]
 
 
 @pytest.mark.slow
-def test_the_embedded_clip_passes(probe: Probe) -> None:
-    assert failed(list(check(ClipReward("shapes-clip"), probe, Expected(prompts=True, gradient=True)))) == []
+def test_embedded_clip_passes(probe: Probe) -> None:
+    assert failed(check(ClipReward("shapes-clip"), probe, Expected(prompts=True, gradient=True))) == []
 
 
-def test_waveforms_are_checked_too() -> None:
+def test_waveforms_are_checked() -> None:
     time = torch.linspace(0, 0.25, 2000)
-    waves = torch.stack([0.5 * torch.sin(2 * torch.pi * hertz * time) for hertz in (110, 220, 330, 440, 550)])[:, None]
-    prompts = [Prompt(f"a tone of {hertz} Hz") for hertz in (110, 220, 330, 440, 550)]
-
-    def smoothness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        return -mean(samples.diff(dim=-1).square())
-
-    checks = list(check(smoothness, Probe(waves, prompts), Expected(gradient=True)))
-    assert failed(checks) == []
+    tones = (110, 220, 330, 440, 550)
+    waves = torch.stack([0.5 * torch.sin(2 * torch.pi * hertz * time) for hertz in tones])[:, None]
+    tone_probe = Probe(waves, [Prompt(f"a tone of {hertz} Hz") for hertz in tones])
+    assert failed(check(lambda x, p: -mean(x.diff(dim=-1).square()), tone_probe, Expected(gradient=True))) == []
 
 
-def test_a_probe_must_tell_samples_apart(probe: Probe) -> None:
+def test_probe_needs_four_samples_of_different_prompts(probe: Probe) -> None:
     with pytest.raises(ValueError, match="at least 4 images"):
         Probe(probe.samples[:3], probe.prompts[:3])
     with pytest.raises(ValueError, match="prompts that differ"):

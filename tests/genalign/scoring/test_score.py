@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from genalign.scoring.score import NamedReward, RewardError, RewardMonitor, named, probe, score
-from genalign.types import Prompt
+from genalign.types import Prompt, RewardFunction
 
 IMAGES = torch.rand(4, 3, 8, 8)
 PROMPTS = [Prompt("a circle")] * 4
@@ -28,34 +29,35 @@ def half(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return torch.tensor([1.0, torch.nan, torch.inf, 0.0])
 
 
-def refuses_dark(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    if bool((samples == 0).flatten(1).all(1).any()):
-        raise ValueError("too dark")
-    return brightness(samples, prompts)
+def scores_of(function: RewardFunction, **settings: Any) -> Tensor:
+    return score([NamedReward("r", function, **settings)], IMAGES, PROMPTS)[:, 0]
 
 
 def test_failures_are_nan_and_never_zero(caplog: pytest.LogCaptureFixture) -> None:
     rewards = [NamedReward("a", brightness), NamedReward("b", raising), NamedReward("c", half)]
     scores = score(rewards, IMAGES, PROMPTS)
     assert scores.shape == (4, 3)
-    torch.testing.assert_close(scores[:, 0], IMAGES.flatten(1).mean(1))
+    torch.testing.assert_close(scores[:, 0], brightness(IMAGES, PROMPTS))
     assert bool(scores[:, 1].isnan().all())
     assert scores[:, 2].isnan().tolist() == [False, True, True, False]
     assert "reward 'b' raised ConnectionError: server gone; calling it again" in caplog.text
     assert "reward 'b' raised ConnectionError: server gone; 4 scores are NaN" in caplog.text
 
 
-def test_a_wrong_shape_is_refused() -> None:
-    message = r"reward 'x' returned shape \(4, 1\) for 4 samples: return one score per sample, a tensor of shape \(4,\)"
-    with pytest.raises(RewardError, match=message):
-        score([NamedReward("x", lambda samples, prompts: torch.zeros(4, 1))], IMAGES, PROMPTS)
-    with pytest.raises(RewardError, match=r"reward 'x' returned shape \(\) for 1 samples"):
-        score([NamedReward("x", lambda samples, prompts: samples.mean(), score_batch=1)], IMAGES, PROMPTS)
-    with pytest.raises(RewardError, match=r"reward 'x' returned list: return a tensor of shape \(B,\)"):
-        score([NamedReward("x", lambda samples, prompts: [0.0] * 4)], IMAGES, PROMPTS)
+@pytest.mark.parametrize(
+    ("wrong", "score_batch", "message"),
+    [
+        (torch.zeros(4, 1), None, r"shape \(4, 1\) for 4 samples: return one score .*, a tensor of shape \(4,\)"),
+        (torch.tensor(0.0), 1, r"shape \(\) for 1 samples"),
+        ([0.0] * 4, None, r"list: return a tensor of shape \(B,\)"),
+    ],
+)
+def test_wrong_shape_is_refused(wrong: Any, score_batch: int | None, message: str) -> None:
+    with pytest.raises(RewardError, match=f"reward 'r' returned {message}"):
+        scores_of(lambda samples, prompts: wrong, score_batch=score_batch)
 
 
-def test_the_probe_says_what_is_wrong() -> None:
+def test_probe_refuses_a_broken_reward() -> None:
     probe([NamedReward("fine", brightness), NamedReward("partly", half)], IMAGES, PROMPTS)
     with pytest.raises(RewardError, match="reward 'r' raised ConnectionError on a first batch: server gone"):
         probe([NamedReward("r", raising)], IMAGES, PROMPTS)
@@ -66,70 +68,69 @@ def test_the_probe_says_what_is_wrong() -> None:
 
 
 @pytest.mark.parametrize("score_batch", [None, 1, 3, 4, 9])
-def test_parts_change_no_score(score_batch: int | None) -> None:
+def test_score_batch_changes_no_score(score_batch: int | None) -> None:
     sizes: list[int] = []
 
-    def told_apart(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    def prompted(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         sizes.append(len(samples))
-        return samples.flatten(1).mean(1) + torch.tensor([float(prompt.text) for prompt in prompts])
+        return brightness(samples, prompts) + torch.tensor([float(prompt.text) for prompt in prompts])
 
-    reward = NamedReward("r", told_apart, score_batch=score_batch)
-    prompts = [Prompt(str(i)) for i in range(4)]
-    expected = IMAGES.flatten(1).mean(1) + torch.arange(4)
-    torch.testing.assert_close(score([reward], IMAGES, prompts), expected[:, None], rtol=0, atol=0)
+    reward, prompts = NamedReward("r", prompted, score_batch=score_batch), [Prompt(str(i)) for i in range(4)]
+    scores = score([reward], IMAGES, prompts)[:, 0]
+    torch.testing.assert_close(scores, brightness(IMAGES, prompts) + torch.arange(4), rtol=0, atol=0)
     assert max(sizes) <= (score_batch or 4) and sum(sizes) == 4
     probe([reward], IMAGES, prompts)
 
 
-def test_parts_keep_the_gradient() -> None:
+def test_score_batch_preserves_the_gradient() -> None:
     samples = IMAGES.clone().requires_grad_()
     whole, parts = NamedReward("r", brightness), NamedReward("r", brightness, score_batch=3)
     gradients = [torch.autograd.grad(reward(samples, PROMPTS).square().sum(), samples)[0] for reward in (whole, parts)]
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
-def test_what_raises_once_costs_nothing() -> None:
-    calls: list[int] = []
+def test_single_failure_loses_no_score() -> None:
+    sizes: list[int] = []
 
     def flaky(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        calls.append(len(samples))
-        if len(calls) == 1:
-            raise ConnectionError("a moment")
-        return brightness(samples, prompts)
+        sizes.append(len(samples))
+        return raising(samples, prompts) if len(sizes) == 1 else brightness(samples, prompts)
 
-    torch.testing.assert_close(score([NamedReward("r", flaky)], IMAGES, PROMPTS)[:, 0], brightness(IMAGES, PROMPTS))
-    assert calls == [4, 4]
+    torch.testing.assert_close(scores_of(flaky), brightness(IMAGES, PROMPTS))
+    assert sizes == [4, 4]
 
 
 @pytest.mark.parametrize(("score_batch", "lost"), [(None, [0, 1, 2, 3]), (1, [2]), (4, [2])])
-def test_a_failing_sample_loses_its_own_score_alone_where_batches_may_be_split(
+def test_failing_sample_loses_only_its_own_score_where_batches_may_be_split(
     score_batch: int | None, lost: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    samples = IMAGES.clone()
-    samples[2] = 0
-    scores = score([NamedReward("r", refuses_dark, score_batch=score_batch)], samples, PROMPTS)[:, 0]
+    def refuses_third(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        if any(torch.equal(sample, IMAGES[2]) for sample in samples):
+            raise ValueError("not this one")
+        return brightness(samples, prompts)
+
+    scores = scores_of(refuses_third, score_batch=score_batch)
     assert scores.isnan().nonzero()[:, 0].tolist() == lost
-    assert f"reward 'r' raised ValueError: too dark; {len(lost)} scores are NaN" in caplog.text
+    assert f"reward 'r' raised ValueError: not this one; {len(lost)} scores are NaN" in caplog.text
 
 
-def test_a_call_that_hangs_has_failed(caplog: pytest.LogCaptureFixture) -> None:
-    answer, calls = threading.Event(), []
+def test_call_past_its_timeout_has_failed(caplog: pytest.LogCaptureFixture) -> None:
+    release, calls = threading.Event(), []
 
     def hanging(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         calls.append(torch.is_grad_enabled())
         if len(calls) < 3:
-            answer.wait()
+            release.wait()
         return brightness(samples, prompts)
 
-    reward = NamedReward("slow", hanging, score_batch=2, timeout=0.05)
-    scores = score([reward], IMAGES, PROMPTS)[:, 0]
-    answer.set()
+    scores = scores_of(hanging, score_batch=2, timeout=0.05)
+    release.set()
     assert scores.isnan().tolist() == [True, True, False, False]
     assert calls == [False, False, False]  # a call that hangs is not split
-    assert "reward 'slow' raised TimeoutError: no scores within 0.05 s; 2 scores are NaN" in caplog.text
+    assert "reward 'r' raised TimeoutError: no scores within 0.05 s; 2 scores are NaN" in caplog.text
 
 
-def test_settings_of_a_reward_are_checked() -> None:
+def test_invalid_reward_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="timeout of reward 'x' must be positive, in seconds, not 0"):
         NamedReward("x", brightness, timeout=0)
     with pytest.raises(ValueError, match="score_batch of reward 'x' must be at least 1 sample, not 0"):
@@ -161,14 +162,9 @@ def test_too_many_failures_stop_the_run() -> None:
 
 
 def test_rounds_without_signal_warn_once_and_then_stop(caplog: pytest.LogCaptureFixture) -> None:
-    scores = torch.ones(4, 1)
-    monitor = RewardMonitor(silent_rounds=2)
-    for silent in (True, False, True, False):  # a round with signal starts the count again
+    scores, monitor = torch.ones(4, 1), RewardMonitor(silent_rounds=3)
+    for silent in (True, True, False, True, True):  # a round with signal starts the count again
         monitor.see(scores, silent)
-    caplog.clear()
-    monitor = RewardMonitor(silent_rounds=3)
-    monitor.see(scores, silent=True)
-    monitor.see(scores, silent=True)
-    assert caplog.text.count("nothing to learn from") == 1
+    assert caplog.text.count("nothing to learn from") == 2
     with pytest.raises(RewardError, match="for 3 rounds every group had equal scores: use a reward with partial"):
         monitor.see(scores, silent=True)

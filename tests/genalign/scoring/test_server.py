@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from genalign.scoring import protocol
-from genalign.scoring.protocol import SampleError
+from genalign.scoring.protocol import Outcome, SampleError
 from genalign.scoring.server import listen, placeholder, require_safe
 from genalign.scoring.server_worker import score_each
 from genalign.types import Prompt
@@ -35,7 +35,7 @@ class Gated:
         self.batches.append(len(samples))
         self.entered.set()
         assert self.gate.wait(20)
-        return samples.flatten(1).mean(1)
+        return brightness(samples, prompts)
 
 
 def brightness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -59,8 +59,16 @@ def request(levels: Sequence[float], name: str = "r", deadline: float = 20) -> p
     return protocol.ScoreRequest(name, deadline, tuple(Prompt("grey") for _ in levels), "image", images)
 
 
-def post(url: str, asked: protocol.ScoreRequest, **headers: str) -> httpx.Response:
-    return call(url, "POST", "/v1/score", asked.to_json(), Content_Type="application/json", **headers)
+def post(url: str, sent: protocol.ScoreRequest, **headers: str) -> httpx.Response:
+    return call(url, "POST", "/v1/score", sent.to_json(), Content_Type="application/json", **headers)
+
+
+def outcomes(url: str, sent: protocol.ScoreRequest) -> Sequence[Outcome]:
+    answer = post(url, sent)
+    assert answer.status_code == 200
+    reply = protocol.unpack_reply(answer.content, sent.request_id, len(sent.samples))
+    assert reply.version == "1"
+    return reply.outcomes
 
 
 def test_info_and_health(url: str) -> None:
@@ -69,21 +77,18 @@ def test_info_and_health(url: str) -> None:
         assert call(url, "GET", path).status_code == status
 
 
-def test_scores_come_as_json_with_null_for_what_has_none(url: str) -> None:
-    asked = request([0.0, 1.0])
-    broken = replace(asked, prompts=(*asked.prompts, Prompt("x")), samples=(*asked.samples, b"GIF89a"))
-    answer = post(url, broken)
-    reply = protocol.unpack_reply(answer.content, "r", 3)
-    *scores, error = reply.outcomes
-    assert answer.status_code == 200 and scores == [0.0, 1.0] and reply.version == "1"
-    assert isinstance(error, SampleError) and error.code == "undecodable"
+def test_undecodable_sample_is_null_with_a_reason(url: str) -> None:
+    sent = request([0.0, 1.0])
+    broken = replace(sent, prompts=(*sent.prompts, Prompt("x")), samples=(*sent.samples, b"GIF89a"))
+    *scores, error = outcomes(url, broken)
+    assert scores == [0.0, 1.0] and isinstance(error, SampleError) and error.code == "undecodable"
 
 
 def test_images_of_different_sizes_are_scored(url: str) -> None:
-    samples = tuple(protocol.encode_image(torch.full((3, side, 4), side / 255)) for side in (3, 9, 3, 5))
+    sides = (3, 9, 3, 5)
+    samples = tuple(protocol.encode_image(torch.full((3, side, 4), side / 255)) for side in sides)
     mixed = protocol.ScoreRequest("mixed", 20, (Prompt("x"),) * 4, "image", samples)
-    reply = protocol.unpack_reply(post(url, mixed).content, "mixed", 4)
-    assert reply.outcomes == pytest.approx([3 / 255, 9 / 255, 3 / 255, 5 / 255], abs=1e-6)
+    assert outcomes(url, mixed) == pytest.approx([side / 255 for side in sides], abs=1e-6)
 
 
 def refusal(answer: httpx.Response) -> tuple[int, str]:
@@ -106,21 +111,20 @@ AUDIO = protocol.ScoreRequest("a", 5, (Prompt("x"),), "audio", (protocol.encode_
     ],
     ids=["multipart", "pickle", "no JSON", "no schema", "too many", "audio", "too large"],
 )
-def test_requests_that_cannot_be_scored_are_refused(url: str, kind: str, body: bytes, status: int, code: str) -> None:
+def test_unscorable_request_is_refused(url: str, kind: str, body: bytes, status: int, code: str) -> None:
     assert refusal(call(url, "POST", "/v1/score", body, Content_Type=kind)) == (status, code)
 
 
-def test_an_oversize_body_without_a_length_is_refused_before_it_is_held(url: str) -> None:
+def test_oversize_body_without_a_length_is_refused_before_it_is_stored(url: str) -> None:
     host, port = urlsplit(url).hostname or "", urlsplit(url).port or 0
     with socket.create_connection((host, port), timeout=20) as sock:
         sock.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-        sock.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
-        for _ in range(16):  # exactly at the limit, and one more
+        for _ in range(17):  # exactly at the limit, and one more
             sock.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
         assert b"413" in sock.recv(100)
 
 
-def test_the_token_is_checked_before_the_body_is_read() -> None:
+def test_token_is_checked_before_the_body_is_read() -> None:
     with serving(brightness, token="s3cret") as url:
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"}):
             assert call(url, "GET", "/v1/info", **header).status_code == 401
@@ -129,7 +133,7 @@ def test_the_token_is_checked_before_the_body_is_read() -> None:
         assert post(url, request([0.5]), Authorization="Bearer s3cret").status_code == 200
 
 
-def test_a_request_id_is_scored_once_and_for_one_request() -> None:
+def test_request_id_is_scored_once_and_for_one_request() -> None:
     reward = Gated()
     with serving(reward) as url, ThreadPoolExecutor(2) as threads:
         answers = [threads.submit(post, url, request([0.2, 0.4])) for _ in range(2)]
@@ -139,16 +143,14 @@ def test_a_request_id_is_scored_once_and_for_one_request() -> None:
         assert refusal(post(url, request([0.3, 0.4]))) == (422, "request_id")
 
 
-def test_a_request_past_its_deadline_can_be_sent_again() -> None:
+def test_request_past_its_deadline_can_be_sent_again() -> None:
     reward = Gated()
     with serving(reward) as url:
         assert refusal(post(url, request([0.2], deadline=0.1))) == (504, "deadline")
         assert post(url, request([0.6], "waiting", deadline=0.1)).status_code == 504  # behind the first, never scored
         reward.gate.set()
-        reply = protocol.unpack_reply(post(url, request([0.2])).content, "r", 1)
-        assert reply.outcomes == (pytest.approx(0.2, abs=0.002),)
-        again = protocol.unpack_reply(post(url, request([0.6], "waiting")).content, "waiting", 1)
-        assert again.outcomes == (pytest.approx(0.6, abs=0.002),)
+        assert outcomes(url, request([0.2])) == (pytest.approx(0.2, abs=0.002),)
+        assert outcomes(url, request([0.6], "waiting")) == (pytest.approx(0.6, abs=0.002),)
     assert reward.batches == [1, 1]
 
 
@@ -166,7 +168,7 @@ def test_waiting_requests_are_scored_together() -> None:
     assert sum(reward.batches) == 13 and len(reward.batches) < 5 and max(reward.batches) <= INFO.max_batch
 
 
-def test_more_requests_than_places_are_sent_away() -> None:
+def test_requests_over_the_limit_are_refused() -> None:
     reward = Gated()
     with serving(reward, max_requests=1) as url, ThreadPoolExecutor(1) as threads:
         first = threads.submit(post, url, request([0.1]))
@@ -177,7 +179,7 @@ def test_more_requests_than_places_are_sent_away() -> None:
         assert first.result().status_code == 200
 
 
-def test_the_server_is_ready_once_the_reward_has_scored_a_placeholder() -> None:
+def test_server_is_ready_after_scoring_a_placeholder() -> None:
     reward = Gated()
     with serving(reward, first=placeholder(INFO)) as url:
         assert reward.entered.wait(20)
@@ -192,7 +194,7 @@ def test_the_server_is_ready_once_the_reward_has_scored_a_placeholder() -> None:
     assert reward.batches == [1, 1]
 
 
-def test_a_reward_that_fails_on_the_placeholder_is_served_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_reward_that_fails_on_the_placeholder_is_served_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     def needy(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         if any(prompt.metadata is None for prompt in prompts):
             raise ValueError("no metadata")
@@ -204,7 +206,7 @@ def test_a_reward_that_fails_on_the_placeholder_is_served_with_a_warning(caplog:
     assert "request at the start, of a sample without meaning or metadata: the reward raised ValueError" in caplog.text
 
 
-def test_stopping_finishes_what_is_under_way() -> None:
+def test_stopping_finishes_queued_requests() -> None:
     reward = Gated()
     with ThreadPoolExecutor(1) as threads:
         with serving(reward) as url:
@@ -214,14 +216,14 @@ def test_stopping_finishes_what_is_under_way() -> None:
         assert first.result().status_code == 200
 
 
-def test_a_bad_sample_costs_a_few_calls() -> None:
+def test_bad_sample_costs_a_few_calls() -> None:
     calls = []
 
     def poisoned(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         calls.append(len(samples))
         if bool((samples == 9).any()):
             raise RuntimeError
-        return samples.flatten(1).mean(1)
+        return brightness(samples, prompts)
 
     samples = torch.arange(16.0).view(16, 1, 1, 1)
     scored = score_each(poisoned, samples, [Prompt("x")] * 16, "name")
@@ -230,12 +232,12 @@ def test_a_bad_sample_costs_a_few_calls() -> None:
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(4, 1), torch.tensor(0.0), [0.0] * 4, torch.full((4,), torch.nan)])
-def test_an_invalid_score_is_null(wrong: object) -> None:
+def test_invalid_score_is_null(wrong: object) -> None:
     scored = score_each(lambda samples, prompts: wrong, torch.rand(4, 3, 2, 2), [Prompt("x")] * 4, "name")
     assert len(scored) == 4 and all(isinstance(outcome, SampleError) for outcome in scored)
 
 
-def test_only_loopback_goes_without_a_token() -> None:
+def test_only_loopback_needs_no_token() -> None:
     for host in ("127.0.0.1", "localhost", "::1", "127.9.9.9"):
         require_safe(host, None, "T")
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
@@ -244,7 +246,7 @@ def test_only_loopback_goes_without_a_token() -> None:
             require_safe(host, None, "T")
 
 
-def test_a_busy_port_is_refused_with_advice() -> None:
-    taken = pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1:\d+ .*choose another --host or --port")
-    with listen("127.0.0.1", 0) as sock, taken:
+def test_busy_port_is_refused_with_advice() -> None:
+    message = r"cannot listen on 127\.0\.0\.1:\d+ .*choose another --host or --port"
+    with listen("127.0.0.1", 0) as sock, pytest.raises(ValueError, match=message):
         listen("127.0.0.1", sock.getsockname()[1])

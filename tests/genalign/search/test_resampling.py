@@ -113,14 +113,6 @@ def test_extreme_log_weights(resampler: Resampler) -> None:
     assert set(resampler(normalized_weights(torch.linspace(-1e4, 0, 100)), generator()).tolist()) == {99}
 
 
-@EVERY
-def test_invalid_weights_are_refused(resampler: Resampler) -> None:
-    wrong = [[0.5, 0.6], [1.5, -0.5], [math.nan, 1.0], []]
-    for weights in [*map(weights_of, wrong), torch.tensor([0.5, 0.5]), weights_of([1.0])[None]]:
-        with pytest.raises(ValueError, match="use normalized_weights"):
-            resampler(weights, generator())
-
-
 def test_normalized_weights_values() -> None:
     weights = normalized_weights(torch.tensor([0.0, math.log(3.0)]))
     assert weights.tolist() == pytest.approx([0.25, 0.75]) and weights.dtype == torch.float64
@@ -134,8 +126,6 @@ def test_normalized_weights_of_nan_and_inf() -> None:
         assert normalized_weights(torch.tensor(nothing)).tolist() == [0.25] * 4
     with pytest.raises(ValueError, match=r"\+inf"):
         normalized_weights(torch.tensor([0.0, math.inf]))
-    with pytest.raises(ValueError, match=r"must be \(K,\)"):
-        normalized_weights(torch.zeros(2, 2))
 
 
 def test_effective_size_values() -> None:

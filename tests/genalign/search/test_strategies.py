@@ -63,9 +63,7 @@ STRATEGIES: dict[str, Strategy] = {
 def test_ledger_equals_count_and_model_calls(tiny: SD3, strategy: Strategy, guidance: float) -> None:
     run = search_run(tiny, guidance)
     true: Counter[str] = Counter()
-    tiny.denoiser.register_forward_hook(
-        lambda module, args, keywords, output: true.update(forward=len(keywords["hidden_states"])), with_kwargs=True
-    )
+    tiny.denoiser.register_forward_hook(lambda module, inputs, output: true.update(forward=len(output[0])))
     finished = strategy(run, None)
     assert run.ledger.nfe == true["forward"]
     counts = count_calls(run, strategy).counts  # of one of the two prompts

@@ -17,21 +17,18 @@ from genalign.scoring.score import NamedReward
 from genalign.training.noise_calibration import Calibration, calibrate, calibrated, initial_levels, save_kernel
 from genalign.training.sampler import Sampler
 from genalign.training.settings import TrainerSettings
-from genalign.types import Prompt
+from genalign.types import Prompt, RewardFunction
 from pipelines import SD3
 
 PROMPTS = (Prompt("a circle"), Prompt("two squares"))
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 
 
-def _sampler(tiny: SD3, reward: NamedReward) -> Sampler:
+def _calibrated(tiny: SD3, reward: RewardFunction, iterations: int) -> CalibratedSDE:
     settings = TrainerSettings(prompts_per_round=2, group_size=8, batch_size=16, updates_per_round=1)
-    return Sampler(tiny, [reward], tiny.grid(4, SIGMAS), 1.0, settings)
-
-
-def _kernels(tiny: SD3, reward: NamedReward, iterations: int) -> list[CalibratedSDE]:
-    settings = Calibration(iterations=iterations, step=0.1)
-    return list(calibrate(_sampler(tiny, reward), flow_grpo(), repeat(PROMPTS), settings))
+    sampler = Sampler(tiny, [NamedReward("reward", reward)], tiny.grid(4, SIGMAS), 1.0, settings)
+    *_, last = calibrate(sampler, flow_grpo(), repeat(PROMPTS), Calibration(iterations=iterations, step=0.1))
+    return last
 
 
 def test_initial_levels_are_those_of_flow_sde(tiny: SD3) -> None:
@@ -50,19 +47,15 @@ def test_noise_that_only_harms_is_lowered_to_its_bound(tiny: SD3) -> None:
         place = next(calls) % (len(trainable_steps(FlowSDE(), tiny.grid(4, SIGMAS))) + 1)
         return torch.full((len(samples),), -100.0 if place == 0 else -float(place))
 
-    *_, last = _kernels(tiny, NamedReward("falling", falling), 12)
-    trained = trainable_steps(last, tiny.grid(4, SIGMAS))
-    grid = tiny.grid(4, SIGMAS)
+    last, grid = _calibrated(tiny, falling, 12), tiny.grid(4, SIGMAS)
+    trained = trainable_steps(last, grid)
     assert all(last.levels[i] < 0.7 * float(initial_levels(grid)[i]) for i in trained)
     untrained = set(range(4)) - set(trained)
     assert all(last.levels[i] == pytest.approx(float(initial_levels(grid)[i])) for i in untrained)
 
 
 def test_without_gains_nothing_moves(tiny: SD3) -> None:
-    def same(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        return torch.ones(len(samples))
-
-    last = _kernels(tiny, NamedReward("same", same), 2)[-1]
+    last = _calibrated(tiny, lambda samples, _: torch.ones(len(samples)), 2)
     assert last.levels == pytest.approx(initial_levels(tiny.grid(4, SIGMAS)).tolist())
 
 

@@ -23,7 +23,7 @@ from genalign.search.ranking import best_per_prompt
 from genalign.search.stepwise import StepwiseStrategy
 from genalign.types import Prompt
 from pipelines import SD3, prune, steer
-from pipelines.steering.decode import decode_latents
+from pipelines.steering.latent_scores import decode_latents
 from tests.pipelines.tiny_pipelines import STEPS, Family, flux, sd3, sd15, sdxl, stable_audio
 
 pytestmark = [
@@ -38,7 +38,7 @@ def loudness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return samples.flatten(1).mean(1)
 
 
-SOUND = {"sigma_min": 0.3, "sigma_max": 500.0, "sigma_data": 1.0}
+EDM = EDMDPMSolverMultistepScheduler(sigma_min=0.3, sigma_max=500.0, sigma_data=1.0)
 FAMILIES: dict[str, Callable[[], Family]] = {
     "sd15 DDIM": sd15,
     "sd15 Euler": lambda: sd15().on(EulerDiscreteScheduler),
@@ -46,16 +46,15 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "sdxl": sdxl,
     "sd3": sd3,
     "flux": flux,
-    "stable_audio": lambda: stable_audio(scheduler=EDMDPMSolverMultistepScheduler(**SOUND)),
+    "stable_audio": lambda: stable_audio(scheduler=EDM),
 }
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_particles_of_a_users_pipeline_are_weighed_and_resampled(name: str) -> None:
+def test_particles_of_a_diffusers_pipeline_are_resampled(name: str) -> None:
     family = FAMILIES[name]()
-    rows = range(PARTICLES)
     with steer(family.pipe, loudness, FK, prompts=["noise"]) as steering:
-        steered = family.run(rows)
+        steered = family.run(range(PARTICLES))
     assert "step" not in vars(family.pipe.scheduler)
     assert steering.scores is not None and steering.scores.shape == (PARTICLES, 1)
     assert steering.ledger.nfe == STEPS * PARTICLES * family.nfe
@@ -67,7 +66,7 @@ def test_particles_of_a_users_pipeline_are_weighed_and_resampled(name: str) -> N
     assert copies and len({node.parent for node in copies}) < len(copies)
 
 
-def test_without_potentials_nothing_but_the_order_changes() -> None:
+def test_best_of_n_changes_only_the_order() -> None:
     family, rows = sd15(), range(PARTICLES)
     plain = family.run(rows)
     with steer(family.pipe, loudness, BestOfN(), prompts=["noise"]) as steering:
@@ -86,7 +85,7 @@ def test_prompts_never_exchange_particles_under_the_schedulers_own_moves() -> No
     assert parents and all(node.prompt == parent.prompt for node, parent in parents)
 
 
-def test_the_users_code_is_unchanged(tiny_folder: object) -> None:
+def test_pipeline_called_by_text_is_steered(tiny_folder: object) -> None:
     pipe = StableDiffusion3Pipeline.from_pretrained(str(tiny_folder))
     pipe.set_progress_bar_config(disable=True)
     texts: set[str] = set()
@@ -118,7 +117,7 @@ class Greedy:
         return Stepwise(kernel=DDIM(1.0), scoring_steps=lambda total: range(1, total - 1), selection=self.selection)
 
 
-def test_a_new_stepwise_strategy_steers_without_a_change_of_this_package() -> None:
+def test_custom_stepwise_strategy_steers() -> None:
     family = sd15()
     with steer(family.pipe, loudness, Greedy(), prompts=["noise", "silence"]) as steering:
         family.run(range(4))
@@ -133,7 +132,7 @@ def test_a_new_stepwise_strategy_steers_without_a_change_of_this_package() -> No
     assert steering.ledger.counts["decode"] == 4 * 3
 
 
-def test_a_selection_across_prompts_is_refused() -> None:
+def test_selection_across_prompts_is_refused() -> None:
     class Mixed(Selection):
         def select(self, step: int, scores: Tensor) -> Tensor:
             return torch.zeros(len(scores), dtype=torch.long)
@@ -159,7 +158,7 @@ def test_a_selection_across_prompts_is_refused() -> None:
         (ReNO(), ["noise"], 4, "ReNO cannot steer a pipeline of your own"),
     ],
 )
-def test_what_cannot_be_steered_is_refused(
+def test_impossible_steering_is_refused(
     strategy: StepwiseStrategy, prompts: list[str] | None, count: int, message: str
 ) -> None:
     family = sd15()
@@ -169,7 +168,7 @@ def test_what_cannot_be_steered_is_refused(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_users_pipeline_is_pruned_in_parts(name: str) -> None:
+def test_diffusers_pipeline_is_pruned_in_parts(name: str) -> None:
     family = FAMILIES[name]()
     call = {**family.shared, **{key: tensor[:1] for key, tensor in family.samples.items()}}
     call |= {"num_inference_steps": STEPS}

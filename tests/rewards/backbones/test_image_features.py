@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig, Dinov2Config, Dinov2Model
+from transformers import CLIPModel, CLIPVisionConfig, Dinov2Config, Dinov2Model
 
 from genalign import assets
 from rewards.backbones.clip_encoder import load_clip
@@ -15,7 +15,7 @@ from rewards.backbones.encoders import PatchFeatures
 from rewards.backbones.image_features import ClipFeatures, Dinov2Features, extract_features
 from rewards.backbones.reference_images import ImageTensor
 from rewards.set_rewards import FrechetReward
-from scripts.pretrain.shapes_tokenizers import clip_tokenizer
+from tests.rewards import tiny_detectors
 
 
 @pytest.fixture(scope="module")
@@ -33,39 +33,28 @@ def images(size: int, count: int = 2) -> torch.Tensor:
 
 
 def test_clip_features_are_the_embedding_and_projected_patches() -> None:
-    features = ClipFeatures("shapes-clip")
-    result = features.features(images(64))
-    assert isinstance(features, PatchFeatures)
-    assert result.global_.shape == (2, 128) and result.patches.shape == (2, 64, 128)
-    torch.testing.assert_close(result.global_, features(images(64)))
-
-
-def test_clip_patches_take_the_path_of_the_class_token() -> None:
     model = open_clip.create_model(f"local-dir:{assets.resolve('shapes-clip')}").eval()
     model.visual.output_tokens = True
+    features = ClipFeatures("shapes-clip")
     with torch.no_grad():
         pooled, tokens = model.visual(load_clip("shapes-clip").prepare(images(64)))
-        result = ClipFeatures("shapes-clip").features(images(64))
+        result = features.features(images(64))
+    assert isinstance(features, PatchFeatures)
+    assert result.global_.shape == (2, 128) and result.patches.shape == (2, 64, 128)
+    torch.testing.assert_close(features(images(64)), pooled, rtol=0, atol=1e-4)
     torch.testing.assert_close(result.global_, pooled, rtol=0, atol=1e-4)
     torch.testing.assert_close(result.patches, tokens @ model.visual.proj, rtol=0, atol=1e-4)
 
 
 def test_transformers_clip_patches(tmp_path: Path) -> None:
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = tower | {"image_size": 16, "patch_size": 8}
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=tower, vision_config=vision, projection_dim=8)).eval()
-    model.save_pretrained(tmp_path / "weights")
-    clip_tokenizer().save_pretrained(str(tmp_path / "processor"))
-    CLIPImageProcessor(
-        size={"height": 16, "width": 16}, do_center_crop=False, image_mean=[0.0] * 3, image_std=[1.0] * 3
-    ).save_pretrained(tmp_path / "processor")
-    result = ClipFeatures(str(tmp_path / "weights"), str(tmp_path / "processor")).features(images(16))
+    size = {"size": {"height": 32, "width": 32}, "do_center_crop": False}
+    folder = tiny_detectors.clip(tmp_path, **size, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    model = CLIPModel.from_pretrained(folder).eval()
+    result = ClipFeatures(folder).features(images(32))
     with torch.no_grad():
-        seen = model.vision_model(images(16))
-        last = model.visual_projection(model.vision_model.post_layernorm(seen.last_hidden_state))
-    torch.testing.assert_close(result.global_, last[:, 0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(result.patches, last[:, 1:], rtol=0, atol=1e-6)
+        hidden = model.vision_model(images(32)).last_hidden_state
+        tokens = model.visual_projection(model.vision_model.post_layernorm(hidden))
+    torch.testing.assert_close(torch.cat([result.global_[:, None], result.patches], 1), tokens, rtol=0, atol=1e-6)
 
 
 def test_dinov2_agrees_with_transformers(dinov2_folder: Path) -> None:
@@ -80,8 +69,8 @@ def test_dinov2_agrees_with_transformers(dinov2_folder: Path) -> None:
 
 
 def test_dinov2_takes_any_image_at_any_multiple_of_its_patch(dinov2_folder: Path) -> None:
-    assert Dinov2Features(str(dinov2_folder)).features(images(50)).patches.shape == (2, 4, 16)
-    assert Dinov2Features(str(dinov2_folder), size=42).features(images(50)).patches.shape == (2, 9, 16)
+    for size, patches in (None, 4), (42, 9):
+        assert Dinov2Features(str(dinov2_folder), size).features(images(50)).patches.shape == (2, patches, 16)
     with pytest.raises(ValueError, match="size 40 is not a multiple of the patch size 14: try 28"):
         Dinov2Features(str(dinov2_folder), size=40)(images(40))
 

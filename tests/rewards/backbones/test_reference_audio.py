@@ -42,23 +42,17 @@ def test_wav_and_flac_are_read(tmp_path: Path) -> None:
     assert drawn.shape == (3, 1, 8000)
 
 
-def test_stereo_and_other_rates_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_stereo_other_rates_and_silence_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     warn_once.cache_clear()
     write(tmp_path / "a.wav")
     write(tmp_path / "b.wav", rate=44100, channels=2)
+    soundfile.write(tmp_path / "c.wav", np.zeros(8000), 8000)
     with caplog.at_level(logging.WARNING):
-        loaded = AudioFolder(tmp_path, 8000).load([0, 1])
+        loaded = AudioFolder(tmp_path, 8000).load([0, 1, 2])
     torch.testing.assert_close(loaded[0, 0, 800:-800], loaded[1, 0, 800:-800], rtol=0, atol=1e-3)
     assert "hears one channel: the mean of 2 is taken" in caplog.text
     assert "hears 8000 Hz: waveforms at 44100 Hz are resampled" in caplog.text
-
-
-def test_a_silent_reference_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    warn_once.cache_clear()
-    soundfile.write(tmp_path / "a.wav", np.zeros(4000), 8000)
-    with caplog.at_level(logging.WARNING):
-        AudioFolder(tmp_path, 8000).load([0])
-    assert f"the reference {tmp_path / 'a.wav'} is silent" in caplog.text
+    assert f"the reference {tmp_path / 'c.wav'} is silent" in caplog.text
 
 
 def test_clips_of_different_lengths_need_seconds(tmp_path: Path) -> None:
@@ -78,21 +72,9 @@ def test_a_folder_with_one_file(tmp_path: Path) -> None:
     """No set of clips, but enough for one of frames."""
     write(tmp_path / "a.wav")
     clips, encoder = AudioFolder(tmp_path, 8000), LogMelFeatures(8000, mels=8)
-    with pytest.raises(
-        ValueError, match=r"needs 2 samples or more, got 1: one has no covariance\. Add more, or compare"
-    ):
+    with pytest.raises(ValueError, match=r"needs 2 samples or more, got 1: one has no .*extract_frame_features"):
         extract_features(clips, encoder)
     assert len(extract_frame_features(clips, encoder)) == 63
-
-
-def test_folders_with_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is not a folder: give the folder of the reference audio"):
-        AudioFolder(tmp_path / "none", 8000)
-    with pytest.raises(ValueError, match="has no audio: put WAV or FLAC references there"):
-        AudioFolder(tmp_path, 8000)
-    (tmp_path / "a.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"expected audio \(WAV or FLAC\) in .*, found a\.png: keep them elsewhere"):
-        AudioFolder(tmp_path, 8000)
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

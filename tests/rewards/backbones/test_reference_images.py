@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from PIL import Image
 
 from genalign.types import Prompt
+from rewards.backbones.reference_audio import AudioFolder
 from rewards.backbones.reference_images import ImageFolder, ImageTensor, ReferencePool, ReferencesByPrompt
+from tests.rewards.gray_images import grays
 
 RED, BLUE = Prompt("a red circle"), Prompt("a blue ring")
 
@@ -17,20 +20,15 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def flat(*levels: float) -> torch.Tensor:
-    """Build one image of each gray level."""
-    return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
-
-
 def write(folder: Path, names: dict[str, int], size: tuple[int, int] = (6, 4)) -> None:
-    for name, grey in names.items():
+    for name, level in names.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, (grey,) * 3).save(folder / name)
+        Image.new("RGB", size, (level,) * 3).save(folder / name)
 
 
 def by_prompt(levels: dict[str, tuple[float, ...]]) -> ReferencesByPrompt:
     """Build one reference of each gray level for each text."""
-    images = ImageTensor(flat(*[level for texts in levels.values() for level in texts]))
+    images = ImageTensor(grays(*[level for texts in levels.values() for level in texts]))
     return ReferencesByPrompt(images, [text for text, texts in levels.items() for _ in texts])
 
 
@@ -45,7 +43,7 @@ def test_references_by_prompt_draw_only_those_of_the_prompt() -> None:
 
 
 def test_a_pool_draws_any_reference_for_any_prompt() -> None:
-    pool = ReferencePool(ImageTensor(flat(0.1, 0.2, 0.3)))
+    pool = ReferencePool(ImageTensor(grays(0.1, 0.2, 0.3)))
     drawn = pool.draw([RED] * 60, seeded())
     assert drawn.shape == (60, 3, 4, 4)
     assert len(drawn[:, 0, 0, 0].unique()) == 3
@@ -53,7 +51,7 @@ def test_a_pool_draws_any_reference_for_any_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    "references", [ReferencePool(ImageTensor(flat(0.1, 0.2, 0.3))), by_prompt({RED.text: (0.1, 0.2, 0.3)})]
+    "references", [ReferencePool(ImageTensor(grays(0.1, 0.2, 0.3))), by_prompt({RED.text: (0.1, 0.2, 0.3)})]
 )
 def test_draws_follow_the_generator(references: ReferencePool | ReferencesByPrompt) -> None:
     first, again, other = (references.draw([RED] * 30, seeded(seed)) for seed in (1, 1, 2))
@@ -101,18 +99,26 @@ def test_different_sizes_need_a_size(tmp_path: Path) -> None:
     assert ImageFolder(tmp_path, size=(5, 7)).load([0, 1]).shape == (2, 3, 5, 7)
 
 
-def test_files_that_are_not_images_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        ImageFolder(tmp_path / "absent")
-    with pytest.raises(ValueError, match="has no images: put PNG, JPEG or WebP"):
-        ImageFolder(tmp_path)
+@pytest.mark.parametrize(
+    ("read", "kind", "formats"),
+    [(ImageFolder, "images", "PNG, JPEG or WebP"), (lambda folder: AudioFolder(folder, 8000), "audio", "WAV or FLAC")],
+    ids=["images", "audio"],
+)
+def test_folders_with_other_files_are_refused(read: Callable, kind: str, formats: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"is not a folder: give the folder of the reference {kind}"):
+        read(tmp_path / "absent")
+    with pytest.raises(ValueError, match=f"has no {kind}: put {formats} references there"):
+        read(tmp_path)
+    for name in ("a.mp3", "b.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=rf"expected {kind} \({formats}\) in .*, found a\.mp3 and 1 more files of"):
+        read(tmp_path)
+
+
+def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "fake.png").write_text("not an image")
     with pytest.raises(ValueError, match=r"fake\.png cannot be read as an image"):
         ImageFolder(tmp_path).load([0])
-    (tmp_path / "sound.wav").write_bytes(b"RIFF")
-    (tmp_path / "song.mp3").write_bytes(b"ID3")
-    with pytest.raises(ValueError, match=r"expected images \(PNG, JPEG or WebP\) in .*, found song\.mp3 and 1 more"):
-        ImageFolder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -130,4 +136,4 @@ def test_tensors_are_checked(images: torch.Tensor, message: str) -> None:
 
 def test_every_reference_needs_a_prompt() -> None:
     with pytest.raises(ValueError, match="2 reference images have 1 prompts"):
-        ReferencesByPrompt(ImageTensor(flat(0.1, 0.2)), ["one"])
+        ReferencesByPrompt(ImageTensor(grays(0.1, 0.2)), ["one"])
