@@ -231,21 +231,19 @@ class FKState:
         if count := int((~valid).sum()):
             logger.warning("%d of %d scores at step %d are not finite: weight 0", count, len(valid), step)
         self._scores = torch.where(valid, self._scores, -math.inf)
-        product = self._product_with(self._scores, valid)
+        # the log product of all potentials up to this step
+        lam = self.settings.strength(step, self.total)
+        if self.settings.potential == "difference" or step == self.total - 1:
+            product = lam * self._scores
+        else:
+            combine = torch.maximum if self.settings.potential == "max" else torch.add
+            self._rewards = torch.where(valid, combine(self._rewards, self._scores), self._rewards)
+            product = self._log_product + lam * self._rewards
         self._log_w = torch.where(valid, self._log_w + product - self._log_product, self._log_w)
         self._log_product = torch.where(valid, product, self._log_product)
         for members in self.members:
             if bool(valid[members].any()):
                 self._failed[members] = ~valid[members]
-
-    def _product_with(self, scores: Tensor, valid: Tensor) -> Tensor:
-        """Return the log product (N,) of all potentials up to this step."""
-        lam = self.settings.strength(self._step, self.total)
-        if self.settings.potential == "difference" or self._step == self.total - 1:
-            return lam * scores
-        both = torch.maximum(self._rewards, scores) if self.settings.potential == "max" else self._rewards + scores
-        self._rewards = torch.where(valid, both, self._rewards)
-        return self._log_product + lam * self._rewards
 
     def resample(self) -> Tensor | None:
         """Return the ancestor (N,) long of every particle, or None if no prompt needs resampling.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -108,13 +109,10 @@ def largest_size(
         )
     if size is not None:
         return size
-    low, high = 1, 2
+    high = 2
     while cost(high) <= limit:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle) <= limit else (low, middle)
-    return low
+        high *= 2
+    return bisect_right(range(high), limit, lo=high // 2, key=cost) - 1
 
 
 class PreviewScorer(Protocol):

@@ -73,15 +73,7 @@ def _mel_filters(rate: int, window: int, mels: int) -> Tensor:
     """Build Slaney's mel filters of equal area, (window // 2 + 1, mels)."""
     from transformers.audio_utils import mel_filter_bank
 
-    filters = mel_filter_bank(
-        num_frequency_bins=window // 2 + 1,
-        num_mel_filters=mels,
-        min_frequency=_LOWEST_HZ,
-        max_frequency=rate / 2,
-        sampling_rate=rate,
-        norm="slaney",
-        mel_scale="slaney",
-    )
+    filters = mel_filter_bank(window // 2 + 1, mels, _LOWEST_HZ, rate / 2, rate, norm="slaney", mel_scale="slaney")
     return torch.from_numpy(filters).float()
 
 

@@ -70,10 +70,9 @@ def resize(images: Tensor, size: tuple[int, int], interpolation: Interpolation =
 class ClipEncoder(DualEncoder, ABC):
     """A frozen text and image encoder; ``forward`` is the image embedding."""
 
-    def __init__(self, model: nn.Module, prepare: ImagePreprocessor, logit_scale: float) -> None:
+    def __init__(self, model: Any, prepare: ImagePreprocessor) -> None:
         super().__init__(model)
-        self.prepare = prepare
-        self.logit_scale = logit_scale
+        self.prepare, self.logit_scale = prepare, float(model.logit_scale.detach().exp())
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
@@ -105,7 +104,7 @@ class OpenClipEncoder(ClipEncoder):
             fits[config["resize_mode"]],
             "bilinear" if config["interpolation"] == "bilinear" else "bicubic",
         )
-        super().__init__(model, prepare, float(model.logit_scale.detach().exp()))
+        super().__init__(model, prepare)
         self.tokenizer = open_clip.get_tokenizer(name)
         self._is_transformer = isinstance(model.visual, open_clip.transformer.VisionTransformer)
 
@@ -145,7 +144,6 @@ class TransformersClipEncoder(ClipEncoder):
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         config = read_config(model, "CLIP")
-        network = CLIPModel.from_pretrained(model, dtype=torch.float32)
         images = AutoImageProcessor.from_pretrained(processor)  # its resampling is bicubic for every CLIP
         size = images.crop_size if images.do_center_crop else images.size
         prepare = ImagePreprocessor(
@@ -154,7 +152,7 @@ class TransformersClipEncoder(ClipEncoder):
             tuple(images.image_std),
             "crop" if images.do_center_crop else "squash",
         )
-        super().__init__(network, prepare, float(network.logit_scale.detach().exp()))
+        super().__init__(CLIPModel.from_pretrained(model, dtype=torch.float32), prepare)
         self.tokenizer = AutoTokenizer.from_pretrained(processor)
         self.context = int(config.text_config.max_position_embeddings)
 

@@ -11,7 +11,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -89,10 +89,7 @@ class TransformersDetector:
     model: str
     thresholds: Thresholds = _GENEVAL
     batch_size: int = 8
-
-    @property
-    def classes(self) -> Sequence[str] | None:
-        return None
+    classes: ClassVar[Sequence[str] | None] = None
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -115,10 +112,7 @@ class Mask2Former(TransformersDetector):
     """
 
     model: str = "facebook/mask2former-swin-small-coco-instance"
-
-    @property
-    def classes(self) -> Sequence[str] | None:
-        return OBJECTS
+    classes: ClassVar[Sequence[str] | None] = OBJECTS
 
     @torch.no_grad()
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:

@@ -118,12 +118,11 @@ class ImageFolder(SampleFolder):
         images = [read_image(self.folder / self.names[row])[None] for row in rows]
         if self.size is not None:
             images = [resize(image, self.size) for image in images]
-        (height, width), other = images[0].shape[-2:], [image.shape != images[0].shape for image in images]
-        if any(other):
-            name = self.names[rows[other.index(True)]]
+        height, width = images[0].shape[-2:]
+        if other := [row for row, image in zip(rows, images, strict=True) if image.shape != images[0].shape]:
             raise ValueError(
-                f"the references in {self.folder} have different sizes ({name} is not {width} x {height}): give"
-                " size=(height, width)"
+                f"the references in {self.folder} have different sizes ({self.names[other[0]]} is not {width} x"
+                f" {height}): give size=(height, width)"
             )
         return torch.cat(images)
 

@@ -186,11 +186,9 @@ class HttpClient:
             return bytes(content)
         # The message of an error's JSON body, as genalign and OpenAI write it, else the start of the body.
         text = content[:300].decode("utf-8", "replace").strip()
-        with suppress(ValueError, RecursionError):
-            body = json.loads(content)
-            error = body.get("error") if isinstance(body, dict) else None
-            if isinstance(error, dict):
-                text = f"{error.get('code')}: {str(error.get('message'))[:300]}"
+        with suppress(ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            error = json.loads(content)["error"]
+            text = f"{error.get('code')}: {str(error.get('message'))[:300]}"
         message = f"answered {response.status_code}" + (f" ({text})" if text else "")
         if response.status_code in _RETRIED_STATUSES:
             return _Retry(message, _seconds(response.headers.get("retry-after", "")))

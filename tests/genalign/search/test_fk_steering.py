@@ -207,9 +207,9 @@ def test_final_sample_is_drawn_by_weight() -> None:
     group, final = torch.arange(size).repeat_interleave(3), torch.tensor([0.0, math.log(3.0), -math.inf]).repeat(size)
     state = FKState(FKSteering(lam=1.0, terminal="weighted"), group, 10, seed=0)
     state.weigh(final, 9)
-    chosen = state.choose()
-    assert torch.equal(group[chosen], torch.arange(size)) and bool((chosen % 3 < 2).all())
-    assert float((chosen % 3).double().mean()) == pytest.approx(0.75, abs=5 * math.sqrt(0.75 * 0.25 / size))
+    choice = state.choose()
+    assert torch.equal(group[choice], torch.arange(size)) and bool((choice % 3 < 2).all())
+    assert float((choice % 3).double().mean()) == pytest.approx(0.75, abs=5 * math.sqrt(0.75 * 0.25 / size))
     for nothing in (state_of(terminal="weighted"), state_of()):
         nothing.weigh(torch.full((3,), math.nan), 9)
         assert len(nothing.choose()) == 1

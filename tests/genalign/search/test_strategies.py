@@ -94,9 +94,9 @@ def test_prune_with_oracle_scorer_equals_best_of_n(tiny: SD3) -> None:
 
 def test_prune_that_keeps_all_adds_only_scoring_calls(tiny: SD3) -> None:
     everything = search(tiny, PROMPTS, redness, BestOfN(4), sampling=SAMPLING)
-    kept = search(tiny, PROMPTS, redness, Prune((1, 3), (1.0, 1.0), 4), sampling=SAMPLING)
-    assert torch.equal(kept.samples, everything.samples)
-    extra = kept.ledger.since(everything.ledger).counts
+    unpruned = search(tiny, PROMPTS, redness, Prune((1, 3), (1.0, 1.0), 4), sampling=SAMPLING)
+    assert torch.equal(unpruned.samples, everything.samples)
+    extra = unpruned.ledger.since(everything.ledger).counts
     assert extra == {"nfe": 0, "decode": 2 * 2 * 4, "reward/reward": 2 * 2 * 4}
 
 
