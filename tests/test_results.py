@@ -43,13 +43,16 @@ def test_gain_row_matches_hand_computed_numbers() -> None:
     records = [
         _record(seed, task, prompt, 0.0, gain + 0.01 * seed)
         for seed in (0, 1, 2)
-        for task, prompt, gain in (("a", "p", 0.1), ("a", "q", 0.3), ("b", "r", 0.4))
+        for task, prompt, gain in (("a", "p", 0.1), ("a", "q", 0.3), ("b", "r", 0.4), ("b", "s", 0.5))
     ]
     row = gain_row(records)
-    assert row.mean == pytest.approx((0.2 + 0.4) / 2 + 0.01)
-    assert row.n == 36
-    # over seeds: 0.30, 0.31, 0.32 -> +-4.303 * 0.01 / sqrt(3); over prompts: task a is 0.11, 0.21 or 0.31
-    assert row.high - row.mean == pytest.approx(0.05, abs=0.001)
+    assert row.mean == pytest.approx((0.2 + 0.45) / 2 + 0.01)
+    assert row.n == 4
+    # over seeds: 0.325, 0.335, 0.345 -> +-4.303 * 0.01 / sqrt(3); over prompts: variances 0.02 / 2 and 0.005 / 2 of the
+    # tasks' means, so sqrt(0.003125) of their mean, times Student's 6.188 with Welch and Satterthwaite's 1.47 degrees
+    assert row.high - row.mean == pytest.approx(6.188115 * 0.003125**0.5, abs=1e-6)
+    few = gain_row([record for record in records if record.prompt != "s"])  # one prompt of task b: over seeds alone
+    assert few.high - few.mean == pytest.approx(4.302653 * 0.01 / 3**0.5, abs=1e-6)
 
 
 def test_median_row_matches_hand_computed_numbers() -> None:

@@ -151,7 +151,7 @@ def _gain(score: str, before: Evaluation, after: Evaluation, comparison: Compari
         scored(score, before.overall[score].mean),
         scored(score, after.overall[score].mean),
         f"{signed(score, gain.mean)}{unit}: {verdict}",
-        f"95 % interval of the gain {interval(score, gain, signed)}{unit}, from {gain.n} pairs of {prompts} prompts",
+        f"95 % interval of the gain {interval(score, gain, signed)}{unit}, from {len(comparison.pairs)} pairs of {prompts} prompts",
         feeling,
     )
 

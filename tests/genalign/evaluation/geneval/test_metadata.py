@@ -64,7 +64,7 @@ def bench(**fields: object) -> dict[str, object]:
         ({"exclude": None}, "has an exclude that is no list"),
         ({"exclude": [7]}, "must be an object with a class and a count"),
         (bench(**{"class": ["bench"]}), "it needs a class"),
-        *((bench(count=count), "a count of at least 1") for count in (True, 1.0, 0, None)),
+        *((bench(count=count), "a count of at least 1") for count in (True, 1.5, 0, None)),
         *((bench(color=color), "the color must be one of red, orange") for color in (["red"], "beige")),
         (bench(size="big"), "there is no size in GenEval"),
         *((bench(position=p), "the number of an earlier clause") for p in ([["above"], -1], ["above", 0], "above")),

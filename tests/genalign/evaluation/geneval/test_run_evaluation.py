@@ -100,13 +100,12 @@ def test_folder_results_and_summary_have_the_format_of_geneval(mediocre: Path) -
     evaluation = load_evaluation(mediocre)
     assert overall == pytest.approx(evaluation.overall["relaxed"].mean, abs=5e-6)
     assert list(evaluation.tasks) == ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
-    assert all(estimates["relaxed"].n == 4 * SEEDS for estimates in evaluation.tasks.values())
+    assert all(estimates["relaxed"].n == 4 for estimates in evaluation.tasks.values())
 
 
 def test_nan_images_are_counted_and_left_out(tmp_path: Path) -> None:
     evaluation = load_evaluation(finish(start_run(tmp_path, broken=5)))
     assert evaluation.failed == 1 and math.isnan(evaluation.records[5].scores["relaxed"])
-    assert evaluation.overall["relaxed"].n == SEEDS * len(PROMPTS) - 1
     assert len(read_results(tmp_path / "results.jsonl")) == SEEDS * len(PROMPTS) - 1
     assert "<dt>not judged</dt><dd>1</dd>" in write_geneval(tmp_path).read_text()
 
@@ -159,7 +158,7 @@ def test_manifest_hash_depends_on_the_adapter_and_protocol_hash_on_the_judge(tmp
     lora_hash = adapter_hash(tmp_path)
     (tmp_path / "weights.safetensors").write_bytes(b"two")
     assert lora_hash != adapter_hash(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"has no \.safetensors file"):
+    with pytest.raises(FileNotFoundError, match="there is no adapter"):
         adapter_hash(tmp_path / "nothing")
     base = manifest(PROTOCOL, IDENTITY)
     tuned, moved = (
