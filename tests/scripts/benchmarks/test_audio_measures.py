@@ -68,7 +68,7 @@ def test_what_moved_is_seen_and_published(run: Path, tmp_path: Path, monkeypatch
 
     lines = {line["name"]: line for line in made["win_rates"]}
     lost, won, by_set = (lines[name]["wins"] for name in ("ddpo", "dragon_fad_clip", "dragon_fad"))
-    prompts = rows["ddpo"]["n"] // 2
+    prompts = rows["ddpo"]["n"]
     assert lost["losses"] == won["wins"] + won["losses"] == 2 * prompts and lost["p_value"] == 1
     assert won["rate"] > 0.8 and won["p_value"] < 1e-4
     assert by_set["wins"] + by_set["losses"] == 2 * (prompts // 4) and by_set["rate"] == 1
