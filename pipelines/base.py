@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, TypedDict, Unpack
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from genalign.diffusion.lora import ADAPTER, PEFT_CONFIG, load_lora, merge_lora, save_peft, sort_metadata
@@ -90,7 +90,7 @@ class DiffusersPipeline(ABC):
         if not self.memory.offload:
             self.pipe.to(self.device)
         if self.memory.checkpointing:
-            self.pipe.components[self.denoiser_name].enable_gradient_checkpointing()
+            self.denoiser.enable_gradient_checkpointing()
         if self.memory.tiling:
             self.pipe.vae.enable_tiling()
         if options.get("compiled"):
@@ -176,7 +176,7 @@ class DiffusersPipeline(ABC):
     @property
     def latent_side(self) -> int:
         """The side of the checkpoint's images in latent pixels."""
-        return int(self._config.sample_size)
+        return int(self.denoiser.config.sample_size)
 
     def _set_size(self, options: Options) -> None:
         """Set ``height`` and ``width`` of the latents from the size of images in pixels."""
@@ -191,19 +191,14 @@ class DiffusersPipeline(ABC):
         self.width = self.latent_side if width is None else width // factor
 
     @property
-    def denoiser(self) -> nn.Module:
-        """The network that predicts noise, velocity or clean latents, and is trained."""
-        network: nn.Module = self.pipe.components[self.denoiser_name]
-        return network
-
-    @property
-    def _config(self) -> Any:
-        return self.pipe.components[self.denoiser_name].config
+    def denoiser(self) -> Any:
+        """The network of diffusers that predicts noise, velocity or clean latents, and is trained."""
+        return self.pipe.components[self.denoiser_name]
 
     @property
     def latent_channels(self) -> int:
         """The number C of channels of the latents."""
-        return int(self._config.in_channels)
+        return int(self.denoiser.config.in_channels)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -228,7 +223,7 @@ class DiffusersPipeline(ABC):
 
     def zeros(self, *shape: int) -> Tensor:
         """Return zeros of ``shape`` on the pipeline's device, in the denoiser's dtype."""
-        return torch.zeros(shape, device=self.device, dtype=self.pipe.components[self.denoiser_name].dtype)
+        return torch.zeros(shape, device=self.device, dtype=self.denoiser.dtype)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts to named tensors (P, ...) on the CPU, padded with zeros at the end of shorter texts.
@@ -315,7 +310,7 @@ class DiffusersPipeline(ABC):
             away = self.unconditional_tensors(tensors)
             tensors = {name: pad_sequence([*away[name], *rows], batch_first=True) for name, rows in tensors.items()}
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
-        dtype = self.pipe.components[self.denoiser_name].dtype
+        dtype = self.denoiser.dtype
         tensors = {
             name: tensor.to(self.device, dtype if tensor.is_floating_point() else None)
             for name, tensor in tensors.items()
@@ -386,19 +381,18 @@ class DiffusersPipeline(ABC):
 
     def save_denoiser(self, directory: Path) -> None:
         """Write the network's weights and configuration in the format of diffusers."""
-        self.pipe.components[self.denoiser_name].save_pretrained(directory)
+        self.denoiser.save_pretrained(directory)
 
     def load_denoiser(self, directory: Path) -> None:
         """Load the weights that ``save_denoiser`` wrote."""
-        network = self.pipe.components[self.denoiser_name]
-        network.load_state_dict(type(network).from_pretrained(directory).state_dict())
+        self.denoiser.load_state_dict(type(self.denoiser).from_pretrained(directory).state_dict())
 
     def save_merged(self, directory: Path, whole: bool) -> None:
         """Merge the adapter, if any, into the network, and write the network, or the ``whole`` pipeline."""
         if self._has_adapter:
             merge_lora(self.denoiser)
             self._has_adapter = False
-        (self.pipe if whole else self.pipe.components[self.denoiser_name]).save_pretrained(directory)
+        (self.pipe if whole else self.denoiser).save_pretrained(directory)
 
 
 def unscale(latents: Tensor, vae_config: Any) -> Tensor:
