@@ -14,7 +14,7 @@ from rewards.backbones.clip_encoder import ClipEncoder, load_clip
 from rewards.backbones.encoders import cosine
 
 
-class DualEncoderReward(ABC):
+class CosineReward(ABC):
     """The cosine of image and text by one encoder of both: ``ClipReward``, ``PickScoreReward``, ``HPSReward``."""
 
     @abstractmethod
@@ -28,7 +28,7 @@ class DualEncoderReward(ABC):
 
 
 @dataclass(frozen=True)
-class ClipReward(DualEncoderReward):
+class ClipReward(CosineReward):
     """The cosine of an image's and its prompt's CLIP embedding, in [-1, 1] (CLIPScore, arXiv 2104.08718, unscaled).
 
     ``model`` and ``processor`` are as for ``rewards.backbones.clip_encoder.load_clip``. The model is

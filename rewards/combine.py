@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,9 @@ from genalign.algorithms.advantages import group_advantages
 from genalign.algorithms.interfaces import RoundScores
 from genalign.scoring.score import combine
 from genalign.types import AnyCallable, Prompt, RewardFunction
+from rewards.backbones.clip_encoder import ClipEncoder
 from rewards.backbones.encoders import cosine
 from rewards.backbones.weight_files import read_tensors
-from rewards.clip import DualEncoderReward
 
 _DIRECTION = "direction"
 
@@ -186,6 +187,13 @@ class Gate:
         score, condition = _scores([self.reward, self.condition], samples, prompts).unbind(1)
         gated = torch.where(condition >= self.threshold, score, self.otherwise)
         return torch.where(condition.isnan(), torch.nan, gated)
+
+
+class DualEncoderReward(Protocol):
+    """A reward with a text and image encoder, such as ``ClipReward``, ``PickScoreReward`` and ``HPSReward``."""
+
+    def encoder(self, device: torch.device) -> ClipEncoder:
+        """Load the encoder and move it to ``device``."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,11 +9,11 @@ import torch
 
 from rewards.backbones.clip_encoder import ClipEncoder, OpenClipEncoder
 from rewards.backbones.weight_files import locate
-from rewards.clip import DualEncoderReward
+from rewards.clip import CosineReward
 
 
 @dataclass(frozen=True)
-class HPSReward(DualEncoderReward):
+class HPSReward(CosineReward):
     """The cosine of image and text by the fine-tuned CLIP-H, without its logit scale: mostly 0.25 to 0.37.
 
     ``weights`` is the published .pt, or its tensors as .safetensors: a path, or hf://owner/repository/file; v2.0 is

@@ -430,23 +430,23 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from genalign.types import Prompt
-from rewards.adversarial import AdversarialReward, DiscriminatorSettings, PatchWeights
-from rewards.backbones.reference_images import ImageTensor, ReferencePool
+from tests.rewards.adversarial.test_adversarial import two_by_two
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-learning = DiscriminatorSettings(learning_rate=1e-2, steps_per_update=3, batch_size=8, replay=0)
-reward = AdversarialReward(
-    lambda x: x.flatten(1),
-    ReferencePool(ImageTensor(torch.full((1, 3, 2, 2), 0.9))),
-    weights=PatchWeights(1.0, 0.0),
-    learning=learning,
-)
-samples = torch.linspace(0, 0.5, 8 * 12).view(8, 3, 2, 2)[4 * rank : 4 * rank + 4]
-metrics = reward.update(samples, [Prompt("")] * 4)
+reward, samples = two_by_two()
+metrics = reward.update(samples[4 * rank : 4 * rank + 4], [Prompt("")] * 4)
 save_file(dict(reward.snapshot.weights) | {"gap": torch.tensor(metrics["gap"])}, f"{folder}/{rank}.safetensors")
 dist.destroy_process_group()
 """
+
+
+def two_by_two() -> tuple[AdversarialReward, Tensor]:
+    """Return a reward of images of 2 x 2 pixels and 8 such images."""
+    learning = DiscriminatorSettings(learning_rate=1e-2, steps_per_update=3, batch_size=8, replay=0)
+    references = ReferencePool(ImageTensor(torch.full((1, 3, 2, 2), 0.9)))
+    reward = AdversarialReward(flat, references, weights=GLOBAL, learning=learning)
+    return reward, torch.linspace(0, 0.5, 8 * 12).view(8, 3, 2, 2)
 
 
 @pytest.mark.slow
@@ -458,10 +458,8 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, range(2)))
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
-    learning = DiscriminatorSettings(learning_rate=1e-2, steps_per_update=3, batch_size=8, replay=0)
-    references = ReferencePool(ImageTensor(torch.full((1, 3, 2, 2), 0.9)))
-    alone = AdversarialReward(flat, references, weights=GLOBAL, learning=learning)
-    metrics = alone.update(torch.linspace(0, 0.5, 8 * 12).view(8, 3, 2, 2), [Prompt("")] * 8)
+    alone, samples = two_by_two()
+    metrics = alone.update(samples, [Prompt("")] * 8)
     for name, tensor in alone.snapshot.weights.items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-5)
