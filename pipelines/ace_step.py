@@ -14,9 +14,6 @@ from torch.nn.utils.rnn import pad_sequence
 from pipelines.audio_base import AudioPipeline
 from pipelines.flows import FlowPipeline, shifted
 
-_REFERENCE_SECONDS = 30.0
-_PEAK = 10 ** (-1 / 20)  # -1 dB of full scale
-
 
 class AceStep(AudioPipeline, FlowPipeline):
     """An ``AceStepPipeline`` at its own defaults: text to music, shift 3, English, no lyrics.
@@ -36,7 +33,7 @@ class AceStep(AudioPipeline, FlowPipeline):
     @property
     def latent_channels(self) -> int:
         """The number C of channels of the latents; the network takes three times as many."""
-        return int(self._config.audio_acoustic_hidden_dim)
+        return int(self.denoiser.config.audio_acoustic_hidden_dim)
 
     @property
     def frames(self) -> int:
@@ -64,7 +61,7 @@ class AceStep(AudioPipeline, FlowPipeline):
         Each is encoded with empty lyrics, and with silence in place of a reference recording.
         """
         contexts, masks = [], []
-        reference_frames = math.ceil(_REFERENCE_SECONDS * float(self.pipe.latents_per_second))
+        reference_frames = math.ceil(30.0 * float(self.pipe.latents_per_second))  # of 30 s
         for text in texts:
             caption, caption_mask, lyrics, lyrics_mask = self.pipe.encode_prompt(
                 text, "", self.device, audio_duration=self.seconds, max_text_length=self.max_sequence_length
@@ -129,4 +126,4 @@ class AceStep(AudioPipeline, FlowPipeline):
 def normalize_peak(waveforms: Tensor) -> Tensor:
     """Scale waveforms (B, channels, L) to a peak of -1 dB each."""
     peak = waveforms.abs().amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
-    return waveforms * (_PEAK / peak)
+    return waveforms * (10 ** (-1 / 20) / peak)

@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from pathlib import Path
-from typing import Self, Unpack
+from typing import ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -18,16 +18,12 @@ class AudioPipeline(DiffusersPipeline):
     """A family of audio: latents (B, C, frames), and waveforms (B, channels, L) in [-1, 1] of ``seconds``."""
 
     unconditional = None
+    default_seconds: ClassVar[float | None] = None  # by default all that the network can generate
 
     @property
     def max_seconds(self) -> float:
         """The longest duration in seconds that the network can generate."""
         return math.inf
-
-    @property
-    def default_seconds(self) -> float:
-        """The duration of samples in seconds by default."""
-        return self.max_seconds
 
     @property
     @abstractmethod
@@ -46,7 +42,7 @@ class AudioPipeline(DiffusersPipeline):
         if options.get("height") is not None or options.get("width") is not None:
             raise ValueError("this model makes audio: leave height and width out, and give seconds")
         seconds = options.get("seconds")
-        self.seconds = self.default_seconds if seconds is None else seconds
+        self.seconds = (self.default_seconds or self.max_seconds) if seconds is None else seconds
         if not 0 < self.seconds <= self.max_seconds:
             raise ValueError(
                 f"seconds must be above 0 and at most {self.max_seconds:g} for this model, not {self.seconds}"

@@ -10,7 +10,7 @@ import torch
 from genalign import assets
 from pipelines.ace_step import AceStep
 from pipelines.base import DiffusersPipeline, Options
-from pipelines.checkpoint_files import pipeline_class
+from pipelines.checkpoint_files import model_index
 from pipelines.flux import Flux
 from pipelines.qwen_image import QwenImage
 from pipelines.sana import Sana
@@ -37,7 +37,7 @@ def load(
 
 def family_of(path_or_id: str | Path) -> type[DiffusersPipeline]:
     """Return the wrapper class of a checkpoint. Raises as ``load`` does."""
-    name = pipeline_class(path_or_id)
+    name = model_index(path_or_id)["_class_name"]
     if name not in FAMILIES:
         raise ValueError(
             f"{path_or_id} holds a {name}, which genalign has no wrapper for: use one of {', '.join(FAMILIES)}"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, TypedDict, Unpack
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from peft import LoraConfig, get_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from genalign.diffusion.lora import (
@@ -103,7 +103,7 @@ class DiffusersPipeline(ABC):
         if not self.memory.offload:
             self.pipe.to(self.device)
         if self.memory.checkpointing:
-            self.pipe.components[self.denoiser_name].enable_gradient_checkpointing()
+            self.denoiser.enable_gradient_checkpointing()
         if self.memory.tiling:
             self.pipe.vae.enable_tiling()
         if options.get("compiled"):
@@ -189,7 +189,7 @@ class DiffusersPipeline(ABC):
     @property
     def latent_side(self) -> int:
         """The side of the checkpoint's images in latent pixels."""
-        return int(self._config.sample_size)
+        return int(self.denoiser.config.sample_size)
 
     def _set_size(self, options: Options) -> None:
         """Set ``height`` and ``width`` of the latents from the size of images in pixels."""
@@ -204,19 +204,14 @@ class DiffusersPipeline(ABC):
         self.width = self.latent_side if width is None else width // factor
 
     @property
-    def denoiser(self) -> nn.Module:
-        """The network that predicts noise, velocity or clean latents, and is trained."""
-        network: nn.Module = self.pipe.components[self.denoiser_name]
-        return network
-
-    @property
-    def _config(self) -> Any:
-        return self.pipe.components[self.denoiser_name].config
+    def denoiser(self) -> Any:
+        """The network of diffusers that predicts noise, velocity or clean latents, and is trained."""
+        return self.pipe.components[self.denoiser_name]
 
     @property
     def latent_channels(self) -> int:
         """The number C of channels of the latents."""
-        return int(self._config.in_channels)
+        return int(self.denoiser.config.in_channels)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -241,7 +236,7 @@ class DiffusersPipeline(ABC):
 
     def zeros(self, *shape: int) -> Tensor:
         """Return zeros of ``shape`` on the pipeline's device, in the denoiser's dtype."""
-        return torch.zeros(shape, device=self.device, dtype=self.pipe.components[self.denoiser_name].dtype)
+        return torch.zeros(shape, device=self.device, dtype=self.denoiser.dtype)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts to named tensors (P, ...) on the CPU, padded with zeros at the end of shorter texts.
@@ -328,7 +323,7 @@ class DiffusersPipeline(ABC):
             away = self.unconditional_tensors(tensors)
             tensors = {name: pad_sequence([*away[name], *rows], batch_first=True) for name, rows in tensors.items()}
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
-        dtype = self.pipe.components[self.denoiser_name].dtype
+        dtype = self.denoiser.dtype
         tensors = {
             name: tensor.to(self.device, dtype if tensor.is_floating_point() else None)
             for name, tensor in tensors.items()
@@ -394,14 +389,12 @@ class DiffusersPipeline(ABC):
             raise ValueError(f"the adapter in {source} was trained on another base checkpoint than this one")
         encoders = {name: encoder for name in self.encoders if (encoder := self.pipe.components.get(name)) is not None}
         convert = self._diffusers_names if self.lora_in_diffusers else None
-        for name, adapter in read_adapter(
-            path, {self.denoiser_name: self.denoiser, **encoders}, self.denoiser_name, convert
-        ).items():
-            network = self.denoiser if name == self.denoiser_name else encoders[name]
+        networks = {self.denoiser_name: self.denoiser, **encoders}
+        for name, adapter in read_adapter(path, networks, self.denoiser_name, convert).items():
             config = adapter.peft_config()
-            inject_lora(network, config, adapter.state)
+            inject_lora(networks[name], config, adapter.state)
             if name != self.denoiser_name:
-                network.requires_grad_(False)
+                networks[name].requires_grad_(False)
                 self._text_adapters[name] = config
             layers = sum(entry.endswith("lora_A.weight") for entry in adapter.state)
             logger.info("the adapter %s is on %d layers of %s", path, layers, name)
@@ -419,12 +412,11 @@ class DiffusersPipeline(ABC):
 
     def save_denoiser(self, directory: Path) -> None:
         """Write the network's weights and configuration in the format of diffusers."""
-        self.pipe.components[self.denoiser_name].save_pretrained(directory)
+        self.denoiser.save_pretrained(directory)
 
     def load_denoiser(self, directory: Path) -> None:
         """Load the weights that ``save_denoiser`` wrote."""
-        network = self.pipe.components[self.denoiser_name]
-        network.load_state_dict(type(network).from_pretrained(directory).state_dict())
+        self.denoiser.load_state_dict(type(self.denoiser).from_pretrained(directory).state_dict())
 
     def save_merged(self, directory: Path, whole: bool) -> None:
         """Merge the adapter, if any, into the network, and write the network, or the ``whole`` pipeline."""
@@ -434,7 +426,7 @@ class DiffusersPipeline(ABC):
             for network in (self.denoiser, *(self.pipe.components[name] for name in self._text_adapters)):
                 merge_lora(network)
             self._has_adapter, self._text_adapters = False, {}
-        (self.pipe if whole else self.pipe.components[self.denoiser_name]).save_pretrained(directory)
+        (self.pipe if whole else self.denoiser).save_pretrained(directory)
 
 
 def unscale(latents: Tensor, vae_config: Any) -> Tensor:

@@ -26,13 +26,14 @@ def check_folder(path_or_id: str | Path, expected_class: str) -> None:
 
     Raises ValueError for another class or for code of its own, FileNotFoundError for missing files.
     """
-    if (name := pipeline_class(path_or_id)) != expected_class:
+    index = model_index(path_or_id)
+    if (name := index["_class_name"]) != expected_class:
         raise ValueError(f"{path_or_id} holds a {name}, not a {expected_class}: use the pipeline of that family")
     require_components(path_or_id)
     require_weights(path_or_id)
 
     # A component of any other library would be run from the checkpoint's own files, or from a library of its choice
-    for component, entry in model_index(path_or_id).items():
+    for component, entry in index.items():
         library = entry[0] if isinstance(entry, list) and entry else None
         if library not in (None, "diffusers", "transformers") and not hasattr(diffusers.pipelines, str(library)):
             raise ValueError(
@@ -41,14 +42,10 @@ def check_folder(path_or_id: str | Path, expected_class: str) -> None:
             )
 
 
-def pipeline_class(path_or_id: str | Path) -> str:
-    """Return the name of the diffusers class of a checkpoint."""
-    name: str = model_index(path_or_id).get("_class_name", "no pipeline")
-    return name
-
-
 def model_index(path_or_id: str | Path) -> dict[str, Any]:
     """Read model_index.json, in which the entry of a component is its library and its class, or two nulls.
+
+    The entry ``_class_name`` is the pipeline's class, or "no pipeline".
 
     Raises ValueError or FileNotFoundError for a path or an id without this file, PermissionError for a gated model.
     """
@@ -62,8 +59,7 @@ def model_index(path_or_id: str | Path) -> dict[str, Any]:
         if not is_hub_id(path_or_id):
             raise FileNotFoundError(f"{path_or_id} is neither a folder nor a Hub id (owner/name)")
         file = _download(str(path_or_id), "model_index.json")
-    index: dict[str, Any] = json.loads(file.read_text())
-    return index
+    return {"_class_name": "no pipeline", **json.loads(file.read_text())}
 
 
 def require_components(path_or_id: str | Path) -> None:
@@ -81,16 +77,13 @@ def require_components(path_or_id: str | Path) -> None:
 
 def require_weights(path_or_id: str | Path) -> None:
     """Raise FileNotFoundError if a network of a folder has a configuration and no weights."""
-    folders = [file.parent for file in Path(path_or_id).glob("*/config.json")]
     empty = [
-        f"{folder.name}/"
-        for folder in folders
-        if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
+        f"{config.parent.name}/"
+        for config in sorted(Path(path_or_id).glob("*/config.json"))
+        if not any(file.suffix in (".safetensors", ".bin") for file in config.parent.iterdir())
     ]
     if empty:
-        raise FileNotFoundError(
-            f"{path_or_id} has no weights in {', '.join(sorted(empty))}: copy the .safetensors files too"
-        )
+        raise FileNotFoundError(f"{path_or_id} has no weights in {', '.join(empty)}: copy the .safetensors files too")
 
 
 def component_file(path_or_id: str | Path, component: str, file: str) -> Path:

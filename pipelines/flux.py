@@ -35,8 +35,8 @@ class Flux(PackedFlowPipeline):
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return T5's tokens and CLIP's pooled text of the greatest length, as zeros."""
-        context = self.zeros(count, self.max_sequence_length, self._config.joint_attention_dim)
-        return {"context": context, "pooled": self.zeros(count, self._config.pooled_projection_dim)}
+        context = self.zeros(count, self.max_sequence_length, self.denoiser.config.joint_attention_dim)
+        return {"context": context, "pooled": self.zeros(count, self.denoiser.config.pooled_projection_dim)}
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Encode texts by T5 (P, tokens, d) and CLIP (P, d)."""

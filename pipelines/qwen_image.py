@@ -20,7 +20,7 @@ class QwenImage(PackedFlowPipeline):
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return zeros for texts of the greatest length, of which no token is masked."""
-        context = self.zeros(count, self.max_sequence_length, self._config.joint_attention_dim)
+        context = self.zeros(count, self.max_sequence_length, self.denoiser.config.joint_attention_dim)
         return {"context": context, "mask": torch.ones(context.shape[:2], dtype=torch.long)}
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:

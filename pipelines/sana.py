@@ -24,7 +24,7 @@ class Sana(FlowPipeline):
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return zeros for texts of the greatest length, of which no token is masked."""
-        context = self.zeros(count, self.max_sequence_length, self._config.caption_channels)
+        context = self.zeros(count, self.max_sequence_length, self.denoiser.config.caption_channels)
         return {"context": context, "mask": torch.ones(context.shape[:2], dtype=torch.long, device=self.device)}
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
@@ -51,5 +51,5 @@ class Sana(FlowPipeline):
             x,
             encoder_hidden_states=tensors["context"],
             encoder_attention_mask=tensors["mask"],
-            timestep=timestep * self._config.timestep_scale,
+            timestep=timestep * self.denoiser.config.timestep_scale,
         )

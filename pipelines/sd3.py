@@ -9,8 +9,6 @@ from torch import Tensor
 
 from pipelines.flows import FlowPipeline
 
-_DIFFUSERS_T5_LENGTH = 256
-
 
 class SD3(FlowPipeline):
     """A ``StableDiffusion3Pipeline``; ``max_sequence_length`` is the number of T5 tokens."""
@@ -20,24 +18,20 @@ class SD3(FlowPipeline):
     @property
     def text_tokens(self) -> int:
         """The number of T5 tokens by default: the tokenizer's own maximum, at most diffusers' 256."""
-        tokenizer = self.pipe.tokenizer_3
-        return _DIFFUSERS_T5_LENGTH if tokenizer is None else min(_DIFFUSERS_T5_LENGTH, int(tokenizer.model_max_length))
+        tokenizer, longest = self.pipe.tokenizer_3, 256
+        return longest if tokenizer is None else min(longest, int(tokenizer.model_max_length))
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return zeros for CLIP's tokens and T5's together, and for CLIP's pooled text."""
         tokens = self.pipe.tokenizer.model_max_length + self.max_sequence_length
-        context = self.zeros(count, tokens, self._config.joint_attention_dim)
-        return {"context": context, "pooled": self.zeros(count, self._config.pooled_projection_dim)}
+        context = self.zeros(count, tokens, self.denoiser.config.joint_attention_dim)
+        return {"context": context, "pooled": self.zeros(count, self.denoiser.config.pooled_projection_dim)}
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Encode texts by CLIP and T5 (P, tokens, d), and pooled by CLIP (P, d)."""
+        length = self.max_sequence_length
         context, _, pooled, _ = self.pipe.encode_prompt(
-            texts,
-            None,
-            None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
+            texts, None, None, self.device, do_classifier_free_guidance=False, max_sequence_length=length
         )
         return {"context": context, "pooled": pooled}
 

@@ -20,8 +20,6 @@ from pipelines.audio_base import AudioPipeline
 from pipelines.base import Options
 from pipelines.steering.scheduler_hooks import grid_of
 
-_DURATION_TOKENS = 2  # the beginning and the end of the clip, beside the text's tokens
-
 
 class StableAudio(AudioPipeline):
     """A ``StableAudioPipeline``.
@@ -66,10 +64,8 @@ class StableAudio(AudioPipeline):
     def level(self, u: Tensor) -> NoiseLevel:
         """Return noise levels at timesteps linear in u (B,), from the scheduler's sigma_min (u = 0) to sigma_max."""
         config = self.pipe.scheduler.config
-        low, high = (
-            _timestep(torch.tensor(sigma, dtype=torch.float64)) for sigma in (config.sigma_min, config.sigma_max)
-        )
-        timestep = low.to(u.device) + (high - low).to(u.device) * u.double()
+        low, high = _timestep(torch.tensor([config.sigma_min, config.sigma_max], dtype=torch.float64)).to(u.device)
+        timestep = low + (high - low) * u.double()
         sigma = (timestep * math.pi / 2).tan()
         return NoiseLevel(timestep, torch.ones_like(sigma), sigma)
 
@@ -85,7 +81,7 @@ class StableAudio(AudioPipeline):
     @property
     def frames(self) -> int:
         """The number of latent frames that the network was trained on."""
-        return int(self._config.sample_size)
+        return int(self.denoiser.config.sample_size)
 
     @property
     def max_seconds(self) -> float:
@@ -100,9 +96,9 @@ class StableAudio(AudioPipeline):
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return zeros for the tokens of the text and of the duration."""
-        tokens = self.max_sequence_length + _DURATION_TOKENS
-        context = self.zeros(count, tokens, self._config.cross_attention_input_dim)
-        return {"context": context, "seconds": self.zeros(count, 1, self._config.global_states_input_dim)}
+        tokens = self.max_sequence_length + 2  # the beginning and the end of the clip
+        context = self.zeros(count, tokens, self.denoiser.config.cross_attention_input_dim)
+        return {"context": context, "seconds": self.zeros(count, 1, self.denoiser.config.global_states_input_dim)}
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Encode texts and the duration (P, tokens, d), and the duration alone (P, 1, 2 d)."""

@@ -46,7 +46,7 @@ class UNetPipeline(DiffusersPipeline):
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return zeros for texts of the greatest length."""
-        return {"context": self.zeros(count, self.max_sequence_length, self._config.cross_attention_dim)}
+        return {"context": self.zeros(count, self.max_sequence_length, self.denoiser.config.cross_attention_dim)}
 
 
 class StableDiffusion(UNetPipeline):
@@ -78,7 +78,10 @@ class SDXL(UNetPipeline):
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return zeros for texts of the greatest length, and for the pooled text."""
         # the network's additional input is the pooled text and six numbers of sizes, embedded
-        pooled = self._config.projection_class_embeddings_input_dim - 6 * self._config.addition_time_embed_dim
+        pooled = (
+            self.denoiser.config.projection_class_embeddings_input_dim
+            - 6 * self.denoiser.config.addition_time_embed_dim
+        )
         return {**super().longest_conditioning(count), "pooled": self.zeros(count, pooled)}
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,21 @@ from rewards.backbones.clip_encoder import ClipEncoder, load_clip
 from rewards.backbones.encoders import cosine
 
 
+class CosineReward(ABC):
+    """The cosine of image and text by one encoder of both: ``ClipReward``, ``PickScoreReward``, ``HPSReward``."""
+
+    @abstractmethod
+    def encoder(self, device: torch.device) -> ClipEncoder:
+        """Load the encoder, or return the one already loaded, on ``device``."""
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable in the images; NaN where an image has NaN."""
+        encoder = self.encoder(samples.device)
+        return cosine(encoder(samples), encoder.text([prompt.text for prompt in prompts]))
+
+
 @dataclass(frozen=True)
-class ClipReward:
+class ClipReward(CosineReward):
     """The cosine of an image's and its prompt's CLIP embedding, in [-1, 1] (CLIPScore, arXiv 2104.08718, unscaled).
 
     ``model`` and ``processor`` are as for ``rewards.backbones.clip_encoder.load_clip``. The model is
@@ -24,11 +38,5 @@ class ClipReward:
     model: str
     processor: str | None = None
 
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable in the images; NaN where an image has NaN."""
-        encoder = self.encoder(samples.device)
-        return cosine(encoder(samples), encoder.text([prompt.text for prompt in prompts]))
-
     def encoder(self, device: torch.device) -> ClipEncoder:
-        """Load the model, or return the one already loaded, on ``device``."""
         return load_clip(self.model, self.processor).to(device)

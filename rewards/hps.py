@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from genalign.types import Prompt
 from rewards.backbones.clip_encoder import ClipEncoder, OpenClipEncoder
-from rewards.backbones.encoders import cosine
 from rewards.backbones.weight_files import locate
+from rewards.clip import CosineReward
 
 
 @dataclass(frozen=True)
-class HPSReward:
+class HPSReward(CosineReward):
     """The cosine of image and text by the fine-tuned CLIP-H, without its logit scale: mostly 0.25 to 0.37.
 
     ``weights`` is the published .pt, or its tensors as .safetensors: a path, or hf://owner/repository/file; v2.0 is
@@ -28,13 +25,7 @@ class HPSReward:
     weights: str = "hf://xswu/HPSv2/HPS_v2.1_compressed.pt"
     architecture: str = "ViT-H-14"
 
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable in the images; NaN where an image has NaN."""
-        encoder = self.encoder(samples.device)
-        return cosine(encoder(samples), encoder.text([prompt.text for prompt in prompts]))
-
     def encoder(self, device: torch.device) -> ClipEncoder:
-        """Load the model and move it to ``device``."""
         return _opened(self.weights, self.architecture).to(device)
 
 

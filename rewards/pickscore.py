@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from genalign.types import Prompt
-from rewards.backbones.clip_encoder import ClipEncoder, load_clip
-from rewards.backbones.encoders import cosine
+from rewards.clip import ClipReward
 
 
 @dataclass(frozen=True)
-class PickScoreReward:
+class PickScoreReward(ClipReward):
     """The cosine of image and text times exp(logit scale), as on the model card: mostly 18 to 24.
 
     It is on a logit scale: a softmax over the scores of images of one prompt is the probability of each to be
@@ -29,9 +27,4 @@ class PickScoreReward:
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable in the images; NaN where an image has NaN."""
-        encoder = self.encoder(samples.device)
-        return encoder.logit_scale * cosine(encoder(samples), encoder.text([prompt.text for prompt in prompts]))
-
-    def encoder(self, device: torch.device) -> ClipEncoder:
-        """Load the model and move it to ``device``."""
-        return load_clip(self.model, self.processor).to(device)
+        return self.encoder(samples.device).logit_scale * super().__call__(samples, prompts)

@@ -361,26 +361,18 @@ def test_a_setting_of_0_1_0_is_refused_with_its_new_name(
     assert not (work / "runs").exists()
 
 
-SHADOWS = {
-    # our package is hidden by a folder of the working directory, or by an installed package
-    "folder": (("-m",), {}, "{work}/rewards/__init__.py is imported as 'rewards' in place of genalign's package {own}"),
-    "installed": (
-        ("-P", "-m"),
-        {"PYTHONPATH": "{work}"},
-        "{work}/rewards/__init__.py is imported as 'rewards' in place",
-    ),
-    # our package hides a folder of the working directory
-    "hidden": (
-        ("-P", "-m"),
-        {},
-        "rewards.function: rewards has no mine: 'rewards' was imported from {own}, genalign's",
-    ),
-}
+SHADOWED = "{work}/rewards/__init__.py is imported as 'rewards' in place of genalign's package"
+HIDDEN = "rewards.function: rewards has no mine: 'rewards' was imported from {own}, genalign's"
 
 
-@pytest.mark.parametrize("case", SHADOWS)
-def test_a_package_of_the_same_name_as_ours_is_explained(case: str, tmp_path: Path) -> None:
-    options, variables, message = SHADOWS[case]
+@pytest.mark.parametrize(
+    ("options", "path", "message"),
+    [(["-m"], "", SHADOWED), (["-P", "-m"], "{work}", SHADOWED), (["-P", "-m"], "", HIDDEN)],
+    ids=["a folder hides ours", "an installed package hides ours", "ours hides a folder"],
+)
+def test_a_package_of_the_same_name_as_ours_is_explained(
+    options: list[str], path: str, message: str, tmp_path: Path
+) -> None:
     places = {"work": tmp_path, "own": folder_of("rewards")}
     (tmp_path / "rewards").mkdir()
     (tmp_path / "rewards" / "__init__.py").touch()
@@ -388,7 +380,7 @@ def test_a_package_of_the_same_name_as_ours_is_explained(case: str, tmp_path: Pa
     arguments = ["--output", "run", "--prompts", "p.txt", "--model.path", "m", "--recipe", "genalign.flow_grpo"]
     arguments += ["--rewards.red.function", "rewards.mine.redness"]
     command = [sys.executable, *options, "genalign", "plan", *arguments]
-    environment = {**os.environ, **{name: value.format(**places) for name, value in variables.items()}}
+    environment = {**os.environ, **({"PYTHONPATH": path.format(**places)} if path else {})}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith(f"error: {message.format(**places)}")

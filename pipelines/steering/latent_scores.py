@@ -61,7 +61,7 @@ class PipelineScorer:
         finally:
             handle.remove()
 
-    def __call__(
+    def decode_and_score(
         self, latents: Tensor, prompts: Sequence[Prompt], nodes: Sequence[int], steps_done: int
     ) -> tuple[Tensor, Tensor]:
         """Decode and score latents.

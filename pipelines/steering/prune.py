@@ -1,12 +1,19 @@
-"""Noise-aware pruning of a diffusers pipeline of the user's own: one call of it for the steps between two prunings."""
+"""Noise-aware pruning of an unmodified diffusers pipeline, by runs of it in parts.
+
+Many samples begin, and a selection of them continues. The pipeline sees only a part of its timesteps and runs through
+it as always. So no run is broken off, and any family works whose pipeline steps a scheduler. N samples.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from genalign.diffusion.noise import derived_seed
@@ -16,7 +23,10 @@ from genalign.search.pruning import Prune
 from genalign.search.ranking import best_per_prompt
 from genalign.types import Prompt
 from pipelines.steering.latent_scores import Decode, PipelineScorer, Rewards
-from pipelines.steering.partial_runs import PartialRun, run_part, run_rest
+from pipelines.steering.scheduler_hooks import Move, patched_step, replaced, scheduler_state, select_rows
+
+_DEPENDENT_ON_STEP = ("skip_guidance_layers", "control_guidance_start", "control_guidance_end")
+_ROUNDINGS = 8
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ def prune(
 
     Raises:
         ValueError: No number of candidates, a scorer other than the rewards, or a call that
-            ``pipelines.steering.partial_runs`` cannot divide into parts.
+            ``run_part`` cannot divide into parts.
     """
     if strategy.candidates is None or strategy.scorer is not None:
         raise ValueError("prune needs Prune(candidates=...), and scores decoded previews by the rewards alone")
@@ -72,7 +82,7 @@ def prune(
             part = run_part(pipe, part, step + 1, **_repeated(call, prompt, generators))
 
             # The candidates with the best previews continue
-            scores, _ = scorer(part.x0, [prompt] * len(nodes), nodes, step + 1)
+            scores, _ = scorer.decode_and_score(part.x0, [prompt] * len(nodes), nodes, step + 1)
             rows = best_per_prompt(scores, torch.zeros(len(nodes), dtype=torch.long), alive)
             survivors = [nodes[i] for i in rows.tolist()]
             scorer.lineage.close([node for node in nodes if node not in survivors], step + 1)
@@ -82,7 +92,7 @@ def prune(
         arguments = {**_repeated(call, prompt, generators), "output_type": "latent", "return_dict": False}
         output = run_rest(pipe, part, **arguments)
         total = len(pipe.scheduler.timesteps)
-        scores, samples = scorer(output[0], [prompt] * len(nodes), nodes, total)
+        scores, samples = scorer.decode_and_score(output[0], [prompt] * len(nodes), nodes, total)
         scorer.lineage.close(nodes, total)
         order = best_per_prompt(scores, torch.zeros(len(nodes), dtype=torch.long), len(nodes))
         return Pruned(samples[order], scores[order], scorer.lineage, scorer.ledger)
@@ -98,3 +108,121 @@ def _repeated(call: dict[str, Any], prompt: Prompt, generators: list[torch.Gener
         else:
             batch[name] = value.expand(count, *value.shape[1:]) if isinstance(value, Tensor) else value
     return {**batch, "generator": list(generators)}
+
+
+@dataclass(frozen=True)
+class PartialRun:
+    """N samples after ``done`` evaluations of the network for each.
+
+    ``latents`` (N, ...) are in the scheduler's scale, ``x0`` (N, ...) are the clean latents predicted by the last
+    evaluation, and ``state`` is the scheduler's by attribute, with its history of earlier steps.
+    """
+
+    done: int
+    latents: Tensor
+    x0: Tensor
+    state: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def rows(self, rows: Tensor) -> PartialRun:
+        """Select the samples ``rows`` (M,) long, in this order."""
+        index = rows.to(self.latents.device)
+        return replace(self, latents=self.latents[index], x0=self.x0[index], state=select_rows(self.state, rows))
+
+    def restore(self, scheduler: SchedulerMixin) -> None:
+        """Set the scheduler's state to copies of this one, since it adds to some tensors in place."""
+        vars(scheduler).update(select_rows(self.state, torch.arange(len(self))))
+
+
+def run_part(pipe: DiffusionPipeline, part: PartialRun | None, steps: int, **call: Any) -> PartialRun:
+    """Run ``pipe(**call)`` from noise, or from the end of ``part``, for some of its evaluations of the network.
+
+    Args:
+        pipe: The pipeline.
+        part: The N samples to continue, if any.
+        steps: The total number of evaluations of the network after this part, less than the whole call has.
+        **call: The arguments of the whole call, for these N samples: prompts or embeddings, and generators, in their
+            order. The output type is always "latent".
+
+    Raises:
+        ValueError: Another number of steps, a call whose guidance depends on the number of the step, another schedule
+            than ``part`` has, or a pipeline that does not start from the latents that it is called with.
+    """
+    done = 0 if part is None else part.done
+    if steps <= done:
+        raise ValueError(f"steps must be more than the {done} that are done, not {steps}")
+    _, last = _run(pipe, part, steps, {**call, "output_type": "latent"})
+    if last.index + 1 != steps:
+        raise ValueError(
+            f"the pipeline stopped after {last.index + 1} steps instead of {steps}: leave out the arguments that"
+            " shorten its schedule, such as denoising_end"
+        )
+    return PartialRun(steps, last.x_next, last.x0, scheduler_state(pipe.scheduler))
+
+
+def run_rest(pipe: DiffusionPipeline, part: PartialRun | None, **call: Any) -> Any:
+    """Run ``pipe(**call)`` for the evaluations that are left to the samples of ``part``, and return its output.
+
+    The output equals the unbroken run up to rounding, if noise comes from one generator for each sample; pass on the
+    generators that ``run_part`` has used. Callbacks count the steps from 0 again. Raises as ``run_part`` does.
+    """
+    return _run(pipe, part, None, call)[0]
+
+
+def _run(pipe: DiffusionPipeline, part: PartialRun | None, stop: int | None, call: dict[str, Any]) -> tuple[Any, Move]:
+    """Call the pipeline for the steps from the end of ``part`` to ``stop``, and return its output and last step."""
+    if refused := [name for name in _DEPENDENT_ON_STEP if call.get(name) is not None]:
+        raise ValueError(
+            f"{', '.join(refused)} depends on the number of the step, which a run in parts does not preserve: leave it"
+            " out"
+        )
+    moves: list[Move] = []
+
+    def note(move: Move) -> None:
+        moves[:] = [move]
+        if part is not None and move.index == part.done:
+            rounding = _ROUNDINGS * torch.finfo(part.latents.dtype).eps * part.latents.abs().max()
+            if part.latents.shape != move.x.shape or bool((part.latents - move.x).abs().max() > rounding):
+                raise ValueError("the pipeline changes the latents that it is called with: it cannot be run in parts")
+
+    if part is not None:
+        part.restore(pipe.scheduler)
+        scale = getattr(pipe.scheduler, "init_noise_sigma", 1.0)  # pipelines multiply by it; flow schedulers have none
+        call = {**call, "latents": part.latents / scale}
+    with _limited_timesteps(pipe.scheduler, part, stop), patched_step(pipe.scheduler, note):
+        output = pipe(**call)
+    return output, moves[-1]
+
+
+@contextmanager
+def _limited_timesteps(scheduler: SchedulerMixin, part: PartialRun | None, stop: int | None) -> Iterator[None]:
+    """Show the pipeline only the timesteps from the end of ``part`` to ``stop``, right after the scheduler sets them.
+
+    Whenever the scheduler steps it has all of them again, since solvers ask how many are left.
+    """
+    set_timesteps, step, timesteps = scheduler.set_timesteps, scheduler.step, scheduler.timesteps
+
+    @functools.wraps(set_timesteps)
+    def set_part(*args: Any, **kwargs: Any) -> None:
+        nonlocal timesteps
+        set_timesteps(*args, **kwargs)
+        timesteps = scheduler.timesteps
+        if stop is not None and not 1 <= stop < len(timesteps):
+            raise ValueError(f"steps must be 1 to {len(timesteps) - 1} for a part of this call, not {stop}")
+        if part is not None:
+            if not torch.equal(timesteps, part.state["timesteps"]):
+                raise ValueError(
+                    "this call has another schedule than the part before: give it the same number of steps and size"
+                )
+            part.restore(scheduler)
+        scheduler.timesteps = timesteps[part.done if part else 0 : stop]
+
+    @functools.wraps(step)
+    def step_of_all(*args: Any, **kwargs: Any) -> Any:
+        scheduler.timesteps = timesteps
+        return step(*args, **kwargs)
+
+    with replaced(scheduler, "set_timesteps", set_part), replaced(scheduler, "step", step_of_all):
+        yield

@@ -89,7 +89,7 @@ def patched_step(scheduler: SchedulerMixin, on_step: Callable[[Move], Tensor | N
             if replacement.shape != move.x_next.shape:
                 raise ValueError(
                     f"the latents are {tuple(move.x_next.shape)}, and on_step returned {tuple(replacement.shape)}: a"
-                    " run keeps its batch; use pipelines.steering.partial_runs to continue with fewer samples"
+                    " run keeps its batch; use pipelines.steering.prune.run_part to continue with fewer samples"
                 )
             output.prev_sample = replacement.to(move.x_next)
         return output.to_tuple() if as_tuple else output

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from diffusers import AceStepPipeline, DiffusionPipeline
 from torch import Tensor
 
 from genalign.diffusion.noise import derived_seed, seeded_noise
-from genalign.scoring.budget import Ledger
 from genalign.search.fk_steering import require_stochastic as require_stochastic_kernel
 from genalign.search.lineage import Lineage
 from genalign.search.stepwise import Stepwise, StepwiseCall, StepwiseStrategy
@@ -29,18 +27,6 @@ from pipelines.steering.scheduler_hooks import (
     patched_step,
     require_stochastic,
 )
-
-
-@dataclass
-class Steering:
-    """Record of the last call: the ``scores`` (N, K rewards) of its samples in their order, and the ``lineage``.
-
-    The first sample of every prompt is the one that the strategy chose. The ``ledger`` counts the cost of all calls.
-    """
-
-    scores: Tensor | None = None
-    lineage: Lineage = field(default_factory=Lineage)
-    ledger: Ledger = field(default_factory=Ledger)
 
 
 @contextmanager
@@ -81,14 +67,13 @@ def steer(
     plan = strategy.stepwise()
     if plan.scoring_steps is not None:
         _require_resampling(pipe, plan)
-    scorer = PipelineScorer(pipe, reward, decode)
-    calls = _SteeredCalls(scorer, plan, prompts, seed)
+    steering = Steering(pipe, reward, decode, plan, prompts or (), seed)
     with ExitStack() as stack:
         if prompts is None and hasattr(pipe, "encode_prompt"):
-            stack.enter_context(observed(pipe, "encode_prompt", calls.note_prompt))
-        stack.enter_context(scorer.observing())
-        stack.enter_context(patched_step(pipe.scheduler, calls.on_step))
-        yield calls.steering
+            stack.enter_context(observed(pipe, "encode_prompt", steering._note_prompt))
+        stack.enter_context(steering.observing())
+        stack.enter_context(patched_step(pipe.scheduler, steering._on_step))
+        yield steering
 
 
 def _require_resampling(pipe: DiffusionPipeline, plan: Stepwise) -> None:
@@ -107,25 +92,36 @@ def _require_resampling(pipe: DiffusionPipeline, plan: Stepwise) -> None:
         require_stochastic(pipe.scheduler)
 
 
-class _SteeredCalls:
-    """The calls of a pipeline within one ``steer``, step by step."""
+class Steering(PipelineScorer):
+    """The calls of a pipeline within one ``steer``.
+
+    ``scores`` (N, K rewards) of the samples in their order, and ``lineage``, are of the last call; the first sample of
+    every prompt is the one that the strategy chose. ``ledger`` counts the cost of all calls.
+    """
+
+    scores: Tensor | None = None
+    nodes: tuple[int, ...] = ()
 
     def __init__(
-        self, scorer: PipelineScorer, plan: Stepwise, prompts: Sequence[str | Prompt] | None, seed: int
+        self,
+        pipe: DiffusionPipeline,
+        reward: Rewards,
+        decode: Decode | None,
+        plan: Stepwise,
+        prompts: Sequence[str | Prompt],
+        seed: int,
     ) -> None:
-        self.scorer, self.plan, self.seed = scorer, plan, seed
-        self.scheduler = scorer.pipe.scheduler
-        self.steering = Steering(ledger=scorer.ledger)
-        self.nodes: tuple[int, ...] = ()
-        self.prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts or ()]
+        super().__init__(pipe, reward, decode)
+        self.scheduler, self.plan, self.seed = pipe.scheduler, plan, seed
+        self.prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
-    def note_prompt(self, arguments: Mapping[str, Any]) -> None:
+    def _note_prompt(self, arguments: Mapping[str, Any]) -> None:
         """Take the prompts of a call from the arguments of ``encode_prompt``."""
         prompt = arguments.get("prompt")
         if prompt is not None:
             self.prompts = [Prompt(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
 
-    def on_step(self, move: Move) -> Tensor:
+    def _on_step(self, move: Move) -> Tensor:
         """Return the next latents (N, ...) after a step of the scheduler."""
         total, done, kernel = len(self.scheduler.timesteps), move.index + 1, self.plan.kernel
         if move.index == 0:
@@ -138,10 +134,10 @@ class _SteeredCalls:
         # The last step: each prompt's choice becomes its first sample
         if done == total:
             scores = self._score(x, done)
-            self.steering.lineage.close(self.nodes, done)
+            self.lineage.close(self.nodes, done)
             is_first = torch.isin(torch.arange(len(x)), self.selection.choose(scores))
             order = torch.argsort(2 * self.prompt + ~is_first, stable=True)
-            self.steering.scores = scores[order]
+            self.scores = scores[order]
             return x[order.to(x.device)]
 
         # A step at which the strategy selects: each place continues from the particle that it names
@@ -156,9 +152,9 @@ class _SteeredCalls:
                 f" {len(x)} places, not {sources.tolist()}: a call of a pipeline keeps its batch"
             )
         gather_history(self.scheduler, sources)
-        lineage, parents = self.steering.lineage, [self.nodes[i] for i in sources.tolist()]
-        lineage.close(self.nodes, done)
-        self.nodes = lineage.add(self.prompt.tolist(), parents, done)
+        parents = [self.nodes[i] for i in sources.tolist()]
+        self.lineage.close(self.nodes, done)
+        self.nodes = self.lineage.add(self.prompt.tolist(), parents, done)
         return x[sources.to(x.device)]
 
     def _begin(self, samples: int, total: int) -> None:
@@ -178,11 +174,11 @@ class _SteeredCalls:
             if self.plan.kernel is not None:
                 require_stochastic_kernel(self.plan.kernel, grid_of(self.scheduler))
         self.prompt = torch.arange(len(self.prompts)).repeat_interleave(count)
-        weights = tuple(reward.weight for reward in self.scorer.rewards)
+        weights = tuple(reward.weight for reward in self.rewards)
         self.selection = self.plan.selection(StepwiseCall(self.prompt, total, self.seed, weights))
-        self.scorer.lineage = self.steering.lineage = Lineage()
-        self.nodes = self.steering.lineage.add(self.prompt.tolist(), [None] * samples, 0)
+        self.lineage = Lineage()
+        self.nodes = self.lineage.add(self.prompt.tolist(), [None] * samples, 0)
 
     def _score(self, latents: Tensor, done: int) -> Tensor:
         """Score latents (N, ...) after ``done`` steps: (N, K)."""
-        return self.scorer(latents, [self.prompts[p] for p in self.prompt.tolist()], self.nodes, done)[0]
+        return self.decode_and_score(latents, [self.prompts[p] for p in self.prompt.tolist()], self.nodes, done)[0]

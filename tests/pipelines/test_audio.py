@@ -66,79 +66,53 @@ def test_opening_does_not_warn_of_weight_norm(family: str, folder_of: FolderOf) 
     assert not [warning for warning in seen if "weight_norm" in str(warning.message)]
 
 
-class RecordingScheduler(CosineDPMSolverMultistepScheduler):  # untyped
-    """The scheduler with a record of its noises."""
-
-    noises: list[Tensor]
-
-    def dpm_solver_first_order_update(self, model_output: Tensor, sample: Tensor, noise: Tensor) -> Tensor:
-        self.noises.append(noise)
-        updated: Tensor = super().dpm_solver_first_order_update(model_output, sample, noise)
-        return updated
-
-
-class Euler(EDMEulerScheduler):  # untyped
-    """The deterministic scheduler of EDM, with the timesteps of Stable Audio's network."""
-
-    def precondition_noise(self, sigma: Tensor) -> Tensor:
-        return sigma.atan() * 2 / math.pi
-
-
-def _vanilla(folder: Path, scheduler: Any, noise: Tensor, guidance: float) -> tuple[list[Tensor], Tensor]:
-    """The latents after every step of the diffusers pipeline, and its waveforms."""
-    pipe = StableAudioPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = scheduler
-    seen: list[Tensor] = []
-    waveforms = pipe(
-        PROMPTS,
-        audio_end_in_s=SECONDS,
-        num_inference_steps=STEPS,
-        guidance_scale=guidance,
-        latents=noise,
-        generator=torch.Generator().manual_seed(0),
-        callback=lambda step, timestep, latents: seen.append(latents),
-    ).audios
-    return seen, waveforms
-
-
 def _ours(pipeline: DiffusersPipeline, kernel: Kernel, guidance: float) -> Rollout:
     start = RolloutInputs(pipeline.encode(PROMPTS), torch.arange(2), (1, 2), (1, 2))
     kernels = [*[kernel] * (STEPS - 1), ODE()]
     return rollout(pipeline, start, pipeline.grid(STEPS), kernels, guidance, store=range(STEPS))
 
 
-def _assert_equal(pipeline: StableAudio, ours: Rollout, latents: list[Tensor], waveforms: Tensor) -> None:
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("kernel", [DPMSDE(), ODE()])
+def test_kernels_equal_the_samplers_of_diffusers(
+    stable_audio: StableAudio, folder_of: FolderOf, kernel: Kernel, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SDE equals the first-order DPM-Solver++ with its noises, and the ODE equals EDM's Euler sampler."""
+    noises: list[Tensor] = []
+    scheduler: Any
+    if isinstance(kernel, DPMSDE):
+        scheduler = CosineDPMSolverMultistepScheduler(solver_order=1)
+        update = scheduler.dpm_solver_first_order_update
+
+        def record(*args: Tensor, **named: Tensor) -> Tensor:
+            noises.append(named["noise"])
+            return update(*args, **named)
+
+        monkeypatch.setattr(scheduler, "dpm_solver_first_order_update", record)
+        monkeypatch.setattr("genalign.diffusion.rollout.step_noise", lambda seeds, step, like: noises[step])
+    else:
+        options = {"sigma_min": 0.3, "sigma_max": 500.0, "sigma_data": 1.0, "sigma_schedule": "exponential"}
+        scheduler = EDMEulerScheduler(prediction_type="v_prediction", **options)
+        monkeypatch.setattr(scheduler, "precondition_noise", lambda sigma: sigma.atan() * 2 / math.pi)
+    pipe = StableAudioPipeline.from_pretrained(folder_of("stable_audio"))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = scheduler
+    latents: list[Tensor] = []
+    waveforms = pipe(
+        PROMPTS,
+        audio_end_in_s=SECONDS,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        latents=stable_audio.initial_noise([1, 2]) / stable_audio.pipe.scheduler.init_noise_sigma,
+        generator=torch.Generator().manual_seed(0),
+        callback=lambda step, timestep, x: latents.append(x),
+    ).audios
+    ours = _ours(stable_audio, kernel, guidance)
+    assert len(noises) == (STEPS if isinstance(kernel, DPMSDE) else 0) and float(latents[0].std()) > 50
+    assert ours.x.dtype == ours.x_next.dtype == ours.mean.dtype == torch.float32
     for i, theirs in enumerate(latents):
         torch.testing.assert_close(ours.x_next[:, i], theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
-    torch.testing.assert_close(pipeline.decode(ours.final), waveforms.clamp(-1, 1), rtol=0, atol=1e-4)
-
-
-def _unit_noise(pipeline: StableAudio) -> Tensor:
-    """Initial noise without its scale, which the pipeline of diffusers multiplies by."""
-    return pipeline.initial_noise([1, 2]) / pipeline.pipe.scheduler.init_noise_sigma
-
-
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_the_sde_rollout_is_the_first_order_sampler_of_diffusers_with_its_noises(
-    stable_audio: StableAudio, folder_of: FolderOf, guidance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scheduler = RecordingScheduler(solver_order=1)
-    scheduler.noises = []
-    latents, waveforms = _vanilla(folder_of("stable_audio"), scheduler, _unit_noise(stable_audio), guidance)
-    monkeypatch.setattr("genalign.diffusion.rollout.step_noise", lambda seeds, step, like: scheduler.noises[step])
-    ours = _ours(stable_audio, DPMSDE(), guidance)
-    assert len(scheduler.noises) == STEPS and float(latents[0].std()) > 50
-    assert ours.x.dtype == ours.x_next.dtype == ours.mean.dtype == torch.float32
-    _assert_equal(stable_audio, ours, latents, waveforms)
-
-
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_the_ode_is_the_euler_sampler_of_edm(stable_audio: StableAudio, folder_of: FolderOf, guidance: float) -> None:
-    options = {"sigma_min": 0.3, "sigma_max": 500.0, "sigma_data": 1.0, "sigma_schedule": "exponential"}
-    scheduler = Euler(prediction_type="v_prediction", **options)
-    latents, waveforms = _vanilla(folder_of("stable_audio"), scheduler, _unit_noise(stable_audio), guidance)
-    _assert_equal(stable_audio, _ours(stable_audio, ODE(), guidance), latents, waveforms)
+    torch.testing.assert_close(stable_audio.decode(ours.final), waveforms.clamp(-1, 1), rtol=0, atol=1e-4)
 
 
 def test_noise_levels_of_stable_audio_open(stable_audio: StableAudio) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,18 @@ from torch import Tensor, nn
 
 from pipelines import SD3, SDXL, AceStep, Flux, QwenImage, Sana, StableAudio, StableDiffusion
 from pipelines.base import DiffusersPipeline
-from pipelines.flows import pack, unpack
+from pipelines.flows import PackedFlowPipeline, pack, unpack
 from scripts.pretrain.shapes_models import ShapesTextToImage, build_t5, build_text_encoder, build_vae
 from scripts.pretrain.shapes_tokenizers import clip_tokenizer, t5_tokenizer
 
+_TEXT = {  # of language models
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+HEADS, CHANNELS = {"num_layers": 1, "num_attention_heads": 2}, {"in_channels": 4, "out_channels": 4}
 _LATENT_DIFFUSION: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -34,35 +41,31 @@ class Family:
 
     build: Callable[[], DiffusionPipeline]
     ours: type[DiffusersPipeline]
-    first_order: Callable[[Any], Any]  # from the shipped scheduler's configuration
-    guided: Callable[[float], dict[str, Any]]
-    extra: dict[str, Any]
-    packed: bool = False  # whether diffusers shows its latents as tokens
-    scaled: bool = False  # whether it shows x / alpha
-    frames_first: bool = False  # whether its latents are (B, frames, C)
-    alone: bool = False  # whether it pads the prompts of a batch to one length, which changes its samples
+    options: dict[str, Any] = field(default_factory=dict)  # of ours, by which diffusers is called too
+    extra: dict[str, Any] = field(default_factory=dict)  # of diffusers alone
+    scheduler: dict[str, Any] = field(default_factory=dict)  # of the first-order scheduler, beside the shipped settings
+    guidance: str = "guidance_scale"  # the name that diffusers has for it
 
     def noise(self, noise: Tensor) -> Tensor:
         """Our initial noise as diffusers takes it."""
-        if self.frames_first:
+        if self.ours is AceStep:
             return noise.transpose(1, 2)
-        return pack(noise) if self.packed else noise
+        return pack(noise) if issubclass(self.ours, PackedFlowPipeline) else noise
 
     def latents(self, theirs: Tensor, like: Tensor, alpha: float) -> Tensor:
         """Latents that diffusers showed at a level of ``alpha``, in our layout."""
-        if self.frames_first:
+        if self.ours is AceStep:
             return theirs.transpose(1, 2)
-        unpacked = unpack(theirs, *like.shape[-2:]) if self.packed else theirs
-        return unpacked * alpha if self.scaled else unpacked
+        if issubclass(self.ours, PackedFlowPipeline):
+            return unpack(theirs, *like.shape[-2:])
+        return theirs * alpha if self.ours is SDXL else theirs
 
     def save(self, folder: Path) -> Path:
         """Build it with random weights, the output layers included, and save it."""
         torch.manual_seed(0)
         pipe = self.build()
-        for name, module in pipe.components.items():
-            if name in ("transformer", "unet"):
-                for parameter in module.parameters():  # output layers start at zero, which would hide mistakes
-                    nn.init.normal_(parameter, std=0.05)
+        for parameter in pipe.components[self.ours.denoiser_name].parameters():
+            nn.init.normal_(parameter, std=0.05)  # output layers start at zero, which would hide mistakes
         pipe.save_pretrained(folder)
         return folder
 
@@ -111,11 +114,10 @@ def unet_xl(context: int, pooled: int) -> diffusers.UNet2DConditionModel:
 def flux_transformer(context: int, pooled: int) -> diffusers.FluxTransformer2DModel:
     """A guidance-distilled network for packed latents of four channels."""
     return diffusers.FluxTransformer2DModel(
+        **HEADS,
         in_channels=16,
-        num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=context,
         pooled_projection_dim=pooled,
         guidance_embeds=True,
@@ -126,9 +128,8 @@ def flux_transformer(context: int, pooled: int) -> diffusers.FluxTransformer2DMo
 def audio_transformer() -> diffusers.StableAudioDiTModel:
     """Stable Audio's network, for 16 frames and texts of width 16."""
     return diffusers.StableAudioDiTModel(
+        **CHANNELS,
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
@@ -201,20 +202,10 @@ def sdxl() -> DiffusionPipeline:
 
 def sana() -> DiffusionPipeline:
     tokenizer = t5_tokenizer()
-    gemma = transformers.Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
+    gemma = transformers.Gemma2Config(vocab_size=len(tokenizer), head_dim=8, **_TEXT)
     network = diffusers.SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_attention_heads=2,
+        **HEADS,
+        **CHANNELS,
         attention_head_dim=4,
         num_cross_attention_heads=2,
         cross_attention_head_dim=4,
@@ -222,20 +213,14 @@ def sana() -> DiffusionPipeline:
         caption_channels=16,
         sample_size=32,
     )
-    vae = diffusers.AutoencoderDC(
-        in_channels=3,
-        latent_channels=4,
-        attention_head_dim=2,
-        encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        scaling_factor=0.41407,
-    )
+    ends = {
+        "block_types": ("ResBlock", "EfficientViTBlock"),
+        "block_out_channels": (8, 8),
+        "qkv_multiscales": ((), (5,)),
+        "layers_per_block": (1, 1),
+    }
+    coders = {f"{end}_{name}": value for end in ("encoder", "decoder") for name, value in ends.items()}
+    vae = diffusers.AutoencoderDC(3, 4, attention_head_dim=2, scaling_factor=0.41407, **coders)
     scheduler = diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
@@ -244,33 +229,19 @@ def sana() -> DiffusionPipeline:
 
 def qwen_image() -> DiffusionPipeline:
     tokenizer = t5_tokenizer()
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
-    }
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": 16,
-        "fullatt_block_indexes": [0],
-    }
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
+    text = {**_TEXT, "vocab_size": len(tokenizer), "rope_parameters": rope}
+    vision = {"depth": 1, "num_heads": 2, "fullatt_block_indexes": [0]}
+    vision |= dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size"), 16)
     encoder = transformers.Qwen2_5_VLForConditionalGeneration(
         transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     )
     network = diffusers.QwenImageTransformer2DModel(
+        **HEADS,
         patch_size=2,
         in_channels=16,
         out_channels=4,
-        num_layers=1,
         attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=16,
         axes_dims_rope=(4, 6, 6),
     )
@@ -300,20 +271,14 @@ def stable_audio() -> DiffusionPipeline:
 
 def ace_step() -> DiffusionPipeline:
     tokenizer = t5_tokenizer()
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4}
-    widths = {"hidden_size": 16, "intermediate_size": 32}
-    text = transformers.Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=1, **widths, **heads)
+    options = {**_TEXT, "head_dim": 8, "sliding_window": 4}
+    text = transformers.Qwen3Config(vocab_size=len(tokenizer), **options)
+    layers = {"num_lyric_encoder_hidden_layers": 1, "num_timbre_encoder_hidden_layers": 1}
+    del options["num_hidden_layers"]
     network = diffusers.AceStepTransformer1DModel(
-        num_hidden_layers=2, in_channels=12, audio_acoustic_hidden_dim=4, **widths, **heads
+        num_hidden_layers=2, in_channels=12, audio_acoustic_hidden_dim=4, **options
     )
-    conditions = diffusers.AceStepConditionEncoder(
-        text_hidden_dim=16,
-        timbre_hidden_dim=4,
-        num_lyric_encoder_hidden_layers=1,
-        num_timbre_encoder_hidden_layers=1,
-        **widths,
-        **heads,
-    )
+    conditions = diffusers.AceStepConditionEncoder(text_hidden_dim=16, timbre_hidden_dim=4, **layers, **options)
     nn.init.normal_(conditions.silence_latent)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)
     return diffusers.AceStepPipeline(
@@ -321,44 +286,21 @@ def ace_step() -> DiffusionPipeline:
     )
 
 
-_flow = diffusers.FlowMatchEulerDiscreteScheduler.from_config
-_ddim = diffusers.DDIMScheduler.from_config
-
-
-def _classic(guidance: float) -> dict[str, Any]:
-    return {"guidance_scale": guidance}
-
-
-def _negative(guidance: float) -> dict[str, Any]:
-    return {"true_cfg_scale": guidance, "negative_prompt": [" ", " "]}
-
-
 FolderOf = Callable[[str], Path]
 """The fixture ``folder_of``: from a family's name to the folder of its checkpoint."""
 
-_SIZE = {"height": 16, "width": 16}
+_SHORT, _SIZE = {"max_sequence_length": 8}, {"height": 16, "width": 16}
+_QWEN = {"max_sequence_length": 32, **_SIZE}
 FAMILIES: dict[str, Family] = {
-    "sd3": Family(sd3, SD3, _flow, _classic, {"max_sequence_length": 8}),
-    "flux": Family(
-        flux, Flux, _flow, lambda guidance: {"guidance_scale": 3.5}, {"max_sequence_length": 8, **_SIZE}, packed=True
-    ),
-    "sd15": Family(sd15, StableDiffusion, _ddim, _classic, {}),
-    "sd21": Family(sd21, StableDiffusion, _ddim, _classic, {}),
-    "sdxl": Family(sdxl, SDXL, diffusers.EulerDiscreteScheduler.from_config, _classic, {}, scaled=True),
+    "sd3": Family(sd3, SD3, _SHORT),
+    "flux": Family(flux, Flux, {**_SHORT, **_SIZE}, {"guidance_scale": 3.5}, guidance="true_cfg_scale"),
+    "sd15": Family(sd15, StableDiffusion),
+    "sd21": Family(sd21, StableDiffusion),
+    "sdxl": Family(sdxl, SDXL),
     "sana": Family(
-        sana,
-        Sana,
-        lambda config: _flow(config, shift=config["flow_shift"]),
-        _classic,
-        {"max_sequence_length": 8, "use_resolution_binning": False, "height": 32, "width": 32},
+        sana, Sana, {**_SHORT, "height": 32, "width": 32}, {"use_resolution_binning": False}, scheduler={"shift": 3.0}
     ),
-    "qwen_image": Family(qwen_image, QwenImage, _flow, _negative, {"max_sequence_length": 32, **_SIZE}, packed=True),
-    "stable_audio": Family(
-        stable_audio,
-        StableAudio,
-        functools.partial(diffusers.CosineDPMSolverMultistepScheduler.from_config, solver_order=1),
-        _classic,
-        {"audio_end_in_s": 3.0},
-    ),
-    "ace_step": Family(ace_step, AceStep, _flow, _classic, {"audio_duration": 3.1}, frames_first=True, alone=True),
+    "qwen_image": Family(qwen_image, QwenImage, _QWEN, {"negative_prompt": [" ", " "]}, guidance="true_cfg_scale"),
+    "stable_audio": Family(stable_audio, StableAudio, {"seconds": 3.0}, {"audio_end_in_s": 3.0}),
+    "ace_step": Family(ace_step, AceStep, {"seconds": 3.1}, {"audio_duration": 3.1}),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from typing import Any
 
 import diffusers
@@ -12,11 +13,19 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from tests.pipelines.tiny_checkpoints import audio_transformer, flux_transformer, oobleck, unet, unet_xl
+from tests.pipelines.tiny_checkpoints import (
+    CHANNELS,
+    HEADS,
+    audio_transformer,
+    flux_transformer,
+    oobleck,
+    unet,
+    unet_xl,
+)
 
 Pick = Sequence[int]
 STEPS = 4
-_WORDS, _WIDTH = 3, 16
+_WIDTH, _GUIDED = 16, {"guidance_scale": 3.0}
 _BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 _DDIM = {**_BETAS, "clip_sample": False, "set_alpha_to_one": False}
 
@@ -65,96 +74,74 @@ def counted(family: Family) -> Iterator[list[int]]:
     handle.remove()
 
 
-def _embeddings(count: int, **widths: int) -> dict[str, Tensor]:
-    """(count, 3, width) for names with a positive width, (count, -width) for the others."""
-    source = torch.Generator().manual_seed(1)
-    return {
-        name: torch.randn((count, _WORDS, width) if width > 0 else (count, -width), generator=source)
-        for name, width in widths.items()
-    }
-
-
-def _vae(channels: int = 4) -> diffusers.AutoencoderKL:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(4,), norm_num_groups=2, latent_channels=channels, mid_block_add_attention=False
-    )
-
-
-def _finish(
-    pipe: DiffusionPipeline, network: nn.Module, samples: dict[str, Tensor], shared: dict[str, Any], nfe: int
+def _family(
+    kind: type[DiffusionPipeline], scheduler: SchedulerMixin, count: int, shared: dict[str, Any], **parts: Any
 ) -> Family:
+    """A pipeline of ``parts`` without text encoders, and embeddings for ``count`` samples; guidance doubles the NFE."""
+    required = [name for name, value in signature(kind.__init__).parameters.items() if value.default is Parameter.empty]
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,), norm_num_groups=2, latent_channels=4, mid_block_add_attention=False
+    )
+    pipe = kind(**{**dict.fromkeys(required[1:]), "vae": vae, "scheduler": scheduler, **parts})
     source = torch.Generator().manual_seed(0)
     for module in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
         for parameter in module.parameters():  # some output layers start at zero, which would hide mistakes
             nn.init.normal_(parameter, std=0.2, generator=source)
         module.eval()
     pipe.set_progress_bar_config(disable=True)
-    return Family(pipe, network, samples, shared, nfe)
+
+    nfe = 2 if shared.get("guidance_scale", 1.0) > 1 else 1
+    source, shapes = torch.Generator().manual_seed(1), {"prompt_embeds": (3, _WIDTH), "pooled_prompt_embeds": (_WIDTH,)}
+    samples = {
+        prefix + name: torch.randn(count, *shape, generator=source)
+        for name, shape in shapes.items()
+        for prefix in ("", "negative_")[:nfe]
+        if name in signature(kind.__call__).parameters
+    }
+    return Family(pipe, pipe.components.get("unet") or pipe.transformer, samples, shared, nfe)
 
 
 def sd15(count: int = 4) -> Family:
     """Stable Diffusion 1.5 with guidance, on DDIM."""
-    network, scheduler = unet(_WIDTH), diffusers.DDIMScheduler(**_DDIM)
-    pipe = diffusers.StableDiffusionPipeline(
-        _vae(), None, None, network, scheduler, None, None, requires_safety_checker=False
-    )
-    samples = _embeddings(count, prompt_embeds=_WIDTH, negative_prompt_embeds=_WIDTH)
-    return _finish(pipe, network, samples, {"guidance_scale": 3.0}, nfe=2)
+    parts = {"unet": unet(_WIDTH), "requires_safety_checker": False}
+    return _family(diffusers.StableDiffusionPipeline, diffusers.DDIMScheduler(**_DDIM), count, _GUIDED, **parts)
 
 
 def sdxl(count: int = 4) -> Family:
     """SDXL without guidance, on DDIM."""
-    network, scheduler = unet_xl(_WIDTH, _WIDTH), diffusers.DDIMScheduler(**_DDIM)
-    pipe = diffusers.StableDiffusionXLPipeline(
-        _vae(), None, None, None, None, network, scheduler, add_watermarker=False
-    )
-    samples = _embeddings(count, prompt_embeds=_WIDTH, pooled_prompt_embeds=-_WIDTH)
-    return _finish(pipe, network, samples, {"guidance_scale": 1.0}, nfe=1)
+    kind, scheduler = diffusers.StableDiffusionXLPipeline, diffusers.DDIMScheduler(**_DDIM)
+    return _family(kind, scheduler, count, {"guidance_scale": 1.0}, unet=unet_xl(_WIDTH, _WIDTH), add_watermarker=False)
 
 
 def sd3(count: int = 4) -> Family:
     """Stable Diffusion 3 with guidance."""
     network = diffusers.SD3Transformer2DModel(
+        **HEADS,
+        **CHANNELS,
         sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
         attention_head_dim=8,
-        num_attention_heads=2,
         joint_attention_dim=_WIDTH,
         caption_projection_dim=16,
         pooled_projection_dim=_WIDTH,
         pos_embed_max_size=4,
     )
-    pipe = diffusers.StableDiffusion3Pipeline(
-        network, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), _vae(), None, None, None, None, None, None
-    )
-    samples = _embeddings(
-        count,
-        prompt_embeds=_WIDTH,
-        negative_prompt_embeds=_WIDTH,
-        pooled_prompt_embeds=-_WIDTH,
-        negative_pooled_prompt_embeds=-_WIDTH,
-    )
-    return _finish(pipe, network, samples, {"guidance_scale": 3.0}, nfe=2)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return _family(diffusers.StableDiffusion3Pipeline, scheduler, count, _GUIDED, transformer=network)
 
 
 def flux(count: int = 4) -> Family:
     """FLUX with distilled guidance and a shift that depends on the image's size."""
-    network = flux_transformer(_WIDTH, _WIDTH)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    pipe = diffusers.FluxPipeline(scheduler, _vae(), None, None, None, None, network)
-    samples = _embeddings(count, prompt_embeds=_WIDTH, pooled_prompt_embeds=-_WIDTH)
-    return _finish(pipe, network, samples, {"height": 8, "width": 8}, nfe=1)
+    network = flux_transformer(_WIDTH, _WIDTH)
+    return _family(diffusers.FluxPipeline, scheduler, count, {"height": 8, "width": 8}, transformer=network)
 
 
 def stable_audio(count: int = 4, scheduler: SchedulerMixin | None = None) -> Family:
     """Stable Audio with guidance; on its own CosineDPMSolverMultistepScheduler, which needs torchsde, by default."""
-    network, projection = audio_transformer(), diffusers.StableAudioProjectionModel(_WIDTH, _WIDTH, 0, 4)
+    projection = diffusers.StableAudioProjectionModel(_WIDTH, _WIDTH, 0, 4)
+    parts = {"vae": oobleck(), "transformer": audio_transformer(), "projection_model": projection}
     used = scheduler or diffusers.CosineDPMSolverMultistepScheduler()
-    pipe = diffusers.StableAudioPipeline(oobleck(), None, projection, None, network, used)
-    samples = _embeddings(count, prompt_embeds=_WIDTH, negative_prompt_embeds=_WIDTH)
-    return _finish(pipe, network, samples, {"guidance_scale": 3.0}, nfe=2)
+    return _family(diffusers.StableAudioPipeline, used, count, _GUIDED, **parts)
 
 
 FAMILIES: dict[str, Callable[..., Family]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux}

@@ -40,10 +40,8 @@ def test_shares() -> None:
 @pytest.mark.parametrize("guard", [LevelWithin(), unclipped, sounding])
 def test_guards_keep_to_the_contract(guard: RewardFunction) -> None:
     gradient = isinstance(guard, LevelWithin)
-    failed = [
-        result for result in check(guard, Probe(clips(), PROMPTS), Expected(gradient=gradient)) if not result.passed
-    ]
-    assert [result.name for result in failed if result.passed is False] == []
+    results = check(guard, Probe(clips(), PROMPTS), Expected(gradient=gradient))
+    assert [result.name for result in results if result.passed is False] == []
 
 
 def test_silence_does_not_pass_a_gate() -> None:

@@ -155,7 +155,7 @@ def test_ensembles_compare_within_the_group() -> None:
     torch.testing.assert_close(credit, expected.flatten(), rtol=0, atol=2e-3)
 
 
-def test_what_is_only_reported_is_no_member_and_what_failed_gets_nothing() -> None:
+def test_ensembles_skip_rewards_of_weight_zero_and_unscored_samples() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(8, 3, generator=generator)
     scores[2, 0] = NAN
@@ -201,7 +201,7 @@ def test_a_direction_that_is_zero_changes_nothing_and_another_one_does() -> None
     torch.testing.assert_close(DirectionalCorrection(base, direction, 2.0)(images, prompts), expected)
 
 
-def test_a_direction_is_learnt_kept_and_read(tmp_path: Path) -> None:
+def test_a_direction_is_learned_saved_and_loaded(tmp_path: Path) -> None:
     """What the images of all prompts have in common, and their texts have not, is what it points to."""
     generator = torch.Generator().manual_seed(0)
     text = F.normalize(torch.randn(64, 16, generator=generator), dim=-1)

@@ -28,9 +28,9 @@ def test_truth_scores_one(images: torch.Tensor, score: str) -> None:
 
 
 def test_wrong_pictures_score_less(images: torch.Tensor) -> None:
-    shown = images[[1, 0, 0]]
-    assert ShapesReward("strict")(shown, PROMPTS).tolist() == [0, 0, 0]
-    assert (ShapesReward()(shown, PROMPTS) < 0.5).all()
+    wrong = images[[1, 0, 0]]
+    assert ShapesReward("strict")(wrong, PROMPTS).tolist() == [0, 0, 0]
+    assert (ShapesReward()(wrong, PROMPTS) < 0.5).all()
 
 
 def test_surplus_is_relaxed_but_not_strict(images: torch.Tensor) -> None:

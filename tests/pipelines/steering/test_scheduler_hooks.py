@@ -156,11 +156,6 @@ def test_other_shapes_and_copied_and_idle_schedulers_are_refused() -> None:
     assert copy.deepcopy(scheduler) is not scheduler
 
 
-def test_an_unknown_scheduler_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="the noise levels of this TCDScheduler cannot be derived: use one of Cosine"):
-        _observed(sd15().on(diffusers.TCDScheduler, clip_sample=False))
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
@@ -222,27 +217,23 @@ def test_the_ode_equals_the_first_order_scheduler(build: Callable[[str], Schedul
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "kernel", "call"),
+    ("kind", "options", "kernel"),
     [
-        (DDIMScheduler, {**UNCLIPPED, "set_alpha_to_one": False, "steps_offset": 1}, DDIM(0.4), {"eta": 0.4}),
-        (DDIMScheduler, {**UNCLIPPED, "set_alpha_to_one": False, "steps_offset": 1}, DDIM(1.0), {"eta": 1.0}),
-        (diffusers.EulerAncestralDiscreteScheduler, VP, DDIM(1.0), {}),
-        (diffusers.DDPMScheduler, UNCLIPPED, DPMSDE(), {}),
-        (DPMSolverMultistepScheduler, {**VP, "algorithm_type": "sde-dpmsolver++", "solver_order": 1}, DPMSDE(), {}),
+        (DDIMScheduler, {**UNCLIPPED, "set_alpha_to_one": False, "steps_offset": 1}, DDIM(0.4)),
+        (DDIMScheduler, {**UNCLIPPED, "set_alpha_to_one": False, "steps_offset": 1}, DDIM(1.0)),
+        (diffusers.EulerAncestralDiscreteScheduler, VP, DDIM(1.0)),
+        (diffusers.DDPMScheduler, UNCLIPPED, DPMSDE()),
+        (DPMSolverMultistepScheduler, {**VP, "algorithm_type": "sde-dpmsolver++", "solver_order": 1}, DPMSDE()),
     ],
 )
 def test_kernels_equal_the_stochastic_schedulers(
-    kind: type[SchedulerMixin],
-    options: dict[str, Any],
-    kernel: Kernel,
-    call: dict[str, float],
-    monkeypatch: pytest.MonkeyPatch,
+    kind: type[SchedulerMixin], options: dict[str, Any], kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler, noise = kind(**options), torch.randn(2, 3, 4, 4)
     for module in ("ddim", "ddpm", "dpmsolver_multistep", "euler_ancestral_discrete"):
         name = f"diffusers.schedulers.scheduling_{module}.randn_tensor"
         monkeypatch.setattr(name, lambda *args, **kwargs: noise)
-    moves = _steps(scheduler, **call)
+    moves = _steps(scheduler, **({"eta": kernel.eta} if isinstance(scheduler, DDIMScheduler) else {}))
     if isinstance(scheduler, diffusers.DDPMScheduler):
         moves = moves[:-1]  # it puts a little noise on its result, where the kernel has none
     for move in moves:
@@ -290,18 +281,22 @@ def test_pndm_moves_once_for_its_two_evaluations_of_one_level() -> None:
     assert_close(final, plain, 1e-5)
 
 
-def test_clipping_is_refused() -> None:
-    scheduler = DDIMScheduler()
-    (move, *_) = _steps(scheduler)
-    with pytest.raises(ValueError, match="create it with clip_sample=False"):
-        kernel_move(scheduler, ODE(), move, move.x)
-
-
-def test_a_flow_prediction_without_flow_levels_is_refused() -> None:
-    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True)
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (DDIMScheduler, {}, "create it with clip_sample=False"),
+        (DPMSolverMultistepScheduler, {"use_flow_sigmas": True}, "prediction_type 'epsilon' and use_flow_sigmas True"),
+        (diffusers.TCDScheduler, {"clip_sample": False}, "this TCDScheduler cannot be derived: use one of Cosine"),
+    ],
+)
+def test_schedulers_without_levels_for_kernels_are_refused(
+    kind: type[SchedulerMixin], options: dict[str, Any], message: str
+) -> None:
+    scheduler = kind(**options)
     scheduler.set_timesteps(4)
-    with pytest.raises(ValueError, match="prediction_type 'epsilon' and use_flow_sigmas True"):
-        grid_of(scheduler)[0]
+    x = torch.zeros(1, 3, 4, 4)
+    with pytest.raises(ValueError, match=message):
+        kernel_move(scheduler, ODE(), Move(0, x, x, x, x), x)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from diffusers import (
 from torch import Tensor
 
 from pipelines import SD3
-from pipelines.steering.partial_runs import PartialRun, run_part, run_rest
+from pipelines.steering.prune import PartialRun, run_part, run_rest
 from pipelines.steering.scheduler_hooks import Move, patched_step
 from tests.pipelines.tiny_pipelines import (
     FAMILIES,
