@@ -62,7 +62,7 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
     write_recipe_summaries(output / "comparison.json", summaries)
     write_comparison(output / "comparison.html", summaries)
     for summary in sorted(summaries, key=lambda summary: -summary.gain):
-        print(f"{summary.name:24s} gain {summary.gain:+.3f} ({summary.low:+.3f} to {summary.high:+.3f})")
+        print(f"{summary.name:24s} gain {summary.estimate.text('+.3f')}")
     print(f"comparison: {output / 'comparison.html'}")
     return 0
 

@@ -19,7 +19,7 @@ from genalign.evaluation.geneval.upstream_results import rescore
 from genalign.evaluation.paired import check_protocols, compare_models
 from genalign.evaluation.report import write_geneval
 from genalign.runtime.distributed import RankShare
-from genalign.runtime.files import write_json
+from genalign.runtime.files import without_infinities, write_json
 from genalign.types import Prompt, PromptSet
 
 
@@ -199,7 +199,7 @@ def _report(folder: Path, against: str | None) -> None:
     other = Path(against) if against else None
     if other is not None:
         comparison = compare_models(load_finished(other), evaluation)
-        write_json(folder / "comparison.json", {"against": str(other), **asdict(comparison)})
+        write_json(folder / "comparison.json", {"against": str(other), **without_infinities(asdict(comparison))})
         for name, gain in comparison.gain.items():
             wins = comparison.wins[name]
             print(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.records import PromptRecord, gain_row, mean, prompt_records
-from genalign.runtime.files import write_json
+from genalign.metrics.intervals import Estimate
+from genalign.runtime.files import without_infinities, write_json
 
 DiversityFunction = Callable[[Path], Mapping[str, float]]
 """Measures the diversity of the samples in an evaluation's folder, by name; empty for samples of another world."""
@@ -39,6 +39,11 @@ class RecipeSummary:
     diversity: Mapping[str, float]
     minutes: float
     nfe: float
+
+    @property
+    def estimate(self) -> Estimate:
+        """The main score's gain with its interval."""
+        return Estimate(self.gain, self.low, self.high, self.seeds)
 
 
 def summarize_recipes(recipes: Mapping[str, Mapping[int, Path]], diversity: DiversityFunction) -> list[RecipeSummary]:
@@ -101,8 +106,6 @@ def _summarize(
 
 
 def write_recipe_summaries(path: Path, summaries: Sequence[RecipeSummary]) -> None:
-    """Write the summaries as JSON, best first; a diversity that is not finite becomes null."""
+    """Write the summaries as JSON, best first; a number that is not finite becomes null."""
     rows = [asdict(summary) for summary in sorted(summaries, key=lambda summary: -summary.gain)]
-    for row in rows:
-        row["diversity"] = {name: v if math.isfinite(v) else None for name, v in row["diversity"].items()}
-    write_json(path, rows)
+    write_json(path, without_infinities(rows))

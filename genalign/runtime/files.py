@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. Raises ValueError for NaN."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def without_infinities(value: Any) -> Any:
+    """Replace the numbers in nested mappings and sequences that are not finite, which JSON has not, by None."""
+    if isinstance(value, Mapping):
+        return {name: without_infinities(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_infinities(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

@@ -105,7 +105,7 @@ class HackingReport:
 
     def as_list(self) -> list[dict[str, Any]]:
         """Return the report as metrics.jsonl has it."""
-        return [asdict(signal) for signal in self.signals]
+        return [asdict(signal) | {"shift": signal.shift.as_dict()} for signal in self.signals]
 
     @classmethod
     def from_list(cls, rows: Sequence[Mapping[str, Any]]) -> HackingReport:

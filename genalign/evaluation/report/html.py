@@ -14,7 +14,6 @@ from genalign.evaluation.report.charts import chart_sections
 from genalign.evaluation.report.curves import whisker
 from genalign.evaluation.report.reading import read_run
 from genalign.evaluation.report.samples import samples_over_rounds
-from genalign.metrics.intervals import Estimate
 from genalign.runtime.files import write_text
 
 _WORDS = ("count", "duration", "interval", "mood", "number", "plain", "scored", "signed")
@@ -59,11 +58,12 @@ def write_comparison(path: Path, summaries: Sequence[RecipeSummary]) -> None:
     """Write one offline HTML page at ``path`` that compares recipes, best first."""
     ordered = sorted(summaries, key=lambda recipe: -recipe.gain)
     main = next(iter(ordered[0].scores))
-    limits = min(recipe.low for recipe in ordered), max(recipe.high for recipe in ordered)
+    bounded = [recipe for recipe in ordered if recipe.estimate.is_bounded]
+    limits = min((recipe.low for recipe in bounded), default=0.0), max((recipe.high for recipe in bounded), default=0.0)
     recipes = []
     for recipe in ordered:
-        gain = Estimate(recipe.gain, recipe.low, recipe.high, recipe.seeds)
-        recipes.append((recipe, gain, whisker(gain, limits, f"gain {words.signed(main, gain.mean)}")))
+        drawn = whisker(recipe.estimate, limits, f"gain {words.signed(main, recipe.gain)}")
+        recipes.append((recipe, recipe.estimate, drawn))
     least, most = min(recipe.nfe for recipe in ordered), max(recipe.nfe for recipe in ordered)
     equal, nfe = most <= _EQUAL_NFE * least, f"{words.count(least)} to {words.count(most)}"
     write_page(path, "comparison.html.j2", main=main, recipes=recipes, equal=equal, nfe=nfe)

@@ -146,12 +146,13 @@ def _gain(score: str, before: Evaluation, after: Evaluation, comparison: Compari
     prompts = len({(pair.before.task, pair.before.prompt) for pair in comparison.pairs})
     feeling = mood(gain.low, gain.high) if prompts >= MIN_PROMPTS else "even"
     verdict = _GAINS[feeling] if prompts >= MIN_PROMPTS else f"too few prompts for a verdict (under {MIN_PROMPTS})"
+    source = f"from {len(comparison.pairs)} pairs of {prompts} prompts"
     return Change(
         f"{plain(score).capitalize()} score on {before.protocol.suite}",
         scored(score, before.overall[score].mean),
         scored(score, after.overall[score].mean),
         f"{signed(score, gain.mean)}{unit}: {verdict}",
-        f"95 % interval of the gain {interval(score, gain, signed)}{unit}, from {len(comparison.pairs)} pairs of {prompts} prompts",
+        f"95 % interval of the gain {interval(score, gain, signed)}{unit}, {source}",
         feeling,
     )
 

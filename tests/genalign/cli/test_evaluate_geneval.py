@@ -100,7 +100,7 @@ def test_invalid_settings_are_refused_before_any_file_is_written(
     (tmp_path / "unicorn.jsonl").write_text(json.dumps(unicorn) + "\n")
     unknown = error(*_arguments(tmp_path / "unicorn.jsonl", "no/such-model", new))
     assert "'unicorn' in 'a photo of a unicorn' is none of the 6 classes" in unknown
-    assert "no/such.safetensors has no .safetensors file" in error(*command, "--lora", "no/such.safetensors")
+    assert "there is no adapter no/such.safetensors" in error(*command, "--lora", "no/such.safetensors")
     assert not new.exists()
 
 
