@@ -161,17 +161,15 @@ def _parse(name: str, layers: Mapping[str, Mapping[str, str]], denoiser: str) ->
     component, parts = _component(parts, layers, denoiser)
     if component is None:
         return None
+    if "processor" in parts:  # of diffusers before PEFT: a.processor.to_q_lora.down.weight
+        index = parts.index("processor")
+        target = parts[index + 1].removesuffix("_lora").replace("to_out", "to_out.0")
+        parts = [*parts[:index], target, "lora", *parts[index + 2 :]]
     for length in (3, 2, 1):
         kind = _SUFFIXES.get(tuple(parts[-length:]))
         if kind and len(parts) > length:
             layer = layers[component].get(".".join(parts[:-length]))
             return None if layer is None else (component, layer, kind)
-    if "processor" in parts:  # of diffusers before PEFT: a.processor.to_q_lora.down.weight
-        index = parts.index("processor")
-        target = parts[index + 1].removesuffix("_lora").replace("to_out", "to_out.0")
-        kind = _SUFFIXES.get(("lora", *parts[index + 2 :]))
-        layer = layers[component].get(".".join([*parts[:index], target]))
-        return None if layer is None or kind is None else (component, layer, kind)
     return None
 
 

@@ -83,8 +83,8 @@ class SampleFolder:
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder: give the folder of the reference {self.kind}")
         paths = sorted(path.relative_to(folder) for path in self.folder.rglob("*") if path.is_file())
-        shown = (path for path in paths if not any(part.startswith(".") for part in path.parts))
-        files = [path for path in shown if path.name != _PROMPTS]
+        visible = (path for path in paths if not any(part.startswith(".") for part in path.parts))
+        files = [path for path in visible if path.name != _PROMPTS]
         other = [path for path in files if path.suffix.lower() not in self.suffixes]
         if other:
             more = f" and {len(other) - 1} more files of another kind" if len(other) > 1 else ""
