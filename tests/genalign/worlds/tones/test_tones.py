@@ -39,6 +39,10 @@ def clause(timbre: str, count: int = 1, **criteria: str) -> dict[str, object]:
     return {"class": timbre, "count": count, **criteria}
 
 
+NAMED = [clause("sine", pitch="C4"), clause("square", pitch="G4")]
+LOWER, LOUDER = "a sine tone then a lower square tone", "a quiet organ tone then a louder noise burst"
+
+
 @pytest.mark.parametrize(
     ("prompt", "text", "tag", "events"),
     [
@@ -46,24 +50,9 @@ def clause(timbre: str, count: int = 1, **criteria: str) -> dict[str, object]:
         (two_tone("organ", "sine"), "an organ tone then a sine tone", "two_tone", [clause("organ"), clause("sine")]),
         (counting("square", "three"), "three square tones", "counting", [clause("square", 3)]),
         (pitch("organ", "A4"), "an A4 organ tone", "pitch", [clause("organ", pitch="A4")]),
-        (
-            relation("sine", "lower", "square"),
-            "a sine tone then a lower square tone",
-            "relation",
-            [clause("sine"), clause("square")],
-        ),
-        (
-            attribution("sine", "C4", "square", "G4"),
-            "a C4 sine tone then a G4 square tone",
-            "attribution",
-            [clause("sine", pitch="C4"), clause("square", pitch="G4")],
-        ),
-        (
-            loudness("organ", "louder", "noise"),
-            "a quiet organ tone then a louder noise burst",
-            "loudness",
-            [clause("organ"), clause("noise")],
-        ),
+        (relation("sine", "lower", "square"), LOWER, "relation", [clause("sine"), clause("square")]),
+        (attribution("sine", "C4", "square", "G4"), "a C4 sine tone then a G4 square tone", "attribution", NAMED),
+        (loudness("organ", "louder", "noise"), LOUDER, "loudness", [clause("organ"), clause("noise")]),
     ],
 )
 def test_texts_and_metadata(prompt: Prompt, text: str, tag: str, events: list[dict[str, object]]) -> None:
