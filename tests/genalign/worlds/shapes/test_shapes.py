@@ -37,9 +37,6 @@ def scenes_of(suite: str, per_task: int, seed: int) -> list[tuple[Metadata, Scen
     return [(metadata, sample_scene(metadata, rng, hold_out=suite != "comp")) for metadata in drawn]
 
 
-# ---------------------------------------------------------------------------------------------------------- grammar
-
-
 def clause(shape: str, count: int = 1, **criteria: object) -> dict[str, object]:
     return {"class": shape, "count": count, **criteria}
 
@@ -75,9 +72,6 @@ def test_text_and_metadata_are_as_geneval_writes_them(
     assert prompt == Prompt(text, {"tag": tag, "include": include, **exclude, "prompt": text})
 
 
-# ----------------------------------------------------------------------------------------------------------- splits
-
-
 def test_held_out_compositions() -> None:
     held_out = sizes("comp")
     assert set(held_out) == {"two_object", "counting", "colors", "position", "color_attr"}
@@ -101,9 +95,6 @@ def test_held_out_relations_leave_every_pair_and_relation_seen() -> None:
     assert 0.1 <= len(held) / 120 <= 0.3
 
 
-# ---------------------------------------------------------------------------------------------------------- palette
-
-
 def test_colors_are_far_apart() -> None:
     lab = palette_lab()
     pairs = {(a, b): float(np.linalg.norm(lab[i] - lab[k])) for (i, a), (k, b) in combinations(enumerate(PALETTE), 2)}
@@ -117,9 +108,6 @@ def test_lab_of_known_colors() -> None:
     rgb = np.array([[255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 0]]).T
     expected = [[100, 0, 0], [53.24, 80.09, 67.20], [87.73, -86.18, 83.18], [32.30, 79.19, -107.86], [0, 0, 0]]
     np.testing.assert_allclose(srgb_to_lab(rgb).T, expected, atol=0.05)
-
-
-# ----------------------------------------------------------------------------------------------------------- scenes
 
 
 @pytest.mark.parametrize("suite", ["iid", "comp", "len"])

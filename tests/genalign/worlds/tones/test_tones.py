@@ -32,9 +32,6 @@ def clips_of(suite: str, per_task: int, seed: int) -> list[tuple[Prompt, Clip]]:
     return [(prompt, sample_clip(prompt.metadata, rng, hold_out=suite != "comp")) for prompt in chosen]
 
 
-# ---------------------------------------------------------------------------------------------------------- grammar
-
-
 def clause(timbre: str, count: int = 1, **criteria: str) -> dict[str, object]:
     return {"class": timbre, "count": count, **criteria}
 
@@ -60,9 +57,6 @@ def test_texts_and_metadata(prompt: Prompt, text: str, tag: str, events: list[di
     assert prompt == Prompt(text, {"tag": tag, "events": events, **comparison, "prompt": text})
 
 
-# ----------------------------------------------------------------------------------------------------------- splits
-
-
 def test_held_out_notes_leave_every_timbre_and_note_heard() -> None:
     held = {(timbre, note) for timbre, note in product(PITCHED, NOTES) if is_held_out_note(timbre, note)}
     assert len(held) == 8
@@ -82,9 +76,6 @@ def test_what_is_held_out_is_never_played_in_training() -> None:
         assert not any(is_held_out_note(event.timbre, event.note) for event in clip.events if event.note)
         if prompt.task != "counting" and len(clip.events) == 2:
             assert not is_held_out_order(*(event.timbre for event in clip.events))
-
-
-# ------------------------------------------------------------------------------------------------------------ clips
 
 
 @pytest.mark.parametrize("suite", ["iid", "comp", "len"])
