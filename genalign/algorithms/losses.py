@@ -57,6 +57,24 @@ def guarded_log_ratio(new: Transition, old: Transition, x_next: Tensor) -> Tenso
     return scale.to(new.mean.dtype) * (new.log_ratio(old, x_next) + new.kl(old))
 
 
+def dppo_mask(log_ratio: Tensor, kl: Tensor, advantages: Tensor, limit: float) -> Tensor:
+    """Flow-DPPO's mask (N,) bool of the transitions to train (arXiv 2606.11025).
+
+    It is False where a transition is further than ``limit`` in KL from the sampling policy and its gradient would move
+    it further away: r > 1 with A > 0, or r < 1 with A < 0.
+
+    Args:
+        log_ratio: Log r (N,) of new to old density.
+        kl: KL divergence (N,) from the sampling policy, a mean over dimensions.
+        advantages: A (N,).
+        limit: The trust region, in KL.
+    """
+    require_per_sample(len(log_ratio), log_ratio=log_ratio, kl=kl, advantages=advantages)
+    # Compare the signs: the product of log_ratio and advantages could underflow.
+    away = ((log_ratio > 0) & (advantages > 0)) | ((log_ratio < 0) & (advantages < 0))
+    return ~((kl > limit) & away)
+
+
 def kl_penalty(
     form: KLForm,
     current: Transition,

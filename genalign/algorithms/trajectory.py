@@ -20,6 +20,7 @@ from genalign.algorithms.interfaces import Unit, UpdateBatch, UpdateContext
 from genalign.algorithms.losses import (
     KLForm,
     clipped_surrogate,
+    dppo_mask,
     guarded_log_ratio,
     kl_penalty,
     require_clip_range,
@@ -64,6 +65,19 @@ class GuardedSurrogate(ClippedSurrogate):
         log_ratio = guarded_log_ratio(replayed.new, replayed.old, replayed.x_next)
         step_size = (replayed.step.sigma - replayed.step.sigma_next).to(credit)
         return clipped_surrogate(log_ratio, credit, self.clip_range) / step_size
+
+
+@dataclass(frozen=True)
+class MaskedSurrogate:
+    """Flow-DPPO (arXiv 2606.11025): the unclipped surrogate -A r of the transitions in ``losses.dppo_mask``."""
+
+    limit: float = 1e-5
+    clip_range: float | None = None
+
+    def __call__(self, replayed: ReplayedStep, credit: Tensor) -> Tensor:
+        with torch.no_grad():
+            mask = dppo_mask(replayed.log_ratio, replayed.new.kl(replayed.old), credit, self.limit)
+        return -credit * replayed.log_ratio.exp() * mask
 
 
 def noise_weighted(kernel: Kernel, grid: Grid, steps: Sequence[int]) -> Tensor:

@@ -30,18 +30,15 @@ def published(tmp_path: Path) -> nn.Sequential:
     return head
 
 
-def test_version_two_is_the_mlp_of_the_unit_embedding(published: nn.Sequential, tmp_path: Path) -> None:
-    with torch.no_grad():
-        expected = published(F.normalize(load_clip("shapes-clip")(images()), dim=-1))[:, 0]
-    scores = AestheticReward(str(tmp_path / "v2.pth"), "shapes-clip")(images(), PROMPTS)
-    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
-
-
-def test_version_one_is_linear(published: nn.Sequential, tmp_path: Path) -> None:
-    tensors = torch.load(tmp_path / "v1.pth", weights_only=True)
-    unit = F.normalize(load_clip("shapes-clip")(images()), dim=-1)
-    scores = AestheticReward(str(tmp_path / "v1.pth"), "shapes-clip")(images(), PROMPTS)
-    torch.testing.assert_close(scores, unit @ tensors["weight"][0] + 3.5, rtol=0, atol=1e-5)
+@torch.no_grad()
+def test_version_two_is_the_mlp_of_the_unit_embedding_and_version_one_is_linear(
+    published: nn.Sequential, tmp_path: Path
+) -> None:
+    unit, linear = F.normalize(load_clip("shapes-clip")(images()), dim=-1), torch.load(tmp_path / "v1.pth")
+    expected = {"v2": published(unit)[:, 0], "v1": unit @ linear["weight"][0] + 3.5}
+    for name, scores in expected.items():
+        reward = AestheticReward(str(tmp_path / f"{name}.pth"), "shapes-clip")
+        torch.testing.assert_close(reward(images(), PROMPTS), scores, rtol=0, atol=1e-5)
 
 
 def test_gradients_broken_images_and_other_models(published: nn.Sequential, tmp_path: Path) -> None:

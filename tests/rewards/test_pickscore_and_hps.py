@@ -11,12 +11,12 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from genalign.types import Prompt, Reward
 from rewards.hps import HPSReward
 from rewards.pickscore import PickScoreReward
-from scripts.pretrain.shapes_tokenizers import clip_tokenizer
+from tests.rewards import tiny_detectors
 
 TEXTS = ["a photo of a red circle", "two squares", "a blue ring"]
 PROMPTS = [Prompt(text) for text in TEXTS]
@@ -26,19 +26,11 @@ PROMPTS = [Prompt(text) for text in TEXTS]
 def pickscore(tmp_path_factory: pytest.TempPathFactory) -> PickScoreReward:
     """As on the Hub, the weights and the processor are in different places."""
     folder: Path = tmp_path_factory.mktemp("pickscore")
-    tokenizer = clip_tokenizer()
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text = tower | special | {"vocab_size": len(tokenizer), "max_position_embeddings": 12}
-    vision = tower | {"image_size": 32, "patch_size": 8}
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    processor = tiny_detectors.clip(folder)
+    model = CLIPModel.from_pretrained(processor)
     torch.nn.init.constant_(model.logit_scale, 4.5)
     model.save_pretrained(folder / "weights")
-    tokenizer.save_pretrained(str(folder / "processor"))
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    CLIPImageProcessor(**size).save_pretrained(folder / "processor")
-    return PickScoreReward(str(folder / "weights"), str(folder / "processor"))
+    return PickScoreReward(str(folder / "weights"), processor)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from genalign.algorithms.losses import (
     KLForm,
     clip_fraction,
     clipped_surrogate,
+    dppo_mask,
     guarded_log_ratio,
     kl_penalty,
 )
@@ -113,6 +114,9 @@ def test_inputs_are_checked() -> None:
     move = Transition(torch.zeros(2, 3), torch.ones(()))
     with pytest.raises(ValueError, match="equal shapes"):
         kl_penalty("v", move, move, torch.zeros(2, 3), torch.zeros(2, 1), two_steps())
+    for kl, advantages in ((torch.zeros(3, 1), torch.zeros(3)), (torch.zeros(3), torch.zeros(1))):
+        with pytest.raises(ValueError, match="one entry per sample"):
+            dppo_mask(torch.zeros(3), kl, advantages, 1e-5)
 
 
 def test_the_guard_is_of_each_sample_and_of_one_scale_at_all_steps() -> None:
@@ -122,6 +126,15 @@ def test_the_guard_is_of_each_sample_and_of_one_scale_at_all_steps() -> None:
     ratio = guarded_log_ratio(Transition(moved, std), old, old.sample(noise))
     torch.testing.assert_close(ratio, (noise * moved).mean((1, 2)))
     assert torch.equal(guarded_log_ratio(old, old, old.sample(noise)), torch.zeros(3, dtype=torch.float64))
+
+
+def test_the_mask_drops_only_what_moves_further_away() -> None:
+    log_ratio = torch.tensor([0.1, 0.1, -0.1, -0.1, 0.1])
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    kl = torch.tensor([1.0, 1.0, 1.0, 1.0, 1e-6])
+    assert dppo_mask(log_ratio, kl, advantages, 1e-5).tolist() == [False, True, True, False, True]
+    tiny = torch.full((1,), 1e-30)
+    assert dppo_mask(tiny, torch.ones(1), tiny, 1e-5).tolist() == [False]  # their product is 0 in float32
 
 
 def test_noise_weights_are_those_of_the_published_grid() -> None:

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import UpdateContext
-from genalign.algorithms.trajectory import ClippedSurrogate, CoupledObjective, PolicyGradient, PRDPLoss
-from genalign.diffusion.rollout import ReplayBatch
-from genalign.diffusion.transitions import FlowSDE
+from genalign.algorithms.trajectory import (
+    ClippedSurrogate,
+    CoupledObjective,
+    MaskedSurrogate,
+    PolicyGradient,
+    PRDPLoss,
+)
+from genalign.diffusion.rollout import ReplayBatch, ReplayedStep
+from genalign.diffusion.transitions import FlowSDE, Transition
+from genalign.types import Grid
 from pipelines import SD3
 from tests.genalign.algorithms.updates import randn, update_batch, update_context
 
@@ -168,3 +175,19 @@ def test_settings_of_prdp_are_checked(arguments: tuple[Any, ...], message: str) 
         PRDPLoss(*arguments)
     with pytest.raises(ValueError, match=r"rewards must be \(3,\)"):
         PRDPLoss(1.0, 0.1).used(torch.zeros(3, 2), group_of(3))
+
+
+def test_a_masked_surrogate_is_the_plain_one_inside_the_trust_region() -> None:
+    """With std 1, a mean at d gives log r = d x_next - d^2 / 2, whose slope is x_next - d, and KL = d^2 / 2."""
+    x_next, credit = torch.tensor([[2.0], [2.0], [-2.0], [-2.0], [2.0]]), torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    moved = torch.tensor([[0.5], [0.5], [0.5], [0.5], [0.01]], requires_grad=True)
+    std = torch.ones(())
+    step = Grid(torch.ones(1), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))[torch.zeros(5, dtype=torch.long)]
+    replayed = ReplayedStep(Transition(moved, std), Transition(torch.zeros(5, 1), std), x_next, moved, step)
+    losses = MaskedSurrogate(limit=0.1)(replayed, credit)
+    inside = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])  # the first and the fourth have moved far, and would move further
+    shift = moved.detach()[:, 0]
+    ratio = (shift * x_next[:, 0] - shift**2 / 2).exp()
+    torch.testing.assert_close(losses, -credit * ratio * inside)
+    (slopes,) = torch.autograd.grad(losses.sum(), moved)
+    torch.testing.assert_close(slopes[:, 0], -credit * ratio * (x_next[:, 0] - shift) * inside)

@@ -37,47 +37,39 @@ def scenes_of(suite: str, per_task: int, seed: int) -> list[tuple[Metadata, Scen
     return [(metadata, sample_scene(metadata, rng, hold_out=suite != "comp")) for metadata in drawn]
 
 
-# ---------------------------------------------------------------------------------------------------------- grammar
-
-
 def clause(shape: str, count: int = 1, **criteria: object) -> dict[str, object]:
     return {"class": shape, "count": count, **criteria}
 
 
+LEFT_OF, TWO_COLORS = position("circle", "left of", "square"), color_attr("ring", "red", "moon", "orange")
+
+
 @pytest.mark.parametrize(
-    ("prompt", "tag", "include"),
+    ("prompt", "tag", "text", "include"),
     [
-        (single_object("circle"), "single_object", [clause("circle")]),
-        (two_object("ring", "moon"), "two_object", [clause("ring"), clause("moon")]),
-        (counting("cross", "three"), "counting", [clause("cross", 3)]),
-        (colors("square", "orange"), "colors", [clause("square", color="orange")]),
+        (single_object("circle"), "single_object", "a circle", [clause("circle")]),
+        (two_object("ring", "moon"), "two_object", "a ring and a moon", [clause("ring"), clause("moon")]),
+        (counting("cross", "three"), "counting", "three crosses", [clause("cross", 3)]),
+        (colors("square", "orange"), "colors", "an orange square", [clause("square", color="orange")]),
         (
-            position("circle", "left of", "square"),
+            LEFT_OF,
             "position",
+            "a circle left of a square",
             [clause("square"), clause("circle", position=["left of", 0])],
         ),
         (
-            color_attr("ring", "red", "moon", "blue"),
+            TWO_COLORS,
             "color_attr",
-            [clause("ring", color="red"), clause("moon", color="blue")],
+            "a red ring and an orange moon",
+            [clause("ring", color="red"), clause("moon", color="orange")],
         ),
     ],
 )
-def test_metadata_is_as_geneval_writes_it(prompt: Prompt, tag: str, include: list[dict[str, object]]) -> None:
+def test_text_and_metadata_are_as_geneval_writes_them(
+    prompt: Prompt, tag: str, text: str, include: list[dict[str, object]]
+) -> None:
     exclude = {"exclude": [clause("cross", 4)]} if tag == "counting" else {}
-    assert prompt.metadata == {"tag": tag, "include": include, **exclude, "prompt": prompt.text}
-
-
-def test_texts() -> None:
-    assert single_object("circle").text == "a circle"
-    assert colors("square", "orange").text == "an orange square"
-    assert counting("cross", "two").text == "two crosses"
-    assert counting("moon", "five").text == "five moons"
-    assert position("circle", "left of", "square").text == "a circle left of a square"
-    assert color_attr("ring", "red", "moon", "orange").text == "a red ring and an orange moon"
-
-
-# ----------------------------------------------------------------------------------------------------------- splits
+    assert prompt == Prompt(text, {"tag": tag, "include": include, **exclude, "prompt": text})
 
 
 def test_held_out_compositions() -> None:
@@ -103,9 +95,6 @@ def test_held_out_relations_leave_every_pair_and_relation_seen() -> None:
     assert 0.1 <= len(held) / 120 <= 0.3
 
 
-# ---------------------------------------------------------------------------------------------------------- palette
-
-
 def test_colors_are_far_apart() -> None:
     lab = palette_lab()
     pairs = {(a, b): float(np.linalg.norm(lab[i] - lab[k])) for (i, a), (k, b) in combinations(enumerate(PALETTE), 2)}
@@ -119,9 +108,6 @@ def test_lab_of_known_colors() -> None:
     rgb = np.array([[255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 0]]).T
     expected = [[100, 0, 0], [53.24, 80.09, 67.20], [87.73, -86.18, 83.18], [32.30, 79.19, -107.86], [0, 0, 0]]
     np.testing.assert_allclose(srgb_to_lab(rgb).T, expected, atol=0.05)
-
-
-# ----------------------------------------------------------------------------------------------------------- scenes
 
 
 @pytest.mark.parametrize("suite", ["iid", "comp", "len"])

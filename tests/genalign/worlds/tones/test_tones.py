@@ -32,11 +32,12 @@ def clips_of(suite: str, per_task: int, seed: int) -> list[tuple[Prompt, Clip]]:
     return [(prompt, sample_clip(prompt.metadata, rng, hold_out=suite != "comp")) for prompt in chosen]
 
 
-# ---------------------------------------------------------------------------------------------------------- grammar
-
-
 def clause(timbre: str, count: int = 1, **criteria: str) -> dict[str, object]:
     return {"class": timbre, "count": count, **criteria}
+
+
+NAMED = [clause("sine", pitch="C4"), clause("square", pitch="G4")]
+LOWER, LOUDER = "a sine tone then a lower square tone", "a quiet organ tone then a louder noise burst"
 
 
 @pytest.mark.parametrize(
@@ -46,32 +47,14 @@ def clause(timbre: str, count: int = 1, **criteria: str) -> dict[str, object]:
         (two_tone("organ", "sine"), "an organ tone then a sine tone", "two_tone", [clause("organ"), clause("sine")]),
         (counting("square", "three"), "three square tones", "counting", [clause("square", 3)]),
         (pitch("organ", "A4"), "an A4 organ tone", "pitch", [clause("organ", pitch="A4")]),
-        (
-            relation("sine", "lower", "square"),
-            "a sine tone then a lower square tone",
-            "relation",
-            [clause("sine"), clause("square")],
-        ),
-        (
-            attribution("sine", "C4", "square", "G4"),
-            "a C4 sine tone then a G4 square tone",
-            "attribution",
-            [clause("sine", pitch="C4"), clause("square", pitch="G4")],
-        ),
-        (
-            loudness("organ", "louder", "noise"),
-            "a quiet organ tone then a louder noise burst",
-            "loudness",
-            [clause("organ"), clause("noise")],
-        ),
+        (relation("sine", "lower", "square"), LOWER, "relation", [clause("sine"), clause("square")]),
+        (attribution("sine", "C4", "square", "G4"), "a C4 sine tone then a G4 square tone", "attribution", NAMED),
+        (loudness("organ", "louder", "noise"), LOUDER, "loudness", [clause("organ"), clause("noise")]),
     ],
 )
 def test_texts_and_metadata(prompt: Prompt, text: str, tag: str, events: list[dict[str, object]]) -> None:
     comparison = {"relation": {"relation": "lower"}, "loudness": {"loudness": "louder"}}.get(tag, {})
     assert prompt == Prompt(text, {"tag": tag, "events": events, **comparison, "prompt": text})
-
-
-# ----------------------------------------------------------------------------------------------------------- splits
 
 
 def test_held_out_notes_leave_every_timbre_and_note_heard() -> None:
@@ -93,9 +76,6 @@ def test_what_is_held_out_is_never_played_in_training() -> None:
         assert not any(is_held_out_note(event.timbre, event.note) for event in clip.events if event.note)
         if prompt.task != "counting" and len(clip.events) == 2:
             assert not is_held_out_order(*(event.timbre for event in clip.events))
-
-
-# ------------------------------------------------------------------------------------------------------------ clips
 
 
 @pytest.mark.parametrize("suite", ["iid", "comp", "len"])
