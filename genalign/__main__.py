@@ -1,11 +1,12 @@
-"""The command ``genalign``. Help is quick: only commands import torch and the model libraries."""
+"""The command ``genalign``. Help, version and misspelt commands are quick: only commands import torch."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
-from genalign.cli.error_messages import shadowed_package
+from genalign.cli.error_messages import did_you_mean, shadowed_package
 
 USAGE = """usage: genalign COMMAND ...
 
@@ -29,15 +30,26 @@ USAGE = """usage: genalign COMMAND ...
   report    RUN                                   write RUN/report.html
   demo      [shapes | tones] [--output DIR]       train an embedded model in minutes
 
-genalign COMMAND --help lists the settings of a command."""
+genalign COMMAND --help lists the settings of a command, genalign --version prints the version, and --debug anywhere
+prints the traceback of an error."""
+
+COMMANDS = tuple(dict.fromkeys(line.split()[0] for line in USAGE.splitlines() if line.startswith("  ")))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that ``arguments`` starts with, by default those of the process, and return its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
+    words = [word for word in arguments if word != "--debug"]
+    if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0
+    if words[0] == "--version":
+        print(f"genalign {version('genalign')}")
+        return 0
+    if words[0] not in COMMANDS:
+        similar = did_you_mean(words[0], COMMANDS, ": see --help for all")
+        print(f"error: no command {words[0]!r}{similar}", file=sys.stderr)
+        return 2
     if message := shadowed_package():
         print(f"error: {message}", file=sys.stderr)
         return 2

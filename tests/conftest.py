@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genalign.cli.main import main
+from genalign.__main__ import main
 from pipelines import SD3
 from scripts.pretrain.shapes_models import ShapesTextToImage, assemble, build_vae
 

@@ -58,7 +58,7 @@ SEARCH = (*STEER, "--model.path", "{sd3}", "--strategy")
 PRICES = ("prices", "--output", "p.json", "--model.path", "{sd3}", "--prompts", "mine.txt")
 EVALUATE = ("evaluate", "shapes", "--output", "evaluation")
 GENEVAL = ("evaluate", "geneval", "--output", "evaluation", "--model.path", "{sd3}")
-FIRST = "reward 'red' raised ValueError on a first batch: "
+FIRST = "reward 'red' failed on a first batch: ValueError: "
 FAMILY_NAMES = ", ".join(family.ours.kind.__name__ for name, family in FAMILIES.items() if name != "sd21")
 
 
@@ -176,7 +176,7 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
      "rewards.function.score: 'exact' is none of partial, strict, relaxed"),
     ("one score for all", (*REWARD, "mine.shapeless"),
      "reward 'red' returned shape () for 2 samples: return one score per sample, a tensor of shape (2,)"),
-    ("reward raises", (*REWARD, "mine.broken"), "reward 'red' raised KeyError on a first batch: 'color'"),
+    ("reward raises", (*REWARD, "mine.broken"), "reward 'red' failed on a first batch: KeyError: 'color' (mine.py:9)"),
     # prompts
     ("unknown split", (*TRAIN, "--prompts", "shapes:nope"),
      "unknown suite 'nope': choose one of train, val, iid, comp, len"),

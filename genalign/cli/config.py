@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 from jsonargparse.typing import Path_fr
+from safetensors import SafetensorError
 from torch import nn
 
 from genalign.algorithms.recipes import Recipe, flow_grpo
@@ -463,7 +465,7 @@ class ConfigurationError(ValueError):
     """A configuration that cannot be used; the message says what to write instead."""
 
 
-INPUT_ERRORS = (ValueError, FileNotFoundError, FileExistsError, PermissionError, RewardError, DivergedError)
+INPUT_ERRORS = (ValueError, OSError, SafetensorError, RewardError, DivergedError)
 """Errors that wrong input raises: commands print their message in one line, without a traceback."""
 
 
@@ -499,6 +501,7 @@ def parse(
         arguments = [f"--{first}", *arguments]
     try:
         parsed = parser.parse_args(list(arguments))
+        _expand_paths(parsed)
         plain = json.loads(parser.dump(parsed, format="json", skip_unset=False))
         plain.pop("config", None)
         values = parser.instantiate(parsed)
@@ -510,6 +513,20 @@ def parse(
         keys += [f"rewards.{name}" for name in RewardChoice.__dataclass_fields__]
         keys += [f"recipe.{name}" for name in inspect.signature(flow_grpo).parameters]
         raise ConfigurationError(explain(str(error), keys, source)) from error
+
+
+def _expand_paths(parsed: Any) -> None:
+    """Expand ~ and $VARIABLES in the paths of a configuration. Raises ValueError for an empty one.
+
+    A path of an unset variable would otherwise be the working directory.
+    """
+    for key in ("output", "run", "prompts", "model.path", "init_lora"):
+        path = parsed.get(key)
+        if isinstance(path, str):
+            expanded = os.path.expanduser(os.path.expandvars(path))
+            if not expanded.strip() or "$" in expanded:
+                raise ValueError(f"{key} is {path!r}, which names no path: is a variable of the shell unset?")
+            parsed[key] = expanded
 
 
 def model_of(plain: Mapping[str, Any]) -> Model:

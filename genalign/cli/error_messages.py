@@ -69,6 +69,14 @@ def did_you_mean(unknown: str, names: Sequence[str], otherwise: str = "") -> str
     return f": did you mean {near[0]!r}?" if near else otherwise
 
 
+def error_line(error: Exception) -> str:
+    """The message of an error in one line; of the system's errors, such as for a path below a file, with the path."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines) or type(error).__name__
+
+
 def shadowed_package() -> str | None:
     """Describe a file that would be imported in place of genalign's package ``pipelines`` or ``rewards``, if any."""
     for name in _OWN_PACKAGES:

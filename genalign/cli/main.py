@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
@@ -18,7 +19,7 @@ from genalign import assets
 from genalign.cli import config
 from genalign.cli.compare import calibrate_command, compare_command, report_command
 from genalign.cli.context import Checkpoint, CommandContext
-from genalign.cli.error_messages import did_you_mean
+from genalign.cli.error_messages import error_line
 from genalign.cli.evaluate import evaluate_command
 from genalign.cli.export import export_command
 from genalign.cli.plan import plan_command
@@ -97,19 +98,19 @@ COMMANDS: dict[str, Callable[[CommandContext, Sequence[str]], int]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command that ``arguments`` starts with; wrong input is one line on standard error and exit status 2."""
+    """Run the command that ``arguments`` starts with; wrong input is one line on standard error and exit status 2.
+
+    ``--debug`` among the arguments adds the traceback.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("genalign").setLevel(logging.INFO)  # one line per round, without a terminal
-    name, *rest = arguments
-    if name not in COMMANDS:
-        print(
-            f"error: no command {name!r}{did_you_mean(name, list(COMMANDS), ': see --help for all')}", file=sys.stderr
-        )
-        return 2
+    debug, (name, *rest) = "--debug" in arguments, [word for word in arguments if word != "--debug"]
     if os.getcwd() not in sys.path:  # of modules that configurations name; installed ones of the same name come first
         sys.path.append(os.getcwd())
     try:
         return COMMANDS[name](CONTEXT, rest)
     except config.INPUT_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error_line(error)}", file=sys.stderr)
         return 2

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from genalign.runtime.media import eight_bits, medium_of
+from genalign.scoring.score import described
 from genalign.types import Prompt, RewardFunction
 
 _ADVICE = {  # in the order of the checks
@@ -101,7 +102,7 @@ def check(reward: RewardFunction, probe: Probe, expected: Expected | None = None
         try:
             passed, measured = getattr(checks, name.replace(" ", "_"))()
         except Exception as error:  # a user's reward may raise anything
-            passed, measured = False, f"raised {type(error).__name__}: {str(error)[:200]}"
+            passed, measured = False, f"raised {described(error)[:300]}"
         finally:
             for switch, value in _switches().items():
                 if value != before[switch]:

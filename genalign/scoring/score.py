@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from torch import Tensor
 from genalign.types import Prompt, RewardFunction
 
 logger = logging.getLogger(__name__)
+
+_PACKAGES = [Path(__file__).parents[2] / name for name in ("genalign", "pipelines", "rewards")]
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,22 @@ def score(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
     return torch.stack([torch.cat(column) for column in columns], dim=1)
 
 
+def described(error: BaseException) -> str:
+    """What a reward raised, and where in a user's code: "KeyError: 'color' (my_rewards.py:12)"."""
+    files = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    foreign = [(file, line) for file, line in files if not any(file.is_relative_to(folder) for folder in _PACKAGES)]
+    own = [(file, line) for file, line in foreign if "site-packages" not in file.parts] or foreign
+    place = f" ({own[-1][0].name}:{own[-1][1]})" if files and own and files[-1] in foreign else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
 def _score_part(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt], retries: int = 1) -> Tensor:
     """Score one batch as (B,), float32 on the CPU; NaN where a score is not finite, or the last retry failed."""
     count = len(samples)
     try:
         result = _call_within(reward.timeout, lambda: reward.function(samples, prompts))
     except Exception as error:  # whatever a user's reward raises must not lose the run
-        failure = f"reward {reward.name!r} raised {type(error).__name__}: {error}"
+        failure = f"reward {reward.name!r} raised {described(error)}"
         if retries:
             logger.warning("%s; calling it again", failure)
             return _score_part(reward, samples, prompts, retries - 1)
@@ -144,8 +157,7 @@ def probe(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
         except RewardError:
             raise
         except Exception as error:
-            failure = f"reward {reward.name!r} raised {type(error).__name__} on a first batch: {error}"
-            raise RewardError(failure) from error
+            raise RewardError(f"reward {reward.name!r} failed on a first batch: {described(error)}") from error
         if not bool(scores.isfinite().any()):
             raise RewardError(f"reward {reward.name!r} scored none of {len(samples)} first samples: all are NaN")
 
