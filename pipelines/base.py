@@ -30,7 +30,7 @@ from genalign.runtime.files import write_json
 from genalign.runtime.memory_options import Memory
 from genalign.types import Conditioning, Grid, NoiseLevel
 from pipelines.adapter_files import read_adapter
-from pipelines.checkpoint_files import check_folder, fingerprint, hub_adapter
+from pipelines.checkpoint_files import check_folder, fingerprint, hub_adapter, weight_variant
 from pipelines.low_memory import on_device, quantization_arguments
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,11 @@ class DiffusersPipeline(ABC):
         """Open a diffusers folder or a Hub id. Raises FileNotFoundError or ValueError for anything else."""
         check_folder(path_or_id, cls.kind.__name__)
         extra = quantization_arguments(options.get("memory", Memory()), cls.denoiser_name, dtype)
-        pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, **extra)
+        pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, variant=weight_variant(path_or_id), **extra)
+        for name, network in pipe.components.items():
+            missing = [key for key, weight in getattr(network, "named_parameters", dict)() if weight.is_meta]
+            if missing:
+                raise ValueError(f"{path_or_id}/{name} has no weights for {missing[0]}: copy the whole folder")
         if not isinstance(pipe.scheduler, cls.first_order) or pipe.scheduler.config.get("solver_order", 1) > 1:
             message = "%s comes with %s. Genalign samples by first-order steps instead, at the noise levels of %s."
             logger.warning(message, path_or_id, type(pipe.scheduler).__name__, cls.first_order.__name__)

@@ -19,6 +19,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from torch import Tensor, nn
 
 from genalign.diffusion.lora import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
+from genalign.runtime.text_files import read_json
 
 
 def check_folder(path_or_id: str | Path, expected_class: str) -> None:
@@ -59,7 +60,7 @@ def model_index(path_or_id: str | Path) -> dict[str, Any]:
         if not is_hub_id(path_or_id):
             raise FileNotFoundError(f"{path_or_id} is neither a folder nor a Hub id (owner/name)")
         file = _download(str(path_or_id), "model_index.json")
-    return {"_class_name": "no pipeline", **json.loads(file.read_text())}
+    return {"_class_name": "no pipeline", **read_json(file)}
 
 
 def require_components(path_or_id: str | Path) -> None:
@@ -76,14 +77,52 @@ def require_components(path_or_id: str | Path) -> None:
 
 
 def require_weights(path_or_id: str | Path) -> None:
-    """Raise FileNotFoundError if a network of a folder has a configuration and no weights."""
-    empty = [
-        f"{config.parent.name}/"
-        for config in sorted(Path(path_or_id).glob("*/config.json"))
-        if not any(file.suffix in (".safetensors", ".bin") for file in config.parent.iterdir())
-    ]
+    """Check the weights of a folder's networks by the headers of their files, without reading them.
+
+    Raises FileNotFoundError for a network without weights or with a missing part, ValueError for a damaged file.
+    """
+    empty = []
+    for folder in sorted(file.parent for file in Path(path_or_id).glob("*/config.json")):
+        files = [file for file in folder.iterdir() if not file.name.startswith(".")]
+        if not any(file.suffix in (".safetensors", ".bin") for file in files):
+            empty.append(f"{folder.name}/")
+        for file in files:
+            if file.suffix == ".safetensors" and (problem := damage(file)):
+                raise ValueError(f"{file} {problem}")
+            if file.name.endswith(".safetensors.index.json"):
+                parts = set(read_json(file)["weight_map"].values())
+                if missing := sorted(name for name in parts if not (folder / name).is_file()):
+                    raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: copy all parts of its weights")
     if empty:
         raise FileNotFoundError(f"{path_or_id} has no weights in {', '.join(empty)}: copy the .safetensors files too")
+
+
+def damage(file: Path) -> str | None:
+    """What is wrong with a safetensors file by its header and size, as the end of a message; None if nothing is."""
+    with file.open("rb") as content:
+        first = content.read(8)
+        if first == b"version ":
+            return "is a pointer of Git LFS, not the file: run git lfs pull"
+        length, size = int.from_bytes(first, "little"), file.stat().st_size
+        if len(first) == 8 and length <= size - 8:
+            try:
+                entries = json.loads(content.read(length))
+                ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+                if 8 + length + max(ends, default=0) == size:
+                    return None
+            except (ValueError, KeyError, TypeError, AttributeError):
+                pass
+    return "is damaged or incomplete: copy or download it again"
+
+
+def weight_variant(path_or_id: str | Path) -> str | None:
+    """The variant of a folder's weights, such as "fp16", if a network has no others; None otherwise."""
+    for folder in sorted(file.parent for file in Path(path_or_id).glob("*/config.json")):
+        names = [file.name for file in folder.glob("*.safetensors") if not file.name.startswith(".")]
+        variants = {match[1] for name in names if (match := re.search(r"\.(\w+)(?:-\d+-of-\d+)?\.safetensors$", name))}
+        if names and len(variants) == 1 and all(f".{next(iter(variants))}" in name for name in names):
+            return variants.pop()
+    return None
 
 
 def component_file(path_or_id: str | Path, component: str, file: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from genalign.runtime.memory_options import Memory
+from genalign.runtime.text_files import read_json
 from genalign.training.memory_estimate import NetworkSize, Outline
 from pipelines.auto import family_of
 from pipelines.base import Options
@@ -52,7 +52,7 @@ def _component(path_or_id: str | Path, name: str, library: str | None, kind: str
     """Open one component: None, a network without weights, a scheduler, or the text length of a tokenizer."""
 
     def read(file: str) -> Mapping[str, Any]:
-        content: dict[str, Any] = json.loads(component_file(path_or_id, name, file).read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(component_file(path_or_id, name, file))
         return content
 
     if library is None or kind is None:

@@ -8,7 +8,6 @@ result is the mean over the second half of the iterations.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.completion import Completion
 from genalign.diffusion.transitions import CalibratedSDE, FlowSDE, trainable_steps
 from genalign.runtime.files import write_json
+from genalign.runtime.text_files import read_json
 from genalign.scoring.score import combine
 from genalign.training.sampler import Sampler
 from genalign.types import Grid, Prompt
@@ -104,7 +104,7 @@ def calibrated(path: str) -> CalibratedSDE:
     """Read the kernel that ``genalign calibrate`` wrote to ``path``."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no calibration in {path}: write one with genalign calibrate --output {path}")
-    stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    stored = read_json(Path(path))
     try:
         return CalibratedSDE(
             tuple(stored["levels"]), tuple(stored["sigmas"]), float(stored["guidance"]), tuple(stored["rewards"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from pathlib import Path
 
 from genalign.runtime.prompt_files import load_prompts
+from genalign.runtime.text_files import read_text
 from genalign.types import Prompt, PromptSet
 
 
@@ -39,7 +41,7 @@ def read_dpg(folder: Path, questions: Path | None = None) -> PromptSet:
         raise ValueError(f"{questions} has no questions for {missing[0]} and {len(missing) - 1} others of {folder}")
     prompts = []
     for path in paths:
-        text = path.read_text(encoding="utf-8").strip()
+        text = read_text(path).strip()
         prompts.append(Prompt(text, {"tag": "dpg", "item": path.stem, **table.get(path.stem, {}), "prompt": text}))
     return PromptSet("dpg-bench", tuple(prompts))
 
@@ -49,9 +51,8 @@ def _read_dpg_questions(path: Path) -> dict[str, dict[str, object]]:
     items: dict[str, list[dict[str, str]]] = {}
     table: dict[str, dict[str, object]] = {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                items.setdefault(row["item_id"], []).append(row)
+        for row in csv.DictReader(io.StringIO(read_text(path), newline="")):
+            items.setdefault(row["item_id"], []).append(row)
         for item, rows in items.items():
             index = {int(row["proposition_id"]): i for i, row in enumerate(rows)}
             parents = [[int(number) for number in row["dependency"].split(",")] for row in rows]

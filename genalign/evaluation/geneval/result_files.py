@@ -24,6 +24,7 @@ from genalign.evaluation.geneval.scoring import Detection
 from genalign.runtime.files import write_text
 from genalign.runtime.media import save_images
 from genalign.runtime.prompt_files import load_prompts
+from genalign.runtime.text_files import numbered_lines, read_json
 from genalign.types import Metadata, Prompt, PromptSet
 
 _METADATA, _SAMPLES = "metadata.jsonl", "samples"
@@ -107,7 +108,7 @@ def _prompt_samples(folder: Path) -> list[SampleFile]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: write the prompt's line of the prompt file there")
     try:
-        metadata: Metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata: Metadata = read_json(path)
         PromptSpec.from_metadata(metadata)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a line of GenEval's prompt file: {error}") from None
@@ -163,8 +164,7 @@ def read_results(path: Path) -> list[ImageResult]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no results file {path}: give the one that GenEval's evaluate_images.py wrote")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [_parse_result(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return [_parse_result(path, number, line) for number, line in numbered_lines(path)]
 
 
 def _parse_result(path: Path, number: int, line: str) -> ImageResult:
