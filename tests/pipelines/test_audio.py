@@ -231,7 +231,7 @@ def test_sizes_of_the_other_medium_are_refused(
 def test_an_adapter_of_another_network_or_format_is_refused(
     stable_audio: StableAudio, ace_step: AceStep, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="is not an adapter in the format of PEFT, and diffusers has no loader for"):
+    with pytest.raises(FileNotFoundError, match=r"has no \.safetensors file of an adapter"):
         stable_audio.load_lora(tmp_path)
     policy = Policy(stable_audio.denoiser, Lora(rank=2))
     assert policy.config is not None
@@ -239,7 +239,7 @@ def test_an_adapter_of_another_network_or_format_is_refused(
     with pytest.raises(ValueError, match="was trained on another base checkpoint"):
         ace_step.load_lora(tmp_path)
     (tmp_path / "base.json").unlink()
-    with pytest.raises(ValueError, match="the adapter does not fit this network, at "):
+    with pytest.raises(ValueError, match=r"entries fit no layer of this model, such as 'base_model\.model\."):
         ace_step.load_lora(tmp_path)
 
 
