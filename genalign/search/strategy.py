@@ -78,6 +78,9 @@ def _zero_scores(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return samples.flatten(1).sum(1)
 
 
+_MOST = 2**16  # candidates of a prompt that a budget may choose
+
+
 def largest_size(
     run: SearchRun, budget: Budget | None, size: int | None, sized: Callable[[int], Strategy], unit: str
 ) -> int:
@@ -91,7 +94,8 @@ def largest_size(
         unit: The setting that is the size, for messages.
 
     Raises:
-        ValueError: There is neither a size nor a budget, or the size, or a size of 1, costs more than the budget.
+        ValueError: There is neither a size nor a budget, the size, or a size of 1, costs more than the budget, or the
+            budget has no end.
     """
     if budget is None:
         if size is None:
@@ -112,6 +116,11 @@ def largest_size(
     high = 2
     while cost(high) <= limit:
         high *= 2
+        if high > _MOST:
+            raise ValueError(
+                f"the budget of {budget.limit:.4g} for each prompt pays for more than {_MOST} {unit} at its prices:"
+                " give their number, or a smaller budget"
+            )
     return bisect_right(range(high), limit, lo=high // 2, key=cost) - 1
 
 

@@ -171,6 +171,12 @@ def test_prune_counts_round_up(keep: tuple[float, ...], counts: tuple[int, ...])
     ("build", "changed", "message"),
     [
         (BestOfN, {}, "say how many candidates, or give a budget"),
+        (BestOfN, {"budget": Budget(nfe=1e12)}, "pays for more than 65536 candidates at its prices"),
+        (
+            BestOfN,
+            {"budget": Budget(cost=1.0, prices={"nfe": 0.0, "decode": 0.0, "reward/reward": 0.0})},
+            "pays for more than 65536 candidates at its prices",
+        ),
         (BestOfN, {"budget": Budget(nfe=3)}, r"candidates=1 costs 5 .* budget is 3: raise the budget"),
         (lambda: BestOfN(9), {"budget": Budget(nfe=30)}, r"candidates=9 costs 45 .* budget is 30"),
         (lambda: Prune((1, 4), (0.5, 0.5), 4), {}, "step 4 is past the end: of 5 steps, 0 to 3"),
