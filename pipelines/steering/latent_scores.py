@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import AceStepPipeline, DiffusionPipeline, FluxPipeline, StableAudioPipeline
+from diffusers import AceStepPipeline, DiffusionPipeline, FluxPipeline, QwenImagePipeline, StableAudioPipeline
 from torch import Tensor, nn
 
 from genalign.scoring.budget import DECODE, NFE, Ledger, metered_rewards
@@ -110,10 +110,14 @@ def decode_latents(pipe: DiffusionPipeline, latents: Tensor, size: tuple[int, in
         return _upcast_decode(pipe.vae, latents)
     if isinstance(pipe, AceStepPipeline):
         return normalize_peak(_upcast_decode(pipe.vae, latents.transpose(1, 2)))
-    if isinstance(pipe, FluxPipeline):
+    if isinstance(pipe, FluxPipeline | QwenImagePipeline):
         if size is None:
-            raise ValueError("FLUX packs its latents into tokens: the size of the image is needed to unpack them")
+            raise ValueError(f"{type(pipe).__name__} packs its latents into tokens: give the size of the image")
         latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
+    if latents.ndim == 3:
+        raise ValueError(f"{type(pipe).__name__} packs its latents, (N, tokens, C): give steer your own decode=")
+    if isinstance(pipe, QwenImagePipeline):  # frames of a video (N, C, 1, h, w)
+        return (_upcast_decode(pipe.vae, unscale(latents, pipe.vae.config))[:, :, 0] / 2 + 0.5).clamp(0, 1)
     return (_upcast_decode(pipe.vae, unscale(latents, pipe.vae.config)) / 2 + 0.5).clamp(0, 1)
 
 

@@ -5,7 +5,7 @@ N samples in a call, K of each of P prompts side by side, as ``num_images_per_pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -69,8 +69,10 @@ def steer(
         _require_resampling(pipe, plan)
     steering = Steering(pipe, reward, decode, plan, prompts or (), seed)
     with ExitStack() as stack:
-        if prompts is None and hasattr(pipe, "encode_prompt"):
-            stack.enter_context(observed(pipe, "encode_prompt", steering._note_prompt))
+        if prompts is None:
+            for method in ("check_inputs", "encode_prompt"):
+                if hasattr(pipe, method):
+                    stack.enter_context(observed(pipe, method, steering._note_prompt(method)))
         stack.enter_context(steering.observing())
         stack.enter_context(patched_step(pipe.scheduler, steering._on_step))
         yield steering
@@ -114,16 +116,28 @@ class Steering(PipelineScorer):
         super().__init__(pipe, reward, decode)
         self.scheduler, self.plan, self.seed = pipe.scheduler, plan, seed
         self.prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        self._has_begun = False
 
-    def _note_prompt(self, arguments: Mapping[str, Any]) -> None:
-        """Take the prompts of a call from the arguments of ``encode_prompt``."""
-        prompt = arguments.get("prompt")
-        if prompt is not None:
-            self.prompts = [Prompt(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+    def _note_prompt(self, method: str) -> Callable[[Mapping[str, Any]], None]:
+        """Return what takes the prompts of a call from the arguments of a method that begins it.
+
+        A call begins with ``check_inputs`` or, in a pipeline without it, with the first ``encode_prompt`` after a step
+        of the scheduler: a later one is of negative prompts. A call with embeddings alone has no prompts.
+        """
+
+        def note(arguments: Mapping[str, Any]) -> None:
+            if method == "encode_prompt" and self._has_begun:
+                return
+            prompt = arguments.get("prompt")
+            texts = [prompt] if isinstance(prompt, str) else prompt or []
+            self.prompts, self._has_begun = [Prompt(text) for text in texts], True
+
+        return note
 
     def _on_step(self, move: Move) -> Tensor:
         """Return the next latents (N, ...) after a step of the scheduler."""
         total, done, kernel = len(self.scheduler.timesteps), move.index + 1, self.plan.kernel
+        self._has_begun = False
         if move.index == 0:
             self._begin(len(move.x), total)
         x = move.x_next
