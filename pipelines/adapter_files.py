@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from genalign.diffusion.lora import PEFT_CONFIG
+from pipelines.checkpoint_files import damage
 
 State = Mapping[str, Tensor]
 
@@ -190,15 +191,11 @@ def _component(
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            return state, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        begins = path.read_bytes()[:40] if path.is_file() else b""
-        if begins.startswith(b"version https://git-lfs"):
-            raise ValueError(f"{path} is a pointer of Git LFS, not the file: run git lfs pull") from None
-        raise ValueError(f"{path} cannot be read as safetensors ({error}): download it again") from None
+    if problem := damage(path):
+        raise ValueError(f"{path} {problem}")
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        return state, dict(file.metadata() or {})
 
 
 def _stored_config(path: Path, component: str, is_denoiser: bool, metadata: Mapping[str, str]) -> LoraConfig | None:
@@ -212,12 +209,9 @@ def _stored_config(path: Path, component: str, is_denoiser: bool, metadata: Mapp
 
 def _require_pairs(path: Path, state: State) -> None:
     """Raise ValueError for a layer that has one of its two matrices, or matrices of two ranks."""
-    for name, tensor in state.items():
-        if name.endswith(".lora_A.weight"):
-            other = state.get(name.replace(".lora_A.", ".lora_B."))
-        elif name.endswith(".lora_B.weight"):
-            other, tensor = tensor, state.get(name.replace(".lora_B.", ".lora_A."))  # type: ignore[assignment]
-        else:
-            continue
-        if other is None or tensor is None or other.shape[1] != len(tensor):
-            raise ValueError(f"{path}: {name} has no other matrix of the same rank: the file is damaged")
+    for name in state:
+        layer, _, kind = name.rpartition(".lora_")
+        if kind in ("A.weight", "B.weight"):
+            a, b = state.get(f"{layer}.lora_A.weight"), state.get(f"{layer}.lora_B.weight")
+            if a is None or b is None or b.shape[1] != len(a):
+                raise ValueError(f"{path}: {name} has no other matrix of the same rank: the file is damaged")

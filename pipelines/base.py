@@ -30,7 +30,7 @@ from genalign.runtime.files import write_json
 from genalign.runtime.memory_options import Memory
 from genalign.types import Conditioning, Grid, NoiseLevel
 from pipelines.adapter_files import read_adapter
-from pipelines.checkpoint_files import check_folder, fingerprint, hub_adapter, weight_variant
+from pipelines.checkpoint_files import check_folder, fingerprint, hub_adapter, is_hub_id, weight_variant
 from pipelines.low_memory import on_device, quantization_arguments
 
 logger = logging.getLogger(__name__)
@@ -386,7 +386,8 @@ class DiffusersPipeline(ABC):
         Every entry of the file is used, in the denoiser and in the text encoders, or the file is refused. Raises
         ValueError for an adapter of another base, FileNotFoundError for none; pickled weights are not opened.
         """
-        path = adapter_file(source) if Path(source).exists() else hub_adapter(source)
+        on_hub = is_hub_id(source) and not Path(source).exists()
+        path = hub_adapter(str(source)) if on_hub else adapter_file(source)
         base = path.parent / _BASE_FILE
         has_fingerprint = self.memory.quantization is None and base.is_file()
         if has_fingerprint and json.loads(base.read_text())["fingerprint"] != self.fingerprint:

@@ -140,15 +140,13 @@ def component_file(path_or_id: str | Path, component: str, file: str) -> Path:
     return path
 
 
-def hub_adapter(source: str | Path) -> Path:
+def hub_adapter(source: str) -> Path:
     """Download an adapter's file from the Hub, or find it in the cache. Raises FileNotFoundError if it is nowhere."""
-    if not is_hub_id(source):
-        raise FileNotFoundError(f"there is no adapter {source}: give a run's folder, a .safetensors file or a Hub id")
     try:
-        return _download(str(source), DIFFUSERS_WEIGHTS)
+        return _download(source, DIFFUSERS_WEIGHTS)
     except FileNotFoundError:
-        _download(str(source), PEFT_CONFIG)
-        return _download(str(source), PEFT_WEIGHTS)
+        _download(source, PEFT_CONFIG)
+        return _download(source, PEFT_WEIGHTS)
 
 
 def is_hub_id(source: str | Path) -> bool:

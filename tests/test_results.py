@@ -55,6 +55,15 @@ def test_gain_row_matches_hand_computed_numbers() -> None:
     assert few.high - few.mean == pytest.approx(4.302653 * 0.01 / 3**0.5, abs=1e-6)
 
 
+def test_a_number_of_the_whole_run_has_the_interval_of_its_runs() -> None:
+    """Gains of 0.1, 0.2 and 0.3: Student's 4.302653 * 0.1 / sqrt(3); no alarm in three runs: the exact 0.707598."""
+    row = gain_row([_record(seed, "all", "the whole run", 0.0, 0.1 * seed) for seed in (1, 2, 3)])
+    assert (row.mean, row.n) == (pytest.approx(0.2), 3)
+    assert row.high - row.mean == pytest.approx(4.302653 * 0.1 / 3**0.5, abs=1e-6)
+    none = gain_row([_record(seed, "all", "the whole run", 0.0, 0.0) for seed in (1, 2, 3)])
+    assert (none.mean, none.n) == (0.0, 3) and none.high == pytest.approx(0.707598, abs=1e-6)
+
+
 def test_median_row_matches_hand_computed_numbers() -> None:
     values = [1.0, 5.0, 2.0, 4.0, 3.0, 7.0, 6.0]
     row = median_row([Measurement("speed", "images/s", value) for value in values])

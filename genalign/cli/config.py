@@ -520,7 +520,7 @@ def _expand_paths(parsed: Any) -> None:
 
     A path of an unset variable would otherwise be the working directory.
     """
-    for key in ("output", "run", "prompts", "model.path", "init_lora"):
+    for key in ("output", "run", "prompts", "model.path", "init_lora", "lora"):
         path = parsed.get(key)
         if isinstance(path, str):
             expanded = os.path.expanduser(os.path.expandvars(path))

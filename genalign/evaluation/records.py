@@ -26,7 +26,7 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A mean gain, or the median of a measured quantity, with its 95 % interval from ``n`` prompts or repeats.
+    """A mean gain, or the median of a measured quantity, with its 95 % interval from ``n`` prompts, runs or repeats.
 
     ``low`` and ``high`` are infinite where no interval keeps its coverage (see ``Estimate``).
     """
@@ -81,10 +81,16 @@ def gain_row(records: Sequence[PromptRecord]) -> ResultRow:
         by_prompt.setdefault(record.task, {}).setdefault(record.prompt, []).append(gain)
 
     kind: Kind = "share difference" if all(map(_is_share, records)) else "score"
-    interval = mean_over_tasks({task: [*map(mean, prompts.values())] for task, prompts in by_prompt.items()}, kind)
-    if len(by_seed) > 1:
-        seed_gains = [mean(map(mean, by_seed[seed].values())) for seed in sorted(by_seed)]
-        interval = wider(interval, t_interval(seed_gains))
+    seed_gains = [mean(map(mean, by_seed[seed].values())) for seed in sorted(by_seed)]
+    prompts = {task: [*map(mean, gains.values())] for task, gains in by_prompt.items()}
+    if (
+        sum(map(len, prompts.values())) == 1
+    ):  # a number of the whole run, such as a distance of sets: runs are the units
+        interval = mean_over_tasks({"runs": seed_gains}, kind)
+    else:
+        interval = mean_over_tasks(prompts, kind)
+        if len(by_seed) > 1:
+            interval = wider(interval, t_interval(seed_gains))
     return ResultRow(records[0].name, records[0].metric, interval.mean, interval.low, interval.high, interval.n)
 
 

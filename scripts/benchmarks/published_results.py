@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from genalign.evaluation.records import PromptRecord, ResultRow, gain_row
 from genalign.metrics.intervals import median_interval
-from genalign.runtime.files import write_json, write_text
+from genalign.runtime.files import without_infinities, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ def write_results(folder: Path, stem: str, head: Mapping[str, Any], records: Seq
     write_text(folder / "raw" / f"{stem}.jsonl", "".join(f"{line}\n" for line in lines))
     rows = result_rows(records)
     kind = "measurement" if isinstance(records[0], Measurement) else "gain"
-    write_json(folder / f"{stem}.json", {**head, "kind": kind, "rows": [asdict(row) for row in rows]})
+    write_json(
+        folder / f"{stem}.json", {**head, "kind": kind, "rows": without_infinities([asdict(row) for row in rows])}
+    )
     return rows
 
 

@@ -24,7 +24,7 @@ MARKED = re.compile(
 def table(result: dict[str, Any]) -> str:
     """A result file as Markdown: its rows, and how they were made."""
     measured = result["kind"] == "measurement"
-    heading = "value | 95% interval | repeats" if measured else "gain | 95% interval | prompts"
+    heading = "value | 95% interval | repeats" if measured else "gain | 95% interval | prompts or runs"
     lines = [f"| name | metric | {heading} |", "|---|---|---|---|---|"]
     lines += [_line(row, ".3g" if measured else "+.3f") for row in result["rows"]]
     rendered = (
@@ -34,8 +34,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _line(row: dict[str, Any], form: str) -> str:
-    value, low, high = (format(row[key], form) for key in ("mean", "low", "high"))
-    return f"| {row['name']} | {row['metric']} | {value} | {low} to {high} | {row['n']} |"
+    interval = "none" if row["low"] is None else f"{row['low']:{form}} to {row['high']:{form}}"
+    return f"| {row['name']} | {row['metric']} | {row['mean']:{form}} | {interval} | {row['n']} |"
 
 
 def standings(result: dict[str, Any]) -> str:

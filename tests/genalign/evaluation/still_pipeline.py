@@ -34,7 +34,7 @@ class StillPipeline:
         return Grid(sigma[:-1] * 1000, 1 - sigma, sigma)
 
     def level(self, u: Tensor) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError  # evaluations sample on the grid alone
 
     def predict(self, x: Tensor, level: Any, conditioning: Conditioning, guidance: float) -> Tensor:
         self.calls.append((len(x), guidance))
