@@ -16,7 +16,7 @@ from typing import Any, Never
 import pytest
 import yaml
 
-from genalign.cli import config
+from genalign.cli import config, parsing
 from genalign.cli.main import main
 from tests.packages import ROOT, folder_of
 
@@ -56,7 +56,7 @@ def test_configurations_parse(tmp_path: Path, block: str) -> None:
     whole |= {"model": {"path": "shapes-sd3"}, "prompts": "prompts.txt"}
     whole |= {"recipe": {"class_path": "genalign.flow_grpo"}, **yaml.safe_load(block)}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
-    settings, _ = config.parse(config.Train, ["--config", str(tmp_path / "run.yaml")], "train")
+    settings, _ = parsing.parse(config.Train, ["--config", str(tmp_path / "run.yaml")], "train")
     assert set(settings.rewards) == set(whole["rewards"])
 
 
@@ -137,12 +137,12 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.usefixtures("checkout")
 @pytest.mark.parametrize("line", _commands())
 def test_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    parse = config.parse
+    parse = parsing.parse
 
     def parsed(*arguments: Any, **options: Any) -> Never:
         parse(*arguments, **options)
         raise ParsedError
 
-    monkeypatch.setattr(config, "parse", parsed)
+    monkeypatch.setattr(parsing, "parse", parsed)
     with pytest.raises(ParsedError):
         main(shlex.split(line, comments=True))

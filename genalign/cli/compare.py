@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from genalign.cli import config
+from genalign.cli import config, parsing
 from genalign.cli.context import CommandContext, named_rewards, prompt_set
 from genalign.cli.train import train_command
 from genalign.evaluation.compare_runs import summarize_recipes, write_recipe_summaries
@@ -20,7 +20,7 @@ from genalign.worlds.registry import diversity_of
 
 def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Find the noise level of each sampling step, and write a kernel that uses them."""
-    settings, _ = config.parse(config.Calibrate, arguments, "calibrate")
+    settings, _ = parsing.parse(config.Calibrate, arguments, "calibrate")
     pipeline, training, sampling = context.load(settings.model), settings.training, settings.sampling
     rewards = named_rewards(settings.rewards)
     sampler = Sampler(pipeline, rewards, sampling.grid(pipeline), sampling.guidance, training)
@@ -40,7 +40,7 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """
     if not arguments:
         raise ValueError("give the comparison's file: genalign compare scripts/configs/compare/shapes_methods.yaml")
-    settings, plain = config.parse(config.Compare, arguments, "compare", first="config")
+    settings, plain = parsing.parse(config.Compare, arguments, "compare", first="config")
     output, jobs = Path(settings.output), settings.jobs()
 
     # Train
@@ -69,7 +69,7 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
 def report_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Write the report of a run, finished or not."""
-    settings, _ = config.parse(config.Report, arguments, "report", first="run")
+    settings, _ = parsing.parse(config.Report, arguments, "report", first="run")
     folder = Path(settings.run)
     RunFolder(folder).require_format()
     print(f"report: {write_report(folder)}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from genalign.cli import config
+from genalign.cli import config, parsing
 from genalign.cli.context import (
     Checkpoint,
     CommandContext,
@@ -85,7 +85,7 @@ def _evaluate_world(
     context: CommandContext, world: World, kind: type[config.EvaluateShapes], arguments: Sequence[str]
 ) -> int:
     """Evaluate the samples of a model, or those in a folder that another program filled, on a world's prompts."""
-    settings, plain = config.parse(kind, arguments, f"evaluate {world.name}")
+    settings, plain = parsing.parse(kind, arguments, f"evaluate {world.name}")
     output, scorers = Path(settings.output), context.scorers[world.name]
     if settings.samples is not None:
         samples = Path(settings.samples)

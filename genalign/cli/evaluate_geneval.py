@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from genalign.cli import config
+from genalign.cli import config, parsing
 from genalign.cli.context import CommandContext, load_with_identity, model_protocol, print_estimates, rank_share
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import EvaluationProtocol, select_prompts
@@ -106,7 +106,7 @@ class GenEvalCompare:
 
 def geneval_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign evaluate geneval``."""
-    settings, plain = config.parse(EvaluateGenEval, arguments, "evaluate geneval")
+    settings, plain = parsing.parse(EvaluateGenEval, arguments, "evaluate geneval")
     prompts = subset_per_task(read_prompts(Path(settings.prompts)), settings.per_task)
     judge = settings.judge or context.geneval
     judge.check(prompts.prompts)
@@ -123,7 +123,7 @@ def geneval_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
 def images_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """``genalign evaluate geneval-images``."""
-    settings, _ = config.parse(GenEvalImages, arguments, "evaluate geneval-images")
+    settings, _ = parsing.parse(GenEvalImages, arguments, "evaluate geneval-images")
     root, folder = Path(settings.images), GenEvalFolder(Path(settings.output))
     groups = _group_by_prompt(read_samples(root))
     prompts = PromptSet("images", tuple(Prompt(group[0].metadata["prompt"], group[0].metadata) for group in groups))
@@ -140,14 +140,14 @@ def images_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
 def original_command(arguments: Sequence[str]) -> int:
     """``genalign evaluate geneval-original``."""
-    settings, _ = config.parse(GenEvalOriginal, arguments, "evaluate geneval-original")
+    settings, _ = parsing.parse(GenEvalOriginal, arguments, "evaluate geneval-original")
     _report(rescore(Path(settings.output), read_results(Path(settings.results))), settings.against)
     return 0
 
 
 def compare_geneval_command(arguments: Sequence[str]) -> int:
     """``genalign evaluate geneval-compare``."""
-    settings, _ = config.parse(GenEvalCompare, arguments, "evaluate geneval-compare")
+    settings, _ = parsing.parse(GenEvalCompare, arguments, "evaluate geneval-compare")
     _report(Path(settings.output), settings.against)
     return 0
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from genalign.cli import config
+from genalign.cli import config, parsing
 from genalign.cli.context import CommandContext
 from genalign.diffusion.lora import PEFT_CONFIG
 from genalign.runtime.files import write_text
@@ -25,7 +25,7 @@ _USES = {
 
 def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign export``: write the weights of a run in a form that diffusers or PEFT loads, with a model card."""
-    settings, _ = config.parse(config.Export, arguments, "export")
+    settings, _ = parsing.parse(config.Export, arguments, "export")
     run, output = Path(settings.run), Path(settings.output)
     if output.exists():
         raise FileExistsError(f"{output} exists: choose another output, or remove it")

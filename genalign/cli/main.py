@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 
 import pipelines
 from genalign import assets
-from genalign.cli import config
+from genalign.cli import config, parsing
 from genalign.cli.compare import calibrate_command, compare_command, report_command
 from genalign.cli.context import Checkpoint, CommandContext
 from genalign.cli.error_messages import error_line
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.path.append(os.getcwd())
     try:
         return COMMANDS[name](CONTEXT, rest)
-    except config.INPUT_ERRORS as error:
+    except parsing.INPUT_ERRORS as error:
         if debug:
             traceback.print_exc()
         print(f"error: {error_line(error)}", file=sys.stderr)

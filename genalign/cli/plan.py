@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from genalign.cli import config
+from genalign.cli import config, parsing
 from genalign.cli.context import CommandContext, named_rewards, print_table, prompt_set, require_rate
 from genalign.cli.train import require_trackers
 from genalign.diffusion.policy import Lora, Policy
@@ -21,7 +21,7 @@ from genalign.types import Prompt, PromptSet
 
 def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign plan``: exit status 2 if training would be refused, with every reason on standard error."""
-    settings, _ = config.parse(config.Train, arguments, "plan")
+    settings, _ = parsing.parse(config.Train, arguments, "plan")
     training, sampling = settings.training, settings.sampling
     reasons: dict[str, None] = {}
 
@@ -29,7 +29,7 @@ def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
     def collecting() -> Iterator[None]:
         try:
             yield
-        except config.INPUT_ERRORS as error:
+        except parsing.INPUT_ERRORS as error:
             reasons[str(error)] = None
 
     # Refuse what this machine cannot run

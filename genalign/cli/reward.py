@@ -17,7 +17,7 @@ import torch
 from rich.markup import escape
 from torch import Tensor
 
-from genalign.cli import config
+from genalign.cli import parsing
 from genalign.cli.context import CommandContext, print_table, prompt_set, require_rate
 from genalign.prompts import drawn_in_turn
 from genalign.runtime.media import AUDIO_SUFFIXES, inside, read_image, read_waveform
@@ -72,12 +72,12 @@ class RewardCheck:
 
 def serve_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign serve MODULE:CLASS`` until it is interrupted."""
-    settings, plain = config.parse(Serve, _named_settings(arguments, "serve"), "serve")
+    settings, plain = parsing.parse(Serve, _named_settings(arguments, "serve"), "serve")
     require_rate({"reward": settings.reward}, settings.sample_rate)
     try:
         from genalign.scoring import server
     except ImportError as error:
-        raise config.ConfigurationError(f"{error}: pip install 'genalign[serve]'") from None
+        raise parsing.ConfigurationError(f"{error}: pip install 'genalign[serve]'") from None
     token = os.environ.get(settings.token_variable) or None
     server.require_safe(settings.host, token, settings.token_variable)
     name, configured = reward_version(plain["reward"])
@@ -104,7 +104,7 @@ def reward_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign reward check MODULE:CLASS``; the exit status is 1 where a check fails."""
     if not arguments or arguments[0] != "check":
         raise ValueError("say what to do with it: genalign reward check MODULE:CLASS")
-    settings, _ = config.parse(RewardCheck, _named_settings(arguments[1:], "reward check"), "reward check")
+    settings, _ = parsing.parse(RewardCheck, _named_settings(arguments[1:], "reward check"), "reward check")
     samples, prompts, rate = load_samples(settings)
     require_rate({"reward": settings.reward}, rate)
     probe = Probe(samples.to(settings.device), prompts, settings.tolerance)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from genalign.cli import config
+from genalign.cli import config, parsing
 from genalign.cli.context import CommandContext, load_with_lora, named_rewards, prompt_set, rank_share, require_rate
 from genalign.diffusion.noise import derived_seed
 from genalign.evaluation.report import write_search
@@ -37,7 +37,7 @@ def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
     Finished prompts are kept, so that the same command resumes. Processes started by torchrun or accelerate share the
     prompts.
     """
-    settings, plain = config.parse(config.Steer, arguments, "steer")
+    settings, plain = parsing.parse(config.Steer, arguments, "steer")
     prompts = prompt_set(settings.prompts).prompts[: settings.limit]
     folder, plain = SearchFolder(Path(settings.output)), {**plain, "limit": None}
     resuming, share = folder.holds(plain), rank_share()
@@ -91,7 +91,7 @@ def _conclude(folder: SearchFolder, count: int) -> None:
 
 def prices_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign prices``: measure the seconds per sample of each call, and write them as JSON."""
-    settings, _ = config.parse(config.Prices, arguments, "prices")
+    settings, _ = parsing.parse(config.Prices, arguments, "prices")
     pipeline, rewards = context.load(settings.model), named_rewards(settings.rewards)
     available = prompt_set(settings.prompts).prompts
     prompts = [available[i % len(available)] for i in range(settings.batch_size)]
@@ -108,7 +108,7 @@ def train_noise_aware_command(context: CommandContext, arguments: Sequence[str])
 
     The datasets of previews stay in the output folder, so that another student can be trained on them.
     """
-    settings, plain = config.parse(config.TrainNoiseAware, arguments, "train-noise-aware")
+    settings, plain = parsing.parse(config.TrainNoiseAware, arguments, "train-noise-aware")
     folder, pipeline = Path(settings.output), context.load(settings.model)
     write_json(folder / "config.json", plain)
     with torch.random.fork_rng(devices=[]):

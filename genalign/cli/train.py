@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import with_stronger_kl
-from genalign.cli import config
+from genalign.cli import config, parsing
 from genalign.cli.context import CommandContext, named_rewards, print_table, prompt_set, require_rate
 from genalign.cli.evaluate import build_evaluator
 from genalign.cli.resume import EncoderCache, InputFingerprint, TrackerRun, checkpoint_in, train_request
@@ -47,7 +47,7 @@ from genalign.types import Prompt, PromptSet, RewardFunction
 def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign train``, and say how to resume a run that fails."""
     arguments, resume = train_request(arguments)
-    settings, plain = config.parse(config.Train, arguments, "train")
+    settings, plain = parsing.parse(config.Train, arguments, "train")
     try:
         with process_group(os.environ) as processes:
             return run_training(context, settings, plain, resume, processes)
@@ -58,7 +58,7 @@ def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
             raise
         reason = f"{error}. Free some disk space"
     except RuntimeError as error:
-        if isinstance(error, config.INPUT_ERRORS) or not is_out_of_memory(error):
+        if isinstance(error, parsing.INPUT_ERRORS) or not is_out_of_memory(error):
             raise
         # Arguments under which the same training needs less memory
         training, memory = settings.training, settings.model.memory

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from genalign.algorithms.interfaces import RoundScores
-from genalign.cli import config
+from genalign.cli import config, parsing
 from genalign.types import Prompt
 from rewards.combine import save_direction
 
@@ -34,7 +34,7 @@ def parse(folder: Path, run: dict[str, Any]) -> config.Train:
     plain = {"model": {"path": "shapes-sd3"}, "prompts": "shapes:train", "output": "runs/x"}
     plain |= {"recipe": {"class_path": "genalign.flow_grpo"}, "rewards": {"size": {"function": SIZE}}}
     (folder / "run.yaml").write_text(yaml.safe_dump(plain | run))
-    return config.parse(config.Train, ["--config", str(folder / "run.yaml")], "train")[0]
+    return parsing.parse(config.Train, ["--config", str(folder / "run.yaml")], "train")[0]
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)

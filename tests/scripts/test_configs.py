@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from genalign import assets
-from genalign.cli.config import Compare, ConfigurationError, Steer, Train, TrainNoiseAware, parse
+from genalign.cli.config import Compare, Steer, Train, TrainNoiseAware
+from genalign.cli.parsing import ConfigurationError, parse
 from genalign.runtime.fsdp import Sharding, sharding_from_environment
 from tests.packages import ROOT, folder_of
 from tests.rewards.tiny_clap import write_clap

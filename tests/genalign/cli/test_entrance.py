@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from genalign.__main__ import COMMANDS as NAMES
 from genalign.__main__ import main
 from genalign.cli import main as composition
-from genalign.cli.config import Train, parse
+from genalign.cli.config import Train
 from genalign.cli.error_messages import error_line
+from genalign.cli.parsing import parse
 
 MODULES = "import sys; from genalign.__main__ import main; code = main({words!r}); heavy = {{'torch', 'diffusers'}};"
 

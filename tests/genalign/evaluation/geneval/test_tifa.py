@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.cli.config import Train, parse
+from genalign.cli.config import Train
+from genalign.cli.parsing import parse
 from genalign.evaluation.geneval.metadata import Clause, PromptSpec
 from genalign.evaluation.geneval.tifa import TifaReward, questions
 from genalign.types import Prompt, Reward
