@@ -20,12 +20,27 @@ reads a class that is given for a ``Callable[..., Tensor]`` as a factory of tens
 """
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A text and, where a reward or a verifier needs it, its GenEval metadata (tag, include, exclude, prompt)."""
+class Prompt(str):
+    """A text and, where a reward or a verifier needs it, its GenEval metadata (tag, include, exclude, prompt).
 
-    text: str
-    metadata: Metadata | None = None
+    It is a string, so that rewards that were written for strings take it; two prompts are equal if their texts are.
+
+    Args:
+        text: The text, or a prompt, whose metadata the new one has unless others are given.
+        metadata: The metadata.
+    """
+
+    metadata: Metadata | None
+
+    def __new__(cls, text: str, metadata: Metadata | None = None) -> Prompt:
+        prompt = super().__new__(cls, text)
+        prompt.metadata = text.metadata if metadata is None and isinstance(text, Prompt) else metadata
+        return prompt
+
+    @property
+    def text(self) -> str:
+        """The text as a plain string."""
+        return str(self)
 
     @property
     def task(self) -> str:
@@ -41,11 +56,11 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
 
     @classmethod
-    def of(cls, prompts: PromptSet | Sequence[str | Prompt]) -> PromptSet:
-        """Turn a list of texts or prompts into a set named "prompts"; a set is returned as it is."""
+    def of(cls, prompts: PromptSet | str | Sequence[str]) -> PromptSet:
+        """Turn a text, or a list of texts or prompts, into a set named "prompts"; a set is returned as it is."""
         if isinstance(prompts, PromptSet):
             return prompts
-        return cls("prompts", tuple(Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts))
+        return cls("prompts", tuple(map(Prompt, [prompts] if isinstance(prompts, str) else prompts)))
 
     def __len__(self) -> int:
         return len(self.prompts)

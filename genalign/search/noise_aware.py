@@ -13,7 +13,7 @@ M trajectories, S levels. A level is a grid's ``noise_share``: sigma on a flow's
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -65,7 +65,9 @@ class PreviewDataset:
     def save(self, path: Path) -> None:
         """Write the dataset as one safetensors file."""
         tensors = {"previews": self.previews, "sigmas": self.sigmas, "prompt": self.prompt, "clean": self.clean}
-        save_state(path, tensors, {"prompts": [asdict(prompt) for prompt in self.prompts]})
+        save_state(
+            path, tensors, {"prompts": [{"text": prompt.text, "metadata": prompt.metadata} for prompt in self.prompts]}
+        )
 
     @classmethod
     def load(cls, path: Path) -> PreviewDataset:

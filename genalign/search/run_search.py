@@ -53,7 +53,7 @@ class SearchResult:
 
 def search(
     pipeline: Pipeline,
-    prompts: str | Sequence[str | Prompt],
+    prompts: str | Sequence[str],
     reward: RewardFunction | Mapping[str, RewardFunction] | Sequence[NamedReward],
     strategy: Strategy,
     budget: Budget | None = None,
@@ -78,7 +78,7 @@ def search(
         ValueError: No prompt, an impossible strategy, or a budget too small for one sample.
         RewardError: A reward raises, or does not return one score per sample in their order.
     """
-    each = PromptSet.of([prompts] if isinstance(prompts, str) else prompts).prompts
+    each = PromptSet.of(prompts).prompts
     if not each:
         raise ValueError("there is no prompt to search for")
     rewards, grid, guidance = named(reward), sampling.grid(pipeline), sampling.guidance

@@ -67,7 +67,7 @@ class Trainer:
         pipeline: Pipeline,
         policy: Policy,
         rewards: RewardFunction | NamedReward | Mapping[str, RewardFunction] | Sequence[NamedReward],
-        prompts: PromptSet | Sequence[str | Prompt],
+        prompts: PromptSet | str | Sequence[str],
         recipe: Recipe,
         settings: TrainerSettings = TrainerSettings(),
         sampling: Sampling = Sampling(),

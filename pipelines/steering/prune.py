@@ -45,7 +45,7 @@ class Pruned:
 
 def prune(
     pipe: DiffusionPipeline,
-    prompt: str | Prompt,
+    prompt: str,
     reward: Rewards,
     strategy: Prune,
     decode: Decode | None = None,
@@ -70,7 +70,7 @@ def prune(
     """
     if strategy.candidates is None or strategy.scorer is not None:
         raise ValueError("prune needs Prune(candidates=...), and scores decoded previews by the rewards alone")
-    prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+    prompt = Prompt(prompt)
     scorer = PipelineScorer(pipe, reward, decode)
     count = strategy.candidates
     generators = [torch.Generator().manual_seed(derived_seed(seed, j)) for j in range(count)]

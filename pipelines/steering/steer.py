@@ -34,7 +34,7 @@ def steer(
     pipe: DiffusionPipeline,
     reward: Rewards,
     strategy: StepwiseStrategy,
-    prompts: Sequence[str | Prompt] | None = None,
+    prompts: Sequence[str] | None = None,
     decode: Decode | None = None,
     seed: int = 0,
 ) -> Iterator[Steering]:
@@ -110,12 +110,12 @@ class Steering(PipelineScorer):
         reward: Rewards,
         decode: Decode | None,
         plan: Stepwise,
-        prompts: Sequence[str | Prompt],
+        prompts: Sequence[str],
         seed: int,
     ) -> None:
         super().__init__(pipe, reward, decode)
         self.scheduler, self.plan, self.seed = pipe.scheduler, plan, seed
-        self.prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        self.prompts = [Prompt(prompt) for prompt in prompts]
         self._has_begun = False
 
     def _note_prompt(self, method: str) -> Callable[[Mapping[str, Any]], None]:

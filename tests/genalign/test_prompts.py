@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections import Counter
 from itertools import islice
 
@@ -32,3 +34,21 @@ def test_more_prompts_than_there_are() -> None:
     with pytest.raises(ValueError, match="prompts_per_round is 3, but the prompt set 'p' has 2 different prompts"):
         PromptSampler(twice, 3, 0)
     assert len(next(PromptSampler(twice, 2, 0).rounds())) == 2
+
+
+def test_a_prompt_is_its_text() -> None:
+    prompt = Prompt("Two red cats", {"tag": "counting"})
+    assert (
+        prompt.lower().split()[0] == "two"
+        and prompt in {"Two red cats"}
+        and json.loads(json.dumps([prompt])) == [prompt]
+    )
+    assert type(prompt.text) is str and prompt.task == "counting" and Prompt("a dog").task == "all"
+    assert Prompt(prompt).metadata == copy.deepcopy(prompt).metadata == {"tag": "counting"}
+    assert Prompt(prompt, {"tag": "colors"}).task == "colors"
+
+
+def test_texts_and_prompts_become_a_set() -> None:
+    prompt = Prompt("a dog", {"tag": "animals"})
+    assert [p.task for p in PromptSet.of(["a cat", prompt]).prompts] == ["all", "animals"]
+    assert PromptSet.of("a cat").prompts == ("a cat",)

@@ -102,7 +102,7 @@ def test_protocol_hash_is_stable_and_depends_on_every_field():
 
 def test_suite_hash_depends_on_texts_metadata_and_order():
     prompts = prompt_set(a=3)
-    changed = replace(prompts.prompts[0], metadata={"tag": "a", "prompt": "a 0", "include": []})
+    changed = Prompt(prompts.prompts[0], {"tag": "a", "prompt": "a 0", "include": []})
     others = [prompts.prompts[::-1], prompts.prompts[:2], (changed, *prompts.prompts[1:])]
     hashes = {suite_hash(PromptSet("x", other)) for other in [prompts.prompts, *others]}
     assert len(hashes) == 4

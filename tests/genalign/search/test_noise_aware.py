@@ -62,6 +62,7 @@ def test_previews_match_trajectories(tiny: SD3, tmp_path: Path) -> None:
     dataset.save(tmp_path / "previews.safetensors")
     loaded = PreviewDataset.load(tmp_path / "previews.safetensors")
     assert torch.equal(loaded.previews, dataset.previews) and loaded.prompts == dataset.prompts
+    assert [prompt.metadata for prompt in loaded.prompts] == [prompt.metadata for prompt in dataset.prompts]
     assert len(dataset.extend(loaded)) == 12 and dataset.extend(loaded).prompt.max() == 3
 
 

@@ -194,7 +194,9 @@ def test_replay_keeps_prompts_through_tensors() -> None:
     replay.push(SampleBatch(torch.rand(2, 4), (RED, Prompt("日本 'quoted'"))))
     again.load_tensors(replay.tensors())
     assert replay.stored is not None and again.stored is not None
-    assert again.stored.prompts == replay.stored.prompts and torch.equal(again.stored.samples, replay.stored.samples)
+    assert again.stored.prompts == replay.stored.prompts
+    assert [p.metadata for p in again.stored.prompts] == [p.metadata for p in replay.stored.prompts]
+    assert torch.equal(again.stored.samples, replay.stored.samples)
     again.load_tensors(ReplayBuffer(5).tensors())
     assert len(again) == 0
 

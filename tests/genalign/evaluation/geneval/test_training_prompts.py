@@ -62,7 +62,8 @@ def test_people_have_no_color_and_everything_else_is_drawn() -> None:
 
 def test_the_seed_determines_the_prompts(drawn: PromptSet, tmp_path: Path) -> None:
     write_prompts(tmp_path / "train.jsonl", training_prompts(150, seed=1))
-    assert read_prompts(tmp_path / "train.jsonl").prompts == drawn.prompts
+    again = read_prompts(tmp_path / "train.jsonl").prompts
+    assert [(p, p.metadata) for p in again] == [(p, p.metadata) for p in drawn.prompts]
     other = training_prompts({"position": 9}, seed=2).prompts
     assert not {prompt.text for prompt in other} & {prompt.text for prompt in drawn.by_task()["position"][:9]}
 

@@ -69,7 +69,7 @@ def test_text_and_metadata_are_as_geneval_writes_them(
     prompt: Prompt, tag: str, text: str, include: list[dict[str, object]]
 ) -> None:
     exclude = {"exclude": [clause("cross", 4)]} if tag == "counting" else {}
-    assert prompt == Prompt(text, {"tag": tag, "include": include, **exclude, "prompt": text})
+    assert (prompt, prompt.metadata) == (text, {"tag": tag, "include": include, **exclude, "prompt": text})
 
 
 def test_held_out_compositions() -> None:

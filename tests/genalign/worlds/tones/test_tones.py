@@ -54,7 +54,7 @@ LOWER, LOUDER = "a sine tone then a lower square tone", "a quiet organ tone then
 )
 def test_texts_and_metadata(prompt: Prompt, text: str, tag: str, events: list[dict[str, object]]) -> None:
     comparison = {"relation": {"relation": "lower"}, "loudness": {"loudness": "louder"}}.get(tag, {})
-    assert prompt == Prompt(text, {"tag": tag, "events": events, **comparison, "prompt": text})
+    assert (prompt, prompt.metadata) == (text, {"tag": tag, "events": events, **comparison, "prompt": text})
 
 
 def test_held_out_notes_leave_every_timbre_and_note_heard() -> None:
