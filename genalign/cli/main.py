@@ -100,11 +100,13 @@ COMMANDS: dict[str, Callable[[CommandContext, Sequence[str]], int]] = {
 def main(arguments: Sequence[str]) -> int:
     """Run the command that ``arguments`` starts with; wrong input is one line on standard error and exit status 2.
 
-    ``--debug`` among the arguments adds the traceback.
+    ``--debug`` among the arguments adds the traceback, and those of rewards that fail and are called again.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("genalign").setLevel(logging.INFO)  # one line per round, without a terminal
     debug, (name, *rest) = "--debug" in arguments, [word for word in arguments if word != "--debug"]
+    logging.getLogger("genalign").setLevel(
+        logging.DEBUG if debug else logging.INFO
+    )  # a line per round, without a terminal
     if os.getcwd() not in sys.path:  # of modules that configurations name; installed ones of the same name come first
         sys.path.append(os.getcwd())
     try:

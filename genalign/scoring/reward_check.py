@@ -7,8 +7,10 @@ gradient, falls with quality) is measured, and required only if it is ``Expected
 
 from __future__ import annotations
 
+import inspect
 import io
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from genalign.runtime.media import eight_bits, medium_of
-from genalign.scoring.score import described
+from genalign.scoring.score import described, takes_no_gradient
 from genalign.types import Prompt, RewardFunction
+
+logger = logging.getLogger(__name__)
 
 _ADVICE = {  # in the order of the checks
     "result": "return a float tensor (B,), one finite score or NaN for each sample (rewards.adapters takes lists)",
@@ -102,6 +106,7 @@ def check(reward: RewardFunction, probe: Probe, expected: Expected | None = None
         try:
             passed, measured = getattr(checks, name.replace(" ", "_"))()
         except Exception as error:  # a user's reward may raise anything
+            logger.debug("check %r", name, exc_info=True)
             passed, measured = False, f"raised {described(error)[:300]}"
         finally:
             for switch, value in _switches().items():
@@ -111,6 +116,10 @@ def check(reward: RewardFunction, probe: Probe, expected: Expected | None = None
         yield Check(name, passed, measured, advice if passed is False else "")
 
 
+_BLACK_BOX = (
+    "none: a black-box reward, which training, search and steering use as it is, but not noise optimization or guided"
+    " steering, which follow its gradient"
+)
 _Outcome = tuple[bool | None, str]  # passed, and what was measured
 _SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -140,8 +149,10 @@ class _Checks:
     def result(self) -> _Outcome:
         with torch.no_grad():
             scores = self.reward(self.samples.clone(), self.prompts)
-        if not isinstance(scores, Tensor):
-            return False, f"a {type(scores).__name__}"
+        if inspect.iscoroutine(scores):
+            scores.close()  # it was never awaited, which Python would warn of
+        if not isinstance(scores, Tensor) or scores.is_meta:
+            return False, "a tensor on the meta device" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
         count, infinite = len(self.samples), int(scores.isinf().sum())
         measured = f"{str(scores.dtype).removeprefix('torch.')} of shape {tuple(scores.shape)} for {count} samples"
         if infinite:
@@ -176,29 +187,42 @@ class _Checks:
         return worst <= self.probe.tolerance, f"{worst:.2g} of the scale between a batch, its halves and single samples"
 
     def gradient(self) -> _Outcome:
-        """Compare one sample's gradient with central differences along itself, the sample, and each channel's level."""
-        sample, prompt = (0.1 + 0.8 * self.samples[:1]).detach(), self.prompts[:1]
+        """Compare one sample's gradient with central differences along itself, the sample, and each channel's level.
+
+        The sample has a texture: flat areas are where the maxima of pooling layers tie, and a slope has two sides.
+        """
+        texture = torch.rand(self.samples[:1].shape, generator=torch.Generator().manual_seed(0)).to(self.samples)
+        sample, prompt = (0.1 + 0.7 * self.samples[:1] + 0.2 * texture).detach(), self.prompts[:1]
         leaf = sample.clone().requires_grad_()
-        with torch.enable_grad():
-            score = self.reward(leaf * 1.0, prompt).sum()
-            slope = torch.autograd.grad(score, leaf, allow_unused=True)[0] if score.requires_grad else None
+        try:
+            with torch.enable_grad():
+                score = self.reward(leaf * 1.0, prompt).sum()
+                slope = torch.autograd.grad(score, leaf, allow_unused=True)[0] if score.requires_grad else None
+        except (RuntimeError, BufferError) as error:
+            if not takes_no_gradient(error):
+                raise
+            slope = None
         if slope is None:
-            return False if self.expected.gradient else None, "none reaches the sample"
+            return False if self.expected.gradient else None, _BLACK_BOX
+        if bool(score.isnan()):
+            return None, "unknown: the textured sample it is measured at was not scored"
+        error = min(self._slope_error(sample, prompt, slope, step) for step in (0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4))
+        return error <= 0.05, f"{error:.1%} off finite differences"
+
+    def _slope_error(self, sample: Tensor, prompt: Sequence[Prompt], slope: Tensor, step: float) -> float:
+        """The difference of a gradient from finite differences of a ``step``, in parts of the sample's norm."""
         levels = torch.eye(sample.shape[1]).to(sample).view(-1, 1, sample.shape[1], *[1] * (sample.ndim - 2))
         directions = torch.cat([slope, sample, *(level.expand_as(sample) for level in levels)])
         directions = F.normalize(directions.flatten(1), dim=1, eps=1e-20).view_as(directions)
         predicted = (directions * slope).flatten(1).sum(1).double().cpu()
-        error = float("inf")
-        for step in (0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4):  # as parts of the sample's norm
-            length = step * float(sample.norm())
-            above, below = (
-                torch.stack([self.scores(sample + sign * length * way, prompt).double().sum() for way in directions])
-                for sign in (1, -1)
-            )
-            slopes, rounding = (above - below) / (2 * length), 4e-7 * above.abs().max() / length
-            scale = torch.maximum(predicted.abs(), slopes.abs()).max().clamp_min(1e-20)
-            error = min(error, float(((predicted - slopes).abs() - rounding).clamp_min(0).max() / scale))
-        return error <= 0.05, f"{error:.1%} off finite differences"
+        length = step * float(sample.norm())
+        above, below = (
+            torch.stack([self.scores(sample + sign * length * way, prompt).double().sum() for way in directions])
+            for sign in (1, -1)
+        )
+        slopes, rounding = (above - below) / (2 * length), 4e-7 * above.abs().max() / length
+        scale = torch.maximum(predicted.abs(), slopes.abs()).max().clamp_min(1e-20)
+        return float(((predicted - slopes).abs() - rounding).clamp_min(0).max() / scale)
 
     def side_effects(self) -> _Outcome:
         """Check that the samples and torch's grad mode, default dtype and device are unchanged, in either grad mode."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
+import sysconfig
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +20,9 @@ from genalign.types import Prompt, RewardFunction
 
 logger = logging.getLogger(__name__)
 
-_PACKAGES = [Path(__file__).parents[2] / name for name in ("genalign", "pipelines", "rewards")]
+_OWN = [Path(__file__).parents[2] / name for name in ("genalign", "pipelines", "rewards")]
+_INSTALLED = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
+_STANDARD = Path(sysconfig.get_path("stdlib"))
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,19 @@ class NamedReward:
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score samples as (B,), with a gradient where the function has one.
 
-        Raises RewardError for another shape, and whatever the function raises.
+        Raises RewardError for another shape, or where the samples have a gradient and the function takes no such
+        tensor, and whatever the function raises.
         """
         parts = self.parts(samples, prompts)
-        return torch.cat([_of_shape(self.name, self.function(part, texts), len(part)) for part, texts in parts])
+        try:
+            return torch.cat([_of_shape(self.name, self.function(part, texts), len(part)) for part, texts in parts])
+        except (RuntimeError, BufferError) as error:
+            if not takes_no_gradient(error):
+                raise
+            raise RewardError(
+                f"reward {self.name!r} has no gradient, which noise optimization and guided steering follow: use"
+                f" another strategy, or torch operations in it ({described(error)})"
+            ) from error
 
     def parts(self, samples: Tensor, prompts: Sequence[Prompt]) -> Iterator[tuple[Tensor, Sequence[Prompt]]]:
         """Yield samples and prompts in order, ``score_batch`` at a time."""
@@ -84,12 +98,28 @@ def score(rewards: Sequence[NamedReward], samples: Tensor, prompts: Sequence[Pro
     return torch.stack([torch.cat(column) for column in columns], dim=1)
 
 
+def takes_no_gradient(error: Exception) -> bool:
+    """Whether an error says that NumPy, DLPack or the like takes no tensor that requires a gradient."""
+    return bool(re.search(r"requires? grad", str(error)))
+
+
 def described(error: BaseException) -> str:
-    """What a reward raised, and where in a user's code: "KeyError: 'color' (my_rewards.py:12)"."""
-    files = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    foreign = [(file, line) for file, line in files if not any(file.is_relative_to(folder) for folder in _PACKAGES)]
-    own = [(file, line) for file, line in foreign if "site-packages" not in file.parts] or foreign
-    place = f" ({own[-1][0].name}:{own[-1][1]})" if files and own and files[-1] in foreign else ""
+    """What a reward raised, and where: "KeyError: 'color' (my_rewards.py:12)".
+
+    The place is the last line of the user's own files; without any, of the package that genalign called.
+    """
+    own, installed = [], []
+    for frame in traceback.extract_tb(error.__traceback__):
+        file = Path(frame.filename)
+        if any(file.is_relative_to(folder) for folder in _OWN) or frame.filename.startswith("<frozen"):
+            continue
+        packages = next((folder for folder in _INSTALLED if file.is_relative_to(folder)), None)
+        if packages:
+            installed.append((file.relative_to(packages), frame.lineno))
+        elif not file.is_relative_to(_STANDARD):
+            own.append((Path(file.name), frame.lineno))
+    places = own or [place for place in installed if place[0].parts[0] == installed[0][0].parts[0]]
+    place = f" ({places[-1][0]}:{places[-1][1]})" if places else ""
     return f"{type(error).__name__}: {error}{place}"
 
 
@@ -101,7 +131,7 @@ def _score_part(reward: NamedReward, samples: Tensor, prompts: Sequence[Prompt],
     except Exception as error:  # whatever a user's reward raises must not lose the run
         failure = f"reward {reward.name!r} raised {described(error)}"
         if retries:
-            logger.warning("%s; calling it again", failure)
+            logger.warning("%s; calling it again", failure, exc_info=logger.isEnabledFor(logging.DEBUG))
             return _score_part(reward, samples, prompts, retries - 1)
         if reward.score_batch is None or count == 1 or isinstance(error, TimeoutError):
             logger.warning("%s; %d scores are NaN", failure, count)
@@ -132,6 +162,9 @@ def _call_within(seconds: float | None, call: Callable[[], object]) -> object:
 
 
 def _of_shape(name: str, column: object, count: int) -> Tensor:
+    if inspect.iscoroutine(column):
+        column.close()  # it was never awaited, which Python would warn of
+        raise RewardError(f"reward {name!r} is an async function: wrap it in rewards.adapters.Adapted")
     if not isinstance(column, Tensor):
         raise RewardError(f"reward {name!r} returned {type(column).__name__}: return a tensor of shape (B,)")
     if column.shape != (count,):
@@ -139,6 +172,10 @@ def _of_shape(name: str, column: object, count: int) -> Tensor:
             f"reward {name!r} returned shape {tuple(column.shape)} for {count} samples: return one score per sample,"
             f" a tensor of shape ({count},)"
         )
+    if column.is_complex() or column.is_meta:
+        kind = "complex numbers" if column.is_complex() else "a tensor without values, on the meta device"
+        advice = "return real ones" if column.is_complex() else "load its weights on a real device"
+        raise RewardError(f"reward {name!r} returned {kind}: {advice}")
     return column
 
 

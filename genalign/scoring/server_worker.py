@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from genalign.scoring.protocol import Outcome, SampleError
+from genalign.scoring.score import described
 from genalign.types import Prompt, RewardFunction
 
 logger = logging.getLogger(__name__)
@@ -54,9 +55,8 @@ def score_each(reward: RewardFunction, samples: Tensor, prompts: Sequence[Prompt
         ]
     except Exception as error:  # a user's reward may raise anything
         if len(samples) == 1:
-            kind = type(error).__name__
-            logger.warning("request %s: the reward raised %s: %s", name, kind, error)
-            return [SampleError("reward_failed", f"the reward raised {kind}: see the server's log")]
+            logger.warning("request %s: the reward raised %s", name, described(error))
+            return [SampleError("reward_failed", f"the reward raised {type(error).__name__}: see the server's log")]
     half = len(samples) // 2
     left = score_each(reward, samples[:half], prompts[:half], name)
     return left + score_each(reward, samples[half:], prompts[half:], name)

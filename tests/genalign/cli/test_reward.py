@@ -44,6 +44,12 @@ def loudness(samples, prompts):
 
 def counted(images, prompts, **metadata):
     return [float(len(prompt)) for prompt in prompts]
+
+def shapeless(samples, prompts):
+    return samples[:, 0, 0, 0, 0]
+
+def in_numpy(samples, prompts):
+    return torch.from_numpy(samples.cpu().numpy().std((1, 2, 3)))
 """
 
 SHAPES = ["--samples", "shapes:val"]
@@ -53,6 +59,7 @@ SHAPES = ["--samples", "shapes:val"]
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "outside_scores.py").write_text(REWARDS)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")  # of the table
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
     sys.modules.pop("outside_scores", None)
@@ -67,6 +74,23 @@ def test_a_reward_is_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert main([*channel, "--args.flipped", "true"]) == 1
     printed = capsys.readouterr().out
     assert "failed: order" in printed and "return the scores" in printed
+
+
+def test_the_traceback_of_a_failing_check_is_printed_on_request(
+    folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for debug in ([], ["--debug"]):
+        caplog.clear()
+        assert main(["reward", "check", "outside_scores:shapeless", *SHAPES, *debug]) == 1
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "raised IndexError: too many indices for tensor" in printed and "(outside_scores.py:" in printed
+        assert ("return samples[:, 0, 0, 0, 0]" in caplog.text) == bool(debug)
+
+
+def test_a_reward_in_numpy_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reward", "check", "outside_scores:in_numpy", *SHAPES]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "every check passed" in printed and "black-box reward" in printed
 
 
 def test_other_ways_to_name_a_reward(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from genalign.cli.reward import RewardCheck, load_samples
@@ -82,6 +85,20 @@ def failed(checks: Iterable[Check]) -> list[str]:
     return [one.name for one in checks if one.passed is False]
 
 
+def measured(checks: Iterable[Check], name: str) -> str:
+    return next(one.measured for one in checks if one.name == name)
+
+
+def in_numpy(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """The usual reward of users: it computes in NumPy, which takes no tensor with a gradient."""
+    array = samples.cpu().numpy()
+    return torch.from_numpy((array * weights(prompts).numpy()).mean((1, 2, 3)))
+
+
+def through_dlpack(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return torch.from_numpy(np.from_dlpack(samples).mean((1, 2, 3)))
+
+
 def test_good_reward_passes(probe: Probe) -> None:
     checks = list(check(good, probe, Expected(gradient=True)))
     assert failed(checks) == [] and all(one.measured for one in checks)
@@ -97,25 +114,75 @@ def test_fault_fails_its_own_check_alone(
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
 
 
+async def awaited(count: int) -> Tensor:
+    return torch.zeros(count)
+
+
 @pytest.mark.parametrize(
-    ("returned", "measured"),
+    ("returned", "problem"),
     [
         (lambda n: [0.0] * n, "a list"),
         (lambda n: torch.zeros(n, 1), "float32 of shape (8, 1) for 8 samples"),
         (lambda n: torch.zeros(n, dtype=torch.long), "int64 of shape (8,)"),
         (lambda n: torch.full((n,), torch.inf), "8 infinite"),
-        (lambda n: {}[n], "raised KeyError: 8"),
+        (lambda n: {}[n], "raised KeyError: 8 (test_reward_check.py:"),
+        (lambda n: torch.zeros(n, dtype=torch.cfloat), "complex64 of shape (8,)"),
+        (lambda n: torch.zeros(n, device="meta"), "a tensor on the meta device"),
+        (lambda n: awaited(n), "a coroutine"),
     ],
 )
-def test_unusable_result_ends_the_checks(probe: Probe, returned, measured: str) -> None:
+def test_unusable_result_ends_the_checks(probe: Probe, returned, problem: str) -> None:
     (only,) = check(lambda samples, prompts: returned(len(samples)), probe)
     assert (only.name, only.passed) == ("result", False)
-    assert measured in only.measured and "(B,)" in only.advice
+    assert problem in only.measured and "(B,)" in only.advice
+
+
+@pytest.mark.parametrize("reward", [in_numpy, through_dlpack])
+def test_a_reward_in_numpy_has_no_gradient_and_passes(probe: Probe, reward: RewardFunction) -> None:
+    checks = list(check(reward, probe))
+    assert failed(checks) == []
+    assert "none: a black-box reward" in measured(checks, "gradient")
+    assert failed(check(reward, probe, Expected(gradient=True))) == ["gradient"]
+
+
+def test_a_loudness_meter_in_numpy_passes() -> None:
+    waves = torch.randn(4, 1, 800, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 5).view(-1, 1, 1) / 10
+
+    def loudness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return torch.tensor([float(np.log10(np.square(wave.numpy().T).mean())) for wave in samples])
+
+    assert failed(check(loudness, Probe(waves, [Prompt(f"clip {n}") for n in range(4)]))) == []
+
+
+def test_maxima_that_tie_on_flat_areas_are_no_false_alarm() -> None:
+    """As in LPIPS: an edge's pixel differs from its neighbors, and all pixels of a flat area are its maximum."""
+    flat = torch.linspace(0.1, 0.9, 8).view(8, 1, 1, 1).expand(8, 3, 32, 32).clone()
+    flat[:, :, 8:24, 8:24] += 0.05
+    kernel = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def pooled(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        features = F.max_pool2d(F.conv2d(samples, kernel).relu(), 3, 2)
+        return -mean(F.max_pool2d(F.conv2d(features, kernel.flip(1).repeat(1, 3, 1, 1)[:, :8]).relu(), 3, 2))
+
+    checks = list(check(pooled, Probe(flat, [Prompt(f"level {n}") for n in range(8)]), Expected(gradient=True)))
+    assert failed(checks) == []
+
+
+def test_a_fault_that_shows_only_with_a_gradient_is_a_failure(probe: Probe) -> None:
+    def in_place(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        scores = good(samples, prompts)
+        if samples.requires_grad:
+            raise RuntimeError("one of the variables has been modified by an inplace operation")
+        return scores
+
+    checks = list(check(in_place, probe))
+    assert failed(checks) == ["gradient"]
+    assert re.search(r"modified by an inplace operation \(test_reward_check.py:\d+\)", measured(checks, "gradient"))
 
 
 def test_shapes_verifier_passes(probe: Probe) -> None:
     checks = list(check(ShapesReward("partial"), probe, Expected(prompts=True)))
-    assert failed(checks) == [] and "none reaches the sample" in [one.measured for one in checks]
+    assert failed(checks) == [] and "none: a black-box reward" in measured(checks, "gradient")
 
 
 @pytest.mark.slow

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 
 from genalign.scoring.score import NamedReward, RewardError, RewardMonitor, named, probe, score
 from genalign.types import Prompt, RewardFunction
+from rewards.adapters import Adapted
 
 IMAGES = torch.rand(4, 3, 8, 8)
 PROMPTS = [Prompt("a circle")] * 4
@@ -41,8 +45,8 @@ def test_failures_are_nan_and_never_zero(caplog: pytest.LogCaptureFixture) -> No
     torch.testing.assert_close(scores[:, 0], brightness(IMAGES, PROMPTS))
     assert bool(scores[:, 1].isnan().all())
     assert scores[:, 2].isnan().tolist() == [False, True, True, False]
-    assert "reward 'b' raised ConnectionError: server gone (test_score.py:26); calling it again" in caplog.text
-    assert "reward 'b' raised ConnectionError: server gone (test_score.py:26); 4 scores are NaN" in caplog.text
+    assert "reward 'b' raised ConnectionError: server gone (test_score.py:30); calling it again" in caplog.text
+    assert "reward 'b' raised ConnectionError: server gone (test_score.py:30); 4 scores are NaN" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -51,11 +55,65 @@ def test_failures_are_nan_and_never_zero(caplog: pytest.LogCaptureFixture) -> No
         (torch.zeros(4, 1), None, r"shape \(4, 1\) for 4 samples: return one score .*, a tensor of shape \(4,\)"),
         (torch.tensor(0.0), 1, r"shape \(\) for 1 samples"),
         ([0.0] * 4, None, r"list: return a tensor of shape \(B,\)"),
+        (torch.zeros(4, dtype=torch.cfloat), None, "complex numbers: return real ones"),
+        (
+            torch.zeros(4, device="meta"),
+            None,
+            "a tensor without values, on the meta device: load its weights on a real",
+        ),
     ],
 )
 def test_wrong_shape_is_refused(wrong: Any, score_batch: int | None, message: str) -> None:
     with pytest.raises(RewardError, match=f"reward 'r' returned {message}"):
         scores_of(lambda samples, prompts: wrong, score_batch=score_batch)
+
+
+def test_an_async_function_is_refused_without_a_warning() -> None:
+    async def later(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return brightness(samples, prompts)
+
+    with pytest.raises(RewardError, match=r"reward 'r' is an async function: wrap it in rewards.adapters.Adapted"):
+        scores_of(later)
+
+
+def test_a_reward_in_numpy_cannot_be_followed_by_its_gradient() -> None:
+    reward = NamedReward("mine", lambda samples, prompts: torch.from_numpy(samples.numpy().mean((1, 2, 3))))
+    assert reward(IMAGES, PROMPTS).shape == (4,)
+    with pytest.raises(RewardError, match=r"reward 'mine' has no gradient, .*: use another strategy, or torch opera"):
+        reward(IMAGES.clone().requires_grad_(), PROMPTS)
+
+
+def parsed(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+    return json.loads("not JSON")
+
+
+async def parsed_later(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+    return parsed(images, prompts)
+
+
+def multiplied(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return torch.nn.functional.linear(samples, torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("reward", "line"),
+    [
+        (raising, "server gone"),
+        (multiplied, "functional.linear"),  # and not torch's line below it
+        (Adapted(parsed), "json.loads"),  # and not the standard library's line
+        (Adapted(parsed_later), "json.loads"),
+    ],
+)
+def test_a_failure_names_the_users_line(reward: RewardFunction, line: str) -> None:
+    number = next(n for n, text in enumerate(Path(__file__).read_text().split("\n"), start=1) if line in text)
+    with pytest.raises(RewardError, match=rf"\(test_score.py:{number}\)$"):
+        probe([NamedReward("r", reward)], IMAGES, PROMPTS)
+
+
+def test_a_failure_within_an_installed_package_names_its_line() -> None:
+    reward = Adapted(torchvision.transforms.functional.rotate)
+    with pytest.raises(RewardError, match=r"\(torchvision/transforms/\w+.py:\d+\)$"):
+        probe([NamedReward("r", reward)], IMAGES, PROMPTS)
 
 
 def test_probe_refuses_a_broken_reward() -> None:
