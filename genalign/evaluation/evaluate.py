@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from genalign.metrics.intervals import Estimate, Kind, mean_over_tasks
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from genalign.runtime.files import write_json, write_text
 from genalign.runtime.media import Writer, write_samples
-from genalign.types import Grid, Pipeline, Prompt, PromptSet, RewardFunction
+from genalign.types import Grid, Pipeline, Prompt, PromptSet
 
 EXTERNAL = "made elsewhere"
 """The kernel and dtype in the protocol of samples that another program generated."""
@@ -102,8 +102,23 @@ class SampleSpec:
 
 
 @dataclass(frozen=True)
+class Judgment:
+    """Scores (B,) of a batch, and for each sample what its score rests on, as JSON types, such as a judge's answers."""
+
+    scores: Tensor
+    details: Sequence[Any]
+
+
+Scorer = Callable[[Tensor, Sequence[Prompt]], Tensor | Judgment]
+"""A reward function, or one that also explains its scores."""
+
+
+@dataclass(frozen=True)
 class SampleRecord:
-    """One sample with its scores. ``image`` is its file relative to the evaluation's folder; a failed score is NaN."""
+    """One sample with its scores. ``image`` is its file relative to the evaluation's folder; a failed score is NaN.
+
+    ``details`` are those of a ``Judgment``, by the name of the scorer that gave it.
+    """
 
     prompt: str
     task: str
@@ -111,6 +126,7 @@ class SampleRecord:
     seed: int
     image: str | None
     scores: Mapping[str, float]
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, int, int]:
@@ -246,7 +262,7 @@ def select_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
 def evaluate(
     pipeline: Pipeline,
     specs: Sequence[SampleSpec],
-    scorers: Mapping[str, RewardFunction],
+    scorers: Mapping[str, Scorer],
     protocol: EvaluationProtocol,
     output: Path | None = None,
     write: Writer = write_samples,
@@ -300,7 +316,7 @@ def evaluate(
 def evaluate_files(
     files: Mapping[str, Prompt],
     read: Callable[[str], Tensor],
-    scorers: Mapping[str, RewardFunction],
+    scorers: Mapping[str, Scorer],
     suite: str,
     verifier: str,
 ) -> Evaluation:
@@ -350,26 +366,33 @@ def _score_batch(
     specs: Sequence[SampleSpec],
     images: Sequence[str | None],
     samples: Tensor,
-    scorers: Mapping[str, RewardFunction],
+    scorers: Mapping[str, Scorer],
 ) -> list[SampleRecord]:
     """Score samples (B, ...) of ``specs``, saved as the files ``images``; scores that are not finite become NaN."""
     columns: dict[str, list[float]] = {}
+    details: dict[str, Sequence[Any]] = {}
     for name, scorer in scorers.items():
         column = scorer(samples, [spec.prompt for spec in specs])
+        if isinstance(column, Judgment):
+            column, details[name] = column.scores, column.details
         if column.shape != (len(samples),):
             raise ValueError(f"scorer {name!r} must return shape ({len(samples)},), got {tuple(column.shape)}")
         columns[name] = [value if math.isfinite(value) else math.nan for value in column.tolist()]
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    explained = [dict(zip(details, row, strict=True)) for row in zip(*details.values(), strict=True)] or [{}] * len(
+        rows
+    )
     return [
-        SampleRecord(spec.prompt.text, spec.prompt.task, spec.sample, spec.seed, image, row)
-        for spec, image, row in zip(specs, images, rows, strict=True)
+        SampleRecord(spec.prompt.text, spec.prompt.task, spec.sample, spec.seed, image, row, detail)
+        for spec, image, row, detail in zip(specs, images, rows, explained, strict=True)
     ]
 
 
 def record_as_dict(record: SampleRecord) -> dict[str, Any]:
-    """Convert a record to JSON types, with null for a failed score."""
+    """Convert a record to JSON types, with null for a failed score, and without details where there are none."""
     scores = {name: value if math.isfinite(value) else None for name, value in record.scores.items()}
-    return asdict(record) | {"scores": scores}
+    row = asdict(record) | {"scores": scores}
+    return row if record.details else {name: value for name, value in row.items() if name != "details"}
 
 
 def record_from_dict(value: Mapping[str, Any]) -> SampleRecord:

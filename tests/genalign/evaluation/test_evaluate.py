@@ -11,6 +11,7 @@ from PIL import Image
 from genalign.evaluation.evaluate import (
     Evaluation,
     EvaluationProtocol,
+    Judgment,
     SampleRecord,
     SampleSpec,
     evaluate,
@@ -142,6 +143,21 @@ def test_an_interrupted_evaluation_resumes_with_the_unfinished_batches(tmp_path)
     assert evaluate(again, SPECS, {"b": brightness}, PROTOCOL, tmp_path, batches=batches) == whole
     assert again.calls == [(2, 4.0)] * 2  # the last batch alone
     assert load_evaluation(tmp_path) == whole
+
+
+def test_a_scorer_may_explain_its_scores(tmp_path):
+    def explained(samples, prompts):
+        scores = brightness(samples, prompts)
+        return Judgment(scores, [[round(score, 3), None] for score in scores.tolist()])
+
+    scorers, batches = {"e": explained, "b": brightness}, BatchFolder(tmp_path)
+    whole = evaluate(GrayPipeline(), SPECS, scorers, PROTOCOL, tmp_path, batches=batches)
+    assert [r.details for r in whole.records] == [{"e": [round(gray(s.seed), 3), None]} for s in SPECS]
+    assert all(r.scores["e"] == r.scores["b"] for r in whole.records)
+    assert load_evaluation(tmp_path) == whole
+    assert evaluate(GrayPipeline(), SPECS, scorers, PROTOCOL, tmp_path, batches=batches) == whole  # from its batches
+    plain = evaluate(GrayPipeline(), SPECS[:1], {"b": brightness}, PROTOCOL, tmp_path / "plain")
+    assert plain.records[0].details == {} and "details" not in (tmp_path / "plain" / "records.jsonl").read_text()
 
 
 def test_noise_does_not_depend_on_the_batch():
