@@ -1,8 +1,8 @@
 """A yes/no question about every image as a reward, and a local model that answers it.
 
-The judge is any ``genalign.evaluation.geneval.tifa.QuestionJudge``, from images (n, 3, H, W) in [0, 1] and n questions
+The judge is any ``genalign.evaluation.benchmarks.tifa.QuestionJudge``, from images (n, 3, H, W) in [0, 1] and n questions
 to n probabilities of "yes": ``YesNoModel`` in this process, ``rewards.remote.vlm_judges.YesNoJudge`` on a server, or
-your own. For several questions per prompt see ``genalign.evaluation.geneval.tifa.TifaReward``.
+your own. For several questions per prompt see ``genalign.evaluation.benchmarks.tifa.TifaReward``.
 """
 
 from __future__ import annotations

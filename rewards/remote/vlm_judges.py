@@ -7,7 +7,7 @@ the text, so that a server's prefix cache can hold them.
 
 Prompts are other people's text: they are put between tags, and an answer is only ever read as a number.
 ``YesNoJudge`` answers questions and is no reward by itself: put it into ``rewards.vqa.QuestionReward`` or
-``genalign.evaluation.geneval.tifa.TifaReward``.
+``genalign.evaluation.benchmarks.tifa.TifaReward``.
 """
 
 from __future__ import annotations

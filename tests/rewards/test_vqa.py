@@ -24,7 +24,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from genalign.evaluation.geneval.tifa import QuestionJudge, TifaReward
+from genalign.evaluation.benchmarks.tifa import QuestionJudge, TifaReward
 from genalign.types import Prompt, Reward
 from rewards.backbones.pixels import pictures
 from rewards.vqa import ARTIFACTS, QuestionReward, YesNoModel, answerable

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.evaluation.geneval.tifa import QuestionJudge, TifaReward
+from genalign.evaluation.benchmarks.tifa import QuestionJudge, TifaReward
 from genalign.scoring.protocol import decode_image
 from genalign.types import PairwiseReward, Prompt
 from rewards.remote.http_client import Patience, RemoteError

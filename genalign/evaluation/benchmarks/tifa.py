@@ -6,6 +6,7 @@ probabilities of "yes".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,9 @@ from genalign.types import AnyCallable, Prompt
 QuestionJudge = Callable[[Tensor, Sequence[str]], Tensor]
 """Returns probabilities (B,) of the answer "yes" for images (B, 3, H, W) in [0, 1] and one question per image."""
 
+QUESTIONS_AT_ONCE = 64
+"""Questions in one call of a judge: each brings a copy of its image."""
+
 _PLACES = {"left of": "to the left of", "right of": "to the right of"}
 
 
@@ -33,10 +37,10 @@ class Question:
 
 
 def questions(prompt: Prompt) -> tuple[Question, ...]:
-    """Return the questions in a prompt's metadata (see ``other_benchmarks.read_dpg``), or derive them from its clauses.
+    """Return the questions in a prompt's metadata, or derive them from its clauses.
 
-    The clauses of GenEval ask for objects in their number, color and place. Raises ValueError for a prompt that has
-    neither questions nor clauses.
+    ``genalign.evaluation.benchmarks.dpg.read_dpg`` is an example of questions; GenEval's clauses ask for objects in
+    their number, color and place. Raises ValueError for a prompt that has neither.
     """
     if prompt.metadata is not None and "questions" in prompt.metadata:
         return _metadata_questions(prompt.text, prompt.metadata["questions"], prompt.metadata.get("parents"))
@@ -90,25 +94,51 @@ class TifaReward:
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Return scores (B,), float32 on the CPU, of images (B, 3, H, W) in [0, 1]; NaN if a question has no answer.
 
-        The judge gets all questions of the batch at once. Raises ValueError for a prompt without questions, or for
-        answers that are not probabilities.
+        Raises ValueError for a prompt without questions, or for answers that are not probabilities.
         """
         groups = [questions(prompt) for prompt in prompts]
-        texts = [question.text for group in groups for question in group]
-        rows = torch.tensor([row for row, group in enumerate(groups) for _ in group], device=samples.device)
-        answers = self.judge(samples[rows], texts)
-        if answers.shape != (len(texts),):
-            raise ValueError(
-                f"the judge answered {tuple(answers.shape)} for {len(texts)} questions: it must return ({len(texts)},)"
-            )
-        answers = answers.detach().float().cpu()
-        if bool(((answers < -1e-4) | (answers > 1 + 1e-4)).any()):
-            raise ValueError("the judge's answers are not probabilities: they must be in [0, 1]")
-
+        texts = [[question.text for question in group] for group in groups]
         scores = []
-        for part, group in zip(torch.split(answers.clamp(0, 1), [len(group) for group in groups]), groups, strict=True):
+        for answers, group in zip(ask(self.judge, samples, texts), groups, strict=True):
             if self.gate is not None:  # by the parents' answers before gating
-                passed = [all(float(part[parent]) >= self.gate for parent in item.parents) for item in group]
-                part = part * torch.tensor(passed, dtype=part.dtype)
-            scores.append(part.mean() if self.mean == "arithmetic" else part.log().mean().exp())
+                passed = [all(float(answers[parent]) >= self.gate for parent in item.parents) for item in group]
+                answers = answers * torch.tensor(passed, dtype=answers.dtype)
+            scores.append(answers.mean() if self.mean == "arithmetic" else answers.log().mean().exp())
         return torch.stack(scores)
+
+
+def ask(judge: QuestionJudge, samples: Tensor, texts: Sequence[Sequence[str]]) -> list[Tensor]:
+    """Ask several questions about each image (B, 3, H, W), 64 at a time.
+
+    Args:
+        judge: Answers them.
+        samples: B images.
+        texts: At least one question for each of them.
+
+    Returns:
+        Probabilities of "yes", (n,) float32 on the CPU for the n questions of an image; NaN for no answer.
+
+    Raises:
+        ValueError: the judge returns another shape, or no probabilities.
+    """
+    pairs = [(row, text) for row, group in enumerate(texts) for text in group]
+    parts = []
+    for start in range(0, len(pairs), QUESTIONS_AT_ONCE):
+        rows, part = zip(*pairs[start : start + QUESTIONS_AT_ONCE], strict=True)
+        parts.append(check_answers(judge(samples[list(rows)], list(part)), len(part)))
+    return list(torch.split(torch.cat(parts), [len(group) for group in texts]))
+
+
+def check_answers(answers: Tensor, count: int) -> Tensor:
+    """Return the probabilities (count,) of a judge, float32 on the CPU. Raises ValueError where they are none."""
+    if answers.shape != (count,):
+        raise ValueError(f"the judge answered {tuple(answers.shape)} for {count} questions: it must return ({count},)")
+    answers = answers.detach().float().cpu()
+    if bool(((answers < -1e-4) | (answers > 1 + 1e-4)).any()):
+        raise ValueError("the judge's answers are not probabilities: they must be in [0, 1]")
+    return answers.clamp(0, 1)
+
+
+def as_json(answers: Tensor) -> list[float | None]:
+    """Convert probabilities (n,) to JSON types, with None for a missing answer."""
+    return [value if math.isfinite(value) else None for value in answers.tolist()]

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from genalign.cli.config import Train
 from genalign.cli.parsing import parse
+from genalign.evaluation.benchmarks.tifa import TifaReward, questions
 from genalign.evaluation.geneval.metadata import Clause, PromptSpec
-from genalign.evaluation.geneval.tifa import TifaReward, questions
 from genalign.types import Prompt, Reward
 
 PLACE = PromptSpec("position", (Clause("bench"), Clause("dog", relation="left of", target=0))).to_prompt()
@@ -91,7 +91,7 @@ def test_answers_are_probabilities_or_nan() -> None:
 
 def test_reward_and_judge_are_configurable() -> None:
     judge = '{"class_path": "rewards.vqa.YesNoModel", "init_args": {"model": "somewhere"}}'
-    reward = f'{{"class_path": "genalign.evaluation.geneval.tifa.TifaReward", "init_args": {{"judge": {judge}}}}}'
+    reward = f'{{"class_path": "genalign.evaluation.benchmarks.tifa.TifaReward", "init_args": {{"judge": {judge}}}}}'
     required = ["--output", "x", "--model.path", "shapes-sd3", "--prompts", "prompts.txt"]
     arguments = [*required, "--recipe", "genalign.flow_grpo", "--rewards.tifa.function", reward]
     settings, _ = parse(Train, arguments, "train")

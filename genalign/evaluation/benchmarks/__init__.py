@@ -1,0 +1,12 @@
+"""Benchmarks of other authors, by name: their files, rules and numbers, with judges that the user chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from genalign.evaluation.benchmarks.benchmark import Benchmark, Judges
+from genalign.evaluation.benchmarks.dpg import DPG
+
+__all__ = ["BENCHMARKS", "Benchmark", "Judges"]
+
+BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in (DPG,)}
