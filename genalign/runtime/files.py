@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
+import logging
 import math
 import os
 import re
@@ -15,9 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems without flock
+_UNNOTICED, _LONGEST = 2, 600  # seconds to wait for a lock without a word, and at most
 
 
 def write_text(path: Path, text: str) -> None:
@@ -91,31 +97,54 @@ def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 @dataclass(frozen=True)
 class Claims:
-    """Locks by which processes share the pieces of work of one folder: flock on empty files in ``folder``.
+    """Locks by which processes share the pieces of work of one folder: locked files in ``folder``.
 
-    A killed process loses its locks. On a shared file system without locks between machines the work is divided by rank
-    instead.
+    A killed process loses its locks. Where the file system cannot lock a file, one that exists is the lock, and names
+    the process that holds it; on a shared one the work is best divided by rank instead.
     """
 
     folder: Path
 
     def try_claim(self, index: int) -> AbstractContextManager[bool]:
         """Lock piece ``index`` of the work inside the context; yield False if another process has it."""
-        return _locked(self.folder / f"{index:05d}", wait=False)
+        return _locked(self.folder / f"{index:05d}", 0)
 
-    def exclusive(self) -> AbstractContextManager[bool]:
-        """Wait for the lock of the whole folder, and hold it inside the context."""
-        return _locked(self.folder / "all", wait=True)
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Wait for the lock of the whole folder, and hold it inside the context.
+
+        Raises TimeoutError if another process does not let go of it for ten minutes.
+        """
+        path = self.folder / "all"
+        with contextlib.ExitStack() as stack:
+            if not stack.enter_context(_locked(path, _UNNOTICED)):
+                logger.info("waiting for another process, which holds %s", path)
+                if not stack.enter_context(_locked(path, _LONGEST)):
+                    raise TimeoutError(f"{path} is held by another process, for {_LONGEST} s by now: end it first")
+            yield
 
 
 @contextlib.contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Yield whether this process holds the lock of a file, opened for writing as network file systems require it."""
+def _locked(path: Path, seconds: float) -> Iterator[bool]:
+    """Yield whether this process holds the lock of a file, for which it waits at most so many seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            acquired = True
-        except BlockingIOError:
-            acquired = False
-        yield acquired
+    lock: BaseFileLock = FileLock(path, fallback_to_soft=False)
+    try:
+        held = _acquired(lock, seconds)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        lock = SoftFileLock(path.with_name(f"{path.name}.lock"))
+        held = _acquired(lock, seconds)
+    try:
+        yield held
+    finally:
+        lock.release()
+
+
+def _acquired(lock: BaseFileLock, seconds: float) -> bool:
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return False
+    return True

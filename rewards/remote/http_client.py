@@ -2,7 +2,8 @@
 
 Tried again, with the same body: dropped connections, timeouts, 408, 425, 429, 502, 503 and 504 until the deadline, 500
 twice. The pauses grow, at random up to ``Patience.longest_pause`` ("full jitter"), and are never shorter than the
-server's Retry-After. Every other answer but 2xx is final. Extra: remote (httpx).
+server's Retry-After. Every other answer but 2xx is final. An address that has never answered this process is likely
+wrong: it is tried for ``Patience.startup`` only. Extra: remote (httpx).
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ R = TypeVar("R")
 _RETRIED_STATUSES = {408, 425, 429, 502, 503, 504}
 _LARGEST_ANSWER = 2**26
 _FAULTS = 2
+_NOTICE_AFTER, _NOTICE_EVERY = 5.0, 30.0  # seconds of waiting until the first line that says so, and until the next
+_ANSWERED: set[str] = set()  # addresses that have answered this process, in whatever way
 
 
 class RemoteError(RuntimeError):
@@ -61,18 +64,29 @@ class Unavailable(RemoteError):
     """The deadline, the retries or the patience with this server ended first."""
 
 
+class Unreachable(RemoteError):
+    """Nothing has ever answered at this address."""
+
+
 @dataclass(frozen=True)
 class Patience:
     """How long to wait for a server, in seconds, and how often to try again.
 
-    ``deadline`` is for one call of a reward with all its retries, long enough for a server that is gone for some
-    minutes; ``timeout`` is for one answer and ``connect`` for one connection. At most ``retries`` are made in a row,
-    over all requests of the call, without any success in between.
+    Args:
+        deadline: One call of a reward with all its retries: long enough for a server that is gone for some minutes.
+        timeout: One answer.
+        connect: One connection.
+        startup: Connections to an address that has never answered. Raise it where the server is started at the same
+            time, for as long as it takes to listen; a server that listens and still loads its weights is waited for.
+        first_pause: Longest pause before the first retry; it doubles with each.
+        longest_pause: Longest pause between two retries.
+        retries: Number of retries in a row, over all requests of the call, without any success in between.
     """
 
     deadline: float = 900.0
     timeout: float = 60.0
     connect: float = 5.0
+    startup: float = 5.0
     first_pause: float = 0.5
     longest_pause: float = 30.0
     retries: int = 100
@@ -85,6 +99,7 @@ class _Retry:
     reason: str
     pause: float = 0.0
     fault: bool = False
+    connected: bool = True
 
 
 class HttpClient:
@@ -101,7 +116,9 @@ class HttpClient:
             raise RemoteError("httpx is missing: pip install 'genalign[remote]'") from error
         token = os.environ.get(token_variable)
         self._url, self._patience = url.rstrip("/"), patience
-        self._end = time.monotonic() + patience.deadline
+        self._begin = time.monotonic()
+        self._end = self._begin + patience.deadline
+        self._next_notice: float | None = None
         self._retries = patience.retries
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._jitter = random.SystemRandom()  # the user's seeds are not disturbed
@@ -134,7 +151,7 @@ class HttpClient:
     def send(self, path: str, body: bytes = b"") -> bytes:
         """Send JSON by POST, or GET without a body, until there is an answer, and return its body.
 
-        Raises RemoteError; Unavailable if no time or retries are left.
+        Raises RemoteError; Unreachable if nothing has ever answered there, Unavailable if no time or retries are left.
         """
         faults = attempt = 0
         while not self._stopped.is_set():
@@ -142,6 +159,7 @@ class HttpClient:
             if isinstance(answer, bytes):
                 self._retries = self._patience.retries
                 return answer
+            self._notice(answer)
             faults += answer.fault
             if faults > _FAULTS:
                 raise Faulty(f"{self._url}{path} {answer.reason}, {faults} times: see the server's log")
@@ -158,6 +176,26 @@ class HttpClient:
                 raise Unavailable(f"{self._url} {answer.reason}; given up after {limits}")
         raise Unavailable(f"{self._url}{path} was not sent: another request of this call failed")
 
+    def _notice(self, answer: _Retry) -> None:
+        """Log that the server is waited for: at once if it cannot be reached, else after some seconds.
+
+        Raises Unreachable for an address that has never answered, after ``startup`` seconds.
+        """
+        now, new = time.monotonic(), not answer.connected and self._url not in _ANSWERED
+        if new and now - self._begin >= self._patience.startup:
+            raise Unreachable(
+                f"{self._url} {answer.reason}: correct the address, start its server first, or give it the time to"
+                f" start, as in patience: {{startup: 300}} (it was tried for {self._patience.startup:g} s)"
+            )
+        with self._lock:
+            first = not answer.connected or now - self._begin >= _NOTICE_AFTER
+            due = first if self._next_notice is None else now >= self._next_notice
+            if due:
+                self._next_notice = now + _NOTICE_EVERY
+        if due:
+            limit = self._patience.startup if new else self._patience.deadline
+            logger.warning("waiting for %s, for up to %g s: it %s", self._url, limit, answer.reason)
+
     def _once(self, path: str, body: bytes) -> bytes | _Retry:
         import httpx
 
@@ -168,9 +206,11 @@ class HttpClient:
         method, headers = ("POST", {"Content-Type": "application/json"}) if body else ("GET", {})
         try:
             with self._http.stream(method, self._url + path, content=body, headers=headers, timeout=limits) as response:
+                _ANSWERED.add(self._url)
                 return self._read(response, path)
         except httpx.TransportError as error:
-            return _Retry(f"cannot be reached ({type(error).__name__}: {error})")
+            connected = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            return _Retry(f"cannot be reached ({type(error).__name__}: {error})", connected=connected)
         except (httpx.InvalidURL, httpx.DecodingError) as error:
             raise Refused(0, f"{self._url}{path}: {error}") from None
 
@@ -185,10 +225,11 @@ class HttpClient:
         if response.is_success:
             return bytes(content)
         # The message of an error's JSON body, as genalign and OpenAI write it, else the start of the body.
-        text = content[:300].decode("utf-8", "replace").strip()
+        text = content[:300].decode("utf-8", "replace")
         with suppress(ValueError, RecursionError, LookupError, TypeError, AttributeError):
             error = json.loads(content)["error"]
             text = f"{error.get('code')}: {str(error.get('message'))[:300]}"
+        text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
         message = f"answered {response.status_code}" + (f" ({text})" if text else "")
         if response.status_code in _RETRIED_STATUSES:
             return _Retry(message, _seconds(response.headers.get("retry-after", "")))

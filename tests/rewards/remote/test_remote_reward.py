@@ -16,7 +16,7 @@ from torch import Tensor
 from genalign.scoring import protocol
 from genalign.scoring.server import placeholder
 from genalign.types import Prompt
-from rewards.remote.http_client import Patience, RemoteError, Unavailable, _seconds
+from rewards.remote.http_client import Patience, RemoteError, Unavailable, Unreachable, _seconds
 from rewards.remote.remote_reward import RemoteReward
 from tests.http_servers import INFO, Answer, Faults, Seen, forwarded, free_port, serving, stub
 from tests.rewards.gray_images import grays, named, plain
@@ -172,9 +172,39 @@ def test_a_server_that_is_gone_costs_the_scores_that_were_missing() -> None:
             assert plain(255 * reward(images(*range(1, 7)), named(6))) == [1, 2, 3, 4, 5, 6]
 
 
-def test_no_server_is_an_error_at_once() -> None:
-    with pytest.raises(Unavailable, match=r"cannot be reached \(ConnectError.*given up after \d+ attempts"):
-        score(f"http://127.0.0.1:{free_port()}", 1, patience=replace(QUICK, retries=3))
+def test_no_server_is_an_error_within_seconds_that_says_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
+    url, started = f"http://127.0.0.1:{free_port()}", time.monotonic()
+    with pytest.raises(
+        Unreachable, match=rf"{url} cannot be reached \(ConnectError.*: correct the address, start its se"
+    ):
+        score(url, 1, patience=replace(QUICK, deadline=900, startup=0.5))
+    assert time.monotonic() - started < 5
+    (waiting,) = [record.getMessage() for record in caplog.records if record.name == "rewards.remote.http_client"]
+    assert waiting.startswith(f"waiting for {url}, for up to 0.5 s: it cannot be reached (ConnectError")
+
+
+def test_the_default_patience_gives_up_a_wrong_address_within_seconds() -> None:
+    assert Patience().startup <= 5 and Patience().connect <= 5
+
+
+def test_a_server_that_starts_late_is_waited_for_on_request() -> None:
+    port, scores = free_port(), []
+    patience = replace(QUICK, startup=20)
+    client = threading.Thread(target=lambda: scores.extend(score(f"http://127.0.0.1:{port}", 1, 2, patience=patience)))
+    client.start()
+    time.sleep(0.5)
+    with serving(Gray(), port=port):
+        client.join()
+    assert scores == [1, 2]
+
+
+def test_a_server_that_answered_once_is_waited_for_although_it_is_gone() -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with serving(Gray(), port=port):
+        assert score(url, 1) == [1]
+    with pytest.raises(Unavailable, match=r"given up after \d+ attempts of at most 0.6 s"):
+        score(url, 1, patience=replace(QUICK, startup=0.0, deadline=0.6))
 
 
 def test_a_server_that_is_still_loading_is_waited_for() -> None:
