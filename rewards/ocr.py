@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from genalign.evaluation.benchmarks.ocr import QUOTED, edit_similarity
 from genalign.types import AnyCallable, Prompt
 from rewards.backbones.pixels import pictures
 
-Reader = Callable[[Image.Image], str]
-"""Reads the text of a picture, in reading order; "" where there is none."""
-
-_QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
-
 
 def rapidocr(picture: Image.Image, least_confidence: float = 0.5) -> str:
-    """Read the lines of a picture with PP-OCR, from top to bottom, and drop lines of low confidence; a ``Reader``.
+    """Read the lines of a picture with PP-OCR, from top to bottom, and drop lines of low confidence.
 
     Uses the package rapidocr (``pip install 'genalign[ocr]'``), whose wheel has the weights (Apache-2.0), on the CPU.
     Raises ModuleNotFoundError where it is not installed.
@@ -34,10 +29,10 @@ def rapidocr(picture: Image.Image, least_confidence: float = 0.5) -> str:
 
 @dataclass(frozen=True)
 class OCRReward:
-    """The ``edit_similarity`` of the text in an image to the text in its prompt, in [0, 1]; see ``requested_texts``.
+    """The similarity of the text in an image to the text in its prompt, in [0, 1]; see ``requested_texts``.
 
-    For several texts it is the mean. Flow-GRPO (arXiv 2505.05470) takes the first one only. ``reader`` is any
-    ``Reader``.
+    It is ``genalign.evaluation.benchmarks.ocr.edit_similarity``, and its mean for several texts, where Flow-GRPO (arXiv
+    2505.05470) takes the first one only. ``reader`` is any ``genalign.evaluation.benchmarks.ocr.Reader``.
     """
 
     reader: AnyCallable = rapidocr
@@ -67,32 +62,8 @@ def requested_texts(prompt: Prompt) -> tuple[str, ...]:
         text = prompt.metadata["text"]
         texts = [text] if isinstance(text, str) else [str(part) for part in text]
     else:
-        texts = [straight or curly for straight, curly in _QUOTED.findall(prompt.text)]
+        texts = [straight or curly for straight, curly in QUOTED.findall(prompt.text)]
     return tuple(text for text in texts if text.strip())
-
-
-def edit_similarity(written: str, requested: str) -> float:
-    """Compute 1 - d / n, in [0, 1], for the n letters of ``requested`` and the edit distance d, at most n.
-
-    It is 1 where ``written`` contains ``requested``. Case and white space are ignored (Flow-GRPO, arXiv 2505.05470).
-    Raises ValueError for n = 0.
-    """
-    text, target = ("".join(string.lower().split()) for string in (written, requested))
-    if not target:
-        raise ValueError("the requested text is empty: leave out prompts without a text")
-    if target in text:
-        return 1.0
-    return 1 - min(edit_distance(text, target), len(target)) / len(target)
-
-
-def edit_distance(first: str, second: str) -> int:
-    """Count the fewest letters to insert, delete or replace (Levenshtein, 1966)."""
-    row = list(range(len(second) + 1))
-    for i, letter in enumerate(first, start=1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(second, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (letter != other))
-    return row[-1]
 
 
 @functools.cache

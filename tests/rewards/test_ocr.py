@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from genalign.types import Prompt, Reward
 from rewards import ocr
-from rewards.ocr import OCRReward, edit_distance, edit_similarity, rapidocr, requested_texts
+from rewards.ocr import OCRReward, rapidocr, requested_texts
 
 needs_rapidocr = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("rapidocr", "onnxruntime")),
@@ -25,39 +25,6 @@ def written(*lines: str, size: tuple[int, int] = (256, 256), ink: str = "black",
     for i, line in enumerate(lines):
         ImageDraw.Draw(picture).text((20, 40 + 60 * i), line, fill=ink, font=ImageFont.load_default(36))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
-
-
-@pytest.mark.parametrize(
-    ("text", "requested", "score"),
-    [
-        ("hello", "hello", 1.0),  # exact
-        ("HE\nLLO", "h ello", 1.0),  # neither case nor white space counts
-        ("say hello twice", "hello", 1.0),  # a part of what is written
-        ("hell", "hello", 0.8),
-        ("hallo", "hello", 0.8),
-        ("ehllo", "hello", 0.6),
-        ("", "hello", 0.0),
-        ("something quite different", "hello", 0.0),  # no less than 0
-    ],
-)
-def test_the_similarity_of_texts(text: str, requested: str, score: float) -> None:
-    assert edit_similarity(text, requested) == pytest.approx(score)
-
-
-def test_an_empty_request_is_refused() -> None:
-    with pytest.raises(ValueError, match="the requested text is empty"):
-        edit_similarity("hello", "  ")
-
-
-def test_distances_by_hand_and_by_symmetry() -> None:
-    assert edit_distance("kitten", "sitting") == 3
-    assert edit_distance("flaw", "lawn") == 2
-    assert edit_distance("", "abc") == edit_distance("abc", "") == 3
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        a, b, c = ("".join(rng.choice(list("abc"), rng.integers(0, 7))) for _ in range(3))
-        assert edit_distance(a, b) == edit_distance(b, a) <= edit_distance(a, c) + edit_distance(c, b)
-        assert (edit_distance(a, b) == 0) == (a == b)
 
 
 def test_the_requested_texts_of_a_prompt() -> None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from genalign.evaluation.benchmarks.benchmark import Benchmark, Judges
 from genalign.evaluation.benchmarks.dpg import DPG
+from genalign.evaluation.benchmarks.ocr import OCR
 
 __all__ = ["BENCHMARKS", "Benchmark", "Judges"]
 
-BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in (DPG,)}
+BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in (DPG, OCR)}
