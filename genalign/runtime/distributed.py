@@ -48,7 +48,10 @@ class RankShare:
         """Read RANK and WORLD_SIZE, which torchrun and accelerate set; without them, one rank has all of the work."""
         if ("RANK" in variables) != ("WORLD_SIZE" in variables):
             raise ValueError("set both RANK and WORLD_SIZE, or neither")
-        return cls(int(variables.get("RANK", 0)), int(variables.get("WORLD_SIZE", 1)))
+        rank, world_size = variables.get("RANK", "0"), variables.get("WORLD_SIZE", "1")
+        if not (rank.isdecimal() and world_size.isdecimal()):
+            raise ValueError(f"RANK and WORLD_SIZE must be whole numbers, not {rank!r} and {world_size!r}")
+        return cls(int(rank), int(world_size))
 
     def indices(self, count: int) -> range:
         """Return this rank's part of the numbers 0..count-1."""
@@ -166,7 +169,7 @@ def process_group(
         yield SINGLE_PROCESS
         return
     take_own_device(variables)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_COLLECTIVE_TIMEOUT)
+    _rendezvous(share, variables)
     processes, ended = ProcessGroup(share.rank, share.world_size), threading.Event()
     # The heartbeat has its own connection to the store of the rendezvous
     untyped: Any = dist  # torch does not type its stores
@@ -188,6 +191,21 @@ def process_group(
     ended.set()
     thread.join()
     dist.destroy_process_group()
+
+
+def _rendezvous(share: RankShare, variables: Mapping[str, str]) -> None:
+    """Wait until all ranks of a launcher's environment have met. Raises ProcessGroupError if one does not come."""
+    place = f"{variables.get('MASTER_ADDR')}:{variables.get('MASTER_PORT')}"
+    logger.info("process %d waits for all %d processes at %s", share.rank, share.world_size, place)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
+    except dist.DistError as error:
+        raise ProcessGroupError(
+            f"not all {share.world_size} processes came to {place} within {_COLLECTIVE_TIMEOUT}: start each of them"
+            " with this MASTER_ADDR and MASTER_PORT, or unset RANK and WORLD_SIZE for a single process"
+            f" ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def take_own_device(variables: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -18,7 +19,14 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import MetricSums
 from genalign.cli import main
-from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, RankShare, process_group
+from genalign.runtime import distributed
+from genalign.runtime.distributed import (
+    SINGLE_PROCESS,
+    ProcessGroup,
+    ProcessGroupError,
+    RankShare,
+    process_group,
+)
 from genalign.runtime.files import load_state
 from genalign.runtime.fsdp import Sharding, sharding_from_environment
 from genalign.training.round_log import flat_numbers
@@ -250,3 +258,26 @@ def test_a_run_that_cannot_have_fsdp_writes_nothing(
     config = write_config(tmp_path / "run.json", tiny_folder, "tests.genalign.ranks.redness", {"rounds": 1})
     assert main.main(["train", "--config", str(config)]) == 2
     assert "there is one: start more" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_process_that_does_not_come_ends_the_wait_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(distributed, "_COLLECTIVE_TIMEOUT", timedelta(seconds=1))
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    message = "not all 2 processes came to 127.0.0.1:.* within 0:00:01: start each of them with this MASTER_ADDR"
+    with (
+        caplog.at_level("INFO", "genalign"),
+        pytest.raises(ProcessGroupError, match=message),
+        process_group(variables),
+    ):
+        pass
+    assert "process 0 waits for all 2 processes at 127.0.0.1:" in caplog.text
+
+
+@pytest.mark.parametrize(("rank", "size"), [("x", "2"), ("0", "two"), ("-1", "2")])
+def test_ranks_are_numbers(rank: str, size: str) -> None:
+    with pytest.raises(ValueError, match="RANK and WORLD_SIZE must be whole numbers"):
+        RankShare.from_environment({"RANK": rank, "WORLD_SIZE": size})
