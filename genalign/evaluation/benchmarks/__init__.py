@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from genalign.evaluation.benchmarks.benchmark import Benchmark, Judges
+from genalign.evaluation.benchmarks.conceptmix import CONCEPTMIX
 from genalign.evaluation.benchmarks.dpg import DPG
+from genalign.evaluation.benchmarks.geneval2 import GENEVAL2
 from genalign.evaluation.benchmarks.ocr import OCR
+from genalign.evaluation.benchmarks.unigenbench import UNIGENBENCH
 
 __all__ = ["BENCHMARKS", "Benchmark", "Judges"]
 
-BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in (DPG, OCR)}
+BENCHMARKS: Mapping[str, Benchmark] = {
+    benchmark.name: benchmark for benchmark in (CONCEPTMIX, DPG, GENEVAL2, OCR, UNIGENBENCH)
+}

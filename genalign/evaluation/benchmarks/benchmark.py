@@ -6,6 +6,7 @@ This package contains no prompts of a benchmark: users bring the files that its 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -15,6 +16,8 @@ from typing import Any
 from genalign.evaluation.evaluate import SampleRecord
 from genalign.evaluation.scorers import Scorer
 from genalign.types import AnyCallable, Prompt, PromptSet
+
+_log = logging.getLogger(__name__)
 
 MISSING, LEFT_OUT = "missing answers", "images left out"
 """The names of the counts that every ``Benchmark.aggregate`` reports."""
@@ -84,7 +87,7 @@ class Benchmark:
     Args:
         name: Name in commands and files.
         read: Reads the files that the user brings, as prompts with metadata. Raises FileNotFoundError or ValueError.
-        needs: Names of the ``Judges`` that prompts need.
+        needs: Returns the names of the ``Judges`` that prompts need, given which are there.
         scorers: Builds the functions that score images, by name; the first one's score stands for the image.
         aggregate: Turns the records of all images and their prompts into the benchmark's numbers, its headline first,
             and last the counts ``MISSING`` and ``LEFT_OUT``. A missing answer is never counted as a wrong one.
@@ -94,7 +97,7 @@ class Benchmark:
 
     name: str
     read: Callable[[Sequence[Path]], PromptSet]
-    needs: Callable[[PromptSet], Sequence[str]]
+    needs: Callable[[PromptSet, Judges], Sequence[str]]
     scorers: Callable[[Judges], Mapping[str, Scorer]]
     aggregate: Callable[[Sequence[SampleRecord], PromptSet], dict[str, float]]
     rules: str
@@ -105,8 +108,23 @@ class Benchmark:
 
         Raises ValueError for a judge that is needed and absent.
         """
-        described = {name: describe(judges.need(name)) for name in self.needs(prompts)}
+        described = {name: describe(judges.need(name)) for name in self.needs(prompts, judges)}
         return f"{self.rules} | {json.dumps(described, sort_keys=True, default=str)}"
+
+
+def distinct_prompts(name: str, prompts: Sequence[Prompt]) -> PromptSet:
+    """Build a set with the first row of every text of a task, since records know prompts by their text.
+
+    Logs how many rows are left out. Raises ValueError for no row.
+    """
+    if not prompts:
+        raise ValueError(f"there are no prompts of {name}: give the files that its authors published")
+    first: dict[tuple[str, str], Prompt] = {}
+    for prompt in prompts:
+        first.setdefault((prompt.task, prompt.text), prompt)
+    if repeated := len(prompts) - len(first):
+        _log.warning("%d rows of %s repeat the text of another row and are left out", repeated, name)
+    return PromptSet(name, tuple(first.values()))
 
 
 def by_prompt(records: Iterable[SampleRecord], prompts: PromptSet) -> list[tuple[Prompt, list[SampleRecord]]]:

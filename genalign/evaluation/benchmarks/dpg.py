@@ -18,6 +18,7 @@ from genalign.evaluation.benchmarks.benchmark import (
     answers_of,
     average,
     by_prompt,
+    distinct_prompts,
     missing_counts,
     percent,
     require_metadata,
@@ -53,7 +54,7 @@ def read_dpg(paths: Sequence[Path]) -> PromptSet:
         Prompt(text, {"tag": "dpg", "item": item, **items[item]["metadata"], "prompt": text})
         for item, text in texts.items()
     ]
-    return PromptSet("dpg-bench", tuple(prompts))
+    return distinct_prompts("dpg-bench", prompts)
 
 
 def _read_table(path: Path) -> dict[str, dict[str, Any]]:
@@ -132,7 +133,7 @@ def _scorers(judges: Judges) -> dict[str, DpgScorer]:
 DPG = Benchmark(
     name="dpg",
     read=read_dpg,
-    needs=lambda prompts: ("questions",),
+    needs=lambda prompts, judges: ("questions",),
     scorers=_scorers,
     aggregate=aggregate_dpg,
     rules=(

@@ -23,6 +23,7 @@ from genalign.evaluation.benchmarks.benchmark import (
     Judges,
     average,
     by_prompt,
+    distinct_prompts,
     percent,
     require_metadata,
 )
@@ -53,7 +54,7 @@ def read_ocr(paths: Sequence[Path]) -> PromptSet:
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{path}, prompt {number}: no text in double quotes to be drawn in {prompt.text!r}")
             prompts.append(Prompt(prompt.text, {**metadata, "tag": "ocr", "text": text, "prompt": prompt.text}))
-    return PromptSet(paths[0].stem if paths else "ocr", tuple(prompts))
+    return distinct_prompts(paths[0].stem if paths else "ocr", prompts)
 
 
 def edit_similarity(written: str, requested: str) -> float:
@@ -108,7 +109,7 @@ def _scorers(judges: Judges) -> dict[str, OcrScorer]:
 OCR = Benchmark(
     name="ocr",
     read=read_ocr,
-    needs=lambda prompts: ("reader",),
+    needs=lambda prompts, judges: ("reader",),
     scorers=_scorers,
     aggregate=aggregate_ocr,
     rules=(
