@@ -1,61 +1,70 @@
-"""The command ``genalign``. Help, version and misspelt commands are quick: only commands import torch."""
+"""The command ``genalign``. Help, version, completion and misspelt names are quick: only commands import torch."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from genalign.cli.error_messages import did_you_mean, shadowed_package
-
-USAGE = """usage: genalign COMMAND ...
-
-  train     --config FILE [--key value ...]       fine-tune a model on a reward
-  train     --resume RUN                          resume a run that was interrupted or killed
-  plan      --config FILE [--key value ...]       check a configuration, estimate memory and cost; loads no weights
-  evaluate  shapes --output DIR [--lora DIR ...]  evaluate a model in the shapes world, or --samples of another program
-  evaluate  tones --output DIR [--lora DIR ...]   the same in the tones world
-  evaluate  geneval --output DIR --prompts FILE   evaluate on GenEval's prompts, in any number of processes
-  evaluate  geneval-images --output DIR --images DIR       images of another program
-  evaluate  geneval-original --output DIR --results FILE   an evaluation's images by results of GenEval's own script
-  evaluate  geneval-compare --output DIR --against DIR     compare two finished evaluations in pairs
-  calibrate --config FILE --output FILE.json       tune the noise level of each sampling step
-  compare   FILE                                   train several recipes at equal budget and compare them
-  steer     --config FILE [--key value ...]       search for the best sample of each prompt
-  prices    --output FILE.json                    measure the cost of NFE, decoding and rewards on this machine
-  train-noise-aware --config FILE                 train a reward to score noisy previews
-  serve     MODULE:CLASS [--args.key value ...]   serve a reward over HTTP, for rewards.remote.RemoteReward
-  reward check MODULE:CLASS --samples SOURCE      test a reward against the reward contract
-  export    --run RUN --output DIR                export a run's weights as a LoRA, a merged network or a pipeline
-  report    RUN                                   write RUN/report.html
-  demo      [shapes | tones] [--output DIR]       train an embedded model in minutes
-
-genalign COMMAND --help lists the settings of a command, genalign --version prints the version, and --debug anywhere
-prints the traceback of an error."""
-
-COMMANDS = tuple(dict.fromkeys(line.split()[0] for line in USAGE.splitlines() if line.startswith("  ")))
+from genalign.cli import command_line
+from genalign.cli.commands import COMMANDS, GROUPS, split_command
+from genalign.cli.error_messages import did_you_mean, print_errors, shadowed_package
+from genalign.cli.structure import quick_errors
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that ``arguments`` starts with, by default those of the process, and return its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in arguments if word != "--debug"]
-    if not words or words[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    if words[0] == "--version":
-        print(f"genalign {version('genalign')}")
-        return 0
-    if words[0] not in COMMANDS:
-        similar = did_you_mean(words[0], COMMANDS, ": see --help for all")
-        print(f"error: no command {words[0]!r}{similar}", file=sys.stderr)
-        return 2
-    if message := shadowed_package():
-        print(f"error: {message}", file=sys.stderr)
-        return 2
-    from genalign.cli.main import main as run  # takes seconds
+    try:
+        if (text := _answer(words)) is not None:
+            print(text)
+            return 0
+        if problems := _problems(words):
+            print_errors(problems)
+            return 2
+        from genalign.cli.main import main as run  # takes seconds
 
-    return run(arguments)
+        return run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _answer(words: Sequence[str]) -> str | None:
+    """The text that answers a command line without running a command; None if there is a command to run."""
+    if not words or words[0] in ("-h", "--help"):
+        return command_line.usage()
+    if words[0] == "--version":
+        return f"genalign {version('genalign')}"
+    if words[0] == "--print_completion" and words[1:] in (["bash"], ["zsh"], ["tcsh"]):
+        return command_line.completion(words[1])
+    if words[0] in GROUPS and words[1:] in (["-h"], ["--help"]):
+        return command_line.group_help(words[0])
+    command, rest = split_command(words)
+    return command and command_line.command_help(command, rest)
+
+
+def _problems(words: Sequence[str]) -> list[str]:
+    """Describe what is wrong by the names alone."""
+    command, rest = split_command(words)
+    if command is None:
+        return [_no_command(words)]
+    if message := shadowed_package():
+        return [message]
+    return quick_errors(command, rest)
+
+
+def _no_command(words: Sequence[str]) -> str:
+    if words[0] not in GROUPS:
+        similar = did_you_mean(words[0], [*GROUPS, *(name.split()[0] for name in COMMANDS)], ": see --help for all")
+        return f"no command {words[0]!r}{similar}"
+    names = [name.split()[1] for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    if len(words) == 1 or words[1].startswith("-"):
+        return f"choose one of {', '.join(names)}, as in genalign {words[0]} {names[0]}"
+    similar = did_you_mean(words[1], names, f": choose from {', '.join(names)}")
+    return f"no command {' '.join(words[:2])!r}{similar}"
 
 
 if __name__ == "__main__":

@@ -71,22 +71,22 @@ class CommandContext:
         load: Load a model.
         outline: Open a model without its weights.
         require: Raise ValueError for a model that this machine cannot run.
-        scorers: The verifier's scores of each world, by the names of world and score.
+        scorers: Build the verifier's scores of a world, by name.
         save_scorer: Write a noise-aware reward to a file.
-        geneval: The detector-based judge of GenEval evaluations that name no other.
+        geneval: Build the detector-based judge of GenEval evaluations that name no other.
     """
 
     load: Callable[[config.Model], Checkpoint]
     outline: Callable[[config.Model], Outline]
     require: Callable[[config.Model], None]
-    scorers: Mapping[str, Mapping[str, RewardFunction]]
+    scorers: Callable[[str], Mapping[str, RewardFunction]]
     save_scorer: Callable[[Path, NoiseAware], None]
-    geneval: Judge
+    geneval: Callable[[], Judge]
 
     def scorers_for(self, source: str, others: Mapping[str, RewardFunction]) -> Mapping[str, RewardFunction]:
         """Join the verifier's scores, if the prompts of ``source`` are of a world, and ``others`` of other names."""
         world = world_of(source)
-        own = self.scorers[world.name] if world else {}
+        own = self.scorers(world.name) if world else {}
         return {**own, **{name: scorer for name, scorer in others.items() if name not in own}}
 
 
@@ -168,7 +168,7 @@ def model_protocol(
     return EvaluationProtocol(
         suite=prompts.name,
         suite_hash=suite_hash(prompts),
-        guidance=sampling.guidance,
+        guidance=sampling.guidance_scale(pipeline),
         sigmas=tuple(sampling.grid(pipeline).sigma.tolist()),
         kernel="ODE()",
         dtype=model.autocast or model.dtype,
@@ -177,6 +177,7 @@ def model_protocol(
         seeds=size.seeds,
         samples_per_task=size.samples_per_task,
         verifier=verifier,
+        negative_prompt=model.negative_prompt,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -20,12 +21,23 @@ _EXAMPLES = {
     "prompts": "prompts.txt or shapes:train",
     "held_out": "held_out.txt or shapes:val",
     "before_after.prompts": "prompts.txt or shapes:comp",
-    "recipe": "genalign.flow_grpo",
-    "strategy": "genalign.BestOfN",
+    "recipe": "flow_grpo",
+    "strategy": "BestOfN",
     "student": "rewards.noise_aware.ClipScorer",
     "run": "runs/mine",
 }
 """Values of required settings."""
+
+_SYNONYMS = {
+    "lr": ("learning_rate",),
+    "epochs": ("rounds",),
+    "steps": ("rounds", "num_steps"),
+    "r": ("rank",),
+    "cfg": ("guidance",),
+    "guidance_scale": ("guidance",),
+    "num_inference_steps": ("num_steps",),
+}
+"""Last names of settings that other programs have, and ours."""
 
 RENAMED_SETTINGS = {
     "averaging": "ema_decay",
@@ -69,6 +81,14 @@ def did_you_mean(unknown: str, names: Sequence[str], otherwise: str = "") -> str
     return f": did you mean {near[0]!r}?" if near else otherwise
 
 
+def print_errors(lines: Sequence[str]) -> None:
+    """Print errors on standard error, one line each, and the count of several."""
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    if len(lines) > 1:
+        print(f"{len(lines)} errors: nothing was loaded", file=sys.stderr)
+
+
 def error_line(error: Exception) -> str:
     """The message of an error in one line; of the system's errors, such as for a path below a file, with the path."""
     if isinstance(error, OSError) and error.strerror:
@@ -101,7 +121,7 @@ def explain(message: str, keys: Sequence[str], source: str = "") -> str:
         The line; messages of a configuration's own checks are unchanged.
     """
     if match := re.search(r"(?:Option '|unrecognized arguments: --)([\w.]+)", message):
-        return _unknown_setting(match[1], keys)
+        return unknown_setting(match[1], keys)
     if message.startswith("Unexpected config"):
         return "the configuration must be settings by name, as in output: runs/mine"
     place = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
@@ -123,14 +143,28 @@ def explain(message: str, keys: Sequence[str], source: str = "") -> str:
     return where + re.sub(r"""Parser key "[\w.]+":|Problem with given class_path '[\w.]+':|\s+""", " ", message).strip()
 
 
-def _unknown_setting(name: str, keys: Sequence[str]) -> str:
+def unknown_setting(name: str, keys: Sequence[str]) -> str:
+    """Describe a setting that does not exist, with the full name of the one that is probably meant.
+
+    That is a setting whose last name is the same or a synonym, or the one that is spelled most like it.
+    """
     now = ".".join(RENAMED_SETTINGS.get(part, part) for part in name.split("."))
     if now != name:
         return f"setting {name!r} was renamed in genalign 0.2.0: write {now!r}"
-    if not difflib.get_close_matches(name, keys, 1):
-        name = name.rsplit(".", 1)[-1]
-        keys = [key.rsplit(".", 1)[-1] for key in keys]
-    return f"unknown setting {name!r}{did_you_mean(name, keys, ': see --help for all')}"
+    last = name.rpartition(".")[2]
+    ends = [key for key in keys if key.rpartition(".")[2] in (last, *_SYNONYMS.get(last, ()))]
+    near = difflib.get_close_matches(name, ends, 1, cutoff=0) or difflib.get_close_matches(name, keys, 1)
+    if not near:
+        lasts = difflib.get_close_matches(last, [key.rpartition(".")[2] for key in keys], 1)
+        near = [key for key in keys if key.rpartition(".")[2] in lasts][:1]
+    return f"unknown setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ": see --help for all")
+
+
+def missing_settings(names: Sequence[str]) -> str:
+    """Name required settings that are not given, with an example of each."""
+    examples = ", ".join(f"--{name} {_EXAMPLES.get(name, '...')}" for name in names)
+    verb, them = ("is", "it") if len(names) == 1 else ("are", "them")
+    return f"{', '.join(names)} {verb} missing: set {them} in the file of --config or as arguments, e.g. {examples}"
 
 
 def _missing(names: str, place: str, before: str, after: str) -> str:
@@ -138,10 +172,7 @@ def _missing(names: str, place: str, before: str, after: str) -> str:
     classes = re.findall(r"^.*?Namespace\(class_path='([\w.]+)'", after) or re.findall(r"class_path '([\w.]+)'", before)
     if classes and not classes[-1].startswith("genalign.cli."):
         return f"{place}: {classes[-1]} needs {names}: write {'them' if ',' in names else 'it'} under init_args"
-    settings = [f"{place}.{name}" if place else name for name in names.split(", ")]
-    examples = ", ".join(f"--{name} {_EXAMPLES.get(name, '...')}" for name in settings)
-    verb, them = ("is", "it") if len(settings) == 1 else ("are", "them")
-    return f"{', '.join(settings)} {verb} missing: set {them} in the file of --config or as arguments, e.g. {examples}"
+    return missing_settings([f"{place}.{name}" if place else name for name in names.split(", ")])
 
 
 def _not_importable(module: str, name: str | None, text: str) -> str:

@@ -1,4 +1,7 @@
-"""The composition root: joins genalign, the pipelines and the rewards, and dispatches the commands."""
+"""The composition root: joins genalign, the pipelines and the rewards, and dispatches the commands.
+
+What a command does not use is not imported: torch alone takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,113 +9,127 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-import torch
-from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
-from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
-
-import pipelines
 from genalign import assets
-from genalign.cli import config, parsing
-from genalign.cli.compare import calibrate_command, compare_command, report_command
-from genalign.cli.context import Checkpoint, CommandContext
-from genalign.cli.error_messages import error_line
-from genalign.cli.evaluate import evaluate_command
-from genalign.cli.export import export_command
-from genalign.cli.plan import plan_command
-from genalign.cli.reward import reward_command, serve_command
-from genalign.cli.steer import prices_command, steer_command, train_noise_aware_command
-from genalign.cli.train import demo_command, train_command
-from genalign.runtime.cpu import retain_freed_memory
-from genalign.training.memory_estimate import Outline
-from pipelines.base import Options
-from pipelines.checkpoint_files import require_weights
-from pipelines.low_memory import quantization_arguments
-from pipelines.meta_device import outline
-from rewards.backbones.world_verifier import SCORES
-from rewards.geneval import GenEvalJudge
-from rewards.noise_aware import save_scorer
-from rewards.shapes import ShapesReward
-from rewards.tones import TonesReward
+from genalign.cli.commands import split_command
+
+if TYPE_CHECKING:
+    from genalign.cli import config
+    from genalign.cli.context import Checkpoint, CommandContext
+    from genalign.evaluation.geneval.judge import Judge
+    from genalign.search.noise_aware import NoiseAware
+    from genalign.training.memory_estimate import Outline
+    from genalign.types import RewardFunction
+    from pipelines.base import Options
 
 
 def load_model(model: config.Model) -> Checkpoint:
     """Load the pipeline that a configuration names, without the progress bars of diffusers and transformers."""
+    import torch
+    from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
+    from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
+
+    from genalign.cli.config import require_device
+    from genalign.runtime.cpu import retain_freed_memory
+    from pipelines import load
+
     disable_diffusers_bars()
     disable_transformers_bars()
-    config.require_device(model.device)
+    require_device(model.device)
     if model.device == "cpu":
         retain_freed_memory()
-    return pipelines.load(assets.resolve(model.path), dtype=getattr(torch, model.dtype), **_options(model))
+    return load(assets.resolve(model.path), dtype=getattr(torch, model.dtype), **_options(model))
 
 
 def outline_model(model: config.Model) -> Outline:
     """Open the pipeline that a configuration names without its weights."""
+    import torch
+
+    from pipelines.meta_device import outline
+
     options = _options(replace(model, compiled=False))  # nothing is computed
     return outline(assets.resolve(model.path), dtype=getattr(torch, model.dtype), **options)
 
 
 def require_model(model: config.Model) -> None:
     """Raise ValueError for a device or quantization that is not available, FileNotFoundError for missing weights."""
-    config.require_device(model.device)
+    import torch
+
+    from genalign.cli.config import require_device
+    from pipelines.checkpoint_files import require_weights
+    from pipelines.low_memory import quantization_arguments
+
+    require_device(model.device)
     require_weights(assets.resolve(model.path))
     quantization_arguments(model.memory, "", getattr(torch, model.dtype))
 
 
 def _options(model: config.Model) -> Options:
+    import torch
+
+    from pipelines.base import Options
+
     options = {name: getattr(model, name) for name in Options.__annotations__}
     autocast = getattr(torch, model.autocast) if model.autocast else None
     return cast(Options, options | {"autocast": autocast})
 
 
-CONTEXT = CommandContext(
-    load_model,
-    outline_model,
-    require_model,
-    {
-        "shapes": {score: ShapesReward(score) for score in SCORES},
-        "tones": {score: TonesReward(score) for score in SCORES},
-    },
-    save_scorer,
-    GenEvalJudge(),
-)
+def world_scorers(world: str) -> Mapping[str, RewardFunction]:
+    """Build the scores of a world's verifier, by name."""
+    from rewards.backbones.world_verifier import SCORES
+    from rewards.shapes import ShapesReward
+    from rewards.tones import TonesReward
 
-COMMANDS: dict[str, Callable[[CommandContext, Sequence[str]], int]] = {
-    "train": train_command,
-    "evaluate": evaluate_command,
-    "plan": plan_command,
-    "calibrate": calibrate_command,
-    "compare": compare_command,
-    "steer": steer_command,
-    "prices": prices_command,
-    "train-noise-aware": train_noise_aware_command,
-    "serve": serve_command,
-    "reward": reward_command,
-    "export": export_command,
-    "report": report_command,
-    "demo": demo_command,
-}
+    reward = {"shapes": ShapesReward, "tones": TonesReward}[world]
+    return {score: reward(score) for score in SCORES}
+
+
+def save_scorer(path: Path, reward: NoiseAware) -> None:
+    """Write a noise-aware reward to a file."""
+    from rewards.noise_aware import save_scorer as save
+
+    save(path, reward)
+
+
+def geneval_judge() -> Judge:
+    """Build the judge of GenEval evaluations that name no other."""
+    from rewards.geneval import GenEvalJudge
+
+    return GenEvalJudge()
+
+
+def command_context() -> CommandContext:
+    """Join what commands use of pipelines and rewards."""
+    from genalign.cli.context import CommandContext
+
+    return CommandContext(load_model, outline_model, require_model, world_scorers, save_scorer, geneval_judge)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command that ``arguments`` starts with; wrong input is one line on standard error and exit status 2.
 
-    ``--debug`` among the arguments adds the traceback, and those of rewards that fail and are called again.
+    ``--debug`` among the arguments adds the traceback.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    debug, (name, *rest) = "--debug" in arguments, [word for word in arguments if word != "--debug"]
-    logging.getLogger("genalign").setLevel(
-        logging.DEBUG if debug else logging.INFO
-    )  # a line per round, without a terminal
+    logging.getLogger("genalign").setLevel(logging.INFO)  # phases and rounds, without a terminal
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+    debug = "--debug" in arguments
+    command, rest = split_command([word for word in arguments if word != "--debug"])
+    assert command is not None, "the entry point refuses other names"
     if os.getcwd() not in sys.path:  # of modules that configurations name; installed ones of the same name come first
         sys.path.append(os.getcwd())
+
+    from genalign.cli.error_messages import error_line, print_errors
+    from genalign.cli.parsing import INPUT_ERRORS
+
     try:
-        return COMMANDS[name](CONTEXT, rest)
-    except parsing.INPUT_ERRORS as error:
+        return command.run(command_context(), rest)
+    except INPUT_ERRORS as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error_line(error)}", file=sys.stderr)
+        print_errors(getattr(error, "problems", [error_line(error)]))
         return 2

@@ -100,11 +100,9 @@ def serve_command(context: CommandContext, arguments: Sequence[str]) -> int:
     return 0
 
 
-def reward_command(context: CommandContext, arguments: Sequence[str]) -> int:
+def reward_check_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign reward check MODULE:CLASS``; the exit status is 1 where a check fails."""
-    if not arguments or arguments[0] != "check":
-        raise ValueError("say what to do with it: genalign reward check MODULE:CLASS")
-    settings, _ = parsing.parse(RewardCheck, _named_settings(arguments[1:], "reward check"), "reward check")
+    settings, _ = parsing.parse(RewardCheck, _named_settings(arguments, "reward check"), "reward check")
     samples, prompts, rate = load_samples(settings)
     require_rate({"reward": settings.reward}, rate)
     probe = Probe(samples.to(settings.device), prompts, settings.tolerance)

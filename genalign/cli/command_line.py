@@ -1,0 +1,173 @@
+"""Help and completion of every command, from the tables of commands and settings, without importing torch."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from itertools import zip_longest
+from typing import Any
+
+from genalign.cli.commands import COMMANDS, GROUPS, Command
+from genalign.cli.structure import ALIASES, full_name, settings_of, settings_table
+
+
+def usage() -> str:
+    """List the commands, each with a line of help."""
+    lines = [f"  {_shown(command):{_WIDTH}s}{command.help}" for command in COMMANDS.values()]
+    return "\n".join(
+        [
+            "usage: genalign COMMAND [--config FILE] [--SETTING VALUE ...]\n",
+            *lines,
+            "\ngenalign COMMAND --help explains the settings of a command, genalign --version prints the version,",
+            "genalign --print_completion bash (or zsh) prints a completion script, and --debug anywhere adds the",
+            "traceback of an error.",
+        ]
+    )
+
+
+def _shown(command: Command) -> str:
+    return f"{command.name} {command.positional.upper()}" if command.positional else command.name
+
+
+_WIDTH = 2 + max(len(_shown(command)) for command in COMMANDS.values())
+
+
+def group_help(group: str) -> str:
+    """List the commands of a group, such as those that begin with "evaluate"."""
+    lines = [
+        f"  {_shown(command):{_WIDTH}s}{command.help}"
+        for command in COMMANDS.values()
+        if command.name.startswith(f"{group} ")
+    ]
+    head = f"usage: genalign {group} COMMAND [--SETTING VALUE ...]\n\n{GROUPS[group].capitalize()}.\n"
+    return "\n".join([head, *lines, f"\ngenalign {group} COMMAND --help explains the settings of one."])
+
+
+def command_parser(command: Command, parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
+    """Build a plain parser with every setting of a command, for its help and its completion."""
+    if parser is None:
+        parser = argparse.ArgumentParser(prog=f"genalign {command.name}", add_help=False)
+    table, names = settings_table()["settings"][command.settings], [one["name"] for one in settings_of(command)]
+    place = f" {command.positional.upper()}" if command.positional else ""
+    parser.usage = f"genalign {command.name}{place} [--config FILE] [--SETTING VALUE ...]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    width = min(100, shutil.get_terminal_size().columns) - 2
+    paragraphs = [f"{command.help[0].upper()}{command.help[1:]}.", *table["help"].split("\n\n")]
+    parser.description = "\n\n".join(textwrap.fill(" ".join(one.split()), width) for one in paragraphs)
+    parser.epilog = textwrap.fill(
+        "A YAML file nests the settings at their dots. On the command line, a setting may be given by its last name"
+        " where it is the only one that ends in it (--rounds 3 is --training.rounds 3).",
+        width,
+    )
+    general = parser.add_argument_group("general")
+    general.add_argument("-h", "--help", action="help", help="show this help and exit")
+    _complete_files(general.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below"))
+    general.add_argument(
+        "--print_config", action="store_true", help="print all settings as YAML, with comments, and exit"
+    )
+    if command.function.endswith(":train_command"):
+        _complete_files(
+            general.add_argument("--resume", metavar="RUN", nargs="?", help="resume the run in this folder, or output")
+        )
+    group = parser.add_argument_group("settings")
+    groups = {"": group}
+    for entry in settings_of(command):
+        _add_setting(parser, groups, entry, names)
+    return parser
+
+
+def _add_setting(
+    parser: argparse.ArgumentParser, groups: dict[str, Any], entry: Mapping[str, Any], names: Sequence[str]
+) -> None:
+    name, text = entry["name"], entry["help"]
+    if entry.get("group"):
+        default = f" (default: {entry['default']})" if "default" in entry else ""
+        groups[name] = parser.add_argument_group(name, f"{text}{default}")
+        return
+    parent = name.rpartition(".")[0]
+    group = groups.get(parent, groups[""])
+    named = settings_table()["named"].get(entry.get("kind"), {})
+    if named:
+        text += f" One of {', '.join(named)}, or an import path. --{name}.help NAME explains one."
+    also = [f"--{alias}" for alias in ALIASES if full_name(alias, names) == name]
+    text += f" (also {', '.join(also)})" if also else ""
+    if entry.get("required"):
+        text += f" (required, {entry['type']})"
+    else:
+        text += f" ({entry['type']}" + (f", default: {entry['default']})" if "default" in entry else ")")
+    metavar = name.rpartition(".")[2].upper()
+    if "choices" in entry:
+        metavar = "{" + ",".join(entry["choices"]) + "}"
+    action = group.add_argument(f"--{name}", metavar=metavar, help=text.strip().replace("%", "%%"))
+    if "choices" in entry or named:
+        action.choices = entry.get("choices") or list(named)
+    elif entry["type"].startswith("text"):
+        _complete_files(action)
+
+
+def _complete_files(action: argparse.Action) -> None:
+    """Let shtab complete the names of files."""
+    action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # type: ignore[attr-defined]
+
+
+def command_help(command: Command, arguments: Sequence[str]) -> str | None:
+    """The help that the arguments of a command ask for, by --help or as in --recipe.help NAME; None for none."""
+    if not settings_of(command):
+        return None
+    for word, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        kinds = {entry["name"]: entry["kind"] for entry in settings_of(command) if "kind" in entry}
+        prefix, _, end = word.removeprefix("--").rpartition(".")
+        if end == "help" and prefix.endswith(".kernel"):
+            kinds[prefix] = "kernel"
+        if word in ("-h", "--help"):
+            return command_parser(command).format_help()
+        if end == "help" and prefix in kinds and "." not in following.removeprefix("genalign."):
+            return named_help(kinds[prefix], following, prefix)
+    return None
+
+
+def named_help(kind: str, name: str, prefix: str) -> str:
+    """Explain what a setting may name, such as a recipe, with its own settings; without a name, list all."""
+    named = settings_table()["named"][kind]
+    if name.rpartition(".")[2] not in named:
+        width = 2 + max(map(len, named))
+        lines = [f"  {one:{width}s}{about['help'].splitlines()[0]}" for one, about in named.items()]
+        return "\n".join([f"--{prefix} is one of these, or the import path of another:\n", *lines])
+    about = named[name.rpartition(".")[2]]
+    parser = argparse.ArgumentParser(
+        prog=name,
+        usage=f"--{prefix} {name} [--{prefix}.SETTING VALUE ...]",
+        description=about["help"],
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    groups: dict[str, Any] = {"": parser.add_argument_group("settings")}
+    for entry in about["settings"]:
+        _add_setting(parser, groups, {**entry, "name": f"{prefix}.{entry['name']}"}, [])
+    return parser.format_help()
+
+
+def completion(shell: str) -> str:
+    """Write the completion script of a shell. Raises ValueError if shtab is missing or does not know the shell."""
+    if find_spec("shtab") is None:
+        raise ValueError("completion needs shtab: pip install 'genalign[completion]'")
+    import shtab
+
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise ValueError(f"no completion for {shell!r}: choose from {', '.join(shtab.SUPPORTED_SHELLS)}")
+    root = argparse.ArgumentParser(prog="genalign")
+    root.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = root.add_subparsers()
+    groups = {
+        group: commands.add_parser(group, help=text, description=text).add_subparsers()
+        for group, text in GROUPS.items()
+    }
+    for command in COMMANDS.values():
+        *group, name = command.name.split()
+        parent = groups[group[0]] if group else commands
+        command_parser(command, parent.add_parser(name, help=command.help, add_help=False))
+    script: str = shtab.complete(root, shell)
+    return script

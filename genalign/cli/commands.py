@@ -1,0 +1,183 @@
+"""The table of commands: help, completion, the check of settings before torch is imported, and dispatch read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of ``genalign``; nothing is imported until it is used.
+
+    Args:
+        name: The words that select it, such as "evaluate shapes".
+        help: One line of help.
+        function: Where its function is, as in "genalign.cli.train:train_command". It takes the command context and
+            the words after the name, and returns the exit status.
+        settings: Where its settings dataclass is, as in "genalign.cli.config:Train".
+        positional: The setting that may be given by position, before the others.
+    """
+
+    name: str
+    help: str
+    function: str
+    settings: str
+    positional: str = ""
+
+    def run(self, context: object, arguments: Sequence[str]) -> int:
+        """Import the command's module, and run it with ``arguments``."""
+        status: int = imported(self.function)(context, arguments)
+        return status
+
+
+def imported(place: str) -> Any:
+    """Import the object at a place such as "genalign.cli.config:Train"."""
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
+
+
+_CLI = "genalign.cli"
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command(
+            "train",
+            "fine-tune a model on a reward, or resume a run (--resume RUN)",
+            f"{_CLI}.train:train_command",
+            f"{_CLI}.config:Train",
+        ),
+        Command(
+            "plan",
+            "dry run: validate a configuration, estimate memory and cost; loads no weights",
+            f"{_CLI}.plan:plan_command",
+            f"{_CLI}.config:Train",
+        ),
+        Command(
+            "demo",
+            "train an embedded model in minutes: genalign demo [shapes | tones]",
+            f"{_CLI}.train:demo_command",
+            f"{_CLI}.config:Train",
+            "world",
+        ),
+        Command(
+            "steer",
+            "search for the best sample of each prompt",
+            f"{_CLI}.steer:steer_command",
+            f"{_CLI}.config:Steer",
+        ),
+        Command(
+            "evaluate prompts",
+            "evaluate any model, or samples of another program, on any prompts by any rewards",
+            f"{_CLI}.evaluate:prompts_command",
+            f"{_CLI}.config:EvaluatePrompts",
+        ),
+        Command(
+            "evaluate shapes",
+            "the same with the shapes world's model, prompts and verifier",
+            f"{_CLI}.evaluate:shapes_command",
+            f"{_CLI}.config:EvaluateShapes",
+        ),
+        Command(
+            "evaluate tones",
+            "the same with the tones world's model, prompts and verifier",
+            f"{_CLI}.evaluate:tones_command",
+            f"{_CLI}.config:EvaluateTones",
+        ),
+        Command(
+            "evaluate geneval",
+            "the same on GenEval's prompts, by GenEval's rules",
+            f"{_CLI}.evaluate:geneval_command",
+            f"{_CLI}.config:EvaluateGenEval",
+        ),
+        Command(
+            "evaluate geneval-original",
+            "score an evaluation's images by the results of GenEval's own script",
+            f"{_CLI}.evaluate:original_command",
+            f"{_CLI}.config:GenEvalOriginal",
+        ),
+        Command(
+            "evaluate benchmark",
+            "the same on another benchmark's own files, by its rules: genalign evaluate benchmark NAME",
+            f"{_CLI}.evaluate:benchmark_command",
+            f"{_CLI}.config:EvaluateBenchmark",
+            "name",
+        ),
+        Command(
+            "compare-evaluations",
+            "compare two finished evaluations in pairs: genalign compare-evaluations BEFORE AFTER",
+            f"{_CLI}.compare_evaluations:compare_evaluations_command",
+            f"{_CLI}.config:CompareEvaluations",
+            "before",
+        ),
+        Command(
+            "compare",
+            "train several recipes at equal budget and compare them",
+            f"{_CLI}.compare:compare_command",
+            f"{_CLI}.config:Compare",
+            "config",
+        ),
+        Command(
+            "report",
+            "write the report page of a run: RUN/report.html",
+            f"{_CLI}.compare:report_command",
+            f"{_CLI}.config:Report",
+            "run",
+        ),
+        Command(
+            "export",
+            "export the weights of a run as a LoRA, a merged network or a pipeline",
+            f"{_CLI}.export:export_command",
+            f"{_CLI}.config:Export",
+        ),
+        Command(
+            "reward check",
+            "test a reward function against the reward contract",
+            f"{_CLI}.reward:reward_check_command",
+            f"{_CLI}.reward:RewardCheck",
+            "reward",
+        ),
+        Command(
+            "serve",
+            "serve a reward over HTTP, for rewards.remote.RemoteReward",
+            f"{_CLI}.reward:serve_command",
+            f"{_CLI}.reward:Serve",
+            "reward",
+        ),
+        Command(
+            "calibrate",
+            "tune the exploration noise of each sampling step",
+            f"{_CLI}.compare:calibrate_command",
+            f"{_CLI}.config:Calibrate",
+        ),
+        Command(
+            "prices",
+            "measure the cost of NFE, decoding and rewards on this machine",
+            f"{_CLI}.steer:prices_command",
+            f"{_CLI}.config:Prices",
+        ),
+        Command(
+            "train-noise-aware",
+            "train a reward to score noisy previews",
+            f"{_CLI}.steer:train_noise_aware_command",
+            f"{_CLI}.config:TrainNoiseAware",
+        ),
+    )
+}
+"""Every command by its name, in the order of ``genalign --help``."""
+
+GROUPS = {
+    "evaluate": "evaluate a model, or samples of another program",
+    "reward": "test a reward",
+}
+"""The first words that several commands share, with one line of help."""
+
+
+def split_command(words: Sequence[str]) -> tuple[Command | None, Sequence[str]]:
+    """Split the words of a command line into the command that they name, if any, and its arguments."""
+    for count in (2, 1):
+        if command := COMMANDS.get(" ".join(words[:count])):
+            return command, words[count:]
+    return None, words

@@ -1,0 +1,264 @@
+"""Write what the docstrings say about every setting: docs/settings.md, and genalign/cli/settings.json for the command.
+
+``genalign`` answers ``--help``, completes words and checks the names of settings from settings.json, without importing
+torch. With ``--check`` nothing is written, and the exit status is 1 where a file is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import enum
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import docstring_parser
+
+import genalign
+from genalign.algorithms.recipes import Recipe
+from genalign.cli import config
+from genalign.cli.commands import COMMANDS, imported
+from genalign.diffusion.transitions import Kernel
+from genalign.search.strategy import Strategy
+
+ROOT = Path(__file__).parents[1]
+PAGE, TABLE = ROOT / "docs" / "settings.md", ROOT / "genalign" / "cli" / "settings.json"
+KINDS: dict[str, tuple[type, str]] = {
+    "recipe": (Recipe, "Training methods"),
+    "kernel": (Kernel, "Kernels"),
+    "strategy": (Strategy, "Search strategies"),
+}
+"""What a setting may be by name: its class, and a heading."""
+
+
+@cache
+def descriptions(component: Any) -> dict[str, str]:
+    """The texts of the parameters of a function or class by name, from ``Args:`` and attribute docstrings."""
+    texts: dict[str, str] = {}
+    classes = reversed(component.__mro__) if inspect.isclass(component) else [component]
+    for one in classes:
+        if one.__module__ != "builtins" and one.__doc__:
+            parsed = docstring_parser.parse_from_object(one)
+            texts |= {item.arg_name: " ".join((item.description or "").split()) for item in parsed.params}
+    return texts
+
+
+def summary(component: Any) -> str:
+    """The docstring of a function or class without its sections."""
+    parsed = docstring_parser.parse(inspect.getdoc(component) or "")
+    return f"{parsed.short_description or ''}\n\n{parsed.long_description or ''}".strip()
+
+
+def first_sentence(component: Any) -> str:
+    """The first sentence of a docstring."""
+    text = " ".join(summary(component).split("\n\n")[0].split())
+    return re.split(r"(?<=[.:])\s", text, maxsplit=1)[0].rstrip(".:")
+
+
+def settings_of(component: Any, prefix: str = "") -> Iterator[dict[str, Any]]:
+    """Describe every setting of a function or class, those of its parts after it."""
+    hints = typing.get_type_hints(component.__init__ if inspect.isclass(component) else component)
+    texts = descriptions(component)
+    for name, parameter in inspect.signature(component).parameters.items():
+        if name in ("self", "args", "kwargs") or name not in hints:
+            continue
+        default = parameter.default
+        if dataclasses.is_dataclass(component):
+            default = _field_default(component, name)
+        yield from _setting(f"{prefix}{name}", hints[name], default, texts.get(name, ""))
+
+
+def _field_default(component: Any, name: str) -> Any:
+    field = next(field for field in dataclasses.fields(component) if field.name == name)
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
+
+def _setting(name: str, hint: Any, default: Any, text: str) -> Iterator[dict[str, Any]]:
+    required = default is inspect.Parameter.empty
+    options = [one for one in _union(hint) if one is not type(None)]
+    optional = len(options) < len(_union(hint))
+    entry: dict[str, Any] = {"name": name, "type": _type_name(hint), "help": text}
+    if required:
+        entry["required"] = True
+    (main, *_) = options
+    parts = main if _is_settings(main) else None
+    if parts is not None:
+        entry["group"] = True
+        if default is None:
+            entry["default"] = "null"
+    elif not required:
+        entry["default"] = _written(default)
+    choices = [str(value) for one in options for value in typing.get_args(one) if typing.get_origin(one) is Literal]
+    if choices and all(typing.get_origin(one) is Literal for one in options):
+        entry["choices"] = choices
+    if optional:
+        entry["optional"] = True
+    if kind := next((kind for kind, (base, _) in KINDS.items() if main is base), None):
+        entry |= {"kind": kind, "open": True}
+    elif parts is None and not _is_plain(main):
+        entry["open"] = True
+    yield entry
+    if parts is not None:
+        own = (
+            {} if required or default is None else {f.name: getattr(default, f.name) for f in dataclasses.fields(parts)}
+        )
+        for inner in _parts(parts, name, own):
+            yield inner | ({"required": False} if "required" in inner and default is None else {})
+    values = typing.get_args(main)
+    if typing.get_origin(main) is dict and dataclasses.is_dataclass(values[1]):
+        for inner in settings_of(values[1], f"{name}.NAME."):
+            yield inner | {"required": False}
+
+
+def _parts(component: Any, name: str, own: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Describe the settings of a nested group, with the defaults ``own`` of the group's own default."""
+    hints, texts = typing.get_type_hints(component), descriptions(component)
+    for field in dataclasses.fields(component):
+        if field.init:
+            default = own[field.name] if field.name in own else _field_default(component, field.name)
+            yield from _setting(f"{name}.{field.name}", hints[field.name], default, texts.get(field.name, ""))
+
+
+def _union(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _is_settings(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) and all(hint is not base for base, _ in KINDS.values())
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether a type has no settings of its own below its name."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal or hint in (int, float, str, bool):
+        return True
+    return typing.get_origin(hint) in (tuple, list) and all(one is Ellipsis or _is_plain(one) for one in inner)
+
+
+def _type_name(hint: Any) -> str:
+    names = []
+    for one in _union(hint):
+        origin, inner = typing.get_origin(one), typing.get_args(one)
+        if one is type(None):
+            names.append("null")
+        elif origin is Literal:
+            names += map(str, inner)
+        elif origin in (list, tuple):
+            names.append(f"list of {_type_name(inner[0])}")
+        elif origin is dict:
+            names.append(f"{_type_name(inner[1])} by name")
+        elif one in (int, float, bool, str):
+            names.append({"int": "int", "float": "float", "bool": "true or false", "str": "text"}[one.__name__])
+        elif one is Callable or origin is not None and issubclass(origin, Callable):  # type: ignore[arg-type]
+            names.append("import path")
+        else:
+            names.append({"Any": "any"}.get(getattr(one, "__name__", "any"), getattr(one, "__name__", "any")))
+    return " or ".join(names) if len(names) < 3 or "null" not in names else ", ".join(names[:-1]) + " or null"
+
+
+def _written(value: Any) -> str:
+    """A default as it is written in YAML."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, enum.Enum):
+        return str(value.value)
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_written, value))}]"
+    if inspect.isclass(value) or inspect.isfunction(value):
+        return str(value.__name__)
+    return str(value) if value != "" else '""'
+
+
+def components(kind: str) -> dict[str, Any]:
+    """The public functions and classes of a kind of :data:`KINDS`, by name."""
+    base = KINDS[kind][0]
+    named = {name: getattr(genalign, name) for name in genalign.__all__ if name != base.__name__}
+    return {name: one for name, one in sorted(named.items()) if _makes(one, base)}
+
+
+def _makes(component: Any, base: type) -> bool:
+    if inspect.isfunction(component):
+        return typing.get_type_hints(component).get("return") is base
+    if base is Strategy:
+        call = inspect.signature(component.__call__) if callable(getattr(component, "__call__", None)) else None
+        return bool(call) and list(call.parameters)[1:2] == ["run"] and "budget" in call.parameters
+    return inspect.isclass(component) and issubclass(component, base)
+
+
+def table() -> dict[str, Any]:
+    """What settings.json holds: settings by command, and those of everything that a setting may name."""
+    commands, groups = {}, {}
+    for command in COMMANDS.values():
+        kind = imported(command.settings)
+        commands[command.name] = command.settings
+        groups[command.settings] = {"help": summary(kind), "settings": list(settings_of(kind))}
+    named = {
+        kind: {
+            name: {"help": summary(one), "settings": list(settings_of(one))} for name, one in components(kind).items()
+        }
+        for kind in KINDS
+    }
+    return {"settings": groups, "named": named}
+
+
+def page(content: dict[str, Any]) -> str:
+    """Write the settings as a page."""
+    lines = [
+        "# Settings",
+        "",
+        "Every setting of every command, from the docstrings of the code; `genalign COMMAND --help` prints the same."
+        " A YAML file nests the settings at their dots, and `genalign COMMAND --config FILE --print_config` prints it whole.",
+        "",
+    ]
+    for place, about in content["settings"].items():
+        names = [f"`genalign {command.name}`" for command in COMMANDS.values() if command.settings == place]
+        lines += [f"## {', '.join(names)}", "", _markdown(about["help"]), "", *_rows(about["settings"]), ""]
+    for kind, (_, heading) in KINDS.items():
+        lines += [f"## {heading}", "", f"What `{kind}` may be.", ""]
+        for name, about in content["named"][kind].items():
+            lines += [f"### {name}", "", _markdown(about["help"]), ""]
+            lines += [*_rows(about["settings"]), ""] if about["settings"] else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _rows(settings: list[dict[str, Any]]) -> list[str]:
+    lines = ["| setting | type | default | |", "|---|---|---|---|"]
+    for entry in settings:
+        default = "required" if entry.get("required") else f"`{entry['default']}`" if "default" in entry else ""
+        kind = "group" if entry.get("group") else entry["type"]
+        lines.append(f"| `{entry['name']}` | {kind} | {default} | {_markdown(entry['help'])} |")
+    return lines
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"``(.+?)``", r"`\1`", text).replace("|", "\\|")
+
+
+def main() -> int:
+    """Write the files, or check that they are current."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a file is stale")
+    check = parser.parse_args().check
+    content = table()
+    texts = {PAGE: page(content), TABLE: json.dumps(content, indent=1, ensure_ascii=False) + "\n"}
+    stale = [path for path, text in texts.items() if not path.exists() or path.read_text("utf-8") != text]
+    for path in stale:
+        print(f"{'stale' if check else 'wrote'}: {path.relative_to(ROOT)}")
+        if not check:
+            path.write_text(texts[path], "utf-8")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
