@@ -1,8 +1,10 @@
-"""Prompts in a seeded order: the sampler of training rounds, and a draw that is balanced over tasks."""
+"""Prompts in a seeded order for training rounds, a draw that is balanced over tasks, and a held-out split."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +20,28 @@ def drawn_in_turn(prompts: PromptSet, count: int, seed: int) -> list[Prompt]:
     tasks = [[group[i] for i in rng.permutation(len(group))] for group in prompts.by_task().values()]
     turns = itertools.zip_longest(*tasks)
     return [prompt for turn in turns for prompt in turn if prompt is not None][:count]
+
+
+def split_held_out(prompts: PromptSet, fraction: float) -> tuple[PromptSet, PromptSet]:
+    """Divide a set into prompts to train on and a ``fraction``, rounded up, of its different texts that is held out.
+
+    The split depends on the texts alone, and each task is held out in proportion. Raises ValueError for one prompt.
+    """
+    by_task = sorted({prompt.text: prompt.task for prompt in prompts.prompts}.items(), key=_task_and_hash)
+    count = math.ceil(fraction * len(by_task))
+    if not 0 < count < len(by_task):
+        raise ValueError(
+            f"the prompt set {prompts.name!r} has {len(by_task)} prompts, of which none is left to train on or to hold"
+            " out: give the evaluations prompts of their own"
+        )
+    held_out = {by_task[(2 * place + 1) * len(by_task) // (2 * count)][0] for place in range(count)}
+    parts = [tuple(p for p in prompts.prompts if (p.text in held_out) is out) for out in (False, True)]
+    return PromptSet(prompts.name, parts[0]), PromptSet(f"{prompts.name} (held out)", parts[1])
+
+
+def _task_and_hash(item: tuple[str, str]) -> tuple[str, bytes]:
+    text, task = item
+    return task, hashlib.sha256(text.encode()).digest()
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from genalign.algorithms.advantages import group_advantages
 from genalign.algorithms.interfaces import RoundScores
+from genalign.runtime.files import apply_umask
 from genalign.scoring.score import combine
 from genalign.types import AnyCallable, Prompt, RewardFunction
 from rewards.backbones.clip_encoder import ClipEncoder
@@ -281,6 +282,7 @@ def save_direction(path: str | Path, direction: Tensor) -> None:
     from safetensors.torch import save_file
 
     save_file({_DIRECTION: direction.detach().cpu().contiguous()}, Path(path))
+    apply_umask(Path(path))
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from genalign.worlds.registry import diversity_of
 def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Find the noise level of each sampling step, and write a kernel that uses them."""
     settings, _ = parsing.parse(config.Calibrate, arguments, "calibrate")
-    pipeline, training, sampling = context.load(settings.model), settings.training, settings.sampling
+    prompts, sampling = prompt_set(settings.prompts), settings.sampling
+    pipeline, training = context.load(settings.model), settings.training.fit(prompts)
     rewards = named_rewards(settings.rewards)
-    sampler = Sampler(pipeline, rewards, sampling.grid(pipeline), sampling.guidance, training)
-    rounds = PromptSampler(prompt_set(settings.prompts), training.prompts_per_round, training.seed).rounds()
+    sampler = Sampler(pipeline, rewards, sampling.grid(pipeline), sampling.guidance_scale(pipeline), training)
+    rounds = PromptSampler(prompts, training.prompts_per_round, training.seed).rounds()
     for number, kernel in enumerate(calibrate(sampler, settings.recipe, rounds, settings.calibration), start=1):
         levels = " ".join(f"{level:.2f}" for level in kernel.levels)
         print(f"{number}/{settings.calibration.iterations}  noise levels {levels}", flush=True)

@@ -14,6 +14,8 @@ from torch import nn
 from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.policy import Lora
 from genalign.diffusion.sampling import Sampling
+from genalign.evaluation.benchmarks.benchmark import Judges
+from genalign.evaluation.geneval.judge import Judge
 from genalign.runtime.media import AudioFormat
 from genalign.runtime.memory_options import Memory
 from genalign.scoring.budget import Budget
@@ -42,6 +44,8 @@ class Model:
         height: Height of the images in pixels; null takes the checkpoint's own.
         width: Width of the images in pixels; null takes the checkpoint's own.
         seconds: Length of the audio clips; null takes the checkpoint's own.
+        negative_prompt: Text that guidance leads away from, in training, search and evaluation. The empty text takes the
+            default of the model's family; any other needs a guidance above 1.
         max_sequence_length: Maximum number of text tokens, for families that let it be set.
         distilled_guidance: Guidance scale that a guidance-distilled model (FLUX.1-dev) receives as an input.
         compiled: Run the denoiser through torch.compile. Compilation takes minutes at the start and for every new batch
@@ -56,6 +60,7 @@ class Model:
     height: int | None = None
     width: int | None = None
     seconds: float | None = None
+    negative_prompt: str = ""
     max_sequence_length: int | None = None
     distilled_guidance: float | None = None
     compiled: bool = False
@@ -102,14 +107,16 @@ class HeldOut(EvaluationSize):
     """An evaluation on held-out prompts during training.
 
     Args:
-        prompts: Held-out prompts, a file or a split of a world; required if ``every`` is set.
+        prompts: Held-out prompts, a file or a split of a world; null takes ``held_out_fraction`` of the training
+            prompts, which are then not trained on.
         every: Number of rounds between two evaluations; 0 turns them off.
-        scorers: Rewards by name, in addition to the verifier of the prompts' world.
+        scorers: Rewards by name, in addition to the verifier of the prompts' world; without either, the rewards of the
+            run.
     """
 
     samples_per_task: int = 32
     seeds: int = 1
-    prompts: str = ""
+    prompts: str | None = None
     every: int = 0
     scorers: dict[str, AnyCallable] = field(default_factory=dict)
 
@@ -119,10 +126,11 @@ class BeforeAfter(EvaluationSize):
     """An evaluation before and after training, with the same prompts and noises.
 
     Args:
-        prompts: A prompt file, or a split of a world.
+        prompts: A prompt file, or a split of a world; null takes ``held_out_fraction`` of the training prompts, which
+            are then not trained on.
     """
 
-    prompts: str = field(kw_only=True)
+    prompts: str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,8 @@ class Hacking(EvaluationSize):
     """The monitor of reward hacking (``genalign.training.reward_hacking``).
 
     Args:
-        prompts: Prompts of the monitor, a file or a split of a world; required if ``every`` is set.
+        prompts: Prompts of the monitor, a file or a split of a world; null takes ``held_out_fraction`` of the training
+            prompts, which are then not trained on.
         every: Number of rounds between two reports; 0 turns them off.
         rewards: Rewards by name that are not trained on.
         features: A feature extractor for the variety of the samples and their drift.
@@ -141,7 +150,7 @@ class Hacking(EvaluationSize):
 
     samples_per_task: int = 16
     seeds: int = 2
-    prompts: str = ""
+    prompts: str | None = None
     every: int = 0
     rewards: dict[str, AnyCallable] = field(default_factory=dict)
     features: AnyCallable | None = None
@@ -196,6 +205,7 @@ class Train(Generation):
         held_out: Evaluations on held-out prompts during training.
         reward_hacking: Monitor of reward hacking.
         before_after: Evaluation before and after training; null for none.
+        held_out_fraction: Fraction of the training prompts, in each task, for evaluations without prompts of their own.
         sample_grid: Pictures of what the model generates during training.
         trackers: Experiment trackers that receive the metrics.
         checkpoint: Checkpoints of the run.
@@ -211,6 +221,7 @@ class Train(Generation):
     held_out: HeldOut = field(default_factory=HeldOut)
     reward_hacking: Hacking = field(default_factory=Hacking)
     before_after: BeforeAfter | None = None
+    held_out_fraction: float = 0.2
     sample_grid: SampleGrid = field(default_factory=SampleGrid)
     trackers: list[Literal["tensorboard", "wandb", "trackio", "swanlab"]] = field(default_factory=list)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
@@ -224,17 +235,17 @@ class Train(Generation):
             raise ValueError(
                 f"reward_hacking.rewards.{trained[0]} is trained on, and would see nothing: name another reward"
             )
-        for name, panel in (("held_out", self.held_out), ("reward_hacking", self.reward_hacking)):
-            if panel.every and not panel.prompts:
-                raise ValueError(
-                    f"{name}.prompts is missing, since {name}.every is {panel.every}: name the prompts, e.g."
-                    f" --{name}.prompts shapes:val or --{name}.prompts prompts.txt"
-                )
+        if not 0 < self.held_out_fraction < 1:
+            raise ValueError(f"held_out_fraction must be between 0 and 1, not {self.held_out_fraction}")
 
-    def evaluation_prompts(self) -> list[str]:
-        """List the prompt sources of all evaluations before, during and after training."""
-        panels = [panel.prompts for panel in (self.held_out, self.reward_hacking) if panel.every]
-        return [*panels, self.before_after.prompts] if self.before_after else panels
+    def evaluation_prompts(self) -> dict[str, str | None]:
+        """Return the prompt sources of all evaluations before, during and after training, by their sections' names."""
+        sources: dict[str, str | None] = {"held_out": self.held_out.prompts} if self.held_out.every else {}
+        if self.reward_hacking.every:
+            sources["reward_hacking"] = self.reward_hacking.prompts
+        if self.before_after:
+            sources["before_after"] = self.before_after.prompts
+        return sources
 
 
 def require_positive(settings: object, *names: str) -> None:
@@ -253,40 +264,186 @@ def _require_rewards(rewards: Mapping[str, RewardChoice]) -> None:
 
 
 @dataclass(frozen=True)
-class EvaluateShapes(EvaluationSize):
-    """An evaluation of a model, or of samples on disk, in the shapes world.
+class SetScore:
+    """A score of all samples of an evaluation at once, such as a Frechet distance or the Vendi score.
+
+    Args:
+        features: Features of samples, as in rewards.backbones.image_features.ClipFeatures.
+        reward: Score of the features of all samples, as in rewards.set_rewards.VendiReward.
+    """
+
+    features: AnyCallable
+    reward: AnyCallable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The samples that an evaluation makes, or finds on disk, and what is measured on them.
 
     Args:
         output: Folder of the evaluation.
-        samples: A folder of images from another program, which are evaluated in place of a model's. They may lie
-            anywhere in it, beside a prompts.jsonl with a line {"file_name": ..., "prompt": ...} for each.
+        model: The generator; null for ``samples``.
+        lora: An adapter of the model: the folder of a run, its lora/ folder, a .safetensors file or a Hub id.
+        samples: A folder of another program's samples, which are scored in place of a model's. They have GenEval's
+            layout, or a prompts.jsonl with a line {"file_name": ..., "prompt": ...} for each.
+        rewards: Rewards by name; the first one leads on the page.
+        set_rewards: Scores of all samples at once, by name.
+        sampling: Sampling settings.
+        seeds: Number of initial noises per prompt.
+        samples_per_task: Number of samples of each task, always of the same prompts; null takes all prompts.
+        batch_size: Number of samples that are generated and scored at once.
+        device: Torch device on which ``samples`` are scored.
+        against: Folder of another model's evaluation to compare with.
+    """
+
+    output: str
+    model: Model | None = None
+    lora: str | None = None
+    samples: str | None = None
+    rewards: dict[str, RewardChoice] = field(default_factory=dict)
+    set_rewards: dict[str, SetScore] = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=lambda: Sampling(40))
+    seeds: int = 4
+    samples_per_task: int | None = None
+    batch_size: int = 4
+    device: str = "cpu"
+    against: str | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(self, "seeds", "samples_per_task", "batch_size")
+        if self.model is None and self.samples is None:
+            raise ValueError(
+                "model.path is missing: name a model, as in --model.path shapes-sd3, or a folder of another program's"
+                " samples, as in --samples my_images"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatePrompts(Evaluation):
+    """An evaluation of any model, or of any samples, on any prompts by any rewards.
+
+    Run the command again to resume it; processes that run it at the same time share the samples.
+
+    Args:
+        output: Folder of the evaluation.
+        prompts: A prompt file, or a split of a world, whose verifier's scores are reported, too; null takes the
+            prompts of ``samples``.
+    """
+
+    prompts: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompts is None and self.samples is None:
+            raise ValueError(
+                "prompts is missing: name a prompt file or a split of a world, as in --prompts prompts.txt or"
+                " --prompts shapes:comp"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateShapes(EvaluatePrompts):
+    """An evaluation of a model, or of images on disk, in the shapes world.
+
+    Args:
+        output: Folder of the evaluation.
         model: The generator.
-        lora: An adapter of the model: the lora/ folder of a run, a .safetensors file or a Hub id.
-        suite: Split of the world's prompts.
+        prompts: Split of the world's prompts: shapes:val, shapes:iid, shapes:comp or shapes:len.
         sampling: Sampling settings.
     """
 
-    output: str = field(kw_only=True)
-    samples: str | None = None
     model: Model = field(default_factory=lambda: Model("shapes-sd3"))
-    lora: str | None = None
-    suite: Literal["val", "iid", "comp", "len"] = "comp"
-    sampling: Sampling = field(default_factory=lambda: Sampling(sigmas=LINEAR_TEN))
+    prompts: str = "shapes:comp"
+    sampling: Sampling = field(default_factory=lambda: Sampling(sigmas=LINEAR_TEN, guidance=1.0))
+    seeds: int = 3
+    samples_per_task: int = 96
+    batch_size: int = 96
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluateTones(EvaluateShapes):
-    """An evaluation of a model, or of clips on disk, in the tones world.
+    """An evaluation of a model, or of WAV and FLAC files on disk, in the tones world.
 
     Args:
-        samples: A folder of WAV and FLAC files from another program, which are evaluated in place of a model's, with a
-            prompts.jsonl that has a line {"file_name": ..., "prompt": ...} for each.
+        output: Folder of the evaluation.
         model: The generator.
+        prompts: Split of the world's prompts: tones:val, tones:iid, tones:comp or tones:len.
         sampling: Sampling settings.
     """
 
     model: Model = field(default_factory=lambda: Model("tones-audio"))
-    sampling: Sampling = field(default_factory=lambda: Sampling(50))
+    prompts: str = "tones:comp"
+    sampling: Sampling = field(default_factory=lambda: Sampling(50, guidance=1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateGenEval(Evaluation):
+    """An evaluation of a model, or of images in GenEval's layout, on a GenEval prompt file.
+
+    Run the command again to resume it; processes that run it at the same time share the samples.
+
+    Args:
+        output: Folder of the evaluation.
+        prompts: GenEval's evaluation_metadata.jsonl, or a file of the same format; null takes the prompts of
+            ``samples``.
+        sampling: Sampling settings.
+        judge: Decides what is in an image; null is Mask2Former with CLIP.
+    """
+
+    prompts: str | None = None
+    sampling: Sampling = field(default_factory=lambda: Sampling(40, guidance=4.5))
+    judge: Judge | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompts is None and self.samples is None:
+            raise ValueError("prompts is missing: name GenEval's file, as in --prompts evaluation_metadata.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateBenchmark(Evaluation):
+    """An evaluation of a model, or of samples on disk, on a benchmark's own files, by its own rules.
+
+    Run the command again to resume it; processes that run it at the same time share the samples.
+
+    Args:
+        name: The benchmark, as in dpg; docs/benchmarks.md lists them.
+        output: Folder of the evaluation.
+        prompts: The files that the benchmark's authors published.
+        judges: The models that judge the samples.
+    """
+
+    name: str
+    prompts: list[str]
+    judges: Judges = field(default_factory=Judges)
+
+
+@dataclass(frozen=True)
+class GenEvalOriginal:
+    """The images of a finished evaluation, scored by the results of GenEval's own evaluate_images.py.
+
+    Args:
+        output: Folder of the finished evaluation.
+        results: The results file that evaluate_images.py wrote for its images.
+        against: Folder of another evaluation by such results, to compare with.
+    """
+
+    output: str
+    results: str
+    against: str | None = None
+
+
+@dataclass(frozen=True)
+class CompareEvaluations:
+    """Two finished evaluations with equal protocols, compared sample by sample.
+
+    Args:
+        before: Folder of the first model's evaluation.
+        after: Folder of the second model's evaluation, in which comparison.json and report.html are written.
+    """
+
+    before: str
+    after: str
 
 
 @dataclass(frozen=True, kw_only=True)

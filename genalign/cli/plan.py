@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 
 from genalign.cli import config, parsing
-from genalign.cli.context import CommandContext, named_rewards, print_table, prompt_set, require_rate
+from genalign.cli.context import CommandContext, named_rewards, print_table, require_rate
+from genalign.cli.run_prompts import RunPrompts
 from genalign.cli.train import require_trackers
 from genalign.diffusion.policy import Lora, Policy
 from genalign.training.dry_run import DryRun, ToyPipeline, dry_run
 from genalign.training.memory_estimate import Outline, estimate_memory
 from genalign.training.run_folder import RunFolder
-from genalign.training.settings import optimizer_class
+from genalign.training.settings import FittedSettings, optimizer_class
 from genalign.types import Prompt, PromptSet
 
 
@@ -38,38 +39,41 @@ def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
         partial(context.require, settings.model),
         partial(optimizer_class, training),
         partial(require_trackers, settings.trackers),
-        *(partial(prompt_set, source) for source in settings.evaluation_prompts()),
     ]
     for requirement in requirements:
         with collecting():
             requirement()
 
     # Count the calls; without the checkpoint or the prompts, on placeholders
-    prompts = PromptSet("prompts", tuple(Prompt(str(number)) for number in range(training.prompts_per_round)))
+    count = training.prompts_per_round or FittedSettings.prompts_per_round
+    prompts = PromptSet("prompts", tuple(Prompt(str(number)) for number in range(count)))
     with collecting():
-        prompts = prompt_set(settings.prompts)
+        sources = RunPrompts.read(settings)
+        sources.warn()
+        prompts = sources.training
     outline: Outline | None = None
+    guidance = 1.0 if sampling.guidance is None else sampling.guidance
     with collecting():
         outline = context.outline(settings.model)
         require_rate(settings, outline.pipeline.sample_rate)
-        outline.pipeline.require_guidance(sampling.guidance)
+        guidance = sampling.guidance_scale(outline.pipeline)
     with collecting():
         toy = ToyPipeline.like(outline.pipeline, sampling) if outline else ToyPipeline.flow(sampling.num_steps)
         rewards = named_rewards(settings.rewards)
-        result = dry_run(toy, rewards, prompts, settings.recipe, training, sampling.guidance)
-        _print_calls(settings, outline, result)
+        fitted = training.fit(prompts)
+        result = dry_run(toy, rewards, prompts, settings.recipe, fitted, guidance)
+        _print_calls(settings, fitted, outline, result)
         if outline is not None:
-            _print_memory(settings, outline, result.stored)
+            _print_memory(settings, fitted, outline, guidance, result.stored)
 
     for reason in reasons:
         print(f"error: {reason}", file=sys.stderr)
     return 2 if reasons else 0
 
 
-def _print_calls(settings: config.Train, outline: Outline | None, result: DryRun) -> None:
+def _print_calls(settings: config.Train, training: FittedSettings, outline: Outline | None, result: DryRun) -> None:
     """Print the sizes of a round and of the run, and the calls of single samples."""
-    training, windows = settings.training, result.windows
-    samples = training.prompts_per_round * training.group_size
+    windows, samples = result.windows, training.prompts_per_round * training.group_size
     batches = samples // training.batch_size
     window_sizes = "/".join(str(size) for size in sorted({len(window) for window in windows}))
     rows = {
@@ -92,11 +96,13 @@ def _print_calls(settings: config.Train, outline: Outline | None, result: DryRun
     print_table(("calls of single samples", "without evaluations"), rows.items())
 
 
-def _print_memory(settings: config.Train, outline: Outline, stored: int) -> None:
+def _print_memory(
+    settings: config.Train, training: FittedSettings, outline: Outline, guidance: float, stored: int
+) -> None:
     """Print the sizes of the networks and the memory estimate."""
     lora = settings.lora or (Lora() if settings.init_lora else None)  # init_lora may have another rank
     policy = Policy(outline.pipeline.denoiser, lora, settings.ema_decay)
-    memory = estimate_memory(outline, policy, settings.recipe, settings.training, settings.sampling.guidance, stored)
+    memory = estimate_memory(outline, policy, settings.recipe, training, guidance, stored)
     counts = {network.name: network.parameters for network in outline.networks}
     counts["trained"] = sum(parameter.numel() for parameter in policy.parameters)
     parameters = {name: f"{count / 1e6:,.3f}" for name, count in counts.items()}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
@@ -17,9 +19,10 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import with_stronger_kl
 from genalign.cli import config, parsing
-from genalign.cli.context import CommandContext, named_rewards, print_table, prompt_set, require_rate
+from genalign.cli.context import CommandContext, named_rewards, print_table, require_rate
 from genalign.cli.evaluate import build_evaluator
 from genalign.cli.resume import EncoderCache, InputFingerprint, TrackerRun, checkpoint_in, train_request
+from genalign.cli.run_prompts import RunPrompts
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import generate
 from genalign.diffusion.sampling import Sampling
@@ -27,9 +30,16 @@ from genalign.evaluation.evaluate import Evaluation, load_evaluation, plan_sampl
 from genalign.evaluation.paired import gain, task_gains
 from genalign.evaluation.report import write_report
 from genalign.metrics.intervals import Estimate
-from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, ProcessGroupError, process_group
+from genalign.runtime.distributed import (
+    SINGLE_PROCESS,
+    ProcessGroup,
+    ProcessGroupError,
+    RankShare,
+    process_group,
+)
 from genalign.runtime.files import write_json
 from genalign.runtime.fsdp import Sharding, sharding_from_environment
+from genalign.runtime.progress import SILENT, Progress
 from genalign.runtime.state import Generators, PerRankState, Stateful
 from genalign.scoring.score import probe
 from genalign.scoring.score_log import ScoreLog
@@ -38,19 +48,26 @@ from genalign.training.nonfinite import is_out_of_memory
 from genalign.training.panel import PanelMeasures, PanelSnapshot
 from genalign.training.reward_hacking import HackingGuard
 from genalign.training.round_log import SampleGridWriter
-from genalign.training.run import RoundMonitors, train
-from genalign.training.run_folder import RunFolder
+from genalign.training.run import RoundMonitors, Terminated, terminable, train
+from genalign.training.run_folder import RunFolder, adapter_writer
 from genalign.training.trainer import Trainer
-from genalign.types import Prompt, PromptSet, RewardFunction
+from genalign.types import Prompt, RewardFunction
+from genalign.worlds.registry import world_of
 
 
 def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
-    """Run ``genalign train``, and say how to resume a run that fails."""
+    """Run ``genalign train``, and say how to resume a run that ends early or fails."""
     arguments, resume = train_request(arguments)
-    settings, plain = parsing.parse(config.Train, arguments, "train")
+    progress, output = Progress(RankShare.from_environment(os.environ).rank == 0), ""
     try:
-        with process_group(os.environ) as processes:
-            return run_training(context, settings, plain, resume, processes)
+        with terminable(), progress.phase("reading the configuration and loading rewards"):
+            settings, plain = parsing.parse(config.Train, arguments, "train")
+        output = settings.output
+        with terminable(), process_group(os.environ) as processes:
+            return run_training(context, settings, plain, resume, processes, progress)
+    except KeyboardInterrupt as error:
+        signaled = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        return ended_by_signal(signaled, output) if RankShare.from_environment(os.environ).rank == 0 else 128 + signaled
     except ProcessGroupError as error:
         reason = str(error)
     except OSError as error:
@@ -60,16 +77,38 @@ def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
     except RuntimeError as error:
         if isinstance(error, parsing.INPUT_ERRORS) or not is_out_of_memory(error):
             raise
-        # Arguments under which the same training needs less memory
-        training, memory = settings.training, settings.model.memory
-        options = [f"--model.memory.{name} true" for name in ("checkpointing", "offload") if not getattr(memory, name)]
-        per_update = training.prompts_per_round * training.group_size // training.updates_per_round
-        sizes = range(training.batch_size - training.group_size, 0, -training.group_size)
-        options += ["--training.on_out_of_memory halve"]
-        options += [f"(in a new run) --training.batch_size {size}" for size in sizes if per_update % size == 0][:1]
-        reason = f"{str(error).splitlines()[0].rstrip('.')}. Less memory is needed with {' or '.join(options)}"
-    print(f"error: Training stopped: {reason}. Resume with: genalign train --resume {settings.output}", file=sys.stderr)
+        reason = f"{str(error).splitlines()[0].rstrip('.')}. Less memory is needed with {_less_memory(settings)}"
+    print(f"error: Training stopped: {reason}. Resume with: genalign train --resume {output}", file=sys.stderr)
     return 1
+
+
+def ended_by_signal(number: int, output: str, rounds: int | None = None) -> int:
+    """Print how to resume a run that a signal has ended, and return the exit status: 130 for Ctrl-C, 143 for SIGTERM.
+
+    Args:
+        number: The signal.
+        output: The folder of the run; empty before it is known.
+        rounds: The number of rounds so far; None where no round has just ended.
+    """
+    reason = "interrupted" if number == signal.SIGINT else "SIGTERM"
+    where = "" if rounds is None else f" at round {rounds}"
+    resume = f"Resume with: genalign train --resume {output}"
+    if not (Path(output) / "config.json").is_file():
+        resume = "Nothing was written: run the same command again"
+    print(f"Training stopped{where}: {reason}. {resume}")
+    return 128 + number
+
+
+def _less_memory(settings: config.Train) -> str:
+    """Name arguments under which the same training needs less memory."""
+    training, memory = settings.training, settings.model.memory
+    options = [f"--model.memory.{name} true" for name in ("checkpointing", "offload") if not getattr(memory, name)]
+    options += ["--training.on_out_of_memory halve"]
+    fitted = training.fit(RunPrompts.read(settings).training)
+    per_update = fitted.prompts_per_round * fitted.group_size // fitted.updates_per_round
+    sizes = range(fitted.batch_size - fitted.group_size, 0, -fitted.group_size)
+    options += [f"(in a new run) --training.batch_size {size}" for size in sizes if per_update % size == 0][:1]
+    return " or ".join(options)
 
 
 def run_training(
@@ -78,6 +117,7 @@ def run_training(
     plain: Mapping[str, Any],
     resume: bool = False,
     processes: ProcessGroup = SINGLE_PROCESS,
+    progress: Progress = SILENT,
 ) -> int:
     """Evaluate, train, evaluate again, and write the report.
 
@@ -87,16 +127,15 @@ def run_training(
         plain: The configuration as plain JSON.
         resume: Continue the run in ``settings.output``, if there is one.
         processes: The ranks of the run.
+        progress: Shows the phases of the run.
 
     Returns:
-        The exit status: 130 after Ctrl-C, else 0.
+        The exit status: 130 after Ctrl-C, 143 after SIGTERM, else 0.
     """
     # Refuse what would fail later, before anything is loaded
-    settings.training.require_shares(processes.world_size)
     require_trackers(settings.trackers)
-    prompts, sharding = prompt_set(settings.prompts), _sharding(settings, processes)
-    for source in settings.evaluation_prompts():
-        prompt_set(source)
+    prompts, sharding = RunPrompts.read(settings), _sharding(settings, processes)
+    settings, plain = fit_to_prompts(settings, plain, prompts, processes)
     folder = RunFolder(Path(settings.output), processes)
     checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint.keep, processes)
     checkpoint = checkpoint_in(folder, checkpoints, plain) if resume else None
@@ -105,37 +144,35 @@ def run_training(
     processes.barrier()  # no rank writes before every rank has checked
 
     # Assemble the run, then measure the untrained model or restore the checkpoint
-    run = TrainingRun(context, settings, prompts, folder, sharding)
+    with progress.phase(f"loading {settings.model.path}"):
+        run = TrainingRun(context, settings, prompts, folder, sharding, progress)
     tracker_run = TrackerRun()
     parts: dict[str, Stateful] = {
-        "inputs": InputFingerprint(run.pipeline.fingerprint, suite_hash(prompts)),
+        "inputs": InputFingerprint(run.pipeline.fingerprint, suite_hash(prompts.training)),
         "trainer": run.trainer,
         "texts": EncoderCache(run.pipeline),
         "tracker": tracker_run,
         **({"guard": run.guard} if run.guard else {}),
         "generators": PerRankState(Generators(), processes),
     }
-    writer = CheckpointWriter(checkpoints, parts, run.score_log, settings.checkpoint.every)
+    adapter = partial(adapter_writer, run.policy, run.pipeline)
+    writer = CheckpointWriter(checkpoints, parts, run.score_log, settings.checkpoint.every, adapter)
     if checkpoint is None:
         if run.guard:
             run.guard.begin()
         folder.begin(plain)
-        if run.before_after:
-            run.before_after(output=folder.path / "before")
+        run.evaluate_before()
         writer.begin()
     else:
         writer.resume(checkpoint)
         folder.resume(plain, checkpoint.rounds)
+    if processes.is_main:
+        write_json(folder.path / "prompts.json", prompts.as_dict())
 
-    # Train; Ctrl-C ends the run after a round
+    # Train; Ctrl-C and SIGTERM end the run after a round
     loggers = trackers(settings.trackers, folder.path, tracker_run.id)
-    if not train(run.trainer, folder, run.pipeline, writer, run.monitors(), loggers):
-        if processes.is_main:
-            print(
-                f"Training stopped at round {run.trainer.rounds_done}: interrupted."
-                f" Resume with: genalign train --resume {folder.path}"
-            )
-        return 130
+    if number := train(run.trainer, folder, run.pipeline, writer, run.monitors(), loggers, progress):
+        return ended_by_signal(number, settings.output, run.trainer.rounds_done) if processes.is_main else 128 + number
 
     # Evaluate the trained model, and write the report
     run.evaluate_after()
@@ -144,15 +181,40 @@ def run_training(
     return 0
 
 
+def fit_to_prompts(
+    settings: config.Train, plain: Mapping[str, Any], prompts: RunPrompts, processes: ProcessGroup = SINGLE_PROCESS
+) -> tuple[config.Train, dict[str, Any]]:
+    """Set the sizes of a round that are not set, and warn of evaluation prompts that are trained on.
+
+    Args:
+        settings: The configuration.
+        plain: The configuration as plain JSON.
+        prompts: The prompts of the run.
+        processes: The ranks of the run.
+
+    Returns:
+        Both configurations with all sizes.
+
+    Raises:
+        ValueError: No sizes fit.
+    """
+    if processes.is_main:
+        prompts.warn()
+    fitted = settings.training.fit(prompts.training, processes)
+    sizes = {name: getattr(fitted, name) for name in ("prompts_per_round", "batch_size", "updates_per_round")}
+    return replace(settings, training=fitted), {**plain, "training": plain["training"] | sizes}
+
+
 class TrainingRun:
     """The model, rewards and trainer of a run, and the measurements before, during and after training.
 
     Args:
         context: The pipelines and rewards.
         settings: The configuration.
-        prompts: The training prompts.
+        prompts: The prompts of the run.
         folder: The folder of the run.
         sharding: FSDP settings; None for a copy of the network on every rank.
+        progress: Shows what is generated.
 
     Raises:
         ValueError: The model, the rewards and the settings do not go together.
@@ -162,18 +224,19 @@ class TrainingRun:
         self,
         context: CommandContext,
         settings: config.Train,
-        prompts: PromptSet,
+        prompts: RunPrompts,
         folder: RunFolder,
         sharding: Sharding | None,
+        progress: Progress = SILENT,
     ) -> None:
         self.context, self.settings, self.prompts = context, settings, prompts
-        self.folder, self.processes = folder, folder.processes
+        self.folder, self.processes, self.progress = folder, folder.processes, progress
         self.sampling = settings.evaluation or settings.sampling  # of everything but the training samples
 
         # Load the model and the rewards, and try them on two samples
         self.pipeline, rewards = context.load(settings.model), named_rewards(settings.rewards)
         require_rate(settings, self.pipeline.sample_rate)
-        first = prompts.prompts[:2]
+        first = prompts.training.prompts[:2]
         probe(rewards, self._generate(first, [0] * len(first), settings.sampling, 2), first)
 
         # Prepare the trained weights (a new adapter, the adapter init_lora, or the whole network) and the trainer
@@ -188,7 +251,7 @@ class TrainingRun:
             self.pipeline,
             self.policy,
             self.score_log.logged(rewards),
-            prompts,
+            prompts.training,
             settings.recipe,
             settings.training,
             settings.sampling,
@@ -201,12 +264,14 @@ class TrainingRun:
             with_stronger_kl(settings.recipe.objective, hacking.on_red.raise_kl)  # refuses an objective without a KL
         self.guard: HackingGuard | None = None
         if hacking.every:
-            self.hacking_jobs = plan_samples(prompt_set(hacking.prompts), hacking.samples_per_task, hacking.seeds)
-            names = tuple(hacking.rewards)
+            monitored = prompts.evaluations["reward_hacking"]
+            self.hacking_jobs = plan_samples(monitored, hacking.samples_per_task, hacking.seeds)
+            self.hacking_rewards = hacking.rewards or {reward.name: reward for reward in rewards if not reward.weight}
+            names = tuple(self.hacking_rewards)
             self.guard = HackingGuard(self.hacking_snapshot, names, hacking.limits, hacking.on_red, hacking.every)
-        self.held_out = self._evaluator(held_out, held_out.scorers) if held_out.every else None
         own = {reward.name: reward for reward in rewards}
-        self.before_after = self._evaluator(before_after, own) if before_after else None
+        self.held_out = self._evaluator("held_out", held_out, held_out.scorers, own) if held_out.every else None
+        self.before_after = self._evaluator("before_after", before_after, own) if before_after else None
 
     def monitors(self) -> RoundMonitors:
         """Collect what is measured during training."""
@@ -217,15 +282,21 @@ class TrainingRun:
     def evaluate_held_out(self) -> dict[str, Estimate]:
         """Score the averaged weights on held-out prompts."""
         assert self.held_out is not None, "held_out.every is set"
-        with self.policy.averaged():
-            return self.held_out().overall
+        with self.policy.averaged(), self.progress.phase("held-out"):
+            return self.held_out(progress=self.progress).overall
+
+    def evaluate_before(self) -> None:
+        """Evaluate the untrained model, if configured, into the folder before/."""
+        if self.before_after is not None:
+            with self.progress.phase("before"):
+                self.before_after(self.folder.path / "before", self.progress)
 
     def evaluate_after(self) -> None:
         """Evaluate the averaged weights, if configured, into the folder after/, and write and print the gains."""
         if self.before_after is None:
             return
-        with self.policy.averaged():
-            after = self.before_after(output=self.folder.path / "after")
+        with self.policy.averaged(), self.progress.phase("after"):
+            after = self.before_after(self.folder.path / "after", self.progress)
         if self.processes.is_main:
             before = load_evaluation(self.folder.path / "before")
             gains = {name: estimate.as_dict() for name, estimate in gain(before, after).items()}
@@ -240,11 +311,11 @@ class TrainingRun:
         tensors: dict[str, Tensor] = {}
         if self.processes.is_main or self.policy.sharded:
             hacking, prompts = self.settings.reward_hacking, [job.prompt for job in self.hacking_jobs]
-            with self.policy.averaged():
+            with self.policy.averaged(), self.progress.phase("reward hacking"):
                 seeds = [job.seed for job in self.hacking_jobs]
                 samples = self._generate(prompts, seeds, self.sampling, hacking.batch_size)
             if self.processes.is_main:
-                measures = PanelMeasures(hacking.rewards, hacking.features, hacking.diagnostics)
+                measures = PanelMeasures(self.hacking_rewards, hacking.features, hacking.diagnostics)
                 tensors = measures(samples, prompts).tensors()
         return PanelSnapshot.from_tensors(self.processes.broadcast(tensors))
 
@@ -252,23 +323,47 @@ class TrainingRun:
         """Generate samples of evenly spaced training prompts; None on ranks that do not write them."""
         if not (self.processes.is_main or self.policy.sharded):
             return None
-        count = min(self.settings.sample_grid.count, len(self.prompts))
-        prompts = [self.prompts.prompts[number * len(self.prompts) // count] for number in range(count)]
-        with self.policy.averaged(), self.pipeline.separate_encoding():
-            samples = self._generate(prompts, range(count), self.sampling, self.settings.training.batch_size)
+        training = self.prompts.training.prompts
+        count = min(self.settings.sample_grid.count, len(training))
+        prompts = [training[number * len(training) // count] for number in range(count)]
+        with self.policy.averaged(), self.pipeline.separate_encoding(), self.progress.phase("sample grid"):
+            samples = self._generate(prompts, range(count), self.sampling, self.trainer.settings.batch_size)
         return samples if self.processes.is_main else None
 
     def _generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, batch_size: int) -> Tensor:
         """Generate one sample per prompt and seed, without noise after the first level."""
-        texts, grid = [prompt.text for prompt in prompts], sampling.grid(self.pipeline)
-        return torch.cat(list(generate(self.pipeline, texts, seeds, grid, sampling.guidance, batch_size)))
+        texts = [prompt.text for prompt in prompts]
+        grid, guidance = sampling.grid(self.pipeline), sampling.guidance_scale(self.pipeline)
+        samples = list[Tensor]()
+        with self.progress.phase("samples", len(texts)) as advance:
+            for batch in generate(self.pipeline, texts, seeds, grid, guidance, batch_size):
+                samples.append(batch)
+                advance(len(batch))
+        return torch.cat(samples)
 
     def _evaluator(
-        self, amount: config.HeldOut | config.BeforeAfter, scorers: Mapping[str, RewardFunction]
-    ) -> partial[Evaluation]:
-        scorers = self.context.scorers_for(amount.prompts, scorers)
+        self,
+        name: str,
+        amount: config.HeldOut | config.BeforeAfter,
+        scorers: Mapping[str, RewardFunction],
+        otherwise: Mapping[str, RewardFunction] | None = None,
+    ) -> Callable[..., Evaluation]:
+        """Bind an evaluation of the section ``name`` to the model.
+
+        Args:
+            name: The section, whose prompts are in ``self.prompts``.
+            amount: The size of the evaluation, and the source of its prompts.
+            scorers: Rewards beside the verifier of the prompts' world.
+            otherwise: Rewards where there are neither.
+        """
+        source, prompts = amount.prompts or self.settings.prompts, self.prompts.evaluations[name]
+        world, size = world_of(source), config.EvaluationSize(amount.samples_per_task, amount.seeds, amount.batch_size)
+        if world is None:  # of a user's prompts, each has ``seeds`` noises, however few they are
+            most = max(len({prompt.text for prompt in task}) for task in prompts.by_task().values())
+            size = replace(size, samples_per_task=min(size.samples_per_task, most * size.seeds))
+        scorers = self.context.scorers_for(source, scorers) or otherwise or {}
         model, processes = self.settings.model, self.processes
-        return build_evaluator(self.pipeline, model, self.sampling, amount, amount.prompts, scorers, processes)
+        return build_evaluator(self.pipeline, model, self.sampling, size, prompts, scorers, world, processes)
 
 
 def _sharding(settings: config.Train, processes: ProcessGroup) -> Sharding | None:

@@ -14,6 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from genalign.runtime.files import apply_umask
+
 ADAPTER = "default"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -88,6 +90,7 @@ def save_peft(directory: Path, state: Mapping[str, Tensor], config: LoraConfig) 
     ordered.save_pretrained(str(directory))
     tensors = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, directory / PEFT_WEIGHTS, metadata={"format": "pt"})
+    apply_umask(directory)
 
 
 def sort_metadata(path: Path) -> None:

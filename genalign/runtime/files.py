@@ -55,7 +55,23 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
     contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with disk_errors():
         save_file(contiguous, temporary, metadata={"meta": json.dumps(dict(meta))})
+    apply_umask(temporary)
     os.replace(temporary, path)
+
+
+def apply_umask(path: Path) -> None:
+    """Give a file, or all files below a folder, the permissions of a new file: 0644 under the usual umask.
+
+    safetensors writes 0600, so that neither colleagues nor servers could read the weights.
+    """
+    folder = path if path.is_dir() else path.parent
+    probe = folder / f".permissions-{os.getpid()}"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 != mode:
+            file.chmod(mode)
 
 
 @contextlib.contextmanager

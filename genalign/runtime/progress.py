@@ -22,7 +22,7 @@ LOG_SECONDS = 30.0
 """The least time between two log lines about the same phase, or the phases within it."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Phase:
     """A phase that is running; calling it reports what has been completed since the last call.
 

@@ -1,6 +1,7 @@
 """Checkpoints to resume a run from: numbered, checksummed, written atomically; the last few are retained.
 
-``checkpoints/round-000012/`` holds state.safetensors, state.json, and manifest.json with the size and SHA-256 of both.
+``checkpoints/round-000012/`` holds state.safetensors, state.json, and manifest.json with the size and SHA-256 of both,
+and lora/, the averaged adapter for use elsewhere, which resuming does not read.
 The newest also has scores.jsonl, the score log of the rounds after it (``genalign.scoring.score_log``); further ranks
 write scores-1.jsonl and so on. ``checkpoints/latest`` is a link to the newest.
 """
@@ -13,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from genalign.runtime.state import State, Stateful
 from genalign.scoring.score_log import ScoreLog
 
 logger = logging.getLogger(__name__)
+AdapterWriter = Callable[[Path], None]
 FORMAT = 1
 _TENSORS, _NUMBERS, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
 _PART = ".part"  # the suffix of folders that are unfinished, or being removed
@@ -72,8 +74,8 @@ class Checkpoints:
     keep: int = 2
     processes: ProcessGroup = SINGLE_PROCESS
 
-    def save(self, rounds: int, parts: Mapping[str, Stateful]) -> Path:
-        """Write the state of ``parts`` after ``rounds`` rounds, and return the path of the checkpoint.
+    def save(self, rounds: int, parts: Mapping[str, Stateful], write_adapter: AdapterWriter | None = None) -> Path:
+        """Write the state of ``parts`` after ``rounds`` rounds and lora/, and return the path of the checkpoint.
 
         Raises OSError on every rank if writing fails; earlier checkpoints stay intact.
         """
@@ -82,14 +84,14 @@ class Checkpoints:
         failed: list[Any] | None = None
         if self.processes.is_main:
             try:
-                self._save(path, rounds, states)
+                self._save(path, rounds, states, write_adapter)
             except OSError as error:
                 failed = [error.errno, str(error)]
         if failed := self.processes.all_gather_object(failed)[0]:
             raise OSError(*failed)
         return path
 
-    def _save(self, path: Path, rounds: int, states: Mapping[str, State]) -> None:
+    def _save(self, path: Path, rounds: int, states: Mapping[str, State], write_adapter: AdapterWriter | None) -> None:
         """Write a checkpoint beside its place, flush it to the disk and rename it: it is complete or absent."""
         for unfinished in self.folder.glob(f"round-*{_PART}"):  # left by a killed process
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -103,7 +105,9 @@ class Checkpoints:
             write_json(beside / _NUMBERS, {"parts": parts, "tensors": list(tensors)})  # safetensors loses their order
             files = {name: _fingerprint(beside / name) for name in (_TENSORS, _NUMBERS)}
             write_json(beside / _MANIFEST, {"format": FORMAT, "rounds": rounds, "files": files})
-            for written in (*beside.iterdir(), beside):
+            if write_adapter:
+                write_adapter(beside / "lora")
+            for written in (*beside.rglob("*"), beside):
                 sync(written)
             _discard(path)  # a damaged checkpoint of the same round
             os.rename(beside, path)
@@ -193,16 +197,25 @@ def _discard(path: Path) -> None:
 
 @dataclass(frozen=True)
 class CheckpointWriter:
-    """Saves the state of ``parts`` during a run, and starts a new score log with each checkpoint."""
+    """Saves the state of ``parts`` during a run, and starts a new score log with each checkpoint.
+
+    Args:
+        checkpoints: The checkpoints of the run.
+        parts: What is saved, by name.
+        score_log: The log of reward calls since the last checkpoint.
+        every: The number of rounds between two checkpoints.
+        adapter: Gather the averaged adapter, and return a function that writes it into a folder; None for no adapter.
+    """
 
     checkpoints: Checkpoints
     parts: Mapping[str, Stateful]
     score_log: ScoreLog
     every: int = 1
+    adapter: Callable[[], AdapterWriter | None] = lambda: None
 
     def begin(self) -> None:
         """Save a checkpoint before the first round. Raises OSError if that fails."""
-        self.score_log.record_to(self.checkpoints.own_scores(self.checkpoints.save(0, self.parts)))
+        self._save(0)
 
     def resume(self, checkpoint: RunCheckpoint) -> None:
         """Restore ``checkpoint``, and load the scores that were logged since."""
@@ -215,8 +228,10 @@ class CheckpointWriter:
         if rounds % self.every and not last:
             return
         try:
-            path = self.checkpoints.save(rounds, self.parts)
+            self._save(rounds)
         except OSError as error:
             logger.warning("Round %d: no checkpoint could be written, the previous one is intact: %s", rounds, error)
-        else:
-            self.score_log.record_to(self.checkpoints.own_scores(path))
+
+    def _save(self, rounds: int) -> None:
+        path = self.checkpoints.save(rounds, self.parts, self.adapter())
+        self.score_log.record_to(self.checkpoints.own_scores(path))

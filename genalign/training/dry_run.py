@@ -51,6 +51,9 @@ class ToyPipeline:
     def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
         return self.steps
 
+    def guidance_scale(self, guidance: float | None) -> float:
+        return 1.0 if guidance is None else guidance
+
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
         return seeded_noise(seeds, torch.empty(1, 1))
 
@@ -106,7 +109,7 @@ def dry_run(
         recipe = replace(recipe, features=lambda samples: samples)
     if isinstance(recipe.credit, SetContrast):
         recipe = replace(recipe, credit=replace(recipe.credit, reward=lambda features: float(features.mean())))
-    one_round = replace(settings, rounds=1, max_nfe=None, optimizer="adamw")
+    one_round = replace(settings, rounds=1, warmup_rounds=0, max_nfe=None, optimizer="adamw")
     sampling = Sampling(len(toy.steps), guidance=guidance)
 
     total, order = Counter[str](), list[tuple[int, ...]]()
@@ -117,7 +120,7 @@ def dry_run(
         for index in range(settings.rounds):
             if settings.progress(index, total["nfe"]) >= 1:
                 break
-            order.append(steps := recipe.steps(toy.steps, index, settings.seed))
+            order.append(steps := recipe.steps(toy.path, toy.steps, index, settings.seed))
             if steps not in rounds:
                 fixed, pipeline = replace(recipe, schedule=lambda *_, steps=steps: steps), copy.copy(toy)
                 pipeline.denoiser = copy.deepcopy(toy.denoiser)  # ``level`` may be a method of a whole pipeline

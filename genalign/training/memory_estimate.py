@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.policy import Policy
 from genalign.runtime.memory_options import Memory
-from genalign.training.settings import TrainerSettings
+from genalign.training.settings import FittedSettings
 from genalign.types import Pipeline
 
 _QUANTIZED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes per number; nf4 has a float32 for every 64 numbers
@@ -37,8 +37,6 @@ class MetaPipeline(Pipeline, Protocol):
 
     @property
     def sample_rate(self) -> int | None: ...
-
-    def require_guidance(self, guidance: float) -> None: ...
 
     def longest_conditioning(self, count: int) -> Mapping[str, Tensor]: ...
 
@@ -96,7 +94,7 @@ def prediction_activations(outline: Outline, samples: int, guidance: float) -> i
 
 
 def estimate_memory(
-    outline: Outline, policy: Policy, recipe: Recipe, settings: TrainerSettings, guidance: float, stored: int
+    outline: Outline, policy: Policy, recipe: Recipe, settings: FittedSettings, guidance: float, stored: int
 ) -> MemoryEstimate:
     """Estimate the memory of the training device; rewards' networks and temporary tensors are not counted.
 

@@ -2,91 +2,57 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional as F
 
 from genalign.metrics.intervals import Estimate
 from genalign.runtime.media import AudioMedium, save_images
+from genalign.runtime.progress import Phase, format_rate
 from genalign.scoring.budget import peak_memory
 from genalign.training.reward_hacking import due
 from genalign.training.round_result import RoundResult
-from genalign.training.trainer import Trainer
-
-logger = logging.getLogger(__name__)
+from genalign.training.settings import TrainerSettings
 
 
+@dataclass
 class RoundDisplay:
-    """A progress bar in a terminal; elsewhere (nohup, SLURM, CI) one log line a round."""
+    """The rounds of a run: beside the bar of the phase ``rounds`` in a terminal, elsewhere one log line a round."""
 
-    def __init__(self, trainer: Trainer, is_main: bool) -> None:
-        self._settings, self._is_main = trainer.settings, is_main
-        self._held_out, self._start = "-", time.monotonic()
-        self._start_progress = trainer.settings.progress(trainer.rounds_done, trainer.ledger.nfe)
-        console = Console()
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("reward {task.fields[reward]}  held-out {task.fields[held_out]}"),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not (is_main and console.is_terminal),
-        )
-        fields: dict[str, Any] = {"total": trainer.settings.rounds, "completed": trainer.rounds_done}
-        self._task = self._bar.add_task("training", **fields, reward="-", held_out="-", rate="")
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+    settings: TrainerSettings
+    rounds: Phase
+    held_out: str = ""
 
     def show(self, result: RoundResult, held_out: Mapping[str, Estimate]) -> None:
         """Show the metrics of a round, and the first score of the latest evaluation of held-out prompts."""
         if held_out:
-            self._held_out = f"{next(iter(held_out.values())).mean:.3f}"
-        rate = format_rate(result.samples / result.seconds)
-        self._bar.update(self._task, advance=1, reward=f"{result.reward:.3f}", held_out=self._held_out, rate=rate)
-        if not self._is_main or not self._bar.disable:
-            return
-        progress = self._settings.progress(result.round + 1, result.nfe)
-        elapsed = time.monotonic() - self._start
-        left = elapsed * max(0.0, 1 - progress) / (progress - self._start_progress)
+            self.held_out = f"held-out {next(iter(held_out.values())).mean:.3f}"
+        reward, rate = f"reward {result.reward:.3f}", format_rate(result.samples / result.seconds)
+        rounds = self.rounds
+        rounds.done = result.round + 1
+        rounds.note = "  ".join(filter(None, [reward, self.held_out, rate]))
+        if self.settings.max_nfe:  # may end the run earlier
+            rounds.total = math.ceil(rounds.done / self.settings.progress(rounds.done, result.nfe) - 1e-9)
         scores = ", ".join(f"{name} {score:.3f}" for name, score in result.rewards.items())
         parts = [
-            f"reward {result.reward:.3f} ({scores})",
-            f"held-out {self._held_out}" if self._held_out != "-" else "",
+            f"{reward} ({scores})",
+            self.held_out,
             f"KL {result.kl:.3g}",
             f"clip fraction {result.clip_fraction:.3f}" if not math.isnan(result.clip_fraction) else "",
             f"NFE {result.nfe}",
             rate,
-            f"ETA {timedelta(seconds=round(left))}",
+            f"ETA {rounds.eta}",
             f"memory {peak_memory() / 2**30:.1f} GiB",
         ]
-        logger.info("round %d/%d: %s", result.round + 1, self._settings.rounds, ", ".join(filter(None, parts)))
-
-
-def format_rate(samples_per_second: float) -> str:
-    """Format a rate in samples per second, or, below 1, in seconds per sample."""
-    if samples_per_second >= 1:
-        return f"{samples_per_second:.1f} samples/s"
-    return f"{1 / samples_per_second:.1f} s/sample"
+        rounds.progress.log_line(f"round {rounds.done}/{rounds.total}: {', '.join(filter(None, parts))}")
 
 
 def flat_numbers(row: Mapping[str, Any]) -> dict[str, float]:

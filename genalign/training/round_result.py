@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from genalign.scoring.budget import peak_memory
 
@@ -46,6 +47,7 @@ class RoundResult:
             return value if not isinstance(value, float) or math.isfinite(value) else None
 
         machine = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": self.seconds,
             "samples_per_second": self.samples / self.seconds if self.seconds else 0.0,
             "peak_memory_bytes": peak_memory(),

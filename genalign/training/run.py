@@ -1,4 +1,4 @@
-"""A training run: rounds with everything that is observed, logged and saved between them, and a clean end on Ctrl-C."""
+"""A training run: rounds with all that is observed, logged and saved between them, and a clean end on a signal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from genalign.metrics.intervals import Estimate
+from genalign.runtime.progress import SILENT, Progress
 from genalign.scoring.score import RewardError
 from genalign.training.checkpointing import CheckpointWriter
 from genalign.training.nonfinite import DivergedError
@@ -23,22 +24,46 @@ from genalign.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which Slurm and Kubernetes end a job, where Ctrl-C would raise KeyboardInterrupt."""
+
+
 @contextlib.contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether Ctrl-C was pressed; a second Ctrl-C interrupts at once."""
-    presses: list[int] = []
+def terminable() -> Iterator[None]:
+    """Make SIGTERM raise Terminated inside the context."""
 
     def handle(number: int, frame: object) -> None:
-        if presses:
-            raise KeyboardInterrupt
-        presses.append(number)
-        logger.warning("Ctrl-C: the run ends after this round and is saved; press Ctrl-C again to stop at once")
+        raise Terminated
 
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = signal.signal(signal.SIGTERM, handle)
     try:
-        yield lambda: bool(presses)
+        yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def end_after_round() -> Iterator[Callable[[], int]]:
+    """Yield a function that returns the signal that asks the run to end, SIGINT or SIGTERM, or 0 for none.
+
+    A second Ctrl-C interrupts at once. A second SIGTERM does not: launchers pass on what a scheduler sends to all.
+    """
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not received:
+            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            logger.warning("%s: the run ends after this round and is saved; press Ctrl-C to stop at once", name)
+        received.append(number)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -88,7 +113,8 @@ def train(
     checkpoints: CheckpointWriter,
     monitors: RoundMonitors,
     trackers: Sequence[Any] = (),
-) -> bool:
+    progress: Progress = SILENT,
+) -> int:
     """Run the remaining rounds, and write the weights at the end.
 
     After an error the weights are written too, unless FSDP shards them, which would need every rank.
@@ -100,19 +126,22 @@ def train(
         checkpoints: The writer of checkpoints to resume from.
         monitors: Observers between rounds.
         trackers: Experiment trackers, from accelerate.
+        progress: Shows the rounds, and the phases within them.
 
     Returns:
-        False if Ctrl-C ended the run early.
+        The signal, SIGINT or SIGTERM, that ended the run early on any rank; 0 for none.
 
     Raises:
         RewardError: A reward failed too often.
         DivergedError: Too many updates in a row were not finite.
     """
-    policy, interrupted = trainer.policy, False
+    policy, ended_by = trainer.policy, 0
     best = replace(folder, path=folder.path / "best")
     try:
-        with stop_on_interrupt() as ctrl_c, RoundDisplay(trainer, folder.processes.is_main) as display:
-            for result in () if monitors.stopped else trainer.rounds():
+        total, done = trainer.settings.rounds, trainer.rounds_done
+        with end_after_round() as signaled, progress.phase("training", total, "rounds", done) as phase:
+            display = RoundDisplay(trainer.settings, phase)
+            for result in () if monitors.stopped else trainer.rounds(progress):
                 rounds = trainer.rounds_done
                 last = trainer.settings.progress(rounds, result.nfe) >= 1
 
@@ -127,11 +156,11 @@ def train(
                 log_round(trackers, result.round, row, folder.path, samples)
                 display.show(result, held_out)
 
-                # React to reward hacking, save, and end early after a red report or Ctrl-C
+                # React to reward hacking, save, and end early after a red report or a signal on any rank
                 if monitors.guard and report:
                     monitors.guard.react(report, trainer, lambda: best.save(policy, pipeline))
-                interrupted = trainer.processes.any_rank(ctrl_c())
-                stopping = interrupted or monitors.stopped
+                ended_by = max(trainer.processes.all_gather_object(signaled()))
+                stopping = bool(ended_by) or monitors.stopped
                 checkpoints.after(rounds, last or stopping)
                 if stopping:
                     break
@@ -143,4 +172,4 @@ def train(
             raise type(error)(f"{stop}. Resume with: genalign train --resume {folder.path}") from error
         raise
     folder.save(policy, pipeline)
-    return monitors.stopped or not interrupted
+    return 0 if monitors.stopped else ended_by

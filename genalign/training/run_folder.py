@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from peft import LoraConfig
@@ -27,6 +29,7 @@ RUN_FORMAT = 2
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "genalign")
 
 
+@runtime_checkable
 class WeightStore(Protocol):
     """A pipeline that can write the trained adapter, or the whole network, in its family's own format."""
 
@@ -67,7 +70,8 @@ class RunFolder:
         self.require_unused()
         if self.processes.is_main:
             write_json(self.path / "config.json", config)
-            write_json(self.path / "environment.json", environment(self.processes.world_size))
+            started = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv}
+            write_json(self.path / "environment.json", environment(self.processes.world_size) | {"started": started})
 
     def config(self) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
@@ -117,6 +121,24 @@ class RunFolder:
             if self.processes.is_main:
                 pipeline.save_lora(self.path / "lora", state, policy.config)
                 save_peft(self.path / "peft", state, policy.config)
+
+
+def adapter_writer(policy: Policy, pipeline: WeightStore) -> Callable[[Path], None] | None:
+    """Gather the averaged adapter, and return a function that writes it into a folder, in diffusers' format.
+
+    None if the whole network is trained. Under FSDP every rank must call this.
+    """
+    config = policy.config
+    if config is None:
+        return None
+    with policy.averaged():
+        state = {name: tensor.detach().clone() for name, tensor in policy.adapter_state().items()}
+
+    def write(directory: Path) -> None:
+        with disk_errors():
+            pipeline.save_lora(directory, state, config)
+
+    return write
 
 
 def environment(world_size: int) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from genalign.diffusion.completion import complete
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import Rollout, RolloutInputs, kernel_per_step, rollout, rows_are_finite
 from genalign.runtime.distributed import ALL_RANKS, RankShare
+from genalign.runtime.progress import SILENT, Phase, Progress
 from genalign.scoring.score import NamedReward, score
-from genalign.training.settings import TrainerSettings
+from genalign.training.settings import FittedSettings
 from genalign.types import Grid, Pipeline, Prompt
 
 T = TypeVar("T")
@@ -50,10 +51,16 @@ class Sampler:
     rewards: Sequence[NamedReward]
     grid: Grid
     guidance: float
-    settings: TrainerSettings
+    settings: FittedSettings
 
     def __call__(
-        self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str, share: RankShare = ALL_RANKS
+        self,
+        recipe: Recipe,
+        steps: Sequence[int],
+        prompts: Sequence[Prompt],
+        name: str,
+        share: RankShare = ALL_RANKS,
+        progress: Progress = SILENT,
     ) -> Iterator[SampledBatch]:
         """Yield the batches of a round.
 
@@ -63,9 +70,14 @@ class Sampler:
             prompts: The prompts of the round.
             name: The seed of all noise, different in every round.
             share: This rank's share of the batches.
+            progress: Shows the samples of all ranks.
         """
-        scoring = self._sample(recipe, steps, prompts, name, share)
-        yield from in_thread(scoring) if self.settings.overlap_scoring else (score_batch() for score_batch in scoring)
+        total = len(prompts) * self.settings.group_size
+        with progress.phase("sampling", total) as sampled, progress.phase("scoring", total) as scored:
+            scoring = self._sample(recipe, steps, prompts, name, share, sampled)
+            for batch in in_thread(scoring) if self.settings.overlap_scoring else (call() for call in scoring):
+                scored(len(batch.samples) * share.world_size)
+                yield batch
 
     def inputs(self, recipe: Recipe, prompts: Sequence[Prompt], name: str) -> RolloutInputs:
         """Return the conditioning and noise seeds of a round's samples, group by group."""
@@ -79,10 +91,16 @@ class Sampler:
 
     @torch.no_grad()
     def _sample(
-        self, recipe: Recipe, steps: Sequence[int], prompts: Sequence[Prompt], name: str, share: RankShare
+        self,
+        recipe: Recipe,
+        steps: Sequence[int],
+        prompts: Sequence[Prompt],
+        name: str,
+        share: RankShare,
+        advance: Phase,
     ) -> Iterator[Callable[[], SampledBatch]]:
         """Run the denoiser batch by batch, and yield a call that decodes and scores the batch."""
-        kernels = kernel_per_step(recipe.kernel, steps, len(self.grid))
+        kernels = kernel_per_step(recipe.kernel_on(self.pipeline.path), steps, len(self.grid))
         batches = list(self.inputs(recipe, prompts, name).split(self.settings.batch_size))
         for batch in (batches[number] for number in share.indices(len(batches))):
             trajectories = rollout(self.pipeline, batch, self.grid, kernels, self.guidance, store=steps)
@@ -91,6 +109,7 @@ class Sampler:
                 latents = complete(self.pipeline, trajectories, self.grid, self.guidance, recipe.completion)
                 completions = latents.unbind(1)
             repeated = [prompts[row] for row in batch.prompt.tolist()]
+            advance(len(repeated) * share.world_size)
             yield partial(self._decode_and_score, recipe, trajectories, completions, repeated)
 
     @torch.no_grad()

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Literal
 
 import torch
+from torch import nn
+
+from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from genalign.types import PromptSet
+
+logger = logging.getLogger(__name__)
+_PROMPTS, _SAMPLES, _UPDATES = 16, 96, 2  # the largest sizes of a round, a batch and the updates that are not set
 
 
 @dataclass(frozen=True)
@@ -14,9 +24,12 @@ class TrainerSettings:
     """Size of a round, optimization, and limits on failures.
 
     A round samples ``prompts_per_round`` x ``group_size`` samples in batches of ``batch_size``, and makes
-    ``updates_per_round`` optimizer steps on them. A run ends after ``rounds``, or with the round that reaches
-    ``max_nfe`` denoiser evaluations of single samples (guidance counts twice). The learning rate is constant, or falls
-    linearly to zero at the end of the run. "adamw8bit" keeps Adam's moments in 8 bits (bitsandbytes, an extra).
+    ``updates_per_round`` optimizer steps on them. Those of the three that are None fit the prompts: 16 prompts in 2
+    updates of batches of up to 96 samples, or less for a small prompt set (``fit``). A run ends after ``rounds``, or
+    with the round that reaches ``max_nfe`` denoiser evaluations of single samples (guidance counts twice).
+
+    The learning rate rises linearly over ``warmup_rounds``; from there it is constant, or falls to zero at the end of
+    the run, linearly or as half a cosine. "adamw8bit" keeps Adam's moments in 8 bits (bitsandbytes, an extra).
 
     A run stops if more than ``max_failed_fraction`` of a round's samples could not be scored, and after
     ``max_skipped_updates`` consecutive updates that were skipped because their gradient was not finite. If memory runs
@@ -29,12 +42,13 @@ class TrainerSettings:
 
     rounds: int = 100
     max_nfe: int | None = None
-    prompts_per_round: int = 16
+    prompts_per_round: int | None = None
     group_size: int = 12
-    batch_size: int = 96
-    updates_per_round: int = 2
+    batch_size: int | None = None
+    updates_per_round: int | None = None
     learning_rate: float = 3e-4
-    learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_rounds: int = 0
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
@@ -57,35 +71,84 @@ class TrainerSettings:
             raise ValueError(f"training.max_failed_fraction must be in [0, 1], not {self.max_failed_fraction}")
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}: a group needs at least 2 samples to compare")
-        if self.batch_size % self.group_size:
+        if not 0 <= self.warmup_rounds < self.rounds:
+            raise ValueError(
+                f"training.warmup_rounds is {self.warmup_rounds} of {self.rounds} rounds: give a number from 0 to"
+                f" {self.rounds - 1}"
+            )
+        if self.batch_size and self.batch_size % self.group_size:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of group_size {self.group_size}, so that groups stay"
                 f" whole: try {self.group_size * max(1, self.batch_size // self.group_size)}"
             )
-        samples = self.prompts_per_round * self.group_size
-        if samples % (self.batch_size * self.updates_per_round):
-            raise ValueError(
-                f"prompts_per_round {self.prompts_per_round} x group_size {self.group_size} = {samples} samples do not"
-                f" divide into {self.updates_per_round} updates of batches of {self.batch_size}: change one of them"
-            )
+        if self.prompts_per_round:
+            self._sizes(self.prompts_per_round, 1)  # refuses sizes that do not divide
 
-    def require_shares(self, world_size: int) -> None:
-        """Raise ValueError if the batches of an update do not divide among ``world_size`` ranks."""
-        batches = self.prompts_per_round * self.group_size // (self.batch_size * self.updates_per_round)
-        if batches % world_size:
-            raise ValueError(
-                f"an update's {batches} batches of {self.batch_size} samples do not divide among {world_size}"
-                " processes: change training.batch_size, prompts_per_round or updates_per_round, or the number of"
-                " processes"
+    def fit(self, prompts: PromptSet, processes: ProcessGroup = SINGLE_PROCESS) -> FittedSettings:
+        """Choose the sizes of a round that are None for a prompt set and the ranks that share the batches of an update.
+
+        As many updates as fit are preferred, then as many prompts, then batches as large as possible, each up to its
+        default; a line in the log names sizes below that.
+
+        Raises ValueError if no sizes fit the prompts, the ranks and the sizes that are set.
+        """
+        distinct = len({prompt.text for prompt in prompts.prompts})
+        sizes = self._sizes(distinct, processes.world_size)
+        fitted = FittedSettings(**(asdict(self) | sizes))
+        if processes.is_main and distinct < _PROMPTS and any(vars(self)[name] is None for name in sizes):
+            logger.info(
+                "A round takes %d of the %d prompts, in %d updates of batches of %d samples, as far as"
+                " training.prompts_per_round, updates_per_round and batch_size are not set",
+                *(fitted.prompts_per_round, distinct, fitted.updates_per_round, fitted.batch_size),
             )
+        return fitted
+
+    def _sizes(self, prompts: int, processes: int) -> dict[str, int]:
+        size, most = self.group_size, min(prompts, _PROMPTS)
+        updates = [self.updates_per_round] if self.updates_per_round else range(_UPDATES, 0, -1)
+        rounds = [self.prompts_per_round] if self.prompts_per_round else range(most, 0, -1)
+        batches = [self.batch_size // size] if self.batch_size else range(max(1, _SAMPLES // size), 0, -1)
+        for steps, count, groups in itertools.product(updates, rounds, batches):
+            if count % (groups * steps * processes) == 0:
+                return {"prompts_per_round": count, "batch_size": groups * size, "updates_per_round": steps}
+        count, among = self.prompts_per_round or most, f" on {processes} processes" if processes > 1 else ""
+        raise ValueError(
+            f"prompts_per_round {count} x group_size {size} = {count * size} samples do not divide into"
+            f" {self.updates_per_round or 1} updates of batches of {self.batch_size or size}{among}: change one of them"
+        )
 
     def progress(self, rounds: int, nfe: int) -> float:
         """The fraction of the run that is complete after ``rounds`` and ``nfe``; 1 or more at its end."""
         return max(rounds / self.rounds, nfe / self.max_nfe if self.max_nfe else 0.0)
 
-    def rate(self, progress: float) -> float:
-        """The learning rate at a fraction of the run."""
-        return self.learning_rate * (1 - progress if self.learning_rate_schedule == "linear" else 1.0)
+    def rate(self, rounds: int, nfe: int) -> float:
+        """The learning rate of the round after ``rounds`` and ``nfe``."""
+        if rounds < self.warmup_rounds:
+            return self.learning_rate * (rounds + 1) / self.warmup_rounds
+        progress = self.progress(rounds, nfe)
+        warmup = progress * self.warmup_rounds / rounds if rounds else 0.0  # the progress at the end of the warm-up
+        return self.learning_rate * _schedule(self.learning_rate_schedule)((progress - warmup) / (1 - warmup))
+
+
+@dataclass(frozen=True)
+class FittedSettings(TrainerSettings):
+    """Trainer settings with all sizes of a round, as ``TrainerSettings.fit`` returns them."""
+
+    prompts_per_round: int = _PROMPTS
+    batch_size: int = _SAMPLES
+    updates_per_round: int = _UPDATES
+
+
+@cache
+def _schedule(name: str) -> Callable[[float], float]:
+    """Return a schedule of diffusers as the factor of the learning rate at a fraction of the run."""
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))])
+    factor: Callable[[float], float] = get_scheduler(
+        name, optimizer, num_warmup_steps=0, num_training_steps=1
+    ).lr_lambdas[0]
+    return factor
 
 
 def optimizer_class(settings: TrainerSettings) -> Callable[..., torch.optim.Optimizer]:

@@ -33,11 +33,13 @@ from genalign.diffusion.sampling import Sampling
 from genalign.prompts import PromptSampler
 from genalign.runtime.files import with_prefix, without_prefix
 from genalign.runtime.fsdp import full_tensor
+from genalign.runtime.progress import SILENT, Progress
 from genalign.runtime.state import State, load_optimizer_tensors, optimizer_tensors
 from genalign.scoring.budget import Ledger, Metered, metered_rewards
 from genalign.scoring.score import NamedReward, RewardMonitor, named
 from genalign.training.nonfinite import NonFiniteGuard, SkippedUpdate, is_out_of_memory
 from genalign.training.round_result import RoundResult
+from genalign.training.run_folder import RunFolder, WeightStore
 from genalign.training.sampler import SampledBatch, Sampler
 from genalign.training.settings import TrainerSettings, optimizer_class
 from genalign.types import Pipeline, Prompt, PromptSet, RewardFunction, TrainableReward
@@ -75,14 +77,15 @@ class Trainer:
     ) -> None:
         rewards, prompts = named(rewards), PromptSet.of(prompts)
         self.ledger, self.processes = Ledger(), policy.processes
-        settings.require_shares(self.processes.world_size)
+        settings = settings.fit(prompts, self.processes)
         self.pipeline, self.policy, self.recipe = Metered(pipeline, self.ledger), policy, recipe
         self.rewards = metered_rewards(rewards, self.ledger)
-        self.settings, self.sampling = settings, sampling
+        self.settings = settings
         self.grid = sampling.grid(pipeline)
-        self.sampler = Sampler(self.pipeline, self.rewards, self.grid, sampling.guidance, settings)
-        recipe.kernel.check(sampling.guidance, [reward.name for reward in rewards if reward.weight])
-        recipe.steps(self.grid, 0, settings.seed)  # refuse an impossible recipe before any compute
+        self.guidance, self.kernel = sampling.guidance_scale(pipeline), recipe.kernel_on(pipeline.path)
+        self.sampler = Sampler(self.pipeline, self.rewards, self.grid, self.guidance, settings)
+        self.kernel.check(self.guidance, [reward.name for reward in rewards if reward.weight])
+        recipe.steps(pipeline.path, self.grid, 0, settings.seed)  # refuse an impossible recipe before any compute
         self.prompts = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
         rate, decay = settings.learning_rate, settings.weight_decay
         self.optimizer = optimizer_class(settings)(policy.parameters, lr=rate, weight_decay=decay)
@@ -96,19 +99,18 @@ class Trainer:
         self.samples = 0
         self.seconds = 0.0
 
-    def rounds(self) -> Iterator[RoundResult]:
-        """Train the remaining rounds, and yield the result of each."""
+    def rounds(self, progress: Progress = SILENT) -> Iterator[RoundResult]:
+        """Train the remaining rounds, and yield the result of each; ``progress`` shows the phases within a round."""
         for index, prompts in itertools.islice(enumerate(self.prompts.rounds()), self.rounds_done, None):
-            progress = self.settings.progress(index, self.ledger.nfe)
-            if progress >= 1:
+            if self.settings.progress(index, self.ledger.nfe) >= 1:
                 return
             start, billed = time.perf_counter(), self.ledger.copy()
             for parameters in self.optimizer.param_groups:
-                parameters["lr"] = self.settings.rate(progress)
-            batches = self.sample(index, prompts)
+                parameters["lr"] = self.settings.rate(index, self.ledger.nfe)
+            batches = self.sample(index, prompts, progress)
             scores = self.gather_scores(batches, len(prompts))
             reward_metrics = self._update_rewards(batches, prompts)
-            sums = self.learn(index, prompts, batches, scores)
+            sums = self.learn(index, prompts, batches, scores, progress)
             if self.old is not None and self.recipe.lag is not None:
                 self.old.update(self.policy.parameters, self.recipe.lag.decay(index))
             self.ledger.add(self.processes.all_gather_object(self.ledger.since(billed).counts), billed)
@@ -117,11 +119,12 @@ class Trainer:
             self.seconds += time.perf_counter() - start
             yield self._result(index, scores, sums, reward_metrics)
 
-    def sample(self, index: int, prompts: Sequence[Prompt]) -> list[SampledBatch]:
+    def sample(self, index: int, prompts: Sequence[Prompt], progress: Progress = SILENT) -> list[SampledBatch]:
         """Sample and score this rank's batches of round ``index``, with the old policy if the recipe has one."""
-        steps = self.recipe.steps(self.grid, index, self.settings.seed)
+        steps = self.recipe.steps(self.pipeline.path, self.grid, index, self.settings.seed)
         with contextlib.nullcontext() if self.old is None else self.policy.using(self.old):
-            return list(self.sampler(self.recipe, steps, prompts, f"{self.settings.seed}/{index}", self.processes))
+            name = f"{self.settings.seed}/{index}"
+            return list(self.sampler(self.recipe, steps, prompts, name, self.processes, progress))
 
     def gather_scores(self, batches: Sequence[SampledBatch], prompts: int) -> RoundScores:
         """Gather the scores of all ranks' batches in the order of the round, and check them."""
@@ -150,7 +153,12 @@ class Trainer:
         }
 
     def learn(
-        self, index: int, prompts: Sequence[Prompt], sampled: Sequence[SampledBatch], scores: RoundScores
+        self,
+        index: int,
+        prompts: Sequence[Prompt],
+        sampled: Sequence[SampledBatch],
+        scores: RoundScores,
+        progress: Progress = SILENT,
     ) -> MetricSums:
         """Make the optimizer steps of a round, each on the next part of the round's batches.
 
@@ -159,42 +167,23 @@ class Trainer:
             prompts: The round's prompts.
             sampled: This rank's batches.
             scores: The scores of all ranks.
+            progress: Shows the updates.
         """
         sums, size = MetricSums(), self.settings.batch_size
-        context = UpdateContext(
-            self.pipeline, self.policy, self.grid, self.recipe.kernel, self.sampling.guidance, self.old, sums
-        )
+        context = UpdateContext(self.pipeline, self.policy, self.grid, self.kernel, self.guidance, self.old, sums)
         credits, groups = torch.split(self.recipe.credit(scores), size), torch.split(scores.group, size)
         numbers = list(self.processes.indices(len(credits)))  # of this rank's batches among all
         per_update = len(sampled) // self.settings.updates_per_round
-        for update in range(self.settings.updates_per_round):
-            part = slice(update * per_update, (update + 1) * per_update)
-            on_policy = update == 0 and self.old is None
-
-            # Pair this rank's batches with their credit, and accumulate the gradient of the mean loss on all ranks
-            batches = [
-                UpdateBatch(batch.rollout, credits[number], groups[number], on_policy)
-                for batch, number in zip(sampled[part], numbers[part], strict=True)
-            ]
-            seeds = [derived_seed(self.settings.seed, index, "l", number) for number in numbers[part]]
-            before = sums.snapshot()
-            terms = self._accumulate(context, batches, seeds)
-            self.policy.sum_gradients()
-            norm = full_tensor(nn.utils.clip_grad_norm_(self.policy.parameters, self.settings.max_grad_norm))
-            loss = sum(self.processes.all_gather_object(sums.values.get("loss", 0.0)))
-
-            # Make the optimizer step, or skip an update that is not finite
-            if bool(norm.isfinite()) and math.isfinite(loss):
-                sums.add("grad_norm", norm.reshape(1))
-                self.nonfinite.in_row = 0
-                if terms:  # without terms there is no gradient, but moments and weight decay would act
-                    self.optimizer.step()
-                    self.policy.update_average()
-            else:
-                sums.rollback(before)
-                sums.skipped += 1
-                self.nonfinite.skip(SkippedUpdate(index, update, float(norm), loss, batches, prompts))
-            self.optimizer.zero_grad()
+        with progress.phase("updates", self.settings.updates_per_round, "updates") as advance:
+            for update in range(self.settings.updates_per_round):
+                part = slice(update * per_update, (update + 1) * per_update)
+                on_policy = update == 0 and self.old is None
+                batches = {
+                    number: UpdateBatch(batch.rollout, credits[number], groups[number], on_policy)
+                    for batch, number in zip(sampled[part], numbers[part], strict=True)
+                }
+                self._update(context, index, update, prompts, batches)
+                advance()
 
         self.micro_batch = min(self.processes.all_gather_object(self.micro_batch))
         sums = MetricSums.merge(self.processes.all_gather_object(vars(sums)))
@@ -209,6 +198,43 @@ class Trainer:
                 clip_range,
             )
         return sums
+
+    def _update(
+        self,
+        context: UpdateContext,
+        index: int,
+        update: int,
+        prompts: Sequence[Prompt],
+        batches: Mapping[int, UpdateBatch],
+    ) -> None:
+        """Accumulate the gradient of the mean loss on all ranks, and make the optimizer step.
+
+        Args:
+            context: What the objective needs besides the batches.
+            index: The round.
+            update: The update of the round, which is skipped if its gradient or loss is not finite.
+            prompts: The round's prompts.
+            batches: This rank's batches of the update, by their number in the round.
+        """
+        sums = context.metrics
+        before = sums.snapshot()
+        seeds = [derived_seed(self.settings.seed, index, "l", number) for number in batches]
+        terms = self._accumulate(context, list(batches.values()), seeds)
+        self.policy.sum_gradients()
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.policy.parameters, self.settings.max_grad_norm))
+        loss = sum(self.processes.all_gather_object(sums.values.get("loss", 0.0)))
+        if bool(norm.isfinite()) and math.isfinite(loss):
+            sums.add("grad_norm", norm.reshape(1))
+            self.nonfinite.in_row = 0
+            if terms:  # without terms there is no gradient, but moments and weight decay would act
+                self.optimizer.step()
+                self.policy.update_average()
+        else:
+            sums.rollback(before)
+            sums.skipped += 1
+            skipped = SkippedUpdate(index, update, float(norm), loss, list(batches.values()), prompts)
+            self.nonfinite.skip(skipped)
+        self.optimizer.zero_grad()
 
     def _accumulate(self, context: UpdateContext, batches: Sequence[UpdateBatch], seeds: Sequence[int]) -> int:
         """Accumulate this rank's part of the gradient of an update's mean loss; return the terms of all ranks.
@@ -265,6 +291,16 @@ class Trainer:
         """Double the weight of the KL to the untrained policy, and raise it to ``least`` if it is below."""
         self.recipe = replace(self.recipe, objective=with_stronger_kl(self.recipe.objective, least))
         self.kl_floors.append(least)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the averaged weights: lora/ (diffusers) and peft/, or, if the whole network was trained, denoiser/.
+
+        In a distributed run every rank must call this. Raises TypeError for a pipeline that cannot write weights.
+        """
+        pipeline = self.pipeline.pipeline
+        if not isinstance(pipeline, WeightStore):
+            raise TypeError(f"{type(pipeline).__name__} has no save_lora and save_denoiser: train a pipeline that has")
+        RunFolder(Path(directory), self.processes).save(self.policy, pipeline)
 
     def state(self) -> State:
         """Return the state that later rounds depend on, except for what follows from the seed and the round."""

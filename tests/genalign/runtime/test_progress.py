@@ -35,9 +35,9 @@ def terminal(width: int) -> Console:
 
 
 def drawn(progress: Progress, width: int) -> list[str]:
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(progress._table())
-    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]  # a StringIO
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None).print(progress._table())
+    return stream.getvalue().splitlines()
 
 
 def test_a_log_has_a_line_at_once_and_then_one_every_thirty_seconds(
