@@ -172,6 +172,12 @@ class Pipeline(Protocol):
     def level(self, u: Tensor) -> NoiseLevel:
         """Return noise levels for training at u in [0, 1] (B,)."""
 
+    def guidance_scale(self, guidance: float | None) -> float:
+        """Return the scale of classifier-free guidance to sample with; None is the default of the model's family.
+
+        Raises ValueError for a scale that the model does not take.
+        """
+
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
         """Draw latents at the first noise level, one seed per sample, on the CPU in float32."""
 

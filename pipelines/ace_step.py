@@ -29,6 +29,12 @@ class AceStep(AudioPipeline, FlowPipeline):
     default_seconds = 60.0
     text_tokens = 256
     shift = 3.0
+    takes_negative = False
+
+    @property
+    def guidance_default(self) -> float:
+        """The guidance scale of diffusers' pipeline, or none for a turbo checkpoint."""
+        return 1.0 if self.pipe.is_turbo else 7.0
 
     @property
     def latent_channels(self) -> int:

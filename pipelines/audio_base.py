@@ -17,7 +17,7 @@ from pipelines.base import DiffusersPipeline, Options
 class AudioPipeline(DiffusersPipeline):
     """A family of audio: latents (B, C, frames), and waveforms (B, channels, L) in [-1, 1] of ``seconds``."""
 
-    unconditional = None
+    default_negative = None
     default_seconds: ClassVar[float | None] = None  # by default all that the network can generate
 
     @property

@@ -26,11 +26,20 @@ from genalign.diffusion.lora import (
     sort_metadata,
 )
 from genalign.diffusion.paths import GaussianPath
-from genalign.runtime.files import write_json
+from genalign.runtime.files import apply_umask, write_json
 from genalign.runtime.memory_options import Memory
 from genalign.types import Conditioning, Grid, NoiseLevel
 from pipelines.adapter_files import read_adapter
-from pipelines.checkpoint_files import check_folder, fingerprint, hub_adapter, is_hub_id, weight_variant
+from pipelines.checkpoint_files import (
+    absent_components,
+    check_folder,
+    fingerprint,
+    hub_adapter,
+    is_hub_id,
+    model_index,
+    weight_variant,
+)
+from pipelines.checkpoint_settings import check_index, check_settings
 from pipelines.low_memory import on_device, quantization_arguments
 
 logger = logging.getLogger(__name__)
@@ -44,7 +53,8 @@ class Options(TypedDict, total=False):
     """Options of opening a checkpoint, all of them optional.
 
     ``height`` and ``width`` of images are in pixels, and ``seconds`` is the duration of audio; by default they are the
-    checkpoint's own. ``max_sequence_length`` is the number of text tokens where the family leaves a choice;
+    checkpoint's own. ``negative_prompt`` is the text that guidance leads away from; "" is the family's default.
+    ``max_sequence_length`` is the number of text tokens where the family leaves a choice;
     ``autocast`` runs the denoiser and the VAE under mixed precision of that dtype; ``distilled_guidance`` is the
     guidance scale that a guidance-distilled network takes as an input; ``compiled`` runs the denoiser with
     ``torch.compile``; for ``memory`` see ``genalign.runtime.memory_options.Memory``.
@@ -55,6 +65,7 @@ class Options(TypedDict, total=False):
     height: int | None
     width: int | None
     seconds: float | None
+    negative_prompt: str
     max_sequence_length: int | None
     distilled_guidance: float | None
     compiled: bool
@@ -69,14 +80,15 @@ class DiffusersPipeline(ABC):
     """
 
     kind: ClassVar[type[DiffusionPipeline]]
-    first_order: ClassVar[type[SchedulerMixin]]  # supplies the noise levels, whatever solver a checkpoint ships
     denoiser_name: ClassVar[str] = "transformer"  # the component that is trained
     patch: ClassVar[int] = 2  # the side of the network's patches in latent pixels
-    unconditional: ClassVar[str | None] = ""  # the negative prompt of guidance, for a family that has one
+    default_negative: ClassVar[str | None] = ""  # the negative prompt of guidance; None for one that is no text
+    distilled_default: ClassVar[float] = 3.5  # the guidance scale that a guidance-distilled network takes as an input
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
     lora_in_diffusers: ClassVar[bool] = True  # whether diffusers saves and loads adapters of this family
 
     def __init__(self, pipe: DiffusionPipeline, **options: Unpack[Options]) -> None:
+        check_settings(pipe)
         self.pipe: Any = pipe  # its components differ by family
         self.device = torch.device(options.get("device", "cpu"))
         self.autocast = options.get("autocast")
@@ -86,6 +98,9 @@ class DiffusersPipeline(ABC):
         if tokens is not None and tokens < 1:
             raise ValueError(f"max_sequence_length must be at least 1 text token, not {tokens}")
         self.max_sequence_length = self.text_tokens if tokens is None else tokens
+        self.negative_prompt = options.get("negative_prompt", "")
+        if self.negative_prompt and not self.takes_negative:
+            raise ValueError("this model takes no negative prompt: leave model.negative_prompt out")
         self.distilled_guidance = options.get("distilled_guidance")
         if self.distilled_guidance is not None and not self.is_distilled:
             raise ValueError("this model has no guidance distilled into it: leave distilled_guidance out")
@@ -106,23 +121,33 @@ class DiffusersPipeline(ABC):
             self.denoiser.enable_gradient_checkpointing()
         if self.memory.tiling:
             self.pipe.vae.enable_tiling()
+        if self.pipe.vae.dtype == torch.float16 and self.upcasts_vae:
+            self.pipe.vae.float()
         if options.get("compiled"):
             self.denoiser.compile()
 
     @classmethod
     def load(cls, path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **options: Unpack[Options]) -> Self:
         """Open a diffusers folder or a Hub id. Raises FileNotFoundError or ValueError for anything else."""
-        check_folder(path_or_id, cls.kind.__name__)
+        check_folder(path_or_id, cls.kind)
+        check_index(model_index(path_or_id))
+        absent = dict.fromkeys(absent_components(path_or_id, cls.kind))
         extra = quantization_arguments(options.get("memory", Memory()), cls.denoiser_name, dtype)
-        pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, variant=weight_variant(path_or_id), **extra)
+        pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, variant=weight_variant(path_or_id), **absent, **extra)
         for name, network in pipe.components.items():
             missing = [key for key, weight in getattr(network, "named_parameters", dict)() if weight.is_meta]
             if missing:
                 raise ValueError(f"{path_or_id}/{name} has no weights for {missing[0]}: copy the whole folder")
-        if not isinstance(pipe.scheduler, cls.first_order) or pipe.scheduler.config.get("solver_order", 1) > 1:
+        opened, shipped = cls(pipe, **options), pipe.scheduler
+        if not isinstance(shipped, opened.first_order) or shipped.config.get("solver_order", 1) > 1:
             message = "%s comes with %s. Genalign samples by first-order steps instead, at the noise levels of %s."
-            logger.warning(message, path_or_id, type(pipe.scheduler).__name__, cls.first_order.__name__)
-        return cls(pipe, **options)
+            logger.warning(message, path_or_id, type(shipped).__name__, opened.first_order.__name__)
+        return opened
+
+    @property
+    @abstractmethod
+    def first_order(self) -> type[SchedulerMixin]:
+        """The scheduler of diffusers that supplies the noise levels, whatever solver a checkpoint ships."""
 
     @property
     @abstractmethod
@@ -178,12 +203,64 @@ class DiffusersPipeline(ABC):
         return {name: row[name].expand(len(tensor), *row[name].shape) for name, tensor in tensors.items()}
 
     @property
+    def guidance_default(self) -> float:
+        """The guidance scale of the family: that of its diffusers pipeline, or of the model card."""
+        return 1.0
+
+    @property
     def is_distilled(self) -> bool:
         """Whether guidance is an input of the network."""
         return False
 
-    def require_guidance(self, guidance: float) -> None:  # noqa: B027  # most networks take any
-        """Raise ValueError for classifier-free guidance that the network was not trained for."""
+    @property
+    def upcasts_vae(self) -> bool:
+        """Whether the VAE runs in float32 where it would run in float16."""
+        return False
+
+    @property
+    def network_guidance(self) -> float:
+        """The guidance scale that a guidance-distilled network takes as an input."""
+        return self.distilled_default if self.distilled_guidance is None else self.distilled_guidance
+
+    @property
+    def takes_negative(self) -> bool:
+        """Whether guidance can lead away from a text."""
+        return not self.is_distilled
+
+    @property
+    def unconditional(self) -> str | None:
+        """The text that guidance leads away from; None for conditioning that is no text's."""
+        return self.negative_prompt if self.negative_prompt else self.default_negative
+
+    @property
+    def guidance(self) -> float:
+        """The default of the guidance scale: what the denoiser's configuration says, or the default of the family."""
+        own = self.denoiser.config.get("_guidance_scale")
+        if own is not None:
+            return float(own)
+        return 1.0 if self.is_distilled else self.guidance_default
+
+    def guidance_scale(self, guidance: float | None) -> float:
+        """Return the guidance scale to sample with; None is the default.
+
+        Raises ValueError for one that the network was not trained for, or that leaves a negative prompt without effect.
+        """
+        scale = self.guidance if guidance is None else guidance
+        self.require_guidance(scale)
+        if self.negative_prompt and scale <= 1:
+            raise ValueError(
+                f"the negative prompt {self.negative_prompt!r} has no effect at guidance {scale:g}: set"
+                " sampling.guidance above 1, or leave model.negative_prompt out"
+            )
+        return scale
+
+    def require_guidance(self, guidance: float) -> None:
+        """Raise ValueError for classifier-free guidance of a guidance-distilled network."""
+        if guidance > 1 and self.is_distilled:
+            raise ValueError(
+                f"this model has guidance distilled into it: set sampling.guidance to 1, not {guidance}, and the"
+                " network's own guidance by model.distilled_guidance"
+            )
 
     @property
     def text_tokens(self) -> int:
@@ -191,9 +268,11 @@ class DiffusersPipeline(ABC):
         return int(self.pipe.tokenizer.model_max_length)
 
     @property
-    def latent_side(self) -> int:
-        """The side of the checkpoint's images in latent pixels."""
-        return int(self.denoiser.config.sample_size)
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the checkpoint's images in latent pixels."""
+        size = self.denoiser.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height, width
 
     def _set_size(self, options: Options) -> None:
         """Set ``height`` and ``width`` of the latents from the size of images in pixels."""
@@ -204,8 +283,9 @@ class DiffusersPipeline(ABC):
         for pixels in (height, width):
             if pixels is not None and (pixels < 1 or pixels % multiple):
                 raise ValueError(f"height and width must be multiples of {multiple} for this model, not {pixels}")
-        self.height = self.latent_side if height is None else height // factor
-        self.width = self.latent_side if width is None else width // factor
+        own_height, own_width = self.latent_size
+        self.height = own_height if height is None else height // factor
+        self.width = own_width if width is None else width // factor
 
     @property
     def denoiser(self) -> Any:
@@ -371,6 +451,7 @@ class DiffusersPipeline(ABC):
                 layers[f"{name}_lora_adapter_metadata"] = {k: sorted(v) if isinstance(v, set) else v for k, v in plain}
             type(self.pipe).save_lora_weights(directory, **layers)
             sort_metadata(directory / DIFFUSERS_WEIGHTS)
+            apply_umask(directory)
         elif self._text_adapters:
             raise ValueError(
                 "the adapter's layers of the text encoders cannot be saved in PEFT's format: train without them"
@@ -418,6 +499,7 @@ class DiffusersPipeline(ABC):
     def save_denoiser(self, directory: Path) -> None:
         """Write the network's weights and configuration in the format of diffusers."""
         self.denoiser.save_pretrained(directory)
+        apply_umask(directory)
 
     def load_denoiser(self, directory: Path) -> None:
         """Load the weights that ``save_denoiser`` wrote."""
@@ -432,6 +514,7 @@ class DiffusersPipeline(ABC):
                 merge_lora(network)
             self._has_adapter, self._text_adapters = False, {}
         (self.pipe if whole else self.denoiser).save_pretrained(directory)
+        apply_umask(directory)
 
 
 def unscale(latents: Tensor, vae_config: Any) -> Tensor:

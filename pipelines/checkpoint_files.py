@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import diffusers.pipelines
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
@@ -22,15 +23,15 @@ from genalign.diffusion.lora import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from genalign.runtime.text_files import read_json
 
 
-def check_folder(path_or_id: str | Path, expected_class: str) -> None:
-    """Check that a path is a complete diffusers folder, or a reachable Hub id, of a pipeline class.
+def check_folder(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> None:
+    """Check that a path is a complete diffusers folder, or a reachable Hub id, of the pipeline class ``kind``.
 
     Raises ValueError for another class or for code of its own, FileNotFoundError for missing files.
     """
     index = model_index(path_or_id)
-    if (name := index["_class_name"]) != expected_class:
-        raise ValueError(f"{path_or_id} holds a {name}, not a {expected_class}: use the pipeline of that family")
-    require_components(path_or_id)
+    if (name := index["_class_name"]) != kind.__name__:
+        raise ValueError(f"{path_or_id} holds a {name}, not a {kind.__name__}: use the pipeline of that family")
+    require_components(path_or_id, kind)
     require_weights(path_or_id)
 
     # A component of any other library would be run from the checkpoint's own files, or from a library of its choice
@@ -63,13 +64,31 @@ def model_index(path_or_id: str | Path) -> dict[str, Any]:
     return {"_class_name": "no pipeline", **read_json(file)}
 
 
-def require_components(path_or_id: str | Path) -> None:
-    """Raise FileNotFoundError if a folder lacks a component that its model_index.json names."""
+def absent_components(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> list[str]:
+    """List the components to open a checkpoint without: those that it leaves out, and missing ones of no use here.
+
+    Of no use for text to image or audio are filters and encoders of images: the optional components of ``kind`` that
+    are neither a text encoder nor a tokenizer. A filter without its preprocessor is left out, too.
+    """
+    folder, index = Path(path_or_id), model_index(path_or_id)
+    components = {name: None not in entry for name, entry in index.items() if isinstance(entry, list)}
+    optional = {name for name in kind._optional_components if not name.startswith(("text_encoder", "tokenizer"))}
+    absent = {name for name, named in components.items() if not named}
+    if folder.is_dir():
+        absent |= {name for name in components if name in optional and not (folder / name).is_dir()}
+    if "feature_extractor" in absent and "safety_checker" in components:
+        absent.add("safety_checker")
+    return sorted(absent)
+
+
+def require_components(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> None:
+    """Raise FileNotFoundError if a folder lacks a needed component that its model_index.json names."""
     folder = Path(path_or_id)
     if not folder.is_dir():
         return
-    names = [name for name, entry in model_index(folder).items() if isinstance(entry, list) and None not in entry]
-    if missing := [f"{name}/" for name in names if not (folder / name).is_dir()]:
+    named = {name for name, entry in model_index(folder).items() if isinstance(entry, list)}
+    needed = sorted(named.difference(absent_components(folder, kind)))
+    if missing := [f"{name}/" for name in needed if not (folder / name).is_dir()]:
         raise FileNotFoundError(
             f"{path_or_id} lacks {', '.join(missing)}, which its model_index.json names: copy the whole folder that"
             " save_pretrained wrote"

@@ -76,9 +76,10 @@ class PackedFlowPipeline(FlowPipeline):
         return super().latent_channels // 4
 
     @property
-    def latent_side(self) -> int:
-        """The side of the checkpoint's images in latent pixels."""
-        return int(self.pipe.default_sample_size)
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the checkpoint's images in latent pixels."""
+        side = int(self.pipe.default_sample_size)
+        return side, side
 
     def default_sigmas(self, num_steps: int) -> list[float]:
         """Return T sigmas at equal distances, from 1 to 1 / T."""

@@ -25,14 +25,6 @@ class Flux(PackedFlowPipeline):
         """Whether guidance is an input of the network."""
         return bool(self.pipe.transformer.config.guidance_embeds)
 
-    def require_guidance(self, guidance: float) -> None:
-        """Raise ValueError for classifier-free guidance of a guidance-distilled network."""
-        if guidance > 1 and self.is_distilled:
-            raise ValueError(
-                f"this model has guidance distilled into it: set sampling.guidance to 1, not {guidance}, and the"
-                " network's own guidance by model.distilled_guidance"
-            )
-
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return T5's tokens and CLIP's pooled text of the greatest length, as zeros."""
         context = self.zeros(count, self.max_sequence_length, self.denoiser.config.joint_attention_dim)
@@ -49,8 +41,7 @@ class Flux(PackedFlowPipeline):
         """Predict the velocity (B, C, h, w) from packed latents."""
         guidance = None
         if self.is_distilled:
-            scale = 3.5 if self.distilled_guidance is None else self.distilled_guidance  # FLUX.1-dev's model card
-            guidance = torch.full((len(x),), scale, device=x.device)
+            guidance = torch.full((len(x),), self.network_guidance, device=x.device)
         rows, columns = torch.meshgrid(torch.arange(self.height // 2), torch.arange(self.width // 2), indexing="ij")
         tokens = self.call_denoiser(
             hidden_states=pack(x),

@@ -18,7 +18,8 @@ from genalign.runtime.text_files import read_json
 from genalign.training.memory_estimate import NetworkSize, Outline
 from pipelines.auto import family_of
 from pipelines.base import Options
-from pipelines.checkpoint_files import component_file, model_index, require_components
+from pipelines.checkpoint_files import absent_components, component_file, model_index, require_components
+from pipelines.checkpoint_settings import check_index
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,10 @@ class TextLength:
 def outline(path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **options: Unpack[Options]) -> Outline:
     """Open a folder or Hub id from its configuration files alone. Raises what ``pipelines.load`` raises."""
     family = family_of(path_or_id)
-    require_components(path_or_id)
+    require_components(path_or_id, family.kind)
     index = model_index(path_or_id)
+    check_index(index)
+    index |= {name: [None, None] for name in absent_components(path_or_id, family.kind)}
     components = {name: _component(path_or_id, name, *kind) for name, kind in index.items() if isinstance(kind, list)}
     plain = {name: value for name, value in index.items() if name not in components and not name.startswith("_")}
     pipe = family.kind(**components, **plain)

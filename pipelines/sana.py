@@ -19,6 +19,7 @@ class Sana(FlowPipeline):
     """
 
     kind = SanaPipeline
+    guidance_default = 4.5
     patch = 1
     text_tokens = 300
 
@@ -30,7 +31,7 @@ class Sana(FlowPipeline):
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Encode texts (P, tokens, d), with masks (P, tokens).
 
-        As in diffusers, the prompts follow an instruction, but the empty prompt does not.
+        As in diffusers, the prompts follow an instruction, but the empty and the negative prompt do not.
         """
         instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
         rows = [
@@ -39,7 +40,7 @@ class Sana(FlowPipeline):
                 do_classifier_free_guidance=False,
                 device=self.device,
                 max_sequence_length=self.max_sequence_length,
-                complex_human_instruction=instruction if text else None,
+                complex_human_instruction=instruction if text and text != self.negative_prompt else None,
             )
             for text in texts
         ]
@@ -47,9 +48,11 @@ class Sana(FlowPipeline):
 
     def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Predict the velocity (B, C, h, w)."""
-        return self.call_denoiser(
+        output = self.call_denoiser(
             x,
             encoder_hidden_states=tensors["context"],
             encoder_attention_mask=tensors["mask"],
             timestep=timestep * self.denoiser.config.timestep_scale,
         )
+        learns_variance = self.denoiser.config.out_channels // 2 == self.latent_channels
+        return output.chunk(2, dim=1)[0] if learns_variance else output

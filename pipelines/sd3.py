@@ -16,6 +16,14 @@ class SD3(FlowPipeline):
     kind = StableDiffusion3Pipeline
 
     @property
+    def guidance_default(self) -> float:
+        """The guidance scale of the model cards: 7 for SD3, 4.5 for SD3.5 medium and 3.5 for SD3.5 large."""
+        config = self.denoiser.config
+        if config.qk_norm is None:
+            return 7.0
+        return 4.5 if config.dual_attention_layers else 3.5
+
+    @property
     def text_tokens(self) -> int:
         """The number of T5 tokens by default: the tokenizer's own maximum, at most diffusers' 256."""
         tokenizer, longest = self.pipe.tokenizer_3, 256

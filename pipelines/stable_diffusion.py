@@ -1,48 +1,54 @@
-"""Variance preserving latent diffusion with a UNet: Stable Diffusion 1.5, 2.1 and SDXL."""
+"""Latent diffusion with a UNet: Stable Diffusion 1.5, 2.1, SDXL, and Playground v2.5 and CosXL on EDM's path."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Unpack
 
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from genalign.diffusion.paths import VPPath
-from genalign.types import Grid, NoiseLevel
-from pipelines.base import DiffusersPipeline
-from pipelines.steering.scheduler_hooks import grid_of
+from pipelines.base import Options
+from pipelines.noise_schedules import EDM_SCHEDULERS, EDMSchedule, NoiseSchedule, ScheduledPipeline, VPSchedule
 
 
-class UNetPipeline(DiffusersPipeline):
-    """A family on x = alpha x0 + sigma eps, alpha^2 + sigma^2 = 1, whose network takes integer training timesteps."""
+class UNetPipeline(ScheduledPipeline):
+    """A family on the variance-preserving path, or with an EDM scheduler on the path alpha = 1.
+
+    The embedding of the guidance scale, which networks distilled to a few steps take, is ``distilled_guidance``.
+    """
 
     denoiser_name = "unet"
     patch = 1
 
-    @property
-    def path(self) -> VPPath:
-        """The variance preserving path, with the prediction type of the checkpoint's scheduler."""
-        return VPPath(self.pipe.scheduler.config.prediction_type)
-
-    def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
-        """Return the grid of the first-order scheduler. Raises ValueError for explicit ``sigmas``."""
-        if sigmas is not None:
+    def __init__(self, pipe: DiffusionPipeline, **options: Unpack[Options]) -> None:
+        super().__init__(pipe, **options)
+        taken, made = self.denoiser.config.in_channels, self.pipe.vae.config.latent_channels
+        if taken != made:
             raise ValueError(
-                "the network of this family takes integer timesteps alone, so that noise levels cannot be set freely:"
-                " give sampling.num_steps without sampling.sigmas"
+                f"the network has in_channels {taken} for latents of {made} channels, so that it takes more than a"
+                " prompt (inpainting, editing): use the text-to-image checkpoint"
             )
-        scheduler: Any = self.first_order.from_config(self.pipe.scheduler.config)
-        scheduler.set_timesteps(num_steps)
-        return grid_of(scheduler)
 
-    def level(self, u: Tensor) -> NoiseLevel:
-        """Return the noise level of the training timestep nearest to u in [0, 1] (B,)."""
-        alphas_squared = DDIMScheduler.from_config(self.pipe.scheduler.config).alphas_cumprod.double()
-        timestep = (u.double().cpu() * (len(alphas_squared) - 1)).round().long()
-        alpha_squared = alphas_squared[timestep].to(u.device)
-        return NoiseLevel(timestep.double().to(u.device), alpha_squared.sqrt(), (1 - alpha_squared).sqrt())
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule of the checkpoint's scheduler."""
+        scheduler = self.pipe.scheduler
+        return EDMSchedule(scheduler) if isinstance(scheduler, EDM_SCHEDULERS) else VPSchedule(scheduler)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether guidance is an input of the network."""
+        return self.denoiser.config.time_cond_proj_dim is not None
+
+    def guidance_embedding(self, x: Tensor) -> Tensor | None:
+        """Embed the guidance scale of a distilled network for latents (B, C, h, w); None for any other network."""
+        if not self.is_distilled:
+            return None
+        scale = torch.full((len(x),), self.network_guidance - 1)
+        embedding: Tensor = self.pipe.get_guidance_scale_embedding(scale, self.denoiser.config.time_cond_proj_dim)
+        return embedding.to(x)
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return zeros for texts of the greatest length."""
@@ -50,10 +56,10 @@ class UNetPipeline(DiffusersPipeline):
 
 
 class StableDiffusion(UNetPipeline):
-    """A ``StableDiffusionPipeline`` on DDIM's grid (1.5: epsilon; 2.1 at 768 px: v prediction)."""
+    """A ``StableDiffusionPipeline`` (1.5: epsilon; 2.1 at 768 px: v prediction)."""
 
     kind = StableDiffusionPipeline
-    first_order = DDIMScheduler
+    guidance_default = distilled_default = 7.5
 
     def encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
         """Encode texts by CLIP (P, tokens, d)."""
@@ -62,18 +68,23 @@ class StableDiffusion(UNetPipeline):
 
     def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Predict noise or v (B, C, h, w)."""
-        return self.call_denoiser(x, timestep, encoder_hidden_states=tensors["context"])
+        context, guidance = tensors["context"], self.guidance_embedding(x)
+        return self.call_denoiser(x, timestep, encoder_hidden_states=context, timestep_cond=guidance)
 
 
 class SDXL(UNetPipeline):
-    """A ``StableDiffusionXLPipeline`` on the grid of EulerDiscreteScheduler.
+    """A ``StableDiffusionXLPipeline``.
 
-    Euler's moves are DDIM's in other coordinates: x / alpha and sigma / alpha. The embeddings of the empty prompt are
-    zeros if the checkpoint's configuration says so.
+    The embeddings of the empty prompt are zeros if the checkpoint's configuration says so.
     """
 
     kind = StableDiffusionXLPipeline
-    first_order = EulerDiscreteScheduler
+    guidance_default = distilled_default = 5.0
+
+    @property
+    def upcasts_vae(self) -> bool:
+        """Whether the VAE runs in float32 where it would run in float16: what its configuration says."""
+        return bool(self.pipe.vae.config.get("force_upcast"))
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return zeros for texts of the greatest length, and for the pooled text."""
@@ -98,4 +109,7 @@ class SDXL(UNetPipeline):
         """Predict noise (B, C, h, w), for images of the size of the samples, not cropped."""
         size = torch.tensor([*self.resolution, 0, 0, *self.resolution], device=x.device, dtype=x.dtype)
         added = {"text_embeds": tensors["pooled"], "time_ids": size.expand(len(x), -1)}
-        return self.call_denoiser(x, timestep, encoder_hidden_states=tensors["context"], added_cond_kwargs=added)
+        context, guidance = tensors["context"], self.guidance_embedding(x)
+        return self.call_denoiser(
+            x, timestep, encoder_hidden_states=context, timestep_cond=guidance, added_cond_kwargs=added
+        )

@@ -28,8 +28,8 @@ from genalign.algorithms.trajectory import (
     noise_weighted,
 )
 from genalign.diffusion.completion import Completion
-from genalign.diffusion.transitions import CPS, DDIM, ODE, FlowSDE, Kernel, trainable_steps
-from genalign.types import AnyCallable, FeatureFunction, Grid
+from genalign.diffusion.transitions import CPS, DDIM, ODE, Kernel, default_kernel, trainable_steps
+from genalign.types import AnyCallable, FeatureFunction, Grid, Path
 
 PreferenceLoss = Literal["dpo", "kto"]
 _PREFERENCE_LOSSES: dict[str, Callable[[float], MatchingLoss]] = {"dpo": DPOLoss, "kto": KTOLoss}
@@ -52,7 +52,9 @@ class Recipe:
     """A training method.
 
     Attributes:
-        kernel: The stochastic sampler of the scheduled steps; all other steps follow the ODE.
+        kernel: The stochastic sampler of the scheduled steps; all other steps follow the ODE. None takes the published
+            one of the model's path: ``FlowSDE(0.7)`` on a flow, ``DDIM(1.0)`` on a variance-preserving path, ``DPMSDE``
+            on any other.
         schedule: The choice of the steps that a round samples with ``kernel``, stores and trains.
         shared_noise: Whether all samples of a group start from the same initial noise.
         credit: The rule from the scores of a round to advantages of samples (B,) or steps (B, S).
@@ -63,7 +65,7 @@ class Recipe:
         lag: The lag of the sampling weights behind the trained ones; None samples with the trained weights.
     """
 
-    kernel: Kernel
+    kernel: Kernel | None
     schedule: StepSchedule
     shared_noise: bool
     credit: Credit
@@ -72,16 +74,20 @@ class Recipe:
     features: FeatureFunction | None = None
     lag: Lag | None = None
 
-    def steps(self, grid: Grid, round_index: int, seed: int) -> tuple[int, ...]:
-        """Choose the grid indices of the steps to train in a round.
+    def kernel_on(self, path: Path) -> Kernel:
+        """Return the kernel for a model on ``path``."""
+        return default_kernel(path) if self.kernel is None else self.kernel
 
-        Raises:
-            ValueError: The grid has too few steps that the kernel can train.
+    def steps(self, path: Path, grid: Grid, round_index: int, seed: int) -> tuple[int, ...]:
+        """Choose the grid indices of the steps to train in a round, for a model on ``path``.
+
+        Raises ValueError if the grid has too few steps that the kernel can train.
         """
+        kernel = self.kernel_on(path)
         try:
-            return self.schedule(trainable_steps(self.kernel, grid), len(grid), round_index, seed)
+            return self.schedule(trainable_steps(kernel, grid), len(grid), round_index, seed)
         except ValueError as error:
-            raise ValueError(f"{self.kernel}: {error}") from error
+            raise ValueError(f"{kernel}: {error}") from error
 
 
 def with_credit(recipe: Recipe, credit: AnyCallable) -> Recipe:
@@ -90,7 +96,7 @@ def with_credit(recipe: Recipe, credit: AnyCallable) -> Recipe:
 
 
 def flow_grpo(
-    kernel: Kernel = FlowSDE(0.7),  # noqa: B008  # kernels are frozen
+    kernel: Kernel | None = None,
     window: int | None = None,
     window_reach: float = 0.5,
     clip_range: float = 1e-4,
@@ -104,7 +110,7 @@ def flow_grpo(
     The default choice: it is stable, works with any reward, and needs no gradient of the reward.
 
     Args:
-        kernel: The stochastic sampler (eq. 9).
+        kernel: The stochastic sampler (eq. 9); None takes that of the model's path, see ``Recipe``.
         window: The number of consecutive steps to train per round, as in Flow-GRPO-Fast; None trains all steps.
         window_reach: The fraction of the grid in which the window may begin.
         clip_range: The clip range e of the ratio of new to old density.
@@ -124,7 +130,7 @@ def flow_grpo(
 
 
 def dense_grpo(
-    kernel: Kernel = FlowSDE(0.7),  # noqa: B008
+    kernel: Kernel | None = None,
     window: int | None = None,
     window_reach: float = 0.5,
     clip_range: float = 1e-4,
@@ -140,7 +146,7 @@ def dense_grpo(
     learns slowly. The paper's calibrated noise is the kernel ``genalign.training.noise_calibration.calibrated``.
 
     Args:
-        kernel: The stochastic sampler.
+        kernel: The stochastic sampler; None takes that of the model's path, see ``Recipe``.
         window: The number of consecutive steps to train per round; None trains all steps.
         window_reach: The fraction of the grid in which the window may begin.
         clip_range: The clip range of the ratio of new to old density.
@@ -155,7 +161,7 @@ def dense_grpo(
 
 
 def guard_grpo(
-    kernel: Kernel = FlowSDE(0.7),  # noqa: B008
+    kernel: Kernel | None = None,
     window: int | None = None,
     window_reach: float = 0.5,
     clip_range: float = 2e-6,
@@ -166,7 +172,7 @@ def guard_grpo(
     Use it where Flow-GRPO over-optimizes: here one clip range suits both signs of the advantage and all steps.
 
     Args:
-        kernel: The stochastic sampler.
+        kernel: The stochastic sampler; None takes that of the model's path, see ``Recipe``.
         window: The number of consecutive steps to train per round; None trains all steps.
         window_reach: The fraction of the grid in which the window may begin.
         clip_range: The clip range of the normalized ratio, smaller than Flow-GRPO's.
@@ -177,7 +183,7 @@ def guard_grpo(
 
 
 def mix_grpo(
-    kernel: Kernel = FlowSDE(0.7),  # noqa: B008
+    kernel: Kernel | None = None,
     window: int = 4,
     rounds_each: int = 25,
     stride: int = 1,
@@ -189,7 +195,7 @@ def mix_grpo(
     Use it to train few steps per round, and the early steps, which decide the composition, first.
 
     Args:
-        kernel: The stochastic sampler within the window.
+        kernel: The stochastic sampler within the window; None takes that of the model's path, see ``Recipe``.
         window: The number of consecutive steps to train per round.
         rounds_each: The number of rounds at each position of the window.
         stride: The number of steps between two positions.
@@ -200,7 +206,7 @@ def mix_grpo(
 
 
 def tempflow_grpo(
-    kernel: Kernel = FlowSDE(0.7),  # noqa: B008
+    kernel: Kernel | None = None,
     clip_range: float = 1e-4,
     completion_steps: int | None = None,
 ) -> Recipe:
@@ -228,7 +234,7 @@ def ddpo(eta: float = 1.0, clip_range: float = 1e-4, window: int | None = None, 
 
 
 def adv_grpo(
-    kernel: Kernel = CPS(0.8),  # noqa: B008
+    kernel: Kernel = CPS(0.8),  # noqa: B008  # kernels are frozen
     window: int = 2,
     window_reach: float = 0.5,
     clip_range: float = 1e-5,
@@ -249,7 +255,7 @@ def adv_grpo(
 
 
 def prdp(
-    kernel: Kernel = FlowSDE(0.7),  # noqa: B008
+    kernel: Kernel | None = None,
     window: int | None = None,
     window_reach: float = 0.5,
     beta: float = 3e-5,
@@ -262,7 +268,7 @@ def prdp(
     Every pair of a prompt's samples takes part. Use it for large prompt sets, where policy gradients are unstable.
 
     Args:
-        kernel: The stochastic sampler.
+        kernel: The stochastic sampler; None takes that of the model's path, see ``Recipe``.
         window: The number of consecutive steps to train per round; None trains all steps.
         window_reach: The fraction of the grid in which the window may begin.
         beta: The strength of the KL constraint to the reference policy.

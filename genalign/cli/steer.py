@@ -96,7 +96,7 @@ def prices_command(context: CommandContext, arguments: Sequence[str]) -> int:
     available = prompt_set(settings.prompts).prompts
     prompts = [available[i % len(available)] for i in range(settings.batch_size)]
     grid = settings.sampling.grid(pipeline)
-    prices = measure_prices(pipeline, rewards, prompts, grid, settings.sampling.guidance, settings.repeats)
+    prices = measure_prices(pipeline, rewards, prompts, grid, settings.sampling.guidance_scale(pipeline), settings.repeats)
     write_json(Path(settings.output), prices)
     for call, seconds in prices.items():
         print(f"{call:20s}{1000 * seconds:10.3f} ms per sample")
@@ -137,7 +137,7 @@ def _preview_dataset(settings: config.TrainNoiseAware, pipeline: Pipeline, sourc
     prompts = drawn_in_turn(prompt_set(source), settings.limit, settings.seed)
     dataset, rewards = None, named_rewards(settings.rewards)
     per_run = max(1, settings.batch_size // settings.count)
-    grid, guidance = settings.sampling.grid(pipeline), settings.sampling.guidance
+    grid, guidance = settings.sampling.grid(pipeline), settings.sampling.guidance_scale(pipeline)
     for first in range(0, len(prompts), per_run):
         name = f"{settings.seed}/{source}/{first}"
         batch = prompts[first : first + per_run]

@@ -17,17 +17,17 @@ class Sampling:
     Attributes:
         num_steps: The number of steps T of the sampling grid.
         sigmas: The noise levels (T), falling, without the final 0; None takes the scheduler's grid.
-        guidance: The classifier-free guidance scale; 1 for no guidance.
+        guidance: The classifier-free guidance scale; 1 for no guidance, None for the default of the model's family.
     """
 
     num_steps: int = 10
     sigmas: Sequence[float] | None = None
-    guidance: float = 1.0
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise ValueError(f"sampling.num_steps must be at least 1, not {self.num_steps}")
-        if not 0 <= self.guidance < math.inf:
+        if self.guidance is not None and not 0 <= self.guidance < math.inf:
             raise ValueError(f"sampling.guidance must be 1 for none, or more, not {self.guidance}")
         if self.sigmas is None:
             return
@@ -42,3 +42,7 @@ class Sampling:
     def grid(self, pipeline: Pipeline) -> Grid:
         """Build the sampling grid of ``pipeline`` for these settings."""
         return pipeline.grid(self.num_steps, self.sigmas)
+
+    def guidance_scale(self, pipeline: Pipeline) -> float:
+        """Return the guidance scale to sample ``pipeline`` with. Raises ValueError for one that it does not take."""
+        return pipeline.guidance_scale(self.guidance)

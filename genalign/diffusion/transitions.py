@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genalign.diffusion.paths import expand
+from genalign.diffusion.paths import FlowPath, VPPath, expand
 from genalign.types import Grid, NoiseStep, Path
 
 _TOLERANCE = 1e-5
@@ -217,6 +217,16 @@ class DDIM(Kernel):
         # Neither form subtracts near-equal numbers: sigma_next^2 - s^2 would, for q near 0.
         keep = ((1 - self.eta) * (1 + self.eta) + self.eta**2 * q * q).sqrt()
         return MoveScalars(step.sigma_next * keep, self.eta * step.sigma_next * ((1 - q) * (1 + q)).sqrt())
+
+
+def default_kernel(path: Path) -> Kernel:
+    """Return the published stochastic sampler of a path: Flow-GRPO's on a flow, DDIM's on a variance-preserving one.
+
+    On any other path it is ``DPMSDE``.
+    """
+    if isinstance(path, FlowPath):
+        return FlowSDE()
+    return DDIM() if isinstance(path, VPPath) else DPMSDE()
 
 
 def transition(path: Path, kernel: Kernel, x: Tensor, prediction: Tensor, step: NoiseStep) -> Transition:

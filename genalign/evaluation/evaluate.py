@@ -34,13 +34,15 @@ class EvaluationProtocol:
     """The settings of an evaluation except the model: scores are comparable if their protocols are equal.
 
     ``sigmas`` are the grid's T + 1 noise levels with the final 0; ``resolution`` is (height, width) in pixels, or
-    the length (L,) of audio in samples; ``seeds`` is the least number of initial noises per prompt.
+    the length (L,) of audio in samples; ``seeds`` is the least number of initial noises per prompt; a
+    ``negative_prompt`` of "" is the default of the model's family, and is left out of the hash.
     """
 
     suite: str
     suite_hash: str
     guidance: float
     sigmas: tuple[float, ...]
+    negative_prompt: str = ""
     kernel: str
     dtype: str
     batch_size: int
@@ -51,12 +53,15 @@ class EvaluationProtocol:
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to JSON types, with sigmas rounded to nine decimals, so that every machine gets the same hash."""
-        canonical = {
+        canonical: dict[str, Any] = {
             "guidance": float(self.guidance),
             "sigmas": [round(float(sigma), 9) for sigma in self.sigmas],
             "resolution": list(self.resolution),
         }
-        return asdict(self) | canonical
+        fields = asdict(self) | canonical
+        if not self.negative_prompt:
+            del fields["negative_prompt"]
+        return fields
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> EvaluationProtocol:

@@ -79,7 +79,7 @@ class Metered:
         self.pipeline, self.ledger = pipeline, ledger
         self.path, self.denoiser = pipeline.path, pipeline.denoiser
         self.encode, self.grid, self.level = pipeline.encode, pipeline.grid, pipeline.level
-        self.initial_noise = pipeline.initial_noise
+        self.guidance_scale, self.initial_noise = pipeline.guidance_scale, pipeline.initial_noise
 
     def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
         """Return the network's output, and bill each sample once, or twice under guidance."""

@@ -81,7 +81,7 @@ def search(
     each = PromptSet.of(prompts).prompts
     if not each:
         raise ValueError("there is no prompt to search for")
-    rewards, grid, guidance = named(reward), sampling.grid(pipeline), sampling.guidance
+    rewards, grid, guidance = named(reward), sampling.grid(pipeline), sampling.guidance_scale(pipeline)
     check_rewards(pipeline, rewards, each[0], grid, guidance)
     if budget is not None and budget.seconds is not None and budget.prices is None:
         budget = replace(budget, prices=measure_prices(pipeline, rewards, each[:1] * batch_size, grid, guidance))

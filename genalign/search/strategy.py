@@ -59,7 +59,7 @@ class _WithoutValues:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.path, self.denoiser = pipeline.path, pipeline.denoiser
-        self.grid, self.level = pipeline.grid, pipeline.level
+        self.grid, self.level, self.guidance_scale = pipeline.grid, pipeline.level, pipeline.guidance_scale
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return Conditioning({"text": torch.zeros(len(prompts), 0)})

@@ -134,7 +134,7 @@ def benchmark_train(repeats: int) -> list[Measurement]:
 
     def reference() -> None:
         with torch.no_grad(), policy.reference():
-            replay(pipeline, sampled, trainer.grid, recipe.kernel, ReplayBatch.of_step(0, BATCH), 1.0)
+            replay(pipeline, sampled, trainer.grid, trainer.kernel, ReplayBatch.of_step(0, BATCH), 1.0)
 
     whole, base, apart = interleaved([lambda: trainer.learn(0, prompts, parts, outcome), bare, reference], repeats)
     passes = [a - b for a, b in zip(whole, apart, strict=True)]

@@ -69,7 +69,8 @@ def _diffusers(family: Family, folder: Path, noise: Tensor, guidance: float) -> 
 def _called(family: Family, folder: Path, noise: Tensor, guidance: float, prompts: list[str]) -> list[Tensor]:
     vanilla = family.ours.kind.from_pretrained(folder)
     vanilla.set_progress_bar_config(disable=True)
-    vanilla.scheduler = family.ours.first_order.from_config(vanilla.scheduler.config, **family.scheduler)
+    first_order: Any = family.ours(vanilla, **family.options).first_order
+    vanilla.scheduler = first_order.from_config(vanilla.scheduler.config, **family.scheduler)
     options = {name: value for name, value in family.options.items() if name != "seconds"}
     seen: list[Tensor] = []
 
@@ -193,7 +194,7 @@ def test_one_step_of_training_lowers_the_loss(
     settings = TrainerSettings(prompts_per_round=2, group_size=4, batch_size=8, updates_per_round=1, learning_rate=rate)
     policy, prompts = Policy(ours.denoiser, Lora(rank=4)), PromptSet.of(PROMPTS)
     rewards, own = [NamedReward("bright", brightness)], RECIPES[recipe](_kernel(ours))
-    trainer = Trainer(ours, policy, rewards, prompts, own, settings, Sampling(STEPS))
+    trainer = Trainer(ours, policy, rewards, prompts, own, settings, Sampling(STEPS, guidance=1.0))
     parts = trainer.sample(0, prompts.prompts)
     outcome = trainer.gather_scores(parts, len(PROMPTS))
     batch = UpdateBatch(parts[0].rollout, own.credit(outcome), outcome.group, False)
@@ -219,9 +220,7 @@ def test_one_step_of_training_lowers_the_loss(
 def _metrics(trainer: Trainer, batch: UpdateBatch) -> MetricSums:
     """The metrics of the first batch of ``learn``, without an update."""
     metrics = MetricSums()
-    context = UpdateContext(
-        trainer.pipeline, trainer.policy, trainer.grid, trainer.recipe.kernel, 1.0, trainer.old, metrics
-    )
+    context = UpdateContext(trainer.pipeline, trainer.policy, trainer.grid, trainer.kernel, 1.0, trainer.old, metrics)
     trainer.recipe.objective.backward(context, batch, 1.0, derived_seed(trainer.settings.seed, 0, "l", 0))
     for parameter in trainer.policy.parameters:
         parameter.grad = None
@@ -232,7 +231,7 @@ def _metrics(trainer: Trainer, batch: UpdateBatch) -> MetricSums:
 def test_searches_run(family: str, strategy: Strategy | str, folder_of: FolderOf) -> None:
     ours = _open(family, folder_of(family))
     own = FKSteering(particles=3, kernel=_kernel(ours)) if isinstance(strategy, str) else strategy
-    result = search(ours, PROMPTS, brightness, own, sampling=Sampling(STEPS))
+    result = search(ours, PROMPTS, brightness, own, sampling=Sampling(STEPS, guidance=1.0))
     assert result.samples.shape == (2, *ours.sample_shape)
     assert torch.equal(result.scores[:, 0], brightness(result.samples, []))
 

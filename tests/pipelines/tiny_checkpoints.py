@@ -70,7 +70,8 @@ class Family:
         return folder
 
 
-def _kl(channels: int, **options: Any) -> diffusers.AutoencoderKL:
+def kl(channels: int, **options: Any) -> diffusers.AutoencoderKL:
+    """An autoencoder of factor two with random weights."""
     return diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -173,7 +174,7 @@ def flux() -> DiffusionPipeline:
     tokenizer = t5_tokenizer()
     t5 = build_t5(len(tokenizer))
     return diffusers.FluxPipeline(
-        scheduler, _kl(4, shift_factor=0.1), _clip_text(), clip_tokenizer(), t5, tokenizer, flux_transformer(128, 64)
+        scheduler, kl(4, shift_factor=0.1), _clip_text(), clip_tokenizer(), t5, tokenizer, flux_transformer(128, 64)
     )
 
 
@@ -181,7 +182,7 @@ def sd15() -> DiffusionPipeline:
     scheduler = diffusers.PNDMScheduler(**_LATENT_DIFFUSION, skip_prk_steps=True, set_alpha_to_one=False)
     scheduler.register_to_config(clip_sample=False)  # not PNDM's, and in the file of the published checkpoints
     return diffusers.StableDiffusionPipeline(
-        _kl(4), _clip_text(), clip_tokenizer(), unet(64), scheduler, None, None, requires_safety_checker=False
+        kl(4), _clip_text(), clip_tokenizer(), unet(64), scheduler, None, None, requires_safety_checker=False
     )
 
 
@@ -197,7 +198,7 @@ def sdxl() -> DiffusionPipeline:
     scheduler = diffusers.EulerDiscreteScheduler(**_LATENT_DIFFUSION, timestep_spacing="leading")
     projected = transformers.CLIPTextModelWithProjection(build_text_encoder(clip_tokenizer()).config)
     texts = _clip_text(), projected, clip_tokenizer(), clip_tokenizer()
-    return diffusers.StableDiffusionXLPipeline(_kl(4), *texts, unet_xl(128, 64), scheduler, add_watermarker=False)
+    return diffusers.StableDiffusionXLPipeline(kl(4), *texts, unet_xl(128, 64), scheduler, add_watermarker=False)
 
 
 def sana() -> DiffusionPipeline:

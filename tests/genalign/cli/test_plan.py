@@ -47,7 +47,7 @@ REWARDS = [NamedReward("red", redness, 0.5), NamedReward("reported", redness, 0.
 
 def _planned(pipeline: SD3, recipe: Recipe, sampling: Sampling, settings: TrainerSettings = SETTINGS) -> DryRun:
     toy = ToyPipeline.like(pipeline, sampling)
-    return dry_run(toy, REWARDS, shapes.prompts("train"), recipe, settings, sampling.guidance)
+    return dry_run(toy, REWARDS, shapes.prompts("train"), recipe, settings, sampling.guidance_scale(pipeline))
 
 
 def _trainer(pipeline: SD3, recipe: Recipe, sampling: Sampling, settings: TrainerSettings = SETTINGS) -> Trainer:

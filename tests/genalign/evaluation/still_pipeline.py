@@ -36,6 +36,9 @@ class StillPipeline:
     def level(self, u: Tensor) -> Any:
         raise NotImplementedError  # evaluations sample on the grid alone
 
+    def guidance_scale(self, guidance: float | None) -> float:
+        return 1.0 if guidance is None else guidance
+
     def predict(self, x: Tensor, level: Any, conditioning: Conditioning, guidance: float) -> Tensor:
         self.calls.append((len(x), guidance))
         return torch.zeros_like(x)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.recipes import Recipe, awm, flow_grpo, prdp
+from genalign.diffusion.paths import FlowPath
 from genalign.diffusion.rollout import Rollout, rollout
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import CPS, FlowSDE, Kernel
@@ -95,9 +96,9 @@ def test_nfe_is_counted(tiny: SD3) -> None:
 def test_windows_follow_from_the_seed_and_avoid_the_last_step(tiny: SD3) -> None:
     recipe = flow_grpo(window=2, window_reach=1.0)
     grid = SAMPLING.grid(tiny)
-    assert {recipe.steps(grid, index, seed=0) for index in range(50)} == {(0, 1), (1, 2)}
-    assert recipe.steps(grid, 7, seed=0) == recipe.steps(grid, 7, seed=0)
-    assert flow_grpo().steps(grid, 0, 0) == (0, 1, 2)
+    assert {recipe.steps(FlowPath(), grid, index, seed=0) for index in range(50)} == {(0, 1), (1, 2)}
+    assert recipe.steps(FlowPath(), grid, 7, seed=0) == recipe.steps(FlowPath(), grid, 7, seed=0)
+    assert flow_grpo().steps(FlowPath(), grid, 0, 0) == (0, 1, 2)
 
 
 def test_impossible_settings_are_refused() -> None:
