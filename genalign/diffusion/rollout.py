@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from genalign.diffusion.noise import seeded_noise
 from genalign.diffusion.transitions import ODE, Kernel, Transition, transition
-from genalign.runtime.distributed import ALL_RANKS, RankShare
 from genalign.types import Conditioning, Grid, NoiseStep, Pipeline
 
 _MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighboring seeds land far apart
@@ -239,39 +238,47 @@ def replay(
     return ReplayedStep(new, old, sampled.x_next[pairs.index], prediction, step)
 
 
-@torch.no_grad()
-def generate(
-    pipeline: Pipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    grid: Grid,
-    guidance: float,
-    batch_size: int,
-    share: RankShare = ALL_RANKS,
-    done: Collection[int] = (),
-) -> Iterator[Tensor]:
-    """Generate one decoded ODE sample per (prompt, seed), batch by batch.
+class OdeSamples:
+    """Decoded ODE samples of (prompt, seed) pairs in numbered batches, each of which depends on its number alone.
 
     Args:
         pipeline: The model.
-        prompts: The texts of the samples.
+        prompts: The texts of the samples, which are encoded at once.
         seeds: The seeds of the initial noises, one per sample.
         grid: The sampling grid.
         guidance: The classifier-free guidance scale; 1 is none.
         batch_size: Samples per batch.
-        share: The batches of this rank.
-        done: Batch numbers to leave out. If there are none, all ranks run the network equally often, as FSDP requires.
     """
-    texts = list(dict.fromkeys(prompts))
-    conditioning = pipeline.encode(texts)
-    place = {text: i for i, text in enumerate(texts)}
-    inputs = RolloutInputs(conditioning, torch.tensor([place[text] for text in prompts]), tuple(seeds), tuple(seeds))
-    parts = list(inputs.split(batch_size))
-    kernels = [ODE()] * len(grid)
-    for number in share.padded_indices(len(parts)):
-        if number in done:
-            continue
-        sampled = rollout(pipeline, parts[number % len(parts)], grid, kernels, guidance)
-        decoded = pipeline.decode(sampled.final)
-        if number < len(parts):
-            yield decoded
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        grid: Grid,
+        guidance: float,
+        batch_size: int,
+    ) -> None:
+        texts = list(dict.fromkeys(prompts))
+        place, conditioning = {text: i for i, text in enumerate(texts)}, pipeline.encode(texts)
+        rows = torch.tensor([place[text] for text in prompts])
+        self.pipeline, self.grid, self.guidance = pipeline, grid, guidance
+        self.parts = list(RolloutInputs(conditioning, rows, tuple(seeds), tuple(seeds)).split(batch_size))
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @torch.no_grad()
+    def batch(self, number: int) -> Tensor:
+        """Generate the samples (B, ...) of a batch."""
+        kernels = [ODE()] * len(self.grid)
+        sampled = rollout(self.pipeline, self.parts[number], self.grid, kernels, self.guidance)
+        return self.pipeline.decode(sampled.final)
+
+
+def generate(
+    pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], grid: Grid, guidance: float, batch_size: int
+) -> Iterator[Tensor]:
+    """Generate one decoded ODE sample per (prompt, seed), batch by batch; the arguments are those of ``OdeSamples``."""
+    samples = OdeSamples(pipeline, prompts, seeds, grid, guidance, batch_size)
+    return map(samples.batch, range(len(samples)))

@@ -1,6 +1,7 @@
-"""Evaluation of a pipeline on a prompt set, recorded sample by sample.
+"""Evaluations: the protocol, the planned samples, their records, and the estimates that are computed from them.
 
-Two evaluations are compared by ``genalign.evaluation.paired``.
+Samples are made by ``genalign.evaluation.sources`` and scored by ``genalign.evaluation.engine``; two evaluations are
+compared by ``genalign.evaluation.paired``.
 """
 
 from __future__ import annotations
@@ -8,25 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from genalign.diffusion.rollout import generate
 from genalign.metrics.intervals import Estimate, Kind, mean_over_tasks
-from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from genalign.runtime.files import write_json, write_text
-from genalign.runtime.media import Writer, write_samples
-from genalign.types import Grid, Pipeline, Prompt, PromptSet
+from genalign.types import Prompt, PromptSet
 
 EXTERNAL = "made elsewhere"
 """The kernel and dtype in the protocol of samples that another program generated."""
-
-_FILE_BATCH = 32  # samples read and scored at once by evaluate_files
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,6 @@ class EvaluationProtocol:
     suite_hash: str
     guidance: float
     sigmas: tuple[float, ...]
-    negative_prompt: str = ""
     kernel: str
     dtype: str
     batch_size: int
@@ -50,6 +42,7 @@ class EvaluationProtocol:
     seeds: int
     samples_per_task: int
     verifier: str
+    negative_prompt: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to JSON types, with sigmas rounded to nine decimals, so that every machine gets the same hash."""
@@ -96,26 +89,19 @@ class EvaluationProtocol:
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """One sample to generate: a prompt and the index ``sample`` of its initial noise."""
+    """One sample: a prompt and the index ``sample`` of its initial noise.
+
+    For a sample of another program, whose noise is unknown, the index is its number among the samples of its prompt.
+    """
 
     prompt: Prompt
     sample: int
+    external: bool = False
 
     @property
     def seed(self) -> int:
-        return noise_seed(self.prompt.text, self.sample)
-
-
-@dataclass(frozen=True)
-class Judgment:
-    """Scores (B,) of a batch, and for each sample what its score rests on, as JSON types, such as a judge's answers."""
-
-    scores: Tensor
-    details: Sequence[Any]
-
-
-Scorer = Callable[[Tensor, Sequence[Prompt]], Tensor | Judgment]
-"""A reward function, or one that also explains its scores."""
+        """The seed of the noise, or the number of a sample of another program."""
+        return self.sample if self.external else noise_seed(self.prompt.text, self.sample)
 
 
 @dataclass(frozen=True)
@@ -139,24 +125,25 @@ class SampleRecord:
         return self.task, self.prompt, self.sample, self.seed
 
 
-class BatchStore(Protocol):
-    """Storage for the records of finished batches, so that an interrupted evaluation can resume."""
+@dataclass(frozen=True)
+class SetValue:
+    """A score of the whole set of ``n`` samples, such as minus a Frechet distance; one set has no interval."""
 
-    def read(self, number: int) -> Sequence[SampleRecord] | None: ...
-
-    def add(self, number: int, records: Sequence[SampleRecord]) -> None: ...
+    value: float
+    n: int
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The records of all samples under one protocol; estimates are computed from them.
 
-    ``paired`` says that the scores are differences between two evaluations.
+    ``paired`` says that the scores are differences between two evaluations; ``sets`` are scores of all samples at once.
     """
 
     protocol: EvaluationProtocol
     records: tuple[SampleRecord, ...]
     paired: bool = False
+    sets: Mapping[str, SetValue] = field(default_factory=dict)
 
     @property
     def score_names(self) -> tuple[str, ...]:
@@ -186,7 +173,7 @@ class Evaluation:
         Raises:
             ValueError: a score failed on every sample of a task.
         """
-        return {
+        summary = {
             "protocol": self.protocol.as_dict(),
             "protocol_hash": self.protocol.hash,
             "suite": self.protocol.suite,
@@ -194,6 +181,7 @@ class Evaluation:
             "tasks": {task: {name: v.as_dict() for name, v in row.items()} for task, row in self.tasks.items()},
             "failed": self.failed,
         }
+        return summary | ({"sets": {name: asdict(value) for name, value in self.sets.items()}} if self.sets else {})
 
     def save(self, directory: Path) -> None:
         """Write records.jsonl, then summary.json, beside the samples."""
@@ -215,16 +203,26 @@ class Evaluation:
         kind: Kind = "score"
         if values <= ({-1, 0, 1} if self.paired else {0, 1}):
             kind = "share difference" if self.paired else "share"
+        if empty := [task for task, prompts in finite.items() if not prompts]:
+            samples = "samples" if len(empty) == len(finite) else f"samples of task {empty[0]!r}"
+            raise ValueError(
+                f"{name!r} scored none of the {samples}, so that it has no mean: see the warnings above for what the"
+                " reward raised or which samples are not finite"
+            )
         means = {task: [math.fsum(v) / len(v) for v in prompts.values()] for task, prompts in finite.items()}
         return mean_over_tasks(means, kind)
 
 
 def load_evaluation(directory: Path) -> Evaluation:
-    """Read the files that ``Evaluation.save`` wrote."""
-    protocol = json.loads((directory / "summary.json").read_text(encoding="utf-8"))["protocol"]
+    """Read the files that ``Evaluation.save`` wrote. Raises FileNotFoundError for an unfinished evaluation."""
+    path = directory / "summary.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} has no finished evaluation: run genalign evaluate on it to the end")
+    summary = json.loads(path.read_text(encoding="utf-8"))
     lines = (directory / "records.jsonl").read_text(encoding="utf-8").splitlines()
     records = tuple(record_from_dict(json.loads(line)) for line in lines)
-    return Evaluation(EvaluationProtocol.from_dict(protocol), records)
+    sets = {name: SetValue(**value) for name, value in summary.get("sets", {}).items()}
+    return Evaluation(EvaluationProtocol.from_dict(summary["protocol"]), records, sets=sets)
 
 
 def suite_hash(prompts: PromptSet) -> str:
@@ -242,13 +240,17 @@ def noise_seed(text: str, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{text}\0{sample}".encode()).digest()[:8]) >> 1
 
 
-def plan_samples(prompts: PromptSet, samples_per_task: int, seeds: int) -> tuple[SampleSpec, ...]:
+def plan_samples(prompts: PromptSet, samples_per_task: int | None, seeds: int) -> tuple[SampleSpec, ...]:
     """Select at least ``samples_per_task`` samples of every task, with about ``seeds`` noises per prompt.
 
-    A task with few prompts gets more noises per prompt.
+    A task with few prompts gets more noises per prompt. None takes every prompt ``seeds`` times, in the order of the
+    set.
     """
-    if samples_per_task < 1 or seeds < 1:
+    if (samples_per_task is not None and samples_per_task < 1) or seeds < 1:
         raise ValueError(f"samples_per_task and seeds must be at least 1, got {samples_per_task} and {seeds}")
+    if samples_per_task is None:
+        distinct = {(prompt.task, prompt.text): prompt for prompt in prompts.prompts}.values()
+        return tuple(SampleSpec(prompt, noise) for prompt in distinct for noise in range(seeds))
     specs: list[SampleSpec] = []
     for group in prompts.by_task().values():
         subset = select_prompts(group, math.ceil(samples_per_task / seeds))
@@ -257,140 +259,17 @@ def plan_samples(prompts: PromptSet, samples_per_task: int, seeds: int) -> tuple
     return tuple(specs)
 
 
+def distinct_prompts(specs: Sequence[SampleSpec], name: str) -> PromptSet:
+    """Collect the prompts of samples as a set, each once, in order."""
+    prompts = {(spec.prompt.task, spec.prompt.text): spec.prompt for spec in specs}
+    return PromptSet(name, tuple(prompts.values()))
+
+
 def select_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     """Select at most ``count`` distinct prompts, those with the lowest hash of their text, in the order of the list."""
     distinct = {prompt.text: prompt for prompt in prompts}
     lowest = set(sorted(distinct, key=lambda text: hashlib.sha256(text.encode()).digest())[:count])
     return [prompt for text, prompt in distinct.items() if text in lowest]
-
-
-def evaluate(
-    pipeline: Pipeline,
-    specs: Sequence[SampleSpec],
-    scorers: Mapping[str, Scorer],
-    protocol: EvaluationProtocol,
-    output: Path | None = None,
-    write: Writer = write_samples,
-    processes: ProcessGroup = SINGLE_PROCESS,
-    batches: BatchStore | None = None,
-) -> Evaluation:
-    """Generate the samples of ``specs`` with the deterministic sampler and score them.
-
-    Args:
-        pipeline: The model in its present state.
-        specs: Prompts and noise indices, as from ``plan_samples``.
-        scorers: Functions of samples (B, ...) and their B prompts, by name; comparisons sort by the first one.
-        protocol: Noise levels, guidance and batch size to sample with; it is saved with the results.
-        output: A folder, visible to all ranks, for the samples and at the end the evaluation; None saves nothing.
-        write: Writes a batch of samples into ``output``.
-        processes: Ranks that share the batches; each returns the whole evaluation.
-        batches: Store to resume from, for the same model, specs, scorers and protocol; new batches are added.
-
-    Raises:
-        ValueError: no sample or scorer, a pipeline that samples on other noise levels than the protocol's, or a score
-            whose shape is not (B,).
-    """
-    if not specs or not scorers:
-        raise ValueError("an evaluation needs at least one sample and one scorer")
-    grid, size = _protocol_grid(pipeline, protocol), protocol.batch_size
-    texts, seeds = [spec.prompt.text for spec in specs], [spec.seed for spec in specs]
-
-    # Resume with the batches that this rank has finished before, and generate the others.
-    numbers = processes.indices(math.ceil(len(specs) / size))
-    records = {number: rows for number in numbers if batches and (rows := batches.read(number))}
-    remaining = sorted(set(numbers) - records.keys())
-    samples_in_batches = generate(pipeline, texts, seeds, grid, protocol.guidance, size, processes, done=set(records))
-    for number, samples in zip(remaining, samples_in_batches, strict=True):
-        start = number * size
-        images = write(samples, output, start) if output else [None] * len(samples)
-        records[number] = _score_batch(specs[start : start + len(samples)], images, samples, scorers)
-        if batches:
-            batches.add(number, records[number])
-
-    # Gather the batches of all ranks, and join them in order.
-    own = [[number, [record_as_dict(record) for record in rows]] for number, rows in records.items()]
-    gathered = sorted(
-        (batch for rank in processes.all_gather_object(own) for batch in rank), key=lambda batch: batch[0]
-    )
-    evaluation = Evaluation(protocol, tuple(record_from_dict(row) for _, rows in gathered for row in rows))
-    if output and processes.is_main:
-        evaluation.save(output)
-    return evaluation
-
-
-def evaluate_files(
-    files: Mapping[str, Prompt],
-    read: Callable[[str], Tensor],
-    scorers: Mapping[str, Scorer],
-    suite: str,
-    verifier: str,
-) -> Evaluation:
-    """Score samples that another program generated.
-
-    The noises are unknown, so a sample's position among the samples of its prompt stands for its noise index.
-
-    Args:
-        files: Prompts by file name.
-        read: Returns the sample of a file name; all have one shape.
-        scorers: Functions of samples (B, ...) and their B prompts, by name.
-        suite: Name of the prompt set in the protocol.
-        verifier: Name of the verifier in the protocol.
-
-    Raises:
-        ValueError: there is no file.
-    """
-    if not files:
-        raise ValueError("there is no sample to evaluate: list one or more")
-    specs, counts = [], dict[str, int]()
-    for prompt in files.values():
-        specs.append(SampleSpec(prompt, counts.setdefault(prompt.text, 0)))
-        counts[prompt.text] += 1
-    records: list[SampleRecord] = []
-    for start in range(0, len(specs), _FILE_BATCH):
-        part, names = specs[start : start + _FILE_BATCH], list(files)[start : start + _FILE_BATCH]
-        records += _score_batch(part, names, torch.stack([read(name) for name in names]), scorers)
-    prompts = PromptSet(suite, tuple({prompt.text: prompt for prompt in files.values()}.values()))
-    protocol = EvaluationProtocol.for_external_samples(prompts, list(counts.values()), verifier)
-    return Evaluation(protocol, tuple(records))
-
-
-def _protocol_grid(pipeline: Pipeline, protocol: EvaluationProtocol) -> Grid:
-    """Return the pipeline's grid on the protocol's sigmas; raise ValueError if the pipeline shifts them again."""
-    grid = pipeline.grid(len(protocol.sigmas) - 1, protocol.sigmas[:-1])
-    expected = torch.tensor(protocol.sigmas, dtype=torch.float64)
-    if grid.sigma.shape != expected.shape or not torch.allclose(grid.sigma, expected, rtol=0, atol=1e-6):
-        raise ValueError(
-            f"the pipeline samples on sigmas {grid.sigma.tolist()}, the protocol says {list(protocol.sigmas)}: "
-            "make the protocol from pipeline.grid(...).sigma, final 0 included"
-        )
-    return grid
-
-
-@torch.no_grad()
-def _score_batch(
-    specs: Sequence[SampleSpec],
-    images: Sequence[str | None],
-    samples: Tensor,
-    scorers: Mapping[str, Scorer],
-) -> list[SampleRecord]:
-    """Score samples (B, ...) of ``specs``, saved as the files ``images``; scores that are not finite become NaN."""
-    columns: dict[str, list[float]] = {}
-    details: dict[str, Sequence[Any]] = {}
-    for name, scorer in scorers.items():
-        column = scorer(samples, [spec.prompt for spec in specs])
-        if isinstance(column, Judgment):
-            column, details[name] = column.scores, column.details
-        if column.shape != (len(samples),):
-            raise ValueError(f"scorer {name!r} must return shape ({len(samples)},), got {tuple(column.shape)}")
-        columns[name] = [value if math.isfinite(value) else math.nan for value in column.tolist()]
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    explained = [dict(zip(details, row, strict=True)) for row in zip(*details.values(), strict=True)] or [{}] * len(
-        rows
-    )
-    return [
-        SampleRecord(spec.prompt.text, spec.prompt.task, spec.sample, spec.seed, image, row, detail)
-        for spec, image, row, detail in zip(specs, images, rows, explained, strict=True)
-    ]
 
 
 def record_as_dict(record: SampleRecord) -> dict[str, Any]:

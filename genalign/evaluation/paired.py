@@ -47,8 +47,8 @@ def check_protocols(before: EvaluationProtocol, after: EvaluationProtocol) -> No
     if before.hash == after.hash:
         return
     old, new = before.as_dict(), after.as_dict()
-    names = [field.name for field in fields(EvaluationProtocol) if old[field.name] != new[field.name]]
-    differing = "; ".join(f"{name} is {old[name]!r} before and {new[name]!r} after" for name in names)
+    names = [field.name for field in fields(EvaluationProtocol) if old.get(field.name) != new.get(field.name)]
+    differing = "; ".join(f"{name} is {old.get(name)!r} before and {new.get(name)!r} after" for name in names)
     raise ValueError(
         f"evaluations of different protocols cannot be compared: {differing}. Evaluate both by one protocol"
     )

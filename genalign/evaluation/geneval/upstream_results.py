@@ -10,14 +10,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from genalign.evaluation.folder import ModelIdentity, manifest
+from genalign.evaluation.evaluate import SampleRecord, load_evaluation
+from genalign.evaluation.folder import EvaluationFolder, ModelIdentity, manifest
+from genalign.evaluation.geneval.evaluation_files import sample_score, write_geneval_files
 from genalign.evaluation.geneval.metadata import PromptSpec
 from genalign.evaluation.geneval.result_files import ImageResult
-from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, load_finished, prompt_row, sample_row
 from genalign.evaluation.geneval.scoring import Detection, GenEvalScore, score_detections
-from genalign.types import Prompt
+from genalign.types import Prompt, PromptSet
 
 VERIFIER = "GenEval's evaluate_images.py"
 """The verifier in the protocol of an evaluation by the original's results."""
@@ -103,30 +103,28 @@ def rescore(folder: Path, results: Sequence[ImageResult]) -> Path:
     Raises ValueError for an image without a result, or a result whose metadata is not its prompt's; FileNotFoundError
     if there is no finished evaluation.
     """
-    protocol = replace(load_finished(folder).protocol, verifier=VERIFIER)
-    source, target = GenEvalFolder(folder), GenEvalFolder(folder / "original")
-    rows = source.rows(len(list((folder / "prompts").glob("*.json"))))
-    indexed = results_by_image(results)
-    new_rows = [_rescore_row(row, indexed) for row in rows]
+    evaluation = load_evaluation(folder)
+    source, target = EvaluationFolder(folder), EvaluationFolder(folder / "original")
+    prompts, indexed = source.prompts(), results_by_image(results)
+    records = [_rescored(record, prompts[record.task, record.prompt], indexed) for record in evaluation.records]
 
     old = source.manifest()
     assert old is not None, "a finished evaluation has a manifest"
-    target.begin(manifest(protocol, ModelIdentity(**old["subject"])))
-    for row in new_rows:
-        target.write(row["index"], row)
+    protocol = replace(evaluation.protocol, verifier=VERIFIER)
+    target.begin(
+        manifest(protocol, ModelIdentity(**old["subject"])), PromptSet(protocol.suite, tuple(prompts.values()))
+    )
+    target.add(0, records, {}, {})
     with target.claims.exclusive():
-        target.finish(protocol, len(rows))
+        write_geneval_files(target, target.finish(protocol, 1))
     return target.path
 
 
-def _rescore_row(row: Mapping[str, Any], results: Mapping[tuple[int, int], ImageResult]) -> dict[str, Any]:
-    prompt = Prompt(row["prompt"], row["metadata"])
-    samples: list[dict[str, Any]] = []
-    for sample in row["samples"]:
-        result = results.get(_image_key(sample["image"]))
-        if result is None:
-            raise ValueError(f"the results have no {sample['image']}: run evaluate_images.py on the whole folder")
-        if PromptSpec.from_metadata(result.metadata) != PromptSpec.from_prompt(prompt):
-            raise ValueError(f"{result.filename} was judged as {result.prompt!r}, but its prompt is {prompt.text!r}")
-        samples.append(sample_row(f"../{sample['image']}", sample["seed"], result_score(result)))
-    return prompt_row(row["index"], prompt, samples)
+def _rescored(record: SampleRecord, prompt: Prompt, results: Mapping[tuple[int, int], ImageResult]) -> SampleRecord:
+    result = results.get(_image_key(str(record.image)))
+    if result is None:
+        raise ValueError(f"the results have no {record.image}: run evaluate_images.py on the whole folder")
+    if PromptSpec.from_metadata(result.metadata) != PromptSpec.from_prompt(prompt):
+        raise ValueError(f"{result.filename} was judged as {result.prompt!r}, but its prompt is {prompt.text!r}")
+    score = sample_score(result_score(result))
+    return replace(record, image=f"../{record.image}", scores=score.scores, details=score.details)

@@ -18,7 +18,8 @@ from diffusers import SD3Transformer2DModel
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from genalign.cli.main import COMMANDS, main
+from genalign.cli.commands import COMMANDS
+from genalign.cli.main import main
 from genalign.evaluation.evaluate import SampleRecord
 from genalign.evaluation.folder import BatchFolder
 from genalign.runtime.files import load_state
@@ -89,7 +90,7 @@ def test_a_run_writes_metrics_weights_evaluations_and_a_report(
     assert set(rows[0]["rewards"]) == {"red", "green"}
     assert set(rows[0]["held_out"]) == {"strict", "partial", "relaxed"}
     files = "config.json environment.json gain.json report.html checkpoints/latest/state.safetensors"
-    files += " before/summary.json lora/pytorch_lora_weights.safetensors peft/adapter_model.safetensors"
+    files += " before/summary.json lora/pytorch_lora_weights.safetensors peft/adapter/adapter_model.safetensors"
     assert [name for name in files.split() if not (run / name).is_file()] == []
     assert json.loads((run / "config.json").read_text())["training"]["rounds"] == 2
     assert set(json.loads((run / "gain.json").read_text())["strict"]) == {"mean", "low", "high", "n"}
