@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from genalign.evaluation.benchmarks.benchmark import Benchmark, Judges
+from genalign.evaluation.benchmarks.compbench import COMPBENCH
 from genalign.evaluation.benchmarks.conceptmix import CONCEPTMIX
 from genalign.evaluation.benchmarks.dpg import DPG
 from genalign.evaluation.benchmarks.geneval2 import GENEVAL2
@@ -14,5 +15,5 @@ from genalign.evaluation.benchmarks.unigenbench import UNIGENBENCH
 __all__ = ["BENCHMARKS", "Benchmark", "Judges"]
 
 BENCHMARKS: Mapping[str, Benchmark] = {
-    benchmark.name: benchmark for benchmark in (CONCEPTMIX, DPG, GENEVAL2, OCR, UNIGENBENCH)
+    benchmark.name: benchmark for benchmark in (COMPBENCH, CONCEPTMIX, DPG, GENEVAL2, OCR, UNIGENBENCH)
 }
