@@ -5,6 +5,7 @@ This package contains no prompts of a benchmark: users bring the files that its 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ from typing import Any
 
 from genalign.evaluation.evaluate import SampleRecord
 from genalign.evaluation.scorers import Scorer
+from genalign.runtime.media import ImageMedium
 from genalign.types import AnyCallable, Prompt, PromptSet
 
 _log = logging.getLogger(__name__)
@@ -65,9 +67,13 @@ class Judges:
 
 
 def describe(judge: Any) -> Any:
-    """Describe a judge in JSON types: its own ``description``, or its class and settings, or its name."""
+    """Describe a judge in JSON types: its own ``description``, or its class and settings, or its name.
+
+    A folder of images is described by the names and sizes of its files, wherever it lies.
+    """
     if isinstance(judge, Path):
-        return str(judge)
+        files = [[path.relative_to(judge).as_posix(), path.stat().st_size] for path in image_files(judge)]
+        return {"images": len(files), "hash": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}
     if isinstance(description := getattr(judge, "description", None), Mapping):
         return dict(description)
     if is_dataclass(judge) and not isinstance(judge, type):
@@ -110,6 +116,14 @@ class Benchmark:
         """
         described = {name: describe(judges.need(name)) for name in self.needs(prompts, judges)}
         return f"{self.rules} | {json.dumps(described, sort_keys=True, default=str)}"
+
+
+def image_files(folder: Path) -> list[Path]:
+    """List the images of a folder and its subfolders, sorted. Raises FileNotFoundError for none."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ImageMedium.suffixes)
+    if not files:
+        raise FileNotFoundError(f"there are no images in {folder}: give a folder of {', '.join(ImageMedium.suffixes)}")
+    return files
 
 
 def distinct_prompts(name: str, prompts: Sequence[Prompt]) -> PromptSet:
