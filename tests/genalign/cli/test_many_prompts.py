@@ -17,7 +17,7 @@ from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.geneval.result_files import write_prompts
 from genalign.types import PromptSet
 from genalign.worlds import shapes
-from tests.genalign.evaluation.geneval.test_run_evaluation import assert_same_files
+from tests.genalign.evaluation.geneval.test_evaluation_files import assert_same_files
 from tests.packages import ROOT
 
 PROCESSES, KILLS = 3, 8

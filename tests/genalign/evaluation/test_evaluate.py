@@ -3,27 +3,19 @@ import math
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from genalign.evaluation.evaluate import (
     Evaluation,
     EvaluationProtocol,
-    Judgment,
     SampleRecord,
-    SampleSpec,
-    evaluate,
-    load_evaluation,
     noise_seed,
     plan_samples,
     suite_hash,
 )
-from genalign.evaluation.folder import BatchFolder
 from genalign.evaluation.paired import gain, pairs_by_gain, task_gains
 from genalign.types import Prompt, PromptSet
-from tests.genalign.evaluation.still_pipeline import PROTOCOL, StillPipeline
+from tests.genalign.evaluation.still_pipeline import PROTOCOL
 
 
 def prompt_set(**tasks):
@@ -36,33 +28,8 @@ def prompt_set(**tasks):
     return PromptSet("some", tuple(prompts))
 
 
-SPECS = plan_samples(prompt_set(a=2, b=2), 4, 2)
-
-
 def record(task, prompt, sample, image=None, **scores):
     return SampleRecord(prompt, task, sample, noise_seed(prompt, sample), image, scores)
-
-
-class GrayPipeline(StillPipeline):
-    """A pipeline whose images have the gray value of their noise."""
-
-    def initial_noise(self, seeds):
-        return torch.tensor([gray(seed) for seed in seeds])[:, None]
-
-    def decode(self, latents):
-        return latents[:, :, None, None].expand(-1, 3, 4, 4)
-
-
-def gray(seed):
-    return (seed % 97) / 97
-
-
-def brightness(samples, prompts):
-    return samples.mean((1, 2, 3))
-
-
-def strict(samples, prompts):
-    return (brightness(samples, prompts) > 0.5).float()
 
 
 @pytest.mark.parametrize(
@@ -82,6 +49,15 @@ def test_plan_does_not_depend_on_order_or_repetition():
     assert {spec.seed for spec in specs} == {spec.seed for spec in plan_samples(prompts, 12, 2)}
     with pytest.raises(ValueError, match="at least 1"):
         plan_samples(prompts, 0, 3)
+
+
+def test_a_plan_without_a_size_takes_every_prompt_in_order():
+    prompts = prompt_set(a=1, b=2)
+    mixed = PromptSet("some", (prompts.prompts[1], *prompts.prompts))
+    specs = plan_samples(mixed, None, 2)
+    assert [(spec.prompt.text, spec.sample) for spec in specs] == [
+        (text, sample) for text in ("b 0", "a 0", "b 1") for sample in (0, 1)
+    ]
 
 
 def test_noise_seed_depends_on_prompt_and_index_alone():
@@ -108,83 +84,6 @@ def test_suite_hash_depends_on_texts_metadata_and_order():
     hashes = {suite_hash(PromptSet("x", other)) for other in [prompts.prompts, *others]}
     assert len(hashes) == 4
     assert suite_hash(prompt_set(a=3)) == suite_hash(prompts)
-
-
-def test_evaluate_scores_every_sample_in_order(tmp_path):
-    pipeline = GrayPipeline()
-    result = evaluate(pipeline, SPECS, {"strict": strict, "brightness": brightness}, PROTOCOL, tmp_path)
-    assert pipeline.calls == [(size, 4.0) for size in (3, 3, 2) for _ in range(2)]
-    assert [r.key for r in result.records] == [(s.prompt.task, s.prompt.text, s.sample, s.seed) for s in SPECS]
-    for index, sample in enumerate(result.records):
-        value = gray(sample.seed)
-        assert sample.scores == {"strict": float(value > 0.5), "brightness": pytest.approx(value, abs=1e-6)}
-        assert sample.image == f"images/{index:05d}.png"
-        pixels = np.asarray(Image.open(tmp_path / sample.image))
-        assert pixels.shape == (4, 4, 3) and (pixels == round(value * 255)).all()
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary) == ["protocol", "protocol_hash", "suite", "overall", "tasks", "failed"]
-    assert summary["protocol_hash"] == PROTOCOL.hash
-    assert list(summary["tasks"]["a"]["strict"]) == ["mean", "low", "high", "n"]
-
-
-def test_an_interrupted_evaluation_resumes_with_the_unfinished_batches(tmp_path):
-    batches, calls = BatchFolder(tmp_path), []
-    whole = evaluate(GrayPipeline(), SPECS, {"b": brightness}, PROTOCOL, tmp_path / "whole")
-
-    def failing(samples, prompts):
-        calls.append(len(samples))
-        if len(calls) == 3:
-            raise RuntimeError("the power went")
-        return brightness(samples, prompts)
-
-    with pytest.raises(RuntimeError, match="the power went"):
-        evaluate(GrayPipeline(), SPECS, {"b": failing}, PROTOCOL, tmp_path, batches=batches)
-    again = GrayPipeline()
-    assert evaluate(again, SPECS, {"b": brightness}, PROTOCOL, tmp_path, batches=batches) == whole
-    assert again.calls == [(2, 4.0)] * 2  # the last batch alone
-    assert load_evaluation(tmp_path) == whole
-
-
-def test_a_scorer_may_explain_its_scores(tmp_path):
-    def explained(samples, prompts):
-        scores = brightness(samples, prompts)
-        return Judgment(scores, [[round(score, 3), None] for score in scores.tolist()])
-
-    scorers, batches = {"e": explained, "b": brightness}, BatchFolder(tmp_path)
-    whole = evaluate(GrayPipeline(), SPECS, scorers, PROTOCOL, tmp_path, batches=batches)
-    assert [r.details for r in whole.records] == [{"e": [round(gray(s.seed), 3), None]} for s in SPECS]
-    assert all(r.scores["e"] == r.scores["b"] for r in whole.records)
-    assert load_evaluation(tmp_path) == whole
-    assert evaluate(GrayPipeline(), SPECS, scorers, PROTOCOL, tmp_path, batches=batches) == whole  # from its batches
-    plain = evaluate(GrayPipeline(), SPECS[:1], {"b": brightness}, PROTOCOL, tmp_path / "plain")
-    assert plain.records[0].details == {} and "details" not in (tmp_path / "plain" / "records.jsonl").read_text()
-
-
-def test_noise_does_not_depend_on_the_batch():
-    whole = evaluate(GrayPipeline(), SPECS, {"b": brightness}, PROTOCOL)
-    parts = evaluate(GrayPipeline(), SPECS[::-1], {"b": brightness}, replace(PROTOCOL, batch_size=2))
-    assert {r.key: r.scores for r in whole.records} == {r.key: r.scores for r in parts.records}
-
-
-def test_failed_scores_are_counted_and_left_out(tmp_path):
-    scorers = {"s": lambda samples, prompts: torch.tensor([math.nan, 1.0, 1.0, 1.0])}
-    result = evaluate(GrayPipeline(), SPECS[:4], scorers, replace(PROTOCOL, batch_size=4), tmp_path)
-    assert (result.summary()["failed"], result.overall["s"].mean, result.overall["s"].n) == (1, 1.0, 2)
-    assert math.isnan(load_evaluation(tmp_path).records[0].scores["s"])
-    scorers = {"s": lambda samples, prompts: samples[:, 0, 0, 0] * math.nan}
-    with pytest.raises(ValueError, match="task 'a' has no values"):
-        evaluate(GrayPipeline(), SPECS, scorers, PROTOCOL, tmp_path)
-    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == len(SPECS)  # saved all the same
-
-
-def test_evaluate_refuses_invalid_arguments():
-    specs = [SampleSpec(Prompt("a"), 0)]
-    with pytest.raises(ValueError, match="at least one sample"):
-        evaluate(GrayPipeline(), [], {"s": strict}, PROTOCOL)
-    with pytest.raises(ValueError, match=r"the protocol says \[1.0, 0.5, 0.0\]"):
-        evaluate(GrayPipeline(sigmas=(1.0, 0.75, 0.0)), specs, {"s": strict}, PROTOCOL)
-    with pytest.raises(ValueError, match="scorer 's' must return shape"):
-        evaluate(GrayPipeline(), specs, {"s": lambda samples, prompts: samples}, PROTOCOL)
 
 
 def test_overall_is_the_mean_over_tasks_of_means_over_prompts():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import shutil
@@ -9,17 +10,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from genalign.evaluation.evaluate import load_evaluation
-from genalign.evaluation.folder import ModelIdentity, adapter_hash, manifest
-from genalign.evaluation.geneval.image_sources import FolderImages, PipelineImages
-from genalign.evaluation.geneval.result_files import read_results, read_samples, summary, write_results, write_samples
-from genalign.evaluation.geneval.run_evaluation import GenEvalFolder, GenEvalRun, verifier_description
+from genalign.cli.external_samples import external_samples
+from genalign.evaluation.engine import evaluate_share
+from genalign.evaluation.evaluate import distinct_prompts, load_evaluation, plan_samples
+from genalign.evaluation.folder import EvaluationFolder, ModelIdentity, adapter_hash, manifest
+from genalign.evaluation.geneval.evaluation_files import (
+    GENEVAL,
+    GenEvalLayout,
+    GenEvalScorer,
+    verifier_description,
+    write_geneval_files,
+)
+from genalign.evaluation.geneval.result_files import read_results, read_samples, summary, write_results
 from genalign.evaluation.geneval.upstream_results import rescore
 from genalign.evaluation.paired import compare_models
-from genalign.evaluation.report import write_geneval
-from genalign.runtime.distributed import RankShare
+from genalign.evaluation.report import write_evaluation
+from genalign.evaluation.sources import FileSource, PipelineSource
+from genalign.runtime.distributed import ALL_RANKS, RankShare
 from genalign.runtime.media import read_image
 from genalign.types import PromptSet
 from genalign.worlds import shapes
@@ -36,39 +44,54 @@ PROMPTS = PromptSet(
     tuple(prompt for group in shapes.prompts("iid").by_task().values() for prompt in group[:: len(group) // 4][:4]),
 )
 PROTOCOL = replace(STILL_PROTOCOL, suite="drawn", batch_size=2, seeds=SEEDS, verifier=verifier_description(JUDGE))
+SPECS = plan_samples(PROMPTS, None, SEEDS)
+BATCHES = SEEDS * len(PROMPTS) // 2
 
 
-def start_run(path: Path, skill: float = 1.0, broken: int | None = None) -> GenEvalRun:
-    pipeline = DrawingPipeline(PROMPTS.prompts, SEEDS, skill, broken)
-    folder = GenEvalFolder(path)
-    folder.begin(manifest(PROTOCOL, IDENTITY))
-    source = PipelineImages(pipeline, pipeline.grid(2), PROTOCOL.guidance, SEEDS, PROTOCOL.batch_size, path)
-    return GenEvalRun(source, PROMPTS, JUDGE, folder)
+class Run:
+    """An evaluation of drawn images, in batches of two."""
+
+    def __init__(self, path: Path, skill: float = 1.0, broken: int | None = None) -> None:
+        self.pipeline = DrawingPipeline(PROMPTS.prompts, SEEDS, skill, broken)
+        self.folder = EvaluationFolder(path)
+        self.folder.begin(manifest(PROTOCOL, IDENTITY), PROMPTS)
+
+    def work(self, share: RankShare = ALL_RANKS) -> None:
+        source = PipelineSource(self.pipeline, SPECS, PROTOCOL)
+        evaluate_share(source, GenEvalScorer(JUDGE), self.folder, GenEvalLayout(SPECS), share=share)
+
+    def finish(self) -> Path:
+        write_geneval_files(self.folder, self.folder.finish(PROTOCOL, BATCHES))
+        return self.folder.path
 
 
-def finish(run: GenEvalRun) -> Path:
-    assert list(run.run(RankShare())) == list(range(len(PROMPTS)))
-    run.folder.finish(PROTOCOL, len(PROMPTS))
-    return run.folder.path
+def finished(path: Path, skill: float = 1.0, broken: int | None = None) -> Path:
+    run = Run(path, skill, broken)
+    run.work()
+    return run.finish()
 
 
 def assert_same_files(path: Path, other: Path) -> None:
-    """Two folders have the same files, byte by byte, except the report."""
+    """Two folders have the same files, byte by byte, except costs and report."""
     first, second = (
-        {f.relative_to(root): f.read_bytes() for f in root.rglob("*") if f.is_file() and f.name != "report.html"}
+        {f.relative_to(root): f.read_bytes() for f in root.rglob("*") if f.is_file() and not _varies(f)}
         for root in (path, other)
     )
     assert first == second
 
 
+def _varies(file: Path) -> bool:
+    return file.name in ("cost.json", "report.html") or file.parent.name == "costs"
+
+
 @pytest.fixture(scope="module")
 def perfect(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finish(start_run(tmp_path_factory.mktemp("perfect")))
+    return finished(tmp_path_factory.mktemp("perfect"))
 
 
 @pytest.fixture(scope="module")
 def mediocre(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finish(start_run(tmp_path_factory.mktemp("mediocre"), skill=0.6))
+    return finished(tmp_path_factory.mktemp("mediocre"), skill=0.6)
 
 
 def test_correct_images_score_one(perfect: Path) -> None:
@@ -104,53 +127,42 @@ def test_folder_results_and_summary_have_the_format_of_geneval(mediocre: Path) -
 
 
 def test_nan_images_are_counted_and_left_out(tmp_path: Path) -> None:
-    evaluation = load_evaluation(finish(start_run(tmp_path, broken=5)))
+    evaluation = load_evaluation(finished(tmp_path, broken=5))
     assert evaluation.failed == 1 and math.isnan(evaluation.records[5].scores["relaxed"])
     assert len(read_results(tmp_path / "results.jsonl")) == SEEDS * len(PROMPTS) - 1
-    assert "<dt>not judged</dt><dd>1</dd>" in write_geneval(tmp_path).read_text()
+    assert "<dt>not scored</dt><dd>1</dd>" in write_evaluation(tmp_path).read_text()
 
 
 def test_any_number_of_ranks_writes_the_same_bytes(perfect: Path, tmp_path: Path) -> None:
-    runs = [start_run(tmp_path) for _ in range(3)]
-    indices = [index for rank, run in enumerate(runs) for index in run.run(RankShare(rank, 3))]
-    assert sorted(indices) == list(range(len(PROMPTS)))
-    assert all(run.num_unfinished() == 0 for run in runs)
-    runs[1].folder.finish(PROTOCOL, len(PROMPTS))
-    assert_same_files(tmp_path, perfect)
+    runs = [Run(tmp_path) for _ in range(3)]
+    for rank, run in enumerate(runs):
+        run.work(RankShare(rank, 3))
+    assert [run.pipeline.num_drawn for run in runs] == [SEEDS * len(PROMPTS) // 3] * 3
+    assert runs[0].folder.num_unfinished(BATCHES) == 0
+    assert_same_files(runs[1].finish(), perfect)
 
 
-def test_an_interrupted_run_resumes_with_the_unfinished_prompts(perfect: Path, tmp_path: Path) -> None:
-    steps = start_run(tmp_path).run(RankShare())
-    assert [next(steps) for _ in range(4)] == [0, 1, 2, 3]
-    steps.close()
-    (tmp_path / "images" / "00004" / "samples").mkdir(parents=True)
-    (tmp_path / "images" / "00004" / "samples" / "0000.png").write_bytes(b"\x89PNG half of")
-    (tmp_path / "prompts" / "00004.json.part").write_text('{"index": 4, "pro')
-    second = start_run(tmp_path)
-    with pytest.raises(ValueError, match=r"20 of 24 prompts in .* are not finished: start it again"):
-        second.folder.finish(PROTOCOL, len(PROMPTS))
-    assert list(second.run(RankShare())) == list(range(4, len(PROMPTS)))
-    assert isinstance(second.source, PipelineImages)
-    assert second.source.pipeline.num_drawn == SEEDS * (len(PROMPTS) - 4)
-    second.folder.finish(PROTOCOL, len(PROMPTS))
-    assert_same_files(tmp_path, perfect)
+def test_an_interrupted_run_resumes_with_the_unfinished_batches(perfect: Path, tmp_path: Path) -> None:
+    Run(tmp_path).work(RankShare(0, 9))
+    (tmp_path / "images" / "00001" / "samples").mkdir(parents=True)
+    (tmp_path / "images" / "00001" / "samples" / "0000.png").write_bytes(b"\x89PNG half of")
+    (tmp_path / "batches" / "00001.json.part").write_text('[{"prompt": "a pro')
+    second = Run(tmp_path)
+    with pytest.raises(ValueError, match=r"32 of 36 batches in .* are not finished: start the command again"):
+        second.finish()
+    second.work()
+    assert second.pipeline.num_drawn == SEEDS * len(PROMPTS) - 8
+    assert_same_files(second.finish(), perfect)
 
 
-def test_a_prompt_claimed_by_another_process_is_skipped(tmp_path: Path) -> None:
-    first, second = start_run(tmp_path), start_run(tmp_path)
+def test_a_batch_claimed_by_another_process_is_skipped(tmp_path: Path) -> None:
+    first, second = Run(tmp_path), Run(tmp_path)
     with first.folder.claims.try_claim(3) as claimed, second.folder.claims.try_claim(3) as claimed_twice:
         assert (claimed, claimed_twice) == (True, False)
-        assert 3 not in list(second.run(RankShare()))
-    assert second.num_unfinished() == 1
-    assert list(first.run(RankShare())) == [3]
-
-
-def test_every_process_encodes_the_same_batches(tmp_path: Path) -> None:
-    """Embeddings depend on the batch in their last bits, and the first prompt shares its batch with the empty one."""
-    second = start_run(tmp_path)
-    next(second.run(RankShare(1, 2)))
-    assert isinstance(second.source, PipelineImages)
-    assert second.source.pipeline.encoded == [[PROMPTS.prompts[0].text], [PROMPTS.prompts[1].text]]
+        second.work()
+    assert second.folder.num_unfinished(BATCHES) == 1 and not second.folder.is_done(3)
+    first.work()
+    assert first.pipeline.num_drawn == 2
 
 
 def test_manifest_hash_depends_on_the_adapter_and_protocol_hash_on_the_judge(tmp_path: Path) -> None:
@@ -195,14 +207,16 @@ def test_a_task_without_scores_is_named(perfect: Path) -> None:
 
 
 def test_the_report_has_scores_wrong_images_and_the_comparison(perfect: Path, mediocre: Path) -> None:
-    page = write_geneval(mediocre).read_text()
+    page = write_evaluation(mediocre).read_text()
     wrong = [result for result in read_results(mediocre / "results.jsonl") if not result.correct]
     assert wrong[0].prompt in page and "ShapesDetector" in page and "GenEval-style and not GenEval" in page
-    assert page.count("data:image/png;base64") == min(24, len(wrong))
+    assert html.escape(wrong[0].reason.splitlines()[0]) in page and "<h1>Correct images on drawn</h1>" in page
+    assert page.count("data:image/png;base64") == 24
     assert "http:" not in page and "https:" not in page and len(page) < 5e6
-    both = write_geneval(mediocre, perfect).read_text()
+    both = write_evaluation(mediocre, perfect).read_text()
     assert "the same prompts from the same initial noise" in both
-    assert f"Against {perfect.name}" in both and "Worst regressions" in both and "prompts won, relaxed" in both
+    assert f"{mediocre.name} against {perfect.name}" in both and "Largest differences" in both
+    assert "prompts won, relaxed" in both and both.count("data:image/png;base64") == 2 * 2 * 12
 
 
 def test_rescoring_uses_the_results_of_the_original(mediocre: Path, tmp_path: Path) -> None:
@@ -214,7 +228,7 @@ def test_rescoring_uses_the_results_of_the_original(mediocre: Path, tmp_path: Pa
     ours, theirs = load_evaluation(mediocre), load_evaluation(original)
     assert [record.scores for record in theirs.records] == [record.scores for record in ours.records]
     assert theirs.protocol.verifier == "GenEval's evaluate_images.py"
-    assert "own script" in write_geneval(original).read_text()
+    assert "own script" in write_evaluation(original).read_text()
     assert read_image(original / str(theirs.records[0].image)).shape == (3, 64, 64)
 
 
@@ -238,28 +252,21 @@ def test_external_images_are_judged_in_place(mediocre: Path, tmp_path: Path) -> 
     for index in (3, 20):
         shutil.copytree(mediocre / "images" / f"{index:05d}", external / f"{index + 100}")
     (external / "103" / "samples" / "0000.png").unlink()
-    samples = read_samples(external)
-    prompts = PromptSet("images", (PROMPTS.prompts[3], PROMPTS.prompts[20]))
-    folder = GenEvalFolder(tmp_path / "output")
-    folder.begin(manifest(PROTOCOL, IDENTITY))
-    run = GenEvalRun(FolderImages([samples[:2], samples[2:]], folder.path, "cpu"), prompts, JUDGE, folder)
-    assert list(run.run(RankShare())) == [0, 1]
-    records = folder.finish(PROTOCOL, 2).records
-    scores = [record.scores for record in records]
+    listed = external_samples(external, None, None)
+    assert [(spec.prompt, spec.sample, spec.seed) for spec in listed.specs] == [
+        *((PROMPTS.prompts[3], number, number) for number in (1, 2)),
+        *((PROMPTS.prompts[20], number, number) for number in (0, 1, 2)),
+    ]
+    folder = EvaluationFolder(tmp_path / "output")
+    folder.begin(manifest(PROTOCOL, IDENTITY), distinct_prompts(listed.specs, "samples"))
+    source = FileSource(listed.specs, listed.files, listed.read, 4)
+    evaluate_share(source, GenEvalScorer(JUDGE), folder, GenEvalLayout(listed.specs))
+    evaluation = folder.finish(PROTOCOL, 2)
+    write_geneval_files(folder, evaluation)
+    scores = [record.scores for record in evaluation.records]
     before = [row.scores for row in load_evaluation(mediocre).records]
     assert scores == before[10:12] + before[60:63]
-    assert [record.seed for record in records] == [1, 2, 0, 1, 2]
-    assert records[0].image == "../external/103/samples/0001.png"
+    assert evaluation.records[0].image == "../external/103/samples/0001.png"
+    assert set(evaluation.records[0].details[GENEVAL]) == {"reason", "detections"}
     results = read_results(folder.path / "results.jsonl")
     assert [record.scores for record in load_evaluation(rescore(folder.path, results)).records] == scores
-    wrong = [result for result in results if not result.correct]
-    assert wrong and write_geneval(folder.path).read_text().count("data:image/png;base64") == len(wrong)
-
-
-def test_images_of_different_sizes_are_judged_in_separate_batches(tmp_path: Path) -> None:
-    for number, side in enumerate((8, 8, 16, 8)):
-        write_samples(tmp_path / "images", 5, PROMPTS.prompts[0], torch.rand(1, 3, side, side), first=number)
-    source = FolderImages([read_samples(tmp_path / "images")], tmp_path / "output", "cpu")
-    batches = list(source(0, PROMPTS.prompts[0]))
-    assert [(batch.seeds, batch.images.shape[-1]) for batch in batches] == [([0, 1], 8), ([2], 16), ([3], 8)]
-    assert batches[1].files == ["../images/00005/samples/0002.png"]
