@@ -594,11 +594,14 @@ class Export:
         output: Folder to write.
         form: "lora" is the adapter alone, "merged" the network with the adapter in its weights, "pipeline" a whole
             diffusers folder.
+        round: Export the checkpoint after so many rounds; null exports the end of the run, or the last checkpoint of
+            one that has not ended.
     """
 
     run: str
     output: str
     form: Literal["lora", "merged", "pipeline"] = "lora"
+    round: int | None = None
 
 
 def model_of(plain: Mapping[str, Any]) -> Model:

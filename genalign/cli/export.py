@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from genalign.cli import config, parsing
 from genalign.cli.context import CommandContext
-from genalign.diffusion.lora import PEFT_CONFIG
-from genalign.runtime.files import write_text
+from genalign.cli.model_card import write_model_card
+from genalign.diffusion.lora import adapter_file
 from genalign.training.run_folder import RunFolder
 
-_USES = {
-    "lora": "pipe = DiffusionPipeline.from_pretrained({base!r})\npipe.load_lora_weights({name!r})",
-    "peft": "pipe = DiffusionPipeline.from_pretrained({base!r})\n"
-    "pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {name!r})",
-    "merged": "# The network alone, for the component of its name in a pipeline of {base!r}: from_pretrained({name!r})",
-    "pipeline": "pipe = DiffusionPipeline.from_pretrained({name!r})",
-}
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """The weights of a run in a folder: an adapter, or the whole network.
+
+    Args:
+        path: The folder.
+        is_adapter: Whether they are an adapter.
+        rounds: The number of rounds that they had, if the run was not at its end; else None.
+    """
+
+    path: Path
+    is_adapter: bool = True
+    rounds: int | None = None
 
 
 def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
@@ -29,112 +36,60 @@ def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
     run, output = Path(settings.run), Path(settings.output)
     if output.exists():
         raise FileExistsError(f"{output} exists: choose another output, or remove it")
+    if not (run / "config.json").is_file():
+        raise FileNotFoundError(f"{run} has no config.json: give the output folder of a training run")
     RunFolder(run).require_format()
-    card = model_card(run, settings.form, output.name)
-    adapter, network = run / "lora", run / "denoiser"
-    if not adapter.is_dir() and not network.is_dir():
-        raise FileNotFoundError(f"{run} has neither lora/ nor denoiser/: training did not finish a round")
+    weights = trained_weights(run, settings.round)
     if settings.form == "lora":
-        if not adapter.is_dir():
+        if not weights.is_adapter:
             raise ValueError(f"{run} trained the whole network: export it with --form merged or pipeline")
-        shutil.copytree(adapter, output)
+        shutil.copytree(weights.path, output)
     else:
-        pipeline = context.load(config.model_of(_read(run / "config.json")))
-        if adapter.is_dir():
-            pipeline.load_lora(adapter)
+        model = config.model_of(json.loads((run / "config.json").read_text(encoding="utf-8")))
+        pipeline = context.load(model)
+        if weights.is_adapter:
+            pipeline.load_lora(weights.path)
         else:
-            pipeline.load_denoiser(network)
+            pipeline.load_denoiser(weights.path)
         pipeline.save_merged(output, whole=settings.form == "pipeline")
-    write_text(output / "README.md", card)
-    print(f"{settings.form}: {output}")
+    write_model_card(run, output, settings.form, weights.rounds)
+    at = f", after round {weights.rounds}: the run is not at its end" if weights.rounds else ""
+    print(f"{settings.form}: {output}{at if settings.round is None else ''}")
     return 0
 
 
-def model_card(run: Path, form: str, name: str) -> str:
-    """Write a model card from a run's config.json, gain.json, evaluations and environment.json.
+def trained_weights(run: Path, rounds: int | None) -> TrainedWeights:
+    """Find the weights of a run after so many rounds; None for the newest, of its end or of its last checkpoint.
 
-    Raises FileNotFoundError for a folder that holds no run.
-
-    Args:
-        run: The folder of the run.
-        form: The exported form: lora, merged or pipeline.
-        name: The name of the exported model.
-
-    Returns:
-        Markdown with the Hub's front matter.
+    Raises FileNotFoundError where there are none, or no checkpoint of that round.
     """
-    if not (run / "config.json").is_file():
-        raise FileNotFoundError(f"{run} has no config.json: give the output folder of a training run")
-    settings = _read(run / "config.json")
-    base = settings["model"]["path"]
-    # diffusers cannot load the LoRA of every family; PEFT loads what it wrote
-    use = "peft" if form == "lora" and (run / "lora" / PEFT_CONFIG).is_file() else form
-    rewards = "\n".join(
-        f"| {reward} | {choice['weight']:g} | `{_as_call(choice['function'])}` |"
-        for reward, choice in settings["rewards"].items()
-    )
-    training = {key: settings[key] for key in ("prompts", "recipe", "sampling", "training", "lora")}
-    versions = ", ".join(f"{library} {version}" for library, version in _read(run / "environment.json").items())
-    return f"""---
-base_model: {base}
-base_model_relation: {"adapter" if form == "lora" else "finetune"}
-library_name: diffusers
-tags: [genalign, reinforcement-learning]
----
-
-# {name}
-
-Trained from `{base}` by genalign ({_as_call(settings["recipe"])}).
-
-## Use
-
-```python
-{_USES[use].format(base=base, name=name)}
-```
-
-## Rewards
-
-| reward | weight | function |
-|---|---|---|
-{rewards}
-
-## Figures
-
-{_figures(run)}
-
-## Training settings
-
-```json
-{json.dumps(training, indent=2)}
-```
-
-Versions: {versions}
-"""
+    adapter, network = run / "lora", run / "denoiser"
+    checkpoints = {
+        int(path.parent.name.removeprefix("round-")): path for path in run.glob("checkpoints/round-*[0-9]/lora")
+    }
+    if rounds is not None:
+        if rounds not in checkpoints:
+            raise FileNotFoundError(
+                f"{run} has no weights after round {rounds}, but after {_listed(checkpoints)}: checkpoint.every and"
+                " checkpoint.keep say which are retained"
+            )
+        return TrainedWeights(checkpoints[rounds], rounds=rounds)
+    latest = max(checkpoints, default=0)
+    if latest and (not adapter.is_dir() or _is_newer(checkpoints[latest], adapter)):
+        return TrainedWeights(checkpoints[latest], rounds=latest)
+    if adapter.is_dir():
+        return TrainedWeights(adapter)
+    if network.is_dir():
+        return TrainedWeights(network, is_adapter=False)
+    raise FileNotFoundError(f"{run} has no weights yet: its first checkpoint after a round will have them")
 
 
-def _as_call(setting: Any) -> str:
-    """Write a configured object as a call, and a group of settings as a call without a name."""
-    if not isinstance(setting, dict):
-        return str(setting)
-    arguments = setting.get("init_args", {}) if "class_path" in setting else setting
-    text = ", ".join(f"{key}={_as_call(value)}" for key, value in arguments.items())
-    return f"{setting.get('class_path', '').rsplit('.', 1)[-1]}({text})"
+def _listed(checkpoints: dict[int, Path]) -> str:
+    rounds = [str(number) for number in sorted(checkpoints)]
+    return f"round {', '.join(rounds)}" if rounds else "none"
 
 
-def _figures(run: Path) -> str:
-    """Tabulate the gains from the evaluation before training to the one after, and name their protocol."""
-    if not (run / "gain.json").is_file():
-        return "The run was not evaluated before and after."
-    before, after = (_read(run / name / "summary.json") for name in ("before", "after"))
-    lines = ["| score | before | after | gain (95% interval) | pairs |", "|---|---|---|---|---|"]
-    for name, gain in _read(run / "gain.json").items():
-        old, new = before["overall"][name]["mean"], after["overall"][name]["mean"]
-        interval = f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
-        lines.append(f"| {name} | {old:.3f} | {new:.3f} | {interval} | {gain['n']} |")
-    protocol = ", ".join(f"{key} {value}" for key, value in after["protocol"].items() if key != "sigmas")
-    return "\n".join([*lines, "", f"Protocol {after['protocol_hash']}: {protocol}."])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+def _is_newer(adapter: Path, before: Path) -> bool:
+    """Whether an adapter has other weights than one before, of later: the run was resumed and has not ended again."""
+    new, old = adapter_file(adapter), adapter_file(before)
+    return new.stat().st_mtime > old.stat().st_mtime and new.read_bytes() != old.read_bytes()

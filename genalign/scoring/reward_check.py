@@ -206,8 +206,8 @@ class _Checks:
             return False if self.expected.gradient else None, _BLACK_BOX
         if bool(score.isnan()):
             return None, "unknown: the textured sample it is measured at was not scored"
-        error = min(self._slope_error(sample, prompt, slope, step) for step in (0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4))
-        return error <= 0.05, f"{error:.1%} off finite differences"
+        off = min(self._slope_error(sample, prompt, slope, step) for step in (0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4))
+        return off <= 0.05, f"{off:.1%} off finite differences"
 
     def _slope_error(self, sample: Tensor, prompt: Sequence[Prompt], slope: Tensor, step: float) -> float:
         """The difference of a gradient from finite differences of a ``step``, in parts of the sample's norm."""

@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 RUN_FORMAT = 2
 """The format of a run's folder: 2 since genalign 0.2.0; folders of genalign 0.1.0 name none in environment.json."""
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "genalign")
+_PEFT_README = """\
+The adapter of `../lora` in PEFT's format, for `PeftModel.from_pretrained(network, "peft/adapter")`, in training scripts.
+diffusers' `load_lora_weights` would load nothing of it, without an error: give that `lora/`.
+"""
 
 
 @runtime_checkable
@@ -120,7 +124,8 @@ class RunFolder:
             state = policy.adapter_state()
             if self.processes.is_main:
                 pipeline.save_lora(self.path / "lora", state, policy.config)
-                save_peft(self.path / "peft", state, policy.config)
+                save_peft(self.path / "peft" / "adapter", state, policy.config)
+                write_text(self.path / "peft" / "README.md", _PEFT_README)
 
 
 def adapter_writer(policy: Policy, pipeline: WeightStore) -> Callable[[Path], None] | None:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from huggingface_hub import ModelCard
+from PIL import Image
 
+from genalign.cli.export import TrainedWeights, trained_weights
 from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
 from pipelines import SD3
@@ -38,8 +45,22 @@ def run(tiny: SD3, tiny_folder: Path, tmp_path: Path) -> Path:
     (folder / "gain.json").write_text(json.dumps({"strict": ESTIMATE}))
     for name in ("before", "after"):
         summary = {"overall": {"strict": ESTIMATE}, "protocol": {"suite": "comp"}, "protocol_hash": "abc"}
-        (folder / name).mkdir()
+        images = folder / name / "images"
+        images.mkdir(parents=True)
         (folder / name / "summary.json").write_text(json.dumps(summary))
+        rows = [{"prompt": prompt, "image": f"images/{number}.png"} for number, prompt in enumerate(PROMPTS)]
+        for row in rows:
+            Image.new("RGB", (4, 4), "red" if name == "after" else "blue").save(folder / name / row["image"])
+        (folder / name / "records.jsonl").write_text("\n".join(map(json.dumps, [*rows, *rows])))
+    return folder
+
+
+def _checkpoint(run: Path, rounds: int) -> Path:
+    """Write the adapter that training writes beside a checkpoint."""
+    folder = run / "checkpoints" / f"round-{rounds:06d}" / "lora"
+    shutil.copytree(run / "lora", folder)
+    weights = folder / "pytorch_lora_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + struct.pack("f", rounds))  # other weights in every round
     return folder
 
 
@@ -73,16 +94,16 @@ def test_a_lora_is_exported_with_a_card(tiny: SD3, tiny_folder: Path, run: Path)
     other.load_lora(output)
     _assert_same_predictions(tiny, other)
     card = (output / "README.md").read_text()
-    assert card.startswith(f"---\nbase_model: {tiny_folder}\nbase_model_relation: adapter\n")
     assert "| strict | 1 | `ShapesReward(score=strict)` |" in card and "flow_grpo(window=2)" in card
-    assert "| strict | 0.500 | 0.500 | +0.500 (+0.400 to +0.600) | 12 |" in card and "Protocol abc: suite comp." in card
+    row = "| strict | 0.500 (0.400 to 0.600) | 0.500 (0.400 to 0.600) | +0.500 (+0.400 to +0.600) | 12 |"
+    assert row in card and "Protocol abc: suite comp." in card
 
 
 def test_a_whole_trained_network_has_no_lora_to_export(tiny_folder: Path, run: Path, error: Callable[..., str]) -> None:
     (run / "lora").rename(run / "elsewhere")
     merged = run.parent / "tuned"
     arguments = ["export", "--run", str(run), "--output", str(merged)]
-    assert "has neither lora/ nor denoiser/: training did not finish a round" in error(*arguments)
+    assert "has no weights yet: its first checkpoint after a round will have them" in error(*arguments)
     changed = SD3.load(tiny_folder)
     with torch.no_grad():
         for parameter in changed.denoiser.parameters():
@@ -92,3 +113,87 @@ def test_a_whole_trained_network_has_no_lora_to_export(tiny_folder: Path, run: P
     assert main([*arguments, "--form", "pipeline"]) == 0
     _assert_same_predictions(changed, SD3.load(merged))
     assert "exists: choose another output" in error(*arguments, "--form", "pipeline")
+
+
+def test_the_card_has_the_metadata_of_the_hub_and_samples(run: Path, tiny_folder: Path) -> None:
+    output = _export(run, "lora")
+    card = ModelCard.load(output / "README.md")
+    data = card.data
+    assert data.pipeline_tag == "text-to-image" and data.library_name == "diffusers"
+    assert {"lora", "text-to-image", "diffusers"} <= set(data.tags) and data.base_model_relation == "adapter"
+    assert data.base_model is None and str(tiny_folder.parent) not in card.content  # a path of this machine
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("strict", 0.5, "comp")
+    assert [one["text"] for one in data.widget] == PROMPTS
+    assert all((output / one["output"]["url"]).is_file() for one in data.widget)
+    assert Image.open(output / data.widget[0]["output"]["url"]).getpixel((0, 0)) == (255, 0, 0)
+    assert "![before](samples/0-before.png)" in card.content and (output / "samples" / "0-before.png").is_file()
+
+
+@pytest.mark.parametrize("form", ["lora", "merged", "pipeline"])
+def test_the_snippet_of_the_card_runs(run: Path, tiny_folder: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = _export(run, form)
+    monkeypatch.chdir(output.parent)
+    snippet = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    here = snippet.replace(f"path/to/{tiny_folder.name}", str(tiny_folder))
+    scope: dict[str, Any] = {}
+    exec(here, scope)
+    assert f'prompt = "{PROMPTS[0]}"' in snippet
+    assert scope["image"].size == (64, 64)
+
+
+def test_the_base_is_named_by_its_own_card(run: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_folder, tmp_path / "elsewhere" / "my-sd3")
+    (base / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: stability\nlicense_link: LICENSE.md\n---\nA card."
+    )
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps({**index, "_name_or_path": "stabilityai/sd3"}))
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["path"] = os.path.relpath(base)
+    (run / "config.json").write_text(json.dumps(config))
+    card = ModelCard.load(_export(run, "lora") / "README.md")
+    assert (card.data.base_model, card.data.license, card.data.license_name) == (
+        "stabilityai/sd3",
+        "other",
+        "stability",
+    )
+    assert 'from_pretrained("stabilityai/sd3")' in card.content and ".." not in card.content
+
+
+def test_a_checkpoint_is_exported_by_its_round(run: Path, error: Callable[..., str]) -> None:
+    early, late = _checkpoint(run, 2), _checkpoint(run, 14)
+    arguments = ["export", "--run", str(run)]
+    assert main([*arguments, "--output", str(run.parent / "two"), "--round", "2"]) == 0
+    name = "pytorch_lora_weights.safetensors"
+    assert (run.parent / "two" / name).read_bytes() == (early / name).read_bytes() != (late / name).read_bytes()
+    card = (run.parent / "two" / "README.md").read_text()
+    assert "Exported after round 2." in card and "not evaluated" in card and "model-index" not in card
+    answer = error(*arguments, "--output", str(run.parent / "none"), "--round", "3")
+    assert (
+        "has no weights after round 3, but after round 2, 14: checkpoint.every and checkpoint.keep say which" in answer
+    )
+
+
+def test_a_run_that_was_killed_is_exported_from_its_last_checkpoint(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    late = _checkpoint(run, 14)
+    _checkpoint(run, 2)
+    shutil.rmtree(run / "lora")
+    output = _export(run, "lora")
+    assert "after round 14: the run is not at its end" in capsys.readouterr().out
+    name = "pytorch_lora_weights.safetensors"
+    assert (output / name).read_bytes() == (late / name).read_bytes()
+
+
+def test_a_run_that_was_resumed_is_exported_from_its_newest_weights(run: Path) -> None:
+    name, end = "pytorch_lora_weights.safetensors", (run / "lora" / "pytorch_lora_weights.safetensors")
+    late = _checkpoint(run, 14)
+    os.utime(end, (2e9, 2e9))  # training ended after this checkpoint
+    assert trained_weights(run, None) == TrainedWeights(run / "lora")
+    os.utime(late / name, (3e9, 3e9))  # and went on
+    assert trained_weights(run, None) == TrainedWeights(late, rounds=14)
+    end.write_bytes((late / name).read_bytes())  # a copy of a finished run, in whatever order its files were copied
+    os.utime(end, (2e9, 2e9))
+    assert trained_weights(run, None) == TrainedWeights(run / "lora")

@@ -1,0 +1,257 @@
+"""Model cards of exported weights: the Hub's metadata, and what a stranger needs to use and to judge them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.repocard import metadata_load
+
+from genalign import assets
+from genalign.diffusion.lora import PEFT_CONFIG
+from genalign.metrics.intervals import Estimate
+from genalign.runtime.files import write_text
+from genalign.runtime.media import AUDIO_SUFFIXES
+
+_WIDGETS = 4
+_LICENSE = ("license", "license_name", "license_link")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint that a run began with, as far as its files are on this machine.
+
+    Args:
+        path: Its path, Hub id or embedded name in the run's configuration.
+    """
+
+    path: str
+
+    @property
+    def hub_id(self) -> str | None:
+        """The checkpoint's name on the Hub: its path, or what its own files say that they were loaded from."""
+        if self._folder() is None:
+            return self.path if self.path.count("/") == 1 and not os.path.exists(self.path) else None
+        names = (part for part in Path(self.path).absolute().parts if part.startswith("models--"))  # the Hub's cache
+        origin = next(names, "").removeprefix("models--").replace("--", "/") or str(self.index.get("_name_or_path", ""))
+        return origin if origin.count("/") == 1 and not origin.startswith(("/", ".")) else None
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name for readers elsewhere, to whom a path of this machine says nothing."""
+        return self.hub_id or Path(self.path).name
+
+    @property
+    def code(self) -> str:
+        """Python that names the checkpoint."""
+        return f'assets.resolve("{self.path}")' if self.is_embedded else f'"{self.hub_id or f"path/to/{self.name}"}"'
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the checkpoint is one of genalign's own."""
+        return self.path in assets.names()
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """The checkpoint's model_index.json; empty if it is not on this machine."""
+        file = self._file("model_index.json")
+        return _read(file) if file else {}
+
+    @property
+    def component(self) -> str:
+        """The name of the network in a pipeline of diffusers."""
+        return "unet" if "unet" in self.index else "transformer"
+
+    @property
+    def license(self) -> dict[str, Any]:
+        """The entries on the license in the checkpoint's own card; empty without one."""
+        file = self._file("README.md")
+        metadata = (metadata_load(file) if file else None) or {}
+        return {name: metadata[name] for name in _LICENSE if metadata.get(name)}
+
+    def _folder(self) -> Path | None:
+        path = Path(assets.resolve(self.path)) if self.is_embedded else Path(self.path)
+        return path if path.is_dir() else None
+
+    def _file(self, name: str) -> Path | None:
+        """Find a file of the checkpoint in its folder or in the Hub's cache."""
+        folder = self._folder()
+        if folder is None and self.hub_id is not None:
+            cached = try_to_load_from_cache(self.hub_id, name)
+            return Path(cached) if isinstance(cached, str) else None
+        return folder / name if folder and (folder / name).is_file() else None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt with the files of its first samples, after training and, if there is one, before."""
+
+    prompt: str
+    after: Path
+    before: Path | None
+
+
+def write_model_card(run: Path, output: Path, form: str, rounds: int | None = None) -> None:
+    """Write README.md, and samples of the run's evaluations beside it, into the folder of an export.
+
+    Args:
+        run: The folder of the run, with its config.json and environment.json.
+        output: The folder of the exported weights.
+        form: The exported form: lora, merged or pipeline.
+        rounds: The number of rounds of an export in the middle of a run, which its evaluations are not of.
+    """
+    settings, base = _read(run / "config.json"), Base(_read(run / "config.json")["model"]["path"])
+    evaluated = rounds is None and (run / "gain.json").is_file()
+    samples = list(_samples(run)) if evaluated else []
+    is_audio = _is_audio(base, samples)
+    task = "text-to-audio" if is_audio else "text-to-image"
+    data = ModelCardData(
+        base_model=base.hub_id,
+        base_model_relation="adapter" if form == "lora" else "finetune",
+        library_name="diffusers",
+        pipeline_tag=task,
+        tags=[task, "diffusers", *(["lora"] if form == "lora" else []), "reinforcement-learning", "genalign"],
+        widget=[{"text": one.prompt, "output": {"url": _copied(output, one.after, "after")}} for one in samples]
+        or None,
+        model_name=output.name,
+        eval_results=list(_results(run, task)) if evaluated else None,
+        **base.license,
+    )
+    after = f" Exported after round {rounds}." if rounds is not None else ""
+    sections = {
+        "Use": f"```python\n{_snippet(base, settings, output, form, samples)}\n```",
+        "Samples": _gallery(output, samples) if samples and not is_audio else "",
+        "Rewards": _rewards(settings["rewards"]),
+        "Evaluation": _figures(run) if evaluated else "These weights were not evaluated by the run.",
+        "Training settings": _training(settings, _read(run / "environment.json")),
+        "License": _license(base),
+    }
+    text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items() if body)
+    recipe = _as_call(settings["recipe"])
+    title = f"# {output.name}\n\nTrained from `{base.name}` on rewards by genalign: `{recipe}`.{after}"
+    write_text(output / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{title}\n\n{text}\n")))
+
+
+def _snippet(base: Base, settings: Mapping[str, Any], output: Path, form: str, samples: list[Sample]) -> str:
+    """Python that loads the exported weights and makes a sample with them."""
+    is_audio = _is_audio(base, samples)
+    prompt = samples[0].prompt if samples else "a bell" if is_audio else "a photo of a cat"
+    name, opened = output.name, f"pipe = DiffusionPipeline.from_pretrained({base.code})"
+    imports, lines = ["from diffusers import DiffusionPipeline"], [opened]
+    network = f"pipe.{base.component}"
+    if form == "pipeline":
+        lines = [f'pipe = DiffusionPipeline.from_pretrained("{name}")']
+    elif form == "merged":
+        kind = _read(output / "config.json")["_class_name"]
+        imports = [f"from diffusers import DiffusionPipeline, {kind}"]
+        lines.append(f'{network} = {kind}.from_pretrained("{name}")')
+    elif (output / PEFT_CONFIG).is_file():  # diffusers cannot load the adapters of every family
+        imports.append("from peft import PeftModel")
+        lines.append(f'{network} = PeftModel.from_pretrained({network}, "{name}")')
+    else:
+        lines.append(f'pipe.load_lora_weights("{name}")')
+    if base.is_embedded and form != "pipeline":
+        imports.append("from genalign import assets")
+    sampling = settings.get("evaluation") or settings.get("sampling") or {}
+    options = {"num_inference_steps": sampling.get("num_steps"), "guidance_scale": sampling.get("guidance")}
+    options |= {side: settings["model"].get(side) for side in ("height", "width")}
+    call = "".join(f", {key}={value}" for key, value in options.items() if value is not None)
+    result = f"audio = pipe(prompt{call}).audios[0]" if is_audio else f"image = pipe(prompt{call}).images[0]"
+    return "\n".join([*imports, "", *lines, f"prompt = {json.dumps(prompt, ensure_ascii=False)}", result])
+
+
+def _rewards(rewards: Mapping[str, Any]) -> str:
+    rows = [f"| {name} | {one['weight']:g} | `{_as_call(one['function'])}` |" for name, one in rewards.items()]
+    return "\n".join(["| reward | weight | function |", "|---|---|---|", *rows])
+
+
+def _training(settings: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    training = {key: settings[key] for key in ("prompts", "recipe", "sampling", "training", "lora")}
+    versions = ", ".join(f"{name} {value}" for name, value in environment.items() if isinstance(value, str | int))
+    return f"```json\n{json.dumps(training, indent=2)}\n```\n\nEnvironment: {versions}."
+
+
+def _license(base: Base) -> str:
+    if "license" not in base.license:
+        return f"As that of `{base.name}`, whose card was not at hand: read it before you share these weights."
+    return f"As that of `{base.name}`: {base.license.get('license_name', base.license['license'])}."
+
+
+def _as_call(setting: Any) -> str:
+    """Write a configured object as a call, and a group of settings as a call without a name."""
+    if not isinstance(setting, dict):
+        return str(setting)
+    arguments = setting.get("init_args", {}) if "class_path" in setting else setting
+    text = ", ".join(f"{key}={_as_call(value)}" for key, value in arguments.items())
+    return f"{setting.get('class_path', '').rsplit('.', 1)[-1]}({text})"
+
+
+def _results(run: Path, task: str) -> Iterator[EvalResult]:
+    """Yield the scores after training as the Hub's metadata; intervals, for which it has no place, are in the text."""
+    after = _read(run / "after" / "summary.json")
+    for name, value in after["overall"].items():
+        if math.isfinite(mean := value["mean"]):
+            suite = after["protocol"]["suite"]
+            yield EvalResult(task, suite, suite, name, round(mean, 4), metric_name=name, dataset_revision=None)
+
+
+def _figures(run: Path) -> str:
+    """Tabulate the scores before and after with their gains, and name the protocol of the evaluations."""
+    before, after = (_read(run / name / "summary.json") for name in ("before", "after"))
+    lines = ["| score | before (95% interval) | after | gain | prompts |", "|---|---|---|---|---|"]
+    for name, gained in _read(run / "gain.json").items():
+        old, new = (Estimate.from_dict(evaluation["overall"][name]) for evaluation in (before, after))
+        gain = Estimate.from_dict(gained)
+        lines.append(f"| {name} | {old.text('.3f')} | {new.text('.3f')} | {gain.text('+.3f')} | {gain.n} |")
+    protocol = ", ".join(f"{key} {value}" for key, value in after["protocol"].items() if key != "sigmas")
+    return "\n".join([*lines, "", f"Protocol {after['protocol_hash']}: {protocol}."])
+
+
+def _samples(run: Path) -> Iterator[Sample]:
+    """Find the first sample, of the same noise before and after, of up to four prompts of the run's evaluations."""
+    before = {row["prompt"]: row["image"] for row in reversed(_records(run / "before"))}
+    after = {row["prompt"]: row["image"] for row in reversed(_records(run / "after"))}
+    prompts = [prompt for prompt in reversed(after) if after[prompt] and (run / "after" / after[prompt]).is_file()]
+    for prompt in prompts[:: max(1, len(prompts) // _WIDGETS)][:_WIDGETS]:
+        old = run / "before" / before[prompt] if before.get(prompt) else None
+        yield Sample(prompt, run / "after" / after[prompt], old if old and old.is_file() else None)
+
+
+def _records(evaluation: Path) -> list[dict[str, Any]]:
+    path = evaluation / "records.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _copied(output: Path, sample: Path, side: str) -> str:
+    """Copy a sample beside the card, and return its path from there."""
+    target = output / "samples" / f"{sample.stem}-{side}{sample.suffix}"
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(sample, target)
+    return target.relative_to(output).as_posix()
+
+
+def _gallery(output: Path, samples: list[Sample]) -> str:
+    lines = ["Of the same noise:", "", "| prompt | before | after |", "|---|---|---|"]
+    for one in samples:
+        old = f"![before]({_copied(output, one.before, 'before')})" if one.before else ""
+        lines.append(f"| {one.prompt} | {old} | ![after]({_copied(output, one.after, 'after')}) |")
+    return "\n".join(lines)
+
+
+def _is_audio(base: Base, samples: list[Sample]) -> bool:
+    if samples:
+        return samples[0].after.suffix in AUDIO_SUFFIXES
+    kind = str(base.index.get("_class_name", ""))
+    return "Audio" in kind or "ACEStep" in kind or base.path == "tones-audio"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
