@@ -208,7 +208,7 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
     ("not cached", (*MODEL, "owner/model"),
      "owner/model is not a folder here, not in the local cache, and the Hub did not give it"
      " (LocalEntryNotFoundError): check the path, or download it once while online"),
-    ("kernel of another family", (*PLAN, "--model.path", "{sd15}"),
+    ("kernel of another family", (*PLAN, "--model.path", "{sd15}", "--recipe.kernel", "FlowSDE"),
      "FlowSDE(noise_level=0.7): the kernel is not defined for this step: it needs a flow (alpha = 1 - sigma); on"
      " other paths use DDIM or DPMSDE"),
     ("sigmas of another family", (*PLAN, "--model.path", "{sd15}", "--sampling.sigmas", "[1.0,0.6,0.3]"),

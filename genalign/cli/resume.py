@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from genalign.cli.context import Checkpoint
+from genalign.cli.family_defaults import with_recorded_defaults
 from genalign.runtime.state import State
 from genalign.training.checkpointing import Checkpoints, RunCheckpoint
 from genalign.training.run_folder import RunFolder
@@ -56,7 +57,8 @@ def checkpoint_in(folder: RunFolder, checkpoints: Checkpoints, config: Mapping[s
     folder.require_format()
     checkpoint = checkpoints.latest()
     if checkpoint is not None:
-        require_same(folder.config(), config)
+        recorded = folder.config()
+        require_same(recorded, with_recorded_defaults(config, recorded))
     elif (folder.path / "metrics.jsonl").exists():
         raise ValueError(f"the run in {folder.path} has no checkpoint to resume from: choose another output")
     return checkpoint

@@ -10,6 +10,7 @@ import torch
 
 from genalign.cli import config, parsing
 from genalign.cli.context import CommandContext, load_with_lora, named_rewards, prompt_set, rank_share, require_rate
+from genalign.cli.family_defaults import with_family_defaults
 from genalign.diffusion.noise import derived_seed
 from genalign.evaluation.report import write_search
 from genalign.prompts import drawn_in_turn
@@ -40,9 +41,11 @@ def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
     settings, plain = parsing.parse(config.Steer, arguments, "steer")
     prompts = prompt_set(settings.prompts).prompts[: settings.limit]
     folder, plain = SearchFolder(Path(settings.output)), {**plain, "limit": None}
-    resuming, share = folder.holds(plain), rank_share()
+    share = rank_share()
     pipeline, rewards = load_with_lora(context, settings.model, settings.lora), named_rewards(settings.rewards)
     require_rate(settings, pipeline.sample_rate)
+    plain = with_family_defaults(plain, pipeline, {"sampling": settings.sampling})
+    resuming = folder.holds(plain)
     write = writer(pipeline.sample_rate, settings.audio)
 
     @lru_cache(1)

@@ -21,6 +21,7 @@ from genalign.algorithms.interfaces import with_stronger_kl
 from genalign.cli import config, parsing
 from genalign.cli.context import CommandContext, named_rewards, print_table, require_rate
 from genalign.cli.evaluate import build_evaluator
+from genalign.cli.family_defaults import with_family_defaults
 from genalign.cli.resume import EncoderCache, InputFingerprint, TrackerRun, checkpoint_in, train_request
 from genalign.cli.run_prompts import RunPrompts
 from genalign.diffusion.policy import Policy
@@ -146,6 +147,8 @@ def run_training(
     # Assemble the run, then measure the untrained model or restore the checkpoint
     with progress.phase(f"loading {settings.model.path}"):
         run = TrainingRun(context, settings, prompts, folder, sharding, progress)
+    samplings = {"sampling": settings.sampling, "evaluation": settings.evaluation}
+    plain = with_family_defaults(plain, run.pipeline, samplings)
     tracker_run = TrackerRun()
     parts: dict[str, Stateful] = {
         "inputs": InputFingerprint(run.pipeline.fingerprint, suite_hash(prompts.training)),

@@ -202,7 +202,10 @@ class DPMSDE(Kernel):
 
 @dataclass(frozen=True)
 class DDIM(Kernel):
-    """DDIM (arXiv 2010.02502, eq. 16), on any path: s = eta sigma_next sqrt(1 - q^2), c = sqrt(sigma_next^2 - s^2)."""
+    """DDIM (arXiv 2010.02502, eq. 16), on any path: s = eta sigma_next sqrt(1 - q^2), c = sqrt(sigma_next^2 - s^2).
+
+    A step that stays at its noise level, as the last of a DDIMScheduler without set_alpha_to_one may, draws no noise.
+    """
 
     eta: float = 1.0
 
@@ -213,7 +216,7 @@ class DDIM(Kernel):
         _require(step.sigma > 0, "sigma > 0: there is no noise left to remove")
         _require(step.alpha_next > 0, "alpha_next > 0")
         q = step.sigma_next * step.alpha / (step.sigma * step.alpha_next)
-        _require((q >= 0) & (q < 1), "a noise level that falls")
+        _require((q >= 0) & (q <= 1), "a noise level that falls or stays")
         # Neither form subtracts near-equal numbers: sigma_next^2 - s^2 would, for q near 0.
         keep = ((1 - self.eta) * (1 + self.eta) + self.eta**2 * q * q).sqrt()
         return MoveScalars(step.sigma_next * keep, self.eta * step.sigma_next * ((1 - q) * (1 + q)).sqrt())

@@ -108,6 +108,7 @@ class ShapesTextToImage(nn.Module):
 
 def assemble(model: ShapesTextToImage, vae: AutoencoderKL, output: Path) -> None:
     """Write an ordinary pipeline folder; transformer and VAE in float16, text encoders in float32."""
+    model.transformer.register_to_config(_guidance_scale=1.0)  # genalign's default for it
     pipeline = StableDiffusion3Pipeline(
         transformer=model.transformer.half(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),

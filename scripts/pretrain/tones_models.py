@@ -142,6 +142,7 @@ class TonesTextToAudio(nn.Module):
 
 def assemble(model: TonesTextToAudio, vae: AutoencoderOobleck, output: Path) -> None:
     """Write an ordinary pipeline folder; transformer in float16, the rest in float32."""
+    model.transformer.register_to_config(_guidance_scale=1.0)  # genalign's default for it
     pipeline = StableAudioPipeline(
         vae=vae,
         text_encoder=model.text_encoder,

@@ -28,7 +28,7 @@ from genalign.runtime.media import read_waveform, writer
 from genalign.search import BestOfN, FKSteering, ReNO, search
 from genalign.training.memory_estimate import estimate_memory, prediction_activations
 from genalign.training.settings import TrainerSettings
-from genalign.types import Prompt
+from genalign.types import Prompt, PromptSet
 from pipelines import AceStep, StableAudio, steer
 from pipelines.base import DiffusersPipeline
 from pipelines.meta_device import outline
@@ -72,12 +72,13 @@ def _ours(pipeline: DiffusersPipeline, kernel: Kernel, guidance: float) -> Rollo
     return rollout(pipeline, start, pipeline.grid(STEPS), kernels, guidance, store=range(STEPS))
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(("guidance", "negative"), [(1.0, ""), (3.0, ""), (3.0, "two blue squares")])
 @pytest.mark.parametrize("kernel", [DPMSDE(), ODE()])
 def test_kernels_equal_the_samplers_of_diffusers(
-    stable_audio: StableAudio, folder_of: FolderOf, kernel: Kernel, guidance: float, monkeypatch: pytest.MonkeyPatch
+    folder_of: FolderOf, kernel: Kernel, guidance: float, negative: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The SDE equals the first-order DPM-Solver++ with its noises, and the ODE equals EDM's Euler sampler."""
+    stable_audio = StableAudio.load(folder_of("stable_audio"), seconds=SECONDS, negative_prompt=negative)
     noises: list[Tensor] = []
     scheduler: Any
     if isinstance(kernel, DPMSDE):
@@ -103,6 +104,7 @@ def test_kernels_equal_the_samplers_of_diffusers(
         audio_end_in_s=SECONDS,
         num_inference_steps=STEPS,
         guidance_scale=guidance,
+        negative_prompt=[negative] * len(PROMPTS) if negative else None,
         latents=stable_audio.initial_noise([1, 2]) / stable_audio.pipe.scheduler.init_noise_sigma,
         generator=torch.Generator().manual_seed(0),
         callback=lambda step, timestep, x: latents.append(x),
@@ -212,6 +214,7 @@ def test_a_turbo_model_takes_no_guidance(ace_step: AceStep) -> None:
     ace_step.pipe.is_turbo = True
     with pytest.raises(ValueError, match=r"distilled into this turbo model: set sampling\.guidance to 1, not 4"):
         ace_step.require_guidance(4.0)
+    assert ace_step.guidance_scale(None) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -252,7 +255,8 @@ def test_an_outline_has_the_shapes_of_the_checkpoint(family: str, folder_of: Fol
     policy = Policy(meta.pipeline.denoiser, Lora(2))
     unguided, guided = (prediction_activations(meta, 2, guidance) for guidance in (1.0, 3.0))
     assert 0 < unguided < guided == prediction_activations(meta, 4, 1.0)
-    estimate = estimate_memory(meta, policy, flow_grpo(), TrainerSettings(), 1.0, stored=1)
+    sizes = TrainerSettings().fit(PromptSet.of([str(number) for number in range(48)]))
+    estimate = estimate_memory(meta, policy, flow_grpo(), sizes, 1.0, stored=1)
     assert estimate.phases["decoding"]["decoder layers"] > 0
 
 

@@ -14,7 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from genalign.diffusion.paths import EDMPath
+from genalign.algorithms.recipes import ddpo
+from genalign.diffusion.paths import EDMPath, VPPath
 from genalign.diffusion.rollout import RolloutInputs, rollout
 from genalign.diffusion.transitions import ODE
 from pipelines import SDXL, StableDiffusion
@@ -229,6 +230,13 @@ def test_defaults_are_those_of_the_scheduler_that_a_checkpoint_ships() -> None:
     shipped = diffusers.PNDMScheduler.from_config({**BETAS, "skip_prk_steps": True})  # says nothing of set_alpha_to_one
     ours = StableDiffusion(_with("sd15", scheduler=shipped))
     assert float(ours.grid(STEPS).alpha[-1]) == pytest.approx(float(shipped.final_alpha_cumprod) ** 0.5)
+
+
+def test_ddim_trains_on_a_grid_whose_last_step_stays_at_its_level() -> None:
+    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)  # its last step is at t = 0
+    grid = SDXL(_with("sdxl", scheduler=scheduler)).grid(STEPS)
+    assert float(grid.sigma[-1]) == float(grid.sigma[-2]) > 0
+    assert ddpo().steps(VPPath(), grid, 0, 0) == (0, 1, 2)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,23 +56,27 @@ def _open(family: str, folder: Path, **options: Any) -> DiffusersPipeline:
     return pipelines.load(folder, **{**FAMILIES[family].options, **options})
 
 
-def _diffusers(family: Family, folder: Path, noise: Tensor, guidance: float) -> list[Tensor]:
+def _diffusers(family: Family, folder: Path, noise: Tensor, guidance: float, negative: str = "") -> list[Tensor]:
     """The latents after every step of the diffusers pipeline, and its samples.
 
     ACE-Step pads the prompts of a batch to one length, which changes its samples: they are made one by one.
     """
     if family.ours is not AceStep:
-        return _called(family, folder, noise, guidance, PROMPTS)
+        return _called(family, folder, noise, guidance, PROMPTS, negative)
     each = [_called(family, folder, noise[i : i + 1], guidance, PROMPTS[i : i + 1]) for i in range(len(PROMPTS))]
     return [torch.cat(parts) for parts in zip(*each, strict=True)]
 
 
-def _called(family: Family, folder: Path, noise: Tensor, guidance: float, prompts: list[str]) -> list[Tensor]:
+def _called(
+    family: Family, folder: Path, noise: Tensor, guidance: float, prompts: list[str], negative: str = ""
+) -> list[Tensor]:
     vanilla = family.ours.kind.from_pretrained(folder)
     vanilla.set_progress_bar_config(disable=True)
     first_order: Any = family.ours(vanilla, **family.options).first_order
     vanilla.scheduler = first_order.from_config(vanilla.scheduler.config, **family.scheduler)
-    options = {name: value for name, value in family.options.items() if name != "seconds"}
+    options = {name: value for name, value in family.options.items() if name != "seconds"} | family.extra
+    if negative:
+        options["negative_prompt"] = [negative] * len(prompts)
     seen: list[Tensor] = []
 
     def note(pipe: object, step: int, timestep: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -85,7 +90,7 @@ def _called(family: Family, folder: Path, noise: Tensor, guidance: float, prompt
         output_type="pt",
         callback_on_step_end=note,
         return_dict=False,
-        **{family.guidance: guidance, **options, **family.extra},
+        **{family.guidance: guidance, **options},
     )
     return [*seen, samples]
 
@@ -109,6 +114,62 @@ def test_the_ode_equals_diffusers(
         torch.testing.assert_close(sampled.x_next[:, i], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     with torch.no_grad():
         torch.testing.assert_close(ours.decode(sampled.final), samples, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd15", "sdxl", "sana", "qwen_image"])
+def test_a_negative_prompt_equals_diffusers(family: str, folder_of: FolderOf) -> None:
+    folder, spec = folder_of(family), FAMILIES[family]
+    ours = _open(family, folder, negative_prompt="three green rings")
+    scale = 60.0  # the tiny networks hardly depend on texts
+    start = RolloutInputs(ours.encode(PROMPTS), torch.arange(2), (1, 2), (1, 2))
+    final = rollout(ours, start, ours.grid(STEPS), [ODE()] * STEPS, scale).final
+    noise = spec.noise(ours.initial_noise([1, 2]))
+    with torch.no_grad():
+        samples = ours.decode(final)
+    with_negative, without = (_diffusers(spec, folder, noise, scale, text)[-1] for text in ("three green rings", ""))
+    torch.testing.assert_close(samples, with_negative, rtol=0, atol=5e-5)
+    assert float((with_negative - without).abs().max()) > 3e-4
+
+
+def test_a_negative_prompt_without_effect_is_refused(folder_of: FolderOf) -> None:
+    for family in ("flux", "ace_step"):
+        with pytest.raises(ValueError, match=r"this model takes no negative prompt: leave model\.negative_prompt out"):
+            _open(family, folder_of(family), negative_prompt="dark")
+    ours = _open("sd3", folder_of("sd3"), negative_prompt="dark")
+    assert ours.guidance_scale(None) == 3.5
+    with pytest.raises(ValueError, match=r"'dark' has no effect at guidance 1: set sampling\.guidance above 1"):
+        Sampling(STEPS, guidance=1.0).guidance_scale(ours)
+
+
+DEFAULTS = {
+    "sd3": 3.5,
+    "flux": 1.0,
+    "sd15": 7.5,
+    "sd21": 7.5,
+    "sdxl": 5.0,
+    "sana": 4.5,
+    "qwen_image": 4.0,
+    "stable_audio": 7.0,
+    "ace_step": 7.0,
+}
+
+
+def test_the_default_of_guidance_is_that_of_the_family(family: str, folder_of: FolderOf) -> None:
+    ours = _open(family, folder_of(family))
+    assert ours.guidance == DEFAULTS[family] == Sampling(STEPS).guidance_scale(ours)
+    assert Sampling(STEPS, guidance=0.0).guidance_scale(ours) == 0.0
+    own = inspect.signature(type(ours).kind.__call__).parameters[FAMILIES[family].guidance].default
+    assert own == DEFAULTS[family] or family == "sd3"  # which has that of its model card, as SD3.5 large
+    ours.denoiser.register_to_config(_guidance_scale=2.5)
+    assert ours.guidance == 2.5
+
+
+def test_sd3_has_the_guidance_of_its_model_cards(folder_of: FolderOf) -> None:
+    ours = _open("sd3", folder_of("sd3"))
+    medium, first = {"dual_attention_layers": (0,)}, {"qk_norm": None, "dual_attention_layers": ()}
+    for settings, scale in ((medium, 4.5), (first, 7.0)):
+        ours.denoiser.register_to_config(**settings)
+        assert ours.guidance == scale
 
 
 def _prediction(pipeline: DiffusersPipeline) -> Tensor:

@@ -257,6 +257,8 @@ def test_first_order_kernels_refuse_undefined_ratios(kernel: Kernel) -> None:
         kernel(flow_step(1.0, 1.0))
     with pytest.raises(ValueError, match="falls"):
         kernel(flow_step(0.5, 0.6))
+    stays = kernel(flow_step(0.5, 0.5))
+    assert (float(stays.c), float(stays.s)) == (0.5, 0.0)
 
 
 @pytest.mark.parametrize(("make", "limit"), [(CPS, 1.1), (DDIM, 1.1), (FlowSDE, 0.0), (DanceSDE, 0.0)])
