@@ -94,15 +94,16 @@ class VPSchedule(NoiseSchedule):
         return float(first.sigma[0])
 
     def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
-        """Return the grid of the first-order scheduler. Raises ValueError for explicit ``sigmas``."""
-        if sigmas is not None:
+        """Return the grid of the first-order scheduler. Raises ValueError for ``sigmas`` other than its own."""
+        scheduler = self._converted(self.first_order)
+        scheduler.set_timesteps(num_steps)
+        grid = grid_of(scheduler)
+        if sigmas is not None and not _equal(sigmas, grid.sigma[:-1].tolist()):
             raise ValueError(
                 "the network of this family takes integer timesteps alone, so that noise levels cannot be set freely:"
                 " give sampling.num_steps without sampling.sigmas"
             )
-        scheduler = self._converted(self.first_order)
-        scheduler.set_timesteps(num_steps)
-        return grid_of(scheduler)
+        return grid
 
     def level(self, u: Tensor) -> NoiseLevel:
         """Return the noise level of the training timestep nearest to u in [0, 1] (B,)."""
@@ -122,6 +123,13 @@ class VPSchedule(NoiseSchedule):
         """
         read = inspect.signature(type(self.scheduler)).parameters
         return kind(**{key: self.scheduler.config[key] for key in inspect.signature(kind).parameters if key in read})
+
+
+def _equal(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Return whether two lists of noise levels are the same, up to the rounding in records."""
+    return len(first) == len(second) and all(
+        math.isclose(a, b, abs_tol=1e-7) for a, b in zip(first, second, strict=True)
+    )
 
 
 class EDMSchedule(NoiseSchedule):

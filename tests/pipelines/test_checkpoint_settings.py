@@ -232,6 +232,16 @@ def test_defaults_are_those_of_the_scheduler_that_a_checkpoint_ships() -> None:
     assert float(ours.grid(STEPS).alpha[-1]) == pytest.approx(float(shipped.final_alpha_cumprod) ** 0.5)
 
 
+def test_noise_levels_of_a_record_are_taken_where_they_are_the_schedulers_own() -> None:
+    ours = StableDiffusion(_pipe("sd15"))
+    own = ours.grid(STEPS)
+    again = ours.grid(STEPS, [round(sigma, 9) for sigma in own.sigma[:-1].tolist()])
+    assert torch.equal(again.sigma, own.sigma) and torch.equal(again.timestep, own.timestep)
+    for wrong in (own.sigma[:-2].tolist(), (0.9 * own.sigma[:-1]).tolist()):
+        with pytest.raises(ValueError, match="takes integer timesteps alone"):
+            ours.grid(STEPS, wrong)
+
+
 def test_ddim_trains_on_a_grid_whose_last_step_stays_at_its_level() -> None:
     scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)  # its last step is at t = 0
     grid = SDXL(_with("sdxl", scheduler=scheduler)).grid(STEPS)
