@@ -7,23 +7,24 @@ the text, so that a server's prefix cache can hold them.
 
 Prompts are other people's text: they are put between tags, and an answer is only ever read as a number.
 ``YesNoJudge`` answers questions and is no reward by itself: put it into ``rewards.vqa.QuestionReward`` or
-``genalign.evaluation.benchmarks.tifa.TifaReward``.
+``genalign.evaluation.benchmarks.tifa.TifaReward``. ``AnswerJudge`` and ``ChecklistJudge`` are for benchmarks.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from genalign.runtime.media import data_uri
-from genalign.scoring.protocol import Outcome, SampleError, encode_image
+from genalign.scoring.protocol import SampleError, encode_image
 from genalign.types import Prompt
 from rewards.remote.http_client import (
     Faulty,
@@ -34,7 +35,9 @@ from rewards.remote.http_client import (
     require_address,
     scores_or_nan,
 )
-from rewards.vqa import answerable
+from rewards.vqa import answerable, spellings
+
+T = TypeVar("T")
 
 _LEAST_MASS = 0.01  # below it the first token is something else, such as the beginning of a chain of thought
 _FIRST_TOKEN = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
@@ -79,11 +82,15 @@ class JudgeAnswer:
 
         Words count in any case and with any spacing, quotes and punctuation. None if the token is hardly ever one.
         """
-        tokens = {token: token.strip(" \t\r\n\u2581\u0120\"'`*.,:").lower() for token in self.first}
-        masses = [sum(p for token, p in self.first.items() if tokens[token] == word) for word in values]
+        masses = [sum(p for token, p in self.first.items() if _word(token) == word) for word in values]
         if (total := sum(masses)) < _LEAST_MASS:
             return None
         return sum(value * (mass / total) for value, mass in zip(values.values(), masses, strict=True))
+
+
+def _word(token: str) -> str:
+    """Return a token in lower case without spacing, quotes and punctuation."""
+    return token.strip(" \t\r\n\u2581\u0120\"'`*.,:").lower()
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,85 @@ class YesNoJudge:
         """
         texts = [answerable(question) for question in questions]
         return _ask(self.endpoint, texts, [images], lambda answer: answer.expected({"yes": 1.0, "no": 0.0}))
+
+
+@dataclass(frozen=True)
+class AnswerJudge:
+    """The probability of the right one-word answer as the first token that a model answers with, of its 20 likely ones.
+
+    As of ``rewards.vqa.AnswerModel``: for GenEval 2. An answer that is not among the likely tokens has probability 0.
+    """
+
+    endpoint: Endpoint
+
+    def __call__(self, images: Tensor, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
+        """Compute the probabilities (n,) of n answers about images (n, 3, H, W) in [0, 1], float32 on the CPU.
+
+        NaN where the server gives no answer, or the likeliest token is no word.
+        """
+        texts = [f"{question} Answer in one word." for question in questions]
+        reads = [functools.partial(_probability, words=spellings(answer)) for answer in answers]
+        outcomes = _outcomes(self.endpoint, texts, [images], reads)
+        return scores_or_nan(outcomes, f"{self.endpoint.model} judged")
+
+
+def _probability(answer: JudgeAnswer, words: frozenset[str]) -> float | None:
+    """Sum the probabilities of the first tokens that spell one of some words, in any case and with any spacing."""
+    likeliest = max(answer.first, key=lambda token: answer.first[token], default="")
+    if not any(letter.isalnum() for letter in likeliest) or likeliest.startswith("<"):
+        return None
+    return min(sum(p for token, p in answer.first.items() if _word(token) in words), 1.0)
+
+
+@dataclass(frozen=True)
+class ChecklistJudge:
+    """A mark, 1 or 0, for each test point of a prompt, all of an image in one answer: for UniGenBench.
+
+    For servers that hold an answer to a JSON schema, as ``RubricJudge``.
+    """
+
+    endpoint: Endpoint
+    question: str = (
+        "{prompt}\nWhich of these requirements does the image meet? Answer in JSON with a list of one mark for each,"
+        " 1 if it is met and 0 if it is not."
+    )
+    max_tokens: int = 256
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt], points: Sequence[Sequence[str]]) -> list[Tensor]:
+        """Mark the n test points of each of B images (B, 3, H, W) in [0, 1]: B tensors (n,), NaN for no mark."""
+        lists = ["\n".join(f"{n}. {point}" for n, point in enumerate(group, start=1)) for group in points]
+        texts = [f"{text}\n{items}" for text, items in zip(_fill_in(self.question, prompts), lists, strict=True)]
+        marks = {"type": "array", "items": {"type": "integer", "enum": [0, 1]}}
+        form = _schema({"marks": marks})
+        reads = [functools.partial(_marks, count=len(group)) for group in points]
+        outcomes = _outcomes(self.endpoint, texts, [images], reads, max_tokens=self.max_tokens, response_format=form)
+        marked = [outcome if isinstance(outcome, SampleError) else 1.0 for outcome in outcomes]
+        scores_or_nan(marked, f"{self.endpoint.model} judged")
+        missing = [[math.nan] * len(group) for group in points]
+        rows = [none if isinstance(row, SampleError) else row for row, none in zip(outcomes, missing, strict=True)]
+        return [torch.tensor(row) for row in rows]
+
+
+def _marks(answer: JudgeAnswer, count: int) -> list[float] | None:
+    """Read a list of ``count`` marks; None for another answer."""
+    try:
+        marks: list[Any] = json.loads(answer.text)["marks"]
+        if len(marks) == count and all(type(mark) is int and mark in (0, 1) for mark in marks):
+            return [float(mark) for mark in marks]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _schema(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the response format of an object with these properties and no others."""
+    schema = {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+    return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
 
 
 @dataclass(frozen=True)
@@ -181,13 +267,7 @@ class RubricJudge:
         grades = f"{self.low} is not at all, {self.high} entirely."
         questions = [f"{text}\n{criteria}\n{grades}" for text in _fill_in(self.question, prompts)]
         grade = {"type": "integer", "enum": list(range(self.low, self.high + 1))}
-        schema = {
-            "type": "object",
-            "properties": dict.fromkeys(self.criteria, grade),
-            "required": list(self.criteria),
-            "additionalProperties": False,
-        }
-        form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+        form = _schema(dict.fromkeys(self.criteria, grade))
         return _ask(self.endpoint, questions, [samples], self._read, max_tokens=self.max_tokens, response_format=form)
 
     def _read(self, answer: JudgeAnswer) -> float | None:
@@ -247,6 +327,18 @@ def _ask(
     Raises:
         RemoteError: the server refused all questions.
     """
+    outcomes = _outcomes(endpoint, texts, batches, [read] * len(texts), **fields)
+    return scores_or_nan(outcomes, f"{endpoint.model} judged")
+
+
+def _outcomes(
+    endpoint: Endpoint,
+    texts: Sequence[str],
+    batches: Sequence[Tensor],
+    reads: Sequence[Callable[[JudgeAnswer], T | None]],
+    **fields: Any,
+) -> list[T | SampleError]:
+    """Ask as ``_ask``, and return what each of B readers makes of its answer, or why there is nothing."""
     for batch in batches:
         if batch.ndim != 4 or batch.shape[:2] != (len(texts), 3):
             raise ValueError(f"judges see images (B, 3, H, W), one per question, not {tuple(batch.shape)}")
@@ -255,8 +347,8 @@ def _ask(
         body["seed"] = endpoint.seed
     body |= endpoint.extra
 
-    def ask(row: tuple[Any, ...]) -> Outcome:
-        text, *images = row
+    def ask(row: tuple[Any, ...]) -> T | SampleError:
+        text, read, *images = row
         if not all(bool(image.isfinite().all()) for image in images):
             return SampleError("not_finite", "the image has values that are not finite")
         urls = [data_uri("image/png", encode_image(image)) for image in images]
@@ -265,14 +357,15 @@ def _ask(
         answer = _answer(client, {"messages": messages, **body}, logprobs=not fields)
         if isinstance(answer, SampleError):
             return answer
-        if (value := read(answer)) is not None:
+        value: T | None = read(answer)
+        if value is not None:
             return value
         begins = f"an answer that begins {answer.text[:40]!r}"
         return SampleError("unreadable", f"{begins} cannot be read; does the model think first?")
 
     with HttpClient(endpoint.url, endpoint.key_variable, endpoint.patience) as client:
-        outcomes = client.in_parallel(ask, list(zip(texts, *batches, strict=True)), endpoint.concurrency)
-    return scores_or_nan(outcomes, f"{endpoint.model} judged")
+        rows = list(zip(texts, reads, *batches, strict=True))
+        return client.in_parallel(ask, rows, endpoint.concurrency)
 
 
 def _answer(client: HttpClient, body: Mapping[str, Any], logprobs: bool) -> JudgeAnswer | SampleError:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,15 +24,17 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from genalign.evaluation.benchmarks.geneval2 import AnswerJudge
 from genalign.evaluation.benchmarks.tifa import QuestionJudge, TifaReward
 from genalign.types import Prompt, Reward
 from rewards.backbones.pixels import pictures
-from rewards.vqa import ARTIFACTS, QuestionReward, YesNoModel, answerable
+from rewards.vqa import ARTIFACTS, AnswerModel, QuestionReward, YesNoModel, answerable, spellings
 from tests.rewards.gray_images import grays, named, plain
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<image>"]
 QUESTION = ["is", "there", "a", "red", "circle", "two", "squares", "?"]
 WORDS = [*SPECIAL, "yes", "no", "Yes", "No", *QUESTION, "USER:", "BOT:"]
+NUMBER_WORDS = [*WORDS, "2", "Two", "word."]
 TEMPLATE = (
     "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}"
     "{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}BOT:"
@@ -205,3 +207,44 @@ def test_judges_and_answers_are_checked() -> None:
         QuestionReward(brightness, "How many?", "two")
     with pytest.raises(ValueError, match="one prompt per image, not 2 for 1 images"):
         QuestionReward(brightness)(grays(1), named(2))
+
+
+def test_numbers_have_words_and_digits() -> None:
+    assert spellings("Two") == {"two", "2"} and spellings(" yes") == {"yes"} and spellings("eleven") == {"eleven"}
+
+
+def test_a_model_answers_by_the_probability_of_the_right_word(tmp_path: Path) -> None:
+    folder = save_llava(tmp_path, NUMBER_WORDS, TEMPLATE)
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    expected = []
+    for picture, answer in zip(pictures(images()), ["two", "Yes", "two", "no", "yes"], strict=True):
+        text = "USER: <image> two squares ? Answer in one word. BOT:"
+        inputs = processor(images=[picture], text=[text], return_tensors="pt")
+        with torch.no_grad():
+            p = model(**inputs).logits[0, -1].softmax(-1)
+        words = {"two": ("two", "2", "Two"), "yes": ("yes", "Yes"), "no": ("no", "No")}[answer.lower()]
+        right = float(sum(p[NUMBER_WORDS.index(word)] for word in words))
+        assert int(p.argmax()) >= len(SPECIAL)
+        expected.append(right)
+    judge: AnswerJudge = AnswerModel(str(folder))
+    broken = images()
+    answers = judge(broken, ["two squares ?"] * 5, ["two", "Yes", "two", "no", "yes"]).tolist()
+    assert answers == pytest.approx(expected, abs=1e-5)
+    broken[0, 0, 0, 0] = torch.nan
+    assert judge(broken, ["two squares ?"] * 5, ["two"] * 5).isnan().tolist()[0]
+
+
+def test_a_thought_is_no_answer(tmp_path: Path) -> None:
+    folder = save_llava(tmp_path, NUMBER_WORDS, TEMPLATE)
+
+    class Fixed(AnswerModel):
+        def first_tokens(self, images: Tensor, questions: Sequence[str]) -> Iterator[tuple[list[int], Tensor]]:
+            likeliest = [NUMBER_WORDS.index(word) for word in ("two", "<s>", "?", "2")]
+            yield (
+                [0, 1, 2, 3],
+                torch.full((4, len(NUMBER_WORDS)), 0.01).scatter(1, torch.tensor(likeliest)[:, None], 0.7),
+            )
+
+    answers = Fixed(str(folder))(images(4), ["how many ?"] * 4, ["two", "two", "two", "no"])
+    assert answers.tolist() == pytest.approx([0.72, torch.nan, torch.nan, 0.02], nan_ok=True)

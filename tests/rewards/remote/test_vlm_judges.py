@@ -18,7 +18,16 @@ from genalign.evaluation.benchmarks.tifa import QuestionJudge, TifaReward
 from genalign.scoring.protocol import decode_image
 from genalign.types import PairwiseReward, Prompt
 from rewards.remote.http_client import Patience, RemoteError
-from rewards.remote.vlm_judges import Endpoint, GradedJudge, PairwiseJudge, RubricJudge, WrittenJudge, YesNoJudge
+from rewards.remote.vlm_judges import (
+    AnswerJudge,
+    ChecklistJudge,
+    Endpoint,
+    GradedJudge,
+    PairwiseJudge,
+    RubricJudge,
+    WrittenJudge,
+    YesNoJudge,
+)
 from rewards.vqa import QuestionReward
 from tests.http_servers import Answer, Seen, stub
 from tests.rewards.gray_images import grays, named, plain
@@ -241,3 +250,41 @@ def test_only_finite_images_are_judged() -> None:
         assert yes_no(endpoint, images) == [-1, 1]
         with pytest.raises(ValueError, match="judges see images"):
             yes_no(endpoint, torch.zeros(2, 1, 100))
+
+
+def test_the_right_answer_has_the_probability_of_all_its_spellings() -> None:
+    answers = {
+        0.0: completion("Two", {"Two": 0.5, " two": 0.1, "2": 0.2, "Three": 0.2}),
+        0.1: completion("Three", {"Three": 1.0}),
+        0.2: completion("<think>", {"<think>": 0.9, "two": 0.1}),
+        0.3: completion("Two"),  # without log-probabilities
+    }
+    texts: list[str] = []
+
+    def say(levels: list[float], text: str) -> Answer:
+        texts.append(text)
+        return answers[levels[0]]
+
+    with judging(say) as endpoint:
+        found = AnswerJudge(endpoint)(grays(0.0, 0.1, 0.2, 0.3), ["How many cups?"] * 4, ["two"] * 4).tolist()
+    assert found[:2] == pytest.approx([0.8, 0.0]) and math.isnan(found[2]) and math.isnan(found[3])
+    assert texts[0] == "How many cups? Answer in one word."
+
+
+def test_test_points_are_marked_in_one_answer() -> None:
+    answers = {
+        0.0: completion('{"marks": [1, 0]}'),
+        0.1: completion('{"marks": [1]}'),
+        0.2: completion('{"marks": [1]}'),  # one mark for two points
+        0.3: completion('{"marks": [true, 2]}'),
+    }
+    requests: list[Seen] = []
+    points = [["Style: ink", "Color: red"], ["Style: ink"], ["Style: ink", "Color: red"], ["Style: ink", "Color: red"]]
+    with judging(lambda levels, text: answers[levels[0]], requests) as endpoint:
+        marks = ChecklistJudge(endpoint)(grays(0.0, 0.1, 0.2, 0.3), named(4), points)
+    assert [row.tolist() for row in marks[:2]] == [[1, 0], [1]]
+    assert all(row.shape == (2,) and bool(row.isnan().all()) for row in marks[2:])
+    request = next(seen.json for seen in requests if "2. Color: red" in seen.json["messages"][0]["content"][-1]["text"])
+    schema = request["response_format"]["json_schema"]["schema"]
+    assert schema["properties"]["marks"]["items"]["enum"] == [0, 1]
+    assert "1. Style: ink" in request["messages"][0]["content"][-1]["text"]
