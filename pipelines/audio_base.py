@@ -42,7 +42,8 @@ class AudioPipeline(DiffusersPipeline):
         if options.get("height") is not None or options.get("width") is not None:
             raise ValueError("this model makes audio: leave height and width out, and give seconds")
         seconds = options.get("seconds")
-        self.seconds = (self.default_seconds or self.max_seconds) if seconds is None else seconds
+        own = self.max_seconds if self.default_seconds is None else self.default_seconds
+        self.seconds = own if seconds is None else seconds
         if not 0 < self.seconds <= self.max_seconds:
             raise ValueError(
                 f"seconds must be above 0 and at most {self.max_seconds:g} for this model, not {self.seconds}"

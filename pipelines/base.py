@@ -424,7 +424,8 @@ class DiffusersPipeline(ABC):
 
         Raises ValueError if a float16 VAE overflows.
         """
-        parts = torch.split(latents.to(self.device), self.memory.decode_batch or len(latents))
+        size = len(latents) if self.memory.decode_batch is None else self.memory.decode_batch
+        parts = torch.split(latents.to(self.device), size)
         with on_device([self.pipe.vae], self.device, self.memory.offload), self._mixed_precision():
             decoded = torch.cat([self.run_vae(part).float() for part in parts])
         if self.pipe.vae.dtype == torch.float16 and not bool(decoded.isfinite().all()):

@@ -94,21 +94,26 @@ def largest_size(
         unit: The setting that is the size, for messages.
 
     Raises:
-        ValueError: There is neither a size nor a budget, the size, or a size of 1, costs more than the budget, or the
-            budget has no end.
+        ValueError: There is neither a size nor a budget, the size is below 1, the size, or a size of 1, costs more than
+            the budget, or the budget has no end.
     """
     if budget is None:
         if size is None:
             raise ValueError(f"say how many {unit}, or give a budget")
         return size
     limit = budget.limit * (1 + 1e-9)  # sums of prices are rounded
+    if size is not None and size < 1:
+        raise ValueError(f"{unit} must be at least 1, not {size}")
 
     def cost(count: int) -> float:
         return budget.spent(count_calls(run, sized(count)))
 
-    if cost(size or 1) > limit:
+    if size is not None and size > _MOST:
+        raise ValueError(f"{unit}={size} are too many to count against a budget: take at most {_MOST}, or no budget")
+    smallest = 1 if size is None else size
+    if cost(smallest) > limit:
         raise ValueError(
-            f"{unit}={size or 1} costs {cost(size or 1):.4g} for each prompt, but the budget is {budget.limit:.4g}:"
+            f"{unit}={smallest} costs {cost(smallest):.4g} for each prompt, but the budget is {budget.limit:.4g}:"
             f" raise the budget, or take fewer {unit} or fewer steps"
         )
     if size is not None:

@@ -171,7 +171,8 @@ def test_prune_counts_round_up(keep: tuple[float, ...], counts: tuple[int, ...])
     ("build", "changed", "message"),
     [
         (BestOfN, {}, "say how many candidates, or give a budget"),
-        (BestOfN, {"budget": Budget(nfe=1e12)}, "pays for more than 65536 candidates at its prices"),
+        (BestOfN, {"candidates": 0}, "candidates must be at least 1, not 0"),
+        (BestOfN, {"budget": Budget(nfe=1e12)}, "pays for more than 4096 candidates at its prices"),
         (
             BestOfN,
             {"budget": Budget(cost=1.0, prices={"nfe": 0.0, "decode": 0.0, "reward/reward": 0.0})},
