@@ -354,7 +354,7 @@ class EvaluateShapes(EvaluatePrompts):
 
     model: Model = field(default_factory=lambda: Model("shapes-sd3"))
     prompts: str = "shapes:comp"
-    sampling: Sampling = field(default_factory=lambda: Sampling(sigmas=LINEAR_TEN, guidance=1.0))
+    sampling: Sampling = field(default_factory=lambda: Sampling(sigmas=LINEAR_TEN))
     seeds: int = 3
     samples_per_task: int = 96
     batch_size: int = 96
@@ -373,7 +373,7 @@ class EvaluateTones(EvaluateShapes):
 
     model: Model = field(default_factory=lambda: Model("tones-audio"))
     prompts: str = "tones:comp"
-    sampling: Sampling = field(default_factory=lambda: Sampling(50, guidance=1.0))
+    sampling: Sampling = field(default_factory=lambda: Sampling(50))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -305,6 +305,6 @@ def _require_medium(world: World | None, sample_rate: int | None, prompts: Promp
         rates = world.sample_rate, sample_rate
         expected, actual = ("images" if rate is None else f"waveforms at {rate} Hz" for rate in rates)
         raise ValueError(
-            f"the verifier of {world.name}:{prompts.name} takes {expected}, but this model makes {actual}: choose"
+            f"the verifier of '{world.name}:{prompts.name}' takes {expected}, but this model makes {actual}: choose"
             " other prompts"
         )

@@ -106,8 +106,9 @@ def _samples(folder: Path, evaluation: Evaluation) -> dict[str, list[SampleCard]
     """Draw the samples with the lowest and the highest first score, of every task in turn, as many as fit."""
     main, records = evaluation.score_names[0], evaluation.records
     scored = sorted((record for record in records if math.isfinite(record.scores[main])), key=lambda r: r.scores[main])
-    lowest = [record for record in scored if record.scores[main] < scored[-1].scores[main]]
-    highest = [record for record in reversed(scored) if record.scores[main] > scored[0].scores[main]]
+    half = len(scored) // 2
+    lowest = [record for record in scored[:half] if record.scores[main] < scored[-1].scores[main]]
+    highest = [record for record in reversed(scored[half:]) if record.scores[main] > scored[0].scores[main]]
     lists = {"Lowest scores": lowest, "Highest scores": highest} if lowest else {"Samples": scored}
     return {title: _drawn(folder, _in_turn(rows)[:MAX_CARDS]) for title, rows in lists.items()}
 

@@ -85,14 +85,16 @@ def test_prompt_sources_of_the_tones_world() -> None:
 
 def test_a_model_is_evaluated(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
-    arguments = ["--model.path", str(model), "--output", str(output), "--suite", "len", "--sampling.num_steps", "2"]
+    arguments = ["--model.path", str(model), "--output", str(output), "--prompts", "tones:len", "--sampling.num_steps", "2"]
     assert main(["evaluate", "tones", *arguments, "--samples_per_task", "2", "--seeds", "1"]) == 0
     evaluation = load_evaluation(output)
     assert (evaluation.protocol.verifier, evaluation.protocol.suite) == ("tones-1", "len")
     assert evaluation.score_names == ("strict", "partial", "relaxed") and len(evaluation.records) == 2
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1].startswith("overall") and printed[0].startswith("counting")
-    assert "strict 0.000 (0.000 to 0.842)" in printed[-1]
+    assert printed[0].startswith("counting") and printed[1].startswith("overall")
+    assert "strict 0.000 (0.000 to 0.842)" in printed[1] and printed[-1] == f"report: {output / 'report.html'}"
+    page = (output / "report.html").read_text()
+    assert "Strict score on len" in page and page.count("<audio") == 2
     clip, rate = soundfile.read(output / str(evaluation.records[0].image))
     assert rate == 8000 and clip.shape == (12000,)
 
@@ -142,18 +144,19 @@ def test_invalid_folders_are_refused(tmp_path: Path, error: Callable[..., str]) 
         ('{"file_name": "0.wav", "prompt": "a bell"}', "'a bell' is not a prompt of the tones world"),
         ('{"file_name": "../0.wav", "prompt": "a sine tone"}', "leads out of"),
         ('{"file_name": "1.wav", "prompt": "a sine tone"}', "there is no"),
-        ("", "there is no sample to evaluate: list one or more"),
+        ("", "has no sample to evaluate: list one or more"),
     ):
         listing.write_text(line + "\n")
         assert message in error(*command)
     listing.write_text('{"file_name": "0.wav", "prompt": "a sine tone"}\n')
+    assert not Path(output).exists()
     soundfile.write(folder / "0.wav", np.zeros(16000), 8000)
     assert "lasts 2.00 s: clips of the tones world last 1.5 s; cut it" in error(*command)
     broken = np.zeros(12000, np.float32)
     broken[5] = np.nan
     soundfile.write(folder / "0.wav", broken, 8000, subtype="FLOAT")
-    assert "0.wav holds NaN or infinite samples: leave it out" in error(*command)
-    assert not Path(output).exists()
+    assert "0.wav holds NaN or infinite samples: leave it out" in error(*command[:-1], f"{output}-2")
+    assert not Path(f"{output}-2", "summary.json").exists()
 
 
 def test_images_from_another_program_are_evaluated_in_the_shapes_world(tmp_path: Path) -> None:

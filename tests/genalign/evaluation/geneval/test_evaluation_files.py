@@ -74,13 +74,13 @@ def finished(path: Path, skill: float = 1.0, broken: int | None = None) -> Path:
 def assert_same_files(path: Path, other: Path) -> None:
     """Two folders have the same files, byte by byte, except costs and report."""
     first, second = (
-        {f.relative_to(root): f.read_bytes() for f in root.rglob("*") if f.is_file() and not _varies(f)}
+        {f.relative_to(root): f.read_bytes() for f in root.rglob("*") if f.is_file() and not varies(f)}
         for root in (path, other)
     )
     assert first == second
 
 
-def _varies(file: Path) -> bool:
+def varies(file: Path) -> bool:
     return file.name in ("cost.json", "report.html") or file.parent.name == "costs"
 
 
