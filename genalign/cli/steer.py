@@ -28,7 +28,8 @@ from genalign.search.noise_aware import (
     train_decoder,
     validate,
 )
-from genalign.search.run_search import SearchResult, search
+from genalign.search.results import SearchResult
+from genalign.search.run_search import search
 from genalign.types import Pipeline
 
 
@@ -43,9 +44,9 @@ def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
     folder, plain = SearchFolder(Path(settings.output)), {**plain, "limit": None}
     share = rank_share()
     pipeline, rewards = load_with_lora(context, settings.model, settings.lora), named_rewards(settings.rewards)
-    require_rate(settings, pipeline.sample_rate)
     plain = with_family_defaults(plain, pipeline, {"sampling": settings.sampling})
     resuming = folder.holds(plain)
+    require_rate(settings, pipeline.sample_rate)
     write = writer(pipeline.sample_rate, settings.audio)
 
     @lru_cache(1)
@@ -71,7 +72,7 @@ def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
             if not claimed or folder.done(index):
                 continue
             result = search_prompt(index)
-            folder.add(index, prompts[index].text, [reward.name for reward in rewards], result, write)
+            folder.add(index, result, write)
         values = zip(rewards, result.scores[0].tolist(), strict=True)
         scores = "  ".join(f"{reward.name} {score:.4g}" for reward, score in values)
         print(f"{index + 1}/{len(prompts)}  {scores}  {result.ledger.nfe} NFE  {prompts[index].text}", flush=True)
@@ -99,7 +100,9 @@ def prices_command(context: CommandContext, arguments: Sequence[str]) -> int:
     available = prompt_set(settings.prompts).prompts
     prompts = [available[i % len(available)] for i in range(settings.batch_size)]
     grid = settings.sampling.grid(pipeline)
-    prices = measure_prices(pipeline, rewards, prompts, grid, settings.sampling.guidance_scale(pipeline), settings.repeats)
+    prices = measure_prices(
+        pipeline, rewards, prompts, grid, settings.sampling.guidance_scale(pipeline), settings.repeats
+    )
     write_json(Path(settings.output), prices)
     for call, seconds in prices.items():
         print(f"{call:20s}{1000 * seconds:10.3f} ms per sample")

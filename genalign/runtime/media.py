@@ -79,9 +79,7 @@ class ImageMedium:
     name, folder, suffixes, ndim = "image", "images", (".png", ".jpg", ".jpeg", ".webp"), 4
 
     def encode(self, sample: Tensor) -> bytes:
-        if sample.shape[0] != 3:
-            raise ValueError(f"images must be (B, 3, H, W), not (B, {', '.join(map(str, sample.shape))})")
-        return _png(Image.fromarray(eight_bits(sample).permute(1, 2, 0).cpu().numpy()))
+        return _png(_pil_image(sample))
 
     def thumbnail(self, path: Path) -> Thumbnail:
         with opened_image(path) as file:
@@ -184,6 +182,20 @@ def writer(sample_rate: int | None, audio: AudioFormat = "wav") -> Writer:
     """
     medium = None if sample_rate is None else AudioMedium(sample_rate, audio)
     return lambda samples, directory, first: write_samples(samples, directory, first, medium)
+
+
+def displayed(sample: Tensor) -> Any:
+    """Convert one sample to what a notebook shows or plays: a PIL image, or a float32 array (C, L) of a waveform.
+
+    Raises ValueError for an image that has not three channels.
+    """
+    return _pil_image(sample) if sample.ndim == 3 else sample.detach().float().cpu().numpy()
+
+
+def _pil_image(sample: Tensor) -> Image.Image:
+    if sample.shape[0] != 3:
+        raise ValueError(f"images must be (B, 3, H, W), not (B, {', '.join(map(str, sample.shape))})")
+    return Image.fromarray(eight_bits(sample).permute(1, 2, 0).cpu().numpy())
 
 
 def save_images(images: Tensor, paths: Sequence[Path]) -> None:

@@ -11,7 +11,9 @@ from genalign.search.noise_search import ZeroOrder as ZeroOrder
 from genalign.search.pruning import Beam as Beam
 from genalign.search.pruning import BestOfN as BestOfN
 from genalign.search.pruning import Prune as Prune
-from genalign.search.run_search import SearchResult as SearchResult
+from genalign.search.results import PlainSample as PlainSample
+from genalign.search.results import PromptResult as PromptResult
+from genalign.search.results import SearchResult as SearchResult
 from genalign.search.run_search import search as search
 from genalign.search.stepwise import Selection as Selection
 from genalign.search.stepwise import Stepwise as Stepwise

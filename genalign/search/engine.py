@@ -5,6 +5,7 @@ Shapes: N candidates, P prompts, K rewards.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,9 +20,13 @@ from genalign.scoring.budget import Ledger, Metered, metered_reward, metered_rew
 from genalign.scoring.score import NamedReward, combine, score
 from genalign.search.lineage import Lineage
 from genalign.search.ranking import best_per_prompt
+from genalign.search.reward_failures import RewardFailures
 from genalign.types import Grid, Pipeline, Prompt, RewardFunction
 
-_PER_CANDIDATE = ("prompt", "ids", "step_seeds", "noise", "x", "preview")
+logger = logging.getLogger(__name__)
+
+TOP = 4  # finished candidates of each prompt that a search holds on to, the best ones
+_PER_CANDIDATE = ("prompt", "ids", "step_seeds", "noise", "x", "preview", "plain")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Particles:
         noise: Initial latents (N, ...).
         x: Current latents (N, ...).
         preview: Clean latents (N, ...) predicted at the last step; before the first step and after the last one, ``x``.
+        plain: Whether each (N,) is what plain sampling, by the ODE, makes of the first noise of its prompt.
         steps_done: Number of sampling steps taken.
     """
 
@@ -44,6 +50,7 @@ class Particles:
     noise: Tensor
     x: Tensor
     preview: Tensor
+    plain: Tensor
     steps_done: int
 
     def __len__(self) -> int:
@@ -94,7 +101,8 @@ class ScoredParticles:
 class SearchRun:
     """One search over P prompts: it moves, decodes and scores candidates, and records the lineage.
 
-    ``ledger`` counts the calls of denoiser, decoder and rewards.
+    ``ledger`` counts the calls of denoiser, decoder and rewards. ``top`` are the ``TOP`` best finished candidates of
+    every prompt so far, and ``plain`` the plain samples among the finished candidates, by prompt.
 
     Strategies, guides and preview scorers reach the networks through a run only, so that no call goes uncounted.
 
@@ -119,7 +127,12 @@ class SearchRun:
         seed: str,
     ) -> None:
         self.ledger, self.lineage, self.prompts = Ledger(), Lineage(), tuple(prompts)
-        self.pipeline, self.rewards = Metered(pipeline, self.ledger), metered_rewards(rewards, self.ledger)
+        self.failures, self._unmetered = RewardFailures(), tuple(rewards)
+        self.pipeline = Metered(pipeline, self.ledger)
+        self.rewards = self.failures.watched(metered_rewards(rewards, self.ledger))
+        self.top: ScoredParticles | None = None
+        self.plain: dict[int, ScoredParticles] = {}
+        self.finished_scores: list[Tensor] = []
         self.grid, self.guidance, self.batch_size, self.seed = grid, guidance, batch_size, seed
         self.conditioning = pipeline.encode([prompt.text for prompt in prompts])
 
@@ -127,6 +140,11 @@ class SearchRun:
     def steps(self) -> int:
         """The number of sampling steps."""
         return len(self.grid)
+
+    def afresh(self) -> SearchRun:
+        """Return a run of the same prompts and settings with a ledger and a lineage of its own."""
+        pipeline, prompts, rewards = self.pipeline.pipeline, self.prompts, self._unmetered
+        return SearchRun(pipeline, prompts, rewards, self.grid, self.guidance, self.batch_size, self.seed)
 
     def metered(self, name: str, function: RewardFunction) -> RewardFunction:
         """Wrap a scoring network that is not one of the rewards, so that its calls are counted as "reward/NAME"."""
@@ -139,12 +157,15 @@ class SearchRun:
         """
         places = [(p, j) for p in range(len(self.prompts)) for j in range(count)]
         noise = self.pipeline.initial_noise([derived_seed(self.seed, p, "x", j) for p, j in places])
-        return self.start_from(noise, [p for p, _ in places], [derived_seed(self.seed, p, "w", j) for p, j in places])
+        seeds = [derived_seed(self.seed, p, "w", j) for p, j in places]
+        candidates = self.start_from(noise, [p for p, _ in places], seeds)
+        return replace(candidates, plain=torch.tensor([j == 0 for _, j in places]))
 
     def start_from(self, noise: Tensor, prompts: Sequence[int], step_seeds: Sequence[int]) -> Particles:
         """Return new candidates with the initial latents ``noise`` (N, ...)."""
         ids, noise = torch.tensor(self.lineage.add(prompts, [None] * len(prompts), 0)), noise.cpu()
-        return Particles(torch.tensor(prompts), ids, torch.tensor(step_seeds), noise, noise, noise, 0)
+        plain = torch.zeros(len(noise), dtype=torch.bool)
+        return Particles(torch.tensor(prompts), ids, torch.tensor(step_seeds), noise, noise, noise, plain, 0)
 
     @torch.no_grad()
     def advance(self, candidates: Particles, to: int, kernel: Kernel = ODE()) -> Particles:  # noqa: B008  # frozen
@@ -177,7 +198,8 @@ class SearchRun:
             x = x + move.std * step_noise(candidates.step_seeds.tolist(), candidates.steps_done, candidates.x)
         done = candidates.steps_done + 1
         preview = x if done == self.steps else self.pipeline.path.x0(candidates.x, prediction, step)
-        return replace(candidates, x=x, preview=preview, steps_done=done)
+        plain = candidates.plain & (kernel == ODE() and isinstance(shift, float))
+        return replace(candidates, x=x, preview=preview, plain=plain, steps_done=done)
 
     def in_batches(self, candidates: Particles, function: Callable[[Particles], Tensor]) -> Tensor:
         """Concatenate the results of ``function`` on batches of candidates."""
@@ -194,9 +216,19 @@ class SearchRun:
         candidates = self.advance(candidates, self.steps)
         parts = [self._decode_and_score(part) for part in candidates.split(self.batch_size)]
         samples, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return self.finished(ScoredParticles(candidates, samples, scores))
+
+    def finished(self, scored: ScoredParticles) -> ScoredParticles:
+        """Record candidates after their last step, hold on to the best ones and the plain ones, and return them all."""
+        candidates = scored.candidates
         self.lineage.close(candidates.ids.tolist(), self.steps)
-        self.record_scores(candidates, scores)
-        return ScoredParticles(candidates, samples, scores)
+        self.record_scores(candidates, scored.scores)
+        self.finished_scores.append(scored.scores)
+        everything = scored if self.top is None else self.top.extend(scored)
+        self.top = everything.rows(everything.best(TOP))
+        for row in candidates.plain.nonzero()[:, 0]:
+            self.plain[int(candidates.prompt[row])] = scored.rows(row[None])
+        return scored
 
     def _decode_and_score(self, batch: Particles) -> tuple[Tensor, Tensor]:
         if batch.steps_done == 0:
@@ -211,6 +243,10 @@ class SearchRun:
     def weighted_sum(self, scores: Tensor) -> Tensor:
         """Return the weighted sum (N,) of the rewards' scores (N, K)."""
         return combine(scores, [reward.weight for reward in self.rewards])
+
+    def warn(self, message: str) -> None:
+        """Log a warning about this search; a run that only counts is silent."""
+        logger.warning(message)
 
     def record_scores(self, candidates: Particles, scores: Tensor) -> None:
         """Add scores (N, K) to the lineage."""

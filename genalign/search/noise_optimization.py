@@ -70,7 +70,8 @@ class NoiseOptimization(ABC):
         optimizer, best = self.optimizer(noises), None
         weights = torch.tensor([reward.weight for reward in run.rewards], device=noises.device)
         for number in range(iterations):
-            finished, scores = self._sample(run, noises, stochastic)
+            plain = number == 0 and self.initial_search is None and not stochastic
+            finished, scores = self._sample(run, noises, stochastic, plain)
             both = finished if best is None else best.extend(finished)
             best = both.rows(both.best())
             if number + 1 < iterations:
@@ -82,8 +83,17 @@ class NoiseOptimization(ABC):
         assert best is not None, "there is at least one iteration"
         return best
 
-    def _sample(self, run: SearchRun, noises: Tensor, stochastic: list[int]) -> tuple[ScoredParticles, Tensor]:
-        """Return the samples as new candidates, and their scores (P, K) with a gradient."""
+    def _sample(
+        self, run: SearchRun, noises: Tensor, stochastic: list[int], plain: bool
+    ) -> tuple[ScoredParticles, Tensor]:
+        """Return the samples as new candidates, and their scores (P, K) with a gradient.
+
+        Args:
+            run: The search.
+            noises: All noises (P, M, ...).
+            stochastic: The steps that have a noise, in the order of the noises after the first.
+            plain: Whether these are the plain samples of the prompts.
+        """
         prompts = list(range(len(run.prompts)))
         x = noises[:, 0] * _initial_std(run)
         candidates = run.start_from(x.detach(), prompts, [0] * len(prompts))
@@ -98,10 +108,9 @@ class NoiseOptimization(ABC):
         if not scores.requires_grad:
             raise ValueError("the rewards give no gradient: noise optimization needs one; use ZeroOrder or Evolution")
         latents = x.detach().cpu()
-        candidates = replace(candidates, x=latents, preview=latents, steps_done=run.steps)
-        run.record_scores(candidates, scores.detach().cpu())
-        run.lineage.close(candidates.ids.tolist(), run.steps)
-        return ScoredParticles(candidates, samples.detach().cpu(), scores.detach().cpu()), scores
+        flags = torch.full_like(candidates.plain, plain)
+        candidates = replace(candidates, x=latents, preview=latents, plain=flags, steps_done=run.steps)
+        return run.finished(ScoredParticles(candidates, samples.detach().cpu(), scores.detach().cpu())), scores
 
     def _move(self, run: SearchRun, x: Tensor, noise: Tensor | None, index: int) -> Tensor:
         step = run.grid[index]

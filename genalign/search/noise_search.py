@@ -117,4 +117,5 @@ class Evolution:
         alpha, sigma = float(level.alpha), float(level.sigma)
         eps = (copies.x - alpha * copies.preview) / sigma
         mutated = (1 - self.strength**2) ** 0.5 * eps + self.strength * z
-        return replace(copies, x=alpha * copies.preview + sigma * mutated)
+        x = alpha * copies.preview + sigma * mutated
+        return replace(copies, x=x, plain=torch.zeros_like(copies.plain))

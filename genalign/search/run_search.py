@@ -5,50 +5,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from genalign.diffusion.sampling import Sampling
-from genalign.scoring.budget import Budget, Ledger, measure_prices
+from genalign.scoring.budget import Budget, measure_prices
 from genalign.scoring.score import NamedReward, RewardError, named, probe
-from genalign.search.engine import ScoredParticles, SearchRun
-from genalign.search.strategy import Strategy
+from genalign.search.engine import TOP, SearchRun
+from genalign.search.pruning import BestOfN
+from genalign.search.results import PlainSample, PromptResult, SearchResult
+from genalign.search.strategy import Strategy, count_calls
 from genalign.types import Grid, Pipeline, Prompt, PromptSet, RewardFunction
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The best sample of each of P prompts.
-
-    Attributes:
-        samples: Decoded samples (P, ...).
-        scores: Their scores (P, K) by the rewards.
-        lineage: Every candidate of the search as JSON (see ``lineage.Lineage.as_list``).
-        winners: The number in the lineage of each prompt's best candidate.
-        ledger: The calls made.
-        budget: The budget, with the prices that it was planned with.
-        seconds: Wall-clock seconds.
-    """
-
-    samples: Tensor
-    scores: Tensor
-    lineage: list[dict[str, Any]]
-    winners: tuple[int, ...]
-    ledger: Ledger
-    budget: Budget | None
-    seconds: float
-
-    @property
-    def unused(self) -> float:
-        """The budget left over, in its unit, as a mean over prompts. Raises ValueError without a budget."""
-        if self.budget is None:
-            raise ValueError("there was no budget")
-        return self.budget.limit - self.budget.spent(self.ledger) / len(self.winners)
 
 
 def search(
@@ -76,7 +47,8 @@ def search(
 
     Raises:
         ValueError: No prompt, an impossible strategy, or a budget too small for one sample.
-        RewardError: A reward raises, or does not return one score per sample in their order.
+        RewardError: A reward raises, does not return one score per sample in their order, or scores no sample of a
+            prompt.
     """
     each = PromptSet.of(prompts).prompts
     if not each:
@@ -86,28 +58,50 @@ def search(
     if budget is not None and budget.seconds is not None and budget.prices is None:
         budget = replace(budget, prices=measure_prices(pipeline, rewards, each[:1] * batch_size, grid, guidance))
 
-    start, ledger = time.perf_counter(), Ledger()
-    best: list[ScoredParticles] = []
+    results: list[PromptResult] = []
     lineage: list[dict[str, Any]] = []
     winners: list[int] = []
     for place, prompt in enumerate(each):
         run = SearchRun(pipeline, [prompt], rewards, grid, guidance, batch_size, f"{seed}/{place}")
-        finished = strategy(run, budget)
-        best.append(finished.rows(finished.best()))
-        if bool(best[-1].scores.isnan().any()):
-            logger.warning("the best sample of %r could not be scored by every reward", prompt.text)
-        winners.append(len(lineage) + int(best[-1].candidates.ids))
+        result, winner = search_prompt(run, strategy, budget)
+        results.append(result)
+        winners.append(len(lineage) + winner)
         lineage += run.lineage.as_list(len(lineage), place)
-        ledger.counts.update(run.ledger.counts)
-    return SearchResult(
-        samples=torch.cat([winner.samples for winner in best]),
-        scores=torch.cat([winner.scores for winner in best]),
-        lineage=lineage,
-        winners=tuple(winners),
-        ledger=ledger,
-        budget=budget,
-        seconds=time.perf_counter() - start,
+    return SearchResult(tuple(results), lineage, tuple(winners), budget, getattr(pipeline, "sample_rate", None))
+
+
+def search_prompt(run: SearchRun, strategy: Strategy, budget: Budget | None) -> tuple[PromptResult, int]:
+    """Search for the one prompt of ``run``, and return its result and the number of the winner in the lineage.
+
+    Raises RewardError if a reward scored none of the finished candidates.
+    """
+    (prompt,), started = run.prompts, time.perf_counter()
+    finished = strategy(run, budget)
+    seconds = time.perf_counter() - started
+    chosen = finished.rows(finished.best())
+    run.failures.require_scores(
+        run.rewards, torch.cat([*run.finished_scores, finished.scores]), f"the samples of {prompt.text!r}"
     )
+    top = chosen
+    if run.top is not None:
+        ranked = run.top.rows(run.top.best(TOP))
+        top = chosen.extend(ranked.rows((ranked.candidates.ids != chosen.candidates.ids).nonzero()[: TOP - 1, 0]))
+    if bool(chosen.scores.isnan().any()):
+        logger.warning("the best sample of %r could not be scored by every reward", prompt.text)
+    names = tuple(reward.name for reward in run.rewards)
+    plain = _plain_sample(run)
+    result = PromptResult(prompt, names, top.samples, top.scores, plain, run.ledger, seconds)
+    return result, int(chosen.candidates.ids)
+
+
+def _plain_sample(run: SearchRun) -> PlainSample:
+    """Return the plain sample of a run's only prompt, made and billed apart if no candidate is it."""
+    if 0 in run.plain:
+        sample = run.plain[0]
+        return PlainSample(sample.samples[0], sample.scores[0], count_calls(run, BestOfN(1)), extra=False)
+    alone = run.afresh()
+    sample = BestOfN(1)(alone, None)
+    return PlainSample(sample.samples[0], sample.scores[0], alone.ledger, extra=True)
 
 
 @torch.no_grad()

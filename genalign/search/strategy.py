@@ -26,15 +26,17 @@ class Strategy(Protocol):
     def __call__(self, run: SearchRun, budget: Budget | None) -> ScoredParticles: ...
 
 
-def count_calls(run: SearchRun, strategy: Strategy) -> Ledger:
+def count_calls(run: SearchRun, strategy: Strategy, budget: Budget | None = None) -> Ledger:
     """Count the calls of ``strategy`` for one prompt of ``run`` without making them, by running it on a twin.
+
+    Within a ``budget``, the twin spends as much of it as the strategy would.
 
     All scores of the twin are equal. The strategies of this package make the same calls whatever the scores: pruning
     keeps fixed numbers of candidates, and resampling copies them without a call. A strategy whose calls depend on the
     scores must make the most of them where scores are equal, or it may overdraw a budget.
     """
     twin = _CountingRun(run)
-    strategy(twin, None)
+    strategy(twin, budget)
     return twin.ledger
 
 
@@ -52,6 +54,9 @@ class _CountingRun(SearchRun):
 
     def metered(self, name: str, function: RewardFunction) -> RewardFunction:
         return super().metered(name, _zero_scores)
+
+    def warn(self, message: str) -> None:
+        pass
 
 
 class _WithoutValues:
@@ -78,7 +83,7 @@ def _zero_scores(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return samples.flatten(1).sum(1)
 
 
-_MOST = 2**16  # candidates of a prompt that a budget may choose
+_MOST = 2**12  # the largest size of a strategy whose calls are counted to meet a budget
 
 
 def largest_size(
@@ -97,13 +102,13 @@ def largest_size(
         ValueError: There is neither a size nor a budget, the size is below 1, the size, or a size of 1, costs more than
             the budget, or the budget has no end.
     """
+    if size is not None and size < 1:
+        raise ValueError(f"{unit} must be at least 1, not {size}")
     if budget is None:
         if size is None:
             raise ValueError(f"say how many {unit}, or give a budget")
         return size
     limit = budget.limit * (1 + 1e-9)  # sums of prices are rounded
-    if size is not None and size < 1:
-        raise ValueError(f"{unit} must be at least 1, not {size}")
 
     def cost(count: int) -> float:
         return budget.spent(count_calls(run, sized(count)))

@@ -7,12 +7,14 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from genalign.diffusion.transitions import CPS, DDIM, ODE, FlowSDE, transition
+from genalign.diffusion.transitions import CPS, DDIM, ODE, FlowSDE, Kernel, transition
 from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, Budget, DoobGuide, FKSteering, RewardGradient, search
-from genalign.search.engine import SearchRun
+from genalign.search.engine import Particles, SearchRun
 from genalign.search.fk_steering import FKState, Potential, require_stochastic
 from genalign.search.guidance import Guide, guided_log_ratio
 from genalign.search.resampling import RESAMPLERS, normalized_weights
@@ -225,17 +227,80 @@ def test_scoring_steps() -> None:
 
 
 def test_lam_is_tempered_up_to_last_step() -> None:
-    assert FKSteering(lam=10.0).strength(3, 100) == 10.0
+    """DAS takes the power i for the potential at step i, and i + 1 for the guide's move from there (its code)."""
+    assert FKSteering().tempering(3) == 1.0
     tempered = FKSteering(lam=10.0, gamma=0.008)
-    assert tempered.strength(0, 100) == pytest.approx(0.08)
-    assert tempered.strength(49, 100) == pytest.approx(10 * (1.008**50 - 1))
-    assert tempered.strength(87, 100) == tempered.strength(99, 100) == 10.0
-    assert tempered.strength(9, 10) == 10.0
+    assert tempered.tempering(0) == 0.0
+    assert tempered.tempering(50) == pytest.approx(1.008**50 - 1)
+    assert tempered.tempering(86) < tempered.tempering(87) == 1.0
     state = state_of(lam=10.0, gamma=0.5)
     state.weigh(torch.tensor([1.0, 0.0, 0.0]), 0)
+    assert state.log_weights.tolist() == [0.0] * 3
+    state.weigh(torch.tensor([1.0, 0.0, 0.0]), 1)
     assert state.log_weights.tolist() == pytest.approx([5.0, 0.0, 0.0])
     state.weigh(torch.tensor([2.0, 0.0, 1.0]), 9)
     assert state.log_weights.tolist() == pytest.approx([20.0, 0.0, 10.0])
+
+
+def test_guide_is_tempered_by_the_next_power() -> None:
+    seen: list[float] = []
+
+    class Note:
+        def __call__(self, run: SearchRun, batch: Particles, kernel: Kernel, lam: float) -> tuple[Tensor, Tensor]:
+            seen.append(lam)
+            return run.predict(batch), torch.zeros_like(batch.x)
+
+    run = SearchRun(Gauss(), [Prompt("")], [NamedReward("x", lambda x, _: x[:, 0])], Gauss().grid(6), 1.0, 4, "0")
+    FKSteering(2, lam=10.0, gamma=0.25, guide=Note())(run, None)
+    assert seen == pytest.approx([10 * min(1.25 ** (i + 1) - 1, 1.0) for i in range(5)])
+
+
+def test_auto_lam_is_two_deviations_of_a_prompts_first_scores() -> None:
+    state = state_of(group=(0, 0, 1, 1, 2, 2), lam="auto")
+    state.weigh(torch.tensor([1.0, 3.0, 5.0, 5.001, 7.0, 7.0]), 2)
+    assert state.lam[:4].tolist() == pytest.approx([2.0, 2.0, 4000.0, 4000.0], rel=1e-3)
+    assert bool(state.lam[4:].isnan().all())  # the scores of prompt 2 are equal so far
+    assert (state.log_weights[1] - state.log_weights[0]).item() == pytest.approx(4.0)
+    assert state.log_weights[4:].tolist() == [0.0, 0.0]
+    state.weigh(torch.tensor([1.0, 9.0, 5.0, 5.5, 7.0, 7.2]), 4)
+    assert state.lam.tolist() == pytest.approx([2.0, 2.0, 4000.0, 4000.0, 20.0, 20.0], rel=1e-3)
+    assert (state.log_weights[5] - state.log_weights[4]).item() == pytest.approx(4.0, rel=1e-4)
+
+
+@given(
+    scores=st.lists(st.floats(-4, 4), min_size=4, max_size=8),
+    scale=st.floats(1e-4, 1e4),
+    shift=st.floats(-10, 10),
+)
+def test_auto_lam_does_not_depend_on_the_units_of_the_reward(scores: list[float], scale: float, shift: float) -> None:
+    values = torch.tensor(scores, dtype=torch.float64)
+    if float(values.std()) < 0.1:
+        return
+    weights = []
+    for these in (values, scale * (values + shift)):
+        state = state_of(group=(0,) * len(scores), lam="auto")
+        state.weigh(these, 2)
+        weights.append(normalized_weights(state.log_weights))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-9)
+
+
+def test_auto_lam_resamples_rewards_of_any_scale(tiny: SD3, caplog: pytest.LogCaptureFixture) -> None:
+    for scale in (1e-3, 1.0, 1e3):
+        result = search(
+            tiny, PROMPTS, lambda x, p, scale=scale: scale * redness(x, p), FKSteering(8), sampling=SAMPLING
+        )
+        assert any(node["parent"] is not None for node in result.lineage)
+    assert caplog.text == ""
+
+
+def test_a_search_that_never_resampled_says_what_to_try(tiny: SD3, caplog: pytest.LogCaptureFixture) -> None:
+    search(tiny, PROMPTS[0], lambda x, p: 1e-4 * redness(x, p), FKSteering(8, lam=10.0), sampling=SAMPLING)
+    (line,) = (record.message for record in caplog.records)
+    assert "FK steering never resampled" in line and "at lam=10" in line and "\n" not in line
+    assert "try lam='auto', or lam=" in line and line.endswith(f"({PROMPTS[0]})")
+    caplog.clear()
+    search(tiny, PROMPTS[0], lambda x, p: torch.zeros(len(x)), FKSteering(8), sampling=SAMPLING)
+    assert "all previews of a prompt scored the same" in caplog.text
 
 
 def test_deterministic_kernel_is_refused() -> None:
@@ -251,7 +316,9 @@ def test_deterministic_kernel_is_refused() -> None:
     [
         ({"particles": 0}, "particles"),
         ({"lam": -1.0}, "negate the reward"),
-        ({"lam": math.nan}, "lam must be finite"),
+        ({"lam": math.nan}, "lam must be 'auto', or finite"),
+        ({"lam": "automatic"}, "lam must be 'auto', or finite"),
+        ({"lam": "auto", "guide": RewardGradient()}, "give lam as a number"),
         ({"potential": "min"}, "difference, max, sum"),
         ({"resampler": "best"}, "multinomial, stratified, systematic, residual, ssp"),
         ({"terminal": "both"}, "argmax, weighted"),

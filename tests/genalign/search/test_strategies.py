@@ -171,14 +171,19 @@ def test_prune_counts_round_up(keep: tuple[float, ...], counts: tuple[int, ...])
     ("build", "changed", "message"),
     [
         (BestOfN, {}, "say how many candidates, or give a budget"),
-        (BestOfN, {"candidates": 0}, "candidates must be at least 1, not 0"),
+        (lambda: BestOfN(0), {}, "candidates must be at least 1, not 0"),
         (BestOfN, {"budget": Budget(nfe=1e12)}, "pays for more than 4096 candidates at its prices"),
         (
             BestOfN,
             {"budget": Budget(cost=1.0, prices={"nfe": 0.0, "decode": 0.0, "reward/reward": 0.0})},
-            "pays for more than 65536 candidates at its prices",
+            "pays for more than 4096 candidates at its prices",
         ),
         (BestOfN, {"budget": Budget(nfe=3)}, r"candidates=1 costs 5 .* budget is 3: raise the budget"),
+        (
+            lambda: BestOfN(10**9),
+            {"budget": Budget(nfe=30)},
+            "are too many to count against a budget: take at most 4096",
+        ),
         (lambda: BestOfN(9), {"budget": Budget(nfe=30)}, r"candidates=9 costs 45 .* budget is 30"),
         (lambda: Prune((1, 4), (0.5, 0.5), 4), {}, "step 4 is past the end: of 5 steps, 0 to 3"),
         (lambda: Prune((2, 1), (0.5, 0.5), 4), {}, "steps must ascend"),
@@ -187,7 +192,7 @@ def test_prune_counts_round_up(keep: tuple[float, ...], counts: tuple[int, ...])
         (lambda: BestOfN(1), {"prompts": []}, "no prompt"),
         (lambda: FKSteering(4, kernel=ODE()), {}, "moves without noise"),
         (lambda: FKSteering(4, kernel=None), {}, "needs a kernel to move particles by"),
-        (lambda: FKSteering(2, guide=RewardGradient()), {"reward": detached}, "use DoobGuide, which needs none"),
+        (lambda: FKSteering(2, 1.0, guide=RewardGradient()), {"reward": detached}, "use DoobGuide, which needs none"),
         (lambda: ReNO(2), {"reward": detached}, "noise optimization needs one; use ZeroOrder or Evolution"),
     ],
 )

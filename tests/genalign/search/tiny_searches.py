@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from genalign.diffusion.paths import FlowPath
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import DDIM, transition
+from genalign.scoring.budget import Budget, Ledger
 from genalign.scoring.score import NamedReward
 from genalign.search.engine import SearchRun
+from genalign.search.strategy import Strategy, count_calls
 from genalign.types import Conditioning, Grid, NoiseLevel, Pipeline, Prompt
 
-SAMPLING = Sampling(num_steps=5, sigmas=(1.0, 0.8, 0.6, 0.4, 0.2))
+SAMPLING = Sampling(num_steps=5, sigmas=(1.0, 0.8, 0.6, 0.4, 0.2), guidance=1.0)
 PROMPTS = ("a circle", "two squares")
 
 
@@ -44,6 +46,9 @@ class Gauss:
     def level(self, u: Tensor) -> NoiseLevel:
         return NoiseLevel(u, 1 - u, u)
 
+    def guidance_scale(self, guidance: float | None) -> float:
+        return 1.0 if guidance is None else guidance
+
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
         return torch.randn(len(seeds), 1, generator=torch.Generator().manual_seed(seeds[0]))
 
@@ -64,3 +69,10 @@ def exact_spread(grid: Grid) -> float:
         move = transition(Gauss.path, DDIM(1.0), one, Gauss().predict(one, step, None), step)
         variance = float(move.mean) ** 2 * variance + float(move.std) ** 2
     return math.sqrt(variance)
+
+
+def plan(pipeline: Pipeline, strategy: Strategy, budget: Budget) -> Ledger:
+    """The calls of a strategy within a budget, counted without making them."""
+    rewards = [NamedReward("x", lambda samples, prompts: samples[:, 0])]
+    run = SearchRun(pipeline, [Prompt("")], rewards, pipeline.grid(6), 1.0, 4, "0")
+    return count_calls(run, strategy, budget)
