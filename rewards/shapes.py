@@ -1,15 +1,19 @@
-"""The shapes world for training: its exact verifier as a reward, and rendered scenes as references."""
+"""The shapes world for training: its exact verifier as a reward and as a judge, and rendered scenes as references."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from genalign.types import Prompt
-from genalign.worlds.shapes.geometry import PALETTE
+from genalign.evaluation.geneval.grammar import NUMBERS, plural
+from genalign.evaluation.geneval.vocabulary import RELATIONS
+from genalign.types import Metadata, Prompt
+from genalign.worlds.shapes.geometry import PALETTE, SHAPES
 from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import jittered, render, sample_scene
 from genalign.worlds.shapes.verifier import verify
@@ -26,6 +30,54 @@ class ShapesReward:
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score images (B, 3, 64, 64) in [0, 1] as (B,), float32 on the CPU; NaN for one that is not finite."""
         return scores(verify, self.score, samples, prompts)
+
+
+_COUNTS = {"a": 1, "an": 1, **NUMBERS}
+_NAMES = {form: shape for shape in SHAPES for form in (shape, plural(shape))}
+_OBJECT = rf"(?:{'|'.join(_COUNTS)}) (?:{'|'.join(_NAMES)})"
+_SHAPE, _PLACE = "|".join(SHAPES), "|".join(RELATIONS)
+_QUESTIONS = {  # a verifier's criterion by the question about it
+    "count": re.compile(rf"(?:Is there|Are there exactly) ({_OBJECT}) in the image\?"),
+    "color": re.compile(rf"Is the ({_SHAPE}) ({'|'.join(PALETTE)})\?"),
+    "position": re.compile(rf"Is the ({_SHAPE}) (?:to the )?({_PLACE}) the ({_SHAPE})\?"),
+    "clean": re.compile(rf"Is there nothing but ({_OBJECT}(?: and {_OBJECT})*) in the image\?"),
+}
+
+
+@dataclass(frozen=True)
+class ShapesQuestions:
+    """A judge of questions about the shapes world, to try a benchmark without a vision-language model.
+
+    It understands "Is there a circle in the image?", "Are there exactly two rings in the image?", "Is the moon red?",
+    "Is the circle to the left of the cross?" and "Is there nothing but a circle and a ring in the image?". An answer is
+    the verifier's criterion, in [0, 1]; NaN for another question and for an image that is not finite.
+    """
+
+    def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
+        """Answer questions (n) about images (n, 3, 64, 64) in [0, 1] as (n,), float32 on the CPU."""
+        answers = torch.full((len(questions),), torch.nan)
+        parsed = {
+            row: question for row, text in enumerate(questions) if (question := _parse_question(text)) is not None
+        }
+        rows = [row for row in parsed if bool(images[row].isfinite().all())]
+        if rows:
+            for row, verification in zip(rows, verify(images[rows], [parsed[row][1] for row in rows]), strict=True):
+                answers[row] = dict(verification.criteria)[parsed[row][0]]
+        return answers
+
+
+def _parse_question(text: str) -> tuple[str, Metadata] | None:
+    """Return the criterion that a question asks for, and the metadata that has it; None for another question."""
+    for criterion, pattern in _QUESTIONS.items():
+        if match := pattern.fullmatch(text):
+            if criterion == "color":
+                return criterion, {"include": [{"class": match[1], "count": 1, "color": match[2]}]}
+            if criterion == "position":
+                first = {"class": match[1], "count": 1, "position": [match[2], 0]}
+                return criterion, {"include": [{"class": match[3], "count": 1}, first]}
+            words = [item.split(" ", 1) for item in match[1].split(" and ")]
+            return criterion, {"include": [{"class": _NAMES[name], "count": _COUNTS[word]} for word, name in words]}
+    return None
 
 
 def rendered(suite: str = "train", per_prompt: int = 1, seed: int = 0) -> ReferencesByPrompt:

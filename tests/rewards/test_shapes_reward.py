@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 import torch
 
+from genalign.evaluation.benchmarks.tifa import QuestionJudge
 from genalign.evaluation.geneval.grammar import color_attr, counting, single_object
 from genalign.types import Prompt, Reward
 from genalign.worlds.shapes.detection import detect
 from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import render, sample_scene
-from rewards.shapes import ShapesReward, recolored, rendered
+from rewards.shapes import ShapesQuestions, ShapesReward, recolored, rendered
 
 PROMPTS = [single_object("circle"), counting("square", "two"), color_attr("ring", "red", "cross", "blue")]
 
@@ -69,3 +70,28 @@ def test_recoloured_references_have_the_style_alone() -> None:
 def test_restyled_references_may_be_small() -> None:
     for items in detect(recolored(("purple",), count=24, radius=(5.5, 6.5)).load(range(24))):
         assert items and all(max(item.box[2] - item.box[0], item.box[3] - item.box[1]) <= 17 for item in items)
+
+
+def test_questions_are_answered_by_the_verifier(images: torch.Tensor) -> None:
+    judge: QuestionJudge = ShapesQuestions()
+    asked = [
+        (0, "Is there a circle in the image?", 1),
+        (0, "Is there a square in the image?", 0),
+        (1, "Are there exactly two squares in the image?", 1),
+        (1, "Is there a square in the image?", 0),  # two are not one
+        (1, "Is there nothing but two squares in the image?", 1),
+        (1, "Is there nothing but a square in the image?", 0.5),
+        (2, "Is the ring red?", 1),
+        (2, "Is the ring blue?", 0),
+        (2, "Is there nothing but a ring and a cross in the image?", 1),
+        (2, "Is it art?", None),
+    ]
+    rows, texts, expected = zip(*asked, strict=True)
+    answers = judge(images[list(rows)], texts).tolist()
+    assert answers == pytest.approx([torch.nan if value is None else value for value in expected], nan_ok=True)
+    left, right = (judge(images[[2]], [f"Is the ring to the {side} of the cross?"]) for side in ("left", "right"))
+    above, below = (judge(images[[2]], [f"Is the ring {side} the cross?"]) for side in ("above", "below"))
+    assert 1 <= float(left + right + above + below) <= 2 and float(left * right) == float(above * below) == 0
+    broken = images.clone()
+    broken[0, 0, 0, 0] = torch.nan
+    assert judge(broken[:1], texts[:1]).isnan().all()
