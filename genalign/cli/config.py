@@ -391,7 +391,7 @@ class EvaluateGenEval(Evaluation):
     """
 
     prompts: str | None = None
-    sampling: Sampling = field(default_factory=lambda: Sampling(40, guidance=4.5))
+    sampling: Sampling = field(default_factory=lambda: Sampling(40))
     judge: Judge | None = None
 
     def __post_init__(self) -> None:
