@@ -94,6 +94,20 @@ class DiffusersPipeline(ABC):
         self.autocast = options.get("autocast")
         self.memory = options.get("memory", Memory())
         self._set_size(options)
+        self._set_texts_and_guidance(options)
+        self.fingerprint = fingerprint(self.denoiser)
+        self._has_adapter = False
+        self._text_adapters: dict[str, LoraConfig] = {}  # of text encoders, by component
+        self._embeddings: dict[str, dict[str, Tensor]] = {}  # by text, the one used longest ago first
+        self._batches: dict[str, list[str]] = {}  # the batch in which a text is encoded
+
+        self._text_encoders = [encoder for name in self.encoders if (encoder := pipe.components.get(name)) is not None]
+        self._place_networks()
+        if options.get("compiled"):
+            self.denoiser.compile()
+
+    def _set_texts_and_guidance(self, options: Options) -> None:
+        """Set the number of text tokens, the negative prompt and the guidance of a distilled network."""
         tokens = options.get("max_sequence_length")
         if tokens is not None and tokens < 1:
             raise ValueError(f"max_sequence_length must be at least 1 text token, not {tokens}")
@@ -104,14 +118,9 @@ class DiffusersPipeline(ABC):
         self.distilled_guidance = options.get("distilled_guidance")
         if self.distilled_guidance is not None and not self.is_distilled:
             raise ValueError("this model has no guidance distilled into it: leave distilled_guidance out")
-        self.fingerprint = fingerprint(self.denoiser)
-        self._has_adapter = False
-        self._text_adapters: dict[str, LoraConfig] = {}  # of text encoders, by component
-        self._embeddings: dict[str, dict[str, Tensor]] = {}  # by text, the one used longest ago first
-        self._batches: dict[str, list[str]] = {}  # the batch in which a text is encoded
 
-        # Freeze all networks, and move them according to the memory options
-        self._text_encoders = [encoder for name in self.encoders if (encoder := pipe.components.get(name)) is not None]
+    def _place_networks(self) -> None:
+        """Freeze all networks, and move them according to the memory options."""
         for module in (self.denoiser, self.pipe.vae, *self._text_encoders):
             module.requires_grad_(False).eval()
         self.denoiser.to(self.device)
@@ -123,8 +132,6 @@ class DiffusersPipeline(ABC):
             self.pipe.vae.enable_tiling()
         if self.pipe.vae.dtype == torch.float16 and self.upcasts_vae:
             self.pipe.vae.float()
-        if options.get("compiled"):
-            self.denoiser.compile()
 
     @classmethod
     def load(cls, path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **options: Unpack[Options]) -> Self:

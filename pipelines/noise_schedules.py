@@ -14,13 +14,17 @@ from diffusers import (
     CosineDPMSolverMultistepScheduler,
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    SASolverScheduler,
     SchedulerMixin,
     TCDScheduler,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor
 
@@ -31,6 +35,7 @@ from pipelines.steering.scheduler_hooks import grid_of
 
 EDM_SCHEDULERS = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
 _ON_TRAINING_LEVELS = (DDIMScheduler, DDPMScheduler, PNDMScheduler, LCMScheduler, TCDScheduler)
+_MULTISTEP = (DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler, SASolverScheduler)
 
 
 class NoiseSchedule(ABC):
@@ -68,8 +73,8 @@ class NoiseSchedule(ABC):
 class VPSchedule(NoiseSchedule):
     """The path alpha^2 + sigma^2 = 1 of a network that takes training timesteps.
 
-    The grid is DDIM's where the checkpoint's scheduler steps on the training levels, and EulerDiscrete's where it lists
-    sigmas. Euler's moves are DDIM's in other coordinates: x / alpha and sigma / alpha.
+    The grid is DDIM's where the checkpoint's scheduler steps on the training levels, its own where it is a multistep
+    solver, and EulerDiscrete's for any other. Euler's moves are DDIM's in other coordinates: x / alpha, sigma / alpha.
     """
 
     scheduler: Any
@@ -82,13 +87,17 @@ class VPSchedule(NoiseSchedule):
     @property
     def first_order(self) -> type[SchedulerMixin]:
         """The class of the scheduler whose grid this is."""
-        return DDIMScheduler if isinstance(self.scheduler, _ON_TRAINING_LEVELS) else EulerDiscreteScheduler
+        kind: type[SchedulerMixin] = EulerDiscreteScheduler
+        if isinstance(self.scheduler, _ON_TRAINING_LEVELS):
+            kind = DDIMScheduler
+        elif isinstance(self.scheduler, _MULTISTEP):
+            kind = type(self.scheduler)
+        return kind
 
     @property
     def first_std(self) -> float:
         """The standard deviation 1, or that of the noise alone where EulerDiscrete starts from it."""
-        config = self.scheduler.config
-        if self.first_order is DDIMScheduler or config.timestep_spacing == "leading":
+        if self.first_order is not EulerDiscreteScheduler or self.scheduler.config.timestep_spacing == "leading":
             return 1.0
         first = self.grid(2)  # every grid but one of a single step begins at the last training level
         return float(first.sigma[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from genalign.diffusion.sampling import Sampling
@@ -47,7 +46,7 @@ def _with_kernel(recipe: Mapping[str, Any], kernel: Kernel) -> dict[str, Any]:
     arguments = dict(recipe.get("init_args") or {})
     if arguments.get("kernel", kernel) is None:
         path = f"{type(kernel).__module__}.{type(kernel).__qualname__}"
-        arguments["kernel"] = {"class_path": path, "init_args": asdict(kernel)}
+        arguments["kernel"] = {"class_path": path, "init_args": dict(vars(kernel))}
     if isinstance(arguments.get("recipe"), Mapping):
         arguments["recipe"] = _with_kernel(arguments["recipe"], kernel)
     return {**recipe, "init_args": arguments} if arguments else dict(recipe)

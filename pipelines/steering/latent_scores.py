@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from genalign.scoring.budget import DECODE, NFE, Ledger, metered_rewards
 from genalign.scoring.score import NamedReward, named, score
 from genalign.search.lineage import Lineage
+from genalign.search.reward_failures import RewardFailures
 from genalign.types import Prompt, RewardFunction
 from pipelines.ace_step import normalize_peak
 from pipelines.base import unscale
+from pipelines.steering.batches import denoiser_of
 from pipelines.steering.scheduler_hooks import replaced
 
 Rewards = RewardFunction | Mapping[str, RewardFunction] | Sequence[NamedReward]
@@ -30,11 +32,17 @@ Decode = Callable[[Tensor], Tensor]
 class PipelineScorer:
     """Decodes and scores the latents of a diffusers pipeline, and counts its calls in ``ledger``."""
 
-    def __init__(self, pipe: DiffusionPipeline, reward: Rewards, decode: Decode | None) -> None:
-        self.pipe, self.decode = pipe, decode
-        self.ledger, self.lineage = Ledger(), Lineage()
-        self.rewards = metered_rewards(named(reward), self.ledger)
+    def __init__(self, pipe: DiffusionPipeline, reward: Rewards, decode: Decode | None, batch_size: int | None) -> None:
+        self.pipe, self.decode, self.batch_size = pipe, decode, batch_size
+        self.ledger, self.lineage, self.failures = Ledger(), Lineage(), RewardFailures()
+        self.rewards = self.failures.watched(metered_rewards(named(reward), self.ledger))
         self._size: tuple[int, int] | None = None
+
+    @property
+    def sample_rate(self) -> int | None:
+        """The rate of the pipeline's sound in Hz; None for images."""
+        rate = getattr(getattr(self.pipe.vae, "config", None), "sampling_rate", None)
+        return None if rate is None else int(rate)
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -42,9 +50,6 @@ class PipelineScorer:
 
         Raises ValueError for a pipeline without a transformer or a unet.
         """
-        network: nn.Module | None = getattr(self.pipe, "transformer", None) or getattr(self.pipe, "unet", None)
-        if network is None:
-            raise ValueError(f"{type(self.pipe).__name__} has neither a transformer nor a unet: it cannot be steered")
 
         def bill(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "sample"]
@@ -54,32 +59,43 @@ class PipelineScorer:
             if "height" in arguments and "width" in arguments:
                 self._size = int(arguments["height"]), int(arguments["width"])
 
-        handle = network.register_forward_pre_hook(bill, with_kwargs=True)
+        handle = denoiser_of(self.pipe).register_forward_pre_hook(bill, with_kwargs=True)
         try:
             with observed(self.pipe, "prepare_latents", note_size):
                 yield
         finally:
             handle.remove()
 
-    def decode_and_score(
-        self, latents: Tensor, prompts: Sequence[Prompt], nodes: Sequence[int], steps_done: int
-    ) -> tuple[Tensor, Tensor]:
-        """Decode and score latents.
+    def decode_and_score(self, latents: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        """Decode and score latents, at most ``batch_size`` at a time.
 
         Args:
             latents: Latents (N, ...) as the scheduler has them.
             prompts: The prompt of each.
-            nodes: The number of each in the lineage.
-            steps_done: The number of steps that they have done.
 
         Returns:
-            The scores (N, K rewards), NaN where one failed, and the samples (N, ...).
+            The scores (N, K rewards), NaN where one failed, and the samples (N, ...) on the CPU.
+
+        Raises:
+            RewardError: A reward raised on all samples.
         """
-        self.ledger.bill(DECODE, len(latents))
-        samples = self.decode(latents) if self.decode else decode_latents(self.pipe, latents, self._size)
-        scores = score(self.rewards, samples, prompts)
-        self.lineage.record_scores(nodes, steps_done, scores.tolist())
-        return scores, samples
+        scores, samples = [], []
+        size = self.batch_size or len(latents)
+        for first in range(0, len(latents), size):
+            part = latents[first : first + size]
+            self.ledger.bill(DECODE, len(part))
+            decoded = self.decode(part) if self.decode else decode_latents(self.pipe, part, self._size)
+            scores.append(score(self.rewards, decoded, prompts[first : first + len(part)]))
+            samples.append(decoded.cpu())
+        column = torch.cat(scores)
+        raised = [reward for reward in self.rewards if self.failures.last.get(reward.name, "").startswith("raised")]
+        self.failures.require_scores(raised, self._columns(column, raised), f"{len(latents)} samples of the call")
+        return column, torch.cat(samples)
+
+    def _columns(self, scores: Tensor, rewards: Sequence[NamedReward]) -> Tensor:
+        """Select the scores (N, ...) of some of the rewards."""
+        names = [reward.name for reward in self.rewards]
+        return scores[:, [names.index(reward.name) for reward in rewards]]
 
 
 @contextmanager

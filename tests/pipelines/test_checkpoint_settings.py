@@ -157,8 +157,12 @@ def _images(ours: DiffusersPipeline, noise: Tensor, guidance: float, **call: Any
     """What diffusers itself makes, with the first-order scheduler of the family."""
     pipe = ours.pipe
     first_order: Any = ours.first_order
-    unclipped = {"clip_sample": False} if first_order is diffusers.DDIMScheduler else {}  # LCM's default, not DDIM's
-    shipped, pipe.scheduler = pipe.scheduler, first_order.from_config(pipe.scheduler.config, **unclipped)
+    options: dict[str, Any] = {"clip_sample": False} if first_order is diffusers.DDIMScheduler else {}  # as LCM has it
+    if "solver_order" in inspect.signature(first_order).parameters:
+        options = {"solver_order": 1}
+    if first_order is diffusers.UniPCMultistepScheduler:
+        options["disable_corrector"] = [*range(STEPS)]
+    shipped, pipe.scheduler = pipe.scheduler, first_order.from_config(pipe.scheduler.config, **options)
     try:
         images: Tensor = pipe(
             PROMPTS,
@@ -200,6 +204,9 @@ HONORED: dict[str, Callable[[], Any]] = {
     "few": lambda: diffusers.EulerDiscreteScheduler(**BETAS, num_train_timesteps=200),
     "dpm-karras": lambda: diffusers.DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True),
     "unipc": lambda: diffusers.UniPCMultistepScheduler(**BETAS, timestep_spacing="trailing"),
+    "deis": lambda: diffusers.DEISMultistepScheduler(**BETAS, use_exponential_sigmas=True),
+    "dpm-sigma-min": lambda: diffusers.DPMSolverMultistepScheduler(**BETAS, final_sigmas_type="sigma_min"),
+    "heun": lambda: diffusers.HeunDiscreteScheduler(**BETAS, timestep_spacing="trailing"),
     "ancestral": lambda: diffusers.EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing"),
     "ddim": lambda: diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
     "ddim-sample": lambda: diffusers.DDIMScheduler(**BETAS, clip_sample=False, prediction_type="sample"),
