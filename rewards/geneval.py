@@ -5,13 +5,16 @@ The scores are GenEval-style, by the detector that the judge's description names
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from genalign.evaluation.geneval.metadata import PromptSpec
@@ -27,6 +30,7 @@ from genalign.evaluation.geneval.vocabulary import COLORS
 from genalign.types import Prompt
 from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.detectors import Detector, Instance, Mask2Former, describe
+from rewards.backbones.pixels import pictures
 
 _GRAY = 153 / 255  # #999, the background of a masked object
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -176,8 +180,8 @@ class GenEvalReward:
     """GenEval's score of an image: ``partial`` credit in [0, 1], or 1.0 for a correct image and 0.0 for a wrong one.
 
     ``strict`` and ``relaxed`` (GenEval's own rule) are defined in ``genalign.evaluation.geneval.scoring.GenEvalScore``.
-    ``upstream_partial`` is Flow-GRPO's own partial credit with its faults, for comparison with its curves. ``detector``
-    and ``colors`` are as in ``GenEvalJudge``.
+    ``upstream_partial`` is Flow-GRPO's own partial credit with its faults, for comparison with its curves, of images
+    that went through JPEG, as on the way to its reward server. ``detector`` and ``colors`` are as in ``GenEvalJudge``.
     """
 
     score: Literal["partial", "strict", "relaxed", "upstream_partial"] = "partial"
@@ -187,7 +191,8 @@ class GenEvalReward:
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1]: (B,) float32 on the CPU, NaN for an image that is not finite."""
         detector = self.detector or Mask2Former()
-        scores = GenEvalJudge(detector, self.colors)(samples, prompts)
+        images = _through_jpeg(samples) if self.score == "upstream_partial" else samples
+        scores = GenEvalJudge(detector, self.colors)(images, prompts)
         values = []
         for score, prompt in zip(scores, prompts, strict=True):
             if score is None:
@@ -198,3 +203,18 @@ class GenEvalReward:
             else:
                 values.append(float(getattr(score, self.score)))
         return torch.tensor(values, dtype=torch.float32)
+
+
+def _through_jpeg(images: Tensor) -> Tensor:
+    """Encode and decode images (B, 3, H, W) as JPEG of Pillow's own quality, 75; one with NaN stays as it is."""
+    decoded = []
+    for image, picture in zip(images, pictures(images), strict=True):
+        if picture is None:
+            decoded.append(image)
+            continue
+        file = io.BytesIO()
+        picture.save(file, format="JPEG")
+        with Image.open(file) as again:
+            pixels = torch.from_numpy(np.array(again)).permute(2, 0, 1)
+        decoded.append(pixels.to(images) / 255)
+    return torch.stack(decoded)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +101,26 @@ def test_upstream_partial_reproduces_the_faults_of_flow_grpo(images: torch.Tenso
     many = draw([counting("square", "four")])
     assert shapes_reward("upstream_partial")(many, [single_object("square")]).tolist() == [-2]
     assert shapes_reward("upstream_partial")(images, PROMPTS).tolist() == [1] * len(PROMPTS)
+
+
+def test_upstream_partial_judges_jpegs() -> None:
+    """Flow-GRPO sends JPEG to its server; the other scores are of the image itself."""
+    seen: list[torch.Tensor] = []
+
+    class Watching(ShapesDetector):
+        def __call__(self, images: torch.Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
+            seen.append(images)
+            return super().__call__(images, names)
+
+    sharp = draw([single_object("circle")])
+    for score in ("partial", "upstream_partial"):
+        GenEvalReward(score, Watching(), PaletteColors())(sharp, [single_object("circle")])
+    file = io.BytesIO()
+    Image.fromarray((sharp[0] * 255).round().byte().permute(1, 2, 0).numpy()).save(file, format="JPEG", quality=75)
+    expected = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None] / 255
+    torch.testing.assert_close(seen[0], (sharp * 255).round() / 255)
+    torch.testing.assert_close(seen[1], expected)
+    assert not torch.equal(seen[0], seen[1])
 
 
 class FakeNetworks:

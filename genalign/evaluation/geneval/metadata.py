@@ -43,17 +43,21 @@ class PromptSpec:
 
     @classmethod
     def from_metadata(cls, metadata: Metadata) -> PromptSpec:
-        """Parse metadata as ``json.loads`` returns it. Raises ValueError that names an invalid field."""
+        """Parse metadata as ``json.loads`` returns it, or a table: a null is as good as nothing there.
+
+        Raises ValueError that names an invalid field.
+        """
         text = metadata.get("prompt")
         for key, kind in (("tag", str), ("include", (list, tuple)), ("prompt", str)):
             if not isinstance(metadata.get(key), kind):
                 raise ValueError(f"the metadata of {text!r} lacks {key!r}: GenEval has tag, include and prompt")
         if not metadata["include"]:
             raise ValueError(f"the metadata of {text!r} has an empty include: list at least one clause")
-        if not isinstance(metadata.get("exclude", ()), list | tuple):
+        excluded = metadata.get("exclude") or ()
+        if not isinstance(excluded, list | tuple):
             raise ValueError(f"the metadata of {text!r} has an exclude that is no list: leave it out, or list clauses")
         include = tuple(_parse_clause(text, index, clause) for index, clause in enumerate(metadata["include"]))
-        exclude = tuple(_parse_clause(text, 0, clause) for clause in metadata.get("exclude", ()))
+        exclude = tuple(_parse_clause(text, 0, clause) for clause in excluded)
         return cls(str(metadata["tag"]), include, exclude, str(text))
 
     @property
@@ -87,19 +91,23 @@ def _parse_clause(text: str | None, index: int, value: Any) -> Clause:
         raise invalid("it must be an object with a class and a count")
     if unknown := set(value) - {"class", "count", "color", "position"}:
         raise invalid(f"there is no {', '.join(sorted(unknown))} in GenEval")
-    name, count, color = value.get("class"), value.get("count"), value.get("color")
-    if isinstance(count, float) and count.is_integer():  # as pandas writes a column that has nulls
-        count = int(count)
+    name, count, color = value.get("class"), _whole(value.get("count")), value.get("color")
     if not isinstance(name, str) or type(count) is not int or count < 1:  # True is no count
         raise invalid("it needs a class and a count of at least 1")
     if color is not None and color not in COLORS:
         raise invalid(f"the color must be one of {', '.join(COLORS)}")
-    if "position" not in value:
+    position = value.get("position")
+    if position is None:
         return Clause(name, count, color)
-    match value["position"]:
+    match [*map(_whole, position)] if isinstance(position, list | tuple) else position:
         case [str(relation), int(target)] if relation in RELATIONS and 0 <= target < index:
             return Clause(name, count, color, relation, target)
     raise invalid(f"position must be one of {', '.join(RELATIONS)} and the number of an earlier clause")
+
+
+def _whole(value: Any) -> Any:
+    """Turn 2.0 into 2, as pandas writes a column of integers that has nulls."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 _GRAMMAR: Mapping[str, Callable[..., Prompt]] = {

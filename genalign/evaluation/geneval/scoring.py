@@ -52,9 +52,10 @@ class GenEvalScore:
 
     ``relaxed`` is GenEval's ``correct``: it checks the ``count`` most confident objects of each class and ignores
     others unless ``exclude`` names them; ``reason`` is its explanation, empty for a correct image. ``strict`` requires
-    exactly the right counts, all in the right color and relation. ``partial`` is the mean of ``criteria``, each in
-    [0, 1]: a "count" per clause, and a "color" and "position" per clause that has one. ``detections`` are the objects
-    that were scored.
+    exactly the right counts, all in the right color and relation, and nothing that ``exclude`` names. Flow-GRPO's server
+    ignores ``exclude`` there, which matters for classes that ``include`` lacks, in none of GenEval's 553 rows.
+    ``partial`` is the mean of ``criteria``, each in [0, 1]: a "count" per clause, and a "color" and "position" per
+    clause that has one. ``detections`` are the objects that were scored.
     """
 
     strict: bool
@@ -66,13 +67,16 @@ class GenEvalScore:
 
 
 def filter_detections(detections: Sequence[Detection], tag: str, thresholds: Thresholds) -> list[int]:
-    """Return the indices of the detections that count in the task ``tag``, by class and descending confidence."""
-    least = thresholds.counting if tag == "counting" else thresholds.confidence
+    """Return the indices of the detections that count in the task ``tag``, by class and descending confidence.
+
+    As in GenEval, scores and threshold are compared in float32, and the last of equally confident ones comes first.
+    """
+    least = np.float32(thresholds.counting if tag == "counting" else thresholds.confidence)
     counted: list[int] = []
     for name in dict.fromkeys(detection.name for detection in detections):
-        confident = [i for i, item in enumerate(detections) if item.name == name and item.score > least]
+        confident = [i for i, item in enumerate(detections) if item.name == name and np.float32(item.score) > least]
         best: list[int] = []
-        for i in sorted(confident, key=lambda i: -detections[i].score)[: thresholds.max_objects]:
+        for i in sorted(confident, key=lambda i: detections[i].score)[::-1][: thresholds.max_objects]:
             overlaps = (overlap(detections[i].box, detections[j].box) for j in best)
             if thresholds.max_overlap == 1 or all(value < thresholds.max_overlap for value in overlaps):
                 best.append(i)

@@ -82,19 +82,8 @@ def mean(values: Sequence[float]) -> float:
 def write_dpg(path: Path) -> Path:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            [
-                "item_id",
-                "text",
-                "keywords",
-                "proposition_id",
-                "dependency",
-                "category_broad",
-                "category_detailed",
-                "tuple",
-                "question_natural_language",
-            ]
-        )
+        header = ["item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed"]
+        writer.writerow([*header, "tuple", "question_natural_language"])
         for item, prompt in enumerate(PROMPTS):
             names = [name for name, _ in truth(torch.zeros(1, 3, 64, 64), [prompt]).details[0]["criteria"]]
             for n, (text, name) in enumerate(zip(world_questions(prompt), names, strict=True), start=1):

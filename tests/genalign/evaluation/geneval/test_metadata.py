@@ -49,6 +49,13 @@ def test_metadata_is_parsed_into_clauses() -> None:
     assert spec.classes == ("dog", "cat") and spec.exclude == (Clause("cat", 2),)
 
 
+def test_rows_of_tables_may_have_nulls_and_decimals() -> None:
+    dog = {"class": "dog", "count": 1.0, "color": None, "position": None}
+    cat = {"class": "cat", "count": 2.0, "color": "red", "position": ["above", 0.0]}
+    spec = PromptSpec.from_metadata({"tag": "x", "include": [dog, cat], "exclude": None, "prompt": "p"})
+    assert spec.include == (Clause("dog"), Clause("cat", 2, "red", "above", 0)) and spec.exclude == ()
+
+
 def bench(**fields: object) -> dict[str, object]:
     return {"include": [{"class": "bench", "count": 1, **fields}]}
 
@@ -61,7 +68,7 @@ def bench(**fields: object) -> dict[str, object]:
         *(({"include": include}, "lacks 'include'") for include in (None, "bench", {"class": "bench"})),
         ({"include": []}, "has an empty include"),
         ({"include": ["bench"]}, "must be an object with a class and a count"),
-        ({"exclude": None}, "has an exclude that is no list"),
+        ({"exclude": "dog"}, "has an exclude that is no list"),
         ({"exclude": [7]}, "must be an object with a class and a count"),
         (bench(**{"class": ["bench"]}), "it needs a class"),
         *((bench(count=count), "a count of at least 1") for count in (True, 1.5, 0, None)),

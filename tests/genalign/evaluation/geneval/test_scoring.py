@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from genalign.evaluation.geneval.metadata import Clause, PromptSpec
@@ -71,6 +72,16 @@ def test_detections_above_the_threshold_are_sorted_by_class_and_score() -> None:
     assert filter_detections(detections, "counting", Thresholds()) == [1, 4]
     many = [item("cat", score=0.5 + i / 100) for i in range(20)] + [item("dog")]
     assert filter_detections(many, "colors", Thresholds()) == [*range(19, 3, -1), 20]  # 16 of a class at most
+
+
+def test_thresholds_are_compared_in_float32_and_ties_go_to_the_last() -> None:
+    """GenEval's scores are float32, sorted by argsort and reversed."""
+    least = {tag: [float(np.float32(value)), value + 1e-6] for tag, value in (("colors", 0.3), ("counting", 0.9))}
+    for tag, scores in least.items():
+        assert filter_detections([item("cat", score=score) for score in scores], tag, Thresholds()) == [1]
+    scores = np.array([0.5, 0.8, 0.5, 0.9, 0.8], dtype=np.float32)
+    ours = filter_detections([item("cat", score=float(score)) for score in scores], "colors", Thresholds())
+    assert ours == np.argsort(scores)[::-1].tolist() == [3, 4, 1, 2, 0]
 
 
 def test_max_overlap_drops_boxes_that_overlap_a_better_one() -> None:
