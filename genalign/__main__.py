@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from genalign.cli import command_line
 from genalign.cli.commands import COMMANDS, GROUPS, split_command
-from genalign.cli.error_messages import did_you_mean, print_errors, shadowed_package
+from genalign.cli.error_messages import RENAMED_COMMANDS, did_you_mean, print_errors, shadowed_package
 from genalign.cli.structure import quick_errors
 
 
@@ -60,6 +60,8 @@ def _no_command(words: Sequence[str]) -> str:
     if words[0] not in GROUPS:
         similar = did_you_mean(words[0], [*GROUPS, *(name.split()[0] for name in COMMANDS)], ": see --help for all")
         return f"no command {words[0]!r}{similar}"
+    if now := RENAMED_COMMANDS.get(" ".join(words[:2])):
+        return f"no command {' '.join(words[:2])!r} any more: use {now}"
     names = [name.split()[1] for name in COMMANDS if name.startswith(f"{words[0]} ")]
     if len(words) == 1 or words[1].startswith("-"):
         return f"choose one of {', '.join(names)}, as in genalign {words[0]} {names[0]}"

@@ -1,4 +1,4 @@
-"""Measure a model in the shapes world: ``python scripts/evaluate.py shapes --suite comp --output runs/evaluation``."""
+"""Measure a model in the shapes world: ``python scripts/evaluate.py shapes --output runs/evaluation``."""
 
 import sys
 

@@ -6,7 +6,8 @@ import difflib
 import importlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
@@ -22,6 +23,8 @@ _EXAMPLES = {
     "held_out": "held_out.txt or shapes:val",
     "before_after.prompts": "prompts.txt or shapes:comp",
     "recipe": "flow_grpo",
+    "kernel": "FlowSDE",
+    "reward": "rewards.clip.ClipReward",
     "strategy": "BestOfN",
     "student": "rewards.noise_aware.ClipScorer",
     "run": "runs/mine",
@@ -51,11 +54,19 @@ RENAMED_SETTINGS = {
     "neighbours": "neighbors",
     "out_of_memory": "on_out_of_memory",
     "overlap": "overlap_scoring",
+    "per_task": "samples_per_task",
     "share": "initial_share",
     "shown": "diagnostics",
     "skipped_updates": "max_skipped_updates",
+    "suite": "prompts",
 }
 """Parts of the names of settings in version 0.1.0, and the same parts now."""
+
+RENAMED_COMMANDS = {
+    "evaluate geneval-compare": "genalign compare-evaluations BEFORE AFTER",
+    "evaluate geneval-images": "genalign evaluate geneval --samples DIR",
+}
+"""Commands of version 0.1.0 that are gone, and what to run instead."""
 
 
 @cache
@@ -109,38 +120,85 @@ def shadowed_package() -> str | None:
     return None
 
 
-def explain(message: str, keys: Sequence[str], source: str = "") -> str:
+def explain(message: str, keys: Sequence[str], source: str = "", setting: str = "") -> str:
     """Turn a message of jsonargparse into one line that says what to write.
 
     Args:
         message: The message.
         keys: All settings of the command, to find the one that a misspelled setting is nearest to.
         source: The arguments and the text of the configuration files, to find renamed import paths in.
+        setting: The setting that the message is about, if it is known.
 
     Returns:
         The line; messages of a configuration's own checks are unchanged.
     """
-    if match := re.search(r"(?:Option '|unrecognized arguments: --)([\w.]+)", message):
-        return unknown_setting(match[1], keys)
-    if message.startswith("Unexpected config"):
-        return "the configuration must be settings by name, as in output: runs/mine"
-    place = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
-    where = f"{place}: " if place else ""
-    if match := re.search(r"the following arguments are required: ([\w.]+(?:, [\w.]+)*)", message):
-        return _missing(match[1].rstrip("."), place, message[: match.start()], message[match.end() :])
-    if match := re.search(r"(?:No module named|module) '([\w.]+)'(?: has no attribute '(\w+)')?", message):
-        return where + _not_importable(match[1], match[2], f"{message}\n{source}")
-    if match := re.search(r"Expected a dot import path string: (\S+)", message):
-        near = difflib.get_close_matches(match[1], genalign.__all__, 1)
-        advice = f"did you mean 'genalign.{near[0]}'?" if near else "write its module too"
-        return f"{where}{match[1]!r} is no import path: {advice}"
-    if match := re.search(r"typing\.Literal\[(.*?)\].*(?:Got|Given) value: ([^\s:]+?)(?:\. Got|\n|$)", message, re.S):
-        names = re.findall(r"'([^']*)'", match[1])
-        return f"{where}{match[2]!r} is none of {', '.join(names)}{did_you_mean(match[2], names)}"
+    place = setting or ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+    text = _Text(message, place, keys, source)
+    for pattern, describe in _RULES:
+        if match := re.search(pattern, message, re.DOTALL):
+            return describe(match, text)
     # The innermost complaint; for a setting that may be null, the first one and the value
-    if match := re.search(r"Errors:\s+- (.+?)\n\s+- .*Given value: (.*)", message, re.S):
-        return f"{where}{match[1]}. Got value: {match[2]}" if match[1].startswith("Expected") else match[1]
-    return where + re.sub(r"""Parser key "[\w.]+":|Problem with given class_path '[\w.]+':|\s+""", " ", message).strip()
+    if match := re.search(r"Errors:\s+- (.+?)\n\s+- .*Given value: (.*)", message, re.DOTALL):
+        message = f"{match[1]}. Got value: {match[2]}"
+        if not match[1].startswith("Expected"):
+            return match[1]
+    message = re.sub(r"""Parser key "[\w.]+":|Problem with given class_path '[\w.]+':|\s+""", " ", message).strip()
+    message = re.sub(r"Expected a <class '(\w+)'>\. Got value: (.*)", r"expected \1, not \2", message)
+    return text.where + message
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A message of jsonargparse, the setting that it is about, all settings, and what was written."""
+
+    message: str
+    place: str
+    keys: Sequence[str]
+    source: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.place}: " if self.place else ""
+
+
+def _required(match: re.Match[str], text: _Text) -> str:
+    return _missing(match[1].rstrip("."), text.place, text.message[: match.start()], text.message[match.end() :])
+
+
+def _abstract(match: re.Match[str], text: _Text) -> str:
+    parent = text.place.removesuffix(f".{match[1]}")
+    example = _EXAMPLES.get(parent.rpartition(".")[2], "...")
+    return f"{text.place} is a setting of what {parent} names: name it first, as in --{parent} {example}"
+
+
+def _no_path(match: re.Match[str], text: _Text) -> str:
+    near = difflib.get_close_matches(match[1], genalign.__all__, 1) or [_reward_named(match[1])]
+    advice = f"did you mean {near[0]!r}?" if near[0] else "write its module too"
+    return f"{text.where}{match[1]!r} is no import path: {advice}"
+
+
+def _no_choice(match: re.Match[str], text: _Text) -> str:
+    names = re.findall(r"'([^']*)'", match[1])
+    return f"{text.where}{match[2]!r} is none of {', '.join(names)}{did_you_mean(match[2], names)}"
+
+
+_RULES: Sequence[tuple[str, Callable[[re.Match[str], _Text], str]]] = (
+    (r"(?:Option '|unrecognized arguments: --)([\w.]+)", lambda match, text: unknown_setting(match[1], text.keys)),
+    (r"^Unexpected config", lambda match, text: "the configuration must be settings by name, as in output: runs/mine"),
+    (r"the following arguments are required: ([\w.]+(?:, [\w.]+)*)", _required),
+    (
+        r"(?:No module named|module) '([\w.]+)'(?: has no attribute '(\w+)')?",
+        lambda match, text: text.where + _not_importable(match[1], match[2], f"{text.message}\n{text.source}"),
+    ),
+    (r"is abstract\b.*?NestedArg\(key='(\w+)'", _abstract),
+    (r"Expected a dot import path string: (\S+)", _no_path),
+    (r"typing\.Literal\[(.*?)\].*(?:Got|Given) value: ([^\s:]+?)(?:\. Got|\n|$)", _no_choice),
+    (
+        r"Parameter '(\w+)' from '([\w.]+?)(?:\.__init__)?' does not specify a type",
+        lambda match, text: f"{text.where}{match[2]}: give the parameter {match[1]} a type, as in {match[1]}: float",
+    ),
+)
+"""What jsonargparse says, and our line in its place."""
 
 
 def unknown_setting(name: str, keys: Sequence[str]) -> str:
@@ -175,6 +233,16 @@ def _missing(names: str, place: str, before: str, after: str) -> str:
     return missing_settings([f"{place}.{name}" if place else name for name in names.split(", ")])
 
 
+def _reward_named(path: str) -> str | None:
+    """Find the public reward of genalign that a path without its module ends in, such as clip.ClipReward."""
+    folder, name = Path(genalign.__file__).parents[1] / "rewards", path.rpartition(".")[2]
+    for file in sorted(folder.rglob("*.py")):
+        if re.search(rf"^(?:class|def) {re.escape(name)}\b", file.read_text("utf-8"), re.MULTILINE):
+            found = ".".join([*file.relative_to(folder.parent).with_suffix("").parts, name])
+            return found if found.endswith(f".{path}") else None
+    return None
+
+
 def _not_importable(module: str, name: str | None, text: str) -> str:
     """Say what to write for an import path of 0.1.0, one that a package of genalign hides, or a misspelled one."""
     path = f"{module}.{name}" if name else module
@@ -185,12 +253,20 @@ def _not_importable(module: str, name: str | None, text: str) -> str:
     problem = f"{module} has no {name}" if name else f"no module {module}"
     package = module.split(".")[0]
     own, other = Path(genalign.__file__).parents[1] / package, Path.cwd() / package
+    file = other.with_suffix(".py")
     if package in _OWN_PACKAGES and other.is_dir() and not other.samefile(own):
         return (
             f"{problem}: {package!r} was imported from {own}, genalign's own package, and not from {other}: rename"
             f" that folder, e.g. to my_{package}, or run genalign in {Path.cwd().parent} and write"
             f" {Path.cwd().name}.{path}"
         )
+    if package in _OWN_PACKAGES and file.is_file():
+        return (
+            f"{problem}: {package!r} is genalign's own package, not {file}: rename that file, e.g. to"
+            f" my_{package}.py, and write my_{path}"
+        )
+    if own_reward := _reward_named(path):
+        return f"{problem}: did you mean {own_reward!r}?"
     if name is None:
         return f"{problem}: it must be installed, or be in the working directory"
     return problem + did_you_mean(name, dir(importlib.import_module(module)))

@@ -3,8 +3,8 @@
     python scripts/examples/evaluate_two_models.py                         the embedded model before and after training
     python scripts/examples/evaluate_two_models.py --lora runs/mine/lora   and with a LoRA of yours
 
-From the shell: ``genalign evaluate shapes --output DIR [--lora DIR]`` for each model, and on GenEval's prompts
-``genalign evaluate geneval`` with ``--against``.
+From the shell, on prompts and by rewards of yours: ``genalign evaluate prompts`` for each model, the second one with
+``--against``, which writes a page that sets their samples side by side.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ if lora is None:
         pipeline.save_lora(lora, policy.adapter_state(), policy.config)
 
 # 2. Evaluate each on prompts with held-out compositions. Noise follows from the prompt and the sample number.
-common = ["--suite", "comp", "--samples_per_task", str(options.samples), "--seeds", "1", "--batch_size", "24"]
+common = ["--prompts", "shapes:comp", "--samples_per_task", str(options.samples), "--seeds", "1", "--batch_size", "24"]
 for name, adapter in {"base": [], "tuned": ["--lora", str(lora)]}.items():
     if status := main(["evaluate", "shapes", "--output", str(options.output / name), *common, *adapter]):
         raise SystemExit(status)
 
-# 3. The gain of each score: a paired difference with a bootstrap interval over prompts.
+# 3. The gain of each score: a paired difference with its interval over prompts.
 base, tuned = load_evaluation(options.output / "base"), load_evaluation(options.output / "tuned")
 for score, difference in gain(base, tuned).items():
     print(f"{score}: {difference.text('+.3f')}, 95% interval")

@@ -101,7 +101,7 @@ def measure(output: Path, work: Path) -> dict[str, dict[str, float]]:
     figures = {}
     for suite in ("iid", "comp", "len"):
         folder = work / f"evaluation-{suite}"
-        arguments = ["--model.path", str(output), "--suite", suite, "--output", str(folder)]
+        arguments = ["--model.path", str(output), "--prompts", f"shapes:{suite}", "--output", str(folder)]
         if genalign(["evaluate", "shapes", *arguments]):
             raise SystemExit(f"the evaluation of {suite} failed")
         evaluation = load_evaluation(folder)
@@ -148,7 +148,7 @@ encoders in float32. Made for experiments.
 Known weakness: a few images of one object and a colour end in noise, most of them of compositions that it never saw
 ("a white cross", "a red moon"), at any number of steps and in float32 as well.
 
-Strict accuracy (`genalign evaluate shapes --suite SUITE`; guidance 1, ten Euler steps, at least 96 images a task) and
+Strict accuracy (`genalign evaluate shapes --prompts shapes:SUITE`; guidance 1, ten Euler steps, at least 96 images a task) and
 drawing quality over `iid`:
 
 | suite | task | value |

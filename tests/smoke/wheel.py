@@ -31,7 +31,18 @@ made = pipe("a red circle", num_inference_steps=2, guidance_scale=1.0, max_seque
 assert made.shape == (1, 3, 64, 64) and bool(torch.isfinite(made).all())
 
 with tempfile.TemporaryDirectory() as folder:
-    arguments = ["--suite", "len", "--samples_per_task", "6", "--seeds", "1", "--batch_size", "6", "--output", folder]
+    arguments = [
+        "--prompts",
+        "shapes:len",
+        "--samples_per_task",
+        "6",
+        "--seeds",
+        "1",
+        "--batch_size",
+        "6",
+        "--output",
+        folder,
+    ]
     assert main(["evaluate", "shapes", *arguments]) == 0
     assert (Path(folder) / "summary.json").is_file()
     small = ["--training.rounds", "1", "--training.prompts_per_round", "2", "--training.group_size", "4"]

@@ -30,6 +30,8 @@ def test_every_command_is_in_the_usage() -> None:
         (["--help"], 0, "usage: genalign COMMAND"),
         ([], 0, "usage: genalign COMMAND"),
         (["--version"], 0, "genalign 0."),
+        (["evaluate", "geneval-compare", "--output", "a"], 2, "use genalign compare-evaluations BEFORE AFTER"),
+        (["evaluate", "geneval-images"], 2, "use genalign evaluate geneval --samples DIR"),
         (["trian"], 2, "error: no command 'trian': did you mean 'train'?"),
         (["--debug", "xyzzy"], 2, "error: no command 'xyzzy': see --help for all"),
     ],

@@ -36,6 +36,7 @@ output: {folder}/output
 model: {{path: {model}}}
 prompts: {folder}/prompts.jsonl
 seeds: 1
+batch_size: 1
 sampling: {{num_steps: 2, sigmas: [1.0, 0.5], guidance: 1.0}}
 judge:
   class_path: rewards.geneval.GenEvalJudge
@@ -71,26 +72,25 @@ class Workers:
         assert [process.wait(1800) for process in self.running] == [0] * len(self.running)
         self.running.clear()
 
-    def reported(self, count: int, first: int = 0) -> list[str]:
-        """Return the indices of the prompts, out of ``count``, that the processes from ``first`` on reported."""
-        files = [self.folder / f"output-{number}.txt" for number in range(first, self.started)]
+    def reported(self, count: int) -> list[str]:
+        """Return the indices of the prompts, out of ``count``, that the processes reported."""
+        files = [self.folder / f"output-{number}.txt" for number in range(self.started)]
         lines = [line for file in files for line in file.read_text().splitlines()]
         return [line.split("/")[0] for line in lines if f"/{count}  " in line]
 
 
-def _run_with_kills(folder: Path, command: Sequence[str], count: int) -> None:
-    """Run a command on ``count`` prompts with several kills, and check that no prompt is reported twice."""
+def _run_with_kills(folder: Path, command: Sequence[str], count: int, pieces: str) -> Workers:
+    """Run a command on ``count`` prompts, whose files are in a folder of the output, with several kills."""
     workers = Workers(folder, command)
     for _ in range(PROCESSES):
         workers.start()
     for kill in range(1, KILLS + 1):
-        _wait_for(folder / "output" / "prompts", kill * count // (KILLS + 1))
+        _wait_for(folder / "output" / pieces, kill * count // (KILLS + 1))
         workers.kill()
         workers.start()
     workers.wait()
-    indices = workers.reported(count)
-    assert len(indices) == len(set(indices)) and count - KILLS <= len(indices) <= count  # a kill may precede a line
     assert not [path for path in (folder / "output").rglob("*") if path.suffix == ".part"]
+    return workers
 
 
 def _wait_for(prompts: Path, rows: int, pattern: str = "*.json") -> None:
@@ -106,7 +106,9 @@ def test_every_prompt_is_searched_once_after_kills(tiny_folder: Path, tmp_path: 
     texts = [f"{number} red circles" for number in range(count)]
     (tmp_path / "prompts.txt").write_text("\n".join(texts))
     (tmp_path / "search.yaml").write_text(SEARCH.format(folder=tmp_path, model=tiny_folder))
-    _run_with_kills(tmp_path, ["steer", "--config", str(tmp_path / "search.yaml")], count)
+    workers = _run_with_kills(tmp_path, ["steer", "--config", str(tmp_path / "search.yaml")], count, "prompts")
+    indices = workers.reported(count)
+    assert len(indices) == len(set(indices)) and count - KILLS <= len(indices) <= count  # a kill may precede a line
 
     rows = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
     assert [(row["index"], row["prompt"]) for row in rows] == list(enumerate(texts))
@@ -120,7 +122,7 @@ def test_every_prompt_is_evaluated_once_after_kills(tiny_folder: Path, tmp_path:
     texts = [f"circle number {number}" for number in range(count)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({**circle, "prompt": text}) for text in texts))
     (tmp_path / "evaluation.yaml").write_text(EVALUATION.format(folder=tmp_path, model=tiny_folder, seconds=0.0))
-    _run_with_kills(tmp_path, ["evaluate", "geneval", "--config", str(tmp_path / "evaluation.yaml")], count)
+    _run_with_kills(tmp_path, ["evaluate", "geneval", "--config", str(tmp_path / "evaluation.yaml")], count, "batches")
 
     assert [record.prompt for record in load_evaluation(output).records] == texts
     images = sorted(path.relative_to(output / "images").as_posix() for path in output.rglob("*.png"))
@@ -128,13 +130,14 @@ def test_every_prompt_is_evaluated_once_after_kills(tiny_folder: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_ranks_share_the_prompts_and_resume_after_a_kill(tiny_folder: Path, tmp_path: Path) -> None:
+def test_ranks_share_the_samples_and_resume_after_a_kill(tiny_folder: Path, tmp_path: Path) -> None:
     """Two ranks, one of them killed, and then two processes that share the rest by locks write the bytes of one."""
     tasks = shapes.prompts("iid").by_task().values()
     twelve = PromptSet("twelve", tuple(prompt for prompts in tasks for prompt in prompts[:2]))
     write_prompts(tmp_path / "prompts.jsonl", twelve)
     (tmp_path / "evaluation.yaml").write_text(EVALUATION.format(folder=tmp_path, model=tiny_folder, seconds=1.0))
-    command = ["evaluate", "geneval", "--config", str(tmp_path / "evaluation.yaml"), "--seeds", "2", "--output"]
+    command = ["evaluate", "geneval", "--config", str(tmp_path / "evaluation.yaml")]
+    command += ["--seeds", "2", "--batch_size", "2", "--output"]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     single = Workers(tmp_path, [*command, str(alone)])
     single.start()
@@ -143,17 +146,15 @@ def test_ranks_share_the_prompts_and_resume_after_a_kill(tiny_folder: Path, tmp_
     workers = Workers(tmp_path, [*command, str(shared)])
     for rank in ("0", "1"):
         workers.start(RANK=rank, WORLD_SIZE="2")
-    _wait_for(shared / "prompts", 1, "00000.json")
+    _wait_for(shared / "batches", 1, "00000.json")
     workers.kill()
     workers.wait()
-    done = {path: path.stat().st_mtime_ns for path in shared.glob("prompts/*.json")}
+    done = {path: path.stat().st_mtime_ns for path in shared.glob("batches/*.json")}
     assert {int(path.stem) for path in done} >= {0, *range(1, 12, 2)} and len(done) < 12
     assert not (shared / "summary.json").exists()
 
     for _ in range(2):
         workers.start()
     workers.wait()
-    indices = workers.reported(12, first=2)
-    assert len(indices) == len(set(indices)) == 12 - len(done)
     assert all(path.stat().st_mtime_ns == modified for path, modified in done.items())
     assert_same_files(alone, shared)

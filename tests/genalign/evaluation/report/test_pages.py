@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from genalign.evaluation.compare_runs import RecipeSummary
-from genalign.evaluation.geneval.result_files import ImageResult, write_results
-from genalign.evaluation.report import write_comparison, write_geneval, write_report, write_search
+from genalign.evaluation.evaluate import Evaluation, SampleRecord, SetValue
+from genalign.evaluation.report import write_comparison, write_evaluation, write_report, write_search
 from genalign.runtime.media import writer
 from tests.genalign.evaluation.report.pages import HOSTILE, PROTOCOL, Page, save
 
@@ -85,17 +85,25 @@ def searched(folder):
     return search(folder, [[candidate(2, 0.5)]], 0, **hostile)
 
 
-def geneval(folder):
-    """The page of a GenEval evaluation against itself, whose only image is wrong and whose texts are hostile."""
-    save(folder, {"relaxed": 0.0}, HOSTILE, HOSTILE, "x.png")
-    result = ImageResult("x.png", HOSTILE, HOSTILE, False, HOSTILE, {"prompt": HOSTILE}, {HOSTILE: []})
-    write_results(folder / "results.jsonl", [result])
-    manifest = {"hash": "0", "protocol_hash": "1", "subject": {HOSTILE: HOSTILE}, "protocol": PROTOCOL.as_dict()}
+def evaluated(folder):
+    """The page of an evaluation against itself whose texts are all hostile, with one image of two prompts."""
+    protocol = replace(PROTOCOL, suite=HOSTILE)
+    details = {HOSTILE: {"reason": HOSTILE}}
+    records = [SampleRecord(HOSTILE + text, HOSTILE, 0, 0, HOSTILE, {HOSTILE: 0.5}, details) for text in "ab"]
+    Evaluation(protocol, tuple(records), sets={HOSTILE: SetValue(0.5, 2)}).save(folder)
+    manifest = {"hash": HOSTILE, "protocol_hash": HOSTILE, "subject": {HOSTILE: HOSTILE}}
     (folder / "evaluation.json").write_text(json.dumps(manifest))
-    return write_geneval(folder, folder)
+    (folder / "benchmark.json").write_text(json.dumps({HOSTILE: 0.5}))
+    return write_evaluation(folder, folder)
 
 
-@pytest.mark.parametrize("make", [trained, searched, geneval])
+def evaluated_alone(folder):
+    """The page of an evaluation alone whose texts are all hostile."""
+    evaluated(folder)
+    return write_evaluation(folder)
+
+
+@pytest.mark.parametrize("make", [trained, searched, evaluated, evaluated_alone])
 def test_html_in_a_text_is_text(make, tmp_path):
     page = Page(make(tmp_path / "run").read_text())
     assert "p" in page.tags and not {"script", "img"} & set(page.tags)
@@ -151,7 +159,7 @@ def test_clips_are_decoded_and_painted(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [trained, searched, geneval])
+@pytest.mark.parametrize("make", [trained, searched, evaluated, evaluated_alone])
 def test_the_browser_does_not_run_html_in_a_text(make, tmp_path):
     page = make(tmp_path / "run")
     policy = '<meta http-equiv="Content-Security-Policy"'
