@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from genalign.evaluation.records import PromptRecord, gain_row
+from genalign.runtime.files import without_infinities
 from scripts.benchmarks.published_results import Measurement, median_row, read_records, result_rows
 from tests.packages import ROOT
 
@@ -31,7 +33,7 @@ def test_published_rows_are_recomputed_from_records(path: Path) -> None:
     recomputed = result_rows(read_records(path))
     assert {row.name for row in recomputed} == published.keys()
     for row in recomputed:
-        for name, value in vars(row).items():
+        for name, value in without_infinities(vars(row)).items():
             assert published[row.name][name] == (pytest.approx(value, abs=1e-9) if isinstance(value, float) else value)
 
 
@@ -40,19 +42,22 @@ def _record(seed: int, task: str, prompt: str, before: float, after: float) -> P
 
 
 def test_gain_row_matches_hand_computed_numbers() -> None:
+    gains = {"a": (0.1, 0.1, 0.3, 0.3), "b": (0.4, 0.4, 0.5, 0.5)}
     records = [
-        _record(seed, task, prompt, 0.0, gain + 0.01 * seed)
+        _record(seed, task, f"{task}{number}", 0.0, gain + 0.01 * seed)
         for seed in (0, 1, 2)
-        for task, prompt, gain in (("a", "p", 0.1), ("a", "q", 0.3), ("b", "r", 0.4), ("b", "s", 0.5))
+        for task, values in gains.items()
+        for number, gain in enumerate(values)
     ]
     row = gain_row(records)
     assert row.mean == pytest.approx((0.2 + 0.45) / 2 + 0.01)
-    assert row.n == 4
-    # over seeds: 0.325, 0.335, 0.345 -> +-4.303 * 0.01 / sqrt(3); over prompts: variances 0.02 / 2 and 0.005 / 2 of the
-    # tasks' means, so sqrt(0.003125) of their mean, times Student's 6.188 with Welch and Satterthwaite's 1.47 degrees
-    assert row.high - row.mean == pytest.approx(6.188115 * 0.003125**0.5, abs=1e-6)
-    few = gain_row([record for record in records if record.prompt != "s"])  # one prompt of task b: over seeds alone
-    assert few.high - few.mean == pytest.approx(4.302653 * 0.01 / 3**0.5, abs=1e-6)
+    assert row.n == 8
+    # over seeds: 0.325, 0.335, 0.345 -> +-4.303 * 0.01 / sqrt(3); over prompts: variances 0.04 / 3 and 0.01 / 3, of the
+    # mean a sixteenth of their sum, times Student's 2.677 with Welch and Satterthwaite's 4.41 degrees; in squares both add
+    over_prompts, over_seeds = 2.677174 * (0.05 / 48) ** 0.5, 4.302653 * 0.01 / 3**0.5
+    assert row.high - row.mean == pytest.approx((over_prompts**2 + over_seeds**2) ** 0.5, abs=1e-6)
+    few = gain_row([record for record in records if record.task == "a" or record.prompt == "b0"])
+    assert few.n == 5 and few.high == math.inf  # the spread of the only prompt of task b is unknown
 
 
 def test_a_number_of_the_whole_run_has_the_interval_of_its_runs() -> None:

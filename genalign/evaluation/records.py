@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from genalign.evaluation.evaluate import Evaluation
 from genalign.evaluation.paired import pairs
-from genalign.metrics.intervals import Kind, mean_over_tasks, t_interval, wider
+from genalign.metrics.intervals import difference_kind, joined, mean_over_tasks, t_interval
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ def prompt_records(name: str, metric: str, seed: int, before: Evaluation, after:
 def gain_row(records: Sequence[PromptRecord]) -> ResultRow:
     """Estimate the mean gain of one (name, metric).
 
-    The interval is the wider one of Student's over seeds and that over prompts (``mean_over_tasks``), or the latter for
-    one seed. Raises ValueError for records of several names or metrics.
+    The interval is over prompts (``mean_over_tasks``), and for several seeds over seeds too (``joined``). A number of
+    the whole run, such as a distance of sets, is one record per seed: its interval is over seeds alone. Raises
+    ValueError for records of several names or metrics.
     """
     if len({(record.name, record.metric) for record in records}) != 1:
         raise ValueError("a gain is computed for one name and one metric")
@@ -80,17 +81,15 @@ def gain_row(records: Sequence[PromptRecord]) -> ResultRow:
         by_seed.setdefault(record.seed, {}).setdefault(record.task, []).append(gain)
         by_prompt.setdefault(record.task, {}).setdefault(record.prompt, []).append(gain)
 
-    kind: Kind = "share difference" if all(map(_is_share, records)) else "score"
+    kind = difference_kind([(record.before, record.after) for record in records], all(map(_is_share, records)))
     seed_gains = [mean(map(mean, by_seed[seed].values())) for seed in sorted(by_seed)]
     prompts = {task: [*map(mean, gains.values())] for task, gains in by_prompt.items()}
-    if (
-        sum(map(len, prompts.values())) == 1
-    ):  # a number of the whole run, such as a distance of sets: runs are the units
+    if sum(map(len, prompts.values())) == 1:
         interval = mean_over_tasks({"runs": seed_gains}, kind)
     else:
         interval = mean_over_tasks(prompts, kind)
         if len(by_seed) > 1:
-            interval = wider(interval, t_interval(seed_gains))
+            interval = joined(interval, t_interval(seed_gains))
     return ResultRow(records[0].name, records[0].metric, interval.mean, interval.low, interval.high, interval.n)
 
 

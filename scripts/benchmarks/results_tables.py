@@ -14,6 +14,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from genalign.metrics.intervals import MIN_REPEATS
+
 ROOT = Path(__file__).parents[2]
 MARKED = re.compile(
     r"(?P<begin><!-- (?P<kind>results|standings|curves|wins):(?P<name>\w+) -->\n).*?(?P<end><!-- /(?P=kind) -->)",
@@ -26,15 +28,16 @@ def table(result: dict[str, Any]) -> str:
     measured = result["kind"] == "measurement"
     heading = "value | 95% interval | repeats" if measured else "gain | 95% interval | prompts or runs"
     lines = [f"| name | metric | {heading} |", "|---|---|---|---|---|"]
-    lines += [_line(row, ".3g" if measured else "+.3f") for row in result["rows"]]
+    form, none = (".3g", f"none: under {MIN_REPEATS} repeats") if measured else ("+.3f", "none: a task of one prompt")
+    lines += [_line(row, form, none) for row in result["rows"]]
     rendered = (
         f"{result['claim']}. `{result['command']}`, {result['machine']}, {result['date']}, commit {result['commit']}."
     )
     return "\n".join([*lines, "", rendered, ""])
 
 
-def _line(row: dict[str, Any], form: str) -> str:
-    interval = "none" if row["low"] is None else f"{row['low']:{form}} to {row['high']:{form}}"
+def _line(row: dict[str, Any], form: str, none: str) -> str:
+    interval = none if row["low"] is None else f"{row['low']:{form}} to {row['high']:{form}}"
     return f"| {row['name']} | {row['metric']} | {row['mean']:{form}} | {interval} | {row['n']} |"
 
 
@@ -65,27 +68,21 @@ def curves(result: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for name, by_budget in result["curves"].items():
         cells = [f"{selection:.3f} / {strict:.3f}" for selection, strict in by_budget.values()]
-        cells += [_share(result[key].get(name)) for key in ("cost_of_best_of_32", "forwards_of_best_of_32")]
+        for shares in (result["cost_of_best_of_32"], result["forwards_of_best_of_32"]):
+            share = shares.get(name)
+            cells.append("" if name not in shares else "not reached" if share is None else f"{share:.0%}")
         lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join([*lines, ""])
-
-
-def _share(estimate: dict[str, float | None] | None) -> str:
-    """A share with its interval; empty where it was not asked for, "not reached" where the recorded pool ends first."""
-    if estimate is None:
-        return ""
-    mean, low, high = ("more" if value is None else f"{value:.0%}" for value in estimate.values())
-    return "not reached" if estimate["mean"] is None else f"{mean} ({low} to {high})"
 
 
 def wins(result: dict[str, Any]) -> str:
     """Tabulate recipes as in DRAGON's table 1.
 
     A row holds the win rate of the trained reward, with the statistics of DRAGON's listening tests, and all rewards
-    before / after training.
+    before / after training. Those statistics take trials for independent, and a prompt returns with every seed.
     """
     rewards = list(result["win_rates"][0]["rewards"])
-    heading = ["name", "trained on", "win rate", "95% lower bound", "p", "trials", *rewards]
+    heading = ["name", "trained on", "win rate", "95% lower bound*", "p*", "trials", *rewards]
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for row in result["win_rates"]:
         won = row["wins"]
@@ -93,7 +90,8 @@ def wins(result: dict[str, Any]) -> str:
         cells = [row["name"], row["target"], f"{won['rate']:.1%}", f"{won['low']:.1%}", f"{won['p_value']:.1e}"]
         cells += [str(trials), *("{before:.3g} / {after:.3g}".format(**row["rewards"][name]) for name in rewards)]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    note = "\\* if all trials were independent; a prompt returns with every training seed, so that they are optimistic."
+    return "\n".join([*lines, "", note, ""])
 
 
 def fill(text: str, results: Path) -> str:

@@ -88,7 +88,7 @@ def line_chart(points: Sequence[Point], x_axis: Axis, y_axis: Axis, title: str) 
 def whisker(estimate: Estimate, limits: tuple[float, float], label: str) -> Markup:
     """Draw one interval on a line between ``limits``, with zero marked."""
     x = _Scale(min(limits[0], 0.0), max(limits[1], 0.0, limits[0] + 1e-9), 6, 154)
-    if not estimate.is_bounded:
+    if not estimate.has_interval:
         estimate = Estimate(estimate.mean, *limits, estimate.n)
     sign, zero = mood(estimate.low, estimate.high), x(0)
     body = (

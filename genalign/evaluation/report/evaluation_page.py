@@ -79,8 +79,13 @@ def write_evaluation(folder: Path, against: Path | None = None) -> Path:
 
 def cost_facts(cost: Mapping[str, float]) -> dict[str, str]:
     """Word the NFE and the seconds of an evaluation, those of them that are recorded."""
-    facts = {"NFE": f"{count(cost['nfe'])} NFE"} if cost.get("nfe") else {}
+    facts = {"NFE": count(cost["nfe"])} if cost.get("nfe") else {}
     return facts | ({"time": duration(cost["seconds"])} if cost.get("seconds") else {})
+
+
+def cost_words(cost: Mapping[str, float]) -> str:
+    """Word the cost of an evaluation, as in "4.8k NFE, 12 s"; empty if none is recorded."""
+    return ", ".join(f"{value} NFE" if name == "NFE" else value for name, value in cost_facts(cost).items())
 
 
 def set_differences(before: Evaluation, after: Evaluation) -> dict[str, float | None]:
@@ -142,12 +147,12 @@ def _against(folder: Path, after: Evaluation, other: Path | None) -> dict[str, A
     tables = sections.tables(before, after, Comparison(comparison.gain, comparison.tasks, pairs))
     main = after.score_names[0]
     differences = set_differences(before, after)
-    costs = {place.resolve().name: cost_facts(_json(place / "cost.json")) for place in (other, folder)}
+    costs = {place.resolve().name: cost_words(_json(place / "cost.json")) for place in (other, folder)}
     return {
         "against": other.resolve().name,
         "tables": {main: tables.pop(main), **tables},  # the score of the headline comes first
         "win_rates": {f"prompts won, {plain(name)}": _win_words(wins) for name, wins in comparison.wins.items()},
-        "costs": {f"cost of {name}": ", ".join(facts.values()) for name, facts in costs.items() if facts},
+        "costs": {f"cost of {name}": words for name, words in costs.items() if words},
         "sets": {name: (before.sets.get(name), value, differences.get(name)) for name, value in after.sets.items()},
         "prompts": _prompt_cards(pairs, other, folder),
     }

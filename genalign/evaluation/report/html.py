@@ -58,7 +58,7 @@ def write_comparison(path: Path, summaries: Sequence[RecipeSummary]) -> None:
     """Write one offline HTML page at ``path`` that compares recipes, best first."""
     ordered = sorted(summaries, key=lambda recipe: -recipe.gain)
     main = next(iter(ordered[0].scores))
-    bounded = [recipe for recipe in ordered if recipe.estimate.is_bounded]
+    bounded = [recipe for recipe in ordered if recipe.estimate.has_interval]
     limits = min((recipe.low for recipe in bounded), default=0.0), max((recipe.high for recipe in bounded), default=0.0)
     recipes = []
     for recipe in ordered:

@@ -52,7 +52,7 @@ def tables(
     result: dict[str, list[TableRow]] = {}
     for score in sorted(measured.score_names, key=lambda name: name != main):
         gains = [estimates[score] for estimates in columns[2].values() if score in estimates]
-        bounds = [bound for gain in gains for bound in (gain.low, gain.high) if gain.is_bounded]
+        bounds = [bound for gain in gains for bound in (gain.low, gain.high) if gain.has_interval]
         limits = min(bounds, default=0.0), max(bounds, default=0.0)
         result[score] = []
         for task in (*measured.tasks, OVERALL):

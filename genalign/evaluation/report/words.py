@@ -73,7 +73,7 @@ def signed(score: str, value: float) -> str:
 
 def interval(score: str, estimate: Estimate, write: Callable[[str, float], str]) -> str:
     """The confidence interval of an estimate: "0.1 to 0.3", or why there is none."""
-    if not estimate.is_bounded:
+    if not estimate.has_interval:
         return "no interval: a task has one prompt, give it two or more"
     return f"{write(score, estimate.low)} to {write(score, estimate.high)}"
 

@@ -8,17 +8,19 @@ from scipy.stats import binomtest
 
 from genalign.metrics.intervals import (
     Estimate,
+    difference_kind,
+    joined,
     mean_over_tasks,
+    median_interval,
     share,
     t_interval,
-    wider,
     win_rate,
     win_test,
 )
 
 
 def test_overall_weights_tasks_equally_and_counts_prompts():
-    estimate = mean_over_tasks({"a": [1.0, 1.0, 0.0, 0.0], "b": [1.0, 1.0]}, "score")
+    estimate = mean_over_tasks({"a": [1.0, 1.0, 0.0, 0.0], "b": [1.0, 1.0]}, "share")
     assert estimate.mean == pytest.approx((0.5 + 1.0) / 2) and estimate.n == 6
     assert estimate.as_dict() == {"mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": 6}
 
@@ -30,10 +32,20 @@ def test_a_score_of_one_task_has_students_interval():
     assert (estimate.mean, estimate.low, estimate.high) == pytest.approx((4, 4 - reach, 4 + reach), rel=1e-6)
 
 
-def test_scores_without_a_known_spread_have_no_interval():
-    unbounded = mean_over_tasks({"a": [0.5, 0.7], "b": [0.1]}, "score")
-    assert Estimate.from_dict(unbounded.as_dict()) == unbounded and unbounded.as_dict()["low"] is None
-    assert mean_over_tasks({"a": [0.5, 0.7], "b": [0.1]}, "score") == Estimate(pytest.approx(0.35), -inf, inf, 3)
+@pytest.mark.parametrize(
+    ("tasks", "reason"),
+    [
+        ({"a": [0.5, 0.7], "b": [0.1]}, "no interval: it needs 2 or more prompts in every task"),
+        ({"a": [0.5]}, "no interval: it needs 2 or more prompts"),
+        ({"a": [0.5] * 9}, "no interval: all values are equal"),
+    ],
+)
+def test_scores_of_few_prompts_have_no_interval_and_say_how_many_would_do(tasks, reason):
+    estimate = mean_over_tasks(tasks, "score")
+    assert not estimate.has_interval and estimate.no_interval == reason
+    assert estimate.text("+.2f") == f"{estimate.mean:+.2f} ({reason})"
+    assert Estimate.from_dict(estimate.as_dict()) == estimate
+    assert mean_over_tasks({"a": [0.5, 0.7], "b": [0.1, 0.2]}, "score").has_interval
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (8, 10), (10, 10), (1, 1), (250, 960)])
@@ -64,6 +76,8 @@ STRATA = {
     "200": (200,),
     "6 x 1": (1,) * 6,
     "6 x 5": (5,) * 6,
+    "2 and 100": (2, 100, 100),
+    "3 and 40": (3, 40, 40, 40),
     "mixed": (1, 2, 6, 3, 40),
 }
 
@@ -76,9 +90,10 @@ def _covers(draws, truth, kind):
 
 
 @pytest.mark.parametrize("strata", STRATA)
-def test_intervals_of_scores_cover_the_truth(strata):
+@pytest.mark.parametrize("spread", [0, 1])
+def test_intervals_of_scores_cover_the_truth(strata, spread):
     rng = np.random.default_rng(1)
-    draws = [rng.normal(k, 1 + 2 * (k % 2), (REPEATS, n)) for k, n in enumerate(STRATA[strata])]
+    draws = [rng.normal(k, 1 + 2 * (spread * k % 2), (REPEATS, n)) for k, n in enumerate(STRATA[strata])]
     assert _covers(draws, np.mean(range(len(draws))), "score") >= 0.93
 
 
@@ -91,6 +106,67 @@ def test_intervals_of_shares_cover_the_truth(strata, truth, images):
     shapes = [(REPEATS, n) for n in STRATA[strata]]
     chances = [np.full(shape, truth) if images == 1 else rng.beta(truth, 1 - truth, shape) for shape in shapes]
     assert _covers([rng.binomial(images, chance) / images for chance in chances], truth, "share") >= 0.93
+
+
+@pytest.mark.parametrize("strata", [(1, 100, 100, 100, 100, 100), (2, 50), (5,) * 6])
+@pytest.mark.parametrize("truths", [(0.2, 0.0), (0.8, 1.0), (0.03, 0.5), (0.97, 0.03)])
+def test_intervals_of_shares_that_differ_by_task_cover_the_truth(strata, truths):
+    """A small task whose share is the only uncertain one would be lost in one share of all tasks (80 %)."""
+    rng = np.random.default_rng(5)
+    shares = [truths[min(k, 1)] for k in range(len(strata))]
+    draws = [rng.binomial(1, truth, (REPEATS, n)).astype(float) for truth, n in zip(shares, strata, strict=True)]
+    assert _covers(draws, np.mean(shares), "share") >= 0.93
+    changes = [draw - rng.binomial(1, 0.03, draw.shape) * (1 - draw) for draw in draws]
+    truth = np.mean([share - 0.03 * (1 - share) for share in shares])
+    assert _covers(changes, truth, "share difference") >= 0.93
+
+
+@pytest.mark.parametrize("prompts", [6, 20, 88, 200])
+@pytest.mark.parametrize("chance", [0.03, 0.1, 0.3])
+def test_intervals_of_rare_changes_of_a_score_cover_the_truth(prompts, chance):
+    """A share of parts, as of a prompt's objects, that improves by a quarter or a half in few prompts."""
+    rng, hits = np.random.default_rng(6), []
+    for changes in rng.choice([0, 0.25, 0.5], (REPEATS, prompts), p=[1 - chance, chance / 2, chance / 2]):
+        kind = difference_kind([(0.25, 0.25 + change) for change in changes], False)
+        estimate = mean_over_tasks({"all": changes}, kind)
+        hits += [estimate.low <= 0.375 * chance <= estimate.high] if estimate.has_interval else []
+    assert np.mean(hits) >= 0.93
+
+
+def test_kinds_of_differences():
+    assert difference_kind([(0.0, 1.0), (1.0, 0.5)], True) == "share difference"
+    assert difference_kind([(0.2, 0.2), (0.4, 0.4), (0.1, 0.3)], False) == "share difference"
+    assert difference_kind([(0.2, 0.3), (0.4, 0.4), (0.1, 0.3)], False) == "score"
+    assert difference_kind([(5.2, 5.2), (5.4, 5.4), (5.1, 5.3)], False) == "score"
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize(("of_prompts", "of_seeds"), [(1, 0.2), (1, 0.5), (0.1, 1), (1, 0)])
+def test_intervals_over_prompts_and_seeds_cover_the_truth(seeds, of_prompts, of_seeds):
+    """The wider of the two intervals alone covers 92 % of five seeds."""
+    rng = np.random.default_rng(7)
+    gains = rng.normal(0, 0.3, (REPEATS, seeds, 20)) + rng.normal(0, of_prompts, (REPEATS, 1, 20))
+    gains += rng.normal(0, of_seeds, (REPEATS, seeds, 1))
+    hits = []
+    for run in gains:
+        estimate = joined(mean_over_tasks({"all": run.mean(0)}, "score"), t_interval(run.mean(1)))
+        hits.append(estimate.low <= 0 <= estimate.high)
+    assert np.mean(hits) >= 0.93
+
+
+@pytest.mark.parametrize("repeats", [3, 4, 5, 6, 9, 20])
+def test_intervals_of_medians_cover_the_truth_or_are_not_printed(repeats):
+    estimates = [median_interval(values) for values in np.random.default_rng(8).exponential(1, (REPEATS, repeats))]
+    assert np.mean([e.low <= np.log(2) <= e.high for e in estimates]) >= 0.93
+    assert all(estimate.has_interval == (repeats >= 5) for estimate in estimates)
+
+
+@pytest.mark.parametrize("prompts", [3, 20, 88])
+@pytest.mark.parametrize(("won", "lost"), [(0.03, 0.0), (0.5, 0.5), (0.4, 0.2), (0.97, 0.03)])
+def test_intervals_of_win_rates_cover_the_truth(prompts, won, lost):
+    outcomes = np.random.default_rng(9).choice([1, -1, 0], (REPEATS, prompts), p=[won, lost, 1 - won - lost])
+    rates = [win_rate([0.0] * prompts, row).rate for row in outcomes]
+    assert np.mean([rate.low <= won + (1 - won - lost) / 2 <= rate.high for rate in rates]) >= 0.93
 
 
 @pytest.mark.parametrize("strata", STRATA)
@@ -144,12 +220,12 @@ def test_impossible_shares_are_refused(successes, n):
         share(successes, n)
 
 
-def test_wider_covers_both():
-    assert wider(Estimate(0.5, 0.4, 0.55, 96), Estimate(0.5, 0.45, 0.6, 3)) == Estimate(0.5, 0.4, 0.6, 96)
-    assert wider(Estimate(0.5, -inf, inf, 96), Estimate(0.5, 0.45, 0.6, 3)) == Estimate(0.5, 0.45, 0.6, 96)
-    assert wider(Estimate(0.5, -inf, inf, 96), Estimate(0.5, -inf, inf, 3)) == Estimate(0.5, -inf, inf, 96)
+def test_joined_distances_add_in_squares():
+    estimate = joined(Estimate(0.5, 0.2, 0.9, 96), Estimate(0.5, 0.1, 0.8, 3))
+    assert (estimate.mean, estimate.low, estimate.high, estimate.n) == (0.5, pytest.approx(0), pytest.approx(1), 96)
+    assert joined(Estimate(0.5, -inf, inf, 96), Estimate(0.5, 0.45, 0.6, 3)) == Estimate(0.5, -inf, inf, 96)
     with pytest.raises(ValueError, match="different means"):
-        wider(Estimate(0.5, 0.4, 0.6, 3), Estimate(0.6, 0.5, 0.7, 3))
+        joined(Estimate(0.5, 0.4, 0.6, 3), Estimate(0.6, 0.5, 0.7, 3))
 
 
 def test_win_rate_counts_ties_as_half():
