@@ -23,12 +23,13 @@ def drawn_in_turn(prompts: PromptSet, count: int, seed: int) -> list[Prompt]:
 
 
 def split_held_out(prompts: PromptSet, fraction: float) -> tuple[PromptSet, PromptSet]:
-    """Divide a set into prompts to train on and a ``fraction``, rounded up, of its different texts that is held out.
+    """Divide a set into prompts to train on and a ``fraction`` of its different texts that is held out.
 
-    The split depends on the texts alone, and each task is held out in proportion. Raises ValueError for one prompt.
+    The fraction is rounded up; of four prompts or more at least two are held out. The split depends on the texts alone,
+    and each task is held out in proportion. Raises ValueError where no prompt would be left on one side.
     """
     by_task = sorted({prompt.text: prompt.task for prompt in prompts.prompts}.items(), key=_task_and_hash)
-    count = math.ceil(fraction * len(by_task))
+    count = max(math.ceil(fraction * len(by_task)), min(2, len(by_task) // 2))
     if not 0 < count < len(by_task):
         raise ValueError(
             f"the prompt set {prompts.name!r} has {len(by_task)} prompts, of which none is left to train on or to hold"

@@ -103,10 +103,6 @@ class ProcessGroup(RankShare):
         rows = self.all_gather(F.pad(encoded, (0, max(sizes) - len(encoded))))
         return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
 
-    def any_rank(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on any rank."""
-        return any(self.all_gather_object(flag))
-
     def barrier(self) -> None:
         """Wait until all ranks have arrived here."""
         self.all_gather_object(None)

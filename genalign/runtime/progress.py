@@ -86,7 +86,8 @@ class Progress:
 
     In a terminal every running phase has a bar; an outermost phase that is complete leaves a line. In a narrow terminal
     the counts and the times that are left are the last to be cut. Elsewhere an outermost phase has a log line when it
-    begins, and from then on, whatever runs within it, at most one line every ``seconds``.
+    begins, and one when a phase within it begins if it has no count of its own; from then on, whatever runs within it,
+    at most one line every ``seconds``.
 
     Args:
         enabled: Whether anything is shown, which only one rank of several should do.
@@ -114,9 +115,10 @@ class Progress:
             done: The work that was complete before, such as the rounds before a run was resumed.
         """
         phase, outermost = Phase(self, name, total, unit, done), not self._phases
+        uncounted = len(self._phases) == 1 and self._phases[0].total is None
         self._phases.append(phase)
         try:
-            if outermost:
+            if outermost or uncounted:
                 self.log()
             with self._live() if outermost and self.in_terminal else contextlib.nullcontext():
                 yield phase

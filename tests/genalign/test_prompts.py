@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 
-from genalign.prompts import PromptSampler
+from genalign.prompts import PromptSampler, split_held_out
 from genalign.types import Prompt, PromptSet
 from genalign.worlds import shapes
 
@@ -34,6 +34,30 @@ def test_more_prompts_than_there_are() -> None:
     with pytest.raises(ValueError, match="prompts_per_round is 3, but the prompt set 'p' has 2 different prompts"):
         PromptSampler(twice, 3, 0)
     assert len(next(PromptSampler(twice, 2, 0).rounds())) == 2
+
+
+def test_a_held_out_split_is_fixed_proportional_and_disjoint() -> None:
+    tasks = {"counting": 40, "colors": 20, "two": 5}
+    prompts = PromptSet("p", tuple(Prompt(f"{tag} {i}", {"tag": tag}) for tag, n in tasks.items() for i in range(n)))
+    training, held_out = split_held_out(prompts, 0.2)
+    assert {task: len(group) for task, group in held_out.by_task().items()} == {"counting": 8, "colors": 4, "two": 1}
+    assert set(training.prompts) | set(held_out.prompts) == set(prompts.prompts)
+    assert not set(training.prompts) & set(held_out.prompts)
+    backwards = PromptSet("p", prompts.prompts[::-1])
+    assert set(split_held_out(backwards, 0.2)[1].prompts) == set(held_out.prompts)
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (3, 1), (4, 2), (5, 2), (10, 2), (11, 3)])
+def test_a_small_set_is_split(count: int, held_out: int) -> None:
+    twice = PromptSet.of([f"{number} cats" for number in range(count)] * 2)
+    training, rest = split_held_out(twice, 0.2)
+    assert (len(training), len(rest)) == (2 * (count - held_out), 2 * held_out)  # both times of a text on one side
+    assert rest.name == "prompts (held out)"
+
+
+def test_one_prompt_is_not_split() -> None:
+    with pytest.raises(ValueError, match="'prompts' has 1 prompts, of which none is left to train on"):
+        split_held_out(PromptSet.of(["a cat"]), 0.2)
 
 
 def test_a_prompt_is_its_text() -> None:

@@ -17,13 +17,14 @@ from tests.rewards.tiny_clap import write_clap
 
 CONFIGS = ROOT / "scripts" / "configs"
 DEMOS = sorted((folder_of("genalign") / "assets").glob("demo*.yaml"))
-LARGE = [path for path in sorted((CONFIGS / "train").glob("*.yaml")) if not path.stem.startswith("shapes_")]
+PUBLISHED = [path for path in sorted((CONFIGS / "train").glob("*.yaml")) if not path.stem.startswith("shapes_")]
+PRESETS = [assets.preset(name) for name in assets.presets()]
 EMBEDDED = [*DEMOS, CONFIGS / "train" / "shapes_flow_grpo_partial.yaml", *sorted(CONFIGS.glob("compare/base_*.yaml"))]
 COMPARISONS = [path for path in sorted(CONFIGS.glob("compare/*.yaml")) if not path.stem.startswith("base_")]
 SEARCHES = {"steer": Steer, "noise_aware": TrainNoiseAware}
 
 
-@pytest.mark.parametrize("path", [*EMBEDDED, *LARGE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*EMBEDDED, *PUBLISHED], ids=lambda path: path.stem)
 def test_training_configurations_parse(path: Path) -> None:
     reward = ["--rewards.mine.function", "rewards.shapes.ShapesReward"]
     settings, plain = parse(Train, ["--config", str(path), *reward], "train")
@@ -33,7 +34,7 @@ def test_training_configurations_parse(path: Path) -> None:
     assert plain["recipe"]["class_path"] == f"genalign.{written['recipe']['class_path'].split('.')[-1]}"
 
 
-@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*PUBLISHED, *PRESETS], ids=lambda path: path.stem)
 def test_a_configuration_of_a_large_model_has_nothing_of_a_world_and_says_that_it_was_not_run(path: Path) -> None:
     text = path.read_text()
     assert any("NOT RUN" in line and "Sized for" in line for line in text.splitlines()[:3])
@@ -91,7 +92,7 @@ def test_required_settings_suffice_on_the_command_line(kind: type, method: list[
 def test_evaluations_are_off_by_default() -> None:
     required = ["--output", "x", "--model.path", "m", "--prompts", "p.txt", "--recipe", "genalign.nft"]
     settings, _ = parse(Train, [*required, "--rewards.mine.function", "rewards.jpeg.compressibility"], "train")
-    assert settings.evaluation_prompts() == [] and settings.before_after is None
+    assert settings.evaluation_prompts() == {} and settings.before_after is None
     assert settings.held_out.every == settings.reward_hacking.every == 0
 
 

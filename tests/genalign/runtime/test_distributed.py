@@ -31,6 +31,7 @@ from genalign.runtime.files import load_state
 from genalign.runtime.fsdp import Sharding, sharding_from_environment
 from genalign.training.round_log import flat_numbers
 from genalign.training.settings import TrainerSettings
+from genalign.types import PromptSet
 from pipelines import SD3
 from tests.genalign import ranks
 from tests.genalign.training.toy_runs import require_same_checkpoints, write_config
@@ -176,6 +177,20 @@ def test_a_rank_ends_when_another_has_ended_and_the_run_resumes(tiny_folder: Pat
     assert rounds() == 3
 
 
+@pytest.mark.slow
+def test_sigterm_of_one_rank_ends_all_after_the_round(tiny_folder: Path, tmp_path: Path) -> None:
+    training = {"rounds": 3, "prompts_per_round": 4}
+    config = write_config(tmp_path / "run.json", tiny_folder, "tests.genalign.ranks.deadly", training)
+    arguments = ["--config", str(config), "--resume"]
+    started = _start(ranks.train, tmp_path, arguments, [signal.SIGTERM])
+    for process in started:
+        process.join(900)
+    assert [process.exitcode for process in started] == [143, 143], (tmp_path / "error.0").read_text()
+    done = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert done < 3 and (tmp_path / "run" / "checkpoints" / "latest").resolve().name == f"round-{done:06d}"
+    _require_success(_start(ranks.train, tmp_path, arguments, []), tmp_path)
+
+
 def test_one_process_is_itself() -> None:
     with process_group({}) as processes:
         assert processes == SINGLE_PROCESS and processes.is_main
@@ -183,7 +198,6 @@ def test_one_process_is_itself() -> None:
     assert torch.equal(SINGLE_PROCESS.all_gather(rows), rows[None])
     assert torch.equal(SINGLE_PROCESS.interleaved(rows, 1), rows)
     assert SINGLE_PROCESS.all_gather_object({"a": 1}) == [{"a": 1}]
-    assert [SINGLE_PROCESS.any_rank(flag) for flag in (True, False)] == [True, False]
     assert torch.equal(SINGLE_PROCESS.broadcast({"rows": rows})["rows"], rows)
 
 
@@ -204,9 +218,12 @@ def test_a_single_process_under_accelerate_logs_a_warning(caplog: pytest.LogCapt
 
 
 def test_batches_that_do_not_divide_are_refused() -> None:
-    TrainerSettings(prompts_per_round=8, group_size=2, batch_size=4).require_shares(2)
-    with pytest.raises(ValueError, match="an update's 2 batches of 4 samples do not divide among 3 processes"):
-        TrainerSettings(prompts_per_round=8, group_size=2, batch_size=4).require_shares(3)
+    settings, prompts = TrainerSettings(prompts_per_round=8, group_size=2, batch_size=4), PromptSet.of(list("abcdefgh"))
+    settings.fit(prompts, ProcessGroup(1, 2))
+    with pytest.raises(
+        ValueError, match="8 x group_size 2 = 16 samples do not divide into 1 updates of batches of 4 on 3"
+    ):
+        settings.fit(prompts, ProcessGroup(1, 3))
 
 
 def test_metric_sums_of_several_ranks_are_merged() -> None:

@@ -122,3 +122,11 @@ def test_silent_progress_shows_nothing(caplog: pytest.LogCaptureFixture, capfd: 
 def test_rates_below_one_are_seconds_per_sample() -> None:
     assert format_rate(12.34) == "12.3 samples/s" and format_rate(0.05, "images") == "20.0 s/image"
     assert format_rate(0.0) == ""
+
+
+def test_the_first_phase_within_an_uncounted_one_is_logged_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "genalign")
+    progress = Progress(console=Console(file=io.StringIO()))
+    with progress.phase("before"), progress.phase("sampling", 480):
+        pass
+    assert caplog.messages == ["before", "before, sampling 0/480 samples"]

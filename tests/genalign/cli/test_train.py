@@ -1,0 +1,194 @@
+"""Training on a user's own prompts: what evaluations take, what is on disk, and how a run ends early."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from genalign.cli import train as train_module
+from genalign.cli.main import main
+from genalign.types import Prompt
+from tests.genalign.training.toy_runs import redness
+
+PROMPTS = ["a red circle", "two blue squares", "a green circle", "a yellow square", "a blue triangle"]
+
+signals: list[int] = []  # that the rewards below send to their own process, once a round
+
+
+def signaling(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """A reward during whose calls after the first, which is a trial, the process receives the ``signals``."""
+    if len(samples) > 2:
+        while signals:
+            os.kill(os.getpid(), signals.pop())
+    return redness(samples, prompts)
+
+
+@pytest.fixture
+def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    """A run of two rounds on five prompts of a user's own."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    values = {
+        "output": tmp_path / "run",
+        "model.path": tiny_folder,
+        "prompts": tmp_path / "prompts.txt",
+        "recipe": "genalign.flow_grpo",
+        "rewards.red.function": "tests.genalign.training.toy_runs.redness",
+        "sampling": '{"num_steps": 2, "sigmas": [1.0, 0.5]}',
+        "training": '{"rounds": 2, "group_size": 4, "learning_rate": 0.01}',
+        "lora.rank": 2,
+    }
+    return ["train", *(f"--{name}={value}" for name, value in values.items())]
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_evaluations_take_a_split_of_own_prompts_and_own_rewards(arguments: list[str], tmp_path: Path) -> None:
+    own = ["--held_out.every=1", "--before_after.seeds=2", "--reward_hacking.every=1"]
+    assert main([*arguments, *own]) == 0
+    run = tmp_path / "run"
+    prompts = _json(run / "prompts.json")
+    assert {name: (part["prompts"], part.get("also_trained")) for name, part in prompts.items()} == {
+        "training": (3, None),
+        "held_out": (2, 0),
+        "reward_hacking": (2, 0),
+        "before_after": (2, 0),
+    }
+    records = [json.loads(line) for line in (run / "after" / "records.jsonl").read_text().splitlines()]
+    assert len(records) == 4 and {record["prompt"] for record in records} < set(PROMPTS)  # two noises of each
+    assert set(_json(run / "gain.json")) == {"red"}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(set(row["held_out"]) == {"red"} and row["reward_hacking"] for row in rows)
+    training = _json(run / "config.json")["training"]
+    assert (training["prompts_per_round"], training["batch_size"], training["updates_per_round"]) == (2, 4, 2)
+    assert main(["train", "--resume", str(run), "--training.rounds", "3"]) == 0
+
+
+def test_prompts_that_are_trained_on_too_are_named(
+    arguments: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "some.txt").write_text("\n".join([*PROMPTS[:2], "a cat"]))
+    assert main([*arguments, "--held_out.every=2", f"--held_out.prompts={tmp_path / 'some.txt'}"]) == 0
+    assert "2 of the 3 prompts of held_out are trained on: its scores say nothing about new prompts" in caplog.text
+    assert _json(tmp_path / "run" / "prompts.json")["held_out"]["also_trained"] == 2
+
+
+def test_the_monitor_compares_two_prompts_or_more(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\na dog")
+    assert main([*arguments, "--reward_hacking.every=1"]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_hold_the_adapter_that_a_run_that_ended_there_would_write(
+    arguments: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    assert main([*arguments, "--checkpoint.keep=2"]) == 0
+    run = tmp_path / "run"
+    folders = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert folders == ["latest", "round-000001", "round-000002"]
+    first, last, end = (
+        load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+        for folder in (run / "checkpoints" / "round-000001", run / "checkpoints" / "latest", run)
+    )
+    assert all(torch.equal(last[name], end[name]) for name in end)
+    assert any(not torch.equal(first[name], last[name]) for name in end)
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny_folder)
+    pipe.load_lora_weights(run / "checkpoints" / "round-000001" / "lora")
+    loaded = dict(pipe.transformer.named_parameters())
+    assert sum("lora_" in name for name in loaded) == len(first)
+
+
+def test_files_are_readable_by_others_as_the_umask_grants(arguments: list[str], tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        assert main([*arguments, "--before_after.seeds=1", "--sample_grid.every=1"]) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(files) > 15
+    assert [path for path in files if stat.S_IMODE(path.stat().st_mode) != 0o640] == []
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "name"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")]
+)
+def test_a_signal_ends_a_run_after_its_round(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+    status: int,
+    name: str,
+) -> None:
+    signals.extend([signal.SIGTERM] * 2 if number == signal.SIGTERM else [number])  # a launcher passes it on again
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    reward = f"--rewards.red.function={__name__}.signaling"
+    assert main([*arguments, reward, "--training.rounds=9", "--training.group_size=8"]) == status
+    run = tmp_path / "run"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1 and (run / "lora").is_dir()
+    assert (run / "checkpoints" / "latest").resolve().name == "round-000001"
+    assert f"{name}: the run ends after this round and is saved" in caplog.text
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("Training stopped at round 1: ") and line.endswith(f"genalign train --resume {run}")
+    assert {s: signal.getsignal(s) for s in handlers} == handlers
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_signal_while_nothing_is_trained_is_one_line(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    status: int,
+    begun: bool,
+) -> None:
+    def interrupted(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        signal.pause()
+
+    monkeypatch.setattr(train_module.TrainingRun, "evaluate_before" if begun else "__init__", interrupted)
+    assert main(arguments) == status
+    printed = capsys.readouterr()
+    expected = f"Resume with: genalign train --resume {tmp_path / 'run'}"
+    assert printed.out.count("\n") == 1 and "Traceback" not in printed.err
+    assert printed.out.endswith(f"{expected if begun else 'Nothing was written: run the same command again'}\n")
+
+
+def test_a_finished_run_that_is_resumed_shows_no_reward_that_is_not_a_number(
+    arguments: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(arguments) == 0
+    caplog.set_level(logging.INFO, "genalign")
+    caplog.clear()
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert "training 2/2 rounds" in caplog.messages and "nan" not in caplog.text
+
+
+def test_a_run_says_when_and_by_which_command_it_began(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.argv", ["genalign", *arguments])
+    assert main(arguments) == 0
+    run = tmp_path / "run"
+    started = _json(run / "environment.json")["started"]
+    assert started["command"] == ["genalign", *arguments] and started["date"].startswith("20")
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["machine"]["time"] >= started["date"]
+    assert main(["train", "--resume", str(run), "--training.rounds=3"]) == 0
+    assert "may differ" not in caplog.text and _json(run / "environment.json")["started"] == started
