@@ -227,6 +227,8 @@ class Train(Generation):
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
 
     def __post_init__(self) -> None:
+        if not 0 < self.held_out_fraction < 1:
+            raise ValueError(f"held_out_fraction must be between 0 and 1, not {self.held_out_fraction}")
         _require_rewards(self.rewards)
         weighted = [name for name, reward in self.rewards.items() if reward.weight]
         if not weighted:
@@ -235,8 +237,6 @@ class Train(Generation):
             raise ValueError(
                 f"reward_hacking.rewards.{trained[0]} is trained on, and would see nothing: name another reward"
             )
-        if not 0 < self.held_out_fraction < 1:
-            raise ValueError(f"held_out_fraction must be between 0 and 1, not {self.held_out_fraction}")
 
     def evaluation_prompts(self) -> dict[str, str | None]:
         """Return the prompt sources of all evaluations before, during and after training, by their sections' names."""
@@ -409,12 +409,12 @@ class EvaluateBenchmark(Evaluation):
     Args:
         name: The benchmark, as in dpg; docs/benchmarks.md lists them.
         output: Folder of the evaluation.
-        prompts: The files that the benchmark's authors published.
+        prompts: A file that the benchmark's authors published, or a list of them.
         judges: The models that judge the samples.
     """
 
     name: str
-    prompts: list[str]
+    prompts: str | list[str]
     judges: Judges = field(default_factory=Judges)
 
 

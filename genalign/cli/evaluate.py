@@ -126,12 +126,18 @@ def benchmark_command(context: CommandContext, arguments: Sequence[str]) -> int:
     if settings.name not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {settings.name!r}: choose from {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[settings.name]
-    prompts = benchmark.read([Path(path) for path in settings.prompts])
+    files = [settings.prompts] if isinstance(settings.prompts, str) else settings.prompts
+    prompts = benchmark.read([Path(path) for path in files])
 
     def finish(folder: EvaluationFolder, evaluation: Evaluation) -> str:
         numbers = benchmark.aggregate(evaluation.records, prompts)
         write_json(folder.path / "benchmark.json", without_infinities(numbers))
-        return "\n".join(f"{name:24s} {value:.4g}" for name, value in numbers.items())
+        lines = [f"{name:24s} {value:.4g}" for name, value in numbers.items()]
+        if evaluation.protocol.seeds != benchmark.images:
+            lines.append(
+                f"published numbers are over {benchmark.images} images of each prompt: --seeds {benchmark.images}"
+            )
+        return "\n".join(lines)
 
     scorer, verifier = RewardScorer(benchmark.scorers(settings.judges)), benchmark.verifier(prompts, settings.judges)
     return _run(context, settings, plain, Task(prompts, [scorer], verifier, finish=finish))

@@ -52,8 +52,8 @@ class GenEvalScore:
 
     ``relaxed`` is GenEval's ``correct``: it checks the ``count`` most confident objects of each class and ignores
     others unless ``exclude`` names them; ``reason`` is its explanation, empty for a correct image. ``strict`` requires
-    exactly the right counts, all in the right color and relation, and nothing that ``exclude`` names; Flow-GRPO's server
-    ignores ``exclude`` there, which matters for classes that ``include`` lacks, in none of GenEval's 553 rows.
+    exactly the right counts, all in the right color and relation, and nothing that ``exclude`` names. Flow-GRPO's
+    server ignores ``exclude`` there: a difference for classes that ``include`` lacks, in none of GenEval's 553 rows.
     ``partial`` is the mean of ``criteria``, each in [0, 1]: a "count" per clause, and a "color" and "position" per
     clause that has one. ``detections`` are the objects that were scored.
     """

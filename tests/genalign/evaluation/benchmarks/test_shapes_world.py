@@ -163,7 +163,7 @@ def test_the_command_scores_the_embedded_model(tmp_path: Path, capsys: pytest.Ca
     judge = ["--judges.questions", "rewards.shapes.ShapesQuestions"]
     model = ["--model.path", "shapes-sd3", "--sampling.num_steps", "6", "--seeds", "1", "--batch_size", "12"]
     folder = tmp_path / "out"
-    arguments = ["evaluate", "benchmark", "dpg", "--prompts", json.dumps([str(table)]), *model, *judge]
+    arguments = ["evaluate", "benchmark", "dpg", "--prompts", str(table), *model, *judge]
     assert main([*arguments, "--output", str(folder)]) == 0
     numbers = json.loads((folder / "benchmark.json").read_text())
     evaluation, expected = load_evaluation(folder), []
@@ -172,4 +172,5 @@ def test_the_command_scores_the_embedded_model(tmp_path: Path, capsys: pytest.Ca
         expected.append(mean([value >= 0.5 for _, value in verdict.criteria]))
     assert numbers["dpg"] == pytest.approx(100 * mean(expected), abs=1e-4) and 20 < numbers["dpg"] <= 100
     assert "dpg-1: " in evaluation.protocol.verifier and "ShapesQuestions" in evaluation.protocol.verifier
-    assert f"{numbers['dpg']:.4g}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{numbers['dpg']:.4g}" in out and "published numbers are over 4 images of each prompt: --seeds 4" in out
