@@ -12,7 +12,7 @@ from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.folder import EvaluationFolder
 from genalign.evaluation.paired import ModelComparison, compare_models
 from genalign.evaluation.report import write_evaluation
-from genalign.evaluation.report.evaluation_page import cost_facts, set_differences
+from genalign.evaluation.report.evaluation_page import cost_words, set_differences
 from genalign.runtime.files import without_infinities, write_json
 
 
@@ -43,7 +43,7 @@ def report_evaluation(folder: Path, against: Path | None = None) -> None:
         write_json(folder / "comparison.json", {"against": str(against), **content})
     for name, cost in costs.items():
         if cost:
-            print(f"cost of {name}: {', '.join(cost_facts(cost).values())}")
+            print(f"cost of {name}: {cost_words(cost)}")
     print(f"report: {write_evaluation(folder, against)}")
 
 
