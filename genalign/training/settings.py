@@ -84,20 +84,26 @@ class TrainerSettings:
         if self.prompts_per_round:
             self._sizes(self.prompts_per_round, 1)  # refuses sizes that do not divide
 
-    def fit(self, prompts: PromptSet, processes: ProcessGroup = SINGLE_PROCESS) -> FittedSettings:
-        """Choose the sizes of a round that are None for a prompt set and the ranks that share the batches of an update.
+    def fit(self, prompts: PromptSet, processes: ProcessGroup = SINGLE_PROCESS, notice: bool = False) -> FittedSettings:
+        """Choose the sizes of a round that are None.
 
         As many updates as fit are preferred, then as many prompts, then batches as large as possible, each up to its
-        default; a line in the log names sizes below that.
+        default.
 
-        Raises ValueError if no sizes fit the prompts, the ranks and the sizes that are set.
+        Args:
+            prompts: The prompts, of which a round takes different ones.
+            processes: The ranks that share the batches of an update.
+            notice: Whether a line in the log names sizes that are smaller for a small prompt set.
+
+        Raises:
+            ValueError: No sizes fit the prompts, the ranks and the sizes that are set.
         """
         distinct = len({prompt.text for prompt in prompts.prompts})
         sizes = self._sizes(distinct, processes.world_size)
         fitted = FittedSettings(**(asdict(self) | sizes))
-        if processes.is_main and distinct < _PROMPTS and any(vars(self)[name] is None for name in sizes):
+        if notice and processes.is_main and distinct < _PROMPTS and any(vars(self)[name] is None for name in sizes):
             logger.info(
-                "A round takes %d of the %d prompts, in %d updates of batches of %d samples, as far as"
+                "a round takes %d of the %d prompts, in %d updates of batches of %d samples, as far as"
                 " training.prompts_per_round, updates_per_round and batch_size are not set",
                 *(fitted.prompts_per_round, distinct, fitted.updates_per_round, fitted.batch_size),
             )
@@ -137,6 +143,11 @@ class FittedSettings(TrainerSettings):
     prompts_per_round: int = _PROMPTS
     batch_size: int = _SAMPLES
     updates_per_round: int = _UPDATES
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that fit the prompts, by the names of their settings."""
+        return {name: vars(self)[name] for name in ("prompts_per_round", "batch_size", "updates_per_round")}
 
 
 @cache

@@ -77,7 +77,7 @@ class Trainer:
     ) -> None:
         rewards, prompts = named(rewards), PromptSet.of(prompts)
         self.ledger, self.processes = Ledger(), policy.processes
-        settings = settings.fit(prompts, self.processes)
+        settings = settings.fit(prompts, self.processes, notice=True)
         self.pipeline, self.policy, self.recipe = Metered(pipeline, self.ledger), policy, recipe
         self.rewards = metered_rewards(rewards, self.ledger)
         self.settings = settings

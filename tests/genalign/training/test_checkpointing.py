@@ -47,7 +47,8 @@ SETTINGS = TrainerSettings(
     group_size=2,
     batch_size=2,
     learning_rate=1e-2,
-    learning_rate_schedule="linear",
+    learning_rate_schedule="cosine",
+    warmup_rounds=1,
     max_grad_norm=10.0,
 )
 LORA = Lora(rank=2)

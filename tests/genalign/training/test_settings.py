@@ -36,8 +36,8 @@ def test_sizes_that_are_set_are_left_alone(caplog: pytest.LogCaptureFixture) -> 
     caplog.set_level(logging.INFO, "genalign")
     whole = TrainerSettings(prompts_per_round=24, group_size=8, batch_size=96, updates_per_round=2)
     assert sizes(whole.fit(prompts(24))) == (24, 96, 2) and not caplog.messages
-    assert sizes(TrainerSettings(prompts_per_round=5).fit(prompts(5))) == (5, 60, 1)
-    assert caplog.messages[0].startswith("A round takes 5 of the 5 prompts, in 1 updates of batches of 60 samples")
+    assert sizes(TrainerSettings(prompts_per_round=5).fit(prompts(5), notice=True)) == (5, 60, 1)
+    assert caplog.messages[0].startswith("a round takes 5 of the 5 prompts, in 1 updates of batches of 60 samples")
     with pytest.raises(
         ValueError, match=r"5 x group_size 12 = 60 samples do not divide into 1 updates of batches of 96"
     ):

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from genalign.algorithms.recipes import Recipe, awm, flow_grpo, prdp
 from genalign.diffusion.paths import FlowPath
+from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import Rollout, rollout
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import CPS, FlowSDE, Kernel
 from genalign.runtime.state import load_optimizer_tensors, optimizer_tensors
 from genalign.training.round_result import RoundResult
 from genalign.training.settings import TrainerSettings
+from genalign.training.trainer import Trainer
 from pipelines import SD3
-from tests.genalign.training.toy_runs import SAMPLING, SETTINGS, toy_trainer, weights
+from tests.genalign.training.toy_runs import SAMPLING, SETTINGS, redness, toy_trainer, weights
 
 TOLERANT = replace(SETTINGS, max_failed_fraction=0.5)
 
@@ -121,3 +126,40 @@ def test_adam_in_eight_bits(tiny: SD3, tiny_folder: Path) -> None:
     load_optimizer_tensors(again.optimizer, tensors)
     restored = optimizer_tensors(again.optimizer)
     assert all(torch.equal(restored[name], tensor) for name, tensor in tensors.items())
+
+
+def test_functions_and_texts_are_enough(tiny: SD3) -> None:
+    def blueness(samples: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.stack(
+            [sample[2].mean() * len(prompt.split()) for sample, prompt in zip(samples, prompts, strict=True)]
+        )
+
+    rewards = {"red": redness, "blue": blueness}
+    settings = TrainerSettings(rounds=1, group_size=2)
+    policy = Policy(tiny.denoiser, Lora(rank=2))
+    trainer = Trainer(tiny, policy, rewards, ["a cat", "a dog", "two birds"], flow_grpo(window=1), settings, SAMPLING)
+    (result,) = trainer.rounds()
+    assert set(result.rewards) == {"red", "blue"} and result.samples == 4
+    assert result.reward == pytest.approx(sum(result.rewards.values()), rel=1e-5)
+
+
+def test_the_averaged_adapter_is_saved_for_diffusers(tiny: SD3, tiny_folder: Path, tmp_path: Path) -> None:
+    trainer = toy_trainer(tiny, flow_grpo(window=2, shared_noise=False))
+    list(trainer.rounds())
+    trainer.save(str(tmp_path / "mine"))
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny_folder)
+    pipe.load_lora_weights(tmp_path / "mine" / "lora")
+    loaded = {name: p for name, p in pipe.transformer.named_parameters() if "lora_" in name}
+    with trainer.policy.averaged():
+        trained = {name: p for name, p in tiny.denoiser.named_parameters() if "lora_" in name}
+        expected = {name.replace(".default.", ".default_0."): p.detach().clone() for name, p in trained.items()}
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name].detach(), expected[name]) for name in expected)
+    assert next((tmp_path / "mine" / "peft").rglob("adapter_config.json"))
+
+
+def test_a_pipeline_that_cannot_write_weights_is_named(tiny: SD3, tmp_path: Path) -> None:
+    trainer = toy_trainer(tiny, flow_grpo())
+    trainer.pipeline.pipeline = Mock(spec=["path"])
+    with pytest.raises(TypeError, match="Mock has no save_lora and save_denoiser: train a pipeline that has"):
+        trainer.save(tmp_path)
