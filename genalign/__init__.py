@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from genalign.diffusion.transitions import CalibratedSDE as CalibratedSDE
     from genalign.diffusion.transitions import DanceSDE as DanceSDE
     from genalign.diffusion.transitions import FlowSDE as FlowSDE
+    from genalign.evaluation.paired import gain as gain
+    from genalign.evaluation.python_api import evaluate as evaluate
     from genalign.scoring.budget import Budget as Budget
     from genalign.scoring.score import NamedReward as NamedReward
     from genalign.search import DNO as DNO
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from genalign.search import RewardGradient as RewardGradient
     from genalign.search import ZeroOrder as ZeroOrder
     from genalign.training.noise_calibration import calibrated as calibrated
+    from genalign.training.python_api import train as train
     from genalign.training.round_result import RoundResult as RoundResult
     from genalign.training.settings import TrainerSettings as TrainerSettings
     from genalign.training.trainer import Trainer as Trainer
@@ -59,10 +62,13 @@ _PUBLIC = {
     "genalign.diffusion.policy": "Lora Policy",
     "genalign.diffusion.sampling": "Sampling",
     "genalign.diffusion.transitions": "CPS DDIM DPMSDE ODE CalibratedSDE DanceSDE FlowSDE",
+    "genalign.evaluation.paired": "gain",
+    "genalign.evaluation.python_api": "evaluate",
     "genalign.scoring.budget": "Budget",
     "genalign.scoring.score": "NamedReward",
     "genalign.search": "DNO Beam BestOfN DoobGuide Evolution FKSteering Prune ReNO RewardGradient ZeroOrder",
     "genalign.training.noise_calibration": "calibrated",
+    "genalign.training.python_api": "train",
     "genalign.training.round_result": "RoundResult",
     "genalign.training.settings": "TrainerSettings",
     "genalign.training.trainer": "Trainer",
