@@ -13,6 +13,7 @@ from genalign.evaluation.folder import EvaluationFolder
 from genalign.evaluation.paired import ModelComparison, compare_models
 from genalign.evaluation.report import write_evaluation
 from genalign.evaluation.report.evaluation_page import cost_words, set_differences
+from genalign.evaluation.report.words import gain_verdict, prompts
 from genalign.runtime.files import without_infinities, write_json
 
 
@@ -36,24 +37,25 @@ def report_evaluation(folder: Path, against: Path | None = None) -> None:
     print_estimates(evaluation)
     for name, value in evaluation.sets.items():
         print(f"{name}: {value.value:.4g} of all {value.n} samples, one set without an interval")
-    costs = {place.resolve().name: EvaluationFolder(place).cost() for place in (against, folder) if place}
+    places = {"before": against, "after": folder}
+    costs = {when: EvaluationFolder(place).cost() for when, place in places.items() if place}
     if against and earlier and comparison:
         _print_comparison(against.resolve().name, comparison, sets := set_differences(earlier, evaluation))
         content = without_infinities({**asdict(comparison), "sets": sets, "cost": costs})
         write_json(folder / "comparison.json", {"against": str(against), **content})
-    for name, cost in costs.items():
+    for when, cost in costs.items():
         if cost:
-            print(f"cost of {name}: {cost_words(cost)}")
+            print(f"cost of {places[when]}: {cost_words(cost)}")
     print(f"report: {write_evaluation(folder, against)}")
 
 
 def _print_comparison(other: str, comparison: ModelComparison, sets: Mapping[str, float | None]) -> None:
     """Print the gain and the win rate of every score over the evaluation ``other``."""
     for name, gain in comparison.gain.items():
-        wins = comparison.wins[name]
+        wins, verdict = comparison.wins[name], gain_verdict(gain, comparison.effects[name])
         print(
-            f"{name} against {other}: {gain.text('+.3f')}, prompts won {wins.rate.text('.1%')}, ties {wins.ties:.1%}"
-            " as half"
+            f"{name} against {other}: {gain.text('+.3f')} on {prompts(gain.n)}, {verdict.text}; prompts won"
+            f" {wins.rate.text('.1%')}, ties {wins.ties:.1%} as half"
         )
     for name, difference in sets.items():
         words = "not comparable, since the sets differ in size" if difference is None else f"{difference:+.4g}"

@@ -147,9 +147,11 @@ def _against(folder: Path, after: Evaluation, other: Path | None) -> dict[str, A
     tables = sections.tables(before, after, Comparison(comparison.gain, comparison.tasks, pairs))
     main = after.score_names[0]
     differences = set_differences(before, after)
-    costs = {place.resolve().name: cost_words(_json(place / "cost.json")) for place in (other, folder)}
+    own, theirs = folder.resolve().name, other.resolve().name
+    label = theirs if theirs != own else str(other)
+    costs = {label: cost_words(_json(other / "cost.json")), own: cost_words(_json(folder / "cost.json"))}
     return {
-        "against": other.resolve().name,
+        "against": label,
         "tables": {main: tables.pop(main), **tables},  # the score of the headline comes first
         "win_rates": {f"prompts won, {plain(name)}": _win_words(wins) for name, wins in comparison.wins.items()},
         "costs": {f"cost of {name}": words for name, words in costs.items() if words},

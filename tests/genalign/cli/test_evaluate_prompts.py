@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +18,13 @@ import torch
 from PIL import Image
 
 from genalign.cli.main import main
+from genalign.diffusion.policy import Lora, Policy
 from genalign.evaluation.evaluate import EXTERNAL, load_evaluation
 from genalign.metrics.vendi import vendi_score
 from genalign.runtime.media import read_image, save_images
 from genalign.worlds.registry import WORLDS
+from pipelines import load
+from tests.packages import ROOT
 
 REWARDS = """
 import os
@@ -179,14 +184,14 @@ def test_models_are_compared(command: list[str], capsys: pytest.CaptureFixture[s
     other = [*command, *sets, "--model.dtype", "float32", "--model.path", "shapes-sd3", "--output", "tuned"]
     assert main([*other, "--against", "base"]) == 0
     printed = capsys.readouterr().out
-    assert "red against base: " in printed and ", prompts won " in printed and "variety against base: " in printed
+    assert "red against base: " in printed and "; prompts won " in printed and "variety against base: " in printed
     assert "cost of base: 16 NFE, " in printed and "cost of tuned: 16 NFE, " in printed
     comparison = json.loads(Path("tuned/comparison.json").read_text())
     before, after = load_evaluation(Path("base")), load_evaluation(Path("tuned"))
     gain = after.overall["red"].mean - before.overall["red"].mean
     assert comparison["gain"]["red"]["mean"] == pytest.approx(gain)
     assert comparison["sets"]["variety"] == after.sets["variety"].value - before.sets["variety"].value
-    assert comparison["cost"]["base"]["nfe"] == comparison["cost"]["tuned"]["nfe"] == 16
+    assert comparison["cost"]["before"]["nfe"] == comparison["cost"]["after"]["nfe"] == 16
     page = Path("tuned/report.html").read_text()
     assert "tuned against base" in page and "Largest differences" in page
     differences = {
@@ -299,3 +304,27 @@ def test_incomplete_settings_are_refused(tiny_folder: Path, error: Callable[...,
     twice = ["--prompts", "shapes:comp", "--rewards.strict.function", "my_scores.redness"]
     assert "two scores are named 'strict'" in error("evaluate", "prompts", *model, *twice, *output)
     assert not Path("out").exists()
+
+
+def test_commands_of_the_evaluation_page_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two adapters on own prompts, and images of another program, as docs/evaluation.md writes it."""
+    page = re.sub(r"\\\n +", "", (ROOT / "docs" / "evaluation.md").read_text())
+    lines = re.findall(r"^ {4}genalign (evaluate prompts .*)$", page, re.MULTILINE)
+    Path("prompts.txt").write_text("a red circle\na blue square\n")
+    pipeline = load("shapes-sd3")
+    for seed, name in enumerate(("first", "second")):
+        policy = Policy(pipeline.denoiser, Lora(rank=2), seed=seed)
+        assert policy.config is not None
+        adapter = {key: value + 0.02 * (seed + 1) for key, value in policy.adapter_state().items()}
+        pipeline.save_lora(tmp_path / "runs" / name / "lora", adapter, policy.config)
+        pipeline = load("shapes-sd3")
+    _write_images(Path("my_images"), 8, 16)
+    assert len(lines) == 3
+    for line in lines:
+        assert main([*shlex.split(line), "--seeds", "1"] if "samples" not in line else shlex.split(line)) == 0
+    assert "size against eval-first: " in capsys.readouterr().out
+    assert main(["compare-evaluations", "runs/eval-first", "runs/eval-second"]) == 0
+    before, after = load_evaluation(Path("runs/eval-first")), load_evaluation(Path("runs/eval-second"))
+    assert before.overall != after.overall and before.protocol == after.protocol
+    for name in ("eval-second/report.html", "eval-second/comparison.json", "other/report.html"):
+        assert (Path("runs") / name).is_file()
