@@ -69,6 +69,11 @@ class Endpoint:
     def __post_init__(self) -> None:
         require_address(self.url)
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """The settings that answers depend on, for the protocol of an evaluation: not the server's address."""
+        return {"model": self.model, "seed": self.seed, "extra": self.extra}
+
 
 @dataclass(frozen=True)
 class JudgeAnswer:

@@ -81,9 +81,10 @@ def describe(judge: Any) -> Any:
             "class": type(judge).__name__,
             **{item.name: describe(getattr(judge, item.name)) for item in fields(judge)},
         }
-    return getattr(
-        judge, "__qualname__", judge if isinstance(judge, str | int | float | None) else type(judge).__name__
-    )
+    if judge is None or isinstance(judge, str | int | float):
+        return judge
+    named = judge if hasattr(judge, "__qualname__") else type(judge)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 from genalign.evaluation.benchmarks import BENCHMARKS, Judges
 from genalign.evaluation.benchmarks.dpg import DPG, read_dpg
 from genalign.evaluation.benchmarks.tifa import questions
+from rewards.remote.vlm_judges import Endpoint, YesNoJudge
 from tests.genalign.evaluation.benchmarks.table_judges import TableJudge, score_images
 
 HEADER = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple"
@@ -111,7 +112,10 @@ def test_the_protocol_names_rules_and_judges(files: Path) -> None:
     prompts = read_dpg([files / "table.csv"])
     verifier = DPG.verifier(prompts, Judges(questions=TableJudge({})))
     assert verifier.startswith("dpg-1: ") and '"class": "TableJudge"' in verifier
-    assert DPG.verifier(prompts, Judges(questions=len)) != verifier
+    assert '"builtins.len"' in DPG.verifier(prompts, Judges(questions=len))
+    servers = [YesNoJudge(Endpoint(f"http://127.0.0.1:{port}/v1", "judge")) for port in (1, 2)]
+    first, second = (DPG.verifier(prompts, Judges(questions=server)) for server in servers)
+    assert first == second and '"model": "judge"' in first  # wherever the server is
     with pytest.raises(ValueError, match=r"needs judges\.questions"):
         DPG.verifier(prompts, Judges())
     assert BENCHMARKS["dpg"] is DPG

@@ -10,21 +10,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from genalign.cli.main import main
 from genalign.evaluation.benchmarks import BENCHMARKS, Judges
+from genalign.evaluation.benchmarks.boxes import iou
 from genalign.evaluation.benchmarks.tifa import TifaReward, questions
 from genalign.evaluation.engine import evaluate
 from genalign.evaluation.evaluate import load_evaluation, plan_samples
 from genalign.evaluation.geneval.grammar import NUMBER_WORDS, plural, with_article
 from genalign.evaluation.scorers import Judgment, RewardScorer, Scorer
 from genalign.evaluation.sources import PipelineSource
-from genalign.runtime.media import read_image
+from genalign.runtime.media import read_image, save_images
 from genalign.types import Prompt, PromptSet
 from genalign.worlds import shapes
+from genalign.worlds.shapes.scenes import render, sample_scene
 from genalign.worlds.shapes.verifier import verify
 from rewards.shapes import ShapesQuestions
 from tests.genalign.evaluation.geneval.shapes_judge import DrawingPipeline
@@ -174,3 +177,30 @@ def test_the_command_scores_the_embedded_model(tmp_path: Path, capsys: pytest.Ca
     assert "dpg-1: " in evaluation.protocol.verifier and "ShapesQuestions" in evaluation.protocol.verifier
     out = capsys.readouterr().out
     assert f"{numbers['dpg']:.4g}" in out and "published numbers are over 4 images of each prompt: --seeds 4" in out
+
+
+def test_the_command_scores_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layouts: two images of circles at the same place and one elsewhere; tones: two equal grays."""
+    circle, samples = shapes.prompts("iid").by_task()["single_object"][0], tmp_path / "samples"
+    samples.mkdir()
+    scenes = [sample_scene(circle.metadata, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    save_images(render(scenes), [samples / f"{n}.png" for n in range(3)])
+    save_images(torch.full((2, 3, 64, 64), 0.5), [samples / f"{n}.png" for n in (3, 4)])
+    texts = ["a circle on white"] * 3 + ["a mood"] * 2
+    (samples / "prompts.jsonl").write_text(
+        "".join(f"{json.dumps({'file_name': f'{n}.png', 'prompt': text})}\n" for n, text in enumerate(texts))
+    )
+    rows = [
+        {"prompt": texts[0], "dimension": "layout", "object": "circle"},
+        {"prompt": texts[-1], "dimension": "tonal"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    folder = tmp_path / "out"
+    detector = ["--judges.detector", "tests.genalign.evaluation.geneval.shapes_judge.ShapesDetector"]
+    arguments = ["evaluate", "benchmark", "divgenbench", "--prompts", str(tmp_path / "rows.jsonl"), *detector]
+    assert main([*arguments, "--samples", str(samples), "--output", str(folder)]) == 0
+    numbers = json.loads((folder / "benchmark.json").read_text())
+    boxes = [record.details["measured"][0] for record in load_evaluation(folder).records[:3]]
+    assert numbers["sdi"] == pytest.approx(1 - (1 + 2 * iou(boxes[0], boxes[2])) / 3) and numbers["sdi"] > 0.3
+    assert numbers["pvs"] == 0 and numbers["missing answers"] == 0
+    assert "sdi" in capsys.readouterr().out and (folder / "report.html").is_file()
