@@ -1,4 +1,4 @@
-"""The embedded checkpoints: ordinary diffusers and open_clip folders."""
+"""The embedded checkpoints, ordinary diffusers and open_clip folders, and the presets of training configurations."""
 
 from __future__ import annotations
 
@@ -30,4 +30,17 @@ def resolve(path_or_id: str) -> str:
 
 def names() -> list[str]:
     """Return the names of the embedded checkpoints of this installation."""
-    return sorted(folder.name for folder in _HERE.iterdir() if folder.is_dir() and not folder.name.startswith("_"))
+    folders = (folder.name for folder in _HERE.iterdir() if folder.is_dir() and not folder.name.startswith("_"))
+    return sorted(set(folders) - {"presets"})
+
+
+def presets() -> list[str]:
+    """Return the names of the presets, such as sd35-medium-80gb."""
+    return sorted(file.stem for file in (_HERE / "presets").glob("*.yaml"))
+
+
+def preset(name: str) -> Path:
+    """Return the file of a preset. Raises FileNotFoundError for an unknown name."""
+    if name not in presets():
+        raise FileNotFoundError(f"there is no preset {name!r}: choose from {', '.join(presets())}")
+    return _HERE / "presets" / f"{name}.yaml"

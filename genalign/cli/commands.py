@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from genalign.assets import preset, presets
+
 
 @dataclass(frozen=True)
 class Command:
@@ -48,6 +50,12 @@ COMMANDS = {
             "fine-tune a model on a reward, or resume a run (--resume RUN)",
             f"{_CLI}.train:train_command",
             f"{_CLI}.config:Train",
+        ),
+        Command(
+            "init",
+            "write a commented configuration for a model, prompts and a reward of your own",
+            f"{_CLI}.init:init_command",
+            f"{_CLI}.init:Init",
         ),
         Command(
             "plan",
@@ -179,5 +187,12 @@ def split_command(words: Sequence[str]) -> tuple[Command | None, Sequence[str]]:
     """Split the words of a command line into the command that they name, if any, and its arguments."""
     for count in (2, 1):
         if command := COMMANDS.get(" ".join(words[:count])):
-            return command, words[count:]
+            return command, _with_presets(words[count:])
     return None, words
+
+
+def _with_presets(arguments: Sequence[str]) -> list[str]:
+    """Replace the names of presets, as in --config preset:sdxl-80gb, by their files; unknown names stay."""
+    known = {f"preset:{name}": str(preset(name)) for name in presets()}
+    names = {**known, **{f"--config={name}": f"--config={file}" for name, file in known.items()}}
+    return [names.get(word, word) for word in arguments]

@@ -112,12 +112,12 @@ def command_context() -> CommandContext:
 def main(arguments: Sequence[str]) -> int:
     """Run the command that ``arguments`` starts with; wrong input is one line on standard error and exit status 2.
 
-    ``--debug`` among the arguments adds the traceback.
+    ``--debug`` among the arguments adds the traceback, and those of rewards that fail and are called again.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("genalign").setLevel(logging.INFO)  # phases and rounds, without a terminal
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     debug = "--debug" in arguments
+    logging.getLogger("genalign").setLevel(logging.DEBUG if debug else logging.INFO)  # phases, without a terminal
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     command, rest = split_command([word for word in arguments if word != "--debug"])
     assert command is not None, "the entry point refuses other names"
     if os.getcwd() not in sys.path:  # of modules that configurations name; installed ones of the same name come first

@@ -72,7 +72,7 @@ class RewardCheck:
 
 def serve_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign serve MODULE:CLASS`` until it is interrupted."""
-    settings, plain = parsing.parse(Serve, _named_settings(arguments, "serve"), "serve")
+    settings, plain = parsing.parse(Serve, named_settings(arguments, "serve"), "serve")
     require_rate({"reward": settings.reward}, settings.sample_rate)
     try:
         from genalign.scoring import server
@@ -102,7 +102,7 @@ def serve_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
 def reward_check_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign reward check MODULE:CLASS``; the exit status is 1 where a check fails."""
-    settings, _ = parsing.parse(RewardCheck, _named_settings(arguments, "reward check"), "reward check")
+    settings, _ = parsing.parse(RewardCheck, named_settings(arguments, "reward check"), "reward check")
     samples, prompts, rate = load_samples(settings)
     require_rate({"reward": settings.reward}, rate)
     probe = Probe(samples.to(settings.device), prompts, settings.tolerance)
@@ -115,14 +115,15 @@ def reward_check_command(context: CommandContext, arguments: Sequence[str]) -> i
     return 1 if failed else 0
 
 
-def _named_settings(arguments: Sequence[str], command: str) -> list[str]:
-    """Turn MODULE:CLASS and --args.NAME into the settings that they stand for."""
+def named_settings(arguments: Sequence[str], command: str) -> list[str]:
+    """Turn MODULE:CLASS, by position or after --reward, and --args.NAME into the settings that they stand for."""
     if not arguments:
         raise ValueError(f"name the reward: genalign {command} rewards.clip:ClipReward --args.model shapes-clip")
-    first, *rest = arguments
-    reward = [first] if first.startswith("-") else ["--reward", first.replace(":", ".")]
-    own = [f"--reward.init_args.{one.removeprefix('--args.')}" if one.startswith("--args.") else one for one in rest]
-    return [*reward, *own]
+    words = list(arguments) if arguments[0].startswith("-") else ["--reward", *arguments]
+    for place, word in enumerate(words[:-1]):
+        if word == "--reward":
+            words[place + 1] = words[place + 1] if "{" in words[place + 1] else words[place + 1].replace(":", ".")
+    return [f"--reward.init_args.{one.removeprefix('--args.')}" if one.startswith("--args.") else one for one in words]
 
 
 def reward_version(reward: Any) -> tuple[str, str]:

@@ -14,11 +14,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from huggingface_hub import ModelCard
+from peft import PeftModel, get_peft_model_state_dict
 from PIL import Image
 
 from genalign.cli.export import TrainedWeights, trained_weights
 from genalign.cli.main import main
 from genalign.diffusion.policy import Lora, Policy
+from genalign.training.run_folder import RunFolder
 from pipelines import SD3
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -197,3 +199,14 @@ def test_a_run_that_was_resumed_is_exported_from_its_newest_weights(run: Path) -
     end.write_bytes((late / name).read_bytes())  # a copy of a finished run, in whatever order its files were copied
     os.utime(end, (2e9, 2e9))
     assert trained_weights(run, None) == TrainedWeights(run / "lora")
+
+
+def test_the_adapter_for_peft_is_not_taken_for_one_of_diffusers(tiny: SD3, tiny_folder: Path, tmp_path: Path) -> None:
+    policy = Policy(tiny.denoiser, Lora(rank=4))
+    RunFolder(tmp_path).save(policy, tiny)
+    pipe = DiffusionPipeline.from_pretrained(tiny_folder)
+    with pytest.raises(OSError, match="no file named pytorch_lora_weights"):
+        pipe.load_lora_weights(tmp_path / "peft")
+    adapted = PeftModel.from_pretrained(pipe.transformer, str(tmp_path / "peft" / "adapter"))
+    assert len(get_peft_model_state_dict(adapted)) == len(policy.adapter_state()) > 0
+    assert "load nothing" in (tmp_path / "peft" / "README.md").read_text()

@@ -1,0 +1,154 @@
+"""``genalign init``: a commented training configuration for a model, prompts and a reward of the user's own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from genalign import assets
+from genalign.cli import config, parsing
+from genalign.cli.context import CommandContext, prompt_set
+from genalign.cli.reward import named_settings
+from genalign.prompts import split_held_out
+from genalign.runtime.files import write_text
+from genalign.types import AnyCallable
+
+Preset = Literal["flux-dev-80gb", "sd15-24gb", "sd35-medium-80gb", "sdxl-80gb"]
+
+_GPU = "  # A GPU: half the memory for weights, the text encoders and the VAE on it only while they work\n"
+_RECIPE = """\
+recipe: genalign.flow_grpo  # the method; docs/choosing.md compares them
+sampling: {num_steps: 10}  # few steps train faster; kernel and guidance are the defaults of the model's family
+# evaluation: {num_steps: 28}  # steps of the evaluations, where they should be more
+training:
+  rounds: 100
+  group_size: 12  # samples of a prompt, which are compared with each other
+  BATCH  # samples at a time, a multiple of group_size
+  learning_rate: 3.0e-4
+lora: {rank: 32, alpha: 64}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """A commented configuration of a training run, to be edited and given to `genalign train --config FILE`.
+
+    The reward is MODULE:FUNCTION or MODULE:CLASS, with the parameters of a class as --args.NAME.
+
+    Args:
+        prompts: Training prompts: a file, or a split of a world.
+        reward: The function, or the class whose objects are called.
+        model: A diffusers folder, a Hub id (owner/name) or an embedded model; null takes the preset's.
+        preset: Settings for a model and the memory of a GPU; null takes those for any model and this machine.
+        output: YAML file to write; null prints the configuration.
+    """
+
+    prompts: str
+    reward: AnyCallable
+    model: str | None = None
+    preset: Preset | None = None
+    output: str | None = None
+
+
+def init_command(context: CommandContext, arguments: Sequence[str]) -> int:
+    """Run ``genalign init``: check model, prompts and reward, and write a configuration with them."""
+    settings, plain = parsing.parse(Init, named_settings(arguments, "init"), "init")
+    output = Path(settings.output) if settings.output else None
+    if output and output.exists():
+        raise FileExistsError(f"{output} exists: choose another output, or remove it")
+    text = configuration(context, settings, plain["reward"])
+    if output is None:
+        print(text, end="")
+        return 0
+    write_text(output, text)
+    print(f"{output}: next, genalign plan --config {output}, then genalign train --config {output}")
+    return 0
+
+
+def configuration(context: CommandContext, settings: Init, reward: Any) -> str:
+    """Write a training configuration as YAML with comments.
+
+    Raises ValueError or FileNotFoundError for a model or prompts that cannot be used.
+
+    Args:
+        context: The pipelines and rewards.
+        settings: The settings of the command.
+        reward: The reward as plain JSON.
+    """
+    prompts = prompt_set(settings.prompts)
+    distinct = len({prompt.text for prompt in prompts.prompts})
+    if settings.model is not None:
+        _require_model(context, settings.model)
+    body = _preset_body(settings) if settings.preset else _own_body(settings)
+    path = yaml.safe_load(body)["model"]["path"]
+    name = (reward["class_path"] if isinstance(reward, dict) else reward).rsplit(".", 1)[-1]
+    evaluations = _EVALUATIONS if distinct > 1 else "# No evaluations: they need a second prompt, to hold out.\n"
+    if distinct > 1:
+        held_out = len(split_held_out(prompts, config.Train.held_out_fraction)[1].prompts)
+        evaluations = evaluations.replace("HELD_OUT", str(held_out))
+    return f"""\
+# genalign train --config FILE: train {path} on {name}.
+# docs/settings.md and genalign train --help explain every setting. Any may be given on the command line, too.
+output: runs/{Path(path).name}
+prompts: {_quoted(settings.prompts)}  # {distinct} different ones
+rewards:
+  # weight: in the sum of several; score_batch: samples in one call, for large networks
+  {_quoted(name)}: {{function: {_flow(reward)}, weight: 1.0}}
+
+{body}
+{evaluations}"""
+
+
+_EVALUATIONS = """\
+# Evaluations by the rewards on a split of the prompts, which are then not trained on: HELD_OUT of them
+held_out: {every: 10, samples_per_task: 32}
+before_after: {samples_per_task: 32}
+sample_grid: {every: 10}  # pictures of the training prompts, in samples/ and in the report
+checkpoint: {every: 1, keep: 2}  # in rounds; each has a LoRA to try (genalign export --run RUN --round N)
+"""
+
+
+def _require_model(context: CommandContext, path: str) -> None:
+    """Check a local model by its files. One on the Hub is looked up when it is trained."""
+    if assets.resolve(path) == path and not Path(path).exists():
+        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+            return
+        raise FileNotFoundError(f"there is no folder {path}: give a diffusers folder, a Hub id or an embedded model")
+    context.require(config.Model(path))
+    context.outline(config.Model(path))
+
+
+def _own_body(settings: Init) -> str:
+    """Settings of model and training for any model, on this machine's kind of device."""
+    if settings.model is None:
+        raise ValueError("name a model, --model PATH_OR_ID, or a preset, --preset sd35-medium-80gb")
+    lines = f"model:\n  path: {_quoted(settings.model)}\n"
+    if torch.cuda.is_available():
+        lines += f"{_GPU}  dtype: bfloat16\n  device: cuda\n"
+        lines += "  memory: {offload: true, checkpointing: true, decode_batch: 8}\n"
+        return f"{lines}{_RECIPE.replace('BATCH', 'batch_size: 12')}"
+    return f"{lines}  device: cpu  # or cuda, with dtype: bfloat16\n{_RECIPE.replace('BATCH', '# batch_size: 12')}"
+
+
+def _preset_body(settings: Init) -> str:
+    """The text of a preset, with the user's model in place of its own."""
+    text = assets.preset(str(settings.preset)).read_text(encoding="utf-8")
+    path = yaml.safe_load(text)["model"]["path"]
+    return text.replace(f"  path: {path}\n", f"  path: {_quoted(settings.model)}\n") if settings.model else text
+
+
+def _quoted(text: str) -> str:
+    """Write a text as a YAML scalar, in quotes where YAML would read something else."""
+    return text if yaml.safe_load(f"x: {text}") == {"x": text} else json.dumps(text, ensure_ascii=False)
+
+
+def _flow(reward: Any) -> str:
+    """Write a configured reward as YAML within one line."""
+    return yaml.safe_dump(reward, default_flow_style=True, width=sys.maxsize).removesuffix("\n").removesuffix("\n...")
