@@ -50,12 +50,15 @@ def command_parser(command: Command, parser: argparse.ArgumentParser | None = No
     """Build a plain parser with every setting of a command, for its help and its completion."""
     if parser is None:
         parser = argparse.ArgumentParser(prog=f"genalign {command.name}", add_help=False)
-    table, names = settings_table()["settings"][command.settings], [one["name"] for one in settings_of(command)]
+    names = [one["name"] for one in settings_of(command.settings)]
     place = f" {command.positional.upper()}" if command.positional else ""
     parser.usage = f"genalign {command.name}{place} [--config FILE] [--SETTING VALUE ...]"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     width = min(100, shutil.get_terminal_size().columns) - 2
-    paragraphs = [f"{command.help[0].upper()}{command.help[1:]}.", *table["help"].split("\n\n")]
+    paragraphs = [
+        f"{command.help[0].upper()}{command.help[1:]}.",
+        *settings_table()["settings"].get(command.settings, {"help": ""})["help"].split("\n\n"),
+    ]
     parser.description = "\n\n".join(textwrap.fill(" ".join(one.split()), width) for one in paragraphs)
     parser.epilog = textwrap.fill(
         "A YAML file nests the settings at their dots. On the command line, a setting may be given by its last name"
@@ -74,7 +77,7 @@ def command_parser(command: Command, parser: argparse.ArgumentParser | None = No
         )
     group = parser.add_argument_group("settings")
     groups = {"": group}
-    for entry in settings_of(command):
+    for entry in settings_of(command.settings):
         _add_setting(parser, groups, entry, names)
     return parser
 
@@ -115,10 +118,10 @@ def _complete_files(action: argparse.Action) -> None:
 
 def command_help(command: Command, arguments: Sequence[str]) -> str | None:
     """The help that the arguments of a command ask for, by --help or as in --recipe.help NAME; None for none."""
-    if not settings_of(command):
+    if not settings_of(command.settings):
         return None
     for word, following in zip_longest(arguments, arguments[1:], fillvalue=""):
-        kinds = {entry["name"]: entry["kind"] for entry in settings_of(command) if "kind" in entry}
+        kinds = {entry["name"]: entry["kind"] for entry in settings_of(command.settings) if "kind" in entry}
         prefix, _, end = word.removeprefix("--").rpartition(".")
         if end == "help" and prefix.endswith(".kernel"):
             kinds[prefix] = "kernel"

@@ -311,6 +311,10 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         require_positive(self, "seeds", "samples_per_task", "batch_size")
+        own = self.__dataclass_fields__["model"]
+        preset = own.default_factory() if callable(own.default_factory) else None
+        if self.samples is not None and (self.lora is not None or self.model not in (None, preset)):
+            raise ValueError("samples are another program's, and model and lora make new ones: leave one of them out")
         if self.model is None and self.samples is None:
             raise ValueError(
                 "model.path is missing: name a model, as in --model.path shapes-sd3, or a folder of another program's"

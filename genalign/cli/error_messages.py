@@ -16,7 +16,7 @@ from pathlib import Path
 import genalign
 
 _OWN_PACKAGES = ("pipelines", "rewards")
-_EXAMPLES = {
+EXAMPLES = {
     "output": "runs/mine",
     "model.path": "shapes-sd3 or stabilityai/stable-diffusion-3.5-medium",
     "prompts": "prompts.txt or shapes:train",
@@ -167,7 +167,7 @@ def _required(match: re.Match[str], text: _Text) -> str:
 
 def _abstract(match: re.Match[str], text: _Text) -> str:
     parent = text.place.removesuffix(f".{match[1]}")
-    example = _EXAMPLES.get(parent.rpartition(".")[2], "...")
+    example = EXAMPLES.get(parent.rpartition(".")[2], "...")
     return f"{text.place} is a setting of what {parent} names: name it first, as in --{parent} {example}"
 
 
@@ -211,7 +211,8 @@ def unknown_setting(name: str, keys: Sequence[str]) -> str:
         return f"setting {name!r} was renamed in genalign 0.2.0: write {now!r}"
     last = name.rpartition(".")[2]
     ends = [key for key in keys if key.rpartition(".")[2] in (last, *_SYNONYMS.get(last, ()))]
-    near = difflib.get_close_matches(name, ends, 1, cutoff=0) or difflib.get_close_matches(name, keys, 1)
+    alike = [key for key in keys if key.count(".") == name.count(".")]
+    near = difflib.get_close_matches(name, ends, 1, cutoff=0) or difflib.get_close_matches(name, alike, 1)
     if not near:
         lasts = difflib.get_close_matches(last, [key.rpartition(".")[2] for key in keys], 1)
         near = [key for key in keys if key.rpartition(".")[2] in lasts][:1]
@@ -220,7 +221,7 @@ def unknown_setting(name: str, keys: Sequence[str]) -> str:
 
 def missing_settings(names: Sequence[str]) -> str:
     """Name required settings that are not given, with an example of each."""
-    examples = ", ".join(f"--{name} {_EXAMPLES.get(name, '...')}" for name in names)
+    examples = ", ".join(f"--{name} {EXAMPLES.get(name, '...')}" for name in names)
     verb, them = ("is", "it") if len(names) == 1 else ("are", "them")
     return f"{', '.join(names)} {verb} missing: set {them} in the file of --config or as arguments, e.g. {examples}"
 

@@ -1,26 +1,39 @@
-"""The parser of the settings of every command."""
+"""The parser of the settings of every command, which describes everything that is wrong at once."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import os
+import re
 from argparse import ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 from safetensors import SafetensorError
 
-from genalign.algorithms.recipes import Recipe, flow_grpo
-from genalign.cli.config import RewardChoice
-from genalign.cli.error_messages import explain
+import genalign
+from genalign.algorithms.recipes import Recipe
+from genalign.cli.error_messages import error_line, explain, unknown_setting
+from genalign.cli.structure import (
+    full_name,
+    given_settings,
+    known_names,
+    missing_errors,
+    missing_names,
+    settings_of,
+    structure_errors,
+)
 from genalign.diffusion.transitions import Kernel
 from genalign.scoring.score import RewardError
 from genalign.training.nonfinite import DivergedError
 
 set_parsing_settings(subclasses_enabled=[Recipe, Kernel], instantiate_subclass_spec_in_any=False)
+
+Check = Callable[[Any], object]
+"""A requirement of the settings of a command, which raises one of ``INPUT_ERRORS`` if they do not meet it."""
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -28,7 +41,11 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 class ConfigurationError(ValueError):
-    """A configuration that cannot be used; the message says what to write instead."""
+    """A configuration that cannot be used; each of its ``problems`` says what to write instead, in one line."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
 
 
 INPUT_ERRORS = (ValueError, OSError, SafetensorError, RewardError, DivergedError)
@@ -36,7 +53,11 @@ INPUT_ERRORS = (ValueError, OSError, SafetensorError, RewardError, DivergedError
 
 
 def parse(
-    settings: type[Any], arguments: Sequence[str], command: str, first: str | None = None
+    settings: type[Any],
+    arguments: Sequence[str],
+    command: str,
+    first: str | None = None,
+    checks: Sequence[Check] = (),
 ) -> tuple[Any, dict[str, Any]]:
     """Build an instance of the dataclass ``settings`` from ``--config`` files and command-line overrides.
 
@@ -47,6 +68,7 @@ def parse(
         arguments: The words after the command.
         command: The name of the command, for the help text.
         first: The setting that the first of ``arguments`` is for if it names none, as in ``genalign report RUN``.
+        checks: Requirements of the settings, of which those that fail are described too if the configuration is wrong.
 
     Returns:
         The instance, and all settings as plain JSON.
@@ -54,31 +76,48 @@ def parse(
     Raises:
         ConfigurationError: The arguments are not a valid configuration.
     """
-    parser = ArgumentParser(
-        prog=f"genalign {command}",
-        description=inspect.cleandoc(settings.__doc__ or ""),
-        formatter_class=_HelpFormatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="a YAML file with any of the settings below")
-    parser.add_class_arguments(settings, None)
     if first and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{first}", *arguments]
+    arguments = in_full(settings, arguments)
+    parser = _parser(settings, f"genalign {command}")
+    parser.description = inspect.cleandoc(settings.__doc__ or "")
     try:
-        parsed = parser.parse_args(list(arguments))
+        parsed = parser.parse_args(arguments)
         _expand_paths(parsed)
         plain = json.loads(parser.dump(parsed, format="json", skip_unset=False))
         plain.pop("config", None)
         values = parser.instantiate(parsed)
-        return settings(**{name: values[name] for name in settings.__dataclass_fields__}), plain
-    except (ArgumentError, ValueError, TypeError) as error:
-        files = [Path(word) for word in arguments if word.endswith((".yaml", ".yml", ".json"))]
-        source = "\n".join([*arguments, *(path.read_text("utf-8", "replace") for path in files if path.is_file())])
-        keys = [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
-        keys += [f"rewards.{name}" for name in RewardChoice.__dataclass_fields__]
-        keys += [f"recipe.{name}" for name in inspect.signature(flow_grpo).parameters]
-        raise ConfigurationError(explain(str(error), keys, source)) from error
+        built = settings(**{name: values[name] for name in settings.__dataclass_fields__})
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        problems = _problems(settings, arguments, checks)
+        raise ConfigurationError(*problems or [explain(str(error), [], _source(arguments))]) from error
+    return built, plain
+
+
+def require(checks: Iterable[Check], settings: Any) -> None:
+    """Raise ConfigurationError with everything that the settings do not meet."""
+    if problems := failed(checks, settings):
+        raise ConfigurationError(*problems)
+
+
+def failed(checks: Iterable[Check], settings: Any) -> list[str]:
+    """Describe the checks that fail, one line each, without those that need a setting that is wrong itself."""
+    lines = []
+    for check in checks:
+        try:
+            check(settings)
+        except (_UnknownSettingError, KeyError):
+            continue
+        except INPUT_ERRORS as error:
+            lines += getattr(error, "problems", [error_line(error)])
+    return list(dict.fromkeys(lines))
+
+
+def _parser(settings: type[Any], program: str, skip: set[str] | None = None) -> ArgumentParser:
+    parser = ArgumentParser(prog=program, formatter_class=_HelpFormatter, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a YAML file with any of the settings below")
+    parser.add_class_arguments(settings, None, skip=skip)
+    return parser
 
 
 def _expand_paths(parsed: Any) -> None:
@@ -93,3 +132,161 @@ def _expand_paths(parsed: Any) -> None:
             if not expanded.strip() or "$" in expanded:
                 raise ValueError(f"{key} is {path!r}, which names no path: is a variable of the shell unset?")
             parsed[key] = expanded
+
+
+# Short names
+
+_NAMED = re.compile(
+    r"""(?P<key>(?:^|[\s{,])["']?(?:recipe|strategy|kernel|class_path)["']?\s*:\s*["']?)(?P<name>[A-Za-z]\w*)"""
+    r"""(?=["']?\s*(?:[,}\n\#]|$))""",
+    re.MULTILINE,
+)
+_ONE_TRACKER = re.compile(r"^(trackers\s*:\s*)(\w+)\s*$", re.MULTILINE)
+
+
+def place_of(settings: type[Any]) -> str:
+    """Return where a dataclass is, as in "genalign.cli.config:Train"."""
+    return f"{settings.__module__}:{settings.__qualname__}"
+
+
+def in_full(settings: type[Any], arguments: Sequence[str]) -> list[str]:
+    """Write the short names of settings, recipes, kernels, strategies and trackers in full, in files too.
+
+    A file with short names becomes its text.
+    """
+    names = [entry["name"] for entry in settings_of(place_of(settings))]
+    full: list[str] = []
+    key = ""
+    for index, word in enumerate(arguments):
+        if not word.startswith("--"):
+            full.append(_value_in_full(key, word))
+            key = ""
+            continue
+        key, equals, value = word[2:].partition("=")
+        following = arguments[index + 1] if index + 1 < len(arguments) else ""
+        key = full_name(key, names, value if equals else following)
+        if key == "print_config":
+            value, equals = ",".join(filter(None, [value, "comments"])), "="
+        full.append(f"--{key}{equals}{_value_in_full(key, value) if equals else ''}")
+    return full
+
+
+def _value_in_full(key: str, value: str) -> str:
+    last = key.rpartition(".")[2]
+    if last == "config" and Path(value).expanduser().is_file():
+        text = Path(value).expanduser().read_text("utf-8-sig", "replace")
+        changed = _ONE_TRACKER.sub(r"\1[\2]", _NAMED.sub(lambda found: found["key"] + _public(found["name"]), text))
+        return changed if changed != text else value
+    if last in ("recipe", "strategy", "kernel", "class_path"):
+        return _public(value)
+    return f"[{value}]" if key == "trackers" and re.fullmatch(r"[\w,]+", value) and value != "null" else value
+
+
+def _public(name: str) -> str:
+    return f"genalign.{name}" if name in genalign.__all__ else name
+
+
+# Everything that is wrong
+
+
+class _UnknownSettingError(Exception):
+    """A check reads a setting that is wrong itself, so that it has nothing to say."""
+
+
+def _problems(settings: type[Any], arguments: Sequence[str], checks: Sequence[Check]) -> list[str]:
+    """Describe everything that is wrong with a configuration, one line each."""
+    place = place_of(settings)
+    given = given_settings(place, arguments)
+    if not settings_of(place) or given.unreadable:
+        return []
+    missing = {name.split(".")[0] for name in missing_names(place, given)}
+    lines = [*structure_errors(place, given), *missing_errors(place, given)]
+    entries = {entry["name"]: entry for entry in settings_of(place)}
+    values: dict[str, Any] = {}
+    for name in settings.__dataclass_fields__:
+        parser = _parser(settings, "", {*settings.__dataclass_fields__} - {name})
+        for action in parser._actions:
+            action.required = False  # what is missing has been described
+        own = {key: value for key, value in given.settings.items() if key.split(".")[0] == name}
+        if wrong := _wrong_values(parser, own, entries):
+            lines += wrong
+        if wrong or name in missing:
+            continue
+        try:
+            values[name] = parser.instantiate(_parsed(parser, own))[name]
+        except INPUT_ERRORS as error:
+            lines.append(_with_section(explain(str(error), list(entries)), name, list(entries)))
+    partial = _partial(settings, values)
+    own_checks = [settings.__post_init__] if hasattr(settings, "__post_init__") else []
+    return list(dict.fromkeys([*lines, *failed([*own_checks, *checks], partial)]))
+
+
+def _parsed(parser: ArgumentParser, given: Mapping[str, Any]) -> Any:
+    """Parse settings by full name."""
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+    parsed = parser.parse_args([f"--{name}={text}" for name, text in texts.items()])
+    _expand_paths(parsed)
+    return parsed
+
+
+def _wrong_values(
+    parser: ArgumentParser, given: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Describe each of the settings of a field that the parser refuses.
+
+    The one that an error is about is the one without which the error is another; then it is left out.
+    """
+    lines: list[str] = []
+    rest = dict(given)
+    while (message := _refusal(parser, rest)) is not None:
+        culprit = ""
+        for name in sorted(rest, key=lambda name: -name.count(".")):
+            fewer = {key: value for key, value in rest.items() if not f"{key}.".startswith(f"{name}.")}
+            if _refusal(parser, fewer) != message:
+                culprit = name
+                break
+        keys = known_names(entries, culprit)
+        if culprit and re.search(rf"Option '{culprit.rpartition('.')[2]}' is not accepted", message):
+            lines.append(unknown_setting(culprit, keys))
+        else:
+            lines.append(explain(message, keys, _source(map(str, rest.values())), culprit))
+        if not culprit:
+            break
+        rest = fewer
+    return lines
+
+
+def _with_section(line: str, section: str, names: Sequence[str]) -> str:
+    """Write the setting that a message begins with in full, if sections share its name."""
+    word = line.split()[0]
+    shared = sum(name.endswith(f".{word}") for name in names) > 1
+    return f"{section}.{line}" if shared and f"{section}.{word}" in names else line
+
+
+def _refusal(parser: ArgumentParser, given: Mapping[str, Any]) -> str | None:
+    try:
+        _parsed(parser, given)
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _partial(settings: type[Any], values: Mapping[str, Any]) -> Any:
+    """Build an instance that knows only some of its values: reading another raises ``_UnknownSettingError``."""
+
+    def known(self: Any, name: str) -> Any:
+        if name in settings.__dataclass_fields__ and name not in values:
+            raise _UnknownSettingError(name)
+        return object.__getattribute__(self, name)
+
+    partial = object.__new__(type(settings.__name__, (settings,), {"__getattribute__": known}))
+    for name, value in values.items():
+        object.__setattr__(partial, name, value)
+    return partial
+
+
+def _source(words: Iterable[str]) -> str:
+    """The words of a command line and the text of its files, to find renamed import paths in."""
+    words = list(words)
+    files = [Path(word) for word in words if word.endswith((".yaml", ".yml", ".json"))]
+    return "\n".join([*words, *(path.read_text("utf-8", "replace") for path in files if path.is_file())])

@@ -3,46 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 from genalign.cli import config, parsing
+from genalign.cli.checks import training_checks
 from genalign.cli.context import CommandContext, named_rewards, print_table, require_rate
+from genalign.cli.error_messages import error_line, print_errors
 from genalign.cli.run_prompts import RunPrompts
-from genalign.cli.train import require_trackers
 from genalign.diffusion.policy import Lora, Policy
 from genalign.training.dry_run import DryRun, ToyPipeline, dry_run
 from genalign.training.memory_estimate import Outline, estimate_memory
-from genalign.training.run_folder import RunFolder
-from genalign.training.settings import FittedSettings, optimizer_class
+from genalign.training.settings import FittedSettings
 from genalign.types import Prompt, PromptSet
 
 
 def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign plan``: exit status 2 if training would be refused, with every reason on standard error."""
-    settings, _ = parsing.parse(config.Train, arguments, "plan")
+    checks = list(training_checks(context))
+    settings, _ = parsing.parse(config.Train, arguments, "plan", checks=checks)
     training, sampling = settings.training, settings.sampling
-    reasons: dict[str, None] = {}
+    reasons = dict.fromkeys(parsing.failed(checks, settings))
 
     @contextlib.contextmanager
     def collecting() -> Iterator[None]:
         try:
             yield
         except parsing.INPUT_ERRORS as error:
-            reasons[str(error)] = None
-
-    # Refuse what this machine cannot run
-    requirements: list[Callable[[], object]] = [
-        RunFolder(Path(settings.output)).require_unused,
-        partial(context.require, settings.model),
-        partial(optimizer_class, training),
-        partial(require_trackers, settings.trackers),
-    ]
-    for requirement in requirements:
-        with collecting():
-            requirement()
+            reasons[error_line(error)] = None
 
     # Count the calls; without the checkpoint or the prompts, on placeholders
     count = training.prompts_per_round or FittedSettings.prompts_per_round
@@ -66,8 +53,7 @@ def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
         if outline is not None:
             _print_memory(settings, fitted, outline, guidance, result.stored)
 
-    for reason in reasons:
-        print(f"error: {reason}", file=sys.stderr)
+    print_errors(list(reasons))
     return 2 if reasons else 0
 
 

@@ -5,6 +5,7 @@ The names come from settings.json, which scripts/settings_reference.py writes fr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +18,9 @@ from typing import Any
 
 import yaml
 
+from genalign.assets import presets
 from genalign.cli.commands import Command
-from genalign.cli.error_messages import missing_settings, unknown_setting
+from genalign.cli.error_messages import EXAMPLES, missing_settings, unknown_setting
 
 ALIASES = {
     "lr": "training.learning_rate",
@@ -41,16 +43,20 @@ def settings_table() -> Mapping[str, Any]:
     return content
 
 
-def settings_of(command: Command) -> list[dict[str, Any]]:
-    """List the settings of a command, each with its name, type, help and default."""
-    settings: list[dict[str, Any]] = settings_table()["settings"].get(command.settings, {}).get("settings", [])
+def settings_of(place: str) -> list[dict[str, Any]]:
+    """List the settings of a dataclass such as "genalign.cli.config:Train": their names, types, texts and defaults."""
+    settings: list[dict[str, Any]] = settings_table()["settings"].get(place, {}).get("settings", [])
     return settings
 
 
-def full_name(name: str, names: Sequence[str]) -> str:
-    """Return the setting that a short name stands for: an alias, or the only one that ends in it; else ``name``."""
+def full_name(name: str, names: Sequence[str], value: str = "") -> str:
+    """Return the setting that a short name stands for: an alias, or the only one that ends in it; else ``name``.
+
+    A section that has a path, as ``model``, stands for it where the ``value`` is neither a mapping nor a file of one.
+    """
     if name in names or "." in name:
-        return name
+        is_mapping = value.lstrip().startswith("{") or value.endswith((".yaml", ".yml", ".json"))
+        return f"{name}.path" if f"{name}.path" in names and value and not is_mapping else name
     if ALIASES.get(name) in names:
         return ALIASES[name]
     ends = [one for one in names if one.endswith(f".{name}") and ".NAME." not in one]
@@ -59,33 +65,46 @@ def full_name(name: str, names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Given:
-    """The settings of a command line and its files, by full name, with class paths and arguments as if written flat."""
+    """The settings of a command line and its files, by full name, with class paths and arguments as if written flat.
+
+    Args:
+        settings: The values, as text or as YAML holds them.
+        missing_files: Files of --config that do not exist.
+        unreadable: Files of --config that hold no settings, which the parser describes.
+    """
 
     settings: Mapping[str, Any]
     missing_files: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
-def given_settings(command: Command, arguments: Sequence[str]) -> Given:
-    """Read what is set, without checking it. A file that is no YAML counts as empty: the parser says what is wrong."""
+def given_settings(place: str, arguments: Sequence[str]) -> Given:
+    """Read what is set, without checking it; a value replaces those before it, and those below them."""
     settings: dict[str, Any] = {}
-    missing = []
-    names = [one["name"] for one in settings_of(command)]
-    for name, value in _assignments(command, arguments):
-        if name != "config":
-            settings[full_name(name, names)] = value
-        elif not (value.lstrip().startswith("{") or Path(value).expanduser().is_file()):
-            missing.append(value)
-        else:
-            settings |= dict(_flat(_read(value)))
-    return Given(settings, tuple(missing))
+    missing, unreadable = [], []
+    names = [one["name"] for one in settings_of(place)]
+    for name, value in _assignments(arguments):
+        given: dict[str, Any] = {full_name(name, names, value): value}
+        if name == "config":
+            text, given = value, {}
+            if not _is_text(value):
+                path = Path(value).expanduser()
+                if not path.exists():
+                    missing.append(value)
+                    continue
+                text = path.read_text("utf-8-sig", "replace") if path.is_file() else ""
+            with contextlib.suppress(yaml.YAMLError):
+                given = dict(_flat(yaml.safe_load(text)))
+            unreadable += [] if given else [value]
+        for one in given:
+            settings = {other: old for other, old in settings.items() if not other.startswith(f"{one}.")}
+        settings |= given
+    return Given(settings, tuple(missing), tuple(unreadable))
 
 
-def _assignments(command: Command, arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _assignments(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield every setting of a command line with its value, which is empty where there is none."""
     words = list(arguments)
-    if command.positional and words and not words[0].startswith("-"):
-        word = words.pop(0)
-        if command.positional != "world":
-            yield command.positional, word
     while words:
         word = words.pop(0)
         if word.startswith("--"):
@@ -95,12 +114,9 @@ def _assignments(command: Command, arguments: Sequence[str]) -> Iterator[tuple[s
             yield re.sub(r"\.init_args(?=\.|$)|\.class_path$|\+$", "", name), value
 
 
-def _read(source: str) -> Any:
-    try:
-        text = source if source.lstrip().startswith("{") else Path(source).expanduser().read_text("utf-8-sig")
-        return yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
+def _is_text(value: str) -> bool:
+    """Whether a value of --config is the text of a configuration, not a path."""
+    return "\n" in value or value.lstrip().startswith("{")
 
 
 def _flat(value: Any, before: str = "") -> Iterator[tuple[str, Any]]:
@@ -109,13 +125,11 @@ def _flat(value: Any, before: str = "") -> Iterator[tuple[str, Any]]:
         name = f"{before}{key}"
         if isinstance(inner, dict) and isinstance(inner.get("class_path"), str):
             yield name, inner["class_path"]
-            inner = {**inner.get("init_args", {}), **{k: v for k, v in inner.items() if k not in _CLASS}}
+            own = inner.get("init_args")
+            inner = own if isinstance(own, dict) else {}
         elif not isinstance(inner, dict) or not inner:
             yield name, inner
         yield from _flat(inner, f"{name}.")
-
-
-_CLASS = ("class_path", "init_args", "dict_kwargs")
 
 
 def quick_errors(command: Command, arguments: Sequence[str]) -> list[str]:
@@ -123,19 +137,27 @@ def quick_errors(command: Command, arguments: Sequence[str]) -> list[str]:
 
     The answer is empty, for the parser to describe everything, if the names are right or if values look wrong too.
     """
-    if not settings_of(command):
+    place = command.settings
+    if not settings_of(place):
         return []
-    given = given_settings(command, arguments)
-    wrong, missing = structure_errors(command, given), missing_errors(command, given)
+    if command.positional and arguments and not arguments[0].startswith("-"):
+        first = [] if command.positional == "world" else [f"--{command.positional}", arguments[0]]
+        arguments = [*first, *arguments[1:]]
+    given = given_settings(place, arguments)
+    wrong = structure_errors(place, given)
+    missing = [] if command.name == "demo" else missing_errors(place, given)
+    if missing_names(place, given) == [command.positional]:
+        example = EXAMPLES.get(command.positional, "...")
+        missing = [f"{command.positional} is missing, as in genalign {command.name} {example}"]
     if wrong:
-        return [] if suspicious(command, given) else [*wrong, *missing]
-    return [] if given.settings else missing
+        return [] if suspicious(place, given) else [*wrong, *missing]
+    return [] if given.settings or given.unreadable else missing
 
 
-def structure_errors(command: Command, given: Given) -> list[str]:
+def structure_errors(place: str, given: Given) -> list[str]:
     """Describe files that are missing and settings that do not exist, one line each."""
-    entries = {entry["name"]: entry for entry in settings_of(command)}
-    lines = [f"{file}: no such configuration file" for file in given.missing_files]
+    entries = {entry["name"]: entry for entry in settings_of(place)}
+    lines = [_missing_file(file) for file in given.missing_files]
     lines += [
         unknown_setting(name, known_names(entries, name))
         for name in given.settings
@@ -144,19 +166,33 @@ def structure_errors(command: Command, given: Given) -> list[str]:
     return lines
 
 
-def missing_errors(command: Command, given: Given) -> list[str]:
-    """Name the required settings that are not given, in one line; nothing where a file is missing that may have them."""
-    if given.missing_files or command.name == "demo" or {"resume", "print_config"} & set(given.settings):
-        return []
-    required = [entry["name"] for entry in settings_of(command) if entry.get("required") and not entry.get("group")]
-    starts = {tuple(name.split(".")[:count]) for name in given.settings for count in range(1, 9)}
-    whole = {name for name, value in given.settings.items() if isinstance(value, str)}
-    missing = [
-        name
-        for name in required
-        if tuple(name.split(".")) not in starts and not any(name.startswith(f"{one}.") for one in whole)
-    ]
+def _missing_file(file: str) -> str:
+    if file.startswith("preset:"):
+        return f"there is no preset {file.removeprefix('preset:')!r}: choose from {', '.join(presets())}"
+    return f"{file}: no such configuration file"
+
+
+def missing_errors(place: str, given: Given) -> list[str]:
+    """Name the required settings that are not given, in one line; nothing if there are none."""
+    missing = missing_names(place, given)
     return [missing_settings(missing)] if missing else []
+
+
+def missing_names(place: str, given: Given) -> list[str]:
+    """List the required settings that are not given.
+
+    There are none where a file that may have them is missing, and where none are needed.
+    """
+    if given.missing_files or {"resume", "print_config"} & set(given.settings):
+        return []
+    starts = {".".join(name.split(".")[:count]) for name in given.settings for count in range(1, 9)}
+    whole = {name for name, value in given.settings.items() if isinstance(value, str)}
+    return [
+        entry["name"]
+        for entry in settings_of(place)
+        if entry.get("required") and not entry.get("group") and entry["name"] not in starts
+        if not any(entry["name"].startswith(f"{one}.") for one in whole)
+    ]
 
 
 def known_names(entries: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
@@ -165,16 +201,18 @@ def known_names(entries: Mapping[str, Mapping[str, Any]], name: str) -> list[str
     names = [one.replace(".NAME.", f".{own}.") for one in entries]
     for place, entry in entries.items():
         if kind := entry.get("kind"):
-            inner = [one for about in settings_table()["named"][kind].values() for one in about["settings"]]
-            names += dict.fromkeys(f"{place}.{one['name']}" for one in inner)
-            for one in {one["name"]: one["kind"] for one in inner if "kind" in one}.items():
-                names += _inner_names(f"{place}.{one[0]}", one[1])
+            names += _names_below(place, kind)
     return names
 
 
-def _inner_names(place: str, kind: str) -> list[str]:
-    named = settings_table()["named"][kind].values()
-    return list(dict.fromkeys(f"{place}.{one['name']}" for about in named for one in about["settings"]))
+def _names_below(place: str, kind: str, above: tuple[str, ...] = ()) -> list[str]:
+    """List what any recipe, kernel or strategy at ``place`` takes."""
+    inner = {one["name"]: one for about in settings_table()["named"][kind].values() for one in about["settings"]}
+    names = [f"{place}.{name}" for name in inner]
+    for name, one in inner.items():
+        if one.get("kind", kind) not in (kind, *above):
+            names += _names_below(f"{place}.{name}", one["kind"], (kind, *above))
+    return names
 
 
 def _exists(name: str, entries: Mapping[str, Mapping[str, Any]], given: Given) -> bool:
@@ -213,9 +251,9 @@ def _takes(place: Sequence[str], inner: Sequence[str], kind: str | None, given: 
     )
 
 
-def suspicious(command: Command, given: Given) -> bool:
+def suspicious(place: str, given: Given) -> bool:
     """Whether a value is wrong by its looks, so that the parser would have more to say than the names alone."""
-    entries = {entry["name"]: entry for entry in settings_of(command)}
+    entries = {entry["name"]: entry for entry in settings_of(place)}
     for name, value in given.settings.items():
         entry = entries.get(name) or entries.get(re.sub(r"^(\w+)\.[^.]+", r"\1.NAME", name))
         if entry is not None and not _plausible(entry, value):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from genalign.algorithms.interfaces import with_stronger_kl
 from genalign.cli import config, parsing
+from genalign.cli.checks import training_checks
 from genalign.cli.context import CommandContext, named_rewards, print_table, require_rate
 from genalign.cli.evaluate import build_evaluator
 from genalign.cli.family_defaults import with_family_defaults
@@ -28,8 +28,9 @@ from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import generate
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import Evaluation, load_evaluation, plan_samples, suite_hash
-from genalign.evaluation.paired import gain, task_gains
+from genalign.evaluation.paired import effect_sizes, gain, task_gains
 from genalign.evaluation.report import write_report
+from genalign.evaluation.report.words import gain_verdict
 from genalign.metrics.intervals import Estimate
 from genalign.runtime.distributed import (
     SINGLE_PROCESS,
@@ -62,7 +63,9 @@ def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
     progress, output = Progress(RankShare.from_environment(os.environ).rank == 0), ""
     try:
         with terminable(), progress.phase("reading the configuration and loading rewards"):
-            settings, plain = parsing.parse(config.Train, arguments, "train")
+            checks = list(training_checks(context, resume))
+            settings, plain = parsing.parse(config.Train, arguments, "train", checks=checks)
+            parsing.require(checks, settings)
         output = settings.output
         with terminable(), process_group(os.environ) as processes:
             return run_training(context, settings, plain, resume, processes, progress)
@@ -134,9 +137,10 @@ def run_training(
         The exit status: 130 after Ctrl-C, 143 after SIGTERM, else 0.
     """
     # Refuse what would fail later, before anything is loaded
-    require_trackers(settings.trackers)
     prompts, sharding = RunPrompts.read(settings), _sharding(settings, processes)
-    settings, plain = fit_to_prompts(settings, plain, prompts, processes)
+    if processes.is_main:
+        prompts.warn()
+    plain = {**plain, "training": plain["training"] | settings.training.fit(prompts.training, processes).sizes}
     folder = RunFolder(Path(settings.output), processes)
     checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint.keep, processes)
     checkpoint = checkpoint_in(folder, checkpoints, plain) if resume else None
@@ -179,33 +183,10 @@ def run_training(
 
     # Evaluate the trained model, and write the report
     run.evaluate_after()
+    folder.finish()
     if processes.is_main:
         print(f"report: {write_report(folder.path)}")
     return 0
-
-
-def fit_to_prompts(
-    settings: config.Train, plain: Mapping[str, Any], prompts: RunPrompts, processes: ProcessGroup = SINGLE_PROCESS
-) -> tuple[config.Train, dict[str, Any]]:
-    """Set the sizes of a round that are not set, and warn of evaluation prompts that are trained on.
-
-    Args:
-        settings: The configuration.
-        plain: The configuration as plain JSON.
-        prompts: The prompts of the run.
-        processes: The ranks of the run.
-
-    Returns:
-        Both configurations with all sizes.
-
-    Raises:
-        ValueError: No sizes fit.
-    """
-    if processes.is_main:
-        prompts.warn()
-    fitted = settings.training.fit(prompts.training, processes)
-    sizes = {name: getattr(fitted, name) for name in ("prompts_per_round", "batch_size", "updates_per_round")}
-    return replace(settings, training=fitted), {**plain, "training": plain["training"] | sizes}
 
 
 class TrainingRun:
@@ -338,7 +319,7 @@ class TrainingRun:
         texts = [prompt.text for prompt in prompts]
         grid, guidance = sampling.grid(self.pipeline), sampling.guidance_scale(self.pipeline)
         samples = list[Tensor]()
-        with self.progress.phase("samples", len(texts)) as advance:
+        with self.progress.phase("sampling", len(texts)) as advance:
             for batch in generate(self.pipeline, texts, seeds, grid, guidance, batch_size):
                 samples.append(batch)
                 advance(len(batch))
@@ -382,13 +363,6 @@ def _sharding(settings: config.Train, processes: ProcessGroup) -> Sharding | Non
     return sharding
 
 
-def require_trackers(names: Sequence[str]) -> None:
-    """Raise ValueError for a tracker that is not installed: accelerate would ignore it."""
-    for name in names:
-        if find_spec(name) is None:
-            raise ValueError(f"trackers names {name}, which is not installed: pip install {name}")
-
-
 def trackers(names: Sequence[str], folder: Path, run: str) -> list[Any]:
     """Open experiment trackers through accelerate; a resumed run continues the one with the id ``run`` on a server."""
     if not names:
@@ -404,17 +378,23 @@ def trackers(names: Sequence[str], folder: Path, run: str) -> list[Any]:
 
 def print_gains(before: Evaluation, after: Evaluation) -> None:
     """Print before, after and gain with intervals: the first score by task, and every score overall."""
-    first = before.score_names[0]
+    first, overall = before.score_names[0], gain(before, after)
     estimates = [
         (task, before.tasks[task][first], after.tasks[task][first], gains[first])
         for task, gains in task_gains(before, after).items()
     ]
     estimates += [
         ("overall" if score == first else f"overall: {score}", before.overall[score], after.overall[score], difference)
-        for score, difference in gain(before, after).items()
+        for score, difference in overall.items()
     ]
-    rows = [(name, f"{old.mean:.3f}", f"{new.mean:.3f}", gained.text("+.3f")) for name, old, new, gained in estimates]
-    print_table(("task", "before", "after", "gain (95% interval)"), rows, f"{before.protocol.suite}: {first}")
+    rows = [
+        (name, f"{old.mean:.3f}", f"{new.mean:.3f}", gained.text("+.3f"), str(gained.n))
+        for name, old, new, gained in estimates
+    ]
+    heading = ("task", "before", "after", "gain (95% interval)", "prompts")
+    print_table(heading, rows, f"{before.protocol.suite}: {first}")
+    for score, effect in effect_sizes(before, after).items():
+        print(f"{score}: {gain_verdict(overall[score], effect).text}")
 
 
 _DEMOS = {"shapes": "demo.yaml", "tones": "demo-tones.yaml"}

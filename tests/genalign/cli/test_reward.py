@@ -121,10 +121,10 @@ def test_own_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 BAD = [
-    (["reward", "check"], "name the reward: genalign reward check rewards.clip:ClipReward --args.model shapes-clip"),
-    (["serve"], "name the reward: genalign serve"),
+    (["reward", "check"], "reward is missing, as in genalign reward check rewards.clip.ClipReward"),
+    (["serve"], "reward is missing, as in genalign serve rewards.clip.ClipReward"),
     (["reward", "check", "outside_scores:nothing"], " has no "),
-    (["reward", "check", "outside_scores:Channel", "--args.chanel", "1"], "unknown setting 'chanel'"),
+    (["reward", "check", "outside_scores:Channel", "--args.chanel", "1"], "unknown setting 'reward.chanel'"),
     (["reward", "check", "outside_scores:redness"], "name the samples to score: --samples FOLDER"),
     (["reward", "check", "outside_scores:redness", *SHAPES, "--count", "2"], "at least 4 images"),
     (["reward", "check", "outside_scores:redness", "--samples", "nowhere"], "write a line with file_name and prompt"),

@@ -1,0 +1,58 @@
+"""What ``train`` and ``plan`` require of the settings of a run before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from genalign.algorithms.interfaces import with_stronger_kl
+from genalign.cli.context import CommandContext, prompt_set
+from genalign.cli.run_prompts import RunPrompts
+from genalign.training.run_folder import RunFolder
+from genalign.training.settings import optimizer_class
+
+if TYPE_CHECKING:
+    from genalign.cli import config
+    from genalign.cli.parsing import Check
+
+
+def training_checks(context: CommandContext, resume: bool = False) -> Iterator[Check]:
+    """Yield the requirements of a training run; each raises ValueError or OSError for settings that do not meet it.
+
+    A run that is not resumed needs an unused output.
+    """
+    if not resume:
+        yield lambda settings: RunFolder(Path(settings.output)).require_unused()
+    yield lambda settings: context.require(settings.model)
+    yield lambda settings: optimizer_class(settings.training)
+    yield lambda settings: require_trackers(settings.trackers)
+    yield lambda settings: prompt_set(settings.prompts)
+    for section in ("held_out", "reward_hacking", "before_after"):
+        yield partial(_require_prompts, section)
+    yield lambda settings: settings.training.fit(RunPrompts.read(settings).training)
+    yield _require_penalty
+
+
+def _require_prompts(section: str, settings: config.Train) -> None:
+    source = settings.evaluation_prompts().get(section)
+    if source is not None:
+        prompt_set(source)
+
+
+def _require_penalty(settings: config.Train) -> None:
+    """Raise ValueError if a red report raises the weight of a penalty that the objective does not have."""
+    minimum = settings.reward_hacking.on_red.raise_kl
+    if minimum is not None:
+        with_stronger_kl(settings.recipe.objective, minimum)
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError for trackers that are not installed: accelerate would ignore them."""
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise ValueError(
+            f"trackers names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed:"
+            f" pip install {' '.join(missing)}"
+        )
