@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,22 +68,18 @@ def evaluate(
     """
     if not source.specs:
         raise ValueError("an evaluation needs at least one sample")
-    write, own = write or numbered_files(None), list[tuple[int, list[SampleRecord]]]()
+    write, own = write or numbered_files(None), list[list[Any]]()
     with progress.phase("sampling", len(source.specs)) as advance:
         for number in processes.padded_indices(len(source)):
-            batches = source.batch(number % len(source))
-            if number >= len(source):
-                list(batches)  # only so that every rank runs the network
-                continue
-            records = list[SampleRecord]()
-            for batch in batches:
-                records += _scored(batch, scorer, output, write, number * source.batch_size + len(records))
-            own.append((number, records))
-            advance(len(records) * processes.world_size)
+            if number < len(source):
+                records, _ = _scored_batch(source, number, scorer, output, write, {})
+                own.append([number, [record_as_dict(record) for record in records]])
+                advance(len(records) * processes.world_size)
+            else:
+                list(source.batch(number % len(source)))  # only so that every rank runs the network
 
     # Gather the batches of all ranks, and join them in order
-    rows = [[number, [record_as_dict(record) for record in records]] for number, records in own]
-    gathered = sorted((row for rank in processes.all_gather_object(rows) for row in rank), key=lambda row: row[0])
+    gathered = sorted((row for rank in processes.all_gather_object(own) for row in rank), key=lambda row: row[0])
     evaluation = Evaluation(protocol, tuple(record_from_dict(row) for _, batch in gathered for row in batch))
     if output and processes.is_main:
         evaluation.save(output)
@@ -112,8 +109,8 @@ def evaluate_share(
         progress: Display of all samples of the share.
     """
     ledger = ledger or Ledger()
-    numbers = [number for number in share.indices(len(source)) if not folder.is_done(number)]
-    sizes = {number: len(source.specs[number * source.batch_size :][: source.batch_size]) for number in numbers}
+    numbers, size = [n for n in share.indices(len(source)) if not folder.is_done(n)], source.batch_size
+    sizes = {number: len(range(len(source.specs))[number * size : (number + 1) * size]) for number in numbers}
     with progress.phase("sampling", sum(sizes.values())) as advance:
         for number in numbers:
             with folder.claims.try_claim(number) as claimed:
@@ -129,7 +126,7 @@ def _scored_batch(
     source: SampleSource,
     number: int,
     scorer: SampleScorer,
-    output: Path,
+    output: Path | None,
     write: SampleWriter,
     features: Mapping[str, FeatureFunction],
 ) -> tuple[list[SampleRecord], dict[str, Tensor]]:

@@ -128,7 +128,7 @@ class EvaluationFolder:
         return Claims(self.path / "locks")
 
     def is_done(self, number: int) -> bool:
-        """Whether a batch is finished."""
+        """Whether the records of a batch, and with them its samples, are on disk."""
         return self._batch_file(number).is_file()
 
     def num_unfinished(self, count: int) -> int:
