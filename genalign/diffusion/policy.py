@@ -23,9 +23,12 @@ ATTENTION = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on the linear layers whose names end in one of ``targets``.
+    """Low-rank adapters on linear layers.
 
-    ``targets`` None takes all projections of all attention layers of the network.
+    Args:
+        rank: Rank of the adapter's matrices.
+        alpha: Scale of the adapter, which is multiplied by alpha / rank.
+        targets: Ends of the names of the layers, such as to_q; null takes all projections of all attention layers.
     """
 
     rank: int = 32

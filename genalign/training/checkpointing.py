@@ -35,7 +35,12 @@ _PART = ".part"  # the suffix of folders that are unfinished, or being removed
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """Settings: write a checkpoint every ``every`` rounds, and retain the last ``keep``."""
+    """Checkpoints of a run, from which it is resumed.
+
+    Args:
+        every: Number of rounds between two checkpoints; also the most that a crash costs.
+        keep: Number of newest checkpoints that are retained, each with the adapter of its round in lora/.
+    """
 
     every: int = 1
     keep: int = 2

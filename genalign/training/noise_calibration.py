@@ -27,10 +27,14 @@ from genalign.types import Grid, Prompt
 
 @dataclass(frozen=True)
 class Calibration:
-    """Settings: the noise level of every step moves after each of ``iterations`` rounds of samples.
+    """A calibration of the noise level of every step, which moves after each round of samples.
 
-    It moves by ``step`` of its first value: up if the numbers of gains and losses differ by less than ``band`` standard
-    deviations, down otherwise. It stays within ``bounds`` times its first value.
+    Args:
+        iterations: Number of rounds of samples.
+        step: Move of a level, as a fraction of its first value.
+        band: Difference of the numbers of gains and losses, in standard deviations, below which a level rises; above
+            it falls.
+        bounds: Smallest and largest level, as multiples of its first value.
     """
 
     iterations: int = 20

@@ -30,7 +30,12 @@ Side = Literal["either", "fall", "rise"]
 
 @dataclass(frozen=True)
 class Limit:
-    """The shifts beyond which a signal is amber, or red; the whole 95% interval must lie beyond them."""
+    """The shifts beyond which a signal is amber, or red; the whole 95% interval must lie beyond them.
+
+    Args:
+        amber: Shift from which a signal is amber.
+        red: Shift from which it is red.
+    """
 
     amber: float
     red: float

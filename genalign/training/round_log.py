@@ -98,7 +98,12 @@ def log_round(trackers: Sequence[Any], step: int, row: Mapping[str, Any], folder
 
 @dataclass(frozen=True)
 class SampleGrid:
-    """Settings: ``count`` samples every ``every`` rounds, and after the first and the last; 0 is off."""
+    """Pictures, or clips, of what the model generates during training.
+
+    Args:
+        every: Number of rounds between two grids, beside those after the first and the last round; 0 turns them off.
+        count: Number of samples, of evenly spaced training prompts.
+    """
 
     every: int = 0
     count: int = 8

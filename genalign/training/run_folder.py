@@ -28,7 +28,7 @@ RUN_FORMAT = 2
 """The format of a run's folder: 2 since genalign 0.2.0; folders of genalign 0.1.0 name none in environment.json."""
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "genalign")
 _PEFT_README = """\
-The adapter of `../lora` in PEFT's format, for `PeftModel.from_pretrained(network, "peft/adapter")`, in training scripts.
+The adapter of `../lora` in PEFT's format, for `PeftModel.from_pretrained(network, "peft/adapter")`.
 diffusers' `load_lora_weights` would load nothing of it, without an error: give that `lora/`.
 """
 
@@ -101,6 +101,13 @@ class RunFolder:
             )
         write_text(path, "".join(lines[:rounds]))
         write_json(self.path / "config.json", config)
+
+    def finish(self) -> None:
+        """Record the time at which the run ended, its evaluations included."""
+        if self.processes.is_main:
+            path = self.path / "environment.json"
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, facts | {"finished": datetime.now(UTC).isoformat(timespec="seconds")})
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl and flush it to the disk."""

@@ -23,21 +23,32 @@ _PROMPTS, _SAMPLES, _UPDATES = 16, 96, 2  # the largest sizes of a round, a batc
 class TrainerSettings:
     """Size of a round, optimization, and limits on failures.
 
-    A round samples ``prompts_per_round`` x ``group_size`` samples in batches of ``batch_size``, and makes
-    ``updates_per_round`` optimizer steps on them. Those of the three that are None fit the prompts: 16 prompts in 2
-    updates of batches of up to 96 samples, or less for a small prompt set (``fit``). A run ends after ``rounds``, or
-    with the round that reaches ``max_nfe`` denoiser evaluations of single samples (guidance counts twice).
+    A round samples ``prompts_per_round`` x ``group_size`` samples in batches, and makes ``updates_per_round`` optimizer
+    steps on them. Sizes that are null fit the prompt set (``fit``).
 
-    The learning rate rises linearly over ``warmup_rounds``; from there it is constant, or falls to zero at the end of
-    the run, linearly or as half a cosine. "adamw8bit" keeps Adam's moments in 8 bits (bitsandbytes, an extra).
-
-    A run stops if more than ``max_failed_fraction`` of a round's samples could not be scored, and after
-    ``max_skipped_updates`` consecutive updates that were skipped because their gradient was not finite. If memory runs
-    out in an update, the run stops ("stop"), or continues with smaller micro-batches ("halve"), which changes gradients
-    by rounding only.
-
-    With ``overlap_scoring``, a batch is decoded and scored in a thread while the next one is sampled, for rewards that
-    wait for something else, such as a server. Results are the same; one more batch is in memory.
+    Args:
+        rounds: Number of rounds after which the run ends.
+        max_nfe: Number of denoiser evaluations of single samples (guidance counts twice) with whose round the run ends,
+            if that comes first; null for no limit.
+        prompts_per_round: Number of different prompts in a round; null takes 16, or as many as a small prompt set has.
+        group_size: Number of samples of each prompt, which are compared with each other.
+        batch_size: Number of samples on the device at once, a multiple of ``group_size``; null takes up to 96.
+        updates_per_round: Number of optimizer steps in a round, each on another part of its samples; null takes 2, or 1
+            where the prompts do not divide.
+        learning_rate: Learning rate of the optimizer, at its highest.
+        learning_rate_schedule: Learning rate after the warm-up: constant, or falling to zero at the end of the run,
+            linearly or as half a cosine.
+        warmup_rounds: Number of rounds in which the learning rate rises linearly to ``learning_rate``.
+        optimizer: "adamw", or "adamw8bit" with moments in 8 bits (bitsandbytes, an extra).
+        weight_decay: Weight decay of the optimizer.
+        max_grad_norm: Norm to which gradients are clipped.
+        seed: Seed of the prompts' order, of all noise and of a new adapter.
+        max_failed_fraction: Fraction of a round's samples without a score above which the run stops.
+        max_skipped_updates: Number of consecutive updates with a gradient that is not finite after which the run stops.
+        on_out_of_memory: Whether a run stops if memory runs out in an update, or continues with half the micro-batch,
+            which changes gradients by rounding only.
+        overlap_scoring: Whether a batch is decoded and scored in a thread while the next one is sampled, for rewards
+            that wait, such as for a server. Results are the same; one more batch is in memory.
     """
 
     rounds: int = 100
