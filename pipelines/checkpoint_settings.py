@@ -121,7 +121,6 @@ _UNET = {
     "in_channels": Key("honored by the latents; must be the channels of the VAE"),
     "time_cond_proj_dim": Key("honored by model.distilled_guidance"),
 }
-_PACKED = {"in_channels": _INPUT, "guidance_embeds": Key("honored by model.distilled_guidance")}
 _SHIFTED = {"block_out_channels": _SIZE, "scaling_factor": _SCALING, "shift_factor": _SCALING}
 COMPONENT_KEYS: Mapping[str, Mapping[str, Mapping[str, Key]]] = {
     "StableDiffusionPipeline": {
@@ -146,7 +145,10 @@ COMPONENT_KEYS: Mapping[str, Mapping[str, Mapping[str, Key]]] = {
         },
         "vae": _SHIFTED,
     },
-    "FluxPipeline": {"transformer": _PACKED, "vae": _SHIFTED},
+    "FluxPipeline": {
+        "transformer": {"in_channels": _INPUT, "guidance_embeds": Key("honored by model.distilled_guidance")},
+        "vae": _SHIFTED,
+    },
     "SanaPipeline": {
         "transformer": {
             "sample_size": _SIZE,
@@ -155,7 +157,10 @@ COMPONENT_KEYS: Mapping[str, Mapping[str, Mapping[str, Key]]] = {
         "vae": {"encoder_block_out_channels": _SIZE, "scaling_factor": _SCALING},
     },
     "QwenImagePipeline": {
-        "transformer": _PACKED,
+        "transformer": {
+            "in_channels": _INPUT,
+            "guidance_embeds": Key("the network of diffusers itself fails with it", (False,)),
+        },
         "vae": dict.fromkeys(("latents_mean", "latents_std", "z_dim"), _SCALING),
     },
     "StableAudioPipeline": {
@@ -195,6 +200,12 @@ def check_settings(pipe: DiffusionPipeline) -> None:
             f" {', '.join(SCHEDULERS[name])}"
         )
     _check_scheduler(scheduler, SCHEDULERS[name][kind])
+
+    for part, keys in COMPONENT_KEYS[name].items():
+        config = getattr(components.get(part), "config", None)
+        for key, setting in keys.items():
+            if setting.only is not None:
+                _require(setting, key, getattr(config, key, setting.only[0]), f"{part}/config.json")
 
     # The scalings of latents that some pipelines of diffusers read and others do not
     read = COMPONENT_KEYS[name]["vae"]

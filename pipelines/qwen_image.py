@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Unpack
 
 import torch
-from diffusers import DiffusionPipeline, QwenImagePipeline
+from diffusers import QwenImagePipeline
 from torch import Tensor
 
-from pipelines.base import Options, unscale
+from pipelines.base import unscale
 from pipelines.flows import PackedFlowPipeline, pack, unpack
 
 
@@ -19,16 +18,6 @@ class QwenImage(PackedFlowPipeline):
     kind = QwenImagePipeline
     guidance_default = 4.0
     default_negative = " "
-
-    def __init__(self, pipe: DiffusionPipeline, **options: Unpack[Options]) -> None:
-        super().__init__(pipe, **options)
-        if self.is_distilled and self.distilled_guidance is None:
-            raise ValueError("this model takes its guidance as an input, without a default: set distilled_guidance")
-
-    @property
-    def is_distilled(self) -> bool:
-        """Whether guidance is an input of the network."""
-        return bool(self.denoiser.config.guidance_embeds)
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return zeros for texts of the greatest length, of which no token is masked."""
@@ -47,7 +36,6 @@ class QwenImage(PackedFlowPipeline):
         tokens = self.call_denoiser(
             hidden_states=pack(x),
             timestep=timestep / 1000,
-            guidance=torch.full((len(x),), self.network_guidance, device=x.device) if self.is_distilled else None,
             encoder_hidden_states=tensors["context"],
             encoder_hidden_states_mask=None if bool(tensors["mask"].all()) else tensors["mask"],
             img_shapes=[[(1, self.height // 2, self.width // 2)]] * len(x),

@@ -327,3 +327,46 @@ def test_training_levels_of_an_edm_scheduler_are_on_its_path() -> None:
     torch.testing.assert_close(level.timestep, 0.25 * level.sigma.log())
     explicit = ours.grid(2, [50.0, 1.0])
     assert explicit.sigma.tolist() == [50.0, 1.0, 0.0] and float(explicit.timestep[1]) == 0.0
+
+
+def _network(family: str, **settings: Any) -> Any:
+    """The denoiser of a tiny checkpoint with other settings and random weights."""
+    own = tiny_checkpoints.FAMILIES[family]
+    shared = _pipe(family).components[own.ours.denoiser_name]
+    torch.manual_seed(0)
+    network = type(shared).from_config(shared.config, **settings)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    return network
+
+
+def _compared(family: str, network: Any, guidance: float, options: dict[str, Any], call: dict[str, Any]) -> Tensor:
+    """Our samples with a network, which must equal those of diffusers when it is called with ``call``."""
+    spec = tiny_checkpoints.FAMILIES[family]
+    ours = spec.ours(_with(family, transformer=network), **{**spec.options, **options})
+    samples = _ours(ours, guidance)
+    first_order: Any = ours.first_order
+    ours.pipe.scheduler = first_order.from_config(ours.pipe.scheduler.config, **spec.scheduler)
+    named = {"num_inference_steps": STEPS, "output_type": "pt", "return_dict": False, **spec.options, **spec.extra}
+    theirs = ours.pipe(PROMPTS, latents=spec.noise(_plain_noise(ours)), **{**named, **call})[0]
+    torch.testing.assert_close(samples, theirs, rtol=0, atol=5e-4)
+    return samples
+
+
+def test_a_network_that_learned_a_variance_equals_diffusers() -> None:
+    _compared("sana", _network("sana", out_channels=8), 3.0, {}, {"guidance_scale": 3.0})
+
+
+def test_flux_without_distilled_guidance_takes_a_negative_prompt() -> None:
+    network, options = _network("flux", guidance_embeds=False), {"negative_prompt": "two blue squares"}
+    call = {"true_cfg_scale": 40.0, "negative_prompt": ["two blue squares"] * 2}
+    guided = _compared("flux", network, 40.0, options, call)
+    plain = _compared("flux", network, 1.0, {}, {"true_cfg_scale": 1.0})
+    assert not torch.allclose(guided, plain, atol=1e-3)
+
+
+def test_a_guidance_distilled_qwen_image_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"transformer/config\.json has guidance_embeds True, which is not supported"):
+        tiny_checkpoints.FAMILIES["qwen_image"].ours(
+            _with("qwen_image", transformer=_network("qwen_image", guidance_embeds=True))
+        )
