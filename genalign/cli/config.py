@@ -44,8 +44,8 @@ class Model:
         height: Height of the images in pixels; null takes the checkpoint's own.
         width: Width of the images in pixels; null takes the checkpoint's own.
         seconds: Length of the audio clips; null takes the checkpoint's own.
-        negative_prompt: Text that guidance leads away from, in training, search and evaluation. The empty text takes the
-            default of the model's family; any other needs a guidance above 1.
+        negative_prompt: Text that guidance leads away from, in training, search and evaluation. The empty text takes
+            the default of the model's family; any other needs a guidance above 1.
         max_sequence_length: Maximum number of text tokens, for families that let it be set.
         distilled_guidance: Guidance scale that a guidance-distilled model (FLUX.1-dev) receives as an input.
         compiled: Run the denoiser through torch.compile. Compilation takes minutes at the start and for every new batch

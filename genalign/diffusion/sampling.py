@@ -14,10 +14,10 @@ from genalign.types import Grid, Pipeline
 class Sampling:
     """Settings of plain sampling.
 
-    Attributes:
+    Args:
         num_steps: The number of steps T of the sampling grid.
-        sigmas: The noise levels (T), falling, without the final 0; None takes the scheduler's grid.
-        guidance: The classifier-free guidance scale; 1 for no guidance, None for the default of the model's family.
+        sigmas: The noise levels (T), falling, without the final 0; null takes the grid of the checkpoint's scheduler.
+        guidance: The classifier-free guidance scale; 1 is no guidance, null the default of the model's family.
     """
 
     num_steps: int = 10
