@@ -277,7 +277,7 @@ class SetScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluate:
     """The samples that an evaluation makes, or finds on disk, and what is measured on them.
 
     Args:
@@ -285,7 +285,8 @@ class Evaluation:
         model: The generator; null for ``samples``.
         lora: An adapter of the model: the folder of a run, its lora/ folder, a .safetensors file or a Hub id.
         samples: A folder of another program's samples, which are scored in place of a model's. They have GenEval's
-            layout, or a prompts.jsonl with a line {"file_name": ..., "prompt": ...} for each.
+            layout, or a prompts.jsonl with a line {"file_name": ..., "prompt": ...} for each; or the folder of a
+            finished evaluation.
         rewards: Rewards by name; the first one leads on the page.
         set_rewards: Scores of all samples at once, by name.
         sampling: Sampling settings.
@@ -323,7 +324,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluatePrompts(Evaluation):
+class EvaluatePrompts(Evaluate):
     """An evaluation of any model, or of any samples, on any prompts by any rewards.
 
     Run the command again to resume it; processes that run it at the same time share the samples.
@@ -381,7 +382,7 @@ class EvaluateTones(EvaluateShapes):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateGenEval(Evaluation):
+class EvaluateGenEval(Evaluate):
     """An evaluation of a model, or of images in GenEval's layout, on a GenEval prompt file.
 
     Run the command again to resume it; processes that run it at the same time share the samples.
@@ -405,7 +406,7 @@ class EvaluateGenEval(Evaluation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateBenchmark(Evaluation):
+class EvaluateBenchmark(Evaluate):
     """An evaluation of a model, or of samples on disk, on a benchmark's own files, by its own rules.
 
     Run the command again to resume it; processes that run it at the same time share the samples.

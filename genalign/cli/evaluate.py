@@ -162,7 +162,7 @@ class _Inputs:
     ledger: Ledger
 
 
-def _run(context: CommandContext, settings: config.Evaluation, plain: Mapping[str, Any], task: Task) -> int:
+def _run(context: CommandContext, settings: config.Evaluate, plain: Mapping[str, Any], task: Task) -> int:
     """Score this process's share of the samples; the process that finishes the last one writes the results."""
     scorers = [*task.scorers, *([RewardScorer(_rewards(settings))] if settings.rewards else [])]
     if not scorers:
@@ -196,7 +196,7 @@ def _run(context: CommandContext, settings: config.Evaluation, plain: Mapping[st
     return 0
 
 
-def _rewards(settings: config.Evaluation) -> Mapping[str, RewardFunction]:
+def _rewards(settings: config.Evaluate) -> Mapping[str, RewardFunction]:
     return {reward.name: reward for reward in named_rewards(settings.rewards)}
 
 
@@ -210,7 +210,7 @@ def _verifier(task: Task, plain: Mapping[str, Any]) -> str:
 
 def _generated(
     context: CommandContext,
-    settings: config.Evaluation,
+    settings: config.Evaluate,
     plain: Mapping[str, Any],
     task: Task,
     verifier: str,
@@ -242,7 +242,7 @@ def _by_task(specs: Sequence[SampleSpec]) -> dict[str, list[SampleSpec]]:
 
 def _files(
     context: CommandContext,
-    settings: config.Evaluation,
+    settings: config.Evaluate,
     plain: Mapping[str, Any],
     task: Task,
     verifier: str,

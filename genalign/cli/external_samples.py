@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from genalign.evaluation.evaluate import SampleSpec
+from genalign.evaluation.evaluate import SampleSpec, load_evaluation
+from genalign.evaluation.folder import PROMPTS, EvaluationFolder
 from genalign.evaluation.geneval.result_files import read_samples
 from genalign.runtime.media import AUDIO_SUFFIXES, inside, read_image, read_waveform
 from genalign.runtime.prompt_files import read_listing
@@ -30,7 +31,7 @@ class ExternalSamples:
 
 
 def external_samples(root: Path, prompts: PromptSet | None, world: World | None) -> ExternalSamples:
-    """List the samples of a folder with a prompts.jsonl, or in GenEval's layout.
+    """List the samples of a finished evaluation, of a folder with a prompts.jsonl, or in GenEval's layout.
 
     Args:
         root: The folder.
@@ -38,10 +39,15 @@ def external_samples(root: Path, prompts: PromptSet | None, world: World | None)
         world: The world of the prompts, of which any split's prompt is taken, and which reads the files.
 
     Raises:
-        FileNotFoundError: The folder or a file is missing, or the folder has neither of the two forms.
+        FileNotFoundError: The folder or a file is missing, or the folder has none of the three forms.
         ValueError: A line cannot be used, a prompt is not among the prompts, or clips differ in sample rate.
     """
-    listed = _numbered(root) if next(root.glob("*/metadata.jsonl"), None) else _listed(root)
+    if (root / "summary.json").is_file():
+        listed = _evaluated(root)
+    elif next(root.glob("*/metadata.jsonl"), None):
+        listed = _numbered(root)
+    else:
+        listed = _listed(root)
     if not listed:
         raise ValueError(f"{root} has no sample to evaluate: list one or more")
     if missing := next((path for _, path in listed if not path.is_file()), None):
@@ -55,6 +61,17 @@ def external_samples(root: Path, prompts: PromptSet | None, world: World | None)
         return ExternalSamples(specs, files, read_image, None)
     rate = read_waveform(files[0]).sample_rate
     return ExternalSamples(specs, files, lambda path: _waveform(path, rate), rate)
+
+
+def _evaluated(root: Path) -> list[tuple[SampleSpec, Path]]:
+    """List the samples of a finished evaluation, such as to score them by other rewards."""
+    folder, records = EvaluationFolder(root), load_evaluation(root).records
+    prompts = folder.prompts() if (root / PROMPTS).is_file() else {}
+    if any(record.image is None for record in records):
+        raise ValueError(f"the samples of {root} were not saved: evaluate the model again")
+    return [
+        (SampleSpec(prompts.get((r.task, r.prompt), Prompt(r.prompt)), r.sample), root / str(r.image)) for r in records
+    ]
 
 
 def _listed(root: Path) -> list[tuple[SampleSpec, Path]]:

@@ -148,6 +148,15 @@ def test_an_interrupted_evaluation_resumes_with_equal_files(
     assert "holds an evaluation with other settings (protocol.guidance): choose another" in message
 
 
+def test_the_samples_of_an_evaluation_are_scored_by_other_rewards(command: list[str]) -> None:
+    assert main([*command, "--output", "base"]) == 0
+    reward = ["--rewards.length.function", "my_scores.length"]
+    assert main(["evaluate", "prompts", "--samples", "base", *reward, "--output", "again"]) == 0
+    base, again = load_evaluation(Path("base")), load_evaluation(Path("again"))
+    assert [(r.task, r.prompt, r.sample) for r in again.records] == [(r.task, r.prompt, r.sample) for r in base.records]
+    assert again.records[0].image == "../base/images/00000.png" and again.score_names == ("length",)
+
+
 def _evaluate(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     raise SystemExit(main(arguments))
