@@ -134,3 +134,24 @@ def test_defaults_are_filled_in_wherever_a_recipe_has_them() -> None:
     assert with_recorded_defaults(plain, filled) == filled
     for untouched in ({"class_path": "genalign.nft", "init_args": {"beta": 1.0}}, {"class_path": "genalign.nft"}):
         assert with_family_defaults({"recipe": untouched}, ToyPipeline.flow(3), {})["recipe"] == untouched
+
+
+def test_a_search_samples_by_the_familys_guidance_and_a_negative_prompt(own_rewards: Path) -> None:
+    checkpoint = FAMILIES["sd15"].save(own_rewards / "sd15")
+    texts = {"plain": "", "negative": "two big blue squares"}
+    for name, text in texts.items():
+        settings = {
+            "output": str(own_rewards / name),
+            "model": {"path": str(checkpoint), "negative_prompt": text},
+            "prompts": str(own_rewards / "prompts.txt"),
+            "rewards": {"bright": {"function": "family_rewards.brightness"}},
+            "strategy": {"class_path": "genalign.BestOfN", "init_args": {"candidates": 2}},
+            "sampling": {"num_steps": 3},
+        }
+        path = own_rewards / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        for _ in range(2):  # the second continues the finished search
+            assert main(["steer", "--config", str(path)]) == 0
+        assert json.loads((own_rewards / name / "config.json").read_text())["sampling"]["guidance"] == 7.5
+    rows = {name: (own_rewards / name / "scores.jsonl").read_text() for name in texts}
+    assert rows["plain"] != rows["negative"]
