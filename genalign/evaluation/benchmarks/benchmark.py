@@ -25,6 +25,23 @@ MISSING, LEFT_OUT = "missing answers", "images left out"
 """The names of the counts that every ``Benchmark.aggregate`` reports."""
 
 
+_EXAMPLES: Mapping[str, str] = {
+    "questions": "rewards.blip_vqa.BlipVqa",
+    "answers": '"{class_path: rewards.vqa.AnswerModel, init_args: {model: FOLDER_OR_HUB_ID}}"',
+    "checklist": (
+        '"{class_path: rewards.remote.vlm_judges.ChecklistJudge, init_args: {endpoint: {url: URL, model: NAME}}}"'
+    ),
+    "reader": "rewards.ocr.rapidocr",
+    "detector": "rewards.backbones.detectors.GroundingDino",
+    "similarity": '"{class_path: rewards.clip.ClipReward, init_args: {model: openai/clip-vit-base-patch32}}"',
+    "depth": "rewards.backbones.depth.DepthModel",
+    "faces": "my_module.faces",
+    "style": "my_module.styles",
+    "style_train": "FOLDER",
+    "style_test": "FOLDER",
+}
+
+
 @dataclass(frozen=True)
 class Judges:
     """The models that judge images. A benchmark needs a few of them; the others may be absent.
@@ -62,7 +79,10 @@ class Judges:
         """Return the judge ``name``. Raises ValueError where it is absent."""
         judge = getattr(self, name)
         if judge is None:
-            raise ValueError(f"this benchmark needs judges.{name}: docs/benchmarks.md lists what can be given")
+            raise ValueError(
+                f"this benchmark needs judges.{name}: name one, as in --judges.{name} {_EXAMPLES[name]}"
+                " (docs/benchmarks.md)"
+            )
         return judge
 
 
@@ -81,6 +101,10 @@ def describe(judge: Any) -> Any:
             "class": type(judge).__name__,
             **{item.name: describe(getattr(judge, item.name)) for item in fields(judge)},
         }
+    if isinstance(judge, Mapping):
+        return {str(key): describe(value) for key, value in judge.items()}
+    if isinstance(judge, list | tuple):
+        return [describe(value) for value in judge]
     if judge is None or isinstance(judge, str | int | float):
         return judge
     named = judge if hasattr(judge, "__qualname__") else type(judge)

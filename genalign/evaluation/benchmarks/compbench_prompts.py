@@ -60,11 +60,11 @@ def read_compbench(paths: Sequence[Path]) -> PromptSet:
 
 
 def _list_name(path: Path) -> str | None:
-    """Return which of the lists a file is: "nouns", "spatial" or "action"; None for prompts."""
+    """Return which of the lists a file is: "nouns", "spatial", "action" or "both"; None for prompts."""
     if path.name == "new_objects.txt":
         return "nouns"
-    match = re.fullmatch(r"complex_\w+_(spatial|action)", path.stem)
-    return match and match[1]
+    match = re.fullmatch(r"complex_[a-z]+_(spatial|action|spatialaction)", path.stem)
+    return match and match[1].replace("spatialaction", "both")
 
 
 def _read_lists(paths: Sequence[Path]) -> Lists:

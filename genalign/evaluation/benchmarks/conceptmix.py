@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,19 +32,21 @@ from genalign.types import Prompt, PromptSet
 def read_conceptmix(paths: Sequence[Path]) -> PromptSet:
     """Read files such as "300_sentences_k=2.json", a list of objects with sentence and question, a list of texts.
 
-    The task is "k=2" for three questions: k concepts beside the object. Raises ValueError that names an invalid row.
+    The task is "k=2" as in the file's name, or by the number of questions less one: k concepts beside the object.
+    Raises ValueError that names an invalid row.
     """
     prompts: list[Prompt] = []
     for path in paths:
         rows = read_json(path)
         if not isinstance(rows, list):
             raise ValueError(f"{path} is not a list: give a file of ConceptMix's sentence_collection")
+        match = re.search(r"k=\d+", path.stem)
         for number, row in enumerate(rows, start=1):
-            prompts.append(_prompt(f"{path}, item {number}", row))
+            prompts.append(_prompt(f"{path}, item {number}", row, match and match[0]))
     return distinct_prompts("conceptmix", prompts)
 
 
-def _prompt(where: str, row: Any) -> Prompt:
+def _prompt(where: str, row: Any, k: str | None) -> Prompt:
     """Turn a row into a prompt, without blank questions, as the original skips them."""
     text = row.get("sentence") or row.get("prompt") if isinstance(row, dict) else None
     listed = row.get("question") if isinstance(row, dict) else None
@@ -52,7 +55,7 @@ def _prompt(where: str, row: Any) -> Prompt:
     questions = [question.strip() for question in listed if question.strip()]
     if not questions:
         raise ValueError(f"{where}: there is no question about {text!r}")
-    return Prompt(text, {"tag": f"k={len(questions) - 1}", "questions": questions, "prompt": text})
+    return Prompt(text, {"tag": k or f"k={len(questions) - 1}", "questions": questions, "prompt": text})
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,11 @@ class FullMarkScorer:
 
 def aggregate_conceptmix(records: Sequence[SampleRecord], prompts: PromptSet) -> dict[str, float]:
     """Average full marks over prompts and then over k, in percent; the concept fraction is over all answers."""
-    marks, fractions, given = dict[str, list[float]](), dict[str, list[float | None]](), list[float | None]()
+    marks, fractions, everything = dict[str, list[float]](), dict[str, list[float | None]](), list[float | None]()
     for prompt, rows in by_prompt(records, prompts):
         count = len(require_metadata(prompt, "questions"))
         answers = [answer for row in rows for answer in answers_of(row, "conceptmix", count)]
-        given += answers
+        everything += answers
         marks.setdefault(prompt.task, []).append(average(row.scores["conceptmix"] for row in rows))
         right = [None if answer is None else float(answer >= 0.5) for answer in answers]
         fractions.setdefault(prompt.task, []).extend(right)
@@ -83,7 +86,7 @@ def aggregate_conceptmix(records: Sequence[SampleRecord], prompts: PromptSet) ->
         "concept fraction": average(percent(values) for values in fractions.values()),
         **{f"full mark, {k}": percent(marks[k]) for k in sorted(marks)},
         **{f"concept fraction, {k}": percent(fractions[k]) for k in sorted(fractions)},
-        **missing_counts(given, (row.scores["conceptmix"] for row in records)),
+        **missing_counts(everything, (row.scores["conceptmix"] for row in records)),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from genalign.evaluation.evaluate import SampleRecord
 from genalign.evaluation.scorers import Judgment
 from genalign.runtime.text_files import read_text
 from genalign.types import Prompt, PromptSet
+
+_log = logging.getLogger(__name__)
 
 
 def read_dpg(paths: Sequence[Path]) -> PromptSet:
@@ -61,20 +64,24 @@ def _read_table(path: Path) -> dict[str, dict[str, Any]]:
     """Read text and questions of each item, with the numbers of propositions replaced by indices."""
     rows_by_item: dict[str, list[dict[str, str]]] = {}
     table: dict[str, dict[str, Any]] = {}
+    unknown = 0
     try:
         for row in csv.DictReader(io.StringIO(read_text(path), newline="")):
             rows_by_item.setdefault(row["item_id"], []).append(row)
         for item, rows in rows_by_item.items():
             index = {int(row["proposition_id"]): i for i, row in enumerate(rows)}
             parents = [[int(number) for number in row["dependency"].split(",")] for row in rows]
+            unknown += sum(number != 0 and number not in index for numbers in parents for number in numbers)
             metadata = {
                 "questions": [row["question_natural_language"] for row in rows],
                 "categories": [_category(row) for row in rows],
-                "parents": [[index[number] for number in numbers if number != 0] for numbers in parents],
+                "parents": [[index[number] for number in numbers if number in index] for numbers in parents],
             }
             table[item] = {"text": rows[0]["text"].strip(), "metadata": metadata}
     except (KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not DPG-Bench's table of questions: {error!r}") from None
+    if unknown:
+        _log.warning("dependencies on no question of their item are ignored: %d in %s", unknown, path)
     return table
 
 
@@ -111,19 +118,19 @@ def aggregate_dpg(records: Sequence[SampleRecord], prompts: PromptSet) -> dict[s
     Categories count answers before gating, of all images.
     """
     means, broad, detailed = [], dict[str, list[float | None]](), dict[str, list[float | None]]()
-    given: list[float | None] = []
+    everything: list[float | None] = []
     for prompt, rows in by_prompt(records, prompts):
         means.append(average(row.scores["dpg"] for row in rows))
         categories = require_metadata(prompt, "categories")
         answers = [answer for row in rows for answer in answers_of(row, "dpg", len(categories))]
-        given += answers
+        everything += answers
         for category, answer in zip(categories * len(rows), answers, strict=True):
             right = None if answer is None else float(answer >= 0.5)
             broad.setdefault(category.split(" - ")[0], []).append(right)
             if " - " in category:
                 detailed.setdefault(category, []).append(right)
     parts = {name: percent(values) for group in (broad, detailed) for name, values in sorted(group.items())}
-    return {"dpg": percent(means), **parts, **missing_counts(given, (row.scores["dpg"] for row in records))}
+    return {"dpg": percent(means), **parts, **missing_counts(everything, (row.scores["dpg"] for row in records))}
 
 
 def _scorers(judges: Judges) -> dict[str, DpgScorer]:

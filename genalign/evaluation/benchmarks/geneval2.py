@@ -76,7 +76,7 @@ def aggregate_geneval2(records: Sequence[SampleRecord], prompts: PromptSet) -> d
     Parts are GM by number of atoms, and AM by skill over all its atoms.
     """
     geometric, arithmetic, by_atoms = [], [], dict[str, list[float | None]]()
-    by_skill, given = dict[str, list[float | None]](), list[float | None]()
+    by_skill, everything = dict[str, list[float | None]](), list[float | None]()
     for prompt, rows in by_prompt(records, prompts):
         skills = require_metadata(prompt, "skills")
         answers = [answers_of(row, "geneval2", len(skills)) for row in rows]
@@ -85,7 +85,7 @@ def aggregate_geneval2(records: Sequence[SampleRecord], prompts: PromptSet) -> d
         by_atoms.setdefault(prompt.task, []).append(geometric[-1])
         for skill, answer in ((s, a) for group in answers for s, a in zip(skills, group, strict=True)):
             by_skill.setdefault(skill, []).append(answer)
-            given.append(answer)
+            everything.append(answer)
     return {
         "soft-tifa gm": percent(geometric),
         "soft-tifa am": percent(arithmetic),
@@ -94,7 +94,7 @@ def aggregate_geneval2(records: Sequence[SampleRecord], prompts: PromptSet) -> d
             for task, values in sorted(by_atoms.items(), key=lambda item: int(item[0].split()[0]))
         },
         **{f"am, {skill}": percent(values) for skill, values in sorted(by_skill.items())},
-        **missing_counts(given, (row.scores["geneval2"] for row in records)),
+        **missing_counts(everything, (row.scores["geneval2"] for row in records)),
     }
 
 

@@ -118,21 +118,21 @@ def aggregate_unigenbench(records: Sequence[SampleRecord], prompts: PromptSet) -
 
     The primary dimension is the text before the hyphen; the headline is the mean over primary dimensions.
     """
-    primary, sub, given = dict[str, list[float | None]](), dict[str, list[float | None]](), list[float | None]()
+    primary, sub, everything = dict[str, list[float | None]](), dict[str, list[float | None]](), list[float | None]()
     for prompt, rows in by_prompt(records, prompts):
         points = require_metadata(prompt, "testpoints")
         for row in rows:
             marks = answers_of(row, "unigenbench", len(points))
-            given += marks
+            everything += marks
             for point, mark in zip(points, marks, strict=True):
-                met = None if mark is None else float(mark >= 0.5)
-                primary.setdefault(point.split("-", 1)[0].strip(), []).append(met)
+                right = None if mark is None else float(mark >= 0.5)
+                primary.setdefault(point.split("-", 1)[0].strip(), []).append(right)
                 if "-" in point:
-                    sub.setdefault(point, []).append(met)
+                    sub.setdefault(point, []).append(right)
     return {
         "unigenbench": average(percent(values) for values in primary.values()),
         **{name: percent(values) for group in (primary, sub) for name, values in sorted(group.items())},
-        **missing_counts(given, (row.scores["unigenbench"] for row in records)),
+        **missing_counts(everything, (row.scores["unigenbench"] for row in records)),
     }
 
 

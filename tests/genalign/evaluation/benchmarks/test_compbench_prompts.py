@@ -110,6 +110,7 @@ def test_sentences_are_parsed_by_spacy(tmp_path: Path) -> None:
         complex_val="The tiny kettle is next to the green lamp.\nThe kettle boils.\nThe lamp shines near the kettle.",
         complex_val_spatial="the tiny kettle is next to the green lamp\n",
         complex_val_action="The kettle boils. \n",
+        complex_val_spatialaction="The lamp shines near the kettle.",
     )
     shape, spatial, action, both = read_compbench(paths).prompts
     assert shape.metadata["phrases"] == ["The tiny kettle", "the green shelf"]

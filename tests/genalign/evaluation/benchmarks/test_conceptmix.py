@@ -30,6 +30,10 @@ def test_prompts_are_tasks_by_k(paths: list[Path]) -> None:
     assert (one.task, two.task) == ("k=1", "k=2")
     assert one.metadata["questions"] == ["Is there a kettle?", "Is the kettle tiny?"]
     assert two.metadata["questions"][0] == "Are there lamps?"
+    more = paths[0].with_name("sentences_k=5.json")
+    more.write_text(json.dumps([{**ONE, "sentence": "A tiny old kettle."}]))  # with fewer questions than k + 1
+    unnamed = paths[0].rename(paths[0].with_name("sentences.json"))
+    assert [prompt.task for prompt in read_conceptmix([more, unnamed]).prompts] == ["k=5", "k=1"]
 
 
 @pytest.mark.parametrize(

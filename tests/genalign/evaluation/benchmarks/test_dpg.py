@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,14 @@ def test_prompts_have_their_questions(files: Path) -> None:
         ("A dog, barking.", "2"),
     ]
     assert both.prompts[0].metadata["questions"] == cat.metadata["questions"]
+
+
+def test_a_dependency_on_no_question_is_ignored(files: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = (files / "table.csv").read_text().replace('"1,4"', '"1,9"')
+    (files / "table.csv").write_text(table)
+    with caplog.at_level(logging.WARNING):
+        cat = read_dpg([files / "table.csv"]).prompts[1]
+    assert cat.metadata["parents"][2] == [0] and "are ignored: 1 in" in caplog.text
 
 
 def test_invalid_files_are_refused(files: Path) -> None:
@@ -116,6 +125,8 @@ def test_the_protocol_names_rules_and_judges(files: Path) -> None:
     servers = [YesNoJudge(Endpoint(f"http://127.0.0.1:{port}/v1", "judge")) for port in (1, 2)]
     first, second = (DPG.verifier(prompts, Judges(questions=server)) for server in servers)
     assert first == second and '"model": "judge"' in first  # wherever the server is
-    with pytest.raises(ValueError, match=r"needs judges\.questions"):
+    with pytest.raises(
+        ValueError, match=r"needs judges\.questions: name one, as in --judges\.questions rewards\.blip_vqa"
+    ):
         DPG.verifier(prompts, Judges())
     assert BENCHMARKS["dpg"] is DPG
