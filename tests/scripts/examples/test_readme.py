@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusion3Pipeline
@@ -23,11 +24,15 @@ def _lines(block: str) -> int:
     return len([line for line in block.splitlines() if line.strip()])
 
 
-def test_training_in_eight_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    block = _block("genalign.Trainer(")
-    assert _lines(block) <= 8
+def test_evaluate_and_train_in_ten_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    block = _block("genalign.train(")
+    assert _lines(block) <= 10
+    monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
-    assert len(eval(capsys.readouterr().out)) == 2  # a reward for each of two rounds
+    assert re.match(r"[+-]\d\.\d{3} \(", capsys.readouterr().out)
+    assert (tmp_path / "runs" / "small" / "lora").is_dir()
 
 
 def test_steering_in_four_lines() -> None:
