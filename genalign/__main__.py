@@ -43,7 +43,7 @@ def _answer(words: Sequence[str]) -> str | None:
     if words[0] in GROUPS and words[1:] in (["-h"], ["--help"]):
         return command_line.group_help(words[0])
     command, rest = split_command(words)
-    return command and command_line.command_help(command, rest)
+    return None if command is None else command_line.command_help(command, rest)
 
 
 def _problems(words: Sequence[str]) -> list[str]:

@@ -172,8 +172,8 @@ def _abstract(match: re.Match[str], text: _Text) -> str:
 
 
 def _no_path(match: re.Match[str], text: _Text) -> str:
-    near = difflib.get_close_matches(match[1], genalign.__all__, 1) or [_reward_named(match[1])]
-    advice = f"did you mean {near[0]!r}?" if near[0] else "write its module too"
+    near = [*difflib.get_close_matches(match[1], genalign.__all__, 1), _reward_named(match[1])][0]
+    advice = f"did you mean {near!r}?" if near else "write its module too"
     return f"{text.where}{match[1]!r} is no import path: {advice}"
 
 

@@ -84,8 +84,7 @@ def world_scorers(world: str) -> Mapping[str, RewardFunction]:
     from rewards.shapes import ShapesReward
     from rewards.tones import TonesReward
 
-    reward = {"shapes": ShapesReward, "tones": TonesReward}[world]
-    return {score: reward(score) for score in SCORES}
+    return {score: ShapesReward(score) if world == "shapes" else TonesReward(score) for score in SCORES}
 
 
 def save_scorer(path: Path, reward: NoiseAware) -> None:

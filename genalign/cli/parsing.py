@@ -102,7 +102,7 @@ def require(checks: Iterable[Check], settings: Any) -> None:
 
 def failed(checks: Iterable[Check], settings: Any) -> list[str]:
     """Describe the checks that fail, one line each, without those that need a setting that is wrong itself."""
-    lines = []
+    lines: list[str] = []
     for check in checks:
         try:
             check(settings)
@@ -125,7 +125,7 @@ def _expand_paths(parsed: Any) -> None:
 
     A path of an unset variable would otherwise be the working directory.
     """
-    for key in ("output", "run", "prompts", "model.path", "init_lora", "lora"):
+    for key in ("output", "run", "prompts", "model.path", "init_lora", "lora", "samples", "against", "before", "after"):
         path = parsed.get(key)
         if isinstance(path, str):
             expanded = os.path.expanduser(os.path.expandvars(path))
@@ -279,7 +279,7 @@ def _partial(settings: type[Any], values: Mapping[str, Any]) -> Any:
             raise _UnknownSettingError(name)
         return object.__getattribute__(self, name)
 
-    partial = object.__new__(type(settings.__name__, (settings,), {"__getattribute__": known}))
+    partial: Any = object.__new__(type(settings.__name__, (settings,), {"__getattribute__": known}))
     for name, value in values.items():
         object.__setattr__(partial, name, value)
     return partial

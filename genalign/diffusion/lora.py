@@ -7,14 +7,15 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from genalign.runtime.files import apply_umask
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ADAPTER = "default"
 PEFT_CONFIG = "adapter_config.json"
@@ -29,6 +30,8 @@ def inject_lora(network: nn.Module, config: LoraConfig, state: Mapping[str, Tens
     Raises:
         ValueError: ``state`` does not hold exactly the weights of such an adapter.
     """
+    from peft import inject_adapter_in_model, set_peft_model_state_dict  # takes seconds
+
     try:
         inject_adapter_in_model(config, network, adapter_name=ADAPTER)
         if state is None:
@@ -76,6 +79,8 @@ def adapter_file(source: str | Path) -> Path:
 
 def merge_lora(network: nn.Module) -> None:
     """Add the adapter to the weights of ``network`` and remove its layers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
+
     adapted = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
     for name, layer in adapted:
         layer.merge(adapter_names=[ADAPTER])

@@ -6,16 +6,17 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from genalign.diffusion.lora import ADAPTER, inject_lora
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from genalign.runtime.fsdp import Sharding, full_tensor, reshard, shard_like, swapped_weights
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ATTENTION = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
 """The names in diffusers of the projections of attention layers, including the text projections of joint layers."""
@@ -106,6 +107,8 @@ class Policy:
         self.updates = 0
         self.config: LoraConfig | None = None
         if lora and not has_adapter:
+            from peft import LoraConfig  # takes seconds
+
             targets = list(lora.target_modules(denoiser))
             config = LoraConfig(
                 r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights="gaussian"
@@ -114,7 +117,7 @@ class Policy:
                 torch.manual_seed(seed)
                 inject_lora(denoiser, config)
         if lora or has_adapter:
-            self.config = cast(LoraConfig, cast(Any, denoiser).peft_config[ADAPTER])
+            self.config = cast("LoraConfig", cast(Any, denoiser).peft_config[ADAPTER])
         else:
             denoiser.float()
         for name, parameter in denoiser.named_parameters():
@@ -135,6 +138,8 @@ class Policy:
             with self.using(self._first):
                 yield
             return
+        from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
+
         layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
         for layer in layers:
             layer.enable_adapters(False)
@@ -192,6 +197,8 @@ class Policy:
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Return the current adapter under PEFT's names."""
+        from peft import get_peft_model_state_dict  # takes seconds
+
         state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
         return {name: full_tensor(tensor) for name, tensor in state.items()}
 

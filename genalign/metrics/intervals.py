@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+import scipy
 from scipy.special import betainccinv, betaincinv, ndtri, stdtrit
 
 LEVEL = 0.95
@@ -226,7 +226,7 @@ def t_interval(values: Sequence[float]) -> Estimate:
     if len(array) < 2:
         raise ValueError("an interval over seeds needs at least two of them, and three to be of use")
     mean, error = float(array.mean()), float(array.std(ddof=1)) / len(array) ** 0.5
-    reach = float(stats.t.isf(_TAIL, len(array) - 1)) * error
+    reach = float(scipy.stats.t.isf(_TAIL, len(array) - 1)) * error
     return Estimate(mean, mean - reach, mean + reach, len(array))
 
 
@@ -241,7 +241,7 @@ def median_interval(values: Sequence[float]) -> Estimate:
     array = np.sort(_checked(values, "the list"))
     if len(array) < MIN_REPEATS:
         return Estimate(float(np.median(array)), -math.inf, math.inf, len(array))
-    rank = max(0, int(stats.binom.ppf(_TAIL, len(array), 0.5)) - 1)
+    rank = max(0, int(scipy.stats.binom.ppf(_TAIL, len(array), 0.5)) - 1)
     return Estimate(float(np.median(array)), float(array[rank]), float(array[-1 - rank]), len(array))
 
 
@@ -271,7 +271,7 @@ def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
     """
     wins, losses, ties = _outcomes(before, after)
     n = wins + losses + ties
-    p_value = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    p_value = float(scipy.stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
     return WinRate(share(wins + ties / 2, n), ties / n, p_value)
 
 
@@ -279,9 +279,9 @@ def win_test(before: Sequence[float], after: Sequence[float]) -> WinTest:
     """Test whether ``after`` beats ``before`` in independent pairs. Raises ValueError as ``win_rate`` does."""
     wins, losses, ties = _outcomes(before, after)
     decided = wins + losses
-    low = float(stats.beta.ppf(1 - LEVEL, wins, losses + 1)) if wins else 0.0
-    p_value = float(stats.binomtest(wins, decided, alternative="greater").pvalue) if decided else 1.0
-    above_half = float(stats.beta.sf(0.5, wins + 1, losses + 1))
+    low = float(scipy.stats.beta.ppf(1 - LEVEL, wins, losses + 1)) if wins else 0.0
+    p_value = float(scipy.stats.binomtest(wins, decided, alternative="greater").pvalue) if decided else 1.0
+    above_half = float(scipy.stats.beta.sf(0.5, wins + 1, losses + 1))
     return WinTest((wins + ties / 2) / (decided + ties), wins, losses, ties, low, p_value, above_half)
 
 

@@ -1,7 +1,8 @@
 """Weights sharded over ranks: FSDP2, torch's ``fully_shard``, configured by the settings of `accelerate launch`.
 
 On a CPU, accelerate silently replaces every FSDP setting by replicas of the network. Here ``fully_shard`` carries its
-settings out on any device, or they are refused.
+settings out on any device, or they are refused. ``torch.distributed.tensor``, which takes a second to import, is
+imported where a network is sharded.
 """
 
 from __future__ import annotations
@@ -12,9 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 _UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: scripts/configs/accelerate/zero2.yaml shards as ZeRO-2 does, by FSDP2",
@@ -40,6 +38,9 @@ class Sharding:
 
         Raises ValueError for quantized weights.
         """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         if not all(parameter.is_floating_point() for parameter in network.parameters()):
             raise ValueError("quantized weights cannot be sharded by FSDP: leave model.memory.quantization out")
         mesh = init_device_mesh(next(network.parameters()).device.type, (self.world_size,))
@@ -70,11 +71,19 @@ def _is_on(variables: Mapping[str, str], name: str) -> bool:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor; a collective if ``tensor`` is sharded."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Shard ``tensor``, of which every rank has all, in the way of ``like``; return it as it is if ``like`` is not."""
+    if type(like) in (Tensor, nn.Parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device, like.dtype), like.device_mesh, like.placements)
@@ -82,6 +91,8 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 def reshard(network: nn.Module) -> None:
     """Free the gathered weights of a sharded ``network``, so that changed weights are gathered anew."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

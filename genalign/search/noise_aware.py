@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import scipy
 import torch
 import torch.nn.functional as F
-from scipy.stats import kendalltau
 from torch import Tensor, nn
 
 from genalign.diffusion.noise import derived_seed
@@ -271,7 +271,7 @@ def ranking_quality(prediction: Tensor, clean: Tensor, prompt: Tensor, sigma: fl
             continue
         quarter = ours.topk(max(1, len(true) // 4)).indices
         gap = float(true.max() - true[quarter].max())
-        tau = float(kendalltau(ours.numpy(), true.numpy()).statistic)
+        tau = float(scipy.stats.kendalltau(ours.numpy(), true.numpy()).statistic)
         rows.append((tau if tau == tau else 0.0, float(gap == 0), gap))  # a constant prediction ranks nothing
     if not rows:
         raise ValueError("no prompt has two samples of different reward: record more of each")

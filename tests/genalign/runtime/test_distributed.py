@@ -41,7 +41,7 @@ from tests.http_servers import free_port
 def _start(target: Callable[..., None], errors: Path, *arguments: object) -> list[BaseProcess]:
     """Start two ranks, forked from a process that has imported everything; their errors go to ``errors``/error.RANK."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["genalign.cli.main", "torch", "tests.genalign.ranks"])
+    context.set_forkserver_preload(["genalign.cli.train", "pipelines", "peft", "tests.genalign.ranks"])
     port = free_port()
     own = [(rank, port, errors / f"error.{rank}") for rank in range(2)]
     started = [context.Process(target=target, args=(*rank, *arguments)) for rank in own]

@@ -92,7 +92,7 @@ class ChildRuns:
 @pytest.fixture
 def runs(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path: Path) -> ChildRuns:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["genalign.cli.main", "torch", __name__])
+    context.set_forkserver_preload(["genalign.cli.train", "pipelines", "peft", __name__])
     return ChildRuns(context, tmp_path, tiny_folder, getattr(request, "param", 3))
 
 
