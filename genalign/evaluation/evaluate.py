@@ -135,14 +135,10 @@ class SetValue:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The records of all samples under one protocol; estimates are computed from them.
-
-    ``paired`` says that the scores are differences between two evaluations; ``sets`` are scores of all samples at once.
-    """
+    """The records of all samples under one protocol, from which estimates are computed; ``sets`` score whole sets."""
 
     protocol: EvaluationProtocol
     records: tuple[SampleRecord, ...]
-    paired: bool = False
     sets: Mapping[str, SetValue] = field(default_factory=dict)
 
     @property
@@ -200,9 +196,7 @@ class Evaluation:
             if math.isfinite(record.scores[name]):
                 prompts.setdefault(record.prompt, []).append(record.scores[name])
         values = {value for prompts in finite.values() for scores in prompts.values() for value in scores}
-        kind: Kind = "score"
-        if values <= ({-1, 0, 1} if self.paired else {0, 1}):
-            kind = "share difference" if self.paired else "share"
+        kind: Kind = "share" if values <= {0, 1} else "score"
         if empty := [task for task, prompts in finite.items() if not prompts]:
             samples = "samples" if len(empty) == len(finite) else f"samples of task {empty[0]!r}"
             raise ValueError(

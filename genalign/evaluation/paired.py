@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
 
 from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord
-from genalign.metrics.intervals import Estimate, WinRate, win_rate
+from genalign.metrics.intervals import Estimate, WinRate, difference_kind, mean_over_tasks, win_rate
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,31 @@ def gain(before: Evaluation, after: Evaluation) -> dict[str, Estimate]:
     Raises:
         ValueError: the protocols differ, or the samples are not of the same prompts and noises.
     """
-    return _differences(before, after).overall
+    return _estimates(pairs(before, after))
 
 
 def task_gains(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Estimate]]:
     """Estimate each score's mean gain within each task, paired by prompt and noise."""
-    return _differences(before, after).tasks
+    tasks: dict[str, list[SamplePair]] = {}
+    for pair in pairs(before, after):
+        tasks.setdefault(pair.before.task, []).append(pair)
+    return {task: _estimates(group) for task, group in tasks.items()}
+
+
+def effect_sizes(before: Evaluation, after: Evaluation) -> dict[str, float]:
+    """Divide each score's mean gain by the standard deviation of the score over prompts (Cohen's d_av).
+
+    The variance is the mean of the variances before and after, and of one sample or prompt 0. The effect size is
+    infinite for a gain without any spread, and 0 for no gain.
+    """
+    matched, effects = pairs(before, after), dict[str, float]()
+    for name, estimate in _estimates(matched).items():
+        means = [mean for prompts in _prompt_means(matched, name).values() for mean in prompts.values()]
+        variance = sum(float(np.var(side, ddof=1)) for side in zip(*means, strict=True)) / 2 if len(means) > 1 else 0.0
+        effects[name] = estimate.mean / variance**0.5 if variance > 0 else math.copysign(math.inf, estimate.mean)
+        if estimate.mean == 0:
+            effects[name] = 0.0
+    return effects
 
 
 def pairs_by_gain(before: Evaluation, after: Evaluation) -> tuple[SamplePair, ...]:
@@ -77,11 +98,12 @@ def pairs_by_gain(before: Evaluation, after: Evaluation) -> tuple[SamplePair, ..
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """The gain of each score, overall and by task, and how often the later model wins a prompt."""
+    """The gain of each score, overall and by task, its effect size, and how often the later model wins a prompt."""
 
     gain: Mapping[str, Estimate]
     tasks: Mapping[str, Mapping[str, Estimate]]
     wins: Mapping[str, WinRate]
+    effects: Mapping[str, float]
 
 
 def compare_models(before: Evaluation, after: Evaluation) -> ModelComparison:
@@ -98,19 +120,41 @@ def compare_models(before: Evaluation, after: Evaluation) -> ModelComparison:
             f" task {', '.join(sorted(missing))} among them: such images are NaN, often of a model that overflows in"
             " float16; make them again in bfloat16 or float32"
         )
-    differences, wins = _differences(before, after), {}
-    for name in differences.score_names:
-        prompts: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        for pair in matched:
-            if math.isfinite(pair.differences[name]):
-                scores = pair.before.scores[name], pair.after.scores[name]
-                prompts.setdefault((pair.before.task, pair.before.prompt), []).append(scores)
-        means = [[math.fsum(side) / len(side) for side in zip(*group, strict=True)] for group in prompts.values()]
+    gains, wins = _estimates(matched), {}
+    for name in gains:
+        means = [mean for prompts in _prompt_means(matched, name).values() for mean in prompts.values()]
         wins[name] = win_rate(*zip(*means, strict=True))
-    return ModelComparison(differences.overall, differences.tasks, wins)
+    return ModelComparison(gains, task_gains(before, after), wins, effect_sizes(before, after))
 
 
-def _differences(before: Evaluation, after: Evaluation) -> Evaluation:
-    """Replace the scores of the samples by their differences, after minus before."""
-    records = (replace(pair.before, scores=pair.differences) for pair in pairs(before, after))
-    return replace(before, records=tuple(records), paired=True)
+def _estimates(matched: Sequence[SamplePair]) -> dict[str, Estimate]:
+    """Estimate the mean gain of every score that both sides have. Raises ValueError for a task without both scores."""
+    estimates = {}
+    for name in matched[0].differences if matched else ():
+        tasks = _prompt_means(matched, name)
+        values = {side.scores[name] for pair in matched for side in (pair.before, pair.after)}
+        finite = {value for value in values if math.isfinite(value)}
+        means = [mean for prompts in tasks.values() for mean in prompts.values()]
+        kind = difference_kind(means, finite <= {0, 1})
+        gains = {task: [new - old for old, new in prompts.values()] for task, prompts in tasks.items()}
+        if empty := [task for task, prompts in tasks.items() if not prompts]:
+            raise ValueError(f"{name!r} has no pair of samples with both scores in task {empty[0]!r}: it has no gain")
+        estimates[name] = mean_over_tasks(gains, kind)
+    return estimates
+
+
+def _prompt_means(matched: Sequence[SamplePair], name: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """Average a score over the pairs of each prompt that have both scores: (before, after) by task and prompt."""
+    tasks: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for pair in matched:
+        prompts = tasks.setdefault(pair.before.task, {})
+        if math.isfinite(pair.differences[name]):
+            scores = pair.before.scores[name], pair.after.scores[name]
+            prompts.setdefault(pair.before.prompt, []).append(scores)
+    return {
+        task: {
+            prompt: (math.fsum(old for old, _ in rows) / len(rows), math.fsum(new for _, new in rows) / len(rows))
+            for prompt, rows in prompts.items()
+        }
+        for task, prompts in tasks.items()
+    }

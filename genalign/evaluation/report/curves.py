@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-from genalign.evaluation.report.words import mood
+from genalign.evaluation.report.words import gain_mood
 from genalign.metrics.intervals import Estimate
 
 WIDTH, HEIGHT = 480.0, 260.0
@@ -88,9 +88,9 @@ def line_chart(points: Sequence[Point], x_axis: Axis, y_axis: Axis, title: str) 
 def whisker(estimate: Estimate, limits: tuple[float, float], label: str) -> Markup:
     """Draw one interval on a line between ``limits``, with zero marked."""
     x = _Scale(min(limits[0], 0.0), max(limits[1], 0.0, limits[0] + 1e-9), 6, 154)
+    sign, zero = gain_mood(estimate), x(0)
     if not estimate.has_interval:
         estimate = Estimate(estimate.mean, *limits, estimate.n)
-    sign, zero = mood(estimate.low, estimate.high), x(0)
     body = (
         f'<line class="zero" x1="{zero}" x2="{zero}" y1="0" y2="20"/>'
         f'<line class="reach {sign}" x1="{x(estimate.low)}" x2="{x(estimate.high)}" y1="10" y2="10"/>'

@@ -16,7 +16,7 @@ from genalign.evaluation.report.reading import read_run
 from genalign.evaluation.report.samples import samples_over_rounds
 from genalign.runtime.files import write_text
 
-_WORDS = ("count", "duration", "interval", "mood", "number", "plain", "scored", "signed")
+_WORDS = ("count", "duration", "gain_mood", "interval", "mood", "number", "plain", "prompts", "scored", "signed")
 _EQUAL_NFE = 1.05  # the largest ratio of costs that counts as an equal budget
 
 
@@ -44,11 +44,11 @@ def write_report(folder: Path) -> Path:
         changes=summary.did_it_work(run),
         worse=summary.got_worse(run),
         cost=summary.cost(run),
-        missing=summary.missing(run),
+        missing=[*summary.about_prompts(run), *summary.missing(run)],
         sections=chart_sections(run.rows),
         samples=samples_over_rounds(folder, run.rows),
         tables=sections.tables(run.before, run.after, run.comparison),
-        pairs=len(pairs),
+        pairs=f"{len(pairs)} pairs of samples of {words.prompts(run.comparison.prompts)}" if run.comparison else "",
         details={title: sections.flattened(content) for title, content in details.items() if content},
         **sections.extreme_pairs(pairs, folder / "before", folder / "after"),
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from genalign.evaluation.evaluate import Evaluation, load_evaluation
-from genalign.evaluation.paired import SamplePair, gain, pairs_by_gain, task_gains
+from genalign.evaluation.paired import SamplePair, effect_sizes, gain, pairs_by_gain, task_gains
 from genalign.metrics.intervals import Estimate
 
 Row = Mapping[str, Any]
@@ -17,18 +17,28 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """After minus before: the mean over tasks of each score, each task, and all pairs, worst regression first."""
+    """After minus before: the mean over tasks of each score, each task, and all pairs, worst regression first.
+
+    ``effects`` are the effect sizes of the scores.
+    """
 
     overall: Mapping[str, Estimate]
     tasks: Mapping[str, Mapping[str, Estimate]]
     pairs: tuple[SamplePair, ...]
+    effects: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def prompts(self) -> int:
+        """The number of prompts of the pairs."""
+        return len({(pair.before.task, pair.before.prompt) for pair in self.pairs})
 
 
 @dataclass(frozen=True)
 class Run:
     """The parts of a run folder; a part that is absent is empty or None.
 
-    ``incomparable`` says why two evaluations have no comparison.
+    ``prompts`` describes the prompt sets by section, as prompts.json does; ``incomparable`` says why two evaluations
+    have no comparison.
     """
 
     folder: Path
@@ -38,6 +48,7 @@ class Run:
     before: Evaluation | None
     after: Evaluation | None
     comparison: Comparison | None
+    prompts: Mapping[str, Mapping[str, Any]]
     incomparable: str = ""
 
     @property
@@ -61,14 +72,20 @@ def read_run(folder: Path) -> Run:
     """Read a run folder, finished or interrupted.
 
     Args:
-        folder: may hold metrics.jsonl, config.json, environment.json, the evaluations before/ and after/, and
-            gain.json, ``{score: {mean, low, high, n}}``, which replaces the overall gain computed from the evaluations.
+        folder: may hold metrics.jsonl, config.json, environment.json, prompts.json, the evaluations before/ and
+            after/, and gain.json, ``{score: {mean, low, high, n}}``, which replaces the overall gain computed from the
+            evaluations.
 
     Raises:
         FileNotFoundError: the folder does not exist, or holds no part of a run.
         json.JSONDecodeError: a file is damaged, other than in the last line of metrics.jsonl.
     """
     parts = ("config.json", "metrics.jsonl", "before/summary.json", "after/summary.json")
+    if (folder / "comparison.html").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds a comparison of runs, not a run: open {folder / 'comparison.html'}, or give one of its"
+            " runs, as in genalign report FOLDER/RECIPE/seed-1"
+        )
     if not any((folder / part).is_file() for part in parts):
         message = "is not a run folder: it has no config.json. Give the output of genalign train"
         raise FileNotFoundError(f"{folder} {message}")
@@ -86,11 +103,12 @@ def read_run(folder: Path) -> Run:
         stored = {name: Estimate.from_dict(value) for name, value in _read_json(folder / "gain.json").items()}
         try:
             pairs = pairs_by_gain(before, after)
-            comparison = Comparison(gain(before, after) | stored, task_gains(before, after), pairs)
+            gains, effects = gain(before, after) | stored, effect_sizes(before, after)
+            comparison = Comparison(gains, task_gains(before, after), pairs, effects)
         except ValueError as error:
             incomparable = str(error)
-    config, environment = _read_json(folder / "config.json"), _read_json(folder / "environment.json")
-    return Run(folder, rows, config, environment, before, after, comparison, incomparable)
+    config, environment, prompts = (_read_json(folder / f"{n}.json") for n in ("config", "environment", "prompts"))
+    return Run(folder, rows, config, environment, before, after, comparison, prompts, incomparable)
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from genalign.evaluation.evaluate import Evaluation
 from genalign.evaluation.report.reading import Comparison, Row, Run, rounds_done
 from genalign.evaluation.report.words import (
+    MIN_PROMPTS,
     SHARES,
     Mood,
     call_words,
     count,
     duration,
+    gain_mood,
+    gain_verdict,
     interval,
     memory_size,
-    mood,
     number,
     percent,
     plain,
+    prompts,
     scored,
     signed,
+    trend_verdict,
 )
 from genalign.metrics.intervals import Estimate, t_interval
 from genalign.training.reward_hacking import HackingReport
 
-MIN_PROMPTS = 20  # below this number a bootstrap over prompts covers too rarely for a verdict
 _MAX_SHARE = 0.5  # of clipped updates and of groups without signal, above which a round teaches little
-_GAINS = {"up": "a clear improvement", "down": "a clear regression", "even": "no clear change"}
-_TRENDS = {"up": "a clear rise", "down": "a clear fall", "even": "no clear change"}
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,40 @@ def did_it_work(run: Run) -> list[Change]:
     if run.before and run.after and run.comparison:
         main = main_score(run.comparison.overall)
         scores = sorted(run.comparison.overall, key=lambda name: name != main)
-        changes += [_gain(score, run.before, run.after, run.comparison) for score in scores]
+        changes += [_gain(score, run, run.before, run.after, run.comparison) for score in scores]
     held_out = [row for row in run.rows if row.get("held_out")]
     if len(held_out) > 1:
         span = f"round {rounds_done(held_out[0])} to {rounds_done(held_out[-1])}"
+        suite = f" on {run.prompts['held_out']['suite']}" if "held_out" in run.prompts else ""
         for score, last in held_out[-1]["held_out"].items():
             if first := held_out[0]["held_out"].get(score):
                 start, end = Estimate.from_dict(first), Estimate.from_dict(last)
-                changes.append(_trend(f"Held-out {plain(score)} score", score, start, end, span))
-    rewards = _reward_changes(run.rows)
+                title = f"During training, {plain(score)} score{suite}"
+                changes.append(_trend(title, score, start, end, f"{span}, {prompts(end.n)}", end.n))
+    rewards = _reward_changes(run)
     return changes + ([change for change in rewards if change.title == "Training reward"] or rewards)
+
+
+def about_prompts(run: Run) -> list[str]:
+    """What is known of the evaluated prompts: whether they are trained on, and which suites are different ones."""
+    sentences, sections = [], {"before_after": "before and after training", "held_out": "during training"}
+    for section, when in sections.items():
+        if facts := run.prompts.get(section):
+            overlap, n = facts["also_trained"], facts["prompts"]
+            learned = f"{overlap} of them are trained on: scores of these say nothing about new prompts"
+            fact = learned if overlap else "none of them is trained on"
+            sentences.append(f"Measured {when}: {facts['suite']}, a set of {prompts(n)}; {fact}.")
+    hashes = {run.prompts[section]["suite_hash"] for section in sections if section in run.prompts}
+    if len(hashes) > 1:
+        sentences.append(
+            "The headline and the held-out curve are of different prompt sets: their values need not agree."
+        )
+    return sentences
 
 
 def got_worse(run: Run) -> list[Statement]:
     """Everything that fell, failed or left its range, then the checks that passed."""
-    changes = dict.fromkeys([*did_it_work(run), *_reward_changes(run.rows)])
+    changes = dict.fromkeys([*did_it_work(run), *_reward_changes(run)])
     statements = [change.statement for change in changes if change.mood == "down"]
     if run.comparison:
         statements += _task_losses(run.comparison)
@@ -99,12 +119,17 @@ def got_worse(run: Run) -> list[Statement]:
 
 
 def cost(run: Run) -> dict[str, str]:
-    """The resources that training used so far, by name."""
+    """The resources that the run used so far, by name."""
     if not run.rows:
         return {}
-    last, machine = run.rows[-1], run.rows[-1]["machine"]
-    accelerator, cores = run.environment.get("accelerator"), run.environment.get("cores")
-    facts = {
+    last, machine, environment = run.rows[-1], run.rows[-1]["machine"], run.environment
+    accelerator, cores, processes = (environment.get(name) for name in ("accelerator", "cores", "processes"))
+    started, finished = environment.get("started", {}).get("date"), environment.get("finished")
+    facts = {}
+    if started and finished:
+        wall = datetime.fromisoformat(finished) - datetime.fromisoformat(started)
+        facts["wall-clock, evaluations included"] = duration(wall.total_seconds())
+    facts |= {
         "training time": duration(machine["seconds"]),
         "time per round": duration(machine["seconds"] / len(run.rows)),
         "rounds": count(len(run.rows)),
@@ -116,7 +141,12 @@ def cost(run: Run) -> dict[str, str]:
     if evaluated := sum(len(part.records) for part in (run.before, run.after) if part):
         facts["evaluation samples"] = count(evaluated)
     if accelerator or cores:
-        facts["device"] = accelerator or f"{cores} CPU cores"
+        device = accelerator or f"{cores} CPU cores"
+        facts["machine"] = f"{processes} processes, {device}" if processes and processes > 1 else device
+    if started:
+        facts["started"] = f"{datetime.fromisoformat(started):%Y-%m-%d %H:%M} UTC"
+    if "genalign" in environment:
+        facts["genalign"] = environment["genalign"]
     return facts
 
 
@@ -140,36 +170,41 @@ def missing(run: Run) -> list[str]:
     return [sentence for sentence, applies in sentences.items() if sentence and applies]
 
 
-def _gain(score: str, before: Evaluation, after: Evaluation, comparison: Comparison) -> Change:
-    """The paired gain of one score, without a verdict if there are few prompts."""
+def _gain(score: str, run: Run, before: Evaluation, after: Evaluation, comparison: Comparison) -> Change:
+    """The paired gain of one score; the title says what is measured, and on how many prompts."""
     gain, unit = comparison.overall[score], " points" if score in SHARES else ""
-    prompts = len({(pair.before.task, pair.before.prompt) for pair in comparison.pairs})
-    feeling = mood(gain.low, gain.high) if prompts >= MIN_PROMPTS else "even"
-    verdict = _GAINS[feeling] if prompts >= MIN_PROMPTS else f"too few prompts for a verdict (under {MIN_PROMPTS})"
-    source = f"from {len(comparison.pairs)} pairs of {prompts} prompts"
+    verdict = gain_verdict(gain, comparison.effects.get(score, math.inf))
+    name = f"{plain(score).capitalize()} {'accuracy' if score == 'strict' else 'score'}"
+    trained = run.prompts.get("before_after", {}).get("also_trained", 0)
+    warning = f", {trained} of them trained on" if trained else ""
     return Change(
-        f"{plain(score).capitalize()} score on {before.protocol.suite}",
+        f"{name} on {prompts(gain.n)} of {before.protocol.suite}{warning}",
         scored(score, before.overall[score].mean),
         scored(score, after.overall[score].mean),
-        f"{signed(score, gain.mean)}{unit}: {verdict}",
-        f"95 % interval of the gain {interval(score, gain, signed)}{unit}, {source}",
-        feeling,
+        f"{signed(score, gain.mean)}{unit}: {verdict.text}",
+        f"95 % interval of the gain {interval(score, gain, signed)}{unit if gain.has_interval else ''}, from"
+        f" {len(comparison.pairs)} pairs of samples of {prompts(comparison.prompts)}",
+        verdict.mood,
     )
 
 
-def _trend(title: str, score: str, start: Estimate, end: Estimate, span: str) -> Change:
-    """The change of a measure during training: clear if its intervals at the start and at the end do not overlap."""
-    feeling = mood(end.low - start.high, end.high - start.low)
-    detail = f"{span}; 95 % intervals {interval(score, start, scored)} and {interval(score, end, scored)}"
-    return Change(title, scored(score, start.mean), scored(score, end.mean), _TRENDS[feeling], detail, feeling)
+def _trend(title: str, score: str, start: Estimate, end: Estimate, span: str, units: int) -> Change:
+    """The change of a measure during training, of which ``units`` prompts speak."""
+    unit = " points" if score in SHARES else ""
+    verdict = trend_verdict(start, end, units, f"{signed(score, end.mean - start.mean)}{unit}")
+    detail = span
+    if start.has_interval and end.has_interval:
+        detail += f"; 95 % intervals {interval(score, start, scored)} and {interval(score, end, scored)}"
+    return Change(title, scored(score, start.mean), scored(score, end.mean), verdict.text, detail, verdict.mood)
 
 
-def _reward_changes(rows: Sequence[Row]) -> list[Change]:
+def _reward_changes(run: Run) -> list[Change]:
     """The changes of the training reward and of each reward, from the first fifth of the rounds to the last.
 
     The scores of a reward that is trained along are not comparable over rounds: it and the sum are left out. Such a
     reward records metrics of its own.
     """
+    rows = run.rows
     last = rows[-1] if rows else {}
     metrics = tuple(last.get("metrics", {}))
     names = [n for n in last.get("rewards", {}) if not any(metric.startswith(f"{n}/") for metric in metrics)]
@@ -177,11 +212,14 @@ def _reward_changes(rows: Sequence[Row]) -> list[Change]:
     if len(names) == len(last.get("rewards", {})):
         series = {"Training reward": ("", [row["reward"] for row in rows]), **series}
     size, changes = max(3, len(rows) // 5), []
+    distinct = run.prompts.get("training", {}).get("prompts", math.inf)
+    per_round = run.config.get("training", {}).get("prompts_per_round") or MIN_PROMPTS
+    speaking = int(min(distinct, size * per_round))
     for title, (name, column) in series.items():
         values = [value for value in column if value is not None]
         if len(values) >= 2 * size:
             span = f"mean of the first and last {size} rounds"
-            changes.append(_trend(title, name, t_interval(values[:size]), t_interval(values[-size:]), span))
+            changes.append(_trend(title, name, t_interval(values[:size]), t_interval(values[-size:]), span, speaking))
         elif values:
             start, end = scored(name, values[0]), scored(name, values[-1])
             changes.append(Change(title, start, end, "no verdict", "too few rounds for an interval", "even"))
@@ -190,17 +228,17 @@ def _reward_changes(rows: Sequence[Row]) -> list[Change]:
 
 def _task_losses(comparison: Comparison) -> list[Statement]:
     """The tasks of enough prompts in which the gain of a score is below zero with its whole interval."""
-    prompts = Counter(task for task, _ in {(pair.before.task, pair.before.prompt) for pair in comparison.pairs})
     return [
         Statement(f"{plain(name).capitalize()} score of task {plain(task)}: {_signed_gain(name, gain)}.", "down")
         for task, scores in comparison.tasks.items()
         for name, gain in scores.items()
-        if gain.high < 0 and prompts[task] >= MIN_PROMPTS
+        if gain_mood(gain) == "down"
     ]
 
 
 def _signed_gain(score: str, gain: Estimate) -> str:
-    return f"{signed(score, gain.mean)}{' points' if score in SHARES else ''} ({interval(score, gain, signed)})"
+    change = f"{signed(score, gain.mean)}{' points' if score in SHARES else ''}"
+    return f"{change} ({interval(score, gain, signed)}; {prompts(gain.n)})"
 
 
 def _hacking(rows: Sequence[Row]) -> Statement:

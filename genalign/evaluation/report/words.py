@@ -1,14 +1,18 @@
-"""Numbers and names as the pages write them."""
+"""Numbers, names and verdicts as the pages and the terminal write them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from genalign.metrics.intervals import Estimate
 
 Mood = Literal["up", "down", "even"]
 SHARES = frozenset({"strict", "partial", "relaxed"})  # scores in [0, 1], written in percent
+MIN_PROMPTS = 20  # with fewer, no verdict
+NO_EFFECT, SMALL_EFFECT = 0.01, 0.1  # effect sizes below which a gain is none, and below which it is small
 _MINUS = "\N{MINUS SIGN}"
 
 
@@ -74,10 +78,63 @@ def signed(score: str, value: float) -> str:
 def interval(score: str, estimate: Estimate, write: Callable[[str, float], str]) -> str:
     """The confidence interval of an estimate: "0.1 to 0.3", or why there is none."""
     if not estimate.has_interval:
-        return "no interval: a task has one prompt, give it two or more"
+        return estimate.no_interval
     return f"{write(score, estimate.low)} to {write(score, estimate.high)}"
 
 
 def mood(low: float, high: float) -> Mood:
     """The direction of a difference from its interval; "even" if the interval contains zero."""
     return "up" if low > 0 else "down" if high < 0 else "even"
+
+
+def gain_mood(gain: Estimate) -> Mood:
+    """The direction of a paired gain; "even" without an interval, and from too few prompts for a verdict."""
+    return mood(gain.low, gain.high) if gain.has_interval and gain.n >= MIN_PROMPTS else "even"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a difference amounts to, in words; its mood says whether it is good news."""
+
+    text: str
+    mood: Mood = "even"
+
+
+def gain_verdict(gain: Estimate, effect: float) -> Verdict:
+    """Judge a paired gain over ``gain.n`` prompts by its interval and its effect size (``paired.effect_sizes``)."""
+    size = f", effect size {number(effect)}" if math.isfinite(effect) else ""
+    if gain.n < MIN_PROMPTS:
+        return Verdict(f"no verdict from {prompts(gain.n)}, of which it takes {MIN_PROMPTS}{size}")
+    if gain.mean == 0 or abs(effect) < NO_EFFECT:
+        return Verdict(f"no change{size}")
+    if not gain.has_interval:
+        return Verdict(f"no verdict, {gain.no_interval}{size}")
+    direction = gain_mood(gain)
+    adjective = "small" if abs(effect) < SMALL_EFFECT else "clear"
+    nouns = {"up": f"a {adjective} improvement", "down": f"a {adjective} regression", "even": "no clear change"}
+    return Verdict(f"{nouns[direction]}{size}", direction)
+
+
+def trend_verdict(start: Estimate, end: Estimate, units: int, change: str) -> Verdict:
+    """Judge a change between two passes: clear if their intervals do not overlap.
+
+    Args:
+        start: The estimate at the start.
+        end: The estimate at the end.
+        units: The number of prompts that speak.
+        change: The change in words: its size in the score's own unit.
+    """
+    if units < MIN_PROMPTS:
+        return Verdict(f"{change}: no verdict from {prompts(units)}, of which it takes {MIN_PROMPTS}")
+    if start.mean == end.mean:
+        return Verdict("no change")
+    if not (start.has_interval and end.has_interval):
+        return Verdict(f"{change}: no verdict, {(end if start.has_interval else start).no_interval}")
+    direction = mood(end.low - start.high, end.high - start.low)
+    nouns = {"up": "a clear rise", "down": "a clear fall", "even": "no clear change"}
+    return Verdict(f"{change}: {nouns[direction]}", direction)
+
+
+def prompts(n: int) -> str:
+    """A number of prompts: "1 prompt", "24 prompts"."""
+    return f"{n} prompt{'' if n == 1 else 's'}"

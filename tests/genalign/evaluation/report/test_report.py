@@ -17,7 +17,7 @@ from genalign.evaluation.report.curves import Axis, Point, binned, line_chart, t
 from genalign.evaluation.report.reading import read_run
 from genalign.evaluation.report.samples import samples_over_rounds, thumbnail
 from genalign.evaluation.report.sections import flattened
-from genalign.evaluation.report.words import call_words, count, duration, number, signed
+from genalign.evaluation.report.words import Verdict, call_words, count, duration, gain_verdict, number, signed
 from genalign.metrics.intervals import Estimate
 from genalign.runtime.media import Thumbnail, writer
 from genalign.runtime.waveforms import spectrogram
@@ -90,9 +90,13 @@ def test_a_finished_run_says_what_it_gained(run):
     worked = parsed.within("worked")
     gain = read_run(run).comparison.overall["strict"]
     assert gain.low > 0
-    interval = f"{signed('strict', gain.low)} to {signed('strict', gain.high)} points, from 72 pairs of 24 prompts"
-    assert f"+54.2 points: a clear improvement (95 % interval of the gain {interval}" in worked
-    assert "Partial score on iid" in worked and "Held-out strict score: 40.0 % → 40.0 %, no clear change" in worked
+    interval = f"{signed('strict', gain.low)} to {signed('strict', gain.high)} points, from 72 pairs of samples of 24"
+    assert (
+        "Strict accuracy on 24 prompts of iid: 1.4 % → 55.6 %, +54.2 points: a clear improvement, effect size" in worked
+    )
+    assert f"(95 % interval of the gain {interval} prompts)" in worked
+    assert "Partial score on 24 prompts of iid" in worked
+    assert "During training, strict score: 40.0 % → 40.0 %, no change (round 1 to 5, 96 prompts" in worked
     assert "Training reward: 0.5 → 0.504" in worked
     assert "missing" not in worked and "not finished" not in parsed.text
     assert "color attr" in parsed.text and "optim.betas [0.9, 0.99]" in parsed.text and "torch 2.14.1" in parsed.text
@@ -102,13 +106,43 @@ def test_a_finished_run_says_what_it_gained(run):
 def test_a_gain_over_few_prompts_has_no_verdict(tmp_path):
     evaluation(tmp_path / "before", [(0.0, 0.5)] * 9)
     evaluation(tmp_path / "after", [(1.0, 0.5)] * 9)
-    assert "+100.0 points: too few prompts for a verdict (under 20)" in page(tmp_path).within("worked")
+    parsed = page(tmp_path)
+    assert "+100.0 points: no verdict from 3 prompts, of which it takes 20 (" in parsed.within("worked")
+    text = (tmp_path / "report.html").read_text()
+    assert 'class="up"' not in text and 'class="mean up"' not in text and 'verdict up"' not in text
+
+
+def test_the_page_says_which_prompts_are_trained_on(run):
+    facts = {"suite": "prompts", "prompts": 24, "suite_hash": "a", "also_trained": 0}
+    sections = {"training": facts, "before_after": facts, "held_out": facts | {"suite": "other", "suite_hash": "b"}}
+    (run / "prompts.json").write_text(json.dumps(sections))
+    worked = page(run).within("worked")
+    assert "Measured before and after training: prompts, a set of 24 prompts; none of them is trained on." in worked
+    assert "The headline and the held-out curve are of different prompt sets" in worked
+    (run / "prompts.json").write_text(json.dumps(sections | {"before_after": facts | {"also_trained": 24}}))
+    worked = page(run).within("worked")
+    assert "Strict accuracy on 24 prompts of iid, 24 of them trained on: 1.4 %" in worked
+    assert "24 of them are trained on: scores of these say nothing about new prompts." in worked
+
+
+def test_a_reward_of_few_training_prompts_has_no_verdict(run):
+    write_rows(run, rows(20, reward=lambda index: index))
+    (run / "prompts.json").write_text(json.dumps({"training": {"prompts": 5}}))
+    assert "Training reward: 1.5 → 17.5, +16: no verdict from 5 prompts, of which it takes 20" in page(run).within(
+        "worked"
+    )
+
+
+def test_a_comparison_has_no_report(tmp_path):
+    (tmp_path / "comparison.html").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"holds a comparison of runs, not a run: open .*comparison\.html"):
+        write_report(tmp_path)
 
 
 def test_a_stored_gain_replaces_the_overall_one(run):
     (run / "gain.json").write_text(json.dumps({"strict": Estimate(1 / 3, -0.2, 0.8, 9).as_dict()}))
     worked = page(run).within("worked")
-    assert "+33.3 points: no clear change" in worked and "\N{MINUS SIGN}20.0 to +80.0" in worked
+    assert "+33.3 points: no verdict from 9 prompts" in worked and "\N{MINUS SIGN}20.0 to +80.0" in worked
 
 
 def test_a_run_without_any_evaluation_is_judged_by_its_rewards(tmp_path):
@@ -116,10 +150,10 @@ def test_a_run_without_any_evaluation_is_judged_by_its_rewards(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"before_after": None, "held_out": {"every": 0}}))
     parsed = page(tmp_path)
     worked = parsed.within("worked")
-    assert "Training reward: 0.075 → 0.875, a clear rise (mean of the first and last 4 rounds" in worked
+    assert "Training reward: 0.075 → 0.875, +0.8: a clear rise (mean of the first and last 4 rounds" in worked
     assert "before and after training (before_after is null): no gain is measured" in worked
     assert "No held-out prompts were evaluated during training (held_out.every is 0)" in worked
-    assert "Reward style/a: 0.35 → \N{MINUS SIGN}1.25, a clear fall" in parsed.within("worse")
+    assert "Reward style/a: 0.35 → \N{MINUS SIGN}1.25, \N{MINUS SIGN}1.6: a clear fall" in parsed.within("worse")
     assert "Reward ocr" not in parsed.within("worse")
 
 
@@ -151,8 +185,8 @@ def test_everything_that_got_worse_is_listed(run):
     parsed = page(run)
     worse = parsed.within("worse")
     for sentence in (
-        "Strict score on iid: 55.6 % → 1.4 %, \N{MINUS SIGN}54.2 points: a clear regression",
-        "Held-out strict score: 40.0 % → 20.0 %, a clear fall",
+        "Strict accuracy on 24 prompts of iid: 55.6 % → 1.4 %, \N{MINUS SIGN}54.2 points: a clear regression",
+        "During training, strict score: 40.0 % → 20.0 %, \N{MINUS SIGN}20.0 points: a clear fall",
         "Strict score of task color attr: \N{MINUS SIGN}54.2 points",
         "The reward may be exploited: red: saturation 0.5 -> 1.4 (shift +0.90).",
         "2 of 2 checks raised an alarm, the first after round 4.",
@@ -178,10 +212,14 @@ def test_checks_that_pass_are_named(run):
 
 
 def test_the_cost_is_a_list_of_numbers(run):
+    environment = json.loads((run / "environment.json").read_text())
+    times = {"started": {"date": "2026-11-29T10:00:00+00:00"}, "finished": "2026-11-29T10:09:30+00:00"}
+    (run / "environment.json").write_text(json.dumps(environment | times | {"genalign": "0.2.0"}))
     assert page(run).within("cost") == (
-        "What did it cost? training time 7 min 30 s time per round 1 min 30 s rounds 5 samples 480 NFE 4.8k "
+        "What did it cost? wall-clock, evaluations included 9 min 30 s training time 7 min 30 s "
+        "time per round 1 min 30 s rounds 5 samples 480 NFE 4.8k "
         "calls of reward ocr 480 backward passes of the denoiser 5 peak memory 2.5 GB evaluation samples 144 "
-        "device 2 CPU cores"
+        "machine 2 CPU cores started 2026-11-29 10:00 UTC genalign 0.2.0"
     )
 
 
@@ -430,8 +468,30 @@ def test_charts_stay_in_their_frame(values):
 
 @pytest.mark.parametrize(("low", "high", "sign"), [(0.1, 0.3, "up"), (-0.3, -0.1, "down"), (-0.1, 0.1, "even")])
 def test_whisker_marks_what_the_interval_says(low, high, sign):
-    svg = whisker(Estimate((low + high) / 2, low, high, 9), (-0.5, 0.5), "gain")
+    svg = whisker(Estimate((low + high) / 2, low, high, 24), (-0.5, 0.5), "gain")
     assert f'class="mean {sign}"' in svg and 'class="zero" x1="80.0"' in svg
+
+
+@pytest.mark.parametrize(
+    ("gain", "effect", "text", "direction"),
+    [
+        (Estimate(0.3, 0.1, 0.5, 24), 0.45, "a clear improvement, effect size 0.45", "up"),
+        (Estimate(-0.3, -0.5, -0.1, 24), -0.45, "a clear regression, effect size \N{MINUS SIGN}0.45", "down"),
+        (Estimate(0.3, 0.1, 0.5, 24), 0.05, "a small improvement, effect size 0.05", "up"),
+        (Estimate(5e-5, 4e-5, 6e-5, 24), 0.002, "no change, effect size 0.002", "even"),
+        (Estimate(0.0, -0.1, 0.1, 24), 0.0, "no change, effect size 0", "even"),
+        (Estimate(0.3, -0.1, 0.5, 24), 0.45, "no clear change, effect size 0.45", "even"),
+        (
+            Estimate(0.3, 0.1, 0.5, 19),
+            0.45,
+            "no verdict from 19 prompts, of which it takes 20, effect size 0.45",
+            "even",
+        ),
+        (Estimate(0.3, 0.3, 0.3, 24), math.inf, "no verdict, no interval: all values are equal", "even"),
+    ],
+)
+def test_verdicts_need_prompts_an_interval_and_an_effect(gain, effect, text, direction):
+    assert gain_verdict(gain, effect) == Verdict(text, direction)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
