@@ -52,7 +52,7 @@ SCHEDULERS: Mapping[str, Mapping[str, SchedulePath]] = {
 }
 """The schedulers whose noise levels are honored, and their paths, by pipeline class."""
 
-_GRID = Key("honored by the grid and the training levels")
+_GRID = Key("honored by the grid")
 _UNREAD = Key("diffusers does not read it on this path")
 _UNCLIPPED = Key("predictions are not clipped")
 _NO_CLIPPING = Key("predictions are not clipped: clipped ones have no density", (False,))

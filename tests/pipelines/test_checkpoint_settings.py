@@ -18,7 +18,7 @@ from genalign.algorithms.recipes import ddpo
 from genalign.diffusion.paths import EDMPath, VPPath
 from genalign.diffusion.rollout import RolloutInputs, rollout
 from genalign.diffusion.transitions import ODE
-from pipelines import SDXL, StableDiffusion
+from pipelines import SD3, SDXL, StableDiffusion
 from pipelines.auto import FAMILIES
 from pipelines.base import DiffusersPipeline
 from pipelines.checkpoint_settings import (
@@ -231,6 +231,26 @@ def test_honored_settings_of_a_scheduler_equal_diffusers(settings: str, guidance
 def test_honored_settings_equal_diffusers_without_sdxls_conditioning(settings: str) -> None:
     ours = StableDiffusion(_with("sd15", scheduler=HONORED[settings]()))
     torch.testing.assert_close(_ours(ours, 3.0), _images(ours, _plain_noise(ours), 3.0), rtol=0, atol=5e-4)
+
+
+FLOWS: dict[str, Any] = {
+    "shift": {"shift": 3.0},
+    "dynamic": {"use_dynamic_shifting": True, "base_shift": 0.3, "max_shift": 2.0, "base_image_seq_len": 4},
+    "linear": {"use_dynamic_shifting": True, "time_shift_type": "linear", "max_image_seq_len": 512},
+    "terminal": {"shift": 2.0, "shift_terminal": 0.1},
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True},
+    "few": {"num_train_timesteps": 200},
+}
+
+
+@pytest.mark.parametrize("settings", FLOWS)
+def test_honored_settings_of_a_flow_equal_diffusers(settings: str) -> None:
+    shipped = diffusers.FlowMatchEulerDiscreteScheduler(**FLOWS[settings])
+    ours = SD3(_with("sd3", scheduler=shipped), max_sequence_length=8)
+    theirs = _images(ours, _plain_noise(ours), 3.0, max_sequence_length=8)
+    torch.testing.assert_close(_ours(ours, 3.0), theirs, rtol=0, atol=5e-4)
 
 
 def test_defaults_are_those_of_the_scheduler_that_a_checkpoint_ships() -> None:
