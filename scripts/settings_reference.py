@@ -14,17 +14,18 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
 import docstring_parser
+from jsonargparse.typing import Path_fr
 
 import genalign
 from genalign.algorithms.recipes import Recipe
-from genalign.cli import config
 from genalign.cli.commands import COMMANDS, imported
+from genalign.cli.structure import ALIASES
 from genalign.diffusion.transitions import Kernel
 from genalign.search.strategy import Strategy
 
@@ -36,6 +37,17 @@ KINDS: dict[str, tuple[type, str]] = {
     "strategy": (Strategy, "Search strategies"),
 }
 """What a setting may be by name: its class, and a heading."""
+
+_PLAIN = {
+    int: "int",
+    float: "float",
+    bool: "true or false",
+    str: "text",
+    Path: "path",
+    Path_fr: "path",
+    type(None): "null",
+    Any: "any",
+}
 
 
 @cache
@@ -83,40 +95,32 @@ def _field_default(component: Any, name: str) -> Any:
 
 
 def _setting(name: str, hint: Any, default: Any, text: str) -> Iterator[dict[str, Any]]:
+    """Describe a setting, and then those of its parts."""
     required = default is inspect.Parameter.empty
-    options = [one for one in _union(hint) if one is not type(None)]
-    optional = len(options) < len(_union(hint))
-    entry: dict[str, Any] = {"name": name, "type": _type_name(hint), "help": text}
-    if required:
-        entry["required"] = True
-    (main, *_) = options
-    parts = main if _is_settings(main) else None
-    if parts is not None:
-        entry["group"] = True
-        if default is None:
-            entry["default"] = "null"
-    elif not required:
-        entry["default"] = _written(default)
+    (main, *others) = options = [one for one in _union(hint) if one is not type(None)]
+    kind = next((kind for kind, (base, _) in KINDS.items() if main is base), None)
+    is_group = _is_settings(main) and not others
     choices = [str(value) for one in options for value in typing.get_args(one) if typing.get_origin(one) is Literal]
-    if choices and all(typing.get_origin(one) is Literal for one in options):
-        entry["choices"] = choices
-    if optional:
-        entry["optional"] = True
-    if kind := next((kind for kind, (base, _) in KINDS.items() if main is base), None):
-        entry |= {"kind": kind, "open": True}
-    elif parts is None and not _is_plain(main):
-        entry["open"] = True
-    yield entry
-    if parts is not None:
+    values: dict[str, Any] = {
+        "required": required,
+        "group": is_group,
+        "optional": len(options) < len(_union(hint)),
+        "choices": choices,
+        "kind": kind,
+        "open": kind is not None or not (is_group or all(map(_is_plain, options))),
+    }
+    if not required and (default is None or not is_group):
+        values["default"] = _written(default)
+    yield {"name": name, "type": _type_name(hint), "help": text} | {key: one for key, one in values.items() if one}
+    if is_group:
         own = (
-            {} if required or default is None else {f.name: getattr(default, f.name) for f in dataclasses.fields(parts)}
+            {} if required or default is None else {f.name: getattr(default, f.name) for f in dataclasses.fields(main)}
         )
-        for inner in _parts(parts, name, own):
-            yield inner | ({"required": False} if "required" in inner and default is None else {})
-    values = typing.get_args(main)
-    if typing.get_origin(main) is dict and dataclasses.is_dataclass(values[1]):
-        for inner in settings_of(values[1], f"{name}.NAME."):
-            yield inner | {"required": False}
+        for inner in _parts(main, name, own):
+            yield inner if default is not None else {key: one for key, one in inner.items() if key != "required"}
+    if typing.get_origin(main) is dict and _is_settings(typing.get_args(main)[1]):
+        for inner in settings_of(typing.get_args(main)[1], f"{name}.NAME."):
+            yield {key: one for key, one in inner.items() if key != "required"}
 
 
 def _parts(component: Any, name: str, own: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -139,30 +143,30 @@ def _is_settings(hint: Any) -> bool:
 def _is_plain(hint: Any) -> bool:
     """Whether a type has no settings of its own below its name."""
     inner = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal or hint in (int, float, str, bool):
+    if typing.get_origin(hint) is Literal or hint in _PLAIN and hint is not Any:
         return True
     return typing.get_origin(hint) in (tuple, list) and all(one is Ellipsis or _is_plain(one) for one in inner)
 
 
 def _type_name(hint: Any) -> str:
-    names = []
-    for one in _union(hint):
-        origin, inner = typing.get_origin(one), typing.get_args(one)
-        if one is type(None):
-            names.append("null")
-        elif origin is Literal:
-            names += map(str, inner)
-        elif origin in (list, tuple):
-            names.append(f"list of {_type_name(inner[0])}")
-        elif origin is dict:
-            names.append(f"{_type_name(inner[1])} by name")
-        elif one in (int, float, bool, str):
-            names.append({"int": "int", "float": "float", "bool": "true or false", "str": "text"}[one.__name__])
-        elif one is Callable or origin is not None and issubclass(origin, Callable):  # type: ignore[arg-type]
-            names.append("import path")
-        else:
-            names.append({"Any": "any"}.get(getattr(one, "__name__", "any"), getattr(one, "__name__", "any")))
+    names = [name for one in _union(hint) for name in _type_names(one)]
     return " or ".join(names) if len(names) < 3 or "null" not in names else ", ".join(names[:-1]) + " or null"
+
+
+def _type_names(hint: Any) -> list[str]:
+    """Name a type that is no union, or the values of a literal."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return [str(value) for value in inner]
+    if origin in (list, tuple, Sequence):
+        return [f"list of {_type_name(inner[0])}"]
+    if origin in (dict, Mapping):
+        return [f"{_type_name(inner[1])} by name"]
+    if hint in _PLAIN:
+        return [_PLAIN[hint]]
+    if _is_settings(hint):
+        return ["settings"]
+    return ["name or import path" if any(hint is base for base, _ in KINDS.values()) else "import path"]
 
 
 def _written(value: Any) -> str:
@@ -191,8 +195,10 @@ def _makes(component: Any, base: type) -> bool:
     if inspect.isfunction(component):
         return typing.get_type_hints(component).get("return") is base
     if base is Strategy:
-        call = inspect.signature(component.__call__) if callable(getattr(component, "__call__", None)) else None
-        return bool(call) and list(call.parameters)[1:2] == ["run"] and "budget" in call.parameters
+        return inspect.isclass(component) and [*inspect.signature(component.__call__).parameters][1:] == [
+            "run",
+            "budget",
+        ]
     return inspect.isclass(component) and issubclass(component, base)
 
 
@@ -217,8 +223,14 @@ def page(content: dict[str, Any]) -> str:
     lines = [
         "# Settings",
         "",
-        "Every setting of every command, from the docstrings of the code; `genalign COMMAND --help` prints the same."
-        " A YAML file nests the settings at their dots, and `genalign COMMAND --config FILE --print_config` prints it whole.",
+        "Every setting of every command, as `genalign COMMAND --help` prints it. A YAML file nests the settings at their"
+        " dots; `genalign COMMAND --config FILE --print_config` prints all of them with comments.",
+        "",
+        "On the command line, a setting may be given by its last name where it is the only one that ends in it"
+        " (`--rounds 3` is `--training.rounds 3`), and some have a short one:"
+        f" {', '.join(f'`--{short}` is `--{name}`' for short, name in ALIASES.items())}, where the command has no setting"
+        " of that name. Training methods, kernels and search strategies need no module: `--recipe flow_grpo`,"
+        " `--recipe.kernel DDIM`, `--strategy BestOfN`.",
         "",
     ]
     for place, about in content["settings"].items():

@@ -37,7 +37,12 @@ _PREFERENCE_LOSSES: dict[str, Callable[[float], MatchingLoss]] = {"dpo": DPOLoss
 
 @dataclass(frozen=True)
 class Lag:
-    """Exponential averaging of the sampling weights: after round i they keep a fraction min(slope * i, limit)."""
+    """Exponential averaging of the sampling weights: after round i they keep a fraction min(slope * i, limit).
+
+    Args:
+        slope: Growth of the retained fraction per round.
+        limit: Largest retained fraction.
+    """
 
     slope: float = 0.001
     limit: float = 0.5
@@ -91,7 +96,12 @@ class Recipe:
 
 
 def with_credit(recipe: Recipe, credit: AnyCallable) -> Recipe:
-    """Replace the credit of a recipe, for example by ``credit.NormalizedSum`` or ``rewards.combine.EnsembleCredit``."""
+    """Replace the credit of a recipe, for example by ``credit.NormalizedSum`` or ``rewards.combine.EnsembleCredit``.
+
+    Args:
+        recipe: The recipe whose credit is replaced.
+        credit: The rule from the scores of a round to advantages.
+    """
     return replace(recipe, credit=credit)
 
 
@@ -213,7 +223,13 @@ def tempflow_grpo(
     """TempFlow-GRPO's noise-aware weights (arXiv 2508.04324, section 4.2, eq. 8) on DenseGRPO's advantages per step.
 
     Use it where late steps, which change little, should count less. The paper's branching from the deterministic
-    trajectory at every step is not implemented. The arguments are those of ``dense_grpo``.
+    trajectory at every step is not implemented.
+
+    Args:
+        kernel: The stochastic sampler; None takes that of the model's path, see ``Recipe``.
+        clip_range: The clip range of the ratio of new to old density.
+        completion_steps: The number of steps by which a stored state is completed to a sample; None takes all that are
+            left.
     """
     base = dense_grpo(kernel, clip_range=clip_range, completion_steps=completion_steps)
     return replace(base, objective=PolicyGradient(ClippedSurrogate(clip_range), weights=noise_weighted))
@@ -366,6 +382,11 @@ def awm(draws: int = 2, anchor: float = 1e-3, std: Std = "global") -> Recipe:
     """Advantage-weighted matching (arXiv 2509.25050): the flow-matching loss weighted by advantages.
 
     Use it as the simplest policy gradient without densities. The paper's second anchor, to an average of the weights,
-    is not implemented. The arguments are those of ``nft``.
+    is not implemented.
+
+    Args:
+        draws: The number of noise levels per sample and update.
+        anchor: The weight of the distance from the reference policy.
+        std: Whether advantages are divided by the "group" or the "global" standard deviation.
     """
     return matching(GroupRelative(std), MatchingObjective(AWMLoss(), draws, anchor=anchor))

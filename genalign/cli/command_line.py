@@ -46,6 +46,14 @@ def group_help(group: str) -> str:
     return "\n".join([head, *lines, f"\ngenalign {group} COMMAND --help explains the settings of one."])
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Formatter that keeps the lines of descriptions, with room for the names of settings in a wide terminal."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(110, shutil.get_terminal_size().columns - 2)
+        super().__init__(prog, max_help_position=34 if width > 90 else 24, width=width)
+
+
 def command_parser(command: Command, parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
     """Build a plain parser with every setting of a command, for its help and its completion."""
     if parser is None:
@@ -53,8 +61,8 @@ def command_parser(command: Command, parser: argparse.ArgumentParser | None = No
     names = [one["name"] for one in settings_of(command.settings)]
     place = f" {command.positional.upper()}" if command.positional else ""
     parser.usage = f"genalign {command.name}{place} [--config FILE] [--SETTING VALUE ...]"
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    width = min(100, shutil.get_terminal_size().columns) - 2
+    parser.formatter_class = _Formatter
+    width = min(110, shutil.get_terminal_size().columns - 2)
     paragraphs = [
         f"{command.help[0].upper()}{command.help[1:]}.",
         *settings_table()["settings"].get(command.settings, {"help": ""})["help"].split("\n\n"),
@@ -95,10 +103,12 @@ def _add_setting(
     named = settings_table()["named"].get(entry.get("kind"), {})
     if named:
         text += f" One of {', '.join(named)}, or an import path. --{name}.help NAME explains one."
-    also = [f"--{alias}" for alias in ALIASES if full_name(alias, names) == name]
+    also = [f"--{alias}" for alias in ALIASES if alias != name and full_name(alias, names) == name]
     text += f" (also {', '.join(also)})" if also else ""
     if entry.get("required"):
         text += f" (required, {entry['type']})"
+    elif "choices" in entry:
+        text += f" (default: {entry['default']})"
     else:
         text += f" ({entry['type']}" + (f", default: {entry['default']})" if "default" in entry else ")")
     metavar = name.rpartition(".")[2].upper()
@@ -145,7 +155,7 @@ def named_help(kind: str, name: str, prefix: str) -> str:
         usage=f"--{prefix} {name} [--{prefix}.SETTING VALUE ...]",
         description=about["help"],
         add_help=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
     )
     groups: dict[str, Any] = {"": parser.add_argument_group("settings")}
     for entry in about["settings"]:

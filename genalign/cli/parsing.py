@@ -80,7 +80,7 @@ def parse(
         arguments = [f"--{first}", *arguments]
     arguments = in_full(settings, arguments)
     parser = _parser(settings, f"genalign {command}")
-    parser.description = inspect.cleandoc(settings.__doc__ or "")
+    parser.description = inspect.cleandoc(settings.__doc__ or "").partition("\n\nArgs:")[0]
     try:
         parsed = parser.parse_args(arguments)
         _expand_paths(parsed)

@@ -36,6 +36,20 @@ class Serve:
     the local files in it (not of what it downloads from the Hub). ``sample_rate`` in Hz makes it a reward of waveforms.
     The environment variable ``token_variable`` holds the token that clients must send; an address that other machines
     reach needs one.
+
+    Args:
+        reward: Import path of the reward; ``--args.NAME`` sets its parameters.
+        host: Address to listen on; one that other machines reach needs a token.
+        port: Port to listen on.
+        token_variable: Environment variable that holds the token that clients must send.
+        name: Name that clients see; null takes the import path.
+        version: Version that clients see; null takes a hash of the reward's configuration and local files.
+        sample_rate: Sample rate in Hz of a reward of waveforms; null for images.
+        device: Torch device of the samples that the reward receives.
+        max_batch: Largest number of samples in one request.
+        max_megabytes: Largest size of one request in MiB.
+        max_pixels: Largest number of pixels of one image.
+        max_requests: Number of requests that may wait; more are refused.
     """
 
     reward: AnyCallable
@@ -59,6 +73,16 @@ class RewardCheck:
     ``samples`` are rendered for a split of an embedded world, as in "shapes:val" or "tones:val", or read from a folder
     of PNG, JPEG, WAV or FLAC files with a prompts.jsonl: {"file_name": ..., "prompt": ...} and metadata. ``size`` in
     pixels resizes images.
+
+    Args:
+        reward: Import path of the reward; ``--args.NAME`` sets its parameters.
+        samples: A split of an embedded world, such as shapes:val or tones:val, or a folder of PNG, JPEG, WAV or FLAC
+            files with a prompts.jsonl of {"file_name": ..., "prompt": ...}.
+        count: Number of samples.
+        size: Side in pixels to which images are resized; null keeps their size.
+        device: Torch device of the samples.
+        tolerance: Largest difference between scores that should be equal.
+        expected: Properties that this kind of reward must have.
     """
 
     reward: AnyCallable

@@ -103,6 +103,9 @@ class FlowSDE(Kernel):
 
     At sigma = 1, where g is infinite, 1 - sigma is replaced by 1 - sigma_next, which makes std exactly a. The last step
     (sigma_next = 0) has std > 0. Each step leaves O(D^2) more noise than sigma_next, see ``leftover_noise``.
+
+    Args:
+        noise_level: Factor a of the noise rate, above 0.
     """
 
     noise_level: float = 0.7
@@ -118,7 +121,11 @@ class FlowSDE(Kernel):
 
 @dataclass(frozen=True)
 class DanceSDE(Kernel):
-    """DanceGRPO (arXiv 2505.07818): FlowSDE with a constant noise rate g = ``eta``."""
+    """DanceGRPO (arXiv 2505.07818): FlowSDE with a constant noise rate g = ``eta``.
+
+    Args:
+        eta: Rate of the noise, above 0.
+    """
 
     eta: float = 0.3
 
@@ -177,6 +184,9 @@ class CPS(Kernel):
     c = sigma_next cos(eta pi / 2) and s = sigma_next sin(eta pi / 2), so that c^2 + s^2 = sigma_next^2. Samples are
     clean for any number of steps, but for a fixed eta > 0 their spread shrinks with more steps instead of converging to
     the marginals of the path: use it on few steps. The last step is deterministic.
+
+    Args:
+        eta: Fraction of fresh noise, in [0, 1]; 0 is the ODE.
     """
 
     eta: float = 0.8
@@ -205,6 +215,9 @@ class DDIM(Kernel):
     """DDIM (arXiv 2010.02502, eq. 16), on any path: s = eta sigma_next sqrt(1 - q^2), c = sqrt(sigma_next^2 - s^2).
 
     A step that stays at its noise level, as the last of a DDIMScheduler without set_alpha_to_one may, draws no noise.
+
+    Args:
+        eta: Stochasticity, in [0, 1]; 0 is deterministic DDIM, 1 is DDPM's ancestral sampling.
     """
 
     eta: float = 1.0

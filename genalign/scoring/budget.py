@@ -107,6 +107,12 @@ class Budget:
     The unit is ``nfe`` of the denoiser (guidance counts twice), priced ``cost``, or wall-clock ``seconds``. ``prices``
     are per call on one sample, from ``measure_prices`` or your own; for a budget in seconds without them they are
     measured first.
+
+    Args:
+        nfe: Limit in denoiser evaluations of one sample; guidance counts twice.
+        cost: Limit in the unit of ``prices``.
+        seconds: Limit in seconds of wall-clock time.
+        prices: Cost of each call on one sample, by the call's name; null measures them where they are needed.
     """
 
     nfe: float | None = None

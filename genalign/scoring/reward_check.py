@@ -86,6 +86,11 @@ class Expected:
 
     ``prompts``: the right prompt scores higher. ``gradient``: there is one. ``degradation``: the score falls with every
     degree of noise, blur and JPEG.
+
+    Args:
+        prompts: The right prompt scores higher than another one.
+        gradient: The score has a gradient with respect to the samples.
+        degradation: The score falls with every degree of noise, blur and JPEG.
     """
 
     prompts: bool = False

@@ -118,6 +118,17 @@ class Distillation:
     standard deviation, plus ``rank`` times the cross entropy of which of two samples of a prompt is better, at
     temperature ``tau``. A student with a decoder first trains it for ``decoder_epochs`` on one preview of every
     trajectory.
+
+    Args:
+        epochs: Passes over the dataset for each noise level that is added.
+        batch_size: Previews in one optimizer step.
+        learning_rate: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+        rank: Weight of the pairwise ranking loss beside the squared error.
+        tau: Temperature of the ranking loss.
+        decoder_epochs: Passes over the dataset for the student's own decoder.
+        decoder_learning_rate: Learning rate of the student's own decoder.
+        seed: Seed of the order of the previews.
     """
 
     epochs: int = 2

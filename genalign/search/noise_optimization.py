@@ -130,6 +130,10 @@ class ReNO(NoiseOptimization):
 
     SGD with Nesterov momentum on the reward and ``norm_weight`` times the negative log density of the noise's norm,
     |e|^2 / 2 - (d - 1) log |e|, which is least at |e|^2 = d - 1.
+
+    Args:
+        momentum: Nesterov momentum of SGD.
+        norm_weight: Weight of the penalty on the norm of the noise.
     """
 
     momentum: float = 0.9
@@ -156,6 +160,12 @@ class DNO(NoiseOptimization):
     ``gamma`` weighs the log probability that Gaussian noise would have this mean and covariance, over sub-vectors of
     ``width`` values, in their order and in ``permutations`` random orders. It is flat inside the typical set. 0 leaves
     it out, as the public code does.
+
+    Args:
+        eta: Stochasticity of the DDIM sampler whose noises are optimized.
+        gamma: Weight of the log probability of the noises; 0 leaves it out.
+        width: Length of the sub-vectors whose mean and covariance are tested.
+        permutations: Number of random orders of the values that are tested.
     """
 
     learning_rate: float = 0.01

@@ -24,6 +24,11 @@ class ZeroOrder:
     Every one of ``rounds`` samples from ``neighbors`` of the best noise so far, at cosine ``theta`` to it and of the
     same length. ``rounds`` None makes as many as the budget pays for. Public code restarts if no neighbor is better;
     here the next round draws other neighbors.
+
+    Args:
+        rounds: Number of rounds; None takes as many as the budget pays for.
+        neighbors: Number of noises that a round tries around the best one.
+        theta: Cosine between the best noise and its neighbors, in (-1, 1).
     """
 
     rounds: int | None = None
@@ -69,6 +74,12 @@ class Evolution:
     so far; the first generation starts from fresh noise. A child has the state of its parent at that step, with new
     noise: x = alpha x0 + sigma eps, where eps becomes sqrt(1 - strength^2) eps + strength z. The paper adds z times the
     sampler's standard deviation instead, which is the same at the first step. Parents take turns, the best first.
+
+    Args:
+        starts: Sampling step at which each generation starts, ascending from 0.
+        sizes: Number of children in each generation.
+        elites: Number of the best trajectories that have children.
+        strength: Fraction of new noise in a child, in (0, 1].
     """
 
     starts: tuple[int, ...] = (0, 2, 4)

@@ -17,7 +17,12 @@ from genalign.search.strategy import PreviewScorer, largest_size, score_previews
 
 @dataclass(frozen=True)
 class BestOfN:
-    """Samples ``candidates`` times for every prompt by ``kernel``; None for as many as the budget pays for."""
+    """Samples ``candidates`` times for every prompt by ``kernel``; None for as many as the budget pays for.
+
+    Args:
+        candidates: Number of samples of each prompt; None takes as many as the budget pays for.
+        kernel: Sampler of the candidates; ODE is deterministic after the first noise.
+    """
 
     candidates: int | None = None
     kernel: Kernel = ODE()  # noqa: RUF009  # kernels are frozen
@@ -41,6 +46,10 @@ class PruneSchedule:
 
     After each of the network evaluations ``steps`` (ascending, from 0), the fraction ``keep`` of the candidates goes
     on, rounded up, and at least one.
+
+    Args:
+        steps: Network evaluations after which candidates are dropped, ascending from 0.
+        keep: Fraction of the candidates that is kept after each of ``steps``.
     """
 
     steps: tuple[int, ...] = (3, 5, 8)
@@ -70,6 +79,12 @@ class Prune(PruneSchedule):
     A candidate that is dropped after the network evaluation at sigma_s has cost s + 1 NFE. Several rewards count by the
     sum of ranks among the candidates left. ``scorer`` may be a noise-aware reward, and ``candidates`` None starts as
     many as the budget pays for.
+
+    Args:
+        steps: Network evaluations after which candidates are dropped, ascending from 0.
+        keep: Fraction of the candidates that is kept after each of ``steps``.
+        candidates: Number of candidates of each prompt at the start; None takes as many as the budget pays for.
+        scorer: A scorer of previews, such as a noise-aware reward; None decodes them and takes the rewards.
     """
 
     candidates: int | None = None
@@ -97,6 +112,12 @@ class Beam:
     scored by the preview that the network predicts at its own latents. That prediction is the winner's next step, so
     that a step costs one NFE for each proposal (public code pays one more for the winner). One chain is SVDD-PM (arXiv
     2408.08252).
+
+    Args:
+        chains: Number of chains of each prompt.
+        proposals: Number of next states that each chain proposes at a step; None takes as many as the budget pays for.
+        kernel: The stochastic sampler of the proposals.
+        scorer: A scorer of previews, such as a noise-aware reward; None decodes them and takes the rewards.
     """
 
     chains: int = 1
