@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genalign.cli import config, parsing
-from genalign.cli.context import CommandContext, named_rewards, prompt_set
+from genalign.cli.context import CommandContext, named_rewards, print_table, prompt_set
 from genalign.cli.train import train_command
 from genalign.evaluation.compare_runs import summarize_recipes, write_recipe_summaries
 from genalign.evaluation.report import write_comparison, write_report
+from genalign.evaluation.report.comparison_page import budget_words
+from genalign.evaluation.report.words import count, duration, gain_verdict, prompts
 from genalign.prompts import PromptSampler
 from genalign.runtime.files import write_json
 from genalign.training.noise_calibration import calibrate, save_kernel
@@ -21,11 +23,11 @@ from genalign.worlds.registry import diversity_of
 def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Find the noise level of each sampling step, and write a kernel that uses them."""
     settings, _ = parsing.parse(config.Calibrate, arguments, "calibrate")
-    prompts, sampling = prompt_set(settings.prompts), settings.sampling
-    pipeline, training = context.load(settings.model), settings.training.fit(prompts)
+    source, sampling = prompt_set(settings.prompts), settings.sampling
+    pipeline, training = context.load(settings.model), settings.training.fit(source)
     rewards = named_rewards(settings.rewards)
     sampler = Sampler(pipeline, rewards, sampling.grid(pipeline), sampling.guidance_scale(pipeline), training)
-    rounds = PromptSampler(prompts, training.prompts_per_round, training.seed).rounds()
+    rounds = PromptSampler(source, training.prompts_per_round, training.seed).rounds()
     for number, kernel in enumerate(calibrate(sampler, settings.recipe, rounds, settings.calibration), start=1):
         levels = " ".join(f"{level:.2f}" for level in kernel.levels)
         print(f"{number}/{settings.calibration.iterations}  noise levels {levels}", flush=True)
@@ -47,7 +49,7 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
     # Train
     for number, (name, seed) in enumerate(jobs, start=1):
         run, own = output / name / f"seed-{seed}", output / name / "settings.json"
-        print(f"run {number}/{len(jobs)}: {run}", flush=True)
+        print(f"run {number}/{len(jobs)}: {name}, seed {seed}, {run}", flush=True)
         if (run / "gain.json").exists():
             continue
         write_json(own, plain["runs"][name])
@@ -61,9 +63,21 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
     }
     summaries = summarize_recipes(recipes, diversity_of)
     write_recipe_summaries(output / "comparison.json", summaries)
-    write_comparison(output / "comparison.html", summaries)
-    for summary in sorted(summaries, key=lambda summary: -summary.gain):
-        print(f"{summary.name:24s} gain {summary.estimate.text('+.3f')}")
+    write_comparison(output / "comparison.html", summaries, recipes)
+    main, ordered = next(iter(summaries[0].scores)), sorted(summaries, key=lambda summary: -summary.gain)
+    print_table(
+        ("recipe", f"gain in {main} (95% interval)", "verdict", "seeds", "NFE", "training"),
+        [
+            (
+                *(summary.name, summary.estimate.text("+.3f"), gain_verdict(summary.estimate, summary.effect).text),
+                *(str(summary.seeds), " to ".join(dict.fromkeys(map(count, summary.nfe_range)))),
+                " to ".join(dict.fromkeys(duration(60 * minutes) for minutes in summary.minutes_range)),
+            )
+            for summary in ordered
+        ],
+        f"{prompts(ordered[0].prompts)} evaluated",
+    )
+    print(budget_words(ordered))
     print(f"comparison: {output / 'comparison.html'}")
     return 0
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from genalign.evaluation.evaluate import load_evaluation
 from genalign.evaluation.records import PromptRecord, gain_row, mean, prompt_records
-from genalign.metrics.intervals import Estimate
+from genalign.metrics.intervals import Estimate, effect_size
 from genalign.runtime.files import without_infinities, write_json
 
 DiversityFunction = Callable[[Path], Mapping[str, float]]
@@ -22,10 +22,11 @@ _LATE_ROUNDS = 5  # rounds at the end of a run over which its KL is averaged
 class RecipeSummary:
     """A recipe's results over its seeds.
 
-    ``gain`` is the main score's gain on the evaluated prompts, with its 95 % interval ``low`` to ``high`` (over prompts
-    alone for a single seed); ``scores`` and ``tasks`` are the gains of every score and task. ``kl`` is the mean
-    divergence from the base model in the last rounds, ``diversity`` is after minus before, and ``minutes`` and ``nfe``
-    are mean costs of a run.
+    ``gain`` is the main score's gain on ``prompts`` evaluated prompts, with its 95 % interval ``low`` to ``high`` (over
+    prompts alone for a single seed) and its ``effect`` size; ``scores`` and ``tasks`` are the gains of every score and
+    task. ``kl`` is the mean divergence from the base model in the last rounds, and ``diversity`` is after minus before.
+    ``minutes`` of training and ``nfe`` are mean costs of a run, ``minutes_range`` and ``nfe_range`` the least and the
+    most over the seeds.
     """
 
     name: str
@@ -39,11 +40,25 @@ class RecipeSummary:
     diversity: Mapping[str, float]
     minutes: float
     nfe: float
+    prompts: int
+    effect: float
+    minutes_range: tuple[float, float]
+    nfe_range: tuple[float, float]
 
     @property
     def estimate(self) -> Estimate:
-        """The main score's gain with its interval."""
-        return Estimate(self.gain, self.low, self.high, self.seeds)
+        """The main score's gain with its interval over prompts and seeds."""
+        return Estimate(self.gain, self.low, self.high, self.prompts)
+
+
+BUDGET_TOLERANCE = 0.05
+"""How much more than the cheapest run the dearest one may cost where budgets are called equal."""
+
+
+def equal_budgets(ranges: Iterable[tuple[float, float]]) -> bool:
+    """Say whether all runs cost the same within ``BUDGET_TOLERANCE``, by the least and the most of each recipe."""
+    lows, highs = zip(*ranges, strict=True)
+    return bool(max(highs) <= (1 + BUDGET_TOLERANCE) * min(lows))
 
 
 def summarize_recipes(recipes: Mapping[str, Mapping[int, Path]], diversity: DiversityFunction) -> list[RecipeSummary]:
@@ -79,8 +94,11 @@ def _summarize(
     """Summarize one recipe by the records of each score, of which the first is the main one."""
     gains = {score: gain_row(rows) for score, rows in records.items()}
     main, tasks = next(iter(gains.values())), dict[str, list[float]]()
+    prompts: dict[tuple[str, str], list[PromptRecord]] = {}
     for record in records[main.metric]:
         tasks.setdefault(record.task, []).append(record.after - record.before)
+        prompts.setdefault((record.task, record.prompt), []).append(record)
+    means = [(mean(r.before for r in rows), mean(r.after for r in rows)) for rows in prompts.values()]
 
     spreads, kl, minutes, nfe = [], [], [], []
     for run in runs:
@@ -102,6 +120,10 @@ def _summarize(
         kl=mean(kl),
         minutes=mean(minutes),
         nfe=mean(nfe),
+        prompts=main.n,
+        effect=effect_size(main.mean, means),
+        minutes_range=(min(minutes), max(minutes)),
+        nfe_range=(min(nfe), max(nfe)),
     )
 
 

@@ -50,7 +50,7 @@ MANIFEST, PROMPTS = "evaluation.json", "prompts.jsonl"
 class ModelIdentity:
     """The evaluated model: the settings that change its samples, a hash of its weights, its adapter and a hash of that.
 
-    For images from another program, ``model`` names their folder and ``fingerprint`` is a hash of their bytes.
+    For samples of another program, ``model`` names their folder and ``fingerprint`` is a hash of their bytes.
     """
 
     model: Mapping[str, Any]

@@ -6,10 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-import numpy as np
-
 from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord
-from genalign.metrics.intervals import Estimate, WinRate, difference_kind, mean_over_tasks, win_rate
+from genalign.metrics.intervals import Estimate, WinRate, difference_kind, effect_size, mean_over_tasks, win_rate
 
 
 @dataclass(frozen=True)
@@ -74,19 +72,9 @@ def task_gains(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Est
 
 
 def effect_sizes(before: Evaluation, after: Evaluation) -> dict[str, float]:
-    """Divide each score's mean gain by the standard deviation of the score over prompts (Cohen's d_av).
-
-    The variance is the mean of the variances before and after, and of one sample or prompt 0. The effect size is
-    infinite for a gain without any spread, and 0 for no gain.
-    """
-    matched, effects = pairs(before, after), dict[str, float]()
-    for name, estimate in _estimates(matched).items():
-        means = [mean for prompts in _prompt_means(matched, name).values() for mean in prompts.values()]
-        variance = sum(float(np.var(side, ddof=1)) for side in zip(*means, strict=True)) / 2 if len(means) > 1 else 0.0
-        effects[name] = estimate.mean / variance**0.5 if variance > 0 else math.copysign(math.inf, estimate.mean)
-        if estimate.mean == 0:
-            effects[name] = 0.0
-    return effects
+    """Divide each score's mean gain by the standard deviation of the score over prompts."""
+    matched = pairs(before, after)
+    return {name: effect_size(gain.mean, _means(matched, name)) for name, gain in _estimates(matched).items()}
 
 
 def pairs_by_gain(before: Evaluation, after: Evaluation) -> tuple[SamplePair, ...]:
@@ -122,8 +110,7 @@ def compare_models(before: Evaluation, after: Evaluation) -> ModelComparison:
         )
     gains, wins = _estimates(matched), {}
     for name in gains:
-        means = [mean for prompts in _prompt_means(matched, name).values() for mean in prompts.values()]
-        wins[name] = win_rate(*zip(*means, strict=True))
+        wins[name] = win_rate(*zip(*_means(matched, name), strict=True))
     return ModelComparison(gains, task_gains(before, after), wins, effect_sizes(before, after))
 
 
@@ -134,13 +121,17 @@ def _estimates(matched: Sequence[SamplePair]) -> dict[str, Estimate]:
         tasks = _prompt_means(matched, name)
         values = {side.scores[name] for pair in matched for side in (pair.before, pair.after)}
         finite = {value for value in values if math.isfinite(value)}
-        means = [mean for prompts in tasks.values() for mean in prompts.values()]
-        kind = difference_kind(means, finite <= {0, 1})
+        kind = difference_kind(_means(matched, name), finite <= {0, 1})
         gains = {task: [new - old for old, new in prompts.values()] for task, prompts in tasks.items()}
         if empty := [task for task, prompts in tasks.items() if not prompts]:
             raise ValueError(f"{name!r} has no pair of samples with both scores in task {empty[0]!r}: it has no gain")
         estimates[name] = mean_over_tasks(gains, kind)
     return estimates
+
+
+def _means(matched: Sequence[SamplePair], name: str) -> list[tuple[float, float]]:
+    """The mean score before and after of every prompt."""
+    return [mean for prompts in _prompt_means(matched, name).values() for mean in prompts.values()]
 
 
 def _prompt_means(matched: Sequence[SamplePair], name: str) -> dict[str, dict[str, tuple[float, float]]]:

@@ -216,6 +216,18 @@ def difference_kind(pairs: Sequence[tuple[float, float]], zeros_and_ones: bool) 
     return "share difference" if zeros_and_ones or (bounded and 2 * unchanged > len(pairs)) else "score"
 
 
+def effect_size(gain: float, means: Sequence[tuple[float, float]]) -> float:
+    """Divide a gain by the standard deviation over prompts (Cohen's d_av) of their (before, after) means.
+
+    The variance is the mean of the two sides' variances. The effect size is infinite for a gain without any spread,
+    and 0 for no gain.
+    """
+    if gain == 0:
+        return 0.0
+    variance = sum(float(np.var(side, ddof=1)) for side in zip(*means, strict=True)) / 2 if len(means) > 1 else 0.0
+    return gain / variance**0.5 if variance > 0 else math.copysign(math.inf, gain)
+
+
 def t_interval(values: Sequence[float]) -> Estimate:
     """Estimate the mean over independent repetitions, such as training seeds, with Student's interval.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -83,6 +83,23 @@ def line_chart(points: Sequence[Point], x_axis: Axis, y_axis: Axis, title: str) 
             f'<text x="{_RIGHT}" y="14">{escape(_read_out(p, x_axis, y_axis))}</text></g>'
         )
     return svg(WIDTH, HEIGHT, "chart", f"{title} against {x_axis.label}", "".join(parts))
+
+
+def lines_chart(series: Mapping[str, Sequence[Point]], x_axis: Axis, y_axis: Axis, title: str) -> Markup:
+    """Draw several lines of at least one point each, in the colors of ``line_color``, in one frame."""
+    x, y = _scales([point for points in series.values() for point in points], y_axis)
+    parts = [_grid(x, y, x_axis, y_axis)]
+    for place, points in enumerate(series.values()):
+        color, marks = line_color(place), [(p.x, p.y) for p in binned(points, _MARKS)]
+        parts.append(f'<polyline class="line" style="stroke:{color}" points="{_pixels(marks, x, y)}"/>')
+        end = f'cx="{x(marks[-1][0]):g}" cy="{y(marks[-1][1]):g}" r="3"'
+        parts.append(f'<circle class="dot" style="fill:{color}" {end}/>')
+    return svg(WIDTH, HEIGHT, "chart", f"{title} against {x_axis.label}", "".join(parts))
+
+
+def line_color(place: int) -> str:
+    """A color for the line at a place among several, on light and dark pages."""
+    return f"hsl({(210 + 137 * place) % 360} 65% 52%)"
 
 
 def whisker(estimate: Estimate, limits: tuple[float, float], label: str) -> Markup:

@@ -1,23 +1,19 @@
-"""The pages about a training run and about several recipes, and the templates of all pages."""
+"""The page about a training run, and the templates of all pages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from genalign.evaluation.compare_runs import RecipeSummary
 from genalign.evaluation.report import sections, summary, words
 from genalign.evaluation.report.charts import chart_sections
-from genalign.evaluation.report.curves import whisker
 from genalign.evaluation.report.reading import read_run
 from genalign.evaluation.report.samples import samples_over_rounds
 from genalign.runtime.files import write_text
 
 _WORDS = ("count", "duration", "gain_mood", "interval", "mood", "number", "plain", "prompts", "scored", "signed")
-_EQUAL_NFE = 1.05  # the largest ratio of costs that counts as an equal budget
 
 
 def write_report(folder: Path) -> Path:
@@ -52,21 +48,6 @@ def write_report(folder: Path) -> Path:
         details={title: sections.flattened(content) for title, content in details.items() if content},
         **sections.extreme_pairs(pairs, folder / "before", folder / "after"),
     )
-
-
-def write_comparison(path: Path, summaries: Sequence[RecipeSummary]) -> None:
-    """Write one offline HTML page at ``path`` that compares recipes, best first."""
-    ordered = sorted(summaries, key=lambda recipe: -recipe.gain)
-    main = next(iter(ordered[0].scores))
-    bounded = [recipe for recipe in ordered if recipe.estimate.has_interval]
-    limits = min((recipe.low for recipe in bounded), default=0.0), max((recipe.high for recipe in bounded), default=0.0)
-    recipes = []
-    for recipe in ordered:
-        drawn = whisker(recipe.estimate, limits, f"gain {words.signed(main, recipe.gain)}")
-        recipes.append((recipe, recipe.estimate, drawn))
-    least, most = min(recipe.nfe for recipe in ordered), max(recipe.nfe for recipe in ordered)
-    equal, nfe = most <= _EQUAL_NFE * least, f"{words.count(least)} to {words.count(most)}"
-    write_page(path, "comparison.html.j2", main=main, recipes=recipes, equal=equal, nfe=nfe)
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:

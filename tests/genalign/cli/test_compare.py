@@ -45,7 +45,10 @@ def test_a_comparison_is_written_and_resumed(source: Path, tmp_path: Path, capsy
     assert main(["compare", str(source)]) == 0
     folder = tmp_path / "compared"
     output = capsys.readouterr().out
-    assert f"run 3/3: {folder / 'flow' / 'seed-4'}" in output and re.search(r"^dense +gain [+-]0\.\d+ \(", output, re.M)
+    assert f"run 3/3: flow, seed 4, {folder / 'flow' / 'seed-4'}" in output
+    table = output[output.index("2 prompts evaluated") :] if "2 prompts evaluated" in output else output
+    assert re.search(r"dense .*[+-]0\.\d+ \(", table) and "no verdict from" in table
+    assert re.search(r"The runs took \d+ to \d+ NFE \((not equal|equal within 5 %)\), and .* of training", output)
     recipes = {recipe["name"]: recipe for recipe in json.loads((folder / "comparison.json").read_text())}
     assert recipes["flow"]["seeds"] == 2 and recipes["dense"]["seeds"] == 1
     for recipe in recipes.values():
@@ -53,6 +56,11 @@ def test_a_comparison_is_written_and_resumed(source: Path, tmp_path: Path, capsy
         assert set(recipe["scores"]) == {"strict", "partial", "relaxed"}  # the scores that both recipes have
         assert set(recipe["diversity"]) == {"color", "cell"}
     page = (folder / "comparison.html").read_text()
+    assert "Samples from the same noise" in page and "Training reward against NFE" in page
+    assert page.count("<figcaption>before</figcaption>") == page.count("<figcaption>dense</figcaption>") >= 1
+    assert main(["report", str(folder)]) == 2
+    refused = capsys.readouterr().err
+    assert "holds a comparison of runs, not a run" in refused and str(folder / "comparison.html") in refused
     assert "flow" in page and "dense" in page and "http:" not in page and "https:" not in page
     written = (folder / "flow" / "seed-3" / "gain.json").stat().st_mtime_ns
     (folder / "flow" / "seed-4" / "gain.json").unlink()

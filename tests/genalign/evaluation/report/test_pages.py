@@ -51,17 +51,21 @@ def test_the_best_reward_so_far_never_falls(tmp_path):
 def test_recipes_of_unequal_cost_are_not_called_equal(tmp_path):
     def summary(name, gain, nfe):
         scores, diversity = {"strict": gain, "aesthetic": 1.5}, {"color": math.nan, "cell": -0.25}
-        return RecipeSummary(
-            name, 2, gain, gain - 0.1, gain + 0.1, scores, {"two": gain}, 0.01, diversity, minutes=2.0, nfe=nfe
-        )
+        ranges = {"minutes_range": (1.5, 2.5), "nfe_range": (nfe - 20, nfe)}
+        costs = {"minutes": 2.0, "nfe": nfe, "prompts": 24, "effect": 0.5, **ranges}
+        return RecipeSummary(name, 2, gain, gain - 0.1, gain + 0.1, scores, {"two": gain}, 0.01, diversity, **costs)
 
     path = tmp_path / "comparison.html"
     write_comparison(path, [summary("slow", 0.05, 2820.0), summary("fast", 0.25, 4610.0)])
     page = path.read_text()
-    assert page.index("fast") < page.index("slow") and "equal NFE</h1>" not in page
-    assert "a run took 2.82k to 4.61k NFE" in page and "+25.0" in page and "not measured" in page and "-0.250" in page
+    assert page.index("fast") < page.index("slow") and "2 recipes: gain in strict score on 24 prompts</h1>" in page
+    assert "The runs took 2.8k to 4.61k NFE (not equal), and 1 min 30 s to 2 min 30 s of training (not equal)." in page
+    assert "+25.0" in page and "not measured" in page and "-0.250" in page and "2.8k to 2.82k" in page
+    assert "a clear improvement, effect size 0.5" in page and "no clear change, effect size 0.5" in page
+    assert 'class="scores total"' not in page  # the best recipe, or the last, is no total
     write_comparison(path, [summary("slow", 0.05, 4600.0), summary("fast", 0.25, 4610.0)])
-    assert "2 recipes at equal NFE</h1>" in path.read_text()
+    page = path.read_text()
+    assert "2 recipes at equal NFE: gain in strict score" in page and "4.58k to 4.61k NFE (equal within 5 %)" in page
 
 
 # --- texts that contain HTML ------------------------------------------------------------------------------------------

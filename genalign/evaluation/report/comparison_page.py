@@ -1,0 +1,133 @@
+"""The page about several recipes: what each gained, what it cost, curves, and samples from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+
+from genalign.evaluation.compare_runs import RecipeSummary, equal_budgets
+from genalign.evaluation.paired import pairs
+from genalign.evaluation.report.curves import Axis, Point, line_color, lines_chart, whisker
+from genalign.evaluation.report.html import write_page
+from genalign.evaluation.report.reading import Run, read_run
+from genalign.evaluation.report.samples import fitting, thumbnail
+from genalign.evaluation.report.words import SHARES, count, duration, gain_verdict, number, percent, plain, signed
+from genalign.runtime.media import Thumbnail
+
+_PROMPTS = 8  # whose samples stand side by side
+
+
+@dataclass(frozen=True)
+class RecipeRow:
+    """A recipe as the table has it: its summary, its verdict, the color of its curve, and its interval drawn."""
+
+    summary: RecipeSummary
+    verdict: str
+    color: str
+    whisker: Markup
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt, and one sample of each model from the same noise, by name."""
+
+    prompt: str
+    samples: Mapping[str, Thumbnail]
+
+
+def write_comparison(
+    path: Path, summaries: Sequence[RecipeSummary], recipes: Mapping[str, Mapping[int, Path]] | None = None
+) -> None:
+    """Write one offline HTML page at ``path`` that compares recipes, best first.
+
+    Args:
+        path: The file.
+        summaries: The recipes, at least one.
+        recipes: The folders of each recipe's runs by seed, for curves and samples; of each the first is drawn.
+    """
+    ordered = sorted(summaries, key=lambda recipe: -recipe.gain)
+    main = next(iter(ordered[0].scores))
+    bounded = [recipe for recipe in ordered if recipe.estimate.has_interval]
+    limits = min((recipe.low for recipe in bounded), default=0.0), max((recipe.high for recipe in bounded), default=0.0)
+    first = {name: read_run(next(iter(runs.values()))) for name, runs in (recipes or {}).items()}
+    rows = [
+        RecipeRow(
+            recipe,
+            gain_verdict(recipe.estimate, recipe.effect).text,
+            line_color(place),
+            whisker(recipe.estimate, limits, f"gain {signed(main, recipe.gain)}"),
+        )
+        for place, recipe in enumerate(ordered)
+    ]
+    write_page(
+        path,
+        "comparison.html.j2",
+        main=main,
+        rows=rows,
+        budgets=budget_words(ordered),
+        equal_nfe=len(ordered) > 1 and equal_budgets(recipe.nfe_range for recipe in ordered),
+        charts=_charts(main, {recipe.name: first[recipe.name] for recipe in ordered if recipe.name in first}),
+        samples=_samples({recipe.name: first[recipe.name] for recipe in ordered if recipe.name in first}),
+    )
+
+
+def budget_words(summaries: Sequence[RecipeSummary]) -> str:
+    """Say whether the recipes had equal budgets, in NFE and in seconds of training."""
+    if len(summaries) < 2:
+        return "One recipe, so no budgets to compare."
+    nfe, minutes = [recipe.nfe_range for recipe in summaries], [recipe.minutes_range for recipe in summaries]
+    spans = (
+        f"{count(min(low for low, _ in nfe))} to {count(max(high for _, high in nfe))} NFE",
+        f"{duration(60 * min(low for low, _ in minutes))} to {duration(60 * max(high for _, high in minutes))}"
+        " of training",
+    )
+    verdicts = ("equal within 5 %" if equal_budgets(ranges) else "not equal" for ranges in (nfe, minutes))
+    said = ", and ".join(f"{span} ({verdict})" for span, verdict in zip(spans, verdicts, strict=True))
+    advice = "" if equal_budgets(nfe) else " Set training.max_nfe in the base configuration to compare at equal NFE."
+    return f"The runs took {said}.{advice}"
+
+
+def _charts(main: str, runs: Mapping[str, Run]) -> dict[str, Markup]:
+    """Draw the held-out main score and the training reward of all recipes against NFE, where every run has them."""
+    charts = {}
+    for title, series in {
+        f"{plain(main)} score during training": {
+            name: [Point(row["nfe"], row["held_out"][main]["mean"]) for row in run.rows if main in _held_out(row)]
+            for name, run in runs.items()
+        },
+        "Training reward": {name: [Point(row["nfe"], row["reward"]) for row in run.rows] for name, run in runs.items()},
+    }.items():
+        if runs and all(series.values()):
+            share = main in SHARES and "score" in title
+            axis = Axis("score" if share else "", percent if share else number)
+            charts[title] = lines_chart(series, Axis("NFE", count), axis, title)
+    return charts
+
+
+def _held_out(row: Mapping[str, object]) -> Mapping[str, object]:
+    value = row.get("held_out")
+    return value if isinstance(value, Mapping) else {}
+
+
+def _samples(runs: Mapping[str, Run]) -> list[PromptRow]:
+    """Draw the samples of some prompts, evenly spaced, by the untrained model and after each recipe."""
+    if len(runs) < 2 or not all(run.before and run.after for run in runs.values()):
+        return []
+    base = next(iter(runs.values()))
+    assert base.before is not None and base.after is not None  # checked above
+    after = {other: {r.key: r for r in run.after.records} for other, run in runs.items() if run.after}
+    firsts = {pair.before.prompt: pair.before for pair in reversed(pairs(base.before, base.after))}
+    shared = [r for r in reversed(firsts.values()) if r.image and all(r.key in records for records in after.values())]
+    chosen = shared[:: max(1, len(shared) // _PROMPTS)][:_PROMPTS]
+    rows = (
+        PromptRow(
+            record.prompt,
+            {"before": thumbnail(base.folder / "before", record.image)}
+            | {other: thumbnail(runs[other].folder / "after", after[other][record.key].image) for other in runs},
+        )
+        for record in chosen
+    )
+    return fitting(rows, lambda row: list(row.samples.values()))
