@@ -255,7 +255,7 @@ def _files(
     task.check(prompts)
     require_rate({"rewards": settings.rewards, "set_rewards": settings.set_rewards}, samples.sample_rate)
     with progress.phase("reading the samples", len(samples.files), "files"):
-        identity = ModelIdentity({"samples": str(root)}, content_hash(root, samples.files))
+        identity = ModelIdentity({"samples": root.resolve().name}, content_hash(root, samples.files))
     counts: dict[tuple[str, str], int] = {}
     for spec in samples.specs:
         key = spec.prompt.task, spec.prompt.text

@@ -253,11 +253,16 @@ def test_images_of_two_sizes_are_scored(caplog: pytest.LogCaptureFixture) -> Non
     assert list(load_evaluation(Path("tasks")).tasks) == ["red", "blue"]
 
 
-def test_folders_are_compared(error: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_are_compared(
+    error: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINE", str(Path.cwd()))
     _write_images(Path("one"), 8, 8)
     _write_images(Path("two"), 16, 16)
     arguments = ["evaluate", "prompts", "--rewards.red.function", "my_scores.redness", "--samples"]
-    assert main([*arguments, "one", "--output", "a"]) == 0
+    assert main([*arguments, "$MINE/one", "--output", "a"]) == 0
+    unset = error(*arguments, "two", "--output", "b", "--against", "$UNSET/a")
+    assert "against is '$UNSET/a', which names no path" in unset
     assert main([*arguments, "two", "--output", "b", "--against", "a"]) == 0
     assert "red against a: +0.000" in capsys.readouterr().out
     assert "samples of the same number, whose noises are not known" in Path("b/report.html").read_text()
