@@ -12,13 +12,13 @@ from typing import Any
 
 from genalign.evaluation.evaluate import EXTERNAL, Evaluation, SampleRecord, load_evaluation
 from genalign.evaluation.geneval.upstream_results import VERIFIER
-from genalign.evaluation.paired import SamplePair, compare_models, pairs_by_gain
+from genalign.evaluation.paired import ModelComparison, SamplePair, compare_models, pairs_by_gain
 from genalign.evaluation.report import sections
 from genalign.evaluation.report.html import write_page
 from genalign.evaluation.report.reading import Comparison
 from genalign.evaluation.report.samples import fitting, thumbnail
 from genalign.evaluation.report.sections import OVERALL, flattened
-from genalign.evaluation.report.words import count, duration, percent, plain
+from genalign.evaluation.report.words import count, duration, gain_verdict, percent, plain
 from genalign.metrics.intervals import WinRate
 from genalign.runtime.media import Thumbnail
 
@@ -153,7 +153,7 @@ def _against(folder: Path, after: Evaluation, other: Path | None) -> dict[str, A
     return {
         "against": label,
         "tables": {main: tables.pop(main), **tables},  # the score of the headline comes first
-        "win_rates": {f"prompts won, {plain(name)}": _win_words(wins) for name, wins in comparison.wins.items()},
+        "verdicts": _verdicts(comparison),
         "costs": {f"cost of {name}": words for name, words in costs.items() if words},
         "sets": {name: (before.sets.get(name), value, differences.get(name)) for name, value in after.sets.items()},
         "prompts": _prompt_cards(pairs, other, folder),
@@ -193,6 +193,15 @@ def _pair(pair: SamplePair, before: Path, after: Path) -> tuple[Thumbnail, Thumb
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
+
+
+def _verdicts(comparison: ModelComparison) -> dict[str, str]:
+    """What the gain of each score amounts to, and how many prompts it wins."""
+    facts: dict[str, str] = {}
+    for name, gain in comparison.gain.items():
+        facts[f"gain, {plain(name)}"] = gain_verdict(gain, comparison.effects[name]).text
+        facts[f"prompts won, {plain(name)}"] = _win_words(comparison.wins[name])
+    return facts
 
 
 def _win_words(wins: WinRate) -> str:
