@@ -9,7 +9,6 @@ from pipelines.sd3 import SD3 as SD3
 from pipelines.stable_audio import StableAudio as StableAudio
 from pipelines.stable_diffusion import SDXL as SDXL
 from pipelines.stable_diffusion import StableDiffusion as StableDiffusion
-from pipelines.steering.prune import Pruned as Pruned
 from pipelines.steering.prune import prune as prune
 from pipelines.steering.steer import Steering as Steering
 from pipelines.steering.steer import steer as steer

@@ -48,8 +48,8 @@ def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
 def bounded_batches(pipe: DiffusionPipeline, size: int | None) -> Iterator[None]:
     """Within the context, call the denoiser on at most ``size`` rows at a time, and the autoencoder's decoder too.
 
-    Guidance gives the denoiser two rows of a sample. None bounds nothing. Raises ValueError for a ``size`` below 1, or a
-    network whose arguments are not known here.
+    Guidance gives the denoiser two rows of a sample. None bounds nothing. Raises ValueError for a ``size`` below 1, or
+    a network whose arguments are not known here.
     """
     if size is None:
         yield
@@ -62,8 +62,8 @@ def bounded_batches(pipe: DiffusionPipeline, size: int | None) -> Iterator[None]
     if kind is None:
         known = ", ".join(sorted(kind.__name__ for kind in _SHARED))
         raise ValueError(
-            f"batch_size cannot divide the calls of {type(inner).__name__}, whose arguments are not known: leave it out,"
-            f" and call the pipeline with fewer samples; it divides those of {known}"
+            f"batch_size cannot divide the calls of {type(inner).__name__}, whose arguments are not known: leave it"
+            f" out, and call the pipeline with fewer samples; it divides those of {known}"
         )
     signature = inspect.signature(type(inner).forward)
     with ExitStack() as stack:
@@ -73,7 +73,7 @@ def bounded_batches(pipe: DiffusionPipeline, size: int | None) -> Iterator[None]
             decode = pipe.vae.decode
 
             def decode_parts(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-                return _joined([decode(part, *args, **kwargs) for part in latents.split(size)])
+                return _joined([decode(part, *args, **kwargs) for part in torch.split(latents, size)])
 
             stack.enter_context(replaced(pipe.vae, "decode", decode_parts))
         yield
@@ -82,7 +82,7 @@ def bounded_batches(pipe: DiffusionPipeline, size: int | None) -> Iterator[None]
 def _divided(
     method: Callable[..., Any], signature: inspect.Signature, size: int, shared: frozenset[str]
 ) -> Callable[..., Any]:
-    """Return a network's forward method that calls ``method`` on at most ``size`` rows of its first argument at a time."""
+    """Return a network's forward method that calls ``method`` on at most ``size`` rows at a time."""
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -136,5 +136,7 @@ def _joined(outputs: list[Any]) -> Any:
     if isinstance(first, tuple):
         return tuple(_joined(list(column)) for column in zip(*outputs, strict=True))
     if is_dataclass(first) and not isinstance(first, type):
-        return type(first)(**{field.name: _joined([getattr(output, field.name) for output in outputs]) for field in fields(first)})
+        return type(first)(
+            **{field.name: _joined([getattr(output, field.name) for output in outputs]) for field in fields(first)}
+        )
     return first

@@ -66,6 +66,7 @@ class PipelineScorer:
         finally:
             handle.remove()
 
+    @torch.no_grad()
     def decode_and_score(self, latents: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
         """Decode and score latents, at most ``batch_size`` at a time.
 

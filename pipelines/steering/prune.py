@@ -7,9 +7,12 @@ it as always. So no run is broken off, and any family works whose pipeline steps
 from __future__ import annotations
 
 import functools
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,30 +20,23 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from genalign.diffusion.noise import derived_seed
-from genalign.scoring.budget import Ledger
-from genalign.search.lineage import Lineage
+from genalign.scoring.budget import DECODE, NFE, Ledger, reward_call
 from genalign.search.pruning import Prune
 from genalign.search.ranking import best_per_prompt
+from genalign.search.results import PlainSample, PromptResult, SearchResult
 from genalign.types import Prompt
+from pipelines.steering.batches import bounded_batches
 from pipelines.steering.latent_scores import Decode, PipelineScorer, Rewards
-from pipelines.steering.scheduler_hooks import Move, patched_step, replaced, scheduler_state, select_rows
+from pipelines.steering.scheduler_hooks import (
+    Move,
+    is_start,
+    patched_step,
+    replaced,
+    scheduler_state,
+    select_rows,
+)
 
 _DEPENDENT_ON_STEP = ("skip_guidance_layers", "control_guidance_start", "control_guidance_end")
-_ROUNDINGS = 8
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """Result of pruning: decoded ``samples`` (M, ...), best first, and their ``scores`` (M, K rewards).
-
-    ``lineage`` holds all candidates, ``ledger`` the cost. For the range of samples see
-    ``pipelines.steering.latent_scores``.
-    """
-
-    samples: Tensor
-    scores: Tensor
-    lineage: Lineage
-    ledger: Ledger
 
 
 def prune(
@@ -50,8 +46,9 @@ def prune(
     strategy: Prune,
     decode: Decode | None = None,
     seed: int = 0,
+    batch_size: int | None = None,
     **call: Any,
-) -> Pruned:
+) -> SearchResult:
     """Sample ``strategy.candidates`` times with ``pipe(prompt, **call)``, and drop most candidates on their way.
 
     Args:
@@ -61,41 +58,75 @@ def prune(
         strategy: The pruning steps and fractions, with a number of candidates.
         decode: From latents to samples, in place of ``pipelines.steering.latent_scores.decode_latents``.
         seed: Seed of the candidates' generators.
+        batch_size: The largest number of samples in one call of a network, as in ``pipelines.steer``.
         **call: Further arguments of the pipeline, for one sample: texts, such as a negative prompt, and tensors, such
             as embeddings in place of the prompt, are repeated for each candidate.
+
+    Returns:
+        The survivors, best first. Their plain sample is the first candidate, which is finished apart if it is dropped.
 
     Raises:
         ValueError: No number of candidates, a scorer other than the rewards, or a call that
             ``run_part`` cannot divide into parts.
+        RewardError: A reward raises on all samples, or scores none of the survivors.
     """
     if strategy.candidates is None or strategy.scorer is not None:
         raise ValueError("prune needs Prune(candidates=...), and scores decoded previews by the rewards alone")
-    prompt = Prompt(prompt)
-    scorer = PipelineScorer(pipe, reward, decode)
-    count = strategy.candidates
+    scorer, text = PipelineScorer(pipe, reward, decode, batch_size), Prompt(prompt)
+    count, started = strategy.candidates, time.perf_counter()
     generators = [torch.Generator().manual_seed(derived_seed(seed, j)) for j in range(count)]
     nodes = list(scorer.lineage.add([0] * count, [None] * count, 0))
     part: PartialRun | None = None
-    with scorer.observing():
+    with scorer.observing(), bounded_batches(pipe, batch_size):
         for step, alive in zip(strategy.steps, strategy.counts(count)[1:], strict=True):
             # All candidates that are left do the steps until the next pruning
-            part = run_part(pipe, part, step + 1, **_repeated(call, prompt, generators))
+            part = run_part(pipe, part, step + 1, **_repeated(call, text, generators))
 
             # The candidates with the best previews continue
-            scores, _ = scorer.decode_and_score(part.x0, [prompt] * len(nodes), nodes, step + 1)
+            scores, _ = scorer.decode_and_score(part.x0, [text] * len(nodes))
+            scorer.lineage.record_scores(nodes, step + 1, scores.tolist())
             rows = best_per_prompt(scores, torch.zeros(len(nodes), dtype=torch.long), alive)
             survivors = [nodes[i] for i in rows.tolist()]
             scorer.lineage.close([node for node in nodes if node not in survivors], step + 1)
             part, nodes, generators = part.rows(rows), survivors, [generators[i] for i in rows.tolist()]
 
-        # The survivors finish, best first
-        arguments = {**_repeated(call, prompt, generators), "output_type": "latent", "return_dict": False}
-        output = run_rest(pipe, part, **arguments)
+        # The survivors finish
+        output = run_rest(pipe, part, **_latents_of(_repeated(call, text, generators)))
         total = len(pipe.scheduler.timesteps)
-        scores, samples = scorer.decode_and_score(output[0], [prompt] * len(nodes), nodes, total)
+        scores, samples = scorer.decode_and_score(output[0], [text] * len(nodes))
+        scorer.failures.require_scores(scorer.rewards, scores, f"the {len(nodes)} samples that were left")
+        scorer.lineage.record_scores(nodes, total, scores.tolist())
         scorer.lineage.close(nodes, total)
-        order = best_per_prompt(scores, torch.zeros(len(nodes), dtype=torch.long), len(nodes))
-        return Pruned(samples[order], scores[order], scorer.lineage, scorer.ledger)
+        spent, seconds = scorer.ledger.copy(), time.perf_counter() - started
+
+        if 0 in nodes:
+            sample, own = samples[nodes.index(0)], scores[nodes.index(0)]
+            plain = PlainSample(sample, own, _cost_of_one(scorer, spent, strategy, total), extra=False)
+        else:  # the first candidate was dropped: it is finished apart
+            first = [torch.Generator().manual_seed(derived_seed(seed, 0))]
+            output = run_rest(pipe, None, **_latents_of(_repeated(call, text, first)))
+            own_scores, own_samples = scorer.decode_and_score(output[0], [text])
+            plain = PlainSample(own_samples[0], own_scores[0], scorer.ledger.since(spent), extra=True)
+
+    order = best_per_prompt(scores, torch.zeros(len(nodes), dtype=torch.long), len(nodes))
+    names = tuple(reward.name for reward in scorer.rewards)
+    result = PromptResult(text, names, samples[order], scores[order], plain, spent, seconds)
+    return SearchResult((result,), scorer.lineage.as_list(0, 0), (nodes[int(order[0])],), None, scorer.sample_rate)
+
+
+def _cost_of_one(scorer: PipelineScorer, spent: Ledger, strategy: Prune, total: int) -> Ledger:
+    """Return what one unpruned candidate of ``total`` steps costs, by the rows that a sample had in the network."""
+    assert strategy.candidates is not None, "checked before"
+    ends = [*(step + 1 for step in strategy.steps), total]
+    moves = zip(strategy.counts(strategy.candidates), pairwise([0, *ends]), strict=True)
+    rows = spent.nfe // sum(alive * (end - begin) for alive, (begin, end) in moves)
+    calls = {NFE: total * rows, DECODE: 1, **{reward_call(reward.name): 1 for reward in scorer.rewards}}
+    return Ledger(Counter(calls))
+
+
+def _latents_of(call: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call that ends with its latents."""
+    return {**call, "output_type": "latent", "return_dict": False}
 
 
 def _repeated(call: dict[str, Any], prompt: Prompt, generators: list[torch.Generator]) -> dict[str, Any]:
@@ -182,10 +213,11 @@ def _run(pipe: DiffusionPipeline, part: PartialRun | None, stop: int | None, cal
 
     def note(move: Move) -> None:
         moves[:] = [move]
-        if part is not None and move.index == part.done:
-            rounding = _ROUNDINGS * torch.finfo(part.latents.dtype).eps * part.latents.abs().max()
-            if part.latents.shape != move.x.shape or bool((part.latents - move.x).abs().max() > rounding):
-                raise ValueError("the pipeline changes the latents that it is called with: it cannot be run in parts")
+        if part is not None and move.index == part.done and not is_start(move, part.latents):
+            raise ValueError(
+                "the pipeline changes the latents that it is called with, so it cannot be run in parts: steer it by"
+                " FKSteering or BestOfN"
+            )
 
     if part is not None:
         part.restore(pipe.scheduler)

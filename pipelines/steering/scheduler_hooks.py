@@ -37,6 +37,7 @@ _EDM = (
 )
 _SUPPORTED = (FlowMatchEulerDiscreteScheduler, *_DISCRETE, *_SCALED_BY_SIGMA, *_SOLVERS, *_EDM)
 
+_ROUNDINGS = 8
 _BROWNIAN = (diffusers.CosineDPMSolverMultistepScheduler, diffusers.DPMSolverSDEScheduler)
 _STOCHASTIC = (
     DDPMScheduler,
@@ -60,6 +61,14 @@ class Move:
     prediction: Tensor
     x0: Tensor
     x_next: Tensor
+
+
+def is_start(move: Move, latents: Tensor) -> bool:
+    """Whether the step starts from ``latents`` (B, ...), up to rounding."""
+    if move.x.shape != latents.shape:
+        return False
+    rounding = _ROUNDINGS * torch.finfo(latents.dtype).eps * latents.abs().max()
+    return bool((latents - move.x).abs().max() <= rounding)
 
 
 @contextmanager
@@ -97,7 +106,7 @@ def patched_step(scheduler: SchedulerMixin, on_step: Callable[[Move], Tensor | N
     def refuse_copy(memo: object) -> None:
         raise ValueError(
             "the pipeline copies its scheduler, and the copy would step through the original's hook: this pipeline"
-            " cannot be hooked"
+            " cannot be hooked; load the checkpoint by pipelines.load, and call genalign.search.search"
         )
 
     with replaced(scheduler, "step", observed_step), replaced(scheduler, "__deepcopy__", refuse_copy):
@@ -132,6 +141,34 @@ def grid_of(scheduler: SchedulerMixin) -> Grid:
     return _levels(scheduler)[1]
 
 
+def kernel_grid(scheduler: SchedulerMixin) -> Grid:
+    """Return the noise levels that kernels move between: those of ``grid_of`` without second evaluations at a level.
+
+    Raises ValueError, with a scheduler to set instead, for one that is not supported or whose levels do not fall.
+    """
+    grid = grid_of(scheduler)
+    falls = grid.sigma[1:] < grid.sigma[:-1]
+    if bool((grid.sigma[1:] > grid.sigma[:-1]).any()):
+        raise ValueError(
+            f"the noise levels of this {type(scheduler).__name__} rise between steps, where kernels cannot move: set"
+            f" {remedy(scheduler)}"
+        )
+    first = torch.ones(1, dtype=torch.bool)
+    levels = torch.cat([first, falls])
+    return Grid(grid.timestep[falls], grid.alpha[levels], grid.sigma[levels])
+
+
+def remedy(scheduler: SchedulerMixin) -> str:
+    """The line that gives a pipeline a scheduler of the same noise levels that every strategy works with."""
+    config = scheduler.config
+    if config.get("prediction_type") == "flow_prediction" or "FlowMatch" in type(scheduler).__name__:
+        return "pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)"
+    if "sigma_data" in config:
+        return "pipe.scheduler = EDMEulerScheduler.from_config(pipe.scheduler.config)"
+    option = ", thresholding=False" if config.get("thresholding") else ""
+    return f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False{option})"
+
+
 def kernel_move(scheduler: SchedulerMixin, kernel: Kernel, move: Move, noise: Tensor) -> Tensor:
     """Compute the next latents (B, ...) by ``kernel`` from a step's prediction, in place of the scheduler's rule.
 
@@ -150,8 +187,7 @@ def kernel_move(scheduler: SchedulerMixin, kernel: Kernel, move: Move, noise: Te
     """
     if any(scheduler.config.get(option, False) for option in ("clip_sample", "thresholding")):
         raise ValueError(
-            f"this {type(scheduler).__name__} clips its predictions, and kernels do not: create it with"
-            " clip_sample=False and thresholding=False"
+            f"this {type(scheduler).__name__} clips its predictions, and kernels do not: set {remedy(scheduler)}"
         )
     path, grid, scale = _levels(scheduler)
     step = grid[move.index]
@@ -199,7 +235,7 @@ def require_stochastic(scheduler: SchedulerMixin) -> None:
     DDIM counts as deterministic: its eta is an argument of the call, and DDIM(eta) is a kernel for ``kernel_move``.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    instead = "set a stochastic kernel in its place, such as DDIM(eta=1.0)"
+    instead = "leave out kernel=None, so that the strategy moves particles by DDIM(1.0)"
     if isinstance(scheduler, _BROWNIAN):
         raise ValueError(
             f"{name} draws its noise from one Brownian tree for the whole run, not at each step: {instead}"
@@ -234,7 +270,8 @@ def _levels(scheduler: SchedulerMixin) -> tuple[GaussianPath, Grid, Tensor]:
     if not isinstance(scheduler, _SUPPORTED) or config.get("invert_sigmas", False):
         supported = ", ".join(sorted(kind.__name__ for kind in _SUPPORTED))
         raise ValueError(
-            f"the noise levels of this {type(scheduler).__name__} cannot be derived: use one of {supported}"
+            f"the noise levels of this {type(scheduler).__name__} cannot be derived: set {remedy(scheduler)}, or"
+            f" another of {supported}"
         )
 
     # alpha^2 of each timestep from the table of training levels, and the scheduler's own after the last

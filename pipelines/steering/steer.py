@@ -5,8 +5,12 @@ N samples in a call, K of each of P prompts side by side, as ``num_images_per_pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,19 +18,29 @@ from diffusers import AceStepPipeline, DiffusionPipeline
 from torch import Tensor
 
 from genalign.diffusion.noise import derived_seed, seeded_noise
+from genalign.runtime.media import Writer
+from genalign.scoring.budget import DECODE, NFE, Ledger, reward_call
+from genalign.search.engine import TOP
 from genalign.search.fk_steering import require_stochastic as require_stochastic_kernel
 from genalign.search.lineage import Lineage
+from genalign.search.ranking import best_per_prompt
+from genalign.search.results import PlainSample, PromptResult, SearchResult
 from genalign.search.stepwise import Stepwise, StepwiseCall, StepwiseStrategy
 from genalign.types import Prompt
-from pipelines.steering.latent_scores import Decode, PipelineScorer, Rewards, observed
+from pipelines.steering.batches import bounded_batches
+from pipelines.steering.latent_scores import Decode, PipelineScorer, Rewards
+from pipelines.steering.plain_call import Arguments, copied_generators, plain_arguments, wrapped_call
 from pipelines.steering.scheduler_hooks import (
     Move,
     gather_history,
-    grid_of,
+    is_start,
+    kernel_grid,
     kernel_move,
     patched_step,
     require_stochastic,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -34,9 +48,11 @@ def steer(
     pipe: DiffusionPipeline,
     reward: Rewards,
     strategy: StepwiseStrategy,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     decode: Decode | None = None,
     seed: int = 0,
+    batch_size: int | None = None,
+    plain: bool = True,
 ) -> Iterator[Steering]:
     """Steer every call of ``pipe`` within the context.
 
@@ -52,28 +68,31 @@ def steer(
         prompts: The prompts of the call, for a call that is made with embeddings.
         decode: From latents to samples, in place of ``pipelines.steering.latent_scores.decode_latents``.
         seed: Seed of the kernel's noise and of the strategy's draws.
+        batch_size: The largest number of samples in one call of the denoiser (where guidance makes two of each), the
+            autoencoder and the rewards; None for all of them.
+        plain: Whether to sample the first particle of each prompt without steering too, unless it is among the
+            particles, to report the gain; its cost is counted apart.
 
     Raises:
         TypeError: The strategy has no ``stepwise`` method.
         ValueError: Settings of the strategy, a scheduler or a pipeline that do not suit each other, a call with another
             number of particles than the strategy's, or a call without prompts.
+        RewardError: A reward raises on all samples, or scores none of the finished ones.
     """
     if not isinstance(strategy, StepwiseStrategy):
         raise TypeError(
-            f"{type(strategy).__name__} cannot steer a pipeline of your own, since it has no stepwise method: take"
-            " FKSteering or BestOfN (Prune with pipelines.prune), or search on a genalign pipeline by"
-            " genalign.search.search"
+            f"{type(strategy).__name__} cannot steer a pipeline of your own, since it has no stepwise method:"
+            " FKSteering and BestOfN can, and Prune by pipelines.prune; for the others load the checkpoint by"
+            " pipelines.load, and call genalign.search.search"
         )
     plan = strategy.stepwise()
     if plan.scoring_steps is not None:
         _require_resampling(pipe, plan)
-    steering = Steering(pipe, reward, decode, plan, prompts or (), seed)
+    steering = Steering(pipe, reward, decode, plan, prompts, seed, batch_size, plain)
     with ExitStack() as stack:
-        if prompts is None:
-            for method in ("check_inputs", "encode_prompt"):
-                if hasattr(pipe, method):
-                    stack.enter_context(observed(pipe, method, steering._note_prompt(method)))
+        stack.enter_context(bounded_batches(pipe, batch_size))
         stack.enter_context(steering.observing())
+        stack.enter_context(wrapped_call(pipe, steering._call))
         stack.enter_context(patched_step(pipe.scheduler, steering._on_step))
         yield steering
 
@@ -95,10 +114,11 @@ def _require_resampling(pipe: DiffusionPipeline, plan: Stepwise) -> None:
 
 
 class Steering(PipelineScorer):
-    """The calls of a pipeline within one ``steer``.
+    """The calls of a pipeline within one ``steer``; ``print`` shows rewards, gains over plain sampling and costs.
 
-    ``scores`` (N, K rewards) of the samples in their order, and ``lineage``, are of the last call; the first sample of
-    every prompt is the one that the strategy chose. ``ledger`` counts the cost of all calls.
+    ``scores`` (N, K rewards) of the samples in their order, ``lineage`` and ``result`` are of the last call; the first
+    sample of every prompt is the one that the strategy chose. ``ledger`` counts the cost of all calls, without that of
+    plain samples that were made for the comparison.
     """
 
     scores: Tensor | None = None
@@ -110,36 +130,67 @@ class Steering(PipelineScorer):
         reward: Rewards,
         decode: Decode | None,
         plan: Stepwise,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str] | None,
         seed: int,
+        batch_size: int | None,
+        plain: bool,
     ) -> None:
-        super().__init__(pipe, reward, decode)
-        self.scheduler, self.plan, self.seed = pipe.scheduler, plan, seed
-        self.prompts = [Prompt(prompt) for prompt in prompts]
-        self._has_begun = False
+        super().__init__(pipe, reward, decode, batch_size)
+        self.scheduler, self.plan, self.seed, self.plain = pipe.scheduler, plan, seed, plain
+        self._given = None if prompts is None else _prompts(prompts)
+        self.prompts: list[Prompt] = []
+        self._finished: tuple[Tensor, Tensor, Tensor] | None = (
+            None  # samples and scores by place, and the chosen places
+        )
+        self._watch: Callable[[Move], None] | None = None  # of the steps of a plain call, which are not steered
+        self._last: SearchResult | None = None
 
-    def _note_prompt(self, method: str) -> Callable[[Mapping[str, Any]], None]:
-        """Return what takes the prompts of a call from the arguments of a method that begins it.
+    @property
+    def result(self) -> SearchResult:
+        """The result of the last call. Raises ValueError before a call is complete."""
+        if self._last is None:
+            raise ValueError("no call of the pipeline is complete: call it within the with block, then ask for results")
+        return self._last
 
-        A call begins with ``check_inputs`` or, in a pipeline without it, with the first ``encode_prompt`` after a step
-        of the scheduler: a later one is of negative prompts. A call with embeddings alone has no prompts.
-        """
+    def __str__(self) -> str:
+        return str(self._last) if self._last else "no call of the pipeline is complete yet"
 
-        def note(arguments: Mapping[str, Any]) -> None:
-            if method == "encode_prompt" and self._has_begun:
-                return
-            prompt = arguments.get("prompt")
-            texts = [prompt] if isinstance(prompt, str) else prompt or []
-            self.prompts, self._has_begun = [Prompt(text) for text in texts], True
+    __repr__ = __str__
 
-        return note
+    @property
+    def pil(self) -> list[Any]:
+        """The best sample of each prompt of the last call, as ``SearchResult.pil``."""
+        return self.result.pil
 
-    def _on_step(self, move: Move) -> Tensor:
+    def grid(self) -> Any:
+        """Tile the images of the last call, as ``SearchResult.grid``."""
+        return self.result.grid()
+
+    def save(self, directory: str | Path, write: Writer | None = None) -> Path:
+        """Write the samples of the last call with their scores, as ``SearchResult.save``."""
+        return self.result.save(directory, write)
+
+    def _call(self, call: Callable[..., Any], arguments: Arguments) -> Any:
+        """Make a steered call of the pipeline, then the plain one to compare it with."""
+        self.prompts = _prompts(arguments.get("prompt")) if self._given is None else self._given
+        self._finished = self._last = None
+        generators, before, started = copied_generators(arguments), self.ledger.copy(), time.perf_counter()
+        output = call(**arguments)
+        seconds = time.perf_counter() - started
+        if self._finished is not None:
+            spent = self.ledger.since(before)
+            plain = self._plain_samples(call, arguments, generators, spent)
+            self._last = self._result(spent, seconds, plain)
+        return output
+
+    def _on_step(self, move: Move) -> Tensor | None:
         """Return the next latents (N, ...) after a step of the scheduler."""
+        if self._watch is not None:
+            self._watch(move)
+            return None
         total, done, kernel = len(self.scheduler.timesteps), move.index + 1, self.plan.kernel
-        self._has_begun = False
         if move.index == 0:
-            self._begin(len(move.x), total)
+            self._begin(move.x, total)
         x = move.x_next
         if kernel is not None:
             seeds = [derived_seed(self.seed, "move", move.index, place) for place in range(len(x))]
@@ -147,17 +198,19 @@ class Steering(PipelineScorer):
 
         # The last step: each prompt's choice becomes its first sample
         if done == total:
-            scores = self._score(x, done)
+            scores, samples = self._score(x, done)
+            self.failures.require_scores(self.rewards, scores, f"the {len(x)} samples of the call")
             self.lineage.close(self.nodes, done)
-            is_first = torch.isin(torch.arange(len(x)), self.selection.choose(scores))
-            order = torch.argsort(2 * self.prompt + ~is_first, stable=True)
+            chosen = self.selection.choose(scores)
+            self._finished = samples, scores, chosen
+            order = torch.argsort(2 * self.prompt + ~torch.isin(torch.arange(len(x)), chosen), stable=True)
             self.scores = scores[order]
             return x[order.to(x.device)]
 
         # A step at which the strategy selects: each place continues from the particle that it names
         if move.index not in self.scoring_steps:
             return x
-        sources = self.selection.select(move.index, self._score(move.x0, done))
+        sources = self.selection.select(move.index, self._score(move.x0, done)[0])
         if sources is None:
             return x
         if sources.shape != self.prompt.shape or not torch.equal(self.prompt[sources], self.prompt):
@@ -169,10 +222,12 @@ class Steering(PipelineScorer):
         parents = [self.nodes[i] for i in sources.tolist()]
         self.lineage.close(self.nodes, done)
         self.nodes = self.lineage.add(self.prompt.tolist(), parents, done)
+        self._in_place &= sources == torch.arange(len(sources))
         return x[sources.to(x.device)]
 
-    def _begin(self, samples: int, total: int) -> None:
-        """Lay out a new call, of ``samples`` particles and ``total`` steps."""
+    def _begin(self, x: Tensor, total: int) -> None:
+        """Lay out a new call, of particles with the initial latents ``x`` (N, ...) and ``total`` steps."""
+        samples = len(x)
         if not self.prompts:
             raise ValueError("the call has no prompt to score by: give steer prompts=, one for each prompt of the call")
         count, rest = divmod(samples, len(self.prompts))
@@ -186,13 +241,87 @@ class Steering(PipelineScorer):
         if self.plan.scoring_steps is not None:
             self.scoring_steps = self.plan.scoring_steps(total)
             if self.plan.kernel is not None:
-                require_stochastic_kernel(self.plan.kernel, grid_of(self.scheduler))
+                require_stochastic_kernel(self.plan.kernel, kernel_grid(self.scheduler))
         self.prompt = torch.arange(len(self.prompts)).repeat_interleave(count)
         weights = tuple(reward.weight for reward in self.rewards)
         self.selection = self.plan.selection(StepwiseCall(self.prompt, total, self.seed, weights))
         self.lineage = Lineage()
         self.nodes = self.lineage.add(self.prompt.tolist(), [None] * samples, 0)
+        self._firsts = torch.arange(0, samples, count)
+        self._initial = x[self._firsts.to(x.device)]
+        self._in_place = torch.full((samples,), self.plan.kernel is None)  # moved by the scheduler, and never replaced
 
-    def _score(self, latents: Tensor, done: int) -> Tensor:
-        """Score latents (N, ...) after ``done`` steps: (N, K)."""
-        return self.decode_and_score(latents, [self.prompts[p] for p in self.prompt.tolist()], self.nodes, done)[0]
+    def _score(self, latents: Tensor, done: int) -> tuple[Tensor, Tensor]:
+        """Return the scores (N, K) and the samples (N, ...) of latents after ``done`` steps."""
+        scores, samples = self.decode_and_score(latents, [self.prompts[p] for p in self.prompt.tolist()])
+        self.lineage.record_scores(self.nodes, done, scores.tolist())
+        return scores, samples
+
+    def _plain_samples(
+        self,
+        call: Callable[..., Any],
+        arguments: Arguments,
+        generators: Sequence[torch.Generator] | None,
+        spent: Ledger,
+    ) -> list[PlainSample] | None:
+        """Return the plain sample of each prompt: its first particle where that was never moved otherwise, else anew.
+
+        None if they are not wanted, or the call cannot be made for the first particles alone.
+        """
+        assert self._finished is not None, "the call is complete"
+        samples, scores, _ = self._finished
+        if bool(self._in_place[self._firsts].all()):
+            one = {
+                NFE: spent.nfe // len(samples),
+                DECODE: 1,
+                **{reward_call(reward.name): 1 for reward in self.rewards},
+            }
+            return [
+                PlainSample(samples[i], scores[i], Ledger(Counter(one)), extra=False) for i in self._firsts.tolist()
+            ]
+        if not self.plain:
+            return None
+        moves: list[Move] = []
+        before, self._watch = self.ledger.copy(), lambda move: moves.append(move)
+        try:
+            firsts = self._firsts.tolist()
+            call(**plain_arguments(self.pipe, arguments, firsts, len(samples), self._initial, generators))
+            if not is_start(moves[0], self._initial):
+                raise ValueError("the pipeline does not start from the latents that it is called with")
+            plain_scores, plain = self.decode_and_score(moves[-1].x_next, self.prompts)
+            cost = _share(self.ledger.since(before), len(firsts))
+            return [PlainSample(*pair, cost, extra=True) for pair in zip(plain, plain_scores, strict=True)]
+        except Exception as error:  # the steered samples are complete, whatever happens here
+            logger.warning(
+                "no gain over plain sampling is known: the plain call failed (%s); plain=False skips it", error
+            )
+            return None
+        finally:
+            self.ledger.counts, self._watch = before.counts, None
+
+    def _result(self, spent: Ledger, seconds: float, plain: list[PlainSample] | None) -> SearchResult:
+        """Put the samples of the call in order: of each prompt the chosen one, then the others by their scores."""
+        assert self._finished is not None, "the call is complete"
+        samples, scores, chosen = self._finished
+        results, winners = [], []
+        ranked = best_per_prompt(scores, self.prompt, len(samples))
+        cost, names = _share(spent, len(self.prompts)), tuple(reward.name for reward in self.rewards)
+        for place, prompt in enumerate(self.prompts):
+            first = chosen[self.prompt[chosen] == place]
+            others = ranked[(self.prompt[ranked] == place) & (ranked != first)]
+            top = torch.cat([first, others[: TOP - 1]])
+            own = plain[place] if plain else None
+            share = seconds / len(self.prompts)
+            results.append(PromptResult(prompt, names, samples[top], scores[top], own, cost, share))
+            winners.append(self.nodes[int(first)])
+        return SearchResult(tuple(results), self.lineage.as_list(0, 0), tuple(winners), None, self.sample_rate)
+
+
+def _prompts(texts: str | Sequence[str] | None) -> list[Prompt]:
+    """Return the prompts of a call: one, several, or none for a call with embeddings."""
+    return [Prompt(text) for text in ([texts] if isinstance(texts, str) else texts or [])]
+
+
+def _share(ledger: Ledger, prompts: int) -> Ledger:
+    """Return the calls for one of several prompts that were sampled alike."""
+    return Ledger(Counter({call: count // prompts for call, count in ledger.counts.items() if count}))

@@ -32,17 +32,19 @@ pipe.set_progress_bar_config(disable=True)
 reward = ClipReward(clip)
 call = {"num_inference_steps": 20, "guidance_scale": 5.0 if own else 1.0}
 
-# 3. The baseline: eight samples, the best first.
+# 3. The baseline: eight samples, the best first. A result prints its rewards, the gain over plain
+#    sampling (here the first of the eight), and what both cost.
 with steer(pipe, reward, BestOfN()) as baseline:
     pipe(prompt, num_images_per_prompt=8, generator=torch.Generator().manual_seed(0), **call)
-print(f"best of 8    reward {float(baseline.scores[0]):.4f}  {baseline.ledger.nfe} NFE")
+print(f"best of 8    {baseline}")
 
 # 4. Feynman-Kac steering: the same eight, weighted and resampled between steps. Your code does not change.
-with steer(pipe, reward, FKSteering(particles=8, lam=20.0)) as steering:
+with steer(pipe, reward, FKSteering(particles=8)) as steering:
     image = pipe(prompt, num_images_per_prompt=8, generator=torch.Generator().manual_seed(0), **call).images[0]
-print(f"FK steering  reward {float(steering.scores[0]):.4f}  {steering.ledger.nfe} NFE")
+print(f"FK steering  {steering}")
 image.save("steered.png")
+steering.grid().save("steered_grid.png")  # plain, then the best four; steering.save(folder) writes them with scores
 
 # 5. Pruning: sixteen start, two finish, for about the NFE of eight.
 pruned = prune(pipe, prompt, reward, Prune((3, 6, 9), (0.5, 0.5, 0.5), candidates=16), **call)
-print(f"pruning      reward {float(pruned.scores[0]):.4f}  {pruned.ledger.nfe} NFE")
+print(f"pruning      {pruned}")

@@ -52,9 +52,9 @@ def _open(folder: Path) -> Any:
 
 def _call(pipe: Any, family: str, **arguments: Any) -> None:
     if family == "stable_audio":
-        pipe(**arguments, **FEW, num_waveforms_per_prompt=2, audio_end_in_s=1.0)
+        pipe(**{**FEW, **arguments}, num_waveforms_per_prompt=2, audio_end_in_s=1.0)
     else:
-        pipe(**arguments, **FEW, num_images_per_prompt=2, height=64, width=64)
+        pipe(**{**FEW, **arguments}, num_images_per_prompt=2, height=64, width=64)
 
 
 @pytest.mark.parametrize("family", ENCODED)

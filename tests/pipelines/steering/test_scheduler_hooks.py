@@ -284,9 +284,17 @@ def test_pndm_moves_once_for_its_two_evaluations_of_one_level() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (DDIMScheduler, {}, "create it with clip_sample=False"),
+        (
+            DDIMScheduler,
+            {},
+            r"set pipe\.scheduler = DDIMScheduler\.from_config\(pipe\.scheduler\.config, clip_sample=False\)",
+        ),
         (DPMSolverMultistepScheduler, {"use_flow_sigmas": True}, "prediction_type 'epsilon' and use_flow_sigmas True"),
-        (diffusers.TCDScheduler, {"clip_sample": False}, "this TCDScheduler cannot be derived: use one of Cosine"),
+        (
+            diffusers.TCDScheduler,
+            {"clip_sample": False},
+            r"TCDScheduler cannot be derived: set .*\.scheduler = DDIMScheduler\.from_config\(.*, or another of Cosine",
+        ),
     ],
 )
 def test_schedulers_without_levels_for_kernels_are_refused(

@@ -173,17 +173,23 @@ def test_diffusers_pipeline_is_pruned_in_parts(name: str) -> None:
     call = {**family.shared, **{key: tensor[:1] for key, tensor in family.samples.items()}}
     call |= {"num_inference_steps": STEPS}
     pruned = prune(family.pipe, "noise", loudness, Prune((0, 2), (0.5, 0.5), 8), seed=3, **call)
-    assert pruned.samples.shape[0] == 2 and pruned.scores.shape == (2, 1)
-    assert pruned.scores[0] >= pruned.scores[1]
+    (best,) = pruned.per_prompt
+    assert best.samples.shape[0] == 2 and best.scores.shape == (2, 1) and pruned.scores.shape == (1, 1)
+    assert best.scores[0] >= best.scores[1]
     assert pruned.ledger.nfe == family.nfe * (8 * 1 + 4 * 2 + 2 * (STEPS - 3))
     assert pruned.ledger.counts["decode"] == 8 + 4 + 2
-    assert sorted(node.end_step or 0 for node in pruned.lineage.nodes) == [1] * 4 + [3] * 2 + [STEPS] * 2
-    winner = max(pruned.lineage.nodes, key=lambda node: (node.end_step, node.scores[-1][1]))
-    alone = pruned.lineage.nodes.index(winner)
+    assert sorted(node["ended"] for node in pruned.lineage) == [1] * 4 + [3] * 2 + [STEPS] * 2
+    (alone,) = pruned.winners
+    plain = best.plain
+    assert plain is not None and plain.ledger.nfe == family.nfe * STEPS
+    assert plain.extra == (pruned.lineage[0]["ended"] < STEPS) and plain.ledger.counts["decode"] == 1
     generator = torch.Generator().manual_seed(derived_seed(3, alone))
     latents = family.pipe(**call, generator=[generator], output_type="latent", return_dict=False)[0]
     whole = decode_latents(family.pipe, latents, (8, 8))
     torch.testing.assert_close(whole[0], pruned.samples[0], rtol=0, atol=1e-4)
+    generator = torch.Generator().manual_seed(derived_seed(3, 0))
+    latents = family.pipe(**call, generator=[generator], output_type="latent", return_dict=False)[0]
+    torch.testing.assert_close(decode_latents(family.pipe, latents, (8, 8))[0], plain.sample, rtol=0, atol=1e-4)
 
 
 def test_pruning_needs_a_number_of_candidates() -> None:
