@@ -72,9 +72,8 @@ def read_run(folder: Path) -> Run:
     """Read a run folder, finished or interrupted.
 
     Args:
-        folder: may hold metrics.jsonl, config.json, environment.json, prompts.json, the evaluations before/ and
-            after/, and gain.json, ``{score: {mean, low, high, n}}``, which replaces the overall gain computed from the
-            evaluations.
+        folder: may hold metrics.jsonl, config.json, environment.json, prompts.json, and the evaluations before/ and
+            after/.
 
     Raises:
         FileNotFoundError: the folder does not exist, or holds no part of a run.
@@ -100,11 +99,10 @@ def read_run(folder: Path) -> Run:
         rows = tuple(json.loads(line) for line in lines if line.strip())
     comparison, incomparable = None, ""
     if before and after:
-        stored = {name: Estimate.from_dict(value) for name, value in _read_json(folder / "gain.json").items()}
         try:
             pairs = pairs_by_gain(before, after)
-            gains, effects = gain(before, after) | stored, effect_sizes(before, after)
-            comparison = Comparison(gains, task_gains(before, after), pairs, effects)
+            gains = gain(before, after), task_gains(before, after)
+            comparison = Comparison(*gains, pairs, effect_sizes(before, after))
         except ValueError as error:
             incomparable = str(error)
     config, environment, prompts = (_read_json(folder / f"{n}.json") for n in ("config", "environment", "prompts"))

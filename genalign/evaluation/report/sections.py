@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -22,7 +23,9 @@ from genalign.runtime.media import Thumbnail
 
 MAX_PAIRS = 12  # on a page, of regressions and of improvements each
 OVERALL = "mean over tasks"
-PairCard = tuple[SamplePair, Thumbnail, Thumbnail]
+Drawing = tuple[Thumbnail, str]
+"""A sample drawn, and the address of its file from the page; empty if there is none."""
+PairCard = tuple[SamplePair, Drawing, Drawing]
 """A pair of samples of one prompt and noise, and both drawn."""
 
 
@@ -69,13 +72,19 @@ def extreme_pairs(pairs: Sequence[SamplePair], before: Path, after: Path) -> dic
     """
 
     def cards(selected: Iterable[SamplePair]) -> list[PairCard]:
-        drawn = ((p, thumbnail(before, p.before.image), thumbnail(after, p.after.image)) for p in selected)
-        return fitting(drawn, lambda card: card[1:])
+        drawn = ((p, _drawing(before, p.before.image), _drawing(after, p.after.image)) for p in selected)
+        return fitting(drawn, lambda card: [picture for picture, _ in card[1:]])
 
     return {
         "regressions": cards(pair for pair in pairs[:MAX_PAIRS] if _gain(pair) < 0),
         "improvements": cards(pair for pair in pairs[: -MAX_PAIRS - 1 : -1] if _gain(pair) > 0),
     }
+
+
+def _drawing(folder: Path, name: str | None) -> Drawing:
+    """Draw a sample in ``folder``, which stands beside the page."""
+    picture = thumbnail(folder, name)
+    return picture, quote(f"{folder.name}/{name}") if picture.picture else ""
 
 
 def flattened(value: Any, name: str = "") -> dict[str, str]:

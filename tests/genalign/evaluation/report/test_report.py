@@ -139,12 +139,6 @@ def test_a_comparison_has_no_report(tmp_path):
         write_report(tmp_path)
 
 
-def test_a_stored_gain_replaces_the_overall_one(run):
-    (run / "gain.json").write_text(json.dumps({"strict": Estimate(1 / 3, -0.2, 0.8, 9).as_dict()}))
-    worked = page(run).within("worked")
-    assert "+33.3 points: no verdict from 9 prompts" in worked and "\N{MINUS SIGN}20.0 to +80.0" in worked
-
-
 def test_a_run_without_any_evaluation_is_judged_by_its_rewards(tmp_path):
     write_rows(tmp_path, rows(20, held_out=None, metrics={}, reward=lambda index: index / 20))
     (tmp_path / "config.json").write_text(json.dumps({"before_after": None, "held_out": {"every": 0}}))
@@ -264,7 +258,21 @@ def test_cards_of_the_largest_changes_have_their_scores(run):
     assert improvements.count("strict 0 → 1") == 12
     assert parsed.tags.count("img") == 2 * 13
     assert "script" not in parsed.tags and "default-src 'none'" in (run / "report.html").read_text()
-    assert all(address.startswith("data:") for address in parsed.addresses)
+    files = [address for address in parsed.addresses if not address.startswith("data:")]
+    assert len(files) == 2 * 13 and all((run / file).is_file() for file in files)  # a click opens the full size
+
+
+def test_phones_show_every_column_with_its_name(run):
+    text = page(run) and (run / "report.html").read_text()
+    labels = re.findall(r'data-label="([^"]+)"', text)
+    assert labels[:4] == ["gain", "before", "after", "prompts"] and ".cards thead" in text
+
+
+def test_a_number_of_a_whole_set_has_no_band(run):
+    shift = {"mean": 0.2, "low": 0.2, "high": 0.2, "n": 1}
+    write_rows(run, rows(5, reward_hacking=[signal("variety", 0.2, "green") | {"shift": shift}]))
+    text = page(run) and (run / "report.html").read_text()
+    assert "0.2 at 3 rounds" in text and "0.2 (0.2 to 0.2)" not in text
 
 
 def test_every_number_of_a_row_has_a_curve(run):
