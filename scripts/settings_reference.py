@@ -143,7 +143,7 @@ def _is_settings(hint: Any) -> bool:
 def _is_plain(hint: Any) -> bool:
     """Whether a type has no settings of its own below its name."""
     inner = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal or hint in _PLAIN and hint is not Any:
+    if typing.get_origin(hint) is Literal or (hint in _PLAIN and hint is not Any):
         return True
     return typing.get_origin(hint) in (tuple, list) and all(one is Ellipsis or _is_plain(one) for one in inner)
 
@@ -223,13 +223,13 @@ def page(content: dict[str, Any]) -> str:
     lines = [
         "# Settings",
         "",
-        "Every setting of every command, as `genalign COMMAND --help` prints it. A YAML file nests the settings at their"
-        " dots; `genalign COMMAND --config FILE --print_config` prints all of them with comments.",
+        "Every setting of every command, as `genalign COMMAND --help` prints it. A YAML file nests the settings at"
+        " their dots; `genalign COMMAND --config FILE --print_config` prints all of them with comments.",
         "",
         "On the command line, a setting may be given by its last name where it is the only one that ends in it"
         " (`--rounds 3` is `--training.rounds 3`), and some have a short one:"
-        f" {', '.join(f'`--{short}` is `--{name}`' for short, name in ALIASES.items())}, where the command has no setting"
-        " of that name. Training methods, kernels and search strategies need no module: `--recipe flow_grpo`,"
+        f" {', '.join(f'`--{short}` is `--{name}`' for short, name in ALIASES.items())}, where the command has no"
+        " setting of that name. Training methods, kernels and search strategies need no module: `--recipe flow_grpo`,"
         " `--recipe.kernel DDIM`, `--strategy BestOfN`.",
         "",
     ]

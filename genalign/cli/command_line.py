@@ -63,10 +63,7 @@ def command_parser(command: Command, parser: argparse.ArgumentParser | None = No
     parser.usage = f"genalign {command.name}{place} [--config FILE] [--SETTING VALUE ...]"
     parser.formatter_class = _Formatter
     width = min(110, shutil.get_terminal_size().columns - 2)
-    paragraphs = [
-        f"{command.help[0].upper()}{command.help[1:]}.",
-        *settings_table()["settings"].get(command.settings, {"help": ""})["help"].split("\n\n"),
-    ]
+    paragraphs = settings_table()["settings"].get(command.settings, {"help": ""})["help"].split("\n\n")
     parser.description = "\n\n".join(textwrap.fill(" ".join(one.split()), width) for one in paragraphs)
     parser.epilog = textwrap.fill(
         "A YAML file nests the settings at their dots. On the command line, a setting may be given by its last name"

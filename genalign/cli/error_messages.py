@@ -132,7 +132,8 @@ def explain(message: str, keys: Sequence[str], source: str = "", setting: str = 
     Returns:
         The line; messages of a configuration's own checks are unchanged.
     """
-    place = setting or ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+    places = re.findall(r'Parser key "([\w.]+)"', message)
+    place = (setting or ".".join(places)) if places else ""
     text = _Text(message, place, keys, source)
     for pattern, describe in _RULES:
         if match := re.search(pattern, message, re.DOTALL):

@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
-from genalign.__main__ import COMMANDS as NAMES
 from genalign.__main__ import main
-from genalign.cli import main as composition
+from genalign.cli.commands import COMMANDS, imported
 from genalign.cli.config import Train
 from genalign.cli.error_messages import error_line
 from genalign.cli.parsing import parse
+from tests.packages import folder_of
 
-MODULES = "import sys; from genalign.__main__ import main; code = main({words!r}); heavy = {{'torch', 'diffusers'}};"
+PROGRAM = """
+import sys
+from genalign.__main__ import main
+code = main({words!r})
+print("imported", *(name for name in {heavy!r} if name in sys.modules), file=sys.stderr)
+raise SystemExit(code)
+"""
+HEAVY = ("torch", "diffusers", "transformers", "peft", "numpy")
 
 
-def test_every_command_is_in_the_usage() -> None:
-    assert set(NAMES) == set(composition.COMMANDS)
+def answer(words: Sequence[str], folder: Path, heavy: Sequence[str] = HEAVY) -> tuple[int, str, list[str]]:
+    """Run a command in a process of its own: its status, what it prints, and which of the heavy modules it imports."""
+    program = PROGRAM.format(words=list(words), heavy=heavy)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=False)
+    *lines, imported = (done.stdout + done.stderr).splitlines()
+    assert imported.startswith("imported"), done.stderr
+    return done.returncode, "\n".join(lines), imported.split()[1:]
 
 
 @pytest.mark.parametrize(
@@ -30,16 +43,62 @@ def test_every_command_is_in_the_usage() -> None:
         (["--help"], 0, "usage: genalign COMMAND"),
         ([], 0, "usage: genalign COMMAND"),
         (["--version"], 0, "genalign 0."),
-        (["evaluate", "geneval-compare", "--output", "a"], 2, "use genalign compare-evaluations BEFORE AFTER"),
-        (["evaluate", "geneval-images"], 2, "use genalign evaluate geneval --samples DIR"),
         (["trian"], 2, "error: no command 'trian': did you mean 'train'?"),
         (["--debug", "xyzzy"], 2, "error: no command 'xyzzy': see --help for all"),
+        (["evaluate", "--help"], 0, "genalign evaluate COMMAND --help explains the settings of one."),
+        (["reward", "--help"], 0, "reward check"),
+        (["evaluate", "shaps"], 2, "error: no command 'evaluate shaps': did you mean 'shapes'?"),
+        (["evaluate"], 2, "error: choose one of prompts, shapes, tones"),
+        (["train", "--help"], 0, "--training.rounds"),
+        (["report", "--help"], 0, "Folder of the run"),
+        (["compare", "--help"], 0, "usage: genalign compare CONFIG"),
+        (["train", "--recipe.help", "flow_grpo"], 0, "--recipe.clip_range"),
+        (["train", "--trainin.rounds", "3"], 2, "unknown setting 'trainin.rounds': did you mean 'training.rounds'?"),
+        (["train", "--config", "nofile.yaml"], 2, "error: nofile.yaml: no such configuration file"),
+        (["train", "--config", "typo.yaml"], 2, "unknown setting 'training.round': did you mean 'training.rounds'?"),
+        (["train"], 2, "output, model.path, prompts, recipe are missing"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_answers_that_need_no_command_are_given_without_torch(words: list[str], status: int, text: str) -> None:
-    program = MODULES.format(words=words) + " assert not heavy & set(sys.modules); raise SystemExit(code)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == status and text in done.stdout + done.stderr, done.stderr
+def test_answers_that_need_no_command_are_given_without_torch(
+    words: list[str], status: int, text: str, tmp_path: Path
+) -> None:
+    demo = folder_of("genalign") / "assets" / "demo.yaml"
+    (tmp_path / "typo.yaml").write_text(demo.read_text().replace("rounds:", "round:"))
+    code, printed, imported = answer(words, tmp_path)
+    assert (code, imported) == (status, []) and text in printed
+
+
+SEARCH = "--output x --model shapes-sd3 --prompts shapes:val --strategy BestOfN --rewards.a.function rewards.jpeg.compressibility"
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["report", "nowhere"], "nowhere is not a run folder"),
+        (["steer", *SEARCH.split(), "--batch_size", "0"], "batch_size must be at least 1, not 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_command_imports_what_it_uses(words: list[str], text: str, tmp_path: Path) -> None:
+    _, printed, imported = answer(words, tmp_path, ("diffusers", "peft", "transformers"))
+    assert text in printed and not imported
+
+
+def test_an_interruption_while_modules_are_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("genalign.cli.main.main", interrupted)
+    assert main(["report", "runs/mine"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_every_command_can_be_imported() -> None:
+    for command in COMMANDS.values():
+        assert callable(imported(command.function)) and is_dataclass(imported(command.settings)), command.name
 
 
 def _broken(samples: object, prompts: object) -> None:
