@@ -130,9 +130,9 @@ def benchmark_command(context: CommandContext, arguments: Sequence[str]) -> int:
     prompts = benchmark.read([Path(path) for path in files])
 
     def finish(folder: EvaluationFolder, evaluation: Evaluation) -> str:
-        numbers = benchmark.aggregate(evaluation.records, prompts)
+        numbers = {name: round(value, 4) for name, value in benchmark.aggregate(evaluation.records, prompts).items()}
         write_json(folder.path / "benchmark.json", without_infinities(numbers))
-        lines = [f"{name:24s} {value:.4g}" for name, value in numbers.items()]
+        lines = [f"{name:24s} {value:.6g}" for name, value in numbers.items()]
         if evaluation.protocol.seeds != benchmark.images:
             lines.append(
                 f"published numbers are over {benchmark.images} images of each prompt: --seeds {benchmark.images}"
