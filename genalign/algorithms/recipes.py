@@ -18,7 +18,7 @@ from genalign.algorithms.interfaces import Credit, Objective
 from genalign.algorithms.losses import KLForm
 from genalign.algorithms.matching import AWMLoss, DPOLoss, KTOLoss, MatchingLoss, MatchingObjective, NFTLoss
 from genalign.algorithms.preference_pairs import Criterion
-from genalign.algorithms.step_schedules import AllSteps, NoSteps, RandomWindow, SlidingWindow, StepSchedule
+from genalign.algorithms.step_schedules import AllSteps, NoSteps, Pace, RandomWindow, SlidingWindow, StepSchedule
 from genalign.algorithms.trajectory import (
     ClippedSurrogate,
     CoupledObjective,
@@ -197,7 +197,7 @@ def mix_grpo(
     window: int = 4,
     rounds_each: int = 25,
     stride: int = 1,
-    decay: float = 0.0,
+    pace: Pace = "progressive",
     clip_range: float = 1e-4,
 ) -> Recipe:
     """MixGRPO (arXiv 2507.21802, section 3.3): Flow-GRPO with a window that slides from the first steps to the last.
@@ -209,10 +209,10 @@ def mix_grpo(
         window: The number of consecutive steps to train per round.
         rounds_each: The number of rounds at each position of the window.
         stride: The number of steps between two positions.
-        decay: The rate at which later positions get fewer rounds; 0 gives all positions the same number.
+        pace: How long the window stays: "progressive", "decay" or "exp_decay", as ``SlidingWindow`` says.
         clip_range: The clip range of the ratio of new to old density.
     """
-    return replace(flow_grpo(kernel, clip_range=clip_range), schedule=SlidingWindow(window, rounds_each, stride, decay))
+    return replace(flow_grpo(kernel, clip_range=clip_range), schedule=SlidingWindow(window, rounds_each, stride, pace))
 
 
 def tempflow_grpo(

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 
 class StepSchedule(Protocol):
@@ -65,30 +65,63 @@ class RandomWindow:
         return random.Random(f"{seed}/{round_index}").choice(windows)
 
 
+Pace = Literal["progressive", "decay", "exp_decay"]
+"""How long a sliding window stays, by the names of MixGRPO's code."""
+
+
 @dataclass(frozen=True)
 class SlidingWindow:
-    """A window of ``size`` consecutive steps that slides over the grid, MixGRPO's "progressive" strategy.
+    """A window of ``size`` consecutive steps that slides over the grid (MixGRPO, arXiv 2507.21802, section 3.3).
 
-    See arXiv 2507.21802, section 3.3. The window moves by ``stride`` steps every ``rounds_each`` rounds and starts over
-    at the end. With ``decay`` > 0, MixGRPO's "decay" strategy, it stays ceil(rounds_each exp(-decay n)) rounds at its
-    n-th position, since early steps decide more than late steps.
+    The window moves by ``stride`` steps after a number of rounds that depends on its first step t, by ``pace``, one of
+    the strategies of the published code:
+
+    progressive  rounds_each
+    decay        falls linearly in t from rounds_each to a quarter of it, at step T - 2
+    exp_decay    ceil(rounds_each exp(-decay_rate max(0, t - decay_after)))
+
+    At the end of the grid the window starts over, as with the published ``roll_back``; there it first shrinks step by
+    step to nothing, here it stays whole.
+
+    Args:
+        size: The number of steps.
+        rounds_each: The rounds at the first position.
+        stride: The number of steps by which the window moves.
+        pace: How the number of rounds depends on the position.
+        decay_rate: Of "exp_decay", per step.
+        decay_after: Of "exp_decay", the first step from which the rounds fall.
+
+    Raises:
+        ValueError: A number is out of its range, or the pace is unknown.
     """
 
     size: int
     rounds_each: int = 25
     stride: int = 1
-    decay: float = 0.0
+    pace: Pace = "progressive"
+    decay_rate: float = 0.1
+    decay_after: int = 13
 
     def __post_init__(self) -> None:
-        if min(self.size, self.rounds_each, self.stride) < 1 or self.decay < 0:
+        if min(self.size, self.rounds_each, self.stride) < 1 or self.decay_rate < 0:
             raise ValueError(
-                "a sliding window needs size, rounds_each and stride of at least 1, and decay of at least 0"
+                "a sliding window needs size, rounds_each and stride of at least 1, and decay_rate of at least 0"
             )
+        if self.pace not in get_args(Pace):
+            raise ValueError(f"recipe.pace is one of {', '.join(get_args(Pace))}, not {self.pace!r}")
+
+    def rounds_at(self, step: int, total: int) -> int:
+        """Return the number of rounds in which the window begins at ``step`` of ``total`` steps."""
+        if self.pace == "exp_decay":
+            return math.ceil(self.rounds_each * math.exp(-self.decay_rate * max(0, step - self.decay_after)))
+        if self.pace == "progressive":
+            return self.rounds_each
+        least, progress = max(1, self.rounds_each // 4), min(1.0, step / max(1, total - 2))
+        return max(least, int(self.rounds_each * (1 - progress) + least * progress))
 
     def __call__(self, usable: Sequence[int], total: int, round_index: int, seed: int) -> tuple[int, ...]:
         windows = _windows(usable, self.size, total)[:: self.stride]
-        rounds = [max(1, math.ceil(self.rounds_each * math.exp(-self.decay * n))) for n in range(len(windows))]
-        cycle = [window for window, count in zip(windows, rounds, strict=True) for _ in range(count)]
+        cycle = [window for window in windows for _ in range(self.rounds_at(window[0], total))]
         return cycle[round_index % len(cycle)]
 
 
