@@ -89,12 +89,15 @@ def write_dpg(path: Path) -> Path:
         writer.writerow([*header, "tuple", "question_natural_language"])
         for item, prompt in enumerate(PROMPTS):
             names = [name for name, _ in truth(torch.zeros(1, 3, 64, 64), [prompt]).details[0]["criteria"]]
+            parents = [*(q.parents for q in questions(prompt)), ()]
             for n, (text, name) in enumerate(zip(world_questions(prompt), names, strict=True), start=1):
-                writer.writerow([item, prompt.text, "", n, 0, name, "", "", text])
+                dependency = ",".join(str(parent + 1) for parent in parents[n - 1]) or "0"
+                writer.writerow([item, prompt.text, "", n, dependency, name, "", "", text])
     return path
 
 
 def test_dpg_is_the_share_of_whole_criteria(tmp_path: Path) -> None:
+    """Questions of colors and places depend on those of their objects, and the verifier counts them just so."""
     numbers, verdicts, _ = run("dpg", [write_dpg(tmp_path / "dpg_bench.csv")], Judges(questions=hard))
     whole = [mean([value == 1 for _, value in verdict["criteria"]]) for verdict in verdicts]
     assert numbers["dpg"] == pytest.approx(100 * mean(whole), abs=1e-4) and 30 < numbers["dpg"] < 95
