@@ -46,6 +46,7 @@ RENAMED_SETTINGS = {
     "averaging": "ema_decay",
     "begin": "initial_search",
     "colours": "colors",
+    "decay": "pace",
     "failed_share": "max_failed_fraction",
     "forwards": "nfe",
     "hacking": "reward_hacking",
@@ -183,6 +184,13 @@ def _no_choice(match: re.Match[str], text: _Text) -> str:
     return f"{text.where}{match[2]!r} is none of {', '.join(names)}{did_you_mean(match[2], names)}"
 
 
+def _no_text(match: re.Match[str], text: _Text) -> str:
+    inner = re.search(r"class_path='([\w.]+)'", text.message[match.end() :])
+    of = f" of {inner[1]}" if inner else ""
+    advice = "put it in quotes, as YAML reads no, 0123 and 12:30 as a truth value and numbers"
+    return f"{text.where}expected a text{of}, not {match[1]}: {advice}"
+
+
 _RULES: Sequence[tuple[str, Callable[[re.Match[str], _Text], str]]] = (
     (r"(?:Option '|unrecognized arguments: --)([\w.]+)", lambda match, text: unknown_setting(match[1], text.keys)),
     (r"^Unexpected config", lambda match, text: "the configuration must be settings by name, as in output: runs/mine"),
@@ -194,6 +202,7 @@ _RULES: Sequence[tuple[str, Callable[[re.Match[str], _Text], str]]] = (
     (r"is abstract\b.*?NestedArg\(key='(\w+)'", _abstract),
     (r"Expected a dot import path string: (\S+)", _no_path),
     (r"typing\.Literal\[(.*?)\].*(?:Got|Given) value: ([^\s:]+?)(?:\. Got|\n|$)", _no_choice),
+    (r"Expected a <class 'str'>\. Got value: (\S+?)\.?(?=\s|$)", _no_text),
     (
         r"Parameter '(\w+)' from '([\w.]+?)(?:\.__init__)?' does not specify a type",
         lambda match, text: f"{text.where}{match[2]}: give the parameter {match[1]} a type, as in {match[1]}: float",

@@ -9,6 +9,7 @@ from scipy.stats import binomtest
 from genalign.metrics.intervals import (
     Estimate,
     difference_kind,
+    effect_size,
     joined,
     mean_over_tasks,
     median_interval,
@@ -226,6 +227,20 @@ def test_joined_distances_add_in_squares():
     assert joined(Estimate(0.5, -inf, inf, 96), Estimate(0.5, 0.45, 0.6, 3)) == Estimate(0.5, -inf, inf, 96)
     with pytest.raises(ValueError, match="different means"):
         joined(Estimate(0.5, 0.4, 0.6, 3), Estimate(0.6, 0.5, 0.7, 3))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_over_seeds_cover_the_truth(seeds):
+    estimates = [t_interval(values) for values in np.random.default_rng(10).normal(0, 1, (REPEATS, seeds))]
+    assert np.mean([estimate.low <= 0 <= estimate.high for estimate in estimates]) >= 0.93
+
+
+def test_effect_sizes_by_hand():
+    """Half a point, in standard deviations of the mean variance of both sides."""
+    means = [(1.0, 0.0), (2.0, 4.0), (3.0, 2.0), (2.0, 2.0)]
+    before, after = np.var([1, 2, 3, 2], ddof=1), np.var([0, 4, 2, 2], ddof=1)
+    assert effect_size(0.5, means) == pytest.approx(0.5 / ((before + after) / 2) ** 0.5)
+    assert (effect_size(0.0, means), effect_size(-0.5, [(1.0, 0.5)] * 3)) == (0.0, -inf)
 
 
 def test_win_rate_counts_ties_as_half():
