@@ -182,7 +182,7 @@ def _gain(score: str, run: Run, before: Evaluation, after: Evaluation, compariso
         scored(score, before.overall[score].mean),
         scored(score, after.overall[score].mean),
         f"{signed(score, gain.mean)}{unit}: {verdict.text}",
-        f"95 % interval of the gain {interval(score, gain, signed)}{unit if gain.has_interval else ''}, from"
+        f"{f'95 % interval of the gain {interval(score, gain, signed)}{unit}, ' if gain.has_interval else ''}from"
         f" {len(comparison.pairs)} pairs of samples of {prompts(comparison.prompts)}",
         verdict.mood,
     )

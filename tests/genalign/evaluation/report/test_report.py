@@ -11,7 +11,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from genalign.evaluation.evaluate import Evaluation, SampleRecord
+from genalign.evaluation.evaluate import Evaluation, SampleRecord, load_evaluation
 from genalign.evaluation.report import write_report
 from genalign.evaluation.report.curves import Axis, Point, binned, line_chart, ticks, whisker
 from genalign.evaluation.report.reading import read_run
@@ -110,6 +110,18 @@ def test_a_gain_over_few_prompts_has_no_verdict(tmp_path):
     assert "+100.0 points: no verdict from 3 prompts, of which it takes 20 (" in parsed.within("worked")
     text = (tmp_path / "report.html").read_text()
     assert 'class="up"' not in text and 'class="mean up"' not in text and 'verdict up"' not in text
+
+
+def test_a_gain_without_an_interval_says_what_would_give_one(run):
+    for when in ("before", "after"):
+        saved = load_evaluation(run / when)
+        alone = replace(saved.records[0], task="alone", prompt="a ring")
+        scores = [{"aesthetic": 5.0 + index + (when == "after") * (index % 3)} for index in range(73)]
+        records = [replace(r, scores=s) for r, s in zip((*saved.records, alone), scores, strict=True)]
+        replace(saved, records=tuple(records)).save(run / when)
+    worked = page(run).within("worked")
+    assert "no verdict, no interval: it needs 2 or more prompts in every task, effect size" in worked
+    assert worked.count("it needs 2") == 1 and "(from 73 pairs of samples of 25 prompts)" in worked
 
 
 def test_the_page_says_which_prompts_are_trained_on(run):
