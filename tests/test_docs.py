@@ -96,6 +96,14 @@ def test_code_compiles_and_its_imports_exist() -> None:
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
 
 
+def test_the_loop_of_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", PAGES[Path("docs/quickstart.md")], re.DOTALL)
+    (code,) = (block for block in blocks if "genalign.Trainer(" in block)
+    exec(code, {})  # noqa: S102  # the page's own
+    assert next((tmp_path / "runs" / "loop" / "lora").glob("*.safetensors"))
+
+
 class ParsedError(Exception):
     """The settings of a command were parsed."""
 

@@ -42,16 +42,20 @@ class Phase:
     done: int = 0
     note: str = ""
     _start: float = field(default_factory=lambda: time.monotonic())
+    _last: float = field(init=False)  # when work was completed last
     _before: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self._before = self.done
+        self._last, self._before = self._start, self.done
 
-    def __call__(self, count: int = 1, note: str | None = None) -> None:
-        """Report that ``count`` more are complete, and replace the note."""
-        self.done += count
-        self.note = self.note if note is None else note
+    def __call__(self, count: int = 1) -> None:
+        """Report that ``count`` more are complete."""
+        self.advance(count)
         self.progress.log(self.progress.seconds)
+
+    def advance(self, count: int = 1) -> None:
+        """Count ``count`` more as complete, without a line in the log."""
+        self.done, self._last = self.done + count, time.monotonic()
 
     @property
     def elapsed(self) -> float:
@@ -66,7 +70,8 @@ class Phase:
     @property
     def rate(self) -> str:
         """The mean rate of the phase; empty before there is one."""
-        return format_rate((self.done - self._before) / self.elapsed, self.unit) if self.done > self._before else ""
+        seconds = self._last - self._start
+        return format_rate((self.done - self._before) / seconds, self.unit) if seconds > 0 else ""
 
     @property
     def eta(self) -> str:
@@ -74,7 +79,8 @@ class Phase:
         completed = self.done - self._before
         if self.total is None or completed <= 0:
             return ""
-        return format_seconds(self.elapsed / completed * max(0, self.total - self.done))
+        per_unit, since = (self._last - self._start) / completed, time.monotonic() - self._last
+        return format_seconds(max(0.0, per_unit * (self.total - self.done) - since))
 
     def __str__(self) -> str:
         details = ", ".join(filter(None, [self.rate, f"ETA {self.eta}" if self.eta else ""]))

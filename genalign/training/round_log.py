@@ -37,7 +37,7 @@ class RoundDisplay:
             self.held_out = f"held-out {next(iter(held_out.values())).mean:.3f}"
         reward, rate = f"reward {result.reward:.3f}", format_rate(result.samples / result.seconds)
         rounds = self.rounds
-        rounds.done = result.round + 1
+        rounds.advance()
         rounds.note = "  ".join(filter(None, [reward, self.held_out, rate]))
         if self.settings.max_nfe:  # may end the run earlier
             rounds.total = math.ceil(rounds.done / self.settings.progress(rounds.done, result.nfe) - 1e-9)

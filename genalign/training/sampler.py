@@ -6,10 +6,12 @@ B = P prompts x G samples, S stored steps, K rewards.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -141,8 +143,32 @@ def blank_nonfinite(decoded: Tensor) -> Tensor:
 
 
 def in_thread(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """Yield the results of ``calls`` in order; each runs in a thread while the next one is prepared."""
-    with ThreadPoolExecutor(1, "genalign-score", torch.set_num_threads, (torch.get_num_threads(),)) as thread:
-        submitted = itertools.chain(map(thread.submit, calls), [Future[T]()])  # the last call has none to wait for
+    """Yield the results of ``calls`` in order; each runs in a thread while the next one is prepared.
+
+    The thread does not keep an interrupted process alive: a reward may wait for a server that never answers.
+    """
+    queue: SimpleQueue[tuple[Callable[[], T], Future[T]] | None] = SimpleQueue()
+
+    def work(cores: int) -> None:
+        torch.set_num_threads(cores)
+        while (item := queue.get()) is not None:
+            call, future = item
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+    def submit(call: Callable[[], T]) -> Future[T]:
+        future = Future[T]()
+        queue.put((call, future))
+        return future
+
+    thread = threading.Thread(target=work, args=(torch.get_num_threads(),), name="genalign-score", daemon=True)
+    thread.start()
+    try:
+        submitted = itertools.chain(map(submit, calls), [Future[T]()])  # the last call has none to wait for
         for running, _ in itertools.pairwise(submitted):
             yield running.result()
+    finally:
+        queue.put(None)
+        thread.join(1.0)

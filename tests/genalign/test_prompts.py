@@ -8,6 +8,8 @@ from collections import Counter
 from itertools import islice
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from genalign.prompts import PromptSampler, split_held_out
 from genalign.types import Prompt, PromptSet
@@ -27,6 +29,20 @@ def test_every_prompt_is_met_before_any_again() -> None:
     assert len({prompt.text for chosen in rounds for prompt in chosen}) == 10
     assert rounds == list(islice(PromptSampler(prompts, 5, seed=3).rounds(), 2))
     assert rounds != list(islice(PromptSampler(prompts, 5, seed=4).rounds(), 2))
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from("xyz")), min_size=1, max_size=20),
+    st.integers(1, 6),
+)
+def test_rounds_of_any_set_end(rows: list[tuple[str, str]], count: int) -> None:
+    """Texts may come twice, in one task or in two."""
+    prompts = PromptSet("p", tuple(Prompt(text, {"tag": tag}) for text, tag in rows))
+    distinct = len({text for text, _ in rows})
+    if count > distinct:
+        return
+    rounds = list(islice(PromptSampler(prompts, count, seed=0).rounds(), 2 * distinct))
+    assert all(len(set(chosen)) == count for chosen in rounds)
 
 
 def test_more_prompts_than_there_are() -> None:

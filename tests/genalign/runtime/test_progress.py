@@ -70,13 +70,14 @@ def test_counts_and_times_left_are_the_last_to_be_cut(clock: Clock, width: int) 
     progress = Progress(console=terminal(width))
     with progress.phase("training", 35, "rounds") as rounds:
         clock.now += 60
-        rounds(3, "reward 0.114  held-out 0.381  53.0 samples/s")
+        rounds(3)
+        rounds.note = "reward 0.114  held-out 0.381  53.0 samples/s"
         with progress.phase("sampling", 1152) as sampled:
             clock.now += 10
             sampled(96)
             lines = drawn(progress, width)
     assert all(len(line) <= width for line in lines)
-    assert "3/35 rounds" in lines[0] and "ETA 0:12:27" in lines[0]  # 3 rounds took 70 s
+    assert "3/35 rounds" in lines[0] and "ETA 0:10:30" in lines[0]  # 3 rounds took 60 s, and the fourth 10 s so far
     assert "96/1152 samples" in lines[1] and "ETA 0:01:50" in lines[1]
     assert width < 46 or ("train" in lines[0] and "sampl" in lines[1])
 

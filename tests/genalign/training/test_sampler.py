@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor
 from genalign.algorithms.recipes import Recipe, dense_grpo, flow_grpo
 from genalign.diffusion.transitions import FlowSDE
 from genalign.training.round_result import RoundResult
+from genalign.training.sampler import in_thread
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet, RewardFunction
 from pipelines import SD3
@@ -69,3 +72,17 @@ def test_the_thread_ends_with_a_reward_that_raises(tiny_folder: Path) -> None:
     with pytest.raises(RuntimeError, match="returned shape"):
         next(_trainer(tiny_folder, wrong, overlap_scoring=True).rounds())
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("genalign-score")]
+
+
+def test_an_interrupt_does_not_wait_for_a_reward_that_hangs() -> None:
+    forever, start = threading.Event(), time.monotonic()
+
+    def calls() -> Iterator[Callable[[], bool]]:
+        yield partial(forever.wait, 20)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(in_thread(calls()))
+    assert time.monotonic() - start < 10
+    forever.set()
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "genalign-score")
