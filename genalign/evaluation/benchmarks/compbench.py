@@ -263,10 +263,10 @@ COMPBENCH = Benchmark(
     scorers=lambda judges: {"compbench": CompBenchScorer(judges)},
     aggregate=aggregate_compbench,
     rules=(
-        "compbench-1: phrases by product, places by the dominant axis, 3D places by depth in rows and columns (the"
-        " original swaps them), counts without duplicates, cosines unscaled; objects by the nouns on both sides of the"
-        " relation; the question judge stands for BLIP-VQA, the detector for UniDet, the depth for DPT, the similarity"
-        " for CLIP ViT-B/32"
+        "compbench-1: phrases by product, those of 'a red cup and a blue mug' by a pattern and of sentences by spaCy;"
+        " places by the dominant axis, between the words on both sides of the relation; 3D places by depth in rows and"
+        " columns, which the original swaps; counts without duplicates; cosines unscaled; the question judge stands for"
+        " BLIP-VQA, the detector for UniDet, the depth for DPT, the similarity for CLIP ViT-B/32"
     ),
     images=10,
 )
