@@ -48,7 +48,11 @@ FILES = {
     "class.jsonl": "".join(json.dumps({**CLASS, "prompt": f"heart {i}"}) + "\n" for i in range(2)),
     "broken.yaml": "a: [1,\n",
     "list.yaml": "- a\n",
+    "no.yaml": "rewards: {red: {function: {class_path: mine.Needs, init_args: {folder: no}}}}\n",
+    "zero.yaml": "prompts: 0123\n",
+    "named.yaml": "rewards: {no: {function: mine.redness}}\n",
 }
+QUOTES = "put it in quotes, as YAML reads no, 0123 and 12:30 as a truth value and numbers"
 TRAIN, PLAN = ("train", "--config", "run.json"), ("plan", "--config", "run.json")
 REWARD = (*TRAIN, "--rewards.red.function")
 SHAPES = (*REWARD, "rewards.shapes.ShapesReward")
@@ -90,6 +94,12 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
     ("no comparison", ("compare",),
      "output, base, runs, seeds are missing: set them in the file of --config or as arguments, e.g. --output"
      " runs/mine, --base ..., --runs ..., --seeds ..."),
+    # texts that YAML reads as something else
+    ("no", (*TRAIN, "--config", "no.yaml"),
+     f"rewards.red.function.folder: expected a text for mine.Needs, not False: {QUOTES}"),
+    ("octal", (*TRAIN, "--config", "zero.yaml"), f"prompts: expected a text, not 83: {QUOTES}"),
+    ("reward named no", (*TRAIN, "--config", "named.yaml"),
+     'rewards has the name False, as YAML reads it: put the name in quotes, as in "no":'),
     # spelling
     ("section", (*TRAIN, "--modle.path", "x"), "unknown setting 'modle.path': did you mean 'model.path'?"),
     ("setting", (*TRAIN, "--training.group_sise", "3"),

@@ -261,6 +261,8 @@ def _require_rewards(rewards: Mapping[str, RewardChoice]) -> None:
         raise ValueError(
             "rewards is empty: name at least one, as in --rewards.strict.function rewards.shapes.ShapesReward"
         )
+    if wrong := [name for name in rewards if not isinstance(name, str)]:  # YAML reads no as False, and 1 as a number
+        raise ValueError(f'rewards has the name {wrong[0]}, as YAML reads it: put the name in quotes, as in "no":')
 
 
 @dataclass(frozen=True)
@@ -469,6 +471,8 @@ class Steer(Generation):
 
     Args:
         output: Folder of the samples and the report.
+        prompts: A file of prompts, or a split of a world, as in shapes:val; or give ``prompt``.
+        prompt: Texts to search for, in place of ``prompts``; --prompt TEXT may be repeated.
         strategy: Search strategy, as in genalign.BestOfN.
         rewards: Rewards by name; the search maximizes their weighted sum.
         budget: Limit of NFE, cost or seconds per prompt.
@@ -479,6 +483,8 @@ class Steer(Generation):
         audio: File format of audio clips.
     """
 
+    prompts: str | None = None  # type: ignore[assignment]  # of other commands they are required
+    prompt: list[str] = field(default_factory=list)
     strategy: Strategy
     budget: Budget | None = None
     lora: str | None = None
@@ -488,6 +494,8 @@ class Steer(Generation):
     audio: AudioFormat = "wav"
 
     def __post_init__(self) -> None:
+        if (self.prompts is None) != bool(self.prompt):
+            raise ValueError("give either prompts, a file as in --prompts prompts.txt, or texts, as in --prompt TEXT")
         _require_rewards(self.rewards)
         require_positive(self, "batch_size", "limit")
 

@@ -186,9 +186,9 @@ def _no_choice(match: re.Match[str], text: _Text) -> str:
 
 def _no_text(match: re.Match[str], text: _Text) -> str:
     inner = re.search(r"class_path='([\w.]+)'", text.message[match.end() :])
-    of = f" of {inner[1]}" if inner else ""
+    whose = f" for {inner[1]}" if inner else ""
     advice = "put it in quotes, as YAML reads no, 0123 and 12:30 as a truth value and numbers"
-    return f"{text.where}expected a text{of}, not {match[1]}: {advice}"
+    return f"{text.where}expected a text{whose}, not {match[1]}: {advice}"
 
 
 _RULES: Sequence[tuple[str, Callable[[re.Match[str], _Text], str]]] = (
@@ -276,8 +276,9 @@ def _not_importable(module: str, name: str | None, text: str) -> str:
             f"{problem}: {package!r} is genalign's own package, not {file}: rename that file, e.g. to"
             f" my_{package}.py, and write my_{path}"
         )
-    if own_reward := _reward_named(path):
-        return f"{problem}: did you mean {own_reward!r}?"
+    for one in [*longer, path]:
+        if own_reward := _reward_named(one):
+            return f"{problem}: did you mean {own_reward!r}?"
     if name is None:
         return f"{problem}: it must be installed, or be in the working directory"
     return problem + did_you_mean(name, dir(importlib.import_module(module)))
