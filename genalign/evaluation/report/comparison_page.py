@@ -13,9 +13,8 @@ from genalign.evaluation.paired import pairs
 from genalign.evaluation.report.curves import Axis, Point, line_color, lines_chart, whisker
 from genalign.evaluation.report.html import write_page
 from genalign.evaluation.report.reading import Run, read_run
-from genalign.evaluation.report.samples import fitting, thumbnail
+from genalign.evaluation.report.samples import Drawing, drawing, fitting
 from genalign.evaluation.report.words import SHARES, count, duration, gain_verdict, number, percent, plain, signed
-from genalign.runtime.media import Thumbnail
 
 _PROMPTS = 8  # whose samples stand side by side
 
@@ -35,7 +34,7 @@ class PromptRow:
     """A prompt, and one sample of each model from the same noise, by name."""
 
     prompt: str
-    samples: Mapping[str, Thumbnail]
+    samples: Mapping[str, Drawing]
 
 
 def write_comparison(
@@ -70,7 +69,7 @@ def write_comparison(
         budgets=budget_words(ordered),
         equal_nfe=len(ordered) > 1 and equal_budgets(recipe.nfe_range for recipe in ordered),
         charts=_charts(main, {recipe.name: first[recipe.name] for recipe in ordered if recipe.name in first}),
-        samples=_samples({recipe.name: first[recipe.name] for recipe in ordered if recipe.name in first}),
+        samples=_samples({recipe.name: first[recipe.name] for recipe in ordered if recipe.name in first}, path.parent),
     )
 
 
@@ -112,8 +111,8 @@ def _held_out(row: Mapping[str, object]) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _samples(runs: Mapping[str, Run]) -> list[PromptRow]:
-    """Draw the samples of some prompts, evenly spaced, by the untrained model and after each recipe."""
+def _samples(runs: Mapping[str, Run], page: Path) -> list[PromptRow]:
+    """Draw samples of some prompts, evenly spaced, before training and by each recipe, for a page in a folder."""
     if len(runs) < 2 or not all(run.before and run.after for run in runs.values()):
         return []
     base = next(iter(runs.values()))
@@ -125,9 +124,9 @@ def _samples(runs: Mapping[str, Run]) -> list[PromptRow]:
     rows = (
         PromptRow(
             record.prompt,
-            {"before": thumbnail(base.folder / "before", record.image)}
-            | {other: thumbnail(runs[other].folder / "after", after[other][record.key].image) for other in runs},
+            {"before": drawing(base.folder / "before", record.image, page)}
+            | {other: drawing(runs[other].folder / "after", after[other][record.key].image, page) for other in runs},
         )
         for record in chosen
     )
-    return fitting(rows, lambda row: list(row.samples.values()))
+    return fitting(rows, lambda row: [picture for picture, _ in row.samples.values()])

@@ -47,7 +47,7 @@ def write_report(folder: Path) -> Path:
         tables=sections.tables(run.before, run.after, run.comparison),
         pairs=f"{len(pairs)} pairs of samples of {words.prompts(run.comparison.prompts)}" if run.comparison else "",
         details={title: sections.flattened(content) for title, content in details.items() if content},
-        **sections.extreme_pairs(pairs, folder / "before", folder / "after"),
+        **sections.extreme_pairs(pairs, folder),
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 from genalign.evaluation.report.reading import Row, rounds_done
 from genalign.runtime.media import Thumbnail, data_uri, medium_of_file, opened_image
@@ -15,6 +17,8 @@ GRID_SIDE = 640  # pixels of a picture of several samples
 GRID_ROUNDS, CLIP_ROUNDS, CLIPS = 6, 3, 4  # grids of images; grids of clips, and the clips of each
 
 Card = TypeVar("Card")
+Drawing = tuple[Thumbnail, str]
+"""A sample drawn, and the address of its file from the page; empty if there is none, or if it is played."""
 
 
 def thumbnail(folder: Path, name: str | None) -> Thumbnail:
@@ -25,6 +29,16 @@ def thumbnail(folder: Path, name: str | None) -> Thumbnail:
     if name is None or not (folder / name).is_file():
         return Thumbnail()
     return medium_of_file(folder / name).thumbnail(folder / name)
+
+
+def drawing(folder: Path, name: str | None, page: Path) -> Drawing:
+    """Draw the file ``name`` in ``folder`` for a page in the folder ``page``."""
+    return _linked(thumbnail(folder, name), folder / (name or ""), page)
+
+
+def _linked(picture: Thumbnail, file: Path, page: Path) -> Drawing:
+    address = quote(Path(os.path.relpath(file, page)).as_posix())
+    return picture, address if picture.picture and not picture.sound else ""
 
 
 def fitting(cards: Iterable[Card], samples: Callable[[Card], Sequence[Thumbnail]]) -> list[Card]:
@@ -39,7 +53,7 @@ def fitting(cards: Iterable[Card], samples: Callable[[Card], Sequence[Thumbnail]
     return selected
 
 
-def samples_over_rounds(folder: Path, rows: Sequence[Row]) -> dict[int, list[Thumbnail]]:
+def samples_over_rounds(folder: Path, rows: Sequence[Row]) -> dict[int, list[Drawing]]:
     """The sample grids after the first round, the last and some in between, by the number of rounds.
 
     A grid is one picture or several clips; if not all grids fit, there are fewer in between.
@@ -51,8 +65,14 @@ def samples_over_rounds(folder: Path, rows: Sequence[Row]) -> dict[int, list[Thu
     steps = max(1, min(limit, len(grids)) - 1)
     indices = sorted({round(step * (len(grids) - 1) / steps) for step in range(steps + 1)})
     by_importance = [grids[i] for i in (indices[-1], *indices[:-1])]
-    cards = ((rounds_done(row), [_drawn(folder, name) for name in row["sample_grid"][:CLIPS]]) for row in by_importance)
-    return dict(sorted(fitting(cards, lambda card: card[1])))
+    cards = (
+        (
+            rounds_done(row),
+            [_linked(_drawn(folder, name), folder / name, folder) for name in row["sample_grid"][:CLIPS]],
+        )
+        for row in by_importance
+    )
+    return dict(sorted(fitting(cards, lambda card: [picture for picture, _ in card[1]])))
 
 
 def _drawn(folder: Path, name: str) -> Thumbnail:

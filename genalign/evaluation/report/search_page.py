@@ -11,13 +11,16 @@ from typing import Any
 
 from markupsafe import Markup
 
-from genalign.evaluation.report.curves import Axis, Point, line_chart, svg
+from genalign.evaluation.report.curves import Axis, Point, line_chart, svg, ticks
 from genalign.evaluation.report.html import write_page
 from genalign.evaluation.report.samples import fitting, thumbnail
-from genalign.evaluation.report.words import call_words, count, duration, number, plain
+from genalign.evaluation.report.sections import flattened
+from genalign.evaluation.report.words import call_words, count, duration, number, plain, signed
+from genalign.runtime.media import Thumbnail
 
 _MAX_CARDS = 24
-_WIDTH, _ROW = 220.0, 7.0  # of a tree, and of one candidate in it, in pixels
+_WIDTH, _MARGIN = 240.0, 8.0  # of a tree in pixels
+_ROW, _TREE_HEIGHT = 8.0, 200.0  # largest heights of one candidate and of all
 Json = Mapping[str, Any]
 
 
@@ -31,55 +34,116 @@ def write_search(folder: Path) -> Path:
     rows = sorted(map(json.loads, lines), key=lambda row: int(row["index"]))
     if not rows:
         raise FileNotFoundError(f"{folder} has no finished prompt")
+    config = json.loads((folder / "config.json").read_text("utf-8")) if (folder / "config.json").is_file() else {}
     lineages = [json.loads((folder / "lineage" / f"{row['index']:05d}.json").read_text("utf-8")) for row in rows]
     cards = (
-        (thumbnail(folder, row["image"]), row, tree(lineage["lives"], lineage["chosen"]))
+        (_thumbnails(folder, row), row, tree(lineage["lives"], lineage["chosen"]))
         for row, lineage in zip(rows[:_MAX_CARDS], lineages, strict=False)
     )
     return write_page(
         folder / "report.html",
         "search.html.j2",
         facts=_facts(rows),
+        settings=_settings(config, rows),
         curve=_curve(next(iter(rows[0]["scores"])), [lineage["lives"] for lineage in lineages]),
-        cards=fitting(cards, lambda card: card[:1]),
-        prompts=len(rows),
+        cards=fitting(cards, lambda card: [item for _, item, _, _ in card[0]]),
+        details=flattened(config),
     )
 
 
+def _thumbnails(folder: Path, row: Json) -> list[tuple[str, Thumbnail, Json, int]]:
+    """The pictures of a prompt with their captions, scores and NFE: what plain sampling makes, and the best sample."""
+    best = ("best", thumbnail(folder, row["image"]), row["scores"], row["calls"].get("nfe", 0))
+    base = row.get("plain")
+    if not base:
+        return [best]
+    return [("plain", thumbnail(folder, base["image"]), base["scores"], base["calls"].get("nfe", 0)), best]
+
+
+def _settings(config: Json, rows: Sequence[Json]) -> dict[str, str]:
+    """What was searched for, with which strategy and model, in words."""
+    strategy, sampling, budget = (config.get(name) or {} for name in ("strategy", "sampling", "budget"))
+    guidance = f", guidance {sampling['guidance']:g}" if sampling.get("guidance") is not None else ""
+    settings = {
+        "model": (config.get("model") or {}).get("path"),
+        "adapter": config.get("lora"),
+        "strategy": _call_text(strategy) if strategy else None,
+        "budget per prompt": ", ".join(
+            f"{budget[unit]:g} {unit}" for unit in ("nfe", "cost", "seconds") if budget.get(unit)
+        ),
+        "sampling": f"{sampling['num_steps']} steps{guidance}" if sampling else None,
+        "rewards": ", ".join(plain(name) for name in rows[0]["scores"]),
+        "seed": config.get("seed"),
+        "prompts": len(rows),
+    }
+    return {name: str(value) for name, value in settings.items() if value not in (None, "")}
+
+
+def _call_text(spec: Json) -> str:
+    """A class with its settings, those that are not set left out: "Prune(steps=[1], keep=[0.5])"."""
+    name = str(spec["class_path"]).rpartition(".")[2]
+    arguments = {key: value for key, value in (spec.get("init_args") or {}).items() if value is not None}
+    texts = (
+        f"{key}={_call_text(value) if isinstance(value, dict) and 'class_path' in value else json.dumps(value)}"
+        for key, value in arguments.items()
+    )
+    return f"{name}({', '.join(texts)})"
+
+
 def _facts(rows: Sequence[Json]) -> dict[str, str]:
-    """Mean scores, failed ones left out, mean calls of a prompt, and the time of all prompts."""
-    facts, calls = {}, Counter[str]()
+    """Mean scores with the gain over plain sampling and both costs, mean calls of a prompt, and the time of all."""
+    facts, calls, plain_nfe = {}, Counter[str](), 0
+    compared = [row["plain"] for row in rows if row.get("plain")]
     for name in rows[0]["scores"]:
         values = [row["scores"][name] for row in rows if row["scores"][name] is not None]
         facts[plain(name)] = number(math.fsum(values) / len(values)) if values else "failed"
+        pairs = [(row["scores"][name], row["plain"]["scores"][name]) for row in rows if row.get("plain")]
+        gains = [best - base for best, base in pairs if best is not None and base is not None]
+        if gains:
+            facts[f"{plain(name)}, gain over plain sampling"] = signed(name, math.fsum(gains) / len(gains))
     for row in rows:
         calls.update(row["calls"])
-    facts |= {f"{call_words(call)} per prompt": count(n / len(rows)) for call, n in sorted(calls.items())}
+    if compared:
+        plain_nfe = sum(base["calls"]["nfe"] for base in compared)
+        facts["NFE of plain sampling per prompt"] = count(plain_nfe / len(compared))
+    words = {"nfe": "denoiser calls (NFE)", "decode": "VAE decodes"}
+    order = sorted(calls, key=lambda call: (call not in words, call != "nfe", call))
+    facts |= {f"{words.get(call) or call_words(call)} per prompt": count(calls[call] / len(rows)) for call in order}
     return facts | {"time": duration(sum(row["seconds"] for row in rows))}
 
 
 def tree(candidates: Sequence[Json], returned: int) -> Markup:
     """Draw the candidates of one prompt, a row each from its first step to its last; a copy hangs on its parent.
 
-    The candidate that was ``returned`` and its ancestors stand out.
+    The candidate that was ``returned`` and its ancestors stand out. The axis counts denoising steps.
     """
     steps = max(candidate["ended"] or 0 for candidate in candidates) or 1
-    lineage, number = set[int](), returned
-    while number is not None:
-        lineage.add(number)
-        number = candidates[number]["parent"]
+    lineage, node = set[int](), returned
+    while node is not None:
+        lineage.add(node)
+        node = candidates[node]["parent"]
+    row_height = min(_ROW, _TREE_HEIGHT / len(candidates))
+    bottom, width = row_height * len(candidates) + 2, _WIDTH - 2 * _MARGIN
     lines = []
     for row, candidate in enumerate(candidates):
-        y, kind = _ROW * (row + 0.5), "returned" if row in lineage else "pruned"
-        x1, x2 = (_WIDTH * at / steps for at in (candidate["born"], candidate["ended"] or candidate["born"]))
+        y, kind = row_height * (row + 0.5), "returned" if row in lineage else "pruned"
+        ended = candidate["ended"] or candidate["born"]
+        x1, x2 = (_MARGIN + width * at / steps for at in (candidate["born"], ended))
         if candidate["parent"] is not None:
-            lines.append((kind, x1, x1, _ROW * (candidate["parent"] + 0.5), y))
+            lines.append((kind, x1, x1, row_height * (candidate["parent"] + 0.5), y))
         lines.append((kind, x1, x2, y, y))
     body = "".join(
         f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
-        for kind, x1, x2, y1, y2 in lines
+        for kind, x1, x2, y1, y2 in sorted(lines, key=lambda line: line[0])
     )
-    return svg(_WIDTH, _ROW * len(candidates), "tree", f"{len(candidates)} candidates over {steps} steps", body)
+    body += f'<line class="base" x1="{_MARGIN:g}" x2="{_WIDTH - _MARGIN:g}" y1="{bottom:.1f}" y2="{bottom:.1f}"/>'
+    whole = [value for value in ticks(0, steps, 4) if value.is_integer()]
+    body += "".join(
+        f'<text class="mid" x="{_MARGIN + width * value / steps:.1f}" y="{bottom + 14:.1f}">{value:g}</text>'
+        for value in whole
+    )
+    body += f'<text class="end" x="{_WIDTH - _MARGIN:g}" y="{bottom + 30:.1f}">denoising steps</text>'
+    return svg(_WIDTH, bottom + 34, "tree", f"{len(candidates)} candidates over {steps} steps", body)
 
 
 def _curve(reward: str, prompts: Sequence[Sequence[Json]]) -> Markup:
@@ -95,7 +159,7 @@ def _curve(reward: str, prompts: Sequence[Sequence[Json]]) -> Markup:
     finite = [point for point in points if math.isfinite(point.y)]
     if not finite:
         return Markup()
-    return line_chart(finite, Axis("steps of candidates", count), Axis(plain(reward), number), "Best so far")
+    return line_chart(finite, Axis("denoising steps per prompt", count), Axis(plain(reward), number), "Best so far")
 
 
 def _best_so_far(candidates: Sequence[Json]) -> list[tuple[int, float]]:

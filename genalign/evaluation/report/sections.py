@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -15,16 +14,13 @@ from genalign.evaluation.evaluate import Evaluation
 from genalign.evaluation.paired import SamplePair
 from genalign.evaluation.report.curves import whisker
 from genalign.evaluation.report.reading import Comparison
-from genalign.evaluation.report.samples import fitting, thumbnail
+from genalign.evaluation.report.samples import Drawing, drawing, fitting
 from genalign.evaluation.report.summary import main_score
 from genalign.evaluation.report.words import signed
 from genalign.metrics.intervals import Estimate
-from genalign.runtime.media import Thumbnail
 
 MAX_PAIRS = 12  # on a page, of regressions and of improvements each
 OVERALL = "mean over tasks"
-Drawing = tuple[Thumbnail, str]
-"""A sample drawn, and the address of its file from the page; empty if there is none."""
 PairCard = tuple[SamplePair, Drawing, Drawing]
 """A pair of samples of one prompt and noise, and both drawn."""
 
@@ -65,26 +61,21 @@ def tables(
     return result
 
 
-def extreme_pairs(pairs: Sequence[SamplePair], before: Path, after: Path) -> dict[str, list[PairCard]]:
+def extreme_pairs(pairs: Sequence[SamplePair], page: Path) -> dict[str, list[PairCard]]:
     """The first and the last of pairs that are sorted by gain, as many as fit on the page.
 
-    ``before`` and ``after`` are the folders of the two evaluations.
+    The evaluations are ``before/`` and ``after/`` in the folder ``page``.
     """
+    before, after = page / "before", page / "after"
 
     def cards(selected: Iterable[SamplePair]) -> list[PairCard]:
-        drawn = ((p, _drawing(before, p.before.image), _drawing(after, p.after.image)) for p in selected)
+        drawn = ((p, drawing(before, p.before.image, page), drawing(after, p.after.image, page)) for p in selected)
         return fitting(drawn, lambda card: [picture for picture, _ in card[1:]])
 
     return {
         "regressions": cards(pair for pair in pairs[:MAX_PAIRS] if _gain(pair) < 0),
         "improvements": cards(pair for pair in pairs[: -MAX_PAIRS - 1 : -1] if _gain(pair) > 0),
     }
-
-
-def _drawing(folder: Path, name: str | None) -> Drawing:
-    """Draw a sample in ``folder``, which stands beside the page."""
-    picture = thumbnail(folder, name)
-    return picture, quote(f"{folder.name}/{name}") if picture.picture else ""
 
 
 def flattened(value: Any, name: str = "") -> dict[str, str]:

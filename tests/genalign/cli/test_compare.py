@@ -56,6 +56,8 @@ def test_a_comparison_is_written_and_resumed(source: Path, tmp_path: Path, capsy
         assert set(recipe["diversity"]) == {"color", "cell"}
     page = (folder / "comparison.html").read_text()
     assert "Samples from the same noise" in page and "Training reward against NFE" in page
+    files = re.findall(r'href="([^"]*\.png)"', page)
+    assert files and all((folder / file).is_file() for file in files)
     assert page.count("<figcaption>before</figcaption>") == page.count("<figcaption>dense</figcaption>") >= 1
     assert main(["report", str(folder)]) == 2
     refused = capsys.readouterr().err

@@ -335,7 +335,8 @@ def test_sample_grids_stand_side_by_side_from_the_first_round_to_the_last(tmp_pa
     ]
     assert [image.size for image in images] == [(90, 90)] * 5 + [(640, 640)]
     assert abs(images[-1].convert("RGB").getpixel((5, 5))[0] - 190) < 4
-    assert decoded(parsed.addresses[1]) == (tmp_path / names[0]).read_bytes()  # after the page's icon
+    assert decoded(parsed.addresses[2]) == (tmp_path / names[0]).read_bytes()  # after the page's icon and the link
+    assert parsed.addresses[1] == names[0]
 
 
 def test_sample_grids_of_clips_are_players(tmp_path):
