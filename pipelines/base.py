@@ -88,7 +88,7 @@ class DiffusersPipeline(ABC):
     lora_in_diffusers: ClassVar[bool] = True  # whether diffusers saves and loads adapters of this family
 
     def __init__(self, pipe: DiffusionPipeline, **options: Unpack[Options]) -> None:
-        check_settings(pipe)
+        check_settings(pipe.components, self.kind.__name__)
         self.pipe: Any = pipe  # its components differ by family
         self.device = torch.device(options.get("device", "cpu"))
         self.autocast = options.get("autocast")

@@ -67,6 +67,10 @@ def _scheduler_class(name: str) -> Any:
     return getattr(diffusers, name)
 
 
+def test_the_tables_have_every_family() -> None:
+    assert FAMILIES.keys() == SCHEDULERS.keys() == COMPONENT_KEYS.keys()
+
+
 @pytest.mark.parametrize("pipeline", SCHEDULERS)
 def test_the_table_has_every_key_of_every_scheduler(pipeline: str) -> None:
     for name, path in SCHEDULERS[pipeline].items():

@@ -89,3 +89,17 @@ def test_sd3_without_t5_equals_diffusers(folder_of: FolderOf, tmp_path: Path) ->
     assert (
         planned.pipeline.longest_conditioning(1)["context"].shape == ours.encode(PROMPTS[:1]).tensors["context"].shape
     )
+
+
+def test_planning_refuses_the_settings_that_loading_refuses(folder_of: FolderOf, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folder_of("sd21"), tmp_path / "sd21"))
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "thresholding": True}))
+    for opened in (pipelines.load, outline):
+        with pytest.raises(ValueError, match=r"^the DDIMScheduler has thresholding True, which is not supported"):
+            opened(folder)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "thresholding": False}))
+    _name_in_index(folder, requires_aesthetics_score=True)
+    for opened in (pipelines.load, outline):
+        with pytest.raises(ValueError, match=r"model_index\.json has requires_aesthetics_score True"):
+            opened(folder)
