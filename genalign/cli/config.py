@@ -141,7 +141,7 @@ class Hacking(EvaluationSize):
         prompts: Prompts of the monitor, a file or a split of a world; null takes ``held_out_fraction`` of the training
             prompts, which are then not trained on.
         every: Number of rounds between two reports; 0 turns them off.
-        rewards: Rewards by name that are not trained on.
+        rewards: Rewards by name that are not trained on; without any, those of the run with weight 0.
         features: A feature extractor for the variety of the samples and their drift.
         diagnostics: Functions of a set of samples and its prompts, which are only reported.
         limits: Limits of the signals, from which a report is amber or red.

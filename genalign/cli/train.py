@@ -67,7 +67,7 @@ def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
             settings, plain = parsing.parse(config.Train, arguments, "train", checks=checks)
             parsing.require(checks, settings)
         output = settings.output
-        with terminable(), process_group(os.environ) as processes:
+        with process_group(os.environ) as processes, terminable():
             return run_training(context, settings, plain, resume, processes, progress)
     except KeyboardInterrupt as error:
         signaled = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
@@ -97,7 +97,7 @@ def ended_by_signal(number: int, output: str, rounds: int | None = None) -> int:
     reason = "interrupted" if number == signal.SIGINT else "SIGTERM"
     where = "" if rounds is None else f" at round {rounds}"
     resume = f"Resume with: genalign train --resume {output}"
-    if not (Path(output) / "config.json").is_file():
+    if not output or not (Path(output) / "config.json").is_file():
         resume = "Nothing was written: run the same command again"
     print(f"Training stopped{where}: {reason}. {resume}")
     return 128 + number

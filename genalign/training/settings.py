@@ -114,8 +114,8 @@ class TrainerSettings:
         fitted = FittedSettings(**(asdict(self) | sizes))
         if notice and processes.is_main and distinct < _PROMPTS and any(vars(self)[name] is None for name in sizes):
             logger.info(
-                "a round takes %d of the %d prompts, in %d updates of batches of %d samples, as far as"
-                " training.prompts_per_round, updates_per_round and batch_size are not set",
+                "a round takes %d of the %d prompts, in %d updates of batches of %d samples: for other sizes, set"
+                " training.prompts_per_round, updates_per_round and batch_size",
                 *(fitted.prompts_per_round, distinct, fitted.updates_per_round, fitted.batch_size),
             )
         return fitted

@@ -58,6 +58,7 @@ def _json(path: Path) -> Any:
 
 def test_evaluations_take_a_split_of_own_prompts_and_own_rewards(arguments: list[str], tmp_path: Path) -> None:
     own = ["--held_out.every=1", "--before_after.seeds=2", "--reward_hacking.every=1"]
+    own.append('--rewards.other={"function": "tests.genalign.training.toy_runs.careless", "weight": 0}')
     assert main([*arguments, *own]) == 0
     run = tmp_path / "run"
     prompts = _json(run / "prompts.json")
@@ -69,9 +70,11 @@ def test_evaluations_take_a_split_of_own_prompts_and_own_rewards(arguments: list
     }
     records = [json.loads(line) for line in (run / "after" / "records.jsonl").read_text().splitlines()]
     assert len(records) == 4 and {record["prompt"] for record in records} < set(PROMPTS)  # two noises of each
-    assert set(_json(run / "gain.json")) == {"red"}
+    assert set(_json(run / "gain.json")) == {"red", "other"}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert all(set(row["held_out"]) == {"red"} and row["reward_hacking"] for row in rows)
+    assert all(set(row["held_out"]) == {"red", "other"} for row in rows)
+    signals = {signal["name"] for signal in rows[0]["reward_hacking"]}
+    assert "other" in signals and "red" not in signals  # which is trained on
     training = _json(run / "config.json")["training"]
     assert (training["prompts_per_round"], training["batch_size"], training["updates_per_round"]) == (2, 4, 2)
     assert main(["train", "--resume", str(run), "--training.rounds", "3"]) == 0
