@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
@@ -14,10 +14,15 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from genalign.algorithms.recipes import ddpo
+from genalign.algorithms.recipes import ddpo, flow_grpo
 from genalign.diffusion.paths import EDMPath, VPPath
+from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.rollout import RolloutInputs, rollout
-from genalign.diffusion.transitions import ODE
+from genalign.diffusion.sampling import Sampling
+from genalign.diffusion.transitions import DPMSDE, ODE
+from genalign.training.settings import TrainerSettings
+from genalign.training.trainer import Trainer
+from genalign.types import Prompt
 from pipelines import SD3, SDXL, StableDiffusion
 from pipelines.auto import FAMILIES
 from pipelines.base import DiffusersPipeline
@@ -341,6 +346,25 @@ def test_a_size_of_height_and_width_is_the_default_of_both() -> None:
         assert StableDiffusion(_pipe("sd15")).resolution == (16, 24)
     finally:
         network.register_to_config(sample_size=8)
+
+
+def test_an_edm_checkpoint_is_trained_by_the_default_recipe() -> None:
+    def brightness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return samples.flatten(1).mean(1)
+
+    torch.manual_seed(0)
+    network = tiny_checkpoints.unet_xl(128, 64)
+    ours = SDXL(_with("sdxl", unet=network, scheduler=diffusers.EDMEulerScheduler()))
+    settings = TrainerSettings(rounds=1, prompts_per_round=2, group_size=2, batch_size=4, updates_per_round=1)
+    policy = Policy(ours.denoiser, Lora(rank=2))
+    trainer = Trainer(ours, policy, brightness, PROMPTS, flow_grpo(clip_range=0.1), settings, Sampling(STEPS))
+    assert trainer.kernel == DPMSDE() and trainer.guidance == 5.0
+    before = [parameter.detach().clone() for parameter in policy.parameters]
+    (result,) = trainer.rounds()
+    assert result.log_ratio_max == 0.0 and result.reward == result.reward
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters, strict=True))
+    again = ours.grid(STEPS, ours.grid(STEPS).sigma[:-1].tolist())  # as evaluations take the levels of a protocol
+    torch.testing.assert_close(again.timestep, ours.grid(STEPS).timestep, rtol=0, atol=1e-6)
 
 
 def test_training_levels_of_an_edm_scheduler_are_on_its_path() -> None:
