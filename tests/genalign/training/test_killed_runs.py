@@ -114,10 +114,11 @@ def _require_same_end(run: Path, unbroken: Path) -> None:
 
 
 def _require_resumable(run: Path) -> int:
-    """Require a checkpoint after every logged round except the one in flight; return its number of rounds."""
+    """Require a checkpoint, with its adapter, after every logged round but the one in flight; return its rounds."""
     link = run / "checkpoints" / "latest"
     assert not link.is_symlink() or link.exists()
     checkpoint = Checkpoints(run / "checkpoints").latest()
+    assert checkpoint is None or (checkpoint.path / "lora" / "pytorch_lora_weights.safetensors").is_file()
     rounds = checkpoint.rounds if checkpoint else 0
     lines = (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").exists() else 0
     assert lines - 1 <= rounds <= lines
