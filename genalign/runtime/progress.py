@@ -138,14 +138,17 @@ class Progress:
         """Log a line about the running phases, unless the last line is less than ``seconds`` old, or in a terminal."""
         now = time.monotonic()
         if self.in_log and (not seconds or now - self._logged >= seconds):
-            self._logged = now
-            logger.info("%s", ", ".join(map(str, self._phases)))
+            self.log_line(", ".join(map(str, self._phases)))
 
     def log_line(self, line: str) -> None:
         """Log a line of the caller's in place of the next one about the running phases; a terminal shows none."""
-        if self.in_log:
-            self._logged = time.monotonic()
+        if not self.in_log:
+            return
+        self._logged = time.monotonic()
+        if logger.hasHandlers():
             logger.info("%s", line)
+        else:  # a notebook, or a script without logging
+            print(line, file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def _live(self) -> Iterator[None]:

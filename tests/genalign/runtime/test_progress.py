@@ -131,3 +131,12 @@ def test_the_first_phase_within_an_uncounted_one_is_logged_at_once(caplog: pytes
     with progress.phase("before"), progress.phase("sampling", 480):
         pass
     assert caplog.messages == ["before", "before, sampling 0/480 samples"]
+
+
+def test_lines_are_printed_where_nothing_is_set_up_for_logging(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress_module.logger, "hasHandlers", lambda: False)
+    with Progress(console=Console(file=io.StringIO())).phase("training", 3, "rounds"):
+        pass
+    assert capsys.readouterr() == ("", "training 0/3 rounds\n")
