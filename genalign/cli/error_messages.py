@@ -104,6 +104,8 @@ def print_errors(lines: Sequence[str]) -> None:
 def error_line(error: Exception) -> str:
     """The message of an error in one line; of the system's errors, such as for a path below a file, with the path."""
     if isinstance(error, OSError) and error.strerror:
+        if isinstance(error, FileExistsError) and error.filename and Path(error.filename).is_symlink():
+            return f"{error.filename} is a link to {Path(error.filename).readlink()}, which does not exist: remove it"
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines) or type(error).__name__
