@@ -24,6 +24,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 	$(BIN)/python scripts/benchmarks/results_tables.py --check
+	$(BIN)/python -m scripts.settings_reference --check
 
 wheel: $(INSTALLED) # build it, install it into a clean environment, and use it from another directory
 	rm -rf build dist $(CLEAN)

@@ -37,9 +37,10 @@ def training_checks(context: CommandContext, resume: bool = False) -> Iterator[C
 
 
 def _require_prompts(section: str, settings: config.Train) -> None:
-    source = settings.evaluation_prompts().get(section)
-    if source is not None:
-        prompt_set(source)
+    """Raise an error if the prompts of an evaluation that is made cannot be read."""
+    panel = getattr(settings, section)
+    if panel and panel.prompts is not None and getattr(panel, "every", 1):
+        prompt_set(panel.prompts)
 
 
 def _require_penalty(settings: config.Train) -> None:

@@ -18,6 +18,7 @@ import genalign
 from genalign.algorithms.recipes import Recipe
 from genalign.cli.error_messages import error_line, explain, unknown_setting
 from genalign.cli.structure import (
+    Given,
     full_name,
     given_settings,
     known_names,
@@ -89,8 +90,7 @@ def parse(
         values = parser.instantiate(parsed)
         built = settings(**{name: values[name] for name in settings.__dataclass_fields__})
     except (ArgumentError, ValueError, TypeError, OSError) as error:
-        problems = _problems(settings, arguments, checks)
-        raise ConfigurationError(*problems or [explain(str(error), [], _source(arguments))]) from error
+        raise ConfigurationError(*_problems(settings, arguments, checks, str(error))) from error
     return built, plain
 
 
@@ -193,12 +193,12 @@ class _UnknownSettingError(Exception):
     """A check reads a setting that is wrong itself, so that it has nothing to say."""
 
 
-def _problems(settings: type[Any], arguments: Sequence[str], checks: Sequence[Check]) -> list[str]:
-    """Describe everything that is wrong with a configuration, one line each."""
+def _problems(settings: type[Any], arguments: Sequence[str], checks: Sequence[Check], message: str) -> list[str]:
+    """Describe everything that is wrong with a configuration, one line each, of which ``message`` is the first."""
     place = place_of(settings)
     given = given_settings(place, arguments)
     if not settings_of(place) or given.unreadable:
-        return []
+        return [explain(message, [], _source(arguments))]
     missing = {name.split(".")[0] for name in missing_names(place, given)}
     lines = [*structure_errors(place, given), *missing_errors(place, given)]
     entries = {entry["name"]: entry for entry in settings_of(place)}
@@ -216,6 +216,13 @@ def _problems(settings: type[Any], arguments: Sequence[str], checks: Sequence[Ch
             values[name] = parser.instantiate(_parsed(parser, own))[name]
         except INPUT_ERRORS as error:
             lines.append(_with_section(explain(str(error), list(entries)), name, list(entries)))
+    # A text that YAML reads as something else, such as 0123, is right as a word of a command line
+    setting = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+    section = setting.split(".")[0]
+    if section in values or not (lines or missing):
+        written = [name for name in given.settings if setting in (name, re.sub(r"^(\w+)\.[^.]+", r"\1", name))]
+        lines.append(explain(message, list(entries), _source(arguments), *written[:1]))
+        values.pop(section, None)
     partial = _partial(settings, values)
     own_checks = [settings.__post_init__] if hasattr(settings, "__post_init__") else []
     return list(dict.fromkeys([*lines, *failed([*own_checks, *checks], partial)]))
@@ -245,7 +252,7 @@ def _wrong_values(
             if _refusal(parser, fewer) != message:
                 culprit = name
                 break
-        keys = known_names(entries, culprit)
+        keys = known_names(entries, culprit, Given(given))
         if culprit and re.search(rf"Option '{culprit.rpartition('.')[2]}' is not accepted", message):
             lines.append(unknown_setting(culprit, keys))
         else:

@@ -159,7 +159,7 @@ def structure_errors(place: str, given: Given) -> list[str]:
     entries = {entry["name"]: entry for entry in settings_of(place)}
     lines = [_missing_file(file) for file in given.missing_files]
     lines += [
-        unknown_setting(name, known_names(entries, name))
+        unknown_setting(name, known_names(entries, name, given))
         for name in given.settings
         if name.split(".")[0] not in _OUTSIDE and not name.endswith(".help") and not _exists(name, entries, given)
     ]
@@ -195,23 +195,25 @@ def missing_names(place: str, given: Given) -> list[str]:
     ]
 
 
-def known_names(entries: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
+def known_names(entries: Mapping[str, Mapping[str, Any]], name: str, given: Given) -> list[str]:
     """List every name that a setting like ``name`` may have, with those of what a recipe, kernel or strategy takes."""
     own = name.split(".")[1] if name.count(".") > 1 else "NAME"
     names = [one.replace(".NAME.", f".{own}.") for one in entries]
     for place, entry in entries.items():
         if kind := entry.get("kind"):
-            names += _names_below(place, kind)
+            names += _names_below(place, kind, given)
     return names
 
 
-def _names_below(place: str, kind: str, above: tuple[str, ...] = ()) -> list[str]:
-    """List what any recipe, kernel or strategy at ``place`` takes."""
-    inner = {one["name"]: one for about in settings_table()["named"][kind].values() for one in about["settings"]}
+def _names_below(place: str, kind: str, given: Given, above: tuple[str, ...] = ()) -> list[str]:
+    """List what the recipe, kernel or strategy that is given at ``place`` takes, or any if none of ours is given."""
+    named = settings_table()["named"][kind]
+    chosen = named.get(str(given.settings.get(place)).removeprefix("genalign."))
+    inner = {one["name"]: one for about in ([chosen] if chosen else named.values()) for one in about["settings"]}
     names = [f"{place}.{name}" for name in inner]
     for name, one in inner.items():
         if one.get("kind", kind) not in (kind, *above):
-            names += _names_below(f"{place}.{name}", one["kind"], (kind, *above))
+            names += _names_below(f"{place}.{name}", one["kind"], given, (kind, *above))
     return names
 
 
