@@ -69,7 +69,7 @@ def test_a_difference_of_shares_that_has_one_sign_has_the_exact_lower_limit_of_i
 
 # ------------------------------------------------------------------------------------------------------- coverage
 
-REPEATS = 1000
+REPEATS = 500
 STRATA = {
     "3": (3,),
     "6": (6,),
@@ -99,8 +99,7 @@ def test_intervals_of_scores_cover_the_truth(strata, spread):
 
 
 @pytest.mark.parametrize("strata", STRATA)
-@pytest.mark.parametrize("truth", [0.03, 0.5, 0.97])
-@pytest.mark.parametrize("images", [1, 4])
+@pytest.mark.parametrize(("truth", "images"), [(0.03, 1), (0.5, 1), (0.97, 1), (0.03, 4)])
 def test_intervals_of_shares_cover_the_truth(strata, truth, images):
     """Images of one prompt agree more than those of several: the chance of a prompt is drawn first."""
     rng = np.random.default_rng(2)
@@ -146,8 +145,8 @@ def test_kinds_of_differences():
 def test_intervals_over_prompts_and_seeds_cover_the_truth(seeds, of_prompts, of_seeds):
     """The wider of the two intervals alone covers 92 % of five seeds."""
     rng = np.random.default_rng(7)
-    gains = rng.normal(0, 0.3, (REPEATS, seeds, 20)) + rng.normal(0, of_prompts, (REPEATS, 1, 20))
-    gains += rng.normal(0, of_seeds, (REPEATS, seeds, 1))
+    gains = rng.normal(0, 0.3, (4 * REPEATS, seeds, 20)) + rng.normal(0, of_prompts, (4 * REPEATS, 1, 20))
+    gains += rng.normal(0, of_seeds, (4 * REPEATS, seeds, 1))
     hits = []
     for run in gains:
         estimate = joined(mean_over_tasks({"all": run.mean(0)}, "score"), t_interval(run.mean(1)))
@@ -171,7 +170,7 @@ def test_intervals_of_win_rates_cover_the_truth(prompts, won, lost):
 
 
 @pytest.mark.parametrize("strata", STRATA)
-@pytest.mark.parametrize(("better", "worse"), [(0.03, 0.0), (0.03, 0.03), (0.25, 0.25), (0.5, 0.03), (0.9, 0.05)])
+@pytest.mark.parametrize(("better", "worse"), [(0.03, 0.0), (0.25, 0.25), (0.9, 0.05)])
 def test_intervals_of_paired_shares_cover_the_truth(strata, better, worse):
     rng = np.random.default_rng(3)
     chances = [better, worse, 1 - better - worse]
@@ -179,7 +178,7 @@ def test_intervals_of_paired_shares_cover_the_truth(strata, better, worse):
     assert _covers(draws, better - worse, "share difference") >= 0.93
 
 
-@pytest.mark.parametrize("strata", STRATA)
+@pytest.mark.parametrize("strata", ["6", "200", "6 x 5", "mixed"])
 @pytest.mark.parametrize(("images", "a", "b", "gain"), [(4, 0.3, 0.3, 0.0), (4, 1, 30, 0.05), (16, 15, 15, 0.1)])
 def test_intervals_of_paired_shares_of_several_images_cover_the_truth(strata, images, a, b, gain):
     """The chance of a prompt is drawn first; afterwards it is higher by ``gain``, at most 1."""
