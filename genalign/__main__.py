@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -18,6 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that ``arguments`` starts with, by default those of the process, and return its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in arguments if word != "--debug"]
+    for stream in (sys.stdout, sys.stderr):  # prompts hold any character, and printing one must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if (text := _answer(words)) is not None:
             print(text)

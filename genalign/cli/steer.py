@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,9 @@ from genalign.evaluation.report import write_search
 from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import write_json
 from genalign.runtime.media import writer
-from genalign.scoring.budget import measure_prices
+from genalign.runtime.progress import Phase, Progress
+from genalign.scoring.budget import NFE, Ledger, Metered, measure_prices
+from genalign.scoring.score import NamedReward
 from genalign.search.engine import SearchRun
 from genalign.search.folder import SearchFolder
 from genalign.search.noise_aware import (
@@ -30,7 +33,8 @@ from genalign.search.noise_aware import (
 )
 from genalign.search.results import SearchResult
 from genalign.search.run_search import search
-from genalign.types import Pipeline
+from genalign.search.strategy import count_calls
+from genalign.types import Pipeline, Prompt, PromptSet
 
 
 def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
@@ -39,11 +43,14 @@ def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
     Finished prompts are kept, so that the same command resumes. Processes started by torchrun or accelerate share the
     prompts.
     """
-    settings, plain = parsing.parse(config.Steer, arguments, "steer")
-    prompts = prompt_set(settings.prompts).prompts[: settings.limit]
+    settings, plain = parsing.parse(config.Steer, gathered(arguments, "prompt"), "steer")
+    source = PromptSet.of(settings.prompt) if settings.prompt else prompt_set(settings.prompts)
+    prompts = source.prompts[: settings.limit]
     folder, plain = SearchFolder(Path(settings.output)), {**plain, "limit": None}
     share = rank_share()
-    pipeline, rewards = load_with_lora(context, settings.model, settings.lora), named_rewards(settings.rewards)
+    progress = Progress(enabled=share.rank == 0)
+    with progress.phase("loading"):
+        pipeline, rewards = load_with_lora(context, settings.model, settings.lora), named_rewards(settings.rewards)
     plain = with_family_defaults(plain, pipeline, {"sampling": settings.sampling})
     resuming = folder.holds(plain)
     require_rate(settings, pipeline.sample_rate)
@@ -51,33 +58,74 @@ def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
 
     @lru_cache(1)
     def search_prompt(index: int) -> SearchResult:
-        return search(
-            pipeline,
-            [prompts[index]],
-            rewards,
-            settings.strategy,
-            settings.budget,
-            settings.sampling,
-            settings.batch_size,
-            derived_seed(settings.seed, index),
-        )
+        total = _planned_nfe(settings, pipeline, rewards, prompts[index])
+        with progress.phase(f"prompt {index + 1}", total, "NFE") as phase:
+            return search(
+                Metered(pipeline, _Advancing(phase)),
+                [prompts[index]],
+                rewards,
+                settings.strategy,
+                settings.budget,
+                settings.sampling,
+                settings.batch_size,
+                derived_seed(settings.seed, index),
+            )
 
     # Search the first prompt before anything is written: settings that cannot work leave no folder behind
     unfinished = [index for index in share.indices(len(prompts)) if not folder.done(index)]
-    if unfinished and not resuming:
-        search_prompt(unfinished[0])
-    folder.begin(plain)
-    for index in unfinished:
-        with folder.claims.try_claim(index) as claimed:
-            if not claimed or folder.done(index):
-                continue
-            result = search_prompt(index)
-            folder.add(index, result, write)
-        values = zip(rewards, result.scores[0].tolist(), strict=True)
-        scores = "  ".join(f"{reward.name} {score:.4g}" for reward, score in values)
-        print(f"{index + 1}/{len(prompts)}  {scores}  {result.ledger.nfe} NFE  {prompts[index].text}", flush=True)
+    with progress.phase("searching", len(unfinished), "prompts") as advance:
+        if unfinished and not resuming:
+            search_prompt(unfinished[0])
+        folder.begin(plain)
+        for index in unfinished:
+            with folder.claims.try_claim(index) as claimed:
+                if claimed and not folder.done(index):
+                    result = search_prompt(index)
+                    folder.add(index, result, write)
+                    print(f"{index + 1}/{len(prompts)}  {result}", flush=True)
+            advance(1)
     _conclude(folder, len(prompts))
     return 0
+
+
+def gathered(arguments: Sequence[str], name: str) -> list[str]:
+    """Join every ``--name TEXT`` among the words of a command into one list of texts, as JSON."""
+    texts, others, words = [], [], iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option == f"--{name}":
+            texts.append(value if equals else next(words, ""))
+        else:
+            others.append(word)
+    return [*others, f"--{name}={json.dumps(texts)}"] if texts else others
+
+
+def _planned_nfe(
+    settings: config.Steer, pipeline: Pipeline, rewards: Sequence[NamedReward], prompt: Prompt
+) -> int | None:
+    """Count the NFE of the search for one prompt; None where a budget in seconds is not planned yet.
+
+    Raises ValueError for a strategy that cannot run or a budget that is too small.
+    """
+    budget, sampling = settings.budget, settings.sampling
+    if budget is not None and budget.seconds is not None and budget.prices is None:
+        return None
+    grid, guidance = sampling.grid(pipeline), sampling.guidance_scale(pipeline)
+    run = SearchRun(pipeline, [prompt], rewards, grid, guidance, settings.batch_size, "plan")
+    return count_calls(run, settings.strategy, budget).nfe
+
+
+class _Advancing(Ledger):
+    """A ledger that reports every NFE to a phase."""
+
+    def __init__(self, phase: Phase) -> None:
+        super().__init__()
+        self._phase = phase
+
+    def bill(self, call: str, samples: int) -> None:
+        super().bill(call, samples)
+        if call == NFE:
+            self._phase(samples)
 
 
 def _conclude(folder: SearchFolder, count: int) -> None:

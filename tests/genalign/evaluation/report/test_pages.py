@@ -43,9 +43,43 @@ def test_the_best_reward_so_far_never_falls(tmp_path):
     first = [candidate(4, 0.9), candidate(4, 0.1), candidate(4, 0.95)]
     second = [candidate(2, 0.8), candidate(4, None), candidate(4, 0.3, parent=0, born=2)]
     page = search(tmp_path, [first, second], 2).read_text()
-    assert re.findall(r">([\d.]+) at (\d+) steps of candidates<", page) == [("0.6", "8"), ("0.625", "12")]
+    assert re.findall(r">([\d.]+) at (\d+) denoising steps per prompt<", page) == [("0.6", "8"), ("0.625", "12")]
     assert page.count('class="returned"') == 4 and page.count('class="pruned"') == 3  # a copy has two lines
-    assert "The best sample of 2 prompts ocr 0.5 decoded samples per prompt 3 NFE per prompt 12" in Page(page).text
+    tiles = "Best sample of each prompt ocr 0.5 denoiser calls (NFE) per prompt 12 VAE decodes per prompt 3"
+    assert tiles in Page(page).text
+    assert page.count(">denoising steps</text>") == 2 and page.count('class="base"') == 3  # of two trees and the curve
+
+
+def test_a_search_page_has_settings_and_the_gain_over_plain_sampling_with_both_costs(tmp_path):
+    config = {
+        "model": {"path": "my/model"},
+        "strategy": {"class_path": "genalign.search.pruning.Prune", "init_args": {"steps": [1], "candidates": None}},
+        "budget": {"nfe": 60.0, "seconds": None},
+        "sampling": {"num_steps": 20, "guidance": 4.5},
+        "seed": 3,
+        "lora": None,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = {"scores": {"ocr": 0.125}, "image": "plain/0.png", "calls": {"nfe": 20}, "extra": True}
+    page = search(tmp_path, [[candidate(4, 0.5)]], 0, plain=base).read_text()
+    text = Page(page).text
+    assert "model my/model strategy Prune(steps=[1]) budget per prompt 60 nfe sampling 20 steps, guidance 4.5" in text
+    assert "rewards ocr seed 3 prompts 1" in text
+    assert "ocr 0.5 ocr, gain over plain sampling +0.375 NFE of plain sampling per prompt 20" in text
+    assert "plain sampling, 20 NFE: ocr 0.125" in text and "best sample, 12 NFE: ocr 0.5" in text
+
+
+@pytest.mark.parametrize("candidates", [1, 8, 400])
+def test_labels_of_a_search_page_are_legible_at_any_width(candidates, tmp_path):
+    """A unit of a drawing is at most 1.2 pixels wide, and at 400 pixels two thirds of one, with larger text."""
+    page = search(tmp_path, [[candidate(4, 0.5) for _ in range(candidates)]], 0).read_text()
+    sizes = re.findall(r'<svg class="(\w+)" viewBox="0 0 ([\d.]+) ([\d.]+)"', page)
+    chart, tree = (next(size[1:] for size in sizes if size[0] == kind) for kind in ("chart", "tree"))
+    (widest,) = re.findall(r"\.panel\.best { max-width: (\d+)px", page)
+    assert (int(widest) - 34) / float(chart[0]) <= 1.2  # its padding and border aside
+    assert "@media (max-width: 560px) { .panel.best svg text { font-size: 18px; } }" in page
+    assert float(tree[0]) == 240 and float(tree[1]) <= 240  # cards are 230 to 460 pixels wide
+    assert "max-height: none" in page and 'class="panel large best"' in page  # the rule for small panels leaves it out
 
 
 def test_recipes_of_unequal_cost_are_not_called_equal(tmp_path):
