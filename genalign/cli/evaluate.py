@@ -189,7 +189,8 @@ def _run(context: CommandContext, settings: config.Evaluate, plain: Mapping[str,
         return 0
     with folder.claims.exclusive():
         sets = {name: choice.reward for name, choice in settings.set_rewards.items()}
-        evaluation = folder.finish(inputs.protocol, count, sets)
+        with progress.phase("joining the batches"):
+            evaluation = folder.finish(inputs.protocol, count, sets)
         if text := task.finish(folder, evaluation):
             print(text)
         report_evaluation(folder.path, against)

@@ -89,10 +89,13 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_model_is_evaluated_on_own_prompts_by_own_rewards(
-    command: list[str], capsys: pytest.CaptureFixture[str]
+    command: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     second = ["--rewards.length.function", "my_scores.length", "--set_rewards.variety", SET]
-    assert main([*command, *second, "--output", "base"]) == 0
+    with caplog.at_level(logging.INFO):
+        assert main([*command, *second, "--output", "base"]) == 0
+    phases = [record.message for record in caplog.records if record.name == "genalign.runtime.progress"]
+    assert phases == ["loading the model", "sampling 0/8 samples", "joining the batches"]
     evaluation = load_evaluation(Path("base"))
     assert [(record.prompt, record.sample) for record in evaluation.records[:3]] == [
         ("a red circle", 0), ("a red circle", 1), ("a red square", 0),
@@ -347,3 +350,28 @@ def test_commands_of_the_evaluation_page_run(tmp_path: Path, capsys: pytest.Capt
     assert before.overall != after.overall and before.protocol == after.protocol
     for name in ("eval-second/report.html", "eval-second/comparison.json", "other/report.html"):
         assert (Path("runs") / name).is_file()
+    (sets,) = re.findall(r"```yaml\n(set_rewards:.*?)```", page, re.DOTALL)
+    Path("sets.yaml").write_text(sets)
+    assert main([*shlex.split(lines[2]), "--config", "sets.yaml", "--output", "sets"]) == 0
+    assert 1 <= load_evaluation(Path("sets")).sets["variety"].value <= 2
+
+
+def test_distances_to_a_reference_folder(command: list[str]) -> None:
+    """The Frechet distance of a set to itself is 0, and that to another set is not."""
+    assert main([*command, "--output", "base"]) == 0
+    clip = "{class_path: rewards.backbones.image_features.ClipFeatures, init_args: {model: shapes-clip}}"
+    folder = "{class_path: rewards.backbones.reference_images.ImageFolder, init_args: {folder: base/images}}"
+    extracted = f"init_args: {{images: {folder}, features: {clip}}}"
+    features = f"{{class_path: rewards.backbones.image_features.extract_features, {extracted}}}"
+    reward = f"{{class_path: rewards.set_rewards.FrechetReward, init_args: {{reference: {features}}}}}"
+    sets = [
+        "--set_rewards.fd",
+        f"{{features: {clip}, reward: {reward}}}",
+        "--rewards.red.function",
+        "my_scores.redness",
+    ]
+    assert main(["evaluate", "prompts", "--samples", "base", *sets, "--output", "same"]) == 0
+    _write_images(Path("mine"), 64, 64, 64, 64)
+    assert main(["evaluate", "prompts", "--samples", "mine", *sets, "--output", "other"]) == 0
+    same, other = (load_evaluation(Path(name)).sets["fd"].value for name in ("same", "other"))
+    assert same == pytest.approx(0, abs=1e-3) and other < -1
