@@ -151,4 +151,5 @@ def _quoted(text: str) -> str:
 
 def _flow(reward: Any) -> str:
     """Write a configured reward as YAML within one line."""
-    return yaml.safe_dump(reward, default_flow_style=True, width=sys.maxsize).removesuffix("\n").removesuffix("\n...")
+    text: str = yaml.safe_dump(reward, default_flow_style=True, width=sys.maxsize)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -1,4 +1,4 @@
-"""An output that cannot be a folder is refused in one line by every command that writes one, and nothing else is written."""
+"""An output that cannot be a folder is refused in one line by every command that writes one; nothing is written."""
 
 from __future__ import annotations
 
