@@ -28,17 +28,15 @@ if TYPE_CHECKING:
 
 
 def load_model(model: config.Model) -> Checkpoint:
-    """Load the pipeline that a configuration names, without the progress bars of diffusers and transformers."""
+    """Load the pipeline that a configuration names, without bars and misleading warnings of its libraries."""
     import torch
-    from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
-    from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
     from genalign.cli.config import require_device
     from genalign.runtime.cpu import retain_freed_memory
+    from genalign.runtime.library_logs import quiet_libraries
     from pipelines import load
 
-    disable_diffusers_bars()
-    disable_transformers_bars()
+    quiet_libraries()
     require_device(model.device)
     if model.device == "cpu":
         retain_freed_memory()

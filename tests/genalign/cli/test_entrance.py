@@ -166,3 +166,12 @@ def test_an_output_that_cannot_be_is_refused_in_one_line(
         answer = error(*command)
         assert answer.count("\n") == 1 and "Traceback" not in answer and place[:20] in answer
     assert Path("file").read_text() == "mine"
+
+
+def test_a_warning_of_the_hub_is_printed_once(tmp_path: Path) -> None:
+    program = (
+        "from genalign.__main__ import main; main(['report', 'nowhere']); import huggingface_hub.utils.logging, logging;"
+        "logging.getLogger('huggingface_hub.file_download').warning('retrying')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stderr.count("retrying") == 1
