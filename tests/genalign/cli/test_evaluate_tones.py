@@ -85,7 +85,16 @@ def test_prompt_sources_of_the_tones_world() -> None:
 
 def test_a_model_is_evaluated(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
-    arguments = ["--model.path", str(model), "--output", str(output), "--prompts", "tones:len", "--sampling.num_steps", "2"]
+    arguments = [
+        "--model.path",
+        str(model),
+        "--output",
+        str(output),
+        "--prompts",
+        "tones:len",
+        "--sampling.num_steps",
+        "2",
+    ]
     assert main(["evaluate", "tones", *arguments, "--samples_per_task", "2", "--seeds", "1"]) == 0
     evaluation = load_evaluation(output)
     assert (evaluation.protocol.verifier, evaluation.protocol.suite) == ("tones-1", "len")
