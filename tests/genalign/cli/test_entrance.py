@@ -69,7 +69,10 @@ def test_answers_that_need_no_command_are_given_without_torch(
     assert (code, imported) == (status, []) and text in printed
 
 
-SEARCH = "--output x --model shapes-sd3 --prompts shapes:val --strategy BestOfN --rewards.a.function rewards.jpeg.compressibility"
+SEARCH = (
+    "--output x --model shapes-sd3 --prompts shapes:val --strategy BestOfN"
+    " --rewards.a.function rewards.jpeg.compressibility"
+)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +173,7 @@ def test_an_output_that_cannot_be_is_refused_in_one_line(
 
 def test_a_warning_of_the_hub_is_printed_once(tmp_path: Path) -> None:
     program = (
-        "from genalign.__main__ import main; main(['report', 'nowhere']); import huggingface_hub.utils.logging, logging;"
+        "import logging; from genalign.__main__ import main; main(['report', 'nowhere']); import huggingface_hub.utils;"
         "logging.getLogger('huggingface_hub.file_download').warning('retrying')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
