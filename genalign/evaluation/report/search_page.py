@@ -119,7 +119,7 @@ def tree(candidates: Sequence[Json], returned: int) -> Markup:
     """
     steps = max(candidate["ended"] or 0 for candidate in candidates) or 1
     lineage, node = set[int](), returned
-    while node is not None:
+    while node is not None and node not in lineage:  # an edited file may hold a circle
         lineage.add(node)
         node = candidates[node]["parent"]
     row_height = min(_ROW, _TREE_HEIGHT / len(candidates))

@@ -15,6 +15,7 @@ from PIL import Image
 from genalign.evaluation.compare_runs import RecipeSummary
 from genalign.evaluation.evaluate import Evaluation, SampleRecord, SetValue
 from genalign.evaluation.report import write_comparison, write_evaluation, write_report, write_search
+from genalign.evaluation.report.search_page import tree
 from genalign.runtime.media import writer
 from tests.genalign.evaluation.report.pages import HOSTILE, PROTOCOL, Page, save
 
@@ -213,3 +214,8 @@ def test_the_browser_reports_messages_and_runs_html_that_is_not_escaped(tmp_path
     page.write_text(f"<!DOCTYPE html><title>x</title><script>console.error('a message')</script><p>{HOSTILE}")
     dom, complaints = chromium(tmp_path, "--dump-dom", page.as_uri())
     assert "<title>run</title>" in dom and any("a message" in line for line in complaints)
+
+
+def test_a_lineage_that_was_edited_into_a_circle_is_drawn() -> None:
+    lives = [{"born": 0, "ended": 3, "parent": 1}, {"born": 1, "ended": 3, "parent": 0}]
+    assert str(tree(lives, 0)).count("returned") >= 2
