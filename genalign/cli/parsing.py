@@ -214,7 +214,7 @@ def _problems(settings: type[Any], arguments: Sequence[str], checks: Sequence[Ch
             continue
         try:
             values[name] = parser.instantiate(_parsed(parser, own))[name]
-        except INPUT_ERRORS as error:
+        except (*INPUT_ERRORS, TypeError) as error:
             lines.append(_with_section(explain(str(error), list(entries)), name, list(entries)))
     # A text that YAML reads as something else, such as 0123, is right as a word of a command line
     setting = ".".join(re.findall(r'Parser key "([\w.]+)"', message))

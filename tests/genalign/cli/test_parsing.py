@@ -21,6 +21,11 @@ class Untyped:
 
     def __call__(self, samples, prompts):
         return samples.flatten(1).mean(1)
+
+
+class Failing(Untyped):
+    def __init__(self, k: int = 1):
+        raise TypeError("k is not what it seems")
 """
 WORDS = [
     "--output",
@@ -129,6 +134,7 @@ def test_checks_that_need_several_settings_are_made_before_loading(
             "--rewards.b.function own_untyped.Untyped",
             "rewards.b.function: own_untyped.Untyped: give the parameter k a type, as in k: float",
         ),
+        ("--rewards.b.function own_untyped.Failing", "k is not what it seems"),
         ("--training.rounds 2.5", "training.rounds: expected int, not 2.5"),
         ("--model.path ./nomodel --training.rounds x", "training.rounds: expected int, not x"),
     ],
