@@ -233,9 +233,9 @@ def check_index(index: Mapping[str, Any]) -> None:
 def _check_scheduler(scheduler: SchedulerMixin, path: SchedulePath) -> None:
     table, kind = SCHEDULER_KEYS[path], type(scheduler).__name__
     read = inspect.signature(type(scheduler).__init__).parameters
-    known = SOLVER_KEYS.union(*SCHEDULER_KEYS.values())
+    all_keys = SOLVER_KEYS.union(*SCHEDULER_KEYS.values())
     for key, value in scheduler.config.items():
-        if key in SOLVER_KEYS or key.startswith("_") or (key in known and key not in read):
+        if key in SOLVER_KEYS or key.startswith("_") or (key in all_keys and key not in read):
             continue  # what another scheduler would read
         default = (read[key].default,) if key in read else (False, None)
         _require(table.get(key, Key("genalign does not know it", default)), key, value, f"the {kind}")

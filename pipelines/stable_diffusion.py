@@ -24,10 +24,10 @@ class UNetPipeline(ScheduledPipeline):
 
     def __init__(self, pipe: DiffusionPipeline, **options: Unpack[Options]) -> None:
         super().__init__(pipe, **options)
-        taken, made = self.denoiser.config.in_channels, self.pipe.vae.config.latent_channels
-        if taken != made:
+        inputs, channels = self.denoiser.config.in_channels, self.pipe.vae.config.latent_channels
+        if inputs != channels:
             raise ValueError(
-                f"the network has in_channels {taken} for latents of {made} channels, so that it takes more than a"
+                f"the network has in_channels {inputs} for latents of {channels} channels, so that it takes more than a"
                 " prompt (inpainting, editing): use the text-to-image checkpoint"
             )
 

@@ -214,7 +214,7 @@ def _through_jpeg(images: Tensor) -> Tensor:
             continue
         file = io.BytesIO()
         picture.save(file, format="JPEG")
-        with Image.open(file) as again:
+        with Image.open(file, formats=("JPEG",)) as again:
             pixels = torch.from_numpy(np.array(again)).permute(2, 0, 1)
         decoded.append(pixels.to(images) / 255)
     return torch.stack(decoded)

@@ -193,6 +193,6 @@ def split_command(words: Sequence[str]) -> tuple[Command | None, Sequence[str]]:
 
 def _with_presets(arguments: Sequence[str]) -> list[str]:
     """Replace the names of presets, as in --config preset:sdxl-80gb, by their files; unknown names stay."""
-    known = {f"preset:{name}": str(preset(name)) for name in presets()}
-    names = {**known, **{f"--config={name}": f"--config={file}" for name, file in known.items()}}
+    replacements = {f"preset:{name}": str(preset(name)) for name in presets()}
+    names = {**replacements, **{f"--config={name}": f"--config={file}" for name, file in replacements.items()}}
     return [names.get(word, word) for word in arguments]

@@ -82,8 +82,9 @@ def _listed(root: Path) -> list[tuple[SampleSpec, Path]]:
         number = counts.setdefault((prompt.task, prompt.text), 0)
         counts[prompt.task, prompt.text] += 1
         listed.append((SampleSpec(prompt, number), inside(root, name)))
-    suffixes, known = {path.suffix for _, path in listed}, {path for _, path in listed}
-    others = [path for path in root.rglob("*") if path.suffix in suffixes and path not in known]
+    files = {path for _, path in listed}
+    suffixes = {path.suffix for path in files}
+    others = [path for path in root.rglob("*") if path.suffix in suffixes and path not in files]
     if others:
         logger.warning(
             "%d files of %s are not in its prompts.jsonl, the first of them %s", len(others), root, others[0]
@@ -112,12 +113,12 @@ def _look_up(prompts: PromptSet | None, world: World | None) -> Callable[[Prompt
         return lambda prompt: world.prompt(prompt.text)
     if prompts is None:
         return lambda prompt: prompt
-    name, known = prompts.name, {prompt.text: prompt for prompt in prompts.prompts}
+    name, by_text = prompts.name, {prompt.text: prompt for prompt in prompts.prompts}
 
     def look_up(prompt: Prompt) -> Prompt:
-        if prompt.text not in known:
+        if prompt.text not in by_text:
             raise ValueError(f"{prompt.text!r} is not among the prompts of {name}: list samples of these alone")
-        return known[prompt.text]
+        return by_text[prompt.text]
 
     return look_up
 

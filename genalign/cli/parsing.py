@@ -18,12 +18,12 @@ import genalign
 from genalign.algorithms.recipes import Recipe
 from genalign.cli.error_messages import error_line, explain, unknown_setting
 from genalign.cli.structure import (
-    Given,
+    RawSettings,
     full_name,
-    given_settings,
     known_names,
     missing_errors,
     missing_names,
+    raw_settings,
     settings_of,
     structure_errors,
 )
@@ -196,18 +196,18 @@ class _UnknownSettingError(Exception):
 def _problems(settings: type[Any], arguments: Sequence[str], checks: Sequence[Check], message: str) -> list[str]:
     """Describe everything that is wrong with a configuration, one line each, of which ``message`` is the first."""
     place = place_of(settings)
-    given = given_settings(place, arguments)
-    if not settings_of(place) or given.unreadable:
+    raw = raw_settings(place, arguments)
+    if not settings_of(place) or raw.unreadable:
         return [explain(message, [], _source(arguments))]
-    missing = {name.split(".")[0] for name in missing_names(place, given)}
-    lines = [*structure_errors(place, given), *missing_errors(place, given)]
+    missing = {name.split(".")[0] for name in missing_names(place, raw)}
+    lines = [*structure_errors(place, raw), *missing_errors(place, raw)]
     entries = {entry["name"]: entry for entry in settings_of(place)}
     values: dict[str, Any] = {}
     for name in settings.__dataclass_fields__:
         parser = _parser(settings, "", {*settings.__dataclass_fields__} - {name})
         for action in parser._actions:
             action.required = False  # what is missing has been described
-        own = {key: value for key, value in given.settings.items() if key.split(".")[0] == name}
+        own = {key: value for key, value in raw.settings.items() if key.split(".")[0] == name}
         if wrong := _wrong_values(parser, own, entries):
             lines += wrong
         if wrong or name in missing:
@@ -220,7 +220,7 @@ def _problems(settings: type[Any], arguments: Sequence[str], checks: Sequence[Ch
     setting = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
     section = setting.split(".")[0]
     if section in values or not (lines or missing):
-        written = [name for name in given.settings if setting in (name, re.sub(r"^(\w+)\.[^.]+", r"\1", name))]
+        written = [name for name in raw.settings if setting in (name, re.sub(r"^(\w+)\.[^.]+", r"\1", name))]
         lines.append(explain(message, list(entries), _source(arguments), *written[:1]))
         values.pop(section, None)
     partial = _partial(settings, values)
@@ -228,23 +228,23 @@ def _problems(settings: type[Any], arguments: Sequence[str], checks: Sequence[Ch
     return list(dict.fromkeys([*lines, *failed([*own_checks, *checks], partial)]))
 
 
-def _parsed(parser: ArgumentParser, given: Mapping[str, Any]) -> Any:
+def _parsed(parser: ArgumentParser, raw: Mapping[str, Any]) -> Any:
     """Parse settings by full name."""
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in raw.items()}
     parsed = parser.parse_args([f"--{name}={text}" for name, text in texts.items()])
     _expand_paths(parsed)
     return parsed
 
 
 def _wrong_values(
-    parser: ArgumentParser, given: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]
+    parser: ArgumentParser, raw: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
     """Describe each of the settings of a field that the parser refuses.
 
     The one that an error is about is the one without which the error is another; then it is left out.
     """
     lines: list[str] = []
-    rest = dict(given)
+    rest = dict(raw)
     while (message := _refusal(parser, rest)) is not None:
         culprit = ""
         for name in sorted(rest, key=lambda name: -name.count(".")):
@@ -252,7 +252,7 @@ def _wrong_values(
             if _refusal(parser, fewer) != message:
                 culprit = name
                 break
-        keys = known_names(entries, culprit, Given(given))
+        keys = known_names(entries, culprit, RawSettings(raw))
         if culprit and re.search(rf"Option '{culprit.rpartition('.')[2]}' is not accepted", message):
             lines.append(unknown_setting(culprit, keys))
         else:
@@ -270,9 +270,9 @@ def _with_section(line: str, section: str, names: Sequence[str]) -> str:
     return f"{section}.{line}" if shared and f"{section}.{word}" in names else line
 
 
-def _refusal(parser: ArgumentParser, given: Mapping[str, Any]) -> str | None:
+def _refusal(parser: ArgumentParser, raw: Mapping[str, Any]) -> str | None:
     try:
-        _parsed(parser, given)
+        _parsed(parser, raw)
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         return str(error)
     return None

@@ -64,7 +64,7 @@ def full_name(name: str, names: Sequence[str], value: str = "") -> str:
 
 
 @dataclass(frozen=True)
-class Given:
+class RawSettings:
     """The settings of a command line and its files, by full name, with class paths and arguments as if written flat.
 
     Args:
@@ -78,15 +78,15 @@ class Given:
     unreadable: tuple[str, ...] = ()
 
 
-def given_settings(place: str, arguments: Sequence[str]) -> Given:
+def raw_settings(place: str, arguments: Sequence[str]) -> RawSettings:
     """Read what is set, without checking it; a value replaces those before it, and those below them."""
     settings: dict[str, Any] = {}
     missing, unreadable = [], []
     names = [one["name"] for one in settings_of(place)]
     for name, value in _assignments(arguments):
-        given: dict[str, Any] = {full_name(name, names, value): value}
+        raw: dict[str, Any] = {full_name(name, names, value): value}
         if name == "config":
-            text, given = value, {}
+            text, raw = value, {}
             if not _is_text(value):
                 path = Path(value).expanduser()
                 if not path.exists():
@@ -94,12 +94,12 @@ def given_settings(place: str, arguments: Sequence[str]) -> Given:
                     continue
                 text = path.read_text("utf-8-sig", "replace") if path.is_file() else ""
             with contextlib.suppress(yaml.YAMLError):
-                given = dict(_flat(yaml.safe_load(text)))
-            unreadable += [] if given else [value]
-        for one in given:
+                raw = dict(_flat(yaml.safe_load(text)))
+            unreadable += [] if raw else [value]
+        for one in raw:
             settings = {other: old for other, old in settings.items() if not other.startswith(f"{one}.")}
-        settings |= given
-    return Given(settings, tuple(missing), tuple(unreadable))
+        settings |= raw
+    return RawSettings(settings, tuple(missing), tuple(unreadable))
 
 
 def _assignments(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -143,25 +143,25 @@ def quick_errors(command: Command, arguments: Sequence[str]) -> list[str]:
     if command.positional and arguments and not arguments[0].startswith("-"):
         first = [] if command.positional == "world" else [f"--{command.positional}", arguments[0]]
         arguments = [*first, *arguments[1:]]
-    given = given_settings(place, arguments)
-    wrong = structure_errors(place, given)
-    missing = [] if command.name == "demo" else missing_errors(place, given)
-    if missing_names(place, given) == [command.positional]:
+    raw = raw_settings(place, arguments)
+    wrong = structure_errors(place, raw)
+    missing = [] if command.name == "demo" else missing_errors(place, raw)
+    if missing_names(place, raw) == [command.positional]:
         example = EXAMPLES.get(command.positional, "...")
         missing = [f"{command.positional} is missing, as in genalign {command.name} {example}"]
     if wrong:
-        return [] if suspicious(place, given) else [*wrong, *missing]
-    return [] if given.settings or given.unreadable else missing
+        return [] if suspicious(place, raw) else [*wrong, *missing]
+    return [] if raw.settings or raw.unreadable else missing
 
 
-def structure_errors(place: str, given: Given) -> list[str]:
+def structure_errors(place: str, raw: RawSettings) -> list[str]:
     """Describe files that are missing and settings that do not exist, one line each."""
     entries = {entry["name"]: entry for entry in settings_of(place)}
-    lines = [_missing_file(file) for file in given.missing_files]
+    lines = [_missing_file(file) for file in raw.missing_files]
     lines += [
-        unknown_setting(name, known_names(entries, name, given))
-        for name in given.settings
-        if name.split(".")[0] not in _OUTSIDE and not name.endswith(".help") and not _exists(name, entries, given)
+        unknown_setting(name, known_names(entries, name, raw))
+        for name in raw.settings
+        if name.split(".")[0] not in _OUTSIDE and not name.endswith(".help") and not _exists(name, entries, raw)
     ]
     return lines
 
@@ -172,21 +172,21 @@ def _missing_file(file: str) -> str:
     return f"{file}: no such configuration file"
 
 
-def missing_errors(place: str, given: Given) -> list[str]:
+def missing_errors(place: str, raw: RawSettings) -> list[str]:
     """Name the required settings that are not given, in one line; nothing if there are none."""
-    missing = missing_names(place, given)
+    missing = missing_names(place, raw)
     return [missing_settings(missing)] if missing else []
 
 
-def missing_names(place: str, given: Given) -> list[str]:
+def missing_names(place: str, raw: RawSettings) -> list[str]:
     """List the required settings that are not given.
 
     There are none where a file that may have them is missing, and where none are needed.
     """
-    if given.missing_files or {"resume", "print_config"} & set(given.settings):
+    if raw.missing_files or {"resume", "print_config"} & set(raw.settings):
         return []
-    starts = {".".join(name.split(".")[:count]) for name in given.settings for count in range(1, 9)}
-    whole = {name for name, value in given.settings.items() if isinstance(value, str)}
+    starts = {".".join(name.split(".")[:count]) for name in raw.settings for count in range(1, 9)}
+    whole = {name for name, value in raw.settings.items() if isinstance(value, str)}
     return [
         entry["name"]
         for entry in settings_of(place)
@@ -195,29 +195,29 @@ def missing_names(place: str, given: Given) -> list[str]:
     ]
 
 
-def known_names(entries: Mapping[str, Mapping[str, Any]], name: str, given: Given) -> list[str]:
+def known_names(entries: Mapping[str, Mapping[str, Any]], name: str, raw: RawSettings) -> list[str]:
     """List every name that a setting like ``name`` may have, with those of what a recipe, kernel or strategy takes."""
     own = name.split(".")[1] if name.count(".") > 1 else "NAME"
     names = [one.replace(".NAME.", f".{own}.") for one in entries]
     for place, entry in entries.items():
         if kind := entry.get("kind"):
-            names += _names_below(place, kind, given)
+            names += _names_below(place, kind, raw)
     return names
 
 
-def _names_below(place: str, kind: str, given: Given, above: tuple[str, ...] = ()) -> list[str]:
+def _names_below(place: str, kind: str, raw: RawSettings, above: tuple[str, ...] = ()) -> list[str]:
     """List what the recipe, kernel or strategy that is given at ``place`` takes, or any if none of ours is given."""
     named = settings_table()["named"][kind]
-    chosen = named.get(str(given.settings.get(place)).removeprefix("genalign."))
-    inner = {one["name"]: one for about in ([chosen] if chosen else named.values()) for one in about["settings"]}
+    selected = named.get(str(raw.settings.get(place)).removeprefix("genalign."))
+    inner = {one["name"]: one for about in ([selected] if selected else named.values()) for one in about["settings"]}
     names = [f"{place}.{name}" for name in inner]
     for name, one in inner.items():
         if one.get("kind", kind) not in (kind, *above):
-            names += _names_below(f"{place}.{name}", one["kind"], given, (kind, *above))
+            names += _names_below(f"{place}.{name}", one["kind"], raw, (kind, *above))
     return names
 
 
-def _exists(name: str, entries: Mapping[str, Mapping[str, Any]], given: Given) -> bool:
+def _exists(name: str, entries: Mapping[str, Mapping[str, Any]], raw: RawSettings) -> bool:
     """Whether a setting is one of the command, or lies below one that takes others: a class, or rewards by name."""
     if name in entries:
         return True
@@ -232,13 +232,13 @@ def _exists(name: str, entries: Mapping[str, Mapping[str, Any]], given: Given) -
                 return True
             if f"{entry['name']}.NAME.function" in entries:  # rewards by name: their own names are any
                 return count + 1 == len(parts)
-            return bool(entry.get("open")) and _takes(parts[:count], parts[count:], entry.get("kind"), given)
+            return bool(entry.get("open")) and _takes(parts[:count], parts[count:], entry.get("kind"), raw)
     return False
 
 
-def _takes(place: Sequence[str], inner: Sequence[str], kind: str | None, given: Given) -> bool:
+def _takes(place: Sequence[str], inner: Sequence[str], kind: str | None, raw: RawSettings) -> bool:
     """Whether the recipe, kernel or strategy at ``place`` takes the setting ``inner``; True for any other class."""
-    value = given.settings.get(".".join(place))
+    value = raw.settings.get(".".join(place))
     name = str(value).removeprefix("genalign.")
     named = settings_table()["named"].get(kind, {})
     if name not in named:
@@ -249,14 +249,14 @@ def _takes(place: Sequence[str], inner: Sequence[str], kind: str | None, given: 
         return False
     return len(inner) == 1 or (
         ".".join(inner) in entries
-        or (bool(entry.get("open")) and _takes([*place, inner[0]], inner[1:], entry.get("kind"), given))
+        or (bool(entry.get("open")) and _takes([*place, inner[0]], inner[1:], entry.get("kind"), raw))
     )
 
 
-def suspicious(place: str, given: Given) -> bool:
+def suspicious(place: str, raw: RawSettings) -> bool:
     """Whether a value is wrong by its looks, so that the parser would have more to say than the names alone."""
     entries = {entry["name"]: entry for entry in settings_of(place)}
-    for name, value in given.settings.items():
+    for name, value in raw.settings.items():
         entry = entries.get(name) or entries.get(re.sub(r"^(\w+)\.[^.]+", r"\1.NAME", name))
         if entry is not None and not _plausible(entry, value):
             return True

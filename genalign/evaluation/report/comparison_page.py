@@ -84,9 +84,9 @@ def budget_words(summaries: Sequence[RecipeSummary]) -> str:
         " of training",
     )
     verdicts = ("equal within 5 %" if equal_budgets(ranges) else "not equal" for ranges in (nfe, minutes))
-    said = ", and ".join(f"{span} ({verdict})" for span, verdict in zip(spans, verdicts, strict=True))
+    budgets = ", and ".join(f"{span} ({verdict})" for span, verdict in zip(spans, verdicts, strict=True))
     advice = "" if equal_budgets(nfe) else " Set training.max_nfe in the base configuration to compare at equal NFE."
-    return f"The runs took {said}.{advice}"
+    return f"The runs took {budgets}.{advice}"
 
 
 def _charts(main: str, runs: Mapping[str, Run]) -> dict[str, Markup]:
@@ -120,13 +120,13 @@ def _samples(runs: Mapping[str, Run], page: Path) -> list[PromptRow]:
     after = {other: {r.key: r for r in run.after.records} for other, run in runs.items() if run.after}
     firsts = {pair.before.prompt: pair.before for pair in reversed(pairs(base.before, base.after))}
     shared = [r for r in reversed(firsts.values()) if r.image and all(r.key in records for records in after.values())]
-    chosen = shared[:: max(1, len(shared) // _PROMPTS)][:_PROMPTS]
+    drawn = shared[:: max(1, len(shared) // _PROMPTS)][:_PROMPTS]
     rows = (
         PromptRow(
             record.prompt,
             {"before": drawing(base.folder / "before", record.image, page)}
             | {other: drawing(runs[other].folder / "after", after[other][record.key].image, page) for other in runs},
         )
-        for record in chosen
+        for record in drawn
     )
     return fitting(rows, lambda row: [picture for picture, _ in row.samples.values()])
