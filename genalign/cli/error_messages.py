@@ -142,7 +142,7 @@ def explain(message: str, keys: Sequence[str], source: str = "", setting: str = 
         if match := re.search(pattern, message, re.DOTALL):
             return describe(match, text)
     # The innermost complaint; for a setting that may be null, the first one and the value
-    if match := re.search(r"Errors:\s+- (.+?)\n\s+- .*RawSettings value: (.*)", message, re.DOTALL):
+    if match := re.search(r"Errors:\s+- (.+?)\n\s+- .*Given value: (.*)", message, re.DOTALL):
         message = f"{match[1]}. Got value: {match[2]}"
         if not match[1].startswith("Expected"):
             return match[1]
@@ -203,7 +203,7 @@ _RULES: Sequence[tuple[str, Callable[[re.Match[str], _Text], str]]] = (
     ),
     (r"is abstract\b.*?NestedArg\(key='(\w+)'", _abstract),
     (r"Expected a dot import path string: (\S+)", _no_path),
-    (r"typing\.Literal\[(.*?)\].*(?:Got|RawSettings) value: ([^\s:]+?)(?:\. Got|\n|$)", _no_choice),
+    (r"typing\.Literal\[(.*?)\].*(?:Got|Given) value: ([^\s:]+?)(?:\. Got|\n|$)", _no_choice),
     (r"Expected a <class 'str'>\. Got value: (\S+?)\.?(?=\s|$)", _no_text),
     (
         r"Parameter '(\w+)' from '([\w.]+?)(?:\.__init__)?' does not specify a type",
