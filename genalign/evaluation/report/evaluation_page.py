@@ -16,11 +16,10 @@ from genalign.evaluation.paired import ModelComparison, SamplePair, compare_mode
 from genalign.evaluation.report import sections
 from genalign.evaluation.report.html import write_page
 from genalign.evaluation.report.reading import Comparison
-from genalign.evaluation.report.samples import fitting, thumbnail
+from genalign.evaluation.report.samples import Drawing, drawing, fitting
 from genalign.evaluation.report.sections import OVERALL, flattened
 from genalign.evaluation.report.words import count, duration, gain_verdict, percent, plain
 from genalign.metrics.intervals import WinRate
-from genalign.runtime.media import Thumbnail
 
 MAX_CARDS, PAIRS_OF_A_PROMPT = 12, 2
 
@@ -29,7 +28,7 @@ MAX_CARDS, PAIRS_OF_A_PROMPT = 12, 2
 class SampleCard:
     """A sample drawn, its record, and the reasons that scorers gave."""
 
-    picture: Thumbnail
+    drawing: Drawing
     record: SampleRecord
     reasons: Sequence[str]
 
@@ -40,7 +39,7 @@ class PromptCard:
 
     prompt: str
     means: Mapping[str, tuple[float, float]]
-    pairs: Sequence[tuple[Thumbnail, Thumbnail]]
+    pairs: Sequence[tuple[Drawing, Drawing]]
 
 
 def write_evaluation(folder: Path, against: Path | None = None) -> Path:
@@ -128,8 +127,8 @@ def _in_turn(records: Sequence[SampleRecord]) -> list[SampleRecord]:
 
 
 def _drawn(folder: Path, records: Sequence[SampleRecord]) -> list[SampleCard]:
-    cards = (SampleCard(thumbnail(folder, record.image), record, _reasons(record)) for record in records)
-    return fitting(cards, lambda card: [card.picture])
+    cards = (SampleCard(drawing(folder, record.image, folder), record, _reasons(record)) for record in records)
+    return fitting(cards, lambda card: [card.drawing[0]])
 
 
 def _reasons(record: SampleRecord) -> list[str]:
@@ -178,7 +177,7 @@ def _prompt_cards(pairs: Sequence[SamplePair], before: Path, after: Path) -> lis
         PromptCard(card.prompt, card.means, [_pair(pair, before, after) for pair in _telling(card, group)])
         for card, group in ordered[:MAX_CARDS]
     )
-    return fitting(drawn, lambda card: [picture for pair in card.pairs for picture in pair])
+    return fitting(drawn, lambda card: [picture for pair in card.pairs for picture, _ in pair])
 
 
 def _telling(card: PromptCard, pairs: Sequence[SamplePair]) -> Sequence[SamplePair]:
@@ -187,8 +186,8 @@ def _telling(card: PromptCard, pairs: Sequence[SamplePair]) -> Sequence[SamplePa
     return pairs[::-1][:PAIRS_OF_A_PROMPT] if rises else pairs[:PAIRS_OF_A_PROMPT]
 
 
-def _pair(pair: SamplePair, before: Path, after: Path) -> tuple[Thumbnail, Thumbnail]:
-    return thumbnail(before, pair.before.image), thumbnail(after, pair.after.image)
+def _pair(pair: SamplePair, before: Path, after: Path) -> tuple[Drawing, Drawing]:
+    return drawing(before, pair.before.image, after), drawing(after, pair.after.image, after)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -112,6 +112,7 @@ def test_a_model_is_evaluated_on_own_prompts_by_own_rewards(
     assert "variety: " in printed and "of all 8 samples, one set without an interval" in printed
     assert "cost of base: 16 NFE, " in printed and "report: base/report.html" in printed
     page = Path("base/report.html").read_text()
+    assert '<a href="images/00000.png" target="_blank">' in page and 'data-label="prompts"' in page
     assert "Red score on prompts" in page and page.count("data:image/png;base64") == 8
     assert json.loads(Path("base/summary.json").read_text())["sets"]["variety"] == {"value": variety.value, "n": 8}
 
@@ -205,6 +206,7 @@ def test_models_are_compared(command: list[str], capsys: pytest.CaptureFixture[s
     assert comparison["sets"]["variety"] == after.sets["variety"].value - before.sets["variety"].value
     assert comparison["cost"]["before"]["nfe"] == comparison["cost"]["after"]["nfe"] == 16
     page = Path("tuned/report.html").read_text()
+    assert '<a href="../base/images/' in page
     assert "tuned against base" in page and "Largest differences" in page
     assert "no verdict from 4 prompts" in page and "sign test p = " in page
     differences = {
