@@ -162,8 +162,7 @@ def test_a_signal_while_nothing_is_trained_is_one_line(
     begun: bool,
 ) -> None:
     def interrupted(*_: object) -> None:
-        os.kill(os.getpid(), number)
-        signal.pause()
+        signal.raise_signal(number)
 
     monkeypatch.setattr(train_module.TrainingRun, "evaluate_before" if begun else "__init__", interrupted)
     assert main(arguments) == status
