@@ -165,7 +165,11 @@ def test_a_signal_while_nothing_is_trained_is_one_line(
         signal.raise_signal(number)
 
     monkeypatch.setattr(train_module.TrainingRun, "evaluate_before" if begun else "__init__", interrupted)
-    assert main(arguments) == status
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
+    try:
+        assert main(arguments) == status
+    finally:
+        signal.signal(signal.SIGINT, previous)
     printed = capsys.readouterr()
     expected = f"Resume with: genalign train --resume {tmp_path / 'run'}"
     assert printed.out.count("\n") == 1 and "Traceback" not in printed.err
