@@ -182,8 +182,9 @@ def model_protocol(
 
 
 def print_estimates(evaluation: Evaluation) -> None:
-    """Print every score, of each task and overall, with its interval."""
-    for task, estimates in (evaluation.tasks | {"overall": evaluation.overall}).items():
+    """Print every score, of each task if there are several, and overall, with its interval."""
+    tasks = evaluation.tasks if len(evaluation.tasks) > 1 else {}
+    for task, estimates in (tasks | {"overall": evaluation.overall}).items():
         values = (f"{name} {value.text('.3f')}" for name, value in estimates.items())
         print(f"{task:14s}" + "  ".join(values))
 

@@ -377,11 +377,12 @@ def trackers(names: Sequence[str], folder: Path, run: str) -> list[Any]:
 
 
 def print_gains(before: Evaluation, after: Evaluation) -> None:
-    """Print before, after and gain with intervals: the first score by task, and every score overall."""
+    """Print before, after and gain with intervals: the first score by task if there are several, and all overall."""
     first, overall = before.score_names[0], gain(before, after)
     estimates = [
         (task, before.tasks[task][first], after.tasks[task][first], gains[first])
         for task, gains in task_gains(before, after).items()
+        if len(before.tasks) > 1
     ]
     estimates += [
         ("overall" if score == first else f"overall: {score}", before.overall[score], after.overall[score], difference)

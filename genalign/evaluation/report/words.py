@@ -104,7 +104,7 @@ def gain_verdict(gain: Estimate, effect: float) -> Verdict:
     """Judge a paired gain over ``gain.n`` prompts by its interval and its effect size (``paired.effect_sizes``)."""
     size = f", effect size {number(effect)}" if math.isfinite(effect) else ""
     if gain.n < MIN_PROMPTS:
-        return Verdict(f"no verdict from {prompts(gain.n)}, of which it takes {MIN_PROMPTS}{size}")
+        return Verdict(f"no verdict from {prompts(gain.n)}, at least {MIN_PROMPTS} needed{size}")
     if gain.mean == 0 or abs(effect) < NO_EFFECT:
         return Verdict(f"no change{size}")
     if not gain.has_interval:
@@ -125,7 +125,7 @@ def trend_verdict(start: Estimate, end: Estimate, units: int, change: str) -> Ve
         change: The change in words: its size in the score's own unit.
     """
     if units < MIN_PROMPTS:
-        return Verdict(f"{change}: no verdict from {prompts(units)}, of which it takes {MIN_PROMPTS}")
+        return Verdict(f"{change}: no verdict from {prompts(units)}, at least {MIN_PROMPTS} needed")
     if start.mean == end.mean:
         return Verdict("no change")
     if not (start.has_interval and end.has_interval):

@@ -37,7 +37,7 @@ def test_gains_of_scores_have_students_interval_and_an_effect_size() -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "verdict"),
-    [(3, "s: no verdict from 3 prompts, of which it takes 20"), (24, "s: a clear improvement, effect size ")],
+    [(3, "s: no verdict from 3 prompts, at least 20 needed"), (24, "s: a clear improvement, effect size ")],
 )
 def test_the_terminal_has_the_verdict_of_the_page(
     prompts: int, verdict: str, capsys: pytest.CaptureFixture[str]

@@ -107,7 +107,7 @@ def test_a_gain_over_few_prompts_has_no_verdict(tmp_path):
     evaluation(tmp_path / "before", [(0.0, 0.5)] * 9)
     evaluation(tmp_path / "after", [(1.0, 0.5)] * 9)
     parsed = page(tmp_path)
-    assert "+100.0 points: no verdict from 3 prompts, of which it takes 20 (" in parsed.within("worked")
+    assert "+100.0 points: no verdict from 3 prompts, at least 20 needed (" in parsed.within("worked")
     text = (tmp_path / "report.html").read_text()
     assert 'class="up"' not in text and 'class="mean up"' not in text and 'verdict up"' not in text
 
@@ -140,7 +140,7 @@ def test_the_page_says_which_prompts_are_trained_on(run):
 def test_a_reward_of_few_training_prompts_has_no_verdict(run):
     write_rows(run, rows(20, reward=lambda index: index))
     (run / "prompts.json").write_text(json.dumps({"training": {"prompts": 5}}))
-    assert "Training reward: 1.5 → 17.5, +16: no verdict from 5 prompts, of which it takes 20" in page(run).within(
+    assert "Training reward: 1.5 → 17.5, +16: no verdict from 5 prompts, at least 20 needed" in page(run).within(
         "worked"
     )
 
@@ -505,7 +505,7 @@ def test_whisker_marks_what_the_interval_says(low, high, sign):
         (
             Estimate(0.3, 0.1, 0.5, 19),
             0.45,
-            "no verdict from 19 prompts, of which it takes 20, effect size 0.45",
+            "no verdict from 19 prompts, at least 20 needed, effect size 0.45",
             "even",
         ),
         (Estimate(0.3, 0.3, 0.3, 24), math.inf, "no verdict, no interval: all values are equal", "even"),
