@@ -69,7 +69,9 @@ def _settings(config: Json, rows: Sequence[Json]) -> dict[str, str]:
         "adapter": config.get("lora"),
         "strategy": _call_text(strategy) if strategy else None,
         "budget per prompt": ", ".join(
-            f"{budget[unit]:g} {unit}" for unit in ("nfe", "cost", "seconds") if budget.get(unit)
+            f"{budget[name]:g} {unit}"
+            for name, unit in {"nfe": "NFE", "cost": "units of cost", "seconds": "s"}.items()
+            if budget.get(name)
         ),
         "sampling": f"{sampling['num_steps']} steps{guidance}" if sampling else None,
         "rewards": ", ".join(plain(name) for name in rows[0]["scores"]),

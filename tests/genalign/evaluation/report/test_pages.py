@@ -64,7 +64,7 @@ def test_a_search_page_has_settings_and_the_gain_over_plain_sampling_with_both_c
     base = {"scores": {"ocr": 0.125}, "image": "plain/0.png", "calls": {"nfe": 20}, "extra": True}
     page = search(tmp_path, [[candidate(4, 0.5)]], 0, plain=base).read_text()
     text = Page(page).text
-    assert "model my/model strategy Prune(steps=[1]) budget per prompt 60 nfe sampling 20 steps, guidance 4.5" in text
+    assert "model my/model strategy Prune(steps=[1]) budget per prompt 60 NFE sampling 20 steps, guidance 4.5" in text
     assert "rewards ocr seed 3 prompts 1" in text
     assert "ocr 0.5 ocr, gain over plain sampling +0.375 NFE of plain sampling per prompt 20" in text
     assert "plain sampling, 20 NFE: ocr 0.125" in text and "best sample, 12 NFE: ocr 0.5" in text
