@@ -53,7 +53,8 @@ def test_gain_row_matches_hand_computed_numbers() -> None:
     assert row.mean == pytest.approx((0.2 + 0.45) / 2 + 0.01)
     assert row.n == 8
     # over seeds: 0.325, 0.335, 0.345 -> +-4.303 * 0.01 / sqrt(3); over prompts: variances 0.04 / 3 and 0.01 / 3, of the
-    # mean a sixteenth of their sum, times Student's 2.677 with Welch and Satterthwaite's 4.41 degrees; in squares both add
+    # mean a sixteenth of their sum, times Student's 2.677 with Welch and Satterthwaite's 4.41 degrees; in squares both
+    # add
     over_prompts, over_seeds = 2.677174 * (0.05 / 48) ** 0.5, 4.302653 * 0.01 / 3**0.5
     assert row.high - row.mean == pytest.approx((over_prompts**2 + over_seeds**2) ** 0.5, abs=1e-6)
     few = gain_row([record for record in records if record.task == "a" or record.prompt == "b0"])

@@ -148,7 +148,8 @@ encoders in float32. Made for experiments.
 Known weakness: a few images of one object and a colour end in noise, most of them of compositions that it never saw
 ("a white cross", "a red moon"), at any number of steps and in float32 as well.
 
-Strict accuracy (`genalign evaluate shapes --prompts shapes:SUITE`; guidance 1, ten Euler steps, at least 96 images a task) and
+Strict accuracy (`genalign evaluate shapes --prompts shapes:SUITE`; guidance 1, ten Euler steps, at least 96 images a
+task) and
 drawing quality over `iid`:
 
 | suite | task | value |
