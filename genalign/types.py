@@ -24,10 +24,7 @@ class Prompt(str):
     """A text and, where a reward or a verifier needs it, its GenEval metadata (tag, include, exclude, prompt).
 
     It is a string, so that rewards that were written for strings take it; two prompts are equal if their texts are.
-
-    Args:
-        text: The text, or a prompt, whose metadata the new one has unless others are given.
-        metadata: The metadata.
+    ``Prompt(prompt)`` keeps the metadata of a prompt, unless others follow.
     """
 
     metadata: Metadata | None
@@ -39,7 +36,7 @@ class Prompt(str):
 
     @property
     def text(self) -> str:
-        """The text as a plain string."""
+        """The text as a plain string, without metadata."""
         return str(self)
 
     @property

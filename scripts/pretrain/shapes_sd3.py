@@ -149,8 +149,7 @@ Known weakness: a few images of one object and a colour end in noise, most of th
 ("a white cross", "a red moon"), at any number of steps and in float32 as well.
 
 Strict accuracy (`genalign evaluate shapes --prompts shapes:SUITE`; guidance 1, ten Euler steps, at least 96 images a
-task) and
-drawing quality over `iid`:
+task) and drawing quality over `iid`:
 
 | suite | task | value |
 |---|---|---|
