@@ -120,7 +120,7 @@ def _add_setting(
 
 def _complete_files(action: argparse.Action) -> None:
     """Let shtab complete the names of files."""
-    action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # type: ignore[attr-defined]
+    action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # type: ignore[attr-defined]  # for shtab
 
 
 def command_help(command: Command, arguments: Sequence[str]) -> str | None:

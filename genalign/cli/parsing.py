@@ -229,7 +229,7 @@ def _problems(settings: type[Any], arguments: Sequence[str], checks: Sequence[Ch
 
 
 def _parsed(parser: ArgumentParser, raw: Mapping[str, Any]) -> Any:
-    """Parse settings by full name."""
+    """Parse settings that are written by their full names."""
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in raw.items()}
     parsed = parser.parse_args([f"--{name}={text}" for name, text in texts.items()])
     _expand_paths(parsed)

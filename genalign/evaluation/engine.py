@@ -25,14 +25,14 @@ from genalign.evaluation.evaluate import (
 )
 from genalign.evaluation.folder import EvaluationFolder
 from genalign.evaluation.scorers import SampleScorer
-from genalign.evaluation.sources import SampleBatch, SampleSource
+from genalign.evaluation.sources import SampleSource, SourceBatch
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, RankShare
 from genalign.runtime.media import writer
 from genalign.runtime.progress import SILENT, Progress
 from genalign.scoring.budget import Ledger
 from genalign.types import FeatureFunction
 
-SampleWriter = Callable[[SampleBatch, Path, int], list[str]]
+SampleWriter = Callable[[SourceBatch, Path, int], list[str]]
 """Saves a batch, whose first sample has a number, in a folder; returns the files' names relative to the folder."""
 
 
@@ -141,7 +141,7 @@ def _scored_batch(
 
 
 def _scored(
-    batch: SampleBatch, scorer: SampleScorer, output: Path | None, write: SampleWriter, first: int
+    batch: SourceBatch, scorer: SampleScorer, output: Path | None, write: SampleWriter, first: int
 ) -> list[SampleRecord]:
     """Save samples, unless they are saved or there is no folder, and score them; they are numbered from ``first``."""
     files: list[str] | list[None] = [None] * len(batch.specs)

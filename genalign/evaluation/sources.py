@@ -22,7 +22,7 @@ _TEXTS_AT_ONCE = 512  # that are encoded and held at once; embeddings of large t
 
 
 @dataclass(frozen=True)
-class SampleBatch:
+class SourceBatch:
     """Samples (B, ...) of B specs, and their files if they are saved already."""
 
     specs: Sequence[SampleSpec]
@@ -44,7 +44,7 @@ class SampleSource(Protocol):
     def __len__(self) -> int:
         """Return the number of batches."""
 
-    def batch(self, number: int) -> Iterator[SampleBatch]:
+    def batch(self, number: int) -> Iterator[SourceBatch]:
         """Make the samples of a batch, in the order of ``specs``; those of different shapes come separately."""
 
 
@@ -69,14 +69,14 @@ class PipelineSource:
     def __len__(self) -> int:
         return -(-len(self.specs) // self.batch_size)
 
-    def batch(self, number: int) -> Iterator[SampleBatch]:
+    def batch(self, number: int) -> Iterator[SourceBatch]:
         """Generate a batch of one shape."""
         chunk = sum(start <= number for start in self._starts) - 1
         for needed in {0, chunk} - self._chunks.keys():
             self._chunks = {k: part for k, part in self._chunks.items() if k == 0}
             self._chunks[needed] = self._encoded(needed)
         samples = self._chunks[chunk].batch(number - self._starts[chunk])
-        yield SampleBatch(self.specs[number * self.batch_size : (number + 1) * self.batch_size], samples)
+        yield SourceBatch(self.specs[number * self.batch_size : (number + 1) * self.batch_size], samples)
 
     def _encoded(self, chunk: int) -> OdeSamples:
         """Encode the texts of a chunk; the first one before any other, as an embedding's last bits depend on it."""
@@ -126,11 +126,11 @@ class FileSource:
     def __len__(self) -> int:
         return -(-len(self.specs) // self.batch_size)
 
-    def batch(self, number: int) -> Iterator[SampleBatch]:
+    def batch(self, number: int) -> Iterator[SourceBatch]:
         """Read the samples of a batch. Raises ValueError or FileNotFoundError as ``read``."""
         rows = range(len(self.specs))[number * self.batch_size : (number + 1) * self.batch_size]
         loaded = [(row, self.read(self.files[row])) for row in rows]
         for _, group in groupby(loaded, key=lambda item: item[1].shape):
             numbers, samples = zip(*group, strict=True)
             specs, files = [self.specs[row] for row in numbers], [self.files[row] for row in numbers]
-            yield SampleBatch(specs, torch.stack(samples).to(self.device), files)
+            yield SourceBatch(specs, torch.stack(samples).to(self.device), files)

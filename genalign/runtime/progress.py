@@ -168,7 +168,7 @@ class Progress:
                 yield
             finally:
                 for handler in streams:
-                    handler.setStream(original)  # type: ignore[attr-defined]
+                    handler.setStream(original)  # type: ignore[attr-defined]  # as above
 
     def _table(self) -> Table:
         """Draw one row per phase; a narrow terminal has no bars and notes, and cuts the names of phases first."""

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from genalign.evaluation.benchmarks.benchmark import (
     Benchmark,
-    Judges,
     answers_of,
     average,
     by_prompt,
@@ -90,15 +89,11 @@ def aggregate_conceptmix(records: Sequence[SampleRecord], prompts: PromptSet) ->
     }
 
 
-def _scorers(judges: Judges) -> dict[str, FullMarkScorer]:
-    return {"conceptmix": FullMarkScorer(judges.need("questions"))}
-
-
 CONCEPTMIX = Benchmark(
     name="conceptmix",
     read=read_conceptmix,
     needs=lambda prompts, judges: ("questions",),
-    scorers=_scorers,
+    scorers=lambda judges: {"conceptmix": FullMarkScorer(judges.need("questions"))},
     aggregate=aggregate_conceptmix,
     rules=(
         "conceptmix-1: full marks and concept fraction by k, then averaged over k; yes at a probability of 1/2; an"

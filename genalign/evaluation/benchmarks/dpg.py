@@ -15,7 +15,6 @@ from torch import Tensor
 
 from genalign.evaluation.benchmarks.benchmark import (
     Benchmark,
-    Judges,
     answers_of,
     average,
     by_prompt,
@@ -133,15 +132,11 @@ def aggregate_dpg(records: Sequence[SampleRecord], prompts: PromptSet) -> dict[s
     return {"dpg": percent(means), **parts, **missing_counts(everything, (row.scores["dpg"] for row in records))}
 
 
-def _scorers(judges: Judges) -> dict[str, DpgScorer]:
-    return {"dpg": DpgScorer(judges.need("questions"))}
-
-
 DPG = Benchmark(
     name="dpg",
     read=read_dpg,
     needs=lambda prompts, judges: ("questions",),
-    scorers=_scorers,
+    scorers=lambda judges: {"dpg": DpgScorer(judges.need("questions"))},
     aggregate=aggregate_dpg,
     rules=(
         "dpg-1: gated yes/no questions; yes at a probability of 1/2; the table's first row counts; categories over all"

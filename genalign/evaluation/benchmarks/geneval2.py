@@ -11,7 +11,6 @@ from torch import Tensor
 
 from genalign.evaluation.benchmarks.benchmark import (
     Benchmark,
-    Judges,
     answers_of,
     average,
     by_prompt,
@@ -98,15 +97,11 @@ def aggregate_geneval2(records: Sequence[SampleRecord], prompts: PromptSet) -> d
     }
 
 
-def _scorers(judges: Judges) -> dict[str, SoftTifaScorer]:
-    return {"geneval2": SoftTifaScorer(judges.need("answers"))}
-
-
 GENEVAL2 = Benchmark(
     name="geneval2",
     read=read_geneval2,
     needs=lambda prompts, judges: ("answers",),
-    scorers=_scorers,
+    scorers=lambda judges: {"geneval2": SoftTifaScorer(judges.need("answers"))},
     aggregate=aggregate_geneval2,
     rules=(
         "geneval2-1: Soft-TIFA GM and AM; a first token that two spellings of an answer share counts once; the answer"

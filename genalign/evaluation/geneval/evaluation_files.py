@@ -21,7 +21,7 @@ from genalign.evaluation.geneval.judge import Judge
 from genalign.evaluation.geneval.result_files import ImageResult, summary, write_results, write_samples
 from genalign.evaluation.geneval.scoring import Detection, GenEvalScore
 from genalign.evaluation.scorers import SampleScore
-from genalign.evaluation.sources import SampleBatch
+from genalign.evaluation.sources import SourceBatch
 from genalign.runtime.files import write_text
 from genalign.types import Prompt
 
@@ -62,7 +62,7 @@ class GenEvalLayout:
         keys = dict.fromkeys((spec.prompt.task, spec.prompt.text) for spec in specs)
         self._index = {key: index for index, key in enumerate(keys)}
 
-    def __call__(self, batch: SampleBatch, folder: Path, first: int) -> list[str]:
+    def __call__(self, batch: SourceBatch, folder: Path, first: int) -> list[str]:
         names: list[str] = []
         for key, group in groupby(batch.specs, key=lambda spec: (spec.prompt.task, spec.prompt.text)):
             specs = list(group)
