@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +21,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from torch import Tensor, nn
 
 from genalign.diffusion.lora import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
-from genalign.runtime.text_files import read_json
+from genalign.runtime.text_files import parse_json, read_json
 
 
 def check_folder(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> None:
@@ -82,7 +83,10 @@ def absent_components(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> 
 
 
 def require_components(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> None:
-    """Raise FileNotFoundError if a folder lacks a needed component that its model_index.json names."""
+    """Check the folders of the needed components that a folder's model_index.json names, and their JSON files.
+
+    Raises FileNotFoundError for a missing folder or vocabulary, ValueError for a file that is not JSON.
+    """
     folder = Path(path_or_id)
     if not folder.is_dir():
         return
@@ -93,6 +97,18 @@ def require_components(path_or_id: str | Path, kind: type[DiffusionPipeline]) ->
             f"{path_or_id} lacks {', '.join(missing)}, which its model_index.json names: copy the whole folder that"
             " save_pretrained wrote"
         )
+    for name in needed:
+        for file in (folder / name).glob("[!.]*.json"):  # the libraries read plain UTF-8, and do not name the file
+            parse_json(file.read_text("utf-8", "replace"), str(file))
+        if name.startswith("tokenizer") and not _has_vocabulary(folder / name):
+            raise FileNotFoundError(f"{folder / name} has no vocabulary: copy tokenizer.json or vocab.json too")
+
+
+def _has_vocabulary(tokenizer: Path) -> bool:
+    """Return whether a tokenizer's folder has one; transformers would open an empty one without."""
+    names = {file.name for file in tokenizer.iterdir()}
+    of_bpe = {"vocab.json", "merges.txt"}
+    return not names.isdisjoint({"tokenizer.json", "spiece.model", "tokenizer.model"}) or of_bpe <= names
 
 
 def require_weights(path_or_id: str | Path) -> None:
@@ -108,12 +124,23 @@ def require_weights(path_or_id: str | Path) -> None:
         for file in files:
             if file.suffix == ".safetensors" and (problem := damage(file)):
                 raise ValueError(f"{file} {problem}")
-            if file.name.endswith(".safetensors.index.json"):
-                parts = set(read_json(file)["weight_map"].values())
-                if missing := sorted(name for name in parts if not (folder / name).is_file()):
-                    raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: copy all parts of its weights")
+        _require_parts(folder, [file.name for file in files])
     if empty:
         raise FileNotFoundError(f"{path_or_id} has no weights in {', '.join(empty)}: copy the .safetensors files too")
+
+
+def _require_parts(folder: Path, names: Sequence[str]) -> None:
+    """Raise FileNotFoundError for weights in parts without a part or their index, by the ``names`` of the files."""
+    # model.safetensors.index.json, or model.safetensors.index.fp16.json for a variant
+    indexes = [name for name in names if ".safetensors.index." in name]
+    for index in indexes:
+        if missing := sorted({*read_json(folder / index)["weight_map"].values()}.difference(names)):
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: copy all parts of its weights")
+    parts = [name for name in names if re.search(r"-\d+-of-\d+\.safetensors$", name)]
+    if parts and not indexes:
+        raise FileNotFoundError(
+            f"{folder} has {parts[0]} without the .safetensors.index.json of all parts: copy it too"
+        )
 
 
 def damage(file: Path) -> str | None:

@@ -278,6 +278,14 @@ def test_noise_levels_of_a_record_are_taken_where_they_are_the_schedulers_own() 
             ours.grid(STEPS, wrong)
 
 
+def test_each_step_of_an_uneven_ddim_grid_ends_at_the_next_timestep() -> None:
+    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False, timestep_spacing="linspace")
+    grid = SDXL(_with("sdxl", scheduler=scheduler)).grid(STEPS)  # diffusers' own step ends 250 timesteps below
+    assert grid.timestep.tolist() == [999, 666, 333, 0]
+    expected = scheduler.alphas_cumprod[grid.timestep.long()].double()
+    torch.testing.assert_close(grid.alpha.square(), torch.cat([expected, torch.ones(1, dtype=torch.float64)]))
+
+
 def test_ddim_trains_on_a_grid_whose_last_step_stays_at_its_level() -> None:
     scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)  # its last step is at t = 0
     grid = SDXL(_with("sdxl", scheduler=scheduler)).grid(STEPS)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import pipelines
 from pipelines.checkpoint_files import require_weights
+from pipelines.meta_device import outline
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -42,6 +43,21 @@ def test_weights_of_a_variant_alone_are_opened(copy: Path) -> None:
     assert whole.fingerprint == variant.fingerprint
     first, second = (pipe.encode(["a circle"]).tensors["context"] for pipe in (whole, variant))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_weights_in_parts_are_opened_if_all_are_there(variant: str | None, copy: Path) -> None:
+    whole = pipelines.load(copy, height=64, width=64)
+    for folder in (copy / "unet", copy / "vae", copy / "text_encoder"):
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+    for name in ("unet", "vae", "text_encoder"):
+        whole.pipe.components[name].save_pretrained(copy / name, max_shard_size="50KB", variant=variant)
+    parts = sorted((copy / "unet").glob("*-of-*.safetensors"))
+    assert len(parts) > 1 and pipelines.load(copy, height=64, width=64).fingerprint == whole.fingerprint
+    parts[1].unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks {parts[1].name}: copy all parts"):
+        require_weights(copy)
 
 
 def test_hidden_files_do_not_matter(copy: Path) -> None:
@@ -76,6 +92,10 @@ def _without_a_weight(copy: Path) -> None:
     save_file(tensors, copy / UNET, metadata={"format": "pt"})
 
 
+def _parts_without_an_index(copy: Path) -> None:
+    (copy / UNET).rename(copy / UNET.replace(".safetensors", "-00001-of-00001.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("damage", "message", "by_header"),
     [
@@ -85,6 +105,7 @@ def _without_a_weight(copy: Path) -> None:
         (lambda copy: (copy / UNET).write_bytes(b""), "is damaged or incomplete", True),
         (lambda copy: (copy / UNET).unlink(), "has no weights in unet/: copy", True),
         (_index, "lacks diffusion_pytorch_model-00002-of-00002.safetensors: copy all parts", True),
+        (_parts_without_an_index, "without the .safetensors.index.json of all parts: copy it", True),
         (_without_a_weight, "has no weights for conv_out.weight: copy the whole folder", False),
     ],
 )
@@ -99,3 +120,22 @@ def test_damaged_folders_are_refused_in_one_line(
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
             check(copy)
         assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["unet/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"],
+)
+@pytest.mark.parametrize("content", [b'{"a"', b"\xff\xfe{\x00", b"\xef\xbb\xbf{}"], ids=["half", "UTF-16", "BOM"])
+def test_a_damaged_json_file_of_a_component_is_named(file: str, content: bytes, copy: Path) -> None:
+    (copy / file).write_bytes(content)
+    for opened in (pipelines.load, outline):
+        with pytest.raises(ValueError, match=rf"{file}: not JSON"):
+            opened(copy)
+
+
+def test_a_tokenizer_needs_its_vocabulary(copy: Path) -> None:
+    (copy / "tokenizer" / "tokenizer.json").unlink()
+    for opened in (pipelines.load, outline):
+        with pytest.raises(FileNotFoundError, match=r"/tokenizer has no vocabulary: copy tokenizer\.json"):
+            opened(copy)
