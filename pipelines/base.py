@@ -37,6 +37,7 @@ from pipelines.checkpoint_files import (
     hub_adapter,
     is_hub_id,
     model_index,
+    one_line_errors,
     weight_variant,
 )
 from pipelines.checkpoint_settings import check_index, check_settings
@@ -140,7 +141,9 @@ class DiffusersPipeline(ABC):
         check_index(model_index(path_or_id))
         absent = dict.fromkeys(absent_components(path_or_id, cls.kind))
         extra = quantization_arguments(options.get("memory", Memory()), cls.denoiser_name, dtype)
-        pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, variant=weight_variant(path_or_id), **absent, **extra)
+        variant = weight_variant(path_or_id)
+        with one_line_errors(path_or_id):
+            pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, variant=variant, **absent, **extra)
         for name, network in pipe.components.items():
             missing = [key for key, weight in getattr(network, "named_parameters", dict)() if weight.is_meta]
             if missing:

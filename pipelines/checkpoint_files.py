@@ -8,7 +8,8 @@ import json
 import re
 import socket
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from genalign.diffusion.lora import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from genalign.runtime.text_files import parse_json, read_json
+from genalign.training.nonfinite import is_out_of_memory
 
 
 def check_folder(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> None:
@@ -62,7 +64,29 @@ def model_index(path_or_id: str | Path) -> dict[str, Any]:
         if not is_hub_id(path_or_id):
             raise FileNotFoundError(f"{path_or_id} is neither a folder nor a Hub id (owner/name)")
         file = _download(str(path_or_id), "model_index.json")
-    return {"_class_name": "no pipeline", **read_json(file)}
+    index = read_json(file)
+    if not isinstance(index, dict):
+        raise ValueError(f"{file} is no object of components: copy it again")
+    return {"_class_name": "no pipeline", **index}
+
+
+@contextmanager
+def one_line_errors(path_or_id: str | Path) -> Iterator[None]:
+    """Raise ValueError, naming the checkpoint, for whatever a library raises on files that do not fit together.
+
+    Its own ValueError and OSError pass, and so does an error of memory.
+    """
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # tokenizers raises no other class
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{path_or_id} cannot be opened ({type(error).__name__}: {error}): copy the whole folder again, or make it"
+            " by the versions of diffusers and transformers that are installed"
+        ) from error
 
 
 def absent_components(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> list[str]:

@@ -18,7 +18,13 @@ from genalign.runtime.text_files import read_json
 from genalign.training.memory_estimate import NetworkSize, Outline
 from pipelines.auto import family_of
 from pipelines.base import Options
-from pipelines.checkpoint_files import absent_components, component_file, model_index, require_components
+from pipelines.checkpoint_files import (
+    absent_components,
+    component_file,
+    model_index,
+    one_line_errors,
+    require_components,
+)
 from pipelines.checkpoint_settings import check_index
 
 
@@ -36,9 +42,12 @@ def outline(path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **opt
     index = model_index(path_or_id)
     check_index(index)
     index |= {name: [None, None] for name in absent_components(path_or_id, family.kind)}
-    components = {name: _component(path_or_id, name, *kind) for name, kind in index.items() if isinstance(kind, list)}
-    plain = {name: value for name, value in index.items() if name not in components and not name.startswith("_")}
-    pipe = family.kind(**components, **plain)
+    plain = {name: value for name, value in index.items() if not (name.startswith("_") or isinstance(value, list))}
+    with one_line_errors(path_or_id):
+        components = {
+            name: _component(path_or_id, name, *kind) for name, kind in index.items() if isinstance(kind, list)
+        }
+        pipe = family.kind(**components, **plain)
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     sizes = []
     for name in sorted(networks, key=lambda name: name != family.denoiser_name):

@@ -139,3 +139,30 @@ def test_a_tokenizer_needs_its_vocabulary(copy: Path) -> None:
     for opened in (pipelines.load, outline):
         with pytest.raises(FileNotFoundError, match=r"/tokenizer has no vocabulary: copy tokenizer\.json"):
             opened(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "by_header"),
+    [
+        ("model_index.json", {"unet": ["diffusers", "Nope"]}, True),  # AttributeError
+        ("model_index.json", {"unet": ["diffusers"]}, True),  # TypeError
+        ("text_encoder/config.json", {"hidden_size": "x"}, True),  # an error of huggingface_hub
+        ("text_encoder/config.json", {"hidden_size": 16}, False),  # RuntimeError
+        ("scheduler/scheduler_config.json", {"beta_schedule": "nope"}, True),  # NotImplementedError
+        ("tokenizer/tokenizer.json", {"added_tokens": None}, False),  # TypeError
+    ],
+)
+def test_files_that_do_not_fit_together_are_refused(
+    file: str, settings: dict[str, object], by_header: bool, copy: Path
+) -> None:
+    path = copy / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    for opened in (pipelines.load, outline) if by_header else (pipelines.load,):
+        with pytest.raises(ValueError, match=r"copy cannot be opened \(\w+: |`diffusers` has no class `Nope`|unpack"):
+            opened(copy)
+
+
+def test_an_index_that_is_no_object_is_named(copy: Path) -> None:
+    (copy / "model_index.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"model_index\.json is no object of components"):
+        pipelines.load(copy)
