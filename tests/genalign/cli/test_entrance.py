@@ -16,6 +16,8 @@ from genalign.cli.commands import COMMANDS, imported
 from genalign.cli.config import Train
 from genalign.cli.error_messages import error_line
 from genalign.cli.parsing import parse
+from genalign.scoring.score import RewardError
+from genalign.training.nonfinite import DivergedError
 from tests.packages import folder_of
 
 PROGRAM = """
@@ -99,6 +101,16 @@ def test_an_interruption_while_modules_are_imported_is_one_line(
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.parametrize("name", ["rewards", "pipelines"])
+def test_a_file_that_hides_a_package_of_genalign_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.py").write_text("")
+    command = [sys.executable, "-m", "genalign", "train", "--output", "run"]  # -m puts the working directory first
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    hidden = f"error: {tmp_path / name}.py is imported as {name!r} in place of genalign's package "
+    assert done.returncode == 2 and done.stderr.startswith(hidden) and done.stderr.count("\n") == 1
+    assert f"rename it, e.g. to my_{name}, or run genalign in another folder" in done.stderr
+
+
 def test_every_command_can_be_imported() -> None:
     for command in COMMANDS.values():
         assert callable(imported(command.function)) and is_dataclass(imported(command.settings)), command.name
@@ -138,6 +150,32 @@ def test_a_failing_reward_is_named_with_its_line_and_a_traceback_on_request(
 )
 def test_errors_of_the_system_and_of_libraries_are_one_line(error: Exception, line: str) -> None:
     assert error_line(error) == line
+
+
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize(
+    "raised",
+    [
+        ValueError("bad value"),
+        NotADirectoryError(20, "bad place", "file/below"),
+        OSError("bad folder"),
+        SafetensorError("bad header"),
+        RewardError("bad reward"),
+        DivergedError("bad round"),
+    ],
+    ids=lambda raised: type(raised).__name__,
+)
+def test_every_kind_of_input_error_is_one_line_and_a_traceback_on_request(
+    raised: Exception, debug: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise raised
+
+    monkeypatch.setattr("genalign.cli.main.command_context", fail)
+    assert main(["report", "runs/mine", *["--debug"] * debug]) == 2
+    answer = capsys.readouterr().err
+    assert answer.endswith(f"error: {error_line(raised)}\n") and "bad " in answer
+    assert ("Traceback" in answer) == debug and (debug or answer.count("\n") == 1)
 
 
 def test_home_and_variables_are_expanded_and_empty_paths_refused(
