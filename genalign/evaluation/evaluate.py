@@ -200,8 +200,8 @@ class Evaluation:
         if empty := [task for task, prompts in finite.items() if not prompts]:
             samples = "samples" if len(empty) == len(finite) else f"samples of task {empty[0]!r}"
             raise ValueError(
-                f"{name!r} scored none of the {samples}, so that it has no mean: see the warnings above for what the"
-                " reward raised or which samples are not finite"
+                f"{name!r} scored none of the {samples}, so that it has no mean: the reward raised, as a warning above"
+                " says, or it returned NaN, or the samples are not finite"
             )
         means = {task: [math.fsum(v) / len(v) for v in prompts.values()] for task, prompts in finite.items()}
         return mean_over_tasks(means, kind)

@@ -235,8 +235,8 @@ class RewardMonitor:
         if failed > self.max_failed_fraction:
             raise RewardError(
                 f"{failed:.0%} of this round's samples could not be scored (training.max_failed_fraction is"
-                f" {self.max_failed_fraction:.0%}): fix the cause in the warnings above, then resume from the last"
-                " checkpoint"
+                f" {self.max_failed_fraction:.0%}): a reward raised, as a warning above says, or it returned NaN, or"
+                " the samples are not finite. Fix the cause, then resume from the last checkpoint"
             )
         self.silent = self.silent + 1 if silent else 0
         if self.silent == 1:
