@@ -22,7 +22,8 @@ for package in (genalign, pipelines, rewards):
 
 command = Path(sys.executable).with_name("genalign")
 assert "train" in subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
-assert "shapes-sd3" in assets.names()
+assert "shapes-sd3" in assets.names() and "sdxl-80gb" in assets.presets()
+assert "stable-diffusion-xl" in assets.preset("sdxl-80gb").read_text(encoding="utf-8")
 
 from diffusers import StableDiffusion3Pipeline  # noqa: E402  # after the cheap checks
 

@@ -167,6 +167,14 @@ def test_short_names_are_those_of_the_whole_settings() -> None:
     assert type(steer.strategy).__name__ == "BestOfN" and steer.batch_size == 3
 
 
+def test_evaluations_are_made_on_request_of_the_users_own_prompts() -> None:
+    words = [*WORDS, "--recipe", "flow_grpo"]
+    assert parse(Train, words, "train")[0].evaluation_prompts() == {}
+    asked = "--held_out.every 1 --reward_hacking.every 1 --before_after.seeds 2"
+    sources = parse(Train, [*words, *asked.split()], "train")[0].evaluation_prompts()
+    assert sources == dict.fromkeys(["held_out", "reward_hacking", "before_after"])  # null: a split of them
+
+
 @pytest.mark.parametrize(
     "text",
     [

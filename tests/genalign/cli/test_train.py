@@ -8,6 +8,7 @@ import os
 import signal
 import stat
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from genalign.cli import train as train_module
 from genalign.cli.main import main
+from genalign.runtime.progress import Progress
 from genalign.types import Prompt
 from tests.genalign.training.toy_runs import redness
 
@@ -174,6 +176,26 @@ def test_a_signal_while_nothing_is_trained_is_one_line(
     expected = f"Resume with: genalign train --resume {tmp_path / 'run'}"
     assert printed.out.count("\n") == 1 and "Traceback" not in printed.err
     assert printed.out.endswith(f"{expected if begun else 'Nothing was written: run the same command again'}\n")
+
+
+def test_every_phase_of_a_run_is_logged_with_its_counts(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(train_module, "Progress", partial(Progress, seconds=0.0))  # every line, not one in 30 s
+    caplog.set_level(logging.INFO, "genalign")
+    evaluated = ["--held_out.every=1", "--before_after.seeds=2", "--reward_hacking.every=1", "--sample_grid.every=1"]
+    assert main([*arguments, *evaluated]) == 0
+    for line in (
+        "before, sampling 4/4 samples",
+        "training 0/2 rounds, sampling 8/8 samples",
+        "scoring 4/8 samples",
+        "updates 1/2 updates",
+        "training 0/2 rounds, held-out, sampling",
+        "reward hacking, sampling",
+        "sample grid, sampling",
+        "after, sampling 4/4 samples",
+    ):
+        assert any(line in message for message in caplog.messages), line
 
 
 def test_a_finished_run_that_is_resumed_shows_no_reward_that_is_not_a_number(

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from genalign.runtime.media import read_waveform
-from genalign.training.round_log import SampleGrid, SampleGridWriter, tile
+from genalign.runtime.progress import Progress
+from genalign.training.round_log import RoundDisplay, SampleGrid, SampleGridWriter, tile
+from genalign.training.settings import TrainerSettings
+
+
+def test_a_resumed_run_shows_no_reward_before_its_next_round() -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    with Progress(console=terminal).phase("training", 16, "rounds", done=16) as rounds:
+        RoundDisplay(TrainerSettings(rounds=16), rounds)
+        terminal.print(rounds.progress._table())
+    drawn = terminal.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert "16/16 rounds" in drawn and "reward" not in drawn and "nan" not in drawn
 
 
 def test_images_are_tiled_row_by_row_on_white() -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,14 @@ def test_a_reward_that_fails_on_some_samples_goes_on(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.ERROR), steer(family.pipe, moody, FK, prompts=["noise"]) as steering:
         family.run(range(PARTICLES))
     assert bool(steering.result.scores.isfinite().all())
+
+
+def test_a_steering_that_never_resampled_says_what_to_try(caplog: pytest.LogCaptureFixture) -> None:
+    family = sd15()
+    with steer(family.pipe, loudness, replace(FK, lam=1e-3, ess=0.5), prompts=["noise"]):
+        family.run(range(PARTICLES))
+    assert "FK steering never resampled" in caplog.text and "at lam=0.001" in caplog.text
+    assert "try lam='auto', or lam=" in caplog.text
 
 
 # --- strategies and schedulers ----------------------------------------------------------------------------------------
