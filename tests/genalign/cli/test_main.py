@@ -128,11 +128,11 @@ def test_tensorboard_receives_every_metric(config: Path, tmp_path: Path) -> None
 
 def test_trackers_receive_flat_metrics() -> None:
     estimate = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
-    row = {"reward": 1.0, "kl": None, "metrics": {"d/loss": 2.0}, "held_out": {"strict": estimate}}
+    row = {"reward": 1.0, "kl": None, "metrics": {"d/loss": 2.0}, "held_out": {"strict": estimate, "mine": estimate}}
     row |= {"sample_grid": ["a"]}
     row |= {"reward_hacking": [{"name": "grid", "before": 0.0, "shift": estimate, "status": "green"}]}
     ends = {"": 0.5, "/low": 0.4, "/high": 0.6, "/n": 9}
-    names = ("held_out/strict", "reward_hacking/grid")
+    names = ("held_out/strict", "held_out/mine", "reward_hacking/grid")
     estimates = {f"{name}{end}": value for name in names for end, value in ends.items()}
     assert flat_numbers(row) == {"reward": 1.0, "metrics/d/loss": 2.0, **estimates}
 

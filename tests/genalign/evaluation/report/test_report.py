@@ -288,10 +288,19 @@ def test_a_number_of_a_whole_set_has_no_band(run):
 
 
 def test_every_number_of_a_row_has_a_curve(run):
-    write_rows(run, rows(5, reward_hacking=[signal("grid", 0.0, "green")], new_number=3))
+    (estimate,) = rows(1)[0]["held_out"].values()
+    changes = {"held_out": lambda i: {"strict": estimate, "mine": estimate} if i % 2 == 0 else None, "new_number": 3}
+    write_rows(run, rows(5, reward_hacking=[signal("grid", 0.0, "green")], **changes))
     labels = [label for label in page(run).labels if label]
     for axis in ("rounds", "minutes", "NFE"):
-        for title in ("Held-out strict", "Training reward", "Reward ocr", "Reward style/a", "KL to the reference"):
+        for title in (
+            "Held-out strict",
+            "Held-out mine",
+            "Training reward",
+            "Reward ocr",
+            "Reward style/a",
+            "KL to the reference",
+        ):
             assert f"{title} against {axis}" in labels
         assert f"grid against {axis}" in labels
     for title in (
