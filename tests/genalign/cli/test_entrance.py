@@ -211,7 +211,8 @@ def test_an_output_that_cannot_be_is_refused_in_one_line(
 
 def test_a_warning_of_the_hub_is_printed_once(tmp_path: Path) -> None:
     program = (
-        "import logging; from genalign.__main__ import main; main(['report', 'nowhere']); import huggingface_hub.utils;"
+        "import logging; from genalign.__main__ import main; main(['report', 'nowhere']);"
+        "import huggingface_hub.file_download;"  # which gives the library's logger its handler
         "logging.getLogger('huggingface_hub.file_download').warning('retrying')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
