@@ -16,7 +16,7 @@ from genalign.types import Prompt, PromptSet
 
 def drawn_in_turn(prompts: PromptSet, count: int, seed: int) -> list[Prompt]:
     """Return up to ``count`` distinct prompts: one of every task in turn, each task's in a seeded order."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed % 2**64)  # NumPy takes no negative seed
     tasks = [[group[i] for i in rng.permutation(len(group))] for group in prompts.by_task().values()]
     turns = itertools.zip_longest(*tasks)
     return [prompt for turn in turns for prompt in turn if prompt is not None][:count]

@@ -46,7 +46,7 @@ def parse_json(text: str, where: str) -> Any:
     """Parse JSON read from ``where``. Raises ValueError that names it."""
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # of lists within lists
         raise ValueError(f"{where}: not JSON ({error})") from None
 
 

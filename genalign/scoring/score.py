@@ -43,8 +43,11 @@ class NamedReward:
     def __post_init__(self) -> None:
         if self.score_batch is not None and self.score_batch < 1:
             raise ValueError(f"score_batch of reward {self.name!r} must be at least 1 sample, not {self.score_batch}")
-        if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"timeout of reward {self.name!r} must be positive, in seconds, not {self.timeout}")
+        if self.timeout is not None and not 0 < self.timeout <= threading.TIMEOUT_MAX:
+            raise ValueError(
+                f"timeout of reward {self.name!r} must be positive, in seconds, not {self.timeout}; none waits for any"
+                " call"
+            )
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score samples as (B,), with a gradient where the function has one.

@@ -78,22 +78,28 @@ class TrainerSettings:
         for name in ("learning_rate", "max_grad_norm"):
             if not vars(self)[name] > 0:
                 raise ValueError(f"training.{name} must be positive, not {vars(self)[name]}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"training.seed must fit into 64 bits, not be {self.seed}")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ValueError(f"training.max_failed_fraction must be in [0, 1], not {self.max_failed_fraction}")
-        if self.group_size < 2:
-            raise ValueError(f"group_size is {self.group_size}: a group needs at least 2 samples to compare")
         if not 0 <= self.warmup_rounds < self.rounds:
             raise ValueError(
                 f"training.warmup_rounds is {self.warmup_rounds} of {self.rounds} rounds: give a number from 0 to"
                 f" {self.rounds - 1}"
             )
+        self._require_whole_groups()
+        if self.prompts_per_round:
+            self._sizes(self.prompts_per_round, 1)  # refuses sizes that do not divide
+
+    def _require_whole_groups(self) -> None:
+        """Raise ValueError for groups that cannot be compared, or that batches do not hold whole."""
+        if self.group_size < 2:
+            raise ValueError(f"group_size is {self.group_size}: a group needs at least 2 samples to compare")
         if self.batch_size and self.batch_size % self.group_size:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of group_size {self.group_size}, so that groups stay"
                 f" whole: try {self.group_size * max(1, self.batch_size // self.group_size)}"
             )
-        if self.prompts_per_round:
-            self._sizes(self.prompts_per_round, 1)  # refuses sizes that do not divide
 
     def fit(self, prompts: PromptSet, processes: ProcessGroup = SINGLE_PROCESS, notice: bool = False) -> FittedSettings:
         """Choose the sizes of a round that are None.

@@ -91,6 +91,11 @@ class Patience:
     longest_pause: float = 30.0
     retries: int = 100
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value <= threading.TIMEOUT_MAX:
+                raise ValueError(f"patience.{name} must be a finite number of at least 0, not {value}")
+
 
 @dataclass(frozen=True)
 class _Retry:
@@ -283,7 +288,7 @@ def _seconds(retry_after: str) -> float:
     """Read Retry-After, a number of seconds or a date (RFC 9110, 10.2.3), as seconds from now; 0 if unreadable."""
     with suppress(ValueError):
         return max(0.0, float(retry_after))
-    with suppress(ValueError, TypeError):
+    with suppress(ValueError, TypeError, OverflowError):
         date = parsedate_to_datetime(retry_after)
         return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - datetime.now(UTC).timestamp())
     return 0.0

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genalign.prompts import PromptSampler, split_held_out
+from genalign.prompts import PromptSampler, drawn_in_turn, split_held_out
 from genalign.types import Prompt, PromptSet
 from genalign.worlds import shapes
 
@@ -21,6 +21,13 @@ def test_tasks_are_met_in_turn() -> None:
     assert all(len({prompt.text for prompt in chosen}) == 12 for chosen in rounds)
     tasks = Counter(prompt.task for chosen in rounds for prompt in chosen)
     assert set(tasks.values()) == {20}
+
+
+@given(st.integers(-(2**70), 2**70))
+def test_any_seed_draws_distinct_prompts(seed: int) -> None:
+    prompts = PromptSet.of(list("abcdef"))
+    drawn = drawn_in_turn(prompts, 4, seed)
+    assert len({prompt.text for prompt in drawn}) == 4 and drawn == drawn_in_turn(prompts, 4, seed)
 
 
 def test_every_prompt_is_met_before_any_again() -> None:

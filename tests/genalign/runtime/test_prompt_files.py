@@ -87,6 +87,7 @@ def test_cells_of_a_table_are_metadata(tmp_path: Path) -> None:
         ("p.txt", "\n \n", "holds no prompts"),
         ("p.txt", b"a caf\xe9\n", r"p\.txt is not UTF-8 \(byte 0xe9 at position 5\): save it as UTF-8"),
         ("p.jsonl", '{"prompt": "a"}\nnot json\n', "line 2: not JSON"),
+        ("p.jsonl", f'{{"prompt": {"[" * 100_000}}}\n', r"line 1: not JSON \(maximum recursion depth"),
         ("p.jsonl", '{"name": "a"}\n', 'line 1: expected a text, or an object with a text under "prompt"'),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": null}\n', "line 2: expected a text"),
         ("p.jsonl", "[1]\n", "line 1: expected a text"),
@@ -110,7 +111,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 TEXTS = st.lists(
-    st.text(min_size=1).map(str.strip).filter(lambda text: text and not set(text) & set("\r\n")), min_size=1
+    st.text(min_size=1).map(str.strip).filter(lambda text: text and not set(text) & set("\r\n\0")), min_size=1
 )
 
 

@@ -192,6 +192,9 @@ def test_call_past_its_timeout_has_failed(caplog: pytest.LogCaptureFixture) -> N
 def test_invalid_reward_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="timeout of reward 'x' must be positive, in seconds, not 0"):
         NamedReward("x", brightness, timeout=0)
+    for endless in (torch.nan, torch.inf, 1e10):  # Python's locks wait for 292 years at most
+        with pytest.raises(ValueError, match=f"not {re.escape(str(endless))}; none waits for any call"):
+            NamedReward("x", brightness, timeout=endless)
     with pytest.raises(ValueError, match="score_batch of reward 'x' must be at least 1 sample, not 0"):
         NamedReward("x", brightness, score_batch=0)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,6 +65,18 @@ def test_fitted_sizes_divide(count: int, group_size: int, ranks: int, updates: i
     batches, rest = divmod(fitted.prompts_per_round * group_size, fitted.batch_size * fitted.updates_per_round)
     assert rest == 0 and batches % ranks == 0
     assert fitted.fit(prompts(count), ProcessGroup(0, ranks)) == fitted
+
+
+@given(st.integers() | st.sampled_from([-1, 2**40, 2**63, 2**64 - 1, 2**64 + 1, -(2**63), -(2**63) - 1]))
+def test_a_seed_is_one_that_torch_takes_or_refused(seed: int) -> None:
+    try:
+        TrainerSettings(seed=seed)
+    except ValueError as error:
+        assert f"training.seed must fit into 64 bits, not be {seed}" in str(error)
+        with pytest.raises((ValueError, RuntimeError), match="Overflow"):
+            torch.Generator().manual_seed(seed)
+    else:
+        torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

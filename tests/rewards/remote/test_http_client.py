@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import fields
 
 import httpx
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewards.remote.http_client import HttpClient, Patience, RemoteError
 
-RETRY_AFTER = st.sampled_from(["", "0", "0.01", "-1", "nan", "inf", "1e400", "soon", "Wed, 21 Oct 2015 07:28:00 GMT"])
+DATES = [f"Wed, 21 Oct {year} 07:28:00 {zone}" for year, zone in ((2015, "GMT"), (10**20, "GMT"), (2015, f"+{10**17}"))]
+RETRY_AFTER = st.sampled_from(["", "0", "0.01", "-1", "nan", "inf", "1e400", "soon", *DATES])
 ANSWERS = st.one_of(
     st.builds(
         lambda status, after, body: httpx.Response(status, headers={"Retry-After": after}, content=body),
@@ -44,3 +48,12 @@ def test_every_request_ends(answers: list[httpx.Response | type[httpx.TransportE
         except RemoteError as error:
             assert "\n" not in str(error)
     assert time.monotonic() - started < 2 and sent <= 500
+
+
+@given(
+    st.sampled_from([field.name for field in fields(Patience)]),
+    st.floats(max_value=-1e-9) | st.sampled_from([math.nan, math.inf, 1e10]),
+)
+def test_waits_without_end_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"patience.{name} must be a finite number of at least 0, not"):
+        Patience(**{name: value})
