@@ -16,7 +16,7 @@ from genalign.cli.structure import ALIASES, full_name, settings_of, settings_tab
 
 def usage() -> str:
     """List the commands, each with a line of help."""
-    lines = [f"  {_shown(command):{_WIDTH}s}{command.help}" for command in COMMANDS.values()]
+    lines = [f"  {_synopsis(command):{_WIDTH}s}{command.help}" for command in COMMANDS.values()]
     return "\n".join(
         [
             "usage: genalign COMMAND [--config FILE] [--SETTING VALUE ...]\n",
@@ -28,17 +28,17 @@ def usage() -> str:
     )
 
 
-def _shown(command: Command) -> str:
+def _synopsis(command: Command) -> str:
     return f"{command.name} {command.positional.upper()}" if command.positional else command.name
 
 
-_WIDTH = 2 + max(len(_shown(command)) for command in COMMANDS.values())
+_WIDTH = 2 + max(len(_synopsis(command)) for command in COMMANDS.values())
 
 
 def group_help(group: str) -> str:
     """List the commands of a group, such as those that begin with "evaluate"."""
     lines = [
-        f"  {_shown(command):{_WIDTH}s}{command.help}"
+        f"  {_synopsis(command):{_WIDTH}s}{command.help}"
         for command in COMMANDS.values()
         if command.name.startswith(f"{group} ")
     ]

@@ -251,8 +251,8 @@ def _reward_named(path: str) -> str | None:
     folder, name = Path(genalign.__file__).parents[1] / "rewards", path.rpartition(".")[2]
     for file in sorted(folder.rglob("*.py")):
         if re.search(rf"^(?:class|def) {re.escape(name)}\b", file.read_text("utf-8"), re.MULTILINE):
-            found = ".".join([*file.relative_to(folder.parent).with_suffix("").parts, name])
-            return found if found.endswith(f".{path}") else None
+            full = ".".join([*file.relative_to(folder.parent).with_suffix("").parts, name])
+            return full if full.endswith(f".{path}") else None
     return None
 
 

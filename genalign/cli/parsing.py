@@ -20,10 +20,10 @@ from genalign.cli.error_messages import error_line, explain, unknown_setting
 from genalign.cli.structure import (
     RawSettings,
     full_name,
-    known_names,
     missing_errors,
     missing_names,
     raw_settings,
+    settings_among,
     settings_of,
     structure_errors,
 )
@@ -175,7 +175,7 @@ def _value_in_full(key: str, value: str) -> str:
     last = key.rpartition(".")[2]
     if last == "config" and Path(value).expanduser().is_file():
         text = Path(value).expanduser().read_text("utf-8-sig", "replace")
-        changed = _ONE_TRACKER.sub(r"\1[\2]", _NAMED.sub(lambda found: found["key"] + _public(found["name"]), text))
+        changed = _ONE_TRACKER.sub(r"\1[\2]", _NAMED.sub(lambda match: match["key"] + _public(match["name"]), text))
         return changed if changed != text else value
     if last in ("recipe", "strategy", "kernel", "class_path"):
         return _public(value)
@@ -252,7 +252,7 @@ def _wrong_values(
             if _refusal(parser, fewer) != message:
                 culprit = name
                 break
-        keys = known_names(entries, culprit, RawSettings(raw))
+        keys = settings_among(entries, culprit, RawSettings(raw))
         if culprit and re.search(rf"Option '{culprit.rpartition('.')[2]}' is not accepted", message):
             lines.append(unknown_setting(culprit, keys))
         else:
@@ -281,12 +281,12 @@ def _refusal(parser: ArgumentParser, raw: Mapping[str, Any]) -> str | None:
 def _partial(settings: type[Any], values: Mapping[str, Any]) -> Any:
     """Build an instance that knows only some of its values: reading another raises ``_UnknownSettingError``."""
 
-    def known(self: Any, name: str) -> Any:
+    def read(self: Any, name: str) -> Any:
         if name in settings.__dataclass_fields__ and name not in values:
             raise _UnknownSettingError(name)
         return object.__getattribute__(self, name)
 
-    partial: Any = object.__new__(type(settings.__name__, (settings,), {"__getattribute__": known}))
+    partial: Any = object.__new__(type(settings.__name__, (settings,), {"__getattribute__": read}))
     for name, value in values.items():
         object.__setattr__(partial, name, value)
     return partial

@@ -159,7 +159,7 @@ def structure_errors(place: str, raw: RawSettings) -> list[str]:
     entries = {entry["name"]: entry for entry in settings_of(place)}
     lines = [_missing_file(file) for file in raw.missing_files]
     lines += [
-        unknown_setting(name, known_names(entries, name, raw))
+        unknown_setting(name, settings_among(entries, name, raw))
         for name in raw.settings
         if name.split(".")[0] not in _OUTSIDE and not name.endswith(".help") and not _exists(name, entries, raw)
     ]
@@ -195,7 +195,7 @@ def missing_names(place: str, raw: RawSettings) -> list[str]:
     ]
 
 
-def known_names(entries: Mapping[str, Mapping[str, Any]], name: str, raw: RawSettings) -> list[str]:
+def settings_among(entries: Mapping[str, Mapping[str, Any]], name: str, raw: RawSettings) -> list[str]:
     """List every name that a setting like ``name`` may have, with those of what a recipe, kernel or strategy takes."""
     own = name.split(".")[1] if name.count(".") > 1 else "NAME"
     names = [one.replace(".NAME.", f".{own}.") for one in entries]

@@ -91,14 +91,14 @@ class PromptResult:
             index: The number of the prompt.
             write: Writes samples.
         """
-        (chosen,) = write(self.samples[:1], directory, index)
+        (best,) = write(self.samples[:1], directory, index)
         top = Path("top") / f"{index:05d}"
         others = write(self.samples[1:], directory / top, 1) if len(self.samples) > 1 else []
         row: dict[str, Any] = {
             "index": index,
             "prompt": self.prompt.text,
             "scores": self._scores(self.scores[0]),
-            "image": chosen,
+            "image": best,
             "calls": dict(self.ledger.counts),
             "seconds": self.seconds,
             "top": [

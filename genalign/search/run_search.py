@@ -78,20 +78,20 @@ def search_prompt(run: SearchRun, strategy: Strategy, budget: Budget | None) -> 
     (prompt,), started = run.prompts, time.perf_counter()
     finished = strategy(run, budget)
     seconds = time.perf_counter() - started
-    chosen = finished.rows(finished.best())
+    best = finished.rows(finished.best())
     run.failures.require_scores(
         run.rewards, torch.cat([*run.finished_scores, finished.scores]), f"the samples of {prompt.text!r}"
     )
-    top = chosen
+    top = best
     if run.top is not None:
         ranked = run.top.rows(run.top.best(TOP))
-        top = chosen.extend(ranked.rows((ranked.candidates.ids != chosen.candidates.ids).nonzero()[: TOP - 1, 0]))
-    if bool(chosen.scores.isnan().any()):
+        top = best.extend(ranked.rows((ranked.candidates.ids != best.candidates.ids).nonzero()[: TOP - 1, 0]))
+    if bool(best.scores.isnan().any()):
         logger.warning("the best sample of %r could not be scored by every reward", prompt.text)
     names = tuple(reward.name for reward in run.rewards)
     plain = _plain_sample(run)
     result = PromptResult(prompt, names, top.samples, top.scores, plain, run.ledger, seconds)
-    return result, int(chosen.candidates.ids)
+    return result, int(best.candidates.ids)
 
 
 def _plain_sample(run: SearchRun) -> PlainSample:

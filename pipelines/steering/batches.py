@@ -60,10 +60,10 @@ def bounded_batches(pipe: DiffusionPipeline, size: int | None) -> Iterator[None]
     inner = getattr(network, "_orig_mod", network)  # of a compiled network
     kind = next((kind for kind in _SHARED if isinstance(inner, kind)), None)
     if kind is None:
-        known = ", ".join(sorted(kind.__name__ for kind in _SHARED))
+        names = ", ".join(sorted(kind.__name__ for kind in _SHARED))
         raise ValueError(
             f"batch_size cannot divide the calls of {type(inner).__name__}, whose arguments are not known: leave it"
-            f" out, and call the pipeline with fewer samples; it divides those of {known}"
+            f" out, and call the pipeline with fewer samples; it divides those of {names}"
         )
     signature = inspect.signature(type(inner).forward)
     with ExitStack() as stack:

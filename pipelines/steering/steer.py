@@ -201,9 +201,9 @@ class Steering(PipelineScorer):
             scores, samples = self._score(x, done)
             self.failures.require_scores(self.rewards, scores, f"the {len(x)} samples of the call")
             self.lineage.close(self.nodes, done)
-            chosen = self.selection.choose(scores)
-            self._finished = samples, scores, chosen
-            order = torch.argsort(2 * self.prompt + ~torch.isin(torch.arange(len(x)), chosen), stable=True)
+            choice = self.selection.choose(scores)
+            self._finished = samples, scores, choice
+            order = torch.argsort(2 * self.prompt + ~torch.isin(torch.arange(len(x)), choice), stable=True)
             self.scores = scores[order]
             return x[order.to(x.device)]
 
@@ -302,12 +302,12 @@ class Steering(PipelineScorer):
     def _result(self, spent: Ledger, seconds: float, plain: list[PlainSample] | None) -> SearchResult:
         """Put the samples of the call in order: of each prompt the chosen one, then the others by their scores."""
         assert self._finished is not None, "the call is complete"
-        samples, scores, chosen = self._finished
+        samples, scores, choice = self._finished
         results, winners = [], []
         ranked = best_per_prompt(scores, self.prompt, len(samples))
         cost, names = _share(spent, len(self.prompts)), tuple(reward.name for reward in self.rewards)
         for place, prompt in enumerate(self.prompts):
-            first = chosen[self.prompt[chosen] == place]
+            first = choice[self.prompt[choice] == place]
             others = ranked[(self.prompt[ranked] == place) & (ranked != first)]
             top = torch.cat([first, others[: TOP - 1]])
             own = plain[place] if plain else None
