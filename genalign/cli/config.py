@@ -466,15 +466,17 @@ class Calibrate(Train):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steer(Generation):
+class Steer:
     """A search for the best sample of every prompt.
 
     Args:
         output: Folder of the samples and the report.
+        model: The generator.
         prompts: A file of prompts, or a split of a world, as in shapes:val; or give ``prompt``.
         prompt: Texts to search for, in place of ``prompts``; --prompt TEXT may be repeated.
         strategy: Search strategy, as in genalign.BestOfN.
         rewards: Rewards by name; the search maximizes their weighted sum.
+        sampling: Sampling settings.
         budget: Limit of NFE, cost or seconds per prompt.
         lora: An adapter of the model.
         batch_size: Largest number of samples in one call of the network.
@@ -483,7 +485,11 @@ class Steer(Generation):
         audio: File format of audio clips.
     """
 
-    prompts: str | None = None  # type: ignore[assignment]  # of other commands they are required
+    output: str
+    model: Model
+    prompts: str | None = None
+    rewards: dict[str, RewardChoice] = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=lambda: Sampling(20))
     prompt: list[str] = field(default_factory=list)
     strategy: Strategy
     budget: Budget | None = None
