@@ -7,7 +7,7 @@ import json
 import os
 import re
 from argparse import ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from genalign.algorithms.recipes import Recipe
 from genalign.cli.error_messages import error_line, explain, unknown_setting
 from genalign.cli.structure import (
     RawSettings,
+    endless_file,
     full_name,
     missing_errors,
     missing_names,
@@ -79,6 +80,8 @@ def parse(
     """
     if first and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{first}", *arguments]
+    if endless := raw_settings(place_of(settings), arguments).endless:
+        raise ConfigurationError(*map(endless_file, endless))
     arguments = in_full(settings, arguments)
     parser = _parser(settings, f"genalign {command}")
     parser.description = inspect.cleandoc(settings.__doc__ or "").partition("\n\nArgs:")[0]
@@ -120,12 +123,20 @@ def _parser(settings: type[Any], program: str, skip: set[str] | None = None) -> 
     return parser
 
 
+_SECTIONS = ("held_out", "reward_hacking", "before_after")
+_PATHS = (
+    *("output", "run", "before", "after", "against", "samples", "results"),
+    *("model.path", "init_lora", "lora", "prompts", *_SECTIONS, *(f"{section}.prompts" for section in _SECTIONS)),
+)
+"""Settings that are paths, wherever they are texts."""
+
+
 def _expand_paths(parsed: Any) -> None:
     """Expand ~ and $VARIABLES in the paths of a configuration. Raises ValueError for an empty one.
 
     A path of an unset variable would otherwise be the working directory.
     """
-    for key in ("output", "run", "prompts", "model.path", "init_lora", "lora", "samples", "against", "before", "after"):
+    for key in _PATHS:
         path = parsed.get(key)
         if isinstance(path, str):
             expanded = os.path.expanduser(os.path.expandvars(path))
@@ -202,7 +213,26 @@ def _problems(settings: type[Any], arguments: Sequence[str], checks: Sequence[Ch
     missing = {name.split(".")[0] for name in missing_names(place, raw)}
     lines = [*structure_errors(place, raw), *missing_errors(place, raw)]
     entries = {entry["name"]: entry for entry in settings_of(place)}
+    values, wrong = _values(settings, raw, missing, entries)
+    lines += wrong
+    # A text that YAML reads as something else, such as 0123, is right as a word of a command line
+    setting = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+    section = setting.split(".")[0]
+    if section in values or not (lines or missing):
+        written = [name for name in raw.settings if setting in (name, re.sub(r"^(\w+)\.[^.]+", r"\1", name))]
+        lines.append(explain(message, list(entries), _source(arguments), *written[:1]))
+        values.pop(section, None)
+    partial = _partial(settings, values)
+    own_checks = [settings.__post_init__] if hasattr(settings, "__post_init__") else []
+    return list(dict.fromkeys([*lines, *failed([*own_checks, *checks], partial)]))
+
+
+def _values(
+    settings: type[Any], raw: RawSettings, missing: Collection[str], entries: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Parse each field of a configuration by itself; return the values of the right ones, and what is wrong."""
     values: dict[str, Any] = {}
+    lines: list[str] = []
     for name in settings.__dataclass_fields__:
         parser = _parser(settings, "", {*settings.__dataclass_fields__} - {name})
         for action in parser._actions:
@@ -216,16 +246,7 @@ def _problems(settings: type[Any], arguments: Sequence[str], checks: Sequence[Ch
             values[name] = parser.instantiate(_parsed(parser, own))[name]
         except (*INPUT_ERRORS, TypeError) as error:
             lines.append(_with_section(explain(str(error), list(entries)), name, list(entries)))
-    # A text that YAML reads as something else, such as 0123, is right as a word of a command line
-    setting = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
-    section = setting.split(".")[0]
-    if section in values or not (lines or missing):
-        written = [name for name in raw.settings if setting in (name, re.sub(r"^(\w+)\.[^.]+", r"\1", name))]
-        lines.append(explain(message, list(entries), _source(arguments), *written[:1]))
-        values.pop(section, None)
-    partial = _partial(settings, values)
-    own_checks = [settings.__post_init__] if hasattr(settings, "__post_init__") else []
-    return list(dict.fromkeys([*lines, *failed([*own_checks, *checks], partial)]))
+    return values, lines
 
 
 def _parsed(parser: ArgumentParser, raw: Mapping[str, Any]) -> Any:

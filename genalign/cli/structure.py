@@ -5,7 +5,6 @@ The names come from settings.json, which scripts/settings_reference.py writes fr
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,17 +70,19 @@ class RawSettings:
         settings: The values, as text or as YAML holds them.
         missing_files: Files of --config that do not exist.
         unreadable: Files of --config that hold no settings, which the parser describes.
+        endless: Those of them that are nested too deeply to be read.
     """
 
     settings: Mapping[str, Any]
     missing_files: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
+    endless: tuple[str, ...] = ()
 
 
 def raw_settings(place: str, arguments: Sequence[str]) -> RawSettings:
     """Read what is set, without checking it; a value replaces those before it, and those below them."""
     settings: dict[str, Any] = {}
-    missing, unreadable = [], []
+    missing, unreadable, endless = [], [], []
     names = [one["name"] for one in settings_of(place)]
     for name, value in _assignments(arguments):
         raw: dict[str, Any] = {full_name(name, names, value): value}
@@ -93,13 +94,24 @@ def raw_settings(place: str, arguments: Sequence[str]) -> RawSettings:
                     missing.append(value)
                     continue
                 text = path.read_text("utf-8-sig", "replace") if path.is_file() else ""
-            with contextlib.suppress(yaml.YAMLError):
-                raw = dict(_flat(yaml.safe_load(text)))
+            content = _settings_in(text)
+            endless += ["the configuration" if _is_text(value) else value] if content is None else []
+            raw = content or {}
             unreadable += [] if raw else [value]
         for one in raw:
             settings = {other: old for other, old in settings.items() if not other.startswith(f"{one}.")}
         settings |= raw
-    return RawSettings(settings, tuple(missing), tuple(unreadable))
+    return RawSettings(settings, tuple(missing), tuple(unreadable), tuple(endless))
+
+
+def _settings_in(text: str) -> dict[str, Any] | None:
+    """The settings in YAML by full name, empty for another text; None if it is nested too deeply, or without end."""
+    try:
+        return dict(_flat(yaml.safe_load(text)))
+    except yaml.YAMLError:
+        return {}
+    except RecursionError:
+        return None
 
 
 def _assignments(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -144,6 +156,8 @@ def quick_errors(command: Command, arguments: Sequence[str]) -> list[str]:
         first = [] if command.positional == "world" else [f"--{command.positional}", arguments[0]]
         arguments = [*first, *arguments[1:]]
     raw = raw_settings(place, arguments)
+    if raw.endless:
+        return [*map(endless_file, raw.endless)]
     wrong = structure_errors(place, raw)
     missing = [] if command.name == "demo" else missing_errors(place, raw)
     if missing_names(place, raw) == [command.positional]:
@@ -164,6 +178,11 @@ def structure_errors(place: str, raw: RawSettings) -> list[str]:
         if name.split(".")[0] not in _OUTSIDE and not name.endswith(".help") and not _exists(name, entries, raw)
     ]
     return lines
+
+
+def endless_file(file: str) -> str:
+    """Describe a file of --config that is nested too deeply to be read."""
+    return f"{file} is nested too deeply: take out YAML aliases (*a) that stand within their own anchors (&a)"
 
 
 def _missing_file(file: str) -> str:

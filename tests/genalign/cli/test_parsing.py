@@ -144,6 +144,37 @@ def test_a_message_names_the_whole_setting_and_what_to_write(words: str, said: s
     assert len(lines) == 1 and said in lines[0]
 
 
+NESTED = {
+    "a mapping within itself": ("mine: &m {path: *m}\n", "nested.yaml is nested too deeply: take out YAML aliases"),
+    "a list within itself": ("output: &o [*o]\n", "output: expected a text, not [[...]]"),
+    "without aliases": (f"output: {'[' * 3000}{']' * 3000}\n", "nested.yaml is nested too deeply"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), NESTED.values(), ids=NESTED)
+def test_a_file_that_is_nested_without_end_is_refused(
+    text: str, message: str, folder: Path, error: Callable[..., str]
+) -> None:
+    (folder / "nested.yaml").write_text(text)
+    answer = error("train", "--config", "nested.yaml", *WORDS, "--recipe", "flow_grpo")
+    assert answer.startswith("error: ") and answer.count("\n") == 1
+    assert message in answer
+
+
+PATHS = ("output", "model.path", "prompts", "init_lora", "held_out.prompts", "before_after.prompts")
+
+
+@pytest.mark.parametrize(("command", "names"), [(Train, PATHS), (Steer, ("output", "model.path", "prompts", "lora"))])
+def test_every_path_is_expanded(command: type[Any], names: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    own = ["--recipe", "flow_grpo"] if command is Train else ["--strategy", "BestOfN"]
+    words = [word for name in names for word in (f"--{name}", "~/there")]
+    _, plain = parse(command, [*WORDS, *own, *words], "")
+    for name in names:
+        section, _, last = name.rpartition(".")
+        assert (plain[section] if section else plain)[last] == "/home/me/there", name
+
+
 def test_a_file_named_like_a_package_of_genalign_is_explained(folder: Path) -> None:
     (folder / "rewards.py").write_text("def sharpness(samples, prompts): ...")
     (line,) = problems(Train, [*WORDS, "--recipe", "flow_grpo", "--rewards.b.function", "rewards.sharpness"])
