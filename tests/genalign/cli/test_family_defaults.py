@@ -153,5 +153,6 @@ def test_a_search_samples_by_the_familys_guidance_and_a_negative_prompt(own_rewa
         for _ in range(2):  # the second continues the finished search
             assert main(["steer", "--config", str(path)]) == 0
         assert json.loads((own_rewards / name / "config.json").read_text())["sampling"]["guidance"] == 7.5
-    rows = {name: (own_rewards / name / "scores.jsonl").read_text() for name in texts}
-    assert rows["plain"] != rows["negative"]
+    rows = {name: (own_rewards / name / "scores.jsonl").read_text().splitlines() for name in texts}
+    plain, negative = ([json.loads(line)["scores"] for line in lines] for lines in rows.values())
+    assert plain != negative
