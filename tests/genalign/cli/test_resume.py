@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from genalign.cli.resume import require_same, train_request
+from genalign.cli.resume import InputFingerprint, require_same, train_request
 from pipelines import SD3
 
 
@@ -42,3 +42,20 @@ def test_forms_of_resume(tmp_path: Path) -> None:
     assert train_request(["--resume", str(tmp_path), "--training.rounds", "9"]) == (whole, True)
     with pytest.raises(FileNotFoundError, match="nowhere holds no run to resume"):
         train_request(["--resume=nowhere"])
+
+
+@pytest.mark.parametrize("name", ["my run", "läufe", "runs.v2"])
+def test_a_run_that_was_moved_is_resumed_where_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text('{"output": "where/it/was"}')
+    expected = ["--config", str(tmp_path / name / "config.json"), "--output", str(tmp_path / name)]
+    assert train_request(["--resume", str(tmp_path / name)]) == (expected, True)
+    assert train_request(["--resume", f"{tmp_path / name}/"]) == (expected, True)
+
+
+@pytest.mark.parametrize(("now", "name"), [(("other", "p"), "model"), (("m", "other"), "prompts")])
+def test_a_resumed_run_has_the_inputs_that_it_began_with(now: tuple[str, str], name: str) -> None:
+    state = InputFingerprint("m", "p").state()
+    InputFingerprint("m", "p").restore(state)
+    with pytest.raises(ValueError, match=f"{name} is not what the run began with: restore it, or choose another"):
+        InputFingerprint(*now).restore(state)
