@@ -90,6 +90,13 @@ def test_runs_are_reproducible(tiny_folder: Path) -> None:
     assert results[0].reward != other[0].reward
 
 
+def test_rounds_are_trained_at_the_rates_of_the_schedule(tiny: SD3) -> None:
+    settings = replace(SETTINGS, rounds=4, learning_rate=0.01, learning_rate_schedule="linear", warmup_rounds=2)
+    trainer = toy_trainer(tiny, flow_grpo(window=1), settings=settings)
+    rates = [(result.learning_rate, trainer.optimizer.param_groups[0]["lr"]) for result in trainer.rounds()]
+    assert rates == [(pytest.approx(rate), pytest.approx(rate)) for rate in (0.005, 0.01, 0.01, 0.005)]
+
+
 def test_nfe_is_counted(tiny: SD3) -> None:
     recipe = flow_grpo(window=2, window_reach=0.25)  # starts at step 0, so there is no shared prefix
     result = next(toy_trainer(tiny, recipe).rounds())
