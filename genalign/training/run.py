@@ -67,6 +67,23 @@ def end_after_round() -> Iterator[Callable[[], int]]:
 
 
 @dataclass(frozen=True)
+class Observations:
+    """What was observed after a round: held-out estimates, the reward-hacking report, the files of the sample grid."""
+
+    held_out: Mapping[str, Estimate]
+    report: HackingReport | None
+    samples: Sequence[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the observations as JSON, null for those that were not due."""
+        return {
+            "held_out": {name: estimate.as_dict() for name, estimate in self.held_out.items()} or None,
+            "reward_hacking": self.report.as_list() if self.report else None,
+            "sample_grid": list(self.samples) or None,
+        }
+
+
+@dataclass(frozen=True)
 class RoundMonitors:
     """Observers of the model between rounds; none of them changes the training's randomness or its NFE.
 
@@ -87,10 +104,8 @@ class RoundMonitors:
         """Whether a red report of the guard has ended the run."""
         return self.guard is not None and self.guard.stopped
 
-    def observe(
-        self, result: RoundResult, rounds: int, last: bool, run: Path
-    ) -> tuple[Mapping[str, Estimate], HackingReport | None, Sequence[str]]:
-        """Return held-out estimates, the reward-hacking report and the files of the sample grid, if they are due.
+    def observe(self, result: RoundResult, rounds: int, last: bool, run: Path) -> Observations:
+        """Make the observations that are due after a round.
 
         Args:
             result: The result of the last round.
@@ -103,7 +118,25 @@ class RoundMonitors:
             held_out = self.evaluate_held_out()
         report = self.guard.report(rounds, last, result.kl) if self.guard else None
         samples = self.sample_grid.after(rounds, last, run) if self.sample_grid else []
-        return held_out, report, samples
+        return Observations(held_out, report, samples)
+
+
+@contextlib.contextmanager
+def weights_saved(trainer: Trainer, folder: RunFolder, pipeline: WeightStore) -> Iterator[None]:
+    """Write the weights at the end of the context, and say how to resume where a reward or the training failed.
+
+    After an error the weights are written too, unless FSDP shards them, which would need every rank.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not trainer.policy.sharded:
+            folder.save(trainer.policy, pipeline)
+        if isinstance(error, RewardError | DivergedError):
+            stop = f"Training stopped at round {trainer.rounds_done + 1}: {error}"
+            raise type(error)(f"{stop}. Resume with: genalign train --resume {folder.path}") from error
+        raise
+    folder.save(trainer.policy, pipeline)
 
 
 def train(
@@ -115,9 +148,7 @@ def train(
     trackers: Sequence[Any] = (),
     progress: Progress = SILENT,
 ) -> int:
-    """Run the remaining rounds, and write the weights at the end.
-
-    After an error the weights are written too, unless FSDP shards them, which would need every rank.
+    """Run the remaining rounds, and write the weights at the end or after an error (see ``weights_saved``).
 
     Args:
         trainer: The loop.
@@ -135,41 +166,31 @@ def train(
         RewardError: A reward failed too often.
         DivergedError: Too many updates in a row were not finite.
     """
-    policy, ended_by = trainer.policy, 0
-    best = replace(folder, path=folder.path / "best")
-    try:
-        total, done = trainer.settings.rounds, trainer.rounds_done
-        with end_after_round() as signaled, progress.phase("training", total, "rounds", done) as phase:
-            display = RoundDisplay(trainer.settings, phase)
-            for result in () if monitors.stopped else trainer.rounds(progress):
-                rounds = trainer.rounds_done
-                last = trainer.settings.progress(rounds, result.nfe) >= 1
+    best, ended_by = replace(folder, path=folder.path / "best"), 0
+    total, done = trainer.settings.rounds, trainer.rounds_done
+    with (
+        weights_saved(trainer, folder, pipeline),
+        end_after_round() as signaled,
+        progress.phase("training", total, "rounds", done) as phase,
+    ):
+        display = RoundDisplay(trainer.settings, phase)
+        for result in () if monitors.stopped else trainer.rounds(progress):
+            rounds = trainer.rounds_done
+            last = trainer.settings.progress(rounds, result.nfe) >= 1
 
-                # Observe and log
-                held_out, report, samples = monitors.observe(result, rounds, last, folder.path)
-                row = result.as_dict() | {
-                    "held_out": {name: estimate.as_dict() for name, estimate in held_out.items()} or None,
-                    "reward_hacking": report.as_list() if report else None,
-                    "sample_grid": list(samples) or None,
-                }
-                folder.append(row)
-                log_round(trackers, result.round, row, folder.path, samples)
-                display.show(result, held_out)
+            # Observe and log
+            observations = monitors.observe(result, rounds, last, folder.path)
+            row = result.as_dict() | observations.as_dict()
+            folder.append(row)
+            log_round(trackers, result.round, row, folder.path, observations.samples)
+            display.show(result, observations.held_out)
 
-                # React to reward hacking, save, and end early after a red report or a signal on any rank
-                if monitors.guard and report:
-                    monitors.guard.react(report, trainer, lambda: best.save(policy, pipeline))
-                ended_by = max(trainer.processes.all_gather_object(signaled()))
-                stopping = bool(ended_by) or monitors.stopped
-                checkpoints.after(rounds, last or stopping)
-                if stopping:
-                    break
-    except BaseException as error:
-        if not policy.sharded:
-            folder.save(policy, pipeline)
-        if isinstance(error, RewardError | DivergedError):
-            stop = f"Training stopped at round {trainer.rounds_done + 1}: {error}"
-            raise type(error)(f"{stop}. Resume with: genalign train --resume {folder.path}") from error
-        raise
-    folder.save(policy, pipeline)
+            # React to reward hacking, save, and end early after a red report or a signal on any rank
+            if monitors.guard and observations.report:
+                monitors.guard.react(observations.report, trainer, lambda: best.save(trainer.policy, pipeline))
+            ended_by = max(trainer.processes.all_gather_object(signaled()))
+            stopping = bool(ended_by) or monitors.stopped
+            checkpoints.after(rounds, last or stopping)
+            if stopping:
+                break
     return 0 if monitors.stopped else ended_by
