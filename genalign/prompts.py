@@ -28,7 +28,10 @@ def split_held_out(prompts: PromptSet, fraction: float) -> tuple[PromptSet, Prom
     The fraction is rounded up; of four prompts or more at least two are held out. The split depends on the texts alone,
     and each task is held out in proportion. Raises ValueError where no prompt would be left on one side.
     """
-    by_task = sorted({prompt.text: prompt.task for prompt in prompts.prompts}.items(), key=_task_and_hash)
+    by_task = sorted(
+        {prompt.text: prompt.task for prompt in prompts.prompts}.items(),
+        key=lambda item: (item[1], hashlib.sha256(item[0].encode()).digest()),
+    )
     count = max(math.ceil(fraction * len(by_task)), min(2, len(by_task) // 2))
     if not 0 < count < len(by_task):
         raise ValueError(
@@ -38,11 +41,6 @@ def split_held_out(prompts: PromptSet, fraction: float) -> tuple[PromptSet, Prom
     held_out = {by_task[(2 * place + 1) * len(by_task) // (2 * count)][0] for place in range(count)}
     parts = [tuple(p for p in prompts.prompts if (p.text in held_out) is out) for out in (False, True)]
     return PromptSet(prompts.name, parts[0]), PromptSet(f"{prompts.name} (held out)", parts[1])
-
-
-def _task_and_hash(item: tuple[str, str]) -> tuple[str, bytes]:
-    text, task = item
-    return task, hashlib.sha256(text.encode()).digest()
 
 
 @dataclass(frozen=True)

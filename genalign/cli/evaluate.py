@@ -7,6 +7,7 @@ says what their benchmark writes besides.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,7 +165,8 @@ class _Inputs:
 
 def _run(context: CommandContext, settings: config.Evaluate, plain: Mapping[str, Any], task: Task) -> int:
     """Score this process's share of the samples; the process that finishes the last one writes the results."""
-    scorers = [*task.scorers, *([RewardScorer(_rewards(settings))] if settings.rewards else [])]
+    rewards = {reward.name: reward for reward in named_rewards(settings.rewards)}
+    scorers = [*task.scorers, *([RewardScorer(rewards)] if rewards else [])]
     if not scorers:
         raise ValueError(
             "rewards is empty: name at least one, as in --rewards.clip.function rewards.clip.ClipReward; prompts of a"
@@ -197,10 +199,6 @@ def _run(context: CommandContext, settings: config.Evaluate, plain: Mapping[str,
     return 0
 
 
-def _rewards(settings: config.Evaluate) -> Mapping[str, RewardFunction]:
-    return {reward.name: reward for reward in named_rewards(settings.rewards)}
-
-
 def _verifier(task: Task, plain: Mapping[str, Any]) -> str:
     """Describe everything that scores the samples: the preset's scorers, then rewards and scores of the set."""
     rewards = {name: choice["function"] for name, choice in (plain["rewards"] or {}).items()}
@@ -226,19 +224,12 @@ def _generated(
     _require_medium(task.world, pipeline.sample_rate, prompts)
     require_rate({"rewards": settings.rewards, "set_rewards": settings.set_rewards}, pipeline.sample_rate)
     specs = plan_samples(prompts, settings.samples_per_task, settings.seeds)
-    per_task = settings.samples_per_task or max(map(len, _by_task(specs).values()))
+    per_task = settings.samples_per_task or max(Counter(spec.prompt.task for spec in specs).values())
     size = config.EvaluationSize(per_task, settings.seeds, settings.batch_size)
     protocol = model_protocol(pipeline, model, settings.sampling, size, prompts, verifier)
     ledger = Ledger()
     write = task.layout(specs) if task.layout else numbered_files(pipeline.sample_rate)
     return _Inputs(PipelineSource(Metered(pipeline, ledger), specs, protocol), write, protocol, identity, ledger)
-
-
-def _by_task(specs: Sequence[SampleSpec]) -> dict[str, list[SampleSpec]]:
-    tasks: dict[str, list[SampleSpec]] = {}
-    for spec in specs:
-        tasks.setdefault(spec.prompt.task, []).append(spec)
-    return tasks
 
 
 def _files(

@@ -69,8 +69,9 @@ def trained_weights(run: Path, rounds: int | None) -> TrainedWeights:
     }
     if rounds is not None:
         if rounds not in checkpoints:
+            others = f"round {', '.join(map(str, sorted(checkpoints)))}" if checkpoints else "none"
             raise FileNotFoundError(
-                f"{run} has no weights after round {rounds}, but after {_listed(checkpoints)}: checkpoint.every and"
+                f"{run} has no weights after round {rounds}, but after {others}: checkpoint.every and"
                 " checkpoint.keep say which are retained"
             )
         return TrainedWeights(checkpoints[rounds], rounds=rounds)
@@ -82,11 +83,6 @@ def trained_weights(run: Path, rounds: int | None) -> TrainedWeights:
     if network.is_dir():
         return TrainedWeights(network, is_adapter=False)
     raise FileNotFoundError(f"{run} has no weights yet: its first checkpoint after a round will have them")
-
-
-def _listed(checkpoints: dict[int, Path]) -> str:
-    rounds = [str(number) for number in sorted(checkpoints)]
-    return f"round {', '.join(rounds)}" if rounds else "none"
 
 
 def _is_newer(adapter: Path, before: Path) -> bool:

@@ -64,10 +64,6 @@ def read_listing(folder: Path) -> dict[str, Prompt]:
     return prompts
 
 
-def _text_lines(path: Path) -> Rows:
-    return ((f"{path}, line {number}", line) for number, line in numbered_lines(path))
-
-
 def _json_lines(path: Path) -> Rows:
     for number, line in numbered_lines(path):
         where = f"{path}, line {number}"
@@ -125,7 +121,7 @@ def _parquet(path: Path) -> Rows:
 
 
 _KINDS: Mapping[str, Callable[[Path], Rows]] = {
-    ".txt": _text_lines,
+    ".txt": lambda path: ((f"{path}, line {number}", line) for number, line in numbered_lines(path)),
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_list,

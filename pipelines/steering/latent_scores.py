@@ -89,14 +89,10 @@ class PipelineScorer:
             scores.append(score(self.rewards, decoded, prompts[first : first + len(part)]))
             samples.append(decoded.cpu())
         column = torch.cat(scores)
-        raised = [reward for reward in self.rewards if self.failures.last.get(reward.name, "").startswith("raised")]
-        self.failures.require_scores(raised, self._columns(column, raised), f"{len(latents)} samples of the call")
+        raised = [i for i, r in enumerate(self.rewards) if self.failures.last.get(r.name, "").startswith("raised")]
+        whole = f"{len(latents)} samples of the call"
+        self.failures.require_scores([self.rewards[i] for i in raised], column[:, raised], whole)
         return column, torch.cat(samples)
-
-    def _columns(self, scores: Tensor, rewards: Sequence[NamedReward]) -> Tensor:
-        """Select the scores (N, ...) of some of the rewards."""
-        names = [reward.name for reward in self.rewards]
-        return scores[:, [names.index(reward.name) for reward in rewards]]
 
 
 @contextmanager

@@ -29,16 +29,13 @@ def table(result: dict[str, Any]) -> str:
     heading = "value | 95% interval | repeats" if measured else "gain | 95% interval | prompts or runs"
     lines = [f"| name | metric | {heading} |", "|---|---|---|---|---|"]
     form, none = (".3g", f"none: under {MIN_REPEATS} repeats") if measured else ("+.3f", "none: a task of one prompt")
-    lines += [_line(row, form, none) for row in result["rows"]]
+    for row in result["rows"]:
+        interval = none if row["low"] is None else f"{row['low']:{form}} to {row['high']:{form}}"
+        lines.append(f"| {row['name']} | {row['metric']} | {row['mean']:{form}} | {interval} | {row['n']} |")
     rendered = (
         f"{result['claim']}. `{result['command']}`, {result['machine']}, {result['date']}, commit {result['commit']}."
     )
     return "\n".join([*lines, "", rendered, ""])
-
-
-def _line(row: dict[str, Any], form: str, none: str) -> str:
-    interval = none if row["low"] is None else f"{row['low']:{form}} to {row['high']:{form}}"
-    return f"| {row['name']} | {row['metric']} | {row['mean']:{form}} | {interval} | {row['n']} |"
 
 
 def standings(result: dict[str, Any]) -> str:

@@ -68,7 +68,8 @@ def record(work: Path) -> None:
             columns.append(_looks(run, candidates, students))
         finished = run.finish(candidates)
         tensors = {"previews": torch.stack(columns, dim=1), "clean": finished.scores}
-        tensors["hashes"] = _hashes(finished.candidates)
+        digests = [hashlib.blake2b(x.numpy().tobytes(), digest_size=8).digest() for x in finished.candidates.x]
+        tensors["hashes"] = torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
         for name, (steps, kernel) in OTHERS.items():
             other = _run(model, prompt, judges, steps, index)
             tensors[name] = other.finish(other.advance(other.start(SEEDS), steps, kernel)).scores
@@ -91,11 +92,6 @@ def _looks(run: SearchRun, candidates: Particles, students: Mapping[str, nn.Modu
 
 def _run(model: SD3, prompt: Prompt, judges: list[NamedReward], steps: int, index: int) -> SearchRun:
     return SearchRun(model, [prompt], judges, Sampling(steps).grid(model), 1.0, SEEDS, f"pool/{index}")
-
-
-def _hashes(candidates: Particles) -> Tensor:
-    digests = [hashlib.blake2b(x.numpy().tobytes(), digest_size=8).digest() for x in candidates.x]
-    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
 
 
 @dataclass(frozen=True)

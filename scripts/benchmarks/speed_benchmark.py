@@ -302,15 +302,11 @@ def times(work: Workspace) -> list[Measurement]:
         metric = f"seconds to {TARGET}{_bound(work, name)}"
         measured += [Measurement(name, metric, work.seconds(name, seed)) for seed in SEEDS]
         if name != "ours":
-            measured += _speedup(work, name)
+            # A seed on which ours does not arrive counts as a speedup of 0
+            ours = [work.seconds("ours", seed) if work.arrived("ours", seed) else math.inf for seed in SEEDS]
+            each = [work.seconds(name, seed) for seed in SEEDS]
+            measured += ratios(f"speedup.{name}", f"its seconds over ours{_bound(work, name, 'ours')}", each, ours)
     return measured
-
-
-def _speedup(work: Workspace, name: str) -> list[Measurement]:
-    """A seed on which ours does not arrive counts as a speedup of 0."""
-    ours = [work.seconds("ours", seed) if work.arrived("ours", seed) else math.inf for seed in SEEDS]
-    each = [work.seconds(name, seed) for seed in SEEDS]
-    return ratios(f"speedup.{name}", f"its seconds over ours{_bound(work, name, 'ours')}", each, ours)
 
 
 def _bound(work: Workspace, *names: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from genalign.evaluation.benchmarks.benchmark import Judges
 from genalign.evaluation.geneval.scoring import Box, Detection, Thresholds, filter_detections
 
 
@@ -47,9 +48,12 @@ def detect(detector: ObjectDetector, images: Tensor, names: Sequence[Sequence[st
     return objects
 
 
-def require_classes(detector: ObjectDetector, names: Sequence[str]) -> None:
-    """Raise ValueError for a name that a detector of fixed classes does not have."""
-    if detector.classes is not None and (unknown := [name for name in names if name not in detector.classes]):
+def require_classes(judges: Judges, names: Sequence[str]) -> None:
+    """Raise ValueError for a name that the detector does not have, if there is one and its classes are fixed."""
+    detector: Any = judges.detector
+    if detector is None or detector.classes is None:
+        return
+    if unknown := [name for name in names if name not in detector.classes]:
         raise ValueError(
             f"{unknown[0]!r} and {len(unknown) - 1} others are none of the {len(detector.classes)} classes that"
             f" {type(detector).__name__} detects: use a detector of any name, such as Owlv2 or GroundingDino"

@@ -244,8 +244,8 @@ def _needs(prompts: PromptSet, judges: Judges) -> tuple[str, ...]:
     """Return the judges of the categories. Raises ValueError for objects that the detector cannot detect."""
     parts = dict.fromkeys(part for prompt in prompts.prompts for part in _parts(prompt))
     names = dict.fromkeys(_JUDGES[part] for part in parts)
-    if "detector" in names and judges.detector is not None:
-        require_classes(judges.need("detector"), [name for prompt in prompts.prompts for name in _object_names(prompt)])
+    if "detector" in names:
+        require_classes(judges, [name for prompt in prompts.prompts for name in _object_names(prompt)])
     return (*names, "depth") if "places_3d" in parts else tuple(names)
 
 

@@ -148,10 +148,6 @@ def _counts(text: str, lists: Lists) -> dict[str, Any]:
     return {"counts": counts}
 
 
-def _kind(text: str, lists: Lists) -> dict[str, Any]:
-    return {"kind": next((kind for kind, texts in lists.kinds.items() if _key(text) in texts), "both")}
-
-
 def _complex_places(text: str, lists: Lists) -> dict[str, Any]:
     """Parse the nouns next to the relation of a sentence; none where it has no relation, or several."""
     matches = [match for relation in RELATIONS for match in re.finditer(rf"\b{relation}\b", text)]
@@ -163,25 +159,6 @@ def _complex_places(text: str, lists: Lists) -> dict[str, Any]:
     if not before or not after:
         return {"objects": [], "relation": ""}
     return {"objects": [before[-1].text.lower(), after[0].text.lower()], "relation": match[0]}
-
-
-def _without_adjectives(text: str, lists: Lists) -> dict[str, Any]:
-    return {"text_without_adjectives": " ".join(token.text for token in _language()(text) if token.pos_ != "ADJ")}
-
-
-_PARSERS: Mapping[str, Mapping[str, Callable[[str, Lists], dict[str, Any]]]] = {
-    **{category: {"phrases": _phrases} for category in ATTRIBUTES},
-    "spatial": {"objects": _places(RELATIONS)},
-    "3d_spatial": {"objects": _places(RELATIONS_3D)},
-    "numeracy": {"counts": _counts},
-    "complex": {
-        "phrases": _phrases,
-        "objects": _complex_places,
-        "kind": _kind,
-        "text_without_adjectives": _without_adjectives,
-    },
-}
-"""Parsers of what a category needs, by the key that they fill."""
 
 
 @functools.cache
@@ -196,3 +173,22 @@ def _language() -> Any:
             "sentences of T2I-CompBench are parsed by spaCy: pip install spacy, python -m spacy download"
             " en_core_web_sm; or give a table with the metadata that docs/benchmarks.md lists"
         ) from None
+
+
+_PARSERS: Mapping[str, Mapping[str, Callable[[str, Lists], dict[str, Any]]]] = {
+    **{category: {"phrases": _phrases} for category in ATTRIBUTES},
+    "spatial": {"objects": _places(RELATIONS)},
+    "3d_spatial": {"objects": _places(RELATIONS_3D)},
+    "numeracy": {"counts": _counts},
+    "complex": {
+        "phrases": _phrases,
+        "objects": _complex_places,
+        "kind": lambda text, lists: {
+            "kind": next((kind for kind, texts in lists.kinds.items() if _key(text) in texts), "both")
+        },
+        "text_without_adjectives": lambda text, lists: {
+            "text_without_adjectives": " ".join(token.text for token in _language()(text) if token.pos_ != "ADJ")
+        },
+    },
+}
+"""Parsers of what a category needs, by the key that they fill."""

@@ -202,8 +202,8 @@ def mean_cosine(features: Sequence[Sequence[float]]) -> float:
 def aggregate_divgenbench(records: Sequence[SampleRecord], prompts: PromptSet) -> dict[str, float]:
     """Compute the numbers of the dimensions that there are: ids (lower is more diverse), asc, sdi and pvs.
 
-    ids, asc and pvs are over all images of their dimension; sdi is one minus the mean similarity of the layouts of a
-    prompt's images, averaged over prompts.
+    ids, asc and pvs (the sum of the standard deviations of saturation, value and contrast) are over all images of their
+    dimension; sdi is one minus the mean similarity of the layouts of a prompt's images, averaged over prompts.
     """
     measured: dict[str, list[Any]] = {}
     similarities, empty, missing = list[float](), 0, 0
@@ -220,7 +220,7 @@ def aggregate_divgenbench(records: Sequence[SampleRecord], prompts: PromptSet) -
         "id": ("ids", mean_cosine(measured.get("id", ()))),
         "style": ("asc", _style_coverage(measured.get("style", ()))),
         "layout": ("sdi", 1 - average(similarities)),
-        "tonal": ("pvs", _tonal_variation(measured.get("tonal", ()))),
+        "tonal": ("pvs", float(np.std(measured["tonal"], axis=0).sum()) if measured.get("tonal") else math.nan),
     }
     counts = {MISSING: float(missing), LEFT_OUT: float(missing)}
     if "layout" in measured:
@@ -236,19 +236,11 @@ def _style_coverage(details: Sequence[Mapping[str, Any]]) -> float:
     return float(score / details[0]["reference"])
 
 
-def _tonal_variation(rows: Sequence[Sequence[float]]) -> float:
-    """Sum the standard deviations of saturation, value and contrast over images."""
-    return float(np.std(rows, axis=0).sum()) if rows else math.nan
-
-
 def _needs(prompts: PromptSet, judges: Judges) -> tuple[str, ...]:
     """Return the judges of the dimensions. Raises ValueError for objects that the detector cannot detect."""
     dimensions = Counter(prompt.task for prompt in prompts.prompts)
-    if "layout" in dimensions and judges.detector is not None:
-        names = [
-            str(prompt.metadata["object"]) for prompt in prompts.prompts if prompt.metadata and prompt.task == "layout"
-        ]
-        require_classes(judges.need("detector"), names)
+    layouts = [prompt for prompt in prompts.prompts if prompt.task == "layout"]
+    require_classes(judges, [str(require_metadata(prompt, "object")) for prompt in layouts])
     return tuple(name for dimension in DIMENSIONS if dimension in dimensions for name in _JUDGES[dimension])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,9 @@ def _read_table(path: Path) -> dict[str, dict[str, Any]]:
             unknown += sum(number != 0 and number not in index for numbers in parents for number in numbers)
             metadata = {
                 "questions": [row["question_natural_language"] for row in rows],
-                "categories": [_category(row) for row in rows],
+                "categories": [
+                    " - ".join(filter(None, (row["category_broad"], row["category_detailed"]))) for row in rows
+                ],
                 "parents": [[index[number] for number in numbers if number in index] for numbers in parents],
             }
             table[item] = {"text": rows[0]["text"].strip(), "metadata": metadata}
@@ -82,10 +84,6 @@ def _read_table(path: Path) -> dict[str, dict[str, Any]]:
     if unknown:
         _log.warning("dependencies on no question of their item are ignored: %d in %s", unknown, path)
     return table
-
-
-def _category(row: Mapping[str, str]) -> str:
-    return " - ".join(part for part in (row["category_broad"], row["category_detailed"]) if part)
 
 
 @dataclass(frozen=True)

@@ -61,12 +61,8 @@ class SoftTifaScorer:
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Judgment:
         """Score images (B, 3, H, W) in [0, 1]; the details are the probabilities."""
         pairs = [require_metadata(prompt, "vqa_list") for prompt in prompts]
-        answers = ask(self._judge_pairs, samples, pairs)
+        answers = ask(lambda images, pairs: self.judge(images, *zip(*pairs, strict=True)), samples, pairs)
         return Judgment(torch.stack([part.log().mean().exp() for part in answers]), [as_json(part) for part in answers])
-
-    def _judge_pairs(self, images: Tensor, pairs: Sequence[Sequence[str]]) -> Tensor:
-        questions, answers = zip(*pairs, strict=True)
-        return self.judge(images, questions, answers)
 
 
 def aggregate_geneval2(records: Sequence[SampleRecord], prompts: PromptSet) -> dict[str, float]:

@@ -20,7 +20,6 @@ from genalign.evaluation.benchmarks.benchmark import (
     LEFT_OUT,
     MISSING,
     Benchmark,
-    Judges,
     average,
     by_prompt,
     distinct_prompts,
@@ -102,15 +101,11 @@ def aggregate_ocr(records: Sequence[SampleRecord], prompts: PromptSet) -> dict[s
     }
 
 
-def _scorers(judges: Judges) -> dict[str, OcrScorer]:
-    return {"ocr": OcrScorer(judges.need("reader"))}
-
-
 OCR = Benchmark(
     name="ocr",
     read=read_ocr,
     needs=lambda prompts, judges: ("reader",),
-    scorers=_scorers,
+    scorers=lambda judges: {"ocr": OcrScorer(judges.need("reader"))},
     aggregate=aggregate_ocr,
     rules=(
         "ocr-1: Flow-GRPO's edit similarity to the first quoted text; an image that cannot be read is left out, where"

@@ -142,14 +142,12 @@ def _scorers(judges: Judges) -> dict[str, ChecklistScorer]:
     return {"unigenbench": ChecklistScorer(judges.need("checklist"))}
 
 
-def _needs(prompts: PromptSet, judges: Judges) -> tuple[str, ...]:
-    return ("questions",) if judges.checklist is None and judges.questions is not None else ("checklist",)
-
-
 UNIGENBENCH = Benchmark(
     name="unigenbench",
     read=read_unigenbench,
-    needs=_needs,
+    needs=lambda prompts, judges: (
+        "questions" if judges.checklist is None and judges.questions is not None else "checklist",
+    ),
     scorers=_scorers,
     aggregate=aggregate_unigenbench,
     rules=(
