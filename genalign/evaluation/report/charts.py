@@ -14,7 +14,7 @@ from genalign.training.reward_hacking import HackingReport
 from genalign.training.round_log import flat_numbers
 
 _CHARTS = {
-    "held_out": ("Scores", "Held-out {}", "prompts of held_out.prompts, with 95 % interval"),
+    "held_out": ("Scores", "Held-out {}", "mean over the held-out prompts, with its 95 % interval"),
     "reward": ("Scores", "Training reward", "weighted mean of all rewards in each round"),
     "rewards": ("Scores", "Reward {}", "mean of each round, unweighted"),
     "kl": ("Policy", "KL to the reference", "how far the policy has moved"),
@@ -92,12 +92,12 @@ def _series(rows: Sequence[Row]) -> dict[str, dict[int, Point]]:
     series: dict[str, dict[int, Point]] = {}
     for index, row in enumerate(rows):
         numbers = flat_numbers(row)
-        estimates = {name for name in numbers if {f"{name}/low", f"{name}/high"} <= numbers.keys()}
+        estimates = {name for name in numbers if f"{name}/n" in numbers}
         parts = {f"{name}/{part}" for name in estimates for part in ("low", "high", "n")}
         for name, value in numbers.items():
             if name not in {"round", "calls/nfe"} | parts:  # calls/nfe is the row's nfe
                 low, high = numbers.get(f"{name}/low", value), numbers.get(f"{name}/high", value)
-                interval = (low, high) if name in estimates and low < high else None  # a whole set has none
+                interval = (low, high) if name in estimates and low < high else None  # too few prompts have none
                 series.setdefault(name, {})[index] = Point(0.0, value, interval)
     return series
 

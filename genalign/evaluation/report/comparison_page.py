@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -14,6 +15,8 @@ from genalign.evaluation.report.curves import Axis, Point, line_color, lines_cha
 from genalign.evaluation.report.html import write_page
 from genalign.evaluation.report.reading import Run, read_run
 from genalign.evaluation.report.samples import Drawing, drawing, fitting
+from genalign.evaluation.report.sections import flattened
+from genalign.evaluation.report.summary import subject
 from genalign.evaluation.report.words import SHARES, count, duration, gain_verdict, number, percent, plain, signed
 
 _PROMPTS = 8  # whose samples stand side by side
@@ -68,9 +71,26 @@ def write_comparison(
         rows=rows,
         budgets=budget_words(ordered),
         equal_nfe=len(ordered) > 1 and equal_budgets(recipe.nfe_range for recipe in ordered),
+        settings=_settings({name: run.config for name, run in first.items()}),
+        model=next((subject({key: run.config.get(key) for key in ("model", "prompts")}) for run in first.values()), ""),
         charts=_charts(main, {recipe.name: first[recipe.name] for recipe in ordered if recipe.name in first}),
         samples=_samples({recipe.name: first[recipe.name] for recipe in ordered if recipe.name in first}, path.parent),
     )
+
+
+def _settings(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """The settings that all recipes share, and those in which each one differs from another; no folders."""
+    lines = {name: flattened(config) for name, config in configs.items()}
+    for settings in lines.values():
+        settings.pop("output", None)
+    shared = {
+        key: value
+        for key, value in next(iter(lines.values()), {}).items()
+        if all(settings.get(key) == value for settings in lines.values())
+    }
+    own = {name: {k: v for k, v in settings.items() if k not in shared} for name, settings in lines.items()}
+    titled = {"Settings that all recipes share": shared} | {f"Settings of {name}": part for name, part in own.items()}
+    return {title: part for title, part in titled.items() if part}
 
 
 def budget_words(summaries: Sequence[RecipeSummary]) -> str:

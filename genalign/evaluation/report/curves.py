@@ -13,7 +13,8 @@ from genalign.evaluation.report.words import gain_mood
 from genalign.metrics.intervals import Estimate
 
 WIDTH, HEIGHT = 480.0, 260.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, WIDTH - 14.0, 26.0, HEIGHT - 44.0  # edges of the plot in pixels
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, WIDTH - 14.0, 34.0, HEIGHT - 44.0  # edges of the plot in pixels
+_LETTER = 10.0  # pixels of a label, at the largest font size of a page
 _MARKS, _RAW = 60, 400  # points of the bold line, which can be read out, and of the faint line behind it
 
 
@@ -73,7 +74,7 @@ def line_chart(points: Sequence[Point], x_axis: Axis, y_axis: Axis, title: str) 
     parts.append(f'<polyline class="line" points="{_pixels([(p.x, p.y) for p in marks], x, y)}"/>')
 
     # A column for each mark, which shows its value in the upper right corner while the mouse is over it
-    edges = [_LEFT, *((x(a.x) + x(b.x)) / 2 for a, b in pairwise(marks)), _RIGHT]
+    edges = [x.start, *((x(a.x) + x(b.x)) / 2 for a, b in pairwise(marks)), _RIGHT]
     dots = marks if len(marks) <= 20 else marks[-1:]
     parts += [f'<circle class="dot" cx="{x(p.x):g}" cy="{y(p.y):g}" r="3"/>' for p in dots]
     for p, (left, right) in zip(marks, pairwise(edges), strict=True):
@@ -135,13 +136,15 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _scales(points: Sequence[Point], y_axis: Axis) -> tuple[_Scale, _Scale]:
-    """Scales for all values and intervals with a small margin, within the limits of the axis."""
+    """Scales for all values and intervals with a small margin, within the limits of the axis, beside its labels."""
     first, last = min(p.x for p in points), max(p.x for p in points)
     low, high = min(p.span[0] for p in points), max(p.span[1] for p in points)
     margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     bottom = min(low, 0.0) if y_axis.from_zero else min(low, max(low - margin, y_axis.limits[0]))
     top = max(high, min(high + margin, y_axis.limits[1]))
-    return _Scale(first, last if last > first else first + 1, _LEFT, _RIGHT), _Scale(bottom, top, _BOTTOM, _TOP)
+    y = _Scale(bottom, top, _BOTTOM, _TOP)
+    left = max(_LEFT, *(_LETTER * len(text) + 8 for _, text in _tick_labels(y, y_axis, 5)))
+    return _Scale(first, last if last > first else first + 1, left, _RIGHT), y
 
 
 def _grid(x: _Scale, y: _Scale, x_axis: Axis, y_axis: Axis) -> str:
@@ -149,12 +152,12 @@ def _grid(x: _Scale, y: _Scale, x_axis: Axis, y_axis: Axis) -> str:
     parts = [
         f'<text class="axis" x="0" y="14">{escape(y_axis.label)}</text>',
         f'<text class="axis end" x="{_RIGHT}" y="{HEIGHT - 4}">{escape(x_axis.label)}</text>',
-        f'<line class="base" x1="{_LEFT}" x2="{_RIGHT}" y1="{_BOTTOM}" y2="{_BOTTOM}"/>',
+        f'<line class="base" x1="{x.start}" x2="{_RIGHT}" y1="{_BOTTOM}" y2="{_BOTTOM}"/>',
     ]
     for value, text in _tick_labels(y, y_axis, 5):
         at = y(value)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text class="tick end" x="{_LEFT - 8}" y="{at + 4:.1f}">{escape(text)}</text>')
+        parts.append(f'<line class="grid" x1="{x.start}" x2="{_RIGHT}" y1="{at}" y2="{at}"/>')
+        parts.append(f'<text class="tick end" x="{x.start - 8}" y="{at + 4:.1f}">{escape(text)}</text>')
     for value, text in _tick_labels(x, x_axis, 7):
         parts.append(f'<text class="tick mid" x="{x(value)}" y="{_BOTTOM + 18}">{escape(text)}</text>')
     return "".join(parts)

@@ -69,6 +69,7 @@ def write_evaluation(folder: Path, against: Path | None = None) -> Path:
         tasks={**evaluation.tasks, OVERALL: overall},
         benchmark=flattened(benchmark),
         samples={} if against else _samples(folder, evaluation),
+        model=_model_words(manifest, evaluation),
         hashes={name: manifest.get(name, "") for name in ("hash", "protocol_hash")},
         subject=flattened(manifest.get("subject", {})),
         protocol=flattened(evaluation.protocol.as_dict()),
@@ -94,6 +95,17 @@ def set_differences(before: Evaluation, after: Evaluation) -> dict[str, float | 
         for name, value in after.sets.items()
         if name in before.sets
     }
+
+
+def _model_words(manifest: Mapping[str, Any], evaluation: Evaluation) -> str:
+    """The model of an evaluation, its adapter and its sampling in one line; empty for samples of another program."""
+    subject, protocol = manifest.get("subject", {}), evaluation.protocol
+    model = subject.get("model")
+    if not isinstance(model, Mapping) or protocol.kernel == EXTERNAL:
+        return ""
+    steps = f"{len(protocol.sigmas) - 1} steps by {protocol.kernel}, guidance {protocol.guidance:g}"
+    adapter = [f"adapter {subject['lora']}"] if subject.get("lora") else []
+    return " · ".join([str(model.get("path")), *adapter, steps])
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -206,4 +218,5 @@ def _verdicts(comparison: ModelComparison) -> dict[str, str]:
 def _win_words(wins: WinRate) -> str:
     rate = wins.rate
     interval = f"{percent(rate.low)} to {percent(rate.high)}"
-    return f"{percent(rate.mean)} ({interval}), ties {percent(wins.ties)} as half, sign test p = {wins.p_value:.3g}"
+    ties = f"with the {percent(wins.ties)} that tie as half won"
+    return f"{percent(rate.mean)} ({interval}), {ties}; sign test p = {wins.p_value:.3g}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,19 @@ from genalign.evaluation.report.reading import read_run
 from genalign.evaluation.report.samples import samples_over_rounds
 from genalign.runtime.files import write_text
 
-_WORDS = ("count", "duration", "gain_mood", "interval", "mood", "number", "plain", "prompts", "scored", "signed")
+_WORDS = (
+    "count",
+    "duration",
+    "gain_label",
+    "gain_mood",
+    "interval",
+    "mood",
+    "number",
+    "plain",
+    "prompts",
+    "scored",
+    "signed",
+)
 
 
 def write_report(folder: Path) -> Path:
@@ -37,6 +52,8 @@ def write_report(folder: Path) -> Path:
         folder / "report.html",
         "report.html.j2",
         unfinished=run.unfinished,
+        subject=summary.subject(run.config),
+        scores=list(measured.score_names) if measured else [],
         changes=summary.did_it_work(run),
         worse=summary.got_worse(run),
         cost=summary.cost(run),
@@ -62,7 +79,14 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_unbroken,
     )
     page = environment.get_template(template, globals={name: getattr(words, name) for name in _WORDS})
-    write_text(path, page.render(name=path.resolve().parent.name, **values))
+    written = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by genalign {version('genalign')}"
+    write_text(path, page.render(name=path.resolve().parent.name, written=written, **values))
     return path
+
+
+def _unbroken(value: Any) -> Any:
+    """Keep numbers and their percent sign on one line of a page."""
+    return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", value) if type(value) is str else value

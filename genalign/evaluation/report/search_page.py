@@ -15,7 +15,7 @@ from genalign.evaluation.report.curves import Axis, Point, line_chart, svg, tick
 from genalign.evaluation.report.html import write_page
 from genalign.evaluation.report.samples import fitting, thumbnail
 from genalign.evaluation.report.sections import flattened
-from genalign.evaluation.report.words import call_words, count, duration, number, plain, signed
+from genalign.evaluation.report.words import SHARES, call_words, count, duration, number, percent, plain, scored, signed
 from genalign.runtime.media import Thumbnail
 
 _MAX_CARDS = 24
@@ -98,11 +98,13 @@ def _facts(rows: Sequence[Json]) -> dict[str, str]:
     compared = [row["plain"] for row in rows if row.get("plain")]
     for name in rows[0]["scores"]:
         values = [row["scores"][name] for row in rows if row["scores"][name] is not None]
-        facts[plain(name)] = number(math.fsum(values) / len(values)) if values else "failed"
+        facts[plain(name)] = scored(name, math.fsum(values) / len(values)) if values else "failed"
         pairs = [(row["scores"][name], row["plain"]["scores"][name]) for row in rows if row.get("plain")]
         gains = [best - base for best, base in pairs if best is not None and base is not None]
         if gains:
-            facts[f"{plain(name)}, gain over plain sampling"] = signed(name, math.fsum(gains) / len(gains))
+            facts[f"{plain(name)}, gain over plain sampling"] = (
+                f"{signed(name, math.fsum(gains) / len(gains))}{' points' if name in SHARES else ''}"
+            )
     for row in rows:
         calls.update(row["calls"])
     if compared:
@@ -161,7 +163,12 @@ def _curve(reward: str, prompts: Sequence[Sequence[Json]]) -> Markup:
     finite = [point for point in points if math.isfinite(point.y)]
     if not finite:
         return Markup()
-    return line_chart(finite, Axis("denoising steps per prompt", count), Axis(plain(reward), number), "Best so far")
+    return line_chart(
+        finite,
+        Axis("denoising steps per prompt", count),
+        Axis(plain(reward), percent if reward in SHARES else number),
+        "Best so far",
+    )
 
 
 def _best_so_far(candidates: Sequence[Json]) -> list[tuple[int, float]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from genalign.evaluation.evaluate import Evaluation
 from genalign.evaluation.report.reading import Comparison, Row, Run, rounds_done
@@ -57,6 +58,20 @@ class Change:
     def statement(self) -> Statement:
         """The whole change as one sentence."""
         return Statement(f"{self.title}: {self.start} → {self.end}, {self.verdict} ({self.detail}).", self.mood)
+
+
+def subject(config: Mapping[str, Any]) -> str:
+    """What was trained, by what, and on what, in one line; empty for a run without a configuration."""
+    model, recipe = (config.get("model") or {}).get("path"), (config.get("recipe") or {}).get("class_path")
+    parts = {
+        "": model,
+        "trained by ": recipe and str(recipe).rpartition(".")[2],
+        "rewards: ": ", ".join(
+            plain(name) for name, settings in (config.get("rewards") or {}).items() if settings.get("weight", 1.0)
+        ),
+        "prompts: ": config.get("prompts"),
+    }
+    return " · ".join(f"{words}{value}" for words, value in parts.items() if isinstance(value, str) and value)
 
 
 def main_score(names: Collection[str]) -> str:

@@ -67,7 +67,7 @@ def call_words(call: str) -> str:
 
 def scored(score: str, value: float) -> str:
     """The value of a score, in percent if it is a share."""
-    return f"{100 * value:.1f} %" if score in SHARES else number(value)
+    return f"{100 * value:.1f} %".replace("-", _MINUS) if score in SHARES else number(value)
 
 
 def signed(score: str, value: float) -> str:
@@ -76,10 +76,16 @@ def signed(score: str, value: float) -> str:
 
 
 def interval(score: str, estimate: Estimate, write: Callable[[str, float], str]) -> str:
-    """The confidence interval of an estimate: "0.1 to 0.3", or why there is none."""
+    """The confidence interval of an estimate: "0.1 to 0.3", or why there is none; that of a share stays possible."""
     if not estimate.has_interval:
         return estimate.no_interval
-    return f"{write(score, estimate.low)} to {write(score, estimate.high)}"
+    least, most = (0.0 if write is scored else -1.0, 1.0) if score in SHARES else (-math.inf, math.inf)
+    return f"{write(score, max(estimate.low, least))} to {write(score, min(estimate.high, most))}"
+
+
+def gain_label(score: str) -> str:
+    """The heading of a column of gains, with the unit of a share."""
+    return "gain in points" if score in SHARES else "gain"
 
 
 def mood(low: float, high: float) -> Mood:

@@ -70,6 +70,49 @@ def test_a_search_page_has_settings_and_the_gain_over_plain_sampling_with_both_c
     assert "plain sampling, 20 NFE: ocr 0.125" in text and "best sample, 12 NFE: ocr 0.5" in text
 
 
+def test_a_search_page_writes_shares_in_percent_and_their_gains_in_points(tmp_path):
+    base = {"scores": {"partial": 0.25}, "image": "plain/0.png", "calls": {"nfe": 4}, "extra": True}
+    page = search(tmp_path, [[candidate(4, 0.5), candidate(4, 0.75)]], 1, scores={"partial": 0.75}, plain=base)
+    text = Page(page.read_text()).text
+    assert "partial 75.0 % partial, gain over plain sampling +50.0 points" in text
+    assert "plain sampling, 4 NFE: partial 25.0 %" in text and "best sample, 12 NFE: partial 75.0 %" in text
+    assert "50 % at 4 denoising steps" in text and "75 % at 8 denoising steps" in text
+
+
+def test_a_comparison_has_its_model_and_the_settings_of_its_recipes(tmp_path):
+    numbers = {"minutes": 2.0, "nfe": 100.0, "prompts": 24, "effect": 0.5, "minutes_range": (2, 2), "nfe_range": (9, 9)}
+    summaries, recipes = [], {}
+    for name, rate in (("slow", 1e-4), ("fast", 1e-3)):
+        recipes[name] = {1: tmp_path / name}
+        (tmp_path / name).mkdir()
+        config = {"output": name, "model": {"path": "my/model"}, "training": {"rounds": 5, "learning_rate": rate}}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        summaries.append(RecipeSummary(name, 1, 0.1, 0.0, 0.2, {"strict": 0.1}, {}, 0.01, {}, **numbers))
+    write_comparison(tmp_path / "comparison.html", summaries, recipes)
+    text = Page((tmp_path / "comparison.html").read_text()).text
+    assert f"genalign comparison · {tmp_path.name} my/model" in text
+    assert "Settings that all recipes share model.path my/model training.rounds 5 Settings of" in text
+    assert "Settings of slow training.learning_rate 0.0001 Settings of fast training.learning_rate 0.001" in text
+
+
+def test_an_evaluation_names_its_model_and_explains_its_scores(tmp_path):
+    save(tmp_path, {"strict": 1.0, "partial": 1.0})
+    model = {"path": "my/model"}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"subject": {"model": model, "lora": "runs/mine/lora"}}))
+    text = Page(write_evaluation(tmp_path).read_text()).text
+    assert f"{tmp_path.name} my/model · adapter runs/mine/lora · {len(PROTOCOL.sigmas) - 1} steps by " in text
+    assert "partial is the share of the prompt's parts that are right" in text
+    save(tmp_path, {"aesthetic": 5.0})
+    assert "the prompt's parts" not in Page(write_evaluation(tmp_path).read_text()).text
+
+
+def test_pages_have_a_date_and_numbers_stay_beside_their_percent_signs(tmp_path):
+    save(tmp_path, {"strict": 1.0})
+    page = write_evaluation(tmp_path).read_text()
+    assert re.search(r"Page written \d{4}-\d\d-\d\d \d\d:\d\d UTC by genalign \d", page)
+    assert ">100.0\N{NO-BREAK SPACE}%<" in page
+
+
 @pytest.mark.parametrize("candidates", [1, 8, 400])
 def test_labels_of_a_search_page_are_legible_at_any_width(candidates, tmp_path):
     """A unit of a drawing is at most 1.2 pixels wide, and at 400 pixels two thirds of one, with larger text."""
@@ -95,12 +138,15 @@ def test_recipes_of_unequal_cost_are_not_called_equal(tmp_path):
     page = path.read_text()
     assert page.index("fast") < page.index("slow") and "2 recipes: gain in strict score on 24 prompts</h1>" in page
     assert "The runs took 2.8k to 4.61k NFE (not equal), and 1 min 30 s to 2 min 30 s of training (not equal)." in page
-    assert "+25.0" in page and "not measured" in page and "-0.250" in page and "2.8k to 2.82k" in page
+    assert "+25.0" in page and "not measured" in page and "\N{MINUS SIGN}0.250<" in page and "2.8k to 2.82k" in page
     assert "a clear improvement, effect size 0.5" in page and "no clear change, effect size 0.5" in page
     assert 'class="scores total' not in page  # the best recipe, or the last, is no total
     write_comparison(path, [summary("slow", 0.05, 4600.0), summary("fast", 0.25, 4610.0)])
     page = path.read_text()
-    assert "2 recipes at equal NFE: gain in strict score" in page and "4.58k to 4.61k NFE (equal within 5 %)" in page
+    assert (
+        "2 recipes at equal NFE: gain in strict score" in page
+        and "4.58k to 4.61k NFE (equal within 5 %)" in Page(page).text
+    )
 
 
 # --- texts that contain HTML ------------------------------------------------------------------------------------------

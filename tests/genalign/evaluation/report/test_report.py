@@ -17,7 +17,18 @@ from genalign.evaluation.report.curves import Axis, Point, binned, line_chart, t
 from genalign.evaluation.report.reading import read_run
 from genalign.evaluation.report.samples import samples_over_rounds, thumbnail
 from genalign.evaluation.report.sections import flattened
-from genalign.evaluation.report.words import Verdict, call_words, count, duration, gain_verdict, number, signed
+from genalign.evaluation.report.summary import subject
+from genalign.evaluation.report.words import (
+    Verdict,
+    call_words,
+    count,
+    duration,
+    gain_verdict,
+    interval,
+    number,
+    scored,
+    signed,
+)
 from genalign.metrics.intervals import Estimate
 from genalign.runtime.media import Thumbnail, writer
 from genalign.runtime.waveforms import spectrogram
@@ -76,6 +87,37 @@ def run(tmp_path):
     evaluation(tmp_path / "before", [(1.0, 1.0), *[(0.0, 0.5)] * 71])
     evaluation(tmp_path / "after", [(0.0, 0.25), *[(1.0, 1.0)] * 40, *[(0.0, 0.5)] * 31])
     return tmp_path
+
+
+def test_a_run_is_introduced_by_its_model_method_rewards_and_prompts():
+    rewards = {"my_ocr": {"weight": 2.0}, "watched": {"weight": 0.0}}
+    recipe = {"class_path": "genalign.flow_grpo", "init_args": {}}
+    config = {"model": {"path": "my/model"}, "recipe": recipe, "rewards": rewards, "prompts": "prompts.txt"}
+    assert subject(config) == "my/model · trained by flow_grpo · rewards: my ocr · prompts: prompts.txt"
+    assert subject({}) == ""
+
+
+def test_intervals_of_shares_stay_within_what_is_possible():
+    estimate = Estimate(0.5, -3.0, 4.0, 2)
+    assert interval("partial", estimate, scored) == "0.0 % to 100.0 %"
+    assert interval("partial", estimate, signed) == "\N{MINUS SIGN}100.0 to +100.0"
+    assert interval("aesthetic", estimate, scored) == "\N{MINUS SIGN}3 to 4"
+
+
+def test_a_held_out_score_without_an_interval_is_one_chart(run):
+    estimate = {"mean": 0.4, "low": None, "high": None, "n": 3}
+    write_rows(run, rows(5, held_out={"strict": estimate}))
+    text = page(run).text
+    assert "Held-out strict" in text and "Held-out strict/n" not in text
+
+
+def test_labels_of_a_chart_stay_within_it():
+    """At 17 pixels, the largest size of labels in small panels, a digit is about 10 pixels wide."""
+    points = [Point(index, value) for index, value in enumerate((0.00001, 0.00018, 0.00021))]
+    chart = line_chart(points, Axis("rounds", count), Axis("KL", number), "KL")
+    labels = re.findall(r'class="tick end" x="([\d.]+)" y="([\d.]+)">([^<]+)<', chart)
+    assert "0.00015" in [text for _, _, text in labels]
+    assert all(float(right) >= 10 * len(text) and float(y) >= 30 for right, y, text in labels)  # below the axis' name
 
 
 def page(run):
@@ -257,7 +299,7 @@ def test_different_protocols_are_not_compared(run):
     replace(saved, protocol=replace(PROTOCOL, guidance=1.0)).save(run / "after")
     parsed = page(run)
     assert "shown without a gain" in parsed.within("worked") and "guidance is 4.0 before and 1.0" in parsed.text
-    assert "points" not in parsed.text and "55.6 %" in parsed.text
+    assert "points:" not in parsed.text and "55.6 %" in parsed.text
 
 
 # --- the rest of the page ---------------------------------------------------------------------------------------------
@@ -277,7 +319,7 @@ def test_cards_of_the_largest_changes_have_their_scores(run):
 def test_phones_show_every_column_with_its_name(run):
     text = page(run) and (run / "report.html").read_text()
     labels = re.findall(r'data-label="([^"]+)"', text)
-    assert labels[:4] == ["gain", "before", "after", "prompts"] and ".cards thead" in text
+    assert labels[:4] == ["gain in points", "before", "after", "prompts"] and ".cards thead" in text
 
 
 def test_a_number_of_a_whole_set_has_no_band(run):
