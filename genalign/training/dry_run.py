@@ -24,6 +24,9 @@ from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Conditioning, Grid, NoiseLevel, Path, Pipeline, PromptSet
 
+COUNTED_ROUNDS = 10_000
+"""The number of rounds whose trained steps are chosen one by one, in seconds; a longer run repeats them."""
+
 
 class ToyPipeline:
     """A pipeline on a real path and grid, whose latents and samples are one number, (B, 1)."""
@@ -90,7 +93,8 @@ def dry_run(
 ) -> DryRun:
     """Count every call of a run, for methods whose calls depend on scores under the assumption that no two are equal.
 
-    A round of each set of trained steps is run by the real ``Trainer``; the other rounds repeat it.
+    A round of each set of trained steps is run by the real ``Trainer``; the other rounds repeat it. The sets of trained
+    steps are those of the first ``COUNTED_ROUNDS`` rounds, which the rest of a longer run repeats in their order.
 
     Args:
         toy: The pipeline to run on.
@@ -112,15 +116,14 @@ def dry_run(
     one_round = replace(settings, rounds=1, warmup_rounds=0, max_nfe=None, optimizer="adamw")
     sampling = Sampling(len(toy.steps), guidance=guidance)
 
-    total, order = Counter[str](), list[tuple[int, ...]]()
+    order: list[tuple[int, ...]] = []
     rounds: dict[tuple[int, ...], tuple[Ledger, int]] = {}
+    total = Counter[str]()
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # about how the toy learns
     try:
-        for index in range(settings.rounds):
-            if settings.progress(index, total["nfe"]) >= 1:
-                break
-            order.append(steps := recipe.steps(toy.path, toy.steps, index, settings.seed))
+        while len(order) < COUNTED_ROUNDS and settings.progress(len(order), total["nfe"]) < 1:
+            order.append(steps := recipe.steps(toy.path, toy.steps, len(order), settings.seed))
             if steps not in rounds:
                 fixed, pipeline = replace(recipe, schedule=lambda *_, steps=steps: steps), copy.copy(toy)
                 pipeline.denoiser = copy.deepcopy(toy.denoiser)  # ``level`` may be a method of a whole pipeline
@@ -135,4 +138,22 @@ def dry_run(
             total.update(rounds[steps][0].counts)
     finally:
         logging.disable(disabled)
-    return DryRun(len(order), tuple(rounds), rounds[order[0]][0], Ledger(total), max(n for _, n in rounds.values()))
+    count, total = _repeat([rounds[steps][0] for steps in order], settings)
+    return DryRun(count, tuple(rounds), rounds[order[0]][0], Ledger(total), max(n for _, n in rounds.values()))
+
+
+def _repeat(first: Sequence[Ledger], settings: TrainerSettings) -> tuple[int, Counter[str]]:
+    """Repeat the calls of the first rounds until the run ends; return the number of rounds and their calls."""
+    cycle = Counter[str]()
+    for ledger in first:
+        cycle.update(ledger.counts)
+    whole = (settings.rounds - 1) // len(first)
+    if settings.max_nfe:
+        whole = min(whole, (settings.max_nfe - 1) // cycle["nfe"])
+    count, total = whole * len(first), Counter({call: whole * number for call, number in cycle.items()})
+    for ledger in first:
+        if settings.progress(count, total["nfe"]) >= 1:
+            break
+        total.update(ledger.counts)
+        count += 1
+    return count, total

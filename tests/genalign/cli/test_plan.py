@@ -18,6 +18,7 @@ from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.runtime.memory_options import Memory
 from genalign.scoring.score import NamedReward
+from genalign.training import dry_run as counting
 from genalign.training.dry_run import DryRun, ToyPipeline, dry_run
 from genalign.training.memory_estimate import NetworkSize, Outline, estimate_memory, prediction_activations
 from genalign.training.settings import TrainerSettings
@@ -72,6 +73,27 @@ def test_max_nfe_ends_a_dry_run_and_a_run_after_the_same_round(tiny: SD3) -> Non
     trainer = _trainer(tiny, flow_grpo(window=1), Sampling(4), small)
     assert len(list(trainer.rounds())) == planned.rounds < 9
     assert trainer.ledger.counts == planned.total.counts
+
+
+def test_a_long_run_repeats_its_first_rounds(tiny: SD3, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = mix_grpo(window=1, rounds_each=1)  # a period of four rounds on four steps
+    for settings in (replace(SETTINGS, rounds=43), replace(SETTINGS, rounds=99, max_nfe=1500)):
+        monkeypatch.setattr(counting, "COUNTED_ROUNDS", 1000)
+        every_round = _planned(tiny, recipe, Sampling(4), settings)
+        monkeypatch.setattr(counting, "COUNTED_ROUNDS", 12)
+        assert _planned(tiny, recipe, Sampling(4), settings) == every_round
+        assert 12 < every_round.rounds < 99
+
+
+def test_a_run_of_any_length_is_planned_from_a_bounded_number_of_rounds(
+    tiny: SD3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counting, "COUNTED_ROUNDS", 100)
+    schedule = Mock(side_effect=flow_grpo().schedule)
+    planned = _planned(tiny, replace(flow_grpo(), schedule=schedule), Sampling(4), replace(SETTINGS, rounds=10**9))
+    assert schedule.call_count == 100
+    assert planned.rounds == 10**9
+    assert planned.total.counts == {call: 10**9 * count for call, count in planned.first.counts.items()}
 
 
 def test_stored_tensors_of_a_sample(tiny: SD3) -> None:
