@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
 from collections.abc import Sequence
@@ -45,8 +46,15 @@ def test_failures_are_nan_and_never_zero(caplog: pytest.LogCaptureFixture) -> No
     torch.testing.assert_close(scores[:, 0], brightness(IMAGES, PROMPTS))
     assert bool(scores[:, 1].isnan().all())
     assert scores[:, 2].isnan().tolist() == [False, True, True, False]
-    assert "reward 'b' raised ConnectionError: server gone (test_score.py:30); calling it again" in caplog.text
-    assert "reward 'b' raised ConnectionError: server gone (test_score.py:30); 4 scores are NaN" in caplog.text
+    failure = f"reward 'b' raised ConnectionError: server gone (test_score.py:{raising.__code__.co_firstlineno + 1})"
+    assert f"{failure}; calling it again" in caplog.text and f"{failure}; 4 scores are NaN" in caplog.text
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])  # --debug sets the latter
+def test_a_failure_is_logged_with_its_traceback_on_request(level: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(level, "genalign"):
+        scores_of(raising)
+    assert ("Traceback" in caplog.text) == (level == logging.DEBUG)
 
 
 @pytest.mark.parametrize(
