@@ -59,6 +59,15 @@ def test_attributes_are_products_of_answers() -> None:
     )
 
 
+def test_every_category_counts_as_much_as_another() -> None:
+    """Color: 1 and 0, so 1/2. Shape: 1. The mean over the three prompts would be 2/3."""
+    colors = (prompt("color", text, phrases=["a red cup"]) for text in ("a", "b"))
+    prompts = PromptSet("c", (*colors, prompt("shape", "c", phrases=["a box"])))
+    table = {(0, "a red cup?"): 1.0, (1, "a red cup?"): 0.0, (2, "a box?"): 1.0}
+    _, numbers = score_images(COMPBENCH, prompts, Judges(questions=TableJudge(table)))
+    assert numbers["mean over categories"] == pytest.approx(3 / 4)
+
+
 @pytest.mark.parametrize(
     ("relation", "a", "b", "score"),
     [

@@ -76,6 +76,18 @@ def test_scores_worked_by_hand(paths: list[Path]) -> None:
     )
 
 
+def test_every_k_counts_as_much_as_another(paths: list[Path]) -> None:
+    """k=1: one of two prompts is whole. k=2: its only prompt is. The mean over the three prompts would be 2/3."""
+    paths[0].write_text(json.dumps([ONE, {**ONE, "sentence": "A tiny old kettle."}]))
+    table = {
+        **{(0, "Is there a kettle?"): 0.9, (0, "Is the kettle tiny?"): 0.9},
+        **{(1, "Is there a kettle?"): 0.1, (1, "Is the kettle tiny?"): 0.1},
+        **{(2, "Are there lamps?"): 0.9, (2, "Are there two?"): 0.9, (2, "Are they blue?"): 0.9},
+    }
+    _, numbers = score_images(CONCEPTMIX, read_conceptmix(paths), Judges(questions=TableJudge(table)))
+    assert numbers["full mark"] == numbers["concept fraction"] == pytest.approx(75)
+
+
 def test_a_missing_answer_is_not_a_wrong_one(paths: list[Path]) -> None:
     table = {(0, "Is there a kettle?"): 1.0, (1, "Are there lamps?"): 0.9, (1, "Are there two?"): 0.1}
     records, numbers = score_images(CONCEPTMIX, read_conceptmix(paths), Judges(questions=TableJudge(table)))

@@ -105,6 +105,17 @@ def test_scores_worked_by_hand(files: Path) -> None:
     )
 
 
+def test_a_prompt_of_few_images_counts_as_much_as_another(files: Path) -> None:
+    """Dog: 1 and 1/2, so 3/4. Cat: 1/4 of its only image. The mean over the three images would be 7/12."""
+    prompts = read_dpg([files / "table.csv"])
+    table = {
+        **{(0, DOG): 0.9, (0, BARK): 0.5, (1, DOG): 1.0, (1, BARK): 0.4},
+        **{(2, CAT): 0.8, (2, MAT): 0.1, (2, ON): 0.9, (2, LIE): 0.9},
+    }
+    records, _ = score_images(DPG, prompts, Judges(questions=TableJudge(table)), per_prompt=2)
+    assert DPG.aggregate(records[:3], prompts)["dpg"] == pytest.approx(50)
+
+
 def test_a_missing_answer_is_not_a_wrong_one(files: Path) -> None:
     prompts = read_dpg([files / "table.csv"])
     table = {(0, DOG): 0.9, (1, DOG): 1.0, (1, BARK): 0.0}
