@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class SearchFolder:
             write: Writes the samples.
         """
         row = result.per_prompt[0].save(self.path, index, write)
+        row["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
         lineage = {"chosen": result.winners[0], "lives": result.lineage}
         write_json(self.path / "lineage" / f"{index:05d}.json", lineage)
         write_json(self._row(index), row)

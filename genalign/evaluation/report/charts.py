@@ -114,10 +114,10 @@ def _chart(rows: Sequence[Row], name: str, points: Mapping[int, Point], axes: in
     group, _, rest = name.partition("/")
     _, title, caption = _CHARTS.get(_key(name), _OTHER)
     title = title.format(call_words(rest) if group == "calls" else plain(rest or name))
-    views = {}
+    views, y_axis = {}, _y_axis(name)
     for key, x_axis, at in _x_axes(rows)[:axes]:
-        placed = [Point(at(rows[index]), point.y, point.interval) for index, point in points.items()]
-        views[key] = line_chart(placed, x_axis, _y_axis(name), title)
+        placed = [Point(at(rows[index]), point.y, y_axis.within(point.interval)) for index, point in points.items()]
+        views[key] = line_chart(placed, x_axis, y_axis, title)
     return Chart(title, caption, views)
 
 

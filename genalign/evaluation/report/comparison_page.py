@@ -17,7 +17,17 @@ from genalign.evaluation.report.reading import Run, read_run
 from genalign.evaluation.report.samples import Drawing, drawing, fitting
 from genalign.evaluation.report.sections import flattened
 from genalign.evaluation.report.summary import subject
-from genalign.evaluation.report.words import SHARES, count, duration, gain_verdict, number, percent, plain, signed
+from genalign.evaluation.report.words import (
+    SHARES,
+    count,
+    duration,
+    gain_verdict,
+    number,
+    percent,
+    plain,
+    possible,
+    signed,
+)
 
 _PROMPTS = 8  # whose samples stand side by side
 
@@ -52,17 +62,18 @@ def write_comparison(
     """
     ordered = sorted(summaries, key=lambda recipe: -recipe.gain)
     main = next(iter(ordered[0].scores))
-    bounded = [recipe for recipe in ordered if recipe.estimate.has_interval]
-    limits = min((recipe.low for recipe in bounded), default=0.0), max((recipe.high for recipe in bounded), default=0.0)
+    gains = [possible(main, recipe.estimate, least=-1.0) for recipe in ordered]
+    bounds = [bound for gain in gains for bound in (gain.low, gain.high) if gain.has_interval]
+    limits = min(bounds, default=0.0), max(bounds, default=0.0)
     first = {name: read_run(next(iter(runs.values()))) for name, runs in (recipes or {}).items()}
     rows = [
         RecipeRow(
             recipe,
             gain_verdict(recipe.estimate, recipe.effect).text,
             line_color(place),
-            whisker(recipe.estimate, limits, f"gain {signed(main, recipe.gain)}"),
+            whisker(gain, limits, f"gain {signed(main, recipe.gain)}"),
         )
-        for place, recipe in enumerate(ordered)
+        for place, (recipe, gain) in enumerate(zip(ordered, gains, strict=True))
     ]
     write_page(
         path,

@@ -36,8 +36,8 @@ class Point:
 class Axis:
     """An axis of a chart.
 
-    ``format`` writes a value, and ``unit`` divides it before ticks are placed. The margin around values ends at
-    ``limits``; ``from_zero`` starts the axis at zero, and ``whole`` puts ticks at whole numbers only.
+    ``format`` writes a value, and ``unit`` divides it before ticks are placed. Intervals and the margin around values
+    end at ``limits``; ``from_zero`` starts the axis at zero, and ``whole`` puts ticks at whole numbers only.
     """
 
     label: str
@@ -46,6 +46,10 @@ class Axis:
     limits: tuple[float, float] = (-math.inf, math.inf)
     from_zero: bool = False
     whole: bool = False
+
+    def within(self, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+        """Cut an interval, if there is one, to the limits."""
+        return interval and (max(interval[0], self.limits[0]), min(interval[1], self.limits[1]))
 
 
 @dataclass(frozen=True)

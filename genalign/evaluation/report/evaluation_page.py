@@ -67,7 +67,7 @@ def write_evaluation(folder: Path, against: Path | None = None) -> Path:
         external=evaluation.protocol.kernel == EXTERNAL,
         numbers=_tiles(evaluation) | cost_facts(cost),
         tasks={**evaluation.tasks, OVERALL: overall},
-        benchmark=flattened(benchmark),
+        benchmark={name: "none" if value is None else f"{value:.4g}" for name, value in benchmark.items()},
         samples={} if against else _samples(folder, evaluation),
         model=_model_words(manifest, evaluation),
         hashes={name: manifest.get(name, "") for name in ("hash", "protocol_hash")},
@@ -98,12 +98,14 @@ def set_differences(before: Evaluation, after: Evaluation) -> dict[str, float | 
 
 
 def _model_words(manifest: Mapping[str, Any], evaluation: Evaluation) -> str:
-    """The model of an evaluation, its adapter and its sampling in one line; empty for samples of another program."""
+    """The model of an evaluation, its adapter and its sampling in one line; or the folder of samples from elsewhere."""
     subject, protocol = manifest.get("subject", {}), evaluation.protocol
     model = subject.get("model")
-    if not isinstance(model, Mapping) or protocol.kernel == EXTERNAL:
+    if not isinstance(model, Mapping):
         return ""
-    steps = f"{len(protocol.sigmas) - 1} steps by {protocol.kernel}, guidance {protocol.guidance:g}"
+    if protocol.kernel == EXTERNAL:
+        return f"samples of {model['samples']}" if model.get("samples") else ""
+    steps = f"{len(protocol.sigmas) - 1} steps by {protocol.kernel.removesuffix('()')}, guidance {protocol.guidance:g}"
     adapter = [f"adapter {subject['lora']}"] if subject.get("lora") else []
     return " · ".join([str(model.get("path")), *adapter, steps])
 
@@ -219,4 +221,5 @@ def _win_words(wins: WinRate) -> str:
     rate = wins.rate
     interval = f"{percent(rate.low)} to {percent(rate.high)}"
     ties = f"with the {percent(wins.ties)} that tie as half won"
-    return f"{percent(rate.mean)} ({interval}), {ties}; sign test p = {wins.p_value:.3g}"
+    p_value = f"p = {wins.p_value:.3g}".replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{percent(rate.mean)} ({interval}), {ties}; sign test {p_value}"

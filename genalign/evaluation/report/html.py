@@ -28,6 +28,7 @@ _WORDS = (
     "prompts",
     "scored",
     "signed",
+    "titled",
 )
 
 

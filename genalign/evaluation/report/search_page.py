@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def _thumbnails(folder: Path, row: Json) -> list[tuple[str, Thumbnail, Json, int
 def _settings(config: Json, rows: Sequence[Json]) -> dict[str, str]:
     """What was searched for, with which strategy and model, in words."""
     strategy, sampling, budget = (config.get(name) or {} for name in ("strategy", "sampling", "budget"))
+    finished = max(str(row.get("finished", "")) for row in rows)
     guidance = f", guidance {sampling['guidance']:g}" if sampling.get("guidance") is not None else ""
     settings = {
         "model": (config.get("model") or {}).get("path"),
@@ -77,6 +79,7 @@ def _settings(config: Json, rows: Sequence[Json]) -> dict[str, str]:
         "rewards": ", ".join(plain(name) for name in rows[0]["scores"]),
         "seed": config.get("seed"),
         "prompts": len(rows),
+        "finished": f"{datetime.fromisoformat(finished):%Y-%m-%d %H:%M} UTC" if finished else None,
     }
     return {name: str(value) for name, value in settings.items() if value not in (None, "")}
 

@@ -16,7 +16,7 @@ from genalign.evaluation.report.curves import whisker
 from genalign.evaluation.report.reading import Comparison
 from genalign.evaluation.report.samples import Drawing, drawing, fitting
 from genalign.evaluation.report.summary import main_score
-from genalign.evaluation.report.words import signed
+from genalign.evaluation.report.words import possible, signed
 from genalign.metrics.intervals import Estimate
 
 MAX_PAIRS = 12  # on a page, of regressions and of improvements each
@@ -50,12 +50,13 @@ def tables(
     columns = [{**part.tasks, OVERALL: part.overall} if part else {} for part in (before, after, comparison)]
     result: dict[str, list[TableRow]] = {}
     for score in sorted(measured.score_names, key=lambda name: name != main):
-        gains = [estimates[score] for estimates in columns[2].values() if score in estimates]
-        bounds = [bound for gain in gains for bound in (gain.low, gain.high) if gain.has_interval]
+        gains = {task: possible(score, row[score], least=-1.0) for task, row in columns[2].items() if score in row}
+        bounds = [bound for gain in gains.values() for bound in (gain.low, gain.high) if gain.has_interval]
         limits = min(bounds, default=0.0), max(bounds, default=0.0)
         result[score] = []
         for task in (*measured.tasks, OVERALL):
-            old, new, gain = (column.get(task, {}).get(score) for column in columns)
+            old, new = (column.get(task, {}).get(score) for column in columns[:2])
+            gain = gains.get(task)
             drawn = whisker(gain, limits, f"gain {signed(score, gain.mean)}") if gain else Markup()
             result[score].append(TableRow(task, old, new, gain, drawn))
     return result

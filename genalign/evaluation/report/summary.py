@@ -27,6 +27,7 @@ from genalign.evaluation.report.words import (
     prompts,
     scored,
     signed,
+    titled,
     trend_verdict,
 )
 from genalign.metrics.intervals import Estimate, t_interval
@@ -189,7 +190,7 @@ def _gain(score: str, run: Run, before: Evaluation, after: Evaluation, compariso
     """The paired gain of one score; the title says what is measured, and on how many prompts."""
     gain, unit = comparison.overall[score], " points" if score in SHARES else ""
     verdict = gain_verdict(gain, comparison.effects.get(score, math.inf))
-    name = f"{plain(score).capitalize()} {'accuracy' if score == 'strict' else 'score'}"
+    name = f"{titled(plain(score))} {'accuracy' if score == 'strict' else 'score'}"
     trained = run.prompts.get("before_after", {}).get("also_trained", 0)
     warning = f", {trained} of them trained on" if trained else ""
     return Change(
@@ -244,7 +245,7 @@ def _reward_changes(run: Run) -> list[Change]:
 def _task_losses(comparison: Comparison) -> list[Statement]:
     """The tasks of enough prompts in which the gain of a score is below zero with its whole interval."""
     return [
-        Statement(f"{plain(name).capitalize()} score of task {plain(task)}: {_signed_gain(name, gain)}.", "down")
+        Statement(f"{titled(plain(name))} score of task {plain(task)}: {_signed_gain(name, gain)}.", "down")
         for task, scores in comparison.tasks.items()
         for name, gain in scores.items()
         if gain_mood(gain) == "down"
@@ -268,7 +269,7 @@ def _hacking(rows: Sequence[Row]) -> Statement:
     if alarms:
         history += f", the first after round {alarms[0]}"
     if alarm := checks[-1][1].alarm:
-        return Statement(f"The reward may be exploited: {alarm}. {history.capitalize()}.", "down")
+        return Statement(f"The reward may be exploited: {alarm}. {titled(history)}.", "down")
     return Statement(f"The last check for reward hacking is green; {history}.")
 
 
@@ -300,7 +301,7 @@ def _ranges(run: Run) -> list[Statement]:
             continue
         mean = math.fsum(values) / len(values)
         if mean > most:
-            text = f"{label[0].upper()}{label[1:]} is {write(mean)} in the last rounds, above {write(most)}: {advice}."
+            text = f"{titled(label)} is {write(mean)} in the last rounds, above {write(most)}: {advice}."
             statements.append(Statement(text, "down"))
         else:
             unremarkable.append(f"{label} {write(mean)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from genalign.metrics.intervals import Estimate
@@ -17,8 +17,8 @@ _MINUS = "\N{MINUS SIGN}"
 
 
 def number(value: float) -> str:
-    """Three significant digits, with a real minus sign."""
-    return f"{value:.3g}".replace("-", _MINUS)
+    """Three significant digits, with a real minus sign and a letter for thousands, as in "80.8k"."""
+    return count(value).replace("-", _MINUS)
 
 
 def percent(value: float) -> str:
@@ -55,6 +55,11 @@ def plain(name: str) -> str:
     return name.replace("_", " ")
 
 
+def titled(text: str) -> str:
+    """A text with a capital first letter and the rest as it is: "HPSv2" stays, "clip" is "Clip"."""
+    return text[:1].upper() + text[1:]
+
+
 def call_words(call: str) -> str:
     """The ledger's name of a call in words: "nfe" is "NFE", the evaluations of the denoiser."""
     name, backward, _ = call.partition(" backward")
@@ -72,15 +77,23 @@ def scored(score: str, value: float) -> str:
 
 def signed(score: str, value: float) -> str:
     """A difference between two values of a score, in percentage points if it is a share."""
-    return (f"{100 * value:+.1f}" if score in SHARES else f"{value:+.3g}").replace("-", _MINUS)
+    text = f"{100 * value:.1f}".replace("-", _MINUS) if score in SHARES else number(value)
+    return text if text.startswith(_MINUS) else f"+{text}"
+
+
+def possible(score: str, estimate: Estimate, least: float) -> Estimate:
+    """The estimate with the interval of a share cut to [``least``, 1]: 0 for a value, -1 for a gain."""
+    if score not in SHARES or not estimate.has_interval:
+        return estimate
+    return replace(estimate, low=max(estimate.low, least), high=min(estimate.high, 1.0))
 
 
 def interval(score: str, estimate: Estimate, write: Callable[[str, float], str]) -> str:
     """The confidence interval of an estimate: "0.1 to 0.3", or why there is none; that of a share stays possible."""
     if not estimate.has_interval:
         return estimate.no_interval
-    least, most = (0.0 if write is scored else -1.0, 1.0) if score in SHARES else (-math.inf, math.inf)
-    return f"{write(score, max(estimate.low, least))} to {write(score, min(estimate.high, most))}"
+    estimate = possible(score, estimate, least=0.0 if write is scored else -1.0)
+    return f"{write(score, estimate.low)} to {write(score, estimate.high)}"
 
 
 def gain_label(score: str) -> str:

@@ -208,7 +208,7 @@ def test_models_are_compared(command: list[str], capsys: pytest.CaptureFixture[s
     page = Path("tuned/report.html").read_text()
     assert '<a href="../base/images/' in page
     assert "tuned against base" in page and "Largest differences" in page
-    assert "no verdict from 4 prompts" in page and "sign test p = " in page
+    assert "no verdict from 4 prompts" in page and "sign test p\N{NO-BREAK SPACE}=" in page
     differences = {
         prompt: abs(sum(a.scores["red"] - b.scores["red"] for b, a in pairs))
         for prompt in {record.prompt for record in before.records}

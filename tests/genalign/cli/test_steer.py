@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def test_steer_writes_results_and_resumes(tiny_folder: Path, tmp_path: Path) -> 
     found = tmp_path / "found"
     rows = _rows(found)
     assert [row["index"] for row in rows] == [0, 1]
+    assert rows[0]["finished"] <= rows[1]["finished"] <= datetime.now(UTC).isoformat()
     assert all(row["calls"]["nfe"] <= 12 and (found / row["image"]).is_file() for row in rows)
     (found / "prompts" / "00001.json").unlink()  # as an interruption would leave it
     (found / "scores.jsonl").unlink()
@@ -70,7 +72,7 @@ def test_steer_writes_results_and_resumes(tiny_folder: Path, tmp_path: Path) -> 
     assert (found / "prompts" / "00000.json").stat().st_mtime_ns == kept
     again = _rows(found)
     for old, new in zip(rows, again, strict=True):
-        assert {**old, "seconds": 0} == {**new, "seconds": 0}
+        assert {**old, "seconds": 0, "finished": ""} == {**new, "seconds": 0, "finished": ""}
     page = (found / "report.html").read_text()
     assert rows[0]["prompt"] in page and 'class="tree"' in page and "http:" not in page and "https:" not in page
     assert main([*config, "--limit", "3"]) == 0

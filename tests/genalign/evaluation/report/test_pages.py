@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from genalign.evaluation.compare_runs import RecipeSummary
-from genalign.evaluation.evaluate import Evaluation, SampleRecord, SetValue
+from genalign.evaluation.evaluate import EXTERNAL, Evaluation, SampleRecord, SetValue
 from genalign.evaluation.report import write_comparison, write_evaluation, write_report, write_search
 from genalign.evaluation.report.search_page import tree
 from genalign.runtime.media import writer
@@ -62,10 +62,11 @@ def test_a_search_page_has_settings_and_the_gain_over_plain_sampling_with_both_c
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     base = {"scores": {"ocr": 0.125}, "image": "plain/0.png", "calls": {"nfe": 20}, "extra": True}
-    page = search(tmp_path, [[candidate(4, 0.5)]], 0, plain=base).read_text()
+    finished = "2026-05-04T03:02:01+00:00"
+    page = search(tmp_path, [[candidate(4, 0.5)]], 0, plain=base, finished=finished).read_text()
     text = Page(page).text
     assert "model my/model strategy Prune(steps=[1]) budget per prompt 60 NFE sampling 20 steps, guidance 4.5" in text
-    assert "rewards ocr seed 3 prompts 1" in text
+    assert "rewards ocr seed 3 prompts 1 finished 2026-05-04 03:02 UTC" in text
     assert "ocr 0.5 ocr, gain over plain sampling +0.375 NFE of plain sampling per prompt 20" in text
     assert "plain sampling, 20 NFE: ocr 0.125" in text and "best sample, 12 NFE: ocr 0.5" in text
 
@@ -104,6 +105,23 @@ def test_an_evaluation_names_its_model_and_explains_its_scores(tmp_path):
     assert "partial is the share of the prompt's parts that are right" in text
     save(tmp_path, {"aesthetic": 5.0})
     assert "the prompt's parts" not in Page(write_evaluation(tmp_path).read_text()).text
+
+
+def test_an_evaluation_of_another_programs_samples_names_their_folder(tmp_path):
+    save(tmp_path, {"strict": 1.0}, protocol=replace(PROTOCOL, kernel=EXTERNAL))
+    (tmp_path / "evaluation.json").write_text(json.dumps({"subject": {"model": {"samples": "my_images"}}}))
+    assert f"{tmp_path.name} samples of my_images Strict" in Page(write_evaluation(tmp_path).read_text()).text
+
+
+def test_numbers_of_a_benchmark_and_scores_of_whole_sets_in_the_order_of_all_tables(tmp_path):
+    record = SampleRecord("a circle", "single", 0, 0, None, {"strict": 1.0})
+    for name, value in {"before": -9.0, "after": -7.0}.items():
+        Evaluation(PROTOCOL, (record,), {"fd": SetValue(value, 60)}).save(tmp_path / name)
+    numbers = {"dpg": 56.25, "missing answers": 0.0, "left out": None}
+    (tmp_path / "after" / "benchmark.json").write_text(json.dumps(numbers))
+    text = Page(write_evaluation(tmp_path / "after", tmp_path / "before").read_text()).text
+    assert "dpg 56.25 missing answers 0 left out none" in text
+    assert "score difference before after samples fd +2 \N{MINUS SIGN}9 \N{MINUS SIGN}7 60" in text
 
 
 def test_pages_have_a_date_and_numbers_stay_beside_their_percent_signs(tmp_path):

@@ -14,9 +14,9 @@ from PIL import Image
 from genalign.evaluation.evaluate import Evaluation, SampleRecord, load_evaluation
 from genalign.evaluation.report import write_report
 from genalign.evaluation.report.curves import Axis, Point, binned, line_chart, ticks, whisker
-from genalign.evaluation.report.reading import read_run
+from genalign.evaluation.report.reading import Comparison, read_run
 from genalign.evaluation.report.samples import samples_over_rounds, thumbnail
-from genalign.evaluation.report.sections import flattened
+from genalign.evaluation.report.sections import flattened, tables
 from genalign.evaluation.report.summary import subject
 from genalign.evaluation.report.words import (
     Verdict,
@@ -26,8 +26,10 @@ from genalign.evaluation.report.words import (
     gain_verdict,
     interval,
     number,
+    possible,
     scored,
     signed,
+    titled,
 )
 from genalign.metrics.intervals import Estimate
 from genalign.runtime.media import Thumbnail, writer
@@ -102,6 +104,21 @@ def test_intervals_of_shares_stay_within_what_is_possible():
     assert interval("partial", estimate, scored) == "0.0 % to 100.0 %"
     assert interval("partial", estimate, signed) == "\N{MINUS SIGN}100.0 to +100.0"
     assert interval("aesthetic", estimate, scored) == "\N{MINUS SIGN}3 to 4"
+    assert possible("partial", estimate, least=-1.0) == Estimate(0.5, -1.0, 1.0, 2)
+    without = Estimate(0.5, -math.inf, math.inf, 1)
+    assert possible("partial", without, least=-1.0) == without and not without.has_interval
+
+
+def test_drawn_intervals_of_shares_end_where_the_printed_ones_do(run):
+    """Uncut, the one over tasks, from -2 to 3, would end short of its frame on the left."""
+    before, after = (load_evaluation(run / name) for name in ("before", "after"))
+    gain = Estimate(0.0, -3.0, 3.0, 30)
+    comparison = Comparison({"strict": Estimate(0.5, -2.0, 3.0, 30)}, {"color_attr": {"strict": gain}}, ())
+    drawn = tables(before, after, comparison)["strict"][-1].whisker
+    ends = re.search(r'class="reach even" x1="([\d.]+)" x2="([\d.]+)"', drawn)
+    assert ends and [float(end) for end in ends.groups()] == [6.0, 154.0] and 'class="zero" x1="80.0"' in drawn
+    write_rows(run, rows(5, held_out={"partial": {"mean": 0.9, "low": 0.6, "high": 1.2, "n": 3}}))
+    assert "90 % (60 % to 100 %) at 5 rounds" in page(run).text
 
 
 def test_a_held_out_score_without_an_interval_is_one_chart(run):
@@ -308,8 +325,8 @@ def test_different_protocols_are_not_compared(run):
 def test_cards_of_the_largest_changes_have_their_scores(run):
     parsed = page(run)
     _, regressions, improvements = re.split("Worst regressions|Best improvements", parsed.text)
-    assert "strict 1 → 0 partial 1 → 0.25" in regressions and regressions.count("strict") == 1
-    assert improvements.count("strict 0 → 1") == 12
+    assert "strict 100.0 % → 0.0 % partial 100.0 % → 25.0 %" in regressions and regressions.count("strict") == 1
+    assert improvements.count("strict 0.0 % → 100.0 %") == 12
     assert parsed.tags.count("img") == 2 * 13
     assert "script" not in parsed.tags and "default-src 'none'" in (run / "report.html").read_text()
     files = [address for address in parsed.addresses if not address.startswith("data:")]
@@ -575,6 +592,8 @@ def test_numbers_in_words():
     calls = [call_words(call) for call in ("nfe", "decode backward", "reward/my_ocr", "reward/x backward")]
     assert calls == ["NFE", "backward passes of the decoder", "calls of reward my ocr", "backward passes of reward x"]
     assert (signed("strict", -0.0123), signed("aesthetic", 0.5)) == ("\N{MINUS SIGN}1.2", "+0.5")
+    assert (titled("HPSv2 score"), titled("clip"), titled("")) == ("HPSv2 score", "Clip", "")
+    assert (scored("size", -80812.0), signed("size", 80812.0)) == ("\N{MINUS SIGN}80.8k", "+80.8k")
 
 
 def test_flattened_json():
