@@ -109,7 +109,8 @@ def absent_components(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> 
 def require_components(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> None:
     """Check the folders of the needed components that a folder's model_index.json names, and their JSON files.
 
-    Raises FileNotFoundError for a missing folder or vocabulary, ValueError for a file that is not JSON.
+    Raises FileNotFoundError for a missing folder or vocabulary, ValueError for a file that is not JSON, or a
+    configuration without settings.
     """
     folder = Path(path_or_id)
     if not folder.is_dir():
@@ -123,7 +124,9 @@ def require_components(path_or_id: str | Path, kind: type[DiffusionPipeline]) ->
         )
     for name in needed:
         for file in (folder / name).glob("[!.]*.json"):  # the libraries read plain UTF-8, and do not name the file
-            parse_json(file.read_text("utf-8", "replace"), str(file))
+            content = parse_json(file.read_text("utf-8", "replace"), str(file))
+            if file.name in ("config.json", "scheduler_config.json") and not (isinstance(content, dict) and content):
+                raise ValueError(f"{file} holds no settings: copy it again")
         if name.startswith("tokenizer") and not _has_vocabulary(folder / name):
             raise FileNotFoundError(f"{folder / name} has no vocabulary: copy tokenizer.json or vocab.json too")
 

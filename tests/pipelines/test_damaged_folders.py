@@ -134,6 +134,15 @@ def test_a_damaged_json_file_of_a_component_is_named(file: str, content: bytes, 
             opened(copy)
 
 
+@pytest.mark.parametrize("file", ["unet/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("content", ["{}", "[]", "null"])
+def test_a_configuration_without_settings_is_named(file: str, content: str, copy: Path) -> None:
+    (copy / file).write_text(content)
+    for opened in (pipelines.load, outline):
+        with pytest.raises(ValueError, match=rf"{file} holds no settings: copy it again$"):
+            opened(copy)
+
+
 def test_a_tokenizer_needs_its_vocabulary(copy: Path) -> None:
     (copy / "tokenizer" / "tokenizer.json").unlink()
     for opened in (pipelines.load, outline):

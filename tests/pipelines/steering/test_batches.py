@@ -132,3 +132,21 @@ def test_what_cannot_be_divided_is_refused_by_name() -> None:
         bounded_batches(family.pipe, 2),
     ):
         family.run(range(4), cross_attention_kwargs={"masks": torch.zeros(4, 1)})
+
+
+def test_lists_of_plain_values_are_divided_among_their_samples() -> None:
+    lists = []
+
+    class Network(diffusers.QwenImageTransformer2DModel):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+
+        def forward(self, hidden_states: Tensor, img_shapes: list[tuple[int, int]]) -> tuple[Tensor]:
+            lists.append(img_shapes)
+            return (hidden_states,)
+
+    family, network = flux(), Network()
+    family.pipe.transformer = network
+    with bounded_batches(family.pipe, 2):
+        network(hidden_states=torch.arange(3.0), img_shapes=[(1, 2), (3, 4), (5, 6)])
+    assert lists == [[(1, 2), (3, 4)], [(5, 6)]]

@@ -22,7 +22,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from genalign.diffusion.transitions import DDIM, DPMSDE, ODE, FlowSDE, Kernel
+from genalign.diffusion.transitions import CPS, DDIM, DPMSDE, ODE, FlowSDE, Kernel
 from pipelines.steering.scheduler_hooks import (
     Move,
     gather_history,
@@ -279,6 +279,20 @@ def test_pndm_moves_once_for_its_two_evaluations_of_one_level() -> None:
     final, moves = _observed(family, lambda move: kernel_move(scheduler, ODE(), move, torch.zeros_like(move.x)))
     assert len(moves) == STEPS + 1
     assert_close(final, plain, 1e-5)
+
+
+def test_the_second_evaluation_of_a_level_adds_no_noise() -> None:
+    """CPS replaces a part of the noise in every move, even in one to the same level."""
+    family = sd15().on(diffusers.PNDMScheduler, skip_prk_steps=True)
+    scheduler, still = family.pipe.scheduler, []
+
+    def move_by_cps(move: Move) -> Tensor:
+        x_next = kernel_move(scheduler, CPS(0.5), move, torch.ones_like(move.x))
+        still.append(torch.equal(x_next, move.x))
+        return x_next
+
+    _observed(family, move_by_cps)
+    assert still == [False, True] + [False] * (STEPS - 1)
 
 
 @pytest.mark.parametrize(

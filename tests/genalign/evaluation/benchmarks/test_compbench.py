@@ -161,6 +161,17 @@ def test_complex_prompts_are_means_of_their_parts() -> None:
     assert texts[-1] == "a cook fills a cup"
 
 
+def test_a_missing_cosine_is_not_a_low_one() -> None:
+    def similarity(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return torch.tensor([0.3, math.nan])
+
+    prompts = PromptSet("c", (prompt("non_spatial", "a"), prompt("non_spatial", "b")))
+    records, numbers = score_images(COMPBENCH, prompts, Judges(similarity=similarity))
+    assert [row.scores["compbench"] for row in records] == pytest.approx([0.3, math.nan], nan_ok=True)
+    assert numbers["non_spatial"] == pytest.approx(0.3)
+    assert numbers["missing answers"] == 1 and numbers["images left out"] == 1
+
+
 def test_judges_are_needed_by_category() -> None:
     place = PromptSet("c", (prompt("spatial", objects=["cup", "zebra crossing"], relation="near"),))
     with pytest.raises(ValueError, match=r"needs judges\.detector"):
