@@ -33,6 +33,7 @@ ALIASES = {
 
 _META = ("help", "config", "print_config", "resume", "debug")
 _OUTSIDE = ("args", *_META)
+_MOST_VALUES = 100_000
 
 
 @cache
@@ -107,11 +108,23 @@ def raw_settings(place: str, arguments: Sequence[str]) -> RawSettings:
 def _settings_in(text: str) -> dict[str, Any] | None:
     """The settings in YAML by full name, empty for another text; None if it is nested too deeply, or without end."""
     try:
-        return dict(_flat(yaml.safe_load(text)))
+        content = yaml.safe_load(text)
+        return None if _is_endless(content) else dict(_flat(content))
     except yaml.YAMLError:
         return {}
     except RecursionError:
         return None
+
+
+def _is_endless(content: Any) -> bool:
+    """Whether YAML has over ``_MOST_VALUES`` values once its aliases are replaced: they can grow as 2**depth."""
+    count, rest = 0, [content]
+    while rest and count <= _MOST_VALUES:
+        value = rest.pop()
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        count += len(inner)
+        rest.extend(inner)
+    return count > _MOST_VALUES
 
 
 def _assignments(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -181,8 +194,8 @@ def structure_errors(place: str, raw: RawSettings) -> list[str]:
 
 
 def endless_file(file: str) -> str:
-    """Describe a file of --config that is nested too deeply to be read."""
-    return f"{file} is nested too deeply: take out YAML aliases (*a) that stand within their own anchors (&a)"
+    """Describe a file of --config that is nested too deeply to be read, or whose aliases grow without end."""
+    return f"{file} is nested too deeply: take out YAML aliases (*a) that stand within anchors (&a)"
 
 
 def _missing_file(file: str) -> str:

@@ -12,10 +12,11 @@ import json
 import logging
 import os
 import random
+import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -126,6 +127,9 @@ class HttpClient:
         self._next_notice: float | None = None
         self._retries = patience.retries
         self._lock, self._stopped = threading.Lock(), threading.Event()
+        self._sockets: list[socket.socket] = []
+        self._alarm = threading.Timer(patience.deadline, self._hang_up)
+        self._alarm.daemon = True
         self._jitter = random.SystemRandom()  # the user's seeds are not disturbed
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},
@@ -134,16 +138,31 @@ class HttpClient:
         )
 
     def __enter__(self) -> HttpClient:
+        self._alarm.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
+        self._alarm.cancel()
         self._http.close()
 
     @property
     def remaining(self) -> float:
         """The number of seconds until the deadline."""
         return self._end - time.monotonic()
+
+    def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """Keep the sockets of new connections, as httpcore reports them, for the deadline."""
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            self._sockets.append(info["return_value"].get_extra_info("socket"))
+            if self.remaining <= 0:
+                self._hang_up()
+
+    def _hang_up(self) -> None:
+        """End the requests under way: httpx limits each read, so a server that drips headers would outlast it."""
+        for connection in tuple(self._sockets):
+            with suppress(OSError):
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)  # not SSLSocket's, which forgets its state
 
     def post_json(self, path: str, value: Any) -> Any:
         """Send JSON and return the JSON of the answer. Raises RemoteError, and Refused if the answer is not JSON."""
@@ -210,7 +229,14 @@ class HttpClient:
         limits = httpx.Timeout(min(left, self._patience.timeout), connect=min(left, self._patience.connect))
         method, headers = ("POST", {"Content-Type": "application/json"}) if body else ("GET", {})
         try:
-            with self._http.stream(method, self._url + path, content=body, headers=headers, timeout=limits) as response:
+            with self._http.stream(
+                method,
+                self._url + path,
+                content=body,
+                headers=headers,
+                timeout=limits,
+                extensions={"trace": self._trace},
+            ) as response:
                 _ANSWERED.add(self._url)
                 return self._read(response, path)
         except httpx.TransportError as error:
@@ -225,8 +251,8 @@ class HttpClient:
             content += chunk
             if len(content) > _LARGEST_ANSWER:
                 raise Refused(response.status_code, f"{self._url}{path} answered with over {_LARGEST_ANSWER} bytes")
-            if self.remaining <= 0:
-                return _Retry("did not finish its answer in time")
+        if self.remaining <= 0:  # a body without a length ends where the connection does
+            return _Retry("did not finish its answer in time")
         if response.is_success:
             return bytes(content)
         # The message of an error's JSON body, as genalign and OpenAI write it, else the start of the body.

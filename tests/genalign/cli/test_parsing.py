@@ -144,9 +144,11 @@ def test_a_message_names_the_whole_setting_and_what_to_write(words: str, said: s
     assert len(lines) == 1 and said in lines[0]
 
 
+DOUBLING = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
 NESTED = {
     "a mapping within itself": ("mine: &m {path: *m}\n", "nested.yaml is nested too deeply: take out YAML aliases"),
-    "a list within itself": ("output: &o [*o]\n", "output: expected a text, not [[...]]"),
+    "a list within itself": ("output: &o [*o]\n", "nested.yaml is nested too deeply"),
+    "aliases that double": (DOUBLING, "nested.yaml is nested too deeply: take out YAML aliases"),
     "without aliases": (f"output: {'[' * 3000}{']' * 3000}\n", "nested.yaml is nested too deeply"),
 }
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 
 import httpx
@@ -11,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.remote.http_client import HttpClient, Patience, RemoteError
+from rewards.remote.http_client import HttpClient, Patience, RemoteError, Unavailable
 
 DATES = [f"Wed, 21 Oct {year} 07:28:00 {zone}" for year, zone in ((2015, "GMT"), (10**20, "GMT"), (2015, f"+{10**17}"))]
 RETRY_AFTER = st.sampled_from(["", "0", "0.01", "-1", "nan", "inf", "1e400", "soon", *DATES])
@@ -57,3 +61,41 @@ def test_every_request_ends(answers: list[httpx.Response | type[httpx.TransportE
 def test_waits_without_end_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"patience.{name} must be a finite number of at least 0, not"):
         Patience(**{name: value})
+
+
+@contextmanager
+def dripping(start: bytes, drip: bytes) -> Iterator[str]:
+    """A server that sends ``start``, and then ``drip`` again and again for up to 4 seconds; its address."""
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            connection.sendall(start)
+            for _ in range(80):
+                connection.sendall(drip)
+                time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        served = pool.submit(serve)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        served.result()
+
+
+@pytest.mark.parametrize(
+    ("start", "drip"),
+    [
+        (b"HTTP/1.1 200 OK\r\nX-A: ", b"a"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b"a"),
+    ],
+    ids=["headers", "100 Continue", "body"],
+)
+def test_the_deadline_ends_an_answer_that_drips(start: bytes, drip: bytes) -> None:
+    with (
+        dripping(start, drip) as address,
+        HttpClient(address, "NO_TOKEN", Patience(deadline=0.5)) as client,
+        pytest.raises(Unavailable, match="given up after"),
+    ):
+        started = time.monotonic()
+        client.send("/x", b"{}")
+    assert time.monotonic() - started < 2.5
