@@ -123,6 +123,8 @@ def test_styles_worked_by_hand(tmp_path: Path) -> None:
     records, numbers = score_images(DIVGENBENCH, one("style"), judges, per_prompt=2)
     assert [record.details["measured"]["nearest"] for record in records] == [0, 0]
     assert numbers == pytest.approx({"asc": 0.25 / 1, "missing answers": 0, "images left out": 0})
+    narrow = Judges(style=encoder, style_train=train, style_test=grays(tmp_path / "narrow", [0, 10]))
+    assert score_images(DIVGENBENCH, one("style"), narrow, per_prompt=2)[1]["asc"] == pytest.approx(0.25 / 0.25)
     verifier = DIVGENBENCH.verifier(one("style"), judges)
     assert '"images": 4' in verifier and str(tmp_path) not in verifier
     with pytest.raises(FileNotFoundError, match="there are no images in"):

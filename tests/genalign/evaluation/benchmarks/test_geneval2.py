@@ -114,6 +114,14 @@ def test_a_missing_answer_is_not_a_wrong_one(path: Path) -> None:
     assert (numbers["missing answers"], numbers["images left out"]) == (1, 1) and math.isnan(numbers["gm, 3 atoms"])
 
 
+def test_a_prompt_of_few_images_counts_as_much_as_another(path: Path) -> None:
+    """Kettles: 1 on the first image, no answers on the second. Lamp: 1/4 on both. The mean over images is 1/2."""
+    table = {(0, question): 1.0 for question, _ in ROWS[0]["vqa_list"]}
+    table |= {(image, question): 0.25 for image in (2, 3) for question, _ in ROWS[1]["vqa_list"]}
+    _, numbers = score_images(GENEVAL2, read_geneval2([path]), Judges(answers=AnswerTable(table)), per_prompt=2)
+    assert numbers["soft-tifa gm"] == pytest.approx(100 * (1 + 0.25) / 2)
+
+
 def test_answers_must_be_probabilities(path: Path) -> None:
     scorer = GENEVAL2.scorers(Judges(answers=lambda images, questions, answers: torch.full((len(images),), 1.5)))
     with pytest.raises(ValueError, match="not probabilities"):

@@ -103,6 +103,12 @@ def test_dimensions_weigh_equally_and_missing_marks_are_no_zeros(path: Path) -> 
     assert (numbers["missing answers"], numbers["images left out"]) == (1 + 3 + 1, 3)
 
 
+def test_a_point_is_met_from_one_half(path: Path) -> None:
+    judge = MarkTable({0: [0.5, 0.49, 0.9], 1: [0.1]})
+    records, _ = score_images(UNIGENBENCH, read_unigenbench([path]), Judges(checklist=judge))
+    assert [record.scores["unigenbench"] for record in records] == pytest.approx([2 / 3, 0])
+
+
 def test_a_judge_of_questions_stands_in(path: Path) -> None:
     judge, prompts = TableJudge({}), read_unigenbench([path])
     score_images(UNIGENBENCH, prompts, Judges(questions=judge))
