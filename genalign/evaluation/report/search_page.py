@@ -45,6 +45,7 @@ def write_search(folder: Path) -> Path:
         folder / "report.html",
         "search.html.j2",
         facts=_facts(rows),
+        rewards=list(rows[0]["scores"]),
         settings=_settings(config, rows),
         curve=_curve(next(iter(rows[0]["scores"])), [lineage["lives"] for lineage in lineages]),
         cards=fitting(cards, lambda card: [item for _, item, _, _ in card[0]]),

@@ -80,6 +80,13 @@ def test_a_search_page_writes_shares_in_percent_and_their_gains_in_points(tmp_pa
     assert "50 % at 4 denoising steps" in text and "75 % at 8 denoising steps" in text
 
 
+def test_the_curve_of_a_search_by_several_rewards_says_that_it_is_of_the_first(tmp_path):
+    single = Page(search(tmp_path / "single", [[candidate(4, 0.5)]], 0).read_text()).text
+    both = Page(search(tmp_path / "both", [[candidate(4, 0.5)]], 0, scores={"ocr": 0.5, "style": 1.0}).read_text()).text
+    assert "Highest ocr of a candidate so far" in single and "Highest ocr of a candidate so far" in both
+    assert "chosen by all rewards" in both and "chosen by all rewards" not in single
+
+
 def test_a_comparison_has_its_model_and_the_settings_of_its_recipes(tmp_path):
     numbers = {"minutes": 2.0, "nfe": 100.0, "prompts": 24, "effect": 0.5, "minutes_range": (2, 2), "nfe_range": (9, 9)}
     summaries, recipes = [], {}
