@@ -145,11 +145,11 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
     # what does not go together
     ("group of one", (*TRAIN, "--training.group_size", "1"),
      "group_size is 1: a group needs at least 2 samples to compare"),
-    ("divided groups", (*TRAIN, "--training.batch_size", "3"),
+    ("divided groups", (*TRAIN, "--recipe", "genalign.prdp", "--training.batch_size", "3"),
      "training.batch_size 3 must be a multiple of group_size 2, so that groups stay whole: try 2"),
     ("uneven updates", (*TRAIN, "--training.prompts_per_round", "3"),
-     "prompts_per_round 3 x group_size 2 = 6 samples do not divide into 2 updates of batches of 2: change one of"
-     " them"),
+     "training.prompts_per_round 3 does not divide into 2 updates: set training.updates_per_round to 1, or"
+     " prompts_per_round to 2"),
     *((f"kernel without noise to {command[0]}", (*command, "--recipe.kernel", "ODE"),
             "ODE(): the kernel has no trainable step on this grid: a trajectory objective needs a stochastic kernel,"
             " such as FlowSDE, CPS or DPMSDE, and more than one step") for command in (TRAIN, PLAN)),

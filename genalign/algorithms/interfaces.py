@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -73,6 +73,10 @@ class UpdateBatch:
         parts = (self.rollout.split(size), torch.split(self.credit, size), torch.split(self.group, size))
         for rollout, credit, group in zip(*parts, strict=True):
             yield UpdateBatch(rollout, credit, group, self.on_policy)
+
+    def to(self, device: torch.device) -> UpdateBatch:
+        """Move the trajectories to ``device``; credit and prompt index stay on the CPU."""
+        return replace(self, rollout=self.rollout.to(device))
 
     @property
     def step_credit(self) -> Tensor:

@@ -254,7 +254,7 @@ class CoupledObjective:
     def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
         used = self.loss.used(batch.credit, batch.group)[:, None].expand(-1, len(batch.rollout.steps))
         batches = context.replay_batches(used)
-        old, current = batch.rollout.x.new_zeros(2, len(batch), len(batch.rollout.steps))
+        old, current = batch.rollout.final.new_zeros(2, len(batch), len(batch.rollout.steps))
         with torch.no_grad():
             for pairs in batches:
                 base = context.reference_replay(batch, pairs)

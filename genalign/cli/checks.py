@@ -32,7 +32,7 @@ def training_checks(context: CommandContext, resume: bool = False) -> Iterator[C
     yield lambda settings: prompt_set(settings.prompts)
     for section in ("held_out", "reward_hacking", "before_after"):
         yield partial(_require_prompts, section)
-    yield lambda settings: settings.training.fit(RunPrompts.read(settings).training)
+    yield lambda settings: settings.training.fit(RunPrompts.read(settings).training, settings.recipe.objective.unit)
     yield _require_penalty
 
 

@@ -24,9 +24,9 @@ def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Find the noise level of each sampling step, and write a kernel that uses them."""
     settings, _ = parsing.parse(config.Calibrate, arguments, "calibrate")
     source, sampling = prompt_set(settings.prompts), settings.sampling
-    pipeline, training = context.load(settings.model), settings.training.fit(source)
-    rewards = named_rewards(settings.rewards)
-    sampler = Sampler(pipeline, rewards, sampling.grid(pipeline), sampling.guidance_scale(pipeline), training)
+    pipeline, rewards = context.load(settings.model), named_rewards(settings.rewards)
+    training, guidance = settings.training.fit(source, settings.recipe.objective.unit), sampling.guidance_scale(pipeline)
+    sampler = Sampler(pipeline, rewards, sampling.grid(pipeline), guidance, training, keep_samples=False)
     rounds = PromptSampler(source, training.prompts_per_round, training.seed).rounds()
     for number, kernel in enumerate(calibrate(sampler, settings.recipe, rounds, settings.calibration), start=1):
         levels = " ".join(f"{level:.2f}" for level in kernel.levels)

@@ -47,7 +47,7 @@ def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
     with collecting():
         toy = ToyPipeline.like(outline.pipeline, sampling) if outline else ToyPipeline.flow(sampling.num_steps)
         rewards = named_rewards(settings.rewards)
-        fitted = training.fit(prompts)
+        fitted = training.fit(prompts, settings.recipe.objective.unit)
         result = dry_run(toy, rewards, prompts, settings.recipe, fitted, guidance)
         _print_calls(settings, fitted, outline, result)
         if outline is not None:
@@ -60,13 +60,13 @@ def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
 def _print_calls(settings: config.Train, training: FittedSettings, outline: Outline | None, result: DryRun) -> None:
     """Print the sizes of a round and of the run, and the calls of single samples."""
     windows, samples = result.windows, training.prompts_per_round * training.group_size
-    batches = samples // training.batch_size
+    batches = training.batch_sizes(settings.recipe.objective.unit)
     window_sizes = "/".join(str(size) for size in sorted({len(window) for window in windows}))
     rows = {
         "shape of a sample": " x ".join(map(str, outline.pipeline.sample_shape)) if outline else "no checkpoint",
         "shape of its latents": " x ".join(map(str, outline.pipeline.latent_shape)) if outline else "no checkpoint",
         "samples a round": f"{training.prompts_per_round} prompts x {training.group_size} = {samples}",
-        "batches a round": f"{batches} of {training.batch_size}",
+        "batches a round": f"{len(batches)} of {max(batches)}",
         "optimizer steps a round": f"{training.updates_per_round}",
         "trained steps a round": f"{window_sizes} of {settings.sampling.num_steps}",
         "different sets of them": f"{len(windows)}",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import with_stronger_kl
+from genalign.algorithms.interfaces import half_micro_batch, with_stronger_kl
 from genalign.cli import config, parsing
 from genalign.cli.checks import training_checks
 from genalign.cli.context import CommandContext, named_rewards, print_table, require_rate
@@ -108,10 +108,10 @@ def _less_memory(settings: config.Train) -> str:
     training, memory = settings.training, settings.model.memory
     options = [f"--model.memory.{name} true" for name in ("checkpointing", "offload") if not getattr(memory, name)]
     options += ["--training.on_out_of_memory halve"]
-    fitted = training.fit(RunPrompts.read(settings).training)
-    per_update = fitted.prompts_per_round * fitted.group_size // fitted.updates_per_round
-    sizes = range(fitted.batch_size - fitted.group_size, 0, -fitted.group_size)
-    options += [f"(in a new run) --training.batch_size {size}" for size in sizes if per_update % size == 0][:1]
+    unit = settings.recipe.objective.unit
+    fitted = training.fit(RunPrompts.read(settings).training, unit)
+    if smaller := half_micro_batch(fitted.batch_size, unit, fitted.group_size):
+        options += [f"(in a new run) --training.batch_size {smaller}"]
     return " or ".join(options)
 
 
@@ -140,7 +140,8 @@ def run_training(
     prompts, sharding = RunPrompts.read(settings), _sharding(settings, processes)
     if processes.is_main:
         prompts.warn()
-    plain = {**plain, "training": plain["training"] | settings.training.fit(prompts.training, processes).sizes}
+    fitted = settings.training.fit(prompts.training, settings.recipe.objective.unit, processes)
+    plain = {**plain, "training": plain["training"] | fitted.sizes}
     folder = RunFolder(Path(settings.output), processes)
     checkpoints = Checkpoints(folder.path / "checkpoints", settings.checkpoint.keep, processes)
     checkpoint = checkpoint_in(folder, checkpoints, plain) if resume else None

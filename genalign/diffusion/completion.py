@@ -67,7 +67,8 @@ def complete(
         stops = completion.stops(index, total)
         rows, origin = unique_starts(sampled.inputs) if stored == 0 else (every, every)
         step = _moves(grid, index, [stops] * len(rows))
-        move = transition(pipeline.path, ODE(), sampled.x[rows, stored], sampled.prediction[rows, stored], step)
+        x = sampled.states[rows, int(sampled.before[stored])]
+        move = transition(pipeline.path, ODE(), x, sampled.prediction[rows, stored], step)
         row_parts.append(rows)
         x_parts.append(move.mean)
         origins.append(origin)  # the index (B,) of each sample's state

@@ -131,6 +131,11 @@ class Policy:
         self.average = WeightSnapshot(self.parameters)
         self._first = None if self.config else WeightSnapshot(self.parameters)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the trainable weights."""
+        return self.parameters[0].device
+
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """Run the network as the policy that training started from, within the context."""

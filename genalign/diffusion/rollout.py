@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,49 +40,83 @@ class RolloutInputs:
     def __len__(self) -> int:
         return len(self.prompt)
 
-    def split(self, size: int) -> Iterator[RolloutInputs]:
-        """Split into consecutive parts of at most ``size`` samples."""
-        for begin in range(0, len(self), size):
-            part = slice(begin, begin + size)
-            yield RolloutInputs(self.conditioning, self.prompt[part], self.noise_seeds[part], self.step_seeds[part])
+    def split(self, sizes: int | Sequence[int]) -> list[RolloutInputs]:
+        """Split into consecutive parts of ``sizes`` samples, or of at most as many."""
+        parts = torch.split(torch.arange(len(self)), sizes if isinstance(sizes, int) else list(sizes))
+        bounds = [0, *itertools.accumulate(map(len, parts))]
+        return [
+            RolloutInputs(self.conditioning, self.prompt[a:b], self.noise_seeds[a:b], self.step_seeds[a:b])
+            for a, b in itertools.pairwise(bounds)
+        ]
 
 
 @dataclass(frozen=True)
 class Rollout:
     """B trajectories with S stored transitions each, for training; all tensors are float32.
 
+    A state between two stored steps is stored once, and the means of the transitions are computed again when they are
+    replayed: a trajectory takes 2 S + 2 latents where the S steps are consecutive.
+
     Attributes:
         inputs: The conditioning and the seeds.
-        steps: The grid indices (S) of the stored steps.
-        x: States (B, S, ...) before the stored steps.
-        x_next: States (B, S, ...) after the stored steps.
-        mean: Means (B, S, ...) of the transitions under the sampling policy.
+        steps: The grid indices (S) of the stored steps, ascending.
+        states: States (B, L, ...) before and after the stored steps, at the grid indices ``levels``.
         prediction: Network outputs (B, S, ...) under the sampling policy.
         final: Clean latents (B, ...), at sigma = 0.
     """
 
     inputs: RolloutInputs
     steps: tuple[int, ...]
-    x: Tensor
-    x_next: Tensor
-    mean: Tensor
+    states: Tensor
     prediction: Tensor
     final: Tensor
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The grid indices (L) of the stored states, ascending."""
+        return tuple(sorted({*self.steps, *(step + 1 for step in self.steps)}))
+
+    @property
+    def before(self) -> Tensor:
+        """The index (S,) long in ``states`` of the state before each stored step; the state after it is the next."""
+        levels = self.levels
+        return torch.tensor([levels.index(step) for step in self.steps], dtype=torch.long)
+
+    @property
+    def x(self) -> Tensor:
+        """A copy of the states (B, S, ...) before the stored steps."""
+        return self.states[:, self.before]
+
+    @property
+    def x_next(self) -> Tensor:
+        """A copy of the states (B, S, ...) after the stored steps."""
+        return self.states[:, self.before + 1]
 
     def split(self, size: int) -> Iterator[Rollout]:
         """Split into consecutive parts of at most ``size`` samples."""
         for place, inputs in enumerate(self.inputs.split(size)):
             rows = slice(place * size, place * size + len(inputs))
-            yield Rollout(inputs, self.steps, *(tensor[rows] for tensor in self._tensors()))
+            yield replace(self, inputs=inputs, **{name: tensor[rows] for name, tensor in self.tensors().items()})
 
     def zero_rows(self, rows: Tensor) -> Rollout:
         """Zero the tensors of the samples ``rows`` (B,) bool: NaN times a credit of 0 would be a gradient of NaN."""
         index = rows.nonzero()[:, 0]
-        return Rollout(self.inputs, self.steps, *(t.clone().index_fill_(0, index, 0) for t in self._tensors()))
+        zeroed = {name: tensor.clone().index_fill_(0, index, 0) for name, tensor in self.tensors().items()}
+        return replace(self, **zeroed)
 
-    def _tensors(self) -> tuple[Tensor, ...]:
-        """Return the fields with one row per sample, in their order."""
-        return self.x, self.x_next, self.mean, self.prediction, self.final
+    def to(self, device: torch.device) -> Rollout:
+        """Move the tensors to ``device``, from pinned memory without waiting for it."""
+        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in self.tensors().items()})
+
+    def on_cpu(self) -> Rollout:
+        """Copy the tensors to the CPU, into pinned memory if there is a CUDA device."""
+        pin = torch.cuda.is_available()
+        moved = {name: tensor.cpu() for name, tensor in self.tensors().items()}
+        return replace(self, **{name: tensor.pin_memory() if pin else tensor for name, tensor in moved.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors, with one row per sample each, by the names of their fields."""
+        return {"states": self.states, "prediction": self.prediction, "final": self.final}
 
 
 def rows_are_finite(tensor: Tensor) -> Tensor:
@@ -140,7 +175,7 @@ def rollout(
     rows, origin = unique_starts(inputs)
     x = pipeline.initial_noise([inputs.noise_seeds[row] for row in rows])
     conditioning = inputs.conditioning[inputs.prompt[rows]]
-    stored: list[tuple[Tensor, ...]] = []
+    states, predictions = list[Tensor](), list[Tensor]()
     for i in range(len(grid)):
         if i == branch:
             x, conditioning = x[origin], inputs.conditioning[inputs.prompt]
@@ -149,14 +184,13 @@ def rollout(
         move = transition(pipeline.path, kernels[i], x, prediction, step)
         x_next = move.sample(step_noise(inputs.step_seeds, i, x)) if stochastic[i] else move.mean
         if i in store:
-            stored.append((x, x_next, move.mean, prediction))
+            states += [x_next] if i - 1 in store else [x, x_next]
+            predictions.append(prediction)
         x = x_next
     final = x if branch < len(grid) else x[origin]
-    if stored:
-        states, nexts, means, outputs = (torch.stack(tensors, dim=1) for tensors in zip(*stored, strict=True))
-    else:
-        states, nexts, means, outputs = (final.new_empty(len(final), 0, *final.shape[1:]) for _ in range(4))
-    return Rollout(inputs, tuple(sorted(store)), states, nexts, means, outputs, final)
+    empty = final.new_empty(len(final), 0, *final.shape[1:])
+    stored = [torch.stack(tensors, dim=1) if tensors else empty for tensors in (states, predictions)]
+    return Rollout(inputs, tuple(sorted(store)), *stored, final)
 
 
 def unique_starts(inputs: RolloutInputs) -> tuple[Tensor, Tensor]:
@@ -229,13 +263,15 @@ def replay(
         pairs: The transitions to replay.
         guidance: The guidance scale of the rollout.
     """
-    step, x = grid[torch.tensor(sampled.steps)[pairs.stored]], sampled.x[pairs.rows, pairs.stored]
+    unpadded, before = slice(pairs.count), sampled.before[pairs.stored]
+    step, x = grid[torch.tensor(sampled.steps)[pairs.stored]], sampled.states[pairs.rows, before]
     conditioning = sampled.inputs.conditioning[sampled.inputs.prompt[pairs.rows]]
-    prediction = pipeline.predict(x, step, conditioning, guidance)[: pairs.count]
-    step = grid[step.index[: pairs.count]]
-    new = transition(pipeline.path, kernel, x[: pairs.count], prediction, step)
-    old = Transition(sampled.mean[pairs.index], new.std)
-    return ReplayedStep(new, old, sampled.x_next[pairs.index], prediction, step)
+    prediction = pipeline.predict(x, step, conditioning, guidance)[unpadded]
+    step, x = grid[step.index[unpadded]], x[unpadded]
+    new = transition(pipeline.path, kernel, x, prediction, step)
+    old = transition(pipeline.path, kernel, x, sampled.prediction[pairs.index], step)
+    x_next = sampled.states[pairs.rows[unpadded], before[unpadded] + 1]
+    return ReplayedStep(new, old, x_next, prediction, step)
 
 
 class OdeSamples:
@@ -263,7 +299,7 @@ class OdeSamples:
         place, conditioning = {text: i for i, text in enumerate(texts)}, pipeline.encode(texts)
         rows = torch.tensor([place[text] for text in prompts])
         self.pipeline, self.grid, self.guidance = pipeline, grid, guidance
-        self.parts = list(RolloutInputs(conditioning, rows, tuple(seeds), tuple(seeds)).split(batch_size))
+        self.parts = RolloutInputs(conditioning, rows, tuple(seeds), tuple(seeds)).split(batch_size)
 
     def __len__(self) -> int:
         return len(self.parts)

@@ -88,11 +88,22 @@ class ProcessGroup(RankShare):
             dist.all_gather(gathered, own)
         return torch.stack(gathered).to(tensor.device)
 
-    def interleaved(self, own: Tensor, size: int) -> Tensor:
-        """Gather the rows (B, ...) of all ranks, in batches of ``size`` rows that the ranks take in turn."""
-        shape = own.shape[1:]
-        batches = self.all_gather(own).reshape(self.world_size, len(own) // size, size, *shape)
-        return batches.transpose(0, 1).reshape(-1, *shape)
+    def interleaved(self, own: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        """Gather batches of rows (B, ...) that the ranks take in turn, and join them in their order.
+
+        Args:
+            own: This rank's batches that are not empty.
+            sizes: The sizes of the batches of all ranks, of which each rank has at least one that is not empty.
+        """
+        if self.world_size == 1:
+            return torch.cat(list(own))
+        rows, like = iter(own), own[0]
+        padded = like.new_zeros(-(-len(sizes) // self.world_size), max(sizes), *like.shape[1:])
+        for place, number in enumerate(self.indices(len(sizes))):
+            if sizes[number]:
+                padded[place, : sizes[number]] = next(rows)
+        batches = self.all_gather(padded).transpose(0, 1).flatten(0, 1)
+        return torch.cat([batch[:size] for batch, size in zip(batches, sizes, strict=False)])
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Gather one JSON value from each rank."""

@@ -133,8 +133,8 @@ def dry_run(
                 next(trainer.rounds())
                 calls = trainer.ledger.copy()
                 batch = next(trainer.sampler(fixed, steps, next(trainer.prompts.rounds()), "stored"))
-                stored = sum(value.numel() for value in vars(batch.rollout).values() if isinstance(value, Tensor))
-                rounds[steps] = calls, stored // len(batch.samples)
+                stored = sum(tensor.numel() for tensor in batch.rollout.tensors().values())
+                rounds[steps] = calls, stored // len(batch.scores)
             total.update(rounds[steps][0].counts)
     finally:
         logging.disable(disabled)

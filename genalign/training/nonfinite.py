@@ -52,8 +52,7 @@ class SkippedUpdate:
         """Return the tensors of the batches, with names such as "batch.0.prediction"."""
         tensors: dict[str, Tensor] = {}
         for number, batch in enumerate(self.batches):
-            named = {name: getattr(batch.rollout, name) for name in ("x", "x_next", "mean", "prediction", "final")}
-            tensors |= with_prefix(f"batch.{number}.", named | {"credit": batch.credit, "group": batch.group})
+            tensors |= with_prefix(f"batch.{number}.", batch.rollout.tensors() | {"credit": batch.credit, "group": batch.group})
         return tensors
 
     def as_dict(self) -> dict[str, object]:

@@ -32,10 +32,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SampledBatch:
-    """A batch of a round: trajectories, decoded samples (B, ...), and scores as in ``RoundScores``."""
+    """A batch of a round: trajectories, scores as in ``RoundScores``, and decoded samples (B, ...) if they are kept."""
 
     rollout: Rollout
-    samples: Tensor
+    samples: Tensor | None
     scores: Tensor
     stepwise: Tensor | None
     features: Tensor | None
@@ -46,7 +46,7 @@ class Sampler:
     """A callable that samples and scores a group of samples of every prompt, in batches, as ``settings`` say.
 
     With ``overlap_scoring``, a batch is decoded and scored in a thread while the next one is sampled, so that two
-    batches are in memory.
+    batches are in memory. Decoded samples are part of the result only with ``keep_samples``.
     """
 
     pipeline: Pipeline
@@ -54,6 +54,7 @@ class Sampler:
     grid: Grid
     guidance: float
     settings: FittedSettings
+    keep_samples: bool
 
     def __call__(
         self,
@@ -64,7 +65,7 @@ class Sampler:
         share: RankShare = ALL_RANKS,
         progress: Progress = SILENT,
     ) -> Iterator[SampledBatch]:
-        """Yield the batches of a round.
+        """Yield this rank's batches of a round that are not empty, in the order of ``batch_sizes`` of the settings.
 
         Args:
             recipe: The method: its kernel, and whether samples of a prompt share their first noise.
@@ -78,7 +79,7 @@ class Sampler:
         with progress.phase("sampling", total) as sampled, progress.phase("scoring", total) as scored:
             scoring = self._sample(recipe, steps, prompts, name, share, sampled)
             for batch in in_thread(scoring) if self.settings.overlap_scoring else (call() for call in scoring):
-                scored(len(batch.samples) * share.world_size)
+                scored(len(batch.scores) * share.world_size)
                 yield batch
 
     def inputs(self, recipe: Recipe, prompts: Sequence[Prompt], name: str) -> RolloutInputs:
@@ -103,8 +104,9 @@ class Sampler:
     ) -> Iterator[Callable[[], SampledBatch]]:
         """Run the denoiser batch by batch, and yield a call that decodes and scores the batch."""
         kernels = kernel_per_step(recipe.kernel_on(self.pipeline.path), steps, len(self.grid))
-        batches = list(self.inputs(recipe, prompts, name).split(self.settings.batch_size))
-        for batch in (batches[number] for number in share.indices(len(batches))):
+        sizes = self.settings.batch_sizes(recipe.objective.unit, share.world_size)
+        batches = self.inputs(recipe, prompts, name).split(sizes)
+        for batch in (batches[number] for number in share.indices(len(sizes)) if sizes[number]):
             trajectories = rollout(self.pipeline, batch, self.grid, kernels, self.guidance, store=steps)
             completions: tuple[Tensor, ...] = ()
             if recipe.completion is not None:
@@ -127,7 +129,9 @@ class Sampler:
         columns = [self._scores(self.pipeline.decode(x0), prompts) for x0 in completions]
         stepwise = torch.stack([*columns, scores], dim=1) if columns else None
         replayable = trajectories if finite.all() else trajectories.zero_rows(~finite)
-        return SampledBatch(replayable, samples, scores, stepwise, features)
+        if self.settings.offload_rollouts:
+            replayable = replayable.on_cpu()
+        return SampledBatch(replayable, samples if self.keep_samples else None, scores, stepwise, features)
 
     def _scores(self, decoded: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score decoded samples (B, ...); scores (B, K) are NaN for samples that are not finite."""
@@ -149,8 +153,10 @@ def in_thread(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
     """
     queue: SimpleQueue[tuple[Callable[[], T], Future[T]] | None] = SimpleQueue()
 
-    def work(cores: int) -> None:
+    def work(cores: int, device: int | None) -> None:
         torch.set_num_threads(cores)
+        if device is not None:
+            torch.cuda.set_device(device)  # of a thread, which begins on device 0
         while (item := queue.get()) is not None:
             call, future = item
             try:
@@ -163,7 +169,9 @@ def in_thread(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
         queue.put((call, future))
         return future
 
-    thread = threading.Thread(target=work, args=(torch.get_num_threads(),), name="genalign-score", daemon=True)
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    arguments = torch.get_num_threads(), device
+    thread = threading.Thread(target=work, args=arguments, name="genalign-score", daemon=True)
     thread.start()
     try:
         submitted = itertools.chain(map(submit, calls), [Future[T]()])  # the last call has none to wait for

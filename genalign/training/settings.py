@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from genalign.algorithms.interfaces import Unit
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from genalign.types import PromptSet
 
@@ -32,7 +33,10 @@ class TrainerSettings:
             if that comes first; null for no limit.
         prompts_per_round: Number of different prompts in a round; null takes 16, or as many as a small prompt set has.
         group_size: Number of samples of each prompt, which are compared with each other.
-        batch_size: Number of samples on the device at once, a multiple of ``group_size``; null takes up to 96.
+        batch_size: Largest number of samples that are sampled at once; null takes up to 96. An update's samples are
+            divided into batches of nearly equal size, as many on each process.
+        micro_batch: Largest number of samples in one backward pass, whose size does not change gradients; null takes
+            whole batches. Less memory is needed with fewer.
         updates_per_round: Number of optimizer steps in a round, each on another part of its samples; null takes 2, or 1
             where the prompts do not divide.
         learning_rate: Learning rate of the optimizer, at its highest.
@@ -49,6 +53,8 @@ class TrainerSettings:
             which changes gradients by rounding only.
         overlap_scoring: Whether a batch is decoded and scored in a thread while the next one is sampled, for rewards
             that wait, such as for a server. Results are the same; one more batch is in memory.
+        offload_rollouts: Whether the stored states of a round wait on the CPU until they are trained. Results are the
+            same; a round of large images does not fit into a GPU otherwise.
     """
 
     rounds: int = 100
@@ -56,6 +62,7 @@ class TrainerSettings:
     prompts_per_round: int | None = None
     group_size: int = 12
     batch_size: int | None = None
+    micro_batch: int | None = None
     updates_per_round: int | None = None
     learning_rate: float = 3e-4
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -68,10 +75,11 @@ class TrainerSettings:
     max_skipped_updates: int = 5
     on_out_of_memory: Literal["stop", "halve"] = "stop"
     overlap_scoring: bool = True
+    offload_rollouts: bool = False
 
     def __post_init__(self) -> None:
-        counts = ("rounds", "max_nfe", "prompts_per_round", "batch_size", "updates_per_round", "max_skipped_updates")
-        for name in counts:
+        counts = ("rounds", "max_nfe", "prompts_per_round", "batch_size", "micro_batch", "updates_per_round")
+        for name in (*counts, "max_skipped_updates"):
             value = vars(self)[name]
             if value is not None and value < 1:
                 raise ValueError(f"training.{name} must be at least 1, not {value}")
@@ -87,21 +95,18 @@ class TrainerSettings:
                 f"training.warmup_rounds is {self.warmup_rounds} of {self.rounds} rounds: give a number from 0 to"
                 f" {self.rounds - 1}"
             )
-        self._require_whole_groups()
-        if self.prompts_per_round:
-            self._sizes(self.prompts_per_round, 1)  # refuses sizes that do not divide
-
-    def _require_whole_groups(self) -> None:
-        """Raise ValueError for groups that cannot be compared, or that batches do not hold whole."""
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}: a group needs at least 2 samples to compare")
-        if self.batch_size and self.batch_size % self.group_size:
+        prompts, updates = self.prompts_per_round, self.updates_per_round
+        if prompts and updates and prompts % updates:
             raise ValueError(
-                f"batch_size {self.batch_size} must be a multiple of group_size {self.group_size}, so that groups stay"
-                f" whole: try {self.group_size * max(1, self.batch_size // self.group_size)}"
+                f"training.prompts_per_round {prompts} does not divide into {updates} updates: set"
+                f" training.updates_per_round to 1, or prompts_per_round to {max(1, prompts // updates) * updates}"
             )
 
-    def fit(self, prompts: PromptSet, processes: ProcessGroup = SINGLE_PROCESS, notice: bool = False) -> FittedSettings:
+    def fit(
+        self, prompts: PromptSet, unit: Unit, processes: ProcessGroup = SINGLE_PROCESS, notice: bool = False
+    ) -> FittedSettings:
         """Choose the sizes of a round that are None.
 
         As many updates as fit are preferred, then as many prompts, then batches as large as possible, each up to its
@@ -109,36 +114,45 @@ class TrainerSettings:
 
         Args:
             prompts: The prompts, of which a round takes different ones.
-            processes: The ranks that share the batches of an update.
+            unit: The samples that the loss ties together, which stay in one batch.
+            processes: The ranks that share the samples of an update.
             notice: Whether a line in the log names sizes that are smaller for a small prompt set.
 
         Raises:
             ValueError: No sizes fit the prompts, the ranks and the sizes that are set.
         """
         distinct = len({prompt.text for prompt in prompts.prompts})
-        sizes = self._sizes(distinct, processes.world_size)
+        least = processes.world_size * (1 if unit == "sample" else self.group_size)  # samples of an update
+        count, updates = self._prompts_and_updates(min(distinct, _PROMPTS), least)
+        per_update = count * self.group_size // updates
+        default = max(self.group_size, _SAMPLES // self.group_size * self.group_size)
+        sizes = {
+            "prompts_per_round": count,
+            "batch_size": self.batch_size or min(default, per_update),
+            "updates_per_round": updates,
+        }
         fitted = FittedSettings(**(asdict(self) | sizes))
+        batches = fitted.batch_sizes(unit, processes.world_size)  # refuses sizes that do not fit
         if notice and processes.is_main and distinct < _PROMPTS and any(vars(self)[name] is None for name in sizes):
             logger.info(
                 "a round takes %d of the %d prompts, in %d updates of batches of %d samples: for other sizes, set"
                 " training.prompts_per_round, updates_per_round and batch_size",
-                *(fitted.prompts_per_round, distinct, fitted.updates_per_round, fitted.batch_size),
+                *(count, distinct, updates, max(batches)),
             )
         return fitted
 
-    def _sizes(self, prompts: int, processes: int) -> dict[str, int]:
-        size, most = self.group_size, min(prompts, _PROMPTS)
+    def _prompts_and_updates(self, most: int, least: int) -> tuple[int, int]:
+        """Choose the prompts of a round, up to ``most``, and its updates, if possible of ``least`` samples or more."""
         updates = [self.updates_per_round] if self.updates_per_round else range(_UPDATES, 0, -1)
-        rounds = [self.prompts_per_round] if self.prompts_per_round else range(most, 0, -1)
-        batches = [self.batch_size // size] if self.batch_size else range(max(1, _SAMPLES // size), 0, -1)
-        for steps, count, groups in itertools.product(updates, rounds, batches):
-            if count % (groups * steps * processes) == 0:
-                return {"prompts_per_round": count, "batch_size": groups * size, "updates_per_round": steps}
-        count, among = self.prompts_per_round or most, f" on {processes} processes" if processes > 1 else ""
-        raise ValueError(
-            f"prompts_per_round {count} x group_size {size} = {count * size} samples do not divide into"
-            f" {self.updates_per_round or 1} updates of batches of {self.batch_size or size}{among}: change one of them"
-        )
+        counts = [self.prompts_per_round] if self.prompts_per_round else range(most, 0, -1)
+        fitting = [(count, steps) for steps, count in itertools.product(updates, counts) if count % steps == 0]
+        if not fitting:
+            raise ValueError(
+                f"{most} prompts do not divide into {self.updates_per_round} updates: set training.updates_per_round to"
+                f" at most {most}"
+            )
+        large = (sizes for sizes in fitting if sizes[0] * self.group_size >= least * sizes[1])
+        return next(large, fitting[0])
 
     def progress(self, rounds: int, nfe: int) -> float:
         """The fraction of the run that is complete after ``rounds`` and ``nfe``; 1 or more at its end."""
@@ -160,6 +174,40 @@ class FittedSettings(TrainerSettings):
     prompts_per_round: int = _PROMPTS
     batch_size: int = _SAMPLES
     updates_per_round: int = _UPDATES
+
+    def batch_sizes(self, unit: Unit, processes: int = 1) -> tuple[int, ...]:
+        """Divide a round into batches, which the ranks take in turn; return their sizes, in the order of the samples.
+
+        Every update has the same number of batches, a multiple of ``processes``, which differ by one unit at most. A
+        batch is empty where a rank has none.
+
+        Args:
+            unit: The samples that the loss ties together, which stay in one batch.
+            processes: The number of ranks.
+
+        Raises:
+            ValueError: There are more ranks than units, or a unit does not fit into a batch or micro-batch.
+        """
+        multiple, whole = (1, "samples") if unit == "sample" else (self.group_size, "groups")
+        for name in ("batch_size", "micro_batch"):
+            size = vars(self)[name]
+            if size and size % multiple:
+                raise ValueError(
+                    f"training.{name} {size} must be a multiple of group_size {multiple}, so that groups stay whole:"
+                    f" try {multiple * max(1, size // multiple)}"
+                )
+        if unit == "batch" and self.micro_batch and self.micro_batch < self.batch_size:
+            raise ValueError("the loss of this recipe ties a whole batch together: leave training.micro_batch out")
+        units = self.prompts_per_round * self.group_size // self.updates_per_round // multiple
+        if processes > units:
+            raise ValueError(
+                f"{processes} processes cannot share updates of {units} {whole}: start at most {units}, or raise"
+                " training.prompts_per_round or group_size"
+            )
+        count = processes * -(-units * multiple // (self.batch_size * processes))
+        filled = min(count, units)
+        bounds = [multiple * (min(number, filled) * units // filled) for number in range(count + 1)]
+        return tuple(end - start for start, end in itertools.pairwise(bounds)) * self.updates_per_round
 
     @property
     def sizes(self) -> dict[str, int]:

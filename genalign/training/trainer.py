@@ -77,23 +77,32 @@ class Trainer:
     ) -> None:
         rewards, prompts = named(rewards), PromptSet.of(prompts)
         self.ledger, self.processes = Ledger(), policy.processes
-        settings = settings.fit(prompts, self.processes, notice=True)
+        settings = settings.fit(prompts, recipe.objective.unit, self.processes, notice=True)
+        self.batch_sizes = settings.batch_sizes(recipe.objective.unit, self.processes.world_size)
+        if policy.sharded and 0 in self.batch_sizes:
+            raise ValueError(
+                f"updates of {sum(self.batch_sizes) // settings.updates_per_round} samples do not give each of"
+                f" {self.processes.world_size} processes equally many batches, which FSDP needs: change"
+                " training.batch_size"
+            )
         self.pipeline, self.policy, self.recipe = Metered(pipeline, self.ledger), policy, recipe
         self.rewards = metered_rewards(rewards, self.ledger)
         self.settings = settings
         self.grid = sampling.grid(pipeline)
         self.guidance, self.kernel = sampling.guidance_scale(pipeline), recipe.kernel_on(pipeline.path)
-        self.sampler = Sampler(self.pipeline, self.rewards, self.grid, self.guidance, settings)
+        self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
+        self.sampler = Sampler(
+            self.pipeline, self.rewards, self.grid, self.guidance, settings, keep_samples=bool(self.trainable)
+        )
         self.kernel.check(self.guidance, [reward.name for reward in rewards if reward.weight])
         recipe.steps(pipeline.path, self.grid, 0, settings.seed)  # refuse an impossible recipe before any compute
         self.prompts = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
         rate, decay = settings.learning_rate, settings.weight_decay
         self.optimizer = optimizer_class(settings)(policy.parameters, lr=rate, weight_decay=decay)
-        self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
         self.old = WeightSnapshot(policy.parameters) if recipe.lag else None
         self.monitor = RewardMonitor(settings.max_failed_fraction)
         self.nonfinite = NonFiniteGuard(settings.max_skipped_updates, suspects)
-        self.micro_batch = settings.batch_size
+        self.micro_batch = settings.micro_batch or max(self.batch_sizes)
         self.kl_floors: list[float] = []
         self.rounds_done = 0
         self.samples = 0
@@ -117,7 +126,9 @@ class Trainer:
             self.rounds_done += 1
             self.samples += len(scores.scores)
             self.seconds += time.perf_counter() - start
-            yield self._result(index, scores, sums, reward_metrics)
+            result = self._result(index, scores, sums, reward_metrics)
+            del batches  # before the caller evaluates, and before the next round is sampled
+            yield result
 
     def sample(self, index: int, prompts: Sequence[Prompt], progress: Progress = SILENT) -> list[SampledBatch]:
         """Sample and score this rank's batches of round ``index``, with the old policy if the recipe has one."""
@@ -132,7 +143,7 @@ class Trainer:
         for name in ("scores", "stepwise", "features"):
             tensors = [tensor for batch in batches if (tensor := getattr(batch, name)) is not None]
             if tensors:
-                gathered[name] = self.processes.interleaved(torch.cat(tensors), self.settings.batch_size)
+                gathered[name] = self.processes.interleaved(tensors, self.batch_sizes)
         group = torch.arange(prompts).repeat_interleave(self.settings.group_size)
         scores = RoundScores(weights=tuple(reward.weight for reward in self.rewards), group=group, **gathered)
         if self.samples == 0:
@@ -144,7 +155,8 @@ class Trainer:
         """Train the trainable rewards on the samples of all ranks; return their metrics as ``reward/metric``."""
         if not self.trainable:
             return {}
-        samples = self.processes.interleaved(torch.cat([b.samples for b in batches]), self.settings.batch_size)
+        own = [batch.samples for batch in batches if batch.samples is not None]
+        samples = self.processes.interleaved(own, self.batch_sizes)
         repeated = [prompt for prompt in prompts for _ in range(self.settings.group_size)]
         return {
             f"{name}/{metric}": value
@@ -169,18 +181,19 @@ class Trainer:
             scores: The scores of all ranks.
             progress: Shows the updates.
         """
-        sums, size = MetricSums(), self.settings.batch_size
+        sums, updates = MetricSums(), self.settings.updates_per_round
         context = UpdateContext(self.pipeline, self.policy, self.grid, self.kernel, self.guidance, self.old, sums)
-        credits, groups = torch.split(self.recipe.credit(scores), size), torch.split(scores.group, size)
-        numbers = list(self.processes.indices(len(credits)))  # of this rank's batches among all
-        per_update = len(sampled) // self.settings.updates_per_round
-        with progress.phase("updates", self.settings.updates_per_round, "updates") as advance:
-            for update in range(self.settings.updates_per_round):
-                part = slice(update * per_update, (update + 1) * per_update)
+        credits = torch.split(self.recipe.credit(scores), list(self.batch_sizes))
+        groups = torch.split(scores.group, list(self.batch_sizes))
+        numbers = [n for n in self.processes.indices(len(credits)) if self.batch_sizes[n]]  # of this rank's batches
+        per_update = len(credits) // updates
+        with progress.phase("updates", updates, "updates") as advance:
+            for update in range(updates):
                 on_policy = update == 0 and self.old is None
                 batches = {
                     number: UpdateBatch(batch.rollout, credits[number], groups[number], on_policy)
-                    for batch, number in zip(sampled[part], numbers[part], strict=True)
+                    for number, batch in zip(numbers, sampled, strict=True)
+                    if number // per_update == update
                 }
                 self._update(context, index, update, prompts, batches)
                 advance()
@@ -247,7 +260,7 @@ class Trainer:
             try:
                 for batch, seed in zip(batches, seeds, strict=True):
                     for part in batch.split(self.micro_batch):
-                        objective.backward(context, part, 1 / terms if terms else 0.0, seed)
+                        objective.backward(context, part.to(self.policy.device), 1 / terms if terms else 0.0, seed)
                 return terms
             except RuntimeError as error:
                 smaller = half_micro_batch(self.micro_batch, objective.unit, self.settings.group_size)

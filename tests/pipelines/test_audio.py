@@ -255,7 +255,7 @@ def test_an_outline_has_the_shapes_of_the_checkpoint(family: str, folder_of: Fol
     policy = Policy(meta.pipeline.denoiser, Lora(2))
     unguided, guided = (prediction_activations(meta, 2, guidance) for guidance in (1.0, 3.0))
     assert 0 < unguided < guided == prediction_activations(meta, 4, 1.0)
-    sizes = TrainerSettings().fit(PromptSet.of([str(number) for number in range(48)]))
+    sizes = TrainerSettings().fit(PromptSet.of([str(number) for number in range(48)]), "sample")
     estimate = estimate_memory(meta, policy, flow_grpo(), sizes, 1.0, stored=1)
     assert estimate.phases["decoding"]["decoder layers"] > 0
 

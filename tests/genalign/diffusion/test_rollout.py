@@ -14,7 +14,7 @@ from genalign.diffusion.rollout import (
     rollout,
     step_noise,
 )
-from genalign.diffusion.transitions import CPS, ODE, FlowSDE, Kernel
+from genalign.diffusion.transitions import CPS, ODE, FlowSDE, Kernel, transition
 from genalign.scoring.budget import Ledger, Metered
 from pipelines import SD3
 from tests.genalign.diffusion.rollouts import five_steps, inputs, sample
@@ -41,7 +41,10 @@ def test_pairs_of_several_steps_are_replayed_alike(tiny: SD3, guidance: float) -
         again = replay(tiny, sampled, five_steps(tiny), FlowSDE(0.7), pairs, guidance)
         # a sample's place in the batch may decide which way of adding up it meets
         torch.testing.assert_close(again.log_ratio, torch.zeros(pairs.count), rtol=0, atol=1e-7)
-        assert torch.equal(again.old.mean, sampled.mean[pairs.index])
+        rows, stored = pairs.index
+        step, x = five_steps(tiny)[torch.tensor([1, 2, 3])[stored]], sampled.x[pairs.index]
+        expected = transition(tiny.path, FlowSDE(0.7), x, sampled.prediction[rows, stored], step)
+        assert torch.equal(again.old.mean, expected.mean) and torch.equal(again.x_next, sampled.x_next[pairs.index])
 
 
 def test_pairs_are_left_out_only_where_that_saves_a_batch() -> None:
@@ -56,7 +59,8 @@ def test_pairs_are_left_out_only_where_that_saves_a_batch() -> None:
 def test_only_the_window_is_stored(tiny: SD3) -> None:
     sampled = sample(tiny, (1, 2))
     assert sampled.steps == (1, 2)
-    assert sampled.x.shape == sampled.x_next.shape == sampled.mean.shape == (6, 2, 4, 16, 16)
+    assert sampled.levels == (1, 2, 3) and sampled.states.shape == (6, 3, 4, 16, 16)
+    assert sampled.x.shape == sampled.x_next.shape == sampled.prediction.shape == (6, 2, 4, 16, 16)
     assert torch.equal(sampled.x[:, 1], sampled.x_next[:, 0])
     assert sample(tiny, ()).x.numel() == 0
 

@@ -196,7 +196,7 @@ def test_one_process_is_itself() -> None:
         assert processes == SINGLE_PROCESS and processes.is_main
     rows = torch.arange(6).view(3, 2)
     assert torch.equal(SINGLE_PROCESS.all_gather(rows), rows[None])
-    assert torch.equal(SINGLE_PROCESS.interleaved(rows, 1), rows)
+    assert torch.equal(SINGLE_PROCESS.interleaved([rows[:1], rows[1:]], [1, 2]), rows)
     assert SINGLE_PROCESS.all_gather_object({"a": 1}) == [{"a": 1}]
     assert torch.equal(SINGLE_PROCESS.broadcast({"rows": rows})["rows"], rows)
 
@@ -215,15 +215,6 @@ def test_shares_are_whole_and_equal_in_step() -> None:
 def test_a_single_process_under_accelerate_logs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), process_group({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}):
         assert "use torchrun instead" in caplog.text
-
-
-def test_batches_that_do_not_divide_are_refused() -> None:
-    settings, prompts = TrainerSettings(prompts_per_round=8, group_size=2, batch_size=4), PromptSet.of(list("abcdefgh"))
-    settings.fit(prompts, ProcessGroup(1, 2))
-    with pytest.raises(
-        ValueError, match="8 x group_size 2 = 16 samples do not divide into 1 updates of batches of 4 on 3"
-    ):
-        settings.fit(prompts, ProcessGroup(1, 3))
 
 
 def test_metric_sums_of_several_ranks_are_merged() -> None:

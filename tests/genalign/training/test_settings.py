@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from genalign.algorithms.interfaces import Unit
 from genalign.runtime.distributed import ProcessGroup
 from genalign.training.settings import FittedSettings, TrainerSettings
 from genalign.types import PromptSet
@@ -30,41 +31,73 @@ def sizes(settings: FittedSettings) -> tuple[int, int, int]:
     [(1, (1, 12, 1)), (2, (2, 12, 2)), (5, (4, 24, 2)), (13, (12, 72, 2)), (16, (16, 96, 2)), (500, (16, 96, 2))],
 )
 def test_sizes_that_are_not_set_fit_the_prompts(count: int, expected: tuple[int, int, int]) -> None:
-    assert sizes(TrainerSettings().fit(prompts(count))) == expected
+    assert sizes(TrainerSettings().fit(prompts(count), "sample")) == expected
 
 
 def test_sizes_that_are_set_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "genalign")
     whole = TrainerSettings(prompts_per_round=24, group_size=8, batch_size=96, updates_per_round=2)
-    assert sizes(whole.fit(prompts(24))) == (24, 96, 2) and not caplog.messages
-    assert sizes(TrainerSettings(prompts_per_round=5).fit(prompts(5), notice=True)) == (5, 60, 1)
+    assert sizes(whole.fit(prompts(24), "group")) == (24, 96, 2) and not caplog.messages
+    assert sizes(TrainerSettings(prompts_per_round=5).fit(prompts(5), "group", notice=True)) == (5, 60, 1)
     assert caplog.messages[0].startswith("a round takes 5 of the 5 prompts, in 1 updates of batches of 60 samples")
-    with pytest.raises(
-        ValueError, match=r"5 x group_size 12 = 60 samples do not divide into 1 updates of batches of 96"
-    ):
-        TrainerSettings(batch_size=96).fit(prompts(5))
-    with pytest.raises(ValueError, match=r"8 x group_size 2 = 16 samples do not divide .* of 4 on 3 processes"):
-        TrainerSettings(prompts_per_round=8, group_size=2, batch_size=4).fit(prompts(8), ProcessGroup(0, 3))
+    with pytest.raises(ValueError, match=r"prompts_per_round 5 does not divide into 2 updates: .* to 4"):
+        TrainerSettings(prompts_per_round=5, updates_per_round=2)
+
+
+UNITS = st.sampled_from(["sample", "group", "batch"])
 
 
 @given(
+    unit=UNITS,
     count=st.integers(1, 300),
     group_size=st.integers(2, 40),
-    ranks=st.integers(1, 4),
+    ranks=st.integers(1, 70),
     updates=st.none() | st.integers(1, 4),
+    batch_groups=st.none() | st.integers(1, 5),
 )
-def test_fitted_sizes_divide(count: int, group_size: int, ranks: int, updates: int | None) -> None:
-    settings = TrainerSettings(group_size=group_size, updates_per_round=updates)
+def test_batches_share_each_update_equally(
+    unit: Unit, count: int, group_size: int, ranks: int, updates: int | None, batch_groups: int | None
+) -> None:
+    batch_size = batch_groups and batch_groups * group_size
+    settings = TrainerSettings(group_size=group_size, updates_per_round=updates, batch_size=batch_size)
     try:
-        fitted = settings.fit(prompts(count), ProcessGroup(0, ranks))
+        fitted = settings.fit(prompts(count), unit, ProcessGroup(0, ranks))
     except ValueError:
-        assert count < ranks * (updates or 1)
+        units = count * (group_size if unit == "sample" else 1)
+        assert units < ranks * (updates or 1) or count > 16
         return
-    assert fitted.prompts_per_round <= min(count, 16) and fitted.batch_size <= max(96, group_size)
-    assert fitted.batch_size % group_size == 0
-    batches, rest = divmod(fitted.prompts_per_round * group_size, fitted.batch_size * fitted.updates_per_round)
-    assert rest == 0 and batches % ranks == 0
-    assert fitted.fit(prompts(count), ProcessGroup(0, ranks)) == fitted
+    assert fitted.prompts_per_round <= min(count, 16)
+    batches = fitted.batch_sizes(unit, ranks)
+    assert sum(batches) == fitted.prompts_per_round * group_size and max(batches) <= fitted.batch_size
+    each = len(batches) // fitted.updates_per_round
+    assert len(batches) % fitted.updates_per_round == 0 and each % ranks == 0
+    multiple = 1 if unit == "sample" else group_size
+    assert all(size % multiple == 0 for size in batches) and max(batches) - min(batches) <= multiple
+    assert all(any(batches[rank::ranks]) for rank in range(ranks))
+    assert fitted.fit(prompts(count), unit, ProcessGroup(0, ranks)) == fitted
+
+
+def test_samples_are_shared_by_any_number_of_processes() -> None:
+    settings = TrainerSettings(prompts_per_round=48, group_size=24, batch_size=24, updates_per_round=2)
+    fitted = settings.fit(prompts(48), "sample")
+    for ranks, expected in ((1, {24}), (2, {24}), (16, {18}), (64, {9}), (5, {23, 24}), (576, {1})):
+        batches = fitted.batch_sizes("sample", ranks)
+        assert {*batches} == expected and len(batches) % (2 * ranks) == 0
+    with pytest.raises(ValueError, match="577 processes cannot share updates of 576 samples: start at most 576"):
+        fitted.batch_sizes("sample", 577)
+    with pytest.raises(ValueError, match="25 processes cannot share updates of 24 groups"):
+        fitted.batch_sizes("group", 25)
+
+
+def test_groups_and_batches_that_a_loss_ties_together_stay_whole() -> None:
+    settings = TrainerSettings(prompts_per_round=4, group_size=6, updates_per_round=1, batch_size=8)
+    assert settings.fit(prompts(4), "sample").batch_sizes("sample") == (8, 8, 8)
+    with pytest.raises(ValueError, match=r"batch_size 8 must be a multiple of group_size 6, .* try 6"):
+        settings.fit(prompts(4), "group")
+    with pytest.raises(ValueError, match=r"micro_batch 4 must be a multiple of group_size 6"):
+        replace(settings, batch_size=12, micro_batch=4).fit(prompts(4), "group")
+    with pytest.raises(ValueError, match=r"ties a whole batch together: leave training.micro_batch out"):
+        replace(settings, batch_size=12, micro_batch=6).fit(prompts(4), "batch")
 
 
 @given(st.integers() | st.sampled_from([-1, 2**40, 2**63, 2**64 - 1, 2**64 + 1, -(2**63), -(2**63) - 1]))
