@@ -132,9 +132,14 @@ class Conditioning:
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
 
-    def __getitem__(self, index: slice | Tensor) -> Conditioning:
-        """Select the rows ``index``, on their device."""
-        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
+    def __getitem__(self, index: Tensor) -> Conditioning:
+        """Select the rows ``index`` (B,) long, on their device."""
+        place = index.to(next(iter(self.tensors.values())).device, non_blocking=True)
+        return Conditioning({name: tensor[place] for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device) -> Conditioning:
+        """Move the tensors to ``device``."""
+        return Conditioning({name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()})
 
 
 class Path(Protocol):
@@ -159,6 +164,10 @@ class Pipeline(Protocol):
     @property
     def denoiser(self) -> nn.Module:
         """The trained network, a transformer or UNet."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that the network computes in: that of mixed precision, or of its weights."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode texts, once per distinct prompt and cached; rows in the order of ``prompts``."""

@@ -26,6 +26,8 @@ from genalign.diffusion.lora import (
     sort_metadata,
 )
 from genalign.diffusion.paths import GaussianPath
+from genalign.diffusion.rollout import rows_are_finite
+from genalign.runtime.distributed import own_device
 from genalign.runtime.files import apply_umask, write_json
 from genalign.runtime.memory_options import Memory
 from genalign.types import Conditioning, Grid, NoiseLevel
@@ -91,7 +93,7 @@ class DiffusersPipeline(ABC):
     def __init__(self, pipe: DiffusionPipeline, **options: Unpack[Options]) -> None:
         check_settings(pipe.components, self.kind.__name__)
         self.pipe: Any = pipe  # its components differ by family
-        self.device = torch.device(options.get("device", "cpu"))
+        self.device = own_device(options.get("device", "cpu"))
         self.autocast = options.get("autocast")
         self.memory = options.get("memory", Memory())
         self._set_size(options)
@@ -100,6 +102,7 @@ class DiffusersPipeline(ABC):
         self._has_adapter = False
         self._text_adapters: dict[str, LoraConfig] = {}  # of text encoders, by component
         self._embeddings: dict[str, dict[str, Tensor]] = {}  # by text, the one used longest ago first
+        self._unconditional_row: tuple[str | None, dict[str, Tensor]] = (None, {})  # a text and its row on the device
         self._batches: dict[str, list[str]] = {}  # the batch in which a text is encoded
 
         self._text_encoders = [encoder for name in self.encoders if (encoder := pipe.components.get(name)) is not None]
@@ -209,7 +212,10 @@ class DiffusersPipeline(ABC):
     def unconditional_tensors(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the conditioning that guidance leads away from, with a row for each row of ``tensors`` (B, ...)."""
         assert self.unconditional is not None, "a family without a negative prompt overrides this method"
-        row = self._embeddings[self.unconditional]
+        if self._unconditional_row[0] != self.unconditional:
+            row = {name: tensor.to(self.device) for name, tensor in self._embeddings[self.unconditional].items()}
+            self._unconditional_row = self.unconditional, row
+        row = self._unconditional_row[1]
         return {name: row[name].expand(len(tensor), *row[name].shape) for name, tensor in tensors.items()}
 
     @property
@@ -301,6 +307,12 @@ class DiffusersPipeline(ABC):
     def denoiser(self) -> Any:
         """The network of diffusers that predicts noise, velocity or clean latents, and is trained."""
         return self.pipe.components[self.denoiser_name]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that the denoiser computes in: that of mixed precision, or of its weights."""
+        dtype: torch.dtype = self.denoiser.dtype
+        return dtype if self.autocast is None else self.autocast
 
     @property
     def latent_channels(self) -> int:
@@ -412,18 +424,16 @@ class DiffusersPipeline(ABC):
             ValueError: Guidance that the network was not trained for.
         """
         self.require_guidance(guidance)
-        timestep, tensors = level.timestep.float().expand(len(x)), conditioning.tensors
+        timestep = level.timestep.float().expand(len(x)).to(self.device, non_blocking=True)
+        tensors: Mapping[str, Tensor] = conditioning.to(self.device).tensors  # already there while training
         if guidance > 1:
             away = self.unconditional_tensors(tensors)
-            tensors = {name: pad_sequence([*away[name], *rows], batch_first=True) for name, rows in tensors.items()}
+            tensors = {name: _stacked(away[name], rows) for name, rows in tensors.items()}
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
         dtype = self.denoiser.dtype
-        tensors = {
-            name: tensor.to(self.device, dtype if tensor.is_floating_point() else None)
-            for name, tensor in tensors.items()
-        }
+        tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         with self._mixed_precision():
-            output = self.run_denoiser(x.to(self.device, dtype), timestep.to(self.device), tensors).float()
+            output = self.run_denoiser(x.to(self.device, dtype), timestep, tensors).float()
         if guidance <= 1:
             return output
         unconditional, conditional = output.chunk(2)
@@ -438,7 +448,7 @@ class DiffusersPipeline(ABC):
         parts = torch.split(latents.to(self.device), size)
         with on_device([self.pipe.vae], self.device, self.memory.offload), self._mixed_precision():
             decoded = torch.cat([self.run_vae(part).float() for part in parts])
-        if self.pipe.vae.dtype == torch.float16 and not bool(decoded.isfinite().all()):
+        if self.pipe.vae.dtype == torch.float16 and bool((rows_are_finite(latents) & ~rows_are_finite(decoded)).any()):
             raise ValueError("the VAE overflowed in float16: open the model in bfloat16, or in float32 with autocast")
         return self.postprocess(decoded)
 
@@ -526,6 +536,13 @@ class DiffusersPipeline(ABC):
             self._has_adapter, self._text_adapters = False, {}
         (self.pipe if whole else self.denoiser).save_pretrained(directory)
         apply_umask(directory)
+
+
+def _stacked(first: Tensor, second: Tensor) -> Tensor:
+    """Stack conditioning (B, ...) of two batches to (2 B, ...), padded with zeros at the end of the shorter texts."""
+    if first.shape[1:] == second.shape[1:]:
+        return torch.cat([first, second])
+    return pad_sequence([*first, *second], batch_first=True)
 
 
 def unscale(latents: Tensor, vae_config: Any) -> Tensor:

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -96,16 +96,36 @@ class MetricSums:
     sizes: dict[str, int] = field(default_factory=dict)
     log_ratio_max: float = 0.0
     skipped: int = 0
+    _unread: list[tuple[str, Tensor]] = field(default_factory=list)  # on the device, which is not waited for
 
     def add(self, name: str, values: Tensor) -> None:
         """Add every element of ``values`` to the sum of ``name``."""
         values = values.detach()
-        self.values[name] = self.values.get(name, 0.0) + float(values.sum())
         self.sizes[name] = self.sizes.get(name, 0) + values.numel()
+        self._unread.append((name, values.sum().float()))
+
+    def add_log_ratios(self, log_ratios: Tensor) -> None:
+        """Raise ``log_ratio_max`` to the largest absolute value of ``log_ratios``."""
+        self._unread.append(("", log_ratios.detach().abs().max().float()))
+
+    def read(self) -> MetricSums:
+        """Wait for the device, and complete ``values`` and ``log_ratio_max`` by what was added."""
+        names, tensors = zip(*self._unread, strict=True) if self._unread else ((), ())
+        for name, value in zip(names, torch.stack(tensors).tolist() if tensors else (), strict=True):
+            if name:
+                self.values[name] = self.values.get(name, 0.0) + value
+            else:
+                self.log_ratio_max = max(self.log_ratio_max, value)
+        self._unread.clear()
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the sums for ``merge``."""
+        return {name: value for name, value in vars(self.read()).items() if name != "_unread"}
 
     def snapshot(self) -> MetricSums:
         """Copy the current sums, for ``rollback``."""
-        return copy.deepcopy(self)
+        return copy.deepcopy(self.read())
 
     def rollback(self, earlier: MetricSums) -> None:
         """Restore the sums of a ``snapshot``."""
@@ -113,7 +133,7 @@ class MetricSums:
 
     @classmethod
     def merge(cls, parts: Sequence[Mapping[str, Any]]) -> MetricSums:
-        """Add up the sums of several ranks, each as a dictionary of the fields; all ranks skip the same updates."""
+        """Add up the sums of several ranks, each as ``as_dict`` returns them; all ranks skip the same updates."""
         total = cls(log_ratio_max=max(part["log_ratio_max"] for part in parts), skipped=parts[0]["skipped"])
         for part in parts:
             for name, value in part["values"].items():
@@ -123,11 +143,12 @@ class MetricSums:
 
     def mean(self, name: str) -> float:
         """Return the mean of the elements of ``name``; NaN if there are none."""
+        self.read()
         return self.values[name] / self.sizes[name] if self.sizes.get(name) else math.nan
 
     def means(self) -> dict[str, float]:
         """Return the means of all metrics, by name."""
-        return {name: self.mean(name) for name in self.values}
+        return {name: self.mean(name) for name in self.read().values}
 
 
 @dataclass(frozen=True)
@@ -167,7 +188,31 @@ class UpdateContext:
         if clip_range is not None:
             self.metrics.add("clip_fraction", clip_fraction(log_ratio, clip_range).reshape(1))
         if batch.on_policy:
-            self.metrics.log_ratio_max = max(self.metrics.log_ratio_max, float(log_ratio.abs().max()))
+            self.metrics.add_log_ratios(log_ratio)
+
+
+@dataclass(frozen=True)
+class TermCounts:
+    """The numbers of terms of an update's two means: of the losses, and of the distances from the reference policy."""
+
+    losses: int
+    distances: int
+
+    def __add__(self, other: TermCounts) -> TermCounts:
+        return TermCounts(self.losses + other.losses, self.distances + other.distances)
+
+
+@dataclass(frozen=True)
+class TermScales:
+    """The factors of the summed losses and of the summed distances of a micro-batch, for an update's means."""
+
+    losses: float
+    distances: float
+
+    @classmethod
+    def of_means(cls, counts: TermCounts, loss_scale: float = 1.0) -> Self:
+        """Divide ``loss_scale`` by the counts; 0 where there are none."""
+        return cls(*(loss_scale / count if count else 0.0 for count in (counts.losses, counts.distances)))
 
 
 Unit = Literal["sample", "group", "batch"]
@@ -177,7 +222,8 @@ Unit = Literal["sample", "group", "batch"]
 class Objective(Protocol):
     """A rule from credit to gradients.
 
-    The loss of an update is a mean of terms, some of which are in each micro-batch.
+    The loss of an update is a mean of losses plus a weighted mean of distances from the reference policy; some of the
+    terms of both are in each micro-batch.
     """
 
     @property
@@ -191,11 +237,11 @@ class Objective(Protocol):
         On-policy log-ratios above 2 % of it hint at a mismatch between sampling and replay.
         """
 
-    def terms(self, batch: UpdateBatch) -> int:
-        """Count the terms of the mean in ``batch``."""
+    def terms(self, batch: UpdateBatch) -> TermCounts:
+        """Count the terms of both means in ``batch``."""
 
-    def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
-        """Accumulate the gradient of ``scale`` times the sum of the batch's terms.
+    def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
+        """Accumulate the gradient of the sums of the batch's losses and distances, each times its scale.
 
         All noise of the loss is drawn from ``seed``.
         """

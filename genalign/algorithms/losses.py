@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from genalign.diffusion.paths import promote
+from genalign.diffusion.paths import expand, promote
 from genalign.diffusion.transitions import Transition
 from genalign.types import NoiseStep
 
@@ -52,9 +52,8 @@ def guarded_log_ratio(new: Transition, old: Transition, x_next: Tensor) -> Tenso
     has no bias below 0 and the same scale at every step, so that one clip range suits all steps and both signs of the
     advantage. GRPO-Guard divides the loss on it by D, which equalizes the steps.
     """
-    std = new.std.flatten()
-    scale = std if len(std) == len(x_next) else std.expand(len(x_next))
-    return scale.to(new.mean.dtype) * (new.log_ratio(old, x_next) + new.kl(old))
+    ratio = new.log_ratio(old, x_next) + new.kl(old)
+    return expand(new.std, ratio) * ratio
 
 
 def dppo_mask(log_ratio: Tensor, kl: Tensor, advantages: Tensor, limit: float) -> Tensor:
@@ -106,7 +105,7 @@ def kl_penalty(
     """
     if form in ("exact", "no_dt"):
         exact = current.kl(reference)
-        return exact if form == "exact" else exact * (step.sigma - step.sigma_next).to(exact.dtype).to(exact.device)
+        return exact if form == "exact" else exact * expand(step.sigma - step.sigma_next, exact)
     if form == "x":
         return mean_square(current.mean, reference.mean)
     if form == "v":

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genalign.algorithms.interfaces import Unit, UpdateBatch, UpdateContext
+from genalign.algorithms.interfaces import TermCounts, TermScales, Unit, UpdateBatch, UpdateContext
 from genalign.algorithms.losses import mean_square, require_per_sample
 from genalign.algorithms.preference_pairs import PreferencePairs
 from genalign.diffusion.noise import derived_seed, seeded_noise
@@ -48,8 +48,9 @@ class NoisedSamples:
     old: Tensor
 
     def where(self, rows: Tensor) -> NoisedSamples:
-        """Select the samples of the indices ``rows`` (N,) long."""
+        """Select the samples of the indices ``rows`` (N,) long, on the CPU."""
         level = NoiseLevel(self.level.timestep[rows], self.level.alpha[rows], self.level.sigma[rows])
+        rows = rows.to(self.x.device, non_blocking=True)
         parts = (self.target, self.prediction, self.reference, self.old)
         return NoisedSamples(self.path, self.x0[rows], self.x[rows], level, *(part[rows] for part in parts))
 
@@ -81,7 +82,7 @@ class MatchingLoss(Protocol):
 
 @dataclass(frozen=True)
 class MatchingObjective:
-    """The mean of a matching loss over its terms and over several noise levels.
+    """The mean of a matching loss over its terms and several noise levels, plus the mean distance of all samples.
 
     The noise levels of an update are stratified over [low, high], as fractions of the path's range. All samples of a
     prompt share the level and the noise of a draw, so that they are compared under equal conditions. The network
@@ -92,7 +93,8 @@ class MatchingObjective:
         draws: The number of noise levels per sample and update.
         low: The lower end of the noise levels.
         high: The upper end of the noise levels.
-        anchor: The weight of the mean squared distance from the reference policy's prediction, added to the loss.
+        anchor: The weight of the mean squared distance from the reference policy's prediction, a mean over all samples,
+            which is added to the loss; 0 for none.
         old: Whether the loss needs the predictions of a lagging sampling policy, which the recipe's ``lag`` keeps.
     """
 
@@ -117,18 +119,18 @@ class MatchingObjective:
     def with_stronger_kl(self, minimum: float) -> MatchingObjective:
         return replace(self, anchor=max(2 * self.anchor, minimum))
 
-    def terms(self, batch: UpdateBatch) -> int:
-        """Count the terms of the loss over all draws. Raises ValueError for credit per step."""
+    def terms(self, batch: UpdateBatch) -> TermCounts:
+        """Count the terms of the loss, and the samples, over all draws. Raises ValueError for credit per step."""
         require_per_sample(len(batch.group), credit=batch.credit)
-        return self.draws * self.loss.terms(batch.credit, batch.group)
+        return TermCounts(self.draws * self.loss.terms(batch.credit, batch.group), self.draws * len(batch))
 
-    def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
+    def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
         """Noise and predict the samples of the loss, or all samples with an anchor, and accumulate their gradients.
 
         Args:
             context: The model, the sampler and the metrics.
             batch: B samples with credit.
-            scale: The factor of the summed losses.
+            scales: The factors of the summed losses and distances.
             seed: The seed of noise levels and noises.
         """
         used = self.loss.used(batch.credit)
@@ -147,13 +149,14 @@ class MatchingObjective:
             device = noised.x.device
             distance = mean_square(noised.prediction, noised.reference)
             context.metrics.add("kl", distance)
-            total = self.anchor * distance.sum()
+            total = self.anchor * scales.distances * distance.sum()
             for place in range(len(draws)):
-                part = noised.where((place * len(rows) + in_loss).to(device))
-                losses = self.loss(part, batch.credit[rows[in_loss]].to(device), group[in_loss].to(device))
+                part = noised.where(place * len(rows) + in_loss)
+                credit = batch.credit[rows[in_loss]].to(device, non_blocking=True)
+                losses = self.loss(part, credit, group[in_loss].to(device, non_blocking=True))
                 context.metrics.add("loss", losses)
-                total = total + losses.sum()
-            torch.autograd.backward(total * scale)
+                total = total + scales.losses * losses.sum()
+            torch.autograd.backward(total)
 
     def _noised(
         self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, draws: range, seed: int
@@ -161,11 +164,11 @@ class MatchingObjective:
         """Noise and predict the samples ``rows`` (N,) in each of the draws, in this order: (draws * N, ...)."""
         drawn = [(draw, derived_seed(seed, draw, group)) for draw in draws for group in batch.group[rows].tolist()]
         rows = rows.repeat(len(draws))
-        x0 = batch.rollout.final[rows]
+        x0 = batch.rollout.final[rows.to(batch.rollout.final.device, non_blocking=True)]
         # A draw's stratum is [draw, draw + 1) / draws; a group's seed gives its place there.
         place = torch.tensor([draw + seed / 2**63 for draw, seed in drawn], dtype=torch.float64)
         u = self.low + (self.high - self.low) * place / self.draws
-        level = context.pipeline.level(u.to(x0.device))
+        level = context.pipeline.level(u)
         eps = seeded_noise([seed for _, seed in drawn], x0)
         path = context.pipeline.path
         x, target = path.add_noise(x0, eps, level), path.prediction(x0, eps, level)

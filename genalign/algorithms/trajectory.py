@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import Unit, UpdateBatch, UpdateContext
+from genalign.algorithms.interfaces import TermCounts, TermScales, Unit, UpdateBatch, UpdateContext
 from genalign.algorithms.losses import (
     KLForm,
     clipped_surrogate,
@@ -26,6 +26,7 @@ from genalign.algorithms.losses import (
     require_clip_range,
     require_per_sample,
 )
+from genalign.diffusion.paths import expand
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep
 from genalign.diffusion.transitions import Kernel
 from genalign.types import Grid
@@ -63,7 +64,7 @@ class GuardedSurrogate(ClippedSurrogate):
 
     def __call__(self, replayed: ReplayedStep, credit: Tensor) -> Tensor:
         log_ratio = guarded_log_ratio(replayed.new, replayed.old, replayed.x_next)
-        step_size = (replayed.step.sigma - replayed.step.sigma_next).to(credit)
+        step_size = expand(replayed.step.sigma - replayed.step.sigma_next, log_ratio)
         return clipped_surrogate(log_ratio, credit, self.clip_range) / step_size
 
 
@@ -88,11 +89,13 @@ def noise_weighted(kernel: Kernel, grid: Grid, steps: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """The mean of a loss over samples and stored steps that have credit, plus a KL penalty.
+    """The mean of a loss over samples and stored steps that have credit, plus a KL penalty over the same ones.
+
+    The published Flow-GRPO likewise drops samples without advantage together with their KL.
 
     Attributes:
         loss: The loss of a transition.
-        kl: The weight of the distance from the reference policy, which is added to the loss; 0 for none.
+        kl: The weight of the mean distance from the reference policy, which is added to the loss; 0 for none.
         kl_form: The form of this distance, see ``losses.kl_penalty``.
         weights: The weights of the steps' losses; None weights all steps by 1.
     """
@@ -110,12 +113,13 @@ class PolicyGradient:
     def with_stronger_kl(self, minimum: float) -> PolicyGradient:
         return replace(self, kl=max(2 * self.kl, minimum))
 
-    def terms(self, batch: UpdateBatch) -> int:
+    def terms(self, batch: UpdateBatch) -> TermCounts:
         """Count the transitions that have credit."""
-        return int((batch.step_credit != 0).sum())
+        count = int((batch.step_credit != 0).sum())
+        return TermCounts(count, count)
 
-    def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
-        """Replay the transitions with credit, or all transitions under a KL penalty, and accumulate their gradients.
+    def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
+        """Replay the transitions with credit, and accumulate their gradients.
 
         The distance from the reference policy is also a metric. Without a penalty it is measured on the first batch of
         a round only: by the main rank, or by all ranks if they run a sharded network together.
@@ -123,25 +127,30 @@ class PolicyGradient:
         Args:
             context: The model, the sampler and the metrics.
             batch: B samples with S stored transitions each.
-            scale: The factor of the summed losses.
+            scales: The factors of the summed losses and distances.
             seed: Unused, since replay draws no noise.
         """
         steps, credit, policy = batch.rollout.steps, batch.step_credit, context.policy
         weights = self.weights(context.kernel, context.grid, steps) if self.weights else torch.ones(len(steps))
-        batches = context.replay_batches((credit != 0) | bool(self.kl))
-        unmeasured = "kl" not in context.metrics.values and (policy.processes.is_main or policy.sharded)
+        batches = context.replay_batches(credit != 0)
+        unmeasured = "kl" not in context.metrics.sizes and (policy.processes.is_main or policy.sharded)
         if not batches and unmeasured:
             with torch.no_grad():
                 pairs = ReplayBatch.of_step(0, len(batch))
                 self._distance(context, batch, pairs, context.replay(batch, pairs))
         for pairs in batches:
             replayed = context.replay(batch, pairs)
-            losses = self.loss(replayed, credit[pairs.index].to(replayed.x_next.device))
-            losses = weights[pairs.index[1]].to(losses) * losses
+            advantages = credit[pairs.index]
+            device = replayed.x_next.device
+            losses = self.loss(replayed, advantages.to(device, non_blocking=True))
+            losses = weights[pairs.index[1]].to(device, losses.dtype, non_blocking=True) * losses
+            total = losses.sum() * scales.losses
             if self.kl or unmeasured:
-                losses = losses + self.kl * self._distance(context, batch, pairs, replayed)
+                distance = self._distance(context, batch, pairs, replayed)
+                penalty = self.kl * (advantages != 0).to(device, distance.dtype, non_blocking=True) * distance
+                losses, total = losses + penalty, total + penalty.sum() * scales.distances
                 unmeasured = False
-            torch.autograd.backward(losses.sum() * scale)
+            torch.autograd.backward(total)
             context.metrics.add("loss", losses)
             context.add_ratio_metrics(batch, replayed, self.clip_range)
 
@@ -248,10 +257,10 @@ class CoupledObjective:
     def clip_range(self) -> float | None:
         return self.loss.clip_range
 
-    def terms(self, batch: UpdateBatch) -> int:
-        return self.loss.terms(batch.credit, batch.group)
+    def terms(self, batch: UpdateBatch) -> TermCounts:
+        return TermCounts(self.loss.terms(batch.credit, batch.group), 0)
 
-    def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
+    def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
         used = self.loss.used(batch.credit, batch.group)[:, None].expand(-1, len(batch.rollout.steps))
         batches = context.replay_batches(used)
         old, current = batch.rollout.final.new_zeros(2, len(batch), len(batch.rollout.steps))
@@ -268,5 +277,5 @@ class CoupledObjective:
         context.metrics.add("loss", loss.reshape(1))
         for pairs in batches:
             replayed = context.replay(batch, pairs)
-            torch.autograd.backward(scale * (slopes[pairs.index] * replayed.log_ratio).sum())
+            torch.autograd.backward(scales.losses * (slopes[pairs.index] * replayed.log_ratio).sum())
             context.add_ratio_metrics(batch, replayed, self.clip_range)

@@ -25,7 +25,10 @@ def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
     settings, _ = parsing.parse(config.Calibrate, arguments, "calibrate")
     source, sampling = prompt_set(settings.prompts), settings.sampling
     pipeline, rewards = context.load(settings.model), named_rewards(settings.rewards)
-    training, guidance = settings.training.fit(source, settings.recipe.objective.unit), sampling.guidance_scale(pipeline)
+    training, guidance = (
+        settings.training.fit(source, settings.recipe.objective.unit),
+        sampling.guidance_scale(pipeline),
+    )
     sampler = Sampler(pipeline, rewards, sampling.grid(pipeline), guidance, training, keep_samples=False)
     rounds = PromptSampler(source, training.prompts_per_round, training.seed).rounds()
     for number, kernel in enumerate(calibrate(sampler, settings.recipe, rounds, settings.calibration), start=1):

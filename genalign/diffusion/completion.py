@@ -76,7 +76,8 @@ def complete(
 
     # Further moves, of the states of all stored steps together
     x = torch.cat(x_parts)
-    conditioning = sampled.inputs.conditioning[sampled.inputs.prompt[torch.cat(row_parts)]]
+    inputs = sampled.inputs.to(x.device)
+    conditioning = inputs.conditioning[inputs.prompt[torch.cat(row_parts)]]
     for index in range(min(sampled.steps) + 1, total):
         moving = torch.tensor([i for i, stops in enumerate(stops_of) if index in stops[1:]], dtype=torch.long)
         for part in torch.split(moving, size)[: len(moving)]:  # an empty tensor would be split into one empty part

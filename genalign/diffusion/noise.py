@@ -17,4 +17,4 @@ def derived_seed(*parts: int | str) -> int:
 def seeded_noise(seeds: Sequence[int], like: Tensor) -> Tensor:
     """Draw standard normal noise (B, ...) from one seed per sample, on the CPU in float32, then cast as ``like``."""
     drawn = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(drawn).to(like)
+    return torch.stack(drawn).to(like.device, like.dtype, non_blocking=True)

@@ -131,8 +131,8 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     """
     if coefficient.ndim and coefficient.shape != x.shape[:1]:
         raise ValueError(f"a coefficient must be () or ({len(x)},) for this latent, not {tuple(coefficient.shape)}")
-    # The cast comes before the move: some devices have no float64.
-    cast = coefficient.to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
+    # The cast comes before the move: some devices have no float64
+    cast = coefficient.to(torch.promote_types(x.dtype, torch.float32)).to(x.device, non_blocking=True)
     return cast.reshape(-1, *[1] * (x.ndim - 1)) if cast.ndim else cast
 
 

@@ -40,6 +40,11 @@ class RolloutInputs:
     def __len__(self) -> int:
         return len(self.prompt)
 
+    def to(self, device: torch.device) -> RolloutInputs:
+        """Move the conditioning of these samples' prompts, without that of others, to ``device``."""
+        used, row = torch.unique(self.prompt, return_inverse=True)
+        return replace(self, conditioning=self.conditioning[used].to(device), prompt=row)
+
     def split(self, sizes: int | Sequence[int]) -> list[RolloutInputs]:
         """Split into consecutive parts of ``sizes`` samples, or of at most as many."""
         parts = torch.split(torch.arange(len(self)), sizes if isinstance(sizes, int) else list(sizes))
@@ -105,8 +110,9 @@ class Rollout:
         return replace(self, **zeroed)
 
     def to(self, device: torch.device) -> Rollout:
-        """Move the tensors to ``device``, from pinned memory without waiting for it."""
-        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in self.tensors().items()})
+        """Move the tensors and the conditioning to ``device``, from pinned memory without waiting for it."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors().items()}
+        return replace(self, inputs=self.inputs.to(device), **moved)
 
     def on_cpu(self) -> Rollout:
         """Copy the tensors to the CPU, into pinned memory if there is a CUDA device."""
@@ -174,11 +180,12 @@ def rollout(
     branch = [*stochastic, True].index(True)
     rows, origin = unique_starts(inputs)
     x = pipeline.initial_noise([inputs.noise_seeds[row] for row in rows])
-    conditioning = inputs.conditioning[inputs.prompt[rows]]
+    moved, origin = inputs.to(x.device), origin.to(x.device, non_blocking=True)
+    conditioning = moved.conditioning[moved.prompt[rows]]
     states, predictions = list[Tensor](), list[Tensor]()
     for i in range(len(grid)):
         if i == branch:
-            x, conditioning = x[origin], inputs.conditioning[inputs.prompt]
+            x, conditioning = x[origin], moved.conditioning[moved.prompt]
         step = grid[i]
         prediction = pipeline.predict(x, step, conditioning, guidance)
         move = transition(pipeline.path, kernels[i], x, prediction, step)
@@ -263,14 +270,16 @@ def replay(
         pairs: The transitions to replay.
         guidance: The guidance scale of the rollout.
     """
-    unpadded, before = slice(pairs.count), sampled.before[pairs.stored]
-    step, x = grid[torch.tensor(sampled.steps)[pairs.stored]], sampled.states[pairs.rows, before]
+    unpadded, device = slice(pairs.count), sampled.states.device
+    places = torch.stack([pairs.rows, sampled.before[pairs.stored], pairs.stored]).to(device, non_blocking=True)
+    rows, before, stored = places
+    step, x = grid[torch.tensor(sampled.steps)[pairs.stored]], sampled.states[rows, before]
     conditioning = sampled.inputs.conditioning[sampled.inputs.prompt[pairs.rows]]
     prediction = pipeline.predict(x, step, conditioning, guidance)[unpadded]
     step, x = grid[step.index[unpadded]], x[unpadded]
     new = transition(pipeline.path, kernel, x, prediction, step)
-    old = transition(pipeline.path, kernel, x, sampled.prediction[pairs.index], step)
-    x_next = sampled.states[pairs.rows[unpadded], before[unpadded] + 1]
+    old = transition(pipeline.path, kernel, x, sampled.prediction[rows[unpadded], stored[unpadded]], step)
+    x_next = sampled.states[rows[unpadded], before[unpadded] + 1]
     return ReplayedStep(new, old, x_next, prediction, step)
 
 

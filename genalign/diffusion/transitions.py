@@ -23,7 +23,9 @@ _TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Transition:
-    """The Gaussian p(x_next | x): ``mean`` (B, ...) and ``std``, () or (B, 1, ...), which includes sqrt(D).
+    """The Gaussian p(x_next | x): ``mean`` (B, ...) and ``std``, () or (B,), which includes sqrt(D).
+
+    ``std`` stays on the CPU, where it is checked without waiting for the device of ``mean``.
 
     Log-ratios and KL divergences are means over all dimensions but the first, the convention of public code for
     diffusion models: the true ones divided by the number of values per sample.
@@ -33,18 +35,18 @@ class Transition:
     std: Tensor
 
     def __post_init__(self) -> None:
-        if self.std.ndim not in (0, self.mean.ndim):
-            raise ValueError(f"std must be () or have {self.mean.ndim} dimensions, not {tuple(self.std.shape)}")
+        if self.std.ndim and self.std.shape != self.mean.shape[:1]:
+            raise ValueError(f"std must be () or ({len(self.mean)},) for this mean, not {tuple(self.std.shape)}")
 
     def sample(self, noise: Tensor) -> Tensor:
         """Sample x_next = mean + std noise, for standard normal ``noise`` of the shape of ``mean``."""
         self._require_shape(noise)
-        return self.mean + self.std * noise
+        return self.mean + expand(self.std, self.mean) * noise
 
     def kl(self, other: Transition) -> Tensor:
         """Compute KL(self || other) = (mean - other.mean)^2 / (2 std^2), (B,), for transitions of equal std."""
         self._require_comparable(other)
-        z = (self.mean - other.mean) / self.std
+        z = (self.mean - other.mean) / expand(self.std, self.mean)
         return (0.5 * z * z).flatten(1).mean(1)
 
     def log_ratio(self, old: Transition, x_next: Tensor) -> Tensor:
@@ -55,8 +57,9 @@ class Transition:
         """
         self._require_shape(x_next)
         self._require_comparable(old)
-        shift = (self.mean - old.mean) / self.std
-        return (0.5 * shift * ((x_next - self.mean) + (x_next - old.mean)) / self.std).flatten(1).mean(1)
+        std = expand(self.std, self.mean)
+        shift = (self.mean - old.mean) / std
+        return (0.5 * shift * ((x_next - self.mean) + (x_next - old.mean)) / std).flatten(1).mean(1)
 
     def _require_shape(self, x_next: Tensor) -> None:
         if x_next.shape != self.mean.shape:
@@ -261,7 +264,7 @@ def transition(path: Path, kernel: Kernel, x: Tensor, prediction: Tensor, step: 
     x0, eps = path.x0(x, prediction, step), path.eps(x, prediction, step)
     scalars = kernel(step)
     mean = expand(step.alpha_next, x0) * x0 + expand(scalars.c, x0) * eps
-    return Transition(mean, expand(scalars.s, mean))
+    return Transition(mean, scalars.s)
 
 
 def leftover_noise(kernel: Kernel, grid: Grid) -> Tensor:

@@ -215,6 +215,22 @@ def _rendezvous(share: RankShare, variables: Mapping[str, str]) -> None:
         ) from error
 
 
+def own_device(name: str, variables: Mapping[str, str] = os.environ) -> torch.device:
+    """Return the device ``name``, with the index of this process's GPU for "cuda": another thread has another default.
+
+    Raises ValueError for an index under a launcher, which would put all of its processes on one GPU.
+    """
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None and "LOCAL_RANK" in variables:
+        raise ValueError(
+            f"model.device {name} puts every process of the launcher on one GPU: set model.device to cuda, which is"
+            " each process's own"
+        )
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def take_own_device(variables: Mapping[str, str]) -> None:
     """Make "cuda" mean this process's own GPU if a launcher has set LOCAL_RANK."""
     if "LOCAL_RANK" in variables and torch.cuda.is_available():

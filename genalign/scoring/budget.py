@@ -77,7 +77,7 @@ class Metered:
 
     def __init__(self, pipeline: Pipeline, ledger: Ledger) -> None:
         self.pipeline, self.ledger = pipeline, ledger
-        self.path, self.denoiser = pipeline.path, pipeline.denoiser
+        self.path, self.denoiser, self.compute_dtype = pipeline.path, pipeline.denoiser, pipeline.compute_dtype
         self.encode, self.grid, self.level = pipeline.encode, pipeline.grid, pipeline.level
         self.guidance_scale, self.initial_noise = pipeline.guidance_scale, pipeline.initial_noise
 

@@ -195,7 +195,7 @@ class SearchRun:
         move = transition(self.pipeline.path, kernel, candidates.x, prediction, step)
         x = move.mean + shift
         if float(move.std.max()) > 0:
-            x = x + move.std * step_noise(candidates.step_seeds.tolist(), candidates.steps_done, candidates.x)
+            x = move.sample(step_noise(candidates.step_seeds.tolist(), candidates.steps_done, candidates.x))
         done = candidates.steps_done + 1
         preview = x if done == self.steps else self.pipeline.path.x0(candidates.x, prediction, step)
         plain = candidates.plain & (kernel == ODE() and isinstance(shift, float))

@@ -31,6 +31,8 @@ COUNTED_ROUNDS = 10_000
 class ToyPipeline:
     """A pipeline on a real path and grid, whose latents and samples are one number, (B, 1)."""
 
+    compute_dtype = torch.float32
+
     def __init__(self, path: Path, grid: Grid, level: Callable[[Tensor], NoiseLevel]) -> None:
         self.path, self.level, self.steps = path, level, grid
         self.denoiser: nn.Module = nn.Linear(1, 1, bias=False)

@@ -52,7 +52,9 @@ class SkippedUpdate:
         """Return the tensors of the batches, with names such as "batch.0.prediction"."""
         tensors: dict[str, Tensor] = {}
         for number, batch in enumerate(self.batches):
-            tensors |= with_prefix(f"batch.{number}.", batch.rollout.tensors() | {"credit": batch.credit, "group": batch.group})
+            tensors |= with_prefix(
+                f"batch.{number}.", batch.rollout.tensors() | {"credit": batch.credit, "group": batch.group}
+            )
         return tensors
 
     def as_dict(self) -> dict[str, object]:

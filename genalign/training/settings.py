@@ -45,6 +45,8 @@ class TrainerSettings:
         warmup_rounds: Number of rounds in which the learning rate rises linearly to ``learning_rate``.
         optimizer: "adamw", or "adamw8bit" with moments in 8 bits (bitsandbytes, an extra).
         weight_decay: Weight decay of the optimizer.
+        loss_scale: Factor of the loss, at first, for a network that computes in float16: a power of two, which is halved
+            when gradients overflow. It has no effect on other networks.
         max_grad_norm: Norm to which gradients are clipped.
         seed: Seed of the prompts' order, of all noise and of a new adapter.
         max_failed_fraction: Fraction of a round's samples without a score above which the run stops.
@@ -69,6 +71,7 @@ class TrainerSettings:
     warmup_rounds: int = 0
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     weight_decay: float = 1e-4
+    loss_scale: float = 65536.0
     max_grad_norm: float = 1.0
     seed: int = 0
     max_failed_fraction: float = 0.05
@@ -83,7 +86,7 @@ class TrainerSettings:
             value = vars(self)[name]
             if value is not None and value < 1:
                 raise ValueError(f"training.{name} must be at least 1, not {value}")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "loss_scale", "max_grad_norm"):
             if not vars(self)[name] > 0:
                 raise ValueError(f"training.{name} must be positive, not {vars(self)[name]}")
         if not -(2**63) <= self.seed < 2**64:

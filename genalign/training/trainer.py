@@ -21,6 +21,8 @@ from genalign.algorithms.advantages import zero_std_share
 from genalign.algorithms.interfaces import (
     MetricSums,
     RoundScores,
+    TermCounts,
+    TermScales,
     UpdateBatch,
     UpdateContext,
     half_micro_batch,
@@ -37,6 +39,7 @@ from genalign.runtime.progress import SILENT, Progress
 from genalign.runtime.state import State, load_optimizer_tensors, optimizer_tensors
 from genalign.scoring.budget import Ledger, Metered, metered_rewards
 from genalign.scoring.score import NamedReward, RewardMonitor, named
+from genalign.training.loss_scale import LossScale
 from genalign.training.nonfinite import NonFiniteGuard, SkippedUpdate, is_out_of_memory
 from genalign.training.round_result import RoundResult
 from genalign.training.run_folder import RunFolder, WeightStore
@@ -103,6 +106,7 @@ class Trainer:
         self.monitor = RewardMonitor(settings.max_failed_fraction)
         self.nonfinite = NonFiniteGuard(settings.max_skipped_updates, suspects)
         self.micro_batch = settings.micro_batch or max(self.batch_sizes)
+        self.loss_scale = LossScale.for_dtype(pipeline.compute_dtype, settings.loss_scale)
         self.kl_floors: list[float] = []
         self.rounds_done = 0
         self.samples = 0
@@ -199,7 +203,7 @@ class Trainer:
                 advance()
 
         self.micro_batch = min(self.processes.all_gather_object(self.micro_batch))
-        sums = MetricSums.merge(self.processes.all_gather_object(vars(sums)))
+        sums = MetricSums.merge(self.processes.all_gather_object(sums.as_dict()))
         clip_range = self.recipe.objective.clip_range
         if clip_range is not None and sums.log_ratio_max > 0.02 * clip_range:
             logger.warning(
@@ -232,14 +236,19 @@ class Trainer:
         sums = context.metrics
         before = sums.snapshot()
         seeds = [derived_seed(self.settings.seed, index, "l", number) for number in batches]
-        terms = self._accumulate(context, list(batches.values()), seeds)
+        counts = self._accumulate(context, list(batches.values()), seeds)
         self.policy.sum_gradients()
+        self.loss_scale.unscale(self.policy.parameters)
         norm = full_tensor(nn.utils.clip_grad_norm_(self.policy.parameters, self.settings.max_grad_norm))
-        loss = sum(self.processes.all_gather_object(sums.values.get("loss", 0.0)))
-        if bool(norm.isfinite()) and math.isfinite(loss):
+        loss = sum(self.processes.all_gather_object(sums.read().values.get("loss", 0.0)))
+        finite = bool(norm.isfinite()) and math.isfinite(loss)
+        if self.loss_scale.step(overflow=not finite and math.isfinite(loss)):
+            sums.rollback(before)
+            logger.info("Round %d: gradients overflowed, the loss scale is %g now", index + 1, self.loss_scale.value)
+        elif finite:
             sums.add("grad_norm", norm.reshape(1))
             self.nonfinite.in_row = 0
-            if terms:  # without terms there is no gradient, but moments and weight decay would act
+            if counts.losses:  # without losses there is no gradient, but moments and weight decay would act
                 self.optimizer.step()
                 self.policy.update_average()
         else:
@@ -249,19 +258,21 @@ class Trainer:
             self.nonfinite.skip(skipped)
         self.optimizer.zero_grad()
 
-    def _accumulate(self, context: UpdateContext, batches: Sequence[UpdateBatch], seeds: Sequence[int]) -> int:
-        """Accumulate this rank's part of the gradient of an update's mean loss; return the terms of all ranks.
+    def _accumulate(self, context: UpdateContext, batches: Sequence[UpdateBatch], seeds: Sequence[int]) -> TermCounts:
+        """Accumulate this rank's part of the gradient of an update's means; return the counts of all ranks.
 
         If memory runs out and ``on_out_of_memory`` is "halve", start again with a smaller micro-batch.
         """
         objective, before = self.recipe.objective, context.metrics.snapshot()
-        terms: int = sum(self.processes.all_gather_object(sum(objective.terms(batch) for batch in batches)))
+        own = sum((objective.terms(batch) for batch in batches), TermCounts(0, 0))
+        counts = sum((TermCounts(**part) for part in self.processes.all_gather_object(vars(own))), TermCounts(0, 0))
+        scales = TermScales.of_means(counts, self.loss_scale.value)
         while True:
             try:
                 for batch, seed in zip(batches, seeds, strict=True):
                     for part in batch.split(self.micro_batch):
-                        objective.backward(context, part.to(self.policy.device), 1 / terms if terms else 0.0, seed)
-                return terms
+                        objective.backward(context, part.to(self.policy.device), scales, seed)
+                return counts
             except RuntimeError as error:
                 smaller = half_micro_batch(self.micro_batch, objective.unit, self.settings.group_size)
                 if self.settings.on_out_of_memory == "stop" or smaller is None or not is_out_of_memory(error):
@@ -331,6 +342,7 @@ class Trainer:
             "silent_rounds": self.monitor.silent,
             "skipped_updates": self.nonfinite.in_row,
             "micro_batch": self.micro_batch,
+            "loss_scale": vars(self.loss_scale),
             "raised_kl": list(self.kl_floors),
         }
         return State(tensors, numbers)
@@ -348,5 +360,5 @@ class Trainer:
             self.raise_kl(least)
         self.rounds_done, self.samples, self.seconds = numbers["rounds"], numbers["samples"], numbers["seconds"]
         self.monitor.silent, self.nonfinite.in_row = numbers["silent_rounds"], numbers["skipped_updates"]
-        self.micro_batch = numbers["micro_batch"]
+        self.micro_batch, self.loss_scale = numbers["micro_batch"], LossScale(**numbers["loss_scale"])
         self.ledger.counts.update(numbers["calls"])

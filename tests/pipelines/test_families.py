@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pipelines
 from genalign.algorithms import matching
-from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
+from genalign.algorithms.interfaces import MetricSums, TermScales, UpdateBatch, UpdateContext
 from genalign.algorithms.recipes import Recipe, dense_grpo, dragon, flow_grpo, nft, prdp
 from genalign.diffusion.lora import save_peft
 from genalign.diffusion.noise import derived_seed
@@ -282,7 +282,9 @@ def _metrics(trainer: Trainer, batch: UpdateBatch) -> MetricSums:
     """The metrics of the first batch of ``learn``, without an update."""
     metrics = MetricSums()
     context = UpdateContext(trainer.pipeline, trainer.policy, trainer.grid, trainer.kernel, 1.0, trainer.old, metrics)
-    trainer.recipe.objective.backward(context, batch, 1.0, derived_seed(trainer.settings.seed, 0, "l", 0))
+    trainer.recipe.objective.backward(
+        context, batch, TermScales(1.0, 1.0), derived_seed(trainer.settings.seed, 0, "l", 0)
+    )
     for parameter in trainer.policy.parameters:
         parameter.grad = None
     return metrics

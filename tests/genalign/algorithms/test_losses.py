@@ -121,7 +121,7 @@ def test_inputs_are_checked() -> None:
 
 def test_the_guard_is_of_each_sample_and_of_one_scale_at_all_steps() -> None:
     noise, moved = randn(3, 2, 5, seed=0), 1e-3 * randn(3, 2, 5, seed=1)
-    std = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64).view(3, 1, 1)
+    std = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64)
     old = Transition(torch.zeros_like(noise), std)
     ratio = guarded_log_ratio(Transition(moved, std), old, old.sample(noise))
     torch.testing.assert_close(ratio, (noise * moved).mean((1, 2)))

@@ -10,10 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from genalign.algorithms.interfaces import TermScales, UpdateBatch
 from genalign.algorithms.matching import (
+    AWMLoss,
     DPOLoss,
     KTOLoss,
+    MatchingLoss,
     MatchingObjective,
+    NFTLoss,
     NoisedSamples,
     awm_log_probability,
     dpo_loss,
@@ -22,7 +26,7 @@ from genalign.algorithms.matching import (
 )
 from genalign.diffusion.transitions import ODE
 from pipelines import SD3
-from tests.genalign.algorithms.updates import randn, update_batch, update_context
+from tests.genalign.algorithms.updates import SUMS, flat_gradient, randn, update_batch, update_context
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class RecordingLoss:
 
 def test_a_group_shares_level_and_noise(tiny: SD3) -> None:
     context, loss = update_context(tiny, ODE()), RecordingLoss()
-    MatchingObjective(loss, draws=2).backward(context, update_batch(context), 1.0, seed=3)
+    MatchingObjective(loss, draws=2).backward(context, update_batch(context), SUMS, seed=3)
     first, second = loss.noised_batches
     for noised in loss.noised_batches:
         sigma = noised.level.sigma
@@ -59,7 +63,7 @@ def test_a_group_shares_level_and_noise(tiny: SD3) -> None:
 def test_only_the_current_prediction_carries_a_gradient(tiny: SD3) -> None:
     context, loss = update_context(tiny, ODE(), lagging=True), RecordingLoss()
     batch = update_batch(context)
-    MatchingObjective(loss, draws=1, old=True).backward(context, batch, 1.0, seed=3)
+    MatchingObjective(loss, draws=1, old=True).backward(context, batch, SUMS, seed=3)
     (noised,) = loss.noised_batches
     assert noised.prediction.requires_grad and not noised.reference.requires_grad and not noised.old.requires_grad
     torch.testing.assert_close(noised.old, noised.reference)  # the old policy is the one that training started from
@@ -72,7 +76,7 @@ def test_the_same_seed_draws_the_same(tiny: SD3) -> None:
     context, loss = update_context(tiny, ODE()), RecordingLoss()
     batch = update_batch(context)
     for seed in (3, 3, 4):
-        MatchingObjective(loss, draws=1).backward(context, batch, 1.0, seed)
+        MatchingObjective(loss, draws=1).backward(context, batch, SUMS, seed)
     a, b, c = (noised.x for noised in loss.noised_batches)
     assert torch.equal(a, b) and not torch.equal(a, c)
 
@@ -80,11 +84,27 @@ def test_the_same_seed_draws_the_same(tiny: SD3) -> None:
 def test_samples_without_credit_cost_nothing(tiny: SD3) -> None:
     context = update_context(tiny, ODE())
     batch = update_batch(context)
-    MatchingObjective(KTOLoss(100.0), draws=2).backward(context, batch, 1.0, 0)
+    MatchingObjective(KTOLoss(100.0), draws=2).backward(context, batch, SUMS, 0)
     assert context.pipeline.ledger.nfe == 2 * 2 * 3  # draws, policy and reference, samples with credit
     nothing = replace(batch, credit=torch.zeros(4))
-    MatchingObjective(DPOLoss(100.0), draws=2).backward(context, nothing, 1.0, 0)
+    MatchingObjective(DPOLoss(100.0), draws=2).backward(context, nothing, SUMS, 0)
     assert context.pipeline.ledger.nfe == 2 * 2 * 3
+
+
+@pytest.mark.parametrize("loss", [AWMLoss(), DPOLoss(100.0), KTOLoss(100.0), NFTLoss()])
+def test_the_anchor_is_a_mean_over_all_samples(tiny: SD3, loss: MatchingLoss) -> None:
+    context = update_context(tiny, ODE())
+    batch = replace(update_batch(context), credit=torch.tensor([1.0, -1.0, 0.0, 0.0]))
+
+    def gradient(objective: MatchingObjective, part: UpdateBatch) -> Tensor:
+        objective.backward(context, part, TermScales.of_means(objective.terms(part)), seed=1)
+        return flat_gradient(context)
+
+    anchored, plain = (gradient(MatchingObjective(loss, anchor=anchor), batch) for anchor in (3.0, 0.0))
+    no_loss = replace(batch, credit=torch.zeros(4))
+    anchor_alone = gradient(MatchingObjective(RecordingLoss(), anchor=3.0), no_loss)
+    assert float(anchor_alone.norm()) > 0
+    torch.testing.assert_close(anchored - plain, anchor_alone, rtol=1e-3, atol=1e-5 * float(anchored.abs().max()))
 
 
 def test_draws_of_few_samples_go_through_the_network_together(tiny: SD3, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,11 +122,8 @@ def test_draws_of_few_samples_go_through_the_network_together(tiny: SD3, monkeyp
 
     def gradient() -> Tensor:
         sizes.clear()
-        objective.backward(context, batch, 1.0, 0)
-        gradient_vector = torch.cat([p.grad.flatten() for p in context.policy.parameters if p.grad is not None])
-        for parameter in context.policy.parameters:
-            parameter.grad = None
-        return gradient_vector
+        objective.backward(context, batch, SUMS, 0)
+        return flat_gradient(context)
 
     together = gradient()
     assert sizes == [4, 4, 2, 2]  # reference and policy, two draws and one
@@ -120,7 +137,7 @@ def test_an_old_policy_must_exist_and_credit_be_per_sample(tiny: SD3) -> None:
     context = update_context(tiny, ODE())
     batch = update_batch(context)
     with pytest.raises(ValueError, match="needs the lagging sampling weights: give the recipe a lag"):
-        MatchingObjective(RecordingLoss(), old=True).backward(context, batch, 1.0, 0)
+        MatchingObjective(RecordingLoss(), old=True).backward(context, batch, SUMS, 0)
     with pytest.raises(ValueError, match=r"credit must be \(4,\), one entry per sample"):
         MatchingObjective(RecordingLoss()).terms(replace(batch, credit=torch.zeros(4, 3)))
 

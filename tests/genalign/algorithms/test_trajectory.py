@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import UpdateContext
+from genalign.algorithms.interfaces import TermCounts, TermScales, UpdateContext
 from genalign.algorithms.trajectory import (
     ClippedSurrogate,
     CoupledObjective,
@@ -22,7 +22,7 @@ from genalign.diffusion.rollout import ReplayBatch, ReplayedStep
 from genalign.diffusion.transitions import FlowSDE, Transition
 from genalign.types import Grid
 from pipelines import SD3
-from tests.genalign.algorithms.updates import randn, update_batch, update_context
+from tests.genalign.algorithms.updates import SUMS, flat_gradient, randn, update_batch, update_context
 
 STEPS = (0, 1, 2)
 
@@ -55,7 +55,7 @@ class Squared:
 def test_two_passes_equal_naive_automatic_differentiation(tiny: SD3, on_policy: bool) -> None:
     context = update_context(tiny, FlowSDE(0.7))
     batch = update_batch(context, STEPS, on_policy)
-    CoupledObjective(Squared()).backward(context, batch, scale=0.5, seed=0)
+    CoupledObjective(Squared()).backward(context, batch, TermScales(0.5, 0.0), seed=0)
     ours = _gradients(context)
     ratios = []
     for stored in range(len(STEPS)):
@@ -74,18 +74,18 @@ def test_two_passes_equal_naive_automatic_differentiation(tiny: SD3, on_policy: 
 def test_on_policy_the_first_pass_needs_no_forward_of_the_current_weights(tiny: SD3) -> None:
     context = update_context(tiny, FlowSDE(0.7))
     batch = update_batch(context, STEPS)
-    CoupledObjective(Squared()).backward(context, batch, 1.0, 0)
+    CoupledObjective(Squared()).backward(context, batch, SUMS, 0)
     assert context.pipeline.ledger.nfe == 4 * 3 * 2  # the reference, and the pass with a graph
-    assert context.metrics.log_ratio_max == 0.0
-    CoupledObjective(Squared()).backward(context, replace(batch, on_policy=False), 1.0, 0)
+    assert context.metrics.read().log_ratio_max == 0.0
+    CoupledObjective(Squared()).backward(context, replace(batch, on_policy=False), SUMS, 0)
     assert context.pipeline.ledger.nfe == 4 * 3 * (2 + 3)
 
 
 def test_a_surrogate_counts_samples_with_credit(tiny: SD3) -> None:
     batch, surrogate = update_batch(update_context(tiny, FlowSDE(0.7)), STEPS), PolicyGradient(ClippedSurrogate(1e-3))
-    assert surrogate.terms(batch) == 3 * 3
+    assert surrogate.terms(batch) == TermCounts(9, 9)
     stepwise = torch.tensor([[0.0, 0.5, 1.0]] + [[0.0, 0.0, 0.0]] * 3)
-    assert surrogate.terms(replace(batch, credit=stepwise)) == 2
+    assert surrogate.terms(replace(batch, credit=stepwise)) == TermCounts(2, 2)
 
 
 def test_steps_may_have_credit_and_weight_of_their_own(tiny: SD3) -> None:
@@ -100,10 +100,24 @@ def test_steps_may_have_credit_and_weight_of_their_own(tiny: SD3) -> None:
         (surrogate, late),
         (weighted, batch),
     ):
-        objective.backward(context, part, 1.0, 0)
-        gradients.append(torch.cat([gradient.flatten() for gradient in _gradients(context)]))
+        objective.backward(context, part, SUMS, 0)
+        gradients.append(flat_gradient(context))
     assert torch.equal(gradients[0], gradients[1]) and not torch.allclose(gradients[0], gradients[2])
     torch.testing.assert_close(gradients[2], gradients[3])
+
+
+@pytest.mark.parametrize("kl", [0.0, 5.0])
+def test_loss_and_penalty_are_means_over_the_transitions_with_credit(tiny: SD3, kl: float) -> None:
+    """As the published loop, which drops the samples without advantage and their KL before it takes both means."""
+    context, objective = update_context(tiny, FlowSDE(0.7)), PolicyGradient(ClippedSurrogate(1e-3), kl, "no_dt")
+    batch = update_batch(context, STEPS)
+    half = replace(batch, credit=torch.tensor([1.0, -1.0, 0.0, 0.0]))
+    (live, _) = half.split(2)
+    gradients = []
+    for part in (half, live):
+        objective.backward(context, part, TermScales.of_means(objective.terms(part)), 0)
+        gradients.append(flat_gradient(context))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
 
 
 def group_of(size: int) -> Tensor:

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
+from genalign.algorithms.interfaces import MetricSums, TermScales, UpdateBatch, UpdateContext
 from genalign.diffusion.policy import Lora, Policy, WeightSnapshot
 from genalign.diffusion.rollout import RolloutInputs, kernel_per_step, rollout
 from genalign.diffusion.transitions import Kernel
 from genalign.scoring.budget import Ledger, Metered
 from pipelines import SD3
+
+SUMS = TermScales(1.0, 1.0)
+"""The scales of plain sums."""
 
 
 def update_context(tiny: SD3, kernel: Kernel, lagging: bool = False) -> UpdateContext:
@@ -22,6 +25,14 @@ def update_context(tiny: SD3, kernel: Kernel, lagging: bool = False) -> UpdateCo
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
     grid = tiny.grid(4, [1.0, 0.75, 0.5, 0.25])
     return UpdateContext(Metered(tiny, Ledger()), policy, grid, kernel, 1.0, old, MetricSums())
+
+
+def flat_gradient(context: UpdateContext) -> Tensor:
+    """Return the gradient of all trained weights as one vector, and clear it."""
+    gradients = [parameter.grad.flatten() for parameter in context.policy.parameters if parameter.grad is not None]
+    for parameter in context.policy.parameters:
+        parameter.grad = None
+    return torch.cat(gradients)
 
 
 def update_batch(context: UpdateContext, steps: Sequence[int] = (), on_policy: bool = True) -> UpdateBatch:

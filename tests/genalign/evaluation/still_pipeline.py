@@ -19,6 +19,8 @@ PROTOCOL = EvaluationProtocol("iid", "0123456789abcdef", 4.0, SIGMAS, "ODE()", "
 class StillPipeline:
     """A flow with zero velocity, whose sample is its initial noise; a subclass draws noises and decodes them."""
 
+    compute_dtype = torch.float32
+
     def __init__(self, sigmas: tuple[float, ...] = SIGMAS) -> None:
         self.path, self.denoiser, self.sigmas = FlowPath(), nn.Identity(), sigmas
         self.encoded: list[list[str]] = []

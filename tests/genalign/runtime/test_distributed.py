@@ -30,8 +30,6 @@ from genalign.runtime.distributed import (
 from genalign.runtime.files import load_state
 from genalign.runtime.fsdp import Sharding, sharding_from_environment
 from genalign.training.round_log import flat_numbers
-from genalign.training.settings import TrainerSettings
-from genalign.types import PromptSet
 from pipelines import SD3
 from tests.genalign import ranks
 from tests.genalign.training.toy_runs import require_same_checkpoints, write_config

@@ -33,7 +33,7 @@ def search_run(pipeline: Pipeline, guidance: float = 1.0) -> SearchRun:
 class Gauss:
     """Data N(0, 1) in one dimension, its exact network on a flow of shift 3, and nothing to decode."""
 
-    path, denoiser = FlowPath(), nn.Identity()
+    path, denoiser, compute_dtype = FlowPath(), nn.Identity(), torch.float32
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return Conditioning({"none": torch.zeros(len(prompts), 1)})

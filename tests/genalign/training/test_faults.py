@@ -24,7 +24,7 @@ from torch import Tensor
 
 from genalign import assets
 from genalign.algorithms import recipes
-from genalign.algorithms.interfaces import Objective, UpdateBatch, UpdateContext, half_micro_batch
+from genalign.algorithms.interfaces import Objective, TermScales, UpdateBatch, UpdateContext, half_micro_batch
 from genalign.algorithms.matching import KTOLoss
 from genalign.algorithms.recipes import Lag, Recipe
 from genalign.cli.main import main
@@ -242,8 +242,8 @@ class Wrapped:
         self.objective, self.fault = objective, fault
         self.unit, self.terms = objective.unit, objective.terms
 
-    def backward(self, context: UpdateContext, batch: UpdateBatch, scale: float, seed: int) -> None:
-        self.objective.backward(context, batch, scale, seed)
+    def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
+        self.objective.backward(context, batch, scales, seed)
         self.fault(batch)
 
 
