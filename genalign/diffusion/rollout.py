@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -101,24 +101,25 @@ class Rollout:
         """Split into consecutive parts of at most ``size`` samples."""
         for place, inputs in enumerate(self.inputs.split(size)):
             rows = slice(place * size, place * size + len(inputs))
-            yield replace(self, inputs=inputs, **{name: tensor[rows] for name, tensor in self.tensors().items()})
+            yield Rollout(inputs, self.steps, *(tensor[rows] for tensor in self.tensors().values()))
 
     def zero_rows(self, rows: Tensor) -> Rollout:
         """Zero the tensors of the samples ``rows`` (B,) bool: NaN times a credit of 0 would be a gradient of NaN."""
         index = rows.nonzero()[:, 0]
-        zeroed = {name: tensor.clone().index_fill_(0, index, 0) for name, tensor in self.tensors().items()}
-        return replace(self, **zeroed)
+        return self._map(lambda tensor: tensor.clone().index_fill_(0, index, 0))
 
     def to(self, device: torch.device) -> Rollout:
         """Move the tensors and the conditioning to ``device``, from pinned memory without waiting for it."""
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors().items()}
-        return replace(self, inputs=self.inputs.to(device), **moved)
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, inputs=self.inputs.to(device))
 
     def on_cpu(self) -> Rollout:
         """Copy the tensors to the CPU, into pinned memory if there is a CUDA device."""
         pin = torch.cuda.is_available()
-        moved = {name: tensor.cpu() for name, tensor in self.tensors().items()}
-        return replace(self, **{name: tensor.pin_memory() if pin else tensor for name, tensor in moved.items()})
+        return self._map(lambda tensor: tensor.cpu().pin_memory() if pin else tensor.cpu())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Rollout:
+        return Rollout(self.inputs, self.steps, *(change(tensor) for tensor in self.tensors().values()))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors, with one row per sample each, by the names of their fields."""
@@ -196,8 +197,8 @@ def rollout(
         x = x_next
     final = x if branch < len(grid) else x[origin]
     empty = final.new_empty(len(final), 0, *final.shape[1:])
-    stored = [torch.stack(tensors, dim=1) if tensors else empty for tensors in (states, predictions)]
-    return Rollout(inputs, tuple(sorted(store)), *stored, final)
+    before_and_after, outputs = (torch.stack(tensors, dim=1) if tensors else empty for tensors in (states, predictions))
+    return Rollout(inputs, tuple(sorted(store)), before_and_after, outputs, final)
 
 
 def unique_starts(inputs: RolloutInputs) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ class _WithoutValues:
     """A pipeline of latents (N, 0) whose network and decoder copy their inputs."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        self.path, self.denoiser = pipeline.path, pipeline.denoiser
+        self.path, self.denoiser, self.compute_dtype = pipeline.path, pipeline.denoiser, pipeline.compute_dtype
         self.grid, self.level, self.guidance_scale = pipeline.grid, pipeline.level, pipeline.guidance_scale
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:

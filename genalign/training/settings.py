@@ -45,8 +45,8 @@ class TrainerSettings:
         warmup_rounds: Number of rounds in which the learning rate rises linearly to ``learning_rate``.
         optimizer: "adamw", or "adamw8bit" with moments in 8 bits (bitsandbytes, an extra).
         weight_decay: Weight decay of the optimizer.
-        loss_scale: Factor of the loss, at first, for a network that computes in float16: a power of two, which is halved
-            when gradients overflow. It has no effect on other networks.
+        loss_scale: First factor of the loss of a network that computes in float16: a power of two, which is halved when
+            gradients overflow. It has no effect on other networks.
         max_grad_norm: Norm to which gradients are clipped.
         seed: Seed of the prompts' order, of all noise and of a new adapter.
         max_failed_fraction: Fraction of a round's samples without a score above which the run stops.
