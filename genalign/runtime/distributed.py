@@ -231,6 +231,17 @@ def own_device(name: str, variables: Mapping[str, str] = os.environ) -> torch.de
     return device
 
 
+def current_gpu() -> int | None:
+    """Return the index of this thread's CUDA device, for ``use_gpu`` in another thread; None without CUDA."""
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
+
+
+def use_gpu(index: int | None) -> None:
+    """Make "cuda" mean the device ``index`` in this thread: a new thread begins on device 0, whoever started it."""
+    if index is not None:
+        torch.cuda.set_device(index)
+
+
 def take_own_device(variables: Mapping[str, str]) -> None:
     """Make "cuda" mean this process's own GPU if a launcher has set LOCAL_RANK."""
     if "LOCAL_RANK" in variables and torch.cuda.is_available():

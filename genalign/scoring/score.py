@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from genalign.runtime.distributed import current_gpu, use_gpu
 from genalign.types import Prompt, RewardFunction
 
 logger = logging.getLogger(__name__)
@@ -150,9 +151,11 @@ def _call_within(seconds: float | None, call: Callable[[], object]) -> object:
     if seconds is None:
         return call()
     answer: Future[object] = Future()
+    gpu = current_gpu()
 
     def work() -> None:
         try:
+            use_gpu(gpu)
             with torch.no_grad():  # a thread has a mode of its own
                 answer.set_result(call())
         except BaseException as error:

@@ -21,7 +21,7 @@ from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.completion import complete
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import Rollout, RolloutInputs, kernel_per_step, rollout, rows_are_finite
-from genalign.runtime.distributed import ALL_RANKS, RankShare
+from genalign.runtime.distributed import ALL_RANKS, RankShare, current_gpu, use_gpu
 from genalign.runtime.progress import SILENT, Phase, Progress
 from genalign.scoring.score import NamedReward, score
 from genalign.training.settings import FittedSettings
@@ -153,10 +153,9 @@ def in_thread(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
     """
     queue: SimpleQueue[tuple[Callable[[], T], Future[T]] | None] = SimpleQueue()
 
-    def work(cores: int, device: int | None) -> None:
+    def work(cores: int, gpu: int | None) -> None:
         torch.set_num_threads(cores)
-        if device is not None:
-            torch.cuda.set_device(device)  # of a thread, which begins on device 0
+        use_gpu(gpu)
         while (item := queue.get()) is not None:
             call, future = item
             try:
@@ -169,8 +168,7 @@ def in_thread(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
         queue.put((call, future))
         return future
 
-    device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    arguments = torch.get_num_threads(), device
+    arguments = torch.get_num_threads(), current_gpu()
     thread = threading.Thread(target=work, args=arguments, name="genalign-score", daemon=True)
     thread.start()
     try:

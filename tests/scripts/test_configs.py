@@ -6,12 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch import Tensor
 
 from genalign import assets
+from genalign.algorithms.losses import kl_penalty
 from genalign.cli.config import Compare, Steer, Train, TrainNoiseAware
 from genalign.cli.parsing import ConfigurationError, parse
+from genalign.diffusion.paths import FlowPath
+from genalign.diffusion.transitions import transition
+from genalign.runtime.distributed import ProcessGroup
 from genalign.runtime.fsdp import Sharding, sharding_from_environment
+from genalign.types import Grid, PromptSet
 from tests.packages import ROOT, folder_of
 from tests.rewards.tiny_clap import write_clap
 
@@ -38,7 +45,39 @@ def test_training_configurations_parse(path: Path) -> None:
 def test_a_configuration_of_a_large_model_has_nothing_of_a_world_and_says_that_it_was_not_run(path: Path) -> None:
     text = path.read_text()
     assert any("NOT RUN" in line and "Sized for" in line for line in text.splitlines()[:3])
-    assert "shapes" not in text and "tones" not in text and "before_after" not in text and "held_out" not in text
+    assert "shapes" not in text and "tones" not in text
+
+
+@pytest.mark.parametrize("path", [*PUBLISHED, *PRESETS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("processes", [1, 2, 4, 8, 16, 32, 64])
+def test_every_configuration_is_shared_by_any_number_of_processes(path: Path, processes: int) -> None:
+    reward = ["--rewards.mine.function", "rewards.shapes.ShapesReward", "--output", "unused", "--prompts", "any.txt"]
+    settings, _ = parse(Train, ["--config", str(path), *reward], "train")
+    prompts, unit = PromptSet.of([str(number) for number in range(64)]), settings.recipe.objective.unit
+    fitted = settings.training.fit(prompts, unit, ProcessGroup(0, processes))
+    batches = fitted.batch_sizes(unit, processes)
+    assert min(batches) > 0 and max(batches) <= fitted.batch_size and len(batches) % processes == 0
+
+
+def _penalty_by_its_published_form(name: str) -> tuple[Tensor, Tensor]:
+    """The distances (S,) of the trained steps by a configuration, and by the published code's own formula."""
+    settings, _ = parse(Train, ["--config", str(CONFIGS / "train" / name)], "train")
+    sigma = torch.linspace(1, 0, 11, dtype=torch.float64)
+    sigma = 3 * sigma / (1 + 2 * sigma)  # SD3's shift of 3
+    grid, kernel = Grid(1000 * sigma[:-1], 1 - sigma, sigma), settings.recipe.kernel
+    steps = torch.tensor(settings.recipe.steps(FlowPath(), grid, 0, 0))
+    x, v, v_ref = (torch.randn(len(steps), 4, generator=torch.Generator().manual_seed(n)).double() for n in range(3))
+    moves = [transition(FlowPath(), kernel, x, output, grid[steps]) for output in (v, v_ref)]
+    ours = kl_penalty(settings.recipe.objective.kl_form, *moves, v, v_ref, grid[steps])
+    last = torch.where(sigma[steps] == 1, sigma[1], sigma[steps])
+    std_dev_t = 0.7 * (sigma[steps] / (1 - last)).sqrt()
+    return ours, (moves[0].mean - moves[1].mean).square().mean(1) / (2 * std_dev_t**2)
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_the_kl_of_published_settings_is_the_published_one(path: Path) -> None:
+    ours, published = _penalty_by_its_published_form(path.name)
+    torch.testing.assert_close(ours, published, rtol=1e-9, atol=0)
 
 
 @pytest.fixture
