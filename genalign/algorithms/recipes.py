@@ -381,12 +381,13 @@ def nft(
 def awm(draws: int = 2, anchor: float = 1e-3, std: Std = "global") -> Recipe:
     """Advantage-weighted matching (arXiv 2509.25050): the flow-matching loss weighted by advantages.
 
-    Use it as the simplest policy gradient without densities. The paper's second anchor, to an average of the weights,
-    is not implemented.
+    Use it as the simplest policy gradient without densities. The ratio is to the weights that sampled the round, as in
+    the paper's on-policy mode. Its second anchor, to an average of the weights, is not implemented.
 
     Args:
         draws: The number of noise levels per sample and update.
         anchor: The weight of the distance from the reference policy.
         std: Whether advantages are divided by the "group" or the "global" standard deviation.
     """
-    return matching(GroupRelative(std), MatchingObjective(AWMLoss(), draws, anchor=anchor))
+    objective = MatchingObjective(AWMLoss(), draws, anchor=anchor, old=True)
+    return matching(GroupRelative(std), objective, Lag(slope=0.0))  # the weights that the round began with

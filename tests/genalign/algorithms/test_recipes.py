@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.credit import NormalizedSum
-from genalign.algorithms.matching import AWMLoss, DPOLoss, MatchingObjective, RewardWeightedLoss
+from genalign.algorithms.matching import AWMLoss, DPOLoss, MatchingObjective, NoisedSamples, RewardWeightedLoss
 from genalign.algorithms.recipes import (
     Lag,
     Recipe,
@@ -58,9 +58,9 @@ def red_set(features: Tensor) -> float:
     return float((features[:, 0] - features[:, 1:].mean(1)).mean())
 
 
-def _train(folder: Path, recipe: Recipe, rounds: int, rate: float) -> list[RoundResult]:
+def _train(folder: Path, recipe: Recipe, rounds: int, rate: float, updates: int = 1) -> list[RoundResult]:
     settings = TrainerSettings(
-        rounds=rounds, prompts_per_round=2, group_size=8, batch_size=16, updates_per_round=1, learning_rate=rate
+        rounds=rounds, prompts_per_round=2, group_size=8, batch_size=16, updates_per_round=updates, learning_rate=rate
     )
     tiny = SD3.load(folder)
     policy = Policy(tiny.denoiser, Lora(rank=4, alpha=8), seed=0)
@@ -175,3 +175,19 @@ def test_credit_without_completions_or_features_is_an_error(tiny_folder: Path) -
         _train(tiny_folder, replace(dense_grpo(KERNEL), completion=None), 1, 1e-3)
     with pytest.raises(ValueError, match="give the recipe a feature function"):
         _train(tiny_folder, replace(dragon_set(red_set, color), features=None), 1, 1e-3)
+
+
+def test_the_ratio_of_awm_is_to_the_weights_that_sampled_the_round(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distances: list[float] = []
+    loss = AWMLoss.__call__
+
+    def watched(self: AWMLoss, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
+        distances.append(float((noised.prediction.detach() - noised.old).abs().max()))
+        return loss(self, noised, credit, group)
+
+    monkeypatch.setattr(AWMLoss, "__call__", watched)
+    _train(tiny_folder, awm(draws=1), rounds=2, rate=1e-3, updates=2)
+    updates = [distances[i : i + len(distances) // 4] for i in range(0, len(distances), len(distances) // 4)]
+    assert [max(update) > 0 for update in updates] == [False, True, False, True]
