@@ -20,7 +20,7 @@ from genalign.prompts import split_held_out
 from genalign.runtime.files import write_text
 from genalign.types import AnyCallable
 
-Preset = Literal["flux-dev-80gb", "sd15-24gb", "sd35-medium-80gb", "sdxl-80gb"]
+Preset = Literal["flux-dev-80gb", "sd15-24gb", "sd35-medium-1gpu", "sd35-medium-80gb", "sdxl-80gb"]
 
 _GPU = "  # A GPU: half the memory for weights, the text encoders and the VAE on it only while they work\n"
 _RECIPE = """\

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from genalign.diffusion.noise import derived_seed
+from genalign.diffusion.paths import expand
 from genalign.diffusion.rollout import step_noise
 from genalign.diffusion.transitions import ODE, Kernel, transition
 from genalign.scoring.budget import Ledger, Metered, metered_reward, metered_rewards
@@ -195,7 +196,8 @@ class SearchRun:
         move = transition(self.pipeline.path, kernel, candidates.x, prediction, step)
         x = move.mean + shift
         if float(move.std.max()) > 0:
-            x = move.sample(step_noise(candidates.step_seeds.tolist(), candidates.steps_done, candidates.x))
+            noise = step_noise(candidates.step_seeds.tolist(), candidates.steps_done, candidates.x)
+            x = x + expand(move.std, x) * noise
         done = candidates.steps_done + 1
         preview = x if done == self.steps else self.pipeline.path.x0(candidates.x, prediction, step)
         plain = candidates.plain & (kernel == ODE() and isinstance(shift, float))

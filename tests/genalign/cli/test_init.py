@@ -85,7 +85,7 @@ def test_presets_fit_few_prompts_and_a_model_of_ones_own(name: str, folder: Path
     Path("config.yaml").unlink()
     assert init("--preset", name, *REWARD)["model"]["path"].count("/") == 1
     settings, _ = parse(Train, ["--config", "config.yaml"], "train")
-    settings.training.fit(load_prompts(Path("prompts.txt")))
+    settings.training.fit(load_prompts(Path("prompts.txt")), settings.recipe.objective.unit)
 
 
 def test_presets_are_configurations_by_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,7 @@ def test_a_run_of_any_length_is_planned_from_a_bounded_number_of_rounds(
 
 
 def test_stored_tensors_of_a_sample(tiny: SD3) -> None:
-    assert _planned(tiny, flow_grpo(), Sampling(4)).stored == 4 * 2 + 1  # two trained steps, and the final latents
+    assert _planned(tiny, flow_grpo(), Sampling(4)).stored == 3 + 2 + 1  # states around two steps, predictions, final latents
     assert _planned(tiny, nft(), Sampling(4)).stored == 1
 
 

@@ -220,7 +220,7 @@ def test_metric_sums_of_several_ranks_are_merged() -> None:
     one.add("loss", torch.tensor([1.0, 2.0]))
     two.add("kl", torch.tensor([4.0]))
     two.add("loss", torch.tensor([6.0]))
-    found = MetricSums.merge([vars(one), vars(two)])
+    found = MetricSums.merge([one.as_dict(), two.as_dict()])
     assert found.means() == {"loss": 3.0, "kl": 4.0} and found.log_ratio_max == 0.5
 
 
