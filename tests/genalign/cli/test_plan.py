@@ -97,7 +97,8 @@ def test_a_run_of_any_length_is_planned_from_a_bounded_number_of_rounds(
 
 
 def test_stored_tensors_of_a_sample(tiny: SD3) -> None:
-    assert _planned(tiny, flow_grpo(), Sampling(4)).stored == 3 + 2 + 1  # states around two steps, predictions, final latents
+    around_two_steps, predictions, final = 3, 2, 1
+    assert _planned(tiny, flow_grpo(), Sampling(4)).stored == around_two_steps + predictions + final
     assert _planned(tiny, nft(), Sampling(4)).stored == 1
 
 

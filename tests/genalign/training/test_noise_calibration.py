@@ -17,7 +17,7 @@ from genalign.scoring.score import NamedReward
 from genalign.training.noise_calibration import Calibration, calibrate, calibrated, initial_levels, save_kernel
 from genalign.training.sampler import Sampler
 from genalign.training.settings import TrainerSettings
-from genalign.types import Prompt, RewardFunction
+from genalign.types import Prompt, PromptSet, RewardFunction
 from pipelines import SD3
 
 PROMPTS = (Prompt("a circle"), Prompt("two squares"))
@@ -26,7 +26,8 @@ SIGMAS = (1.0, 0.75, 0.5, 0.25)
 
 def _calibrated(tiny: SD3, reward: RewardFunction, iterations: int) -> CalibratedSDE:
     settings = TrainerSettings(prompts_per_round=2, group_size=8, batch_size=16, updates_per_round=1)
-    sampler = Sampler(tiny, [NamedReward("reward", reward)], tiny.grid(4, SIGMAS), 1.0, settings)
+    fitted, rewards = settings.fit(PromptSet("two", PROMPTS), "sample"), [NamedReward("reward", reward)]
+    sampler = Sampler(tiny, rewards, tiny.grid(4, SIGMAS), 1.0, fitted, keep_samples=False)
     *_, last = calibrate(sampler, flow_grpo(), repeat(PROMPTS), Calibration(iterations=iterations, step=0.1))
     return last
 
