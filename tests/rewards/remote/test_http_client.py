@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rewards.remote import http_client
 from rewards.remote.http_client import HttpClient, Patience, RemoteError, Unavailable
 
 DATES = [f"Wed, 21 Oct {year} 07:28:00 {zone}" for year, zone in ((2015, "GMT"), (10**20, "GMT"), (2015, f"+{10**17}"))]
@@ -99,3 +100,22 @@ def test_the_deadline_ends_an_answer_that_drips(start: bytes, drip: bytes) -> No
         started = time.monotonic()
         client.send("/x", b"{}")
     assert time.monotonic() - started < 2.5
+
+
+def test_a_server_that_is_always_busy_is_given_up_after_the_retries() -> None:
+    sent: list[httpx.Request] = []
+    patience = Patience(deadline=60.0, retries=3, first_pause=0.01, longest_pause=0.01)
+    with HttpClient("http://127.0.0.1:1", "NO_TOKEN", patience) as client:
+        busy = httpx.MockTransport(lambda request: sent.append(request) or httpx.Response(503))
+        client._http = httpx.Client(transport=busy)
+        with pytest.raises(Unavailable, match="given up after 4 attempts"):
+            client.send("/x", b"{}")
+    assert len(sent) == 4
+
+
+def test_an_answer_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "_LARGEST_ANSWER", 100)
+    with HttpClient("http://127.0.0.1:1", "NO_TOKEN", Patience(deadline=60.0)) as client:
+        client._http = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200, content=b"a" * 101)))
+        with pytest.raises(RemoteError, match="answered with over 100 bytes"):
+            client.send("/x", b"{}")
