@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from genalign.algorithms.losses import clip_fraction
+from genalign.diffusion.paths import promote
 from genalign.diffusion.policy import Policy, WeightSnapshot
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep, Rollout, replay
 from genalign.diffusion.transitions import Kernel
@@ -102,16 +103,16 @@ class MetricSums:
         """Add every element of ``values`` to the sum of ``name``."""
         values = values.detach()
         self.sizes[name] = self.sizes.get(name, 0) + values.numel()
-        self._unread.append((name, values.sum().float()))
+        self._unread.append((name, values.sum()))
 
     def add_log_ratios(self, log_ratios: Tensor) -> None:
         """Raise ``log_ratio_max`` to the largest absolute value of ``log_ratios``."""
-        self._unread.append(("", log_ratios.detach().abs().max().float()))
+        self._unread.append(("", log_ratios.detach().abs().max()))
 
     def read(self) -> MetricSums:
         """Wait for the device, and complete ``values`` and ``log_ratio_max`` by what was added."""
         names, tensors = zip(*self._unread, strict=True) if self._unread else ((), ())
-        for name, value in zip(names, torch.stack(tensors).tolist() if tensors else (), strict=True):
+        for name, value in zip(names, torch.stack(promote(*tensors)).tolist() if tensors else (), strict=True):
             if name:
                 self.values[name] = self.values.get(name, 0.0) + value
             else:

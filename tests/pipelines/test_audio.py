@@ -111,7 +111,7 @@ def test_kernels_equal_the_samplers_of_diffusers(
     ).audios
     ours = _ours(stable_audio, kernel, guidance)
     assert len(noises) == (STEPS if isinstance(kernel, DPMSDE) else 0) and float(latents[0].std()) > 50
-    assert ours.x.dtype == ours.x_next.dtype == ours.mean.dtype == torch.float32
+    assert ours.x.dtype == ours.x_next.dtype == ours.prediction.dtype == torch.float32
     for i, theirs in enumerate(latents):
         torch.testing.assert_close(ours.x_next[:, i], theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
     torch.testing.assert_close(stable_audio.decode(ours.final), waveforms.clamp(-1, 1), rtol=0, atol=1e-4)
