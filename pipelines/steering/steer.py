@@ -173,7 +173,7 @@ class Steering(PipelineScorer):
     def _call(self, call: Callable[..., Any], arguments: Arguments) -> Any:
         """Make a steered call of the pipeline, then the plain one to compare it with."""
         self.prompts = _prompts(arguments.get("prompt")) if self._given is None else self._given
-        self._finished = self._last = None
+        self.scores = self._finished = self._last = None
         generators, before, started = copied_generators(arguments), self.ledger.copy(), time.perf_counter()
         output = call(**arguments)
         seconds = time.perf_counter() - started

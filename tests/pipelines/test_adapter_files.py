@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pipelines
-from genalign.diffusion.lora import inject_lora, save_peft
+from genalign.diffusion.lora import ADAPTER, inject_lora, save_peft
 from genalign.diffusion.policy import Policy
 from pipelines.adapter_files import read_adapter
 from pipelines.base import DiffusersPipeline
@@ -99,8 +99,11 @@ SPELLINGS: Mapping[str, Callable[[str, str], str]] = {
         "diffusion_model." + key.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
     ),
     "kohya": lambda key, component: _kohya(key, "lora_unet"),
+    "kohya transformer": lambda key, component: _kohya(key, "lora_transformer"),
     "old diffusers": lambda key, component: f"{component}.{_old(key)}",
+    "linear layer": lambda key, component: f"{component}.{_old(key).replace('.lora.', '.lora_linear_layer.')}",
     "compiled": lambda key, component: f"{component}._orig_mod.{key}",
+    "checkpointed": lambda key, component: f"{component}._checkpoint_wrapped_module.{key}",
     "ddp": lambda key, component: f"module.{component}.{key}",
     "fsdp": lambda key, component: f"{component}._fsdp_wrapped_module.{key.replace('.', '._fsdp_wrapped_module.', 1)}",
 }
@@ -125,6 +128,51 @@ def test_attention_processors_of_old_diffusers_are_applied(checkpoints: Any, tmp
     save_file(_renamed(state, _processor), tmp_path / "pytorch_lora_weights.safetensors")
     pipeline.load_lora(tmp_path)
     torch.testing.assert_close(_output(pipeline), _expected(checkpoints["sd15"], state), rtol=0, atol=1e-6)
+
+
+def test_names_of_another_implementation_are_converted(checkpoints: Any, tmp_path: Path) -> None:
+    """FLUX's own names, as kohya writes them."""
+    pipeline = _open(checkpoints["flux"])
+    state = {key: tensor for key, tensor in _random_state(pipeline.denoiser).items() if "s.0.attn.to_out.0." in key}
+    own = _renamed(
+        state, lambda key: _kohya("double_blocks.0.img_attn.proj.lora_" + key.split(".lora_")[1], "lora_unet")
+    )
+    assert len(own) == 2
+    save_file(own | {"lora_unet_double_blocks_0_img_attn_proj.alpha": torch.tensor(3.0)}, tmp_path / "a.safetensors")
+    pipeline.load_lora(tmp_path)
+    torch.testing.assert_close(_output(pipeline), _expected(checkpoints["flux"], state), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "component", "end"),
+    [
+        ("sdxl", "lora_te2", "text_encoder_2", "q_proj"),
+        ("sd3", "lora_te3", "text_encoder_3", ".q"),
+        ("flux", "lora_te2", "text_encoder_2", ".q"),
+    ],
+)
+def test_kohya_names_of_the_other_text_encoders_are_applied(
+    family: str, prefix: str, component: str, end: str, checkpoints: Any, tmp_path: Path
+) -> None:
+    pipeline = _open(checkpoints[family])
+    encoder = pipeline.pipe.components[component]
+    state = _random_state(encoder, (end,))
+    save_file(_renamed(state, lambda key: _kohya(key, prefix)), tmp_path / "a.safetensors")
+    pipeline.load_lora(tmp_path)
+    applied = get_peft_model_state_dict(encoder, adapter_name=ADAPTER)
+    assert applied.keys() == state.keys() and len(state) > 0
+    assert all(torch.equal(applied[key], tensor) for key, tensor in state.items())
+
+
+def test_layers_of_a_text_encoder_are_not_dropped_in_the_format_of_peft(checkpoints: Any, tmp_path: Path) -> None:
+    pipeline = _open(checkpoints["sd3"])
+    state = _random_state(pipeline.pipe.text_encoder, ("q_proj",))
+    save_file(_renamed(state, lambda key: f"text_encoder.{key}"), tmp_path / "a.safetensors")
+    pipeline.load_lora(tmp_path)
+    config = LoraConfig(r=3, target_modules=["to_q"], bias="lora_only")
+    with pytest.raises(ValueError, match="layers of the text encoders cannot be saved in PEFT's format"):
+        pipeline.save_lora(tmp_path / "saved", _random_state(pipeline.denoiser, ("to_q",)), config)
+    assert not (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("prefix", ["text_encoder.text_model", "text_encoder", "lora_te_text_model", "lora_te1"])
@@ -197,7 +245,15 @@ def test_any_part_of_the_layers_with_any_ranks_and_alphas_is_applied_whole(
 # PEFT's check takes the bias of lora_B for a matrix
 @pytest.mark.filterwarnings("ignore:.*LoRA tensor.*invalid shape")
 @pytest.mark.parametrize(
-    "options", [{"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}, {"bias": "lora_only"}]
+    "options",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"bias": "lora_only"},
+        {"alpha_pattern": {"to_q": 9}},
+        {"rank_pattern": {"to_q": 5}, "use_rslora": True},
+    ],
 )
 def test_uncommon_settings_of_peft_are_opened_as_they_were_saved(
     options: dict[str, Any], checkpoints: Any, tmp_path: Path
@@ -218,6 +274,17 @@ def test_uncommon_settings_of_peft_are_opened_as_they_were_saved(
         torch.testing.assert_close(_output(other), _output(first), rtol=0, atol=1e-6)
 
 
+def test_trained_biases_are_saved_for_peft(checkpoints: Any, tmp_path: Path) -> None:
+    """diffusers' loader refuses a file that holds them, and PEFT's own opens what is written."""
+    pipeline, other = _open(checkpoints["sd3"]), _open(checkpoints["sd3"])
+    config = LoraConfig(r=3, target_modules=["to_q"], init_lora_weights=False, bias="lora_only")
+    inject_lora(pipeline.denoiser, config)
+    pipeline.save_lora(tmp_path, Policy(pipeline.denoiser, None, has_adapter=True).adapter_state(), config)
+    opened = PeftModel.from_pretrained(other.denoiser, str(tmp_path)).get_base_model()
+    assert opened is other.denoiser
+    torch.testing.assert_close(_output(other), _output(pipeline), rtol=0, atol=1e-6)
+
+
 def _write(folder: Path, state: State, name: str = "a.safetensors") -> None:
     folder.mkdir(exist_ok=True)
     save_file(state, folder / name)
@@ -231,6 +298,11 @@ REFUSED: Mapping[str, tuple[Callable[[Path, State], object], str]] = {
     ),
     "other network": (lambda f, s: _write(f, {"unet.mid.to_q.lora_A.weight": A}), "fit no layer of this model"),
     "no adapter": (lambda f, s: _write(f, {"transformer.proj_out.weight": A}), "fit no layer of this model"),
+    "alphas alone": (
+        lambda f, s: _write(f, {"transformer.transformer_blocks.0.attn.to_q.alpha": torch.tensor(1.0)}),
+        "holds no adapter: its entries are no LoRA weights",
+    ),
+    "no entries": (lambda f, s: _write(f, {}), "holds no adapter"),
     "other part": (lambda f, s: _write(f, s | {"text_encoder.foo.lora_A.weight": A}), "1 of its"),
     "one matrix": (lambda f, s: _write(f, dict(list(s.items())[1:])), "has no other matrix of the same rank"),
     "other width": (
@@ -272,9 +344,10 @@ def test_a_run_folder_stands_for_its_lora(checkpoints: Any, tmp_path: Path) -> N
     save_file(_renamed(state, lambda key: f"transformer.{key}"), tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     pipeline.load_lora(tmp_path)
     torch.testing.assert_close(_output(pipeline), _expected(checkpoints["sd3"], state), rtol=0, atol=1e-6)
-    for name in ("runs/nothere", str(tmp_path / "nothere")):
-        with pytest.raises(FileNotFoundError, match="nothere"):
-            _open(checkpoints["sd3"]).load_lora(name)
+    with pytest.raises(FileNotFoundError, match="runs/nothere"):
+        _open(checkpoints["sd3"]).load_lora("runs/nothere")
+    with pytest.raises(FileNotFoundError, match=r"there is no adapter .*nothere: give a run's folder"):
+        _open(checkpoints["sd3"]).load_lora(tmp_path / "nothere")
 
 
 def test_a_file_of_diffusers_keeps_its_configuration(checkpoints: Any, tmp_path: Path) -> None:

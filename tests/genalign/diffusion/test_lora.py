@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from genalign.diffusion.lora import sort_metadata
+from genalign.diffusion.lora import inject_lora, sort_metadata
 from genalign.evaluation.folder import adapter_hash
 from tests.packages import ROOT
 
@@ -52,3 +54,22 @@ def test_sorted_metadata_leaves_the_tensors_as_they_are(tmp_path: Path, attempt:
     with safe_open(file, framework="pt") as opened:
         assert opened.metadata() == metadata
         assert all(torch.equal(opened.get_tensor(name), tensor) for name, tensor in tensors.items())
+
+
+def _state(*layers: str) -> dict[str, Tensor]:
+    return {f"{layer}.lora_{kind}.weight": torch.ones(4, 4) for layer in layers for kind in "AB"}
+
+
+@pytest.mark.parametrize(("targets", "layers"), [(["0", "1"], ["0"]), (["0"], ["0", "1"])])
+def test_weights_that_are_missing_or_left_over_are_refused(targets: list[str], layers: list[str]) -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"the adapter does not fit this network, at 1\.lora_A"):
+        inject_lora(network, LoraConfig(r=4, target_modules=targets), _state(*layers))
+
+
+@pytest.mark.filterwarnings("ignore:.*is a no-op:UserWarning")
+def test_weights_that_stay_on_the_meta_device_are_refused() -> None:
+    with torch.device("meta"):
+        network = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="2 weights of the adapter were not loaded, such as"):
+        inject_lora(network, LoraConfig(r=4, target_modules=["0"]), _state("0"))

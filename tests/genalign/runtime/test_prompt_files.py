@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from genalign.evaluation.geneval.metadata import PromptSpec
 from genalign.runtime.prompt_files import load_prompts, read_listing
 
-PROMPTS = ["a red circle", "two, blue squares", 'a "quoted" moon', "a line\u2028separator \x85 within"]
+PROMPTS = [
+    "a red circle",
+    "two, blue squares",
+    'a "quoted" moon',
+    "a line\u2028separator \x85 within",
+    "a vertical\x0btab",
+    "# a comment of other programs",
+    "// and of others",
+    "a cat --n low quality --w 512",
+]
 GENEVAL = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": "a photo of two dogs"}
 
 
@@ -23,7 +32,7 @@ def _read(path: Path, content: str | bytes) -> list[str]:
 
 def _csv(delimiter: str = ",") -> str:
     quoted = ('"' + prompt.replace('"', '""') + '"' for prompt in PROMPTS)
-    return "\n".join([f"id{delimiter}prompt", *(f"{i}{delimiter}{text}" for i, text in enumerate(quoted))])
+    return "\n".join([f"prompt{delimiter}id", *(f"{text}{delimiter}{i}" for i, text in enumerate(quoted))])
 
 
 CONTENTS = {
@@ -38,13 +47,14 @@ CONTENTS = {
 }
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("name", CONTENTS)
 def test_every_kind_of_file_in_every_encoding_gives_the_same_prompts(
     name: str, end: str, encoding: str, tmp_path: Path
 ) -> None:
-    content = CONTENTS[name].replace("\n", end) + end + end
+    mark = "\ufeff" if encoding.startswith(("utf-16", "utf-32")) else ""
+    content = mark + CONTENTS[name].replace("\n", end) + end + end
     assert _read(tmp_path / name, content.encode(encoding)) == PROMPTS
 
 
@@ -84,6 +94,7 @@ def test_cells_of_a_table_are_metadata(tmp_path: Path) -> None:
         ("p.yaml", "a", r"is no kind of prompt file: give one of \.txt, \.jsonl"),
         ("p.txt.gz", "a", "is no kind of prompt file"),
         ("p", "a", "is no kind of prompt file"),
+        ("p.jsonl.txt", '{"prompt": "a"}\n', r"two suffixes of prompt files: rename it to 'p\.jsonl'"),
         ("p.txt", "\n \n", "holds no prompts"),
         ("p.txt", b"a caf\xe9\n", r"p\.txt is not UTF-8 \(byte 0xe9 at position 5\): save it as UTF-8"),
         ("p.jsonl", '{"prompt": "a"}\nnot json\n', "line 2: not JSON"),

@@ -94,6 +94,37 @@ def test_a_call_with_embeddings_alone_is_refused_whatever_came_before(folders: d
         assert seen.texts == ["two blue squares"] * 2
 
 
+def test_a_call_that_fails_leaves_no_result_of_the_one_before(folders: dict[str, Path]) -> None:
+    pipe = _open(folders["sd15"])
+    with steer(pipe, KeepsPrompts(), BestOfN()) as steering:
+        _call(pipe, "sd15", prompt="a red circle")
+        assert steering.scores is not None and len(steering.result.per_prompt) == 1
+        with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs"):
+            pipe(prompt="lost", callback_on_step_end_tensor_inputs=["none"])
+        assert steering.scores is None
+        with pytest.raises(ValueError, match="no call of the pipeline is complete"):
+            _ = steering.result
+
+
+def test_the_lineage_is_that_of_the_last_call(folders: dict[str, Path]) -> None:
+    pipe, results = _open(folders["sd15"]), []
+    with steer(pipe, KeepsPrompts(), BestOfN()) as steering:
+        for _ in range(2):
+            _call(pipe, "sd15", prompt="a red circle", generator=torch.Generator().manual_seed(1))
+            results.append(steering.result)
+    first, second = results
+    assert first.lineage == second.lineage and first.winners == second.winners
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen_image"])
+def test_packed_latents_are_decoded_at_the_size_of_their_call(family: str, folders: dict[str, Path]) -> None:
+    pipe = _open(folders[family])
+    with steer(pipe, KeepsPrompts(), BestOfN()) as steering:
+        for height, width in ((64, 32), (32, 64)):
+            pipe(prompt="a ring", num_images_per_prompt=2, height=height, width=width, **FEW)
+            assert steering.result.samples.shape[1:] == (3, height, width)
+
+
 def test_packed_latents_that_are_not_known_ask_for_a_decoder() -> None:
     from pipelines.steering.latent_scores import decode_latents
 

@@ -165,6 +165,16 @@ def test_a_batch_claimed_by_another_process_is_skipped(tmp_path: Path) -> None:
     assert first.pipeline.num_drawn == 2
 
 
+def test_the_hash_of_an_adapter_covers_the_files_that_are_read_alone(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 4}')
+    lora_hash = adapter_hash(tmp_path)
+    (tmp_path / "step100.safetensors").write_bytes(b"another")
+    assert adapter_hash(tmp_path) == lora_hash
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8}')
+    assert adapter_hash(tmp_path) != lora_hash
+
+
 def test_manifest_hash_depends_on_the_adapter_and_protocol_hash_on_the_judge(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"one")
     lora_hash = adapter_hash(tmp_path)

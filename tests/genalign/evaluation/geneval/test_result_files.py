@@ -10,6 +10,7 @@ from PIL import Image
 from genalign.evaluation.geneval.metadata import Clause, PromptSpec
 from genalign.evaluation.geneval.result_files import (
     ImageResult,
+    read_prompts,
     read_results,
     read_samples,
     sample_name,
@@ -63,6 +64,15 @@ def test_folders_without_images_or_metadata_are_refused(tmp_path: Path) -> None:
         (tmp_path / "00000" / "samples" / name).touch()
     with pytest.raises(ValueError, match="are the same image of the same prompt: remove one"):
         read_samples(tmp_path)
+
+
+def test_metadata_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    line = json.dumps(TWO.metadata)
+    (tmp_path / "p.jsonl").write_text(line, encoding="utf-8-sig")
+    assert read_prompts(tmp_path / "p.jsonl").prompts[0].metadata == TWO.metadata
+    write_samples(tmp_path, 4, TWO, gray(0.2, 1))
+    (tmp_path / "00004" / "metadata.jsonl").write_text(line, encoding="utf-8-sig")
+    assert read_samples(tmp_path)[0].metadata == TWO.metadata
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"bench"', "null", '{"tag": "colors", "prompt": "a bench"}'])
