@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Unpack
 
@@ -25,21 +26,44 @@ FAMILIES: dict[str, type[DiffusersPipeline]] = {
 
 
 def load(
-    path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **options: Unpack[Options]
+    path_or_id: str | Path, *, family: str | None = None, dtype: torch.dtype = torch.float32, **options: Unpack[Options]
 ) -> DiffusersPipeline:
     """Open an embedded model, a diffusers folder or a Hub id of any family, recognized by its model_index.json.
 
-    Raises FileNotFoundError if there is none, or ValueError for another kind of folder or checkpoint.
+    ``family`` is the import path of a class to open it with instead, such as one of your own. Raises FileNotFoundError
+    if there is no such folder, or ValueError for another kind of folder, checkpoint or class.
     """
     source = assets.resolve(str(path_or_id))
-    return family_of(source).load(source, dtype=dtype, **options)
+    return family_of(source, family).load(source, dtype=dtype, **options)
 
 
-def family_of(path_or_id: str | Path) -> type[DiffusersPipeline]:
-    """Return the wrapper class of a checkpoint. Raises as ``load`` does."""
+def family_of(path_or_id: str | Path, family: str | None = None) -> type[DiffusersPipeline]:
+    """Return the class at the import path ``family``, or the wrapper class of a checkpoint. Raises as ``load`` does."""
+    if family is not None:
+        return import_family(family)
     name = model_index(path_or_id)["_class_name"]
     if name not in FAMILIES:
         raise ValueError(
-            f"{path_or_id} holds a {name}, which genalign has no wrapper for: use one of {', '.join(FAMILIES)}"
+            f"{path_or_id} holds a {name}, which genalign has no wrapper for: use one of {', '.join(FAMILIES)}, or"
+            " set model.family to the import path of a class of your own"
         )
     return FAMILIES[name]
+
+
+def import_family(path: str) -> type[DiffusersPipeline]:
+    """Import a family by its import path. Raises ValueError for anything but a complete class of one."""
+    module, _, name = path.rpartition(".")
+    try:
+        family = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"model.family {path!r} cannot be imported ({error}): write the import path of a class, as in"
+            " my_families.AuraFlow, from a module in the working directory or an installed package"
+        ) from None
+    advice = "give a subclass of pipelines.base.DiffusersPipeline, or of a family such as pipelines.SD3"
+    if not (isinstance(family, type) and issubclass(family, DiffusersPipeline)):
+        raise ValueError(f"model.family {path!r} is no pipeline of genalign: {advice}")
+    missing = sorted(family.__abstractmethods__) + ([] if hasattr(family, "kind") else ["kind"])
+    if missing:
+        raise ValueError(f"model.family {path!r} does not define {', '.join(missing)}: {advice}")
+    return family

@@ -35,29 +35,29 @@ class TextLength:
     model_max_length: int
 
 
-def outline(path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **options: Unpack[Options]) -> Outline:
-    """Open a folder or Hub id from its configuration files alone. Raises what ``pipelines.load`` raises."""
-    family = family_of(path_or_id)
-    require_components(path_or_id, family.kind)
+def outline(
+    path_or_id: str | Path, *, family: str | None = None, dtype: torch.dtype = torch.float32, **options: Unpack[Options]
+) -> Outline:
+    """Open a folder or Hub id as ``pipelines.load`` does, from its configuration files alone. Raises as that does."""
+    wrapper = family_of(path_or_id, family)
+    require_components(path_or_id, wrapper.kind)
     index = model_index(path_or_id)
     check_index(index)
-    index |= {name: [None, None] for name in absent_components(path_or_id, family.kind)}
+    index |= {name: [None, None] for name in absent_components(path_or_id, wrapper.kind)}
     plain = {name: value for name, value in index.items() if not (name.startswith("_") or isinstance(value, list))}
     with one_line_errors(path_or_id):
-        components = {
-            name: _component(path_or_id, name, *kind) for name, kind in index.items() if isinstance(kind, list)
-        }
-        pipe = family.kind(**components, **plain)
+        components = {name: _component(path_or_id, name, *kind) for name, kind in index.items() if isinstance(kind, list)}
+        pipe = wrapper.kind(**components, **plain)
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     sizes = []
-    for name in sorted(networks, key=lambda name: name != family.denoiser_name):
+    for name in sorted(networks, key=lambda name: name != wrapper.denoiser_name):
         network = nn.Module.to(networks[name], "meta", dtype)
         linear = {id(layer.weight): layer.weight for layer in network.modules() if isinstance(layer, nn.Linear)}
         parameters = sum(parameter.numel() for parameter in network.parameters())
         sizes.append(NetworkSize(name, parameters, sum(weight.numel() for weight in linear.values())))
     memory = options.get("memory", Memory())
     on_meta: Options = {**options, "device": "meta", "autocast": None, "memory": Memory(tiling=memory.tiling)}
-    return Outline(family(pipe, **on_meta), sizes, memory, dtype.itemsize)
+    return Outline(wrapper(pipe, **on_meta), sizes, memory, dtype.itemsize)
 
 
 def _component(path_or_id: str | Path, name: str, library: str | None, kind: str | None) -> Any:

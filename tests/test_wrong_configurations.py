@@ -207,7 +207,19 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
     ("file", (*MODEL, "mine.py"), "mine.py is a file: give the diffusers folder (with model_index.json) or a Hub id"),
     ("no pipeline", (*MODEL, "{work}"), "{work} has no model_index.json: give the folder that save_pretrained wrote"),
     ("unknown family", (*MODEL, "{other}"),
-     f"{{other}} holds a KolorsPipeline, which genalign has no wrapper for: use one of {FAMILY_NAMES}"),
+     f"{{other}} holds a KolorsPipeline, which genalign has no wrapper for: use one of {FAMILY_NAMES},"
+     " or set model.family to the import path of a class of your own"),
+    ("no module of a family", (*PLAN, "--model.family", "theirs.Family"),
+     "model.family 'theirs.Family' cannot be imported (No module named 'theirs'): write the import path of a class,"
+     " as in my_families.AuraFlow, from a module in the working directory or an installed package"),
+    *((f"{command[0]} with a family that is no pipeline", (*command, "--model.family", "mine.Needs"),
+     "model.family 'mine.Needs' is no pipeline of genalign: give a subclass of pipelines.base.DiffusersPipeline, or of"
+     " a family such as pipelines.SD3") for command in (TRAIN, PLAN)),
+    ("unfinished family", (*SEARCH, "genalign.BestOfN", "--model.family", "pipelines.flows.FlowPipeline"),
+     "model.family 'pipelines.flows.FlowPipeline' does not define encode_texts, longest_conditioning, run_denoiser,"
+     " kind: give a subclass of pipelines.base.DiffusersPipeline, or of a family such as pipelines.SD3"),
+    ("family of another checkpoint", (*MODEL, "{sd3}", "--model.family", "pipelines.Flux"),
+     "{sd3} holds a StableDiffusion3Pipeline, not a FluxPipeline: use the pipeline of that family"),
     ("missing component", (*MODEL, "{half}"),
      "{half} lacks vae/, which its model_index.json names: copy the whole folder that save_pretrained wrote"),
     ("missing weights", (*MODEL, "{bare}"), "{bare} has no weights in transformer/: copy the .safetensors files too"),

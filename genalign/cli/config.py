@@ -38,6 +38,7 @@ class Model:
 
     Args:
         path: A diffusers folder, a Hub id (owner/name), or an embedded model (shapes-sd3, tones-audio).
+        family: Import path of the class that opens the checkpoint, for a family of your own; null recognizes it.
         dtype: Precision of the weights.
         autocast: Precision of autocast (mixed precision); null runs in ``dtype``.
         device: A torch device: cpu, cuda, cuda:1 or mps.
@@ -54,6 +55,7 @@ class Model:
     """
 
     path: str
+    family: str | None = None
     dtype: Precision = "float32"
     autocast: Precision | None = None
     device: str = "cpu"

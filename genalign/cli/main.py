@@ -40,7 +40,7 @@ def load_model(model: config.Model) -> Checkpoint:
     require_device(model.device)
     if model.device == "cpu":
         retain_freed_memory()
-    return load(assets.resolve(model.path), dtype=getattr(torch, model.dtype), **_options(model))
+    return load(assets.resolve(model.path), family=model.family, dtype=getattr(torch, model.dtype), **_options(model))
 
 
 def outline_model(model: config.Model) -> Outline:
@@ -50,18 +50,25 @@ def outline_model(model: config.Model) -> Outline:
     from pipelines.meta_device import outline
 
     options = _options(replace(model, compiled=False))  # nothing is computed
-    return outline(assets.resolve(model.path), dtype=getattr(torch, model.dtype), **options)
+    return outline(assets.resolve(model.path), family=model.family, dtype=getattr(torch, model.dtype), **options)
 
 
 def require_model(model: config.Model) -> None:
-    """Raise ValueError for a device or quantization that is not available, FileNotFoundError for missing weights."""
+    """Check that a model can be loaded here.
+
+    Raises ValueError for a device or quantization that is not available and a family that is none, FileNotFoundError
+    for missing weights.
+    """
     import torch
 
     from genalign.cli.config import require_device
+    from pipelines.auto import import_family
     from pipelines.checkpoint_files import require_weights
     from pipelines.low_memory import quantization_arguments
 
     require_device(model.device)
+    if model.family is not None:
+        import_family(model.family)
     require_weights(assets.resolve(model.path))
     quantization_arguments(model.memory, "", getattr(torch, model.dtype))
 
