@@ -12,3 +12,4 @@ from pipelines.stable_diffusion import StableDiffusion as StableDiffusion
 from pipelines.steering.prune import prune as prune
 from pipelines.steering.steer import Steering as Steering
 from pipelines.steering.steer import steer as steer
+from pipelines.z_image import ZImage as ZImage

@@ -18,9 +18,11 @@ from pipelines.sana import Sana
 from pipelines.sd3 import SD3
 from pipelines.stable_audio import StableAudio
 from pipelines.stable_diffusion import SDXL, StableDiffusion
+from pipelines.z_image import ZImage
 
 FAMILIES: dict[str, type[DiffusersPipeline]] = {
-    family.kind.__name__: family for family in (SD3, Flux, StableDiffusion, SDXL, Sana, QwenImage, StableAudio, AceStep)
+    family.kind.__name__: family
+    for family in (SD3, Flux, StableDiffusion, SDXL, Sana, QwenImage, ZImage, StableAudio, AceStep)
 }
 """The wrapper of each pipeline class of diffusers, by its name."""
 

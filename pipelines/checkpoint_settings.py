@@ -47,6 +47,7 @@ SCHEDULERS: Mapping[str, Mapping[str, SchedulePath]] = {
     "FluxPipeline": _FLOW,
     "SanaPipeline": _FLOW,
     "QwenImagePipeline": _FLOW,
+    "ZImagePipeline": _FLOW,
     "StableAudioPipeline": _schedulers("CosineDPMSolverMultistep", "edm"),
     "AceStepPipeline": _FLOW,
 }
@@ -162,6 +163,13 @@ COMPONENT_KEYS: Mapping[str, Mapping[str, Mapping[str, Key]]] = {
             "guidance_embeds": Key("the network of diffusers itself fails with it", (False,)),
         },
         "vae": dict.fromkeys(("latents_mean", "latents_std", "z_dim"), _SCALING),
+    },
+    "ZImagePipeline": {
+        "transformer": {
+            "in_channels": _INPUT,
+            "siglip_feat_dim": Key("a network that takes images starts from one", (None,)),
+        },
+        "vae": _SHIFTED,
     },
     "StableAudioPipeline": {
         "transformer": {"sample_size": _SIZE, **dict.fromkeys(("in_channels", "attention_head_dim"), _INPUT)},

@@ -83,7 +83,12 @@ class PackedFlowPipeline(FlowPipeline):
 
     def default_sigmas(self, num_steps: int) -> list[float]:
         """Return T sigmas at equal distances, from 1 to 1 / T."""
-        return [float(sigma) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
+        return even_sigmas(num_steps)
+
+
+def even_sigmas(num_steps: int) -> list[float]:
+    """Return T sigmas at equal distances, from 1 to 1 / T."""
+    return [float(sigma) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:

@@ -27,10 +27,14 @@ _SHARED: dict[type[nn.Module], frozenset[str]] = {
     ),
     diffusers.SanaTransformer2DModel: frozenset({"attention_kwargs"}),
     diffusers.QwenImageTransformer2DModel: frozenset({"attention_kwargs"}),
+    diffusers.ZImageTransformer2DModel: frozenset({"joint_attention_kwargs", "patch_size", "f_patch_size"}),
     diffusers.StableAudioDiTModel: frozenset({"rotary_embedding"}),
     diffusers.AceStepTransformer1DModel: frozenset({"attention_kwargs"}),
 }
 """Arguments of networks that all samples share; every other one has a row for each sample, or one for all."""
+
+_LISTS = frozenset({"x", "cap_feats"})
+"""Arguments of Z-Image's network that are lists of one tensor for each sample; other lists are of tensors with rows."""
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
@@ -116,7 +120,7 @@ def _rows(value: Any, rows: slice, count: int, name: str) -> Any:
     if isinstance(value, Mapping):
         return {key: _rows(inner, rows, count, f"{name}[{key!r}]") for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        if value and isinstance(value[0], Tensor):
+        if value and isinstance(value[0], Tensor) and name not in _LISTS:
             return type(value)(_rows(inner, rows, count, name) for inner in value)
         return value[rows] if len(value) == count else value
     return value
@@ -129,10 +133,12 @@ def _require_no_tensors(name: str, value: Any) -> None:
 
 
 def _joined(outputs: list[Any]) -> Any:
-    """Join the outputs of batches: tensors, tuples of them, or the dataclasses of diffusers."""
+    """Join the outputs of batches: tensors, lists of samples, tuples of these, or the dataclasses of diffusers."""
     first = outputs[0]
     if isinstance(first, Tensor):
         return torch.cat(outputs)
+    if isinstance(first, list):
+        return [sample for output in outputs for sample in output]
     if isinstance(first, tuple):
         return tuple(_joined(list(column)) for column in zip(*outputs, strict=True))
     if is_dataclass(first) and not isinstance(first, type):

@@ -175,7 +175,7 @@ class Steering(PipelineScorer):
         self.prompts = _prompts(arguments.get("prompt")) if self._given is None else self._given
         self.scores = self._finished = self._last = None
         generators, before, started = copied_generators(arguments), self.ledger.copy(), time.perf_counter()
-        output = call(**arguments)
+        output = call(**_copied(arguments))
         seconds = time.perf_counter() - started
         if self._finished is not None:
             spent = self.ledger.since(before)
@@ -315,6 +315,11 @@ class Steering(PipelineScorer):
             results.append(PromptResult(prompt, names, samples[top], scores[top], own, cost, share))
             winners.append(self.nodes[int(first)])
         return SearchResult(tuple(results), self.lineage.as_list(0, 0), tuple(winners), None, self.sample_rate)
+
+
+def _copied(arguments: Arguments) -> Arguments:
+    """Copy the lists among the arguments of a call, some of which ZImagePipeline changes."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
 
 
 def _prompts(texts: str | Sequence[str] | None) -> list[Prompt]:

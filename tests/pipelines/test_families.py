@@ -28,12 +28,14 @@ from genalign.runtime.memory_options import Memory
 from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, FKSteering, Prune, search
 from genalign.search.strategy import Strategy
+from genalign.training.memory_estimate import prediction_activations
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet
 from pipelines import AceStep
 from pipelines.base import DiffusersPipeline
 from pipelines.flows import FlowPipeline
+from pipelines.meta_device import outline
 from tests.pipelines.tiny_checkpoints import FAMILIES, Family, FolderOf
 
 # What diffusers itself does: its EulerDiscreteScheduler turns a tensor into an array in a way that numpy 2 deprecates,
@@ -90,7 +92,7 @@ def _called(
         output_type="pt",
         callback_on_step_end=note,
         return_dict=False,
-        **{family.guidance: guidance, **options},
+        **{family.guidance: family.scale(guidance), **options},
     )
     return [*seen, samples]
 
@@ -116,7 +118,7 @@ def test_the_ode_equals_diffusers(
         torch.testing.assert_close(ours.decode(sampled.final), samples, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd15", "sdxl", "sana", "qwen_image"])
+@pytest.mark.parametrize("family", ["sd3", "sd15", "sdxl", "sana", "qwen_image", "z_image"])
 def test_a_negative_prompt_equals_diffusers(family: str, folder_of: FolderOf) -> None:
     folder, spec = folder_of(family), FAMILIES[family]
     ours = _open(family, folder, negative_prompt="three green rings")
@@ -149,6 +151,7 @@ DEFAULTS = {
     "sdxl": 5.0,
     "sana": 4.5,
     "qwen_image": 4.0,
+    "z_image": 5.0,
     "stable_audio": 7.0,
     "ace_step": 7.0,
 }
@@ -183,6 +186,30 @@ def _policy(pipeline: DiffusersPipeline) -> Policy:
         torch.manual_seed(i)
         torch.nn.init.normal_(parameter, std=0.1)
     return policy
+
+
+def test_a_sample_is_the_same_alone_and_in_a_batch(family: str, folder_of: FolderOf) -> None:
+    ours = _open(family, folder_of(family))
+    x, step, both = ours.initial_noise([1, 2]), ours.grid(STEPS)[1], ours.encode(PROMPTS)
+    scale = 1.0 if ours.is_distilled else 3.0
+    with torch.no_grad():
+        together = ours.predict(x, step, both, scale)
+        for i in range(2):
+            alone = ours.predict(x[i : i + 1], step, ours.encode(PROMPTS[i : i + 1]), scale)
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
+
+
+def test_an_outline_has_the_shapes_of_the_checkpoint(family: str, folder_of: FolderOf) -> None:
+    ours, options = _open(family, folder_of(family)), FAMILIES[family].options
+    meta = outline(folder_of(family), **options)
+    assert meta.pipeline.latent_shape == ours.latent_shape and meta.pipeline.sample_shape == ours.sample_shape
+    longest, encoded = meta.pipeline.longest_conditioning(2), ours.encode(PROMPTS).tensors
+    assert longest.keys() == encoded.keys()
+    for name, tensor in encoded.items():
+        assert tensor.ndim == longest[name].ndim and tensor.dtype == longest[name].dtype
+        assert all(own <= most for own, most in zip(tensor.shape, longest[name].shape, strict=True)), name
+    Policy(meta.pipeline.denoiser, Lora(rank=2))
+    assert 0 < prediction_activations(meta, 2, 1.0) < prediction_activations(meta, 2, 3.0)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "stable_audio"])  # diffusers has no loader

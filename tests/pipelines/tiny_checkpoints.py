@@ -12,8 +12,9 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from transformers import T5Tokenizer
 
-from pipelines import SD3, SDXL, AceStep, Flux, QwenImage, Sana, StableAudio, StableDiffusion
+from pipelines import SD3, SDXL, AceStep, Flux, QwenImage, Sana, StableAudio, StableDiffusion, ZImage
 from pipelines.base import DiffusersPipeline
 from pipelines.flows import PackedFlowPipeline, pack, unpack
 from scripts.pretrain.shapes_models import ShapesTextToImage, build_t5, build_text_encoder, build_vae
@@ -45,6 +46,10 @@ class Family:
     extra: dict[str, Any] = field(default_factory=dict)  # of diffusers alone
     scheduler: dict[str, Any] = field(default_factory=dict)  # of the first-order scheduler, beside the shipped settings
     guidance: str = "guidance_scale"  # the name that diffusers has for it
+
+    def scale(self, guidance: float) -> float:
+        """Our guidance as diffusers takes it, of which Z-Image's is 0 for none."""
+        return 0.0 if self.ours is ZImage and guidance <= 1 else guidance
 
     def noise(self, noise: Tensor) -> Tensor:
         """Our initial noise as diffusers takes it."""
@@ -261,6 +266,32 @@ def qwen_image() -> DiffusionPipeline:
     return diffusers.QwenImagePipeline(scheduler, vae, encoder, tokenizer, network)
 
 
+def _chat_tokenizer() -> T5Tokenizer:
+    """A tokenizer with the template of a chat model, which only adds a word at the front."""
+    tokenizer = t5_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}a {{ message.content }}{% endfor %}"
+    return tokenizer
+
+
+def z_image() -> DiffusionPipeline:
+    tokenizer = _chat_tokenizer()
+    text = transformers.Qwen3Config(vocab_size=len(tokenizer), head_dim=8, **_TEXT)
+    network = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=1,
+        n_kv_heads=1,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[128, 32, 32],
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+    vae = kl(4, shift_factor=0.1, scaling_factor=0.36)
+    return diffusers.ZImagePipeline(scheduler, vae, transformers.Qwen3Model(text), tokenizer, network)
+
+
 def stable_audio() -> DiffusionPipeline:
     """Stable Audio for clips of 4 s at most."""
     tokenizer = t5_tokenizer()
@@ -302,6 +333,7 @@ FAMILIES: dict[str, Family] = {
         sana, Sana, {**_SHORT, "height": 32, "width": 32}, {"use_resolution_binning": False}, scheduler={"shift": 3.0}
     ),
     "qwen_image": Family(qwen_image, QwenImage, _QWEN, {"negative_prompt": [" ", " "]}, guidance="true_cfg_scale"),
+    "z_image": Family(z_image, ZImage, {**_SHORT, **_SIZE}),
     "stable_audio": Family(stable_audio, StableAudio, {"seconds": 3.0}, {"audio_end_in_s": 3.0}),
     "ace_step": Family(ace_step, AceStep, {"seconds": 3.1}, {"audio_duration": 3.1}),
 }

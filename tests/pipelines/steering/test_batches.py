@@ -38,7 +38,7 @@ class Sizes:
 
     def __init__(self, network: nn.Module, vae: nn.Module) -> None:
         self.network, self.vae, self.reward = list[int](), list[int](), list[int]()
-        first = next(module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d))
+        first = next(module for name, module in network.named_modules() if name.endswith("to_q"))
         last = [module for module in vae.decoder.modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
         first.register_forward_hook(lambda module, inputs, output: self.network.append(len(output)))
         last[-1].register_forward_hook(lambda module, inputs, output: self.vae.append(len(output)))
@@ -67,7 +67,7 @@ def test_bounded_batches_give_the_samples_of_whole_ones(name: str, size: int) ->
     assert "forward" not in vars(family.network) and "decode" not in vars(family.pipe.vae)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sana", "qwen_image", "ace_step"])
+@pytest.mark.parametrize("name", ["sd15", "sana", "qwen_image", "z_image", "ace_step"])
 def test_a_whole_call_by_text_is_bounded_with_its_own_decoding(name: str, folder_of: FolderOf) -> None:
     pipe: Any = _open(folder_of(name))
     made: dict[str, Any] = {"output_type": "pt", "num_inference_steps": 2}
