@@ -3,6 +3,7 @@
 from pipelines.ace_step import AceStep as AceStep
 from pipelines.auto import load as load
 from pipelines.flux import Flux as Flux
+from pipelines.flux2 import Flux2Klein as Flux2Klein
 from pipelines.qwen_image import QwenImage as QwenImage
 from pipelines.sana import Sana as Sana
 from pipelines.sd3 import SD3 as SD3

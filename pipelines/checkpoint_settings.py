@@ -45,6 +45,7 @@ SCHEDULERS: Mapping[str, Mapping[str, SchedulePath]] = {
     "StableDiffusionXLPipeline": _DIFFUSION,
     "StableDiffusion3Pipeline": _FLOW,
     "FluxPipeline": _FLOW,
+    "Flux2KleinPipeline": _FLOW,
     "SanaPipeline": _FLOW,
     "QwenImagePipeline": _FLOW,
     "ZImagePipeline": _FLOW,
@@ -150,6 +151,10 @@ COMPONENT_KEYS: Mapping[str, Mapping[str, Mapping[str, Key]]] = {
         "transformer": {"in_channels": _INPUT, "guidance_embeds": Key("honored by model.distilled_guidance")},
         "vae": _SHIFTED,
     },
+    "Flux2KleinPipeline": {
+        "transformer": {"in_channels": _INPUT},
+        "vae": {"block_out_channels": _SIZE, "batch_norm_eps": _SCALING},
+    },
     "SanaPipeline": {
         "transformer": {
             "sample_size": _SIZE,
@@ -191,6 +196,7 @@ COMPONENT_KEYS: Mapping[str, Mapping[str, Mapping[str, Key]]] = {
 
 PIPELINE_KEYS: Mapping[str, Key] = {
     "force_zeros_for_empty_prompt": Key("honored by SDXL's encoder of prompts"),
+    "is_distilled": Key("honored by the default of guidance"),
     "requires_safety_checker": Key("samples are not filtered"),
     "requires_aesthetics_score": Key("a refiner starts from an image", (False, None)),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ class FlowPipeline(DiffusersPipeline):
 
     path = FlowPath()
     first_order = FlowMatchEulerDiscreteScheduler
+    shift_steps: ClassVar[int] = 50  # the number of steps whose shift training levels have, where it depends on it
 
     def default_sigmas(self, num_steps: int) -> list[float] | None:
         """Return the sigmas that the diffusers pipeline passes to its scheduler by default; None if it passes none."""
@@ -30,7 +31,7 @@ class FlowPipeline(DiffusersPipeline):
     def shift(self) -> float:
         """The ratio of noise to signal to which the scheduler shifts sigma = 1/2; see ``shifted``."""
         config = self._scheduler().config
-        return math.exp(self._mu(config)) if config.use_dynamic_shifting else float(config.shift)
+        return math.exp(self.mu(config, self.shift_steps)) if config.use_dynamic_shifting else float(config.shift)
 
     def grid(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Grid:
         """Return the scheduler's grid for ``num_steps``, or the grid of exactly T ``sigmas`` and a final 0."""
@@ -38,7 +39,7 @@ class FlowPipeline(DiffusersPipeline):
             sigma = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
             return Grid(timestep=sigma[:-1] * self._timestep_scale, alpha=1 - sigma, sigma=sigma)
         scheduler = self._scheduler()
-        mu = self._mu(scheduler.config) if scheduler.config.use_dynamic_shifting else None
+        mu = self.mu(scheduler.config, num_steps) if scheduler.config.use_dynamic_shifting else None
         scheduler.set_timesteps(num_steps, sigmas=self.default_sigmas(num_steps), mu=mu)
         sigma = scheduler.sigmas.double()
         return Grid(timestep=scheduler.timesteps.double(), alpha=1 - sigma, sigma=sigma)
@@ -58,11 +59,15 @@ class FlowPipeline(DiffusersPipeline):
         shift = config.get("flow_shift", config.get("shift", 1.0))  # solvers of a higher order call it flow_shift
         return FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
 
-    def _mu(self, config: Any) -> float:
-        """Return mu of diffusers' ``calculate_shift``, which is linear in the number of image tokens."""
-        tokens = (self.height // self.patch) * (self.width // self.patch)
+    @property
+    def image_tokens(self) -> int:
+        """The number of tokens that the network takes an image in, by which the shift is dynamic."""
+        return (self.height // self.patch) * (self.width // self.patch)
+
+    def mu(self, config: Any, num_steps: int) -> float:
+        """Return mu of the shift exp(mu) by diffusers' ``calculate_shift``, which is linear in the number of tokens."""
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
+        return float(config.base_shift + slope * (self.image_tokens - config.base_image_seq_len))
 
 
 class PackedFlowPipeline(FlowPipeline):

@@ -25,6 +25,7 @@ _SHARED: dict[type[nn.Module], frozenset[str]] = {
     diffusers.FluxTransformer2DModel: frozenset(
         {"img_ids", "txt_ids", "joint_attention_kwargs", "controlnet_blocks_repeat"}
     ),
+    diffusers.Flux2Transformer2DModel: frozenset({"img_ids", "txt_ids", "joint_attention_kwargs"}),
     diffusers.SanaTransformer2DModel: frozenset({"attention_kwargs"}),
     diffusers.QwenImageTransformer2DModel: frozenset({"attention_kwargs"}),
     diffusers.ZImageTransformer2DModel: frozenset({"joint_attention_kwargs", "patch_size", "f_patch_size"}),

@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import AceStepPipeline, DiffusionPipeline, FluxPipeline, QwenImagePipeline, StableAudioPipeline
+from diffusers import (
+    AceStepPipeline,
+    DiffusionPipeline,
+    Flux2KleinPipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+    StableAudioPipeline,
+)
 from torch import Tensor, nn
 
 from genalign.scoring.budget import DECODE, NFE, Ledger, metered_rewards
@@ -19,6 +26,7 @@ from genalign.search.reward_failures import RewardFailures
 from genalign.types import Prompt, RewardFunction
 from pipelines.ace_step import normalize_peak
 from pipelines.base import unscale
+from pipelines.flux2 import decode_tokens
 from pipelines.steering.batches import denoiser_of
 from pipelines.steering.scheduler_hooks import replaced
 
@@ -123,9 +131,12 @@ def decode_latents(pipe: DiffusionPipeline, latents: Tensor, size: tuple[int, in
         return _upcast_decode(pipe.vae, latents)
     if isinstance(pipe, AceStepPipeline):
         return normalize_peak(_upcast_decode(pipe.vae, latents.transpose(1, 2)))
-    if isinstance(pipe, FluxPipeline | QwenImagePipeline):
+    if isinstance(pipe, FluxPipeline | Flux2KleinPipeline | QwenImagePipeline):
         if size is None:
             raise ValueError(f"{type(pipe).__name__} packs its latents into tokens: give the size of the image")
+        if isinstance(pipe, Flux2KleinPipeline):
+            height, width = (side // int(pipe.vae_scale_factor) for side in size)
+            return (decode_tokens(pipe.vae, latents, height, width).float() / 2 + 0.5).clamp(0, 1)
         latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
     if latents.ndim == 3:
         raise ValueError(f"{type(pipe).__name__} packs its latents, (N, tokens, C): give steer your own decode=")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, Flux2KleinPipeline
 from torch import Tensor
 
 Arguments = dict[str, Any]
@@ -49,6 +49,15 @@ def copied_generators(arguments: Mapping[str, Any]) -> list[torch.Generator] | N
     return [torch.Generator(one.device).set_state(one.get_state()) for one in listed]
 
 
+def call_latents(pipe: DiffusionPipeline, latents: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """Return latents (N, ...) of the scheduler as a call of the pipeline with these ``arguments`` takes them."""
+    if not isinstance(pipe, Flux2KleinPipeline):
+        return latents
+    factor = int(pipe.vae_scale_factor)  # the call takes patches that are not yet a sequence
+    sides = (arguments.get(side) or pipe.default_sample_size * factor for side in ("height", "width"))
+    return latents.transpose(1, 2).unflatten(2, [side // (2 * factor) for side in sides])
+
+
 def plain_arguments(
     pipe: DiffusionPipeline,
     arguments: Arguments,
@@ -81,5 +90,5 @@ def plain_arguments(
         plain["generator"] = [generators[first] for first in firsts] if len(generators) == samples else generators[0]
     if "latents" in names:
         scale = getattr(pipe.scheduler, "init_noise_sigma", 1.0)  # pipelines multiply by it; flow schedulers have none
-        plain["latents"] = latents / scale
+        plain["latents"] = call_latents(pipe, latents / scale, arguments)
     return {**plain, "output_type": "latent", "return_dict": False}

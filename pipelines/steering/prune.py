@@ -27,6 +27,7 @@ from genalign.search.results import PlainSample, PromptResult, SearchResult
 from genalign.types import Prompt
 from pipelines.steering.batches import bounded_batches
 from pipelines.steering.latent_scores import Decode, PipelineScorer, Rewards
+from pipelines.steering.plain_call import call_latents
 from pipelines.steering.scheduler_hooks import (
     Move,
     is_start,
@@ -222,7 +223,7 @@ def _run(pipe: DiffusionPipeline, part: PartialRun | None, stop: int | None, cal
     if part is not None:
         part.restore(pipe.scheduler)
         scale = getattr(pipe.scheduler, "init_noise_sigma", 1.0)  # pipelines multiply by it; flow schedulers have none
-        call = {**call, "latents": part.latents / scale}
+        call = {**call, "latents": call_latents(pipe, part.latents / scale, call)}
     with _limited_timesteps(pipe.scheduler, part, stop), patched_step(pipe.scheduler, note):
         output = pipe(**call)
     return output, moves[-1]

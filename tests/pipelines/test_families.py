@@ -32,7 +32,7 @@ from genalign.training.memory_estimate import prediction_activations
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet
-from pipelines import AceStep
+from pipelines import AceStep, Flux2Klein
 from pipelines.base import DiffusersPipeline
 from pipelines.flows import FlowPipeline
 from pipelines.meta_device import outline
@@ -79,6 +79,9 @@ def _called(
     options = {name: value for name, value in family.options.items() if name != "seconds"} | family.extra
     if negative:
         options["negative_prompt"] = [negative] * len(prompts)
+    if negative and family.ours is Flux2Klein:  # which takes no text
+        texts = options.pop("negative_prompt")
+        options["negative_prompt_embeds"] = vanilla.encode_prompt(texts, max_sequence_length=8)[0]
     seen: list[Tensor] = []
 
     def note(pipe: object, step: int, timestep: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +89,7 @@ def _called(
         return tensors
 
     samples, *_ = vanilla(
-        prompts,
+        prompt=prompts,
         latents=noise,
         num_inference_steps=STEPS,
         output_type="pt",
@@ -118,7 +121,7 @@ def test_the_ode_equals_diffusers(
         torch.testing.assert_close(ours.decode(sampled.final), samples, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd15", "sdxl", "sana", "qwen_image", "z_image"])
+@pytest.mark.parametrize("family", ["sd3", "sd15", "sdxl", "sana", "qwen_image", "z_image", "flux2_klein"])
 def test_a_negative_prompt_equals_diffusers(family: str, folder_of: FolderOf) -> None:
     folder, spec = folder_of(family), FAMILIES[family]
     ours = _open(family, folder, negative_prompt="three green rings")
@@ -146,6 +149,7 @@ def test_a_negative_prompt_without_effect_is_refused(folder_of: FolderOf) -> Non
 DEFAULTS = {
     "sd3": 3.5,
     "flux": 1.0,
+    "flux2_klein": 4.0,
     "sd15": 7.5,
     "sd21": 7.5,
     "sdxl": 5.0,
@@ -386,6 +390,21 @@ def test_guidance_on_a_distilled_network_is_refused(folder_of: FolderOf) -> None
         none, default = (_open("flux", folder_of("flux"), distilled_guidance=scale) for scale in (0.0, None))
         first, second = (pipe.predict(x, step, pipe.encode(PROMPTS[:1]), 1.0) for pipe in (none, default))
         assert not torch.allclose(first, second, rtol=0, atol=1e-5)
+
+
+def test_a_klein_that_is_distilled_takes_no_guidance(folder_of: FolderOf) -> None:
+    ours = _open("flux2_klein", folder_of("flux2_klein"))
+    ours.pipe.register_to_config(is_distilled=True)
+    assert ours.guidance_scale(None) == 1.0 and not ours.takes_negative
+    with pytest.raises(ValueError, match=r"is distilled to a few steps: set sampling\.guidance to 1, not 4"):
+        ours.require_guidance(4.0)
+
+
+def test_the_shift_of_klein_falls_with_the_steps(folder_of: FolderOf) -> None:
+    ours = _open("flux2_klein", folder_of("flux2_klein"))
+    first = [float(ours.grid(steps).sigma[steps // 2]) for steps in (4, 50, 200)]
+    assert first == sorted(first, reverse=True) and first[0] - first[2] > 0.1
+    assert float(ours.level(torch.tensor([0.5])).sigma) == pytest.approx(first[1], abs=0.02)
 
 
 def test_training_goes_on_from_a_published_lora(folder_of: FolderOf, tmp_path: Path) -> None:

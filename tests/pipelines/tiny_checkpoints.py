@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import T5Tokenizer
 
-from pipelines import SD3, SDXL, AceStep, Flux, QwenImage, Sana, StableAudio, StableDiffusion, ZImage
+from pipelines import SD3, SDXL, AceStep, Flux, Flux2Klein, QwenImage, Sana, StableAudio, StableDiffusion, ZImage
 from pipelines.base import DiffusersPipeline
 from pipelines.flows import PackedFlowPipeline, pack, unpack
 from scripts.pretrain.shapes_models import ShapesTextToImage, build_t5, build_text_encoder, build_vae
@@ -55,6 +55,8 @@ class Family:
         """Our initial noise as diffusers takes it."""
         if self.ours is AceStep:
             return noise.transpose(1, 2)
+        if self.ours is Flux2Klein:  # in patches that are not yet a sequence
+            return pack(noise).transpose(1, 2).unflatten(2, (noise.shape[2] // 2, noise.shape[3] // 2))
         return pack(noise) if issubclass(self.ours, PackedFlowPipeline) else noise
 
     def latents(self, theirs: Tensor, like: Tensor, alpha: float) -> Tensor:
@@ -292,6 +294,34 @@ def z_image() -> DiffusionPipeline:
     return diffusers.ZImagePipeline(scheduler, vae, transformers.Qwen3Model(text), tokenizer, network)
 
 
+def flux2_klein() -> DiffusionPipeline:
+    tokenizer = _chat_tokenizer()
+    layers = {**_TEXT, "num_hidden_layers": 27}  # of which diffusers takes the 9th, the 18th and the 27th
+    text = transformers.Qwen3Config(vocab_size=len(tokenizer), head_dim=8, **layers)
+    network = diffusers.Flux2Transformer2DModel(
+        **HEADS,
+        in_channels=16,
+        num_single_layers=1,
+        attention_head_dim=16,
+        joint_attention_dim=48,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        latent_channels=4,
+        mid_block_add_attention=False,
+    )
+    nn.init.normal_(vae.bn.running_mean)
+    nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return diffusers.Flux2KleinPipeline(scheduler, vae, transformers.Qwen3ForCausalLM(text), tokenizer, network)
+
+
 def stable_audio() -> DiffusionPipeline:
     """Stable Audio for clips of 4 s at most."""
     tokenizer = t5_tokenizer()
@@ -326,6 +356,7 @@ _QWEN = {"max_sequence_length": 256, **_SIZE}  # the prompt comes after an instr
 FAMILIES: dict[str, Family] = {
     "sd3": Family(sd3, SD3, _SHORT),
     "flux": Family(flux, Flux, {**_SHORT, **_SIZE}, {"guidance_scale": 3.5}, guidance="true_cfg_scale"),
+    "flux2_klein": Family(flux2_klein, Flux2Klein, {**_SHORT, **_SIZE}),
     "sd15": Family(sd15, StableDiffusion),
     "sd21": Family(sd21, StableDiffusion),
     "sdxl": Family(sdxl, SDXL),

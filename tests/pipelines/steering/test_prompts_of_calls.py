@@ -21,7 +21,7 @@ pytestmark = [  # of diffusers: tensors of numpy arrays, torch's old weight norm
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning"),
 ]
-ENCODED = ("sd15", "sd3", "flux", "qwen_image", "z_image", "stable_audio")
+ENCODED = ("sd15", "sd3", "flux", "flux2_klein", "qwen_image", "z_image", "stable_audio")
 FEW: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
 
 
@@ -63,7 +63,7 @@ def test_every_call_is_scored_by_its_own_prompts(family: str, folders: dict[str,
     with steer(pipe, seen, BestOfN()) as steering:
         for prompts in ("a red circle", ["two blue squares", "a ring"]):
             negative = "a blur" if isinstance(prompts, str) else ["a blur"] * len(prompts)
-            _call(pipe, family, prompt=prompts, **({} if family == "flux" else {"negative_prompt": negative}))
+            _call(pipe, family, prompt=prompts, **({} if "flux" in family else {"negative_prompt": negative}))
             prompts = [prompts] if isinstance(prompts, str) else prompts
             assert seen.texts == [text for text in prompts for _ in range(2)]
             assert steering.scores is not None and bool(steering.scores.isfinite().all())

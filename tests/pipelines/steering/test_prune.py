@@ -18,6 +18,8 @@ from torch import Tensor
 from pipelines import SD3
 from pipelines.steering.prune import PartialRun, run_part, run_rest
 from pipelines.steering.scheduler_hooks import Move, patched_step
+from tests.pipelines.steering.test_prompts_of_calls import _open
+from tests.pipelines.tiny_checkpoints import FolderOf
 from tests.pipelines.tiny_pipelines import (
     FAMILIES,
     SCHEDULERS,
@@ -58,6 +60,19 @@ def test_parts_equal_the_whole(name: str, stops: tuple[int, ...]) -> None:
     assert sum(batches) == family.nfe * (steps * len(ALL) + (STEPS - steps) * len(SELECTED))
     assert len(part) == len(ALL) and part.done == steps
     assert not {"step", "set_timesteps", "__deepcopy__"} & set(vars(family.pipe.scheduler))
+
+
+@pytest.mark.parametrize("name", ["flux2_klein", "z_image"])
+def test_parts_of_a_call_by_text_equal_the_whole(name: str, folder_of: FolderOf) -> None:
+    pipe = _open(folder_of(name))
+    call = {"num_inference_steps": STEPS, "height": 16, "width": 32, "max_sequence_length": 8}
+
+    def arguments() -> dict[str, Any]:  # ZImagePipeline changes the list of prompts
+        return {**call, "prompt": ["a ring", "a red circle"], "generator": fresh(range(2))}
+
+    whole = pipe(**arguments(), output_type="latent").images
+    part = run_part(pipe, None, 2, **arguments())
+    assert_close(run_rest(pipe, part, **arguments(), output_type="latent").images, whole)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
