@@ -5,6 +5,7 @@ from pipelines.auto import load as load
 from pipelines.flux import Flux as Flux
 from pipelines.flux2 import Flux2Klein as Flux2Klein
 from pipelines.qwen_image import QwenImage as QwenImage
+from pipelines.qwen_image21 import QwenImage21 as QwenImage21
 from pipelines.sana import Sana as Sana
 from pipelines.sd3 import SD3 as SD3
 from pipelines.stable_audio import StableAudio as StableAudio

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pipelines.audio_base import AudioPipeline
-from pipelines.flows import FlowPipeline, shifted
+from pipelines.flows import FlowPipeline, by_text_length, shifted
 
 
 class AceStep(AudioPipeline, FlowPipeline):
@@ -86,10 +86,8 @@ class AceStep(AudioPipeline, FlowPipeline):
 
     def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Predict the velocity (B, C, frames), by one call for all samples with texts of one length."""
-        lengths = tensors["mask"].sum(1)
-        velocities, order = [], []
-        for length in torch.unique(lengths).tolist():
-            rows = (lengths == length).nonzero()[:, 0].to(x.device)
+
+        def predict(rows: Tensor, length: int) -> Tensor:
             silence = self._silence(self.frames, x).expand(len(rows), -1, -1)
             velocity = self.call_denoiser(
                 hidden_states=x[rows].transpose(1, 2),
@@ -98,9 +96,9 @@ class AceStep(AudioPipeline, FlowPipeline):
                 encoder_hidden_states=tensors["context"][rows, :length],
                 context_latents=torch.cat([silence, torch.ones_like(silence)], dim=-1),  # ones: generate all of it
             )
-            velocities.append(velocity.transpose(1, 2))
-            order.append(rows)
-        return torch.cat(velocities)[torch.cat(order).argsort()]
+            return velocity.transpose(1, 2)
+
+        return by_text_length(tensors["mask"], x.device, predict)
 
     def apply_guidance(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
         """Apply adaptive projected guidance (arXiv 2410.02416) with ACE-Step's settings, without momentum.

@@ -15,6 +15,7 @@ from pipelines.checkpoint_files import model_index
 from pipelines.flux import Flux
 from pipelines.flux2 import Flux2Klein
 from pipelines.qwen_image import QwenImage
+from pipelines.qwen_image21 import QwenImage21
 from pipelines.sana import Sana
 from pipelines.sd3 import SD3
 from pipelines.stable_audio import StableAudio
@@ -23,7 +24,10 @@ from pipelines.z_image import ZImage
 
 FAMILIES: dict[str, type[DiffusersPipeline]] = {
     family.kind.__name__: family
-    for family in (SD3, Flux, Flux2Klein, StableDiffusion, SDXL, Sana, QwenImage, ZImage, StableAudio, AceStep)
+    for family in (
+        *(SD3, Flux, Flux2Klein, StableDiffusion, SDXL, Sana, QwenImage, QwenImage21, ZImage),
+        *(StableAudio, AceStep),
+    )
 }
 """The wrapper of each pipeline class of diffusers, by its name."""
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from genalign.diffusion.lora import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from genalign.runtime.text_files import parse_json, read_json
 from genalign.training.nonfinite import is_out_of_memory
+from pipelines.checkpoint_settings import is_component
 
 
 def check_folder(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> None:
@@ -39,7 +40,7 @@ def check_folder(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> None:
 
     # A component of any other library would be run from the checkpoint's own files, or from a library of its choice
     for component, entry in index.items():
-        library = entry[0] if isinstance(entry, list) and entry else None
+        library = entry[0] if is_component(entry) else None
         if library not in (None, "diffusers", "transformers") and not hasattr(diffusers.pipelines, str(library)):
             raise ValueError(
                 f"{path_or_id} takes its {component} from {library!r}, which genalign does not run: only components of"
@@ -96,7 +97,7 @@ def absent_components(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> 
     are neither a text encoder nor a tokenizer. A filter without its preprocessor is left out, too.
     """
     folder, index = Path(path_or_id), model_index(path_or_id)
-    components = {name: None not in entry for name, entry in index.items() if isinstance(entry, list)}
+    components = {name: None not in entry for name, entry in index.items() if is_component(entry)}
     optional = {name for name in kind._optional_components if not name.startswith(("text_encoder", "tokenizer"))}
     absent = {name for name, named in components.items() if not named}
     if folder.is_dir():
@@ -115,7 +116,7 @@ def require_components(path_or_id: str | Path, kind: type[DiffusionPipeline]) ->
     folder = Path(path_or_id)
     if not folder.is_dir():
         return
-    named = {name for name, entry in model_index(folder).items() if isinstance(entry, list)}
+    named = {name for name, entry in model_index(folder).items() if is_component(entry)}
     needed = sorted(named.difference(absent_components(folder, kind)))
     if missing := [f"{name}/" for name in needed if not (folder / name).is_dir()]:
         raise FileNotFoundError(

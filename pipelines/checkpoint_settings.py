@@ -48,6 +48,7 @@ SCHEDULERS: Mapping[str, Mapping[str, SchedulePath]] = {
     "Flux2KleinPipeline": _FLOW,
     "SanaPipeline": _FLOW,
     "QwenImagePipeline": _FLOW,
+    "QwenImage21Pipeline": _FLOW,
     "ZImagePipeline": _FLOW,
     "StableAudioPipeline": _schedulers("CosineDPMSolverMultistep", "edm"),
     "AceStepPipeline": _FLOW,
@@ -169,6 +170,13 @@ COMPONENT_KEYS: Mapping[str, Mapping[str, Mapping[str, Key]]] = {
         },
         "vae": dict.fromkeys(("latents_mean", "latents_std", "z_dim"), _SCALING),
     },
+    "QwenImage21Pipeline": {
+        "transformer": {
+            "in_channels": _INPUT,
+            "causal_condition": Key("honored by the network, which is called without diffusers' cache"),
+        },
+        "vae": dict.fromkeys(("latents_mean", "latents_std", "z_dim"), _SCALING),
+    },
     "ZImagePipeline": {
         "transformer": {
             "in_channels": _INPUT,
@@ -197,10 +205,16 @@ COMPONENT_KEYS: Mapping[str, Mapping[str, Mapping[str, Key]]] = {
 PIPELINE_KEYS: Mapping[str, Key] = {
     "force_zeros_for_empty_prompt": Key("honored by SDXL's encoder of prompts"),
     "is_distilled": Key("honored by the default of guidance"),
+    "sample_sigmas": Key("honored by the grid"),
     "requires_safety_checker": Key("samples are not filtered"),
     "requires_aesthetics_score": Key("a refiner starts from an image", (False, None)),
 }
 """The entries of model_index.json that are no component."""
+
+
+def is_component(entry: object) -> bool:
+    """Return whether an entry of model_index.json is a component: its library and its class, or two nulls."""
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str | None) for part in entry)
 
 
 def check_settings(components: Mapping[str, Any], name: str) -> None:
@@ -238,7 +252,7 @@ def check_settings(components: Mapping[str, Any], name: str) -> None:
 def check_index(index: Mapping[str, Any]) -> None:
     """Raise ValueError for an entry of model_index.json that is set and that genalign does not know."""
     for key, value in index.items():
-        if not key.startswith("_") and not isinstance(value, list):
+        if not key.startswith("_") and not is_component(value):
             _require(
                 PIPELINE_KEYS.get(key, Key("genalign does not know it", (False, None))), key, value, "model_index.json"
             )

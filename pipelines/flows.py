@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -94,6 +94,17 @@ class PackedFlowPipeline(FlowPipeline):
 def even_sigmas(num_steps: int) -> list[float]:
     """Return T sigmas at equal distances, from 1 to 1 / T."""
     return [float(sigma) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
+
+
+def by_text_length(mask: Tensor, device: torch.device, call: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Join what ``call(rows, length)`` returns for all samples with texts of one length, in the samples' order.
+
+    ``mask`` (B, tokens) is 0 after a text's end; ``rows`` (n,) are on ``device``.
+    """
+    lengths = mask.sum(1)
+    groups = [(int(length), (lengths == length).nonzero()[:, 0].to(device)) for length in lengths.unique().tolist()]
+    joined = torch.cat([call(rows, length) for length, rows in groups])
+    return joined[torch.cat([rows for _, rows in groups]).argsort()]
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from genalign.runtime.memory_options import Memory
 from genalign.runtime.text_files import read_json
@@ -25,7 +25,7 @@ from pipelines.checkpoint_files import (
     one_line_errors,
     require_components,
 )
-from pipelines.checkpoint_settings import check_index
+from pipelines.checkpoint_settings import check_index, is_component
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ def outline(
     index = model_index(path_or_id)
     check_index(index)
     index |= {name: [None, None] for name in absent_components(path_or_id, wrapper.kind)}
-    plain = {name: value for name, value in index.items() if not (name.startswith("_") or isinstance(value, list))}
+    plain = {name: value for name, value in index.items() if not (name.startswith("_") or is_component(value))}
     with one_line_errors(path_or_id):
-        components = {name: _component(path_or_id, name, *kind) for name, kind in index.items() if isinstance(kind, list)}
+        components = {name: _component(path_or_id, name, *kind) for name, kind in index.items() if is_component(kind)}
         pipe = wrapper.kind(**components, **plain)
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     sizes = []
@@ -81,5 +81,7 @@ def _component(path_or_id: str | Path, name: str, library: str | None, kind: str
         config = cls.config_class.from_pretrained(component_file(path_or_id, name, "config.json").parent)
         with torch.device("meta"):
             return cls(config)
+    if issubclass(cls, ProcessorMixin):  # small, and asked for the length of a prompt's instruction
+        return cls.from_pretrained(path_or_id, subfolder=name)
     longest = read("tokenizer_config.json").get("model_max_length", 0) if name.startswith("tokenizer") else 0
     return TextLength(int(longest))

@@ -28,6 +28,7 @@ _SHARED: dict[type[nn.Module], frozenset[str]] = {
     diffusers.Flux2Transformer2DModel: frozenset({"img_ids", "txt_ids", "joint_attention_kwargs"}),
     diffusers.SanaTransformer2DModel: frozenset({"attention_kwargs"}),
     diffusers.QwenImageTransformer2DModel: frozenset({"attention_kwargs"}),
+    diffusers.QwenImage21Transformer2DModel: frozenset({"attention_kwargs", "img_mask", "img_shapes"}),
     diffusers.ZImageTransformer2DModel: frozenset({"joint_attention_kwargs", "patch_size", "f_patch_size"}),
     diffusers.StableAudioDiTModel: frozenset({"rotary_embedding"}),
     diffusers.AceStepTransformer1DModel: frozenset({"attention_kwargs"}),
@@ -97,6 +98,8 @@ def _divided(
         if count <= size:
             return method(*args, **kwargs)
         del arguments[next(iter(arguments))]
+        if arguments.get("kv_cache") is not None:
+            raise ValueError("batch_size cannot divide the cache of a call: call the pipeline with use_kv_cache=False")
         common = {name: arguments.pop(name) for name in shared & arguments.keys()}
         for name, value in common.items():
             _require_no_tensors(name, value)

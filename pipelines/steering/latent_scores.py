@@ -14,6 +14,7 @@ from diffusers import (
     DiffusionPipeline,
     Flux2KleinPipeline,
     FluxPipeline,
+    QwenImage21Pipeline,
     QwenImagePipeline,
     StableAudioPipeline,
 )
@@ -27,6 +28,7 @@ from genalign.types import Prompt, RewardFunction
 from pipelines.ace_step import normalize_peak
 from pipelines.base import unscale
 from pipelines.flux2 import decode_tokens
+from pipelines.qwen_image21 import on_white
 from pipelines.steering.batches import denoiser_of
 from pipelines.steering.scheduler_hooks import replaced
 
@@ -131,7 +133,7 @@ def decode_latents(pipe: DiffusionPipeline, latents: Tensor, size: tuple[int, in
         return _upcast_decode(pipe.vae, latents)
     if isinstance(pipe, AceStepPipeline):
         return normalize_peak(_upcast_decode(pipe.vae, latents.transpose(1, 2)))
-    if isinstance(pipe, FluxPipeline | Flux2KleinPipeline | QwenImagePipeline):
+    if isinstance(pipe, FluxPipeline | Flux2KleinPipeline | QwenImagePipeline | QwenImage21Pipeline):
         if size is None:
             raise ValueError(f"{type(pipe).__name__} packs its latents into tokens: give the size of the image")
         if isinstance(pipe, Flux2KleinPipeline):
@@ -140,8 +142,9 @@ def decode_latents(pipe: DiffusionPipeline, latents: Tensor, size: tuple[int, in
         latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
     if latents.ndim == 3:
         raise ValueError(f"{type(pipe).__name__} packs its latents, (N, tokens, C): give steer your own decode=")
-    if isinstance(pipe, QwenImagePipeline):  # frames of a video (N, C, 1, h, w)
-        return (_upcast_decode(pipe.vae, unscale(latents, pipe.vae.config))[:, :, 0] / 2 + 0.5).clamp(0, 1)
+    if isinstance(pipe, QwenImagePipeline | QwenImage21Pipeline):  # frames of a video (N, C, 1, h, w)
+        frames = _upcast_decode(pipe.vae, unscale(latents, pipe.vae.config))
+        return on_white((frames[:, :, 0] / 2 + 0.5).clamp(0, 1))
     return (_upcast_decode(pipe.vae, unscale(latents, pipe.vae.config)) / 2 + 0.5).clamp(0, 1)
 
 

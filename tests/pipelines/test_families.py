@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,11 @@ from genalign.training.memory_estimate import prediction_activations
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet
-from pipelines import AceStep, Flux2Klein
+from pipelines import Flux2Klein, QwenImage21
 from pipelines.base import DiffusersPipeline
 from pipelines.flows import FlowPipeline
 from pipelines.meta_device import outline
+from pipelines.qwen_image21 import on_white
 from tests.pipelines.tiny_checkpoints import FAMILIES, Family, FolderOf
 
 # What diffusers itself does: its EulerDiscreteScheduler turns a tensor into an array in a way that numpy 2 deprecates,
@@ -59,13 +62,12 @@ def _open(family: str, folder: Path, **options: Any) -> DiffusersPipeline:
 
 
 def _diffusers(family: Family, folder: Path, noise: Tensor, guidance: float, negative: str = "") -> list[Tensor]:
-    """The latents after every step of the diffusers pipeline, and its samples.
-
-    ACE-Step pads the prompts of a batch to one length, which changes its samples: they are made one by one.
-    """
-    if family.ours is not AceStep:
+    """The latents after every step of the diffusers pipeline, and its samples, made one by one where it pads texts."""
+    if not family.pads_texts:
         return _called(family, folder, noise, guidance, PROMPTS, negative)
-    each = [_called(family, folder, noise[i : i + 1], guidance, PROMPTS[i : i + 1]) for i in range(len(PROMPTS))]
+    each = [
+        _called(family, folder, noise[i : i + 1], guidance, PROMPTS[i : i + 1], negative) for i in range(len(PROMPTS))
+    ]
     return [torch.cat(parts) for parts in zip(*each, strict=True)]
 
 
@@ -97,7 +99,7 @@ def _called(
         return_dict=False,
         **{family.guidance: family.scale(guidance), **options},
     )
-    return [*seen, samples]
+    return [*seen, on_white(samples) if family.ours is QwenImage21 else samples]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -121,7 +123,10 @@ def test_the_ode_equals_diffusers(
         torch.testing.assert_close(ours.decode(sampled.final), samples, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd15", "sdxl", "sana", "qwen_image", "z_image", "flux2_klein"])
+NEGATIVE = ["sd3", "sd15", "sdxl", "sana", "qwen_image", "qwen_image21", "z_image", "flux2_klein"]
+
+
+@pytest.mark.parametrize("family", NEGATIVE)
 def test_a_negative_prompt_equals_diffusers(family: str, folder_of: FolderOf) -> None:
     folder, spec = folder_of(family), FAMILIES[family]
     ours = _open(family, folder, negative_prompt="three green rings")
@@ -155,6 +160,7 @@ DEFAULTS = {
     "sdxl": 5.0,
     "sana": 4.5,
     "qwen_image": 4.0,
+    "qwen_image21": 1.0,
     "z_image": 5.0,
     "stable_audio": 7.0,
     "ace_step": 7.0,
@@ -405,6 +411,21 @@ def test_the_shift_of_klein_falls_with_the_steps(folder_of: FolderOf) -> None:
     first = [float(ours.grid(steps).sigma[steps // 2]) for steps in (4, 50, 200)]
     assert first == sorted(first, reverse=True) and first[0] - first[2] > 0.1
     assert float(ours.level(torch.tensor([0.5])).sigma) == pytest.approx(first[1], abs=0.02)
+
+
+def test_the_sigmas_of_a_checkpoint_are_its_grid(folder_of: FolderOf, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folder_of("qwen_image21"), tmp_path / "turbo"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "sample_sigmas": [1.0, 0.9, 0.5, 0.2]}))
+    ours, spec = _open("qwen_image21", folder), FAMILIES["qwen_image21"]
+    assert outline(folder).pipeline.sample_shape == (3, 1024, 1024)
+    start = RolloutInputs(ours.encode(PROMPTS), torch.arange(2), (1, 2), (1, 2))
+    *_, theirs, _ = _diffusers(spec, folder, spec.noise(ours.initial_noise([1, 2])), 1.0)
+    final = rollout(ours, start, ours.grid(4), [ODE()] * 4, 1.0).final
+    torch.testing.assert_close(final, spec.latents(theirs, final, 1.0), rtol=0, atol=1e-5)
+    assert float(ours.grid(4).sigma[1] - _open("qwen_image21", folder_of("qwen_image21")).grid(4).sigma[1]) > 0.05
+    with pytest.raises(ValueError, match=r"sampled in 4 steps, at the sample_sigmas .* not 8, or sampling\.sigmas"):
+        ours.grid(8)
 
 
 def test_training_goes_on_from_a_published_lora(folder_of: FolderOf, tmp_path: Path) -> None:

@@ -14,7 +14,19 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import T5Tokenizer
 
-from pipelines import SD3, SDXL, AceStep, Flux, Flux2Klein, QwenImage, Sana, StableAudio, StableDiffusion, ZImage
+from pipelines import (
+    SD3,
+    SDXL,
+    AceStep,
+    Flux,
+    Flux2Klein,
+    QwenImage,
+    QwenImage21,
+    Sana,
+    StableAudio,
+    StableDiffusion,
+    ZImage,
+)
 from pipelines.base import DiffusersPipeline
 from pipelines.flows import PackedFlowPipeline, pack, unpack
 from scripts.pretrain.shapes_models import ShapesTextToImage, build_t5, build_text_encoder, build_vae
@@ -27,6 +39,7 @@ _TEXT = {  # of language models
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
+_MESSAGES = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[0].text }}<|im_end|>\n{% endfor %}"
 HEADS, CHANNELS = {"num_layers": 1, "num_attention_heads": 2}, {"in_channels": 4, "out_channels": 4}
 _LATENT_DIFFUSION: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -55,6 +68,8 @@ class Family:
         """Our initial noise as diffusers takes it."""
         if self.ours is AceStep:
             return noise.transpose(1, 2)
+        if self.ours is QwenImage21:
+            return noise.flatten(2).transpose(1, 2)
         if self.ours is Flux2Klein:  # in patches that are not yet a sequence
             return pack(noise).transpose(1, 2).unflatten(2, (noise.shape[2] // 2, noise.shape[3] // 2))
         return pack(noise) if issubclass(self.ours, PackedFlowPipeline) else noise
@@ -63,9 +78,16 @@ class Family:
         """Latents that diffusers showed at a level of ``alpha``, in our layout."""
         if self.ours is AceStep:
             return theirs.transpose(1, 2)
+        if self.ours is QwenImage21:
+            return theirs.transpose(1, 2).unflatten(2, like.shape[-2:])
         if issubclass(self.ours, PackedFlowPipeline):
             return unpack(theirs, *like.shape[-2:])
         return theirs * alpha if self.ours is SDXL else theirs
+
+    @property
+    def pads_texts(self) -> bool:
+        """Whether diffusers pads the prompts of a batch to one length, which changes its samples."""
+        return self.ours in (AceStep, QwenImage21)
 
     def save(self, folder: Path) -> Path:
         """Build it with random weights, the output layers included, and save it."""
@@ -322,6 +344,41 @@ def flux2_klein() -> DiffusionPipeline:
     return diffusers.Flux2KleinPipeline(scheduler, vae, transformers.Qwen3ForCausalLM(text), tokenizer, network)
 
 
+def qwen_image21() -> DiffusionPipeline:
+    tokenizer = t5_tokenizer()
+    tokens = [f"<|{name}|>" for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*tokens, "<|im_start|>", "<|im_end|>"]})
+    processor = transformers.Qwen3VLProcessor(
+        transformers.Qwen2VLImageProcessor(),
+        tokenizer,
+        transformers.Qwen3VLVideoProcessor(),
+        chat_template=_MESSAGES,
+    )
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
+    text = {**_TEXT, "head_dim": 8, "vocab_size": len(tokenizer), "rope_parameters": rope}
+    vision = {"depth": 1, "num_heads": 2, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    vision |= dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size"), 16)
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision)
+    network = diffusers.QwenImage21Transformer2DModel(
+        **HEADS, **CHANNELS, attention_head_dim=16, context_in_dim=16, axes_dims_rope=(4, 6, 6)
+    )
+    vae = diffusers.AutoencoderKLQwenImage21(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=4,
+        dim_mult=[1] * 5,
+        num_res_blocks=1,
+        temperal_downsample=[False] * 4,
+        latents_mean=[0.1] * 4,
+        latents_std=[1.5] * 4,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    encoder = transformers.Qwen3VLForConditionalGeneration(config)
+    return diffusers.QwenImage21Pipeline(scheduler, vae, encoder, processor, network)
+
+
 def stable_audio() -> DiffusionPipeline:
     """Stable Audio for clips of 4 s at most."""
     tokenizer = t5_tokenizer()
@@ -364,6 +421,13 @@ FAMILIES: dict[str, Family] = {
         sana, Sana, {**_SHORT, "height": 32, "width": 32}, {"use_resolution_binning": False}, scheduler={"shift": 3.0}
     ),
     "qwen_image": Family(qwen_image, QwenImage, _QWEN, {"negative_prompt": [" ", " "]}, guidance="true_cfg_scale"),
+    "qwen_image21": Family(
+        qwen_image21,
+        QwenImage21,
+        {"height": 64, "width": 64},
+        {"negative_prompt": [" "]},
+        guidance="true_cfg_scale",
+    ),
     "z_image": Family(z_image, ZImage, {**_SHORT, **_SIZE}),
     "stable_audio": Family(stable_audio, StableAudio, {"seconds": 3.0}, {"audio_end_in_s": 3.0}),
     "ace_step": Family(ace_step, AceStep, {"seconds": 3.1}, {"audio_duration": 3.1}),

@@ -67,7 +67,7 @@ def test_bounded_batches_give_the_samples_of_whole_ones(name: str, size: int) ->
     assert "forward" not in vars(family.network) and "decode" not in vars(family.pipe.vae)
 
 
-@pytest.mark.parametrize("name", ["sd15", "flux2_klein", "sana", "qwen_image", "z_image", "ace_step"])
+@pytest.mark.parametrize("name", ["sd15", "flux2_klein", "sana", "qwen_image", "qwen_image21", "z_image", "ace_step"])
 def test_a_whole_call_by_text_is_bounded_with_its_own_decoding(name: str, folder_of: FolderOf) -> None:
     pipe: Any = _open(folder_of(name))
     made: dict[str, Any] = {"output_type": "pt", "num_inference_steps": 2}
@@ -86,9 +86,20 @@ def test_a_whole_call_by_text_is_bounded_with_its_own_decoding(name: str, folder
                 if name != "sana"
                 else {"use_resolution_binning": False, "height": 32, "width": 32}
             )
+            if name == "qwen_image21":
+                size["use_kv_cache"] = False
             images.append(pipe(prompt="a ring", num_images_per_prompt=3, generator=generator, **size, **made).images)
     assert max(sizes.network) <= 2 and max(sizes.vae) <= 2
     torch.testing.assert_close(torch.as_tensor(images[1]), torch.as_tensor(images[0]), rtol=0, atol=1e-3)
+
+
+def test_a_cache_cannot_be_divided(folder_of: FolderOf) -> None:
+    pipe: Any = _open(folder_of("qwen_image21"))
+    with (
+        pytest.raises(ValueError, match="cannot divide the cache of a call: call the pipeline with use_kv_cache=False"),
+        bounded_batches(pipe, 1),
+    ):
+        pipe(prompt=["a ring"] * 2, num_inference_steps=2, height=64, width=64)
 
 
 def test_pruning_is_bounded_too() -> None:

@@ -21,7 +21,7 @@ pytestmark = [  # of diffusers: tensors of numpy arrays, torch's old weight norm
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning"),
 ]
-ENCODED = ("sd15", "sd3", "flux", "flux2_klein", "qwen_image", "z_image", "stable_audio")
+ENCODED = ("sd15", "sd3", "flux", "flux2_klein", "qwen_image", "qwen_image21", "z_image", "stable_audio")
 FEW: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
 
 
