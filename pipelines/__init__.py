@@ -1,6 +1,7 @@
 """Diffusers pipelines seen as encode / predict / decode; see ``genalign.types.Pipeline``."""
 
 from pipelines.ace_step import AceStep as AceStep
+from pipelines.audio_ldm2 import AudioLDM2 as AudioLDM2
 from pipelines.auto import load as load
 from pipelines.flux import Flux as Flux
 from pipelines.flux2 import Flux2Klein as Flux2Klein

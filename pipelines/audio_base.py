@@ -26,6 +26,11 @@ class AudioPipeline(DiffusersPipeline):
         return math.inf
 
     @property
+    def own_seconds(self) -> float:
+        """The duration in seconds of the checkpoint's clips."""
+        return self.max_seconds if self.default_seconds is None else self.default_seconds
+
+    @property
     @abstractmethod
     def frames(self) -> int:
         """The number of latent frames of a sample."""
@@ -42,8 +47,7 @@ class AudioPipeline(DiffusersPipeline):
         if options.get("height") is not None or options.get("width") is not None:
             raise ValueError("this model makes audio: leave height and width out, and give seconds")
         seconds = options.get("seconds")
-        own = self.max_seconds if self.default_seconds is None else self.default_seconds
-        self.seconds = own if seconds is None else seconds
+        self.seconds = self.own_seconds if seconds is None else seconds
         if not 0 < self.seconds <= self.max_seconds:
             raise ValueError(
                 f"seconds must be above 0 and at most {self.max_seconds:g} for this model, not {self.seconds}"

@@ -10,6 +10,7 @@ import torch
 
 from genalign import assets
 from pipelines.ace_step import AceStep
+from pipelines.audio_ldm2 import AudioLDM2
 from pipelines.base import DiffusersPipeline, Options
 from pipelines.checkpoint_files import model_index
 from pipelines.flux import Flux
@@ -26,7 +27,7 @@ FAMILIES: dict[str, type[DiffusersPipeline]] = {
     family.kind.__name__: family
     for family in (
         *(SD3, Flux, Flux2Klein, StableDiffusion, SDXL, Sana, QwenImage, QwenImage21, ZImage),
-        *(StableAudio, AceStep),
+        *(StableAudio, AceStep, AudioLDM2),
     )
 }
 """The wrapper of each pipeline class of diffusers, by its name."""

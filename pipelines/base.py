@@ -88,6 +88,7 @@ class DiffusersPipeline(ABC):
     default_negative: ClassVar[str | None] = ""  # the negative prompt of guidance; None for one that is no text
     distilled_default: ClassVar[float] = 3.5  # the guidance scale that a guidance-distilled network takes as an input
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    decoders: ClassVar[tuple[str, ...]] = ("vae",)  # the components from latents to samples
     lora_in_diffusers: ClassVar[bool] = True  # whether diffusers saves and loads adapters of this family
 
     def __init__(self, pipe: DiffusionPipeline, **options: Unpack[Options]) -> None:
@@ -106,6 +107,7 @@ class DiffusersPipeline(ABC):
         self._batches: dict[str, list[str]] = {}  # the batch in which a text is encoded
 
         self._text_encoders = [encoder for name in self.encoders if (encoder := pipe.components.get(name)) is not None]
+        self._decoders = [pipe.components[name] for name in self.decoders]
         self._place_networks()
         if options.get("compiled"):
             self.denoiser.compile()
@@ -125,7 +127,7 @@ class DiffusersPipeline(ABC):
 
     def _place_networks(self) -> None:
         """Freeze all networks, and move them according to the memory options."""
-        for module in (self.denoiser, self.pipe.vae, *self._text_encoders):
+        for module in (self.denoiser, *self._decoders, *self._text_encoders):
             module.requires_grad_(False).eval()
         self.denoiser.to(self.device)
         if not self.memory.offload:
@@ -446,7 +448,7 @@ class DiffusersPipeline(ABC):
         """
         size = len(latents) if self.memory.decode_batch is None else self.memory.decode_batch
         parts = torch.split(latents.to(self.device), size)
-        with on_device([self.pipe.vae], self.device, self.memory.offload), self._mixed_precision():
+        with on_device(self._decoders, self.device, self.memory.offload), self._mixed_precision():
             decoded = torch.cat([self.run_vae(part).float() for part in parts])
         if self.pipe.vae.dtype == torch.float16 and bool((rows_are_finite(latents) & ~rows_are_finite(decoded)).any()):
             raise ValueError("the VAE overflowed in float16: open the model in bfloat16, or in float32 with autocast")

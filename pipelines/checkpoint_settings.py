@@ -35,8 +35,9 @@ def _schedulers(names: str, path: SchedulePath) -> dict[str, SchedulePath]:
     return dict.fromkeys((f"{name}Scheduler" for name in names.split()), path)
 
 
+_VP = _schedulers(f"{_DISCRETE} {_ON_SIGMAS} {_SOLVERS} DPMSolverSDE", "vp")
 _DIFFUSION = {
-    **_schedulers(f"{_DISCRETE} {_ON_SIGMAS} {_SOLVERS} DPMSolverSDE", "vp"),
+    **_VP,
     **_schedulers("EDMEuler EDMDPMSolverMultistep", "edm"),
 }
 _FLOW = _schedulers(f"{_FLOWS} {_SOLVERS}", "flow")
@@ -52,6 +53,7 @@ SCHEDULERS: Mapping[str, Mapping[str, SchedulePath]] = {
     "ZImagePipeline": _FLOW,
     "StableAudioPipeline": _schedulers("CosineDPMSolverMultistep", "edm"),
     "AceStepPipeline": _FLOW,
+    "AudioLDM2Pipeline": _VP,
 }
 """The schedulers whose noise levels are honored, and their paths, by pipeline class."""
 
@@ -198,6 +200,17 @@ COMPONENT_KEYS: Mapping[str, Mapping[str, Mapping[str, Key]]] = {
         "vae": dict.fromkeys(("downsampling_ratios", "sampling_rate"), _SIZE),
         "audio_tokenizer": {"fsq_input_num_quantizers": Key("read for reference recordings alone")},
         "audio_token_detokenizer": {"pool_window_size": Key("read for reference recordings alone")},
+    },
+    "AudioLDM2Pipeline": {
+        "unet": {"sample_size": _SIZE, "in_channels": _INPUT},
+        "vae": {"block_out_channels": _SIZE, "scaling_factor": _SCALING},
+        "vocoder": dict.fromkeys(("model_in_dim", "sampling_rate", "upsample_rates"), _SIZE),
+        "text_encoder": {"model_type": _TEXT, "hidden_size": Key("read for speech alone")},
+        "text_encoder_2": {
+            "model_type": Key("checkpoints of speech need a transcript of every prompt", ("t5",)),
+            "hidden_size": Key("read for speech alone"),
+        },
+        "language_model": {"max_new_tokens": _TEXT},
     },
 }
 """The keys of networks and autoencoders by pipeline class and component."""

@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.audioldm2 import AudioLDM2UNet2DConditionModel
 from torch import Tensor, nn
 
 from pipelines.steering.scheduler_hooks import replaced
@@ -31,6 +32,7 @@ _SHARED: dict[type[nn.Module], frozenset[str]] = {
     diffusers.QwenImage21Transformer2DModel: frozenset({"attention_kwargs", "img_mask", "img_shapes"}),
     diffusers.ZImageTransformer2DModel: frozenset({"joint_attention_kwargs", "patch_size", "f_patch_size"}),
     diffusers.StableAudioDiTModel: frozenset({"rotary_embedding"}),
+    AudioLDM2UNet2DConditionModel: frozenset({"cross_attention_kwargs"}),
     diffusers.AceStepTransformer1DModel: frozenset({"attention_kwargs"}),
 }
 """Arguments of networks that all samples share; every other one has a row for each sample, or one for all."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import (
     AceStepPipeline,
+    AudioLDM2Pipeline,
     DiffusionPipeline,
     Flux2KleinPipeline,
     FluxPipeline,
@@ -26,6 +27,7 @@ from genalign.search.lineage import Lineage
 from genalign.search.reward_failures import RewardFailures
 from genalign.types import Prompt, RewardFunction
 from pipelines.ace_step import normalize_peak
+from pipelines.audio_ldm2 import decode_spectrogram
 from pipelines.base import unscale
 from pipelines.flux2 import decode_tokens
 from pipelines.qwen_image21 import on_white
@@ -51,7 +53,8 @@ class PipelineScorer:
     @property
     def sample_rate(self) -> int | None:
         """The rate of the pipeline's sound in Hz; None for images."""
-        rate = getattr(getattr(self.pipe.vae, "config", None), "sampling_rate", None)
+        source = getattr(self.pipe, "vocoder", None) or self.pipe.vae
+        rate = getattr(getattr(source, "config", None), "sampling_rate", None)
         return None if rate is None else int(rate)
 
     @contextmanager
@@ -131,6 +134,8 @@ def decode_latents(pipe: DiffusionPipeline, latents: Tensor, size: tuple[int, in
         raise ValueError(f"{type(pipe).__name__} has no component named vae: give steer your own decode=")
     if isinstance(pipe, StableAudioPipeline):
         return _upcast_decode(pipe.vae, latents)
+    if isinstance(pipe, AudioLDM2Pipeline):
+        return decode_spectrogram(pipe, latents).float().clamp(-1, 1)
     if isinstance(pipe, AceStepPipeline):
         return normalize_peak(_upcast_decode(pipe.vae, latents.transpose(1, 2)))
     if isinstance(pipe, FluxPipeline | Flux2KleinPipeline | QwenImagePipeline | QwenImage21Pipeline):

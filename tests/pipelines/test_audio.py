@@ -29,10 +29,9 @@ from genalign.search import BestOfN, FKSteering, ReNO, search
 from genalign.training.memory_estimate import estimate_memory, prediction_activations
 from genalign.training.settings import TrainerSettings
 from genalign.types import Prompt, PromptSet
-from pipelines import AceStep, StableAudio, steer
+from pipelines import AceStep, AudioLDM2, StableAudio, steer
 from pipelines.base import DiffusersPipeline
 from pipelines.meta_device import outline
-from pipelines.steering.latent_scores import decode_latents
 from tests.pipelines.tiny_checkpoints import FolderOf
 
 # torch's older weight_norm in diffusers' AutoencoderOobleck, torchsde at the ends of its interval, numpy 2
@@ -153,11 +152,11 @@ def test_training_levels_are_even_in_the_timestep(stable_audio: StableAudio) -> 
     assert level.timestep[1].item() == pytest.approx((level.timestep[0] + level.timestep[2]).item() / 2)
 
 
-@pytest.mark.parametrize("family", ["stable_audio", "ace_step"])
+@pytest.mark.parametrize("family", ["stable_audio", "ace_step", "audio_ldm2"])
 def test_ratios_are_one_before_training(family: str, folder_of: FolderOf) -> None:
     pipeline = pipelines.load(folder_of(family), seconds=SECONDS)
     Policy(pipeline.denoiser, Lora(rank=4))
-    kernel = DPMSDE() if family == "stable_audio" else FlowSDE(0.7)
+    kernel: Kernel = FlowSDE(0.7) if family == "ace_step" else DPMSDE()
     ours = _ours(pipeline, kernel, 3.0)
     for stored in range(STEPS - 1):
         again = replay(pipeline, ours, pipeline.grid(STEPS), kernel, ReplayBatch.of_step(stored, 2), 3.0)
@@ -177,6 +176,17 @@ def test_noise_optimisation_starts_from_noise_of_the_first_level(stable_audio: S
     torch.testing.assert_close(tried.samples, alone.samples, rtol=0, atol=1e-5)
     assert bool((find(Watched(iterations=2)).scores >= tried.scores).all())
     assert spreads[0] == pytest.approx(1.0, abs=0.3)
+
+
+def test_a_spectrogram_is_of_whole_frames(folder_of: FolderOf) -> None:
+    folder = folder_of("audio_ldm2")
+    whole, part = (AudioLDM2.load(folder, seconds=seconds) for seconds in (None, 2.3))
+    assert (whole.seconds, whole.latent_shape, whole.sample_shape) == (4.0, (4, 8, 4), (1, 64))
+    assert (part.latent_shape, part.sample_shape) == ((4, 5, 4), (1, 36))  # nine frames of four, in pairs
+    assert part.sample_rate == 16 and part.decode(torch.randn(1, *part.latent_shape)).shape == (1, 1, 36)
+    whole.pipe.text_encoder_2.config.model_type = "vits"
+    with pytest.raises(ValueError, match=r"text_encoder_2/config\.json has model_type 'vits'.*need a transcript"):
+        AudioLDM2(whole.pipe)
 
 
 def test_a_clip_is_cut_to_its_duration(folder_of: FolderOf) -> None:
@@ -246,12 +256,11 @@ def test_an_adapter_of_another_network_or_format_is_refused(
         ace_step.load_lora(tmp_path)
 
 
-@pytest.mark.parametrize("family", ["stable_audio", "ace_step"])
-def test_an_outline_has_the_shapes_of_the_checkpoint(family: str, folder_of: FolderOf) -> None:
-    meta, real = outline(folder_of(family), seconds=SECONDS), pipelines.load(folder_of(family), seconds=SECONDS)
-    assert meta.pipeline.latent_shape == real.latent_shape and meta.pipeline.sample_shape == real.sample_shape
+@pytest.mark.parametrize(("family", "denoiser"), [("stable_audio", "transformer"), ("audio_ldm2", "unet")])
+def test_the_memory_of_audio_is_estimated(family: str, denoiser: str, folder_of: FolderOf) -> None:
+    meta = outline(folder_of(family), seconds=SECONDS)
     names = [network.name for network in meta.networks]
-    assert names[0] == "transformer" and {"vae", "text_encoder"} <= {*names}
+    assert names[0] == denoiser and {"vae", "text_encoder"} <= {*names}
     policy = Policy(meta.pipeline.denoiser, Lora(2))
     unguided, guided = (prediction_activations(meta, 2, guidance) for guidance in (1.0, 3.0))
     assert 0 < unguided < guided == prediction_activations(meta, 4, 1.0)
@@ -305,12 +314,6 @@ def test_guidance_does_not_lead_away_from_the_empty_prompt(stable_audio: StableA
     assert bool(empty["context"].any())
     away = stable_audio.unconditional_tensors(empty)
     assert not bool(away["context"].any()) and torch.equal(away["seconds"], empty["seconds"])
-
-
-def test_steer_decodes_as_the_wrapper_does(ace_step: AceStep) -> None:
-    latents = torch.randn(2, *ace_step.latent_shape, generator=torch.Generator().manual_seed(0))
-    ours = decode_latents(ace_step.pipe, latents.transpose(1, 2))  # diffusers has frames before channels
-    torch.testing.assert_close(ours, ace_step.decode(latents))
 
 
 def test_momentum_in_guidance_is_not_resampled(ace_step: AceStep) -> None:

@@ -34,11 +34,12 @@ from genalign.training.memory_estimate import prediction_activations
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet
-from pipelines import Flux2Klein, QwenImage21
+from pipelines import AudioLDM2, Flux2Klein, QwenImage21
 from pipelines.base import DiffusersPipeline
-from pipelines.flows import FlowPipeline
+from pipelines.flows import FlowPipeline, pack
 from pipelines.meta_device import outline
 from pipelines.qwen_image21 import on_white
+from pipelines.steering.latent_scores import decode_latents
 from tests.pipelines.tiny_checkpoints import FAMILIES, Family, FolderOf
 
 # What diffusers itself does: its EulerDiscreteScheduler turns a tensor into an array in a way that numpy 2 deprecates,
@@ -90,15 +91,20 @@ def _called(
         seen.append(tensors["latents"])
         return tensors
 
+    noted: dict[str, Any] = {"callback_on_step_end": note}
+    if family.ours is AudioLDM2:
+        noted = {"callback": lambda step, timestep, latents: seen.append(latents)}
     samples, *_ = vanilla(
         prompt=prompts,
         latents=noise,
         num_inference_steps=STEPS,
         output_type="pt",
-        callback_on_step_end=note,
         return_dict=False,
+        **noted,
         **{family.guidance: family.scale(guidance), **options},
     )
+    if family.ours is AudioLDM2:
+        return [*seen, samples[:, None]]
     return [*seen, on_white(samples) if family.ours is QwenImage21 else samples]
 
 
@@ -123,7 +129,7 @@ def test_the_ode_equals_diffusers(
         torch.testing.assert_close(ours.decode(sampled.final), samples, rtol=0, atol=1e-4)
 
 
-NEGATIVE = ["sd3", "sd15", "sdxl", "sana", "qwen_image", "qwen_image21", "z_image", "flux2_klein"]
+NEGATIVE = ["sd3", "sd15", "sdxl", "sana", "qwen_image", "qwen_image21", "z_image", "flux2_klein", "audio_ldm2"]
 
 
 @pytest.mark.parametrize("family", NEGATIVE)
@@ -164,6 +170,7 @@ DEFAULTS = {
     "z_image": 5.0,
     "stable_audio": 7.0,
     "ace_step": 7.0,
+    "audio_ldm2": 3.5,
 }
 
 
@@ -209,6 +216,16 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(family: str, folder_of: Folde
             torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
 
 
+def test_steer_decodes_as_the_wrapper_does(family: str, folder_of: FolderOf) -> None:
+    ours, spec = _open(family, folder_of(family)), FAMILIES[family]
+    latents = torch.randn(2, *ours.latent_shape, generator=torch.Generator().manual_seed(0))
+    moved = pack(latents) if spec.ours is Flux2Klein else spec.noise(latents)  # as the scheduler moves them
+    with torch.no_grad():
+        expected = ours.decode(latents)
+        decoded = decode_latents(ours.pipe, moved, (ours.resolution[0], ours.resolution[-1]))
+    torch.testing.assert_close(decoded[..., : expected.shape[-1]], expected, rtol=0, atol=1e-5)
+
+
 def test_an_outline_has_the_shapes_of_the_checkpoint(family: str, folder_of: FolderOf) -> None:
     ours, options = _open(family, folder_of(family)), FAMILIES[family].options
     meta = outline(folder_of(family), **options)
@@ -222,7 +239,7 @@ def test_an_outline_has_the_shapes_of_the_checkpoint(family: str, folder_of: Fol
     assert 0 < prediction_activations(meta, 2, 1.0) < prediction_activations(meta, 2, 3.0)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "stable_audio"])  # diffusers has no loader
+@pytest.mark.parametrize("family", [name for name, spec in FAMILIES.items() if spec.ours.lora_in_diffusers])
 def test_a_lora_goes_through_diffusers_unchanged(family: str, folder_of: FolderOf, tmp_path: Path) -> None:
     ours = _open(family, folder_of(family))
     policy = _policy(ours)
@@ -241,7 +258,7 @@ def test_a_lora_goes_through_diffusers_unchanged(family: str, folder_of: FolderO
             assert not torch.allclose(tuned, _prediction(ours))
 
 
-@pytest.mark.parametrize("family", ["sd3", "stable_audio", "ace_step"])
+@pytest.mark.parametrize("family", ["sd3", "stable_audio", "ace_step", "audio_ldm2"])
 def test_an_adapter_goes_through_peft_and_into_the_weights(family: str, folder_of: FolderOf, tmp_path: Path) -> None:
     ours, again = _open(family, folder_of(family)), _open(family, folder_of(family))
     policy = _policy(ours)

@@ -11,6 +11,8 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.audioldm2 import AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import T5Tokenizer
 
@@ -18,6 +20,7 @@ from pipelines import (
     SD3,
     SDXL,
     AceStep,
+    AudioLDM2,
     Flux,
     Flux2Klein,
     QwenImage,
@@ -40,6 +43,19 @@ _TEXT = {  # of language models
     "num_key_value_heads": 1,
 }
 _MESSAGES = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[0].text }}<|im_end|>\n{% endfor %}"
+_CLAP_TEXT = {**_TEXT, "projection_dim": 12}
+_CLAP_AUDIO = {
+    "num_mel_bins": 32,
+    "spec_size": 64,
+    "window_size": 4,
+    "patch_size": 4,
+    "patch_stride": [4, 4],
+    "patch_embeds_hidden_size": 8,
+    "hidden_size": 16,
+    "depths": [1, 1],
+    "num_attention_heads": [2, 2],
+    "num_hidden_layers": 2,
+}
 HEADS, CHANNELS = {"num_layers": 1, "num_attention_heads": 2}, {"in_channels": 4, "out_channels": 4}
 _LATENT_DIFFUSION: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -87,7 +103,7 @@ class Family:
     @property
     def pads_texts(self) -> bool:
         """Whether diffusers pads the prompts of a batch to one length, which changes its samples."""
-        return self.ours in (AceStep, QwenImage21)
+        return self.ours in (AceStep, AudioLDM2, QwenImage21)
 
     def save(self, folder: Path) -> Path:
         """Build it with random weights, the output layers included, and save it."""
@@ -405,6 +421,57 @@ def ace_step() -> DiffusionPipeline:
     )
 
 
+def audio_ldm2() -> DiffusionPipeline:
+    """AudioLDM 2 at 16 Hz, with four audio samples a frame and eight bands."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: place for place, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters])}
+    roberta = transformers.RobertaTokenizer(words, [], model_max_length=32)
+    t5_words = t5_tokenizer()
+    t5 = build_t5(len(t5_words))
+    clap_text = {"vocab_size": len(words), "max_position_embeddings": 40, **_CLAP_TEXT}
+    clap = transformers.ClapModel(
+        transformers.ClapConfig(text_config=clap_text, audio_config=_CLAP_AUDIO, projection_dim=12)
+    )
+    language = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=10, n_positions=64)
+    language.max_new_tokens = 8
+    projection = AudioLDM2ProjectionModel(12, t5.config.d_model, 16)
+    network = AudioLDM2UNet2DConditionModel(
+        **CHANNELS,
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=2,
+        cross_attention_dim=((None, 16, t5.config.d_model),) * 2,
+    )
+    vocoder = transformers.SpeechT5HifiGanConfig(
+        model_in_dim=8,
+        sampling_rate=16,
+        upsample_initial_channel=8,
+        upsample_rates=[2, 2],
+        upsample_kernel_sizes=[4, 4],
+        resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1, 3]],
+        normalize_before=False,
+        initializer_range=0.3,
+    )
+    return diffusers.AudioLDM2Pipeline(
+        kl(4, in_channels=1, out_channels=1),
+        clap,
+        t5,
+        projection,
+        transformers.GPT2LMHeadModel(language),
+        roberta,
+        t5_words,
+        transformers.ClapFeatureExtractor(),
+        network,
+        diffusers.DDIMScheduler(**_LATENT_DIFFUSION, set_alpha_to_one=False, clip_sample=False),
+        transformers.SpeechT5HifiGan(vocoder),
+    )
+
+
 FolderOf = Callable[[str], Path]
 """The fixture ``folder_of``: from a family's name to the folder of its checkpoint."""
 
@@ -430,5 +497,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "z_image": Family(z_image, ZImage, {**_SHORT, **_SIZE}),
     "stable_audio": Family(stable_audio, StableAudio, {"seconds": 3.0}, {"audio_end_in_s": 3.0}),
+    "audio_ldm2": Family(audio_ldm2, AudioLDM2, {"seconds": 3.1}, {"audio_length_in_s": 3.1}),
     "ace_step": Family(ace_step, AceStep, {"seconds": 3.1}, {"audio_duration": 3.1}),
 }

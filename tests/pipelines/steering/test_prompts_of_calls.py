@@ -21,7 +21,7 @@ pytestmark = [  # of diffusers: tensors of numpy arrays, torch's old weight norm
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning"),
 ]
-ENCODED = ("sd15", "sd3", "flux", "flux2_klein", "qwen_image", "qwen_image21", "z_image", "stable_audio")
+ENCODED = ("sd15", "sd3", "flux", "flux2_klein", "qwen_image", "qwen_image21", "z_image", "stable_audio", "audio_ldm2")
 FEW: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
 
 
@@ -51,7 +51,9 @@ def _open(folder: Path) -> Any:
 
 
 def _call(pipe: Any, family: str, **arguments: Any) -> None:
-    if family == "stable_audio":
+    if family == "audio_ldm2":
+        pipe(**{**FEW, **arguments}, num_waveforms_per_prompt=2, audio_length_in_s=1.0)
+    elif family == "stable_audio":
         pipe(**{**FEW, **arguments}, num_waveforms_per_prompt=2, audio_end_in_s=1.0)
     else:
         pipe(**{**FEW, **arguments}, num_images_per_prompt=2, height=64, width=64)
