@@ -52,7 +52,7 @@ class AudioLDM2(AudioPipeline, ScheduledPipeline):
     @property
     def hop_seconds(self) -> float:
         """The duration in seconds of one frame of the mel spectrogram."""
-        return math.prod(self.pipe.vocoder.config.upsample_rates) / self.sample_rate
+        return int(math.prod(self.pipe.vocoder.config.upsample_rates)) / self.sample_rate
 
     @property
     def own_seconds(self) -> float:

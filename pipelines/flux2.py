@@ -39,7 +39,7 @@ class Flux2Klein(PackedFlowPipeline):
 
     def mu(self, config: Any, num_steps: int) -> float:
         """Return mu of the shift exp(mu), which diffusers takes from the number of image tokens and of steps."""
-        return compute_empirical_mu(self.image_tokens, num_steps)
+        return float(compute_empirical_mu(self.image_tokens, num_steps))
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return zeros for a text, which is always padded to the greatest length."""

@@ -78,7 +78,7 @@ class QwenImage21(FlowPipeline):
                 img_shapes=[[(1, self.height, self.width)]] * len(rows),
                 img_mask=slots.expand(len(rows), -1),
             )
-            return tokens[:, -self.image_tokens :].transpose(1, 2).unflatten(2, (self.height, self.width))
+            return tokens[:, -self.image_tokens :].transpose(1, 2).reshape(len(rows), -1, self.height, self.width)
 
         with _MasksOnMeta() if x.is_meta else contextlib.nullcontext():
             return by_text_length(tensors["mask"], x.device, predict)

@@ -54,8 +54,9 @@ def call_latents(pipe: DiffusionPipeline, latents: Tensor, arguments: Mapping[st
     if not isinstance(pipe, Flux2KleinPipeline):
         return latents
     factor = int(pipe.vae_scale_factor)  # the call takes patches that are not yet a sequence
-    sides = (arguments.get(side) or pipe.default_sample_size * factor for side in ("height", "width"))
-    return latents.transpose(1, 2).unflatten(2, [side // (2 * factor) for side in sides])
+    sides = [arguments.get(side) or pipe.default_sample_size * factor for side in ("height", "width")]
+    height, width = (side // (2 * factor) for side in sides)
+    return latents.transpose(1, 2).reshape(len(latents), -1, height, width)
 
 
 def plain_arguments(
