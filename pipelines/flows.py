@@ -102,9 +102,9 @@ def by_text_length(mask: Tensor, device: torch.device, call: Callable[[Tensor, i
     ``mask`` (B, tokens) is 0 after a text's end; ``rows`` (n,) are on ``device``.
     """
     lengths = mask.sum(1)
-    groups = [(int(length), (lengths == length).nonzero()[:, 0].to(device)) for length in torch.unique(lengths).tolist()]
-    joined = torch.cat([call(rows, length) for length, rows in groups])
-    return joined[torch.cat([rows for _, rows in groups]).argsort()]
+    groups = {int(n): (lengths == n).nonzero()[:, 0].to(device) for n in torch.unique(lengths).tolist()}
+    joined = torch.cat([call(rows, length) for length, rows in groups.items()])
+    return joined[torch.cat(list(groups.values())).argsort()]
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:

@@ -253,7 +253,7 @@ def test_a_lora_goes_through_diffusers_unchanged(family: str, folder_of: FolderO
     with torch.no_grad():
         tuned, again = _prediction(ours), _prediction(theirs)
         # a product's last bit depends on how its memory is aligned
-        torch.testing.assert_close(tuned, again, rtol=0, atol=1e-7 * float(tuned.abs().max()))
+        torch.testing.assert_close(tuned, again, rtol=0, atol=3e-7 * float(tuned.abs().max()))
         with policy.reference():
             assert not torch.allclose(tuned, _prediction(ours))
 
