@@ -56,6 +56,7 @@ def _call(pipe: Any, family: str, **arguments: Any) -> None:
     elif family == "stable_audio":
         pipe(**{**FEW, **arguments}, num_waveforms_per_prompt=2, audio_end_in_s=1.0)
     else:
+        arguments |= {name: n for name, n in FAMILIES[family].options.items() if name == "max_sequence_length"}
         pipe(**{**FEW, **arguments}, num_images_per_prompt=2, height=64, width=64)
 
 
