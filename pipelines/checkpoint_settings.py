@@ -226,8 +226,8 @@ PIPELINE_KEYS: Mapping[str, Key] = {
 
 
 def is_component(entry: object) -> bool:
-    """Return whether an entry of model_index.json is a component: its library and its class, or two nulls."""
-    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str | None) for part in entry)
+    """Return whether an entry of model_index.json names a component, by library and class, and is no list of numbers."""
+    return isinstance(entry, list) and all(isinstance(part, str | None) for part in entry)
 
 
 def check_settings(components: Mapping[str, Any], name: str) -> None:
