@@ -226,7 +226,7 @@ PIPELINE_KEYS: Mapping[str, Key] = {
 
 
 def is_component(entry: object) -> bool:
-    """Return whether an entry of model_index.json names a component, by library and class, and is no list of numbers."""
+    """Return whether an entry of model_index.json names a component, by library and class: no list of numbers."""
     return isinstance(entry, list) and all(isinstance(part, str | None) for part in entry)
 
 

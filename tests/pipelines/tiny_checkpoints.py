@@ -497,6 +497,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "z_image": Family(z_image, ZImage, {**_SHORT, **_SIZE}),
     "stable_audio": Family(stable_audio, StableAudio, {"seconds": 3.0}, {"audio_end_in_s": 3.0}),
-    "audio_ldm2": Family(audio_ldm2, AudioLDM2, {"seconds": 3.1}, {"audio_length_in_s": 3.1}),
     "ace_step": Family(ace_step, AceStep, {"seconds": 3.1}, {"audio_duration": 3.1}),
+    "audio_ldm2": Family(audio_ldm2, AudioLDM2, {"seconds": 3.1}, {"audio_length_in_s": 3.1}),
 }
