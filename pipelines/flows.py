@@ -101,10 +101,12 @@ def by_text_length(mask: Tensor, device: torch.device, call: Callable[[Tensor, i
 
     ``mask`` (B, tokens) is 0 after a text's end; ``rows`` (n,) are on ``device``.
     """
-    lengths = mask.sum(1)
-    groups = {int(n): (lengths == n).nonzero()[:, 0].to(device) for n in torch.unique(lengths).tolist()}
-    joined = torch.cat([call(rows, length) for length, rows in groups.items()])
-    return joined[torch.cat(list(groups.values())).argsort()]
+    lengths = mask.sum(1).tolist()  # the one wait for the device
+    groups = {length: [i for i, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))}
+    if len(groups) == 1:
+        return call(torch.arange(len(lengths), device=device), lengths[0])
+    joined = torch.cat([call(torch.tensor(rows, device=device), length) for length, rows in groups.items()])
+    return joined[torch.tensor([i for rows in groups.values() for i in rows], device=device).argsort()]
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:

@@ -21,6 +21,7 @@ from genalign.runtime.files import write_text
 from genalign.runtime.media import AUDIO_SUFFIXES
 
 _WIDGETS = 4
+_TRUE_CFG = {"FluxPipeline", "QwenImagePipeline", "QwenImage21Pipeline"}
 _LICENSE = ("license", "license_name", "license_link")
 
 
@@ -160,11 +161,28 @@ def _snippet(base: Base, settings: Mapping[str, Any], output: Path, form: str, s
     if base.is_embedded and form != "pipeline":
         imports.append("from genalign import assets")
     sampling = settings.get("evaluation") or settings.get("sampling") or {}
-    options = {"num_inference_steps": sampling.get("num_steps"), "guidance_scale": sampling.get("guidance")}
+    options = {"num_inference_steps": sampling.get("num_steps")}
+    options |= guidance_arguments(str(base.index.get("_class_name")), sampling.get("guidance"), settings["model"])
     options |= {side: settings["model"].get(side) for side in ("height", "width")}
-    call = "".join(f", {key}={value}" for key, value in options.items() if value is not None)
-    result = f"audio = pipe(prompt{call}).audios[0]" if is_audio else f"image = pipe(prompt{call}).images[0]"
+    call = "".join(f", {key}={value!r}" for key, value in options.items() if value is not None)
+    result = (
+        f"audio = pipe(prompt=prompt{call}).audios[0]" if is_audio else f"image = pipe(prompt=prompt{call}).images[0]"
+    )
     return "\n".join([*imports, "", *lines, f"prompt = {json.dumps(prompt, ensure_ascii=False)}", result])
+
+
+def guidance_arguments(kind: str, guidance: float | None, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a guidance scale as a pipeline of diffusers of the class ``kind`` takes it, by name."""
+    negative = {"negative_prompt": model["negative_prompt"]} if model.get("negative_prompt") else {}
+    if kind in _TRUE_CFG:  # their guidance_scale is an input of the network
+        scale = model.get("distilled_guidance")
+        guided = {} if guidance is None or guidance <= 1 else {"true_cfg_scale": guidance, "negative_prompt": " "}
+        return ({} if scale is None else {"guidance_scale": scale}) | guided | (negative if guided else {})
+    if guidance is None:
+        return {}
+    if kind == "ZImagePipeline" and guidance <= 1:  # at 1 it is guided as others at 2
+        return {"guidance_scale": 0.0}
+    return {"guidance_scale": guidance, **(negative if guidance > 1 and kind != "Flux2KleinPipeline" else {})}
 
 
 def _rewards(rewards: Mapping[str, Any]) -> str:

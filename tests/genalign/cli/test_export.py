@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -19,9 +20,11 @@ from PIL import Image
 
 from genalign.cli.export import TrainedWeights, trained_weights
 from genalign.cli.main import main
+from genalign.cli.model_card import guidance_arguments
 from genalign.diffusion.policy import Lora, Policy
 from genalign.training.run_folder import RunFolder
 from pipelines import SD3
+from tests.pipelines.tiny_checkpoints import FAMILIES
 
 PROMPTS = ["a red circle", "a blue square"]
 ESTIMATE = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 12}
@@ -210,3 +213,23 @@ def test_the_adapter_for_peft_is_not_taken_for_one_of_diffusers(tiny: SD3, tiny_
     adapted = PeftModel.from_pretrained(pipe.transformer, str(tmp_path / "peft" / "adapter"))
     assert len(get_peft_model_state_dict(adapted)) == len(policy.adapter_state()) > 0
     assert "load nothing" in (tmp_path / "peft" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "guidance", "negative", "expected"),
+    [
+        ("sd3", 4.5, "dark", {"guidance_scale": 4.5, "negative_prompt": "dark"}),
+        ("sd3", 1.0, "", {"guidance_scale": 1.0}),
+        ("flux", 1.0, "", {"guidance_scale": 2.5}),
+        ("qwen_image21", 4.0, "", {"true_cfg_scale": 4.0, "negative_prompt": " "}),
+        ("z_image", 1.0, "", {"guidance_scale": 0.0}),
+        ("flux2_klein", 4.0, "dark", {"guidance_scale": 4.0}),
+    ],
+)
+def test_guidance_in_the_snippet_is_as_the_pipeline_takes_it(
+    family: str, guidance: float, negative: str, expected: dict[str, Any]
+) -> None:
+    kind = FAMILIES[family].ours.kind
+    model = {"negative_prompt": negative, "distilled_guidance": 2.5 if family == "flux" else None}
+    arguments = guidance_arguments(kind.__name__, guidance, model)
+    assert arguments == expected and arguments.keys() <= inspect.signature(kind.__call__).parameters.keys()
