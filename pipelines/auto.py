@@ -9,9 +9,10 @@ from typing import Unpack
 import torch
 
 from genalign import assets
+from genalign.runtime.hub import DEFAULT_ACCESS, HubAccess
 from pipelines.ace_step import AceStep
 from pipelines.audio_ldm2 import AudioLDM2
-from pipelines.base import DiffusersPipeline, Options
+from pipelines.base import DiffusersPipeline, Options, hub_access
 from pipelines.checkpoint_files import model_index
 from pipelines.flux import Flux
 from pipelines.flux2 import Flux2Klein
@@ -42,14 +43,16 @@ def load(
     if there is no such folder, or ValueError for another kind of folder, checkpoint or class.
     """
     source = assets.resolve(str(path_or_id))
-    return family_of(source, family).load(source, dtype=dtype, **options)
+    return family_of(source, family, hub_access(options)).load(source, dtype=dtype, **options)
 
 
-def family_of(path_or_id: str | Path, family: str | None = None) -> type[DiffusersPipeline]:
+def family_of(
+    path_or_id: str | Path, family: str | None = None, access: HubAccess = DEFAULT_ACCESS
+) -> type[DiffusersPipeline]:
     """Return the class at the import path ``family``, or the wrapper class of a checkpoint. Raises as ``load`` does."""
     if family is not None:
         return import_family(family)
-    name = model_index(path_or_id)["_class_name"]
+    name = model_index(path_or_id, access)["_class_name"]
     if name not in FAMILIES:
         raise ValueError(
             f"{path_or_id} holds a {name}, which genalign has no wrapper for: use one of {', '.join(FAMILIES)}, or"

@@ -29,17 +29,19 @@ from genalign.diffusion.paths import GaussianPath
 from genalign.diffusion.rollout import rows_are_finite
 from genalign.runtime.distributed import own_device
 from genalign.runtime.files import apply_umask, write_json
+from genalign.runtime.hub import HubAccess, hub_answers, is_hub_id
 from genalign.runtime.memory_options import Memory
 from genalign.types import Conditioning, Grid, NoiseLevel
 from pipelines.adapter_files import read_adapter
 from pipelines.checkpoint_files import (
+    WeightFormat,
     absent_components,
     check_folder,
     fingerprint,
     hub_adapter,
-    is_hub_id,
     model_index,
     one_line_errors,
+    require_weights,
     weight_variant,
 )
 from pipelines.checkpoint_settings import check_index, check_settings
@@ -60,7 +62,9 @@ class Options(TypedDict, total=False):
     ``max_sequence_length`` is the number of text tokens where the family leaves a choice;
     ``autocast`` runs the denoiser and the VAE under mixed precision of that dtype; ``distilled_guidance`` is the
     guidance scale that a guidance-distilled network takes as an input; ``compiled`` runs the denoiser with
-    ``torch.compile``; for ``memory`` see ``genalign.runtime.memory_options.Memory``.
+    ``torch.compile``; for ``memory`` see ``genalign.runtime.memory_options.Memory``. ``revision`` is a branch, tag or
+    commit of a Hub id, and ``token`` the name of the environment variable that holds its token; ``variant`` names the
+    weights, such as "fp16", and ``weights`` "bin" reads pickled ones in place of safetensors.
     """
 
     device: str
@@ -73,6 +77,15 @@ class Options(TypedDict, total=False):
     distilled_guidance: float | None
     compiled: bool
     memory: Memory
+    revision: str | None
+    variant: str | None
+    token: str | None
+    weights: WeightFormat
+
+
+def hub_access(options: Options) -> HubAccess:
+    """The access to the Hub that the options of opening a checkpoint describe."""
+    return HubAccess(options.get("revision"), options.get("token"))
 
 
 class DiffusersPipeline(ABC):
@@ -97,6 +110,7 @@ class DiffusersPipeline(ABC):
         self.device = own_device(options.get("device", "cpu"))
         self.autocast = options.get("autocast")
         self.memory = options.get("memory", Memory())
+        self._adapter_access = HubAccess(token=options.get("token"))  # a revision is the base's
         self._set_size(options)
         self._set_texts_and_guidance(options)
         self.fingerprint = fingerprint(self.denoiser)
@@ -142,13 +156,14 @@ class DiffusersPipeline(ABC):
     @classmethod
     def load(cls, path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **options: Unpack[Options]) -> Self:
         """Open a diffusers folder or a Hub id. Raises FileNotFoundError or ValueError for anything else."""
-        check_folder(path_or_id, cls.kind)
-        check_index(model_index(path_or_id))
-        absent = dict.fromkeys(absent_components(path_or_id, cls.kind))
+        access = hub_access(options)
+        check_folder(path_or_id, cls.kind, access)
+        check_index(model_index(path_or_id, access))
+        files = _file_arguments(path_or_id, options)
+        absent = dict.fromkeys(absent_components(path_or_id, cls.kind, access))
         extra = quantization_arguments(options.get("memory", Memory()), cls.denoiser_name, dtype)
-        variant = weight_variant(path_or_id)
         with one_line_errors(path_or_id):
-            pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, variant=variant, **absent, **extra)
+            pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, **files, **absent, **extra)
         for name, network in pipe.components.items():
             missing = [key for key, weight in getattr(network, "named_parameters", dict)() if weight.is_meta]
             if missing:
@@ -491,7 +506,7 @@ class DiffusersPipeline(ABC):
         ValueError for an adapter of another base, FileNotFoundError for none; pickled weights are not opened.
         """
         on_hub = is_hub_id(source) and not Path(source).exists()
-        path = hub_adapter(str(source)) if on_hub else adapter_file(source)
+        path = hub_adapter(str(source), self._adapter_access) if on_hub else adapter_file(source)
         base = path.parent / _BASE_FILE
         has_fingerprint = self.memory.quantization is None and base.is_file()
         if has_fingerprint and json.loads(base.read_text())["fingerprint"] != self.fingerprint:
@@ -538,6 +553,17 @@ class DiffusersPipeline(ABC):
             self._has_adapter, self._text_adapters = False, {}
         (self.pipe if whole else self.denoiser).save_pretrained(directory)
         apply_umask(directory)
+
+
+def _file_arguments(path_or_id: str | Path, options: Options) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` that say which files are read, and check those of a folder."""
+    weights, variant = options.get("weights", "safetensors"), options.get("variant")
+    files = {"variant": variant, "use_safetensors": weights == "safetensors"}
+    if Path(path_or_id).is_dir():
+        require_weights(path_or_id, weights, variant)
+        return files | {"variant": variant or weight_variant(path_or_id, weights)}
+    access = hub_access(options)
+    return files | {"revision": access.revision, "token": access.secret(), "local_files_only": not hub_answers()}
 
 
 def _stacked(first: Tensor, second: Tensor) -> Tensor:

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import re
-import socket
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
 import diffusers.pipelines
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from genalign.diffusion.lora import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
+from genalign.runtime.hub import DEFAULT_ACCESS, HubAccess, download, is_hub_id
 from genalign.runtime.text_files import parse_json, read_json
 from genalign.training.nonfinite import is_out_of_memory
 from pipelines.checkpoint_settings import is_component
 
+WeightFormat = Literal["safetensors", "bin"]
 
-def check_folder(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> None:
+
+def check_folder(path_or_id: str | Path, kind: type[DiffusionPipeline], access: HubAccess = DEFAULT_ACCESS) -> None:
     """Check that a path is a complete diffusers folder, or a reachable Hub id, of the pipeline class ``kind``.
 
     Raises ValueError for another class or for code of its own, FileNotFoundError for missing files.
     """
-    index = model_index(path_or_id)
+    index = model_index(path_or_id, access)
     if (name := index["_class_name"]) != kind.__name__:
         raise ValueError(f"{path_or_id} holds a {name}, not a {kind.__name__}: use the pipeline of that family")
     require_components(path_or_id, kind)
-    require_weights(path_or_id)
 
     # A component of any other library would be run from the checkpoint's own files, or from a library of its choice
     for component, entry in index.items():
@@ -48,15 +44,18 @@ def check_folder(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> None:
             )
 
 
-def model_index(path_or_id: str | Path) -> dict[str, Any]:
+def model_index(path_or_id: str | Path, access: HubAccess = DEFAULT_ACCESS) -> dict[str, Any]:
     """Read model_index.json, in which the entry of a component is its library and its class, or two nulls.
 
     The entry ``_class_name`` is the pipeline's class, or "no pipeline".
 
-    Raises ValueError or FileNotFoundError for a path or an id without this file, PermissionError for a gated model.
+    Raises ValueError or FileNotFoundError for a path or an id without this file, or for a folder with a revision,
+    PermissionError for a gated model.
     """
     folder = Path(path_or_id)
     file = folder / "model_index.json"
+    if folder.exists() and access.revision is not None:
+        raise ValueError(f"{folder} is a folder, which has no revision {access.revision!r}: leave model.revision out")
     if folder.is_dir() and not file.is_file():
         raise ValueError(f"{folder} has no model_index.json: give the folder that save_pretrained wrote")
     if folder.is_file():
@@ -64,7 +63,7 @@ def model_index(path_or_id: str | Path) -> dict[str, Any]:
     if not folder.exists():
         if not is_hub_id(path_or_id):
             raise FileNotFoundError(f"{path_or_id} is neither a folder nor a Hub id (owner/name)")
-        file = _download(str(path_or_id), "model_index.json")
+        file = download(str(path_or_id), "model_index.json", access)
     index = read_json(file)
     if not isinstance(index, dict):
         raise ValueError(f"{file} is no object of components: copy it again")
@@ -79,7 +78,9 @@ def one_line_errors(path_or_id: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError):
+    except (ValueError, OSError) as error:
+        if "necessary `safetensors` weights" in str(error):  # diffusers', for a repository of the Hub
+            raise ValueError(_only_pickled(path_or_id, "")) from error
         raise
     except Exception as error:  # tokenizers raises no other class
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
@@ -90,13 +91,15 @@ def one_line_errors(path_or_id: str | Path) -> Iterator[None]:
         ) from error
 
 
-def absent_components(path_or_id: str | Path, kind: type[DiffusionPipeline]) -> list[str]:
+def absent_components(
+    path_or_id: str | Path, kind: type[DiffusionPipeline], access: HubAccess = DEFAULT_ACCESS
+) -> list[str]:
     """List the components to open a checkpoint without: those that it leaves out, and missing ones of no use here.
 
     Of no use for text to image or audio are filters and encoders of images: the optional components of ``kind`` that
     are neither a text encoder nor a tokenizer. A filter without its preprocessor is left out, too.
     """
-    folder, index = Path(path_or_id), model_index(path_or_id)
+    folder, index = Path(path_or_id), model_index(path_or_id, access)
     components = {name: None not in entry for name, entry in index.items() if is_component(entry)}
     optional = {name for name in kind._optional_components if not name.startswith(("text_encoder", "tokenizer"))}
     absent = {name for name, named in components.items() if not named}
@@ -139,22 +142,42 @@ def _has_vocabulary(tokenizer: Path) -> bool:
     return not names.isdisjoint({"tokenizer.json", "spiece.model", "tokenizer.model"}) or of_bpe <= names
 
 
-def require_weights(path_or_id: str | Path) -> None:
+def require_weights(path_or_id: str | Path, weights: WeightFormat = "safetensors", variant: str | None = None) -> None:
     """Check the weights of a folder's networks by the headers of their files, without reading them.
 
-    Raises FileNotFoundError for a network without weights or with a missing part, ValueError for a damaged file.
+    Args:
+        path_or_id: The folder; a Hub id is not checked.
+        weights: The kind of files that are read.
+        variant: The variant of the weights, such as "fp16", which at least one network must have.
+
+    Raises:
+        FileNotFoundError: A network without such weights or with a missing part, or no network with the variant.
+        ValueError: A damaged file, or weights that are pickles and were not asked for.
     """
-    empty = []
+    empty, pickled, names = [], [], list[str]()
     for folder in sorted(file.parent for file in Path(path_or_id).glob("*/config.json")):
         files = [file for file in folder.iterdir() if not file.name.startswith(".")]
-        if not any(file.suffix in (".safetensors", ".bin") for file in files):
-            empty.append(f"{folder.name}/")
+        suffixes = {file.suffix for file in files}
+        if f".{weights}" not in suffixes:
+            (pickled if ".bin" in suffixes else empty).append(f"{folder.name}/")
         for file in files:
             if file.suffix == ".safetensors" and (problem := damage(file)):
                 raise ValueError(f"{file} {problem}")
         _require_parts(folder, [file.name for file in files])
+        names += [file.name for file in files if file.suffix == f".{weights}"]
     if empty:
-        raise FileNotFoundError(f"{path_or_id} has no weights in {', '.join(empty)}: copy the .safetensors files too")
+        raise FileNotFoundError(f"{path_or_id} has no weights in {', '.join(empty)}: copy the .{weights} files too")
+    if pickled:
+        raise ValueError(_only_pickled(path_or_id, f" in {', '.join(pickled)}"))
+    if variant and names and not any(re.search(rf"\.{re.escape(variant)}[.-]", name) for name in names):
+        raise FileNotFoundError(f"{path_or_id} has no weights of the variant {variant!r}: leave model.variant out")
+
+
+def _only_pickled(path_or_id: str | Path, place: str) -> str:
+    return (
+        f"{path_or_id} has only pickled weights (.bin){place}: take a checkpoint in safetensors, or ask for these by"
+        " model.weights bin"
+    )
 
 
 def _require_parts(folder: Path, names: Sequence[str]) -> None:
@@ -189,23 +212,23 @@ def damage(file: Path) -> str | None:
     return "is damaged or incomplete: copy or download it again"
 
 
-def weight_variant(path_or_id: str | Path) -> str | None:
+def weight_variant(path_or_id: str | Path, weights: WeightFormat = "safetensors") -> str | None:
     """The variant of a folder's weights, such as "fp16", if a network has no others; None otherwise."""
     for folder in sorted(file.parent for file in Path(path_or_id).glob("*/config.json")):
-        names = [file.name for file in folder.glob("*.safetensors") if not file.name.startswith(".")]
-        variants = {match[1] for name in names if (match := re.search(r"\.(\w+)(?:-\d+-of-\d+)?\.safetensors$", name))}
+        names = [file.name for file in folder.glob(f"*.{weights}") if not file.name.startswith(".")]
+        variants = {match[1] for name in names if (match := re.search(rf"\.(\w+)(?:-\d+-of-\d+)?\.{weights}$", name))}
         if names and len(variants) == 1 and all(f".{next(iter(variants))}" in name for name in names):
             return variants.pop()
     return None
 
 
-def component_file(path_or_id: str | Path, component: str, file: str) -> Path:
+def component_file(path_or_id: str | Path, component: str, file: str, access: HubAccess = DEFAULT_ACCESS) -> Path:
     """Return the path of a small file of a component, downloaded from the Hub if need be.
 
     Raises FileNotFoundError or PermissionError if it is not there.
     """
     if not Path(path_or_id).is_dir():
-        return _download(str(path_or_id), f"{component}/{file}")
+        return download(str(path_or_id), f"{component}/{file}", access)
     path = Path(path_or_id) / component / file
     if not path.is_file():
         raise FileNotFoundError(
@@ -214,52 +237,13 @@ def component_file(path_or_id: str | Path, component: str, file: str) -> Path:
     return path
 
 
-def hub_adapter(source: str) -> Path:
+def hub_adapter(source: str, access: HubAccess = DEFAULT_ACCESS) -> Path:
     """Download an adapter's file from the Hub, or find it in the cache. Raises FileNotFoundError if it is nowhere."""
     try:
-        return _download(source, DIFFUSERS_WEIGHTS)
+        return download(source, DIFFUSERS_WEIGHTS, access)
     except FileNotFoundError:
-        _download(source, PEFT_CONFIG)
-        return _download(source, PEFT_WEIGHTS)
-
-
-def is_hub_id(source: str | Path) -> bool:
-    """Return whether a text has the form owner/name."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None
-
-
-@functools.cache
-def hub_answers(seconds: float = 3.0) -> bool:
-    """Return whether a connection to the Hub can be opened, whose client would otherwise retry for some 20 seconds.
-
-    Behind a proxy the answer is yes without a trial.
-    """
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if urllib.request.getproxies():
-        return True
-    address = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((str(address.hostname), address.port or 443), seconds).close()
-    except OSError:
-        return False
-    return True
-
-
-def _download(repository: str, file: str) -> Path:
-    """Download a file of a Hub repository into the local cache, or find it there."""
-    try:
-        return Path(hf_hub_download(repository, file, local_files_only=not hub_answers()))
-    except GatedRepoError:
-        raise PermissionError(
-            f"{repository} is gated: accept its licence at https://huggingface.co/{repository}, then run"
-            " `hf auth login`"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(
-            f"{repository} is not a folder here, not in the local cache, and the Hub did not give it"
-            f" ({type(error).__name__}): check the path, or download it once while online"
-        ) from error
+        download(source, PEFT_CONFIG, access)
+        return download(source, PEFT_WEIGHTS, access)
 
 
 def fingerprint(network: nn.Module) -> str:

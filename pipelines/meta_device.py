@@ -13,11 +13,12 @@ from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from genalign.runtime.hub import HubAccess
 from genalign.runtime.memory_options import Memory
 from genalign.runtime.text_files import read_json
 from genalign.training.memory_estimate import NetworkSize, Outline
 from pipelines.auto import family_of
-from pipelines.base import Options
+from pipelines.base import Options, hub_access
 from pipelines.checkpoint_files import (
     absent_components,
     component_file,
@@ -39,14 +40,17 @@ def outline(
     path_or_id: str | Path, *, family: str | None = None, dtype: torch.dtype = torch.float32, **options: Unpack[Options]
 ) -> Outline:
     """Open a folder or Hub id as ``pipelines.load`` does, from its configuration files alone. Raises as that does."""
-    wrapper = family_of(path_or_id, family)
+    access = hub_access(options)
+    wrapper = family_of(path_or_id, family, access)
     require_components(path_or_id, wrapper.kind)
-    index = model_index(path_or_id)
+    index = model_index(path_or_id, access)
     check_index(index)
-    index |= {name: [None, None] for name in absent_components(path_or_id, wrapper.kind)}
+    index |= {name: [None, None] for name in absent_components(path_or_id, wrapper.kind, access)}
     plain = {name: value for name, value in index.items() if not (name.startswith("_") or is_component(value))}
     with one_line_errors(path_or_id):
-        components = {name: _component(path_or_id, name, *kind) for name, kind in index.items() if is_component(kind)}
+        components = {
+            name: _component(path_or_id, access, name, *kind) for name, kind in index.items() if is_component(kind)
+        }
         pipe = wrapper.kind(**components, **plain)
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     sizes = []
@@ -60,11 +64,11 @@ def outline(
     return Outline(wrapper(pipe, **on_meta), sizes, memory, dtype.itemsize)
 
 
-def _component(path_or_id: str | Path, name: str, library: str | None, kind: str | None) -> Any:
+def _component(path_or_id: str | Path, access: HubAccess, name: str, library: str | None, kind: str | None) -> Any:
     """Open one component: None, a network without weights, a scheduler, or the text length of a tokenizer."""
 
     def read(file: str) -> Mapping[str, Any]:
-        content: dict[str, Any] = read_json(component_file(path_or_id, name, file))
+        content: dict[str, Any] = read_json(component_file(path_or_id, name, file, access))
         return content
 
     if library is None or kind is None:
@@ -78,7 +82,7 @@ def _component(path_or_id: str | Path, name: str, library: str | None, kind: str
         with torch.device("meta"):
             return cls.from_config(read("config.json"))
     if issubclass(cls, PreTrainedModel):
-        config = cls.config_class.from_pretrained(component_file(path_or_id, name, "config.json").parent)
+        config = cls.config_class.from_pretrained(component_file(path_or_id, name, "config.json", access).parent)
         with torch.device("meta"):
             return cls(config)
     if issubclass(cls, ProcessorMixin):  # small, and asked for the length of a prompt's instruction

@@ -99,9 +99,10 @@ def stub(answer: Callable[[Seen], Answer]) -> Iterator[str]:
                 for name, value in {"Content-Length": str(len(given.body)), **given.headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(given.body)
+                if self.command != "HEAD":
+                    self.wfile.write(given.body)
 
-        do_GET = do_POST = _handle
+        do_GET = do_POST = do_HEAD = _handle
 
         def log_message(self, *_: object) -> None:
             pass

@@ -122,7 +122,7 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
     ("choice", (*TRAIN, "--model.autocast", "bf16"),
      "model.autocast: 'bf16' is none of float32, bfloat16, float16: did you mean 'bfloat16'?"),
     ("form", ("export", "--run", "r", "--output", "e", "--form", "peft"),
-     "form: 'peft' is none of lora, merged, pipeline"),
+     "form: 'peft' is none of lora, comfy, kohya, merged, pipeline"),
     # kinds and ranges
     ("no number", (*TRAIN, "--training.rounds", "many"), "training.rounds: expected int, not many"),
     ("no number or null", (*TRAIN, "--model.height", "tall"),
@@ -224,7 +224,8 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
      "{half} lacks vae/, which its model_index.json names: copy the whole folder that save_pretrained wrote"),
     ("missing weights", (*MODEL, "{bare}"), "{bare} has no weights in transformer/: copy the .safetensors files too"),
     ("gated", (*PLAN, "--model.path", "gated/model"),
-     "gated/model is gated: accept its licence at https://huggingface.co/gated/model, then run `hf auth login`"),
+     "gated/model is gated: accept its licence at https://huggingface.co/gated/model, then run `hf auth login`, or name"
+     " the variable of your token in model.token"),
     ("not cached", (*MODEL, "owner/model"),
      "owner/model is not a folder here, not in the local cache, and the Hub did not give it"
      " (LocalEntryNotFoundError): check the path, or download it once while online"),
@@ -298,12 +299,12 @@ def work(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     monkeypatch.chdir(places["work"])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr("pipelines.checkpoint_files.hf_hub_download", _no_hub)
+    monkeypatch.setattr("genalign.runtime.hub.hf_hub_download", _no_hub)
     yield places["work"]
     sys.modules.pop("mine", None)
 
 
-def _no_hub(repository: str, file: str, local_files_only: bool) -> str:
+def _no_hub(repository: str, file: str, **_: object) -> str:
     if repository.startswith("gated/"):
         raise GatedRepoError.__new__(GatedRepoError)
     raise LocalEntryNotFoundError("offline")

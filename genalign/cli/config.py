@@ -52,6 +52,11 @@ class Model:
         compiled: Run the denoiser through torch.compile. Compilation takes minutes at the start and for every new batch
             size; sampling and training then round differently, so that the first log-ratios are not exactly 0.
         memory: Options that hold less memory.
+        revision: Branch, tag or commit of a Hub id; null takes the default branch.
+        variant: Variant of the weights, such as fp16; null takes the plain ones, or the only one of a folder.
+        token: Name of the environment variable that holds the Hub's token; null takes HF_TOKEN, or the token of
+            `hf auth login`.
+        weights: "safetensors" reads no other weights; "bin" reads pickled ones.
     """
 
     path: str
@@ -67,6 +72,17 @@ class Model:
     distilled_guidance: float | None = None
     compiled: bool = False
     memory: Memory = field(default_factory=Memory)
+    revision: str | None = None
+    variant: str | None = None
+    token: str | None = None
+    weights: Literal["safetensors", "bin"] = "safetensors"
+
+    def __post_init__(self) -> None:
+        if self.token is not None and (self.token.startswith("hf_") or not self.token.isidentifier()):
+            raise ValueError(
+                "model.token is the name of an environment variable, as the token itself would be in config.json: set"
+                " the variable, and write its name"
+            )
 
 
 @dataclass(frozen=True)
@@ -613,16 +629,21 @@ class Export:
     Args:
         run: Folder of the run.
         output: Folder to write.
-        form: "lora" is the adapter alone, "merged" the network with the adapter in its weights, "pipeline" a whole
-            diffusers folder.
+        form: "lora" is the adapter alone, for diffusers; "comfy" for ComfyUI, at full strength; "kohya" for programs
+            that read kohya's names (SD 1.5 and SDXL). "merged" is the network with the adapter in its weights,
+            "pipeline" a whole diffusers folder.
         round: Export the checkpoint after so many rounds; null exports the end of the run, or the last checkpoint of
             one that has not ended.
+        push: Name of a new repository of the Hub (owner/name) that the export is uploaded to; needs a token.
+        private: Make that repository private.
     """
 
     run: str
     output: str
-    form: Literal["lora", "merged", "pipeline"] = "lora"
+    form: Literal["lora", "comfy", "kohya", "merged", "pipeline"] = "lora"
     round: int | None = None
+    push: str | None = None
+    private: bool = False
 
 
 def model_of(plain: Mapping[str, Any]) -> Model:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from genalign.cli import config, parsing
 from genalign.cli.context import CommandContext
-from genalign.cli.model_card import write_model_card
+from genalign.cli.lora_forms import write_lora_form
+from genalign.cli.model_card import base_of, method_of, write_model_card
 from genalign.diffusion.lora import adapter_file
+from genalign.runtime.hub import Push
 from genalign.training.run_folder import RunFolder
 
 
@@ -40,22 +42,34 @@ def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
         raise FileNotFoundError(f"{run} has no config.json: give the output folder of a training run")
     RunFolder(run).require_format()
     weights = trained_weights(run, settings.round)
-    if settings.form == "lora":
-        if not weights.is_adapter:
-            raise ValueError(f"{run} trained the whole network: export it with --form merged or pipeline")
+    push = Push(settings.push, settings.private) if settings.push is not None else None
+    if push:
+        push.require()
+    if settings.form in ("merged", "pipeline"):
+        _write_network(context, run, weights, output, whole=settings.form == "pipeline")
+    elif not weights.is_adapter:
+        raise ValueError(f"{run} trained the whole network: export it with --form merged or pipeline")
+    elif settings.form == "lora":
         shutil.copytree(weights.path, output)
     else:
-        model = config.model_of(json.loads((run / "config.json").read_text(encoding="utf-8")))
-        pipeline = context.load(model)
-        if weights.is_adapter:
-            pipeline.load_lora(weights.path)
-        else:
-            pipeline.load_denoiser(weights.path)
-        pipeline.save_merged(output, whole=settings.form == "pipeline")
-    write_model_card(run, output, settings.form, weights.rounds)
+        write_lora_form(weights.path, output, settings.form, base_of(run), method_of(run))
+    write_model_card(run, output, settings.form, weights.rounds, settings.push)
     at = f", after round {weights.rounds}: the run is not at its end" if weights.rounds else ""
     print(f"{settings.form}: {output}{at if settings.round is None else ''}")
+    if push:
+        print(f"pushed: {push.upload(output)}")
     return 0
+
+
+def _write_network(context: CommandContext, run: Path, weights: TrainedWeights, output: Path, whole: bool) -> None:
+    """Write the network of a run with its trained weights, or the ``whole`` pipeline with it."""
+    model = config.model_of(json.loads((run / "config.json").read_text(encoding="utf-8")))
+    pipeline = context.load(model)
+    if weights.is_adapter:
+        pipeline.load_lora(weights.path)
+    else:
+        pipeline.load_denoiser(weights.path)
+    pipeline.save_merged(output, whole)
 
 
 def trained_weights(run: Path, rounds: int | None) -> TrainedWeights:

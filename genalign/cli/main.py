@@ -69,7 +69,7 @@ def require_model(model: config.Model) -> None:
     require_device(model.device)
     if model.family is not None:
         import_family(model.family)
-    require_weights(assets.resolve(model.path))
+    require_weights(assets.resolve(model.path), model.weights, model.variant)
     quantization_arguments(model.memory, "", getattr(torch, model.dtype))
 
 

@@ -31,9 +31,11 @@ class Base:
 
     Args:
         path: Its path, Hub id or embedded name in the run's configuration.
+        revision: Its revision on the Hub; None for the default branch.
     """
 
     path: str
+    revision: str | None = None
 
     @property
     def hub_id(self) -> str | None:
@@ -51,8 +53,10 @@ class Base:
 
     @property
     def code(self) -> str:
-        """Python that names the checkpoint."""
-        return f'assets.resolve("{self.path}")' if self.is_embedded else f'"{self.hub_id or f"path/to/{self.name}"}"'
+        """Python that names the checkpoint, as the arguments of ``from_pretrained``."""
+        revision = f', revision="{self.revision}"' if self.revision else ""
+        name = f'"{self.hub_id or f"path/to/{self.name}"}"{revision}'
+        return f'assets.resolve("{self.path}")' if self.is_embedded else name
 
     @property
     def is_embedded(self) -> bool:
@@ -85,7 +89,7 @@ class Base:
         """Find a file of the checkpoint in its folder or in the Hub's cache."""
         folder = self._folder()
         if folder is None and self.hub_id is not None:
-            cached = try_to_load_from_cache(self.hub_id, name)
+            cached = try_to_load_from_cache(self.hub_id, name, revision=self.revision)
             return Path(cached) if isinstance(cached, str) else None
         return folder / name if folder and (folder / name).is_file() else None
 
@@ -99,26 +103,44 @@ class Sample:
     before: Path | None
 
 
-def write_model_card(run: Path, output: Path, form: str, rounds: int | None = None) -> None:
+def base_of(run: Path) -> Base:
+    """The checkpoint that the run in a folder began with."""
+    model = _read(run / "config.json")["model"]
+    return Base(model["path"], model.get("revision"))
+
+
+def method_of(run: Path) -> str:
+    """The recipe of the run in a folder, as a call."""
+    return _as_call(_read(run / "config.json")["recipe"])
+
+
+def write_model_card(run: Path, output: Path, form: str, rounds: int | None = None, name: str | None = None) -> None:
     """Write README.md, and samples of the run's evaluations beside it, into the folder of an export.
 
     Args:
         run: The folder of the run, with its config.json and environment.json.
         output: The folder of the exported weights.
-        form: The exported form: lora, merged or pipeline.
+        form: The exported form: lora, comfy, kohya, merged or pipeline.
         rounds: The number of rounds of an export in the middle of a run, which its evaluations are not of.
+        name: The name by which the weights are opened; None for that of the folder.
     """
-    settings, base = _read(run / "config.json"), Base(_read(run / "config.json")["model"]["path"])
+    settings, base = _read(run / "config.json"), base_of(run)
     evaluated = rounds is None and (run / "gain.json").is_file()
     samples = list(_samples(run)) if evaluated else []
     is_audio = _is_audio(base, samples)
     task = "text-to-audio" if is_audio else "text-to-image"
     data = ModelCardData(
         base_model=base.hub_id,
-        base_model_relation="adapter" if form == "lora" else "finetune",
+        base_model_relation="finetune" if form in ("merged", "pipeline") else "adapter",
         library_name="diffusers",
         pipeline_tag=task,
-        tags=[task, "diffusers", *(["lora"] if form == "lora" else []), "reinforcement-learning", "genalign"],
+        tags=[
+            task,
+            "diffusers",
+            *([] if form in ("merged", "pipeline") else ["lora"]),
+            "reinforcement-learning",
+            "genalign",
+        ],
         widget=[{"text": one.prompt, "output": {"url": _copied(output, one.after, "after")}} for one in samples]
         or None,
         model_name=output.name,
@@ -127,7 +149,7 @@ def write_model_card(run: Path, output: Path, form: str, rounds: int | None = No
     )
     after = f" Exported after round {rounds}." if rounds is not None else ""
     sections = {
-        "Use": f"```python\n{_snippet(base, settings, output, form, samples)}\n```",
+        "Use": f"```python\n{_snippet(base, settings, output, form, samples, name or output.name)}\n```",
         "Samples": _gallery(output, samples) if samples and not is_audio else "",
         "Rewards": _rewards(settings["rewards"]),
         "Evaluation": _figures(run) if evaluated else "These weights were not evaluated by the run.",
@@ -135,16 +157,15 @@ def write_model_card(run: Path, output: Path, form: str, rounds: int | None = No
         "License": _license(base),
     }
     text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items() if body)
-    recipe = _as_call(settings["recipe"])
-    title = f"# {output.name}\n\nTrained from `{base.name}` on rewards by genalign: `{recipe}`.{after}"
+    title = f"# {output.name}\n\nTrained from `{base.name}` on rewards by genalign: `{method_of(run)}`.{after}"
     write_text(output / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{title}\n\n{text}\n")))
 
 
-def _snippet(base: Base, settings: Mapping[str, Any], output: Path, form: str, samples: list[Sample]) -> str:
-    """Python that loads the exported weights and makes a sample with them."""
+def _snippet(base: Base, settings: Mapping[str, Any], output: Path, form: str, samples: list[Sample], name: str) -> str:
+    """Python that loads the exported weights by ``name`` and makes a sample with them."""
     is_audio = _is_audio(base, samples)
     prompt = samples[0].prompt if samples else "a bell" if is_audio else "a photo of a cat"
-    name, opened = output.name, f"pipe = DiffusionPipeline.from_pretrained({base.code})"
+    opened = f"pipe = DiffusionPipeline.from_pretrained({base.code})"
     imports, lines = ["from diffusers import DiffusionPipeline"], [opened]
     network = f"pipe.{base.component}"
     if form == "pipeline":
@@ -157,7 +178,8 @@ def _snippet(base: Base, settings: Mapping[str, Any], output: Path, form: str, s
         imports.append("from peft import PeftModel")
         lines.append(f'{network} = PeftModel.from_pretrained({network}, "{name}")')
     else:
-        lines.append(f'pipe.load_lora_weights("{name}")')
+        file = "" if form == "lora" else f', weight_name="{output.name}.safetensors"'
+        lines.append(f'pipe.load_lora_weights("{name}"{file})')
     if base.is_embedded and form != "pipeline":
         imports.append("from genalign import assets")
     sampling = settings.get("evaluation") or settings.get("sampling") or {}

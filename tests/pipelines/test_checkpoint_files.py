@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 from huggingface_hub import constants
 
-from pipelines.checkpoint_files import hub_answers, model_index
+from genalign.runtime.hub import hub_answers
+from pipelines.checkpoint_files import model_index
 from tests.http_servers import free_port
 
 

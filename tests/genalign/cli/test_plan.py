@@ -192,7 +192,7 @@ def test_calls_are_counted_without_the_checkpoint(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gated = Mock(side_effect=PermissionError("it is gated"))
-    monkeypatch.setattr("pipelines.checkpoint_files._download", gated)
+    monkeypatch.setattr("pipelines.checkpoint_files.download", gated)
     monkeypatch.chdir(tmp_path)
     small = ["--training.prompts_per_round", "4", "--training.rounds", "3", "--training.updates_per_round", "1"]
     assert main(["plan", "--config", str(path), *small]) == 2

@@ -1,0 +1,140 @@
+"""Adapters in the forms of ComfyUI and kohya: their layer names, full strength, and a header."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from genalign.cli.model_card import Base
+from genalign.diffusion.lora import adapter_file, sort_metadata
+from genalign.runtime.files import apply_umask
+
+LoraForm = Literal["comfy", "kohya"]
+
+ARCHITECTURES = {
+    "StableDiffusionPipeline": "stable-diffusion-v1",
+    "StableDiffusionXLPipeline": "stable-diffusion-xl-v1-base",
+    "StableDiffusion3Pipeline": "stable-diffusion-3",
+    "FluxPipeline": "flux-1-dev",
+    "QwenImagePipeline": "qwen-image",
+}
+"""The names in ModelSpec of the pipeline classes whose layers ComfyUI knows by diffusers' names."""
+
+_ENDS = (".lora_A.weight", ".lora_B.weight")
+_KOHYA_VERSIONS = {"StableDiffusionPipeline": "sd_v1", "StableDiffusionXLPipeline": "sdxl_base_v1-0"}
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """The adapter of a denoiser: its component's name, its tensors by PEFT's names, and alpha by layer.
+
+    The matrices of a layer are applied with the scale alpha / rank, where the rank is that of its tensors.
+    """
+
+    component: str
+    state: Mapping[str, Tensor]
+    alphas: Mapping[str, float]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the adapter that a run wrote for diffusers. Raises ValueError for more than two matrices a layer."""
+        path = adapter_file(folder)
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        component = next(iter(state)).split(".")[0]
+        own = {name.removeprefix(f"{component}."): tensor for name, tensor in state.items()}
+        others = [name for name in own if not name.endswith(_ENDS) or f"{component}.{name}" not in state]
+        if others:
+            raise ValueError(
+                f"{path} has {others[0]}, which other programs have no name for: export it with --form lora or pipeline"
+            )
+        peft = {name.removeprefix(f"{component}."): value for name, value in settings.items()}
+        ranks = {name.removesuffix(_ENDS[0]): len(tensor) for name, tensor in own.items() if name.endswith(_ENDS[0])}
+        return cls(component, own, {layer: _alpha(peft, layer, rank) for layer, rank in ranks.items()})
+
+    def rank(self, layer: str) -> int:
+        """The rank of the matrices of a layer."""
+        return len(self.state[f"{layer}{_ENDS[0]}"])
+
+    def folded(self) -> dict[str, Tensor]:
+        """The tensors by diffusers' names, with the scale in the second matrix: as strong with any reader."""
+        scaled = {f"{layer}{_ENDS[1]}": alpha / self.rank(layer) for layer, alpha in self.alphas.items()}
+        return {f"{self.component}.{name}": tensor * scaled.get(name, 1.0) for name, tensor in self.state.items()}
+
+    def kohya(self) -> dict[str, Tensor]:
+        """The tensors by kohya's names, each layer with its alpha."""
+        from diffusers.utils import convert_state_dict_to_kohya  # takes seconds
+
+        tensors: dict[str, Tensor] = convert_state_dict_to_kohya(
+            {f"{self.component}.{name}": tensor for name, tensor in self.state.items()}
+        )
+        for layer, alpha in self.alphas.items():  # the converter writes the rank
+            tensors[f"lora_{self.component}_{layer.replace('.', '_')}.alpha"] = torch.tensor(alpha)
+        return tensors
+
+    def header(self, base: Base, title: str, description: str) -> dict[str, str]:
+        """Describe the adapter for programs that list such files, by kohya's and ModelSpec's keys."""
+        ranks, alphas = {self.rank(layer) for layer in self.alphas}, set(self.alphas.values())
+        kind = base.index["_class_name"]
+        return {
+            "format": "pt",
+            "modelspec.architecture": f"{ARCHITECTURES[kind]}/lora",
+            "modelspec.description": description,
+            "modelspec.implementation": "diffusers",
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.title": title,
+            "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+            "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+            "ss_network_module": "networks.lora",
+            "ss_sd_model_name": base.name,
+            **({"ss_base_model_version": _KOHYA_VERSIONS[kind]} if kind in _KOHYA_VERSIONS else {}),
+        }
+
+
+def write_lora_form(folder: Path, output: Path, form: LoraForm, base: Base, method: str) -> None:
+    """Write an adapter in the form of another program as the only file of a new folder, of the folder's name.
+
+    Args:
+        folder: The folder of the adapter that a run wrote.
+        output: The folder to write.
+        form: Whose names the layers get. ComfyUI takes diffusers' names, but kohya's for a UNet.
+        base: The checkpoint that the adapter belongs to.
+        method: The training method, for the header.
+
+    Raises:
+        ValueError: A family whose layers have no names there, or an adapter that is not of two matrices a layer.
+    """
+    kind, families = base.index.get("_class_name"), ARCHITECTURES if form == "comfy" else _KOHYA_VERSIONS
+    if kind is None:
+        raise ValueError(f"{base.name} has no model_index.json here, which names its family: open it once while online")
+    if kind not in families:
+        raise ValueError(
+            f"--form {form} has no names for the layers of a {kind}, only for those of {', '.join(families)}: export it"
+            " with --form lora or pipeline"
+        )
+    adapter = TrainedAdapter.read(folder)
+    tensors = adapter.kohya() if adapter.component == "unet" else adapter.folded()
+    output.mkdir(parents=True)
+    file = output / f"{output.name}.safetensors"
+    header = adapter.header(base, output.name, f"Trained from {base.name} by genalign: {method}")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata=header)
+    sort_metadata(file)
+    apply_umask(output)
+
+
+def _alpha(settings: Mapping[str, Any], layer: str, rank: int) -> float:
+    """The alpha of a layer by PEFT's settings of its adapter, for a scale of alpha / rank."""
+    patterns: Mapping[str, float] = settings.get("alpha_pattern") or {}
+    own = [alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)]
+    alpha = float(own[0] if own else settings.get("lora_alpha", rank))
+    return alpha * rank**0.5 if settings.get("use_rslora") else alpha
