@@ -81,13 +81,13 @@ class StandInHub:
         name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
         self.created.append(wanted)
         self.pushed[name] = {}
-        return _json({"url": f"https://hub/{name}", "name": name, "id": name})
+        return _json({"url": f"https://huggingface.co/{name}", "name": name, "id": name})
 
     def _commit(self, name: str, seen: Seen) -> Answer:
         for line in map(json.loads, seen.body.decode().splitlines()):
             if line["key"] == "file":
                 self.pushed[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        return _json({"commitUrl": f"https://hub/{name}/commit/{'0' * 40}", "commitOid": "0" * 40})
+        return _json({"commitUrl": f"https://huggingface.co/{name}/commit/{'0' * 40}", "commitOid": "0" * 40})
 
 
 def _commit_of(revision: str) -> str:

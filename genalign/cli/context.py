@@ -218,9 +218,9 @@ def named_rewards(choices: Mapping[str, config.RewardChoice]) -> list[NamedRewar
 
 
 def prompt_set(source: str) -> PromptSet:
-    """Read a split of a world (shapes:train), some of its tasks (shapes:train:counting,colors), or a prompt file."""
+    """Read a split of a world (shapes:train), some of its tasks (shapes:train:counting,colors), a file or a dataset."""
     world, rest = world_of(source), source.split(":")[1:]
     if world is None or len(rest) > 2:
-        return load_prompts(Path(source))
+        return load_prompts(source)
     prompts = world.prompts(rest[0])
     return prompts if len(rest) == 1 else prompts.of_tasks(rest[1].split(","))

@@ -66,7 +66,7 @@ def checkpoint_in(folder: RunFolder, checkpoints: Checkpoints, config: Mapping[s
 
 def require_same(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
     """Raise ValueError that names every setting that differs and is not in ``MAY_CHANGE``."""
-    old, new = dict(_flat(stored)), dict(_flat(requested))
+    old, new = dict(flat(stored)), dict(flat(requested))
     changes = [
         f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
         for name in sorted(old | new)
@@ -76,10 +76,11 @@ def require_same(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> Non
         raise ValueError(f"a resumed run keeps its settings, but {'; '.join(changes)}: choose another output")
 
 
-def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings by their full names, as in training.rounds, with ``before`` in front of each."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{name}.")
+            yield from flat(value, f"{before}{name}.")
         else:
             yield f"{before}{name}", value
 

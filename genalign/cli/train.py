@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ from genalign.cli.checks import training_checks
 from genalign.cli.context import CommandContext, named_rewards, print_table, require_rate
 from genalign.cli.evaluate import build_evaluator
 from genalign.cli.family_defaults import with_family_defaults
-from genalign.cli.resume import EncoderCache, InputFingerprint, TrackerRun, checkpoint_in, train_request
+from genalign.cli.resume import EncoderCache, InputFingerprint, TrackerRun, checkpoint_in, flat, train_request
 from genalign.cli.run_prompts import RunPrompts
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import generate
@@ -178,7 +179,7 @@ def run_training(
         write_json(folder.path / "prompts.json", prompts.as_dict())
 
     # Train; Ctrl-C and SIGTERM end the run after a round
-    loggers = trackers(settings.trackers, folder.path, tracker_run.id)
+    loggers = trackers(settings.trackers, folder.path, tracker_run.id, plain)
     if number := train(run.trainer, folder, run.pipeline, writer, run.monitors(), loggers, progress):
         return ended_by_signal(number, settings.output, run.trainer.rounds_done) if processes.is_main else 128 + number
 
@@ -364,8 +365,15 @@ def _sharding(settings: config.Train, processes: ProcessGroup) -> Sharding | Non
     return sharding
 
 
-def trackers(names: Sequence[str], folder: Path, run: str) -> list[Any]:
-    """Open experiment trackers through accelerate; a resumed run continues the one with the id ``run`` on a server."""
+def trackers(names: Sequence[str], folder: Path, run: str, plain: Mapping[str, Any]) -> list[Any]:
+    """Open experiment trackers through accelerate, with the configuration of the run.
+
+    Args:
+        names: The trackers.
+        folder: The folder of the run.
+        run: Its id on a server, under which a resumed run continues.
+        plain: The configuration as plain JSON.
+    """
     if not names:
         return []
     from accelerate import Accelerator
@@ -373,7 +381,11 @@ def trackers(names: Sequence[str], folder: Path, run: str) -> list[Any]:
     accelerator = Accelerator(log_with=list(names), project_dir=str(folder))
     by_id, by_name = {"id": run, "resume": "allow"}, {"name": run, "resume": "allow"}
     options = {"wandb": by_id, "swanlab": by_id, "trackio": by_name}
-    accelerator.init_trackers("genalign", init_kwargs={name: options[name] for name in names if name in options})
+    own = {name: options[name] for name in names if name in options}
+    scalars = {  # TensorBoard takes no other
+        name: value if isinstance(value, str | int | float) else json.dumps(value) for name, value in flat(plain)
+    }
+    accelerator.init_trackers("genalign", scalars, own)
     return list(accelerator.trackers)
 
 

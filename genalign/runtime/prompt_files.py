@@ -1,13 +1,18 @@
-"""Read prompts from text files and tables, and the prompts.jsonl that lists the samples of a folder."""
+"""Read prompts from text files, tables and datasets, and the prompts.jsonl that lists the samples of a folder."""
 
 from __future__ import annotations
 
 import csv
+import functools
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
+from genalign.runtime.hub import hub_answers
 from genalign.runtime.text_files import numbered_lines, parse_json, read_text
 from genalign.types import Prompt, PromptSet
 
@@ -17,21 +22,32 @@ COLUMNS = ("prompt", "text", "caption")
 Rows = Iterator[tuple[str, Any]]  # where a row stands, for messages, and the row: a text, or an object
 
 
-def load_prompts(path: Path) -> PromptSet:
-    """Read the prompts of a file, whose suffix says what it is.
+_SOURCE = re.compile(r"(?P<place>.+?)(?::(?P<split>[\w.-]+(?:\[[^\]]*\])?))?(?:#(?P<column>[^#]+))?")
+_HUB_DATASET = re.compile(r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_NO_TEXT = frozenset({"Audio", "Image", "Nifti", "Pdf", "Video"})  # features that are decoded, at a cost
+
+
+def load_prompts(source: str | Path) -> PromptSet:
+    """Read the prompts of a file, whose suffix says what it is, or of a dataset.
 
     .txt            one prompt a line, as it is written; blank lines are skipped
     .jsonl .ndjson  one object a line, such as GenEval's metadata
     .json           a list of objects or of texts
     .csv .tsv       a table with a header
     .parquet        a table; needs pyarrow
+    a folder        a dataset that save_to_disk wrote, as in my_dataset:train#caption; needs datasets
+    hf://datasets/  a dataset of the Hub, as in hf://datasets/owner/name@revision:train#caption; needs datasets
 
+    Of a dataset the split may be left out if there is one, and the column if it has one of the names below.
     The prompt of an object or a row stands under "prompt", "text" or "caption", the first of them that it has; the
     other entries are its metadata, without those that are null. A cell of a text table that holds a JSON list or object
     is read as such.
 
     Raises FileNotFoundError, and ValueError for an unknown suffix, or naming the line that cannot be used.
     """
+    if _is_dataset(str(source)):
+        return _load_dataset(str(source))
+    path = Path(source)
     suffix = path.suffix.lower()
     if not path.is_file():
         raise FileNotFoundError(f"no prompt file {path}: give one of {', '.join(_KINDS)}")
@@ -122,6 +138,77 @@ def _parquet(path: Path) -> Rows:
     except ArrowInvalid as error:
         raise ValueError(f"{path} cannot be read as parquet ({error}): write it again") from None
     return ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _is_dataset(source: str) -> bool:
+    place = Path(_parts(source)["place"])
+    return source.startswith("hf://") or any((place / name).is_file() for name in ("dataset_info.json", _SPLITS))
+
+
+_SPLITS = "dataset_dict.json"  # in the folder of a dataset with splits
+
+
+def _parts(source: str) -> dict[str, Any]:
+    """Split a source into its place, split and column; the last two are None where they are not named."""
+    match = _SOURCE.fullmatch(source)
+    whole = match is None or Path(source).exists()
+    return {"place": source, "split": None, "column": None} if whole or match is None else match.groupdict()
+
+
+def _load_dataset(source: str) -> PromptSet:
+    """Read the prompts of a dataset. Raises ValueError or FileNotFoundError, in one line, if they cannot be read."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"reading {source} needs datasets: pip install 'genalign[datasets]'") from None
+    place, split, column = _parts(source).values()
+    try:
+        data = _hub_dataset(place, split) if place.startswith("hf://") else datasets.load_from_disk(place)
+    except Exception as error:  # of files that are damaged, or of an empty split, any class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise FileNotFoundError(
+            f"{source} cannot be read ({reason}): check its name, its split and your token"
+        ) from error
+    if not place.startswith("hf://") or split is None:
+        data = _one_split(source, data, split)
+    names = list(data.column_names)
+    text = next((name for name in COLUMNS if name in names), None) if column is None else column
+    if text not in names:
+        problem = "no column of prompts" if column is None else f"no column {column!r}"
+        raise ValueError(f"{source} has {problem}: name one of {', '.join(names)}, as in {place}:train#{names[0]}")
+    data = data.select_columns([name for name in names if type(data.features[name]).__name__ not in _NO_TEXT])
+    rows = enumerate(data.to_list(), start=1)
+    prompts = tuple(_prompt(f"{source}, row {number}", {**row, "prompt": row.get(text)}) for number, row in rows)
+    if not prompts:
+        raise ValueError(f"{source} holds no prompts: take another split")
+    return PromptSet("-".join(filter(None, [Path(place).name, split])), prompts)
+
+
+@functools.cache  # a command reads its prompts several times
+def _hub_dataset(place: str, split: str | None) -> Any:
+    """Open a dataset of the Hub, one split of it or all of them."""
+    import datasets
+
+    match = _HUB_DATASET.fullmatch(place)
+    if match is None:
+        raise ValueError("write hf://datasets/owner/name:split#column")
+    if not (hub_answers() or constants.HF_HUB_OFFLINE):  # its client would try again for some 20 seconds
+        raise ConnectionError("the Hub cannot be reached; HF_HUB_OFFLINE=1 reads what is cached")
+    return datasets.load_dataset(match["name"], split=split, revision=match["revision"])
+
+
+def _one_split(source: str, data: Any, split: str | None) -> Any:
+    """Take a split by its name, or the only one. Raises ValueError if it is not clear."""
+    if not isinstance(data, Mapping):  # the folder of a single split, which may have a name
+        data = {str(data.split): data}
+    if split is None and len(data) == 1:
+        return next(iter(data.values()))
+    if split not in data:
+        problem = "several splits" if split is None else f"no split {split!r}"
+        raise ValueError(
+            f"{source} has {problem}: name one of {', '.join(data)}, as in {_parts(source)['place']}:train"
+        )
+    return data[split]
 
 
 _KINDS: Mapping[str, Callable[[Path], Rows]] = {

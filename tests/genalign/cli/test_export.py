@@ -7,14 +7,14 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from peft import PeftModel, get_peft_model_state_dict
 from PIL import Image
 
@@ -22,8 +22,10 @@ from genalign.cli.export import TrainedWeights, trained_weights
 from genalign.cli.main import main
 from genalign.cli.model_card import guidance_arguments
 from genalign.diffusion.policy import Lora, Policy
+from genalign.runtime.hub import hub_answers
 from genalign.training.run_folder import RunFolder
 from pipelines import SD3
+from tests.hub_stand_in import StandInHub, stand_in_hub
 from tests.pipelines.tiny_checkpoints import FAMILIES
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -135,7 +137,7 @@ def test_the_card_has_the_metadata_of_the_hub_and_samples(run: Path, tiny_folder
     assert "![before](samples/0-before.png)" in card.content and (output / "samples" / "0-before.png").is_file()
 
 
-@pytest.mark.parametrize("form", ["lora", "merged", "pipeline"])
+@pytest.mark.parametrize("form", ["lora", "comfy", "merged", "pipeline"])
 def test_the_snippet_of_the_card_runs(run: Path, tiny_folder: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     output = _export(run, form)
     monkeypatch.chdir(output.parent)
@@ -233,3 +235,52 @@ def test_guidance_in_the_snippet_is_as_the_pipeline_takes_it(
     model = {"negative_prompt": negative, "distilled_guidance": 2.5 if family == "flux" else None}
     arguments = guidance_arguments(kind.__name__, guidance, model)
     assert arguments == expected and arguments.keys() <= inspect.signature(kind.__call__).parameters.keys()
+
+
+NAME = "someone/my-lora"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandInHub]:
+    with stand_in_hub(monkeypatch, tmp_path / "cache") as running:
+        yield running
+
+
+def test_an_export_is_pushed_to_a_new_repository(
+    hub: StandInHub, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_writes")
+    hub.writers = {"hf_writes"}
+    output = run.parent / "lora"
+    arguments = ["export", "--run", str(run), "--output", str(output), "--push", NAME, "--private", "true"]
+    assert main(arguments) == 0
+    (created,) = hub.created
+    assert created["visibility"] == "private" and f"/{NAME}" in capsys.readouterr().out
+    files = {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert hub.pushed[NAME] == files and "README.md" in files
+    assert f'pipe.load_lora_weights("{NAME}")' in files["README.md"].decode()
+    assert b"hf_writes" not in b"".join(files.values())
+
+
+def test_a_push_that_cannot_succeed_is_refused_before_anything_is_written(
+    hub: StandInHub, run: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[..., str]
+) -> None:
+    output = run.parent / "refused"
+
+    def refusal(name: str) -> str:
+        message = error("export", "--run", str(run), "--output", str(output), "--push", name)
+        assert message.count("\n") == 1
+        return message
+
+    assert "'my-lora' is no name on the Hub: write owner/name" in refusal("my-lora")
+    assert "needs a token that may write: run `hf auth login`, or set HF_TOKEN" in refusal(NAME)
+    monkeypatch.setenv("HF_TOKEN", "hf_reads")
+    hub.repositories["someone/taken"] = {"main": run / "lora"}
+    assert "someone/taken exists on the Hub: choose another name, or remove it there" in refusal("someone/taken")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub_answers.cache_clear()
+    assert f"{NAME} cannot be pushed: the Hub cannot be reached from here" in refusal(NAME)
+    assert not output.exists() and not hub.created
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub_answers.cache_clear()
+    assert f"the Hub refused the push to {NAME} (403): the token may not write there" in refusal(NAME)

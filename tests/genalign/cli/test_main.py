@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import SD3Transformer2DModel
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -124,6 +125,11 @@ def test_tensorboard_receives_every_metric(config: Path, tmp_path: Path) -> None
     names = {"rewards/red", "calls/decode", "learning_rate", "held_out/strict", "machine/seconds"}
     assert shifts | names <= set(events.Tags()["scalars"])
     assert [image.step for image in events.Images("samples")] == [0, 1]
+    (file,) = (tmp_path / "run" / "genalign").glob("*/hparams.yml")
+    settings = yaml.safe_load(file.read_text())
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["training.rounds"] == stored["training"]["rounds"]
+    assert json.loads(settings["sampling.sigmas"]) == stored["sampling"]["sigmas"]
 
 
 def test_trackers_receive_flat_metrics() -> None:

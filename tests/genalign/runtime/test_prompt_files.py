@@ -156,3 +156,93 @@ def test_a_listing_names_the_prompt_of_each_file(tmp_path: Path) -> None:
 def test_a_listing_that_is_not_clear_is_refused(row: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         _listing(tmp_path, {"file_name": "a/1.png", "prompt": "a circle"}, row)
+
+
+ROWS = [{"caption": text, "tag": "colors", "note": None, "n": number} for number, text in enumerate(PROMPTS)]
+
+
+def _saved(folder: Path) -> Path:
+    """Write a dataset of two splits."""
+    datasets = pytest.importorskip("datasets")
+    train = datasets.Dataset.from_list(ROWS)
+    splits = datasets.DatasetDict({"train": train, "test": train.select([0])})
+    splits.save_to_disk(folder)
+    return folder
+
+
+def test_a_saved_dataset_is_read_by_split_and_column(tmp_path: Path) -> None:
+    folder = _saved(tmp_path / "mine")
+    prompts = load_prompts(f"{folder}:train")
+    assert prompts.name == "mine-train" and [prompt.text for prompt in prompts.prompts] == PROMPTS
+    first = prompts.prompts[0]
+    assert first.task == "colors" and first.metadata == {
+        "caption": PROMPTS[0],
+        "tag": "colors",
+        "n": 0,
+        "prompt": PROMPTS[0],
+    }
+    assert [prompt.text for prompt in load_prompts(f"{folder}:train#tag").prompts] == ["colors"] * len(PROMPTS)
+    assert (
+        load_prompts(folder / "train").prompts == prompts.prompts == load_prompts(f"{folder / 'train'}#caption").prompts
+    )
+
+
+def test_a_dataset_that_is_not_clear_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = _saved(tmp_path / "mine")
+    refused = [
+        ("", "has several splits: name one of train, test, as in .*mine:train"),
+        (":valid", "has no split 'valid': name one of train, test"),
+        (":train#text", "has no column 'text': name one of caption, tag, note, n, as in .*mine:train#caption"),
+        (":train#n", "row 1: expected a text"),
+    ]
+    for rest, message in refused:
+        with pytest.raises(ValueError, match=message) as caught:
+            load_prompts(f"{folder}{rest}")
+        assert "\n" not in str(caught.value)
+    (folder / "train" / "state.json").write_text("{")
+    with pytest.raises(FileNotFoundError, match=r"mine:train cannot be read \(.*: check its name"):
+        load_prompts(f"{folder}:train")
+
+
+def test_a_dataset_of_the_hub_is_read_by_revision_split_and_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``load_dataset`` is a stand-in, which knows one repository and records what it is asked for."""
+    datasets, asked = pytest.importorskip("datasets"), []
+
+    def stand_in(name: str, split: str | None, revision: str | None) -> object:
+        asked.append((name, split, revision))
+        if name != "owner/prompts":
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub.\nSee ...")
+        if revision == "v9":
+            raise datasets.exceptions.DatasetNotFoundError(f"Revision 'v9' doesn't exist for dataset '{name}'")
+        train = datasets.Dataset.from_list(ROWS)
+        return train if split else datasets.DatasetDict({"train": train})
+
+    monkeypatch.setattr(datasets, "load_dataset", stand_in)
+    monkeypatch.setattr("genalign.runtime.prompt_files.hub_answers", lambda: True)
+    source = "hf://datasets/owner/prompts@v1:train[:50%]#tag"
+    assert [prompt.text for prompt in load_prompts(source).prompts] == ["colors"] * len(PROMPTS)
+    assert [prompt.text for prompt in load_prompts("hf://datasets/owner/prompts").prompts] == PROMPTS
+    load_prompts("hf://datasets/owner/prompts")  # from memory
+    assert asked == [("owner/prompts", "train[:50%]", "v1"), ("owner/prompts", None, None)]
+    refused = [
+        ("hf://datasets/owner/prompts@v9:train", r"cannot be read \(Revision 'v9' doesn't exist for dataset"),
+        ("hf://datasets/owner/none:train", r"cannot be read \(Dataset 'owner/none' doesn't exist on the Hub\)"),
+        ("hf://owner/prompts", "write hf://datasets/owner/name:split#column"),
+        ("hf://datasets/owner/prompts:train#text", "has no column 'text': name one of caption, tag, note, n"),
+    ]
+    for source, message in refused:
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+            load_prompts(source)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_dataset_of_the_hub_is_refused_while_offline(offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("genalign.runtime.prompt_files.hub_answers", lambda: False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    reason = r"Couldn't reach 'owner/absent' on the Hub" if offline else "the Hub cannot be reached; HF_HUB_OFFLINE=1"
+    with pytest.raises(FileNotFoundError, match=rf"absent:train cannot be read \({reason}") as caught:
+        load_prompts("hf://datasets/owner/absent:train")
+    assert "\n" not in str(caught.value)
