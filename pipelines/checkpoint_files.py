@@ -85,6 +85,8 @@ def one_line_errors(path_or_id: str | Path) -> Iterator[None]:
     except Exception as error:  # tokenizers raises no other class
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
+        if type(error).__name__ == "UnpicklingError":  # torch's, whose message says how to run the code in a file
+            raise ValueError(f"{path_or_id} has weights that are more than tensors, which is not opened") from error
         raise ValueError(
             f"{path_or_id} cannot be opened ({type(error).__name__}: {error}): copy the whole folder again, or make it"
             " by the versions of diffusers and transformers that are installed"
@@ -154,7 +156,7 @@ def require_weights(path_or_id: str | Path, weights: WeightFormat = "safetensors
         FileNotFoundError: A network without such weights or with a missing part, or no network with the variant.
         ValueError: A damaged file, or weights that are pickles and were not asked for.
     """
-    empty, pickled, names = [], [], list[str]()
+    empty, pickled, names = list[str](), list[str](), list[str]()
     for folder in sorted(file.parent for file in Path(path_or_id).glob("*/config.json")):
         files = [file for file in folder.iterdir() if not file.name.startswith(".")]
         suffixes = {file.suffix for file in files}

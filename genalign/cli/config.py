@@ -191,7 +191,8 @@ class Generation:
     Args:
         output: Folder to write.
         model: The generator.
-        prompts: A .txt file with one per line, a GenEval .jsonl file, or a split of a world, as in shapes:train.
+        prompts: A .txt file with one per line, a GenEval .jsonl file, a dataset (hf://datasets/owner/name:split#column),
+            or a split of a world, as in shapes:train.
         rewards: Rewards by name.
         sampling: Sampling settings.
     """
@@ -211,8 +212,8 @@ class Train(Generation):
 
     Args:
         output: Folder of the run.
-        prompts: Training prompts: a .txt file with one per line, a GenEval .jsonl file, or a split of a world, as in
-            shapes:train.
+        prompts: Training prompts: a .txt file with one per line, a GenEval .jsonl file, a dataset
+            (hf://datasets/owner/name:split#column), or a split of a world, as in shapes:train.
         recipe: Training method, as in genalign.flow_grpo.
         sampling: Sampling of the training samples.
         evaluation: Sampling of all evaluations; null takes ``sampling``.

@@ -143,7 +143,7 @@ def load_with_identity(
     """
     lora_hash = adapter_hash(Path(lora)) if lora else None
     pipeline = load_with_lora(context, model, lora)
-    settings = {name: value for name, value in plain.items() if name != "device"}
+    settings = {name: value for name, value in plain.items() if name not in ("device", "token")}
     return pipeline, ModelIdentity(settings, pipeline.fingerprint, lora, lora_hash)
 
 

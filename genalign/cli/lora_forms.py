@@ -86,9 +86,13 @@ class TrainedAdapter:
         """Describe the adapter for programs that list such files, by kohya's and ModelSpec's keys."""
         ranks, alphas = {self.rank(layer) for layer in self.alphas}, set(self.alphas.values())
         kind = base.index["_class_name"]
+        architecture, version = ARCHITECTURES[kind], _KOHYA_VERSIONS.get(kind)
+        texts = {tensor.shape[1] for name, tensor in self.state.items() if name.endswith(f"attn2.to_k{_ENDS[0]}")}
+        if kind == "StableDiffusionPipeline" and texts == {1024}:  # the width of its text encoder
+            architecture, version = "stable-diffusion-v2", "sd_v2"
         return {
             "format": "pt",
-            "modelspec.architecture": f"{ARCHITECTURES[kind]}/lora",
+            "modelspec.architecture": f"{architecture}/lora",
             "modelspec.description": description,
             "modelspec.implementation": "diffusers",
             "modelspec.sai_model_spec": "1.0.1",
@@ -97,7 +101,7 @@ class TrainedAdapter:
             "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
             "ss_network_module": "networks.lora",
             "ss_sd_model_name": base.name,
-            **({"ss_base_model_version": _KOHYA_VERSIONS[kind]} if kind in _KOHYA_VERSIONS else {}),
+            **({"ss_base_model_version": version} if version else {}),
         }
 
 

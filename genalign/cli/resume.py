@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "training.on_out_of_memory",
     "model.memory.checkpointing",
     "model.memory.offload",
+    "model.token",
 )
 """Settings that may change when a run is resumed."""
 

@@ -111,6 +111,24 @@ def test_pickled_weights_are_read_only_when_they_are_asked_for(hub: StandInHub, 
         require_weights(sd15, "bin")
 
 
+def test_code_in_pickled_weights_is_not_run(sd15: Path, tmp_path: Path) -> None:
+    folder = _pickled(sd15, tmp_path / "pickled")
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "was-run",))
+
+    for component in ("unet", "text_encoder"):
+        (file,) = (folder / component).glob("*.bin")
+        content = file.read_bytes()
+        torch.save({"weight": Evil()}, file)
+        with pytest.raises((ValueError, OSError), match="more than tensors|Unable to load weights") as caught:
+            pipelines.load(folder, weights="bin")
+        assert not (tmp_path / "was-run").exists()
+        assert "\n" not in str(caught.value)
+        file.write_bytes(content)
+
+
 def test_a_variant_is_read_by_its_name(hub: StandInHub, sd15: Path, tmp_path: Path) -> None:
     folder = tmp_path / "both"
     shutil.copytree(sd15, folder)
