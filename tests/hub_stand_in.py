@@ -38,7 +38,7 @@ class StandInHub:
         self.seen.append(seen)
         parts = [unquote(part) for part in urlsplit(seen.path).path.strip("/").split("/")]
         if parts[:2] == ["api", "repos"]:
-            return self._create(seen)
+            return self.answer_create(seen)
         if parts[:2] == ["api", "validate-yaml"]:
             return _json({"errors": [], "warnings": []})
         is_api = parts[:2] == ["api", "models"]
@@ -74,7 +74,7 @@ class StandInHub:
         siblings = [{"rfilename": path.relative_to(folder).as_posix()} for path in files]
         return _json({"id": name, "sha": commit, "siblings": siblings, "private": False, "tags": []})
 
-    def _create(self, seen: Seen) -> Answer:
+    def answer_create(self, seen: Seen) -> Answer:
         token, wanted = seen.headers.get("authorization", "").removeprefix("Bearer "), seen.json
         if token not in self.writers:
             return _error(403, "")

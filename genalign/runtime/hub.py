@@ -130,14 +130,13 @@ class Push:
         if not hub_answers():
             raise FileNotFoundError(f"{self.repository} cannot be pushed: the Hub cannot be reached from here")
         with _refusals(self.repository):
-            if self._api().repo_exists(self.repository):
-                raise FileExistsError(
-                    f"{self.repository} exists on the Hub: choose another name, or remove it there first"
-                )
+            exists = self._api().repo_exists(self.repository)
+        if exists:
+            raise FileExistsError(f"{self.repository} exists on the Hub: choose another name, or remove it there first")
 
     def upload(self, folder: Path) -> str:
         """Create the repository with the files of a folder, and return its address. Raises ValueError if refused."""
-        with _refusals(self.repository):
+        with _refusals(self.repository, f". The export is in {folder}"):
             api = self._api()
             api.create_repo(self.repository, private=self.private)
             api.upload_folder(
@@ -151,8 +150,8 @@ class Push:
 
 
 @contextmanager
-def _refusals(repository: str) -> Iterator[None]:
-    """Raise ValueError, in one line, for a request that the Hub refuses."""
+def _refusals(repository: str, end: str = "") -> Iterator[None]:
+    """Raise ValueError, in one line with this end, for a request that the Hub refuses or that does not arrive."""
     reasons = {
         401: "the token is not valid: run `hf auth login` again",
         403: "the token may not write there: take one with write access, and an owner that you are a member of",
@@ -163,4 +162,9 @@ def _refusals(repository: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = error.response.status_code
         reason = reasons.get(status, str(error).splitlines()[0])
-        raise ValueError(f"the Hub refused the push to {repository} ({status}): {reason}") from error
+        raise ValueError(f"the Hub refused the push to {repository} ({status}): {reason}{end}") from error
+    except Exception as error:  # of the client's HTTP library, which differs by version
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"the push to {repository} failed ({type(error).__name__}: {reason}): try again{end}"
+        ) from error

@@ -25,6 +25,7 @@ from genalign.diffusion.policy import Lora, Policy
 from genalign.runtime.hub import hub_answers
 from genalign.training.run_folder import RunFolder
 from pipelines import SD3
+from tests.http_servers import Answer
 from tests.hub_stand_in import StandInHub, stand_in_hub
 from tests.pipelines.tiny_checkpoints import FAMILIES
 
@@ -283,4 +284,9 @@ def test_a_push_that_cannot_succeed_is_refused_before_anything_is_written(
     assert not output.exists() and not hub.created
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub_answers.cache_clear()
-    assert f"the Hub refused the push to {NAME} (403): the token may not write there" in refusal(NAME)
+    message = refusal(NAME)
+    assert f"the Hub refused the push to {NAME} (403): the token may not write there" in message
+    assert f"The export is in {output}" in message
+    shutil.rmtree(output)
+    monkeypatch.setattr(hub, "answer_create", lambda seen: Answer(drop=True))
+    assert f"the push to {NAME} failed (" in refusal(NAME)
