@@ -41,7 +41,9 @@ class StandInHub:
             return self.answer_create(seen)
         if parts[:2] == ["api", "validate-yaml"]:
             return _json({"errors": [], "warnings": []})
-        is_api = parts[:2] == ["api", "models"]
+        is_api = parts[0] == "api" and parts[1] in ("models", "datasets")
+        if parts[0] == "datasets":
+            parts = parts[1:]
         name, rest = "/".join(parts[2:4] if is_api else parts[:2]), parts[4:] if is_api else parts[2:]
         if rest[:1] == ["preupload"]:
             files = [{"path": one["path"], "uploadMode": "regular"} for one in seen.json["files"]]

@@ -11,6 +11,7 @@ import torch
 
 import pipelines
 from genalign.cli.config import Model
+from genalign.diffusion.policy import Lora, Policy
 from pipelines.checkpoint_files import model_index, require_weights
 from pipelines.meta_device import outline
 from tests.hub_stand_in import StandInHub, stand_in_hub
@@ -145,3 +146,21 @@ def test_a_variant_is_read_by_its_name(hub: StandInHub, sd15: Path, tmp_path: Pa
         with pytest.raises((ValueError, OSError), match="variant") as caught:
             pipelines.load(source, variant="fp8")
         assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_the_hub_is_opened_by_the_token_of_its_model(
+    hub: StandInHub, sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = pipelines.load(sd15)
+    policy = Policy(trained.denoiser, Lora(rank=2))
+    assert policy.config is not None
+    trained.save_lora(tmp_path / "lora", policy.adapter_state(), policy.config)
+    hub.repositories = {"someone/lora": {"main": tmp_path / "lora"}}
+    hub.tokens["someone/lora"] = "hf_mine"
+    monkeypatch.setenv("MY_TOKEN", "hf_mine")
+    model = pipelines.load(sd15, token="MY_TOKEN")
+    model.load_lora("someone/lora")
+    adapted = Policy(model.denoiser, None, has_adapter=True).adapter_state()
+    assert adapted.keys() == policy.adapter_state().keys()
+    with pytest.raises(FileNotFoundError, match="no such model, or a private one"):
+        pipelines.load(sd15).load_lora("someone/lora")

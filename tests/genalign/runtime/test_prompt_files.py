@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 
 from genalign.evaluation.geneval.metadata import PromptSpec
 from genalign.runtime.prompt_files import load_prompts, read_listing
+from tests.hub_stand_in import stand_in_hub
 
 PROMPTS = [
     "a red circle",
@@ -204,36 +206,40 @@ def test_a_dataset_that_is_not_clear_is_refused_in_one_line(tmp_path: Path) -> N
         load_prompts(f"{folder}:train")
 
 
-def test_a_dataset_of_the_hub_is_read_by_revision_split_and_column(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``load_dataset`` is a stand-in, which knows one repository and records what it is asked for."""
-    datasets, asked = pytest.importorskip("datasets"), []
-
-    def stand_in(name: str, split: str | None, revision: str | None) -> object:
-        asked.append((name, split, revision))
-        if name != "owner/prompts":
-            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub.\nSee ...")
-        if revision == "v9":
-            raise datasets.exceptions.DatasetNotFoundError(f"Revision 'v9' doesn't exist for dataset '{name}'")
-        train = datasets.Dataset.from_list(ROWS)
-        return train if split else datasets.DatasetDict({"train": train})
-
-    monkeypatch.setattr(datasets, "load_dataset", stand_in)
-    monkeypatch.setattr("genalign.runtime.prompt_files.hub_answers", lambda: True)
-    source = "hf://datasets/owner/prompts@v1:train[:50%]#tag"
-    assert [prompt.text for prompt in load_prompts(source).prompts] == ["colors"] * len(PROMPTS)
-    assert [prompt.text for prompt in load_prompts("hf://datasets/owner/prompts").prompts] == PROMPTS
-    load_prompts("hf://datasets/owner/prompts")  # from memory
-    assert asked == [("owner/prompts", "train[:50%]", "v1"), ("owner/prompts", None, None)]
-    refused = [
-        ("hf://datasets/owner/prompts@v9:train", r"cannot be read \(Revision 'v9' doesn't exist for dataset"),
-        ("hf://datasets/owner/none:train", r"cannot be read \(Dataset 'owner/none' doesn't exist on the Hub\)"),
-        ("hf://owner/prompts", "write hf://datasets/owner/name:split#column"),
-        ("hf://datasets/owner/prompts:train#text", "has no column 'text': name one of caption, tag, note, n"),
-    ]
-    for source, message in refused:
-        with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-            load_prompts(source)
-        assert "\n" not in str(caught.value)
+def test_a_dataset_of_the_hub_is_read_by_revision_split_and_column(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, prompts in ((old, PROMPTS[:2]), (new, PROMPTS[:1])):
+        folder.mkdir()
+        rows = "".join(f'"{text}",colors\n' for text in prompts)
+        (folder / "train.csv").write_text(f"caption,tag\n{rows}")
+        (folder / "test.csv").write_text("caption,tag\na dog,count\n")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    with stand_in_hub(monkeypatch, tmp_path / "hub") as hub:
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", constants.ENDPOINT)
+        hub.repositories["owner/prompts"] = {"main": new, "v1": old}
+        source = "hf://datasets/owner/prompts"
+        assert [prompt.text for prompt in load_prompts(f"{source}@v1:train").prompts] == PROMPTS[:2]
+        assert [prompt.text for prompt in load_prompts(f"{source}@v1:train[:1]#tag").prompts] == ["colors"]
+        (prompt,) = load_prompts(f"{source}:train").prompts
+        assert prompt.metadata == {"caption": PROMPTS[0], "tag": "colors", "prompt": PROMPTS[0]}
+        requests = len(hub.seen)
+        load_prompts(f"{source}:train")  # from memory
+        assert len(hub.seen) == requests
+        refused = [
+            (f"{source}@v9:train", r"cannot be read \(Revision 'v9' doesn't exist for dataset 'owner/prompts'"),
+            ("hf://datasets/owner/none:train", r"cannot be read \(Dataset 'owner/none' doesn't exist on the Hub"),
+            ("hf://owner/prompts", "write hf://datasets/owner/name:split#column"),
+            (f"{source}:valid", "Unknown split .valid.. Should be one of .*train"),
+            (source, "has several splits: name one of train, test, as in hf://datasets/owner/prompts:train"),
+            (f"{source}:train#text", "has no column 'text': name one of caption, tag, as in"),
+        ]
+        for source, message in refused:
+            with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+                load_prompts(source)
+            assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("offline", [False, True])
