@@ -157,20 +157,8 @@ def _parts(source: str) -> dict[str, Any]:
 
 def _load_dataset(source: str) -> PromptSet:
     """Read the prompts of a dataset. Raises ValueError or FileNotFoundError, in one line, if they cannot be read."""
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"reading {source} needs datasets: pip install 'genalign[datasets]'") from None
     place, split, column = _parts(source).values()
-    try:
-        data = _hub_dataset(place, split) if place.startswith("hf://") else datasets.load_from_disk(place)
-    except Exception as error:  # of files that are damaged, or of an empty split, any class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise FileNotFoundError(
-            f"{source} cannot be read ({reason}): check its name, its split and your token"
-        ) from error
-    if not place.startswith("hf://") or split is None:
-        data = _one_split(source, data, split)
+    data = _open_dataset(source, place, split)
     names = list(data.column_names)
     text = next((name for name in COLUMNS if name in names), None) if column is None else column
     if text not in names:
@@ -182,6 +170,24 @@ def _load_dataset(source: str) -> PromptSet:
     if not prompts:
         raise ValueError(f"{source} holds no prompts: take another split")
     return PromptSet("-".join(filter(None, [Path(place).name, split])), prompts)
+
+
+def _open_dataset(source: str, place: str, split: str | None) -> Any:
+    """Open one split of a dataset. Raises ValueError or FileNotFoundError, in one line, if it cannot be opened."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"reading {source} needs datasets: pip install 'genalign[datasets]'") from None
+    try:
+        data = _hub_dataset(place, split) if place.startswith("hf://") else datasets.load_from_disk(place)
+    except Exception as error:  # of files that are damaged, or of an empty split, any class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise FileNotFoundError(
+            f"{source} cannot be read ({reason}): check its name, its split and your token"
+        ) from error
+    if place.startswith("hf://") and split is not None:
+        return data
+    return _one_split(source, data, split)
 
 
 @functools.cache  # a command reads its prompts several times

@@ -157,10 +157,10 @@ def test_an_adapter_of_the_hub_is_opened_by_the_token_of_its_model(
     trained.save_lora(tmp_path / "lora", policy.adapter_state(), policy.config)
     hub.repositories = {"someone/lora": {"main": tmp_path / "lora"}}
     hub.tokens["someone/lora"] = "hf_mine"
+    with pytest.raises(FileNotFoundError, match="no such model, or a private one"):
+        pipelines.load(sd15).load_lora("someone/lora")
     monkeypatch.setenv("MY_TOKEN", "hf_mine")
     model = pipelines.load(sd15, token="MY_TOKEN")
     model.load_lora("someone/lora")
     adapted = Policy(model.denoiser, None, has_adapter=True).adapter_state()
     assert adapted.keys() == policy.adapter_state().keys()
-    with pytest.raises(FileNotFoundError, match="no such model, or a private one"):
-        pipelines.load(sd15).load_lora("someone/lora")

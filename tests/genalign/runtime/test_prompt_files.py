@@ -252,3 +252,12 @@ def test_a_dataset_of_the_hub_is_refused_while_offline(offline: bool, monkeypatc
     with pytest.raises(FileNotFoundError, match=rf"absent:train cannot be read \({reason}") as caught:
         load_prompts("hf://datasets/owner/absent:train")
     assert "\n" not in str(caught.value)
+
+
+def test_images_of_a_dataset_are_not_decoded(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image()})
+    rows = {"prompt": PROMPTS[:1], "image": [{"bytes": b"no image", "path": None}]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "mine")
+    (prompt,) = load_prompts(tmp_path / "mine").prompts
+    assert prompt.metadata == {"prompt": PROMPTS[0]}
