@@ -118,8 +118,8 @@ class Push:
     def require(self) -> None:
         """Check the name and the token before anything is written.
 
-        Raises ValueError for a text that is no name, no token, or a name that is taken; FileNotFoundError while
-        offline.
+        Raises ValueError for a text that is no name, or no token, FileExistsError for a name that is taken,
+        FileNotFoundError while offline.
         """
         if not is_hub_id(self.repository):
             raise ValueError(f"{self.repository!r} is no name on the Hub: write owner/name")
