@@ -117,7 +117,10 @@ class DiffusersPipeline(ABC):
         self._has_adapter = False
         self._text_adapters: dict[str, LoraConfig] = {}  # of text encoders, by component
         self._embeddings: dict[str, dict[str, Tensor]] = {}  # by text, the one used longest ago first
-        self._unconditional_row: tuple[str | None, dict[str, Tensor]] = (None, {})  # a text and its row on the device
+        self._unconditional_row: tuple[str | None, Mapping[str, Tensor]] = (
+            None,
+            {},
+        )  # a text and its row on the device
         self._batches: dict[str, list[str]] = {}  # the batch in which a text is encoded
 
         self._text_encoders = [encoder for name in self.encoders if (encoder := pipe.components.get(name)) is not None]
@@ -230,7 +233,7 @@ class DiffusersPipeline(ABC):
         """Return the conditioning that guidance leads away from, with a row for each row of ``tensors`` (B, ...)."""
         assert self.unconditional is not None, "a family without a negative prompt overrides this method"
         if self._unconditional_row[0] != self.unconditional:
-            row = {name: tensor.to(self.device) for name, tensor in self._embeddings[self.unconditional].items()}
+            row = Conditioning(self._embeddings[self.unconditional]).to(self.device).tensors
             self._unconditional_row = self.unconditional, row
         row = self._unconditional_row[1]
         return {name: row[name].expand(len(tensor), *row[name].shape) for name, tensor in tensors.items()}

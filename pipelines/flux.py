@@ -50,6 +50,8 @@ class Flux(PackedFlowPipeline):
             pooled_projections=tensors["pooled"],
             encoder_hidden_states=tensors["context"],
             txt_ids=x.new_zeros(tensors["context"].shape[1], 3),
-            img_ids=torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).to(x),
+            img_ids=torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
+            .flatten(0, 1)
+            .to(x.device, x.dtype, non_blocking=True),
         )
         return unpack(tokens, self.height, self.width)

@@ -90,7 +90,7 @@ class StableAudio(AudioPipeline, ScheduledPipeline):
             timestep,
             encoder_hidden_states=tensors["context"],
             global_hidden_states=tensors["seconds"],
-            rotary_embedding=positions,
+            rotary_embedding=tuple(part.to(x.device, non_blocking=True) for part in positions),
         )
 
     def postprocess(self, decoded: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class UNetPipeline(ScheduledPipeline):
             return None
         scale = torch.full((len(x),), self.network_guidance - 1)
         embedding: Tensor = self.pipe.get_guidance_scale_embedding(scale, self.denoiser.config.time_cond_proj_dim)
-        return embedding.to(x)
+        return embedding.to(x.device, x.dtype, non_blocking=True)
 
     def longest_conditioning(self, count: int) -> dict[str, Tensor]:
         """Return zeros for texts of the greatest length."""
@@ -107,7 +107,7 @@ class SDXL(UNetPipeline):
 
     def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Predict noise (B, C, h, w), for images of the size of the samples, not cropped."""
-        size = torch.tensor([*self.resolution, 0, 0, *self.resolution], device=x.device, dtype=x.dtype)
+        size = torch.tensor([*self.resolution, 0, 0, *self.resolution], dtype=x.dtype).to(x.device, non_blocking=True)
         added = {"text_embeds": tensors["pooled"], "time_ids": size.expand(len(x), -1)}
         context, guidance = tensors["context"], self.guidance_embedding(x)
         return self.call_denoiser(

@@ -54,6 +54,10 @@ class NoisedSamples:
         parts = (self.target, self.prediction, self.reference, self.old)
         return NoisedSamples(self.path, self.x0[rows], self.x[rows], level, *(part[rows] for part in parts))
 
+    def beside(self, tensor: Tensor) -> Tensor:
+        """Move a tensor of the CPU to the device of the samples, without waiting for it."""
+        return tensor.to(self.x.device, non_blocking=True)
+
     def clean(self, prediction: Tensor) -> Tensor:
         """Convert a prediction to the clean samples (N, ...) that it implies."""
         return self.path.x0(self.x, prediction, self.level)
@@ -65,7 +69,10 @@ class NoisedSamples:
 
 
 class MatchingLoss(Protocol):
-    """The terms (N,) of a mean over an update, from noised samples, their credit (B,) and prompt index (B,)."""
+    """The terms (N,) of a mean over an update, from noised samples, their credit (B,) and prompt index (B,).
+
+    Credit and prompt index are on the CPU, where pairs are formed without waiting for the device of the samples.
+    """
 
     @property
     def unit(self) -> Unit:
@@ -146,14 +153,12 @@ class MatchingObjective:
         for first in range(0, self.draws if len(rows) else 0, together):
             draws = range(first, min(first + together, self.draws))
             noised = self._noised(context, batch, rows, draws, seed)
-            device = noised.x.device
             distance = mean_square(noised.prediction, noised.reference)
             context.metrics.add("kl", distance)
             total = self.anchor * scales.distances * distance.sum()
             for place in range(len(draws)):
                 part = noised.where(place * len(rows) + in_loss)
-                credit = batch.credit[rows[in_loss]].to(device, non_blocking=True)
-                losses = self.loss(part, credit, group[in_loss].to(device, non_blocking=True))
+                losses = self.loss(part, batch.credit[rows[in_loss]], group[in_loss])
                 context.metrics.add("loss", losses)
                 total = total + scales.losses * losses.sum()
             torch.autograd.backward(total)
@@ -304,7 +309,7 @@ class DPOLoss(_CreditedSamples):
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         pairs = sign_pairs(credit, group)
         errors, reference = noised.error, mean_square(noised.reference, noised.target)
-        better, worse = pairs.winners, pairs.losers
+        better, worse = noised.beside(pairs.winners), noised.beside(pairs.losers)
         return dpo_loss(errors[better], reference[better], errors[worse], reference[worse], self.beta)
 
 
@@ -316,7 +321,8 @@ class KTOLoss(_CreditedSamples):
     beta: float
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
-        return kto_loss(noised.error, mean_square(noised.reference, noised.target), credit > 0, self.beta)
+        reference, desirable = mean_square(noised.reference, noised.target), noised.beside(credit > 0)
+        return kto_loss(noised.error, reference, desirable, self.beta)
 
 
 @dataclass(frozen=True)
@@ -335,7 +341,7 @@ class NFTLoss(_CreditedSamples):
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         limit = self.largest_advantage
-        optimality = (credit.clamp(-limit, limit) / (2 * limit) + 0.5).to(noised.x.dtype)
+        optimality = noised.beside((credit.clamp(-limit, limit) / (2 * limit) + 0.5).to(noised.x.dtype))
         clean, old = noised.clean(noised.prediction), noised.clean(noised.old)
         return limit * nft_loss(clean, old, noised.x0, optimality, self.beta)
 
@@ -353,7 +359,7 @@ class AWMLoss(_CreditedSamples):
         new = awm_log_probability(noised.error, sigma, self.power)
         old = awm_log_probability(mean_square(noised.old, noised.target).detach(), sigma, self.power)
         limit = self.largest_advantage
-        ratio, advantage = (new - old).exp(), credit.clamp(-limit, limit) / limit
+        ratio, advantage = (new - old).exp(), noised.beside(credit.clamp(-limit, limit) / limit)
         clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
         return torch.maximum(-advantage * ratio, -advantage * clipped)
 
@@ -366,7 +372,7 @@ class RewardWeightedLoss(_CreditedSamples):
         return credit > 0
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
-        return credit * noised.error
+        return noised.beside(credit) * noised.error
 
 
 def sign_pairs(credit: Tensor, group: Tensor) -> PreferencePairs:

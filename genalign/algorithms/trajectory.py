@@ -167,8 +167,9 @@ class PolicyGradient:
 class CoupledLoss(Protocol):
     """A loss () of all samples and steps of a batch at once: a sum of terms, one for each prompt that has any.
 
-    Its arguments are the log-ratios (B, S) of the current and of the sampling to the reference policy, the credit (B,)
-    and the prompt index (B,). Only the samples that ``used`` selects may change it; the log-ratios of others may be 0.
+    Its arguments are the log-ratios (B, S) of the current and of the sampling to the reference policy, and on the CPU
+    the credit (B,) and the prompt index (B,). Only the samples that ``used`` selects may change it; the log-ratios of
+    others may be 0.
     """
 
     @property
@@ -228,6 +229,8 @@ class PRDPLoss:
             better, worse = _untied_pairs(credit, group == key)
             if len(better):
                 target = (credit[better] - credit[worse]).to(plain.dtype) / self.beta
+                pair = (better, worse, target)
+                better, worse, target = (part.to(plain.device, non_blocking=True) for part in pair)
                 losses = [(ratio[better] - ratio[worse] - target).square() for ratio in (plain, limited)]
                 total = total + torch.maximum(*losses).mean()
         return total
@@ -267,15 +270,17 @@ class CoupledObjective:
         with torch.no_grad():
             for pairs in batches:
                 base = context.reference_replay(batch, pairs)
-                old[pairs.index] = base.old.log_ratio(base.new, base.x_next)
+                place = pairs.index_on(old.device)
+                old[place] = base.old.log_ratio(base.new, base.x_next)
                 new = base.old if batch.on_policy else context.replay(batch, pairs).new
-                current[pairs.index] = new.log_ratio(base.new, base.x_next)
+                current[place] = new.log_ratio(base.new, base.x_next)
                 context.metrics.add("kl", new.kl(base.new))
         current.requires_grad_(True)
-        loss = self.loss(current, old, batch.credit.to(current.device), batch.group.to(current.device))
+        loss = self.loss(current, old, batch.credit, batch.group)
         (slopes,) = torch.autograd.grad(loss, current)
         context.metrics.add("loss", loss.reshape(1))
         for pairs in batches:
             replayed = context.replay(batch, pairs)
-            torch.autograd.backward(scales.losses * (slopes[pairs.index] * replayed.log_ratio).sum())
+            slope = slopes[pairs.index_on(slopes.device)]
+            torch.autograd.backward(scales.losses * (slope * replayed.log_ratio).sum())
             context.add_ratio_metrics(batch, replayed, self.clip_range)

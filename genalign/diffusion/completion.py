@@ -67,8 +67,9 @@ def complete(
         stops = completion.stops(index, total)
         rows, origin = unique_starts(sampled.inputs) if stored == 0 else (every, every)
         step = _moves(grid, index, [stops] * len(rows))
-        x = sampled.states[rows, int(sampled.before[stored])]
-        move = transition(pipeline.path, ODE(), x, sampled.prediction[rows, stored], step)
+        place = rows.to(sampled.states.device, non_blocking=True)
+        x = sampled.states[place, int(sampled.before[stored])]
+        move = transition(pipeline.path, ODE(), x, sampled.prediction[place, stored], step)
         row_parts.append(rows)
         x_parts.append(move.mean)
         origins.append(origin)  # the index (B,) of each sample's state
@@ -82,10 +83,12 @@ def complete(
         moving = torch.tensor([i for i, stops in enumerate(stops_of) if index in stops[1:]], dtype=torch.long)
         for part in torch.split(moving, size)[: len(moving)]:  # an empty tensor would be split into one empty part
             step = _moves(grid, index, [stops_of[i] for i in part.tolist()])
-            prediction = pipeline.predict(x[part], step, conditioning[part], guidance)
-            x[part] = transition(pipeline.path, ODE(), x[part], prediction, step).mean
+            place = part.to(x.device, non_blocking=True)
+            prediction = pipeline.predict(x[place], step, conditioning[part], guidance)
+            x[place] = transition(pipeline.path, ODE(), x[place], prediction, step).mean
     clean = torch.split(x, [len(part) for part in x_parts])
-    return torch.stack([latents[origin] for latents, origin in zip(clean, origins, strict=True)], 1)
+    places = [origin.to(x.device, non_blocking=True) for origin in origins]
+    return torch.stack([latents[place] for latents, place in zip(clean, places, strict=True)], 1)
 
 
 def _moves(grid: Grid, index: int, stops: list[tuple[int, ...]]) -> NoiseStep:

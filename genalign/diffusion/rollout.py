@@ -236,6 +236,11 @@ class ReplayBatch:
         """Index of the transitions without padding into a tensor (B, S, ...)."""
         return self.rows[: self.count], self.stored[: self.count]
 
+    def index_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Copy ``index`` to ``device`` without waiting for it."""
+        rows, stored = self.index
+        return rows.to(device, non_blocking=True), stored.to(device, non_blocking=True)
+
     @classmethod
     def of_step(cls, stored: int, samples: int) -> ReplayBatch:
         """Batch the transitions of all samples at one stored step."""

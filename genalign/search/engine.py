@@ -158,6 +158,7 @@ class SearchRun:
         """
         places = [(p, j) for p in range(len(self.prompts)) for j in range(count)]
         noise = self.pipeline.initial_noise([derived_seed(self.seed, p, "x", j) for p, j in places])
+        self.conditioning = self.conditioning.to(noise.device)
         seeds = [derived_seed(self.seed, p, "w", j) for p, j in places]
         candidates = self.start_from(noise, [p for p, _ in places], seeds)
         return replace(candidates, plain=torch.tensor([j == 0 for _, j in places]))
