@@ -166,10 +166,9 @@ def test_a_search_sends_its_conditioning_once(monkeypatch: pytest.MonkeyPatch) -
     calls = len({event.mark for event in in_search if event.mark})
     assert len(in_search) <= 2 * calls  # latents of candidates are on the CPU between steps: one copy each way
     assert {event.functions[-1] for event in in_search} == {"predict"}
-    conditionings = [
-        event for event in cuda.copies if event.functions[-2:-1] == ("to",) and "advance" in event.functions
-    ]
-    assert not conditionings
+    once = "start", "unconditional_tensors"  # the prompt's, and the negative prompt's
+    sent = [event for event in cuda.copies if event.functions[-2:-1] == ("to",) and "search" in event.functions]
+    assert sent and all({*once} & {*event.functions} for event in sent)
 
 
 def test_waits_and_copies_are_counted() -> None:
