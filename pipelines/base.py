@@ -117,10 +117,7 @@ class DiffusersPipeline(ABC):
         self._has_adapter = False
         self._text_adapters: dict[str, LoraConfig] = {}  # of text encoders, by component
         self._embeddings: dict[str, dict[str, Tensor]] = {}  # by text, the one used longest ago first
-        self._unconditional_row: tuple[str | None, Mapping[str, Tensor]] = (
-            None,
-            {},
-        )  # a text and its row on the device
+        self._unconditional: tuple[dict[str, Tensor], Mapping[str, Tensor]] = {}, {}  # an embedding, and on the device
         self._batches: dict[str, list[str]] = {}  # the batch in which a text is encoded
 
         self._text_encoders = [encoder for name in self.encoders if (encoder := pipe.components.get(name)) is not None]
@@ -232,10 +229,10 @@ class DiffusersPipeline(ABC):
     def unconditional_tensors(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the conditioning that guidance leads away from, with a row for each row of ``tensors`` (B, ...)."""
         assert self.unconditional is not None, "a family without a negative prompt overrides this method"
-        if self._unconditional_row[0] != self.unconditional:
-            row = Conditioning(self._embeddings[self.unconditional]).to(self.device).tensors
-            self._unconditional_row = self.unconditional, row
-        row = self._unconditional_row[1]
+        embedding = self._embeddings[self.unconditional]
+        if self._unconditional[0] is not embedding:  # the bits of an embedding differ by the batch that encoded it
+            self._unconditional = embedding, Conditioning(embedding).to(self.device).tensors
+        row = self._unconditional[1]
         return {name: row[name].expand(len(tensor), *row[name].shape) for name, tensor in tensors.items()}
 
     @property

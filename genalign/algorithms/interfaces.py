@@ -107,16 +107,16 @@ class MetricSums:
 
     def add_log_ratios(self, log_ratios: Tensor) -> None:
         """Raise ``log_ratio_max`` to the largest absolute value of ``log_ratios``."""
-        self._unread.append(("", log_ratios.detach().abs().max()))
+        self._unread.append(("log_ratio_max", log_ratios.detach().abs().max()))
 
     def read(self) -> MetricSums:
         """Wait for the device, and complete ``values`` and ``log_ratio_max`` by what was added."""
         names, tensors = zip(*self._unread, strict=True) if self._unread else ((), ())
         for name, value in zip(names, torch.stack(promote(*tensors)).tolist() if tensors else (), strict=True):
-            if name:
-                self.values[name] = self.values.get(name, 0.0) + value
-            else:
+            if name == "log_ratio_max":
                 self.log_ratio_max = max(self.log_ratio_max, value)
+            else:
+                self.values[name] = self.values.get(name, 0.0) + value
         self._unread.clear()
         return self
 

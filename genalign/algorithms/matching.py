@@ -54,7 +54,7 @@ class NoisedSamples:
         parts = (self.target, self.prediction, self.reference, self.old)
         return NoisedSamples(self.path, self.x0[rows], self.x[rows], level, *(part[rows] for part in parts))
 
-    def beside(self, tensor: Tensor) -> Tensor:
+    def on_device(self, tensor: Tensor) -> Tensor:
         """Move a tensor of the CPU to the device of the samples, without waiting for it."""
         return tensor.to(self.x.device, non_blocking=True)
 
@@ -309,7 +309,7 @@ class DPOLoss(_CreditedSamples):
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         pairs = sign_pairs(credit, group)
         errors, reference = noised.error, mean_square(noised.reference, noised.target)
-        better, worse = noised.beside(pairs.winners), noised.beside(pairs.losers)
+        better, worse = noised.on_device(pairs.winners), noised.on_device(pairs.losers)
         return dpo_loss(errors[better], reference[better], errors[worse], reference[worse], self.beta)
 
 
@@ -321,7 +321,7 @@ class KTOLoss(_CreditedSamples):
     beta: float
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
-        reference, desirable = mean_square(noised.reference, noised.target), noised.beside(credit > 0)
+        reference, desirable = mean_square(noised.reference, noised.target), noised.on_device(credit > 0)
         return kto_loss(noised.error, reference, desirable, self.beta)
 
 
@@ -341,7 +341,7 @@ class NFTLoss(_CreditedSamples):
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
         limit = self.largest_advantage
-        optimality = noised.beside((credit.clamp(-limit, limit) / (2 * limit) + 0.5).to(noised.x.dtype))
+        optimality = noised.on_device((credit.clamp(-limit, limit) / (2 * limit) + 0.5).to(noised.x.dtype))
         clean, old = noised.clean(noised.prediction), noised.clean(noised.old)
         return limit * nft_loss(clean, old, noised.x0, optimality, self.beta)
 
@@ -359,7 +359,7 @@ class AWMLoss(_CreditedSamples):
         new = awm_log_probability(noised.error, sigma, self.power)
         old = awm_log_probability(mean_square(noised.old, noised.target).detach(), sigma, self.power)
         limit = self.largest_advantage
-        ratio, advantage = (new - old).exp(), noised.beside(credit.clamp(-limit, limit) / limit)
+        ratio, advantage = (new - old).exp(), noised.on_device(credit.clamp(-limit, limit) / limit)
         clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
         return torch.maximum(-advantage * ratio, -advantage * clipped)
 
@@ -372,7 +372,7 @@ class RewardWeightedLoss(_CreditedSamples):
         return credit > 0
 
     def __call__(self, noised: NoisedSamples, credit: Tensor, group: Tensor) -> Tensor:
-        return noised.beside(credit) * noised.error
+        return noised.on_device(credit) * noised.error
 
 
 def sign_pairs(credit: Tensor, group: Tensor) -> PreferencePairs:

@@ -67,3 +67,11 @@ def test_float16_learns_in_the_direction_of_float32(folder_of: FolderOf) -> None
     assert _cosine(exact, scaled) > 0.99
     unscaled = _gradient(folder, torch.float16, replace(SETTINGS, loss_scale=2.0), factor)
     assert not unscaled.any() or _cosine(exact, unscaled) < 0.9
+
+
+def test_latents_that_are_not_finite_are_no_overflow_of_the_autoencoder(folder_of: FolderOf) -> None:
+    pipeline = StableDiffusion.load(folder_of("sd15"), dtype=torch.float16)
+    latents = pipeline.initial_noise([1, 2])
+    latents[1] = torch.nan
+    decoded = pipeline.decode(latents)
+    assert bool(decoded[0].isfinite().all()) and not bool(decoded[1].isfinite().all())

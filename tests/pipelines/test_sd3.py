@@ -72,3 +72,15 @@ def test_another_family_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
     with pytest.raises(ValueError, match="holds a DDPMPipeline, not a StableDiffusion3Pipeline"):
         SD3.load(tmp_path)
+
+
+def test_guidance_leads_away_from_the_embedding_that_stands_for_its_text_now(tiny: SD3) -> None:
+    """The last bits of an embedding differ by its batch: an evaluation's must not be left for training."""
+    x, step = tiny.initial_noise([1]), tiny.grid(4)[0]
+    with tiny.separate_encoding():
+        other = tiny.encode(["a circle"])
+        tiny._embeddings[""] = {name: tensor + 1 for name, tensor in tiny._embeddings[""].items()}
+        tiny.predict(x, step, other, 3.0)
+    own = tiny.encode(["a circle"])
+    row = tiny.unconditional_tensors(own.tensors)
+    assert all(torch.equal(tensor[0], tiny._embeddings[""][name]) for name, tensor in row.items())

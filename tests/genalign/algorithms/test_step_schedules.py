@@ -66,4 +66,4 @@ def test_impossible_schedules() -> None:
     with pytest.raises(ValueError, match="of at least 1"):
         SlidingWindow(0)
     with pytest.raises(ValueError, match="one of progressive, decay, exp_decay, not 'linear'"):
-        SlidingWindow(1, pace="linear")  # type: ignore[arg-type]
+        SlidingWindow(1, pace="linear")  # type: ignore[arg-type]  # which is refused
