@@ -26,8 +26,8 @@ from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt
 from pipelines.base import DiffusersPipeline
+from scripts.benchmarks.published_sizes import MODELS, default_dtype
 from tests.fake_cuda import Event, FakeCuda, _Backward, by_place
-from tests.pipelines.published_sizes import MODELS, default_dtype
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
