@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypedDict, Unpack
 
@@ -46,12 +46,11 @@ from pipelines.checkpoint_files import (
 )
 from pipelines.checkpoint_settings import check_index, check_settings
 from pipelines.low_memory import on_device, quantization_arguments
+from pipelines.text_embeddings import TextEmbeddings
 
 logger = logging.getLogger(__name__)
 
 _BASE_FILE = "base.json"
-_ENCODE_BATCH = 64
-_CACHE_BYTES = 4 << 30  # of text embeddings; one prompt of FLUX takes 4 MiB
 
 
 class Options(TypedDict, total=False):
@@ -116,10 +115,7 @@ class DiffusersPipeline(ABC):
         self.fingerprint = fingerprint(self.denoiser)
         self._has_adapter = False
         self._text_adapters: dict[str, LoraConfig] = {}  # of text encoders, by component
-        self._embeddings: dict[str, dict[str, Tensor]] = {}  # by text, the one used longest ago first
-        self._unconditional: tuple[dict[str, Tensor], Mapping[str, Tensor]] = {}, {}  # an embedding, and on the device
-        self._batches: dict[str, list[str]] = {}  # the batch in which a text is encoded
-
+        self._embeddings = TextEmbeddings()
         self._text_encoders = [encoder for name in self.encoders if (encoder := pipe.components.get(name)) is not None]
         self._decoders = [pipe.components[name] for name in self.decoders]
         self._place_networks()
@@ -229,10 +225,7 @@ class DiffusersPipeline(ABC):
     def unconditional_tensors(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the conditioning that guidance leads away from, with a row for each row of ``tensors`` (B, ...)."""
         assert self.unconditional is not None, "a family without a negative prompt overrides this method"
-        embedding = self._embeddings[self.unconditional]
-        if self._unconditional[0] is not embedding:  # the bits of an embedding differ by the batch that encoded it
-            self._unconditional = embedding, Conditioning(embedding).to(self.device).tensors
-        row = self._unconditional[1]
+        row = self._embeddings.on_device(self.unconditional, self.device)
         return {name: row[name].expand(len(tensor), *row[name].shape) for name, tensor in tensors.items()}
 
     @property
@@ -367,57 +360,25 @@ class DiffusersPipeline(ABC):
         Embeddings are cached up to 4 GiB, and those used longest ago are dropped first.
         """
         needed = {*prompts} if self.unconditional is None else {*prompts, self.unconditional}
-        missing = sorted(text for text in needed if text not in self._embeddings)
-        new = [text for text in missing if text not in self._batches]
-        self.encode_together([new[start : start + _ENCODE_BATCH] for start in range(0, len(new), _ENCODE_BATCH)])
-        self._embed(missing)
-        self._drop_unused(needed)
-        rows = [self._embeddings[text] for text in prompts]
-        return Conditioning({name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]})
+        return self._embeddings.conditioning(prompts, needed, self._run_text_encoders)
 
-    @torch.no_grad()
-    def _embed(self, texts: Sequence[str]) -> None:
-        """Encode texts, each together with the others of its batch."""
-        for text in texts:
-            if text in self._embeddings:
-                continue  # since an earlier one of these texts has the same batch
-            batch = self._batches[text]
-            with on_device(self._text_encoders, self.device, self.memory.offload):
-                tensors = {name: tensor.cpu() for name, tensor in self.encode_texts(batch).items()}
-            for place, member in enumerate(batch):  # copies, which are freed one by one
-                self._embeddings[member] = {name: tensor[place].clone() for name, tensor in tensors.items()}
+    def _run_text_encoders(self, texts: list[str]) -> dict[str, Tensor]:
+        """Encode P texts to named tensors (P, ...) on the CPU."""
+        with on_device(self._text_encoders, self.device, self.memory.offload):
+            return {name: tensor.cpu() for name, tensor in self.encode_texts(texts).items()}
 
-    def _drop_unused(self, needed: set[str]) -> None:
-        """Drop the embeddings used longest ago from the cache if it exceeds its size, but none of ``needed``."""
-        latest = {text: self._embeddings.pop(text) for text in sorted(needed)}
-        free = _CACHE_BYTES - sum(tensor.nbytes for row in latest.values() for tensor in row.values())
-        for text, row in reversed([*self._embeddings.items()]):
-            free -= sum(tensor.nbytes for tensor in row.values())
-            if free < 0:
-                del self._embeddings[text]
-        self._embeddings |= latest
-
-    @contextlib.contextmanager
-    def separate_encoding(self) -> Iterator[None]:
+    def separate_encoding(self) -> contextlib.AbstractContextManager[None]:
         """Encode texts, within the context, without an effect on the batches in which texts are encoded later."""
-        batches, embeddings = dict(self._batches), dict(self._embeddings)
-        try:
-            yield
-        finally:
-            self._batches, self._embeddings = batches, embeddings
+        return self._embeddings.separate()
 
     @property
     def encoded(self) -> list[list[str]]:
         """The batches in which texts were encoded so far; the last bits of an embedding depend on its batch."""
-        return list({id(batch): batch for batch in self._batches.values()}.values())
+        return self._embeddings.encoded
 
     def encode_together(self, batches: Sequence[Sequence[str]]) -> None:
-        """Encode the texts of each batch together as soon as one of them is needed.
-
-        ``batches`` are ``encoded`` of an earlier process. Embeddings that exist already stay.
-        """
-        for batch in map(list, batches):
-            self._batches |= dict.fromkeys(batch, batch)
+        """Encode the texts of each batch, those of ``encoded`` of an earlier process, together when one is needed."""
+        self._embeddings.encode_together(batches)
 
     def initial_noise(self, seeds: Sequence[int]) -> Tensor:
         """Draw standard normal latents (B, C, ...) on the pipeline's device, with one CPU generator per seed."""

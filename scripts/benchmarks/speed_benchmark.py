@@ -37,6 +37,7 @@ from genalign.training.trainer import Trainer
 from genalign.types import Prompt
 from genalign.worlds import shapes
 from pipelines import SD3
+from pipelines.text_embeddings import TextEmbeddings
 from rewards.shapes import ShapesReward
 from scripts.benchmarks.cached import cached
 from scripts.benchmarks.plain_loop import PlainLoop, PlainSettings
@@ -141,8 +142,7 @@ class SpeedContender:
             return lambda: next(rounds)
 
         def forgetful() -> None:
-            self.pipeline._cache.clear()
-            self.pipeline._batches.clear()
+            self.pipeline._embeddings = TextEmbeddings()
             next(rounds)
 
         return forgetful

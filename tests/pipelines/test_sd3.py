@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from genalign.diffusion.policy import Lora, Policy
-from pipelines import SD3, base
+from pipelines import SD3, text_embeddings
 
 PROMPTS = ["a red circle", "an orange ring and a blue square"]
 
@@ -40,7 +40,7 @@ def test_embeddings_dropped_from_the_cache_are_computed_again_to_the_same_bits(
     encode = tiny.encode_texts
     monkeypatch.setattr(tiny, "encode_texts", lambda texts: batches.append(list(texts)) or encode(texts))
     first, one = tiny.encode([*PROMPTS, "a third"]), tiny.encode(PROMPTS[:1])
-    monkeypatch.setattr(base, "_CACHE_BYTES", 3 * sum(row[0].nbytes for row in first.tensors.values()))
+    monkeypatch.setattr(text_embeddings, "_CACHE_BYTES", 3 * sum(row[0].nbytes for row in first.tensors.values()))
     tiny.encode(["a fourth"])  # there is room for it, for the unconditional text and for the latest of the others
     assert torch.equal(tiny.encode(PROMPTS[:1]).tensors["context"], one.tensors["context"]) and len(batches) == 2
     again = tiny.encode([*PROMPTS, "a third"])
@@ -79,8 +79,9 @@ def test_guidance_leads_away_from_the_embedding_that_stands_for_its_text_now(tin
     x, step = tiny.initial_noise([1]), tiny.grid(4)[0]
     with tiny.separate_encoding():
         other = tiny.encode(["a circle"])
-        tiny._embeddings[""] = {name: tensor + 1 for name, tensor in tiny._embeddings[""].items()}
+        rows = tiny._embeddings._embeddings
+        rows[""] = {name: tensor + 1 for name, tensor in rows[""].items()}
         tiny.predict(x, step, other, 3.0)
     own = tiny.encode(["a circle"])
     row = tiny.unconditional_tensors(own.tensors)
-    assert all(torch.equal(tensor[0], tiny._embeddings[""][name]) for name, tensor in row.items())
+    assert all(torch.equal(tensor[0], tiny._embeddings._embeddings[""][name]) for name, tensor in row.items())
