@@ -29,6 +29,7 @@ from genalign.diffusion.paths import GaussianPath
 from genalign.diffusion.rollout import rows_are_finite
 from genalign.runtime.distributed import own_device
 from genalign.runtime.files import apply_umask, write_json
+from genalign.runtime.fsdp import compute_dtype, unsharded_class
 from genalign.runtime.hub import HubAccess, hub_answers, is_hub_id
 from genalign.runtime.memory_options import Memory
 from genalign.types import Conditioning, Grid, NoiseLevel
@@ -321,8 +322,7 @@ class DiffusersPipeline(ABC):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the denoiser computes in: that of mixed precision, or of its weights."""
-        dtype: torch.dtype = self.denoiser.dtype
-        return dtype if self.autocast is None else self.autocast
+        return compute_dtype(self.denoiser) if self.autocast is None else self.autocast
 
     @property
     def latent_channels(self) -> int:
@@ -352,7 +352,7 @@ class DiffusersPipeline(ABC):
 
     def zeros(self, *shape: int) -> Tensor:
         """Return zeros of ``shape`` on the pipeline's device, in the denoiser's dtype."""
-        return torch.zeros(shape, device=self.device, dtype=self.denoiser.dtype)
+        return torch.zeros(shape, device=self.device, dtype=compute_dtype(self.denoiser))
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts to named tensors (P, ...) on the CPU, padded with zeros at the end of shorter texts.
@@ -408,7 +408,7 @@ class DiffusersPipeline(ABC):
             away = self.unconditional_tensors(tensors)
             tensors = {name: _stacked(away[name], rows) for name, rows in tensors.items()}
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
-        dtype = self.denoiser.dtype
+        dtype = compute_dtype(self.denoiser)
         tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         with self._mixed_precision():
             output = self.run_denoiser(x.to(self.device, dtype), timestep, tensors).float()
@@ -495,9 +495,14 @@ class DiffusersPipeline(ABC):
         names, alphas = converted
         return {**names, **{name: torch.tensor(value) for name, value in (alphas or {}).items()}}
 
-    def save_denoiser(self, directory: Path) -> None:
-        """Write the network's weights and configuration in the format of diffusers."""
-        self.denoiser.save_pretrained(directory)
+    def save_denoiser(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the network's weights, or ``state`` where they are sharded, and configuration, in diffusers' format."""
+        network = self.denoiser
+        if state is not None:
+            with torch.device("meta"):
+                network = unsharded_class(network).from_config(network.config)
+            network.load_state_dict(state, assign=True)
+        network.save_pretrained(directory)
         apply_umask(directory)
 
     def load_denoiser(self, directory: Path) -> None:

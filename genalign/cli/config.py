@@ -109,12 +109,12 @@ class EvaluationSize:
     Args:
         samples_per_task: Number of samples of each task.
         seeds: Smallest number of initial noises per prompt.
-        batch_size: Number of samples that are generated at once.
+        batch_size: Number of samples that are generated at once; null takes training.batch_size.
     """
 
     samples_per_task: int = 96
     seeds: int = 3
-    batch_size: int = 96
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "samples_per_task", "seeds", "batch_size")

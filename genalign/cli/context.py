@@ -165,6 +165,7 @@ def model_protocol(
         prompts: The prompts.
         verifier: The name of what scores the samples.
     """
+    assert size.batch_size is not None, "it is that of the training samples by now"
     return EvaluationProtocol(
         suite=prompts.name,
         suite_hash=suite_hash(prompts),

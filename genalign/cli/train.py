@@ -26,7 +26,7 @@ from genalign.cli.family_defaults import with_family_defaults
 from genalign.cli.resume import EncoderCache, InputFingerprint, TrackerRun, checkpoint_in, flat, train_request
 from genalign.cli.run_prompts import RunPrompts
 from genalign.diffusion.policy import Policy
-from genalign.diffusion.rollout import generate
+from genalign.diffusion.rollout import OdeSamples
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import Evaluation, load_evaluation, plan_samples, suite_hash
 from genalign.evaluation.paired import effect_sizes, gain, task_gains
@@ -39,6 +39,7 @@ from genalign.runtime.distributed import (
     ProcessGroupError,
     RankShare,
     process_group,
+    require_shared,
 )
 from genalign.runtime.files import write_json
 from genalign.runtime.fsdp import Sharding, sharding_from_environment
@@ -149,6 +150,7 @@ def run_training(
     if checkpoint is None:
         folder.require_unused()
     processes.barrier()  # no rank writes before every rank has checked
+    require_shared(folder.path, processes)
 
     # Assemble the run, then measure the untrained model or restore the checkpoint
     with progress.phase(f"loading {settings.model.path}"):
@@ -292,17 +294,17 @@ class TrainingRun:
     def hacking_snapshot(self) -> PanelSnapshot:
         """Measure the averaged weights for the monitor of reward hacking.
 
-        The main rank measures for all, since a reward may return something else on another.
+        All ranks share the samples, and the main rank measures them for all, since a reward may return something else
+        on another.
         """
         tensors: dict[str, Tensor] = {}
-        if self.processes.is_main or self.policy.sharded:
-            hacking, prompts = self.settings.reward_hacking, [job.prompt for job in self.hacking_jobs]
-            with self.policy.averaged(), self.progress.phase("reward hacking"):
-                seeds = [job.seed for job in self.hacking_jobs]
-                samples = self._generate(prompts, seeds, self.sampling, hacking.batch_size)
-            if self.processes.is_main:
-                measures = PanelMeasures(self.hacking_rewards, hacking.features, hacking.diagnostics)
-                tensors = measures(samples, prompts).tensors()
+        hacking, prompts = self.settings.reward_hacking, [job.prompt for job in self.hacking_jobs]
+        with self.policy.averaged(), self.progress.phase("reward hacking"):
+            seeds = [job.seed for job in self.hacking_jobs]
+            samples = self._generate(prompts, seeds, self.sampling, self._batch_size(hacking), shared=True)
+        if self.processes.is_main:
+            measures = PanelMeasures(self.hacking_rewards, hacking.features, hacking.diagnostics)
+            tensors = measures(samples, prompts).tensors()
         return PanelSnapshot.from_tensors(self.processes.broadcast(tensors))
 
     def sample_grid(self) -> Tensor | None:
@@ -316,16 +318,39 @@ class TrainingRun:
             samples = self._generate(prompts, range(count), self.sampling, self.trainer.settings.batch_size)
         return samples if self.processes.is_main else None
 
-    def _generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling, batch_size: int) -> Tensor:
-        """Generate one sample per prompt and seed, without noise after the first level."""
-        texts = [prompt.text for prompt in prompts]
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        batch_size: int,
+        shared: bool = False,
+    ) -> Tensor:
+        """Generate one sample per prompt and seed, without noise after the first level.
+
+        Args:
+            prompts: The prompts.
+            seeds: The seeds of the first noises.
+            sampling: Steps and guidance.
+            batch_size: Samples per batch.
+            shared: Whether the ranks take the batches in turn, so that all must call this; else each makes all.
+        """
+        processes = replace(self.processes, in_step=self.policy.sharded) if shared else SINGLE_PROCESS
         grid, guidance = sampling.grid(self.pipeline), sampling.guidance_scale(self.pipeline)
-        samples = list[Tensor]()
-        with self.progress.phase("sampling", len(texts)) as advance:
-            for batch in generate(self.pipeline, texts, seeds, grid, guidance, batch_size):
-                samples.append(batch)
-                advance(len(batch))
-        return torch.cat(samples)
+        source = OdeSamples(self.pipeline, [prompt.text for prompt in prompts], seeds, grid, guidance, batch_size)
+        sizes, own = [len(part) for part in source.parts], list[Tensor]()
+        with self.progress.phase("sampling", len(prompts)) as advance:
+            for number in processes.batch_numbers(len(source)):
+                batch = source.batch(number % len(source))
+                if number < len(source):
+                    own.append(batch)
+                    advance(len(batch) * processes.world_size)
+        shape = processes.all_gather_object(list(own[0].shape[1:]) if own else None)[0]
+        return processes.interleaved(own or [torch.empty(0, *shape)], sizes)  # there may be fewer batches than ranks
+
+    def _batch_size(self, size: config.EvaluationSize) -> int:
+        """Return the batch size of an evaluation, by default that of the training samples."""
+        return size.batch_size or self.trainer.settings.batch_size
 
     def _evaluator(
         self,
@@ -343,12 +368,13 @@ class TrainingRun:
             otherwise: Rewards where there are neither.
         """
         source, prompts = amount.prompts or self.settings.prompts, self.prompts.evaluations[name]
-        world, size = world_of(source), config.EvaluationSize(amount.samples_per_task, amount.seeds, amount.batch_size)
+        world, batch_size = world_of(source), self._batch_size(amount)
+        size = config.EvaluationSize(amount.samples_per_task, amount.seeds, batch_size)
         if world is None:  # of a user's prompts, each has ``seeds`` noises, however few they are
             most = max(len({prompt.text for prompt in task}) for task in prompts.by_task().values())
             size = replace(size, samples_per_task=min(size.samples_per_task, most * size.seeds))
         scorers = self.context.scorers_for(source, scorers) or otherwise or {}
-        model, processes = self.settings.model, self.processes
+        model, processes = self.settings.model, replace(self.processes, in_step=self.policy.sharded)
         return build_evaluator(self.pipeline, model, self.sampling, size, prompts, scorers, world, processes)
 
 
@@ -356,12 +382,17 @@ def _sharding(settings: config.Train, processes: ProcessGroup) -> Sharding | Non
     """Read the launcher's FSDP settings. Raises ValueError if the training settings do not work with them."""
     sharding = sharding_from_environment(os.environ, processes.world_size)
     conflicts = {
-        "lora null: train an adapter": settings.lora is None,
         "training.optimizer adamw8bit: choose adamw": settings.training.optimizer != "adamw",
         "training.on_out_of_memory halve: ranks would diverge": settings.training.on_out_of_memory == "halve",
     }
     if sharding and (names := [name for name, conflict in conflicts.items() if conflict]):
         raise ValueError(f"FSDP cannot train a sharded network with {'; '.join(names)}")
+    replicas = processes.all_gather_object(sharding.replicas if sharding else 0)
+    if len(set(replicas)) > 1:
+        raise ValueError(
+            "the nodes have different numbers of processes, so that each cannot shard a copy of the network: start"
+            " equally many on every node, or set accelerate's parallelism_config"
+        )
     return sharding
 
 

@@ -12,8 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from genalign.diffusion.lora import ADAPTER, inject_lora
-from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from genalign.runtime.fsdp import Sharding, full_tensor, reshard, shard_like, swapped_weights
+from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, seeded
+from genalign.runtime.files import with_prefix, without_prefix
+from genalign.runtime.fsdp import (
+    Sharding,
+    full_tensor,
+    gathered,
+    gathered_state,
+    local_tensor,
+    reshard,
+    shard_like,
+    with_shards,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -53,32 +63,53 @@ class Lora:
 
 
 class WeightSnapshot:
-    """A copy of the trainable weights, on the same device."""
+    """A copy of the trainable weights, each rank's shards of them if they are sharded.
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.tensors = [parameter.detach().clone() for parameter in parameters]
+    Args:
+        parameters: The weights.
+        on_cpu: Hold the copy on the CPU, in pinned memory if the weights are on a GPU.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], on_cpu: bool = False) -> None:
+        self.parameters = parameters
+        self.tensors = [_copied(local_tensor(parameter), on_cpu) for parameter in parameters]
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the copy is on another device than the weights."""
+        return any(t.device != p.device for t, p in zip(self.tensors, self.parameters, strict=True))
 
     @torch.no_grad()
     def update(self, parameters: Sequence[nn.Parameter], decay: float = 0.0) -> None:
         """Move towards ``parameters``: decay 0 copies them, decay near 1 averages slowly."""
         for tensor, parameter in zip(self.tensors, parameters, strict=True):
-            tensor.lerp_(parameter.detach(), 1 - decay)
+            tensor.lerp_(local_tensor(parameter).to(tensor.device), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the weights by index, gathered from all ranks if they are sharded."""
-        return {str(index): full_tensor(tensor) for index, tensor in enumerate(self.tensors)}
+        """Return the weights by index; those of a sharded network are gathered, on rank 0."""
+        pairs = zip(self.tensors, self.parameters, strict=True)
+        return {str(index): gathered(with_shards(tensor, like)) for index, (tensor, like) in enumerate(pairs)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the weights that ``state_dict()`` returned."""
-        for index, tensor in enumerate(self.tensors):
-            tensor.copy_(shard_like(state[str(index)], tensor))
+        for index, (tensor, like) in enumerate(zip(self.tensors, self.parameters, strict=True)):
+            tensor.copy_(local_tensor(shard_like(state[str(index)], like)))
+
+
+def _copied(tensor: Tensor, on_cpu: bool) -> Tensor:
+    """Copy a tensor, to the CPU if its values exist and ``on_cpu`` is true."""
+    if not on_cpu or tensor.device.type in ("cpu", "meta"):
+        return tensor.clone()
+    copy = tensor.cpu()
+    return copy.pin_memory() if tensor.is_cuda else copy
 
 
 class Policy:
     """A trainable denoiser with its reference policy and a moving average of its weights.
 
     The reference policy is the network with its adapters off or, for full fine-tuning, a copy of the first weights.
-    Trainable weights are float32 whatever the network's dtype.
+    Trainable weights are float32 whatever the network's dtype. In full fine-tuning the network computes in float32,
+    too, unless it is sharded; and the reference, the average and other snapshots wait on the CPU until they are used.
 
     Args:
         denoiser: The network; all weights but the trainable ones are frozen.
@@ -113,28 +144,34 @@ class Policy:
             config = LoraConfig(
                 r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights="gaussian"
             )
-            with torch.random.fork_rng():  # B starts at zero, so that training starts at the reference policy
-                torch.manual_seed(seed)
+            with seeded(seed):  # B starts at zero, so that training starts at the reference policy
                 inject_lora(denoiser, config)
         if lora or has_adapter:
             self.config = cast("LoraConfig", cast(Any, denoiser).peft_config[ADAPTER])
-        else:
+        elif sharding is None:
             denoiser.float()
         for name, parameter in denoiser.named_parameters():
-            if self.config is None or "lora_" in name:
+            if self.config is None:
+                parameter.requires_grad_(True)
+            elif "lora_" in name:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
         self.sharded = sharding is not None
         if sharding:
-            sharding.apply(denoiser)  # which replaces the parameters
+            sharding.apply(denoiser, master_weights=self.config is None)  # which replaces the parameters
         self.parameters = list(filter(lambda parameter: parameter.requires_grad, denoiser.parameters()))
-        self.average = WeightSnapshot(self.parameters)
-        self._first = None if self.config else WeightSnapshot(self.parameters)
+        self.average = self.snapshot()
+        self._first = None if self.config else self.snapshot()
+        self._current: WeightSnapshot | None = None  # memory for the weights that a snapshot on the CPU displaces
 
     @property
     def device(self) -> torch.device:
         """The device of the trainable weights."""
         return self.parameters[0].device
+
+    def snapshot(self) -> WeightSnapshot:
+        """Copy the current weights: an adapter's on its device, those of a whole network on the CPU."""
+        return WeightSnapshot(self.parameters, on_cpu=self.config is None)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
@@ -159,8 +196,8 @@ class Policy:
     @contextlib.contextmanager
     def using(self, snapshot: WeightSnapshot) -> Iterator[None]:
         """Run the network with the weights of ``snapshot``, within the context; not for training."""
-        if self.sharded:
-            with swapped_weights(self.denoiser, self.parameters, snapshot.tensors):
+        if self.sharded or snapshot.is_elsewhere:
+            with self._copied_in(snapshot):
                 yield
             return
         current = [parameter.data for parameter in self.parameters]
@@ -171,6 +208,30 @@ class Policy:
         finally:
             for parameter, tensor in zip(self.parameters, current, strict=True):
                 parameter.data = tensor
+
+    @contextlib.contextmanager
+    def _copied_in(self, snapshot: WeightSnapshot) -> Iterator[None]:
+        """Copy ``snapshot`` into the weights within the context, and copy these back.
+
+        FSDP gathers from the memory that the weights had when they were sharded, so that they cannot be replaced.
+        """
+        current, self._current = self._current or self.snapshot(), None  # None for a context within this one
+        self._copy(to=current.tensors)
+        self._copy(snapshot.tensors)
+        try:
+            yield
+        finally:
+            self._copy(current.tensors)
+            self._current = current
+
+    @torch.no_grad()
+    def _copy(self, tensors: Sequence[Tensor] = (), to: Sequence[Tensor] = ()) -> None:
+        """Copy ``tensors`` into the weights, or the weights ``to`` tensors."""
+        own = [local_tensor(parameter) for parameter in self.parameters]
+        for source, target in zip(tensors or own, to or own, strict=True):
+            target.copy_(source)
+        if self.sharded and tensors:
+            reshard(self.denoiser)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Run the network with the moving average of the weights, within the context, to evaluate or save it."""
@@ -207,17 +268,21 @@ class Policy:
         state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
         return {name: full_tensor(tensor) for name, tensor in state.items()}
 
+    def network_state(self) -> dict[str, Tensor] | None:
+        """Return the state dict of a sharded network, on rank 0, for which every rank must call this; else None."""
+        return gathered_state(self.denoiser) if self.sharded else None
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the current and the averaged weights by index, for a checkpoint of the run."""
-        current = {f"current.{i}": full_tensor(parameter.detach()) for i, parameter in enumerate(self.parameters)}
-        return current | {f"average.{i}": full_tensor(tensor) for i, tensor in enumerate(self.average.tensors)}
+        current = {f"current.{i}": gathered(parameter.detach()) for i, parameter in enumerate(self.parameters)}
+        return current | with_prefix("average.", self.average.state_dict())
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor], updates: int) -> None:
         """Restore what ``tensors()`` returned, after ``updates`` optimizer steps."""
-        for i, (parameter, average) in enumerate(zip(self.parameters, self.average.tensors, strict=True)):
+        for i, parameter in enumerate(self.parameters):
             parameter.copy_(shard_like(tensors[f"current.{i}"], parameter))
-            average.copy_(shard_like(tensors[f"average.{i}"], average))
+        self.average.load_state_dict(without_prefix("average.", tensors))
         if self.sharded:
             reshard(self.denoiser)
         self.updates = updates

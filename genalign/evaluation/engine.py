@@ -54,7 +54,7 @@ def evaluate(
     """Score all samples of ``source`` on the ranks of a run, each of which returns the whole evaluation.
 
     Args:
-        source: The samples. All ranks make equally many batches, as FSDP requires.
+        source: The samples.
         scorer: Scores the samples.
         protocol: The settings that the source was made by, saved with the results.
         output: A folder, visible to all ranks, for the samples and at the end the evaluation; None saves nothing.
@@ -70,13 +70,13 @@ def evaluate(
         raise ValueError("an evaluation needs at least one sample")
     write, own = write or numbered_files(None), list[list[Any]]()
     with progress.phase("sampling", len(source.specs)) as advance:
-        for number in processes.padded_indices(len(source)):
+        for number in processes.batch_numbers(len(source)):
             if number < len(source):
                 records, _ = _scored_batch(source, number, scorer, output, write, {})
                 own.append([number, [record_as_dict(record) for record in records]])
                 advance(len(records) * processes.world_size)
             else:
-                list(source.batch(number % len(source)))  # only so that every rank runs the network
+                list(source.batch(number % len(source)))  # so that every rank runs a sharded network
 
     # Gather the batches of all ranks, and join them in order
     gathered = sorted((row for rank in processes.all_gather_object(own) for row in rank), key=lambda row: row[0])

@@ -6,16 +6,20 @@ A launcher (`accelerate launch`, torchrun) starts the processes; each runs the s
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -24,8 +28,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
-HEARTBEAT_SECONDS, SILENCE_SECONDS = 5.0, 45.0
+HEARTBEAT_SECONDS = 5.0
+HEARTBEAT_TIMEOUT = "GENALIGN_HEARTBEAT_TIMEOUT"
+"""The environment variable with the seconds without a heartbeat after which a rank counts as dead; by default 45."""
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # for ranks that are alive
+_VISIBLE_WITHIN = 30.0  # seconds, for a new file on a network file system
+_BUCKET = 2**24  # numbers that are reduced at once
 
 
 class ProcessGroupError(RuntimeError):
@@ -57,10 +65,6 @@ class RankShare:
         """Return this rank's part of the numbers 0..count-1."""
         return range(self.rank, count, self.world_size)
 
-    def padded_indices(self, count: int) -> range:
-        """Return this rank's part of the numbers 0..count-1, padded beyond so that every rank has equally many."""
-        return range(self.rank, self.rank + -(-count // self.world_size) * self.world_size, self.world_size)
-
 
 ALL_RANKS = RankShare()
 """All of the work, as one share."""
@@ -70,13 +74,21 @@ ALL_RANKS = RankShare()
 class ProcessGroup(RankShare):
     """The ranks of a run and their collectives: every rank calls the method, in the same order, and waits for the last.
 
-    Every collective raises ProcessGroupError if another rank has ended.
+    Every collective raises ProcessGroupError if another rank has ended. ``in_step`` says that the ranks must run their
+    network equally often, because it is sharded over them.
     """
+
+    in_step: bool = False
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes files and prints."""
         return self.rank == 0
+
+    def batch_numbers(self, count: int) -> range:
+        """Return this rank's part of the numbers 0..count-1; in step, padded so that every rank has equally many."""
+        last = -(-count // self.world_size) * self.world_size if self.in_step else count
+        return range(self.rank, last, self.world_size)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Stack the tensors of all ranks, of one shape and dtype, to (world_size, ...), on the device of ``tensor``."""
@@ -139,8 +151,24 @@ class ProcessGroup(RankShare):
         if self.world_size == 1:
             return
         with _collective():
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()
+            for bucket in _buckets(tensors):
+                flat = torch.cat([tensor.flatten() for tensor in bucket])
+                dist.all_reduce(flat)
+                for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                    tensor.copy_(total.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Divide tensors into parts of one dtype and of 64 MB or one tensor: a network has hundreds of small ones."""
+    for _, same in itertools.groupby(tensors, lambda tensor: tensor.dtype):
+        bucket, size = list[Tensor](), 0
+        for tensor in same:
+            if bucket and size + tensor.numel() > _BUCKET:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(tensor)
+            size += tensor.numel()
+        yield bucket
 
 
 SINGLE_PROCESS = ProcessGroup()
@@ -160,13 +188,15 @@ def _collective() -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_group(
-    variables: Mapping[str, str], heartbeat: float = HEARTBEAT_SECONDS, silence: float = SILENCE_SECONDS
+    variables: Mapping[str, str], heartbeat: float = HEARTBEAT_SECONDS, silence: float | None = None
 ) -> Iterator[ProcessGroup]:
     """Join the process group of a launcher's environment ``variables``, or yield SINGLE_PROCESS without a launcher.
 
     Each rank sends a heartbeat every ``heartbeat`` seconds. A rank that misses another's heartbeat for ``silence``
-    seconds prints so and exits at once: a collective with a killed rank may otherwise never return.
+    seconds (by default what HEARTBEAT_TIMEOUT says) prints so and exits at once: a collective with a killed rank may
+    otherwise never return. Raises ValueError for an environment in which the ranks cannot meet.
     """
+    silence = heartbeat_timeout(variables) if silence is None else silence
     share = RankShare.from_environment(variables)
     if share.world_size == 1:
         if "ACCELERATE_USE_CPU" in variables and "MASTER_ADDR" in variables and "RANK" not in variables:
@@ -176,6 +206,7 @@ def process_group(
         yield SINGLE_PROCESS
         return
     take_own_device(variables)
+    require_address(variables)
     _rendezvous(share, variables)
     processes, ended = ProcessGroup(share.rank, share.world_size), threading.Event()
     # The heartbeat has its own connection to the store of the rendezvous
@@ -185,7 +216,7 @@ def process_group(
         int(variables["MASTER_PORT"]),
         is_master=False,
         wait_for_workers=False,
-        timeout=timedelta(seconds=SILENCE_SECONDS),
+        timeout=timedelta(seconds=silence),
     )
     store = untyped.PrefixStore("genalign/alive", tcp)
     store.set(str(share.rank), "0")
@@ -204,15 +235,78 @@ def _rendezvous(share: RankShare, variables: Mapping[str, str]) -> None:
     """Wait until all ranks of a launcher's environment have met. Raises ProcessGroupError if one does not come."""
     place = f"{variables.get('MASTER_ADDR')}:{variables.get('MASTER_PORT')}"
     logger.info("process %d waits for all %d processes at %s", share.rank, share.world_size, place)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend, gpu = "gloo", current_gpu()
+    options: dict[str, Any] = {}
+    if gpu is not None:  # NCCL connects at once, on the device that is this process's own
+        backend, options = "cpu:gloo,cuda:nccl", {"device_id": torch.device("cuda", gpu)}
     try:
-        dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
+        dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT, **options)
     except dist.DistError as error:
         raise ProcessGroupError(
             f"not all {share.world_size} processes came to {place} within {_COLLECTIVE_TIMEOUT}: start each of them"
             " with this MASTER_ADDR and MASTER_PORT, or unset RANK and WORLD_SIZE for a single process"
             f" ({str(error).splitlines()[0]})"
         ) from error
+
+
+def heartbeat_timeout(variables: Mapping[str, str]) -> float:
+    """Read HEARTBEAT_TIMEOUT. Raises ValueError for less than two heartbeats."""
+    value = variables.get(HEARTBEAT_TIMEOUT, "45")
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 2 * HEARTBEAT_SECONDS <= seconds < math.inf:
+        raise ValueError(
+            f"{HEARTBEAT_TIMEOUT} is {value!r}: give a number of seconds, at least {2 * HEARTBEAT_SECONDS:.0f}"
+        )
+    return seconds
+
+
+def require_address(variables: Mapping[str, str]) -> None:
+    """Raise ValueError if ranks on several nodes would tell each other the address 127.0.0.1 or the like.
+
+    gloo takes the address of the host's name unless GLOO_SOCKET_IFNAME names a network interface.
+    """
+    world_size, local = variables.get("WORLD_SIZE", "1"), variables.get("LOCAL_WORLD_SIZE")
+    if local in (None, world_size) or "GLOO_SOCKET_IFNAME" in variables:
+        return
+    try:
+        addresses = {str(address[4][0]) for address in socket.getaddrinfo(socket.gethostname(), None)}
+    except OSError:
+        addresses = set()
+    if all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses):
+        names = [name for _, name in socket.if_nameindex() if name != "lo"]
+        raise ValueError(
+            f"the host name {socket.gethostname()} of this node stands for {min(addresses, default='no address')},"
+            " where other nodes cannot reach it: set GLOO_SOCKET_IFNAME, on every node, to its network interface"
+            f" (here {', '.join(names) or 'none'})"
+        )
+
+
+def require_shared(folder: Path, processes: ProcessGroup) -> None:
+    """Raise ValueError on every rank if one does not see a file that rank 0 writes in ``folder``."""
+    if processes.world_size == 1:
+        return
+    token, made = folder / f".shared-{os.urandom(8).hex()}", False
+    if processes.is_main:
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    token = folder / processes.all_gather_object(token.name)[0]
+    end = time.monotonic() + _VISIBLE_WITHIN
+    while not (sees := token.exists()) and time.monotonic() < end:
+        time.sleep(0.5)
+    blind = [name for name in processes.all_gather_object(None if sees else socket.gethostname()) if name]
+    if processes.is_main:
+        token.unlink(missing_ok=True)
+        if blind and made:
+            folder.rmdir()
+    if blind:
+        raise ValueError(
+            f"{folder} is not shared: {len(blind)} of {processes.world_size} processes do not see the files of process"
+            f" 0 there, the first on {blind[0]}: choose an output on a file system that all nodes mount"
+        )
 
 
 def own_device(name: str, variables: Mapping[str, str] = os.environ) -> torch.device:
@@ -240,6 +334,15 @@ def use_gpu(index: int | None) -> None:
     """Make "cuda" mean the device ``index`` in this thread: a new thread begins on device 0, whoever started it."""
     if index is not None:
         torch.cuda.set_device(index)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from torch's global generators from ``seed`` on within the context, and restore them."""
+    gpu = current_gpu()
+    with torch.random.fork_rng(devices=[] if gpu is None else [gpu]):  # by default those of all GPUs, with a warning
+        torch.manual_seed(seed)
+        yield
 
 
 def take_own_device(variables: Mapping[str, str]) -> None:

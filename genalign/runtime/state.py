@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from genalign.runtime.distributed import ProcessGroup
-from genalign.runtime.fsdp import full_tensor, shard_like
+from genalign.runtime.fsdp import gathered, shard_like
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ class PerRankState:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's per-parameter slots, full tensors, as ``"<parameter index>.<slot>"``.
+    """Return the optimizer's per-parameter slots, gathered on rank 0, as ``"<parameter index>.<slot>"``.
 
     Nested slots get one more dotted part. Hyperparameters are not included.
     """
-    return {name: full_tensor(torch.as_tensor(value)) for name, value in _flat(optimizer.state_dict()["state"])}
+    return {name: gathered(torch.as_tensor(value)) for name, value in _flat(optimizer.state_dict()["state"])}
 
 
 def _flat(slots: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -115,8 +115,11 @@ def estimate_memory(
     else:
         weights = 4.0 * denoiser.parameters  # float32
 
-    # Per trained number: gradient, moving average, the adapter's weight or else the first weight, moments, old policy
-    per_trained = 4 + 4 + 4 + _MOMENTS[settings.optimizer] + 4 * (recipe.lag is not None)
+    # Per trained number: gradient and moments; of an adapter also its weight, moving average and old policy, which wait
+    # on the CPU where the whole network is trained
+    per_trained = 4 + _MOMENTS[settings.optimizer]
+    if policy.config is not None:
+        per_trained += 4 + 4 + 4 * (recipe.lag is not None)
     trained = sum(parameter.numel() for parameter in policy.parameters)
     always = {denoiser.name: float(weights), "trained weights and optimizer": float(trained * per_trained)}
     always |= {} if memory.offload else frozen

@@ -41,7 +41,7 @@ class WeightStore(Protocol):
 
     def save_lora(self, directory: Path, state: Mapping[str, Tensor], config: LoraConfig) -> None: ...
 
-    def save_denoiser(self, directory: Path) -> None: ...
+    def save_denoiser(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,9 @@ class RunFolder:
         """
         with disk_errors(), policy.averaged():
             if policy.config is None:
+                whole = policy.network_state()
                 if self.processes.is_main:
-                    pipeline.save_denoiser(self.path / "denoiser")
+                    pipeline.save_denoiser(self.path / "denoiser", whole)
                 return
             state = policy.adapter_state()
             if self.processes.is_main:

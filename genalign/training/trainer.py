@@ -30,7 +30,7 @@ from genalign.algorithms.interfaces import (
 )
 from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.noise import derived_seed
-from genalign.diffusion.policy import Policy, WeightSnapshot
+from genalign.diffusion.policy import Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.prompts import PromptSampler
 from genalign.runtime.files import with_prefix, without_prefix
@@ -102,7 +102,7 @@ class Trainer:
         self.prompts = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
         rate, decay = settings.learning_rate, settings.weight_decay
         self.optimizer = optimizer_class(settings)(policy.parameters, lr=rate, weight_decay=decay)
-        self.old = WeightSnapshot(policy.parameters) if recipe.lag else None
+        self.old = policy.snapshot() if recipe.lag else None
         self.monitor = RewardMonitor(settings.max_failed_fraction)
         self.nonfinite = NonFiniteGuard(settings.max_skipped_updates, suspects)
         self.micro_batch = settings.micro_batch or max(self.batch_sizes)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from genalign.runtime.distributed import seeded
 from genalign.types import AnyCallable, FeatureFunction, Prompt
 from rewards.adversarial.adversary import Adversary, DiscriminatorSettings, PatchWeights
 from rewards.adversarial.update_rules import Ratio, UpdateRule
@@ -18,8 +19,7 @@ from rewards.backbones.reference_images import References
 
 def mlp_head(width: int, hidden: int = 512, seed: int = 0) -> nn.Sequential:
     """Build Adv-GRPO's head, Linear - GELU - Linear, from features (..., width) to logits (..., 1)."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 1))
 
 

@@ -24,6 +24,7 @@ from genalign.algorithms.recipes import Lag, Recipe
 from genalign.cli import main
 from genalign.cli import train as train_module
 from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.rollout import generate
 from genalign.diffusion.sampling import Sampling
 from genalign.metrics.vendi import vendi_score
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_group
@@ -53,10 +54,11 @@ def seldom(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe and its reward."""
+    """A recipe, its reward, and the adapter that is trained; None trains the whole network."""
 
     recipe: Recipe
     reward: Callable[[], Any] = lambda: redness
+    lora: Lora | None = Lora(rank=2)
 
 
 CASES: Mapping[str, Case] = {
@@ -66,6 +68,10 @@ CASES: Mapping[str, Case] = {
     "adversarial": Case(recipes.adv_grpo(window=1), lambda: adversary((3, 64, 64), batch_size=6)),
     "seldom": Case(recipes.flow_grpo(window=1), lambda: seldom),
     "seldom matched": Case(recipes.awm(), lambda: seldom),
+}
+WHOLE: Mapping[str, Case] = {  # the reference policy of the KL, and the old policy of the lag, are whole networks
+    "whole trajectory": Case(recipes.flow_grpo(window=1, kl=0.01), lora=None),
+    "whole matching": Case(recipes.nft(lag=Lag(slope=0.3)), lora=None),
 }
 SHARDED = ("trajectory", "matching", "seldom matched")
 
@@ -106,7 +112,7 @@ def _trainer(
     opened: SD3, case: Case, processes: ProcessGroup, sharding: Sharding | None, score_log: ScoreLog
 ) -> Trainer:
     pipeline, reward = copy.deepcopy(opened), NamedReward("one", case.reward())
-    policy = Policy(pipeline.denoiser, Lora(rank=2), processes=processes, sharding=sharding)
+    policy = Policy(pipeline.denoiser, case.lora, processes=processes, sharding=sharding)
     return Trainer(pipeline, policy, score_log.logged([reward]), PROMPTS, case.recipe, SETTINGS, SAMPLING)
 
 
@@ -134,9 +140,11 @@ def recorded(
     return recording
 
 
-def resumed(opened: SD3, folder: Path, processes: ProcessGroup, sharding: Sharding | None) -> None:
+def resumed(
+    opened: SD3, folder: Path, processes: ProcessGroup, sharding: Sharding | None, lora: Lora | None = Lora(rank=2)
+) -> None:
     """Train two rounds without interruption, and two in two sessions, each with a checkpoint at the end."""
-    case = Case(recipes.nft(lag=Lag(slope=0.3)), lambda: careless)
+    case = Case(recipes.nft(lag=Lag(slope=0.3)), lambda: careless, lora)
 
     def session(name: str, seed: int) -> Session:
         score_log = ScoreLog()
@@ -162,10 +170,26 @@ def _adapter(opened: SD3, folder: Path, processes: ProcessGroup) -> None:
         pipeline.save_lora(folder / "lora", state, policy.config)
 
 
-def become(rank: int, port: int, errors: Path) -> dict[str, str]:
-    """Make this process one of two ranks, whose standard error goes to a file; return the launcher's variables."""
+def saved_whole(
+    opened: SD3, folder: Path, processes: ProcessGroup = SINGLE_PROCESS, sharding: Sharding | None = None
+) -> None:
+    """Train the whole network for two rounds; write its averaged weights, and samples of the average and reference."""
+    trainer = _trainer(opened, WHOLE["whole trajectory"], processes, sharding, ScoreLog())
+    for _ in trainer.rounds():
+        pass
+    trainer.save(folder)
+    samples: dict[str, Tensor] = {}
+    for name, weights in {"average": trainer.policy.averaged, "reference": trainer.policy.reference}.items():
+        with weights():
+            (samples[name],) = generate(trainer.pipeline, ["a circle"], [0], trainer.grid, trainer.guidance, 1)
+    if processes.is_main:
+        save_file(samples, folder / "samples.safetensors")
+
+
+def become(rank: int, port: int, errors: Path, count: int = 2) -> dict[str, str]:
+    """Make this process a rank, whose standard error goes to a file; return the launcher's variables."""
     torch.set_num_threads(1)
-    variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables = {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= variables
     with errors.open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
@@ -185,6 +209,10 @@ def work(rank: int, port: int, errors: Path, model: Path, folder: Path) -> None:
         resumed(opened, folder / "copies", processes, None)
         resumed(opened, folder / "divided", processes, Sharding(2))
         _adapter(opened, folder, processes)
+        for name, case in WHOLE.items():
+            recorded(opened, case, processes, Sharding(2)).write(folder / f"{name}.{rank}.safetensors")
+        resumed(opened, folder / "whole", processes, Sharding(2), lora=None)
+        saved_whole(opened, folder / "whole", processes, Sharding(2))
 
 
 reward_calls = itertools.count(1)

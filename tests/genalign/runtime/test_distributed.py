@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import multiprocessing
@@ -34,6 +35,8 @@ from pipelines import SD3
 from tests.genalign import ranks
 from tests.genalign.training.toy_runs import require_same_checkpoints, write_config
 from tests.http_servers import free_port
+
+WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
 
 
 def _start(target: Callable[..., None], errors: Path, *arguments: object) -> list[BaseProcess]:
@@ -138,7 +141,31 @@ def test_a_sharded_network_trains_like_an_unsharded_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["copies", "divided"])
+@pytest.mark.parametrize("name", ranks.WHOLE)
+def test_a_sharded_network_is_trained_whole_like_an_unsharded_one(both: Path, opened: SD3, name: str) -> None:
+    expected = ranks.recorded(opened, ranks.WHOLE[name])
+    for recording in _of(both, name):
+        _require_same_run(recording, expected)
+
+
+@pytest.mark.slow
+def test_a_whole_network_is_saved_from_its_shards(both: Path, opened: SD3, tmp_path: Path) -> None:
+    ranks.saved_whole(opened, tmp_path)
+    ours, theirs = (load_file(path / "samples.safetensors") for path in (both / "whole", tmp_path))
+    for name in ("average", "reference"):
+        assert torch.allclose(ours[name], theirs[name], atol=2e-4)
+    assert not torch.allclose(ours["average"], ours["reference"], atol=1e-3)
+    loaded = copy.deepcopy(opened)
+    loaded.load_denoiser(both / "whole" / "denoiser")
+    state, expected = loaded.denoiser.state_dict(), load_file(tmp_path / WEIGHTS)
+    assert state.keys() >= expected.keys()
+    assert all(torch.allclose(state[key], tensor, atol=2e-4) for key, tensor in expected.items())
+    configs = [json.loads((path / "denoiser" / "config.json").read_text()) for path in (both / "whole", tmp_path)]
+    assert configs[0]["_class_name"] == configs[1]["_class_name"] == "SD3Transformer2DModel"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["copies", "divided", "whole"])
 def test_two_processes_resume_exactly(both: Path, kind: str) -> None:
     unbroken, broken = (both / kind / run / "latest" for run in ("unbroken", "broken"))
     require_same_checkpoints(unbroken, broken)
@@ -202,7 +229,9 @@ def test_one_process_is_itself() -> None:
 def test_shares_are_whole_and_equal_in_step() -> None:
     shares = [RankShare(rank, 3) for rank in range(3)]
     assert sorted(number for share in shares for number in share.indices(8)) == list(range(8))
-    assert [list(share.padded_indices(4)) for share in shares] == [[0, 3], [1, 4], [2, 5]]
+    for in_step, expected in (True, [[0, 3], [1, 4], [2, 5]]), (False, [[0, 3], [1], [2]]):
+        groups = [ProcessGroup(rank, 3, in_step=in_step) for rank in range(3)]
+        assert [list(group.batch_numbers(4)) for group in groups] == expected
     with pytest.raises(ValueError, match="rank 2 of 2 processes"):
         ProcessGroup(2, 2)
     assert RankShare.from_environment({"RANK": "2", "WORLD_SIZE": "5"}) == RankShare(2, 5)
