@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 Metadata = Mapping[str, Any]
+
+Precision = Literal["float32", "bfloat16", "float16"]
+"""The name of a dtype of weights in settings."""
 
 AnyCallable = Callable  # type: ignore[type-arg]  # bare, for the reason below
 """The type of a setting that takes a function or an object that is called. It has no parameters, since jsonargparse

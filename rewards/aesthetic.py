@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from genalign.types import Prompt
+from genalign.types import Precision, Prompt
 from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.weight_files import AffineHead, read_tensors
 
@@ -20,21 +20,23 @@ class AestheticReward:
 
     ``weights`` is the head: a path, or hf://owner/repository/file. The default is v2
     (sac+logos+ava1-l14-linearMSE.pth), an MLP without activations and so one affine map, into which it is folded; v1
-    is LAION's sa_0_4_vit_l_14_linear.pth. A reward that is linear in the embedding is easily hacked. ``model`` and
-    ``processor`` are as in ``rewards.backbones.clip_encoder.load_clip``; loaded at the first call. Prompts are ignored.
+    is LAION's sa_0_4_vit_l_14_linear.pth. A reward that is linear in the embedding is easily hacked. ``model``,
+    ``processor`` and ``dtype`` are as in ``rewards.backbones.clip_encoder.load_clip``; loaded at the first call.
+    Prompts are ignored.
     """
 
     weights: str = "hf://trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
     model: str = "openai/clip-vit-large-patch14"
     processor: str | None = None
+    dtype: Precision = "float32"
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable in the images; NaN where an image has NaN.
 
         Raises ValueError for a head that cannot be folded, or of another width than the embedding.
         """
-        embedding: Tensor = load_clip(self.model, self.processor).to(samples.device)(samples)
-        return _head(self.weights)(F.normalize(embedding.float(), dim=-1))
+        embedding: Tensor = load_clip(self.model, self.processor, self.dtype).to(samples.device)(samples)
+        return _head(self.weights)(F.normalize(embedding, dim=-1))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genalign.types import Precision
 from rewards.backbones.pixels import pictures
 
 _LONGEST_QUESTION = 35  # tokens, as in the original
@@ -21,17 +22,18 @@ class BlipVqa:
 
     ``model`` is a folder or Hub id of transformers' BlipForQuestionAnswering and its processor. The original has the
     authors' own checkpoint of ViT-B at 480 pixels; "Salesforce/blip-vqa-base" is that of transformers. Questions of one
-    length form a batch, so that an answer does not depend on its batch. Loaded at the first call; then follows the
-    images' device.
+    length form a batch, so that an answer does not depend on its batch. Loaded at the first call, with weights of
+    ``dtype``; then follows the images' device.
     """
 
     model: str = "Salesforce/blip-vqa-base"
     batch_size: int = 16
+    dtype: Precision = "float32"
 
     @torch.no_grad()
     def __call__(self, images: Tensor, questions: Sequence[str]) -> Tensor:
         """Answer questions (n) about images (n, 3, H, W) in [0, 1] as (n,) in float32; NaN for an image with NaN."""
-        network, processor = _load(self.model)
+        network, processor = _load(self.model, self.dtype)
         network.to(images.device)
         tokens, by_length = list[list[int]](), dict[int, list[int]]()
         listed = pictures(images)
@@ -40,14 +42,17 @@ class BlipVqa:
             tokens.append([network.config.text_config.bos_token_id + 1, *ids[1:]])  # [ENC] begins a question
             if picture is not None:
                 by_length.setdefault(len(ids), []).append(row)
-        answers = torch.full((len(images),), torch.nan, device=images.device)
-        size = self.batch_size
+        answered, size = list[Tensor](), self.batch_size
         batches = [rows[i : i + size] for _, rows in sorted(by_length.items()) for i in range(0, len(rows), size)]
         for rows in batches:
             pixels = processor.image_processor([listed[row] for row in rows], return_tensors="pt").pixel_values
-            texts = torch.tensor([tokens[row] for row in rows], device=images.device)
-            answers[rows] = _probability_of_yes(network, processor, pixels.to(images.device), texts)
-        return answers
+            texts = torch.tensor([tokens[row] for row in rows])
+            pixels, texts = (part.to(images.device, non_blocking=True) for part in (pixels, texts))
+            answered.append(_probability_of_yes(network, processor, pixels.to(network.dtype), texts))
+        answers = torch.full((len(images),), torch.nan)
+        if batches:
+            answers[[row for rows in batches for row in rows]] = torch.cat(answered).cpu()
+        return answers.to(images.device, non_blocking=True)
 
 
 def _probability_of_yes(network: Any, processor: Any, pixels: Tensor, questions: Tensor) -> Tensor:
@@ -63,8 +68,8 @@ def _probability_of_yes(network: Any, processor: Any, pixels: Tensor, questions:
 
 
 @functools.cache
-def _load(model: str) -> tuple[Any, Any]:
+def _load(model: str, dtype: Precision) -> tuple[Any, Any]:
     from transformers import BlipForQuestionAnswering, BlipProcessor
 
-    network = BlipForQuestionAnswering.from_pretrained(model, dtype=torch.float32)
+    network = BlipForQuestionAnswering.from_pretrained(model, dtype=getattr(torch, dtype))
     return network.requires_grad_(False).eval(), BlipProcessor.from_pretrained(model)

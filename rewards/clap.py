@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from genalign.types import Prompt
+from genalign.types import Precision, Prompt
 from rewards.backbones.clap_encoder import load_clap
 from rewards.backbones.encoders import cosine
 
@@ -16,16 +16,17 @@ from rewards.backbones.encoders import cosine
 class ClapReward:
     """The cosine of a clip's and its prompt's CLAP embedding, in [-1, 1] (arXiv 2211.06687).
 
-    ``model`` is as for ``rewards.backbones.clap_encoder.load_clap``. ``sample_rate`` is that of the samples in Hz: they
-    are resampled and mixed to one channel where the checkpoint needs it. The model is opened at the first call and then
-    follows the samples' device. Texts longer than the model's context are cut. Scores of two checkpoints are not
-    comparable.
+    ``model`` and ``dtype`` are as for ``rewards.backbones.clap_encoder.load_clap``. ``sample_rate`` is that of the
+    samples in Hz: they are resampled and mixed to one channel where the checkpoint needs it. The model is opened at the
+    first call and then follows the samples' device. Texts longer than the model's context are cut. Scores of two
+    checkpoints are not comparable.
     """
 
     model: str
     sample_rate: int
+    dtype: Precision = "float32"
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score waveforms (B, C, L) in [-1, 1] as (B,), differentiable in them; NaN where one has NaN."""
-        encoder = load_clap(self.model).to(samples.device)
+        encoder = load_clap(self.model, self.dtype).to(samples.device)
         return cosine(encoder(samples, self.sample_rate), encoder.text([prompt.text for prompt in prompts]))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genalign.types import Prompt
+from genalign.types import Precision, Prompt
 from rewards.backbones.clip_encoder import ClipEncoder, load_clip
 from rewards.backbones.encoders import cosine
 
@@ -31,12 +31,14 @@ class CosineReward(ABC):
 class ClipReward(CosineReward):
     """The cosine of an image's and its prompt's CLIP embedding, in [-1, 1] (CLIPScore, arXiv 2104.08718, unscaled).
 
-    ``model`` and ``processor`` are as for ``rewards.backbones.clip_encoder.load_clip``. The model is
-    opened at the first call and then follows the samples' device. Texts longer than the model's context are cut.
+    ``model``, ``processor`` and ``dtype``, that of the weights, are as for
+    ``rewards.backbones.clip_encoder.load_clip``. The model is opened at the first call and then follows the samples'
+    device. Texts longer than the model's context are cut.
     """
 
     model: str
     processor: str | None = None
+    dtype: Precision = "float32"
 
     def encoder(self, device: torch.device) -> ClipEncoder:
-        return load_clip(self.model, self.processor).to(device)
+        return load_clip(self.model, self.processor, self.dtype).to(device)

@@ -27,12 +27,13 @@ from genalign.evaluation.geneval.scoring import (
     upstream_partial,
 )
 from genalign.evaluation.geneval.vocabulary import COLORS
-from genalign.types import Prompt
-from rewards.backbones.clip_encoder import load_clip
+from genalign.types import Precision, Prompt
+from rewards.backbones.clip_encoder import ClipEncoder, load_clip
 from rewards.backbones.detectors import Detector, Instance, Mask2Former, describe
 from rewards.backbones.pixels import pictures
 
 _GRAY = 153 / 255  # #999, the background of a masked object
+_CROPS = 64  # in a batch
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 
@@ -51,12 +52,14 @@ class ColorClassifier(Protocol):
 class ClipColors:
     """CLIP's zero-shot classification among ten colors, by the mean embedding of GenEval's three templates.
 
-    ``model`` and ``processor`` are as in ``rewards.backbones.clip_encoder.load_clip``; the default has the weights of
-    GenEval's ViT-L-14, which the original runs in half precision and on crops resized by Pillow.
+    ``model``, ``processor`` and ``dtype`` are as in ``rewards.backbones.clip_encoder.load_clip``; the default has the
+    weights of GenEval's ViT-L-14, which the original runs in half precision and on crops resized by Pillow. Crops are
+    encoded in batches.
     """
 
     model: str = "openai/clip-vit-large-patch14"
     processor: str | None = None
+    dtype: Precision = "float32"
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -66,16 +69,20 @@ class ClipColors:
     @torch.no_grad()
     def __call__(self, crops: Sequence[Tensor], names: Sequence[str]) -> list[str]:
         """Classify crops (3, h, w), which may differ in size."""
-        encoder = load_clip(self.model, self.processor).to(crops[0].device)
-        images = F.normalize(torch.cat([encoder(crop[None]) for crop in crops]).float(), dim=-1)
-        logits = torch.stack([image @ self._classifier(name).T for image, name in zip(images, names, strict=True)])
+        encoder = load_clip(self.model, self.processor, self.dtype).to(crops[0].device)
+        parts = [crops[start : start + _CROPS] for start in range(0, len(crops), _CROPS)]
+        embedded = [encoder.embed(torch.cat([encoder.prepare(crop[None]) for crop in part])) for part in parts]
+        images = F.normalize(torch.cat(embedded), dim=-1)
+        classifiers = _color_embeddings(encoder, list(dict.fromkeys(names)))
+        logits = torch.stack([image @ classifiers[name].T for image, name in zip(images, names, strict=True)])
         return [COLORS[index] for index in logits.argmax(-1).tolist()]
 
-    def _classifier(self, name: str) -> Tensor:
-        """Compute unit embeddings (10, d) of the colors of a class."""
-        texts = [template.format(color=color, name=name) for color in COLORS for template in _TEMPLATES]
-        embeddings = load_clip(self.model, self.processor).text(texts)
-        return F.normalize(embeddings.view(len(COLORS), len(_TEMPLATES), -1).mean(1), dim=-1)
+
+def _color_embeddings(encoder: ClipEncoder, names: Sequence[str]) -> dict[str, Tensor]:
+    """Compute unit embeddings (10, d) of the colors of each of the classes ``names``."""
+    texts = [text.format(color=color, name=name) for name in names for color in COLORS for text in _TEMPLATES]
+    embeddings = encoder.text(texts).view(len(names), len(COLORS), len(_TEMPLATES), -1).mean(2)
+    return dict(zip(names, F.normalize(embeddings, dim=-1), strict=True))
 
 
 def crop(image: Tensor, box: Box, mask: Tensor | None = None) -> Tensor:
@@ -131,13 +138,14 @@ class GenEvalJudge:
             raise ValueError(f"images must be (B, 3, H, W) with B = {len(prompts)} prompts, not {tuple(images.shape)}")
         self.check(prompts)
         scores: list[GenEvalScore | None] = [None] * len(images)
-        rows = images.isfinite().flatten(1).all(1).nonzero().flatten().tolist()
+        rows = [row for row, finite in enumerate(images.isfinite().flatten(1).all(1).tolist()) if finite]
         if not rows:
             return scores
 
         # Detect the objects, and drop those below the detector's thresholds.
         detector, colors = self._parts()
-        pixels = images[rows].float().clamp(0, 1).mul(255).round() / 255
+        whole = images if len(rows) == len(images) else torch.stack([images[row] for row in rows])
+        pixels = whole.float().clamp(0, 1).mul(255).round() / 255
         specs = [PromptSpec.from_prompt(prompts[row]) for row in rows]
         counted = []
         for instances, spec in zip(detector(pixels, [spec.classes for spec in specs]), specs, strict=True):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from genalign.types import Precision
 from rewards.backbones.clip_encoder import ClipEncoder, OpenClipEncoder
 from rewards.backbones.weight_files import locate
 from rewards.clip import CosineReward
@@ -19,22 +20,23 @@ class HPSReward(CosineReward):
     ``weights`` is the published .pt, or its tensors as .safetensors: a path, or hf://owner/repository/file; v2.0 is
     HPS_v2_compressed.pt beside v2.1. ``architecture`` is one of open_clip's. As published, an image is fitted into 224
     x 224 with black around it, and texts are cut to 77 tokens. The model is opened at the first call, with
-    weights_only=True, in float32, and then follows the samples' device. Resizing is antialiased and clamped to [0, 1].
-    hpsv2 resizes a tensor by torchvision's default, which was not antialiased before torchvision 0.17: figures of HPS
-    from 2023 may rest on such pixels, which differ by 0.03 in the mean at 512 and 1024 pixels.
+    weights_only=True and weights of ``dtype``, and then follows the samples' device. Resizing is antialiased and
+    clamped to [0, 1]. hpsv2 resizes a tensor by torchvision's default, which was not antialiased before torchvision
+    0.17: figures of HPS from 2023 may rest on such pixels, which differ by 0.03 in the mean at 512 and 1024 pixels.
     """
 
     weights: str = "hf://xswu/HPSv2/HPS_v2.1_compressed.pt"
     architecture: str = "ViT-H-14"
+    dtype: Precision = "float32"
 
     def encoder(self, device: torch.device) -> ClipEncoder:
-        return _opened(self.weights, self.architecture).to(device)
+        return _opened(self.weights, self.architecture, self.dtype).to(device)
 
 
 @functools.cache
-def _opened(weights: str, architecture: str) -> OpenClipEncoder:
+def _opened(weights: str, architecture: str, dtype: Precision) -> OpenClipEncoder:
     import open_clip
 
     path, padded = str(locate(weights)), {"resize_mode": "longest"}
     model = open_clip.create_model(architecture, path, force_preprocess_cfg=padded, weights_only=True)
-    return OpenClipEncoder(model, architecture)
+    return OpenClipEncoder(model, architecture, dtype)

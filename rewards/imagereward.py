@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from genalign.runtime.files import without_prefix
-from genalign.types import Prompt
+from genalign.types import Precision, Prompt
 from rewards.backbones.clip_encoder import ImagePreprocessor
 from rewards.backbones.weight_files import AffineHead, read_tensors
 
@@ -40,19 +41,20 @@ class ImageReward:
     """The published score, of mean 0 and standard deviation 1 on its authors' images: mostly -2 to 2.
 
     ``weights`` is the published ImageReward.pt or its tensors as .safetensors: a path, or hf://owner/repository/file.
-    ``tokenizer`` is a folder or Hub id of BERT's. Opened at the first call, in float32; then follows the samples'
-    device. Prompts are cut to 35 tokens.
+    ``tokenizer`` is a folder or Hub id of BERT's. Opened at the first call, with weights of ``dtype``; then
+    follows the samples' device. Prompts are cut to 35 tokens.
     """
 
     weights: str = "hf://THUDM/ImageReward/ImageReward.pt"
     tokenizer: str = "google-bert/bert-base-uncased"
+    dtype: Precision = "float32"
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable in the images; NaN where an image has NaN.
 
         Raises ValueError for another checkpoint than ImageReward's.
         """
-        scorer = _opened(self.weights, self.tokenizer).to(samples.device)
+        scorer = _opened(self.weights, self.tokenizer, self.dtype).to(samples.device)
         scores: Tensor = scorer(samples, [prompt.text for prompt in prompts])
         return scores
 
@@ -60,10 +62,11 @@ class ImageReward:
 class _Scorer(nn.Module):
     """The published network: BLIP's encoders, and a head on the text's first token."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], tokenizer: Any) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], tokenizer: Any, dtype: Precision) -> None:
         super().__init__()
         self.vision, self.text = _vision(tensors), _text(tensors)
-        self.requires_grad_(False).eval()
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self.to(self._dtype).requires_grad_(False).eval()
         self._head, self._tokenizer = AffineHead.of(tensors, _HEAD), tokenizer
         side = int(self.vision.config.image_size)
         self._prepare = ImagePreprocessor((side, side), *_NORMALISATION)
@@ -71,22 +74,22 @@ class _Scorer(nn.Module):
     def forward(self, images: Tensor, texts: list[str]) -> Tensor:
         if len(images) != len(texts):
             raise ValueError(f"there must be one prompt per image, not {len(texts)} for {len(images)} images")
-        vision = self.vision(self._prepare(images)).last_hidden_state
+        vision = self.vision(self._prepare(images).to(self._dtype)).last_hidden_state
         padding = {"padding": "max_length", "truncation": True, "max_length": _LENGTH}
-        tokens = self._tokenizer(texts, return_tensors="pt", **padding).to(images.device)
+        tokens = self._tokenizer(texts, return_tensors="pt", **padding).to(images.device, non_blocking=True)
         text = self.text(tokens.input_ids, tokens.attention_mask, encoder_hidden_states=vision).last_hidden_state
         return (self._head(text[:, 0]) - _MEAN) / _STD
 
 
 @functools.cache
-def _opened(weights: str, tokenizer: str) -> _Scorer:
+def _opened(weights: str, tokenizer: str, dtype: Precision) -> _Scorer:
     from transformers import BertTokenizer
 
     tensors = read_tensors(weights)
     missing = [part for part in (_VISION, _TEXT, _HEAD) if not any(name.startswith(part) for name in tensors)]
     if missing:
         raise ValueError(f"{weights} is not an ImageReward checkpoint: it has no tensors named {missing[0]}*")
-    return _Scorer(tensors, BertTokenizer.from_pretrained(tokenizer))
+    return _Scorer(tensors, BertTokenizer.from_pretrained(tokenizer), dtype)
 
 
 def _vision(checkpoint: Mapping[str, Tensor]) -> Any:

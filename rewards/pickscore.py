@@ -17,9 +17,9 @@ class PickScoreReward(ClipReward):
 
     It is on a logit scale: a softmax over the scores of images of one prompt is the probability of each to be
     preferred.
-    Flow-GRPO and others divide by 26: give it the weight 1 / 26. ``model`` and ``processor`` are as in
-    ``rewards.backbones.clip_encoder.load_clip``; the model is loaded at the first call and then follows the samples'
-    device. Texts longer than the model's context are truncated.
+    Flow-GRPO and others divide by 26: give it the weight 1 / 26. ``model``, ``processor`` and ``dtype``, that of the
+    weights, are as in ``rewards.backbones.clip_encoder.load_clip``; the model is loaded at the first call and then
+    follows the samples' device. Texts longer than the model's context are truncated.
     """
 
     model: str = "yuvalkirstain/PickScore_v1"

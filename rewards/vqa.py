@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from genalign.types import AnyCallable, Prompt
+from genalign.types import AnyCallable, Precision, Prompt
 from rewards.backbones.pixels import pictures
 
 Answer = Literal["yes", "no"]
@@ -80,7 +80,7 @@ class VisionLanguageModel:
     """
 
     model: str
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Precision = "float32"
     batch_size: int = 8
 
     @torch.no_grad()

@@ -26,9 +26,8 @@ from genalign.training.noise_calibration import Calibration
 from genalign.training.reward_hacking import Actions, Limits
 from genalign.training.round_log import SampleGrid
 from genalign.training.settings import TrainerSettings
-from genalign.types import AnyCallable
+from genalign.types import AnyCallable, Precision
 
-Precision = Literal["float32", "bfloat16", "float16"]
 LINEAR_TEN = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 

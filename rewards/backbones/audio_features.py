@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genalign.runtime.waveforms import as_heard, mel_decibels
-from genalign.types import AnyCallable
+from genalign.types import AnyCallable, Precision
 from rewards.backbones.clap_encoder import load_clap
 from rewards.backbones.encoders import Features, PatchFeatures, require_patches
 from rewards.backbones.reference_images import ReferenceSamples
@@ -26,16 +26,17 @@ _TINY = 1e-4  # dB^2, for the gradient of a deviation of 0
 class ClapFeatures(PatchFeatures):
     """CLAP's unit embedding of a clip, and of its frames.
 
-    ``model`` and ``sample_rate`` are as for ``rewards.clap.ClapReward``. The model is opened at the first call, frozen,
-    in float32.
+    ``model``, ``sample_rate`` and ``dtype`` are as for ``rewards.clap.ClapReward``. The model is opened at the first
+    call, frozen.
     """
 
     model: str
     sample_rate: int
+    dtype: Precision = "float32"
 
     def features(self, samples: Tensor) -> Features:
         """Compute embeddings (B, d) of waveforms (B, C, L) and (B, n, d) of their frames; differentiable."""
-        return load_clap(self.model).to(samples.device).features(samples, self.sample_rate)
+        return load_clap(self.model, self.dtype).to(samples.device).features(samples, self.sample_rate)
 
 
 @dataclass(frozen=True)

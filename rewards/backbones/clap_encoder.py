@@ -15,6 +15,7 @@ from torch import Tensor
 
 from genalign import assets
 from genalign.runtime.waveforms import as_heard, mel_decibels, warn_once
+from genalign.types import Precision
 from rewards.backbones.encoders import DualEncoder, Features, read_config
 
 
@@ -27,11 +28,13 @@ class ClapEncoder(DualEncoder):
     repetition ("repeat"), or silence ("pad").
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, dtype: Precision = "float32") -> None:
         from transformers import ClapModel, ClapProcessor
 
         text = read_config(model, "CLAP").text_config
-        super().__init__(ClapModel.from_pretrained(model, dtype=torch.float32))
+        super().__init__(ClapModel.from_pretrained(model, dtype=torch.float32), dtype)
+        norm = self.model.audio_model.audio_encoder.batch_norm.float()  # of levels in dB, with few of their digits lost
+        norm.register_forward_hook(lambda module, inputs, output: output.to(self.dtype))
         processor = ClapProcessor.from_pretrained(model)
         extractor = processor.feature_extractor  # with fusion a checkpoint has another mel scale
         filters = extractor.mel_filters if extractor.truncation == "fusion" else extractor.mel_filters_slaney
@@ -68,7 +71,8 @@ class ClapEncoder(DualEncoder):
         shorter = torch.zeros(len(flat), 1, dtype=torch.bool, device=flat.device)  # no window is to be fused
         output = self.model.audio_model(input_features=flat, is_longer=shorter)
         tokens = output.last_hidden_state.mean(2).transpose(1, 2)
-        parts = (F.normalize(self.model.audio_projection(part), dim=-1) for part in (output.pooler_output, tokens))
+        projected = (self.model.audio_projection(part).float() for part in (output.pooler_output, tokens))
+        parts = (F.normalize(part, dim=-1) for part in projected)
         whole, frames = (part.view(*spectra.shape[:2], *part.shape[1:]) for part in parts)
         return F.normalize(whole.mean(1), dim=-1), frames
 
@@ -92,13 +96,13 @@ class ClapEncoder(DualEncoder):
         return spectra.view(*windows.shape[:2], 1, *spectra.shape[1:])
 
 
-def load_clap(model: str) -> ClapEncoder:
+def load_clap(model: str, dtype: Precision = "float32") -> ClapEncoder:
     """Load the CLAP encoder of an embedded name ("tones-clap"), a transformers folder or a Hub id.
 
-    It is opened once per process and shared, in float32, which its batch norm needs. Raises ValueError for a folder of
-    another kind.
+    It is opened once per process and ``dtype``, and shared; its batch norm stays in float32. Raises ValueError for a
+    folder of another kind.
     """
-    return _opened(assets.resolve(model))
+    return _opened(assets.resolve(model), dtype)
 
 
 _opened = functools.cache(ClapEncoder)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genalign import assets
+from genalign.types import Precision
 from rewards.backbones.encoders import DualEncoder, Features, read_config
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -56,7 +57,9 @@ class ImagePreprocessor:
         extra_height, extra_width = target_height - size[0], target_width - size[1]
         top, left = int(extra_height / 2), int(extra_width / 2)
         images = F.pad(images, (left, extra_width - left, top, extra_height - top))
-        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values).view(3, 1, 1).to(images.device, non_blocking=True) for values in (self.mean, self.std)
+        )
         return (images - mean) / std
 
 
@@ -70,17 +73,31 @@ def resize(images: Tensor, size: tuple[int, int], interpolation: Interpolation =
 class ClipEncoder(DualEncoder, ABC):
     """A frozen text and image encoder; ``forward`` is the image embedding."""
 
-    def __init__(self, model: Any, prepare: ImagePreprocessor) -> None:
-        super().__init__(model)
-        self.prepare, self.logit_scale = prepare, float(model.logit_scale.detach().exp())
+    def __init__(self, model: Any, prepare: ImagePreprocessor, dtype: Precision) -> None:
+        logit_scale = float(model.logit_scale.detach().exp())
+        super().__init__(model, dtype)
+        self.prepare, self.logit_scale = prepare, logit_scale
 
-    @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Compute projected embeddings (B, d) of images (B, 3, H, W) in [0, 1], not normalized; differentiable."""
+        return self.embed(self.prepare(images))
 
-    @abstractmethod
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Compute the embeddings of ``forward`` from prepared ``pixels`` (B, 3, *size)."""
+        return self._embed(pixels.to(self.dtype)).float()
+
     def features(self, images: Tensor) -> Features:
         """Compute embeddings, and patch tokens after the last norm by the same projection; differentiable."""
+        embedding, patches = self._features(self.prepare(images).to(self.dtype))
+        return Features(embedding.float(), patches.float())
+
+    @abstractmethod
+    def _embed(self, pixels: Tensor) -> Tensor:
+        """Compute embeddings (B, d) of pixels of the weights' dtype."""
+
+    @abstractmethod
+    def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute embeddings (B, d) and patches (B, n, d) of pixels of the weights' dtype."""
 
     @property
     @abstractmethod
@@ -91,7 +108,7 @@ class ClipEncoder(DualEncoder, ABC):
 class OpenClipEncoder(ClipEncoder):
     """A model of open_clip with the tokenizer of ``name``: "local-dir:" and a folder, or an architecture."""
 
-    def __init__(self, model: Any, name: str) -> None:
+    def __init__(self, model: Any, name: str, dtype: Precision = "float32") -> None:
         import open_clip
 
         config = model.visual.preprocess_cfg
@@ -104,19 +121,19 @@ class OpenClipEncoder(ClipEncoder):
             fits[config["resize_mode"]],
             "bilinear" if config["interpolation"] == "bilinear" else "bicubic",
         )
-        super().__init__(model, prepare)
+        super().__init__(model, prepare, dtype)
         self.tokenizer = open_clip.get_tokenizer(name)
         self._is_transformer = isinstance(model.visual, open_clip.transformer.VisionTransformer)
 
-    def forward(self, images: Tensor) -> Tensor:
-        embedding: Tensor = self.model.encode_image(self.prepare(images))
+    def _embed(self, pixels: Tensor) -> Tensor:
+        embedding: Tensor = self.model.encode_image(pixels)
         return embedding
 
-    def features(self, images: Tensor) -> Features:
-        tower, prepared = self._vision_transformer(), self.prepare(images)
-        output = tower.forward_intermediates(prepared, indices=1, normalize_intermediates=True, output_fmt="NLC")
+    def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        tower = self._vision_transformer()
+        output = tower.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
         patches = output["image_intermediates"][0]
-        return Features(output["image_features"], patches if tower.proj is None else patches @ tower.proj)
+        return output["image_features"], patches if tower.proj is None else patches @ tower.proj
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -124,7 +141,7 @@ class OpenClipEncoder(ClipEncoder):
         return blocks
 
     def encode_texts(self, texts: list[str]) -> Tensor:
-        tokens = self.tokenizer(texts).to(self.device)
+        tokens = self.tokenizer(texts).to(self.device, non_blocking=True)
         embedding: Tensor = self.model.encode_text(tokens)
         return embedding
 
@@ -140,7 +157,7 @@ class OpenClipEncoder(ClipEncoder):
 class TransformersClipEncoder(ClipEncoder):
     """A transformers CLIP folder or Hub id; ``processor`` holds its tokenizer and image processor."""
 
-    def __init__(self, model: str, processor: str) -> None:
+    def __init__(self, model: str, processor: str, dtype: Precision = "float32") -> None:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         config = read_config(model, "CLIP")
@@ -152,19 +169,19 @@ class TransformersClipEncoder(ClipEncoder):
             tuple(images.image_std),
             "crop" if images.do_center_crop else "squash",
         )
-        super().__init__(CLIPModel.from_pretrained(model, dtype=torch.float32), prepare)
+        super().__init__(CLIPModel.from_pretrained(model, dtype=torch.float32), prepare, dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(processor)
         self.context = int(config.text_config.max_position_embeddings)
 
-    def forward(self, images: Tensor) -> Tensor:
-        embedding: Tensor = self.model.visual_projection(self.model.vision_model(self.prepare(images)).pooler_output)
+    def _embed(self, pixels: Tensor) -> Tensor:
+        embedding: Tensor = self.model.visual_projection(self.model.vision_model(pixels).pooler_output)
         return embedding
 
-    def features(self, images: Tensor) -> Features:
+    def _features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         vision, project = self.model.vision_model, self.model.visual_projection
-        output = vision(self.prepare(images))
+        output = vision(pixels)
         patches = vision.post_layernorm(output.last_hidden_state[:, 1:])
-        return Features(project(output.pooler_output), project(patches))
+        return project(output.pooler_output), project(patches)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -172,18 +189,18 @@ class TransformersClipEncoder(ClipEncoder):
         return blocks
 
 
-def load_clip(model: str, processor: str | None = None) -> ClipEncoder:
+def load_clip(model: str, processor: str | None = None, dtype: Precision = "float32") -> ClipEncoder:
     """Load the CLIP encoder of an embedded name ("shapes-clip"), an open_clip folder, a transformers folder or Hub id.
 
-    It is opened once per process and shared, in float32. ``processor`` is the folder or Hub id of the tokenizer and
+    It is opened once per process and ``dtype``, and shared. ``processor`` is the folder or Hub id of the tokenizer and
     image processor of a transformers checkpoint that has none next to its weights, such as PickScore. Raises
     ValueError for a folder of another kind.
     """
-    return _opened(assets.resolve(model), processor)
+    return _opened(assets.resolve(model), processor, dtype)
 
 
 @functools.cache
-def _opened(model: str, processor: str | None) -> ClipEncoder:
+def _opened(model: str, processor: str | None, dtype: Precision) -> ClipEncoder:
     path = Path(model)
     if (path / "open_clip_config.json").is_file():
         if processor is not None:
@@ -191,10 +208,10 @@ def _opened(model: str, processor: str | None) -> ClipEncoder:
         import open_clip
 
         name = f"local-dir:{path}"
-        return OpenClipEncoder(open_clip.create_model(name), name)
+        return OpenClipEncoder(open_clip.create_model(name), name, dtype)
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(
             f"{path} has neither an open_clip_config.json nor a config.json: give the folder that open_clip's"
             " push_to_hf_hub or CLIPModel.save_pretrained wrote"
         )
-    return TransformersClipEncoder(model, processor or model)
+    return TransformersClipEncoder(model, processor or model, dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from genalign.runtime.media import eight_bits
+from genalign.types import Precision
 
 
 @dataclass(frozen=True)
@@ -19,31 +20,33 @@ class DepthModel:
 
     ``model`` is a folder or Hub id that transformers' AutoModelForDepthEstimation opens. A model of depth itself, such
     as Depth Anything's metric ones, is larger where it is farther: set ``inverse`` to False for it. Loaded at the first
-    call; then follows the images' device.
+    call, with weights of ``dtype``; then follows the images' device.
     """
 
     model: str = "Intel/dpt-large"
     inverse: bool = True
     batch_size: int = 8
+    dtype: Precision = "float32"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Estimate nearness (B, H, W), on the CPU, of images (B, 3, H, W) in [0, 1]; comparable within an image."""
-        network, processor = _load(self.model)
+        network, processor = _load(self.model, self.dtype)
         network.to(images.device)
         maps = []
         for part in torch.split(eight_bits(images), self.batch_size):
-            pixels = processor(images=list(part), return_tensors="pt").pixel_values.to(images.device)
-            depth = network(pixel_values=pixels).predicted_depth
+            pixels = processor(images=list(part), return_tensors="pt").pixel_values
+            pixels = pixels.to(images.device, non_blocking=True).to(network.dtype)
+            depth = network(pixel_values=pixels).predicted_depth.float()
             sized = interpolate(depth[:, None], images.shape[-2:], mode="bilinear", align_corners=False)
-            maps.append(sized[:, 0].float().cpu())
-        nearness = torch.cat(maps)
+            maps.append(sized[:, 0])
+        nearness = torch.cat(maps).cpu()
         return nearness if self.inverse else -nearness
 
 
 @functools.cache
-def _load(model: str) -> tuple[Any, Any]:
+def _load(model: str, dtype: Precision) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
-    network = AutoModelForDepthEstimation.from_pretrained(model, dtype=torch.float32)
+    network = AutoModelForDepthEstimation.from_pretrained(model, dtype=getattr(torch, dtype))
     return network.requires_grad_(False).eval(), AutoImageProcessor.from_pretrained(model)

@@ -21,12 +21,12 @@ from genalign.evaluation.geneval.grammar import with_article
 from genalign.evaluation.geneval.scoring import Detection, Thresholds
 from genalign.evaluation.geneval.vocabulary import OBJECTS
 from genalign.runtime.media import eight_bits
+from genalign.types import Precision
 
 _MOST_INSTANCES = 100  # of an image, as in mmdet's configuration
 _GENEVAL = Thresholds()
 _OWL = Thresholds(confidence=0.2, counting=0.3, max_overlap=0.5)
 _DINO = Thresholds(confidence=0.35, counting=0.35, max_overlap=0.5)
-_Matches = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +58,13 @@ class Detector(Protocol):
 
 
 def describe(part: Any) -> dict[str, Any]:
-    """Describe a dataclass by its class name and its fields."""
-    return {"class": type(part).__name__, **asdict(part)}
+    """Describe a dataclass by its class name and its fields; weights in float32 go without saying."""
+    settings = {name: value for name, value in asdict(part).items() if (name, value) != ("dtype", "float32")}
+    return {"class": type(part).__name__, **settings}
 
 
 @functools.cache
-def _opened(model: str, auto: str) -> tuple[Any, Any]:
+def _opened(model: str, auto: str, dtype: Precision) -> tuple[Any, Any]:
     """Open a checkpoint's frozen network by transformers' class ``auto``, and its processor, once per process.
 
     Raises FileNotFoundError for a missing checkpoint.
@@ -73,7 +74,7 @@ def _opened(model: str, auto: str) -> tuple[Any, Any]:
     instances = auto == "AutoModelForUniversalSegmentation"
     processor = transformers.AutoImageProcessor if instances else transformers.AutoProcessor
     try:
-        network = getattr(transformers, auto).from_pretrained(model, dtype=torch.float32)
+        network = getattr(transformers, auto).from_pretrained(model, dtype=getattr(torch, dtype))
         return network.requires_grad_(False).eval(), processor.from_pretrained(model)
     except OSError as error:
         raise FileNotFoundError(
@@ -84,11 +85,15 @@ def _opened(model: str, auto: str) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class TransformersDetector:
-    """The settings that the detectors of this module share; ``model`` is a checkpoint's folder or Hub id."""
+    """The settings that the detectors of this module share.
+
+    ``model`` is a checkpoint's folder or Hub id, and ``dtype`` that of its weights.
+    """
 
     model: str
     thresholds: Thresholds = _GENEVAL
     batch_size: int = 8
+    dtype: Precision = "float32"
     classes: ClassVar[Sequence[str] | None] = None
 
     @property
@@ -117,43 +122,59 @@ class Mask2Former(TransformersDetector):
     @torch.no_grad()
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
         """Detect the objects of all COCO classes above the lower threshold, whatever the names."""
-        network, processor = _opened(self.model, "AutoModelForUniversalSegmentation")
+        network, processor = _opened(self.model, "AutoModelForUniversalSegmentation", self.dtype)
         if network.config.num_labels != len(OBJECTS):
             raise ValueError(f"{self.model} has {network.config.num_labels} classes: give a COCO instance checkpoint")
         network.to(images.device)
         detected: list[list[Instance]] = []
         for part in torch.split(eight_bits(images), self.batch_size):
             pixels = processor(images=list(part), return_tensors="pt")["pixel_values"]
-            output = network(pixel_values=pixels.to(images.device))
-            outputs = zip(output.class_queries_logits, output.masks_queries_logits, strict=True)
-            detected += [coco_instances(*logits, images.shape[-2:], self.lowest) for logits in outputs]
+            output = network(pixel_values=pixels.to(images.device, network.dtype))
+            classes, masks = output.class_queries_logits.float(), output.masks_queries_logits.float()
+            detected += coco_instances(classes, masks, images.shape[-2:], self.lowest)
         return detected
 
 
-def coco_instances(classes: Tensor, masks: Tensor, size: Sequence[int], lowest: float) -> list[Instance]:
-    """Select the objects of one image with a score above ``lowest``, as mmdet does.
+def coco_instances(classes: Tensor, masks: Tensor, size: Sequence[int], lowest: float) -> list[list[Instance]]:
+    """Select the objects of each of B images with a score above ``lowest``, as mmdet does.
+
+    On a GPU the CPU waits twice for all of them: for the scores of their classes, and for those with their masks.
 
     Args:
-        classes: logits (Q, 81) of the queries' classes, the last one for no object.
-        masks: logits (Q, h, w) of their pixels.
-        size: the image's height and width.
+        classes: logits (B, Q, 81) of the queries' classes, the last one for no object.
+        masks: logits (B, Q, h, w) of their pixels.
+        size: the images' height and width.
         lowest: the score that an object must exceed.
     """
-    scores = classes.softmax(-1)[:, :-1].flatten()
-    best, index = scores.topk(min(_MOST_INSTANCES, len(scores)))
-    index = index[best > lowest]  # a score only falls when the mask's is multiplied in
-    if len(index) == 0:
-        return []
-    logits = interpolate(masks[index // len(OBJECTS)][None], tuple(size), mode="bilinear", align_corners=False)[0]
-    covered = logits > 0
-    inside = (logits.sigmoid() * covered).flatten(1).sum(1) / (covered.flatten(1).sum(1) + 1e-6)
-    instances = []
-    for score, label, mask in zip((best[: len(index)] * inside).tolist(), index % len(OBJECTS), covered, strict=True):
-        if score > lowest:  # then the mask covers at least one pixel; its box is half open
-            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-            box = float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
-            instances.append(Instance(Detection(OBJECTS[int(label)], box, score), mask))
-    return instances
+    scores = classes.softmax(-1)[..., :-1].flatten(1)
+    best, index = scores.topk(min(_MOST_INSTANCES, scores.shape[1]))
+    likely = (best > lowest).cpu()  # a score only falls when the mask's is multiplied in, and the best come first
+    covered, measured = [], []
+    for image_masks, image_best, image_index, count in zip(masks, best, index, likely.sum(1).tolist(), strict=True):
+        chosen = image_index[:count]
+        logits = image_masks[chosen // len(OBJECTS)]
+        if count:
+            logits = interpolate(logits[None], tuple(size), mode="bilinear", align_corners=False)[0]
+        mask = logits > 0
+        inside = (logits.sigmoid() * mask).flatten(1).sum(1) / (mask.flatten(1).sum(1) + 1e-6)
+        covered.append(mask)
+        measured.append(torch.stack([image_best[:count] * inside, chosen % len(OBJECTS), *_bounds(mask)], 1))
+    numbers = torch.cat(measured).cpu().split([len(mask) for mask in covered])
+    return [
+        [
+            Instance(Detection(OBJECTS[int(label)], (x1, y1, x2, y2), score), mask)
+            for (score, label, x1, y1, x2, y2), mask in zip(rows.tolist(), masks_of_image, strict=True)
+            if score > lowest  # then the mask covers at least one pixel
+        ]
+        for rows, masks_of_image in zip(numbers, covered, strict=True)
+    ]
+
+
+def _bounds(masks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the left, top, right and bottom (n,) of masks (n, H, W); right and bottom are one pixel beyond."""
+    columns, rows = masks.any(1).byte(), masks.any(2).byte()
+    right, bottom = (line.shape[1] - line.flip(1).argmax(1) for line in (columns, rows))
+    return columns.argmax(1), rows.argmax(1), right, bottom
 
 
 @dataclass(frozen=True)
@@ -163,7 +184,7 @@ class OpenVocabularyDetector(TransformersDetector, ABC):
     @torch.no_grad()
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Instance]]:
         """Detect objects of the classes ``names`` of their image, each as the most likely one."""
-        network, processor = _opened(self.model, "AutoModelForZeroShotObjectDetection")
+        network, processor = _opened(self.model, "AutoModelForZeroShotObjectDetection", self.dtype)
         network.to(images.device)
         pixels = eight_bits(images)
         groups: dict[tuple[str, ...], list[int]] = {}
@@ -173,16 +194,28 @@ class OpenVocabularyDetector(TransformersDetector, ABC):
         for group, rows in groups.items():
             for start in range(0, len(rows), self.batch_size):
                 batch = rows[start : start + self.batch_size]
-                matches = self._match(network, processor, pixels[batch], group)
-                for row, scores, labels, boxes in zip(batch, *matches, strict=True):
-                    sure = scores > self.lowest
-                    objects = [group[label] for label in labels[sure].tolist()]
-                    detected[row] = _instances(objects, scores[sure], boxes[sure], images.shape[-2:])
+                part = torch.stack([pixels[row] for row in batch])
+                scores, labels, boxes = self._match(network, processor, part, group)
+                matches = torch.cat([scores[..., None], labels[..., None], boxes], -1).float().cpu()
+                matches[..., 2:] = self._corners(matches[..., 2:], images.shape[-2:])
+                for row, matches_of_image in zip(batch, matches, strict=True):
+                    sure = matches_of_image[matches_of_image[:, 0] > self.lowest]
+                    objects = [group[int(label)] for label in sure[:, 1]]
+                    detected[row] = _instances(objects, sure[:, 0], sure[:, 2:], images.shape[-2:])
         return detected
 
     @abstractmethod
-    def _match(self, network: Any, processor: Any, images: Tensor, names: Sequence[str]) -> _Matches:
-        """Match images (B, 3, H, W) with names: scores and labels of the best names (B, n), and boxes (B, n, 4)."""
+    def _match(
+        self, network: Any, processor: Any, images: Tensor, names: Sequence[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Match images (B, 3, H, W) with names: scores and labels of the best names (B, n), and boxes (B, n, 4).
+
+        Boxes are centers and sizes relative to the image, or to the square that holds it.
+        """
+
+    def _corners(self, boxes: Tensor, size: Sequence[int]) -> Tensor:
+        """Convert the boxes (..., 4) of an image of height and width ``size`` to corners in pixels."""
+        return _corners(boxes, size[1], size[0])
 
 
 @dataclass(frozen=True)
@@ -197,13 +230,17 @@ class Owlv2(OpenVocabularyDetector):
     model: str = "google/owlv2-base-patch16-ensemble"
     thresholds: Thresholds = _OWL
 
-    def _match(self, network: Any, processor: Any, images: Tensor, names: Sequence[str]) -> _Matches:
+    def _match(
+        self, network: Any, processor: Any, images: Tensor, names: Sequence[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         queries = [f"a photo of {with_article(name)}" for name in names]
         inputs = processor(text=[queries] * len(images), images=list(images), truncation=True, return_tensors="pt")
-        output = network(**inputs.to(images.device))
-        best, label = output.logits.max(-1)
-        side = max(images.shape[-2:])  # it pads images to squares
-        return best.sigmoid(), label, _corners(output.pred_boxes, side, side)
+        output = network(**_sent(inputs, network))
+        best, label = output.logits.float().max(-1)
+        return best.sigmoid(), label, output.pred_boxes
+
+    def _corners(self, boxes: Tensor, size: Sequence[int]) -> Tensor:
+        return _corners(boxes, max(size), max(size))  # it pads images to squares
 
 
 @dataclass(frozen=True)
@@ -216,14 +253,22 @@ class GroundingDino(OpenVocabularyDetector):
     model: str = "IDEA-Research/grounding-dino-tiny"
     thresholds: Thresholds = _DINO
 
-    def _match(self, network: Any, processor: Any, images: Tensor, names: Sequence[str]) -> _Matches:
+    def _match(
+        self, network: Any, processor: Any, images: Tensor, names: Sequence[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         text, tokens = _caption(processor.tokenizer, names)
         pixels = processor.image_processor(images=list(images), return_tensors="pt")
         words = {key: value.expand(len(images), -1) for key, value in text.items()}
-        output = network(**{key: value.to(images.device) for key, value in (*pixels.items(), *words.items())})
-        scores = torch.stack([output.logits[..., place].sigmoid().amax(-1) for place in tokens], dim=-1)
-        height, width = images.shape[-2:]
-        return *scores.max(-1), _corners(output.pred_boxes, width, height)
+        output = network(**_sent({**pixels, **words}, network))
+        logits = output.logits.float()
+        scores = torch.stack([logits[..., place].sigmoid().amax(-1) for place in tokens], dim=-1)
+        return *scores.max(-1), output.pred_boxes
+
+
+def _sent(inputs: Mapping[str, Tensor], network: Any) -> dict[str, Tensor]:
+    """Move inputs to the network's device, and pixels to the dtype of its weights."""
+    moved = {name: tensor.to(network.device, non_blocking=True) for name, tensor in inputs.items()}
+    return {name: tensor.to(network.dtype) if tensor.is_floating_point() else tensor for name, tensor in moved.items()}
 
 
 def _caption(tokenizer: Any, names: Sequence[str]) -> tuple[dict[str, Tensor], list[list[int]]]:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genalign.types import Precision
+
 
 @dataclass(frozen=True)
 class Features:
@@ -46,7 +48,7 @@ def require_patches(encoder: object) -> PatchFeatures:
 
 
 class DualEncoder(nn.Module):
-    """A frozen encoder of texts and of samples into one space, in float32.
+    """A frozen encoder of texts and of samples into one space: weights of ``dtype``, embeddings in float32.
 
     Texts are encoded by ``model`` and ``tokenizer`` of transformers, and cut to ``context`` tokens.
     """
@@ -55,15 +57,16 @@ class DualEncoder(nn.Module):
     tokenizer: Any
     context: int
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: Precision = "float32") -> None:
         super().__init__()
-        self.model = model.requires_grad_(False).eval()
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.model = model.to(self.dtype).requires_grad_(False).eval()
         self._texts: dict[str, Tensor] = {}
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Compute projected embeddings (n, d) of texts, cut to the context length."""
         options = {"padding": True, "truncation": True, "max_length": self.context, "return_tensors": "pt"}
-        tokens = self.tokenizer(texts, **options).to(self.device)
+        tokens = self.tokenizer(texts, **options).to(self.device, non_blocking=True)
         pooled = self.model.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
         embeddings: Tensor = self.model.text_projection(pooled)
         return embeddings
@@ -75,10 +78,11 @@ class DualEncoder(nn.Module):
         Each distinct text is encoded once, and alone: in a batch its last bits would depend on the others, and on which
         of them were cached.
         """
-        for text in dict.fromkeys(texts):
-            if text not in self._texts:
-                self._texts[text] = F.normalize(self.encode_texts([text])[0], dim=-1).cpu()
-        return torch.stack([self._texts[text] for text in texts]).to(self.device)
+        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        if new:
+            units = [F.normalize(self.encode_texts([text])[0].float(), dim=-1) for text in new]
+            self._texts.update(zip(new, torch.stack(units).cpu(), strict=True))
+        return torch.stack([self._texts[text] for text in texts]).to(self.device, non_blocking=True)
 
     @property
     def device(self) -> torch.device:

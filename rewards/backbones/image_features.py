@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genalign.types import AnyCallable
+from genalign.types import AnyCallable, Precision
 from rewards.backbones.clip_encoder import ImagePreprocessor, load_clip
 from rewards.backbones.encoders import Features, PatchFeatures, read_config
 from rewards.backbones.reference_images import ReferenceSamples
@@ -25,22 +25,23 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class ClipFeatures:
     """CLIP's image embedding, and its patch tokens projected into the same space; ``unit`` gives all of them length 1.
 
-    ``model`` and ``processor`` are as for ``rewards.backbones.clip_encoder.load_clip``. The model is opened at the
-    first call, frozen, in float32.
+    ``model``, ``processor`` and ``dtype``, that of the weights, are as for
+    ``rewards.backbones.clip_encoder.load_clip``. The model is opened at the first call, frozen.
     """
 
     model: str
     processor: str | None = None
     unit: bool = False
+    dtype: Precision = "float32"
 
     def __call__(self, samples: Tensor) -> Tensor:
         """Compute embeddings (B, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
-        embedding: Tensor = load_clip(self.model, self.processor).to(samples.device)(samples)
+        embedding: Tensor = load_clip(self.model, self.processor, self.dtype).to(samples.device)(samples)
         return F.normalize(embedding, dim=-1) if self.unit else embedding
 
     def features(self, samples: Tensor) -> Features:
         """Compute embeddings (B, d) and patches (B, n, d). Raises ValueError for a tower without patches."""
-        features = load_clip(self.model, self.processor).to(samples.device).features(samples)
+        features = load_clip(self.model, self.processor, self.dtype).to(samples.device).features(samples)
         if not self.unit:
             return features
         return Features(F.normalize(features.global_, dim=-1), F.normalize(features.patches, dim=-1))
@@ -52,20 +53,22 @@ class Dinov2Features(PatchFeatures):
 
     ``model`` is a transformers folder or Hub id, such as facebook/dinov2-base. Images are resized to ``size`` pixels a
     side, a multiple of the patch size, by default that of the checkpoint (518). The model is opened at the first call,
-    frozen, in float32.
+    frozen, with weights of ``dtype``.
     """
 
     model: str
     size: int | None = None
+    dtype: Precision = "float32"
 
     def features(self, samples: Tensor) -> Features:
         """Compute class tokens (B, d) and patch tokens (B, n, d) of images (B, 3, H, W) in [0, 1]; differentiable."""
-        network = _load_dinov2(self.model).to(samples.device)
+        network = _load_dinov2(self.model, self.dtype).to(samples.device)
         size, patch = self.size or int(network.config.image_size), int(network.config.patch_size)
         if size % patch:
             nearest = max(1, size // patch) * patch
             raise ValueError(f"size {size} is not a multiple of the patch size {patch}: try {nearest}")
-        tokens = network(ImagePreprocessor((size, size), *_IMAGENET)(samples)).last_hidden_state
+        pixels = ImagePreprocessor((size, size), *_IMAGENET)(samples)
+        tokens = network(pixels.to(network.dtype)).last_hidden_state.float()
         return Features(tokens[:, 0], tokens[:, 1:])
 
 
@@ -87,8 +90,8 @@ def extract_features(images: ReferenceSamples, features: AnyCallable, batch_size
 
 
 @functools.cache
-def _load_dinov2(model: str) -> Any:
+def _load_dinov2(model: str, dtype: Precision) -> Any:
     from transformers import Dinov2Model
 
     read_config(model, "DINOv2")
-    return Dinov2Model.from_pretrained(model, dtype=torch.float32).requires_grad_(False).eval()
+    return Dinov2Model.from_pretrained(model, dtype=getattr(torch, dtype)).requires_grad_(False).eval()

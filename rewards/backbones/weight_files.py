@@ -95,4 +95,4 @@ class AffineHead:
                 f"this head is for features (B, {len(self.weight)}), not {tuple(features.shape)}: give the model that"
                 " it was trained on"
             )
-        return features.float() @ self.weight.to(features.device) + self.bias
+        return features.float() @ self.weight.to(features.device, non_blocking=True) + self.bias

@@ -10,6 +10,7 @@ from transformers import BertTokenizerFast, BlipConfig, BlipForQuestionAnswering
 from genalign.evaluation.benchmarks.tifa import QuestionJudge
 from rewards.backbones.pixels import pictures
 from rewards.blip_vqa import BlipVqa
+from tests.rewards.low_precision import require_alike
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no", "a", "red", "blue", "cup", "?", "[DEC]", "[ENC]"]
 QUESTIONS = ["a red cup?", "a blue cup?", "a cup?", "a red cup?"]
@@ -60,3 +61,8 @@ def test_an_answer_does_not_depend_on_its_batch(blip: Path) -> None:
     assert together.isnan().tolist() == [False, True, False, False]
     alone = torch.cat([BlipVqa(str(blip), batch_size=1)(broken[i : i + 1], QUESTIONS[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-5, equal_nan=True)
+
+
+def test_weights_in_bfloat16_answer_alike(blip: Path) -> None:
+    full, low = (BlipVqa(str(blip), dtype=dtype)(images(8), QUESTIONS * 2) for dtype in ("float32", "bfloat16"))
+    require_alike(full, low, 0.03)

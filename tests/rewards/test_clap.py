@@ -173,3 +173,14 @@ def test_samples_that_are_not_waveforms_are_refused(folder: Path) -> None:
         reward(noise(WINDOW)[:, 0], PROMPTS)
     with pytest.raises(TypeError, match=r"not torch\.int16"):
         reward(torch.zeros(2, 1, WINDOW, dtype=torch.int16), PROMPTS[:2])
+
+
+def test_weights_in_bfloat16_score_alike(folder: Path) -> None:
+    clips = torch.cat([level * noise(WINDOW) for level in (0.01, 0.03, 0.1, 0.3, 1.0)]).requires_grad_(True)
+    prompts = [Prompt("a bell")] * len(clips)
+    scores = ClapReward(str(folder), RATE, "bfloat16")(clips, prompts)
+    require_alike(ClapReward(str(folder), RATE)(clips.detach(), prompts), scores.detach(), 0.01)
+    norm = load_clap(str(folder), "bfloat16").model.audio_model.audio_encoder.batch_norm
+    assert norm.weight.dtype == torch.float32  # levels in dB have more digits than bfloat16
+    scores.sum().backward()
+    assert clips.grad is not None and bool(clips.grad.isfinite().all()) and bool(clips.grad.abs().sum() > 0)

@@ -17,6 +17,7 @@ from genalign.worlds.shapes.scenes import render, sample_scene
 from rewards.backbones.clip_encoder import ImagePreprocessor, load_clip, resize
 from rewards.clip import ClipReward
 from tests.rewards import tiny_detectors
+from tests.rewards.low_precision import require_alike
 
 PROMPTS = [single_object("circle"), counting("square", "two"), color_attr("ring", "red", "cross", "blue")]
 PROMPTS += [single_object("moon")]
@@ -139,3 +140,17 @@ def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_is_opened_once_and_not_before_the_first_call() -> None:
     assert load_clip("shapes-clip") is load_clip(assets.resolve("shapes-clip"), None)
     assert ClipReward("no/such-model").model == "no/such-model"
+
+
+@pytest.mark.parametrize("library", ["open_clip", "transformers"])
+def test_weights_in_bfloat16_score_alike(library: str, transformers_folder: str, images: torch.Tensor) -> None:
+    model = "shapes-clip" if library == "open_clip" else transformers_folder
+    batch, prompts = images.repeat(2, 1, 1, 1).requires_grad_(True), PROMPTS + PROMPTS[::-1]
+    scores = ClipReward(model, dtype="bfloat16")(batch, prompts)
+    require_alike(ClipReward(model)(images.repeat(2, 1, 1, 1), prompts), scores.detach(), 0.01)
+    encoder, full = load_clip(model, None, "bfloat16"), load_clip(model)
+    assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16} and encoder.logit_scale == full.logit_scale
+    scores.sum().backward()
+    expected = torch.autograd.grad(ClipReward(model)(batch, prompts).sum(), batch)[0]
+    assert batch.grad is not None
+    assert torch.nn.functional.cosine_similarity(batch.grad.flatten(), expected.flatten(), dim=0) > 0.99

@@ -22,8 +22,9 @@ from genalign.types import Prompt, Reward
 from genalign.worlds.shapes.prompts import prompts
 from genalign.worlds.shapes.scenes import render, sample_scene
 from genalign.worlds.shapes.verifier import verify
+from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.detectors import Instance, Mask2Former, Owlv2
-from rewards.geneval import ClipColors, GenEvalJudge, GenEvalReward, crop
+from rewards.geneval import ClipColors, GenEvalJudge, GenEvalReward, _color_embeddings, crop
 from tests.genalign.evaluation.geneval.shapes_judge import PaletteColors, ShapesDetector
 from tests.rewards import tiny_detectors
 
@@ -180,7 +181,7 @@ def test_the_classifier_matches_open_clip() -> None:
     theirs = open_clip.build_zero_shot_classifier(
         model.eval(), open_clip.get_tokenizer(name), COLORS, [t.format for t in templates]
     )
-    torch.testing.assert_close(ClipColors("shapes-clip")._classifier("ring"), theirs.T, rtol=0, atol=1e-5)
+    torch.testing.assert_close(_color_embeddings(load_clip("shapes-clip"), ["ring"])["ring"], theirs.T, rtol=0, atol=1e-5)
 
 
 def test_a_trained_clip_classifies_colors() -> None:
@@ -228,3 +229,16 @@ def test_detectors_are_configurable() -> None:
     thresholds = replace(Owlv2().thresholds, confidence=0.4)  # the others are the detector's defaults
     assert parsed.function == GenEvalReward("strict", Owlv2(thresholds=thresholds))
     assert plain["function"]["init_args"]["detector"]["init_args"]["thresholds"]["counting"] == 0.3
+
+
+def test_crops_are_classified_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    crops = [torch.rand(3, 8 + 3 * i, 40 - 2 * i, generator=generator) * torch.rand(3, 1, 1) for i in range(7)]
+    names = ["circle", "ring", "circle", "square", "ring", "circle", "moon"]
+    alone = [ClipColors("shapes-clip")([crop], [name])[0] for crop, name in zip(crops, names, strict=True)]
+    encoder, sizes = load_clip("shapes-clip"), []
+    embed = encoder.embed
+    monkeypatch.setattr(encoder, "embed", lambda pixels: (sizes.append(len(pixels)), embed(pixels))[1])
+    monkeypatch.setattr("rewards.geneval._CROPS", 5)
+    assert ClipColors("shapes-clip")(crops, names) == alone and sizes == [5, 2]
+    assert len(ClipColors("shapes-clip", dtype="bfloat16")(crops, names)) == 7

@@ -168,3 +168,12 @@ def test_another_checkpoint_is_refused(reward: ImageReward, tensors: dict[str, T
     without = {name: value for name, value in tensors.items() if "crossattention.self.query" not in name}
     with pytest.raises(ValueError, match=r"not the tensors of ImageReward's BLIP.*[\s\S]*crossattention\.self\.query"):
         opened("without.pt", without)
+
+
+def test_weights_in_bfloat16_score_alike(reward: ImageReward) -> None:
+    batch = images(6).requires_grad_(True)
+    prompts = PROMPTS * 2
+    scores = replace(reward, dtype="bfloat16")(batch, prompts)
+    require_alike(reward(batch.detach(), prompts), scores.detach(), 0.05)
+    scores.sum().backward()
+    assert batch.grad is not None and bool(batch.grad.isfinite().all()) and bool(batch.grad.abs().sum() > 0)

@@ -7,6 +7,7 @@ import torch
 from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 from rewards.backbones.depth import DepthModel
+from tests.rewards.low_precision import require_alike
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +28,9 @@ def test_nearness_has_the_size_of_the_images(dpt: Path) -> None:
     nearness = DepthModel(str(dpt), batch_size=2)(images)
     assert nearness.shape == (3, 40, 52) and nearness.std() > 0
     torch.testing.assert_close(DepthModel(str(dpt), inverse=False)(images), -nearness, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_in_bfloat16_see_alike(dpt: Path) -> None:
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    full, low = (DepthModel(str(dpt), dtype=dtype)(images) for dtype in ("float32", "bfloat16"))
+    require_alike(full, low, 0.02 * float(full.max()))

@@ -51,18 +51,18 @@ def boxes(detected: list[Instance]) -> list[tuple[str, tuple[float, ...]]]:
 
 
 def logits(*queries: tuple[int, float, slice, slice]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A query for each (class, its probability, rows, columns): sure of its pixels, on an 8 x 10 grid."""
+    """A query of one image for each (class, its probability, rows, columns): sure of its pixels, on an 8 x 10 grid."""
     classes, masks = torch.full((len(queries), 81), NOTHING), torch.full((len(queries), 8, 10), NOTHING)
     for query, (label, probability, rows, columns) in enumerate(queries):
         classes[query, label] = torch.tensor(probability).logit()
         classes[query, 80] = 0
         masks[query, rows, columns] = 20
-    return classes, masks
+    return classes[None], masks[None]
 
 
 def test_instances_are_read_from_masks() -> None:
     dog, cat = (16, 0.9, slice(2, 6), slice(1, 4)), (15, 0.6, slice(0, 8), slice(5, 10))
-    detected = coco_instances(*logits(dog, cat, (0, 0.2, slice(0, 2), slice(0, 2))), (8, 10), 0.3)
+    [detected] = coco_instances(*logits(dog, cat, (0, 0.2, slice(0, 2), slice(0, 2))), (8, 10), 0.3)
     assert [item.detection.name for item in detected] == ["dog", "cat"]
     assert [item.detection.box for item in detected] == [(1, 2, 4, 6), (5, 0, 10, 8)]
     assert [item.detection.score for item in detected] == pytest.approx([0.9, 0.6], abs=1e-5)
@@ -70,27 +70,27 @@ def test_instances_are_read_from_masks() -> None:
 
 
 def test_masks_are_enlarged_to_the_image() -> None:
-    detected = coco_instances(*logits((16, 0.9, slice(2, 6), slice(0, 10))), (32, 40), 0.3)
+    [detected] = coco_instances(*logits((16, 0.9, slice(2, 6), slice(0, 10))), (32, 40), 0.3)
     assert detected[0].mask is not None and detected[0].mask.shape == (32, 40)
     assert detected[0].detection.box == (0, 8, 40, 24)
 
 
 def test_an_unsure_mask_lowers_the_score() -> None:
     classes, masks = logits((16, 0.8, slice(2, 6), slice(1, 4)))
-    masks[0, 2:6, 1:4] = torch.tensor(0.75).logit()
-    assert coco_instances(classes, masks, (8, 10), 0.3)[0].detection.score == pytest.approx(0.6, abs=1e-5)
-    assert coco_instances(classes, masks, (8, 10), 0.61) == []
+    masks[0, 0, 2:6, 1:4] = torch.tensor(0.75).logit()
+    assert coco_instances(classes, masks, (8, 10), 0.3)[0][0].detection.score == pytest.approx(0.6, abs=1e-5)
+    assert coco_instances(classes, masks, (8, 10), 0.61) == [[]]
 
 
 def test_a_query_without_pixels_is_no_instance() -> None:
-    assert coco_instances(*logits((16, 0.9, slice(0, 0), slice(0, 0))), (8, 10), 0.0) == []
-    assert coco_instances(*logits(), (8, 10), 0.0) == []
+    assert coco_instances(*logits((16, 0.9, slice(0, 0), slice(0, 0))), (8, 10), 0.0) == [[]]
+    assert coco_instances(*logits(), (8, 10), 0.0) == [[]]
 
 
 def test_one_query_may_be_two_classes() -> None:
     classes, masks = logits((16, 0.5, slice(2, 6), slice(1, 4)))
-    classes[0, 15] = classes[0, 16]
-    detected = coco_instances(classes, masks, (8, 10), 0.2)
+    classes[0, 0, 15] = classes[0, 0, 16]
+    [detected] = coco_instances(classes, masks, (8, 10), 0.2)
     assert sorted(item.detection.name for item in detected) == ["cat", "dog"]
 
 
@@ -190,3 +190,30 @@ def test_descriptions_hold_all_settings(detector: type) -> None:
 def test_a_missing_detector_is_named(images: torch.Tensor, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"the detector .*nothing is neither a checkpoint's folder nor in the"):
         Mask2Former(str(tmp_path / "nothing"))(images, [["dog"]] * 3)
+
+
+def test_images_of_a_batch_are_read_as_alone() -> None:
+    dog, cat = (16, 0.9, slice(2, 6), slice(1, 4)), (15, 0.6, slice(0, 8), slice(5, 10))
+    nothing = (0, 0.2, slice(0, 2), slice(0, 2))
+    alone = [logits(dog, cat), logits(nothing, nothing), logits(nothing, dog)]
+    classes, masks = (torch.cat(parts) for parts in zip(*alone, strict=True))
+    together = coco_instances(classes, masks, (32, 40), 0.3)
+    assert [len(detected) for detected in together] == [2, 0, 1]
+    for detected, of_one in zip(together, alone, strict=True):
+        [expected] = coco_instances(*of_one, (32, 40), 0.3)
+        assert [item.detection for item in detected] == [item.detection for item in expected]
+        assert all(torch.equal(a.mask, b.mask) for a, b in zip(detected, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_in_bfloat16_detect_alike(
+    kind: type[Mask2Former] | type[Owlv2] | type[GroundingDino], folders: dict[str, str], images: torch.Tensor
+) -> None:
+    names = [["dog", "cat"]] * len(images)
+    folder = folders[kind.__name__]
+    full, low = (kind(folder, ALL, dtype=dtype)(images, names) for dtype in ("float32", "bfloat16"))
+    scores = [torch.tensor([max(i.detection.score for i in one) for one in detected]) for detected in (full, low)]
+    torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=0.02)  # each layer rounds by 2^-9
+    assert full[0][0].detection != low[0][0].detection
+    assert kind(folder).description == kind(folder, dtype="float32").description != kind(folder, dtype="bfloat16")
+    assert kind(folder, dtype="bfloat16").description["dtype"] == "bfloat16" and "dtype" not in kind(folder).description

@@ -10,12 +10,16 @@ from safetensors.torch import save_file
 from transformers import CLIPModel, CLIPVisionConfig, Dinov2Config, Dinov2Model
 
 from genalign import assets
+from genalign.types import Precision
 from rewards.backbones.clip_encoder import load_clip
 from rewards.backbones.encoders import PatchFeatures
 from rewards.backbones.image_features import ClipFeatures, Dinov2Features, extract_features
 from rewards.backbones.reference_images import ImageTensor
 from rewards.set_rewards import FrechetReward
 from tests.rewards import tiny_detectors
+from tests.rewards.low_precision import require_alike
+
+PRECISIONS: tuple[Precision, Precision] = "float32", "bfloat16"
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +118,9 @@ def test_a_reference_set_of_images() -> None:
     torch.testing.assert_close(features_of_all, features(pictures), rtol=0, atol=1e-5)
     torch.testing.assert_close(features_of_all.norm(dim=1), torch.ones(5), rtol=0, atol=1e-5)
     assert FrechetReward(features(images(64, 5) ** 2))(features_of_all) < 0
+
+
+def test_features_in_bfloat16_are_alike(dinov2_folder: Path) -> None:
+    full, low = (Dinov2Features(str(dinov2_folder), dtype=dtype).features(images(28)) for dtype in PRECISIONS)
+    require_alike(full.global_, low.global_, 0.1)
+    require_alike(full.patches, low.patches, 0.1)
