@@ -10,17 +10,17 @@ import contextlib
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -33,6 +33,7 @@ _VALUE_SIZED = {  # operations whose result has a size that only the device know
     aten._unique2.default: None,
     aten.unique_dim.default: None,
 }
+_DEVICE = torch.ops.prim.device.default
 _INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 _ONE_DTYPE = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.linear, aten.native_layer_norm)
 _BLOCK = 512  # bytes that the allocator of CUDA rounds to
@@ -62,17 +63,19 @@ class Event:
 class FakeCuda(TorchDispatchMode):
     """A context in which torch has a CUDA device of index 0 whose tensors have no values.
 
-    Build networks within ``with cuda, torch.device("cuda")``, so that they take no memory. A number that is read from
+    It may be entered again, and its tensors belong to it. Build networks within ``with cuda, torch.device("cuda")``, so that they take no memory. A number that is read from
     the device is 1, all numbers are finite, and comparisons are True; a tensor copied from it holds numbers in
     [0, 1), or zeros if it is large. The context holds for its own thread: score without ``overlap_scoring``.
 
     Attributes:
-        waits: The reads of values, blocking copies in both directions, and operations whose result's size depends on
+        waits: Since the context was entered, the reads of values, blocking copies in both directions, and operations whose result's size depends on
             values, each of which lets the CPU wait until the device has finished.
-        copies: The copies to the device, blocking or not.
+        copies: The copies to the device since then, blocking or not.
         live: Bytes of the storages on the device that exist now.
         peak: The largest ``live`` since the last ``reset_peak``.
     """
+
+    _results: ClassVar[dict[Any, _Result]] = {}  # by operation and layouts, for all contexts
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,12 +83,14 @@ class FakeCuda(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.waits: list[Event] = []
         self.copies: list[Event] = []
-        self.live = self.peak = self._marks = 0
+        self._marks = 0
+        self.live = self.peak = 0
         self._storages: dict[int, weakref.ref[Any]] = {}
         self._random = torch.Generator().manual_seed(0)
         self._patches = contextlib.ExitStack()
 
     def __enter__(self) -> FakeCuda:
+        self.waits, self.copies, self._marks = [], [], 0
         torch._C._ensureCUDADeviceGuardSet()  # for good, without an effect on tensors of the CPU
         for target, name, value in self._replacements():
             self._patches.enter_context(mock.patch.object(target, name, value))
@@ -141,6 +146,8 @@ class FakeCuda(TorchDispatchMode):
         ]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         kwargs = kwargs or {}
         fakes = _on_device((*args, *kwargs.values()))
         device = kwargs.get("device")
@@ -177,11 +184,22 @@ class FakeCuda(TorchDispatchMode):
                 raise NotImplementedError(f"{func} on the device: its result has no shape without values")
             shape, dtype = size_of(*args)
             func, args, kwargs = aten.empty.memory_format, (shape,), {"dtype": dtype, "device": "cuda"}
-        result = self.fake.dispatch(func, types, args, kwargs)
+        result = self._result(func, types, args, kwargs)
         for tensor in _on_device(result if isinstance(result, tuple | list) else (result,)):
             self._hold(tensor)
             if tensor.dtype == torch.bool:
                 tensor.is_true = _is_true(func.overloadpacket, args)
+        return result
+
+    def _result(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """Return the result of an operation: computed, or like that of the same operation on tensors like these."""
+        key = _described((func, torch.get_default_dtype(), *args, *kwargs.items()))
+        earlier = self._results.get(key)
+        if earlier is not None:
+            return earlier.again(self.fake, args)
+        result = self.fake.dispatch(func, types, args, kwargs)
+        if (now := _Result.of(result, args, self._storages)) and _described(args) == key[2 : 2 + len(args)]:
+            self._results[key] = now
         return result
 
     def _count_transfers(self, func: Any, args: Any, kwargs: Any, fakes: Sequence[Tensor]) -> None:
@@ -253,6 +271,73 @@ class FakeCuda(TorchDispatchMode):
             return Event(kind, size, "?", 0, names, self._marks)
         file = str(Path(frames[0].f_code.co_filename).relative_to(_ROOT))
         return Event(kind, size, file, frames[0].f_lineno, names, self._marks)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of a result: the argument of index ``same``, or a view of the argument ``view``, or a new tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+    same: int | None
+    view: int | None
+
+    def again(self, mode: FakeTensorMode, args: Sequence[Any]) -> Tensor:
+        """Return the tensor for other arguments of the same layouts."""
+        if self.same is not None:
+            argument: Tensor = args[self.same]
+            return argument
+        tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+        if self.view is not None:
+            with in_kernel_invocation_manager(mode):
+                tensor.set_(args[self.view].untyped_storage(), self.offset, self.shape, self.stride)
+        return FakeTensor(mode, tensor, self.device)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What an operation returns: a tensor, or several of ``kind`` tuple or list, some of which may be None."""
+
+    kind: type[tuple[Any, ...]] | type[list[Any]] | None
+    parts: tuple[_Part | None, ...]
+
+    @classmethod
+    def of(cls, result: Any, args: Sequence[Any], storages: Container[int]) -> _Result | None:
+        """Describe a result; None where it cannot be made again from its description."""
+        kind = type(result) if type(result) in (tuple, list) else None
+        parts = []
+        for tensor in result if kind else (result,):
+            if tensor is not None:
+                if not isinstance(tensor, FakeTensor) or tensor.is_complex():  # conjugation is no part of a description
+                    return None
+                storage = tensor.untyped_storage()._cdata
+                sources = [i for i, x in enumerate(args) if isinstance(x, FakeTensor)]
+                views = [i for i in sources if args[i].untyped_storage()._cdata == storage]
+                if storage in storages and not views:
+                    return None
+                same = next((i for i in sources if args[i] is tensor), None)
+                layout = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+                tensor = _Part(*layout, tensor.dtype, tensor.fake_device, same, views[0] if views else None)
+            parts.append(tensor)
+        return cls(kind, tuple(parts))
+
+    def again(self, mode: FakeTensorMode, args: Sequence[Any]) -> Any:
+        """Return the result for other arguments of the same layouts."""
+        tensors = [part and part.again(mode, args) for part in self.parts]
+        return self.kind(tensors) if self.kind else tensors[0]
+
+
+def _described(value: Any) -> Any:
+    """Return what a result depends on: of a tensor its layout, and of a number its type and value."""
+    if isinstance(value, Tensor):
+        on_device = isinstance(value, FakeTensor)
+        return value.shape, value.stride(), value.storage_offset(), value.dtype, on_device
+    if isinstance(value, tuple | list):
+        return tuple(map(_described, value))
+    return type(value), value
 
 
 def _on_device(values: Sequence[Any]) -> list[FakeTensor]:

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from genalign import search
 from genalign.algorithms import recipes
+from genalign.algorithms.credit import GroupRelative, NormalizedSum
+from genalign.algorithms.matching import MatchingObjective, RewardWeightedLoss
 from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.policy import Lora, Policy
 from genalign.diffusion.sampling import Sampling
+from genalign.diffusion.transitions import CPS, DDIM, DPMSDE, DanceSDE
 from genalign.runtime.distributed import own_device
 from genalign.runtime.memory_options import Memory
 from genalign.scoring.score import NamedReward, score
 from genalign.search import run_search
-from genalign.search.noise_search import ZeroOrder
 from genalign.training.sampler import in_thread
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt
 from pipelines.base import DiffusersPipeline
+from rewards.set_rewards import VendiReward
 from scripts.benchmarks.published_sizes import MODELS, default_dtype
 from tests.fake_cuda import Event, FakeCuda, _Backward, by_place
 
@@ -34,24 +41,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers, in schedulers
     pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),  # diffusers, in the autoencoder of audio
 ]
-PROMPTS = ["red circle", "blue square", "green circle", "red square"]
-RECIPES = {
-    "nft": recipes.nft(),
-    "awm": recipes.awm(),
-    "dragon": recipes.dragon(),
-    "prdp": recipes.prdp(window=1),
-    "dense_grpo": recipes.dense_grpo(window=1),
-}
+PROMPTS = ["red circle", "blue square"]
 SETTINGS = TrainerSettings(
-    rounds=1,
-    prompts_per_round=4,
-    group_size=4,
-    batch_size=16,
-    micro_batch=8,
-    updates_per_round=1,
-    overlap_scoring=False,
+    rounds=1, prompts_per_round=2, group_size=2, batch_size=4, updates_per_round=1, overlap_scoring=False
 )
-LARGE = 1 << 18  # bytes: more than the noise levels and positions that a network call takes, less than any text
+STEPS = Sampling(num_steps=3)
+LARGE = 1 << 12  # bytes: more than the noise levels and positions that a network call takes, less than any text
+CLIP = "a-clip-of-the-device"
 
 
 def sharpness(samples: Tensor, prompts: object) -> Tensor:
@@ -66,52 +62,71 @@ class Round:
     copies: list[Event]
     sampling_peak: int
     learning_peak: int
+    micro_batches: int
 
     def steps(self, events: list[Event]) -> list[Event]:
-        """Those of the rollout that come after the first network call."""
-        return [event for event in events if "rollout" in event.functions and event.mark > 0]
+        """Those of the rollout and of completions that come after the first network call."""
+        return [event for event in events if {"rollout", "complete"} & {*event.functions} and event.mark > 0]
 
     def learning(self, events: list[Event]) -> list[Event]:
         return [event for event in events if "_accumulate" in event.functions]
 
 
-def opened(cuda: FakeCuda, name: str, blocks: int | None, checkpointing: bool = False) -> DiffusersPipeline:
-    """A model with bfloat16 weights under autocast, which marks each of its network calls."""
-    build, family, options = MODELS[name]
-    with torch.device("cuda"), default_dtype(torch.bfloat16):
-        pipe = build(blocks)
-    memory = Memory(checkpointing=checkpointing)
-    pipeline = family(pipe, device="cuda", autocast=torch.bfloat16, memory=memory, **options)
-    predict = pipeline.predict
+@dataclass(frozen=True)
+class Model:
+    """A published model on a device, and its trainable weights."""
 
-    def marked(*arguments: Any) -> Tensor:
-        cuda.mark()
-        return predict(*arguments)
+    cuda: FakeCuda
+    pipeline: DiffusersPipeline
+    policy: Policy
 
-    pipeline.predict = marked  # type: ignore[method-assign]
-    return pipeline
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        blocks: int | None = 2,
+        weights: torch.dtype = torch.bfloat16,
+        autocast: torch.dtype | None = torch.bfloat16,
+        lora: Lora | None = Lora(rank=32),  # noqa: B008  # it is frozen
+        **memory: Any,
+    ) -> Model:
+        """Build a model, which marks each of its network calls; ``memory`` are the fields of ``Memory``."""
+        build, family, options = MODELS[name]
+        with FakeCuda() as cuda:
+            with torch.device("cuda"), default_dtype(weights):
+                pipe = build(blocks)
+            pipeline = family(pipe, device="cuda", autocast=autocast, memory=Memory(**memory), **options)
+            predict = pipeline.predict
 
+            def marked(*arguments: Any) -> Tensor:
+                cuda.mark()
+                return predict(*arguments)
 
-def train(name: str, recipe: Recipe, blocks: int | None = 2, checkpointing: bool = False) -> Round:
-    with FakeCuda() as cuda:
-        pipeline = opened(cuda, name, blocks, checkpointing)
-        policy = Policy(pipeline.denoiser, Lora(rank=32))
-        assert {parameter.dtype for parameter in policy.parameters} == {torch.float32}
-        rewards = [NamedReward("sharpness", sharpness)]
-        trainer = Trainer(pipeline, policy, rewards, PROMPTS, recipe, SETTINGS, Sampling(num_steps=3))
-        cuda.reset_peak()
-        sample, peaks = trainer.sample, []
+            pipeline.predict = marked  # type: ignore[method-assign]
+            return cls(cuda, pipeline, Policy(pipeline.denoiser, lora))
 
-        def measured(*arguments: Any) -> Any:
-            batches = sample(*arguments)
-            peaks.append(cuda.peak)
+    def train(self, recipe: Recipe, settings: TrainerSettings = SETTINGS, reward: Any = sharpness) -> Round:
+        with self.cuda as cuda:
+            rewards = [NamedReward("reward", reward)]
+            trainer = Trainer(self.pipeline, self.policy, rewards, PROMPTS, recipe, settings, STEPS)
             cuda.reset_peak()
-            return batches
+            sample, peaks = trainer.sample, []
 
-        trainer.sample = measured  # type: ignore[method-assign]
-        (result,) = trainer.rounds()
-        assert result.skipped_updates == 0 and result.failed_rewards == 0
-        return Round(cuda.waits, cuda.copies, peaks[0], cuda.peak)
+            def measured(*arguments: Any) -> Any:
+                batches = sample(*arguments)
+                peaks.append(cuda.peak)
+                cuda.reset_peak()
+                return batches
+
+            trainer.sample = measured  # type: ignore[method-assign]
+            (result,) = trainer.rounds()
+            assert result.skipped_updates == 0 and result.failed_rewards == 0
+            micro_batches = len(PROMPTS) * settings.group_size // trainer.micro_batch
+            return Round(cuda.waits, cuda.copies, peaks[0], cuda.peak, micro_batches)
+
+
+shared = functools.cache(Model.open)
+"""A model that tests may train one after the other, opened once."""
 
 
 def check(trained: Round) -> None:
@@ -125,48 +140,101 @@ def check(trained: Round) -> None:
         assert not [event for event in large if "predict" in event.functions]
     assert sum("unconditional_tensors" in event.functions for event in trained.copies) <= 2
     conditionings = [event for event in trained.learning(trained.copies) if event.functions[-2:-1] == ("to",)]
-    assert 0 < len(conditionings) <= 2 * 2  # two tensors, two micro-batches
+    assert 0 < len(conditionings) <= 3 * trained.micro_batches  # each of its tensors once
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_round_of_flow_grpo_waits_for_the_device_in_no_step(name: str) -> None:
-    check(train(name, recipes.flow_grpo(window=1)))
+def channels(samples: Tensor) -> Tensor:
+    return samples.mean((-2, -1))
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "flow_grpo": lambda: recipes.flow_grpo(window=1, kl=0.01),
+    "dense_grpo": lambda: recipes.dense_grpo(window=1),
+    "guard_grpo": lambda: recipes.guard_grpo(DanceSDE(), window=1),
+    "mix_grpo": lambda: recipes.mix_grpo(CPS(), window=1),
+    "tempflow_grpo": recipes.tempflow_grpo,
+    "ddpo": lambda: recipes.ddpo(window=1),
+    "adv_grpo": lambda: recipes.adv_grpo(window=1),
+    "prdp": lambda: recipes.prdp(window=1),
+    "dragon": lambda: recipes.dragon(anchor=0.1),
+    "dragon_set": lambda: recipes.dragon_set(VendiReward(), channels, quality=0.5, loss="kto"),
+    "nft": recipes.nft,
+    "awm": recipes.awm,
+    "with_credit": lambda: recipes.with_credit(recipes.flow_grpo(DPMSDE(), window=1), NormalizedSum()),
+    "matching": lambda: recipes.matching(GroupRelative(), MatchingObjective(RewardWeightedLoss(), draws=1)),
+}
+OBJECTIVES = {  # a recipe of each family
+    "flow_grpo": lambda: recipes.flow_grpo(window=1),
+    "prdp": lambda: recipes.prdp(window=1),
+    "nft": lambda: recipes.nft(draws=1),
+}
+OTHERS = [name for name in MODELS if name != "sd35_medium"]
+
+
+def test_every_recipe_is_among_them() -> None:
+    functions = inspect.getmembers(recipes, inspect.isfunction)
+    own = {name: function for name, function in functions if function.__module__ == recipes.__name__}
+    assert {name for name, function in own.items() if inspect.signature(function).return_annotation == "Recipe"} == {
+        *RECIPES
+    }
+    used = {type(make().objective) for make in RECIPES.values()}
+    assert {type(make().objective) for make in OBJECTIVES.values()} == used
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_recipe_waits_for_the_device_in_a_step(recipe: str) -> None:
-    check(train("sd35_medium", RECIPES[recipe]))
+    check(shared("sd35_medium").train(RECIPES[recipe]()))
 
 
-@pytest.mark.slow  # up to a minute each
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("recipe", [recipes.flow_grpo(window=1), recipes.nft()], ids=["flow_grpo", "nft"])
-def test_a_round_at_full_size(name: str, recipe: Recipe) -> None:
-    check(train(name, recipe, blocks=None, checkpointing=name != "stable_audio_open"))
+@pytest.mark.parametrize("recipe", OBJECTIVES)
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_model_waits_for_the_device_in_a_step(name: str, recipe: str) -> None:
+    check(shared(name).train(OBJECTIVES[recipe]()))
 
 
-@pytest.mark.slow  # two rounds
-def test_checkpointing_takes_less_memory() -> None:
-    plain, checkpointed = (train("sd35_medium", recipes.flow_grpo(window=1), 2, flag) for flag in (False, True))
-    assert checkpointed.learning_peak < 0.7 * plain.learning_peak
-    assert checkpointed.sampling_peak == plain.sampling_peak
+STRATEGIES: dict[str, Callable[[], Any]] = {
+    "BestOfN": lambda: search.BestOfN(2, DDIM(1.0)),
+    "Prune": lambda: search.Prune((0,), (0.5,), 2),
+    "Beam": lambda: search.Beam(2, 2),
+    "ZeroOrder": lambda: search.ZeroOrder(neighbors=2, rounds=1),
+    "Evolution": lambda: search.Evolution((0, 1), (2, 2), 1),
+    "FKSteering": lambda: search.FKSteering(2, start=0.0),
+    "ReNO": lambda: search.ReNO(2, recompute=True),
+    "DNO": lambda: search.DNO(2, gamma=0.1, permutations=2),
+}
+GUIDED = {
+    "RewardGradient": lambda: search.FKSteering(2, 1.0, start=0.0, guide=search.RewardGradient()),
+    "DoobGuide": lambda: search.FKSteering(2, 1.0, start=0.0, guide=search.DoobGuide(2)),
+}
 
 
-def test_a_search_sends_its_conditioning_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_search, "check_rewards", lambda *_: None)  # values are random
-    with FakeCuda() as cuda:
-        pipeline = opened(cuda, "sd35_medium", 2)
-        rewards = [NamedReward("sharpness", sharpness)]
-        run_search.search(
-            pipeline, PROMPTS[:1], rewards, ZeroOrder(neighbors=2, rounds=2), sampling=Sampling(num_steps=2)
-        )
-    in_search = [event for event in cuda.waits if "advance" in event.functions]
-    calls = len({event.mark for event in in_search if event.mark})
-    assert len(in_search) <= 2 * calls  # latents of candidates are on the CPU between steps: one copy each way
-    assert {event.functions[-1] for event in in_search} == {"predict"}
+def test_every_strategy_is_among_them() -> None:
+    classes = inspect.getmembers(search, inspect.isclass)
+    calls = {name: [*inspect.signature(kind.__call__).parameters][1:] for name, kind in classes}
+    assert {name for name, parameters in calls.items() if parameters == ["run", "budget"]} == {*STRATEGIES}
+    assert {name for name, parameters in calls.items() if parameters[:2] == ["run", "batch"]} == {*GUIDED}
+
+
+def look_for(model: Model, strategy: Any, reward: Any = sharpness) -> None:
+    """Search for a sample: at most two waits in a step, and the conditioning on the device once."""
+    with model.cuda as cuda, mock.patch.object(run_search, "check_rewards"):  # values are random
+        run_search.search(model.pipeline, PROMPTS[:1], NamedReward("reward", reward), strategy, sampling=STEPS)
+    calls = len({event.mark for event in cuda.waits if event.mark})
+    steps = [event for event in cuda.waits if {"predict", "move"} & {*event.functions}]
+    assert len(steps) <= 2 * calls, by_place(steps)
     once = "start", "unconditional_tensors"  # the prompt's, and the negative prompt's
     sent = [event for event in cuda.copies if event.functions[-2:-1] == ("to",) and "search" in event.functions]
-    assert sent and all({*once} & {*event.functions} for event in sent)
+    assert all({*once} & {*event.functions} for event in sent), by_place(sent)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES | GUIDED)
+def test_no_strategy_waits_for_the_device_more_than_twice_in_a_step(strategy: str) -> None:
+    look_for(shared("sd35_medium"), (STRATEGIES | GUIDED)[strategy]())
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_is_searched(name: str) -> None:
+    look_for(shared(name), search.FKSteering(2, start=0.0))
 
 
 def test_waits_and_copies_are_counted() -> None:
