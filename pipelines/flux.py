@@ -42,7 +42,8 @@ class Flux(PackedFlowPipeline):
         guidance = None
         if self.is_distilled:
             guidance = torch.full((len(x),), self.network_guidance, device=x.device)
-        rows, columns = torch.meshgrid(torch.arange(self.height // 2), torch.arange(self.width // 2), indexing="ij")
+        sides = (torch.arange(side // 2, device=x.device) for side in (self.height, self.width))
+        rows, columns = torch.meshgrid(*sides, indexing="ij")
         tokens = self.call_denoiser(
             hidden_states=pack(x),
             timestep=timestep / 1000,
@@ -50,8 +51,6 @@ class Flux(PackedFlowPipeline):
             pooled_projections=tensors["pooled"],
             encoder_hidden_states=tensors["context"],
             txt_ids=x.new_zeros(tensors["context"].shape[1], 3),
-            img_ids=torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
-            .flatten(0, 1)
-            .to(x.device, x.dtype, non_blocking=True),
+            img_ids=torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).to(x.dtype),
         )
         return unpack(tokens, self.height, self.width)

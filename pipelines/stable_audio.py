@@ -82,15 +82,16 @@ class StableAudio(AudioPipeline, ScheduledPipeline):
 
     def run_denoiser(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Predict v (B, C, frames) from scaled latents."""
-        positions = get_1d_rotary_pos_embed(
-            self.pipe.rotary_embed_dim, self.frames + 1, use_real=True, repeat_interleave_real=False
+        positions = torch.arange(self.frames + 1, device=x.device)
+        rotary = get_1d_rotary_pos_embed(
+            self.pipe.rotary_embed_dim, positions, use_real=True, repeat_interleave_real=False
         )
         return self.call_denoiser(
             x,
             timestep,
             encoder_hidden_states=tensors["context"],
             global_hidden_states=tensors["seconds"],
-            rotary_embedding=tuple(part.to(x.device, non_blocking=True) for part in positions),
+            rotary_embedding=rotary,
         )
 
     def postprocess(self, decoded: Tensor) -> Tensor:

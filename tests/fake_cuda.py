@@ -138,7 +138,7 @@ class FakeCuda(TorchDispatchMode):
         }
         return [
             *((torch.cuda, name, value) for name, value in cuda.items()),
-            (torch.autograd, "_engine_run_backward", _backward_by(torch.autograd._engine_run_backward)),
+            (torch.autograd, "_engine_run_backward", _run_backward),
             (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),
             (FakeTensorMode, "avoid_device_init", True),
             (F, "scaled_dot_product_attention", _attention_by(F.scaled_dot_product_attention)),
@@ -197,7 +197,7 @@ class FakeCuda(TorchDispatchMode):
         earlier = self._results.get(key)
         if earlier is not None:
             return earlier.again(self.fake, args)
-        result = self.fake.dispatch(func, types, args, kwargs)
+        result = self.fake.dispatch(func, types, tuple(map(_without_graph, args)), kwargs)
         if (now := _Result.of(result, args, self._storages)) and _described(args) == key[2 : 2 + len(args)]:
             self._results[key] = now
         return result
@@ -330,6 +330,11 @@ class _Result:
         return self.kind(tensors) if self.kind else tensors[0]
 
 
+def _without_graph(value: Any) -> Any:
+    """Detach a tensor on the CPU, whose gradient would be asked for."""
+    return value.detach() if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
+
+
 def _described(value: Any) -> Any:
     """Return what a result depends on: of a tensor its layout, and of a number its type and value."""
     if isinstance(value, Tensor):
@@ -450,15 +455,9 @@ class _Saved:
         return tensor
 
 
-def _backward_by(engine: Callable[..., Any]) -> Callable[..., Any]:
-    """Stand in for the engine of autograd, which asks the driver, where a root is on the device."""
-
-    def run(roots: Sequence[Tensor], gradients: Sequence[Tensor | None], *options: Any, **named: Any) -> Any:
-        if not any(isinstance(root, FakeTensor) for root in roots):
-            return engine(roots, gradients, *options, **named)
-        return _Backward(*options, **named).run(roots, gradients)
-
-    return run
+def _run_backward(roots: Sequence[Tensor], gradients: Sequence[Tensor | None], *options: Any, **named: Any) -> Any:
+    """Stand in for the engine of autograd, which asks the driver where a tensor of the graph is on the device."""
+    return _Backward(*options, **named).run(roots, gradients)
 
 
 class _Backward:

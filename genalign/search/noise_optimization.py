@@ -86,7 +86,7 @@ class NoiseOptimization(ABC):
     def _sample(
         self, run: SearchRun, noises: Tensor, stochastic: list[int], plain: bool
     ) -> tuple[ScoredParticles, Tensor]:
-        """Return the samples as new candidates, and their scores (P, K) with a gradient.
+        """Return the samples as new candidates, and their scores (P, K) with a gradient, on the device of the noises.
 
         Args:
             run: The search.
@@ -110,7 +110,8 @@ class NoiseOptimization(ABC):
         latents = x.detach().cpu()
         flags = torch.full_like(candidates.plain, plain)
         candidates = replace(candidates, x=latents, preview=latents, plain=flags, steps_done=run.steps)
-        return run.finished(ScoredParticles(candidates, samples.detach().cpu(), scores.detach().cpu())), scores
+        finished = run.finished(ScoredParticles(candidates, samples.detach().cpu(), scores.detach().cpu()))
+        return finished, scores.to(noises.device)
 
     def _move(self, run: SearchRun, x: Tensor, noise: Tensor | None, index: int) -> Tensor:
         step = run.grid[index]

@@ -136,7 +136,7 @@ def check(trained: Round) -> None:
     for events in (trained.steps(trained.copies), trained.learning(trained.copies)):
         expected = {"seeded_noise", "unconditional_tensors"}  # noise of a step; the negative prompt, once a run
         large = [event for event in events if event.size > LARGE and not expected & {*event.functions}]
-        assert {event.functions[-2] for event in large} <= {"to"}  # Conditioning.to
+        assert {event.functions[-2] for event in large} <= {"to"}, by_place(large)  # Conditioning.to
         assert not [event for event in large if "predict" in event.functions]
     assert sum("unconditional_tensors" in event.functions for event in trained.copies) <= 2
     conditionings = [event for event in trained.learning(trained.copies) if event.functions[-2:-1] == ("to",)]
