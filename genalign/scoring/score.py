@@ -152,11 +152,12 @@ def _call_within(seconds: float | None, call: Callable[[], object]) -> object:
         return call()
     answer: Future[object] = Future()
     gpu = current_gpu()
+    stream = None if gpu is None else torch.cuda.current_stream()
 
     def work() -> None:
         try:
             use_gpu(gpu)
-            with torch.no_grad():  # a thread has a mode of its own
+            with torch.no_grad(), torch.cuda.stream(stream):  # a thread has a mode and a stream of its own
                 answer.set_result(call())
         except BaseException as error:
             answer.set_exception(error)

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from genalign.runtime.distributed import own_device, use_gpu
 from genalign.scoring.protocol import Outcome, SampleError
 from genalign.scoring.score import described
 from genalign.types import Prompt, RewardFunction
@@ -63,7 +64,7 @@ def score_each(reward: RewardFunction, samples: Tensor, prompts: Sequence[Prompt
 
 
 class Worker:
-    """The one thread that calls the reward, on ``device``.
+    """The one thread that calls the reward, on ``device``, which "cuda" means in it.
 
     Requests queued at the same time are scored together, one shape and at most ``max_batch`` samples at a time; no
     request waits for others to come. ``first`` is a sample (C, ...) that is scored before any other, so that the reward
@@ -73,7 +74,7 @@ class Worker:
     def __init__(
         self, reward: RewardFunction, max_batch: int, device: str = "cpu", first: Tensor | None = None
     ) -> None:
-        self._reward, self._max_batch, self._device, self._first = reward, max_batch, device, first
+        self._reward, self._max_batch, self._device, self._first = reward, max_batch, own_device(device), first
         self._loaded = first is None
         self._queue: queue.SimpleQueue[ScoringJob | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="genalign-reward", daemon=True)
@@ -95,6 +96,7 @@ class Worker:
         self._thread.join(DRAIN_SECONDS)
 
     def _run(self) -> None:
+        use_gpu(self._device.index if self._device.type == "cuda" else None)
         if self._first is not None:
             name = "at the start, of a sample without meaning or metadata"
             score_each(self._reward, self._first[None].to(self._device), [Prompt("a photo")], name)

@@ -23,6 +23,7 @@ from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import Rollout, RolloutInputs, kernel_per_step, rollout, rows_are_finite
 from genalign.runtime.distributed import ALL_RANKS, RankShare, current_gpu, use_gpu
 from genalign.runtime.progress import SILENT, Phase, Progress
+from genalign.runtime.streams import Handover
 from genalign.scoring.score import NamedReward, score
 from genalign.training.settings import FittedSettings
 from genalign.types import Grid, Pipeline, Prompt
@@ -46,7 +47,8 @@ class Sampler:
     """A callable that samples and scores a group of samples of every prompt, in batches, as ``settings`` say.
 
     With ``overlap_scoring``, a batch is decoded and scored in a thread while the next one is sampled, so that two
-    batches are in memory. Decoded samples are part of the result only with ``keep_samples``.
+    batches are in memory; on a GPU the thread has a stream of its own. Decoded samples are part of the result only with
+    ``keep_samples``.
     """
 
     pipeline: Pipeline
@@ -149,32 +151,36 @@ def blank_nonfinite(decoded: Tensor) -> Tensor:
 def in_thread(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
     """Yield the results of ``calls`` in order; each runs in a thread while the next one is prepared.
 
-    The thread does not keep an interrupted process alive: a reward may wait for a server that never answers.
+    On a GPU the thread has a CUDA stream of its own. A call starts there after what was queued before it was yielded,
+    and what uses its result runs after the call. The thread does not keep an interrupted process alive: a reward may
+    wait for a server that never answers.
     """
-    queue: SimpleQueue[tuple[Callable[[], T], Future[T]] | None] = SimpleQueue()
+    queue: SimpleQueue[tuple[Handover[Callable[[], T]], Future[Handover[T]]] | None] = SimpleQueue()
 
-    def work(cores: int, gpu: int | None) -> None:
+    def work(cores: int, gpu: int | None, stream: torch.cuda.Stream | None) -> None:
         torch.set_num_threads(cores)
         use_gpu(gpu)
-        while (item := queue.get()) is not None:
-            call, future = item
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
+        with torch.cuda.stream(stream):  # None leaves the current one
+            while (item := queue.get()) is not None:
+                call, future = item
+                try:
+                    future.set_result(Handover.of(call.take()()))
+                except BaseException as error:
+                    future.set_exception(error)
 
-    def submit(call: Callable[[], T]) -> Future[T]:
-        future = Future[T]()
-        queue.put((call, future))
+    def submit(call: Callable[[], T]) -> Future[Handover[T]]:
+        future = Future[Handover[T]]()
+        queue.put((Handover.of(call), future))
         return future
 
-    arguments = torch.get_num_threads(), current_gpu()
+    gpu = current_gpu()
+    arguments = torch.get_num_threads(), gpu, None if gpu is None else torch.cuda.Stream()
     thread = threading.Thread(target=work, args=arguments, name="genalign-score", daemon=True)
     thread.start()
     try:
-        submitted = itertools.chain(map(submit, calls), [Future[T]()])  # the last call has none to wait for
+        submitted = itertools.chain(map(submit, calls), [Future[Handover[T]]()])  # the last call has none to wait for
         for running, _ in itertools.pairwise(submitted):
-            yield running.result()
+            yield running.result().take()
     finally:
         queue.put(None)
         thread.join(1.0)

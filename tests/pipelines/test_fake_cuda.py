@@ -320,8 +320,10 @@ def test_everything_is_restored() -> None:
 
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
-    """The CUDA device of each thread, 0 where none was set, of a machine with several."""
+    """The CUDA device of each thread, 0 where none was set, of a machine with several; streams do nothing."""
     current: dict[int, int] = {}
+    for name in ("Stream", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current.get(threading.get_ident(), 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.update({threading.get_ident(): index}))

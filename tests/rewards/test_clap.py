@@ -11,7 +11,7 @@ from transformers import ClapModel, ClapProcessor, CLIPVisionConfig
 
 from genalign.runtime.waveforms import resample, warn_once
 from genalign.scoring.reward_check import Expected, Probe, check
-from genalign.types import Reward
+from genalign.types import Prompt, Reward
 from genalign.worlds.tones.prompts import attribution, counting, pitch, single_tone
 from rewards.backbones.audio_features import ClapFeatures, extract_frame_features, extract_text_features
 from rewards.backbones.clap_encoder import load_clap
@@ -21,6 +21,7 @@ from rewards.backbones.reference_audio import AudioTensor
 from rewards.clap import ClapReward
 from rewards.set_rewards import FrechetReward, VendiReward
 from scripts.pretrain.tones_clap import assemble_clap, build_clap
+from tests.rewards.low_precision import require_alike
 from tests.rewards.tiny_clap import RATE, WINDOW, write_clap
 
 PROMPTS = [single_tone("sine"), counting("square", "two"), pitch("organ", "C5")]

@@ -181,7 +181,9 @@ def test_the_classifier_matches_open_clip() -> None:
     theirs = open_clip.build_zero_shot_classifier(
         model.eval(), open_clip.get_tokenizer(name), COLORS, [t.format for t in templates]
     )
-    torch.testing.assert_close(_color_embeddings(load_clip("shapes-clip"), ["ring"])["ring"], theirs.T, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        _color_embeddings(load_clip("shapes-clip"), ["ring"])["ring"], theirs.T, rtol=0, atol=1e-5
+    )
 
 
 def test_a_trained_clip_classifies_colors() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from genalign.types import Prompt, Reward
 from rewards.imagereward import ImageReward
+from tests.rewards.low_precision import require_alike
 
 WIDTH, IMAGE_WIDTH, DEPTH, PATCH, SIDE = 64, 128, 2, 8, 16  # one and two heads of 64
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "circle", "ring", "two", "##s"]
@@ -171,9 +173,9 @@ def test_another_checkpoint_is_refused(reward: ImageReward, tensors: dict[str, T
 
 
 def test_weights_in_bfloat16_score_alike(reward: ImageReward) -> None:
-    batch = images(6).requires_grad_(True)
+    batch = torch.cat([images(), 1 - images()]).requires_grad_(True)
     prompts = PROMPTS * 2
     scores = replace(reward, dtype="bfloat16")(batch, prompts)
-    require_alike(reward(batch.detach(), prompts), scores.detach(), 0.05)
+    require_alike(reward(batch.detach(), prompts), scores.detach(), 1.0)  # scores of these weights are around 40
     scores.sum().backward()
     assert batch.grad is not None and bool(batch.grad.isfinite().all()) and bool(batch.grad.abs().sum() > 0)

@@ -18,8 +18,10 @@ from torch import Tensor
 from genalign.scoring import protocol
 from genalign.scoring.protocol import Outcome, SampleError
 from genalign.scoring.server import listen, placeholder, require_safe
-from genalign.scoring.server_worker import score_each
+from genalign.scoring.server_worker import ScoringJob, Worker, score_each
 from genalign.types import Prompt
+from tests.fake_streams import FakeStreams
+from tests.fake_streams import streams as streams
 from tests.http_servers import INFO, serving
 
 
@@ -250,3 +252,17 @@ def test_busy_port_is_refused_with_advice() -> None:
     message = r"cannot listen on 127\.0\.0\.1:\d+ .*choose another --host or --port"
     with listen("127.0.0.1", 0) as sock, pytest.raises(ValueError, match=message):
         listen("127.0.0.1", sock.getsockname()[1])
+
+
+def test_the_thread_that_calls_the_reward_is_on_its_gpu(streams: FakeStreams) -> None:
+    def device(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return torch.full((len(samples),), float(torch.cuda.current_device()))
+
+    for name, index in (("cuda:3", 3), ("cuda", 2)):
+        torch.cuda.set_device(2)
+        worker = Worker(device, 4, name)
+        worker._device = torch.device("cpu")  # where this machine can put samples
+        job = ScoringJob("one", [torch.zeros(3, 2, 2)], [Prompt("")], time.monotonic() + 60)
+        worker.submit(job)
+        assert job.answer.result(10) == [index]
+        worker.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from genalign.algorithms.recipes import Recipe, dense_grpo, flow_grpo
 from genalign.diffusion.transitions import FlowSDE
+from genalign.scoring.score import NamedReward, score
 from genalign.training.round_result import RoundResult
 from genalign.training.sampler import in_thread
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, PromptSet, RewardFunction
 from pipelines import SD3
+from tests.fake_streams import FakeStreams
+from tests.fake_streams import streams as streams
 from tests.genalign.training.toy_runs import SETTINGS, redness, toy_trainer
 
 PROMPTS = PromptSet("four", tuple(Prompt(text) for text in ("a circle", "two squares", "a square", "two circles")))
@@ -86,3 +89,43 @@ def test_an_interrupt_does_not_wait_for_a_reward_that_hangs() -> None:
     assert time.monotonic() - start < 10
     forever.set()
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "genalign-score")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch on its way through the threads."""
+
+    latents: Tensor
+    scores: Tensor
+
+
+def test_a_batch_is_scored_on_a_stream_of_its_own(streams: FakeStreams) -> None:
+    """After what computed its latents, before what uses its result, and with their memory held meanwhile."""
+
+    def scored(batch: Batch, prompts: Sequence[str]) -> list[Batch]:
+        streams.log.append(f"scored on {torch.cuda.current_stream().name}")
+        return [Batch(streams.tensor(2), torch.zeros(2))]
+
+    [[result]] = in_thread([partial(scored, Batch(streams.tensor(2), torch.zeros(2)), ["a prompt"])])
+    assert result.latents.is_cuda
+    assert streams.log == [
+        "main 1 recorded",
+        "side waits for main 1",
+        "memory in use by side",
+        "scored on side",
+        "side 1 recorded",
+        "main waits for side 1",
+        "memory in use by main",
+    ]
+
+
+def test_a_reward_with_a_timeout_is_on_the_stream_of_its_batch(streams: FakeStreams) -> None:
+    """A reward with a timeout has a thread of its own within that of the batch."""
+
+    def seen(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        streams.log.append(torch.cuda.current_stream().name)
+        return torch.zeros(len(samples))
+
+    rewards = [NamedReward("seen", seen, timeout=10.0)]
+    list(in_thread([partial(score, rewards, torch.zeros(2, 3), [Prompt("")] * 2)]))
+    assert "side" in streams.log and "main" not in streams.log
