@@ -226,14 +226,15 @@ class TrainableReward(Protocol):
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Return scores (B,) with the weights of the last update."""
 
-    def update(self, samples: Tensor, prompts: Sequence[Prompt]) -> Mapping[str, float]:
-        """Train on a round's generated samples (B, ...) and return metrics for the log.
+    def update(self, samples: Tensor, prompts: Sequence[Prompt], rows: Sequence[int]) -> Mapping[str, float]:
+        """Train on a round's generated samples and return metrics for the log.
 
-        In a distributed run every rank gets all samples of the round, and must make the same update.
+        ``prompts`` are those of all B samples of the round. Each rank of a distributed run gets its own ``samples``
+        (b, ...), whose numbers among the B are ``rows``, and must make the same update.
         """
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state to save in a checkpoint."""
+        """Return the state to save in a checkpoint; every rank calls this, and the main rank's is written."""
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore a result of ``tensors()``."""

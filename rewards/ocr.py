@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+import multiprocessing
+import os
+import signal
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
@@ -14,17 +21,19 @@ from torch import Tensor
 
 from genalign.evaluation.benchmarks.ocr import QUOTED, edit_similarity
 from genalign.types import AnyCallable, Prompt
+from rewards.backbones import text_engine
 from rewards.backbones.pixels import pictures
+
+_FEW_CORES = 2  # with which processes cost more than they gain
 
 
 def rapidocr(picture: Image.Image, least_confidence: float = 0.5) -> str:
     """Read the lines of a picture with PP-OCR, from top to bottom, and drop lines of low confidence.
 
-    Uses the package rapidocr (``pip install 'genalign[ocr]'``), whose wheel has the weights (Apache-2.0), on the CPU.
-    Raises ModuleNotFoundError where it is not installed.
+    Uses the package rapidocr (``pip install 'genalign[ocr]'``), whose wheel has the weights (Apache-2.0), on the CPU,
+    with this rank's share of the cores as threads. Raises ModuleNotFoundError where it is not installed.
     """
-    output = _engine()(picture, text_score=least_confidence)
-    return "\n".join(output.txts or ())
+    return text_engine.read(picture, least_confidence, cores_of_rank())
 
 
 @dataclass(frozen=True)
@@ -33,24 +42,46 @@ class OCRReward:
 
     It is ``genalign.evaluation.benchmarks.ocr.edit_similarity``, and its mean for several texts, where Flow-GRPO (arXiv
     2505.05470) takes the first one only. ``reader`` is any ``genalign.evaluation.benchmarks.ocr.Reader``.
+    ``processes`` read at once, each with one thread; 1 reads in this process. By default they are as many as the cores
+    of this rank (those of the machine divided by its ranks), and 1 with two cores or fewer, or with a reader of your
+    own, which other processes must be able to import.
     """
 
     reader: AnyCallable = rapidocr
+    processes: int | None = None
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1] as (B,), float32 on the CPU, without a gradient.
 
         NaN for a prompt that requests no text, and for an image that is not finite.
         """
-        scores = []
-        for picture, prompt in zip(pictures(samples), prompts, strict=True):
-            requested = requested_texts(prompt)
-            if picture is None or not requested:
-                scores.append(math.nan)
-                continue
-            written = self.reader(picture)
-            scores.append(math.fsum(edit_similarity(written, text) for text in requested) / len(requested))
+        listed, requested = pictures(samples), [requested_texts(prompt) for prompt in prompts]
+        readable = {
+            row: picture
+            for row, (picture, texts) in enumerate(zip(listed, requested, strict=True))
+            if picture is not None and texts
+        }
+        scores = [math.nan] * len(listed)
+        for row, written in zip(readable, self._read(list(readable.values())), strict=True):
+            texts = requested[row]
+            scores[row] = math.fsum(edit_similarity(written, text) for text in texts) / len(texts)
         return torch.tensor(scores)
+
+    def _read(self, listed: Sequence[Image.Image]) -> list[str]:
+        """Read pictures, here or in processes. Raises RuntimeError if a process has died: call again."""
+        processes = self.processes
+        if processes is None:
+            cores = cores_of_rank()
+            processes = cores if self.reader is rapidocr and cores > _FEW_CORES else 1
+        if processes == 1 or len(listed) < 2:
+            return [self.reader(picture) for picture in listed]
+        reader = text_engine.read if self.reader is rapidocr else self.reader
+        pool = _pool(processes)
+        try:
+            return list(pool.map(reader, listed))
+        except BrokenProcessPool as error:
+            _pool.cache_clear()
+            raise RuntimeError("a process that reads text has died; new ones start at the next call") from error
 
 
 def requested_texts(prompt: Prompt) -> tuple[str, ...]:
@@ -66,11 +97,33 @@ def requested_texts(prompt: Prompt) -> tuple[str, ...]:
     return tuple(text for text in texts if text.strip())
 
 
+def cores_of_rank() -> int:
+    """Return the cores that this process may use, divided by the ranks on this machine, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 @functools.cache
-def _engine() -> Any:
+def _pool(processes: int) -> ProcessPoolExecutor:
+    """Start processes that read pictures, once for all rewards; they end with this process."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy CUDA's state and the locks of threads
+    pool = ProcessPoolExecutor(processes, context, text_engine.start, (context.Barrier(processes),))
+    with _starting_children():
+        for _ in range(processes):  # each of which starts a process, since none is idle before the last has started
+            pool.submit(os.getpid)
+    return pool
+
+
+@contextmanager
+def _starting_children() -> Iterator[None]:
+    """Start child processes that no Ctrl-C of the terminal reaches, and that do not run the user's script again.
+
+    A script without ``if __name__ == "__main__"`` would train once more in each of them.
+    """
+    mask, script = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}), sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
     try:
-        from rapidocr import RapidOCR
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("OCR needs rapidocr and onnxruntime: pip install 'genalign[ocr]'") from error
-    threads = "EngineConfig.onnxruntime.intra_op_num_threads"
-    return RapidOCR(params={"Global.log_level": "critical", threads: torch.get_num_threads()})
+        yield
+    finally:
+        sys.modules["__main__"] = script
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -156,16 +156,17 @@ class Trainer:
         return scores
 
     def _update_rewards(self, batches: Sequence[SampledBatch], prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Train the trainable rewards on the samples of all ranks; return their metrics as ``reward/metric``."""
+        """Train the trainable rewards, each rank on its own samples; return their metrics as ``reward/metric``."""
         if not self.trainable:
             return {}
-        own = [batch.samples for batch in batches if batch.samples is not None]
-        samples = self.processes.interleaved(own, self.batch_sizes)
+        samples = torch.cat([batch.samples for batch in batches if batch.samples is not None])
+        batched = torch.arange(sum(self.batch_sizes)).split(list(self.batch_sizes))  # the round's rows
+        rows = torch.cat([batched[number] for number in self.processes.indices(len(batched))]).tolist()
         repeated = [prompt for prompt in prompts for _ in range(self.settings.group_size)]
         return {
             f"{name}/{metric}": value
             for name, reward in self.trainable.items()
-            for metric, value in reward.update(samples, repeated).items()
+            for metric, value in reward.update(samples, repeated, rows).items()
         }
 
     def learn(

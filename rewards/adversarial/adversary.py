@@ -8,11 +8,10 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,7 +19,7 @@ from torch.func import functional_call
 from genalign.runtime.files import with_prefix, without_prefix
 from genalign.runtime.state import load_optimizer_tensors, optimizer_tensors
 from genalign.types import Prompt
-from rewards.adversarial.replay_buffer import ReplayBuffer, SampleBatch
+from rewards.adversarial.replay_buffer import ReplayBuffer, SampleBatch, sum_over_ranks
 from rewards.adversarial.update_rules import DiscriminatorStatus, UpdateRule
 from rewards.backbones.reference_images import References
 
@@ -36,7 +35,8 @@ class DiscriminatorSettings:
 
     An update makes ``steps_per_update`` optimizer steps, each on ``batch_size`` pairs of a reference and a generated
     sample; a fraction ``fresh`` of the generated ones is from this round, the others from earlier rounds, of which the
-    last ``replay`` samples are stored per rank (0 stores none). ``batch_size`` also bounds every forward pass.
+    last ``replay`` samples are stored (0 stores none). The ranks of a run share the pairs of a step. ``batch_size``
+    also bounds every forward pass.
     """
 
     loss: LossName = "hinge"
@@ -69,11 +69,11 @@ class ScoringWeights:
 class Adversary:
     """A ``TrainableReward``: a scorer in training, and the frozen snapshot of it that scores.
 
-    ``scorer`` and its initial weights must be the same on every rank. Every rank gets all samples of a round and draws
-    the same random numbers, so that all learn what one would; where ``torch.distributed`` is initialized, gradients and
-    metrics are averaged over ranks as well, which keeps ranks equal where kernels are not deterministic. Trained
-    parameters are cast to float32, the scorer stays in evaluation mode (no dropout), and it follows the samples'
-    device.
+    ``scorer`` and its initial weights must be the same on every rank. Every rank has its own samples of a round, draws
+    the same random numbers, and computes its own part of the mean over the pairs of a step; where ``torch.distributed``
+    is initialized, gradients and metrics are summed over ranks, so that all learn what one rank with all samples would.
+    Trained parameters are cast to float32, the scorer stays in evaluation mode (no dropout), and it follows the
+    samples' device.
 
     Args:
         scorer: any module of (samples, prompts) to logits (B,) or (B, m).
@@ -120,15 +120,17 @@ class Adversary:
         logits = torch.cat([self._logits(part, self.snapshot.weights) for part in self._parts(batch)])
         return logits @ self._weights(logits)
 
-    def update(self, samples: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
+    def update(self, samples: Tensor, prompts: Sequence[Prompt], rows: Sequence[int] | None = None) -> dict[str, float]:
         """Train if the rule says so, store the samples, and take a new snapshot if the weights changed.
 
-        The metrics are measured before training, on this round's samples, each against one reference: "accuracy",
-        "generated" and "reference" (mean scores), "gap", "loss", "updated", "saturated" (1 where every margin of the
-        hinge is satisfied, so that there is nothing to learn), "replay" (samples stored) and "version" after it.
+        ``prompts`` are those of the samples of all ranks; ``rows`` are the numbers among them of ``samples``, which
+        this rank has, None for all. The metrics are measured before training, on this round's samples, each against one
+        reference: "accuracy", "generated" and "reference" (mean scores), "gap", "loss", "updated", "saturated" (1 where
+        every margin of the hinge is satisfied, so that there is nothing to learn), "replay" (samples stored) and
+        "version" after it.
         Raises ValueError where no sample is finite, or a prompt has no reference.
         """
-        batch = SampleBatch(samples.detach(), tuple(prompts)).finite()
+        batch = SampleBatch(samples.detach(), tuple(prompts), None if rows is None else tuple(rows)).finite()
         self._follow(samples.device)
         generator = _generator(self.learning.seed, 0, self._rounds)
         status = self._status(batch, generator)
@@ -150,7 +152,10 @@ class Adversary:
         return measured | {name: float(value) for name, value in counts.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return trained weights, snapshot, optimizer state, replay, and the counters that seeds derive from."""
+        """Return trained weights, snapshot, optimizer state, replay, and the counters that seeds derive from.
+
+        Every rank must call this; the main rank alone gets the replayed samples.
+        """
         counters = torch.tensor([self.version, self._rounds, int(self._training)])
         return (
             {"counters": counters}
@@ -176,11 +181,12 @@ class Adversary:
         self.replay.load_tensors(without_prefix("replay.", tensors))
 
     def _logits(self, batch: SampleBatch, weights: Mapping[str, Tensor]) -> Tensor:
-        """Compute logits (B, m) in float32 by ``weights``."""
+        """Compute logits (b, m) in float32 of this rank's samples by ``weights``."""
         samples = batch.samples.to(self._device())
-        logits: Tensor = functional_call(self.scorer, dict(weights), (samples, batch.prompts)).float()
-        if logits.ndim not in (1, 2) or len(logits) != len(batch):
-            raise ValueError(f"the scorer must give (B,) or (B, m) for {len(batch)} samples, not {tuple(logits.shape)}")
+        logits: Tensor = functional_call(self.scorer, dict(weights), (samples, batch.own_prompts)).float()
+        if logits.ndim not in (1, 2) or len(logits) != len(samples):
+            shape = tuple(logits.shape)
+            raise ValueError(f"the scorer must give (B,) or (B, m) for {len(samples)} samples, not {shape}")
         return logits[:, None] if logits.ndim == 1 else logits
 
     def _parts(self, batch: SampleBatch) -> list[SampleBatch]:
@@ -191,21 +197,30 @@ class Adversary:
         generator = _generator(self.learning.seed, "snapshot", self.version)
         return self.weighting(logits.shape[1], generator).to(logits.device)
 
-    def _pairs(self, batch: SampleBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Compute logits (B, m) of references of the same prompts, and of the samples, by the trained weights."""
-        real = SampleBatch(self.references.draw(batch.prompts, generator), batch.prompts)
+    def _pairs(self, batch: SampleBatch, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
+        """Compute logits (b, m) of references of the same prompts, and of this rank's samples, by the trained weights.
+
+        None where this rank has no sample of the batch.
+        """
+        numbers = self.references.choose(batch.prompts, generator)  # of all ranks
+        if not batch.numbers:
+            return None
+        references = self.references.images.load([numbers[number] for number in batch.numbers])
+        real = SampleBatch(references, batch.prompts, batch.numbers)
         return self._logits(real, self.trained), self._logits(batch, self.trained)
 
     @torch.no_grad()
     def _status(self, batch: SampleBatch, generator: torch.Generator) -> DiscriminatorStatus:
         sums = torch.zeros(5, dtype=torch.float64, device=self._device())
         for part in self._parts(batch):
-            real, fake = self._pairs(part, generator)
+            if (pairs := self._pairs(part, generator)) is None:
+                continue
+            real, fake = pairs
             weights = self._weights(real)
             right = pair_accuracy(self.learning.loss, real @ weights, fake @ weights)
             terms = (fake @ weights, real @ weights, right, self._losses(real, fake), torch.ones_like(right))
             sums += torch.stack(terms, dim=1).double().sum(0)
-        _average_over_ranks([sums])
+        sum_over_ranks([sums])
         generated, reference, accuracy, loss = (sums[:4] / sums[4]).tolist()
         return DiscriminatorStatus(self._rounds, generated, reference, accuracy, loss, self._training)
 
@@ -215,11 +230,14 @@ class Adversary:
 
     @torch.enable_grad()
     def _step(self, batch: SampleBatch, generator: torch.Generator) -> None:
-        """Take one optimizer step on pairs of references and the samples of ``batch``."""
+        """Take one optimizer step on pairs of references and the samples of ``batch``, of all ranks."""
         parameters = list(self.trained.values())
-        loss = self._losses(*self._pairs(batch, generator)).mean()
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        _average_over_ranks(gradients)
+        if (pairs := self._pairs(batch, generator)) is None:
+            gradients: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in parameters]
+        else:
+            loss = self._losses(*pairs).sum() / len(batch)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        sum_over_ranks(gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
@@ -231,7 +249,7 @@ class Adversary:
         old = self.replay.draw(min(count - 1, round((1 - self.learning.fresh) * count)), generator)
         fresh = torch.randperm(len(batch), generator=generator)[: count - (len(old) if old else 0)]
         drawn = batch.rows(fresh.tolist())
-        return drawn.joined(SampleBatch(old.samples.to(drawn.samples), old.prompts)) if old else drawn
+        return drawn.joined(replace(old, samples=old.samples.to(drawn.samples))) if old else drawn
 
     def _device(self) -> torch.device:
         return next(iter(self.trained.values())).device
@@ -253,14 +271,6 @@ def _copies(tensors: Mapping[str, Tensor], device: torch.device | None = None) -
 def _generator(*parts: int | str) -> torch.Generator:
     """Seed a generator by ``parts`` alone, so that a resumed run draws the same numbers."""
     return torch.Generator().manual_seed(random.Random("/".join(map(str, parts))).getrandbits(63))
-
-
-def _average_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over ranks, in place."""
-    if dist.is_available() and dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= dist.get_world_size()
 
 
 def adversarial_loss(name: LossName, real: Tensor, fake: Tensor) -> Tensor:

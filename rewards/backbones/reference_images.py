@@ -37,8 +37,8 @@ class References(Protocol):
     def rows(self, prompt: Prompt) -> Sequence[int]:
         """Return the numbers of the references for ``prompt``; hashable."""
 
-    def draw(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Tensor:
-        """Draw one reference for each of B prompts, (B, 3, H, W)."""
+    def choose(self, prompts: Sequence[Prompt], generator: torch.Generator) -> list[int]:
+        """Draw the number of one reference for each prompt."""
 
 
 class SampleTensor:
@@ -137,9 +137,10 @@ class ReferencePool:
         """Return the numbers of all references."""
         return range(len(self.images))
 
-    def draw(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Tensor:
-        """Draw B references (B, 3, H, W), uniformly with replacement."""
-        return self.images.load(torch.randint(len(self.images), (len(prompts),), generator=generator).tolist())
+    def choose(self, prompts: Sequence[Prompt], generator: torch.Generator) -> list[int]:
+        """Draw the number of a reference for each prompt, uniformly with replacement."""
+        numbers: list[int] = torch.randint(len(self.images), (len(prompts),), generator=generator).tolist()
+        return numbers
 
 
 class ReferencesByPrompt:
@@ -189,8 +190,8 @@ class ReferencesByPrompt:
             )
         return self._rows[prompt.text]
 
-    def draw(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Tensor:
-        """Draw a reference of each prompt, (B, 3, H, W), uniformly with replacement."""
+    def choose(self, prompts: Sequence[Prompt], generator: torch.Generator) -> list[int]:
+        """Draw the number of a reference of each prompt, uniformly with replacement."""
         choices = [self.rows(prompt) for prompt in prompts]
         drawn = torch.rand(len(choices), generator=generator, dtype=torch.float64).tolist()
-        return self.images.load([rows[int(u * len(rows))] for rows, u in zip(choices, drawn, strict=True)])
+        return [rows[int(u * len(rows))] for rows, u in zip(choices, drawn, strict=True)]

@@ -136,7 +136,8 @@ def recorded(
         row = result.as_dict()
         row.pop("machine")
         recording.rows.append(row)
-    recording.tensors |= {f"head.{n}": t for r in trainer.trainable.values() for n, t in r.tensors().items()}
+    states = [(name, tensor) for reward in trainer.trainable.values() for name, tensor in reward.tensors().items()]
+    recording.tensors |= {f"head.{name}": tensor for name, tensor in states if name != "replay.samples"}
     return recording
 
 

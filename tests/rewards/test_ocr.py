@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from genalign.types import Prompt, Reward
 from rewards import ocr
-from rewards.ocr import OCRReward, rapidocr, requested_texts
+from rewards.backbones import text_engine
+from rewards.ocr import OCRReward, cores_of_rank, rapidocr, requested_texts
+from tests.packages import ROOT
+from tests.rewards.text_readers import level, process_and_level
 
 needs_rapidocr = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("rapidocr", "onnxruntime")),
@@ -60,6 +67,89 @@ def test_text_is_read_line_by_line() -> None:
 
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rapidocr", None)
-    ocr._engine.cache_clear()
+    text_engine.engine.cache_clear()
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'genalign\[ocr\]'"):
         rapidocr(Image.new("RGB", (8, 8)))
+
+
+def test_processes_read_as_one_does() -> None:
+    levels = [7, 70, 255, 30, 200, 12, 128, 99]
+    images = (torch.tensor(levels) / 255)[:, None, None, None].expand(-1, 3, 8, 8).clone()
+    images[5] = torch.nan
+    prompts = [Prompt(f'"{number}"') for number in (7, 7, 255, 31, 2, 12, 128, 99)]
+    alone, pooled = OCRReward(level), OCRReward(level, processes=2)
+    expected = alone(images, prompts)
+    assert torch.equal(pooled(images, prompts).nan_to_num(-1), expected.nan_to_num(-1))
+
+    reading = OCRReward(process_and_level, processes=2)
+    listed = [picture for picture in ocr.pictures(images) if picture is not None]
+    processes = {text.split()[0] for text in reading._read(listed)}
+    assert len(processes) == 2 and str(os.getpid()) not in processes
+
+    # A picture that cannot be read fails its call, and one that ends its process is followed by a new pool
+    with pytest.raises(ValueError, match="a black picture"):
+        reading._read([*listed, Image.new("RGB", (8, 8))])
+    assert {text.split()[0] for text in reading._read(listed)} <= processes
+    with pytest.raises(RuntimeError, match="a process that reads text has died; new ones start"):
+        reading._read([*listed, Image.new("RGB", (4, 4))])
+    again = {text.split()[0] for text in reading._read(listed)}
+    assert again and not again & processes
+    ocr._pool(2).shutdown()
+    ocr._pool.cache_clear()
+
+
+def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    for ranks, cores in ((None, 16), ("8", 2), ("64", 1)):
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        if ranks:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert cores_of_rank() == cores
+    monkeypatch.setattr(ocr, "_pool", None)
+    monkeypatch.setattr(text_engine, "read", lambda *arguments: str(arguments[2:]))
+    assert OCRReward()._read([Image.new("RGB", (8, 8))] * 2) == ["(1,)"] * 2  # few cores: in this process
+
+
+SCRIPT = """
+import os, signal, sys, time
+from PIL import Image
+from rewards.ocr import OCRReward
+from tests.rewards.text_readers import process_and_level
+
+print("script")
+pictures = [Image.new("RGB", (8, 8), (9, 9, 9))] * 8
+print(*{text.split()[0] for text in OCRReward(process_and_level, 2)._read(pictures)}, flush=True)
+if sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "interrupted":
+    os.killpg(os.getpgrp(), signal.SIGINT)
+    time.sleep(30)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "interrupted", "done"])
+def test_processes_end_with_theirs(how: str, tmp_path: Path) -> None:
+    """Even in a script that does not guard what it does against being imported by them."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), how]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        command, env=environment, timeout=300, capture_output=True, text=True, start_new_session=True
+    )
+    first, processes = ended.stdout.splitlines()
+    assert first == "script" and len(processes.split()) == 2
+    interrupt = "KeyboardInterrupt" if how == "interrupted" else ""
+    assert ended.stderr.strip().endswith(interrupt) and ended.stderr.count("Traceback") == bool(interrupt)
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{process}").exists() for process in processes.split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@needs_rapidocr
+def test_rapidocr_reads_in_processes_as_in_this_one() -> None:
+    images = torch.cat([written("OPEN"), written("24 hours"), written("SALE", ink="white", paper="navy")])
+    prompts = [Prompt('"open"'), Prompt('"25 hours"'), Prompt('"sail"')]
+    assert torch.equal(OCRReward(processes=2)(images, prompts), OCRReward(processes=1)(images, prompts))

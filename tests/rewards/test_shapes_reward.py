@@ -55,7 +55,7 @@ def test_rendered_references_are_right() -> None:
     references = rendered("val", per_prompt=2)
     asked = prompts("val").prompts
     assert len(references.images) == 2 * len(asked)
-    drawn = references.draw(asked, torch.Generator().manual_seed(0))
+    drawn = references.images.load(references.choose(asked, torch.Generator().manual_seed(0)))
     assert ShapesReward("strict")(drawn, asked).mean() == 1.0
 
 

@@ -189,6 +189,16 @@ def test_replay_is_first_in_first_out() -> None:
     assert len(nothing) == 0 and nothing.draw(3, torch.Generator()) is None
 
 
+def test_replayed_images_have_the_bits_of_pictures() -> None:
+    replay, images = ReplayBuffer(5), torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    replay.push(SampleBatch(images, (RED,) * 4))
+    assert replay.tensors()["samples"].nbytes == images.numel()
+    drawn = replay.draw(4, torch.Generator().manual_seed(0))
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(0))
+    assert drawn is not None and drawn.samples.dtype == torch.float32
+    torch.testing.assert_close(drawn.samples, images[order], rtol=0, atol=0.5 / 255 + 1e-6)
+
+
 def test_replay_keeps_prompts_through_tensors() -> None:
     replay, again = ReplayBuffer(5), ReplayBuffer(5)
     replay.push(SampleBatch(torch.rand(2, 4), (RED, Prompt("日本 'quoted'"))))
@@ -196,7 +206,7 @@ def test_replay_keeps_prompts_through_tensors() -> None:
     assert replay.stored is not None and again.stored is not None
     assert again.stored.prompts == replay.stored.prompts
     assert [p.metadata for p in again.stored.prompts] == [p.metadata for p in replay.stored.prompts]
-    assert torch.equal(again.stored.samples, replay.stored.samples)
+    assert torch.equal(again.stored.samples, replay.stored.samples) and again.stored.held == replay.stored.held
     again.load_tensors(ReplayBuffer(5).tensors())
     assert len(again) == 0
 
@@ -208,7 +218,7 @@ def test_a_step_mixes_fresh_and_old_samples() -> None:
     trained.update(torch.full((20, 3, 4, 4), 0.25), PROMPTS)
     mixed = trained._mixed_with_replay(fresh, torch.Generator())
     assert len(mixed) == 16 and (mixed.samples[:, 0, 0, 0] == 0.75).sum() == 12
-    assert (mixed.samples[:, 0, 0, 0] == 0.25).sum() == 4
+    assert ((mixed.samples[:, 0, 0, 0] - 0.25).abs() < 1 / 255).sum() == 4  # of 8 bits
     assert trained._mixed_with_replay(fresh.rows([0]), torch.Generator()).samples.mean() == 0.75
 
 
@@ -430,22 +440,41 @@ RANK = """
 import sys
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from genalign.types import Prompt
 from tests.rewards.adversarial.test_adversarial import two_by_two
+
+PROMPTS = [Prompt(str(i)) for i in range(8)]
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 reward, samples = two_by_two()
-metrics = reward.update(samples[4 * rank : 4 * rank + 4], [Prompt("")] * 4)
-save_file(dict(reward.snapshot.weights) | {"gap": torch.tensor(metrics["gap"])}, f"{folder}/{rank}.safetensors")
+rows = [[0, 1, 4, 6, 7], [2, 3, 5]][rank]
+sent = []
+for name in ("all_reduce", "gather"):
+    plain = getattr(dist, name)
+    setattr(dist, name, lambda tensor, *rest, plain=plain: (sent.append(tensor.nbytes), plain(tensor, *rest)))
+metrics = [reward.update(samples[rows], PROMPTS, rows) for _ in range(2)]
+traffic = torch.tensor(sum(sent))
+tensors = reward.tensors()
+again, _ = two_by_two()
+if rank:
+    tensors = {}
+dist.barrier()
+save_file({**tensors, "gap": torch.tensor(metrics[1]["gap"]), "traffic": traffic}, f"{folder}/{rank}.safetensors")
+dist.barrier()
+whole = load_file(f"{folder}/0.safetensors")
+again.load_tensors(whole)
+assert again.update(samples[rows], PROMPTS, rows) == reward.update(samples[rows], PROMPTS, rows)
+assert all(torch.equal(tensor, reward.snapshot.weights[name]) for name, tensor in again.snapshot.weights.items())
+save_file(dict(reward.snapshot.weights), f"{folder}/{rank}-end.safetensors")
 dist.destroy_process_group()
 """
 
 
 def two_by_two() -> tuple[AdversarialReward, Tensor]:
     """Return a reward of images of 2 x 2 pixels and 8 such images."""
-    learning = DiscriminatorSettings(learning_rate=1e-2, steps_per_update=3, batch_size=8, replay=0)
+    learning = DiscriminatorSettings(learning_rate=1e-2, steps_per_update=3, batch_size=5, replay=6)
     references = ReferencePool(ImageTensor(torch.full((1, 3, 2, 2), 0.9)))
     reward = AdversarialReward(flat, references, weights=GLOBAL, learning=learning)
     return reward, torch.linspace(0, 0.5, 8 * 12).view(8, 3, 2, 2)
@@ -459,10 +488,20 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, range(2)))
-    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    first, second = (load_file(tmp_path / f"{rank}-end.safetensors") for rank in range(2))
+    saved, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     alone, samples = two_by_two()
-    metrics = alone.update(samples, [Prompt("")] * 8)
+    prompts = [Prompt(str(i)) for i in range(8)]
+    metrics = [alone.update(samples, prompts) for _ in range(2)]
+    expected = alone.tensors()
+    assert torch.equal(saved["replay.samples"], expected["replay.samples"])
+    assert torch.equal(saved["replay.prompts"], expected["replay.prompts"])
+    assert saved["replay.ranks"].tolist() == [1, 1, 0, 1, 0, 0] and saved["replay.samples"].dtype == torch.uint8
+    assert float(saved["gap"]) == float(other["gap"]) == pytest.approx(metrics[1]["gap"], abs=1e-6)
+    alone.update(samples, prompts)
     for name, tensor in alone.snapshot.weights.items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-5)
-    assert float(first["gap"]) == float(second["gap"]) == pytest.approx(metrics["gap"], abs=1e-6)
+    # Gradients, five sums, and which samples are finite are sent, and no sample
+    steps = sum(parameter.nbytes for parameter in alone.trained.values()) * alone.learning.steps_per_update
+    assert int(saved["traffic"]) == int(other["traffic"]) == 2 * (steps + 5 * 8 + 8 * 8)

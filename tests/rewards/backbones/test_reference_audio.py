@@ -38,7 +38,7 @@ def test_wav_and_flac_are_read(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded[0, 0], expected, rtol=0, atol=1e-4)
     result = read_waveform(tmp_path / "b.wav")
     assert result.sample_rate == 8000 and torch.equal(result.waveform, loaded[0])
-    drawn = ReferencePool(clips).draw([Prompt("x")] * 3, torch.Generator().manual_seed(0))
+    drawn = clips.load(ReferencePool(clips).choose([Prompt("x")] * 3, torch.Generator().manual_seed(0)))
     assert drawn.shape == (3, 1, 8000)
 
 

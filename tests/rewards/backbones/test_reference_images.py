@@ -34,17 +34,17 @@ def by_prompt(levels: dict[str, tuple[float, ...]]) -> ReferencesByPrompt:
 
 def test_references_by_prompt_draw_only_those_of_the_prompt() -> None:
     references = by_prompt({RED.text: (0.1, 0.2), BLUE.text: (0.9,)})
-    drawn = references.draw([RED, BLUE] * 50, seeded())[:, 0, 0, 0]
+    drawn = references.images.load(references.choose([RED, BLUE] * 50, seeded()))[:, 0, 0, 0]
     assert {round(v, 3) for v in drawn[::2].tolist()} == {0.1, 0.2}
     assert {round(v, 3) for v in drawn[1::2].tolist()} == {0.9}
     assert references.images.load(references.rows(RED)).shape == (2, 3, 4, 4)
     with pytest.raises(ValueError, match=r"no reference for the prompt 'a blue ring'.* or use ReferencePool"):
-        by_prompt({RED.text: (0.5,)}).draw([RED, BLUE], seeded())
+        by_prompt({RED.text: (0.5,)}).choose([RED, BLUE], seeded())
 
 
 def test_a_pool_draws_any_reference_for_any_prompt() -> None:
     pool = ReferencePool(ImageTensor(grays(0.1, 0.2, 0.3)))
-    drawn = pool.draw([RED] * 60, seeded())
+    drawn = pool.images.load(pool.choose([RED] * 60, seeded()))
     assert drawn.shape == (60, 3, 4, 4)
     assert len(drawn[:, 0, 0, 0].unique()) == 3
     assert list(pool.rows(BLUE)) == [0, 1, 2]
@@ -54,7 +54,7 @@ def test_a_pool_draws_any_reference_for_any_prompt() -> None:
     "references", [ReferencePool(ImageTensor(grays(0.1, 0.2, 0.3))), by_prompt({RED.text: (0.1, 0.2, 0.3)})]
 )
 def test_draws_follow_the_generator(references: ReferencePool | ReferencesByPrompt) -> None:
-    first, again, other = (references.draw([RED] * 30, seeded(seed)) for seed in (1, 1, 2))
+    first, again, other = (references.images.load(references.choose([RED] * 30, seeded(seed))) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -66,7 +66,9 @@ def test_a_folder_with_substructure_and_prompts(tmp_path: Path) -> None:
     (tmp_path / ".hidden").write_text("x")
     references = ReferencesByPrompt.read(tmp_path)
     assert references.images.load(references.rows(BLUE)).shape == (1, 3, 4, 6)
-    torch.testing.assert_close(references.draw([BLUE], seeded()).mean(), torch.tensor(0.8), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        references.images.load(references.choose([BLUE], seeded())).mean(), torch.tensor(0.8), atol=0.01, rtol=0
+    )
     torch.testing.assert_close(references.images.load(references.rows(RED))[:, 0, 0, 0], torch.tensor([0.2, 0.4]))
     assert ImageFolder(tmp_path).names == ("blue/1.jpeg", "red/1.png", "red/2.JPG")
 
