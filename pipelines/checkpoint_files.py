@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from genalign.diffusion.lora import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from genalign.runtime.hub import DEFAULT_ACCESS, HubAccess, download, is_hub_id
 from genalign.runtime.text_files import parse_json, read_json
-from genalign.training.nonfinite import is_out_of_memory
+from genalign.training.out_of_memory import is_out_of_memory
 from pipelines.checkpoint_settings import is_component
 
 WeightFormat = Literal["safetensors", "bin"]

@@ -48,7 +48,7 @@ from genalign.runtime.state import Generators, PerRankState, Stateful
 from genalign.scoring.score import probe
 from genalign.scoring.score_log import ScoreLog
 from genalign.training.checkpointing import Checkpoints, CheckpointWriter
-from genalign.training.nonfinite import is_out_of_memory
+from genalign.training.out_of_memory import is_out_of_memory
 from genalign.training.panel import PanelMeasures, PanelSnapshot
 from genalign.training.reward_hacking import HackingGuard
 from genalign.training.round_log import SampleGridWriter

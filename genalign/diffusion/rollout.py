@@ -49,10 +49,11 @@ class RolloutInputs:
         """Split into consecutive parts of ``sizes`` samples, or of at most as many."""
         parts = torch.split(torch.arange(len(self)), sizes if isinstance(sizes, int) else list(sizes))
         bounds = [0, *itertools.accumulate(map(len, parts))]
-        return [
-            RolloutInputs(self.conditioning, self.prompt[a:b], self.noise_seeds[a:b], self.step_seeds[a:b])
-            for a, b in itertools.pairwise(bounds)
-        ]
+        return [self.part(slice(first, end)) for first, end in itertools.pairwise(bounds)]
+
+    def part(self, rows: slice) -> RolloutInputs:
+        """Return consecutive ones of the samples, with all of the conditioning."""
+        return RolloutInputs(self.conditioning, self.prompt[rows], self.noise_seeds[rows], self.step_seeds[rows])
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,14 @@ class Rollout:
     states: Tensor
     prediction: Tensor
     final: Tensor
+
+    @classmethod
+    def joined(cls, inputs: RolloutInputs, parts: Sequence[Rollout]) -> Rollout:
+        """Join parts of ``inputs`` that were sampled one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        tensors = zip(*(part.tensors().values() for part in parts), strict=True)
+        return cls(inputs, parts[0].steps, *map(torch.cat, tensors))
 
     @property
     def levels(self) -> tuple[int, ...]:

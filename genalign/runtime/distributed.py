@@ -154,7 +154,8 @@ class ProcessGroup(RankShare):
             for bucket in _buckets(tensors):
                 flat = torch.cat([tensor.flatten() for tensor in bucket])
                 dist.all_reduce(flat)
-                for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                totals = torch.split(flat, [tensor.numel() for tensor in bucket])
+                for tensor, total in zip(bucket, totals, strict=True):
                     tensor.copy_(total.view_as(tensor))
 
 

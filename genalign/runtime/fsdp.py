@@ -51,7 +51,8 @@ class Sharding:
         weights = list(network.parameters())
         if not all(parameter.is_floating_point() for parameter in weights):
             raise ValueError("quantized weights cannot be sharded by FSDP: leave model.memory.quantization out")
-        sizes, names = (self.world_size,), ("shard",)
+        sizes: tuple[int, ...] = (self.world_size,)
+        names: tuple[str, ...] = ("shard",)
         if self.replicas > 1:
             sizes, names = (self.replicas, self.world_size // self.replicas), ("replicate", "shard")
         mesh, dtype = init_device_mesh(weights[0].device.type, sizes, mesh_dim_names=names), weights[0].dtype
@@ -63,7 +64,8 @@ class Sharding:
         for module in [*(block for blocks in lists for block in blocks), network]:
             fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard_after_forward, mp_policy=precision)
         if master_weights:
-            network._apply(lambda tensor: tensor.float() if isinstance(tensor, DTensor) else tensor)
+            untyped: Any = network
+            untyped._apply(lambda tensor: tensor.float() if isinstance(tensor, DTensor) else tensor)
 
 
 _COMPUTE_DTYPE = "_genalign_compute_dtype"

@@ -1,4 +1,4 @@
-"""Failures of an update: gradients that are not finite, and memory that runs out."""
+"""Updates whose gradient is not finite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from genalign.algorithms.interfaces import UpdateBatch
@@ -15,17 +14,10 @@ from genalign.runtime.files import save_state, with_prefix, write_json
 from genalign.types import Prompt
 
 logger = logging.getLogger(__name__)
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class DivergedError(RuntimeError):
     """Too many consecutive updates had a gradient that is not finite."""
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether torch raised ``error`` because memory ran out, on any device."""
-    message = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or any(words in message for words in _OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)

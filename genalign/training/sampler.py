@@ -9,7 +9,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
@@ -21,10 +21,12 @@ from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.completion import complete
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import Rollout, RolloutInputs, kernel_per_step, rollout, rows_are_finite
+from genalign.diffusion.transitions import Kernel
 from genalign.runtime.distributed import ALL_RANKS, RankShare, current_gpu, use_gpu
 from genalign.runtime.progress import SILENT, Phase, Progress
 from genalign.runtime.streams import Handover
 from genalign.scoring.score import NamedReward, score
+from genalign.training.out_of_memory import PartSizes
 from genalign.training.settings import FittedSettings
 from genalign.types import Grid, Pipeline, Prompt
 
@@ -48,7 +50,7 @@ class Sampler:
 
     With ``overlap_scoring``, a batch is decoded and scored in a thread while the next one is sampled, so that two
     batches are in memory; on a GPU the thread has a stream of its own. Decoded samples are part of the result only with
-    ``keep_samples``.
+    ``keep_samples``. A batch is sampled and decoded in ``parts``.
     """
 
     pipeline: Pipeline
@@ -57,6 +59,7 @@ class Sampler:
     guidance: float
     settings: FittedSettings
     keep_samples: bool
+    parts: PartSizes = field(default_factory=PartSizes)
 
     def __call__(
         self,
@@ -109,26 +112,38 @@ class Sampler:
         sizes = self.settings.batch_sizes(recipe.objective.unit, share.world_size)
         batches = self.inputs(recipe, prompts, name).split(sizes)
         for batch in (batches[number] for number in share.indices(len(sizes)) if sizes[number]):
-            trajectories = rollout(self.pipeline, batch, self.grid, kernels, self.guidance, store=steps)
-            completions: tuple[Tensor, ...] = ()
-            if recipe.completion is not None:
-                latents = complete(self.pipeline, trajectories, self.grid, self.guidance, recipe.completion)
-                completions = latents.unbind(1)
+            sample = partial(self._trajectories, recipe, batch, kernels, steps)
+            sampled, completed = zip(*self.parts.map("sampling", len(batch), sample), strict=True)
+            trajectories = Rollout.joined(batch, sampled)
+            completions = () if recipe.completion is None else torch.cat(completed).unbind(1)
             repeated = [prompts[row] for row in batch.prompt.tolist()]
             advance(len(repeated) * share.world_size)
             yield partial(self._decode_and_score, recipe, trajectories, completions, repeated)
+
+    def _trajectories(
+        self, recipe: Recipe, batch: RolloutInputs, kernels: Sequence[Kernel], steps: Sequence[int], rows: slice
+    ) -> tuple[Rollout, Tensor]:
+        """Sample some rows of a batch; return them with the completions (B, S, ...) of their stored steps, if any."""
+        sampled = rollout(self.pipeline, batch.part(rows), self.grid, kernels, self.guidance, store=steps)
+        if recipe.completion is None:
+            return sampled, sampled.final
+        return sampled, complete(self.pipeline, sampled, self.grid, self.guidance, recipe.completion)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        decoded = self.parts.map("decoding", len(latents), lambda rows: self.pipeline.decode(latents[rows]))
+        return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
 
     @torch.no_grad()
     def _decode_and_score(
         self, recipe: Recipe, trajectories: Rollout, completions: Sequence[Tensor], prompts: Sequence[Prompt]
     ) -> SampledBatch:
         """Score the final samples of a batch, and the ``completions`` (B, ...) of its stored steps."""
-        decoded = self.pipeline.decode(trajectories.final)
+        decoded = self._decode(trajectories.final)
         finite = rows_are_finite(trajectories.final) & rows_are_finite(decoded)
         samples, scores = blank_nonfinite(decoded), self._scores(decoded, prompts)
         scores[~finite.cpu()] = torch.nan
         features = recipe.features(samples).float().cpu() if recipe.features else None
-        columns = [self._scores(self.pipeline.decode(x0), prompts) for x0 in completions]
+        columns = [self._scores(self._decode(x0), prompts) for x0 in completions]
         stepwise = torch.stack([*columns, scores], dim=1) if columns else None
         replayable = trajectories if finite.all() else trajectories.zero_rows(~finite)
         if self.settings.offload_rollouts:

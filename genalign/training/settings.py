@@ -51,8 +51,11 @@ class TrainerSettings:
         seed: Seed of the prompts' order, of all noise and of a new adapter.
         max_failed_fraction: Fraction of a round's samples without a score above which the run stops.
         max_skipped_updates: Number of consecutive updates with a gradient that is not finite after which the run stops.
-        on_out_of_memory: Whether a run stops if memory runs out in an update, or continues with half the micro-batch,
-            which changes gradients by rounding only.
+        on_out_of_memory: Whether a run stops if memory runs out, or continues with half as many samples at a time where
+            it did: in sampling, in decoding, or in an update. Results change by rounding only.
+        deterministic: Whether torch takes only algorithms that give the same bits each time, or stops where it has
+            none. On a CPU results are the same without it; on a GPU it costs speed, and needs the environment variable
+            CUBLAS_WORKSPACE_CONFIG.
         overlap_scoring: Whether a batch is decoded and scored in a thread while the next one is sampled, for rewards
             that wait, such as for a server. Results are the same; one more batch is in memory.
         offload_rollouts: Whether the stored states of a round wait on the CPU until they are trained. Results are the
@@ -77,6 +80,7 @@ class TrainerSettings:
     max_failed_fraction: float = 0.05
     max_skipped_updates: int = 5
     on_out_of_memory: Literal["stop", "halve"] = "stop"
+    deterministic: bool = False
     overlap_scoring: bool = True
     offload_rollouts: bool = False
 

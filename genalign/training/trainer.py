@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.prompts import PromptSampler
+from genalign.runtime.determinism import deterministic, require_workspace
 from genalign.runtime.files import with_prefix, without_prefix
 from genalign.runtime.fsdp import full_tensor
 from genalign.runtime.progress import SILENT, Progress
@@ -40,7 +42,8 @@ from genalign.runtime.state import State, load_optimizer_tensors, optimizer_tens
 from genalign.scoring.budget import Ledger, Metered, metered_rewards
 from genalign.scoring.score import NamedReward, RewardMonitor, named
 from genalign.training.loss_scale import LossScale
-from genalign.training.nonfinite import NonFiniteGuard, SkippedUpdate, is_out_of_memory
+from genalign.training.nonfinite import NonFiniteGuard, SkippedUpdate
+from genalign.training.out_of_memory import PartSizes, free_memory, is_out_of_memory
 from genalign.training.round_result import RoundResult
 from genalign.training.run_folder import RunFolder, WeightStore
 from genalign.training.sampler import SampledBatch, Sampler
@@ -93,9 +96,12 @@ class Trainer:
         self.settings = settings
         self.grid = sampling.grid(pipeline)
         self.guidance, self.kernel = sampling.guidance_scale(pipeline), recipe.kernel_on(pipeline.path)
+        if settings.deterministic:
+            require_workspace(policy.device, os.environ)
         self.trainable = {r.name: r.function for r in rewards if isinstance(r.function, TrainableReward)}
+        self.parts, keep_samples = PartSizes(settings.on_out_of_memory == "halve"), bool(self.trainable)
         self.sampler = Sampler(
-            self.pipeline, self.rewards, self.grid, self.guidance, settings, keep_samples=bool(self.trainable)
+            self.pipeline, self.rewards, self.grid, self.guidance, settings, keep_samples, self.parts
         )
         self.kernel.check(self.guidance, [reward.name for reward in rewards if reward.weight])
         recipe.steps(pipeline.path, self.grid, 0, settings.seed)  # refuse an impossible recipe before any compute
@@ -117,22 +123,26 @@ class Trainer:
         for index, prompts in itertools.islice(enumerate(self.prompts.rounds()), self.rounds_done, None):
             if self.settings.progress(index, self.ledger.nfe) >= 1:
                 return
-            start, billed = time.perf_counter(), self.ledger.copy()
-            for parameters in self.optimizer.param_groups:
-                parameters["lr"] = self.settings.rate(index, self.ledger.nfe)
-            batches = self.sample(index, prompts, progress)
-            scores = self.gather_scores(batches, len(prompts))
-            reward_metrics = self._update_rewards(batches, prompts)
-            sums = self.learn(index, prompts, batches, scores, progress)
-            if self.old is not None and self.recipe.lag is not None:
-                self.old.update(self.policy.parameters, self.recipe.lag.decay(index))
-            self.ledger.add(self.processes.all_gather_object(self.ledger.since(billed).counts), billed)
-            self.rounds_done += 1
-            self.samples += len(scores.scores)
-            self.seconds += time.perf_counter() - start
-            result = self._result(index, scores, sums, reward_metrics)
-            del batches  # before the caller evaluates, and before the next round is sampled
+            with deterministic(self.settings.deterministic):
+                result = self._round(index, prompts, progress)
             yield result
+
+    def _round(self, index: int, prompts: Sequence[Prompt], progress: Progress) -> RoundResult:
+        """Sample and train round ``index``; its samples are freed before the caller evaluates."""
+        start, billed = time.perf_counter(), self.ledger.copy()
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = self.settings.rate(index, self.ledger.nfe)
+        batches = self.sample(index, prompts, progress)
+        scores = self.gather_scores(batches, len(prompts))
+        reward_metrics = self._update_rewards(batches, prompts)
+        sums = self.learn(index, prompts, batches, scores, progress)
+        if self.old is not None and self.recipe.lag is not None:
+            self.old.update(self.policy.parameters, self.recipe.lag.decay(index))
+        self.ledger.add(self.processes.all_gather_object(self.ledger.since(billed).counts), billed)
+        self.rounds_done += 1
+        self.samples += len(scores.scores)
+        self.seconds += time.perf_counter() - start
+        return self._result(index, scores, sums, reward_metrics)
 
     def sample(self, index: int, prompts: Sequence[Prompt], progress: Progress = SILENT) -> list[SampledBatch]:
         """Sample and score this rank's batches of round ``index``, with the old policy if the recipe has one."""
@@ -204,6 +214,7 @@ class Trainer:
                 advance()
 
         self.micro_batch = min(self.processes.all_gather_object(self.micro_batch))
+        self.parts.agree([PartSizes(**sizes) for sizes in self.processes.all_gather_object(vars(self.parts))])
         sums = MetricSums.merge(self.processes.all_gather_object(sums.as_dict()))
         clip_range = self.recipe.objective.clip_range
         if clip_range is not None and sums.log_ratio_max > 0.02 * clip_range:
@@ -281,8 +292,7 @@ class Trainer:
             logger.warning("Out of memory with micro-batches of %d: continuing with %d", self.micro_batch, smaller)
             self.micro_batch = smaller
             self.optimizer.zero_grad()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_memory()
             context.metrics.rollback(before)
 
     def _result(
@@ -343,6 +353,7 @@ class Trainer:
             "silent_rounds": self.monitor.silent,
             "skipped_updates": self.nonfinite.in_row,
             "micro_batch": self.micro_batch,
+            "parts": {**vars(self.parts)},
             "loss_scale": vars(self.loss_scale),
             "raised_kl": list(self.kl_floors),
         }
@@ -362,4 +373,5 @@ class Trainer:
         self.rounds_done, self.samples, self.seconds = numbers["rounds"], numbers["samples"], numbers["seconds"]
         self.monitor.silent, self.nonfinite.in_row = numbers["silent_rounds"], numbers["skipped_updates"]
         self.micro_batch, self.loss_scale = numbers["micro_batch"], LossScale(**numbers["loss_scale"])
+        self.parts.agree([PartSizes(**numbers["parts"])])
         self.ledger.counts.update(numbers["calls"])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from genalign.diffusion.policy import Lora, Policy
+from tests.fake_cuda import FakeCuda
 
 
 def _network() -> nn.Module:
@@ -78,3 +79,26 @@ def test_bad_input() -> None:
         Policy(_network(), Lora(targets=("nope",)))
     with pytest.raises(ValueError, match="LoRA rank must be at least 1, not 0"):
         Lora(rank=0)
+
+
+def test_a_whole_network_on_a_gpu_leaves_its_snapshots_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs a driver
+    with FakeCuda() as cuda:
+        network = nn.Linear(1024, 1024, bias=False, device="cuda", dtype=torch.bfloat16)
+        policy = Policy(network, None)
+        old, count = policy.snapshot(), 1024 * 1024
+        optimizer = torch.optim.AdamW(policy.parameters)
+        assert cuda.live == 4 * count
+        for _ in range(2):
+            network(torch.ones(1, 1024, device="cuda")).sum().backward()
+            cuda.reset_peak()
+            optimizer.step()
+            assert cuda.live - 16 * count < 10**5  # weights, gradients and two moments
+            optimizer.zero_grad()
+            policy.update_average()
+            for snapshot in (old, policy.average):
+                cuda.reset_peak()
+                with policy.using(snapshot):
+                    network(torch.ones(1, 1024, device="cuda"))
+                assert cuda.peak - 12 * count < 10**5  # nothing of their size is held beside the weights
+        assert {tensor.device.type for snapshot in (old, policy.average) for tensor in snapshot.tensors} == {"cpu"}

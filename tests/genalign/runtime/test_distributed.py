@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 import multiprocessing
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,7 +29,11 @@ from genalign.runtime.distributed import (
     ProcessGroup,
     ProcessGroupError,
     RankShare,
+    heartbeat_timeout,
     process_group,
+    require_address,
+    require_shared,
+    seeded,
 )
 from genalign.runtime.files import load_state
 from genalign.runtime.fsdp import Sharding, sharding_from_environment
@@ -310,6 +317,101 @@ def test_a_process_that_does_not_come_ends_the_wait_with_what_to_do(
     ):
         pass
     assert "process 0 waits for all 2 processes at 127.0.0.1:" in caplog.text
+
+
+NODES = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+
+
+def _resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port: found)
+
+
+def test_a_host_name_that_stands_for_loopback_is_refused_on_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    _resolve(monkeypatch, "127.0.1.1", "::1")
+    with pytest.raises(ValueError, match=r"of this node stands for 127\.0\.1\.1, .*: set GLOO_SOCKET_IFNAME"):
+        process_group(NODES).__enter__()
+    require_address(NODES | {"GLOO_SOCKET_IFNAME": "eth0"})
+    require_address(NODES | {"LOCAL_WORLD_SIZE": "4"})  # one node
+    _resolve(monkeypatch, "127.0.1.1", "10.0.0.7")
+    require_address(NODES)
+
+
+@pytest.mark.parametrize("value", ["soon", "5", "nan", "inf"])
+def test_the_heartbeat_timeout_is_a_number_of_seconds(value: str) -> None:
+    assert heartbeat_timeout({}) == 45 and heartbeat_timeout({"GENALIGN_HEARTBEAT_TIMEOUT": "600"}) == 600
+    with pytest.raises(ValueError, match=f"GENALIGN_HEARTBEAT_TIMEOUT is '{value}': give a number of seconds"):
+        process_group(NODES | {"GENALIGN_HEARTBEAT_TIMEOUT": value}).__enter__()
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_an_output_that_other_nodes_do_not_see_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sees: bool
+) -> None:
+    monkeypatch.setattr(distributed, "_VISIBLE_WITHIN", 0.0)
+    monkeypatch.setattr(ProcessGroup, "all_gather_object", lambda self, value: [value, None if sees else "node2"])
+    folder = tmp_path / "new" / "run"
+    if sees:
+        require_shared(folder, ProcessGroup(0, 2))
+        assert list(folder.iterdir()) == []
+        return
+    message = f"{folder} is not shared: 1 of 2 processes do not see the files of process 0 there, the first on node2"
+    with pytest.raises(ValueError, match=message):
+        require_shared(folder, ProcessGroup(0, 2))
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="is not shared"):  # as the other rank, which has a disk of its own
+        monkeypatch.setattr(ProcessGroup, "all_gather_object", lambda self, value: [".shared-0", value])
+        require_shared(folder, ProcessGroup(1, 2))
+
+
+def test_gradients_are_reduced_in_few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_BUCKET", 10)
+    reduced: list[Tensor] = []
+
+    def all_reduce(tensor: Tensor) -> None:  # of two ranks with the same tensors
+        reduced.append(tensor.clone())
+        tensor.add_(tensor.clone())
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    tensors = [torch.rand(2, 3), torch.rand(4), torch.rand(11), torch.ones(2, dtype=torch.int32)]
+    before = [tensor.clone() for tensor in tensors]
+    ProcessGroup(0, 2).all_reduce_(tensors)
+    assert [(len(piece), piece.dtype) for piece in reduced] == [
+        (10, torch.float32),
+        (11, torch.float32),
+        (2, torch.int32),
+    ]
+    assert all(torch.equal(tensor, 2 * old) for tensor, old in zip(tensors, before, strict=True))
+
+
+def test_nccl_is_bound_to_the_gpu_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, object] = {}
+
+    def join(backend: str, **options: object) -> None:
+        arguments.update(options, backend=backend)
+        raise ProcessGroupError("enough")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    for name in ("is_available", "current_device", "set_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 3)
+    with pytest.raises(ProcessGroupError, match="enough"):
+        process_group(NODES | {"LOCAL_RANK": "3", "GLOO_SOCKET_IFNAME": "eth0"}).__enter__()
+    assert arguments["backend"] == "cpu:gloo,cuda:nccl" and arguments["device_id"] == torch.device("cuda:3")
+
+
+def test_a_seeded_context_restores_the_generator_of_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_rng_state()
+    with seeded(5):
+        first = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    with seeded(5):
+        assert torch.equal(torch.rand(3), first)
+    fork = Mock(return_value=contextlib.nullcontext())
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    monkeypatch.setattr(distributed, "current_gpu", lambda: 3)
+    with seeded(5):
+        fork.assert_called_once_with(devices=[3])
+    torch.set_rng_state(before)
 
 
 @pytest.mark.parametrize(("rank", "size"), [("x", "2"), ("0", "two"), ("-1", "2")])

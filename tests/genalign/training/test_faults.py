@@ -34,7 +34,8 @@ from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.runtime.state import State
 from genalign.scoring.score import NamedReward, RewardError
-from genalign.training.nonfinite import DivergedError, is_out_of_memory
+from genalign.training.nonfinite import DivergedError
+from genalign.training.out_of_memory import is_out_of_memory
 from genalign.training.round_result import RoundResult
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
