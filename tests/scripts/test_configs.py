@@ -140,6 +140,7 @@ ACCELERATE = {
     "two_nodes": (16, None),
     "fsdp2": (8, Sharding(8, reshard_after_forward=True)),
     "zero2": (8, Sharding(8, reshard_after_forward=False)),
+    "fsdp2_two_nodes": (16, Sharding(16, replicas=2)),
 }
 
 
