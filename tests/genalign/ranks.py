@@ -228,9 +228,17 @@ def deadly(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return redness(samples, prompts)
 
 
-def train(rank: int, port: int, errors: Path, arguments: Sequence[str], signals: Sequence[signal.Signals]) -> None:
+def train(
+    rank: int,
+    port: int,
+    errors: Path,
+    arguments: Sequence[str],
+    signals: Sequence[signal.Signals],
+    variables: Mapping[str, str] = {},
+) -> None:
     """Train as one of two processes, which miss a heartbeat after 20 s; the second has the ``signals``."""
     become(rank, port, errors)
+    os.environ |= variables
     train_module.process_group = functools.partial(process_group, heartbeat=5.0, silence=20.0)
     death.extend(signals if rank == 1 else ())
     raise SystemExit(main.main(["train", *arguments]))

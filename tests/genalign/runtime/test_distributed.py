@@ -210,6 +210,38 @@ def test_a_rank_ends_when_another_has_ended_and_the_run_resumes(tiny_folder: Pat
 
 
 @pytest.mark.slow
+def test_the_command_trains_a_whole_network_in_shards_and_observes_it_together(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    size = {"prompts": "shapes:val", "samples_per_task": 2, "batch_size": 4}
+    monitor = {**size, "every": 1, "rewards": {"blue": "tests.genalign.training.toy_runs.redness"}}
+    sections = {
+        "lora": None,
+        "held_out": {**size, "every": 1},
+        "reward_hacking": monitor,
+        "before_after": {**size, "seeds": 1},
+        "sample_grid": {"every": 1},
+    }
+    reward = "tests.genalign.training.toy_runs.redness"
+    names = ["one", "two"]
+    configs = [
+        write_config(tmp_path / f"{name}.json", tiny_folder, reward, {"rounds": 2}, **sections) for name in names
+    ]
+    assert main.main(["train", "--config", str(configs[0])]) == 0
+    _require_success(_start(ranks.train, tmp_path, ["--config", str(configs[1])], [], FSDP), tmp_path)
+    one, two = ([json.loads(row) for row in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in names)
+    for row, other, tolerance in zip(two, one, (1e-4, 5e-2), strict=True):
+        for name in ("reward", "held_out", "reward_hacking"):
+            ours, theirs = (flat_numbers({name: r[name]}) for r in (row, other))
+            assert ours and ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+    files = [{str(path.relative_to(tmp_path / n)) for path in (tmp_path / n).rglob("*")} for n in names]
+    assert files[0] == files[1] - {path for path in files[1] if "process-1" in path or path.endswith("scores-1.jsonl")}
+    weights = [load_file(tmp_path / name / WEIGHTS) for name in names]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.allclose(weights[0][key], weights[1][key], atol=0.1) for key in weights[0])
+
+
+@pytest.mark.slow
 def test_sigterm_of_one_rank_ends_all_after_the_round(tiny_folder: Path, tmp_path: Path) -> None:
     training = {"rounds": 3, "prompts_per_round": 4}
     config = write_config(tmp_path / "run.json", tiny_folder, "tests.genalign.ranks.deadly", training)
