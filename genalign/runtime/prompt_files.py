@@ -23,7 +23,9 @@ Rows = Iterator[tuple[str, Any]]  # where a row stands, for messages, and the ro
 
 
 _SOURCE = re.compile(r"(?P<place>.+?)(?::(?P<split>[\w.-]+(?:\[[^\]]*\])?))?(?:#(?P<column>[^#]+))?")
-_HUB_DATASET = re.compile(r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_HUB_DATASET = re.compile(
+    r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<subset>[\w.+-]+))?(?:@(?P<revision>[\w./-]+))?"
+)
 _NO_TEXT = frozenset({"Audio", "Image", "Nifti", "Pdf", "Video"})  # features that are decoded, at a cost
 
 
@@ -38,7 +40,8 @@ def load_prompts(source: str | Path) -> PromptSet:
     a folder        a dataset that save_to_disk wrote, as in my_dataset:train#caption; needs datasets
     hf://datasets/  a dataset of the Hub, as in hf://datasets/owner/name@revision:train#caption; needs datasets
 
-    Of a dataset the split may be left out if there is one, and the column if it has one of the names below.
+    Of a dataset the split may be left out if there is one, and the column if it has one of the names below. A subset
+    of a dataset of the Hub, its configuration, stands after the name: hf://datasets/owner/name/subset:train.
     The prompt of an object or a row stands under "prompt", "text" or "caption", the first of them that it has; the
     other entries are its metadata, without those that are null. A cell of a text table that holds a JSON list or object
     is read as such.
@@ -200,7 +203,15 @@ def _hub_dataset(place: str, split: str | None) -> Any:
         raise ValueError("write hf://datasets/owner/name:split#column")
     if not (hub_answers() or constants.HF_HUB_OFFLINE):  # its client would try again for some 20 seconds
         raise ConnectionError("the Hub cannot be reached; HF_HUB_OFFLINE=1 reads what is cached")
-    return datasets.load_dataset(match["name"], split=split, revision=match["revision"])
+    name, subset, revision = match.groups()
+    try:
+        return datasets.load_dataset(name, subset, split=split, revision=revision)
+    except ValueError as error:
+        if subset is None and str(error).startswith("Config name is missing"):
+            subsets = datasets.get_dataset_config_names(name, revision=revision)
+            example = place.replace(name, f"{name}/{subsets[0]}", 1)
+            raise ValueError(f"it has several subsets: name one of {', '.join(subsets)}, as in {example}") from None
+        raise
 
 
 def _one_split(source: str, data: Any, split: str | None) -> Any:

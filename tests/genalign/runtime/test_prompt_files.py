@@ -242,6 +242,32 @@ def test_a_dataset_of_the_hub_is_read_by_revision_split_and_column(
             assert "\n" not in str(caught.value)
 
 
+def test_a_subset_of_a_dataset_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    folder, configs = tmp_path / "files", ""
+    folder.mkdir()
+    for subset, text in (("colors", "a red circle"), ("counts.v2", "two dogs")):
+        (folder / f"{subset}.csv").write_text(f"caption\n{text}\n")
+        configs += f"- config_name: {subset}\n  data_files: {subset}.csv\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    with stand_in_hub(monkeypatch, tmp_path / "hub") as hub:
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", constants.ENDPOINT)
+        hub.repositories["owner/subsets"] = {"main": folder, "v1": folder}
+        source = "hf://datasets/owner/subsets"
+        for subset, text in (("colors", "a red circle"), ("counts.v2@v1", "two dogs")):
+            assert [prompt.text for prompt in load_prompts(f"{source}/{subset}:train#caption").prompts] == [text]
+        refused = [
+            (f"{source}:train", rf"several subsets: name one of colors, counts.v2, as in {source}/colors\)"),
+            (f"{source}@v1", rf"several subsets: name one of colors, counts.v2, as in {source}/colors@v1\)"),
+            (f"{source}/sizes:train", r"cannot be read \(BuilderConfig 'sizes' not found. Available: .*colors"),
+        ]
+        for wrong, message in refused:
+            with pytest.raises(FileNotFoundError, match=message) as caught:
+                load_prompts(wrong)
+            assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("offline", [False, True])
 def test_a_dataset_of_the_hub_is_refused_while_offline(offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
