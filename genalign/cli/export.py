@@ -10,7 +10,7 @@ from pathlib import Path
 
 from genalign.cli import config, parsing
 from genalign.cli.context import CommandContext
-from genalign.cli.lora_forms import write_lora_form
+from genalign.cli.lora_forms import describe_lora, write_lora_form
 from genalign.cli.model_card import base_of, method_of, write_model_card
 from genalign.diffusion.lora import adapter_file
 from genalign.runtime.hub import Push
@@ -51,6 +51,7 @@ def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
         raise ValueError(f"{run} trained the whole network: export it with --form merged or pipeline")
     elif settings.form == "lora":
         shutil.copytree(weights.path, output)
+        describe_lora(output, base_of(run), method_of(run))
     else:
         write_lora_form(weights.path, output, settings.form, base_of(run), method_of(run))
     write_model_card(run, output, settings.form, weights.rounds, settings.push)

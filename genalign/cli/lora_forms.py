@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genalign.cli.model_card import Base
-from genalign.diffusion.lora import adapter_file, sort_metadata
+from genalign.diffusion.lora import PEFT_CONFIG, adapter_file, sort_metadata
 from genalign.runtime.files import apply_umask
 
 LoraForm = Literal["comfy", "kohya"]
@@ -25,7 +25,9 @@ ARCHITECTURES = {
     "StableDiffusionXLPipeline": "stable-diffusion-xl-v1-base",
     "StableDiffusion3Pipeline": "stable-diffusion-3",
     "FluxPipeline": "flux-1-dev",
+    "Flux2KleinPipeline": "Flux.2-klein-4b",
     "QwenImagePipeline": "qwen-image",
+    "ZImagePipeline": "Z-Image",
 }
 """The names in ModelSpec of the pipeline classes whose layers ComfyUI knows by diffusers' names."""
 
@@ -50,7 +52,6 @@ class TrainedAdapter:
         path = adapter_file(folder)
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
         component = next(iter(state)).split(".")[0]
         own = {name.removeprefix(f"{component}."): tensor for name, tensor in state.items()}
         others = [name for name in own if not name.endswith(_ENDS) or f"{component}.{name}" not in state]
@@ -58,7 +59,7 @@ class TrainedAdapter:
             raise ValueError(
                 f"{path} has {others[0]}, which other programs have no name for: export it with --form lora or pipeline"
             )
-        peft = {name.removeprefix(f"{component}."): value for name, value in settings.items()}
+        peft = peft_settings(path).get(component, {})
         ranks = {name.removesuffix(_ENDS[0]): len(tensor) for name, tensor in own.items() if name.endswith(_ENDS[0])}
         return cls(component, own, {layer: _alpha(peft, layer, rank) for layer, rank in ranks.items()})
 
@@ -82,27 +83,69 @@ class TrainedAdapter:
             tensors[f"lora_{self.component}_{layer.replace('.', '_')}.alpha"] = torch.tensor(alpha)
         return tensors
 
-    def header(self, base: Base, title: str, description: str) -> dict[str, str]:
-        """Describe the adapter for programs that list such files, by kohya's and ModelSpec's keys."""
-        ranks, alphas = {self.rank(layer) for layer in self.alphas}, set(self.alphas.values())
-        kind = base.index["_class_name"]
-        architecture, version = ARCHITECTURES[kind], _KOHYA_VERSIONS.get(kind)
-        texts = {tensor.shape[1] for name, tensor in self.state.items() if name.endswith(f"attn2.to_k{_ENDS[0]}")}
-        if kind == "StableDiffusionPipeline" and texts == {1024}:  # the width of its text encoder
-            architecture, version = "stable-diffusion-v2", "sd_v2"
-        return {
-            "format": "pt",
-            "modelspec.architecture": f"{architecture}/lora",
-            "modelspec.description": description,
-            "modelspec.implementation": "diffusers",
-            "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.title": title,
-            "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
-            "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-            "ss_network_module": "networks.lora",
-            "ss_sd_model_name": base.name,
-            **({"ss_base_model_version": version} if version else {}),
-        }
+
+def lora_header(path: Path, base: Base, description: str) -> dict[str, str]:
+    """Describe the adapter of a run for programs that list such files, by kohya's and ModelSpec's keys.
+
+    There is no date, so that equal weights give equal files.
+
+    Args:
+        path: The file that the run wrote, in the format of diffusers or of PEFT.
+        base: The checkpoint that the adapter belongs to.
+        description: One line for readers.
+    """
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    settings = next(iter(peft_settings(path).values()), {})
+    ranks = {shape[0] for name, shape in shapes.items() if name.endswith(_ENDS[0])}
+    varied = bool(settings.get("alpha_pattern") or settings.get("use_rslora"))
+    kind = base.index.get("_class_name", "")
+    architecture, version = ARCHITECTURES.get(kind, Path(base.name).name), _KOHYA_VERSIONS.get(kind)
+
+    def width(layer: str) -> set[int]:
+        return {shape[1] for name, shape in shapes.items() if name.endswith(f"{layer}{_ENDS[0]}")}
+
+    if kind == "StableDiffusionPipeline" and width("attn2.to_k") == {1024}:  # of its text encoder
+        architecture, version = "stable-diffusion-v2", "sd_v2"
+    if kind == "Flux2KleinPipeline" and width("attn.to_q") == {4096}:
+        architecture = "Flux.2-klein-9b"
+    return {
+        "format": "pt",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.description": description,
+        "modelspec.implementation": "diffusers",
+        "modelspec.sai_model_spec": "1.0.1",
+        "ss_network_alpha": "Dynamic" if varied else f"{float(settings.get('lora_alpha', max(ranks))):g}",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_module": "networks.lora",
+        "ss_sd_model_name": base.name,
+        **({"ss_base_model_version": version} if version else {}),
+    }
+
+
+def peft_settings(path: Path) -> dict[str, dict[str, Any]]:
+    """Read PEFT's settings of the adapters in a file of diffusers or PEFT, by component; empty where it has none."""
+    if (file := path.parent / PEFT_CONFIG).is_file():
+        return {"": json.loads(file.read_text(encoding="utf-8"))}
+    with safe_open(path, framework="pt") as content:
+        stored = json.loads((content.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    components: dict[str, dict[str, Any]] = {}
+    for name, value in stored.items():
+        component, _, setting = name.partition(".")
+        components.setdefault(component, {})[setting] = value
+    return components
+
+
+def describe_lora(output: Path, base: Base, method: str) -> None:
+    """Add the description of an adapter to the header of its file in the folder ``output``."""
+    path = adapter_file(output)
+    header = lora_header(path, base, _description(base, method))
+    sort_metadata(path, {**header, "modelspec.title": output.name})
+    apply_umask(output)
+
+
+def _description(base: Base, method: str) -> str:
+    return f"Trained from {base.name} by genalign: {method}"
 
 
 def write_lora_form(folder: Path, output: Path, form: LoraForm, base: Base, method: str) -> None:
@@ -130,9 +173,9 @@ def write_lora_form(folder: Path, output: Path, form: LoraForm, base: Base, meth
     tensors = adapter.kohya() if adapter.component == "unet" else adapter.folded()
     output.mkdir(parents=True)
     file = output / f"{output.name}.safetensors"
-    header = adapter.header(base, output.name, f"Trained from {base.name} by genalign: {method}")
+    header = lora_header(adapter_file(folder), base, _description(base, method))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata=header)
-    sort_metadata(file)
+    sort_metadata(file, {"modelspec.title": output.name})
     apply_umask(output)
 
 

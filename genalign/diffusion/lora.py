@@ -98,15 +98,15 @@ def save_peft(directory: Path, state: Mapping[str, Tensor], config: LoraConfig) 
     apply_umask(directory)
 
 
-def sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file by name, so that equal weights give equal bytes.
+def sort_metadata(path: Path, added: Mapping[str, str] = {}) -> None:
+    """Add entries to the metadata of a safetensors file, and sort it by name, so that equal weights give equal bytes.
 
     safetensors writes several entries of metadata, such as those of diffusers' adapters, in random order.
     """
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    header["__metadata__"] = dict(sorted({**header.get("__metadata__", {}), **added}.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
     temporary = path.with_name(path.name + ".part")

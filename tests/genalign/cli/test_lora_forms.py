@@ -16,27 +16,36 @@ from torch import Tensor, nn
 import pipelines
 from genalign.cli.lora_forms import TrainedAdapter
 from genalign.cli.main import main
+from genalign.diffusion.lora import adapter_file
 from genalign.diffusion.policy import Lora, Policy
 from pipelines.base import DiffusersPipeline
 from tests.pipelines.tiny_checkpoints import FAMILIES
 
 # the Euler scheduler makes an array of a tensor without NumPy 2's keyword
-pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array:DeprecationWarning",
+    "ignore:.*weight_norm.* is deprecated:FutureWarning",  # diffusers, in the autoencoder of audio
+)
 PROMPTS = ["a red circle", "two blue squares"]
 FORMS = [
     ("sd3", "comfy"),
     ("flux", "comfy"),
     ("qwen_image", "comfy"),
+    ("z_image", "comfy"),
+    ("flux2_klein", "comfy"),
     ("sd15", "comfy"),
     ("sd15", "kohya"),
     ("sdxl", "kohya"),
 ]
 
 
+TINY = ("sd3", "flux", "qwen_image", "z_image", "flux2_klein", "sd15", "sdxl", "sana", "stable_audio")
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {name: FAMILIES[name].save(folder / name) for name in ("sd3", "flux", "qwen_image", "sd15", "sdxl", "sana")}
+    return {name: FAMILIES[name].save(folder / name) for name in TINY}
 
 
 def _output(pipeline: DiffusersPipeline) -> Tensor:
@@ -48,6 +57,11 @@ def _output(pipeline: DiffusersPipeline) -> Tensor:
 def _run(base: Path, folder: Path, lora: Lora = Lora(rank=4, alpha=12)) -> Tensor:
     """Write the folder of a run with a trained adapter, and return what its network predicts."""
     pipeline = pipelines.load(base, height=64, width=64)
+    _write_run(pipeline, base, folder, lora)
+    return _output(pipeline)
+
+
+def _write_run(pipeline: DiffusersPipeline, base: Path, folder: Path, lora: Lora) -> None:
     policy = Policy(pipeline.denoiser, lora)
     for parameter in policy.parameters:
         torch.nn.init.normal_(parameter, std=0.5)
@@ -56,7 +70,6 @@ def _run(base: Path, folder: Path, lora: Lora = Lora(rank=4, alpha=12)) -> Tenso
     settings |= {name: {} for name in ("prompts", "sampling", "training", "lora", "rewards")}
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "environment.json").write_text("{}")
-    return _output(pipeline)
 
 
 def _export(run: Path, form: str) -> Path:
@@ -116,6 +129,34 @@ def test_the_header_says_what_the_file_is(checkpoints: dict[str, Path], tmp_path
     (file.parent / "README.md").unlink()
     file.parent.rmdir()
     assert _export(tmp_path / "run", "kohya").read_bytes() == again
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [
+        ("sd3", "stable-diffusion-3"),
+        ("flux2_klein", "Flux.2-klein-4b"),
+        ("sana", "sana"),
+        ("stable_audio", "stable_audio"),
+    ],
+)
+def test_the_header_of_an_adapter_for_diffusers_or_peft_says_it_too(
+    family: str, architecture: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    size = {"seconds": 1.0} if family == "stable_audio" else {"height": 64, "width": 64}
+    pipeline = pipelines.load(checkpoints[family], **size)
+    run = tmp_path / "run"
+    _write_run(pipeline, checkpoints[family], run, Lora(rank=4, alpha=12))
+    assert main(["export", "--run", str(run), "--output", str(tmp_path / "my-lora"), "--form", "lora"]) == 0
+    file = adapter_file(tmp_path / "my-lora")
+    with safe_open(file, "pt") as content:
+        header = content.metadata()
+    assert header["modelspec.architecture"] == f"{architecture}/lora"
+    assert (header["modelspec.title"], header["ss_sd_model_name"]) == ("my-lora", family)
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "12")
+    before = load_file(adapter_file(run / "lora"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(file).items())
+    pipelines.load(checkpoints[family], **size).load_lora(tmp_path / "my-lora")
 
 
 def test_a_form_without_names_for_the_family_is_refused(
