@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, TypedDict, Unpack
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from peft import LoraConfig, get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from genalign.diffusion.lora import (
@@ -46,7 +46,7 @@ from pipelines.checkpoint_files import (
     weight_variant,
 )
 from pipelines.checkpoint_settings import check_index, check_settings
-from pipelines.low_memory import on_device, quantization_arguments
+from pipelines.low_memory import on_device, pin_weights, quantization_arguments
 from pipelines.text_embeddings import TextEmbeddings
 
 logger = logging.getLogger(__name__)
@@ -141,14 +141,21 @@ class DiffusersPipeline(ABC):
         for module in (self.denoiser, *self._decoders, *self._text_encoders):
             module.requires_grad_(False).eval()
         self.denoiser.to(self.device)
-        if not self.memory.offload:
+        offload, waiting = self.memory.offload, list[nn.Module]()  # networks that wait on the CPU
+        if offload == "none":
             self.pipe.to(self.device)
+        else:
+            waiting = [*self._text_encoders, *(self._decoders if offload == "all" else ())]
+            for decoder in self._decoders if offload == "text" else ():
+                decoder.to(self.device)
         if self.memory.checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         if self.memory.tiling:
             self.pipe.vae.enable_tiling()
         if self.pipe.vae.dtype == torch.float16 and self.upcasts_vae:
             self.pipe.vae.float()
+        if self.device.type == "cuda":
+            pin_weights(waiting)
 
     @classmethod
     def load(cls, path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, **options: Unpack[Options]) -> Self:
@@ -364,7 +371,7 @@ class DiffusersPipeline(ABC):
 
     def _run_text_encoders(self, texts: list[str]) -> dict[str, Tensor]:
         """Encode P texts to named tensors (P, ...) on the CPU."""
-        with on_device(self._text_encoders, self.device, self.memory.offload):
+        with on_device(self._text_encoders, self.device, self.memory.offload != "none"):
             return {name: tensor.cpu() for name, tensor in self.encode_texts(texts).items()}
 
     def separate_encoding(self) -> contextlib.AbstractContextManager[None]:
@@ -424,7 +431,7 @@ class DiffusersPipeline(ABC):
         """
         size = len(latents) if self.memory.decode_batch is None else self.memory.decode_batch
         parts = torch.split(latents.to(self.device), size)
-        with on_device(self._decoders, self.device, self.memory.offload), self._mixed_precision():
+        with on_device(self._decoders, self.device, self.memory.offload == "all"), self._mixed_precision():
             decoded = torch.cat([self.run_vae(part).float() for part in parts])
         if self.pipe.vae.dtype == torch.float16 and bool((rows_are_finite(latents) & ~rows_are_finite(decoded)).any()):
             raise ValueError("the VAE overflowed in float16: open the model in bfloat16, or in float32 with autocast")

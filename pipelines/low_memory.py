@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.quantizers import PipelineQuantizationConfig
-from torch import nn
+from torch import Tensor, nn
 
 from genalign.runtime.memory_options import Memory
 
@@ -41,14 +41,41 @@ def quantization_arguments(memory: Memory, component: str, dtype: torch.dtype) -
     return {"quantization_config": PipelineQuantizationConfig(quant_mapping={component: config})}
 
 
+def pin_weights(modules: Sequence[nn.Module]) -> None:
+    """Move weights on the CPU to pinned memory, from which copies to a CUDA device are fastest."""
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = tensor.data.pin_memory()
+
+
 @contextmanager
 def on_device(modules: Sequence[nn.Module], device: torch.device, offload: bool) -> Iterator[None]:
-    """Move modules to ``device`` within the context, and back to the CPU afterwards, if ``offload``."""
-    moved = modules if offload else ()
-    for module in moved:
-        module.to(device)
+    """Run modules, if ``offload``, on copies of their weights on ``device`` within the context.
+
+    The weights themselves stay on the CPU, and nothing is copied back: they must not change within the context.
+    """
+    weights = list(_weights(modules)) if offload and device.type != "cpu" else []
+    copies: dict[int, Tensor] = {}  # by the weight, which several layers may share
     try:
+        for registry, name, weight in weights:
+            if id(weight) not in copies:
+                copies[id(weight)] = _copy(weight, device)
+            registry[name] = copies[id(weight)]
         yield
     finally:
-        for module in moved:
-            module.to("cpu")
+        for registry, name, weight in weights:
+            registry[name] = weight
+
+
+def _weights(modules: Sequence[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Yield every parameter and buffer, with the dictionary of its layer and its name there."""
+    for layer in (layer for module in modules for layer in module.modules()):
+        for registry in (layer._parameters, layer._buffers):
+            for name, weight in registry.items():
+                if weight is not None:
+                    yield registry, name, weight
+
+
+def _copy(weight: Tensor, device: torch.device) -> Tensor:
+    copy = weight.detach().to(device, non_blocking=True)
+    return nn.Parameter(copy, weight.requires_grad) if isinstance(weight, nn.Parameter) else copy

@@ -132,7 +132,7 @@ def _own_body(settings: Init) -> str:
     lines = f"model:\n  path: {_quoted(settings.model)}\n"
     if torch.cuda.is_available():
         lines += f"{_GPU}  dtype: bfloat16\n  device: cuda\n"
-        lines += "  memory: {offload: true, checkpointing: true, decode_batch: 8}\n"
+        lines += "  memory: {offload: text, checkpointing: true, decode_batch: 8}\n"
         return f"{lines}{_RECIPE.replace('BATCH', 'batch_size: 12')}"
     return f"{lines}  device: cpu  # or cuda, with dtype: bfloat16\n{_RECIPE.replace('BATCH', '# batch_size: 12')}"
 

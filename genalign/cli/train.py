@@ -108,7 +108,8 @@ def ended_by_signal(number: int, output: str, rounds: int | None = None) -> int:
 def _less_memory(settings: config.Train) -> str:
     """Name arguments under which the same training needs less memory."""
     training, memory = settings.training, settings.model.memory
-    options = [f"--model.memory.{name} true" for name in ("checkpointing", "offload") if not getattr(memory, name)]
+    options = [] if memory.checkpointing else ["--model.memory.checkpointing true"]
+    options += [] if memory.offload == "all" else ["--model.memory.offload all"]
     options += ["--training.on_out_of_memory halve"]
     unit = settings.recipe.objective.unit
     fitted = training.fit(RunPrompts.read(settings).training, unit)

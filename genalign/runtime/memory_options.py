@@ -11,7 +11,8 @@ class Memory:
     """Options that save memory.
 
     Attributes:
-        offload: Move the text encoders and the VAE to the device only while they are used.
+        offload: Networks that wait on the CPU, and are on the device only while they are used: "none", "text" (the text
+            encoders), or "all" (the VAE too).
         checkpointing: Compute the activations of the denoiser again in the backward pass.
         tiling: Decode large images in tiles.
         decode_batch: The number of samples that are decoded at once; None for all.
@@ -19,7 +20,7 @@ class Memory:
             both optional extras.
     """
 
-    offload: bool = False
+    offload: Literal["none", "text", "all"] = "none"
     checkpointing: bool = False
     tiling: bool = False
     decode_batch: int | None = None

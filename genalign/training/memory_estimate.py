@@ -122,8 +122,10 @@ def estimate_memory(
         per_trained += 4 + 4 + 4 * (recipe.lag is not None)
     trained = sum(parameter.numel() for parameter in policy.parameters)
     always = {denoiser.name: float(weights), "trained weights and optimizer": float(trained * per_trained)}
-    always |= {} if memory.offload else frozen
-    moved = frozen if memory.offload else {}
+    moved = frozen if memory.offload == "all" else {}
+    if memory.offload == "text":
+        moved = {name: size for name, size in frozen.items() if name.startswith("text_encoder")}
+    always |= {name: size for name, size in frozen.items() if name not in moved}
 
     # A round: float32 of every sample's stored latents, and of its decoded image or audio
     per_sample = stored * math.prod(pipeline.latent_shape) + math.prod(pipeline.sample_shape)

@@ -366,7 +366,7 @@ def test_the_log_names_the_scheduler_that_is_not_used(
 
 def test_memory_options_work_together(family: str, folder_of: FolderOf) -> None:
     plain = _open(family, folder_of(family))
-    memory = Memory(offload=True, checkpointing=True, decode_batch=1)
+    memory = Memory(offload="all", checkpointing=True, decode_batch=1)
     lean = _open(family, folder_of(family), memory=memory)
     conditioning = plain.encode(PROMPTS)
     assert all(torch.equal(tensor, conditioning.tensors[name]) for name, tensor in lean.encode(PROMPTS).tensors.items())

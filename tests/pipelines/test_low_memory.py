@@ -1,16 +1,22 @@
-"""A quantised base under a LoRA."""
+"""A quantised base under a LoRA, and networks that wait on the CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from torch import nn
 
 from genalign.diffusion.policy import Lora, Policy
 from genalign.runtime.memory_options import Memory
 from pipelines import SD3
+from pipelines.low_memory import on_device
+from tests.fake_cuda import FakeCuda
 
+Offload = Literal["none", "text", "all"]
 PROMPTS = ["a red circle", "a blue square"]
 
 
@@ -35,3 +41,44 @@ def test_a_lora_is_trained_on_an_int8_base(tiny: SD3, tiny_folder: Path, tmp_pat
 def test_nf4_needs_a_gpu(tiny_folder: Path) -> None:
     with pytest.raises(ValueError, match="'nf4' needs a CUDA device: take 'int8', or none, on this machine"):
         SD3.load(tiny_folder, memory=Memory(quantization="nf4"))
+
+
+def _storages(modules: Sequence[nn.Module]) -> list[int]:
+    return [tensor.data_ptr() for module in modules for tensor in module.parameters()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("offload", ["none", "text", "all"])
+def test_offloaded_weights_are_copied_to_the_device_and_never_back(offload: Offload, tiny_folder: Path) -> None:
+    with FakeCuda() as cuda:
+        pipeline = SD3.load(tiny_folder, device="cuda", memory=Memory(offload=offload))
+        encoders, vae = pipeline._text_encoders, pipeline.pipe.vae
+        assert next(encoders[0].parameters()).is_cpu == (offload != "none")
+        assert next(vae.parameters()).is_cpu == (offload == "all")
+        waiting = [*(encoders if offload != "none" else ()), *([vae] if offload == "all" else ())]
+        before, names, sizes = _storages(waiting), [*vae.state_dict()], sum(_size(module) for module in waiting)
+        cuda.waits.clear()
+        cuda.copies.clear()
+        held = cuda.live
+        conditioning = pipeline.encode(PROMPTS)
+        with torch.no_grad():
+            pipeline.decode(pipeline.initial_noise([1, 2]))
+        assert _storages(waiting) == before and [*vae.state_dict()] == names
+        back = [wait for wait in cuda.waits if wait.kind == "copy to the CPU"]
+        own = {wait.size for wait in back}
+        assert len(back) == len(own) == len(conditioning.tensors)  # the embeddings alone
+        weights = [copy.size for copy in cuda.copies if copy.functions[-1] == "_copy"]
+        assert sum(weights) == sizes  # each weight once, though T5's embedding is in two places
+        assert cuda.live == held  # the copies are gone
+
+
+def _size(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in {*module.parameters(), *module.buffers()})
+
+
+def test_offloaded_weights_are_in_place_again_after_an_error() -> None:
+    layer, weights = nn.Linear(2, 2), []
+    with pytest.raises(KeyError), on_device([layer], torch.device("meta"), offload=True):
+        weights.append(layer.weight)
+        raise KeyError
+    assert weights[0].is_meta and not layer.weight.is_meta

@@ -168,10 +168,12 @@ def test_memory_by_hand(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     always = 2 * 1150 + 10 * (4 + 4 + 4 + 2)
     assert peaks(Memory()) == {"encoding": always, "decoding": always + 132, "learning": always + 28}
     denoiser = 2 * 1000 + 140
-    offloaded = peaks(Memory(offload=True, decode_batch=1))
+    text = peaks(Memory(offload="text"))
+    assert text == {"encoding": denoiser + 200 + 100, "decoding": denoiser + 200 + 132, "learning": denoiser + 200 + 28}
+    offloaded = peaks(Memory(offload="all", decode_batch=1))
     assert offloaded == {"encoding": denoiser + 100, "decoding": denoiser + 200 + 33, "learning": denoiser + 28}
-    assert peaks(Memory(quantization="nf4", offload=True))["learning"] == 2 * 400 + 0.5625 * 600 + 140 + 28
-    assert peaks(Memory(offload=True), whole)["learning"] == 4 * 1000 + 10 * (4 + 2) + 28  # the rest is on the CPU
+    assert peaks(Memory(quantization="nf4", offload="all"))["learning"] == 2 * 400 + 0.5625 * 600 + 140 + 28
+    assert peaks(Memory(offload="all"), whole)["learning"] == 4 * 1000 + 10 * (4 + 2) + 28  # the rest is on the CPU
 
 
 def test_the_command_prints_all_and_reads_no_weights(

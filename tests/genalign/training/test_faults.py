@@ -351,7 +351,7 @@ def test_the_command_says_which_settings_need_less_memory(
     error = capsys.readouterr().err
     assert error == (
         "error: Training stopped: CUDA out of memory. Tried to allocate 20.00 GiB. Less memory is needed with"
-        " --model.memory.checkpointing true or --model.memory.offload true or --training.on_out_of_memory halve or (in"
+        " --model.memory.checkpointing true or --model.memory.offload all or --training.on_out_of_memory halve or (in"
         f" a new run) --training.batch_size 2. Resume with: genalign train --resume {tmp_path / 'run'}\n"
     )
 
