@@ -227,7 +227,7 @@ class Policy:
     @torch.no_grad()
     def _copy(self, tensors: Sequence[Tensor] = (), to: Sequence[Tensor] = ()) -> None:
         """Copy ``tensors`` into the weights, or the weights ``to`` tensors."""
-        own = [local_tensor(parameter) for parameter in self.parameters]
+        own = [local_tensor(parameter.data) for parameter in self.parameters]  # data: a graph may wait for its backward
         for source, target in zip(tensors or own, to or own, strict=True):
             target.copy_(source)
         if self.sharded and tensors:

@@ -62,7 +62,10 @@ def trained(name: str, processes: ProcessGroup = SINGLE_PROCESS, sharding: Shard
     optimizer, tensors = torch.optim.AdamW(policy.parameters, lr=0.01), dict[str, Tensor]()
     for update in range(3):
         for part in own:
-            network(part.to(compute_dtype(network))).float().square().sum().backward()
+            loss = network(part.to(compute_dtype(network))).float().square().sum()
+            with torch.no_grad(), policy.reference():  # as a KL, between the forward and the backward pass
+                network(part.to(compute_dtype(network)))
+            loss.backward()
         policy.sum_gradients()
         if update == 0:
             gradients = [full_tensor(p.grad) for p in policy.parameters if p.grad is not None]
@@ -201,3 +204,4 @@ def test_a_snapshot_on_another_device_is_copied_in_and_out(monkeypatch: pytest.M
         assert torch.equal(network(x), first)
         assert [parameter.data_ptr() for parameter in policy.parameters] == addresses
     assert torch.equal(network(x), now) and not torch.equal(now, first)
+    now.sum().backward()  # of a graph from before the context
