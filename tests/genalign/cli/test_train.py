@@ -20,6 +20,7 @@ from torch import Tensor
 
 from genalign.cli import train as train_module
 from genalign.cli.main import main
+from genalign.evaluation.evaluate import load_evaluation
 from genalign.runtime.progress import Progress
 from genalign.types import Prompt
 from tests.genalign.training.toy_runs import redness
@@ -79,6 +80,7 @@ def test_evaluations_take_a_split_of_own_prompts_and_own_rewards(arguments: list
     assert "other" in signals and "red" not in signals  # which is trained on
     training = _json(run / "config.json")["training"]
     assert (training["prompts_per_round"], training["batch_size"], training["updates_per_round"]) == (2, 4, 2)
+    assert load_evaluation(run / "after").protocol.batch_size == 4  # which fits, as the training samples do
     assert main(["train", "--resume", str(run), "--training.rounds", "3"]) == 0
 
 
