@@ -360,9 +360,9 @@ def _heartbeat(processes: ProcessGroup, store: Any, interval: float, silence: fl
             return
         try:
             store.set(str(processes.rank), str(count))
-            now = time.monotonic()
-            for rank, (seen, _) in last.items():
-                if (counter := store.get(str(rank))) != seen:
+            counters, now = store.multi_get([str(rank) for rank in last]), time.monotonic()  # in one request
+            for (rank, (seen, _)), counter in zip(last.items(), counters, strict=True):
+                if counter != seen:
                     last[rank] = counter, now
             dead = [rank for rank, (_, rose) in last.items() if now - rose > silence]
         except RuntimeError:  # the store ended together with rank 0, whose process holds it
