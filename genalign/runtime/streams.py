@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Generic, Self, TypeVar
 
@@ -45,7 +45,7 @@ def tensors_in(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
         return
-    parts: object = ()
+    parts: Iterable[object] = ()
     if isinstance(value, functools.partial):
         parts = value.args, value.keywords
     elif isinstance(value, Mapping):

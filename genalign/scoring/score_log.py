@@ -23,6 +23,8 @@ from genalign.types import Prompt, RewardFunction, TrainableReward
 
 logger = logging.getLogger(__name__)
 
+_MULTIPLIERS = 0x1E3779B97F4A7C15, 0x2545F4914F6CDD1D  # odd, below 2^63
+
 
 class ScoreLog:
     """Scores of reward calls by the reward's name, the exact samples, and their prompts.
@@ -62,14 +64,17 @@ class ScoreLog:
                 return function(samples, prompts)
             described = [name, list(samples.shape), [[prompt.text, prompt.metadata] for prompt in prompts]]
             digest = hashlib.blake2b(json.dumps(described, sort_keys=True, default=str).encode(), digest_size=16)
-            digest.update(samples.detach().float().cpu().contiguous().numpy().tobytes())
+            digest.update(_fingerprint(samples.detach()))
             key = digest.hexdigest()
             if self._loaded.get(key):
                 return torch.tensor(self._loaded[key].popleft())
             before = Generators().position()
             scores = function(samples, prompts)
-            if Generators().position() == before and isinstance(scores, Tensor) and bool(scores.isfinite().all()):
-                line = json.dumps({"key": key, "scores": scores.detach().float().cpu().tolist()})
+            if Generators().position() == before and isinstance(scores, Tensor):
+                values = scores.detach().float().cpu()
+                if not bool(values.isfinite().all()):
+                    return scores
+                line = json.dumps({"key": key, "scores": values.tolist()})
                 try:
                     with self._path.open("a", encoding="utf-8") as file:
                         file.write(f"\n{line}\n")  # after an incomplete line of a killed process
@@ -79,3 +84,30 @@ class ScoreLog:
             return scores
 
         return call
+
+
+def _fingerprint(samples: Tensor) -> bytes:
+    """Identify samples (B, ...) by their bits in float32: all of them on a CPU, and 128 bits a sample of a GPU.
+
+    A round's images are gigabytes, for each reward: on a GPU they stay there.
+    """
+    exact = samples.float().contiguous()
+    if not exact.is_cuda:
+        return exact.numpy().tobytes()
+    return torch.stack([hash_bits(sample) for sample in exact]).cpu().numpy().tobytes()
+
+
+def hash_bits(sample: Tensor) -> Tensor:
+    """Hash the bits and places of float32 numbers as two integers (2,), on their device, whatever the order of sums.
+
+    Each number is mixed with its place by rounds of multiply and xor-shift in 64 bits, and added up modulo 2^64.
+    """
+    bits = sample.flatten().view(torch.int32).long()
+    place = torch.arange(len(bits), device=sample.device)
+    sums = []
+    for seed in _MULTIPLIERS:
+        mixed = (bits ^ (place * seed)) * _MULTIPLIERS[0]
+        for multiplier in _MULTIPLIERS:
+            mixed = (mixed ^ (mixed >> 29)) * multiplier
+        sums.append((mixed ^ (mixed >> 32)).sum())
+    return torch.stack(sums)

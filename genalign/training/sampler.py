@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -188,8 +188,8 @@ def in_thread(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
         queue.put((Handover.of(call), future))
         return future
 
-    gpu = current_gpu()
-    arguments = torch.get_num_threads(), gpu, None if gpu is None else torch.cuda.Stream()
+    gpu, cuda = current_gpu(), cast(Any, torch.cuda)  # torch does not type the making of streams
+    arguments = torch.get_num_threads(), gpu, None if gpu is None else cuda.Stream()
     thread = threading.Thread(target=work, args=arguments, name="genalign-score", daemon=True)
     thread.start()
     try:

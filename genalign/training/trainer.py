@@ -170,7 +170,7 @@ class Trainer:
         if not self.trainable:
             return {}
         samples = torch.cat([batch.samples for batch in batches if batch.samples is not None])
-        batched = torch.arange(sum(self.batch_sizes)).split(list(self.batch_sizes))  # the round's rows
+        batched = torch.split(torch.arange(sum(self.batch_sizes)), list(self.batch_sizes))  # the round's rows
         rows = torch.cat([batched[number] for number in self.processes.indices(len(batched))]).tolist()
         repeated = [prompt for prompt in prompts for _ in range(self.settings.group_size)]
         return {

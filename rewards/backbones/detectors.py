@@ -159,7 +159,7 @@ def coco_instances(classes: Tensor, masks: Tensor, size: Sequence[int], lowest: 
         inside = (logits.sigmoid() * mask).flatten(1).sum(1) / (mask.flatten(1).sum(1) + 1e-6)
         covered.append(mask)
         measured.append(torch.stack([image_best[:count] * inside, chosen % len(OBJECTS), *_bounds(mask)], 1))
-    numbers = torch.cat(measured).cpu().split([len(mask) for mask in covered])
+    numbers = torch.split(torch.cat(measured).cpu(), [len(mask) for mask in covered])
     return [
         [
             Instance(Detection(OBJECTS[int(label)], (x1, y1, x2, y2), score), mask)
