@@ -2,10 +2,11 @@
 
     python scripts/benchmarks/flops.py            docs/results/flops.json
 
-Stable Diffusion 3.5 Medium is built from its published configuration on torch's meta device, and one round is sampled
-and learned there by the code of the trainer: rollouts, replays, reference policy and backward passes. Every matrix
-product and attention of the denoiser is counted (a multiplication and an addition are two FLOPs), those of the LoRA and
-of recomputed blocks included. Text encoders, the autoencoder and rewards are counted for neither loop.
+The calls of the denoiser, forward and backward, are counted by running the trainer's own loop on a toy (``dry_run``),
+for configurations as they are shipped. The FLOPs of a call are counted by torch on the meta device, on Stable Diffusion
+3.5 Medium at its published size with the adapter: every matrix product and attention, those of the LoRA and of blocks
+that checkpointing runs again included; a multiplication and an addition are two FLOPs. Text encoders, the autoencoder
+and rewards are counted for neither loop.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from genalign import assets
-from genalign.algorithms.interfaces import MetricSums, TermScales, UpdateBatch, UpdateContext
 from genalign.cli import config, parsing
-from genalign.diffusion.policy import ATTENTION, Lora, Policy
-from genalign.diffusion.rollout import kernel_per_step, rollout
+from genalign.diffusion.policy import Policy
 from genalign.runtime.memory_options import Memory
-from genalign.training.trainer import Trainer
-from genalign.types import Conditioning
+from genalign.scoring.score import NamedReward
+from genalign.training.dry_run import ToyPipeline, dry_run
+from genalign.types import Conditioning, PromptSet
 from pipelines import SD3
 from scripts.benchmarks.proofs import head
 from scripts.benchmarks.published_results import Measurement, write_results
@@ -39,23 +39,24 @@ from scripts.benchmarks.published_sizes import sd35_medium
 GENEVAL = "scripts/configs/train/sd35_medium_flow_grpo_geneval.yaml"
 ONE_GPU = "sd35-medium-1gpu"  # a preset
 RESULTS = Path("docs/results")
-ROUNDS = 100  # over which the choice of trained steps is averaged
 
 
 @dataclass(frozen=True)
-class PublishedLoop:
-    """Flow-GRPO's published settings for SD3.5 Medium on GenEval (its repository, ``geneval_sd3``).
+class Calls:
+    """The denoiser's evaluations of single samples for an image, forward and backward; guidance counts twice."""
 
-    Its training script samples ``steps`` steps with guidance, and replays ``int(steps * fraction)`` of them with the
-    negative prompts stacked on the batch, once with the adapter and a backward pass, and once without for the KL.
+    forward: float
+    backward: float
+
+
+def published_calls(steps: int = 10, fraction: float = 0.99, rows: int = 2) -> Calls:
+    """The calls of Flow-GRPO's published loop for SD3.5 Medium on GenEval (``geneval_sd3`` of its repository).
+
+    It samples ``steps`` steps, with guidance in ``rows`` rows. It replays ``int(steps * fraction)`` of them, with
+    guidance too: once with a backward pass, and once without the adapter for the KL.
     """
-
-    steps: int = 10
-    fraction: float = 0.99
-    guidance: float = 4.5
-    pixels: int = 512
-    text_tokens: int = 128
-    lora: Lora = Lora(32, 64, tuple(f"attn.{name}" for name in ATTENTION))  # not in the second attention of a block
+    trained = int(steps * fraction)
+    return Calls(rows * (steps + 2 * trained), rows * trained)
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
@@ -82,38 +83,18 @@ class ShapesOnly(SD3):
 def open_on_meta(pixels: int, text_tokens: int, checkpointing: bool, blocks: int | None = None) -> ShapesOnly:
     """Build SD3.5 Medium without weights; ``blocks`` limits the number of blocks of each kind."""
     with torch.device("meta"):
-        pipe = sd35_medium(blocks)
+        pipe = sd35_medium(blocks, texts=False)
     memory = Memory(checkpointing=checkpointing)
     return ShapesOnly(pipe, device="meta", height=pixels, width=pixels, max_sequence_length=text_tokens, memory=memory)
 
 
 @contextmanager
-def counted(into: Counter[str], name: str, times: float = 1) -> Iterator[None]:
-    """Add the FLOPs of the context, ``times`` over, to ``into[name]``."""
+def counted(into: Counter[str], name: str) -> Iterator[None]:
+    """Add the FLOPs of the context to ``into[name]``."""
     fused = mock.patch.object(F, "scaled_dot_product_attention", _fused_attention)  # a mode of torch ends at a backward
     with fused, FlopCounterMode(display=False) as counter:
         yield
-    into[name] += times * counter.get_total_flops()
-
-
-def published_flops(loop: PublishedLoop, blocks: int | None = None) -> Counter[str]:
-    """The FLOPs of sampling and of learning an image by Flow-GRPO's published loop."""
-    pipeline = open_on_meta(loop.pixels, loop.text_tokens, checkpointing=False, blocks=blocks)
-    policy = Policy(pipeline.denoiser, loop.lora)
-    rows = 2 if loop.guidance > 1 else 1
-    x, conditioning = pipeline.zeros(rows, *pipeline.latent_shape), pipeline.longest_conditioning(rows)
-    timestep = torch.zeros(rows, device="meta")
-    flops = Counter[str]()
-    with counted(flops, "sampling"), torch.no_grad():
-        for _ in range(loop.steps):
-            pipeline.run_denoiser(x, timestep, conditioning)
-    with counted(flops, "learning"):
-        for _ in range(int(loop.steps * loop.fraction)):
-            output = pipeline.run_denoiser(x, timestep, conditioning)
-            with torch.no_grad(), policy.reference():
-                pipeline.run_denoiser(x, timestep, conditioning)
-            torch.autograd.backward(output.sum())
-    return flops
+    into[name] += counter.get_total_flops()
 
 
 def training_settings(file: str | Path) -> config.Train:
@@ -124,47 +105,46 @@ def training_settings(file: str | Path) -> config.Train:
     return settings
 
 
-def our_flops(settings: config.Train, blocks: int | None = None) -> Counter[str]:
-    """The FLOPs of sampling and of learning an image by the trainer's own code, if every sample has credit.
+def our_calls(settings: config.Train, pipeline: ShapesOnly) -> Calls:
+    """The calls of a whole run of the trainer, divided by its images, if every sample has credit."""
+    prompts = PromptSet.of([str(number) for number in range(settings.training.prompts_per_round or 16)])
+    fitted = settings.training.fit(prompts, settings.recipe.objective.unit)
+    toy, guidance = ToyPipeline.like(pipeline, settings.sampling), settings.sampling.guidance_scale(pipeline)
+    run = dry_run(toy, [NamedReward("any", len)], prompts, settings.recipe, fitted, guidance)  # which is not called
+    images = run.rounds * fitted.prompts_per_round * fitted.group_size
+    return Calls(run.total.counts["nfe"] / images, run.total.counts["nfe backward"] / images)
 
-    They are the mean over the choices of trained steps. ``settings`` are those of a configuration of SD3.5 Medium.
-    """
-    model, training = settings.model, settings.training
+
+def call_flops(pipeline: ShapesOnly) -> Calls:
+    """The FLOPs of one forward call with the adapter, and of its backward pass, with what that runs again."""
+    x, conditioning = pipeline.zeros(1, *pipeline.latent_shape), pipeline.longest_conditioning(1)
+    flops = Counter[str]()
+    with counted(flops, "forward"):
+        output = pipeline.run_denoiser(x, torch.zeros(1, device="meta"), conditioning)
+    with counted(flops, "backward"):
+        torch.autograd.backward(output.sum())
+    return Calls(flops["forward"], flops["backward"])
+
+
+def model_on_meta(settings: config.Train, blocks: int | None = None) -> ShapesOnly:
+    """Build SD3.5 Medium with the adapter and the sizes of a configuration."""
+    model = settings.model
     if model.height is None or model.max_sequence_length is None:
         raise ValueError("set model.height, model.width and model.max_sequence_length: they decide the FLOPs")
     pipeline = open_on_meta(model.height, model.max_sequence_length, model.memory.checkpointing, blocks)
-    policy = Policy(pipeline.denoiser, settings.lora)
-    texts = [str(number) for number in range(training.prompts_per_round or 16)]
-    trainer = Trainer(
-        pipeline, policy, lambda samples, _: samples[:, 0], texts, settings.recipe, training, settings.sampling
-    )
-    chosen = [settings.recipe.steps(pipeline.path, trainer.grid, index, training.seed) for index in range(ROUNDS)]
-    flops = Counter[str]()
-    for steps, count in Counter(chosen).items():
-        flops.update({name: value * count / ROUNDS for name, value in _round(trainer, steps).items()})
-    return flops
+    Policy(pipeline.denoiser, settings.lora)
+    return pipeline
 
 
-def _round(trainer: Trainer, steps: tuple[int, ...]) -> dict[str, float]:
-    """The FLOPs of an image in a round that trains ``steps``.
+def our_flops(settings: config.Train, blocks: int | None = None) -> float:
+    """The FLOPs of an image in training by ``settings``."""
+    pipeline = model_on_meta(settings, blocks)
+    return product(our_calls(settings, pipeline), call_flops(pipeline))
 
-    Two of its batches are run, of which the second stands for the others: the first one also measures the KL.
-    """
-    recipe, sizes = trainer.recipe, trainer.batch_sizes
-    kernels = kernel_per_step(trainer.kernel, steps, len(trainer.grid))
-    context = UpdateContext(
-        trainer.pipeline, trainer.policy, trainer.grid, trainer.kernel, trainer.guidance, None, MetricSums()
-    )
-    inputs = trainer.sampler.inputs(recipe, next(trainer.prompts.rounds()), "flops").split(list(sizes))
-    flops = Counter[str]()
-    for batch, times in zip(inputs, (1, len(sizes) - 1), strict=False):
-        with counted(flops, "sampling", times):
-            sampled = rollout(trainer.pipeline, batch, trainer.grid, kernels, trainer.guidance, store=steps)
-        update = UpdateBatch(sampled, torch.ones(len(batch)), batch.prompt, on_policy=True)
-        with counted(flops, "learning", times):
-            for part in update.split(trainer.micro_batch):
-                recipe.objective.backward(context, part, TermScales(1.0, 1.0), 0)
-    return {name: value / sum(sizes) for name, value in flops.items()}
+
+def product(calls: Calls, flops: Calls) -> float:
+    """The FLOPs of so many calls."""
+    return calls.forward * flops.forward + calls.backward * flops.backward
 
 
 def without_checkpointing(settings: config.Train) -> config.Train:
@@ -173,35 +153,42 @@ def without_checkpointing(settings: config.Train) -> config.Train:
     return replace(settings, model=replace(settings.model, memory=memory))
 
 
-def count(blocks: int | None = None) -> dict[str, Counter[str]]:
-    """Count every loop, by the name of its rows."""
+def measurements(blocks: int | None = None) -> list[Measurement]:
+    """Count every loop: its calls and TFLOP an image, and these over those of Flow-GRPO's published loop."""
     geneval, one_gpu = training_settings(GENEVAL), training_settings(assets.preset(ONE_GPU))
-    return {
-        "flow_grpo": published_flops(PublishedLoop(), blocks),
-        "sd35_medium_flow_grpo_geneval": our_flops(geneval, blocks),
-        "sd35_medium_flow_grpo_geneval.no_checkpointing": our_flops(without_checkpointing(geneval), blocks),
-        ONE_GPU: our_flops(one_gpu, blocks),
+    ours = {
+        "sd35_medium_flow_grpo_geneval": geneval,
+        "sd35_medium_flow_grpo_geneval.no_checkpointing": without_checkpointing(geneval),
+        ONE_GPU: one_gpu,
     }
-
-
-def measurements(flops: Mapping[str, Counter[str]]) -> list[Measurement]:
-    """The rows of the table: TFLOP of an image, and all of them over those of Flow-GRPO's published loop."""
-    rows = []
-    for name, parts in flops.items():
-        for part, value in parts.items():
-            rows.append(Measurement(f"{name}.{part}", "TFLOP an image", value / 1e12))
-        rows.append(Measurement(name, "TFLOP an image", parts.total() / 1e12))
-        if name != "flow_grpo":
-            rows.append(
-                Measurement(f"{name}.ratio", "FLOPs over flow_grpo's", parts.total() / flops["flow_grpo"].total())
-            )
+    plain = model_on_meta(without_checkpointing(geneval), blocks)  # of the published adapter and sizes
+    published, flops = published_calls(), call_flops(plain)
+    whole = product(published, flops)
+    rows = [
+        Measurement("call.forward", "TFLOP of a row", flops.forward / 1e12),
+        Measurement("call.backward", "TFLOP of a row", flops.backward / 1e12),
+        *_loop("flow_grpo", published, whole),
+    ]
+    for name, settings in ours.items():
+        pipeline = model_on_meta(settings, blocks)
+        calls = our_calls(settings, pipeline)
+        value = product(calls, call_flops(pipeline))
+        rows += [*_loop(name, calls, value), Measurement(f"{name}.ratio", "FLOPs over flow_grpo's", value / whole)]
     return rows
+
+
+def _loop(name: str, calls: Calls, flops: float) -> list[Measurement]:
+    return [
+        Measurement(f"{name}.nfe", "NFE an image", calls.forward),
+        Measurement(f"{name}.backward", "backward NFE an image", calls.backward),
+        Measurement(name, "TFLOP an image", flops / 1e12),
+    ]
 
 
 def main() -> None:
     """Count, and write the result file."""
     claim = "FLOPs of the denoiser for an image of SD3.5 Medium at 512 pixels, sampled and learned"
-    rows = write_results(RESULTS, "flops", head(claim, "python scripts/benchmarks/flops.py"), measurements(count()))
+    rows = write_results(RESULTS, "flops", head(claim, "python scripts/benchmarks/flops.py"), measurements())
     for row in rows:
         print(f"{row.name:60s}{row.metric:30s}{row.mean:10.4g}")
 

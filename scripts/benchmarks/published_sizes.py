@@ -86,8 +86,11 @@ def _limit(count: int, blocks: int | None) -> int:
     return count if blocks is None else min(count, blocks)
 
 
-def sd35_medium(blocks: int | None = None) -> DiffusionPipeline:
-    """Stable Diffusion 3.5 Medium: 13 blocks with dual attention and 11 without."""
+def sd35_medium(blocks: int | None = None, texts: bool = True, positions: int = 384) -> DiffusionPipeline:
+    """Stable Diffusion 3.5 Medium: 13 blocks with dual attention and 11 without.
+
+    Without ``texts`` it has tokenizers alone; ``positions`` is the side of its grid of positions, in tokens.
+    """
     dual, plain = _limit(13, blocks), _limit(11, blocks)
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=128,
@@ -97,7 +100,7 @@ def sd35_medium(blocks: int | None = None) -> DiffusionPipeline:
         joint_attention_dim=4096,
         caption_projection_dim=1536,
         pooled_projection_dim=2048,
-        pos_embed_max_size=384,
+        pos_embed_max_size=positions,
         dual_attention_layers=tuple(range(dual)),
         qk_norm="rms_norm",
     )
@@ -107,11 +110,11 @@ def sd35_medium(blocks: int | None = None) -> DiffusionPipeline:
         transformer,
         _scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0),
         vae,
-        _clip(768, 12, blocks, projected),
+        _clip(768, 12, blocks, projected) if texts else None,
         _clip_tokenizer(),
-        _clip(1280, 32, blocks, projected),
+        _clip(1280, 32, blocks, projected) if texts else None,
         _clip_tokenizer(),
-        _t5(4096, 10240, 24, blocks),
+        _t5(4096, 10240, 24, blocks) if texts else None,
         _t5_tokenizer(256),
     )
 
