@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import BatchEncoding, PreTrainedModel, ProcessorMixin
 
 from genalign.runtime.hub import HubAccess
 from genalign.runtime.memory_options import Memory
 from genalign.runtime.text_files import read_json
 from genalign.training.memory_estimate import NetworkSize, Outline
 from pipelines.auto import family_of
-from pipelines.base import Options, hub_access
+from pipelines.base import DiffusersPipeline, Options, hub_access
 from pipelines.checkpoint_files import (
     absent_components,
     component_file,
@@ -31,9 +32,31 @@ from pipelines.checkpoint_settings import check_index, is_component
 
 @dataclass(frozen=True)
 class TextLength:
-    """The text length of a tokenizer, in place of it; 0 for any other component without weights."""
+    """The text length of a tokenizer, in place of it: every text has as many tokens. 0 for any other component."""
 
     model_max_length: int
+
+    def __call__(self, texts: Sequence[str], *, max_length: int | None = None, **_: object) -> BatchEncoding:
+        """Return tokens (P, L) for texts of the greatest length."""
+        shape = len(texts), min(max_length or self.model_max_length, self.model_max_length)
+        tokens = torch.zeros(shape, dtype=torch.long)
+        return BatchEncoding({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+
+
+class _WithoutValues:
+    """A pipeline on the meta device, whose texts all have the greatest length and embeddings of zeros."""
+
+    def _embed(self: Any, texts: Sequence[str]) -> None:
+        longest = self.longest_conditioning(1)
+        row = {name: torch.zeros(tensor.shape[1:], dtype=tensor.dtype) for name, tensor in longest.items()}
+        self._embeddings |= dict.fromkeys(texts, row)
+
+    def _mixed_precision(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()  # torch has no autocast on the meta device
+
+    def encode_longest(self: Any, count: int) -> None:
+        """Run the text encoders on ``count`` texts of the greatest length."""
+        self.encode_texts([""] * count)
 
 
 def outline(
@@ -52,16 +75,42 @@ def outline(
             name: _component(path_or_id, access, name, *kind) for name, kind in index.items() if is_component(kind)
         }
         pipe = wrapper.kind(**components, **plain)
+    return outline_of(pipe, wrapper, dtype, **options)
+
+
+def outline_of(
+    pipe: DiffusionPipeline, wrapper: type[DiffusersPipeline], dtype: torch.dtype, **options: Unpack[Options]
+) -> Outline:
+    """Outline a pipeline of diffusers, whose networks are moved to the meta device, as ``wrapper`` opens it.
+
+    Args:
+        pipe: The pipeline of diffusers.
+        wrapper: The family that opens it.
+        dtype: The dtype of the weights.
+        **options: Options of opening a checkpoint.
+    """
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    sizes = []
-    for name in sorted(networks, key=lambda name: name != wrapper.denoiser_name):
-        network = nn.Module.to(networks[name], "meta", dtype)
-        linear = {id(layer.weight): layer.weight for layer in network.modules() if isinstance(layer, nn.Linear)}
-        parameters = sum(parameter.numel() for parameter in network.parameters())
-        sizes.append(NetworkSize(name, parameters, sum(weight.numel() for weight in linear.values())))
-    memory = options.get("memory", Memory())
-    on_meta: Options = {**options, "device": "meta", "autocast": None, "memory": Memory(tiling=memory.tiling)}
-    return Outline(wrapper(pipe, **on_meta), sizes, memory, dtype.itemsize)
+    for network in networks.values():
+        nn.Module.to(network, "meta", dtype)
+    memory, autocast = options.get("memory", Memory()), options.get("autocast")
+    on_device = replace(memory, offload=False, quantization=None)
+    on_meta: Options = {**options, "device": "meta", "autocast": autocast, "memory": on_device}
+    pipeline = type(wrapper.__name__, (_WithoutValues, wrapper), {})(pipe, **on_meta)
+    names = sorted(networks, key=lambda name: name != wrapper.denoiser_name)
+    return Outline(pipeline, [_size(name, networks[name], wrapper) for name in names], memory, autocast)
+
+
+def _size(name: str, network: nn.Module, wrapper: type[DiffusersPipeline]) -> NetworkSize:
+    linear = {id(layer.weight): layer.weight for layer in network.modules() if isinstance(layer, nn.Linear)}.values()
+    tensors = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}.values()
+    return NetworkSize(
+        name,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        linear=sum(weight.numel() for weight in linear),
+        nbytes=sum(tensor.nbytes for tensor in tensors),
+        largest=max((weight.nbytes for weight in linear), default=0),
+        kind="denoiser" if name == wrapper.denoiser_name else "decoder" if name in wrapper.decoders else "text encoder",
+    )
 
 
 def _component(path_or_id: str | Path, access: HubAccess, name: str, library: str | None, kind: str | None) -> Any:

@@ -165,6 +165,11 @@ class Policy:
         self._current: WeightSnapshot | None = None  # memory for the weights that a snapshot on the CPU displaces
 
     @property
+    def snapshots(self) -> tuple[WeightSnapshot, ...]:
+        """The copies of the trainable weights: their average and, for full fine-tuning, the first weights."""
+        return (self.average,) if self._first is None else (self.average, self._first)
+
+    @property
     def device(self) -> torch.device:
         """The device of the trainable weights."""
         return self.parameters[0].device

@@ -70,6 +70,15 @@ class ToyPipeline:
         return latents
 
 
+def without_networks(recipe: Recipe) -> Recipe:
+    """Replace what needs weights: the features of samples by their first number, and the reward of a set by a mean."""
+    if recipe.features:
+        recipe = replace(recipe, features=lambda samples: samples.flatten(1)[:, :1])
+    if isinstance(recipe.credit, SetContrast):
+        recipe = replace(recipe, credit=replace(recipe.credit, reward=lambda features: float(features.mean())))
+    return recipe
+
+
 @dataclass(frozen=True)
 class DryRun:
     """The calls of the ``first`` round and of all ``rounds``.
@@ -109,12 +118,8 @@ def dry_run(
     Raises:
         ValueError: The recipe, its kernel and the settings do not fit together.
     """
-    # Replace whatever needs weights: rewards, features of samples, and the reward of a set of features
     rewards = [replace(r, function=lambda samples, _: samples[:, 0], weight=float(r.weight != 0)) for r in rewards]
-    if recipe.features:
-        recipe = replace(recipe, features=lambda samples: samples)
-    if isinstance(recipe.credit, SetContrast):
-        recipe = replace(recipe, credit=replace(recipe.credit, reward=lambda features: float(features.mean())))
+    recipe = without_networks(recipe)
     one_round = replace(settings, rounds=1, warmup_rounds=0, max_nfe=None, optimizer="adamw")
     sampling = Sampling(len(toy.steps), guidance=guidance)
 

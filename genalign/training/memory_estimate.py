@@ -1,31 +1,43 @@
-"""The GPU memory of a training run, estimated from shapes before any weights are read. Checked on no GPU yet."""
+"""The GPU memory of a training run, counted before any weights are read. Checked on no GPU yet.
+
+The code of a round runs on torch's meta device, where tensors have shapes and no values: one batch is sampled, decoded
+and scored, and one micro-batch is trained. What other batches hold is added.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from genalign.algorithms.interfaces import RoundScores
 from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.policy import Policy
+from genalign.diffusion.rollout import Rollout, generate
+from genalign.diffusion.sampling import Sampling
+from genalign.runtime.counted_memory import CountedMemory, CudaKernels
 from genalign.runtime.memory_options import Memory
+from genalign.scoring.score import NamedReward
+from genalign.training.dry_run import without_networks
+from genalign.training.panel import PanelMeasures
 from genalign.training.settings import FittedSettings
-from genalign.types import Pipeline
+from genalign.training.trainer import Trainer
+from genalign.types import Conditioning, NoiseLevel, Pipeline, Prompt, PromptSet, TrainableReward
 
 _QUANTIZED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes per number; nf4 has a float32 for every 64 numbers
-_MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes per number
+ENCODED_TOGETHER = 64  # texts
+CONTEXT = 2**30
+"""About the bytes that CUDA takes on a GPU for itself, which no tensor has."""
 
 
 class MetaPipeline(Pipeline, Protocol):
-    """A diffusers pipeline whose networks may be on the meta device, with shapes and no values."""
+    """A diffusers pipeline whose networks are on the meta device, with shapes and no values."""
 
     pipe: Any
 
@@ -46,27 +58,71 @@ class MetaPipeline(Pipeline, Protocol):
 
     def zeros(self, *shape: int) -> Tensor: ...
 
+    def encode_longest(self, count: int) -> None:
+        """Run the text encoders on ``count`` texts of the greatest length."""
+
 
 @dataclass(frozen=True)
 class NetworkSize:
-    """The parameter count of a network, and how many of them quantization takes: the weights of linear layers."""
+    """A network without an adapter.
+
+    Attributes:
+        name: The name of the component.
+        parameters: The number of its parameters.
+        linear: The number of those that quantization takes: the weights of linear layers.
+        nbytes: The bytes of its parameters and buffers, without quantization.
+        largest: The bytes of the largest of these weights, which is held without quantization for a moment.
+        kind: Whether it is trained, encodes texts, or decodes latents.
+    """
 
     name: str
     parameters: int
     linear: int
+    nbytes: int
+    largest: int
+    kind: Literal["denoiser", "text encoder", "decoder"]
+
+    def quantized(self, quantization: str | None) -> float:
+        """Bytes under a quantization of the weights of linear layers; None for none."""
+        if quantization is None:
+            return self.nbytes
+        return self.nbytes - self.linear * (self.nbytes / self.parameters - _QUANTIZED[quantization])
 
 
 @dataclass(frozen=True)
 class Outline:
-    """A checkpoint opened without its weights, at ``width`` bytes per number.
+    """A checkpoint opened without its weights.
 
-    ``networks`` are the sizes of its networks without an adapter, the denoiser first.
+    Attributes:
+        pipeline: The pipeline, on the meta device.
+        networks: The sizes of its networks without an adapter, the denoiser first.
+        memory: The memory options of the run.
+        autocast: The dtype of mixed precision; None for none.
     """
 
     pipeline: MetaPipeline
     networks: Sequence[NetworkSize]
     memory: Memory
-    width: int
+    autocast: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Samples that are generated between rounds: an evaluation, the panel of reward hacking, or a sample grid.
+
+    Attributes:
+        name: The name of its section.
+        sampling: Steps and guidance.
+        batch_size: Samples that are generated at once.
+        count: All samples.
+        on_main: Whether they are the main rank's alone, which holds all of them at the end.
+    """
+
+    name: str
+    sampling: Sampling
+    batch_size: int
+    count: int
+    on_main: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,151 +138,351 @@ class MemoryEstimate:
         base = sum(self.always.values())
         return {phase: base + sum(extra.values()) for phase, extra in self.phases.items()}
 
+    @property
+    def peak(self) -> tuple[str, float]:
+        """The phase with the most bytes, and its bytes."""
+        return max(self.peaks.items(), key=lambda item: item[1])
 
-def prediction_activations(outline: Outline, samples: int, guidance: float) -> int:
-    """Bytes that autograd saves in one prediction for ``samples``, twice as many under guidance."""
-    pipeline, rows = outline.pipeline, samples * (2 if guidance > 1 else 1)
-    x, conditioning = pipeline.zeros(rows, *pipeline.latent_shape), pipeline.longest_conditioning(rows)
-    timestep = torch.zeros(rows, device=x.device)
-    return saved_activations(
-        pipeline.denoiser, lambda: pipeline.run_denoiser(x, timestep, conditioning), outline.memory.checkpointing
+
+def always_resident(network: NetworkSize, memory: Memory) -> bool:
+    """Return whether a network is on the device during the whole run, or only while it is used."""
+    return network.kind == "denoiser" or not memory.offload
+
+
+def _moved(outline: Outline, phase: Literal["encoding", "decoding"]) -> dict[str, float]:
+    """Bytes of the networks that are moved to the device while texts are encoded or latents decoded, by name."""
+    kind = {"encoding": "text encoder", "decoding": "decoder"}[phase]
+    return {
+        network.name: float(network.nbytes)
+        for network in outline.networks
+        if network.kind == kind and not always_resident(network, outline.memory)
+    }
+
+
+@dataclass
+class _Calls:
+    """A pipeline whose calls without gradients run once for each shape, since the same call takes the same memory.
+
+    ``sampled`` is the peak until the first batch was decoded.
+    """
+
+    pipeline: MetaPipeline
+    memory: CountedMemory
+    sampled: int | None = None
+    done: dict[tuple[Any, ...], tuple[int, Tensor]] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipeline, name)
+
+    def predict(self, x: Tensor, level: NoiseLevel, conditioning: Conditioning, guidance: float) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.pipeline.predict(x, level, conditioning, guidance)
+        key = ("predict", x.shape, guidance > 1)
+        return self._once(key, x, lambda: self.pipeline.predict(x, level, conditioning, guidance))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        if self.sampled is None:
+            self.sampled = self.memory.peak
+            self.memory.reset_peak()
+        return self._once(("decode", latents.shape), latents, lambda: self.pipeline.decode(latents))
+
+    def _once(self, key: tuple[Any, ...], latents: Tensor, call: Callable[[], Tensor]) -> Tensor:
+        """Run a call, or count what it took before."""
+        if key in self.done:
+            extra, like = self.done[key]
+            self.memory.raise_peak(extra)
+            return like.new_empty(like.shape)
+        earlier, before = self.memory.peak, self.memory.reset_peak()
+        result = call()
+        shape = torch.empty((), dtype=result.dtype, device="meta").expand(result.shape)  # takes no memory
+        self.done[key] = self.memory.peak - before, shape
+        self.memory.peak = max(self.memory.peak, earlier)
+        return result
+
+
+@dataclass(frozen=True)
+class _RoundMemory:
+    """Bytes of a round of one batch.
+
+    Attributes:
+        moments: The optimizer's moments.
+        lagging: The lagging copy of the weights.
+        sampling: At most until the batch is sampled.
+        decoding: At most while it is decoded and scored, with what it stores.
+        stored: What the batch holds until it is trained.
+        gradients: The gradients of all trained weights.
+        learning: At most while a micro-batch is trained, beyond what is stored and the gradients.
+    """
+
+    moments: int
+    lagging: int
+    sampling: int
+    decoding: int
+    stored: int
+    gradients: int
+    learning: int
+
+
+class _Counter:
+    """The memory of the parts of a run, each run once.
+
+    Args:
+        outline: The checkpoint.
+        policy: The policy of its denoiser.
+        recipe: The method, whose trained steps are the same in every round.
+        settings: The settings of the run.
+        sampling: Steps and guidance of the rollouts.
+        rewards: The rewards, of which only names and weights are used.
+    """
+
+    def __init__(
+        self,
+        outline: Outline,
+        policy: Policy,
+        recipe: Recipe,
+        settings: FittedSettings,
+        sampling: Sampling,
+        rewards: Sequence[NamedReward],
+    ) -> None:
+        self.outline, self.policy, self.settings = outline, policy, settings
+        self.keeps_samples = any(isinstance(reward.function, TrainableReward) for reward in rewards)
+        self.memory = CountedMemory()
+        self.memory.leave_out(tensor for network in _networks(outline.pipeline) for tensor in _tensors(network))
+        self.memory.leave_out([tensor for copy in policy.snapshots for tensor in copy.tensors])
+        self.calls = _Calls(outline.pipeline, self.memory)
+        self.recipe, self.sampling = without_networks(recipe), sampling
+        self.rewards = [replace(reward, function=_random_scores) for reward in rewards]
+
+    @contextmanager
+    def counting(self) -> Iterator[CountedMemory]:
+        """Count what runs within the context."""
+        disabled = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # about scores of no samples
+        try:
+            with self.memory, CudaKernels(self.outline.autocast):
+                yield self.memory
+        finally:
+            logging.disable(disabled)
+
+    def trainer(self, batch: int) -> Trainer:
+        """Return a trainer whose round is a batch, of whole groups if it divides, and at least two samples."""
+        whole = batch % self.settings.group_size == 0
+        prompts, group = (batch // self.settings.group_size, self.settings.group_size) if whole else (1, max(batch, 2))
+        sizes = {"prompts_per_round": prompts, "group_size": group, "batch_size": batch, "updates_per_round": 1}
+        once = {"rounds": 1, "warmup_rounds": 0, "max_nfe": None, "optimizer": "adamw", "overlap_scoring": False}
+        micro_batch = min(self.settings.micro_batch or batch, batch)
+        settings = replace(self.settings, **sizes, **once, micro_batch=micro_batch)
+        texts = PromptSet("prompts", tuple(Prompt(str(number)) for number in range(prompts)))
+        trainer = Trainer(self.calls, self.policy, self.rewards, texts, self.recipe, settings, self.sampling)
+        trainer.sampler = replace(trainer.sampler, keep_samples=self.keeps_samples)
+        if self.settings.optimizer == "adamw8bit":
+            trainer.optimizer = _EightBit(self.policy.parameters, {})
+        for options in trainer.optimizer.param_groups:
+            options["foreach"] = True  # the default on CUDA
+        return trainer
+
+    def round(self, size: int, micro_batch: int) -> _RoundMemory:
+        """Sample, decode and score a batch of ``size``, and train a micro-batch of it on one of its stored steps."""
+        with self.counting() as memory:
+            start = memory.live
+            trainer = self.trainer(size)
+            lagging = memory.live - start
+            moments = _first_step(trainer)
+
+            # Sample
+            before, self.calls.sampled = memory.reset_peak(), None
+            prompts = next(trainer.prompts.rounds())
+            (batch, *_) = batches = trainer.sample(0, prompts)
+            sampling, decoding = self._peaks_since(before)
+            after = (memory.live - before) // len(batches)
+
+            # Learn
+            rollout = _first_transition(batch.rollout)
+            part = replace(batch, rollout=next(rollout.split(micro_batch)))
+            scores = _first_scores(trainer.gather_scores(batches, len(prompts)), micro_batch)
+            trainer.batch_sizes, trainer.micro_batch = (micro_batch,), micro_batch
+            before = memory.live
+            _make_gradients(self.policy)  # as the earlier micro-batches have
+            gradients = memory.reset_peak() - before
+            trainer.learn(0, prompts, [part], scores)
+            learning = memory.peak - before - gradients
+        if self.settings.offload_rollouts:  # a micro-batch is on the device with all of its steps
+            whole, first = (sum(tensor.nbytes for tensor in r.tensors().values()) for r in (batch.rollout, rollout))
+            learning += (whole - first) * micro_batch // len(rollout.final)
+        return _RoundMemory(moments, lagging, sampling, decoding, after, gradients, learning)
+
+    def encoding(self, texts: int) -> int:
+        """Encode texts of the greatest length; return the bytes at most."""
+        with self.counting() as memory:
+            start = memory.reset_peak()
+            with torch.no_grad():
+                self.outline.pipeline.encode_longest(texts)
+            return memory.peak - start
+
+    def _peaks_since(self, start: int) -> tuple[int, int]:
+        """The bytes beyond ``start`` at most until a batch was decoded, and since."""
+        assert self.calls.sampled is not None, "a batch is decoded"
+        return self.calls.sampled - start, self.memory.peak - start
+
+    def generation(self, part: Generation) -> tuple[int, int]:
+        """Generate a batch between rounds; return the bytes at most until it is sampled, and afterwards."""
+        with self.counting() as memory:
+            texts, size = [str(number) for number in range(part.count)], min(part.batch_size, part.count)
+            grid, guidance = part.sampling.grid(self.calls), part.sampling.guidance_scale(self.calls)
+            start, self.calls.sampled = memory.reset_peak(), None
+            samples = next(generate(self.calls, texts[:size], range(size), grid, guidance, size))
+            sampling, decoding = self._peaks_since(start)
+            if not part.on_main:
+                return sampling, decoding
+            # All samples are joined, and measured
+            earlier = samples.nbytes // size * (part.count - size)
+            others = samples.new_empty(part.count - size, *samples.shape[1:])
+            memory.reset_peak()
+            joined = torch.cat([samples, others])
+            if part.name == "reward_hacking":
+                PanelMeasures()(joined, list(map(Prompt, texts)))
+            return sampling + earlier, max(decoding + earlier, memory.peak - start)
+
+
+def _first_step(trainer: Trainer) -> int:
+    """Make an optimizer step; return the bytes of the optimizer's moments."""
+    _make_gradients(trainer.policy)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    return sum(
+        tensor.nbytes for state in trainer.optimizer.state.values() for tensor in state.values() if tensor.is_meta
     )
 
 
+def _make_gradients(policy: Policy) -> None:
+    for parameter in policy.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def _first_transition(rollout: Rollout) -> Rollout:
+    """Return a rollout with the first of its stored steps, if any, whose tensors are parts of the same storages."""
+    tensors = rollout.states[:, :2], rollout.prediction[:, :1], rollout.final
+    return Rollout(rollout.inputs, rollout.steps[:1], *tensors)
+
+
+def _first_scores(scores: RoundScores, count: int) -> RoundScores:
+    """Return the scores of the first ``count`` samples, as of one stored step."""
+    stepwise = None if scores.stepwise is None else scores.stepwise[:count, [0, -1]]
+    features = None if scores.features is None else scores.features[:count]
+    return RoundScores(scores.scores[:count], scores.weights, scores.group[:count], stepwise, features)
+
+
+class _EightBit(torch.optim.Optimizer):
+    """The moments of AdamW in 8 bits, without the package that needs a CUDA device."""
+
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            moments = torch.empty(2, *parameter.shape, dtype=torch.uint8, device=parameter.device)
+            self.state[parameter].setdefault("moments", moments)
+
+
+def _random_scores(samples: Tensor, prompts: object) -> Tensor:
+    return torch.rand(len(samples), generator=torch.Generator().manual_seed(len(samples)))
+
+
+def _networks(pipeline: MetaPipeline) -> list[nn.Module]:
+    return [part for part in pipeline.pipe.components.values() if isinstance(part, nn.Module)]
+
+
+def _tensors(network: nn.Module) -> Iterable[Tensor]:
+    return (*network.parameters(), *network.buffers())
+
+
 def estimate_memory(
-    outline: Outline, policy: Policy, recipe: Recipe, settings: FittedSettings, guidance: float, stored: int
-) -> MemoryEstimate:
-    """Estimate the memory of the training device; rewards' networks and temporary tensors are not counted.
+    outline: Outline,
+    policy: Policy,
+    recipe: Recipe,
+    settings: FittedSettings,
+    sampling: Sampling,
+    rewards: Sequence[NamedReward],
+    generations: Sequence[Generation] = (),
+    processes: int = 1,
+) -> dict[str, MemoryEstimate]:
+    """Count the memory of the training device of each rank; rewards' networks and what libraries take are left out.
 
     Args:
         outline: The checkpoint.
         policy: The policy of its denoiser, with the adapter if there is one.
         recipe: The method, which may sample with a copy of the trained weights.
         settings: Batch size, samples in a round and the optimizer.
-        guidance: The guidance scale; above 1 the network sees twice the samples.
-        stored: Stored tensors of a latent's size for each sample, as ``dry_run`` counts them.
+        sampling: Steps and guidance of the rollouts.
+        rewards: The rewards, of which only names and weights are used.
+        generations: What is generated between rounds.
+        processes: The number of ranks, each with a GPU of its own.
+
+    Returns:
+        The estimates of the ranks that differ, by their names.
     """
-    pipeline, memory, width = outline.pipeline, outline.memory, outline.width
-    denoiser, *others = outline.networks
-    frozen = {network.name: float(network.parameters * width) for network in others}
-    if policy.config is not None:  # an adapter is trained
-        linear_width = _QUANTIZED[memory.quantization] if memory.quantization else width
-        weights = (denoiser.parameters - denoiser.linear) * width + denoiser.linear * linear_width
-    else:
-        weights = 4.0 * denoiser.parameters  # float32
+    sizes = settings.batch_sizes(recipe.objective.unit, processes)
+    counter = _Counter(outline, policy, recipe, settings, sampling, rewards)
+    round_memory = counter.round(max(sizes), min(settings.micro_batch or max(sizes), max(sizes)))
+    always = _held(outline, policy, round_memory)
+    texts = max([settings.prompts_per_round, *(part.count for part in generations)])
+    between = {part: counter.generation(part) for part in generations}
+    encoding = counter.encoding(min(texts, ENCODED_TOGETHER))
 
-    # Per trained number: gradient and moments; of an adapter also its weight, moving average and old policy, which wait
-    # on the CPU where the whole network is trained
-    per_trained = 4 + _MOMENTS[settings.optimizer]
-    if policy.config is not None:
-        per_trained += 4 + 4 + 4 * (recipe.lag is not None)
-    trained = sum(parameter.numel() for parameter in policy.parameters)
-    always = {denoiser.name: float(weights), "trained weights and optimizer": float(trained * per_trained)}
-    moved = frozen if memory.offload == "all" else {}
-    if memory.offload == "text":
-        moved = {name: size for name, size in frozen.items() if name.startswith("text_encoder")}
-    always |= {name: size for name, size in frozen.items() if name not in moved}
+    def of_rank(rank: int) -> MemoryEstimate:
+        own = [size for size in sizes[rank::processes] if size]
+        phases = {"encoding texts": {**_moved(outline, "encoding"), "activations": float(encoding)}}
+        phases |= _round_phases(outline, settings, round_memory, own, max(sizes))
+        for part, (sampling, decoding) in between.items():
+            if rank == 0 or not part.on_main:
+                phases[part.name.replace("_", " ")] = max(
+                    {"tensors": float(sampling)}, {**_moved(outline, "decoding"), "tensors": float(decoding)},
+                    key=lambda extra: sum(extra.values()),
+                )
+        return MemoryEstimate(always, phases)
 
-    # A round: float32 of every sample's stored latents, and of its decoded image or audio
-    per_sample = stored * math.prod(pipeline.latent_shape) + math.prod(pipeline.sample_shape)
-    samples = {"samples": 4.0 * settings.prompts_per_round * settings.group_size * per_sample}
-    latents = pipeline.zeros(memory.decode_batch or settings.batch_size, *pipeline.latent_shape)
-    layers = 3.0 * largest_layer(pipeline.pipe.vae, lambda: pipeline.run_vae(latents))
-    activations = float(prediction_activations(outline, settings.batch_size, guidance))
-    encoders = {name: size for name, size in moved.items() if name.startswith("text_encoder")}
-    vae = {name: size for name, size in moved.items() if name == "vae"}
-    decoding, learning = vae | samples | {"decoder layers": layers}, samples | {"activations": activations}
-    return MemoryEstimate(always, {"encoding": encoders, "decoding": decoding, "learning": learning})
+    return _named_by_ranks([of_rank(rank) for rank in range(processes)])
 
 
-class _FusedAttentionFunction(torch.autograd.Function):
-    """Attention that saves what fused kernels save: query, key, value, output. Its values are not computed."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = value.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, output)
-        return output
-
-
-class FusedAttention(TorchFunctionMode):
-    """A context in which ``scaled_dot_product_attention`` saves what fused kernels save; the meta device has none."""
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs or {})
-        return _FusedAttentionFunction.apply(named["query"], named["key"], named["value"])
+def _held(outline: Outline, policy: Policy, counted: _RoundMemory) -> dict[str, float]:
+    """Bytes that are held during the whole run, by name."""
+    denoiser = outline.networks[0]
+    trained = sum(parameter.nbytes for parameter in policy.parameters)
+    copies = sum(tensor.nbytes for copy in policy.snapshots for tensor in copy.tensors)
+    held = {} if policy.config is None else {denoiser.name: float(denoiser.quantized(outline.memory.quantization))}
+    held |= {"trained weights": float(trained), "copies of them": float(copies + counted.lagging)}
+    held["optimizer"] = float(counted.moments)
+    return held | {network.name: float(network.nbytes) for network in outline.networks[1:] if always_resident(network, outline.memory)}
 
 
-def saved_activations(network: nn.Module, run: Callable[[], Tensor], checkpointing: bool) -> int:
-    """Bytes that autograd saves during ``run``, a forward pass of ``network``: each storage once, without weights.
-
-    With ``checkpointing`` this is the peak of the backward pass: the inputs of all checkpointed blocks, everything
-    saved outside of them, and everything saved within the largest of them.
-    """
-    weights = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
-    outside: dict[int, int] = {}  # bytes by storage
-    blocks: list[dict[int, int]] = [{}]
-    saving = outside
-
-    def save(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            saving[storage._cdata] = storage.nbytes()
-        return tensor
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal saving
-        for tensor in _tensors([*args, *kwargs.values()]):
-            save(tensor)
-        saving = {}
-        blocks.append(saving)
-
-    def leave(module: nn.Module, args: object, output: object) -> None:
-        nonlocal saving
-        saving = outside
-
-    with contextlib.ExitStack() as hooks:
-        for block in checkpointed_blocks(network) if checkpointing else ():
-            hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
-            hooks.enter_context(block.register_forward_hook(leave))
-        with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-            output = run()  # alive until the sum is taken: the address of a freed storage may be used again
-        total = sum(outside.values()) + max(sum(inside.values()) for inside in blocks)
-        del output
-        return total
+def _round_phases(
+    outline: Outline, settings: FittedSettings, counted: _RoundMemory, own: Sequence[int], largest: int
+) -> dict[str, dict[str, float]]:
+    """Bytes of the phases of a round of batches of the sizes ``own``, of which ``largest`` was counted."""
+    stored = counted.stored / largest  # of a sample
+    earlier, vae = stored * max(sum(own) - largest, 0), _moved(outline, "decoding")
+    layer = {"a layer without quantization": float(outline.networks[0].largest)} if outline.memory.quantization else {}
+    phases = {
+        "sampling": {"earlier batches": earlier, "tensors": float(counted.sampling), **layer},
+        "decoding": {**vae, "earlier batches": earlier, "tensors": float(counted.decoding)},
+    }
+    if settings.overlap_scoring and len(own) > 1:
+        phases["sampling beside decoding"] = {
+            **vae,
+            "earlier batches": stored * max(sum(own) - 2 * largest, 0),
+            "tensors": float(counted.sampling + counted.decoding),
+            **layer,
+        }
+    phases["learning"] = {
+        "samples of the round": stored * sum(own),
+        "gradients": float(counted.gradients),
+        "tensors": float(counted.learning),
+        **layer,
+    }
+    return phases
 
 
-def checkpointed_blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """The blocks that diffusers recomputes under gradient checkpointing, down to the innermost.
-
-    They are the entries of the module lists of every module that has the flag ``gradient_checkpointing``.
-    """
-    for module in network.modules():
-        if "gradient_checkpointing" in vars(module):
-            for block in itertools.chain(*(child for child in module.children() if isinstance(child, nn.ModuleList))):
-                if not any("gradient_checkpointing" in vars(inner) for inner in block.modules()):
-                    yield block
-
-
-@torch.no_grad()
-def largest_layer(network: nn.Module, run: Callable[[], Tensor]) -> int:
-    """The most bytes that the input and output of one layer of ``network`` take during ``run``."""
-    sizes = [0]
-
-    def measure(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        sizes.append(sum(tensor.nbytes for tensor in _tensors([*args, output])))
-
-    with contextlib.ExitStack() as hooks, FusedAttention():
-        for layer in network.modules():
-            if not list(layer.children()):
-                hooks.enter_context(layer.register_forward_hook(measure))
-        run()
-    return max(sizes)
-
-
-def _tensors(values: Sequence[object]) -> list[Tensor]:
-    return [value for value in values if isinstance(value, Tensor)]
+def _named_by_ranks(estimates: Sequence[MemoryEstimate]) -> dict[str, MemoryEstimate]:
+    """Join consecutive ranks with equal estimates, as in "ranks 1 to 7"."""
+    named: dict[str, MemoryEstimate] = {}
+    for estimate, members in itertools.groupby(enumerate(estimates), key=lambda item: item[1]):
+        ranks = [rank for rank, _ in members]
+        named[f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"] = estimate
+    return named
