@@ -61,7 +61,7 @@ COMMANDS = {
             "plan",
             "dry run: validate a configuration, estimate memory and cost; loads no weights",
             f"{_CLI}.plan:plan_command",
-            f"{_CLI}.config:Train",
+            f"{_CLI}.config:Plan",
         ),
         Command(
             "demo",

@@ -472,6 +472,21 @@ class CompareEvaluations:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan(Train):
+    """A training run whose size, calls and memory are printed.
+
+    Args:
+        processes: Number of processes of the run, each on a GPU of its own.
+    """
+
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "processes")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibrate(Train):
     """A training configuration for which the noise level of each sampling step is calibrated.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from genalign.cli import config, parsing
 from genalign.cli.checks import training_checks
@@ -11,8 +12,11 @@ from genalign.cli.context import CommandContext, named_rewards, print_table, req
 from genalign.cli.error_messages import error_line, print_errors
 from genalign.cli.run_prompts import RunPrompts
 from genalign.diffusion.policy import Lora, Policy
+from genalign.evaluation.evaluate import plan_samples
+from genalign.runtime.distributed import ProcessGroup
+from genalign.scoring.score import NamedReward
 from genalign.training.dry_run import DryRun, ToyPipeline, dry_run
-from genalign.training.memory_estimate import Outline, estimate_memory
+from genalign.training.memory_estimate import CONTEXT, Generation, MemoryEstimate, Outline, estimate_memory
 from genalign.training.settings import FittedSettings
 from genalign.types import Prompt, PromptSet
 
@@ -20,8 +24,8 @@ from genalign.types import Prompt, PromptSet
 def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign plan``: exit status 2 if training would be refused, with every reason on standard error."""
     checks = list(training_checks(context))
-    settings, _ = parsing.parse(config.Train, arguments, "plan", checks=checks)
-    training, sampling = settings.training, settings.sampling
+    settings, _ = parsing.parse(config.Plan, arguments, "plan", checks=checks)
+    training, sampling, processes = settings.training, settings.sampling, ProcessGroup(0, settings.processes)
     reasons = dict.fromkeys(parsing.failed(checks, settings))
 
     @contextlib.contextmanager
@@ -34,6 +38,7 @@ def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
     # Count the calls; without the checkpoint or the prompts, on placeholders
     count = training.prompts_per_round or FittedSettings.prompts_per_round
     prompts = PromptSet("prompts", tuple(Prompt(str(number)) for number in range(count)))
+    sources: RunPrompts | None = None
     with collecting():
         sources = RunPrompts.read(settings)
         sources.warn()
@@ -47,20 +52,20 @@ def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
     with collecting():
         toy = ToyPipeline.like(outline.pipeline, sampling) if outline else ToyPipeline.flow(sampling.num_steps)
         rewards = named_rewards(settings.rewards)
-        fitted = training.fit(prompts, settings.recipe.objective.unit)
+        fitted = training.fit(prompts, settings.recipe.objective.unit, processes)
         result = dry_run(toy, rewards, prompts, settings.recipe, fitted, guidance)
         _print_calls(settings, fitted, outline, result)
         if outline is not None:
-            _print_memory(settings, fitted, outline, guidance, result.stored)
+            _print_memory(_memory(settings, fitted, outline, sources, rewards, result.windows))
 
     print_errors(list(reasons))
     return 2 if reasons else 0
 
 
-def _print_calls(settings: config.Train, training: FittedSettings, outline: Outline | None, result: DryRun) -> None:
+def _print_calls(settings: config.Plan, training: FittedSettings, outline: Outline | None, result: DryRun) -> None:
     """Print the sizes of a round and of the run, and the calls of single samples."""
     windows, samples = result.windows, training.prompts_per_round * training.group_size
-    batches = training.batch_sizes(settings.recipe.objective.unit)
+    batches = training.batch_sizes(settings.recipe.objective.unit, settings.processes)
     window_sizes = "/".join(str(size) for size in sorted({len(window) for window in windows}))
     rows = {
         "shape of a sample": " x ".join(map(str, outline.pipeline.sample_shape)) if outline else "no checkpoint",
@@ -82,19 +87,63 @@ def _print_calls(settings: config.Train, training: FittedSettings, outline: Outl
     print_table(("calls of single samples", "without evaluations"), rows.items())
 
 
-def _print_memory(
-    settings: config.Train, training: FittedSettings, outline: Outline, guidance: float, stored: int
-) -> None:
-    """Print the sizes of the networks and the memory estimate."""
+def _memory(
+    settings: config.Plan,
+    training: FittedSettings,
+    outline: Outline,
+    prompts: RunPrompts | None,
+    rewards: Sequence[NamedReward],
+    windows: Sequence[tuple[int, ...]],
+) -> Mapping[str, MemoryEstimate]:
+    """Print the sizes of the networks, and count the memory of the ranks.
+
+    Args:
+        settings: The settings of the run.
+        training: Those of the training, with all sizes.
+        outline: The checkpoint.
+        prompts: The prompts of the run; None if they cannot be read.
+        rewards: The rewards, which are not called.
+        windows: The sets of trained steps, of which the largest counts.
+    """
     lora = settings.lora or (Lora() if settings.init_lora else None)  # init_lora may have another rank
     policy = Policy(outline.pipeline.denoiser, lora, settings.ema_decay)
-    memory = estimate_memory(outline, policy, settings.recipe, training, guidance, stored)
-    counts = {network.name: network.parameters for network in outline.networks}
-    counts["trained"] = sum(parameter.numel() for parameter in policy.parameters)
-    parameters = {name: f"{count / 1e6:,.3f}" for name, count in counts.items()}
-    print_table(("network", "million parameters"), parameters.items())
-    sizes = {f"always: {name}": size for name, size in memory.always.items()}
-    sizes |= {f"{phase}: {name}": size for phase, extra in memory.phases.items() for name, size in extra.items()}
-    sizes |= {f"sum while {phase}": size for phase, size in memory.peaks.items()}
-    rows = {name: f"{size / 2**30:,.3f}" for name, size in sizes.items()}
-    print_table(("estimated memory, without rewards' networks", "GiB"), rows.items())
+    parameters = {network.name: network.parameters for network in outline.networks}
+    parameters["trained"] = sum(parameter.numel() for parameter in policy.parameters)
+    rows = {name: f"{count / 1e6:,.3f}" for name, count in parameters.items()}
+    print_table(("network", "million parameters"), rows.items())
+    recipe = replace(settings.recipe, schedule=lambda *_: max(windows, key=len))
+    between = _generations(settings, prompts, training.batch_size)
+    sampling, processes = settings.sampling, settings.processes
+    return estimate_memory(outline, policy, recipe, training, sampling, rewards, between, processes)
+
+
+def _generations(settings: config.Plan, prompts: RunPrompts | None, batch_size: int) -> list[Generation]:
+    """List what the run generates between rounds; without ``prompts`` evaluations have as many samples as a batch."""
+    sampling, parts = settings.evaluation or settings.sampling, list[Generation]()
+    for name in settings.evaluation_prompts():
+        size: config.EvaluationSize = getattr(settings, name)
+        count = size.batch_size
+        if prompts is not None:
+            count = len(plan_samples(prompts.evaluations[name], size.samples_per_task, size.seeds))
+        parts.append(Generation(name, sampling, size.batch_size, count, on_main=name == "reward_hacking"))
+    if settings.sample_grid.every:
+        parts.append(Generation("sample_grid", sampling, batch_size, settings.sample_grid.count, on_main=True))
+    return parts
+
+
+def _print_memory(estimates: Mapping[str, MemoryEstimate]) -> None:
+    """Print the memory of each phase, of the ranks that differ, and name the phase that takes the most."""
+    for ranks, memory in estimates.items():
+        sizes = {f"always: {name}": size for name, size in memory.always.items()}
+        for phase, extra in memory.phases.items():
+            sizes |= {f"{phase}: {name}": size for name, size in extra.items()}
+            sizes[f"sum while {phase}"] = memory.peaks[phase]
+        rows = {name: f"{size / 2**30:,.3f}" for name, size in sizes.items() if size}
+        print_table((f"memory of the GPU, {ranks}", "GiB"), rows.items())
+    for ranks, memory in estimates.items():
+        phase, size = memory.peak
+        print(f"peak of {ranks}: {size / 2**30:.1f} GiB, while {phase}")
+    print(
+        f"CUDA takes about {CONTEXT / 2**30:.0f} GiB more. Not counted: networks of rewards and features, and what they"
+        " compute; FSDP, which shards weights"
+    )

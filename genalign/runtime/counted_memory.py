@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 aten = torch.ops.aten
 _BLOCK = 512  # bytes that the allocator of CUDA rounds to
+_IN_PLACE: list[Any] = []  # the form of the result of an operation that changes its first input
 _HALF = (torch.float16, torch.bfloat16)
 _LOWERED = {  # what autocast runs in its dtype on CUDA
     *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d),
@@ -40,6 +43,7 @@ class CountedMemory(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self._storages: dict[int, weakref.ref[Any]] = {}
+        self._results: dict[Any, list[Any]] = {}  # by operation and form of its inputs
 
     def reset_peak(self) -> int:
         """Measure ``peak`` from here on, and return ``live``."""
@@ -65,11 +69,34 @@ class CountedMemory(TorchDispatchMode):
                 return _on_cpu(first, kwargs.get("dtype") or first.dtype)
         if func is aten.copy_.default and args[1].is_meta and not args[0].is_meta:
             return args[0].fill_(1)
-        result = func(*args, **kwargs)
+        result = self._run(func, args, kwargs)
         for tensor in _on_device((result,)):
             self._hold(tensor, tensor.untyped_storage().nbytes())
             if tensor.dtype == torch.bool:
                 tensor.truth = _result(func, args)  # type: ignore[attr-defined]
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation, unless its result is known from inputs of the same form: new tensors, or its first input."""
+        try:
+            key = func, _form(args), _form(tuple(kwargs.items()))
+            known = self._results.get(key)
+        except TypeError:  # of a form without a hash
+            return func(*args, **kwargs)
+        if known is _IN_PLACE:
+            return args[0]
+        if known is not None:
+            results = [_empty(*form) for form in known]
+            return results[0] if len(results) == 1 and len(func._schema.returns) == 1 else tuple(results)
+        result = func(*args, **kwargs)
+        results = result if isinstance(result, tuple) else (result,)
+        if result is not None and args and result is args[0] and key[1] == _form(args):
+            self._results[key] = _IN_PLACE
+        if any(argument.alias_info for argument in func._schema.arguments):
+            return result
+        inputs = {tensor.untyped_storage()._cdata for tensor in _on_device((*args, *kwargs.values()))}
+        if all(isinstance(r, Tensor) and r.is_meta and r.untyped_storage()._cdata not in inputs for r in results):
+            self._results[key] = [(r.shape, r.stride(), r.dtype) for r in results]
         return result
 
     def _hold(self, tensor: Tensor, size: int) -> None:
@@ -97,6 +124,19 @@ def _on_device(values: Sequence[Any]) -> Iterator[Tensor]:
             yield from _on_device(value)
 
 
+def _form(value: Any) -> Any:
+    """Return what the form of an operation's results depends on, as a key."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.is_meta
+    if isinstance(value, tuple | list):
+        return tuple(map(_form, value))
+    return type(value), value
+
+
+def _empty(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
 def _truth(tensor: Tensor) -> bool:
     return bool(getattr(tensor, "truth", True))
 
@@ -121,12 +161,16 @@ class CudaKernels(TorchFunctionMode):
     """A context in which tensors without values take the memory that kernels of CUDA take.
 
     Attention is fused, and saves nothing that is quadratic. With ``autocast``, operations are cast as autocast of that
-    dtype casts them, also those that are computed again in a backward pass.
+    dtype casts them. A backward pass runs outside of the context: see ``checkpoint``.
     """
 
     def __init__(self, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.autocast = autocast
+
+    def checkpoint(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """Run a block that is computed again in the backward pass, in this context both times."""
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), self))
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

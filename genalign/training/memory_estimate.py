@@ -246,7 +246,9 @@ class _Counter:
     ) -> None:
         self.outline, self.policy, self.settings = outline, policy, settings
         self.keeps_samples = any(isinstance(reward.function, TrainableReward) for reward in rewards)
-        self.memory = CountedMemory()
+        self.memory, self.kernels = CountedMemory(), CudaKernels(outline.autocast)
+        if outline.memory.checkpointing:
+            outline.pipeline.denoiser.enable_gradient_checkpointing(self.kernels.checkpoint)
         self.memory.leave_out(tensor for network in _networks(outline.pipeline) for tensor in _tensors(network))
         self.memory.leave_out([tensor for copy in policy.snapshots for tensor in copy.tensors])
         self.calls = _Calls(outline.pipeline, self.memory)
@@ -259,7 +261,7 @@ class _Counter:
         disabled = logging.root.manager.disable
         logging.disable(logging.WARNING)  # about scores of no samples
         try:
-            with self.memory, CudaKernels(self.outline.autocast):
+            with self.memory, self.kernels:
                 yield self.memory
         finally:
             logging.disable(disabled)
@@ -423,19 +425,19 @@ def estimate_memory(
     round_memory = counter.round(max(sizes), min(settings.micro_batch or max(sizes), max(sizes)))
     always = _held(outline, policy, round_memory)
     texts = max([settings.prompts_per_round, *(part.count for part in generations)])
-    between = {part: counter.generation(part) for part in generations}
+    between = [(part, *counter.generation(part)) for part in generations]
     encoding = counter.encoding(min(texts, ENCODED_TOGETHER))
 
     def of_rank(rank: int) -> MemoryEstimate:
         own = [size for size in sizes[rank::processes] if size]
         phases = {"encoding texts": {**_moved(outline, "encoding"), "activations": float(encoding)}}
         phases |= _round_phases(outline, settings, round_memory, own, max(sizes))
-        for part, (sampling, decoding) in between.items():
+        for part, sampled, decoded in between:
             if rank == 0 or not part.on_main:
-                phases[part.name.replace("_", " ")] = max(
-                    {"tensors": float(sampling)}, {**_moved(outline, "decoding"), "tensors": float(decoding)},
-                    key=lambda extra: sum(extra.values()),
-                )
+                sampled_then = {"tensors": float(sampled)}
+                decoded_then = {**_moved(outline, "decoding"), "tensors": float(decoded)}
+                phase = part.name.replace("_", " ")
+                phases[phase] = max(sampled_then, decoded_then, key=lambda extra: sum(extra.values()))
         return MemoryEstimate(always, phases)
 
     return _named_by_ranks([of_rank(rank) for rank in range(processes)])
@@ -449,7 +451,11 @@ def _held(outline: Outline, policy: Policy, counted: _RoundMemory) -> dict[str, 
     held = {} if policy.config is None else {denoiser.name: float(denoiser.quantized(outline.memory.quantization))}
     held |= {"trained weights": float(trained), "copies of them": float(copies + counted.lagging)}
     held["optimizer"] = float(counted.moments)
-    return held | {network.name: float(network.nbytes) for network in outline.networks[1:] if always_resident(network, outline.memory)}
+    return held | {
+        network.name: float(network.nbytes)
+        for network in outline.networks[1:]
+        if always_resident(network, outline.memory)
+    }
 
 
 def _round_phases(
