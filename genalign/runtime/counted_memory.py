@@ -77,7 +77,7 @@ class CountedMemory(TorchDispatchMode):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation, unless its result is known from inputs of the same form: new tensors, or its first input."""
+        """Run an operation, unless inputs of the same form have shown its result: new tensors, or its first input."""
         try:
             key = func, _form(args), _form(tuple(kwargs.items()))
             known = self._results.get(key)

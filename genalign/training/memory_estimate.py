@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -186,6 +186,11 @@ class _Calls:
             self.memory.reset_peak()
         return self._once(("decode", latents.shape), latents, lambda: self.pipeline.decode(latents))
 
+    def share_decoding(self) -> None:
+        """Run the VAE once for all parts of a batch that are decoded one by one."""
+        run_vae, pipeline = self.pipeline.run_vae, cast(Any, self.pipeline)
+        pipeline.run_vae = lambda latents: self._once(("vae", latents.shape), latents, lambda: run_vae(latents))
+
     def _once(self, key: tuple[Any, ...], latents: Tensor, call: Callable[[], Tensor]) -> Tensor:
         """Run a call, or count what it took before."""
         if key in self.done:
@@ -252,6 +257,7 @@ class _Counter:
         self.memory.leave_out(tensor for network in _networks(outline.pipeline) for tensor in _tensors(network))
         self.memory.leave_out([tensor for copy in policy.snapshots for tensor in copy.tensors])
         self.calls = _Calls(outline.pipeline, self.memory)
+        self.calls.share_decoding()
         self.recipe, self.sampling = without_networks(recipe), sampling
         self.rewards = [replace(reward, function=_random_scores) for reward in rewards]
 
