@@ -11,7 +11,7 @@ from typing import Any, Unpack
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
-from torch import nn
+from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, ProcessorMixin
 
 from genalign.runtime.hub import HubAccess
@@ -46,10 +46,9 @@ class TextLength:
 class _WithoutValues:
     """A pipeline on the meta device, whose texts all have the greatest length and embeddings of zeros."""
 
-    def _embed(self: Any, texts: Sequence[str]) -> None:
-        longest = self.longest_conditioning(1)
-        row = {name: torch.zeros(tensor.shape[1:], dtype=tensor.dtype) for name, tensor in longest.items()}
-        self._embeddings |= dict.fromkeys(texts, row)
+    def _run_text_encoders(self: Any, texts: list[str]) -> dict[str, Tensor]:
+        longest = self.longest_conditioning(len(texts)).items()
+        return {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in longest}
 
     def _mixed_precision(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()  # torch has no autocast on the meta device
@@ -93,7 +92,7 @@ def outline_of(
     for network in networks.values():
         nn.Module.to(network, "meta", dtype)
     memory, autocast = options.get("memory", Memory()), options.get("autocast")
-    on_device = replace(memory, offload=False, quantization=None)
+    on_device = replace(memory, offload="none", quantization=None)
     on_meta: Options = {**options, "device": "meta", "autocast": autocast, "memory": on_device}
     pipeline = type(wrapper.__name__, (_WithoutValues, wrapper), {})(pipe, **on_meta)
     names = sorted(networks, key=lambda name: name != wrapper.denoiser_name)

@@ -146,7 +146,8 @@ class MemoryEstimate:
 
 def always_resident(network: NetworkSize, memory: Memory) -> bool:
     """Return whether a network is on the device during the whole run, or only while it is used."""
-    return network.kind == "denoiser" or not memory.offload
+    waiting = {"none": (), "text": ("text encoder",), "all": ("text encoder", "decoder")}
+    return network.kind not in waiting[memory.offload]
 
 
 def _moved(outline: Outline, phase: Literal["encoding", "decoding"]) -> dict[str, float]:
@@ -453,9 +454,10 @@ def _held(outline: Outline, policy: Policy, counted: _RoundMemory) -> dict[str, 
     """Bytes that are held during the whole run, by name."""
     denoiser = outline.networks[0]
     trained = sum(parameter.nbytes for parameter in policy.parameters)
-    copies = sum(tensor.nbytes for copy in policy.snapshots for tensor in copy.tensors)
+    copies = sum(tensor.nbytes for copy in policy.snapshots for tensor in copy.tensors) + counted.lagging
+    copies = copies if policy.config is not None else 0  # those of a whole network are on the CPU
     held = {} if policy.config is None else {denoiser.name: float(denoiser.quantized(outline.memory.quantization))}
-    held |= {"trained weights": float(trained), "copies of them": float(copies + counted.lagging)}
+    held |= {"trained weights": float(trained), "copies of them": float(copies)}
     held["optimizer"] = float(counted.moments)
     return held | {
         network.name: float(network.nbytes)

@@ -1,4 +1,4 @@
-"""`genalign plan` counts the memory of a run as it is counted on a CUDA device without one; cards fit configurations."""
+"""The memory that `genalign plan` counts is that of a CUDA device without one, and fits the GPU of a configuration."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from genalign import assets
 from genalign.algorithms import recipes
@@ -26,9 +27,9 @@ from genalign.training.trainer import Trainer
 from pipelines import meta_device
 from pipelines.base import DiffusersPipeline
 from pipelines.meta_device import outline_of
+from scripts.benchmarks.published_sizes import MODELS, default_dtype
 from tests.fake_cuda import FakeCuda
 from tests.packages import ROOT
-from tests.pipelines.published_sizes import MODELS, default_dtype
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
@@ -83,8 +84,10 @@ def measured(
         networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
         for part, network in networks.items():
             network.to(torch.bfloat16)  # buffers too, as those that are read from a file
-            if memory.offload and part != family.denoiser_name:
+            if memory.offload != "none" and part != family.denoiser_name:
                 network.to("cpu")
+                if isinstance(network, PreTrainedModel):
+                    network.tie_weights()  # which a copy from the device without values separates
         pipeline = family(pipe, device="cuda", **options)
         policy = Policy(pipeline.denoiser, Lora(rank=32))
         trainer = Trainer(pipeline, policy, REWARDS, PROMPTS, recipe, settings, sampling)
@@ -126,7 +129,7 @@ def measured(
 
 CASES: dict[str, tuple[Memory, float, dict[str, Any]]] = {
     "plain": (Memory(), 1.0, {}),
-    "lean": (Memory(offload=True, checkpointing=True, decode_batch=2), 4.0, {"offload_rollouts": True}),
+    "lean": (Memory(offload="all", checkpointing=True, decode_batch=2), 4.0, {"offload_rollouts": True}),
 }
 
 
