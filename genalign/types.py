@@ -198,6 +198,14 @@ class Pipeline(Protocol):
 
 
 @runtime_checkable
+class CompilesBlocks(Protocol):
+    """A pipeline that compiles the blocks of its denoiser if it was opened so."""
+
+    def compile_blocks(self, batch_sizes: Sequence[int] = ()) -> None:
+        """Compile after the adapter is on; smaller batches are padded to the next larger of ``batch_sizes``."""
+
+
+@runtime_checkable
 class Reward(Protocol):
     """Scores samples one by one; higher is better, NaN where a sample could not be scored."""
 

@@ -22,6 +22,7 @@ from genalign.diffusion.lora import (
     adapter_file,
     inject_lora,
     merge_lora,
+    multiply_in_input_dtype,
     save_peft,
     sort_metadata,
 )
@@ -46,7 +47,14 @@ from pipelines.checkpoint_files import (
     weight_variant,
 )
 from pipelines.checkpoint_settings import check_index, check_settings
-from pipelines.low_memory import on_device, pin_weights, quantization_arguments
+from pipelines.compilation import CompiledBlocks, require_compiler
+from pipelines.low_memory import (
+    multiply_in_float8,
+    on_device,
+    pin_weights,
+    quantization_arguments,
+    require_quantization,
+)
 from pipelines.text_embeddings import TextEmbeddings
 
 logger = logging.getLogger(__name__)
@@ -59,10 +67,10 @@ class Options(TypedDict, total=False):
 
     ``height`` and ``width`` of images are in pixels, and ``seconds`` is the duration of audio; by default they are the
     checkpoint's own. ``negative_prompt`` is the text that guidance leads away from; "" is the family's default.
-    ``max_sequence_length`` is the number of text tokens where the family leaves a choice;
-    ``autocast`` runs the denoiser and the VAE under mixed precision of that dtype; ``distilled_guidance`` is the
-    guidance scale that a guidance-distilled network takes as an input; ``compiled`` runs the denoiser with
-    ``torch.compile``; for ``memory`` see ``genalign.runtime.memory_options.Memory``. ``revision`` is a branch, tag or
+    ``max_sequence_length`` is the number of text tokens where the family leaves a choice; ``autocast`` runs the
+    denoiser and the VAE under mixed precision of that dtype; ``distilled_guidance`` is the guidance scale that a
+    guidance-distilled network takes as an input; ``compiled`` runs the denoiser's blocks under ``torch.compile`` after
+    ``compile_blocks``; for ``memory`` see ``genalign.runtime.memory_options.Memory``. ``revision`` is a branch, tag or
     commit of a Hub id, and ``token`` the name of the environment variable that holds its token; ``variant`` names the
     weights, such as "fp16", and ``weights`` "bin" reads pickled ones in place of safetensors.
     """
@@ -120,8 +128,11 @@ class DiffusersPipeline(ABC):
         self._text_encoders = [encoder for name in self.encoders if (encoder := pipe.components.get(name)) is not None]
         self._decoders = [pipe.components[name] for name in self.decoders]
         self._place_networks()
-        if options.get("compiled"):
-            self.denoiser.compile()
+        self.compiled = options.get("compiled", False)
+        if self.compiled:
+            require_compiler(self.device.type, self.memory)
+        self._blocks: CompiledBlocks | None = None
+        self._adapters: tuple[object, int] = None, 0  # those that multiply in the dtype of autocast
 
     def _set_texts_and_guidance(self, options: Options) -> None:
         """Set the number of text tokens, the negative prompt and the guidance of a distilled network."""
@@ -141,6 +152,10 @@ class DiffusersPipeline(ABC):
         for module in (self.denoiser, *self._decoders, *self._text_encoders):
             module.requires_grad_(False).eval()
         self.denoiser.to(self.device)
+        if self.memory.quantization == "fp8":
+            if self.compute_dtype != torch.bfloat16:
+                raise ValueError("quantization 'fp8' returns bfloat16: set model.autocast or model.dtype to bfloat16")
+            multiply_in_float8(self.denoiser)
         offload, waiting = self.memory.offload, list[nn.Module]()  # networks that wait on the CPU
         if offload == "none":
             self.pipe.to(self.device)
@@ -152,7 +167,8 @@ class DiffusersPipeline(ABC):
             self.denoiser.enable_gradient_checkpointing()
         if self.memory.tiling:
             self.pipe.vae.enable_tiling()
-        if self.pipe.vae.dtype == torch.float16 and self.upcasts_vae:
+        self._float32_vae = self.upcasts_vae and torch.float16 in (self.pipe.vae.dtype, self.autocast)
+        if self._float32_vae:
             self.pipe.vae.float()
         if self.device.type == "cuda":
             pin_weights(waiting)
@@ -165,7 +181,9 @@ class DiffusersPipeline(ABC):
         check_index(model_index(path_or_id, access))
         files = _file_arguments(path_or_id, options)
         absent = dict.fromkeys(absent_components(path_or_id, cls.kind, access))
-        extra = quantization_arguments(options.get("memory", Memory()), cls.denoiser_name, dtype)
+        memory = options.get("memory", Memory())
+        require_quantization(memory, options.get("device", "cpu"))
+        extra = quantization_arguments(memory, cls.denoiser_name, dtype)
         with one_line_errors(path_or_id):
             pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, **files, **absent, **extra)
         for name, network in pipe.components.items():
@@ -409,8 +427,19 @@ class DiffusersPipeline(ABC):
             ValueError: Guidance that the network was not trained for.
         """
         self.require_guidance(guidance)
+        self._set_dtype_of_adapters()
         timestep = level.timestep.float().expand(len(x)).to(self.device, non_blocking=True)
-        tensors: Mapping[str, Tensor] = conditioning.to(self.device).tensors  # already there while training
+        x, tensors = x.to(self.device), conditioning.to(self.device).tensors  # already there while training
+        if self._blocks is None:
+            return self._run_guided(x, timestep, tensors, guidance)
+        rows = torch.arange(self._blocks.padded(len(x)), device=self.device) % len(x)
+        tensors = {name: tensor[rows] for name, tensor in tensors.items()}
+        with self._blocks.running():
+            output = self._run_guided(x[rows], timestep[rows], tensors, guidance)[: len(x)]
+        return output if torch.is_grad_enabled() else output.detach()
+
+    def _run_guided(self, x: Tensor, timestep: Tensor, tensors: Mapping[str, Tensor], guidance: float) -> Tensor:
+        """Run the denoiser, on one batch of 2 B rows with guidance above 1; all tensors (B, ...) are on the device."""
         if guidance > 1:
             away = self.unconditional_tensors(tensors)
             tensors = {name: _stacked(away[name], rows) for name, rows in tensors.items()}
@@ -418,7 +447,7 @@ class DiffusersPipeline(ABC):
         dtype = compute_dtype(self.denoiser)
         tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         with self._mixed_precision():
-            output = self.run_denoiser(x.to(self.device, dtype), timestep, tensors).float()
+            output = self.run_denoiser(x.to(dtype), timestep, tensors).float()
         if guidance <= 1:
             return output
         unconditional, conditional = output.chunk(2)
@@ -431,11 +460,31 @@ class DiffusersPipeline(ABC):
         """
         size = len(latents) if self.memory.decode_batch is None else self.memory.decode_batch
         parts = torch.split(latents.to(self.device), size)
-        with on_device(self._decoders, self.device, self.memory.offload == "all"), self._mixed_precision():
+        precision = contextlib.nullcontext() if self._float32_vae else self._mixed_precision()
+        with on_device(self._decoders, self.device, self.memory.offload == "all"), precision:
             decoded = torch.cat([self.run_vae(part).float() for part in parts])
         if self.pipe.vae.dtype == torch.float16 and bool((rows_are_finite(latents) & ~rows_are_finite(decoded)).any()):
             raise ValueError("the VAE overflowed in float16: open the model in bfloat16, or in float32 with autocast")
         return self.postprocess(decoded)
+
+    def compile_blocks(self, batch_sizes: Sequence[int] = ()) -> None:
+        """Compile the blocks of the denoiser, if ``compiled`` is on; ``genalign.train`` and the commands do.
+
+        Call this after the adapter is on. Calls for fewer samples are padded to the next larger of ``batch_sizes``, or
+        of the batches so far, since each batch size compiles its own graphs.
+        """
+        if self.compiled:
+            self._blocks = CompiledBlocks(self.denoiser) if self._blocks is None else self._blocks
+            self._blocks.add_batch_sizes(batch_sizes)
+
+    def _set_dtype_of_adapters(self) -> None:
+        """Let adapters that were put on since the last call multiply in the dtype of autocast, if that is on."""
+        if self.autocast is None:
+            return
+        adapters = getattr(self.denoiser, "peft_config", None)
+        if adapters is not None and (adapters is not self._adapters[0] or len(adapters) != self._adapters[1]):
+            multiply_in_input_dtype(self.denoiser)
+            self._adapters = adapters, len(adapters)
 
     def _mixed_precision(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)

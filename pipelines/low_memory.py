@@ -11,23 +11,53 @@ import torch
 from diffusers.quantizers import PipelineQuantizationConfig
 from torch import Tensor, nn
 
+from genalign.runtime.blocks import blocks_of
 from genalign.runtime.memory_options import Memory
 
-_PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
+_PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
+_FP8_CAPABILITY = 8, 9  # Ada, Hopper and later
+
+
+def require_quantization(memory: Memory, device: str) -> None:
+    """Raise ValueError if the package for ``memory.quantization`` is not installed, or ``device`` cannot run it."""
+    name, on_cuda = memory.quantization, torch.device(device).type == "cuda"
+    if name is None:
+        return
+    if name == "nf4" and not torch.cuda.is_available():
+        raise ValueError("quantization 'nf4' needs a CUDA device: take 'int8', or none, on this machine")
+    if name == "fp8" and not (on_cuda and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY):
+        raise ValueError(
+            "quantization 'fp8' needs a CUDA device of compute capability 8.9 (Ada, Hopper and later): take 'int8', or"
+            " none, on this machine"
+        )
+    if importlib.util.find_spec(_PACKAGES[name]) is None:
+        raise ValueError(f"quantization {name!r} needs {_PACKAGES[name]}: pip install 'genalign[memory]'")
+
+
+def multiply_in_float8(network: nn.Module, config: Any = None) -> None:
+    """Multiply in float8, forward and backward, in the linear layers of the blocks of ``network``, in place.
+
+    Inputs and frozen weights are rounded to float8 with a scale for each row, as are gradients in the backward pass.
+    The weights stay as they are. Adapters that are put on afterwards multiply in the dtype of autocast.
+
+    Args:
+        network: The network, before an adapter is put on.
+        config: The ``torchao.float8.Float8LinearConfig``; None rounds by rows.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    def fits(layer: nn.Module, name: str) -> bool:
+        return isinstance(layer, nn.Linear) and not (layer.in_features % 16 or layer.out_features % 16)
+
+    for block in blocks_of(network):
+        rowwise = config or Float8LinearConfig.from_recipe_name("rowwise")
+        convert_to_float8_training(block, module_filter_fn=fits, config=rowwise)
 
 
 def quantization_arguments(memory: Memory, component: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the arguments of ``from_pretrained`` that quantize ``component`` as ``memory.quantization`` says.
-
-    Raises ValueError if the package for it is not installed, or for "nf4" without a CUDA device.
-    """
-    if memory.quantization is None:
+    """Return the arguments of ``from_pretrained`` that quantize ``component`` when its weights are read."""
+    if memory.quantization in (None, "fp8"):
         return {}
-    if memory.quantization == "nf4" and not torch.cuda.is_available():
-        raise ValueError("quantization 'nf4' needs a CUDA device: take 'int8', or none, on this machine")
-    package = _PACKAGES[memory.quantization]
-    if importlib.util.find_spec(package) is None:
-        raise ValueError(f"quantization {memory.quantization!r} needs {package}: pip install 'genalign[memory]'")
     config: Any
     if memory.quantization == "nf4":
         from diffusers import BitsAndBytesConfig

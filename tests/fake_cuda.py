@@ -97,6 +97,7 @@ class FakeCuda(TorchDispatchMode):
         lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is then a copy from the CPU
         self._patches.callback(torch._C._set_only_lift_cpu_tensors, lifts)
+        self._patches.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         self._patches.enter_context(torch.autograd.graph.saved_tensors_hooks(_Saved, _Saved.take))
         super().__enter__()
         return self

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genalign.cli import config, parsing
-from genalign.cli.context import CommandContext, named_rewards, print_table, prompt_set
+from genalign.cli.context import CommandContext, load_with_lora, named_rewards, print_table, prompt_set
 from genalign.cli.train import train_command
 from genalign.evaluation.compare_runs import summarize_recipes, write_recipe_summaries
 from genalign.evaluation.report import write_comparison, write_report
@@ -24,7 +24,7 @@ def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Find the noise level of each sampling step, and write a kernel that uses them."""
     settings, _ = parsing.parse(config.Calibrate, arguments, "calibrate")
     source, sampling = prompt_set(settings.prompts), settings.sampling
-    pipeline, rewards = context.load(settings.model), named_rewards(settings.rewards)
+    pipeline, rewards = load_with_lora(context, settings.model, None), named_rewards(settings.rewards)
     training, guidance = (
         settings.training.fit(source, settings.recipe.objective.unit),
         sampling.guidance_scale(pipeline),

@@ -48,8 +48,8 @@ class Model:
             the default of the model's family; any other needs a guidance above 1.
         max_sequence_length: Maximum number of text tokens, for families that let it be set.
         distilled_guidance: Guidance scale that a guidance-distilled model (FLUX.1-dev) receives as an input.
-        compiled: Run the denoiser through torch.compile. Compilation takes minutes at the start and for every new batch
-            size; sampling and training then round differently, so that the first log-ratios are not exactly 0.
+        compiled: Compile the denoiser's blocks by torch.compile. This takes minutes at the start, and again for a
+            larger batch or another guidance; many of these end the run. Sampling and training run the same graphs.
         memory: Options that hold less memory.
         revision: Branch, tag or commit of a Hub id; null takes the default branch.
         variant: Variant of the weights, such as fp16; null takes the plain ones, or the only one of a folder.

@@ -56,6 +56,9 @@ class Checkpoint(Pipeline, WeightStore, Protocol):
     def load_lora(self, source: str | Path) -> None:
         """Load an adapter from a folder, a file or the Hub."""
 
+    def compile_blocks(self, batch_sizes: Sequence[int] = ()) -> None:
+        """Compile the denoiser, with the adapter that is on, if its settings say so."""
+
     def load_denoiser(self, directory: Path) -> None:
         """Load the weights that ``save_denoiser`` wrote."""
 
@@ -120,10 +123,11 @@ def _sample_rates(part: object, place: str) -> Iterator[tuple[str, int]]:
 
 
 def load_with_lora(context: CommandContext, model: config.Model, lora: str | None) -> Checkpoint:
-    """Load a model and, if there is one, its adapter."""
+    """Load a model and, if there is one, its adapter, and compile the model if its settings say so."""
     pipeline = context.load(model)
     if lora:
         pipeline.load_lora(lora)
+    pipeline.compile_blocks()
     return pipeline
 
 

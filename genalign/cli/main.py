@@ -56,21 +56,22 @@ def outline_model(model: config.Model) -> Outline:
 def require_model(model: config.Model) -> None:
     """Check that a model can be loaded here.
 
-    Raises ValueError for a device or quantization that is not available and a family that is none, FileNotFoundError
-    for missing weights.
+    Raises ValueError for a device, quantization or compiler that is not available and a family that is none,
+    FileNotFoundError for missing weights.
     """
-    import torch
-
     from genalign.cli.config import require_device
     from pipelines.auto import import_family
     from pipelines.checkpoint_files import require_weights
-    from pipelines.low_memory import quantization_arguments
+    from pipelines.compilation import require_compiler
+    from pipelines.low_memory import require_quantization
 
     require_device(model.device)
     if model.family is not None:
         import_family(model.family)
     require_weights(assets.resolve(model.path), model.weights, model.variant)
-    quantization_arguments(model.memory, "", getattr(torch, model.dtype))
+    require_quantization(model.memory, model.device)
+    if model.compiled:
+        require_compiler(model.device, model.memory)
 
 
 def _options(model: config.Model) -> Options:

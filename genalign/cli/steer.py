@@ -144,7 +144,7 @@ def _conclude(folder: SearchFolder, count: int) -> None:
 def prices_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign prices``: measure the seconds per sample of each call, and write them as JSON."""
     settings, _ = parsing.parse(config.Prices, arguments, "prices")
-    pipeline, rewards = context.load(settings.model), named_rewards(settings.rewards)
+    pipeline, rewards = load_with_lora(context, settings.model, None), named_rewards(settings.rewards)
     available = prompt_set(settings.prompts).prompts
     prompts = [available[i % len(available)] for i in range(settings.batch_size)]
     grid = settings.sampling.grid(pipeline)
@@ -163,7 +163,7 @@ def train_noise_aware_command(context: CommandContext, arguments: Sequence[str])
     The datasets of previews stay in the output folder, so that another student can be trained on them.
     """
     settings, plain = parsing.parse(config.TrainNoiseAware, arguments, "train-noise-aware")
-    folder, pipeline = Path(settings.output), context.load(settings.model)
+    folder, pipeline = Path(settings.output), load_with_lora(context, settings.model, None)
     write_json(folder / "config.json", plain)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(settings.seed, "student"))

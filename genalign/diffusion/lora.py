@@ -48,6 +48,18 @@ def inject_lora(network: nn.Module, config: LoraConfig, state: Mapping[str, Tens
         raise ValueError(f"{len(meta)} weights of the adapter were not loaded, such as {meta[0]}: give the whole file")
 
 
+def multiply_in_input_dtype(network: nn.Module) -> None:
+    """Let the adapters of ``network`` multiply in the dtype of autocast, without a float32 copy of each layer's input.
+
+    PEFT casts the input of a layer to the dtype of the adapter's weights, which autocast casts back.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
+
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
+
+
 def adapter_file(source: str | Path) -> Path:
     """Find the weight file of an adapter: a .safetensors file, a folder with one, or a folder whose lora/ has one.
 

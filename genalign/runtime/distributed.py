@@ -313,6 +313,8 @@ def require_shared(folder: Path, processes: ProcessGroup) -> None:
 def own_device(name: str, variables: Mapping[str, str] = os.environ) -> torch.device:
     """Return the device ``name``, with the index of this process's GPU for "cuda": another thread has another default.
 
+    From then on, float32 is multiplied as TF32 on CUDA devices.
+
     Raises ValueError for an index under a launcher, which would put all of its processes on one GPU.
     """
     device = torch.device(name)
@@ -321,9 +323,17 @@ def own_device(name: str, variables: Mapping[str, str] = os.environ) -> torch.de
             f"model.device {name} puts every process of the launcher on one GPU: set model.device to cuda, which is"
             " each process's own"
         )
+    if device.type == "cuda":
+        allow_tf32()
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def allow_tf32() -> None:
+    """Multiply float32 on CUDA devices by tensor cores, which round its factors to the 10 bits of TF32."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
 
 
 def current_gpu() -> int | None:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from genalign.runtime.blocks import blocks_of
+
 _PARALLELISM = ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
 
 _UNSUPPORTED = {
@@ -60,8 +62,7 @@ class Sharding:
         if master_weights and dtype != torch.float32:  # inputs are cast by the pipeline, which spares the timesteps
             precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
             setattr(network, _COMPUTE_DTYPE, dtype)
-        lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
-        for module in [*(block for blocks in lists for block in blocks), network]:
+        for module in [*blocks_of(network), network]:
             fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard_after_forward, mp_policy=precision)
         if master_weights:
             untyped: Any = network

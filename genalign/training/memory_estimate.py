@@ -83,8 +83,8 @@ class NetworkSize:
     kind: Literal["denoiser", "text encoder", "decoder"]
 
     def quantized(self, quantization: str | None) -> float:
-        """Bytes under a quantization of the weights of linear layers; None for none."""
-        if quantization is None:
+        """Bytes under a quantization of the weights of linear layers; "fp8" stores them in their own dtype, too."""
+        if quantization not in _QUANTIZED:
             return self.nbytes
         return self.nbytes - self.linear * (self.nbytes / self.parameters - _QUANTIZED[quantization])
 

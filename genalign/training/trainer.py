@@ -48,7 +48,7 @@ from genalign.training.round_result import RoundResult
 from genalign.training.run_folder import RunFolder, WeightStore
 from genalign.training.sampler import SampledBatch, Sampler
 from genalign.training.settings import TrainerSettings, optimizer_class
-from genalign.types import Pipeline, Prompt, PromptSet, RewardFunction, TrainableReward
+from genalign.types import CompilesBlocks, Pipeline, Prompt, PromptSet, RewardFunction, TrainableReward
 
 logger = logging.getLogger(__name__)
 
@@ -112,11 +112,17 @@ class Trainer:
         self.monitor = RewardMonitor(settings.max_failed_fraction)
         self.nonfinite = NonFiniteGuard(settings.max_skipped_updates, suspects)
         self.micro_batch = settings.micro_batch or max(self.batch_sizes)
+        self._compile(pipeline)
         self.loss_scale = LossScale.for_dtype(pipeline.compute_dtype, settings.loss_scale)
         self.kl_floors: list[float] = []
         self.rounds_done = 0
         self.samples = 0
         self.seconds = 0.0
+
+    def _compile(self, pipeline: Pipeline) -> None:
+        """Compile the network, if it was opened so, for the batches of sampling and of learning."""
+        if isinstance(pipeline, CompilesBlocks):
+            pipeline.compile_blocks((max(self.batch_sizes), self.micro_batch))
 
     def rounds(self, progress: Progress = SILENT) -> Iterator[RoundResult]:
         """Train the remaining rounds, and yield the result of each; ``progress`` shows the phases within a round."""
@@ -291,6 +297,7 @@ class Trainer:
                     raise
             logger.warning("Out of memory with micro-batches of %d: continuing with %d", self.micro_batch, smaller)
             self.micro_batch = smaller
+            self._compile(self.pipeline.pipeline)
             self.optimizer.zero_grad()
             free_memory()
             context.metrics.rollback(before)

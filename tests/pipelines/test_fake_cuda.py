@@ -325,6 +325,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     for name in ("Stream", "stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current.get(threading.get_ident(), 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.update({threading.get_ident(): index}))
     return current

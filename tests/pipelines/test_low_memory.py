@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from genalign.diffusion.policy import Lora, Policy
 from genalign.runtime.memory_options import Memory
 from pipelines import SD3
-from pipelines.low_memory import on_device
+from pipelines.low_memory import multiply_in_float8, on_device, require_quantization
 from tests.fake_cuda import FakeCuda
 
 Offload = Literal["none", "text", "all"]
@@ -35,6 +36,52 @@ def test_a_lora_is_trained_on_an_int8_base(tiny: SD3, tiny_folder: Path, tmp_pat
     assert 0 < error < 0.02  # 8 bits of weights
     small.save_lora(tmp_path, policy.adapter_state(), policy.config)  # it has one
     tiny.load_lora(tmp_path)
+
+
+def _gradient(pipeline: SD3) -> tuple[Tensor, Tensor]:
+    """The prediction, and the gradient of a LoRA whose weights are not zero."""
+    policy = Policy(pipeline.denoiser, Lora(rank=4))
+    for parameter in policy.parameters:
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    x, conditioning = pipeline.initial_noise([1, 2]), pipeline.encode(PROMPTS)
+    output = pipeline.predict(x, pipeline.grid(4)[1], conditioning, 1.0)
+    output.square().mean().backward()
+    return output.detach(), torch.cat([p.grad.flatten() for p in policy.parameters if p.grad is not None])
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own
+def test_a_lora_is_trained_on_a_float8_base(tiny_folder: Path) -> None:
+    float8 = pytest.importorskip("torchao.float8", reason="the extra genalign[memory] is not installed")
+    exact, rounded = (SD3.load(tiny_folder, autocast=torch.bfloat16) for _ in range(2))
+    rowwise = float8.Float8LinearConfig.from_recipe_name("rowwise")
+    multiply_in_float8(rounded.denoiser, replace(rowwise, emulate=True))  # rounds to float8, and multiplies wider
+    kinds = {type(layer) for block in rounded.denoiser.transformer_blocks for layer in block.modules()}
+    assert nn.Linear not in kinds
+    fingerprint = rounded.fingerprint
+    (output, gradient), (rounded_output, rounded_gradient) = _gradient(exact), _gradient(rounded)
+    assert 1e-4 < float((rounded_output - output).norm() / output.norm()) < 0.1  # 3 bits
+    assert 0.98 < float(torch.cosine_similarity(gradient, rounded_gradient, dim=0)) < 0.99999
+    assert fingerprint == exact.fingerprint  # the weights themselves are not rounded
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is refused without a GPU")
+def test_float8_needs_a_gpu_that_has_it(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(quantization="fp8")
+    with pytest.raises(ValueError, match=r"'fp8' needs a CUDA device of compute capability 8\.9"):
+        SD3.load(tiny_folder, memory=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ValueError, match=r"take 'int8', or none"):
+        require_quantization(memory, "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs torchao: pip install 'genalign\[memory\]'"):
+        require_quantization(memory, "cuda:0")
+
+
+def test_float8_needs_bfloat16(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.base.require_quantization", lambda *_: None)
+    with pytest.raises(ValueError, match=r"'fp8' returns bfloat16: set model\.autocast"):
+        SD3.load(tiny_folder, memory=Memory(quantization="fp8"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is refused without a GPU")
