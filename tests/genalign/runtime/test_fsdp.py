@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from genalign.cli.train import _sharding
 from genalign.diffusion.policy import Lora, Policy, WeightSnapshot
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from genalign.runtime.fsdp import Sharding, compute_dtype, full_tensor, gathered_state, sharding_from_environment
+from genalign.training.settings import TrainerSettings
 from tests.genalign.ranks import become
 from tests.http_servers import free_port
 
@@ -189,6 +193,18 @@ def test_every_node_shards_a_copy_unless_accelerate_says_otherwise(
 def test_other_parallelism_is_refused(variables: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sharding_from_environment(variables, 16)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [("halve", "on_out_of_memory halve"), ("stop", "different numbers of")]
+)
+def test_what_shards_cannot_train_is_refused(monkeypatch: pytest.MonkeyPatch, setting: Any, message: str) -> None:
+    for name, value in (FSDP | {"LOCAL_WORLD_SIZE": "4"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ProcessGroup, "all_gather_object", lambda self, value: [value, 1])  # the other's node has 8
+    settings = Mock(lora=None, training=TrainerSettings(on_out_of_memory=setting))
+    with pytest.raises(ValueError, match=message):
+        _sharding(settings, ProcessGroup(0, 12))
 
 
 def test_a_snapshot_on_another_device_is_copied_in_and_out(monkeypatch: pytest.MonkeyPatch) -> None:
