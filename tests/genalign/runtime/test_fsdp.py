@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from genalign.cli.config import Model
 from genalign.cli.train import _sharding
 from genalign.diffusion.policy import Lora, Policy, WeightSnapshot
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup, process_group
@@ -202,7 +203,7 @@ def test_what_shards_cannot_train_is_refused(monkeypatch: pytest.MonkeyPatch, se
     for name, value in (FSDP | {"LOCAL_WORLD_SIZE": "4"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ProcessGroup, "all_gather_object", lambda self, value: [value, 1])  # the other's node has 8
-    settings = Mock(lora=None, training=TrainerSettings(on_out_of_memory=setting))
+    settings = Mock(lora=None, model=Model("sd"), training=TrainerSettings(on_out_of_memory=setting))
     with pytest.raises(ValueError, match=message):
         _sharding(settings, ProcessGroup(0, 12))
 
