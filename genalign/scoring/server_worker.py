@@ -77,7 +77,8 @@ class Worker:
         self._reward, self._max_batch, self._device, self._first = reward, max_batch, own_device(device), first
         self._loaded = first is None
         self._queue: queue.SimpleQueue[ScoringJob | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="genalign-reward", daemon=True)
+        gpu = self._device.index if self._device.type == "cuda" else None
+        self._thread = threading.Thread(target=self._run, args=(gpu,), name="genalign-reward", daemon=True)
         self._thread.start()
 
     def submit(self, job: ScoringJob) -> None:
@@ -95,8 +96,8 @@ class Worker:
         self._queue.put(None)
         self._thread.join(DRAIN_SECONDS)
 
-    def _run(self) -> None:
-        use_gpu(self._device.index if self._device.type == "cuda" else None)
+    def _run(self, gpu: int | None) -> None:
+        use_gpu(gpu)
         if self._first is not None:
             name = "at the start, of a sample without meaning or metadata"
             score_each(self._reward, self._first[None].to(self._device), [Prompt("a photo")], name)

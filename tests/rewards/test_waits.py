@@ -12,7 +12,7 @@ from genalign.evaluation.geneval.scoring import Thresholds
 from genalign.scoring.score import NamedReward, score
 from genalign.types import Prompt
 from rewards.backbones import clip_encoder, detectors
-from rewards.backbones.detectors import GroundingDino, Mask2Former, Owlv2
+from rewards.backbones.detectors import Mask2Former, Owlv2
 from rewards.clip import ClipReward
 from tests.fake_cuda import FakeCuda
 from tests.rewards import tiny_detectors
@@ -48,7 +48,6 @@ def test_clip_waits_for_its_scores_alone(tmp_path: Path) -> None:
     [
         (Mask2Former, tiny_detectors.mask2former, 2, 4),  # likely queries, then masks; two in transformers
         (Owlv2, tiny_detectors.owlv2, 1, 6),  # five in transformers
-        (GroundingDino, tiny_detectors.grounding_dino, 1, 8),  # seven in transformers and with the caption
     ],
 )
 def test_detectors_wait_a_few_times_for_a_batch(
