@@ -129,6 +129,12 @@ TABLE = [  # names, arguments, in which {name} is a checkpoint or the working di
      "model.height: expected int, not tall"),
     ("no rounds", (*TRAIN, "--training.rounds", "0"), "training.rounds must be at least 1, not 0"),
     ("rate", (*TRAIN, "--training.learning_rate", "-1"), "training.learning_rate must be positive, not -1.0"),
+    ("float16 unscaled", (*TRAIN, "--model.dtype", "float16", "--training.loss_scale", "1"),
+     "training.loss_scale is 1: float16 loses the gradients of an unscaled loss, so take a power of two such as 65536,"
+     " or model.dtype bfloat16"),
+    ("autocast unscaled", (*PLAN, "--model.autocast", "float16", "--training.loss_scale", "1"),
+     "training.loss_scale is 1: float16 loses the gradients of an unscaled loss, so take a power of two such as 65536,"
+     " or model.dtype bfloat16"),
     ("rank", (*TRAIN, "--lora.rank", "0"), "LoRA rank must be at least 1, not 0"),
     ("ema_decay", (*TRAIN, "--ema_decay", "1.5"), "ema_decay must be in [0, 1), not 1.5"),
     ("steps", (*TRAIN, "--sampling.num_steps", "0"), "sampling.num_steps must be at least 1, not 0"),

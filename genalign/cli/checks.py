@@ -8,9 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from genalign.algorithms.interfaces import with_stronger_kl
 from genalign.cli.context import CommandContext, prompt_set
 from genalign.cli.run_prompts import RunPrompts
+from genalign.training.loss_scale import LossScale
 from genalign.training.run_folder import RunFolder
 from genalign.training.settings import optimizer_class
 
@@ -28,6 +31,7 @@ def training_checks(context: CommandContext, resume: bool = False) -> Iterator[C
         yield lambda settings: RunFolder(Path(settings.output)).require_unused()
     yield lambda settings: context.require(settings.model)
     yield lambda settings: optimizer_class(settings.training)
+    yield _require_loss_scale
     yield lambda settings: require_trackers(settings.trackers)
     yield lambda settings: prompt_set(settings.prompts)
     for section in ("held_out", "reward_hacking", "before_after"):
@@ -41,6 +45,12 @@ def _require_prompts(section: str, settings: config.Train) -> None:
     panel = getattr(settings, section)
     if panel and panel.prompts is not None and getattr(panel, "every", 1):
         prompt_set(panel.prompts)
+
+
+def _require_loss_scale(settings: config.Train) -> None:
+    """Raise ValueError for a network that computes in float16 without a scale of its loss."""
+    model = settings.model
+    LossScale.for_dtype(getattr(torch, model.autocast or model.dtype), settings.training.loss_scale)
 
 
 def _require_penalty(settings: config.Train) -> None:
