@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CLEAN := $(or $(TMPDIR),/tmp)/genalign-wheel
 
-.PHONY: demo demo-audio test test-slow check wheel proofs format docs docs-results
+.PHONY: demo demo-audio test test-slow test-gpu check wheel proofs format docs docs-results
 
 demo: $(INSTALLED)
 	$(BIN)/genalign demo
@@ -17,6 +17,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow --durations=10
+
+test-gpu: $(INSTALLED) # with GENALIGN_TEST_DEVICE=cpu on the CPU
+	$(BIN)/python -m pytest -q -m gpu -rs --durations=10 tests/gpu
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

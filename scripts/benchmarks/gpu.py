@@ -28,6 +28,7 @@ from genalign import assets
 from genalign.cli import config
 from genalign.diffusion.policy import Policy
 from genalign.runtime.distributed import own_device
+from genalign.scoring.score import NamedReward
 from genalign.training.dry_run import ToyPipeline, dry_run
 from genalign.training.memory_estimate import NetworkSize, Outline, estimate_memory
 from genalign.training.trainer import Trainer
@@ -222,7 +223,9 @@ def estimated_peak(settings: config.Train, size: Size, dtype: torch.dtype) -> fl
     fitted = settings.training.fit(prompts, settings.recipe.objective.unit)
     guidance = settings.sampling.guidance_scale(pipeline)
     toy = ToyPipeline.like(pipeline, settings.sampling)
-    counted = dry_run(toy, [], prompts, settings.recipe, replace(fitted, rounds=1), guidance)
+    counted = dry_run(
+        toy, [NamedReward("places", places)], prompts, settings.recipe, replace(fitted, rounds=1), guidance
+    )
     policy, outline = (
         Policy(pipeline.denoiser, settings.lora),
         Outline(pipeline, networks, settings.model.memory, dtype.itemsize),
