@@ -12,8 +12,8 @@ and rewards are counted for neither loop.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ from genalign.diffusion.policy import Policy
 from genalign.runtime.memory_options import Memory
 from genalign.scoring.score import NamedReward
 from genalign.training.dry_run import ToyPipeline, dry_run
-from genalign.types import Conditioning, PromptSet
+from genalign.types import PromptSet
 from pipelines import SD3
+from pipelines.base import DiffusersPipeline
+from pipelines.meta_device import outline_of
 from scripts.benchmarks.proofs import head
 from scripts.benchmarks.published_results import Measurement, write_results
 from scripts.benchmarks.published_sizes import sd35_medium
@@ -67,25 +69,14 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tenso
     return output
 
 
-class ShapesOnly(SD3):
-    """SD3 on the meta device, whose texts are all of the greatest length."""
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning(self.longest_conditioning(len(prompts)))
-
-    def unconditional_tensors(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self.longest_conditioning(len(next(iter(tensors.values()))))
-
-    def _mixed_precision(self) -> AbstractContextManager[object]:
-        return nullcontext()  # the meta device has no autocast
-
-
-def open_on_meta(pixels: int, text_tokens: int, checkpointing: bool, blocks: int | None = None) -> ShapesOnly:
+def open_on_meta(pixels: int, text_tokens: int, checkpointing: bool, blocks: int | None = None) -> DiffusersPipeline:
     """Build SD3.5 Medium without weights; ``blocks`` limits the number of blocks of each kind."""
     with torch.device("meta"):
         pipe = sd35_medium(blocks, texts=False)
-    memory = Memory(checkpointing=checkpointing)
-    return ShapesOnly(pipe, device="meta", height=pixels, width=pixels, max_sequence_length=text_tokens, memory=memory)
+    memory, size = Memory(checkpointing=checkpointing), {"height": pixels, "width": pixels}
+    pipeline = outline_of(pipe, SD3, torch.float32, **size, max_sequence_length=text_tokens, memory=memory).pipeline
+    assert isinstance(pipeline, DiffusersPipeline)
+    return pipeline
 
 
 @contextmanager
@@ -105,7 +96,7 @@ def training_settings(file: str | Path) -> config.Train:
     return settings
 
 
-def our_calls(settings: config.Train, pipeline: ShapesOnly) -> Calls:
+def our_calls(settings: config.Train, pipeline: DiffusersPipeline) -> Calls:
     """The calls of a whole run of the trainer, divided by its images, if every sample has credit."""
     prompts = PromptSet.of([str(number) for number in range(settings.training.prompts_per_round or 16)])
     fitted = settings.training.fit(prompts, settings.recipe.objective.unit)
@@ -115,7 +106,7 @@ def our_calls(settings: config.Train, pipeline: ShapesOnly) -> Calls:
     return Calls(run.total.counts["nfe"] / images, run.total.counts["nfe backward"] / images)
 
 
-def call_flops(pipeline: ShapesOnly) -> Calls:
+def call_flops(pipeline: DiffusersPipeline) -> Calls:
     """The FLOPs of one forward call with the adapter, and of its backward pass, with what that runs again."""
     x, conditioning = pipeline.zeros(1, *pipeline.latent_shape), pipeline.longest_conditioning(1)
     flops = Counter[str]()
@@ -126,7 +117,7 @@ def call_flops(pipeline: ShapesOnly) -> Calls:
     return Calls(flops["forward"], flops["backward"])
 
 
-def model_on_meta(settings: config.Train, blocks: int | None = None) -> ShapesOnly:
+def model_on_meta(settings: config.Train, blocks: int | None = None) -> DiffusersPipeline:
     """Build SD3.5 Medium with the adapter and the sizes of a configuration."""
     model = settings.model
     if model.height is None or model.max_sequence_length is None:

@@ -29,17 +29,17 @@ from genalign.cli import config
 from genalign.diffusion.policy import Policy
 from genalign.runtime.distributed import own_device
 from genalign.scoring.score import NamedReward
-from genalign.training.dry_run import ToyPipeline, dry_run
-from genalign.training.memory_estimate import NetworkSize, Outline, estimate_memory
+from genalign.training.memory_estimate import estimate_memory
 from genalign.training.trainer import Trainer
 from genalign.types import Conditioning, Prompt, PromptSet
 from pipelines import SD3
+from pipelines.meta_device import outline_of
 from scripts.benchmarks import flops
 from scripts.benchmarks.proofs import head
 from scripts.benchmarks.published_results import Measurement, ratios, write_results
 from scripts.benchmarks.published_sizes import default_dtype, sd35_medium
 
-RESULTS = Path("docs/results")
+RESULTS, AUTOCAST = Path("docs/results"), torch.bfloat16
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 """Dense bfloat16 FLOP/s of cards by a part of their names, from the makers' data sheets."""
 
@@ -104,8 +104,7 @@ def settings_of(size: Size) -> config.Train:
     model = replace(settings.model, height=size.pixels, width=size.pixels, max_sequence_length=size.text_tokens)
     training = replace(settings.training, rounds=10**6, prompts_per_round=size.prompts)
     if size.blocks is not None:
-        small = replace(settings.model.memory, offload=False)
-        model, training = replace(model, memory=small), replace(training, group_size=2, batch_size=2, micro_batch=2)
+        training = replace(training, group_size=2, batch_size=2, micro_batch=2)
     return replace(settings, model=model, training=training)
 
 
@@ -212,25 +211,16 @@ def timed_rounds(
 
 
 def estimated_peak(settings: config.Train, size: Size, dtype: torch.dtype) -> float:
-    """The peak of ``genalign plan`` for a run of this size, in bytes, without its text encoders."""
-    pipeline = flops.open_on_meta(size.pixels, size.text_tokens, settings.model.memory.checkpointing, size.blocks)
-    networks = []
-    for name in ("transformer", "vae"):
-        network = pipeline.pipe.components[name].to(dtype)
-        linear = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, torch.nn.Linear))
-        networks.append(NetworkSize(name, sum(parameter.numel() for parameter in network.parameters()), linear))
+    """The peak of ``genalign plan`` for a round of this size, in bytes, but for the encoding of texts."""
+    with torch.device("meta"):
+        pipe = sd35_medium(size.blocks, positions=size.positions)
+    pixels = {"height": size.pixels, "width": size.pixels, "max_sequence_length": size.text_tokens}
+    outline = outline_of(pipe, SD3, dtype, autocast=AUTOCAST, memory=settings.model.memory, **pixels)
     prompts = PromptSet.of([str(number) for number in range(size.prompts)])
     fitted = settings.training.fit(prompts, settings.recipe.objective.unit)
-    guidance = settings.sampling.guidance_scale(pipeline)
-    toy = ToyPipeline.like(pipeline, settings.sampling)
-    counted = dry_run(
-        toy, [NamedReward("places", places)], prompts, settings.recipe, replace(fitted, rounds=1), guidance
-    )
-    policy, outline = (
-        Policy(pipeline.denoiser, settings.lora),
-        Outline(pipeline, networks, settings.model.memory, dtype.itemsize),
-    )
-    return max(estimate_memory(outline, policy, settings.recipe, fitted, guidance, counted.stored).peaks.values())
+    policy, rewards = Policy(outline.pipeline.denoiser, settings.lora), [NamedReward("places", places)]
+    (estimate,) = estimate_memory(outline, policy, settings.recipe, fitted, settings.sampling, rewards).values()
+    return max(peak for phase, peak in estimate.peaks.items() if phase != "encoding texts")
 
 
 def card(device: torch.device) -> str:
@@ -241,7 +231,7 @@ def card(device: torch.device) -> str:
 def measure(device: torch.device, size: Size) -> list[Measurement]:
     """Run rounds of ours and of the plain loop, and return what was measured."""
     settings, dtype = settings_of(size), torch.bfloat16
-    options = {"autocast": torch.bfloat16, "memory": replace(settings.model.memory, offload=False)}
+    options = {"autocast": AUTOCAST, "memory": replace(settings.model.memory, offload="none")}
     pipeline = open_randomly(device, size, dtype, options)
     ours = OurRounds(pipeline, settings)
     plain = PlainRounds(ours, pipeline)
