@@ -129,8 +129,6 @@ class DiffusersPipeline(ABC):
         self._decoders = [pipe.components[name] for name in self.decoders]
         self._place_networks()
         self.compiled = options.get("compiled", False)
-        if self.compiled:
-            require_compiler(self.device.type, self.memory)
         self._blocks: CompiledBlocks | None = None
         self._adapters: tuple[object, int] = None, 0  # those that multiply in the dtype of autocast
 
@@ -183,6 +181,8 @@ class DiffusersPipeline(ABC):
         absent = dict.fromkeys(absent_components(path_or_id, cls.kind, access))
         memory = options.get("memory", Memory())
         require_quantization(memory, options.get("device", "cpu"))
+        if options.get("compiled"):
+            require_compiler(options.get("device", "cpu"), memory)
         extra = quantization_arguments(memory, cls.denoiser_name, dtype)
         with one_line_errors(path_or_id):
             pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, **files, **absent, **extra)

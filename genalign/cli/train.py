@@ -384,6 +384,7 @@ def _sharding(settings: config.Train, processes: ProcessGroup) -> Sharding | Non
     sharding = sharding_from_environment(os.environ, processes.world_size)
     conflicts = {
         "training.optimizer adamw8bit: choose adamw": settings.training.optimizer != "adamw",
+        "model.compiled: leave it out": settings.model.compiled,
         "model.memory.quantization: leave it out": settings.model.memory.quantization is not None,
         "training.on_out_of_memory halve: ranks would diverge": settings.training.on_out_of_memory == "halve",
     }

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +19,15 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
+from genalign.cli import config
 from genalign.cli import train as train_module
 from genalign.cli.main import main
 from genalign.evaluation.evaluate import load_evaluation
+from genalign.diffusion.policy import Lora
+from genalign.runtime.distributed import ProcessGroup
+from genalign.runtime.memory_options import Memory
 from genalign.runtime.progress import Progress
+from genalign.training.settings import TrainerSettings
 from genalign.types import Prompt
 from tests.genalign.training.toy_runs import redness
 
@@ -222,3 +228,20 @@ def test_a_run_says_when_and_by_which_command_it_began(
     assert row["machine"]["time"] >= started["date"]
     assert main(["train", "--resume", str(run), "--training.rounds=3"]) == 0
     assert "may differ" not in caplog.text and _json(run / "environment.json")["started"] == started
+
+
+@pytest.mark.parametrize(
+    ("model", "advice"),
+    [
+        (config.Model("x", compiled=True), r"model\.compiled: leave it out"),
+        (config.Model("x", memory=Memory(quantization="int8")), r"model\.memory\.quantization: leave it out"),
+    ],
+)
+def test_fsdp_refuses_what_it_was_not_tested_with(
+    monkeypatch: pytest.MonkeyPatch, model: config.Model, advice: str
+) -> None:
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    settings: Any = SimpleNamespace(model=model, lora=Lora(), training=TrainerSettings())
+    with pytest.raises(ValueError, match=advice):
+        train_module._sharding(settings, ProcessGroup(0, 2))
