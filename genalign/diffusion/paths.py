@@ -125,15 +125,17 @@ class EDMPath(GaussianPath):
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Reshape a float64 coefficient, () or (B,), to multiply a latent x (B, ...), on its device.
+    """Cast and reshape a float64 coefficient, () or (B,), to multiply a latent x (B, ...).
 
-    The result is float64 for a float64 latent and float32 for any other. Raises ValueError for another shape.
+    The result is float64 for a float64 latent and float32 for any other. One coefficient of all rows stays on the CPU,
+    since a kernel takes it as a number, without a copy; others are copied to the latent's device. Raises ValueError for
+    another shape.
     """
     if coefficient.ndim and coefficient.shape != x.shape[:1]:
         raise ValueError(f"a coefficient must be () or ({len(x)},) for this latent, not {tuple(coefficient.shape)}")
     # The cast comes before the move: some devices have no float64
-    cast = coefficient.to(torch.promote_types(x.dtype, torch.float32)).to(x.device, non_blocking=True)
-    return cast.reshape(-1, *[1] * (x.ndim - 1)) if cast.ndim else cast
+    cast = coefficient.to(torch.promote_types(x.dtype, torch.float32))
+    return cast.to(x.device, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1)) if cast.ndim else cast
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
