@@ -160,7 +160,7 @@ class PartialRun:
 
     def rows(self, rows: Tensor) -> PartialRun:
         """Select the samples ``rows`` (M,) long, in this order."""
-        index = rows.to(self.latents.device)
+        index = rows.to(self.latents.device, non_blocking=True)
         return replace(self, latents=self.latents[index], x0=self.x0[index], state=select_rows(self.state, rows))
 
     def restore(self, scheduler: SchedulerMixin) -> None:

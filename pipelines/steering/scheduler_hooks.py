@@ -223,7 +223,7 @@ def select_rows(state: dict[str, Any], rows: Tensor) -> dict[str, Any]:
         if isinstance(value, list):
             return [select(part) for part in value]
         if isinstance(value, Tensor) and value.ndim >= 2:
-            return value[rows.to(value.device)]
+            return value[rows.to(value.device, non_blocking=True)]
         return value
 
     return {name: select(value) for name, value in state.items()}

@@ -205,7 +205,7 @@ class Steering(PipelineScorer):
             self._finished = samples, scores, choice
             order = torch.argsort(2 * self.prompt + ~torch.isin(torch.arange(len(x)), choice), stable=True)
             self.scores = scores[order]
-            return x[order.to(x.device)]
+            return x[order.to(x.device, non_blocking=True)]
 
         # A step at which the strategy selects: each place continues from the particle that it names
         if move.index not in self.scoring_steps:
@@ -223,7 +223,7 @@ class Steering(PipelineScorer):
         self.lineage.close(self.nodes, done)
         self.nodes = self.lineage.add(self.prompt.tolist(), parents, done)
         self._in_place &= sources == torch.arange(len(sources))
-        return x[sources.to(x.device)]
+        return x[sources.to(x.device, non_blocking=True)]
 
     def _begin(self, x: Tensor, total: int) -> None:
         """Lay out a new call, of particles with the initial latents ``x`` (N, ...) and ``total`` steps."""
@@ -248,7 +248,7 @@ class Steering(PipelineScorer):
         self.lineage = Lineage()
         self.nodes = self.lineage.add(self.prompt.tolist(), [None] * samples, 0)
         self._firsts = torch.arange(0, samples, count)
-        self._initial = x[self._firsts.to(x.device)]
+        self._initial = x[self._firsts.to(x.device, non_blocking=True)]
         self._in_place = torch.full((samples,), self.plan.kernel is None)  # moved by the scheduler, and never replaced
 
     def _score(self, latents: Tensor, done: int) -> tuple[Tensor, Tensor]:
