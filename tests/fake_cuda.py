@@ -63,13 +63,14 @@ class Event:
 class FakeCuda(TorchDispatchMode):
     """A context in which torch has a CUDA device of index 0 whose tensors have no values.
 
-    It may be entered again, and its tensors belong to it. Build networks within ``with cuda, torch.device("cuda")``, so that they take no memory. A number that is read from
-    the device is 1, all numbers are finite, and comparisons are True; a tensor copied from it holds numbers in
-    [0, 1), or zeros if it is large. The context holds for its own thread: score without ``overlap_scoring``.
+    It may be entered again, and its tensors belong to it. Build networks within ``with cuda, torch.device("cuda")``, so
+    that they take no memory. A number that is read from the device is 1, all numbers are finite, and comparisons are
+    True; a tensor copied from it holds numbers in [0, 1), or zeros if it is large. The context holds for its own
+    thread: score without ``overlap_scoring``.
 
     Attributes:
-        waits: Since the context was entered, the reads of values, blocking copies in both directions, and operations whose result's size depends on
-            values, each of which lets the CPU wait until the device has finished.
+        waits: Since the context was entered, the reads of values, blocking copies in both directions, and operations
+            whose result's size depends on values, each of which lets the CPU wait until the device has finished.
         copies: The copies to the device since then, blocking or not.
         live: Bytes of the storages on the device that exist now.
         peak: The largest ``live`` since the last ``reset_peak``.
@@ -243,7 +244,7 @@ class FakeCuda(TorchDispatchMode):
         dtype = dtype or tensor.dtype
         if dtype == torch.bool:
             return torch.full(tensor.shape, tensor.is_true)
-        if dtype.is_floating_point and tensor.numel() <= 4096:
+        if dtype.is_floating_point and tensor.numel() <= 1 << 14:
             return torch.rand(tensor.shape, generator=self._random).to(dtype)
         return torch.zeros(tensor.shape, dtype=dtype)
 
@@ -423,10 +424,10 @@ def _require_one_dtype(name: str, tensors: Sequence[Any]) -> None:
 
 
 def _apply(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Convert the tensors of a module as its own method does, which swaps tensors without values, and cannot."""
+    """Convert the tensors of a module as its own method does, which cannot set ``data`` across devices here."""
     for child in module.children():
         _apply(child, convert)
-    for name, parameter in module._parameters.items():
+    for parameter in module._parameters.values():
         if parameter is None:
             continue
         with torch.no_grad():
@@ -434,11 +435,18 @@ def _apply(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool
         if isinstance(parameter, FakeTensor) == isinstance(converted, FakeTensor):
             parameter.data = converted
         else:
-            module._parameters[name] = nn.Parameter(converted, parameter.requires_grad)
+            _swap(parameter, nn.Parameter(converted, parameter.requires_grad))
     for name, buffer in module._buffers.items():
         if buffer is not None:
             module._buffers[name] = convert(buffer)
     return module
+
+
+def _swap(first: Any, second: Any) -> None:
+    """Exchange two tensors as ``torch.utils.swap_tensors`` does, which refuses those that the mode remembers."""
+    first.__class__, second.__class__ = second.__class__, first.__class__
+    first.__dict__, second.__dict__ = second.__dict__, first.__dict__
+    torch._C._swap_tensor_impl(first, second)
 
 
 class _Saved:

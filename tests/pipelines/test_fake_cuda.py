@@ -7,12 +7,15 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import transformers
+from diffusers import EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from genalign import search
@@ -21,8 +24,9 @@ from genalign.algorithms.credit import GroupRelative, NormalizedSum
 from genalign.algorithms.matching import MatchingObjective, RewardWeightedLoss
 from genalign.algorithms.recipes import Recipe
 from genalign.diffusion.policy import Lora, Policy
+from genalign.diffusion.rollout import generate
 from genalign.diffusion.sampling import Sampling
-from genalign.diffusion.transitions import CPS, DDIM, DPMSDE, DanceSDE
+from genalign.diffusion.transitions import CPS, DDIM, DPMSDE
 from genalign.runtime.distributed import own_device
 from genalign.runtime.memory_options import Memory
 from genalign.scoring.score import NamedReward, score
@@ -31,9 +35,20 @@ from genalign.training.sampler import in_thread
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt
+from pipelines import steer
 from pipelines.base import DiffusersPipeline
-from rewards.set_rewards import VendiReward
+from rewards.adversarial.adversary import DiscriminatorSettings
+from rewards.adversarial.heads import AdversarialReward
+from rewards.adversarial.tuned_clip import TunedClipReward
+from rewards.adversarial.update_rules import Ratio
+from rewards.backbones.image_features import ClipFeatures
+from rewards.backbones.reference_images import ImageTensor, ReferencePool
+from rewards.clip import ClipReward
+from rewards.pairwise import BradleyTerry, WinRateReward
+from rewards.set_rewards import FrechetReward, PerSampleFrechetReward, VendiReward
+from rewards.similarity import ReferenceSimilarity
 from scripts.benchmarks.published_sizes import MODELS, default_dtype
+from scripts.pretrain.shapes_tokenizers import clip_tokenizer
 from tests.fake_cuda import Event, FakeCuda, _Backward, by_place
 
 pytestmark = [
@@ -47,7 +62,6 @@ SETTINGS = TrainerSettings(
 )
 STEPS = Sampling(num_steps=3)
 LARGE = 1 << 12  # bytes: more than the noise levels and positions that a network call takes, less than any text
-CLIP = "a-clip-of-the-device"
 
 
 def sharpness(samples: Tensor, prompts: object) -> Tensor:
@@ -87,7 +101,7 @@ class Model:
         blocks: int | None = 2,
         weights: torch.dtype = torch.bfloat16,
         autocast: torch.dtype | None = torch.bfloat16,
-        lora: Lora | None = Lora(rank=32),  # noqa: B008  # it is frozen
+        lora: Lora | None = Lora(rank=32),  # it is frozen
         **memory: Any,
     ) -> Model:
         """Build a model, which marks each of its network calls; ``memory`` are the fields of ``Memory``."""
@@ -133,11 +147,13 @@ def check(trained: Round) -> None:
     """The limits are two waits in a step and four in a micro-batch, and none is left today."""
     assert by_place(trained.steps(trained.waits)) == {}
     assert by_place(trained.learning(trained.waits)) == {}
+    numbers = [event for event in trained.steps(trained.copies) if "expand" in event.functions and event.size <= 4]
+    assert by_place(numbers) == {}
     for events in (trained.steps(trained.copies), trained.learning(trained.copies)):
         expected = {"seeded_noise", "unconditional_tensors"}  # noise of a step; the negative prompt, once a run
         large = [event for event in events if event.size > LARGE and not expected & {*event.functions}]
-        assert {event.functions[-2] for event in large} <= {"to"}, by_place(large)  # Conditioning.to
-        assert not [event for event in large if "predict" in event.functions]
+        elsewhere = [event for event in large if "to" not in event.functions or "predict" in event.functions]
+        assert by_place(elsewhere) == {}  # all others are by Conditioning.to and Rollout.to
     assert sum("unconditional_tensors" in event.functions for event in trained.copies) <= 2
     conditionings = [event for event in trained.learning(trained.copies) if event.functions[-2:-1] == ("to",)]
     assert 0 < len(conditionings) <= 3 * trained.micro_batches  # each of its tensors once
@@ -150,16 +166,16 @@ def channels(samples: Tensor) -> Tensor:
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "flow_grpo": lambda: recipes.flow_grpo(window=1, kl=0.01),
     "dense_grpo": lambda: recipes.dense_grpo(window=1),
-    "guard_grpo": lambda: recipes.guard_grpo(DanceSDE(), window=1),
+    "guard_grpo": lambda: recipes.guard_grpo(window=1),
     "mix_grpo": lambda: recipes.mix_grpo(CPS(), window=1),
     "tempflow_grpo": recipes.tempflow_grpo,
     "ddpo": lambda: recipes.ddpo(window=1),
     "adv_grpo": lambda: recipes.adv_grpo(window=1),
     "prdp": lambda: recipes.prdp(window=1),
-    "dragon": lambda: recipes.dragon(anchor=0.1),
-    "dragon_set": lambda: recipes.dragon_set(VendiReward(), channels, quality=0.5, loss="kto"),
-    "nft": recipes.nft,
-    "awm": recipes.awm,
+    "dragon": lambda: recipes.dragon(anchor=0.1, draws=1),
+    "dragon_set": lambda: recipes.dragon_set(VendiReward(), channels, quality=0.5, loss="kto", draws=1),
+    "nft": lambda: recipes.nft(draws=1),
+    "awm": lambda: recipes.awm(draws=1),
     "with_credit": lambda: recipes.with_credit(recipes.flow_grpo(DPMSDE(), window=1), NormalizedSum()),
     "matching": lambda: recipes.matching(GroupRelative(), MatchingObjective(RewardWeightedLoss(), draws=1)),
 }
@@ -237,6 +253,174 @@ def test_a_model_is_searched(name: str) -> None:
     look_for(shared(name), search.FKSteering(2, start=0.0))
 
 
+@pytest.mark.slow  # up to a minute each
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("recipe", ["flow_grpo", "nft"])
+def test_a_round_at_full_size(name: str, recipe: str) -> None:
+    check(full_size(name).train(OBJECTIVES[recipe]()))
+
+
+@pytest.mark.slow  # up to half a minute each
+@pytest.mark.parametrize("name", MODELS)
+def test_a_search_at_full_size(name: str) -> None:
+    look_for(full_size(name), search.FKSteering(2, start=0.0))
+
+
+def full_size(name: str) -> Model:
+    """A model with all of its blocks; that of audio has no checkpointing."""
+    return shared(name, None, checkpointing=name != "stable_audio_open")
+
+
+@pytest.mark.fake_cuda_all  # minutes each
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("size", ["two blocks", "full size"])
+def test_every_recipe_of_every_model(size: str, name: str, recipe: str) -> None:
+    check((shared(name) if size == "two blocks" else full_size(name)).train(RECIPES[recipe]()))
+
+
+@pytest.mark.fake_cuda_all
+@pytest.mark.parametrize("strategy", STRATEGIES | GUIDED)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("size", ["two blocks", "full size"])
+def test_every_strategy_of_every_model(size: str, name: str, strategy: str) -> None:
+    look_for(shared(name) if size == "two blocks" else full_size(name), (STRATEGIES | GUIDED)[strategy]())
+
+
+@pytest.mark.slow  # two rounds
+def test_checkpointing_takes_less_memory() -> None:
+    plain, checkpointed = (
+        Model.open("sd35_medium", checkpointing=flag).train(recipes.flow_grpo(window=1)) for flag in (False, True)
+    )
+    assert checkpointed.learning_peak < 0.7 * plain.learning_peak
+    assert checkpointed.sampling_peak == plain.sampling_peak
+
+
+@pytest.fixture
+def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A CLIP of the widths of ViT-L/14, two blocks each, that is opened with random weights on the CPU."""
+    blocks = {"num_hidden_layers": 2}
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "patch_size": 14}
+    config = transformers.CLIPConfig(
+        text_config={"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12} | blocks,
+        vision_config=vision | blocks,
+        projection_dim=768,
+    )
+    config.save_pretrained(tmp_path)
+    clip_tokenizer().save_pretrained(str(tmp_path))
+    transformers.CLIPImageProcessor().save_pretrained(tmp_path)
+
+    def opened(folder: str, dtype: torch.dtype) -> transformers.CLIPModel:
+        with torch.device("cuda"), default_dtype(dtype):
+            return transformers.CLIPModel(config)
+
+    monkeypatch.setattr(transformers.CLIPModel, "from_pretrained", opened)
+    return str(tmp_path)
+
+
+def references() -> ReferencePool:
+    return ReferencePool(ImageTensor(torch.rand(3, 3, 64, 64)))
+
+
+ONCE = DiscriminatorSettings(steps_per_update=1)
+REWARDS: dict[str, Callable[[str], Any]] = {
+    "per sample": ClipReward,
+    "of pairs": lambda clip: WinRateReward(BradleyTerry(ClipReward(clip), scale=100.0)),
+    "of patches": lambda clip: PerSampleFrechetReward(ClipFeatures(clip), torch.rand(8, 768)),
+    "of references": lambda clip: ReferenceSimilarity(ClipFeatures(clip), references()),
+    "trained tower": lambda clip: TunedClipReward(clip, references(), blocks=1, update_rule=Ratio(), learning=ONCE),
+    "trained head": lambda clip: AdversarialReward(ClipFeatures(clip), references(), learning=ONCE),
+}
+SETS = {"vendi": VendiReward(), "frechet": FrechetReward(torch.rand(8, 768))}
+GRADIENTS = {
+    "noises": lambda: search.DNO(2),
+    "guided": lambda: search.FKSteering(2, 1.0, start=0.0, guide=search.RewardGradient()),
+}
+
+
+@pytest.mark.parametrize("scope", REWARDS)
+def test_rewards_of_every_scope_train(scope: str, clip: str) -> None:
+    model = shared("sd35_medium")
+    with model.cuda:
+        reward = REWARDS[scope](clip)
+    check(model.train(recipes.adv_grpo(window=1), reward=reward))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_rewards_of_sets_train(name: str, clip: str) -> None:
+    recipe = recipes.dragon_set(SETS[name], ClipFeatures(clip), draws=1)
+    check(shared("sd35_medium").train(recipe, replace(SETTINGS, prompts_per_round=2, group_size=4, batch_size=8)))
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_gradients_of_a_network_reach_the_noise(kind: str, clip: str) -> None:
+    look_for(shared("sd35_medium"), GRADIENTS[kind](), ClipReward(clip))
+
+
+DTYPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bfloat16 alone": ("sd35_medium", {"autocast": None}),
+    "float16": ("sd35_medium", {"weights": torch.float16, "autocast": torch.float16}),
+    "float16 alone": ("sd15", {"weights": torch.float16, "autocast": None}),
+    "float32": ("sd35_medium", {"weights": torch.float32, "autocast": None}),
+    "float32 under bfloat16": ("stable_audio_open", {"weights": torch.float32}),
+    "all weights": ("sd35_medium", {"weights": torch.float32, "lora": None}),
+    "checkpointing": ("flux_dev", {"checkpointing": True}),
+}
+
+
+@pytest.mark.parametrize("case", DTYPES)
+def test_dtypes_do_not_mix(case: str) -> None:
+    name, options = DTYPES[case]
+    model = Model.open(name, **options)
+    assert {parameter.dtype for parameter in model.policy.parameters} == {torch.float32}
+    check(model.train(recipes.flow_grpo(window=1)))
+
+
+def test_a_round_that_waits_on_the_cpu_is_copied_once_without_waiting() -> None:
+    model = Model.open("sd35_medium", offload="all", decode_batch=2)
+    settings = replace(SETTINGS, offload_rollouts=True, micro_batch=2, overlap_scoring=False)
+    trained = model.train(recipes.flow_grpo(window=1), settings)
+    assert trained.micro_batches == 2
+    check(trained)
+    assert sum(event.functions[-1] == "on_cpu" for event in trained.waits) <= 3 * trained.micro_batches
+
+
+@pytest.mark.parametrize("name", ["sd35_medium", "sd15"])
+def test_an_evaluation_waits_for_the_device_in_no_step(name: str) -> None:
+    model = shared(name)
+    with model.cuda as cuda:
+        grid = model.pipeline.grid(3)
+        batches = list(generate(model.pipeline, PROMPTS, [1, 2], grid, model.pipeline.guidance, 2))
+    assert [batch.device.type for batch in batches] == ["cuda"]
+    assert [event for event in cuda.waits if "rollout" in event.functions and event.mark] == []
+
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {  # that draw noise, since the levels of kernels would be values
+    "sd35_medium": functools.partial(FlowMatchEulerDiscreteScheduler.from_config, stochastic_sampling=True),
+    "sdxl": EulerAncestralDiscreteScheduler.from_config,
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_diffusers_pipeline_is_steered(name: str) -> None:
+    model = shared(name)
+    pipe, scheduler = model.pipeline.pipe, model.pipeline.pipe.scheduler
+    strategy = search.FKSteering(2, start=0.0, stop=0.2, ess=None, kernel=None)
+    pipe.scheduler = SCHEDULERS[name](scheduler.config)
+    pipe.scheduler.index_for_timestep = lambda *_: 0  # of the first step, which it would look up by value
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        with model.cuda as cuda, torch.autocast("cuda", torch.bfloat16), steer(pipe, sharpness, strategy) as steering:
+            options = {"num_inference_steps": 4, "num_images_per_prompt": 2, "height": 128, "width": 128}
+            pipe("red circle", output_type="pt", **options)
+    finally:
+        pipe.scheduler = scheduler
+    assert steering.scores is not None and steering.scores.shape == (2, 1)
+    waits = [event for event in cuda.waits if "_on_step" in event.functions]
+    assert {event.functions[-1] for event in waits} == {"decode_and_score", "_score_part"}
+    assert len(waits) == 2 * 3  # the samples and the scores of the two steps that select, and of the last
+
+
 def test_waits_and_copies_are_counted() -> None:
     with FakeCuda() as cuda:
         x = torch.ones(4, 3, device="cuda")
@@ -282,6 +466,34 @@ def test_memory_is_that_of_live_tensors() -> None:
         assert cuda.live == 1000 * 256 * 4
         del part
         assert cuda.live == 0 and torch.cuda.max_memory_allocated() == 1000 * 256 * 4
+
+
+def test_a_result_that_is_made_again_is_like_the_first() -> None:
+    with FakeCuda() as cuda:
+        for _ in range(2):
+            x = torch.ones(4, 6, device="cuda")
+            part = x.t()[1:3]
+            assert (part.shape, part.stride(), part.storage_offset()) == ((2, 4), (1, 6), 1)
+            assert part.untyped_storage()._cdata == x.untyped_storage()._cdata
+            assert cuda.live == 512
+            assert x.add_(1) is x
+            assert [half.shape for half in x.split(2)] == [(2, 6)] * 2
+            assert x.sum() and (x.double() + 1).dtype == torch.float64
+            assert x.unsqueeze_(0).shape == x.shape == (1, 4, 6)
+            assert torch.complex(x, x).conj().is_conj()
+            del x, part
+        assert cuda.live == 0
+
+
+def test_a_network_on_the_cpu_is_moved_with_its_optimizer() -> None:
+    network = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(network.parameters())
+    with FakeCuda():
+        network.to("cuda")
+        network(torch.ones(1, 2, device="cuda")).sum().backward()
+        optimizer.step()
+        (weight, *_) = optimizer.param_groups[0]["params"]
+        assert weight is network.weight and weight.device.type == weight.grad.device.type == "cuda"
 
 
 def test_gradients_are_those_of_the_engine() -> None:
