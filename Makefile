@@ -13,7 +13,7 @@ demo-audio: $(INSTALLED)
 	$(BIN)/genalign demo tones
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 --numprocesses=logical --maxprocesses=8 # a core each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 --numprocesses=logical --maxprocesses=8 --dist=worksteal # a core each
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow --durations=10

@@ -1,21 +1,37 @@
-"""A tiny random SD3 pipeline, on disk and opened, and the messages of commands."""
+"""A tiny random SD3 pipeline, on disk and opened, and the messages of commands.
+
+Modules that import torch are imported where they are used: the controller of pytest-xdist loads this file as well.
+"""
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
 from genalign.__main__ import main
-from pipelines import SD3
-from scripts.pretrain.shapes_models import ShapesTextToImage, assemble, build_vae
+
+if TYPE_CHECKING:
+    from pipelines import SD3
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later garbage collection, each of which takes half a second otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ordinary StableDiffusion3Pipeline folder: two blocks of width 64, random weights, 64 x 64 images."""
+    import torch
+
+    from scripts.pretrain.shapes_models import ShapesTextToImage, assemble, build_vae
+
     torch.manual_seed(0)
     folder: Path = tmp_path_factory.mktemp("tiny") / "sd3"
     model = ShapesTextToImage(layers=2, width=64)
@@ -25,10 +41,25 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def tiny(tiny_folder: Path) -> SD3:
-    """The tiny pipeline, freshly opened."""
+@pytest.fixture(scope="session")
+def tiny_opened(tiny_folder: Path) -> SD3:
+    """The tiny pipeline, to be copied."""
+    from pipelines import SD3
+
     return SD3.load(tiny_folder)
+
+
+@pytest.fixture
+def tiny(tiny_opened: SD3) -> SD3:
+    """The tiny pipeline, as if freshly opened."""
+    return copy.deepcopy(tiny_opened)
+
+
+@pytest.fixture
+def small(tiny: SD3) -> SD3:
+    """The tiny pipeline for images of 32 x 32, which cost half as much."""
+    tiny.height = tiny.width = 8
+    return tiny
 
 
 @pytest.fixture

@@ -83,8 +83,8 @@ def test_the_grid_has_every_recipe() -> None:
 
 @pytest.fixture(scope="module")
 def opened(tiny_folder: Path) -> SD3:
-    """The tiny pipeline, which every session copies."""
-    return SD3.load(tiny_folder)
+    """The tiny pipeline for images of 32 x 32, which every session copies."""
+    return SD3.load(tiny_folder, height=32, width=32)
 
 
 @pytest.fixture(scope="module", params=["image", "audio"])

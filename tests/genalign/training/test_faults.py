@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -45,7 +46,7 @@ from pipelines import SD3
 from rewards.remote.http_client import Patience
 from rewards.remote.remote_reward import RemoteReward
 from rewards.shapes import ShapesReward
-from tests.genalign.training.toy_runs import write_config
+from tests.genalign.training.toy_runs import redness, write_config
 from tests.http_servers import INFO, free_port, serving
 
 SETTINGS = TrainerSettings(
@@ -99,8 +100,9 @@ class Run:
         """Return the trained weights (n,)."""
         return torch.cat([parameter.detach().flatten() for parameter in self.trainer.policy.parameters])
 
+    @cached_property
     def reached(self) -> Tensor:
-        """Return scores (48,) of the averaged policy on noises of their own."""
+        """Scores (48,) of the averaged policy on noises of their own."""
         prompts = [prompt for prompt in PROMPTS.prompts for _ in range(6)]
         texts, grid = [prompt.text for prompt in prompts], SAMPLING.grid(self.pipeline)
         with self.trainer.policy.averaged():
@@ -114,7 +116,7 @@ def clean(opened: SD3) -> Run:
 
 def assert_within_noise(run: Run, clean: Run) -> None:
     """Require final scores that differ by less than two standard errors, and other weights."""
-    ours, theirs = run.reached(), clean.reached()
+    ours, theirs = run.reached, clean.reached
     error = float((ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt())
     assert abs(float(ours.mean() - theirs.mean())) < 2 * error
     assert bool(run.weights().isfinite().all()) and not torch.equal(run.weights(), clean.weights())
@@ -367,11 +369,12 @@ DIVISIBLE = {
 
 
 @pytest.mark.parametrize("name", DIVISIBLE)
-def test_micro_batches_have_the_same_gradient(opened: SD3, name: str) -> None:
+def test_micro_batches_have_the_same_gradient(small: SD3, name: str) -> None:
     make, size = DIVISIBLE[name]
 
     def gradient(micro_batch: int) -> Tensor:
-        run = Run(opened, settings=replace(SETTINGS, batch_size=8, rounds=1, updates_per_round=1), recipe=make())
+        settings = replace(SETTINGS, batch_size=8, rounds=1, updates_per_round=1)
+        run = Run(small, redness, settings, make())
         run.trainer.micro_batch = micro_batch
         gradients: list[Tensor] = []
 

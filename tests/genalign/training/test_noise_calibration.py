@@ -40,15 +40,15 @@ def test_initial_levels_are_those_of_flow_sde(tiny: SD3) -> None:
         assert float(ours.c) == pytest.approx(float(expected.c)) and float(ours.s) == pytest.approx(float(expected.s))
 
 
-def test_noise_that_only_harms_is_lowered_to_its_bound(tiny: SD3) -> None:
+def test_noise_that_only_harms_is_lowered_to_its_bound(small: SD3) -> None:
     calls = iter(range(10_000))
 
     def falling(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         # A batch is scored as a whole first, then the completions of its states from the noisiest on.
-        place = next(calls) % (len(trainable_steps(FlowSDE(), tiny.grid(4, SIGMAS))) + 1)
+        place = next(calls) % (len(trainable_steps(FlowSDE(), small.grid(4, SIGMAS))) + 1)
         return torch.full((len(samples),), -100.0 if place == 0 else -float(place))
 
-    last, grid = _calibrated(tiny, falling, 12), tiny.grid(4, SIGMAS)
+    last, grid = _calibrated(small, falling, 12), small.grid(4, SIGMAS)
     trained = trainable_steps(last, grid)
     assert all(last.levels[i] < 0.7 * float(initial_levels(grid)[i]) for i in trained)
     untrained = set(range(4)) - set(trained)
