@@ -96,40 +96,59 @@ def _field_default(component: Any, name: str) -> Any:
 
 def _setting(name: str, hint: Any, default: Any, text: str) -> Iterator[dict[str, Any]]:
     """Describe a setting, and then those of its parts."""
-    required = default is inspect.Parameter.empty
-    (main, *others) = options = [one for one in _union(hint) if one is not type(None)]
-    kind = next((kind for kind, (base, _) in KINDS.items() if main is base), None)
-    is_group = _is_settings(main) and not others
-    choices = [str(value) for one in options for value in typing.get_args(one) if typing.get_origin(one) is Literal]
-    values: dict[str, Any] = {
-        "required": required,
-        "group": is_group,
-        "optional": len(options) < len(_union(hint)),
-        "choices": choices,
-        "kind": kind,
-        "open": kind is not None or not (is_group or all(map(_is_plain, options))),
-    }
-    if not required and (default is None or not is_group):
-        values["default"] = _written(default)
-    yield {"name": name, "type": _type_name(hint), "help": text} | {key: one for key, one in values.items() if one}
-    if is_group:
-        own = (
-            {} if required or default is None else {f.name: getattr(default, f.name) for f in dataclasses.fields(main)}
-        )
-        for inner in _parts(main, name, own):
-            yield inner if default is not None else {key: one for key, one in inner.items() if key != "required"}
+    yield {"name": name, "type": _type_name(hint), "help": text} | _properties(hint, default)
+    main = _options(hint)[0]
+    if _is_group(hint):
+        parts = _parts(main, name, default)
+        yield from parts if default is not None else map(_not_required, parts)
     if typing.get_origin(main) is dict and _is_settings(typing.get_args(main)[1]):
-        for inner in settings_of(typing.get_args(main)[1], f"{name}.NAME."):
-            yield {key: one for key, one in inner.items() if key != "required"}
+        yield from map(_not_required, settings_of(typing.get_args(main)[1], f"{name}.NAME."))
 
 
-def _parts(component: Any, name: str, own: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Describe the settings of a nested group, with the defaults ``own`` of the group's own default."""
+def _properties(hint: Any, default: Any) -> dict[str, Any]:
+    """What the command has to know about a setting besides its name, without what is false or empty."""
+    options, required = _options(hint), default is inspect.Parameter.empty
+    kind = next((kind for kind, (base, _) in KINDS.items() if options[0] is base), None)
+    properties: dict[str, Any] = {
+        "required": required,
+        "group": _is_group(hint),
+        "optional": len(options) < len(_union(hint)),
+        "choices": [
+            str(value) for one in options if typing.get_origin(one) is Literal for value in typing.get_args(one)
+        ],
+        "kind": kind,
+        "open": kind is not None or not (_is_group(hint) or all(map(_is_plain, options))),
+    }
+    if not required and (default is None or not _is_group(hint)):
+        properties["default"] = _written(default)
+    return {name: value for name, value in properties.items() if value}
+
+
+def _not_required(setting: dict[str, Any]) -> dict[str, Any]:
+    """A setting of a group that may be absent as a whole."""
+    return {name: value for name, value in setting.items() if name != "required"}
+
+
+def _parts(component: Any, name: str, group: Any) -> Iterator[dict[str, Any]]:
+    """Describe the settings of a nested group, with the defaults of ``group``, its own default if it has one."""
     hints, texts = typing.get_type_hints(component), descriptions(component)
     for field in dataclasses.fields(component):
         if field.init:
-            default = own[field.name] if field.name in own else _field_default(component, field.name)
+            default = (
+                getattr(group, field.name) if isinstance(group, component) else _field_default(component, field.name)
+            )
             yield from _setting(f"{name}.{field.name}", hints[field.name], default, texts.get(field.name, ""))
+
+
+def _options(hint: Any) -> list[Any]:
+    """The types of a union besides null."""
+    return [one for one in _union(hint) if one is not type(None)]
+
+
+def _is_group(hint: Any) -> bool:
+    """Whether a type is one settings dataclass, or that or null."""
+    options = _options(hint)
+    return len(options) == 1 and _is_settings(options[0])
 
 
 def _union(hint: Any) -> tuple[Any, ...]:
