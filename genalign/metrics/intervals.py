@@ -121,22 +121,28 @@ def mean_over_tasks(values_by_task: Mapping[str, Sequence[float]], kind: Kind) -
         raise ValueError("there is nothing to average: give at least one task")
     tasks = [_checked(values, f"task {task!r}") for task, values in values_by_task.items()]
     mean, n = float(np.mean([values.mean() for values in tasks])), sum(map(len, tasks))
-    variance, freedom = _variance(tasks)
     if kind == "score":
-        reach = float(stdtrit(freedom, 1 - _TAIL)) * variance**0.5
-        if len(tasks) > 1 and 1 < min(map(len, tasks)) < WELCH_PROMPTS:
-            reach = math.hypot(*(float(stdtrit(f, 1 - _TAIL)) * v**0.5 for v, f in map(_variance, zip(tasks))))
-            reach /= len(tasks)
+        reach = _reach_of_scores(tasks)
         return Estimate(mean, mean - reach, mean + reach, n)
     least = 0 if kind == "share" else -1
     if any(values.min() < least or values.max() > 1 for values in tasks):
         raise ValueError(f"a {kind} is in [{least}, 1]: average such values as scores")
+    _, freedom = _variance(tasks)
     low, high = _share_of_tasks(tasks, kind, freedom)
     if len(tasks) > 1:
         own = [(values.mean(), *_share_of_tasks([values], kind, freedom)) for values in tasks]
         low = min(low, mean - math.hypot(*(m - task_low for m, task_low, _ in own)) / len(tasks))
         high = max(high, mean + math.hypot(*(task_high - m for m, _, task_high in own)) / len(tasks))
     return Estimate(mean, max(low, least), min(high, 1.0), n)
+
+
+def _reach_of_scores(tasks: Sequence[npt.NDArray[np.float64]]) -> float:
+    """Return half the length of the interval of a mean over tasks of scores."""
+    if len(tasks) > 1 and 1 < min(map(len, tasks)) < WELCH_PROMPTS:
+        own = (float(stdtrit(freedom, 1 - _TAIL)) * variance**0.5 for variance, freedom in map(_variance, zip(tasks)))
+        return math.hypot(*own) / len(tasks)
+    variance, freedom = _variance(tasks)
+    return float(stdtrit(freedom, 1 - _TAIL)) * variance**0.5
 
 
 def _share_of_tasks(tasks: Sequence[npt.NDArray[np.float64]], kind: Kind, freedom: float) -> tuple[float, float]:

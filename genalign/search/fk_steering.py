@@ -85,12 +85,7 @@ class FKSteering:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {getattr(self, name)!r}")
         if self.particles is not None and self.particles < 1:
             raise ValueError(f"particles must be at least 1, or None if a budget decides, not {self.particles}")
-        if self.lam != "auto" and (isinstance(self.lam, str) or not 0 <= self.lam < math.inf):
-            raise ValueError(
-                f"lam must be 'auto', or finite and 0 or more, not {self.lam}; to lower a score, negate the reward"
-            )
-        if self.lam == "auto" and self.guide is not None:
-            raise ValueError("a guide moves particles before there are scores to choose lam by: give lam as a number")
+        self._check_lam()
         if self.ess is not None and not 0 < self.ess <= 1:
             raise ValueError(f"ess is a share of the particles in (0, 1], or None for every time, not {self.ess}")
         if not (0 <= self.start <= self.stop <= 1 and self.every > 0):
@@ -100,6 +95,17 @@ class FKSteering:
             )
         if self.gamma is not None and not self.gamma > 0:
             raise ValueError(f"gamma must be positive, or None for the full lam at every step, not {self.gamma}")
+
+    def _check_lam(self) -> None:
+        if self.lam == "auto":
+            if self.guide is not None:
+                raise ValueError(
+                    "a guide moves particles before there are scores to choose lam by: give lam as a number"
+                )
+        elif isinstance(self.lam, str) or not 0 <= self.lam < math.inf:
+            raise ValueError(
+                f"lam must be 'auto', or finite and 0 or more, not {self.lam}; to lower a score, negate the reward"
+            )
 
     def scoring_steps(self, total: int) -> tuple[int, ...]:
         """Return the indices of the steps whose previews are scored, and of the last step, whose samples are scored.

@@ -88,14 +88,7 @@ def sample_scene(metadata: Metadata, rng: np.random.Generator, hold_out: bool = 
     ``hold_out`` keeps held-out (shape, color) pairs away from objects whose color the prompt leaves open, as every
     training scene must.
     """
-    names: list[tuple[str, str]] = []
-    for clause in metadata["include"]:
-        for _ in range(clause["count"]):
-            shape, color = clause["class"], clause.get("color")
-            if not color:
-                free = [color for color in PALETTE if not (hold_out and is_held_out_pair(shape, color))]
-                color = free[rng.integers(len(free))]
-            names.append((shape, color))
+    names = _colored(metadata, rng, hold_out)
     relation = next((clause["position"][0] for clause in metadata["include"] if "position" in clause), None)
     if not 1 <= len(names) <= len(_RADII) or (relation and len(names) != 2):
         raise ValueError(
@@ -110,6 +103,19 @@ def sample_scene(metadata: Metadata, rng: np.random.Generator, hold_out: bool = 
     order = rng.permutation(len(items))
     background = tuple(float(c + d) for c, d in zip(BACKGROUND, np.full(3, rng.uniform(-6, 6)), strict=True))
     return Scene(tuple(items[i] for i in order), (background[0], background[1], background[2]))
+
+
+def _colored(metadata: Metadata, rng: np.random.Generator, hold_out: bool) -> list[tuple[str, str]]:
+    """List the shape and color of every object of ``metadata``, with the colors drawn that it leaves open."""
+    names: list[tuple[str, str]] = []
+    for clause in metadata["include"]:
+        for _ in range(clause["count"]):
+            shape, color = clause["class"], clause.get("color")
+            if not color:
+                free = [color for color in PALETTE if not (hold_out and is_held_out_pair(shape, color))]
+                color = free[rng.integers(len(free))]
+            names.append((shape, color))
+    return names
 
 
 def jittered(color: str, rng: np.random.Generator) -> tuple[float, float, float]:

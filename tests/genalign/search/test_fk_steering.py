@@ -64,7 +64,7 @@ def test_unsteered_toy_is_gaussian() -> None:
 )
 def test_steering_reaches_the_tilted_gaussian(settings: FKSteering) -> None:
     moments = []
-    for seed in range(8):
+    for seed in range(4):
         x, weights = toy_run(settings, 100_000, seed)
         mean = (weights * x).sum()
         moments.append(torch.stack([mean, (weights * (x - mean) ** 2).sum().sqrt()]))

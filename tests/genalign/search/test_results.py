@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -214,6 +215,7 @@ def test_a_plain_function_and_lists_of_strings_are_taken(tiny: SD3) -> None:
 # --- every search ends ------------------------------------------------------------------------------------------------
 
 
+@patch("genalign.search.strategy._MOST", 2**8)  # counting thousands of candidates takes a second
 @settings(max_examples=30, deadline=None)
 @given(
     nfe=st.one_of(st.integers(1, 200), st.floats(1e-300, 1e300), st.just(math.inf)),
