@@ -142,7 +142,8 @@ def _reach_of_scores(tasks: Sequence[npt.NDArray[np.float64]]) -> float:
         own = (float(stdtrit(freedom, 1 - _TAIL)) * variance**0.5 for variance, freedom in map(_variance, zip(tasks)))
         return math.hypot(*own) / len(tasks)
     variance, freedom = _variance(tasks)
-    return float(stdtrit(freedom, 1 - _TAIL)) * variance**0.5
+    reach: float = float(stdtrit(freedom, 1 - _TAIL)) * variance**0.5
+    return reach
 
 
 def _share_of_tasks(tasks: Sequence[npt.NDArray[np.float64]], kind: Kind, freedom: float) -> tuple[float, float]:
