@@ -23,16 +23,17 @@ from tests.packages import folder_of
 PROGRAM = """
 import sys
 from genalign.__main__ import main
-code = main({words!r})
+for words in {commands!r}:
+    code = main(words)
 print("imported", *(name for name in {heavy!r} if name in sys.modules), file=sys.stderr)
 raise SystemExit(code)
 """
 HEAVY = ("torch", "diffusers", "transformers", "peft", "numpy")
 
 
-def answer(words: Sequence[str], folder: Path, heavy: Sequence[str] = HEAVY) -> tuple[int, str, list[str]]:
-    """Run a command in a process of its own: its status, what it prints, and which of the heavy modules it imports."""
-    program = PROGRAM.format(words=list(words), heavy=heavy)
+def answer(folder: Path, *commands: list[str], heavy: Sequence[str] = HEAVY) -> tuple[int, str, list[str]]:
+    """Run commands in a process of their own: the last status, what they print, which heavy modules they import."""
+    program = PROGRAM.format(commands=commands, heavy=heavy)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=False)
     *lines, imported = (done.stdout + done.stderr).splitlines()
     assert imported.startswith("imported"), done.stderr
@@ -67,7 +68,7 @@ def test_answers_that_need_no_command_are_given_without_torch(
 ) -> None:
     demo = folder_of("genalign") / "assets" / "demo.yaml"
     (tmp_path / "typo.yaml").write_text(demo.read_text().replace("rounds:", "round:"))
-    code, printed, imported = answer(words, tmp_path)
+    code, printed, imported = answer(tmp_path, words)
     assert (code, imported) == (status, []) and text in printed
 
 
@@ -77,17 +78,11 @@ SEARCH = (
 )
 
 
-@pytest.mark.parametrize(
-    ("words", "text"),
-    [
-        (["report", "nowhere"], "nowhere is not a run folder"),
-        (["steer", *SEARCH.split(), "--batch_size", "0"], "batch_size must be at least 1, not 0"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_a_command_imports_what_it_uses(words: list[str], text: str, tmp_path: Path) -> None:
-    _, printed, imported = answer(words, tmp_path, ("diffusers", "peft", "transformers"))
-    assert text in printed and not imported
+def test_a_command_imports_what_it_uses(tmp_path: Path) -> None:
+    commands = ["report", "nowhere"], ["steer", *SEARCH.split(), "--batch_size", "0"]
+    _, printed, imported = answer(tmp_path, *commands, heavy=("diffusers", "peft", "transformers"))
+    assert "nowhere is not a run folder" in printed and "batch_size must be at least 1, not 0" in printed
+    assert not imported
 
 
 def test_an_interruption_while_modules_are_imported_is_one_line(
