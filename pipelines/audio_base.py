@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from pathlib import Path
-from typing import ClassVar, Self, Unpack
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ class AudioPipeline(DiffusersPipeline):
             raise ValueError(
                 f"seconds must be above 0 and at most {self.max_seconds:g} for this model, not {self.seconds}"
             )
+
+    def encoding_settings(self) -> dict[str, Any]:
+        """Return what embeddings depend on beside the text and the weights: the duration, too."""
+        return super().encoding_settings() | {"seconds": self.seconds}
 
     @property
     def sample_rate(self) -> int:

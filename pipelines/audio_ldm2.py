@@ -104,6 +104,10 @@ class AudioLDM2(AudioPipeline, ScheduledPipeline):
                 rows.setdefault(f"negative_{name}", []).append(away)
         return {name: pad_sequence(parts, batch_first=True) for name, parts in rows.items()}
 
+    def encoding_settings(self) -> dict[str, Any]:
+        """Return what embeddings depend on beside the text and the weights: the negative prompt, too."""
+        return super().encoding_settings() | {"negative_prompt": self.negative_prompt}
+
     def unconditional_tensors(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the conditioning of the negative prompt, which was encoded with each prompt."""
         return {name: tensors[f"negative_{name.removeprefix('negative_')}"] for name in tensors}

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypedDict, Unpack
 
@@ -28,11 +28,12 @@ from genalign.diffusion.lora import (
 )
 from genalign.diffusion.paths import GaussianPath
 from genalign.diffusion.rollout import rows_are_finite
-from genalign.runtime.distributed import own_device
+from genalign.runtime.distributed import ALL_RANKS, RankShare, own_device
 from genalign.runtime.files import apply_umask, write_json
 from genalign.runtime.fsdp import compute_dtype, unsharded_class
 from genalign.runtime.hub import HubAccess, hub_answers, is_hub_id
 from genalign.runtime.memory_options import Memory
+from genalign.runtime.progress import SILENT, Progress
 from genalign.types import Conditioning, Grid, NoiseLevel
 from pipelines.adapter_files import read_adapter
 from pipelines.checkpoint_files import (
@@ -55,7 +56,8 @@ from pipelines.low_memory import (
     quantization_arguments,
     require_quantization,
 )
-from pipelines.text_embeddings import TextEmbeddings
+from pipelines.text_cache import DroppedEncoders, TextCache, cache_folder
+from pipelines.text_embeddings import Encode, TextEmbeddings
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,8 @@ class Options(TypedDict, total=False):
     guidance-distilled network takes as an input; ``compiled`` runs the denoiser's blocks under ``torch.compile`` after
     ``compile_blocks``; for ``memory`` see ``genalign.runtime.memory_options.Memory``. ``revision`` is a branch, tag or
     commit of a Hub id, and ``token`` the name of the environment variable that holds its token; ``variant`` names the
-    weights, such as "fp16", and ``weights`` "bin" reads pickled ones in place of safetensors.
+    weights, such as "fp16", and ``weights`` "bin" reads pickled ones in place of safetensors. ``text_cache`` is the
+    folder of embeddings of ``encode_ahead``, with which the text encoders are not loaded.
     """
 
     device: str
@@ -89,6 +92,7 @@ class Options(TypedDict, total=False):
     variant: str | None
     token: str | None
     weights: WeightFormat
+    text_cache: str | None
 
 
 def hub_access(options: Options) -> HubAccess:
@@ -109,6 +113,7 @@ class DiffusersPipeline(ABC):
     default_negative: ClassVar[str | None] = ""  # the negative prompt of guidance; None for one that is no text
     distilled_default: ClassVar[float] = 3.5  # the guidance scale that a guidance-distilled network takes as an input
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    kept_encoders: ClassVar[tuple[str, ...]] = ()  # those of ``encoders`` that sampling needs, too
     decoders: ClassVar[tuple[str, ...]] = ("vae",)  # the components from latents to samples
     lora_in_diffusers: ClassVar[bool] = True  # whether diffusers saves and loads adapters of this family
 
@@ -184,13 +189,21 @@ class DiffusersPipeline(ABC):
         if options.get("compiled"):
             require_compiler(options.get("device", "cpu"), memory)
         extra = quantization_arguments(memory, cls.denoiser_name, dtype)
+        text_only = {*cls.encoders}.difference(cls.kept_encoders, absent) & {*model_index(path_or_id, access)}
+        dropped = sorted(text_only) if options.get("text_cache") else []
         with one_line_errors(path_or_id):
-            pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, **files, **absent, **extra)
+            without = absent | dict.fromkeys(dropped)
+            pipe = cls.kind.from_pretrained(path_or_id, dtype=dtype, **files, **without, **extra)
         for name, network in pipe.components.items():
             missing = [key for key, weight in getattr(network, "named_parameters", dict)() if weight.is_meta]
             if missing:
                 raise ValueError(f"{path_or_id}/{name} has no weights for {missing[0]}: copy the whole folder")
         opened, shipped = cls(pipe, **options), pipe.scheduler
+        if cache := options.get("text_cache"):
+            skipped = {cls.denoiser_name, *cls.decoders, "scheduler", "safety_checker", "feature_extractor"}
+            settings = opened.encoding_settings() | {"dtype": str(dtype), "files": [files["variant"], cls.__qualname__]}
+            encoders = DroppedEncoders(path_or_id, dropped, {"dtype": dtype, **files})
+            opened._embeddings = TextCache(cache_folder(Path(cache), path_or_id, skipped, access, settings), encoders)
         if not isinstance(shipped, opened.first_order) or shipped.config.get("solver_order", 1) > 1:
             message = "%s comes with %s. Genalign samples by first-order steps instead, at the noise levels of %s."
             logger.warning(message, path_or_id, type(shipped).__name__, opened.first_order.__name__)
@@ -392,6 +405,40 @@ class DiffusersPipeline(ABC):
         with on_device(self._text_encoders, self.device, self.memory.offload != "none"):
             return {name: tensor.cpu() for name, tensor in self.encode_texts(texts).items()}
 
+    def encode_ahead(
+        self,
+        texts: Iterable[str],
+        share: RankShare = ALL_RANKS,
+        wait: Callable[[], None] = lambda: None,
+        progress: Progress = SILENT,
+    ) -> None:
+        """Encode texts, and what guidance leads away from, into the text cache; without one, do nothing.
+
+        The text encoders are loaded only for texts that the cache lacks, and dropped afterwards: other texts are then
+        refused by ``encode``.
+
+        Args:
+            texts: All texts that will be needed.
+            share: This rank's share of the work.
+            wait: Waits until all ranks have arrived, as ``ProcessGroup.barrier``.
+            progress: Shows the texts.
+        """
+        cache = self._embeddings
+        if not isinstance(cache, TextCache):
+            return
+
+        @contextlib.contextmanager
+        def encoders() -> Iterator[Encode]:
+            with cache.encoders.loaded(self.pipe, self.device):
+                yield torch.no_grad()(self._run_text_encoders)
+
+        needed = {*texts} if self.unconditional is None else {*texts, self.unconditional}
+        cache.encode_ahead(needed, encoders, share, wait, progress)
+
+    def encoding_settings(self) -> dict[str, Any]:
+        """Return what embeddings depend on beside the text and the weights, as JSON types."""
+        return {"max_sequence_length": self.max_sequence_length, "device": self.device.type}
+
     def separate_encoding(self) -> contextlib.AbstractContextManager[None]:
         """Encode texts, within the context, without an effect on the batches in which texts are encoded later."""
         return self._embeddings.separate()
@@ -531,7 +578,13 @@ class DiffusersPipeline(ABC):
         encoders = {name: encoder for name in self.encoders if (encoder := self.pipe.components.get(name)) is not None}
         convert = self._diffusers_names if self.lora_in_diffusers else None
         networks = {self.denoiser_name: self.denoiser, **encoders}
-        for name, adapter in read_adapter(path, networks, self.denoiser_name, convert).items():
+        try:
+            adapters = read_adapter(path, networks, self.denoiser_name, convert)
+        except ValueError as error:
+            advice = ", or leave model.text_cache out if it has layers on text encoders"
+            advice = advice if isinstance(self._embeddings, TextCache) else ""
+            raise ValueError(f"{error}{advice}") from None
+        for name, adapter in adapters.items():
             config = adapter.peft_config()
             inject_lora(networks[name], config, adapter.state)
             if name != self.denoiser_name:
@@ -567,6 +620,8 @@ class DiffusersPipeline(ABC):
 
     def save_merged(self, directory: Path, whole: bool) -> None:
         """Merge the adapter, if any, into the network, and write the network, or the ``whole`` pipeline."""
+        if isinstance(self._embeddings, TextCache) and whole:
+            raise ValueError("the pipeline was opened without its text encoders: leave model.text_cache out to save it")
         if self._text_adapters and not whole:
             raise ValueError("the adapter has layers on the text encoders: export the whole pipeline")
         if self._has_adapter:

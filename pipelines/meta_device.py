@@ -92,6 +92,8 @@ def outline_of(
     for network in networks.values():
         nn.Module.to(network, "meta", dtype)
     memory, autocast = options.get("memory", Memory()), options.get("autocast")
+    if options.get("text_cache") and memory.offload == "none":  # the encoders are on the device at the beginning alone
+        memory = replace(memory, offload="text")
     on_device = replace(memory, offload="none", quantization=None)
     on_meta: Options = {**options, "device": "meta", "autocast": autocast, "memory": on_device}
     pipeline = type(wrapper.__name__, (_WithoutValues, wrapper), {})(pipe, **on_meta)

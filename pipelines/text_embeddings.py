@@ -14,7 +14,7 @@ from genalign.types import Conditioning
 Encode = Callable[[list[str]], dict[str, Tensor]]
 """Encodes P texts to named tensors (P, ...) on the CPU."""
 
-_BATCH = 64
+BATCH = 64
 _CACHE_BYTES = 4 << 30  # one prompt of FLUX takes 4 MiB
 
 
@@ -37,7 +37,7 @@ class TextEmbeddings:
         """
         missing = sorted(text for text in needed if text not in self._embeddings)
         new = [text for text in missing if text not in self._batches]
-        self.encode_together([new[start : start + _BATCH] for start in range(0, len(new), _BATCH)])
+        self.encode_together([new[start : start + BATCH] for start in range(0, len(new), BATCH)])
         self._embed(missing, encode)
         self._drop_unused(needed)
         rows = [self._embeddings[text] for text in prompts]

@@ -25,6 +25,7 @@ def calibrate_command(context: CommandContext, arguments: Sequence[str]) -> int:
     settings, _ = parsing.parse(config.Calibrate, arguments, "calibrate")
     source, sampling = prompt_set(settings.prompts), settings.sampling
     pipeline, rewards = load_with_lora(context, settings.model, None), named_rewards(settings.rewards)
+    pipeline.encode_ahead([prompt.text for prompt in source.prompts])
     training, guidance = (
         settings.training.fit(source, settings.recipe.objective.unit),
         sampling.guidance_scale(pipeline),

@@ -56,6 +56,8 @@ class Model:
         token: Name of the environment variable that holds the Hub's token; null takes HF_TOKEN, or the token of
             `hf auth login`.
         weights: "safetensors" reads no other weights; "bin" reads pickled ones.
+        text_cache: Folder of text embeddings. All texts of the command are encoded into it before the work, and the
+            text encoders are dropped; they are not loaded if all texts are there already. Null keeps the encoders.
     """
 
     path: str
@@ -75,6 +77,7 @@ class Model:
     variant: str | None = None
     token: str | None = None
     weights: Literal["safetensors", "bin"] = "safetensors"
+    text_cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.token is not None and (self.token.startswith("hf_") or not self.token.isidentifier()):

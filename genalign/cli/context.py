@@ -19,6 +19,7 @@ from genalign.evaluation.folder import ModelIdentity, adapter_hash
 from genalign.evaluation.geneval.judge import Judge
 from genalign.runtime.distributed import RankShare, take_own_device
 from genalign.runtime.fsdp import sharding_from_environment
+from genalign.runtime.progress import Progress
 from genalign.runtime.prompt_files import load_prompts
 from genalign.scoring.score import NamedReward
 from genalign.search.noise_aware import NoiseAware
@@ -46,6 +47,15 @@ class Checkpoint(Pipeline, WeightStore, Protocol):
     @property
     def encoded(self) -> list[list[str]]:
         """The batches in which texts were encoded so far."""
+
+    def encode_ahead(
+        self,
+        texts: Iterable[str],
+        share: RankShare = ...,
+        wait: Callable[[], None] = ...,
+        progress: Progress = ...,
+    ) -> None:
+        """Encode all texts of a command into the text cache, and drop the text encoders; without one, do nothing."""
 
     def encode_together(self, batches: Sequence[Sequence[str]]) -> None:
         """Encode each of these batches as one when any text of it is needed."""
@@ -147,7 +157,7 @@ def load_with_identity(
     """
     lora_hash = adapter_hash(Path(lora)) if lora else None
     pipeline = load_with_lora(context, model, lora)
-    settings = {name: value for name, value in plain.items() if name not in ("device", "token")}
+    settings = {name: value for name, value in plain.items() if name not in ("device", "token", "text_cache")}
     return pipeline, ModelIdentity(settings, pipeline.fingerprint, lora, lora_hash)
 
 

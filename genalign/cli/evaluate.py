@@ -222,6 +222,7 @@ def _generated(
     with progress.phase("loading the model"):
         pipeline, identity = load_with_identity(context, model, settings.lora, plain["model"])
     _require_medium(task.world, pipeline.sample_rate, prompts)
+    pipeline.encode_ahead([prompt.text for prompt in prompts.prompts], rank_share(), progress=progress)
     require_rate({"rewards": settings.rewards, "set_rewards": settings.set_rewards}, pipeline.sample_rate)
     specs = plan_samples(prompts, settings.samples_per_task, settings.seeds)
     per_task = settings.samples_per_task or max(Counter(spec.prompt.task for spec in specs).values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from genalign.cli import config, parsing
@@ -65,7 +65,7 @@ def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
 def _write_network(context: CommandContext, run: Path, weights: TrainedWeights, output: Path, whole: bool) -> None:
     """Write the network of a run with its trained weights, or the ``whole`` pipeline with it."""
     model = config.model_of(json.loads((run / "config.json").read_text(encoding="utf-8")))
-    pipeline = context.load(model)
+    pipeline = context.load(replace(model, text_cache=None))  # a whole pipeline has its text encoders
     if weights.is_adapter:
         pipeline.load_lora(weights.path)
     else:

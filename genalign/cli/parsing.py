@@ -126,7 +126,15 @@ def _parser(settings: type[Any], program: str, skip: set[str] | None = None) -> 
 _SECTIONS = ("held_out", "reward_hacking", "before_after")
 _PATHS = (
     *("output", "run", "before", "after", "against", "samples", "results"),
-    *("model.path", "init_lora", "lora", "prompts", *_SECTIONS, *(f"{section}.prompts" for section in _SECTIONS)),
+    *(
+        "model.path",
+        "model.text_cache",
+        "init_lora",
+        "lora",
+        "prompts",
+        *_SECTIONS,
+        *(f"{section}.prompts" for section in _SECTIONS),
+    ),
 )
 """Settings that are paths, wherever they are texts."""
 

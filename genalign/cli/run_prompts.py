@@ -42,6 +42,11 @@ class RunPrompts:
             )
         return cls(training, sets)
 
+    def texts(self) -> list[str]:
+        """List the texts of all prompts."""
+        sets = (self.training, *self.evaluations.values())
+        return list(dict.fromkeys(prompt.text for prompts in sets for prompt in prompts.prompts))
+
     def also_trained(self, name: str) -> int:
         """Count the prompts of an evaluation that are trained on."""
         trained = {prompt.text for prompt in self.training.prompts}

@@ -54,6 +54,7 @@ def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
     plain = with_family_defaults(plain, pipeline, {"sampling": settings.sampling})
     resuming = folder.holds(plain)
     require_rate(settings, pipeline.sample_rate)
+    pipeline.encode_ahead([prompt.text for prompt in prompts], share, progress=progress)
     write = writer(pipeline.sample_rate, settings.audio)
 
     @lru_cache(1)
@@ -147,6 +148,7 @@ def prices_command(context: CommandContext, arguments: Sequence[str]) -> int:
     pipeline, rewards = load_with_lora(context, settings.model, None), named_rewards(settings.rewards)
     available = prompt_set(settings.prompts).prompts
     prompts = [available[i % len(available)] for i in range(settings.batch_size)]
+    pipeline.encode_ahead([prompt.text for prompt in prompts])
     grid = settings.sampling.grid(pipeline)
     prices = measure_prices(
         pipeline, rewards, prompts, grid, settings.sampling.guidance_scale(pipeline), settings.repeats
@@ -168,6 +170,8 @@ def train_noise_aware_command(context: CommandContext, arguments: Sequence[str])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(settings.seed, "student"))
         student = settings.student().to(settings.model.device)
+    sources = [prompt_set(source) for source in (settings.prompts, settings.held_out)]
+    pipeline.encode_ahead([prompt.text for source in sources for prompt in source.prompts])
     train = _preview_dataset(settings, pipeline, settings.prompts, folder / "train.safetensors")
     held_out = _preview_dataset(settings, pipeline, settings.held_out, folder / "held_out.safetensors")
     if isinstance(student, HasDecoder):

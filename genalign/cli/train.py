@@ -225,6 +225,7 @@ class TrainingRun:
         # Load the model and the rewards, and try them on two samples
         self.pipeline, rewards = context.load(settings.model), named_rewards(settings.rewards)
         require_rate(settings, self.pipeline.sample_rate)
+        self.pipeline.encode_ahead(prompts.texts(), self.processes, self.processes.barrier, progress)
         first = prompts.training.prompts[:2]
         probe(rewards, self._generate(first, [0] * len(first), settings.sampling, 2), first)
 

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def apply_umask(path: Path) -> None:
     safetensors writes 0600, so that neither colleagues nor servers could read the weights.
     """
     folder = path if path.is_dir() else path.parent
-    probe = folder / f".permissions-{os.getpid()}"
+    probe = folder / f".permissions-{uuid.uuid4().hex}"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
     probe.unlink()

@@ -22,8 +22,8 @@ from torch import Tensor
 from genalign.cli import config
 from genalign.cli import train as train_module
 from genalign.cli.main import main
-from genalign.evaluation.evaluate import load_evaluation
 from genalign.diffusion.policy import Lora
+from genalign.evaluation.evaluate import load_evaluation
 from genalign.runtime.distributed import ProcessGroup
 from genalign.runtime.memory_options import Memory
 from genalign.runtime.progress import Progress
