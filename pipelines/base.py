@@ -135,7 +135,7 @@ class DiffusersPipeline(ABC):
         self._place_networks()
         self.compiled = options.get("compiled", False)
         self._blocks: CompiledBlocks | None = None
-        self._adapters: tuple[object, int] = None, 0  # those that multiply in the dtype of autocast
+        self._adapters: tuple[Any, int] = None, 0  # those that multiply in the dtype of autocast
 
     def _set_texts_and_guidance(self, options: Options) -> None:
         """Set the number of text tokens, the negative prompt and the guidance of a distilled network."""

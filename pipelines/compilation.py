@@ -6,6 +6,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ _GRAPHS = 8  # of one block: batch sizes times guidance times the adapter on or 
 def require_compiler(device: str, memory: Memory) -> None:
     """Raise ValueError where ``torch.compile`` cannot compile for ``device``, or not with the memory options."""
     kind, advice = torch.device(device).type, "or leave model.compiled out"
+    if "isolate_recompiles" not in signature(torch.compile).parameters:
+        raise ValueError(f"model.compiled needs a newer torch than {torch.__version__}: install 2.14, {advice}")
     if memory.quantization == "nf4":
         raise ValueError(f"model.compiled does not go with quantization 'nf4': take 'int8' or 'fp8', {advice}")
     if kind == "cpu":
@@ -58,12 +61,13 @@ class CompiledBlocks:
         self._network: Any = network
         self._sizes: set[int] = set()
         self._detach = False
+        compile_: Any = torch.compile  # whose overloads do not name the limit
         by_class = defaultdict[type[nn.Module], list[nn.Module]](list)
         for block in blocks_of(network):
             by_class[type(block)].append(block)
         for kind, blocks in by_class.items():
             limit = _GRAPHS * len({_shapes(block) for block in blocks})
-            compiled = torch.compile(kind.forward, dynamic=False, recompile_limit=limit, isolate_recompiles=True)
+            compiled = compile_(kind.forward, dynamic=False, recompile_limit=limit, isolate_recompiles=True)
             for block in blocks:
                 block.forward = partial(self._run, compiled, block)
 

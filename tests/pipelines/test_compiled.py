@@ -161,6 +161,9 @@ def test_a_platform_without_a_compiler_is_refused(tiny_folder: Path, monkeypatch
         require_compiler("mps", Memory())
     with pytest.raises(ValueError, match="does not go with quantization 'nf4'"):
         require_compiler("cuda", Memory(quantization="nf4"))
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    with pytest.raises(ValueError, match=r"needs a newer torch than .*: install 2\.14, or leave model\.compiled out"):
+        require_compiler("cpu", Memory())
 
 
 @pytest.mark.slow  # torchao takes seconds
