@@ -246,7 +246,8 @@ def measure(device: torch.device, size: Size) -> list[Measurement]:
         learning.append(ours.learning / ours.updates)
 
     seconds = timed_rounds({"ours": our_round, "plain": plain}, device, size.rounds)
-    work = flops.our_flops(settings, size.blocks) * ours.samples
+    hundred = replace(settings, training=replace(settings.training, rounds=100))  # with the choices of trained steps
+    work = flops.our_flops(hundred, size.blocks) * ours.samples
     rows = [
         *(Measurement(name, "samples/s", ours.samples / value) for name, column in seconds.items() for value in column),
         *(Measurement("ours.update", "seconds a training step", value) for value in learning[1:]),
