@@ -1,6 +1,6 @@
 """Speed and memory of training SD3.5 Medium's architecture with random weights on a GPU, beside a plain loop.
 
-    python scripts/benchmarks/gpu.py                            docs/results/gpu_sd35.json, for a table on docs/results.md
+    python scripts/benchmarks/gpu.py                            docs/results/gpu_sd35.json, which docs/results.md shows
     python scripts/benchmarks/gpu.py --device cpu --size tiny   the same program in seconds, printed only
 
 Rounds of the preset sd35-medium-1gpu at 512 pixels, with embeddings of texts made beforehand, a reward of the samples'
