@@ -87,7 +87,7 @@ def opened(tiny_folder: Path) -> SD3:
     return SD3.load(tiny_folder, height=32, width=32)
 
 
-@pytest.fixture(scope="module", params=["image", "audio"])
+@pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest, opened: SD3, tmp_path_factory: pytest.TempPathFactory) -> DiffusersPipeline:
     if request.param == "image":
         return opened
@@ -138,7 +138,12 @@ def _require_exact_resume(
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", GRID)
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("image", name) for name in GRID]
+    + [("audio", name) for name in ("flow_grpo", "adv_grpo", "dragon_set", "nft")],  # one of each kind of state
+    indirect=["model"],
+)
 def test_every_recipe_resumes_exactly(name: str, model: DiffusersPipeline, tmp_path: Path) -> None:
     _require_exact_resume(tmp_path, model, GRID[name]())
 
