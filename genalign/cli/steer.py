@@ -17,9 +17,8 @@ from genalign.evaluation.report import write_search
 from genalign.prompts import drawn_in_turn
 from genalign.runtime.files import write_json
 from genalign.runtime.media import writer
-from genalign.runtime.progress import Phase, Progress
-from genalign.scoring.budget import NFE, Ledger, Metered, measure_prices
-from genalign.scoring.score import NamedReward
+from genalign.runtime.progress import Progress
+from genalign.scoring.budget import measure_prices
 from genalign.search.engine import SearchRun
 from genalign.search.folder import SearchFolder
 from genalign.search.noise_aware import (
@@ -32,9 +31,8 @@ from genalign.search.noise_aware import (
     validate,
 )
 from genalign.search.results import SearchResult
-from genalign.search.run_search import search
-from genalign.search.strategy import count_calls
-from genalign.types import Pipeline, Prompt, PromptSet
+from genalign.search.run_search import SearchSetup
+from genalign.types import Pipeline, PromptSet
 
 
 def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
@@ -57,20 +55,11 @@ def steer_command(context: CommandContext, arguments: Sequence[str]) -> int:
     pipeline.encode_ahead([prompt.text for prompt in prompts], share, progress=progress)
     write = writer(pipeline.sample_rate, settings.audio)
 
+    setup = SearchSetup(pipeline, rewards, settings.strategy, settings.budget, settings.sampling, settings.batch_size)
+
     @lru_cache(1)
     def search_prompt(index: int) -> SearchResult:
-        total = _planned_nfe(settings, pipeline, rewards, prompts[index])
-        with progress.phase(f"prompt {index + 1}", total, "NFE") as phase:
-            return search(
-                Metered(pipeline, _Advancing(phase)),
-                [prompts[index]],
-                rewards,
-                settings.strategy,
-                settings.budget,
-                settings.sampling,
-                settings.batch_size,
-                derived_seed(settings.seed, index),
-            )
+        return setup.search([prompts[index]], derived_seed(settings.seed, index), progress)
 
     # Search the first prompt before anything is written: settings that cannot work leave no folder behind
     unfinished = [index for index in share.indices(len(prompts)) if not folder.done(index)]
@@ -99,34 +88,6 @@ def gathered(arguments: Sequence[str], name: str) -> list[str]:
         else:
             others.append(word)
     return [*others, f"--{name}={json.dumps(texts)}"] if texts else others
-
-
-def _planned_nfe(
-    settings: config.Steer, pipeline: Pipeline, rewards: Sequence[NamedReward], prompt: Prompt
-) -> int | None:
-    """Count the NFE of the search for one prompt; None where a budget in seconds is not planned yet.
-
-    Raises ValueError for a strategy that cannot run or a budget that is too small.
-    """
-    budget, sampling = settings.budget, settings.sampling
-    if budget is not None and budget.seconds is not None and budget.prices is None:
-        return None
-    grid, guidance = sampling.grid(pipeline), sampling.guidance_scale(pipeline)
-    run = SearchRun(pipeline, [prompt], rewards, grid, guidance, settings.batch_size, "plan")
-    return count_calls(run, settings.strategy, budget).nfe
-
-
-class _Advancing(Ledger):
-    """A ledger that reports every NFE to a phase."""
-
-    def __init__(self, phase: Phase) -> None:
-        super().__init__()
-        self._phase = phase
-
-    def bill(self, call: str, samples: int) -> None:
-        super().bill(call, samples)
-        if call == NFE:
-            self._phase(samples)
 
 
 def _conclude(folder: SearchFolder, count: int) -> None:

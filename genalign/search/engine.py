@@ -128,7 +128,7 @@ class SearchRun:
         seed: str,
     ) -> None:
         self.ledger, self.lineage, self.prompts = Ledger(), Lineage(), tuple(prompts)
-        self.failures, self._unmetered = RewardFailures(), tuple(rewards)
+        self.failures, self._unmetered = RewardFailures(), (pipeline, tuple(rewards))
         self.pipeline = Metered(pipeline, self.ledger)
         self.rewards = self.failures.watched(metered_rewards(rewards, self.ledger))
         self.top: ScoredParticles | None = None
@@ -144,8 +144,8 @@ class SearchRun:
 
     def afresh(self) -> SearchRun:
         """Return a run of the same prompts and settings with a ledger and a lineage of its own."""
-        pipeline, prompts, rewards = self.pipeline.pipeline, self.prompts, self._unmetered
-        return SearchRun(pipeline, prompts, rewards, self.grid, self.guidance, self.batch_size, self.seed)
+        pipeline, rewards = self._unmetered
+        return SearchRun(pipeline, self.prompts, rewards, self.grid, self.guidance, self.batch_size, self.seed)
 
     def metered(self, name: str, function: RewardFunction) -> RewardFunction:
         """Wrap a scoring network that is not one of the rewards, so that its calls are counted as "reward/NAME"."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from genalign.diffusion.sampling import Sampling
-from genalign.scoring.budget import Budget, measure_prices
+from genalign.runtime.progress import Phase, Progress
+from genalign.scoring.budget import NFE, Budget, Ledger, Metered, measure_prices
 from genalign.scoring.score import NamedReward, RewardError, named, probe
 from genalign.search.engine import TOP, SearchRun
 from genalign.search.pruning import BestOfN
@@ -32,7 +33,7 @@ def search(
     batch_size: int = 32,
     seed: int | str = 0,
 ) -> SearchResult:
-    """Search for a good sample of every prompt, one prompt after the other.
+    """Search for a good sample of every prompt, one prompt after the other, and show how far it is.
 
     Args:
         pipeline: The model.
@@ -50,24 +51,83 @@ def search(
         RewardError: A reward raises, does not return one score per sample in their order, or scores no sample of a
             prompt.
     """
-    each = PromptSet.of(prompts).prompts
-    if not each:
-        raise ValueError("there is no prompt to search for")
-    rewards, grid, guidance = named(reward), sampling.grid(pipeline), sampling.guidance_scale(pipeline)
-    check_rewards(pipeline, rewards, each[0], grid, guidance)
-    if budget is not None and budget.seconds is not None and budget.prices is None:
-        budget = replace(budget, prices=measure_prices(pipeline, rewards, each[:1] * batch_size, grid, guidance))
+    setup = SearchSetup(pipeline, named(reward), strategy, budget, sampling, batch_size)
+    return setup.search(PromptSet.of(prompts).prompts, seed, Progress())
 
-    results: list[PromptResult] = []
-    lineage: list[dict[str, Any]] = []
-    winners: list[int] = []
-    for place, prompt in enumerate(each):
-        run = SearchRun(pipeline, [prompt], rewards, grid, guidance, batch_size, f"{seed}/{place}")
-        result, winner = search_prompt(run, strategy, budget)
-        results.append(result)
-        winners.append(len(lineage) + winner)
-        lineage += run.lineage.as_list(len(lineage), place)
-    return SearchResult(tuple(results), lineage, tuple(winners), budget, getattr(pipeline, "sample_rate", None))
+
+@dataclass(frozen=True)
+class SearchSetup:
+    """All that a search needs besides prompts and seeds.
+
+    Args:
+        pipeline: The model.
+        rewards: The rewards, by the sum of their ranks or their weighted sum.
+        strategy: The search.
+        budget: The limit for each prompt; None if the strategy's settings say how much it does.
+        sampling: The sampling steps and the guidance.
+        batch_size: Largest number of candidates in a call.
+    """
+
+    pipeline: Pipeline
+    rewards: Sequence[NamedReward]
+    strategy: Strategy
+    budget: Budget | None
+    sampling: Sampling
+    batch_size: int
+
+    def search(self, prompts: Sequence[Prompt], seed: int | str, progress: Progress) -> SearchResult:
+        """Search for ``prompts`` in turn, and count the NFE of all of them in one phase of ``progress``."""
+        if not prompts:
+            raise ValueError("there is no prompt to search for")
+        grid, guidance = self.sampling.grid(self.pipeline), self.sampling.guidance_scale(self.pipeline)
+        check_rewards(self.pipeline, self.rewards, prompts[0], grid, guidance)
+        budget = self._priced(prompts[0], grid, guidance)
+        name = _start_of(prompts[0].text) if len(prompts) == 1 else "searching"
+
+        def run_of(place: int) -> SearchRun:
+            batch_size, run_seed = self.batch_size, f"{seed}/{place}"
+            return SearchRun(self.pipeline, [prompts[place]], self.rewards, grid, guidance, batch_size, run_seed)
+
+        planned = count_calls(run_of(0), self.strategy, budget).nfe
+        results: list[PromptResult] = []
+        lineage: list[dict[str, Any]] = []
+        winners: list[int] = []
+        with progress.phase(name, planned * len(prompts), "NFE") as phase:
+            for place in range(len(prompts)):
+                run = run_of(place)
+                run.pipeline = Metered(run.pipeline, _Advancing(phase))
+                result, winner = search_prompt(run, self.strategy, budget)
+                results.append(result)
+                winners.append(len(lineage) + winner)
+                lineage += run.lineage.as_list(len(lineage), place)
+        rate = getattr(self.pipeline, "sample_rate", None)
+        return SearchResult(tuple(results), lineage, tuple(winners), budget, rate)
+
+    def _priced(self, prompt: Prompt, grid: Grid, guidance: float) -> Budget | None:
+        """Return the budget, with prices measured on ``prompt`` if it is in seconds and has none."""
+        if self.budget is None or self.budget.seconds is None or self.budget.prices is not None:
+            return self.budget
+        prices = measure_prices(self.pipeline, self.rewards, [prompt] * self.batch_size, grid, guidance)
+        return replace(self.budget, prices=prices)
+
+
+def _start_of(text: str) -> str:
+    """Return the first 40 characters of a text, in one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= 40 else f"{line[:37]}..."
+
+
+class _Advancing(Ledger):
+    """A ledger that reports every NFE to a phase."""
+
+    def __init__(self, phase: Phase) -> None:
+        super().__init__()
+        self._phase = phase
+
+    def bill(self, call: str, samples: int) -> None:
+        super().bill(call, samples)
+        if call == NFE:
+            self._phase(samples)
 
 
 def search_prompt(run: SearchRun, strategy: Strategy, budget: Budget | None) -> tuple[PromptResult, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from genalign.diffusion.transitions import DDIM, ODE
+from genalign.runtime.progress import Progress
 from genalign.scoring.score import NamedReward, RewardError
 from genalign.search import (
     DNO,
@@ -26,6 +28,7 @@ from genalign.search import (
     ReNO,
     RewardGradient,
     ZeroOrder,
+    run_search,
     search,
 )
 from genalign.search.engine import Particles, SearchRun
@@ -36,6 +39,11 @@ from genalign.search.strategy import Strategy, count_calls
 from genalign.types import Prompt
 from pipelines import SD3
 from tests.genalign.search.tiny_searches import PROMPTS, SAMPLING, redness, search_run
+
+
+@pytest.fixture
+def tiny(small: SD3) -> SD3:
+    return small
 
 
 def detached(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -113,6 +121,23 @@ def test_prune_ranks_within_each_prompt(tiny: SD3) -> None:
     finished = Prune((1,), (0.5,), 4)(run, None)
     assert finished.candidates.prompt.tolist() == [0, 0, 1, 1]
     assert Counter(node.prompt for node in run.lineage.nodes if node.end_step == 2) == {0: 2, 1: 2}
+
+
+def test_a_search_shows_how_many_of_its_nfe_are_done(
+    tiny: SD3, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(run_search, "Progress", lambda: Progress(seconds=0.0))
+    caplog.set_level(logging.INFO, "genalign")
+    for prompts, name in (
+        (PROMPTS, "searching"),
+        (["a circle that is " + 9 * "very " + "red"], "a circle that is very very very very ..."),
+    ):
+        caplog.clear()
+        result = search(tiny, prompts, redness, Prune((0, 2), (0.5, 0.5), 6), sampling=SAMPLING)
+        total = sum(one.ledger.nfe for one in result.per_prompt)
+        lines = [record.message for record in caplog.records if record.name == "genalign.runtime.progress"]
+        assert lines[0] == f"{name} 0/{total} NFE"
+        assert len(lines) > 2 and lines[-1].startswith(f"{name} {total}/{total} NFE (")
 
 
 def test_search_raises_mean_score(tiny: SD3) -> None:
