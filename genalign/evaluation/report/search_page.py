@@ -98,19 +98,12 @@ def _call_text(spec: Json) -> str:
 
 def _facts(rows: Sequence[Json]) -> dict[str, str]:
     """Mean scores with the gain over plain sampling and both costs, mean calls of a prompt, and the time of all."""
-    facts, calls, plain_nfe = {}, Counter[str](), 0
-    compared = [row["plain"] for row in rows if row.get("plain")]
+    facts, calls = dict[str, str](), Counter[str]()
     for name in rows[0]["scores"]:
-        values = [row["scores"][name] for row in rows if row["scores"][name] is not None]
-        facts[plain(name)] = scored(name, math.fsum(values) / len(values)) if values else "failed"
-        pairs = [(row["scores"][name], row["plain"]["scores"][name]) for row in rows if row.get("plain")]
-        gains = [best - base for best, base in pairs if best is not None and base is not None]
-        if gains:
-            facts[f"{plain(name)}, gain over plain sampling"] = (
-                f"{signed(name, math.fsum(gains) / len(gains))}{' points' if name in SHARES else ''}"
-            )
+        facts |= _score_facts(rows, name)
     for row in rows:
         calls.update(row["calls"])
+    compared = [row["plain"] for row in rows if row.get("plain")]
     if compared:
         plain_nfe = sum(base["calls"]["nfe"] for base in compared)
         facts["NFE of plain sampling per prompt"] = count(plain_nfe / len(compared))
@@ -118,6 +111,18 @@ def _facts(rows: Sequence[Json]) -> dict[str, str]:
     order = sorted(calls, key=lambda call: (call not in words, call != "nfe", call))
     facts |= {f"{words.get(call) or call_words(call)} per prompt": count(calls[call] / len(rows)) for call in order}
     return facts | {"time": duration(sum(row["seconds"] for row in rows))}
+
+
+def _score_facts(rows: Sequence[Json], name: str) -> dict[str, str]:
+    """The mean score by one reward, and the mean gain over plain sampling where both were scored."""
+    values = [row["scores"][name] for row in rows if row["scores"][name] is not None]
+    facts = {plain(name): scored(name, math.fsum(values) / len(values)) if values else "failed"}
+    pairs = [(row["scores"][name], row["plain"]["scores"][name]) for row in rows if row.get("plain")]
+    gains = [best - base for best, base in pairs if best is not None and base is not None]
+    if gains:
+        points = " points" if name in SHARES else ""
+        facts[f"{plain(name)}, gain over plain sampling"] = f"{signed(name, math.fsum(gains) / len(gains))}{points}"
+    return facts
 
 
 def tree(candidates: Sequence[Json], returned: int) -> Markup:
