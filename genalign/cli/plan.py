@@ -56,7 +56,10 @@ def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
         result = dry_run(toy, rewards, prompts, settings.recipe, fitted, guidance)
         _print_calls(settings, fitted, outline, result)
         if outline is not None:
-            _print_memory(_memory(settings, fitted, outline, sources, rewards, result.windows))
+            try:
+                _print_memory(_memory(settings, fitted, outline, sources, rewards, result.windows))
+            except (NotImplementedError, RuntimeError) as error:  # of an operation whose result's size are values
+                print(f"The memory of this model cannot be counted without its values: {error_line(error)}")
 
     print_errors(list(reasons))
     return 2 if reasons else 0
@@ -122,10 +125,10 @@ def _generations(settings: config.Plan, prompts: RunPrompts | None, batch_size: 
     sampling, parts = settings.evaluation or settings.sampling, list[Generation]()
     for name in settings.evaluation_prompts():
         size: config.EvaluationSize = getattr(settings, name)
-        count = size.batch_size
+        count = size.batch_size or batch_size
         if prompts is not None:
             count = len(plan_samples(prompts.evaluations[name], size.samples_per_task, size.seeds))
-        parts.append(Generation(name, sampling, size.batch_size, count, on_main=name == "reward_hacking"))
+        parts.append(Generation(name, sampling, size.batch_size or batch_size, count, on_main=name == "reward_hacking"))
     if settings.sample_grid.every:
         parts.append(Generation("sample_grid", sampling, batch_size, settings.sample_grid.count, on_main=True))
     return parts

@@ -69,7 +69,10 @@ class CountedMemory(TorchDispatchMode):
                 return _on_cpu(first, kwargs.get("dtype") or first.dtype)
         if func is aten.copy_.default and args[1].is_meta and not args[0].is_meta:
             return args[0].fill_(1)
-        result = self._run(func, args, kwargs)
+        if func is aten.nonzero.default and first is not None and first.is_meta:  # as many as can be
+            result = first.new_empty(first.numel(), first.dim(), dtype=torch.long)
+        else:
+            result = self._run(func, args, kwargs)
         for tensor in _on_device((result,)):
             self._hold(tensor, tensor.untyped_storage().nbytes())
             if tensor.dtype == torch.bool:

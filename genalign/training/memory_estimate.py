@@ -25,13 +25,13 @@ from genalign.runtime.counted_memory import CountedMemory, CudaKernels
 from genalign.runtime.memory_options import Memory
 from genalign.scoring.score import NamedReward
 from genalign.training.dry_run import without_networks
-from genalign.training.panel import PanelMeasures
 from genalign.training.settings import FittedSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Conditioning, NoiseLevel, Pipeline, Prompt, PromptSet, TrainableReward
 
 _QUANTIZED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes per number; nf4 has a float32 for every 64 numbers
-ENCODED_TOGETHER = 64  # texts
+_ENCODED_TOGETHER = 64  # texts
+logger = logging.getLogger(__name__)
 CONTEXT = 2**30
 """About the bytes that CUDA takes on a GPU for itself, which no tensor has."""
 
@@ -86,7 +86,7 @@ class NetworkSize:
         """Bytes under a quantization of the weights of linear layers; "fp8" stores them in their own dtype, too."""
         if quantization not in _QUANTIZED:
             return self.nbytes
-        return self.nbytes - self.linear * (self.nbytes / self.parameters - _QUANTIZED[quantization])
+        return self.nbytes - self.linear * (round(self.nbytes / self.parameters) - _QUANTIZED[quantization])
 
 
 @dataclass(frozen=True)
@@ -320,13 +320,16 @@ class _Counter:
             learning += (whole - first) * micro_batch // len(rollout.final)
         return _RoundMemory(moments, lagging, sampling, decoding, after, gradients, learning)
 
-    def encoding(self, texts: int) -> int:
-        """Encode texts of the greatest length; return the bytes at most."""
-        with self.counting() as memory:
+    def encoding(self, texts: int) -> dict[str, float]:
+        """Encode texts of the greatest length; return the bytes at most, if that needs no tokenizer's files."""
+        with self.counting() as memory, torch.no_grad():
             start = memory.reset_peak()
-            with torch.no_grad():
+            try:
                 self.outline.pipeline.encode_longest(texts)
-            return memory.peak - start
+            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+                logger.debug("text encoders cannot run without values: %s", error)
+                return {}
+            return {"activations": float(memory.peak - start)}
 
     def _peaks_since(self, start: int) -> tuple[int, int]:
         """The bytes beyond ``start`` at most until a batch was decoded, and since."""
@@ -343,13 +346,11 @@ class _Counter:
             sampling, decoding = self._peaks_since(start)
             if not part.on_main:
                 return sampling, decoding
-            # All samples are joined, and measured
+            # All samples are joined
             earlier = samples.nbytes // size * (part.count - size)
             others = samples.new_empty(part.count - size, *samples.shape[1:])
             memory.reset_peak()
-            joined = torch.cat([samples, others])
-            if part.name == "reward_hacking":
-                PanelMeasures()(joined, list(map(Prompt, texts)))
+            torch.cat([samples, others])
             return sampling + earlier, max(decoding + earlier, memory.peak - start)
 
 
@@ -433,11 +434,11 @@ def estimate_memory(
     always = _held(outline, policy, round_memory)
     texts = max([settings.prompts_per_round, *(part.count for part in generations)])
     between = [(part, *counter.generation(part)) for part in generations]
-    encoding = counter.encoding(min(texts, ENCODED_TOGETHER))
+    encoding = counter.encoding(min(texts, _ENCODED_TOGETHER))
 
     def of_rank(rank: int) -> MemoryEstimate:
         own = [size for size in sizes[rank::processes] if size]
-        phases = {"encoding texts": {**_moved(outline, "encoding"), "activations": float(encoding)}}
+        phases = {"encoding texts": {**_moved(outline, "encoding"), **encoding}}
         phases |= _round_phases(outline, settings, round_memory, own, max(sizes))
         for part, sampled, decoded in between:
             if rank == 0 or not part.on_main:

@@ -25,8 +25,9 @@ from genalign.diffusion.rollout import ReplayBatch, Rollout, RolloutInputs, repl
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import DPMSDE, ODE, FlowSDE, Kernel, trainable_steps
 from genalign.runtime.media import read_waveform, writer
+from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, FKSteering, ReNO, search
-from genalign.training.memory_estimate import estimate_memory, prediction_activations
+from genalign.training.memory_estimate import estimate_memory
 from genalign.training.settings import TrainerSettings
 from genalign.types import Prompt, PromptSet
 from pipelines import AceStep, AudioLDM2, StableAudio, steer
@@ -262,11 +263,11 @@ def test_the_memory_of_audio_is_estimated(family: str, denoiser: str, folder_of:
     names = [network.name for network in meta.networks]
     assert names[0] == denoiser and {"vae", "text_encoder"} <= {*names}
     policy = Policy(meta.pipeline.denoiser, Lora(2))
-    unguided, guided = (prediction_activations(meta, 2, guidance) for guidance in (1.0, 3.0))
-    assert 0 < unguided < guided == prediction_activations(meta, 4, 1.0)
-    sizes = TrainerSettings().fit(PromptSet.of([str(number) for number in range(48)]), "sample")
-    estimate = estimate_memory(meta, policy, flow_grpo(), sizes, 1.0, stored=1)
-    assert estimate.phases["decoding"]["decoder layers"] > 0
+    sizes = TrainerSettings(group_size=4, batch_size=4).fit(PromptSet.of(["first", "second"]), "sample")
+    rewards = [NamedReward("loudness", loudness)]
+    (estimate,) = estimate_memory(meta, policy, flow_grpo(), sizes, Sampling(3, guidance=3.0), rewards).values()
+    assert estimate.phases["decoding"]["tensors"] > 4 * math.prod(meta.pipeline.sample_shape) * 4
+    assert estimate.peaks["encoding texts"] > 0 and estimate.peak[1] == max(estimate.peaks.values())
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac"])

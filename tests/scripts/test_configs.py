@@ -44,7 +44,7 @@ def test_training_configurations_parse(path: Path) -> None:
 @pytest.mark.parametrize("path", [*PUBLISHED, *PRESETS], ids=lambda path: path.stem)
 def test_a_configuration_of_a_large_model_has_nothing_of_a_world_and_says_that_it_was_not_run(path: Path) -> None:
     text = path.read_text()
-    assert any("NOT RUN" in line and "Sized for" in line for line in text.splitlines()[:3])
+    assert any("NOT RUN" in line for line in text.splitlines()[:3])
     assert "shapes" not in text and "tones" not in text
 
 

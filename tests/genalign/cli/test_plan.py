@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -20,8 +22,8 @@ from genalign.runtime.memory_options import Memory
 from genalign.scoring.score import NamedReward
 from genalign.training import dry_run as counting
 from genalign.training.dry_run import DryRun, ToyPipeline, dry_run
-from genalign.training.memory_estimate import NetworkSize, Outline, estimate_memory, prediction_activations
-from genalign.training.settings import TrainerSettings
+from genalign.training.memory_estimate import Generation, MemoryEstimate, estimate_memory
+from genalign.training.settings import FittedSettings, TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.worlds import shapes
 from pipelines import SD3
@@ -120,19 +122,6 @@ def test_an_outline_is_the_checkpoint_without_values(tiny_folder: Path, tiny: SD
     assert meta.pipeline.latent_shape == tuple(tiny.initial_noise([0]).shape[1:])
 
 
-def test_activations_on_the_meta_device_are_those_on_the_cpu(tiny_folder: Path, tiny: SD3) -> None:
-    meta = outline(tiny_folder)
-    policy = Policy(meta.pipeline.denoiser, Lora(2, 4))
-    Policy(tiny.denoiser, Lora(2, 4))
-    real = replace(meta, pipeline=tiny)
-    assert prediction_activations(meta, 3, 1.0) == prediction_activations(real, 3, 1.0)
-    assert prediction_activations(meta, 3, 2.0) == prediction_activations(real, 6, 1.0)
-    estimates = [estimate_memory(o, policy, nft(), SETTINGS, 1.0, stored=2) for o in (meta, real)]
-    assert estimates[0] == estimates[1]
-    checkpointing = replace(meta, memory=Memory(checkpointing=True))
-    assert prediction_activations(checkpointing, 3, 1.0) < prediction_activations(meta, 3, 1.0)
-
-
 def test_missing_weight_files_are_refused_and_memory_is_estimated(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,35 +134,76 @@ def test_missing_weight_files_are_refused_and_memory_is_estimated(
     assert "sum while learning" in printed.out
 
 
-SIZES = {"transformer": (1000, 600), "vae": (100, 0), "text_encoder": (50, 0)}
-NETWORKS = tuple(NetworkSize(name, *sizes) for name, sizes in SIZES.items())
+FITTED, LORA = FittedSettings(**vars(SETTINGS)), Lora(2, 4)
 
 
-def test_memory_by_hand(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genalign.training.memory_estimate.largest_layer", lambda vae, run: 11 * len(run()))
-    monkeypatch.setattr("genalign.training.memory_estimate.saved_activations", lambda network, run, again: 28)
-    pipeline = outline(tiny_folder).pipeline
-    assert pipeline.latent_shape == (4, 16, 16) and pipeline.resolution == (64, 64)
-    settings = replace(SETTINGS, optimizer="adamw8bit")
-    samples = 4 * 8 * (2 * 4 * 16 * 16 + 3 * 64 * 64)
+def _estimate(
+    folder: Path,
+    memory: Memory = Memory(),
+    settings: FittedSettings = FITTED,
+    lora: Lora | None = LORA,
+    recipe: Recipe = RECIPES["flow_grpo"],
+    processes: int = 1,
+    generations: Sequence[Generation] = (),
+) -> dict[str, MemoryEstimate]:
+    meta = outline(folder, memory=memory)
+    policy, sampling = Policy(meta.pipeline.denoiser, lora), Sampling(4)
+    return estimate_memory(meta, policy, recipe, settings, sampling, REWARDS, generations, processes)
 
-    lora = Policy(nn.Sequential(nn.Linear(4, 6)), Lora(1, targets=("0",)))  # 10 weights
-    whole = Policy(nn.Linear(5, 2, bias=False), None)  # 10 weights
 
-    def peaks(memory: Memory, policy: Policy = lora) -> dict[str, float]:
-        meta = Outline(pipeline, NETWORKS, memory, width=2)
-        sizes = estimate_memory(meta, policy, flow_grpo(), settings, 1.0, stored=2).peaks
-        return {phase: size - (samples if phase != "encoding" else 0) for phase, size in sizes.items()}
+def test_networks_that_wait_are_counted_where_they_are_used(tiny_folder: Path) -> None:
+    sizes = {network.name: network.nbytes for network in outline(tiny_folder).networks}
+    texts = sum(size for name, size in sizes.items() if name.startswith("text_encoder"))
+    estimates = {offload: _estimate(tiny_folder, Memory(offload))["rank 0"] for offload in ("none", "text", "all")}
+    peaks = {offload: estimate.peaks for offload, estimate in estimates.items()}
+    for phase, moved in (("encoding texts", 0), ("sampling", texts), ("decoding", texts), ("learning", texts)):
+        assert peaks["none"][phase] - peaks["text"][phase] == moved
+    assert peaks["text"]["decoding"] == peaks["all"]["decoding"]
+    for phase in ("sampling", "learning", "encoding texts"):
+        assert peaks["text"][phase] - peaks["all"][phase] == sizes["vae"]
 
-    always = 2 * 1150 + 10 * (4 + 4 + 4 + 2)
-    assert peaks(Memory()) == {"encoding": always, "decoding": always + 132, "learning": always + 28}
-    denoiser = 2 * 1000 + 140
-    text = peaks(Memory(offload="text"))
-    assert text == {"encoding": denoiser + 200 + 100, "decoding": denoiser + 200 + 132, "learning": denoiser + 200 + 28}
-    offloaded = peaks(Memory(offload="all", decode_batch=1))
-    assert offloaded == {"encoding": denoiser + 100, "decoding": denoiser + 200 + 33, "learning": denoiser + 28}
-    assert peaks(Memory(quantization="nf4", offload="all"))["learning"] == 2 * 400 + 0.5625 * 600 + 140 + 28
-    assert peaks(Memory(offload="all"), whole)["learning"] == 4 * 1000 + 10 * (4 + 2) + 28  # the rest is on the CPU
+
+def test_the_held_weights_are_those_of_the_method(tiny_folder: Path) -> None:
+    lora, whole = (_estimate(tiny_folder, lora=one, recipe=nft())["rank 0"].always for one in (Lora(2, 4), None))
+    assert lora["optimizer"] == 2 * lora["trained weights"]
+    assert lora["copies of them"] == 2 * lora["trained weights"]  # the average and the lagging weights
+    assert whole["copies of them"] == 0 and "transformer" not in whole
+    settings = replace(FITTED, optimizer="adamw8bit")
+    assert _estimate(tiny_folder, settings=settings)["rank 0"].always["optimizer"] == lora["trained weights"] / 2
+    quantized = _estimate(tiny_folder, Memory(quantization="int8"))["rank 0"].always["transformer"]
+    denoiser = outline(tiny_folder).networks[0]
+    assert quantized == denoiser.nbytes - 3 * denoiser.linear
+
+
+def test_a_round_takes_memory_by_its_settings(tiny_folder: Path) -> None:
+    settings = FITTED
+
+    def phases(**changes: Any) -> Mapping[str, Mapping[str, float]]:
+        return _estimate(tiny_folder, settings=replace(settings, **changes))["rank 0"].phases
+
+    plain = phases()
+    assert plain["sampling"]["earlier batches"] == plain["learning"]["samples of the round"] / 2 > 0
+    beside = plain["sampling beside decoding"]["tensors"]
+    assert beside == plain["sampling"]["tensors"] + plain["decoding"]["tensors"]
+    assert "sampling beside decoding" not in phases(overlap_scoring=False)
+    offloaded = phases(offload_rollouts=True)
+    assert offloaded["learning"]["samples of the round"] < plain["learning"]["samples of the round"] / 4
+    assert phases(micro_batch=1)["learning"]["tensors"] < plain["learning"]["tensors"]
+    recomputed = _estimate(tiny_folder, Memory(checkpointing=True))["rank 0"].phases
+    assert recomputed["learning"]["tensors"] < plain["learning"]["tensors"]
+
+
+def test_ranks_share_a_round_and_the_main_one_measures(tiny_folder: Path) -> None:
+    panel = Generation("reward_hacking", Sampling(4, guidance=3.0), batch_size=4, count=40, on_main=True)
+    alone = _estimate(tiny_folder, generations=[panel])["rank 0"]
+    main_rank, other = (shared := _estimate(tiny_folder, processes=2, generations=[panel])).values()
+    assert [*shared] == ["rank 0", "rank 1"]
+    assert alone.peak[0] == "reward hacking" and "reward hacking" not in other.phases
+    assert main_rank.phases["reward hacking"] == alone.phases["reward hacking"]
+    held = [estimate.phases["learning"]["samples of the round"] for estimate in (alone, other)]
+    assert held[0] == 2 * held[1]
+    (joined,) = _estimate(tiny_folder, processes=2)
+    assert joined == "ranks 0 to 1"
 
 
 def test_the_command_prints_all_and_reads_no_weights(
@@ -184,7 +214,14 @@ def test_the_command_prints_all_and_reads_no_weights(
     plain = ["--config", str(CONFIGS / "train" / "shapes_flow_grpo_partial.yaml"), "--model.path", str(tiny_folder)]
     assert main(["plan", *plain, "--training.rounds", "2"]) == 0
     printed = capsys.readouterr().out
-    for words in ("24 prompts x 8 = 192", "3 x 64 x 64", "nfe backward", "transformer", "sum while learning"):
+    for words in (
+        "24 prompts x 8 = 192",
+        "3 x 64 x 64",
+        "nfe backward",
+        "transformer",
+        "peak of rank 0: ",
+        "while learning",
+    ):
         assert words in printed, words
     assert list(tmp_path.iterdir()) == []
 
