@@ -128,9 +128,11 @@ def _generations(settings: config.Plan, prompts: RunPrompts | None, batch_size: 
         count = size.batch_size or batch_size
         if prompts is not None:
             count = len(plan_samples(prompts.evaluations[name], size.samples_per_task, size.seeds))
-        parts.append(Generation(name, sampling, size.batch_size or batch_size, count, on_main=name == "reward_hacking"))
+        parts.append(Generation(name, sampling, size.batch_size or batch_size, count, joined=name == "reward_hacking"))
     if settings.sample_grid.every:
-        parts.append(Generation("sample_grid", sampling, batch_size, settings.sample_grid.count, on_main=True))
+        parts.append(
+            Generation("sample_grid", sampling, batch_size, settings.sample_grid.count, joined=True, on_main=True)
+        )
     return parts
 
 

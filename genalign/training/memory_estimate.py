@@ -115,13 +115,15 @@ class Generation:
         sampling: Steps and guidance.
         batch_size: Samples that are generated at once.
         count: All samples.
-        on_main: Whether they are the main rank's alone, which holds all of them at the end.
+        joined: Whether all of them are held at the end.
+        on_main: Whether they are the main rank's alone.
     """
 
     name: str
     sampling: Sampling
     batch_size: int
     count: int
+    joined: bool = False
     on_main: bool = False
 
 
@@ -344,7 +346,7 @@ class _Counter:
             start, self.calls.sampled = memory.reset_peak(), None
             samples = next(generate(self.calls, texts[:size], range(size), grid, guidance, size))
             sampling, decoding = self._peaks_since(start)
-            if not part.on_main:
+            if not part.joined:
                 return sampling, decoding
             # All samples are joined
             earlier = samples.nbytes // size * (part.count - size)

@@ -134,12 +134,12 @@ def test_missing_weight_files_are_refused_and_memory_is_estimated(
     assert "sum while learning" in printed.out
 
 
-FITTED, LORA = FittedSettings(**vars(SETTINGS)), Lora(2, 4)
+FITTED, LORA, MEMORY = FittedSettings(**vars(SETTINGS)), Lora(2, 4), Memory()
 
 
 def _estimate(
     folder: Path,
-    memory: Memory = Memory(),
+    memory: Memory = MEMORY,
     settings: FittedSettings = FITTED,
     lora: Lora | None = LORA,
     recipe: Recipe = RECIPES["flow_grpo"],
@@ -194,14 +194,14 @@ def test_a_round_takes_memory_by_its_settings(tiny_folder: Path) -> None:
 
 
 def test_ranks_share_a_round_and_the_main_one_measures(tiny_folder: Path) -> None:
-    panel = Generation("reward_hacking", Sampling(4, guidance=3.0), batch_size=4, count=40, on_main=True)
+    panel = Generation("sample_grid", Sampling(4, guidance=3.0), batch_size=4, count=40, joined=True, on_main=True)
     alone = _estimate(tiny_folder, generations=[panel])["rank 0"]
     main_rank, other = (shared := _estimate(tiny_folder, processes=2, generations=[panel])).values()
     assert [*shared] == ["rank 0", "rank 1"]
-    assert alone.peak[0] == "reward hacking" and "reward hacking" not in other.phases
-    assert main_rank.phases["reward hacking"] == alone.phases["reward hacking"]
+    assert alone.peak[0] == "sample grid" and "sample grid" not in other.phases
+    assert main_rank.phases["sample grid"] == alone.phases["sample grid"]
     held = [estimate.phases["learning"]["samples of the round"] for estimate in (alone, other)]
-    assert held[0] == 2 * held[1]
+    assert held[0] == pytest.approx(2 * held[1], rel=0.05)
     (joined,) = _estimate(tiny_folder, processes=2)
     assert joined == "ranks 0 to 1"
 
