@@ -189,7 +189,7 @@ class FakeCuda(TorchDispatchMode):
         result = self._result(func, types, args, kwargs)
         for tensor in _on_device(result if isinstance(result, tuple | list) else (result,)):
             self._hold(tensor)
-            if tensor.dtype == torch.bool:
+            if tensor.dtype == torch.bool or (func is aten._to_copy.default and hasattr(args[0], "is_true")):
                 tensor.is_true = _is_true(func.overloadpacket, args)
         return result
 
@@ -242,8 +242,8 @@ class FakeCuda(TorchDispatchMode):
     def _to_cpu(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         self._wait("copy to the CPU", tensor.nbytes)
         dtype = dtype or tensor.dtype
-        if dtype == torch.bool:
-            return torch.full(tensor.shape, tensor.is_true)
+        if hasattr(tensor, "is_true"):
+            return torch.full(tensor.shape, tensor.is_true, dtype=dtype)
         if dtype.is_floating_point and tensor.numel() <= 1 << 14:
             return torch.rand(tensor.shape, generator=self._random).to(dtype)
         return torch.zeros(tensor.shape, dtype=dtype)

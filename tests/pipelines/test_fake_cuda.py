@@ -445,6 +445,7 @@ def test_waits_and_copies_are_counted() -> None:
         NamedReward("mean", lambda samples, prompts: samples.mean(1))(x, [Prompt("")] * 4)
         score([NamedReward("mean", lambda samples, prompts: samples.mean(1))], x, [Prompt("")] * 4)
         assert str(cuda.waits[-1]).startswith("copy to the CPU at genalign/scoring/score.py:")
+        assert x.isfinite().long().cpu().sum() == x.numel() and not x.isnan().any().cpu()
 
 
 def test_devices_and_dtypes_do_not_mix() -> None:
