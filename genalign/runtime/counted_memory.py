@@ -29,7 +29,7 @@ _RAISED = {  # what autocast runs in float32 on CUDA
 }
 
 
-class CountedMemory(TorchDispatchMode):
+class CountedMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has not typed it
     """A context that counts the storages that live on the meta device, each rounded as the allocator of CUDA rounds it.
 
     A value that is read from the device is True or 1, and finite; a tensor that is copied from it is ones.
@@ -40,7 +40,7 @@ class CountedMemory(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._storages: dict[int, weakref.ref[Any]] = {}
         self._results: dict[Any, list[Any]] = {}  # by operation and form of its inputs
@@ -89,8 +89,8 @@ class CountedMemory(TorchDispatchMode):
         if known is _IN_PLACE:
             return args[0]
         if known is not None:
-            results = [_empty(*form) for form in known]
-            return results[0] if len(results) == 1 and len(func._schema.returns) == 1 else tuple(results)
+            new = [_empty(*form) for form in known]
+            return new[0] if len(new) == 1 and len(func._schema.returns) == 1 else tuple(new)
         result = func(*args, **kwargs)
         results = result if isinstance(result, tuple) else (result,)
         if result is not None and args and result is args[0] and key[1] == _form(args):

@@ -256,7 +256,7 @@ class _Counter:
         self.keeps_samples = any(isinstance(reward.function, TrainableReward) for reward in rewards)
         self.memory, self.kernels = CountedMemory(), CudaKernels(outline.autocast)
         if outline.memory.checkpointing:
-            outline.pipeline.denoiser.enable_gradient_checkpointing(self.kernels.checkpoint)
+            cast(Any, outline.pipeline.denoiser).enable_gradient_checkpointing(self.kernels.checkpoint)
         self.memory.leave_out(tensor for network in _networks(outline.pipeline) for tensor in _tensors(network))
         self.memory.leave_out([tensor for copy in policy.snapshots for tensor in copy.tensors])
         self.calls = _Calls(outline.pipeline, self.memory)
@@ -279,8 +279,19 @@ class _Counter:
         """Return a trainer whose round is a batch, of whole groups if it divides, and at least two samples."""
         whole = batch % self.settings.group_size == 0
         prompts, group = (batch // self.settings.group_size, self.settings.group_size) if whole else (1, max(batch, 2))
-        sizes = {"prompts_per_round": prompts, "group_size": group, "batch_size": batch, "updates_per_round": 1}
-        once = {"rounds": 1, "warmup_rounds": 0, "max_nfe": None, "optimizer": "adamw", "overlap_scoring": False}
+        sizes: dict[str, Any] = {
+            "prompts_per_round": prompts,
+            "group_size": group,
+            "batch_size": batch,
+            "updates_per_round": 1,
+        }
+        once: dict[str, Any] = {
+            "rounds": 1,
+            "warmup_rounds": 0,
+            "max_nfe": None,
+            "optimizer": "adamw",
+            "overlap_scoring": False,
+        }
         micro_batch = min(self.settings.micro_batch or batch, batch)
         settings = replace(self.settings, **sizes, **once, micro_batch=micro_batch)
         texts = PromptSet("prompts", tuple(Prompt(str(number)) for number in range(prompts)))
@@ -387,7 +398,7 @@ def _first_scores(scores: RoundScores, count: int) -> RoundScores:
 class _EightBit(torch.optim.Optimizer):
     """The moments of AdamW in 8 bits, without the package that needs a CUDA device."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for parameter in self.param_groups[0]["params"]:
             moments = torch.empty(2, *parameter.shape, dtype=torch.uint8, device=parameter.device)
             self.state[parameter].setdefault("moments", moments)
