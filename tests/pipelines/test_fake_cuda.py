@@ -276,17 +276,17 @@ def full_size(name: str) -> Model:
 @pytest.mark.fake_cuda_all  # minutes each
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("size", ["two blocks", "full size"])
+@pytest.mark.parametrize("size", ["two_blocks", "full_size"])
 def test_every_recipe_of_every_model(size: str, name: str, recipe: str) -> None:
-    check((shared(name) if size == "two blocks" else full_size(name)).train(RECIPES[recipe]()))
+    check((shared(name) if size == "two_blocks" else full_size(name)).train(RECIPES[recipe]()))
 
 
 @pytest.mark.fake_cuda_all
 @pytest.mark.parametrize("strategy", STRATEGIES | GUIDED)
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("size", ["two blocks", "full size"])
+@pytest.mark.parametrize("size", ["two_blocks", "full_size"])
 def test_every_strategy_of_every_model(size: str, name: str, strategy: str) -> None:
-    look_for(shared(name) if size == "two blocks" else full_size(name), (STRATEGIES | GUIDED)[strategy]())
+    look_for(shared(name) if size == "two_blocks" else full_size(name), (STRATEGIES | GUIDED)[strategy]())
 
 
 @pytest.mark.slow  # two rounds
