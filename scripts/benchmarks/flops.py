@@ -138,22 +138,11 @@ def product(calls: Calls, flops: Calls) -> float:
     return calls.forward * flops.forward + calls.backward * flops.backward
 
 
-def without_checkpointing(settings: config.Train) -> config.Train:
-    """Keep activations, for which a smaller ``training.micro_batch`` makes room, instead of computing them again."""
-    memory = replace(settings.model.memory, checkpointing=False)
-    return replace(settings, model=replace(settings.model, memory=memory))
-
-
 def measurements(blocks: int | None = None) -> list[Measurement]:
     """Count every loop: its calls and TFLOP an image, and these over those of Flow-GRPO's published loop."""
     geneval, one_gpu = training_settings(GENEVAL), training_settings(assets.preset(ONE_GPU))
-    ours = {
-        "sd35_medium_flow_grpo_geneval": geneval,
-        "sd35_medium_flow_grpo_geneval.no_checkpointing": without_checkpointing(geneval),
-        ONE_GPU: one_gpu,
-    }
-    plain = model_on_meta(without_checkpointing(geneval), blocks)  # of the published adapter and sizes
-    published, flops = published_calls(), call_flops(plain)
+    ours = {"sd35_medium_flow_grpo_geneval": geneval, ONE_GPU: one_gpu}
+    published, flops = published_calls(), call_flops(model_on_meta(geneval, blocks))  # of the published adapter and sizes
     whole = product(published, flops)
     rows = [
         Measurement("call.forward", "TFLOP of a row", flops.forward / 1e12),
