@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -142,7 +142,10 @@ def measurements(blocks: int | None = None) -> list[Measurement]:
     """Count every loop: its calls and TFLOP an image, and these over those of Flow-GRPO's published loop."""
     geneval, one_gpu = training_settings(GENEVAL), training_settings(assets.preset(ONE_GPU))
     ours = {"sd35_medium_flow_grpo_geneval": geneval, ONE_GPU: one_gpu}
-    published, flops = published_calls(), call_flops(model_on_meta(geneval, blocks))  # of the published adapter and sizes
+    published, flops = (
+        published_calls(),
+        call_flops(model_on_meta(geneval, blocks)),
+    )  # of the published adapter and sizes
     whole = product(published, flops)
     rows = [
         Measurement("call.forward", "TFLOP of a row", flops.forward / 1e12),
