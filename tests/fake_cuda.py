@@ -164,7 +164,7 @@ class FakeCuda(TorchDispatchMode):
         if fakes and device is not None and torch.device(device).type == "cpu":
             return self._to_cpu(args[0], kwargs.get("dtype"))
         if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
-            return args[0].copy_(self._to_cpu(args[1], args[0].dtype))
+            return args[0].copy_(self._to_cpu(args[1], args[0].dtype, blocks=not _is_non_blocking(args, kwargs)))
         return self._tracked(func, types, args, kwargs, fakes)
 
     def _on_cpu(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -210,7 +210,7 @@ class FakeCuda(TorchDispatchMode):
         if func is aten._to_copy.default and not fakes:
             source, blocks = args[0], not kwargs.get("non_blocking", False)
         elif func is aten.copy_.default and not isinstance(args[1], FakeTensor):
-            source, blocks = args[1], not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+            source, blocks = args[1], not _is_non_blocking(args, kwargs)
         if source is not None and isinstance(source, Tensor):
             self.copies.append(self._event("copy to the device", source.nbytes))
             if blocks:
@@ -239,8 +239,9 @@ class FakeCuda(TorchDispatchMode):
             return tensor.is_true
         return 1.0 if tensor.dtype.is_floating_point else 1
 
-    def _to_cpu(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-        self._wait("copy to the CPU", tensor.nbytes)
+    def _to_cpu(self, tensor: Tensor, dtype: torch.dtype | None, blocks: bool = True) -> Tensor:
+        if blocks:
+            self._wait("copy to the CPU", tensor.nbytes)
         dtype = dtype or tensor.dtype
         if hasattr(tensor, "is_true"):
             return torch.full(tensor.shape, tensor.is_true, dtype=dtype)
@@ -356,6 +357,11 @@ def _on_device(values: Sequence[Any]) -> list[FakeTensor]:
         elif isinstance(value, tuple | list):
             found += _on_device(value)
     return found
+
+
+def _is_non_blocking(args: Any, kwargs: Any) -> bool:
+    """Whether ``copy_`` was called so that the CPU goes on beside it."""
+    return bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
 
 
 def _is_true(operation: Any, inputs: Sequence[Any]) -> bool:

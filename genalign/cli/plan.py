@@ -148,7 +148,11 @@ def _print_memory(estimates: Mapping[str, MemoryEstimate]) -> None:
     for ranks, memory in estimates.items():
         phase, size = memory.peak
         print(f"peak of {ranks}: {size / 2**30:.1f} GiB, while {phase}")
+    texts = [memory.phases["encoding texts"] for memory in estimates.values()]
+    encoders = (
+        "" if all("activations" in sizes for sizes in texts) else "; what the text encoders of this model compute"
+    )
     print(
         f"CUDA takes about {CONTEXT / 2**30:.0f} GiB more. Not counted: networks of rewards and features, and what they"
-        " compute; FSDP, which shards weights"
+        f" compute; FSDP, which shards weights{encoders}"
     )

@@ -73,6 +73,8 @@ class WeightSnapshot:
     def __init__(self, parameters: Sequence[nn.Parameter], on_cpu: bool = False) -> None:
         self.parameters = parameters
         self.tensors = [_copied(local_tensor(parameter), on_cpu) for parameter in parameters]
+        if self.is_elsewhere and parameters[0].is_cuda:
+            torch.cuda.synchronize()  # once for all copies
 
     @property
     def is_elsewhere(self) -> bool:
@@ -97,11 +99,12 @@ class WeightSnapshot:
 
 
 def _copied(tensor: Tensor, on_cpu: bool) -> Tensor:
-    """Copy a tensor, to the CPU if its values exist and ``on_cpu`` is true."""
+    """Copy a tensor, to the CPU if its values exist and ``on_cpu`` is true, without waiting for a GPU."""
     if not on_cpu or tensor.device.type in ("cpu", "meta"):
         return tensor.clone()
-    copy = tensor.cpu()
-    return copy.pin_memory() if tensor.is_cuda else copy
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    return torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory().copy_(tensor, non_blocking=True)
 
 
 class Policy:
@@ -231,10 +234,14 @@ class Policy:
 
     @torch.no_grad()
     def _copy(self, tensors: Sequence[Tensor] = (), to: Sequence[Tensor] = ()) -> None:
-        """Copy ``tensors`` into the weights, or the weights ``to`` tensors."""
+        """Copy ``tensors`` into the weights, or the weights ``to`` tensors.
+
+        The CPU does not wait for a GPU, whose copies are in order: it changes a snapshot in ``WeightSnapshot.update``
+        alone, after a copy that blocks.
+        """
         own = [local_tensor(parameter.data) for parameter in self.parameters]  # data: a graph may wait for its backward
         for source, target in zip(tensors or own, to or own, strict=True):
-            target.copy_(source)
+            target.copy_(source, non_blocking=source.is_cuda or target.is_cuda)
         if self.sharded and tensors:
             reshard(self.denoiser)
 

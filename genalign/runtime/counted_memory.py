@@ -24,7 +24,7 @@ _LOWERED = {  # what autocast runs in its dtype on CUDA
     *(Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm),
 }
 _RAISED = {  # what autocast runs in float32 on CUDA
-    *(F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, torch.exp, Tensor.exp),
+    *(F.layer_norm, F.group_norm, F.rms_norm, F.softmax, torch.softmax, Tensor.softmax, torch.exp, Tensor.exp),
     *(torch.pow, Tensor.pow, Tensor.__pow__, torch.rsqrt, Tensor.rsqrt, torch.sum, Tensor.sum, torch.cumsum),
 }
 

@@ -88,11 +88,14 @@ class SearchSetup:
             batch_size, run_seed = self.batch_size, f"{seed}/{place}"
             return SearchRun(self.pipeline, [prompts[place]], self.rewards, grid, guidance, batch_size, run_seed)
 
-        planned = count_calls(run_of(0), self.strategy, budget).nfe
+        try:
+            total = count_calls(run_of(0), self.strategy, budget).nfe * len(prompts)
+        except Exception:  # of a strategy that needs values: the number of NFE is then shown without a total
+            total = None
         results: list[PromptResult] = []
         lineage: list[dict[str, Any]] = []
         winners: list[int] = []
-        with progress.phase(name, planned * len(prompts), "NFE") as phase:
+        with progress.phase(name, total, "NFE") as phase:
             for place in range(len(prompts)):
                 run = run_of(place)
                 run.pipeline = Metered(run.pipeline, _Advancing(phase))

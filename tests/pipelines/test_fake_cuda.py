@@ -377,11 +377,12 @@ def test_dtypes_do_not_mix(case: str) -> None:
     check(model.train(recipes.flow_grpo(window=1)))
 
 
-def test_whole_networks_wait_only_where_their_weights_are_exchanged() -> None:
+def test_whole_networks_exchange_their_weights_without_waiting() -> None:
     model = Model.open("sd35_medium", weights=torch.float32, lora=None)
     trained = model.train(recipes.flow_grpo(window=1))
     assert by_place(trained.steps(trained.waits)) == {}
-    assert {event.functions[-1] for event in trained.learning(trained.waits)} == {"_copy", "_copied"}
+    waits = by_place(trained.learning(trained.waits))
+    assert sum(waits.values()) == 1 and "synchronize" in next(iter(waits))  # when the reference is first used
 
 
 def test_a_round_that_waits_on_the_cpu_is_copied_once_without_waiting() -> None:

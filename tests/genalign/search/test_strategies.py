@@ -31,7 +31,7 @@ from genalign.search import (
     run_search,
     search,
 )
-from genalign.search.engine import Particles, SearchRun
+from genalign.search.engine import Particles, ScoredParticles, SearchRun
 from genalign.search.noise_search import neighbors_of
 from genalign.search.pruning import PruneSchedule
 from genalign.search.ranking import largest_per_prompt, ranking_values
@@ -138,6 +138,15 @@ def test_a_search_shows_how_many_of_its_nfe_are_done(
         lines = [record.message for record in caplog.records if record.name == "genalign.runtime.progress"]
         assert lines[0] == f"{name} 0/{total} NFE"
         assert len(lines) > 2 and lines[-1].startswith(f"{name} {total}/{total} NFE (")
+
+
+def test_a_strategy_that_needs_values_is_searched_with_though_its_calls_cannot_be_counted(tiny: SD3) -> None:
+    def first_value(run: SearchRun, budget: Budget | None) -> ScoredParticles:
+        found = BestOfN(2)(run, budget)
+        float(found.samples.flatten()[0])  # the twin that counts calls has none
+        return found
+
+    assert search(tiny, PROMPTS[0], redness, first_value, sampling=SAMPLING).scores.numel()
 
 
 def test_search_raises_mean_score(tiny: SD3) -> None:

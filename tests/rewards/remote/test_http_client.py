@@ -83,18 +83,19 @@ def dripping(start: bytes, drip: bytes) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("start", "drip"),
+    ("scheme", "start", "drip"),
     [
-        (b"HTTP/1.1 200 OK\r\nX-A: ", b"a"),
-        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
-        (b"HTTP/1.1 200 OK\r\n\r\n", b"a"),
+        ("http", b"HTTP/1.1 200 OK\r\nX-A: ", b"a"),
+        ("http", b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        ("http", b"HTTP/1.1 200 OK\r\n\r\n", b"a"),
+        ("https", b"\x16\x03\x03\x40\x00", b"\x02"),  # a record of TLS of 16 KiB
     ],
-    ids=["headers", "100 Continue", "body"],
+    ids=["headers", "100 Continue", "body", "TLS handshake"],
 )
-def test_the_deadline_ends_an_answer_that_drips(start: bytes, drip: bytes) -> None:
+def test_the_deadline_ends_an_answer_that_drips(scheme: str, start: bytes, drip: bytes) -> None:
     with (
         dripping(start, drip) as address,
-        HttpClient(address, "NO_TOKEN", Patience(deadline=0.5)) as client,
+        HttpClient(address.replace("http", scheme), "NO_TOKEN", Patience(deadline=0.5)) as client,
         pytest.raises(Unavailable, match="given up after"),
     ):
         started = time.monotonic()
