@@ -16,7 +16,7 @@ from genalign.evaluation.evaluate import plan_samples
 from genalign.runtime.distributed import ProcessGroup
 from genalign.scoring.score import NamedReward
 from genalign.training.dry_run import DryRun, ToyPipeline, dry_run
-from genalign.training.memory_estimate import CONTEXT, Generation, MemoryEstimate, Outline, estimate_memory
+from genalign.training.memory_estimate import CONTEXT, GeneratedSamples, MemoryEstimate, Outline, estimate_memory
 from genalign.training.settings import FittedSettings
 from genalign.types import Prompt, PromptSet
 
@@ -120,18 +120,20 @@ def _memory(
     return estimate_memory(outline, policy, recipe, training, sampling, rewards, between, processes)
 
 
-def _generations(settings: config.Plan, prompts: RunPrompts | None, batch_size: int) -> list[Generation]:
+def _generations(settings: config.Plan, prompts: RunPrompts | None, batch_size: int) -> list[GeneratedSamples]:
     """List what the run generates between rounds; without ``prompts`` evaluations have as many samples as a batch."""
-    sampling, parts = settings.evaluation or settings.sampling, list[Generation]()
+    sampling, parts = settings.evaluation or settings.sampling, list[GeneratedSamples]()
     for name in settings.evaluation_prompts():
         size: config.EvaluationSize = getattr(settings, name)
         count = size.batch_size or batch_size
         if prompts is not None:
             count = len(plan_samples(prompts.evaluations[name], size.samples_per_task, size.seeds))
-        parts.append(Generation(name, sampling, size.batch_size or batch_size, count, joined=name == "reward_hacking"))
+        parts.append(
+            GeneratedSamples(name, sampling, size.batch_size or batch_size, count, joined=name == "reward_hacking")
+        )
     if settings.sample_grid.every:
         parts.append(
-            Generation("sample_grid", sampling, batch_size, settings.sample_grid.count, joined=True, on_main=True)
+            GeneratedSamples("sample_grid", sampling, batch_size, settings.sample_grid.count, joined=True, on_main=True)
         )
     return parts
 

@@ -107,7 +107,7 @@ class Outline:
 
 
 @dataclass(frozen=True)
-class Generation:
+class GeneratedSamples:
     """Samples that are generated between rounds: an evaluation, the panel of reward hacking, or a sample grid.
 
     Attributes:
@@ -349,7 +349,7 @@ class _Counter:
         assert self.calls.sampled is not None, "a batch is decoded"
         return self.calls.sampled - start, self.memory.peak - start
 
-    def generation(self, part: Generation) -> tuple[int, int]:
+    def generation(self, part: GeneratedSamples) -> tuple[int, int]:
         """Generate a batch between rounds; return the bytes at most until it is sampled, and afterwards."""
         with self.counting() as memory:
             texts, size = [str(number) for number in range(part.count)], min(part.batch_size, part.count)
@@ -423,7 +423,7 @@ def estimate_memory(
     settings: FittedSettings,
     sampling: Sampling,
     rewards: Sequence[NamedReward],
-    generations: Sequence[Generation] = (),
+    generations: Sequence[GeneratedSamples] = (),
     processes: int = 1,
 ) -> dict[str, MemoryEstimate]:
     """Count the memory of the training device of each rank; rewards' networks and what libraries take are left out.

@@ -21,7 +21,7 @@ from genalign.diffusion.rollout import generate
 from genalign.diffusion.sampling import Sampling
 from genalign.runtime.memory_options import Memory
 from genalign.scoring.score import NamedReward
-from genalign.training.memory_estimate import Generation, MemoryEstimate, Outline, estimate_memory
+from genalign.training.memory_estimate import GeneratedSamples, MemoryEstimate, Outline, estimate_memory
 from genalign.training.settings import FittedSettings
 from genalign.training.trainer import Trainer
 from pipelines import meta_device
@@ -47,7 +47,7 @@ SETTINGS = FittedSettings(
     overlap_scoring=False,
 )
 PROMPTS = ["red circle", "blue square"]
-EVALUATION = Generation("held_out", Sampling(2, guidance=4.0), batch_size=6, count=6)
+EVALUATION = GeneratedSamples("held_out", Sampling(2, guidance=4.0), batch_size=6, count=6)
 DISTILLED = replace(EVALUATION, sampling=Sampling(2, guidance=1.0))
 
 
@@ -58,7 +58,7 @@ def sharpness(samples: Tensor, prompts: object) -> Tensor:
 REWARDS = [NamedReward("sharpness", sharpness)]
 
 
-def evaluation_of(name: str) -> Generation:
+def evaluation_of(name: str) -> GeneratedSamples:
     return DISTILLED if name == "flux_dev" else EVALUATION
 
 

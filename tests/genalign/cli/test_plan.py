@@ -22,7 +22,7 @@ from genalign.runtime.memory_options import Memory
 from genalign.scoring.score import NamedReward
 from genalign.training import dry_run as counting
 from genalign.training.dry_run import DryRun, ToyPipeline, dry_run
-from genalign.training.memory_estimate import Generation, MemoryEstimate, estimate_memory
+from genalign.training.memory_estimate import GeneratedSamples, MemoryEstimate, estimate_memory
 from genalign.training.settings import FittedSettings, TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.worlds import shapes
@@ -144,7 +144,7 @@ def _estimate(
     lora: Lora | None = LORA,
     recipe: Recipe = RECIPES["flow_grpo"],
     processes: int = 1,
-    generations: Sequence[Generation] = (),
+    generations: Sequence[GeneratedSamples] = (),
 ) -> dict[str, MemoryEstimate]:
     meta = outline(folder, memory=memory)
     policy, sampling = Policy(meta.pipeline.denoiser, lora), Sampling(4)
@@ -194,7 +194,8 @@ def test_a_round_takes_memory_by_its_settings(tiny_folder: Path) -> None:
 
 
 def test_ranks_share_a_round_and_the_main_one_measures(tiny_folder: Path) -> None:
-    panel = Generation("sample_grid", Sampling(4, guidance=3.0), batch_size=4, count=40, joined=True, on_main=True)
+    sampling = Sampling(4, guidance=3.0)
+    panel = GeneratedSamples("sample_grid", sampling, batch_size=4, count=40, joined=True, on_main=True)
     alone = _estimate(tiny_folder, generations=[panel])["rank 0"]
     main_rank, other = (shared := _estimate(tiny_folder, processes=2, generations=[panel])).values()
     assert [*shared] == ["rank 0", "rank 1"]
