@@ -213,6 +213,7 @@ class _RoundMemory:
     """Bytes of a round of one batch.
 
     Attributes:
+        decoder: What layers of the decoder hold from the first call on, such as the products of weight norm.
         moments: The optimizer's moments.
         lagging: The lagging copy of the weights.
         sampling: At most until the batch is sampled.
@@ -222,6 +223,7 @@ class _RoundMemory:
         learning: At most while a micro-batch is trained, beyond what is stored and the gradients.
     """
 
+    decoder: int
     moments: int
     lagging: int
     sampling: int
@@ -307,6 +309,9 @@ class _Counter:
         """Sample, decode and score a batch of ``size``, and train a micro-batch of it on one of its stored steps."""
         with self.counting() as memory:
             start = memory.live
+            with torch.no_grad():
+                self.outline.pipeline.decode(self.outline.pipeline.zeros(1, *self.outline.pipeline.latent_shape))
+            decoder, start = memory.live - start, memory.live
             trainer = self.trainer(size)
             lagging = memory.live - start
             moments = _first_step(trainer)
@@ -331,7 +336,7 @@ class _Counter:
         if self.settings.offload_rollouts:  # a micro-batch is on the device with all of its steps
             whole, first = (sum(tensor.nbytes for tensor in r.tensors().values()) for r in (batch.rollout, rollout))
             learning += (whole - first) * micro_batch // len(rollout.final)
-        return _RoundMemory(moments, lagging, sampling, decoding, after, gradients, learning)
+        return _RoundMemory(decoder, moments, lagging, sampling, decoding, after, gradients, learning)
 
     def encoding(self, texts: int) -> dict[str, float]:
         """Encode texts of the greatest length; return the bytes at most, if that needs no tokenizer's files."""
@@ -472,7 +477,7 @@ def _held(outline: Outline, policy: Policy, counted: _RoundMemory) -> dict[str, 
     copies = copies if policy.config is not None else 0  # those of a whole network are on the CPU
     held = {} if policy.config is None else {denoiser.name: float(denoiser.quantized(outline.memory.quantization))}
     held |= {"trained weights": float(trained), "copies of them": float(copies)}
-    held["optimizer"] = float(counted.moments)
+    held |= {"optimizer": float(counted.moments), "layers of the decoder": float(counted.decoder)}
     return held | {
         network.name: float(network.nbytes)
         for network in outline.networks[1:]

@@ -79,6 +79,20 @@ def planned(
     return estimate
 
 
+def place_as_loaded(pipe: Any, family: type[DiffusersPipeline], memory: Memory) -> None:
+    """Bring networks that were built on the device to the dtype and place of a checkpoint that was loaded."""
+    networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    for layer in (layer for network in networks.values() for layer in network.modules()):
+        if "weight_g" in layer._parameters:  # of weight norm, whose product is not moved with a network
+            layer.weight = torch.zeros(0)
+    for name, network in networks.items():
+        network.to(torch.bfloat16)  # buffers too, as those that are read from a file
+        if memory.offload != "none" and name != family.denoiser_name:
+            network.to("cpu")
+            if isinstance(network, PreTrainedModel):
+                network.tie_weights()  # which a copy from the device without values separates
+
+
 def measured(
     name: str, recipe: Recipe, sampling: Sampling, blocks: int | None, memory: Memory, settings: FittedSettings
 ) -> dict[str, int]:
@@ -86,14 +100,10 @@ def measured(
     peaks: dict[str, int] = {}
     with FakeCuda() as cuda:
         pipe, family, options = build(name, blocks, "cuda", memory)
-        networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-        for part, network in networks.items():
-            network.to(torch.bfloat16)  # buffers too, as those that are read from a file
-            if memory.offload != "none" and part != family.denoiser_name:
-                network.to("cpu")
-                if isinstance(network, PreTrainedModel):
-                    network.tie_weights()  # which a copy from the device without values separates
+        place_as_loaded(pipe, family, memory)
         pipeline = family(pipe, device="cuda", **options)
+        with torch.no_grad():
+            pipeline.decode(pipeline.zeros(1, *pipeline.latent_shape))  # as in an earlier round
         policy = Policy(pipeline.denoiser, Lora(rank=32))
         trainer = Trainer(pipeline, policy, REWARDS, PROMPTS, recipe, settings, sampling)
         phase = "encoding texts"

@@ -116,6 +116,7 @@ from PIL import Image
 from rewards.ocr import OCRReward
 from tests.rewards.text_readers import process_and_level
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background ignore
 print("script")
 pictures = [Image.new("RGB", (8, 8), (9, 9, 9))] * 8
 print(*{text.split()[0] for text in OCRReward(process_and_level, 2)._read(pictures)}, flush=True)
