@@ -103,6 +103,8 @@ class SetContrast:
         if scores.features is None:
             raise ValueError("SetContrast needs features of the samples: give the recipe a feature function")
         features = scores.features
+        if features.ndim != 2:
+            raise ValueError(f"the features of samples must be (samples, dimensions), not {tuple(features.shape)}")
         if self.quality:
             features = torch.cat([features, scores.combined.to(features)[:, None]], 1)
         first, second = paired_halves(scores.group)

@@ -162,7 +162,7 @@ def check(trained: Round) -> None:
 
 
 def channels(samples: Tensor) -> Tensor:
-    return samples.mean((-2, -1))
+    return samples.flatten(2).mean(2)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +116,8 @@ def test_the_better_set_comes_first() -> None:
     scores = RoundScores(torch.zeros(6, 1), (1.0,), group, features=1 - features)
     # Prompt 0 has the samples 0, 2 against 3, 5; the second half is better. Prompt 1 has a sample without features.
     assert SetContrast(mean_reward)(scores).tolist() == [-1.0, 0.0, -1.0, 1.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match=r"must be \(samples, dimensions\), not \(6,\)"):
+        SetContrast(mean_reward)(replace(scores, features=torch.zeros(6)))
 
 
 LONG, FIRST, SECOND = torch.zeros(2, dtype=torch.long), *toy(n=4)[1:]
