@@ -29,7 +29,7 @@ for task in 0 1 2 3; do SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) "$@" || e
 def variables(tmp_path: Path) -> dict[str, str]:
     """The environment of a job of two nodes with two tasks each, whose Python prints what it is given."""
     programs = {
-        "scontrol": '#!/bin/bash\n[ "$*" = "show hostnames node[3-4]" ] && printf "node3\\nnode4\\n"\n',
+        "scontrol": '#!/bin/bash\n[ "$*" = "show hostnames node[3-4]" ] && printf "node%d\\n" {3..9999}\n',
         "srun": SRUN,
         "python": '#!/bin/bash\necho "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR:$MASTER_PORT'
         ' $OMP_NUM_THREADS $*"\n',
