@@ -26,7 +26,7 @@ class AceStep(AudioPipeline, FlowPipeline):
 
     kind = AceStepPipeline
     encoders = ("text_encoder", "condition_encoder")
-    kept_encoders = ("condition_encoder",)  # it has what guidance leads away from
+    sampling_encoders = ("condition_encoder",)  # it has what guidance leads away from
     default_seconds = 60.0
     text_tokens = 256
     shift = 3.0

@@ -113,7 +113,7 @@ class DiffusersPipeline(ABC):
     default_negative: ClassVar[str | None] = ""  # the negative prompt of guidance; None for one that is no text
     distilled_default: ClassVar[float] = 3.5  # the guidance scale that a guidance-distilled network takes as an input
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    kept_encoders: ClassVar[tuple[str, ...]] = ()  # those of ``encoders`` that sampling needs, too
+    sampling_encoders: ClassVar[tuple[str, ...]] = ()  # those of ``encoders`` that sampling needs, too
     decoders: ClassVar[tuple[str, ...]] = ("vae",)  # the components from latents to samples
     lora_in_diffusers: ClassVar[bool] = True  # whether diffusers saves and loads adapters of this family
 
@@ -189,7 +189,7 @@ class DiffusersPipeline(ABC):
         if options.get("compiled"):
             require_compiler(options.get("device", "cpu"), memory)
         extra = quantization_arguments(memory, cls.denoiser_name, dtype)
-        text_only = {*cls.encoders}.difference(cls.kept_encoders, absent) & {*model_index(path_or_id, access)}
+        text_only = {*cls.encoders}.difference(cls.sampling_encoders, absent) & {*model_index(path_or_id, access)}
         dropped = sorted(text_only) if options.get("text_cache") else []
         with one_line_errors(path_or_id):
             without = absent | dict.fromkeys(dropped)

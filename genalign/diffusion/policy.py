@@ -82,9 +82,9 @@ class WeightSnapshot:
         return any(t.device != p.device for t, p in zip(self.tensors, self.parameters, strict=True))
 
     @torch.no_grad()
-    def update(self, parameters: Sequence[nn.Parameter], decay: float = 0.0) -> None:
-        """Move towards ``parameters``: decay 0 copies them, decay near 1 averages slowly."""
-        for tensor, parameter in zip(self.tensors, parameters, strict=True):
+    def update(self, decay: float = 0.0) -> None:
+        """Move towards the current weights: decay 0 copies them, decay near 1 averages slowly."""
+        for tensor, parameter in zip(self.tensors, self.parameters, strict=True):
             tensor.lerp_(local_tensor(parameter).to(tensor.device), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -254,7 +254,7 @@ class Policy:
         self.updates += 1
         if self.sharded:
             reshard(self.denoiser)
-        self.average.update(self.parameters, min(self.ema_decay, (1 + self.updates) / (10 + self.updates)))
+        self.average.update(min(self.ema_decay, (1 + self.updates) / (10 + self.updates)))
 
     def sum_gradients(self) -> None:
         """Replace each rank's gradients by their sum over all ranks."""

@@ -40,7 +40,7 @@ class CountedMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.live = self.peak = 0
         self._storages: dict[int, weakref.ref[Any]] = {}
         self._results: dict[Any, list[Any]] = {}  # by operation and form of its inputs
@@ -76,20 +76,20 @@ class CountedMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         for tensor in _on_device((result,)):
             self._hold(tensor, tensor.untyped_storage().nbytes())
             if tensor.dtype == torch.bool:
-                tensor.truth = _result(func, args)  # type: ignore[attr-defined]
+                tensor.truth = _result(func, args)  # type: ignore[attr-defined]  # what is read of it, later
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation, unless inputs of the same form have shown its result: new tensors, or its first input."""
         try:
             key = func, _form(args), _form(tuple(kwargs.items()))
-            known = self._results.get(key)
+            earlier = self._results.get(key)
         except TypeError:  # of a form without a hash
             return func(*args, **kwargs)
-        if known is _IN_PLACE:
+        if earlier is _IN_PLACE:
             return args[0]
-        if known is not None:
-            new = [_empty(*form) for form in known]
+        if earlier is not None:
+            new = [_empty(*form) for form in earlier]
             return new[0] if len(new) == 1 and len(func._schema.returns) == 1 else tuple(new)
         result = func(*args, **kwargs)
         results = result if isinstance(result, tuple) else (result,)

@@ -289,9 +289,9 @@ def require_shared(folder: Path, processes: ProcessGroup) -> None:
     """Raise ValueError on every rank if one does not see a file that rank 0 writes in ``folder``."""
     if processes.world_size == 1:
         return
-    token, made = folder / f".shared-{os.urandom(8).hex()}", False
+    token, is_new = folder / f".shared-{os.urandom(8).hex()}", False
     if processes.is_main:
-        made = not folder.exists()
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         token.touch()
     token = folder / processes.all_gather_object(token.name)[0]
@@ -301,7 +301,7 @@ def require_shared(folder: Path, processes: ProcessGroup) -> None:
     blind = [name for name in processes.all_gather_object(None if sees else socket.gethostname()) if name]
     if processes.is_main:
         token.unlink(missing_ok=True)
-        if blind and made:
+        if blind and is_new:
             folder.rmdir()
     if blind:
         raise ValueError(

@@ -143,7 +143,7 @@ class Trainer:
         reward_metrics = self._update_rewards(batches, prompts)
         sums = self.learn(index, prompts, batches, scores, progress)
         if self.old is not None and self.recipe.lag is not None:
-            self.old.update(self.policy.parameters, self.recipe.lag.decay(index))
+            self.old.update(self.recipe.lag.decay(index))
         self.ledger.add(self.processes.all_gather_object(self.ledger.since(billed).counts), billed)
         self.rounds_done += 1
         self.samples += len(scores.scores)

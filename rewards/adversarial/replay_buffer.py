@@ -166,5 +166,5 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Return the number of ranks."""
+    """Return the number of ranks of the run, 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -151,14 +151,14 @@ def coco_instances(classes: Tensor, masks: Tensor, size: Sequence[int], lowest: 
     likely = (best > lowest).cpu()  # a score only falls when the mask's is multiplied in, and the best come first
     covered, measured = [], []
     for image_masks, image_best, image_index, count in zip(masks, best, index, likely.sum(1).tolist(), strict=True):
-        chosen = image_index[:count]
-        logits = image_masks[chosen // len(OBJECTS)]
+        queries = image_index[:count]
+        logits = image_masks[queries // len(OBJECTS)]
         if count:
             logits = interpolate(logits[None], tuple(size), mode="bilinear", align_corners=False)[0]
         mask = logits > 0
         inside = (logits.sigmoid() * mask).flatten(1).sum(1) / (mask.flatten(1).sum(1) + 1e-6)
         covered.append(mask)
-        measured.append(torch.stack([image_best[:count] * inside, chosen % len(OBJECTS), *_bounds(mask)], 1))
+        measured.append(torch.stack([image_best[:count] * inside, queries % len(OBJECTS), *_bounds(mask)], 1))
     numbers = torch.split(torch.cat(measured).cpu(), [len(mask) for mask in covered])
     return [
         [

@@ -134,7 +134,7 @@ def our_flops(settings: config.Train, blocks: int | None = None) -> float:
 
 
 def product(calls: Calls, flops: Calls) -> float:
-    """The FLOPs of so many calls."""
+    """The FLOPs of ``calls`` of which each takes ``flops``."""
     return calls.forward * flops.forward + calls.backward * flops.backward
 
 

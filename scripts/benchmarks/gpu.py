@@ -45,8 +45,8 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 40
 
 
 @dataclass(frozen=True)
-class Size:
-    """The size of a measurement.
+class Workload:
+    """The sizes of the network and of a round that are measured.
 
     Attributes:
         blocks: Blocks of each kind; None for all.
@@ -65,7 +65,7 @@ class Size:
     positions: int = 384
 
 
-SIZES = {"full": Size(), "tiny": Size(blocks=1, pixels=32, text_tokens=3, prompts=2, rounds=1, positions=8)}
+SIZES = {"full": Workload(), "tiny": Workload(blocks=1, pixels=32, text_tokens=3, prompts=2, rounds=1, positions=8)}
 
 
 class Embedded(SD3):
@@ -84,7 +84,7 @@ def places(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return torch.linspace(-1, 1, len(samples))
 
 
-def open_randomly(device: torch.device, size: Size, dtype: torch.dtype, options: Mapping[str, Any]) -> Embedded:
+def open_randomly(device: torch.device, size: Workload, dtype: torch.dtype, options: Mapping[str, Any]) -> Embedded:
     """Build SD3.5 Medium on ``device`` with random weights, without text encoders."""
     with default_dtype(dtype), device:
         pipe = sd35_medium(size.blocks, texts=False, positions=size.positions)
@@ -98,7 +98,7 @@ def open_randomly(device: torch.device, size: Size, dtype: torch.dtype, options:
     )
 
 
-def settings_of(size: Size) -> config.Train:
+def settings_of(size: Workload) -> config.Train:
     """The preset for one GPU, at this size."""
     settings = flops.training_settings(assets.preset(flops.ONE_GPU))
     model = replace(settings.model, height=size.pixels, width=size.pixels, max_sequence_length=size.text_tokens)
@@ -189,7 +189,7 @@ class PlainRounds:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
+    """Wait until a CUDA device has finished what was queued."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -210,7 +210,7 @@ def timed_rounds(
     return seconds
 
 
-def estimated_peak(settings: config.Train, size: Size, dtype: torch.dtype) -> float:
+def estimated_peak(settings: config.Train, size: Workload, dtype: torch.dtype) -> float:
     """The peak of ``genalign plan`` for a round of this size, in bytes, but for the encoding of texts."""
     with torch.device("meta"):
         pipe = sd35_medium(size.blocks, positions=size.positions)
@@ -224,11 +224,11 @@ def estimated_peak(settings: config.Train, size: Size, dtype: torch.dtype) -> fl
 
 
 def card(device: torch.device) -> str:
-    """The name of the device."""
+    """The name of the card that is measured, for the result file."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def measure(device: torch.device, size: Size) -> list[Measurement]:
+def measure(device: torch.device, size: Workload) -> list[Measurement]:
     """Run rounds of ours and of the plain loop, and return what was measured."""
     settings, dtype = settings_of(size), torch.bfloat16
     options = {"autocast": AUTOCAST, "memory": replace(settings.model.memory, offload="none")}
