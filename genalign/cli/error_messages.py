@@ -183,9 +183,6 @@ def _no_path(match: re.Match[str], text: _Text) -> str:
 
 def _no_choice(match: re.Match[str], text: _Text) -> str:
     names = re.findall(r"'([^']*)'", match[1])
-    if text.place.endswith("memory.offload") and match[2].lower() in ("true", "false"):
-        advice = "write all in place of true, or text to leave the VAE on the device"
-        return f"{text.place} is no longer true or false: {advice}"
     return f"{text.where}{match[2]!r} is none of {', '.join(names)}{did_you_mean(match[2], names)}"
 
 

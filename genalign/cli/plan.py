@@ -58,10 +58,7 @@ def plan_command(context: CommandContext, arguments: Sequence[str]) -> int:
         if outline is not None:
             try:
                 _print_memory(_memory(settings, fitted, outline, sources, rewards, result.windows))
-            except (
-                NotImplementedError,
-                RuntimeError,
-            ) as error:  # of an operation whose result's size depends on values
+            except RuntimeError as error:  # of an operation whose result's size depends on values
                 print(f"The memory of this model cannot be counted without its values: {error_line(error)}")
 
     print_errors(list(reasons))

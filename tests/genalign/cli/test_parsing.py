@@ -178,12 +178,11 @@ def test_every_path_is_expanded(command: type[Any], names: Sequence[str], monkey
 
 
 @pytest.mark.parametrize("file", [True, False])
-def test_an_offload_that_is_true_or_false_is_told_what_to_write(file: bool, folder: Path) -> None:
+def test_an_offload_that_is_true_is_told_what_it_may_be(file: bool, folder: Path) -> None:
     (folder / "old.yaml").write_text("model: {path: shapes-sd3, memory: {offload: true}}")
     words = ["--config", "old.yaml"] if file else ["--model.memory.offload", "true"]
-    advice = "write all in place of true, or text to leave the VAE on the device"
-    told = problems(Train, [*WORDS, "--recipe", "flow_grpo", *words])
-    assert told == [f"model.memory.offload is no longer true or false: {advice}"]
+    (line,) = problems(Train, [*WORDS, "--recipe", "flow_grpo", *words])
+    assert line.startswith("model.memory.offload") and "is none of none, text, all" in line
 
 
 def test_a_file_named_like_a_package_of_genalign_is_explained(folder: Path) -> None:
