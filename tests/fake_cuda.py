@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from genalign.runtime.counted_memory import fused_attention
+
 aten = torch.ops.aten
 _ROOT = Path(__file__).parents[1]
 _OWN = tuple(str(_ROOT / name) + "/" for name in ("genalign", "pipelines", "rewards"))
@@ -388,36 +390,16 @@ def _own_frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _attention_by(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Stand in for attention, which asks the driver for its kernel: flash without a mask in half precision."""
+    """Stand in for attention, which asks the driver for its kernel."""
 
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        options: dict[str, Any] = {"is_causal": is_causal, "scale": scale}
+    def attention(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Tensor:
         if not isinstance(query, FakeTensor):
-            return plain(query, key, value, attn_mask, dropout_p, enable_gqa=enable_gqa, **options)
+            return plain(query, key, value, *arguments, **options)
         if torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
             query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         _require_one_dtype("attention", [query, key, value])
-        if enable_gqa:
-            groups = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
-            return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, **options)[0]
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
-        if attn_mask is not None:
-            attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-        return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, grad, dropout_p, **options)[0]
+        return fused_attention(query, key, value, *arguments, **options)
 
     return attention
 

@@ -184,8 +184,8 @@ class CudaKernels(TorchFunctionMode):
             dtype = torch.float32 if func in _RAISED else dtype
             if dtype is not None:
                 args, named = _cast(args, dtype), {name: _cast(value, dtype) for name, value in named.items()}
-        if func is F.scaled_dot_product_attention:
-            return _fused_attention(*args, **named)
+        if func is F.scaled_dot_product_attention and (args[0] if args else named["query"]).is_meta:
+            return fused_attention(*args, **named)
         return func(*args, **named)
 
 
@@ -198,7 +198,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _fused_attention(
+def fused_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -208,11 +208,12 @@ def _fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return the output (B, heads, tokens, d) of attention, by the flash kernel without a mask in half precision."""
+    """Return the output (B, heads, tokens, d) of attention by the kernel that torch takes on CUDA, without asking it.
+
+    That is flash attention without a mask in half precision, else memory-efficient attention. The arguments are those
+    of ``scaled_dot_product_attention``.
+    """
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale}
-    if not query.is_meta:
-        options |= {"attn_mask": attn_mask, "dropout_p": dropout_p, "enable_gqa": enable_gqa}
-        return F.scaled_dot_product_attention(query, key, value, **options)
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -16,17 +16,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from genalign import assets
 from genalign.cli import config, parsing
 from genalign.diffusion.policy import Policy
+from genalign.runtime.counted_memory import fused_attention
 from genalign.runtime.memory_options import Memory
 from genalign.scoring.score import NamedReward
 from genalign.training.dry_run import ToyPipeline, dry_run
@@ -61,14 +60,6 @@ def published_calls(steps: int = 10, fraction: float = 0.99, rows: int = 2) -> C
     return Calls(rows * (steps + 2 * trained), rows * trained)
 
 
-def _fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-    """Attention as the one operation of fused kernels, whose FLOPs torch has a formula for."""
-    if attn_mask is not None:
-        raise NotImplementedError("attention with a mask is not counted")
-    output: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-    return output
-
-
 def open_on_meta(pixels: int, text_tokens: int, checkpointing: bool, blocks: int | None = None) -> DiffusersPipeline:
     """Build SD3.5 Medium without weights; ``blocks`` limits the number of blocks of each kind."""
     with torch.device("meta"):
@@ -82,7 +73,7 @@ def open_on_meta(pixels: int, text_tokens: int, checkpointing: bool, blocks: int
 @contextmanager
 def counted(into: Counter[str], name: str) -> Iterator[None]:
     """Add the FLOPs of the context to ``into[name]``."""
-    fused = mock.patch.object(F, "scaled_dot_product_attention", _fused_attention)  # a mode of torch ends at a backward
+    fused = mock.patch.object(F, "scaled_dot_product_attention", fused_attention)  # a mode of torch ends at a backward
     with fused, FlopCounterMode(display=False) as counter:
         yield
     into[name] += counter.get_total_flops()
