@@ -222,12 +222,14 @@ def _makes(component: Any, base: type) -> bool:
 
 
 def table() -> dict[str, Any]:
-    """What settings.json holds: settings by command, and those of everything that a setting may name."""
-    commands, groups = {}, {}
-    for command in COMMANDS.values():
-        kind = imported(command.settings)
-        commands[command.name] = command.settings
-        groups[command.settings] = {"help": summary(kind), "settings": list(settings_of(kind))}
+    """What settings.json holds: settings by dataclass, without those of a base, and of all that a setting may name."""
+    groups: dict[str, dict[str, Any]] = {}
+    for place in dict.fromkeys(command.settings for command in COMMANDS.values()):
+        kind = imported(place)
+        base = next((earlier for earlier in groups if issubclass(kind, imported(earlier))), None)
+        inherited = list(settings_of(imported(base))) if base else []
+        own = [setting for setting in settings_of(kind) if setting not in inherited]
+        groups[place] = {"help": summary(kind), **({"base": base} if base else {}), "settings": own}
     named = {
         kind: {
             name: {"help": summary(one), "settings": list(settings_of(one))} for name, one in components(kind).items()
@@ -253,14 +255,20 @@ def page(content: dict[str, Any]) -> str:
         "",
     ]
     for place, about in content["settings"].items():
-        names = [f"`genalign {command.name}`" for command in COMMANDS.values() if command.settings == place]
-        lines += [f"## {', '.join(names)}", "", _markdown(about["help"]), "", *_rows(about["settings"]), ""]
+        lines += [f"## {_command_names(place)}", "", _markdown(about["help"]), ""]
+        lines += [f"All settings of {_command_names(about['base'])}, and:", ""] if "base" in about else []
+        lines += [*_rows(about["settings"]), ""]
     for kind, (_, heading) in KINDS.items():
         lines += [f"## {heading}", "", f"What `{kind}` may be.", ""]
         for name, about in content["named"][kind].items():
             lines += [f"### {name}", "", _markdown(about["help"]), ""]
             lines += [*_rows(about["settings"]), ""] if about["settings"] else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _command_names(place: str) -> str:
+    """The commands that take the settings of a dataclass, for a heading or a sentence."""
+    return ", ".join(f"`genalign {command.name}`" for command in COMMANDS.values() if command.settings == place)
 
 
 def _rows(settings: list[dict[str, Any]]) -> list[str]:

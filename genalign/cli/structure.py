@@ -45,8 +45,10 @@ def settings_table() -> Mapping[str, Any]:
 
 def settings_of(place: str) -> list[dict[str, Any]]:
     """List the settings of a dataclass such as "genalign.cli.config:Train": their names, types, texts and defaults."""
-    settings: list[dict[str, Any]] = settings_table()["settings"].get(place, {}).get("settings", [])
-    return settings
+    about: Mapping[str, Any] = settings_table()["settings"].get(place, {"settings": []})
+    own: list[dict[str, Any]] = about["settings"]
+    changed = {one["name"] for one in own}
+    return [one for one in settings_of(about["base"]) if one["name"] not in changed] + own if "base" in about else own
 
 
 def full_name(name: str, names: Sequence[str], value: str = "") -> str:
