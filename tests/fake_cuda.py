@@ -7,6 +7,8 @@ on a GPU. Nothing is timed, and no kernel runs: an operation that a kernel would
 from __future__ import annotations
 
 import contextlib
+import math
+import mmap
 import sys
 import weakref
 from collections import Counter
@@ -39,6 +41,7 @@ _DEVICE = torch.ops.prim.device.default
 _INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 _ONE_DTYPE = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.linear, aten.native_layer_norm)
 _BLOCK = 512  # bytes that the allocator of CUDA rounds to
+_LARGE = 1 << 14  # numbers of a tensor on the CPU whose values are not needed
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ class FakeCuda(TorchDispatchMode):
 
     def _on_cpu(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in (aten._pin_memory.default, aten.pin_memory.default):
-            return args[0].clone()
+            return args[0].clone() if args[0].numel() <= _LARGE else args[0].view_as(args[0])
         return func(*args, **kwargs)
 
     def _tracked(self, func: Any, types: Any, args: Any, kwargs: Any, fakes: Sequence[Tensor]) -> Any:
@@ -247,7 +250,9 @@ class FakeCuda(TorchDispatchMode):
         dtype = dtype or tensor.dtype
         if hasattr(tensor, "is_true"):
             return torch.full(tensor.shape, tensor.is_true, dtype=dtype)
-        if dtype.is_floating_point and tensor.numel() <= 1 << 14:
+        if tensor.numel() > _LARGE:
+            return _zeros_without_memory(tensor.shape, dtype)
+        if dtype.is_floating_point:
             return torch.rand(tensor.shape, generator=self._random).to(dtype)
         return torch.zeros(tensor.shape, dtype=dtype)
 
@@ -333,6 +338,12 @@ class _Result:
         """Return the result for other arguments of the same layouts."""
         tensors = [part and part.again(mode, args) for part in self.parts]
         return self.kind(tensors) if self.kind else tensors[0]
+
+
+def _zeros_without_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return zeros on the CPU whose pages take memory once they are written to: the weights of whole networks do not."""
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
 def _without_graph(value: Any) -> Any:
