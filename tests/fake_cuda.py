@@ -341,7 +341,7 @@ class _Result:
 
 
 def _zeros_without_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return zeros on the CPU whose pages take memory once they are written to: the weights of whole networks do not."""
+    """Return zeros on the CPU whose pages take memory only once they are written to."""
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
