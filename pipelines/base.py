@@ -28,6 +28,7 @@ from genalign.diffusion.lora import (
 )
 from genalign.diffusion.paths import GaussianPath
 from genalign.diffusion.rollout import rows_are_finite
+from genalign.runtime.cpu import use_faster_attention_backward
 from genalign.runtime.distributed import ALL_RANKS, RankShare, own_device
 from genalign.runtime.files import apply_umask, write_json
 from genalign.runtime.fsdp import compute_dtype, unsharded_class
@@ -133,6 +134,8 @@ class DiffusersPipeline(ABC):
         self._text_encoders = [encoder for name in self.encoders if (encoder := pipe.components.get(name)) is not None]
         self._decoders = [pipe.components[name] for name in self.decoders]
         self._place_networks()
+        if self.device.type == "cpu":
+            use_faster_attention_backward()
         self.compiled = options.get("compiled", False)
         self._blocks: CompiledBlocks | None = None
         self._adapters: tuple[Any, int] = None, 0  # those that multiply in the dtype of autocast

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from typing import Any, Unpack
 
 import torch
-from diffusers import DiffusionPipeline, StableAudioPipeline
-from diffusers.models.attention_processor import Attention, StableAudioAttnProcessor2_0
+from diffusers import StableAudioPipeline
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor
 
-from genalign.runtime.cpu import plain_attention
 from pipelines.audio_base import AudioPipeline
-from pipelines.base import Options
 from pipelines.noise_schedules import CosineSchedule, ScheduledPipeline
 
 
@@ -34,12 +29,6 @@ class StableAudio(AudioPipeline, ScheduledPipeline):
     guidance_default = 7.0
     encoders = ("text_encoder", "projection_model")
     lora_in_diffusers = False
-
-    def __init__(self, pipe: DiffusionPipeline, **options: Unpack[Options]) -> None:
-        super().__init__(pipe, **options)
-        for module in self.denoiser.modules():
-            if isinstance(module, Attention) and isinstance(module.processor, StableAudioAttnProcessor2_0):
-                module.set_processor(_PlainAttention(module.processor))
 
     @property
     def schedule(self) -> CosineSchedule:
@@ -98,15 +87,3 @@ class StableAudio(AudioPipeline, ScheduledPipeline):
         """Cut waveforms to ``seconds``, and clip them to [-1, 1]."""
         return decoded[..., : self.sample_shape[1]].clamp(-1, 1)
 
-
-class _PlainAttention:
-    """Attention by the plain kernel on a CPU, also where gradient checkpointing computes it a second time."""
-
-    def __init__(self, processor: StableAudioAttnProcessor2_0) -> None:
-        self._processor = processor
-
-    @functools.wraps(StableAudioAttnProcessor2_0.__call__)  # diffusers passes only arguments that the signature names
-    def __call__(self, attention: Attention, hidden_states: Tensor, *inputs: Any, **named: Any) -> Tensor:
-        with plain_attention(hidden_states.device):
-            output: Tensor = self._processor(attention, hidden_states, *inputs, **named)
-        return output

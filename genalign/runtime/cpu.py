@@ -1,18 +1,19 @@
-"""Faster computing on a CPU: the allocator of the C library, and the attention kernel."""
+"""Faster computing on a CPU: the allocator of the C library, and the backward pass of attention."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import math
 import os
 import sys
-from contextlib import AbstractContextManager
+from functools import cache
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
 _LARGEST = 2**30  # bytes
+_SCORES_AT_ONCE = 2**18  # attention scores whose chain of operations stays in the cache of a core
 
 
 def retain_freed_memory() -> bool:
@@ -28,10 +29,68 @@ def retain_freed_memory() -> bool:
     return mallopt is not None and all(mallopt(name, _LARGEST) for name in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
 
 
-def plain_attention(device: torch.device) -> AbstractContextManager[None]:
-    """Use attention without the flash kernel on a CPU; a null context on other devices.
+@cache
+def use_faster_attention_backward() -> torch.library.Library:
+    """Replace the backward pass of torch's fused attention on CPUs, for the whole process.
 
-    In bfloat16 the flash kernel's backward pass takes half of a training step of transformers with small heads; with
-    heads of 64 both are as fast.
+    In bfloat16, torch's own takes a third of a training step of a small transformer. This one multiplies matrices of a
+    few heads at a time, and computes the same gradients up to rounding. The forward pass stays torch's.
     """
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_scaled_dot_product_flash_attention_for_cpu_backward", attention_backward, "CPU")
+    return library
+
+
+def attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of attention by FlashAttention's formulas (arXiv 2205.14135, appendix B.2).
+
+    Args:
+        grad_output: Gradient (B, H, N, d) of the output.
+        query: Queries (B, H, N, d).
+        key: Keys (B, H, M, d).
+        value: Values (B, H, M, d).
+        output: Output (B, H, N, d) of the forward pass.
+        logsumexp: Log of the sums (B, H, N) of the exponentials of the scores, in float32.
+        dropout_p: Dropout, which the forward pass does not offer on CPUs.
+        is_causal: Whether a query sees only keys up to its own place.
+        attn_mask: Numbers added to the scores, which broadcast to (B, H, N, M).
+        scale: Factor of the scores; None is 1 / sqrt(d).
+
+    Returns:
+        The gradients of query, key and value.
+    """
+    batch, heads, length, width = query.shape
+    scores_shape = batch, heads, length, key.shape[2]
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    if is_causal:
+        attn_mask = torch.full(scores_shape[2:], -torch.inf, dtype=query.dtype).triu(1)
+    mask = None if attn_mask is None else attn_mask.expand(scores_shape).flatten(0, 1)
+    flat = [tensor.flatten(0, 1) for tensor in (query, key, value, grad_output, output, logsumexp.unsqueeze(-1))]
+    gradients = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in flat[:3]]
+    size = max(1, _SCORES_AT_ONCE // (length * key.shape[2]))
+    for start in range(0, batch * heads, size):
+        part = slice(start, start + size)
+        q, k, v, grad, out, normalizer = (tensor[part] for tensor in flat)
+        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
+        if mask is not None:
+            scores = scores + mask[part]
+        weights = torch.sub(scores, normalizer).exp_()
+        mean = (grad * out).sum(-1, keepdim=True, dtype=normalizer.dtype)
+        slope = torch.bmm(grad, v.transpose(1, 2)).sub(mean).mul_(weights).mul_(scale).to(q.dtype)
+        torch.bmm(slope, k, out=gradients[0][part])
+        torch.bmm(slope.transpose(1, 2), q, out=gradients[1][part])
+        torch.bmm(weights.to(q.dtype).transpose(1, 2), grad, out=gradients[2][part])
+    query_gradient, key_gradient, value_gradient = (tensor.unflatten(0, (batch, heads)) for tensor in gradients)
+    return query_gradient, key_gradient, value_gradient

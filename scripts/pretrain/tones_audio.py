@@ -24,7 +24,7 @@ import pipelines
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.rollout import RolloutInputs, rollout
 from genalign.diffusion.transitions import DPMSDE, ODE, Kernel
-from genalign.runtime.cpu import plain_attention, retain_freed_memory
+from genalign.runtime.cpu import retain_freed_memory
 from genalign.runtime.files import load_state, save_state, without_prefix, write_text
 from genalign.worlds.tones import prompts
 from genalign.worlds.tones.instruments import LENGTH
@@ -151,8 +151,7 @@ def train_denoiser(latents: Tensor, data: CaptionedClips, work: Path, settings: 
             velocity = model(*inputs)
         return (velocity.float() - target.to(device)).square().mean()
 
-    with plain_attention(torch.device(device)):
-        fit(model, loss, settings, work / "denoiser.safetensors", model.matrices())
+    fit(model, loss, settings, work / "denoiser.safetensors", model.matrices())
     return model.eval()
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from genalign.runtime.cpu import retain_freed_memory
+from genalign.runtime.cpu import retain_freed_memory, use_faster_attention_backward
 from genalign.runtime.files import load_state, save_state, with_prefix, without_prefix
 from genalign.runtime.state import load_optimizer_tensors, optimizer_tensors
 
@@ -60,6 +60,7 @@ def fit(
     """
     if all(parameter.device.type == "cpu" for parameter in model.parameters()):
         retain_freed_memory()
+        use_faster_attention_backward()
     deadline = monotonic() + 60 * settings.minutes if settings.minutes else float("inf")
     optimizers = _optimizers(model, settings, matrices)
     average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from genalign.runtime import cpu
 
@@ -42,8 +45,36 @@ def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cpu.retain_freed_memory()
 
 
-def test_attention_is_plain_on_a_cpu_alone() -> None:
-    for device, flash in (("cpu", False), ("cuda", True)):
-        with cpu.plain_attention(torch.device(device)):
-            assert torch.backends.cuda.flash_sdp_enabled() is flash
-    assert torch.backends.cuda.flash_sdp_enabled()
+MASKS = {
+    "none": None,
+    "added": torch.randn(2, 1, 5, 7, dtype=torch.float64),
+    "of truth values": torch.rand(5, 7) > 0.3,
+    "causal": "causal",
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("at_once", [1, 2**18])
+def test_attention_gradients_are_those_of_the_formula(
+    name: str, scale: float | None, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_SCORES_AT_ONCE", at_once)
+    cpu.use_faster_attention_backward()
+    torch.manual_seed(0)
+    causal, mask = name == "causal", MASKS[name]
+    sizes = (5, 5, 5) if causal else (5, 7, 7)
+    inputs = [torch.randn(2, size, 3, 4, dtype=torch.float64).transpose(1, 2).requires_grad_() for size in sizes]
+    mask = None if causal else mask
+
+    def gradients(backend: SDPBackend) -> tuple[Tensor, ...]:
+        with sdpa_kernel(backend):
+            output = F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=causal, scale=scale)
+        assert ("Flash" in output.grad_fn.name()) == (backend is SDPBackend.FLASH_ATTENTION)
+        weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
+        return torch.autograd.grad(output, inputs, weights)
+
+    for ours, expected in zip(
+        gradients(SDPBackend.FLASH_ATTENTION), gradients(SDPBackend.MATH), strict=True
+    ):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
