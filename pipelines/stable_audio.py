@@ -86,4 +86,3 @@ class StableAudio(AudioPipeline, ScheduledPipeline):
     def postprocess(self, decoded: Tensor) -> Tensor:
         """Cut waveforms to ``seconds``, and clip them to [-1, 1]."""
         return decoded[..., : self.sample_shape[1]].clamp(-1, 1)
-

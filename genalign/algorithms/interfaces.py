@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
@@ -74,6 +74,10 @@ class UpdateBatch:
         parts = (self.rollout.split(size), torch.split(self.credit, size), torch.split(self.group, size))
         for rollout, credit, group in zip(*parts, strict=True):
             yield UpdateBatch(rollout, credit, group, self.on_policy)
+
+    def select(self, rows: Tensor) -> UpdateBatch:
+        """Copy the samples ``rows`` (N,)."""
+        return UpdateBatch(self.rollout.select(rows), self.credit[rows], self.group[rows], self.on_policy)
 
     def to(self, device: torch.device) -> UpdateBatch:
         """Move the trajectories to ``device``; credit and prompt index stay on the CPU."""
@@ -254,6 +258,24 @@ class KLRegularized(Protocol):
 
     def with_stronger_kl(self, minimum: float) -> Objective:
         """Return the objective with twice the weight of the penalty, and at least ``minimum``."""
+
+
+Distance = Callable[[], Tensor]
+"""Measures the distance (N,) of the current policy from an earlier one, on a few samples."""
+
+
+@runtime_checkable
+class MeasuresDistance(Protocol):
+    """An objective that measures how far updates move the policy, as ``training.trust_region`` needs it.
+
+    ``distance_target`` is the distance that a round should move the policy by default.
+    """
+
+    @property
+    def distance_target(self) -> float: ...
+
+    def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
+        """Predict with the current weights; return what measures the distance of later weights on the same samples."""
 
 
 def with_stronger_kl(objective: Objective, minimum: float) -> Objective:

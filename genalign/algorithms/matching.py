@@ -6,6 +6,7 @@ terms of a loss and B the samples of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
@@ -13,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genalign.algorithms.interfaces import TermCounts, TermScales, Unit, UpdateBatch, UpdateContext
+from genalign.algorithms.interfaces import Distance, TermCounts, TermScales, Unit, UpdateBatch, UpdateContext
 from genalign.algorithms.losses import mean_square, require_per_sample
 from genalign.algorithms.preference_pairs import PreferencePairs
 from genalign.diffusion.noise import derived_seed, seeded_noise
 from genalign.diffusion.paths import expand
-from genalign.types import NoiseLevel, Path
+from genalign.types import Conditioning, NoiseLevel, Path, Pipeline
 
 _ADAPTIVE_FLOOR = 1e-5
 
@@ -68,6 +69,21 @@ class NoisedSamples:
         return mean_square(self.prediction, self.target)
 
 
+@dataclass(frozen=True)
+class _Noising:
+    """N samples ``x0``, noised to ``x`` at their levels, with the network's training target and their conditioning."""
+
+    x0: Tensor
+    x: Tensor
+    level: NoiseLevel
+    target: Tensor
+    conditioning: Conditioning
+
+    def predict(self, pipeline: Pipeline) -> Tensor:
+        """Predict with the current weights, without guidance."""
+        return pipeline.predict(self.x, self.level, self.conditioning, 1.0)
+
+
 class MatchingLoss(Protocol):
     """The terms (N,) of a mean over an update, from noised samples, their credit (B,) and prompt index (B,).
 
@@ -106,6 +122,7 @@ class MatchingObjective:
     """
 
     clip_range: ClassVar[float | None] = None
+    distance_target: ClassVar[float] = 1e-3  # of predictions
     loss: MatchingLoss
     draws: int = 2
     low: float = 0.02
@@ -130,6 +147,18 @@ class MatchingObjective:
         """Count the terms of the loss, and the samples, over all draws. Raises ValueError for credit per step."""
         require_per_sample(len(batch.group), credit=batch.credit)
         return TermCounts(self.draws * self.loss.terms(batch.credit, batch.group), self.draws * len(batch))
+
+    def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
+        """Predict each sample at one noise level; return what measures the mean squared change of predictions."""
+        rows = torch.arange(len(batch))
+        noising = self._noising(context, batch, rows, (rows % self.draws).tolist(), seed)
+
+        @torch.no_grad()
+        def predictions() -> Tensor:
+            return noising.predict(context.pipeline)
+
+        before = predictions()
+        return lambda: mean_square(predictions(), before)
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
         """Noise and predict the samples of the loss, or all samples with an anchor, and accumulate their gradients.
@@ -167,32 +196,33 @@ class MatchingObjective:
         self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, draws: range, seed: int
     ) -> NoisedSamples:
         """Noise and predict the samples ``rows`` (N,) in each of the draws, in this order: (draws * N, ...)."""
-        drawn = [(draw, derived_seed(seed, draw, group)) for draw in draws for group in batch.group[rows].tolist()]
-        rows = rows.repeat(len(draws))
-        x0 = batch.rollout.final[rows.to(batch.rollout.final.device, non_blocking=True)]
-        # A draw's stratum is [draw, draw + 1) / draws; a group's seed gives its place there.
-        place = torch.tensor([draw + seed / 2**63 for draw, seed in drawn], dtype=torch.float64)
-        u = self.low + (self.high - self.low) * place / self.draws
-        level = context.pipeline.level(u)
-        eps = seeded_noise([seed for _, seed in drawn], x0)
-        path = context.pipeline.path
-        x, target = path.add_noise(x0, eps, level), path.prediction(x0, eps, level)
-        conditioning = batch.rollout.inputs.conditioning[batch.rollout.inputs.prompt[rows]]
-
-        def predict() -> Tensor:
-            return context.pipeline.predict(x, level, conditioning, 1.0)
-
+        noising = self._noising(context, batch, rows.repeat(len(draws)), [d for d in draws for _ in rows], seed)
         with torch.no_grad(), context.policy.reference():
-            reference = predict()
+            reference = noising.predict(context.pipeline)
         old = None
         if self.old:
             if context.old is None:
                 raise ValueError("this objective needs the lagging sampling weights: give the recipe a lag")
             with torch.no_grad(), context.policy.using(context.old):
-                old = predict()
-        prediction = predict()
+                old = noising.predict(context.pipeline)
+        prediction = noising.predict(context.pipeline)
         old = prediction.detach() if old is None else old
-        return NoisedSamples(path, x0, x, level, target, prediction, reference, old)
+        path = context.pipeline.path
+        return NoisedSamples(path, noising.x0, noising.x, noising.level, noising.target, prediction, reference, old)
+
+    def _noising(
+        self, context: UpdateContext, batch: UpdateBatch, rows: Tensor, draws: Sequence[int], seed: int
+    ) -> _Noising:
+        """Noise the samples ``rows`` (N,) at the levels of their draws (N): both follow from draw and prompt."""
+        seeds = [derived_seed(seed, draw, group) for draw, group in zip(draws, batch.group[rows].tolist(), strict=True)]
+        x0 = batch.rollout.final[rows.to(batch.rollout.final.device, non_blocking=True)]
+        # A draw's stratum is [draw, draw + 1) / draws; a group's seed gives its place there.
+        place = [draw + seed / 2**63 for draw, seed in zip(draws, seeds, strict=True)]
+        u = self.low + (self.high - self.low) * torch.tensor(place, dtype=torch.float64) / self.draws
+        level, path = context.pipeline.level(u), context.pipeline.path
+        eps = seeded_noise(seeds, x0)
+        conditioning = batch.rollout.inputs.conditioning[batch.rollout.inputs.prompt[rows]]
+        return _Noising(x0, path.add_noise(x0, eps, level), level, path.prediction(x0, eps, level), conditioning)
 
 
 def dpo_loss(better: Tensor, better_reference: Tensor, worse: Tensor, worse_reference: Tensor, beta: float) -> Tensor:

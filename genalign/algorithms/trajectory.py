@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from genalign.algorithms.interfaces import TermCounts, TermScales, Unit, UpdateBatch, UpdateContext
+from genalign.algorithms.interfaces import Distance, TermCounts, TermScales, Unit, UpdateBatch, UpdateContext
 from genalign.algorithms.losses import (
     KLForm,
     clipped_surrogate,
@@ -28,8 +28,10 @@ from genalign.algorithms.losses import (
 )
 from genalign.diffusion.paths import expand
 from genalign.diffusion.rollout import ReplayBatch, ReplayedStep
-from genalign.diffusion.transitions import Kernel
+from genalign.diffusion.transitions import Kernel, Transition
 from genalign.types import Grid
+
+_DISTANCE_TARGET = 0.05  # nats
 
 
 class StepLoss(Protocol):
@@ -81,6 +83,22 @@ class MaskedSurrogate:
         return -credit * replayed.log_ratio.exp() * mask
 
 
+def transition_divergence(context: UpdateContext, batch: UpdateBatch) -> Distance:
+    """Replay a stored transition of each of B samples; return what measures the divergence (B,) of later ones from it.
+
+    It is the Kullback-Leibler divergence in nats, a sum over dimensions. The samples take the stored steps in turn.
+    """
+    count = len(batch)
+    pairs = ReplayBatch(torch.arange(count), torch.arange(count) % len(batch.rollout.steps), count)
+
+    @torch.no_grad()
+    def transitions() -> Transition:
+        return context.replay(batch, pairs).new
+
+    before = transitions()
+    return lambda: transitions().kl(before) * before.mean[0].numel()
+
+
 def noise_weighted(kernel: Kernel, grid: Grid, steps: Sequence[int]) -> Tensor:
     """TempFlow-GRPO's weights (S,) of the trained steps, std / mean(std) (arXiv 2508.04324, eq. 8)."""
     std = kernel(grid[torch.tensor(steps)]).s
@@ -100,6 +118,7 @@ class PolicyGradient:
         weights: The weights of the steps' losses; None weights all steps by 1.
     """
 
+    distance_target: ClassVar[float] = _DISTANCE_TARGET
     unit: ClassVar[Unit] = "sample"
     loss: StepLoss
     kl: float = 0.0
@@ -112,6 +131,10 @@ class PolicyGradient:
 
     def with_stronger_kl(self, minimum: float) -> PolicyGradient:
         return replace(self, kl=max(2 * self.kl, minimum))
+
+    def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
+        """Return what measures the divergence of a stored transition of each sample from that of now, in nats."""
+        return transition_divergence(context, batch)
 
     def terms(self, batch: UpdateBatch) -> TermCounts:
         """Count the transitions that have credit."""
@@ -253,6 +276,7 @@ class CoupledObjective:
     log-ratio has the same gradient for any fixed denominator.
     """
 
+    distance_target: ClassVar[float] = _DISTANCE_TARGET
     unit: ClassVar[Unit] = "group"
     loss: CoupledLoss
 
@@ -262,6 +286,10 @@ class CoupledObjective:
 
     def terms(self, batch: UpdateBatch) -> TermCounts:
         return TermCounts(self.loss.terms(batch.credit, batch.group), 0)
+
+    def distance_from_now(self, context: UpdateContext, batch: UpdateBatch, seed: int) -> Distance:
+        """Return what measures the divergence of a stored transition of each sample from that of now, in nats."""
+        return transition_divergence(context, batch)
 
     def backward(self, context: UpdateContext, batch: UpdateBatch, scales: TermScales, seed: int) -> None:
         used = self.loss.used(batch.credit, batch.group)[:, None].expand(-1, len(batch.rollout.steps))

@@ -256,6 +256,15 @@ class Policy:
             reshard(self.denoiser)
         self.average.update(min(self.ema_decay, (1 + self.updates) / (10 + self.updates)))
 
+    @torch.no_grad()
+    def shorten_update(self, before: WeightSnapshot, fraction: float) -> None:
+        """Keep a ``fraction`` of the step from the weights ``before`` to the current ones."""
+        for parameter, start in zip(self.parameters, before.tensors, strict=True):
+            weight = local_tensor(parameter)
+            weight.lerp_(start.to(weight.device, non_blocking=True), 1 - fraction)
+        if self.sharded:
+            reshard(self.denoiser)
+
     def sum_gradients(self) -> None:
         """Replace each rank's gradients by their sum over all ranks."""
         processes = self.processes

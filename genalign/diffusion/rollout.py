@@ -55,6 +55,11 @@ class RolloutInputs:
         """Return consecutive ones of the samples, with all of the conditioning."""
         return RolloutInputs(self.conditioning, self.prompt[rows], self.noise_seeds[rows], self.step_seeds[rows])
 
+    def select(self, rows: Tensor) -> RolloutInputs:
+        """Return the samples ``rows`` (N,), with all of the conditioning."""
+        seeds = [tuple(seeds[row] for row in rows.tolist()) for seeds in (self.noise_seeds, self.step_seeds)]
+        return RolloutInputs(self.conditioning, self.prompt[rows], *seeds)
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -111,6 +116,11 @@ class Rollout:
         for place, inputs in enumerate(self.inputs.split(size)):
             rows = slice(place * size, place * size + len(inputs))
             yield Rollout(inputs, self.steps, *(tensor[rows] for tensor in self.tensors().values()))
+
+    def select(self, rows: Tensor) -> Rollout:
+        """Copy the samples ``rows`` (N,)."""
+        selected = self._map(lambda tensor: tensor[rows.to(tensor.device, non_blocking=True)])
+        return replace(selected, inputs=self.inputs.select(rows))
 
     def zero_rows(self, rows: Tensor) -> Rollout:
         """Zero the tensors of the samples ``rows`` (B,) bool: NaN times a credit of 0 would be a gradient of NaN."""

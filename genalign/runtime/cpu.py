@@ -41,7 +41,7 @@ def use_faster_attention_backward() -> torch.library.Library:
     return library
 
 
-def attention_backward(
+def attention_backward(  # noqa: PLR0913  # the arguments of the operator
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from genalign.algorithms.interfaces import Unit
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from genalign.training.trust_region import TrustRegion
 from genalign.types import PromptSet
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,11 @@ class TrainerSettings:
             whole batches. Less memory is needed with fewer.
         updates_per_round: Number of optimizer steps in a round, each on another part of its samples; null takes 2, or 1
             where the prompts do not divide.
-        learning_rate: Learning rate of the optimizer, at its highest.
+        epochs: Number of passes over a round's samples, each after the first in a new random order and of
+            ``updates_per_round`` updates.
+        learning_rate: Learning rate of the optimizer, at its highest; "auto" adapts it after every round so that the
+            policy moves as far as ``trust_region`` says.
+        trust_region: How far a round moves the policy, for the learning rate "auto".
         learning_rate_schedule: Learning rate after the warm-up: constant, or falling to zero at the end of the run,
             linearly or as half a cosine.
         warmup_rounds: Number of rounds in which the learning rate rises linearly to ``learning_rate``.
@@ -69,7 +74,9 @@ class TrainerSettings:
     batch_size: int | None = None
     micro_batch: int | None = None
     updates_per_round: int | None = None
-    learning_rate: float = 3e-4
+    epochs: int = 1
+    learning_rate: float | Literal["auto"] = "auto"
+    trust_region: TrustRegion = field(default_factory=TrustRegion)
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_rounds: int = 0
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
@@ -86,13 +93,18 @@ class TrainerSettings:
 
     def __post_init__(self) -> None:
         counts = ("rounds", "max_nfe", "prompts_per_round", "batch_size", "micro_batch", "updates_per_round")
-        for name in (*counts, "max_skipped_updates"):
+        for name in (*counts, "epochs", "max_skipped_updates"):
             value = vars(self)[name]
             if value is not None and value < 1:
                 raise ValueError(f"training.{name} must be at least 1, not {value}")
         for name in ("learning_rate", "loss_scale", "max_grad_norm"):
-            if not vars(self)[name] > 0:
+            if vars(self)[name] != "auto" and not vars(self)[name] > 0:
                 raise ValueError(f"training.{name} must be positive, not {vars(self)[name]}")
+        if self.learning_rate != "auto" and self.trust_region != TrustRegion():
+            raise ValueError(
+                f"training.trust_region has no effect on a fixed learning rate: set training.learning_rate to auto"
+                f" instead of {self.learning_rate}, or leave trust_region out"
+            )
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"training.seed must fit into 64 bits, not be {self.seed}")
         if not 0 <= self.max_failed_fraction <= 1:
@@ -102,6 +114,9 @@ class TrainerSettings:
                 f"training.warmup_rounds is {self.warmup_rounds} of {self.rounds} rounds: give a number from 0 to"
                 f" {self.rounds - 1}"
             )
+        self._check_round()
+
+    def _check_round(self) -> None:
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}: a group needs at least 2 samples to compare")
         prompts, updates = self.prompts_per_round, self.updates_per_round
@@ -138,7 +153,7 @@ class TrainerSettings:
             "batch_size": self.batch_size or min(default, per_update),
             "updates_per_round": updates,
         }
-        fitted = FittedSettings(**(asdict(self) | sizes))
+        fitted = FittedSettings(**(vars(self) | sizes))
         batches = fitted.batch_sizes(unit, processes.world_size)  # refuses sizes that do not fit
         if notice and processes.is_main and distinct < _PROMPTS and any(vars(self)[name] is None for name in sizes):
             logger.info(
@@ -165,13 +180,13 @@ class TrainerSettings:
         """The fraction of the run that is complete after ``rounds`` and ``nfe``; 1 or more at its end."""
         return max(rounds / self.rounds, nfe / self.max_nfe if self.max_nfe else 0.0)
 
-    def rate(self, rounds: int, nfe: int) -> float:
-        """The learning rate of the round after ``rounds`` and ``nfe``."""
+    def rate_factor(self, rounds: int, nfe: int) -> float:
+        """The learning rate of the round after ``rounds`` and ``nfe``, as a fraction of the highest."""
         if rounds < self.warmup_rounds:
-            return self.learning_rate * (rounds + 1) / self.warmup_rounds
+            return (rounds + 1) / self.warmup_rounds
         progress = self.progress(rounds, nfe)
         warmup = progress * self.warmup_rounds / rounds if rounds else 0.0  # the progress at the end of the warm-up
-        return self.learning_rate * _schedule(self.learning_rate_schedule)((progress - warmup) / (1 - warmup))
+        return _schedule(self.learning_rate_schedule)((progress - warmup) / (1 - warmup))
 
 
 @dataclass(frozen=True)

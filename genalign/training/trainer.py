@@ -10,16 +10,20 @@ import itertools
 import logging
 import math
 import os
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from genalign.algorithms.advantages import zero_std_share
 from genalign.algorithms.interfaces import (
+    Distance,
+    MeasuresDistance,
     MetricSums,
     RoundScores,
     TermCounts,
@@ -41,6 +45,7 @@ from genalign.runtime.progress import SILENT, Progress
 from genalign.runtime.state import State, load_optimizer_tensors, optimizer_tensors
 from genalign.scoring.budget import Ledger, Metered, metered_rewards
 from genalign.scoring.score import NamedReward, RewardMonitor, named
+from genalign.training.epochs import Batches, in_order, shuffled
 from genalign.training.loss_scale import LossScale
 from genalign.training.nonfinite import NonFiniteGuard, SkippedUpdate
 from genalign.training.out_of_memory import PartSizes, free_memory, is_out_of_memory
@@ -48,6 +53,7 @@ from genalign.training.round_result import RoundResult
 from genalign.training.run_folder import RunFolder, WeightStore
 from genalign.training.sampler import SampledBatch, Sampler
 from genalign.training.settings import TrainerSettings, optimizer_class
+from genalign.training.trust_region import RateController, RoundLimit
 from genalign.types import CompilesBlocks, Pipeline, Prompt, PromptSet, RewardFunction, TrainableReward
 
 logger = logging.getLogger(__name__)
@@ -106,8 +112,9 @@ class Trainer:
         self.kernel.check(self.guidance, [reward.name for reward in rewards if reward.weight])
         recipe.steps(pipeline.path, self.grid, 0, settings.seed)  # refuse an impossible recipe before any compute
         self.prompts = PromptSampler(prompts, settings.prompts_per_round, settings.seed)
-        rate, decay = settings.learning_rate, settings.weight_decay
-        self.optimizer = optimizer_class(settings)(policy.parameters, lr=rate, weight_decay=decay)
+        auto = settings.learning_rate == "auto"
+        self.rates = RateController.of(settings.trust_region, recipe.objective) if auto else None
+        self.optimizer = optimizer_class(settings)(policy.parameters, weight_decay=settings.weight_decay)
         self.old = policy.snapshot() if recipe.lag else None
         self.monitor = RewardMonitor(settings.max_failed_fraction)
         self.nonfinite = NonFiniteGuard(settings.max_skipped_updates, suspects)
@@ -136,12 +143,11 @@ class Trainer:
     def _round(self, index: int, prompts: Sequence[Prompt], progress: Progress) -> RoundResult:
         """Sample and train round ``index``; its samples are freed before the caller evaluates."""
         start, billed = time.perf_counter(), self.ledger.copy()
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = self.settings.rate(index, self.ledger.nfe)
+        factor = self.settings.rate_factor(index, self.ledger.nfe)
         batches = self.sample(index, prompts, progress)
         scores = self.gather_scores(batches, len(prompts))
         reward_metrics = self._update_rewards(batches, prompts)
-        sums = self.learn(index, prompts, batches, scores, progress)
+        sums = self.learn(index, prompts, batches, scores, progress, factor)
         if self.old is not None and self.recipe.lag is not None:
             self.old.update(self.recipe.lag.decay(index))
         self.ledger.add(self.processes.all_gather_object(self.ledger.since(billed).counts), billed)
@@ -149,6 +155,12 @@ class Trainer:
         self.samples += len(scores.scores)
         self.seconds += time.perf_counter() - start
         return self._result(index, scores, sums, reward_metrics)
+
+    def _set_rate(self, factor: float) -> None:
+        """Set the learning rate to the highest, or that of the trust region, times ``factor``."""
+        highest = self.rates.rate if self.rates else float(self.settings.learning_rate)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = highest * factor
 
     def sample(self, index: int, prompts: Sequence[Prompt], progress: Progress = SILENT) -> list[SampledBatch]:
         """Sample and score this rank's batches of round ``index``, with the old policy if the recipe has one."""
@@ -192,8 +204,9 @@ class Trainer:
         sampled: Sequence[SampledBatch],
         scores: RoundScores,
         progress: Progress = SILENT,
+        rate_factor: float = 1.0,
     ) -> MetricSums:
-        """Make the optimizer steps of a round, each on the next part of the round's batches.
+        """Make the optimizer steps of a round: in each epoch, one on each part of the round's samples.
 
         Args:
             index: The round.
@@ -201,24 +214,32 @@ class Trainer:
             sampled: This rank's batches.
             scores: The scores of all ranks.
             progress: Shows the updates.
+            rate_factor: The learning rate as a fraction of the highest.
         """
-        sums, updates = MetricSums(), self.settings.updates_per_round
+        sums, epochs, updates = MetricSums(), self.settings.epochs, self.settings.updates_per_round
         context = UpdateContext(self.pipeline, self.policy, self.grid, self.kernel, self.guidance, self.old, sums)
         credits = torch.split(self.recipe.credit(scores), list(self.batch_sizes))
         groups = torch.split(scores.group, list(self.batch_sizes))
         numbers = [n for n in self.processes.indices(len(credits)) if self.batch_sizes[n]]  # of this rank's batches
-        per_update = len(credits) // updates
-        with progress.phase("updates", updates, "updates") as advance:
-            for update in range(updates):
-                on_policy = update == 0 and self.old is None
-                batches = {
-                    number: UpdateBatch(batch.rollout, credits[number], groups[number], on_policy)
-                    for number, batch in zip(numbers, sampled, strict=True)
-                    if number // per_update == update
-                }
-                self._update(context, index, update, prompts, batches)
+        own = {
+            number: UpdateBatch(batch.rollout, credits[number], groups[number], on_policy=False)
+            for number, batch in zip(numbers, sampled, strict=True)
+        }
+        unit = 1 if self.recipe.objective.unit == "sample" else self.settings.group_size
+        passes = [in_order(own, updates, len(credits) // updates)]
+        for epoch in range(1, epochs):
+            passes.append(shuffled(own, updates, unit, derived_seed(self.settings.seed, index, epoch)))
+        limit = self._limit(context, own, index, rate_factor)
+        with progress.phase("updates", epochs * updates, "updates") as advance:
+            for update, batches in enumerate(itertools.chain(*passes)):
+                if update == 0 and self.old is None:
+                    batches = {number: replace(batch, on_policy=True) for number, batch in batches.items()}
+                self._set_rate(rate_factor)
+                self._update(context, index, update, prompts, batches, limit)
                 advance()
-
+        if limit:
+            limit.adapt_rate()
+            sums.add("policy_distance", torch.tensor([limit.moved]))
         self.micro_batch = min(self.processes.all_gather_object(self.micro_batch))
         self.parts.agree([PartSizes(**sizes) for sizes in self.processes.all_gather_object(vars(self.parts))])
         sums = MetricSums.merge(self.processes.all_gather_object(sums.as_dict()))
@@ -234,26 +255,47 @@ class Trainer:
             )
         return sums
 
+    def _limit(self, context: UpdateContext, batches: Batches, index: int, rate_factor: float) -> RoundLimit | None:
+        """Begin the trust region of round ``index``, which each rank measures on samples of its first batch."""
+        if self.rates is None:
+            return None
+        objective, seed = cast(MeasuresDistance, self.recipe.objective), derived_seed(self.settings.seed, index, "d")
+        own: Distance | None = None
+        if first := next(iter(batches.values()), None):
+            stride = -(-len(first) // self.settings.trust_region.probe)
+            probe = first.select(torch.arange(0, len(first), stride)).to(self.policy.device)
+            own = objective.distance_from_now(context, probe, seed)
+
+        def distance() -> float:
+            values = own().tolist() if own else []
+            return statistics.fmean(itertools.chain(*self.processes.all_gather_object(values)))
+
+        return RoundLimit(self.rates, distance, rate_factor**2)
+
     def _update(
         self,
         context: UpdateContext,
         index: int,
         update: int,
         prompts: Sequence[Prompt],
-        batches: Mapping[int, UpdateBatch],
+        batches: Batches,
+        limit: RoundLimit | None,
     ) -> None:
         """Accumulate the gradient of the mean loss on all ranks, and make the optimizer step.
 
         Args:
             context: What the objective needs besides the batches.
             index: The round.
-            update: The update of the round, which is skipped if its gradient or loss is not finite.
+            update: The update of the round, over all epochs, which is skipped if its gradient or loss is not finite.
             prompts: The round's prompts.
             batches: This rank's batches of the update, by their number in the round.
+            limit: The trust region of the round; None if the learning rate is a number.
         """
         sums = context.metrics
         before = sums.snapshot()
-        seeds = [derived_seed(self.settings.seed, index, "l", number) for number in batches]
+        updates = self.settings.updates_per_round
+        epoch = [update // updates] if update >= updates else []  # which the first pass does not name
+        seeds = [derived_seed(self.settings.seed, index, "l", number, *epoch) for number in batches]
         counts = self._accumulate(context, list(batches.values()), seeds)
         self.policy.sum_gradients()
         self.loss_scale.unscale(self.policy.parameters)
@@ -267,7 +309,10 @@ class Trainer:
             sums.add("grad_norm", norm.reshape(1))
             self.nonfinite.in_row = 0
             if counts.losses:  # without losses there is no gradient, but moments and weight decay would act
+                weights = self.policy.snapshot() if limit else None
                 self.optimizer.step()
+                if limit and weights:
+                    limit.shorten(self.policy, weights, (update + 1) / (self.settings.epochs * updates))
                 self.policy.update_average()
         else:
             sums.rollback(before)
@@ -362,6 +407,7 @@ class Trainer:
             "micro_batch": self.micro_batch,
             "parts": {**vars(self.parts)},
             "loss_scale": vars(self.loss_scale),
+            "learning_rate": self.rates.rate if self.rates else None,
             "raised_kl": list(self.kl_floors),
         }
         return State(tensors, numbers)
@@ -381,4 +427,6 @@ class Trainer:
         self.monitor.silent, self.nonfinite.in_row = numbers["silent_rounds"], numbers["skipped_updates"]
         self.micro_batch, self.loss_scale = numbers["micro_batch"], LossScale(**numbers["loss_scale"])
         self.parts.agree([PartSizes(**numbers["parts"])])
+        if self.rates:
+            self.rates.rate = numbers["learning_rate"]
         self.ledger.counts.update(numbers["calls"])

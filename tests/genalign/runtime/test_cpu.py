@@ -74,7 +74,5 @@ def test_attention_gradients_are_those_of_the_formula(
         weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
         return torch.autograd.grad(output, inputs, weights)
 
-    for ours, expected in zip(
-        gradients(SDPBackend.FLASH_ATTENTION), gradients(SDPBackend.MATH), strict=True
-    ):
+    for ours, expected in zip(gradients(SDPBackend.FLASH_ATTENTION), gradients(SDPBackend.MATH), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)

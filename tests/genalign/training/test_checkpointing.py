@@ -7,6 +7,7 @@ import inspect
 import itertools
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from genalign.scoring.score_log import ScoreLog
 from genalign.training.checkpointing import Checkpoints, CheckpointWriter, DamagedCheckpointError
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
+from genalign.training.trust_region import TrustRegion
 from genalign.types import Prompt, PromptSet
 from pipelines import SD3, AceStep
 from pipelines.base import DiffusersPipeline
@@ -106,6 +108,7 @@ def _session(
     lora: Lora | None = LORA,
     seed: int = 0,
     rewards: Sequence[NamedReward] = (NamedReward("red", redness), NamedReward("careless", careless, 0.5)),
+    settings: TrainerSettings = SETTINGS,
 ) -> Session:
     """Create the objects of a run in a process that has just started."""
     seed_generators(seed)
@@ -113,16 +116,21 @@ def _session(
         rewards = [NamedReward("adversary", adversary(opened.sample_shape, batch_size=4))]
     pipeline, score_log = copy.deepcopy(opened), ScoreLog()
     policy = Policy(pipeline.denoiser, lora)
-    trainer = Trainer(pipeline, policy, score_log.logged(rewards), PROMPTS, recipe, SETTINGS, SAMPLING)
+    trainer = Trainer(pipeline, policy, score_log.logged(rewards), PROMPTS, recipe, settings, SAMPLING)
     return Session(folder, trainer, score_log)
 
 
 def _require_exact_resume(
-    folder: Path, opened: DiffusersPipeline, recipe: Recipe, lora: Lora | None = LORA, raise_kl: float | None = None
+    folder: Path,
+    opened: DiffusersPipeline,
+    recipe: Recipe,
+    lora: Lora | None = LORA,
+    raise_kl: float | None = None,
+    settings: TrainerSettings = SETTINGS,
 ) -> None:
     """Interrupt a run before the first update of its second round, resume it, and require its exact end."""
-    rows = _session(folder / "unbroken", opened, recipe, lora).go(3, raise_kl)
-    broken = _session(folder / "broken", opened, recipe, lora)
+    rows = _session(folder / "unbroken", opened, recipe, lora, settings=settings).go(3, raise_kl)
+    broken = _session(folder / "broken", opened, recipe, lora, settings=settings)
 
     def interrupt(*_: object) -> None:
         if broken.trainer.rounds_done == 1:
@@ -131,7 +139,7 @@ def _require_exact_resume(
     broken.trainer.optimizer.register_step_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         broken.go(3, raise_kl)
-    resumed = _session(folder / "broken", opened, recipe, lora, seed=99)
+    resumed = _session(folder / "broken", opened, recipe, lora, seed=99, settings=settings)
     resumed.resume()
     assert resumed.go(3) == rows[1:]
     require_same_checkpoints(folder / "unbroken" / "latest", folder / "broken" / "latest")
@@ -150,6 +158,13 @@ def test_every_recipe_resumes_exactly(name: str, model: DiffusersPipeline, tmp_p
 
 def test_a_whole_network_and_a_raised_kl_resume_exactly(opened: SD3, tmp_path: Path) -> None:
     _require_exact_resume(tmp_path, opened, recipes.flow_grpo(window=1), lora=None, raise_kl=0.05)
+
+
+@pytest.mark.parametrize("name", ["flow_grpo", "nft"])
+def test_an_adapted_rate_and_later_passes_resume_exactly(name: str, opened: SD3, tmp_path: Path) -> None:
+    region = TrustRegion(initial_rate=1.0, probe=2)
+    settings = replace(SETTINGS, learning_rate="auto", trust_region=region, epochs=2)
+    _require_exact_resume(tmp_path, opened, GRID[name](), settings=settings)
 
 
 class Part:

@@ -115,22 +115,21 @@ def test_a_seed_is_one_that_torch_takes_or_refused(seed: int) -> None:
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_rates_without_a_warmup(schedule: Literal["constant", "linear", "cosine"]) -> None:
-    settings = TrainerSettings(rounds=35, learning_rate=3e-3, learning_rate_schedule=schedule)
+    settings = TrainerSettings(rounds=35, learning_rate_schedule=schedule)
     factors = {
         "constant": lambda p: 1.0,
         "linear": lambda p: 1 - p,
         "cosine": lambda p: (1 + math.cos(math.pi * p)) / 2,
     }
     for done in range(35):
-        expected = 3e-3 * factors[schedule](done / 35)
-        assert settings.rate(done, 0) == (expected if schedule != "cosine" else pytest.approx(expected, rel=1e-12))
-    halfway = replace(settings, max_nfe=1000).rate(2, 500)  # half of the NFE that end the run
-    assert halfway == pytest.approx(3e-3 * factors[schedule](0.5))
+        assert settings.rate_factor(done, 0) == pytest.approx(factors[schedule](done / 35), rel=1e-12)
+    halfway = replace(settings, max_nfe=1000).rate_factor(2, 500)  # half of the NFE that end the run
+    assert halfway == pytest.approx(factors[schedule](0.5))
 
 
 def test_a_warmup_rises_to_the_rate_from_which_the_schedule_falls() -> None:
-    settings = TrainerSettings(rounds=20, learning_rate=1.0, learning_rate_schedule="linear", warmup_rounds=4)
-    rates = [settings.rate(done, 0) for done in range(20)]
+    settings = TrainerSettings(rounds=20, learning_rate_schedule="linear", warmup_rounds=4)
+    rates = [settings.rate_factor(done, 0) for done in range(20)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[5:] == pytest.approx([1 - step / 16 for step in range(1, 16)])
     with pytest.raises(ValueError, match=r"training\.warmup_rounds is 20 of 20 rounds: give a number from 0 to 19"):

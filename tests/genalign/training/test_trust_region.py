@@ -1,0 +1,176 @@
+"""The trust region: rounds move the policy by its target from any first rate, and updates that overshoot are undone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from genalign.algorithms.interfaces import MetricSums, UpdateBatch, UpdateContext
+from genalign.algorithms.matching import MatchingObjective
+from genalign.algorithms.recipes import Recipe, dragon, flow_grpo, nft, prdp
+from genalign.algorithms.trajectory import transition_divergence
+from genalign.diffusion.policy import Policy
+from genalign.training.settings import TrainerSettings
+from genalign.training.trainer import Trainer
+from genalign.training.trust_region import RateController, RoundLimit, TrustRegion
+from pipelines import SD3
+from tests.genalign.training.toy_runs import SETTINGS, toy_trainer, weights
+
+RECIPES = {
+    "flow_grpo": (lambda: flow_grpo(window=2, clip_range=1e-2), 0.5),
+    "prdp": (lambda: prdp(window=2, beta=1e-2, clip_range=1e-2), 0.5),
+    "nft": (nft, 1e-3),
+    "dragon": (dragon, 1e-3),
+}
+
+
+def auto(rate: float, target: float | None = None, **changes: object) -> TrainerSettings:
+    region = TrustRegion(target, initial_rate=rate, probe=4)
+    return replace(SETTINGS, learning_rate="auto", trust_region=region, **changes)
+
+
+@pytest.mark.parametrize("rate", [1e-4, 1.0])
+@pytest.mark.parametrize("name", RECIPES)
+def test_rounds_move_the_policy_by_the_target_whatever_the_first_rate(tiny: SD3, name: str, rate: float) -> None:
+    recipe, target = RECIPES[name][0](), RECIPES[name][1]
+    trainer = toy_trainer(tiny, recipe, settings=auto(rate, target, rounds=8))
+    results = list(trainer.rounds())
+    moved = [result.metrics["policy_distance"] for result in results]
+    assert all(math.isfinite(distance) and distance <= 2.5 * target for distance in moved)
+    assert target / 6 < sum(moved[-3:]) / 3 < 2 * target  # two updates of a round may point opposite ways
+    assert all(tensor.isfinite().all() for tensor in weights(trainer))
+
+
+class Line(nn.Module):
+    """One weight at 3, after an update from 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0]))
+
+
+def overshot() -> tuple[Policy, RoundLimit]:
+    policy = Policy(Line(), None)
+    return policy, RoundLimit(RateController(target=0.25, rate=1.0), lambda: (weight(policy) - 1) ** 2, 1.0)
+
+
+def weight(policy: Policy) -> float:
+    return policy.parameters[0].item()
+
+
+def test_an_update_that_overshoots_is_shortened_to_the_target() -> None:
+    policy, limit = overshot()
+    before = policy.snapshot()
+    policy.denoiser.weight.data.fill_(3.0)  # a distance of 4
+    limit.shorten(policy, before, done=1.0)
+    assert weight(policy) == pytest.approx(1.5) and limit.moved == pytest.approx(0.25)
+    assert limit.rates.rate == pytest.approx(0.25)
+    limit.adapt_rate()
+    assert limit.rates.rate == pytest.approx(0.25)
+
+
+def test_half_of_the_updates_may_take_half_of_the_distance() -> None:
+    policy, limit = overshot()
+    before = policy.snapshot()
+    policy.denoiser.weight.data.fill_(1.6)  # 0.36 is below twice the target of a round, above that of half a round
+    limit.shorten(policy, before, done=1.0)
+    assert weight(policy) == pytest.approx(1.6)
+    limit.shorten(policy, before, done=0.5)
+    assert limit.moved == pytest.approx(0.125)
+
+
+def test_an_update_that_moves_too_far_at_any_length_is_taken_back() -> None:
+    policy, limit = overshot()
+    before = policy.snapshot()
+    policy.denoiser.weight.data.fill_(3.0)
+    limit.distance = lambda: 0.0 if weight(policy) == 1.0 else math.nan
+    limit.shorten(policy, before, done=1.0)
+    assert weight(policy) == 1.0 and limit.rates.rate == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(("moved", "factor"), [(0.25, 1.0), (1.0, 0.5), (1e-6, 4.0), (1e6, 0.25), (0.0, 1.0)])
+def test_the_rate_follows_the_root_of_the_distance_by_at_most_four(moved: float, factor: float) -> None:
+    limit = RoundLimit(RateController(0.25, 1.0), lambda: moved, 1.0, moved)
+    limit.adapt_rate()
+    assert limit.rates.rate == pytest.approx(factor)
+
+
+def test_a_falling_schedule_shrinks_the_steps_and_not_the_rate_below_it(tiny: SD3) -> None:
+    settings = auto(1e-2, 0.5, rounds=6, learning_rate_schedule="linear")
+    trainer = toy_trainer(tiny, flow_grpo(window=2, clip_range=1e-2), settings=settings)
+    moved = [result.metrics["policy_distance"] for result in trainer.rounds()]
+    assert moved[-1] < moved[2] / 4  # the distance of a round grows with the rate squared
+
+
+def first_batch(trainer: Trainer) -> tuple[UpdateContext, UpdateBatch]:
+    prompts = next(iter(trainer.prompts.rounds()))
+    part = trainer.sample(0, prompts)[0]
+    context = UpdateContext(
+        trainer.pipeline, trainer.policy, trainer.grid, trainer.kernel, trainer.guidance, trainer.old, MetricSums()
+    )
+    count = len(part.rollout.final)
+    return context, UpdateBatch(part.rollout, torch.ones(count), torch.zeros(count, dtype=torch.long), False)
+
+
+def move(trainer: Trainer) -> None:
+    for parameter in trainer.policy.parameters:
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+
+
+def test_the_divergence_of_transitions_is_in_nats(tiny: SD3) -> None:
+    trainer = toy_trainer(tiny, flow_grpo(window=2))
+    context, batch = first_batch(trainer)
+    distance = transition_divergence(context, batch)
+    assert distance().tolist() == [0.0] * len(batch)
+    move(trainer)
+    measured = distance()
+    rollout, expected = batch.rollout, []
+    for row in range(len(batch)):
+        stored = row % len(rollout.steps)  # the samples take the stored steps in turn
+        step = trainer.grid[torch.tensor([rollout.steps[stored]])]
+        inputs = rollout.inputs.conditioning[rollout.inputs.prompt[[row]]]
+        x = rollout.states[[row], rollout.before[stored]]
+        with torch.no_grad():
+            new = trainer.pipeline.predict(x, step, inputs, trainer.guidance)
+        path, (alpha, c) = trainer.pipeline.path, (step.alpha_next.item(), trainer.kernel(step).c.item())
+        old = rollout.prediction[[row], stored]
+        means = [alpha * path.x0(x, each, step) + c * path.eps(x, each, step) for each in (new, old)]
+        expected.append(float((means[0] - means[1]).double().square().sum()) / (2 * trainer.kernel(step).s.item() ** 2))
+    assert measured.tolist() == pytest.approx(expected, rel=1e-3) and min(expected) > 0
+
+
+def test_matching_measures_the_change_of_predictions(tiny: SD3) -> None:
+    trainer = toy_trainer(tiny, nft())
+    context, batch = first_batch(trainer)
+    objective = trainer.recipe.objective
+    assert isinstance(objective, MatchingObjective)
+    distance = objective.distance_from_now(context, batch, seed=0)
+    assert distance().tolist() == [0.0] * len(batch)
+    move(trainer)
+    first = distance()
+    move(trainer)
+    assert (first > 0).all() and (distance() > first).all() and torch.equal(distance(), distance())
+
+
+def test_an_objective_without_a_distance_is_refused_by_name(tiny: SD3) -> None:
+    class Own:
+        unit, clip_range = "sample", None
+
+    recipe: Recipe = replace(flow_grpo(window=2), objective=Own())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"which Own does not measure: set training\.learning_rate to a number"):
+        toy_trainer(tiny, recipe, settings=auto(1e-3))
+
+
+@pytest.mark.parametrize("name", ["target", "initial_rate", "probe"])
+def test_impossible_regions_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"training\.trust_region\.{name} must be positive, not 0"):
+        TrustRegion(**{name: 0})  # type: ignore[arg-type]
+
+
+def test_a_region_beside_a_fixed_rate_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no effect on a fixed learning rate: set training\.learning_rate to auto"):
+        TrainerSettings(learning_rate=1e-3, trust_region=TrustRegion(target=0.1))
