@@ -36,8 +36,8 @@ def use_faster_attention_backward() -> torch.library.Library:
     In bfloat16, torch's own takes a third of a training step of a small transformer. This one multiplies matrices of a
     few heads at a time, and computes the same gradients up to rounding. The forward pass stays torch's.
     """
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_scaled_dot_product_flash_attention_for_cpu_backward", attention_backward, "CPU")
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    library.impl("_scaled_dot_product_flash_attention_for_cpu_backward", attention_backward, "CPU")  # type: ignore[no-untyped-call]
     return library
 
 
@@ -92,5 +92,5 @@ def attention_backward(  # noqa: PLR0913  # the arguments of the operator
         torch.bmm(slope, k, out=gradients[0][part])
         torch.bmm(slope.transpose(1, 2), q, out=gradients[1][part])
         torch.bmm(weights.to(q.dtype).transpose(1, 2), grad, out=gradients[2][part])
-    query_gradient, key_gradient, value_gradient = (tensor.unflatten(0, (batch, heads)) for tensor in gradients)
+    query_gradient, key_gradient, value_gradient = (x.view(batch, heads, *x.shape[1:]) for x in gradients)
     return query_gradient, key_gradient, value_gradient
