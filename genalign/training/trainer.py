@@ -239,7 +239,7 @@ class Trainer:
                 advance()
         if limit:
             limit.adapt_rate()
-            sums.add("policy_distance", torch.tensor([limit.moved]))
+            sums.add("policy_distance", torch.tensor([limit.moved], device=self.policy.device))
         self.micro_batch = min(self.processes.all_gather_object(self.micro_batch))
         self.parts.agree([PartSizes(**sizes) for sizes in self.processes.all_gather_object(vars(self.parts))])
         sums = MetricSums.merge(self.processes.all_gather_object(sums.as_dict()))
@@ -260,14 +260,14 @@ class Trainer:
         if self.rates is None:
             return None
         objective, seed = cast(MeasuresDistance, self.recipe.objective), derived_seed(self.settings.seed, index, "d")
-        own: Distance | None = None
+        own = list[Distance]()
         if first := next(iter(batches.values()), None):
             stride = -(-len(first) // self.settings.trust_region.probe)
-            probe = first.select(torch.arange(0, len(first), stride)).to(self.policy.device)
-            own = objective.distance_from_now(context, probe, seed)
+            for part in first.select(torch.arange(0, len(first), stride)).split(self.micro_batch):
+                own.append(objective.distance_from_now(context, part.to(self.policy.device), seed))
 
         def distance() -> float:
-            values = own().tolist() if own else []
+            values = torch.cat([measure() for measure in own]).tolist() if own else []
             return statistics.fmean(itertools.chain(*self.processes.all_gather_object(values)))
 
         return RoundLimit(self.rates, distance, rate_factor**2)
