@@ -31,7 +31,7 @@ training:
   rounds: 100
   group_size: 12  # samples of a prompt, which are compared with each other
   BATCH  # samples at a time, a multiple of group_size
-  learning_rate: 3.0e-4
+  learning_rate: auto  # adapted so that each round moves the policy by the target of training.trust_region
 lora: {rank: 32, alpha: 64}
 """
 

@@ -503,8 +503,10 @@ def _round_phases(
             "tensors": float(counted.sampling + counted.decoding),
             **layer,
         }
+    repeated = stored * sum(own) / settings.updates_per_round if settings.epochs > 1 else 0.0
     phases["learning"] = {
         "samples of the round": stored * sum(own),
+        "shuffled samples of an update": repeated,
         "gradients": float(counted.gradients),
         "tensors": float(counted.learning),
         **layer,
