@@ -43,7 +43,7 @@ def test_help_is_short_and_says_what_a_setting_may_be(monkeypatch: pytest.Monkey
     assert len(texts["train-noise-aware"].splitlines()) < 180
     train = " ".join(texts["train"].split())
     assert "Training method, as in genalign.flow_grpo. One of adv_grpo, awm, ddpo" in train
-    assert "(also --lr) (float, default: 0.0003)" in train
+    assert "(also --lr) (float or auto, default: auto)" in train
     assert "reward_hacking.limits.statistics.amber" in train and "default: 0.25)" in train
     assert "--run RUN" in texts["report"] and "(required, text)" in texts["report"]
 
