@@ -109,13 +109,12 @@ def _properties(hint: Any, default: Any) -> dict[str, Any]:
     """What the command has to know about a setting besides its name, without what is false or empty."""
     options, required = _options(hint), default is inspect.Parameter.empty
     kind = next((kind for kind, (base, _) in KINDS.items() if options[0] is base), None)
+    words = options if all(typing.get_origin(one) is Literal for one in options) else []
     properties: dict[str, Any] = {
         "required": required,
         "group": _is_group(hint),
         "optional": len(options) < len(_union(hint)),
-        "choices": [
-            str(value) for one in options if typing.get_origin(one) is Literal for value in typing.get_args(one)
-        ],
+        "choices": [str(value) for one in words for value in typing.get_args(one)],
         "kind": kind,
         "open": kind is not None or not (_is_group(hint) or all(map(_is_plain, options))),
     }

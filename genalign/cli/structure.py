@@ -303,18 +303,16 @@ def _plausible(entry: Mapping[str, Any], value: Any) -> bool:
     text = str(value).lower() if isinstance(value, bool) or value is None else str(value)
     if entry.get("optional") and text in ("null", "none", "~", ""):
         return True
-    if text in entry.get("choices", ()):
-        return True
-    kinds = entry["type"].removesuffix(" or null").split(" or ")
-    if kinds == ["true", "false"]:
+    if "choices" in entry:
+        return text in entry["choices"]
+    kind = entry["type"].removesuffix(" or null")
+    if kind == "true or false":
         return text.lower() in ("true", "false", "yes", "no", "on", "off")
-    if "int" in kinds or "float" in kinds:
+    if kind in ("int", "float"):
         try:
-            return "float" in kinds or float(text).is_integer()
+            return kind == "float" or float(text).is_integer()
         except ValueError:
             return False
-    if "choices" in entry:
-        return False
     if entry["type"] == "import path":
         module = text.replace(":", ".").split(".")[0]
         return not module.isidentifier() or find_spec(module) is not None or Path(f"{module}.py").exists()

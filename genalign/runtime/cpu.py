@@ -59,8 +59,8 @@ def attention_backward(  # noqa: PLR0913  # the arguments of the operator
     Args:
         grad_output: Gradient (B, H, N, d) of the output.
         query: Queries (B, H, N, d).
-        key: Keys (B, H, M, d).
-        value: Values (B, H, M, d).
+        key: Keys (B, K, M, d) of K heads, each of which H / K consecutive heads of the queries share.
+        value: Values (B, K, M, d).
         output: Output (B, H, N, d) of the forward pass.
         logsumexp: Log of the sums (B, H, N) of the exponentials of the scores, in float32.
         dropout_p: Dropout, which the forward pass does not offer on CPUs.
@@ -77,7 +77,9 @@ def attention_backward(  # noqa: PLR0913  # the arguments of the operator
     if is_causal:
         attn_mask = torch.full(scores_shape[2:], -torch.inf, dtype=query.dtype).triu(1)
     mask = None if attn_mask is None else attn_mask.expand(scores_shape).flatten(0, 1)
-    flat = [tensor.flatten(0, 1) for tensor in (query, key, value, grad_output, output, logsumexp.unsqueeze(-1))]
+    shared = heads // key.shape[1]
+    keys, values = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (key, value))
+    flat = [tensor.flatten(0, 1) for tensor in (query, keys, values, grad_output, output, logsumexp.unsqueeze(-1))]
     gradients = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in flat[:3]]
     size = max(1, _SCORES_AT_ONCE // (length * key.shape[2]))
     for start in range(0, batch * heads, size):
@@ -92,5 +94,6 @@ def attention_backward(  # noqa: PLR0913  # the arguments of the operator
         torch.bmm(slope, k, out=gradients[0][part])
         torch.bmm(slope.transpose(1, 2), q, out=gradients[1][part])
         torch.bmm(weights.to(q.dtype).transpose(1, 2), grad, out=gradients[2][part])
-    query_gradient, key_gradient, value_gradient = (x.view(batch, heads, *x.shape[1:]) for x in gradients)
+    query_gradient, *others = (x.view(batch, heads, *x.shape[1:]) for x in gradients)
+    key_gradient, value_gradient = (x.unflatten(1, (-1, shared)).sum(2) if shared > 1 else x for x in others)
     return query_gradient, key_gradient, value_gradient

@@ -56,20 +56,25 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("at_once", [1, 2**18])
+@pytest.mark.parametrize("key_heads", [6, 2])
 def test_attention_gradients_are_those_of_the_formula(
-    name: str, scale: float | None, at_once: int, monkeypatch: pytest.MonkeyPatch
+    name: str, scale: float | None, at_once: int, key_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "_SCORES_AT_ONCE", at_once)
     cpu.use_faster_attention_backward()
     torch.manual_seed(0)
     causal, mask = name == "causal", MASKS[name]
     sizes = (5, 5, 5) if causal else (5, 7, 7)
-    inputs = [torch.randn(2, size, 3, 4, dtype=torch.float64).transpose(1, 2).requires_grad_() for size in sizes]
+    heads = 6, key_heads, key_heads
+    inputs = [torch.randn(2, n, h, 4, dtype=torch.float64).transpose(1, 2) for n, h in zip(sizes, heads, strict=True)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
     mask = None if causal else mask
 
     def gradients(backend: SDPBackend) -> tuple[Tensor, ...]:
         with sdpa_kernel(backend):
-            output = F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=causal, scale=scale)
+            output = F.scaled_dot_product_attention(
+                *inputs, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
+            )
         assert ("Flash" in output.grad_fn.name()) == (backend is SDPBackend.FLASH_ATTENTION)
         weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
         return torch.autograd.grad(output, inputs, weights)
