@@ -290,13 +290,7 @@ def _ranges(run: Run) -> list[Statement]:
     """Clip fraction, groups without signal and KL in the last tenth of the rounds, against their limits."""
     limit = ((run.config.get("reward_hacking") or {}).get("limits") or {}).get("kl") or {}
     checks = [
-        (
-            "clip_fraction",
-            "clip fraction",
-            percent,
-            _MAX_SHARE,
-            "lower training.trust_region.target, or a fixed training.learning_rate",
-        ),
+        ("clip_fraction", "clip fraction", percent, _MAX_SHARE, "lower training.trust_region.target"),
         ("zero_std_share", "groups without signal", percent, _MAX_SHARE, "use prompts or rewards that differ more"),
         ("kl", "KL to the reference", number, limit.get("amber", math.inf), "raise the method's kl weight"),
     ]
