@@ -13,6 +13,24 @@ Batches = Mapping[int, UpdateBatch]
 """Batches of a rank by their number in the round."""
 
 
+def updates_of_round(
+    batches: Batches, epochs: int, updates: int, per_update: int, unit: int, seed: int
+) -> Iterator[Batches]:
+    """Return the batches of each update: in the order of the round, then ``epochs`` - 1 times shuffled.
+
+    Args:
+        batches: This rank's batches of the round.
+        epochs: The number of passes.
+        updates: The number of updates of a pass.
+        per_update: The number of batches of all ranks in an update.
+        unit: The number of consecutive samples that stay together.
+        seed: The seed of the orders, the same on all ranks.
+    """
+    yield from in_order(batches, updates, per_update)
+    for epoch in range(1, epochs):
+        yield from shuffled(batches, updates, unit, derived_seed(seed, epoch))
+
+
 def in_order(batches: Batches, updates: int, per_update: int) -> Iterator[Batches]:
     """Give each update the next ``per_update`` batches of the round, of which ``batches`` are those of this rank."""
     for update in range(updates):
@@ -34,8 +52,8 @@ def shuffled(batches: Batches, updates: int, unit: int, seed: int) -> Iterator[B
     pairs = [(number, start) for number, batch in batches.items() for start in range(0, len(batch), unit)]
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(derived_seed(seed, "order")))
     for part in torch.tensor_split(order, updates):
-        chosen = [pairs[place] for place in part.tolist()]
-        starts = {n: sorted(start for number, start in chosen if number == n) for n in batches}
+        members = [pairs[place] for place in part.tolist()]
+        starts = {n: sorted(start for number, start in members if number == n) for n in batches}
         yield {
             number: batch.select(torch.cat([torch.arange(start, start + unit) for start in starts[number]]))
             for number, batch in batches.items()

@@ -45,7 +45,7 @@ from genalign.runtime.progress import SILENT, Progress
 from genalign.runtime.state import State, load_optimizer_tensors, optimizer_tensors
 from genalign.scoring.budget import Ledger, Metered, metered_rewards
 from genalign.scoring.score import NamedReward, RewardMonitor, named
-from genalign.training.epochs import Batches, in_order, shuffled
+from genalign.training.epochs import Batches, updates_of_round
 from genalign.training.loss_scale import LossScale
 from genalign.training.nonfinite import NonFiniteGuard, SkippedUpdate
 from genalign.training.out_of_memory import PartSizes, free_memory, is_out_of_memory
@@ -226,12 +226,11 @@ class Trainer:
             for number, batch in zip(numbers, sampled, strict=True)
         }
         unit = 1 if self.recipe.objective.unit == "sample" else self.settings.group_size
-        passes = [in_order(own, updates, len(credits) // updates)]
-        for epoch in range(1, epochs):
-            passes.append(shuffled(own, updates, unit, derived_seed(self.settings.seed, index, epoch)))
+        seed = derived_seed(self.settings.seed, index)
+        parts = updates_of_round(own, epochs, updates, len(credits) // updates, unit, seed)
         limit = self._limit(context, own, index, rate_factor)
         with progress.phase("updates", epochs * updates, "updates") as advance:
-            for update, batches in enumerate(itertools.chain(*passes)):
+            for update, batches in enumerate(parts):
                 if update == 0 and self.old is None:
                     batches = {number: replace(batch, on_policy=True) for number, batch in batches.items()}
                 self._set_rate(rate_factor)
@@ -243,6 +242,11 @@ class Trainer:
         self.micro_batch = min(self.processes.all_gather_object(self.micro_batch))
         self.parts.agree([PartSizes(**sizes) for sizes in self.processes.all_gather_object(vars(self.parts))])
         sums = MetricSums.merge(self.processes.all_gather_object(sums.as_dict()))
+        self._warn_of_mismatch(index, sums)
+        return sums
+
+    def _warn_of_mismatch(self, index: int, sums: MetricSums) -> None:
+        """Warn if the first update of a round replayed other transitions than were sampled."""
         clip_range = self.recipe.objective.clip_range
         if clip_range is not None and sums.log_ratio_max > 0.02 * clip_range:
             logger.warning(
@@ -253,7 +257,6 @@ class Trainer:
                 sums.log_ratio_max,
                 clip_range,
             )
-        return sums
 
     def _limit(self, context: UpdateContext, batches: Batches, index: int, rate_factor: float) -> RoundLimit | None:
         """Begin the trust region of round ``index``, which each rank measures on samples of its first batch."""
