@@ -102,5 +102,5 @@ class NonFiniteGuard:
         if self.in_row >= self.max_in_row:
             raise DivergedError(
                 f"{self.in_row} updates in a row had a gradient that is not finite (training.max_skipped_updates)"
-                f"{where}. Try a lower training.learning_rate or auto, model.dtype bfloat16 or float32, or less guidance"
+                f"{where}. Try a lower training.learning_rate, or auto, model.dtype float32 or less guidance"
             )
