@@ -1,16 +1,25 @@
-"""The loop that Flow-GRPO describes, written plainly and for comparison only.
+"""Flow-GRPO as its authors' script trains it (arXiv 2505.05470), on one process and for comparison only.
 
-Every denoising step but the last is noisy and trained, one at a time, for every sample; texts are encoded again for
-every batch; rewards come after sampling. What the published script does and why is in arXiv 2505.05470, sections 4.1
-and 4.2; ``window`` is its faster variant, in which a random window of steps is noisy and trained, drawn anew for every
-batch. A group's samples begin from different noises.
+A round is what the script calls an epoch: batches of samples are drawn, every step but the last noisy (``window`` is the
+faster variant, whose short window of noisy steps is drawn anew for each batch); a thread pool scores a batch while the
+next one is sampled; advantages are rewards less their prompt's mean, divided by the standard deviation of all rewards.
+Samples without advantage are dropped, as many as make the rest divisible by the number of batches are put back at
+random, and the rest is divided into that many batches again. Each half of them is one step of AdamW on PPO's clipped
+surrogate, one noisy step at a time, with the embeddings of the texts that sampling stored.
+
+Where it differs from the script, it is to the script's advantage or needed on small models: a batch encodes each of its
+texts once, where the script encodes repeated ones again; the last step has no noise, as in the script's faster variant,
+since grids of small models leave more noise there than can be seen in their pictures; ``after_update`` may average the
+weights at every step, where the script does so at every eighth, too seldom for runs of tens of rounds; there is no KL
+penalty, which would cost another pass, as in the script's settings without guidance.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -18,14 +27,17 @@ from torch import Tensor, nn
 
 from genalign.types import Prompt, RewardFunction
 
+_SCORING_THREADS = 8
+_LARGEST_ADVANTAGE = 5.0
+
 
 @dataclass(frozen=True)
 class PlainSettings:
-    """Settings of the plain loop.
+    """Settings of the plain loop, by default the script's.
 
-    A round has ``prompts_per_round`` x ``group_size`` samples in batches of ``batch_size``; each of its two updates
-    takes half of the batches. ``window`` is the number of noisy, trained steps in the first half of the grid; None
-    trains every step but the last.
+    A round has ``prompts_per_round`` x ``group_size`` samples in an even number of batches of ``batch_size``; each of
+    its two updates takes half of the batches. ``window`` is the number of noisy, trained steps in the first half of the
+    grid; None trains every step but the last.
     """
 
     sigmas: tuple[float, ...]
@@ -41,20 +53,52 @@ class PlainSettings:
     autocast: torch.dtype | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.prompts_per_round * self.group_size % (2 * self.batch_size):
+            raise ValueError(
+                f"{self.prompts_per_round * self.group_size} samples are no even number of batches of"
+                f" {self.batch_size}: each of two updates takes half of the batches"
+            )
 
-@dataclass
+    @property
+    def batches(self) -> int:
+        """The number of batches of a round."""
+        return self.prompts_per_round * self.group_size // self.batch_size
+
+
+@dataclass(frozen=True)
 class Trajectories:
-    """One batch: states (B, S + 1, ...) around its noisy steps, log-probabilities (B, S), and final latents."""
+    """Samples with S noisy steps each, which differ by sample where a window was drawn for each batch.
 
-    texts: list[str]
-    steps: range
+    Attributes:
+        steps: The noisy steps (B, S).
+        states: The latents around them (B, S + 1, ...).
+        log_probs: The log-probabilities (B, S) with which they were drawn.
+        context: The embeddings (B, tokens, d) of the texts.
+        pooled: Their pooled embeddings (B, d).
+    """
+
+    steps: Tensor
     states: Tensor
     log_probs: Tensor
-    final: Tensor
+    context: Tensor
+    pooled: Tensor
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, rows: Tensor | slice) -> Trajectories:
+        """Select samples."""
+        return Trajectories(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Trajectories]) -> Trajectories:
+        """Concatenate batches."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 class PlainLoop:
-    """``after_update`` is called after every optimiser step, such as for an average of the weights."""
+    """The loop; ``after_update`` is called after every optimizer step, such as for an average of the weights."""
 
     def __init__(
         self,
@@ -70,107 +114,129 @@ class PlainLoop:
         self.sigmas = torch.tensor([*settings.sigmas, 0.0])
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.random = random.Random(settings.seed)
+        self.pool = ThreadPoolExecutor(_SCORING_THREADS)
         rate, decay = settings.learning_rate, settings.weight_decay
         self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=decay)
 
     def round(self) -> float:
-        """Sample, score, and learn; the mean reward."""
-        settings = self.settings
+        """Sample, score, and learn; return the mean reward."""
+        settings, batches, scores = self.settings, [], []
         order = torch.randperm(len(self.prompts), generator=self.generator)[: settings.prompts_per_round].tolist()
         prompts = [self.prompts[place] for place in order for _ in range(settings.group_size)]
-        parts = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
-        batches = [self.sample([prompt.text for prompt in part]) for part in parts]
-        rewards = torch.cat([self.score(batch, part) for batch, part in zip(batches, parts, strict=True)])
-        advantages = self.advantages(rewards).split(settings.batch_size)
-        half = len(batches) // 2
-        for update in (slice(half), slice(half, None)):
-            self.update(batches[update], advantages[update])
+        for start in range(0, len(prompts), settings.batch_size):
+            part = prompts[start : start + settings.batch_size]
+            batch, final = self.sample([prompt.text for prompt in part])
+            batches.append(batch)
+            scores.append(self.pool.submit(self.reward, self.decode(final), part))
+        rewards = torch.cat([score.result() for score in scores])
+        advantages = self.advantages(rewards)
+        rows = self.trained_rows(advantages)
+        self.learn(Trajectories.joined(batches)[rows], advantages[rows])
         return float(rewards.mean())
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        """Rewards less their prompt's mean, over the standard deviation of all, at most 5."""
+        """Return rewards less their prompt's mean, over the standard deviation of all of them, in float64."""
+        rewards = rewards.double()
         groups = rewards.view(-1, self.settings.group_size)
         centered = (groups - groups.mean(1, keepdim=True)).flatten()
-        return (centered / (rewards.std(correction=0) + 1e-4)).clamp(-5, 5)
+        return centered / (rewards.std(correction=0) + 1e-4)
+
+    def trained_rows(self, advantages: Tensor) -> Tensor:
+        """Return the rows with an advantage, and random others until they divide into the batches."""
+        trained, batches = advantages != 0, self.settings.batches
+        count = int(trained.sum())
+        if count % batches or not count:
+            dropped = (~trained).nonzero()[:, 0]
+            order = torch.randperm(len(dropped), generator=self.generator)
+            trained[dropped[order[: batches - count % batches]]] = True
+        return trained.nonzero()[:, 0]
 
     @torch.no_grad()
-    def sample(self, texts: list[str], noises: Iterator[Tensor] | None = None) -> Trajectories:
-        """One batch; ``noises`` are the first latents and those of the noisy steps, drawn where not given."""
+    def sample(self, texts: list[str], noises: Iterator[Tensor] | None = None) -> tuple[Trajectories, Tensor]:
+        """Sample one batch; return its trajectories and final latents.
+
+        ``noises`` are the first latents and those of the noisy steps, drawn where not given.
+        """
         noises = noises or self._drawn(len(texts))
-        steps, context = self._steps(), self.encode(texts)
+        window, (context, pooled) = self._window(), self.encode(texts)
         x = next(noises)
-        states, log_probs = [x] if steps.start == 0 else [], []
+        states, log_probs = [x] if window.start == 0 else [], []
         for i in range(len(self.settings.sigmas)):
-            velocity = self.velocity(x, i, context)
-            if i in steps:
-                mean, std = self.move(x, velocity, i)
+            step = torch.full((len(x),), i)
+            velocity = self.velocity(x, step, context, pooled)
+            if i in window:
+                mean, std = self.move(x, velocity, step)
                 x = mean + std * next(noises)
                 log_probs.append(log_probability(x, mean, std))
             else:
                 x = x + velocity * (self.sigmas[i + 1] - self.sigmas[i])
-            if steps.start - 1 <= i < steps.stop:
+            if window.start - 1 <= i < window.stop:
                 states.append(x)
-        return Trajectories(texts, steps, torch.stack(states, 1), torch.stack(log_probs, 1), x)
+        steps = torch.tensor(window).expand(len(x), -1)
+        return Trajectories(steps, torch.stack(states, 1), torch.stack(log_probs, 1), context, pooled), x
 
     @torch.no_grad()
-    def score(self, batch: Trajectories, prompts: Sequence[Prompt]) -> Tensor:
-        """Decode a batch and compute its rewards (B,)."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents to images (B, 3, H, W) in [0, 1]."""
         config = self.pipe.vae.config
         with self._mixed_precision():
-            latents = batch.final / config.scaling_factor + config.shift_factor
-            images = self.pipe.vae.decode(latents, return_dict=False)[0]
-        return self.reward((images.float() / 2 + 0.5).clamp(0, 1), prompts)
+            images = self.pipe.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
 
-    def update(self, batches: Sequence[Trajectories], advantages: Sequence[Tensor]) -> None:
-        """One optimiser step from these batches, step by step."""
-        terms = sum(batch.log_probs.numel() for batch in batches)
-        for batch, advantage in zip(batches, advantages, strict=True):
-            for log_prob, old in zip(self._replayed(batch), batch.log_probs.unbind(1), strict=True):
-                ratio = (log_prob - old).exp()
-                clipped = ratio.clamp(1 - self.settings.clip_range, 1 + self.settings.clip_range)
-                loss = torch.maximum(-advantage * ratio, -advantage * clipped)
-                torch.autograd.backward(loss.sum() / terms)
-        nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.after_update()
+    def learn(self, samples: Trajectories, advantages: Tensor) -> None:
+        """Make the two optimizer steps of a round, each the mean loss of half of the batches and of all noisy steps."""
+        batches, count = self.settings.batches, samples.steps.shape[1]
+        size = len(samples) // batches
+        for number in range(batches):
+            rows = slice(number * size, (number + 1) * size)
+            for j in range(count):
+                loss = self.loss(samples[rows], advantages[rows], j)
+                torch.autograd.backward(loss / (batches // 2 * count))
+            if (number + 1) % (batches // 2) == 0:
+                nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.after_update()
 
-    @torch.no_grad()
-    def log_probs(self, batch: Trajectories) -> Tensor:
-        """Those (B, S) of a batch's states under the current weights."""
-        return torch.stack(list(self._replayed(batch)), dim=1)
+    def loss(self, samples: Trajectories, advantages: Tensor, j: int) -> Tensor:
+        """Compute PPO's clipped surrogate of the noisy step j, a mean over samples."""
+        advantages = advantages.clamp(-_LARGEST_ADVANTAGE, _LARGEST_ADVANTAGE).float()
+        ratio = (self.log_probs(samples, j) - samples.log_probs[:, j]).exp()
+        clipped = ratio.clamp(1 - self.settings.clip_range, 1 + self.settings.clip_range)
+        return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
 
-    def _replayed(self, batch: Trajectories) -> Iterator[Tensor]:
-        """Log-probabilities (B,) of the states under the current weights, step by step."""
-        context = self.encode(batch.texts)
-        for j, i in enumerate(batch.steps):
-            x = batch.states[:, j]
-            yield log_probability(batch.states[:, j + 1], *self.move(x, self.velocity(x, i, context), i))
+    def log_probs(self, samples: Trajectories, j: int) -> Tensor:
+        """Compute the log-probabilities (B,) of the noisy step j under the current weights."""
+        x, step = samples.states[:, j], samples.steps[:, j]
+        mean, std = self.move(x, self.velocity(x, step, samples.context, samples.pooled), step)
+        return log_probability(samples.states[:, j + 1], mean, std)
 
-    def move(self, x: Tensor, velocity: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the noisy step i."""
-        sigma, dt = self.sigmas[i], self.sigmas[i + 1] - self.sigmas[i]
-        rate = self.settings.noise_level * (sigma / (1 - (self.sigmas[1] if sigma == 1 else sigma))).sqrt()
+    def move(self, x: Tensor, velocity: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of noisy steps (B,)."""
+        sigma, after = (self.sigmas[at].view(-1, *[1] * (x.ndim - 1)) for at in (step, step + 1))
+        dt = after - sigma
+        rate = self.settings.noise_level * (sigma / (1 - torch.where(sigma == 1, self.sigmas[1], sigma))).sqrt()
         pull = rate**2 / (2 * sigma)
         return x * (1 + pull * dt) + velocity * (1 + pull * (1 - sigma)) * dt, rate * (-dt).sqrt()
 
-    def velocity(self, x: Tensor, i: int, context: tuple[Tensor, Tensor]) -> Tensor:
-        """The transformer's output at step i."""
-        timestep = (self.sigmas[i] * 1000).expand(len(x))
+    def velocity(self, x: Tensor, step: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+        """Run the transformer at steps (B,)."""
         with self._mixed_precision():
-            velocity: Tensor = self.pipe.transformer(x, *context, timestep, return_dict=False)[0]
+            velocity: Tensor = self.pipe.transformer(x, context, pooled, self.sigmas[step] * 1000, return_dict=False)[0]
         return velocity.float()
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings and pooled embeddings."""
+        """Return embeddings and pooled embeddings of texts, each of which is encoded once."""
+        distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         longest = self.pipe.tokenizer_3.model_max_length
         options = {"do_classifier_free_guidance": False, "max_sequence_length": longest}
-        context, _, pooled, _ = self.pipe.encode_prompt(texts, None, None, **options)
-        return context, pooled
+        context, _, pooled, _ = self.pipe.encode_prompt(list(distinct), None, None, **options)
+        rows = torch.tensor([distinct[text] for text in texts])
+        return context[rows], pooled[rows]
 
-    def _steps(self) -> range:
-        """The steps that are noisy and trained."""
+    def _window(self) -> range:
+        """Draw the steps that are noisy and trained."""
         size, total = self.settings.window, len(self.settings.sigmas)
         if size is None:
             return range(total - 1)

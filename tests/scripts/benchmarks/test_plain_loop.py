@@ -1,10 +1,11 @@
-"""The loop that ours is compared with does the same first update, where it is asked to: it is no straw man."""
+"""The loop that ours is compared with learns what ours learns from the same samples: it is no straw man."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,14 +17,16 @@ from genalign.diffusion.rollout import RolloutInputs, step_noise
 from genalign.diffusion.sampling import Sampling
 from genalign.diffusion.transitions import FlowSDE
 from genalign.scoring.score import NamedReward
+from genalign.training.sampler import SampledBatch
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
-from genalign.types import Prompt, PromptSet
+from genalign.types import Prompt, PromptSet, RewardFunction
 from pipelines import SD3
-from scripts.benchmarks.plain_loop import PlainLoop, PlainSettings
+from scripts.benchmarks.plain_loop import PlainLoop, PlainSettings, Trajectories, log_probability
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 PROMPTS = PromptSet("four", tuple(Prompt(text) for text in ("a circle", "two squares", "a square", "two circles")))
+SHAPE = {"prompts_per_round": 4, "group_size": 4, "batch_size": 8}
 
 
 def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -31,7 +34,7 @@ def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 
 
 class _Seen:
-    """Keeps the first update's gradient instead of following it."""
+    """Keeps the gradients instead of following them."""
 
     def __init__(self, parameters: Sequence[Any]) -> None:
         self.parameters, self.gradients = parameters, list[Tensor]()
@@ -46,6 +49,27 @@ class _Seen:
             parameter.grad = None
 
 
+def _trainer(folder: Path, reward: RewardFunction) -> Trainer:
+    """Ours, with the switches of the plain loop."""
+    recipe = flow_grpo(FlowSDE(0.9), clip_range=1e-4, std="global", shared_noise=False)
+    pipeline = SD3.load(folder)
+    policy = Policy(pipeline.denoiser, Lora(rank=4, alpha=8), seed=0)
+    settings = TrainerSettings(rounds=1, updates_per_round=2, max_grad_norm=1e9, **SHAPE)
+    rewards = [NamedReward("red", reward)]
+    trainer = Trainer(pipeline, policy, rewards, PROMPTS, recipe, settings, Sampling(4, SIGMAS))
+    trainer.optimizer = cast(Any, _Seen(policy.parameters))
+    return trainer
+
+
+def _loop(folder: Path, reward: RewardFunction = redness, **changes: Any) -> PlainLoop:
+    pipeline = SD3.load(folder)
+    parameters = Policy(pipeline.denoiser, Lora(rank=4, alpha=8), seed=0).parameters
+    settings = PlainSettings(**{"sigmas": SIGMAS, "noise_level": 0.9, "max_grad_norm": 1e9, **SHAPE, **changes})
+    loop = PlainLoop(pipeline.pipe, parameters, reward, PROMPTS.prompts, settings)
+    loop.optimizer = cast(Any, _Seen(parameters))
+    return loop
+
+
 def _noises(start: RolloutInputs, pipeline: SD3) -> Iterator[Tensor]:
     x = pipeline.initial_noise(start.noise_seeds)
     yield x
@@ -53,49 +77,117 @@ def _noises(start: RolloutInputs, pipeline: SD3) -> Iterator[Tensor]:
         yield step_noise(start.step_seeds, step, x)
 
 
-def test_its_first_update_equals_ours_with_the_same_switches(tiny_folder: Path) -> None:
-    shape = {"prompts_per_round": 4, "group_size": 4, "batch_size": 8}
-    recipe = flow_grpo(FlowSDE(0.9), clip_range=1e-4, std="global", shared_noise=False)
-    ours = SD3.load(tiny_folder)
-    policy = Policy(ours.denoiser, Lora(rank=4, alpha=8), seed=0)
-    settings = TrainerSettings(rounds=1, updates_per_round=2, max_grad_norm=1e9, **shape)
-    rewards = [NamedReward("red", redness)]
-    trainer = Trainer(ours, policy, rewards, PROMPTS, recipe, settings, Sampling(4, SIGMAS))
-    trainer.optimizer = _Seen(policy.parameters)
-    asked = next(trainer.prompts.rounds())
-    parts = trainer.sample(0, asked)
-    (result,) = trainer.rounds()
+def _same_samples(loop: PlainLoop, parts: Sequence[SampledBatch], texts: Sequence[str]) -> Trajectories:
+    """Ours, as the plain loop stores them, with its own log-probabilities of them."""
+    states = torch.cat([torch.cat([part.rollout.x[:, :1], part.rollout.x_next], dim=1) for part in parts])
+    steps = torch.arange(len(SIGMAS) - 1).expand(len(states), -1)
+    samples = Trajectories(steps, states, steps.float(), *loop.encode(list(texts)))
+    with torch.no_grad():
+        drawn = torch.stack([loop.log_probs(samples, j) for j in range(steps.shape[1])], dim=1)
+    return Trajectories(steps, states, drawn, samples.context, samples.pooled)
 
-    theirs = SD3.load(tiny_folder)
-    parameters = Policy(theirs.denoiser, Lora(rank=4, alpha=8), seed=0).parameters
-    plain = PlainSettings(SIGMAS, noise_level=0.9, max_grad_norm=1e9, **shape)
-    loop = PlainLoop(theirs.pipe, parameters, redness, PROMPTS.prompts, plain)
-    seen = _Seen(parameters)
-    loop.optimizer = seen
-    texts = [prompt.text for prompt in asked for _ in range(4)]
-    starts = trainer.sampler.inputs(recipe, asked, "0/0").split(8)
-    batches = [loop.sample(texts[i : i + 8], _noises(start, ours)) for i, start in zip((0, 8), starts, strict=True)]
-    scores = torch.cat([loop.score(batch, [Prompt(text) for text in batch.texts]) for batch in batches])
-    assert float(scores.mean()) == pytest.approx(result.reward, rel=1e-5)
-    # Samples and scores agree but for rounding, which a gradient would show: both learn from the same ones.
-    advantages = loop.advantages(torch.cat([part.scores[:, 0] for part in parts])).split(8)
-    for part, batch, advantage in zip(parts, batches, advantages, strict=True):
-        torch.testing.assert_close(batch.final, part.rollout.final, rtol=0, atol=1e-5)
-        batch.states = torch.cat([part.rollout.x[:, :1], part.rollout.x_next], dim=1)
-        batch.log_probs = loop.log_probs(batch)
-        loop.update([batch], [advantage])
-    for mine, found in zip(trainer.optimizer.gradients, seen.gradients, strict=True):
+
+def test_from_the_same_noise_it_draws_the_same_samples(tiny_folder: Path) -> None:
+    trainer, loop = _trainer(tiny_folder, redness), _loop(tiny_folder)
+    prompts = next(trainer.prompts.rounds())
+    texts = [prompt.text for prompt in prompts for _ in range(4)]
+    starts, parts = trainer.sampler.inputs(trainer.recipe, prompts, "0/0").split(8), trainer.sample(0, prompts)
+    for part, start, first in zip(parts, starts, (0, 8), strict=True):
+        batch, final = loop.sample(texts[first : first + 8], _noises(start, cast(SD3, trainer.pipeline.pipeline)))
+        torch.testing.assert_close(final, part.rollout.final, rtol=0, atol=1e-5)
+        torch.testing.assert_close(batch.states[:, 1:], part.rollout.x_next, rtol=0, atol=1e-5)
+        torch.testing.assert_close(redness(loop.decode(final), prompts), part.scores[:, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("equal", [(), (0, 2)], ids=["every sample has an advantage", "a group of each half has none"])
+def test_from_the_same_samples_its_gradients_equal_ours(tiny_folder: Path, equal: tuple[int, ...]) -> None:
+    reward = {"groups": list[str]()}
+
+    def partly(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        tied = torch.tensor([prompt.text in reward["groups"] for prompt in prompts])
+        return redness(samples, prompts).masked_fill(tied, 0.25)
+
+    trainer, loop = _trainer(tiny_folder, partly), _loop(tiny_folder)
+    prompts = next(trainer.prompts.rounds())
+    reward["groups"] = [prompts[place].text for place in equal]
+    parts = trainer.sample(0, prompts)
+    list(trainer.rounds())
+    samples = _same_samples(loop, parts, [prompt.text for prompt in prompts for _ in range(4)])
+    advantages = loop.advantages(torch.cat([part.scores[:, 0] for part in parts]))
+    rows = loop.trained_rows(advantages)
+    assert len(rows) == 16 - 4 * len(equal)
+    loop.learn(samples[rows], advantages[rows])
+    pairs = zip(cast(_Seen, trainer.optimizer).gradients, cast(_Seen, loop.optimizer).gradients, strict=True)
+    for mine, found in pairs:
         assert mine.norm() > 0 and (mine - found).norm() <= 1e-6 * mine.norm()
 
 
-def test_a_round_learns_and_a_window_trains_few_steps(tiny_folder: Path) -> None:
-    pipeline = SD3.load(tiny_folder)
-    parameters = Policy(pipeline.denoiser, Lora(rank=4, alpha=8), seed=0).parameters
-    before = [parameter.detach().clone() for parameter in parameters]
-    settings = PlainSettings(SIGMAS, prompts_per_round=4, group_size=4, batch_size=8, window=1)
-    updates: list[int] = []
-    loop = PlainLoop(pipeline.pipe, parameters, redness, PROMPTS.prompts, settings, lambda: updates.append(1))
+def test_dropping_samples_changes_the_mean_and_the_halves_alone(tiny_folder: Path) -> None:
+    """Of 16 samples 5 are trained and one is put back: two batches of 3, of which the second has the dropped one."""
+    loop = _loop(tiny_folder)
+    samples = Trajectories.joined([loop.sample([prompt.text] * 8)[0] for prompt in PROMPTS.prompts[:2]])
+    advantages = torch.zeros(16, dtype=torch.float64)
+    advantages[[0, 1, 2, 9, 12]] = torch.tensor([1.0, -1.0, 7.0, 2.0, -0.5], dtype=torch.float64)
+    rows = loop.trained_rows(advantages)
+    assert len(rows) == 6 and {0, 1, 2, 9, 12} < set(rows.tolist())
+    loop.learn(samples[rows], advantages[rows])
+    halves, seen = rows.split(3), cast(_Seen, loop.optimizer)
+    for half, found in zip(halves, seen.gradients, strict=True):
+        # on policy: minus the mean over the half and three steps of the clamped advantage times the log-probability
+        values = [loop.log_probs(samples[half], j) @ advantages[half].clamp(max=5).float() for j in range(3)]
+        torch.autograd.backward(-torch.stack(values).sum() / 9)
+        expected = _Seen(loop.parameters)
+        expected.step()
+        expected.zero_grad()
+        assert found.norm() > 0 and (found - expected.gradients[0]).norm() <= 1e-5 * found.norm()
+
+
+@pytest.mark.parametrize(("live", "trained"), [(16, 16), (12, 12), (11, 12), (1, 2), (0, 2)])
+def test_as_many_dropped_samples_are_put_back_as_make_equal_batches(tiny_folder: Path, live: int, trained: int) -> None:
+    advantages = (torch.arange(16) < live).double()
+    assert len(_loop(tiny_folder).trained_rows(advantages)) == trained
+
+
+def test_rewards_are_computed_in_other_threads_and_texts_once(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, encoded = set[int](), list[list[str]]()
+
+    def heard(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        threads.add(threading.get_ident())
+        return redness(samples, prompts)
+
+    loop = _loop(tiny_folder, heard)
+    encode = loop.pipe.encode_prompt
+    monkeypatch.setattr(
+        loop.pipe, "encode_prompt", lambda texts, *rest, **named: encoded.append(texts) or encode(texts, *rest, **named)
+    )
     loop.round()
-    assert len(updates) == 2 and any(not torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
-    made = loop.sample(["a circle"] * 8)
-    assert made.log_probs.shape == (8, 1) and made.states.shape[:2] == (8, 2)
+    assert threading.get_ident() not in threads
+    assert [len(texts) for texts in encoded] == [2, 2]  # two prompts a batch of 8, and none again to learn
+    assert len(cast(_Seen, loop.optimizer).gradients) == 2
+
+
+def test_a_round_learns_and_a_window_trains_few_steps(tiny_folder: Path) -> None:
+    loop, updates = _loop(tiny_folder, window=1), list[int]()
+    loop.optimizer = torch.optim.AdamW(loop.parameters)
+    before = [parameter.detach().clone() for parameter in loop.parameters]
+    loop.after_update = lambda: updates.append(1)
+    loop.round()
+    assert len(updates) == 2 and any(not torch.equal(a, b) for a, b in zip(before, loop.parameters, strict=True))
+    windows = [loop.sample(["a circle"] * 2)[0] for _ in range(8)]
+    assert {int(window.steps[0, 0]) for window in windows} == {0, 1}
+    mixed = Trajectories.joined(windows)  # samples of several windows in one batch, as after samples are dropped
+    torch.testing.assert_close(loop.log_probs(mixed, 0).detach(), mixed.log_probs[:, 0], rtol=0, atol=1e-5)
+
+
+def test_an_odd_number_of_batches_is_refused() -> None:
+    with pytest.raises(ValueError, match="192 samples are no even number of batches of 64"):
+        PlainSettings(SIGMAS, batch_size=64)
+
+
+def test_the_log_probability_is_a_mean_over_dimensions() -> None:
+    x, mean, std = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor(0.5)
+    density = torch.distributions.Normal(mean, std).log_prob(x).flatten(1).mean(1)
+    difference = density - log_probability(x, mean, std)
+    torch.testing.assert_close(difference, difference[:1].expand(3))
