@@ -1,7 +1,7 @@
 """Flow-GRPO as its authors' script trains it (arXiv 2505.05470), on one process and for comparison only.
 
-A round is what the script calls an epoch: batches of samples are drawn, every step but the last noisy (``window`` is the
-faster variant, whose short window of noisy steps is drawn anew for each batch); a thread pool scores a batch while the
+A round is what the script calls an epoch: batches of samples are drawn, every step but the last noisy (with a
+``window`` a few steps, drawn anew for each batch: the script's faster variant); a thread pool scores a batch while the
 next one is sampled; advantages are rewards less their prompt's mean, divided by the standard deviation of all rewards.
 Samples without advantage are dropped, as many as make the rest divisible by the number of batches are put back at
 random, and the rest is divided into that many batches again. Each half of them is one step of AdamW on PPO's clipped
