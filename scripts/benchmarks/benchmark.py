@@ -7,6 +7,7 @@ train      one training pass relative to forward + backward of the same transfor
 memory     peak memory for T and for 4 T steps
 dense      DenseGRPO's completions relative to as many NFE of a rollout
 overhead   cost of a search beyond NFE, decoding and rewards
+round      GFLOP/s of a round of the demo and what takes its time, compared with an older commit (--against)
 methods    every method's training pass relative to Flow-GRPO's, per NFE
 scale      cost of a round by group size, steps, resolution, rewards (scale_benchmark.py)
 search     searches at equal cost, or some of its parts (search_benchmark.py)
@@ -48,7 +49,7 @@ from genalign.training.trainer import Trainer
 from genalign.worlds import shapes
 from pipelines import SD3
 from rewards.shapes import ShapesReward
-from scripts.benchmarks import scale_benchmark, search_benchmark, speed_benchmark
+from scripts.benchmarks import round_benchmark, scale_benchmark, search_benchmark, speed_benchmark
 from scripts.benchmarks.proofs import head
 from scripts.benchmarks.published_results import Measurement, ratios, write_results
 
@@ -292,11 +293,12 @@ PARTS = {
 def main() -> None:
     """Run the parts of the benchmark that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=[*PARTS, "one-round", "search", "compare"])
+    parser.add_argument("part", choices=[*PARTS, "round", "one-round", "search", "compare"])
     named = ", ".join([*search_benchmark.PARTS, *speed_benchmark.PARTS])
     parser.add_argument("some", nargs="*", metavar="PART", help=f"of search or compare: {named}")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--against", metavar="COMMIT", help="of round: an older commit to compare with")
     options = parser.parse_args()
     retain_freed_memory()  # as the command does on a CPU
     if options.part == "one-round":
@@ -309,8 +311,12 @@ def main() -> None:
         for part in options.some or speed_benchmark.PARTS:
             speed_benchmark.PARTS[part](speed_benchmark.Workspace(Path("runs/compare_speed")))
         return None
-    measured = PARTS[options.part](options.repeats)
     claim, command = f"Speed and memory: {options.part}", f"python scripts/benchmarks/benchmark.py {options.part}"
+    if options.part == "round":
+        measured = round_benchmark.benchmark_round(options.repeats, options.against)
+        command += f" --against {options.against}" if options.against else ""
+    else:
+        measured = PARTS[options.part](options.repeats)
     for row in write_results(Path("docs/results"), f"benchmark_{options.part}", head(claim, command), measured):
         print(f"{row.name:22s}{row.metric:44s}{row.mean:10.3f}  ({row.low:.3f} to {row.high:.3f}, {row.n} repeats)")
 
