@@ -584,10 +584,12 @@ class Prices(Generation):
         prompts: Prompts, as in training; the first ``batch_size`` are used.
         batch_size: Number of samples in one batch.
         repeats: Number of measurements, of which the median counts.
+        gradients: Measure backward passes too, which ReNO, DNO and guides make; they need the memory of a gradient.
     """
 
     batch_size: int = 32
     repeats: int = 5
+    gradients: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "batch_size", "repeats")

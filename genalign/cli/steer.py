@@ -111,9 +111,8 @@ def prices_command(context: CommandContext, arguments: Sequence[str]) -> int:
     prompts = [available[i % len(available)] for i in range(settings.batch_size)]
     pipeline.encode_ahead([prompt.text for prompt in prompts])
     grid = settings.sampling.grid(pipeline)
-    prices = measure_prices(
-        pipeline, rewards, prompts, grid, settings.sampling.guidance_scale(pipeline), settings.repeats
-    )
+    guidance = settings.sampling.guidance_scale(pipeline)
+    prices = measure_prices(pipeline, rewards, prompts, grid, guidance, settings.repeats, settings.gradients)
     write_json(Path(settings.output), prices)
     for call, seconds in prices.items():
         print(f"{call:20s}{1000 * seconds:10.3f} ms per sample")

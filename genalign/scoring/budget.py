@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from genalign.scoring.score import NamedReward
+from genalign.scoring.score import NamedReward, RewardError
 from genalign.types import Conditioning, Grid, NoiseLevel, Pipeline, Prompt, RewardFunction
 
 NFE, DECODE = "nfe", "decode"
@@ -22,6 +22,11 @@ NFE, DECODE = "nfe", "decode"
 def reward_call(name: str) -> str:
     """Return the ledger's name for scoring one sample by a reward."""
     return f"reward/{name}"
+
+
+def backward_call(call: str) -> str:
+    """Return the ledger's name for the backward pass of a call."""
+    return f"{call} backward"
 
 
 @dataclass
@@ -48,14 +53,15 @@ class Ledger:
         self.bill(call, samples)
         result = function()
         if isinstance(result, Tensor) and result.requires_grad:
-            hook = lambda gradient: self.bill(f"{call} backward", samples)  # noqa: E731
+            hook = lambda gradient: self.bill(backward_call(call), samples)  # noqa: E731
             result.register_hook(hook)  # type: ignore[no-untyped-call]  # torch has not typed it
         return result
 
     def cost(self, prices: Mapping[str, float]) -> float:
         """Sum the prices of all calls, in the unit of ``prices``. Raises ValueError for a call without a price."""
         if missing := [call for call, count in self.counts.items() if count and call not in prices]:
-            raise ValueError(f"no price for {', '.join(sorted(missing))}: measure it with: genalign prices")
+            option = " --gradients true" if any(call.endswith(backward_call("")) for call in missing) else ""
+            raise ValueError(f"no price for {', '.join(sorted(missing))}: measure it with: genalign prices{option}")
         return sum(count * prices[call] for call, count in self.counts.items() if count)
 
     def since(self, earlier: Ledger) -> Ledger:
@@ -150,7 +156,7 @@ class Budget:
     def spent(self, ledger: Ledger) -> float:
         """Convert a ledger to this budget's unit. Raises ValueError for a call without a price."""
         if self.nfe is not None:
-            return ledger.nfe + 2 * ledger.counts[f"{NFE} backward"]
+            return ledger.nfe + 2 * ledger.counts[backward_call(NFE)]
         if self.prices is None:
             raise ValueError("this budget has no prices yet: measure them")
         return ledger.cost(self.prices)
@@ -170,10 +176,9 @@ def measure_prices(
     grid: Grid,
     guidance: float = 1.0,
     repeats: int = 5,
+    gradients: bool = False,
 ) -> dict[str, float]:
     """Measure the median seconds of one sample's forward, decode and reward calls, after a call to warm up.
-
-    Gradients are not priced.
 
     Args:
         pipeline: the model.
@@ -182,26 +187,59 @@ def measure_prices(
         grid: its first step is priced.
         guidance: classifier-free guidance, which doubles the evaluations above 1.
         repeats: how many calls the median is of.
+        gradients: price the backward pass of every call that has one, to its input, too.
     """
     conditioning = pipeline.encode([prompt.text for prompt in prompts])
     x = pipeline.initial_noise(list(range(len(prompts))))
-    prices = {}
     with torch.no_grad():
         samples = pipeline.decode(x)
-        calls: dict[str, Callable[[], Tensor]] = {
-            NFE: lambda: pipeline.predict(x, grid[0], conditioning, guidance),
-            DECODE: lambda: pipeline.decode(x),
-        }
-        for reward in rewards:
-            calls[reward_call(reward.name)] = functools.partial(reward, samples, prompts)
-        for name, call in calls.items():
-            times = []
-            for _ in range(repeats + 1):
-                started = time.perf_counter()
-                result = call()
-                if result.is_cuda:
-                    torch.cuda.synchronize(result.device)
-                times.append(time.perf_counter() - started)
-            evaluations = len(x) * (2 if name == NFE and guidance > 1 else 1)
-            prices[name] = statistics.median(times[1:]) / evaluations
+    calls: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+        NFE: (lambda latents: pipeline.predict(latents, grid[0], conditioning, guidance), x),
+        DECODE: (pipeline.decode, x),
+    }
+    for reward in rewards:
+        calls[reward_call(reward.name)] = (functools.partial(_scored, reward, prompts), samples)
+    prices = {}
+    for name, (call, given) in calls.items():
+        evaluations = len(x) * (2 if name == NFE and guidance > 1 else 1)
+        with torch.no_grad():
+            times = [_seconds(functools.partial(call, given)) for _ in range(repeats + 1)]
+        prices[name] = statistics.median(times[1:]) / evaluations
+        if gradients and (backward := _backward_seconds(call, given, repeats)) is not None:
+            prices[backward_call(name)] = backward / evaluations
     return prices
+
+
+def _scored(reward: NamedReward, prompts: Sequence[Prompt], samples: Tensor) -> Tensor:
+    return reward(samples, prompts)
+
+
+def _seconds(call: Callable[[], Tensor]) -> float:
+    """Return the seconds of one call, on a GPU until its result is there."""
+    started = time.perf_counter()
+    result = call()
+    if result.is_cuda:
+        torch.cuda.synchronize(result.device)
+    return time.perf_counter() - started
+
+
+@torch.enable_grad()
+def _backward_seconds(call: Callable[[Tensor], Tensor], given: Tensor, repeats: int) -> float | None:
+    """Return the median seconds of the backward pass of ``call`` to ``given``; None for a call without a gradient."""
+    times = []
+    for _ in range(repeats + 1):
+        variable = given.detach().requires_grad_(True)
+        try:
+            result = call(variable)
+        except RewardError:  # the reward takes no samples that have a gradient
+            return None
+        if not result.requires_grad:
+            return None
+        if result.is_cuda:  # the forward pass is not part of the time
+            torch.cuda.synchronize(result.device)
+        times.append(_seconds(functools.partial(_gradient, result.float().sum(), variable)))
+    return statistics.median(times[1:])
+
+
+def _gradient(total: Tensor, variable: Tensor) -> Tensor:
+    return torch.autograd.grad(total, variable)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from genalign.diffusion.sampling import Sampling
 from genalign.runtime.progress import Phase, Progress
-from genalign.scoring.budget import NFE, Budget, Ledger, Metered, measure_prices
+from genalign.scoring.budget import NFE, Budget, Ledger, Metered, backward_call, measure_prices
 from genalign.scoring.score import NamedReward, RewardError, named, probe
 from genalign.search.engine import TOP, SearchRun
 from genalign.search.pruning import BestOfN
@@ -110,7 +111,16 @@ class SearchSetup:
         """Return the budget, with prices measured on ``prompt`` if it is in seconds and has none."""
         if self.budget is None or self.budget.seconds is None or self.budget.prices is not None:
             return self.budget
-        prices = measure_prices(self.pipeline, self.rewards, [prompt] * self.batch_size, grid, guidance)
+        batch = [prompt] * self.batch_size
+        prices = measure_prices(self.pipeline, self.rewards, batch, grid, guidance)
+        run = SearchRun(self.pipeline, [prompt], self.rewards, grid, guidance, self.batch_size, "prices")
+        unpriced = dict.fromkeys(map(backward_call, prices), 0.0)
+        try:
+            calls = count_calls(run, self.strategy, replace(self.budget, prices=prices | unpriced)).counts
+        except Exception:  # of a strategy that needs values, or of a budget too small: the search says so
+            calls = Counter()
+        if calls.keys() & unpriced.keys():  # gradients take memory, so they are measured where they are needed only
+            prices = measure_prices(self.pipeline, self.rewards, batch, grid, guidance, gradients=True)
         return replace(self.budget, prices=prices)
 
 

@@ -180,6 +180,9 @@ def test_prices_writes_json(tiny_folder: Path, tmp_path: Path) -> None:
     assert main(["prices", "--output", str(path), "--model.path", str(tiny_folder), reward, *small]) == 0
     prices = json.loads(path.read_text())
     assert set(prices) == {"nfe", "decode", "reward/partial"} and min(prices.values()) > 0
+    options = [reward, *small, "--gradients", "true"]  # the verifier has none
+    assert main(["prices", "--output", str(path), "--model.path", str(tiny_folder), *options]) == 0
+    assert set(json.loads(path.read_text())) == {*prices, "nfe backward", "decode backward"}
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ def test_cost_by_prices() -> None:
     assert ledger.cost({"nfe": 0.5, "decode": 2.0}) == 9.0
     with pytest.raises(ValueError, match="no price for decode: measure it with: genalign prices"):
         ledger.cost({"nfe": 1.0})
+    with pytest.raises(ValueError, match=r"no price for nfe backward: .* genalign prices --gradients true"):
+        Ledger(Counter({"nfe backward": 1})).cost({"nfe": 1.0})
     earlier = ledger.copy()
     ledger.bill("nfe", 3)
     assert ledger.since(earlier).nfe == 3 and earlier.nfe == 10
