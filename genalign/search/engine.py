@@ -76,15 +76,19 @@ def concatenate(parts: Sequence[Particles]) -> Particles:
 
 @dataclass(frozen=True)
 class ScoredParticles:
-    """Candidates after the last step, with their decoded ``samples`` (N, ...) and ``scores`` (N, K)."""
+    """Candidates after the last step, with their decoded ``samples`` (N, ...) and ``scores`` (N, K).
+
+    The rewards have ``weights`` (K,), whose signs count in the order of the candidates.
+    """
 
     candidates: Particles
     samples: Tensor
     scores: Tensor
+    weights: tuple[float, ...]
 
     def rows(self, index: Tensor) -> ScoredParticles:
         """Select the candidates ``index`` (M,) long, in this order."""
-        return ScoredParticles(self.candidates.rows(index), self.samples[index], self.scores[index])
+        return ScoredParticles(self.candidates.rows(index), self.samples[index], self.scores[index], self.weights)
 
     def extend(self, other: ScoredParticles) -> ScoredParticles:
         """Return these candidates followed by ``other``."""
@@ -92,11 +96,12 @@ class ScoredParticles:
             concatenate([self.candidates, other.candidates]),
             torch.cat([self.samples, other.samples]),
             torch.cat([self.scores, other.scores]),
+            self.weights,
         )
 
     def best(self, count: int = 1) -> Tensor:
         """Return the rows of the ``count`` best candidates of every prompt; several rewards count by their rank sum."""
-        return best_per_prompt(self.scores, self.candidates.prompt, count)
+        return best_per_prompt(self.scores, self.candidates.prompt, count, self.weights)
 
 
 class SearchRun:
@@ -136,6 +141,11 @@ class SearchRun:
         self.finished_scores: list[Tensor] = []
         self.grid, self.guidance, self.batch_size, self.seed = grid, guidance, batch_size, seed
         self.conditioning = pipeline.encode([prompt.text for prompt in prompts])
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights (K,) of the rewards."""
+        return tuple(reward.weight for reward in self.rewards)
 
     @property
     def steps(self) -> int:
@@ -219,7 +229,7 @@ class SearchRun:
         candidates = self.advance(candidates, self.steps)
         parts = [self._decode_and_score(part) for part in candidates.split(self.batch_size)]
         samples, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return self.finished(ScoredParticles(candidates, samples, scores))
+        return self.finished(ScoredParticles(candidates, samples, scores, self.weights))
 
     def finished(self, scored: ScoredParticles) -> ScoredParticles:
         """Record candidates after their last step, hold on to the best ones and the plain ones, and return them all."""
@@ -245,7 +255,7 @@ class SearchRun:
 
     def weighted_sum(self, scores: Tensor) -> Tensor:
         """Return the weighted sum (N,) of the rewards' scores (N, K)."""
-        return combine(scores, [reward.weight for reward in self.rewards])
+        return combine(scores, self.weights)
 
     def warn(self, message: str) -> None:
         """Log a warning about this search; a run that only counts is silent."""

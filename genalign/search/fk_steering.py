@@ -145,12 +145,15 @@ class FKSteering:
         state = FKState(self, particles.prompt, run.steps, run.seed)
         *early, last = self.scoring_steps(run.steps)
         for step in early:
-            particles, log_ratio = self._advance(run, particles, step + 1, self.kernel)
-            scores = score_previews(run, particles, self.scorer)
+            particles, log_ratio, scores = self._advance(run, particles, step + 1, self.kernel)
+            if scores is None or self.scorer is not None:
+                scores = score_previews(run, particles, self.scorer)
+            else:
+                run.record_scores(particles, scores)
             state.weigh(run.weighted_sum(scores), step, log_ratio)
             if (ancestors := state.resample()) is not None:
                 particles = run.resample(particles, ancestors)
-        particles, log_ratio = self._advance(run, particles, run.steps, self.kernel)
+        particles, log_ratio, _ = self._advance(run, particles, run.steps, self.kernel)
         finished = run.finish(particles)
         state.weigh(run.weighted_sum(finished.scores), last, log_ratio)
         return finished, state
@@ -167,27 +170,32 @@ class FKSteering:
     @torch.no_grad()
     def _advance(
         self, run: SearchRun, particles: Particles, to: int, kernel: Kernel
-    ) -> tuple[Particles, Tensor | None]:
-        """Return the particles after ``to`` steps, and log p - log q (N,) of the guided moves."""
+    ) -> tuple[Particles, Tensor | None, Tensor | None]:
+        """Return the particles after ``to`` steps, log p - log q (N,) of guided moves, and scores that the guide has.
+
+        Scores (N, K) are of the previews; without a guide there are neither.
+        """
         if self.guide is None:
-            return run.advance(particles, to, kernel), None
-        parts, log_ratios = [], []
+            return run.advance(particles, to, kernel), None, None
+        parts, log_ratios, scored = [], [], []
         for part in particles.split(run.batch_size):
-            log_ratio = torch.zeros(len(part), dtype=torch.float64)
+            log_ratio, scores = torch.zeros(len(part), dtype=torch.float64), None
             while part.steps_done < to:
                 std = float(kernel(run.grid[part.steps_done]).s)
                 if std == 0:
-                    part = run.move(part, run.predict(part), kernel)
+                    part, scores = run.move(part, run.predict(part), kernel), None
                     continue
                 assert not isinstance(self.lam, str), "refused above"
                 lam = self.lam * self.tempering(part.steps_done + 1)
-                prediction, gradient = self.guide(run, part, kernel, lam)
-                shift, noise = std**2 * gradient, step_noise(part.step_seeds.tolist(), part.steps_done, part.x)
+                guidance = self.guide(run, part, kernel, lam)
+                shift, noise = std**2 * guidance.gradient, step_noise(part.step_seeds.tolist(), part.steps_done, part.x)
                 log_ratio += guided_log_ratio(noise, shift, std)
-                part = run.move(part, prediction, kernel, shift)
+                part, scores = run.move(part, guidance.prediction, kernel, shift), guidance.scores
             parts.append(part)
             log_ratios.append(log_ratio)
-        return concatenate(parts), torch.cat(log_ratios)
+            scored += [] if scores is None else [scores]
+        scores_NK = torch.cat(scored) if len(scored) == len(parts) else None
+        return concatenate(parts), torch.cat(log_ratios), scores_NK
 
 
 def require_stochastic(kernel: Kernel, grid: Grid) -> None:

@@ -19,11 +19,24 @@ from genalign.scoring.score import score
 from genalign.search.engine import Particles, SearchRun
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """What a guide says of N particles: the network's ``prediction`` (N, ...) and the ``gradient`` g (N, ...).
+
+    ``scores`` (N, K) are the rewards of the previews that the prediction gives, where the guide computed all of them:
+    they are not computed again to weigh the particles.
+    """
+
+    prediction: Tensor
+    gradient: Tensor
+    scores: Tensor | None = None
+
+
 class Guide(Protocol):
     """Estimates the gradient that shifts moves towards a higher reward."""
 
-    def __call__(self, run: SearchRun, batch: Particles, kernel: Kernel, lam: float) -> tuple[Tensor, Tensor]:
-        """Return the network's output and g, both (N, ...), for particles that fit into one batch.
+    def __call__(self, run: SearchRun, batch: Particles, kernel: Kernel, lam: float) -> Guidance:
+        """Guide particles that fit into one batch.
 
         Args:
             run: The search; all networks are called through it, so that it counts them.
@@ -44,17 +57,19 @@ class RewardGradient:
     scale: float = 1.0
 
     @torch.enable_grad()
-    def __call__(self, run: SearchRun, batch: Particles, kernel: Kernel, lam: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, run: SearchRun, batch: Particles, kernel: Kernel, lam: float) -> Guidance:
         x = batch.x.detach().clone().requires_grad_(True)
         step = run.grid[batch.steps_done]
         prediction = run.pipeline.predict(x, step, run.conditioning[batch.prompt], run.guidance)
         samples = run.pipeline.decode(run.pipeline.path.x0(x.to(prediction.device), prediction, step))
-        prompts = run.prompts_of(batch)
-        total = sum(reward.weight * reward(samples, prompts).sum() for reward in run.rewards)
+        weighted = [reward for reward in run.rewards if reward.weight]  # the others are only reported
+        columns = [reward(samples, run.prompts_of(batch)).to(samples.device) for reward in weighted]
+        total = sum(reward.weight * column.sum() for reward, column in zip(weighted, columns, strict=True))
         if not isinstance(total, Tensor) or not total.requires_grad:
             raise ValueError("the rewards give no gradient to guide by: use DoobGuide, which needs none, or no guide")
-        (gradient,) = torch.autograd.grad(total, x)
-        return prediction.detach().cpu(), self.scale * lam * gradient.nan_to_num(0.0).cpu()
+        gradient = self.scale * lam * torch.autograd.grad(total, x)[0].nan_to_num(0.0).cpu()
+        scores = torch.stack(columns, dim=1).detach().float().cpu() if len(weighted) == len(run.rewards) else None
+        return Guidance(prediction.detach().cpu(), gradient, scores)
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,7 @@ class DoobGuide:
         if self.proposals < 2 or self.proposals % 2 or not self.tau > 0:
             raise ValueError(f"proposals must be even, 2 or more, and tau positive, not {self}")
 
-    def __call__(self, run: SearchRun, batch: Particles, kernel: Kernel, lam: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, run: SearchRun, batch: Particles, kernel: Kernel, lam: float) -> Guidance:
         step = run.grid[batch.steps_done]
         with torch.enable_grad():
             x = batch.x.detach().clone().requires_grad_(True)
@@ -82,7 +97,7 @@ class DoobGuide:
             move = transition(run.pipeline.path, kernel, x.to(prediction.device), prediction, step)
             direction = self._direction(run, batch, move.mean.detach(), prediction.detach(), float(kernel(step).s))
             (gradient,) = torch.autograd.grad((move.mean * direction).sum(), x)
-        return prediction.detach().cpu(), self.gamma * gradient.cpu()
+        return Guidance(prediction.detach().cpu(), self.gamma * gradient.cpu())
 
     @torch.no_grad()
     def _direction(self, run: SearchRun, batch: Particles, mean: Tensor, prediction: Tensor, std: float) -> Tensor:

@@ -68,7 +68,7 @@ class NoiseOptimization(ABC):
         unit = initial / _initial_std(run)
         noises = torch.stack([unit, *(seeded_noise(row, initial) for row in seeds)], dim=1).requires_grad_(True)
         optimizer, best = self.optimizer(noises), None
-        weights = torch.tensor([reward.weight for reward in run.rewards], device=noises.device)
+        weights = torch.tensor(run.weights, device=noises.device)
         for number in range(iterations):
             plain = number == 0 and self.initial_search is None and not stochastic
             finished, scores = self._sample(run, noises, stochastic, plain)
@@ -76,7 +76,7 @@ class NoiseOptimization(ABC):
             best = both.rows(both.best())
             if number + 1 < iterations:
                 loss = self.penalty(noises).sum() - (scores @ weights).sum()
-                (gradient,) = torch.autograd.grad(loss, noises)
+                gradient = torch.autograd.grad(loss, noises)[0].nan_to_num(0.0, 0.0, 0.0)  # where a reward failed
                 norms = gradient.flatten(1).norm(dim=1).view(-1, *[1] * (gradient.ndim - 1))
                 noises.grad = gradient * (self.clip / norms.clamp(min=self.clip))
                 optimizer.step()
@@ -104,13 +104,18 @@ class NoiseOptimization(ABC):
             else:
                 x = self._move(run, x, noise, i)
         samples = run.pipeline.decode(x)
-        scores = torch.stack([reward(samples, run.prompts).float() for reward in run.rewards], dim=1)
+        columns = [  # a reward of weight 0 is only reported, so that it needs no gradient
+            reward(samples if reward.weight else samples.detach(), run.prompts).float().to(samples.device)
+            for reward in run.rewards
+        ]
+        scores = torch.stack(columns, dim=1)
         if not scores.requires_grad:
             raise ValueError("the rewards give no gradient: noise optimization needs one; use ZeroOrder or Evolution")
         latents = x.detach().cpu()
         flags = torch.full_like(candidates.plain, plain)
         candidates = replace(candidates, x=latents, preview=latents, plain=flags, steps_done=run.steps)
-        finished = run.finished(ScoredParticles(candidates, samples.detach().cpu(), scores.detach().cpu()))
+        detached = samples.detach().cpu(), scores.detach().cpu()
+        finished = run.finished(ScoredParticles(candidates, *detached, run.weights))
         return finished, scores.to(noises.device)
 
     def _move(self, run: SearchRun, x: Tensor, noise: Tensor | None, index: int) -> Tensor:

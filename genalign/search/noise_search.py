@@ -5,6 +5,7 @@ Scores are of finished samples, so that any reward serves, and every step may be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -77,32 +78,51 @@ class Evolution:
 
     Args:
         starts: Sampling step at which each generation starts, ascending from 0.
-        sizes: Number of children in each generation.
+        sizes: Number of children in each generation; None takes as many as the budget pays for, half of them in the
+            first generation.
         elites: Number of the best trajectories that have children.
         strength: Fraction of new noise in a child, in (0, 1].
     """
 
     starts: tuple[int, ...] = (0, 2, 4)
-    sizes: tuple[int, ...] = (8, 4, 4)
+    sizes: tuple[int, ...] | None = (8, 4, 4)
     elites: int = 2
     strength: float = 0.2
 
     def __post_init__(self) -> None:
-        if len(self.starts) != len(self.sizes) or list(self.starts) != sorted(set(self.starts)) or self.starts[0] != 0:
-            raise ValueError(f"starts must ascend from 0, with one size each, not {self.starts} and {self.sizes}")
-        if min(self.sizes) < 1 or not 1 <= self.elites <= self.sizes[0] or not 0 < self.strength <= 1:
+        if not self.starts or list(self.starts) != sorted(set(self.starts)) or self.starts[0] != 0:
+            raise ValueError(f"starts must ascend from 0, not {self.starts}")
+        if self.elites < 1 or not 0 < self.strength <= 1:
+            raise ValueError(f"elites must be at least 1 and strength in (0, 1], not {self}")
+        if self.sizes is None:
+            return
+        if len(self.sizes) != len(self.starts) or min(self.sizes) < 1 or self.elites > self.sizes[0]:
             raise ValueError(
-                f"sizes and elites must be at least 1, elites at most the first size, strength in (0, 1], not {self}"
+                f"sizes must be at least 1, one for each of the {len(self.starts)} starts, and the first at least"
+                f" elites={self.elites}, not {self.sizes}"
             )
+
+    def of_size(self, candidates: int) -> Evolution:
+        """Return this search with the sizes of so many candidates: half of them start from fresh noise.
+
+        The later generations share the others, the earlier ones those that are left over. No generation is empty, and
+        the first one holds the elites, so that few candidates are rounded up.
+        """
+        first, later = math.ceil(candidates / 2), len(self.starts) - 1
+        share, left = divmod(candidates - first, later) if later else (0, 0)
+        children = (max(1, share + (place < left)) for place in range(later))
+        return replace(self, sizes=(max(self.elites, first if later else candidates), *children))
 
     def __call__(self, run: SearchRun, budget: Budget | None) -> ScoredParticles:
         if self.starts[-1] >= run.steps:
             raise ValueError(f"generation at step {self.starts[-1]} is past the end of {run.steps} steps")
+        if self.sizes is None:
+            return self.of_size(largest_size(run, budget, None, self.of_size, "candidates"))(run, None)
         largest_size(run, budget, 1, lambda _: self, "evolutions")
         states, everything = self._complete(run, run.start(self.sizes[0]), 0)
-        for generation in range(1, len(self.starts)):
+        for generation, size in enumerate(self.sizes[1:], start=1):
             parents = states[generation].rows(everything.best(self.elites))
-            children, finished = self._complete(run, self._mutate(run, parents, generation), generation)
+            children, finished = self._complete(run, self._mutate(run, parents, size), generation)
             states = {g: concatenate([states[g], children[g]]) for g in children}
             everything = everything.extend(finished)
         return everything
@@ -116,11 +136,10 @@ class Evolution:
             candidates = states[later] = run.advance(candidates, self.starts[later])
         return states, run.finish(candidates)
 
-    def _mutate(self, run: SearchRun, parents: Particles, generation: int) -> Particles:
-        """Return ``sizes[generation]`` children of every prompt, from its parents in turn."""
+    def _mutate(self, run: SearchRun, parents: Particles, size: int) -> Particles:
+        """Return ``size`` children of every prompt, from its parents in turn."""
         turns = [
-            (parents.prompt == p).nonzero()[:, 0][torch.arange(self.sizes[generation]) % self.elites]
-            for p in range(len(run.prompts))
+            (parents.prompt == p).nonzero()[:, 0][torch.arange(size) % self.elites] for p in range(len(run.prompts))
         ]
         copies = run.copy(parents.rows(torch.cat(turns)))
         z = seeded_noise([derived_seed(run.seed, "mutation", number) for number in copies.ids.tolist()], copies.x)

@@ -96,11 +96,11 @@ class Prune(PruneSchedule):
                 f"step {self.steps[-1]} is past the end: of {run.steps} steps, 0 to {run.steps - 2} can be pruned at"
             )
         count = largest_size(run, budget, self.candidates, lambda n: replace(self, candidates=n), "candidates")
-        alive = run.start(count)
+        alive, weights = run.start(count), None if self.scorer else run.weights
         for step, left in zip(self.steps, self.counts(count)[1:], strict=True):
             alive = run.advance(alive, step + 1)
             scores = score_previews(run, alive, self.scorer)
-            alive = run.keep(alive, best_per_prompt(scores, alive.prompt, left))
+            alive = run.keep(alive, best_per_prompt(scores, alive.prompt, left, weights))
         return run.finish(alive)
 
 
@@ -134,7 +134,7 @@ class Beam:
         if not trainable_steps(self.kernel, run.grid):
             raise ValueError(f"{self.kernel} adds no noise: all proposals would be equal; use DDIM(1.0), or Prune")
         count = largest_size(run, budget, self.proposals, lambda n: replace(self, proposals=n), "proposals")
-        chains = run.start(self.chains)
+        chains, weights = run.start(self.chains), None if self.scorer else run.weights
         prediction = run.in_batches(chains, run.predict)
         for _ in range(run.steps - 1):
             proposals = run.branch(chains, count)
@@ -143,6 +143,6 @@ class Beam:
             preview = run.pipeline.path.x0(proposals.x, prediction, run.grid[proposals.steps_done])
             proposals = replace(proposals, preview=preview)
             scores = score_previews(run, proposals, self.scorer)
-            winners = best_per_prompt(scores, proposals.prompt, self.chains)
+            winners = best_per_prompt(scores, proposals.prompt, self.chains, weights)
             chains, prediction = run.keep(proposals, winners), prediction[winners]
         return run.finish(run.move(chains, prediction, self.kernel))

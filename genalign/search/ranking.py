@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def ranking_values(scores: Tensor, prompt: Tensor) -> Tensor:
+def ranking_values(scores: Tensor, prompt: Tensor, weights: Sequence[float] | None = None) -> Tensor:
     """Reduce scores (N, K) of candidates of prompts (N,) to one value each (N,) float64, the larger the better.
 
     Of one reward it is the score; of several, the sum of the ranks within the prompt, 0 for the worst, where ties share
-    their mean rank. A failed score (NaN) counts as -inf.
+    their mean rank. A failed score (NaN) counts as -inf. Of ``weights`` (K,) the signs count: a reward of weight 0 is
+    only reported, and one of a negative weight should be low. Without weights, all rewards count.
     """
-    values = torch.where(scores.isnan(), -math.inf, scores.double())
-    if scores.shape[1] == 1:
+    signs = torch.ones(scores.shape[1]) if weights is None else torch.tensor(weights).sign()
+    values = torch.where(scores.isnan(), -math.inf, scores.double() * signs)[:, signs != 0]
+    if values.shape[1] == 1:
         return values[:, 0]
     total = torch.zeros(len(scores), dtype=torch.float64)
     for key in torch.unique(prompt):
@@ -35,6 +38,9 @@ def largest_per_prompt(values: Tensor, prompt: Tensor, count: int) -> Tensor:
     return order[place < count]
 
 
-def best_per_prompt(scores: Tensor, prompt: Tensor, count: int) -> Tensor:
-    """Return the rows of the ``count`` candidates of every prompt with the best scores (N, K), best first."""
-    return largest_per_prompt(ranking_values(scores, prompt), prompt, count)
+def best_per_prompt(scores: Tensor, prompt: Tensor, count: int, weights: Sequence[float] | None = None) -> Tensor:
+    """Return the rows of the ``count`` candidates of every prompt with the best scores (N, K), best first.
+
+    The rewards' ``weights`` are as in ``ranking_values``.
+    """
+    return largest_per_prompt(ranking_values(scores, prompt, weights), prompt, count)

@@ -53,7 +53,7 @@ class Selection:
 
     def choose(self, scores: Tensor) -> Tensor:
         """Choose the sample (P,) long that each prompt returns, from the scores (N, K) of the finished samples."""
-        return best_per_prompt(scores, self.call.prompt, 1)
+        return best_per_prompt(scores, self.call.prompt, 1, self.call.reward_weights)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def prune(
     if strategy.candidates is None or strategy.scorer is not None:
         raise ValueError("prune needs Prune(candidates=...), and scores decoded previews by the rewards alone")
     scorer, text = PipelineScorer(pipe, reward, decode, batch_size), Prompt(prompt)
-    count, started = strategy.candidates, time.perf_counter()
+    count, started, weights = strategy.candidates, time.perf_counter(), [reward.weight for reward in scorer.rewards]
     generators = [torch.Generator().manual_seed(derived_seed(seed, j)) for j in range(count)]
     nodes = list(scorer.lineage.add([0] * count, [None] * count, 0))
     part: PartialRun | None = None
@@ -86,7 +86,7 @@ def prune(
             # The candidates with the best previews continue
             scores, _ = scorer.decode_and_score(part.x0, [text] * len(nodes))
             scorer.lineage.record_scores(nodes, step + 1, scores.tolist())
-            rows = best_per_prompt(scores, torch.zeros(len(nodes), dtype=torch.long), alive)
+            rows = best_per_prompt(scores, torch.zeros(len(nodes), dtype=torch.long), alive, weights)
             survivors = [nodes[i] for i in rows.tolist()]
             scorer.lineage.close([node for node in nodes if node not in survivors], step + 1)
             part, nodes, generators = part.rows(rows), survivors, [generators[i] for i in rows.tolist()]
@@ -109,7 +109,7 @@ def prune(
             own_scores, own_samples = scorer.decode_and_score(output[0], [text])
             plain = PlainSample(own_samples[0], own_scores[0], scorer.ledger.since(spent), extra=True)
 
-    order = best_per_prompt(scores, torch.zeros(len(nodes), dtype=torch.long), len(nodes))
+    order = best_per_prompt(scores, torch.zeros(len(nodes), dtype=torch.long), len(nodes), weights)
     names = tuple(reward.name for reward in scorer.rewards)
     result = PromptResult(text, names, samples[order], scores[order], plain, spent, seconds)
     return SearchResult((result,), scorer.lineage.as_list(0, 0), (nodes[int(order[0])],), None, scorer.sample_rate)

@@ -304,7 +304,8 @@ class Steering(PipelineScorer):
         assert self._finished is not None, "the call is complete"
         samples, scores, choice = self._finished
         results, winners = [], []
-        ranked = best_per_prompt(scores, self.prompt, len(samples))
+        weights = tuple(reward.weight for reward in self.rewards)
+        ranked = best_per_prompt(scores, self.prompt, len(samples), weights)
         cost, names = _share(spent, len(self.prompts)), tuple(reward.name for reward in self.rewards)
         for place, prompt in enumerate(self.prompts):
             first = choice[self.prompt[choice] == place]

@@ -16,7 +16,7 @@ from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, Budget, DoobGuide, FKSteering, RewardGradient, search
 from genalign.search.engine import Particles, SearchRun
 from genalign.search.fk_steering import FKState, Potential, require_stochastic
-from genalign.search.guidance import Guide, guided_log_ratio
+from genalign.search.guidance import Guidance, Guide, guided_log_ratio
 from genalign.search.resampling import RESAMPLERS, normalized_weights
 from genalign.types import Prompt
 from pipelines import SD3
@@ -246,9 +246,9 @@ def test_guide_is_tempered_by_the_next_power() -> None:
     seen: list[float] = []
 
     class Note:
-        def __call__(self, run: SearchRun, batch: Particles, kernel: Kernel, lam: float) -> tuple[Tensor, Tensor]:
+        def __call__(self, run: SearchRun, batch: Particles, kernel: Kernel, lam: float) -> Guidance:
             seen.append(lam)
-            return run.predict(batch), torch.zeros_like(batch.x)
+            return Guidance(run.predict(batch), torch.zeros_like(batch.x))
 
     run = SearchRun(Gauss(), [Prompt("")], [NamedReward("x", lambda x, _: x[:, 0])], Gauss().grid(6), 1.0, 4, "0")
     FKSteering(2, lam=10.0, gamma=0.25, guide=Note())(run, None)
@@ -367,6 +367,35 @@ def test_guide_raises_reward(tiny: SD3) -> None:
     plain = search(tiny, PROMPTS, redness, strategy, sampling=SAMPLING).scores.mean()
     guided = search(tiny, PROMPTS, redness, replace(strategy, guide=RewardGradient(20.0)), sampling=SAMPLING).scores
     assert guided.mean() > plain
+
+
+def test_previews_that_the_guide_scored_are_not_scored_again(tiny: SD3) -> None:
+    class Silent:
+        def __call__(self, run: SearchRun, batch: Particles, kernel: Kernel, lam: float) -> Guidance:
+            return replace(RewardGradient(20.0)(run, batch, kernel, lam), scores=None)
+
+    strategy = FKSteering(3, lam=50.0, start=0.0)
+    told, silent = (
+        search(tiny, PROMPTS, redness, replace(strategy, guide=guide), sampling=SAMPLING)
+        for guide in (RewardGradient(20.0), Silent())
+    )
+    assert torch.equal(told.samples, silent.samples) and told.winners == silent.winners
+    for node, other in zip(told.lineage, silent.lineage, strict=True):
+        assert [step for step, _ in node["scores"]] == [step for step, _ in other["scores"]]
+    early = len(strategy.scoring_steps(5)) - 1
+    saved = silent.ledger.since(told.ledger).counts
+    assert saved["decode"] == saved["reward/reward"] == 2 * 3 * early > 0 and saved["nfe"] == 0
+
+
+def test_a_reported_reward_guides_nothing(tiny: SD3) -> None:
+    shown = NamedReward("shown", lambda samples, prompts: -redness(samples, prompts).detach(), weight=0.0)
+    strategy = FKSteering(2, lam=50.0, guide=RewardGradient(20.0))
+    alone, both = (
+        search(tiny, PROMPTS, [NamedReward("red", redness), *others], strategy, sampling=SAMPLING)
+        for others in ([], [shown])
+    )
+    assert torch.equal(both.samples, alone.samples)
+    assert "reward/shown backward" not in both.ledger.counts
 
 
 def test_budget_sets_particle_count(tiny: SD3) -> None:

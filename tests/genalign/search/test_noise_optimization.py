@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Budget
+from genalign.scoring.score import NamedReward
 from genalign.search import DNO, Prune, ReNO, search
 from genalign.search.noise_optimization import NoiseOptimization, noise_log_probability
 from genalign.types import Prompt
@@ -31,6 +32,31 @@ def test_gradients_raise_the_reward(tiny: SD3, strategy: NoiseOptimization) -> N
     first = search(tiny, PROMPTS, grayness, strategy, sampling=FEW).scores
     last = search(tiny, PROMPTS, grayness, replace(strategy, iterations=20), sampling=FEW).scores
     assert bool((last > first + 1e-4).all())
+
+
+@pytest.mark.parametrize("strategy", [ReNO(4, 10.0), DNO(4, 0.1)], ids=["reno", "dno"])
+def test_a_reported_reward_needs_no_gradient_and_chooses_nothing(tiny: SD3, strategy: NoiseOptimization) -> None:
+    def verdict(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return torch.from_numpy(-grayness(samples, prompts).numpy())  # as a verifier, which takes no gradient
+
+    rewards = [NamedReward("gray", grayness), NamedReward("verdict", verdict, weight=0.0)]
+    alone, both = (search(tiny, PROMPTS, some, strategy, sampling=FEW) for some in (rewards[:1], rewards))
+    assert torch.equal(both.samples, alone.samples)
+    assert torch.equal(both.scores[:, 1], -both.scores[:, 0])
+
+
+def test_a_failed_score_stops_no_other_iteration(tiny: SD3) -> None:
+    """A NaN in the gradient would make the noise, and all later samples, NaN."""
+    calls = []
+
+    def failing(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        calls.append(len(samples))
+        scores = grayness(samples, prompts)
+        return scores * math.nan if samples.requires_grad and len(calls) % 2 else scores
+
+    result = search(tiny, PROMPTS[0], failing, ReNO(6, 10.0, norm_weight=0.0), sampling=FEW)
+    scores = [score for node in result.lineage for _, (score,) in node["scores"]]
+    assert [score is None for score in scores] == 3 * [False, True]
 
 
 def test_recompute_gives_same_samples(tiny: SD3) -> None:

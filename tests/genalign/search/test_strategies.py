@@ -175,6 +175,24 @@ def test_several_rewards_are_ranked_by_rank_sum(tiny: SD3) -> None:
     assert largest_per_prompt(torch.tensor([1.0, 2.0, 2.0, -math.inf]), same, 3).tolist() == [1, 2, 0]
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [BestOfN(6), Prune((1,), (0.5,), 6), Beam(1, 3), ZeroOrder(2, 2), Evolution((0, 1), (4, 2))],
+    ids=lambda strategy: type(strategy).__name__,
+)
+def test_a_reported_reward_chooses_nothing(tiny: SD3, strategy: Strategy) -> None:
+    rewards = [NamedReward("red", redness), NamedReward("shown", lambda x, texts: -redness(x, texts), weight=0.0)]
+    alone, both = (search(tiny, PROMPTS, some, strategy, sampling=SAMPLING) for some in (rewards[:1], rewards))
+    assert both.winners == alone.winners and torch.equal(both.samples, alone.samples)
+    assert torch.equal(both.scores[:, 1], -both.scores[:, 0])
+
+
+def test_a_reward_of_negative_weight_should_be_low() -> None:
+    scores, same = torch.tensor([[1.0, 5.0], [2.0, 4.0], [3.0, 6.0]]), torch.zeros(3, dtype=torch.long)
+    assert ranking_values(scores, same, (-1.0, 0.0)).tolist() == [-1.0, -2.0, -3.0]
+    assert ranking_values(scores, same, (0.5, -2.0)).tolist() == [0 + 1, 1 + 2, 2 + 0]
+
+
 def test_neighbors_have_length_and_angle() -> None:
     generator = torch.Generator().manual_seed(0)
     center = torch.randn(4, 8, 8, generator=generator, dtype=torch.float64)
@@ -256,6 +274,28 @@ def test_nan_scores_rank_last(tiny: SD3) -> None:
         return torch.where(scores > scores.mean(), math.nan, scores) if len(scores) > 2 else scores
 
     assert search(tiny, PROMPTS, moody, BestOfN(6), sampling=SAMPLING).scores.isfinite().all()
+
+
+def test_budget_in_seconds_prices_the_gradients_that_a_strategy_follows(tiny: SD3) -> None:
+    result = search(tiny, PROMPTS[0], redness, ReNO(learning_rate=1.0), Budget(seconds=0.3), SAMPLING, batch_size=2)
+    assert result.budget is not None and result.budget.prices is not None
+    backward = {call for call in result.budget.prices if call.endswith(" backward")}
+    assert backward == {"nfe backward", "decode backward", "reward/reward backward"}
+    assert result.ledger.counts["nfe backward"] > 0 and result.unused >= 0
+
+
+def test_evolution_spends_a_budget(tiny: SD3) -> None:
+    assert [Evolution((0, 1, 3), None).of_size(size).sizes for size in (1, 6, 7, 9)] == [
+        (2, 1, 1),
+        (3, 2, 1),
+        (4, 2, 1),
+        (5, 2, 2),
+    ]
+    assert Evolution((0,), None, elites=1).of_size(5).sizes == (5,)
+    result = search(tiny, PROMPTS, redness, Evolution((0, 1, 3), None), Budget(nfe=60), SAMPLING)
+    assert 55 < result.ledger.nfe / 2 <= 60
+    with pytest.raises(ValueError, match="say how many candidates, or give a budget"):
+        search(tiny, PROMPTS, redness, Evolution((0, 1), None), sampling=SAMPLING)
 
 
 def test_budget_in_seconds_measures_prices(tiny: SD3) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from genalign.diffusion.noise import derived_seed
 from genalign.diffusion.transitions import DDIM, ODE
+from genalign.scoring.score import NamedReward
 from genalign.search import BestOfN, FKSteering, Prune, ReNO, RewardGradient, Selection, Stepwise
 from genalign.search.ranking import best_per_prompt
 from genalign.search.stepwise import StepwiseStrategy
@@ -190,6 +191,24 @@ def test_diffusers_pipeline_is_pruned_in_parts(name: str) -> None:
     generator = torch.Generator().manual_seed(derived_seed(3, 0))
     latents = family.pipe(**call, generator=[generator], output_type="latent", return_dict=False)[0]
     torch.testing.assert_close(decode_latents(family.pipe, latents, (8, 8))[0], plain.sample, rtol=0, atol=1e-4)
+
+
+def test_a_reported_reward_chooses_no_sample() -> None:
+    family = sd15()
+    shown = NamedReward("shown", lambda samples, prompts: -loudness(samples, prompts), weight=0.0)
+    rewards = [[NamedReward("loud", loudness), *others] for others in ([], [shown])]
+    call = {**family.shared, **{key: tensor[:1] for key, tensor in family.samples.items()}}
+    alone, both = (
+        prune(family.pipe, "noise", some, Prune((0, 2), (0.5, 0.5), 6), seed=3, num_inference_steps=STEPS, **call)
+        for some in rewards
+    )
+    assert both.winners == alone.winners and torch.equal(both.per_prompt[0].samples, alone.per_prompt[0].samples)
+    orders = []
+    for some in rewards:
+        with steer(family.pipe, some, BestOfN(), prompts=["noise"]) as steering:
+            family.run(range(PARTICLES))
+        orders.append(steering.result.per_prompt[0].scores[:, 0])
+    assert torch.equal(*orders) and torch.equal(orders[0], orders[0].sort(descending=True).values)
 
 
 def test_pruning_needs_a_number_of_candidates() -> None:
