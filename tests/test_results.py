@@ -11,6 +11,7 @@ import pytest
 from genalign.evaluation.records import PromptRecord, gain_row
 from genalign.runtime.files import without_infinities
 from scripts.benchmarks.published_results import Measurement, median_row, read_records, result_rows
+from scripts.benchmarks.steering_table import level_of
 from tests.packages import ROOT
 
 RESULTS = ROOT / "docs" / "results"
@@ -28,9 +29,12 @@ def test_required_results_are_published() -> None:
 
 @pytest.mark.parametrize("path", sorted((RESULTS / "raw").glob("*.jsonl")), ids=lambda path: path.stem)
 def test_published_rows_are_recomputed_from_records(path: Path) -> None:
-    published = {row["name"]: row for row in json.loads((RESULTS / f"{path.stem}.json").read_text())["rows"]}
+    result, records = json.loads((RESULTS / f"{path.stem}.json").read_text()), read_records(path)
+    published = {row["name"]: row for row in result["rows"]}
     assert REQUIRED.get(path.stem, set()) <= published.keys()
-    recomputed = result_rows(read_records(path))
+    for row in result.get("steering", ()):
+        assert row["scores"] == pytest.approx(level_of(records, row)["scores"], abs=1e-9)
+    recomputed = result_rows(records)
     assert {row.name for row in recomputed} == published.keys()
     for row in recomputed:
         for name, value in without_infinities(vars(row)).items():

@@ -2,8 +2,9 @@
 
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``; that of a comparison's runs between
 ``<!-- standings:NAME -->`` and ``<!-- /standings -->``, that of searches by budget between ``<!-- curves:NAME -->`` and
-``<!-- /curves -->``, and that of win rates between ``<!-- wins:NAME -->`` and ``<!-- /wins -->``. With ``--check``
-nothing is written, and the exit status is 1 where a table is stale.
+``<!-- /curves -->``, that of strategies at equal cost between ``<!-- steering:NAME -->`` and ``<!-- /steering -->``,
+and that of win rates between ``<!-- wins:NAME -->`` and ``<!-- /wins -->``. With ``--check`` nothing is written, and
+the exit status is 1 where a table is stale.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from genalign.metrics.intervals import MIN_REPEATS
 
 ROOT = Path(__file__).parents[2]
 MARKED = re.compile(
-    r"(?P<begin><!-- (?P<kind>results|standings|curves|wins):(?P<name>\w+) -->\n).*?(?P<end><!-- /(?P=kind) -->)",
+    r"(?P<begin><!-- (?P<kind>results|standings|curves|steering|wins):(?P<name>\w+) -->\n)"
+    r".*?(?P<end><!-- /(?P=kind) -->)",
     re.DOTALL,
 )
 
@@ -72,6 +75,24 @@ def curves(result: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def steering(result: dict[str, Any]) -> str:
+    """Tabulate strategies at equal cost: the scores of the samples they chose, what they spent, and their settings."""
+    heading = ["searched", "search", "budget", "searched reward", "strict", "clip", "size", "NFE", "of the budget"]
+    heading += ["seconds", "settings"]
+    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
+    least = 1 - result["tolerance"]
+    for row in result["steering"]:
+        scores, reward = row["scores"], row["reward"]
+        judges = ["" if name == reward or name not in scores else f"{scores[name]:.3f}" for name in ("strict", "clip")]
+        share = f"{row['share']:.1%}" + ("\\*" if row["share"] < least else "")
+        cells = [reward, row["arm"], str(row["budget"]), f"{scores[reward]:.3f}", *judges, f"{row['size']:.2f}"]
+        cells += [f"{row['nfe']:.0f}", share, f"{row['seconds']:.2f}", row["setting"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    if any(row["share"] < least for row in result["steering"]):
+        lines += ["", "\\* the nearest size below; the next one costs more than the budget."]
+    return "\n".join([*lines, ""])
+
+
 def wins(result: dict[str, Any]) -> str:
     """Tabulate recipes as in DRAGON's table 1.
 
@@ -91,12 +112,21 @@ def wins(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note, ""])
 
 
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "results": table,
+    "standings": standings,
+    "curves": curves,
+    "steering": steering,
+    "wins": wins,
+}
+
+
 def fill(text: str, results: Path) -> str:
     """``text`` with every marked table made anew. Raises FileNotFoundError for a table without its result file."""
 
     def filled(match: re.Match[str]) -> str:
         result = json.loads((results / f"{match['name']}.json").read_text(encoding="utf-8"))
-        rendered = {"results": table, "standings": standings, "curves": curves, "wins": wins}[match["kind"]](result)
+        rendered = TABLES[match["kind"]](result)
         return f"{match['begin']}{rendered}{match['end']}"
 
     return MARKED.sub(filled, text)
