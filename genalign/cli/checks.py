@@ -43,7 +43,7 @@ def training_checks(context: CommandContext, resume: bool = False) -> Iterator[C
 def _require_prompts(section: str, settings: config.Train) -> None:
     """Raise an error if the prompts of an evaluation that is made cannot be read."""
     panel = getattr(settings, section)
-    if panel and panel.prompts is not None and getattr(panel, "every", 1):
+    if panel and panel.prompts is not None and panel.is_on:
         prompt_set(panel.prompts)
 
 

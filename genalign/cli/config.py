@@ -121,6 +121,11 @@ class EvaluationSize:
     def __post_init__(self) -> None:
         require_positive(self, "samples_per_task", "seeds", "batch_size")
 
+    @property
+    def is_on(self) -> bool:
+        """Whether the evaluation is made."""
+        return True
+
 
 @dataclass(frozen=True)
 class HeldOut(EvaluationSize):
@@ -129,7 +134,8 @@ class HeldOut(EvaluationSize):
     Args:
         prompts: Held-out prompts, a file or a split of a world; null takes ``held_out_fraction`` of the training
             prompts, which are then not trained on.
-        every: Number of rounds between two evaluations; 0 turns them off.
+        every: Number of rounds between two evaluations; 0 makes none by rounds.
+        every_seconds: Seconds of training, without evaluations, between two of them; null makes none by time.
         scorers: Rewards by name, in addition to the verifier of the prompts' world; without either, the rewards of the
             run.
     """
@@ -138,7 +144,18 @@ class HeldOut(EvaluationSize):
     seeds: int = 1
     prompts: str | None = None
     every: int = 0
+    every_seconds: float | None = None
     scorers: dict[str, AnyCallable] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every_seconds is not None and not self.every_seconds > 0:
+            raise ValueError(f"held_out.every_seconds must be positive, not {self.every_seconds}; null makes none")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the evaluation is made."""
+        return bool(self.every or self.every_seconds)
 
 
 @dataclass(frozen=True)
@@ -185,6 +202,11 @@ class Hacking(EvaluationSize):
                 "reward_hacking.seeds and reward_hacking.samples_per_task must be at least 2, to measure variety"
             )
 
+    @property
+    def is_on(self) -> bool:
+        """Whether the monitor makes reports."""
+        return bool(self.every)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
@@ -220,6 +242,8 @@ class Train(Generation):
         sampling: Sampling of the training samples.
         evaluation: Sampling of all evaluations; null takes ``sampling``.
         training: Geometry of a round, optimizer, and reaction to faults.
+        max_seconds: Seconds of training, without evaluations, with whose round the run ends, if that comes first; null
+            for no limit.
         lora: The adapter that is trained; null trains the whole network.
         init_lora: An adapter to continue from, with its own rank and layers, in place of a new one.
         ema_decay: Decay of the exponential moving average of the weights, which is evaluated and exported.
@@ -236,6 +260,7 @@ class Train(Generation):
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Sampling | None = None
     training: TrainerSettings = field(default_factory=TrainerSettings)
+    max_seconds: float | None = None
     lora: Lora | None = field(default_factory=Lora)
     init_lora: str | None = None
     ema_decay: float = 0.9
@@ -248,6 +273,8 @@ class Train(Generation):
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
 
     def __post_init__(self) -> None:
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"max_seconds must be positive, not {self.max_seconds}; null sets no limit")
         if not 0 < self.held_out_fraction < 1:
             raise ValueError(f"held_out_fraction must be between 0 and 1, not {self.held_out_fraction}")
         _require_rewards(self.rewards)
@@ -261,12 +288,12 @@ class Train(Generation):
 
     def evaluation_prompts(self) -> dict[str, str | None]:
         """Return the prompt sources of all evaluations before, during and after training, by their sections' names."""
-        sources: dict[str, str | None] = {"held_out": self.held_out.prompts} if self.held_out.every else {}
-        if self.reward_hacking.every:
-            sources["reward_hacking"] = self.reward_hacking.prompts
-        if self.before_after:
-            sources["before_after"] = self.before_after.prompts
-        return sources
+        sections = {
+            "held_out": self.held_out,
+            "reward_hacking": self.reward_hacking,
+            "before_after": self.before_after,
+        }
+        return {name: section.prompts for name, section in sections.items() if section and section.is_on}
 
 
 def require_positive(settings: object, *names: str) -> None:

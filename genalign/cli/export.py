@@ -14,6 +14,7 @@ from genalign.cli.lora_forms import describe_lora, write_lora_form
 from genalign.cli.model_card import base_of, method_of, write_model_card
 from genalign.diffusion.lora import adapter_file
 from genalign.runtime.hub import Push
+from genalign.training.best_weights import BestRound
 from genalign.training.run_folder import RunFolder
 
 
@@ -25,11 +26,20 @@ class TrainedWeights:
         path: The folder.
         is_adapter: Whether they are an adapter.
         rounds: The number of rounds that they had, if the run was not at its end; else None.
+        best: How they were chosen, if they are the best by the held-out rewards; else None.
     """
 
     path: Path
     is_adapter: bool = True
     rounds: int | None = None
+    best: BestRound | None = None
+
+    @property
+    def description(self) -> str:
+        """The round of the weights, as an end of the line that names their export; empty for the end of a run."""
+        if self.best:
+            return f": the weights after {self.best}"
+        return f", after round {self.rounds}: the run is not at its end" if self.rounds else ""
 
 
 def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
@@ -55,8 +65,7 @@ def export_command(context: CommandContext, arguments: Sequence[str]) -> int:
     else:
         write_lora_form(weights.path, output, settings.form, base_of(run), method_of(run))
     write_model_card(run, output, settings.form, weights.rounds, settings.push)
-    at = f", after round {weights.rounds}: the run is not at its end" if weights.rounds else ""
-    print(f"{settings.form}: {output}{at if settings.round is None else ''}")
+    print(f"{settings.form}: {output}{weights.description if settings.round is None else ''}")
     if push:
         print(f"pushed: {push.upload(output)}")
     return 0
@@ -74,22 +83,26 @@ def _write_network(context: CommandContext, run: Path, weights: TrainedWeights, 
 
 
 def trained_weights(run: Path, rounds: int | None) -> TrainedWeights:
-    """Find the weights of a run after so many rounds; None for the newest, of its end or of its last checkpoint.
+    """Find the weights of a run after so many rounds; None for those that it offers.
 
-    Raises FileNotFoundError where there are none, or no checkpoint of that round.
+    These are the best by the held-out rewards; without such rewards the newest, of its end or of its last checkpoint.
+    Raises FileNotFoundError where there are none, or none of that round.
     """
-    adapter, network = run / "lora", run / "denoiser"
+    adapter, network, best = run / "lora", run / "denoiser", RunFolder(run).best_round()
     checkpoints = {
         int(path.parent.name.removeprefix("round-")): path for path in run.glob("checkpoints/round-*[0-9]/lora")
     }
-    if rounds is not None:
-        if rounds not in checkpoints:
-            others = f"round {', '.join(map(str, sorted(checkpoints)))}" if checkpoints else "none"
-            raise FileNotFoundError(
-                f"{run} has no weights after round {rounds}, but after {others}: checkpoint.every and"
-                " checkpoint.keep say which are retained"
-            )
+    if rounds in checkpoints:
         return TrainedWeights(checkpoints[rounds], rounds=rounds)
+    if best and rounds in (None, best.rounds):
+        return TrainedWeights(adapter if adapter.is_dir() else network, adapter.is_dir(), best=best)
+    if rounds is not None:
+        present = sorted({*checkpoints, best.rounds} if best else checkpoints)
+        others = f"round {', '.join(map(str, present))}" if present else "none"
+        raise FileNotFoundError(
+            f"{run} has no weights after round {rounds}, but after {others}: checkpoint.every and"
+            " checkpoint.keep say which are retained"
+        )
     latest = max(checkpoints, default=0)
     if latest and (not adapter.is_dir() or _is_newer(checkpoints[latest], adapter)):
         return TrainedWeights(checkpoints[latest], rounds=latest)

@@ -19,6 +19,8 @@ from genalign.diffusion.lora import PEFT_CONFIG
 from genalign.metrics.intervals import Estimate
 from genalign.runtime.files import write_text
 from genalign.runtime.media import AUDIO_SUFFIXES
+from genalign.training.best_weights import BestRound
+from genalign.training.run_folder import RunFolder
 
 _WIDGETS = 4
 _TRUE_CFG = {"FluxPipeline", "QwenImagePipeline", "QwenImage21Pipeline"}
@@ -125,7 +127,9 @@ def write_model_card(run: Path, output: Path, form: str, rounds: int | None = No
         name: The name by which the weights are opened; None for that of the folder.
     """
     settings, base = _read(run / "config.json"), base_of(run)
-    evaluated = rounds is None and (run / "gain.json").is_file()
+    best, measured = RunFolder(run).best_round(), BestRound.read(run / "after")
+    is_measured = best is None or (measured is not None and measured.same_weights(best))
+    evaluated = rounds is None and is_measured and (run / "gain.json").is_file()
     samples = list(_samples(run)) if evaluated else []
     is_audio = _is_audio(base, samples)
     task = "text-to-audio" if is_audio else "text-to-image"
@@ -147,7 +151,7 @@ def write_model_card(run: Path, output: Path, form: str, rounds: int | None = No
         eval_results=list(_results(run, task)) if evaluated else None,
         **base.license,
     )
-    after = f" Exported after round {rounds}." if rounds is not None else ""
+    after = f" Exported after round {rounds}." if rounds is not None else f" The weights after {best}." if best else ""
     sections = {
         "Use": f"```python\n{_snippet(base, settings, output, form, samples, name or output.name)}\n```",
         "Samples": _gallery(output, samples) if samples and not is_audio else "",

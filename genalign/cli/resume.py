@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "trackers",
     "sample_grid",
     "checkpoint",
+    "max_seconds",
     "training.rounds",
     "training.max_nfe",
     "training.max_failed_fraction",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from genalign.cli import config
@@ -14,6 +14,7 @@ from genalign.prompts import split_held_out
 from genalign.types import PromptSet
 
 logger = logging.getLogger(__name__)
+_CHOOSING, _GAIN = "held_out", "before_after"  # the evaluations that choose the weights, and that measure their gain
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,18 @@ class RunPrompts:
     def read(cls, settings: config.Train) -> Self:
         """Read all prompt sources; evaluations without one share a held-out split of the training prompts.
 
-        Raises FileNotFoundError or ValueError for a source that cannot be used.
+        Where the weights are chosen on this split and their gain is measured on it, either takes half of it, unless a
+        half would be a single prompt. Raises FileNotFoundError or ValueError for a source that cannot be used.
         """
         training, sources = prompt_set(settings.prompts), settings.evaluation_prompts()
         held_out = training
         if None in sources.values():
             training, held_out = split_held_out(training, settings.held_out_fraction)
         sets = {name: held_out if source is None else prompt_set(source) for name, source in sources.items()}
+        both = [name for name in (_CHOOSING, _GAIN) if sources.get(name, "") is None]
+        if len(both) == 2 and len({prompt.text for prompt in held_out.prompts}) >= 2 * len(both):
+            for name, half in zip(both, split_held_out(held_out, 0.5), strict=True):
+                sets[name] = replace(half, name=f"{held_out.name}, half for {name}")
         monitored = {prompt.text for prompt in sets["reward_hacking"].prompts} if "reward_hacking" in sets else ()
         if len(monitored) == 1:
             raise ValueError(
@@ -61,6 +67,21 @@ class RunPrompts:
                     " prompts in %s.prompts, or null for a split of the training prompts",
                     *(count, len({prompt.text for prompt in prompts.prompts}), name, name),
                 )
+        if shared := self._shared(_CHOOSING, _GAIN):
+            logger.warning(
+                "%d prompts of before_after also choose the weights whose gain it measures (held_out): the gain is a"
+                " little too high. Name other prompts in before_after.prompts, or raise held_out_fraction",
+                shared,
+            )
+
+    def _shared(self, first: str, second: str) -> int:
+        """Count the prompts that two evaluations have in common."""
+        texts = [
+            {prompt.text for prompt in self.evaluations[name].prompts}
+            for name in (first, second)
+            if name in self.evaluations
+        ]
+        return len(set.intersection(*texts)) if len(texts) == 2 else 0
 
     def as_dict(self) -> dict[str, Any]:
         """Describe every set as JSON types: its name, its number of different prompts, its hash, and the overlap."""

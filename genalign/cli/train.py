@@ -32,7 +32,6 @@ from genalign.evaluation.evaluate import Evaluation, load_evaluation, plan_sampl
 from genalign.evaluation.paired import effect_sizes, gain, task_gains
 from genalign.evaluation.report import write_report
 from genalign.evaluation.report.words import gain_verdict
-from genalign.metrics.intervals import Estimate
 from genalign.runtime.distributed import (
     SINGLE_PROCESS,
     ProcessGroup,
@@ -47,12 +46,13 @@ from genalign.runtime.progress import SILENT, Progress
 from genalign.runtime.state import Generators, PerRankState, Stateful
 from genalign.scoring.score import probe
 from genalign.scoring.score_log import ScoreLog
+from genalign.training.best_weights import BestWeights, HeldOutScores, deciding_weights, sum_name
 from genalign.training.checkpointing import Checkpoints, CheckpointWriter
 from genalign.training.out_of_memory import is_out_of_memory
 from genalign.training.panel import PanelMeasures, PanelSnapshot
 from genalign.training.reward_hacking import HackingGuard
 from genalign.training.round_log import SampleGridWriter
-from genalign.training.run import RoundMonitors, Terminated, terminable, train
+from genalign.training.run import RoundMonitors, Terminated, WeightFiles, terminable, train
 from genalign.training.run_folder import RunFolder, adapter_writer
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt, RewardFunction
@@ -162,6 +162,7 @@ def run_training(
     parts: dict[str, Stateful] = {
         "inputs": InputFingerprint(run.pipeline.fingerprint, suite_hash(prompts.training)),
         "trainer": run.trainer,
+        "best": run.best,
         "texts": EncoderCache(run.pipeline),
         "tracker": tracker_run,
         **({"guard": run.guard} if run.guard else {}),
@@ -183,7 +184,10 @@ def run_training(
 
     # Train; Ctrl-C and SIGTERM end the run after a round
     loggers = trackers(settings.trackers, folder.path, tracker_run.id, plain)
-    if number := train(run.trainer, folder, run.pipeline, writer, run.monitors(), loggers, progress):
+    weights = WeightFiles(folder, run.pipeline, run.best)
+    if number := train(
+        run.trainer, weights, writer, run.monitors(), loggers, progress, max_seconds=settings.max_seconds
+    ):
         return ended_by_signal(number, settings.output, run.trainer.rounds_done) if processes.is_main else 128 + number
 
     # Evaluate the trained model, and write the report
@@ -191,6 +195,7 @@ def run_training(
     folder.finish()
     if processes.is_main:
         print(f"report: {write_report(folder.path)}")
+        print(weights.describe(run.trainer.rounds_done))
     return 0
 
 
@@ -223,7 +228,8 @@ class TrainingRun:
         self.sampling = settings.evaluation or settings.sampling  # of everything but the training samples
 
         # Load the model and the rewards, and try them on two samples
-        self.pipeline, rewards = context.load(settings.model), named_rewards(settings.rewards)
+        self.pipeline, self.rewards = context.load(settings.model), named_rewards(settings.rewards)
+        rewards = self.rewards
         require_rate(settings, self.pipeline.sample_rate)
         self.pipeline.encode_ahead(prompts.texts(), self.processes, self.processes.barrier, progress)
         first = prompts.training.prompts[:2]
@@ -236,6 +242,7 @@ class TrainingRun:
         self.policy = Policy(
             self.pipeline.denoiser, settings.lora, settings.ema_decay, seed, has_adapter, self.processes, sharding
         )
+        self.best = BestWeights(self.policy)
         self.score_log, suspects = ScoreLog(), folder.path / "suspects"
         self.trainer = Trainer(
             self.pipeline,
@@ -260,20 +267,24 @@ class TrainingRun:
             names = tuple(self.hacking_rewards)
             self.guard = HackingGuard(self.hacking_snapshot, names, hacking.limits, hacking.on_red, hacking.every)
         own = {reward.name: reward for reward in rewards}
-        self.held_out = self._evaluator("held_out", held_out, held_out.scorers, own) if held_out.every else None
+        self.held_out = self._evaluator("held_out", held_out, held_out.scorers, own) if held_out.is_on else None
         self.before_after = self._evaluator("before_after", before_after, own) if before_after else None
 
     def monitors(self) -> RoundMonitors:
         """Collect what is measured during training."""
         grid, held_out = self.settings.sample_grid, self.settings.held_out
         writer = SampleGridWriter(self.sample_grid, self.pipeline.sample_rate, grid.every) if grid.every else None
-        return RoundMonitors(self.evaluate_held_out if self.held_out else None, held_out.every, self.guard, writer)
+        evaluate = self.evaluate_held_out if self.held_out else None
+        return RoundMonitors(evaluate, held_out.every, held_out.every_seconds, self.guard, writer)
 
-    def evaluate_held_out(self) -> dict[str, Estimate]:
+    def evaluate_held_out(self) -> HeldOutScores:
         """Score the averaged weights on held-out prompts."""
-        assert self.held_out is not None, "held_out.every is set"
+        assert self.held_out is not None, "held_out.every or held_out.every_seconds is set"
         with self.policy.averaged(), self.progress.phase("held-out"):
-            return self.held_out(progress=self.progress).overall
+            evaluation = self.held_out(progress=self.progress)
+        weights = deciding_weights(evaluation.score_names, self.rewards)
+        decision = evaluation.weighted_sum(weights) if weights else None
+        return HeldOutScores(evaluation.overall, evaluation.protocol.suite, sum_name(weights), decision)
 
     def evaluate_before(self) -> None:
         """Evaluate the untrained model, if configured, into the folder before/."""
@@ -282,12 +293,14 @@ class TrainingRun:
                 self.before_after(self.folder.path / "before", self.progress)
 
     def evaluate_after(self) -> None:
-        """Evaluate the averaged weights, if configured, into the folder after/, and write and print the gains."""
+        """Evaluate the best weights, if configured, into the folder after/, and write and print the gains."""
         if self.before_after is None:
             return
-        with self.policy.averaged(), self.progress.phase("after"):
+        with self.best.weights(), self.progress.phase("after"):
             after = self.before_after(self.folder.path / "after", self.progress)
         if self.processes.is_main:
+            if self.best.round:
+                self.best.round.write(self.folder.path / "after")
             before = load_evaluation(self.folder.path / "before")
             gains = {name: estimate.as_dict() for name, estimate in gain(before, after).items()}
             write_json(self.folder.path / "gain.json", gains)

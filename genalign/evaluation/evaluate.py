@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,14 @@ class Evaluation:
         lines = [json.dumps(record_as_dict(record), allow_nan=False) for record in self.records]
         write_text(directory / "records.jsonl", "".join(f"{line}\n" for line in lines))
         write_json(directory / "summary.json", self.summary())
+
+    def weighted_sum(self, weights: Mapping[str, float]) -> Estimate:
+        """Estimate the mean over tasks of a weighted sum of scores, over the samples that have all of them."""
+        name, records = " + ".join(weights), list[SampleRecord]()
+        for record in self.records:
+            total = sum(weight * record.scores[score] for score, weight in weights.items())
+            records.append(replace(record, scores={name: total}))
+        return self._estimate(records, name)
 
     def _estimate(self, records: Sequence[SampleRecord], name: str) -> Estimate:
         """Estimate the mean over tasks of the mean over prompts of a score; scores that are not finite are left out.

@@ -29,6 +29,7 @@ class RoundDisplay:
 
     settings: TrainerSettings
     rounds: Phase
+    max_seconds: float | None = None
     held_out: str = ""
 
     def show(self, result: RoundResult, held_out: Mapping[str, Estimate]) -> None:
@@ -39,8 +40,10 @@ class RoundDisplay:
         rounds = self.rounds
         rounds.advance()
         rounds.note = "  ".join(filter(None, [reward, self.held_out, rate]))
-        if self.settings.max_nfe:  # may end the run earlier
-            rounds.total = math.ceil(rounds.done / self.settings.progress(rounds.done, result.nfe) - 1e-9)
+        if self.settings.max_nfe or self.max_seconds:  # which may end the run earlier
+            elapsed = result.seconds / self.max_seconds if self.max_seconds else 0.0
+            complete = max(self.settings.progress(rounds.done, result.nfe), elapsed)
+            rounds.total = math.ceil(rounds.done / complete - 1e-9)
         scores = ", ".join(f"{name} {score:.3f}" for name, score in result.rewards.items())
         parts = [
             f"{reward} ({scores})",

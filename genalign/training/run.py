@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from genalign.metrics.intervals import Estimate
 from genalign.runtime.progress import SILENT, Progress
 from genalign.scoring.score import RewardError
+from genalign.training.best_weights import BestWeights, HeldOutScores
 from genalign.training.checkpointing import CheckpointWriter
 from genalign.training.nonfinite import DivergedError
 from genalign.training.reward_hacking import HackingGuard, HackingReport, due
@@ -68,19 +68,57 @@ def end_after_round() -> Iterator[Callable[[], int]]:
 
 @dataclass(frozen=True)
 class Observations:
-    """What was observed after a round: held-out estimates, the reward-hacking report, the files of the sample grid."""
+    """What was observed after a round: held-out scores, the reward-hacking report, the files of the sample grid."""
 
-    held_out: Mapping[str, Estimate]
+    held_out: HeldOutScores | None
     report: HackingReport | None
     samples: Sequence[str]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the observations as JSON, null for those that were not due."""
+        overall = self.held_out.overall if self.held_out else {}
         return {
-            "held_out": {name: estimate.as_dict() for name, estimate in self.held_out.items()} or None,
+            "held_out": {name: estimate.as_dict() for name, estimate in overall.items()} or None,
             "reward_hacking": self.report.as_list() if self.report else None,
             "sample_grid": list(self.samples) or None,
         }
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a run between two rounds.
+
+    Args:
+        rounds: The number of rounds so far.
+        seconds: The seconds of training so far, the same on every rank.
+        round_seconds: Those of the last round.
+        last: Whether the run ends here.
+    """
+
+    rounds: int
+    seconds: float
+    round_seconds: float
+    last: bool
+
+    @classmethod
+    def after(cls, trainer: Trainer, nfe: int, before: float, max_seconds: float | None) -> Self:
+        """Describe the moment after a round.
+
+        Args:
+            trainer: The loop.
+            nfe: The NFE so far.
+            before: The seconds of training before the round.
+            max_seconds: The seconds with whose round the run ends; None for no limit.
+        """
+        seconds = trainer.processes.all_gather_object(trainer.seconds)[0]
+        last = trainer.settings.progress(trainer.rounds_done, nfe) >= 1
+        is_late = max_seconds is not None and seconds >= max_seconds
+        return cls(trainer.rounds_done, seconds, seconds - before, last or is_late)
+
+    def passed(self, interval: float) -> bool:
+        """Whether the last round passed a multiple of ``interval`` seconds of training, or began or ended the run."""
+        before = self.seconds - self.round_seconds
+        return self.rounds == 1 or self.last or self.seconds // interval > before // interval
 
 
 @dataclass(frozen=True)
@@ -88,14 +126,16 @@ class RoundMonitors:
     """Observers of the model between rounds; none of them changes the training's randomness or its NFE.
 
     Args:
-        evaluate_held_out: Evaluate the held-out prompts: each score's estimate by name.
-        held_out_every: Rounds between two of these evaluations.
+        evaluate_held_out: Evaluate the held-out prompts.
+        held_out_every: Rounds between two of these evaluations; 0 for none by rounds.
+        held_out_seconds: Seconds of training between two of them; None for none by time.
         guard: The monitor of reward hacking.
         sample_grid: The writer of sample grids.
     """
 
-    evaluate_held_out: Callable[[], Mapping[str, Estimate]] | None = None
+    evaluate_held_out: Callable[[], HeldOutScores] | None = None
     held_out_every: int = 0
+    held_out_seconds: float | None = None
     guard: HackingGuard | None = None
     sample_grid: SampleGridWriter | None = None
 
@@ -104,25 +144,77 @@ class RoundMonitors:
         """Whether a red report of the guard has ended the run."""
         return self.guard is not None and self.guard.stopped
 
-    def observe(self, result: RoundResult, rounds: int, last: bool, run: Path) -> Observations:
+    def observe(self, result: RoundResult, now: Moment, run: Path) -> Observations:
         """Make the observations that are due after a round.
 
         Args:
             result: The result of the last round.
-            rounds: The number of rounds so far.
-            last: Whether the run ends after this round.
+            now: The rounds and seconds so far.
             run: The folder of the run.
         """
-        held_out: Mapping[str, Estimate] = {}
-        if self.evaluate_held_out is not None and due(rounds, self.held_out_every, last):
-            held_out = self.evaluate_held_out()
-        report = self.guard.report(rounds, last, result.kl) if self.guard else None
-        samples = self.sample_grid.after(rounds, last, run) if self.sample_grid else []
+        by_rounds = self.held_out_every and due(now.rounds, self.held_out_every, now.last)
+        by_time = self.held_out_seconds and now.passed(self.held_out_seconds)
+        held_out = self.evaluate_held_out() if self.evaluate_held_out and (by_rounds or by_time) else None
+        report = self.guard.report(now.rounds, now.last, result.kl) if self.guard else None
+        samples = self.sample_grid.after(now.rounds, now.last, run) if self.sample_grid else []
         return Observations(held_out, report, samples)
 
 
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weights of a run in its folder: the best by the held-out rewards, and the newest.
+
+    Args:
+        folder: The folder of the run.
+        pipeline: The pipeline that writes them.
+        best: The best weights so far.
+    """
+
+    folder: RunFolder
+    pipeline: WeightStore
+    best: BestWeights
+
+    def see(self, rounds: int, scores: HeldOutScores) -> None:
+        """Take the weights of a round if they are the best so far, and write an adapter at once.
+
+        A whole network is written at the end of the run; until then checkpoints hold it.
+        """
+        improved = self.best.see(rounds, scores)
+        if improved:
+            logger.info("The best weights so far are those after %s", self.best.round)
+        if improved and self.best.policy.config is not None:
+            self.folder.save_best(self.best, self.pipeline)
+        elif self.best.round:
+            self.folder.update_best_round(self.best.round)
+
+    def restore(self) -> None:
+        """Write the best adapter again where a killed process left that of a later round, or none."""
+        if self.best.round and self.best.policy.config is not None:
+            written = self.folder.processes.all_gather_object(self.folder.best_round())[0]
+            if written is None or not written.same_weights(self.best.round):
+                self.folder.save_best(self.best, self.pipeline)
+
+    def describe(self, rounds: int) -> str:
+        """Say in one line which weights the folders hold at the end of a run of so many rounds."""
+        name = "denoiser" if self.best.policy.config is None else "lora"
+        if self.best.round:
+            return f"{name}/: the weights after {self.best.round}; {name}-last/: those after round {rounds}"
+        return (
+            f"{name}/ and {name}-last/: the newest weights, after round {rounds}: without held-out rewards"
+            " (held_out.every, held_out.every_seconds) none are chosen"
+        )
+
+    def save(self) -> None:
+        """Write the newest weights, and the best ones; without held-out rewards these are the newest, too."""
+        self.folder.save(self.best.policy, self.pipeline, last=True)
+        if self.best.round:
+            self.folder.save_best(self.best, self.pipeline)
+        else:
+            self.folder.save(self.best.policy, self.pipeline)
+
+
 @contextlib.contextmanager
-def weights_saved(trainer: Trainer, folder: RunFolder, pipeline: WeightStore) -> Iterator[None]:
+def weights_saved(trainer: Trainer, weights: WeightFiles) -> Iterator[None]:
     """Write the weights at the end of the context, and say how to resume where a reward or the training failed.
 
     After an error the weights are written too, unless FSDP shards them, which would need every rank.
@@ -131,33 +223,33 @@ def weights_saved(trainer: Trainer, folder: RunFolder, pipeline: WeightStore) ->
         yield
     except BaseException as error:
         if not trainer.policy.sharded:
-            folder.save(trainer.policy, pipeline)
+            weights.save()
         if isinstance(error, RewardError | DivergedError):
             stop = f"Training stopped at round {trainer.rounds_done + 1}: {error}"
-            raise type(error)(f"{stop}. Resume with: genalign train --resume {folder.path}") from error
+            raise type(error)(f"{stop}. Resume with: genalign train --resume {weights.folder.path}") from error
         raise
-    folder.save(trainer.policy, pipeline)
+    weights.save()
 
 
 def train(
     trainer: Trainer,
-    folder: RunFolder,
-    pipeline: WeightStore,
+    weights: WeightFiles,
     checkpoints: CheckpointWriter,
     monitors: RoundMonitors,
     trackers: Sequence[Any] = (),
     progress: Progress = SILENT,
+    max_seconds: float | None = None,
 ) -> int:
     """Run the remaining rounds, and write the weights at the end or after an error (see ``weights_saved``).
 
     Args:
         trainer: The loop.
-        folder: The run's folder.
-        pipeline: The pipeline whose weights are written.
+        weights: The files of the weights, in the run's folder.
         checkpoints: The writer of checkpoints to resume from.
         monitors: Observers between rounds.
         trackers: Experiment trackers, from accelerate.
         progress: Shows the rounds, and the phases within them.
+        max_seconds: Seconds of training with whose round the run ends, if that comes first; None for no limit.
 
     Returns:
         The signal, SIGINT or SIGTERM, that ended the run early on any rank; 0 for none.
@@ -166,31 +258,36 @@ def train(
         RewardError: A reward failed too often.
         DivergedError: Too many updates in a row were not finite.
     """
-    best, ended_by = replace(folder, path=folder.path / "best"), 0
-    total, done = trainer.settings.rounds, trainer.rounds_done
+    folder, pipeline, ended_by = weights.folder, weights.pipeline, 0
+    best_of_guard = replace(folder, path=folder.path / "best")
+    total, done, before = trainer.settings.rounds, trainer.rounds_done, trainer.seconds
+    is_over = monitors.stopped or (max_seconds is not None and before >= max_seconds)
     with (
-        weights_saved(trainer, folder, pipeline),
+        weights_saved(trainer, weights),
         end_after_round() as signaled,
         progress.phase("training", total, "rounds", done) as phase,
     ):
-        display = RoundDisplay(trainer.settings, phase)
-        for result in () if monitors.stopped else trainer.rounds(progress):
-            rounds = trainer.rounds_done
-            last = trainer.settings.progress(rounds, result.nfe) >= 1
+        weights.restore()
+        display = RoundDisplay(trainer.settings, phase, max_seconds)
+        for result in () if is_over else trainer.rounds(progress):
+            now = Moment.after(trainer, result.nfe, before, max_seconds)
+            before = now.seconds
 
             # Observe and log
-            observations = monitors.observe(result, rounds, last, folder.path)
+            observations = monitors.observe(result, now, folder.path)
             row = result.as_dict() | observations.as_dict()
             folder.append(row)
             log_round(trackers, result.round, row, folder.path, observations.samples)
-            display.show(result, observations.held_out)
+            display.show(result, observations.held_out.overall if observations.held_out else {})
 
-            # React to reward hacking, save, and end early after a red report or a signal on any rank
+            # Take the best weights, react to reward hacking, save, and end early after a red report or a signal
+            if observations.held_out:
+                weights.see(now.rounds, observations.held_out)
             if monitors.guard and observations.report:
-                monitors.guard.react(observations.report, trainer, lambda: best.save(trainer.policy, pipeline))
+                monitors.guard.react(observations.report, trainer, lambda: best_of_guard.save(trainer.policy, pipeline))
             ended_by = max(trainer.processes.all_gather_object(signaled()))
             stopping = bool(ended_by) or monitors.stopped
-            checkpoints.after(rounds, last or stopping)
-            if stopping:
+            checkpoints.after(now.rounds, now.last or stopping)
+            if now.last or stopping:
                 break
     return 0 if monitors.stopped else ended_by

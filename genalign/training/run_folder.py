@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from genalign.diffusion.lora import save_peft
 from genalign.diffusion.policy import Policy
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from genalign.runtime.files import disk_errors, write_json, write_text
+from genalign.training.best_weights import HELD_OUT_FILE, BestRound, BestWeights
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -120,22 +122,66 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def save(self, policy: Policy, pipeline: WeightStore) -> None:
+    def save(self, policy: Policy, pipeline: WeightStore, last: bool = False) -> None:
         """Write the averaged weights: lora/ (diffusers) and peft/, or, if the whole network was trained, denoiser/.
 
         Under FSDP every rank must call this.
+
+        Args:
+            policy: The weights.
+            pipeline: The pipeline, which writes them.
+            last: Write lora-last/ or denoiser-last/ in their place, beside weights that were chosen.
         """
-        with disk_errors(), policy.averaged():
+        with policy.averaged():
+            self._save(policy, pipeline, "-last" if last else "")
+
+    def save_best(self, best: BestWeights, pipeline: WeightStore) -> None:
+        """Write the best weights by the held-out rewards as ``save`` does, with held_out.json beside them."""
+        with best.weights():
+            self._save(best.policy, pipeline, "", best.round)
+
+    def _save(self, policy: Policy, pipeline: WeightStore, suffix: str, best: BestRound | None = None) -> None:
+        """Write the current weights of the network, and how they were chosen, if they were."""
+        whole = policy.network_state() if policy.config is None else None
+        state = {} if policy.config is None else policy.adapter_state()
+        if not self.processes.is_main:
+            return
+        with disk_errors():
             if policy.config is None:
-                whole = policy.network_state()
-                if self.processes.is_main:
-                    pipeline.save_denoiser(self.path / "denoiser", whole)
+                self._replace(f"denoiser{suffix}", lambda folder: pipeline.save_denoiser(folder, whole), best)
                 return
-            state = policy.adapter_state()
-            if self.processes.is_main:
-                pipeline.save_lora(self.path / "lora", state, policy.config)
-                save_peft(self.path / "peft" / "adapter", state, policy.config)
+            config = policy.config
+            self._replace(f"lora{suffix}", lambda folder: pipeline.save_lora(folder, state, config), best)
+            if not suffix:
+                self._replace("peft/adapter", lambda folder: save_peft(folder, state, config), best)
                 write_text(self.path / "peft" / "README.md", _PEFT_README)
+
+    def _replace(self, name: str, write: Callable[[Path], None], best: BestRound | None) -> None:
+        """Write a folder of weights beside its place, and then replace each file at once.
+
+        held_out.json is removed first and written last, so that it never stands beside other weights.
+        """
+        folder = self.path / name
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # left by a killed process
+        write(part)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / HELD_OUT_FILE).unlink(missing_ok=True)
+        for file in part.iterdir():
+            os.replace(file, folder / file.name)
+        part.rmdir()
+        if best is not None:
+            best.write(folder)
+
+    def best_round(self) -> BestRound | None:
+        """Read how the weights in lora/ or denoiser/ were chosen; None if they were not."""
+        return BestRound.read(self.path / "lora") or BestRound.read(self.path / "denoiser")
+
+    def update_best_round(self, best: BestRound) -> None:
+        """Write how the weights were chosen again, where their folders say it: there were more evaluations since."""
+        for name in ("lora", "peft/adapter", "denoiser"):
+            if self.processes.is_main and (self.path / name / HELD_OUT_FILE).is_file():
+                best.write(self.path / name)
 
 
 def adapter_writer(policy: Policy, pipeline: WeightStore) -> Callable[[Path], None] | None:

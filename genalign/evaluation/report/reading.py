@@ -11,6 +11,7 @@ from typing import Any
 from genalign.evaluation.evaluate import Evaluation, load_evaluation
 from genalign.evaluation.paired import SamplePair, effect_sizes, gain, pairs_by_gain, task_gains
 from genalign.metrics.intervals import Estimate
+from genalign.training.best_weights import BestRound
 
 Row = Mapping[str, Any]
 
@@ -38,7 +39,7 @@ class Run:
     """The parts of a run folder; a part that is absent is empty or None.
 
     ``prompts`` describes the prompt sets by section, as prompts.json does; ``incomparable`` says why two evaluations
-    have no comparison.
+    have no comparison; ``best`` is the round whose weights the evaluation after training is of, if they were chosen.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Run:
     comparison: Comparison | None
     prompts: Mapping[str, Mapping[str, Any]]
     incomparable: str = ""
+    best: BestRound | None = None
 
     @property
     def unfinished(self) -> str:
@@ -58,7 +60,8 @@ class Run:
         planned, last = settings.get("rounds"), self.rows[-1] if self.rows else None
         if self.after or planned is None or (last and rounds_done(last) >= planned):
             return ""
-        if last and settings.get("max_nfe") and last["nfe"] >= settings["max_nfe"]:
+        limits = (settings.get("max_nfe"), "nfe"), (self.config.get("max_seconds"), "seconds")
+        if last and any(limit and {**last, **last["machine"]}[name] >= limit for limit, name in limits):
             return ""
         return f"{rounds_done(last) if last else 0} of {planned} rounds"
 
@@ -106,7 +109,8 @@ def read_run(folder: Path) -> Run:
         except ValueError as error:
             incomparable = str(error)
     config, environment, prompts = (_read_json(folder / f"{n}.json") for n in ("config", "environment", "prompts"))
-    return Run(folder, rows, config, environment, before, after, comparison, prompts, incomparable)
+    best = BestRound.read(folder / "after")
+    return Run(folder, rows, config, environment, before, after, comparison, prompts, incomparable, best)
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -109,6 +109,8 @@ def about_prompts(run: Run) -> list[str]:
             learned = f"{overlap} of them are trained on: scores of these say nothing about new prompts"
             fact = learned if overlap else "none of them is trained on"
             sentences.append(f"Measured {when}: {facts['suite']}, a set of {prompts(n)}; {fact}.")
+    if run.best:
+        sentences.append(f"Evaluated after training: the weights after {run.best}.")
     hashes = {run.prompts[section]["suite_hash"] for section in sections if section in run.prompts}
     if len(hashes) > 1:
         sentences.append(
