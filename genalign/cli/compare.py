@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from genalign.cli import config, parsing
 from genalign.cli.context import CommandContext, load_with_lora, named_rewards, print_table, prompt_set
 from genalign.cli.train import train_command
-from genalign.evaluation.compare_runs import summarize_recipes, write_recipe_summaries
+from genalign.evaluation.compare_runs import RecipeSummary, summarize_recipes, write_recipe_summaries
 from genalign.evaluation.report import write_comparison, write_report
-from genalign.evaluation.report.comparison_page import budget_words
-from genalign.evaluation.report.words import count, duration, gain_verdict, prompts
+from genalign.evaluation.report.comparison_page import budget_words, cost_words
+from genalign.evaluation.report.words import count, duration, gain_verdict, prompts, seeds_words
+from genalign.evaluation.standings import Standings, common_score, shared_looks, standings, write_standings
 from genalign.prompts import PromptSampler
 from genalign.runtime.files import write_json
 from genalign.training.noise_calibration import calibrate, save_kernel
@@ -49,6 +52,7 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
         raise ValueError("give the comparison's file: genalign compare scripts/configs/compare/shapes_methods.yaml")
     settings, plain = parsing.parse(config.Compare, arguments, "compare", first="config")
     output, jobs = Path(settings.output), settings.jobs()
+    settings.require_equal_budgets({name: _run_settings(settings, name, own) for name, own in plain["runs"].items()})
 
     # Train
     for number, (name, seed) in enumerate(jobs, start=1):
@@ -66,8 +70,39 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
         name: {seed: output / name / f"seed-{seed}" for other, seed in jobs if other == name} for name in settings.runs
     }
     summaries = summarize_recipes(recipes, diversity_of)
+    equal = _standings(recipes, next(iter(summaries[0].scores))) if settings.budgets == "equal" else []
     write_recipe_summaries(output / "comparison.json", summaries)
-    write_comparison(output / "comparison.html", summaries, recipes)
+    write_standings(output / "standings.json", equal)
+    write_comparison(output / "comparison.html", summaries, recipes, equal)
+    _print_gains(summaries)
+    for one in equal:
+        _print_standings(one)
+    print(f"comparison: {output / 'comparison.html'}")
+    return 0
+
+
+def _run_settings(settings: config.Compare, name: str, own: Mapping[str, Any]) -> config.Train:
+    """Parse the settings of a run before any is trained. Raises ConfigurationError that names the run."""
+    try:
+        arguments = ["--config", settings.base.absolute, "--config", json.dumps(own), "--output", name]
+        return cast(config.Train, parsing.parse(config.Train, arguments, "train")[0])
+    except parsing.ConfigurationError as error:
+        raise parsing.ConfigurationError(*(f"run {name}: {problem}" for problem in error.problems)) from error
+
+
+def _standings(recipes: Mapping[str, Mapping[int, Path]], main: str) -> list[Standings]:
+    """Read the standings at equal NFE and at equal seconds; print why where the runs have none."""
+    try:
+        looks = shared_looks(recipes)
+        score = common_score(looks, main)
+    except ValueError as error:
+        print(f"No standings at equal cost: {error}")
+        return []
+    return [standings(looks, cost, score) for cost in ("nfe", "seconds")]
+
+
+def _print_gains(summaries: Sequence[RecipeSummary]) -> None:
+    """Print the gain and the cost of every recipe, best first."""
     main, ordered = next(iter(summaries[0].scores)), sorted(summaries, key=lambda summary: -summary.gain)
     print_table(
         ("recipe", f"gain in {main} (95% interval)", "verdict", "seeds", "NFE", "training"),
@@ -82,8 +117,16 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
         f"{prompts(ordered[0].prompts)} evaluated",
     )
     print(budget_words(ordered))
-    print(f"comparison: {output / 'comparison.html'}")
-    return 0
+
+
+def _print_standings(equal: Standings) -> None:
+    """Print the score of every recipe at the common budget, best first, and how far it is behind the best."""
+    rows = []
+    for one in equal.recipes:
+        behind = equal.behind(one.name)
+        rows.append((one.name, seeds_words(one.score, ".3f"), behind.words if behind else "", str(one.seeds)))
+    titles = ("recipe", f"{equal.score} (95% interval over seeds)", f"{equal.recipes[0].name} is ahead by", "seeds")
+    print_table(titles, rows, f"held-out {equal.score} at equal {cost_words(equal)}")
 
 
 def report_command(context: CommandContext, arguments: Sequence[str]) -> int:

@@ -632,6 +632,8 @@ class Compare:
         runs: The settings of each run that replace those of the base, by the name of the run.
         seeds: Seeds of the training runs.
         once: Names of runs that are trained with the first seed only.
+        budgets: "equal" refuses runs with different training.rounds, training.max_nfe or max_seconds; "own" trains
+            them, without standings at equal cost.
     """
 
     output: str
@@ -639,6 +641,7 @@ class Compare:
     runs: dict[str, dict[str, Any]]
     seeds: list[int]
     once: list[str] = field(default_factory=list)
+    budgets: Literal["equal", "own"] = "equal"
 
     def __post_init__(self) -> None:
         if not self.runs or not self.seeds:
@@ -647,6 +650,24 @@ class Compare:
             raise ValueError(f"runs has a name that is no folder's: {wrong[0]!r}; use letters, digits, _, -, + and .")
         if unknown := set(self.once) - set(self.runs):
             raise ValueError(f"once names {', '.join(sorted(unknown))}, which runs does not have")
+
+    def require_equal_budgets(self, settings: Mapping[str, Train]) -> None:
+        """Raise ValueError that names the runs and their budgets if these are not equal, but must be.
+
+        Args:
+            settings: The settings of every run by its name.
+        """
+        for name in ("training.rounds", "training.max_nfe", "max_seconds"):
+            section, _, key = name.rpartition(".")
+            values: dict[Any, list[str]] = {}
+            for run, own in settings.items():
+                values.setdefault(vars(getattr(own, section) if section else own)[key], []).append(run)
+            if len(values) > 1 and self.budgets == "equal":
+                parts = (f"{', '.join(runs)} {'has' if len(runs) == 1 else 'have'} {v}" for v, runs in values.items())
+                raise ValueError(
+                    f"the runs have unequal budgets: of {name}, {', and '.join(parts)}. Give all the same, or set"
+                    " budgets: own to train them without standings at equal cost"
+                )
 
     def jobs(self) -> list[tuple[str, int]]:
         """List every (run, seed), seed by seed, so that an unfinished comparison has as many seeds of each run."""

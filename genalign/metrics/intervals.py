@@ -249,6 +249,25 @@ def t_interval(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - reach, mean + reach, len(array))
 
 
+def welch_interval(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """Estimate the difference of the means of two independent groups, such as the seeds of two methods (Welch 1947).
+
+    The interval is infinite where a group has a single value. ``n`` is the size of the smaller group.
+
+    Raises:
+        ValueError: no value, or one that is not finite.
+    """
+    groups = [_checked(first, "the first group"), _checked(second, "the second group")]
+    difference, least = float(groups[0].mean() - groups[1].mean()), min(map(len, groups))
+    if least < 2:
+        return Estimate(difference, -math.inf, math.inf, least)
+    variances = [float(group.var(ddof=1)) / len(group) for group in groups]
+    squares = sum(variance**2 / (len(group) - 1) for variance, group in zip(variances, groups, strict=True))
+    freedom = sum(variances) ** 2 / squares if squares > 0 else 1.0
+    reach = float(stdtrit(freedom, 1 - _TAIL)) * sum(variances) ** 0.5
+    return Estimate(difference, difference - reach, difference + reach, least)
+
+
 def median_interval(values: Sequence[float]) -> Estimate:
     """Estimate the median of repeated measurements, with its exact interval from order statistics.
 

@@ -26,8 +26,10 @@ from genalign.evaluation.report.words import (
     percent,
     plain,
     possible,
+    seeds_words,
     signed,
 )
+from genalign.evaluation.standings import Standings
 
 _PROMPTS = 8  # whose samples stand side by side
 
@@ -50,8 +52,66 @@ class PromptRow:
     samples: Mapping[str, Drawing]
 
 
+@dataclass(frozen=True)
+class StandingRow:
+    """A recipe at the common budget: its place, score, last rise, and how far the best one is ahead, in words."""
+
+    name: str
+    color: str
+    score: str
+    behind: str
+    rise: str
+    seeds: int
+
+
+@dataclass(frozen=True)
+class StandingsTable:
+    """Standings at equal cost as the page has them, with the curves of all recipes against this cost."""
+
+    title: str
+    best: str
+    rows: list[StandingRow]
+    pairs: dict[str, str]
+    chart: Markup
+
+    @classmethod
+    def of(cls, equal: Standings, order: Sequence[str]) -> StandingsTable:
+        """Draw standings in the colors of ``order``, the names of the recipes."""
+        colors = {name: line_color(place) for place, name in enumerate(order)}
+        rows = []
+        for one in equal.recipes:
+            behind = equal.behind(one.name)
+            rise, score = seeds_words(one.rise, "+.3f"), seeds_words(one.score, ".3f")
+            rows.append(StandingRow(one.name, colors[one.name], score, behind.words if behind else "", rise, one.seeds))
+        title = f"Held-out {plain(equal.score)} score at equal {cost_words(equal)}"
+        pairs = {f"{pair.first} minus {pair.second}": pair.words for pair in equal.differences}
+        return cls(title, equal.recipes[0].name, rows, pairs, _mean_curves(equal, order))
+
+
+def _mean_curves(equal: Standings, order: Sequence[str]) -> Markup:
+    """Draw the mean over seeds of every recipe against the cost, with its interval at the common budget."""
+    scores, series = {one.name: one.score for one in equal.recipes}, {}
+    for name in order:
+        curve, score = equal.mean_curve(name), scores[name]
+        points = [Point(x, y) for x, y in zip(curve.costs, curve.scores, strict=True)]
+        interval = (score.low, score.high) if score.has_interval else None
+        series[name] = [*(p for p in points if p.x < equal.budget), Point(equal.budget, score.mean, interval)]
+    x_axis = Axis("NFE", count) if equal.cost == "nfe" else Axis("minutes of training", number, unit=60)
+    y_axis = Axis("score", percent if equal.score in SHARES else number)
+    return lines_chart(series, x_axis, y_axis, f"held-out {plain(equal.score)}, mean over seeds")
+
+
+def cost_words(equal: Standings) -> str:
+    """The cost that is equal, and its amount: "NFE (41.2k)"."""
+    nfe = f"NFE ({count(equal.budget)})"
+    return nfe if equal.cost == "nfe" else f"seconds of training ({duration(equal.budget)})"
+
+
 def write_comparison(
-    path: Path, summaries: Sequence[RecipeSummary], recipes: Mapping[str, Mapping[int, Path]] | None = None
+    path: Path,
+    summaries: Sequence[RecipeSummary],
+    recipes: Mapping[str, Mapping[int, Path]] | None = None,
+    equal: Sequence[Standings] = (),
 ) -> None:
     """Write one offline HTML page at ``path`` that compares recipes, best first.
 
@@ -59,6 +119,7 @@ def write_comparison(
         path: The file.
         summaries: The recipes, at least one.
         recipes: The folders of each recipe's runs by seed, for curves and samples; of each the first is drawn.
+        equal: Their standings at equal NFE and at equal seconds, if there are any.
     """
     ordered = sorted(summaries, key=lambda recipe: -recipe.gain)
     main = next(iter(ordered[0].scores))
@@ -84,6 +145,7 @@ def write_comparison(
         equal_nfe=len(ordered) > 1 and equal_budgets(recipe.nfe_range for recipe in ordered),
         settings=_settings({name: run.config for name, run in first.items()}),
         model=next((subject({key: run.config.get(key) for key in ("model", "prompts")}) for run in first.values()), ""),
+        standings=[StandingsTable.of(one, [recipe.name for recipe in ordered]) for one in equal],
         charts=_charts(main, {recipe.name: first[recipe.name] for recipe in ordered if recipe.name in first}),
         samples=_samples({recipe.name: first[recipe.name] for recipe in ordered if recipe.name in first}, path.parent),
     )

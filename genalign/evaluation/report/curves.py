@@ -91,12 +91,18 @@ def line_chart(points: Sequence[Point], x_axis: Axis, y_axis: Axis, title: str) 
 
 
 def lines_chart(series: Mapping[str, Sequence[Point]], x_axis: Axis, y_axis: Axis, title: str) -> Markup:
-    """Draw several lines of at least one point each, in the colors of ``line_color``, in one frame."""
+    """Draw several lines of at least one point each, in the colors of ``line_color``, in one frame.
+
+    The last point of a line shows its interval, if it has one.
+    """
     x, y = _scales([point for points in series.values() for point in points], y_axis)
     parts = [_grid(x, y, x_axis, y_axis)]
     for place, points in enumerate(series.values()):
         color, marks = line_color(place), [(p.x, p.y) for p in binned(points, _MARKS)]
         parts.append(f'<polyline class="line" style="stroke:{color}" points="{_pixels(marks, x, y)}"/>')
+        if points[-1].interval:
+            at, (low, high) = x(points[-1].x), points[-1].span
+            parts.append(f'<line style="stroke:{color}" x1="{at:g}" x2="{at:g}" y1="{y(low):g}" y2="{y(high):g}"/>')
         end = f'cx="{x(marks[-1][0]):g}" cy="{y(marks[-1][1]):g}" r="3"'
         parts.append(f'<circle class="dot" style="fill:{color}" {end}/>')
     return svg(WIDTH, HEIGHT, "chart", f"{title} against {x_axis.label}", "".join(parts))

@@ -157,3 +157,8 @@ def trend_verdict(start: Estimate, end: Estimate, units: int, change: str) -> Ve
 def prompts(n: int) -> str:
     """A number of prompts: "1 prompt", "24 prompts"."""
     return f"{n} prompt{'' if n == 1 else 's'}"
+
+
+def seeds_words(value: Estimate, form: str) -> str:
+    """A mean over training seeds with its interval by a format specification; of one seed without."""
+    return f"{value.mean:{form}} (one seed)" if value.n == 1 else value.text(form)

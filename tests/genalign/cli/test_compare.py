@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from genalign.cli import compare as compare_module
 from genalign.cli.config import Compare
 from genalign.cli.main import main
+from genalign.cli.parsing import parse
 from genalign.evaluation.compare_runs import summarize_recipes
 from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord
 from tests.genalign.training.toy_runs import write_config
@@ -32,7 +35,8 @@ runs:
 def source(tiny_folder: Path, tmp_path: Path) -> Path:
     reward = {"class_path": "rewards.shapes.ShapesReward", "init_args": {"score": "partial"}}
     training = {"rounds": 50, "max_nfe": 60, "batch_size": 4, "updates_per_round": 1}
-    sections = {"sampling": {"num_steps": 3, "sigmas": [1.0, 0.6, 0.3]}, "held_out": {}}
+    held_out = {"prompts": "shapes:val", "every": 1, "samples_per_task": 1}
+    sections = {"sampling": {"num_steps": 3, "sigmas": [1.0, 0.6, 0.3]}, "held_out": held_out}
     sections["before_after"] = {"prompts": "shapes:len", "samples_per_task": 2, "seeds": 1, "batch_size": 6}
     sections["rewards"] = {"partial": {"function": reward}}
     write_config(tmp_path / "base.json", tiny_folder, "", training, **sections)
@@ -54,7 +58,14 @@ def test_a_comparison_is_written_and_resumed(source: Path, tmp_path: Path, capsy
         assert recipe["low"] <= recipe["gain"] <= recipe["high"] and 60 <= recipe["nfe"] < 120
         assert set(recipe["scores"]) == {"strict", "partial", "relaxed"}  # the scores that both recipes have
         assert set(recipe["diversity"]) == {"color", "cell"}
+    standings = json.loads((folder / "standings.json").read_text())
+    for cost, words in (("nfe", "held-out strict at equal NFE ("), ("seconds", "at equal seconds of training (")):
+        assert words in output
+        assert [one["name"] for one in standings[cost]["recipes"]] == ["flow", "dense"]  # both score nothing
+        assert standings[cost]["differences"][0]["words"].endswith("(no interval: it needs two seeds of each)")
     page = (folder / "comparison.html").read_text()
+    assert "Held-out strict score at equal NFE" in page and "rise in the last quarter" in page
+    assert "mean over seeds against minutes of training" in page
     assert "Samples from the same noise" in page and "Training reward against NFE" in page
     files = re.findall(r'href="([^"]*\.png)"', page)
     assert files and all((folder / file).is_file() for file in files)
@@ -90,6 +101,40 @@ def test_a_calibration_is_written_and_used(source: Path, tmp_path: Path) -> None
     assert main(["train", "--config", base, kernel, *run]) == 0
     other = ["--sampling.sigmas", "[1.0, 0.5, 0.3]", "--output", str(tmp_path / "other")]
     assert main(["train", "--config", base, kernel, *other]) == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("training.max_nfe", "{training: {max_nfe: 80}}"),
+        ("training.rounds", "{training: {rounds: 9}}"),
+        ("max_seconds", "{max_seconds: 60}"),
+    ],
+)
+def test_unequal_budgets_are_refused_by_name(
+    source: Path, tmp_path: Path, error: Callable[..., str], setting: str, values: str
+) -> None:
+    source.write_text(source.read_text().replace("{training: {learning_rate: 1.0e-3}}", values) + "  also: {}\n")
+    message = error("compare", str(source))
+    assert f"the runs have unequal budgets: of {setting}, flow has " in message and "dense, also have" in message
+    assert "or set budgets: own" in message and not (tmp_path / "compared").exists()
+
+
+def test_every_run_is_checked_before_the_first_is_trained(
+    source: Path, tmp_path: Path, error: Callable[..., str]
+) -> None:
+    source.write_text(source.read_text().replace("learning_rate: 1.0e-3", "learning_rat: 1.0e-3"))
+    message = error("compare", str(source))
+    assert "run flow: " in message and "learning_rat" in message and not (tmp_path / "compared").exists()
+
+
+def test_runs_of_their_own_budgets_have_no_standings(source: Path) -> None:
+    text = source.read_text().replace("{training: {learning_rate: 1.0e-3}}", "{training: {max_nfe: 80}}")
+    source.write_text(f"{text}budgets: own\n")
+    settings, plain = parse(Compare, ["--config", str(source)], "compare")
+    runs = {name: compare_module._run_settings(settings, name, own) for name, own in plain["runs"].items()}
+    settings.require_equal_budgets(runs)
+    assert {name: run.training.max_nfe for name, run in runs.items()} == {"flow": 80, "dense": 60}
 
 
 OUTSIDE = [({name: {}}, [], "runs has a name that is no folder's") for name in ("../x", "/x", "..", "a/b", "")]

@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from genalign.cli.export import TrainedWeights, trained_weights
 from genalign.cli.main import main
 from genalign.cli.model_card import guidance_arguments
 from genalign.diffusion.policy import Lora, Policy
+from genalign.metrics.intervals import Estimate
 from genalign.runtime.hub import hub_answers
+from genalign.training.best_weights import BestRound
 from genalign.training.run_folder import RunFolder
 from pipelines import SD3
 from tests.http_servers import Answer
@@ -242,6 +245,45 @@ def test_guidance_in_the_snippet_is_as_the_pipeline_takes_it(
     model = {"negative_prompt": negative, "distilled_guidance": 2.5 if family == "flux" else None}
     arguments = guidance_arguments(kind.__name__, guidance, model)
     assert arguments == expected and arguments.keys() <= inspect.signature(kind.__call__).parameters.keys()
+
+
+BEST = BestRound(9, "strict", Estimate(0.5, 0.4, 0.6, 24), "val", evaluations=4)
+
+
+def test_the_best_weights_are_exported_even_of_a_run_that_went_on(
+    run: Path, capsys: pytest.CaptureFixture[str], error: Callable[..., str]
+) -> None:
+    late, name = _checkpoint(run, 14), "pytorch_lora_weights.safetensors"
+    os.utime(late / name, (3e9, 3e9))
+    BEST.write(run / "lora")
+    BEST.write(run / "after")
+    output = _export(run, "lora")
+    words = (
+        "the weights after round 9, the best of 4 evaluations on held-out prompts (val): strict 0.500 (0.400 to 0.600)"
+    )
+    assert words in capsys.readouterr().out
+    assert _tensors(output / name) == _tensors(run / "lora" / name) != _tensors(late / name)
+    card = (output / "README.md").read_text()
+    assert words[1:] in card and "| strict | 0.500" in card
+    assert trained_weights(run, 9) == TrainedWeights(run / "lora", best=BEST)
+    assert trained_weights(run, 14) == TrainedWeights(late, rounds=14)
+    missing = error("export", "--run", str(run), "--output", str(run.parent / "none"), "--round", "3")
+    assert "no weights after round 3, but after round 9, 14" in missing
+
+
+def test_an_evaluation_of_other_weights_is_not_on_the_card(run: Path) -> None:
+    BEST.write(run / "lora")
+    replace(BEST, rounds=4).write(run / "after")  # the run was resumed, found better weights, and has not ended
+    card = (_export(run, "lora") / "README.md").read_text()
+    assert "not evaluated" in card and "| strict | 0.500" not in card
+
+
+def test_the_best_whole_network_is_exported(run: Path, tiny: SD3, tiny_folder: Path) -> None:
+    shutil.rmtree(run / "lora")
+    changed = SD3.load(tiny_folder)
+    changed.save_denoiser(run / "denoiser")
+    BEST.write(run / "denoiser")
+    assert trained_weights(run, None) == TrainedWeights(run / "denoiser", is_adapter=False, best=BEST)
 
 
 NAME = "someone/my-lora"

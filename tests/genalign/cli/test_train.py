@@ -7,7 +7,8 @@ import logging
 import os
 import signal
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +23,18 @@ from torch import Tensor
 from genalign.cli import config
 from genalign.cli import train as train_module
 from genalign.cli.main import main
+from genalign.cli.parsing import parse
+from genalign.cli.run_prompts import RunPrompts
 from genalign.diffusion.policy import Lora
 from genalign.evaluation.evaluate import load_evaluation
+from genalign.metrics.intervals import Estimate
 from genalign.runtime.distributed import ProcessGroup
 from genalign.runtime.memory_options import Memory
 from genalign.runtime.progress import Progress
+from genalign.training.best_weights import HeldOutScores
+from genalign.training.round_result import RoundResult
 from genalign.training.settings import TrainerSettings
+from genalign.training.trainer import Trainer
 from genalign.types import Prompt
 from tests.genalign.training.toy_runs import redness
 
@@ -97,6 +104,94 @@ def test_prompts_that_are_trained_on_too_are_named(
     assert main([*arguments, "--held_out.every=2", f"--held_out.prompts={tmp_path / 'some.txt'}"]) == 0
     assert "2 of the 3 prompts of held_out are trained on: its scores say nothing about new prompts" in caplog.text
     assert _json(tmp_path / "run" / "prompts.json")["held_out"]["also_trained"] == 2
+
+
+def test_the_prompts_that_choose_the_weights_are_not_those_of_their_gain(
+    arguments: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(f"{count} circles" for count in range(20)))
+    halves = ["--held_out.every=1", "--before_after.seeds=1", "--training.rounds=1"]
+    assert main([*arguments, *halves]) == 0
+    run, warning = tmp_path / "run", "prompts of before_after also choose the weights whose gain it measures"
+    described = _json(run / "prompts.json")
+    assert [described[name]["prompts"] for name in ("training", "held_out", "before_after")] == [16, 2, 2]
+    assert described["held_out"]["suite_hash"] != described["before_after"]["suite_hash"]
+    assert described["before_after"]["suite"] == "prompts (held out), half for before_after"
+    assert warning not in caplog.text
+    shared = [f"--{name}.prompts={tmp_path / 'prompts.txt'}" for name in ("held_out", "before_after")]
+    settings, _ = parse(config.Train, [*arguments[1:], *halves, *shared], "train")
+    RunPrompts.read(settings).warn()
+    assert f"20 {warning}" in caplog.text
+
+
+def test_the_best_weights_are_evaluated_and_named_in_the_last_line(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    means = iter((0.2, 0.4, 0.3))
+
+    def held_out(run: train_module.TrainingRun) -> HeldOutScores:
+        return HeldOutScores({}, "val", "red", Estimate(mean := next(means), mean - 0.1, mean + 0.1, 8))
+
+    monkeypatch.setattr(train_module.TrainingRun, "evaluate_held_out", held_out)
+    three = ["--held_out.every=1", "--before_after.seeds=1", "--training.rounds=3", "--checkpoint.keep=3"]
+    assert main([*arguments, *three]) == 0
+    run, name = tmp_path / "run", "lora/pytorch_lora_weights.safetensors"
+    second, third = (load_file(run / "checkpoints" / f"round-00000{rounds}" / name) for rounds in (2, 3))
+    best, last = load_file(run / name), load_file(run / f"lora-last/{Path(name).name}")
+    assert all(torch.equal(second[key], best[key]) and torch.equal(third[key], last[key]) for key in best)
+    assert any(not torch.equal(best[key], last[key]) for key in best)
+    words = "the weights after round 2, the best of 3 evaluations on held-out prompts (val): red 0.400 (0.300 to 0.500)"
+    assert capsys.readouterr().out.splitlines()[-1] == f"lora/: {words}; lora-last/: those after round 3"
+    assert f"Evaluated after training: {words}." in (run / "report.html").read_text()
+    pairs = [load_evaluation(run / "after").records]
+    evaluate = ["evaluate", "prompts", f"--model.path={_json(run / 'config.json')['model']['path']}", f"--lora={run}"]
+    size = [
+        "--sampling.num_steps=2",
+        "--sampling.sigmas=[1.0,0.5]",
+        "--seeds=1",
+        f"--prompts={tmp_path / 'prompts.txt'}",
+    ]
+    reward = ["--rewards.red.function=tests.genalign.training.toy_runs.redness", f"--output={tmp_path / 'again'}"]
+    assert main([*evaluate, *size, *reward]) == 0
+    again = {(r.prompt, r.seed): r.scores["red"] for r in load_evaluation(tmp_path / "again").records}
+    assert all(again[r.prompt, r.seed] == pytest.approx(r.scores["red"], abs=1e-5) for r in pairs[0])
+
+
+def test_a_run_ends_at_its_seconds_and_is_evaluated_by_them(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds, train_round = iter(range(4, 100, 4)), Trainer._round
+
+    def timed(trainer: Trainer, *of_round: Any) -> RoundResult:
+        result = train_round(trainer, *of_round)
+        trainer.seconds = float(next(seconds))
+        return replace(result, seconds=trainer.seconds)
+
+    monkeypatch.setattr(Trainer, "_round", timed)
+    run, limits = tmp_path / "run", ["--training.rounds=50", "--held_out.every_seconds=7", "--max_seconds=22"]
+    assert main([*arguments, *limits]) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [bool(row["held_out"]) for row in rows] == [True, True, False, True, False, True]  # at 4, 8, 16 and the end
+    assert rows[-1]["machine"]["seconds"] == 24 and "lora/: the weights after round" in capsys.readouterr().out
+    assert "not finished" not in (run / "report.html").read_text()
+    assert main(["train", "--resume", str(run)]) == 0  # is over already
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 6
+    assert main(["train", "--resume", str(run), "--max_seconds=27"]) == 0
+    later = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert later["machine"]["seconds"] == 28 and later["held_out"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--max_seconds=0", "max_seconds must be positive, not 0"),
+        ("--held_out.every_seconds=-1", "held_out.every_seconds must be positive, not -1"),
+    ],
+)
+def test_impossible_times_are_refused(
+    arguments: list[str], error: Callable[..., str], argument: str, message: str
+) -> None:
+    assert message in error(*arguments, argument)
 
 
 def test_the_monitor_compares_two_prompts_or_more(arguments: list[str], tmp_path: Path) -> None:

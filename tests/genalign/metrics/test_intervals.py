@@ -4,7 +4,7 @@ from math import inf
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_ind
 
 from genalign.metrics.intervals import (
     Estimate,
@@ -15,6 +15,7 @@ from genalign.metrics.intervals import (
     median_interval,
     share,
     t_interval,
+    welch_interval,
     win_rate,
     win_test,
 )
@@ -271,3 +272,14 @@ def test_win_tests_leave_ties_to_the_rate():
     assert result.p_value == pytest.approx(0.5) and result.above_half == pytest.approx(11 / 16)
     even = win_test([1] * 3, [1] * 3)
     assert (even.rate, even.low, even.p_value, even.above_half) == (0.5, 0.0, 1.0, 0.5)
+
+
+def test_welch_intervals_are_those_of_scipy_and_cover_the_truth():
+    first, second = [0.5, 0.7, 0.6], [0.2, 0.25, 0.3, 0.1, 0.2]
+    expected = ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    estimate = welch_interval(first, second)
+    assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high), rel=1e-9) and estimate.n == 3
+    assert welch_interval([1.0], [0.5, 0.6]).low == -inf and welch_interval([1.0, 1.0], [0.5, 0.5]).high == 0.5
+    rng = np.random.default_rng(0)
+    draws = [welch_interval(rng.normal(0.3, 0.02, 3).tolist(), rng.normal(0.2, 0.05, 3).tolist()) for _ in range(400)]
+    assert np.mean([draw.low <= 0.1 <= draw.high for draw in draws]) > 0.93
