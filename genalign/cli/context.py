@@ -17,6 +17,7 @@ from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, suite_hash
 from genalign.evaluation.folder import ModelIdentity, adapter_hash
 from genalign.evaluation.geneval.judge import Judge
+from genalign.evaluation.scorers import Scorer
 from genalign.runtime.distributed import RankShare, take_own_device
 from genalign.runtime.fsdp import sharding_from_environment
 from genalign.runtime.progress import Progress
@@ -25,7 +26,7 @@ from genalign.scoring.score import NamedReward
 from genalign.search.noise_aware import NoiseAware
 from genalign.training.memory_estimate import Outline
 from genalign.training.run_folder import WeightStore
-from genalign.types import Pipeline, PromptSet, RewardFunction
+from genalign.types import Pipeline, PromptSet
 from genalign.worlds.registry import world_of
 
 
@@ -92,11 +93,11 @@ class CommandContext:
     load: Callable[[config.Model], Checkpoint]
     outline: Callable[[config.Model], Outline]
     require: Callable[[config.Model], None]
-    scorers: Callable[[str], Mapping[str, RewardFunction]]
+    scorers: Callable[[str], Mapping[str, Scorer]]
     save_scorer: Callable[[Path, NoiseAware], None]
     geneval: Callable[[], Judge]
 
-    def scorers_for(self, source: str, others: Mapping[str, RewardFunction]) -> Mapping[str, RewardFunction]:
+    def scorers_for(self, source: str, others: Mapping[str, Scorer]) -> Mapping[str, Scorer]:
         """Join the verifier's scores, if the prompts of ``source`` are of a world, and ``others`` of other names."""
         world = world_of(source)
         own = self.scorers(world.name) if world else {}

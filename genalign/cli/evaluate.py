@@ -47,13 +47,13 @@ from genalign.evaluation.geneval.evaluation_files import (
 from genalign.evaluation.geneval.result_files import read_prompts, read_results
 from genalign.evaluation.geneval.upstream_results import rescore
 from genalign.evaluation.paired import check_protocols
-from genalign.evaluation.scorers import JoinedScorer, RewardScorer, SampleScorer
+from genalign.evaluation.scorers import JoinedScorer, RewardScorer, SampleScorer, Scorer
 from genalign.evaluation.sources import FileSource, PipelineSource, SampleSource
 from genalign.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from genalign.runtime.files import without_infinities, write_json
 from genalign.runtime.progress import SILENT, Progress
 from genalign.scoring.budget import Ledger, Metered
-from genalign.types import PromptSet, RewardFunction
+from genalign.types import PromptSet
 from genalign.worlds.registry import World, world_of
 
 
@@ -264,7 +264,7 @@ def build_evaluator(
     sampling: Sampling,
     size: config.EvaluationSize,
     prompts: PromptSet,
-    scorers: Mapping[str, RewardFunction],
+    scorers: Mapping[str, Scorer],
     world: World | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Callable[..., Evaluation]:

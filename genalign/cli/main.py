@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from genalign.cli import config
     from genalign.cli.context import Checkpoint, CommandContext
     from genalign.evaluation.geneval.judge import Judge
+    from genalign.evaluation.scorers import Scorer
     from genalign.search.noise_aware import NoiseAware
     from genalign.training.memory_estimate import Outline
-    from genalign.types import RewardFunction
     from pipelines.base import Options
 
 
@@ -84,13 +85,14 @@ def _options(model: config.Model) -> Options:
     return cast(Options, options | {"autocast": autocast})
 
 
-def world_scorers(world: str) -> Mapping[str, RewardFunction]:
-    """Build the scores of a world's verifier, by name."""
-    from rewards.backbones.world_verifier import SCORES
-    from rewards.shapes import ShapesReward
-    from rewards.tones import TonesReward
+def world_scorers(world: str) -> Mapping[str, Scorer]:
+    """Build the scores of a world's verifier, by name; the strict one says what the verifier recognizes, too."""
+    from genalign.worlds.shapes.verifier import verify as verify_shapes
+    from genalign.worlds.tones.verifier import verify as verify_tones
+    from rewards.backbones.world_verifier import SCORES, judge, scores
 
-    return {score: ShapesReward(score) if world == "shapes" else TonesReward(score) for score in SCORES}
+    verify = verify_shapes if world == "shapes" else verify_tones
+    return {score: partial(judge if score == "strict" else scores, verify, score) for score in SCORES}
 
 
 def save_scorer(path: Path, reward: NoiseAware) -> None:

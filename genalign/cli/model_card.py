@@ -250,7 +250,7 @@ def _figures(run: Path) -> str:
     """Tabulate the scores before and after with their gains, and name the protocol of the evaluations."""
     before, after = (_read(run / name / "summary.json") for name in ("before", "after"))
     lines = ["| score | before (95% interval) | after | gain | prompts |", "|---|---|---|---|---|"]
-    for name, gained in _read(run / "gain.json").items():
+    for name, gained in _read(run / "gain.json")["gain"].items():
         old, new = (Estimate.from_dict(evaluation["overall"][name]) for evaluation in (before, after))
         gain = Estimate.from_dict(gained)
         lines.append(f"| {name} | {old.text('.3f')} | {new.text('.3f')} | {gain.text('+.3f')} | {gain.n} |")

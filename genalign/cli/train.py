@@ -29,9 +29,11 @@ from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import OdeSamples
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import Evaluation, load_evaluation, plan_samples, suite_hash
-from genalign.evaluation.paired import effect_sizes, gain, task_gains
+from genalign.evaluation.paired import effect_sizes, gain, gain_record, pairs_by_gain, task_gains, turned_right
 from genalign.evaluation.report import write_report
-from genalign.evaluation.report.words import gain_verdict
+from genalign.evaluation.report.words import gain_verdict, gained_tasks, turned_right_words
+from genalign.evaluation.scorers import Scorer
+from genalign.metrics.intervals import Estimate
 from genalign.runtime.distributed import (
     SINGLE_PROCESS,
     ProcessGroup,
@@ -55,7 +57,7 @@ from genalign.training.round_log import SampleGridWriter
 from genalign.training.run import RoundMonitors, Terminated, WeightFiles, terminable, train
 from genalign.training.run_folder import RunFolder, adapter_writer
 from genalign.training.trainer import Trainer
-from genalign.types import Prompt, RewardFunction
+from genalign.types import Prompt
 from genalign.worlds.registry import world_of
 
 
@@ -302,8 +304,7 @@ class TrainingRun:
             if self.best.round:
                 self.best.round.write(self.folder.path / "after")
             before = load_evaluation(self.folder.path / "before")
-            gains = {name: estimate.as_dict() for name, estimate in gain(before, after).items()}
-            write_json(self.folder.path / "gain.json", gains)
+            write_json(self.folder.path / "gain.json", gain_record(before, after))
             print_gains(before, after)
 
     def hacking_snapshot(self) -> PanelSnapshot:
@@ -371,8 +372,8 @@ class TrainingRun:
         self,
         name: str,
         amount: config.HeldOut | config.BeforeAfter,
-        scorers: Mapping[str, RewardFunction],
-        otherwise: Mapping[str, RewardFunction] | None = None,
+        scorers: Mapping[str, Scorer],
+        otherwise: Mapping[str, Scorer] | None = None,
     ) -> Callable[..., Evaluation]:
         """Bind an evaluation of the section ``name`` to the model.
 
@@ -438,12 +439,15 @@ def trackers(names: Sequence[str], folder: Path, run: str, plain: Mapping[str, A
 
 
 def print_gains(before: Evaluation, after: Evaluation) -> None:
-    """Print before, after and gain with intervals: the first score by task if there are several, and all overall."""
-    first, overall = before.score_names[0], gain(before, after)
+    """Print before, after and gain with intervals: the first score by task if there are several, and all overall.
+
+    Then a line on each score, one on the tasks that gained, and one on the pairs that turned right.
+    """
+    first, overall, by_task = before.score_names[0], gain(before, after), task_gains(before, after)
     estimates = [
         (task, before.tasks[task][first], after.tasks[task][first], gains[first])
-        for task, gains in task_gains(before, after).items()
-        if len(before.tasks) > 1
+        for task, gains in by_task.items()
+        if len(by_task) > 1
     ]
     estimates += [
         ("overall" if score == first else f"overall: {score}", before.overall[score], after.overall[score], difference)
@@ -457,6 +461,10 @@ def print_gains(before: Evaluation, after: Evaluation) -> None:
     print_table(heading, rows, f"{before.protocol.suite}: {first}")
     for score, effect in effect_sizes(before, after).items():
         print(f"{score}: {gain_verdict(overall[score], effect).text}")
+    if len(by_task) > 1:
+        print(gained_tasks(first, by_task))
+    if right := turned_right(pairs_by_gain(before, after)):
+        print(turned_right_words(right))
 
 
 _DEMOS = {"shapes": "demo.yaml", "tones": "demo-tones.yaml"}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from genalign.evaluation.evaluate import Evaluation, EvaluationProtocol, SampleRecord
+from genalign.evaluation.scorers import RECOGNIZED
 from genalign.metrics.intervals import Estimate, WinRate, difference_kind, effect_size, mean_over_tasks, win_rate
 
 
@@ -22,6 +25,22 @@ class SamplePair:
         """After minus before of each score that both have, in the order of ``before``; NaN where either failed."""
         after = self.after.scores
         return {name: after[name] - value for name, value in self.before.scores.items() if name in after}
+
+    @property
+    def recognized_before(self) -> bool | None:
+        """Whether the verifier recognized everything before; None where it does not say."""
+        return _recognition(self.before)[1]
+
+    @property
+    def turns_right(self) -> bool:
+        """Whether the score of that verifier rises to 1, all that the prompt asks for."""
+        name, _ = _recognition(self.before)
+        return self.before.scores.get(name, 1) < self.after.scores.get(name, 0) == 1
+
+    @property
+    def content_repaired(self) -> bool:
+        """Whether the pair turns right, and the verifier recognized everything before, so that no noise was removed."""
+        return self.turns_right and bool(self.recognized_before)
 
 
 def pairs(before: Evaluation, after: Evaluation) -> tuple[SamplePair, ...]:
@@ -82,6 +101,72 @@ def pairs_by_gain(before: Evaluation, after: Evaluation) -> tuple[SamplePair, ..
     gains = [(tuple(pair.differences.values()), pair) for pair in pairs(before, after)]
     finite = [item for item in gains if all(map(math.isfinite, item[0]))]
     return tuple(pair for _, pair in sorted(finite, key=lambda item: item[0]))
+
+
+@dataclass(frozen=True)
+class TurnedRight:
+    """The number of ``pairs`` that turn right, and of them that were ``recognized`` before.
+
+    In these the content was put right, such as a color, a number or a place; in the others something was there that a
+    verifier does not know, such as noise, or nothing at all.
+    """
+
+    pairs: int
+    recognized: int
+
+    @property
+    def share(self) -> float:
+        """The fraction of the pairs that were recognized before; NaN for no pairs."""
+        return self.recognized / self.pairs if self.pairs else math.nan
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Convert to JSON types."""
+        return {"pairs": self.pairs, "recognized_before": self.recognized, "share": self.share if self.pairs else None}
+
+
+def turned_right(pairs: Sequence[SamplePair]) -> TurnedRight | None:
+    """Count the pairs that turn right; None where no scorer says what it recognizes."""
+    if all(pair.recognized_before is None for pair in pairs):
+        return None
+    return TurnedRight(sum(pair.turns_right for pair in pairs), sum(pair.content_repaired for pair in pairs))
+
+
+def gallery_improvements(by_gain: Sequence[SamplePair], seed: int = 0) -> list[SamplePair]:
+    """Order the pairs that improved for a gallery: first those that turn right and were recognized before.
+
+    These are shuffled by ``seed``, so that nobody selects them; the others follow, the largest gain first.
+
+    Args:
+        by_gain: Pairs as ``pairs_by_gain`` sorts them.
+        seed: The seed of the order.
+    """
+    improved = [pair for pair in reversed(by_gain) if first_difference(pair) > 0]
+    repaired = sorted((pair for pair in improved if pair.content_repaired), key=lambda pair: pair.before.key)
+    random.Random(seed).shuffle(repaired)
+    return [*repaired, *(pair for pair in improved if not pair.content_repaired)]
+
+
+def first_difference(pair: SamplePair) -> float:
+    """The first difference that is not zero, by which pairs are sorted; 0 where there is none."""
+    return next((difference for difference in pair.differences.values() if difference), 0.0)
+
+
+def _recognition(record: SampleRecord) -> tuple[str, bool | None]:
+    """The name of the first scorer that says whether it recognizes everything in a sample, and its answer."""
+    for name, detail in record.details.items():
+        if isinstance(detail, Mapping) and RECOGNIZED in detail:
+            return name, bool(detail[RECOGNIZED])
+    return "", None
+
+
+def gain_record(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    """Return a gain as JSON types: of each score, overall and by task, and the pairs that turned right."""
+    by_task, right = task_gains(before, after), turned_right(pairs_by_gain(before, after))
+    return {
+        "gain": {name: estimate.as_dict() for name, estimate in gain(before, after).items()},
+        "tasks": {task: {name: e.as_dict() for name, e in gains.items()} for task, gains in by_task.items()},
+        "turned_right": right.as_dict() if right else None,
+    }
 
 
 @dataclass(frozen=True)

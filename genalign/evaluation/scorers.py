@@ -20,6 +20,12 @@ class Judgment:
     details: Sequence[Any]
 
 
+RECOGNIZED = "recognized"
+"""The key of a detail that is true where a verifier knows everything that it detects in the sample, right or wrong.
+
+Comparisons tell samples whose content was put right by it from samples whose noise was removed (``paired``).
+"""
+
 Scorer = Callable[[Tensor, Sequence[Prompt]], Tensor | Judgment]
 """A reward function, or one that also explains its scores."""
 

@@ -12,20 +12,23 @@ class Verification:
 
     ``strict``: everything the prompt names, and nothing else. ``relaxed``: GenEval's own rule, which ignores surplus
     objects unless the prompt counts them. ``partial``: the mean of ``criteria``, in [0, 1]. ``criteria``: (name, value
-    in [0, 1]) in the order of the world's verifier.
+    in [0, 1]) in the order of the world's verifier. ``recognized``: something was detected, and everything that was is
+    of this world, whether or not the prompt names it.
     """
 
     strict: bool
     relaxed: bool
     partial: float
     criteria: tuple[tuple[str, float], ...]
+    recognized: bool
 
 
-def summarize(criteria: Sequence[tuple[str, float]], relaxed: bool) -> Verification:
+def summarize(criteria: Sequence[tuple[str, float]], relaxed: bool, recognized: bool) -> Verification:
     """Summarize criteria (name, value in [0, 1]): strict where every one is 1."""
     return Verification(
         strict=all(value == 1 for _, value in criteria),
         relaxed=relaxed,
         partial=sum(value for _, value in criteria) / len(criteria),
         criteria=tuple(criteria),
+        recognized=recognized,
     )

@@ -9,27 +9,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genalign.evaluation.scorers import RECOGNIZED, Judgment
 from genalign.types import Metadata, Prompt, PromptSet
 from genalign.worlds.verification import Verification
 
+Verify = Callable[[Tensor, Sequence[Metadata]], list[Verification]]
 Score = Literal["partial", "strict", "relaxed"]
 SCORES: tuple[Score, ...] = ("strict", "partial", "relaxed")
 """The scores that evaluations report, in this order."""
 
 
-def scores(
-    verify: Callable[[Tensor, Sequence[Metadata]], list[Verification]],
-    score: Score,
-    samples: Tensor,
-    prompts: Sequence[Prompt],
-) -> Tensor:
-    """Score samples by a world's verifier as (B,), float32 on the CPU; NaN for a sample that is not finite.
+def scores(verify: Verify, score: Score, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """Score samples by a world's verifier as (B,); arguments and errors are those of ``judge``."""
+    return judge(verify, score, samples, prompts).scores
+
+
+def judge(verify: Verify, score: Score, samples: Tensor, prompts: Sequence[Prompt]) -> Judgment:
+    """Score samples by a world's verifier, and say of each whether it recognizes everything in it.
 
     Args:
         verify: the exact check of samples against the metadata of their prompts.
         score: which of its scores to return.
         samples: images or waveforms (B, ...).
         prompts: one for each sample, with metadata.
+
+    Returns:
+        The scores (B,), float32 on the CPU and NaN for a sample that is not finite, and the detail ``RECOGNIZED``.
 
     Raises:
         ValueError: a prompt has no metadata.
@@ -38,7 +43,8 @@ def scores(
     failed = ~samples.isfinite().flatten(1).all(1).cpu()
     verifications = verify(samples.nan_to_num(0.0, 0.0, 0.0), metadata)
     values = [float(getattr(verification, score)) for verification in verifications]
-    return torch.tensor(values, dtype=torch.float32).masked_fill(failed, torch.nan)
+    column = torch.tensor(values, dtype=torch.float32).masked_fill(failed, torch.nan)
+    return Judgment(column, [{RECOGNIZED: verification.recognized} for verification in verifications])
 
 
 def require_metadata(prompt: Prompt) -> Metadata:

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 from genalign.evaluation.evaluate import load_evaluation
-from genalign.evaluation.paired import pairs_by_gain
+from genalign.evaluation.paired import gallery_improvements, pairs_by_gain
 
 COLUMNS = 8
 SECONDS = (1, 2, 5, 10, 20)
@@ -46,9 +46,9 @@ def learning_curve(run: Path, output: Path) -> None:
 
 
 def before_after(run: Path, output: Path, scale: int = 2) -> None:
-    """Pairs from the same noise whose strict score changed: what was repaired above, what was broken below."""
+    """Pairs from the same noise that turn right, as the report's gallery draws them: before above, after below."""
     pairs = pairs_by_gain(load_evaluation(run / "before"), load_evaluation(run / "after"))
-    repaired = [pair for pair in reversed(pairs) if pair.differences["strict"] > 0]
+    repaired = [pair for pair in gallery_improvements(pairs) if pair.turns_right]
     tasks = list(dict.fromkeys(pair.before.task for pair in repaired))
     pairs_of = [[pair for pair in repaired if pair.before.task == task][:2] for task in tasks]
     flat = [pair for group in pairs_of for pair in group][:COLUMNS]

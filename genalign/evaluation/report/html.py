@@ -58,6 +58,7 @@ def write_report(folder: Path) -> Path:
         changes=summary.did_it_work(run),
         worse=summary.got_worse(run),
         cost=summary.cost(run),
+        improved=summary.what_improved(run),
         about=summary.about_prompts(run),
         missing=summary.missing(run),
         sections=chart_sections(run.rows),
@@ -65,7 +66,7 @@ def write_report(folder: Path) -> Path:
         tables=sections.tables(run.before, run.after, run.comparison),
         pairs=f"{len(pairs)} pairs of samples of {words.prompts(run.comparison.prompts)}" if run.comparison else "",
         details={title: sections.flattened(content) for title, content in details.items() if content},
-        **sections.extreme_pairs(pairs, folder),
+        **sections.gallery(pairs, folder),
     )
 
 

@@ -1,4 +1,4 @@
-"""The tables of a paired evaluation, the pairs of samples that changed most, and JSON as lines."""
+"""The tables of a paired evaluation, a gallery of pairs of samples that changed, and JSON as lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from genalign.evaluation.evaluate import Evaluation
-from genalign.evaluation.paired import SamplePair
+from genalign.evaluation.paired import SamplePair, first_difference, gallery_improvements
 from genalign.evaluation.report.curves import whisker
 from genalign.evaluation.report.reading import Comparison
 from genalign.evaluation.report.samples import Drawing, drawing, fitting
@@ -62,10 +62,15 @@ def tables(
     return result
 
 
-def extreme_pairs(pairs: Sequence[SamplePair], page: Path) -> dict[str, list[PairCard]]:
-    """The first and the last of pairs that are sorted by gain, as many as fit on the page.
+def gallery(pairs: Sequence[SamplePair], page: Path) -> dict[str, Any]:
+    """The pairs that worsened most, and improvements in the order of ``gallery_improvements``, as many as fit.
 
-    The evaluations are ``before/`` and ``after/`` in the folder ``page``.
+    Args:
+        pairs: All pairs, sorted by gain.
+        page: The folder of the page, with the evaluations ``before/`` and ``after/``.
+
+    Returns:
+        What the template shows: ``regressions``, ``improvements``, and how many pairs had their content ``repaired``.
     """
     before, after = page / "before", page / "after"
 
@@ -74,8 +79,9 @@ def extreme_pairs(pairs: Sequence[SamplePair], page: Path) -> dict[str, list[Pai
         return fitting(drawn, lambda card: [picture for picture, _ in card[1:]])
 
     return {
-        "regressions": cards(pair for pair in pairs[:MAX_PAIRS] if _gain(pair) < 0),
-        "improvements": cards(pair for pair in pairs[: -MAX_PAIRS - 1 : -1] if _gain(pair) > 0),
+        "regressions": cards(pair for pair in pairs[:MAX_PAIRS] if first_difference(pair) < 0),
+        "improvements": cards(gallery_improvements(pairs)[:MAX_PAIRS]),
+        "repaired": sum(pair.content_repaired for pair in pairs),
     }
 
 
@@ -86,8 +92,3 @@ def flattened(value: Any, name: str = "") -> dict[str, str]:
         nested = (flattened(inner, f"{prefix}{key}") for key, inner in value.items())
         return {key: text for lines in nested for key, text in lines.items()}
     return {name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
-
-
-def _gain(pair: SamplePair) -> float:
-    """The first difference that is not zero, by which pairs are sorted."""
-    return next((difference for difference in pair.differences.values() if difference), 0.0)

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from genalign.evaluation.evaluate import Evaluation
+from genalign.evaluation.paired import turned_right
 from genalign.evaluation.report.reading import Comparison, Row, Run, rounds_done
 from genalign.evaluation.report.words import (
     MIN_PROMPTS,
@@ -19,6 +20,7 @@ from genalign.evaluation.report.words import (
     duration,
     gain_mood,
     gain_verdict,
+    gained_tasks,
     interval,
     memory_size,
     number,
@@ -29,6 +31,7 @@ from genalign.evaluation.report.words import (
     signed,
     titled,
     trend_verdict,
+    turned_right_words,
 )
 from genalign.metrics.intervals import Estimate, t_interval
 from genalign.training.reward_hacking import HackingReport
@@ -98,6 +101,16 @@ def did_it_work(run: Run) -> list[Change]:
                 changes.append(_trend(title, score, start, end, f"{span}, {prompts(end.n)}", end.n))
     rewards = _reward_changes(run)
     return changes + ([change for change in rewards if change.title == "Training reward"] or rewards)
+
+
+def what_improved(run: Run) -> list[str]:
+    """A sentence on the tasks that gained, and one on whether the pairs that turn right had noise before."""
+    if run.comparison is None:
+        return []
+    tasks, right = run.comparison.tasks, turned_right(run.comparison.pairs)
+    sentences = [gained_tasks(main_score(run.comparison.overall), tasks)] if len(tasks) > 1 else []
+    sentences += [turned_right_words(right)] if right else []
+    return [f"{titled(sentence)}." for sentence in sentences]
 
 
 def about_prompts(run: Run) -> list[str]:

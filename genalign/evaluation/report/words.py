@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from genalign.evaluation.paired import TurnedRight
 from genalign.metrics.intervals import Estimate
 
 Mood = Literal["up", "down", "even"]
@@ -132,6 +133,23 @@ def gain_verdict(gain: Estimate, effect: float) -> Verdict:
     adjective = "small" if abs(effect) < SMALL_EFFECT else "clear"
     nouns = {"up": f"a {adjective} improvement", "down": f"a {adjective} regression", "even": "no clear change"}
     return Verdict(f"{nouns[direction]}{size}", direction)
+
+
+def gained_tasks(score: str, tasks: Mapping[str, Mapping[str, Estimate]]) -> str:
+    """Say in how many tasks the interval of a score's gain is above 0, and in which."""
+    gained = [plain(task) for task, gains in tasks.items() if gains[score].has_interval and gains[score].low > 0]
+    names = f" ({', '.join(gained)})" if gained else ""
+    return f"{plain(score)}: the interval of the gain is above 0 in {len(gained)} of {len(tasks)} tasks{names}"
+
+
+def turned_right_words(right: TurnedRight) -> str:
+    """Say how many pairs turn right, and in how many of them the content was put right and not noise removed."""
+    if not right.pairs:
+        return "no pair of samples turns right"
+    return (
+        f"of the {right.pairs} pairs of samples that turn right, {right.recognized} ({percent(right.share)}) had"
+        " nothing unknown to the verifier before: their content was put right, not noise removed"
+    )
 
 
 def trend_verdict(start: Estimate, end: Estimate, units: int, change: str) -> Verdict:

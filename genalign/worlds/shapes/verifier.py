@@ -59,7 +59,8 @@ def verify_detections(detections: Sequence[ShapeDetection], metadata: Metadata) 
             position.append(("position", sum(holds) / max(len(holds), 1) if counted else 0.0))
     explained = sum(min(n, len(objects)) for objects, n in zip(groups, counts, strict=True))
     clean = ("clean", explained / max(len(detections), 1))
-    return summarize([*count, *color, *position, clean], _relaxed(detections, metadata))
+    recognized = bool(detections) and all(detection.shape in SHAPES for detection in detections)
+    return summarize([*count, *color, *position, clean], _relaxed(detections, metadata), recognized)
 
 
 def _require_vocabulary(include: Sequence[Clause]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from genalign.types import Metadata
 from genalign.worlds.tones.detection import ToneDetection, detect
-from genalign.worlds.tones.instruments import NOTES, TIMBRES
+from genalign.worlds.tones.instruments import NOISE, NOTES, PITCHED, TIMBRES
 from genalign.worlds.verification import Verification, summarize
 
 __all__ = ["VERIFIER_VERSION", "ToneDetection", "Verification", "detect", "verify", "verify_detections"]
@@ -17,6 +17,7 @@ __all__ = ["VERIFIER_VERSION", "ToneDetection", "Verification", "detect", "verif
 VERIFIER_VERSION = "tones-1"
 MIN_CONTRAST = 6.0  # dB between a quiet and a loud event
 MIN_INTERVAL = 2 ** (1 / 12)  # between a low and a high tone
+MAX_EVENT = 0.6  # seconds; scenes have events of up to 0.5, and hiss that fills a clip is none
 
 
 def verify(waveforms: Tensor, metadata: Sequence[Metadata]) -> list[Verification]:
@@ -49,7 +50,16 @@ def verify_detections(detections: Sequence[ToneDetection], metadata: Metadata) -
         [clause["class"] for clause in clauses], [detection.sound.timbre for detection in detections]
     )
     criteria = [("count", max(0.0, 1 - abs(n - m) / n) * common / max(m, 1)), ("kind", common / max(n, m))]
-    return summarize(criteria + _details(detections, clauses, metadata), _relaxed(detections, clauses, metadata))
+    criteria += _details(detections, clauses, metadata)
+    recognized = bool(detections) and all(map(_is_recognized, detections))
+    return summarize(criteria, _relaxed(detections, clauses, metadata), recognized)
+
+
+def _is_recognized(detection: ToneDetection) -> bool:
+    """Whether an event is of this world: a noise burst, or a note in a known timbre, and not longer than any."""
+    sound = detection.sound
+    known = sound.timbre in PITCHED and sound.note is not None
+    return (known or sound.timbre == NOISE) and detection.offset - detection.onset <= MAX_EVENT
 
 
 def _common_length(first: Sequence[str], second: Sequence[str]) -> int:

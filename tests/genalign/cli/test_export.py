@@ -54,7 +54,7 @@ def run(tiny: SD3, tiny_folder: Path, tmp_path: Path) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "environment.json").write_text('{"torch": "2.9"}')
-    (folder / "gain.json").write_text(json.dumps({"strict": ESTIMATE}))
+    (folder / "gain.json").write_text(json.dumps({"gain": {"strict": ESTIMATE}}))
     for name in ("before", "after"):
         summary = {"overall": {"strict": ESTIMATE}, "protocol": {"suite": "comp"}, "protocol_hash": "abc"}
         images = folder / name / "images"

@@ -92,7 +92,7 @@ def test_a_run_writes_metrics_weights_evaluations_and_a_report(
     files += " before/summary.json lora/pytorch_lora_weights.safetensors peft/adapter/adapter_model.safetensors"
     assert [name for name in files.split() if not (run / name).is_file()] == []
     assert json.loads((run / "config.json").read_text())["training"]["rounds"] == 2
-    assert set(json.loads((run / "gain.json").read_text())["strict"]) == {"mean", "low", "high", "n"}
+    assert set(json.loads((run / "gain.json").read_text())["gain"]["strict"]) == {"mean", "low", "high", "n"}
     output = capsys.readouterr().out
     assert "overall" in output and "strict: no verdict from " in output
     assert "holds a run already" in error("train", "--config", str(config))

@@ -86,7 +86,7 @@ def test_evaluations_take_a_split_of_own_prompts_and_own_rewards(arguments: list
     }
     records = [json.loads(line) for line in (run / "after" / "records.jsonl").read_text().splitlines()]
     assert len(records) == 4 and {record["prompt"] for record in records} < set(PROMPTS)  # two noises of each
-    assert set(_json(run / "gain.json")) == {"red", "other"}
+    assert set(_json(run / "gain.json")["gain"]) == {"red", "other"}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(set(row["held_out"]) == {"red", "other"} for row in rows)
     signals = {signal["name"] for signal in rows[0]["reward_hacking"]}

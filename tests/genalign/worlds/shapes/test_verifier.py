@@ -187,6 +187,11 @@ def test_junk_earns_nothing() -> None:
         assert not any(verification.strict for verification in results)
         assert np.mean([verification.partial for verification in results]) <= 0.02
         assert all(verification.partial == 0 for verification in results[: len(flat)])
+        assert not any(verification.recognized for verification in results[: len(flat) + len(white)])
+
+
+def test_truth_is_recognized(cases: list[Case]) -> None:
+    assert np.mean([verification.recognized for verification in verifications(cases, untouched)]) >= 0.995
 
 
 @pytest.mark.parametrize("gain", [0.85, 1.15])
@@ -396,6 +401,14 @@ def test_strict_relaxed_and_partial(
     assert (verification.strict, verification.relaxed) == (strict, relaxed)
     assert [value for _, value in verification.criteria] == pytest.approx(criteria)
     assert verification.partial == pytest.approx(sum(criteria) / len(criteria))
+
+
+def test_known_shapes_alone_are_recognized_whatever_the_prompt_asks_for() -> None:
+    wrong = [detected("square", "blue"), detected("moon", "red")]
+    assert verify_detections(wrong, RED).recognized and not verify_detections(wrong, RED).strict
+    assert not verify_detections([*wrong, detected("unknown")], RED).recognized
+    assert not verify_detections([detected("circle", "red"), detected("unknown")], RED).recognized
+    assert not verify_detections([], RED).recognized
 
 
 def test_criteria_are_named() -> None:

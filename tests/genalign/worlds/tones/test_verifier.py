@@ -322,3 +322,17 @@ def test_strict_relaxed_and_partial(
     assert (verification.strict, verification.relaxed) == (strict, relaxed)
     assert [value for _, value in verification.criteria] == pytest.approx(criteria)
     assert verification.partial == pytest.approx(np.mean(criteria))
+
+
+def test_known_sounds_alone_are_recognized_whatever_the_prompt_asks_for() -> None:
+    wrong = [detected("square"), detected("noise", None)]
+    assert verify_detections(wrong, SINE).recognized and not verify_detections(wrong, SINE).strict
+    assert not verify_detections([*wrong, detected("unknown")], SINE).recognized
+    assert not verify_detections([detected("sine", None)], SINE).recognized  # between two notes
+    assert not verify_detections([], SINE).recognized
+
+
+def test_hiss_that_fills_a_clip_is_not_recognized(cases: list[Case]) -> None:
+    white = 0.1 * torch.from_numpy(np.random.default_rng(72_004).standard_normal((4, 1, LENGTH))).float()
+    assert not any(verification.recognized for verification in verify(white, [single_tone("noise").metadata] * 4))
+    assert np.mean([verification.recognized for verification in verifications(cases, untouched)]) == 1.0
