@@ -33,7 +33,6 @@ from genalign.evaluation.paired import effect_sizes, gain, gain_record, pairs_by
 from genalign.evaluation.report import write_report
 from genalign.evaluation.report.words import gain_verdict, gained_tasks, turned_right_words
 from genalign.evaluation.scorers import Scorer
-from genalign.metrics.intervals import Estimate
 from genalign.runtime.distributed import (
     SINGLE_PROCESS,
     ProcessGroup,

@@ -95,5 +95,5 @@ def attention_backward(  # noqa: PLR0913  # the arguments of the operator
         torch.bmm(slope.transpose(1, 2), q, out=gradients[1][part])
         torch.bmm(weights.to(q.dtype).transpose(1, 2), grad, out=gradients[2][part])
     query_gradient, *others = (x.view(batch, heads, *x.shape[1:]) for x in gradients)
-    key_gradient, value_gradient = (x.unflatten(1, (-1, shared)).sum(2) if shared > 1 else x for x in others)
+    key_gradient, value_gradient = (x.view(batch, -1, shared, *x.shape[2:]).sum(2) if shared > 1 else x for x in others)
     return query_gradient, key_gradient, value_gradient
