@@ -73,11 +73,11 @@ def test_one_seed_stands_without_an_interval() -> None:
 
 def test_runs_that_were_evaluated_differently_do_not_stand_together(tmp_path: Path) -> None:
     one = _run(tmp_path / "one", [0.1, 0.2, 0.3])
-    with pytest.raises(ValueError, match="two was evaluated on other held-out samples than .*one: set held_out alike"):
+    with pytest.raises(ValueError, match=r"two was evaluated on other held-out samples than .*one: set held_out alike"):
         shared_looks({"one": {1: one}, "two": {1: _run(tmp_path / "two", [0.1, 0.2, 0.3], size=8)}})
     none = _run(tmp_path / "none", [0.1, 0.2, 0.3])
     (none / "metrics.jsonl").write_text('{"nfe": 1, "held_out": null}\n')
-    with pytest.raises(ValueError, match="none has no evaluations on held-out prompts: set held_out.every_seconds"):
+    with pytest.raises(ValueError, match=r"none has no evaluations on held-out prompts: set held_out.every_seconds"):
         shared_looks({"one": {1: one}, "none": {1: none}})
     looks = {"a": {1: [Look(1, 1, {"strict": 0.1})]}, "b": {1: [Look(1, 1, {"clip": 0.1})]}}
     with pytest.raises(ValueError, match="no held-out score in common"):
