@@ -43,6 +43,15 @@ def one_of(mistakes: Iterable[Prompt], seen: frozenset[str], otherwise: Prompt, 
     return wrong[rng.integers(len(wrong))] if wrong else otherwise
 
 
+def hidden_words(captions: int, length: int, generator: torch.Generator) -> Tensor:
+    """Mask (captions, length) bool of words to hide: a third of the words of every fifth caption.
+
+    A model that reads every word beside the same others learns compositions by heart, and draws no new ones.
+    """
+    hide = torch.rand(captions, 1, generator=generator) < 0.2
+    return hide & (torch.rand(captions, length, generator=generator) < 1 / 3)
+
+
 def require_metadata(prompt: Prompt) -> Metadata:
     """A world's prompt always has metadata."""
     assert prompt.metadata is not None, "every prompt of a world has metadata"

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from scripts.pretrain.shapes_tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
-from scripts.pretrain.t5 import build_t5
+from scripts.pretrain.t5 import build_t5, hide_words
+
+HEAD = 64
 
 
 def build_vae() -> AutoencoderKL:
@@ -52,15 +55,15 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 
 
 def build_transformer(layers: int = 6, width: int = 128) -> SD3Transformer2DModel:
-    """64 image tokens, joint blocks with normalized queries and keys."""
+    """64 image tokens, joint blocks with normalized queries and keys, and heads as wide as CPUs are fast with."""
     return SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
         in_channels=4,
         out_channels=4,
         num_layers=layers,
-        attention_head_dim=32,
-        num_attention_heads=width // 32,
+        attention_head_dim=HEAD,
+        num_attention_heads=width // HEAD,
         joint_attention_dim=128,
         caption_projection_dim=width,
         pooled_projection_dim=128,
@@ -87,6 +90,12 @@ class ShapesTextToImage(nn.Module):
             for tokenizer, length in ((self.clip_tokenizer, CLIP_LENGTH), (self.t5_tokenizer, T5_LENGTH))
         )
         return clip.input_ids, t5.input_ids
+
+    def hide(self, clip_ids: Tensor, t5_ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Replace the words that a mask (N, 8) bool hides by the unknown token, in ids (N, 12) and (N, 8)."""
+        t5 = hide_words(t5_ids, hidden, self.t5_tokenizer)
+        in_clip = F.pad(t5 != t5_ids, (1, CLIP_LENGTH - T5_LENGTH - 1))  # after the start token; both have one a word
+        return clip_ids.masked_fill(in_clip, self.clip_tokenizer.unk_token_id), t5
 
     def forward(self, x: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> Tensor:
         """Velocity at ``x`` (B, 4, 16, 16) and ``sigma`` (B,)."""

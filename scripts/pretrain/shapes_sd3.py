@@ -20,6 +20,7 @@ from genalign.evaluation.evaluate import load_evaluation
 from genalign.runtime.files import write_text
 from genalign.runtime.media import read_image
 from genalign.worlds.shapes.detection import detect
+from scripts.pretrain.captions import hidden_words
 from scripts.pretrain.shapes_dataset import CaptionedScenes, captioned_scenes, corrupted
 from scripts.pretrain.shapes_models import ShapesTextToImage, assemble, build_vae
 from scripts.pretrain.shapes_tokenizers import CLIP_LENGTH, T5_LENGTH
@@ -29,9 +30,9 @@ SCENES = 60_000
 VAE = Fit(steps=4000, learning_rate=2e-3)
 VAE_BATCH = 32
 KL_WEIGHT = 1e-3
-TRANSFORMER = Fit(steps=7500, learning_rate=2e-3, muon=0.03)
+TRANSFORMER = Fit(steps=24_000, learning_rate=2e-3, muon=0.03)
 BATCH = 64
-CORRUPTED = 0.35
+CORRUPTED = 0.18
 
 
 def train_vae(data: CaptionedScenes, work: Path, device: str) -> AutoencoderKL:
@@ -71,7 +72,7 @@ def encode_latents(vae: AutoencoderKL, data: CaptionedScenes, device: str) -> Te
 def train_transformer(
     data: CaptionedScenes, latents: Tensor, work: Path, settings: Fit, device: str
 ) -> ShapesTextToImage:
-    """Flow matching with logit-normal noise levels; a part of the captions is wrong, and a tenth is empty."""
+    """Flow matching with logit-normal noise levels; some captions are wrong, some words hidden, a tenth empty."""
     torch.manual_seed(1)
     model = ShapesTextToImage().to(device)
     rng = np.random.default_rng(2)
@@ -86,7 +87,8 @@ def train_transformer(
         eps = torch.randn(x0.shape, generator=generator)
         sigma = torch.sigmoid(0.2 + 1.2 * torch.randn(BATCH, generator=generator))
         drop = torch.rand(BATCH, 1, generator=generator) < 0.1
-        clip, t5 = torch.where(drop, empty_clip, clip_ids[index]), torch.where(drop, empty_t5, t5_ids[index])
+        clip, t5 = model.hide(clip_ids[index], t5_ids[index], hidden_words(BATCH, T5_LENGTH, generator))
+        clip, t5 = torch.where(drop, empty_clip, clip), torch.where(drop, empty_t5, t5)
         x = x0 + sigma.view(-1, 1, 1, 1) * (eps - x0)
         with torch.autocast(device, torch.bfloat16):
             velocity = model(x.to(device), sigma.to(device), clip.to(device), t5.to(device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 WIDTH = 128
@@ -18,6 +19,12 @@ def word_tokenizer(words: Sequence[str], length: int) -> T5Tokenizer:
     pieces = [(f"▁{word}", -1.0) for word in words if len(word) > 1] + [("▁a", -1.0)]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     return T5Tokenizer(vocab=special + pieces + letters, extra_ids=0, model_max_length=length)
+
+
+def hide_words(ids: Tensor, hidden: Tensor, tokenizer: T5Tokenizer) -> Tensor:
+    """Replace the words of ids (N, length) that a mask (N, length) bool hides by the unknown token."""
+    words = (ids != tokenizer.pad_token_id) & (ids != tokenizer.eos_token_id)
+    return ids.masked_fill(hidden & words, tokenizer.unk_token_id)
 
 
 def build_t5(vocabulary_size: int) -> T5EncoderModel:

@@ -29,10 +29,19 @@ from genalign.runtime.files import load_state, save_state, without_prefix, write
 from genalign.worlds.tones import prompts
 from genalign.worlds.tones.instruments import LENGTH
 from genalign.worlds.tones.verifier import verify
-from scripts.pretrain.captions import require_metadata
+from scripts.pretrain.captions import hidden_words, require_metadata
+from scripts.pretrain.t5 import hide_words
 from scripts.pretrain.tones_clap import assemble_clap, build_clap, log_mel, matrices
 from scripts.pretrain.tones_dataset import CaptionedClips, captioned_clips, corrupted
-from scripts.pretrain.tones_models import HOP, TonesTextToAudio, assemble, build_vae, scale_latents, tokenizer
+from scripts.pretrain.tones_models import (
+    HOP,
+    T5_LENGTH,
+    TonesTextToAudio,
+    assemble,
+    build_vae,
+    scale_latents,
+    tokenizer,
+)
 from scripts.pretrain.training_loop import Fit, OutOfTimeError, contrastive, fit
 
 AUTOENCODER = Fit(steps=8000, learning_rate=1e-3)
@@ -40,9 +49,9 @@ AUTOENCODER_CLIPS, CROPS, CROP = 12_000, 16, 12 * HOP  # a step hears 16 crops o
 WINDOWS = (64, 256, 1024)  # samples, of the spectral loss
 AUDIBLE = 1e-3  # amplitude below which the spectral loss does not listen: -60 dB
 KL_WEIGHT = 3e-3
-DENOISER = Fit(steps=10_000, learning_rate=2e-3, muon=0.03, cycles=2)
+DENOISER = Fit(steps=20_000, learning_rate=2e-3, muon=0.03, cycles=2)
 DENOISER_CLIPS, BATCH = 24_000, 64
-CORRUPTED = (0.2, 0.35)  # of the captions, by cycle: it learns to play, and then to misread
+CORRUPTED = (0.1, 0.2)  # of the captions, by cycle: it learns to play, and then to misread
 CLAP = Fit(steps=1500, learning_rate=1e-3, muon=0.02)
 CLAP_CLIPS, CLAP_BATCH = 20_000, 128
 STEPS, PER_TASK = 50, 96  # of the measurement
@@ -131,7 +140,7 @@ def encode_latents(vae: AutoencoderOobleck, data: CaptionedClips, file: Path, de
 
 
 def train_denoiser(latents: Tensor, data: CaptionedClips, work: Path, settings: Fit, device: str) -> TonesTextToAudio:
-    """v-prediction at logit-normal t; a part of the captions is wrong, and a tenth is withheld."""
+    """v-prediction at logit-normal t; some captions are wrong, some words hidden, a tenth is withheld."""
     torch.manual_seed(1)
     model = TonesTextToAudio().to(device)
     tokens = [model.tokens(captions(data, share)) for share in CORRUPTED]
@@ -140,13 +149,14 @@ def train_denoiser(latents: Tensor, data: CaptionedClips, work: Path, settings: 
         ids, mask = tokens[step // settings.length]
         generator = torch.Generator().manual_seed(step)
         index = torch.randint(len(latents), (BATCH,), generator=generator)
+        words = hide_words(ids[index], hidden_words(BATCH, T5_LENGTH, generator), model.tokenizer)
         x0 = latents[index]
         eps = torch.randn(x0.shape, generator=generator)
         time = torch.sigmoid(1.3 * torch.randn(BATCH, generator=generator))
         angle = (torch.pi / 2 * time).view(-1, 1, 1)
         keep = torch.rand(BATCH, generator=generator) >= 0.1
         z, target = angle.cos() * x0 + angle.sin() * eps, angle.cos() * eps - angle.sin() * x0
-        inputs = (tensor.to(device) for tensor in (z, time, ids[index], mask[index], keep))
+        inputs = (tensor.to(device) for tensor in (z, time, words, mask[index], keep))
         with torch.autocast(device, torch.bfloat16):
             velocity = model(*inputs)
         return (velocity.float() - target.to(device)).square().mean()
