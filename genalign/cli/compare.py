@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -51,8 +51,10 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
     if not arguments:
         raise ValueError("give the comparison's file: genalign compare scripts/configs/compare/shapes_methods.yaml")
     settings, plain = parsing.parse(config.Compare, arguments, "compare", first="config")
-    output, jobs = Path(settings.output), settings.jobs()
-    settings.require_equal_budgets({name: _run_settings(settings, name, own) for name, own in plain["runs"].items()})
+    output, jobs, runs = Path(settings.output), settings.jobs(), own_settings(plain)
+    settings.require_equal_budgets(
+        {name: run_settings(settings.base.absolute, name, own) for name, own in runs.items()}
+    )
 
     # Train
     for number, (name, seed) in enumerate(jobs, start=1):
@@ -60,15 +62,13 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
         print(f"run {number}/{len(jobs)}: {name}, seed {seed}, {run}", flush=True)
         if (run / "gain.json").exists():
             continue
-        write_json(own, plain["runs"][name])
+        write_json(own, runs[name])
         training = ["--config", settings.base.absolute, "--config", str(own), "--output", str(run)]
         if status := train_command(context, [*training, "--training.seed", str(seed), "--resume"]):
             raise SystemExit(status)
 
     # Compare
-    recipes = {
-        name: {seed: output / name / f"seed-{seed}" for other, seed in jobs if other == name} for name in settings.runs
-    }
+    recipes = {name: {seed: output / name / f"seed-{seed}" for other, seed in jobs if other == name} for name in runs}
     summaries = summarize_recipes(recipes, diversity_of)
     equal = _standings(recipes, next(iter(summaries[0].scores))) if settings.budgets == "equal" else []
     write_recipe_summaries(output / "comparison.json", summaries)
@@ -81,13 +81,47 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _run_settings(settings: config.Compare, name: str, own: Mapping[str, Any]) -> config.Train:
-    """Parse the settings of a run before any is trained. Raises ConfigurationError that names the run."""
-    try:
-        arguments = ["--config", settings.base.absolute, "--config", json.dumps(own), "--output", name]
-        return cast(config.Train, parsing.parse(config.Train, arguments, "train")[0])
-    except parsing.ConfigurationError as error:
-        raise parsing.ConfigurationError(*(f"run {name}: {problem}" for problem in error.problems)) from error
+def own_settings(plain: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the settings of each run that replace those of the base, with those of each variant, by name.
+
+    Args:
+        plain: The settings of a comparison as plain JSON.
+    """
+    if not plain["variants"]:
+        return dict(plain["runs"])
+    return {
+        f"{run}-{name}": _replaced(own, variant)
+        for run, own in plain["runs"].items()
+        for name, variant in plain["variants"].items()
+    }
+
+
+def _replaced(settings: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace settings by others, section by section."""
+    merged = dict(settings)
+    for name, value in by.items():
+        inner = merged.get(name)
+        both = isinstance(value, Mapping) and isinstance(inner, Mapping) and "class_path" not in value
+        merged[name] = _replaced(inner, value) if both else value
+    return merged
+
+
+def run_settings(base: str, name: str, own: Mapping[str, Any]) -> config.Train:
+    """Parse the settings of a run before any is trained. Raises ConfigurationError that names the run.
+
+    Args:
+        base: The path of the base configuration.
+        name: The name of the run.
+        own: Its settings that replace those of the base.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "settings.json"
+        write_json(file, own)
+        try:
+            arguments = ["--config", base, "--config", str(file), "--output", name]
+            return cast(config.Train, parsing.parse(config.Train, arguments, "train")[0])
+        except parsing.ConfigurationError as error:
+            raise parsing.ConfigurationError(*(f"run {name}: {problem}" for problem in error.problems)) from error
 
 
 def _standings(recipes: Mapping[str, Mapping[int, Path]], main: str) -> list[Standings]:

@@ -634,6 +634,7 @@ class Compare:
         once: Names of runs that are trained with the first seed only.
         budgets: "equal" refuses runs with different training.rounds, training.max_nfe or max_seconds; "own" trains
             them, without standings at equal cost.
+        variants: Settings by name that replace those of every run: each run is trained with each of them, as RUN-NAME.
     """
 
     output: str
@@ -642,11 +643,12 @@ class Compare:
     seeds: list[int]
     once: list[str] = field(default_factory=list)
     budgets: Literal["equal", "own"] = "equal"
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.runs or not self.seeds:
             raise ValueError("a comparison needs at least one entry in runs and one in seeds")
-        if wrong := [name for name in self.runs if not re.fullmatch(r"[\w+-][\w .+-]*", name)]:
+        if wrong := [name for name in (*self.runs, *self.variants) if not re.fullmatch(r"[\w+-][\w .+-]*", name)]:
             raise ValueError(f"runs has a name that is no folder's: {wrong[0]!r}; use letters, digits, _, -, + and .")
         if unknown := set(self.once) - set(self.runs):
             raise ValueError(f"once names {', '.join(sorted(unknown))}, which runs does not have")
@@ -671,11 +673,13 @@ class Compare:
 
     def jobs(self) -> list[tuple[str, int]]:
         """List every (run, seed), seed by seed, so that an unfinished comparison has as many seeds of each run."""
+        names = {run: [f"{run}-{name}" for name in self.variants] or [run] for run in self.runs}
         return [
             (name, seed)
             for place, seed in enumerate(self.seeds)
-            for name in self.runs
-            if place == 0 or name not in self.once
+            for run in self.runs
+            if place == 0 or run not in self.once
+            for name in names[run]
         ]
 
 

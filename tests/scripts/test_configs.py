@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genalign import assets
 from genalign.algorithms.losses import kl_penalty
+from genalign.cli.compare import own_settings, run_settings
 from genalign.cli.config import Compare, Steer, Train, TrainNoiseAware
 from genalign.cli.parsing import ConfigurationError, parse
 from genalign.diffusion.paths import FlowPath
@@ -27,7 +28,10 @@ DEMOS = sorted((folder_of("genalign") / "assets").glob("demo*.yaml"))
 PUBLISHED = [path for path in sorted((CONFIGS / "train").glob("*.yaml")) if not path.stem.startswith("shapes_")]
 PRESETS = [assets.preset(name) for name in assets.presets()]
 EMBEDDED = [*DEMOS, CONFIGS / "train" / "shapes_flow_grpo_partial.yaml", *sorted(CONFIGS.glob("compare/base_*.yaml"))]
-COMPARISONS = [path for path in sorted(CONFIGS.glob("compare/*.yaml")) if not path.stem.startswith("base_")]
+TUNING = CONFIGS / "compare" / "shapes_tuning.yaml"  # of the runs of another comparison
+COMPARISONS = [
+    path for path in sorted(CONFIGS.glob("compare/*.yaml")) if not path.stem.startswith("base_") and path != TUNING
+]
 SEARCHES = {"steer": Steer, "noise_aware": TrainNoiseAware}
 
 
@@ -114,7 +118,48 @@ def test_every_run_of_a_comparison_parses(
     own = tmp_path / "own.json"
     own.write_text(json.dumps(plain["runs"][name]))
     settings, _ = parse(Train, ["--config", str(path.parent / comparison.base), "--config", str(own)], "train")
-    assert settings.training.max_nfe and settings.training.max_nfe <= 150_000
+    limits = settings.training.max_nfe, settings.max_seconds
+    assert any(limits) and (limits[0] or 0) <= 150_000 and (limits[1] or 0) <= 900
+    grid = Grid(
+        torch.arange(len(sigmas := settings.sampling.sigmas)),
+        1 - (sigma := torch.tensor([*sigmas, 0.0]).double()),
+        sigma,
+    )
+    if path.stem.startswith("shapes"):
+        settings.recipe.steps(FlowPath(), grid, 0, settings.training.seed)  # refuses too few steps for the recipe
+
+
+STAGES = ("shapes_all_methods", "shapes_finalists", "shapes_finalists_20_steps")
+
+
+def _comparison(name: str, *more: str) -> tuple[Compare, dict[str, Train]]:
+    comparison, plain = parse(Compare, [str(CONFIGS / "compare" / f"{name}.yaml"), *more], "compare", first="config")
+    runs = own_settings(plain).items()
+    return comparison, {run: run_settings(comparison.base.absolute, run, own) for run, own in runs}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_methods_have_equal_budgets_and_their_own_seeds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    comparison, runs = _comparison(name)
+    comparison.require_equal_budgets(runs)
+    assert 100 not in comparison.seeds and comparison.budgets == "equal" and not comparison.once
+    for settings in runs.values():
+        assert settings.max_seconds and settings.held_out.every_seconds == 60
+        assert settings.sampling.guidance == 1 and settings.training.learning_rate_schedule == "constant"
+
+
+def test_every_arm_is_tuned_by_the_same_settings_beforehand() -> None:
+    stage = [str(CONFIGS / "compare" / "shapes_all_methods.yaml")]
+    arms = own_settings(parse(Compare, stage, "compare", first="config")[1])
+    tuning, plain = parse(Compare, [*stage, "--config", str(TUNING)], "compare", first="config")
+    runs, settings = own_settings(plain), list(plain["variants"].values())
+    assert tuning.seeds == [100] and tuning.output != "runs/compare-all-methods" and len(runs) == 3 * len(arms)
+    rates = [variant["training"] for variant in settings]
+    assert settings == [{"max_seconds": 240, "training": {"learning_rate": rate["learning_rate"]}} for rate in rates]
+    base = yaml.safe_load((CONFIGS / "compare" / tuning.base).read_text())
+    for own in arms.values():
+        assert {**base["training"], **own.get("training", {})}["learning_rate"] in [r["learning_rate"] for r in rates]
 
 
 @pytest.mark.parametrize(

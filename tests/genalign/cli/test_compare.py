@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from genalign.cli import compare as compare_module
-from genalign.cli.config import Compare
+from genalign.cli.compare import own_settings, run_settings
+from genalign.cli.config import Compare, Train
 from genalign.cli.main import main
 from genalign.cli.parsing import parse
 from genalign.evaluation.compare_runs import summarize_recipes
@@ -128,13 +128,42 @@ def test_every_run_is_checked_before_the_first_is_trained(
     assert "run flow: " in message and "learning_rat" in message and not (tmp_path / "compared").exists()
 
 
+def _parsed(*arguments: str) -> tuple[Compare, dict[str, Train]]:
+    settings, plain = parse(Compare, arguments, "compare")
+    runs = own_settings(plain).items()
+    return settings, {name: run_settings(settings.base.absolute, name, own) for name, own in runs}
+
+
 def test_runs_of_their_own_budgets_have_no_standings(source: Path) -> None:
     text = source.read_text().replace("{training: {learning_rate: 1.0e-3}}", "{training: {max_nfe: 80}}")
     source.write_text(f"{text}budgets: own\n")
-    settings, plain = parse(Compare, ["--config", str(source)], "compare")
-    runs = {name: compare_module._run_settings(settings, name, own) for name, own in plain["runs"].items()}
+    settings, runs = _parsed("--config", str(source))
     settings.require_equal_budgets(runs)
     assert {name: run.training.max_nfe for name, run in runs.items()} == {"flow": 80, "dense": 60}
+
+
+def test_every_run_is_trained_with_every_variant(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "tuning.yaml").write_text(
+        """
+output: tuned
+seeds: [100]
+variants:
+  low: {max_seconds: 9, training: {learning_rate: 1.0e-4}}
+  high: {training: {learning_rate: 1.0e-2}, recipe: {class_path: genalign.nft}}
+"""
+    )
+    settings, runs = _parsed("--config", str(source), "--config", str(tmp_path / "tuning.yaml"))
+    assert settings.jobs() == [(f"{run}-{name}", 100) for run in ("flow", "dense") for name in ("low", "high")]
+    assert settings.output == "tuned"
+    assert {name: run.training.learning_rate for name, run in runs.items()} == {
+        **dict.fromkeys(("flow-low", "dense-low"), 1e-4),
+        **dict.fromkeys(("flow-high", "dense-high"), 1e-2),
+    }
+    assert runs["dense-low"].recipe.completion and not runs["dense-high"].recipe.completion
+    with pytest.raises(
+        ValueError, match=r"of max_seconds, flow-low, dense-low have 9.*flow-high, dense-high have None"
+    ):
+        settings.require_equal_budgets(runs)
 
 
 OUTSIDE = [({name: {}}, [], "runs has a name that is no folder's") for name in ("../x", "/x", "..", "a/b", "")]
