@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from genalign.types import Precision, Prompt
-from rewards.backbones.clip_encoder import load_clip
+from rewards.backbones.clip_encoder import ClipEncoder, load_clip
 from rewards.backbones.weight_files import AffineHead, read_tensors
 
 
@@ -35,8 +35,27 @@ class AestheticReward:
 
         Raises ValueError for a head that cannot be folded, or of another width than the embedding.
         """
-        embedding: Tensor = load_clip(self.model, self.processor, self.dtype).to(samples.device)(samples)
-        return _head(self.weights)(F.normalize(embedding, dim=-1))
+        scores: Tensor = self.network().to(samples.device)(samples, prompts)
+        return scores
+
+    def network(self) -> nn.Module:
+        """Return the network that scores samples, for a student of this reward."""
+        return _Scorer(load_clip(self.model, self.processor, self.dtype), _head(self.weights))
+
+
+class _Scorer(nn.Module):
+    """The head on the unit image embedding."""
+
+    def __init__(self, encoder: ClipEncoder, head: AffineHead) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    @property
+    def sample_tower(self) -> tuple[nn.Module, ...]:
+        return self.encoder.sample_tower
+
+    def forward(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return self.head(F.normalize(self.encoder(samples), dim=-1))
 
 
 @functools.cache

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from genalign.types import Precision, Prompt
 from rewards.backbones.clap_encoder import load_clap
-from rewards.backbones.encoders import cosine
+from rewards.backbones.encoders import CosineScorer
 
 
 @dataclass(frozen=True)
@@ -28,5 +28,9 @@ class ClapReward:
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score waveforms (B, C, L) in [-1, 1] as (B,), differentiable in them; NaN where one has NaN."""
-        encoder = load_clap(self.model, self.dtype).to(samples.device)
-        return cosine(encoder(samples, self.sample_rate), encoder.text([prompt.text for prompt in prompts]))
+        scores: Tensor = self.network().to(samples.device)(samples, prompts)
+        return scores
+
+    def network(self) -> nn.Module:
+        """Return the network that scores samples, for a student of this reward."""
+        return CosineScorer(load_clap(self.model, self.dtype), self.sample_rate)

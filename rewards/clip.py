@@ -7,24 +7,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genalign.types import Precision, Prompt
 from rewards.backbones.clip_encoder import ClipEncoder, load_clip
-from rewards.backbones.encoders import cosine
+from rewards.backbones.encoders import CosineScorer
 
 
 class CosineReward(ABC):
     """The cosine of image and text by one encoder of both: ``ClipReward``, ``PickScoreReward``, ``HPSReward``."""
 
     @abstractmethod
-    def encoder(self, device: torch.device) -> ClipEncoder:
-        """Load the encoder, or return the one already loaded, on ``device``."""
+    def encoder(self, device: torch.device | None) -> ClipEncoder:
+        """Load the encoder, or return the one already loaded, on ``device``, or where it is for None."""
 
     def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable in the images; NaN where an image has NaN."""
-        encoder = self.encoder(samples.device)
-        return cosine(encoder(samples), encoder.text([prompt.text for prompt in prompts]))
+        scores: Tensor = self._scorer(self.encoder(samples.device))(samples, prompts)
+        return scores
+
+    def network(self) -> nn.Module:
+        """Return the network that scores samples, for a student of this reward."""
+        return self._scorer(self.encoder(None))
+
+    def _scorer(self, encoder: ClipEncoder) -> CosineScorer:
+        return CosineScorer(encoder)
 
 
 @dataclass(frozen=True)
@@ -40,5 +47,5 @@ class ClipReward(CosineReward):
     processor: str | None = None
     dtype: Precision = "float32"
 
-    def encoder(self, device: torch.device) -> ClipEncoder:
+    def encoder(self, device: torch.device | None) -> ClipEncoder:
         return load_clip(self.model, self.processor, self.dtype).to(device)

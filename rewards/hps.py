@@ -29,7 +29,7 @@ class HPSReward(CosineReward):
     architecture: str = "ViT-H-14"
     dtype: Precision = "float32"
 
-    def encoder(self, device: torch.device) -> ClipEncoder:
+    def encoder(self, device: torch.device | None) -> ClipEncoder:
         return _opened(self.weights, self.architecture, self.dtype).to(device)
 
 

@@ -54,9 +54,12 @@ class ImageReward:
 
         Raises ValueError for another checkpoint than ImageReward's.
         """
-        scorer = _opened(self.weights, self.tokenizer, self.dtype).to(samples.device)
-        scores: Tensor = scorer(samples, [prompt.text for prompt in prompts])
+        scores: Tensor = self.network().to(samples.device)(samples, prompts)
         return scores
+
+    def network(self) -> nn.Module:
+        """Return the network that scores samples, for a student of this reward."""
+        return _opened(self.weights, self.tokenizer, self.dtype)
 
 
 class _Scorer(nn.Module):
@@ -71,12 +74,18 @@ class _Scorer(nn.Module):
         side = int(self.vision.config.image_size)
         self._prepare = ImagePreprocessor((side, side), *_NORMALISATION)
 
-    def forward(self, images: Tensor, texts: list[str]) -> Tensor:
-        if len(images) != len(texts):
-            raise ValueError(f"there must be one prompt per image, not {len(texts)} for {len(images)} images")
+    @property
+    def sample_tower(self) -> tuple[nn.Module, ...]:
+        return (self.vision,)
+
+    def forward(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        if len(images) != len(prompts):
+            raise ValueError(f"there must be one prompt per image, not {len(prompts)} for {len(images)} images")
         vision = self.vision(self._prepare(images).to(self._dtype)).last_hidden_state
         padding = {"padding": "max_length", "truncation": True, "max_length": _LENGTH}
-        tokens = self._tokenizer(texts, return_tensors="pt", **padding).to(images.device, non_blocking=True)
+        tokens = self._tokenizer([prompt.text for prompt in prompts], return_tensors="pt", **padding).to(
+            images.device, non_blocking=True
+        )
         text = self.text(tokens.input_ids, tokens.attention_mask, encoder_hidden_states=vision).last_hidden_state
         return (self._head(text[:, 0]) - _MEAN) / _STD
 

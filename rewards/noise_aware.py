@@ -1,170 +1,187 @@
-"""Noise-aware rewards: small networks that score previews at any noise level, and their files."""
+"""Students of rewards: networks that predict from previews the reward of the clean sample, and their files."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from genalign.runtime.files import load_state, save_state
-from genalign.search.noise_aware import LevelQuality, NoiseAware
-from genalign.types import Prompt
-from rewards.backbones.clap_encoder import ClapEncoder, load_clap
-from rewards.backbones.clip_encoder import load_clip
-from rewards.backbones.encoders import DualEncoder
+from genalign.runtime.files import load_state, save_state, with_prefix, without_prefix
+from genalign.search.noise_aware import (
+    LevelQuality,
+    NetworkReward,
+    NoiseAware,
+    RewardIdentity,
+    ScorerLevel,
+)
+from genalign.types import Prompt, RewardFunction
+from rewards.backbones.clap_encoder import ClapEncoder
 
-_LEVEL_WIDTH = 32
 _MIDDLE_DB = 50.0  # a spectrogram's values are around -50
 
 
-class TowerScorer(nn.Module, ABC):
-    """A regressor on [u, t, u t, |u - t|] of a sample's embedding u and its prompt's embedding t, and the noise level.
+class SelfDistilled(nn.Module):
+    """A reward's own network with LoRA on the part that reads samples, to be trained on decoded previews of samples.
 
-    The tower that embeds samples is a copy of the encoder's and is trained along. ``start`` is the file of a scorer of
-    this kind to initialize from, such as the reward to distill.
+    Untrained, it is the reward. The frozen weights are the reward's own, not copied, and the reward stays as it is:
+    LoRA is added to the matrices of linear and attention layers as they are used.
+
+    Args:
+        reward: A reward by one network with a ``sample_tower``, such as ``rewards.pickscore.PickScoreReward``.
+        lora_rank: Rank of the LoRA matrices.
+        alpha: LoRA is scaled by ``alpha / lora_rank``.
     """
 
-    input_kind: Literal["latents", "samples"] = "samples"
+    input_kind: ClassVar[Literal["latents", "samples"]] = "samples"
 
-    def __init__(self, hidden: int, start: str | None, arguments: dict[str, Any]) -> None:
+    def __init__(self, reward: RewardFunction, lora_rank: int = 16, alpha: float = 16.0) -> None:
         super().__init__()
-        self.arguments = {**arguments, "hidden": hidden}
-        with torch.random.fork_rng(devices=[]):  # the first opening of an encoder draws random numbers, later ones none
-            self.shared()
-        # A trainable copy in float32, in evaluation mode: no dropout, and CLAP's batch statistics stay as they are.
-        self.tower = copy.deepcopy(self.shared()).float().requires_grad_(True).eval()
-        width = self.shared().text(["a"]).shape[1]
-        self.read = nn.Sequential(nn.Linear(4 * width + _LEVEL_WIDTH, hidden), nn.GELU(), nn.Linear(hidden, 1))
-        if start is not None:
-            self.load_state_dict(load_scorer(start).student.state_dict())
+        self.arguments: dict[str, object] = {"lora_rank": lora_rank, "alpha": alpha}
+        network = reward.network() if isinstance(reward, NetworkReward) else None
+        if network is None or not hasattr(network, "sample_tower"):
+            raise ValueError(
+                f"{type(reward).__name__} has no network that could be trained into a student: give a reward by one"
+                " network, such as rewards.clip.ClipReward, or one of your own with a method network"
+            )
+        # A network of its own with the same weights, so that LoRA in one never shows in the other
+        self.network = copy.deepcopy(network, {id(weight): weight for weight in network.parameters()})
+        self.scale, matrices = alpha / lora_rank, _matrices(self.network)
+        self.names = tuple(matrices)
+        self.down = nn.ParameterList(torch.randn(lora_rank, w.shape[1]) / w.shape[1] ** 0.5 for w in matrices.values())
+        self.up = nn.ParameterList(torch.zeros(w.shape[0], lora_rank) for w in matrices.values())
 
-    @abstractmethod
-    def shared(self) -> DualEncoder:
-        """Return the pretrained encoder that embeds the prompts; the tower is a copy of it."""
-
-    def embed(self, samples: Tensor) -> Tensor:
-        """Embed samples (B, ...) with the tower, as (B, d)."""
-        embeddings: Tensor = self.tower(samples)
-        return embeddings
-
-    def forward(self, previews: Tensor, sigma: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Score samples (B, ...) at noise levels (B,), as (B,)."""
-        u = F.normalize(self.embed(previews), dim=-1)
-        t = self.shared().text([prompt.text for prompt in prompts]).to(u)
-        scores: Tensor = self.read(torch.cat([u, t, u * t, (u - t).abs(), level_features(sigma)], dim=1)).squeeze(-1)
+    def forward(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Score samples (B, ...) or their previews as (B,), in the units of the reward."""
+        own = dict(self.network.named_parameters())
+        weights = {
+            name: own[name] + (self.scale * (up @ down)).to(own[name].dtype)
+            for name, down, up in zip(self.names, self.down, self.up, strict=True)
+        }
+        scores: Tensor = functional_call(self.network, weights, (samples, prompts))
         return scores
 
 
-class ClipScorer(TowerScorer):
-    """A scorer of images (B, 3, H, W) in [0, 1], with the CLIP ``model`` of ``load_clip``."""
-
-    def __init__(self, model: str, hidden: int = 256, start: str | None = None) -> None:
-        self._model = model
-        super().__init__(hidden, start, {"model": model})
-
-    def shared(self) -> DualEncoder:
-        return load_clip(self._model)
-
-
-class ClapScorer(TowerScorer):
-    """A scorer of waveforms (B, C, L) in [-1, 1] at ``sample_rate`` Hz, with the CLAP ``model`` of ``load_clap``."""
-
-    def __init__(self, model: str, sample_rate: int, hidden: int = 256, start: str | None = None) -> None:
-        self._model, self.sample_rate = model, sample_rate
-        super().__init__(hidden, start, {"model": model, "sample_rate": sample_rate})
-
-    def shared(self) -> DualEncoder:
-        return load_clap(self._model)
-
-    def embed(self, samples: Tensor) -> Tensor:
-        embeddings: Tensor = self.tower(samples, self.sample_rate)
-        return embeddings
+def _matrices(network: nn.Module) -> dict[str, Tensor]:
+    """Return the matrices, by name, of the linear and attention layers of a network's ``sample_tower``."""
+    layers = (nn.Linear, nn.MultiheadAttention)
+    inside = {
+        id(weight)
+        for part in network.sample_tower
+        for layer in part.modules()
+        if isinstance(layer, layers)
+        for weight in layer.parameters(recurse=False)
+        if weight.ndim == 2
+    }
+    matrices = {name: weight for name, weight in network.named_parameters() if id(weight) in inside}
+    if not matrices:
+        raise ValueError(
+            f"the sample tower of {type(network).__name__} has no linear layer that LoRA could be added to"
+        )
+    return matrices
 
 
-class LatentScorer(ClipScorer):
-    """A scorer of image latents, which it decodes with a small decoder of its own, similar to TAESD.
+class LatentDistilled(SelfDistilled, ABC):
+    """A student that reads latents, which it decodes with a small decoder of its own: the pipeline's is not called.
 
-    The pipeline's decoder is not called. The decoded images have ``scale`` times the latents' size. ``start`` is the
-    file of a ``ClipScorer``.
+    The decoder first learns what the pipeline's makes of previews; then it is trained along with the LoRA.
     """
 
     input_kind = "latents"
+    decoder: nn.Module
+
+    def __init__(self, reward: RewardFunction, channels: int, lora_rank: int, alpha: float) -> None:
+        super().__init__(reward, lora_rank, alpha)
+        self.channels = channels
+        self.arguments |= {"channels": channels}
+
+    @abstractmethod
+    def decoder_target(self, samples: Tensor) -> Tensor:
+        """Return what its decoder should output for previews that the pipeline decodes to ``samples``."""
+
+    def forward(self, previews: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Score latents (B, channels, ...) as (B,), in the units of the reward. Raises ValueError for other latents."""
+        if previews.shape[1] != self.channels:
+            raise ValueError(
+                f"this scorer reads latents (B, {self.channels}, ...), not {tuple(previews.shape)}: use one that was"
+                " trained for this pipeline, or one of decoded previews"
+            )
+        return super().forward(self.decoder(previews), prompts)
+
+
+class LatentImageDistilled(LatentDistilled):
+    """A student of image latents, with a decoder similar to TAESD to images of ``scale`` times the latents' size."""
 
     def __init__(
         self,
-        model: str,
+        reward: RewardFunction,
         channels: int,
         scale: int,
         width: int = 64,
         depth: int = 3,
-        hidden: int = 256,
-        start: str | None = None,
+        lora_rank: int = 16,
+        alpha: float = 16.0,
     ) -> None:
-        super().__init__(model, hidden, start)
-        self.arguments |= {"channels": channels, "scale": scale, "width": width, "depth": depth}
-        widths = [channels] + depth * [width]
+        super().__init__(reward, channels, lora_rank, alpha)
+        self.arguments |= {"scale": scale, "width": width, "depth": depth}
         last = nn.Conv2d(width, 3 * scale**2, 3, padding=1)
-        self.decoder = nn.Sequential(*_convolutions(nn.Conv2d, widths), last, nn.PixelShuffle(scale), nn.Sigmoid())
+        layers = _convolutions(nn.Conv2d, [channels] + depth * [width])
+        self.decoder = nn.Sequential(*layers, last, nn.PixelShuffle(scale), nn.Sigmoid())
 
     def decoder_target(self, samples: Tensor) -> Tensor:
         """Return the target of the decoder for decoded ``samples``: the images themselves."""
         return samples
 
-    def embed(self, samples: Tensor) -> Tensor:
-        return super().embed(self.decoder(samples))
 
+class LatentClapDistilled(LatentDistilled):
+    """A student of audio latents (B, channels, n), for a reward on CLAP: its decoder makes CLAP's spectrogram.
 
-class ClapLatentScorer(ClapScorer):
-    """A scorer of audio latents (B, channels, n), which it decodes to CLAP's spectrogram with its own small decoder.
-
-    Neither the pipeline's decoder nor a waveform is computed. The clips must be as long as CLAP's window, and ``start``
-    is the file of a ``ClapScorer``.
+    Neither the pipeline's decoder nor a waveform is computed. The clips, at ``sample_rate`` Hz, must be as long as
+    CLAP's window.
     """
-
-    input_kind = "latents"
 
     def __init__(
         self,
-        model: str,
-        sample_rate: int,
+        reward: RewardFunction,
         channels: int,
+        sample_rate: int,
         width: int = 128,
         depth: int = 3,
-        hidden: int = 256,
-        start: str | None = None,
+        lora_rank: int = 16,
+        alpha: float = 16.0,
     ) -> None:
-        super().__init__(model, sample_rate, hidden, start)
-        self.arguments |= {"channels": channels, "width": width, "depth": depth}
-        clap = load_clap(model)
+        super().__init__(reward, channels, lora_rank, alpha)
+        self.sample_rate = sample_rate
+        self.arguments |= {"sample_rate": sample_rate, "width": width, "depth": depth}
+        clap = self._clap
         self.decoder = SpectraDecoder(channels, width, depth, clap.length // clap.hop + 1, clap.filters.shape[1])
+
+    @property
+    def _clap(self) -> ClapEncoder:
+        encoder = getattr(self.network, "encoder", None)
+        if not isinstance(encoder, ClapEncoder):
+            raise ValueError("this student is of a reward on CLAP, such as rewards.clap.ClapReward: give one")
+        return encoder
 
     def decoder_target(self, samples: Tensor) -> Tensor:
         """Return the target of the decoder: the clips' spectrograms. Raises ValueError for clips of another length."""
-        clap = self.encoder
+        clap = self._clap
         seconds, window = samples.shape[-1] / self.sample_rate, clap.length / clap.rate
         if abs(seconds - window) > clap.hop / clap.rate:
             raise ValueError(
-                f"a ClapLatentScorer takes clips of {window:g} s, and the model generates {seconds:g} s: use a"
-                " ClapScorer, which takes decoded previews of any length"
+                f"a LatentClapDistilled takes clips of {window:g} s, and the model generates {seconds:g} s: use"
+                " SelfDistilled, which takes decoded previews of any length"
             )
-        return self.encoder.spectra(samples, self.sample_rate)
-
-    def embed(self, samples: Tensor) -> Tensor:
-        return self.encoder.embed_spectra(self.decoder(samples))[0]
-
-    @property
-    def encoder(self) -> ClapEncoder:
-        """The tower of samples, which is trained."""
-        return cast(ClapEncoder, self.tower)
+        return clap.spectra(samples, self.sample_rate)
 
 
 class SpectraDecoder(nn.Module):
@@ -189,51 +206,41 @@ def _convolutions(kind: type[nn.Module], widths: Sequence[int]) -> list[nn.Modul
     return [layer for pair in itertools.pairwise(widths) for layer in (kind(*pair, 3, padding=1), nn.SiLU())]
 
 
-def level_features(sigma: Tensor) -> Tensor:
-    """Compute sines and cosines (B, 32) of noise levels (B,), at frequencies from 1 to 64 per unit."""
-    rates = torch.exp(torch.linspace(0, math.log(64), _LEVEL_WIDTH // 2, device=sigma.device))
-    angles = 2 * math.pi * sigma.float()[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+_STUDENTS = {kind.__name__: kind for kind in (SelfDistilled, LatentImageDistilled, LatentClapDistilled)}
 
 
-def save_scorer(path: Path, scorer: NoiseAware) -> None:
-    """Write a scorer whose student is a class of this module to a safetensors file."""
-    student = scorer.student
+def save_scorer(path: Path, scorer: NoiseAware, student: nn.Module) -> None:
+    """Write a scorer to a safetensors file: the trained weights of each level, and which reward they are for.
+
+    Raises ValueError for a student of another class than this module's.
+    """
+    if type(student).__name__ not in _STUDENTS:
+        raise ValueError(f"{type(student).__name__} is not a class of rewards.noise_aware: save its weights yourself")
+    tensors: dict[str, Tensor] = {}
+    for place, level in enumerate(scorer.levels):
+        tensors |= with_prefix(f"{place}.", dict(level.weights))
     meta = {
         "student": type(student).__name__,
         "arguments": student.arguments,
-        "qualities": [asdict(quality) for quality in scorer.qualities],
-        "mean": scorer.mean,
-        "std": scorer.std,
+        "qualities": [asdict(level.quality) for level in scorer.levels],
+        "reward": asdict(scorer.reward),
     }
-    save_state(path, student.state_dict(), meta)
+    save_state(path, tensors, meta)
 
 
 def load_scorer(path: str | Path, least_tau: float = 0.1) -> NoiseAware:
-    """Read a file of ``save_scorer``. Raises ValueError for another file."""
+    """Read a file of ``save_scorer``. Raises ValueError for another file.
+
+    The reward's own weights are not in it: they are those of the reward that a search selects by. It must be the one
+    that the scorer was trained for.
+    """
     tensors, meta = load_state(Path(path))
-    kinds = {kind.__name__: kind for kind in (ClipScorer, ClapScorer, LatentScorer, ClapLatentScorer)}
-    if meta.get("student") not in kinds:
+    if meta.get("student") not in _STUDENTS:
         raise ValueError(f"{path} is not a noise-aware reward: train one with genalign train-noise-aware")
-    student = kinds[meta["student"]](**meta["arguments"])
-    student.load_state_dict(tensors)
-    qualities = tuple(LevelQuality(**quality) for quality in meta["qualities"])
-    return NoiseAware(student.eval(), qualities, meta["mean"], meta["std"], least_tau)
-
-
-class ScorerReward:
-    """A noise-aware scorer as a reward of clean samples, at the lowest noise level that it was validated at."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.scorer = load_scorer(path)
-        if self.scorer.student.input_kind != "samples":
-            raise ValueError(
-                f"{path} scores latents, but rewards take samples: use a scorer that was trained on samples"
-            )
-        self.level = min(quality.sigma for quality in self.scorer.qualities)
-
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Score samples as (B,), differentiably; NaN where a sample has NaN."""
-        level = torch.full((len(samples),), self.level, device=samples.device)
-        scores: Tensor = self.scorer.student.to(samples.device)(samples, level, prompts)
-        return self.scorer.mean + self.scorer.std * scores
+    kind = _STUDENTS[meta["student"]]
+    levels = tuple(
+        ScorerLevel(LevelQuality(**quality), without_prefix(f"{place}.", tensors))
+        for place, quality in enumerate(meta["qualities"])
+    )
+    make_student = functools.partial(kind, **meta["arguments"])
+    return NoiseAware(make_student, kind.input_kind, levels, RewardIdentity(**meta["reward"]), least_tau)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from genalign.types import Prompt
+from rewards.backbones.clip_encoder import ClipEncoder
+from rewards.backbones.encoders import CosineScorer
 from rewards.clip import ClipReward
 
 
@@ -25,6 +23,5 @@ class PickScoreReward(ClipReward):
     model: str = "yuvalkirstain/PickScore_v1"
     processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
-    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Score images (B, 3, H, W) in [0, 1] as (B,), differentiable in the images; NaN where an image has NaN."""
-        return self.encoder(samples.device).logit_scale * super().__call__(samples, prompts)
+    def _scorer(self, encoder: ClipEncoder) -> CosineScorer:
+        return CosineScorer(encoder, scale=encoder.logit_scale)

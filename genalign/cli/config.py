@@ -571,15 +571,15 @@ class Steer:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainNoiseAware(Generation):
-    """Training of a network that predicts rewards of the clean sample from noisy previews of it.
+    """Training of a reward's own network to predict the reward of the clean sample from noisy previews of it.
 
     Args:
         output: Folder of the recordings and the trained network.
         model: The generator whose trajectories are recorded.
         prompts: Prompts of the recorded trajectories.
         held_out: Prompts of the trajectories for validation.
-        student: The network that is trained, as in rewards.noise_aware.ClipScorer.
-        rewards: Rewards by name; their weighted sum is predicted.
+        student: The network that is made of the reward and trained, as in rewards.noise_aware.SelfDistilled.
+        rewards: The reward, one by its name.
         steps: Network evaluations at which a trajectory is recorded.
         count: Number of trajectories of each prompt.
         limit: Number of prompts.
@@ -589,7 +589,7 @@ class TrainNoiseAware(Generation):
     """
 
     held_out: str
-    student: Callable[[], nn.Module]
+    student: Callable[[AnyCallable], nn.Module]
     steps: tuple[int, ...] = (2, 4, 6, 8, 10, 13, 16)
     count: int = 8
     limit: int = 512
@@ -599,6 +599,10 @@ class TrainNoiseAware(Generation):
 
     def __post_init__(self) -> None:
         _require_rewards(self.rewards)
+        if len(self.rewards) > 1:
+            raise ValueError(
+                f"a student predicts one reward, not {', '.join(self.rewards)}: give one, and train a student of each"
+            )
         require_positive(self, "count", "limit", "batch_size")
 
 

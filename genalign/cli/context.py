@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from genalign.cli import config
 from genalign.diffusion.sampling import Sampling
@@ -94,7 +95,7 @@ class CommandContext:
     outline: Callable[[config.Model], Outline]
     require: Callable[[config.Model], None]
     scorers: Callable[[str], Mapping[str, Scorer]]
-    save_scorer: Callable[[Path, NoiseAware], None]
+    save_scorer: Callable[[Path, NoiseAware, nn.Module], None]
     geneval: Callable[[], Judge]
 
     def scorers_for(self, source: str, others: Mapping[str, Scorer]) -> Mapping[str, Scorer]:

@@ -26,7 +26,7 @@ EXAMPLES = {
     "kernel": "FlowSDE",
     "reward": "rewards.clip.ClipReward",
     "strategy": "BestOfN",
-    "student": "rewards.noise_aware.ClipScorer",
+    "student": "rewards.noise_aware.SelfDistilled",
     "run": "runs/mine",
 }
 """Values of required settings."""

@@ -19,6 +19,8 @@ from genalign import assets
 from genalign.cli.commands import split_command
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from genalign.cli import config
     from genalign.cli.context import Checkpoint, CommandContext
     from genalign.evaluation.geneval.judge import Judge
@@ -95,11 +97,11 @@ def world_scorers(world: str) -> Mapping[str, Scorer]:
     return {score: partial(judge if score == "strict" else scores, verify, score) for score in SCORES}
 
 
-def save_scorer(path: Path, reward: NoiseAware) -> None:
-    """Write a noise-aware reward to a file."""
+def save_scorer(path: Path, scorer: NoiseAware, student: nn.Module) -> None:
+    """Write a noise-aware reward, and which student it was trained as, to a file."""
     from rewards.noise_aware import save_scorer as save
 
-    save(path, reward)
+    save(path, scorer, student)
 
 
 def geneval_judge() -> Judge:

@@ -25,6 +25,8 @@ from genalign.search.noise_aware import (
     HasDecoder,
     NoiseAware,
     PreviewDataset,
+    RewardIdentity,
+    ScorerLevel,
     distill,
     record_previews,
     train_decoder,
@@ -122,28 +124,40 @@ def prices_command(context: CommandContext, arguments: Sequence[str]) -> int:
 def train_noise_aware_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign train-noise-aware``: record previews, train a student on them, validate and save it.
 
-    The datasets of previews stay in the output folder, so that another student can be trained on them.
+    The datasets of previews stay in the output folder, so that another student of the reward can be trained on them.
     """
     settings, plain = parsing.parse(config.TrainNoiseAware, arguments, "train-noise-aware")
     folder, pipeline = Path(settings.output), load_with_lora(context, settings.model, None)
-    write_json(folder / "config.json", plain)
+    (reward,) = named_rewards(settings.rewards)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(settings.seed, "student"))
-        student = settings.student().to(settings.model.device)
+        student = settings.student(reward.function).to(settings.model.device).eval()
+    write_json(folder / "config.json", plain)
     sources = [prompt_set(source) for source in (settings.prompts, settings.held_out)]
     pipeline.encode_ahead([prompt.text for source in sources for prompt in source.prompts])
-    train = _preview_dataset(settings, pipeline, settings.prompts, folder / "train.safetensors")
-    held_out = _preview_dataset(settings, pipeline, settings.held_out, folder / "held_out.safetensors")
+    identity = RewardIdentity.of(reward.function)
+    train, held_out = (
+        _preview_dataset(settings, pipeline, source, folder / f"{part}-{identity.digest}.safetensors")
+        for part, source in (("train", settings.prompts), ("held_out", settings.held_out))
+    )
     if isinstance(student, HasDecoder):
         for loss in train_decoder(student, train, pipeline.decode, settings.distillation):
             print(f"decoder: loss {loss:.5f}", flush=True)
-    for levels, loss in distill(student, train, pipeline.decode, settings.distillation):
-        print(f"{levels}/{len(train.sigmas)} levels: loss {loss:.4f}", flush=True)
-    qualities = validate(student.eval(), held_out, pipeline.decode, settings.batch_size)
-    for level in qualities:
-        print(f"level {level.sigma:.3f}: tau {level.tau:.3f}, top quarter {level.top:.3f}, gap {level.gap:.4f}")
-    mean, std = float(train.clean.mean()), float(train.clean.std())
-    context.save_scorer(folder / "scorer.safetensors", NoiseAware(student, tuple(qualities), mean, std))
+
+    # Each level from the cleanest: how well the reward itself ranks there, the training, and how well the student does
+    places = reversed(range(len(train.sigmas)))
+    raw = {place: validate(student, held_out, place, pipeline.decode, settings.batch_size) for place in places}
+    levels = []
+    for place, trained in zip(raw, distill(student, train, pipeline.decode, settings.distillation), strict=True):
+        quality = validate(student, held_out, place, pipeline.decode, settings.batch_size)
+        levels.append(ScorerLevel(quality, trained.weights))
+        print(
+            f"level {quality.sigma:.3f}: loss {trained.loss:.4f}, tau {quality.tau:.3f} (untrained"
+            f" {raw[place].tau:.3f}), top quarter {quality.top:.3f}, gap {quality.gap:.4f}",
+            flush=True,
+        )
+    scorer = NoiseAware(settings.student, student.input_kind, tuple(levels), identity)
+    context.save_scorer(folder / "scorer.safetensors", scorer, student)
     print(f"scorer: {folder / 'scorer.safetensors'}")
     return 0
 

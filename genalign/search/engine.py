@@ -152,6 +152,11 @@ class SearchRun:
         """The number of sampling steps."""
         return len(self.grid)
 
+    @property
+    def given_rewards(self) -> tuple[NamedReward, ...]:
+        """The rewards as the run was given them, whose calls are not counted."""
+        return self._unmetered[1]
+
     def afresh(self) -> SearchRun:
         """Return a run of the same prompts and settings with a ledger and a lineage of its own."""
         pipeline, rewards = self._unmetered

@@ -30,7 +30,7 @@ from genalign.search.guidance import Guide, guided_log_ratio
 from genalign.search.ranking import largest_per_prompt
 from genalign.search.resampling import RESAMPLERS, ResamplerName, effective_size, normalized_weights
 from genalign.search.stepwise import Selection, Stepwise, StepwiseCall
-from genalign.search.strategy import PreviewScorer, largest_size, score_previews
+from genalign.search.strategy import PreviewScorer, largest_size, score_previews, standalone
 from genalign.types import Grid
 
 logger = logging.getLogger(__name__)
@@ -159,13 +159,14 @@ class FKSteering:
         return finished, state
 
     def stepwise(self) -> Stepwise:
-        """Describe the strategy to ``pipelines.steer``. Raises ValueError for a scorer or a guide of its own."""
-        if self.scorer is not None or self.guide is not None:
+        """Describe the strategy to ``pipelines.steer``. Raises ValueError for a guide, or a scorer that needs a run."""
+        if self.guide is not None:
             raise ValueError(
-                "a pipeline of your own is steered by the rewards of decoded previews: leave out scorer and guide, or"
-                " use them on a genalign pipeline, with genalign.search.search"
+                "a guide moves the particles of a genalign pipeline, by genalign.search.search: leave it out for a"
+                " pipeline of your own"
             )
-        return Stepwise(self.particles, self.kernel, self.scoring_steps, lambda call: FKSelection(self, call))
+        scorer = standalone(self.scorer)
+        return Stepwise(self.particles, self.kernel, self.scoring_steps, lambda call: FKSelection(self, call), scorer)
 
     @torch.no_grad()
     def _advance(

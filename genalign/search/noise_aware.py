@@ -1,34 +1,51 @@
 """Noise-aware rewards (TTSnap, arXiv 2511.22242): scorers of previews that predict the reward of the clean sample.
 
-A dataset holds the previews of complete trajectories with the rewards of their final samples. A student learns to
-predict the rewards from the previews, level by level. The resulting scorer refuses levels at which it ranks badly.
+A dataset holds the previews of complete trajectories with the rewards of their final samples. A student starts as the
+reward itself and learns these rewards from the previews: first at the cleanest level, from there at the next one, up to
+the noisiest. The weights at the end of each level are kept. The resulting scorer takes those of the level that it
+scores at, and refuses levels at which it ranks badly.
 
-A student is an ``nn.Module`` whose trainable parameters require a gradient. It is called with previews (B, ...), noise
-levels (B,) and prompts, and returns the expected rewards (B,) of the clean samples. Its attribute ``input_kind`` is
-"latents" or "samples", for previews as latents or decoded.
+A student is an ``nn.Module`` whose trainable parameters require a gradient. It is called with previews (B, ...) and
+prompts, and returns the expected rewards (B,) of the clean samples. Its attribute ``input_kind`` is "latents" or
+"samples", for previews as latents or decoded.
 
 M trajectories, S levels. A level is a grid's ``noise_share``: sigma on a flow's path, and in [0, 1] on all paths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import scipy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from genalign.diffusion.noise import derived_seed
 from genalign.runtime.files import load_state, save_state
+from genalign.scoring.score import NamedReward
 from genalign.search.engine import Particles, ScoredParticles, SearchRun
-from genalign.types import Prompt
+from genalign.search.strategy import Previews, previews_of
+from genalign.types import AnyCallable, Prompt, RewardFunction
 
 Decode = Callable[[Tensor], Tensor]
 """A pipeline's ``decode``, from latents (B, ...) to samples."""
+
+_DIGEST_VALUES = 256  # of a tensor, at equal distances, that identify it
+
+
+@runtime_checkable
+class NetworkReward(Protocol):
+    """A reward by one network, which can be trained into a student of itself."""
+
+    def network(self) -> nn.Module:
+        """Return the network, called with samples and prompts; it is opened once and shared by all that ask for it."""
 
 
 @runtime_checkable
@@ -39,6 +56,35 @@ class HasDecoder(Protocol):
 
     def decoder_target(self, samples: Tensor) -> Tensor:
         """Return what its decoder should output for previews that the pipeline decodes to ``samples``."""
+
+
+@dataclass(frozen=True)
+class RewardIdentity:
+    """The reward that a student was trained for: its import path, and a digest of its weights or its settings."""
+
+    path: str
+    digest: str
+
+    @classmethod
+    def of(cls, reward: AnyCallable) -> RewardIdentity:
+        """Identify a reward, whichever name it has in a run; its weights count as rounded to bfloat16."""
+        kind = reward if inspect.isroutine(reward) else type(reward)
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        digest = hashlib.blake2b(path.encode(), digest_size=8)
+        if isinstance(reward, NetworkReward):
+            for name, weight in reward.network().named_parameters():
+                values = weight.detach().flatten()[:: max(1, weight.numel() // _DIGEST_VALUES)]
+                digest.update(f"{name} {tuple(weight.shape)}".encode())
+                digest.update(values.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        elif is_dataclass(reward):
+            digest.update(repr(reward).encode())
+        return cls(path, digest.hexdigest())
+
+    def beside(self, other: RewardIdentity) -> str:
+        """Describe the reward in a sentence that has named ``other``."""
+        if self.path != other.path:
+            return self.path
+        return f"{self.path} with other weights or settings (fingerprint {self.digest}, not {other.digest})"
 
 
 @dataclass(frozen=True)
@@ -113,29 +159,29 @@ def record_previews(run: SearchRun, count: int, steps: Sequence[int]) -> Preview
 class Distillation:
     """Settings of a student's training.
 
-    The student trains for ``epochs`` on the cleanest level, then as long on the two cleanest in equal parts, and so on,
-    so that one network learns all levels. The loss is the mean squared error to the clean reward in units of its
-    standard deviation, plus ``rank`` times the cross entropy of which of two samples of a prompt is better, at
-    temperature ``tau``. A student with a decoder first trains it for ``decoder_epochs`` on one preview of every
-    trajectory.
+    The student trains for ``epochs`` on the previews of the cleanest level, then of the next one, and so on, from the
+    weights of the level before and with a new optimizer. The loss is the mean squared error to the clean reward in
+    units of its standard deviation, plus ``rank`` times the cross entropy of which of two samples of a prompt is
+    better, at temperature ``tau``. A student with a decoder first trains it for ``decoder_epochs`` on one preview of
+    every trajectory.
 
     Args:
-        epochs: Passes over the dataset for each noise level that is added.
+        epochs: Passes over the dataset at each noise level.
         batch_size: Previews in one optimizer step.
-        learning_rate: Learning rate of AdamW.
+        learning_rate: Learning rate of AdamW at the start of each level; it falls linearly to half.
         weight_decay: Weight decay of AdamW.
-        rank: Weight of the pairwise ranking loss beside the squared error.
+        rank: Weight of the pairwise ranking loss beside the squared error; 0 leaves it out, as TTSnap's code does.
         tau: Temperature of the ranking loss.
         decoder_epochs: Passes over the dataset for the student's own decoder.
         decoder_learning_rate: Learning rate of the student's own decoder.
         seed: Seed of the order of the previews.
     """
 
-    epochs: int = 2
+    epochs: int = 1
     batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
-    rank: float = 0.5
+    rank: float = 0.0
     tau: float = 0.5
     decoder_epochs: int = 20
     decoder_learning_rate: float = 2e-3
@@ -173,10 +219,22 @@ def train_decoder(
         yield sum(losses) / len(losses)
 
 
+@dataclass(frozen=True)
+class TrainedLevel:
+    """A student's trainable weights, by name, after its training at the noise level ``sigma``, and the mean loss there.
+
+    The loss is that of the last epoch.
+    """
+
+    sigma: float
+    weights: Mapping[str, Tensor]
+    loss: float
+
+
 def distill(
     student: nn.Module, dataset: PreviewDataset, decode: Decode, settings: Distillation
-) -> Iterator[tuple[int, float]]:
-    """Train a student, and yield the number of levels in use and the mean loss after every epoch.
+) -> Iterator[TrainedLevel]:
+    """Train a student from the cleanest level to the noisiest, and yield its weights after each.
 
     Args:
         student: The network to train.
@@ -185,34 +243,37 @@ def distill(
         settings: Epochs, losses, batch size and seed.
     """
     clean, prompt = dataset.clean, dataset.prompt
-    target = (clean - clean.mean()) / clean.std().clamp(min=1e-6)
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    for levels in range(1, len(dataset.sigmas) + 1):
-        optimizer = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
+    spread = clean.std().clamp(min=1e-6)
+    trainable = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
+    batches = settings.epochs * -(-len(dataset) // settings.batch_size)
+    for level in reversed(range(len(dataset.sigmas))):
+        optimizer = torch.optim.AdamW(trainable.values(), settings.learning_rate, weight_decay=settings.weight_decay)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, batches)
         for epoch in range(settings.epochs):
-            generator = torch.Generator().manual_seed(derived_seed(settings.seed, levels, epoch))
+            generator = torch.Generator().manual_seed(derived_seed(settings.seed, level, epoch))
             # batches with all trajectories of a prompt side by side, prompts in random order
             order = torch.randperm(len(dataset.prompts), generator=generator)
             shuffled = torch.argsort(torch.argsort(order)[prompt], stable=True)
             losses = []
             for rows in torch.split(shuffled, settings.batch_size):
-                level = len(dataset.sigmas) - 1 - torch.randint(levels, (len(rows),), generator=generator)
-                loss = _loss(_predict(student, dataset, rows, level, decode), target[rows], prompt[rows], settings)
+                prediction = _predict(student, dataset, rows, level, decode)
+                loss = _loss(prediction / spread, clean[rows] / spread, prompt[rows], settings)
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
-                nn.utils.clip_grad_norm_(parameters, 1.0)
+                nn.utils.clip_grad_norm_(trainable.values(), 1.0)
                 optimizer.step()
+                schedule.step()
                 losses.append(float(loss.detach()))
-            yield levels, sum(losses) / len(losses)
+        weights = {name: weight.detach().cpu().clone() for name, weight in trainable.items()}
+        yield TrainedLevel(float(dataset.sigmas[level]), weights, sum(losses) / len(losses))
 
 
-def _predict(student: nn.Module, dataset: PreviewDataset, rows: Tensor, level: Tensor, decode: Decode) -> Tensor:
+def _predict(student: nn.Module, dataset: PreviewDataset, rows: Tensor, level: int, decode: Decode) -> Tensor:
     previews = dataset.previews[rows, level].float()
     with torch.no_grad():
         inputs = decode(previews) if student.input_kind == "samples" else previews
     prompts = [dataset.prompts[p] for p in dataset.prompt[rows].tolist()]
-    device = next(student.parameters()).device
-    scores: Tensor = student(inputs.to(device), dataset.sigmas[level].to(device), prompts)
+    scores: Tensor = student(inputs.to(next(student.parameters()).device), prompts)
     return scores.cpu()
 
 
@@ -243,24 +304,22 @@ class LevelQuality:
 
 
 @torch.no_grad()
-def validate(student: nn.Module, dataset: PreviewDataset, decode: Decode, batch_size: int = 64) -> list[LevelQuality]:
-    """Measure how well a student ranks at every level of a dataset.
+def validate(student: nn.Module, dataset: PreviewDataset, level: int, decode: Decode, batch: int = 64) -> LevelQuality:
+    """Measure how well a student ranks at one level of a dataset.
 
     Args:
-        student: The network to validate.
+        student: The network to validate, with its weights of this level.
         dataset: Held-out previews and their clean rewards.
+        level: The place of the level in the dataset.
         decode: The pipeline's decoder, for a student of samples.
-        batch_size: Number of previews in a call of the student.
+        batch: Number of previews in a call of the student.
 
     Raises:
         ValueError: No prompt has two samples of different reward.
     """
-    qualities = []
-    for place, sigma in enumerate(dataset.sigmas.tolist()):
-        batches = torch.split(torch.arange(len(dataset)), batch_size)
-        scores = [_predict(student, dataset, rows, torch.full_like(rows, place), decode) for rows in batches]
-        qualities.append(ranking_quality(torch.cat(scores), dataset.clean, dataset.prompt, sigma))
-    return qualities
+    batches = torch.split(torch.arange(len(dataset)), batch)
+    scores = torch.cat([_predict(student, dataset, rows, level, decode) for rows in batches])
+    return ranking_quality(scores, dataset.clean, dataset.prompt, float(dataset.sigmas[level]))
 
 
 def ranking_quality(prediction: Tensor, clean: Tensor, prompt: Tensor, sigma: float) -> LevelQuality:
@@ -291,49 +350,85 @@ def ranking_quality(prediction: Tensor, clean: Tensor, prompt: Tensor, sigma: fl
 
 
 @dataclass(frozen=True)
+class ScorerLevel:
+    """A noise level of a scorer: its validation, and the student's ``weights`` there by name."""
+
+    quality: LevelQuality
+    weights: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class NoiseAware:
     """A ``PreviewScorer`` by a trained student, whose calls are counted as "reward/noise-aware".
 
+    The student is made of the reward that the search selects by, at the first call; another one than the scorer was
+    trained for is refused.
+
     Attributes:
-        student: The network; it predicts standardized rewards.
-        qualities: Its validation at every level.
-        mean: Mean of the rewards that it was trained on.
-        std: Standard deviation of the rewards that it was trained on.
+        make_student: Makes the student of a reward, as it was before its training.
+        input_kind: What the student scores: latents, or decoded previews.
+        levels: What it learned at every level.
+        reward: The reward that it was trained for.
         least_tau: Levels at which Kendall's tau is below this are refused, as are those that were not validated.
     """
 
-    student: nn.Module
-    qualities: tuple[LevelQuality, ...]
-    mean: float = 0.0
-    std: float = 1.0
+    make_student: Callable[[RewardFunction], nn.Module]
+    input_kind: Literal["latents", "samples"]
+    levels: tuple[ScorerLevel, ...]
+    reward: RewardIdentity
     least_tau: float = 0.1
+    _students: list[nn.Module] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __call__(self, run: SearchRun, candidates: Particles) -> Tensor:
+        return self.score(previews_of(run, candidates))
 
     @torch.no_grad()
-    def __call__(self, run: SearchRun, candidates: Particles) -> Tensor:
-        sigma = float(run.grid.noise_share[candidates.steps_done - 1])
-        device = next(self.student.parameters()).device
-        self.check(sigma)
+    def score(self, previews: Previews) -> Tensor:
+        """Return the expected rewards (N, 1) of the clean samples. Raises ValueError for a level or a reward."""
+        weights = self.level(previews.noise_share).weights
 
-        def predict(previews: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-            scores: Tensor = self.student(previews, torch.full((len(previews),), sigma, device=device), prompts)
+        def predict(inputs: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+            student = self.student(previews.rewards).to(inputs.device)
+            own = {name: weight.to(inputs.device) for name, weight in weights.items()}
+            scores: Tensor = functional_call(student, own, (inputs, prompts))
             return scores
 
-        counted, scores = run.metered("noise-aware", predict), []
-        for part in candidates.split(run.batch_size):
-            inputs = run.pipeline.decode(part.preview) if self.student.input_kind == "samples" else part.preview
-            scores.append(self.mean + self.std * counted(inputs.to(device), run.prompts_of(part)).float().cpu())
+        counted, scores = previews.metered("noise-aware", predict), []
+        for part in previews.split():
+            inputs = part.decode(part.latents) if self.input_kind == "samples" else part.latents.to(part.device)
+            scores.append(counted(inputs, part.prompts).float().cpu())
         return torch.cat(scores)[:, None]
 
-    def check(self, sigma: float) -> None:
-        """Raise ValueError for a noise level at which the scorer was not validated or ranks too badly."""
-        nearest = min(self.qualities, key=lambda quality: abs(quality.sigma - sigma))
-        if abs(nearest.sigma - sigma) > 0.03:
-            levels = ", ".join(f"{quality.sigma:.2f}" for quality in self.qualities)
+    def student(self, rewards: Sequence[NamedReward]) -> nn.Module:
+        """Return the student of the one of ``rewards``. Raises ValueError if the scorer was trained for another."""
+        if not self._students:
+            if len(rewards) != 1:
+                names = ", ".join(reward.name for reward in rewards)
+                raise ValueError(
+                    f"a noise-aware scorer predicts one reward, and this search selects by {names}: search by one of"
+                    " them, or leave the scorer out"
+                )
+            identity = RewardIdentity.of(rewards[0].function)
+            if identity != self.reward:
+                raise ValueError(
+                    f"this search selects by {rewards[0].name!r}, {identity.path}, and the scorer was trained for"
+                    f" {self.reward.beside(identity)}: train one for it with genalign train-noise-aware"
+                )
+            self._students.append(self.make_student(rewards[0].function).eval())
+        return self._students[0]
+
+    def level(self, sigma: float) -> ScorerLevel:
+        """Return the level at ``sigma``. Raises ValueError for one that was not validated, or where it ranks badly."""
+        nearest = min(self.levels, key=lambda level: abs(level.quality.sigma - sigma))
+        quality = nearest.quality
+        if abs(quality.sigma - sigma) > 0.03:
+            levels = ", ".join(f"{level.quality.sigma:.2f}" for level in self.levels)
             raise ValueError(
                 f"this scorer was validated at noise levels {levels}, not at {sigma:.2f}: prune at one of these levels"
             )
-        if nearest.tau < self.least_tau:
+        if quality.tau < self.least_tau:
             raise ValueError(
-                f"at noise level {sigma:.2f} this scorer ranks with Kendall's tau {nearest.tau:.2f}, below"
+                f"at noise level {sigma:.2f} this scorer ranks with Kendall's tau {quality.tau:.2f}, below"
                 f" {self.least_tau:.2f}: prune later, or train it on more trajectories"
             )
+        return nearest

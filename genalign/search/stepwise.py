@@ -15,6 +15,7 @@ from torch import Tensor
 from genalign.diffusion.transitions import Kernel
 from genalign.scoring.score import combine
 from genalign.search.ranking import best_per_prompt
+from genalign.search.strategy import StandaloneScorer
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,14 @@ class Stepwise:
         scoring_steps: The steps, counted from 0, whose previews are scored for ``Selection.select``, given T; None for
             a strategy that scores finished samples alone. The last step is always scored, for ``Selection.choose``.
         selection: Makes the choices of one call.
+        scorer: Scores the previews in place of the rewards, such as a noise-aware reward.
     """
 
     particles: int | None = None
     kernel: Kernel | None = None
     scoring_steps: Callable[[int], Sequence[int]] | None = None
     selection: Callable[[StepwiseCall], Selection] = Selection
+    scorer: StandaloneScorer | None = None
 
 
 @runtime_checkable
@@ -79,4 +82,4 @@ class StepwiseStrategy(Protocol):
     """A strategy that can run in a pipeline of the user's own."""
 
     def stepwise(self) -> Stepwise:
-        """Describe the strategy. Raises ValueError for settings that need more than the scores of decoded previews."""
+        """Describe the strategy. Raises ValueError for settings that need more than the scores of previews."""

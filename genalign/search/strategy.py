@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -143,6 +144,70 @@ class PreviewScorer(Protocol):
 
     def __call__(self, run: SearchRun, candidates: Particles) -> Tensor:
         """Return scores (N, K) of the previews, NaN where one failed."""
+
+
+@dataclass(frozen=True)
+class Previews:
+    """N previews of one step, and the calls on them that are counted.
+
+    Attributes:
+        latents: Clean latents (N, ...) that the network predicts, as ``decode`` takes them.
+        prompts: The prompt of each.
+        noise_share: Noise level of the step, sigma / (alpha + sigma).
+        rewards: The rewards that the search selects by; calls of their functions are not counted.
+        decode: Decodes latents to samples.
+        metered: Wraps a scoring network, by name, so that its calls are counted.
+        batch_size: Largest number of previews in a call; None for all of them.
+        device: The device of the networks.
+    """
+
+    latents: Tensor
+    prompts: Sequence[Prompt]
+    noise_share: float
+    rewards: Sequence[NamedReward]
+    decode: Callable[[Tensor], Tensor]
+    metered: Callable[[str, RewardFunction], RewardFunction]
+    batch_size: int | None
+    device: torch.device
+
+    def split(self) -> Iterator[Previews]:
+        """Yield batches of at most ``batch_size`` previews."""
+        size = self.batch_size or len(self.latents)
+        for first in range(0, len(self.latents), size):
+            last = first + size
+            yield replace(self, latents=self.latents[first:last], prompts=self.prompts[first:last])
+
+
+@runtime_checkable
+class StandaloneScorer(Protocol):
+    """A scorer that needs nothing but previews, so that it also works in pipelines of the user's own."""
+
+    def score(self, previews: Previews) -> Tensor:
+        """Return scores (N, K) of the previews, NaN where one failed."""
+
+
+def standalone(scorer: PreviewScorer | None) -> StandaloneScorer | None:
+    """Return ``scorer`` for a pipeline of the user's own. Raises ValueError for one that needs more than previews."""
+    if scorer is not None and not isinstance(scorer, StandaloneScorer):
+        raise ValueError(
+            f"{type(scorer).__name__} scores the candidates of a search, and a pipeline of your own has previews alone:"
+            " give it a method score, as scorers of genalign.search.noise_aware have, or call genalign.search.search"
+        )
+    return scorer
+
+
+def previews_of(run: SearchRun, candidates: Particles) -> Previews:
+    """Return the previews of candidates of a run."""
+    return Previews(
+        latents=candidates.preview,
+        prompts=run.prompts_of(candidates),
+        noise_share=float(run.grid.noise_share[candidates.steps_done - 1]),
+        rewards=run.given_rewards,
+        decode=run.pipeline.decode,
+        metered=run.metered,
+        batch_size=run.batch_size,
+        device=next((weight.device for weight in run.pipeline.denoiser.parameters()), torch.device("cpu")),
+    )
 
 
 def score_previews(run: SearchRun, candidates: Particles, scorer: PreviewScorer | None) -> Tensor:

@@ -21,10 +21,11 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from genalign.scoring.budget import DECODE, NFE, Ledger, metered_rewards
+from genalign.scoring.budget import DECODE, NFE, Ledger, metered_reward, metered_rewards
 from genalign.scoring.score import NamedReward, named, score
 from genalign.search.lineage import Lineage
 from genalign.search.reward_failures import RewardFailures
+from genalign.search.strategy import Previews, StandaloneScorer
 from genalign.types import Prompt, RewardFunction
 from pipelines.ace_step import normalize_peak
 from pipelines.audio_ldm2 import decode_spectrogram
@@ -32,7 +33,7 @@ from pipelines.base import unscale
 from pipelines.flux2 import decode_tokens
 from pipelines.qwen_image21 import on_white
 from pipelines.steering.batches import denoiser_of
-from pipelines.steering.scheduler_hooks import replaced
+from pipelines.steering.scheduler_hooks import grid_of, replaced
 
 Rewards = RewardFunction | Mapping[str, RewardFunction] | Sequence[NamedReward]
 """One reward, or several by name."""
@@ -47,7 +48,8 @@ class PipelineScorer:
     def __init__(self, pipe: DiffusionPipeline, reward: Rewards, decode: Decode | None, batch_size: int | None) -> None:
         self.pipe, self.decode, self.batch_size = pipe, decode, batch_size
         self.ledger, self.lineage, self.failures = Ledger(), Lineage(), RewardFailures()
-        self.rewards = self.failures.watched(metered_rewards(named(reward), self.ledger))
+        self.given = tuple(named(reward))
+        self.rewards = self.failures.watched(metered_rewards(self.given, self.ledger))
         self._size: tuple[int, int] | None = None
 
     @property
@@ -97,8 +99,7 @@ class PipelineScorer:
         size = self.batch_size or len(latents)
         for first in range(0, len(latents), size):
             part = latents[first : first + size]
-            self.ledger.bill(DECODE, len(part))
-            decoded = self.decode(part) if self.decode else decode_latents(self.pipe, part, self._size)
+            decoded = self._decode(part)
             scores.append(score(self.rewards, decoded, prompts[first : first + len(part)]))
             samples.append(decoded.cpu())
         column = torch.cat(scores)
@@ -106,6 +107,34 @@ class PipelineScorer:
         whole = f"{len(latents)} samples of the call"
         self.failures.require_scores([self.rewards[i] for i in raised], column[:, raised], whole)
         return column, torch.cat(samples)
+
+    @torch.no_grad()
+    def score_previews(
+        self, scorer: StandaloneScorer | None, latents: Tensor, prompts: Sequence[Prompt], step: int
+    ) -> Tensor:
+        """Score the previews of a step of the scheduler as (N, K), by ``scorer`` or else by the decoded rewards.
+
+        Args:
+            scorer: A scorer of previews; None decodes them and takes the rewards.
+            latents: The clean latents (N, ...) that the network predicts there.
+            prompts: The prompt of each.
+            step: The step, counted from 0.
+
+        Raises:
+            ValueError: The scorer refuses the noise level, the reward or the latents, or the scheduler has levels that
+                cannot be derived.
+        """
+        if scorer is None:
+            return self.decode_and_score(latents, prompts)[0]
+        share = float(grid_of(self.pipe.scheduler).noise_share[step])
+        metered = functools.partial(metered_reward, ledger=self.ledger)
+        return scorer.score(
+            Previews(latents, prompts, share, self.given, self._decode, metered, self.batch_size, latents.device)
+        )
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        self.ledger.bill(DECODE, len(latents))
+        return self.decode(latents) if self.decode else decode_latents(self.pipe, latents, self._size)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from genalign.scoring.budget import DECODE, NFE, Ledger, reward_call
 from genalign.search.pruning import Prune
 from genalign.search.ranking import best_per_prompt
 from genalign.search.results import PlainSample, PromptResult, SearchResult
+from genalign.search.strategy import standalone
 from genalign.types import Prompt
 from pipelines.steering.batches import bounded_batches
 from pipelines.steering.latent_scores import Decode, PipelineScorer, Rewards
@@ -56,7 +57,8 @@ def prune(
         pipe: The pipeline; it is called once for the steps between two prunings, with one row for each candidate.
         prompt: The prompt of all candidates.
         reward: One reward, or several by name.
-        strategy: The pruning steps and fractions, with a number of candidates.
+        strategy: The pruning steps and fractions, with a number of candidates, and a scorer of previews if the rewards
+            of decoded ones shall not decide, such as a noise-aware reward.
         decode: From latents to samples, in place of ``pipelines.steering.latent_scores.decode_latents``.
         seed: Seed of the candidates' generators.
         batch_size: The largest number of samples in one call of a network, as in ``pipelines.steer``.
@@ -67,13 +69,14 @@ def prune(
         The survivors, best first. Their plain sample is the first candidate, which is finished apart if it is dropped.
 
     Raises:
-        ValueError: No number of candidates, a scorer other than the rewards, or a call that
-            ``run_part`` cannot divide into parts.
+        ValueError: No number of candidates, a scorer that needs more than previews or was trained for another reward,
+            or a call that ``run_part`` cannot divide into parts.
         RewardError: A reward raises on all samples, or scores none of the survivors.
     """
-    if strategy.candidates is None or strategy.scorer is not None:
-        raise ValueError("prune needs Prune(candidates=...), and scores decoded previews by the rewards alone")
+    if strategy.candidates is None:
+        raise ValueError("a pipeline of your own has no budget that could decide: give Prune(candidates=...)")
     scorer, text = PipelineScorer(pipe, reward, decode, batch_size), Prompt(prompt)
+    own = standalone(strategy.scorer)
     count, started, weights = strategy.candidates, time.perf_counter(), [reward.weight for reward in scorer.rewards]
     generators = [torch.Generator().manual_seed(derived_seed(seed, j)) for j in range(count)]
     nodes = list(scorer.lineage.add([0] * count, [None] * count, 0))
@@ -84,9 +87,9 @@ def prune(
             part = run_part(pipe, part, step + 1, **_repeated(call, text, generators))
 
             # The candidates with the best previews continue
-            scores, _ = scorer.decode_and_score(part.x0, [text] * len(nodes))
+            scores = scorer.score_previews(own, part.x0, [text] * len(nodes), step)
             scorer.lineage.record_scores(nodes, step + 1, scores.tolist())
-            rows = best_per_prompt(scores, torch.zeros(len(nodes), dtype=torch.long), alive, weights)
+            rows = best_per_prompt(scores, torch.zeros(len(nodes), dtype=torch.long), alive, None if own else weights)
             survivors = [nodes[i] for i in rows.tolist()]
             scorer.lineage.close([node for node in nodes if node not in survivors], step + 1)
             part, nodes, generators = part.rows(rows), survivors, [generators[i] for i in rows.tolist()]

@@ -57,8 +57,8 @@ def steer(
     """Steer every call of ``pipe`` within the context.
 
     A call samples ``num_images_per_prompt`` particles of each prompt. At the steps that the strategy names, their
-    previews are decoded and scored, and the strategy selects which continue. The sample that it chooses for a prompt
-    becomes the prompt's first.
+    previews are decoded and scored, or scored by the strategy's own scorer, such as a noise-aware reward; then the
+    strategy selects which continue. The sample that it chooses for a prompt becomes the prompt's first.
 
     Args:
         pipe: The pipeline; it and its scheduler are as before after the context.
@@ -210,7 +210,9 @@ class Steering(PipelineScorer):
         # A step at which the strategy selects: each place continues from the particle that it names
         if move.index not in self.scoring_steps:
             return x
-        sources = self.selection.select(move.index, self._score(move.x0, done)[0])
+        scores = self.score_previews(self.plan.scorer, move.x0, self._prompt_of_each, move.index)
+        self.lineage.record_scores(self.nodes, done, scores.tolist())
+        sources = self.selection.select(move.index, scores)
         if sources is None:
             return x
         if sources.shape != self.prompt.shape or not torch.equal(self.prompt[sources], self.prompt):
@@ -251,9 +253,13 @@ class Steering(PipelineScorer):
         self._initial = x[self._firsts.to(x.device, non_blocking=True)]
         self._in_place = torch.full((samples,), self.plan.kernel is None)  # moved by the scheduler, and never replaced
 
+    @property
+    def _prompt_of_each(self) -> list[Prompt]:
+        return [self.prompts[p] for p in self.prompt.tolist()]
+
     def _score(self, latents: Tensor, done: int) -> tuple[Tensor, Tensor]:
         """Return the scores (N, K) and the samples (N, ...) of latents after ``done`` steps."""
-        scores, samples = self.decode_and_score(latents, [self.prompts[p] for p in self.prompt.tolist()])
+        scores, samples = self.decode_and_score(latents, self._prompt_of_each)
         self.lineage.record_scores(self.nodes, done, scores.tolist())
         return scores, samples
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from genalign import assets
 from genalign.runtime.waveforms import as_heard, mel_decibels, warn_once
@@ -47,8 +47,10 @@ class ClapEncoder(DualEncoder):
     def forward(self, waveforms: Tensor, rate: int) -> Tensor:
         """Compute unit embeddings (B, d) of waveforms (B, C, L) at ``rate`` Hz; differentiable.
 
-        The embedding of a long clip is the mean over its windows.
+        The embedding of a long clip is the mean over its windows. Spectrograms as ``spectra`` makes them are taken too.
         """
+        if waveforms.ndim == 5:
+            return self.embed_spectra(waveforms)[0]
         return self.features(waveforms, rate).global_
 
     def features(self, waveforms: Tensor, rate: int) -> Features:
@@ -75,6 +77,10 @@ class ClapEncoder(DualEncoder):
         parts = (F.normalize(part, dim=-1) for part in projected)
         whole, frames = (part.view(*spectra.shape[:2], *part.shape[1:]) for part in parts)
         return F.normalize(whole.mean(1), dim=-1), frames
+
+    @property
+    def sample_tower(self) -> tuple[nn.Module, ...]:
+        return self.model.audio_model, self.model.audio_projection
 
     def _clips(self, waveforms: Tensor, rate: int) -> Tensor:
         clips = as_heard(waveforms, rate, self.rate, f"CLAP {self._name}")

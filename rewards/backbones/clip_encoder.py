@@ -6,7 +6,7 @@ open_clip and transformers are imported when a checkpoint is opened, not before.
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,7 @@ def resize(images: Tensor, size: tuple[int, int], interpolation: Interpolation =
     return F.interpolate(images, size=size, mode=interpolation, antialias=True).clamp(0, 1)
 
 
-class ClipEncoder(DualEncoder, ABC):
+class ClipEncoder(DualEncoder):
     """A frozen text and image encoder; ``forward`` is the image embedding."""
 
     def __init__(self, model: Any, prepare: ImagePreprocessor, dtype: Precision) -> None:
@@ -140,6 +140,10 @@ class OpenClipEncoder(ClipEncoder):
         blocks: nn.ModuleList = self._vision_transformer().transformer.resblocks
         return blocks
 
+    @property
+    def sample_tower(self) -> tuple[nn.Module, ...]:
+        return (self.model.visual,)
+
     def encode_texts(self, texts: list[str]) -> Tensor:
         tokens = self.tokenizer(texts).to(self.device, non_blocking=True)
         embedding: Tensor = self.model.encode_text(tokens)
@@ -187,6 +191,10 @@ class TransformersClipEncoder(ClipEncoder):
     def blocks(self) -> nn.ModuleList:
         blocks: nn.ModuleList = self.model.vision_model.encoder.layers
         return blocks
+
+    @property
+    def sample_tower(self) -> tuple[nn.Module, ...]:
+        return self.model.vision_model, self.model.visual_projection
 
 
 def load_clip(model: str, processor: str | None = None, dtype: Precision = "float32") -> ClipEncoder:

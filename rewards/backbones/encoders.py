@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genalign.types import Precision
+from genalign.types import Precision, Prompt
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def require_patches(encoder: object) -> PatchFeatures:
     return encoder
 
 
-class DualEncoder(nn.Module):
+class DualEncoder(nn.Module, ABC):
     """A frozen encoder of texts and of samples into one space: weights of ``dtype``, embeddings in float32.
 
     Texts are encoded by ``model`` and ``tokenizer`` of transformers, and cut to ``context`` tokens.
@@ -85,9 +86,34 @@ class DualEncoder(nn.Module):
         return torch.stack([self._texts[text] for text in texts]).to(self.device, non_blocking=True)
 
     @property
+    @abstractmethod
+    def sample_tower(self) -> tuple[nn.Module, ...]:
+        """The parts of the encoder that embed samples, not texts."""
+
+    @property
     def device(self) -> torch.device:
         """The device that holds the weights."""
         return next(self.parameters()).device
+
+
+class CosineScorer(nn.Module):
+    """The network of a cosine reward: ``scale`` times the cosine of a sample and its prompt by one encoder.
+
+    ``arguments`` follow the samples in the encoder's call, such as the sample rate of CLAP.
+    """
+
+    def __init__(self, encoder: DualEncoder, *arguments: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.encoder, self.arguments, self.scale = encoder, arguments, scale
+
+    @property
+    def sample_tower(self) -> tuple[nn.Module, ...]:
+        """The parts that read samples."""
+        return self.encoder.sample_tower
+
+    def forward(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        embedding = self.encoder(samples, *self.arguments)
+        return self.scale * cosine(embedding, self.encoder.text([prompt.text for prompt in prompts]))
 
 
 def read_config(model: str, kind: str) -> Any:

@@ -1,4 +1,4 @@
-"""Noise-aware scorers of audio with a trained copy of CLAP; tests/genalign/cli/test_steer.py trains image scorers."""
+"""Students of rewards: LoRA on the reward's own network; tests/genalign/cli/test_steer.py trains them by command."""
 
 from __future__ import annotations
 
@@ -6,62 +6,167 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from genalign.search.noise_aware import LevelQuality, NoiseAware
-from genalign.types import Prompt
+from genalign.search.noise_aware import (
+    Distillation,
+    LevelQuality,
+    NoiseAware,
+    PreviewDataset,
+    RewardIdentity,
+    ScorerLevel,
+    distill,
+)
+from genalign.types import Prompt, RewardFunction
+from rewards.aesthetic import AestheticReward
 from rewards.backbones.clap_encoder import load_clap
-from rewards.noise_aware import ClapLatentScorer, ClapScorer, ScorerReward, load_scorer, save_scorer
+from rewards.clap import ClapReward
+from rewards.clip import ClipReward
+from rewards.jpeg import JpegReward
+from rewards.noise_aware import LatentClapDistilled, SelfDistilled, load_scorer, save_scorer
+from rewards.pickscore import PickScoreReward
+from rewards.regressor import Regressor, RegressorReward
+from tests.rewards import tiny_detectors
 from tests.rewards.tiny_clap import RATE, write_clap
 
 PROMPTS = [Prompt("an A4 sine tone"), Prompt("a C5 organ tone")]
 
 
 @pytest.fixture(scope="module")
-def clap(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_clap(tmp_path_factory.mktemp("clap")))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("rewards")
 
 
-def _clips() -> torch.Tensor:
-    return torch.rand(2, 1, RATE, generator=torch.Generator().manual_seed(0)) - 0.5
-
-
-def test_training_changes_the_tower_but_no_batch_statistics(clap: str) -> None:
+@pytest.fixture(scope="module")
+def rewards(folder: Path) -> dict[str, tuple[RewardFunction, Tensor]]:
+    """Rewards on encoders of each kind, with samples for them."""
+    generator = torch.Generator().manual_seed(0)
+    images, clips = torch.rand(2, 3, 64, 64, generator=generator), torch.rand(2, 1, RATE, generator=generator) - 0.5
+    clap, clip = str(write_clap(folder / "clap")), tiny_detectors.clip(folder / "clip")
     torch.manual_seed(0)
-    student, level = ClapScorer(clap, RATE, hidden=8), torch.tensor([0.9, 0.1])
-    statistics = {name: tensor.clone() for name, tensor in student.named_buffers() if "running" in name}
-    student(_clips(), level, PROMPTS).sum().backward()
-    gradient = student.get_parameter("tower.model.audio_projection.linear1.weight").grad
-    assert gradient is not None and bool(gradient.any())
-    assert statistics and all(torch.equal(student.get_buffer(name), tensor) for name, tensor in statistics.items())
-    assert all(parameter.grad is None for parameter in load_clap(clap).parameters())
-    scores = student(_clips(), level, PROMPTS)
-    assert scores.shape == (2,) and not torch.equal(scores, student(_clips(), level.flip(0), PROMPTS))
+    Regressor("shapes-clip", hidden=8).save(folder / "images.safetensors")
+    Regressor(clap, hidden=8, sample_rate=RATE).save(folder / "clips.safetensors")
+    torch.save({"weight": torch.randn(1, 128), "bias": torch.zeros(1)}, folder / "head.pth")
+    return {
+        "open_clip": (ClipReward("shapes-clip"), images),
+        "transformers": (PickScoreReward(clip, None), images),
+        "aesthetic": (AestheticReward(str(folder / "head.pth"), "shapes-clip"), images),
+        "clap": (ClapReward(clap, RATE), clips),
+        "regressor": (RegressorReward(folder / "images.safetensors"), images),
+        "regressor of sound": (RegressorReward(folder / "clips.safetensors"), clips),
+    }
 
 
-def test_a_scorer_survives_a_round_trip(clap: str, tmp_path: Path) -> None:
-    student, path = ClapScorer(clap, RATE, hidden=8).eval(), tmp_path / "scorer.safetensors"
-    save_scorer(path, NoiseAware(student, (LevelQuality(0.2, 0.5, 0.5, 0.0),), 3.0, 2.0))
-    again = load_scorer(path)
-    assert isinstance(again.student, ClapScorer) and again.qualities == (LevelQuality(0.2, 0.5, 0.5, 0.0),)
-    expected = 3.0 + 2.0 * student(_clips(), torch.full((2,), 0.2), PROMPTS)
-    torch.testing.assert_close(ScorerReward(path)(_clips(), PROMPTS), expected)
-    started = ClapScorer(clap, RATE, hidden=8, start=str(path))
-    assert torch.equal(started.read[0].weight, student.read[0].weight)  # of a Sequential
+@pytest.mark.parametrize("name", ["open_clip", "transformers", "aesthetic", "clap", "regressor", "regressor of sound"])
+def test_a_student_starts_as_its_reward_and_leaves_it_as_it_is(
+    name: str, rewards: dict[str, tuple[RewardFunction, Tensor]]
+) -> None:
+    reward, samples = rewards[name]
+    before = reward(samples, PROMPTS)
+    student = SelfDistilled(reward, lora_rank=2)
+    assert torch.equal(student(samples, PROMPTS), before)
+    trainable = [weight for weight in student.parameters() if weight.requires_grad]
+    assert len(trainable) == 2 * len(student.names)  # of the LoRA alone
+    optimizer = torch.optim.SGD(trainable, lr=10.0)
+    for _ in range(2):  # the first step moves only one of two factors
+        optimizer.zero_grad()
+        student(samples, PROMPTS).sum().backward()
+        optimizer.step()
+    assert all(weight.grad is not None and bool(weight.grad.any()) for weight in student.up)
+    assert bool((student(samples, PROMPTS) > before).all())
+    assert torch.equal(reward(samples, PROMPTS), before)
+    own = {weight.data_ptr() for weight in student.network.parameters()}
+    assert all(weight.data_ptr() in own for weight in reward.network().parameters())  # held once
 
 
-def test_a_latent_scorer_uses_its_own_decoder(clap: str, tmp_path: Path) -> None:
+def test_attention_of_open_clip_is_adapted_too() -> None:
+    names = SelfDistilled(ClipReward("shapes-clip"), lora_rank=2).names
+    assert {name.split(".resblocks.0.")[1] for name in names if ".resblocks.0." in name} == {
+        "attn.in_proj_weight",
+        "attn.out_proj.weight",
+        "mlp.c_fc.weight",
+        "mlp.c_proj.weight",
+    }
+    assert all("visual" in name for name in names)
+
+
+def test_a_student_learns_the_clean_reward_of_noisy_samples() -> None:
+    """The reward's own scores of clean images, from the same images under noise: the error falls below the reward's."""
+    import numpy as np
+
+    from genalign.worlds.shapes import prompts, render_metadata
+
+    rng, reward = np.random.default_rng(0), ClipReward("shapes-clip")
+    texts = prompts("iid").prompts[:200:25]
+    metadata = [prompt.metadata for prompt in texts for _ in range(6)]
+    images = render_metadata(metadata, rng)
+    row = torch.arange(len(texts)).repeat_interleave(6)
+    clean = reward(images, [texts[p] for p in row.tolist()]).detach()
+    noisy = images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    dataset = PreviewDataset(noisy[:, None].half(), torch.tensor([0.5]), row, clean, texts)
     torch.manual_seed(0)
-    of_clips, path = ClapScorer(clap, RATE, hidden=8), tmp_path / "scorer.safetensors"
-    save_scorer(path, NoiseAware(of_clips, (LevelQuality(0.2, 0.5, 0.5, 0.0),)))
-    student = ClapLatentScorer(clap, RATE, channels=3, width=4, depth=1, hidden=8, start=str(path))
-    assert torch.equal(student.read[0].weight, of_clips.read[0].weight)  # of a Sequential
-    save_scorer(path, NoiseAware(student, (LevelQuality(0.2, 0.5, 0.5, 0.0),)))
-    with pytest.raises(ValueError, match="scores latents, but rewards take samples"):
-        ScorerReward(path)
-    latents, level = torch.randn(2, 3, 20), torch.tensor([0.9, 0.1])
-    spectra = student.decoder_target(_clips())
+    student = SelfDistilled(reward, lora_rank=4)
+    settings = Distillation(epochs=8, batch_size=24, learning_rate=3e-3)
+    before = float((student(noisy, [texts[p] for p in row.tolist()]) - clean).square().mean())
+    (level,) = distill(student, dataset, nn.Identity(), settings)
+    after = float((student(noisy, [texts[p] for p in row.tolist()]) - clean).square().mean())
+    assert after < 0.5 * before and set(level.weights) == {n for n, p in student.named_parameters() if p.requires_grad}
+
+
+def test_a_reward_without_a_network_is_refused() -> None:
+    with pytest.raises(ValueError, match="JpegReward has no network that could be trained into a student"):
+        SelfDistilled(JpegReward())
+
+
+def test_a_scorer_survives_a_round_trip_and_keeps_its_reward(
+    rewards: dict[str, tuple[RewardFunction, Tensor]], tmp_path: Path
+) -> None:
+    reward, _ = rewards["clap"]
+    student = SelfDistilled(reward, lora_rank=2)
+    weights = {name: torch.rand_like(weight) for name, weight in student.named_parameters() if weight.requires_grad}
+    level = ScorerLevel(LevelQuality(0.2, 0.5, 0.5, 0.0), weights)
+    scorer = NoiseAware(SelfDistilled, "samples", (level,), RewardIdentity.of(reward))
+    path = tmp_path / "scorer.safetensors"
+    save_scorer(path, scorer, student)
+    again = load_scorer(path, least_tau=0.3)
+    assert again.reward == scorer.reward and again.least_tau == 0.3
+    assert again.levels[0].quality == level.quality
+    assert all(torch.equal(again.levels[0].weights[name], weight) for name, weight in weights.items())
+    made = again.make_student(reward)
+    assert isinstance(made, SelfDistilled) and made.arguments == student.arguments
+    with pytest.raises(ValueError, match=r"Linear is not a class of rewards\.noise_aware"):
+        save_scorer(path, scorer, nn.Linear(1, 1))
+
+
+def test_the_fingerprint_tells_regressors_apart(
+    folder: Path, rewards: dict[str, tuple[RewardFunction, Tensor]]
+) -> None:
+    torch.manual_seed(1)
+    Regressor("shapes-clip", hidden=8).save(folder / "retrained.safetensors")
+    first, other = rewards["regressor"][0], RegressorReward(folder / "retrained.safetensors")
+    assert RewardIdentity.of(first) != RewardIdentity.of(other)
+    assert RewardIdentity.of(first).path == RewardIdentity.of(other).path
+
+
+def test_a_student_of_audio_latents_uses_its_own_decoder(rewards: dict[str, tuple[RewardFunction, Tensor]]) -> None:
+    reward, clips = rewards["regressor of sound"]
+    student = LatentClapDistilled(reward, channels=3, sample_rate=RATE, width=4, depth=1, lora_rank=2)
+    latents = torch.randn(2, 3, 20)
+    spectra = student.decoder_target(clips)
     assert student.decoder(latents).shape == spectra.shape
     student.decoder.forward = lambda latents: spectra  # an exact decoder
-    torch.testing.assert_close(student(latents, level, PROMPTS), of_clips(_clips(), level, PROMPTS))
-    with pytest.raises(ValueError, match="takes clips of 1 s, and the model generates 2 s: use a ClapScorer"):
+    torch.testing.assert_close(student(latents, PROMPTS), reward(clips, PROMPTS))
+    with pytest.raises(ValueError, match="takes clips of 1 s, and the model generates 2 s: use SelfDistilled"):
         student.decoder_target(torch.zeros(2, 1, 2 * RATE))
+    with pytest.raises(ValueError, match="this student is of a reward on CLAP"):
+        LatentClapDistilled(ClipReward("shapes-clip"), channels=3, sample_rate=RATE)
+
+
+def test_training_moves_no_batch_statistics(rewards: dict[str, tuple[RewardFunction, Tensor]]) -> None:
+    reward, clips = rewards["clap"]
+    encoder = load_clap(reward.model)
+    statistics = {name: tensor.clone() for name, tensor in encoder.named_buffers() if "running" in name}
+    student = SelfDistilled(reward, lora_rank=2)
+    student(clips, PROMPTS).sum().backward()
+    own = dict(student.network.encoder.named_buffers())
+    assert statistics and all(torch.equal(own[name], tensor) for name, tensor in statistics.items())

@@ -43,6 +43,7 @@ batch_size: 6
 distillation: {{epochs: 1, batch_size: 6}}
 """
 
+REWARD = "--rewards={clip: {function: {class_path: rewards.clip.ClipReward, init_args: {model: shapes-clip}}}}"
 
 ANY_TEXT = "{{class_path: rewards.shapes.ShapesReward}}", "tests.genalign.training.toy_runs.redness"
 
@@ -188,8 +189,8 @@ def test_prices_writes_json(tiny_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "student",
     [
-        "LatentScorer\n  init_args: {model: shapes-clip, channels: 4, scale: 4, width: 16, depth: 1, hidden: 16}",
-        "ClipScorer\n  init_args: {model: shapes-clip, hidden: 16}",
+        "LatentImageDistilled\n  init_args: {channels: 4, scale: 4, width: 16, depth: 1, lora_rank: 2}",
+        "SelfDistilled\n  init_args: {lora_rank: 2}",
     ],
     ids=["latents", "samples"],
 )
@@ -198,13 +199,13 @@ def test_train_noise_aware_then_steer(tiny_folder: Path, tmp_path: Path, student
     made = tmp_path / "aware" / "scorer.safetensors"
     scorer = f"{{class_path: rewards.noise_aware.load_scorer, init_args: {{path: {made}, least_tau: -1.0}}}}"
     steer = ["steer", "--config", _config(tmp_path, STEER, model=tiny_folder), f"--strategy.scorer={scorer}"]
-    assert main(steer) == 0
+    assert main([*steer, REWARD]) == 0
     (first, _) = _rows(tmp_path / "found")
     assert first["calls"]["reward/noise-aware"] > 0
 
 
 def test_train_noise_aware_is_deterministic(tiny_folder: Path, tmp_path: Path) -> None:
-    student = "ClipScorer\n  init_args: {model: shapes-clip, hidden: 16}"
+    student = "SelfDistilled\n  init_args: {lora_rank: 2}"
     weights = []
     for seed in (0, 0, 1):
         folder = tmp_path / str(len(weights))

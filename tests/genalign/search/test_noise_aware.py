@@ -16,29 +16,41 @@ from genalign.search.noise_aware import (
     LevelQuality,
     NoiseAware,
     PreviewDataset,
+    RewardIdentity,
+    ScorerLevel,
     distill,
     ranking_quality,
     record_previews,
     train_decoder,
     validate,
 )
-from genalign.types import Prompt
+from genalign.types import Prompt, RewardFunction
 from pipelines import SD3
 from tests.genalign.search.tiny_searches import PROMPTS, SAMPLING, redness, search_run
 
 
 class Linear(nn.Module):
-    """Means of the latents' channels, and the level."""
+    """Means of the latents' channels, whichever the reward."""
 
     input_kind = "latents"
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.read = nn.Linear(channels + 1, 1)
+        self.read = nn.Linear(channels, 1)
 
-    def forward(self, previews: Tensor, sigma: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        scores: Tensor = self.read(torch.cat([previews.flatten(2).mean(2), sigma[:, None]], 1)).squeeze(-1)
+    def forward(self, previews: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        scores: Tensor = self.read(previews.flatten(2).mean(2)).squeeze(-1)
         return scores
+
+
+def _scorer(*taus: tuple[float, float], weight: float = 1.0, reward: RewardFunction = redness) -> NoiseAware:
+    """A scorer of latents by the mean of their first channel; its levels have these taus, and a bias of the level."""
+    weights = {"read.weight": torch.tensor([[weight, 0.0, 0.0, 0.0]])}
+    levels = [
+        ScorerLevel(LevelQuality(sigma, tau, 0.5, 0.1), {**weights, "read.bias": torch.tensor([sigma])})
+        for sigma, tau in taus
+    ]
+    return NoiseAware(lambda reward: Linear(4), "latents", tuple(levels), RewardIdentity.of(reward))
 
 
 def _blurred(count: int, seed: int) -> PreviewDataset:
@@ -86,15 +98,30 @@ def test_train_decoder_fits_decoded_samples() -> None:
     assert len(losses) == 30 and losses[-1] < 0.02 * losses[0]
 
 
-def test_distillation_improves_ranking_at_noisiest_level() -> None:
+def test_distillation_goes_from_clean_to_noisy_and_keeps_each_level() -> None:
     student, held_out, decode = Linear(1), _blurred(32, 1), nn.Identity()
     nn.init.zeros_(student.read.weight)
-    before = validate(student, held_out, decode)
-    stages = list(distill(student, _blurred(32, 0), decode, Distillation(epochs=8, learning_rate=3e-2)))
-    after = validate(student, held_out, decode)
-    assert [levels for levels, _ in stages] == [1] * 8 + [2] * 8 + [3] * 8
-    assert before[0].tau == 0.0 and after[0].tau > 0.3 and after[-1].tau > 0.7
-    assert after[-1].top > after[0].top and after[-1].gap < after[0].gap
+    assert validate(student, held_out, 0, decode).tau == 0.0
+    settings = Distillation(epochs=8, learning_rate=3e-2, weight_decay=0.0)
+    levels = list(distill(student, _blurred(256, 0), decode, settings))
+    assert [level.sigma for level in levels] == pytest.approx([0.1, 0.5, 0.9])
+    slopes = [float(level.weights["read.weight"]) for level in levels]
+    # the mean of four values of noise 2 sigma: least squares shrinks the slope -1 by 1 / (1 + sigma^2)
+    assert slopes == pytest.approx([-1 / (1 + sigma**2) for sigma in (0.1, 0.5, 0.9)], abs=0.08)
+    student.load_state_dict(levels[2].weights)
+    assert validate(student, held_out, 0, decode).tau > 0.3
+    student.load_state_dict(levels[0].weights)
+    assert validate(student, held_out, 2, decode).tau > 0.7
+
+
+def test_a_level_starts_from_the_weights_of_the_one_before() -> None:
+    settings = Distillation(epochs=1, batch_size=4096, learning_rate=1e-3, weight_decay=0.0)
+    student = Linear(1)
+    nn.init.zeros_(student.read.weight)
+    steps = [
+        float(level.weights["read.weight"]) for level in distill(student, _blurred(16, 0), nn.Identity(), settings)
+    ]
+    assert steps == pytest.approx([-1e-3, -2e-3, -3e-3], rel=0.01)  # one step of AdamW at each level
 
 
 def test_ranking_quality_values() -> None:
@@ -107,8 +134,7 @@ def test_ranking_quality_values() -> None:
 
 
 def test_noise_level_below_least_tau_is_refused(tiny: SD3) -> None:
-    qualities = (LevelQuality(0.8, 0.05, 0.3, 1.0), LevelQuality(0.6, 0.6, 0.9, 0.1))
-    scorer = NoiseAware(Linear(4), qualities, mean=2.0, std=3.0)
+    scorer = _scorer((0.8, 0.05), (0.6, 0.6))
 
     def prune(step: int) -> None:
         search(tiny, PROMPTS, redness, Prune((step,), (0.5,), 4, scorer), sampling=SAMPLING)
@@ -120,8 +146,59 @@ def test_noise_level_below_least_tau_is_refused(tiny: SD3) -> None:
         prune(3)
 
 
-def test_latent_scorer_does_not_decode(tiny: SD3) -> None:
-    scorer = NoiseAware(Linear(4), (LevelQuality(0.6, 0.6, 0.9, 0.1),))
-    strategy = Prune((2,), (0.5,), 4, scorer)
+def test_latent_scorer_takes_the_weights_of_its_level_and_does_not_decode(tiny: SD3) -> None:
+    run = search_run(tiny)
+    candidates = run.advance(run.start(4), 3)
+    scores = _scorer((0.8, 0.6), (0.6, 0.6))(run, candidates)
+    expected = candidates.preview[:, 0].flatten(1).mean(1) + 0.6
+    torch.testing.assert_close(scores[:, 0], expected)
+    strategy = Prune((2,), (0.5,), 4, _scorer((0.6, 0.6)))
     counts = search(tiny, PROMPTS, redness, strategy, sampling=SAMPLING).ledger.counts
     assert counts == {"nfe": 2 * (4 * 3 + 2 * 2), "reward/noise-aware": 2 * 4, "decode": 2 * 2, "reward/reward": 2 * 2}
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A reward by one network, and one setting."""
+
+    weight: float = 1.0
+    scale: float = 1.0
+
+    def network(self) -> nn.Module:
+        linear = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(linear.weight, self.weight)
+        return linear
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return self.scale * redness(samples, prompts)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    scale: float = 1.0
+
+    def __call__(self, samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return self.scale * redness(samples, prompts)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (Scaled(2.0), r"selects by 'reward', .*Scaled, and the scorer was trained for .*Scaled with other weights"),
+        (Weighted(), r"selects by 'reward', .*Weighted, and the scorer was trained for .*Scaled: train one for it"),
+        (redness, r"selects by 'reward', .*redness, and the scorer was trained for"),
+        ({"a": Scaled(), "b": redness}, "predicts one reward, and this search selects by a, b"),
+    ],
+    ids=["settings", "class", "function", "two"],
+)
+def test_a_scorer_of_another_reward_is_refused(tiny: SD3, reward: RewardFunction, message: str) -> None:
+    scorer = _scorer((0.6, 0.6), reward=Scaled())
+    search(tiny, PROMPTS, Scaled(), Prune((2,), (0.5,), 4, scorer), sampling=SAMPLING)
+    scorer = _scorer((0.6, 0.6), reward=Scaled())
+    with pytest.raises(ValueError, match=message):
+        search(tiny, PROMPTS, reward, Prune((2,), (0.5,), 4, scorer), sampling=SAMPLING)
+
+
+def test_a_reward_by_a_network_is_identified_by_its_weights() -> None:
+    assert RewardIdentity.of(Weighted(1.0)) == RewardIdentity.of(Weighted(1.0, scale=1.0))
+    assert RewardIdentity.of(Weighted(1.0)) != RewardIdentity.of(Weighted(1.1))

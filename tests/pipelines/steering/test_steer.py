@@ -155,7 +155,7 @@ def test_selection_across_prompts_is_refused() -> None:
         (FK, ["noise"], 3, "call the pipeline with num_images_per_prompt=4"),
         (FK, None, 4, "give steer prompts="),
         (BestOfN(4, DDIM(1.0)), ["noise"], 4, "keeps the scheduler's moves"),
-        (replace(FK, guide=RewardGradient()), ["noise"], 4, "leave out scorer and guide"),
+        (replace(FK, guide=RewardGradient()), ["noise"], 4, "leave it out for a pipeline of your own"),
         (ReNO(), ["noise"], 4, "ReNO cannot steer a pipeline of your own"),
     ],
 )
