@@ -101,8 +101,9 @@ def _replaced(settings: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, A
     merged = dict(settings)
     for name, value in by.items():
         inner = merged.get(name)
-        both = isinstance(value, Mapping) and isinstance(inner, Mapping) and "class_path" not in value
-        merged[name] = _replaced(inner, value) if both else value
+        if isinstance(value, Mapping) and isinstance(inner, Mapping) and "class_path" not in value:
+            value = _replaced(inner, value)
+        merged[name] = value
     return merged
 
 

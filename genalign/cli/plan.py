@@ -69,6 +69,7 @@ def _print_calls(settings: config.Plan, training: FittedSettings, outline: Outli
     """Print the sizes of a round and of the run, and the calls of single samples."""
     windows, samples = result.windows, training.prompts_per_round * training.group_size
     batches = training.batch_sizes(settings.recipe.objective.unit, settings.processes)
+    limit = f", or as many as end within {settings.max_seconds:g} s" if settings.max_seconds else ""
     window_sizes = "/".join(str(size) for size in sorted({len(window) for window in windows}))
     rows = {
         "shape of a sample": " x ".join(map(str, outline.pipeline.sample_shape)) if outline else "no checkpoint",
@@ -78,7 +79,7 @@ def _print_calls(settings: config.Plan, training: FittedSettings, outline: Outli
         "optimizer steps a round": f"{training.updates_per_round}",
         "trained steps a round": f"{window_sizes} of {settings.sampling.num_steps}",
         "different sets of them": f"{len(windows)}",
-        "rounds": f"{result.rounds} of {training.rounds}",
+        "rounds": f"{result.rounds} of {training.rounds}{limit}",
         "samples": f"{result.rounds * samples:,}",
         "optimizer steps": f"{result.rounds * training.updates_per_round:,}",
     }

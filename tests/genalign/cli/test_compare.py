@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from genalign.cli.compare import own_settings, run_settings
+from genalign.cli.compare import _standings, own_settings, run_settings
 from genalign.cli.config import Compare, Train
 from genalign.cli.main import main
 from genalign.cli.parsing import parse
@@ -79,6 +79,13 @@ def test_a_comparison_is_written_and_resumed(source: Path, tmp_path: Path, capsy
     assert main(["compare", str(source)]) == 0
     assert (folder / "flow" / "seed-3" / "gain.json").stat().st_mtime_ns == written
     assert (folder / "flow" / "seed-4" / "gain.json").is_file()
+
+
+def test_runs_without_held_out_scores_have_no_standings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"nfe": 9, "held_out": null}\n')
+    assert _standings({"flow": {3: tmp_path}}, "strict") == []
+    printed = capsys.readouterr().out
+    assert printed.startswith("No standings at equal cost: ") and "set held_out.every_seconds (or every)" in printed
 
 
 def test_recipes_without_a_common_score_are_refused(tmp_path: Path) -> None:

@@ -128,8 +128,9 @@ def test_missing_weight_files_are_refused_and_memory_is_estimated(
     folder = tmp_path / "bare"
     shutil.copytree(tiny_folder, folder, ignore=lambda _, names: [n for n in names if n.endswith(".safetensors")])
     plain = ["--config", str(CONFIGS / "train" / "shapes_flow_grpo_partial.yaml"), "--training.rounds", "1"]
-    assert main(["plan", *plain, "--model.path", str(folder)]) == 2
+    assert main(["plan", *plain, "--model.path", str(folder), "--max_seconds", "60"]) == 2
     printed = capsys.readouterr()
+    assert "1 of 1, or as many as end within 60 s" in printed.out
     assert "has no weights in text_encoder/, text_encoder_2/, text_encoder_3/, transformer/, vae/" in printed.err
     assert "sum while learning" in printed.out
 
