@@ -13,7 +13,7 @@ from genalign.cli.train import train_command
 from genalign.evaluation.compare_runs import RecipeSummary, summarize_recipes, write_recipe_summaries
 from genalign.evaluation.report import write_comparison, write_report
 from genalign.evaluation.report.comparison_page import budget_words, cost_words
-from genalign.evaluation.report.words import count, duration, gain_verdict, prompts, seeds_words
+from genalign.evaluation.report.words import count, duration, gain_verdict, possible, prompts, seeds_words
 from genalign.evaluation.standings import Standings, common_score, shared_looks, standings, write_standings
 from genalign.prompts import PromptSampler
 from genalign.runtime.files import write_json
@@ -74,7 +74,7 @@ def compare_command(context: CommandContext, arguments: Sequence[str]) -> int:
     write_recipe_summaries(output / "comparison.json", summaries)
     write_standings(output / "standings.json", equal)
     write_comparison(output / "comparison.html", summaries, recipes, equal)
-    _print_gains(summaries)
+    _print_gains(summaries, bool(equal))
     for one in equal:
         _print_standings(one)
     print(f"comparison: {output / 'comparison.html'}")
@@ -136,7 +136,7 @@ def _standings(recipes: Mapping[str, Mapping[int, Path]], main: str) -> list[Sta
     return [standings(looks, cost, score) for cost in ("nfe", "seconds")]
 
 
-def _print_gains(summaries: Sequence[RecipeSummary]) -> None:
+def _print_gains(summaries: Sequence[RecipeSummary], has_standings: bool) -> None:
     """Print the gain and the cost of every recipe, best first."""
     main, ordered = next(iter(summaries[0].scores)), sorted(summaries, key=lambda summary: -summary.gain)
     print_table(
@@ -151,7 +151,7 @@ def _print_gains(summaries: Sequence[RecipeSummary]) -> None:
         ],
         f"{prompts(ordered[0].prompts)} evaluated",
     )
-    print(budget_words(ordered))
+    print(budget_words(ordered, has_standings))
 
 
 def _print_standings(equal: Standings) -> None:
@@ -159,7 +159,8 @@ def _print_standings(equal: Standings) -> None:
     rows = []
     for one in equal.recipes:
         behind = equal.behind(one.name)
-        rows.append((one.name, seeds_words(one.score, ".3f"), behind.words if behind else "", str(one.seeds)))
+        score = seeds_words(possible(equal.score, one.score, least=0.0), ".3f")
+        rows.append((one.name, score, behind.words if behind else "", str(one.seeds)))
     titles = ("recipe", f"{equal.score} (95% interval over seeds)", f"{equal.recipes[0].name} is ahead by", "seeds")
     print_table(titles, rows, f"held-out {equal.score} at equal {cost_words(equal)}")
 

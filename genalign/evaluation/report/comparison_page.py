@@ -81,7 +81,8 @@ class StandingsTable:
         rows = []
         for one in equal.recipes:
             behind = equal.behind(one.name)
-            rise, score = seeds_words(one.rise, "+.3f"), seeds_words(one.score, ".3f")
+            score = seeds_words(possible(equal.score, one.score, least=0.0), ".3f")
+            rise = seeds_words(possible(equal.score, one.rise, least=-1.0), "+.3f")
             rows.append(StandingRow(one.name, colors[one.name], score, behind.words if behind else "", rise, one.seeds))
         title = f"Held-out {plain(equal.score)} score at equal {cost_words(equal)}"
         pairs = {f"{pair.first} minus {pair.second}": pair.words for pair in equal.differences}
@@ -90,7 +91,7 @@ class StandingsTable:
 
 def _mean_curves(equal: Standings, order: Sequence[str]) -> Markup:
     """Draw the mean over seeds of every recipe against the cost, with its interval at the common budget."""
-    scores, series = {one.name: one.score for one in equal.recipes}, {}
+    scores, series = {one.name: possible(equal.score, one.score, least=0.0) for one in equal.recipes}, {}
     for name in order:
         curve, score = equal.mean_curve(name), scores[name]
         points = [Point(x, y) for x, y in zip(curve.costs, curve.scores, strict=True)]
@@ -141,7 +142,7 @@ def write_comparison(
         "comparison.html.j2",
         main=main,
         rows=rows,
-        budgets=budget_words(ordered),
+        budgets=budget_words(ordered, bool(equal)),
         equal_nfe=len(ordered) > 1 and equal_budgets(recipe.nfe_range for recipe in ordered),
         settings=_settings({name: run.config for name, run in first.items()}),
         model=next((subject({key: run.config.get(key) for key in ("model", "prompts")}) for run in first.values()), ""),
@@ -166,8 +167,8 @@ def _settings(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, s
     return {title: part for title, part in titled.items() if part}
 
 
-def budget_words(summaries: Sequence[RecipeSummary]) -> str:
-    """Say whether the recipes had equal budgets, in NFE and in seconds of training."""
+def budget_words(summaries: Sequence[RecipeSummary], has_standings: bool = False) -> str:
+    """Say whether the recipes had equal budgets, in NFE and in seconds; without standings, how to make them equal."""
     if len(summaries) < 2:
         return "One recipe, so no budgets to compare."
     nfe, minutes = [recipe.nfe_range for recipe in summaries], [recipe.minutes_range for recipe in summaries]
@@ -178,7 +179,8 @@ def budget_words(summaries: Sequence[RecipeSummary]) -> str:
     )
     verdicts = ("equal within 5 %" if equal_budgets(ranges) else "not equal" for ranges in (nfe, minutes))
     budgets = ", and ".join(f"{span} ({verdict})" for span, verdict in zip(spans, verdicts, strict=True))
-    advice = "" if equal_budgets(nfe) else " Set training.max_nfe in the base configuration to compare at equal NFE."
+    advice = " Set training.max_nfe in the base configuration to compare at equal NFE."
+    advice = "" if has_standings or equal_budgets(nfe) else advice
     return f"The runs took {budgets}.{advice}"
 
 

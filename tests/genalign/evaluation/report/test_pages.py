@@ -16,6 +16,7 @@ from genalign.evaluation.compare_runs import RecipeSummary
 from genalign.evaluation.evaluate import EXTERNAL, Evaluation, SampleRecord, SetValue
 from genalign.evaluation.report import write_comparison, write_evaluation, write_report, write_search
 from genalign.evaluation.report.search_page import tree
+from genalign.evaluation.standings import Look, standings
 from genalign.runtime.media import writer
 from tests.genalign.evaluation.report.pages import HOSTILE, PROTOCOL, Page, save
 
@@ -172,6 +173,30 @@ def test_recipes_of_unequal_cost_are_not_called_equal(tmp_path):
         "2 recipes at equal NFE: gain in strict score" in page
         and "4.58k to 4.61k NFE (equal within 5 %)" in Page(page).text
     )
+
+
+def test_standings_stand_on_the_page_of_recipes_with_their_intervals(tmp_path):
+    def looks(*ends):
+        rises = ([(0.2, 20, 10.0), (end, 400, 90.0)] for end in ends)
+        return {seed: [Look(nfe, t, {"strict": score}) for score, nfe, t in rise] for seed, rise in enumerate(rises)}
+
+    def summary(name):
+        costs = {"minutes": 2.0, "nfe": 400.0, "prompts": 24, "effect": 0.5, "minutes_range": (1.5, 1.5)}
+        scores = {"strict": 0.1}
+        return RecipeSummary(name, 2, 0.1, 0.0, 0.2, scores, {"two": 0.1}, 0.01, {}, nfe_range=(200, 400), **costs)
+
+    recipes = {"flow": looks(0.5, 0.52), "dense": looks(0.4, 0.41), "noisy": looks(0.3, 0.7)}
+    equal = [standings(recipes, cost, "strict") for cost in ("nfe", "seconds")]
+    write_comparison(tmp_path / "page.html", [summary(name) for name in recipes], equal=equal)
+    text = Page(page := (tmp_path / "page.html").read_text()).text
+    assert "Held-out strict score at equal NFE (400)" in text and "at equal seconds of training (1 min 30 s)" in text
+    assert "flow is ahead by" in text and "not told apart within \N{PLUS-MINUS SIGN}" in text
+    assert re.search(r"dense 0\.405 \(0\.\d+ to 0\.\d+\) \+0\.105 \(\+0\.0\d+ to \+0\.1\d+\)", text)
+    assert "noisy 0.500 (0.000 to 1.000)" in text  # a share, whatever Student's interval says
+    assert "Set training.max_nfe" not in text  # to have what the standings give
+    (chart,) = re.findall(r"<svg[^>]*against minutes of training.*?</svg>", page)
+    assert len(re.findall(r'<line style="stroke:hsl[^>]*>', chart)) == 3  # the intervals at the end of the curves
+    assert text.count("flow minus dense") == 2
 
 
 # --- texts that contain HTML ------------------------------------------------------------------------------------------
