@@ -26,6 +26,7 @@ from genalign.training.noise_calibration import Calibration
 from genalign.training.reward_hacking import Actions, Limits
 from genalign.training.round_log import SampleGrid
 from genalign.training.settings import TrainerSettings
+from genalign.training.time_budget import TimeBudget
 from genalign.types import AnyCallable, Precision
 
 LINEAR_TEN = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -244,6 +245,7 @@ class Train(Generation):
         training: Geometry of a round, optimizer, and reaction to faults.
         max_seconds: Seconds of training, without evaluations, with whose round the run ends, if that comes first; null
             for no limit.
+        time_budget: Time to which the number of rounds is fitted, where ``training.rounds`` is null.
         lora: The adapter that is trained; null trains the whole network.
         init_lora: An adapter to continue from, with its own rank and layers, in place of a new one.
         ema_decay: Decay of the exponential moving average of the weights, which is evaluated and exported.
@@ -261,6 +263,7 @@ class Train(Generation):
     evaluation: Sampling | None = None
     training: TrainerSettings = field(default_factory=TrainerSettings)
     max_seconds: float | None = None
+    time_budget: TimeBudget = field(default_factory=TimeBudget)
     lora: Lora | None = field(default_factory=Lora)
     init_lora: str | None = None
     ema_decay: float = 0.9

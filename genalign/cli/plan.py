@@ -71,6 +71,8 @@ def _print_calls(settings: config.Plan, training: FittedSettings, outline: Outli
     batches = training.batch_sizes(settings.recipe.objective.unit, settings.processes)
     limit = f", or as many as end within {settings.max_seconds:g} s" if settings.max_seconds else ""
     window_sizes = "/".join(str(size) for size in sorted({len(window) for window in windows}))
+    fits = settings.training.rounds is None and settings.time_budget.is_set
+    total = training.rounds
     rows = {
         "shape of a sample": " x ".join(map(str, outline.pipeline.sample_shape)) if outline else "no checkpoint",
         "shape of its latents": " x ".join(map(str, outline.pipeline.latent_shape)) if outline else "no checkpoint",
@@ -79,7 +81,8 @@ def _print_calls(settings: config.Plan, training: FittedSettings, outline: Outli
         "optimizer steps a round": f"{training.updates_per_round}",
         "trained steps a round": f"{window_sizes} of {settings.sampling.num_steps}",
         "different sets of them": f"{len(windows)}",
-        "rounds": f"{result.rounds} of {training.rounds}{limit}",
+        "rounds": (f"as many as fit time_budget, counted as {result.rounds}" if fits else f"{result.rounds} of {total}")
+        + limit,
         "samples": f"{result.rounds * samples:,}",
         "optimizer steps": f"{result.rounds * training.updates_per_round:,}",
     }

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from genalign.cli import config
 from genalign.cli.context import Checkpoint
 from genalign.cli.family_defaults import with_recorded_defaults
 from genalign.runtime.state import State
@@ -51,7 +52,7 @@ def train_request(arguments: Sequence[str]) -> tuple[list[str], bool]:
     return ["--config", str(run / "config.json"), *rest, "--output", str(run)], True
 
 
-def checkpoint_in(folder: RunFolder, checkpoints: Checkpoints, config: Mapping[str, Any]) -> RunCheckpoint | None:
+def checkpoint_in(folder: RunFolder, checkpoints: Checkpoints, plain: Mapping[str, Any]) -> RunCheckpoint | None:
     """Find the checkpoint from which the run in ``folder`` resumes; None if there is no run.
 
     Raises ValueError for a run with other settings, of genalign 0.1.0, or without an intact checkpoint.
@@ -60,10 +61,22 @@ def checkpoint_in(folder: RunFolder, checkpoints: Checkpoints, config: Mapping[s
     checkpoint = checkpoints.latest()
     if checkpoint is not None:
         recorded = folder.config()
-        require_same(recorded, with_recorded_defaults(config, recorded))
+        require_same(recorded, with_recorded_defaults(plain, recorded))
     elif (folder.path / "metrics.jsonl").exists():
         raise ValueError(f"the run in {folder.path} has no checkpoint to resume from: choose another output")
     return checkpoint
+
+
+def rounds_of(settings: config.Train, recorded: Mapping[str, Any] | None, otherwise: int) -> int | None:
+    """Return the number of rounds of a run; None where it is fitted to the time budget after the first round.
+
+    Args:
+        settings: The settings of the command, whose number comes first.
+        recorded: The configuration of the run that is resumed, whose number comes next; None for a new run.
+        otherwise: The number of a run without a time budget.
+    """
+    rounds = settings.training.rounds or (recorded["training"]["rounds"] if recorded else None)
+    return rounds or (None if settings.time_budget.is_set else otherwise)
 
 
 def require_same(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:

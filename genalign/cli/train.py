@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,12 +24,21 @@ from genalign.cli.checks import training_checks
 from genalign.cli.context import CommandContext, named_rewards, print_table, require_rate
 from genalign.cli.evaluate import build_evaluator
 from genalign.cli.family_defaults import with_family_defaults
-from genalign.cli.resume import EncoderCache, InputFingerprint, TrackerRun, checkpoint_in, flat, train_request
+from genalign.cli.resume import (
+    EncoderCache,
+    InputFingerprint,
+    TrackerRun,
+    checkpoint_in,
+    flat,
+    rounds_of,
+    train_request,
+)
 from genalign.cli.run_prompts import RunPrompts
 from genalign.diffusion.policy import Policy
 from genalign.diffusion.rollout import OdeSamples
 from genalign.diffusion.sampling import Sampling
 from genalign.evaluation.evaluate import Evaluation, load_evaluation, plan_samples, suite_hash
+from genalign.evaluation.folder import EvaluationFolder
 from genalign.evaluation.paired import effect_sizes, gain, gain_record, pairs_by_gain, task_gains, turned_right
 from genalign.evaluation.report import write_report
 from genalign.evaluation.report.words import gain_verdict, gained_tasks, turned_right_words
@@ -55,6 +65,7 @@ from genalign.training.reward_hacking import HackingGuard
 from genalign.training.round_log import SampleGridWriter
 from genalign.training.run import RoundMonitors, Terminated, WeightFiles, terminable, train
 from genalign.training.run_folder import RunFolder, adapter_writer
+from genalign.training.time_budget import RoundFitter
 from genalign.training.trainer import Trainer
 from genalign.types import Prompt
 from genalign.worlds.registry import world_of
@@ -62,7 +73,7 @@ from genalign.worlds.registry import world_of
 
 def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
     """Run ``genalign train``, and say how to resume a run that ends early or fails."""
-    arguments, resume = train_request(arguments)
+    started, (arguments, resume) = time.monotonic(), train_request(arguments)
     progress, output = Progress(RankShare.from_environment(os.environ).rank == 0), ""
     try:
         with terminable(), progress.phase("reading the configuration and loading rewards"):
@@ -71,7 +82,7 @@ def train_command(context: CommandContext, arguments: Sequence[str]) -> int:
             parsing.require(checks, settings)
         output = settings.output
         with process_group(os.environ) as processes, terminable():
-            return run_training(context, settings, plain, resume, processes, progress)
+            return run_training(context, settings, plain, resume, processes, progress, started)
     except KeyboardInterrupt as error:
         signaled = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
         return ended_by_signal(signaled, output) if RankShare.from_environment(os.environ).rank == 0 else 128 + signaled
@@ -126,6 +137,7 @@ def run_training(
     resume: bool = False,
     processes: ProcessGroup = SINGLE_PROCESS,
     progress: Progress = SILENT,
+    started: float | None = None,
 ) -> int:
     """Evaluate, train, evaluate again, and write the report.
 
@@ -136,11 +148,13 @@ def run_training(
         resume: Continue the run in ``settings.output``, if there is one.
         processes: The ranks of the run.
         progress: Shows the phases of the run.
+        started: When the command began, in seconds of ``time.monotonic``; None for now.
 
     Returns:
         The exit status: 130 after Ctrl-C, 143 after SIGTERM, else 0.
     """
     # Refuse what would fail later, before anything is loaded
+    started = time.monotonic() if started is None else started
     prompts, sharding = RunPrompts.read(settings), _sharding(settings, processes)
     if processes.is_main:
         prompts.warn()
@@ -151,6 +165,9 @@ def run_training(
     checkpoint = checkpoint_in(folder, checkpoints, plain) if resume else None
     if checkpoint is None:
         folder.require_unused()
+    rounds = rounds_of(settings, folder.config() if checkpoint else None, fitted.rounds)
+    plain["training"]["rounds"] = rounds
+    settings = replace(settings, training=replace(settings.training, rounds=rounds))
     processes.barrier()  # no rank writes before every rank has checked
     require_shared(folder.path, processes)
 
@@ -186,8 +203,9 @@ def run_training(
     # Train; Ctrl-C and SIGTERM end the run after a round
     loggers = trackers(settings.trackers, folder.path, tracker_run.id, plain)
     weights = WeightFiles(folder, run.pipeline, run.best)
+    fitter = run.round_fitter(started) if rounds is None else None
     if number := train(
-        run.trainer, weights, writer, run.monitors(), loggers, progress, max_seconds=settings.max_seconds
+        run.trainer, weights, writer, run.monitors(), loggers, progress, fitter, max_seconds=settings.max_seconds
     ):
         return ended_by_signal(number, settings.output, run.trainer.rounds_done) if processes.is_main else 128 + number
 
@@ -278,6 +296,14 @@ class TrainingRun:
         evaluate = self.evaluate_held_out if self.held_out else None
         return RoundMonitors(evaluate, held_out.every, held_out.every_seconds, self.guard, writer)
 
+    def round_fitter(self, started: float) -> RoundFitter:
+        """Prepare to fit the number of rounds to the time budget of a command that began at ``started``."""
+        settings = self.settings
+        every = [settings.held_out.every, settings.reward_hacking.every, settings.sample_grid.every]
+        afterwards = EvaluationFolder(self.folder.path / "before").cost().get("seconds", 0.0)
+        kinds = [rounds for rounds in every if rounds]
+        return RoundFitter(settings.time_budget, started, afterwards, kinds, self.folder.record_rounds)
+
     def evaluate_held_out(self) -> HeldOutScores:
         """Score the averaged weights on held-out prompts."""
         assert self.held_out is not None, "held_out.every or held_out.every_seconds is set"
@@ -290,8 +316,11 @@ class TrainingRun:
     def evaluate_before(self) -> None:
         """Evaluate the untrained model, if configured, into the folder before/."""
         if self.before_after is not None:
+            start = time.monotonic()
             with self.progress.phase("before"):
                 self.before_after(self.folder.path / "before", self.progress)
+            if self.processes.is_main:
+                write_json(self.folder.path / "before" / "cost.json", {"seconds": time.monotonic() - start})
 
     def evaluate_after(self) -> None:
         """Evaluate the best weights, if configured, into the folder after/, and write and print the gains."""

@@ -20,7 +20,7 @@ from genalign.diffusion.policy import Policy
 from genalign.diffusion.sampling import Sampling
 from genalign.scoring.budget import Ledger
 from genalign.scoring.score import NamedReward
-from genalign.training.settings import TrainerSettings
+from genalign.training.settings import FittedSettings, TrainerSettings
 from genalign.training.trainer import Trainer
 from genalign.types import Conditioning, Grid, NoiseLevel, Path, Pipeline, PromptSet
 
@@ -145,11 +145,11 @@ def dry_run(
             total.update(rounds[steps][0].counts)
     finally:
         logging.disable(disabled)
-    count, total = _repeat([rounds[steps][0] for steps in order], settings)
+    count, total = _repeat([rounds[steps][0] for steps in order], settings.fit(prompts, recipe.objective.unit))
     return DryRun(count, tuple(rounds), rounds[order[0]][0], Ledger(total), max(n for _, n in rounds.values()))
 
 
-def _repeat(first: Sequence[Ledger], settings: TrainerSettings) -> tuple[int, Counter[str]]:
+def _repeat(first: Sequence[Ledger], settings: FittedSettings) -> tuple[int, Counter[str]]:
     """Repeat the calls of the first rounds until the run ends; return the number of rounds and their calls."""
     cycle = Counter[str]()
     for ledger in first:

@@ -52,7 +52,7 @@ def train(
     policy = Policy(pipeline.denoiser, lora, seed=settings.seed)
     trainer = Trainer(pipeline, policy, rewards, prompts, recipe or flow_grpo(), settings, sampling)
     progress, results = Progress(), list[RoundResult]()
-    with progress.phase("training", settings.rounds, "rounds") as rounds:
+    with progress.phase("training", trainer.settings.rounds, "rounds") as rounds:
         display = RoundDisplay(trainer.settings, rounds)
         for result in trainer.rounds(progress):
             display.show(result, {})

@@ -19,6 +19,7 @@ from genalign.training.reward_hacking import HackingGuard, HackingReport, due
 from genalign.training.round_log import RoundDisplay, SampleGridWriter, log_round
 from genalign.training.round_result import RoundResult
 from genalign.training.run_folder import RunFolder, WeightStore
+from genalign.training.time_budget import RoundFitter
 from genalign.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -238,6 +239,7 @@ def train(
     monitors: RoundMonitors,
     trackers: Sequence[Any] = (),
     progress: Progress = SILENT,
+    fitter: RoundFitter | None = None,
     max_seconds: float | None = None,
 ) -> int:
     """Run the remaining rounds, and write the weights at the end or after an error (see ``weights_saved``).
@@ -249,6 +251,7 @@ def train(
         monitors: Observers between rounds.
         trackers: Experiment trackers, from accelerate.
         progress: Shows the rounds, and the phases within them.
+        fitter: Fits the number of rounds to a time budget after the first; None where they are given.
         max_seconds: Seconds of training with whose round the run ends, if that comes first; None for no limit.
 
     Returns:
@@ -260,7 +263,7 @@ def train(
     """
     folder, pipeline, ended_by = weights.folder, weights.pipeline, 0
     best_of_guard = replace(folder, path=folder.path / "best")
-    total, done, before = trainer.settings.rounds, trainer.rounds_done, trainer.seconds
+    total, done, before = None if fitter else trainer.settings.rounds, trainer.rounds_done, trainer.seconds
     is_over = monitors.stopped or (max_seconds is not None and before >= max_seconds)
     with (
         weights_saved(trainer, weights),
@@ -275,6 +278,9 @@ def train(
 
             # Observe and log
             observations = monitors.observe(result, now, folder.path)
+            if fitter and now.rounds == 1:
+                phase.total = fitter.fit(trainer)
+                display.settings = trainer.settings
             row = result.as_dict() | observations.as_dict()
             folder.append(row)
             log_round(trackers, result.round, row, folder.path, observations.samples)

@@ -85,6 +85,11 @@ class RunFolder:
         config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
         return config
 
+    def record_rounds(self, rounds: int) -> None:
+        """Write into config.json the number of rounds that fits the time budget of the run."""
+        config = self.config()
+        write_json(self.path / "config.json", config | {"training": config["training"] | {"rounds": rounds}})
+
     def resume(self, config: Mapping[str, Any], rounds: int) -> None:
         """Return to the state after ``rounds`` rounds, with ``config`` from there on, and warn if the machine differs.
 

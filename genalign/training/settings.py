@@ -19,6 +19,7 @@ from genalign.types import PromptSet
 
 logger = logging.getLogger(__name__)
 _PROMPTS, _SAMPLES, _UPDATES = 16, 96, 2  # the largest sizes of a round, a batch and the updates that are not set
+_ROUNDS = 100  # where none are set
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class TrainerSettings:
     steps on them. Sizes that are null fit the prompt set (``fit``).
 
     Args:
-        rounds: Number of rounds after which the run ends.
+        rounds: Number of rounds after which the run ends; null takes 100, or, in a run with a ``time_budget``, as many
+            as fit it.
         max_nfe: Number of denoiser evaluations of single samples (guidance counts twice) with whose round the run ends,
             if that comes first; null for no limit.
         prompts_per_round: Number of different prompts in a round; null takes 16, or as many as a small prompt set has.
@@ -67,7 +69,7 @@ class TrainerSettings:
             same; a round of large images does not fit into a GPU otherwise.
     """
 
-    rounds: int = 100
+    rounds: int | None = None
     max_nfe: int | None = None
     prompts_per_round: int | None = None
     group_size: int = 12
@@ -109,10 +111,11 @@ class TrainerSettings:
             raise ValueError(f"training.seed must fit into 64 bits, not be {self.seed}")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ValueError(f"training.max_failed_fraction must be in [0, 1], not {self.max_failed_fraction}")
-        if not 0 <= self.warmup_rounds < self.rounds:
+        rounds = self.rounds or _ROUNDS
+        if not 0 <= self.warmup_rounds < rounds:
             raise ValueError(
-                f"training.warmup_rounds is {self.warmup_rounds} of {self.rounds} rounds: give a number from 0 to"
-                f" {self.rounds - 1}"
+                f"training.warmup_rounds is {self.warmup_rounds} of {rounds} rounds: give a number from 0 to"
+                f" {rounds - 1}"
             )
         self._check_round()
 
@@ -149,13 +152,19 @@ class TrainerSettings:
         per_update = count * self.group_size // updates
         default = max(self.group_size, _SAMPLES // self.group_size * self.group_size)
         sizes = {
+            "rounds": self.rounds or _ROUNDS,
             "prompts_per_round": count,
             "batch_size": self.batch_size or min(default, per_update),
             "updates_per_round": updates,
         }
         fitted = FittedSettings(**(vars(self) | sizes))
         batches = fitted.batch_sizes(unit, processes.world_size)  # refuses sizes that do not fit
-        if notice and processes.is_main and distinct < _PROMPTS and any(vars(self)[name] is None for name in sizes):
+        if (
+            notice
+            and processes.is_main
+            and distinct < _PROMPTS
+            and any(vars(self)[name] is None for name in fitted.sizes)
+        ):
             logger.info(
                 "a round takes %d of the %d prompts, in %d updates of batches of %d samples: for other sizes, set"
                 " training.prompts_per_round, updates_per_round and batch_size",
@@ -178,7 +187,7 @@ class TrainerSettings:
 
     def progress(self, rounds: int, nfe: int) -> float:
         """The fraction of the run that is complete after ``rounds`` and ``nfe``; 1 or more at its end."""
-        return max(rounds / self.rounds, nfe / self.max_nfe if self.max_nfe else 0.0)
+        return max(rounds / (self.rounds or _ROUNDS), nfe / self.max_nfe if self.max_nfe else 0.0)
 
     def rate_factor(self, rounds: int, nfe: int) -> float:
         """The learning rate of the round after ``rounds`` and ``nfe``, as a fraction of the highest."""
@@ -191,8 +200,9 @@ class TrainerSettings:
 
 @dataclass(frozen=True)
 class FittedSettings(TrainerSettings):
-    """Trainer settings with all sizes of a round, as ``TrainerSettings.fit`` returns them."""
+    """Trainer settings with all sizes, as ``TrainerSettings.fit`` returns them."""
 
+    rounds: int = _ROUNDS
     prompts_per_round: int = _PROMPTS
     batch_size: int = _SAMPLES
     updates_per_round: int = _UPDATES

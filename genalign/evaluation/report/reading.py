@@ -58,7 +58,11 @@ class Run:
         """How many of the configured rounds are recorded if the run did not reach its end; else empty."""
         settings = self.config.get("training", {})
         planned, last = settings.get("rounds"), self.rows[-1] if self.rows else None
-        if self.after or planned is None or (last and rounds_done(last) >= planned):
+        if self.after or "rounds" not in settings:
+            return ""
+        if planned is None:  # the first round, after which the number is fitted to a time budget, is not finished
+            return "0 rounds"
+        if last and rounds_done(last) >= planned:
             return ""
         limits = (settings.get("max_nfe"), "nfe"), (self.config.get("max_seconds"), "seconds")
         if last and any(limit and {**last, **last["machine"]}[name] >= limit for limit, name in limits):

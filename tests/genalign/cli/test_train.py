@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
-from torch import Tensor
 
 from genalign.cli import config
 from genalign.cli import train as train_module
@@ -35,20 +34,9 @@ from genalign.training.best_weights import HeldOutScores
 from genalign.training.round_result import RoundResult
 from genalign.training.settings import TrainerSettings
 from genalign.training.trainer import Trainer
-from genalign.types import Prompt
-from tests.genalign.training.toy_runs import redness
+from tests.genalign.training.toy_runs import signals
 
 PROMPTS = ["a red circle", "two blue squares", "a green circle", "a yellow square", "a blue triangle"]
-
-signals: list[int] = []  # that the rewards below send to their own process, once a round
-
-
-def signaling(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """A reward during whose calls after the first, which is a trial, the process receives the ``signals``."""
-    if len(samples) > 2:
-        while signals:
-            os.kill(os.getpid(), signals.pop())
-    return redness(samples, prompts)
 
 
 @pytest.fixture
@@ -244,7 +232,7 @@ def test_a_signal_ends_a_run_after_its_round(
 ) -> None:
     signals.extend([signal.SIGTERM] * 2 if number == signal.SIGTERM else [number])  # a launcher passes it on again
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    reward = f"--rewards.red.function={__name__}.signaling"
+    reward = "--rewards.red.function=tests.genalign.training.toy_runs.signaling"
     assert main([*arguments, reward, "--training.rounds=9", "--training.group_size=8"]) == status
     run = tmp_path / "run"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1 and (run / "lora").is_dir()

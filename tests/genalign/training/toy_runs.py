@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,17 @@ SAMPLING = Sampling(num_steps=4, sigmas=(1.0, 0.75, 0.5, 0.25))
 
 def redness(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return samples[:, 0].flatten(1).mean(1) - samples[:, 1:].flatten(1).mean(1)
+
+
+signals: list[int] = []  # that the reward below sends to its own process
+
+
+def signaling(samples: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """A reward during whose calls after the first, which is a trial, the process receives the ``signals``."""
+    if len(samples) > 2:
+        while signals:
+            os.kill(os.getpid(), signals.pop())
+    return redness(samples, prompts)
 
 
 def channels(samples: Tensor) -> Tensor:

@@ -1,0 +1,145 @@
+"""A number of rounds that fits a time budget, chosen after the first round.
+
+The learning rate's schedule depends on the number of rounds, so that it is chosen once, before the second round, and
+recorded: a resumed run has the same schedule. The rate of the first round is the same for any number.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from genalign.runtime.progress import format_seconds
+from genalign.training.reward_hacking import due
+
+if TYPE_CHECKING:
+    from genalign.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+SHARE = 0.9
+"""The share of the time left that is planned: rounds differ in length, and imports, saving and the report take some."""
+
+
+@dataclass(frozen=True)
+class TimeBudget:
+    """A time budget to which ``training.rounds`` is fitted after the first round, where it is null.
+
+    The number is written into config.json, from where a resumed run takes it; ``training.rounds`` overrides it. Nothing
+    stops a run that becomes slower after its first round.
+
+    Args:
+        training_minutes: Minutes of training, with the evaluations between rounds; null for no limit.
+        total_minutes: Minutes of the whole command, of which training takes what loading and the evaluations before and
+            after it leave; null for no limit.
+        least_rounds: Smallest number of rounds, even if they take longer than the budget, which a line says.
+    """
+
+    training_minutes: float | None = None
+    total_minutes: float | None = None
+    least_rounds: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("training_minutes", "total_minutes"):
+            value = vars(self)[name]
+            if value is not None and not value > 0:
+                raise ValueError(f"time_budget.{name} must be positive, not {value}; null sets no limit")
+        if self.least_rounds < 2:
+            raise ValueError(f"time_budget.least_rounds must be at least 2, not {self.least_rounds}")
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is a limit to fit the rounds to."""
+        return self.training_minutes is not None or self.total_minutes is not None
+
+    def seconds_left(self, training: float, total: float, afterwards: float) -> float:
+        """Return the seconds that training may still take, after so many of ``training`` and in ``total``.
+
+        Args:
+            training: Seconds since the training began.
+            total: Seconds since the command began.
+            afterwards: Seconds that the command takes after the training.
+        """
+        minutes = {self.training_minutes: training, self.total_minutes: total + afterwards}
+        return min(60 * limit - spent for limit, spent in minutes.items() if limit is not None)
+
+
+def rounds_in(seconds: float, per_round: float, between: float, observed: Callable[[int, bool], bool]) -> int:
+    """Return the largest number of rounds, the first one included, of which those after it take at most ``seconds``.
+
+    Args:
+        seconds: The time for all rounds after the first.
+        per_round: Seconds of a round.
+        between: Seconds of what is observed after a round.
+        observed: Whether something is observed after a round, given its number and whether it is the last.
+    """
+    rounds, spent = 1, 0.0
+    while per_round > 0:
+        following = spent + per_round + between * observed(rounds + 1, False)
+        unless_last = between * (observed(rounds + 1, True) - observed(rounds + 1, False))
+        if following + unless_last > seconds:
+            break
+        rounds, spent = rounds + 1, following
+    return rounds
+
+
+@dataclass(frozen=True)
+class RoundFitter:
+    """Fits the number of rounds of one run to its time budget.
+
+    Args:
+        budget: The time budget.
+        started: When the command began, in seconds of ``time.monotonic``.
+        afterwards: Seconds that the evaluation after training takes, as the one before it did.
+        every: Rounds between two observations, for each kind of observation.
+        record: Write the number into the configuration of the run.
+        begun: When the training began.
+    """
+
+    budget: TimeBudget
+    started: float
+    afterwards: float
+    every: Sequence[int]
+    record: Callable[[int], None]
+    begun: float = field(default_factory=time.monotonic)
+
+    def fit(self, trainer: Trainer) -> int:
+        """Fix the rounds of ``trainer`` after its first round and what is observed then, and return their number.
+
+        A line in the log says how many there are. All ranks call this, and take the number of the main rank.
+        """
+        now, per_round = time.monotonic(), trainer.seconds
+        between = max(0.0, now - self.begun - per_round)
+        left = self.budget.seconds_left(now - self.begun, now - self.started, self.afterwards)
+        fitting = rounds_in(SHARE * left, per_round, between, self._observed)
+        least = max(self.budget.least_rounds, trainer.settings.warmup_rounds + 1)
+        chosen: list[int] = trainer.processes.all_gather_object([max(fitting, least), fitting])[0]
+        rounds, fitting = chosen
+        trainer.settings = replace(trainer.settings, rounds=rounds)
+        if trainer.processes.is_main:
+            self.record(rounds)
+            self._log(rounds, fitting, per_round, between)
+        return rounds
+
+    def _observed(self, rounds: int, last: bool) -> bool:
+        return any(due(rounds, every, last) for every in self.every)
+
+    def _log(self, rounds: int, fitting: int, per_round: float, between: float) -> None:
+        """Log the number of rounds, and how long they and the whole command will take about."""
+        observations = sum(self._observed(number, number == rounds) for number in range(1, rounds + 1))
+        training = rounds * per_round + observations * between
+        total = self.begun - self.started + training + self.afterwards
+        times = (
+            f"the first took {per_round:.1f} s, and evaluations after it {between:.1f} s: about"
+            f" {format_seconds(training)} of training, and {format_seconds(total)} in all"
+        )
+        if rounds > fitting:
+            logger.warning(
+                "%d rounds (training.rounds), the fewest allowed, although the time budget has room for %d only: this"
+                " takes longer than planned; %s",
+                *(rounds, fitting, times),
+            )
+        else:
+            logger.info("%d rounds (training.rounds) fit the time budget; %s", rounds, times)
