@@ -62,7 +62,7 @@ def attention_backward(  # noqa: PLR0913  # the arguments of the operator
         key: Keys (B, K, M, d) of K heads, each of which H / K consecutive heads of the queries share.
         value: Values (B, K, M, d).
         output: Output (B, H, N, d) of the forward pass.
-        logsumexp: Log of the sums (B, H, N) of the exponentials of the scores, in float32.
+        logsumexp: Log of the sums (B, H, N) of the exponentials of the scores; the weights are computed anew.
         dropout_p: Dropout, which the forward pass does not offer on CPUs.
         is_causal: Whether a query sees only keys up to its own place.
         attn_mask: Numbers added to the scores, which broadcast to (B, H, N, M).
@@ -79,18 +79,20 @@ def attention_backward(  # noqa: PLR0913  # the arguments of the operator
     mask = None if attn_mask is None else attn_mask.expand(scores_shape).flatten(0, 1)
     shared = heads // key.shape[1]
     keys, values = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (key, value))
-    flat = [tensor.flatten(0, 1) for tensor in (query, keys, values, grad_output, output, logsumexp.unsqueeze(-1))]
+    flat = [tensor.flatten(0, 1) for tensor in (query, keys, values, grad_output, output)]
+    precise = torch.promote_types(
+        query.dtype, torch.float32
+    )  # of scores, whose rounding weights grow exponentially with
     gradients = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in flat[:3]]
     size = max(1, _SCORES_AT_ONCE // (length * key.shape[2]))
     for start in range(0, batch * heads, size):
         part = slice(start, start + size)
-        q, k, v, grad, out, normalizer = (tensor[part] for tensor in flat)
-        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
-        if mask is not None:
-            scores = scores + mask[part]
-        weights = torch.sub(scores, normalizer).exp_()
-        mean = (grad * out).sum(-1, keepdim=True, dtype=normalizer.dtype)
-        slope = torch.bmm(grad, v.transpose(1, 2)).sub(mean).mul_(weights).mul_(scale).to(q.dtype)
+        q, k, v, grad, out = (tensor[part] for tensor in flat)
+        scores = torch.bmm(q.to(precise) * scale, k.to(precise).transpose(1, 2))
+        weights = torch.softmax(scores if mask is None else scores.add_(mask[part]), -1)
+        mean = (grad.to(precise) * out).sum(-1, keepdim=True)
+        slope = torch.bmm(grad.to(precise), v.to(precise).transpose(1, 2)).sub_(mean).mul_(weights).mul_(scale)
+        slope = slope.to(q.dtype)
         torch.bmm(slope, k, out=gradients[0][part])
         torch.bmm(slope.transpose(1, 2), q, out=gradients[1][part])
         torch.bmm(weights.to(q.dtype).transpose(1, 2), grad, out=gradients[2][part])

@@ -81,3 +81,22 @@ def test_attention_gradients_are_those_of_the_formula(
 
     for ours, expected in zip(gradients(SDPBackend.FLASH_ATTENTION), gradients(SDPBackend.MATH), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1.0, 2.5])
+def test_attention_gradients_in_bfloat16_are_as_precise_as_their_dtype(size: float) -> None:
+    """Scores that were rounded to bfloat16 would miss the gradients of large queries and keys by 2 %."""
+    cpu.use_faster_attention_backward()
+    torch.manual_seed(0)
+    inputs = [(scale * torch.randn(4, 2, 84, 64)).bfloat16() for scale in (size, size, 1.0)]
+    weights = torch.randn(4, 2, 84, 64)
+
+    def gradients(dtype: torch.dtype, backend: SDPBackend) -> tuple[Tensor, ...]:
+        own = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        with sdpa_kernel(backend):
+            output = F.scaled_dot_product_attention(*own)
+        return torch.autograd.grad(output, own, weights.bfloat16().to(dtype))
+
+    ours = gradients(torch.bfloat16, SDPBackend.FLASH_ATTENTION)
+    for gradient, expected in zip(ours, gradients(torch.float64, SDPBackend.MATH), strict=True):
+        assert float((gradient.double() - expected).norm() / expected.norm()) < 0.006
