@@ -302,7 +302,9 @@ class TrainingRun:
         every = [settings.held_out.every, settings.reward_hacking.every, settings.sample_grid.every]
         afterwards = EvaluationFolder(self.folder.path / "before").cost().get("seconds", 0.0)
         kinds = [rounds for rounds in every if rounds]
-        return RoundFitter(settings.time_budget, started, afterwards, kinds, self.folder.record_rounds)
+        by_time = settings.held_out.every_seconds
+        record = self.folder.record_rounds
+        return RoundFitter(settings.time_budget, started, afterwards, kinds, record, every_seconds=by_time)
 
     def evaluate_held_out(self) -> HeldOutScores:
         """Score the averaged weights on held-out prompts."""

@@ -96,6 +96,7 @@ class RoundFitter:
         every: Rounds between two observations, for each kind of observation.
         record: Write the number into the configuration of the run.
         begun: When the training began.
+        every_seconds: Seconds of training between two observations; None for none by time.
     """
 
     budget: TimeBudget
@@ -104,6 +105,7 @@ class RoundFitter:
     every: Sequence[int]
     record: Callable[[int], None]
     begun: float = field(default_factory=time.monotonic)
+    every_seconds: float | None = None
 
     def fit(self, trainer: Trainer) -> int:
         """Fix the rounds of ``trainer`` after its first round and what is observed then, and return their number.
@@ -113,7 +115,8 @@ class RoundFitter:
         now, per_round = time.monotonic(), trainer.seconds
         between = max(0.0, now - self.begun - per_round)
         left = self.budget.seconds_left(now - self.begun, now - self.started, self.afterwards)
-        fitting = rounds_in(SHARE * left, per_round, between, self._observed)
+        observed = self._observations(per_round)
+        fitting = rounds_in(SHARE * left, per_round, between, observed)
         least = max(self.budget.least_rounds, trainer.settings.warmup_rounds + 1)
         chosen: list[int] = trainer.processes.all_gather_object([max(fitting, least), fitting])[0]
         rounds, fitting = chosen
@@ -123,12 +126,15 @@ class RoundFitter:
             self._log(rounds, fitting, per_round, between)
         return rounds
 
-    def _observed(self, rounds: int, last: bool) -> bool:
-        return any(due(rounds, every, last) for every in self.every)
+    def _observations(self, per_round: float) -> Callable[[int, bool], bool]:
+        """Say after which rounds something is observed, if each takes ``per_round`` seconds."""
+        by_time = [max(1, round(self.every_seconds / max(per_round, 1e-3)))] if self.every_seconds else []
+        return lambda rounds, last: any(due(rounds, every, last) for every in (*self.every, *by_time))
 
     def _log(self, rounds: int, fitting: int, per_round: float, between: float) -> None:
         """Log the number of rounds, and how long they and the whole command will take about."""
-        observations = sum(self._observed(number, number == rounds) for number in range(1, rounds + 1))
+        observed = self._observations(per_round)
+        observations = sum(observed(number, number == rounds) for number in range(1, rounds + 1))
         training = rounds * per_round + observations * between
         total = self.begun - self.started + training + self.afterwards
         times = (

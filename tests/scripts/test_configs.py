@@ -28,9 +28,11 @@ DEMOS = sorted((folder_of("genalign") / "assets").glob("demo*.yaml"))
 PUBLISHED = [path for path in sorted((CONFIGS / "train").glob("*.yaml")) if not path.stem.startswith("shapes_")]
 PRESETS = [assets.preset(name) for name in assets.presets()]
 EMBEDDED = [*DEMOS, CONFIGS / "train" / "shapes_flow_grpo_partial.yaml", *sorted(CONFIGS.glob("compare/base_*.yaml"))]
-TUNING = CONFIGS / "compare" / "shapes_tuning.yaml"  # of the runs of another comparison
-COMPARISONS = [
-    path for path in sorted(CONFIGS.glob("compare/*.yaml")) if not path.stem.startswith("base_") and path != TUNING
+TUNING = CONFIGS / "compare" / "shapes_tuning.yaml"
+COMPARISONS = [  # those without runs are variants of another one's
+    path
+    for path in sorted(CONFIGS.glob("compare/*.yaml"))
+    if not path.stem.startswith("base_") and "runs" in yaml.safe_load(path.read_text())
 ]
 SEARCHES = {"steer": Steer, "noise_aware": TrainNoiseAware}
 

@@ -68,6 +68,8 @@ def test_a_command_ends_in_time_on_machines_of_any_speed(
     seconds = speed * (12 * rounds + 6 * looks)
     assert training[0] <= seconds <= training[1]
     assert begun + seconds + speed * 25 <= total < 480
+    by_time = RoundFitter(DEMO, 0.0, speed * 25, [], recorded.append, begun, every_seconds=speed * 12 * 8)
+    assert by_time.fit(FakeTrainer(speed * 12)) == rounds
 
 
 @pytest.mark.parametrize(("budget", "fits"), [(DEMO, 1), (TimeBudget(training_minutes=1), 1), (TimeBudget(5), 4)])
